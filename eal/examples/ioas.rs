@@ -1,0 +1,48 @@
+//! I/O page tables without VFIO and without a device: maps one region in two address spaces.
+//!
+//! A consumer that is not VFIO (vDPA, shared memory of several devices) starts like this and attaches its
+//! devices to the ids.
+
+use std::sync::Arc;
+
+use vireo_eal::Result;
+use vireo_eal::iommufd::{Access, Iommufd};
+use vireo_eal::mem::{Backing, Region};
+
+fn run() -> Result<()> {
+    let iommufd = Iommufd::open()?;
+    let (first, second) = (iommufd.ioas_alloc()?, iommufd.ioas_alloc()?);
+    let (ranges, alignment) = first.iova_ranges()?;
+    for range in ranges.iter() {
+        println!(
+            "ioas {}: {:#x}-{:#x} usable, in steps of {alignment}",
+            first.id(),
+            range.start(),
+            range.end()
+        );
+    }
+    second.allow_iovas(&[0..=(1 << 39) - 1])?;
+
+    let region = Arc::new(Region::new(2 << 20, Backing::SmallPages)?);
+    let mapping = first.map(&region, Some(4 << 30), Access::ReadWrite)?;
+    let copy = second.copy(&mapping, None, Access::Read)?;
+    println!("ioas {}: 2 MiB at {:#x}", first.id(), mapping.iova());
+    println!("ioas {}: the same pages, read-only, at {:#x}", second.id(), copy.iova());
+
+    drop(mapping);
+    match first.map_file(&region, Some(4 << 30), Access::ReadWrite) {
+        Ok(mapping) => println!("ioas {}: by file at {:#x}", first.id(), mapping.iova()),
+        Err(error) => println!("{error}"),
+    }
+    Ok(())
+}
+
+fn main() -> std::process::ExitCode {
+    match run() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ioas: {error}");
+            error.kind().exit_code().into()
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! The command line as clap reads it; `mod.rs` turns it into plain values.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::NonEmptyStringValueParser;
+use clap::error::{ContextKind, ContextValue, ErrorKind as ClapKind};
+use clap::{ArgAction, CommandFactory, FromArgMatches, value_parser};
+
+use super::{IovaMode, Program, VfToken, VfioInterrupt};
+use crate::bdf::Bdf;
+use crate::error::{Error, ErrorKind, Result};
+use crate::log::LogLevel;
+use crate::vfio::VfioMode;
+
+const ACCEPTED: &str = "Accepted without effect: -n, -r, --telemetry, --no-telemetry, --no-shconf, --no-hpet, \
+                        --vmware-tsc-map, --syslog, --mbuf-pool-ops-name";
+
+/// The arguments before `--`.
+#[derive(clap::Parser)]
+#[command(disable_help_flag = true)]
+pub(super) struct Cli {
+    /// Cores to run on: 1-3,5 or 0@2 (lcore 0 on cpu 2) or (0,1)@(2-4); default: all that the process may use
+    #[arg(short, long, value_name = "LIST", conflicts_with = "coremask")]
+    pub(super) lcores: Option<String>,
+    /// Cores to run on as a hexadecimal mask; deprecated, use -l
+    #[arg(short, long, value_name = "MASK")]
+    pub(super) coremask: Option<String>,
+    /// Lcore of the main thread; default: the lowest
+    #[arg(long, value_name = "ID")]
+    pub(super) main_lcore: Option<u32>,
+
+    /// Use only this device, with arguments like vfio-mode=cdev; may be repeated
+    #[arg(short, long, value_name = "BDF[,K=V]", conflicts_with_all = ["block", "no_pci"])]
+    pub(super) allow: Vec<String>,
+    /// Never use this device; may be repeated
+    #[arg(short, long, value_name = "BDF", value_parser = Bdf::from_str)]
+    pub(super) block: Vec<Bdf>,
+    /// Leave the PCI bus alone
+    #[arg(long)]
+    pub(super) no_pci: bool,
+    /// How the kernel hands devices over: auto, container (or group), cdev, compat, noiommu, noiommu-cdev
+    #[arg(long, value_name = "MODE", value_parser = VfioMode::from_str, default_value = "auto")]
+    pub(super) vfio_mode: VfioMode,
+    /// Addresses that devices see: physical (no-IOMMU modes) or virtual (the others); default: as the mode has it
+    #[arg(long, value_name = "MODE")]
+    pub(super) iova_mode: Option<IovaMode>,
+    /// Kind of interrupt; default: the best that the device has
+    #[arg(long, value_name = "KIND")]
+    pub(super) vfio_intr: Option<VfioInterrupt>,
+    /// Token that virtual functions share with their physical function
+    #[arg(long, value_name = "UUID", value_parser = VfToken::from_str)]
+    pub(super) vfio_vf_token: Option<VfToken>,
+
+    /// Memory to reserve, in MiB
+    #[arg(short, long, value_name = "MB", value_parser = value_parser!(u32).range(1..))]
+    pub(super) memory_size: Option<u32>,
+    /// Directory of the hugetlbfs mount to use; default: none is needed
+    #[arg(long, value_name = "DIR")]
+    pub(super) huge_dir: Option<PathBuf>,
+    /// Leave nothing in the file system: private memory, no runtime directory
+    #[arg(long)]
+    pub(super) in_memory: bool,
+    /// Pages of 4 KiB in the place of hugepages
+    #[arg(long)]
+    pub(super) no_huge: bool,
+
+    /// Name of this program's runtime directory; programs that run together need different ones
+    #[arg(long, value_name = "NAME", default_value = "rte")]
+    pub(super) file_prefix: String,
+    /// Only one process can have the devices: primary or auto
+    #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
+    pub(super) proc_type: String,
+    /// Log level by number or name, for all or for the types that match (help lists them); may be repeated
+    #[arg(long, value_name = "[TYPE:]LEVEL", value_parser = LogArg::from_str)]
+    pub(super) log_level: Vec<LogArg>,
+    /// Show the version
+    #[arg(short = 'v', long)]
+    pub(super) version: bool,
+    /// Show this help
+    #[arg(short, long, action = ArgAction::HelpShort)]
+    help: Option<bool>,
+
+    /// Accepted for DPDK's sake
+    #[arg(short = 'n', long, value_name = "N", value_parser = value_parser!(u32).range(1..), hide = true)]
+    memory_channels: Option<u32>,
+    /// Accepted for DPDK's sake
+    #[arg(short = 'r', long, value_name = "N", value_parser = value_parser!(u32).range(1..), hide = true)]
+    memory_ranks: Option<u32>,
+    /// Accepted for DPDK's sake
+    #[arg(long, conflicts_with = "no_telemetry", hide = true)]
+    telemetry: bool,
+    /// Accepted for DPDK's sake
+    #[arg(long, hide = true)]
+    no_telemetry: bool,
+    /// Accepted for DPDK's sake
+    #[arg(long, hide = true)]
+    no_shconf: bool,
+    /// Accepted for DPDK's sake
+    #[arg(long, hide = true)]
+    no_hpet: bool,
+    /// Accepted for DPDK's sake
+    #[arg(long, hide = true)]
+    vmware_tsc_map: bool,
+    /// Accepted for DPDK's sake
+    #[arg(long, value_name = "FACILITY", require_equals = true, hide = true)]
+    syslog: Option<Option<String>>,
+    /// Accepted for DPDK's sake
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new(), hide = true)]
+    mbuf_pool_ops_name: Option<String>,
+}
+
+/// What clap made of the arguments.
+pub(super) enum Read {
+    Arguments(Box<Cli>),
+    Help(String),
+}
+
+/// A `--log-level`.
+#[derive(Clone)]
+pub(super) enum LogArg {
+    Set(LogLevel),
+    Help,
+}
+
+impl LogArg {
+    pub(super) fn level(self) -> Option<LogLevel> {
+        match self {
+            Self::Set(level) => Some(level),
+            Self::Help => None,
+        }
+    }
+}
+
+impl FromStr for LogArg {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        if text == "help" { Ok(Self::Help) } else { text.parse().map(Self::Set) }
+    }
+}
+
+impl Cli {
+    /// Reads `argv` up to, and without, the `--`.
+    pub(super) fn read(argv: &[OsString], program: &Program<'_>) -> Result<Read> {
+        let name = program_name(argv);
+        let command = Self::command()
+            .no_binary_name(true)
+            .about("EAL arguments")
+            .override_usage(format!("{name} [EAL ARGUMENTS] -- [APPLICATION ARGUMENTS]"))
+            .after_help(format!("{ACCEPTED}\n\n{}", program.usage));
+        let matches = command.try_get_matches_from(argv.iter().skip(1));
+        match matches.and_then(|matches| Self::from_arg_matches(&matches)) {
+            Ok(cli) => Ok(Read::Arguments(Box::new(cli))),
+            Err(error) if error.kind() == ClapKind::DisplayHelp => Ok(Read::Help(error.render().to_string())),
+            Err(error) => Err(one_line(&error, &name)),
+        }
+    }
+
+    /// The arguments that were given and have no effect.
+    pub(super) fn without_effect(&self) -> Vec<&'static str> {
+        [
+            ("--memory-channels", self.memory_channels.is_some()),
+            ("--memory-ranks", self.memory_ranks.is_some()),
+            ("--telemetry", self.telemetry),
+            ("--no-telemetry", self.no_telemetry),
+            ("--no-shconf", self.no_shconf),
+            ("--no-hpet", self.no_hpet),
+            ("--vmware-tsc-map", self.vmware_tsc_map),
+            ("--syslog", self.syslog.is_some()),
+            ("--mbuf-pool-ops-name", self.mbuf_pool_ops_name.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(name, given)| given.then_some(name))
+        .collect()
+    }
+}
+
+/// File name of `argv[0]`.
+pub(super) fn program_name(argv: &[OsString]) -> String {
+    let path = argv.first().map(PathBuf::from).unwrap_or_default();
+    path.file_name().map_or_else(|| "vireo".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Clap's message of several lines as one of ours.
+fn one_line(error: &clap::Error, program: &str) -> Error {
+    use std::error::Error as _;
+    if let Some(own) = error.source().and_then(|source| source.downcast_ref::<Error>()) {
+        return own.clone();
+    }
+    let rendered = error.render().to_string();
+    let why = rendered
+        .trim_start_matches("error: ")
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty() && !line.starts_with("tip:"))
+        .collect::<Vec<_>>()
+        .join(" ");
+    let cure = match (error.get(ContextKind::SuggestedArg), error.kind()) {
+        (Some(ContextValue::String(name)), _) => format!("did you mean {name}?"),
+        (Some(ContextValue::Strings(names)), _) => format!("did you mean {}?", names.join(" or ")),
+        (_, ClapKind::UnknownArgument) => {
+            format!("arguments of the application go after --; see: {program} --help")
+        }
+        _ => format!("see: {program} --help"),
+    };
+    Error::new(ErrorKind::Usage, "EAL arguments", super::printable(&why, 200)).mend(cure)
+}

@@ -1,0 +1,295 @@
+//! Lists and masks of cores: `-l 1-3,5`, `-l '(0,1)@(2-4)'`, `-c 0x3`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::Path;
+
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+
+use super::quoted;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Lcore and cpu numbers are below this: the size of the kernel's classic cpu mask.
+pub const MAX_CORES: usize = CpuSet::count();
+
+/// A step of reading, or what is wrong.
+type Read<T> = std::result::Result<T, String>;
+
+/// A logical core: one thread of the program, and the cpus that it may run on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LcoreSpec {
+    /// Number by which the program knows the lcore, below [`MAX_CORES`].
+    pub id: u32,
+    /// Cpus of the thread, ascending and never empty.
+    pub cpus: Vec<usize>,
+}
+
+impl fmt::Display for LcoreSpec {
+    /// The notation of `--lcores`: `1`, `1@3`, `1@(2-4)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.cpus[..] {
+            [cpu] if cpu == self.id as usize => write!(f, "{cpu}"),
+            [cpu] => write!(f, "{}@{cpu}", self.id),
+            _ => write!(f, "{}@({})", self.id, ranges(&self.cpus)),
+        }
+    }
+}
+
+/// Ascending numbers in short: `0-2,5`.
+pub fn ranges(numbers: &[usize]) -> String {
+    numbers
+        .chunk_by(|low, high| low + 1 == *high)
+        .map(|run| match run {
+            [first, .., last] => format!("{first}-{last}"),
+            _ => run.iter().map(ToString::to_string).collect(),
+        })
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+/// Cpus that the process may run on: online, in its cpuset and in its affinity.
+///
+/// # Errors
+/// `Os` when the kernel does not tell, as with more than [`MAX_CORES`] cpus.
+pub fn allowed_cpus() -> Result<Vec<usize>> {
+    let set =
+        sched_getaffinity(Pid::from_raw(0)).map_err(|errno| Error::os("cannot read the affinity", errno))?;
+    Ok((0..MAX_CORES).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect())
+}
+
+/// Reads the value of `--lcores`, all of whose cpus must be in `allowed`; the result ascends by id.
+///
+/// # Errors
+/// `Usage`, naming the wrong part and the cores that can be used.
+pub(super) fn parse_list(text: &str, allowed: &[usize]) -> Result<Vec<LcoreSpec>> {
+    Cursor { rest: text }
+        .list()
+        .and_then(|cores| check(cores, allowed))
+        .map_err(|why| wrong("--lcores", text, why, allowed))
+}
+
+/// Reads the value of `--coremask`: hexadecimal, bit n for lcore n on cpu n.
+///
+/// # Errors
+/// As [`parse_list`].
+pub(super) fn parse_mask(text: &str, allowed: &[usize]) -> Result<Vec<LcoreSpec>> {
+    let trimmed = text.trim();
+    let digits = trimmed.strip_prefix("0x").or_else(|| trimmed.strip_prefix("0X")).unwrap_or(trimmed);
+    let mut cores = BTreeMap::new();
+    let read = || {
+        for (place, digit) in digits.chars().rev().enumerate() {
+            let bits = digit.to_digit(16).ok_or_else(|| format!("{digit:?} is not a hexadecimal digit"))?;
+            for core in (0..4).filter(|bit| bits >> bit & 1 == 1).map(|bit| place * 4 + bit) {
+                cores.insert(core, BTreeSet::from([core]));
+            }
+        }
+        check(cores, allowed)
+    };
+    read().map_err(|why| wrong("--coremask", text, why, allowed))
+}
+
+fn wrong(argument: &str, text: &str, why: String, allowed: &[usize]) -> Error {
+    Error::new(ErrorKind::Usage, format!("{argument} {}", quoted(text)), why)
+        .mend(format!("use cores {}", ranges(allowed)))
+}
+
+fn check(cores: BTreeMap<usize, BTreeSet<usize>>, allowed: &[usize]) -> Read<Vec<LcoreSpec>> {
+    if cores.is_empty() {
+        return Err("selects no core".into());
+    }
+    if let Some(cpu) = cores.values().flatten().find(|cpu| !allowed.contains(cpu)) {
+        return Err(why_not(*cpu));
+    }
+    let spec =
+        |(id, cpus): (usize, BTreeSet<usize>)| LcoreSpec { id: id as u32, cpus: cpus.into_iter().collect() };
+    Ok(cores.into_iter().map(spec).collect())
+}
+
+fn why_not(cpu: usize) -> String {
+    let dir = Path::new("/sys/devices/system/cpu").join(format!("cpu{cpu}"));
+    if !dir.exists() {
+        format!("core {cpu} does not exist")
+    } else if std::fs::read_to_string(dir.join("online")).is_ok_and(|online| online.trim() == "0") {
+        format!("core {cpu} is offline")
+    } else {
+        format!("core {cpu} is outside the affinity or cpuset of the process")
+    }
+}
+
+/// What is left to read; every step is bounded by the length of the text and by [`MAX_CORES`].
+struct Cursor<'a> {
+    rest: &'a str,
+}
+
+impl Cursor<'_> {
+    fn list(mut self) -> Read<BTreeMap<usize, BTreeSet<usize>>> {
+        let mut cores = BTreeMap::new();
+        loop {
+            let (ids, group) = self.set()?;
+            let shared = match self.eat('@') {
+                true => Some(self.set()?.0),
+                false => group.then(|| ids.clone()),
+            };
+            for id in ids {
+                let cpus = shared.clone().unwrap_or_else(|| BTreeSet::from([id]));
+                if cores.insert(id, cpus).is_some() {
+                    return Err(format!("lcore {id} is given twice"));
+                }
+            }
+            if !self.eat(',') {
+                break;
+            }
+        }
+        match self.rest {
+            "" => Ok(cores),
+            _ => Err(self.unexpected("a comma or the end")),
+        }
+    }
+
+    /// A number, a range, or a group of them in parentheses; true for a group.
+    fn set(&mut self) -> Read<(BTreeSet<usize>, bool)> {
+        let group = self.eat('(');
+        let mut cores = BTreeSet::new();
+        loop {
+            let first = self.number()?;
+            let last = if self.eat('-') { self.number()? } else { first };
+            cores.extend(first.min(last)..=first.max(last));
+            if !(group && self.eat(',')) {
+                break;
+            }
+        }
+        if group && !self.eat(')') {
+            return Err(self.unexpected("a closing parenthesis"));
+        }
+        Ok((cores, group))
+    }
+
+    fn number(&mut self) -> Read<usize> {
+        self.skip_blanks();
+        let len = self.rest.bytes().take_while(u8::is_ascii_digit).count();
+        if len == 0 {
+            return Err(self.unexpected("a core number"));
+        }
+        let (digits, rest) = self.rest.split_at(len);
+        self.rest = rest;
+        match digits.parse() {
+            Ok(core) if core < MAX_CORES => Ok(core),
+            _ => Err(format!("core {} is beyond {}", quoted(digits), MAX_CORES - 1)),
+        }
+    }
+
+    fn eat(&mut self, wanted: char) -> bool {
+        self.skip_blanks();
+        let rest = self.rest.strip_prefix(wanted);
+        self.rest = rest.unwrap_or(self.rest);
+        self.skip_blanks();
+        rest.is_some()
+    }
+
+    fn skip_blanks(&mut self) {
+        self.rest = self.rest.trim_start_matches([' ', '\t']);
+    }
+
+    fn unexpected(&self, wanted: &str) -> String {
+        match self.rest.chars().next() {
+            Some(found) => format!("{wanted} is expected in the place of {found:?}"),
+            None => format!("{wanted} is missing at the end"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(text: &str) -> String {
+        let all: Vec<_> = (0..MAX_CORES).collect();
+        let specs = parse_list(text, &all).unwrap();
+        specs.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+    }
+
+    #[test]
+    fn the_notations_of_dpdk() {
+        assert_eq!(read("1-3,5"), "1,2,3,5");
+        assert_eq!(read("3-1"), "1,2,3");
+        assert_eq!(read("0@2"), "0@2");
+        assert_eq!(read("(0,1)@(2-4)"), "0@(2-4),1@(2-4)");
+        assert_eq!(read("0-1@2"), "0@2,1@2");
+        assert_eq!(read("(0,6),8"), "0@(0,6),6@(0,6),8");
+        assert_eq!(
+            read(" 1, 2@(5 - 7),(3-5)@(0,2),(0,6),7-8 "),
+            "0@(0,6),1,2@(5-7),3@(0,2),4@(0,2),5@(0,2),6@(0,6),7,8"
+        );
+    }
+
+    #[test]
+    fn wrong_lists_name_the_part_and_the_cores() {
+        let cases = [
+            ("", "a core number is missing at the end"),
+            ("1-", "a core number is missing at the end"),
+            ("-1", "a core number is expected in the place of '-'"),
+            ("0,,1", "a core number is expected in the place of ','"),
+            ("0x1", "a comma or the end is expected in the place of 'x'"),
+            ("(0,1", "a closing parenthesis is missing at the end"),
+            ("0@", "a core number is missing at the end"),
+            ("0-1-2", "a comma or the end is expected in the place of '-'"),
+            ("0,0", "lcore 0 is given twice"),
+            ("0-1,(1)@0", "lcore 1 is given twice"),
+            ("1024", "core \"1024\" is beyond 1023"),
+            ("0-99999999999999999999999", "core \"99999999999999999999999\" is beyond 1023"),
+            ("1023", "core 1023 does not exist"),
+        ];
+        for (text, why) in cases {
+            let error = parse_list(text, &[0, 1]).unwrap_err();
+            assert_eq!(error.to_string(), format!("--lcores {text:?}: {why}; use cores 0-1"));
+            assert_eq!(error.kind(), ErrorKind::Usage);
+        }
+    }
+
+    #[test]
+    fn a_core_outside_the_affinity() {
+        let error = parse_list("0", &[1]).unwrap_err();
+        assert!(error.to_string().ends_with("affinity or cpuset of the process; use cores 1"), "{error}");
+    }
+
+    #[test]
+    fn masks() {
+        let all: Vec<_> = (0..MAX_CORES).collect();
+        let ids = |text| parse_mask(text, &all).unwrap().iter().map(|spec| spec.id).collect::<Vec<_>>();
+        assert_eq!(ids("0x3"), [0, 1]);
+        assert_eq!(ids("F0"), [4, 5, 6, 7]);
+        assert_eq!(ids("000000000000000000000000000000000000000000100000000000000000"), [68]);
+        for text in ["", "0x", "0", "0xg", "4", "é", "-1"] {
+            assert_eq!(parse_mask(text, &[0, 1]).unwrap_err().kind(), ErrorKind::Usage, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_we_may_use_is_in_the_affinity() {
+        let cpus = allowed_cpus().unwrap();
+        assert!(!cpus.is_empty());
+        assert!(cpus.is_sorted());
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "[-0-9,@() x]{0,40}|.*") {
+            let _ = parse_list(&text, &[0, 1]);
+            let _ = parse_mask(&text, &[0, 1]);
+        }
+
+        #[test]
+        fn round_trip(cores in prop::collection::btree_map(0u32..1024, prop::collection::btree_set(0usize..1024, 1..9), 1..40)) {
+            let all: Vec<_> = (0..MAX_CORES).collect();
+            let specs: Vec<_> = cores
+                .into_iter()
+                .map(|(id, cpus)| LcoreSpec { id, cpus: cpus.into_iter().collect() })
+                .collect();
+            let text = specs.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+            prop_assert_eq!(parse_list(&text, &all), Ok(specs));
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! EAL arguments: `PROGRAM EAL-ARGUMENTS -- APPLICATION-ARGUMENTS`, with DPDK's names and ours.
+
+mod cli;
+mod devargs;
+mod lcores;
+mod token;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+pub use devargs::DeviceArgs;
+pub use lcores::{LcoreSpec, MAX_CORES, allowed_cpus, ranges};
+pub use token::VfToken;
+
+use self::cli::{Cli, LogArg, Read};
+use crate::bdf::Bdf;
+use crate::error::{Error, ErrorKind, Result};
+use crate::log::{self, LogLevel};
+use crate::vfio::VfioMode;
+
+/// What the EAL has to know of the program whose arguments it reads.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Program<'a> {
+    /// Help on the application's own arguments, printed below that on the EAL's.
+    pub usage: &'a str,
+    /// Devargs that the program's drivers know, beside `vfio-mode`.
+    pub device_keys: &'a [&'a str],
+}
+
+/// What the arguments ask for.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// Go on with these.
+    Run(Box<Parsed>),
+    /// Print this text on standard output and exit with 0: help or version.
+    Print(String),
+}
+
+/// Arguments, read and checked.
+#[derive(Clone, Debug)]
+pub struct Parsed {
+    /// The EAL's.
+    pub eal: EalArgs,
+    /// The application's: `argv[0]` and all that follows the first `--`.
+    pub app: Vec<OsString>,
+}
+
+/// EAL arguments as plain values; conflicts are sorted out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EalArgs {
+    /// Lcores by ascending id, never none; default: one for each cpu of the process.
+    pub lcores: Vec<LcoreSpec>,
+    /// Id of the main thread's lcore, one of `lcores`; default: the lowest.
+    pub main_lcore: u32,
+    /// The only devices to use; empty: all that are not blocked.
+    pub allow: Vec<DeviceArgs>,
+    /// Devices never to use.
+    pub block: Vec<Bdf>,
+    /// Where packet memory comes from.
+    pub memory: MemoryArgs,
+    /// Name of the runtime directory, and of files on `--huge-dir`.
+    pub file_prefix: String,
+    /// Kind of device addresses, if asked for; it fits the VFIO modes.
+    pub iova_mode: Option<IovaMode>,
+    /// Leave the PCI bus alone.
+    pub no_pci: bool,
+    /// How devices are handed over that have no mode of their own.
+    pub vfio_mode: VfioMode,
+    /// Kind of interrupt, if asked for.
+    pub vfio_intr: Option<VfioInterrupt>,
+    /// Token for virtual functions.
+    pub vf_token: Option<VfToken>,
+    /// Log levels in the order given, for [`log::init`].
+    pub log_levels: Vec<LogLevel>,
+    /// To be logged as warnings when the log is there.
+    pub warnings: Vec<String>,
+    /// To be logged for information when the log is there.
+    pub notes: Vec<String>,
+}
+
+/// Where packet memory comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MemoryArgs {
+    /// Memory to reserve in MiB; without it as much as the application needs.
+    pub megabytes: Option<u32>,
+    /// Hugetlbfs mount to keep files on; never together with `in_memory` or `no_huge`.
+    pub huge_dir: Option<PathBuf>,
+    /// Private anonymous memory and no runtime directory.
+    pub in_memory: bool,
+    /// Pages of 4 KiB.
+    pub no_huge: bool,
+}
+
+/// Kind of addresses that devices see (`--iova-mode`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum IovaMode {
+    /// Physical.
+    Pa,
+    /// Virtual: what the IOMMU translates.
+    Va,
+}
+
+/// Kind of interrupt (`--vfio-intr`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum VfioInterrupt {
+    /// INTx.
+    Legacy,
+    /// MSI.
+    Msi,
+    /// MSI-X.
+    Msix,
+}
+
+impl EalArgs {
+    /// The mode in which `address` is to be opened.
+    pub fn mode_of(&self, address: Bdf) -> VfioMode {
+        self.allow
+            .iter()
+            .find(|device| device.address == address)
+            .map_or(self.vfio_mode, |device| self.mode(device))
+    }
+
+    fn mode(&self, device: &DeviceArgs) -> VfioMode {
+        device.mode.unwrap_or(self.vfio_mode)
+    }
+
+    fn check_modes(&self) -> Result<()> {
+        let modes = || self.allow.iter().map(|device| self.mode(device));
+        let first = modes().next().unwrap_or(self.vfio_mode);
+        if let Some(other) = modes().find(|mode| mode.has_iommu() != first.has_iommu()) {
+            return Err(conflict(
+                &format!("VFIO modes {first} and {other}"),
+                "without an IOMMU devices see physical addresses, and one pool of packets cannot serve both kinds",
+                "give all devices modes with an IOMMU, or all of them no-IOMMU modes",
+            ));
+        }
+        match self.iova_mode {
+            Some(IovaMode::Va) if !first.has_iommu() => Err(conflict(
+                &format!("--iova-mode va with VFIO mode {first}"),
+                "without an IOMMU devices see physical addresses",
+                "leave --iova-mode out",
+            )),
+            Some(IovaMode::Pa) if first.has_iommu() && !self.no_pci => Err(conflict(
+                &format!("--iova-mode pa with VFIO mode {first}"),
+                "behind an IOMMU devices see virtual addresses",
+                "leave --iova-mode out, or use --vfio-mode noiommu",
+            )),
+            _ if self.memory.no_huge && !first.has_iommu() => Err(conflict(
+                &format!("--no-huge with VFIO mode {first}"),
+                "physical addresses need hugepages: pages of 4 KiB are neither contiguous nor do they stay in place",
+                "leave --no-huge out",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Reads `argv` (from `argv[0]` on), up to the first `--` for the EAL.
+///
+/// # Errors
+/// `Usage` with the wrong word and what would be right; `Os` when the affinity cannot be read.
+pub fn parse(argv: impl IntoIterator<Item = OsString>, program: &Program<'_>) -> Result<Outcome> {
+    parse_on(argv.into_iter().collect(), program, allowed_cpus)
+}
+
+fn parse_on(
+    mut argv: Vec<OsString>,
+    program: &Program<'_>,
+    cpus: impl FnOnce() -> Result<Vec<usize>>,
+) -> Result<Outcome> {
+    let end = argv.iter().position(|word| word == "--");
+    let after = argv.split_off(end.unwrap_or(argv.len()));
+    check_words(&argv)?;
+    let cli = match Cli::read(&argv, program)? {
+        Read::Arguments(cli) => *cli,
+        Read::Help(text) => return Ok(Outcome::Print(text)),
+    };
+    if cli.log_level.iter().any(|level| matches!(level, LogArg::Help)) {
+        return Ok(Outcome::Print(log::help()));
+    }
+    let version = format!("{} (Vireo {})", cli::program_name(&argv), env!("CARGO_PKG_VERSION"));
+    if cli.version && end.is_none() {
+        return Ok(Outcome::Print(version + "\n"));
+    }
+    let show_version = cli.version;
+    let mut eal = resolve(cli, program, &cpus()?)?;
+    if show_version {
+        eal.notes.insert(0, version);
+    }
+    let app = argv.into_iter().take(1).chain(after.into_iter().skip(1)).collect();
+    Ok(Outcome::Run(Box::new(Parsed { eal, app })))
+}
+
+fn check_words(argv: &[OsString]) -> Result<()> {
+    match argv.iter().skip(1).find(|word| word.to_str().is_none()) {
+        Some(word) => {
+            let what = format!("EAL argument {}", quoted(&word.to_string_lossy()));
+            Err(Error::new(ErrorKind::Usage, what, "not valid UTF-8"))
+        }
+        None => Ok(()),
+    }
+}
+
+fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
+    let without_effect = cli.without_effect();
+    let mut warnings = Vec::new();
+    let mut notes: Vec<_> =
+        without_effect.iter().map(|name| format!("{name} is accepted and has no effect")).collect();
+
+    let lcores = match (&cli.lcores, &cli.coremask) {
+        (Some(list), _) => lcores::parse_list(list, cpus)?,
+        (None, Some(mask)) => {
+            let specs = lcores::parse_mask(mask, cpus)?;
+            warnings.push(format!("--coremask is deprecated; use -l {}", ids(&specs)));
+            specs
+        }
+        (None, None) => cpus.iter().map(|cpu| LcoreSpec { id: *cpu as u32, cpus: vec![*cpu] }).collect(),
+    };
+    let main_lcore = main_lcore(cli.main_lcore, &lcores)?;
+
+    let huge_dir = match cli.huge_dir {
+        Some(dir) if dir.as_os_str().is_empty() => {
+            return Err(Error::new(ErrorKind::Usage, "--huge-dir \"\"", "the directory is missing"));
+        }
+        Some(_) if cli.no_huge || cli.in_memory => {
+            let other = if cli.no_huge { "--no-huge" } else { "--in-memory" };
+            notes.push(format!("--huge-dir has no effect with {other}"));
+            None
+        }
+        dir => dir,
+    };
+    let devices = cli.allow.iter().map(|text| DeviceArgs::parse(text, program.device_keys));
+    let eal = EalArgs {
+        lcores,
+        main_lcore,
+        allow: devices.collect::<Result<_>>()?,
+        block: cli.block,
+        memory: MemoryArgs {
+            megabytes: cli.memory_size,
+            huge_dir,
+            in_memory: cli.in_memory,
+            no_huge: cli.no_huge,
+        },
+        file_prefix: file_prefix(cli.file_prefix)?,
+        iova_mode: cli.iova_mode,
+        no_pci: cli.no_pci,
+        vfio_mode: cli.vfio_mode,
+        vfio_intr: cli.vfio_intr,
+        vf_token: cli.vfio_vf_token,
+        log_levels: cli.log_level.into_iter().filter_map(LogArg::level).collect(),
+        warnings,
+        notes,
+    };
+    check_proc_type(&cli.proc_type)?;
+    check_twice("--allow", eal.allow.iter().map(|device| device.address))?;
+    check_twice("--block", eal.block.iter().copied())?;
+    eal.check_modes()?;
+    Ok(eal)
+}
+
+fn ids(specs: &[LcoreSpec]) -> String {
+    ranges(&specs.iter().map(|spec| spec.id as usize).collect::<Vec<_>>())
+}
+
+fn main_lcore(asked: Option<u32>, lcores: &[LcoreSpec]) -> Result<u32> {
+    let found = lcores.iter().map(|spec| spec.id).find(|id| asked.is_none_or(|asked| asked == *id));
+    found.ok_or_else(|| {
+        let what = format!("--main-lcore {}", asked.unwrap_or_default());
+        Error::new(ErrorKind::Usage, what, "not one of the lcores")
+            .mend(format!("use one of {}", ids(lcores)))
+    })
+}
+
+fn file_prefix(name: String) -> Result<String> {
+    // It becomes a directory, with the names of sockets behind it.
+    if (1..=64).contains(&name.len()) && name != "." && name != ".." && !name.contains(['/', '\0']) {
+        return Ok(name);
+    }
+    Err(Error::new(
+        ErrorKind::Usage,
+        format!("--file-prefix {}", quoted(&name)),
+        "not a file name of 1 to 64 bytes",
+    ))
+}
+
+fn check_proc_type(text: &str) -> Result<()> {
+    let why = match text {
+        "primary" | "auto" => return Ok(()),
+        "secondary" => "a process that shares another's devices is not supported",
+        _ => "there is no such type",
+    };
+    Err(conflict(&format!("--proc-type {}", quoted(text)), why, "use primary or auto"))
+}
+
+fn check_twice(argument: &str, addresses: impl Iterator<Item = Bdf>) -> Result<()> {
+    let mut seen = std::collections::BTreeSet::new();
+    match addresses.into_iter().find(|address| !seen.insert(*address)) {
+        Some(address) => {
+            Err(Error::new(ErrorKind::Usage, format!("{argument} {address}"), "the device is given twice"))
+        }
+        None => Ok(()),
+    }
+}
+
+fn conflict(what: &str, why: &str, cure: &str) -> Error {
+    Error::new(ErrorKind::Usage, what, why).mend(cure)
+}
+
+/// `text` for an error message: on one line, in quotes, not too long.
+pub(crate) fn quoted(text: &str) -> String {
+    format!("\"{}\"", printable(text, 60))
+}
+
+fn printable(text: &str, max_chars: usize) -> String {
+    let escape = |char: char| match char.is_control() {
+        true => char.escape_default().to_string(),
+        false => char.to_string(),
+    };
+    let more = if text.chars().nth(max_chars).is_some() { "…" } else { "" };
+    text.chars().take(max_chars).map(escape).chain([more.to_owned()]).collect()
+}
+
+#[cfg(test)]
+mod tests;

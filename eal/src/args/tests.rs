@@ -1,0 +1,184 @@
+use std::os::unix::ffi::OsStringExt;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const PROGRAM: Program<'_> = Program { usage: "l2fwd: -p MASK", device_keys: &["rxd"] };
+
+fn outcome(line: &str) -> Result<Outcome> {
+    let argv = std::iter::once("/usr/bin/l2fwd").chain(line.split_whitespace()).map(OsString::from).collect();
+    parse_on(argv, &PROGRAM, || Ok(vec![0, 1]))
+}
+
+fn run(line: &str) -> Parsed {
+    match outcome(line).unwrap() {
+        Outcome::Run(parsed) => *parsed,
+        Outcome::Print(text) => panic!("{text}"),
+    }
+}
+
+fn printed(line: &str) -> String {
+    match outcome(line).unwrap() {
+        Outcome::Print(text) => text,
+        Outcome::Run(parsed) => panic!("{parsed:?}"),
+    }
+}
+
+fn refused(line: &str) -> String {
+    let error = outcome(line).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage, "{line}: {error}");
+    let text = error.to_string();
+    assert!(!text.contains(char::is_control) && text.len() < 500, "{text:?}");
+    text
+}
+
+#[test]
+fn nothing_given() {
+    let Parsed { eal, app } = run("");
+    assert_eq!(eal.lcores.iter().map(|spec| spec.id).collect::<Vec<_>>(), [0, 1]);
+    assert_eq!(eal.main_lcore, 0);
+    assert_eq!(eal.vfio_mode, VfioMode::Auto);
+    assert_eq!(eal.file_prefix, "rte");
+    assert_eq!(eal.memory, MemoryArgs::default());
+    assert_eq!(app, ["/usr/bin/l2fwd"]);
+}
+
+#[test]
+fn a_line_as_users_type_it() {
+    let Parsed { eal, app } = run(
+        "-l0-1 -n4 --main-lcore=1 -a 00:03.0,vfio-mode=cdev,rxd=64 -a 0000:00:04.0 -m 512 \
+         --file-prefix x --vfio-intr msix --vfio-mode group --log-level=8 --log-level lib.eal:3 -- -p 3 -- -v",
+    );
+    assert_eq!(eal.main_lcore, 1);
+    assert_eq!(eal.mode_of("00:03.0".parse().unwrap()), VfioMode::Cdev);
+    assert_eq!(eal.mode_of("00:04.0".parse().unwrap()), VfioMode::Container);
+    assert_eq!(eal.memory.megabytes, Some(512));
+    assert_eq!(eal.vfio_intr, Some(VfioInterrupt::Msix));
+    assert_eq!(eal.log_levels.len(), 2);
+    assert_eq!(eal.notes, ["--memory-channels is accepted and has no effect"]);
+    assert_eq!(app, ["/usr/bin/l2fwd", "-p", "3", "--", "-v"]);
+}
+
+#[test]
+fn what_is_printed() {
+    let help = printed("-h");
+    assert!(
+        help.contains("--vfio-mode")
+            && help.contains("l2fwd [EAL ARGUMENTS] -- ")
+            && help.contains(PROGRAM.usage)
+    );
+    assert!(!help.contains('\x1b'));
+    assert_eq!(printed("--help -- -p 1"), help);
+    assert!(printed("--log-level help").contains("8 debug"));
+    assert_eq!(printed("-v"), concat!("l2fwd (Vireo ", env!("CARGO_PKG_VERSION"), ")\n"));
+    assert!(run("-v -- -p 1").eal.notes[0].starts_with("l2fwd (Vireo"));
+}
+
+#[test]
+fn the_bad_word_and_the_right_one_are_named() {
+    let cases = [
+        ("--lcors 1", "EAL arguments: unexpected argument '--lcors' found; did you mean --lcores?"),
+        (
+            "-p 3",
+            "EAL arguments: unexpected argument '-p' found; arguments of the application go after --; see: l2fwd --help",
+        ),
+        (
+            "what",
+            "EAL arguments: unexpected argument 'what' found; arguments of the application go after --; see: l2fwd --help",
+        ),
+        ("-l 99999", "--lcores \"99999\": core \"99999\" is beyond 1023; use cores 0-1"),
+        ("-l 1 --main-lcore 0", "--main-lcore 0: not one of the lcores; use one of 1"),
+        (
+            "--iova-mode xa",
+            "EAL arguments: invalid value 'xa' for '--iova-mode <MODE>' [possible values: pa, va]; see: l2fwd --help",
+        ),
+        (
+            "-m 0",
+            "EAL arguments: invalid value '0' for '--memory-size <MB>': 0 is not in 1..=4294967295; see: l2fwd --help",
+        ),
+        (
+            "-l",
+            "EAL arguments: a value is required for '--lcores <LIST>' but none was supplied; see: l2fwd --help",
+        ),
+        (
+            "--no-huge --no-huge",
+            "EAL arguments: the argument '--no-huge' cannot be used multiple times; see: l2fwd --help",
+        ),
+        (
+            "--vfio-mode iommufd",
+            "VFIO mode \"iommufd\": there is no such mode; use one of auto, container (or group), cdev, compat, noiommu, noiommu-cdev",
+        ),
+        (
+            "-b 3",
+            "PCI address \"3\": not of the form 0000:00:03.0 or 00:03.0; list addresses with: ls /sys/bus/pci/devices",
+        ),
+        ("-a 00:03.0 -a 0000:00:03.0,rxd=1", "--allow 0000:00:03.0: the device is given twice"),
+        (
+            "--proc-type secondary",
+            "--proc-type \"secondary\": a process that shares another's devices is not supported; use primary or auto",
+        ),
+        ("--file-prefix a/b", "--file-prefix \"a/b\": not a file name of 1 to 64 bytes"),
+    ];
+    for (line, text) in cases {
+        assert_eq!(refused(line), text);
+    }
+}
+
+#[test]
+fn conflicts() {
+    for line in [
+        "-a 00:03.0 -b 00:04.0",
+        "-c 1 -l 0",
+        "--telemetry --no-telemetry",
+        "--no-pci -a 00:03.0",
+        "--iova-mode va --vfio-mode noiommu",
+        "--iova-mode va -a 00:03.0,vfio-mode=noiommu-cdev",
+        "--iova-mode pa",
+        "--iova-mode pa --vfio-mode cdev",
+        "--no-huge --vfio-mode noiommu",
+        "-a 00:03.0,vfio-mode=noiommu -a 00:04.0",
+        "--vfio-mode noiommu -a 00:03.0,vfio-mode=container -a 00:04.0",
+    ] {
+        refused(line);
+    }
+    run("--iova-mode pa --vfio-mode noiommu");
+    run("--iova-mode pa --no-pci");
+    run("--iova-mode va --vfio-mode compat");
+    run("--vfio-mode cdev --iova-mode pa -a 00:03.0,vfio-mode=noiommu");
+    run("-a 00:03.0,vfio-mode=cdev -a 00:04.0,vfio-mode=container --no-huge --in-memory");
+}
+
+#[test]
+fn what_has_no_effect_is_noted() {
+    let eal = run("--no-huge --huge-dir /mnt --syslog=daemon -r 2 --telemetry --no-shconf").eal;
+    assert_eq!(eal.memory.huge_dir, None);
+    assert_eq!(eal.notes.len(), 5);
+    assert_eq!(run("-c 0x2").eal.warnings, ["--coremask is deprecated; use -l 1"]);
+}
+
+#[test]
+fn neither_odd_bytes_nor_huge_words_nor_no_words_panic() {
+    let bytes = vec!["x".into(), OsString::from_vec(vec![b'-', b'l', 0xff])];
+    let error = parse_on(bytes, &PROGRAM, || Ok(vec![0])).unwrap_err();
+    assert_eq!(error.to_string(), "EAL argument \"-l\u{fffd}\": not valid UTF-8");
+
+    let after: Vec<OsString> = vec!["x".into(), "--".into(), OsString::from_vec(vec![0xff])];
+    assert!(parse_on(after, &PROGRAM, || Ok(vec![0])).is_ok());
+
+    for argument in ["-l", "-c", "-a", "-b", "-m", "--huge", "--vfio-mode", "--vfio-vf-token", "--log-level"]
+    {
+        refused(&format!("{argument} {}", "z".repeat(100_000)));
+    }
+    assert!(parse_on(Vec::new(), &PROGRAM, || Ok(vec![0])).is_ok());
+}
+
+proptest! {
+    #[test]
+    fn no_line_panics(words in prop::collection::vec("-[a-z]|--[a-z-]{0,12}(=.{0,5})?|.{0,8}", 0..6)) {
+        let argv = std::iter::once("x".to_owned()).chain(words).map(OsString::from).collect();
+        if let Err(error) = parse_on(argv, &PROGRAM, || Ok(vec![0, 1])) {
+            prop_assert!(!error.to_string().contains('\n'));
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Time for the packet path: the time stamp counter, and what a tick of it lasts.
+
+use std::sync::OnceLock;
+
+use nix::time::{ClockId, clock_gettime};
+
+const NANOS_PER_SECOND: u64 = 1_000_000_000;
+
+/// The time stamp counter of the cpu; elsewhere than on `x86_64`, the kernel's raw clock in nanoseconds.
+///
+/// Its frequency is found once, at the first call that needs it: from CPUID when the counter is invariant and
+/// the value stands a short test, else by comparing it with `CLOCK_MONOTONIC_RAW` for 2 ms or, where the clock
+/// is slow to read as in an emulator, for as long as one part in a thousand takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Tsc;
+
+/// Where the frequency of the counter comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TscSource {
+    /// CPUID leaf 0x40000010, from the hypervisor.
+    Hypervisor,
+    /// CPUID leaves 0x15 and 0x16, from the cpu.
+    Cpuid,
+    /// Measured against `CLOCK_MONOTONIC_RAW`.
+    Measured,
+    /// The counter is a clock of the kernel, in nanoseconds.
+    Kernel,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Frequency {
+    hz: u64,
+    /// Nanoseconds of a tick, times 2^32: a division for each packet would be dear.
+    nanos_per_tick: u64,
+    source: TscSource,
+}
+
+impl Tsc {
+    /// The counter, in ticks; not a serialising read.
+    #[inline]
+    pub fn now() -> u64 {
+        counter()
+    }
+
+    /// Ticks per second.
+    pub fn hz() -> u64 {
+        frequency().hz
+    }
+
+    /// Where [`hz`](Self::hz) comes from.
+    pub fn source() -> TscSource {
+        frequency().source
+    }
+
+    /// Length of `ticks` in nanoseconds, `u64::MAX` when it is longer.
+    #[inline]
+    pub fn to_nanos(ticks: u64) -> u64 {
+        let nanos = (u128::from(ticks) * u128::from(frequency().nanos_per_tick)) >> 32;
+        u64::try_from(nanos).unwrap_or(u64::MAX)
+    }
+
+    /// Ticks in `nanos` nanoseconds, `u64::MAX` when there are more.
+    pub fn from_nanos(nanos: u64) -> u64 {
+        let ticks = u128::from(nanos) * u128::from(frequency().hz) / u128::from(NANOS_PER_SECOND);
+        u64::try_from(ticks).unwrap_or(u64::MAX)
+    }
+}
+
+fn frequency() -> &'static Frequency {
+    static FREQUENCY: OnceLock<Frequency> = OnceLock::new();
+    FREQUENCY.get_or_init(|| {
+        let (hz, source) = find();
+        let hz = hz.max(1);
+        let nanos_per_tick = (u128::from(NANOS_PER_SECOND) << 32) / u128::from(hz);
+        Frequency { hz, nanos_per_tick: u64::try_from(nanos_per_tick).unwrap_or(u64::MAX), source }
+    })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline]
+fn counter() -> u64 {
+    raw_nanos()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn find() -> (u64, TscSource) {
+    (NANOS_PER_SECOND, TscSource::Kernel)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn counter() -> u64 {
+    // SAFETY: Linux lets every process read the counter unless it asked (prctl PR_SET_TSC) not to.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn find() -> (u64, TscSource) {
+    const TEST_NANOS: u64 = 50_000;
+    const WINDOW_NANOS: u64 = 2_000_000;
+    let Some((hz, source)) = cpuid::frequency() else {
+        return (measure(WINDOW_NANOS), TscSource::Measured);
+    };
+    // Hypervisors pass the cpu's own leaves on to guests whose counter they scale.
+    let measured = measure(TEST_NANOS);
+    if hz.abs_diff(measured) <= measured / 100 {
+        (hz, source)
+    } else {
+        (measure(WINDOW_NANOS), TscSource::Measured)
+    }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC_RAW`, which no NTP daemon slews.
+fn raw_nanos() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC_RAW)
+        .map_or(0, |time| time.tv_sec() as u64 * NANOS_PER_SECOND + time.tv_nsec() as u64)
+}
+
+/// A reading of both clocks.
+#[derive(Clone, Copy)]
+#[cfg(target_arch = "x86_64")]
+struct Sample {
+    nanos: u64,
+    ticks: u64,
+    /// How long the reading took, in nanoseconds: what `ticks` may be off by.
+    blur: u64,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Sample {
+    /// The sharpest of several readings: interrupts and a preempting host spoil single ones.
+    fn take() -> Self {
+        let read = |_| {
+            let before = raw_nanos();
+            let ticks = counter();
+            let blur = raw_nanos().saturating_sub(before);
+            Self { nanos: before + blur / 2, ticks, blur }
+        };
+        (1..16).map(read).fold(read(0), |best, next| if next.blur < best.blur { next } else { best })
+    }
+}
+
+/// Ticks per second over a window of `nanos`, longer when the readings are blurred.
+#[cfg(target_arch = "x86_64")]
+fn measure(mut nanos: u64) -> u64 {
+    const LONGEST: u64 = 64_000_000;
+    let start = Sample::take();
+    loop {
+        while raw_nanos().saturating_sub(start.nanos) < nanos {
+            std::hint::spin_loop();
+        }
+        let end = Sample::take();
+        let elapsed = end.nanos.saturating_sub(start.nanos).max(1);
+        if (start.blur + end.blur) * 1000 <= elapsed || nanos >= LONGEST {
+            let ticks = u128::from(end.ticks.saturating_sub(start.ticks));
+            return (ticks * u128::from(NANOS_PER_SECOND) / u128::from(elapsed)) as u64;
+        }
+        nanos *= 2;
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod cpuid {
+    use core::arch::x86_64::{__cpuid as leaf, CpuidResult};
+
+    use super::TscSource;
+
+    const HYPERVISOR: u32 = 0x4000_0000;
+    const HYPERVISOR_TIMING: u32 = 0x4000_0010;
+    const EXTENDED: u32 = 0x8000_0000;
+    const POWER_MANAGEMENT: u32 = 0x8000_0007;
+
+    /// Frequency of the counter, if the counter is invariant and CPUID tells.
+    pub(super) fn frequency() -> Option<(u64, TscSource)> {
+        let invariant = leaf(EXTENDED).eax >= POWER_MANAGEMENT && leaf(POWER_MANAGEMENT).edx & 1 << 8 != 0;
+        let guest = leaf(1).ecx & 1 << 31 != 0;
+        if !invariant {
+            return None;
+        }
+        if guest && leaf(HYPERVISOR).eax >= HYPERVISOR_TIMING {
+            let khz = leaf(HYPERVISOR_TIMING).eax;
+            if khz != 0 {
+                return Some((u64::from(khz) * 1000, TscSource::Hypervisor));
+            }
+        }
+        let most = leaf(0).eax;
+        let ratio = (most >= 0x15).then(|| leaf(0x15))?;
+        let base_mhz = if most >= 0x16 { leaf(0x16).eax & 0xffff } else { 0 };
+        from_cpu(ratio, base_mhz).map(|hz| (hz, TscSource::Cpuid))
+    }
+
+    /// Leaf 0x15 is the ratio of counter (ebx) to crystal (eax), and the crystal's frequency (ecx); without the
+    /// latter the counter runs at the base frequency of leaf 0x16.
+    pub(super) fn from_cpu(ratio: CpuidResult, base_mhz: u32) -> Option<u64> {
+        if ratio.eax == 0 || ratio.ebx == 0 {
+            return None;
+        }
+        let hz = match ratio.ecx {
+            0 => u64::from(base_mhz) * 1_000_000,
+            crystal => {
+                u64::try_from(u128::from(crystal) * u128::from(ratio.ebx) / u128::from(ratio.eax)).ok()?
+            }
+        };
+        Some(hz).filter(|hz| *hz != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn agrees_with_the_clock_of_the_kernel() {
+        Tsc::hz();
+        let (start, ticks) = (Instant::now(), Tsc::now());
+        std::thread::sleep(Duration::from_millis(50));
+        let (elapsed, nanos) = (start.elapsed().as_nanos() as u64, Tsc::to_nanos(Tsc::now() - ticks));
+        assert!(
+            elapsed.abs_diff(nanos) < elapsed / 50,
+            "{elapsed} ns against {nanos} ns by {:?}",
+            Tsc::source()
+        );
+    }
+
+    #[test]
+    fn the_ends_of_the_scale() {
+        assert_eq!((Tsc::to_nanos(0), Tsc::from_nanos(0)), (0, 0));
+        let second = Tsc::to_nanos(Tsc::hz());
+        assert!(second.abs_diff(NANOS_PER_SECOND) <= 1, "{second}");
+        assert_eq!(Tsc::from_nanos(NANOS_PER_SECOND), Tsc::hz());
+        assert!(Tsc::from_nanos(u64::MAX) >= Tsc::from_nanos(NANOS_PER_SECOND));
+        assert!(Tsc::to_nanos(u64::MAX) >= second);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn what_cpuid_says() {
+        let leaf = |eax, ebx, ecx| core::arch::x86_64::CpuidResult { eax, ebx, ecx, edx: 0 };
+        assert_eq!(cpuid::from_cpu(leaf(2, 176, 24_000_000), 2100), Some(2_112_000_000));
+        assert_eq!(cpuid::from_cpu(leaf(2, 176, 0), 2100), Some(2_100_000_000));
+        assert_eq!(cpuid::from_cpu(leaf(2, 176, 0), 0), None);
+        assert_eq!(cpuid::from_cpu(leaf(0, 0, 24_000_000), 2100), None);
+        assert_eq!(
+            cpuid::from_cpu(leaf(1, u32::MAX, u32::MAX), 0),
+            Some(u64::from(u32::MAX) * u64::from(u32::MAX))
+        );
+        assert_eq!(cpuid::from_cpu(leaf(u32::MAX, 1, 1), 0), None);
+    }
+
+    proptest! {
+        #[test]
+        fn to_nanos_undoes_from_nanos(nanos in 0u64..(1 << 50)) {
+            let back = Tsc::to_nanos(Tsc::from_nanos(nanos));
+            // A tick may be longer than a nanosecond, and the factor has 32 bits behind the point.
+            let tick = NANOS_PER_SECOND / Tsc::hz() + 2;
+            prop_assert!(nanos.abs_diff(back) <= tick + nanos / 100_000_000);
+        }
+    }
+}

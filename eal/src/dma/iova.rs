@@ -1,0 +1,117 @@
+//! One IOVA policy for every mode with an IOMMU: first fit, 2 MiB-aligned, above 4 GiB where that is allowed.
+
+use std::ops::RangeInclusive;
+
+/// Alignment of every region's IOVA in bytes, so that the IOMMU can use 2 MiB pages.
+const ALIGNMENT: u64 = 2 << 20;
+
+/// Regions start here where they can: clear of the x86 MSI window and of holes for 32-bit devices, and
+/// within reach of a 39-bit IOMMU.
+const PREFERRED: u64 = 4 << 30;
+
+/// Device addresses that may be mapped: sorted, disjoint, inclusive ranges.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IovaRanges(Vec<RangeInclusive<u64>>);
+
+impl IovaRanges {
+    /// Normalises what a kernel reported: sorts, drops empty ranges, joins the ones that touch.
+    pub fn new(ranges: impl IntoIterator<Item = RangeInclusive<u64>>) -> Self {
+        let mut sorted: Vec<_> = ranges.into_iter().filter(|range| !range.is_empty()).collect();
+        sorted.sort_by_key(|range| *range.start());
+        let mut joined: Vec<RangeInclusive<u64>> = Vec::with_capacity(sorted.len());
+        for range in sorted {
+            match joined.last_mut() {
+                Some(last) if *range.start() <= last.end().saturating_add(1) => {
+                    *last = *last.start()..=*last.end().max(range.end());
+                }
+                _ => joined.push(range),
+            }
+        }
+        Self(joined)
+    }
+
+    /// Every 64-bit address: what a device without an IOMMU, or a fake one, accepts.
+    pub fn all() -> Self {
+        Self(vec![0..=u64::MAX])
+    }
+
+    /// The ranges, lowest first.
+    pub fn iter(&self) -> impl Iterator<Item = &RangeInclusive<u64>> {
+        self.0.iter()
+    }
+
+    /// Addresses that are in both.
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Self {
+        Self::new(
+            self.0
+                .iter()
+                .flat_map(|a| other.0.iter().map(|b| *a.start().max(b.start())..=*a.end().min(b.end()))),
+        )
+    }
+
+    /// These addresses without `hole`.
+    #[must_use]
+    pub fn without(&self, hole: &RangeInclusive<u64>) -> Self {
+        Self::new(self.0.iter().flat_map(|range| {
+            let (start, end) = (*range.start(), *range.end());
+            let below = hole.start().checked_sub(1).map(|last| start..=end.min(last));
+            let above = hole.end().checked_add(1).map(|first| start.max(first)..=end);
+            below.into_iter().chain(above)
+        }))
+    }
+
+    /// Lowest aligned address with room for `len` bytes, above 4 GiB if there is one.
+    pub fn fit(&self, len: u64) -> Option<u64> {
+        let first_from = |minimum: u64| {
+            self.0.iter().find_map(|range| {
+                let start = (*range.start()).max(minimum).checked_next_multiple_of(ALIGNMENT)?;
+                let last = start.checked_add(len.checked_sub(1)?)?;
+                (last <= *range.end()).then_some(start)
+            })
+        };
+        first_from(PREFERRED).or_else(|| first_from(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// What an x86 machine with a 39-bit IOMMU reports: the MSI window is missing.
+    fn x86() -> IovaRanges {
+        IovaRanges::new([0xfef0_0000..=(1 << 39) - 1, 0..=0xfedf_ffff])
+    }
+
+    #[test]
+    fn prefers_addresses_above_four_gibibytes() {
+        assert_eq!(x86().fit(2 << 20), Some(4 << 30));
+        assert_eq!(IovaRanges::new([0x1000..=0xffff_ffff]).fit(4096), Some(2 << 20));
+        assert_eq!(x86().fit(1 << 40), None);
+        assert_eq!(x86().fit(0), None);
+    }
+
+    proptest! {
+        #[test]
+        fn what_fits_is_allowed_and_free(
+            ranges in prop::collection::vec((any::<u64>(), any::<u32>()), 1..8),
+            lens in prop::collection::vec(1_u64..1 << 34, 1..8),
+        ) {
+            let allowed = IovaRanges::new(
+                ranges.iter().map(|(start, len)| *start..=start.saturating_add(u64::from(*len) << 8)),
+            );
+            let mut free = allowed.clone();
+            let mut taken: Vec<RangeInclusive<u64>> = Vec::new();
+            for len in lens {
+                let Some(start) = free.fit(len) else { continue };
+                let range = start..=start + (len - 1);
+                prop_assert_eq!(start % ALIGNMENT, 0);
+                prop_assert!(allowed.iter().any(|a| a.contains(range.start()) && a.contains(range.end())));
+                prop_assert!(taken.iter().all(|t| range.end() < t.start() || t.end() < range.start()));
+                free = free.without(&range);
+                taken.push(range);
+            }
+        }
+    }
+}

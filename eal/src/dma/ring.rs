@@ -1,0 +1,201 @@
+//! Rings of words that the device reads and writes too.
+
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use super::DmaMemory;
+use crate::error::{Error, ErrorKind, Result};
+
+mod sealed {
+    /// Access to one word of shared memory.
+    pub trait Shared: Copy {
+        /// # Safety
+        /// `at` is aligned and valid for the life of the call; all access to it is atomic.
+        unsafe fn load(at: *const Self) -> Self;
+        /// # Safety
+        /// As for `load`.
+        unsafe fn store(at: *const Self, value: Self);
+    }
+}
+
+/// A word that a device and the CPU read and write whole: little-endian on the wire and in the host.
+pub trait Word: sealed::Shared + Copy + Default + Send + Sync + 'static {}
+
+macro_rules! word {
+    ($($plain:ty => $atomic:ty),*) => {$(
+        impl sealed::Shared for $plain {
+            #[inline(always)]
+            unsafe fn load(at: *const Self) -> Self {
+                // SAFETY: aligned and valid by the caller's contract; the atomic has the plain type's layout.
+                Self::from_le(unsafe { &*at.cast::<$atomic>() }.load(Relaxed))
+            }
+            #[inline(always)]
+            unsafe fn store(at: *const Self, value: Self) {
+                // SAFETY: as in `load`.
+                unsafe { &*at.cast::<$atomic>() }.store(value.to_le(), Relaxed);
+            }
+        }
+        impl Word for $plain {}
+    )*};
+}
+word!(u16 => AtomicU16, u32 => AtomicU32, u64 => AtomicU64);
+
+/// A ring of entries of `N` words each, shared with a device. The number of entries is a power of two and
+/// every index wraps, so no index is out of bounds and none is checked.
+///
+/// Each word is read and written atomically and without order; [`dma_rmb`](super::dma_rmb) and its
+/// siblings give the order.
+#[derive(Debug)]
+pub struct DmaRing<W: Word, const N: usize = 1> {
+    words: NonNull<W>,
+    mask: usize,
+    iova: u64,
+    _memory: Arc<DmaMemory>,
+    _word: PhantomData<W>,
+}
+
+// SAFETY: the words are reached by atomic operations only, and `_memory` keeps them mapped.
+unsafe impl<W: Word, const N: usize> Send for DmaRing<W, N> {}
+// SAFETY: as above.
+unsafe impl<W: Word, const N: usize> Sync for DmaRing<W, N> {}
+
+impl<W: Word, const N: usize> DmaRing<W, N> {
+    /// Takes zeroed memory for `entries` entries whose device address is a multiple of `align` bytes.
+    ///
+    /// # Errors
+    /// `Usage` when `entries` is no power of two, `Os` when the memory is used up.
+    pub fn new(memory: &Arc<DmaMemory>, entries: usize, align: usize) -> Result<Self> {
+        let len = Self::bytes(entries)?;
+        DmaBlock::new(memory, len, align.max(align_of::<W>()))?.carve(entries)
+    }
+
+    fn bytes(entries: usize) -> Result<usize> {
+        let refused =
+            |why: &str| Error::new(ErrorKind::Usage, format!("cannot make a ring of {entries} entries"), why);
+        if !entries.is_power_of_two() {
+            return Err(refused("the number is no power of two"));
+        }
+        entries.checked_mul(N * size_of::<W>()).ok_or_else(|| refused("too many"))
+    }
+
+    /// Device address of entry 0.
+    pub fn iova(&self) -> u64 {
+        self.iova
+    }
+
+    /// Number of entries.
+    #[inline(always)]
+    pub fn entries(&self) -> usize {
+        self.mask + 1
+    }
+
+    /// Reads word `WORD` of the entry at `index`, which wraps.
+    #[inline(always)]
+    pub fn load<const WORD: usize>(&self, index: usize) -> W {
+        const { assert!(WORD < N) };
+        // SAFETY: the masked index is below the number of entries and `WORD` below `N`, so the word is inside
+        // the allocation, which `_memory` keeps mapped; it is aligned because the allocation is.
+        unsafe { W::load(self.words.as_ptr().add((index & self.mask) * N + WORD)) }
+    }
+
+    /// Writes word `WORD` of the entry at `index`, which wraps.
+    #[inline(always)]
+    pub fn store<const WORD: usize>(&self, index: usize, value: W) {
+        const { assert!(WORD < N) };
+        // SAFETY: as in `load`.
+        unsafe { W::store(self.words.as_ptr().add((index & self.mask) * N + WORD), value) }
+    }
+
+    /// Sets every word of every entry to `value`.
+    pub fn fill(&self, value: W) {
+        for word in 0..(self.mask + 1) * N {
+            // SAFETY: `word` is below the number of words of the allocation.
+            unsafe { W::store(self.words.as_ptr().add(word), value) }
+        }
+    }
+}
+
+/// Zeroed memory shared with a device, for structures in which rings and single words follow each other.
+#[derive(Debug)]
+pub struct DmaBlock {
+    offset: usize,
+    len: usize,
+    /// Bytes that [`DmaBlock::carve`] has given out; nothing is given out twice.
+    carved: usize,
+    memory: Arc<DmaMemory>,
+}
+
+impl DmaBlock {
+    /// Takes `len` bytes whose device address is a multiple of `align` bytes.
+    ///
+    /// # Errors
+    /// `Os` when the memory is used up.
+    pub fn new(memory: &Arc<DmaMemory>, len: usize, align: usize) -> Result<Self> {
+        let offset = memory.allocate(len, align)?;
+        Ok(Self { offset, len, carved: 0, memory: Arc::clone(memory) })
+    }
+
+    /// Device address of the first byte.
+    pub fn iova(&self) -> u64 {
+        self.memory.iova(self.offset)
+    }
+
+    /// Makes a ring of the bytes behind what was carved before, without a gap.
+    ///
+    /// # Errors
+    /// `Usage` when `entries` is no power of two, does not fit, or its words would not be aligned.
+    pub fn carve<W: Word, const N: usize>(&mut self, entries: usize) -> Result<DmaRing<W, N>> {
+        let len = DmaRing::<W, N>::bytes(entries)?;
+        let offset = self.offset + self.carved;
+        if len > self.len - self.carved || !offset.is_multiple_of(align_of::<W>()) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("cannot make a ring of {entries} entries"),
+                "it does not fit there",
+            ));
+        }
+        self.carved += len;
+        Ok(DmaRing {
+            words: self.memory.pointer(offset, len).cast(),
+            mask: entries - 1,
+            iova: self.memory.iova(offset),
+            _memory: Arc::clone(&self.memory),
+            _word: PhantomData,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mem::{Backing, Region};
+
+    #[test]
+    fn indices_wrap_and_words_keep_apart() {
+        let memory = DmaMemory::map(Region::new(1 << 16, Backing::SmallPages).unwrap(), &[]).unwrap();
+        let ring: DmaRing<u64, 2> = DmaRing::new(&memory, 4, 128).unwrap();
+        assert_eq!(ring.iova() % 128, 0);
+        ring.store::<0>(5, 11);
+        ring.store::<1>(5, 12);
+        assert_eq!((ring.load::<0>(1), ring.load::<1>(1)), (11, 12));
+        assert_eq!(memory.device_view().load::<u64>(ring.iova() + 24).unwrap(), 12);
+        assert!(DmaRing::<u16>::new(&memory, 3, 2).is_err());
+        assert!(DmaRing::<u16>::new(&memory, 1 << 20, 2).unwrap_err().to_string().contains("-m"));
+    }
+
+    #[test]
+    fn a_block_is_carved_without_gap_or_overlap() {
+        let memory = DmaMemory::map(Region::new(1 << 16, Backing::SmallPages).unwrap(), &[]).unwrap();
+        let mut block = DmaBlock::new(&memory, 14, 2).unwrap();
+        let head: DmaRing<u16> = block.carve(2).unwrap();
+        let tail: DmaRing<u32, 2> = block.carve(1).unwrap();
+        assert_eq!((head.iova(), tail.iova()), (block.iova(), block.iova() + 4));
+        assert!(block.carve::<u16, 1>(2).is_err());
+        block.carve::<u16, 1>(1).unwrap();
+        let mut odd = DmaBlock::new(&memory, 8, 4).unwrap();
+        odd.carve::<u16, 1>(1).unwrap();
+        assert!(odd.carve::<u32, 1>(1).is_err());
+    }
+}

@@ -1,0 +1,143 @@
+//! One error type for the whole program: what failed, why, and the command that mends it.
+
+use nix::errno::Errno;
+
+/// Result of everything in Vireo that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Class of an [`Error`]; each has one exit code, after `sysexits.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The command line is wrong (64, `EX_USAGE`).
+    Usage,
+    /// A device, kernel feature or program that is needed is not there (69, `EX_UNAVAILABLE`).
+    Unavailable,
+    /// A device or the kernel answered against its specification (70, `EX_SOFTWARE`).
+    Protocol,
+    /// The operating system refused: memory, limits, descriptors (71, `EX_OSERR`).
+    Os,
+    /// Reading or writing a file failed (74, `EX_IOERR`).
+    Io,
+    /// Somebody else holds it (75, `EX_TEMPFAIL`).
+    Busy,
+    /// Permission is missing (77, `EX_NOPERM`).
+    Permission,
+}
+
+impl ErrorKind {
+    /// Exit code of a program that ends with this kind of error.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Usage => 64,
+            Self::Unavailable => 69,
+            Self::Protocol => 70,
+            Self::Os => 71,
+            Self::Io => 74,
+            Self::Busy => 75,
+            Self::Permission => 77,
+        }
+    }
+
+    fn of(errno: Errno) -> Self {
+        match errno {
+            Errno::EACCES | Errno::EPERM => Self::Permission,
+            Errno::EBUSY | Errno::EAGAIN => Self::Busy,
+            Errno::ENOENT | Errno::ENODEV | Errno::ENXIO | Errno::ENOTTY => Self::Unavailable,
+            Errno::EIO | Errno::ENOSPC | Errno::EROFS => Self::Io,
+            _ => Self::Os,
+        }
+    }
+}
+
+/// What failed, why, and the command that mends it, printed on one line.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what}: {why}{}", .cure.as_ref().map(|cure| format!("; {cure}")).unwrap_or_default())]
+pub struct Error {
+    kind: ErrorKind,
+    what: String,
+    why: String,
+    errno: Option<Errno>,
+    cure: Option<String>,
+}
+
+impl Error {
+    /// An error that no system call reported.
+    pub fn new(kind: ErrorKind, what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self { kind, what: what.into(), why: why.into(), errno: None, cure: None }
+    }
+
+    /// An error that a system call reported; the kind follows from `errno`.
+    pub fn os(what: impl Into<String>, errno: Errno) -> Self {
+        Self {
+            kind: ErrorKind::of(errno),
+            what: what.into(),
+            why: format!("{errno:?} ({})", errno.desc()),
+            errno: Some(errno),
+            cure: None,
+        }
+    }
+
+    /// An error of `std::io`, its errno kept where it has one.
+    pub fn io(what: impl Into<String>, error: &std::io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(raw) => Self::os(what, Errno::from_raw(raw)),
+            None => Self::new(ErrorKind::Io, what, error.to_string()),
+        }
+    }
+
+    /// Replaces the reason by a plainer one; the errno, where there is one, stays in front.
+    #[must_use]
+    pub fn because(mut self, why: impl AsRef<str>) -> Self {
+        self.why = match self.errno {
+            Some(errno) => format!("{errno:?}: {}", why.as_ref()),
+            None => why.as_ref().to_owned(),
+        };
+        self
+    }
+
+    /// Adds what the user should do, best as a command to type.
+    #[must_use]
+    pub fn mend(mut self, cure: impl Into<String>) -> Self {
+        self.cure = Some(cure.into());
+        self
+    }
+
+    /// The same error as another kind.
+    #[must_use]
+    pub fn kind_is(mut self, kind: ErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// Class of the error.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// What the kernel answered, if it was the kernel.
+    pub fn errno(&self) -> Option<Errno> {
+        self.errno
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_with_what_why_and_cure() {
+        let error = Error::os("cannot open /dev/vfio/5", Errno::EACCES).mend("run: chown you /dev/vfio/5");
+        assert_eq!(
+            error.to_string(),
+            "cannot open /dev/vfio/5: EACCES (Permission denied); run: chown you /dev/vfio/5"
+        );
+        assert_eq!(error.kind().exit_code(), 77);
+    }
+
+    #[test]
+    fn a_plainer_reason_keeps_the_errno() {
+        let error = Error::os("cannot bind", Errno::EPERM).because("no isolated MSI");
+        assert_eq!(error.to_string(), "cannot bind: EPERM: no isolated MSI");
+        assert_eq!(error.errno(), Some(Errno::EPERM));
+    }
+}

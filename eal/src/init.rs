@@ -1,0 +1,102 @@
+//! The EAL of a process: what its arguments ask for, made.
+
+use std::path::Path;
+
+use crate::args::{EalArgs, IovaMode};
+use crate::error::{Error, ErrorKind, Result};
+use crate::lcore::Lcores;
+use crate::mem::{Backing, Region, hugepages};
+use crate::runtime::RuntimeDir;
+use crate::vfio::Vfio;
+
+/// What every program starts with. Opens no device and takes no memory yet.
+#[derive(Debug)]
+pub struct Eal {
+    /// The arguments.
+    pub args: EalArgs,
+    /// The lcores.
+    pub lcores: Lcores,
+    /// The devices' kernel side.
+    pub vfio: Vfio,
+    _runtime: Option<RuntimeDir>,
+}
+
+impl Eal {
+    /// Starts the log, takes the runtime directory and finds the lcores.
+    ///
+    /// # Errors
+    /// `Busy` when another process runs under the same `--file-prefix`.
+    pub fn init(args: EalArgs) -> Result<Self> {
+        crate::log::init(&args.log_levels)?;
+        args.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+        args.notes.iter().for_each(|note| tracing::info!("{note}"));
+        Ok(Self {
+            lcores: Lcores::new(&args)?,
+            vfio: Vfio::new(args.vf_token),
+            _runtime: RuntimeDir::new(&args)?,
+            args,
+        })
+    }
+
+    /// Where packet memory comes from.
+    pub fn backing(&self) -> Backing {
+        let memory = &self.args.memory;
+        match &memory.huge_dir {
+            _ if memory.no_huge => Backing::SmallPages,
+            _ if memory.in_memory => Backing::HugeAnonymous,
+            Some(dir) => Backing::HugeFile {
+                dir: dir.clone(),
+                name: format!("vireo-{}-{}", self.args.file_prefix, std::process::id()),
+            },
+            None => Backing::HugeMemfd,
+        }
+    }
+
+    /// Reserves packet memory: `-m` megabytes, or the `need` bytes that the program works out.
+    ///
+    /// # Errors
+    /// `Usage` when `-m` is less than `need`, `Os` when the pages are not there.
+    pub fn reserve(&self, need: usize) -> Result<Region> {
+        let asked = self.args.memory.megabytes.map(|megabytes| megabytes as usize * (1 << 20));
+        if asked.is_some_and(|asked| asked < need) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("cannot work with -m {}", self.args.memory.megabytes.unwrap_or(0)),
+                format!("ports and packet buffers need {} MiB", need.div_ceil(1 << 20)),
+            )
+            .mend(format!("give -m {} or leave it out", need.div_ceil(1 << 20))));
+        }
+        Region::new(asked.unwrap_or(need), self.backing())
+    }
+
+    /// One line on the IOVA mode, given whether the ports use physical addresses.
+    ///
+    /// # Errors
+    /// `Usage` when `--iova-mode` asks for what the ports cannot do.
+    pub fn iova_mode(&self, physical: bool) -> Result<IovaMode> {
+        match (self.args.iova_mode, physical) {
+            (None | Some(IovaMode::Pa), true) => Ok(IovaMode::Pa),
+            (None | Some(IovaMode::Va), false) => Ok(IovaMode::Va),
+            (Some(asked), _) => Err(Error::new(
+                ErrorKind::Usage,
+                format!("cannot use --iova-mode {asked:?}").to_lowercase(),
+                if physical {
+                    "without an IOMMU NICs use physical addresses"
+                } else {
+                    "NICs behind an IOMMU use IOVAs"
+                },
+            )
+            .mend("leave --iova-mode out")),
+        }
+    }
+
+    /// One line on the machine's hugepages, for the start-up report.
+    pub fn hugepages_line() -> String {
+        let sizes: Vec<String> = hugepages(Path::new("/sys"))
+            .iter()
+            .filter(|pages| pages.total > 0)
+            .map(|pages| format!("{} of {} free of {} KiB", pages.free, pages.total, pages.page_size >> 10))
+            .collect();
+        if sizes.is_empty() { "none".into() } else { sizes.join(", ") }
+    }
+}

@@ -1,0 +1,415 @@
+//! Lcores: pinned threads, one of them the main thread; and the flag that stops them.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
+
+use core_affinity::CoreId;
+use crossbeam::utils::CachePadded;
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::low_level;
+
+use crate::args::{EalArgs, LcoreSpec, ranges};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The lcores of the program, as `--lcores` and `--main-lcore` have them.
+#[derive(Debug)]
+pub struct Lcores {
+    main: LcoreSpec,
+    workers: Vec<Worker>,
+}
+
+#[derive(Debug)]
+struct Worker {
+    spec: LcoreSpec,
+    busy: Arc<AtomicBool>,
+}
+
+/// What a function knows of the lcore that it runs on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LcoreContext {
+    /// Number of the lcore.
+    pub id: u32,
+    /// Cpus that its thread is pinned to.
+    pub cpus: Vec<usize>,
+    /// Whether it is the main lcore.
+    pub main: bool,
+}
+
+/// A function at work on a worker lcore; dropping it leaves the function running.
+#[derive(Debug)]
+pub struct Handle<'scope, T> {
+    id: u32,
+    thread: Thread<'scope, T>,
+}
+
+#[derive(Debug)]
+enum Thread<'scope, T> {
+    Free(JoinHandle<Option<T>>),
+    Scoped(ScopedJoinHandle<'scope, Option<T>>),
+}
+
+/// `None` when the thread could not be pinned, which whoever launched it has heard of.
+type Body<'scope, T> = Box<dyn FnOnce() -> Option<T> + Send + 'scope>;
+
+impl Lcores {
+    /// The lcores of `args`; starts and pins nothing.
+    ///
+    /// # Errors
+    /// `Usage` when `main_lcore` is none of `lcores`.
+    pub fn new(args: &EalArgs) -> Result<Self> {
+        let (mut main, workers): (Vec<_>, Vec<_>) =
+            args.lcores.iter().cloned().partition(|spec| spec.id == args.main_lcore);
+        let main = main.pop().ok_or_else(|| {
+            Error::new(ErrorKind::Usage, format!("main lcore {}", args.main_lcore), "not one of the lcores")
+        })?;
+        Ok(Self {
+            main,
+            workers: workers.into_iter().map(|spec| Worker { spec, busy: Arc::default() }).collect(),
+        })
+    }
+
+    /// Id of the main lcore.
+    pub fn main_id(&self) -> u32 {
+        self.main.id
+    }
+
+    /// Ids of the other lcores, ascending.
+    pub fn worker_ids(&self) -> impl Iterator<Item = u32> {
+        self.workers.iter().map(|worker| worker.spec.id)
+    }
+
+    /// Number of lcores, the main one among them.
+    pub fn count(&self) -> usize {
+        1 + self.workers.len()
+    }
+
+    /// Runs `function` on the main lcore: in the calling thread, which stays pinned.
+    ///
+    /// # Errors
+    /// When the thread cannot be pinned.
+    pub fn run_main<T>(&self, function: impl FnOnce(LcoreContext) -> T) -> Result<T> {
+        pin(&self.main)?;
+        Ok(function(context(&self.main, true)))
+    }
+
+    /// Starts `function` in a thread `vireo-workerID` pinned to the cpus of worker `id`.
+    ///
+    /// # Errors
+    /// `Usage` when `id` is no worker, `Busy` when a function runs there, `Os` when there can be no such thread.
+    pub fn launch<T: Send + 'static>(
+        &self,
+        id: u32,
+        function: impl FnOnce(LcoreContext) -> T + Send + 'static,
+    ) -> Result<Handle<'static, T>> {
+        self.start(id, function, |builder, body| builder.spawn(body).map(Thread::Free))
+    }
+
+    /// As [`launch`](Self::launch), for a function that borrows: `std::thread::scope` waits for it.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub fn launch_in<'scope, T: Send + 'scope>(
+        &self,
+        scope: &'scope Scope<'scope, '_>,
+        id: u32,
+        function: impl FnOnce(LcoreContext) -> T + Send + 'scope,
+    ) -> Result<Handle<'scope, T>> {
+        self.start(id, function, |builder, body| builder.spawn_scoped(scope, body).map(Thread::Scoped))
+    }
+
+    fn start<'scope, T, F, S>(&self, id: u32, function: F, spawn: S) -> Result<Handle<'scope, T>>
+    where
+        T: 'scope,
+        F: FnOnce(LcoreContext) -> T + Send + 'scope,
+        S: FnOnce(Builder, Body<'scope, T>) -> std::io::Result<Thread<'scope, T>>,
+    {
+        let what = || format!("cannot launch on lcore {id}");
+        let worker = self.workers.iter().find(|worker| worker.spec.id == id).ok_or_else(|| {
+            let ids = ranges(&self.worker_ids().map(|id| id as usize).collect::<Vec<_>>());
+            Error::new(ErrorKind::Usage, what(), format!("not one of the workers ({ids})"))
+        })?;
+        if worker.busy.swap(true, Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Busy, what(), "a function runs there"));
+        }
+        let release = Release(worker.busy.clone());
+        let spec = worker.spec.clone();
+        let (pinned, is_pinned) = sync_channel(1);
+        let body = move || {
+            let _release = release;
+            let result = pin(&spec);
+            let go = result.is_ok();
+            // The receiver waits for exactly this message.
+            let _ = pinned.send(result);
+            go.then(|| function(context(&spec, false)))
+        };
+        let thread = spawn(Builder::new().name(format!("vireo-worker{id}")), Box::new(body))
+            .map_err(|error| Error::io(what(), &error))?;
+        is_pinned.recv().map_err(|_| Error::new(ErrorKind::Os, what(), "the thread ended early"))??;
+        Ok(Handle { id, thread })
+    }
+}
+
+impl<T> Handle<'_, T> {
+    /// Number of the lcore.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Whether [`join`](Self::join) would return at once.
+    pub fn is_finished(&self) -> bool {
+        match &self.thread {
+            Thread::Free(thread) => thread.is_finished(),
+            Thread::Scoped(thread) => thread.is_finished(),
+        }
+    }
+
+    /// Waits for the function and returns what it returned.
+    ///
+    /// # Errors
+    /// `Protocol` (70) with the message of its panic, if it panicked.
+    pub fn join(self) -> Result<T> {
+        let result = match self.thread {
+            Thread::Free(thread) => thread.join(),
+            Thread::Scoped(thread) => thread.join(),
+        };
+        let failed = |why| Error::new(ErrorKind::Protocol, format!("lcore {}", self.id), why);
+        match result {
+            Ok(value) => value.ok_or_else(|| failed("it was not pinned".into())),
+            Err(panic) => Err(failed(format!("its thread panicked: {}", message(&*panic)))),
+        }
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
+/// Frees the lcore for the next function, also when the last one panicked.
+struct Release(Arc<AtomicBool>);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+fn context(spec: &LcoreSpec, main: bool) -> LcoreContext {
+    LcoreContext { id: spec.id, cpus: spec.cpus.clone(), main }
+}
+
+/// Pins the calling thread.
+fn pin(spec: &LcoreSpec) -> Result<()> {
+    let pinned = match spec.cpus[..] {
+        [cpu] if core_affinity::set_for_current(CoreId { id: cpu }) => Ok(()),
+        // The crate says only that it failed; the kernel's reason is still in errno.
+        [_] => Err(Errno::last()),
+        _ => {
+            let mut set = CpuSet::new();
+            let filled = spec.cpus.iter().try_for_each(|cpu| set.set(*cpu));
+            filled.and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
+        }
+    };
+    pinned.map_err(|errno| {
+        Error::os(format!("cannot pin lcore {} to cpus {}", spec.id, ranges(&spec.cpus)), errno)
+            .mend("compare -l with: taskset -cp $$")
+    })
+}
+
+/// Asks all lcores to stop; its clones are one flag.
+#[derive(Clone, Debug, Default)]
+pub struct StopFlag {
+    /// 0, `ASKED`, or the signal that came; alone on its cache line, for every lcore polls it.
+    state: Arc<CachePadded<AtomicI32>>,
+}
+
+const ASKED: i32 = -1;
+
+impl StopFlag {
+    /// Exit code of a program that a second signal ends.
+    pub const EXIT_CODE: i32 = 130;
+
+    /// A flag that only the program sets.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A flag that SIGINT and SIGTERM set too; the second of them ends the process at once, with
+    /// [`EXIT_CODE`](Self::EXIT_CODE). The handlers stay for good.
+    ///
+    /// # Errors
+    /// `Os` when the handlers cannot be installed.
+    pub fn on_signals() -> Result<Self> {
+        let flag = Self::default();
+        for signal in [SIGINT, SIGTERM] {
+            let state = flag.state.clone();
+            let handler = move || {
+                if state.swap(signal, Ordering::Relaxed) > 0 {
+                    low_level::exit(Self::EXIT_CODE);
+                }
+            };
+            // SAFETY: the handler does an atomic swap and `_exit`, both async-signal-safe, and cannot panic.
+            unsafe { low_level::register(signal, handler) }
+                .map_err(|error| Error::io(format!("cannot handle signal {signal}"), &error))?;
+        }
+        Ok(flag)
+    }
+
+    /// Asks to stop.
+    pub fn set(&self) {
+        // A signal that came first stays on record.
+        let _ = self.state.compare_exchange(0, ASKED, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Whether to stop: one relaxed load.
+    #[inline]
+    pub fn is_set(&self) -> bool {
+        self.state.load(Ordering::Relaxed) != 0
+    }
+
+    /// Number of the signal that came last, if one came.
+    pub fn signal(&self) -> Option<i32> {
+        Some(self.state.load(Ordering::Relaxed)).filter(|state| *state > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use nix::sched::sched_getaffinity;
+    use nix::sys::signal::{Signal, raise};
+
+    use super::*;
+    use crate::args::{Outcome, Program, allowed_cpus, parse};
+
+    /// Lcores 0 to 2: the last one on all cpus, the others on the first.
+    fn lcores() -> Lcores {
+        let cpus = allowed_cpus().unwrap();
+        let list = format!("0@{first},1@{first},2@({all})", first = cpus[0], all = ranges(&cpus));
+        let argv = ["x", "-l", &list, "--main-lcore", "1"].map(Into::into);
+        match parse(argv, &Program::default()).unwrap() {
+            Outcome::Run(parsed) => Lcores::new(&parsed.eal).unwrap(),
+            Outcome::Print(text) => panic!("{text}"),
+        }
+    }
+
+    fn my_cpus() -> Vec<usize> {
+        let set = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap()).collect()
+    }
+
+    #[test]
+    fn workers_are_pinned_and_named() {
+        let lcores = lcores();
+        assert_eq!(lcores.main_id(), 1);
+        assert_eq!(lcores.worker_ids().collect::<Vec<_>>(), [0, 2]);
+        assert_eq!(lcores.count(), 3);
+        for id in lcores.worker_ids() {
+            let handle = lcores
+                .launch(id, |context| {
+                    let name = std::thread::current().name().map(str::to_owned);
+                    (context.cpus == my_cpus(), context.main, name)
+                })
+                .unwrap();
+            assert_eq!(handle.id(), id);
+            assert_eq!(handle.join(), Ok((true, false, Some(format!("vireo-worker{id}")))));
+        }
+    }
+
+    #[test]
+    fn the_main_lcore_is_the_calling_thread() {
+        std::thread::spawn(|| {
+            let caller = std::thread::current().id();
+            let lcores = lcores();
+            let same = lcores.run_main(|context| {
+                assert_eq!((context.id, context.main), (1, true));
+                assert_eq!(my_cpus(), context.cpus);
+                std::thread::current().id()
+            });
+            assert_eq!(same, Ok(caller));
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn a_worker_can_borrow() {
+        let lcores = lcores();
+        let stop = StopFlag::new();
+        let words = ["a".to_owned()];
+        std::thread::scope(|scope| {
+            let handle = lcores
+                .launch_in(scope, 0, |_| {
+                    while !stop.is_set() {
+                        std::thread::yield_now();
+                    }
+                    words[0].as_str()
+                })
+                .unwrap();
+            assert!(!handle.is_finished());
+            let error = lcores.launch_in(scope, 0, |_| ()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Busy);
+            stop.set();
+            assert_eq!(handle.join(), Ok("a"));
+        });
+        assert_eq!(stop.signal(), None);
+    }
+
+    #[test]
+    fn a_panic_is_an_error_and_frees_the_lcore() {
+        let lcores = lcores();
+        let handle = lcores.launch(2, |_| panic!("index {}", 7)).unwrap();
+        assert_eq!(handle.join().unwrap_err().to_string(), "lcore 2: its thread panicked: index 7");
+        assert_eq!(lcores.launch(2, |context| context.id).unwrap().join(), Ok(2));
+    }
+
+    #[test]
+    fn what_is_no_worker() {
+        let error = lcores().launch(1, |_| ()).unwrap_err();
+        assert_eq!(error.to_string(), "cannot launch on lcore 1: not one of the workers (0,2)");
+    }
+
+    #[test]
+    fn a_cpu_that_is_not_there_fails_at_launch() {
+        let spec = |id, cpus| LcoreSpec { id, cpus };
+        for cpus in [vec![1023], vec![1022, 1023]] {
+            let workers = vec![Worker { spec: spec(1, cpus), busy: Arc::default() }];
+            let lcores = Lcores { main: spec(0, vec![0]), workers };
+            let error = lcores.launch(1, |_| ()).unwrap_err();
+            assert_eq!(error.errno(), Some(Errno::EINVAL), "{error}");
+        }
+    }
+
+    /// Runs in a process of its own, for handlers are for good: see the test below.
+    #[test]
+    #[ignore = "run by a_second_signal_ends_the_process"]
+    fn child_that_signals_itself() {
+        let flag = StopFlag::on_signals().unwrap();
+        assert!(!flag.is_set());
+        flag.set();
+        assert_eq!((flag.is_set(), flag.signal()), (true, None));
+        raise(Signal::SIGTERM).unwrap();
+        assert_eq!((flag.is_set(), flag.signal()), (true, Some(SIGTERM)));
+        flag.set();
+        assert_eq!(flag.signal(), Some(SIGTERM));
+        raise(Signal::SIGINT).unwrap();
+    }
+
+    #[test]
+    fn a_second_signal_ends_the_process() {
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "lcore::tests::child_that_signals_itself", "--ignored", "--quiet"])
+            .output()
+            .unwrap()
+            .status;
+        assert_eq!((status.code(), status.signal()), (Some(StopFlag::EXIT_CODE), None));
+    }
+}

@@ -1,0 +1,31 @@
+//! Environment abstraction layer of Vireo: what a NIC driver in user space needs of Linux.
+//!
+//! | module | what it does | kernel's word for it |
+//! |---|---|---|
+//! | [`args`] | EAL arguments | – |
+//! | [`lcore`] | pinned threads and the stop flag | `sched_setaffinity` |
+//! | [`mem`] | pages for DMA | hugetlb, memfd |
+//! | [`dma`] | device addresses, descriptor rings, packet buffers | IOVA |
+//! | [`iommufd`] | I/O page tables, without VFIO or PCI | `/dev/iommu` |
+//! | [`vfio`] | devices, in any of the modes | `/dev/vfio` |
+//! | [`mmio`] | registers and doorbells | BAR |
+//!
+//! All `unsafe` of Vireo is in this crate; the others forbid it.
+
+pub mod args;
+pub mod bdf;
+pub mod clock;
+pub mod dma;
+pub mod error;
+mod init;
+pub mod ioctl;
+pub mod iommufd;
+pub mod lcore;
+pub mod log;
+pub mod mem;
+pub mod mmio;
+pub mod runtime;
+pub mod vfio;
+
+pub use error::{Error, ErrorKind, Result};
+pub use init::Eal;

@@ -1,0 +1,249 @@
+//! Log on standard error: `EAL: message`, with DPDK's levels and names of types.
+
+use std::fmt;
+use std::io::IsTerminal;
+use std::str::FromStr;
+
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::filter::{FilterFn, LevelFilter};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::args::quoted;
+use crate::error::{Error, ErrorKind, Result};
+
+/// DPDK's level names; the first has number 1.
+const NAMES: [&str; 8] = ["emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"];
+
+/// Level of types that no `--log-level` names: info.
+const DEFAULT_LEVEL: u8 = 7;
+
+/// One `--log-level [TYPE:]LEVEL`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogLevel {
+    /// Types it holds for, with `*` and `?`; all when absent.
+    pub pattern: Option<String>,
+    /// DPDK's number: 1 (emergency) to 8 (debug).
+    pub level: u8,
+}
+
+impl FromStr for LogLevel {
+    type Err = Error;
+
+    /// Reads `[TYPE:]LEVEL`; the level is a number, a name or the first letters of one.
+    fn from_str(text: &str) -> Result<Self> {
+        let wrong = |why: &str| Error::new(ErrorKind::Usage, format!("--log-level {}", quoted(text)), why);
+        if text.contains(',') {
+            return Err(wrong("regular expressions are not supported").mend("write TYPE:LEVEL with * and ?"));
+        }
+        let (pattern, name) = match text.rsplit_once(':') {
+            Some((pattern, name)) => (Some(pattern.to_owned()), name),
+            None => (None, text),
+        };
+        let by_name = || NAMES.iter().position(|known| !name.is_empty() && known.starts_with(name));
+        let number = name.parse().ok().or_else(|| by_name().map(|index| index as u8 + 1));
+        match number.filter(|level| (1..=8).contains(level)) {
+            Some(level) => Ok(Self { pattern, level }),
+            None => {
+                Err(wrong("there is no such level")
+                    .mend(format!("use 1 to 8 or one of {}", NAMES.join(", "))))
+            }
+        }
+    }
+}
+
+/// Text of `--log-level help`.
+pub fn help() -> String {
+    let names: String =
+        NAMES.iter().enumerate().map(|(index, name)| format!("  {} {name}\n", index + 1)).collect();
+    format!(
+        "Levels (first letters suffice):\n{names}\
+         Types: lib.eal, lib.eal.vfio, lib.eal.iommufd, bus.pci, pmd.net.virtio, pmd.net.e1000, user.PROGRAM\n\
+         A type holds for those below it: --log-level lib.eal:debug --log-level 'pmd.*:warning'\n\
+         Of several that match, the last one counts.\n"
+    )
+}
+
+/// Starts the log of the process: to standard error, in colours on a terminal (unless `NO_COLOR` is set).
+///
+/// # Errors
+/// `Usage` when the process has a log already.
+pub fn init(levels: &[LogLevel]) -> Result<()> {
+    let colours =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let most = levels.iter().map(|level| level.level).chain([DEFAULT_LEVEL]).max();
+    let levels = levels.to_vec();
+    let filter = FilterFn::new(move |metadata: &Metadata<'_>| enabled(&levels, metadata))
+        .with_max_level_hint(LevelFilter::from_level(verbosity(most.unwrap_or(DEFAULT_LEVEL))));
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        // It reports a failed write by a write to standard error, which panics when that is a closed pipe.
+        .log_internal_errors(false)
+        .event_format(Line)
+        .with_filter(filter);
+    tracing_subscriber::registry()
+        .with(layer)
+        .try_init()
+        .map_err(|_| Error::new(ErrorKind::Usage, "cannot start the log", "the process has one already"))
+}
+
+fn verbosity(level: u8) -> Level {
+    match level {
+        0..=4 => Level::ERROR,
+        5 | 6 => Level::WARN,
+        7 => Level::INFO,
+        _ => Level::DEBUG,
+    }
+}
+
+fn enabled(levels: &[LogLevel], metadata: &Metadata<'_>) -> bool {
+    let name = log_type(metadata.target());
+    let holds = |level: &&LogLevel| level.pattern.as_ref().is_none_or(|pattern| covers(pattern, &name));
+    let level = levels.iter().rev().find(holds).map_or(DEFAULT_LEVEL, |level| level.level);
+    *metadata.level() <= verbosity(level)
+}
+
+/// DPDK-like name of a module: `vireo_eal::vfio` is `lib.eal.vfio`.
+fn log_type(target: &str) -> String {
+    let dotted = target.replace("::", ".");
+    let rest = dotted.strip_prefix("vireo_").unwrap_or(&dotted);
+    for (krate, name) in [("eal", "lib.eal"), ("bus_pci", "bus.pci"), ("drivers", "pmd.net")] {
+        if let Some(module) = rest.strip_prefix(krate)
+            && (module.is_empty() || module.starts_with('.'))
+        {
+            return format!("{name}{module}");
+        }
+    }
+    format!("user.{rest}")
+}
+
+/// Whether `pattern` matches `name` or one of the types above it.
+fn covers(pattern: &str, name: &str) -> bool {
+    let above = name.match_indices('.').map(|(dot, _)| &name[..dot]);
+    above.chain([name]).any(|name| glob(pattern.as_bytes(), name.as_bytes()))
+}
+
+/// Whether all of `text` matches `pattern`; linear in space and at worst quadratic in time.
+fn glob(pattern: &[u8], text: &[u8]) -> bool {
+    let (mut p, mut t) = (0, 0);
+    let mut retry = None;
+    while t < text.len() {
+        if pattern.get(p) == Some(&b'*') {
+            p += 1;
+            retry = Some((p, t));
+        } else if pattern.get(p).is_some_and(|byte| *byte == b'?' || *byte == text[t]) {
+            (p, t) = (p + 1, t + 1);
+        } else if let Some((after_star, from)) = retry {
+            (p, t) = (after_star, from + 1);
+            retry = Some((p, t));
+        } else {
+            return false;
+        }
+    }
+    pattern[p..].iter().all(|byte| *byte == b'*')
+}
+
+/// Who speaks, for the start of a line.
+fn speaker(target: &str) -> String {
+    let mut parts = target.split("::");
+    let krate = parts.next().unwrap_or_default();
+    match krate {
+        "vireo_bus_pci" => "PCI".into(),
+        "vireo_drivers" => parts.next().unwrap_or("net").to_uppercase(),
+        _ => krate.strip_prefix("vireo_").unwrap_or(krate).to_uppercase(),
+    }
+}
+
+struct Line;
+
+impl<S, N> FormatEvent<S, N> for Line
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        ctx: &FmtContext<'_, S, N>,
+        mut out: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        write!(out, "{}: ", speaker(event.metadata().target()))?;
+        let (word, colour) = match *event.metadata().level() {
+            Level::ERROR => ("error: ", "\x1b[1;31m"),
+            Level::WARN => ("warning: ", "\x1b[33m"),
+            Level::INFO => ("", ""),
+            _ => ("debug: ", "\x1b[2m"),
+        };
+        if out.has_ansi_escapes() && !word.is_empty() {
+            write!(out, "{colour}{word}\x1b[0m")?;
+        } else {
+            out.write_str(word)?;
+        }
+        ctx.format_fields(out.by_ref(), event)?;
+        writeln!(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn levels_by_number_name_and_first_letters() {
+        let all = |level| LogLevel { pattern: None, level };
+        for (text, level) in [("8", 8), ("debug", 8), ("d", 8), ("emerg", 1), ("1", 1), ("warn", 5)] {
+            assert_eq!(text.parse(), Ok(all(level)));
+        }
+        assert_eq!("lib.*:notice".parse(), Ok(LogLevel { pattern: Some("lib.*".into()), level: 6 }));
+        for text in ["", "0", "9", "x", "lib.eal:", "lib.eal:-1", "lib.eal,8", "Debug", "999999999999"] {
+            let error = text.parse::<LogLevel>().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage, "{text}");
+        }
+    }
+
+    #[test]
+    fn modules_have_names_like_those_of_dpdk() {
+        assert_eq!(log_type("vireo_eal::vfio::group"), "lib.eal.vfio.group");
+        assert_eq!(log_type("vireo_bus_pci"), "bus.pci");
+        assert_eq!(log_type("vireo_drivers::virtio"), "pmd.net.virtio");
+        assert_eq!(log_type("vireo_l2fwd"), "user.l2fwd");
+        assert_eq!(log_type("vireo_ealing"), "user.ealing");
+        assert_eq!(speaker("vireo_eal::vfio"), "EAL");
+        assert_eq!(speaker("vireo_drivers::e1000::rx"), "E1000");
+        assert_eq!(speaker("vireo_l2fwd"), "L2FWD");
+    }
+
+    #[test]
+    fn a_type_covers_those_below_it() {
+        assert!(covers("lib.eal", "lib.eal.vfio"));
+        assert!(covers("lib.*", "lib.eal"));
+        assert!(covers("*.vfio", "lib.eal.vfio.group"));
+        assert!(covers("pmd.net.e1???", "pmd.net.e1000"));
+        assert!(!covers("lib.ea", "lib.eal"));
+        assert!(!covers("", "lib.eal"));
+    }
+
+    proptest! {
+        #[test]
+        fn a_glob_without_wildcards_is_equality(a in "[ab.]{0,6}", b in "[ab.]{0,6}") {
+            prop_assert_eq!(glob(a.as_bytes(), b.as_bytes()), a == b);
+        }
+
+        #[test]
+        fn a_star_stands_for_anything(a in "[ab]{0,6}", b in "[ab]{0,6}", c in "[ab]{0,6}") {
+            let pattern = format!("{a}*{c}");
+            let text = format!("{a}{b}{c}");
+            prop_assert!(glob(pattern.as_bytes(), text.as_bytes()));
+        }
+
+        #[test]
+        fn no_text_panics(text: String) {
+            let _ = text.parse::<LogLevel>();
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! Pages for DMA: one mapping per region, in one of four backings.
+
+use std::alloc::Layout;
+use std::ffi::c_void;
+use std::fs::{File, OpenOptions};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+
+use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use nix::unistd::ftruncate;
+
+use super::hugepages::hugepages;
+use crate::error::{Error, ErrorKind, Result};
+
+const SMALL_PAGE: usize = 4096;
+
+/// Where the pages of a [`Region`] come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// A hugetlb memfd: hugepages without a mount, that another process can map by its descriptor.
+    HugeMemfd,
+    /// A file on a hugetlbfs mount (`--huge-dir`); removed as soon as it is mapped.
+    HugeFile {
+        /// The mount.
+        dir: PathBuf,
+        /// Name of the file in it.
+        name: String,
+    },
+    /// Private anonymous hugepages (`--in-memory`), by `hugepage-rs`.
+    HugeAnonymous,
+    /// A memfd of 4 KiB pages (`--no-huge`).
+    SmallPages,
+}
+
+impl Backing {
+    /// Name for the start-up report.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::HugeMemfd => "hugetlb memfd",
+            Self::HugeFile { .. } => "hugetlbfs file",
+            Self::HugeAnonymous => "anonymous hugepages",
+            Self::SmallPages => "memfd of 4 KiB pages",
+        }
+    }
+}
+
+/// Contiguous virtual memory that a device may reach.
+///
+/// It hands out no references into itself: a device may write it at any time. Everything goes through
+/// [`DmaRing`](crate::dma::DmaRing) and [`PoolCache`](crate::dma::PoolCache).
+#[derive(Debug)]
+pub struct Region {
+    address: NonNull<u8>,
+    len: usize,
+    page_size: usize,
+    fd: Option<OwnedFd>,
+    backing: Backing,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and is reached through atomics and raw
+// copies only.
+unsafe impl Send for Region {}
+// SAFETY: as above; `&Region` gives no access that is not an atomic or a raw copy.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Reserves and faults in at least `len` bytes, rounded up to whole pages of `backing`.
+    ///
+    /// # Errors
+    /// `Os` when the pages are not there, with what is free and the command that reserves more.
+    pub fn new(len: usize, backing: Backing) -> Result<Self> {
+        let page_size = match backing {
+            Backing::SmallPages => SMALL_PAGE,
+            _ => default_hugepage_size()?,
+        };
+        let len = len
+            .max(1)
+            .checked_next_multiple_of(page_size)
+            .filter(|len| isize::try_from(*len).is_ok())
+            .ok_or_else(|| Error::new(ErrorKind::Usage, "cannot reserve memory", "the size is too large"))?;
+        if backing != Backing::SmallPages {
+            check_free(len, page_size)?;
+        }
+        match &backing {
+            Backing::HugeAnonymous => Self::anonymous(len, page_size),
+            Backing::HugeMemfd => {
+                let fd = memfd_create(c"vireo", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB)
+                    .map_err(|errno| Error::os("cannot create a hugetlb memfd", errno))?;
+                Self::from_fd(fd, len, page_size, backing)
+            }
+            Backing::SmallPages => {
+                let fd = memfd_create(c"vireo", MFdFlags::MFD_CLOEXEC)
+                    .map_err(|errno| Error::os("cannot create a memfd", errno))?;
+                Self::from_fd(fd, len, page_size, backing)
+            }
+            Backing::HugeFile { dir, name } => {
+                let path = dir.join(name);
+                let file = open_huge_file(dir, &path)?;
+                let region = Self::from_fd(file.into(), len, page_size, backing.clone());
+                // The mapping keeps the pages; with the name gone a killed process leaves none behind.
+                std::fs::remove_file(&path)
+                    .map_err(|error| Error::io(format!("cannot remove {}", path.display()), &error))?;
+                region
+            }
+        }
+    }
+
+    fn from_fd(fd: OwnedFd, len: usize, page_size: usize, backing: Backing) -> Result<Self> {
+        let what = || format!("cannot reserve {} MiB as {}", len.div_ceil(1 << 20), backing.name());
+        ftruncate(&fd, len as i64).map_err(|errno| Error::os(what(), errno))?;
+        let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what(), Errno::EINVAL))?;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let address = unsafe {
+            mmap(
+                None,
+                length,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
+                &fd,
+                0,
+            )
+        }
+        .map_err(|errno| no_pages(Error::os(what(), errno), len, page_size))?;
+        let region = Self { address: address.cast(), len, page_size, fd: Some(fd), backing };
+        region.keep_out_of_core_dumps();
+        Ok(region)
+    }
+
+    fn anonymous(len: usize, page_size: usize) -> Result<Self> {
+        let what = "cannot reserve anonymous hugepages";
+        let layout = Layout::from_size_align(len, page_size)
+            .map_err(|_| Error::new(ErrorKind::Os, what, "the size is too large"))?;
+        // SAFETY: `len` is at least one page, so the layout's size is not zero.
+        let pointer = unsafe { hugepage_rs::alloc(layout) };
+        let address =
+            NonNull::new(pointer).ok_or_else(|| no_pages(Error::os(what, Errno::ENOMEM), len, page_size))?;
+        let region = Self { address, len, page_size, fd: None, backing: Backing::HugeAnonymous };
+        // `check_free` saw the pages, but only a write takes them: without it a later fault would be SIGBUS.
+        populate(region.address.cast(), len)
+            .map_err(|errno| no_pages(Error::os(what, errno), len, page_size))?;
+        region.keep_out_of_core_dumps();
+        Ok(region)
+    }
+
+    fn keep_out_of_core_dumps(&self) {
+        // SAFETY: the range is this region's own mapping, and the advice changes no content.
+        let result = unsafe { madvise(self.address.cast(), self.len, MmapAdvise::MADV_DONTDUMP) };
+        if let Err(errno) = result {
+            tracing::debug!("packet memory stays in core dumps: {errno}");
+        }
+    }
+
+    /// Length in bytes, a multiple of the page size.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// False: a region has at least one page.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes that are certainly contiguous in physical memory.
+    pub fn page_size(&self) -> usize {
+        self.page_size
+    }
+
+    /// Where the pages come from.
+    pub fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    /// The file behind the pages, for `IOMMU_IOAS_MAP_FILE` and for other processes; none with `--in-memory`.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// First byte, valid for [`Region::len`] bytes while the region lives.
+    pub(crate) fn as_ptr(&self) -> NonNull<u8> {
+        self.address
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: `address` and `len` describe a mapping that this value made and that nothing else unmaps;
+        // whoever points into the region holds an `Arc` of it.
+        if let Err(errno) = unsafe { munmap(self.address.cast::<c_void>(), self.len) } {
+            tracing::error!("cannot unmap {} bytes of packet memory: {errno}", self.len);
+        }
+    }
+}
+
+fn default_hugepage_size() -> Result<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo")
+        .map_err(|error| Error::io("cannot read /proc/meminfo", &error))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("Hugepagesize:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|kilobytes| kilobytes.trim().parse::<usize>().ok())
+        .map(|kilobytes| kilobytes * 1024)
+        .ok_or_else(|| {
+            Error::new(ErrorKind::Unavailable, "no hugepages", "this kernel has no hugetlb support")
+                .mend("run with --no-huge")
+        })
+}
+
+/// Hugepage mappings of a memfd are reserved at `mmap`, but the error does not say what was short.
+fn check_free(len: usize, page_size: usize) -> Result<()> {
+    let free = hugepages(Path::new("/sys"))
+        .into_iter()
+        .find(|pages| pages.page_size == page_size)
+        .map_or(0, |pages| pages.free);
+    if free * page_size >= len {
+        return Ok(());
+    }
+    let what = format!("cannot reserve {} MiB of hugepages", len >> 20);
+    Err(no_pages(Error::new(ErrorKind::Os, what, ""), len, page_size))
+}
+
+fn no_pages(error: Error, len: usize, page_size: usize) -> Error {
+    if page_size == SMALL_PAGE {
+        return error.mend("free memory, or ask for less with -m MB");
+    }
+    let pages = hugepages(Path::new("/sys")).into_iter().find(|pages| pages.page_size == page_size);
+    let (total, free) = pages.map_or((0, 0), |pages| (pages.total, pages.free));
+    let need = len / page_size;
+    error
+        .because(format!("{need} pages of {} KiB are needed and {free} of {total} are free", page_size >> 10))
+        .mend(format!(
+            "run: sysctl vm.nr_hugepages={}, or run with --no-huge",
+            total - free.min(total) + need
+        ))
+}
+
+fn open_huge_file(dir: &Path, path: &Path) -> Result<File> {
+    let statfs = nix::sys::statfs::statfs(dir).map_err(|errno| {
+        Error::os(format!("cannot use --huge-dir {}", dir.display()), errno)
+            .mend(format!("run: mkdir -p {0} && mount -t hugetlbfs none {0}", dir.display()))
+    })?;
+    if statfs.filesystem_type() != nix::sys::statfs::HUGETLBFS_MAGIC {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("cannot use --huge-dir {}", dir.display()),
+            "it is not a hugetlbfs mount",
+        )
+        .mend(format!("run: mount -t hugetlbfs none {}", dir.display())));
+    }
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .map_err(|error| Error::io(format!("cannot create {}", path.display()), &error))
+}
+
+fn populate(address: NonNull<c_void>, len: usize) -> std::result::Result<(), Errno> {
+    // SAFETY: the range is a mapping of ours with read and write permission, not yet shared with anyone.
+    unsafe { madvise(address, len, MmapAdvise::MADV_POPULATE_WRITE) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_pages_round_up() {
+        let region = Region::new(5000, Backing::SmallPages).unwrap();
+        assert_eq!((region.len(), region.page_size()), (8192, 4096));
+        assert!(region.fd().is_some());
+    }
+
+    #[test]
+    fn sizes_beyond_the_address_space_are_refused() {
+        assert_eq!(Region::new(usize::MAX, Backing::SmallPages).unwrap_err().kind(), ErrorKind::Usage);
+    }
+
+    #[test]
+    fn missing_hugepages_name_the_command() {
+        let error = check_free(1 << 50, 2 << 20).unwrap_err();
+        assert!(error.to_string().contains("sysctl vm.nr_hugepages="), "{error}");
+    }
+}

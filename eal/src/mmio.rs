@@ -1,0 +1,280 @@
+//! Device registers: a [`Bar`] for set-up, a [`Doorbell`] for the packet path.
+
+use std::fmt;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+
+use crate::dma::dma_wmb;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Registers that a program plays instead of a device, for tests without hardware.
+///
+/// Offsets are bytes from the start of the BAR, sizes 1, 2, 4 or 8 bytes.
+pub trait Registers: Send + Sync {
+    /// Answers a read.
+    fn read(&self, offset: u64, size: usize) -> u64;
+    /// Takes a write.
+    fn write(&self, offset: u64, size: usize, value: u64);
+}
+
+/// Base address register of a device: its registers, mapped where the kernel allows it and reached by
+/// `pread`/`pwrite` on the device's descriptor where it does not (I/O ports, the MSI-X table).
+#[derive(Clone, Debug)]
+pub struct Bar(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    size: u64,
+    backing: Backing,
+}
+
+enum Backing {
+    Device { mapped: Vec<MappedRange>, file: File, file_offset: u64 },
+    Emulated { registers: Arc<dyn Registers>, doorbells: Arc<DoorbellPage> },
+}
+
+impl fmt::Debug for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Device { mapped, .. } => f.debug_list().entries(mapped.iter().map(|m| &m.range)).finish(),
+            Self::Emulated { .. } => f.write_str("emulated"),
+        }
+    }
+}
+
+/// Part of a BAR that is mapped; unmapped on drop.
+#[derive(Debug)]
+pub(crate) struct MappedRange {
+    range: Range<u64>,
+    address: NonNull<u8>,
+}
+
+// SAFETY: device registers belong to the process; access to them is volatile, whole words only.
+unsafe impl Send for MappedRange {}
+// SAFETY: as above; the device orders concurrent accesses.
+unsafe impl Sync for MappedRange {}
+
+impl MappedRange {
+    /// Maps `range` of the region that starts at `file_offset` in the device's file.
+    pub(crate) fn new(file: &File, file_offset: u64, range: Range<u64>) -> nix::Result<Self> {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+        let len = usize::try_from(range.end - range.start)
+            .ok()
+            .and_then(std::num::NonZeroUsize::new)
+            .ok_or(nix::errno::Errno::EINVAL)?;
+        let offset = i64::try_from(file_offset + range.start).map_err(|_| nix::errno::Errno::EOVERFLOW)?;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let address = unsafe {
+            mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, file, offset)
+        }?;
+        Ok(Self { range, address: address.cast() })
+    }
+
+    /// Address of `size` bytes at `offset` of the BAR when they are in this part and aligned.
+    fn pointer(&self, offset: u64, size: usize) -> Option<*mut u8> {
+        let inside = offset >= self.range.start
+            && offset.checked_add(size as u64).is_some_and(|end| end <= self.range.end)
+            && offset.is_multiple_of(size as u64);
+        // SAFETY: the offset is inside the mapping, as just checked.
+        inside.then(|| unsafe { self.address.as_ptr().add((offset - self.range.start) as usize) })
+    }
+}
+
+impl Drop for MappedRange {
+    fn drop(&mut self) {
+        let len = (self.range.end - self.range.start) as usize;
+        // SAFETY: the mapping is this value's own; doorbells into it hold an `Arc` of the BAR.
+        if let Err(errno) = unsafe { nix::sys::mman::munmap(self.address.cast(), len) } {
+            tracing::error!("cannot unmap a BAR: {errno}");
+        }
+    }
+}
+
+macro_rules! access {
+    ($read:ident, $write:ident, $type:ty) => {
+        #[doc = concat!("Reads a `", stringify!($type), "` at `offset` bytes; all ones where no register answers.")]
+        pub fn $read(&self, offset: u64) -> $type {
+            const SIZE: usize = size_of::<$type>();
+            match &self.0.backing {
+                Backing::Emulated { registers, .. } => registers.read(offset, SIZE) as $type,
+                Backing::Device { mapped, file, file_offset } => {
+                    if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
+                        // SAFETY: `pointer` gives an aligned address inside a live mapping of registers.
+                        return <$type>::from_le(unsafe { at.cast::<$type>().read_volatile() });
+                    }
+                    let mut bytes = [0; SIZE];
+                    match file.read_exact_at(&mut bytes, file_offset + offset) {
+                        Ok(()) => <$type>::from_le_bytes(bytes),
+                        Err(_) => <$type>::MAX,
+                    }
+                }
+            }
+        }
+
+        #[doc = concat!("Writes a `", stringify!($type), "` at `offset` bytes.")]
+        pub fn $write(&self, offset: u64, value: $type) {
+            const SIZE: usize = size_of::<$type>();
+            match &self.0.backing {
+                Backing::Emulated { registers, .. } => registers.write(offset, SIZE, value as u64),
+                Backing::Device { mapped, file, file_offset } => {
+                    dma_wmb();
+                    if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
+                        // SAFETY: as in the read.
+                        unsafe { at.cast::<$type>().write_volatile(value.to_le()) };
+                    } else if let Err(error) = file.write_all_at(&value.to_le_bytes(), file_offset + offset) {
+                        tracing::debug!("register {offset:#x} took no write: {error}");
+                    }
+                }
+            }
+        }
+    };
+}
+
+impl Bar {
+    pub(crate) fn device(size: u64, mapped: Vec<MappedRange>, file: File, file_offset: u64) -> Self {
+        Self(Arc::new(Inner { size, backing: Backing::Device { mapped, file, file_offset } }))
+    }
+
+    /// A BAR of `doorbells`' size whose registers a program plays.
+    pub fn emulated(registers: Arc<dyn Registers>, doorbells: Arc<DoorbellPage>) -> Self {
+        let size = (doorbells.0.len() * 4) as u64;
+        Self(Arc::new(Inner { size, backing: Backing::Emulated { registers, doorbells } }))
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.0.size
+    }
+
+    access!(read8, write8, u8);
+    access!(read16, write16, u16);
+    access!(read32, write32, u32);
+    access!(read64, write64, u64);
+
+    /// A 32-bit register at `offset` bytes that is written on the packet path.
+    ///
+    /// # Errors
+    /// `Protocol` when it is not in a mapped part of the BAR.
+    pub fn doorbell32(&self, offset: u64) -> Result<Doorbell<u32>> {
+        self.doorbell(offset)
+    }
+
+    /// A 16-bit register at `offset` bytes that is written on the packet path.
+    ///
+    /// # Errors
+    /// As for [`Bar::doorbell32`].
+    pub fn doorbell16(&self, offset: u64) -> Result<Doorbell<u16>> {
+        self.doorbell(offset)
+    }
+
+    fn doorbell<T>(&self, offset: u64) -> Result<Doorbell<T>> {
+        let at = match &self.0.backing {
+            Backing::Device { mapped, .. } => mapped.iter().find_map(|m| m.pointer(offset, size_of::<T>())),
+            Backing::Emulated { doorbells, .. } => usize::try_from(offset / 4)
+                .ok()
+                .filter(|_| offset.is_multiple_of(size_of::<T>() as u64))
+                .and_then(|word| doorbells.0.get(word))
+                .map(|word| word.as_ptr().cast::<u8>().wrapping_add((offset % 4) as usize)),
+        };
+        at.and_then(NonNull::new).map(|at| Doorbell { at: at.cast(), _bar: self.clone() }).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Protocol,
+                format!("cannot map the doorbell at {offset:#x}"),
+                format!("the BAR has {:#x} bytes and this place cannot be mapped", self.0.size),
+            )
+        })
+    }
+}
+
+/// Doorbells of an emulated BAR: plain memory, so that the packet path is the same as on a device.
+#[derive(Debug)]
+pub struct DoorbellPage(Box<[AtomicU32]>);
+
+impl DoorbellPage {
+    /// Zeroed doorbells for a BAR of `size` bytes.
+    pub fn new(size: usize) -> Arc<Self> {
+        Arc::new(Self((0..size.div_ceil(4)).map(|_| AtomicU32::new(0)).collect()))
+    }
+
+    /// What was last written at `offset` bytes; all ones beyond the end.
+    pub fn load(&self, offset: u64) -> u32 {
+        usize::try_from(offset / 4)
+            .ok()
+            .and_then(|word| self.0.get(word))
+            .map_or(u32::MAX, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Writes at `offset` bytes, as the device's reset would.
+    pub fn store(&self, offset: u64, value: u32) {
+        if let Some(word) = usize::try_from(offset / 4).ok().and_then(|word| self.0.get(word)) {
+            word.store(value, Ordering::Release);
+        }
+    }
+}
+
+/// A write-only register of the packet path: one store, after all stores to descriptors.
+#[derive(Debug)]
+pub struct Doorbell<T> {
+    at: NonNull<T>,
+    _bar: Bar,
+}
+
+// SAFETY: the register stays mapped while `_bar` lives; a store to it is one volatile access.
+unsafe impl<T: Send> Send for Doorbell<T> {}
+
+impl Doorbell<u32> {
+    /// Writes `value`.
+    #[inline(always)]
+    pub fn ring(&self, value: u32) {
+        dma_wmb();
+        // SAFETY: `at` is aligned and inside a part of the BAR that `_bar` keeps mapped.
+        unsafe { AtomicU32::from_ptr(self.at.as_ptr()) }.store(value.to_le(), Ordering::Relaxed);
+    }
+}
+
+impl Doorbell<u16> {
+    /// Writes `value`.
+    #[inline(always)]
+    pub fn ring(&self, value: u16) {
+        dma_wmb();
+        // SAFETY: as for the 32-bit doorbell.
+        unsafe { AtomicU16::from_ptr(self.at.as_ptr()) }.store(value.to_le(), Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Echo;
+    impl Registers for Echo {
+        fn read(&self, offset: u64, size: usize) -> u64 {
+            offset << 8 | size as u64
+        }
+        fn write(&self, _: u64, _: usize, _: u64) {}
+    }
+
+    #[test]
+    fn emulated_registers_answer_and_doorbells_are_memory() {
+        let page = DoorbellPage::new(64);
+        let bar = Bar::emulated(Arc::new(Echo), Arc::clone(&page));
+        assert_eq!(bar.read16(3), 0x302);
+        bar.doorbell32(8).unwrap().ring(5);
+        assert_eq!(page.load(8), 5);
+        assert!(bar.doorbell32(64).is_err());
+        assert!(bar.doorbell16(9).is_err());
+    }
+
+    #[test]
+    fn a_file_answers_where_nothing_is_mapped() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1, 2, 3, 4], 16).unwrap();
+        let bar = Bar::device(8, Vec::new(), file, 16);
+        assert_eq!((bar.read32(0), bar.read32(4)), (0x0403_0201, u32::MAX));
+        assert!(bar.doorbell32(0).is_err());
+    }
+}

@@ -1,0 +1,269 @@
+//! The runtime directory: one for each `--file-prefix`, and one process in it.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::unistd::geteuid;
+
+use crate::args::EalArgs;
+use crate::error::{Error, ErrorKind, Result};
+
+const LOCK: &str = "lock";
+
+/// Directory for sockets and other things that live as long as the process, held against other processes.
+///
+/// Dropping it removes it with everything inside; a process that dies leaves it to the next one.
+#[derive(Debug)]
+pub struct RuntimeDir {
+    path: PathBuf,
+    /// Released by the drop glue, after the files are gone.
+    _lock: Flock<File>,
+}
+
+impl RuntimeDir {
+    /// The directory for `args`; `None` with `--in-memory`.
+    ///
+    /// # Errors
+    /// `Busy` when a process has it, naming that; `Permission`, `Io` when it cannot be made.
+    pub fn new(args: &EalArgs) -> Result<Option<Self>> {
+        if args.memory.in_memory {
+            return Ok(None);
+        }
+        let variable =
+            |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let base = base(geteuid().is_root(), variable);
+        Self::open(&base.join("vireo"), &args.file_prefix).map(Some)
+    }
+
+    /// The directory `prefix` in `base`; makes both.
+    fn open(base: &Path, prefix: &str) -> Result<Self> {
+        // A process that ends removes the directory while another opens it: what was opened must still be there.
+        const TRIES: usize = 100;
+        let path = base.join(prefix);
+        for _ in 0..TRIES {
+            private_dir(base)?;
+            private_dir(&path)?;
+            if let Some(lock) = lock(&path)? {
+                return Ok(Self { path, _lock: lock });
+            }
+        }
+        Err(Error::new(ErrorKind::Busy, what(&path), "other processes come and go there").mend(OTHER_PREFIX))
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for RuntimeDir {
+    fn drop(&mut self) {
+        // The lock file goes last, and only then the directory, if nobody has moved in meanwhile.
+        let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
+        for entry in entries.filter(|entry| entry.file_name() != LOCK) {
+            let _ = match entry.file_type() {
+                Ok(kind) if kind.is_dir() => std::fs::remove_dir_all(entry.path()),
+                _ => std::fs::remove_file(entry.path()),
+            };
+        }
+        let _ = std::fs::remove_file(self.path.join(LOCK));
+        let _ = std::fs::remove_dir(&self.path);
+    }
+}
+
+const OTHER_PREFIX: &str = "start with another --file-prefix NAME, or with --in-memory";
+
+fn what(path: &Path) -> String {
+    format!("cannot use the runtime directory {}", path.display())
+}
+
+/// Where DPDK has its runtime directories too.
+fn base(root: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> PathBuf {
+    let fallback = || if root { None } else { variable("XDG_RUNTIME_DIR") };
+    variable("RUNTIME_DIRECTORY")
+        .or_else(fallback)
+        .unwrap_or_else(|| PathBuf::from(if root { "/var/run" } else { "/tmp" }))
+}
+
+/// Makes `path` with mode 0700, or sees to it that it is a directory of ours that nobody else writes to.
+fn private_dir(path: &Path) -> Result<()> {
+    let cure = "set RUNTIME_DIRECTORY to a directory of your own, or use --in-memory";
+    let failed = |error: &std::io::Error| Error::io(what(path), error).mend(cure);
+    match DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => return Ok(()),
+        Err(error) if error.raw_os_error() == Some(Errno::EEXIST as i32) => {}
+        Err(error) => return Err(failed(&error)),
+    }
+    let found = match std::fs::symlink_metadata(path) {
+        Ok(found) => found,
+        // Its last user removed it this moment; the caller tries again.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(&error)),
+    };
+    let why = if !found.is_dir() {
+        "it is not a directory"
+    } else if found.uid() != geteuid().as_raw() {
+        "it belongs to another user"
+    } else if found.mode() & 0o022 != 0 {
+        "other users may write to it"
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::Permission, what(path), why).mend(cure))
+}
+
+/// Locks `dir`; `None` when it was removed meanwhile.
+fn lock(dir: &Path) -> Result<Option<Flock<File>>> {
+    let path = dir.join(LOCK);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let file = match options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC).bits()).open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(what(dir), &error)),
+    };
+    let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => lock,
+        Err((mut file, Errno::EWOULDBLOCK)) => return Err(busy(dir, pid_in(&mut file))),
+        Err((_, errno)) => return Err(Error::os(what(dir), errno)),
+    };
+    let inode = lock.metadata().map_err(|error| Error::io(what(dir), &error))?.ino();
+    if std::fs::metadata(&path).map_or(true, |found| found.ino() != inode) {
+        return Ok(None);
+    }
+    if let Some(pid) = pid_in(&mut lock) {
+        tracing::info!("previous run (pid {pid}) ended uncleanly, recovered {}", dir.display());
+    }
+    write_pid(&mut lock).map_err(|error| Error::io(what(dir), &error))?;
+    Ok(Some(lock))
+}
+
+fn busy(dir: &Path, pid: Option<u32>) -> Error {
+    let why = match pid {
+        Some(pid) => {
+            let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            format!("in use by pid {pid} ({})", comm.trim())
+        }
+        None => "in use by a process that is starting".into(),
+    };
+    Error::new(ErrorKind::Busy, what(dir), why).mend(OTHER_PREFIX)
+}
+
+fn pid_in(file: &mut File) -> Option<u32> {
+    let mut text = String::new();
+    file.take(16).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+fn write_pid(file: &mut File) -> std::io::Result<()> {
+    file.rewind()?;
+    file.set_len(0)?;
+    writeln!(file, "{}", std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    fn fresh() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("vireo");
+        (dir, base)
+    }
+
+    #[test]
+    fn made_private_and_removed() {
+        let (_dir, base) = fresh();
+        let runtime = RuntimeDir::open(&base, "rte").unwrap();
+        let path = runtime.path().to_owned();
+        assert_eq!(path, base.join("rte"));
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o700);
+        std::fs::write(path.join("socket"), "").unwrap();
+        std::fs::create_dir(path.join("sub")).unwrap();
+        drop(runtime);
+        assert!(!path.exists());
+        RuntimeDir::open(&base, "rte").unwrap();
+    }
+
+    #[test]
+    fn a_second_one_is_told_of_the_first() {
+        let (_dir, base) = fresh();
+        let _first = RuntimeDir::open(&base, "rte").unwrap();
+        let error = RuntimeDir::open(&base, "rte").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        let comm = std::fs::read_to_string("/proc/self/comm").unwrap();
+        let holder = format!(
+            "in use by pid {} ({}); start with another --file-prefix",
+            std::process::id(),
+            comm.trim()
+        );
+        assert!(error.to_string().contains(&holder), "{error}");
+        RuntimeDir::open(&base, "other").unwrap();
+    }
+
+    #[test]
+    fn what_a_dead_process_left_is_taken_over() {
+        let (_dir, base) = fresh();
+        let path = base.join("rte");
+        DirBuilder::new().mode(0o700).recursive(true).create(&path).unwrap();
+        for left in ["4194303\n", "", "not a pid", "99999999999999999999999999"] {
+            std::fs::write(path.join(LOCK), left).unwrap();
+            let runtime = RuntimeDir::open(&base, "rte").unwrap();
+            assert_eq!(
+                std::fs::read_to_string(path.join(LOCK)).unwrap(),
+                format!("{}\n", std::process::id())
+            );
+            drop(runtime);
+            DirBuilder::new().mode(0o700).create(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_directory_that_others_write_to_is_refused() {
+        let (dir, base) = fresh();
+        std::fs::create_dir(&base).unwrap();
+        std::fs::set_permissions(&base, PermissionsExt::from_mode(0o777)).unwrap();
+        let error = RuntimeDir::open(&base, "rte").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Permission);
+
+        let link = dir.path().join("link");
+        symlink("/tmp", &link).unwrap();
+        let error = RuntimeDir::open(&link, "rte").unwrap_err();
+        assert!(error.to_string().contains("not a directory"), "{error}");
+    }
+
+    #[test]
+    fn processes_that_come_and_go_never_hold_it_together() {
+        let (_dir, base) = fresh();
+        let inside = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let Ok(runtime) = RuntimeDir::open(&base, "rte") else { continue };
+                        assert_eq!(inside.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                        inside.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                        drop(runtime);
+                    }
+                });
+            }
+        });
+        RuntimeDir::open(&base, "rte").unwrap();
+    }
+
+    #[test]
+    fn the_place_is_that_of_dpdk() {
+        let set =
+            |names: &'static [&str]| move |name: &str| names.contains(&name).then(|| PathBuf::from("/run/x"));
+        assert_eq!(base(true, set(&["RUNTIME_DIRECTORY"])), Path::new("/run/x"));
+        assert_eq!(base(true, set(&["XDG_RUNTIME_DIR"])), Path::new("/var/run"));
+        assert_eq!(base(false, set(&["XDG_RUNTIME_DIR"])), Path::new("/run/x"));
+        assert_eq!(base(false, set(&[])), Path::new("/tmp"));
+    }
+}

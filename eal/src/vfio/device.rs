@@ -1,0 +1,212 @@
+//! A device that the kernel handed over: regions, config space, interrupts and reset, the same in every mode.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use vfio_bindings::bindings::vfio as uapi;
+
+use super::space::AddressSpace;
+use super::{info, sys};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ioctl::counted;
+use crate::mmio::{Bar, MappedRange};
+
+/// A VFIO device. Closing it makes the kernel disable its DMA and reset it where it can, so drop it before
+/// the memory that it was given.
+///
+/// `space` comes last: the device leaves its container or address space before that can go.
+#[derive(Debug)]
+pub struct Device {
+    pub(super) name: String,
+    pub(super) file: File,
+    flags: u32,
+    space: Arc<AddressSpace>,
+}
+
+struct Region {
+    flags: u32,
+    size: u64,
+    file_offset: u64,
+    /// Parts that may be mapped when not all may.
+    sparse: Option<Vec<Range<u64>>>,
+    /// Whether the part with the MSI-X table may be mapped too.
+    msix_mappable: bool,
+}
+
+impl Device {
+    pub(super) fn new(name: String, fd: OwnedFd, space: Arc<AddressSpace>) -> Result<Self> {
+        let mut device_info = uapi::vfio_device_info {
+            argsz: size_of::<uapi::vfio_device_info>() as u32,
+            flags: 0,
+            num_regions: 0,
+            num_irqs: 0,
+            cap_offset: 0,
+            pad: 0,
+        };
+        // SAFETY: the structure is complete; the kernel writes at most `argsz` bytes.
+        counted(unsafe { sys::device_get_info(fd.as_raw_fd(), &mut device_info) })
+            .map_err(|errno| Error::os(format!("cannot examine {name}"), errno))?;
+        Ok(Self { name, file: File::from(fd), flags: device_info.flags, space })
+    }
+
+    /// Name on its bus.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the device can reach.
+    pub fn space(&self) -> &Arc<AddressSpace> {
+        &self.space
+    }
+
+    fn region(&self, index: u32) -> Result<Region> {
+        let fail = |errno| Error::os(format!("cannot examine region {index} of {}", self.name), errno);
+        let answer = info::query(
+            size_of::<uapi::vfio_region_info>(),
+            |words| {
+                words[1] = if cfg!(target_endian = "little") { index.into() } else { u64::from(index) << 32 }
+            },
+            // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
+            // set to its length.
+            |at| counted(unsafe { sys::device_get_region_info(self.file.as_raw_fd(), at.cast()) }).map(drop),
+        )
+        .map_err(fail)?;
+        let word = |offset| info::u32_at(&answer, offset).ok_or_else(|| fail(Errno::EPROTO));
+        let double = |offset| info::u64_at(&answer, offset).ok_or_else(|| fail(Errno::EPROTO));
+        let flags = word(4)?;
+        let first = if flags & uapi::VFIO_REGION_INFO_FLAG_CAPS != 0 { word(12)? } else { 0 };
+        let mut region =
+            Region { flags, size: double(16)?, file_offset: double(24)?, sparse: None, msix_mappable: false };
+        for capability in info::capabilities(&answer, first) {
+            match u32::from(capability.id) {
+                uapi::VFIO_REGION_INFO_CAP_SPARSE_MMAP => {
+                    let count = info::u32_at(capability.body, 0).unwrap_or(0);
+                    let areas = info::u64_pairs(capability.body, 8, count)
+                        .map(|(offset, size)| offset..offset.saturating_add(size).min(region.size))
+                        .filter(|area| !area.is_empty());
+                    region.sparse = Some(areas.collect());
+                }
+                uapi::VFIO_REGION_INFO_CAP_MSIX_MAPPABLE => region.msix_mappable = true,
+                _ => {}
+            }
+        }
+        Ok(region)
+    }
+
+    /// Base address register `index` (0 to 5) of a PCI device, mapped except for the pages that hold
+    /// `msix_table` (byte offsets in this BAR), unless the kernel lets those be mapped too.
+    ///
+    /// # Errors
+    /// `Unavailable` when the device has no such BAR.
+    pub fn bar(&self, index: u8, msix_table: Option<Range<u64>>) -> Result<Bar> {
+        let what = || format!("cannot map BAR {index} of {}", self.name);
+        if u32::from(index) > uapi::VFIO_PCI_BAR5_REGION_INDEX {
+            return Err(Error::new(ErrorKind::Unavailable, what(), "there are BARs 0 to 5 only"));
+        }
+        let region = self.region(index.into())?;
+        if region.size == 0 {
+            return Err(Error::new(ErrorKind::Unavailable, what(), "the device has no such BAR"));
+        }
+        let parts = if region.flags & uapi::VFIO_REGION_INFO_FLAG_MMAP == 0 {
+            Vec::new()
+        } else if let Some(sparse) = region.sparse {
+            sparse
+        } else {
+            around(region.size, msix_table.filter(|_| !region.msix_mappable))
+        };
+        let mapped = parts
+            .into_iter()
+            .map(|part| MappedRange::new(&self.file, region.file_offset, part))
+            .collect::<nix::Result<Vec<_>>>()
+            .map_err(|errno| Error::os(what(), errno))?;
+        let file = self.file.try_clone().map_err(|error| Error::io(what(), &error))?;
+        Ok(Bar::device(region.size, mapped, file, region.file_offset))
+    }
+
+    /// The device's PCI config space.
+    ///
+    /// # Errors
+    /// When the kernel gives none, because it is no PCI device.
+    pub fn config_space(&self) -> Result<ConfigSpace> {
+        let what = || format!("cannot reach the config space of {}", self.name);
+        if self.flags & uapi::VFIO_DEVICE_FLAGS_PCI == 0 {
+            return Err(Error::new(ErrorKind::Unavailable, what(), "it is no PCI device"));
+        }
+        let region = self.region(uapi::VFIO_PCI_CONFIG_REGION_INDEX)?;
+        let file = self.file.try_clone().map_err(|error| Error::io(what(), &error))?;
+        Ok(ConfigSpace { file, offset: region.file_offset, size: region.size })
+    }
+
+    /// Resets the device (`VFIO_DEVICE_RESET`); false when it has no reset of its own.
+    ///
+    /// # Errors
+    /// When the kernel tried and failed.
+    pub fn reset(&self) -> Result<bool> {
+        if self.flags & uapi::VFIO_DEVICE_FLAGS_RESET == 0 {
+            return Ok(false);
+        }
+        // SAFETY: this ioctl has no argument.
+        match counted(unsafe { sys::device_reset(self.file.as_raw_fd()) }) {
+            Ok(_) => Ok(true),
+            Err(Errno::EINVAL | Errno::ENOTTY) => Ok(false),
+            Err(errno) => Err(Error::os(format!("cannot reset {}", self.name), errno)),
+        }
+    }
+}
+
+/// PCI config space of a [`Device`], by `pread` and `pwrite` on its descriptor.
+#[derive(Debug)]
+pub struct ConfigSpace {
+    file: File,
+    offset: u64,
+    size: u64,
+}
+
+impl ConfigSpace {
+    /// Reads at `offset`. What lies beyond the end, or does not answer, reads as all ones.
+    pub fn read(&self, offset: u16, bytes: &mut [u8]) {
+        let inside = u64::from(offset) + bytes.len() as u64 <= self.size;
+        if !inside || self.file.read_exact_at(bytes, self.offset + u64::from(offset)).is_err() {
+            bytes.fill(0xff);
+        }
+    }
+
+    /// Writes at `offset`.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn write(&self, offset: u16, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all_at(bytes, self.offset + u64::from(offset))
+            .map_err(|error| Error::io(format!("cannot write config space at {offset:#x}"), &error))
+    }
+}
+
+/// The parts of a BAR of `size` bytes that are left when the pages of `hole` are taken out.
+fn around(size: u64, hole: Option<Range<u64>>) -> Vec<Range<u64>> {
+    const PAGE: u64 = 4096;
+    let Some(hole) = hole.filter(|hole| !hole.is_empty()) else {
+        return std::iter::once(0..size).collect();
+    };
+    let start = hole.start / PAGE * PAGE;
+    let end = hole.end.checked_next_multiple_of(PAGE).unwrap_or(size).min(size);
+    [0..start.min(size), end..size].into_iter().filter(|part| !part.is_empty()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_msix_table_is_carved_out_by_pages() {
+        assert_eq!(around(0x4000, None).first(), Some(&(0..0x4000)));
+        assert_eq!(around(0x4000, Some(0x1010..0x1050)), [0..0x1000, 0x2000..0x4000]);
+        assert_eq!(around(0x4000, Some(0..0x50)), vec![0x1000..0x4000]);
+        assert_eq!(around(0x1000, Some(0..0x50)), Vec::<Range<u64>>::new());
+        assert_eq!(around(0x4000, Some(0x3ff0..0x9000)), vec![0..0x3000]);
+    }
+}

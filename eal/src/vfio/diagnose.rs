@@ -1,0 +1,147 @@
+//! From an errno to the reason and the command that mends it. Nothing here runs unless something failed.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit};
+
+use super::acquire::{Node, cdev_name, group_of};
+use crate::error::{Error, ErrorKind};
+
+/// A pin was refused: says what is needed and what the limit is.
+pub(super) fn memlock(error: Error, len: usize) -> Error {
+    let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        Ok((soft, _)) if soft == u64::MAX => return error,
+        Ok((soft, _)) => soft,
+        Err(_) => return error,
+    };
+    let need = len.div_ceil(1024);
+    error
+        .because(format!("{need} KiB must be locked and RLIMIT_MEMLOCK is {} KiB", limit / 1024))
+        .mend(format!("run: ulimit -l {need}, or as root: prlimit --memlock=unlimited -- COMMAND"))
+        .kind_is(ErrorKind::Os)
+}
+
+/// Who may open `path`, and how to become one of them.
+pub(super) fn permission(path: &Path) -> String {
+    let mode = fs::metadata(path).map_or(String::new(), |metadata| {
+        format!(" (mode {:04o}, uid {})", metadata.permissions().mode() & 0o7777, metadata.uid())
+    });
+    format!("run as root, or: setfacl -m u:$USER:rw {}{mode}", path.display())
+}
+
+/// A group node did not open: it opens only once.
+pub(super) fn group_open(error: Error, path: &Path) -> Error {
+    match error.errno() {
+        Some(Errno::EBUSY) => in_use(error, &[path.to_owned()]),
+        Some(Errno::ENOENT) => error
+            .because("the group has no device on vfio-pci")
+            .mend("bind every device of the group to vfio-pci"),
+        Some(Errno::EPERM) => error.mend("run as root: devices without IOMMU need CAP_SYS_RAWIO"),
+        _ => error,
+    }
+}
+
+/// A device was refused by its group or by iommufd.
+pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
+    match error.errno() {
+        Some(Errno::EPERM) => unsafe_interrupts(error),
+        Some(Errno::EBUSY | Errno::EINVAL) => {
+            let cdev = cdev_name(node).map(|name| dev.join("vfio/devices").join(name));
+            let group = group_of(node).ok().map(|group| dev.join(format!("vfio/{group}")));
+            let paths: Vec<PathBuf> = cdev.into_iter().chain(group).collect();
+            in_use(error, &paths)
+        }
+        _ => error,
+    }
+}
+
+pub(super) fn unsafe_interrupts(error: Error) -> Error {
+    error
+        .because("the platform does not isolate MSI interrupts")
+        .mend("boot with interrupt remapping (intremap=on); or, unsafe: echo 1 > /sys/module/iommufd/parameters/allow_unsafe_interrupts (vfio_iommu_type1 for --vfio-mode container)")
+}
+
+/// Names the process that has one of `paths` open, if it is one that we may look into.
+fn in_use(error: Error, paths: &[PathBuf]) -> Error {
+    match holder(paths) {
+        Some((pid, name)) => error
+            .because(format!("in use by pid {pid} ({name})"))
+            .mend(format!("stop it: kill {pid}"))
+            .kind_is(ErrorKind::Busy),
+        None if error.errno() == Some(Errno::EBUSY) => error
+            .because("in use by another process")
+            .mend("find it: fuser -v /dev/vfio/* /dev/vfio/devices/*"),
+        None => error,
+    }
+}
+
+fn holder(paths: &[PathBuf]) -> Option<(u32, String)> {
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let pid: u32 = entry.file_name().to_str()?.parse().ok().filter(|pid| *pid != std::process::id())?;
+        let holds = fs::read_dir(entry.path().join("fd"))
+            .ok()?
+            .flatten()
+            .any(|fd| fs::read_link(fd.path()).is_ok_and(|target| paths.contains(&target)));
+        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        holds.then(|| (pid, name.trim().to_owned()))
+    })
+}
+
+/// Names every device of the group that is bound to a driver of the kernel.
+pub(super) fn not_viable(node: &Node, group: u32) -> Error {
+    let devices = node.sysfs.join("iommu_group/devices");
+    let others: Vec<(String, String)> = fs::read_dir(devices)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let driver = fs::read_link(entry.path().join("driver")).ok()?;
+            let driver = driver.file_name()?.to_str()?.to_owned();
+            let harmless = matches!(driver.as_str(), "vfio-pci" | "pcieport" | "pci-stub");
+            (!harmless).then(|| (entry.file_name().to_string_lossy().into_owned(), driver))
+        })
+        .collect();
+    let named: Vec<String> = others.iter().map(|(name, driver)| format!("{name} ({driver})")).collect();
+    Error::new(
+        ErrorKind::Unavailable,
+        format!("cannot use {}", node.name),
+        format!("IOMMU group {group} is not viable: bound to kernel drivers are {}", named.join(", ")),
+    )
+    .mend(match others.first() {
+        Some((name, _)) => format!("run for each: echo {name} > /sys/bus/pci/devices/{name}/driver/unbind"),
+        None => "unbind every other device of the group".to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_group_that_is_not_viable_names_its_members() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, driver) in [("0000:00:04.0", "vfio-pci"), ("0000:00:04.1", "e1000e")] {
+            let device = dir.path().join("iommu_group/devices").join(name);
+            fs::create_dir_all(&device).unwrap();
+            symlink(format!("/sys/bus/pci/drivers/{driver}"), device.join("driver")).unwrap();
+        }
+        let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
+        let text = not_viable(&node, 7).to_string();
+        assert!(text.contains("0000:00:04.1 (e1000e)") && !text.contains("vfio-pci"), "{text}");
+    }
+
+    #[test]
+    fn the_holder_of_a_file_is_found() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut child =
+            std::process::Command::new("sleep").arg("1000").stdin(file.reopen().unwrap()).spawn().unwrap();
+        let found = holder(&[file.path().to_owned()]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(found.map(|(pid, _)| pid), Some(child.id()));
+    }
+}

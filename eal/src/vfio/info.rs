@@ -1,0 +1,123 @@
+//! Answers of variable length: a structure followed by a chain of capabilities
+//! (`struct vfio_info_cap_header` in `include/uapi/linux/vfio.h`).
+
+/// One capability of a chain: id, version and the bytes after its header.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Capability<'a> {
+    pub(super) id: u16,
+    pub(super) body: &'a [u8],
+}
+
+/// Walks the chain that starts at `offset` of `answer`. Ends where an offset leaves the answer or turns
+/// back, so it is bounded whatever the bytes are.
+pub(super) fn capabilities(answer: &[u8], offset: u32) -> impl Iterator<Item = Capability<'_>> {
+    const HEADER: usize = 8;
+    let mut next = offset as usize;
+    std::iter::from_fn(move || {
+        let at = next;
+        let header = answer.get(at..at.checked_add(HEADER)?).filter(|_| at != 0)?;
+        let following = u32_at(header, 4)? as usize;
+        let end = if following > at { following.min(answer.len()) } else { answer.len() };
+        next = if following > at { following } else { 0 };
+        Some(Capability {
+            id: u16::from_ne_bytes([header[0], header[1]]),
+            body: answer.get(at + HEADER..end).unwrap_or_default(),
+        })
+    })
+}
+
+/// Native-endian word at `offset`, if it is there.
+pub(super) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(offset..offset.checked_add(4)?)?.try_into().ok()?))
+}
+
+/// Native-endian double word at `offset`, if it is there.
+pub(super) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(bytes.get(offset..offset.checked_add(8)?)?.try_into().ok()?))
+}
+
+/// `count` pairs of double words that start at `offset` of `bytes`; fewer when the bytes end before.
+pub(super) fn u64_pairs(bytes: &[u8], offset: usize, count: u32) -> impl Iterator<Item = (u64, u64)> {
+    (0..count as usize).map_while(move |i| {
+        let at = offset.checked_add(i.checked_mul(16)?)?;
+        Some((u64_at(bytes, at)?, u64_at(bytes, at + 8)?))
+    })
+}
+
+/// Asks twice when the first answer says in `argsz` (its first word) that it would be longer. `call` fills
+/// the buffer that it is given; the buffer is aligned for 8-byte words and holds at least `size` bytes.
+pub(super) fn query(
+    size: usize,
+    prepare: impl Fn(&mut [u64]),
+    call: impl Fn(*mut u64) -> nix::Result<()>,
+) -> nix::Result<Vec<u8>> {
+    /// More than any answer of the kernel; a larger `argsz` is refused instead of allocated.
+    const MOST: usize = 1 << 20;
+    let mut size = size;
+    loop {
+        let mut answer = vec![0_u64; size.div_ceil(8)];
+        prepare(&mut answer);
+        let low = size as u64 & 0xffff_ffff;
+        answer[0] = if cfg!(target_endian = "little") {
+            answer[0] & !0xffff_ffff | low
+        } else {
+            answer[0] & 0xffff_ffff | low << 32
+        };
+        call(answer.as_mut_ptr())?;
+        let bytes: Vec<u8> = answer.iter().flat_map(|word| word.to_ne_bytes()).take(size).collect();
+        match u32_at(&bytes, 0).map(|argsz| argsz as usize) {
+            Some(argsz) if argsz > MOST => return Err(nix::errno::Errno::EPROTO),
+            Some(argsz) if argsz > size => size = argsz,
+            _ => return Ok(bytes),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn chain(parts: &[(u16, &[u8])]) -> Vec<u8> {
+        let mut bytes = vec![0; 16];
+        for (i, (id, body)) in parts.iter().enumerate() {
+            let next = if i + 1 < parts.len() { (bytes.len() + 8 + body.len()) as u32 } else { 0 };
+            bytes.extend(id.to_ne_bytes());
+            bytes.extend(1_u16.to_ne_bytes());
+            bytes.extend(next.to_ne_bytes());
+            bytes.extend(*body);
+        }
+        bytes
+    }
+
+    #[test]
+    fn bodies_end_where_the_next_begins() {
+        let bytes = chain(&[(3, &[1, 2, 3, 4]), (1, &[5; 8])]);
+        let found: Vec<_> = capabilities(&bytes, 16).map(|cap| (cap.id, cap.body.to_vec())).collect();
+        assert_eq!(found, [(3, vec![1, 2, 3, 4]), (1, vec![5; 8])]);
+        assert_eq!(capabilities(&bytes, 0).count(), 0);
+    }
+
+    #[test]
+    fn a_longer_answer_is_asked_for_again() {
+        let bytes = query(
+            16,
+            |_| (),
+            |at| {
+                // SAFETY: `query` gives a buffer of at least two words.
+                let words = unsafe { std::slice::from_raw_parts_mut(at, 2) };
+                words[0] = words[0] & !0xffff_ffff | 40;
+                Ok(())
+            },
+        );
+        assert_eq!(bytes.unwrap().len(), 40);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_end(bytes in prop::collection::vec(any::<u8>(), 0..256), offset in any::<u32>()) {
+            prop_assert!(capabilities(&bytes, offset).count() <= 256);
+            prop_assert!(capabilities(&bytes, offset % 256).count() <= 256);
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Interrupts of a [`Device`], each delivered to an eventfd.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use vfio_bindings::bindings::vfio as uapi;
+
+use super::{Device, sys};
+use crate::error::{Error, Result};
+use crate::ioctl::counted;
+
+/// Kinds of interrupt of a PCI device (`VFIO_PCI_*_IRQ_INDEX`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Irq {
+    /// The legacy line. The kernel masks it when it fires; [`Device::unmask`] arms it again.
+    Intx,
+    /// Message-signalled.
+    Msi,
+    /// Message-signalled, by a table.
+    Msix,
+    /// An uncorrectable error was reported (AER).
+    Error,
+    /// The kernel asks for the device back.
+    Request,
+}
+
+impl Irq {
+    fn index(self) -> u32 {
+        match self {
+            Self::Intx => uapi::VFIO_PCI_INTX_IRQ_INDEX,
+            Self::Msi => uapi::VFIO_PCI_MSI_IRQ_INDEX,
+            Self::Msix => uapi::VFIO_PCI_MSIX_IRQ_INDEX,
+            Self::Error => uapi::VFIO_PCI_ERR_IRQ_INDEX,
+            Self::Request => uapi::VFIO_PCI_REQ_IRQ_INDEX,
+        }
+    }
+}
+
+/// What the device has of one kind of interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IrqInfo {
+    /// Number of interrupts; 0 when the device has none of this kind.
+    pub count: u32,
+    /// Whether an eventfd can receive it.
+    pub eventfd: bool,
+    /// Whether the kernel masks it when it fires.
+    pub automasked: bool,
+}
+
+/// Header of `struct vfio_irq_set`, in 32-bit words.
+const HEADER: usize = 5;
+
+impl Device {
+    /// What the device has of `irq`.
+    ///
+    /// # Errors
+    /// When the kernel does not know this kind for the device.
+    pub fn irq_info(&self, irq: Irq) -> Result<IrqInfo> {
+        let mut info = uapi::vfio_irq_info {
+            argsz: size_of::<uapi::vfio_irq_info>() as u32,
+            flags: 0,
+            index: irq.index(),
+            count: 0,
+        };
+        // SAFETY: the structure is complete.
+        counted(unsafe { sys::device_get_irq_info(self.file.as_raw_fd(), &mut info) }).map_err(|errno| {
+            Error::os(format!("cannot examine the {irq:?} interrupts of {}", self.name), errno)
+        })?;
+        Ok(IrqInfo {
+            count: info.count,
+            eventfd: info.flags & uapi::VFIO_IRQ_INFO_EVENTFD != 0,
+            automasked: info.flags & uapi::VFIO_IRQ_INFO_AUTOMASKED != 0,
+        })
+    }
+
+    /// Delivers interrupt `i` of this kind to `eventfds[i]`, replacing what was set before.
+    ///
+    /// # Errors
+    /// When the device has fewer interrupts, or another kind is enabled.
+    pub fn enable_irq(&self, irq: Irq, eventfds: &[BorrowedFd<'_>]) -> Result<()> {
+        let fds = eventfds.iter().map(|fd| fd.as_raw_fd() as u32);
+        self.set_irqs(
+            irq,
+            uapi::VFIO_IRQ_SET_DATA_EVENTFD | uapi::VFIO_IRQ_SET_ACTION_TRIGGER,
+            eventfds.len() as u32,
+            fds,
+        )
+    }
+
+    /// Ends delivery of this kind.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn disable_irq(&self, irq: Irq) -> Result<()> {
+        self.set_irqs(irq, uapi::VFIO_IRQ_SET_DATA_NONE | uapi::VFIO_IRQ_SET_ACTION_TRIGGER, 0, [])
+    }
+
+    /// Arms an automasked interrupt again.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn unmask(&self, irq: Irq) -> Result<()> {
+        self.set_irqs(irq, uapi::VFIO_IRQ_SET_DATA_NONE | uapi::VFIO_IRQ_SET_ACTION_UNMASK, 1, [])
+    }
+
+    /// Fires interrupt 0 of this kind by software, to see that it arrives.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn trigger(&self, irq: Irq) -> Result<()> {
+        self.set_irqs(irq, uapi::VFIO_IRQ_SET_DATA_NONE | uapi::VFIO_IRQ_SET_ACTION_TRIGGER, 1, [])
+    }
+
+    fn set_irqs(&self, irq: Irq, flags: u32, count: u32, data: impl IntoIterator<Item = u32>) -> Result<()> {
+        let mut set = vec![0, flags, irq.index(), 0, count];
+        debug_assert_eq!(set.len(), HEADER);
+        set.extend(data);
+        set[0] = (set.len() * size_of::<u32>()) as u32;
+        // SAFETY: the words are a `vfio_irq_set` of `argsz` bytes with its data behind it; descriptors in it
+        // are open for the call.
+        counted(unsafe { sys::device_set_irqs(self.file.as_raw_fd(), set.as_ptr().cast()) })
+            .map(drop)
+            .map_err(|errno| Error::os(format!("cannot set the {irq:?} interrupts of {}", self.name), errno))
+    }
+}

@@ -1,0 +1,22 @@
+//! VFIO: how a process gets a device ([`Vfio::acquire`]), what the device can reach ([`AddressSpace`]),
+//! and the device itself ([`Device`]), which is the same in every [`VfioMode`].
+//!
+//! Modes differ in two places only: `Vfio::acquire` has the one branch on how the descriptors are
+//! opened, [`AddressSpace`] the one on how memory is mapped.
+
+mod acquire;
+mod device;
+mod diagnose;
+mod fds;
+mod info;
+mod irq;
+pub mod mode;
+mod space;
+mod sys;
+
+pub use acquire::{Acquired, Node, Phase, Vfio};
+pub use device::{ConfigSpace, Device};
+pub use fds::DeviceFds;
+pub use irq::{Irq, IrqInfo};
+pub use mode::VfioMode;
+pub use space::{AddressSpace, Mapping};

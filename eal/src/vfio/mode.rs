@@ -1,0 +1,98 @@
+//! How the kernel hands a device over: the values of `--vfio-mode`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::args::quoted;
+use crate::error::{Error, ErrorKind};
+
+/// How a device fd is acquired, and how memory is mapped for it (`--vfio-mode`, devarg `vfio-mode=`).
+///
+/// | mode | acquire | map | address the NIC sees |
+/// |---|---|---|---|
+/// | `container` (alias `group`) | group + `/dev/vfio/vfio` | `VFIO_IOMMU_MAP_DMA` | our IOVA |
+/// | `cdev` | `/dev/vfio/devices/vfioN`, bind, attach | `IOMMU_IOAS_MAP` or `_MAP_FILE` | our IOVA |
+/// | `compat` | group, `/dev/iommu` as the container | type1 ioctls served by iommufd | our IOVA |
+/// | `noiommu` | `/dev/vfio/noiommu-N` | none | physical |
+/// | `noiommu-cdev` (kernel 7.3) | `/dev/vfio/devices/noiommu-vfioN` | `IOMMU_IOAS_MAP` pins | physical, pinned |
+/// | `auto` | `cdev`, else `container`; never without an IOMMU | | our IOVA |
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum VfioMode {
+    /// `cdev` where the kernel has it, else `container`; never without an IOMMU.
+    #[default]
+    Auto,
+    /// Group in a VFIO container.
+    Container,
+    /// VFIO character device on iommufd (kernel 6.6).
+    Cdev,
+    /// Group with `/dev/iommu` in the place of the container (kernel 6.2).
+    Compat,
+    /// Group without an IOMMU: the device reaches all memory.
+    Noiommu,
+    /// Character device without an IOMMU (kernel 7.3): the device reaches all memory, ours is pinned.
+    NoiommuCdev,
+}
+
+impl VfioMode {
+    /// Every mode, in the order of the table above.
+    pub const ALL: [Self; 6] =
+        [Self::Auto, Self::Container, Self::Cdev, Self::Compat, Self::Noiommu, Self::NoiommuCdev];
+
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Container => "container",
+            Self::Cdev => "cdev",
+            Self::Compat => "compat",
+            Self::Noiommu => "noiommu",
+            Self::NoiommuCdev => "noiommu-cdev",
+        }
+    }
+
+    /// Whether an IOMMU stands between the device and memory; of `auto` always.
+    pub fn has_iommu(self) -> bool {
+        !matches!(self, Self::Noiommu | Self::NoiommuCdev)
+    }
+}
+
+impl fmt::Display for VfioMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for VfioMode {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        if text == "group" {
+            return Ok(Self::Container);
+        }
+        Self::ALL.into_iter().find(|mode| mode.name() == text).ok_or_else(|| {
+            Error::new(ErrorKind::Usage, format!("VFIO mode {}", quoted(text)), "there is no such mode")
+                .mend("use one of auto, container (or group), cdev, compat, noiommu, noiommu-cdev")
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        for mode in VfioMode::ALL {
+            assert_eq!(mode.to_string().parse(), Ok(mode));
+        }
+        assert_eq!("group".parse(), Ok(VfioMode::Container));
+    }
+
+    #[test]
+    fn an_unknown_mode_is_a_usage_error_with_the_known_ones() {
+        let error = VfioMode::from_str("Cdev\n").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        assert!(error.to_string().contains("noiommu-cdev"), "{error}");
+        assert!(!error.to_string().contains('\n'));
+    }
+}

@@ -1,0 +1,284 @@
+//! What devices can reach, and the one branch on how memory is mapped for them.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use vfio_bindings::bindings::vfio as uapi;
+
+use super::{diagnose, info, sys};
+use crate::dma::IovaRanges;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ioctl::counted;
+use crate::iommufd::{self, Access, Ioas};
+use crate::mem::Region;
+
+/// The I/O page tables that some of the process's devices share, or the lack of any.
+#[derive(Debug)]
+pub struct AddressSpace {
+    tables: Tables,
+    /// Allowed addresses that no mapping of ours uses.
+    free: Mutex<IovaRanges>,
+}
+
+#[derive(Debug)]
+enum Tables {
+    /// Type1 ioctls on a container, which is `/dev/vfio/vfio` or, in mode `compat`, `/dev/iommu`.
+    Type1(Container),
+    /// An I/O address space of iommufd; `physical` when its devices have no IOMMU behind them.
+    Ioas { ioas: Arc<Ioas>, physical: bool },
+    /// No tables: devices use physical addresses.
+    None(Container),
+}
+
+/// A container and the groups in it. The groups close first: a container without groups forgets its mappings.
+#[derive(Debug)]
+pub(super) struct Container {
+    pub(super) groups: Mutex<BTreeMap<u32, File>>,
+    pub(super) fd: OwnedFd,
+}
+
+impl AddressSpace {
+    pub(super) fn type1(container: Container) -> Self {
+        Self { tables: Tables::Type1(container), free: Mutex::new(IovaRanges::all()) }
+    }
+
+    pub(super) fn none(container: Container) -> Self {
+        Self { tables: Tables::None(container), free: Mutex::new(IovaRanges::all()) }
+    }
+
+    pub(super) fn ioas(ioas: Arc<Ioas>, physical: bool) -> Self {
+        Self { tables: Tables::Ioas { ioas, physical }, free: Mutex::new(IovaRanges::all()) }
+    }
+
+    pub(super) fn container(&self) -> Option<&Container> {
+        match &self.tables {
+            Tables::Type1(container) | Tables::None(container) => Some(container),
+            Tables::Ioas { .. } => None,
+        }
+    }
+
+    pub(super) fn ioas_id(&self) -> Option<&Arc<Ioas>> {
+        match &self.tables {
+            Tables::Ioas { ioas, .. } => Some(ioas),
+            _ => None,
+        }
+    }
+
+    /// Whether the devices use physical addresses, so that nothing keeps them from any memory.
+    pub fn is_physical(&self) -> bool {
+        matches!(self.tables, Tables::None(_) | Tables::Ioas { physical: true, .. })
+    }
+
+    /// Addresses that every attached device can use and that nothing of ours is mapped at.
+    pub fn free_ranges(&self) -> IovaRanges {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, IovaRanges> {
+        // The lock guards a value that is replaced whole, so a panic elsewhere leaves nothing half done.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Narrows the free ranges to what the devices attached so far allow.
+    pub(super) fn refresh_ranges(&self) -> Result<()> {
+        let allowed = match &self.tables {
+            Tables::Type1(container) => container.iova_ranges()?,
+            Tables::Ioas { ioas, physical: false } => ioas.iova_ranges()?.0,
+            Tables::None(_) | Tables::Ioas { .. } => return Ok(()),
+        };
+        let mut free = self.lock();
+        *free = free.intersection(&allowed);
+        Ok(())
+    }
+
+    /// Maps all of `region` for the devices with one call: at `iova`, or where nobody chooses when the
+    /// devices use physical addresses.
+    ///
+    /// # Errors
+    /// When the kernel refuses, with what locked memory is needed and allowed if that is the reason.
+    pub fn map(self: &Arc<Self>, region: &Arc<Region>, iova: Option<u64>) -> Result<Mapping> {
+        let mapped = match &self.tables {
+            Tables::Type1(container) => {
+                let iova = iova.unwrap_or(0);
+                container.map(region, iova).map(|()| Mapped::Type1 { iova, region: Arc::clone(region) })
+            }
+            Tables::Ioas { ioas, .. } => ioas.map(region, iova, Access::ReadWrite).map(Mapped::Ioas),
+            Tables::None(_) => pinned(region).map(|()| Mapped::None { region: Arc::clone(region) }),
+        }
+        .map_err(|error| match error.errno() {
+            Some(Errno::ENOMEM) => diagnose::memlock(error, region.len()),
+            _ => error,
+        })?;
+        if let Some(range) = mapped.range() {
+            let mut free = self.lock();
+            *free = free.without(&range);
+        }
+        Ok(Mapping { mapped: Some(mapped), space: Arc::clone(self) })
+    }
+}
+
+impl Container {
+    fn iova_ranges(&self) -> Result<IovaRanges> {
+        let answer = info::query(
+            size_of::<uapi::vfio_iommu_type1_info>(),
+            |_| (),
+            // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
+            // set to its length.
+            |at| counted(unsafe { sys::iommu_get_info(self.fd.as_raw_fd(), at.cast()) }).map(drop),
+        )
+        .map_err(|errno| Error::os("cannot read the container's IOVA ranges", errno))?;
+        let flags = info::u32_at(&answer, 4).unwrap_or(0);
+        let offset = info::u32_at(&answer, 16).filter(|_| flags & uapi::VFIO_IOMMU_INFO_CAPS != 0);
+        let ranges = info::capabilities(&answer, offset.unwrap_or(0))
+            .find(|cap| u32::from(cap.id) == uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE)
+            .map(|cap| {
+                let count = info::u32_at(cap.body, 0).unwrap_or(0);
+                IovaRanges::new(info::u64_pairs(cap.body, 8, count).map(|(start, end)| start..=end))
+            });
+        ranges.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unavailable,
+                "cannot read the container's IOVA ranges",
+                "the kernel does not report them; 5.4 or newer does",
+            )
+        })
+    }
+
+    fn map(&self, region: &Region, iova: u64) -> Result<()> {
+        let map = uapi::vfio_iommu_type1_dma_map {
+            argsz: size_of::<uapi::vfio_iommu_type1_dma_map>() as u32,
+            flags: uapi::VFIO_DMA_MAP_FLAG_READ | uapi::VFIO_DMA_MAP_FLAG_WRITE,
+            vaddr: region.as_ptr().as_ptr() as u64,
+            iova,
+            size: region.len() as u64,
+        };
+        // SAFETY: the structure is complete, and the caller keeps the region until it has unmapped it.
+        counted(unsafe { sys::iommu_map_dma(self.fd.as_raw_fd(), &map) }).map(drop).map_err(|errno| {
+            Error::os(
+                format!("cannot map {} MiB for DMA at {iova:#x}", region.len().div_ceil(1 << 20)),
+                errno,
+            )
+        })
+    }
+
+    fn unmap(&self, iova: u64, size: u64) -> nix::Result<u64> {
+        let mut unmap = uapi::vfio_iommu_type1_dma_unmap {
+            argsz: size_of::<uapi::vfio_iommu_type1_dma_unmap>() as u32,
+            flags: 0,
+            iova,
+            size,
+            data: Default::default(),
+        };
+        // SAFETY: the structure is complete and asks for no dirty bitmap, so `data` is not used.
+        counted(unsafe { sys::iommu_unmap_dma(self.fd.as_raw_fd(), &mut unmap) })?;
+        Ok(unmap.size)
+    }
+}
+
+impl AsFd for Container {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// A region that the devices of an [`AddressSpace`] can reach. Unmapped on drop.
+#[derive(Debug)]
+pub struct Mapping {
+    /// Taken only by drop, so that it unmaps before `space` goes.
+    mapped: Option<Mapped>,
+    space: Arc<AddressSpace>,
+}
+
+#[derive(Debug)]
+enum Mapped {
+    Type1 { iova: u64, region: Arc<Region> },
+    Ioas(iommufd::Mapping),
+    None { region: Arc<Region> },
+}
+
+impl Mapped {
+    fn range(&self) -> Option<RangeInclusive<u64>> {
+        let (iova, region) = match self {
+            Self::Type1 { iova, region } => (*iova, region),
+            Self::Ioas(mapping) => (mapping.iova(), mapping.region()),
+            Self::None { .. } => return None,
+        };
+        Some(iova..=iova + (region.len() as u64 - 1))
+    }
+}
+
+impl Mapping {
+    /// Physical address of each page when the devices use those; none when an IOMMU translates.
+    ///
+    /// # Errors
+    /// `Permission` when the kernel does not tell them to this process.
+    pub fn physical_addresses(&self) -> Result<Option<Vec<u64>>> {
+        match &self.mapped {
+            Some(Mapped::None { region }) => pagemap(region).map(Some),
+            Some(Mapped::Ioas(mapping)) if self.space.is_physical() => mapping.physical_addresses().map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let Some(mapped) = self.mapped.take() else { return };
+        let range = mapped.range();
+        if let (Mapped::Type1 { iova, region }, Tables::Type1(container)) = (&mapped, &self.space.tables) {
+            match container.unmap(*iova, region.len() as u64) {
+                Ok(unmapped) if unmapped == region.len() as u64 => {}
+                Ok(unmapped) => tracing::error!("unmapped {unmapped} of {} bytes at {iova:#x}", region.len()),
+                Err(errno) => tracing::error!("cannot unmap {} bytes at {iova:#x}: {errno}", region.len()),
+            }
+        }
+        drop(mapped);
+        if let Some(range) = range {
+            let mut free = self.space.lock();
+            *free = IovaRanges::new(free.iter().cloned().chain([range]));
+        }
+    }
+}
+
+/// Without an IOMMU nothing pins the pages; only hugetlb pages stay where they are.
+fn pinned(region: &Region) -> Result<()> {
+    if region.page_size() > 4096 {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Usage,
+        "cannot use 4 KiB pages without an IOMMU",
+        "the kernel may move them while the NIC writes",
+    )
+    .mend("leave out --no-huge, or use --vfio-mode noiommu-cdev (kernel 7.3)"))
+}
+
+/// Physical address of each page of `region`, from `/proc/self/pagemap`
+/// (`Documentation/admin-guide/mm/pagemap.rst`).
+fn pagemap(region: &Region) -> Result<Vec<u64>> {
+    const PRESENT: u64 = 1 << 63;
+    const FRAME: u64 = (1 << 55) - 1;
+    const PAGE: u64 = 4096;
+    let what = "cannot read physical addresses from /proc/self/pagemap";
+    let file = File::open("/proc/self/pagemap").map_err(|error| Error::io(what, &error))?;
+    let start = region.as_ptr().as_ptr() as u64;
+    (0..region.len() / region.page_size())
+        .map(|page| {
+            let address = start + (page * region.page_size()) as u64;
+            let mut entry = [0; 8];
+            file.read_exact_at(&mut entry, address / PAGE * 8).map_err(|error| Error::io(what, &error))?;
+            let entry = u64::from_ne_bytes(entry);
+            if entry & PRESENT == 0 || entry & FRAME == 0 {
+                return Err(Error::os(what, Errno::EPERM)
+                    .because("the kernel hides them from this process")
+                    .mend("run as root (CAP_SYS_ADMIN)"));
+            }
+            Ok((entry & FRAME) * PAGE)
+        })
+        .collect()
+}
