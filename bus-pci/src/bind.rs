@@ -1,0 +1,108 @@
+//! Which kernel driver a function is bound to, and changing that by `driver_override`
+//! (`Documentation/ABI/testing/sysfs-bus-pci`).
+
+use std::fs;
+use std::path::Path;
+
+use vireo_eal::bdf::Bdf;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::Bus;
+
+impl Bus {
+    /// Binds `address` to `driver`, or to none, and gives the driver it had. If the new driver refuses, the
+    /// old one is put back.
+    ///
+    /// # Errors
+    /// `Unavailable` when the function or the driver is not there, `Permission` without root.
+    pub fn bind(&self, address: Bdf, driver: Option<&str>) -> Result<Option<String>> {
+        let old = self.find(address)?.driver;
+        if old.as_deref() == driver {
+            return Ok(old);
+        }
+        if let Some(driver) = driver
+            && !self.root().join("drivers").join(driver).exists()
+        {
+            let what = format!("cannot bind {address} to {driver}");
+            return Err(Error::new(ErrorKind::Unavailable, what, "the kernel has no such driver loaded")
+                .mend(format!("run: modprobe {driver}")));
+        }
+        self.rebind(address, driver).inspect_err(|_| {
+            if let Err(error) = self.rebind(address, old.as_deref()) {
+                tracing::error!("{error}");
+            }
+        })?;
+        Ok(old)
+    }
+
+    fn rebind(&self, address: Bdf, driver: Option<&str>) -> Result<()> {
+        let device = self.path(address);
+        if device.join("driver").exists() {
+            write(&device.join("driver/unbind"), &address.to_string())?;
+        }
+        let Some(driver) = driver else { return Ok(()) };
+        let driver_override = device.join("driver_override");
+        write(&driver_override, driver)?;
+        let probed = write(&self.root().join("drivers_probe"), &address.to_string());
+        // The override is for this one probe; left behind, it would keep every other driver away.
+        write(&driver_override, "\n")?;
+        probed?;
+        match self.find(address)?.driver {
+            Some(bound) if bound == driver => Ok(()),
+            _ => Err(Error::new(
+                ErrorKind::Unavailable,
+                format!("cannot bind {address} to {driver}"),
+                "the driver did not take it",
+            )
+            .mend("see why: dmesg | tail")),
+        }
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).map_err(|error| {
+        let error = Error::io(format!("cannot write {}", path.display()), &error);
+        if error.kind() == ErrorKind::Permission { error.mend("run as root") } else { error }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scan::tests::fake_bus;
+
+    fn with_files(dir: &Path, address: &str, drivers: &[&str]) {
+        for driver in drivers {
+            fs::create_dir_all(dir.join("drivers").join(driver)).unwrap();
+        }
+        for file in ["drivers_probe", &format!("devices/{address}/driver_override")] {
+            fs::write(dir.join(file), "").unwrap();
+        }
+    }
+
+    #[test]
+    fn a_missing_driver_names_modprobe_and_changes_nothing() {
+        let (dir, bus) = fake_bus(&[("0000:00:03.0", "8086", "100e", "e1000")]);
+        with_files(dir.path(), "0000:00:03.0", &["e1000"]);
+        let error = bus.bind("0000:00:03.0".parse().unwrap(), Some("vfio-pci")).unwrap_err();
+        assert!(error.to_string().ends_with("run: modprobe vfio-pci"), "{error}");
+        assert_eq!(bus.scan().unwrap()[0].driver.as_deref(), Some("e1000"));
+    }
+
+    #[test]
+    fn a_driver_that_refuses_leaves_no_override() {
+        let (dir, bus) = fake_bus(&[("0000:00:03.0", "8086", "100e", "e1000")]);
+        with_files(dir.path(), "0000:00:03.0", &["e1000", "vfio-pci"]);
+        let error = bus.bind("0000:00:03.0".parse().unwrap(), Some("vfio-pci")).unwrap_err();
+        assert!(error.to_string().contains("did not take it"), "{error}");
+        let left = fs::read_to_string(dir.path().join("devices/0000:00:03.0/driver_override")).unwrap();
+        assert_eq!(left, "\n");
+    }
+
+    #[test]
+    fn a_function_that_is_bound_already_is_left_alone() {
+        let (_dir, bus) = fake_bus(&[("0000:00:03.0", "8086", "100e", "vfio-pci")]);
+        let address = "0000:00:03.0".parse().unwrap();
+        assert_eq!(bus.bind(address, Some("vfio-pci")).unwrap().as_deref(), Some("vfio-pci"));
+    }
+}

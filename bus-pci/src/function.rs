@@ -1,0 +1,133 @@
+//! What a driver needs of a PCI function, whether the kernel or a test stands behind it.
+
+use vireo_eal::bdf::Bdf;
+use vireo_eal::mmio::Bar;
+use vireo_eal::{Error, ErrorKind, Result};
+
+/// PCI vendor and device id, as in the first four bytes of config space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DeviceId {
+    /// Vendor id, such as `0x8086`.
+    pub vendor: u16,
+    /// Device id.
+    pub device: u16,
+}
+
+impl std::fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:04x}:{:04x}", self.vendor, self.device)
+    }
+}
+
+/// A PCI function that a driver owns. Set-up only: nothing here is on the packet path.
+pub trait Function: Send {
+    /// Where it sits.
+    fn address(&self) -> Bdf;
+
+    /// What it is.
+    fn id(&self) -> DeviceId;
+
+    /// Reads config space at `offset`. What lies beyond its end reads as all ones, as on the bus.
+    fn read_config(&self, offset: u16, bytes: &mut [u8]);
+
+    /// Writes config space at `offset`.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn write_config(&self, offset: u16, bytes: &[u8]) -> Result<()>;
+
+    /// Base address register `index` (0 to 5).
+    ///
+    /// # Errors
+    /// `Unavailable` when the function has none there.
+    fn bar(&self, index: u8) -> Result<Bar>;
+
+    /// Resets the function; false when it has no reset of its own, and the driver must quiesce it.
+    ///
+    /// # Errors
+    /// When the kernel tried and failed.
+    fn reset(&self) -> Result<bool>;
+
+    /// Whether an IOMMU translates the addresses that the function uses.
+    fn has_iommu(&self) -> bool;
+
+    /// Reads 16 bits of config space.
+    fn config16(&self, offset: u16) -> u16 {
+        let mut bytes = [0xff; 2];
+        self.read_config(offset, &mut bytes);
+        u16::from_le_bytes(bytes)
+    }
+
+    /// Reads 8 bits of config space.
+    fn config8(&self, offset: u16) -> u8 {
+        let mut bytes = [0xff];
+        self.read_config(offset, &mut bytes);
+        bytes[0]
+    }
+
+    /// Reads 32 bits of config space.
+    fn config32(&self, offset: u16) -> u32 {
+        let mut bytes = [0xff; 4];
+        self.read_config(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Lets the function answer memory accesses, and start DMA of its own if `bus_master`.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write.
+    fn set_command(&self, bus_master: bool) -> Result<()> {
+        let old = self.config16(COMMAND) & !COMMAND_BUS_MASTER;
+        let new = old | COMMAND_MEMORY | if bus_master { COMMAND_BUS_MASTER } else { 0 };
+        self.write_config(COMMAND, &new.to_le_bytes())
+    }
+}
+
+/// Command register (PCI Local Bus 3.0, 6.2.2).
+const COMMAND: u16 = 0x04;
+const COMMAND_MEMORY: u16 = 1 << 1;
+const COMMAND_BUS_MASTER: u16 = 1 << 2;
+/// Status register; bit 4 says that there is a capability list.
+const STATUS: u16 = 0x06;
+const STATUS_CAPABILITY_LIST: u16 = 1 << 4;
+const CAPABILITY_POINTER: u16 = 0x34;
+
+/// One entry of the capability list in config space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// Capability id (PCI Code and ID Assignment, chapter 2): 5 is MSI, 9 vendor-specific, 17 MSI-X.
+    pub id: u8,
+    /// Offset of its first byte in config space.
+    pub offset: u16,
+}
+
+/// Capability id of MSI-X.
+pub const CAP_ID_MSIX: u8 = 0x11;
+/// Capability id of vendor-specific capabilities, which virtio uses.
+pub const CAP_ID_VENDOR: u8 = 0x09;
+
+/// Walks the capability list of `function`.
+///
+/// # Errors
+/// `Protocol` when the list points outside of itself or loops: config space is device input.
+pub fn capabilities(function: &dyn Function) -> Result<Vec<Capability>> {
+    /// Entries of four bytes that fit behind the 64-byte header of a 256-byte config space.
+    const MOST: usize = (256 - 64) / 4;
+    let mut found = Vec::new();
+    if function.config16(STATUS) & STATUS_CAPABILITY_LIST == 0 {
+        return Ok(found);
+    }
+    let mut offset = u16::from(function.config8(CAPABILITY_POINTER) & !3);
+    while offset != 0 {
+        if offset < 64 || found.len() == MOST {
+            return Err(Error::new(
+                ErrorKind::Protocol,
+                format!("cannot read the capabilities of {}", function.address()),
+                if offset < 64 { "the list points into the header" } else { "the list loops" },
+            ));
+        }
+        found.push(Capability { id: function.config8(offset), offset });
+        offset = u16::from(function.config8(offset + 1) & !3);
+    }
+    Ok(found)
+}

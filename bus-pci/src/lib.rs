@@ -1,0 +1,12 @@
+//! PCI bus of Vireo: which functions there are ([`Bus`]), what they are bound to, and how a driver
+//! reaches one ([`Function`], [`PciDevice`]) through whatever VFIO mode the user chose.
+#![forbid(unsafe_code)]
+
+mod bind;
+mod function;
+mod probe;
+mod scan;
+
+pub use function::{CAP_ID_MSIX, CAP_ID_VENDOR, Capability, DeviceId, Function, capabilities};
+pub use probe::{PciDevice, Report};
+pub use scan::{Bus, PciInfo};

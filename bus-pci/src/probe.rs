@@ -1,0 +1,198 @@
+//! From the user's arguments to functions that this process owns.
+
+use std::fmt::Write as _;
+
+use vireo_eal::args::EalArgs;
+use vireo_eal::bdf::Bdf;
+use vireo_eal::mmio::Bar;
+use vireo_eal::vfio::{Acquired, ConfigSpace, Device, Phase, Vfio, VfioMode};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::{Bus, CAP_ID_MSIX, DeviceId, Function, PciInfo, capabilities};
+
+const VFIO_DRIVER: &str = "vfio-pci";
+
+/// A PCI function that this process owns through VFIO, in any mode.
+#[derive(Debug)]
+pub struct PciDevice {
+    address: Bdf,
+    id: DeviceId,
+    config: ConfigSpace,
+    device: Device,
+    /// Mode, the reason for it, and what the acquisition took.
+    pub report: Report,
+}
+
+/// How a function was acquired.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The mode; never `auto`.
+    pub mode: VfioMode,
+    /// Why this mode.
+    pub why: String,
+    /// Steps and their times.
+    pub phases: Vec<Phase>,
+}
+
+impl Bus {
+    /// The functions that the arguments choose: with `--allow` exactly those, in the order given; else every
+    /// one that is bound to VFIO, known to a driver and not blocked, by address.
+    ///
+    /// # Errors
+    /// When a function of `--allow` is not there, has no driver here, or is bound to another driver.
+    pub fn select(&self, args: &EalArgs, known: impl Fn(DeviceId) -> bool) -> Result<Vec<PciInfo>> {
+        if args.no_pci {
+            return Ok(Vec::new());
+        }
+        if args.allow.is_empty() {
+            let usable = |info: &PciInfo| {
+                info.driver.as_deref() == Some(VFIO_DRIVER)
+                    && known(info.id)
+                    && !args.block.contains(&info.address)
+            };
+            return Ok(self.scan()?.into_iter().filter(usable).collect());
+        }
+        args.allow
+            .iter()
+            .map(|allowed| {
+                let info = self.find(allowed.address)?;
+                check_usable(&info, &known)?;
+                Ok(info)
+            })
+            .collect()
+    }
+
+    /// Acquires one function through VFIO in `mode`.
+    ///
+    /// # Errors
+    /// As for [`Vfio::acquire`].
+    pub fn open(&self, info: &PciInfo, vfio: &Vfio, mode: VfioMode) -> Result<PciDevice> {
+        PciDevice::new(info, vfio.acquire(&self.node(info.address), mode)?)
+    }
+}
+
+fn check_usable(info: &PciInfo, known: impl Fn(DeviceId) -> bool) -> Result<()> {
+    let what = || format!("cannot use {}", info.address);
+    if !known(info.id) {
+        return Err(Error::new(ErrorKind::Unavailable, what(), format!("no driver here knows {}", info.id)));
+    }
+    if info.driver.as_deref() == Some(VFIO_DRIVER) {
+        return Ok(());
+    }
+    let mut why = "it is bound to no driver".to_owned();
+    if let Some(driver) = &info.driver {
+        why.clear();
+        let _ = write!(why, "it is bound to the kernel driver {driver}");
+    }
+    Err(Error::new(ErrorKind::Unavailable, what(), why)
+        .mend(format!("run: vireo-devbind --bind {VFIO_DRIVER} {}", info.address)))
+}
+
+impl PciDevice {
+    fn new(info: &PciInfo, acquired: Acquired) -> Result<Self> {
+        let Acquired { device, mode, why, phases, .. } = acquired;
+        Ok(Self {
+            address: info.address,
+            id: info.id,
+            config: device.config_space()?,
+            device,
+            report: Report { mode, why, phases },
+        })
+    }
+
+    /// The VFIO device, for its interrupts and its address space.
+    pub fn vfio(&self) -> &Device {
+        &self.device
+    }
+
+    /// BAR and bytes of the MSI-X table (PCI Local Bus 3.0, 6.8.2).
+    fn msix_table(&self) -> Result<Option<(u8, std::ops::Range<u64>)>> {
+        let msix = capabilities(self)?.into_iter().find(|capability| capability.id == CAP_ID_MSIX);
+        Ok(msix.map(|capability| {
+            let entries = u64::from(self.config16(capability.offset + 2) & 0x7ff) + 1;
+            let table = self.config32(capability.offset + 4);
+            let start = u64::from(table & !7);
+            ((table & 7) as u8, start..start + entries * 16)
+        }))
+    }
+}
+
+impl Function for PciDevice {
+    fn address(&self) -> Bdf {
+        self.address
+    }
+
+    fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    fn read_config(&self, offset: u16, bytes: &mut [u8]) {
+        self.config.read(offset, bytes);
+    }
+
+    fn write_config(&self, offset: u16, bytes: &[u8]) -> Result<()> {
+        self.config.write(offset, bytes)
+    }
+
+    fn bar(&self, index: u8) -> Result<Bar> {
+        let table = self.msix_table()?.filter(|(bar, _)| *bar == index).map(|(_, bytes)| bytes);
+        self.device.bar(index, table)
+    }
+
+    fn reset(&self) -> Result<bool> {
+        self.device.reset()
+    }
+
+    fn has_iommu(&self) -> bool {
+        !self.device.space().is_physical()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scan::tests::fake_bus;
+    use vireo_eal::args::{Outcome, Program, parse};
+
+    fn args(line: &str) -> EalArgs {
+        let argv = ["test"].into_iter().chain(line.split_whitespace()).map(Into::into);
+        match parse(argv, &Program::default()).unwrap() {
+            Outcome::Run(parsed) => parsed.eal,
+            Outcome::Print(text) => panic!("{text}"),
+        }
+    }
+
+    fn selected(line: &str) -> Result<Vec<String>> {
+        let (_dir, bus) = fake_bus(&[
+            ("0000:00:03.0", "8086", "100e", "vfio-pci"),
+            ("0000:00:04.0", "8086", "10d3", "e1000e"),
+            ("0000:00:05.0", "8086", "10d3", "vfio-pci"),
+            ("0000:00:06.0", "abcd", "0001", "vfio-pci"),
+        ]);
+        let known = |id: DeviceId| id.vendor == 0x8086;
+        Ok(bus.select(&args(line), known)?.iter().map(|info| info.address.to_string()).collect())
+    }
+
+    #[test]
+    fn without_lists_every_usable_function() {
+        assert_eq!(selected("").unwrap(), ["0000:00:03.0", "0000:00:05.0"]);
+        assert_eq!(selected("-b 00:03.0").unwrap(), ["0000:00:05.0"]);
+        assert!(selected("--no-pci").unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_allow_list_gives_the_order() {
+        assert_eq!(selected("-a 00:05.0 -a 00:03.0").unwrap(), ["0000:00:05.0", "0000:00:03.0"]);
+    }
+
+    #[test]
+    fn what_cannot_be_used_says_why_and_what_to_type() {
+        let bound = selected("-a 00:04.0").unwrap_err().to_string();
+        assert!(
+            bound.contains("kernel driver e1000e; run: vireo-devbind --bind vfio-pci 0000:00:04.0"),
+            "{bound}"
+        );
+        assert!(selected("-a 00:06.0").unwrap_err().to_string().contains("abcd:0001"));
+        assert!(selected("-a 00:07.0").unwrap_err().to_string().contains("no such PCI device"));
+    }
+}

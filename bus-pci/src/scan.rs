@@ -1,0 +1,157 @@
+//! Which PCI functions there are, by sysfs (`Documentation/PCI/sysfs-pci.rst`).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vireo_eal::bdf::Bdf;
+use vireo_eal::vfio::Node;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::DeviceId;
+
+/// The PCI bus as sysfs shows it.
+#[derive(Clone, Debug)]
+pub struct Bus {
+    root: PathBuf,
+}
+
+/// A PCI function in sysfs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciInfo {
+    /// Where it sits.
+    pub address: Bdf,
+    /// What it is.
+    pub id: DeviceId,
+    /// Class code, 24 bits: `0x020000` is an Ethernet controller.
+    pub class: u32,
+    /// Driver that it is bound to.
+    pub driver: Option<String>,
+    /// NUMA node, where the machine has several.
+    pub numa_node: Option<u32>,
+}
+
+impl Default for Bus {
+    fn default() -> Self {
+        Self::new("/sys/bus/pci")
+    }
+}
+
+impl Bus {
+    /// The bus below `root`, `/sys/bus/pci` on a real machine.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(crate) fn path(&self, address: Bdf) -> PathBuf {
+        self.root.join("devices").join(address.to_string())
+    }
+
+    /// The function as the EAL's VFIO layer names it.
+    pub fn node(&self, address: Bdf) -> Node {
+        Node { name: address.to_string(), sysfs: self.path(address) }
+    }
+
+    /// All functions, by address. A machine without PCI has none.
+    ///
+    /// # Errors
+    /// `Io` when sysfs is there and does not answer.
+    pub fn scan(&self) -> Result<Vec<PciInfo>> {
+        let devices = self.root.join("devices");
+        let entries = match fs::read_dir(&devices) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::io(format!("cannot read {}", devices.display()), &error)),
+        };
+        let mut found: Vec<PciInfo> = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            // A function may be unplugged between the listing and the look.
+            .filter_map(|address| self.find(address).ok())
+            .collect();
+        found.sort_by_key(|info| info.address);
+        Ok(found)
+    }
+
+    /// One function.
+    ///
+    /// # Errors
+    /// `Unavailable` when there is none at `address`.
+    pub fn find(&self, address: Bdf) -> Result<PciInfo> {
+        let path = self.path(address);
+        let text = |file: &str| fs::read_to_string(path.join(file)).ok();
+        let hex = |file: &str| {
+            let text = text(file)?;
+            u32::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok()
+        };
+        let id = hex("vendor").zip(hex("device")).and_then(|(vendor, device)| {
+            Some(DeviceId { vendor: vendor.try_into().ok()?, device: device.try_into().ok()? })
+        });
+        let id = id.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unavailable,
+                format!("cannot find {address}"),
+                "there is no such PCI device",
+            )
+            .mend("list them: ls /sys/bus/pci/devices")
+        })?;
+        Ok(PciInfo {
+            address,
+            id,
+            class: hex("class").unwrap_or(0),
+            driver: fs::read_link(path.join("driver"))
+                .ok()
+                .and_then(|link| Some(link.file_name()?.to_str()?.to_owned())),
+            numa_node: text("numa_node").and_then(|text| text.trim().parse().ok()),
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// A bus in a directory, with `(address, vendor:device, driver)` on it.
+    pub(crate) fn fake_bus(functions: &[(&str, &str, &str, &str)]) -> (tempfile::TempDir, Bus) {
+        let dir = tempfile::tempdir().unwrap();
+        for (address, vendor, device, driver) in functions {
+            let path = dir.path().join("devices").join(address);
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("vendor"), format!("0x{vendor}\n")).unwrap();
+            fs::write(path.join("device"), format!("0x{device}\n")).unwrap();
+            fs::write(path.join("class"), "0x020000\n").unwrap();
+            fs::write(path.join("numa_node"), "-1\n").unwrap();
+            if !driver.is_empty() {
+                symlink(format!("../../drivers/{driver}"), path.join("driver")).unwrap();
+            }
+        }
+        let bus = Bus::new(dir.path());
+        (dir, bus)
+    }
+
+    #[test]
+    fn scans_in_order_and_knows_drivers() {
+        let (_dir, bus) =
+            fake_bus(&[("0000:00:05.0", "8086", "10d3", "vfio-pci"), ("0000:00:03.0", "1af4", "1041", "")]);
+        let found = bus.scan().unwrap();
+        assert_eq!(
+            found.iter().map(|info| info.address.to_string()).collect::<Vec<_>>(),
+            ["0000:00:03.0", "0000:00:05.0"]
+        );
+        assert_eq!(found[1].driver.as_deref(), Some("vfio-pci"));
+        assert_eq!((found[1].id.device, found[0].numa_node), (0x10d3, None));
+    }
+
+    #[test]
+    fn what_is_not_there_is_an_error_or_nothing() {
+        let (_dir, bus) = fake_bus(&[]);
+        assert!(bus.scan().unwrap().is_empty());
+        let error = bus.find("0000:00:09.0".parse().unwrap()).unwrap_err();
+        assert!(error.to_string().starts_with("cannot find 0000:00:09.0"), "{error}");
+        assert!(Bus::new("/nonexistent").scan().unwrap().is_empty());
+    }
+}
