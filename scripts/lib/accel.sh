@@ -1,0 +1,54 @@
+# shellcheck shell=bash
+# KVM or software emulation. That /dev/kvm exists proves nothing (nested and partial ones are common), so a short boot
+# decides, and its answer is kept until the machine reboots or the kernel or QEMU changes.
+
+ACCEL=
+KVM_PROBE_SECONDS=15
+
+qemu_version() { qemu-system-x86_64 --version | awk 'NR == 1 {print $4}'; }
+
+accel_choose() {
+    local image=$1
+    case $OPT_ACCEL in
+        kvm | tcg) ACCEL=$OPT_ACCEL; say "$ACCEL, as asked" ;;
+        auto) accel_probe "$image" ;;
+        *) fail "unknown --accel '$OPT_ACCEL'" "--accel auto, kvm or tcg" ;;
+    esac
+}
+
+accel_probe() {
+    local image=$1 answer
+    if [[ ! -r /dev/kvm || ! -w /dev/kvm ]]; then
+        ACCEL=tcg
+        say "software emulation (tcg): no usable /dev/kvm"
+        return
+    fi
+    answer="$CACHE/kvm/$(cat "$image" /proc/sys/kernel/random/boot_id <(qemu_version) | sha256sum | cut -c1-16)"
+    if [[ ! -f $answer ]]; then
+        mkdir -p "$CACHE/kvm"
+        progress "trying KVM"
+        if accel_boots_with_kvm "$image"; then echo kvm; else echo tcg; fi >"$answer.$$"
+        mv "$answer.$$" "$answer"
+        progress_end
+    fi
+    ACCEL=$(cat "$answer")
+    case $ACCEL in
+        kvm) say "KVM" ;;
+        *) say "software emulation (tcg): /dev/kvm is there, but a probe boot with it failed" ;;
+    esac
+}
+
+# In a subshell, so that what it sets for the probe is gone afterwards.
+accel_boots_with_kvm() (
+    ACCEL=kvm
+    PROGRAMS=()
+    OPT_NICS=none
+    OPT_SHARE=
+    OPT_VERBOSE=
+    OPT_HUGEPAGES=0
+    OPT_TIMEOUT=$KVM_PROBE_SECONDS
+    KERNEL_EXTRA=()
+    QEMU_EXTRA=()
+    guest_boot "$1" pipe true >/dev/null 2>&1
+    [[ $GUEST_STATUS == 0 ]]
+)

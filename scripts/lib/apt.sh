@@ -1,0 +1,58 @@
+# shellcheck shell=bash
+# Packages of the machine itself: installed only with the user's consent.
+
+SUDO=()
+((EUID == 0)) || SUDO=(sudo)
+
+package_installed() {
+    [[ $(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null) == installed ]]
+}
+
+package_candidate() {
+    LC_ALL=C apt-cache policy "$1" 2>/dev/null | awk '$1 == "Candidate:" && $2 != "(none)" {print $2}'
+}
+
+# apt_consent QUESTION COMMAND: who may not be asked is told the command instead.
+apt_consent() {
+    [[ -z $OPT_YES ]] || return 0
+    if [[ -t 0 && -t 2 ]]; then
+        local answer
+        read -rp "lab: $1 [Y/n] " answer
+        [[ $answer != [nN]* ]] || fail "stopped: $1 was declined" "$2"
+    else
+        fail "$1: not without --yes when there is no terminal to ask on" "$2"
+    fi
+}
+
+# Packages that are here under another roof (rustup's cargo, a hand-built QEMU) are the caller's to rule out first.
+need_packages() {
+    local package missing=()
+    for package; do
+        package_installed "$package" || missing+=("$package")
+    done
+    ((${#missing[@]})) || return 0
+
+    local command="${SUDO[*]:+${SUDO[*]} }apt-get install -y --no-install-recommends ${missing[*]}"
+    apt_consent "install ${missing[*]} with apt" "$command"
+    refresh_if_unknown "${missing[@]}"
+
+    local log="$CACHE/apt.log"
+    progress "installing ${missing[*]}"
+    # Nothing that the user chose is removed behind their back: a conflict (Debian's older cargo) is theirs to settle.
+    "${SUDO[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-remove --no-install-recommends \
+        "${missing[@]}" >"$log" 2>&1 || fail "apt could not install ${missing[*]} (log: $log)" "$command"
+    progress_end
+}
+
+# A fresh machine or container often has no package lists at all.
+refresh_if_unknown() {
+    local package
+    for package; do
+        [[ -z $(package_candidate "$package") ]] || continue
+        progress "reading apt's package lists"
+        "${SUDO[@]}" apt-get update >"$CACHE/apt.log" 2>&1 ||
+            fail "apt-get update failed (log: $CACHE/apt.log)" "${SUDO[*]:+${SUDO[*]} }apt-get update"
+        progress_end
+        return
+    done
+}

@@ -1,0 +1,62 @@
+# shellcheck shell=bash
+# The guest's root: busybox, strace, scripts/guest and our programs, in one uncompressed archive (QEMU hands it over at
+# once, while unpacking a compressed one under software emulation takes seconds).
+
+initramfs_build() {
+    local run=$1 image=$2 root="$1/root" file
+    shift 2
+    mkdir -p "$root"/{bin,dev,etc,proc,root,run,share,sys,tmp}
+    cp "$(command -v busybox)" "$root/bin/busybox"
+    for file in "$SCRIPTS"/guest/*; do
+        install -m 755 "$file" "$root/bin/${file##*/}"
+    done
+    mv "$root/bin/init" "$root/init"
+    initramfs_add_strace "$root"
+    initramfs_add_programs "$root"
+    modules_add "$image" "$root"
+    printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n' >"$root/etc/passwd"
+    printf 'root:x:0:\nnogroup:x:65534:\n' >"$root/etc/group"
+    {
+        initramfs_environment
+        echo "exec $(shell_quote "$@")"
+    } >"$root/etc/command"
+    (cd "$root" && find . -print0 | cpio --null --quiet --create --format=newc --owner=+0:+0) >"$run/initrd"
+    rm -rf "$root"
+}
+
+initramfs_add_strace() {
+    local program library
+    program=$(command -v strace)
+    cp "$program" "$1/bin/strace"
+    ldd "$program" | grep -o '/[^ ]*' | while read -r library; do
+        mkdir -p "$1$(dirname "$library")"
+        cp -L "$library" "$1$library"
+    done
+}
+
+initramfs_add_programs() {
+    local program name
+    for program in "${PROGRAMS[@]}"; do
+        name=${program##*/}
+        cp "$program" "$1/bin/$name"
+        [[ $name != vireo-* || -e $1/bin/${name#vireo-} ]] || ln -s "$name" "$1/bin/${name#vireo-}"
+    done
+}
+
+# A measurement says where it was made; the guest cannot know.
+initramfs_environment() {
+    echo "export VIREO_LAB_ACCEL=$(shell_quote "$ACCEL")"
+    echo "export VIREO_LAB_QEMU=$(shell_quote "$(qemu_version)")"
+    echo "export VIREO_LAB_HOST_CPU=$(shell_quote "$(sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo)")"
+    echo "export VIREO_LAB_HOST_CPUS=$(nproc)"
+    echo "export VIREO_LAB_COMMIT=$(shell_quote "$(git -C "$REPO" describe --always --dirty 2>/dev/null || echo unknown)")"
+}
+
+# For the guest's shell, which has no arrays and no printf %q.
+shell_quote() {
+    local word quoted=()
+    for word; do
+        quoted+=("'${word//\'/\'\\\'\'}'")
+    done
+    echo "${quoted[*]}"
+}

@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# A distribution's kernel (--kernel PATH) has as modules what ours has built in. They are looked for where its package
+# puts them: beside the image (also of an unpacked package), else in /lib/modules.
+
+MODULES_WANTED=(virtio_pci virtio_console 9p 9pnet_virtio virtio_net e1000 e1000e iommufd vfio vfio_iommu_type1 vfio_pci)
+
+# Files in load order in /modules of the guest, since insmod resolves nothing.
+modules_add() {
+    local image=$1 root=$2 release base file name number=100
+    release=$(kernel_release "$image")
+    for base in "$(dirname "$(dirname "$(readlink -f "$image")")")" / ''; do
+        [[ -n $base ]] || return 0
+        [[ ! -d $base/lib/modules/$release ]] || break
+    done
+    [[ -f $base/lib/modules/$release/modules.dep ]] ||
+        fail "$base/lib/modules/$release has no modules.dep" "depmod -b '$base' $release"
+    need_packages kmod
+    mkdir "$root/modules"
+    modules_in_order "$base" "$release" | while read -r file; do
+        name=${file##*/}
+        number=$((number + 1))
+        case $name in
+            *.xz) xz -dc "$file" >"$root/modules/$number-${name%.xz}" ;;
+            *.zst) need_packages zstd && zstd -qdc "$file" >"$root/modules/$number-${name%.zst}" ;;
+            *.gz) gzip -dc "$file" >"$root/modules/$number-${name%.gz}" ;;
+            *) cp "$file" "$root/modules/$number-$name" ;;
+        esac
+    done
+}
+
+# What is built in, or older than the kernel's idea of it, has no file and is left out.
+modules_in_order() {
+    local module
+    for module in "${MODULES_WANTED[@]}"; do
+        /sbin/modprobe --dirname "$1" --set-version "$2" --show-depends "$module" 2>/dev/null || true
+    done | awk '$1 == "insmod" && !seen[$2]++ {print $2}'
+}

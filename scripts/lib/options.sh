@@ -1,0 +1,109 @@
+# shellcheck shell=bash
+# The options of every subcommand, parsed in one place.
+
+usage() {
+    cat <<'TEXT'
+scripts/lab: VFIO and IOMMUFD in a QEMU guest, for machines without an IOMMU or NICs to give away
+
+  lab compare [--json FILE] [--html FILE] [-- ARGS]  run the same forwarder in every VFIO mode and compare them
+  lab run [options] -- COMMAND...                    run COMMAND in the guest; its exit code is passed on
+  lab shell [options]                                a busybox shell in the guest
+  lab test [options]                                 the test matrix, as TAP
+  lab kernel [--show]                                build the newest guest kernel, or show what is built
+
+Programs of this repository go by their short names: lab run -- l2fwd --help
+
+  --kernel default|edge|PATH  Debian's 6.12, Debian's newest (7.3 or later), or a bzImage of your own
+  --yes                       let apt install what is missing without asking
+  --no-iommu                  boot without an IOMMU, with VFIO's unsafe no-IOMMU mode enabled
+  --nics KINDS|none|tap:A,B   KINDS: virtio-net,e1000,e1000e (default: all three, four NICs of each);
+                              tap:A,B: an e1000e on host interface A and a virtio-net on B
+  --no-bind                   leave the NICs to the guest kernel's own drivers
+  --no-iommu-platform         virtio-net that bypasses the IOMMU (drivers must refuse it)
+  --cpus N, --mem MIB         virtual CPUs (2) and memory (2048)
+  --hugepages N               2 MiB pages reserved at boot (256)
+  --share DIR                 DIR of the host, writable, at /share
+  --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare and test; 0: none)
+  --accel auto|kvm|tcg        auto: KVM if a probe boot shows that it works
+  --no-build                  do not build the repository's programs; the guest has busybox and strace
+  --qemu-arg ARG              one more argument for QEMU (repeatable)
+  --kernel-arg ARG            one more argument for the guest kernel (repeatable)
+  --verbose                   show the guest kernel's log
+
+Exit code: the command's own; 124 when the time limit ended it; 125 when the lab itself failed.
+TEXT
+}
+
+OPT_KERNEL=default
+OPT_KERNEL_GIVEN=
+OPT_YES=
+OPT_SHOW=
+OPT_IOMMU=1
+OPT_NICS=virtio-net,e1000,e1000e
+OPT_NICS_GIVEN=
+OPT_BIND=1
+OPT_IOMMU_PLATFORM=on
+OPT_CPUS=2
+OPT_MEM=2048
+OPT_HUGEPAGES=256
+OPT_SHARE=
+OPT_TIMEOUT=
+OPT_ACCEL=auto
+OPT_BUILD=1
+OPT_VERBOSE=
+OPT_JSON=
+OPT_HTML=
+QEMU_EXTRA=()
+KERNEL_EXTRA=()
+COMMAND=()
+
+options_parse() {
+    while (($#)); do
+        case $1 in
+            --) shift; COMMAND=("$@"); return ;;
+            --kernel) OPT_KERNEL=$(option_value "$@"); OPT_KERNEL_GIVEN=1; shift ;;
+            --nics) OPT_NICS=$(option_value "$@"); OPT_NICS_GIVEN=1; shift ;;
+            --cpus) OPT_CPUS=$(option_number "$@"); shift ;;
+            --mem) OPT_MEM=$(option_number "$@"); shift ;;
+            --hugepages) OPT_HUGEPAGES=$(option_number "$@"); shift ;;
+            --timeout) OPT_TIMEOUT=$(option_number "$@"); shift ;;
+            --share) OPT_SHARE=$(option_directory "$@"); shift ;;
+            --accel) OPT_ACCEL=$(option_value "$@"); shift ;;
+            --json) OPT_JSON=$(option_value "$@"); shift ;;
+            --html) OPT_HTML=$(option_value "$@"); shift ;;
+            --qemu-arg) QEMU_EXTRA+=("$(option_value "$@")"); shift ;;
+            --kernel-arg) KERNEL_EXTRA+=("$(option_value "$@")"); shift ;;
+            --yes) OPT_YES=1 ;;
+            --show) OPT_SHOW=1 ;;
+            --no-iommu) OPT_IOMMU= ;;
+            --no-bind) OPT_BIND= ;;
+            --bind) OPT_BIND=1 ;;
+            --no-iommu-platform) OPT_IOMMU_PLATFORM=off ;;
+            --no-build) OPT_BUILD= ;;
+            --verbose) OPT_VERBOSE=1 ;;
+            -h | --help) usage; exit 0 ;;
+            -*) fail "unknown option '$1'" "lab --help" ;;
+            *) COMMAND=("$@"); return ;;
+        esac
+        shift
+    done
+}
+
+option_value() {
+    (($# > 1)) || fail "$1 needs a value" "lab --help"
+    printf '%s' "$2"
+}
+
+option_number() {
+    [[ ${2:-} =~ ^[0-9]+$ ]] || fail "$1 needs a number, not '${2:-}'" "lab --help"
+    printf '%s' "$2"
+}
+
+option_directory() {
+    [[ -d ${2:-} ]] || fail "$1 needs a directory, and '${2:-}' is none" "mkdir -p '${2:-DIR}'"
+    printf '%s' "$2"
+}
+
+options_take_no_command() {
+    ((${#COMMAND[@]} == 0)) || fail "lab $1 takes no command ('${COMMAND[0]}')" "lab --help"
+}

@@ -1,0 +1,67 @@
+# shellcheck shell=bash
+# The repository's programs as static executables, so that the guest needs no libraries of ours.
+
+TARGET=x86_64-unknown-linux-gnu
+PROGRAMS=()
+
+programs_build() {
+    PROGRAMS=()
+    [[ -n $OPT_BUILD ]] || return 0
+    [[ -f $REPO/Cargo.toml ]] || fail "there is no Cargo.toml in $REPO, so no programs to build" "lab run --no-build"
+    need_cargo
+    programs_compile
+    ((${#PROGRAMS[@]})) || fail "cargo built no vireo-* executable in $REPO" "lab run --no-build"
+}
+
+# Its own target directory: other RUSTFLAGS in the usual one would make every plain build start over. An explicit
+# --target keeps the flags away from proc macros, which cannot be linked statically.
+programs_compile() {
+    local built="$WORK/programs.json"
+    RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" cargo build --manifest-path "$REPO/Cargo.toml" \
+        --release --locked --workspace --bins --examples --target "$TARGET" --target-dir "$REPO/target/guest" \
+        --message-format json-render-diagnostics >"$built" ||
+        fail "cargo could not build the guest's programs (its message is above)"
+    mapfile -t PROGRAMS < <(grep -o '"executable":"[^"]*/vireo-[^"/]*"' "$built" | cut -d'"' -f4 | sort -u)
+}
+
+# programs_find NAME: the host runs the same executable (report).
+programs_find() {
+    local program
+    for program in "${PROGRAMS[@]}"; do
+        if [[ ${program##*/} == "$1" ]]; then
+            echo "$program"
+            return
+        fi
+    done
+    fail "the workspace has no program $1" "cargo build --bin $1"
+}
+
+cargo_version() { cargo --version 2>/dev/null | awk '{print $2}'; }
+
+need_cargo() {
+    local wanted version candidate
+    need_packages gcc libc6-dev
+    wanted=$(sed -n '/^rust-version *=/{s/.*"\(.*\)".*/\1/p;q}' "$REPO/Cargo.toml")
+    version=$(cargo_version)
+    if [[ -n $version ]] && version_at_least "$version" "$wanted"; then
+        return 0
+    fi
+
+    if command -v rustup >/dev/null; then
+        fail "cargo $wanted or newer is needed, here is ${version:-none}" "rustup update stable && rustup default stable"
+    fi
+    # Debian keeps a current Rust for its browsers' sake.
+    refresh_if_unknown rustc-web
+    for candidate in cargo-web cargo; do
+        if version_at_least "$(package_candidate "$candidate")" "$wanted"; then
+            need_packages "${candidate/cargo/rustc}" "$candidate"
+            hash -r
+            version=$(cargo_version)
+            break
+        fi
+    done
+    if [[ -z $version ]] || ! version_at_least "$version" "$wanted"; then
+        fail "cargo $wanted or newer is needed, here is ${version:-none}, and apt has none that is new enough" \
+            "install rustup (package rustup, or rustup.rs), then: rustup default stable"
+    fi
+}

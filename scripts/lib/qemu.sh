@@ -1,0 +1,69 @@
+# shellcheck shell=bash
+# QEMU's command line. The kernel's console is the serial port and goes to a file; the command's output has ports of
+# its own, so that the two never mix and a slow emulated UART does not slow the command.
+
+QEMU_ARGS=()
+
+qemu_arguments() {
+    local image=$1 run=$2 output=$3 cpu=max
+    [[ $ACCEL == tcg ]] || cpu=host
+    QEMU_ARGS=(
+        -M 'q35,kernel-irqchip=split' -accel "$ACCEL" -cpu "$cpu" -smp "$OPT_CPUS" -m "$OPT_MEM"
+        -nodefaults -no-user-config -no-reboot -display none
+        -kernel "$image" -initrd "$run/initrd" -append "$(kernel_command_line "$output")"
+        -serial "file:$run/console"
+    )
+    # The IOMMU has to come before what it translates for. Its properties are globals so that a later
+    # --qemu-arg -global can change them (intremap=off, aw-bits=39).
+    [[ -z $OPT_IOMMU ]] || QEMU_ARGS+=(
+        -global intel-iommu.intremap=on -global intel-iommu.caching-mode=on -global intel-iommu.device-iotlb=on
+        -global intel-iommu.aw-bits=48 -device intel-iommu
+    )
+    qemu_add_ports "$run" "$output"
+    if [[ -n $OPT_SHARE ]]; then
+        QEMU_ARGS+=(
+            -fsdev "local,id=share,path=$OPT_SHARE,security_model=none,multidevs=remap"
+            -device 'virtio-9p-pci,fsdev=share,mount_tag=share,addr=1'
+        )
+    fi
+    QEMU_ARGS+=("${NIC_ARGS[@]}" "${QEMU_EXTRA[@]}")
+}
+
+qemu_add_ports() {
+    local run=$1
+    QEMU_ARGS+=(-device 'virtio-serial-pci,addr=2')
+    qemu_add_port "$run" status
+    if [[ $2 == terminal ]]; then
+        QEMU_ARGS+=(
+            -chardev 'stdio,id=terminal,mux=on,signal=off' -mon 'chardev=terminal,mode=readline'
+            -device 'virtconsole,chardev=terminal'
+        )
+    else
+        qemu_add_port "$run" stdout
+        qemu_add_port "$run" stderr
+    fi
+}
+
+# scripts/guest/init finds a port by its name.
+qemu_add_port() {
+    QEMU_ARGS+=(-chardev "file,id=$2,path=$1/$2" -device "virtserialport,chardev=$2,name=$2")
+}
+
+kernel_command_line() {
+    local words=(console=ttyS0 earlyprintk=ttyS0 panic=-1 "vireo.output=$1")
+    [[ -n $OPT_VERBOSE ]] || words+=(quiet)
+    ((OPT_HUGEPAGES == 0)) || words+=("hugepages=$OPT_HUGEPAGES")
+    [[ -z $OPT_BIND ]] || words+=(vireo.bind=1)
+    [[ -z $OPT_SHARE ]] || words+=(vireo.share=1)
+    if [[ -n $OPT_IOMMU ]]; then
+        words+=(intel_iommu=on)
+    else
+        words+=(vfio.enable_unsafe_noiommu_mode=1)
+    fi
+    if [[ $1 == terminal ]]; then
+        local size
+        size=$(stty size)
+        words+=("vireo.rows=${size% *}" "vireo.columns=${size#* }" "vireo.term=${TERM:-linux}")
+    fi
+    echo "${words[*]} ${KERNEL_EXTRA[*]}"
+}

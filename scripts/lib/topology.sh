@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# The guest's NICs. Each sits alone on pcie.0, and so alone in its IOMMU group; fixed slots make the addresses known:
+#
+#   virtio-net 00:04.0-00:07.0    e1000 00:08.0-00:0b.0    e1000e 00:0c.0-00:0f.0
+#   in the order gen_tx, fwd_rx, fwd_tx, gen_rx; one wire joins the first two, another the last two
+#
+# The last byte of a MAC address (52:54:00:00:00:XX) is the slot.
+
+NIC_ARGS=()
+
+nic_first_slot() {
+    case $1 in
+        virtio-net) echo 4 ;;
+        e1000) echo 8 ;;
+        e1000e) echo 12 ;;
+        *) fail "unknown NIC kind '$1' in --nics" "--nics virtio-net,e1000,e1000e" ;;
+    esac
+}
+
+# nic_add KIND SLOT NETDEV: an empty romfile saves the seconds of an option ROM's boot.
+nic_add() {
+    local kind=$1 slot netdev=$3 device
+    slot=$(printf '%02x' "$2")
+    case $kind in
+        virtio-net) device="virtio-net-pci,disable-legacy=on,iommu_platform=$OPT_IOMMU_PLATFORM" ;;
+        *) device=$kind ;;
+    esac
+    NIC_ARGS+=(-netdev "$netdev,id=n$slot" -device "$device,netdev=n$slot,addr=0x$slot,mac=52:54:00:00:00:$slot,romfile=")
+}
+
+topology_build() {
+    NIC_ARGS=()
+    local kind kinds first position
+    case $OPT_NICS in
+        none) ;;
+        tap:*,*)
+            local interfaces=${OPT_NICS#tap:}
+            nic_add e1000e 12 "tap,ifname=${interfaces%%,*},script=no,downscript=no"
+            nic_add virtio-net 4 "tap,ifname=${interfaces#*,},script=no,downscript=no"
+            ;;
+        *)
+            IFS=, read -ra kinds <<<"$OPT_NICS"
+            for kind in "${kinds[@]}"; do
+                first=$(nic_first_slot "$kind")
+                for position in 0 1 2 3; do
+                    # A hub of two ports is a wire; its number is free as long as no other kind has it.
+                    nic_add "$kind" $((first + position)) "hubport,hubid=$(((first + position) / 2))"
+                done
+            done
+            ;;
+    esac
+}

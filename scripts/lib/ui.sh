@@ -1,0 +1,35 @@
+# shellcheck shell=bash
+# What a person sees: one line per fact, all of it on stderr, because stdout belongs to the guest's command.
+
+say() { printf 'lab: %s\n' "$*" >&2; }
+
+# fail WHAT-AND-WHY [MENDING COMMAND]
+fail() {
+    progress_end
+    printf 'lab: %s%s\n' "$1" "${2:+; try: $2}" >&2
+    exit 125
+}
+
+PROGRESS_SHOWN=
+PROGRESS_NEXT=0
+
+# A line that rewrites itself on a terminal; in a pipe (CI) a plain line now and then, so that nobody thinks it hangs.
+progress() {
+    if [[ -t 2 ]]; then
+        printf '\r\033[Klab: %s' "$*" >&2
+        PROGRESS_SHOWN=1
+    elif ((SECONDS >= PROGRESS_NEXT)); then
+        say "$*"
+        PROGRESS_NEXT=$((SECONDS + 30))
+    fi
+}
+
+progress_end() {
+    if [[ -n $PROGRESS_SHOWN ]]; then
+        printf '\r\033[K' >&2
+        PROGRESS_SHOWN=
+    fi
+    PROGRESS_NEXT=0
+}
+
+elapsed() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
