@@ -204,6 +204,14 @@ fn context(spec: &LcoreSpec, main: bool) -> LcoreContext {
     LcoreContext { id: spec.id, cpus: spec.cpus.clone(), main }
 }
 
+/// Pins the calling thread to one cpu, for programs that have no EAL arguments.
+///
+/// # Errors
+/// When the cpu is not among those of the process.
+pub fn pin_to(cpu: usize) -> Result<()> {
+    pin(&LcoreSpec { id: cpu as u32, cpus: vec![cpu] })
+}
+
 /// Pins the calling thread.
 fn pin(spec: &LcoreSpec) -> Result<()> {
     let pinned = match spec.cpus[..] {

@@ -5,7 +5,8 @@
 initramfs_build() {
     local run=$1 image=$2 root="$1/root" file
     shift 2
-    mkdir -p "$root"/{bin,dev,etc,proc,root,run,share,sys,tmp}
+    mkdir -p "$root"/{bin,dev,etc,proc,root,run,share,sys,tmp,var}
+    ln -s /run "$root/var/run"
     cp "$(command -v busybox)" "$root/bin/busybox"
     for file in "$SCRIPTS"/guest/*; do
         install -m 755 "$file" "$root/bin/${file##*/}"

@@ -154,7 +154,7 @@ impl Cli {
         match matches.and_then(|matches| Self::from_arg_matches(&matches)) {
             Ok(cli) => Ok(Read::Arguments(Box::new(cli))),
             Err(error) if error.kind() == ClapKind::DisplayHelp => Ok(Read::Help(error.render().to_string())),
-            Err(error) => Err(one_line(&error, &name)),
+            Err(error) => Err(one_line(&error, "EAL arguments", &name)),
         }
     }
 
@@ -184,7 +184,7 @@ pub(super) fn program_name(argv: &[OsString]) -> String {
 }
 
 /// Clap's message of several lines as one of ours.
-fn one_line(error: &clap::Error, program: &str) -> Error {
+pub(super) fn one_line(error: &clap::Error, what: &str, program: &str) -> Error {
     use std::error::Error as _;
     if let Some(own) = error.source().and_then(|source| source.downcast_ref::<Error>()) {
         return own.clone();
@@ -202,9 +202,9 @@ fn one_line(error: &clap::Error, program: &str) -> Error {
         (Some(ContextValue::String(name)), _) => format!("did you mean {name}?"),
         (Some(ContextValue::Strings(names)), _) => format!("did you mean {}?", names.join(" or ")),
         (_, ClapKind::UnknownArgument) => {
-            format!("arguments of the application go after --; see: {program} --help")
+            format!("EAL arguments go before --, those of the application after it; see: {program} --help")
         }
         _ => format!("see: {program} --help"),
     };
-    Error::new(ErrorKind::Usage, "EAL arguments", super::printable(&why, 200)).mend(cure)
+    Error::new(ErrorKind::Usage, what, super::printable(&why, 200)).mend(cure)
 }

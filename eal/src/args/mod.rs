@@ -163,6 +163,16 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>, program: &Program<'_>) ->
     parse_on(argv.into_iter().collect(), program, allowed_cpus)
 }
 
+/// Reads an application's own arguments, `argv[0]` first, as [`Parsed::app`] has them. Help on them is part
+/// of the EAL's, so `T` has no help flag.
+///
+/// # Errors
+/// `Usage`, on one line.
+pub fn parse_app<T: clap::Parser>(argv: Vec<OsString>) -> Result<T> {
+    let program = cli::program_name(&argv);
+    T::try_parse_from(argv).map_err(|error| cli::one_line(&error, "arguments after --", &program))
+}
+
 fn parse_on(
     mut argv: Vec<OsString>,
     program: &Program<'_>,

@@ -36,12 +36,16 @@ impl Translation {
         Self { page_shift: usize::BITS - 1, deltas: Box::new([iova]) }
     }
 
-    fn paged(page_size: usize, addresses: &[u64]) -> Self {
+    pub(super) fn paged(page_size: usize, addresses: &[u64]) -> Self {
         let deltas = addresses.iter().enumerate().map(|(i, a)| a.wrapping_sub((i * page_size) as u64));
         Self { page_shift: page_size.trailing_zeros(), deltas: deltas.collect() }
     }
 
-    #[inline(always)]
+    /// Shift from an offset to its page; none when the whole region is contiguous.
+    pub(super) fn page_shift(&self) -> Option<u32> {
+        (self.deltas.len() > 1).then_some(self.page_shift)
+    }
+
     pub(super) fn iova(&self, offset: usize) -> u64 {
         self.deltas[offset >> self.page_shift].wrapping_add(offset as u64)
     }

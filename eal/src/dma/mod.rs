@@ -1,17 +1,19 @@
 //! Memory with device addresses: [`DmaMemory`], and what is made of it: descriptor rings ([`DmaRing`])
 //! and packet buffers ([`Pool`]).
 
+mod buffer_ring;
 mod iova;
 mod memory;
 mod pool;
 mod ring;
 
+pub use buffer_ring::{BufferRing, BufferSlots};
 pub use iova::IovaRanges;
 pub use memory::{DeviceView, DmaMemory};
 pub use pool::{
-    BUFFER_SIZE, Buffer, BufferRing, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache, Reserved,
+    BUFFER_SIZE, Buffer, Buffers, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache, Reserved,
 };
-pub use ring::{DmaBlock, DmaRing, Word};
+pub use ring::{DmaBlock, DmaRing, RingView, Word};
 
 /// Orders the read of an ownership word (DD bit, used index) before the reads of what it covers.
 #[inline(always)]

@@ -8,6 +8,7 @@ use arrayvec::ArrayVec;
 use crossbeam::queue::ArrayQueue;
 
 use super::DmaMemory;
+use super::memory::Translation;
 use crate::error::Result;
 
 /// Distance of two buffers in bytes; a power of two, so that no buffer crosses a page.
@@ -23,7 +24,7 @@ pub const DATA_ROOM: usize = BUFFER_SIZE - HEADROOM;
 pub const MAX_BURST: usize = 32;
 
 /// Buffers that move between the pool and a cache at a time.
-const CHUNK: usize = 32;
+pub(super) const CHUNK: usize = 32;
 
 /// Buffers that a cache keeps; what is above goes back to the pool.
 const CACHE: usize = 512;
@@ -35,7 +36,7 @@ pub type Burst = ArrayVec<Packet, MAX_BURST>;
 /// into a descriptor ring, a packet, or the pool. Losing it loses the buffer.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a buffer that is dropped is lost to its pool"]
-pub struct Buffer(u32);
+pub struct Buffer(pub(super) u32);
 
 /// A packet: a buffer and how much of it is used. 8 bytes, moved by value.
 #[derive(Debug, PartialEq, Eq)]
@@ -53,6 +54,13 @@ impl Packet {
     #[inline(always)]
     pub fn new(buffer: Buffer, len: usize) -> Self {
         Self { buffer, len: len.min(DATA_ROOM) as u16, flags: 0 }
+    }
+
+    /// A packet of `len` bytes, which are no more than [`DATA_ROOM`].
+    #[inline(always)]
+    pub(super) fn fitting(buffer: Buffer, len: u16) -> Self {
+        debug_assert!(usize::from(len) <= DATA_ROOM);
+        Self { buffer, len, flags: 0 }
     }
 
     /// Length in bytes, without the frame check sequence.
@@ -82,7 +90,34 @@ pub struct Pool {
     /// Offset of buffer 0 in the memory.
     offset: usize,
     count: u32,
+    addresses: Addresses,
     free: ArrayQueue<ArrayVec<u32, CHUNK>>,
+}
+
+/// Device addresses of all buffers: an entry for each block of `1 << shift` of them.
+#[derive(Debug)]
+struct Addresses {
+    shift: u32,
+    /// What is to be added to a buffer's distance from buffer 0; as many as a power of two.
+    bases: Box<[u64]>,
+}
+
+impl Addresses {
+    /// `offset` is that of the first buffer's data; blocks are no larger than a page, and meet page ends.
+    fn new(translation: &Translation, offset: usize, count: u32) -> Self {
+        let shift = match translation.page_shift() {
+            Some(page_shift) => page_shift.min(offset.trailing_zeros()) - BUFFER_SIZE.trailing_zeros(),
+            None => u32::BITS - 1,
+        };
+        let blocks = (count.saturating_sub(1) >> shift) as usize + 1;
+        let base = |block: usize| {
+            let distance = (block << shift) * BUFFER_SIZE;
+            translation.iova(offset + distance).wrapping_sub(distance as u64) + HEADROOM as u64
+        };
+        let mut bases: Vec<u64> = (0..blocks).map(base).collect();
+        bases.resize(blocks.next_power_of_two(), 0);
+        Self { shift, bases: bases.into() }
+    }
 }
 
 impl Pool {
@@ -98,7 +133,8 @@ impl Pool {
         for chunk in indices.chunks(CHUNK) {
             let _ = free.push(chunk.iter().copied().collect());
         }
-        Ok(Arc::new(Self { memory: Arc::clone(memory), offset, count, free }))
+        let addresses = Addresses::new(memory.translation(), offset, count);
+        Ok(Arc::new(Self { memory: Arc::clone(memory), offset, count, addresses, free }))
     }
 
     /// Bytes of memory that a pool of `count` buffers takes.
@@ -129,7 +165,6 @@ impl Pool {
         let len = self.count as usize * BUFFER_SIZE;
         PoolCache {
             base: self.memory.pointer(self.offset, len),
-            offset: self.offset,
             count: self.count,
             stack: Box::new([MaybeUninit::uninit(); CACHE]),
             len: 0,
@@ -145,7 +180,6 @@ impl Pool {
 #[derive(Debug)]
 pub struct PoolCache {
     base: NonNull<u8>,
-    offset: usize,
     count: u32,
     stack: Box<[MaybeUninit<u32>; CACHE]>,
     /// The first `len` entries of `stack` are initialised.
@@ -165,7 +199,14 @@ impl PoolCache {
         if self.len < wanted {
             self.refill();
         }
-        Reserved { floor: self.len - wanted.min(self.len), cache: self }
+        let wanted = wanted.min(self.len);
+        self.len -= wanted;
+        Reserved {
+            // SAFETY: entries below the old `len` are initialised, and that never exceeds the stack's length.
+            ready: unsafe { self.stack.get_unchecked(self.len..self.len + wanted) }.iter(),
+            buffers: buffers(&self.pool, self.base, self.count),
+            len: &mut self.len,
+        }
     }
 
     /// One free buffer, if the pool has one.
@@ -194,6 +235,20 @@ impl PoolCache {
         }
         self.stack[self.len] = MaybeUninit::new(buffer.0);
         self.len += 1;
+    }
+
+    /// Takes back at most half a cache of indices at once.
+    #[inline(always)]
+    pub(super) fn free_all(&mut self, indices: &[u32]) {
+        debug_assert!(indices.len() <= CACHE / 2);
+        if indices.len() > CACHE - self.len {
+            self.spill();
+        }
+        let to = &mut self.stack[self.len..self.len + indices.len()];
+        for (to, index) in to.iter_mut().zip(indices) {
+            *to = MaybeUninit::new(*index);
+        }
+        self.len += indices.len();
     }
 
     /// Gives chunks back to the pool until half of the cache is empty.
@@ -232,11 +287,16 @@ impl PoolCache {
         &self.pool
     }
 
-    /// Device address of the packet data in `buffer`; [`HEADROOM`] bytes in front of it belong to the buffer.
+    /// Where the buffers are, for the length of a loop.
+    #[inline(always)]
+    pub fn buffers(&self) -> Buffers<'_> {
+        buffers(&self.pool, self.base, self.count)
+    }
+
+    /// As [`Buffers::iova`].
     #[inline(always)]
     pub fn iova(&self, buffer: &Buffer) -> u64 {
-        let offset = self.offset + buffer.0 as usize * BUFFER_SIZE + HEADROOM;
-        self.pool.memory.translation().iova(offset)
+        self.buffers().iova(buffer)
     }
 
     /// Copies `bytes` into the packet at `offset`.
@@ -273,19 +333,76 @@ impl PoolCache {
         }
     }
 
+    /// As [`Buffers::write_header`].
+    #[inline(always)]
+    pub fn write_header<const N: usize>(&mut self, buffer: &mut Buffer, bytes: &[u8; N]) {
+        self.buffers().write_header(buffer, bytes);
+    }
+
+    /// As [`Buffers::read_header`].
+    #[inline(always)]
+    pub fn read_header<const N: usize>(&self, buffer: &Buffer) -> [u8; N] {
+        self.buffers().read_header(buffer)
+    }
+
+    #[inline(always)]
+    fn data(&self, buffer: &Buffer) -> NonNull<u8> {
+        self.buffers().data(buffer)
+    }
+}
+
+/// Where the buffers of a pool are, for the CPU and for the device. A local copy stays in registers, where the
+/// compiler would have to read a cache's fields again after each store to shared memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffers<'a> {
+    base: NonNull<u8>,
+    count: u32,
+    /// [`Addresses`] by value; `mask` is the number of bases minus 1.
+    shift: u32,
+    mask: usize,
+    bases: &'a [u64],
+}
+
+#[inline(always)]
+fn buffers(pool: &Pool, base: NonNull<u8>, count: u32) -> Buffers<'_> {
+    let Addresses { shift, bases } = &pool.addresses;
+    Buffers { base, count, shift: *shift, mask: bases.len() - 1, bases }
+}
+
+impl Buffers<'_> {
+    #[inline(always)]
+    fn data(&self, buffer: &Buffer) -> NonNull<u8> {
+        assert!(buffer.0 < self.count, "a buffer of another pool");
+        // SAFETY: the index is below the count, so the offset is inside the pool's range of the memory.
+        unsafe { self.base.add(buffer.0 as usize * BUFFER_SIZE + HEADROOM) }
+    }
+
+    /// Device address of the packet data in `buffer`; [`HEADROOM`] bytes in front of it belong to the buffer.
+    /// For a buffer of another pool it is any address.
+    #[inline(always)]
+    pub fn iova(&self, buffer: &Buffer) -> u64 {
+        let block = (buffer.0 >> self.shift) as usize & self.mask;
+        // SAFETY: `mask` is the length minus 1 and the length a power of two, so the masked index is below it.
+        let base = unsafe { *self.bases.get_unchecked(block) };
+        base.wrapping_add(u64::from(buffer.0) * BUFFER_SIZE as u64)
+    }
+
     /// Writes `bytes` directly in front of the packet data.
     ///
     /// # Panics
-    /// When they do not fit into [`HEADROOM`], or the buffer is of another pool.
+    /// When the buffer is of another pool.
     #[inline(always)]
-    pub fn write_header<const N: usize>(&mut self, buffer: &mut Buffer, bytes: &[u8; N]) {
+    pub fn write_header<const N: usize>(&self, buffer: &mut Buffer, bytes: &[u8; N]) {
         const { assert!(N <= HEADROOM) };
-        // SAFETY: `data` is `HEADROOM` bytes into the buffer, so the header starts inside it; the handle is
-        // borrowed mutably.
+        // SAFETY: `data` is `HEADROOM` bytes into the buffer, so the header starts inside it; the buffer has
+        // no other handle and this one is borrowed mutably.
         unsafe { self.data(buffer).as_ptr().sub(N).copy_from_nonoverlapping(bytes.as_ptr(), N) }
     }
 
-    /// Reads one byte-array directly in front of the packet data.
+    /// Reads the `N` bytes directly in front of the packet data.
+    ///
+    /// # Panics
+    /// When the buffer is of another pool.
     #[inline(always)]
     pub fn read_header<const N: usize>(&self, buffer: &Buffer) -> [u8; N] {
         const { assert!(N <= HEADROOM) };
@@ -293,13 +410,6 @@ impl PoolCache {
         // SAFETY: as in `write_header`, the other way.
         unsafe { self.data(buffer).as_ptr().sub(N).copy_to_nonoverlapping(bytes.as_mut_ptr(), N) };
         bytes
-    }
-
-    #[inline(always)]
-    fn data(&self, buffer: &Buffer) -> NonNull<u8> {
-        assert!(buffer.0 < self.count, "a buffer of another pool");
-        // SAFETY: the index is below the count, so the offset is inside the pool's range of the memory.
-        unsafe { self.base.add(buffer.0 as usize * BUFFER_SIZE + HEADROOM) }
     }
 }
 
@@ -314,15 +424,23 @@ impl Drop for PoolCache {
 /// Free buffers made ready by [`PoolCache::reserve`]; an iterator that takes them out of the cache.
 #[derive(Debug)]
 pub struct Reserved<'a> {
-    floor: usize,
-    cache: &'a mut PoolCache,
+    /// Initialised entries of the stack that `len` does not count meanwhile.
+    ready: std::slice::Iter<'a, MaybeUninit<u32>>,
+    len: &'a mut usize,
+    buffers: Buffers<'a>,
 }
 
-impl Reserved<'_> {
-    /// The cache, for device addresses while buffers are taken.
+impl<'a> Reserved<'a> {
+    /// Takes all at once: their indices, and where the buffers are.
     #[inline(always)]
-    pub fn cache(&self) -> &PoolCache {
-        self.cache
+    pub(super) fn take_all(mut self) -> (&'a [MaybeUninit<u32>], Buffers<'a>) {
+        (std::mem::take(&mut self.ready).as_slice(), self.buffers)
+    }
+
+    /// As [`Buffers::iova`].
+    #[inline(always)]
+    pub fn iova(&self, buffer: &Buffer) -> u64 {
+        self.buffers.iova(buffer)
     }
 }
 
@@ -331,78 +449,16 @@ impl Iterator for Reserved<'_> {
 
     #[inline(always)]
     fn next(&mut self) -> Option<Buffer> {
-        if self.cache.len <= self.floor {
-            return None;
-        }
-        self.cache.len -= 1;
-        // SAFETY: `len` was above `floor`, so at least 1; entries below it are initialised, and `len` never
-        // exceeds the stack's length.
-        Some(Buffer(unsafe { self.cache.stack.get_unchecked(self.cache.len).assume_init() }))
+        // SAFETY: every entry of `ready` is initialised.
+        self.ready.next_back().map(|index| Buffer(unsafe { index.assume_init() }))
     }
 }
 
-/// Which buffer each descriptor of a ring owns: our own record, which the device cannot reach.
-#[derive(Debug)]
-pub struct BufferRing {
-    slots: Box<[u32]>,
-}
-
-impl BufferRing {
-    const EMPTY: u32 = u32::MAX;
-
-    /// A record for `entries` descriptors, all empty; rounded up to a power of two.
-    pub fn new(entries: usize) -> Self {
-        Self { slots: vec![Self::EMPTY; entries.next_power_of_two()].into() }
-    }
-
+impl Drop for Reserved<'_> {
+    /// What was not taken is at the bottom of `ready`, directly above `len`.
     #[inline(always)]
-    fn slot(&mut self, index: usize) -> &mut u32 {
-        let mask = self.slots.len() - 1;
-        // SAFETY: the length is a power of two, at least 1, so the masked index is below it.
-        unsafe { self.slots.get_unchecked_mut(index & mask) }
-    }
-
-    /// Puts `buffer` at `index`, which wraps, and gives what was there.
-    #[inline(always)]
-    pub fn replace(&mut self, index: usize, buffer: Buffer) -> Option<Buffer> {
-        let old = std::mem::replace(self.slot(index), buffer.0);
-        (old != Self::EMPTY).then_some(Buffer(old))
-    }
-
-    /// Puts `buffer` at `index`, which wraps and is empty.
-    #[inline(always)]
-    pub fn put(&mut self, index: usize, buffer: Buffer) {
-        let slot = self.slot(index);
-        debug_assert!(*slot == Self::EMPTY, "the buffer that is there would be lost");
-        *slot = buffer.0;
-    }
-
-    /// Takes what is at `index`, which wraps.
-    #[inline(always)]
-    pub fn take(&mut self, index: usize) -> Option<Buffer> {
-        let old = std::mem::replace(self.slot(index), Self::EMPTY);
-        (old != Self::EMPTY).then_some(Buffer(old))
-    }
-
-    /// Whether `index`, which wraps, owns a buffer.
-    #[inline(always)]
-    pub fn is_filled(&self, index: usize) -> bool {
-        self.slots[index & (self.slots.len() - 1)] != Self::EMPTY
-    }
-
-    /// Gives the buffers of `count` descriptors from `start` on, which wraps, to `cache`.
-    #[inline(always)]
-    pub fn release(&mut self, start: usize, count: usize, cache: &mut PoolCache) {
-        for index in start..start.wrapping_add(count) {
-            if let Some(buffer) = self.take(index) {
-                cache.free(buffer);
-            }
-        }
-    }
-
-    /// Gives every buffer to `cache`; for a ring whose device was reset.
-    pub fn release_all(&mut self, cache: &mut PoolCache) {
-        self.release(0, self.slots.len(), cache);
+    fn drop(&mut self) {
+        *self.len += self.ready.len();
     }
 }
 
@@ -432,6 +488,22 @@ mod tests {
     }
 
     #[test]
+    fn device_addresses_follow_the_pages() {
+        let pages: Vec<u64> = (0..9).map(|page| 0x10_0000 + (page * 7 % 9) * 0x3000).collect();
+        let translation = Translation::paged(4096, &pages);
+        for offset in [0, 2048, 4096, 3 * 2048] {
+            let addresses = Addresses::new(&translation, offset, 10);
+            for index in 0..10_usize {
+                let base = addresses.bases[index >> addresses.shift];
+                let wanted = translation.iova(offset + index * BUFFER_SIZE + HEADROOM);
+                assert_eq!(base.wrapping_add((index * BUFFER_SIZE) as u64), wanted);
+            }
+        }
+        let memory = DmaMemory::map(Region::new(1 << 20, Backing::SmallPages).unwrap(), &[]).unwrap();
+        assert_eq!(Pool::new(&memory, 100).unwrap().addresses.bases.len(), 1);
+    }
+
+    #[test]
     fn a_reservation_leaves_what_is_not_taken() {
         let pool = pool(40);
         let mut cache = pool.cache();
@@ -453,21 +525,5 @@ mod tests {
         let mut bytes = [0; 62];
         cache.read(&packet, 0, &mut bytes);
         assert_eq!((bytes[59], bytes[60]), (1, 0));
-    }
-
-    #[test]
-    fn a_buffer_ring_forgets_what_it_releases() {
-        let pool = pool(4);
-        let mut cache = pool.cache();
-        let mut ring = BufferRing::new(4);
-        let buffers: Vec<Buffer> = std::iter::from_fn(|| cache.allocate()).collect();
-        for (index, buffer) in buffers.into_iter().enumerate() {
-            assert!(ring.replace(index + 2, buffer).is_none());
-        }
-        ring.release(1, 2, &mut cache);
-        assert_eq!((cache.len(), ring.is_filled(1), ring.is_filled(3)), (2, false, true));
-        ring.release_all(&mut cache);
-        assert_eq!(cache.len(), 4);
-        assert!(ring.take(0).is_none());
     }
 }

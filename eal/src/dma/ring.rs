@@ -91,21 +91,23 @@ impl<W: Word, const N: usize> DmaRing<W, N> {
         self.mask + 1
     }
 
+    /// The ring's address and size by value. A loop over a view keeps them in registers; one over the ring
+    /// reads them again after each atomic access.
+    #[inline(always)]
+    pub fn view(&self) -> RingView<'_, W, N> {
+        RingView { words: self.words, mask: self.mask, _ring: PhantomData }
+    }
+
     /// Reads word `WORD` of the entry at `index`, which wraps.
     #[inline(always)]
     pub fn load<const WORD: usize>(&self, index: usize) -> W {
-        const { assert!(WORD < N) };
-        // SAFETY: the masked index is below the number of entries and `WORD` below `N`, so the word is inside
-        // the allocation, which `_memory` keeps mapped; it is aligned because the allocation is.
-        unsafe { W::load(self.words.as_ptr().add((index & self.mask) * N + WORD)) }
+        self.view().load::<WORD>(index)
     }
 
     /// Writes word `WORD` of the entry at `index`, which wraps.
     #[inline(always)]
     pub fn store<const WORD: usize>(&self, index: usize, value: W) {
-        const { assert!(WORD < N) };
-        // SAFETY: as in `load`.
-        unsafe { W::store(self.words.as_ptr().add((index & self.mask) * N + WORD), value) }
+        self.view().store::<WORD>(index, value);
     }
 
     /// Sets every word of every entry to `value`.
@@ -114,6 +116,34 @@ impl<W: Word, const N: usize> DmaRing<W, N> {
             // SAFETY: `word` is below the number of words of the allocation.
             unsafe { W::store(self.words.as_ptr().add(word), value) }
         }
+    }
+}
+
+/// A [`DmaRing`] in registers: in a loop the compiler has to read a ring's fields again after each store to
+/// shared memory, but not those of a local copy.
+#[derive(Clone, Copy, Debug)]
+pub struct RingView<'a, W: Word, const N: usize = 1> {
+    words: NonNull<W>,
+    mask: usize,
+    _ring: PhantomData<&'a DmaRing<W, N>>,
+}
+
+impl<W: Word, const N: usize> RingView<'_, W, N> {
+    /// Reads word `WORD` of the entry at `index`, which wraps.
+    #[inline(always)]
+    pub fn load<const WORD: usize>(self, index: usize) -> W {
+        const { assert!(WORD < N) };
+        // SAFETY: the masked index is below the number of entries and `WORD` below `N`, so the word is inside
+        // the allocation, which the borrowed ring keeps mapped; it is aligned because the allocation is.
+        unsafe { W::load(self.words.as_ptr().add((index & self.mask) * N + WORD)) }
+    }
+
+    /// Writes word `WORD` of the entry at `index`, which wraps.
+    #[inline(always)]
+    pub fn store<const WORD: usize>(self, index: usize, value: W) {
+        const { assert!(WORD < N) };
+        // SAFETY: as in `load`.
+        unsafe { W::store(self.words.as_ptr().add((index & self.mask) * N + WORD), value) }
     }
 }
 

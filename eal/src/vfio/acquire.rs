@@ -158,7 +158,7 @@ impl Vfio {
             (false, VfioMode::NoiommuCdev) => return Err(has_iommu(what())),
             _ => {}
         }
-        let iommufd = match self.existing(mode).and_then(|space| space.ioas_id().cloned()) {
+        let iommufd = match self.existing(mode).and_then(|space| space.ioas().cloned()) {
             Some(ioas) => ioas.iommufd().clone(),
             None => Iommufd::open()?,
         };
@@ -203,12 +203,13 @@ impl Vfio {
             diagnose::bind(Error::os(format!("cannot bind {} to iommufd", node.name), errno), node, &self.dev)
         })?;
         phases.end("bind");
-        let space = self
-            .space(mode, || Ok(AddressSpace::ioas(iommufd.ioas_alloc()?, mode == VfioMode::NoiommuCdev)))?;
+        let space = self.space(mode, || {
+            Ok(AddressSpace::iommufd(iommufd.ioas_alloc()?, mode == VfioMode::NoiommuCdev))
+        })?;
         let mut attach = uapi::vfio_device_attach_iommufd_pt {
             argsz: size_of::<uapi::vfio_device_attach_iommufd_pt>() as u32,
             flags: 0,
-            pt_id: space.ioas_id().map_or(0, |ioas| ioas.id()),
+            pt_id: space.ioas().map_or(0, |ioas| ioas.id()),
             pasid: 0,
         };
         // SAFETY: the structure is complete.

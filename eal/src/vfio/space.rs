@@ -51,7 +51,7 @@ impl AddressSpace {
         Self { tables: Tables::None(container), free: Mutex::new(IovaRanges::all()) }
     }
 
-    pub(super) fn ioas(ioas: Arc<Ioas>, physical: bool) -> Self {
+    pub(super) fn iommufd(ioas: Arc<Ioas>, physical: bool) -> Self {
         Self { tables: Tables::Ioas { ioas, physical }, free: Mutex::new(IovaRanges::all()) }
     }
 
@@ -62,7 +62,8 @@ impl AddressSpace {
         }
     }
 
-    pub(super) fn ioas_id(&self) -> Option<&Arc<Ioas>> {
+    /// The I/O address space of iommufd, in the modes that have one.
+    pub fn ioas(&self) -> Option<&Arc<Ioas>> {
         match &self.tables {
             Tables::Ioas { ioas, .. } => Some(ioas),
             _ => None,
