@@ -1,0 +1,130 @@
+//! Registers and descriptor bits of the 8254x and the 82574, named as their manuals name them.
+//!
+//! SDM is Intel's *PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's Manual* (317453), DS
+//! the *82574 GbE Controller Family Datasheet*. A register with one section is on one of the chips only.
+
+macro_rules! registers {
+    ($($name:ident $offset:literal $access:ident $what:literal $section:literal)*) => {$(
+        #[doc = concat!($what, ". ", stringify!($access), ", ", $section, ".")]
+        pub(crate) const $name: u64 = $offset;
+    )*};
+}
+
+// RW is read and write, RO read only, RC a counter that a read clears.
+registers! {
+    CTRL     0x00000 RW "Device control"                      "SDM 13.4, DS 10.2.2"
+    STATUS   0x00008 RO "Device status"                       "SDM 13.4, DS 10.2.2"
+    MDIC     0x00020 RW "MDI control, the way to the PHY"     "SDM 13.4, DS 10.2.2"
+    IMC      0x000D8 RW "Interrupt mask clear"                "SDM 13.4, DS 10.2.4"
+    RCTL     0x00100 RW "Receive control"                     "SDM 13.4, DS 10.2.5"
+    TCTL     0x00400 RW "Transmit control"                    "SDM 13.4, DS 10.2.6"
+    TIPG     0x00410 RW "Transmit inter-packet gap"           "SDM 13.4, DS 10.2.6"
+    RDBAL    0x02800 RW "RX descriptor base address low"      "SDM 13.4, DS 10.2.5"
+    RDBAH    0x02804 RW "RX descriptor base address high"     "SDM 13.4, DS 10.2.5"
+    RDLEN    0x02808 RW "RX descriptor ring length in bytes"  "SDM 13.4, DS 10.2.5"
+    RDH      0x02810 RW "RX descriptor head"                  "SDM 13.4, DS 10.2.5"
+    RDT      0x02818 RW "RX descriptor tail"                  "SDM 13.4, DS 10.2.5"
+    TDBAL    0x03800 RW "TX descriptor base address low"      "SDM 13.4, DS 10.2.6"
+    TDBAH    0x03804 RW "TX descriptor base address high"     "SDM 13.4, DS 10.2.6"
+    TDLEN    0x03808 RW "TX descriptor ring length in bytes"  "SDM 13.4, DS 10.2.6"
+    TDH      0x03810 RW "TX descriptor head"                  "SDM 13.4, DS 10.2.6"
+    TDT      0x03818 RW "TX descriptor tail"                  "SDM 13.4, DS 10.2.6"
+    TXDCTL   0x03828 RW "TX descriptor control"               "SDM 13.4, DS 10.2.6"
+    CRCERRS  0x04000 RC "Frames with a bad CRC"               "SDM 13.7, DS 10.2.7"
+    ALGNERRC 0x04004 RC "Frames of no whole number of bytes"  "SDM 13.7, DS 10.2.7"
+    MPC      0x04010 RC "Missed packets: no room in the FIFO" "SDM 13.7, DS 10.2.7"
+    ROC      0x040AC RC "Oversized frames"                    "SDM 13.7, DS 10.2.7"
+    RXCSUM   0x05000 RW "Receive checksum control"            "SDM 13.4, DS 10.2.5"
+    RFCTL    0x05008 RW "Receive filter control"              "DS 10.2.5"
+    MTA      0x05200 RW "Multicast table, 128 words"          "SDM 13.5, DS 10.2.5"
+    RAL0     0x05400 RW "Receive address low"                 "SDM 13.5, DS 10.2.5"
+    RAH0     0x05404 RW "Receive address high"                "SDM 13.5, DS 10.2.5"
+    MRQC     0x05818 RW "Multiple receive queues command"     "DS 10.2.5"
+}
+
+/// Words of [`MTA`].
+pub(crate) const MTA_WORDS: u64 = 128;
+
+/// Blocks new requests on PCI Express; 82574 only.
+pub(crate) const CTRL_GIO_MASTER_DISABLE: u32 = 1 << 2;
+/// Set link up.
+pub(crate) const CTRL_SLU: u32 = 1 << 6;
+/// Force speed.
+pub(crate) const CTRL_FRCSPD: u32 = 1 << 11;
+/// Force duplex.
+pub(crate) const CTRL_FRCDPX: u32 = 1 << 12;
+/// Device reset, clears itself.
+pub(crate) const CTRL_RST: u32 = 1 << 26;
+/// VLAN mode: strips tags.
+pub(crate) const CTRL_VME: u32 = 1 << 30;
+
+/// Full duplex.
+pub(crate) const STATUS_FD: u32 = 1 << 0;
+/// Link up.
+pub(crate) const STATUS_LU: u32 = 1 << 1;
+/// Speed: 10, 100, 1000 and again 1000 Mbit/s.
+pub(crate) const STATUS_SPEED_SHIFT: u32 = 6;
+/// Requests on PCI Express may still be under way; 82574 only.
+pub(crate) const STATUS_GIO_MASTER_ENABLE: u32 = 1 << 19;
+
+/// PHY register number in bits 20:16, PHY address 1 in bits 25:21.
+pub(crate) const MDIC_REG_SHIFT: u32 = 16;
+/// Address of the internal PHY.
+pub(crate) const MDIC_PHY: u32 = 1 << 21;
+/// Operation: write.
+pub(crate) const MDIC_OP_WRITE: u32 = 1 << 26;
+/// Operation: read.
+pub(crate) const MDIC_OP_READ: u32 = 2 << 26;
+/// The operation ended.
+pub(crate) const MDIC_READY: u32 = 1 << 28;
+/// The operation failed.
+pub(crate) const MDIC_ERROR: u32 = 1 << 30;
+/// PHY control register (IEEE 802.3, 22.2.4.1).
+pub(crate) const PHY_CONTROL: u32 = 0;
+/// Power down.
+pub(crate) const PHY_CONTROL_POWER_DOWN: u16 = 1 << 11;
+
+/// Receiver enable. The buffer size in bits 17:16 and 25 is 0: 2048 bytes.
+pub(crate) const RCTL_EN: u32 = 1 << 1;
+/// Unicast promiscuous.
+pub(crate) const RCTL_UPE: u32 = 1 << 3;
+/// Multicast promiscuous.
+pub(crate) const RCTL_MPE: u32 = 1 << 4;
+/// Broadcast accept.
+pub(crate) const RCTL_BAM: u32 = 1 << 15;
+/// Strip Ethernet CRC.
+pub(crate) const RCTL_SECRC: u32 = 1 << 26;
+
+/// Transmitter enable.
+pub(crate) const TCTL_EN: u32 = 1 << 1;
+/// Pad short packets to 64 bytes.
+pub(crate) const TCTL_PSP: u32 = 1 << 3;
+/// Collision threshold 15 and collision distance 64 for full duplex, as both manuals recommend.
+pub(crate) const TCTL_COLLISION: u32 = 0x0F << 4 | 0x40 << 12;
+/// Multiple requests; 82574 only.
+pub(crate) const TCTL_MULR: u32 = 1 << 28;
+/// IPGT 8, IPGR1 8, IPGR2 6: what both manuals recommend for copper.
+pub(crate) const TIPG_COPPER: u32 = 8 | 8 << 10 | 6 << 20;
+/// Counts descriptors that wait; DS 10.2.6 wants it set.
+pub(crate) const TXDCTL_COUNT_DESC: u32 = 1 << 22;
+
+/// The address in RAL0 and RAH0 is valid.
+pub(crate) const RAH_AV: u32 = 1 << 31;
+
+/// Second word of a legacy receive descriptor (SDM 3.2.3): length in bits 15:0, status in 39:32, errors in
+/// 47:40. Descriptor done.
+pub(crate) const RXD_DD: u64 = 1 << 32;
+/// End of packet.
+pub(crate) const RXD_EOP: u64 = 1 << 33;
+/// Errors of the frame itself: CE, SE, SEQ, CXE and RXE. Wrong IP and TCP checksums are the receiver's matter.
+pub(crate) const RXD_ERRORS: u64 = 0x97 << 40;
+
+/// Second word of a legacy transmit descriptor (SDM 3.3.3): length in bits 15:0, command in 31:24, status in
+/// 35:32. End of packet.
+pub(crate) const TXD_EOP: u64 = 1 << 24;
+/// Insert frame check sequence.
+pub(crate) const TXD_IFCS: u64 = 1 << 25;
+/// Report status.
+pub(crate) const TXD_RS: u64 = 1 << 27;
+/// Descriptor done; written where RS asked for it.
+pub(crate) const TXD_DD: u64 = 1 << 32;

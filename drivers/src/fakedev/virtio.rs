@@ -1,0 +1,238 @@
+//! The device's half of virtio-net (virtio 1.2): modern PCI, split rings, no threads. Each call does its work
+//! before it returns. [`Behaviour`] makes it an honest device, a poor one, or a liar.
+
+mod registers;
+mod rings;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vireo_bus_pci::{CAP_ID_VENDOR, DeviceId, Function};
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::DeviceView;
+use vireo_eal::mmio::DoorbellPage;
+
+use super::ConfigSpace;
+use rings::Queue;
+
+/// Virtqueue that receives.
+pub const RX: u16 = 0;
+/// Virtqueue that transmits.
+pub const TX: u16 = 1;
+const CONTROL: u16 = 2;
+
+/// Feature bits for [`Behaviour::features`], by their names in the specification.
+#[allow(missing_docs)]
+pub mod feature {
+    pub const MAC: u64 = 1 << 5;
+    pub const MRG_RXBUF: u64 = 1 << 15;
+    pub const STATUS: u64 = 1 << 16;
+    pub const CTRL_VQ: u64 = 1 << 17;
+    pub const CTRL_RX: u64 = 1 << 18;
+    pub const EVENT_IDX: u64 = 1 << 29;
+    pub const VERSION_1: u64 = 1 << 32;
+    pub const ACCESS_PLATFORM: u64 = 1 << 33;
+}
+
+/// The BAR with all registers and its layout; one page for each structure.
+const BAR: u8 = 4;
+const COMMON: u64 = 0x0000;
+const DEVICE: u64 = 0x1000;
+const NOTIFY: u64 = 0x2000;
+const PAGE: u64 = 0x1000;
+const NOTIFY_OFF_MULTIPLIER: u32 = 4;
+/// No queue has this index, so a doorbell that still holds it was not rung.
+const NOT_RUNG: u32 = u32::MAX;
+
+const STATUS_DRIVER_OK: u8 = 4;
+
+/// What the device offers and how it errs. A change counts from the next access on.
+#[derive(Clone, Debug)]
+pub struct Behaviour {
+    /// Offered feature bits.
+    pub features: u64,
+    /// Largest size of every queue, in descriptors.
+    pub queue_size: u16,
+    /// Station address.
+    pub mac: [u8; 6],
+    /// Link state in config space.
+    pub link_up: bool,
+    /// What [`Function::has_iommu`] says.
+    pub iommu: bool,
+    /// Uses the newest RX buffer first, and completes what it sends from the last to the first.
+    pub out_of_order: bool,
+    /// Never accepts the driver's features.
+    pub refuse_features: bool,
+    /// Sets `DEVICE_NEEDS_RESET` in every status but 0.
+    pub needs_reset: bool,
+    /// Ignores a reset through the status register.
+    pub ignore_reset: bool,
+    /// Every read of all registers gives ones, as after removal.
+    pub removed: bool,
+    /// Changes `config_generation` on every read.
+    pub config_changes: bool,
+    /// `num_buffers` of received frames, in place of the right number.
+    pub num_buffers: Option<u16>,
+    /// `queue_notify_off` of every queue, in place of its index.
+    pub notify_off: Option<u16>,
+    /// Answer to control commands; none never answers.
+    pub control_answer: Option<u8>,
+}
+
+impl Default for Behaviour {
+    /// As QEMU's `virtio-net-pci,disable-legacy=on,iommu_platform=on`.
+    fn default() -> Self {
+        use feature::{ACCESS_PLATFORM, CTRL_RX, CTRL_VQ, EVENT_IDX, MAC, MRG_RXBUF, STATUS, VERSION_1};
+        Self {
+            features: MAC | MRG_RXBUF | STATUS | CTRL_VQ | CTRL_RX | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM,
+            queue_size: 256,
+            mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56],
+            link_up: true,
+            iommu: true,
+            out_of_order: false,
+            refuse_features: false,
+            needs_reset: false,
+            ignore_reset: false,
+            removed: false,
+            config_changes: false,
+            num_buffers: None,
+            notify_off: None,
+            control_answer: Some(0),
+        }
+    }
+}
+
+/// A virtio-net device; clones are handles of the same one.
+#[derive(Clone, Debug)]
+pub struct VirtioNet {
+    address: Bdf,
+    config: ConfigSpace,
+    doorbells: Arc<DoorbellPage>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    behaviour: Behaviour,
+    view: Option<DeviceView>,
+    status: u8,
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    driver_features: u64,
+    queue_select: u16,
+    generation: u8,
+    queues: [Queue; 3],
+    promiscuous: bool,
+    interrupts: u64,
+    faults: Vec<&'static str>,
+}
+
+impl Default for VirtioNet {
+    fn default() -> Self {
+        Self::new(Behaviour::default())
+    }
+}
+
+impl VirtioNet {
+    /// A device `1af4:1041` at `0000:00:03.0` that behaves so, just out of reset.
+    pub fn new(behaviour: Behaviour) -> Self {
+        const ADDRESS: Bdf = Bdf::new(0, 0, 3, 0).expect("a device number below 32");
+        Self::at(ADDRESS, behaviour)
+    }
+
+    /// As [`VirtioNet::new`], at another address.
+    pub fn at(address: Bdf, behaviour: Behaviour) -> Self {
+        let config = ConfigSpace::new(DeviceId { vendor: 0x1af4, device: 0x1041 });
+        for (kind, offset) in [(1, COMMON), (4, DEVICE), (2, NOTIFY)] {
+            // Behind id and link: cap_len, cfg_type, bar, id, padding, offset, length, multiplier (4.1.4).
+            let mut body = [0; 18];
+            body[..3].copy_from_slice(&[20, kind, BAR]);
+            body[6..10].copy_from_slice(&(offset as u32).to_le_bytes());
+            body[10..14].copy_from_slice(&(PAGE as u32).to_le_bytes());
+            body[14..].copy_from_slice(&NOTIFY_OFF_MULTIPLIER.to_le_bytes());
+            config.add_capability(CAP_ID_VENDOR, &body);
+        }
+        let device = Self {
+            address,
+            config,
+            doorbells: DoorbellPage::new((NOTIFY + PAGE) as usize),
+            state: Arc::new(Mutex::new(State { behaviour, ..State::default() })),
+        };
+        device.reset_device();
+        device
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The function, for the driver.
+    pub fn function(&self) -> Box<dyn Function> {
+        Box::new(self.clone())
+    }
+
+    /// Config space, to lie in.
+    pub fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    /// Changes how the device behaves.
+    pub fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
+        change(&mut self.state().behaviour);
+    }
+
+    /// Gives the device the memory that its IOMMU maps.
+    pub fn attach(&self, view: DeviceView) {
+        self.state().view = Some(view);
+    }
+
+    /// Whether the driver has the device live, with DMA.
+    pub fn is_live(&self) -> bool {
+        self.config.bus_master() && self.state().status & STATUS_DRIVER_OK != 0
+    }
+
+    /// Whether the driver asked for every frame.
+    pub fn is_promiscuous(&self) -> bool {
+        self.state().promiscuous
+    }
+
+    /// Interrupts that the driver's wishes let through.
+    pub fn interrupts(&self) -> u64 {
+        self.state().interrupts
+    }
+
+    /// Rules that the driver broke.
+    pub fn faults(&self) -> Vec<&'static str> {
+        self.state().faults.clone()
+    }
+
+    /// Whether `queue` was rung since the last call.
+    pub fn take_doorbell(&self, queue: u16) -> bool {
+        let at = NOTIFY + u64::from(queue) * u64::from(NOTIFY_OFF_MULTIPLIER);
+        let rung = self.doorbells.load(at) as u16 == queue;
+        self.doorbells.store(at, NOT_RUNG);
+        rung
+    }
+
+    /// Puts `frame` into RX buffers; false when there are too few.
+    pub fn receive(&self, frame: &[u8]) -> bool {
+        self.is_live() && self.state().receive(frame).unwrap_or(false)
+    }
+
+    /// Sends everything the driver offered and gives the frames in their order.
+    pub fn transmitted(&self) -> Vec<Vec<u8>> {
+        if !self.is_live() {
+            return Vec::new();
+        }
+        self.state().transmit().unwrap_or_default()
+    }
+
+    /// Completes descriptor `id` of `queue` with length `len`, whatever the driver offered.
+    pub fn push_used(&self, queue: u16, id: u32, len: u32) {
+        self.state().push_used(queue, &[(id, len)]);
+    }
+
+    /// Moves `used.idx` of `queue` by `count` without any completion.
+    pub fn jump_used(&self, queue: u16, count: u16) {
+        self.state().jump_used(queue, count);
+    }
+}

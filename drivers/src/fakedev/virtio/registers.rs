@@ -1,0 +1,159 @@
+//! Registers and config space of the device.
+
+use std::sync::Arc;
+
+use vireo_bus_pci::{DeviceId, Function};
+use vireo_eal::bdf::Bdf;
+use vireo_eal::mmio::{Bar, Registers};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use super::{BAR, CONTROL, DEVICE, NOT_RUNG, NOTIFY, NOTIFY_OFF_MULTIPLIER, PAGE, State, VirtioNet, feature};
+
+const STATUS_FEATURES_OK: u8 = 8;
+const STATUS_NEEDS_RESET: u8 = 64;
+
+impl Function for VirtioNet {
+    fn address(&self) -> Bdf {
+        self.address
+    }
+
+    fn id(&self) -> DeviceId {
+        self.config.id()
+    }
+
+    fn read_config(&self, offset: u16, bytes: &mut [u8]) {
+        self.config.read(offset, bytes);
+    }
+
+    fn write_config(&self, offset: u16, bytes: &[u8]) -> Result<()> {
+        self.config.write(offset, bytes);
+        Ok(())
+    }
+
+    fn bar(&self, index: u8) -> Result<Bar> {
+        match index {
+            BAR => Ok(Bar::emulated(Arc::new(self.clone()), Arc::clone(&self.doorbells))),
+            _ => Err(Error::new(
+                ErrorKind::Unavailable,
+                format!("cannot map BAR {index} of {}", self.address()),
+                "there is none",
+            )),
+        }
+    }
+
+    fn reset(&self) -> Result<bool> {
+        self.config.reset();
+        self.reset_device();
+        Ok(true)
+    }
+
+    fn has_iommu(&self) -> bool {
+        self.state().behaviour.iommu
+    }
+}
+
+impl VirtioNet {
+    /// What a write of 0 to `device_status` does.
+    pub(super) fn reset_device(&self) {
+        let mut state = self.state();
+        state.status = 0;
+        state.driver_features = 0;
+        state.queues = Default::default();
+        state.promiscuous = true;
+        for queue in 0..state.queues.len() as u64 {
+            self.doorbells.store(NOTIFY + queue * u64::from(NOTIFY_OFF_MULTIPLIER), NOT_RUNG);
+        }
+    }
+}
+
+impl Registers for VirtioNet {
+    fn read(&self, offset: u64, size: usize) -> u64 {
+        let mut state = self.state();
+        let ones = u64::MAX >> (64 - 8 * size);
+        if state.behaviour.removed {
+            return ones;
+        }
+        let value = match offset {
+            0..0x38 => state.read_common(offset),
+            DEVICE..NOTIFY => {
+                let mut bytes = [0; 8];
+                bytes[..6].copy_from_slice(&state.behaviour.mac);
+                bytes[6] = u8::from(state.behaviour.link_up);
+                u64::from_le_bytes(bytes) >> (8 * (offset - DEVICE).min(7))
+            }
+            _ => 0,
+        };
+        value & ones
+    }
+
+    fn write(&self, offset: u64, _: usize, value: u64) {
+        match offset {
+            0x14 if value == 0 && self.state().behaviour.ignore_reset => {}
+            0x14 if value == 0 => self.reset_device(),
+            0..0x38 => self.state().write_common(offset, value),
+            NOTIFY.. if offset < NOTIFY + PAGE && value == u64::from(CONTROL) && self.is_live() => {
+                self.state().control();
+            }
+            _ => {}
+        }
+    }
+}
+
+/// `struct virtio_pci_common_cfg` (4.1.4.3).
+impl State {
+    fn read_common(&mut self, offset: u64) -> u64 {
+        let behaviour = &self.behaviour;
+        let exists = match self.queue_select {
+            0 | 1 => true,
+            CONTROL => behaviour.features & feature::CTRL_VQ != 0,
+            _ => false,
+        };
+        match offset {
+            0x04 if self.device_feature_select < 2 => {
+                behaviour.features >> (32 * self.device_feature_select) & 0xffff_ffff
+            }
+            0x10 | 0x1a => 0xffff,
+            0x12 => self.queues.len() as u64,
+            0x14 if behaviour.needs_reset && self.status != 0 => u64::from(self.status | STATUS_NEEDS_RESET),
+            0x14 => u64::from(self.status),
+            0x15 => {
+                self.generation = self.generation.wrapping_add(u8::from(behaviour.config_changes));
+                u64::from(self.generation)
+            }
+            0x16 => u64::from(self.queue_select),
+            0x18 if exists => u64::from(self.queue(self.queue_select).1),
+            0x1e if exists => u64::from(behaviour.notify_off.unwrap_or(self.queue_select)),
+            _ => 0,
+        }
+    }
+
+    fn write_common(&mut self, offset: u64, value: u64) {
+        match offset {
+            0x00 => self.device_feature_select = value as u32,
+            0x08 => self.driver_feature_select = value as u32,
+            0x0c if self.driver_feature_select < 2 => {
+                let shift = 32 * self.driver_feature_select;
+                self.driver_features = self.driver_features & !(0xffff_ffff << shift) | value << shift;
+            }
+            0x14 => {
+                let known = self.driver_features & !self.behaviour.features == 0;
+                let refused = self.behaviour.refuse_features || !known;
+                self.status = value as u8 & if refused { !STATUS_FEATURES_OK } else { 0xff };
+            }
+            0x16 => self.queue_select = value as u16,
+            _ => {
+                let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else { return };
+                match offset {
+                    0x18 => queue.size = Some(value as u16),
+                    0x1c => queue.enabled = value == 1,
+                    0x20..0x38 => {
+                        let address = &mut queue.addresses[(offset as usize - 0x20) / 8];
+                        let shift = 8 * (offset % 8);
+                        *address = *address & !(0xffff_ffff << shift) | value << shift;
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+}

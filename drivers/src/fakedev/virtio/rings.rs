@@ -1,0 +1,246 @@
+//! Work on the rings: what the device does with memory.
+
+use std::collections::VecDeque;
+
+use vireo_eal::dma::Word;
+
+use super::{CONTROL, RX, State, TX, feature};
+
+const DESC_NEXT: u16 = 1;
+const DESC_WRITE: u16 = 2;
+/// Bytes of `struct virtio_net_hdr` (5.1.6).
+const HEADER: usize = 12;
+
+/// A buffer that the driver offered, with its descriptor.
+#[derive(Clone, Copy, Debug)]
+struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+}
+
+/// What the driver told of a virtqueue, and where the device is in it.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    pub(super) size: Option<u16>,
+    pub(super) enabled: bool,
+    /// Descriptor table, avail ring, used ring.
+    pub(super) addresses: [u64; 3],
+    last_avail: u16,
+    /// Descriptors read from the avail ring and not used yet.
+    held: VecDeque<u16>,
+    used: u16,
+}
+
+impl State {
+    fn fault(&mut self, what: &'static str) {
+        self.faults.push(what);
+    }
+
+    fn load<W: Word>(&mut self, address: u64) -> W {
+        let word = self.view.as_ref().and_then(|view| view.load(address));
+        word.unwrap_or_else(|| {
+            self.fault("read of an unmapped address");
+            W::default()
+        })
+    }
+
+    fn store<W: Word>(&mut self, address: u64, word: W) {
+        if self.view.as_ref().and_then(|view| view.store(address, word)).is_none() {
+            self.fault("write to an unmapped address");
+        }
+    }
+
+    fn write(&mut self, address: u64, bytes: &[u8]) {
+        if self.view.as_ref().and_then(|view| view.write(address, bytes)).is_none() {
+            self.fault("write to an unmapped address");
+        }
+    }
+
+    fn read(&mut self, address: u64, len: u32) -> Vec<u8> {
+        let mut bytes = vec![0; len as usize];
+        if self.view.as_ref().and_then(|view| view.read(address, &mut bytes)).is_none() {
+            self.fault("read of an unmapped address");
+        }
+        bytes
+    }
+
+    fn event_idx(&self) -> bool {
+        self.driver_features & feature::EVENT_IDX != 0
+    }
+
+    pub(super) fn queue(&self, index: u16) -> (&Queue, u16) {
+        let queue = &self.queues[usize::from(index)];
+        (queue, queue.size.unwrap_or(self.behaviour.queue_size))
+    }
+
+    /// Says whether the driver shall ring when it offers more.
+    fn want_doorbell(&mut self, index: u16, wanted: bool) {
+        let (queue, size) = self.queue(index);
+        let (used, last_avail) = (queue.addresses[2], queue.last_avail);
+        if !self.event_idx() {
+            self.store(used, u16::from(!wanted));
+        } else if wanted {
+            self.store(used + 4 + 8 * u64::from(size), last_avail);
+        }
+    }
+
+    /// Takes the next offered descriptor of a queue.
+    fn take(&mut self, index: u16) -> Option<u16> {
+        let (queue, size) = self.queue(index);
+        let (enabled, avail, mut last_avail) = (queue.enabled, queue.addresses[1], queue.last_avail);
+        if !enabled {
+            return None;
+        }
+        let avail_idx: u16 = self.load(avail + 2);
+        if avail_idx.wrapping_sub(last_avail) > size {
+            self.fault("avail.idx runs ahead of the queue");
+            return None;
+        }
+        while last_avail != avail_idx {
+            let id: u16 = self.load(avail + 4 + 2 * u64::from(last_avail & (size - 1)));
+            last_avail = last_avail.wrapping_add(1);
+            if id >= size || self.queues[usize::from(index)].held.contains(&id) {
+                self.fault("an offered id is beyond the queue or already offered");
+            }
+            self.queues[usize::from(index)].held.push_back(id);
+        }
+        let out_of_order = self.behaviour.out_of_order && index == RX;
+        let queue = &mut self.queues[usize::from(index)];
+        queue.last_avail = last_avail;
+        if out_of_order { queue.held.pop_back() } else { queue.held.pop_front() }
+    }
+
+    /// The descriptors of a chain.
+    fn chain(&mut self, index: u16, head: u16) -> Vec<Descriptor> {
+        let (queue, size) = self.queue(index);
+        let table = queue.addresses[0];
+        let mut chain = Vec::new();
+        let mut id = head;
+        while chain.len() < usize::from(size) {
+            let address = self.load(table + 16 * u64::from(id));
+            let shape: u64 = self.load(table + 16 * u64::from(id) + 8);
+            let (len, flags, next) = (shape as u32, (shape >> 32) as u16, (shape >> 48) as u16);
+            chain.push(Descriptor { address, len, flags });
+            if flags & DESC_NEXT == 0 {
+                return chain;
+            }
+            id = next;
+        }
+        self.fault("a chain loops");
+        chain
+    }
+
+    /// Completes descriptors, all of them visible at once, and interrupts if the driver wants that.
+    pub(super) fn push_used(&mut self, index: u16, elements: &[(u32, u32)]) {
+        let (queue, size) = self.queue(index);
+        let ([_, avail, used], old) = (queue.addresses, queue.used);
+        let mut new = old;
+        for (id, len) in elements {
+            let at = used + 4 + 8 * u64::from(new & (size - 1));
+            self.store(at, *id);
+            self.store(at + 4, *len);
+            new = new.wrapping_add(1);
+        }
+        self.store(used + 2, new);
+        self.queues[usize::from(index)].used = new;
+        let interrupt = if self.event_idx() {
+            let used_event: u16 = self.load(avail + 4 + 2 * u64::from(size));
+            (0..new.wrapping_sub(old)).any(|i| old.wrapping_add(i) == used_event)
+        } else {
+            self.load::<u16>(avail) & 1 == 0
+        };
+        self.interrupts += u64::from(interrupt && index != CONTROL);
+    }
+
+    pub(super) fn receive(&mut self, frame: &[u8]) -> Option<bool> {
+        let mergeable = self.driver_features & feature::MRG_RXBUF != 0;
+        let mut bytes = vec![0; HEADER];
+        bytes.extend_from_slice(frame);
+        let mut taken: Vec<(u16, Descriptor)> = Vec::new();
+        let mut room = 0;
+        while room < bytes.len() && (mergeable || taken.is_empty()) {
+            let Some(id) = self.take(RX) else { break };
+            let descriptor = *self.chain(RX, id).first()?;
+            if descriptor.flags != DESC_WRITE {
+                self.fault("an RX descriptor is not writable, or is a chain");
+            }
+            room += descriptor.len as usize;
+            taken.push((id, descriptor));
+        }
+        let enough = room >= bytes.len();
+        self.want_doorbell(RX, !enough);
+        if !enough {
+            self.put_back(taken.into_iter().map(|(id, _)| id));
+            return Some(false);
+        }
+        let buffers = self.behaviour.num_buffers.unwrap_or(taken.len() as u16);
+        bytes[HEADER - 2..HEADER].copy_from_slice(&buffers.to_le_bytes());
+        let mut used = Vec::new();
+        let mut rest = &bytes[..];
+        for (id, descriptor) in taken {
+            let (part, behind) = rest.split_at(rest.len().min(descriptor.len as usize));
+            self.write(descriptor.address, part);
+            used.push((u32::from(id), part.len() as u32));
+            rest = behind;
+        }
+        self.push_used(RX, &used);
+        Some(true)
+    }
+
+    /// Puts RX descriptors back to where they were taken from.
+    fn put_back(&mut self, ids: impl DoubleEndedIterator<Item = u16>) {
+        let out_of_order = self.behaviour.out_of_order;
+        let held = &mut self.queues[usize::from(RX)].held;
+        for id in ids.rev() {
+            if out_of_order { held.push_back(id) } else { held.push_front(id) }
+        }
+    }
+
+    pub(super) fn jump_used(&mut self, index: u16, count: u16) {
+        let queue = &mut self.queues[usize::from(index)];
+        queue.used = queue.used.wrapping_add(count);
+        let (at, used) = (queue.addresses[2] + 2, queue.used);
+        self.store(at, used);
+    }
+
+    pub(super) fn transmit(&mut self) -> Option<Vec<Vec<u8>>> {
+        let mut frames = Vec::new();
+        let mut used = Vec::new();
+        while let Some(id) = self.take(TX) {
+            let mut bytes = Vec::new();
+            for descriptor in self.chain(TX, id) {
+                if descriptor.flags & DESC_WRITE != 0 {
+                    self.fault("a TX descriptor is writable");
+                }
+                bytes.extend(self.read(descriptor.address, descriptor.len));
+            }
+            if bytes.len() < HEADER || bytes[..HEADER] != [0; HEADER] {
+                self.fault("a TX header asks for offloads that were not negotiated");
+            }
+            frames.push(bytes.split_off(HEADER.min(bytes.len())));
+            used.push((u32::from(id), 0));
+        }
+        if self.behaviour.out_of_order {
+            used.reverse();
+        }
+        self.push_used(TX, &used);
+        self.want_doorbell(TX, true);
+        Some(frames)
+    }
+
+    pub(super) fn control(&mut self) {
+        let Some(answer) = self.behaviour.control_answer else { return };
+        while let Some(id) = self.take(CONTROL) {
+            let chain = self.chain(CONTROL, id);
+            let [command @ .., ack] = &chain[..] else { continue };
+            let bytes: Vec<u8> = command.iter().flat_map(|d| self.read(d.address, d.len)).collect();
+            match bytes[..] {
+                [0, 0, on] => self.promiscuous = on != 0,
+                _ => self.fault("unknown control command"),
+            }
+            self.write(ack.address, &[answer]);
+            self.push_used(CONTROL, &[(u32::from(id), 1)]);
+        }
+    }
+}

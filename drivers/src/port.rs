@@ -1,0 +1,230 @@
+//! Ports and their queues: what an application drives, whichever NIC is behind it.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::{e1000, virtio};
+
+/// Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MacAddr(pub [u8; 6]);
+
+impl fmt::Display for MacAddr {
+    /// As DPDK prints it: `52:54:00:12:34:56`, hexadecimal in capitals.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02X}:{b:02X}:{c:02X}:{d:02X}:{e:02X}:{g:02X}")
+    }
+}
+
+impl FromStr for MacAddr {
+    type Err = Error;
+
+    /// Reads six pairs of hexadecimal digits between colons.
+    fn from_str(text: &str) -> Result<Self> {
+        let mut parts = text.split(':');
+        let mut bytes = [0; 6];
+        let filled = bytes.iter_mut().all(|byte| {
+            let digits = parts.next().filter(|part| part.len() == 2 && !part.starts_with('+'));
+            digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()).map(|value| *byte = value).is_some()
+        });
+        if filled && parts.next().is_none() {
+            return Ok(Self(bytes));
+        }
+        Err(Error::new(
+            ErrorKind::Usage,
+            "cannot read an Ethernet address",
+            "it is not of the form 52:54:00:12:34:56",
+        ))
+    }
+}
+
+/// State of the link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Whether a partner answers.
+    pub up: bool,
+    /// Speed in Mbit/s, where the device tells.
+    pub speed: Option<u32>,
+    /// Whether both directions work at once.
+    pub full_duplex: bool,
+}
+
+/// Sizes of a port's queues, in descriptors; powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueSizes {
+    /// Descriptors of the RX queue.
+    pub rx: u16,
+    /// Descriptors of the TX queue.
+    pub tx: u16,
+}
+
+/// What a queue counted. The sums are the lcore's own; nothing here is shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueStats {
+    /// Packets received, or handed to the device.
+    pub packets: u64,
+    /// Their bytes, without frame check sequence.
+    pub bytes: u64,
+    /// Packets that the device marked bad, or that do not fit into a buffer; dropped.
+    pub errors: u64,
+    /// Times that no free buffer was there to receive into.
+    pub no_buffer: u64,
+    /// Completions that contradict our own record of the ring.
+    pub device_errors: u64,
+    /// Doorbell writes.
+    pub doorbells: u64,
+}
+
+/// Everything that a port counted, by name: of its queues, and of the device itself.
+pub fn counters(
+    rx: QueueStats,
+    tx: QueueStats,
+    device: Vec<(&'static str, u64)>,
+) -> Vec<(&'static str, u64)> {
+    let queues = [
+        ("rx_packets", rx.packets),
+        ("rx_bytes", rx.bytes),
+        ("rx_errors", rx.errors),
+        ("rx_no_buffer", rx.no_buffer),
+        ("rx_device_errors", rx.device_errors),
+        ("rx_doorbells", rx.doorbells),
+        ("tx_packets", tx.packets),
+        ("tx_bytes", tx.bytes),
+        ("tx_errors", tx.errors),
+        ("tx_device_errors", tx.device_errors),
+        ("tx_doorbells", tx.doorbells),
+    ];
+    queues.into_iter().chain(device).collect()
+}
+
+/// The receiving half of a port, owned by one lcore.
+pub trait RxBurst: Send {
+    /// Receives packets into `burst` until it is full or none is left; refills the ring from `cache`.
+    fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst);
+    /// What was counted so far.
+    fn stats(&self) -> QueueStats;
+}
+
+/// The sending half of a port, owned by one lcore.
+pub trait TxBurst: Send {
+    /// Hands packets from the front of `burst` to the device and gives their number; those that find no
+    /// descriptor stay in `burst`. Buffers of packets that were sent go to `cache`.
+    fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize;
+    /// What was counted so far.
+    fn stats(&self) -> QueueStats;
+}
+
+/// What the control plane does with a NIC. Its queues are separate values that move to lcores.
+pub trait Nic {
+    /// The receiving half.
+    type Rx: RxBurst;
+    /// The sending half.
+    type Tx: TxBurst;
+
+    /// Sets up rings in `memory`, fills the RX ring from `cache` and starts DMA.
+    ///
+    /// # Errors
+    /// When the device refuses, or memory or buffers are short.
+    fn start(
+        &mut self,
+        memory: &Arc<DmaMemory>,
+        cache: &mut PoolCache,
+        sizes: QueueSizes,
+    ) -> Result<(Self::Rx, Self::Tx)>;
+
+    /// Ends DMA by a reset, then gives every buffer that the rings own to `cache`.
+    ///
+    /// # Errors
+    /// When the device does not confirm the reset; its memory is then kept for good.
+    fn stop(&mut self, rx: Self::Rx, tx: Self::Tx, cache: &mut PoolCache) -> Result<()>;
+
+    /// The station address.
+    fn mac(&self) -> MacAddr;
+
+    /// State of the link now.
+    fn link(&self) -> Link;
+
+    /// Receives every frame, or only those for this station.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    fn set_promiscuous(&mut self, on: bool) -> Result<()>;
+
+    /// Frames that the device itself dropped since start, by name.
+    fn device_drops(&mut self) -> Vec<(&'static str, u64)>;
+}
+
+macro_rules! any_driver {
+    ($($variant:ident($driver:ident)),*) => {
+        /// RX queue of any driver, for lcores that poll ports of several.
+        #[derive(Debug)]
+        pub enum RxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::RxQueue)),* }
+
+        /// TX queue of any driver.
+        #[derive(Debug)]
+        pub enum TxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::TxQueue)),* }
+
+        /// Port of any driver.
+        #[derive(Debug)]
+        pub enum Port { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::Device)),* }
+
+        impl RxBurst for RxQueue {
+            #[inline(always)]
+            fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
+                match self { $(Self::$variant(queue) => queue.rx_burst(cache, burst)),* }
+            }
+            fn stats(&self) -> QueueStats {
+                match self { $(Self::$variant(queue) => queue.stats()),* }
+            }
+        }
+
+        impl TxBurst for TxQueue {
+            #[inline(always)]
+            fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+                match self { $(Self::$variant(queue) => queue.tx_burst(cache, burst)),* }
+            }
+            fn stats(&self) -> QueueStats {
+                match self { $(Self::$variant(queue) => queue.stats()),* }
+            }
+        }
+
+        impl Nic for Port {
+            type Rx = RxQueue;
+            type Tx = TxQueue;
+
+            fn start(&mut self, memory: &Arc<DmaMemory>, cache: &mut PoolCache, sizes: QueueSizes) -> Result<(RxQueue, TxQueue)> {
+                match self { $(Self::$variant(device) => {
+                    device.start(memory, cache, sizes).map(|(rx, tx)| (RxQueue::$variant(rx), TxQueue::$variant(tx)))
+                }),* }
+            }
+            fn stop(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache) -> Result<()> {
+                match (self, rx, tx) {
+                    $((Self::$variant(device), RxQueue::$variant(rx), TxQueue::$variant(tx)) => device.stop(rx, tx, cache),)*
+                    _ => Err(Error::new(
+                        ErrorKind::Usage,
+                        "cannot stop the port",
+                        "the queues belong to another driver",
+                    )),
+                }
+            }
+            fn mac(&self) -> MacAddr {
+                match self { $(Self::$variant(device) => device.mac()),* }
+            }
+            fn link(&self) -> Link {
+                match self { $(Self::$variant(device) => device.link()),* }
+            }
+            fn set_promiscuous(&mut self, on: bool) -> Result<()> {
+                match self { $(Self::$variant(device) => device.set_promiscuous(on)),* }
+            }
+            fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
+                match self { $(Self::$variant(device) => device.device_drops()),* }
+            }
+        }
+    };
+}
+any_driver!(Virtio(virtio), E1000(e1000));

@@ -1,0 +1,158 @@
+//! From EAL arguments to started ports: which driver takes which function, and the order of set-up.
+
+use std::sync::Arc;
+
+use vireo_bus_pci::{Bus, DeviceId, Function, PciInfo, Report};
+use vireo_eal::dma::{DmaMemory, Pool};
+use vireo_eal::mem::Region;
+use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
+use vireo_eal::{Eal, Error, ErrorKind, Result};
+
+use crate::port::{Port, QueueSizes};
+use crate::{e1000, virtio};
+
+/// Devargs that the drivers know.
+pub const DEVICE_KEYS: &[&str] = &["mrg_rxbuf"];
+
+/// Name of the driver for a function: the table of all that Vireo drives.
+pub fn driver_of(id: DeviceId) -> Option<&'static str> {
+    [("virtio-net", virtio::IDS), ("e1000", e1000::IDS)]
+        .into_iter()
+        .find(|(_, ids)| ids.iter().any(|(known, _)| *known == id))
+        .map(|(driver, _)| driver)
+}
+
+/// A port that is open and not started, with how it was acquired.
+#[derive(Debug)]
+pub struct OpenPort {
+    /// The port.
+    pub port: Port,
+    /// The function behind it.
+    pub info: PciInfo,
+    /// Mode, reason and times.
+    pub report: Report,
+    space: Arc<AddressSpace>,
+}
+
+/// Opens the ports that the EAL arguments choose.
+///
+/// # Errors
+/// At the first port that cannot be had.
+pub fn open(eal: &Eal, bus: &Bus) -> Result<Vec<OpenPort>> {
+    bus.select(&eal.args, |id| driver_of(id).is_some())?
+        .into_iter()
+        .map(|info| {
+            let allowed = eal.args.allow.iter().find(|allowed| allowed.address == info.address);
+            let args = allowed.map_or(&[][..], |allowed| &allowed.args);
+            let mode = eal.args.mode_of(info.address);
+            open_one(bus, &eal.vfio, info, mode, args)
+        })
+        .collect()
+}
+
+/// Opens one port in `mode`, with its devargs.
+///
+/// # Errors
+/// When the kernel or the device refuses, or a devarg is wrong.
+pub fn open_one(
+    bus: &Bus,
+    vfio: &Vfio,
+    info: PciInfo,
+    mode: VfioMode,
+    args: &[(String, String)],
+) -> Result<OpenPort> {
+    let device = bus.open(&info, vfio, mode)?;
+    let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
+    let port = probe(Box::new(device), args)?;
+    Ok(OpenPort { port, info, report, space })
+}
+
+/// Gives a function to its driver.
+///
+/// # Errors
+/// `Unavailable` when no driver knows it, `Usage` for a wrong devarg, else what the driver says.
+pub fn probe(function: Box<dyn Function>, args: &[(String, String)]) -> Result<Port> {
+    let id = function.id();
+    match driver_of(id) {
+        Some("virtio-net") => {
+            let mut options = virtio::Options::default();
+            for (key, value) in args {
+                options.mrg_rxbuf = flag(key, value)?;
+            }
+            virtio::Device::probe_with(function, options).map(Port::Virtio)
+        }
+        Some(_) => match args.first() {
+            Some((key, _)) => Err(Error::new(
+                ErrorKind::Usage,
+                format!("cannot use {key} for {}", function.address()),
+                "only virtio-net knows it",
+            )),
+            None => e1000::Device::probe(function).map(Port::E1000),
+        },
+        None => Err(Error::new(
+            ErrorKind::Unavailable,
+            format!("cannot use {}", function.address()),
+            format!("no driver here knows {id}"),
+        )),
+    }
+}
+
+fn flag(key: &str, value: &str) -> Result<bool> {
+    match value {
+        "0" => Ok(false),
+        "1" => Ok(true),
+        _ => Err(Error::new(ErrorKind::Usage, format!("cannot read {key}={value}"), "it is 0 or 1")),
+    }
+}
+
+/// Packet buffers for `ports` ports and `lcores` lcores, as DPDK's l2fwd works them out: rings, bursts and
+/// caches full at once, and never less than 8192.
+pub fn buffers_needed(ports: usize, lcores: usize, sizes: QueueSizes) -> u32 {
+    let each = usize::from(sizes.rx) + usize::from(sizes.tx) + 32 + lcores * 256;
+    ports.saturating_mul(each).clamp(8192, 1 << 22) as u32
+}
+
+/// Bytes of DMA memory for `buffers` packet buffers and the rings of `ports` ports.
+pub fn memory_needed(ports: usize, buffers: u32, sizes: QueueSizes) -> usize {
+    /// Descriptors, available and used entries of virtio's split ring; an e1000 descriptor is 16 bytes.
+    const BYTES_PER_ENTRY: usize = 32;
+    /// Room for the alignment of each of a port's parts.
+    const ALIGNMENT: usize = 64 << 10;
+    let rings = (usize::from(sizes.rx) + usize::from(sizes.tx)) * BYTES_PER_ENTRY + ALIGNMENT;
+    Pool::bytes(buffers) + ports * rings
+}
+
+/// Maps `region` for all of `ports`, each address space once.
+///
+/// # Errors
+/// As for [`DmaMemory::map`].
+pub fn map(region: Region, ports: &[OpenPort]) -> Result<Arc<DmaMemory>> {
+    let mut spaces: Vec<Arc<AddressSpace>> = Vec::new();
+    for port in ports {
+        if !spaces.iter().any(|space| Arc::ptr_eq(space, &port.space)) {
+            spaces.push(Arc::clone(&port.space));
+        }
+    }
+    DmaMemory::map(region, &spaces)
+}
+
+impl OpenPort {
+    /// What the NIC can reach.
+    pub fn space(&self) -> &Arc<AddressSpace> {
+        &self.space
+    }
+
+    /// Whether the NIC uses physical addresses.
+    pub fn is_physical(&self) -> bool {
+        self.space.is_physical()
+    }
+
+    /// One line for the start-up report.
+    pub fn describe(&self) -> String {
+        let driver = driver_of(self.info.id).unwrap_or("none");
+        format!(
+            "{} ({driver}, {}) in mode {}: {}",
+            self.info.address, self.info.id, self.report.mode, self.report.why
+        )
+    }
+}

@@ -1,0 +1,85 @@
+//! Control virtqueue (virtio 1.2, 5.1.6.5): one command at a time.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::{DmaMemory, DmaRing, dma_rmb};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use super::pci::{DEVICE_TIMEOUT, Transport};
+use super::split::{DESC_NEXT, DESC_WRITE, Virtqueue, shape};
+
+/// A command and its answer are two descriptors.
+const SIZE: u16 = 2;
+const ACK_OK: u8 = 0;
+const CLASS_RX: u8 = 0;
+const RX_PROMISC: u8 = 0;
+
+/// The control virtqueue.
+#[derive(Debug)]
+pub(super) struct Control {
+    pub(super) queue: Virtqueue,
+    index: u16,
+    /// The command, then its answer.
+    bytes: DmaRing<u64>,
+}
+
+impl Control {
+    /// Takes memory for control queue `index` of the device at `address`.
+    pub(super) fn new(memory: &Arc<DmaMemory>, index: u16, address: Bdf) -> Result<Self> {
+        Ok(Self { queue: Virtqueue::new(memory, SIZE, address)?, index, bytes: DmaRing::new(memory, 2, 8)? })
+    }
+
+    /// Makes the queue as new and enables it.
+    pub(super) fn restart(&mut self, transport: &Transport) -> Result<()> {
+        transport.queue_size(self.index, SIZE).and_then(|size| match size {
+            SIZE => Ok(()),
+            _ => Err(Error::new(
+                ErrorKind::Protocol,
+                "cannot use the control virtqueue",
+                "it has room for one descriptor, and a command takes two",
+            )),
+        })?;
+        self.queue.restart(self.index, false);
+        transport.enable_queue(self.index, &self.queue)
+    }
+
+    /// Receives every frame, or only those for this station (5.1.6.5.1).
+    pub(super) fn set_promiscuous(&mut self, transport: &Transport, on: bool) -> Result<()> {
+        self.command(transport, [CLASS_RX, RX_PROMISC, u8::from(on)])
+    }
+
+    fn command(&mut self, transport: &Transport, command: [u8; 3]) -> Result<()> {
+        let refused = |why: &str| Err(Error::new(ErrorKind::Protocol, "cannot set the receive filter", why));
+        let [class, code, data] = command;
+        self.bytes.store::<0>(0, u64::from_le_bytes([class, code, data, 0, 0, 0, 0, 0]));
+        self.bytes.store::<0>(1, u64::MAX);
+        let (first, second) = (self.queue.head, self.queue.head.wrapping_add(1));
+        let desc = &self.queue.desc;
+        desc.store::<0>(first.into(), self.bytes.iova());
+        desc.store::<1>(first.into(), shape(command.len() as u32, DESC_NEXT, second % SIZE));
+        desc.store::<0>(second.into(), self.bytes.iova() + 8);
+        desc.store::<1>(second.into(), shape(1, DESC_WRITE, 0));
+        self.queue.publish(second);
+        transport.notify(self.index)?;
+
+        let deadline = Instant::now() + DEVICE_TIMEOUT;
+        while self.queue.used_idx() == first {
+            transport.check_alive()?;
+            if Instant::now() >= deadline {
+                return refused("the device did not answer within 1 s");
+            }
+            std::thread::yield_now();
+        }
+        dma_rmb();
+        let id = self.queue.used.load::<0>(first.into());
+        if self.queue.used_idx() != second || id != u32::from(first % SIZE) {
+            return refused("the device completed another command than ours");
+        }
+        match self.bytes.load::<0>(1).to_le_bytes()[0] {
+            ACK_OK => Ok(()),
+            _ => refused("the device answered with an error"),
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! Feature bits and device status.
+
+bitflags::bitflags! {
+    /// What device and driver agree on (virtio 1.2, 5.1.3 and 6); only the bits that this driver knows.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(super) struct Features: u64 {
+        /// `VIRTIO_NET_F_MAC`: config space holds the station address.
+        const MAC = 1 << 5;
+        /// `VIRTIO_NET_F_MRG_RXBUF`: a frame may fill several RX buffers; the header counts them.
+        const MRG_RXBUF = 1 << 15;
+        /// `VIRTIO_NET_F_STATUS`: config space tells whether the link is up.
+        const STATUS = 1 << 16;
+        /// `VIRTIO_NET_F_CTRL_VQ`: there is a control virtqueue.
+        const CTRL_VQ = 1 << 17;
+        /// `VIRTIO_NET_F_CTRL_RX`: the control virtqueue sets the RX filter; needs `CTRL_VQ`.
+        const CTRL_RX = 1 << 18;
+        /// `VIRTIO_F_EVENT_IDX`: each side says at which index it wants to be woken.
+        const EVENT_IDX = 1 << 29;
+        /// `VIRTIO_F_VERSION_1`: the interface of virtio 1.0 and later.
+        const VERSION_1 = 1 << 32;
+        /// `VIRTIO_F_ACCESS_PLATFORM`: the device's addresses go through the IOMMU.
+        const ACCESS_PLATFORM = 1 << 33;
+    }
+
+    /// `device_status` (virtio 1.2, 2.1).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(super) struct Status: u8 {
+        /// The driver has noticed the device.
+        const ACKNOWLEDGE = 1 << 0;
+        /// The driver knows how to drive it.
+        const DRIVER = 1 << 1;
+        /// The driver is ready; queues are live.
+        const DRIVER_OK = 1 << 2;
+        /// Both sides agree on the features.
+        const FEATURES_OK = 1 << 3;
+        /// The device met an error from which only a reset recovers.
+        const DEVICE_NEEDS_RESET = 1 << 6;
+        /// The driver has given up.
+        const FAILED = 1 << 7;
+    }
+}

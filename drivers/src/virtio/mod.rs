@@ -1,0 +1,339 @@
+//! virtio-net over modern PCI (virtio 1.2): split virtqueues, mergeable RX buffers or not, event index.
+
+mod ctrl;
+mod features;
+mod pci;
+mod rx;
+mod split;
+#[cfg(test)]
+mod tests;
+mod tx;
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
+
+use vireo_bus_pci::{DeviceId, Function};
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::{DmaMemory, PoolCache};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::port::{Link, MacAddr, Nic, QueueSizes};
+use ctrl::Control;
+use features::{Features, Status};
+use pci::Transport;
+pub use rx::RxQueue;
+use split::Virtqueue;
+pub use tx::TxQueue;
+
+/// What this driver drives. The transitional `1af4:1000` needs its modern interface.
+pub const IDS: &[(DeviceId, &str)] = &[
+    (DeviceId { vendor: 0x1af4, device: 0x1041 }, "virtio-net"),
+    (DeviceId { vendor: 0x1af4, device: 0x1000 }, "virtio-net (transitional)"),
+];
+
+/// Virtqueues of a device without `VIRTIO_NET_F_MQ` (5.1.2).
+const RX_QUEUE: u16 = 0;
+const TX_QUEUE: u16 = 1;
+const CONTROL_QUEUE: u16 = 2;
+
+/// Bytes of `struct virtio_net_hdr` with `num_buffers`, which every packet has in front (5.1.6).
+const HEADER: usize = 12;
+
+/// Status once the features are agreed on.
+const READY: Status = Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK);
+
+/// `struct virtio_net_config` (5.1.4).
+mod config {
+    pub(super) const MAC: u64 = 0;
+    pub(super) const STATUS: u64 = 6;
+    /// Up to and with `status`.
+    pub(super) const LEN: u64 = 8;
+    pub(super) const STATUS_LINK_UP: u16 = 1;
+}
+
+/// What the user may ask of a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Use mergeable RX buffers if the device offers them (devarg `mrg_rxbuf`).
+    pub mrg_rxbuf: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { mrg_rxbuf: true }
+    }
+}
+
+/// A virtio network device.
+///
+/// The device is reset before memory that it was told of can go: on [`Nic::stop`], and on drop while started.
+#[derive(Debug)]
+pub struct Device {
+    transport: Transport,
+    function: FunctionBox,
+    options: Options,
+    features: Features,
+    mac: MacAddr,
+    promiscuous: bool,
+    started: Option<Started>,
+    /// Queues of the last run, used again if they fit: DMA memory is never given back one by one.
+    spare: Option<Box<Queues>>,
+}
+
+#[derive(Debug)]
+struct Started {
+    memory: Arc<DmaMemory>,
+    control: Option<Box<Control>>,
+}
+
+#[derive(Debug)]
+struct Queues {
+    memory: Arc<DmaMemory>,
+    rx: Virtqueue,
+    tx: Virtqueue,
+    control: Option<Box<Control>>,
+}
+
+/// A function as the driver owns it; the trait asks for no `Debug`.
+struct FunctionBox(Box<dyn Function>);
+
+impl std::fmt::Debug for FunctionBox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0.address())
+    }
+}
+
+impl Device {
+    /// Resets the function and agrees with the device on its features.
+    ///
+    /// # Errors
+    /// `Unavailable` when the device lacks what the driver needs, with the QEMU flag that adds it; `Protocol`
+    /// when it breaks the specification.
+    pub fn probe(function: Box<dyn Function>) -> Result<Self> {
+        Self::probe_with(function, Options::default())
+    }
+
+    /// As [`Device::probe`], with the user's wishes.
+    ///
+    /// # Errors
+    /// As for [`Device::probe`].
+    pub fn probe_with(function: Box<dyn Function>, options: Options) -> Result<Self> {
+        function.reset()?;
+        function.set_command(false)?;
+        let transport = Transport::new(&*function)?;
+        let mut device = Self {
+            transport,
+            function: FunctionBox(function),
+            options,
+            features: Features::empty(),
+            mac: random_mac(),
+            promiscuous: false,
+            started: None,
+            spare: None,
+        };
+        device.features = device.negotiate()?;
+        if device.features.contains(Features::MAC) {
+            device.mac = MacAddr(device.transport.config_bytes(config::MAC)?);
+        }
+        Ok(device)
+    }
+
+    fn address(&self) -> Bdf {
+        self.function.0.address()
+    }
+
+    fn refuse(&self, kind: ErrorKind, why: &str) -> Error {
+        Error::new(kind, format!("cannot use virtio NIC {}", self.address()), why)
+    }
+
+    /// Initialises the device up to `FEATURES_OK` (3.1.1, steps 1 to 6).
+    fn negotiate(&self) -> Result<Features> {
+        self.transport.reset()?;
+        self.transport.set_status(Status::ACKNOWLEDGE);
+        self.transport.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
+        self.agree().inspect_err(|_| self.transport.set_status(Status::FAILED))
+    }
+
+    fn agree(&self) -> Result<Features> {
+        let offered = self.transport.device_features();
+        if !offered.contains(Features::VERSION_1) {
+            return Err(self
+                .refuse(ErrorKind::Unavailable, "it does not offer VIRTIO_F_VERSION_1")
+                .mend("start QEMU with -device virtio-net-pci,disable-legacy=on"));
+        }
+        if self.function.0.has_iommu() && !offered.contains(Features::ACCESS_PLATFORM) {
+            return Err(self
+                .refuse(
+                    ErrorKind::Unavailable,
+                    "it bypasses the IOMMU: VIRTIO_F_ACCESS_PLATFORM is not offered",
+                )
+                .mend("start QEMU with -device virtio-net-pci,iommu_platform=on"));
+        }
+        let mut features = offered;
+        features.set(Features::MRG_RXBUF, self.options.mrg_rxbuf && offered.contains(Features::MRG_RXBUF));
+        features.set(Features::CTRL_RX, offered.contains(Features::CTRL_VQ | Features::CTRL_RX));
+        self.transport.set_driver_features(features);
+        self.transport.set_status(READY);
+        self.transport.check_alive()?;
+        if self.transport.status() != Some(READY) {
+            return Err(self
+                .refuse(ErrorKind::Protocol, &format!("it refuses features that it offers: {features:?}")));
+        }
+        Ok(features)
+    }
+
+    /// Takes the queues of the last run, or makes new ones.
+    fn queues(&mut self, memory: &Arc<DmaMemory>, rx: u16, tx: u16, control: bool) -> Result<Queues> {
+        let fits = |queues: &Queues| {
+            Arc::ptr_eq(&queues.memory, memory)
+                && (queues.rx.size(), queues.tx.size(), queues.control.is_some()) == (rx, tx, control)
+        };
+        if let Some(queues) = self.spare.take().filter(|queues| fits(queues)) {
+            return Ok(*queues);
+        }
+        let address = self.address();
+        Ok(Queues {
+            memory: Arc::clone(memory),
+            rx: Virtqueue::new(memory, rx, address)?,
+            tx: Virtqueue::new(memory, tx, address)?,
+            control: control
+                .then(|| Control::new(memory, CONTROL_QUEUE, address).map(Box::new))
+                .transpose()?,
+        })
+    }
+
+    /// Sets the queues up and goes live (3.1.1, steps 7 and 8).
+    fn go_live(
+        &self,
+        rx: &mut RxQueue,
+        tx: &mut TxQueue,
+        mut control: Option<&mut Control>,
+        cache: &mut PoolCache,
+    ) -> Result<()> {
+        let event_idx = self.features.contains(Features::EVENT_IDX);
+        for (index, queue) in [(RX_QUEUE, rx.queue_mut()), (TX_QUEUE, tx.queue_mut())] {
+            queue.restart(index, event_idx);
+            self.transport.enable_queue(index, queue)?;
+        }
+        if let Some(control) = &mut control {
+            control.restart(&self.transport)?;
+        }
+        rx.prepare(cache)?;
+        let (rx_doorbell, tx_doorbell) =
+            (self.transport.doorbell(RX_QUEUE)?, self.transport.doorbell(TX_QUEUE)?);
+        self.function.0.set_command(true)?;
+        self.transport.set_status(READY | Status::DRIVER_OK);
+        self.transport.check_alive()?;
+        rx.queue_mut().connect(rx_doorbell);
+        tx.queue_mut().connect(tx_doorbell);
+        // After a reset QEMU receives everything, other devices their own frames only: say which in any case.
+        control.map_or(Ok(()), |control| control.set_promiscuous(&self.transport, self.promiscuous))
+    }
+
+    /// Ends DMA. When the device does not confirm it, its memory stays mapped for good.
+    fn quiesce(&mut self) -> Result<Option<Started>> {
+        let Some(started) = self.started.take() else { return Ok(None) };
+        let reset = self.transport.reset();
+        let off = self.function.0.set_command(false);
+        match reset.and(off) {
+            Ok(()) => Ok(Some(started)),
+            Err(error) => {
+                std::mem::forget(started.memory);
+                Err(error.mend("its DMA memory is kept until the process ends"))
+            }
+        }
+    }
+}
+
+impl Nic for Device {
+    type Rx = RxQueue;
+    type Tx = TxQueue;
+
+    fn start(
+        &mut self,
+        memory: &Arc<DmaMemory>,
+        cache: &mut PoolCache,
+        sizes: QueueSizes,
+    ) -> Result<(RxQueue, TxQueue)> {
+        if self.started.is_some() {
+            return Err(self.refuse(ErrorKind::Usage, "it is started already"));
+        }
+        self.features = self.negotiate()?;
+        let rx_size = self.transport.queue_size(RX_QUEUE, sizes.rx)?;
+        let tx_size = self.transport.queue_size(TX_QUEUE, sizes.tx)?;
+        let Queues { memory, rx, tx, mut control } =
+            self.queues(memory, rx_size, tx_size, self.features.contains(Features::CTRL_RX))?;
+        let mut rx = RxQueue::new(rx, self.features.contains(Features::MRG_RXBUF));
+        let mut tx = TxQueue::new(tx);
+        let live = self.go_live(&mut rx, &mut tx, control.as_deref_mut(), cache);
+        self.started = Some(Started { memory, control });
+        match live {
+            Ok(()) => Ok((rx, tx)),
+            Err(error) => {
+                if let Err(error) = self.stop(rx, tx, cache) {
+                    tracing::error!("{error}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn stop(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache) -> Result<()> {
+        // Buffers of a running device must not get into the pool.
+        if rx.address() != self.address() || tx.address() != self.address() {
+            return Err(self.refuse(ErrorKind::Usage, "the queues to stop are of another device"));
+        }
+        let started = self.quiesce()?;
+        let (rx, tx) = (rx.into_queue(cache), tx.into_queue(cache));
+        if let Some(Started { memory, control }) = started {
+            self.spare = Some(Box::new(Queues { memory, rx, tx, control }));
+        }
+        Ok(())
+    }
+
+    fn mac(&self) -> MacAddr {
+        self.mac
+    }
+
+    fn link(&self) -> Link {
+        let reported = self.features.contains(Features::STATUS);
+        let up = !reported || self.transport.config16(config::STATUS) & config::STATUS_LINK_UP != 0;
+        let up = up && self.transport.check_alive().is_ok();
+        Link { up, speed: None, full_duplex: true }
+    }
+
+    fn set_promiscuous(&mut self, on: bool) -> Result<()> {
+        self.promiscuous = on;
+        match &mut self.started {
+            None => Ok(()),
+            Some(Started { control: Some(control), .. }) => control.set_promiscuous(&self.transport, on),
+            Some(_) => Err(self
+                .refuse(
+                    ErrorKind::Unavailable,
+                    "its receive filter is fixed: VIRTIO_NET_F_CTRL_RX is not offered",
+                )
+                .mend("start QEMU with -device virtio-net-pci,ctrl_vq=on,ctrl_rx=on")),
+        }
+    }
+
+    /// None: virtio-net has no such counters.
+    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if let Err(error) = self.quiesce() {
+            tracing::error!("{error}");
+        }
+    }
+}
+
+/// A locally administered unicast address, for a device that has none.
+fn random_mac() -> MacAddr {
+    let mut bytes = RandomState::new().build_hasher().finish().to_le_bytes();
+    bytes[0] = bytes[0] & !1 | 2;
+    MacAddr([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5]])
+}

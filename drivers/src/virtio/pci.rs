@@ -1,0 +1,309 @@
+//! Modern PCI transport (virtio 1.2, 4.1): the registers that the vendor capabilities point to.
+
+use std::time::{Duration, Instant};
+
+use vireo_bus_pci::{CAP_ID_VENDOR, Function, capabilities};
+use vireo_eal::bdf::Bdf;
+use vireo_eal::mmio::{Bar, Doorbell};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use super::features::{Features, Status};
+use super::split::{Virtqueue, negotiate_size};
+
+/// How long a device may take for a reset or a control command.
+pub(super) const DEVICE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Reads of config space that may meet a change by the device before the driver gives up.
+const GENERATION_RETRIES: usize = 100;
+/// `queue_msix_vector` and `config_msix_vector` without interrupts.
+const NO_VECTOR: u16 = 0xffff;
+
+/// Offsets in `struct virtio_pci_cap` (4.1.4).
+mod cap {
+    pub(super) const CFG_TYPE: u16 = 3;
+    pub(super) const BAR: u16 = 4;
+    pub(super) const OFFSET: u16 = 8;
+    pub(super) const LENGTH: u16 = 12;
+    pub(super) const NOTIFY_OFF_MULTIPLIER: u16 = 16;
+    pub(super) const TYPE_COMMON: u8 = 1;
+    pub(super) const TYPE_NOTIFY: u8 = 2;
+    pub(super) const TYPE_DEVICE: u8 = 4;
+}
+
+/// Offsets in `struct virtio_pci_common_cfg` (4.1.4.3).
+mod common {
+    pub(super) const DEVICE_FEATURE_SELECT: u64 = 0x00;
+    pub(super) const DEVICE_FEATURE: u64 = 0x04;
+    pub(super) const DRIVER_FEATURE_SELECT: u64 = 0x08;
+    pub(super) const DRIVER_FEATURE: u64 = 0x0c;
+    pub(super) const CONFIG_MSIX_VECTOR: u64 = 0x10;
+    pub(super) const DEVICE_STATUS: u64 = 0x14;
+    pub(super) const CONFIG_GENERATION: u64 = 0x15;
+    pub(super) const QUEUE_SELECT: u64 = 0x16;
+    pub(super) const QUEUE_SIZE: u64 = 0x18;
+    pub(super) const QUEUE_MSIX_VECTOR: u64 = 0x1a;
+    pub(super) const QUEUE_ENABLE: u64 = 0x1c;
+    pub(super) const QUEUE_NOTIFY_OFF: u64 = 0x1e;
+    /// Descriptor table, avail ring, used ring.
+    pub(super) const QUEUE_ADDRESSES: [u64; 3] = [0x20, 0x28, 0x30];
+    pub(super) const LEN: u64 = 0x38;
+}
+
+/// Part of a BAR; every access is checked against its length when the window is made.
+#[derive(Debug)]
+struct Window {
+    bar: Bar,
+    offset: u64,
+    len: u64,
+}
+
+impl Window {
+    /// The structure that the capability at `at` of config space describes, of at least `least` bytes.
+    fn new(function: &dyn Function, at: u16, align: u64, least: u64) -> Result<Self> {
+        let bar = function.bar(function.config8(at + cap::BAR))?;
+        let offset = u64::from(function.config32(at + cap::OFFSET));
+        let len = u64::from(function.config32(at + cap::LENGTH));
+        if len < least || !offset.is_multiple_of(align) || offset + len > bar.size() {
+            return Err(Error::new(
+                ErrorKind::Protocol,
+                format!("cannot use virtio NIC {}", function.address()),
+                format!(
+                    "the capability at {at:#x} describes {len:#x} bytes at {offset:#x}, but needs {least:#x} \
+                     aligned to {align} in a BAR of {:#x}",
+                    bar.size()
+                ),
+            ));
+        }
+        Ok(Self { bar, offset, len })
+    }
+}
+
+/// Registers of a virtio device.
+#[derive(Debug)]
+pub(super) struct Transport {
+    address: Bdf,
+    common: Window,
+    notify: Window,
+    notify_off_multiplier: u32,
+    device: Window,
+}
+
+impl Transport {
+    /// Finds the registers; the first capability of each kind counts (4.1.4.1). The ISR is left alone:
+    /// nothing here takes interrupts.
+    ///
+    /// # Errors
+    /// `Unavailable` for a device with the legacy interface only, `Protocol` when a capability points outside
+    /// of its BAR.
+    pub(super) fn new(function: &dyn Function) -> Result<Self> {
+        let (mut common, mut notify, mut device) = (None, None, None);
+        for capability in capabilities(function)?.into_iter().filter(|c| c.id == CAP_ID_VENDOR) {
+            let at = capability.offset;
+            // A reserved BAR number marks a capability to pass over (4.1.4).
+            if function.config8(at + cap::BAR) > 5 {
+                continue;
+            }
+            match function.config8(at + cap::CFG_TYPE) {
+                cap::TYPE_COMMON if common.is_none() => {
+                    common = Some(Window::new(function, at, 4, common::LEN)?);
+                }
+                cap::TYPE_NOTIFY if notify.is_none() => {
+                    let multiplier = function.config32(at + cap::NOTIFY_OFF_MULTIPLIER);
+                    notify = Some((Window::new(function, at, 2, 2)?, multiplier));
+                }
+                cap::TYPE_DEVICE if device.is_none() => {
+                    device = Some(Window::new(function, at, 4, super::config::LEN)?);
+                }
+                _ => {}
+            }
+        }
+        let (Some(common), Some((notify, notify_off_multiplier)), Some(device)) = (common, notify, device)
+        else {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                format!("cannot use virtio NIC {}", function.address()),
+                "it lacks the modern PCI interface (virtio 1.0)",
+            )
+            .mend("start QEMU with -device virtio-net-pci,disable-legacy=on"));
+        };
+        Ok(Self { address: function.address(), common, notify, notify_off_multiplier, device })
+    }
+
+    fn read8(&self, register: u64) -> u8 {
+        self.common.bar.read8(self.common.offset + register)
+    }
+
+    fn read16(&self, register: u64) -> u16 {
+        self.common.bar.read16(self.common.offset + register)
+    }
+
+    fn write16(&self, register: u64, value: u16) {
+        self.common.bar.write16(self.common.offset + register, value);
+    }
+
+    fn read32(&self, register: u64) -> u32 {
+        self.common.bar.read32(self.common.offset + register)
+    }
+
+    fn write32(&self, register: u64, value: u32) {
+        self.common.bar.write32(self.common.offset + register, value);
+    }
+
+    /// `device_status`; none when the device does not answer.
+    pub(super) fn status(&self) -> Option<Status> {
+        match self.read8(common::DEVICE_STATUS) {
+            0xff => None,
+            bits => Some(Status::from_bits_retain(bits)),
+        }
+    }
+
+    fn error(&self, kind: ErrorKind, verb: &str, why: impl Into<String>) -> Error {
+        Error::new(kind, format!("cannot {verb} virtio NIC {}", self.address), why)
+    }
+
+    /// Fails when the device is gone or asks for a reset.
+    pub(super) fn check_alive(&self) -> Result<()> {
+        match self.status() {
+            None => Err(self.error(ErrorKind::Unavailable, "reach", "it does not answer")),
+            Some(status) if status.contains(Status::DEVICE_NEEDS_RESET) => Err(self.error(
+                ErrorKind::Protocol,
+                "go on with",
+                "it met an error and asks for a reset (DEVICE_NEEDS_RESET)",
+            )),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Writes `device_status`.
+    pub(super) fn set_status(&self, status: Status) {
+        self.common.bar.write8(self.common.offset + common::DEVICE_STATUS, status.bits());
+    }
+
+    /// Resets the device and waits until it says so (2.4).
+    ///
+    /// # Errors
+    /// `Protocol` when it does not answer, or is not done within a second.
+    pub(super) fn reset(&self) -> Result<()> {
+        self.set_status(Status::empty());
+        let deadline = Instant::now() + DEVICE_TIMEOUT;
+        loop {
+            let why = match self.status() {
+                Some(status) if status.is_empty() => return Ok(()),
+                Some(_) if Instant::now() < deadline => {
+                    std::thread::yield_now();
+                    continue;
+                }
+                Some(status) => format!("its status is still {:#x} after 1 s", status.bits()),
+                None => "it does not answer".to_owned(),
+            };
+            return Err(self.error(ErrorKind::Protocol, "reset", why));
+        }
+    }
+
+    /// Features that the device offers.
+    pub(super) fn device_features(&self) -> Features {
+        let half = |select| {
+            self.write32(common::DEVICE_FEATURE_SELECT, select);
+            u64::from(self.read32(common::DEVICE_FEATURE))
+        };
+        Features::from_bits_truncate(half(0) | half(1) << 32)
+    }
+
+    /// Tells the device which features are used.
+    pub(super) fn set_driver_features(&self, features: Features) {
+        for select in 0..2 {
+            self.write32(common::DRIVER_FEATURE_SELECT, select);
+            self.write32(common::DRIVER_FEATURE, (features.bits() >> (32 * select)) as u32);
+        }
+    }
+
+    /// Reads `N` bytes of device config space at `offset`, all of one generation (2.5.3).
+    ///
+    /// # Errors
+    /// `Protocol` when the device never stops to change them.
+    pub(super) fn config_bytes<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
+        for _ in 0..GENERATION_RETRIES {
+            let before = self.read8(common::CONFIG_GENERATION);
+            let bytes =
+                std::array::from_fn(|i| self.device.bar.read8(self.device.offset + offset + i as u64));
+            if self.read8(common::CONFIG_GENERATION) == before {
+                return Ok(bytes);
+            }
+        }
+        let why = format!("it changed during each of {GENERATION_RETRIES} reads");
+        Err(self.error(ErrorKind::Protocol, "read the config space of", why))
+    }
+
+    /// Reads a 16-bit field of device config space, which needs no generation.
+    pub(super) fn config16(&self, offset: u64) -> u16 {
+        self.device.bar.read16(self.device.offset + offset)
+    }
+
+    /// Size of queue `index`: what was asked, or the device's maximum if that is less.
+    ///
+    /// # Errors
+    /// `Usage` when no queue has the size asked for, `Unavailable` when there is no such queue, `Protocol` when
+    /// its maximum is no power of two.
+    pub(super) fn queue_size(&self, index: u16, asked: u16) -> Result<u16> {
+        self.write16(common::QUEUE_SELECT, index);
+        match self.read16(common::QUEUE_SIZE) {
+            0 => {
+                let why = format!("it has no virtqueue {index} (size 0)");
+                Err(self.error(ErrorKind::Unavailable, "use", why))
+            }
+            most => negotiate_size(asked, most),
+        }
+    }
+
+    /// Gives queue `index` its memory and enables it (4.1.5.1.3). Without interrupt.
+    ///
+    /// # Errors
+    /// `Protocol` when the device takes no such size.
+    pub(super) fn enable_queue(&self, index: u16, queue: &Virtqueue) -> Result<()> {
+        self.write16(common::CONFIG_MSIX_VECTOR, NO_VECTOR);
+        self.write16(common::QUEUE_SELECT, index);
+        self.write16(common::QUEUE_SIZE, queue.size());
+        let size = self.read16(common::QUEUE_SIZE);
+        if size != queue.size() {
+            let why = format!("virtqueue {index} took a size of {size} for {}", queue.size());
+            return Err(self.error(ErrorKind::Protocol, "use", why));
+        }
+        self.write16(common::QUEUE_MSIX_VECTOR, NO_VECTOR);
+        for (register, address) in common::QUEUE_ADDRESSES.into_iter().zip(queue.addresses()) {
+            self.write32(register, address as u32);
+            self.write32(register + 4, (address >> 32) as u32);
+        }
+        self.write16(common::QUEUE_ENABLE, 1);
+        Ok(())
+    }
+
+    /// Offset in the notify BAR where queue `index` is rung (4.1.4.4).
+    fn notify_offset(&self, index: u16) -> Result<u64> {
+        self.write16(common::QUEUE_SELECT, index);
+        let offset = u64::from(self.read16(common::QUEUE_NOTIFY_OFF)) * u64::from(self.notify_off_multiplier);
+        if offset + 2 > self.notify.len {
+            let why = format!(
+                "the doorbell of virtqueue {index} at {offset:#x} is beyond the {:#x} bytes of doorbells",
+                self.notify.len
+            );
+            return Err(self.error(ErrorKind::Protocol, "use", why));
+        }
+        Ok(self.notify.offset + offset)
+    }
+
+    /// Doorbell of queue `index`, for the packet path.
+    ///
+    /// # Errors
+    /// `Protocol` when it is outside of the notify structure.
+    pub(super) fn doorbell(&self, index: u16) -> Result<Doorbell<u16>> {
+        self.notify.bar.doorbell16(self.notify_offset(index)?)
+    }
+
+    /// Rings queue `index` once, for the control path.
+    ///
+    /// # Errors
+    /// As for [`Transport::doorbell`].
+    pub(super) fn notify(&self, index: u16) -> Result<()> {
+        self.notify.bar.write16(self.notify_offset(index)?, index);
+        Ok(())
+    }
+}

@@ -1,0 +1,200 @@
+//! Receive queue (virtio 1.2, 5.1.6.3 and 5.1.6.4).
+
+use std::iter::from_fn;
+use std::ops::RangeInclusive;
+
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, Packet, PoolCache, dma_rmb};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use super::HEADER;
+use super::split::{DESC_WRITE, Lie, Virtqueue, shape};
+use crate::port::{QueueStats, RxBurst};
+
+/// What a used length may be.
+const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u32;
+
+/// Receiving half of a virtio-net device.
+#[derive(Debug)]
+pub struct RxQueue {
+    queue: Virtqueue,
+    mergeable: bool,
+    /// Descriptors are offered again when so many are back.
+    refill_at: u16,
+}
+
+impl RxQueue {
+    pub(super) fn new(queue: Virtqueue, mergeable: bool) -> Self {
+        let refill_at = (queue.size() / 4).clamp(1, MAX_BURST as u16);
+        Self { queue, mergeable, refill_at }
+    }
+
+    pub(super) fn address(&self) -> Bdf {
+        self.queue.address()
+    }
+
+    pub(super) fn queue_mut(&mut self) -> &mut Virtqueue {
+        &mut self.queue
+    }
+
+    /// Gives the buffers back; only after a reset of the device.
+    pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> Virtqueue {
+        self.queue.release_all(cache);
+        self.queue
+    }
+
+    /// Writes what never changes of the descriptors and offers all of them.
+    pub(super) fn prepare(&mut self, cache: &mut PoolCache) -> Result<()> {
+        for slot in 0..self.queue.size() {
+            self.queue.desc.store::<1>(slot.into(), shape((HEADER + DATA_ROOM) as u32, DESC_WRITE, 0));
+        }
+        while self.queue.room() > 0 {
+            let room = self.queue.room();
+            self.refill(cache);
+            if self.queue.room() == room {
+                return Err(Error::new(
+                    ErrorKind::Os,
+                    format!("cannot fill the RX ring of virtio NIC {}", self.queue.address()),
+                    format!("{room} of {} packet buffers are missing", self.queue.size()),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the device broke the rules of the ring. The queue then receives nothing until the port is
+    /// stopped and started.
+    pub fn is_broken(&self) -> bool {
+        self.queue.is_broken()
+    }
+
+    /// Offers up to a burst of descriptors.
+    #[inline]
+    fn refill(&mut self, cache: &mut PoolCache) {
+        let wanted = usize::from(self.queue.room()).min(MAX_BURST);
+        let start = usize::from(self.queue.head);
+        let desc = self.queue.desc.view();
+        let mut slots = self.queue.slots.view();
+        let mut position = start;
+        let mut reserved = cache.reserve(wanted);
+        while let Some(buffer) = reserved.next() {
+            desc.store::<0>(position, reserved.iova(&buffer) - HEADER as u64);
+            slots.put(position, buffer);
+            position += 1;
+        }
+        if position != start + wanted {
+            self.queue.stats.no_buffer += 1;
+        }
+        if position != start {
+            self.queue.publish(position as u16);
+        }
+    }
+
+    /// Takes completions that are as expected: in order, one buffer each. Anything else is for
+    /// [`RxQueue::receive_any`].
+    #[inline]
+    fn receive<const MERGEABLE: bool>(&mut self, used_idx: u16, cache: &mut PoolCache, burst: &mut Burst) {
+        let queue = &mut self.queue;
+        let pending = used_idx.wrapping_sub(queue.next);
+        if pending > queue.in_flight() || queue.tail != queue.next {
+            return self.receive_any(used_idx, cache, burst);
+        }
+        dma_rmb();
+        let start = usize::from(queue.next);
+        let end = start + usize::from(pending).min(burst.remaining_capacity());
+        let mask = queue.used.entries() - 1;
+        let used = queue.used.view();
+        let mut slots = queue.slots.view();
+        let buffers = cache.buffers();
+        let mut position = start;
+        let mut bytes = 0;
+        burst.extend(from_fn(|| {
+            if position == end {
+                return None;
+            }
+            let slot = position & mask;
+            let len = (used.load::<1>(slot) as usize).wrapping_sub(HEADER);
+            if used.load::<0>(slot) as usize != slot || len > DATA_ROOM {
+                return None;
+            }
+            let buffer = slots.take(slot)?;
+            if MERGEABLE && u16::from_le_bytes(buffers.read_header(&buffer)) != 1 {
+                slots.put(slot, buffer);
+                return None;
+            }
+            position += 1;
+            bytes += len;
+            Some(Packet::new(buffer, len))
+        }));
+        queue.next = position as u16;
+        queue.tail = position as u16;
+        self.queue.stats.packets += (position - start) as u64;
+        self.queue.stats.bytes += bytes as u64;
+        if position != end {
+            self.receive_any(used_idx, cache, burst);
+        }
+    }
+
+    /// Takes completions in any order and drops frames that fill several buffers.
+    #[cold]
+    #[inline(never)]
+    fn receive_any(&mut self, used_idx: u16, cache: &mut PoolCache, burst: &mut Burst) {
+        if self.queue.is_broken() {
+            return;
+        }
+        let completed = self.try_receive_any(used_idx, cache, burst);
+        self.queue.settle(completed);
+    }
+
+    fn try_receive_any(
+        &mut self,
+        used_idx: u16,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+    ) -> std::result::Result<(), Lie> {
+        self.queue.check_used(used_idx)?;
+        dma_rmb();
+        while self.queue.next != used_idx && !burst.is_full() {
+            let pending = used_idx.wrapping_sub(self.queue.next);
+            let (buffer, len) = self.queue.complete(USED_LEN)?;
+            let buffers = if self.mergeable { u16::from_le_bytes(cache.read_header(&buffer)) } else { 1 };
+            if buffers == 1 {
+                self.queue.stats.packets += 1;
+                self.queue.stats.bytes += (len - HEADER) as u64;
+                burst.push(Packet::new(buffer, len - HEADER));
+                continue;
+            }
+            cache.free(buffer);
+            // A device shows all buffers of a frame at once (5.1.6.4).
+            if buffers == 0 || buffers > pending {
+                return Err(Lie::NumBuffers);
+            }
+            for _ in 1..buffers {
+                cache.free(self.queue.complete(USED_LEN)?.0);
+            }
+            self.queue.stats.errors += 1;
+        }
+        Ok(())
+    }
+}
+
+impl RxBurst for RxQueue {
+    #[inline]
+    fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
+        let used_idx = self.queue.used_idx();
+        if used_idx != self.queue.next {
+            if self.mergeable {
+                self.receive::<true>(used_idx, cache, burst);
+            } else {
+                self.receive::<false>(used_idx, cache, burst);
+            }
+        }
+        if self.queue.room() >= self.refill_at {
+            self.refill(cache);
+        }
+    }
+
+    fn stats(&self) -> QueueStats {
+        self.queue.stats
+    }
+}

@@ -1,0 +1,326 @@
+//! Split virtqueue (virtio 1.2, 2.7), as both packet queues use it.
+//!
+//! Slot i of the avail ring names descriptor i for ever, so that ring is written once. A descriptor is thus
+//! offered again only when those offered before it are back as well. A device that completes in order, as
+//! all known ones do, never notices; for the others `settle` finds out how far one may go.
+
+use std::sync::Arc;
+
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::{Buffer, BufferRing, DmaBlock, DmaMemory, DmaRing, PoolCache, dma_wmb, full_mb};
+use vireo_eal::mmio::Doorbell;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::port::QueueStats;
+
+/// Largest queue that the specification allows, in descriptors.
+const MAX_SIZE: u16 = 1 << 15;
+/// The device writes the descriptor's buffer (`VIRTQ_DESC_F_WRITE`).
+pub(super) const DESC_WRITE: u16 = 2;
+/// The descriptor goes on in the one that `next` names (`VIRTQ_DESC_F_NEXT`).
+pub(super) const DESC_NEXT: u16 = 1;
+/// The driver wants no interrupt (`VIRTQ_AVAIL_F_NO_INTERRUPT`).
+const AVAIL_NO_INTERRUPT: u16 = 1;
+/// The device wants no doorbell (`VIRTQ_USED_F_NO_NOTIFY`).
+const USED_NO_NOTIFY: u16 = 1;
+
+/// What a device did that contradicts our record of its queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lie {
+    /// `used.idx` counts more completions than there are descriptors with the device.
+    UsedIndex,
+    /// `id` names no descriptor of the queue.
+    Id,
+    /// `id` names a descriptor that the device does not have.
+    NotInFlight,
+    /// `len` is shorter than the header or longer than the buffer.
+    Length,
+    /// `num_buffers` is 0 or counts more buffers than the device gave back.
+    NumBuffers,
+}
+
+impl Lie {
+    fn reason(self) -> &'static str {
+        match self {
+            Self::UsedIndex => "used.idx runs ahead of the buffers that the device has",
+            Self::Id => "a used id is beyond the queue",
+            Self::NotInFlight => "a used id names a buffer that the device does not have",
+            Self::Length => "a used length does not fit the buffer",
+            Self::NumBuffers => "num_buffers does not match the used buffers",
+        }
+    }
+}
+
+/// Whether the move of an index from `old` to `new` passes `event`: one of `old..new` equals it, modulo 2^16
+/// (virtio 1.2, 2.7.7.2 and 2.7.10).
+#[inline(always)]
+pub(super) fn need_event(event: u16, old: u16, new: u16) -> bool {
+    event.wrapping_sub(old) < new.wrapping_sub(old)
+}
+
+/// Length in bytes, flags and next of a descriptor.
+#[inline(always)]
+pub(super) fn shape(len: u32, flags: u16, next: u16) -> u64 {
+    u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48
+}
+
+/// Rejects sizes that no split virtqueue has; gives the smaller one.
+pub(super) fn negotiate_size(asked: u16, most: u16) -> Result<u16> {
+    if !asked.is_power_of_two() || asked > MAX_SIZE {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("cannot use queues of {asked} descriptors"),
+            format!("the size is no power of two up to {MAX_SIZE}"),
+        ));
+    }
+    if !most.is_power_of_two() || most > MAX_SIZE {
+        return Err(Error::new(
+            ErrorKind::Protocol,
+            "cannot use the device's queues",
+            format!("it offers {most} descriptors, which is no power of two up to {MAX_SIZE}"),
+        ));
+    }
+    Ok(asked.min(most))
+}
+
+/// What is rarely used; apart, so that the packet path's fields are close together.
+#[derive(Debug)]
+struct Rare {
+    avail_flags: DmaRing<u16>,
+    avail: DmaRing<u16>,
+    used_flags: DmaRing<u16>,
+    address: Bdf,
+}
+
+/// The driver's side of a split virtqueue.
+///
+/// Positions count descriptors since start, modulo 2^16; the low bits of a position are its descriptor.
+#[derive(Debug)]
+pub(super) struct Virtqueue {
+    /// Address, then [`shape`].
+    pub(super) desc: DmaRing<u64, 2>,
+    avail_idx: DmaRing<u16>,
+    used_event: DmaRing<u16>,
+    used_idx: DmaRing<u16>,
+    /// Elements of `id` and `len`.
+    pub(super) used: DmaRing<u32, 2>,
+    avail_event: DmaRing<u16>,
+    /// Filled exactly where the device has the descriptor.
+    pub(super) slots: BufferRing,
+    /// First position not yet offered.
+    pub(super) head: u16,
+    /// First position not yet back. Behind `next` only while the device completes out of order.
+    pub(super) tail: u16,
+    /// Position in the used ring of the next completion.
+    pub(super) next: u16,
+    index: u16,
+    event_idx: bool,
+    /// None before the device is live, and where the control path rings.
+    doorbell: Option<Doorbell<u16>>,
+    /// The first device error ends the use of the queue.
+    pub(super) stats: QueueStats,
+    rare: Box<Rare>,
+}
+
+impl Virtqueue {
+    /// Takes memory for a queue of `size` descriptors of the device at `address`; layout and alignment after
+    /// virtio 1.2, 2.7.
+    pub(super) fn new(memory: &Arc<DmaMemory>, size: u16, address: Bdf) -> Result<Self> {
+        let entries = usize::from(size);
+        let mut driver = DmaBlock::new(memory, 2 * (3 + entries), 2)?;
+        let mut device = DmaBlock::new(memory, 2 * 3 + 8 * entries, 4)?;
+        let used_flags = device.carve(1)?;
+        let avail_flags = driver.carve(1)?;
+        let avail_idx = driver.carve(1)?;
+        let avail = driver.carve(entries)?;
+        Ok(Self {
+            desc: DmaRing::new(memory, entries, 16)?,
+            avail_idx,
+            used_event: driver.carve(1)?,
+            used_idx: device.carve(1)?,
+            used: device.carve(entries)?,
+            avail_event: device.carve(1)?,
+            slots: BufferRing::new(entries),
+            head: 0,
+            tail: 0,
+            next: 0,
+            index: 0,
+            event_idx: false,
+            doorbell: None,
+            stats: QueueStats::default(),
+            rare: Box::new(Rare { avail_flags, avail, used_flags, address }),
+        })
+    }
+
+    /// Makes the queue as new, for a device that was reset. The caller has taken the buffers out.
+    pub(super) fn restart(&mut self, index: u16, event_idx: bool) {
+        self.desc.fill(0);
+        for slot in 0..self.size() {
+            self.rare.avail.store::<0>(slot.into(), slot);
+        }
+        // With EVENT_IDX the flags stay 0 (2.7.7.1) and `used_event` does the same.
+        self.rare.avail_flags.store::<0>(0, if event_idx { 0 } else { AVAIL_NO_INTERRUPT });
+        for word in
+            [&self.avail_idx, &self.used_event, &self.rare.used_flags, &self.used_idx, &self.avail_event]
+        {
+            word.store::<0>(0, 0);
+        }
+        self.used.fill(0);
+        (self.head, self.tail, self.next) = (0, 0, 0);
+        self.stats = QueueStats::default();
+        (self.index, self.event_idx, self.doorbell) = (index, event_idx, None);
+    }
+
+    /// From now on the device may be rung (3.1.1: not before `DRIVER_OK`); is, if descriptors were offered.
+    pub(super) fn connect(&mut self, doorbell: Doorbell<u16>) {
+        self.doorbell = Some(doorbell);
+        if self.head != self.next {
+            self.ring();
+        }
+    }
+
+    /// The device that the queue belongs to.
+    pub(super) fn address(&self) -> Bdf {
+        self.rare.address
+    }
+
+    /// Number of descriptors.
+    #[inline(always)]
+    pub(super) fn size(&self) -> u16 {
+        self.used.entries() as u16
+    }
+
+    /// Device addresses of descriptor table, avail ring and used ring.
+    pub(super) fn addresses(&self) -> [u64; 3] {
+        [self.desc.iova(), self.rare.avail_flags.iova(), self.rare.used_flags.iova()]
+    }
+
+    /// Index that the device has written last.
+    #[inline(always)]
+    pub(super) fn used_idx(&self) -> u16 {
+        self.used_idx.load::<0>(0)
+    }
+
+    /// Descriptors with the device.
+    #[inline(always)]
+    pub(super) fn in_flight(&self) -> u16 {
+        self.head.wrapping_sub(self.next)
+    }
+
+    /// Descriptors that can be offered.
+    #[inline(always)]
+    pub(super) fn room(&self) -> u16 {
+        self.size().wrapping_sub(self.head.wrapping_sub(self.tail))
+    }
+
+    /// Offers the descriptors from `head` to `new` and rings if the device wants that.
+    #[inline(always)]
+    pub(super) fn publish(&mut self, new: u16) {
+        let old = std::mem::replace(&mut self.head, new);
+        // The device cannot complete what is not offered, so it never passes this index and never interrupts.
+        self.used_event.store::<0>(0, new);
+        dma_wmb();
+        self.avail_idx.store::<0>(0, new);
+        // Without it the device could go to sleep between our read of its wish and our write of the index.
+        full_mb();
+        let wanted = if self.event_idx {
+            need_event(self.avail_event.load::<0>(0), old, new)
+        } else {
+            self.rare.used_flags.load::<0>(0) & USED_NO_NOTIFY == 0
+        };
+        if wanted {
+            self.ring();
+        }
+    }
+
+    #[inline(always)]
+    fn ring(&mut self) {
+        if let Some(doorbell) = &self.doorbell {
+            doorbell.ring(self.index);
+            self.stats.doorbells += 1;
+        }
+    }
+
+    /// Takes the next completion, in whatever order, with its length in bytes.
+    pub(super) fn complete(
+        &mut self,
+        len: std::ops::RangeInclusive<u32>,
+    ) -> std::result::Result<(Buffer, usize), Lie> {
+        let position = usize::from(self.next);
+        let (id, used) = (self.used.load::<0>(position), self.used.load::<1>(position));
+        if id >= u32::from(self.size()) {
+            return Err(Lie::Id);
+        }
+        if !len.contains(&used) {
+            return Err(Lie::Length);
+        }
+        let buffer = self.slots.take(id as usize).ok_or(Lie::NotInFlight)?;
+        self.next = self.next.wrapping_add(1);
+        Ok((buffer, used as usize))
+    }
+
+    /// Checks that `used_idx` counts no more completions than there can be.
+    pub(super) fn check_used(&self, used_idx: u16) -> std::result::Result<(), Lie> {
+        if used_idx.wrapping_sub(self.next) > self.in_flight() { Err(Lie::UsedIndex) } else { Ok(()) }
+    }
+
+    /// After completions in any order: moves `tail` over the descriptors that are back, or ends the use of the
+    /// queue because the device lied.
+    ///
+    /// A queue that has ended has nothing in flight and nothing to offer, so that the packet path finds nothing
+    /// to do without a test of its own. Its buffers stay until the reset: the device may still write to them.
+    pub(super) fn settle(&mut self, completed: std::result::Result<(), Lie>) {
+        if let Err(lie) = completed {
+            tracing::error!(
+                "virtio NIC {}: virtqueue {} stopped: {}",
+                self.rare.address,
+                self.index,
+                lie.reason()
+            );
+            self.stats.device_errors += 1;
+            self.next = self.head;
+            self.tail = self.head.wrapping_sub(self.size());
+            return;
+        }
+        while self.tail != self.head && !self.slots.is_filled(self.tail.into()) {
+            self.tail = self.tail.wrapping_add(1);
+        }
+    }
+
+    /// Whether the device lied.
+    pub(super) fn is_broken(&self) -> bool {
+        self.stats.device_errors > 0
+    }
+
+    /// Gives every buffer to `cache`; only after a reset of the device.
+    pub(super) fn release_all(&mut self, cache: &mut PoolCache) {
+        self.slots.release_all(cache);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn sizes_that_no_queue_has_are_refused() {
+        assert_eq!(negotiate_size(256, 1024).unwrap(), 256);
+        assert_eq!(negotiate_size(1024, 256).unwrap(), 256);
+        assert_eq!(negotiate_size(100, 256).unwrap_err().kind(), ErrorKind::Usage);
+        assert_eq!(negotiate_size(0, 256).unwrap_err().kind(), ErrorKind::Usage);
+        for most in [0, 100, 40_000] {
+            assert_eq!(negotiate_size(256, most).unwrap_err().kind(), ErrorKind::Protocol);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn need_event_agrees_with_indices_that_do_not_wrap(
+            old in 0_u64..1 << 40, added in 0_u64..=u64::from(MAX_SIZE), event in any::<u16>(),
+        ) {
+            let passed = (old..old + added).any(|index| index as u16 == event);
+            prop_assert_eq!(need_event(event, old as u16, (old + added) as u16), passed);
+        }
+    }
+}

@@ -1,0 +1,408 @@
+//! The driver against the device half in `fakedev`: honest ones here, poor and lying ones in `hostile`.
+
+mod hostile;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use vireo_bus_pci::DeviceId;
+use vireo_eal::ErrorKind;
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, MAX_BURST, Packet, Pool, PoolCache};
+use vireo_eal::mem::{Backing, Region};
+
+use super::{Device, Options, RxQueue, TxQueue};
+use crate::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
+use crate::port::{Nic, QueueSizes, RxBurst, TxBurst};
+
+const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const BUFFERS: u32 = 512;
+
+/// A started port with its device half and its memory.
+struct Bench {
+    nic: VirtioNet,
+    device: Device,
+    rx: RxQueue,
+    tx: TxQueue,
+    cache: PoolCache,
+    memory: Arc<DmaMemory>,
+}
+
+fn memory(buffers: u32) -> (Arc<DmaMemory>, PoolCache) {
+    let len = Pool::bytes(buffers) + (1 << 20);
+    let memory = DmaMemory::map(Region::new(len, Backing::SmallPages).unwrap(), &[]).unwrap();
+    let cache = Pool::new(&memory, buffers).unwrap().cache();
+    (memory, cache)
+}
+
+impl Bench {
+    fn new(behaviour: Behaviour) -> Self {
+        Self::with(behaviour, Options::default(), BUFFERS)
+    }
+
+    fn with(behaviour: Behaviour, options: Options, buffers: u32) -> Self {
+        let nic = VirtioNet::new(behaviour);
+        let (memory, mut cache) = memory(buffers);
+        nic.attach(memory.device_view());
+        let mut device = Device::probe_with(nic.function(), options).unwrap();
+        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        assert!(nic.is_live());
+        Self { nic, device, rx, tx, cache, memory }
+    }
+
+    fn receive(&mut self) -> Burst {
+        let mut burst = Burst::new();
+        self.rx.rx_burst(&mut self.cache, &mut burst);
+        burst
+    }
+
+    fn bytes(&self, packet: &Packet) -> Vec<u8> {
+        let mut bytes = vec![0; packet.len()];
+        self.cache.read(packet, 0, &mut bytes);
+        bytes
+    }
+
+    fn send(&mut self, frames: impl IntoIterator<Item = Vec<u8>>) -> usize {
+        let mut burst = Burst::new();
+        for frame in frames {
+            let mut packet = Packet::new(self.cache.allocate().unwrap(), frame.len());
+            self.cache.write(&mut packet, 0, &frame);
+            burst.push(packet);
+        }
+        let sent = self.tx.tx_burst(&mut self.cache, &mut burst);
+        self.free(burst);
+        sent
+    }
+
+    fn free(&mut self, burst: Burst) {
+        burst.into_iter().for_each(|packet| self.cache.free(packet.into_buffer()));
+    }
+
+    /// Receives a burst and sends it again; gives the number of packets.
+    fn forward(&mut self) -> usize {
+        let mut burst = self.receive();
+        let received = burst.len();
+        self.tx.tx_burst(&mut self.cache, &mut burst);
+        self.free(burst);
+        received
+    }
+
+    /// Stops the port and counts the buffers.
+    fn stop(mut self) -> (u32, VirtioNet) {
+        assert_eq!(self.nic.faults(), [""; 0]);
+        self.device.stop(self.rx, self.tx, &mut self.cache).unwrap();
+        assert!(!self.nic.is_live());
+        let pool = Arc::clone(self.cache.pool());
+        drop(self.cache);
+        (pool.free(), self.nic)
+    }
+}
+
+fn frame(number: u32) -> Vec<u8> {
+    let mut frame = vec![number as u8; 60 + (number % 1400) as usize];
+    frame[..4].copy_from_slice(&number.to_le_bytes());
+    frame
+}
+
+fn without(bits: u64) -> Behaviour {
+    let mut behaviour = Behaviour::default();
+    behaviour.features &= !bits;
+    behaviour
+}
+
+/// Forwards `count` frames in groups of `group` and checks that each comes once, unchanged, in order.
+fn round_trip(mut bench: Bench, count: u32, group: u32) -> VirtioNet {
+    let mut expected = VecDeque::new();
+    let mut number = 0;
+    while number < count {
+        for _ in 0..group {
+            assert!(bench.nic.receive(&frame(number)));
+            expected.push_back(frame(number));
+            number += 1;
+        }
+        while bench.forward() > 0 {}
+        for sent in bench.nic.transmitted() {
+            assert_eq!(Some(sent), expected.pop_front());
+        }
+        assert!(expected.is_empty());
+    }
+    let (rx, tx) = (bench.rx.stats(), bench.tx.stats());
+    assert_eq!((rx.packets, tx.packets), (number.into(), number.into()));
+    assert_eq!((rx.bytes, rx.errors, rx.device_errors, tx.device_errors), (tx.bytes, 0, 0, 0));
+    let (free, nic) = bench.stop();
+    assert_eq!(free, BUFFERS);
+    nic
+}
+
+#[test]
+fn frames_pass_with_and_without_mergeable_buffers_and_event_index() {
+    for bits in [0, feature::MRG_RXBUF, feature::EVENT_IDX, feature::MRG_RXBUF | feature::EVENT_IDX] {
+        let nic = round_trip(Bench::new(without(bits)), 1000, 7);
+        assert_eq!(nic.interrupts(), 0);
+    }
+    let options = Options { mrg_rxbuf: false };
+    round_trip(Bench::with(Behaviour::default(), options, BUFFERS), 100, 20);
+}
+
+#[test]
+fn indices_wrap() {
+    let nic = round_trip(Bench::new(Behaviour::default()), 150_000, 31);
+    assert_eq!(nic.interrupts(), 0);
+    round_trip(Bench::new(without(feature::EVENT_IDX)), 70_000, 32);
+}
+
+#[test]
+fn completions_may_come_in_any_order() {
+    let mut bench = Bench::new(Behaviour { out_of_order: true, ..Behaviour::default() });
+    for round in 0..5000_u32 {
+        let group = round % 30 + 1;
+        let frames: Vec<_> = (0..group).map(|i| frame(round * 31 + i)).collect();
+        let received = frames.iter().filter(|frame| bench.nic.receive(frame)).count();
+        let mut forwarded = 0;
+        while forwarded < received {
+            forwarded += bench.forward();
+        }
+        assert_eq!(bench.nic.transmitted(), frames[..received]);
+    }
+    assert_eq!((bench.rx.stats().device_errors, bench.tx.stats().device_errors), (0, 0));
+    assert_eq!(bench.stop().0, BUFFERS);
+}
+
+#[test]
+fn a_full_ring_keeps_what_it_cannot_send() {
+    let mut bench = Bench::new(Behaviour::default());
+    assert_eq!(bench.send((0..32).map(frame)), 32);
+    assert_eq!(bench.send((32..64).map(frame)), 32);
+    assert_eq!(bench.send((64..70).map(frame)), 0);
+    assert_eq!(bench.nic.transmitted().len(), 64);
+    assert_eq!(bench.send((70..76).map(frame)), 6);
+    assert_eq!(bench.nic.transmitted(), (70..76).map(frame).collect::<Vec<_>>());
+    assert_eq!(bench.tx.stats().packets, 70);
+    assert_eq!(bench.stop().0, BUFFERS);
+}
+
+#[test]
+fn an_empty_burst_takes_buffers_back() {
+    let mut bench = Bench::new(Behaviour::default());
+    bench.send((0..5).map(frame));
+    let before = bench.cache.len();
+    bench.nic.transmitted();
+    assert_eq!(bench.send([]), 0);
+    assert_eq!(bench.cache.len(), before + 5);
+}
+
+#[test]
+fn an_exhausted_pool_is_counted_and_recovers() {
+    let mut bench = Bench::with(Behaviour::default(), Options::default(), 96);
+    let mut held = Vec::new();
+    let mut number = 0;
+    while bench.nic.receive(&frame(number)) {
+        number += 1;
+        held.extend(bench.receive());
+    }
+    assert_eq!((held.len(), number), (96, 96));
+    assert!(bench.rx.stats().no_buffer > 0);
+    assert!(bench.receive().is_empty());
+    bench.nic.take_doorbell(RX);
+    for packet in held {
+        bench.cache.free(packet.into_buffer());
+    }
+    assert!(bench.receive().is_empty());
+    assert!(bench.nic.take_doorbell(RX), "a dry device waits for the doorbell");
+    assert!(bench.nic.receive(&frame(7)));
+    let burst = bench.receive();
+    assert_eq!(bench.bytes(&burst[0]), frame(7));
+    bench.free(burst);
+    assert_eq!(bench.stop().0, 96);
+}
+
+#[test]
+fn too_few_buffers_to_start_are_an_error_that_loses_none() {
+    let nic = VirtioNet::default();
+    let (memory, mut cache) = memory(40);
+    nic.attach(memory.device_view());
+    let mut device = Device::probe(nic.function()).unwrap();
+    let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
+    assert!(error.to_string().contains("24 of 64 packet buffers are missing"), "{error}");
+    let pool = Arc::clone(cache.pool());
+    drop(cache);
+    assert_eq!((pool.free(), nic.is_live()), (40, false));
+}
+
+#[test]
+fn the_device_is_rung_when_it_asks_and_only_then() {
+    for behaviour in [Behaviour::default(), without(feature::EVENT_IDX)] {
+        let event_idx = behaviour.features & feature::EVENT_IDX != 0;
+        let mut bench = Bench::new(behaviour);
+        assert!(bench.nic.take_doorbell(RX), "the first buffers are announced");
+        assert_eq!(bench.rx.stats().doorbells, 1);
+        // The device sleeps: the first burst wakes it; with an event index later ones do not.
+        bench.send([frame(1)]);
+        assert!(bench.nic.take_doorbell(TX));
+        bench.send((0..20).map(frame));
+        assert_eq!(bench.nic.take_doorbell(TX), !event_idx);
+        assert_eq!(bench.nic.transmitted().len(), 21);
+        bench.send((0..20).map(frame));
+        assert!(bench.nic.take_doorbell(TX));
+        assert_eq!(bench.tx.stats().doorbells, if event_idx { 2 } else { 3 });
+        // Buffers are put back while the device has others: it does not ask.
+        for number in 0..200 {
+            assert!(bench.nic.receive(&frame(number)));
+            let burst = bench.receive();
+            bench.free(burst);
+        }
+        assert!(!bench.nic.take_doorbell(RX));
+        assert_eq!((bench.rx.stats().doorbells, bench.nic.interrupts()), (1, 0));
+    }
+}
+
+#[test]
+fn a_frame_larger_than_a_buffer_is_dropped_and_counted() {
+    let mut bench = Bench::new(Behaviour::default());
+    for round in 0..200 {
+        assert!(bench.nic.receive(&frame(round)));
+        assert!(bench.nic.receive(&[1; 2 * DATA_ROOM]));
+        assert!(bench.nic.receive(&frame(round + 1)));
+        let burst = bench.receive();
+        let frames: Vec<_> = burst.iter().map(|packet| bench.bytes(packet)).collect();
+        assert_eq!(frames, [frame(round), frame(round + 1)]);
+        bench.free(burst);
+    }
+    let stats = bench.rx.stats();
+    assert_eq!((stats.packets, stats.errors, stats.device_errors), (400, 200, 0));
+    assert!(!bench.rx.is_broken());
+    assert_eq!(bench.stop().0, BUFFERS);
+
+    let mut bench = Bench::new(without(feature::MRG_RXBUF));
+    assert!(!bench.nic.receive(&[1; DATA_ROOM + 1]));
+    assert!(bench.nic.receive(&[1; DATA_ROOM]));
+    assert_eq!(bench.receive().iter().map(Packet::len).collect::<Vec<_>>(), [DATA_ROOM]);
+}
+
+#[test]
+fn a_port_may_stop_and_start_any_number_of_times() {
+    let mut bench = Bench::new(Behaviour::default());
+    for round in 0..2000 {
+        for number in 0..round % 50 {
+            assert!(bench.nic.receive(&frame(number)));
+        }
+        bench.forward();
+        let Bench { nic, mut device, rx, tx, mut cache, memory } = bench;
+        device.stop(rx, tx, &mut cache).unwrap();
+        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        bench = Bench { nic, device, rx, tx, cache, memory };
+    }
+    assert_eq!(bench.stop().0, BUFFERS);
+}
+
+#[test]
+fn a_stop_that_the_device_does_not_confirm_keeps_its_memory() {
+    let Bench { nic, mut device, rx, tx, mut cache, memory } = Bench::new(Behaviour::default());
+    nic.behave(|behaviour| behaviour.ignore_reset = true);
+    let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
+    assert!(error.contains("after 1 s") && error.contains("is kept"), "{error}");
+    let weak = Arc::downgrade(&memory);
+    drop((device, memory, cache));
+    assert!(weak.upgrade().is_some());
+}
+
+#[test]
+fn a_dropped_device_is_reset() {
+    let Bench { nic, device, rx, tx, cache, memory } = Bench::new(Behaviour::default());
+    drop(device);
+    assert!(!nic.is_live());
+    let weak = Arc::downgrade(&memory);
+    nic.attach(self::memory(1).0.device_view());
+    drop((rx, tx, cache, memory));
+    assert!(weak.upgrade().is_none());
+}
+
+#[test]
+fn queues_of_another_device_are_not_stopped() {
+    let mut bench = Bench::new(Behaviour::default());
+    let other = VirtioNet::at(Bdf::new(0, 0, 4, 0).unwrap(), Behaviour::default());
+    let mut device = Device::probe(other.function()).unwrap();
+    assert_eq!(device.stop(bench.rx, bench.tx, &mut bench.cache).unwrap_err().kind(), ErrorKind::Usage);
+    assert!(bench.nic.is_live());
+}
+
+#[test]
+fn address_link_and_filter() {
+    let mut bench = Bench::new(Behaviour::default());
+    assert_eq!(bench.device.mac().to_string(), "52:54:00:12:34:56");
+    assert!(bench.device.link().up);
+    bench.nic.behave(|behaviour| behaviour.link_up = false);
+    assert!(!bench.device.link().up);
+    assert!(!bench.nic.is_promiscuous());
+    for on in [true, true, false, true] {
+        bench.device.set_promiscuous(on).unwrap();
+        assert_eq!(bench.nic.is_promiscuous(), on);
+    }
+    bench.nic.behave(|behaviour| behaviour.removed = true);
+    assert!(!bench.device.link().up);
+    bench.nic.behave(|behaviour| behaviour.removed = false);
+
+    let bits = feature::MAC | feature::STATUS | feature::CTRL_RX;
+    let mut bench = Bench::new(Behaviour { link_up: false, ..without(bits) });
+    assert!(bench.device.link().up);
+    assert_eq!(bench.device.mac().0[0] & 3, 2, "locally administered, unicast");
+    let error = bench.device.set_promiscuous(true).unwrap_err().to_string();
+    assert!(error.contains("ctrl_rx=on"), "{error}");
+}
+
+#[test]
+fn what_was_asked_before_start_holds_after_it() {
+    let nic = VirtioNet::default();
+    let (memory, mut cache) = memory(BUFFERS);
+    nic.attach(memory.device_view());
+    let mut device = Device::probe(nic.function()).unwrap();
+    device.set_promiscuous(true).unwrap();
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    assert!(nic.is_promiscuous());
+    device.stop(rx, tx, &mut cache).unwrap();
+}
+
+#[test]
+fn transitional_devices_are_in_the_table() {
+    assert!(super::IDS.iter().any(|(id, _)| *id == DeviceId { vendor: 0x1af4, device: 0x1000 }));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever the sizes of bursts and the device's pace: every accepted frame is forwarded once and in
+    /// order, or dropped by us for want of a descriptor; and no buffer is lost.
+    #[test]
+    fn bursts_of_any_size_conserve_frames(
+        steps in prop::collection::vec((0_u32..80, 0..4_u32, any::<bool>()), 1..200),
+        features in 0_u64..4,
+    ) {
+        let bits = ((features & 1) * feature::EVENT_IDX) | ((features >> 1) * feature::MRG_RXBUF);
+        let mut bench = Bench::new(without(bits));
+        let (mut number, mut forwarded) = (0, VecDeque::new());
+        for (arrive, polls, transmit) in steps {
+            for _ in 0..arrive {
+                bench.nic.receive(&frame(number));
+                number += 1;
+            }
+            for _ in 0..polls {
+                let mut burst = bench.receive();
+                let frames: Vec<_> = burst.iter().map(|packet| bench.bytes(packet)).collect();
+                prop_assert!(frames.len() <= MAX_BURST);
+                let sent = bench.tx.tx_burst(&mut bench.cache, &mut burst);
+                prop_assert_eq!(sent + burst.len(), frames.len());
+                forwarded.extend(frames.into_iter().take(sent));
+                bench.free(burst);
+            }
+            if transmit {
+                for sent in bench.nic.transmitted() {
+                    prop_assert_eq!(Some(sent), forwarded.pop_front());
+                }
+                prop_assert!(forwarded.is_empty());
+            }
+        }
+        prop_assert_eq!(bench.nic.interrupts(), 0);
+        prop_assert_eq!(bench.stop().0, BUFFERS);
+    }
+}

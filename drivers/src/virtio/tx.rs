@@ -1,0 +1,127 @@
+//! Transmit queue (virtio 1.2, 5.1.6.2).
+
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::{Burst, PoolCache, dma_rmb};
+
+use super::HEADER;
+use super::split::{Lie, Virtqueue, shape};
+use crate::port::{QueueStats, TxBurst};
+
+/// Sending half of a virtio-net device.
+#[derive(Debug)]
+pub struct TxQueue {
+    queue: Virtqueue,
+    /// Buffers are taken back when fewer descriptors than this can be offered.
+    reclaim_below: u16,
+}
+
+impl TxQueue {
+    pub(super) fn new(queue: Virtqueue) -> Self {
+        let reclaim_below = queue.size() / 2;
+        Self { queue, reclaim_below }
+    }
+
+    pub(super) fn address(&self) -> Bdf {
+        self.queue.address()
+    }
+
+    pub(super) fn queue_mut(&mut self) -> &mut Virtqueue {
+        &mut self.queue
+    }
+
+    /// Gives the buffers back; only after a reset of the device.
+    pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> Virtqueue {
+        self.queue.release_all(cache);
+        self.queue
+    }
+
+    /// Whether the device broke the rules of the ring. The queue then sends nothing until the port is stopped
+    /// and started.
+    pub fn is_broken(&self) -> bool {
+        self.queue.is_broken()
+    }
+
+    /// Takes back the buffers of completed descriptors.
+    #[inline(never)]
+    fn reclaim(&mut self, cache: &mut PoolCache) {
+        let queue = &mut self.queue;
+        let used_idx = queue.used_idx();
+        let pending = used_idx.wrapping_sub(queue.next);
+        if pending > queue.in_flight() || queue.tail != queue.next {
+            return self.reclaim_any(used_idx, cache);
+        }
+        dma_rmb();
+        let start = usize::from(queue.next);
+        let end = start + usize::from(pending);
+        let mask = queue.used.entries() - 1;
+        let used = queue.used.view();
+        let mut position = start;
+        while position != end && used.load::<0>(position) as usize == position & mask {
+            position += 1;
+        }
+        queue.slots.release(start, position - start, cache);
+        queue.next = position as u16;
+        queue.tail = position as u16;
+        if position != end {
+            self.reclaim_any(used_idx, cache);
+        }
+    }
+
+    /// As [`TxQueue::reclaim`], with completions in any order.
+    #[cold]
+    #[inline(never)]
+    fn reclaim_any(&mut self, used_idx: u16, cache: &mut PoolCache) {
+        if self.queue.is_broken() {
+            return;
+        }
+        let completed = self.try_reclaim_any(used_idx, cache);
+        self.queue.settle(completed);
+    }
+
+    fn try_reclaim_any(&mut self, used_idx: u16, cache: &mut PoolCache) -> std::result::Result<(), Lie> {
+        self.queue.check_used(used_idx)?;
+        dma_rmb();
+        while self.queue.next != used_idx {
+            // The device writes nothing, so its length says nothing (2.7.8.2).
+            cache.free(self.queue.complete(0..=u32::MAX)?.0);
+        }
+        Ok(())
+    }
+}
+
+impl TxBurst for TxQueue {
+    /// An empty burst takes back every buffer that the device is done with.
+    #[inline]
+    fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        if self.queue.room() < self.reclaim_below || burst.is_empty() {
+            self.reclaim(cache);
+        }
+        let count = usize::from(self.queue.room()).min(burst.len());
+        if count == 0 {
+            return 0;
+        }
+        let mut position = usize::from(self.queue.head);
+        let desc = self.queue.desc.view();
+        let mut slots = self.queue.slots.view();
+        let buffers = cache.buffers();
+        let mut bytes = 0;
+        for packet in burst.drain(..count) {
+            let len = packet.len();
+            let mut buffer = packet.into_buffer();
+            buffers.write_header(&mut buffer, &[0; HEADER]);
+            desc.store::<0>(position, buffers.iova(&buffer) - HEADER as u64);
+            desc.store::<1>(position, shape((HEADER + len) as u32, 0, 0));
+            slots.put(position, buffer);
+            bytes += len;
+            position += 1;
+        }
+        self.queue.stats.packets += count as u64;
+        self.queue.stats.bytes += bytes as u64;
+        self.queue.publish(position as u16);
+        count
+    }
+
+    fn stats(&self) -> QueueStats {
+        self.queue.stats
+    }
+}
