@@ -1,0 +1,205 @@
+//! Arguments behind `--`: DPDK l2fwd's own, and `--json`.
+
+use std::ffi::OsString;
+
+use clap::{CommandFactory, Parser};
+use vireo_eal::args::parse_app;
+use vireo_eal::{Error, ErrorKind, Result};
+
+/// Most ports that one lcore may poll (`MAX_RX_QUEUE_PER_LCORE` of DPDK's l2fwd, less one).
+const MOST_PORTS_PER_LCORE: u32 = 15;
+/// Longest time between two tables: a day.
+const LONGEST_PERIOD: f64 = 86_400.0;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "vireo-l2fwd",
+    override_usage = "vireo-l2fwd [EAL ARGUMENTS] -- -p PORTMASK [-P] [-q NQ] [-T PERIOD]",
+    disable_help_flag = true
+)]
+struct Cli {
+    /// Ports to use, hexadecimal: bit N is port N
+    #[arg(short = 'p', value_name = "PORTMASK", value_parser = port_mask)]
+    mask: u64,
+    /// Receive every frame, not only those for the port's address
+    #[arg(short = 'P')]
+    promiscuous: bool,
+    /// Ports that one lcore polls, 1 to 15
+    #[arg(short = 'q', value_name = "NQ", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_PORTS_PER_LCORE)))]
+    ports_per_lcore: u32,
+    /// Seconds between two tables, such as 0.5; 0 for none
+    #[arg(short = 'T', value_name = "PERIOD", default_value = "10", value_parser = period)]
+    period: f64,
+    /// Rewrite the addresses of every packet (the default)
+    #[arg(long, overrides_with = "no_mac_updating")]
+    mac_updating: bool,
+    /// Leave the addresses of packets as they are
+    #[arg(long)]
+    no_mac_updating: bool,
+    /// Pairs of ports that forward to each other, such as "(0,3)(1,2)"; by default neighbours
+    #[arg(long, value_name = "PAIRS", value_parser = port_map)]
+    portmap: Option<PortMap>,
+    /// Print one JSON object per line in the place of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Pairs of port numbers.
+pub type Pairs = Vec<(usize, usize)>;
+
+#[derive(Clone, Debug)]
+struct PortMap(Pairs);
+
+/// What the arguments ask for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Args {
+    /// Bit N is port N.
+    pub mask: u64,
+    /// Receive every frame.
+    pub promiscuous: bool,
+    /// Ports that one lcore polls.
+    pub ports_per_lcore: usize,
+    /// Seconds between two tables; none for no tables.
+    pub period: Option<f64>,
+    /// Rewrite addresses.
+    pub mac_updating: bool,
+    /// Pairs that the user chose.
+    pub portmap: Option<Pairs>,
+    /// Print JSON.
+    pub json: bool,
+}
+
+/// Help text, printed below the EAL's.
+pub fn usage() -> String {
+    Cli::command().render_help().to_string()
+}
+
+/// Reads the arguments behind `--`, `argv[0]` first.
+///
+/// # Errors
+/// `Usage`, on one line.
+pub fn parse(argv: Vec<OsString>) -> Result<Args> {
+    let cli: Cli = parse_app(argv)?;
+    Ok(Args {
+        mask: cli.mask,
+        promiscuous: cli.promiscuous,
+        ports_per_lcore: cli.ports_per_lcore as usize,
+        period: Some(cli.period).filter(|period| *period > 0.0),
+        mac_updating: !cli.no_mac_updating,
+        portmap: cli.portmap.map(|map| map.0),
+        json: cli.json,
+    })
+}
+
+fn port_mask(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_start_matches("0x").trim_start_matches("0X");
+    match u64::from_str_radix(digits, 16) {
+        Ok(0) => Err("it selects no port".into()),
+        Ok(mask) => Ok(mask),
+        Err(_) => Err("it is no hexadecimal mask, such as 0x3".into()),
+    }
+}
+
+fn period(text: &str) -> std::result::Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|period| (0.0..LONGEST_PERIOD).contains(period))
+        .ok_or_else(|| "it is no number of seconds from 0 to 86399".into())
+}
+
+fn port_map(text: &str) -> std::result::Result<PortMap, String> {
+    let wrong = || format!("\"{text}\" is not of the form (0,1)(2,3)");
+    let inner = text.strip_prefix('(').and_then(|rest| rest.strip_suffix(')')).ok_or_else(wrong)?;
+    inner
+        .split(")(")
+        .map(|pair| {
+            let (a, b) = pair.split_once(',')?;
+            Some((a.trim().parse().ok()?, b.trim().parse().ok()?))
+        })
+        .collect::<Option<Pairs>>()
+        .map(PortMap)
+        .ok_or_else(wrong)
+}
+
+/// Which port each of `ports` (port numbers, ascending) forwards to.
+///
+/// # Errors
+/// `Usage` when a pair of `portmap` names a port that is not there, or one twice.
+pub fn destinations(ports: &[usize], portmap: Option<&Pairs>) -> Result<Vec<(usize, usize)>> {
+    let Some(pairs) = portmap else {
+        return Ok(ports
+            .chunks(2)
+            .flat_map(|pair| match *pair {
+                [a, b] => vec![(a, b), (b, a)],
+                _ => pair.iter().map(|a| (*a, *a)).collect(),
+            })
+            .collect());
+    };
+    let mut all: Vec<(usize, usize)> = Vec::new();
+    for (a, b) in pairs {
+        for port in [a, b] {
+            let why = if !ports.contains(port) {
+                "is not in the port mask"
+            } else if all.iter().any(|(from, _)| from == port) {
+                "is in two pairs"
+            } else {
+                continue;
+            };
+            return Err(Error::new(ErrorKind::Usage, "cannot use --portmap", format!("port {port} {why}")));
+        }
+        all.push((*a, *b));
+        if a != b {
+            all.push((*b, *a));
+        }
+    }
+    all.sort_unstable();
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(line: &str) -> Result<Args> {
+        parse(["l2fwd"].into_iter().chain(line.split_whitespace()).map(Into::into).collect())
+    }
+
+    #[test]
+    fn dpdk_arguments() {
+        let args = read("-p 0x3 -q 2 -T 0.5 -P --no-mac-updating --portmap (0,1)").unwrap();
+        assert_eq!(args.mask, 3);
+        assert_eq!((args.ports_per_lcore, args.period), (2, Some(0.5)));
+        assert!(args.promiscuous && !args.mac_updating);
+        assert_eq!(args.portmap, Some(vec![(0, 1)]));
+        assert_eq!(read("-p f -T 0").unwrap().period, None);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_on_one_line() {
+        for line in ["", "-p 0", "-p xyz", "-p 3 -q 16", "-p 3 -T 86400", "-p 3 --portmap 0,1", "-p 3 --nope"]
+        {
+            let error = read(line).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage);
+            assert!(!error.to_string().contains('\n'), "{error}");
+        }
+        assert!(read("").unwrap_err().to_string().contains("-p"));
+    }
+
+    #[test]
+    fn neighbours_are_paired_and_the_odd_one_echoes() {
+        assert_eq!(destinations(&[0, 2, 5], None).unwrap(), [(0, 2), (2, 0), (5, 5)]);
+        assert_eq!(destinations(&[0, 1, 2, 3], Some(&vec![(0, 3)])).unwrap(), [(0, 3), (3, 0)]);
+        assert!(destinations(&[0, 1], Some(&vec![(0, 2)])).is_err());
+        assert!(destinations(&[0, 1, 2], Some(&vec![(0, 1), (1, 2)])).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in ".*") {
+            let _ = port_map(&text);
+            let _ = port_mask(&text);
+            let _ = period(&text);
+        }
+    }
+}

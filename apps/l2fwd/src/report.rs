@@ -1,0 +1,251 @@
+//! What l2fwd prints: DPDK's text on a terminal, a line for each port in a pipe, JSON for programs.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::json;
+use vireo_drivers::port::{Link, MacAddr};
+use vireo_eal::{Error, Result};
+
+use crate::forward::PortCounts;
+
+/// How the output looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// DPDK's table, redrawn in place.
+    Terminal,
+    /// A line for each port.
+    Lines,
+    /// A JSON object for each event.
+    Json,
+}
+
+impl Style {
+    /// JSON if asked for, else by what standard output is.
+    pub fn of_stdout(json: bool) -> Self {
+        match json {
+            true => Self::Json,
+            false if io::stdout().is_terminal() => Self::Terminal,
+            false => Self::Lines,
+        }
+    }
+}
+
+/// Counts of one port at one time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Totals {
+    /// Packets sent.
+    pub sent: u64,
+    /// Packets received.
+    pub received: u64,
+    /// Packets dropped because the TX queue was full.
+    pub dropped: u64,
+}
+
+impl From<&PortCounts> for Totals {
+    fn from(counts: &PortCounts) -> Self {
+        Self { sent: counts.sent.get(), received: counts.received.get(), dropped: counts.dropped.get() }
+    }
+}
+
+/// Prints statistics and events; remembers the last totals, for the rates.
+#[derive(Debug)]
+pub struct Reporter {
+    style: Style,
+    /// Port numbers, in the order of the counts.
+    ports: Vec<usize>,
+    last: Vec<Totals>,
+    since: Instant,
+}
+
+impl Reporter {
+    /// A reporter for `ports` (port numbers).
+    pub fn new(style: Style, ports: Vec<usize>) -> Self {
+        Self { style, last: vec![Totals::default(); ports.len()], ports, since: Instant::now() }
+    }
+
+    /// Prints `text` to people, or `event` to programs.
+    ///
+    /// # Errors
+    /// `Io` when standard output does not take it.
+    pub fn say(&self, text: &str, event: &serde_json::Value) -> Result<()> {
+        match self.style {
+            Style::Json => emit(&format!("{event}\n")),
+            _ => emit(text),
+        }
+    }
+
+    /// Prints text that programs do not need.
+    ///
+    /// # Errors
+    /// As for [`Reporter::say`].
+    pub fn chat(&self, text: &str) -> Result<()> {
+        if self.style == Style::Json { Ok(()) } else { emit(text) }
+    }
+
+    /// Prints totals, and rates since the last time.
+    ///
+    /// # Errors
+    /// As for [`Reporter::say`].
+    pub fn statistics(&mut self, now: &[Totals]) -> Result<()> {
+        let elapsed = self.since.elapsed();
+        let text = match self.style {
+            Style::Terminal => {
+                format!("{}{}", table(&self.ports, now), rates(&self.ports, &self.last, now, elapsed))
+            }
+            Style::Lines => lines(&self.ports, &self.last, now, elapsed),
+            Style::Json => format!("{}\n", statistics_json(&self.ports, &self.last, now, elapsed)),
+        };
+        self.last = now.to_vec();
+        self.since = Instant::now();
+        emit(&text)
+    }
+}
+
+fn emit(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|error| Error::io("cannot write to standard output", &error))
+}
+
+/// DPDK l2fwd's table, byte for byte.
+fn table(ports: &[usize], now: &[Totals]) -> String {
+    let mut text = "\x1b[2J\x1b[1;1H\nPort statistics ====================================".to_owned();
+    for (port, totals) in ports.iter().zip(now) {
+        let _ = write!(
+            text,
+            "\nStatistics for port {port} ------------------------------\
+             \nPackets sent: {:>24}\nPackets received: {:>20}\nPackets dropped: {:>21}",
+            totals.sent, totals.received, totals.dropped
+        );
+    }
+    let sum = |of: fn(&Totals) -> u64| now.iter().map(of).sum::<u64>();
+    let _ = writeln!(
+        text,
+        "\nAggregate statistics ===============================\
+         \nTotal packets sent: {:>18}\nTotal packets received: {:>14}\nTotal packets dropped: {:>15}\
+         \n====================================================",
+        sum(|totals| totals.sent),
+        sum(|totals| totals.received),
+        sum(|totals| totals.dropped)
+    );
+    text
+}
+
+/// Packets per second between two counts.
+fn rate(last: u64, now: u64, elapsed: Duration) -> f64 {
+    now.saturating_sub(last) as f64 / elapsed.as_secs_f64().max(1e-9)
+}
+
+fn rates(ports: &[usize], last: &[Totals], now: &[Totals], elapsed: Duration) -> String {
+    let mut text = String::new();
+    for ((port, last), now) in ports.iter().zip(last).zip(now) {
+        let _ = writeln!(
+            text,
+            "Port {port}: {:.0} pps in, {:.0} pps out",
+            rate(last.received, now.received, elapsed),
+            rate(last.sent, now.sent, elapsed)
+        );
+    }
+    text
+}
+
+fn lines(ports: &[usize], last: &[Totals], now: &[Totals], elapsed: Duration) -> String {
+    let mut text = String::new();
+    for ((port, last), now) in ports.iter().zip(last).zip(now) {
+        let _ = writeln!(
+            text,
+            "port {port}: sent {} ({:.0}/s) received {} ({:.0}/s) dropped {}",
+            now.sent,
+            rate(last.sent, now.sent, elapsed),
+            now.received,
+            rate(last.received, now.received, elapsed),
+            now.dropped
+        );
+    }
+    text
+}
+
+fn statistics_json(ports: &[usize], last: &[Totals], now: &[Totals], elapsed: Duration) -> serde_json::Value {
+    let ports: Vec<_> = ports
+        .iter()
+        .zip(last)
+        .zip(now)
+        .map(|((port, last), now)| {
+            json!({
+                "port": port, "sent": now.sent, "received": now.received, "dropped": now.dropped,
+                "sent_pps": rate(last.sent, now.sent, elapsed).round(),
+                "received_pps": rate(last.received, now.received, elapsed).round(),
+            })
+        })
+        .collect();
+    json!({ "event": "statistics", "ports": ports })
+}
+
+/// `Link up at 1 Gbps FDX`, in DPDK's words.
+pub fn link_text(link: Link) -> String {
+    if !link.up {
+        return "Link down".into();
+    }
+    let speed = match link.speed {
+        Some(speed) if speed >= 1000 && speed.is_multiple_of(1000) => format!("{} Gbps", speed / 1000),
+        Some(speed) => format!("{speed} Mbps"),
+        None => "Unknown".into(),
+    };
+    format!("Link up at {speed} {}", if link.full_duplex { "FDX" } else { "HDX" })
+}
+
+/// `Port 0, MAC address: 52:54:00:00:00:01`, in DPDK's words.
+pub fn mac_text(port: usize, mac: MacAddr) -> String {
+    format!("Port {port}, MAC address: {mac}\n\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_dpdks() {
+        let now =
+            [Totals { sent: 12, received: 34, dropped: 5 }, Totals { sent: 30, received: 12, dropped: 0 }];
+        let expected = concat!(
+            "\x1b[2J\x1b[1;1H",
+            "\nPort statistics ====================================",
+            "\nStatistics for port 0 ------------------------------",
+            "\nPackets sent:                       12",
+            "\nPackets received:                   34",
+            "\nPackets dropped:                     5",
+            "\nStatistics for port 3 ------------------------------",
+            "\nPackets sent:                       30",
+            "\nPackets received:                   12",
+            "\nPackets dropped:                     0",
+            "\nAggregate statistics ===============================",
+            "\nTotal packets sent:                 42",
+            "\nTotal packets received:             46",
+            "\nTotal packets dropped:               5",
+            "\n====================================================\n",
+        );
+        assert_eq!(table(&[0, 3], &now), expected);
+    }
+
+    #[test]
+    fn lines_have_rates_and_no_escapes() {
+        let last = [Totals { sent: 100, received: 0, dropped: 0 }];
+        let now = [Totals { sent: 300, received: 50, dropped: 1 }];
+        assert_eq!(
+            lines(&[1], &last, &now, Duration::from_secs(2)),
+            "port 1: sent 300 (100/s) received 50 (25/s) dropped 1\n"
+        );
+    }
+
+    #[test]
+    fn links_read_like_dpdks() {
+        let link = Link { up: true, speed: Some(1000), full_duplex: true };
+        assert_eq!(link_text(link), "Link up at 1 Gbps FDX");
+        assert_eq!(link_text(Link { up: false, ..link }), "Link down");
+        assert_eq!(link_text(Link { speed: Some(2500), ..link }), "Link up at 2500 Mbps FDX");
+    }
+}

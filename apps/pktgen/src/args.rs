@@ -1,0 +1,130 @@
+//! Arguments behind `--`.
+
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser};
+use vireo_drivers::port::MacAddr;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::frame::SHORTEST;
+use crate::generator::End;
+
+/// What to send.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    name = "vireo-pktgen",
+    override_usage = "vireo-pktgen [EAL ARGUMENTS] -- --dst-mac MAC [OPTIONS]",
+    disable_help_flag = true
+)]
+pub struct Args {
+    /// Port that sends
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub tx_port: usize,
+    /// Port that receives; may be the one that sends
+    #[arg(long, value_name = "PORT", default_value_t = 1)]
+    pub rx_port: usize,
+    /// Destination of the frames: the forwarder's first port
+    #[arg(long, value_name = "MAC", value_parser = mac)]
+    pub dst_mac: MacAddr,
+    /// Destination that the frames must have when they come back
+    #[arg(long, value_name = "MAC", value_parser = mac)]
+    pub expect_dst: Option<MacAddr>,
+    /// Source that the frames must have when they come back
+    #[arg(long, value_name = "MAC", value_parser = mac)]
+    pub expect_src: Option<MacAddr>,
+    /// Frames per second; without it, as many as go
+    #[arg(long, value_name = "PPS", value_parser = rate)]
+    pub rate: Option<f64>,
+    /// Stop after so many frames
+    #[arg(long, value_name = "N", conflicts_with = "duration")]
+    pub count: Option<u64>,
+    /// Stop after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub duration: Duration,
+    /// Bytes of a frame, without frame check sequence
+    #[arg(long, value_name = "BYTES", default_value_t = SHORTEST)]
+    pub size: usize,
+    /// Most frames on their way at once
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..))]
+    pub window: u64,
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Args {
+    /// When the stream ends.
+    pub fn end(&self) -> End {
+        self.count.map_or(End::After(self.duration), End::Count)
+    }
+}
+
+/// Help text, printed below the EAL's.
+pub fn usage() -> String {
+    Args::command().render_help().to_string()
+}
+
+fn mac(text: &str) -> std::result::Result<MacAddr, String> {
+    text.parse().map_err(|error: Error| error.to_string())
+}
+
+fn rate(text: &str) -> std::result::Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|rate: &f64| rate.is_finite() && *rate > 0.0)
+        .ok_or_else(|| "it is no rate above 0".into())
+}
+
+fn seconds(text: &str) -> std::result::Result<Duration, String> {
+    text.parse()
+        .ok()
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| "it is no number of seconds".into())
+}
+
+/// The port of `number`, or what to say.
+///
+/// # Errors
+/// `Usage` when there is no such port.
+pub fn check_port(number: usize, ports: usize) -> Result<()> {
+    if number < ports {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Usage, format!("cannot use port {number}"), format!("there are {ports} ports"))
+        .mend("bind NICs with vireo-devbind, or name them with -a"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vireo_eal::args::parse_app;
+
+    fn read(line: &str) -> Result<Args> {
+        parse_app(["pktgen"].into_iter().chain(line.split_whitespace()).map(Into::into).collect())
+    }
+
+    #[test]
+    fn arguments_and_defaults() {
+        let args = read("--dst-mac 52:54:00:00:00:05 --rate 1e5 --count 10").unwrap();
+        assert_eq!(args.dst_mac, MacAddr([0x52, 0x54, 0, 0, 0, 5]));
+        assert_eq!((args.rate, args.end()), (Some(1e5), End::Count(10)));
+        assert_eq!(
+            read("--dst-mac 52:54:00:00:00:05 --duration 0.5").unwrap().end(),
+            End::After(Duration::from_millis(500))
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_on_one_line() {
+        for line in [
+            "",
+            "--dst-mac 1:2",
+            "--dst-mac 52:54:00:00:00:05 --rate 0",
+            "--dst-mac 52:54:00:00:00:05 --duration -1",
+        ] {
+            let error = read(line).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage);
+            assert!(!error.to_string().contains('\n'), "{error}");
+        }
+    }
+}

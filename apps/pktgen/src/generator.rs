@@ -1,0 +1,273 @@
+//! Sends a stream on one port and receives it on another, in one loop on one lcore.
+
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use vireo_drivers::port::{MacAddr, RxBurst, TxBurst};
+use vireo_eal::clock::Tsc;
+use vireo_eal::dma::{Burst, MAX_BURST, Packet, PoolCache};
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::frame::{self, Arrivals, Tag};
+
+/// What to send, and what should come back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stream {
+    /// Number of the run; frames of other runs are strays.
+    pub run: u32,
+    /// Destination of the frames: the first port of whoever forwards them.
+    pub destination: MacAddr,
+    /// Their source: the sending port.
+    pub source: MacAddr,
+    /// Destination and source that the forwarder gives them, if that is to be checked.
+    pub expect: Option<Expect>,
+    /// Length in bytes without frame check sequence.
+    pub size: usize,
+    /// Frames per second; none for as many as go.
+    pub rate: Option<f64>,
+    /// Most frames on their way at once. It keeps queues between the ports from overflowing, so that a
+    /// missing frame is a dropped one.
+    pub window: u64,
+    /// When to stop.
+    pub end: End,
+}
+
+/// End of a stream.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum End {
+    /// After so many frames.
+    Count(u64),
+    /// After a time.
+    After(Duration),
+    /// When the first frame came back, or after a time.
+    FirstArrival(Duration),
+}
+
+/// Addresses that frames must have when they come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expect {
+    /// Destination; none for any.
+    pub destination: Option<MacAddr>,
+    /// Source; none for any.
+    pub source: Option<MacAddr>,
+}
+
+/// What was sent and what came back.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Frames handed to the sending port.
+    pub sent: u64,
+    /// Frames of this run that came back, each counted once.
+    pub received: u64,
+    /// Frames that came back more than once.
+    pub duplicates: u64,
+    /// Frames that came back after a later one.
+    pub reordered: u64,
+    /// Frames that came back with addresses other than expected.
+    pub wrong_address: u64,
+    /// Frames that are not of this run, or damaged.
+    pub strays: u64,
+    /// When the first frame came back, in ticks of the TSC.
+    pub first: Option<u64>,
+    /// From the first frame sent to the last one received.
+    pub elapsed: Duration,
+    /// Nanoseconds from sending to receiving.
+    pub latency: Histogram<u64>,
+}
+
+impl Outcome {
+    /// Frames that came back per second.
+    pub fn rate(&self) -> f64 {
+        self.received as f64 / self.elapsed.as_secs_f64().max(1e-9)
+    }
+
+    /// Whether every frame came back once, in order and with the expected addresses.
+    pub fn is_clean(&self) -> bool {
+        self.sent == self.received && self.duplicates == 0 && self.reordered == 0 && self.wrong_address == 0
+    }
+}
+
+/// When nothing is sent or received for this time, frames on their way are given up. It is longer than the
+/// second for which QEMU's e1000 holds frames back after a write of RCTL.
+const GIVE_UP: Duration = Duration::from_secs(2);
+/// Longest latency that the histogram holds, in nanoseconds: a minute.
+const LONGEST: u64 = 60_000_000_000;
+
+/// Runs `stream` until its end or until `stop`; waits for frames on their way.
+///
+/// # Errors
+/// `Usage` when the frames are too short or long.
+pub fn run<T: TxBurst, R: RxBurst>(
+    stream: &Stream,
+    tx: &mut T,
+    rx: &mut R,
+    cache: &mut PoolCache,
+    stop: &StopFlag,
+) -> Result<Outcome> {
+    if !(frame::SHORTEST..=frame::LONGEST).contains(&stream.size) {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("cannot send frames of {} bytes", stream.size),
+            format!("they have {} to {} bytes", frame::SHORTEST, frame::LONGEST),
+        ));
+    }
+    let latency = Histogram::new_with_bounds(1, LONGEST, 3)
+        .map_err(|error| Error::new(ErrorKind::Os, "cannot make the latency histogram", error.to_string()))?;
+    let mut state = State {
+        stream,
+        start: Tsc::now(),
+        last: 0,
+        first: None,
+        sent: 0,
+        given_up: 0,
+        given_up_below: 0,
+        wrong_address: 0,
+        strays: 0,
+        arrivals: Arrivals::default(),
+        latency,
+        burst: Burst::new(),
+    };
+    let give_up = Tsc::from_nanos(GIVE_UP.as_nanos() as u64);
+    state.last = state.start;
+    let mut progress = state.start;
+    loop {
+        let now = Tsc::now();
+        let ended = stop.is_set() || state.ended(now);
+        if !ended && state.send(now, tx, cache) > 0 {
+            progress = now;
+        }
+        if state.receive(rx, cache) > 0 {
+            progress = now;
+        }
+        let missing = state.sent - state.arrivals.unique - state.given_up;
+        if ended && missing == 0 {
+            break;
+        }
+        if missing > 0 && now.wrapping_sub(progress) > give_up {
+            state.given_up += missing;
+            state.given_up_below = state.sent;
+            if ended {
+                break;
+            }
+        }
+    }
+    Ok(state.outcome())
+}
+
+struct State<'a> {
+    stream: &'a Stream,
+    start: u64,
+    /// When the last frame came back.
+    last: u64,
+    sent: u64,
+    /// When the first frame came back.
+    first: Option<u64>,
+    /// Frames that are waited for no longer.
+    given_up: u64,
+    /// They are those below this sequence number that have not come back.
+    given_up_below: u64,
+    wrong_address: u64,
+    strays: u64,
+    arrivals: Arrivals,
+    latency: Histogram<u64>,
+    burst: Burst,
+}
+
+impl State<'_> {
+    fn ended(&self, now: u64) -> bool {
+        let over =
+            |time: Duration| u128::from(Tsc::to_nanos(now.wrapping_sub(self.start))) >= time.as_nanos();
+        match self.stream.end {
+            End::Count(count) => self.sent >= count,
+            End::After(time) => over(time),
+            End::FirstArrival(time) => self.first.is_some() || over(time),
+        }
+    }
+
+    /// Frames that may be sent now, by window, rate and count.
+    fn due(&self, now: u64) -> usize {
+        let on_their_way = self.sent - self.given_up - self.arrivals.unique;
+        let mut due = self.stream.window.saturating_sub(on_their_way).min(MAX_BURST as u64);
+        if let Some(rate) = self.stream.rate {
+            let seconds = Tsc::to_nanos(now.wrapping_sub(self.start)) as f64 / 1e9;
+            due = due.min(((seconds * rate) as u64 + 1).saturating_sub(self.sent));
+        }
+        if let End::Count(count) = self.stream.end {
+            due = due.min(count - self.sent);
+        }
+        due as usize
+    }
+
+    fn send<T: TxBurst>(&mut self, now: u64, tx: &mut T, cache: &mut PoolCache) -> usize {
+        let due = self.due(now);
+        while self.burst.len() < due {
+            let Some(buffer) = cache.allocate() else { break };
+            let mut packet = Packet::new(buffer, self.stream.size);
+            let tag = Tag {
+                run: self.stream.run,
+                sequence: self.sent + self.burst.len() as u64,
+                ticks: Tsc::now(),
+            };
+            cache.write(&mut packet, 0, &frame::write(self.stream.destination, self.stream.source, tag));
+            self.burst.push(packet);
+        }
+        let sent = if self.burst.is_empty() { 0 } else { tx.tx_burst(cache, &mut self.burst) };
+        self.sent += sent as u64;
+        // What the queue did not take is written anew next time, with its own time of sending.
+        for packet in self.burst.drain(..) {
+            cache.free(packet.into_buffer());
+        }
+        sent
+    }
+
+    fn receive<R: RxBurst>(&mut self, rx: &mut R, cache: &mut PoolCache) -> usize {
+        rx.rx_burst(cache, &mut self.burst);
+        let received = self.burst.len();
+        for packet in std::mem::take(&mut self.burst) {
+            let mut bytes = [0; frame::HEADER];
+            cache.read(&packet, 0, &mut bytes);
+            let read = frame::read(&bytes).filter(|_| packet.len() >= self.stream.size);
+            cache.free(packet.into_buffer());
+            match read {
+                Some((destination, source, tag))
+                    if tag.run == self.stream.run && tag.sequence < self.sent =>
+                {
+                    self.note(destination, source, tag);
+                }
+                _ => self.strays += 1,
+            }
+        }
+        received
+    }
+
+    fn note(&mut self, destination: MacAddr, source: MacAddr, tag: Tag) {
+        self.last = Tsc::now();
+        let nanos = Tsc::to_nanos(self.last.saturating_sub(tag.ticks));
+        self.latency.saturating_record(nanos.max(1));
+        self.first.get_or_insert(self.last);
+        if self.arrivals.note(tag.sequence) && tag.sequence < self.given_up_below {
+            self.given_up -= 1;
+        }
+        if let Some(expect) = self.stream.expect {
+            let differs = |expected: Option<MacAddr>, found| expected.is_some_and(|mac| mac != found);
+            if differs(expect.destination, destination) || differs(expect.source, source) {
+                self.wrong_address += 1;
+            }
+        }
+    }
+
+    fn outcome(self) -> Outcome {
+        Outcome {
+            sent: self.sent,
+            received: self.arrivals.unique,
+            duplicates: self.arrivals.duplicates,
+            reordered: self.arrivals.reordered,
+            wrong_address: self.wrong_address,
+            strays: self.strays,
+            first: self.first,
+            elapsed: Duration::from_nanos(Tsc::to_nanos(self.last.wrapping_sub(self.start))),
+            latency: self.latency,
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! `vireo-pktgen [EAL ARGUMENTS] -- --dst-mac MAC …`
+#![forbid(unsafe_code)]
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use serde_json::json;
+use vireo_bus_pci::Bus;
+use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst, counters};
+use vireo_drivers::ports::{self, DEVICE_KEYS};
+use vireo_eal::args::{self as eal_args, Outcome as Parsed, Program};
+use vireo_eal::dma::Pool;
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::{Eal, Error, Result};
+use vireo_pktgen::args::{self, Args};
+use vireo_pktgen::generator::{self, Expect, Outcome, Stream};
+
+/// What a port counted, by name.
+type Counters = Vec<(&'static str, u64)>;
+
+const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("vireo-pktgen: {error}");
+            error.kind().exit_code().into()
+        }
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    let usage = args::usage();
+    let program = Program { usage: &usage, device_keys: DEVICE_KEYS };
+    let parsed = match eal_args::parse(std::env::args_os(), &program)? {
+        Parsed::Print(text) => {
+            print!("{text}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        Parsed::Run(parsed) => parsed,
+    };
+    let args: Args = eal_args::parse_app(parsed.app)?;
+    let stop = StopFlag::on_signals()?;
+    let eal = Eal::init(parsed.eal)?;
+    let (outcome, counted) = generate(&eal, &args, &stop)?;
+    print(&args, &outcome, &counted)?;
+    Ok(if outcome.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs the stream; gives what came of it, and what each port counted by name.
+fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Counters>)> {
+    let mut all = ports::open(eal, &Bus::default())?;
+    args::check_port(args.tx_port, all.len())?;
+    args::check_port(args.rx_port, all.len())?;
+    eal.iova_mode(all.iter().any(ports::OpenPort::is_physical))?;
+    let buffers = ports::buffers_needed(all.len(), 1, SIZES);
+    let memory = ports::map(eal.reserve(ports::memory_needed(all.len(), buffers, SIZES))?, &all)?;
+    let pool = Pool::new(&memory, buffers)?;
+    let mut cache = pool.cache();
+
+    let mut queues = Vec::with_capacity(all.len());
+    for (number, open) in all.iter_mut().enumerate() {
+        queues.push(open.port.start(&memory, &mut cache, SIZES)?);
+        // A forwarder gives frames an address of its own choice.
+        open.port.set_promiscuous(number == args.rx_port)?;
+    }
+    let stream = Stream {
+        run: std::process::id(),
+        destination: args.dst_mac,
+        source: all[args.tx_port].port.mac(),
+        expect: Some(Expect { destination: args.expect_dst, source: args.expect_src }),
+        size: args.size,
+        rate: args.rate,
+        window: args.window,
+        end: args.end(),
+    };
+    let (mut rx_queues, mut tx_queues): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
+    let (tx, rx) = (&mut tx_queues[args.tx_port], &mut rx_queues[args.rx_port]);
+    let outcome = eal.lcores.run_main(|_| generator::run(&stream, tx, rx, &mut cache, stop))??;
+    let mut counted = Vec::with_capacity(all.len());
+    for ((open, rx), tx) in all.iter_mut().zip(rx_queues).zip(tx_queues) {
+        counted.push(counters(rx.stats(), tx.stats(), open.port.device_drops()));
+        open.port.stop(rx, tx, &mut cache)?;
+    }
+    Ok((outcome, counted))
+}
+
+fn print(args: &Args, outcome: &Outcome, counted: &[Counters]) -> Result<()> {
+    let at = |quantile| outcome.latency.value_at_quantile(quantile);
+    let text = if args.json {
+        let latency = json!({
+            "p50": at(0.5), "p99": at(0.99), "p999": at(0.999), "max": outcome.latency.max(),
+        });
+        json!({
+            "sent": outcome.sent, "received": outcome.received, "lost": outcome.sent - outcome.received,
+            "duplicates": outcome.duplicates, "reordered": outcome.reordered,
+            "wrong_address": outcome.wrong_address, "strays": outcome.strays,
+            "seconds": outcome.elapsed.as_secs_f64(), "pps": outcome.rate(), "latency_ns": latency,
+            "counters": counted.iter().map(as_json).collect::<Vec<_>>(),
+        })
+        .to_string()
+    } else {
+        let mut text = format!(
+            "sent {} received {} lost {} duplicates {} reordered {} wrong address {} strays {}\n\
+             {:.0} pps over {:.3} s; latency p50 {} p99 {} p99.9 {} max {} ns",
+            outcome.sent,
+            outcome.received,
+            outcome.sent - outcome.received,
+            outcome.duplicates,
+            outcome.reordered,
+            outcome.wrong_address,
+            outcome.strays,
+            outcome.rate(),
+            outcome.elapsed.as_secs_f64(),
+            at(0.5),
+            at(0.99),
+            at(0.999),
+            outcome.latency.max()
+        );
+        for (port, counters) in counted.iter().enumerate() {
+            let named = counters.iter().filter(|(_, count)| *count > 0);
+            let named: Vec<String> = named.map(|(name, count)| format!("{name} {count}")).collect();
+            text += &format!("\nport {port} counted: {}", named.join(", "));
+        }
+        text
+    };
+    writeln!(std::io::stdout(), "{text}")
+        .map_err(|error| Error::io("cannot write to standard output", &error))
+}
+
+fn as_json(counters: &Counters) -> serde_json::Value {
+    counters
+        .iter()
+        .map(|(name, count)| ((*name).to_owned(), json!(count)))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+}
