@@ -63,21 +63,20 @@ impl TxBurst for TxQueue {
         if count == 0 {
             return 0;
         }
-        let (ring, mut slots, buffers) = (self.ring.view(), self.buffers.view(), cache.buffers());
-        // A burst is no longer than RECLAIM, so at most one of its descriptors is at the end of a batch.
+        // A burst is no longer than RECLAIM, so at most one of its descriptors is the last of a batch.
         let reports = start | (RECLAIM - 1);
-        let mut next = start;
+        let reporting = burst[..count].get(reports - start).map(|packet| packet.len() as u64);
+        let ring = self.ring.view();
         let mut bytes = 0;
-        for packet in burst.drain(..count) {
-            let len = packet.len() as u64;
-            let buffer = packet.into_buffer();
-            let command = if next == reports { TXD_EOP | TXD_IFCS | TXD_RS } else { TXD_EOP | TXD_IFCS };
-            ring.store::<0>(next, buffers.iova(&buffer));
-            ring.store::<1>(next, len | command);
-            slots.put(next, buffer);
-            bytes += len;
-            next = next.wrapping_add(1);
+        self.buffers.keep(start, count, cache, burst, |index, iova, len| {
+            ring.store::<0>(index, iova);
+            ring.store::<1>(index, u64::from(len) | TXD_EOP | TXD_IFCS);
+            bytes += u64::from(len);
+        });
+        if let Some(len) = reporting {
+            ring.store::<1>(reports, len | TXD_EOP | TXD_IFCS | TXD_RS);
         }
+        let next = start.wrapping_add(count);
         self.next = next;
         self.stats.packets += count as u64;
         self.stats.bytes += bytes;

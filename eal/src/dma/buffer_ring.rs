@@ -1,6 +1,6 @@
 //! The driver's own record of which buffer is where.
 
-use super::pool::{Buffer, Burst, CHUNK, Packet, PoolCache};
+use super::pool::{Buffer, Burst, CHUNK, MAX_BURST, Packet, PoolCache};
 
 /// Which buffer each descriptor of a ring owns: our own record, which the device cannot reach.
 #[derive(Debug)]
@@ -46,48 +46,82 @@ impl BufferRing {
         self.slots[index & (self.slots.len() - 1)] != Self::EMPTY
     }
 
-    /// Puts fresh buffers of `cache` in the place of those from `start` on, which wraps, and appends what was
-    /// there to `burst` as packets of these lengths, none above [`DATA_ROOM`](super::DATA_ROOM). `arm` gets
-    /// the index of each and the device address of its fresh buffer. Gives their number, which is below that
-    /// of `lens` when `burst` is full or the pool exhausted.
+    /// Receives: for each descriptor from `start` on, which wraps, of which `done` gives a length, puts a fresh
+    /// buffer of `cache` in the place of the one there, and appends that one to `burst` as a packet. `arm` gets
+    /// the descriptor's index and the device address of its fresh buffer. A length above
+    /// [`DATA_ROOM`](super::DATA_ROOM) is cut to it.
+    ///
+    /// Ends where `done` gives none, when `burst` is full or the pool exhausted; gives the number of packets.
     #[inline(always)]
     pub fn exchange(
         &mut self,
         start: usize,
-        lens: &[u16],
         cache: &mut PoolCache,
         burst: &mut Burst,
+        mut done: impl FnMut(usize) -> Option<u16>,
         mut arm: impl FnMut(usize, u64),
     ) -> usize {
-        let (fresh, buffers) = cache.reserve(lens.len().min(burst.remaining_capacity())).take_all();
-        let count = fresh.len();
-        // Two loops, because one would have more values than there are registers; the second is vector code.
-        for (i, fresh) in fresh.iter().enumerate() {
-            // SAFETY: what was reserved is initialised.
-            let fresh = Buffer(unsafe { fresh.assume_init() });
-            arm(start.wrapping_add(i), buffers.iova(&fresh));
+        let before = burst.len();
+        let packets = burst.as_mut_ptr();
+        let mut fresh = cache.reserve(MAX_BURST - before);
+        // A panic of the callers' code loses these buffers; none has two handles.
+        let (ready, buffers) = fresh.take_all();
+        let mut slots = self.view();
+        let mut count = 0;
+        while count < ready.len() {
+            let index = start.wrapping_add(count);
+            let Some(len) = done(index) else { break };
+            // SAFETY: the index is below the length, and what was reserved is initialised.
+            let new = Buffer(unsafe { ready.get_unchecked(ready.len() - 1 - count).assume_init() });
+            arm(index, buffers.iova(&new));
+            let old = std::mem::replace(slots.slot(index), new.0);
+            debug_assert!(old != Self::EMPTY, "there is no buffer to give out");
+            // SAFETY: no more was reserved than `burst` has room for.
+            unsafe { packets.add(before + count).write(Packet::new(Buffer(old), usize::from(len))) };
+            count += 1;
         }
-        let (to_end, from_start) = self.runs(start, count);
-        let (mut fresh, mut lens) = (fresh, &lens[..count]);
-        for slots in [to_end, from_start] {
-            let (now, then) = fresh.split_at(slots.len());
-            burst.extend(slots.iter().zip(lens).map(|(slot, len)| Packet::fitting(Buffer(*slot), *len)));
-            for (slot, fresh) in slots.iter_mut().zip(now) {
-                // SAFETY: as above.
-                *slot = unsafe { fresh.assume_init() };
-            }
-            (fresh, lens) = (then, &lens[slots.len()..]);
-        }
+        fresh.give_back(&ready[..ready.len() - count]);
+        // SAFETY: the packets up to there were written.
+        unsafe { burst.set_len(before + count) };
         count
     }
 
-    /// The slots of `count` descriptors from `start` on: those up to the end of the ring, and the rest.
+    /// Sends: keeps the buffers of the first `count` packets of `burst` at the descriptors from `start` on, which
+    /// wraps and is empty. `send` gets the index, the device address and the length of each.
+    ///
+    /// # Panics
+    /// When there are fewer packets.
     #[inline(always)]
-    fn runs(&mut self, start: usize, count: usize) -> (&mut [u32], &mut [u32]) {
-        let start = start & (self.slots.len() - 1);
-        let (head, tail) = self.slots.split_at_mut(start);
-        let first = count.min(tail.len());
-        (&mut tail[..first], &mut head[..count - first])
+    pub fn keep(
+        &mut self,
+        start: usize,
+        count: usize,
+        cache: &PoolCache,
+        burst: &mut Burst,
+        mut send: impl FnMut(usize, u64, usize),
+    ) {
+        let (buffers, mut slots) = (cache.buffers(), self.view());
+        let len = burst.len();
+        assert!(count <= len);
+        let packets = burst.as_mut_ptr();
+        // SAFETY: 0 packets are initialised. A panic of `send` loses the others; none has two handles.
+        unsafe { burst.set_len(0) };
+        let mut i = 0;
+        while i < count {
+            // SAFETY: `i` is below the number of packets that there were, and each is moved out once.
+            let packet = unsafe { packets.add(i).read() };
+            let index = start.wrapping_add(i);
+            send(index, buffers.iova(packet.buffer()), packet.len());
+            slots.put(index, packet.into_buffer());
+            i += 1;
+        }
+        if count < len {
+            // SAFETY: these packets are still there; they move to the front, and no more than them is counted.
+            unsafe {
+                packets.add(count).copy_to(packets, len - count);
+                burst.set_len(len - count);
+            }
+        }
     }
 
     /// Gives the buffers of `count` descriptors from `start` on, which wraps, to `cache`.
@@ -159,7 +193,7 @@ impl BufferSlots<'_> {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::{DmaMemory, Pool};
+    use super::super::{DATA_ROOM, DmaMemory, Pool};
     use super::*;
     use crate::mem::{Backing, Region};
 
@@ -194,19 +228,36 @@ mod tests {
         let mut armed = Vec::new();
         for round in 0..6 {
             let start = round * 7;
-            ring.exchange(start, &[60; 7], &mut cache, &mut burst, |index, iova| armed.push((index, iova)));
+            let done = |index| (index < start + 7).then_some(60);
+            ring.exchange(start, &mut cache, &mut burst, done, |index, iova| armed.push((index, iova)));
         }
         // 32 is the burst's capacity, and what the ring of 8 leaves of 40.
         assert_eq!((burst.len(), armed.len(), cache.len()), (32, 32, 0));
         assert_eq!(armed[31].0, 31);
-        let freed = burst.pop().map(|packet| cache.free(packet.into_buffer()));
-        assert!(freed.is_some());
-        assert_eq!(ring.exchange(32, &[1, 2], &mut cache, &mut burst, |_, _| {}), 1);
-        assert_eq!((burst[31].len(), burst[0].len()), (1, 60));
+        burst.drain(30..).for_each(|packet| cache.free(packet.into_buffer()));
+        let mut lens = [3, u16::MAX].into_iter();
+        assert_eq!(ring.exchange(32, &mut cache, &mut burst, |_| lens.next(), |_, _| {}), 2);
+        assert_eq!([29, 30, 31].map(|i| burst[i].len()), [60, 3, DATA_ROOM]);
         burst.drain(..).for_each(|packet| cache.free(packet.into_buffer()));
         ring.release_all(&mut cache);
         drop(cache);
         assert_eq!(pool.free(), 40);
+    }
+
+    #[test]
+    fn what_is_kept_leaves_the_burst() {
+        let pool = pool(8);
+        let mut cache = pool.cache();
+        let mut ring = BufferRing::new(4);
+        let mut burst: Burst = (1..4).map(|len| Packet::new(cache.allocate().unwrap(), len)).collect();
+        let mut sent = Vec::new();
+        ring.keep(3, 2, &cache, &mut burst, |index, _, len| sent.push((index, len)));
+        assert_eq!((burst.len(), burst[0].len()), (1, 3));
+        ring.keep(5, 1, &cache, &mut burst, |index, _, len| sent.push((index, len)));
+        assert_eq!(sent, [(3, 1), (4, 2), (5, 3)]);
+        assert!(burst.is_empty() && !ring.is_filled(2));
+        ring.release(3, 3, &mut cache);
+        assert_eq!(cache.len(), 8);
     }
 
     #[test]

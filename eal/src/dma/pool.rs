@@ -43,8 +43,7 @@ pub struct Buffer(pub(super) u32);
 #[must_use = "a packet that is dropped is lost to its pool; give it to PoolCache::free"]
 pub struct Packet {
     buffer: Buffer,
-    len: u16,
-    flags: u16,
+    len: u32,
 }
 
 const _: () = assert!(size_of::<Packet>() == 8);
@@ -53,21 +52,14 @@ impl Packet {
     /// A packet of `len` bytes in `buffer`; a `len` above [`DATA_ROOM`] becomes it.
     #[inline(always)]
     pub fn new(buffer: Buffer, len: usize) -> Self {
-        Self { buffer, len: len.min(DATA_ROOM) as u16, flags: 0 }
-    }
-
-    /// A packet of `len` bytes, which are no more than [`DATA_ROOM`].
-    #[inline(always)]
-    pub(super) fn fitting(buffer: Buffer, len: u16) -> Self {
-        debug_assert!(usize::from(len) <= DATA_ROOM);
-        Self { buffer, len, flags: 0 }
+        Self { buffer, len: len.min(DATA_ROOM) as u32 }
     }
 
     /// Length in bytes, without the frame check sequence.
     #[inline(always)]
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
-        usize::from(self.len)
+        self.len as usize
     }
 
     /// The buffer that the packet is in.
@@ -431,10 +423,16 @@ pub struct Reserved<'a> {
 }
 
 impl<'a> Reserved<'a> {
-    /// Takes all at once: their indices, and where the buffers are.
+    /// Takes all: their indices, each initialised, and where the buffers are.
     #[inline(always)]
-    pub(super) fn take_all(mut self) -> (&'a [MaybeUninit<u32>], Buffers<'a>) {
+    pub(super) fn take_all(&mut self) -> (&'a [MaybeUninit<u32>], Buffers<'a>) {
         (std::mem::take(&mut self.ready).as_slice(), self.buffers)
+    }
+
+    /// Takes `rest` back, the beginning of what [`Reserved::take_all`] gave.
+    #[inline(always)]
+    pub(super) fn give_back(&mut self, rest: &'a [MaybeUninit<u32>]) {
+        self.ready = rest.iter();
     }
 
     /// As [`Buffers::iova`].

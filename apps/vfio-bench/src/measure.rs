@@ -1,0 +1,363 @@
+//! One run: a generator on one core, the forwarder of l2fwd on another, four NICs, one mode.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use vireo_bus_pci::{Bus, PciInfo};
+use vireo_drivers::port::{Nic, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue, counters};
+use vireo_drivers::ports::{self, OpenPort};
+use vireo_eal::clock::Tsc;
+use vireo_eal::dma::{DmaMemory, Pool, PoolCache};
+use vireo_eal::ioctl;
+use vireo_eal::iommufd::Access;
+use vireo_eal::lcore::{StopFlag, pin_to};
+use vireo_eal::mem::{Backing, Region};
+use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
+use vireo_eal::{Error, ErrorKind, Result};
+use vireo_l2fwd::forward::{AnyLane, Lane, PortCounts, ethernet, forward_any};
+use vireo_pktgen::frame::SHORTEST;
+use vireo_pktgen::generator::{self, End, Expect, Outcome, Stream};
+
+use crate::record::{Latency, MapTime, Run};
+use crate::run::kind;
+
+const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
+const BUFFERS: u32 = 8192;
+/// Frames on their way at once: fewer than any queue between the ports holds.
+const WINDOW: u64 = 128;
+/// Longest wait for the first packet.
+const FIRST_PACKET: Duration = Duration::from_secs(10);
+/// Frames per second while the first one is waited for.
+const KNOCKS: f64 = 1000.0;
+/// Latency is measured at this part of the rate that went before: never at overload.
+const LATENCY_LOAD: f64 = 0.1;
+
+/// Four NICs of one kind: sender, forwarder's two, receiver.
+#[derive(Debug)]
+pub(crate) struct Wiring {
+    pub(crate) nic: &'static str,
+    sender: PciInfo,
+    inner: [PciInfo; 2],
+    receiver: PciInfo,
+}
+
+impl Wiring {
+    /// The NICs in that order.
+    pub(crate) fn new(infos: Vec<PciInfo>) -> Result<Self> {
+        let wrong = |why: &str| Error::new(ErrorKind::Usage, "cannot wire the NICs", why);
+        let [sender, inside, outside, receiver] = <[PciInfo; 4]>::try_from(infos)
+            .map_err(|infos| wrong(&format!("{} are given, not 4", infos.len())))?;
+        let nic = kind(&inside).ok_or_else(|| wrong(&format!("no driver here knows {}", inside.id)))?;
+        Ok(Self { nic, sender, inner: [inside, outside], receiver })
+    }
+}
+
+/// What bounds a run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Core of the generator.
+    pub(crate) generator: usize,
+    /// Core of the forwarder.
+    pub(crate) forwarder: usize,
+    /// Length of a stream.
+    pub(crate) seconds: f64,
+    /// Size of the region whose mapping is timed.
+    pub(crate) map_bytes: usize,
+}
+
+/// Ports of one side, with memory of their own.
+struct Side {
+    ports: Vec<OpenPort>,
+    queues: Vec<(RxQueue, TxQueue)>,
+    cache: PoolCache,
+    memory: Arc<DmaMemory>,
+    /// What mapping the memory took.
+    mapped: Duration,
+}
+
+impl Side {
+    fn start(bus: &Bus, infos: [&PciInfo; 2], mode: VfioMode, promiscuous: bool) -> Result<Self> {
+        let vfio = Vfio::new(None);
+        let mut ports = infos
+            .into_iter()
+            .map(|info| ports::open_one(bus, &vfio, info.clone(), mode, &[]))
+            .collect::<Result<Vec<_>>>()?;
+        let region = Region::new(ports::memory_needed(ports.len(), BUFFERS, SIZES), Backing::HugeMemfd)?;
+        let since = Instant::now();
+        let memory = ports::map(region, &ports)?;
+        let mapped = since.elapsed();
+        let mut cache = Pool::new(&memory, BUFFERS)?.cache();
+        let mut queues = Vec::with_capacity(ports.len());
+        for open in &mut ports {
+            queues.push(open.port.start(&memory, &mut cache, SIZES)?);
+            open.port.set_promiscuous(promiscuous)?;
+        }
+        Ok(Self { ports, queues, cache, memory, mapped })
+    }
+
+    /// Stops the ports; gives what each counted as lost, by name.
+    fn stop(mut self, side: &str) -> Result<(Vec<OpenPort>, BTreeMap<String, u64>)> {
+        let mut drops = BTreeMap::new();
+        for (open, (rx, tx)) in self.ports.iter_mut().zip(self.queues) {
+            let device = open.port.device_drops();
+            let lost: Vec<&str> =
+                device.iter().map(|(name, _)| *name).chain(["rx_errors", "tx_errors"]).collect();
+            for (name, count) in counters(rx.stats(), tx.stats(), device.clone()) {
+                if lost.contains(&name) {
+                    *drops.entry(format!("{side}_{name}")).or_default() += count;
+                }
+            }
+            open.port.stop(rx, tx, &mut self.cache)?;
+        }
+        drop(self.memory);
+        Ok((self.ports, drops))
+    }
+}
+
+/// What the forwarder's thread gives back.
+struct Forwarded {
+    ports: Vec<OpenPort>,
+    drops: BTreeMap<String, u64>,
+    phases: BTreeMap<&'static str, Duration>,
+}
+
+/// Runs one mode on one wiring.
+pub(crate) fn measure(
+    bus: &Bus,
+    wiring: &Wiring,
+    mode: VfioMode,
+    limits: &Limits,
+    stop: &StopFlag,
+) -> Result<Run> {
+    pin_to(limits.generator)?;
+    let mut side = Side::start(bus, [&wiring.sender, &wiring.receiver], mode, true)?;
+    let done = StopFlag::new();
+    let polling = AtomicU64::new(0);
+    let began = Tsc::now();
+    let (generated, forwarded) = std::thread::scope(|scope| {
+        let forwarder = scope.spawn(|| {
+            let result = forward(bus, wiring, mode, limits, &done, &polling);
+            // The generator waits for this word; an error must end its wait too.
+            polling.store(u64::MAX, Ordering::Release);
+            result
+        });
+        let generated = generate(wiring, &mut side, limits, stop, &polling);
+        done.set();
+        let forwarded = forwarder.join().map_err(|_| {
+            Error::new(ErrorKind::Protocol, "the forwarder ended early", "it panicked; its message is above")
+        });
+        (generated, forwarded)
+    });
+    let forwarded = forwarded??;
+    let streams = generated?;
+    let (generator_ports, mut drops) = side.stop("generator")?;
+    drops.extend(forwarded.drops);
+    let map = match forwarded.ports.first() {
+        Some(open) => time_map(open.space(), limits.map_bytes, Backing::HugeMemfd, Call::Map)?,
+        None => None,
+    };
+    drop((generator_ports, forwarded.ports));
+    let ms = |name: &str| forwarded.phases.get(name).map_or(0.0, |took| took.as_secs_f64() * 1e3);
+    let [first, rate, latency] = &streams;
+    let at = |quantile| latency.latency.value_at_quantile(quantile);
+    Ok(Run {
+        nic: wiring.nic.to_owned(),
+        mode: mode.name().to_owned(),
+        round: 0,
+        pair: String::new(),
+        forward_pps: rate.rate(),
+        latency_ns: Latency {
+            p50: at(0.5),
+            p99: at(0.99),
+            p999: at(0.999),
+            max: latency.latency.max(),
+            count: latency.latency.len(),
+        },
+        open_ms: ms("open"),
+        bind_ms: ms("bind"),
+        attach_ms: ms("attach"),
+        start_map_ms: ms("map"),
+        map_ms: map.as_ref().map_or(0.0, |map| map.map_ms),
+        map_bytes: map.as_ref().map_or(0, |map| map.bytes),
+        map_ioctls: map.as_ref().map_or(0, |map| map.map_ioctls),
+        unmap_ms: map.as_ref().map_or(0.0, |map| map.unmap_ms),
+        first_packet_ms: first.first.map_or(0.0, |at| Tsc::to_nanos(at.saturating_sub(began)) as f64 / 1e6),
+        sent: streams.iter().map(|stream| stream.sent).sum(),
+        received: streams.iter().map(|stream| stream.received).sum(),
+        drops,
+    })
+}
+
+/// The forwarder's side, from opening to the reset: what `l2fwd -p 3` does.
+fn forward(
+    bus: &Bus,
+    wiring: &Wiring,
+    mode: VfioMode,
+    limits: &Limits,
+    done: &StopFlag,
+    polling: &AtomicU64,
+) -> Result<Forwarded> {
+    pin_to(limits.forwarder)?;
+    let mut side = Side::start(bus, [&wiring.inner[0], &wiring.inner[1]], mode, false)?;
+    let mut phases = BTreeMap::from([("map", side.mapped)]);
+    for phase in side.ports.iter().flat_map(|open| &open.report.phases) {
+        *phases.entry(phase.name).or_default() += phase.took;
+    }
+    let mut lanes: Vec<AnyLane> = Vec::new();
+    let (rx, tx): (Vec<_>, Vec<_>) = std::mem::take(&mut side.queues).into_iter().unzip();
+    for ((from, rx), tx) in rx.into_iter().enumerate().zip(tx.into_iter().rev()) {
+        let to = 1 - from;
+        lanes.push(Lane {
+            rx,
+            rx_port: from,
+            tx,
+            tx_port: to,
+            ethernet: Some(ethernet(to, side.ports[to].port.mac())),
+        });
+    }
+    let counts: [PortCounts; 2] = Default::default();
+    let mut cache = side.cache.pool().cache();
+    let mut polled = false;
+    let mut lanes = forward_any(lanes, &mut cache, &counts, done, || {
+        if !polled {
+            polling.store(Tsc::now(), Ordering::Release);
+            polled = true;
+        }
+    });
+    drop(cache);
+    lanes.sort_by_key(|lane| lane.rx_port);
+    let (rx, tx): (Vec<_>, Vec<_>) = lanes.into_iter().map(|lane| (lane.rx, lane.tx)).unzip();
+    side.queues = rx.into_iter().zip(tx.into_iter().rev()).collect();
+    let (ports, mut drops) = side.stop("forwarder")?;
+    drops.insert("forwarder_tx_full".into(), counts.iter().map(|count| count.dropped.get()).sum());
+    Ok(Forwarded { ports, drops, phases })
+}
+
+/// Three streams: until the first packet is back, as fast as it goes, and at a load that queues nothing.
+fn generate(
+    wiring: &Wiring,
+    side: &mut Side,
+    limits: &Limits,
+    stop: &StopFlag,
+    polling: &AtomicU64,
+) -> Result<[Outcome; 3]> {
+    while polling.load(Ordering::Acquire) == 0 {
+        std::hint::spin_loop();
+    }
+    if polling.load(Ordering::Acquire) == u64::MAX {
+        return Err(Error::new(ErrorKind::Protocol, "the forwarder ended early", "see its own error"));
+    }
+    let [source, _] = [0, 1].map(|port| side.ports[port].port.mac());
+    let (first, rest) = side.queues.split_at_mut(1);
+    let (tx, rx) = (&mut first[0].1, &mut rest[0].0);
+    let cache = &mut side.cache;
+    let time = Duration::from_secs_f64(limits.seconds);
+    let mut stream = Stream {
+        run: Tsc::now() as u32,
+        // Every NIC's filter lets the broadcast address pass, whatever the forwarder's own address is.
+        destination: vireo_drivers::port::MacAddr([0xff; 6]),
+        source,
+        expect: Some(Expect {
+            destination: Some(vireo_drivers::port::MacAddr([2, 0, 0, 0, 0, 1])),
+            source: None,
+        }),
+        size: SHORTEST,
+        rate: Some(KNOCKS),
+        window: WINDOW,
+        end: End::FirstArrival(FIRST_PACKET),
+    };
+    let mut next = |rate: Option<f64>, end: End| {
+        (stream.rate, stream.end) = (rate, end);
+        stream.run = stream.run.wrapping_add(1);
+        generator::run(&stream, tx, rx, cache, stop)
+    };
+    let first = next(Some(KNOCKS), End::FirstArrival(FIRST_PACKET))?;
+    if first.received == 0 {
+        return Err(Error::new(
+            ErrorKind::Unavailable,
+            format!("nothing came back through {} and {}", wiring.inner[0].address, wiring.inner[1].address),
+            format!("{} frames were sent in {} s", first.sent, FIRST_PACKET.as_secs()),
+        )
+        .mend("see that the first two and the last two NICs are connected"));
+    }
+    let rate = next(None, End::After(time))?;
+    let latency = next(Some((rate.rate() * LATENCY_LOAD).max(1.0)), End::After(time))?;
+    Ok([first, rate, latency])
+}
+
+/// How memory is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    Map,
+    MapFile,
+}
+
+/// Maps and unmaps a region of `bytes` while the device is attached; none where the mode maps nothing.
+fn time_map(
+    space: &Arc<AddressSpace>,
+    bytes: usize,
+    backing: Backing,
+    call: Call,
+) -> Result<Option<MapTime>> {
+    if space.is_physical() && space.ioas().is_none() {
+        return Ok(None);
+    }
+    let region = Arc::new(Region::new(bytes, backing)?);
+    let iova = if space.is_physical() { None } else { space.free_ranges().fit(region.len() as u64) };
+    let (before, since) = (ioctl::calls(), Instant::now());
+    let mapping: Box<dyn std::fmt::Debug> = match (call, space.ioas()) {
+        (Call::MapFile, Some(ioas)) => match ioas.map_file(&region, iova, Access::ReadWrite) {
+            Ok(mapping) => Box::new(mapping),
+            Err(error) if error.errno() == Some(nix::errno::Errno::ENOTTY) => return Ok(None),
+            Err(error) => return Err(error),
+        },
+        (Call::MapFile, None) => return Ok(None),
+        (Call::Map, _) => Box::new(space.map(&region, iova)?),
+    };
+    let (mapped, map_ioctls) = (since.elapsed(), ioctl::calls() - before);
+    let (before, since) = (ioctl::calls(), Instant::now());
+    drop(mapping);
+    let (unmapped, unmap_ioctls) = (since.elapsed(), ioctl::calls() - before);
+    Ok(Some(MapTime {
+        mode: String::new(),
+        memory: String::new(),
+        call: if call == Call::Map { "map" } else { "map-file" }.to_owned(),
+        bytes: region.len() as u64,
+        round: 0,
+        map_ms: mapped.as_secs_f64() * 1e3,
+        unmap_ms: unmapped.as_secs_f64() * 1e3,
+        map_ioctls,
+        unmap_ioctls,
+    }))
+}
+
+/// The DMA-map table of one mode: page sizes and calls, one NIC attached.
+pub(crate) fn map_times(
+    bus: &Bus,
+    wiring: &Wiring,
+    mode: VfioMode,
+    limits: &Limits,
+    round: u32,
+) -> Result<Vec<MapTime>> {
+    let vfio = Vfio::new(None);
+    let device = bus.open(&wiring.inner[0], &vfio, mode)?;
+    let mut times = Vec::new();
+    for (memory, backing) in [("4 KiB", Backing::SmallPages), ("2 MiB", Backing::HugeMemfd)] {
+        if mode == VfioMode::Noiommu {
+            continue;
+        }
+        for call in [Call::Map, Call::MapFile] {
+            if let Some(time) = time_map(device.vfio().space(), limits.map_bytes, backing.clone(), call)? {
+                times.push(MapTime {
+                    mode: mode.name().to_owned(),
+                    memory: memory.to_owned(),
+                    round,
+                    ..time
+                });
+            }
+        }
+    }
+    Ok(times)
+}

@@ -1,0 +1,165 @@
+//! What `run` writes and `report` reads: one recording per boot.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Everything measured in one boot.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Recording {
+    /// Where it was measured.
+    pub(crate) environment: Environment,
+    /// In the order in which they were run; the pairing relies on it.
+    pub(crate) runs: Vec<Run>,
+    /// The DMA-map table.
+    #[serde(default)]
+    pub(crate) maps: Vec<MapTime>,
+}
+
+/// Facts about machine, kernel and command, in the order in which a reader wants them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Environment(pub(crate) Vec<(String, String)>);
+
+impl Environment {
+    /// Value of a key, if it was recorded.
+    pub(crate) fn get(&self, key: &str) -> Option<&str> {
+        self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+    }
+}
+
+impl Serialize for Environment {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(k, v)| (k, v)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Environment {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder;
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = Environment;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map of strings")
+            }
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Environment, M::Error> {
+                let mut facts = Vec::new();
+                while let Some(fact) = map.next_entry()? {
+                    facts.push(fact);
+                }
+                Ok(Environment(facts))
+            }
+        }
+        deserializer.deserialize_map(InOrder)
+    }
+}
+
+/// One start, stream and stop of the forwarder on one NIC in one mode.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Run {
+    /// `virtio-net`, `e1000` or `e1000e`.
+    pub(crate) nic: String,
+    /// Name of the VFIO mode, as `--vfio-mode` takes it.
+    pub(crate) mode: String,
+    /// Number of the round, from 0.
+    pub(crate) round: u32,
+    /// Interleaved comparison that the run belongs to; [`Run::NOISE`] when one mode runs against itself.
+    pub(crate) pair: String,
+    /// Packets forwarded per second.
+    pub(crate) forward_pps: f64,
+    /// Latency from sender to receiver.
+    pub(crate) latency_ns: Latency,
+    /// Opening group and container, or cdev and iommufd.
+    pub(crate) open_ms: f64,
+    /// `VFIO_DEVICE_BIND_IOMMUFD`; 0 where the mode has no such step.
+    pub(crate) bind_ms: f64,
+    /// Attaching to the I/O page table; 0 where the mode has none.
+    pub(crate) attach_ms: f64,
+    /// Mapping the forwarder's own memory.
+    #[serde(default)]
+    pub(crate) start_map_ms: f64,
+    /// From the start of `open` to the first packet forwarded: the phases above are part of it.
+    pub(crate) first_packet_ms: f64,
+    /// Mapping a region by itself, for the cost per GiB.
+    pub(crate) map_ms: f64,
+    /// Size of this region; 0 where the mode maps nothing.
+    pub(crate) map_bytes: u64,
+    /// Calls that the mapping took.
+    pub(crate) map_ioctls: u64,
+    /// Unmapping it.
+    pub(crate) unmap_ms: f64,
+    /// Packets that the generator sent.
+    pub(crate) sent: u64,
+    /// Packets that came back.
+    pub(crate) received: u64,
+    /// Counters of lost packets by name, each counted where the packet was lost.
+    pub(crate) drops: BTreeMap<String, u64>,
+}
+
+impl Run {
+    /// [`Run::pair`] of the runs that measure the noise floor.
+    pub(crate) const NOISE: &str = "A/A";
+
+    /// Sum of the named counters.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.drops.values().fold(0, |sum, n| sum.saturating_add(*n))
+    }
+
+    /// What is wrong with the packet counts, if anything.
+    pub(crate) fn imbalance(&self) -> Option<String> {
+        let accounted = self.received.saturating_add(self.dropped());
+        let names = self.drops.iter().map(|(k, v)| format!("{k} {v}")).collect::<Vec<_>>().join(", ");
+        let counts = format!(
+            "sent {}, received {}, dropped {}{}",
+            self.sent,
+            self.received,
+            self.dropped(),
+            if names.is_empty() { String::new() } else { format!(" ({names})") }
+        );
+        match self.sent.abs_diff(accounted) {
+            0 if self.received > 0 => None,
+            0 => Some(format!("{counts}: nothing was received")),
+            n if self.sent > accounted => Some(format!("{counts}: {n} unaccounted for")),
+            n => Some(format!("{counts}: {n} too many")),
+        }
+    }
+}
+
+/// Percentiles of one run's latency, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub(crate) struct Latency {
+    /// Median.
+    pub(crate) p50: u64,
+    /// 99 %.
+    pub(crate) p99: u64,
+    /// 99.9 %.
+    pub(crate) p999: u64,
+    /// Largest.
+    pub(crate) max: u64,
+    /// Samples behind them.
+    pub(crate) count: u64,
+}
+
+/// One map and unmap of a region of memory, without a NIC's traffic.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct MapTime {
+    /// Name of the VFIO mode.
+    pub(crate) mode: String,
+    /// Page size of the memory: `4 KiB`, `2 MiB`.
+    pub(crate) memory: String,
+    /// `map` or `map-file`.
+    pub(crate) call: String,
+    /// Size of the region.
+    pub(crate) bytes: u64,
+    /// Number of the round, from 0.
+    pub(crate) round: u32,
+    /// Mapping all of it.
+    pub(crate) map_ms: f64,
+    /// Unmapping all of it.
+    pub(crate) unmap_ms: f64,
+    /// Calls that the mapping took.
+    pub(crate) map_ioctls: u64,
+    /// Calls that the unmapping took.
+    pub(crate) unmap_ioctls: u64,
+}

@@ -1,0 +1,221 @@
+//! The comparison on a terminal or in a pipe: at most 100 columns, no colours, no cursor movement.
+
+use std::fmt::Write;
+
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+
+use crate::compare::{Comparison, Metric, Row};
+use crate::findings::headlines;
+use crate::words::{percent, rate_unit, shared_facts, size, thousands, three};
+
+const WIDTH: usize = 100;
+
+/// All of it as text; `lines` draws the tables with rules, which only a terminal wants.
+pub(crate) fn text(comparison: &Comparison, lines: bool) -> String {
+    let mut out = String::new();
+    let mut section = |title: &str, body: String| {
+        if !body.trim().is_empty() {
+            let _ = write!(out, "{}{title}\n{body}", if out.is_empty() { "" } else { "\n" });
+        }
+    };
+    section("Environment", environment(comparison));
+    section(
+        "Noise floor (A/A: one mode against itself, 95 % interval of the median)",
+        noise(comparison, lines),
+    );
+    section("Forwarding and latency (median over rounds; packets are sums)", forwarding(comparison, lines));
+    section("Start-up and DMA map (median over rounds)", start(comparison, lines));
+    section("DMA map and unmap alone (median over rounds)", maps(comparison, lines));
+    section("Lost packets by counter", drops(comparison));
+    for (title, sentences) in headlines(comparison) {
+        section(title, sentences.iter().map(|s| wrap("  ", s)).collect());
+    }
+    section("PACKETS DO NOT ADD UP", comparison.problems.iter().map(|p| wrap("  ! ", p)).collect());
+    out
+}
+
+/// Numbers to the right, the first `names` columns to the left.
+fn table<const N: usize>(heads: [&str; N], names: usize, rows: Vec<[String; N]>, lines: bool) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_width(WIDTH as u16).set_header(heads).add_rows(rows);
+    for column in table.column_iter_mut().skip(names) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let mut text: Vec<String> = table.lines().map(|line| line.trim_end().to_owned()).collect();
+    if lines {
+        let rule = "─".repeat(text.iter().map(|line| line.chars().count()).max().unwrap_or(0));
+        text.insert(heads.iter().map(|head| head.lines().count()).max().unwrap_or(1), rule.clone());
+        text.insert(0, rule.clone());
+        text.push(rule);
+    }
+    text.join("\n") + "\n"
+}
+
+/// A name only where it changes, so that the eye finds the groups.
+fn once(name: &str, last: &mut String) -> String {
+    if name == last {
+        return String::new();
+    }
+    name.clone_into(last);
+    last.clone()
+}
+
+fn mark(row: &Row) -> String {
+    if row.balanced { row.label.clone() } else { format!("{} !", row.label) }
+}
+
+fn forwarding(comparison: &Comparison, lines: bool) -> String {
+    let (scale, unit) = rate_unit(comparison.rows.iter().map(|r| r.forward_pps).fold(0.0, f64::max));
+    let us = |ns: u64| three(ns as f64 / 1e3);
+    let mut last = String::new();
+    let rows = comparison.rows.iter().map(|row| {
+        let l = row.latency_ns;
+        [
+            once(&row.nic, &mut last),
+            mark(row),
+            three(row.forward_pps / scale),
+            us(l.p50),
+            us(l.p99),
+            us(l.p999),
+            us(l.max),
+            thousands(row.sent),
+            thousands(row.received),
+            thousands(row.dropped),
+        ]
+    });
+    let heads =
+        ["NIC", "mode", unit, "p50 µs", "p99 µs", "p99.9 µs", "max µs", "sent", "received", "dropped"];
+    table(heads, 2, rows.collect(), lines)
+}
+
+fn start(comparison: &Comparison, lines: bool) -> String {
+    let mut last = String::new();
+    let rows = comparison.rows.iter().map(|row| {
+        let mapped = |text: String| if row.map_bytes == 0 { "–".to_owned() } else { text };
+        let step = |ms: f64| if ms == 0.0 { "–".to_owned() } else { three(ms) };
+        [
+            once(&row.nic, &mut last),
+            row.label.clone(),
+            step(row.open_ms),
+            step(row.bind_ms),
+            step(row.attach_ms),
+            mapped(three(row.map_ms_per_gib)),
+            mapped(thousands(row.map_ioctls)),
+            mapped(three(row.unmap_ms_per_gib)),
+            three(row.first_packet_ms),
+        ]
+    });
+    let heads = [
+        "NIC",
+        "mode",
+        "open ms",
+        "bind ms",
+        "attach ms",
+        "map ms\nper GiB",
+        "map\nioctls",
+        "unmap ms\nper GiB",
+        "first\npacket ms",
+    ];
+    table(heads, 2, rows.collect(), lines)
+}
+
+fn maps(comparison: &Comparison, lines: bool) -> String {
+    let (mut memory, mut call) = (String::new(), String::new());
+    let rows = comparison.maps.iter().map(|row| {
+        let page = once(&row.memory, &mut memory);
+        if !page.is_empty() {
+            call.clear();
+        }
+        [
+            page,
+            once(&row.call, &mut call),
+            row.label.clone(),
+            three(row.map_ms_per_gib.median),
+            thousands(row.map_ioctls),
+            three(row.unmap_ms_per_gib.median),
+            thousands(row.unmap_ioctls),
+            size(row.bytes),
+            row.rounds.to_string(),
+        ]
+    });
+    let heads = [
+        "pages",
+        "call",
+        "mode",
+        "map ms\nper GiB",
+        "map\nioctls",
+        "unmap ms\nper GiB",
+        "unmap\nioctls",
+        "region",
+        "rounds",
+    ];
+    table(heads, 3, rows.collect(), lines)
+}
+
+fn drops(comparison: &Comparison) -> String {
+    let lost = comparison.rows.iter().filter(|row| row.dropped > 0);
+    lost.map(|row| {
+        let counted = row.drops.iter().filter(|(_, n)| **n > 0);
+        let names: Vec<String> = counted.map(|(name, n)| format!("{name} {}", thousands(*n))).collect();
+        wrap("  ", &format!("{}, {}: {}", row.nic, row.label, names.join(", ")))
+    })
+    .collect()
+}
+
+fn noise(comparison: &Comparison, lines: bool) -> String {
+    let groups = comparison.noise_floor.chunk_by(|a, b| a.boot == b.boot && a.nic == b.nic);
+    let rows = groups.map(|group| {
+        let floor = |metric| {
+            let found = group.iter().find(|n| n.metric == metric);
+            found.map_or("–".to_owned(), |n| format!("±{} %", percent(n.floor)))
+        };
+        let [forward, latency, attach, map, first] = Metric::ALL.map(floor);
+        let (nic, boot, pairs) =
+            (group[0].nic.clone(), group[0].boot.to_string(), group[0].pairs.to_string());
+        [nic, boot, forward, latency, attach, map, first, pairs]
+    });
+    let heads = ["NIC", "boot", "forwarding", "latency p50", "attach", "map", "first packet", "A/A pairs"];
+    table(heads, 1, rows.collect(), lines)
+}
+
+fn environment(comparison: &Comparison) -> String {
+    let facts = shared_facts(&comparison.environment);
+    let width = facts.iter().map(|(key, _)| key.chars().count()).max().unwrap_or(0);
+    let lines = facts.into_iter().flat_map(|(key, values)| {
+        let several = values.len() > 1;
+        (1..).zip(values).map(move |(boot, value)| {
+            let (key, boot) = (
+                if boot == 1 { key } else { "" },
+                if several { format!("boot {boot}: ") } else { String::new() },
+            );
+            wrap(&format!("  {key:width$}  "), &format!("{boot}{value}"))
+        })
+    });
+    lines.collect()
+}
+
+/// `text` in lines of at most [`WIDTH`] columns, the first after `head`, the others indented as far.
+fn wrap(head: &str, text: &str) -> String {
+    let indent = head.chars().count();
+    let (mut out, mut column) = (head.to_owned(), indent);
+    // A number stays with its sign of per cent.
+    let text = text.replace(" %", "\u{a0}%");
+    for (i, word) in text.split(' ').enumerate() {
+        let length = word.chars().count();
+        if i > 0 && column + 1 + length > WIDTH {
+            out += &format!("\n{:indent$}", "");
+            column = indent;
+        } else if i > 0 {
+            out.push(' ');
+            column += 1;
+        }
+        out += &word.replace('\u{a0}', " ");
+        column += length;
+    }
+    out.push('\n');
+    out
+}
