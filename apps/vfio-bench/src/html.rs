@@ -208,7 +208,7 @@ fn start(comparison: &Comparison) -> Result<String> {
         nic = &r.nic;
         let mapped = |text: String| if r.map_bytes == 0 { "–".to_owned() } else { text };
         let mut cells = vec![if begins { escape(&r.nic) } else { String::new() }, escape(&r.label)];
-        cells.extend([r.open_ms, r.bind_ms, r.attach_ms, r.start_map_ms].map(step));
+        cells.extend([r.open_ms, r.bind_ms, r.attach_step_ms, r.start_map_ms].map(step));
         cells.extend([three(r.first_packet_ms), mapped(size(r.map_bytes)), mapped(thousands(r.map_ioctls))]);
         cells.extend([r.map_ms_per_gib, r.unmap_ms_per_gib].map(|ms| mapped(three(ms))));
         (kind(begins, r.balanced), cells)

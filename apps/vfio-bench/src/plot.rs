@@ -271,7 +271,7 @@ pub(crate) fn start(rows: &[Row]) -> Result<String> {
         for (row, y) in rows.iter().zip(&places) {
             f.names(*y, &row.nic, &row.label, &mut last);
             let mut done = 0.0;
-            let steps = [row.open_ms, row.bind_ms, row.attach_ms, row.start_map_ms];
+            let steps = [row.open_ms, row.bind_ms, row.attach_step_ms, row.start_map_ms];
             let rest = (row.first_packet_ms - steps.iter().sum::<f64>()).max(0.0);
             for (ms, (_, ink)) in steps.into_iter().chain([rest]).zip(PHASES) {
                 f.bar((scale.at(done), scale.at(done + ms)), (y - 8, y + 8), ink);

@@ -106,6 +106,12 @@ impl Run {
         self.drops.values().fold(0, |sum, n| sum.saturating_add(*n))
     }
 
+    /// Time until the process owns the device. Modes divide it differently: the reset on opening falls into
+    /// `bind` on a cdev and into `attach` in a group, so only the whole is compared.
+    pub(crate) fn acquire_ms(&self) -> f64 {
+        self.open_ms + self.bind_ms + self.attach_ms
+    }
+
     /// What is wrong with the packet counts, if anything.
     pub(crate) fn imbalance(&self) -> Option<String> {
         let accounted = self.received.saturating_add(self.dropped());

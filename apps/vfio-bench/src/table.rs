@@ -102,7 +102,7 @@ fn start(comparison: &Comparison, lines: bool) -> String {
             row.label.clone(),
             step(row.open_ms),
             step(row.bind_ms),
-            step(row.attach_ms),
+            step(row.attach_step_ms),
             mapped(three(row.map_ms_per_gib)),
             mapped(thousands(row.map_ioctls)),
             mapped(three(row.unmap_ms_per_gib)),

@@ -99,7 +99,7 @@ impl Metric {
         match self {
             Self::ForwardPps => "forwarding rate",
             Self::LatencyP50 => "median latency",
-            Self::Attach => "attach time",
+            Self::Attach => "time to open, bind and attach",
             Self::Map => "DMA-map time",
             Self::FirstPacket => "time to the first packet",
         }
@@ -120,7 +120,7 @@ impl Metric {
         match self {
             Self::ForwardPps => "to forward",
             Self::LatencyP50 => "to answer",
-            Self::Attach => "to attach",
+            Self::Attach => "to open, bind and attach",
             Self::Map => "to map memory",
             Self::FirstPacket => "to forward its first packet",
         }
