@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use vireo_eal::args::EalArgs;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::mmio::Bar;
-use vireo_eal::vfio::{Acquired, ConfigSpace, Device, Phase, Vfio, VfioMode};
+use vireo_eal::vfio::{Acquired, ConfigSpace, Device, DeviceFds, Phase, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::{Bus, CAP_ID_MSIX, DeviceId, Function, PciInfo, capabilities};
@@ -35,8 +35,8 @@ pub struct Report {
 }
 
 impl Bus {
-    /// The functions that the arguments choose: with `--allow` exactly those, in the order given; else every
-    /// one that is bound to VFIO, known to a driver and not blocked, by address.
+    /// The functions that the arguments choose: with `--allow` exactly those, else every one that is bound to
+    /// VFIO, known to a driver and not blocked. In both cases by address, which is how ports get their numbers.
     ///
     /// # Errors
     /// When a function of `--allow` is not there, has no driver here, or is bound to another driver.
@@ -52,14 +52,17 @@ impl Bus {
             };
             return Ok(self.scan()?.into_iter().filter(usable).collect());
         }
-        args.allow
+        let mut chosen = args
+            .allow
             .iter()
             .map(|allowed| {
                 let info = self.find(allowed.address)?;
                 check_usable(&info, &known)?;
                 Ok(info)
             })
-            .collect()
+            .collect::<Result<Vec<_>>>()?;
+        chosen.sort_by_key(|info| info.address);
+        Ok(chosen)
     }
 
     /// Acquires one function through VFIO in `mode`.
@@ -68,6 +71,14 @@ impl Bus {
     /// As for [`Vfio::acquire`].
     pub fn open(&self, info: &PciInfo, vfio: &Vfio, mode: VfioMode) -> Result<PciDevice> {
         PciDevice::new(info, vfio.acquire(&self.node(info.address), mode)?)
+    }
+
+    /// Takes one function over by descriptors that another process opened.
+    ///
+    /// # Errors
+    /// As for [`Vfio::adopt`].
+    pub fn adopt(&self, info: &PciInfo, vfio: &Vfio, mode: VfioMode, fds: DeviceFds) -> Result<PciDevice> {
+        PciDevice::new(info, vfio.adopt(&self.node(info.address), mode, fds)?)
     }
 }
 
@@ -181,8 +192,8 @@ mod tests {
     }
 
     #[test]
-    fn the_allow_list_gives_the_order() {
-        assert_eq!(selected("-a 00:05.0 -a 00:03.0").unwrap(), ["0000:00:05.0", "0000:00:03.0"]);
+    fn the_allow_list_chooses_and_addresses_order() {
+        assert_eq!(selected("-a 00:05.0 -a 00:03.0").unwrap(), ["0000:00:03.0", "0000:00:05.0"]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vireo_bus_pci::{Bus, DeviceId, Function, PciInfo, Report};
+use vireo_bus_pci::{Bus, DeviceId, Function, PciDevice, PciInfo, Report};
 use vireo_eal::dma::{DmaMemory, Pool};
 use vireo_eal::mem::Region;
 use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
@@ -34,20 +34,34 @@ pub struct OpenPort {
     space: Arc<AddressSpace>,
 }
 
-/// Opens the ports that the EAL arguments choose.
+/// Opens the ports that the EAL arguments choose, side by side: the kernel resets each device on the way,
+/// which takes up to 100 ms.
 ///
 /// # Errors
 /// At the first port that cannot be had.
 pub fn open(eal: &Eal, bus: &Bus) -> Result<Vec<OpenPort>> {
-    bus.select(&eal.args, |id| driver_of(id).is_some())?
-        .into_iter()
-        .map(|info| {
-            let allowed = eal.args.allow.iter().find(|allowed| allowed.address == info.address);
-            let args = allowed.map_or(&[][..], |allowed| &allowed.args);
-            let mode = eal.args.mode_of(info.address);
-            open_one(bus, &eal.vfio, info, mode, args)
-        })
-        .collect()
+    let chosen = bus.select(&eal.args, |id| driver_of(id).is_some())?;
+    let open = |info: PciInfo| {
+        let allowed = eal.args.allow.iter().find(|allowed| allowed.address == info.address);
+        let args = allowed.map_or(&[][..], |allowed| &allowed.args);
+        let mode = eal.args.mode_of(info.address);
+        open_one(bus, &eal.vfio, info, mode, args)
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = chosen.into_iter().map(|info| scope.spawn(|| open(info))).collect();
+        threads
+            .into_iter()
+            .map(|thread| {
+                thread.join().unwrap_or_else(|_| {
+                    Err(Error::new(
+                        ErrorKind::Protocol,
+                        "cannot open a port",
+                        "its driver panicked; see above",
+                    ))
+                })
+            })
+            .collect()
+    })
 }
 
 /// Opens one port in `mode`, with its devargs.
@@ -61,7 +75,10 @@ pub fn open_one(
     mode: VfioMode,
     args: &[(String, String)],
 ) -> Result<OpenPort> {
-    let device = bus.open(&info, vfio, mode)?;
+    take(bus.open(&info, vfio, mode)?, info, args)
+}
+
+fn take(device: PciDevice, info: PciInfo, args: &[(String, String)]) -> Result<OpenPort> {
     let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
     let port = probe(Box::new(device), args)?;
     Ok(OpenPort { port, info, report, space })

@@ -89,45 +89,44 @@ impl RxQueue {
     fn receive(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> Option<u64> {
         let ring = self.ring.view();
         let start = self.next;
-        let word = ring.load::<1>(start);
-        if word & RXD_DD == 0 {
+        let first = ring.load::<1>(start);
+        if first & RXD_DD == 0 || burst.is_full() {
             return None;
         }
         if self.skipping {
-            return Some(word);
+            return Some(first);
         }
-        let room = burst.remaining_capacity();
-        let mut lens = [0; MAX_BURST];
-        let mut done = 0;
-        let word = loop {
-            if done == room {
-                break 0;
+        let mut bytes = 0;
+        let mut stopped = None;
+        let done = |index| {
+            let word = ring.load::<1>(index);
+            let len = good(word);
+            match len {
+                Some(len) => bytes += u64::from(len),
+                None => stopped = Some(word),
             }
-            let word = ring.load::<1>(start.wrapping_add(done));
-            let Some(len) = good(word) else { break word };
-            lens[done % MAX_BURST] = len;
-            done += 1;
+            len
         };
-        // Each length came with its DD in one load; packet data is read after this.
-        dma_rmb();
-        let received = self.buffers.exchange(start, &lens[..done], cache, burst, |index, iova| {
+        let received = self.buffers.exchange(start, cache, burst, done, |index, iova| {
             ring.store::<0>(index, iova);
             ring.store::<1>(index, 0);
         });
+        // Each length came with its DD in one load; packet data is read after this.
+        dma_rmb();
         self.next = start.wrapping_add(received);
         self.stats.packets += received as u64;
-        self.stats.bytes += lens[..received].iter().map(|len| u64::from(*len)).sum::<u64>();
-        self.stats.no_buffer += u64::from(received < done);
+        self.stats.bytes += bytes;
         if self.next.wrapping_sub(self.announced) >= self.worthwhile {
             self.announce();
         }
-        (received == done && word & RXD_DD != 0).then_some(word)
+        if stopped.is_none() && !burst.is_full() {
+            self.stats.no_buffer += u64::from(good(self.ring.load::<1>(self.next)).is_some());
+        }
+        stopped.filter(|word| word & RXD_DD != 0)
     }
 
     /// Gives the next descriptor, which is bad and says `word`, back to the device with the same buffer, and
     /// counts its frame.
-    #[cold]
-    #[inline(never)]
     fn discard(&mut self, cache: &PoolCache, word: u64) {
         let last = word & RXD_EOP != 0;
         if !self.skipping {
@@ -145,6 +144,18 @@ impl RxQueue {
         }
     }
 
+    /// Receives past bad descriptors, the first of which says `word`. The bound keeps a device that completes
+    /// them without end from holding the lcore.
+    #[cold]
+    #[inline(never)]
+    fn receive_around(&mut self, cache: &mut PoolCache, burst: &mut Burst, mut word: u64) {
+        for _ in 0..MAX_BURST {
+            self.discard(cache, word);
+            let Some(next) = self.receive(cache, burst) else { return };
+            word = next;
+        }
+    }
+
     /// Gives every buffer to `cache` and the ring back; the device was reset.
     pub(super) fn release(mut self, cache: &mut PoolCache) -> DmaRing<u64, 2> {
         self.buffers.release_all(cache);
@@ -155,10 +166,8 @@ impl RxQueue {
 impl RxBurst for RxQueue {
     #[inline(always)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
-        // The bound keeps a device that completes bad descriptors without end from holding the lcore.
-        for _ in 0..MAX_BURST {
-            let Some(word) = self.receive(cache, burst) else { return };
-            self.discard(cache, word);
+        if let Some(word) = self.receive(cache, burst) {
+            self.receive_around(cache, burst, word);
         }
     }
 

@@ -31,10 +31,9 @@ impl TxQueue {
         Self { ring, buffers, tail, next: 0, reclaimed: 0, stats: QueueStats::default() }
     }
 
-    /// Takes buffers of completed descriptors back when half of the ring is used, or less is free than `wanted`.
-    #[inline(always)]
-    fn reclaim(&mut self, cache: &mut PoolCache, wanted: usize) {
-        let most = (self.ring.entries() / 2).min(self.ring.entries() - 1 - wanted);
+    /// Takes buffers of completed descriptors back until no more than `most` descriptors are in use.
+    #[inline(never)]
+    fn reclaim(&mut self, cache: &mut PoolCache, most: usize) {
         while self.next.wrapping_sub(self.reclaimed) > most {
             let reports = self.reclaimed.wrapping_add(RECLAIM - 1);
             if self.ring.load::<1>(reports) & TXD_DD == 0 {
@@ -55,9 +54,13 @@ impl TxQueue {
 impl TxBurst for TxQueue {
     #[inline(always)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        self.reclaim(cache, burst.len());
         let mask = self.ring.entries() - 1;
         let start = self.next;
+        // Half of the ring is reclaimed while the device has the other half, and more when the burst needs it.
+        let most = (mask / 2).min(mask - burst.len());
+        if start.wrapping_sub(self.reclaimed) > most {
+            self.reclaim(cache, most);
+        }
         let free = mask - start.wrapping_sub(self.reclaimed);
         let count = burst.len().min(free);
         if count == 0 {
@@ -70,8 +73,8 @@ impl TxBurst for TxQueue {
         let mut bytes = 0;
         self.buffers.keep(start, count, cache, burst, |index, iova, len| {
             ring.store::<0>(index, iova);
-            ring.store::<1>(index, u64::from(len) | TXD_EOP | TXD_IFCS);
-            bytes += u64::from(len);
+            ring.store::<1>(index, len as u64 | TXD_EOP | TXD_IFCS);
+            bytes += len as u64;
         });
         if let Some(len) = reporting {
             ring.store::<1>(reports, len | TXD_EOP | TXD_IFCS | TXD_RS);

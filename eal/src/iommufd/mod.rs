@@ -23,7 +23,7 @@ mod sys;
 use std::fs::OpenOptions;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use iommufd_bindings as uapi;
 use nix::errno::Errno;
@@ -71,6 +71,16 @@ pub enum Accounting {
 #[derive(Clone, Debug)]
 pub struct Iommufd(Arc<OwnedFd>);
 
+/// An [`Iommufd`] that somebody else keeps open.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct WeakIommufd(Weak<OwnedFd>);
+
+impl WeakIommufd {
+    pub(crate) fn upgrade(&self) -> Option<Iommufd> {
+        self.0.upgrade().map(Iommufd)
+    }
+}
+
 macro_rules! call {
     ($fd:expr, $ioctl:ident, $arg:expr) => {
         // SAFETY: the argument is the structure of this ioctl, `size` filled in, and lives for the call;
@@ -101,6 +111,10 @@ impl Iommufd {
     /// Takes a descriptor of `/dev/iommu` that somebody else opened.
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self(Arc::new(fd))
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakIommufd {
+        WeakIommufd(Arc::downgrade(&self.0))
     }
 
     /// Chooses whose limit pinned pages count against; only before the first object is allocated.

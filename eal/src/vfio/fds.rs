@@ -14,20 +14,40 @@ use crate::iommufd::Iommufd;
 /// The descriptors behind one device.
 #[derive(Debug)]
 pub enum DeviceFds {
-    /// Of modes `cdev` and `noiommu-cdev`. A cdev that is not bound yet gives no access to anything.
-    Cdev {
-        /// `/dev/iommu`.
-        iommufd: Iommufd,
-        /// `/dev/vfio/devices/vfioN`.
-        device: OwnedFd,
-    },
+    /// Of modes `cdev` and `noiommu-cdev`.
+    Cdev(CdevFds),
     /// Of modes `container`, `compat` and `noiommu`.
-    Group {
-        /// `/dev/vfio/vfio`, or `/dev/iommu` in mode `compat`.
-        container: OwnedFd,
-        /// `/dev/vfio/N` or `/dev/vfio/noiommu-N`.
-        group: OwnedFd,
-    },
+    Group(GroupFds),
+}
+
+/// A character device and the iommufd that it will be bound to. Before that it gives access to nothing.
+#[derive(Debug)]
+pub struct CdevFds {
+    /// `/dev/iommu`.
+    pub(super) iommufd: Iommufd,
+    /// `/dev/vfio/devices/vfioN`.
+    pub(super) device: OwnedFd,
+}
+
+/// A group and the container that it will join.
+#[derive(Debug)]
+pub struct GroupFds {
+    /// `/dev/vfio/vfio`, or `/dev/iommu` in mode `compat`.
+    pub(super) container: OwnedFd,
+    /// `/dev/vfio/N` or `/dev/vfio/noiommu-N`.
+    pub(super) group: OwnedFd,
+}
+
+impl From<CdevFds> for DeviceFds {
+    fn from(fds: CdevFds) -> Self {
+        Self::Cdev(fds)
+    }
+}
+
+impl From<GroupFds> for DeviceFds {
+    fn from(fds: GroupFds) -> Self {
+        Self::Group(fds)
+    }
 }
 
 const CDEV: u8 = b'c';
@@ -40,8 +60,8 @@ impl DeviceFds {
     /// When the socket is closed or full.
     pub fn send(&self, socket: &UnixStream) -> Result<()> {
         let (kind, first, second) = match self {
-            Self::Cdev { iommufd, device } => (CDEV, iommufd.as_fd(), device.as_fd()),
-            Self::Group { container, group } => (GROUP, container.as_fd(), group.as_fd()),
+            Self::Cdev(CdevFds { iommufd, device }) => (CDEV, iommufd.as_fd(), device.as_fd()),
+            Self::Group(GroupFds { container, group }) => (GROUP, container.as_fd(), group.as_fd()),
         };
         let fds = [first.as_raw_fd(), second.as_raw_fd()];
         sendmsg::<()>(
@@ -77,8 +97,10 @@ impl DeviceFds {
         }
         let pair: std::result::Result<[OwnedFd; 2], _> = fds.try_into();
         match (bytes, kind[0], pair) {
-            (1, CDEV, Ok([iommufd, device])) => Ok(Self::Cdev { iommufd: Iommufd::from_fd(iommufd), device }),
-            (1, GROUP, Ok([container, group])) => Ok(Self::Group { container, group }),
+            (1, CDEV, Ok([iommufd, device])) => {
+                Ok(CdevFds { iommufd: Iommufd::from_fd(iommufd), device }.into())
+            }
+            (1, GROUP, Ok([container, group])) => Ok(GroupFds { container, group }.into()),
             _ => Err(Error::new(ErrorKind::Protocol, what, "the message is not one of Vireo's")),
         }
     }
@@ -96,8 +118,8 @@ mod tests {
         let (here, there) = UnixStream::pair().unwrap();
         let (container, group) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         let inodes = [&container, &group].map(|file| file.metadata().unwrap().ino());
-        DeviceFds::Group { container: container.into(), group: group.into() }.send(&here).unwrap();
-        let Ok(DeviceFds::Group { container, group }) = DeviceFds::receive(&there) else {
+        DeviceFds::from(GroupFds { container: container.into(), group: group.into() }).send(&here).unwrap();
+        let Ok(DeviceFds::Group(GroupFds { container, group })) = DeviceFds::receive(&there) else {
             panic!("no group")
         };
         assert_eq!([container, group].map(|fd| File::from(fd).metadata().unwrap().ino()), inodes);

@@ -5,9 +5,11 @@
 //! opened, [`AddressSpace`] the one on how memory is mapped.
 
 mod acquire;
+mod cdev;
 mod device;
 mod diagnose;
 mod fds;
+mod group;
 mod info;
 mod irq;
 pub mod mode;
@@ -16,7 +18,7 @@ mod sys;
 
 pub use acquire::{Acquired, Node, Phase, Vfio};
 pub use device::{ConfigSpace, Device};
-pub use fds::DeviceFds;
+pub use fds::{CdevFds, DeviceFds, GroupFds};
 pub use irq::{Irq, IrqInfo};
 pub use mode::VfioMode;
 pub use space::{AddressSpace, Mapping};

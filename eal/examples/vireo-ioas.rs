@@ -41,7 +41,7 @@ fn main() -> std::process::ExitCode {
     match run() {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ioas: {error}");
+            eprintln!("vireo-ioas: {error}");
             error.kind().exit_code().into()
         }
     }

@@ -1,0 +1,130 @@
+//! `vireo-interrupts BDF MODE`: fires every kind of interrupt that a PCI device has and waits for its eventfd.
+//!
+//! Each kind is fired by the kernel on our behalf; a NIC of the e1000 family also fires it itself.
+#![forbid(unsafe_code)]
+
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vireo_bus_pci::{Bus, DeviceId, Function, PciDevice};
+use vireo_eal::mmio::Bar;
+use vireo_eal::vfio::{Irq, Vfio};
+use vireo_eal::{Error, ErrorKind, Result};
+
+/// Milliseconds that an interrupt may take.
+const PATIENCE: u16 = 5000;
+
+/// Interrupt cause read (and clear), cause set, mask set (8254x SDM 13.4, 82574 DS 10.2.4).
+const ICR: u64 = 0xc0;
+const ICS: u64 = 0xc8;
+const IMS: u64 = 0xd0;
+const IMC: u64 = 0xd8;
+/// Which MSI-X vector a cause has (82574 DS 10.2.4.9).
+const IVAR: u64 = 0xe4;
+/// Vector 0 for RX queue 0, valid.
+const IVAR_RXQ0_VECTOR_0: u32 = 1 << 3;
+const CAUSE_LINK: u32 = 1 << 2;
+const CAUSE_RXQ0: u32 = 1 << 20;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vireo-interrupts: {error}");
+            error.kind().exit_code().into()
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let words: Vec<String> = std::env::args().collect();
+    let [_, address, mode] = &words[..] else {
+        return Err(Error::new(ErrorKind::Usage, "cannot start", "give BDF and MODE"));
+    };
+    let bus = Bus::default();
+    let device = bus.open(&bus.find(address.parse()?)?, &Vfio::new(None), mode.parse()?)?;
+    for irq in [Irq::Intx, Irq::Msi, Irq::Msix] {
+        if device.vfio().irq_info(irq)?.count > 0 {
+            by_software(&device, irq)?;
+            if let Some(cause) = cause(device.id(), irq) {
+                by_device(&device, irq, cause)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn by_software(device: &PciDevice, irq: Irq) -> Result<()> {
+    let event = enable(device, irq)?;
+    device.vfio().trigger(irq)?;
+    wait(&event, irq)?;
+    println!("{irq:?}: by software");
+    device.vfio().disable_irq(irq)
+}
+
+/// The cause that the chip can be told to report through `irq`; none when we know nothing of the chip.
+fn cause(id: DeviceId, irq: Irq) -> Option<u32> {
+    match (id.vendor, id.device, irq) {
+        (0x8086, 0x10d3, Irq::Msix) => Some(CAUSE_RXQ0),
+        (0x8086, 0x10d3 | 0x100e, _) => Some(CAUSE_LINK),
+        _ => None,
+    }
+}
+
+/// Twice, because the first one may leave the interrupt masked: in the chip until ICR is read, and a line
+/// also in the kernel until it is unmasked.
+fn by_device(device: &PciDevice, irq: Irq, cause: u32) -> Result<()> {
+    // A message is a write to memory, which only a bus master makes.
+    device.set_command(true)?;
+    let registers = device.bar(0)?;
+    quiet(&registers);
+    if irq == Irq::Msix {
+        registers.write32(IVAR, IVAR_RXQ0_VECTOR_0);
+    }
+    let event = enable(device, irq)?;
+    for round in ["first", "second"] {
+        registers.write32(IMS, cause);
+        registers.write32(ICS, cause);
+        wait(&event, irq)?;
+        println!("{irq:?}: by the device, {round}");
+        quiet(&registers);
+        if device.vfio().irq_info(irq)?.automasked {
+            device.vfio().unmask(irq)?;
+        }
+        if fired(&event, PollTimeout::ZERO)? {
+            return Err(failed(irq, "it fired again by itself"));
+        }
+    }
+    device.vfio().disable_irq(irq)?;
+    device.set_command(false)
+}
+
+fn quiet(registers: &Bar) {
+    registers.write32(IMC, u32::MAX);
+    registers.read32(ICR);
+}
+
+fn enable(device: &PciDevice, irq: Irq) -> Result<EventFd> {
+    let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map_err(|errno| Error::os("cannot make an eventfd", errno))?;
+    device.vfio().enable_irq(irq, &[event.as_fd()])?;
+    Ok(event)
+}
+
+fn wait(event: &EventFd, irq: Irq) -> Result<()> {
+    if !fired(event, PATIENCE.into())? {
+        return Err(failed(irq, "its eventfd stays silent"));
+    }
+    event.read().map(drop).map_err(|errno| Error::os("cannot read an eventfd", errno))
+}
+
+fn fired(event: &EventFd, patience: PollTimeout) -> Result<bool> {
+    let mut fds = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, patience).map(|ready| ready == 1).map_err(|errno| Error::os("cannot poll", errno))
+}
+
+fn failed(irq: Irq, why: &str) -> Error {
+    Error::new(ErrorKind::Protocol, format!("no {irq:?} interrupt"), why)
+}

@@ -1,0 +1,101 @@
+//! A device by its own character device and iommufd (modes `cdev` and `noiommu-cdev`).
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use vfio_bindings::bindings::vfio as uapi;
+
+use super::acquire::{NOIOMMU_PREFIX, Node, Phases, Vfio, cdev_name, has_iommu, lock, needs_noiommu, open};
+use super::fds::CdevFds;
+use super::space::AddressSpace;
+use super::{VfioMode, diagnose, sys};
+use crate::args::VfToken;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ioctl::counted;
+use crate::iommufd::Iommufd;
+
+impl Vfio {
+    pub(super) fn open_cdev(&self, node: &Node, mode: VfioMode) -> Result<CdevFds> {
+        let what = || format!("cannot use {} in mode {mode}", node.name);
+        let name = cdev_name(node).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unavailable,
+                what(),
+                "the kernel gives it no VFIO cdev (CONFIG_VFIO_DEVICE_CDEV, 6.6)",
+            )
+            .mend("use --vfio-mode container")
+        })?;
+        match (name.starts_with(NOIOMMU_PREFIX), mode) {
+            (true, VfioMode::Cdev) => return Err(needs_noiommu(what(), VfioMode::NoiommuCdev)),
+            (false, VfioMode::NoiommuCdev) => return Err(has_iommu(what())),
+            _ => {}
+        }
+        let iommufd = {
+            let mut kept = lock(&self.iommufd);
+            match kept.upgrade() {
+                Some(iommufd) => iommufd,
+                None => {
+                    let iommufd = Iommufd::open()?;
+                    *kept = iommufd.downgrade();
+                    iommufd
+                }
+            }
+        };
+        let path = self.dev.join("vfio/devices").join(&name);
+        let device = open(&path)?;
+        let expected = fs::read_to_string(node.sysfs.join("vfio-dev").join(&name).join("dev"))
+            .map_err(|error| Error::io(format!("cannot read the device number of {name}"), &error))?;
+        let metadata = device
+            .metadata()
+            .map_err(|error| Error::io(format!("cannot examine {}", path.display()), &error))?;
+        let (major, minor) = (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
+        if expected.trim() != format!("{major}:{minor}") {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                format!("cannot use {}", path.display()),
+                format!("it is device {major}:{minor} and {} is {}", node.name, expected.trim()),
+            )
+            .mend("run: udevadm trigger --subsystem-match=vfio-dev"));
+        }
+        Ok(CdevFds { iommufd, device: device.into() })
+    }
+
+    /// Bind, allocate, attach: the order in which a map fails where it is made.
+    pub(super) fn complete_cdev(
+        &self,
+        node: &Node,
+        mode: VfioMode,
+        fds: CdevFds,
+        phases: &mut Phases,
+    ) -> Result<(OwnedFd, Arc<AddressSpace>)> {
+        let CdevFds { iommufd, device } = fds;
+        let token = self.vf_token.map(VfToken::bytes);
+        let mut bind = uapi::vfio_device_bind_iommufd {
+            argsz: size_of::<uapi::vfio_device_bind_iommufd>() as u32,
+            flags: if token.is_some() { uapi::VFIO_DEVICE_BIND_FLAG_TOKEN } else { 0 },
+            iommufd: iommufd.as_fd().as_raw_fd(),
+            out_devid: 0,
+            token_uuid_ptr: token.as_ref().map_or(0, |token| token.as_ptr() as u64),
+        };
+        // SAFETY: the structure is complete; the token's 16 bytes live until after the call.
+        counted(unsafe { sys::bind_iommufd(device.as_raw_fd(), &mut bind) }).map_err(|errno| {
+            diagnose::bind(Error::os(format!("cannot bind {} to iommufd", node.name), errno), node, &self.dev)
+        })?;
+        phases.end("bind");
+        let space = self.space(mode, || {
+            Ok(AddressSpace::iommufd(iommufd.ioas_alloc()?, mode == VfioMode::NoiommuCdev))
+        })?;
+        let mut attach = uapi::vfio_device_attach_iommufd_pt {
+            argsz: size_of::<uapi::vfio_device_attach_iommufd_pt>() as u32,
+            flags: 0,
+            pt_id: space.ioas().map_or(0, |ioas| ioas.id()),
+            pasid: 0,
+        };
+        // SAFETY: the structure is complete.
+        counted(unsafe { sys::attach_iommufd_pt(device.as_raw_fd(), &mut attach) })
+            .map_err(|errno| Error::os(format!("cannot attach {} to its address space", node.name), errno))?;
+        Ok((device, space))
+    }
+}

@@ -1,0 +1,159 @@
+//! A device by its IOMMU group, in a container (modes `container`, `compat` and `noiommu`).
+
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use nix::errno::Errno;
+use vfio_bindings::bindings::vfio as uapi;
+
+use super::acquire::{
+    NOIOMMU_PREFIX, Node, Phases, Vfio, group_of, has_iommu, lock, needs_noiommu, no_group, open,
+};
+use super::fds::GroupFds;
+use super::space::{AddressSpace, Container};
+use super::{VfioMode, diagnose, sys};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ioctl::counted;
+use crate::iommufd;
+
+impl Vfio {
+    pub(super) fn open_group(&self, node: &Node, mode: VfioMode) -> Result<GroupFds> {
+        let what = || format!("cannot use {} in mode {mode}", node.name);
+        let group = group_of(node).map_err(|_| no_group(what()))?;
+        let plain = self.dev.join(format!("vfio/{group}"));
+        let physical = self.dev.join(format!("vfio/{NOIOMMU_PREFIX}{group}"));
+        let path = match mode {
+            VfioMode::Noiommu if !physical.exists() && plain.exists() => return Err(has_iommu(what())),
+            VfioMode::Noiommu => physical,
+            _ if !plain.exists() && physical.exists() => {
+                return Err(needs_noiommu(what(), VfioMode::Noiommu));
+            }
+            _ => plain,
+        };
+        let existing = self.existing(mode);
+        let kept = existing.as_ref().and_then(|space| space.container());
+        let container = match kept {
+            Some(container) => container.fd.try_clone().map_err(cannot_duplicate)?,
+            None if mode == VfioMode::Compat => open(Path::new(iommufd::PATH))
+                .map_err(|error| error.mend("run: modprobe iommufd, or choose --vfio-mode container"))?
+                .into(),
+            None => open(&self.dev.join("vfio/vfio"))
+                .map_err(|error| error.mend("run: modprobe vfio-pci"))?
+                .into(),
+        };
+        let group = match kept.and_then(|container| lock(&container.groups).get(&group).map(File::try_clone))
+        {
+            Some(file) => file.map_err(cannot_duplicate)?,
+            None => open(&path).map_err(|error| diagnose::group_open(error, &path))?,
+        };
+        Ok(GroupFds { container, group: group.into() })
+    }
+
+    /// Puts the group into the container of its mode and takes the device out of the group. `opening` is
+    /// released before the kernel resets the device.
+    pub(super) fn complete_group(
+        &self,
+        node: &Node,
+        mode: VfioMode,
+        fds: GroupFds,
+        opening: MutexGuard<'_, ()>,
+        phases: &mut Phases,
+    ) -> Result<(OwnedFd, Arc<AddressSpace>)> {
+        let what = || format!("cannot use {}", node.name);
+        let number = group_of(node).map_err(|_| no_group(what()))?;
+        let GroupFds { container, group } = fds;
+        let group = File::from(group);
+        let in_container = status(&group, number, node)? & uapi::VFIO_GROUP_FLAGS_CONTAINER_SET != 0;
+        let mut container = Some(container);
+        let space = self.space(mode, || {
+            let fd = container.take().ok_or_else(|| Error::os(what(), Errno::EBADF))?;
+            if !in_container {
+                set_container(&group, number, &fd)?;
+                let physical = mode == VfioMode::Noiommu;
+                set_iommu(&fd, if physical { uapi::VFIO_NOIOMMU_IOMMU } else { uapi::VFIO_TYPE1v2_IOMMU })?;
+            }
+            let container = Container { groups: Mutex::default(), fd };
+            Ok(match mode {
+                VfioMode::Noiommu => AddressSpace::none(container),
+                _ => AddressSpace::type1(container),
+            })
+        })?;
+        let Some(shared) = space.container() else {
+            return Err(Error::new(ErrorKind::Usage, what(), "its mode has no container"));
+        };
+        let joins = container.is_some();
+        if joins && !in_container {
+            set_container(&group, number, &shared.fd)?;
+        }
+        lock(&shared.groups).entry(number).or_insert(group.try_clone().map_err(cannot_duplicate)?);
+        drop(opening);
+        phases.end("bind");
+        Ok((self.device_fd(node, &group)?, space))
+    }
+
+    fn device_fd(&self, node: &Node, group: &File) -> Result<OwnedFd> {
+        let what = || format!("cannot open {} in its group", node.name);
+        let name = match &self.vf_token {
+            Some(token) => format!("{} vf_token={token}", node.name),
+            None => node.name.clone(),
+        };
+        let name = CString::new(name)
+            .map_err(|_| Error::new(ErrorKind::Usage, what(), "the name has a NUL byte in it"))?;
+        // SAFETY: the argument is a string that ends in NUL and lives for the call.
+        let fd = counted(unsafe { sys::group_get_device_fd(group.as_raw_fd(), name.as_ptr()) })
+            .map_err(|errno| diagnose::bind(Error::os(what(), errno), node, &self.dev))?;
+        // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+}
+
+fn cannot_duplicate(error: std::io::Error) -> Error {
+    Error::io("cannot duplicate a descriptor", &error)
+}
+
+/// Flags of a group that can be used.
+fn status(group: &File, number: u32, node: &Node) -> Result<u32> {
+    let mut status = uapi::vfio_group_status { argsz: size_of::<uapi::vfio_group_status>() as u32, flags: 0 };
+    // SAFETY: the structure is complete.
+    counted(unsafe { sys::group_get_status(group.as_raw_fd(), &mut status) })
+        .map_err(|errno| Error::os(format!("cannot read the state of IOMMU group {number}"), errno))?;
+    if status.flags & uapi::VFIO_GROUP_FLAGS_VIABLE == 0 {
+        return Err(diagnose::not_viable(node, number));
+    }
+    Ok(status.flags)
+}
+
+fn set_container(group: &File, number: u32, container: &OwnedFd) -> Result<()> {
+    // SAFETY: the argument is a descriptor that is open for the call.
+    counted(unsafe { sys::group_set_container(group.as_raw_fd(), &container.as_raw_fd()) })
+        .map(drop)
+        .map_err(|errno| Error::os(format!("cannot put IOMMU group {number} into its container"), errno))
+}
+
+fn set_iommu(container: &OwnedFd, iommu: u32) -> Result<()> {
+    let what = "cannot give the container an IOMMU";
+    // SAFETY: this ioctl has no argument.
+    let version = counted(unsafe { sys::get_api_version(container.as_raw_fd()) })
+        .map_err(|errno| Error::os(what, errno))?;
+    if version != uapi::VFIO_API_VERSION as i32 {
+        return Err(Error::new(
+            ErrorKind::Unavailable,
+            what,
+            format!("the kernel speaks VFIO API {version}, not 0"),
+        ));
+    }
+    // SAFETY: the argument is an integer.
+    counted(unsafe { sys::set_iommu(container.as_raw_fd(), iommu as i32) }).map(drop).map_err(|errno| {
+        let error = Error::os(what, errno);
+        match errno {
+            Errno::ENODEV => error
+                .because("the kernel has no driver for this IOMMU type (CONFIG_VFIO_IOMMU_TYPE1)")
+                .mend("run: modprobe vfio_iommu_type1, or choose --vfio-mode cdev"),
+            Errno::EPERM => diagnose::unsafe_interrupts(error),
+            _ => error,
+        }
+    })
+}
