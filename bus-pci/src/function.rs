@@ -20,6 +20,8 @@ impl std::fmt::Display for DeviceId {
 }
 
 /// A PCI function that a driver owns. Set-up only: nothing here is on the packet path.
+///
+/// The kernel has reset it when it was opened, if it can be reset.
 pub trait Function: Send {
     /// Where it sits.
     fn address(&self) -> Bdf;

@@ -62,8 +62,8 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     for &number in &enabled {
         reporter.chat(&format!("Initializing port {number}... "))?;
         let port = &mut all[number].port;
-        let (rx, tx) = port.start(&memory, &mut cache, SIZES)?;
         port.set_promiscuous(args.promiscuous)?;
+        let (rx, tx) = port.start(&memory, &mut cache, SIZES)?;
         (rx_queues[number], tx_queues[number]) = (Some(rx), Some(tx));
         reporter.chat("done: \n")?;
         reporter.say(

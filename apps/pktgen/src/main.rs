@@ -61,9 +61,9 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
 
     let mut queues = Vec::with_capacity(all.len());
     for (number, open) in all.iter_mut().enumerate() {
-        queues.push(open.port.start(&memory, &mut cache, SIZES)?);
         // A forwarder gives frames an address of its own choice.
         open.port.set_promiscuous(number == args.rx_port)?;
+        queues.push(open.port.start(&memory, &mut cache, SIZES)?);
     }
     let stream = Stream {
         run: std::process::id(),

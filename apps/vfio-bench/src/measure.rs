@@ -91,8 +91,8 @@ impl Side {
         let mut cache = Pool::new(&memory, BUFFERS)?.cache();
         let mut queues = Vec::with_capacity(ports.len());
         for open in &mut ports {
-            queues.push(open.port.start(&memory, &mut cache, SIZES)?);
             open.port.set_promiscuous(promiscuous)?;
+            queues.push(open.port.start(&memory, &mut cache, SIZES)?);
         }
         Ok(Self { ports, queues, cache, memory, mapped })
     }

@@ -66,6 +66,8 @@ pub struct Behaviour {
     pub needs_reset: bool,
     /// Ignores a reset through the status register.
     pub ignore_reset: bool,
+    /// Whether the function has a reset of its own.
+    pub function_reset: bool,
     /// Every read of all registers gives ones, as after removal.
     pub removed: bool,
     /// Changes `config_generation` on every read.
@@ -92,6 +94,7 @@ impl Default for Behaviour {
             refuse_features: false,
             needs_reset: false,
             ignore_reset: false,
+            function_reset: true,
             removed: false,
             config_changes: false,
             num_buffers: None,

@@ -119,7 +119,6 @@ impl Device {
     /// # Errors
     /// As for [`Device::probe`].
     pub fn probe_with(function: Box<dyn Function>, options: Options) -> Result<Self> {
-        function.reset()?;
         function.set_command(false)?;
         let transport = Transport::new(&*function)?;
         let mut device = Self {
@@ -234,9 +233,12 @@ impl Device {
     /// Ends DMA. When the device does not confirm it, its memory stays mapped for good.
     fn quiesce(&mut self) -> Result<Option<Started>> {
         let Some(started) = self.started.take() else { return Ok(None) };
-        let reset = self.transport.reset();
-        let off = self.function.0.set_command(false);
-        match reset.and(off) {
+        let function = &self.function.0;
+        let reset = self.transport.reset().or_else(|error| match function.reset() {
+            Ok(true) => Ok(()),
+            _ => Err(error),
+        });
+        match reset.and(function.set_command(false)) {
             Ok(()) => Ok(Some(started)),
             Err(error) => {
                 std::mem::forget(started.memory);

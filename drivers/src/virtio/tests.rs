@@ -299,12 +299,23 @@ fn a_port_may_stop_and_start_any_number_of_times() {
 #[test]
 fn a_stop_that_the_device_does_not_confirm_keeps_its_memory() {
     let Bench { nic, mut device, rx, tx, mut cache, memory } = Bench::new(Behaviour::default());
-    nic.behave(|behaviour| behaviour.ignore_reset = true);
+    nic.behave(|behaviour| {
+        behaviour.ignore_reset = true;
+        behaviour.function_reset = false;
+    });
     let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
     assert!(error.contains("after 1 s") && error.contains("is kept"), "{error}");
     let weak = Arc::downgrade(&memory);
     drop((device, memory, cache));
     assert!(weak.upgrade().is_some());
+}
+
+#[test]
+fn a_stop_that_the_device_ignores_is_done_by_the_function() {
+    let Bench { nic, mut device, rx, tx, mut cache, .. } = Bench::new(Behaviour::default());
+    nic.behave(|behaviour| behaviour.ignore_reset = true);
+    device.stop(rx, tx, &mut cache).unwrap();
+    assert!(!nic.is_live());
 }
 
 #[test]

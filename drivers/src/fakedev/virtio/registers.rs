@@ -42,6 +42,9 @@ impl Function for VirtioNet {
     }
 
     fn reset(&self) -> Result<bool> {
+        if !self.state().behaviour.function_reset {
+            return Ok(false);
+        }
         self.config.reset();
         self.reset_device();
         Ok(true)
