@@ -84,9 +84,11 @@ impl Lcores {
         self.workers.iter().map(|worker| worker.spec.id)
     }
 
-    /// Number of lcores, the main one among them.
-    pub fn count(&self) -> usize {
-        1 + self.workers.len()
+    /// Ids of all lcores, ascending.
+    pub fn ids(&self) -> Vec<u32> {
+        let mut ids: Vec<u32> = self.worker_ids().chain([self.main.id]).collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// Runs `function` on the main lcore: in the calling thread, which stays pinned.
@@ -319,7 +321,7 @@ mod tests {
         let lcores = lcores();
         assert_eq!(lcores.main_id(), 1);
         assert_eq!(lcores.worker_ids().collect::<Vec<_>>(), [0, 2]);
-        assert_eq!(lcores.count(), 3);
+        assert_eq!(lcores.ids().len(), 3);
         for id in lcores.worker_ids() {
             let handle = lcores
                 .launch(id, |context| {

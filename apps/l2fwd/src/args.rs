@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 
 use clap::{CommandFactory, Parser};
+use vireo_eal::Result;
 use vireo_eal::args::parse_app;
-use vireo_eal::{Error, ErrorKind, Result};
 
 /// Most ports that one lcore may poll (`MAX_RX_QUEUE_PER_LCORE` of DPDK's l2fwd, less one).
 const MOST_PORTS_PER_LCORE: u32 = 15;
@@ -121,45 +121,11 @@ fn port_map(text: &str) -> std::result::Result<PortMap, String> {
         .ok_or_else(wrong)
 }
 
-/// Which port each of `ports` (port numbers, ascending) forwards to.
-///
-/// # Errors
-/// `Usage` when a pair of `portmap` names a port that is not there, or one twice.
-pub fn destinations(ports: &[usize], portmap: Option<&Pairs>) -> Result<Vec<(usize, usize)>> {
-    let Some(pairs) = portmap else {
-        return Ok(ports
-            .chunks(2)
-            .flat_map(|pair| match *pair {
-                [a, b] => vec![(a, b), (b, a)],
-                _ => pair.iter().map(|a| (*a, *a)).collect(),
-            })
-            .collect());
-    };
-    let mut all: Vec<(usize, usize)> = Vec::new();
-    for (a, b) in pairs {
-        for port in [a, b] {
-            let why = if !ports.contains(port) {
-                "is not in the port mask"
-            } else if all.iter().any(|(from, _)| from == port) {
-                "is in two pairs"
-            } else {
-                continue;
-            };
-            return Err(Error::new(ErrorKind::Usage, "cannot use --portmap", format!("port {port} {why}")));
-        }
-        all.push((*a, *b));
-        if a != b {
-            all.push((*b, *a));
-        }
-    }
-    all.sort_unstable();
-    Ok(all)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use vireo_eal::ErrorKind;
 
     fn read(line: &str) -> Result<Args> {
         parse(["l2fwd"].into_iter().chain(line.split_whitespace()).map(Into::into).collect())
@@ -184,14 +150,6 @@ mod tests {
             assert!(!error.to_string().contains('\n'), "{error}");
         }
         assert!(read("").unwrap_err().to_string().contains("-p"));
-    }
-
-    #[test]
-    fn neighbours_are_paired_and_the_odd_one_echoes() {
-        assert_eq!(destinations(&[0, 2, 5], None).unwrap(), [(0, 2), (2, 0), (5, 5)]);
-        assert_eq!(destinations(&[0, 1, 2, 3], Some(&vec![(0, 3)])).unwrap(), [(0, 3), (3, 0)]);
-        assert!(destinations(&[0, 1], Some(&vec![(0, 2)])).is_err());
-        assert!(destinations(&[0, 1, 2], Some(&vec![(0, 1), (1, 2)])).is_err());
     }
 
     proptest! {

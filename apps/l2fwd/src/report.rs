@@ -102,6 +102,17 @@ impl Reporter {
         self.since = Instant::now();
         emit(&text)
     }
+
+    /// Prints totals once more, at the end: below what is on the screen.
+    ///
+    /// # Errors
+    /// As for [`Reporter::say`].
+    pub fn summary(&mut self, now: &[Totals]) -> Result<()> {
+        if self.style == Style::Terminal {
+            self.style = Style::Lines;
+        }
+        self.statistics(now)
+    }
 }
 
 fn emit(text: &str) -> Result<()> {
