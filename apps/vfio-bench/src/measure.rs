@@ -290,8 +290,22 @@ fn generate(
 /// How memory is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
+    /// By address: `VFIO_IOMMU_MAP_DMA` or `IOMMU_IOAS_MAP`.
     Map,
+    /// By file: `IOMMU_IOAS_MAP_FILE`.
     MapFile,
+    /// By address, with 4 KiB pages in the I/O page table only: `IOMMU_OPTION_HUGE_PAGES` = 0.
+    MapSmall,
+}
+
+impl Call {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Map => "map",
+            Self::MapFile => "map-file",
+            Self::MapSmall => "map, huge pages off",
+        }
+    }
 }
 
 /// Maps and unmaps a region of `bytes` while the device is attached; none where the mode maps nothing.
@@ -306,6 +320,9 @@ fn time_map(
     }
     let region = Arc::new(Region::new(bytes, backing)?);
     let iova = if space.is_physical() { None } else { space.free_ranges().fit(region.len() as u64) };
+    if let (Call::MapSmall, Some(ioas)) = (call, space.ioas()) {
+        ioas.set_huge_pages(false)?;
+    }
     let (before, since) = (ioctl::calls(), Instant::now());
     let mapping: Box<dyn std::fmt::Debug> = match (call, space.ioas()) {
         (Call::MapFile, Some(ioas)) => match ioas.map_file(&region, iova, Access::ReadWrite) {
@@ -313,8 +330,8 @@ fn time_map(
             Err(error) if error.errno() == Some(nix::errno::Errno::ENOTTY) => return Ok(None),
             Err(error) => return Err(error),
         },
-        (Call::MapFile, None) => return Ok(None),
-        (Call::Map, _) => Box::new(space.map(&region, iova)?),
+        (Call::MapFile | Call::MapSmall, None) => return Ok(None),
+        (Call::Map | Call::MapSmall, _) => Box::new(space.map(&region, iova)?),
     };
     let (mapped, map_ioctls) = (since.elapsed(), ioctl::calls() - before);
     let (before, since) = (ioctl::calls(), Instant::now());
@@ -323,7 +340,7 @@ fn time_map(
     Ok(Some(MapTime {
         mode: String::new(),
         memory: String::new(),
-        call: if call == Call::Map { "map" } else { "map-file" }.to_owned(),
+        call: call.name().to_owned(),
         bytes: region.len() as u64,
         round: 0,
         map_ms: mapped.as_secs_f64() * 1e3,
@@ -344,19 +361,19 @@ pub(crate) fn map_times(
     let vfio = Vfio::new(None);
     let device = bus.open(&wiring.inner[0], &vfio, mode)?;
     let mut times = Vec::new();
-    for (memory, backing) in [("4 KiB", Backing::SmallPages), ("2 MiB", Backing::HugeMemfd)] {
-        if mode == VfioMode::Noiommu {
-            continue;
-        }
-        for call in [Call::Map, Call::MapFile] {
-            if let Some(time) = time_map(device.vfio().space(), limits.map_bytes, backing.clone(), call)? {
-                times.push(MapTime {
-                    mode: mode.name().to_owned(),
-                    memory: memory.to_owned(),
-                    round,
-                    ..time
-                });
-            }
+    let small = ("4 KiB", Backing::SmallPages);
+    let large = ("2 MiB", Backing::HugeMemfd);
+    // The last one changes the address space for good.
+    let table = [
+        (&small, Call::Map),
+        (&small, Call::MapFile),
+        (&large, Call::Map),
+        (&large, Call::MapFile),
+        (&large, Call::MapSmall),
+    ];
+    for ((memory, backing), call) in table {
+        if let Some(time) = time_map(device.vfio().space(), limits.map_bytes, backing.clone(), call)? {
+            times.push(MapTime { mode: mode.name().to_owned(), memory: (*memory).to_owned(), round, ..time });
         }
     }
     Ok(times)
