@@ -1,0 +1,97 @@
+//! `vireo-devbind`: shows which kernel driver has each NIC, gives NICs to another driver, and back.
+#![forbid(unsafe_code)]
+
+mod host;
+mod status;
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::{ArgGroup, Parser};
+use vireo_eal::bdf::Bdf;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::host::Host;
+
+/// Shows which kernel driver has each NIC, gives NICs to another driver, and back
+#[derive(Debug, Parser)]
+#[command(name = "vireo-devbind", version)]
+#[command(group(ArgGroup::new("action").args(["status", "bind", "unbind", "restore"])))]
+struct Cli {
+    /// List the Ethernet controllers (what it does without arguments, too)
+    #[arg(short, long)]
+    status: bool,
+    /// Give the NICs to this kernel driver, such as vfio-pci; the one they had is recorded
+    #[arg(short, long, value_name = "DRIVER", requires = "addresses")]
+    bind: Option<String>,
+    /// Take the NICs from their kernel driver, which is recorded
+    #[arg(short, long, requires = "addresses")]
+    unbind: bool,
+    /// Give the NICs back to the kernel driver that was recorded
+    #[arg(short, long, requires = "addresses")]
+    restore: bool,
+    /// Also NICs that carry this machine's traffic
+    #[arg(long, conflicts_with = "status")]
+    force: bool,
+    /// Print the list as JSON
+    #[arg(long, conflicts_with_all = ["bind", "unbind", "restore"])]
+    json: bool,
+    /// PCI addresses, such as 0000:00:03.0
+    #[arg(value_name = "ADDRESS", value_parser = clap::value_parser!(Bdf), conflicts_with = "status")]
+    addresses: Vec<Bdf>,
+}
+
+fn run() -> Result<()> {
+    let cli = Cli::read(std::env::args_os())?;
+    vireo_eal::log::init(&[])?;
+    let host = Host::new();
+    match (&cli.bind, cli.unbind, cli.restore) {
+        (Some(driver), ..) => host.change(&cli.addresses, Some(driver), cli.force),
+        (_, true, _) => host.change(&cli.addresses, None, cli.force),
+        (.., true) => host.restore(&cli.addresses, cli.force),
+        _ => {
+            let nics = status::list(&host)?;
+            let text = if cli.json { status::json(&nics)? } else { status::table(&nics) };
+            writeln!(std::io::stdout(), "{text}")
+                .map_err(|error| Error::io("cannot write to standard output", &error))
+        }
+    }
+}
+
+impl Cli {
+    /// Reads `argv`; help and version are printed and end the process.
+    fn read(argv: impl Iterator<Item = OsString>) -> Result<Self> {
+        let cli = Self::try_parse_from(argv).map_err(|error| {
+            if !error.use_stderr() {
+                error.exit();
+            }
+            let text = error.render().to_string();
+            let why: Vec<_> = text.split("\n\n").take(1).flat_map(str::split_whitespace).collect();
+            let why = why.join(" ");
+            Error::new(ErrorKind::Usage, "cannot read the arguments", why.trim_start_matches("error: "))
+                .mend("see: vireo-devbind --help")
+        })?;
+        if !cli.addresses.is_empty() && cli.bind.is_none() && !cli.unbind && !cli.restore {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "cannot act on the addresses",
+                "nothing says what to do",
+            )
+            .mend("give --bind DRIVER, --unbind or --restore"));
+        }
+        Ok(cli)
+    }
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vireo-devbind: {error}");
+            error.kind().exit_code().into()
+        }
+    }
+}
