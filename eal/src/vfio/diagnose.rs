@@ -47,7 +47,10 @@ pub(super) fn group_open(error: Error, path: &Path) -> Error {
 /// A device was refused by its group or by iommufd.
 pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
     match error.errno() {
-        Some(Errno::EPERM) => unsafe_interrupts(error),
+        Some(Errno::EPERM) => match group_of(node) {
+            Ok(group) if !kernel_owned(node).is_empty() => not_viable(node, group),
+            _ => unsafe_interrupts(error),
+        },
         Some(Errno::EBUSY | Errno::EINVAL) => {
             let cdev = cdev_name(node).map(|name| dev.join("vfio/devices").join(name));
             let group = group_of(node).ok().map(|group| dev.join(format!("vfio/{group}")));
@@ -90,10 +93,9 @@ fn holder(paths: &[PathBuf]) -> Option<(u32, String)> {
     })
 }
 
-/// Names every device of the group that is bound to a driver of the kernel.
-pub(super) fn not_viable(node: &Node, group: u32) -> Error {
-    let devices = node.sysfs.join("iommu_group/devices");
-    let others: Vec<(String, String)> = fs::read_dir(devices)
+/// Devices of the group, and their drivers, that keep it from user space.
+fn kernel_owned(node: &Node) -> Vec<(String, String)> {
+    fs::read_dir(node.sysfs.join("iommu_group/devices"))
         .into_iter()
         .flatten()
         .flatten()
@@ -103,7 +105,12 @@ pub(super) fn not_viable(node: &Node, group: u32) -> Error {
             let harmless = matches!(driver.as_str(), "vfio-pci" | "pcieport" | "pci-stub");
             (!harmless).then(|| (entry.file_name().to_string_lossy().into_owned(), driver))
         })
-        .collect();
+        .collect()
+}
+
+/// Names every device of the group that is bound to a driver of the kernel.
+pub(super) fn not_viable(node: &Node, group: u32) -> Error {
+    let others = kernel_owned(node);
     let named: Vec<String> = others.iter().map(|(name, driver)| format!("{name} ({driver})")).collect();
     Error::new(
         ErrorKind::Unavailable,
@@ -111,7 +118,7 @@ pub(super) fn not_viable(node: &Node, group: u32) -> Error {
         format!("IOMMU group {group} is not viable: bound to kernel drivers are {}", named.join(", ")),
     )
     .mend(match others.first() {
-        Some((name, _)) => format!("run for each: echo {name} > /sys/bus/pci/devices/{name}/driver/unbind"),
+        Some((name, _)) => format!("run for each: vireo-devbind --bind vfio-pci {name}"),
         None => "unbind every other device of the group".to_owned(),
     })
 }
