@@ -32,16 +32,23 @@ pub(super) fn permission(path: &Path) -> String {
     format!("run as root, or: setfacl -m u:$USER:rw {}{mode}", path.display())
 }
 
-/// A group node did not open: it opens only once.
-pub(super) fn group_open(error: Error, path: &Path) -> Error {
+/// A group node did not open: it opens only once, and not at all while its devices are open as cdevs.
+pub(super) fn group_open(error: Error, node: &Node, dev: &Path, path: &Path) -> Error {
     match error.errno() {
-        Some(Errno::EBUSY) => in_use(error, &[path.to_owned()]),
+        Some(Errno::EBUSY) => {
+            let paths: Vec<PathBuf> = [path.to_owned()].into_iter().chain(cdev_path(node, dev)).collect();
+            in_use(error, &paths)
+        }
         Some(Errno::ENOENT) => error
             .because("the group has no device on vfio-pci")
             .mend("bind every device of the group to vfio-pci"),
         Some(Errno::EPERM) => error.mend("run as root: devices without IOMMU need CAP_SYS_RAWIO"),
         _ => error,
     }
+}
+
+fn cdev_path(node: &Node, dev: &Path) -> Option<PathBuf> {
+    cdev_name(node).map(|name| dev.join("vfio/devices").join(name))
 }
 
 /// A device was refused by its group or by iommufd.
@@ -52,9 +59,8 @@ pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
             _ => unsafe_interrupts(error),
         },
         Some(Errno::EBUSY | Errno::EINVAL) => {
-            let cdev = cdev_name(node).map(|name| dev.join("vfio/devices").join(name));
             let group = group_of(node).ok().map(|group| dev.join(format!("vfio/{group}")));
-            let paths: Vec<PathBuf> = cdev.into_iter().chain(group).collect();
+            let paths: Vec<PathBuf> = cdev_path(node, dev).into_iter().chain(group).collect();
             in_use(error, &paths)
         }
         _ => error,
@@ -138,7 +144,7 @@ mod tests {
         }
         let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
         let text = not_viable(&node, 7).to_string();
-        assert!(text.contains("0000:00:04.1 (e1000e)") && !text.contains("vfio-pci"), "{text}");
+        assert!(text.contains("drivers are 0000:00:04.1 (e1000e); run"), "{text}");
     }
 
     #[test]

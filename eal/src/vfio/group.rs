@@ -47,7 +47,7 @@ impl Vfio {
         let group = match kept.and_then(|container| lock(&container.groups).get(&group).map(File::try_clone))
         {
             Some(file) => file.map_err(cannot_duplicate)?,
-            None => open(&path).map_err(|error| diagnose::group_open(error, &path))?,
+            None => open(&path).map_err(|error| diagnose::group_open(error, node, &self.dev, &path))?,
         };
         Ok(GroupFds { container, group: group.into() })
     }

@@ -256,7 +256,7 @@ fn pinned(region: &Region) -> Result<()> {
         "cannot use 4 KiB pages without an IOMMU",
         "the kernel may move them while the NIC writes",
     )
-    .mend("leave out --no-huge, or use --vfio-mode noiommu-cdev (kernel 7.3)"))
+    .mend("leave out --no-huge"))
 }
 
 /// Physical address of each page of `region`, from `/proc/self/pagemap`
