@@ -10,11 +10,11 @@ use crate::port::{QueueStats, RxBurst};
 /// Length of the packet that a descriptor's second word speaks of, if it is done, whole, free of errors and
 /// fits into its buffer.
 #[inline(always)]
-fn good(word: u64) -> Option<u16> {
-    const GOOD: u32 = ((RXD_DD | RXD_EOP) >> 32) as u32;
-    const JUDGED: u32 = ((RXD_DD | RXD_EOP | RXD_ERRORS) >> 32) as u32;
-    let len = word as u16;
-    ((word >> 32) as u32 & JUDGED == GOOD && len.wrapping_sub(1) < DATA_ROOM as u16).then_some(len)
+fn good(word: u64) -> Option<usize> {
+    const GOOD: u64 = RXD_DD | RXD_EOP;
+    // Whatever is not as it should be makes the length too large.
+    let len = (word ^ GOOD) & (GOOD | RXD_ERRORS | u64::from(u16::MAX));
+    (len.wrapping_sub(1) < DATA_ROOM as u64).then_some(len as usize)
 }
 
 /// The receive queue of a port. Every descriptor owns a buffer at all times.
@@ -84,45 +84,31 @@ impl RxQueue {
         self.stats.doorbells += 1;
     }
 
-    /// Receives until `burst` is full or no good descriptor is next; if that one is bad, gives its second word.
+    /// Receives until `burst` is full or no good descriptor is next; gives the number of packets.
     #[inline(always)]
-    fn receive(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> Option<u64> {
-        let ring = self.ring.view();
+    fn receive(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let start = self.next;
-        let first = ring.load::<1>(start);
-        if first & RXD_DD == 0 || burst.is_full() {
-            return None;
-        }
-        if self.skipping {
-            return Some(first);
-        }
         let mut bytes = 0;
-        let mut stopped = None;
-        let done = |index| {
-            let word = ring.load::<1>(index);
-            let len = good(word);
-            match len {
-                Some(len) => bytes += u64::from(len),
-                None => stopped = Some(word),
-            }
-            len
-        };
-        let received = self.buffers.exchange(start, cache, burst, done, |index, iova| {
-            ring.store::<0>(index, iova);
-            ring.store::<1>(index, 0);
-        });
+        let received = self.buffers.exchange(
+            &self.ring,
+            start..start + MAX_BURST,
+            cache,
+            burst,
+            |slot| good(slot.entry.load::<1>()).inspect(|len| bytes += len),
+            |slot| {
+                slot.entry.store::<0>(slot.iova());
+                slot.entry.store::<1>(0);
+            },
+        );
         // Each length came with its DD in one load; packet data is read after this.
         dma_rmb();
         self.next = start.wrapping_add(received);
         self.stats.packets += received as u64;
-        self.stats.bytes += bytes;
+        self.stats.bytes += bytes as u64;
         if self.next.wrapping_sub(self.announced) >= self.worthwhile {
             self.announce();
         }
-        if stopped.is_none() && !burst.is_full() {
-            self.stats.no_buffer += u64::from(good(self.ring.load::<1>(self.next)).is_some());
-        }
-        stopped.filter(|word| word & RXD_DD != 0)
+        received
     }
 
     /// Gives the next descriptor, which is bad and says `word`, back to the device with the same buffer, and
@@ -144,15 +130,23 @@ impl RxQueue {
         }
     }
 
-    /// Receives past bad descriptors, the first of which says `word`. The bound keeps a device that completes
-    /// them without end from holding the lcore.
+    /// Drops what is bad, up to the next good descriptors, and receives those. The bound keeps a device that
+    /// completes bad ones without end from holding the lcore.
     #[cold]
     #[inline(never)]
-    fn receive_around(&mut self, cache: &mut PoolCache, burst: &mut Burst, mut word: u64) {
+    fn receive_around(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
         for _ in 0..MAX_BURST {
+            let word = self.ring.load::<1>(self.next);
+            if word & RXD_DD == 0 || burst.is_full() {
+                return;
+            }
+            if !self.skipping && good(word).is_some() {
+                if self.receive(cache, burst) == 0 {
+                    self.stats.no_buffer += 1;
+                }
+                return;
+            }
             self.discard(cache, word);
-            let Some(next) = self.receive(cache, burst) else { return };
-            word = next;
         }
     }
 
@@ -166,8 +160,11 @@ impl RxQueue {
 impl RxBurst for RxQueue {
     #[inline(always)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
-        if let Some(word) = self.receive(cache, burst) {
-            self.receive_around(cache, burst, word);
+        if self.ring.load::<1>(self.next) & RXD_DD == 0 {
+            return;
+        }
+        if self.skipping || self.receive(cache, burst) == 0 {
+            self.receive_around(cache, burst);
         }
     }
 

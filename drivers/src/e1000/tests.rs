@@ -179,10 +179,10 @@ fn an_empty_pool_is_counted_and_recovered_from() {
     let mut burst = Burst::new();
     let rx = &mut rig.queues.as_mut().unwrap().0;
     rx.rx_burst(&mut rig.cache, &mut burst);
-    assert_eq!((burst.len(), rx.stats().no_buffer), (10, 1));
+    assert_eq!((burst.len(), rx.stats().no_buffer), (10, 0));
     let mut more = Burst::new();
     rx.rx_burst(&mut rig.cache, &mut more);
-    assert_eq!((more.len(), rx.stats().no_buffer), (0, 2));
+    assert_eq!((more.len(), rx.stats().no_buffer), (0, 1));
     let mut got: Vec<_> = burst.drain(..).map(|packet| rig.take(packet)).collect();
     got.extend(rig.poll());
     assert_eq!(got, frames(0..20));
@@ -212,8 +212,8 @@ fn lies_about_received_frames_are_dropped_and_counted() {
             rig.device.receive_raw(DONE);
         }
         assert!(rig.device.receive(&frame(2)));
-        let mut got = rig.poll();
-        got.extend(rig.poll());
+        // A poll ends at the first bad descriptor, and the next gets past 32 of them.
+        let got = [rig.poll(), rig.poll(), rig.poll()].concat();
         assert_eq!(got, [frame(1), frame(2)], "{words:x?}");
         let stats = rig.rx_stats();
         let wanted = if frame_error { (1, 0) } else { (0, 1) };

@@ -56,28 +56,26 @@ impl TxBurst for TxQueue {
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let mask = self.ring.entries() - 1;
         let start = self.next;
-        // Half of the ring is reclaimed while the device has the other half, and more when the burst needs it.
-        let most = (mask / 2).min(mask - burst.len());
-        if start.wrapping_sub(self.reclaimed) > most {
-            self.reclaim(cache, most);
+        let mut count = burst.len();
+        // Half of the ring is reclaimed while the device has the other half. Until then a burst finds room.
+        if start.wrapping_sub(self.reclaimed) > mask / 2 {
+            self.reclaim(cache, mask / 2);
+            count = count.min(mask - start.wrapping_sub(self.reclaimed));
         }
-        let free = mask - start.wrapping_sub(self.reclaimed);
-        let count = burst.len().min(free);
         if count == 0 {
             return 0;
         }
         // A burst is no longer than RECLAIM, so at most one of its descriptors is the last of a batch.
         let reports = start | (RECLAIM - 1);
         let reporting = burst[..count].get(reports - start).map(|packet| packet.len() as u64);
-        let ring = self.ring.view();
         let mut bytes = 0;
-        self.buffers.keep(start, count, cache, burst, |index, iova, len| {
-            ring.store::<0>(index, iova);
-            ring.store::<1>(index, len as u64 | TXD_EOP | TXD_IFCS);
+        self.buffers.keep(&self.ring, start, count, cache, burst, |slot, len| {
+            slot.entry.store::<0>(slot.iova());
+            slot.entry.store::<1>(len as u64 | TXD_EOP | TXD_IFCS);
             bytes += len as u64;
         });
         if let Some(len) = reporting {
-            ring.store::<1>(reports, len | TXD_EOP | TXD_IFCS | TXD_RS);
+            self.ring.store::<1>(reports, len | TXD_EOP | TXD_IFCS | TXD_RS);
         }
         let next = start.wrapping_add(count);
         self.next = next;

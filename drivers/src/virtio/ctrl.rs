@@ -61,7 +61,8 @@ impl Control {
         desc.store::<1>(first.into(), shape(command.len() as u32, DESC_NEXT, second % SIZE));
         desc.store::<0>(second.into(), self.bytes.iova() + 8);
         desc.store::<1>(second.into(), shape(1, DESC_WRITE, 0));
-        self.queue.publish(second);
+        self.queue.filled = second;
+        self.queue.publish();
         transport.notify(self.index)?;
 
         let deadline = Instant::now() + DEVICE_TIMEOUT;

@@ -1,6 +1,5 @@
 //! Receive queue (virtio 1.2, 5.1.6.3 and 5.1.6.4).
 
-use std::iter::from_fn;
 use std::ops::RangeInclusive;
 
 use vireo_eal::bdf::Bdf;
@@ -19,14 +18,14 @@ const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u3
 pub struct RxQueue {
     queue: Virtqueue,
     mergeable: bool,
-    /// Descriptors are offered again when so many are back.
-    refill_at: u16,
+    /// Descriptors are offered again when the device lacks so many.
+    offer_at: u16,
 }
 
 impl RxQueue {
     pub(super) fn new(queue: Virtqueue, mergeable: bool) -> Self {
-        let refill_at = (queue.size() / 4).clamp(1, MAX_BURST as u16);
-        Self { queue, mergeable, refill_at }
+        let offer_at = (queue.size() / 4).clamp(1, MAX_BURST as u16);
+        Self { queue, mergeable, offer_at }
     }
 
     pub(super) fn address(&self) -> Bdf {
@@ -50,7 +49,7 @@ impl RxQueue {
         }
         while self.queue.room() > 0 {
             let room = self.queue.room();
-            self.refill(cache);
+            self.offer(cache);
             if self.queue.room() == room {
                 return Err(Error::new(
                     ErrorKind::Os,
@@ -68,69 +67,68 @@ impl RxQueue {
         self.queue.is_broken()
     }
 
-    /// Offers up to a burst of descriptors.
+    /// Offers what was filled again, after up to a burst of descriptors that have no buffer.
     #[inline]
-    fn refill(&mut self, cache: &mut PoolCache) {
-        let wanted = usize::from(self.queue.room()).min(MAX_BURST);
-        let start = usize::from(self.queue.head);
-        let desc = self.queue.desc.view();
-        let mut slots = self.queue.slots.view();
-        let mut position = start;
-        let mut reserved = cache.reserve(wanted);
-        while let Some(buffer) = reserved.next() {
-            desc.store::<0>(position, reserved.iova(&buffer) - HEADER as u64);
-            slots.put(position, buffer);
-            position += 1;
+    fn offer(&mut self, cache: &mut PoolCache) {
+        if self.queue.room() > 0 {
+            self.refill(cache);
         }
-        if position != start + wanted {
-            self.queue.stats.no_buffer += 1;
-        }
-        if position != start {
-            self.queue.publish(position as u16);
+        if self.queue.waiting() > 0 {
+            self.queue.publish();
         }
     }
 
-    /// Takes completions that are as expected: in order, one buffer each. Anything else is for
-    /// [`RxQueue::receive_any`].
-    #[inline]
+    #[cold]
+    #[inline(never)]
+    fn refill(&mut self, cache: &mut PoolCache) {
+        let queue = &mut self.queue;
+        for _ in 0..queue.room().min(MAX_BURST as u16) {
+            let Some(buffer) = cache.allocate() else {
+                queue.stats.no_buffer += 1;
+                return;
+            };
+            let position = usize::from(queue.filled);
+            queue.desc.store::<0>(position, cache.iova(&buffer) - HEADER as u64);
+            queue.slots.put(position, buffer);
+            queue.filled = queue.filled.wrapping_add(1);
+        }
+    }
+
+    /// Takes completions that are as expected: in order, one buffer each, of a ring whose descriptors are all
+    /// filled, so that fresh buffers go where the old ones were. Anything else is for [`RxQueue::receive_any`].
+    #[inline(always)]
     fn receive<const MERGEABLE: bool>(&mut self, used_idx: u16, cache: &mut PoolCache, burst: &mut Burst) {
         let queue = &mut self.queue;
         let pending = used_idx.wrapping_sub(queue.next);
-        if pending > queue.in_flight() || queue.tail != queue.next {
+        if pending > queue.in_flight() || queue.filled.wrapping_sub(queue.next) != queue.size() {
             return self.receive_any(used_idx, cache, burst);
         }
         dma_rmb();
-        let start = usize::from(queue.next);
-        let end = start + usize::from(pending).min(burst.remaining_capacity());
-        let mask = queue.used.entries() - 1;
+        let wanted = usize::from(pending).min(burst.remaining_capacity());
         let used = queue.used.view();
-        let mut slots = queue.slots.view();
-        let buffers = cache.buffers();
-        let mut position = start;
+        let start = usize::from(queue.next);
         let mut bytes = 0;
-        burst.extend(from_fn(|| {
-            if position == end {
-                return None;
-            }
-            let slot = position & mask;
-            let len = (used.load::<1>(slot) as usize).wrapping_sub(HEADER);
-            if used.load::<0>(slot) as usize != slot || len > DATA_ROOM {
-                return None;
-            }
-            let buffer = slots.take(slot)?;
-            if MERGEABLE && u16::from_le_bytes(buffers.read_header(&buffer)) != 1 {
-                slots.put(slot, buffer);
-                return None;
-            }
-            position += 1;
-            bytes += len;
-            Some(Packet::new(buffer, len))
-        }));
-        queue.next = position as u16;
-        queue.tail = position as u16;
-        self.queue.stats.packets += (position - start) as u64;
-        self.queue.stats.bytes += bytes as u64;
-        if position != end {
+        let received = queue.slots.exchange(
+            &queue.desc,
+            start..start + wanted,
+            cache,
+            burst,
+            |slot| {
+                let completion = used.entry(slot.index);
+                let len = (completion.load::<1>() as usize).wrapping_sub(HEADER);
+                let good = completion.load::<0>() as usize == slot.index
+                    && len <= DATA_ROOM
+                    && (!MERGEABLE || u16::from_le_bytes(slot.read_header()) == 1);
+                good.then_some(len).inspect(|len| bytes += len)
+            },
+            |slot| slot.entry.store::<0>(slot.iova() - HEADER as u64),
+        );
+        queue.next = queue.next.wrapping_add(received as u16);
+        queue.tail = queue.next;
+        queue.filled = queue.filled.wrapping_add(received as u16);
+        queue.stats.packets += received as u64;
+        queue.stats.bytes += bytes as u64;
+        if received != wanted {
             self.receive_any(used_idx, cache, burst);
         }
     }
@@ -153,6 +151,7 @@ impl RxQueue {
         burst: &mut Burst,
     ) -> std::result::Result<(), Lie> {
         self.queue.check_used(used_idx)?;
+        self.queue.withdraw(cache);
         dma_rmb();
         while self.queue.next != used_idx && !burst.is_full() {
             let pending = used_idx.wrapping_sub(self.queue.next);
@@ -179,7 +178,7 @@ impl RxQueue {
 }
 
 impl RxBurst for RxQueue {
-    #[inline]
+    #[inline(always)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
         let used_idx = self.queue.used_idx();
         if used_idx != self.queue.next {
@@ -189,8 +188,8 @@ impl RxBurst for RxQueue {
                 self.receive::<false>(used_idx, cache, burst);
             }
         }
-        if self.queue.room() >= self.refill_at {
-            self.refill(cache);
+        if self.queue.size().wrapping_sub(self.queue.in_flight()) >= self.offer_at {
+            self.offer(cache);
         }
     }
 

@@ -105,10 +105,12 @@ pub(super) struct Virtqueue {
     /// Elements of `id` and `len`.
     pub(super) used: DmaRing<u32, 2>,
     avail_event: DmaRing<u16>,
-    /// Filled exactly where the device has the descriptor.
+    /// Filled exactly where the device has the descriptor, or will at the next [`Virtqueue::publish`].
     pub(super) slots: BufferRing,
     /// First position not yet offered.
     pub(super) head: u16,
+    /// First position without a buffer; from `head` to there they are offered together.
+    pub(super) filled: u16,
     /// First position not yet back. Behind `next` only while the device completes out of order.
     pub(super) tail: u16,
     /// Position in the used ring of the next completion.
@@ -142,6 +144,7 @@ impl Virtqueue {
             avail_event: device.carve(1)?,
             slots: BufferRing::new(entries),
             head: 0,
+            filled: 0,
             tail: 0,
             next: 0,
             index: 0,
@@ -166,7 +169,7 @@ impl Virtqueue {
             word.store::<0>(0, 0);
         }
         self.used.fill(0);
-        (self.head, self.tail, self.next) = (0, 0, 0);
+        (self.head, self.filled, self.tail, self.next) = (0, 0, 0, 0);
         self.stats = QueueStats::default();
         (self.index, self.event_idx, self.doorbell) = (index, event_idx, None);
     }
@@ -207,15 +210,28 @@ impl Virtqueue {
         self.head.wrapping_sub(self.next)
     }
 
-    /// Descriptors that can be offered.
+    /// Descriptors that can be filled.
     #[inline(always)]
     pub(super) fn room(&self) -> u16 {
-        self.size().wrapping_sub(self.head.wrapping_sub(self.tail))
+        self.size().wrapping_sub(self.filled.wrapping_sub(self.tail))
     }
 
-    /// Offers the descriptors from `head` to `new` and rings if the device wants that.
+    /// Descriptors that are filled and not offered.
     #[inline(always)]
-    pub(super) fn publish(&mut self, new: u16) {
+    pub(super) fn waiting(&self) -> u16 {
+        self.filled.wrapping_sub(self.head)
+    }
+
+    /// Empties the descriptors that are filled and not offered: a filled one is then one that the device has.
+    pub(super) fn withdraw(&mut self, cache: &mut PoolCache) {
+        self.slots.release(self.head.into(), self.waiting().into(), cache);
+        self.filled = self.head;
+    }
+
+    /// Offers the filled descriptors and rings if the device wants that.
+    #[inline(always)]
+    pub(super) fn publish(&mut self) {
+        let new = self.filled;
         let old = std::mem::replace(&mut self.head, new);
         // The device cannot complete what is not offered, so it never passes this index and never interrupts.
         self.used_event.store::<0>(0, new);
@@ -278,8 +294,9 @@ impl Virtqueue {
                 lie.reason()
             );
             self.stats.device_errors += 1;
-            self.next = self.head;
-            self.tail = self.head.wrapping_sub(self.size());
+            self.head = self.filled;
+            self.next = self.filled;
+            self.tail = self.filled.wrapping_sub(self.size());
             return;
         }
         while self.tail != self.head && !self.slots.is_filled(self.tail.into()) {

@@ -11,7 +11,7 @@ use crate::port::{QueueStats, TxBurst};
 #[derive(Debug)]
 pub struct TxQueue {
     queue: Virtqueue,
-    /// Buffers are taken back when fewer descriptors than this can be offered.
+    /// Buffers are taken back when fewer descriptors than this can be filled.
     reclaim_below: u16,
 }
 
@@ -52,17 +52,14 @@ impl TxQueue {
         }
         dma_rmb();
         let start = usize::from(queue.next);
-        let end = start + usize::from(pending);
         let mask = queue.used.entries() - 1;
         let used = queue.used.view();
-        let mut position = start;
-        while position != end && used.load::<0>(position) as usize == position & mask {
-            position += 1;
-        }
-        queue.slots.release(start, position - start, cache);
-        queue.next = position as u16;
-        queue.tail = position as u16;
-        if position != end {
+        let expected = |position: usize| used.load::<0>(position) as usize == position & mask;
+        let count = (0..usize::from(pending)).take_while(|i| expected(start + i)).count();
+        queue.slots.release(start, count, cache);
+        queue.next = queue.next.wrapping_add(count as u16);
+        queue.tail = queue.next;
+        if count != usize::from(pending) {
             self.reclaim_any(used_idx, cache);
         }
     }
@@ -91,7 +88,8 @@ impl TxQueue {
 
 impl TxBurst for TxQueue {
     /// An empty burst takes back every buffer that the device is done with.
-    #[inline]
+    // Apart from the forwarding loop, where too few registers are left for the loop in here.
+    #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         if self.queue.room() < self.reclaim_below || burst.is_empty() {
             self.reclaim(cache);
@@ -100,24 +98,18 @@ impl TxBurst for TxQueue {
         if count == 0 {
             return 0;
         }
-        let mut position = usize::from(self.queue.head);
-        let desc = self.queue.desc.view();
-        let mut slots = self.queue.slots.view();
-        let buffers = cache.buffers();
+        let queue = &mut self.queue;
         let mut bytes = 0;
-        for packet in burst.drain(..count) {
-            let len = packet.len();
-            let mut buffer = packet.into_buffer();
-            buffers.write_header(&mut buffer, &[0; HEADER]);
-            desc.store::<0>(position, buffers.iova(&buffer) - HEADER as u64);
-            desc.store::<1>(position, shape((HEADER + len) as u32, 0, 0));
-            slots.put(position, buffer);
+        queue.slots.keep(&queue.desc, queue.filled.into(), count, cache, burst, |slot, len| {
+            slot.write_header(&[0; HEADER]);
+            slot.entry.store::<0>(slot.iova() - HEADER as u64);
+            slot.entry.store::<1>(shape((HEADER + len) as u32, 0, 0));
             bytes += len;
-            position += 1;
-        }
-        self.queue.stats.packets += count as u64;
-        self.queue.stats.bytes += bytes as u64;
-        self.queue.publish(position as u16);
+        });
+        queue.filled = queue.filled.wrapping_add(count as u16);
+        queue.stats.packets += count as u64;
+        queue.stats.bytes += bytes as u64;
+        queue.publish();
         count
     }
 

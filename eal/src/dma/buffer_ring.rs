@@ -1,6 +1,10 @@
 //! The driver's own record of which buffer is where.
 
-use super::pool::{Buffer, Burst, CHUNK, MAX_BURST, Packet, PoolCache};
+use std::hint::assert_unchecked;
+use std::ops::Range;
+
+use super::pool::{Buffer, Buffers, Burst, CHUNK, MAX_BURST, Packet, PoolCache};
+use super::ring::{DmaRing, RingEntry, RingView, Word};
 
 /// Which buffer each descriptor of a ring owns: our own record, which the device cannot reach.
 #[derive(Debug)]
@@ -9,35 +13,40 @@ pub struct BufferRing {
 }
 
 impl BufferRing {
-    const EMPTY: u32 = u32::MAX;
+    /// Beyond the end of every pool. Not all ones, which the compiler would write by a call of memset.
+    const EMPTY: u32 = u32::MAX - 1;
 
     /// A record for `entries` descriptors, all empty; rounded up to a power of two.
     pub fn new(entries: usize) -> Self {
         Self { slots: vec![Self::EMPTY; entries.next_power_of_two()].into() }
     }
 
-    /// The record for the length of a loop.
     #[inline(always)]
-    pub fn view(&mut self) -> BufferSlots<'_> {
-        BufferSlots { mask: self.slots.len() - 1, slots: &mut self.slots }
+    fn slot(&mut self, index: usize) -> &mut u32 {
+        let mask = self.slots.len() - 1;
+        &mut self.slots[index & mask]
     }
 
-    /// As [`BufferSlots::replace`].
+    /// Puts `buffer` at `index`, which wraps, and gives what was there.
     #[inline(always)]
     pub fn replace(&mut self, index: usize, buffer: Buffer) -> Option<Buffer> {
-        self.view().replace(index, buffer)
+        let old = std::mem::replace(self.slot(index), buffer.0);
+        (old != Self::EMPTY).then_some(Buffer(old))
     }
 
-    /// As [`BufferSlots::put`].
+    /// Puts `buffer` at `index`, which wraps and is empty.
     #[inline(always)]
     pub fn put(&mut self, index: usize, buffer: Buffer) {
-        self.view().put(index, buffer);
+        let slot = self.slot(index);
+        debug_assert!(*slot == Self::EMPTY, "the buffer that is there would be lost");
+        *slot = buffer.0;
     }
 
-    /// As [`BufferSlots::take`].
+    /// Takes what is at `index`, which wraps.
     #[inline(always)]
     pub fn take(&mut self, index: usize) -> Option<Buffer> {
-        self.view().take(index)
+        let old = std::mem::replace(self.slot(index), Self::EMPTY);
+        (old != Self::EMPTY).then_some(Buffer(old))
     }
 
     /// Whether `index`, which wraps, owns a buffer.
@@ -46,61 +55,77 @@ impl BufferRing {
         self.slots[index & (self.slots.len() - 1)] != Self::EMPTY
     }
 
-    /// Receives: for each descriptor from `start` on, which wraps, of which `done` gives a length, puts a fresh
-    /// buffer of `cache` in the place of the one there, and appends that one to `burst` as a packet. `arm` gets
-    /// the descriptor's index and the device address of its fresh buffer. A length above
-    /// [`DATA_ROOM`](super::DATA_ROOM) is cut to it.
+    /// The record and the ring that it belongs to, with one mask for the indices of both.
+    #[inline(always)]
+    fn beside<'a, W: Word, const N: usize>(
+        &'a mut self,
+        ring: &'a DmaRing<W, N>,
+    ) -> (&'a mut [u32], RingView<'a, W, N>) {
+        let ring = ring.view().limit(self.slots.len() - 1);
+        (&mut self.slots, ring)
+    }
+
+    /// Receives: for each descriptor of `range`, which wraps and whose descriptors own buffers, of which `done`
+    /// gives a length, puts a fresh buffer of `cache` in the place of the one there, and appends that one to
+    /// `burst` as a packet. `arm` then sees the descriptor with its fresh buffer. A length above
+    /// [`DATA_ROOM`](super::DATA_ROOM) is cut to it. `ring` has as many entries as this record.
     ///
     /// Ends where `done` gives none, when `burst` is full or the pool exhausted; gives the number of packets.
     #[inline(always)]
-    pub fn exchange(
+    pub fn exchange<W: Word, const N: usize>(
         &mut self,
-        start: usize,
+        ring: &DmaRing<W, N>,
+        range: Range<usize>,
         cache: &mut PoolCache,
         burst: &mut Burst,
-        mut done: impl FnMut(usize) -> Option<u16>,
-        mut arm: impl FnMut(usize, u64),
+        mut done: impl FnMut(&Slot<'_, W, N>) -> Option<usize>,
+        mut arm: impl FnMut(&Slot<'_, W, N>),
     ) -> usize {
         let before = burst.len();
+        // SAFETY: a burst is not longer than its capacity.
+        unsafe { assert_unchecked(before <= MAX_BURST) };
         let packets = burst.as_mut_ptr();
-        let mut fresh = cache.reserve(MAX_BURST - before);
-        // A panic of the callers' code loses these buffers; none has two handles.
-        let (ready, buffers) = fresh.take_all();
-        let mut slots = self.view();
+        let mut fresh = cache.take((range.end - range.start).min(MAX_BURST - before));
+        let (slots, ring) = self.beside(ring);
         let mut count = 0;
-        while count < ready.len() {
-            let index = start.wrapping_add(count);
-            let Some(len) = done(index) else { break };
-            // SAFETY: the index is below the length, and what was reserved is initialised.
-            let new = Buffer(unsafe { ready.get_unchecked(ready.len() - 1 - count).assume_init() });
-            arm(index, buffers.iova(&new));
-            let old = std::mem::replace(slots.slot(index), new.0);
-            debug_assert!(old != Self::EMPTY, "there is no buffer to give out");
-            // SAFETY: no more was reserved than `burst` has room for.
-            unsafe { packets.add(before + count).write(Packet::new(Buffer(old), usize::from(len))) };
+        while !fresh.is_empty() {
+            let index = range.start.wrapping_add(count) & ring.mask();
+            let entry = ring.entry(index);
+            // SAFETY: the ring's mask is no larger than the record's.
+            let place = unsafe { slots.get_unchecked_mut(index) };
+            debug_assert!(*place != Self::EMPTY, "there is no buffer to give out");
+            let old = Slot { index, entry, buffers: fresh.buffers, buffer: Buffer(*place) };
+            let Some(len) = done(&old) else { break };
+            // SAFETY: no more buffers are taken than `burst` has room for.
+            unsafe { packets.add(before + count).write(Packet::new(old.buffer, len)) };
+            let Some(buffer) = fresh.next() else { break };
+            let new = Slot { index, entry, buffers: fresh.buffers, buffer };
+            arm(&new);
+            *place = new.buffer.0;
             count += 1;
         }
-        fresh.give_back(&ready[..ready.len() - count]);
         // SAFETY: the packets up to there were written.
         unsafe { burst.set_len(before + count) };
         count
     }
 
     /// Sends: keeps the buffers of the first `count` packets of `burst` at the descriptors from `start` on, which
-    /// wraps and is empty. `send` gets the index, the device address and the length of each.
+    /// wraps and is empty. `send` gets each with its packet's length. `ring` has as many entries as this record.
     ///
     /// # Panics
     /// When there are fewer packets.
     #[inline(always)]
-    pub fn keep(
+    pub fn keep<W: Word, const N: usize>(
         &mut self,
+        ring: &DmaRing<W, N>,
         start: usize,
         count: usize,
         cache: &PoolCache,
         burst: &mut Burst,
-        mut send: impl FnMut(usize, u64, usize),
+        mut send: impl FnMut(&mut Slot<'_, W, N>, usize),
     ) {
-        let (buffers, mut slots) = (cache.buffers(), self.view());
+        let buffers = cache.buffers();
+        let (slots, ring) = self.beside(ring);
         let len = burst.len();
         assert!(count <= len);
         let packets = burst.as_mut_ptr();
@@ -110,9 +135,13 @@ impl BufferRing {
         while i < count {
             // SAFETY: `i` is below the number of packets that there were, and each is moved out once.
             let packet = unsafe { packets.add(i).read() };
-            let index = start.wrapping_add(i);
-            send(index, buffers.iova(packet.buffer()), packet.len());
-            slots.put(index, packet.into_buffer());
+            let (index, len) = (start.wrapping_add(i) & ring.mask(), packet.len());
+            let mut slot = Slot { index, entry: ring.entry(index), buffers, buffer: packet.into_buffer() };
+            send(&mut slot, len);
+            // SAFETY: the ring's mask is no larger than the record's.
+            let place = unsafe { slots.get_unchecked_mut(index) };
+            debug_assert!(*place == Self::EMPTY, "the buffer that is there would be lost");
+            *place = slot.buffer.0;
             i += 1;
         }
         if count < len {
@@ -152,40 +181,34 @@ impl BufferRing {
     }
 }
 
-/// A [`BufferRing`] in registers, as [`Buffers`] is for a cache.
+/// A descriptor of a ring, and the buffer that it owns.
 #[derive(Debug)]
-pub struct BufferSlots<'a> {
-    slots: &'a mut [u32],
-    mask: usize,
+pub struct Slot<'a, W: Word, const N: usize> {
+    /// Its index in the ring.
+    pub index: usize,
+    /// The descriptor itself.
+    pub entry: RingEntry<'a, W, N>,
+    buffers: Buffers<'a>,
+    buffer: Buffer,
 }
 
-impl BufferSlots<'_> {
+impl<W: Word, const N: usize> Slot<'_, W, N> {
+    /// As [`PoolCache::iova`], of its buffer.
     #[inline(always)]
-    fn slot(&mut self, index: usize) -> &mut u32 {
-        // SAFETY: `mask` is the length minus 1 and the length a power of two, so the masked index is below it.
-        unsafe { self.slots.get_unchecked_mut(index & self.mask) }
+    pub fn iova(&self) -> u64 {
+        self.buffers.iova(&self.buffer)
     }
 
-    /// Puts `buffer` at `index`, which wraps, and gives what was there.
+    /// As [`PoolCache::read_header`], of its buffer.
     #[inline(always)]
-    pub fn replace(&mut self, index: usize, buffer: Buffer) -> Option<Buffer> {
-        let old = std::mem::replace(self.slot(index), buffer.0);
-        (old != BufferRing::EMPTY).then_some(Buffer(old))
+    pub fn read_header<const LEN: usize>(&self) -> [u8; LEN] {
+        self.buffers.read_header(&self.buffer)
     }
 
-    /// Puts `buffer` at `index`, which wraps and is empty.
+    /// As [`PoolCache::write_header`], of its buffer.
     #[inline(always)]
-    pub fn put(&mut self, index: usize, buffer: Buffer) {
-        let slot = self.slot(index);
-        debug_assert!(*slot == BufferRing::EMPTY, "the buffer that is there would be lost");
-        *slot = buffer.0;
-    }
-
-    /// Takes what is at `index`, which wraps.
-    #[inline(always)]
-    pub fn take(&mut self, index: usize) -> Option<Buffer> {
-        let old = std::mem::replace(self.slot(index), BufferRing::EMPTY);
-        (old != BufferRing::EMPTY).then_some(Buffer(old))
+    pub fn write_header<const LEN: usize>(&mut self, bytes: &[u8; LEN]) {
+        self.buffers.write_header(&mut self.buffer, bytes);
     }
 }
 
@@ -200,6 +223,11 @@ mod tests {
     fn pool(count: u32) -> Arc<Pool> {
         let region = Region::new(Pool::bytes(count), Backing::SmallPages).unwrap();
         Pool::new(&DmaMemory::map(region, &[]).unwrap(), count).unwrap()
+    }
+
+    fn descriptors(entries: usize) -> DmaRing<u64, 2> {
+        let region = Region::new(4096, Backing::SmallPages).unwrap();
+        DmaRing::new(&DmaMemory::map(region, &[]).unwrap(), entries, 16).unwrap()
     }
 
     #[test]
@@ -222,21 +250,21 @@ mod tests {
     fn an_exchange_takes_no_more_than_there_is() {
         let pool = pool(40);
         let mut cache = pool.cache();
-        let mut ring = BufferRing::new(8);
+        let (mut ring, desc) = (BufferRing::new(8), descriptors(8));
         (0..8).for_each(|index| ring.put(index, cache.allocate().unwrap()));
         let mut burst = Burst::new();
         let mut armed = Vec::new();
         for round in 0..6 {
             let start = round * 7;
-            let done = |index| (index < start + 7).then_some(60);
-            ring.exchange(start, &mut cache, &mut burst, done, |index, iova| armed.push((index, iova)));
+            let arm = |slot: &Slot<'_, u64, 2>| armed.push((slot.index, slot.iova()));
+            ring.exchange(&desc, start..start + 7, &mut cache, &mut burst, |_| Some(60), arm);
         }
         // 32 is the burst's capacity, and what the ring of 8 leaves of 40.
         assert_eq!((burst.len(), armed.len(), cache.len()), (32, 32, 0));
-        assert_eq!(armed[31].0, 31);
+        assert_eq!(armed[31].0, 7);
         burst.drain(30..).for_each(|packet| cache.free(packet.into_buffer()));
-        let mut lens = [3, u16::MAX].into_iter();
-        assert_eq!(ring.exchange(32, &mut cache, &mut burst, |_| lens.next(), |_, _| {}), 2);
+        let mut lens = [3, usize::MAX].into_iter();
+        assert_eq!(ring.exchange(&desc, 32..40, &mut cache, &mut burst, |_| lens.next(), |_| {}), 2);
         assert_eq!([29, 30, 31].map(|i| burst[i].len()), [60, 3, DATA_ROOM]);
         burst.drain(..).for_each(|packet| cache.free(packet.into_buffer()));
         ring.release_all(&mut cache);
@@ -248,13 +276,13 @@ mod tests {
     fn what_is_kept_leaves_the_burst() {
         let pool = pool(8);
         let mut cache = pool.cache();
-        let mut ring = BufferRing::new(4);
+        let (mut ring, desc) = (BufferRing::new(4), descriptors(4));
         let mut burst: Burst = (1..4).map(|len| Packet::new(cache.allocate().unwrap(), len)).collect();
         let mut sent = Vec::new();
-        ring.keep(3, 2, &cache, &mut burst, |index, _, len| sent.push((index, len)));
+        ring.keep(&desc, 3, 2, &cache, &mut burst, |slot, len| sent.push((slot.index, len)));
         assert_eq!((burst.len(), burst[0].len()), (1, 3));
-        ring.keep(5, 1, &cache, &mut burst, |index, _, len| sent.push((index, len)));
-        assert_eq!(sent, [(3, 1), (4, 2), (5, 3)]);
+        ring.keep(&desc, 5, 1, &cache, &mut burst, |slot, len| sent.push((slot.index, len)));
+        assert_eq!(sent, [(3, 1), (0, 2), (1, 3)]);
         assert!(burst.is_empty() && !ring.is_filled(2));
         ring.release(3, 3, &mut cache);
         assert_eq!(cache.len(), 8);

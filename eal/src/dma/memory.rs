@@ -41,9 +41,9 @@ impl Translation {
         Self { page_shift: page_size.trailing_zeros(), deltas: deltas.collect() }
     }
 
-    /// Shift from an offset to its page; none when the whole region is contiguous.
-    pub(super) fn page_shift(&self) -> Option<u32> {
-        (self.deltas.len() > 1).then_some(self.page_shift)
+    /// Whether the whole region is contiguous for the device.
+    pub(super) fn is_contiguous(&self) -> bool {
+        self.deltas.len() == 1
     }
 
     pub(super) fn iova(&self, offset: usize) -> u64 {
@@ -86,6 +86,19 @@ impl DmaMemory {
             (None, None) => Translation::linear(0),
         };
         Ok(Arc::new(Self { mappings, region, translation, allocated: AtomicUsize::new(0) }))
+    }
+
+    /// `region` for devices of this process that see each `page_size` bytes of it at the next of `addresses`:
+    /// as without an IOMMU, for tests and counts that need no VFIO.
+    ///
+    /// # Panics
+    /// When `page_size` is no power of two or less than a page, or as many pages are not the region.
+    pub fn with_addresses(region: Region, page_size: usize, addresses: &[u64]) -> Arc<Self> {
+        assert!(page_size.is_power_of_two() && page_size >= region.page_size());
+        assert_eq!(addresses.len() * page_size, region.len());
+        let translation = Translation::paged(page_size, addresses);
+        let (mappings, region) = (Vec::new(), Arc::new(region));
+        Arc::new(Self { mappings, region, translation, allocated: AtomicUsize::new(0) })
     }
 
     /// The pages.
@@ -257,6 +270,19 @@ mod tests {
     fn paged_translation_follows_the_pages() {
         let translation = Translation::paged(4096, &[0x9000, 0x3000]);
         assert_eq!([0, 4095, 4096, 5000].map(|o| translation.iova(o)), [0x9000, 0x9fff, 0x3000, 0x3388]);
+    }
+
+    #[test]
+    fn pages_are_where_their_addresses_say() {
+        let region = Region::new(4 * 4096, Backing::SmallPages).unwrap();
+        let memory = DmaMemory::with_addresses(region, 8192, &[0x40_0000, 0x10_0000]);
+        assert_eq!([0, 8191, 8192].map(|offset| memory.iova(offset)), [0x40_0000, 0x40_1fff, 0x10_0000]);
+        let view = memory.device_view();
+        assert_eq!(view.store(0x10_0008, 7_u32), Some(()));
+        // SAFETY: the word is inside the region, and nothing else writes there.
+        assert_eq!(unsafe { memory.pointer(8200, 4).cast::<u32>().read() }, 7);
+        assert_eq!(view.load::<u32>(0x10_2000), None);
+        assert_eq!(view.load::<u32>(0x40_2000), None);
     }
 
     #[test]

@@ -7,13 +7,11 @@ mod memory;
 mod pool;
 mod ring;
 
-pub use buffer_ring::{BufferRing, BufferSlots};
+pub use buffer_ring::{BufferRing, Slot};
 pub use iova::IovaRanges;
 pub use memory::{DeviceView, DmaMemory};
-pub use pool::{
-    BUFFER_SIZE, Buffer, Buffers, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache, Reserved,
-};
-pub use ring::{DmaBlock, DmaRing, RingView, Word};
+pub use pool::{BUFFER_SIZE, Buffer, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache};
+pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
 
 /// Orders the read of an ownership word (DD bit, used index) before the reads of what it covers.
 #[inline(always)]

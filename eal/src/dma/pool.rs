@@ -1,5 +1,6 @@
 //! Packet buffers: a shared pool, a cache of it for each lcore, and the 8-byte handles that own a buffer.
 
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use crossbeam::queue::ArrayQueue;
 
 use super::DmaMemory;
 use super::memory::Translation;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Distance of two buffers in bytes; a power of two, so that no buffer crosses a page.
 pub const BUFFER_SIZE: usize = 2048;
@@ -32,8 +33,12 @@ const CACHE: usize = 512;
 /// Packets that move together.
 pub type Burst = ArrayVec<Packet, MAX_BURST>;
 
-/// Ownership of one packet buffer. There is exactly one handle of each buffer: it is moved, never copied,
-/// into a descriptor ring, a packet, or the pool. Losing it loses the buffer.
+/// Most buffers of a pool: their distances from the first fit into 32 bits.
+const MAX_BUFFERS: u32 = u32::MAX / BUFFER_SIZE as u32;
+
+/// Ownership of one packet buffer, by its distance from the pool's first in bytes. There is exactly one handle
+/// of each buffer: it is moved, never copied, into a descriptor ring, a packet, or the pool. Losing it loses the
+/// buffer.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a buffer that is dropped is lost to its pool"]
 pub struct Buffer(pub(super) u32);
@@ -82,51 +87,43 @@ pub struct Pool {
     /// Offset of buffer 0 in the memory.
     offset: usize,
     count: u32,
-    addresses: Addresses,
+    /// See [`bases`].
+    bases: Box<[u64]>,
     free: ArrayQueue<ArrayVec<u32, CHUNK>>,
 }
 
-/// Device addresses of all buffers: an entry for each block of `1 << shift` of them.
-#[derive(Debug)]
-struct Addresses {
-    shift: u32,
-    /// What is to be added to a buffer's distance from buffer 0; as many as a power of two.
-    bases: Box<[u64]>,
-}
-
-impl Addresses {
-    /// `offset` is that of the first buffer's data; blocks are no larger than a page, and meet page ends.
-    fn new(translation: &Translation, offset: usize, count: u32) -> Self {
-        let shift = match translation.page_shift() {
-            Some(page_shift) => page_shift.min(offset.trailing_zeros()) - BUFFER_SIZE.trailing_zeros(),
-            None => u32::BITS - 1,
-        };
-        let blocks = (count.saturating_sub(1) >> shift) as usize + 1;
-        let base = |block: usize| {
-            let distance = (block << shift) * BUFFER_SIZE;
-            translation.iova(offset + distance).wrapping_sub(distance as u64) + HEADROOM as u64
-        };
-        let mut bases: Vec<u64> = (0..blocks).map(base).collect();
-        bases.resize(blocks.next_power_of_two(), 0);
-        Self { shift, bases: bases.into() }
-    }
+/// What is to be added to a buffer's distance from the first to give the device address of its data: one entry
+/// when the buffers are contiguous for the device, else one for each, rounded up to a power of two.
+fn bases(translation: &Translation, offset: usize, count: u32) -> Box<[u64]> {
+    let base = |index: usize| {
+        let distance = index * BUFFER_SIZE;
+        translation.iova(offset + distance).wrapping_sub(distance as u64).wrapping_add(HEADROOM as u64)
+    };
+    let entries = if translation.is_contiguous() { 1 } else { count.max(1) as usize };
+    let mut bases: Vec<u64> = (0..entries).map(base).collect();
+    bases.resize(entries.next_power_of_two(), 0);
+    bases.into()
 }
 
 impl Pool {
     /// Takes `count` buffers of `memory`.
     ///
     /// # Errors
-    /// `Os` when the memory is too small.
+    /// `Os` when the memory is too small, `Usage` when a pool cannot be so large.
     pub fn new(memory: &Arc<DmaMemory>, count: u32) -> Result<Arc<Self>> {
+        if count > MAX_BUFFERS {
+            let what = format!("cannot make a pool of {count} packet buffers");
+            return Err(Error::new(ErrorKind::Usage, what, format!("there can be at most {MAX_BUFFERS}")));
+        }
         let offset = memory.allocate_buffers(count as usize, BUFFER_SIZE)?;
         // A cache may give back a chunk that is not full, so there can be as many chunks as buffers.
         let free = ArrayQueue::new(count.max(1) as usize);
-        let indices: Vec<u32> = (0..count).collect();
-        for chunk in indices.chunks(CHUNK) {
+        let buffers: Vec<u32> = (0..count).map(|index| index * BUFFER_SIZE as u32).collect();
+        for chunk in buffers.chunks(CHUNK) {
             let _ = free.push(chunk.iter().copied().collect());
         }
-        let addresses = Addresses::new(memory.translation(), offset, count);
-        Ok(Arc::new(Self { memory: Arc::clone(memory), offset, count, addresses, free }))
+        let bases = bases(memory.translation(), offset, count);
+        Ok(Arc::new(Self { memory: Arc::clone(memory), offset, count, bases, free }))
     }
 
     /// Bytes of memory that a pool of `count` buffers takes.
@@ -156,8 +153,12 @@ impl Pool {
     pub fn cache(self: &Arc<Self>) -> PoolCache {
         let len = self.count as usize * BUFFER_SIZE;
         PoolCache {
-            base: self.memory.pointer(self.offset, len),
-            count: self.count,
+            place: Place {
+                base: self.memory.pointer(self.offset, len),
+                bases: NonNull::from(&*self.bases).cast(),
+                mask: self.bases.len() - 1,
+                end: len as u32,
+            },
             stack: Box::new([MaybeUninit::uninit(); CACHE]),
             len: 0,
             pool: Arc::clone(self),
@@ -171,40 +172,33 @@ impl Pool {
 /// that it has given back.
 #[derive(Debug)]
 pub struct PoolCache {
-    base: NonNull<u8>,
-    count: u32,
+    place: Place,
     stack: Box<[MaybeUninit<u32>; CACHE]>,
     /// The first `len` entries of `stack` are initialised.
     len: usize,
     pool: Arc<Pool>,
 }
 
-// SAFETY: `base` points into memory that `pool` keeps mapped and that no thread owns.
+// SAFETY: `place` points to memory that `pool` keeps mapped and that no thread owns, and to what never changes.
 unsafe impl Send for PoolCache {}
 
 impl PoolCache {
-    /// Makes `wanted` free buffers ready (at most [`MAX_BURST`]) and gives them out one by one; those not
-    /// taken stay in the cache. Fewer when the pool is exhausted.
+    /// Takes up to `wanted` free buffers (at most [`MAX_BURST`]), fewer when the pool is exhausted.
     #[inline(always)]
-    pub fn reserve(&mut self, wanted: usize) -> Reserved<'_> {
-        let wanted = wanted.min(MAX_BURST);
+    pub(super) fn take(&mut self, wanted: usize) -> Taking<'_> {
+        debug_assert!(wanted <= MAX_BURST);
+        let mut rest = wanted;
         if self.len < wanted {
             self.refill();
+            rest = wanted.min(self.len);
         }
-        let wanted = wanted.min(self.len);
-        self.len -= wanted;
-        Reserved {
-            // SAFETY: entries below the old `len` are initialised, and that never exceeds the stack's length.
-            ready: unsafe { self.stack.get_unchecked(self.len..self.len + wanted) }.iter(),
-            buffers: buffers(&self.pool, self.base, self.count),
-            len: &mut self.len,
-        }
+        Taking { left: self.len, rest, stack: &self.stack, len: &mut self.len, buffers: self.place.buffers() }
     }
 
     /// One free buffer, if the pool has one.
     #[inline(always)]
     pub fn allocate(&mut self) -> Option<Buffer> {
-        self.reserve(1).next()
+        self.take(1).next()
     }
 
     #[cold]
@@ -281,11 +275,12 @@ impl PoolCache {
 
     /// Where the buffers are, for the length of a loop.
     #[inline(always)]
-    pub fn buffers(&self) -> Buffers<'_> {
-        buffers(&self.pool, self.base, self.count)
+    pub(super) fn buffers(&self) -> Buffers<'_> {
+        self.place.buffers()
     }
 
-    /// As [`Buffers::iova`].
+    /// Device address of the packet data in `buffer`; [`HEADROOM`] bytes in front of it belong to the buffer.
+    /// For a buffer of another pool it is any address.
     #[inline(always)]
     pub fn iova(&self, buffer: &Buffer) -> u64 {
         self.buffers().iova(buffer)
@@ -309,6 +304,30 @@ impl PoolCache {
         }
     }
 
+    /// Copies `first` and then `second` to the front of each packet. They are values, so that they stay in
+    /// registers where a slice would be read again for each packet.
+    ///
+    /// # Panics
+    /// When a packet is of another pool.
+    #[inline(always)]
+    pub fn write_each<const N: usize, const M: usize>(
+        &mut self,
+        packets: &mut [Packet],
+        first: [u8; N],
+        second: [u8; M],
+    ) {
+        const { assert!(N + M <= DATA_ROOM) };
+        let buffers = self.buffers();
+        for packet in packets {
+            let data = buffers.data(&packet.buffer).as_ptr();
+            // SAFETY: as in `write`; arrays of bytes need no alignment.
+            unsafe {
+                data.cast::<[u8; N]>().write(first);
+                data.add(N).cast::<[u8; M]>().write(second);
+            }
+        }
+    }
+
     /// Copies bytes of the packet at `offset` out.
     ///
     /// # Panics
@@ -325,13 +344,19 @@ impl PoolCache {
         }
     }
 
-    /// As [`Buffers::write_header`].
+    /// Writes `bytes` directly in front of the packet data.
+    ///
+    /// # Panics
+    /// When the buffer is of another pool.
     #[inline(always)]
     pub fn write_header<const N: usize>(&mut self, buffer: &mut Buffer, bytes: &[u8; N]) {
         self.buffers().write_header(buffer, bytes);
     }
 
-    /// As [`Buffers::read_header`].
+    /// Reads the `N` bytes directly in front of the packet data.
+    ///
+    /// # Panics
+    /// When the buffer is of another pool.
     #[inline(always)]
     pub fn read_header<const N: usize>(&self, buffer: &Buffer) -> [u8; N] {
         self.buffers().read_header(buffer)
@@ -343,60 +368,61 @@ impl PoolCache {
     }
 }
 
-/// Where the buffers of a pool are, for the CPU and for the device. A local copy stays in registers, where the
-/// compiler would have to read a cache's fields again after each store to shared memory.
+/// Where the buffers of a pool are, for the CPU and for the device.
 #[derive(Clone, Copy, Debug)]
-pub struct Buffers<'a> {
+struct Place {
+    /// First byte of the first buffer.
     base: NonNull<u8>,
-    count: u32,
-    /// [`Addresses`] by value; `mask` is the number of bases minus 1.
-    shift: u32,
+    bases: NonNull<u64>,
+    /// Number of bases minus 1.
     mask: usize,
-    bases: &'a [u64],
+    /// Bytes of all buffers.
+    end: u32,
 }
 
-#[inline(always)]
-fn buffers(pool: &Pool, base: NonNull<u8>, count: u32) -> Buffers<'_> {
-    let Addresses { shift, bases } = &pool.addresses;
-    Buffers { base, count, shift: *shift, mask: bases.len() - 1, bases }
+impl Place {
+    #[inline(always)]
+    fn buffers<'a>(self) -> Buffers<'a> {
+        Buffers { place: self, _pool: PhantomData }
+    }
+}
+
+/// A local copy of where the buffers of a pool are: it stays in registers, where the compiler would have to read
+/// a cache's fields again after each store to shared memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Buffers<'a> {
+    place: Place,
+    _pool: PhantomData<&'a Pool>,
 }
 
 impl Buffers<'_> {
     #[inline(always)]
     fn data(&self, buffer: &Buffer) -> NonNull<u8> {
-        assert!(buffer.0 < self.count, "a buffer of another pool");
-        // SAFETY: the index is below the count, so the offset is inside the pool's range of the memory.
-        unsafe { self.base.add(buffer.0 as usize * BUFFER_SIZE + HEADROOM) }
+        assert!(buffer.0 < self.place.end, "a buffer of another pool");
+        // SAFETY: buffers begin at multiples of their size, and this one below the end, which is such a multiple
+        // too; so it is inside the pool's range of the memory.
+        unsafe { self.place.base.add(buffer.0 as usize + HEADROOM) }
     }
 
-    /// Device address of the packet data in `buffer`; [`HEADROOM`] bytes in front of it belong to the buffer.
-    /// For a buffer of another pool it is any address.
     #[inline(always)]
-    pub fn iova(&self, buffer: &Buffer) -> u64 {
-        let block = (buffer.0 >> self.shift) as usize & self.mask;
-        // SAFETY: `mask` is the length minus 1 and the length a power of two, so the masked index is below it.
-        let base = unsafe { *self.bases.get_unchecked(block) };
-        base.wrapping_add(u64::from(buffer.0) * BUFFER_SIZE as u64)
+    pub(super) fn iova(&self, buffer: &Buffer) -> u64 {
+        let index = (buffer.0 as usize / BUFFER_SIZE) & self.place.mask;
+        // SAFETY: `mask` is the number of bases minus 1 and that number a power of two, so the masked index is
+        // below it; the pool that is borrowed keeps them.
+        let base = unsafe { self.place.bases.add(index).read() };
+        base.wrapping_add(u64::from(buffer.0))
     }
 
-    /// Writes `bytes` directly in front of the packet data.
-    ///
-    /// # Panics
-    /// When the buffer is of another pool.
     #[inline(always)]
-    pub fn write_header<const N: usize>(&self, buffer: &mut Buffer, bytes: &[u8; N]) {
+    pub(super) fn write_header<const N: usize>(&self, buffer: &mut Buffer, bytes: &[u8; N]) {
         const { assert!(N <= HEADROOM) };
         // SAFETY: `data` is `HEADROOM` bytes into the buffer, so the header starts inside it; the buffer has
         // no other handle and this one is borrowed mutably.
         unsafe { self.data(buffer).as_ptr().sub(N).copy_from_nonoverlapping(bytes.as_ptr(), N) }
     }
 
-    /// Reads the `N` bytes directly in front of the packet data.
-    ///
-    /// # Panics
-    /// When the buffer is of another pool.
     #[inline(always)]
-    pub fn read_header<const N: usize>(&self, buffer: &Buffer) -> [u8; N] {
+    pub(super) fn read_header<const N: usize>(&self, buffer: &Buffer) -> [u8; N] {
         const { assert!(N <= HEADROOM) };
         let mut bytes = [0; N];
         // SAFETY: as in `write_header`, the other way.
@@ -413,50 +439,40 @@ impl Drop for PoolCache {
     }
 }
 
-/// Free buffers made ready by [`PoolCache::reserve`]; an iterator that takes them out of the cache.
-#[derive(Debug)]
-pub struct Reserved<'a> {
-    /// Initialised entries of the stack that `len` does not count meanwhile.
-    ready: std::slice::Iter<'a, MaybeUninit<u32>>,
+/// Free buffers that go from the top of a cache's stack, one by one. The stack has its new length when this is
+/// dropped, by a panic too, so that no buffer gets two handles.
+pub(super) struct Taking<'a> {
+    stack: &'a [MaybeUninit<u32>; CACHE],
     len: &'a mut usize,
-    buffers: Buffers<'a>,
+    /// Length of the stack now.
+    left: usize,
+    /// How many may still go; not more than there are.
+    rest: usize,
+    pub(super) buffers: Buffers<'a>,
 }
 
-impl<'a> Reserved<'a> {
-    /// Takes all: their indices, each initialised, and where the buffers are.
+impl Taking<'_> {
     #[inline(always)]
-    pub(super) fn take_all(&mut self) -> (&'a [MaybeUninit<u32>], Buffers<'a>) {
-        (std::mem::take(&mut self.ready).as_slice(), self.buffers)
+    pub(super) fn is_empty(&self) -> bool {
+        self.rest == 0
     }
 
-    /// Takes `rest` back, the beginning of what [`Reserved::take_all`] gave.
     #[inline(always)]
-    pub(super) fn give_back(&mut self, rest: &'a [MaybeUninit<u32>]) {
-        self.ready = rest.iter();
-    }
-
-    /// As [`Buffers::iova`].
-    #[inline(always)]
-    pub fn iova(&self, buffer: &Buffer) -> u64 {
-        self.buffers.iova(buffer)
-    }
-}
-
-impl Iterator for Reserved<'_> {
-    type Item = Buffer;
-
-    #[inline(always)]
-    fn next(&mut self) -> Option<Buffer> {
-        // SAFETY: every entry of `ready` is initialised.
-        self.ready.next_back().map(|index| Buffer(unsafe { index.assume_init() }))
+    pub(super) fn next(&mut self) -> Option<Buffer> {
+        if self.is_empty() {
+            return None;
+        }
+        self.rest -= 1;
+        self.left -= 1;
+        // SAFETY: `left` was above 0 because `rest` was, and entries below the stack's length are initialised.
+        Some(Buffer(unsafe { self.stack.get_unchecked(self.left).assume_init() }))
     }
 }
 
-impl Drop for Reserved<'_> {
-    /// What was not taken is at the bottom of `ready`, directly above `len`.
+impl Drop for Taking<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        *self.len += self.ready.len();
+        *self.len = self.left;
     }
 }
 
@@ -490,25 +506,29 @@ mod tests {
         let pages: Vec<u64> = (0..9).map(|page| 0x10_0000 + (page * 7 % 9) * 0x3000).collect();
         let translation = Translation::paged(4096, &pages);
         for offset in [0, 2048, 4096, 3 * 2048] {
-            let addresses = Addresses::new(&translation, offset, 10);
+            let bases = bases(&translation, offset, 10);
             for index in 0..10_usize {
-                let base = addresses.bases[index >> addresses.shift];
                 let wanted = translation.iova(offset + index * BUFFER_SIZE + HEADROOM);
-                assert_eq!(base.wrapping_add((index * BUFFER_SIZE) as u64), wanted);
+                assert_eq!(bases[index].wrapping_add((index * BUFFER_SIZE) as u64), wanted);
             }
         }
         let memory = DmaMemory::map(Region::new(1 << 20, Backing::SmallPages).unwrap(), &[]).unwrap();
-        assert_eq!(Pool::new(&memory, 100).unwrap().addresses.bases.len(), 1);
+        assert_eq!(Pool::new(&memory, 100).unwrap().bases.len(), 1);
     }
 
     #[test]
-    fn a_reservation_leaves_what_is_not_taken() {
+    fn what_is_not_taken_stays() {
         let pool = pool(40);
         let mut cache = pool.cache();
-        let taken: Vec<Buffer> = cache.reserve(8).take(3).collect();
-        assert_eq!(cache.len(), 29);
-        assert_eq!(cache.reserve(100).count(), 32);
-        assert_eq!(taken.len(), 3);
+        let mut taking = cache.take(3);
+        let taken = [taking.next(), taking.next()];
+        drop(taking);
+        assert_eq!((taken[0] == taken[1], cache.len()), (false, 30));
+        let mut taking = cache.take(32);
+        assert_eq!(std::iter::from_fn(|| taking.next()).count(), 32);
+        drop(taking);
+        let mut taking = cache.take(32);
+        assert_eq!(std::iter::from_fn(|| taking.next()).count(), 6);
     }
 
     #[test]

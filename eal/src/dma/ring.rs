@@ -128,22 +128,62 @@ pub struct RingView<'a, W: Word, const N: usize = 1> {
     _ring: PhantomData<&'a DmaRing<W, N>>,
 }
 
-impl<W: Word, const N: usize> RingView<'_, W, N> {
+impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
+    /// The entry at `index`, which wraps.
+    #[inline(always)]
+    pub fn entry(self, index: usize) -> RingEntry<'a, W, N> {
+        // SAFETY: the masked index is below the number of entries.
+        RingEntry { words: unsafe { self.words.add((index & self.mask) * N) }, _ring: PhantomData }
+    }
+
+    /// This view with the number of entries that both rings have, so that a loop needs one index for both.
+    #[inline(always)]
+    pub(super) fn limit(self, mask: usize) -> Self {
+        // Both are powers of two minus 1, so this is the smaller.
+        Self { mask: self.mask & mask, ..self }
+    }
+
+    #[inline(always)]
+    pub(super) fn mask(self) -> usize {
+        self.mask
+    }
+
     /// Reads word `WORD` of the entry at `index`, which wraps.
     #[inline(always)]
     pub fn load<const WORD: usize>(self, index: usize) -> W {
-        const { assert!(WORD < N) };
-        // SAFETY: the masked index is below the number of entries and `WORD` below `N`, so the word is inside
-        // the allocation, which the borrowed ring keeps mapped; it is aligned because the allocation is.
-        unsafe { W::load(self.words.as_ptr().add((index & self.mask) * N + WORD)) }
+        self.entry(index).load::<WORD>()
     }
 
     /// Writes word `WORD` of the entry at `index`, which wraps.
     #[inline(always)]
     pub fn store<const WORD: usize>(self, index: usize, value: W) {
+        self.entry(index).store::<WORD>(value);
+    }
+}
+
+/// One entry of a [`DmaRing`].
+#[derive(Clone, Copy, Debug)]
+pub struct RingEntry<'a, W: Word, const N: usize> {
+    words: NonNull<W>,
+    _ring: PhantomData<&'a DmaRing<W, N>>,
+}
+
+impl<W: Word, const N: usize> RingEntry<'_, W, N> {
+    /// Reads word `WORD`.
+    #[inline(always)]
+    pub fn load<const WORD: usize>(self) -> W {
+        const { assert!(WORD < N) };
+        // SAFETY: the entry has `N` words inside the allocation, which the borrowed ring keeps mapped; they are
+        // aligned because the allocation is.
+        unsafe { W::load(self.words.as_ptr().add(WORD)) }
+    }
+
+    /// Writes word `WORD`.
+    #[inline(always)]
+    pub fn store<const WORD: usize>(self, value: W) {
         const { assert!(WORD < N) };
         // SAFETY: as in `load`.
-        unsafe { W::store(self.words.as_ptr().add((index & self.mask) * N + WORD), value) }
+        unsafe { W::store(self.words.as_ptr().add(WORD), value) }
     }
 }
 
