@@ -17,7 +17,7 @@ apt_consent() {
     [[ -z $OPT_YES ]] || return 0
     if [[ -t 0 && -t 2 ]]; then
         local answer
-        read -rp "lab: $1 [Y/n] " answer
+        read -rp "$ME: $1 [Y/n] " answer
         [[ $answer != [nN]* ]] || fail "stopped: $1 was declined" "$2"
     else
         fail "$1: not without --yes when there is no terminal to ask on" "$2"

@@ -1,12 +1,14 @@
 # shellcheck shell=bash
 # What a person sees: one line per fact, all of it on stderr, because stdout belongs to the guest's command.
 
-say() { printf 'lab: %s\n' "$*" >&2; }
+ME=${0##*/}
+
+say() { printf '%s: %s\n' "$ME" "$*" >&2; }
 
 # fail WHAT-AND-WHY [MENDING COMMAND]
 fail() {
     progress_end
-    printf 'lab: %s%s\n' "$1" "${2:+; try: $2}" >&2
+    printf '%s: %s%s\n' "$ME" "$1" "${2:+; try: $2}" >&2
     exit 125
 }
 
@@ -16,7 +18,7 @@ PROGRESS_NEXT=0
 # A line that rewrites itself on a terminal; in a pipe (CI) a plain line now and then, so that nobody thinks it hangs.
 progress() {
     if [[ -t 2 ]]; then
-        printf '\r\033[Klab: %s' "$*" >&2
+        printf '\r\033[K%s: %s' "$ME" "$*" >&2
         PROGRESS_SHOWN=1
     elif ((SECONDS >= PROGRESS_NEXT)); then
         say "$*"

@@ -1,0 +1,149 @@
+//! What `scripts/bench insn` counts: l2fwd's loop on the real drivers, against devices that this process plays.
+//!
+//! Prints a line of JSON for each case. Callgrind collects inside [`counted_loop`] but not inside [`device_half`],
+//! and writes a profile each time the former returns. Nothing here depends on time, chance or the environment.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use serde_json::json;
+use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM};
+use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet};
+use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
+use vireo_drivers::{e1000, virtio};
+use vireo_eal::Result;
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::{DmaMemory, Pool};
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::mem::{Backing, Region};
+use vireo_l2fwd::forward::{Lane, PortCounts, ethernet, forward};
+
+/// As DPDK's figures were counted.
+const RING: u16 = 256;
+const FRAME: [u8; 60] = [0x5a; 60];
+const BURSTS: [usize; 6] = [0, 1, 4, 8, 16, 32];
+
+const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+const ADDRESS: Bdf = Bdf::new(0, 0, 3, 0).expect("a device number below 32");
+
+/// Packets counted in each case, and empty polls where there are none: whole turns of the ring.
+const COUNT: usize = 32 * RING as usize;
+/// Contiguous bytes where addresses are physical.
+const PAGE: usize = 64 << 10;
+/// Two rings in flight and a cache that is never short.
+const BUFFERS: u32 = 1024;
+
+/// The other end of the device: how frames arrive there and how they leave.
+struct Wire<'a> {
+    receive: &'a dyn Fn(&[u8]) -> bool,
+    transmit: &'a dyn Fn(),
+    burst: usize,
+    rounds: usize,
+    stop: StopFlag,
+}
+
+impl Wire<'_> {
+    /// Takes what was sent and lets the next burst arrive.
+    fn step(&mut self) {
+        (self.transmit)();
+        for _ in 0..self.burst {
+            assert!((self.receive)(&FRAME), "the RX ring is full");
+        }
+        self.rounds -= 1;
+        if self.rounds == 0 {
+            self.stop.set();
+        }
+    }
+}
+
+/// Not counted.
+#[inline(never)]
+fn device_half(wire: &mut Wire<'_>) {
+    wire.step();
+}
+
+/// Counted. The closure comes from elsewhere, so that no other function has this one's name in its own.
+#[inline(never)]
+fn counted_loop(run: impl FnOnce()) {
+    run();
+}
+
+fn memory(physical: bool) -> Result<Arc<DmaMemory>> {
+    let region =
+        Region::new((Pool::bytes(BUFFERS) + (256 << 10)).next_multiple_of(PAGE), Backing::SmallPages)?;
+    if !physical {
+        return DmaMemory::map(region, &[]);
+    }
+    // An odd multiple modulo a power of two: each page has an address of its own, and none follows the other.
+    let addresses: Vec<u64> =
+        (0..region.len() / PAGE).map(|page| (page * 0x2_6001 % (1 << 20) * PAGE) as u64).collect();
+    Ok(DmaMemory::with_addresses(region, PAGE, &addresses))
+}
+
+/// One line of the output; callgrind writes its profile at the end.
+#[inline(never)]
+fn whole_case<N: Nic>(
+    names: (&str, &str, &str),
+    nic: &mut N,
+    memory: &Arc<DmaMemory>,
+    burst: usize,
+    receive: &dyn Fn(&[u8]) -> bool,
+    transmit: &dyn Fn(),
+) -> Result<()> {
+    let mut cache = Pool::new(memory, BUFFERS)?.cache();
+    let (rx, tx) = nic.start(memory, &mut cache, QueueSizes { rx: RING, tx: RING })?;
+    let mut lanes = [Lane { rx, rx_port: 0, tx, tx_port: 0, ethernet: Some(ethernet(0, nic.mac())) }];
+    let counts = [PortCounts::default()];
+    let rounds = COUNT / burst.max(1);
+    let wire = || Wire { receive, transmit, burst, rounds, stop: StopFlag::new() };
+
+    let mut warm = wire();
+    let stop = warm.stop.clone();
+    forward(&mut lanes, &mut cache, &counts, &stop, || warm.step());
+    let before = (lanes[0].rx.stats(), lanes[0].tx.stats());
+
+    let mut hot = wire();
+    let stop = hot.stop.clone();
+    counted_loop(|| forward(&mut lanes, &mut cache, &counts, &stop, || device_half(&mut hot)));
+
+    let [Lane { rx, tx, .. }] = lanes;
+    let (received, sent) = (rx.stats().packets - before.0.packets, tx.stats().packets - before.1.packets);
+    assert_eq!((received, sent), ((rounds * burst) as u64, (rounds * burst) as u64), "packets got lost");
+    let (driver, path, addresses) = names;
+    println!(
+        "{}",
+        json!({
+            "driver": driver, "path": path, "burst": burst, "addresses": addresses,
+            "count": COUNT,
+            "rx_doorbells": rx.stats().doorbells - before.0.doorbells,
+            "tx_doorbells": tx.stats().doorbells - before.1.doorbells,
+        })
+    );
+    nic.stop(rx, tx, &mut cache)
+}
+
+fn main() -> Result<()> {
+    for (physical, addresses) in [(false, "iommu"), (true, "physical")] {
+        let bursts = || BURSTS.into_iter().filter(move |burst| !physical || matches!(burst, 1 | 32));
+        for burst in bursts() {
+            let memory = memory(physical)?;
+            let (function, device) = FakeE1000::new(ADDRESS, ID_82540EM, MAC);
+            device.attach(memory.device_view());
+            let mut port = e1000::Device::probe(function)?;
+            let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
+            whole_case(("e1000", "legacy", addresses), &mut port, &memory, burst, &receive, &transmit)?;
+        }
+        for (mrg_rxbuf, path) in [(true, "split mergeable"), (false, "split non-mergeable")] {
+            for burst in bursts() {
+                let memory = memory(physical)?;
+                let device = VirtioNet::new(Behaviour::default());
+                device.attach(memory.device_view());
+                let mut port = virtio::Device::probe_with(device.function(), virtio::Options { mrg_rxbuf })?;
+                let (receive, transmit) =
+                    (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
+                whole_case(("virtio-net", path, addresses), &mut port, &memory, burst, &receive, &transmit)?;
+            }
+        }
+    }
+    Ok(())
+}
