@@ -130,7 +130,10 @@ impl Virtqueue {
     pub(super) fn new(memory: &Arc<DmaMemory>, size: u16, address: Bdf) -> Result<Self> {
         let entries = usize::from(size);
         let mut driver = DmaBlock::new(memory, 2 * (3 + entries), 2)?;
-        let mut device = DmaBlock::new(memory, 2 * 3 + 8 * entries, 4)?;
+        // Used elements are 4 bytes behind the ring's begin. QEMU 7.2 misplaces half of one that crosses a page of the
+        // IOMMU; on multiples of 8 none does.
+        let mut device = DmaBlock::new(memory, 4 + 2 * 3 + 8 * entries, 8)?;
+        let _: DmaRing<u16> = device.carve(2)?;
         let used_flags = device.carve(1)?;
         let avail_flags = driver.carve(1)?;
         let avail_idx = driver.carve(1)?;
@@ -319,6 +322,17 @@ impl Virtqueue {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use vireo_eal::mem::{Backing, Region};
+
+    #[test]
+    fn used_elements_cross_no_page() {
+        let region = Region::new(1 << 16, Backing::SmallPages).unwrap();
+        let memory = DmaMemory::map(region, &[]).unwrap();
+        for size in [2, 256, 64] {
+            let queue = Virtqueue::new(&memory, size, Bdf::new(0, 0, 3, 0).unwrap()).unwrap();
+            assert_eq!((queue.used.iova() % 8, queue.addresses()[2] + 4), (0, queue.used.iova()));
+        }
+    }
 
     #[test]
     fn sizes_that_no_queue_has_are_refused() {
