@@ -134,7 +134,8 @@ pub fn run<T: TxBurst, R: RxBurst>(
     loop {
         let now = Tsc::now();
         let ended = stop.is_set() || state.ended(now);
-        if !ended && state.send(now, tx, cache) > 0 {
+        let due = if ended { 0 } else { state.due(now) };
+        if due > 0 && state.send(due, tx, cache) > 0 {
             progress = now;
         }
         if state.receive(rx, cache) > 0 {
@@ -144,10 +145,14 @@ pub fn run<T: TxBurst, R: RxBurst>(
         if ended && missing == 0 {
             break;
         }
-        if missing > 0 && now.wrapping_sub(progress) > give_up {
+        if missing == 0 && due == 0 {
+            progress = now;
+        }
+        if now.wrapping_sub(progress) > give_up {
             state.given_up += missing;
             state.given_up_below = state.sent;
-            if ended {
+            // Nothing is on its way and the sender takes nothing, so nothing will happen any more.
+            if ended || missing == 0 {
                 break;
             }
         }
@@ -185,7 +190,7 @@ impl State<'_> {
         }
     }
 
-    /// Frames that may be sent now, by window, rate and count.
+    /// Frames that may be sent now, by window, rate and count, a burst at most.
     fn due(&self, now: u64) -> usize {
         let on_their_way = self.sent - self.given_up - self.arrivals.unique;
         let mut due = self.stream.window.saturating_sub(on_their_way).min(MAX_BURST as u64);
@@ -199,8 +204,7 @@ impl State<'_> {
         due as usize
     }
 
-    fn send<T: TxBurst>(&mut self, now: u64, tx: &mut T, cache: &mut PoolCache) -> usize {
-        let due = self.due(now);
+    fn send<T: TxBurst>(&mut self, due: usize, tx: &mut T, cache: &mut PoolCache) -> usize {
         while self.burst.len() < due {
             let Some(buffer) = cache.allocate() else { break };
             let mut packet = Packet::new(buffer, self.stream.size);
