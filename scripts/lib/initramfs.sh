@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# The guest's root: busybox, strace, scripts/guest and our programs, in one uncompressed archive (QEMU hands it over at
-# once, while unpacking a compressed one under software emulation takes seconds).
+# The guest's root: busybox, strace, scripts/guest, scripts/matrix and our programs, in one uncompressed archive (QEMU
+# hands it over at once, while unpacking a compressed one under software emulation takes seconds).
 
 initramfs_build() {
     local run=$1 image=$2 root="$1/root" file
@@ -12,6 +12,7 @@ initramfs_build() {
         install -m 755 "$file" "$root/bin/${file##*/}"
     done
     mv "$root/bin/init" "$root/init"
+    cp -r "$SCRIPTS/matrix" "$root/matrix"
     initramfs_add_strace "$root"
     initramfs_add_programs "$root"
     modules_add "$image" "$root"

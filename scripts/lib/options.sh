@@ -9,6 +9,7 @@ scripts/lab: VFIO and IOMMUFD in a QEMU guest, for machines without an IOMMU or 
   lab run [options] -- COMMAND...                    run COMMAND in the guest; its exit code is passed on
   lab shell [options]                                a busybox shell in the guest
   lab test [options]                                 the test matrix, as TAP
+  lab wire [options]                                 two hosts of this machine talk through the guest, as TAP
   lab kernel [--show]                                build the newest guest kernel, or show what is built
 
 Programs of this repository go by their short names: lab run -- l2fwd --help

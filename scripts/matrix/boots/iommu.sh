@@ -1,0 +1,69 @@
+# shellcheck shell=dash
+# An IOMMU that translates for every NIC.
+
+GENERATOR_MODE=auto
+
+boot_cases() {
+    local mode
+    each_nic_in_each_mode container cdev compat
+    mixed_modes container cdev
+    mixed_modes container compat
+    mixed_modes cdev compat
+    variants cdev
+    test_case "--no-huge, container" forwards virtio-net e1000 '' '' '-l 1 --no-huge --vfio-mode container'
+    test_case "--no-huge, cdev" forwards e1000e e1000e '' '' '-l 1 --no-huge --vfio-mode cdev'
+    test_case "group is container" forwards e1000 e1000 '' '' '-l 1 --vfio-mode group'
+    address_filter cdev
+    test_case "auto is cdev" auto_is cdev
+    test_case "auto without /dev/iommu is container" auto_without_iommufd
+
+    test_case "cdev opens no group" opens cdev '/dev/iommu /dev/vfio/devices/vfio[0-9]*' '/dev/vfio/vfio /dev/vfio/[0-9].*'
+    test_case "container opens no iommufd and no cdev" opens container '/dev/vfio/vfio /dev/vfio/[0-9]*' '/dev/iommu /dev/vfio/devices.*'
+    test_case "compat opens groups and iommufd only" opens compat '/dev/iommu /dev/vfio/[0-9]*' '/dev/vfio/vfio /dev/vfio/devices.*'
+
+    for mode in container cdev compat; do
+        interrupts_of_each_nic "$mode"
+        ends_on_signals "$mode"
+        survives_kill "$mode"
+    done
+    test_case "iommufd alone" iommufd_alone
+
+    bad_arguments
+    iommu_refusals
+    test_case "refused: bound to a kernel driver" bound_to_the_kernel cdev
+    test_case "refused: no hugepages" no_hugepages cdev 'vm.nr_hugepages='
+    test_case "refused: no /dev/iommu, cdev" without_node /dev/iommu 69 'modprobe iommufd' --vfio-mode cdev
+    test_case "refused: no /dev/iommu, compat" without_node /dev/iommu 69 'modprobe iommufd' --vfio-mode compat
+    test_case "refused: no /dev/vfio/vfio, container" without_node /dev/vfio/vfio 69 'modprobe vfio' --vfio-mode container
+    test_case "refused: little memlock, cdev" little_memlock cdev /dev/iommu /dev/vfio/devices/vfio*
+    test_case "refused: little memlock, container" little_memlock container /dev/vfio/[0-9]*
+    test_case "refused: little memlock, compat" little_memlock compat /dev/iommu /dev/vfio/[0-9]*
+    test_case "refused: no permission, cdev" no_permission cdev /dev/iommu
+    test_case "refused: no permission, container" no_permission container /dev/vfio/
+    for mode in container cdev compat; do
+        test_case "refused: in use, $mode" in_use "$mode" "$mode"
+        test_case "refused: same --file-prefix, $mode" same_prefix "$mode"
+    done
+    test_case "refused: in use by container, cdev" in_use container cdev
+    test_case "refused: in use by cdev, container" in_use cdev container
+}
+
+iommu_refusals() {
+    refusals <<'TABLE'
+69|use --vfio-mode cdev or container|--vfio-mode noiommu FORWARDERS -- -p 3
+69|use --vfio-mode cdev or container|--vfio-mode noiommu-cdev FORWARDERS -- -p 3
+64|leave --iova-mode out|--iova-mode pa --vfio-mode cdev FORWARDERS -- -p 3
+TABLE
+}
+
+auto_is() {
+    forwards e1000e e1000e
+    said "in mode $1: auto"
+}
+
+auto_without_iommufd() {
+    at_end mv /dev/iommu.away /dev/iommu
+    mv /dev/iommu /dev/iommu.away
+    auto_is container
+    said "there is no /dev/iommu"
+}

@@ -1,0 +1,42 @@
+# shellcheck shell=dash
+# No IOMMU, and VFIO told to hand devices over all the same.
+
+GENERATOR_MODE=noiommu
+
+boot_cases() {
+    local mode
+    each_nic_in_each_mode noiommu noiommu-cdev
+    mixed_modes noiommu noiommu-cdev
+    variants noiommu
+    address_filter noiommu
+    test_case "noiommu opens no iommufd and no cdev" opens noiommu '/dev/vfio/vfio /dev/vfio/noiommu-[0-9]*' '/dev/iommu /dev/vfio/devices.*'
+    for mode in noiommu noiommu-cdev; do
+        interrupts_of_each_nic "$mode"
+        survives_kill "$mode"
+    done
+    ends_on_signals noiommu
+    test_case "iommufd alone" iommufd_alone
+
+    bad_arguments
+    noiommu_refusals
+    test_case "refused: noiommu-cdev on a kernel without it" needs_newer_kernel
+    test_case "refused: bound to a kernel driver" bound_to_the_kernel noiommu
+    test_case "refused: no hugepages" no_hugepages noiommu 'vm.nr_hugepages='
+    test_case "refused: in use, noiommu" in_use noiommu noiommu
+}
+
+noiommu_refusals() {
+    refusals <<'TABLE'
+69|auto never goes without|FORWARDERS -- -p 3
+69|--vfio-mode noiommu|--vfio-mode cdev FORWARDERS -- -p 3
+69|--vfio-mode noiommu|--vfio-mode container FORWARDERS -- -p 3
+69|--vfio-mode noiommu|--vfio-mode compat FORWARDERS -- -p 3
+64|leave --iova-mode out|--iova-mode va --vfio-mode noiommu FORWARDERS -- -p 3
+64|leave --no-huge out|--no-huge --vfio-mode noiommu FORWARDERS -- -p 3
+TABLE
+}
+
+needs_newer_kernel() {
+    ! has_noiommu_cdev || skip "this kernel has it"
+    refuses 69 "7.3" --vfio-mode noiommu-cdev -a "$(bdf e1000e fwd_rx)" -- -p 1
+}

@@ -1,0 +1,136 @@
+# shellcheck shell=dash
+# What cannot work is refused: one line on stderr with what, why and the command that mends it, an exit code of its
+# own, nothing changed, and the next start works.
+
+# refuses EXIT-CODE TEXT ARGUMENTS...
+refuses() {
+    refused_as root "$@"
+    starts_again
+}
+
+# refused_as USER EXIT-CODE TEXT ARGUMENTS...
+refused_as() {
+    local user=$1 wanted=$2 text=$3 status=0
+    shift 3
+    if [ "$user" = root ]; then
+        timeout "$PATIENCE" l2fwd "$@" >"$WORK/refused.out" 2>"$WORK/refused.err" || status=$?
+    else
+        su "$user" -s /bin/sh -c "$LIMIT timeout $PATIENCE l2fwd $*" >"$WORK/refused.out" 2>"$WORK/refused.err" ||
+            status=$?
+    fi
+    [ $status = "$wanted" ] || die "exit code $status, not $wanted"
+    [ "$(wc -l <"$WORK/refused.err")" = 1 ] || die "not one line on stderr"
+    case $(cat "$WORK/refused.err") in
+        "vireo-l2fwd: "*"$text"*) ;;
+        *) die "not said: $text" ;;
+    esac
+}
+
+starts_again() {
+    start_l2fwd -l 1 --vfio-mode "$GENERATOR_MODE" -a "$(bdf e1000e fwd_rx)" -a "$(bdf e1000e fwd_tx)" -- -p 3 -q 2 -T 0
+    stop_l2fwd
+}
+
+# refusals: reads a table of EXIT-CODE|TEXT|ARGUMENTS; in ARGUMENTS, FORWARDERS stands for two NICs and MODE for a mode
+# that works in this boot.
+refusals() {
+    local code text arguments pair
+    pair="-a $(bdf e1000e fwd_rx) -a $(bdf e1000e fwd_tx)"
+    while IFS='|' read -r code text arguments; do
+        # shellcheck disable=SC2046  # words of a command line
+        test_case "refused: $arguments" refuses "$code" "$text" $(echo "$arguments" | sed "s/FORWARDERS/$pair/; s/MODE/$GENERATOR_MODE/")
+    done
+}
+
+bad_arguments() {
+    refusals <<'TABLE'
+64|did you mean|--no-such-argument -- -p 3
+64|did you mean|--in-memori -- -p 3
+64|cannot be used with|-a 00:0d.0 -b 00:0e.0 -- -p 3
+64|use cores 0-1|-l 99 FORWARDERS -- -p 3
+64|use cores 0-1|-l 1- FORWARDERS -- -p 3
+64|the device is given twice|-a 00:0d.0 -a 00:0d.0 -- -p 3
+64|known keys: vfio-mode, mrg_rxbuf|-a 00:0d.0,speed=9 -- -p 3
+64|only virtio-net knows it|--vfio-mode MODE -a 00:0d.0,mrg_rxbuf=0 -a 00:0e.0 -- -p 3
+64|use one of auto, container|--vfio-mode fast FORWARDERS -- -p 3
+64|see: l2fwd --help|FORWARDERS
+64|it is no hexadecimal mask|FORWARDERS -- -p three
+64|it selects no port|FORWARDERS -- -p 0
+64|for all of them give -p 3|--vfio-mode MODE FORWARDERS -- -p 7
+64|see: l2fwd --help|FORWARDERS -- -p 3 -q 99
+64|is not of the form|--vfio-mode MODE FORWARDERS -- -p 3 --portmap 0-1
+64|or leave it out|-m 1 --vfio-mode MODE FORWARDERS -- -p 3
+64|without an IOMMU|-a 00:0d.0,vfio-mode=noiommu -a 00:0e.0,vfio-mode=cdev -- -p 3
+69|no such PCI device|-a 00:1e.0 -- -p 1
+69|no driver here knows|-a 00:02.0 -- -p 1
+TABLE
+}
+
+# bound_to_the_kernel MODE
+bound_to_the_kernel() {
+    local nic
+    nic=$(bdf e1000e fwd_rx)
+    at_end bind "$nic" vfio-pci
+    bind "$nic" e1000e
+    refused_as root 69 "kernel driver e1000e; run: vireo-devbind --bind vfio-pci $nic" --vfio-mode "$1" -a "$nic" -- -p 1
+    [ -e "/sys/bus/pci/drivers/e1000e/$nic" ] || die "it was taken away from e1000e"
+    bind "$nic" vfio-pci
+    starts_again
+}
+
+no_hugepages() {
+    local before
+    before=$(cat "$HUGEPAGES/nr_hugepages")
+    at_end set_hugepages "$before"
+    set_hugepages 0
+    refused_as root 71 "$2" --vfio-mode "$1" -a "$(bdf e1000e fwd_rx)" -- -p 1
+    set_hugepages "$before"
+    starts_again
+}
+
+# without_node NODE EXIT-CODE TEXT ARGUMENTS...
+without_node() {
+    local node=$1
+    shift
+    at_end "[ -e '$node' ] || mv '$node.away' '$node'"
+    mv "$node" "$node.away"
+    refused_as root "$@" -a "$(bdf e1000e fwd_rx)" -- -p 1
+    mv "$node.away" "$node"
+    starts_again
+}
+
+# little_memlock MODE NODES...: root may lock any amount, so nobody gets the nodes.
+little_memlock() {
+    local mode=$1
+    shift
+    at_end chown root "$@"
+    chown nobody "$@"
+    LIMIT='ulimit -l 64;' refused_as nobody 71 'run: ulimit -l' --file-prefix nobody --vfio-mode "$mode" \
+        -a "$(bdf e1000e fwd_rx)" -- -p 1
+    starts_again
+}
+
+# no_permission MODE NODE
+no_permission() {
+    LIMIT='' refused_as nobody 77 "run as root, or: setfacl -m u:\$USER:rw $2" --file-prefix nobody --vfio-mode "$1" \
+        -a "$(bdf e1000e fwd_rx)" -- -p 1
+    starts_again
+}
+
+# in_use MODE MODE: the second mode asks for what the first one has.
+in_use() {
+    local nic
+    nic=$(bdf e1000e fwd_rx)
+    start_l2fwd -l 1 --vfio-mode "$1" -a "$nic" -- -p 1 -T 0
+    refused_as root 75 "in use by pid $L2FWD (l2fwd); stop it: kill $L2FWD" --file-prefix second --vfio-mode "$2" -a "$nic" -- -p 1
+    stop_l2fwd
+    starts_again
+}
+
+same_prefix() {
+    start_l2fwd -l 1 --vfio-mode "$1" -a "$(bdf e1000e fwd_rx)" -- -p 1 -T 0
+    refused_as root 75 "in use by pid $L2FWD (l2fwd); start with another --file-prefix" --file-prefix fwd \
+        --vfio-mode "$1" -a "$(bdf e1000e fwd_tx)" -- -p 1
+    stop_l2fwd
+    starts_again
+}
