@@ -19,7 +19,8 @@ interrupts() {
     timeout "$PATIENCE" vireo-interrupts "$(bdf "$2" fwd_rx)" "$1" >"$WORK/interrupts.out"
     for kind in $kinds; do
         grep -q "^$kind: by software" "$WORK/interrupts.out" || die "no $kind by software"
-        [ "$2" = virtio-net ] || grep -q "^$kind: by the device" "$WORK/interrupts.out" || die "no $kind by the device"
+        # QEMU 7.2 does not survive an MSI-X interrupt of an e1000e that is switched off soon after.
+        [ "$2" = virtio-net ] || [ "$kind" = Msix ] || grep -q "^$kind: by the device" "$WORK/interrupts.out" || die "no $kind by the device"
     done
     [ "$(cut -d: -f1 "$WORK/interrupts.out" | uniq | wc -l)" = "$(echo "$kinds" | wc -w)" ] || die "not just $kinds"
 }
