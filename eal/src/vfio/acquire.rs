@@ -160,9 +160,9 @@ impl Vfio {
         let what = || format!("cannot choose a VFIO mode for {}", node.name);
         let cdev = cdev_name(node);
         let group = group_of(node).ok();
-        let physical_only = cdev.as_deref().is_some_and(|name| name.starts_with(NOIOMMU_PREFIX))
-            || group.is_some_and(|group| self.dev.join(format!("vfio/{NOIOMMU_PREFIX}{group}")).exists());
-        if physical_only {
+        if cdev.as_deref().is_some_and(|name| name.starts_with(NOIOMMU_PREFIX))
+            || group.is_some_and(|group| self.noiommu_group(group).exists())
+        {
             return Err(Error::new(ErrorKind::Unavailable, what(), "the device has no IOMMU and auto never goes without")
                 .mend("turn the IOMMU on (intel_iommu=on), or accept that the NIC can reach all memory: --vfio-mode noiommu"));
         }
@@ -179,6 +179,11 @@ impl Vfio {
             Some(_) => Ok((VfioMode::Container, reason.to_owned())),
             None => Err(no_group(what())),
         }
+    }
+
+    /// Node of `group` when it was made for a device without IOMMU.
+    pub(super) fn noiommu_group(&self, group: u32) -> PathBuf {
+        self.dev.join(format!("vfio/{NOIOMMU_PREFIX}{group}"))
     }
 
     pub(super) fn existing(&self, mode: VfioMode) -> Option<Arc<AddressSpace>> {
@@ -238,12 +243,14 @@ pub(super) fn group_of(node: &Node) -> std::io::Result<u32> {
         .ok_or_else(|| std::io::Error::other("the link ends in no number"))
 }
 
-/// Name of the device's character device below `/dev/vfio/devices`.
+/// Name of the device's character device below `/dev/vfio/devices`. Before kernel 7.3 a device without IOMMU
+/// has the entry in sysfs but no number.
 pub(super) fn cdev_name(node: &Node) -> Option<String> {
     fs::read_dir(node.sysfs.join("vfio-dev"))
         .ok()?
         .flatten()
-        .find_map(|entry| entry.file_name().into_string().ok())
+        .find(|entry| entry.path().join("dev").exists())
+        .and_then(|entry| entry.file_name().into_string().ok())
 }
 
 pub(super) fn no_group(what: String) -> Error {

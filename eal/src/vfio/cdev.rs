@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio as uapi;
 
-use super::acquire::{NOIOMMU_PREFIX, Node, Phases, Vfio, cdev_name, has_iommu, lock, needs_noiommu, open};
+use super::acquire::{
+    NOIOMMU_PREFIX, Node, Phases, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu, open,
+};
 use super::fds::CdevFds;
 use super::space::AddressSpace;
 use super::{VfioMode, diagnose, sys};
@@ -19,14 +21,7 @@ use crate::iommufd::Iommufd;
 impl Vfio {
     pub(super) fn open_cdev(&self, node: &Node, mode: VfioMode) -> Result<CdevFds> {
         let what = || format!("cannot use {} in mode {mode}", node.name);
-        let name = cdev_name(node).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Unavailable,
-                what(),
-                "the kernel gives it no VFIO cdev (CONFIG_VFIO_DEVICE_CDEV, 6.6)",
-            )
-            .mend("use --vfio-mode container")
-        })?;
+        let name = cdev_name(node).ok_or_else(|| self.no_cdev(node, mode))?;
         match (name.starts_with(NOIOMMU_PREFIX), mode) {
             (true, VfioMode::Cdev) => return Err(needs_noiommu(what(), VfioMode::NoiommuCdev)),
             (false, VfioMode::NoiommuCdev) => return Err(has_iommu(what())),
@@ -60,6 +55,17 @@ impl Vfio {
             .mend("run: udevadm trigger --subsystem-match=vfio-dev"));
         }
         Ok(CdevFds { iommufd, device: device.into() })
+    }
+
+    fn no_cdev(&self, node: &Node, mode: VfioMode) -> Error {
+        let what = format!("cannot use {} in mode {mode}", node.name);
+        let without_iommu = group_of(node).is_ok_and(|group| self.noiommu_group(group).exists());
+        let (why, cure) = match (mode, without_iommu) {
+            (VfioMode::Cdev, true) => return needs_noiommu(what, VfioMode::Noiommu),
+            (_, true) => ("this kernel gives devices without IOMMU no VFIO cdev (7.3)", "noiommu"),
+            (_, false) => ("the kernel gives it no VFIO cdev (CONFIG_VFIO_DEVICE_CDEV, 6.6)", "container"),
+        };
+        Error::new(ErrorKind::Unavailable, what, why).mend(format!("use --vfio-mode {cure}"))
     }
 
     /// Bind, allocate, attach: the order in which a map fails where it is made.
@@ -97,5 +103,29 @@ impl Vfio {
         counted(unsafe { sys::attach_iommufd_pt(device.as_raw_fd(), &mut attach) })
             .map_err(|errno| Error::os(format!("cannot attach {} to its address space", node.name), errno))?;
         Ok((device, space))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// Before kernel 7.3 a device without IOMMU has an entry below `vfio-dev`, which has no number.
+    #[test]
+    fn a_cdev_without_number_is_none() {
+        let root = tempfile::tempdir().unwrap();
+        let node = Node { name: "0000:00:0d.0".into(), sysfs: root.path().join("device") };
+        std::fs::create_dir_all(node.sysfs.join("vfio-dev/vfio9")).unwrap();
+        symlink("/sys/kernel/iommu_groups/3", node.sysfs.join("iommu_group")).unwrap();
+        let mut vfio = Vfio::new(None);
+        vfio.dev = root.path().join("dev");
+        let refusal = |mode| vfio.open_cdev(&node, mode).unwrap_err().to_string();
+
+        assert!(refusal(VfioMode::Cdev).ends_with("use --vfio-mode container"));
+        std::fs::create_dir_all(root.path().join("dev/vfio/noiommu-3")).unwrap();
+        assert!(refusal(VfioMode::Cdev).ends_with("--vfio-mode noiommu"));
+        let newer = refusal(VfioMode::NoiommuCdev);
+        assert!(newer.contains("(7.3)") && newer.ends_with("use --vfio-mode noiommu"), "{newer}");
     }
 }

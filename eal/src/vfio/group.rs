@@ -9,9 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use nix::errno::Errno;
 use vfio_bindings::bindings::vfio as uapi;
 
-use super::acquire::{
-    NOIOMMU_PREFIX, Node, Phases, Vfio, group_of, has_iommu, lock, needs_noiommu, no_group, open,
-};
+use super::acquire::{Node, Phases, Vfio, group_of, has_iommu, lock, needs_noiommu, no_group, open};
 use super::fds::GroupFds;
 use super::space::{AddressSpace, Container};
 use super::{VfioMode, diagnose, sys};
@@ -24,7 +22,7 @@ impl Vfio {
         let what = || format!("cannot use {} in mode {mode}", node.name);
         let group = group_of(node).map_err(|_| no_group(what()))?;
         let plain = self.dev.join(format!("vfio/{group}"));
-        let physical = self.dev.join(format!("vfio/{NOIOMMU_PREFIX}{group}"));
+        let physical = self.noiommu_group(group);
         let path = match mode {
             VfioMode::Noiommu if !physical.exists() && plain.exists() => return Err(has_iommu(what())),
             VfioMode::Noiommu => physical,
