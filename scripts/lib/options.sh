@@ -8,7 +8,7 @@ scripts/lab: VFIO and IOMMUFD in a QEMU guest, for machines without an IOMMU or 
   lab compare [--json FILE] [--html FILE] [-- ARGS]  run the same forwarder in every VFIO mode and compare them
   lab run [options] -- COMMAND...                    run COMMAND in the guest; its exit code is passed on
   lab shell [options]                                a busybox shell in the guest
-  lab test [options]                                 the test matrix, as TAP
+  lab test [options] [BOOT...]                       the test matrix, as TAP; all boots or those named
   lab wire [options]                                 two hosts of this machine talk through the guest, as TAP
   lab kernel [--show]                                build the newest guest kernel, or show what is built
 

@@ -1,5 +1,5 @@
 # shellcheck shell=dash
-# Which device nodes a mode opens: strace tells.
+# Which device nodes a mode opens, and which none: strace tells.
 
 # opens MODE YES NO: all of the basic regular expressions in YES, none of those in NO.
 opens() {
@@ -17,4 +17,13 @@ opens() {
     for pattern in $no; do
         ! grep "^$pattern\$" "$WORK/opened.out" || die "it opened $pattern"
     done
+}
+
+# hands_over NIC MODE: the process that is given the descriptors opens no node, and drives the device.
+hands_over() {
+    timeout "$PATIENCE" strace -f -e trace=open,openat,openat2,execve -o "$WORK/trace" vireo-handover "$(bdf "$1" fwd_rx)" "$2" >"$WORK/handover.out"
+    grep -q "mode $2: by descriptors from another process; first register" "$WORK/handover.out" || die "not taken over"
+    sed '1,/execve.*"take"/d' "$WORK/trace" >"$WORK/taker"
+    [ -s "$WORK/taker" ] || die "strace saw no second process"
+    ! grep -E '"/dev/(vfio|iommu)' "$WORK/taker" || die "it opened a node"
 }

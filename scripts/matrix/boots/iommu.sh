@@ -4,7 +4,7 @@
 GENERATOR_MODE=auto
 
 boot_cases() {
-    local mode
+    local mode nic
     each_nic_in_each_mode container cdev compat
     mixed_modes container cdev
     mixed_modes container compat
@@ -22,6 +22,9 @@ boot_cases() {
     test_case "compat opens groups and iommufd only" opens compat '/dev/iommu /dev/vfio/[0-9]*' '/dev/vfio/vfio /dev/vfio/devices.*'
 
     for mode in container cdev compat; do
+        for nic in $NICS; do
+            test_case "descriptors of $nic passed to another process, $mode" hands_over "$nic" "$mode"
+        done
         interrupts_of_each_nic "$mode"
         ends_on_signals "$mode"
         survives_kill "$mode"

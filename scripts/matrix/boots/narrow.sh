@@ -1,0 +1,12 @@
+# shellcheck shell=dash
+# An IOMMU of 39 bits: what virtual addresses would ask for lies outside it.
+
+GENERATOR_MODE=auto
+
+boot_cases() {
+    local mode
+    for mode in container cdev compat; do
+        test_case "e1000e, $mode" forwards e1000e e1000e '' '' "-l 1 --vfio-mode $mode"
+        test_case "virtio-net, $mode" forwards virtio-net virtio-net '' '' "-l 1 --vfio-mode $mode"
+    done
+}

@@ -1,0 +1,35 @@
+# shellcheck shell=dash
+# Two functions of one slot and so of one IOMMU group: a group is for user space as a whole, or not at all.
+
+GENERATOR_MODE=auto
+FIRST=0000:00:10.0
+SECOND=0000:00:10.1
+
+boot_cases() {
+    local mode
+    for mode in container cdev compat; do
+        test_case "both ports of a group, $mode" both_ports "$mode"
+        test_case "refused: a group that is not viable, $mode" not_viable "$mode"
+    done
+    test_case "refused: the other port of the group is in use, container" other_port_in_use container
+}
+
+both_ports() {
+    start_l2fwd -l 1 --vfio-mode "$1" -a $FIRST -a $SECOND -- -p 3 -q 2 -T 0
+    stop_l2fwd
+}
+
+not_viable() {
+    at_end bind $SECOND vfio-pci
+    bind $SECOND e1000
+    refused_as root 69 "bound to kernel drivers are $SECOND (e1000); run for each: vireo-devbind --bind vfio-pci $SECOND" \
+        --vfio-mode "$1" -a $FIRST -- -p 1
+    bind $SECOND vfio-pci
+    starts_again
+}
+
+other_port_in_use() {
+    start_l2fwd -l 1 --vfio-mode "$1" -a $FIRST -- -p 1 -T 0
+    refused_as root 75 "in use by pid $L2FWD (l2fwd)" --file-prefix second --vfio-mode "$1" -a $SECOND -- -p 1
+    stop_l2fwd
+}
