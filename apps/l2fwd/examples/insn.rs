@@ -99,12 +99,12 @@ fn whole_case<N: Nic>(
 
     let mut warm = wire();
     let stop = warm.stop.clone();
-    forward(&mut lanes, &mut cache, &counts, &stop, || warm.step());
+    forward(&mut lanes, &mut cache, &counts, &stop, &mut (), || warm.step());
     let before = (lanes[0].rx.stats(), lanes[0].tx.stats());
 
     let mut hot = wire();
     let stop = hot.stop.clone();
-    counted_loop(|| forward(&mut lanes, &mut cache, &counts, &stop, || device_half(&mut hot)));
+    counted_loop(|| forward(&mut lanes, &mut cache, &counts, &stop, &mut (), || device_half(&mut hot)));
 
     let [Lane { rx, tx, .. }] = lanes;
     let (received, sent) = (rx.stats().packets - before.0.packets, tx.stats().packets - before.1.packets);

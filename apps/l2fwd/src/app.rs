@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -79,7 +80,8 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     reporter.say("entering main loop\n", &json!({ "event": "forwarding" }))?;
     let mut last = Instant::now();
     let mut printed = Ok(());
-    let lanes = forward_on_lcores(eal, stop, shares, &pool, &counts, || {
+    let busy_ticks = args.record_core_cycles.then(AtomicU64::default);
+    let lanes = forward_on_lcores(eal, stop, shares, &pool, &counts, busy_ticks.as_ref(), || {
         let due = args.period.is_some_and(|period| last.elapsed().as_secs_f64() >= period);
         if due && printed.is_ok() {
             last = Instant::now();
@@ -94,6 +96,9 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
         reporter.chat(&format!("\n\nSignal {signal} received, preparing to exit...\n"))?;
     }
     reporter.summary(&totals())?;
+    if let Some(ticks) = busy_ticks {
+        reporter.core_cycles(ticks.into_inner(), &totals())?;
+    }
     close(&reporter, all, queues, cache, &pool)?;
     printed?;
     reporter.say("Bye...\n", &json!({ "event": "end" }))
@@ -148,21 +153,22 @@ fn forward_on_lcores(
     mut shares: BTreeMap<u32, Vec<AnyLane>>,
     pool: &Arc<Pool>,
     counts: &[PortCounts],
+    busy_ticks: Option<&AtomicU64>,
     mut tick: impl FnMut(),
 ) -> Result<Vec<AnyLane>> {
     let own = shares.remove(&eal.lcores.main_id()).unwrap_or_default();
     std::thread::scope(|scope| {
         let mut workers = Vec::with_capacity(shares.len());
         for (id, share) in shares {
-            let worker = eal
-                .lcores
-                .launch_in(scope, id, move |_| forward_any(share, &mut pool.cache(), counts, stop, || ()));
+            let worker = eal.lcores.launch_in(scope, id, move |_| {
+                forward_any(share, &mut pool.cache(), counts, busy_ticks, stop, || ())
+            });
             workers.push(worker.inspect_err(|_| stop.set())?);
         }
         let idle = own.is_empty();
         let mut round = 0_u32;
         let lanes = eal.lcores.run_main(|_| {
-            forward_any(own, &mut pool.cache(), counts, stop, || {
+            forward_any(own, &mut pool.cache(), counts, busy_ticks, stop, || {
                 round = round.wrapping_add(1);
                 if idle {
                     // A main lcore without ports only prints: it leaves its core to others.

@@ -39,6 +39,9 @@ struct Cli {
     /// Pairs of ports that forward to each other, such as "(0,3)(1,2)"; by default neighbours
     #[arg(long, value_name = "PAIRS", value_parser = port_map)]
     portmap: Option<PortMap>,
+    /// Time the polls that move packets, and print ticks per packet at the end (testpmd's argument)
+    #[arg(long)]
+    record_core_cycles: bool,
     /// Print one JSON object per line in the place of text
     #[arg(long)]
     json: bool,
@@ -65,6 +68,8 @@ pub struct Args {
     pub mac_updating: bool,
     /// Pairs that the user chose.
     pub portmap: Option<Pairs>,
+    /// Time the polls that move packets.
+    pub record_core_cycles: bool,
     /// Print JSON.
     pub json: bool,
 }
@@ -87,6 +92,7 @@ pub fn parse(argv: Vec<OsString>) -> Result<Args> {
         period: Some(cli.period).filter(|period| *period > 0.0),
         mac_updating: !cli.no_mac_updating,
         portmap: cli.portmap.map(|map| map.0),
+        record_core_cycles: cli.record_core_cycles,
         json: cli.json,
     })
 }

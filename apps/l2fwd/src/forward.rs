@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crossbeam::utils::CachePadded;
 use vireo_drivers::port::{MacAddr, RxBurst, RxQueue, TxBurst, TxQueue};
 use vireo_drivers::{e1000, virtio};
+use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
@@ -61,6 +62,38 @@ pub fn ethernet(tx_port: usize, source: MacAddr) -> [u8; 12] {
     bytes
 }
 
+/// Times polls, or does not: `()`.
+pub trait Meter {
+    /// Before a poll.
+    fn begin(&mut self) {}
+    /// After it; `busy` when it moved packets.
+    fn end(&mut self, _busy: bool) {}
+}
+
+impl Meter for () {}
+
+/// Ticks of the polls that moved packets, as testpmd's `--record-core-cycles` counts them.
+#[derive(Debug, Default)]
+pub struct BusyTicks {
+    since: u64,
+    /// The sum so far.
+    pub ticks: u64,
+}
+
+impl Meter for BusyTicks {
+    #[inline(always)]
+    fn begin(&mut self) {
+        self.since = Tsc::now();
+    }
+
+    #[inline(always)]
+    fn end(&mut self, busy: bool) {
+        if busy {
+            self.ticks += Tsc::now().wrapping_sub(self.since);
+        }
+    }
+}
+
 /// Polls `lanes` until `stop` is set; calls `tick` once in each round.
 #[inline(never)]
 pub fn forward<R: RxBurst, T: TxBurst>(
@@ -68,12 +101,15 @@ pub fn forward<R: RxBurst, T: TxBurst>(
     cache: &mut PoolCache,
     counts: &[PortCounts],
     stop: &StopFlag,
+    meter: &mut impl Meter,
     mut tick: impl FnMut(),
 ) {
     let mut bursts: Vec<Burst> = lanes.iter().map(|_| Burst::new()).collect();
     while !stop.is_set() {
         for (lane, burst) in lanes.iter_mut().zip(&mut bursts) {
-            poll(lane, cache, counts, burst);
+            meter.begin();
+            let busy = poll(lane, cache, counts, burst);
+            meter.end(busy);
         }
         tick();
     }
@@ -83,19 +119,21 @@ pub fn forward<R: RxBurst, T: TxBurst>(
 }
 
 /// Receives into `burst`, and sends it when it is full or nothing more came: packets that come one by one share
-/// a doorbell and the rest that a burst costs, and none waits for others that may not come.
+/// a doorbell and the rest that a burst costs, and none waits for others that may not come. Whether any came or went.
 #[inline(always)]
 pub fn poll<R: RxBurst, T: TxBurst>(
     lane: &mut Lane<R, T>,
     cache: &mut PoolCache,
     counts: &[PortCounts],
     burst: &mut Burst,
-) {
+) -> bool {
     let before = burst.len();
     lane.rx.rx_burst(cache, burst);
-    if !burst.is_empty() && (burst.is_full() || burst.len() == before) {
+    let busy = !burst.is_empty();
+    if busy && (burst.is_full() || burst.len() == before) {
         send(lane, cache, counts, burst);
     }
+    busy
 }
 
 /// Rewrites the addresses of the packets in `burst` and sends them; leaves `burst` empty.
@@ -124,12 +162,29 @@ fn send<R, T: TxBurst>(
 /// Lanes of any drivers.
 pub type AnyLane = Lane<RxQueue, TxQueue>;
 
+/// Runs [`forward`], and adds the ticks of busy polls to `busy_ticks` if there is such a sum.
+fn measured<R: RxBurst, T: TxBurst>(
+    lanes: &mut [Lane<R, T>],
+    cache: &mut PoolCache,
+    counts: &[PortCounts],
+    busy_ticks: Option<&AtomicU64>,
+    stop: &StopFlag,
+    tick: impl FnMut(),
+) {
+    let Some(sum) = busy_ticks else { return forward(lanes, cache, counts, stop, &mut (), tick) };
+    let mut busy = BusyTicks::default();
+    forward(lanes, cache, counts, stop, &mut busy, tick);
+    sum.fetch_add(busy.ticks, Ordering::Relaxed);
+}
+
 /// Runs [`forward`] in the version for the drivers of `lanes`: chosen here, once, so that the loop itself
-/// knows its queue types. Lanes of several drivers share the version that looks at each burst.
+/// knows its queue types. Lanes of several drivers share the version that looks at each burst. `busy_ticks`
+/// gets the ticks of the polls that moved packets.
 pub fn forward_any(
     lanes: Vec<AnyLane>,
     cache: &mut PoolCache,
     counts: &[PortCounts],
+    busy_ticks: Option<&AtomicU64>,
     stop: &StopFlag,
     tick: impl FnMut(),
 ) -> Vec<AnyLane> {
@@ -145,7 +200,7 @@ pub fn forward_any(
                         _ => None,
                     })
                     .collect();
-                forward(&mut lanes, cache, counts, stop, tick);
+                measured(&mut lanes, cache, counts, busy_ticks, stop, tick);
                 return lanes
                     .into_iter()
                     .map(|Lane { rx, rx_port, tx, tx_port, ethernet }| Lane {
@@ -164,7 +219,7 @@ pub fn forward_any(
     of!(E1000(e1000::RxQueue), Virtio(virtio::TxQueue));
     of!(E1000(e1000::RxQueue), E1000(e1000::TxQueue));
     let mut lanes = lanes;
-    forward(&mut lanes, cache, counts, stop, tick);
+    measured(&mut lanes, cache, counts, busy_ticks, stop, tick);
     lanes
 }
 
@@ -227,12 +282,14 @@ mod tests {
         let mut lanes =
             [Lane { rx, rx_port: 0, tx, tx_port: 0, ethernet: Some(ethernet(0, MacAddr([2; 6]))) }];
         let stop = StopFlag::new();
-        forward(&mut lanes, &mut cache, &counts, &stop, || {
+        let mut busy = BusyTicks::default();
+        forward(&mut lanes, &mut cache, &counts, &stop, &mut busy, || {
             rounds -= 1;
             if rounds == 0 {
                 stop.set();
             }
         });
+        assert!(busy.ticks > 0);
         // The second 20 find room for 12. The last 5 are sent by the end.
         assert_eq!(lanes[0].tx.bursts, [32, 3, 5]);
         assert_eq!([&counts[0].received, &counts[0].sent, &counts[0].dropped].map(Count::get), [40, 38, 2]);

@@ -98,6 +98,7 @@ mod tests {
             period: None,
             mac_updating: true,
             portmap: None,
+            record_core_cycles: false,
             json: false,
         }
     }

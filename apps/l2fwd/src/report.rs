@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::json;
 use vireo_drivers::port::{Link, MacAddr};
+use vireo_eal::clock::Tsc;
 use vireo_eal::{Error, Result};
 
 use crate::forward::PortCounts;
@@ -112,6 +113,20 @@ impl Reporter {
             self.style = Style::Lines;
         }
         self.statistics(now)
+    }
+
+    /// Prints what the polls that moved packets took, in testpmd's words.
+    ///
+    /// # Errors
+    /// As for [`Reporter::say`].
+    pub fn core_cycles(&self, ticks: u64, now: &[Totals]) -> Result<()> {
+        let packets: u64 = now.iter().map(|totals| totals.received).sum();
+        let each = ticks as f64 / packets.max(1) as f64;
+        let mhz = Tsc::hz() / 1_000_000;
+        self.say(
+            &format!("CPU cycles/packet={each:.2} (total cycles={ticks} / total io packets={packets}) at {mhz} MHz Clock\n"),
+            &json!({ "event": "core_cycles", "cycles_per_packet": each, "cycles": ticks, "packets": packets, "mhz": mhz }),
+        )
     }
 }
 

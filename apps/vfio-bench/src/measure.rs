@@ -220,7 +220,7 @@ fn forward(
     let counts: [PortCounts; 2] = Default::default();
     let mut cache = side.cache.pool().cache();
     let mut polled = false;
-    let mut lanes = forward_any(lanes, &mut cache, &counts, done, || {
+    let mut lanes = forward_any(lanes, &mut cache, &counts, None, done, || {
         if !polled {
             polling.store(Tsc::now(), Ordering::Release);
             polled = true;
