@@ -11,7 +11,7 @@ use vireo_l2fwd::{app, args};
 
 fn run() -> Result<()> {
     let usage = args::usage();
-    let program = Program { usage: &usage, device_keys: DEVICE_KEYS };
+    let program = Program { usage: &usage, device_keys: DEVICE_KEYS, vdev_keys: &[] };
     let parsed = match eal_args::parse(std::env::args_os(), &program)? {
         Outcome::Print(text) => {
             print!("{text}");

@@ -32,7 +32,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode> {
     let usage = args::usage();
-    let program = Program { usage: &usage, device_keys: DEVICE_KEYS };
+    let program = Program { usage: &usage, device_keys: DEVICE_KEYS, vdev_keys: &[] };
     let parsed = match eal_args::parse(std::env::args_os(), &program)? {
         Parsed::Print(text) => {
             print!("{text}");

@@ -37,6 +37,9 @@ pub(super) struct Cli {
     /// Never use this device; may be repeated
     #[arg(short, long, value_name = "BDF", value_parser = Bdf::from_str)]
     pub(super) block: Vec<Bdf>,
+    /// Make a virtual device, such as net_virtio_user0,path=/tmp/socket; may be repeated
+    #[arg(long, value_name = "NAME[,K=V]")]
+    pub(super) vdev: Vec<String>,
     /// Leave the PCI bus alone
     #[arg(long)]
     pub(super) no_pci: bool,

@@ -26,42 +26,50 @@ impl DeviceArgs {
     /// # Errors
     /// `Usage`, naming the wrong part and, of an unknown key, the known ones.
     pub fn parse(text: &str, driver_keys: &[&str]) -> Result<Self> {
-        let mut parts = text.split(',');
-        let mut device = Self { address: parts.next().unwrap_or("").parse()?, mode: None, args: Vec::new() };
-        for part in parts {
-            device.add(part, driver_keys)?;
-        }
-        Ok(device)
+        let (address, rest) = split_name(text);
+        let address: Bdf = address.parse()?;
+        let mut args = key_values(rest, &address, &[&[MODE_KEY], driver_keys].concat())?;
+        let mode = match args.iter().position(|(key, _)| key == MODE_KEY) {
+            Some(at) => Some(args.remove(at).1.parse()?),
+            None => None,
+        };
+        Ok(Self { address, mode, args })
     }
+}
 
-    fn add(&mut self, part: &str, driver_keys: &[&str]) -> Result<()> {
+/// The name of a device, and what follows its comma.
+pub(super) fn split_name(text: &str) -> (&str, Option<&str>) {
+    text.split_once(',').map_or((text, None), |(name, rest)| (name, Some(rest)))
+}
+
+/// Reads `KEY=VALUE[,KEY=VALUE…]` of `device`; each key is one of `known` and comes once.
+///
+/// # Errors
+/// `Usage`, naming the wrong part and, of an unknown key, the known ones.
+pub(super) fn key_values(
+    text: Option<&str>,
+    device: &dyn fmt::Display,
+    known: &[&str],
+) -> Result<Vec<(String, String)>> {
+    let mut args: Vec<(String, String)> = Vec::new();
+    for part in text.into_iter().flat_map(|text| text.split(',')) {
         let wrong = |why: &str| {
-            let what = format!("argument {} of device {}", quoted(part), self.address);
-            Error::new(ErrorKind::Usage, what, why)
+            Error::new(ErrorKind::Usage, format!("argument {} of device {device}", quoted(part)), why)
         };
-        let Some((key, value)) = part.split_once('=') else {
-            return Err(wrong("not of the form KEY=VALUE"));
-        };
+        let (key, value) = part.split_once('=').ok_or_else(|| wrong("not of the form KEY=VALUE"))?;
         if value.is_empty() {
             return Err(wrong("the value is missing"));
         }
-        let twice = || Err(wrong("the key is given twice"));
-        if key == MODE_KEY {
-            if self.mode.is_some() {
-                return twice();
-            }
-            self.mode = Some(value.parse()?);
-        } else if driver_keys.contains(&key) {
-            if self.args.iter().any(|(known, _)| known == key) {
-                return twice();
-            }
-            self.args.push((key.to_owned(), value.to_owned()));
-        } else {
-            let known = [&[MODE_KEY], driver_keys].concat().join(", ");
+        if !known.contains(&key) {
+            let known = known.join(", ");
             return Err(wrong("there is no such key").mend(format!("known keys: {known}")));
         }
-        Ok(())
+        if args.iter().any(|(other, _)| other == key) {
+            return Err(wrong("the key is given twice"));
+        }
+        args.push((key.to_owned(), value.to_owned()));
     }
+    Ok(args)
 }
 
 impl fmt::Display for DeviceArgs {

@@ -4,13 +4,16 @@ mod cli;
 mod devargs;
 mod lcores;
 mod token;
+mod vdev;
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::path::PathBuf;
 
 pub use devargs::DeviceArgs;
 pub use lcores::{LcoreSpec, MAX_CORES, allowed_cpus, ranges};
 pub use token::VfToken;
+pub use vdev::VdevArgs;
 
 use self::cli::{Cli, LogArg, Read};
 use crate::bdf::Bdf;
@@ -25,6 +28,8 @@ pub struct Program<'a> {
     pub usage: &'a str,
     /// Devargs that the program's drivers know, beside `vfio-mode`.
     pub device_keys: &'a [&'a str],
+    /// Its drivers of virtual devices (`--vdev`), and the keys of each.
+    pub vdev_keys: &'a [(&'a str, &'a [&'a str])],
 }
 
 /// What the arguments ask for.
@@ -56,6 +61,8 @@ pub struct EalArgs {
     pub allow: Vec<DeviceArgs>,
     /// Devices never to use.
     pub block: Vec<Bdf>,
+    /// Virtual devices, beside those of the PCI bus.
+    pub vdevs: Vec<VdevArgs>,
     /// Where packet memory comes from.
     pub memory: MemoryArgs,
     /// Name of the runtime directory, and of files on `--huge-dir`.
@@ -240,11 +247,13 @@ fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
         dir => dir,
     };
     let devices = cli.allow.iter().map(|text| DeviceArgs::parse(text, program.device_keys));
+    let vdevs = cli.vdev.iter().map(|text| VdevArgs::parse(text, program.vdev_keys));
     let eal = EalArgs {
         lcores,
         main_lcore,
         allow: devices.collect::<Result<_>>()?,
         block: cli.block,
+        vdevs: vdevs.collect::<Result<_>>()?,
         memory: MemoryArgs {
             megabytes: cli.memory_size,
             huge_dir,
@@ -262,8 +271,9 @@ fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
         notes,
     };
     check_proc_type(&cli.proc_type)?;
-    check_twice("--allow", eal.allow.iter().map(|device| device.address))?;
-    check_twice("--block", eal.block.iter().copied())?;
+    check_twice("--allow", eal.allow.iter().map(|device| &device.address))?;
+    check_twice("--block", eal.block.iter())?;
+    check_twice("--vdev", eal.vdevs.iter().map(|vdev| &vdev.name))?;
     eal.check_modes()?;
     Ok(eal)
 }
@@ -302,14 +312,18 @@ fn check_proc_type(text: &str) -> Result<()> {
     Err(conflict(&format!("--proc-type {}", quoted(text)), why, "use primary or auto"))
 }
 
-fn check_twice(argument: &str, addresses: impl Iterator<Item = Bdf>) -> Result<()> {
+fn check_twice<'a, T: Ord + Display + 'a>(
+    argument: &str,
+    devices: impl Iterator<Item = &'a T>,
+) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
-    match addresses.into_iter().find(|address| !seen.insert(*address)) {
-        Some(address) => {
-            Err(Error::new(ErrorKind::Usage, format!("{argument} {address}"), "the device is given twice"))
+    for device in devices {
+        if !seen.insert(device) {
+            let what = format!("{argument} {device}");
+            return Err(Error::new(ErrorKind::Usage, what, "the device is given twice"));
         }
-        None => Ok(()),
     }
+    Ok(())
 }
 
 fn conflict(what: &str, why: &str, cure: &str) -> Error {

@@ -4,7 +4,11 @@ use proptest::prelude::*;
 
 use super::*;
 
-const PROGRAM: Program<'_> = Program { usage: "l2fwd: -p MASK", device_keys: &["rxd"] };
+const PROGRAM: Program<'_> = Program {
+    usage: "l2fwd: -p MASK",
+    device_keys: &["rxd"],
+    vdev_keys: &[("net_virtio_user", &["path"]), ("net_vhost", &["iface"])],
+};
 
 fn outcome(line: &str) -> Result<Outcome> {
     let argv = std::iter::once("/usr/bin/l2fwd").chain(line.split_whitespace()).map(OsString::from).collect();
@@ -115,6 +119,10 @@ fn the_bad_word_and_the_right_one_are_named() {
         ),
         ("-a 00:03.0 -a 0000:00:03.0,rxd=1", "--allow 0000:00:03.0: the device is given twice"),
         (
+            "--vdev net_vhost0,iface=/a --vdev net_vhost0,iface=/b",
+            "--vdev net_vhost0: the device is given twice",
+        ),
+        (
             "--proc-type secondary",
             "--proc-type \"secondary\": a process that shares another's devices is not supported; use primary or auto",
         ),
@@ -150,6 +158,18 @@ fn conflicts() {
 }
 
 #[test]
+fn virtual_devices_go_with_any_choice_of_real_ones() {
+    for others in ["", "-a 00:03.0", "-b 00:03.0", "--no-pci", "--no-huge --no-pci --in-memory"] {
+        let vdevs = "--vdev net_vhost1,iface=/b --vdev=net_virtio_user0,path=/a";
+        let eal = run(&format!("{vdevs} {others}")).eal;
+        assert_eq!(
+            eal.vdevs.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["net_vhost1,iface=/b", "net_virtio_user0,path=/a"]
+        );
+    }
+}
+
+#[test]
 fn what_has_no_effect_is_noted() {
     let eal = run("--no-huge --huge-dir /mnt --syslog=daemon -r 2 --telemetry --no-shconf").eal;
     assert_eq!(eal.memory.huge_dir, None);
@@ -166,7 +186,8 @@ fn neither_odd_bytes_nor_huge_words_nor_no_words_panic() {
     let after: Vec<OsString> = vec!["x".into(), "--".into(), OsString::from_vec(vec![0xff])];
     assert!(parse_on(after, &PROGRAM, || Ok(vec![0])).is_ok());
 
-    for argument in ["-l", "-c", "-a", "-b", "-m", "--huge", "--vfio-mode", "--vfio-vf-token", "--log-level"]
+    for argument in
+        ["-l", "-c", "-a", "-b", "-m", "--huge", "--vfio-mode", "--vfio-vf-token", "--log-level", "--vdev"]
     {
         refused(&format!("{argument} {}", "z".repeat(100_000)));
     }
