@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::unistd::ftruncate;
@@ -17,6 +18,8 @@ use super::hugepages::hugepages;
 use crate::error::{Error, ErrorKind, Result};
 
 const SMALL_PAGE: usize = 4096;
+/// Of every memfd: closed on exec, and of a size that can be fixed.
+const MEMFD: MFdFlags = MFdFlags::MFD_CLOEXEC.union(MFdFlags::MFD_ALLOW_SEALING);
 
 /// Where the pages of a [`Region`] come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,12 +91,12 @@ impl Region {
         match &backing {
             Backing::HugeAnonymous => Self::anonymous(len, page_size),
             Backing::HugeMemfd => {
-                let fd = memfd_create(c"vireo", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB)
+                let fd = memfd_create(c"vireo", MEMFD | MFdFlags::MFD_HUGETLB)
                     .map_err(|errno| Error::os("cannot create a hugetlb memfd", errno))?;
                 Self::from_fd(fd, len, page_size, backing)
             }
             Backing::SmallPages => {
-                let fd = memfd_create(c"vireo", MFdFlags::MFD_CLOEXEC)
+                let fd = memfd_create(c"vireo", MEMFD)
                     .map_err(|errno| Error::os("cannot create a memfd", errno))?;
                 Self::from_fd(fd, len, page_size, backing)
             }
@@ -112,6 +115,11 @@ impl Region {
     fn from_fd(fd: OwnedFd, len: usize, page_size: usize, backing: Backing) -> Result<Self> {
         let what = || format!("cannot reserve {} MiB as {}", len.div_ceil(1 << 20), backing.name());
         ftruncate(&fd, len as i64).map_err(|errno| Error::os(what(), errno))?;
+        if !matches!(backing, Backing::HugeFile { .. }) {
+            // Another process that is given the descriptor could else cut pages off under our feet.
+            let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+            fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(|errno| Error::os(what(), errno))?;
+        }
         let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what(), Errno::EINVAL))?;
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
         let address = unsafe {
@@ -272,7 +280,8 @@ mod tests {
     fn small_pages_round_up() {
         let region = Region::new(5000, Backing::SmallPages).unwrap();
         assert_eq!((region.len(), region.page_size()), (8192, 4096));
-        assert!(region.fd().is_some());
+        let fd = region.fd().unwrap();
+        assert_eq!(ftruncate(fd, 4096), Err(Errno::EPERM), "whoever shares the pages cannot cut them off");
     }
 
     #[test]
