@@ -1,9 +1,12 @@
-//! From EAL arguments to started ports: which driver takes which function, and the order of set-up.
+//! From EAL arguments to started ports: which driver takes which function or virtual device, and the order of
+//! set-up.
 
 use std::sync::Arc;
 
 use vireo_bus_pci::{Bus, DeviceId, Function, PciDevice, PciInfo, Report};
+use vireo_eal::args::VdevArgs;
 use vireo_eal::dma::{DmaMemory, Pool};
+use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::Region;
 use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
 use vireo_eal::{Eal, Error, ErrorKind, Result};
@@ -13,6 +16,16 @@ use crate::{e1000, virtio};
 
 /// Devargs that the drivers know.
 pub const DEVICE_KEYS: &[&str] = &["mrg_rxbuf"];
+
+const VHOST_KEYS: &[&str] = &["iface", "client"];
+
+/// Drivers of virtual devices with their keys; each has DPDK's name and DPDK's alias.
+pub const VDEV_KEYS: &[(&str, &[&str])] = &[
+    ("net_virtio_user", virtio::UserOptions::KEYS),
+    ("virtio_user", virtio::UserOptions::KEYS),
+    ("net_vhost", VHOST_KEYS),
+    ("eth_vhost", VHOST_KEYS),
+];
 
 /// Name of the driver for a function: the table of all that Vireo drives.
 pub fn driver_of(id: DeviceId) -> Option<&'static str> {
@@ -27,19 +40,23 @@ pub fn driver_of(id: DeviceId) -> Option<&'static str> {
 pub struct OpenPort {
     /// The port.
     pub port: Port,
-    /// The function behind it.
-    pub info: PciInfo,
-    /// Mode, reason and times.
-    pub report: Report,
-    space: Arc<AddressSpace>,
+    /// Address of its function, or name of its virtual device.
+    pub name: String,
+    /// What it is and where: the rest of [`OpenPort::describe`].
+    kind: String,
+    /// Mode, reason and times; none of a virtual port.
+    pub report: Option<Report>,
+    /// What its DMA goes through; none of a virtual port.
+    pub space: Option<Arc<AddressSpace>>,
 }
 
-/// Opens the ports that the EAL arguments choose, side by side: the kernel resets each device on the way,
-/// which takes up to 100 ms.
+/// Opens the ports that the EAL arguments choose: PCI functions by address, then virtual devices in the order
+/// of the command line. All side by side: the kernel resets each function on the way, which takes up to 100
+/// ms, and a virtual device may wait for its peer, until `stop`.
 ///
 /// # Errors
 /// At the first port that cannot be had.
-pub fn open(eal: &Eal, bus: &Bus) -> Result<Vec<OpenPort>> {
+pub fn open(eal: &Eal, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
     let chosen = bus.select(&eal.args, |id| driver_of(id).is_some())?;
     let open = |info: PciInfo| {
         let allowed = eal.args.allow.iter().find(|allowed| allowed.address == info.address);
@@ -47,8 +64,10 @@ pub fn open(eal: &Eal, bus: &Bus) -> Result<Vec<OpenPort>> {
         let mode = eal.args.mode_of(info.address);
         open_one(bus, &eal.vfio, info, mode, args)
     };
+    let vdevs = &eal.args.vdevs;
     std::thread::scope(|scope| {
-        let threads: Vec<_> = chosen.into_iter().map(|info| scope.spawn(|| open(info))).collect();
+        let mut threads: Vec<_> = chosen.into_iter().map(|info| scope.spawn(|| open(info))).collect();
+        threads.extend(vdevs.iter().map(|vdev| scope.spawn(|| open_virtual(vdev, stop))));
         threads
             .into_iter()
             .map(|thread| {
@@ -62,6 +81,26 @@ pub fn open(eal: &Eal, bus: &Bus) -> Result<Vec<OpenPort>> {
             })
             .collect()
     })
+}
+
+/// Gives a virtual device to its driver.
+fn open_virtual(vdev: &VdevArgs, stop: &StopFlag) -> Result<OpenPort> {
+    let (port, kind) = match vdev.driver.as_str() {
+        "net_virtio_user" | "virtio_user" => {
+            let options = virtio::UserOptions::parse(&vdev.name, &vdev.args)?;
+            let port = virtio::Device::connect(&vdev.name, &options, stop).map(Port::Virtio)?;
+            (port, format!("(virtio-net, vhost-user) at {}", options.path.display()))
+        }
+        driver => {
+            let what = format!("cannot use {}", vdev.name);
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                what,
+                format!("there is no driver {driver} here"),
+            ));
+        }
+    };
+    Ok(OpenPort { port, name: vdev.name.clone(), kind, report: None, space: None })
 }
 
 /// Opens one port in `mode`, with its devargs.
@@ -81,7 +120,9 @@ pub fn open_one(
 fn take(device: PciDevice, info: PciInfo, args: &[(String, String)]) -> Result<OpenPort> {
     let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
     let port = probe(Box::new(device), args)?;
-    Ok(OpenPort { port, info, report, space })
+    let driver = driver_of(info.id).unwrap_or("none");
+    let kind = format!("({driver}, {}) in mode {}: {}", info.id, report.mode, report.why);
+    Ok(OpenPort { port, name: info.address.to_string(), kind, report: Some(report), space: Some(space) })
 }
 
 /// Gives a function to its driver.
@@ -114,7 +155,7 @@ pub fn probe(function: Box<dyn Function>, args: &[(String, String)]) -> Result<P
     }
 }
 
-fn flag(key: &str, value: &str) -> Result<bool> {
+pub(crate) fn flag(key: &str, value: &str) -> Result<bool> {
     match value {
         "0" => Ok(false),
         "1" => Ok(true),
@@ -145,31 +186,22 @@ pub fn memory_needed(ports: usize, buffers: u32, sizes: QueueSizes) -> usize {
 /// As for [`DmaMemory::map`].
 pub fn map(region: Region, ports: &[OpenPort]) -> Result<Arc<DmaMemory>> {
     let mut spaces: Vec<Arc<AddressSpace>> = Vec::new();
-    for port in ports {
-        if !spaces.iter().any(|space| Arc::ptr_eq(space, &port.space)) {
-            spaces.push(Arc::clone(&port.space));
+    for space in ports.iter().filter_map(|port| port.space.as_ref()) {
+        if !spaces.iter().any(|known| Arc::ptr_eq(known, space)) {
+            spaces.push(Arc::clone(space));
         }
     }
     DmaMemory::map(region, &spaces)
 }
 
 impl OpenPort {
-    /// What the NIC can reach.
-    pub fn space(&self) -> &Arc<AddressSpace> {
-        &self.space
-    }
-
     /// Whether the NIC uses physical addresses.
     pub fn is_physical(&self) -> bool {
-        self.space.is_physical()
+        self.space.as_ref().is_some_and(|space| space.is_physical())
     }
 
     /// One line for the start-up report.
     pub fn describe(&self) -> String {
-        let driver = driver_of(self.info.id).unwrap_or("none");
-        format!(
-            "{} ({driver}, {}) in mode {}: {}",
-            self.info.address, self.info.id, self.report.mode, self.report.why
-        )
+        format!("{} {}", self.name, self.kind)
     }
 }

@@ -37,7 +37,7 @@ struct Queues {
 /// # Errors
 /// With what failed; the NICs are reset and the memory is given back in any case.
 pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
-    let mut all = ports::open(eal, &Bus::default())?;
+    let mut all = ports::open(eal, &Bus::default(), stop)?;
     let planned = plan(args, all.len(), &eal.lcores.ids())?;
     let mut enabled: Vec<usize> = planned.iter().map(|lane| lane.from).collect();
     enabled.sort_unstable();
@@ -110,11 +110,12 @@ fn describe(eal: &Eal, reporter: &Reporter, all: &[OpenPort], enabled: &[usize])
     let iova = format!("{:?}", eal.iova_mode(physical)?).to_uppercase();
     for &number in enabled {
         let port = &all[number];
+        let report = port.report.as_ref();
         reporter.say(
             &format!("Port {number}: {}\n", port.describe()),
             &json!({
-                "event": "open", "port": number, "address": port.info.address.to_string(),
-                "mode": port.report.mode.name(), "why": port.report.why,
+                "event": "open", "port": number, "address": port.name, "description": port.describe(),
+                "mode": report.map(|report| report.mode.name()), "why": report.map(|report| &report.why),
             }),
         )?;
     }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use serde_json::json;
 use vireo_bus_pci::Bus;
 use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst, counters};
-use vireo_drivers::ports::{self, DEVICE_KEYS};
+use vireo_drivers::ports::{self, DEVICE_KEYS, VDEV_KEYS};
 use vireo_eal::args::{self as eal_args, Outcome as Parsed, Program};
 use vireo_eal::dma::Pool;
 use vireo_eal::lcore::StopFlag;
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode> {
     let usage = args::usage();
-    let program = Program { usage: &usage, device_keys: DEVICE_KEYS, vdev_keys: &[] };
+    let program = Program { usage: &usage, device_keys: DEVICE_KEYS, vdev_keys: VDEV_KEYS };
     let parsed = match eal_args::parse(std::env::args_os(), &program)? {
         Parsed::Print(text) => {
             print!("{text}");
@@ -50,7 +50,7 @@ fn run() -> Result<ExitCode> {
 
 /// Runs the stream; gives what came of it, and what each port counted by name.
 fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Counters>)> {
-    let mut all = ports::open(eal, &Bus::default())?;
+    let mut all = ports::open(eal, &Bus::default(), stop)?;
     args::check_port(args.tx_port, all.len())?;
     args::check_port(args.rx_port, all.len())?;
     eal.iova_mode(all.iter().any(ports::OpenPort::is_physical))?;

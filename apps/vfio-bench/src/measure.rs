@@ -154,8 +154,8 @@ pub(crate) fn measure(
     let streams = generated?;
     let (generator_ports, mut drops) = side.stop("generator")?;
     drops.extend(forwarded.drops);
-    let map = match forwarded.ports.first() {
-        Some(open) => time_map(open.space(), limits.map_bytes, Backing::HugeMemfd, Call::Map)?,
+    let map = match forwarded.ports.first().and_then(|open| open.space.as_ref()) {
+        Some(space) => time_map(space, limits.map_bytes, Backing::HugeMemfd, Call::Map)?,
         None => None,
     };
     drop((generator_ports, forwarded.ports));
@@ -202,7 +202,7 @@ fn forward(
     pin_to(limits.forwarder)?;
     let mut side = Side::start(bus, [&wiring.inner[0], &wiring.inner[1]], mode, false)?;
     let mut phases = BTreeMap::from([("map", side.mapped)]);
-    for phase in side.ports.iter().flat_map(|open| &open.report.phases) {
+    for phase in side.ports.iter().filter_map(|open| open.report.as_ref()).flat_map(|report| &report.phases) {
         *phases.entry(phase.name).or_default() += phase.took;
     }
     let mut lanes: Vec<AnyLane> = Vec::new();

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{DmaMemory, DmaRing, dma_rmb};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::pci::{DEVICE_TIMEOUT, Transport};
 use super::split::{DESC_NEXT, DESC_WRITE, Virtqueue, shape};
+use super::transport::{DEVICE_TIMEOUT, Transport};
 
 /// A command and its answer are two descriptors.
 const SIZE: u16 = 2;
@@ -26,13 +25,13 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Takes memory for control queue `index` of the device at `address`.
-    pub(super) fn new(memory: &Arc<DmaMemory>, index: u16, address: Bdf) -> Result<Self> {
-        Ok(Self { queue: Virtqueue::new(memory, SIZE, address)?, index, bytes: DmaRing::new(memory, 2, 8)? })
+    /// Takes memory for control queue `index` of the device `name`.
+    pub(super) fn new(memory: &Arc<DmaMemory>, index: u16, name: &Arc<str>) -> Result<Self> {
+        Ok(Self { queue: Virtqueue::new(memory, SIZE, name)?, index, bytes: DmaRing::new(memory, 2, 8)? })
     }
 
     /// Makes the queue as new and enables it.
-    pub(super) fn restart(&mut self, transport: &Transport) -> Result<()> {
+    pub(super) fn restart(&mut self, transport: &mut dyn Transport) -> Result<()> {
         transport.queue_size(self.index, SIZE).and_then(|size| match size {
             SIZE => Ok(()),
             _ => Err(Error::new(
@@ -46,11 +45,11 @@ impl Control {
     }
 
     /// Receives every frame, or only those for this station (5.1.6.5.1).
-    pub(super) fn set_promiscuous(&mut self, transport: &Transport, on: bool) -> Result<()> {
+    pub(super) fn set_promiscuous(&mut self, transport: &dyn Transport, on: bool) -> Result<()> {
         self.command(transport, [CLASS_RX, RX_PROMISC, u8::from(on)])
     }
 
-    fn command(&mut self, transport: &Transport, command: [u8; 3]) -> Result<()> {
+    fn command(&mut self, transport: &dyn Transport, command: [u8; 3]) -> Result<()> {
         let refused = |why: &str| Err(Error::new(ErrorKind::Protocol, "cannot set the receive filter", why));
         let [class, code, data] = command;
         self.bytes.store::<0>(0, u64::from_le_bytes([class, code, data, 0, 0, 0, 0, 0]));

@@ -39,3 +39,13 @@ bitflags::bitflags! {
         const FAILED = 1 << 7;
     }
 }
+
+impl Features {
+    /// What the driver uses of these offered features; mergeable buffers only if `mrg_rxbuf`.
+    pub(super) fn wanted(self, mrg_rxbuf: bool) -> Self {
+        let mut wanted = self;
+        wanted.set(Self::MRG_RXBUF, mrg_rxbuf && self.contains(Self::MRG_RXBUF));
+        wanted.set(Self::CTRL_RX, self.contains(Self::CTRL_VQ | Self::CTRL_RX));
+        wanted
+    }
+}

@@ -1,4 +1,5 @@
-//! virtio-net over modern PCI (virtio 1.2): split virtqueues, mergeable RX buffers or not, event index.
+//! virtio-net (virtio 1.2): split virtqueues, mergeable RX buffers or not, event index. The device is behind
+//! modern PCI (`pci`), or is another process that speaks vhost-user (`user`).
 
 mod ctrl;
 mod features;
@@ -7,24 +8,29 @@ mod rx;
 mod split;
 #[cfg(test)]
 mod tests;
+mod transport;
 mod tx;
+mod user;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
 use vireo_bus_pci::{DeviceId, Function};
-use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{DmaMemory, PoolCache};
+use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::port::{Link, MacAddr, Nic, QueueSizes};
 use ctrl::Control;
-use features::{Features, Status};
-use pci::Transport;
+use features::Features;
+use pci::Pci;
 pub use rx::RxQueue;
 use split::Virtqueue;
+use transport::Transport;
 pub use tx::TxQueue;
+use user::User;
+pub use user::UserOptions;
 
 /// What this driver drives. The transitional `1af4:1000` needs its modern interface.
 pub const IDS: &[(DeviceId, &str)] = &[
@@ -39,18 +45,6 @@ const CONTROL_QUEUE: u16 = 2;
 
 /// Bytes of `struct virtio_net_hdr` with `num_buffers`, which every packet has in front (5.1.6).
 const HEADER: usize = 12;
-
-/// Status once the features are agreed on.
-const READY: Status = Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK);
-
-/// `struct virtio_net_config` (5.1.4).
-mod config {
-    pub(super) const MAC: u64 = 0;
-    pub(super) const STATUS: u64 = 6;
-    /// Up to and with `status`.
-    pub(super) const LEN: u64 = 8;
-    pub(super) const STATUS_LINK_UP: u16 = 1;
-}
 
 /// What the user may ask of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,8 +64,7 @@ impl Default for Options {
 /// The device is reset before memory that it was told of can go: on [`Nic::stop`], and on drop while started.
 #[derive(Debug)]
 pub struct Device {
-    transport: Transport,
-    function: FunctionBox,
+    transport: Box<dyn Transport>,
     options: Options,
     features: Features,
     mac: MacAddr,
@@ -95,15 +88,6 @@ struct Queues {
     control: Option<Box<Control>>,
 }
 
-/// A function as the driver owns it; the trait asks for no `Debug`.
-struct FunctionBox(Box<dyn Function>);
-
-impl std::fmt::Debug for FunctionBox {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0.address())
-    }
-}
-
 impl Device {
     /// Resets the function and agrees with the device on its features.
     ///
@@ -119,67 +103,27 @@ impl Device {
     /// # Errors
     /// As for [`Device::probe`].
     pub fn probe_with(function: Box<dyn Function>, options: Options) -> Result<Self> {
-        function.set_command(false)?;
-        let transport = Transport::new(&*function)?;
-        let mut device = Self {
-            transport,
-            function: FunctionBox(function),
-            options,
-            features: Features::empty(),
-            mac: random_mac(),
-            promiscuous: false,
-            started: None,
-            spare: None,
-        };
-        device.features = device.negotiate()?;
-        if device.features.contains(Features::MAC) {
-            device.mac = MacAddr(device.transport.config_bytes(config::MAC)?);
-        }
-        Ok(device)
+        Self::on(Box::new(Pci::new(function)?), options)
     }
 
-    fn address(&self) -> Bdf {
-        self.function.0.address()
+    /// Connects port `name` to a vhost-user peer, or waits for one until `stop`.
+    ///
+    /// # Errors
+    /// `Unavailable` when nobody listens or the peer lacks what the driver needs; `Protocol` when it does not
+    /// answer as vhost-user has it.
+    pub fn connect(name: &str, options: &UserOptions, stop: &StopFlag) -> Result<Self> {
+        let mrg_rxbuf = options.mrg_rxbuf;
+        Self::on(Box::new(User::new(name, options, stop)?), Options { mrg_rxbuf })
+    }
+
+    fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
+        let features = transport.negotiate(options.mrg_rxbuf)?;
+        let mac = transport.mac()?.unwrap_or_else(random_mac);
+        Ok(Self { transport, options, features, mac, promiscuous: false, started: None, spare: None })
     }
 
     fn refuse(&self, kind: ErrorKind, why: &str) -> Error {
-        Error::new(kind, format!("cannot use virtio NIC {}", self.address()), why)
-    }
-
-    /// Initialises the device up to `FEATURES_OK` (3.1.1, steps 1 to 6).
-    fn negotiate(&self) -> Result<Features> {
-        self.transport.reset()?;
-        self.transport.set_status(Status::ACKNOWLEDGE);
-        self.transport.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
-        self.agree().inspect_err(|_| self.transport.set_status(Status::FAILED))
-    }
-
-    fn agree(&self) -> Result<Features> {
-        let offered = self.transport.device_features();
-        if !offered.contains(Features::VERSION_1) {
-            return Err(self
-                .refuse(ErrorKind::Unavailable, "it does not offer VIRTIO_F_VERSION_1")
-                .mend("start QEMU with -device virtio-net-pci,disable-legacy=on"));
-        }
-        if self.function.0.has_iommu() && !offered.contains(Features::ACCESS_PLATFORM) {
-            return Err(self
-                .refuse(
-                    ErrorKind::Unavailable,
-                    "it bypasses the IOMMU: VIRTIO_F_ACCESS_PLATFORM is not offered",
-                )
-                .mend("start QEMU with -device virtio-net-pci,iommu_platform=on"));
-        }
-        let mut features = offered;
-        features.set(Features::MRG_RXBUF, self.options.mrg_rxbuf && offered.contains(Features::MRG_RXBUF));
-        features.set(Features::CTRL_RX, offered.contains(Features::CTRL_VQ | Features::CTRL_RX));
-        self.transport.set_driver_features(features);
-        self.transport.set_status(READY);
-        self.transport.check_alive()?;
-        if self.transport.status() != Some(READY) {
-            return Err(self
-                .refuse(ErrorKind::Protocol, &format!("it refuses features that it offers: {features:?}")));
-        }
-        Ok(features)
+        Error::new(kind, format!("cannot use virtio NIC {}", self.transport.name()), why)
     }
 
     /// Takes the queues of the last run, or makes new ones.
@@ -191,54 +135,46 @@ impl Device {
         if let Some(queues) = self.spare.take().filter(|queues| fits(queues)) {
             return Ok(*queues);
         }
-        let address = self.address();
+        let name = self.transport.name();
         Ok(Queues {
             memory: Arc::clone(memory),
-            rx: Virtqueue::new(memory, rx, address)?,
-            tx: Virtqueue::new(memory, tx, address)?,
-            control: control
-                .then(|| Control::new(memory, CONTROL_QUEUE, address).map(Box::new))
-                .transpose()?,
+            rx: Virtqueue::new(memory, rx, name)?,
+            tx: Virtqueue::new(memory, tx, name)?,
+            control: control.then(|| Control::new(memory, CONTROL_QUEUE, name).map(Box::new)).transpose()?,
         })
     }
 
     /// Sets the queues up and goes live (3.1.1, steps 7 and 8).
     fn go_live(
-        &self,
+        &mut self,
+        memory: &DmaMemory,
         rx: &mut RxQueue,
         tx: &mut TxQueue,
         mut control: Option<&mut Control>,
         cache: &mut PoolCache,
     ) -> Result<()> {
         let event_idx = self.features.contains(Features::EVENT_IDX);
+        self.transport.share(memory)?;
         for (index, queue) in [(RX_QUEUE, rx.queue_mut()), (TX_QUEUE, tx.queue_mut())] {
             queue.restart(index, event_idx);
             self.transport.enable_queue(index, queue)?;
         }
         if let Some(control) = &mut control {
-            control.restart(&self.transport)?;
+            control.restart(&mut *self.transport)?;
         }
         rx.prepare(cache)?;
-        let (rx_doorbell, tx_doorbell) =
-            (self.transport.doorbell(RX_QUEUE)?, self.transport.doorbell(TX_QUEUE)?);
-        self.function.0.set_command(true)?;
-        self.transport.set_status(READY | Status::DRIVER_OK);
-        self.transport.check_alive()?;
-        rx.queue_mut().connect(rx_doorbell);
-        tx.queue_mut().connect(tx_doorbell);
+        let (rx_kick, tx_kick) = (self.transport.kick(RX_QUEUE)?, self.transport.kick(TX_QUEUE)?);
+        self.transport.go_live()?;
+        rx.queue_mut().connect(rx_kick);
+        tx.queue_mut().connect(tx_kick);
         // After a reset QEMU receives everything, other devices their own frames only: say which in any case.
-        control.map_or(Ok(()), |control| control.set_promiscuous(&self.transport, self.promiscuous))
+        control.map_or(Ok(()), |control| control.set_promiscuous(&*self.transport, self.promiscuous))
     }
 
     /// Ends DMA. When the device does not confirm it, its memory stays mapped for good.
     fn quiesce(&mut self) -> Result<Option<Started>> {
         let Some(started) = self.started.take() else { return Ok(None) };
-        let function = &self.function.0;
-        let reset = self.transport.reset().or_else(|error| match function.reset() {
-            Ok(true) => Ok(()),
-            _ => Err(error),
-        });
-        match reset.and(function.set_command(false)) {
+        match self.transport.stop() {
             Ok(()) => Ok(Some(started)),
             Err(error) => {
                 std::mem::forget(started.memory);
@@ -261,14 +197,14 @@ impl Nic for Device {
         if self.started.is_some() {
             return Err(self.refuse(ErrorKind::Usage, "it is started already"));
         }
-        self.features = self.negotiate()?;
+        self.features = self.transport.negotiate(self.options.mrg_rxbuf)?;
         let rx_size = self.transport.queue_size(RX_QUEUE, sizes.rx)?;
         let tx_size = self.transport.queue_size(TX_QUEUE, sizes.tx)?;
         let Queues { memory, rx, tx, mut control } =
             self.queues(memory, rx_size, tx_size, self.features.contains(Features::CTRL_RX))?;
         let mut rx = RxQueue::new(rx, self.features.contains(Features::MRG_RXBUF));
         let mut tx = TxQueue::new(tx);
-        let live = self.go_live(&mut rx, &mut tx, control.as_deref_mut(), cache);
+        let live = self.go_live(&memory, &mut rx, &mut tx, control.as_deref_mut(), cache);
         self.started = Some(Started { memory, control });
         match live {
             Ok(()) => Ok((rx, tx)),
@@ -283,7 +219,7 @@ impl Nic for Device {
 
     fn stop(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache) -> Result<()> {
         // Buffers of a running device must not get into the pool.
-        if rx.address() != self.address() || tx.address() != self.address() {
+        if [rx.name(), tx.name()] != [self.transport.name(); 2] {
             return Err(self.refuse(ErrorKind::Usage, "the queues to stop are of another device"));
         }
         let started = self.quiesce()?;
@@ -299,9 +235,7 @@ impl Nic for Device {
     }
 
     fn link(&self) -> Link {
-        let reported = self.features.contains(Features::STATUS);
-        let up = !reported || self.transport.config16(config::STATUS) & config::STATUS_LINK_UP != 0;
-        let up = up && self.transport.check_alive().is_ok();
+        let up = self.transport.link_up();
         Link { up, speed: None, full_duplex: true }
     }
 
@@ -309,13 +243,8 @@ impl Nic for Device {
         self.promiscuous = on;
         match &mut self.started {
             None => Ok(()),
-            Some(Started { control: Some(control), .. }) => control.set_promiscuous(&self.transport, on),
-            Some(_) => Err(self
-                .refuse(
-                    ErrorKind::Unavailable,
-                    "its receive filter is fixed: VIRTIO_NET_F_CTRL_RX is not offered",
-                )
-                .mend("start QEMU with -device virtio-net-pci,ctrl_vq=on,ctrl_rx=on")),
+            Some(Started { control: Some(control), .. }) => control.set_promiscuous(&*self.transport, on),
+            Some(_) => self.transport.receive_all(),
         }
     }
 

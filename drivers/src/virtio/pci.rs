@@ -1,21 +1,35 @@
 //! Modern PCI transport (virtio 1.2, 4.1): the registers that the vendor capabilities point to.
 
-use std::time::{Duration, Instant};
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
 
 use vireo_bus_pci::{CAP_ID_VENDOR, Function, capabilities};
-use vireo_eal::bdf::Bdf;
-use vireo_eal::mmio::{Bar, Doorbell};
+use vireo_eal::dma::DmaMemory;
+use vireo_eal::mmio::Bar;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::features::{Features, Status};
-use super::split::{Virtqueue, negotiate_size};
+use super::split::{Kick, Virtqueue, negotiate_size};
+use super::transport::{DEVICE_TIMEOUT, Transport};
+use crate::port::MacAddr;
 
-/// How long a device may take for a reset or a control command.
-pub(super) const DEVICE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Reads of config space that may meet a change by the device before the driver gives up.
 const GENERATION_RETRIES: usize = 100;
 /// `queue_msix_vector` and `config_msix_vector` without interrupts.
 const NO_VECTOR: u16 = 0xffff;
+
+/// Status once the features are agreed on.
+const READY: Status = Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK);
+
+/// `struct virtio_net_config` (5.1.4).
+mod config {
+    pub(super) const MAC: u64 = 0;
+    pub(super) const STATUS: u64 = 6;
+    /// Up to and with `status`.
+    pub(super) const LEN: u64 = 8;
+    pub(super) const STATUS_LINK_UP: u16 = 1;
+}
 
 /// Offsets in `struct virtio_pci_cap` (4.1.4).
 mod cap {
@@ -77,26 +91,37 @@ impl Window {
     }
 }
 
-/// Registers of a virtio device.
-#[derive(Debug)]
-pub(super) struct Transport {
-    address: Bdf,
+/// A virtio device on the PCI bus.
+pub(super) struct Pci {
+    name: Arc<str>,
     common: Window,
     notify: Window,
     notify_off_multiplier: u32,
     device: Window,
+    /// As agreed on last.
+    features: Features,
+    /// Goes after its registers.
+    function: Box<dyn Function>,
 }
 
-impl Transport {
+impl fmt::Debug for Pci {
+    /// Only the name: the trait of functions asks for no `Debug`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+impl Pci {
     /// Finds the registers; the first capability of each kind counts (4.1.4.1). The ISR is left alone:
     /// nothing here takes interrupts.
     ///
     /// # Errors
     /// `Unavailable` for a device with the legacy interface only, `Protocol` when a capability points outside
     /// of its BAR.
-    pub(super) fn new(function: &dyn Function) -> Result<Self> {
+    pub(super) fn new(function: Box<dyn Function>) -> Result<Self> {
+        function.set_command(false)?;
         let (mut common, mut notify, mut device) = (None, None, None);
-        for capability in capabilities(function)?.into_iter().filter(|c| c.id == CAP_ID_VENDOR) {
+        for capability in capabilities(&*function)?.into_iter().filter(|c| c.id == CAP_ID_VENDOR) {
             let at = capability.offset;
             // A reserved BAR number marks a capability to pass over (4.1.4).
             if function.config8(at + cap::BAR) > 5 {
@@ -104,14 +129,14 @@ impl Transport {
             }
             match function.config8(at + cap::CFG_TYPE) {
                 cap::TYPE_COMMON if common.is_none() => {
-                    common = Some(Window::new(function, at, 4, common::LEN)?);
+                    common = Some(Window::new(&*function, at, 4, common::LEN)?);
                 }
                 cap::TYPE_NOTIFY if notify.is_none() => {
                     let multiplier = function.config32(at + cap::NOTIFY_OFF_MULTIPLIER);
-                    notify = Some((Window::new(function, at, 2, 2)?, multiplier));
+                    notify = Some((Window::new(&*function, at, 2, 2)?, multiplier));
                 }
                 cap::TYPE_DEVICE if device.is_none() => {
-                    device = Some(Window::new(function, at, 4, super::config::LEN)?);
+                    device = Some(Window::new(&*function, at, 4, config::LEN)?);
                 }
                 _ => {}
             }
@@ -125,7 +150,9 @@ impl Transport {
             )
             .mend("start QEMU with -device virtio-net-pci,disable-legacy=on"));
         };
-        Ok(Self { address: function.address(), common, notify, notify_off_multiplier, device })
+        let name = function.address().to_string().into();
+        let features = Features::empty();
+        Ok(Self { name, common, notify, notify_off_multiplier, device, features, function })
     }
 
     fn read8(&self, register: u64) -> u8 {
@@ -149,7 +176,7 @@ impl Transport {
     }
 
     /// `device_status`; none when the device does not answer.
-    pub(super) fn status(&self) -> Option<Status> {
+    fn status(&self) -> Option<Status> {
         match self.read8(common::DEVICE_STATUS) {
             0xff => None,
             bits => Some(Status::from_bits_retain(bits)),
@@ -157,24 +184,11 @@ impl Transport {
     }
 
     fn error(&self, kind: ErrorKind, verb: &str, why: impl Into<String>) -> Error {
-        Error::new(kind, format!("cannot {verb} virtio NIC {}", self.address), why)
-    }
-
-    /// Fails when the device is gone or asks for a reset.
-    pub(super) fn check_alive(&self) -> Result<()> {
-        match self.status() {
-            None => Err(self.error(ErrorKind::Unavailable, "reach", "it does not answer")),
-            Some(status) if status.contains(Status::DEVICE_NEEDS_RESET) => Err(self.error(
-                ErrorKind::Protocol,
-                "go on with",
-                "it met an error and asks for a reset (DEVICE_NEEDS_RESET)",
-            )),
-            Some(_) => Ok(()),
-        }
+        Error::new(kind, format!("cannot {verb} virtio NIC {}", self.name), why)
     }
 
     /// Writes `device_status`.
-    pub(super) fn set_status(&self, status: Status) {
+    fn set_status(&self, status: Status) {
         self.common.bar.write8(self.common.offset + common::DEVICE_STATUS, status.bits());
     }
 
@@ -182,7 +196,7 @@ impl Transport {
     ///
     /// # Errors
     /// `Protocol` when it does not answer, or is not done within a second.
-    pub(super) fn reset(&self) -> Result<()> {
+    fn reset(&self) -> Result<()> {
         self.set_status(Status::empty());
         let deadline = Instant::now() + DEVICE_TIMEOUT;
         loop {
@@ -200,7 +214,7 @@ impl Transport {
     }
 
     /// Features that the device offers.
-    pub(super) fn device_features(&self) -> Features {
+    fn device_features(&self) -> Features {
         let half = |select| {
             self.write32(common::DEVICE_FEATURE_SELECT, select);
             u64::from(self.read32(common::DEVICE_FEATURE))
@@ -209,7 +223,7 @@ impl Transport {
     }
 
     /// Tells the device which features are used.
-    pub(super) fn set_driver_features(&self, features: Features) {
+    fn set_driver_features(&self, features: Features) {
         for select in 0..2 {
             self.write32(common::DRIVER_FEATURE_SELECT, select);
             self.write32(common::DRIVER_FEATURE, (features.bits() >> (32 * select)) as u32);
@@ -220,7 +234,7 @@ impl Transport {
     ///
     /// # Errors
     /// `Protocol` when the device never stops to change them.
-    pub(super) fn config_bytes<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
+    fn config_bytes<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
         for _ in 0..GENERATION_RETRIES {
             let before = self.read8(common::CONFIG_GENERATION);
             let bytes =
@@ -234,16 +248,83 @@ impl Transport {
     }
 
     /// Reads a 16-bit field of device config space, which needs no generation.
-    pub(super) fn config16(&self, offset: u64) -> u16 {
+    fn config16(&self, offset: u64) -> u16 {
         self.device.bar.read16(self.device.offset + offset)
     }
 
-    /// Size of queue `index`: what was asked, or the device's maximum if that is less.
-    ///
-    /// # Errors
-    /// `Usage` when no queue has the size asked for, `Unavailable` when there is no such queue, `Protocol` when
-    /// its maximum is no power of two.
-    pub(super) fn queue_size(&self, index: u16, asked: u16) -> Result<u16> {
+    /// Offset in the notify BAR where queue `index` is rung (4.1.4.4).
+    fn notify_offset(&self, index: u16) -> Result<u64> {
+        self.write16(common::QUEUE_SELECT, index);
+        let offset = u64::from(self.read16(common::QUEUE_NOTIFY_OFF)) * u64::from(self.notify_off_multiplier);
+        if offset + 2 > self.notify.len {
+            let why = format!(
+                "the doorbell of virtqueue {index} at {offset:#x} is beyond the {:#x} bytes of doorbells",
+                self.notify.len
+            );
+            return Err(self.error(ErrorKind::Protocol, "use", why));
+        }
+        Ok(self.notify.offset + offset)
+    }
+
+    /// Agrees on features with a device that was just reset.
+    fn agree(&self, mrg_rxbuf: bool) -> Result<Features> {
+        let offered = self.device_features();
+        if !offered.contains(Features::VERSION_1) {
+            return Err(self
+                .error(ErrorKind::Unavailable, "use", "it does not offer VIRTIO_F_VERSION_1")
+                .mend("start QEMU with -device virtio-net-pci,disable-legacy=on"));
+        }
+        if self.function.has_iommu() && !offered.contains(Features::ACCESS_PLATFORM) {
+            let why = "it bypasses the IOMMU: VIRTIO_F_ACCESS_PLATFORM is not offered";
+            return Err(self
+                .error(ErrorKind::Unavailable, "use", why)
+                .mend("start QEMU with -device virtio-net-pci,iommu_platform=on"));
+        }
+        let features = offered.wanted(mrg_rxbuf);
+        self.set_driver_features(features);
+        self.set_status(READY);
+        self.check_alive()?;
+        if self.status() != Some(READY) {
+            let why = format!("it refuses features that it offers: {features:?}");
+            return Err(self.error(ErrorKind::Protocol, "use", why));
+        }
+        Ok(features)
+    }
+}
+
+impl Transport for Pci {
+    fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    fn negotiate(&mut self, mrg_rxbuf: bool) -> Result<Features> {
+        self.reset()?;
+        self.set_status(Status::ACKNOWLEDGE);
+        self.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
+        self.features = self.agree(mrg_rxbuf).inspect_err(|_| self.set_status(Status::FAILED))?;
+        Ok(self.features)
+    }
+
+    fn mac(&self) -> Result<Option<MacAddr>> {
+        match self.features.contains(Features::MAC) {
+            true => self.config_bytes(config::MAC).map(|bytes| Some(MacAddr(bytes))),
+            false => Ok(None),
+        }
+    }
+
+    fn link_up(&self) -> bool {
+        let reported = self.features.contains(Features::STATUS);
+        let up = !reported || self.config16(config::STATUS) & config::STATUS_LINK_UP != 0;
+        up && self.check_alive().is_ok()
+    }
+
+    fn receive_all(&self) -> Result<()> {
+        let why = "its receive filter is fixed: VIRTIO_NET_F_CTRL_RX is not offered";
+        let error = self.error(ErrorKind::Unavailable, "use", why);
+        Err(error.mend("start QEMU with -device virtio-net-pci,ctrl_vq=on,ctrl_rx=on"))
+    }
+
+    fn queue_size(&self, index: u16, asked: u16) -> Result<u16> {
         self.write16(common::QUEUE_SELECT, index);
         match self.read16(common::QUEUE_SIZE) {
             0 => {
@@ -254,11 +335,13 @@ impl Transport {
         }
     }
 
-    /// Gives queue `index` its memory and enables it (4.1.5.1.3). Without interrupt.
-    ///
-    /// # Errors
-    /// `Protocol` when the device takes no such size.
-    pub(super) fn enable_queue(&self, index: u16, queue: &Virtqueue) -> Result<()> {
+    /// Nothing: the memory is mapped by VFIO.
+    fn share(&mut self, _memory: &DmaMemory) -> Result<()> {
+        Ok(())
+    }
+
+    /// As 4.1.5.1.3 says; without interrupt.
+    fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {
         self.write16(common::CONFIG_MSIX_VECTOR, NO_VECTOR);
         self.write16(common::QUEUE_SELECT, index);
         self.write16(common::QUEUE_SIZE, queue.size());
@@ -276,34 +359,39 @@ impl Transport {
         Ok(())
     }
 
-    /// Offset in the notify BAR where queue `index` is rung (4.1.4.4).
-    fn notify_offset(&self, index: u16) -> Result<u64> {
-        self.write16(common::QUEUE_SELECT, index);
-        let offset = u64::from(self.read16(common::QUEUE_NOTIFY_OFF)) * u64::from(self.notify_off_multiplier);
-        if offset + 2 > self.notify.len {
-            let why = format!(
-                "the doorbell of virtqueue {index} at {offset:#x} is beyond the {:#x} bytes of doorbells",
-                self.notify.len
-            );
-            return Err(self.error(ErrorKind::Protocol, "use", why));
-        }
-        Ok(self.notify.offset + offset)
+    fn kick(&self, index: u16) -> Result<Kick> {
+        self.notify.bar.doorbell16(self.notify_offset(index)?).map(Kick::Register)
     }
 
-    /// Doorbell of queue `index`, for the packet path.
-    ///
-    /// # Errors
-    /// `Protocol` when it is outside of the notify structure.
-    pub(super) fn doorbell(&self, index: u16) -> Result<Doorbell<u16>> {
-        self.notify.bar.doorbell16(self.notify_offset(index)?)
-    }
-
-    /// Rings queue `index` once, for the control path.
-    ///
-    /// # Errors
-    /// As for [`Transport::doorbell`].
-    pub(super) fn notify(&self, index: u16) -> Result<()> {
+    fn notify(&self, index: u16) -> Result<()> {
         self.notify.bar.write16(self.notify_offset(index)?, index);
         Ok(())
+    }
+
+    fn go_live(&mut self) -> Result<()> {
+        self.function.set_command(true)?;
+        self.set_status(READY | Status::DRIVER_OK);
+        self.check_alive()
+    }
+
+    /// By the device's reset, or the function's where that fails.
+    fn stop(&mut self) -> Result<()> {
+        let reset = self.reset().or_else(|error| match self.function.reset() {
+            Ok(true) => Ok(()),
+            _ => Err(error),
+        });
+        reset.and(self.function.set_command(false))
+    }
+
+    fn check_alive(&self) -> Result<()> {
+        match self.status() {
+            None => Err(self.error(ErrorKind::Unavailable, "reach", "it does not answer")),
+            Some(status) if status.contains(Status::DEVICE_NEEDS_RESET) => Err(self.error(
+                ErrorKind::Protocol,
+                "go on with",
+                "it met an error and asks for a reset (DEVICE_NEEDS_RESET)",
+            )),
+            Some(_) => Ok(()),
+        }
     }
 }

@@ -1,8 +1,8 @@
 //! Receive queue (virtio 1.2, 5.1.6.3 and 5.1.6.4).
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
-use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, Packet, PoolCache, dma_rmb};
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -28,8 +28,8 @@ impl RxQueue {
         Self { queue, mergeable, offer_at }
     }
 
-    pub(super) fn address(&self) -> Bdf {
-        self.queue.address()
+    pub(super) fn name(&self) -> &Arc<str> {
+        self.queue.name()
     }
 
     pub(super) fn queue_mut(&mut self) -> &mut Virtqueue {
@@ -53,7 +53,7 @@ impl RxQueue {
             if self.queue.room() == room {
                 return Err(Error::new(
                     ErrorKind::Os,
-                    format!("cannot fill the RX ring of virtio NIC {}", self.queue.address()),
+                    format!("cannot fill the RX ring of virtio NIC {}", self.queue.name()),
                     format!("{room} of {} packet buffers are missing", self.queue.size()),
                 ));
             }

@@ -6,10 +6,10 @@
 
 use std::sync::Arc;
 
-use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{Buffer, BufferRing, DmaBlock, DmaMemory, DmaRing, PoolCache, dma_wmb, full_mb};
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::port::QueueStats;
 
@@ -89,7 +89,18 @@ struct Rare {
     avail_flags: DmaRing<u16>,
     avail: DmaRing<u16>,
     used_flags: DmaRing<u16>,
-    address: Bdf,
+    name: Arc<str>,
+}
+
+/// How the device is woken.
+#[derive(Debug)]
+pub(super) enum Kick {
+    /// Not at all: it is not live yet, or the control path does it.
+    None,
+    /// By a write of the queue's index to a register.
+    Register(Doorbell<u16>),
+    /// By a count in an eventfd, a system call.
+    Event(EventFd),
 }
 
 /// The driver's side of a split virtqueue.
@@ -117,17 +128,16 @@ pub(super) struct Virtqueue {
     pub(super) next: u16,
     index: u16,
     event_idx: bool,
-    /// None before the device is live, and where the control path rings.
-    doorbell: Option<Doorbell<u16>>,
+    kick: Kick,
     /// The first device error ends the use of the queue.
     pub(super) stats: QueueStats,
     rare: Box<Rare>,
 }
 
 impl Virtqueue {
-    /// Takes memory for a queue of `size` descriptors of the device at `address`; layout and alignment after
-    /// virtio 1.2, 2.7.
-    pub(super) fn new(memory: &Arc<DmaMemory>, size: u16, address: Bdf) -> Result<Self> {
+    /// Takes memory for a queue of `size` descriptors of the device `name`; layout and alignment after virtio
+    /// 1.2, 2.7.
+    pub(super) fn new(memory: &Arc<DmaMemory>, size: u16, name: &Arc<str>) -> Result<Self> {
         let entries = usize::from(size);
         let mut driver = DmaBlock::new(memory, 2 * (3 + entries), 2)?;
         // Used elements are 4 bytes behind the ring's begin. QEMU 7.2 misplaces half of one that crosses a page of the
@@ -152,9 +162,9 @@ impl Virtqueue {
             next: 0,
             index: 0,
             event_idx: false,
-            doorbell: None,
+            kick: Kick::None,
             stats: QueueStats::default(),
-            rare: Box::new(Rare { avail_flags, avail, used_flags, address }),
+            rare: Box::new(Rare { avail_flags, avail, used_flags, name: Arc::clone(name) }),
         })
     }
 
@@ -174,20 +184,20 @@ impl Virtqueue {
         self.used.fill(0);
         (self.head, self.filled, self.tail, self.next) = (0, 0, 0, 0);
         self.stats = QueueStats::default();
-        (self.index, self.event_idx, self.doorbell) = (index, event_idx, None);
+        (self.index, self.event_idx, self.kick) = (index, event_idx, Kick::None);
     }
 
     /// From now on the device may be rung (3.1.1: not before `DRIVER_OK`); is, if descriptors were offered.
-    pub(super) fn connect(&mut self, doorbell: Doorbell<u16>) {
-        self.doorbell = Some(doorbell);
+    pub(super) fn connect(&mut self, kick: Kick) {
+        self.kick = kick;
         if self.head != self.next {
             self.ring();
         }
     }
 
     /// The device that the queue belongs to.
-    pub(super) fn address(&self) -> Bdf {
-        self.rare.address
+    pub(super) fn name(&self) -> &Arc<str> {
+        &self.rare.name
     }
 
     /// Number of descriptors.
@@ -254,8 +264,21 @@ impl Virtqueue {
 
     #[inline(always)]
     fn ring(&mut self) {
-        if let Some(doorbell) = &self.doorbell {
+        if let Kick::Register(doorbell) = &self.kick {
             doorbell.ring(self.index);
+            self.stats.doorbells += 1;
+        } else {
+            self.ring_event();
+        }
+    }
+
+    /// Apart from the packet path, which it would cost registers for a call that most devices never need.
+    #[cold]
+    #[inline(never)]
+    fn ring_event(&mut self) {
+        if let Kick::Event(event) = &self.kick {
+            // A count that cannot grow is one that the peer has not read: it is awake or will be.
+            let _ = event.write(1);
             self.stats.doorbells += 1;
         }
     }
@@ -292,7 +315,7 @@ impl Virtqueue {
         if let Err(lie) = completed {
             tracing::error!(
                 "virtio NIC {}: virtqueue {} stopped: {}",
-                self.rare.address,
+                self.rare.name,
                 self.index,
                 lie.reason()
             );
@@ -329,7 +352,7 @@ mod tests {
         let region = Region::new(1 << 16, Backing::SmallPages).unwrap();
         let memory = DmaMemory::map(region, &[]).unwrap();
         for size in [2, 256, 64] {
-            let queue = Virtqueue::new(&memory, size, Bdf::new(0, 0, 3, 0).unwrap()).unwrap();
+            let queue = Virtqueue::new(&memory, size, &"test".into()).unwrap();
             assert_eq!((queue.used.iova() % 8, queue.addresses()[2] + 4), (0, queue.used.iova()));
         }
     }

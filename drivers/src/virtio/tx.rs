@@ -1,6 +1,7 @@
 //! Transmit queue (virtio 1.2, 5.1.6.2).
 
-use vireo_eal::bdf::Bdf;
+use std::sync::Arc;
+
 use vireo_eal::dma::{Burst, PoolCache, dma_rmb};
 
 use super::HEADER;
@@ -21,8 +22,8 @@ impl TxQueue {
         Self { queue, reclaim_below }
     }
 
-    pub(super) fn address(&self) -> Bdf {
-        self.queue.address()
+    pub(super) fn name(&self) -> &Arc<str> {
+        self.queue.name()
     }
 
     pub(super) fn queue_mut(&mut self) -> &mut Virtqueue {

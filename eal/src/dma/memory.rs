@@ -106,6 +106,12 @@ impl DmaMemory {
         &self.region
     }
 
+    /// Device address of the region's first byte when the rest follows in order; none where each page has a
+    /// physical address of its own.
+    pub fn linear_iova(&self) -> Option<u64> {
+        self.translation.is_contiguous().then(|| self.translation.iova(0))
+    }
+
     /// The mappings, one for each address space.
     pub fn mappings(&self) -> &[Mapping] {
         &self.mappings

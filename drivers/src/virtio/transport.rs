@@ -1,0 +1,58 @@
+//! What the driver asks of the way to its device: registers on PCI, messages to a vhost-user peer.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vireo_eal::Result;
+use vireo_eal::dma::DmaMemory;
+
+use super::features::Features;
+use super::split::{Kick, Virtqueue};
+use crate::port::MacAddr;
+
+/// How long a device may take for a reset or a control command, and a peer for an answer.
+pub(super) const DEVICE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The way to a device. Only the control path takes it; packets need a [`Kick`] at most.
+pub(super) trait Transport: fmt::Debug + Send {
+    /// Name of the device, for messages.
+    fn name(&self) -> &Arc<str>;
+
+    /// Begins anew and agrees with the device on features (3.1.1, steps 1 to 6), mergeable buffers among them
+    /// only if `mrg_rxbuf`.
+    fn negotiate(&mut self, mrg_rxbuf: bool) -> Result<Features>;
+
+    /// The station address, where the device has one.
+    fn mac(&self) -> Result<Option<MacAddr>>;
+
+    /// Whether the device answers and says that its link is up.
+    fn link_up(&self) -> bool;
+
+    /// Fails where a device without control queue does not receive every frame anyway.
+    fn receive_all(&self) -> Result<()>;
+
+    /// Size of queue `index`: what was asked, or the device's maximum if that is less.
+    fn queue_size(&self, index: u16, asked: u16) -> Result<u16>;
+
+    /// Lets the device reach `memory`, before it is told of queues in there.
+    fn share(&mut self, memory: &DmaMemory) -> Result<()>;
+
+    /// Gives queue `index` its memory.
+    fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()>;
+
+    /// What wakes the device for queue `index`.
+    fn kick(&self, index: u16) -> Result<Kick>;
+
+    /// Wakes the device for queue `index` once, for the control path.
+    fn notify(&self, index: u16) -> Result<()>;
+
+    /// Lets the device begin (3.1.1, step 8).
+    fn go_live(&mut self) -> Result<()>;
+
+    /// Ends DMA, or fails when the device does not confirm that.
+    fn stop(&mut self) -> Result<()>;
+
+    /// Fails when the device is gone or asks for a reset.
+    fn check_alive(&self) -> Result<()>;
+}

@@ -1,0 +1,342 @@
+//! vhost-user transport: the device is another process, which reads and writes our packet memory. Titles in
+//! quotes are sections of QEMU's "Vhost-user Protocol" (docs/interop/vhost-user.rst), where we are the
+//! front-end and the peer is the back-end.
+
+mod socket;
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vhost::vhost_user::message::VhostUserHeaderFlag;
+use vhost::vhost_user::{Error as PeerError, Frontend};
+use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vireo_eal::dma::DmaMemory;
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::{Error, ErrorKind, Result};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::features::Features;
+use super::split::{Kick, Virtqueue, negotiate_size};
+use super::transport::{DEVICE_TIMEOUT, Transport};
+use crate::port::MacAddr;
+use crate::ports::flag;
+
+/// Rings of a port: one pair.
+const RINGS: u64 = 2;
+/// Descriptors of a ring, as in DPDK's virtio-user.
+const QUEUE_SIZE: u16 = 256;
+/// What of a peer's offer makes sense here. A peer filters nothing, has no link and no address, and sees our
+/// memory without an IOMMU between.
+const KNOWN: Features = Features::VERSION_1.union(Features::MRG_RXBUF).union(Features::EVENT_IDX);
+
+/// What the user may ask of a vhost-user port: the keys of `--vdev net_virtio_user0`, which are DPDK's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserOptions {
+    /// The socket (`path`).
+    pub path: PathBuf,
+    /// Most descriptors of a ring (`queue_size`).
+    pub queue_size: u16,
+    /// Station address (`mac`); without it a random one.
+    pub mac: Option<MacAddr>,
+    /// Make the socket and wait for the peer, instead of connecting to the peer's (`server`).
+    pub server: bool,
+    /// Use mergeable RX buffers if the peer offers them (`mrg_rxbuf`).
+    pub mrg_rxbuf: bool,
+}
+
+impl UserOptions {
+    /// The keys that [`UserOptions::parse`] knows.
+    pub const KEYS: &[&str] = &["path", "queues", "queue_size", "mac", "server", "mrg_rxbuf"];
+
+    /// Reads the arguments of device `name`.
+    ///
+    /// # Errors
+    /// `Usage` for a value that none of the keys has, or without `path`.
+    pub fn parse(name: &str, args: &[(String, String)]) -> Result<Self> {
+        let mut options =
+            Self { path: PathBuf::new(), queue_size: QUEUE_SIZE, mac: None, server: false, mrg_rxbuf: true };
+        for (key, value) in args {
+            let wrong =
+                |why| Error::new(ErrorKind::Usage, format!("cannot use {key}={value} of {name}"), why);
+            match key.as_str() {
+                "path" => options.path = value.into(),
+                "queue_size" => {
+                    options.queue_size = value.parse().map_err(|_| wrong("it is no number up to 65535"))?;
+                    negotiate_size(options.queue_size, options.queue_size)?;
+                }
+                "mac" => options.mac = Some(value.parse()?),
+                "server" => options.server = flag(key, value)?,
+                "mrg_rxbuf" => options.mrg_rxbuf = flag(key, value)?,
+                "queues" if value == "1" => {}
+                "queues" => return Err(wrong("a port has one pair of queues").mend("leave it out")),
+                _ => return Err(wrong("there is no such key")),
+            }
+        }
+        if options.path.as_os_str().is_empty() {
+            return Err(Error::new(ErrorKind::Usage, format!("cannot use {name}"), "it has no socket")
+                .mend(format!("give the peer's: --vdev {name},path=SOCKET")));
+        }
+        Ok(options)
+    }
+}
+
+/// A vhost-user peer.
+pub(super) struct User {
+    name: Arc<str>,
+    options: UserOptions,
+    /// A second descriptor of the connection, to look at it and to end it.
+    socket: UnixStream,
+    peer: Frontend,
+    offered: Features,
+    /// Whether rings are enabled one by one (`VHOST_USER_F_PROTOCOL_FEATURES`).
+    protocol_features: bool,
+    features: Features,
+    /// What wakes the peer, by ring; of each ring that it was told to start.
+    kicks: Vec<EventFd>,
+    /// The peer left a request without answer: nobody knows what it does with our memory.
+    silent: bool,
+}
+
+impl std::fmt::Debug for User {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} at {}", self.name, self.options.path.display())
+    }
+}
+
+impl User {
+    /// Finds the peer of port `name` and asks what it can do.
+    ///
+    /// # Errors
+    /// When there is none, or it does not answer, or lacks what the driver needs.
+    pub(super) fn new(name: &str, options: &UserOptions, stop: &StopFlag) -> Result<Self> {
+        let socket = match options.server {
+            true => socket::accept(name, &options.path, stop)?,
+            false => socket::connect(name, &options.path)?,
+        };
+        let second = socket.try_clone().map_err(|error| Error::io(format!("cannot use {name}"), &error))?;
+        let mut user = Self {
+            name: name.into(),
+            options: options.clone(),
+            socket: second,
+            peer: Frontend::from_stream(socket, RINGS),
+            offered: Features::empty(),
+            protocol_features: false,
+            features: Features::empty(),
+            kicks: Vec::new(),
+            silent: false,
+        };
+        user.introduce()?;
+        Ok(user)
+    }
+
+    /// The first requests of a connection ("Communication", "Feature negotiation").
+    fn introduce(&mut self) -> Result<()> {
+        self.ask("SET_OWNER", |peer| peer.set_owner())?;
+        let offered = self.ask("GET_FEATURES", |peer| peer.get_features())?;
+        self.offered = Features::from_bits_truncate(offered) & KNOWN;
+        self.protocol_features = offered & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        if self.protocol_features {
+            let offered = self.ask("GET_PROTOCOL_FEATURES", |peer| peer.get_protocol_features())?;
+            let used = offered & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK);
+            self.ask("SET_PROTOCOL_FEATURES", |peer| peer.set_protocol_features(used))?;
+            if used.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+                self.peer.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+            }
+        }
+        Ok(())
+    }
+
+    fn error(&self, kind: ErrorKind, why: impl Into<String>) -> Error {
+        Error::new(kind, format!("cannot use {} at {}", self.name, self.options.path.display()), why)
+    }
+
+    /// Sends a request and waits for the answer, a second at most: the crate would wait for ever, even with a
+    /// time limit on the socket. A peer that is late loses its connection.
+    fn ask<T>(&mut self, request: &str, ask: impl FnOnce(&mut Frontend) -> vhost::Result<T>) -> Result<T> {
+        let (done, answered) = channel::<()>();
+        let (peer, socket) = (&mut self.peer, &self.socket);
+        let (answer, late) = std::thread::scope(|scope| {
+            let watchdog = scope.spawn(move || {
+                let late = answered.recv_timeout(DEVICE_TIMEOUT) == Err(RecvTimeoutError::Timeout);
+                if late {
+                    // Fails only when the connection has ended by itself.
+                    let _ = socket.shutdown(std::net::Shutdown::Both);
+                }
+                late
+            });
+            let answer = ask(peer);
+            drop(done);
+            (answer, watchdog.join().unwrap_or(true))
+        });
+        self.silent |= late;
+        answer.map_err(|error| {
+            let why = match error {
+                _ if late => format!("the peer did not answer {request} within 1 s"),
+                _ if self.silent => {
+                    format!("{request} is not sent: the peer left an earlier one without answer")
+                }
+                _ if self.is_closed() => format!("the peer closed the connection during {request}"),
+                vhost::Error::VhostUserProtocol(PeerError::BackendInternalError) => {
+                    format!("the peer refuses {request}")
+                }
+                error => format!("{request}: {error}"),
+            };
+            self.error(ErrorKind::Protocol, why).mend("look at the peer's messages, and start both again")
+        })
+    }
+
+    /// Whether the peer has ended the connection, or we have.
+    fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLHUP)];
+        poll(&mut fds, PollTimeout::ZERO).is_err() || fds[0].any().unwrap_or(true)
+    }
+
+    fn new_event(&self) -> Result<EventFd> {
+        // Without blocking: the peer, which has it too, may fill its count.
+        EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(|error| self.no_event(&error))
+    }
+
+    fn no_event(&self, error: &std::io::Error) -> Error {
+        Error::io(format!("cannot make or use an eventfd for {}", self.name), error)
+    }
+
+    /// What wakes the peer for ring `index`.
+    fn event(&self, index: u16) -> Result<&EventFd> {
+        self.kicks.get(usize::from(index)).ok_or_else(|| {
+            self.error(ErrorKind::Usage, format!("the peer was not told of virtqueue {index}"))
+        })
+    }
+
+    /// `memory` as one range, whose device addresses are also the user addresses in messages.
+    fn range(&self, memory: &DmaMemory) -> Result<VhostUserMemoryRegionInfo> {
+        let refuse = |why: &str, cure: &str| Err(self.error(ErrorKind::Usage, why).mend(cure));
+        let Some(iova) = memory.linear_iova() else {
+            return refuse(
+                "a port without IOMMU makes all ports use physical addresses, which the peer cannot map",
+                "leave the no-IOMMU ports to another process",
+            );
+        };
+        let Some(fd) = memory.region().fd() else {
+            return refuse(
+                "anonymous memory cannot be shared with the peer",
+                "add --no-huge, or leave --in-memory out",
+            );
+        };
+        Ok(VhostUserMemoryRegionInfo {
+            guest_phys_addr: iova,
+            memory_size: memory.region().len() as u64,
+            userspace_addr: iova,
+            mmap_offset: 0,
+            mmap_handle: fd.as_raw_fd(),
+        })
+    }
+}
+
+impl Transport for User {
+    fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// Asks nothing: the offer holds as long as the connection, and the choice is sent with the memory.
+    fn negotiate(&mut self, mrg_rxbuf: bool) -> Result<Features> {
+        if !self.offered.contains(Features::VERSION_1) {
+            let why = "the peer does not offer VIRTIO_F_VERSION_1";
+            return Err(self
+                .error(ErrorKind::Unavailable, why)
+                .mend("start one that does, such as dpdk-testpmd --vdev net_vhost0,iface=SOCKET"));
+        }
+        self.features = self.offered.wanted(mrg_rxbuf);
+        Ok(self.features)
+    }
+
+    fn mac(&self) -> Result<Option<MacAddr>> {
+        Ok(self.options.mac)
+    }
+
+    fn link_up(&self) -> bool {
+        self.check_alive().is_ok()
+    }
+
+    /// A peer filters nothing.
+    fn receive_all(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn queue_size(&self, _index: u16, asked: u16) -> Result<u16> {
+        negotiate_size(asked, self.options.queue_size)
+    }
+
+    fn share(&mut self, memory: &DmaMemory) -> Result<()> {
+        let range = self.range(memory)?;
+        let mut features = self.features.bits();
+        if self.protocol_features {
+            features |= VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        }
+        self.ask("SET_FEATURES", |peer| peer.set_features(features))?;
+        self.ask("SET_MEM_TABLE", |peer| peer.set_mem_table(&[range]))?;
+        Ok(())
+    }
+
+    fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {
+        let ring = usize::from(index);
+        let [desc_table_addr, avail_ring_addr, used_ring_addr] = queue.addresses();
+        let place = VringConfigData {
+            queue_max_size: queue.size(),
+            queue_size: queue.size(),
+            desc_table_addr,
+            used_ring_addr,
+            avail_ring_addr,
+            ..VringConfigData::default()
+        };
+        // Nobody reads what the peer calls: the rings want no interrupt. But DPDK does not begin without it.
+        let (call, kick) = (self.new_event()?, self.new_event()?);
+        self.ask("SET_VRING_NUM", |peer| peer.set_vring_num(ring, queue.size()))?;
+        self.ask("SET_VRING_BASE", |peer| peer.set_vring_base(ring, 0))?;
+        self.ask("SET_VRING_ADDR", |peer| peer.set_vring_addr(ring, &place))?;
+        self.ask("SET_VRING_CALL", |peer| peer.set_vring_call(ring, &call))?;
+        let told = self.ask("SET_VRING_KICK", |peer| peer.set_vring_kick(ring, &kick));
+        self.kicks.push(kick);
+        told
+    }
+
+    fn kick(&self, index: u16) -> Result<Kick> {
+        self.event(index)?.try_clone().map(Kick::Event).map_err(|error| self.no_event(&error))
+    }
+
+    fn notify(&self, index: u16) -> Result<()> {
+        self.event(index)?.write(1).map_err(|error| self.no_event(&error))
+    }
+
+    fn go_live(&mut self) -> Result<()> {
+        // Without the protocol's features a ring is enabled from its kick on.
+        let rings = if self.protocol_features { self.kicks.len() } else { 0 };
+        (0..rings).try_for_each(|ring| self.ask("SET_VRING_ENABLE", |peer| peer.set_vring_enable(ring, true)))
+    }
+
+    /// By `GET_VRING_BASE`, which a peer answers when it has stopped a ring ("Ring states"). The end of the
+    /// connection stops them too.
+    fn stop(&mut self) -> Result<()> {
+        for ring in 0..std::mem::take(&mut self.kicks).len() {
+            let stopped = self.ask("GET_VRING_BASE", |peer| peer.get_vring_base(ring));
+            if !self.silent && self.is_closed() {
+                return Ok(());
+            }
+            stopped?;
+        }
+        Ok(())
+    }
+
+    fn check_alive(&self) -> Result<()> {
+        match self.is_closed() {
+            true => Err(self.error(ErrorKind::Unavailable, "the peer closed the connection")),
+            false => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! The front-end against a peer that the test plays, in the protocol's own bytes.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use vireo_eal::dma::{DmaMemory, Pool, PoolCache};
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::mem::{Backing, Region};
+use vireo_eal::{ErrorKind, Result};
+
+use super::{DEVICE_TIMEOUT, UserOptions};
+use crate::port::{Nic, QueueSizes};
+use crate::virtio::Device;
+
+const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 512 };
+const BUFFERS: u32 = 1024;
+
+/// Requests ("Front-end message types").
+const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+const SET_MEM_TABLE: u32 = 5;
+const SET_VRING_NUM: u32 = 8;
+const SET_VRING_ADDR: u32 = 9;
+const GET_VRING_BASE: u32 = 11;
+const SET_VRING_KICK: u32 = 12;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const SET_VRING_ENABLE: u32 = 18;
+
+const VERSION: u32 = 1;
+const REPLY: u32 = 1 << 2;
+const NEED_REPLY: u32 = 1 << 3;
+
+/// What DPDK's vhost offers, and more: MAC, STATUS, CTRL_VQ, CTRL_RX and ACCESS_PLATFORM.
+const OFFERED: u64 = 1 << 33 | 1 << 32 | 1 << 30 | 1 << 29 | 1 << 18 | 1 << 17 | 1 << 16 | 1 << 15 | 1 << 5;
+/// MQ, REPLY_ACK, and CONFIG, which nobody here wants.
+const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 9;
+
+/// What the peer does.
+#[derive(Clone, Copy)]
+struct Script {
+    features: u64,
+    /// Closes the connection when this request comes.
+    close_at: u32,
+    /// Answers neither this request nor those after it, and keeps the connection.
+    silent_at: u32,
+    /// Answers this request with an error.
+    refuse: u32,
+}
+
+const HONEST: Script = Script { features: OFFERED, close_at: 0, silent_at: 0, refuse: 0 };
+
+type Log = Vec<(u32, Vec<u8>)>;
+
+fn answer(stream: &mut UnixStream, request: u32, payload: &[u8]) {
+    let header = [request, VERSION | REPLY, payload.len() as u32].map(u32::to_le_bytes).concat();
+    stream.write_all(&[&header, payload].concat()).unwrap();
+}
+
+/// Plays the peer until the connection ends; gives what came.
+fn play(mut stream: UnixStream, script: Script) -> Log {
+    let mut log = Log::new();
+    let mut header = [0; 12];
+    while stream.read_exact(&mut header).is_ok() {
+        let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
+        let (request, flags) = (word(0), word(4));
+        let mut payload = vec![0; word(8) as usize];
+        stream.read_exact(&mut payload).unwrap();
+        log.push((request, payload.clone()));
+        if request == script.close_at {
+            break;
+        }
+        if request == script.silent_at {
+            while stream.read(&mut [0; 64]).is_ok_and(|len| len > 0) {}
+            break;
+        }
+        match request {
+            GET_FEATURES => answer(&mut stream, request, &script.features.to_le_bytes()),
+            GET_PROTOCOL_FEATURES => answer(&mut stream, request, &PROTOCOL_FEATURES.to_le_bytes()),
+            GET_VRING_BASE => answer(&mut stream, request, &payload),
+            _ if flags & NEED_REPLY != 0 => {
+                answer(&mut stream, request, &u64::from(request == script.refuse).to_le_bytes());
+            }
+            _ => {}
+        }
+    }
+    log
+}
+
+/// A socket's place, and a peer that listens there.
+struct Peer {
+    dir: tempfile::TempDir,
+    thread: JoinHandle<Log>,
+}
+
+fn path_in(dir: &tempfile::TempDir) -> PathBuf {
+    dir.path().join("socket")
+}
+
+impl Peer {
+    fn new(script: Script) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(path_in(&dir)).unwrap();
+        let thread = std::thread::spawn(move || play(listener.accept().unwrap().0, script));
+        Self { dir, thread }
+    }
+
+    fn connect(&self) -> Result<Device> {
+        connect(&path_in(&self.dir), "")
+    }
+
+    /// What the peer was sent; the port must be gone.
+    fn log(self) -> Log {
+        self.thread.join().unwrap()
+    }
+}
+
+/// A port at `path`, with `more` arguments.
+fn connect(path: &Path, more: &str) -> Result<Device> {
+    Device::connect("net_virtio_user0", &options(path, more)?, &StopFlag::new())
+}
+
+fn options(path: &Path, more: &str) -> Result<UserOptions> {
+    let mut args = vec![("path".to_owned(), path.to_str().unwrap().to_owned())];
+    args.extend(more.split_terminator(',').map(|part| {
+        let (key, value) = part.split_once('=').unwrap();
+        (key.to_owned(), value.to_owned())
+    }));
+    UserOptions::parse("net_virtio_user0", &args)
+}
+
+fn memory() -> (Arc<DmaMemory>, PoolCache) {
+    let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
+    let memory = DmaMemory::map(region, &[]).unwrap();
+    let cache = Pool::new(&memory, BUFFERS).unwrap().cache();
+    (memory, cache)
+}
+
+fn u64_at(payload: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(payload[at..at + 8].try_into().unwrap())
+}
+
+/// Payloads of a request, in order.
+fn all(log: &Log, request: u32) -> Vec<&[u8]> {
+    log.iter().filter(|(code, _)| *code == request).map(|(_, payload)| &payload[..]).collect()
+}
+
+#[test]
+fn a_port_starts_stops_and_starts_again_on_one_connection() {
+    let peer = Peer::new(HONEST);
+    let mut device = peer.connect().unwrap();
+    assert!(device.link().up);
+    assert_eq!(device.mac().0[0] & 3, 2, "the peer has no address to give");
+    device.set_promiscuous(true).unwrap();
+    let (memory, mut cache) = memory();
+    for _ in 0..3 {
+        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        device.set_promiscuous(false).unwrap();
+        device.stop(rx, tx, &mut cache).unwrap();
+    }
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    drop(device);
+    drop((rx, tx));
+    let log = peer.log();
+
+    let agreed = all(&log, SET_FEATURES).into_iter().map(|payload| u64_at(payload, 0));
+    assert_eq!(agreed.collect::<Vec<_>>(), [1 << 32 | 1 << 30 | 1 << 29 | 1 << 15; 4]);
+    let sizes: Vec<u64> = all(&log, SET_VRING_NUM).into_iter().map(|payload| u64_at(payload, 0)).collect();
+    assert_eq!(sizes[..2], [64 << 32, 256 << 32 | 1], "queue_size bounds what the program asks for");
+    let table = all(&log, SET_MEM_TABLE)[0];
+    let (guest, len, user) = (u64_at(table, 8), u64_at(table, 16), u64_at(table, 24));
+    assert_eq!((guest, len, u64_at(table, 32)), (user, memory.region().len() as u64, 0));
+    for ring in all(&log, SET_VRING_ADDR) {
+        assert!([8, 16, 24].iter().all(|at| (user..user + len).contains(&u64_at(ring, *at))));
+    }
+    assert_eq!(all(&log, SET_VRING_ENABLE)[..2], [&[0, 0, 0, 0, 1, 0, 0, 0], &[1, 0, 0, 0, 1, 0, 0, 0]]);
+    assert_eq!(all(&log, GET_VRING_BASE).len(), 8, "also a drop stops the rings");
+}
+
+#[test]
+fn a_peer_without_protocol_features_is_not_asked_for_more() {
+    let peer = Peer::new(Script { features: 1 << 32, ..HONEST });
+    let mut device = peer.connect().unwrap();
+    let (memory, mut cache) = memory();
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    device.stop(rx, tx, &mut cache).unwrap();
+    drop(device);
+    let log = peer.log();
+    assert_eq!(u64_at(all(&log, SET_FEATURES)[0], 0), 1 << 32);
+    assert!(all(&log, GET_PROTOCOL_FEATURES).is_empty() && all(&log, SET_VRING_ENABLE).is_empty());
+}
+
+#[test]
+fn what_is_not_there_is_named_with_the_cure() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = path_in(&dir);
+    let error = connect(&path, "").unwrap_err();
+    let cure = "start the vhost side first, or give server=1";
+    let line = format!(
+        "cannot connect net_virtio_user0 to {}: ENOENT: there is no such socket; {cure}",
+        path.display()
+    );
+    assert_eq!((error.to_string(), error.kind()), (line, ErrorKind::Unavailable));
+
+    drop(UnixListener::bind(&path).unwrap());
+    let error = connect(&path, "").unwrap_err().to_string();
+    assert!(error.contains("ECONNREFUSED: nobody listens") && error.ends_with(cure), "{error}");
+
+    let peer = Peer::new(Script { features: OFFERED & !(1 << 32), ..HONEST });
+    let error = peer.connect().unwrap_err().to_string();
+    assert!(error.contains("does not offer VIRTIO_F_VERSION_1"), "{error}");
+}
+
+#[test]
+fn a_peer_that_goes_is_an_error_or_a_link_that_is_down() {
+    let (memory, mut cache) = memory();
+    let error = Peer::new(Script { close_at: GET_FEATURES, ..HONEST }).connect().unwrap_err().to_string();
+    assert!(error.contains("closed the connection during GET_FEATURES"), "{error}");
+    for close_at in [SET_FEATURES, SET_MEM_TABLE, SET_VRING_ADDR, SET_VRING_KICK, SET_VRING_ENABLE] {
+        let mut device = Peer::new(Script { close_at, ..HONEST }).connect().unwrap();
+        let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Protocol);
+        assert!(error.to_string().contains("the peer closed the connection during SET_"), "{error}");
+        assert!(!device.link().up);
+    }
+    let mut device = Peer::new(Script { close_at: GET_VRING_BASE, ..HONEST }).connect().unwrap();
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    device.stop(rx, tx, &mut cache).unwrap();
+    assert!(!device.link().up);
+    let pool = Arc::clone(cache.pool());
+    drop(cache);
+    assert_eq!(pool.free(), BUFFERS);
+}
+
+#[test]
+fn a_peer_that_refuses_is_named() {
+    let (memory, mut cache) = memory();
+    let mut device = Peer::new(Script { refuse: SET_MEM_TABLE, ..HONEST }).connect().unwrap();
+    let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+    assert!(error.contains("the peer refuses SET_MEM_TABLE; look at the peer's messages"), "{error}");
+    assert!(device.link().up);
+}
+
+#[test]
+fn a_silent_peer_is_waited_for_a_second_and_its_memory_is_kept() {
+    let begin = Instant::now();
+    let error = Peer::new(Script { silent_at: GET_FEATURES, ..HONEST }).connect().unwrap_err().to_string();
+    assert!(error.contains("did not answer GET_FEATURES within 1 s"), "{error}");
+    assert!((DEVICE_TIMEOUT..4 * DEVICE_TIMEOUT).contains(&begin.elapsed()));
+
+    let (memory, mut cache) = memory();
+    let mut device = Peer::new(Script { silent_at: GET_VRING_BASE, ..HONEST }).connect().unwrap();
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
+    assert!(error.contains("GET_VRING_BASE within 1 s") && error.contains("is kept until"), "{error}");
+    let weak = Arc::downgrade(&memory);
+    drop((device, cache, memory));
+    assert!(weak.upgrade().is_some());
+}
+
+#[test]
+fn a_server_waits_for_its_peer_and_takes_a_stale_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = path_in(&dir);
+    drop(UnixListener::bind(&path).unwrap());
+    let peer = std::thread::spawn({
+        let path = path.clone();
+        move || loop {
+            if let Ok(stream) = UnixStream::connect(&path) {
+                return play(stream, HONEST);
+            }
+            std::thread::yield_now();
+        }
+    });
+    let device = connect(&path, "server=1").unwrap();
+    assert!(device.link().up);
+    assert!(!path.exists(), "a second peer would wait for nothing");
+    drop(device);
+    assert!(!all(&peer.join().unwrap(), GET_FEATURES).is_empty());
+}
+
+#[test]
+fn a_server_takes_nobody_elses_socket_and_can_be_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = path_in(&dir);
+    let stopped = StopFlag::new();
+    stopped.set();
+    let error =
+        Device::connect("net_virtio_user0", &options(&path, "server=1").unwrap(), &stopped).unwrap_err();
+    assert!(error.to_string().ends_with("stopped before a peer came"), "{error}");
+    assert!(!path.exists());
+
+    std::fs::write(&path, "precious").unwrap();
+    let error = connect(&path, "server=1").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("no socket") && path.exists(), "{error}");
+    std::fs::remove_file(&path).unwrap();
+
+    let _other = UnixListener::bind(&path).unwrap();
+    let error = connect(&path, "server=1").unwrap_err().to_string();
+    assert!(error.contains("another process listens there; give another path"), "{error}");
+}
+
+#[test]
+fn memory_that_cannot_be_shared_is_refused() {
+    let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
+    let half = (region.len() / 2).next_power_of_two();
+    let region = Region::new(2 * half, Backing::SmallPages).unwrap();
+    let memory = DmaMemory::with_addresses(region, half, &[0x4000_0000, 0x1000_0000]);
+    let mut cache = Pool::new(&memory, BUFFERS).unwrap().cache();
+    let mut device = Peer::new(HONEST).connect().unwrap();
+    let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+    assert!(error.contains("a port without IOMMU makes all ports use physical addresses"), "{error}");
+}
+
+#[test]
+fn arguments_are_checked() {
+    let path = Path::new("/tmp/a");
+    let read = options(path, "queues=1,queue_size=1024,mac=52:54:00:00:00:01,server=1,mrg_rxbuf=0").unwrap();
+    let expected = UserOptions {
+        path: path.into(),
+        queue_size: 1024,
+        mac: Some("52:54:00:00:00:01".parse().unwrap()),
+        server: true,
+        mrg_rxbuf: false,
+    };
+    assert_eq!(read, expected);
+    let line = "cannot use queues=2 of net_virtio_user0: a port has one pair of queues; leave it out";
+    assert_eq!(options(path, "queues=2").unwrap_err().to_string(), line);
+    for wrong in ["queue_size=100", "queue_size=99999", "queue_size=0", "mac=x", "server=2", "speed=1"] {
+        assert_eq!(options(path, wrong).unwrap_err().kind(), ErrorKind::Usage, "{wrong}");
+    }
+    let error = UserOptions::parse("virtio_user0", &[]).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "cannot use virtio_user0: it has no socket; give the peer's: --vdev virtio_user0,path=SOCKET"
+    );
+}
