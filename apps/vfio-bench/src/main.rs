@@ -7,6 +7,7 @@ mod environment;
 mod findings;
 mod html;
 mod measure;
+mod native;
 mod plot;
 mod record;
 mod report;
@@ -32,12 +33,14 @@ struct Cli {
 enum Command {
     Run(run::RunArgs),
     Report(report::ReportArgs),
+    Native(native::NativeArgs),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => report::report(&args),
+        Command::Native(args) => native::native(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,6 +5,7 @@ use std::io::{BufReader, ErrorKind as IoKind, IsTerminal, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process;
 
+use serde::Serialize;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::compare::Comparison;
@@ -41,9 +42,7 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
     }
     let comparison = Comparison::of(&recordings);
     if let Some(path) = &args.json {
-        let json = serde_json::to_string_pretty(&comparison)
-            .map_err(|e| Error::new(ErrorKind::Protocol, "cannot write JSON", e.to_string()))?;
-        write(path, &(json + "\n"))?;
+        write_json(path, &comparison)?;
     }
     if let Some(path) = &args.html {
         write(path, &html::page(&comparison)?)?;
@@ -71,6 +70,12 @@ fn read(path: &Path) -> Result<Recording> {
         Some(kind) => Error::io(&what, &kind.into()),
         None => Error::new(ErrorKind::Io, &what, e.to_string()),
     })
+}
+
+pub(crate) fn write_json(path: &Path, figures: &impl Serialize) -> Result<()> {
+    let json = serde_json::to_string_pretty(figures)
+        .map_err(|e| Error::new(ErrorKind::Protocol, "cannot write JSON", e.to_string()))?;
+    write(path, &(json + "\n"))
 }
 
 /// A reader never sees half a file; what is not a regular file (`/dev/stdout`) cannot be replaced.

@@ -1,0 +1,252 @@
+//! `native`: Vireo and DPDK on shared-memory virtio rings, in turn beside the same peer.
+
+mod forwarder;
+mod process;
+
+use std::fmt::Write as _;
+use std::io::{Write as _, stderr, stdout};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use vireo_eal::args::allowed_cpus;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::environment::environment;
+use crate::record::Environment;
+use crate::report::write_json;
+use crate::stats::{Interval, median};
+use forwarder::{Program, Rig, Sample};
+
+/// Compare Vireo with DPDK's testpmd on shared-memory virtio rings, with testpmd at the other end
+#[derive(Debug, Args)]
+pub(crate) struct NativeArgs {
+    /// Ends of the ring to replace in turn
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "virtio-user,vhost")]
+    sides: Vec<Side>,
+    /// Pairs of runs, for the comparison and again for DPDK against itself
+    #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
+    pairs: u32,
+    /// Seconds that each run is measured
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    seconds: f64,
+    /// Also write the figures as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Vireo's l2fwd; default: the one beside this program
+    #[arg(long, value_name = "FILE")]
+    l2fwd: Option<PathBuf>,
+    /// DPDK's testpmd
+    #[arg(long, value_name = "FILE", default_value = "dpdk-testpmd")]
+    testpmd: PathBuf,
+}
+
+/// One end of a vhost-user connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Side {
+    /// The driver's: it owns the memory and connects.
+    VirtioUser,
+    /// The device's: it listens.
+    Vhost,
+}
+
+impl Side {
+    fn other(self) -> Self {
+        match self {
+            Self::VirtioUser => Self::Vhost,
+            Self::Vhost => Self::VirtioUser,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::VirtioUser => "virtio-user",
+            Self::Vhost => "vhost",
+        }
+    }
+}
+
+/// What is written as JSON.
+#[derive(Debug, Serialize)]
+struct Figures {
+    environment: Environment,
+    sides: Vec<Comparison>,
+}
+
+/// Vireo against DPDK at one end; ratios are Vireo's figure over DPDK's.
+#[derive(Debug, Serialize)]
+struct Comparison {
+    replaced: &'static str,
+    pairs: usize,
+    rate_ratio: Interval,
+    ticks_ratio: Interval,
+    /// DPDK against itself.
+    noise: Interval,
+    noise_ticks: Interval,
+    dpdk: Medians,
+    vireo: Medians,
+}
+
+#[derive(Debug, Serialize)]
+struct Medians {
+    /// Packets per second in each direction, as the peer counts them.
+    pps: f64,
+    /// Time stamp counter ticks of the polls that moved packets, for each packet.
+    ticks_per_packet: f64,
+}
+
+pub(crate) fn native(args: &NativeArgs) -> Result<()> {
+    let cpus = allowed_cpus()?;
+    let &[peer_cpu, subject_cpu, ..] = &cpus[..] else {
+        return Err(Error::new(
+            ErrorKind::Unavailable,
+            "cannot measure on one core",
+            "each end polls a core",
+        )
+        .mend("give the machine or the container a second one"));
+    };
+    let l2fwd = match &args.l2fwd {
+        Some(path) => path.clone(),
+        None => std::env::current_exe()
+            .map_err(|error| Error::io("cannot find this program", &error))?
+            .with_file_name("vireo-l2fwd"),
+    };
+    let rig = Rig {
+        testpmd: args.testpmd.clone(),
+        l2fwd,
+        peer_cpu,
+        subject_cpu,
+        seconds: Duration::try_from_secs_f64(args.seconds)
+            .map_err(|error| Error::new(ErrorKind::Usage, "cannot use --seconds", error.to_string()))?,
+    };
+    let mut sides = Vec::new();
+    for side in &args.sides {
+        let comparison = compare(&rig, *side, args.pairs)?;
+        print(&comparison)?;
+        sides.push(comparison);
+    }
+    let figures = Figures { environment: environment(args.pairs)?, sides };
+    match &args.json {
+        Some(path) => write_json(path, &figures),
+        None => Ok(()),
+    }
+}
+
+fn compare(rig: &Rig, side: Side, pairs: u32) -> Result<Comparison> {
+    let noise = run_pairs(rig, side, pairs, Program::Dpdk)?;
+    let runs = run_pairs(rig, side, pairs, Program::Vireo)?;
+    let medians = |of: fn(&(Sample, Sample)) -> Sample| Medians {
+        pps: median(&runs.iter().map(|pair| of(pair).pps).collect::<Vec<_>>()).unwrap_or(f64::NAN),
+        ticks_per_packet: median(&runs.iter().map(|pair| of(pair).ticks).collect::<Vec<_>>())
+            .unwrap_or(f64::NAN),
+    };
+    Ok(Comparison {
+        replaced: side.name(),
+        pairs: runs.len(),
+        rate_ratio: ratio(&runs, |sample| sample.pps)?,
+        ticks_ratio: ratio(&runs, |sample| sample.ticks)?,
+        noise: ratio(&noise, |sample| sample.pps)?,
+        noise_ticks: ratio(&noise, |sample| sample.ticks)?,
+        dpdk: medians(|pair| pair.0),
+        vireo: medians(|pair| pair.1),
+    })
+}
+
+/// Runs DPDK and `other` in turn, A B B A; gives each pair as (DPDK, other).
+fn run_pairs(rig: &Rig, side: Side, pairs: u32, other: Program) -> Result<Vec<(Sample, Sample)>> {
+    let since = Instant::now();
+    (0..pairs)
+        .map(|pair| {
+            let run = |program| rig.run(side, program);
+            let both = if pair % 2 == 0 {
+                let first = run(Program::Dpdk)?;
+                (first, run(other)?)
+            } else {
+                let second = run(other)?;
+                (run(Program::Dpdk)?, second)
+            };
+            let what = if other == Program::Dpdk { "DPDK against itself" } else { "Vireo against DPDK" };
+            let _ = writeln!(
+                stderr(),
+                "{}: {what}, pair {}/{pairs}, {} s",
+                side.name(),
+                pair + 1,
+                since.elapsed().as_secs()
+            );
+            Ok(both)
+        })
+        .collect()
+}
+
+fn ratio(pairs: &[(Sample, Sample)], of: fn(&Sample) -> f64) -> Result<Interval> {
+    let ratios: Vec<f64> = pairs.iter().map(|(dpdk, other)| of(other) / of(dpdk)).collect();
+    Interval::of(&ratios).filter(|interval| interval.median.is_finite()).ok_or_else(|| {
+        Error::new(ErrorKind::Protocol, "cannot compare the runs", "in one of them no packet came round")
+    })
+}
+
+fn print(comparison: &Comparison) -> Result<()> {
+    stdout()
+        .write_all(text(comparison).as_bytes())
+        .map_err(|error| Error::io("cannot write to standard output", &error))
+}
+
+fn text(comparison: &Comparison) -> String {
+    let Comparison { replaced, pairs, dpdk, vireo, .. } = comparison;
+    let peer = if *replaced == Side::Vhost.name() { Side::VirtioUser } else { Side::Vhost };
+    let mut text = format!("\n{replaced} replaced, beside testpmd's {} ({pairs} pairs)\n", peer.name());
+    for (name, medians) in [("DPDK", dpdk), ("Vireo", vireo)] {
+        let _ = writeln!(
+            text,
+            "  {name:<6} {:>6.2} Mpps in each direction  {:>6.1} ticks per packet",
+            medians.pps / 1e6,
+            medians.ticks_per_packet
+        );
+    }
+    for (name, ratio, noise) in [
+        ("rate ", comparison.rate_ratio, comparison.noise),
+        ("ticks", comparison.ticks_ratio, comparison.noise_ticks),
+    ] {
+        let _ = writeln!(
+            text,
+            "  {name}  {:.2} × DPDK (95 % interval {:.2} to {:.2}; DPDK against itself {:.2} to {:.2})",
+            ratio.median, ratio.low, ratio.high, noise.low, noise.high
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_ours_over_theirs() {
+        let sample = |pps, ticks| Sample { pps, ticks };
+        let pairs = [(sample(2e6, 100.0), sample(3e6, 50.0)); 6];
+        let rate = ratio(&pairs, |sample| sample.pps).unwrap();
+        let ticks = ratio(&pairs, |sample| sample.ticks).unwrap();
+        assert_eq!((rate.median, ticks.median), (1.5, 0.5));
+        let medians = |pps, ticks_per_packet| Medians { pps, ticks_per_packet };
+        let comparison = Comparison {
+            replaced: "vhost",
+            pairs: 6,
+            rate_ratio: rate,
+            ticks_ratio: ticks,
+            noise: Interval { median: 1.0, low: 0.98, high: 1.02 },
+            noise_ticks: Interval { median: 1.0, low: 0.9, high: 1.1 },
+            dpdk: medians(2e6, 100.0),
+            vireo: medians(3e6, 50.0),
+        };
+        let text = text(&comparison);
+        assert!(text.contains("vhost replaced, beside testpmd's virtio-user (6 pairs)"), "{text}");
+        assert!(
+            text.contains(
+                "rate   1.50 × DPDK (95 % interval 1.50 to 1.50; DPDK against itself 0.98 to 1.02)"
+            ),
+            "{text}"
+        );
+        assert!(ratio(&[(sample(0.0, 1.0), sample(0.0, 1.0))], |sample| sample.pps).is_err());
+    }
+}

@@ -1,0 +1,12 @@
+# shellcheck shell=bash
+# Shared-memory virtio rings: l2fwd and DPDK's testpmd in turn, with testpmd at the other end.
+
+bench_native() {
+    need_cargo
+    command -v dpdk-testpmd >/dev/null || need_packages dpdk-dev
+    [[ $OPT_PAIRS =~ ^[1-9][0-9]*$ ]] || fail "--pairs needs a number, not '$OPT_PAIRS'" "bench --help"
+    RUSTFLAGS='' cargo build --manifest-path "$REPO/Cargo.toml" --release --locked -p vireo-l2fwd -p vireo-vfio-bench \
+        --message-format json-render-diagnostics >"$WORK/build.json" || fail "cargo could not build (its message is above)"
+    "$(grep -o '"executable":"[^"]*/vireo-vfio-bench"' "$WORK/build.json" | cut -d'"' -f4)" native --pairs "$OPT_PAIRS" \
+        ${OPT_JSON:+--json "$OPT_JSON"}
+}
