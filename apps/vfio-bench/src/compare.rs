@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::record::{Environment, Latency, MapTime, Recording, Run};
+use crate::record::{Ceiling, Environment, Latency, MapTime, Recording, Run};
 use crate::stats::{FEWEST_PAIRS, Interval, median};
 
 const NICS: [&str; 3] = ["virtio-net", "e1000", "e1000e"];
@@ -25,6 +25,7 @@ pub(crate) struct Comparison {
     pub(crate) rows: Vec<Row>,
     pub(crate) pairs: Vec<Pair>,
     pub(crate) maps: Vec<MapRow>,
+    pub(crate) null_forwarder: Vec<CeilingRow>,
     pub(crate) noise_floor: Vec<Noise>,
     /// Runs whose packets do not add up; empty in a sound comparison.
     pub(crate) problems: Vec<String>,
@@ -140,6 +141,15 @@ pub(crate) struct Noise {
     pub(crate) floor: f64,
 }
 
+/// Rate of one kind of NIC without a forwarder: no mode can pass it on that machine.
+#[derive(Debug, Serialize)]
+pub(crate) struct CeilingRow {
+    pub(crate) nic: String,
+    pub(crate) boot: usize,
+    pub(crate) rounds: usize,
+    pub(crate) pps: Interval,
+}
+
 /// DMA map and unmap of a region, medians over the rounds.
 #[derive(Debug, Serialize)]
 pub(crate) struct MapRow {
@@ -166,11 +176,30 @@ impl Comparison {
             environment: recordings.iter().map(|r| r.environment.clone()).collect(),
             pairs: pairs(recordings, &rows, &noise_floor),
             maps: map_rows(recordings),
+            null_forwarder: ceiling_rows(recordings),
             problems: problems(recordings),
             rows,
             noise_floor,
         }
     }
+}
+
+fn ceiling_rows(recordings: &[Recording]) -> Vec<CeilingRow> {
+    let mut groups: BTreeMap<_, Vec<&Ceiling>> = BTreeMap::new();
+    for (boot, recording) in numbered(recordings) {
+        for ceiling in &recording.ceilings {
+            groups.entry((place(&NICS, &ceiling.nic), boot)).or_default().push(ceiling);
+        }
+    }
+    groups
+        .into_iter()
+        .map(|(((_, nic), boot), ceilings)| CeilingRow {
+            nic: nic.to_owned(),
+            boot,
+            rounds: ceilings.len(),
+            pps: interval(&ceilings, |ceiling| ceiling.pps),
+        })
+        .collect()
 }
 
 fn per_gib(ms: f64, bytes: u64) -> f64 {

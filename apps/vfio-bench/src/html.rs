@@ -166,6 +166,17 @@ fn forwarding(comparison: &Comparison) -> Result<String> {
     });
     let heads = ["NIC", "mode", name, "95 % interval", "sent", "received", "dropped", "counted as", "runs"];
     out += &table(&heads, 2, cells);
+    if !comparison.null_forwarder.is_empty() {
+        let cells = comparison.null_forwarder.iter().map(|ceiling| {
+            let pps = ceiling.pps;
+            let interval = format!("{} – {}", three(pps.low / unit), three(pps.high / unit));
+            let boot = format!("boot {}", ceiling.boot);
+            (kind(false, true), vec![escape(&ceiling.nic), boot, three(pps.median / unit), interval])
+        });
+        out += "<h3>Null forwarder</h3>\n<p class=\"note\">From the sender straight to the NIC at the end of its \
+                wire: what the devices themselves can do, with half of a forwarded packet's hops.</p>\n";
+        out += &table(&["NIC", "boot", name, "95 % interval"], 2, cells);
+    }
     Ok(out)
 }
 

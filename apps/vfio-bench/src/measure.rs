@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, PciInfo};
-use vireo_drivers::port::{Nic, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue, counters};
+use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue, counters};
 use vireo_drivers::ports::{self, OpenPort};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{DmaMemory, Pool, PoolCache};
@@ -249,30 +249,10 @@ fn generate(
     if polling.load(Ordering::Acquire) == u64::MAX {
         return Err(Error::new(ErrorKind::Protocol, "the forwarder ended early", "see its own error"));
     }
-    let [source, _] = [0, 1].map(|port| side.ports[port].port.mac());
-    let (first, rest) = side.queues.split_at_mut(1);
-    let (tx, rx) = (&mut first[0].1, &mut rest[0].0);
-    let cache = &mut side.cache;
+    let expect = Expect { destination: Some(MacAddr([2, 0, 0, 0, 0, 1])), source: None };
+    let mut stream = knocking(side, Some(expect));
     let time = Duration::from_secs_f64(limits.seconds);
-    let mut stream = Stream {
-        run: Tsc::now() as u32,
-        // Every NIC's filter lets the broadcast address pass, whatever the forwarder's own address is.
-        destination: vireo_drivers::port::MacAddr([0xff; 6]),
-        source,
-        expect: Some(Expect {
-            destination: Some(vireo_drivers::port::MacAddr([2, 0, 0, 0, 0, 1])),
-            source: None,
-        }),
-        size: SHORTEST,
-        rate: Some(KNOCKS),
-        window: WINDOW,
-        end: End::FirstArrival(FIRST_PACKET),
-    };
-    let mut next = |rate: Option<f64>, end: End| {
-        (stream.rate, stream.end) = (rate, end);
-        stream.run = stream.run.wrapping_add(1);
-        generator::run(&stream, tx, rx, cache, stop)
-    };
+    let mut next = |rate: Option<f64>, end: End| send(&mut stream, rate, end, side, stop);
     let first = next(Some(KNOCKS), End::FirstArrival(FIRST_PACKET))?;
     if first.received == 0 {
         return Err(Error::new(
@@ -285,6 +265,54 @@ fn generate(
     let rate = next(None, End::After(time))?;
     let latency = next(Some((rate.rate() * LATENCY_LOAD).max(1.0)), End::After(time))?;
     Ok([first, rate, latency])
+}
+
+/// Packets per second without a forwarder, from the sender to the NIC that its wire ends at: the devices' own
+/// ceiling, with half of the hops that a forwarded packet takes.
+pub(crate) fn null_forwarder(
+    bus: &Bus,
+    wiring: &Wiring,
+    mode: VfioMode,
+    limits: &Limits,
+    stop: &StopFlag,
+) -> Result<f64> {
+    pin_to(limits.generator)?;
+    let mut side = Side::start(bus, [&wiring.sender, &wiring.inner[0]], mode, true)?;
+    let mut stream = knocking(&side, None);
+    send(&mut stream, Some(KNOCKS), End::FirstArrival(FIRST_PACKET), &mut side, stop)?;
+    let time = Duration::from_secs_f64(limits.seconds);
+    let rate = send(&mut stream, None, End::After(time), &mut side, stop)?.rate();
+    side.stop("generator")?;
+    Ok(rate)
+}
+
+/// Frames from the first port of `side` at a rate that overflows nothing, until one comes back at its second.
+fn knocking(side: &Side, expect: Option<Expect>) -> Stream {
+    Stream {
+        run: Tsc::now() as u32,
+        // Every NIC's filter lets the broadcast address pass, whatever the forwarder's own address is.
+        destination: MacAddr([0xff; 6]),
+        source: side.ports[0].port.mac(),
+        expect,
+        size: SHORTEST,
+        rate: Some(KNOCKS),
+        window: WINDOW,
+        end: End::FirstArrival(FIRST_PACKET),
+    }
+}
+
+/// Runs the next stream, which tells its frames from those of the last one.
+fn send(
+    stream: &mut Stream,
+    rate: Option<f64>,
+    end: End,
+    side: &mut Side,
+    stop: &StopFlag,
+) -> Result<Outcome> {
+    (stream.rate, stream.end) = (rate, end);
+    stream.run = stream.run.wrapping_add(1);
+    let (first, rest) = side.queues.split_at_mut(1);
+    generator::run(stream, &mut first[0].1, &mut rest[0].0, &mut side.cache, stop)
 }
 
 /// How memory is mapped.

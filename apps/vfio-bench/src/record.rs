@@ -16,6 +16,18 @@ pub(crate) struct Recording {
     /// The DMA-map table.
     #[serde(default)]
     pub(crate) maps: Vec<MapTime>,
+    /// What the NICs do without a forwarder.
+    #[serde(default)]
+    pub(crate) ceilings: Vec<Ceiling>,
+}
+
+/// One stream from a sender straight to the NIC that its wire ends at.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Ceiling {
+    /// `virtio-net`, `e1000` or `e1000e`.
+    pub(crate) nic: String,
+    /// Packets received per second.
+    pub(crate) pps: f64,
 }
 
 /// Facts about machine, kernel and command, in the order in which a reader wants them.

@@ -13,8 +13,8 @@ use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::environment::environment;
-use crate::measure::{Limits, Wiring, map_times, measure};
-use crate::record::{Recording, Run};
+use crate::measure::{Limits, Wiring, map_times, measure, null_forwarder};
+use crate::record::{Ceiling, Recording, Run};
 
 /// Measure VFIO modes on this machine's NICs and write a recording
 #[derive(Debug, Args)]
@@ -57,8 +57,12 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
         .mend("give the machine or the container a second one"));
     };
     let limits = Limits { generator, forwarder, seconds: args.seconds, map_bytes: args.map_mib << 20 };
-    let mut recording =
-        Recording { environment: environment(args.rounds)?, runs: Vec::new(), maps: Vec::new() };
+    let mut recording = Recording {
+        environment: environment(args.rounds)?,
+        runs: Vec::new(),
+        maps: Vec::new(),
+        ceilings: Vec::new(),
+    };
     let total = args.rounds as usize * wirings.len() * (args.modes.len() + 2);
     let begin = Instant::now();
     for round in 0..args.rounds {
@@ -77,6 +81,10 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
                     if pair == Run::NOISE { " (noise)" } else { "" },
                     begin.elapsed().as_secs_f64()
                 );
+            }
+            if let Some(&mode) = args.modes.first() {
+                let pps = null_forwarder(&bus, wiring, mode, &limits, &stop)?;
+                recording.ceilings.push(Ceiling { nic: wiring.nic.to_owned(), pps });
             }
         }
         if let Some(wiring) = wirings.first() {

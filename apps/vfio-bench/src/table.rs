@@ -6,6 +6,7 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use crate::compare::{Comparison, Metric, Row};
 use crate::findings::headlines;
+use crate::stats::Interval;
 use crate::words::{percent, rate_unit, shared_facts, size, thousands, three};
 
 const WIDTH: usize = 100;
@@ -24,6 +25,10 @@ pub(crate) fn text(comparison: &Comparison, lines: bool) -> String {
         noise(comparison, lines),
     );
     section("Forwarding and latency (median over rounds; packets are sums)", forwarding(comparison, lines));
+    section(
+        "Null forwarder (sender straight to the NIC at the end of its wire: the devices' own ceiling)",
+        ceilings(comparison, lines),
+    );
     section("Start-up and DMA map (median over rounds)", start(comparison, lines));
     section("DMA map and unmap alone (median over rounds)", maps(comparison, lines));
     section("Lost packets by counter", drops(comparison));
@@ -90,6 +95,21 @@ fn forwarding(comparison: &Comparison, lines: bool) -> String {
     let heads =
         ["NIC", "mode", unit, "p50 µs", "p99 µs", "p99.9 µs", "max µs", "sent", "received", "dropped"];
     table(heads, 2, rows.collect(), lines)
+}
+
+fn ceilings(comparison: &Comparison, lines: bool) -> String {
+    let (scale, unit) = rate_unit(comparison.null_forwarder.iter().map(|c| c.pps.median).fold(0.0, f64::max));
+    let mut last = String::new();
+    let rows = comparison.null_forwarder.iter().map(|ceiling| {
+        let Interval { median, low, high } = ceiling.pps;
+        [
+            once(&ceiling.nic, &mut last),
+            ceiling.boot.to_string(),
+            three(median / scale),
+            format!("{} to {}", three(low / scale), three(high / scale)),
+        ]
+    });
+    table(["NIC", "boot", unit, "95 % interval"], 1, rows.collect(), lines)
 }
 
 fn start(comparison: &Comparison, lines: bool) -> String {

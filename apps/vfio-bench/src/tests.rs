@@ -5,7 +5,7 @@ use std::fs;
 use clap::{Args, FromArgMatches};
 
 use crate::compare::{Comparison, Metric, Pair, Verdict};
-use crate::record::{Environment, Latency, MapTime, Recording, Run};
+use crate::record::{Ceiling, Environment, Latency, MapTime, Recording, Run};
 use crate::report::{ReportArgs, report_to};
 
 /// A stretch of numbers in `-1.0..1.0` that looks random and is the same every time.
@@ -112,7 +112,9 @@ fn recording(modes: &[&str], rounds: u32) -> Recording {
         ("command", "./scripts/lab compare --yes --json compare.json --html <compare>.html"),
     ];
     let environment = Environment(facts.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
-    Recording { environment, runs, maps }
+    let ceiling = |nic: &str| Ceiling { nic: nic.to_owned(), pps: 2e6 };
+    let ceilings = ["virtio-net", "e1000", "e1000e"].map(ceiling).to_vec();
+    Recording { environment, runs, maps, ceilings }
 }
 
 fn boots() -> Vec<Recording> {
@@ -122,6 +124,17 @@ fn boots() -> Vec<Recording> {
 fn pair<'a>(comparison: &'a Comparison, nic: &str, modes: [&str; 2], metric: Metric) -> &'a Pair {
     let fits = |p: &&Pair| p.nic == nic && [&*p.baseline, &*p.mode] == modes && p.metric == metric;
     comparison.pairs.iter().find(fits).unwrap()
+}
+
+#[test]
+fn the_ceiling_is_beside_what_was_forwarded() {
+    let comparison = Comparison::of(&boots());
+    let of: Vec<_> = comparison.null_forwarder.iter().map(|row| (row.nic.as_str(), row.boot)).collect();
+    let nics = ["virtio-net", "e1000", "e1000e"];
+    assert_eq!(of, nics.map(|nic| [(nic, 1), (nic, 2)]).concat());
+    let said = crate::table::text(&comparison, false);
+    assert!(said.contains("Null forwarder"), "{said}");
+    assert!(said.contains("2.00 to 2.00"), "{said}");
 }
 
 #[test]
