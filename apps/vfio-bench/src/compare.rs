@@ -164,6 +164,8 @@ pub(crate) struct MapRow {
     pub(crate) map_ms_per_gib: Interval,
     pub(crate) unmap_ms_per_gib: Interval,
     pub(crate) map_ioctls: u64,
+    /// Our map call ÷ its bare ioctls; none in recordings that did not time them.
+    pub(crate) map_over_ioctl: Option<Interval>,
     pub(crate) unmap_ioctls: u64,
 }
 
@@ -408,6 +410,8 @@ fn map_rows(recordings: &[Recording]) -> Vec<MapRow> {
         map_ms_per_gib: interval(maps, |m| per_gib(m.map_ms, m.bytes)),
         unmap_ms_per_gib: interval(maps, |m| per_gib(m.unmap_ms, m.bytes)),
         map_ioctls: maps.iter().map(|m| m.map_ioctls).max().unwrap_or(0),
+        map_over_ioctl: (maps.iter().all(|m| m.map_ioctl_ms > 0.0))
+            .then(|| interval(maps, |m| m.map_ms / m.map_ioctl_ms)),
         unmap_ioctls: maps.iter().map(|m| m.unmap_ioctls).max().unwrap_or(0),
     };
     groups.iter().map(|(key, maps)| row(maps, key.3)).collect()

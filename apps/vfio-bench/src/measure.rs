@@ -351,7 +351,7 @@ fn time_map(
     if let (Call::MapSmall, Some(ioas)) = (call, space.ioas()) {
         ioas.set_huge_pages(false)?;
     }
-    let (before, since) = (ioctl::calls(), Instant::now());
+    let (before, in_kernel, since) = (ioctl::calls(), ioctl::time(), Instant::now());
     let mapping: Box<dyn std::fmt::Debug> = match (call, space.ioas()) {
         (Call::MapFile, Some(ioas)) => match ioas.map_file(&region, iova, Access::ReadWrite) {
             Ok(mapping) => Box::new(mapping),
@@ -362,6 +362,7 @@ fn time_map(
         (Call::Map | Call::MapSmall, _) => Box::new(space.map(&region, iova)?),
     };
     let (mapped, map_ioctls) = (since.elapsed(), ioctl::calls() - before);
+    let in_kernel = ioctl::time().saturating_sub(in_kernel);
     let (before, since) = (ioctl::calls(), Instant::now());
     drop(mapping);
     let (unmapped, unmap_ioctls) = (since.elapsed(), ioctl::calls() - before);
@@ -372,6 +373,7 @@ fn time_map(
         bytes: region.len() as u64,
         round: 0,
         map_ms: mapped.as_secs_f64() * 1e3,
+        map_ioctl_ms: in_kernel.as_secs_f64() * 1e3,
         unmap_ms: unmapped.as_secs_f64() * 1e3,
         map_ioctls,
         unmap_ioctls,

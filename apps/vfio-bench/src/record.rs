@@ -174,6 +174,9 @@ pub(crate) struct MapTime {
     pub(crate) round: u32,
     /// Mapping all of it.
     pub(crate) map_ms: f64,
+    /// The ioctls' part of that.
+    #[serde(default)]
+    pub(crate) map_ioctl_ms: f64,
     /// Unmapping all of it.
     pub(crate) unmap_ms: f64,
     /// Calls that the mapping took.

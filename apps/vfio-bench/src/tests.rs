@@ -92,6 +92,7 @@ fn recording(modes: &[&str], rounds: u32) -> Recording {
                         bytes,
                         round,
                         map_ms,
+                        map_ioctl_ms: map_ms / 1.001,
                         unmap_ms,
                         map_ioctls: 1,
                         unmap_ioctls: 1,
@@ -135,6 +136,7 @@ fn the_ceiling_is_beside_what_was_forwarded() {
     let said = crate::table::text(&comparison, false);
     assert!(said.contains("Null forwarder"), "{said}");
     assert!(said.contains("2.00 to 2.00"), "{said}");
+    assert!(said.contains(" 1.0010 "), "{said}");
 }
 
 #[test]

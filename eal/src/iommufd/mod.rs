@@ -85,7 +85,7 @@ macro_rules! call {
     ($fd:expr, $ioctl:ident, $arg:expr) => {
         // SAFETY: the argument is the structure of this ioctl, `size` filled in, and lives for the call;
         // addresses inside it are valid by the invariants named at the call.
-        counted(unsafe { sys::$ioctl($fd.as_raw_fd(), $arg) })
+        counted(|| unsafe { sys::$ioctl($fd.as_raw_fd(), $arg) })
     };
 }
 

@@ -86,7 +86,7 @@ impl Vfio {
             token_uuid_ptr: token.as_ref().map_or(0, |token| token.as_ptr() as u64),
         };
         // SAFETY: the structure is complete; the token's 16 bytes live until after the call.
-        counted(unsafe { sys::bind_iommufd(device.as_raw_fd(), &mut bind) }).map_err(|errno| {
+        counted(|| unsafe { sys::bind_iommufd(device.as_raw_fd(), &mut bind) }).map_err(|errno| {
             diagnose::bind(Error::os(format!("cannot bind {} to iommufd", node.name), errno), node, &self.dev)
         })?;
         phases.end("bind");
@@ -100,7 +100,7 @@ impl Vfio {
             pasid: 0,
         };
         // SAFETY: the structure is complete.
-        counted(unsafe { sys::attach_iommufd_pt(device.as_raw_fd(), &mut attach) })
+        counted(|| unsafe { sys::attach_iommufd_pt(device.as_raw_fd(), &mut attach) })
             .map_err(|errno| Error::os(format!("cannot attach {} to its address space", node.name), errno))?;
         Ok((device, space))
     }

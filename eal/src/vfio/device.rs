@@ -48,7 +48,7 @@ impl Device {
             pad: 0,
         };
         // SAFETY: the structure is complete; the kernel writes at most `argsz` bytes.
-        counted(unsafe { sys::device_get_info(fd.as_raw_fd(), &mut device_info) })
+        counted(|| unsafe { sys::device_get_info(fd.as_raw_fd(), &mut device_info) })
             .map_err(|errno| Error::os(format!("cannot examine {name}"), errno))?;
         Ok(Self { name, file: File::from(fd), flags: device_info.flags, space })
     }
@@ -70,9 +70,11 @@ impl Device {
             |words| {
                 words[1] = if cfg!(target_endian = "little") { index.into() } else { u64::from(index) << 32 }
             },
-            // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
-            // set to its length.
-            |at| counted(unsafe { sys::device_get_region_info(self.file.as_raw_fd(), at.cast()) }).map(drop),
+            |at| {
+                // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
+                // set to its length.
+                counted(|| unsafe { sys::device_get_region_info(self.file.as_raw_fd(), at.cast()) }).map(drop)
+            },
         )
         .map_err(fail)?;
         let word = |offset| info::u32_at(&answer, offset).ok_or_else(|| fail(Errno::EPROTO));
@@ -150,7 +152,7 @@ impl Device {
             return Ok(false);
         }
         // SAFETY: this ioctl has no argument.
-        match counted(unsafe { sys::device_reset(self.file.as_raw_fd()) }) {
+        match counted(|| unsafe { sys::device_reset(self.file.as_raw_fd()) }) {
             Ok(_) => Ok(true),
             Err(Errno::EINVAL | Errno::ENOTTY) => Ok(false),
             Err(errno) => Err(Error::os(format!("cannot reset {}", self.name), errno)),

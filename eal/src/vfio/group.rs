@@ -101,7 +101,7 @@ impl Vfio {
         let name = CString::new(name)
             .map_err(|_| Error::new(ErrorKind::Usage, what(), "the name has a NUL byte in it"))?;
         // SAFETY: the argument is a string that ends in NUL and lives for the call.
-        let fd = counted(unsafe { sys::group_get_device_fd(group.as_raw_fd(), name.as_ptr()) })
+        let fd = counted(|| unsafe { sys::group_get_device_fd(group.as_raw_fd(), name.as_ptr()) })
             .map_err(|errno| diagnose::bind(Error::os(what(), errno), node, &self.dev))?;
         // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -116,7 +116,7 @@ fn cannot_duplicate(error: std::io::Error) -> Error {
 fn status(group: &File, number: u32, node: &Node) -> Result<u32> {
     let mut status = uapi::vfio_group_status { argsz: size_of::<uapi::vfio_group_status>() as u32, flags: 0 };
     // SAFETY: the structure is complete.
-    counted(unsafe { sys::group_get_status(group.as_raw_fd(), &mut status) })
+    counted(|| unsafe { sys::group_get_status(group.as_raw_fd(), &mut status) })
         .map_err(|errno| Error::os(format!("cannot read the state of IOMMU group {number}"), errno))?;
     if status.flags & uapi::VFIO_GROUP_FLAGS_VIABLE == 0 {
         return Err(diagnose::not_viable(node, number));
@@ -126,7 +126,7 @@ fn status(group: &File, number: u32, node: &Node) -> Result<u32> {
 
 fn set_container(group: &File, number: u32, container: &OwnedFd) -> Result<()> {
     // SAFETY: the argument is a descriptor that is open for the call.
-    counted(unsafe { sys::group_set_container(group.as_raw_fd(), &container.as_raw_fd()) })
+    counted(|| unsafe { sys::group_set_container(group.as_raw_fd(), &container.as_raw_fd()) })
         .map(drop)
         .map_err(|errno| Error::os(format!("cannot put IOMMU group {number} into its container"), errno))
 }
@@ -134,7 +134,7 @@ fn set_container(group: &File, number: u32, container: &OwnedFd) -> Result<()> {
 fn set_iommu(container: &OwnedFd, iommu: u32) -> Result<()> {
     let what = "cannot give the container an IOMMU";
     // SAFETY: this ioctl has no argument.
-    let version = counted(unsafe { sys::get_api_version(container.as_raw_fd()) })
+    let version = counted(|| unsafe { sys::get_api_version(container.as_raw_fd()) })
         .map_err(|errno| Error::os(what, errno))?;
     if version != uapi::VFIO_API_VERSION as i32 {
         return Err(Error::new(
@@ -144,7 +144,7 @@ fn set_iommu(container: &OwnedFd, iommu: u32) -> Result<()> {
         ));
     }
     // SAFETY: the argument is an integer.
-    counted(unsafe { sys::set_iommu(container.as_raw_fd(), iommu as i32) }).map(drop).map_err(|errno| {
+    counted(|| unsafe { sys::set_iommu(container.as_raw_fd(), iommu as i32) }).map(drop).map_err(|errno| {
         let error = Error::os(what, errno);
         match errno {
             Errno::ENODEV => error

@@ -130,7 +130,7 @@ impl Container {
             |_| (),
             // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
             // set to its length.
-            |at| counted(unsafe { sys::iommu_get_info(self.fd.as_raw_fd(), at.cast()) }).map(drop),
+            |at| counted(|| unsafe { sys::iommu_get_info(self.fd.as_raw_fd(), at.cast()) }).map(drop),
         )
         .map_err(|errno| Error::os("cannot read the container's IOVA ranges", errno))?;
         let flags = info::u32_at(&answer, 4).unwrap_or(0);
@@ -159,7 +159,7 @@ impl Container {
             size: region.len() as u64,
         };
         // SAFETY: the structure is complete, and the caller keeps the region until it has unmapped it.
-        counted(unsafe { sys::iommu_map_dma(self.fd.as_raw_fd(), &map) }).map(drop).map_err(|errno| {
+        counted(|| unsafe { sys::iommu_map_dma(self.fd.as_raw_fd(), &map) }).map(drop).map_err(|errno| {
             Error::os(
                 format!("cannot map {} MiB for DMA at {iova:#x}", region.len().div_ceil(1 << 20)),
                 errno,
@@ -176,7 +176,7 @@ impl Container {
             data: Default::default(),
         };
         // SAFETY: the structure is complete and asks for no dirty bitmap, so `data` is not used.
-        counted(unsafe { sys::iommu_unmap_dma(self.fd.as_raw_fd(), &mut unmap) })?;
+        counted(|| unsafe { sys::iommu_unmap_dma(self.fd.as_raw_fd(), &mut unmap) })?;
         Ok(unmap.size)
     }
 }
