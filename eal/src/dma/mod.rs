@@ -1,15 +1,17 @@
 //! Memory with device addresses: [`DmaMemory`], and what is made of it: descriptor rings ([`DmaRing`])
-//! and packet buffers ([`Pool`]).
+//! and packet buffers ([`Pool`]). Memory of another process, for which we are the device: [`PeerMemory`].
 
 mod buffer_ring;
 mod iova;
 mod memory;
+mod peer;
 mod pool;
 mod ring;
 
 pub use buffer_ring::{BufferRing, Slot};
 pub use iova::IovaRanges;
 pub use memory::{DeviceView, DmaMemory};
+pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
 pub use pool::{BUFFER_SIZE, Buffer, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
 

@@ -397,7 +397,7 @@ pub(super) struct Buffers<'a> {
 
 impl Buffers<'_> {
     #[inline(always)]
-    fn data(&self, buffer: &Buffer) -> NonNull<u8> {
+    pub(super) fn data(&self, buffer: &Buffer) -> NonNull<u8> {
         assert!(buffer.0 < self.place.end, "a buffer of another pool");
         // SAFETY: buffers begin at multiples of their size, and this one below the end, which is such a multiple
         // too; so it is inside the pool's range of the memory.
@@ -455,6 +455,12 @@ impl Taking<'_> {
     #[inline(always)]
     pub(super) fn is_empty(&self) -> bool {
         self.rest == 0
+    }
+
+    /// How many may still go.
+    #[inline(always)]
+    pub(super) fn remaining(&self) -> usize {
+        self.rest
     }
 
     #[inline(always)]

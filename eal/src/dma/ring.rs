@@ -129,6 +129,16 @@ pub struct RingView<'a, W: Word, const N: usize = 1> {
 }
 
 impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
+    /// The ring of `mask + 1` entries at `words`.
+    ///
+    /// # Safety
+    /// Their number is a power of two; `words` is aligned and valid for all their words during `'a`, and nothing
+    /// reaches them but by atomic operations.
+    #[inline(always)]
+    pub(super) unsafe fn over(words: NonNull<W>, mask: usize) -> Self {
+        Self { words, mask, _ring: PhantomData }
+    }
+
     /// The entry at `index`, which wraps.
     #[inline(always)]
     pub fn entry(self, index: usize) -> RingEntry<'a, W, N> {

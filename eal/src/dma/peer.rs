@@ -1,0 +1,615 @@
+//! Memory of another process, by the descriptors that it sends: what the device's side of vhost-user works on.
+//!
+//! The peer is input. An address of it leads to memory only through [`PeerMemory::ring`] and [`PeerView::at`],
+//! which check it and its length against the regions; an index into a ring wraps; data is copied, once.
+
+use std::ffi::c_void;
+use std::fs::File;
+use std::io::Write;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::stat::{SFlag, fstat};
+
+use super::pool::{Buffer, Burst, DATA_ROOM, MAX_BURST, Packet, PoolCache};
+use super::ring::{RingView, Word};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Most regions of a [`PeerMemory`]: what one vhost-user message carries (vhost-user, "Memory region
+/// description").
+pub const MAX_PEER_REGIONS: usize = 8;
+
+/// Smallest page, for files that name no block size to align to.
+const PAGE: u64 = 4096;
+
+/// A part of a peer's memory, as `VHOST_USER_SET_MEM_TABLE` describes it.
+#[derive(Debug)]
+pub struct PeerRegion {
+    /// Address in descriptors ("guest physical").
+    pub guest: u64,
+    /// Address in the peer's own address space, by which rings are named.
+    pub user: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Where the region begins in the file.
+    pub offset: u64,
+    /// The file.
+    pub fd: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Area {
+    guest: u64,
+    user: u64,
+    len: u64,
+    /// First byte, valid for `len` bytes while `_mapping` lives.
+    base: NonNull<u8>,
+    _mapping: Mapping,
+}
+
+#[derive(Debug)]
+struct Mapping {
+    address: NonNull<c_void>,
+    len: usize,
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `address` and `len` describe a mapping that this value made and that nothing else unmaps; whoever
+        // points into it borrows or holds the `PeerMemory`.
+        if let Err(errno) = unsafe { munmap(self.address, self.len) } {
+            tracing::error!("cannot unmap {} bytes of a frontend's memory: {errno}", self.len);
+        }
+    }
+}
+
+impl Area {
+    fn map(region: &PeerRegion) -> Result<Self> {
+        let what = || format!("cannot map {} KiB of a frontend's memory", region.len >> 10);
+        let refused = |why: &str| Error::new(ErrorKind::Protocol, what(), why);
+        let stat = fstat(&region.fd).map_err(|errno| Error::os(what(), errno))?;
+        if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+            return Err(refused("its descriptor is no file"));
+        }
+        let end = region.offset.checked_add(region.len).filter(|_| region.len > 0);
+        let end = end.filter(|end| *end <= stat.st_size as u64).ok_or_else(|| {
+            refused("its file is shorter than the region: an access behind the end would be SIGBUS")
+        })?;
+        let wraps = |start: u64| start.checked_add(region.len).is_none();
+        if wraps(region.guest) || wraps(region.user) {
+            return Err(refused("its addresses wrap"));
+        }
+        // A hugetlb file is mapped by whole pages of its own size, which is its block size.
+        let page =
+            Some(stat.st_blksize as u64).filter(|size| size.is_power_of_two()).unwrap_or(PAGE).max(PAGE);
+        let start = region.offset & !(page - 1);
+        let length = end.checked_next_multiple_of(page).and_then(|end| usize::try_from(end - start).ok());
+        let length = length.and_then(NonZeroUsize::new).ok_or_else(|| refused("it is too large"))?;
+        let offset = i64::try_from(start).map_err(|_| refused("its offset is too large"))?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &region.fd, offset) }
+            .map_err(|errno| Error::os(what(), errno))?;
+        let mapping = Mapping { address, len: length.get() };
+        // SAFETY: `start` is not above `offset`, and the mapping reaches from `start` to `end` or beyond.
+        let base = unsafe { address.cast::<u8>().add((region.offset - start) as usize) };
+        Ok(Self { guest: region.guest, user: region.user, len: region.len, base, _mapping: mapping })
+    }
+}
+
+/// The memory of one peer: up to [`MAX_PEER_REGIONS`] regions of files, mapped shared, and unmapped on drop.
+///
+/// Files are checked to be long enough when they are mapped. A peer that truncates one later makes the next
+/// access end this process by SIGBUS, as it does DPDK's and QEMU's: no frontend seals its memory so that
+/// one could insist. A peer must be trusted that far.
+#[derive(Debug)]
+pub struct PeerMemory {
+    /// At least one.
+    areas: Box<[Area]>,
+}
+
+// SAFETY: the mappings belong to the process, not to a thread, and are reached by atomics and raw copies only.
+unsafe impl Send for PeerMemory {}
+// SAFETY: as above; `&PeerMemory` gives no access that is not an atomic or a raw copy.
+unsafe impl Sync for PeerMemory {}
+
+impl PeerMemory {
+    /// Maps all of `regions`; their descriptors can be closed then.
+    ///
+    /// # Errors
+    /// `Protocol` when there are none or too many, or one is not within its file; else what `mmap` says.
+    pub fn map(regions: &[PeerRegion]) -> Result<Arc<Self>> {
+        if !(1..=MAX_PEER_REGIONS).contains(&regions.len()) {
+            let why = format!("it has {} regions, not 1 to {MAX_PEER_REGIONS}", regions.len());
+            return Err(Error::new(ErrorKind::Protocol, "cannot map a frontend's memory", why));
+        }
+        let areas: Result<Box<[Area]>> = regions.iter().map(Area::map).collect();
+        Ok(Arc::new(Self { areas: areas? }))
+    }
+
+    /// The ring of `entries` entries at `user`, an address of the peer's own address space.
+    ///
+    /// # Errors
+    /// `Usage` when `entries` is no power of two, `Protocol` when the ring is not aligned to its words or not
+    /// within one region.
+    pub fn ring<W: Word, const N: usize>(
+        self: &Arc<Self>,
+        user: u64,
+        entries: usize,
+    ) -> Result<PeerRing<W, N>> {
+        let refused = |kind, why: &str| {
+            Error::new(kind, format!("cannot use a frontend's ring of {entries} entries at {user:#x}"), why)
+        };
+        if !entries.is_power_of_two() {
+            return Err(refused(ErrorKind::Usage, "the number is no power of two"));
+        }
+        let len = entries.saturating_mul(N * size_of::<W>());
+        let at = self.areas.iter().find_map(|area| {
+            let offset = user.wrapping_sub(area.user);
+            let fits = offset <= area.len && len as u64 <= area.len - offset;
+            // SAFETY: the offset is not beyond the area, as just checked.
+            fits.then(|| unsafe { area.base.add(offset as usize) })
+        });
+        let at = at.ok_or_else(|| refused(ErrorKind::Protocol, "it is not within one memory region"))?;
+        let words = at.cast::<W>();
+        if !words.is_aligned() {
+            return Err(refused(ErrorKind::Protocol, "its address is not aligned"));
+        }
+        Ok(PeerRing { words, mask: entries - 1, _memory: Arc::clone(self) })
+    }
+
+    /// The regions by guest address, for the length of a loop.
+    #[inline(always)]
+    pub fn view(&self) -> PeerView<'_> {
+        PeerView::of(&self.areas, &self.areas[0])
+    }
+}
+
+/// A ring of entries of `N` words each in a peer's memory, which it keeps mapped; as
+/// [`DmaRing`](super::DmaRing).
+#[derive(Debug)]
+pub struct PeerRing<W: Word, const N: usize = 1> {
+    words: NonNull<W>,
+    mask: usize,
+    _memory: Arc<PeerMemory>,
+}
+
+// SAFETY: the words are reached by atomic operations only, and `_memory` keeps them mapped.
+unsafe impl<W: Word, const N: usize> Send for PeerRing<W, N> {}
+// SAFETY: as above.
+unsafe impl<W: Word, const N: usize> Sync for PeerRing<W, N> {}
+
+impl<W: Word, const N: usize> PeerRing<W, N> {
+    /// Number of entries.
+    #[inline(always)]
+    pub fn entries(&self) -> usize {
+        self.mask + 1
+    }
+
+    /// The ring by value, for the length of a loop.
+    #[inline(always)]
+    pub fn view(&self) -> RingView<'_, W, N> {
+        // SAFETY: the words of all entries were checked to be mapped and aligned; the borrow keeps them.
+        unsafe { RingView::over(self.words, self.mask) }
+    }
+
+    /// Reads word `WORD` of the entry at `index`, which wraps.
+    #[inline(always)]
+    pub fn load<const WORD: usize>(&self, index: usize) -> W {
+        self.view().load::<WORD>(index)
+    }
+
+    /// Writes word `WORD` of the entry at `index`, which wraps.
+    #[inline(always)]
+    pub fn store<const WORD: usize>(&self, index: usize, value: W) {
+        self.view().store::<WORD>(index, value);
+    }
+}
+
+/// [`PeerMemory`] in registers: the region that was last used, and the others behind it.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerView<'a> {
+    guest: u64,
+    len: u64,
+    base: NonNull<u8>,
+    areas: &'a [Area],
+}
+
+impl<'a> PeerView<'a> {
+    #[inline(always)]
+    fn of(areas: &'a [Area], area: &Area) -> Self {
+        Self { guest: area.guest, len: area.len, base: area.base, areas }
+    }
+
+    /// The `len` bytes at the guest address `guest`; none when they are not within one region.
+    #[inline(always)]
+    pub fn at(&mut self, guest: u64, len: usize) -> Option<PeerSlice<'a>> {
+        let covers = |view: &Self| {
+            let offset = guest.wrapping_sub(view.guest);
+            (offset <= view.len && len as u64 <= view.len - offset).then_some(offset as usize)
+        };
+        let offset = match covers(self) {
+            Some(offset) => offset,
+            None => {
+                self.turn_to(guest);
+                covers(self)?
+            }
+        };
+        // SAFETY: the offset is not beyond the region, which `areas` keeps mapped.
+        Some(PeerSlice { at: unsafe { self.base.add(offset) }, len, _memory: PhantomData })
+    }
+
+    /// Makes the region of `guest` the one that is looked at, if there is one.
+    #[cold]
+    #[inline(never)]
+    fn turn_to(&mut self, guest: u64) {
+        if let Some(area) = self.areas.iter().find(|area| guest.wrapping_sub(area.guest) < area.len) {
+            *self = Self::of(self.areas, area);
+        }
+    }
+}
+
+/// Bytes of a peer's memory. They are copied and never borrowed: the peer may write at any time.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerSlice<'a> {
+    at: NonNull<u8>,
+    len: usize,
+    _memory: PhantomData<&'a PeerMemory>,
+}
+
+impl PeerSlice<'_> {
+    /// Length in bytes.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no byte.
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The bytes up to `middle` and those from it on; a `middle` beyond the end becomes it.
+    #[inline(always)]
+    pub fn split_at(self, middle: usize) -> (Self, Self) {
+        let middle = middle.min(self.len);
+        // SAFETY: `middle` is not beyond the end.
+        let at = unsafe { self.at.add(middle) };
+        (Self { len: middle, ..self }, Self { at, len: self.len - middle, ..self })
+    }
+
+    /// Copies `bytes` to the front, as far as there is room.
+    pub fn write(self, bytes: &[u8]) {
+        let len = bytes.len().min(self.len);
+        // SAFETY: both have `len` bytes, and a slice of ours does not overlap a mapping that hands out none.
+        unsafe { self.at.as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), len) }
+    }
+
+    /// Asks for the first cache line, to be written.
+    #[inline(always)]
+    fn prefetch_write(self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing and faults nowhere.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(self.at.as_ptr().cast());
+        }
+    }
+
+    /// Asks for the first cache line, to be read.
+    #[inline(always)]
+    fn prefetch(self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing and faults nowhere.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.at.as_ptr().cast());
+        }
+    }
+}
+
+/// Copies `len` bytes. Packets are mostly short, and a call of memcpy costs as much as they do: two blocks of
+/// a fixed size that overlap in the middle need no loop and no byte beyond the end.
+///
+/// # Safety
+/// `from` and `to` are valid for `len` bytes and do not overlap.
+#[inline(always)]
+unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    /// # Safety
+    /// As for `copy`; `len` is from `N` to `2 * N`.
+    #[inline(always)]
+    unsafe fn ends<const N: usize>(from: *const u8, to: *mut u8, len: usize) {
+        // SAFETY: both blocks are within the `len` bytes; arrays of bytes need no alignment.
+        unsafe {
+            let first = from.cast::<[u8; N]>().read();
+            let last = from.add(len - N).cast::<[u8; N]>().read();
+            to.cast::<[u8; N]>().write(first);
+            to.add(len - N).cast::<[u8; N]>().write(last);
+        }
+    }
+    // SAFETY: the caller's contract, and the lengths as each arm has them.
+    unsafe {
+        match len {
+            32..=64 => ends::<32>(from, to, len),
+            16..32 => ends::<16>(from, to, len),
+            65..=128 => ends::<64>(from, to, len),
+            _ => from.copy_to_nonoverlapping(to, len),
+        }
+    }
+}
+
+impl PoolCache {
+    /// Receives by copy: appends up to `wanted` packets to `burst`, each a copy of what `find` gives for its
+    /// number. What is longer than [`DATA_ROOM`] is cut to it. `find` is called for all packets before the first
+    /// is copied, so that the peer's memory is on its way.
+    ///
+    /// Ends where `find` gives none, when `burst` is full or the pool exhausted; gives the number of packets.
+    #[inline(always)]
+    pub fn receive_copies<'a>(
+        &mut self,
+        wanted: usize,
+        burst: &mut Burst,
+        mut find: impl FnMut(usize) -> Option<PeerSlice<'a>>,
+    ) -> usize {
+        let before = burst.len();
+        let packets = burst.as_mut_ptr();
+        let mut fresh = self.take(wanted.min(MAX_BURST - before));
+        let mut found = [MaybeUninit::<PeerSlice<'a>>::uninit(); MAX_BURST];
+        let mut count = 0;
+        while count < fresh.remaining().min(MAX_BURST) {
+            let Some(slice) = find(count) else { break };
+            slice.prefetch();
+            found[count].write(slice);
+            count += 1;
+        }
+        for (i, slice) in found[..count].iter().enumerate() {
+            let Some(buffer) = fresh.next() else { break };
+            // SAFETY: the first `count` slices were written.
+            let slice = unsafe { slice.assume_init() };
+            let len = slice.len.min(DATA_ROOM);
+            // SAFETY: a slice is valid for its length and a buffer's data for `DATA_ROOM` bytes; the buffer's only
+            // handle is here. There are no more packets than `burst` has room for.
+            unsafe {
+                copy(slice.at.as_ptr(), fresh.buffers.data(&buffer).as_ptr(), len);
+                packets.add(before + i).write(Packet::new(buffer, len));
+            }
+        }
+        // SAFETY: as many packets were written: `count` is not above the number of buffers.
+        unsafe { burst.set_len(before + count) };
+        count
+    }
+
+    /// Sends by copy: takes up to `most` packets from the front of `burst` and writes `header` and the packet to
+    /// what `find` gives for its number and length; their buffers go back to the cache. `find` is called for
+    /// all packets before the first is copied.
+    ///
+    /// Ends where `find` gives none or too little; gives the number of packets.
+    #[inline(always)]
+    pub fn send_copies<'a, const H: usize>(
+        &mut self,
+        most: usize,
+        burst: &mut Burst,
+        header: [u8; H],
+        mut find: impl FnMut(usize, usize) -> Option<PeerSlice<'a>>,
+    ) -> usize {
+        let mut found = [MaybeUninit::<PeerSlice<'a>>::uninit(); MAX_BURST];
+        let mut count = 0;
+        for (packet, place) in burst.iter().zip(&mut found).take(most) {
+            let Some(slice) = find(count, packet.len()) else { break };
+            if slice.len < H + packet.len() {
+                break;
+            }
+            slice.prefetch_write();
+            place.write(slice);
+            count += 1;
+        }
+        let buffers = self.buffers();
+        for (packet, slice) in burst.iter().zip(&found[..count]) {
+            // SAFETY: the first `count` slices were written.
+            let to = unsafe { slice.assume_init() }.at.as_ptr();
+            // SAFETY: the slice has room for the header and the packet, as just checked, and the packet's data is
+            // valid for its length. The peer's mapping does not overlap the pool's.
+            unsafe {
+                to.cast::<[u8; H]>().write(header);
+                copy(buffers.data(packet.buffer()).as_ptr(), to.add(H), packet.len());
+            }
+        }
+        for packet in burst.drain(..count) {
+            self.free(packet.into_buffer());
+        }
+        count
+    }
+
+    /// Copies `from` into `buffer` at `offset`; none when it does not fit into [`DATA_ROOM`].
+    ///
+    /// # Panics
+    /// When the buffer is of another pool.
+    pub fn copy_from_peer(&mut self, buffer: &mut Buffer, offset: usize, from: PeerSlice<'_>) -> Option<()> {
+        if offset.checked_add(from.len)? > DATA_ROOM {
+            return None;
+        }
+        // SAFETY: the copy ends within the buffer, as just checked; the buffer's handle is unique and borrowed.
+        unsafe { copy(from.at.as_ptr(), self.buffers().data(buffer).as_ptr().add(offset), from.len) };
+        Some(())
+    }
+
+    /// Copies the bytes of `packet` from `offset` on to `to`, as many as both have; gives their number.
+    ///
+    /// # Panics
+    /// When the packet is of another pool.
+    pub fn copy_to_peer(&self, packet: &Packet, offset: usize, to: PeerSlice<'_>) -> usize {
+        let len = packet.len().saturating_sub(offset).min(to.len);
+        if len > 0 {
+            // SAFETY: `offset + len` is not beyond the packet, and `to` has room for `len`.
+            unsafe { copy(self.buffers().data(packet.buffer()).as_ptr().add(offset), to.at.as_ptr(), len) };
+        }
+        len
+    }
+}
+
+/// The eventfd by which a peer is woken.
+#[derive(Debug)]
+pub struct PeerEvent(File);
+
+impl PeerEvent {
+    /// Takes the descriptor, and makes its writes return at once.
+    ///
+    /// # Errors
+    /// `Protocol` when it is no eventfd: a write to anything else could block the lcore that wakes the peer.
+    pub fn new(fd: OwnedFd) -> Result<Self> {
+        let what = "cannot use a frontend's call descriptor";
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+            .map_err(|error| Error::io(what, &error))?;
+        if link.as_os_str() != "anon_inode:[eventfd]" {
+            return Err(Error::new(ErrorKind::Protocol, what, format!("{} is no eventfd", link.display())));
+        }
+        let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(|errno| Error::os(what, errno))?;
+        let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+        fcntl(&fd, FcntlArg::F_SETFL(flags)).map_err(|errno| Error::os(what, errno))?;
+        Ok(Self(fd.into()))
+    }
+
+    /// Wakes the peer. A counter that is full wakes it as well, so the error of a write says nothing.
+    #[cold]
+    #[inline(never)]
+    pub fn signal(&self) {
+        let _ = (&self.0).write(&1_u64.to_ne_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::dma::{DmaMemory, Pool};
+    use crate::mem::{Backing, Region};
+    use proptest::prelude::*;
+
+    const LEN: u64 = 4 * PAGE;
+
+    fn file(len: u64) -> OwnedFd {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        file.into()
+    }
+
+    fn region(guest: u64, user: u64, offset: u64) -> PeerRegion {
+        PeerRegion { guest, user, len: LEN - offset, offset, fd: file(LEN) }
+    }
+
+    fn pool() -> Arc<Pool> {
+        let memory = DmaMemory::map(Region::new(Pool::bytes(64), Backing::SmallPages).unwrap(), &[]).unwrap();
+        Pool::new(&memory, 64).unwrap()
+    }
+
+    #[test]
+    fn regions_outside_of_their_file_are_refused() {
+        let short = |len, offset, guest| PeerRegion { guest, user: 0, len, offset, fd: file(LEN) };
+        for bad in [
+            short(LEN + 1, 0, 0),
+            short(LEN, 1, 0),
+            short(u64::MAX, 2, 0),
+            short(0, 0, 0),
+            short(LEN, 0, u64::MAX - PAGE),
+        ] {
+            assert_eq!(PeerMemory::map(&[bad]).unwrap_err().kind(), ErrorKind::Protocol);
+        }
+        assert_eq!(PeerMemory::map(&[]).unwrap_err().kind(), ErrorKind::Protocol);
+        let nine: Vec<PeerRegion> = (0..9).map(|i| region(i * LEN, 0, 0)).collect();
+        assert_eq!(PeerMemory::map(&nine).unwrap_err().kind(), ErrorKind::Protocol);
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let fd = socket.into();
+        let error = PeerMemory::map(&[PeerRegion { guest: 0, user: 0, len: 1, offset: 0, fd }]).unwrap_err();
+        assert!(error.to_string().contains("no file"), "{error}");
+    }
+
+    #[test]
+    fn rings_are_found_by_user_address_and_data_by_guest_address() {
+        let regions = [region(0, 0x7000_0000, 0), region(0x10_0000, 0x9000_0000, 100)];
+        let memory = PeerMemory::map(&regions).unwrap();
+        let ring: PeerRing<u32, 2> = memory.ring(0x9000_0000, 8).unwrap();
+        ring.store::<1>(9, 0x0403_0201);
+        let mut view = memory.view();
+        let pool = pool();
+        let mut cache = pool.cache();
+        let mut burst = Burst::new();
+        assert_eq!(cache.receive_copies(9, &mut burst, |i| view.at(0x10_000c, 4).filter(|_| i < 2)), 2);
+        let mut bytes = [0; 4];
+        cache.read(&burst[1], 0, &mut bytes);
+        assert_eq!((bytes, burst[1].len()), ([1, 2, 3, 4], 4));
+        let end = 0x10_0000 + LEN - 100;
+        let inside = [(0, 1), (LEN, 0), (0x10_0000, LEN as usize - 100), (end - 1, 1), (end, 0)];
+        assert!(inside.iter().all(|(guest, len)| view.at(*guest, *len).is_some()));
+        let outside =
+            [(LEN - 1, 2), (LEN, 1), (u64::MAX, 1), (end - 1, 2), (0x10_0000, usize::MAX), (end, 1)];
+        assert!(outside.iter().all(|(guest, len)| view.at(*guest, *len).is_none()));
+        burst.into_iter().for_each(|packet| cache.free(packet.into_buffer()));
+
+        let refused = |ring: Result<PeerRing<u64>>| ring.unwrap_err().kind();
+        assert_eq!(refused(memory.ring(0x7000_0000, 3)), ErrorKind::Usage);
+        for (user, entries) in [(0x7000_0004, 2), (0x7000_0000 + LEN - 8, 2), (0x6fff_fff8, 2), (0, 1 << 40)]
+        {
+            assert_eq!(refused(memory.ring(user, entries)), ErrorKind::Protocol);
+        }
+        memory.ring::<u64, 1>(0x7000_0000 + LEN - 8, 1).unwrap();
+    }
+
+    #[test]
+    fn only_an_eventfd_is_a_call_descriptor() {
+        let event = nix::sys::eventfd::EventFd::new().unwrap();
+        let call = PeerEvent::new(event.as_fd().try_clone_to_owned().unwrap()).unwrap();
+        call.signal();
+        call.signal();
+        assert_eq!(event.read().unwrap(), 2);
+        event.write(u64::MAX - 1).unwrap();
+        call.signal();
+        assert_eq!(PeerEvent::new(file(1)).unwrap_err().kind(), ErrorKind::Protocol);
+    }
+
+    proptest! {
+        #[test]
+        fn packets_go_there_and_back_unchanged(lens in proptest::collection::vec(0_usize..=DATA_ROOM, 1..8)) {
+            let memory = PeerMemory::map(&[region(0, 0, 0)]).unwrap();
+            let (pool, mut burst) = (pool(), Burst::new());
+            let mut cache = pool.cache();
+            for (i, len) in lens.iter().enumerate() {
+                let mut packet = Packet::new(cache.allocate().unwrap(), *len);
+                let bytes: Vec<u8> = (0..*len).map(|at| (at * 7 + i) as u8).collect();
+                cache.write(&mut packet, 0, &bytes);
+                burst.push(packet);
+            }
+            let mut view = memory.view();
+            let (all, mut round) = (lens.len(), Burst::new());
+            while round.len() < all {
+                let (len, number) = (lens[round.len()], round.len());
+                let before = [view.at(0, 1).unwrap(), view.at(13 + len as u64, 1).unwrap()];
+                before.iter().for_each(|guard| guard.write(&[0xee]));
+                prop_assert_eq!(cache.send_copies(9, &mut burst, [5; 12], |i, len| {
+                    view.at(1, 12 + len).filter(|_| i == 0)
+                }), 1);
+                cache.receive_copies(1, &mut round, |_| view.at(13, len));
+                let mut bytes = vec![0; len];
+                cache.read(&round[number], 0, &mut bytes);
+                prop_assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == (at * 7 + number) as u8));
+                for at in [0, 13 + len as u64] {
+                    let mut guard = Burst::new();
+                    cache.receive_copies(1, &mut guard, |_| view.at(at, 1));
+                    let mut byte = [0];
+                    let guard = guard.remove(0);
+                    cache.read(&guard, 0, &mut byte);
+                    cache.free(guard.into_buffer());
+                    prop_assert_eq!(byte, [0xee]);
+                }
+            }
+            round.into_iter().for_each(|packet| cache.free(packet.into_buffer()));
+            drop(cache);
+            prop_assert_eq!(pool.free(), 64);
+        }
+    }
+}
