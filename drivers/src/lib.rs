@@ -1,5 +1,5 @@
-//! NIC drivers of Vireo: [`virtio`] and [`e1000`], each a control plane ([`port::Nic`]) and two queues
-//! that move to lcores ([`port::RxBurst`], [`port::TxBurst`]). [`ports`] takes an application from its
+//! NIC drivers of Vireo: [`virtio`], [`e1000`] and [`vhost`], each a control plane ([`port::Nic`]) and two
+//! queues that move to lcores ([`port::RxBurst`], [`port::TxBurst`]). [`ports`] takes an application from its
 //! EAL arguments to started ports; [`fakedev`] plays the devices in tests.
 #![forbid(unsafe_code)]
 
@@ -7,4 +7,5 @@ pub mod e1000;
 pub mod fakedev;
 pub mod port;
 pub mod ports;
+pub mod vhost;
 pub mod virtio;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::{e1000, virtio};
+use crate::{e1000, vhost, virtio};
 
 /// Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -228,4 +228,4 @@ macro_rules! any_driver {
         }
     };
 }
-any_driver!(Virtio(virtio), E1000(e1000));
+any_driver!(Virtio(virtio), E1000(e1000), Vhost(vhost));

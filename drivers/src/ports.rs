@@ -12,19 +12,17 @@ use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
 use crate::port::{Port, QueueSizes};
-use crate::{e1000, virtio};
+use crate::{e1000, vhost, virtio};
 
 /// Devargs that the drivers know.
 pub const DEVICE_KEYS: &[&str] = &["mrg_rxbuf"];
-
-const VHOST_KEYS: &[&str] = &["iface", "client"];
 
 /// Drivers of virtual devices with their keys; each has DPDK's name and DPDK's alias.
 pub const VDEV_KEYS: &[(&str, &[&str])] = &[
     ("net_virtio_user", virtio::UserOptions::KEYS),
     ("virtio_user", virtio::UserOptions::KEYS),
-    ("net_vhost", VHOST_KEYS),
-    ("eth_vhost", VHOST_KEYS),
+    ("net_vhost", vhost::Options::KEYS),
+    ("eth_vhost", vhost::Options::KEYS),
 ];
 
 /// Name of the driver for a function: the table of all that Vireo drives.
@@ -90,6 +88,11 @@ fn open_virtual(vdev: &VdevArgs, stop: &StopFlag) -> Result<OpenPort> {
             let options = virtio::UserOptions::parse(&vdev.name, &vdev.args)?;
             let port = virtio::Device::connect(&vdev.name, &options, stop).map(Port::Virtio)?;
             (port, format!("(virtio-net, vhost-user) at {}", options.path.display()))
+        }
+        "net_vhost" | "eth_vhost" => {
+            let options = vhost::Options::parse(&vdev.name, &vdev.args)?;
+            let port = vhost::Device::listen(&vdev.name, &options).map(Port::Vhost)?;
+            (port, format!("(vhost-user back-end) at {}", options.path.display()))
         }
         driver => {
             let what = format!("cannot use {}", vdev.name);

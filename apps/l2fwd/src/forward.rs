@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
 use vireo_drivers::port::{MacAddr, RxBurst, RxQueue, TxBurst, TxQueue};
-use vireo_drivers::{e1000, virtio};
+use vireo_drivers::{e1000, vhost, virtio};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
@@ -218,6 +218,7 @@ pub fn forward_any(
     of!(Virtio(virtio::RxQueue), E1000(e1000::TxQueue));
     of!(E1000(e1000::RxQueue), Virtio(virtio::TxQueue));
     of!(E1000(e1000::RxQueue), E1000(e1000::TxQueue));
+    of!(Vhost(vhost::RxQueue), Vhost(vhost::TxQueue));
     let mut lanes = lanes;
     measured(&mut lanes, cache, counts, busy_ticks, stop, tick);
     lanes

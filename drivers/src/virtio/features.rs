@@ -3,7 +3,7 @@
 bitflags::bitflags! {
     /// What device and driver agree on (virtio 1.2, 5.1.3 and 6); only the bits that this driver knows.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub(super) struct Features: u64 {
+    pub(crate) struct Features: u64 {
         /// `VIRTIO_NET_F_MAC`: config space holds the station address.
         const MAC = 1 << 5;
         /// `VIRTIO_NET_F_MRG_RXBUF`: a frame may fill several RX buffers; the header counts them.

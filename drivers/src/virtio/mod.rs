@@ -23,10 +23,11 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::port::{Link, MacAddr, Nic, QueueSizes};
 use ctrl::Control;
-use features::Features;
+pub(crate) use features::Features;
 use pci::Pci;
 pub use rx::RxQueue;
 use split::Virtqueue;
+pub(crate) use split::{DESC_NEXT, DESC_WRITE, need_event};
 use transport::Transport;
 pub use tx::TxQueue;
 use user::User;
@@ -44,7 +45,7 @@ const TX_QUEUE: u16 = 1;
 const CONTROL_QUEUE: u16 = 2;
 
 /// Bytes of `struct virtio_net_hdr` with `num_buffers`, which every packet has in front (5.1.6).
-const HEADER: usize = 12;
+pub(crate) const HEADER: usize = 12;
 
 /// What the user may ask of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -263,7 +264,7 @@ impl Drop for Device {
 }
 
 /// A locally administered unicast address, for a device that has none.
-fn random_mac() -> MacAddr {
+pub(crate) fn random_mac() -> MacAddr {
     let mut bytes = RandomState::new().build_hasher().finish().to_le_bytes();
     bytes[0] = bytes[0] & !1 | 2;
     MacAddr([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5]])

@@ -16,9 +16,9 @@ use crate::port::QueueStats;
 /// Largest queue that the specification allows, in descriptors.
 const MAX_SIZE: u16 = 1 << 15;
 /// The device writes the descriptor's buffer (`VIRTQ_DESC_F_WRITE`).
-pub(super) const DESC_WRITE: u16 = 2;
+pub(crate) const DESC_WRITE: u16 = 2;
 /// The descriptor goes on in the one that `next` names (`VIRTQ_DESC_F_NEXT`).
-pub(super) const DESC_NEXT: u16 = 1;
+pub(crate) const DESC_NEXT: u16 = 1;
 /// The driver wants no interrupt (`VIRTQ_AVAIL_F_NO_INTERRUPT`).
 const AVAIL_NO_INTERRUPT: u16 = 1;
 /// The device wants no doorbell (`VIRTQ_USED_F_NO_NOTIFY`).
@@ -54,7 +54,7 @@ impl Lie {
 /// Whether the move of an index from `old` to `new` passes `event`: one of `old..new` equals it, modulo 2^16
 /// (virtio 1.2, 2.7.7.2 and 2.7.10).
 #[inline(always)]
-pub(super) fn need_event(event: u16, old: u16, new: u16) -> bool {
+pub(crate) fn need_event(event: u16, old: u16, new: u16) -> bool {
     event.wrapping_sub(old) < new.wrapping_sub(old)
 }
 

@@ -106,8 +106,9 @@ impl Area {
 /// The memory of one peer: up to [`MAX_PEER_REGIONS`] regions of files, mapped shared, and unmapped on drop.
 ///
 /// Files are checked to be long enough when they are mapped. A peer that truncates one later makes the next
-/// access end this process by SIGBUS, as it does DPDK's and QEMU's: no frontend seals its memory so that
-/// one could insist. A peer must be trusted that far.
+/// access end this process by SIGBUS, as it does DPDK and QEMU. Vireo's own packet memory is sealed against
+/// that (`F_SEAL_SHRINK`), and QEMU's memfd, but DPDK's is not, so no seal can be insisted on: a peer must be
+/// trusted that far.
 #[derive(Debug)]
 pub struct PeerMemory {
     /// At least one.

@@ -1,0 +1,325 @@
+//! What a frontend asks for, one connection long (vhost-user, "Front-end message types").
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
+    VhostUserVirtioFeatures,
+};
+use vireo_eal::dma::{PeerEvent, PeerMemory, PeerRegion};
+
+use super::RINGS;
+use super::ring::{Addresses, Ring, Terms};
+use super::shared::{Shared, Slot};
+use crate::virtio::Features;
+
+/// What the port offers. Indirect descriptors are not: they cost the device a read for each packet.
+pub(super) const FEATURES: Features =
+    Features::VERSION_1.union(Features::MRG_RXBUF).union(Features::EVENT_IDX);
+
+/// Largest queue that the specification allows, in descriptors (virtio 1.2, 2.7).
+const MAX_SIZE: u32 = 1 << 15;
+
+/// What the frontend said of one ring.
+#[derive(Debug, Default)]
+struct Vring {
+    size: u16,
+    addresses: Option<Addresses>,
+    base: u16,
+    call: Option<Arc<PeerEvent>>,
+    /// Since `SET_VRING_KICK`, until `GET_VRING_BASE`.
+    started: bool,
+    enabled: bool,
+}
+
+/// The state of a connection. Dropping it takes the rings away from the lcores.
+#[derive(Debug)]
+pub(super) struct Backend {
+    name: Arc<str>,
+    rings: [Arc<Shared>; RINGS],
+    vrings: [Vring; RINGS],
+    /// What the frontend accepted.
+    features: u64,
+    memory: Option<Arc<PeerMemory>>,
+}
+
+fn failed(error: vireo_eal::Error) -> Error {
+    Error::ReqHandlerError(std::io::Error::other(error))
+}
+
+impl Backend {
+    pub(super) fn new(name: &Arc<str>, rings: [Arc<Shared>; RINGS]) -> Self {
+        Self { name: Arc::clone(name), rings, vrings: Default::default(), features: 0, memory: None }
+    }
+
+    fn vring(&mut self, index: u32) -> Result<(usize, &mut Vring)> {
+        let at = index as usize;
+        self.vrings.get_mut(at).map(|vring| (at, vring)).ok_or(Error::InvalidParam)
+    }
+
+    fn accepted(&self, feature: Features) -> bool {
+        self.features & feature.bits() != 0
+    }
+
+    /// The ring as it is to be now; none while something is missing or the frontend has it stopped.
+    fn ring(&self, at: usize) -> Result<Option<Box<Ring>>> {
+        let vring = &self.vrings[at];
+        // Without protocol features there is no SET_VRING_ENABLE, and a ring starts enabled (vhost-user, "Ring
+        // states").
+        let negotiated = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        let enabled = vring.enabled || !negotiated;
+        let (Some(memory), Some(addresses)) = (&self.memory, vring.addresses) else { return Ok(None) };
+        if !vring.started || !enabled || !self.accepted(Features::VERSION_1) {
+            return Ok(None);
+        }
+        let terms = Terms {
+            event_idx: self.accepted(Features::EVENT_IDX),
+            mergeable: self.accepted(Features::MRG_RXBUF),
+        };
+        let ring = Ring::new(memory, vring.size, addresses, terms, vring.call.clone()).map_err(failed)?;
+        Ok(Some(Box::new(ring)))
+    }
+
+    /// Takes the ring from its lcore, and gives it back as it is to be now.
+    fn update(&mut self, at: usize) -> Result<()> {
+        let shared = Arc::clone(&self.rings[at]);
+        let mut slot = shared.lock();
+        if let Slot::Broken(_) = *slot {
+            return Ok(());
+        }
+        *slot = Slot::Stopped;
+        if let Some(ring) = self.ring(at)? {
+            *slot = Slot::Running(ring);
+        }
+        Ok(())
+    }
+
+    /// Takes the ring from its lcore for good; gives the position where it ended.
+    fn stop(&mut self, at: usize) -> u16 {
+        let vring = &mut self.vrings[at];
+        match std::mem::replace(&mut *self.rings[at].lock(), Slot::Stopped) {
+            Slot::Running(ring) => vring.base = ring.next(),
+            Slot::Broken(next) => vring.base = next,
+            Slot::Stopped => {}
+        }
+        vring.started = false;
+        vring.base
+    }
+
+    fn stop_all(&mut self) {
+        for at in 0..RINGS {
+            self.stop(at);
+        }
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.stop_all();
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Backend {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.stop_all();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(FEATURES.bits() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.get_features()? != 0 {
+            return Err(Error::FeatureMismatch);
+        }
+        self.features = features;
+        if !self.accepted(Features::VERSION_1) {
+            tracing::warn!(
+                "{}: the frontend does not accept VIRTIO_F_VERSION_1: it is not served until it does",
+                self.name
+            );
+        }
+        (0..RINGS).try_for_each(|at| self.update(at))
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let regions: Vec<PeerRegion> = regions
+            .iter()
+            .zip(files)
+            .map(|(region, file)| PeerRegion {
+                guest: region.guest_phys_addr,
+                user: region.user_addr,
+                len: region.memory_size,
+                offset: region.mmap_offset,
+                fd: file.into(),
+            })
+            .collect();
+        self.memory = Some(PeerMemory::map(&regions).map_err(failed)?);
+        (0..RINGS).try_for_each(|at| self.update(at))?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let (at, vring) = self.vring(index)?;
+        if !num.is_power_of_two() || num > MAX_SIZE {
+            return Err(Error::InvalidParam);
+        }
+        vring.size = num as u16;
+        self.update(at)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        desc: u64,
+        used: u64,
+        avail: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let (at, vring) = self.vring(index)?;
+        vring.addresses = Some(Addresses { desc, avail, used });
+        self.update(at)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        self.vring(index)?.1.base = base as u16;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let (at, _) = self.vring(index)?;
+        Ok(VhostUserVringState::new(index, self.stop(at).into()))
+    }
+
+    /// The ring starts with this message and not with the first kick: none is asked for. The descriptor is
+    /// not kept.
+    fn set_vring_kick(&mut self, index: u8, _fd: Option<File>) -> Result<()> {
+        let (at, _) = self.vring(index.into())?;
+        self.stop(at);
+        self.vrings[at].started = true;
+        self.update(at)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let (at, vring) = self.vring(index.into())?;
+        let call = fd.map(|fd| PeerEvent::new(fd.into()).map(Arc::new)).transpose().map_err(failed)?;
+        vring.call = call.clone();
+        self.update(at)?;
+        // What was given to a running ring before, it was not woken for.
+        if let Some(call) = call {
+            call.signal();
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, _fd: Option<File>) -> Result<()> {
+        self.vring(index.into()).map(drop)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        match features & !self.get_protocol_features()?.bits() {
+            0 => Ok(()),
+            _ => Err(Error::FeatureMismatch),
+        }
+    }
+
+    /// Pairs of queues.
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(1)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let (at, vring) = self.vring(index)?;
+        vring.enabled = enable;
+        self.update(at)
+    }
+
+    // What follows belongs to protocol features that are not offered.
+
+    fn reset_device(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("RESET_DEVICE was not offered"))
+    }
+
+    fn get_config(&mut self, _: u32, _: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        Err(Error::InvalidOperation("CONFIG was not offered"))
+    }
+
+    fn set_config(&mut self, _: u32, _: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+        Err(Error::InvalidOperation("CONFIG was not offered"))
+    }
+
+    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
+        Err(Error::InvalidOperation("this is no GPU"))
+    }
+
+    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
+        Err(Error::InvalidOperation("SHARED_OBJECT was not offered"))
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(Error::InvalidOperation("INFLIGHT_SHMFD was not offered"))
+    }
+
+    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
+        Err(Error::InvalidOperation("INFLIGHT_SHMFD was not offered"))
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Err(Error::InvalidOperation("CONFIGURE_MEM_SLOTS was not offered"))
+    }
+
+    fn add_mem_region(
+        &mut self,
+        _: &VhostUserSingleMemoryRegion,
+        _: File,
+        _: Option<bool>,
+    ) -> Result<Option<u64>> {
+        Err(Error::InvalidOperation("CONFIGURE_MEM_SLOTS was not offered"))
+    }
+
+    fn remove_mem_region(&mut self, _: &VhostUserSingleMemoryRegion) -> Result<()> {
+        Err(Error::InvalidOperation("CONFIGURE_MEM_SLOTS was not offered"))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _: VhostTransferStateDirection,
+        _: VhostTransferStatePhase,
+        _: File,
+    ) -> Result<Option<File>> {
+        Err(Error::InvalidOperation("DEVICE_STATE was not offered"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("DEVICE_STATE was not offered"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidOperation("SHMEM was not offered"))
+    }
+
+    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
+        Err(Error::InvalidOperation("LOG_SHMFD was not offered"))
+    }
+}

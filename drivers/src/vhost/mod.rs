@@ -1,0 +1,150 @@
+//! net_vhost: the device's side of virtio-net over vhost-user (virtio 1.2, 5.1; the
+//! [vhost-user protocol](https://qemu-project.gitlab.io/qemu/interop/vhost-user.html), back-end). The port
+//! listens at a socket; a QEMU guest, DPDK's virtio-user or another Vireo connects to it.
+//!
+//! A thread of the port talks with the frontend. It maps the frontend's memory and puts the rings where the
+//! lcores find them; the lcores copy between the frontend's buffers and their own. No call blocks on the other
+//! side, and a frontend that comes, goes, or lies stops its own rings only.
+
+mod backend;
+mod queues;
+mod ring;
+mod server;
+mod shared;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use vireo_eal::dma::{DmaMemory, PoolCache};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::port::{Link, MacAddr, Nic, QueueSizes};
+use crate::ports::flag;
+use crate::virtio::random_mac;
+pub use queues::{RxQueue, TxQueue};
+use server::Server;
+use shared::{Shared, Slot};
+
+/// Rings of a device without `VIRTIO_NET_F_MQ` (virtio 1.2, 5.1.2), named as the frontend sees them.
+const RINGS: usize = 2;
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+
+/// What the user may ask of a port: the keys of `--vdev net_vhost0`, which are DPDK's, and `mac`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The socket (`iface`).
+    pub path: PathBuf,
+    /// Station address (`mac`); without it a random one.
+    pub mac: Option<MacAddr>,
+}
+
+impl Options {
+    /// The keys that [`Options::parse`] knows.
+    pub const KEYS: &[&str] = &["iface", "queues", "client", "mac"];
+
+    /// Reads the arguments of device `name`.
+    ///
+    /// # Errors
+    /// `Usage` for a value that none of the keys has, or without `iface`.
+    pub fn parse(name: &str, args: &[(String, String)]) -> Result<Self> {
+        let mut options = Self { path: PathBuf::new(), mac: None };
+        for (key, value) in args {
+            let wrong =
+                |why| Error::new(ErrorKind::Usage, format!("cannot use {key}={value} of {name}"), why);
+            match key.as_str() {
+                "iface" => options.path = value.into(),
+                "mac" => options.mac = Some(value.parse()?),
+                "client" if !flag(key, value)? => {}
+                "client" => {
+                    return Err(wrong("the port makes the socket, the frontend connects to it")
+                        .mend("start QEMU's chardev without server=on"));
+                }
+                "queues" if value == "1" => {}
+                "queues" => return Err(wrong("a port has one pair of queues").mend("leave it out")),
+                _ => return Err(wrong("there is no such key")),
+            }
+        }
+        if options.path.as_os_str().is_empty() {
+            return Err(Error::new(ErrorKind::Usage, format!("cannot use {name}"), "it has no socket")
+                .mend(format!("say where to make it: --vdev {name},iface=SOCKET")));
+        }
+        Ok(options)
+    }
+}
+
+/// A port whose other end is a frontend's virtio-net driver.
+#[derive(Debug)]
+pub struct Device {
+    name: Arc<str>,
+    mac: MacAddr,
+    rings: [Arc<Shared>; RINGS],
+    started: bool,
+    _server: Server,
+}
+
+impl Device {
+    /// Listens for a frontend. `name` is that of the port, for messages.
+    ///
+    /// # Errors
+    /// `Busy` when somebody listens there, else when the socket cannot be made.
+    pub fn listen(name: &str, options: &Options) -> Result<Self> {
+        let (name, rings): (Arc<str>, [Arc<Shared>; RINGS]) = (name.into(), Default::default());
+        let server = Server::listen(&options.path, &name, &rings)?;
+        Ok(Self { name, mac: options.mac.unwrap_or_else(random_mac), rings, started: false, _server: server })
+    }
+
+    fn refuse(&self, why: &str) -> Error {
+        Error::new(ErrorKind::Usage, format!("cannot use vhost port {}", self.name), why)
+    }
+}
+
+impl Nic for Device {
+    type Rx = RxQueue;
+    type Tx = TxQueue;
+
+    /// Waits for no frontend, and needs nothing of `memory`: rings and buffers are the frontend's.
+    fn start(
+        &mut self,
+        _memory: &Arc<DmaMemory>,
+        _cache: &mut PoolCache,
+        _sizes: QueueSizes,
+    ) -> Result<(RxQueue, TxQueue)> {
+        if std::mem::replace(&mut self.started, true) {
+            return Err(self.refuse("it is started already"));
+        }
+        let (rx, tx) = (&self.rings[TRANSMIT], &self.rings[RECEIVE]);
+        Ok((RxQueue::new(rx, &self.name), TxQueue::new(tx, &self.name)))
+    }
+
+    /// The frontend stays connected; its rings wait for the next start.
+    fn stop(&mut self, rx: RxQueue, tx: TxQueue, _cache: &mut PoolCache) -> Result<()> {
+        if !rx.is_of(&self.rings[TRANSMIT]) || !tx.is_of(&self.rings[RECEIVE]) {
+            return Err(self.refuse("the queues to stop are of another port"));
+        }
+        self.started = false;
+        Ok(())
+    }
+
+    fn mac(&self) -> MacAddr {
+        self.mac
+    }
+
+    /// Up while a frontend has both rings started and enabled.
+    fn link(&self) -> Link {
+        let up = self.rings.iter().all(|ring| matches!(*ring.lock(), Slot::Running(_)));
+        Link { up, speed: None, full_duplex: true }
+    }
+
+    /// There is no filter: whatever the frontend sends is received.
+    fn set_promiscuous(&mut self, _on: bool) -> Result<()> {
+        Ok(())
+    }
+
+    /// None: what finds no room stays with the application.
+    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,97 @@
+//! The two queues of a port: a lock that is taken once for a burst, then the ring.
+
+use std::sync::Arc;
+
+use vireo_eal::dma::{Burst, PoolCache};
+
+use super::ring::Lie;
+use super::shared::{Shared, Slot};
+use crate::port::{QueueStats, RxBurst, TxBurst};
+
+/// What both queues are.
+#[derive(Debug)]
+struct Queue {
+    shared: Arc<Shared>,
+    stats: QueueStats,
+    name: Arc<str>,
+}
+
+/// Receiving half: takes from the ring by which the frontend transmits.
+#[derive(Debug)]
+pub struct RxQueue(Queue);
+
+/// Sending half: fills the ring by which the frontend receives.
+#[derive(Debug)]
+pub struct TxQueue(Queue);
+
+impl Queue {
+    fn new(shared: &Arc<Shared>, name: &Arc<str>) -> Self {
+        Self { shared: Arc::clone(shared), stats: QueueStats::default(), name: Arc::clone(name) }
+    }
+
+    /// Ends the use of a ring whose frontend lied.
+    #[cold]
+    #[inline(never)]
+    fn end(slot: &mut Slot, lie: Lie, stats: &mut QueueStats, name: &str, direction: &str) {
+        if let Slot::Running(ring) = slot {
+            tracing::error!("{name}: {direction} ring stopped: {}", lie.reason());
+            stats.device_errors += 1;
+            *slot = Slot::Broken(ring.next());
+        }
+    }
+}
+
+impl RxQueue {
+    pub(super) fn new(shared: &Arc<Shared>, name: &Arc<str>) -> Self {
+        Self(Queue::new(shared, name))
+    }
+
+    pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.0.shared, shared)
+    }
+}
+
+impl TxQueue {
+    pub(super) fn new(shared: &Arc<Shared>, name: &Arc<str>) -> Self {
+        Self(Queue::new(shared, name))
+    }
+
+    pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.0.shared, shared)
+    }
+}
+
+impl RxBurst for RxQueue {
+    #[inline(never)]
+    fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
+        let Queue { shared, stats, name } = &mut self.0;
+        let Some(mut slot) = shared.try_lock() else { return };
+        let Slot::Running(ring) = &mut *slot else { return };
+        if let Err(lie) = ring.receive(cache, burst, stats) {
+            Queue::end(&mut slot, lie, stats, name, "transmit");
+        }
+    }
+
+    fn stats(&self) -> QueueStats {
+        self.0.stats
+    }
+}
+
+impl TxBurst for TxQueue {
+    /// Packets for which the frontend has no room, or which come while none is there, stay in `burst`.
+    #[inline(never)]
+    fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        let Queue { shared, stats, name } = &mut self.0;
+        let Some(mut slot) = shared.try_lock() else { return 0 };
+        let Slot::Running(ring) = &mut *slot else { return 0 };
+        let before = burst.len();
+        if let Err(lie) = ring.send(cache, burst, stats) {
+            Queue::end(&mut slot, lie, stats, name, "receive");
+        }
+        before - burst.len()
+    }
+
+    fn stats(&self) -> QueueStats {
+        self.0.stats
+    }
+}

@@ -1,0 +1,491 @@
+//! The device's side of a split virtqueue (virtio 1.2, 2.7) in a frontend's memory.
+//!
+//! Chains are used up in the order in which they come, all of a burst before the next begins: the position of
+//! the next available chain is also that of the next used element. Every word is read once, and checked.
+
+use std::sync::Arc;
+
+use vireo_eal::Result;
+use vireo_eal::dma::{
+    Buffer, Burst, DATA_ROOM, Packet, PeerEvent, PeerMemory, PeerRing, PeerSlice, PeerView, PoolCache,
+    RingView, dma_rmb, dma_wmb, full_mb,
+};
+
+use crate::port::QueueStats;
+use crate::virtio::{DESC_NEXT, DESC_WRITE, HEADER, need_event};
+
+/// The driver wants no interrupt (`VIRTQ_AVAIL_F_NO_INTERRUPT`).
+const AVAIL_NO_INTERRUPT: u16 = 1;
+/// The device wants no kick (`VIRTQ_USED_F_NO_NOTIFY`).
+const USED_NO_NOTIFY: u16 = 1;
+
+/// Shortest frame that is forwarded: an Ethernet header.
+const SHORTEST: usize = 14;
+
+/// How far an index may run before `avail_event` has to follow: a part of 2^16 that leaves room for a ring.
+const AVAIL_EVENT_STRIDE: u16 = 1 << 14;
+
+/// What a frontend did that breaks the rules of a virtqueue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lie {
+    /// `avail.idx` counts more chains than there are descriptors.
+    AvailIndex,
+    /// A descriptor's index is beyond the table.
+    Index,
+    /// A descriptor is of the wrong direction, or indirect, which was not offered.
+    Flags,
+    /// A descriptor's memory is not within a memory region.
+    Address,
+    /// A chain does not end.
+    Loop,
+    /// A chain is too short for the header.
+    Header,
+}
+
+impl Lie {
+    pub(super) fn reason(self) -> &'static str {
+        match self {
+            Self::AvailIndex => "avail.idx runs ahead by more than the ring",
+            Self::Index => "a descriptor is beyond the table",
+            Self::Flags => "a descriptor has flags that do not fit",
+            Self::Address => "a descriptor's memory is outside of the memory regions",
+            Self::Loop => "a chain of descriptors does not end",
+            Self::Header => "a chain is too short for the header",
+        }
+    }
+}
+
+type Checked<T> = std::result::Result<T, Lie>;
+
+/// Where a ring is, in the frontend's own addresses (`VHOST_USER_SET_VRING_ADDR`).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Addresses {
+    pub(super) desc: u64,
+    pub(super) avail: u64,
+    pub(super) used: u64,
+}
+
+/// What was agreed on for a ring.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    /// `VIRTIO_F_EVENT_IDX`.
+    pub(super) event_idx: bool,
+    /// `VIRTIO_NET_F_MRG_RXBUF`.
+    pub(super) mergeable: bool,
+}
+
+/// What became of a packet that needs more than one descriptor.
+enum Spread {
+    /// It took so many chains.
+    Taken(u16),
+    /// The chains that it needs are not there yet.
+    Wait,
+    /// It does not fit into a chain, and may not take another.
+    TooLong,
+}
+
+/// A started ring.
+#[derive(Debug)]
+pub(super) struct Ring {
+    memory: Arc<PeerMemory>,
+    /// Address; then length, flags and next, as in [`Descriptor`].
+    desc: PeerRing<u64, 2>,
+    avail_flags: PeerRing<u16>,
+    avail_idx: PeerRing<u16>,
+    avail: PeerRing<u16>,
+    used_event: PeerRing<u16>,
+    used_idx: PeerRing<u16>,
+    /// Elements of `id` and `len`.
+    used: PeerRing<u32, 2>,
+    avail_event: PeerRing<u16>,
+    /// Position of the next chain, modulo 2^16.
+    next: u16,
+    terms: Terms,
+    /// None while the frontend polls.
+    call: Option<Arc<PeerEvent>>,
+}
+
+/// A descriptor, read at once.
+#[derive(Clone, Copy)]
+struct Descriptor {
+    address: u64,
+    len: usize,
+    flags: u16,
+    next: u16,
+}
+
+/// The descriptor table, checked.
+#[derive(Clone, Copy)]
+struct Table<'a> {
+    words: RingView<'a, u64, 2>,
+    entries: usize,
+}
+
+impl Table<'_> {
+    #[inline(always)]
+    fn get(self, index: u16) -> Option<Descriptor> {
+        if usize::from(index) >= self.entries {
+            return None;
+        }
+        let entry = self.words.entry(index.into());
+        let (address, shape) = (entry.load::<0>(), entry.load::<1>());
+        let (len, flags, next) = (shape as u32 as usize, (shape >> 32) as u16, (shape >> 48) as u16);
+        Some(Descriptor { address, len, flags, next })
+    }
+}
+
+impl Ring {
+    /// The ring of `size` descriptors at `at`, from where it was left: what is used is done (vhost-user, "Ring
+    /// states").
+    pub(super) fn new(
+        memory: &Arc<PeerMemory>,
+        size: u16,
+        at: Addresses,
+        terms: Terms,
+        call: Option<Arc<PeerEvent>>,
+    ) -> Result<Self> {
+        let entries = usize::from(size);
+        let used_idx: PeerRing<u16> = memory.ring(at.used.wrapping_add(2), 1)?;
+        let ring = Self {
+            memory: Arc::clone(memory),
+            desc: memory.ring(at.desc, entries)?,
+            avail_flags: memory.ring(at.avail, 1)?,
+            avail_idx: memory.ring(at.avail.wrapping_add(2), 1)?,
+            avail: memory.ring(at.avail.wrapping_add(4), entries)?,
+            used_event: memory.ring(at.avail.wrapping_add(4 + 2 * u64::from(size)), 1)?,
+            next: used_idx.load::<0>(0),
+            used_idx,
+            used: memory.ring(at.used.wrapping_add(4), entries)?,
+            avail_event: memory.ring(at.used.wrapping_add(4 + 8 * u64::from(size)), 1)?,
+            terms,
+            call,
+        };
+        // With EVENT_IDX the flags stay 0 (2.7.10.1) and `avail_event` does the same.
+        let flags: PeerRing<u16> = memory.ring(at.used, 1)?;
+        flags.store::<0>(0, if terms.event_idx { 0 } else { USED_NO_NOTIFY });
+        ring.ask_for_no_kick();
+        Ok(ring)
+    }
+
+    /// Position of the next chain (`VHOST_USER_GET_VRING_BASE`).
+    pub(super) fn next(&self) -> u16 {
+        self.next
+    }
+
+    /// The driver kicks when its index passes `avail_event`, which is behind it.
+    fn ask_for_no_kick(&self) {
+        self.avail_event.store::<0>(0, self.next.wrapping_sub(1));
+    }
+
+    fn table(&self) -> Table<'_> {
+        Table { words: self.desc.view(), entries: self.desc.entries() }
+    }
+
+    /// Chains that the frontend has made available.
+    #[inline(always)]
+    fn pending(&self) -> Checked<u16> {
+        let pending = self.avail_idx.load::<0>(0).wrapping_sub(self.next);
+        if usize::from(pending) > self.desc.entries() {
+            return Err(Lie::AvailIndex);
+        }
+        dma_rmb();
+        Ok(pending)
+    }
+
+    /// Gives the frontend its chains from `old` on back, and wakes it if it wants that.
+    #[inline(always)]
+    fn publish(&mut self, old: u16, stats: &mut QueueStats) {
+        dma_wmb();
+        self.used_idx.store::<0>(0, self.next);
+        if self.terms.event_idx && (old ^ self.next) & !(AVAIL_EVENT_STRIDE - 1) != 0 {
+            self.ask_for_no_kick();
+        }
+        if let Some(call) = &self.call {
+            // Without it the driver could go to sleep between our read of its wish and our write of the index.
+            full_mb();
+            let wanted = if self.terms.event_idx {
+                need_event(self.used_event.load::<0>(0), old, self.next)
+            } else {
+                self.avail_flags.load::<0>(0) & AVAIL_NO_INTERRUPT == 0
+            };
+            if wanted {
+                stats.doorbells += 1;
+                call.signal();
+            }
+        }
+    }
+
+    /// Takes what the frontend sends.
+    #[inline(always)]
+    pub(super) fn receive(
+        &mut self,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+        stats: &mut QueueStats,
+    ) -> Checked<()> {
+        let pending = self.pending()?;
+        if pending == 0 {
+            return Ok(());
+        }
+        let old = self.next;
+        let wanted = usize::from(pending).min(burst.remaining_capacity());
+        let (table, avail, used) = (self.table(), self.avail.view(), self.used.view());
+        let mut view = self.memory.view();
+        let mut bytes = 0;
+        // One descriptor for header and frame. Nothing in the header matters where no offload was offered.
+        let taken = cache.receive_copies(wanted, burst, |i| {
+            let position = usize::from(old) + i;
+            let head = avail.load::<0>(position);
+            let descriptor = table.get(head)?;
+            let len = descriptor.len.wrapping_sub(HEADER);
+            if descriptor.flags != 0 || len.wrapping_sub(SHORTEST) > DATA_ROOM - SHORTEST {
+                return None;
+            }
+            let (_, slice) = view.at(descriptor.address, descriptor.len)?.split_at(HEADER);
+            let element = used.entry(position);
+            element.store::<0>(head.into());
+            element.store::<1>(0);
+            bytes += len;
+            Some(slice)
+        });
+        self.next = old.wrapping_add(taken as u16);
+        stats.packets += taken as u64;
+        stats.bytes += bytes as u64;
+        let received =
+            if taken == wanted { Ok(()) } else { self.receive_any(wanted - taken, cache, burst, stats) };
+        if self.next != old {
+            self.publish(old, stats);
+        }
+        received
+    }
+
+    /// Takes `wanted` chains of any shape, as long as there are buffers.
+    #[cold]
+    #[inline(never)]
+    fn receive_any(
+        &mut self,
+        wanted: usize,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+        stats: &mut QueueStats,
+    ) -> Checked<()> {
+        for _ in 0..wanted {
+            let Some(mut buffer) = cache.allocate() else {
+                stats.no_buffer += 1;
+                return Ok(());
+            };
+            let head = self.avail.load::<0>(self.next.into());
+            match self.gather(head, &mut buffer, cache) {
+                Ok(Some(len)) => {
+                    stats.packets += 1;
+                    stats.bytes += len as u64;
+                    burst.push(Packet::new(buffer, len));
+                }
+                Ok(None) => {
+                    stats.errors += 1;
+                    cache.free(buffer);
+                }
+                Err(lie) => {
+                    cache.free(buffer);
+                    return Err(lie);
+                }
+            }
+            self.used.store::<0>(self.next.into(), head.into());
+            self.used.store::<1>(self.next.into(), 0);
+            self.next = self.next.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    /// Copies the frame in the chain that begins at `head` into `buffer`; gives its length, none when it is too
+    /// long or too short for a frame.
+    fn gather(&self, head: u16, buffer: &mut Buffer, cache: &mut PoolCache) -> Checked<Option<usize>> {
+        let (table, mut view) = (self.table(), self.memory.view());
+        let (mut index, mut header, mut len) = (head, HEADER, 0);
+        for _ in 0..table.entries {
+            let descriptor = table.get(index).ok_or(Lie::Index)?;
+            let data = readable(descriptor, &mut view)?;
+            let (skipped, data) = data.split_at(header);
+            header -= skipped.len();
+            if cache.copy_from_peer(buffer, len, data).is_none() {
+                return Ok(None);
+            }
+            len += data.len();
+            if descriptor.flags & DESC_NEXT == 0 {
+                return if header > 0 {
+                    Err(Lie::Header)
+                } else {
+                    Ok(Some(len).filter(|len| *len >= SHORTEST))
+                };
+            }
+            index = descriptor.next;
+        }
+        Err(Lie::Loop)
+    }
+
+    /// Gives packets from the front of `burst` to the frontend.
+    #[inline(always)]
+    pub(super) fn send(
+        &mut self,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+        stats: &mut QueueStats,
+    ) -> Checked<()> {
+        let mut left = self.pending()?;
+        if left == 0 {
+            return Ok(());
+        }
+        let old = self.next;
+        left -= self.send_fast(left, cache, burst, stats);
+        let sent = if burst.is_empty() { Ok(()) } else { self.send_any(left, cache, burst, stats) };
+        if self.next != old {
+            self.publish(old, stats);
+        }
+        sent
+    }
+
+    /// Sends while each packet fits into the first descriptor of a chain that has only one.
+    #[inline(always)]
+    fn send_fast(
+        &mut self,
+        left: u16,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+        stats: &mut QueueStats,
+    ) -> u16 {
+        let (table, avail, used) = (self.table(), self.avail.view(), self.used.view());
+        let mut view = self.memory.view();
+        let start = usize::from(self.next);
+        let mut bytes = 0;
+        let sent = cache.send_copies(left.into(), burst, header(1), |i, len| {
+            let head = avail.load::<0>(start + i);
+            let descriptor = table.get(head)?;
+            let need = HEADER + len;
+            if descriptor.flags != DESC_WRITE || descriptor.len < need {
+                return None;
+            }
+            let slice = view.at(descriptor.address, descriptor.len)?;
+            let element = used.entry(start + i);
+            element.store::<0>(head.into());
+            element.store::<1>(need as u32);
+            bytes += len;
+            Some(slice)
+        });
+        self.next = self.next.wrapping_add(sent as u16);
+        stats.packets += sent as u64;
+        stats.bytes += bytes as u64;
+        sent as u16
+    }
+
+    /// Sends by up to `left` chains of any shape; drops what fits into none.
+    #[cold]
+    #[inline(never)]
+    fn send_any(
+        &mut self,
+        mut left: u16,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+        stats: &mut QueueStats,
+    ) -> Checked<()> {
+        while left > 0
+            && let Some(packet) = burst.first()
+        {
+            match self.spread(left, packet, cache)? {
+                Spread::Wait => break,
+                Spread::TooLong => stats.errors += 1,
+                Spread::Taken(chains) => {
+                    self.next = self.next.wrapping_add(chains);
+                    left -= chains;
+                    stats.packets += 1;
+                    stats.bytes += packet.len() as u64;
+                }
+            }
+            cache.free(burst.remove(0).into_buffer());
+            left -= self.send_fast(left, cache, burst, stats);
+        }
+        Ok(())
+    }
+
+    /// Writes `packet` to one chain or, with `VIRTIO_NET_F_MRG_RXBUF`, to as many as it needs (5.1.6.4).
+    fn spread(&self, left: u16, packet: &Packet, cache: &PoolCache) -> Checked<Spread> {
+        let mut view = self.memory.view();
+        let need = HEADER + packet.len();
+        let (mut room, mut chains) = (Vec::new(), 0);
+        let mut found = 0;
+        while found < need {
+            if chains == left {
+                return Ok(Spread::Wait);
+            }
+            if chains == 1 && !self.terms.mergeable {
+                return Ok(Spread::TooLong);
+            }
+            let position = usize::from(self.next.wrapping_add(chains));
+            let head = self.avail.load::<0>(position);
+            let len = self.writable_chain(head, need - found, &mut view, &mut room)?;
+            self.used.store::<0>(position, head.into());
+            self.used.store::<1>(position, len as u32);
+            found += len;
+            chains += 1;
+        }
+        fill(&room, &header(chains), packet, cache);
+        Ok(Spread::Taken(chains))
+    }
+
+    /// Appends up to `need` bytes of the chain that begins at `head` to `room`; gives their number.
+    fn writable_chain<'a>(
+        &self,
+        head: u16,
+        need: usize,
+        view: &mut PeerView<'a>,
+        room: &mut Vec<PeerSlice<'a>>,
+    ) -> Checked<usize> {
+        let table = self.table();
+        let (mut index, mut found) = (head, 0);
+        for _ in 0..table.entries {
+            let descriptor = table.get(index).ok_or(Lie::Index)?;
+            let (slice, _) = writable(descriptor, view)?.split_at(need - found);
+            if !slice.is_empty() {
+                room.push(slice);
+            }
+            found += slice.len();
+            if descriptor.flags & DESC_NEXT == 0 || found == need {
+                return Ok(found);
+            }
+            index = descriptor.next;
+        }
+        Err(Lie::Loop)
+    }
+}
+
+/// `struct virtio_net_hdr` of a frame in `buffers` buffers, without offloads (5.1.6).
+#[inline(always)]
+fn header(buffers: u16) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[HEADER - 2..].copy_from_slice(&buffers.to_le_bytes());
+    header
+}
+
+fn readable<'a>(descriptor: Descriptor, view: &mut PeerView<'a>) -> Checked<PeerSlice<'a>> {
+    if descriptor.flags & !DESC_NEXT != 0 {
+        return Err(Lie::Flags);
+    }
+    view.at(descriptor.address, descriptor.len).ok_or(Lie::Address)
+}
+
+fn writable<'a>(descriptor: Descriptor, view: &mut PeerView<'a>) -> Checked<PeerSlice<'a>> {
+    if descriptor.flags & !DESC_NEXT != DESC_WRITE {
+        return Err(Lie::Flags);
+    }
+    view.at(descriptor.address, descriptor.len).ok_or(Lie::Address)
+}
+
+/// Writes `header` and then `packet` to the slices of `room`, which have space for both.
+fn fill(room: &[PeerSlice<'_>], header: &[u8; HEADER], packet: &Packet, cache: &PoolCache) {
+    let (mut header, mut sent) = (&header[..], 0);
+    for slice in room {
+        let (front, data) = slice.split_at(header.len());
+        front.write(header);
+        header = &header[front.len()..];
+        sent += cache.copy_to_peer(packet, sent, data);
+    }
+}

@@ -1,0 +1,155 @@
+//! The socket of a port, and the thread that serves one frontend after the other on it.
+
+use std::io::ErrorKind as IoKind;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use super::RINGS;
+use super::backend::Backend;
+use super::shared::Shared;
+
+/// What the thread and the owner of the port have in common.
+#[derive(Debug, Default)]
+struct Session {
+    ending: AtomicBool,
+    /// The connection that is served now.
+    connection: Mutex<Option<UnixStream>>,
+}
+
+impl Session {
+    fn set(&self, connection: Option<UnixStream>) {
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = connection;
+    }
+
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
+    }
+}
+
+/// Listens at a path; on drop it hangs up, ends its thread and removes the socket file.
+#[derive(Debug)]
+pub(super) struct Server {
+    path: PathBuf,
+    session: Arc<Session>,
+    /// The listener once more: shut down, it accepts no more and wakes whoever waits in it.
+    listener: UnixStream,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Listens at `path` for frontends that will fill `rings`.
+    ///
+    /// # Errors
+    /// `Busy` when somebody listens there, else when the file is no socket or cannot be made.
+    pub(super) fn listen(path: &Path, name: &Arc<str>, rings: &[Arc<Shared>; RINGS]) -> Result<Self> {
+        make_way(path, name)?;
+        let failed =
+            |error: std::io::Error| Error::io(format!("{name}: cannot listen at {}", path.display()), &error);
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        let waker = UnixStream::from(OwnedFd::from(listener.try_clone().map_err(failed)?));
+        let session = Arc::new(Session::default());
+        let thread = std::thread::Builder::new().name(format!("vireo-{name}"));
+        let body = {
+            let (session, name, rings) = (Arc::clone(&session), Arc::clone(name), rings.clone());
+            move || serve(&listener, &session, &name, &rings)
+        };
+        let thread = thread.spawn(body).map_err(failed)?;
+        Ok(Self { path: path.to_owned(), session, listener: waker, thread: Some(thread) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.session.ending.store(true, Ordering::SeqCst);
+        let _ = self.listener.shutdown(Shutdown::Both);
+        if let Some(stream) = &*self.session.connection.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that serves {} panicked", self.path.display());
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// Removes a socket that a process left when it was killed.
+fn make_way(path: &Path, name: &str) -> Result<()> {
+    let what = || format!("{name}: cannot listen at {}", path.display());
+    let file = match std::fs::symlink_metadata(path) {
+        Ok(metadata) => metadata.file_type(),
+        Err(error) if error.kind() == IoKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(what(), &error)),
+    };
+    if !file.is_socket() {
+        return Err(Error::new(ErrorKind::Usage, what(), "there is a file that is no socket"));
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == IoKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(|error| Error::io(what(), &error))
+        }
+        Err(error) => Err(Error::io(what(), &error)),
+        Ok(_) => Err(Error::new(ErrorKind::Busy, what(), "another process listens there")
+            .mend(format!("see which: ss -xlp src {}", path.display()))),
+    }
+}
+
+/// Accepts frontends until the port ends.
+fn serve(listener: &UnixListener, session: &Session, name: &Arc<str>, rings: &[Arc<Shared>; RINGS]) {
+    loop {
+        let accepted = listener.accept();
+        if session.is_ending() {
+            return;
+        }
+        match accepted {
+            Ok((stream, _)) => {
+                tracing::info!("{name}: a frontend has connected");
+                let why = converse(stream, session, name, rings);
+                session.set(None);
+                tracing::info!("{name}: the frontend is gone: {why}");
+            }
+            Err(error) if matches!(error.kind(), IoKind::Interrupted | IoKind::ConnectionAborted) => {}
+            Err(error) => {
+                tracing::error!("{name}: accepts no more frontends: {error}");
+                return;
+            }
+        }
+    }
+}
+
+/// Answers a frontend until it hangs up or breaks the protocol; gives the reason.
+fn converse(
+    stream: UnixStream,
+    session: &Session,
+    name: &Arc<str>,
+    rings: &[Arc<Shared>; RINGS],
+) -> VhostError {
+    match stream.try_clone() {
+        Ok(clone) => session.set(Some(clone)),
+        Err(error) => return VhostError::SocketError(error),
+    }
+    // The port may have ended before it could see the connection.
+    if session.is_ending() {
+        return VhostError::Disconnected;
+    }
+    let backend = Arc::new(Mutex::new(Backend::new(name, rings.clone())));
+    let mut handler = BackendReqHandler::from_stream(stream, backend);
+    loop {
+        match handler.handle_request() {
+            Ok(()) | Err(VhostError::SocketRetry(_)) => {}
+            Err(error) => return error,
+        }
+    }
+}

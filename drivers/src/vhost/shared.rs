@@ -1,0 +1,54 @@
+//! A ring between the lcore that polls it and the thread that sets it up and takes it away.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+
+use super::ring::Ring;
+
+/// What there is of a ring.
+#[derive(Debug)]
+pub(super) enum Slot {
+    /// The frontend has not started or not enabled it.
+    Stopped,
+    /// The lcore may use it.
+    Running(Box<Ring>),
+    /// The frontend lied; the ring ended at this position, until it is started anew.
+    Broken(u16),
+}
+
+/// A ring's slot. The lcore takes it once for each burst and never waits; everybody else may.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// How many wait for the slot: the lcore then leaves it, or it could hold it nearly all of the time.
+    waiting: AtomicU32,
+    slot: Mutex<Slot>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self { waiting: AtomicU32::new(0), slot: Mutex::new(Slot::Stopped) }
+    }
+}
+
+impl Shared {
+    /// The slot, unless somebody else has or wants it.
+    #[inline(always)]
+    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Slot>> {
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            return None;
+        }
+        match self.slot.try_lock() {
+            Ok(slot) => Some(slot),
+            Err(TryLockError::Poisoned(slot)) => Some(slot.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// The slot, after at most one burst of the lcore.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Slot> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        slot
+    }
+}

@@ -1,0 +1,365 @@
+//! The port against a frontend in the test: an honest driver here, what lies in `hostile`.
+
+mod guest;
+mod hostile;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use vireo_eal::ErrorKind;
+use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, MAX_BURST, Packet, Pool, PoolCache};
+use vireo_eal::mem::{Backing, Region};
+
+use super::{Device, Options, RECEIVE, RxQueue, TRANSMIT, TxQueue};
+use crate::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
+use crate::virtio::{DESC_NEXT, DESC_WRITE, Features, HEADER};
+use guest::{BUFFER, Guest, SIZE};
+
+const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const BUFFERS: u32 = 256;
+const ALL: Features = super::backend::FEATURES;
+const PLAIN: Features = Features::VERSION_1;
+
+fn options(path: &Path) -> Options {
+    Options { path: path.to_owned(), mac: None }
+}
+
+/// A started port.
+struct Bench {
+    dir: tempfile::TempDir,
+    device: Device,
+    rx: RxQueue,
+    tx: TxQueue,
+    cache: PoolCache,
+    memory: Arc<DmaMemory>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut device = Device::listen("net_vhost0", &options(&dir.path().join("socket"))).unwrap();
+        let region = Region::new(Pool::bytes(BUFFERS), Backing::SmallPages).unwrap();
+        let memory = DmaMemory::map(region, &[]).unwrap();
+        let mut cache = Pool::new(&memory, BUFFERS).unwrap().cache();
+        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        Self { dir, device, rx, tx, cache, memory }
+    }
+
+    /// A port and a guest whose driver runs.
+    fn with(features: Features) -> (Self, Guest) {
+        let bench = Self::new();
+        let mut guest = bench.guest();
+        guest.start(features);
+        assert!(bench.device.link().up);
+        (bench, guest)
+    }
+
+    fn guest(&self) -> Guest {
+        Guest::connect(&self.dir.path().join("socket"))
+    }
+
+    fn receive(&mut self) -> Vec<Vec<u8>> {
+        let mut burst = Burst::new();
+        self.rx.rx_burst(&mut self.cache, &mut burst);
+        let frames = burst.iter().map(|packet| self.bytes(packet)).collect();
+        self.free(burst);
+        frames
+    }
+
+    fn bytes(&self, packet: &Packet) -> Vec<u8> {
+        let mut bytes = vec![0; packet.len()];
+        self.cache.read(packet, 0, &mut bytes);
+        bytes
+    }
+
+    fn send(&mut self, frames: &[Vec<u8>]) -> usize {
+        let mut burst = Burst::new();
+        for frame in frames {
+            let mut packet = Packet::new(self.cache.allocate().unwrap(), frame.len());
+            self.cache.write(&mut packet, 0, frame);
+            burst.push(packet);
+        }
+        let sent = self.tx.tx_burst(&mut self.cache, &mut burst);
+        self.free(burst);
+        sent
+    }
+
+    fn free(&mut self, burst: Burst) {
+        burst.into_iter().for_each(|packet| self.cache.free(packet.into_buffer()));
+    }
+
+    /// Stops the port and counts the buffers.
+    fn stop(mut self) -> u32 {
+        self.device.stop(self.rx, self.tx, &mut self.cache).unwrap();
+        let pool = Arc::clone(self.cache.pool());
+        drop(self.cache);
+        pool.free()
+    }
+}
+
+fn frame(number: usize) -> Vec<u8> {
+    let mut frame = vec![number as u8; 60 + number * 37 % 1400];
+    frame[..8].copy_from_slice(&number.to_le_bytes());
+    frame
+}
+
+/// Passes `count` frames in each direction, in groups of up to a burst.
+fn exchange(bench: &mut Bench, guest: &mut Guest, count: usize) {
+    guest.provide_all();
+    let mut number = 0;
+    while number < count {
+        let group: Vec<Vec<u8>> = (number..count.min(number + 1 + number % MAX_BURST)).map(frame).collect();
+        group.iter().for_each(|frame| guest.transmit(frame));
+        assert_eq!(bench.receive(), group);
+        assert_eq!(guest.reap_transmitted(), group.len());
+        assert_eq!(bench.send(&group), group.len());
+        assert_eq!(guest.received(), group);
+        number += group.len();
+    }
+}
+
+#[test]
+fn frames_pass_both_ways_and_indices_wrap() {
+    for features in [PLAIN, PLAIN | Features::MRG_RXBUF, PLAIN | Features::EVENT_IDX, ALL] {
+        let bench = Bench::new();
+        let mut guest = bench.guest();
+        guest.rings.iter_mut().for_each(|ring| ring.begin_at(65_400));
+        guest.start(features);
+        let mut bench = bench;
+        exchange(&mut bench, &mut guest, 1000);
+        let (rx, tx) = (bench.rx.stats(), bench.tx.stats());
+        assert_eq!((rx.packets, rx.errors, tx.packets, tx.errors), (1000, 0, 1000, 0));
+        assert_eq!(rx.bytes, (0..1000).map(|number| frame(number).len() as u64).sum::<u64>());
+        assert_eq!(rx.bytes, tx.bytes);
+        assert_eq!(guest.frontend_base(TRANSMIT), u32::from(65_400_u16.wrapping_add(1000)));
+        assert!(!bench.device.link().up);
+        assert_eq!(bench.stop(), BUFFERS);
+    }
+}
+
+#[test]
+fn a_frame_may_be_spread_over_a_chain_in_any_way() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    let frame = frame(7);
+    for cuts in [&[HEADER][..], &[5, HEADER, 40], &[HEADER, HEADER, 13, 14, 15], &[HEADER - 1], &[HEADER + 1]]
+    {
+        guest.transmit_chain(&frame, cuts);
+        guest.transmit(&frame);
+        assert_eq!(bench.receive(), [frame.clone(), frame.clone()], "{cuts:?}");
+    }
+    assert_eq!(bench.rx.stats().errors, 0);
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+#[test]
+fn frames_that_fit_into_no_buffer_or_are_none_are_dropped() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    for len in [0, 13, 14, DATA_ROOM, DATA_ROOM + 1, BUFFER - HEADER] {
+        guest.transmit(&vec![1; len]);
+        guest.transmit_chain(&vec![2; len], &[HEADER]);
+    }
+    let lens: Vec<usize> = bench.receive().iter().map(Vec::len).collect();
+    assert_eq!(lens, [14, 14, DATA_ROOM, DATA_ROOM]);
+    assert_eq!(guest.reap_transmitted(), 12);
+    assert_eq!((bench.rx.stats().errors, bench.rx.stats().device_errors), (8, 0));
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+#[test]
+fn mergeable_buffers_are_merged() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    let frame = frame(20);
+    let chains = (HEADER + frame.len()).div_ceil(100);
+    (0..chains - 1).for_each(|_| guest.provide(&[100]));
+    assert_eq!(bench.send(std::slice::from_ref(&frame)), 0, "it waits for all of its buffers");
+    guest.provide(&[5, 20, 75]);
+    guest.provide(&[BUFFER as u32]);
+    assert_eq!(bench.send(&[frame.clone(), frame.clone()]), 2);
+    assert_eq!(guest.received(), [frame.clone(), frame.clone()]);
+    assert_eq!(guest.last_num_buffers, [chains as u16, 1]);
+    assert_eq!((bench.tx.stats().packets, bench.tx.stats().errors), (2, 0));
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+#[test]
+fn without_mergeable_buffers_a_frame_needs_one_chain() {
+    let (mut bench, mut guest) = Bench::with(PLAIN);
+    let frames = [frame(20), frame(0), frame(1)];
+    guest.provide(&[100]);
+    guest.provide(&[HEADER as u32, 1600]);
+    guest.provide(&[100]);
+    assert_eq!(bench.send(&frames), 3, "one is dropped");
+    assert_eq!(guest.received(), &frames[1..]);
+    assert_eq!((bench.tx.stats().packets, bench.tx.stats().errors), (2, 1));
+    assert_eq!(bench.send(&[frame(20)]), 1, "it is dropped while a chain is there to say so");
+    assert_eq!((bench.tx.stats().packets, bench.tx.stats().errors), (2, 2));
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+#[test]
+fn the_driver_is_woken_only_when_it_wants() {
+    let (mut bench, mut guest) = Bench::with(PLAIN);
+    guest.provide_all();
+    guest.clear_calls();
+    bench.send(&[frame(0)]);
+    guest.transmit(&frame(0));
+    bench.receive();
+    assert_eq!([RECEIVE, TRANSMIT].map(|ring| guest.take_call(ring)), [true, true]);
+    assert_eq!(bench.rx.stats().doorbells + bench.tx.stats().doorbells, 2);
+    guest.rings.iter().for_each(|ring| ring.set_no_interrupt());
+    bench.send(&[frame(0)]);
+    guest.transmit(&frame(0));
+    bench.receive();
+    assert_eq!([RECEIVE, TRANSMIT].map(|ring| guest.take_call(ring)), [false, false]);
+    assert!(guest.rings.iter().all(|ring| ring.wants_no_kick(false)));
+
+    let (mut bench, mut guest) = Bench::with(ALL);
+    guest.provide_all();
+    guest.clear_calls();
+    guest.rings[RECEIVE].set_used_event(2);
+    let frames: Vec<Vec<u8>> = (0..5).map(frame).collect();
+    let woken: Vec<bool> = [1, 1, 1, 2]
+        .map(|count| {
+            bench.send(&frames[..count]);
+            guest.take_call(RECEIVE)
+        })
+        .into();
+    assert_eq!(woken, [false, false, true, false]);
+    guest.rings[RECEIVE].set_used_event(7);
+    bench.send(&frames);
+    assert!(guest.take_call(RECEIVE));
+}
+
+#[test]
+fn no_kick_is_asked_for_however_far_the_index_runs() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    for _ in 0..(1 << 17) / usize::from(SIZE) {
+        guest.provide_all();
+        assert!(guest.rings[RECEIVE].wants_no_kick(true));
+        while bench.send(&vec![vec![0; 60]; MAX_BURST]) > 0 {}
+        guest.received();
+    }
+    assert_eq!(bench.tx.stats().packets, 1 << 17);
+}
+
+#[test]
+fn memory_in_several_regions() {
+    let bench = Bench::new();
+    let mut guest = bench.guest();
+    guest.regions = 4;
+    guest.start(ALL);
+    let mut bench = bench;
+    exchange(&mut bench, &mut guest, 200);
+    // As when memory is plugged in: the rings go on where they were.
+    guest.regions = 2;
+    guest.set_mem_table();
+    assert!(bench.device.link().up);
+    exchange(&mut bench, &mut guest, 200);
+    assert_eq!(bench.rx.stats().packets, 400);
+}
+
+#[test]
+fn rings_that_are_not_enabled_stand_still() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    guest.provide_all();
+    guest.enable(TRANSMIT, false);
+    guest.transmit(&frame(1));
+    assert!(bench.receive().is_empty() && !bench.device.link().up);
+    guest.enable(TRANSMIT, true);
+    assert_eq!(bench.receive(), [frame(1)]);
+    guest.enable(RECEIVE, false);
+    assert_eq!(bench.send(&[frame(2)]), 0);
+    guest.enable(RECEIVE, true);
+    assert_eq!(bench.send(&[frame(3)]), 1);
+    assert_eq!(guest.received(), [frame(3)]);
+}
+
+#[test]
+fn a_frontend_may_go_and_another_come() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    exchange(&mut bench, &mut guest, 50);
+    drop(guest);
+    let mut guest = bench.guest();
+    // An answer to the second means that the first is forgotten.
+    guest.introduce(PLAIN);
+    assert!(!bench.device.link().up);
+    assert_eq!((bench.receive().len(), bench.send(&[frame(1)])), (0, 0));
+    guest.start(PLAIN);
+    exchange(&mut bench, &mut guest, 50);
+    guest.stop();
+    assert!(!bench.device.link().up);
+    guest.start(PLAIN);
+    exchange(&mut bench, &mut guest, 50);
+    assert_eq!(bench.rx.stats().packets, 150);
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+#[test]
+fn the_port_may_stop_and_start_while_a_frontend_is_there() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    exchange(&mut bench, &mut guest, 50);
+    let Bench { dir, mut device, rx, tx, mut cache, memory } = bench;
+    assert_eq!(device.start(&memory, &mut cache, SIZES).unwrap_err().kind(), ErrorKind::Usage);
+    device.stop(rx, tx, &mut cache).unwrap();
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    let mut bench = Bench { dir, device, rx, tx, cache, memory };
+    exchange(&mut bench, &mut guest, 50);
+    assert_eq!(bench.rx.stats().packets, 50);
+    let other = Bench::new();
+    let error = bench.device.stop(other.rx, other.tx, &mut bench.cache).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage);
+    let path = bench.dir.path().join("socket");
+    assert!(path.exists());
+    drop(bench.device);
+    assert!(!path.exists() && guest.is_disconnected());
+}
+
+#[test]
+fn a_socket_that_is_in_use_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listen = || Device::listen("net_vhost0", &options(&path));
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let device = listen().unwrap();
+    let error = listen().unwrap_err();
+    assert_eq!((error.kind(), path.exists()), (ErrorKind::Busy, true));
+    assert!(error.to_string().starts_with("net_vhost0: cannot listen at"), "{error}");
+    drop(device);
+    std::fs::write(&path, "precious").unwrap();
+    assert_eq!(listen().unwrap_err().kind(), ErrorKind::Usage);
+    assert!(path.exists());
+    let nowhere = Device::listen("net_vhost0", &options(&path.join("below"))).unwrap_err();
+    assert!(nowhere.errno().is_some(), "{nowhere}");
+}
+
+#[test]
+fn an_empty_pool_receives_later() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    let held: Vec<_> = std::iter::from_fn(|| bench.cache.allocate()).collect();
+    guest.transmit(&frame(1));
+    assert!(bench.receive().is_empty());
+    assert_eq!(bench.rx.stats().no_buffer, 1);
+    held.into_iter().for_each(|buffer| bench.cache.free(buffer));
+    assert_eq!(bench.receive(), [frame(1)]);
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+#[test]
+fn the_keys_are_those_of_dpdk() {
+    let parse = |args: &[(&str, &str)]| {
+        let args: Vec<_> = args.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        Options::parse("net_vhost0", &args)
+    };
+    let full = [("iface", "/tmp/a"), ("queues", "1"), ("client", "0"), ("mac", "02:00:00:00:00:09")];
+    let mac = Some(MacAddr([2, 0, 0, 0, 0, 9]));
+    assert_eq!(parse(&full).unwrap(), Options { path: "/tmp/a".into(), mac });
+    let wrong: [&[(&str, &str)]; 6] = [
+        &[],
+        &[("iface", "a"), ("client", "1")],
+        &[("client", "yes")],
+        &[("queues", "2")],
+        &[("mac", "2")],
+        &[("dequeue-zero-copy", "1")],
+    ];
+    assert!(wrong.iter().all(|args| parse(args).unwrap_err().kind() == ErrorKind::Usage));
+}

@@ -1,0 +1,199 @@
+//! Frontends that lie.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+
+use proptest::prelude::*;
+use vhost::VhostBackend;
+
+use super::guest::{GUEST, MEMORY, USER};
+use super::*;
+
+/// Descriptors whose chain begins at descriptor 0: address, length, flags, next.
+type Table = &'static [(u64, u32, u16, u16)];
+
+const INDIRECT: u16 = 4;
+
+/// Chains that no frontend may offer; `DESC_WRITE` is toggled for the ring that receives.
+const LIES: &[(Table, &str)] = &[
+    (&[(GUEST + MEMORY - 50, 100, 0, 0)], "beyond the end"),
+    (&[(GUEST - 1, 100, 0, 0)], "before the begin"),
+    (&[(u64::MAX - 5, 100, 0, 0)], "around the end of addresses"),
+    (&[(USER, 100, 0, 0)], "by user address"),
+    (&[(GUEST, u32::MAX, 0, 0)], "too long"),
+    (&[(GUEST, 100, DESC_WRITE, 0)], "wrong direction"),
+    (&[(GUEST, 100, INDIRECT, 0)], "indirect"),
+    (&[(GUEST, 0, DESC_NEXT, 1), (GUEST, 0, DESC_NEXT, 0)], "loop"),
+    (&[(GUEST, 5, DESC_NEXT, SIZE)], "next beyond the table"),
+    (&[(GUEST, 5, DESC_NEXT, 1), (GUEST + MEMORY, 100, 0, 0)], "second outside"),
+    (&[(GUEST, 5, DESC_NEXT, 1), (GUEST, 100, DESC_WRITE, 0)], "second of the wrong direction"),
+];
+
+/// Offers a good chain, then a bad one.
+fn offer_lie(guest: &mut Guest, ring: usize, table: Table) {
+    for (i, (address, len, flags, next)) in table.iter().enumerate() {
+        let flags = if ring == RECEIVE { flags ^ DESC_WRITE } else { *flags };
+        guest.rings[ring].describe(i as u16, *address, *len, flags, *next);
+    }
+    let flags = if ring == RECEIVE { DESC_WRITE } else { 0 };
+    guest.rings[ring].describe(SIZE - 1, guest.rings[ring].buffer(SIZE - 1), 1000, flags, 0);
+    guest.rings[ring].offer(SIZE - 1);
+    guest.rings[ring].offer(0);
+}
+
+/// Whether the ring stopped for the lie, the other works, and a new start mends it.
+fn check_stopped(mut bench: Bench, mut guest: Guest, ring: usize, why: &str) {
+    let errors = |bench: &Bench| [bench.tx.stats().device_errors, bench.rx.stats().device_errors];
+    let mut expected = [0, 0];
+    expected[ring] = 1;
+    assert_eq!(errors(&bench), expected, "{why}");
+    assert!(!bench.device.link().up);
+    bench.receive();
+    bench.send(&[frame(1)]);
+    guest.set_mem_table();
+    guest.enable(ring, true);
+    assert!(!bench.device.link().up, "{why}: broken until it is started anew");
+    guest.stop();
+    [RECEIVE, TRANSMIT].into_iter().for_each(|ring| guest.start_ring(ring));
+    exchange(&mut bench, &mut guest, 100);
+    assert_eq!(errors(&bench), expected, "{why}");
+    assert_eq!(bench.stop(), BUFFERS, "{why}");
+}
+
+#[test]
+fn a_bad_chain_stops_the_ring_that_transmits() {
+    for (table, why) in LIES {
+        let (mut bench, mut guest) = Bench::with(ALL);
+        offer_lie(&mut guest, TRANSMIT, table);
+        assert_eq!(bench.receive().len(), 1, "{why}: what was good comes");
+        assert_eq!(guest.reap_transmitted(), 1);
+        check_stopped(bench, guest, TRANSMIT, why);
+    }
+}
+
+#[test]
+fn a_bad_chain_stops_the_ring_that_receives() {
+    for (table, why) in LIES {
+        let (mut bench, mut guest) = Bench::with(PLAIN);
+        offer_lie(&mut guest, RECEIVE, table);
+        assert_eq!(bench.send(&[frame(1), frame(2)]), 1, "{why}: what was good goes");
+        check_stopped(bench, guest, RECEIVE, why);
+    }
+}
+
+#[test]
+fn an_index_that_jumps_stops_the_ring() {
+    for jump in [SIZE + 1, 1000, u16::MAX] {
+        let (mut bench, mut guest) = Bench::with(ALL);
+        guest.rings[TRANSMIT].avail_idx = jump;
+        guest.rings[TRANSMIT].publish();
+        assert!(bench.receive().is_empty());
+        check_stopped(bench, guest, TRANSMIT, "avail.idx");
+    }
+    let (mut bench, mut guest) = Bench::with(ALL);
+    guest.rings[RECEIVE].avail_idx = SIZE + 1;
+    guest.rings[RECEIVE].publish();
+    assert_eq!(bench.send(&[frame(0)]), 0);
+    check_stopped(bench, guest, RECEIVE, "avail.idx");
+}
+
+#[test]
+fn a_head_beyond_the_table_and_a_short_header_stop_the_ring() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    guest.rings[TRANSMIT].offer(SIZE);
+    assert!(bench.receive().is_empty());
+    check_stopped(bench, guest, TRANSMIT, "head");
+    let (mut bench, mut guest) = Bench::with(ALL);
+    guest.rings[TRANSMIT].describe(0, GUEST, HEADER as u32 - 1, 0, 0);
+    guest.rings[TRANSMIT].offer(0);
+    assert!(bench.receive().is_empty());
+    check_stopped(bench, guest, TRANSMIT, "header");
+}
+
+#[test]
+fn requests_that_make_no_sense_end_the_connection_only() {
+    type Request = fn(&mut Guest) -> bool;
+    let requests: [Request; 8] = [
+        |guest| guest.frontend.set_vring_num(TRANSMIT, 3).is_err(),
+        |guest| guest.frontend.set_vring_num(TRANSMIT, 0).is_err(),
+        |guest| guest.frontend.set_features(1 << 40).is_err(),
+        |guest| {
+            let mut at = Guest::addresses(TRANSMIT);
+            at.used_ring_addr = USER + MEMORY - 16;
+            guest.frontend.set_vring_addr(TRANSMIT, &at).is_err()
+        },
+        |guest| {
+            let mut at = Guest::addresses(TRANSMIT);
+            at.desc_table_addr = u64::MAX - 15;
+            guest.frontend.set_vring_addr(TRANSMIT, &at).is_err()
+        },
+        |guest| {
+            let mut at = Guest::addresses(TRANSMIT);
+            at.avail_ring_addr = GUEST;
+            guest.frontend.set_vring_addr(TRANSMIT, &at).is_err()
+        },
+        |guest| guest.frontend.set_log_base(0, None).is_err() || guest.is_disconnected(),
+        |guest| {
+            let socket = UnixStream::pair().unwrap().0;
+            let region = vhost::VhostUserMemoryRegionInfo {
+                guest_phys_addr: 0,
+                memory_size: 4096,
+                userspace_addr: 0,
+                mmap_offset: 0,
+                mmap_handle: socket.as_raw_fd(),
+            };
+            guest.frontend.set_mem_table(&[region]).is_err()
+        },
+    ];
+    for (number, request) in requests.iter().enumerate() {
+        let (mut bench, mut guest) = Bench::with(ALL);
+        assert!(request(&mut guest), "request {number}");
+        assert!(guest.is_disconnected(), "request {number}");
+        let mut guest = bench.guest();
+        guest.start(ALL);
+        exchange(&mut bench, &mut guest, 10);
+        assert_eq!(bench.stop(), BUFFERS);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Descriptor tables and avail rings of anything, near what is valid and far from it.
+    #[test]
+    fn no_ring_panics_or_loses_a_buffer(
+        tables in proptest::collection::vec(
+            (prop_oneof![GUEST - 100..GUEST + MEMORY + 100, any::<u64>()],
+             prop_oneof![0_u32..3000, any::<u32>()], 0_u16..8, 0..SIZE + 2),
+            2 * usize::from(SIZE),
+        ),
+        heads in proptest::collection::vec(0..SIZE + 1, 1..80),
+        mergeable: bool,
+    ) {
+        let (mut bench, mut guest) = Bench::with(if mergeable { ALL } else { PLAIN });
+        for ring in [RECEIVE, TRANSMIT] {
+            for (i, (address, len, flags, next)) in tables[ring * usize::from(SIZE)..][..usize::from(SIZE)].iter().enumerate() {
+                // Frames may land in the rings themselves: then these are random too.
+                guest.rings[ring].describe(i as u16, *address, *len, *flags, *next);
+            }
+        }
+        for head in heads {
+            guest.rings[RECEIVE].offer(head);
+            guest.rings[TRANSMIT].offer(head);
+            bench.receive();
+            bench.send(&[frame(1), frame(30)]);
+        }
+        prop_assert_eq!(bench.stop(), BUFFERS);
+    }
+}
+
+#[test]
+fn a_frontend_that_hangs_in_a_message_does_not_keep_the_port() {
+    let bench = Bench::new();
+    let mut half = UnixStream::connect(bench.dir.path().join("socket")).unwrap();
+    std::io::Write::write_all(&mut half, &[1, 0, 0, 0, 1]).unwrap();
+    drop(bench.device);
+    let mut rest = Vec::new();
+    let ended = std::io::Read::read_to_end(&mut half, &mut rest);
+    assert!(ended.is_err() || rest.is_empty());
+}
