@@ -2,6 +2,7 @@
 //! set-up.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, DeviceId, Function, PciDevice, PciInfo, Report};
 use vireo_eal::args::VdevArgs;
@@ -11,8 +12,11 @@ use vireo_eal::mem::Region;
 use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
-use crate::port::{Port, QueueSizes};
+use crate::port::{Nic, Port, QueueSizes};
 use crate::{e1000, vhost, virtio};
+
+/// Longest wait for links to come up.
+const LINK_WAIT: Duration = Duration::from_secs(9);
 
 /// Devargs that the drivers know.
 pub const DEVICE_KEYS: &[&str] = &["mrg_rxbuf"];
@@ -164,6 +168,24 @@ pub(crate) fn flag(key: &str, value: &str) -> Result<bool> {
         "1" => Ok(true),
         _ => Err(Error::new(ErrorKind::Usage, format!("cannot read {key}={value}"), "it is 0 or 1")),
     }
+}
+
+/// Waits until the links of all of `ports` are up, for 9 s at most, as DPDK's l2fwd does; calls `waiting` every
+/// 100 ms. There is no event to wait for: link changes are read from a register.
+///
+/// # Errors
+/// Those of `waiting`.
+pub fn wait_for_links<'a>(
+    ports: impl Iterator<Item = &'a OpenPort> + Clone,
+    stop: &StopFlag,
+    mut waiting: impl FnMut() -> Result<()>,
+) -> Result<()> {
+    let since = Instant::now();
+    while !stop.is_set() && since.elapsed() < LINK_WAIT && !ports.clone().all(|open| open.port.link().up) {
+        waiting()?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
 }
 
 /// Packet buffers for `ports` ports and `lcores` lcores, as DPDK's l2fwd works them out: rings, bursts and

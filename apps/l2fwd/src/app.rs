@@ -20,8 +20,6 @@ use crate::report::{Reporter, Style, Totals, link_text, mac_text};
 
 /// Descriptors of each queue, as in DPDK's l2fwd.
 const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
-/// Longest wait for links to come up.
-const LINK_WAIT: Duration = Duration::from_secs(9);
 /// The clock is read once in so many rounds of polling.
 const ROUNDS_PER_LOOK: u32 = 64;
 
@@ -129,13 +127,7 @@ fn describe(eal: &Eal, reporter: &Reporter, all: &[OpenPort], enabled: &[usize])
 
 fn check_links(reporter: &Reporter, all: &[OpenPort], enabled: &[usize], stop: &StopFlag) -> Result<()> {
     reporter.chat("\nChecking link status")?;
-    let since = Instant::now();
-    let up = |port: &usize| all[*port].port.link().up;
-    while !stop.is_set() && since.elapsed() < LINK_WAIT && !enabled.iter().all(up) {
-        reporter.chat(".")?;
-        // There is no event to wait for: link changes are read from a register.
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    ports::wait_for_links(enabled.iter().map(|port| &all[*port]), stop, || reporter.chat("."))?;
     reporter.chat("done\n")?;
     for &number in enabled {
         let text = link_text(all[number].port.link());

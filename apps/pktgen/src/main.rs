@@ -65,6 +65,7 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
         open.port.set_promiscuous(number == args.rx_port)?;
         queues.push(open.port.start(&memory, &mut cache, SIZES)?);
     }
+    ports::wait_for_links(all.iter(), stop, || Ok(()))?;
     let stream = Stream {
         run: std::process::id(),
         destination: args.dst_mac,

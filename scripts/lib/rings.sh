@@ -1,0 +1,128 @@
+# shellcheck shell=bash
+# Programs on shared-memory virtio rings, on this machine itself: no VFIO, NIC, hugepages or root.
+
+RINGS_CASES=0
+RINGS_FAILED=0
+RINGS_FORWARDER=
+RINGS_GENERATOR=
+# Seconds for which a program may be silent before it counts as hung.
+RINGS_PATIENCE=30
+RINGS_COUNT=200000
+
+# rings_tests: TAP.
+rings_tests() {
+    local build
+    cargo build --quiet --release --locked -p vireo-l2fwd -p vireo-pktgen || return
+    build="$(cargo metadata --no-deps --format-version 1 | grep -o '"target_directory":"[^"]*"' | cut -d'"' -f4)/release"
+    L2FWD="$build/vireo-l2fwd"
+    PKTGEN="$build/vireo-pktgen"
+    rings_case "pktgen on virtio-user, through l2fwd on vhost" rings_circle l2fwd iface path
+    rings_case "pktgen on vhost, through l2fwd on virtio-user" rings_circle l2fwd path iface
+    if command -v dpdk-testpmd >/dev/null; then
+        rings_case "pktgen on virtio-user, through DPDK's testpmd on vhost" rings_circle testpmd iface path
+        rings_case "pktgen on vhost, through DPDK's testpmd on virtio-user" rings_circle testpmd path iface
+    else
+        rings_skip "pktgen through DPDK's testpmd" "dpdk-testpmd is not installed (Debian's dpdk-dev)"
+    fi
+    echo "1..$RINGS_CASES"
+    return $((RINGS_FAILED > 0))
+}
+
+# rings_case DESCRIPTION COMMAND...
+rings_case() {
+    local name=$1 status=0
+    shift
+    RINGS_CASES=$((RINGS_CASES + 1))
+    RINGS_DIR=$(mktemp -d "${TMPDIR:-/tmp}/vireo-rings.XXXXXX")
+    (
+        trap rings_end EXIT
+        "$@"
+    ) >"$RINGS_DIR/log" 2>&1 </dev/null || status=$?
+    if ((status == 0)); then
+        echo "ok $RINGS_CASES - $name"
+    else
+        RINGS_FAILED=$((RINGS_FAILED + 1))
+        echo "not ok $RINGS_CASES - $name"
+        cat "$RINGS_DIR"/{log,pktgen,forwarder} 2>/dev/null | sed 's/^/#   /'
+    fi
+    rm -rf "$RINGS_DIR"
+}
+
+rings_skip() {
+    RINGS_CASES=$((RINGS_CASES + 1))
+    echo "ok $RINGS_CASES - $1 # SKIP $2"
+}
+
+rings_end() {
+    local pid
+    for pid in $RINGS_FORWARDER $RINGS_GENERATOR; do
+        kill -KILL "$pid" 2>/dev/null || true
+    done
+}
+
+# rings_circle l2fwd|testpmd FORWARDER-END GENERATOR-END: the ends are iface (vhost, which listens) and path
+# (virtio-user, which connects). The generator fails unless each frame comes back once and in order.
+rings_circle() {
+    local status=0
+    if [[ $2 == iface ]]; then
+        "rings_$1" "$2"
+        rings_await_sockets || return
+        rings_pktgen "$1" "$3"
+    else
+        rings_pktgen "$1" "$3"
+        rings_await_sockets || return
+        "rings_$1" "$2"
+    fi
+    wait "$RINGS_GENERATOR" || status=$?
+    cat "$RINGS_DIR/pktgen"
+    ((status == 0)) || { echo "pktgen exited with $status" && return 1; }
+    kill -INT "$RINGS_FORWARDER"
+    wait "$RINGS_FORWARDER" || status=$?
+    # testpmd writes to its peer's socket on the way out, and ends by SIGPIPE where that is gone.
+    ((status == 0)) || [[ $1 == testpmd ]] || { echo "$1 exited with $status" && return 1; }
+    [[ ! -e $RINGS_DIR/0 && ! -e $RINGS_DIR/1 ]] || { echo "a socket was left behind" && return 1; }
+}
+
+# rings_devices iface|path: two ports at the case's sockets; DPDK's words, which are Vireo's.
+rings_devices() {
+    local port driver=net_virtio_user
+    [[ $1 == path ]] || driver=net_vhost
+    DEVICES=(--no-pci --no-huge)
+    for port in 0 1; do
+        DEVICES+=(--vdev "$driver$port,$1=$RINGS_DIR/$port")
+    done
+}
+
+rings_l2fwd() {
+    rings_devices "$1"
+    "$L2FWD" -l 1 --file-prefix "rings-fwd-$$" "${DEVICES[@]}" -- -p 3 -q 2 -T 0 >"$RINGS_DIR/forwarder" 2>&1 &
+    RINGS_FORWARDER=$!
+}
+
+# It runs until a key is pressed, or its input ends.
+rings_testpmd() {
+    rings_devices "$1"
+    mkfifo "$RINGS_DIR/keys"
+    dpdk-testpmd --lcores 0@1,1@1 -m 256 --no-telemetry --log-level=error --file-prefix "rings-fwd-$$" \
+        "${DEVICES[@]}" -- --auto-start --forward-mode=io --nb-cores=1 --total-num-mbufs=4096 --no-mlockall \
+        <>"$RINGS_DIR/keys" >"$RINGS_DIR/forwarder" 2>&1 &
+    RINGS_FORWARDER=$!
+}
+
+rings_pktgen() {
+    local expect=(--expect-dst 02:00:00:00:00:01)
+    [[ $1 == l2fwd ]] || expect=(--expect-dst 02:00:00:00:00:99)
+    rings_devices "$2"
+    timeout "$RINGS_PATIENCE" "$PKTGEN" -l 0 --file-prefix "rings-gen-$$" "${DEVICES[@]}" -- --count "$RINGS_COUNT" \
+        --dst-mac 02:00:00:00:00:99 "${expect[@]}" >"$RINGS_DIR/pktgen" 2>&1 &
+    RINGS_GENERATOR=$!
+}
+
+# A shell has no event for it.
+rings_await_sockets() {
+    local left=$((RINGS_PATIENCE * 50))
+    until [[ -S $RINGS_DIR/0 && -S $RINGS_DIR/1 ]]; do
+        ((left-- > 0)) || { echo "the sockets were not made" && return 1; }
+        sleep 0.02
+    done
+}
