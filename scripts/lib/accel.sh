@@ -42,6 +42,7 @@ accel_probe() {
 accel_boots_with_kvm() (
     ACCEL=kvm
     PROGRAMS=()
+    ADDED=()
     OPT_NICS=none
     OPT_SHARE=
     OPT_VERBOSE=

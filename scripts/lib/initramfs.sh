@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# The guest's root: busybox, strace, scripts/guest, scripts/matrix and our programs, in one uncompressed archive (QEMU
-# hands it over at once, while unpacking a compressed one under software emulation takes seconds).
+# The guest's root: busybox, strace, what --add names, scripts/guest, scripts/matrix and our programs, in one
+# uncompressed archive (QEMU hands it over at once, while unpacking a compressed one under software emulation takes
+# seconds).
 
 initramfs_build() {
     local run=$1 image=$2 root="$1/root" file
@@ -13,7 +14,9 @@ initramfs_build() {
     done
     mv "$root/bin/init" "$root/init"
     cp -r "$SCRIPTS/matrix" "$root/matrix"
-    initramfs_add_strace "$root"
+    for file in "$(command -v strace)" "${ADDED[@]}"; do
+        initramfs_add_file "$root" "$file"
+    done
     initramfs_add_programs "$root"
     modules_add "$image" "$root"
     printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n' >"$root/etc/passwd"
@@ -26,14 +29,16 @@ initramfs_build() {
     rm -rf "$root"
 }
 
-initramfs_add_strace() {
-    local program library
-    program=$(command -v strace)
-    cp "$program" "$1/bin/strace"
-    ldd "$program" | grep -o '/[^ ]*' | while read -r library; do
-        mkdir -p "$1$(dirname "$library")"
-        cp -L "$library" "$1$library"
+# initramfs_add_file ROOT FILE: at its own path, with the libraries that it needs; a program in PATH too.
+initramfs_add_file() {
+    local root=$1 file=$2 library
+    { echo "$file"; ldd "$file" 2>/dev/null | grep -o "/[^ ]*" || true; } | while read -r library; do
+        mkdir -p "$root$(dirname "$library")"
+        cp -L "$library" "$root$library"
     done
+    if [[ -x $file && ! $file =~ \.so(\.|$) && $file != /bin/* ]]; then
+        ln -sf "$file" "$root/bin/${file##*/}"
+    fi
 }
 
 initramfs_add_programs() {

@@ -23,6 +23,8 @@ Programs of this repository go by their short names: lab run -- l2fwd --help
   --no-iommu-platform         virtio-net that bypasses the IOMMU (drivers must refuse it)
   --cpus N, --mem MIB         virtual CPUs (2) and memory (2048)
   --hugepages N               2 MiB pages reserved at boot (256)
+  --add FILE                  a program or library of the host, at its own path, with the libraries that it needs; a
+                              program goes by its name (repeatable)
   --share DIR                 DIR of the host, writable, at /share
   --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare and test; 0: none)
   --accel auto|kvm|tcg        auto: KVM if a probe boot shows that it works
@@ -54,6 +56,7 @@ OPT_BUILD=1
 OPT_VERBOSE=
 OPT_JSON=
 OPT_HTML=
+ADDED=()
 QEMU_EXTRA=()
 KERNEL_EXTRA=()
 COMMAND=()
@@ -69,6 +72,7 @@ options_parse() {
             --hugepages) OPT_HUGEPAGES=$(option_number "$@"); shift ;;
             --timeout) OPT_TIMEOUT=$(option_number "$@"); shift ;;
             --share) OPT_SHARE=$(option_directory "$@"); shift ;;
+            --add) ADDED+=("$(option_file "$@")"); shift ;;
             --accel) OPT_ACCEL=$(option_value "$@"); shift ;;
             --json) OPT_JSON=$(option_value "$@"); shift ;;
             --html) OPT_HTML=$(option_value "$@"); shift ;;
@@ -103,6 +107,12 @@ option_number() {
 option_directory() {
     [[ -d ${2:-} ]] || fail "$1 needs a directory, and '${2:-}' is none" "mkdir -p '${2:-DIR}'"
     printf '%s' "$2"
+}
+
+# Symbolic links on the way to it stay: a library is found by the name of the link.
+option_file() {
+    [[ -f ${2:-} && -r $2 ]] || fail "$1 needs a file, and '${2:-}' is none" "ls -l '${2:-FILE}'"
+    realpath --no-symlinks "$2"
 }
 
 options_take_no_command() {
