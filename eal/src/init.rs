@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::args::{EalArgs, IovaMode};
+use crate::args::{EalArgs, IovaMode, ranges};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lcore::Lcores;
 use crate::mem::{Backing, Region, hugepages};
@@ -18,7 +18,7 @@ pub struct Eal {
     pub lcores: Lcores,
     /// The devices' kernel side.
     pub vfio: Vfio,
-    _runtime: Option<RuntimeDir>,
+    runtime: Option<RuntimeDir>,
 }
 
 impl Eal {
@@ -30,12 +30,25 @@ impl Eal {
         crate::log::init(&args.log_levels)?;
         args.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         args.notes.iter().for_each(|note| tracing::info!("{note}"));
-        Ok(Self {
+        let eal = Self {
             lcores: Lcores::new(&args)?,
             vfio: Vfio::new(args.vf_token),
-            _runtime: RuntimeDir::new(&args)?,
+            runtime: RuntimeDir::new(&args)?,
             args,
-        })
+        };
+        tracing::debug!("{}", eal.summary());
+        Ok(eal)
+    }
+
+    /// One line on what [`init`](Self::init) made.
+    fn summary(&self) -> String {
+        let ids: Vec<usize> = self.lcores.ids().into_iter().map(|id| id as usize).collect();
+        let runtime = self.runtime.as_ref().map_or("none".into(), |dir| dir.path().display().to_string());
+        format!(
+            "initialized: lcores {}, main lcore {}, runtime directory {runtime}",
+            ranges(&ids),
+            self.lcores.main_id()
+        )
     }
 
     /// Where packet memory comes from.
