@@ -30,6 +30,7 @@ pub(crate) fn environment(rounds: u32) -> Result<Environment> {
                 lab("COMMIT").map(|c| format!(" ({c})")).unwrap_or_default()
             )),
         ),
+        ("dpdk", lab("DPDK")),
         ("kernel", Some(uname.release().to_string_lossy().into_owned())),
         ("cpu", cpu.map(str::to_owned)),
         ("cpus", std::thread::available_parallelism().ok().map(|n| n.to_string())),

@@ -9,9 +9,11 @@ mod html;
 mod measure;
 mod native;
 mod plot;
+mod process;
 mod record;
 mod report;
 mod run;
+mod start;
 mod stats;
 mod table;
 #[cfg(test)]
@@ -34,6 +36,9 @@ enum Command {
     Run(run::RunArgs),
     Report(report::ReportArgs),
     Native(native::NativeArgs),
+    /// Time the phases from a forwarder's start to its first packet, beside DPDK's testpmd
+    #[command(subcommand)]
+    Start(start::Command),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +46,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => report::report(&args),
         Command::Native(args) => native::native(&args),
+        Command::Start(command) => start::start(&command),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -38,9 +38,9 @@ const LATENCY_LOAD: f64 = 0.1;
 #[derive(Debug)]
 pub(crate) struct Wiring {
     pub(crate) nic: &'static str,
-    sender: PciInfo,
-    inner: [PciInfo; 2],
-    receiver: PciInfo,
+    pub(crate) sender: PciInfo,
+    pub(crate) inner: [PciInfo; 2],
+    pub(crate) receiver: PciInfo,
 }
 
 impl Wiring {
@@ -68,7 +68,7 @@ pub(crate) struct Limits {
 }
 
 /// Ports of one side, with memory of their own.
-struct Side {
+pub(crate) struct Side {
     ports: Vec<OpenPort>,
     queues: Vec<(RxQueue, TxQueue)>,
     cache: PoolCache,
@@ -78,7 +78,8 @@ struct Side {
 }
 
 impl Side {
-    fn start(bus: &Bus, infos: [&PciInfo; 2], mode: VfioMode, promiscuous: bool) -> Result<Self> {
+    /// Opens and starts both.
+    pub(crate) fn start(bus: &Bus, infos: [&PciInfo; 2], mode: VfioMode, promiscuous: bool) -> Result<Self> {
         let vfio = Vfio::new(None);
         let mut ports = infos
             .into_iter()
@@ -97,8 +98,29 @@ impl Side {
         Ok(Self { ports, queues, cache, memory, mapped })
     }
 
+    /// Frames from the first port to the second, until one arrives or for `patience`.
+    pub(crate) fn knocks(&self, window: u64, patience: Duration) -> Stream {
+        Stream {
+            run: Tsc::now() as u32,
+            // Every NIC's filter lets the broadcast address pass, whatever the forwarder's own address is.
+            destination: MacAddr([0xff; 6]),
+            source: self.ports[0].port.mac(),
+            expect: Some(Expect { destination: Some(MacAddr([2, 0, 0, 0, 0, 1])), source: None }),
+            size: SHORTEST,
+            rate: Some(KNOCKS),
+            window,
+            end: End::FirstArrival(patience),
+        }
+    }
+
+    /// Sends `stream` on the first port and receives it on the second.
+    pub(crate) fn send(&mut self, stream: &Stream, stop: &StopFlag) -> Result<Outcome> {
+        let (first, rest) = self.queues.split_at_mut(1);
+        generator::run(stream, &mut first[0].1, &mut rest[0].0, &mut self.cache, stop)
+    }
+
     /// Stops the ports; gives what each counted as lost, by name.
-    fn stop(mut self, side: &str) -> Result<(Vec<OpenPort>, BTreeMap<String, u64>)> {
+    pub(crate) fn stop(mut self, side: &str) -> Result<(Vec<OpenPort>, BTreeMap<String, u64>)> {
         let mut drops = BTreeMap::new();
         for (open, (rx, tx)) in self.ports.iter_mut().zip(self.queues) {
             let device = open.port.device_drops();
@@ -249,10 +271,9 @@ fn generate(
     if polling.load(Ordering::Acquire) == u64::MAX {
         return Err(Error::new(ErrorKind::Protocol, "the forwarder ended early", "see its own error"));
     }
-    let expect = Expect { destination: Some(MacAddr([2, 0, 0, 0, 0, 1])), source: None };
-    let mut stream = knocking(side, Some(expect));
     let time = Duration::from_secs_f64(limits.seconds);
-    let mut next = |rate: Option<f64>, end: End| send(&mut stream, rate, end, side, stop);
+    let mut stream = side.knocks(WINDOW, FIRST_PACKET);
+    let mut next = |rate: Option<f64>, end: End| send_next(&mut stream, rate, end, side, stop);
     let first = next(Some(KNOCKS), End::FirstArrival(FIRST_PACKET))?;
     if first.received == 0 {
         return Err(Error::new(
@@ -278,31 +299,17 @@ pub(crate) fn null_forwarder(
 ) -> Result<f64> {
     pin_to(limits.generator)?;
     let mut side = Side::start(bus, [&wiring.sender, &wiring.inner[0]], mode, true)?;
-    let mut stream = knocking(&side, None);
-    send(&mut stream, Some(KNOCKS), End::FirstArrival(FIRST_PACKET), &mut side, stop)?;
+    let mut stream = side.knocks(WINDOW, FIRST_PACKET);
+    stream.expect = None;
+    send_next(&mut stream, Some(KNOCKS), End::FirstArrival(FIRST_PACKET), &mut side, stop)?;
     let time = Duration::from_secs_f64(limits.seconds);
-    let rate = send(&mut stream, None, End::After(time), &mut side, stop)?.rate();
+    let rate = send_next(&mut stream, None, End::After(time), &mut side, stop)?.rate();
     side.stop("generator")?;
     Ok(rate)
 }
 
-/// Frames from the first port of `side` at a rate that overflows nothing, until one comes back at its second.
-fn knocking(side: &Side, expect: Option<Expect>) -> Stream {
-    Stream {
-        run: Tsc::now() as u32,
-        // Every NIC's filter lets the broadcast address pass, whatever the forwarder's own address is.
-        destination: MacAddr([0xff; 6]),
-        source: side.ports[0].port.mac(),
-        expect,
-        size: SHORTEST,
-        rate: Some(KNOCKS),
-        window: WINDOW,
-        end: End::FirstArrival(FIRST_PACKET),
-    }
-}
-
-/// Runs the next stream, which tells its frames from those of the last one.
-fn send(
+/// Sends the next stream, which tells its frames from those of the last one.
+fn send_next(
     stream: &mut Stream,
     rate: Option<f64>,
     end: End,
@@ -311,8 +318,7 @@ fn send(
 ) -> Result<Outcome> {
     (stream.rate, stream.end) = (rate, end);
     stream.run = stream.run.wrapping_add(1);
-    let (first, rest) = side.queues.split_at_mut(1);
-    generator::run(stream, &mut first[0].1, &mut rest[0].0, &mut side.cache, stop)
+    side.send(stream, stop)
 }
 
 /// How memory is mapped.

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use vireo_eal::clock::Tsc;
+use vireo_eal::lcore::pin_to;
 use vireo_eal::{Error, ErrorKind, Result};
 
 /// Longest silence before what was waited for counts as missing.
@@ -15,23 +17,39 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running program. Killed on drop.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     name: String,
     child: Child,
     stdin: Option<ChildStdin>,
-    output: Receiver<Vec<u8>>,
+    output: Receiver<Chunk>,
     /// What was printed, and how far it was waited for.
     text: String,
     seen: usize,
+    /// Where in `text` each chunk ends, and when it came.
+    arrivals: Vec<(usize, u64)>,
+    started: u64,
+}
+
+/// Output that came at once.
+#[derive(Debug)]
+struct Chunk {
+    ticks: u64,
+    bytes: Vec<u8>,
 }
 
 impl Process {
     /// Starts `command`, whose output and complaints this process reads.
-    pub(super) fn start(mut command: Command) -> Result<Self> {
+    pub(crate) fn start(command: Command) -> Result<Self> {
+        Self::start_read_on(command, None)
+    }
+
+    /// As [`start`](Self::start); output is read on the cpu `reader`, where no busy poll delays its stamp.
+    pub(crate) fn start_read_on(mut command: Command, reader: Option<usize>) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let failed = |error: &io::Error| Error::io(format!("cannot start {name}"), error);
-        let (mut reader, writer) = io::pipe().map_err(|error| failed(&error))?;
+        let (mut pipe, writer) = io::pipe().map_err(|error| failed(&error))?;
         let stdout = writer.try_clone().map_err(|error| failed(&error))?;
+        let started = Tsc::now();
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(stdout)
@@ -43,18 +61,22 @@ impl Process {
         let stdin = child.stdin.take();
         let (sender, output) = channel();
         thread::spawn(move || {
+            // Elsewhere it reads too, only later.
+            let _ = reader.map(pin_to);
             let mut bytes = [0; 4096];
-            while let Ok(len @ 1..) = reader.read(&mut bytes) {
-                if sender.send(bytes[..len].to_vec()).is_err() {
+            while let Ok(len @ 1..) = pipe.read(&mut bytes) {
+                let chunk = Chunk { ticks: Tsc::now(), bytes: bytes[..len].to_vec() };
+                if sender.send(chunk).is_err() {
                     return;
                 }
             }
         });
-        Ok(Self { name, child, stdin, output, text: String::new(), seen: 0 })
+        let (text, seen, arrivals) = (String::new(), 0, Vec::new());
+        Ok(Self { name, child, stdin, output, text, seen, arrivals, started })
     }
 
     /// Types a line.
-    pub(super) fn type_line(&mut self, line: &str) -> Result<()> {
+    pub(crate) fn type_line(&mut self, line: &str) -> Result<()> {
         let Some(stdin) = &mut self.stdin else { return Ok(()) };
         writeln!(stdin, "{line}")
             .and_then(|()| stdin.flush())
@@ -62,21 +84,30 @@ impl Process {
     }
 
     /// Waits until `text` is printed, behind what was waited for before; gives what came up to its end.
-    pub(super) fn wait_for(&mut self, text: &str) -> Result<&str> {
+    pub(crate) fn wait_for(&mut self, text: &str) -> Result<&str> {
+        self.wait_for_any(&[text])
+    }
+
+    /// As [`wait_for`](Self::wait_for), for the first of several texts.
+    fn wait_for_any(&mut self, texts: &[&str]) -> Result<&str> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if let Some(at) = self.text[self.seen..].find(text) {
-                let from = self.seen;
-                self.seen += at + text.len();
+            let from = self.seen;
+            let ends = texts.iter().filter_map(|text| Some(self.text[from..].find(text)? + text.len()));
+            if let Some(end) = ends.min() {
+                self.seen += end;
                 return Ok(&self.text[from..self.seen]);
             }
             let why = match self.output.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(bytes) => {
-                    self.text.push_str(&String::from_utf8_lossy(&bytes));
+                Ok(chunk) => {
+                    self.text.push_str(&String::from_utf8_lossy(&chunk.bytes));
+                    self.arrivals.push((self.text.len(), chunk.ticks));
                     continue;
                 }
-                Err(RecvTimeoutError::Timeout) => format!("it did not print {text:?} within {PATIENCE:?}"),
-                Err(RecvTimeoutError::Disconnected) => format!("it ended without {text:?}"),
+                Err(RecvTimeoutError::Timeout) => {
+                    format!("it did not print {} within {PATIENCE:?}", either(texts))
+                }
+                Err(RecvTimeoutError::Disconnected) => format!("it ended without {}", either(texts)),
             };
             let last = self.text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("nothing");
             return Err(Error::new(
@@ -87,14 +118,27 @@ impl Process {
         }
     }
 
+    /// Ticks of the TSC when it was started.
+    pub(crate) fn started(&self) -> u64 {
+        self.started
+    }
+
+    /// Waits for the first of `texts` as [`wait_for`](Self::wait_for) does; gives when its end came, in ticks
+    /// of the TSC.
+    pub(crate) fn arrival_of(&mut self, texts: &[&str]) -> Result<u64> {
+        self.wait_for_any(texts)?;
+        let chunk = self.arrivals.partition_point(|(end, _)| *end < self.seen);
+        Ok(self.arrivals.get(chunk).map_or(self.started, |(_, ticks)| *ticks))
+    }
+
     /// As Ctrl-C would.
-    pub(super) fn interrupt(&self) -> Result<()> {
+    pub(crate) fn interrupt(&self) -> Result<()> {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT)
             .map_err(|errno| Error::os(format!("cannot stop {}", self.name), errno))
     }
 
     /// Waits for the end.
-    pub(super) fn reap(mut self) -> Result<()> {
+    pub(crate) fn reap(mut self) -> Result<()> {
         self.stdin = None;
         // The end of its output is the end of the program, and an event that can be waited for.
         let deadline = Instant::now() + PATIENCE;
@@ -104,6 +148,10 @@ impl Process {
             Err(error) => Err(Error::io(format!("cannot wait for {}", self.name), &error)),
         }
     }
+}
+
+fn either(texts: &[&str]) -> String {
+    texts.iter().map(|text| format!("{text:?}")).collect::<Vec<_>>().join(" or ")
 }
 
 impl Drop for Process {
@@ -125,9 +173,12 @@ mod tests {
         cat.type_line("prompt> two").unwrap();
         assert_eq!(cat.wait_for("prompt>").unwrap(), "prompt>");
         assert_eq!(cat.wait_for("prompt>").unwrap(), " one\nprompt>");
+        cat.type_line("late prompt").unwrap();
+        let arrival = cat.arrival_of(&["prompt", "late"]).unwrap();
+        assert!(arrival > cat.started());
         cat.interrupt().unwrap();
         let error = cat.wait_for("three").unwrap_err().to_string();
-        assert!(error.contains("it ended without \"three\"; its last line was: prompt> two"), "{error}");
+        assert!(error.contains("it ended without \"three\"; its last line was: late prompt"), "{error}");
         cat.reap().unwrap();
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::compare::Comparison;
@@ -33,7 +34,7 @@ pub(crate) fn report(args: &ReportArgs) -> Result<()> {
 
 /// [`report`], printing to `out`, with rules around the tables if that is a terminal.
 pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool) -> Result<()> {
-    let recordings = args.recordings.iter().map(|path| read(path)).collect::<Result<Vec<_>>>()?;
+    let recordings = args.recordings.iter().map(|path| read(path)).collect::<Result<Vec<Recording>>>()?;
     if recordings.iter().all(|r| r.runs.is_empty() && r.maps.is_empty()) {
         let why = "the recordings hold no runs";
         return Err(
@@ -62,7 +63,7 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
     }
 }
 
-fn read(path: &Path) -> Result<Recording> {
+pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let what = format!("cannot read recording {}", path.display());
     let file = File::open(path).map_err(|e| Error::io(&what, &e))?;
     // The text of serde_json names line and column.

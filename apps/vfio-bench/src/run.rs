@@ -43,19 +43,37 @@ pub(crate) struct RunArgs {
     map_mib: usize,
 }
 
+/// Who runs where.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cores {
+    pub(crate) generator: usize,
+    pub(crate) forwarder: usize,
+    /// One that nobody polls on.
+    pub(crate) idle: Option<usize>,
+}
+
+impl Cores {
+    /// The first ones that this process may use.
+    pub(crate) fn of_this_process() -> Result<Self> {
+        match allowed_cpus()?[..] {
+            [generator, forwarder, ref rest @ ..] => {
+                Ok(Self { generator, forwarder, idle: rest.first().copied() })
+            }
+            _ => Err(Error::new(
+                ErrorKind::Unavailable,
+                "cannot measure on one core",
+                "generator and forwarder poll a core each",
+            )
+            .mend("give the machine or the container a second one")),
+        }
+    }
+}
+
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let bus = Bus::default();
     let stop = StopFlag::on_signals()?;
-    let wirings = wirings(args, &bus)?;
-    let cores = allowed_cpus()?;
-    let &[generator, forwarder, ..] = &cores[..] else {
-        return Err(Error::new(
-            ErrorKind::Unavailable,
-            "cannot measure on one core",
-            "generator and forwarder poll a core each",
-        )
-        .mend("give the machine or the container a second one"));
-    };
+    let wirings = wirings(&args.ports, &args.nics, &bus)?;
+    let Cores { generator, forwarder, .. } = Cores::of_this_process()?;
     let limits = Limits { generator, forwarder, seconds: args.seconds, map_bytes: args.map_mib << 20 };
     let mut recording = Recording {
         environment: environment(args.rounds)?,
@@ -110,9 +128,10 @@ fn schedule(modes: &[VfioMode], round: u32) -> Vec<(&'static str, VfioMode)> {
     noise.into_iter().chain(noise).chain(order).collect()
 }
 
-fn wirings(args: &RunArgs, bus: &Bus) -> Result<Vec<Wiring>> {
-    if !args.ports.is_empty() {
-        let addresses = args.ports.iter().flat_map(|list| list.split(','));
+/// The four NICs named in `ports`, or those of each kind in `nics`, or of every kind of which there are four.
+pub(crate) fn wirings(ports: &[String], nics: &[String], bus: &Bus) -> Result<Vec<Wiring>> {
+    if !ports.is_empty() {
+        let addresses = ports.iter().flat_map(|list| list.split(','));
         let infos = addresses.map(|text| bus.find(text.parse::<Bdf>()?)).collect::<Result<Vec<_>>>()?;
         return Ok(vec![Wiring::new(infos)?]);
     }
@@ -124,7 +143,7 @@ fn wirings(args: &RunArgs, bus: &Bus) -> Result<Vec<Wiring>> {
             None => kinds.push((kind, vec![info])),
         }
     }
-    if let Some(missing) = args.nics.iter().find(|nic| !kinds.iter().any(|(kind, _)| kind == nic)) {
+    if let Some(missing) = nics.iter().find(|nic| !kinds.iter().any(|(kind, _)| kind == nic)) {
         return Err(Error::new(
             ErrorKind::Usage,
             format!("cannot measure {missing}"),
@@ -134,9 +153,7 @@ fn wirings(args: &RunArgs, bus: &Bus) -> Result<Vec<Wiring>> {
     }
     let wirings: Vec<Wiring> = kinds
         .into_iter()
-        .filter(|(kind, infos)| {
-            infos.len() == 4 && (args.nics.is_empty() || args.nics.iter().any(|n| n == kind))
-        })
+        .filter(|(kind, infos)| infos.len() == 4 && (nics.is_empty() || nics.iter().any(|n| n == kind)))
         .map(|(_, infos)| Wiring::new(infos))
         .collect::<Result<_>>()?;
     if wirings.is_empty() {

@@ -6,6 +6,7 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use crate::compare::{Comparison, Metric, Row};
 use crate::findings::headlines;
+use crate::record::Environment;
 use crate::stats::Interval;
 use crate::words::{percent, rate_unit, shared_facts, size, thousands, three};
 
@@ -19,7 +20,7 @@ pub(crate) fn text(comparison: &Comparison, lines: bool) -> String {
             let _ = write!(out, "{}{title}\n{body}", if out.is_empty() { "" } else { "\n" });
         }
     };
-    section("Environment", environment(comparison));
+    section("Environment", environment(&comparison.environment));
     section(
         "Noise floor (A/A: one mode against itself, 95 % interval of the median)",
         noise(comparison, lines),
@@ -204,8 +205,9 @@ fn noise(comparison: &Comparison, lines: bool) -> String {
     table(heads, 1, rows.collect(), lines)
 }
 
-fn environment(comparison: &Comparison) -> String {
-    let facts = shared_facts(&comparison.environment);
+/// Facts of all boots, a line for each.
+pub(crate) fn environment(boots: &[Environment]) -> String {
+    let facts = shared_facts(boots);
     let width = facts.iter().map(|(key, _)| key.chars().count()).max().unwrap_or(0);
     let lines = facts.into_iter().flat_map(|(key, values)| {
         let several = values.len() > 1;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::Side;
-use super::process::Process;
+use crate::process::Process;
 
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

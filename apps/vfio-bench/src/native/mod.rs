@@ -1,7 +1,6 @@
 //! `native`: Vireo and DPDK on shared-memory virtio rings, in turn beside the same peer.
 
 mod forwarder;
-mod process;
 
 use std::fmt::Write as _;
 use std::io::{Write as _, stderr, stdout};

@@ -1,0 +1,140 @@
+//! The phases of a start, read off what the program prints.
+
+use serde::{Deserialize, Serialize};
+use vireo_eal::Result;
+use vireo_eal::clock::Tsc;
+
+use crate::process::Process;
+use crate::record::Environment;
+use crate::stats::median;
+
+/// Rows of one place: a boot of the guest, or the host.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Recording {
+    pub(crate) environment: Environment,
+    pub(crate) rows: Vec<Row>,
+}
+
+/// Medians of one phase.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct Row {
+    /// None where no device takes part.
+    pub(crate) nic: Option<String>,
+    /// VFIO mode.
+    pub(crate) mode: Option<String>,
+    pub(crate) phase: String,
+    pub(crate) ms: f64,
+    /// None where DPDK has no such mode.
+    pub(crate) dpdk_ms: Option<f64>,
+}
+
+/// A phase, and texts of which the first to appear ends it.
+pub(super) type Mark = (&'static str, &'static [&'static str]);
+
+/// The text of `eal` is of level debug: `--log-level lib.eal.init:debug`.
+pub(super) const L2FWD: [Mark; 5] = [
+    ("eal", &["EAL: debug: initialized"]),
+    ("devices", &["Port 0: "]),
+    ("memory", &["Initializing port 0"]),
+    ("ports", &["Checking link status"]),
+    ("link", &["entering main loop"]),
+];
+
+/// Of DPDK 22.11. The bus opens a device either before it names the driver (e1000, whose registers it maps) or
+/// after that (virtio). Memory is mapped for the devices in `devices` and, when the heap grows for the pool, in
+/// `memory`.
+pub(super) const TESTPMD: [Mark; 5] = [
+    ("eal", &["EAL: Probe PCI driver", "EAL: Using IOMMU type"]),
+    ("devices", &["create a new mbuf pool"]),
+    ("memory", &["Configuring Port 0"]),
+    ("ports", &["Checking link statuses"]),
+    ("link", &["Done"]),
+];
+
+/// From the main loop's begin to the arrival of a frame.
+const FIRST_PACKET: &str = "first packet";
+pub(super) const TOTAL: &str = "total";
+
+/// Milliseconds of each phase of one start, the first packet's and the sum.
+pub(super) type Phases = Vec<(&'static str, f64)>;
+
+/// Phases of a started program whose first frame came at `first`, in ticks of the TSC.
+pub(super) fn phases(program: &mut Process, marks: &[Mark], first: u64) -> Result<Phases> {
+    let arrivals = marks.iter().map(|(phase, texts)| Ok((*phase, program.arrival_of(texts)?)));
+    let mut ends = arrivals.collect::<Result<Vec<_>>>()?;
+    ends.push((FIRST_PACKET, first));
+    Ok(between(program.started(), &ends))
+}
+
+/// Lengths of the phases that end at `ends`, and their sum. A frame can arrive before the word that it may.
+fn between(began: u64, ends: &[(&'static str, u64)]) -> Phases {
+    let ms = |from: u64, to: u64| Tsc::to_nanos(to.saturating_sub(from)) as f64 / 1e6;
+    let mut last = began;
+    let lengths = ends.iter().map(|&(phase, end)| {
+        let end = end.max(last);
+        (phase, ms(std::mem::replace(&mut last, end), end))
+    });
+    let mut phases: Phases = lengths.collect();
+    phases.push((TOTAL, ms(began, last)));
+    phases
+}
+
+/// The medians of several starts.
+pub(super) fn rows(nic: &str, mode: &str, vireo: &[Phases], dpdk: &[Phases]) -> Vec<Row> {
+    let Some(first) = vireo.first() else { return Vec::new() };
+    let of = |phase: &str, starts: &[Phases]| {
+        let lengths = starts.iter().flatten().filter(|(name, _)| *name == phase);
+        median(&lengths.map(|(_, ms)| *ms).collect::<Vec<_>>())
+    };
+    let row = |&(phase, _): &(&str, f64)| Row {
+        nic: Some(nic.to_owned()),
+        mode: Some(mode.to_owned()),
+        phase: phase.to_owned(),
+        ms: of(phase, vireo).unwrap_or(f64::NAN),
+        dpdk_ms: of(phase, dpdk),
+    };
+    first.iter().map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn ticks(ms: u64) -> u64 {
+        Tsc::from_nanos(ms * 1_000_000)
+    }
+
+    #[test]
+    fn phases_end_where_the_next_begin() {
+        let phases = between(
+            ticks(5),
+            &[("eal", ticks(7)), ("devices", ticks(10)), ("link", ticks(30)), (FIRST_PACKET, ticks(29))],
+        );
+        let rounded: Vec<_> = phases.iter().map(|(phase, ms)| (*phase, ms.round())).collect();
+        let expected = [("eal", 2.0), ("devices", 3.0), ("link", 20.0), (FIRST_PACKET, 0.0), (TOTAL, 25.0)];
+        assert_eq!(rounded, expected);
+    }
+
+    #[test]
+    fn marks_are_found_in_their_order() {
+        let script = "echo EAL: Using IOMMU type 1; echo EAL: Probe PCI driver: a; \
+            echo create a new mbuf pool; echo Configuring Port 0; echo Checking link statuses...; echo Done; cat";
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        let mut program = Process::start(command).unwrap();
+        let phases = phases(&mut program, &TESTPMD, u64::MAX).unwrap();
+        let names: Vec<_> = phases.iter().map(|(phase, _)| *phase).collect();
+        assert_eq!(names, ["eal", "devices", "memory", "ports", "link", FIRST_PACKET, TOTAL]);
+        assert!(phases[0].1 > 0.0);
+    }
+
+    #[test]
+    fn rows_are_medians() {
+        let start = |ms| vec![("eal", ms), (TOTAL, ms)];
+        let rows = rows("e1000e", "cdev", &[start(3.0), start(1.0), start(2.0)], &[]);
+        assert_eq!(rows.len(), 2);
+        assert_eq!((rows[0].phase.as_str(), rows[0].ms, rows[0].dpdk_ms), ("eal", 2.0, None));
+    }
+}

@@ -1,0 +1,201 @@
+//! `start run`: l2fwd and testpmd as child processes, started in turn while frames come in.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use clap::Args;
+use vireo_bus_pci::Bus;
+use vireo_eal::bdf::Bdf;
+use vireo_eal::clock::Tsc;
+use vireo_eal::lcore::{StopFlag, pin_to};
+use vireo_eal::vfio::VfioMode;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use super::phases::{L2FWD, Mark, Phases, Recording, TESTPMD, phases, rows};
+use crate::environment::environment;
+use crate::measure::{Side, Wiring};
+use crate::process::Process;
+use crate::report::write_json;
+use crate::run::{Cores, wirings};
+
+/// Longest wait for the first packet.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// What coreutils' `stdbuf` preloads: without it testpmd keeps its output until it has a page of it.
+const LINE_BUFFERED: &str = "/usr/libexec/coreutils/libstdbuf.so";
+
+/// Time the starts of l2fwd and testpmd on this machine's NICs and write a recording
+#[derive(Args, Debug)]
+pub(crate) struct RunArgs {
+    /// File for the recording
+    #[arg(long, value_name = "FILE")]
+    json: PathBuf,
+    /// Modes to compare
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "container,cdev,compat")]
+    modes: Vec<VfioMode>,
+    /// Kinds of NIC of which four are bound to vfio-pci. QEMU's 82540EM (e1000) is left out: DPDK's driver
+    /// hangs on it under VFIO, and after each reset it is deaf for a second, which would hide everything else
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "virtio-net,e1000e")]
+    nics: Vec<String>,
+    /// Rounds; each runs every mode once
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Vireo's l2fwd; default: the one beside this program
+    #[arg(long, value_name = "FILE")]
+    l2fwd: Option<PathBuf>,
+    /// DPDK's testpmd
+    #[arg(long, value_name = "FILE", default_value = "dpdk-testpmd")]
+    testpmd: PathBuf,
+    /// Plug-ins that testpmd is to load; default: all that it finds
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    plugins: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Program {
+    Vireo,
+    Dpdk,
+}
+
+struct Rig<'a> {
+    args: &'a RunArgs,
+    l2fwd: PathBuf,
+    bus: Bus,
+    cores: Cores,
+    stop: StopFlag,
+}
+
+pub(crate) fn run(args: &RunArgs) -> Result<()> {
+    let rig = Rig {
+        args,
+        l2fwd: match &args.l2fwd {
+            Some(path) => path.clone(),
+            None => beside_this_program("vireo-l2fwd")?,
+        },
+        bus: Bus::default(),
+        cores: Cores::of_this_process()?,
+        stop: StopFlag::on_signals()?,
+    };
+    // Counts the cores that there are, which it cannot once this thread is pinned.
+    let mut recording = Recording { environment: environment(args.rounds)?, rows: Vec::new() };
+    // Its search for the frequency would otherwise fall into the first start.
+    Tsc::hz();
+    pin_to(rig.cores.generator)?;
+    for wiring in wirings(&[], &args.nics, &rig.bus)? {
+        let mut starts = vec![(Vec::new(), Vec::new()); args.modes.len()];
+        for round in 0..args.rounds {
+            for (mode, (vireo, dpdk)) in args.modes.iter().zip(&mut starts) {
+                for program in schedule(*mode, round) {
+                    let phases = rig.time(&wiring, *mode, program)?;
+                    let total = phases.last().map_or(0.0, |(_, ms)| *ms);
+                    eprintln!("round {}: {} {mode} {program:?} {total:.0} ms", round + 1, wiring.nic);
+                    if program == Program::Vireo { &mut *vireo } else { &mut *dpdk }.push(phases);
+                }
+            }
+        }
+        for (mode, (vireo, dpdk)) in args.modes.iter().zip(&starts) {
+            recording.rows.extend(rows(wiring.nic, mode.name(), vireo, dpdk));
+        }
+    }
+    write_json(&args.json, &recording)
+}
+
+/// Both in turn, A B B A; DPDK knows the VFIO group only.
+fn schedule(mode: VfioMode, round: u32) -> Vec<Program> {
+    match mode {
+        VfioMode::Container | VfioMode::Noiommu if round.is_multiple_of(2) => {
+            vec![Program::Vireo, Program::Dpdk]
+        }
+        VfioMode::Container | VfioMode::Noiommu => vec![Program::Dpdk, Program::Vireo],
+        _ => vec![Program::Vireo],
+    }
+}
+
+impl Rig<'_> {
+    /// One start, watched until a frame has come through; then the program's end.
+    fn time(&self, wiring: &Wiring, mode: VfioMode, program: Program) -> Result<Phases> {
+        let mut side = Side::start(&self.bus, [&wiring.sender, &wiring.receiver], mode, true)?;
+        let addresses = wiring.inner.each_ref().map(|info| info.address);
+        let (command, marks): (_, &[Mark]) = match program {
+            Program::Vireo => (self.l2fwd(addresses, mode), &L2FWD),
+            Program::Dpdk => (self.testpmd(addresses), &TESTPMD),
+        };
+        // There is no limit to what is on its way, because nothing comes back for most of the time.
+        let stream = side.knocks(u64::MAX, PATIENCE);
+        let mut process = self.spawn(command)?;
+        let outcome = side.send(&stream, &self.stop)?;
+        if self.stop.is_set() {
+            return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came"));
+        }
+        // When a mark is missing too, that says more.
+        let phases = phases(&mut process, marks, outcome.first.unwrap_or(0))?;
+        process.interrupt()?;
+        process.reap()?;
+        side.stop("generator")?;
+        if outcome.first.is_none() {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                format!("nothing came back through {} and {}", addresses[0], addresses[1]),
+                format!("{program:?} was sent {} frames in {} s", outcome.sent, PATIENCE.as_secs()),
+            )
+            .mend("see that the first two and the last two NICs are connected"));
+        }
+        Ok(phases)
+    }
+
+    /// Starts `command` from a thread that is pinned to the forwarder's core, which the child inherits.
+    fn spawn(&self, command: Command) -> Result<Process> {
+        let start = || {
+            pin_to(self.cores.forwarder)?;
+            Process::start_read_on(command, self.cores.idle)
+        };
+        thread::scope(|scope| scope.spawn(start).join()).map_err(|_| {
+            Error::new(ErrorKind::Protocol, "cannot start a forwarder", "a thread panicked; see above")
+        })?
+    }
+
+    fn l2fwd(&self, addresses: [Bdf; 2], mode: VfioMode) -> Command {
+        let mut command = Command::new(&self.l2fwd);
+        command.args(["-l", &self.cores.forwarder.to_string(), "--log-level", "lib.eal.init:debug"]);
+        command.args(["--file-prefix", "start", "--vfio-mode", mode.name()]);
+        command.args(allow(addresses)).args(["--", "-p", "3", "-q", "2", "-T", "0"]);
+        command
+    }
+
+    fn testpmd(&self, addresses: [Bdf; 2]) -> Command {
+        let mut command = Command::new(&self.args.testpmd);
+        if Path::new(LINE_BUFFERED).exists() {
+            command.env("LD_PRELOAD", LINE_BUFFERED).env("_STDBUF_O", "L");
+        }
+        let cpu = self.cores.forwarder;
+        command.args(["--lcores", &format!("0@{cpu},1@{cpu}"), "--no-telemetry", "--file-prefix", "start"]);
+        command.args(self.args.plugins.iter().flat_map(|plugin| ["-d", plugin]));
+        command.args(allow(addresses));
+        command.args(["--", "--auto-start", "--forward-mode=mac", "--nb-cores=1", "--no-mlockall"]);
+        command.args(["--total-num-mbufs=8192", "--rxd=1024", "--txd=1024"]);
+        command
+    }
+}
+
+fn allow(addresses: [Bdf; 2]) -> impl Iterator<Item = OsString> {
+    addresses.into_iter().flat_map(|address| ["-a".into(), address.to_string().into()])
+}
+
+fn beside_this_program(name: &str) -> Result<PathBuf> {
+    let path = std::env::current_exe().map_err(|error| Error::io("cannot find this program", &error))?;
+    Ok(path.with_file_name(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_start_in_turn_where_dpdk_has_the_mode() {
+        assert_eq!(schedule(VfioMode::Container, 0), [Program::Vireo, Program::Dpdk]);
+        assert_eq!(schedule(VfioMode::Noiommu, 1), [Program::Dpdk, Program::Vireo]);
+        assert_eq!(schedule(VfioMode::Cdev, 1), [Program::Vireo]);
+    }
+}
