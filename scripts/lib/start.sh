@@ -1,0 +1,78 @@
+# shellcheck shell=bash
+# From process start to the first forwarded packet: l2fwd and DPDK's testpmd in turn, in two boots of the lab's guest,
+# because a device is offered without an IOMMU only where there is none. The start of the EAL alone needs no guest.
+
+# What testpmd needs for the guest's NICs. It would load Debian's whole plug-in directory; in the guest that has only
+# what testpmd is linked to.
+START_PLUGINS=(bus_pci bus_vdev mempool_ring net_virtio net_e1000)
+START_STDBUF=/usr/libexec/coreutils/libstdbuf.so
+
+bench_start() {
+    need_cargo
+    need_packages dpdk-dev libdpdk-dev libbsd-dev libnuma-dev
+    command -v pkg-config >/dev/null || need_packages pkg-config
+    [[ $OPT_ROUNDS =~ ^[1-9][0-9]*$ ]] || fail "--rounds needs a number, not '$OPT_ROUNDS'" "bench --help"
+    RUSTFLAGS='' cargo build --manifest-path "$REPO/Cargo.toml" --release --locked -p vireo-eal -p vireo-vfio-bench \
+        --bins --examples --message-format json-render-diagnostics >"$WORK/build.json" ||
+        fail "cargo could not build (its message is above)"
+    mkdir "$WORK/share"
+    start_eal
+    start_boot iommu container,cdev,compat
+    start_boot noiommu noiommu --no-iommu
+    "$(start_built vireo-vfio-bench)" start report "$WORK"/share/{iommu,noiommu,eal}.json \
+        ${OPT_JSON:+--json "$OPT_JSON"}
+}
+
+start_built() { grep -o "\"executable\":\"[^\"]*/$1\"" "$WORK/build.json" | cut -d'"' -f4; }
+
+start_eal() {
+    local libraries
+    read -ra libraries <<<"$(pkg-config --libs libdpdk)"
+    start_compile shared "${libraries[@]}"
+    # A static DPDK loads no plug-ins; of its libraries the EAL needs these.
+    start_compile static -l:librte_eal.a -l:librte_kvargs.a -l:librte_telemetry.a -lnuma -lbsd
+    say "the EAL's start without devices"
+    VIREO_LAB_DPDK=$(start_version) "$(start_built vireo-vfio-bench)" start eal --json "$WORK/share/eal.json" \
+        --vireo "$(start_built vireo-eal-start)" \
+        --dpdk "shared as Debian has it=$WORK/shared" --dpdk "static, no plug-ins=$WORK/static"
+}
+
+start_version() { pkg-config --modversion libdpdk; }
+
+# start_compile OUTPUT LIBRARY...
+start_compile() {
+    local output=$1 flags
+    shift
+    read -ra flags <<<"$(pkg-config --cflags libdpdk)"
+    cc -O2 "${flags[@]}" "$SCRIPTS/eal-start.c" -o "$WORK/$output" "$@" ||
+        fail "cc could not build $SCRIPTS/eal-start.c against DPDK (its message is above)"
+}
+
+# Where the dynamic linker finds it, also for other plug-ins: two copies of a bus would be two buses.
+start_library() {
+    local path
+    path=$(PATH=$PATH:/sbin ldconfig -p | awk -v name="$1" '$1 == name && !path {path = $NF} END {print path}')
+    [[ -n $path ]] || fail "the dynamic linker knows no $1" "${SUDO[*]:+${SUDO[*]} }ldconfig"
+    echo "$path"
+}
+
+# start_boot NAME MODES [LAB OPTION...]
+start_boot() {
+    local name=$1 modes=$2 abi plugin library add=() plugins=()
+    shift 2
+    abi=$(ldd "$(command -v dpdk-testpmd)" | sed -n 's/^\s*librte_eal\.so\.\([^ ]*\) .*/\1/p')
+    for plugin in "${START_PLUGINS[@]}"; do
+        plugins+=("librte_$plugin.so.$abi")
+    done
+    # glibc loads libgcc_s when testpmd cancels a thread.
+    for library in "${plugins[@]}" libgcc_s.so.1; do
+        add+=(--add "$(start_library "$library")")
+    done
+    add+=(--add "$START_STDBUF" --add "$(command -v dpdk-testpmd)")
+    say "boot '$name': $modes"
+    "$SCRIPTS/lab" run ${OPT_YES:+--yes} --cpus 3 --nics virtio-net,e1000e --timeout 1800 --share "$WORK/share" \
+        "${add[@]}" "$@" -- env "VIREO_LAB_DPDK=$(start_version)" \
+        vireo-vfio-bench start run --json "/share/$name.json" --modes "$modes" \
+        --rounds "$OPT_ROUNDS" --plugins "$(IFS=,; echo "${plugins[*]}")" >&2 ||
+        fail "boot '$name' failed (see above)"
+}
