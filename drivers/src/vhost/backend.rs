@@ -63,6 +63,11 @@ impl Backend {
         self.vrings.get_mut(at).map(|vring| (at, vring)).ok_or(Error::InvalidParam)
     }
 
+    /// Whether the frontend has accepted the protocol features.
+    pub(super) fn is_negotiated(&self) -> bool {
+        self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
+    }
+
     fn accepted(&self, feature: Features) -> bool {
         self.features & feature.bits() != 0
     }
@@ -72,8 +77,7 @@ impl Backend {
         let vring = &self.vrings[at];
         // Without protocol features there is no SET_VRING_ENABLE, and a ring starts enabled (vhost-user, "Ring
         // states").
-        let negotiated = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
-        let enabled = vring.enabled || !negotiated;
+        let enabled = vring.enabled || !self.is_negotiated();
         let (Some(memory), Some(addresses)) = (&self.memory, vring.addresses) else { return Ok(None) };
         if !vring.started || !enabled || !self.accepted(Features::VERSION_1) {
             return Ok(None);

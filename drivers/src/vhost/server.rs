@@ -1,5 +1,7 @@
 //! The socket of a port, and the thread that serves one frontend after the other on it.
 
+mod early;
+
 use std::io::ErrorKind as IoKind;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -145,9 +147,10 @@ fn converse(
         return VhostError::Disconnected;
     }
     let backend = Arc::new(Mutex::new(Backend::new(name, rings.clone())));
-    let mut handler = BackendReqHandler::from_stream(stream, backend);
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&backend));
     loop {
-        match handler.handle_request() {
+        let handled = early::handle(&handler, &backend).unwrap_or_else(|| handler.handle_request());
+        match handled {
             Ok(()) | Err(VhostError::SocketRetry(_)) => {}
             Err(error) => return error,
         }

@@ -16,8 +16,10 @@ pub(super) enum Slot {
     Broken(u16),
 }
 
-/// A ring's slot. The lcore takes it once for each burst and never waits; everybody else may.
+/// A ring's slot. The lcore takes it once for each burst and never waits; everybody else may. Each has cache lines
+/// of its own, for the rings of a port may belong to two lcores.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(super) struct Shared {
     /// How many wait for the slot: the lcore then leaves it, or it could hold it nearly all of the time.
     waiting: AtomicU32,

@@ -275,6 +275,21 @@ fn rings_that_are_not_enabled_stand_still() {
 }
 
 #[test]
+fn rings_may_be_enabled_before_features_are_accepted() {
+    let bench = Bench::new();
+    let mut guest = bench.guest();
+    assert_eq!(guest.enable_early(RECEIVE as u32, 1, false), None);
+    assert_eq!(guest.enable_early(TRANSMIT as u32, 1, true), Some(0));
+    guest.start(ALL);
+    let mut bench = bench;
+    exchange(&mut bench, &mut guest, 10);
+    drop(guest);
+    let mut guest = bench.guest();
+    assert_eq!(guest.enable_early(2, 1, true), Some(1), "there is no such ring");
+    assert!(guest.is_disconnected());
+}
+
+#[test]
 fn a_frontend_may_go_and_another_come() {
     let (mut bench, mut guest) = Bench::with(ALL);
     exchange(&mut bench, &mut guest, 50);

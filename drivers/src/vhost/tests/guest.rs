@@ -1,5 +1,6 @@
 //! A guest: its memory, the driver's side of two split rings in it, and a vhost-user frontend.
 
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -221,6 +222,17 @@ impl Guest {
 
     pub(super) fn enable(&mut self, ring: usize, on: bool) {
         self.frontend.set_vring_enable(ring, on).unwrap();
+    }
+
+    /// Enables or disables a ring as QEMU does at first: before the features. Gives the answer if it is asked for.
+    pub(super) fn enable_early(&mut self, ring: u32, on: u32, ask: bool) -> Option<u64> {
+        let words = [18, 1 | u32::from(ask) << 3, 8, ring, on];
+        let bytes: Vec<u8> = words.iter().flat_map(|word: &u32| word.to_ne_bytes()).collect();
+        self.socket.write_all(&bytes).unwrap();
+        let mut answer = [0; 20];
+        ask.then(|| self.socket.read_exact(&mut answer).unwrap())?;
+        assert_eq!(answer[..12], [18, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0]);
+        Some(u64::from_ne_bytes(*answer[12..].first_chunk().unwrap()))
     }
 
     /// Stops `ring`; gives the position that the backend tells.
