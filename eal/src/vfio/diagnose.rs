@@ -56,7 +56,7 @@ pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
     match error.errno() {
         Some(Errno::EPERM) => match group_of(node) {
             Ok(group) if !kernel_owned(node).is_empty() => not_viable(node, group),
-            _ => unsafe_interrupts(error),
+            _ => unsafe_interrupts(error, "iommufd"),
         },
         Some(Errno::EBUSY | Errno::EINVAL) => {
             let group = group_of(node).ok().map(|group| dev.join(format!("vfio/{group}")));
@@ -67,10 +67,14 @@ pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
     }
 }
 
-pub(super) fn unsafe_interrupts(error: Error) -> Error {
+/// The kernel refuses a device whose MSI writes nobody checks; `module` is the one to be told otherwise.
+pub(super) fn unsafe_interrupts(error: Error, module: &str) -> Error {
     error
         .because("the platform does not isolate MSI interrupts")
-        .mend("boot with interrupt remapping (intremap=on); or, unsafe: echo 1 > /sys/module/iommufd/parameters/allow_unsafe_interrupts (vfio_iommu_type1 for --vfio-mode container)")
+        .mend(format!(
+            "boot with interrupt remapping (intremap=on); or, unsafe: echo 1 > /sys/module/{module}/parameters/allow_unsafe_interrupts"
+        ))
+        .kind_is(ErrorKind::Unavailable)
 }
 
 /// Names the process that has one of `paths` open, if it is one that we may look into.

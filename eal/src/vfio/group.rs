@@ -70,8 +70,7 @@ impl Vfio {
             let fd = container.take().ok_or_else(|| Error::os(what(), Errno::EBADF))?;
             if !in_container {
                 set_container(&group, number, &fd)?;
-                let physical = mode == VfioMode::Noiommu;
-                set_iommu(&fd, if physical { uapi::VFIO_NOIOMMU_IOMMU } else { uapi::VFIO_TYPE1v2_IOMMU })?;
+                set_iommu(&fd, mode)?;
             }
             let container = Container { groups: Mutex::default(), fd };
             Ok(match mode {
@@ -131,7 +130,12 @@ fn set_container(group: &File, number: u32, container: &OwnedFd) -> Result<()> {
         .map_err(|errno| Error::os(format!("cannot put IOMMU group {number} into its container"), errno))
 }
 
-fn set_iommu(container: &OwnedFd, iommu: u32) -> Result<()> {
+fn set_iommu(container: &OwnedFd, mode: VfioMode) -> Result<()> {
+    let (iommu, module) = match mode {
+        VfioMode::Noiommu => (uapi::VFIO_NOIOMMU_IOMMU, "vfio"),
+        VfioMode::Compat => (uapi::VFIO_TYPE1v2_IOMMU, "iommufd"),
+        _ => (uapi::VFIO_TYPE1v2_IOMMU, "vfio_iommu_type1"),
+    };
     let what = "cannot give the container an IOMMU";
     // SAFETY: this ioctl has no argument.
     let version = counted(|| unsafe { sys::get_api_version(container.as_raw_fd()) })
@@ -150,7 +154,7 @@ fn set_iommu(container: &OwnedFd, iommu: u32) -> Result<()> {
             Errno::ENODEV => error
                 .because("the kernel has no driver for this IOMMU type (CONFIG_VFIO_IOMMU_TYPE1)")
                 .mend("run: modprobe vfio_iommu_type1, or choose --vfio-mode cdev"),
-            Errno::EPERM => diagnose::unsafe_interrupts(error),
+            Errno::EPERM => diagnose::unsafe_interrupts(error, module),
             _ => error,
         }
     })
