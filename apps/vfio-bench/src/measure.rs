@@ -1,6 +1,7 @@
 //! One run: a generator on one core, the forwarder of l2fwd on another, four NICs, one mode.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use vireo_eal::dma::{DmaMemory, Pool, PoolCache};
 use vireo_eal::ioctl;
 use vireo_eal::iommufd::Access;
 use vireo_eal::lcore::{StopFlag, pin_to};
-use vireo_eal::mem::{Backing, Region};
+use vireo_eal::mem::{Backing, Region, hugepages};
 use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 use vireo_l2fwd::forward::{AnyLane, Lane, PortCounts, ethernet, forward_any};
@@ -399,15 +400,20 @@ pub(crate) fn map_times(
     let mut times = Vec::new();
     let small = ("4 KiB", Backing::SmallPages);
     let large = ("2 MiB", Backing::HugeMemfd);
+    let giant = ("1 GiB", Backing::GiantMemfd);
+    let has_giant =
+        hugepages(Path::new("/sys")).iter().any(|pages| pages.page_size == 1 << 30 && pages.free > 0);
     // The last one changes the address space for good.
     let table = [
         (&small, Call::Map),
         (&small, Call::MapFile),
         (&large, Call::Map),
         (&large, Call::MapFile),
+        (&giant, Call::Map),
+        (&giant, Call::MapFile),
         (&large, Call::MapSmall),
     ];
-    for ((memory, backing), call) in table {
+    for ((memory, backing), call) in table.into_iter().filter(|row| *row.0 != giant || has_giant) {
         if let Some(time) = time_map(device.vfio().space(), limits.map_bytes, backing.clone(), call)? {
             times.push(MapTime { mode: mode.name().to_owned(), memory: (*memory).to_owned(), round, ..time });
         }

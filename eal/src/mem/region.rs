@@ -18,6 +18,7 @@ use super::hugepages::hugepages;
 use crate::error::{Error, ErrorKind, Result};
 
 const SMALL_PAGE: usize = 4096;
+const GIANT_PAGE: usize = 1 << 30;
 /// Of every memfd: closed on exec, and of a size that can be fixed.
 const MEMFD: MFdFlags = MFdFlags::MFD_CLOEXEC.union(MFdFlags::MFD_ALLOW_SEALING);
 
@@ -26,6 +27,8 @@ const MEMFD: MFdFlags = MFdFlags::MFD_CLOEXEC.union(MFdFlags::MFD_ALLOW_SEALING)
 pub enum Backing {
     /// A hugetlb memfd: hugepages without a mount, that another process can map by its descriptor.
     HugeMemfd,
+    /// As that, of 1 GiB pages.
+    GiantMemfd,
     /// A file on a hugetlbfs mount (`--huge-dir`); removed as soon as it is mapped.
     HugeFile {
         /// The mount.
@@ -44,6 +47,7 @@ impl Backing {
     pub fn name(&self) -> &'static str {
         match self {
             Self::HugeMemfd => "hugetlb memfd",
+            Self::GiantMemfd => "hugetlb memfd of 1 GiB pages",
             Self::HugeFile { .. } => "hugetlbfs file",
             Self::HugeAnonymous => "anonymous hugepages",
             Self::SmallPages => "memfd of 4 KiB pages",
@@ -76,10 +80,7 @@ impl Region {
     /// # Errors
     /// `Os` when the pages are not there, with what is free and the command that reserves more.
     pub fn new(len: usize, backing: Backing) -> Result<Self> {
-        let page_size = match backing {
-            Backing::SmallPages => SMALL_PAGE,
-            _ => default_hugepage_size()?,
-        };
+        let page_size = page_size(&backing)?;
         let len = len
             .max(1)
             .checked_next_multiple_of(page_size)
@@ -88,21 +89,19 @@ impl Region {
         if backing != Backing::SmallPages {
             check_free(len, page_size)?;
         }
+        let memfd = |pages: MFdFlags| {
+            let fd = memfd_create(c"vireo", MEMFD | pages)
+                .map_err(|errno| Error::os(format!("cannot create a {}", backing.name()), errno))?;
+            Self::from_fd(fd, len, page_size, backing.clone())
+        };
         match &backing {
             Backing::HugeAnonymous => Self::anonymous(len, page_size),
-            Backing::HugeMemfd => {
-                let fd = memfd_create(c"vireo", MEMFD | MFdFlags::MFD_HUGETLB)
-                    .map_err(|errno| Error::os("cannot create a hugetlb memfd", errno))?;
-                Self::from_fd(fd, len, page_size, backing)
-            }
-            Backing::SmallPages => {
-                let fd = memfd_create(c"vireo", MEMFD)
-                    .map_err(|errno| Error::os("cannot create a memfd", errno))?;
-                Self::from_fd(fd, len, page_size, backing)
-            }
+            Backing::HugeMemfd => memfd(MFdFlags::MFD_HUGETLB),
+            Backing::GiantMemfd => memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB),
+            Backing::SmallPages => memfd(MFdFlags::empty()),
             Backing::HugeFile { dir, name } => {
                 let path = dir.join(name);
-                let file = open_huge_file(dir, &path)?;
+                let file = open_huge_file(&path)?;
                 let region = Self::from_fd(file.into(), len, page_size, backing.clone());
                 // The mapping keeps the pages; with the name gone a killed process leaves none behind.
                 std::fs::remove_file(&path)
@@ -203,6 +202,29 @@ impl Drop for Region {
     }
 }
 
+fn page_size(backing: &Backing) -> Result<usize> {
+    match backing {
+        Backing::SmallPages => Ok(SMALL_PAGE),
+        Backing::GiantMemfd => Ok(GIANT_PAGE),
+        Backing::HugeFile { dir, .. } => mounted_page_size(dir),
+        Backing::HugeMemfd | Backing::HugeAnonymous => default_hugepage_size(),
+    }
+}
+
+/// Pages of a hugetlbfs mount are its blocks.
+fn mounted_page_size(dir: &Path) -> Result<usize> {
+    let what = || format!("cannot use --huge-dir {}", dir.display());
+    let statfs = nix::sys::statfs::statfs(dir).map_err(|errno| {
+        Error::os(what(), errno)
+            .mend(format!("run: mkdir -p {0} && mount -t hugetlbfs none {0}", dir.display()))
+    })?;
+    match usize::try_from(statfs.block_size()) {
+        Ok(size) if statfs.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC => Ok(size),
+        _ => Err(Error::new(ErrorKind::Usage, what(), "it is not a hugetlbfs mount")
+            .mend(format!("run: mount -t hugetlbfs none {}", dir.display()))),
+    }
+}
+
 fn default_hugepage_size() -> Result<usize> {
     let text = std::fs::read_to_string("/proc/meminfo")
         .map_err(|error| Error::io("cannot read /proc/meminfo", &error))?;
@@ -237,27 +259,17 @@ fn no_pages(error: Error, len: usize, page_size: usize) -> Error {
     let pages = hugepages(Path::new("/sys")).into_iter().find(|pages| pages.page_size == page_size);
     let (total, free) = pages.map_or((0, 0), |pages| (pages.total, pages.free));
     let need = len / page_size;
+    let wanted = total - free.min(total) + need;
+    let reserve = match default_hugepage_size() {
+        Ok(size) if size == page_size => format!("sysctl vm.nr_hugepages={wanted}"),
+        _ => format!("echo {wanted} > /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", page_size >> 10),
+    };
     error
         .because(format!("{need} pages of {} KiB are needed and {free} of {total} are free", page_size >> 10))
-        .mend(format!(
-            "run: sysctl vm.nr_hugepages={}, or run with --no-huge",
-            total - free.min(total) + need
-        ))
+        .mend(format!("run: {reserve}, or run with --no-huge"))
 }
 
-fn open_huge_file(dir: &Path, path: &Path) -> Result<File> {
-    let statfs = nix::sys::statfs::statfs(dir).map_err(|errno| {
-        Error::os(format!("cannot use --huge-dir {}", dir.display()), errno)
-            .mend(format!("run: mkdir -p {0} && mount -t hugetlbfs none {0}", dir.display()))
-    })?;
-    if statfs.filesystem_type() != nix::sys::statfs::HUGETLBFS_MAGIC {
-        return Err(Error::new(
-            ErrorKind::Usage,
-            format!("cannot use --huge-dir {}", dir.display()),
-            "it is not a hugetlbfs mount",
-        )
-        .mend(format!("run: mount -t hugetlbfs none {}", dir.display())));
-    }
+fn open_huge_file(path: &Path) -> Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -282,6 +294,20 @@ mod tests {
         assert_eq!((region.len(), region.page_size()), (8192, 4096));
         let fd = region.fd().unwrap();
         assert_eq!(ftruncate(fd, 4096), Err(Errno::EPERM), "whoever shares the pages cannot cut them off");
+    }
+
+    #[test]
+    fn giant_pages_are_reserved_by_their_own_file() {
+        match Region::new(1, Backing::GiantMemfd) {
+            Ok(region) => assert_eq!((region.len(), region.page_size()), (GIANT_PAGE, GIANT_PAGE)),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(
+                    text.contains("echo 1 > /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_huge"),
+                    "{text}"
+                );
+            }
+        }
     }
 
     #[test]
