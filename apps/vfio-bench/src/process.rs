@@ -1,6 +1,8 @@
 //! A program whose output is waited for, and which does not outlive its owner.
 
+use std::env;
 use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -14,6 +16,15 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 /// Longest silence before what was waited for counts as missing.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Vireo's l2fwd: the one `asked` for, or the one beside this program.
+pub(crate) fn l2fwd(asked: Option<&Path>) -> Result<PathBuf> {
+    let beside = || {
+        let own = env::current_exe().map_err(|error| Error::io("cannot find this program", &error))?;
+        Ok(own.with_file_name("vireo-l2fwd"))
+    };
+    asked.map_or_else(beside, |path| Ok(path.to_owned()))
+}
 
 /// A running program. Killed on drop.
 #[derive(Debug)]

@@ -2,6 +2,7 @@
 //! and packet buffers ([`Pool`]). Memory of another process, for which we are the device: [`PeerMemory`].
 
 mod buffer_ring;
+mod copies;
 mod iova;
 mod memory;
 mod peer;

@@ -10,6 +10,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use super::Side;
 use crate::process::Process;
+use crate::run::Cores;
 
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +33,8 @@ pub(super) struct Sample {
 pub(super) struct Rig {
     pub(super) testpmd: PathBuf,
     pub(super) l2fwd: PathBuf,
-    pub(super) peer_cpu: usize,
-    pub(super) subject_cpu: usize,
+    /// The peer generates, the program that is compared forwards.
+    pub(super) cores: Cores,
     pub(super) seconds: Duration,
 }
 
@@ -55,9 +56,9 @@ impl Rig {
         let mut peer;
         if side == Side::Vhost {
             subject = self.subject(side, program, sockets)?;
-            peer = self.testpmd(side.other(), "peer", self.peer_cpu, sockets)?;
+            peer = self.testpmd(side.other(), "peer", self.cores.generator, sockets)?;
         } else {
-            peer = self.testpmd(side.other(), "peer", self.peer_cpu, sockets)?;
+            peer = self.testpmd(side.other(), "peer", self.cores.generator, sockets)?;
             subject = self.subject(side, program, sockets)?;
         }
         match program {
@@ -85,7 +86,7 @@ impl Rig {
 
     fn subject(&self, side: Side, program: Program, sockets: &Path) -> Result<Process> {
         match program {
-            Program::Dpdk => self.testpmd(side, "subject", self.subject_cpu, sockets),
+            Program::Dpdk => self.testpmd(side, "subject", self.cores.forwarder, sockets),
             Program::Vireo => self.l2fwd(side, sockets),
         }
     }
@@ -109,7 +110,7 @@ impl Rig {
     /// l2fwd that leaves packets as they are, as testpmd's io mode does; up to where its ports can be connected to.
     fn l2fwd(&self, side: Side, sockets: &Path) -> Result<Process> {
         let mut command = Command::new(&self.l2fwd);
-        command.args(["-l", &self.subject_cpu.to_string()]);
+        command.args(["-l", &self.cores.forwarder.to_string()]);
         virtual_devices(&mut command, side, &format!("native-{}", std::process::id()), sockets);
         command.args(["--", "-p", "3", "-q", "2", "-T", "0", "--no-mac-updating", "--record-core-cycles"]);
         let mut l2fwd = Process::start(command)?;

@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use vireo_eal::args::allowed_cpus;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::environment::environment;
+use crate::process::l2fwd;
 use crate::record::Environment;
 use crate::report::write_json;
+use crate::run::Cores;
 use crate::stats::{Interval, median};
 use forwarder::{Program, Rig, Sample};
 
@@ -96,26 +97,11 @@ struct Medians {
 }
 
 pub(crate) fn native(args: &NativeArgs) -> Result<()> {
-    let cpus = allowed_cpus()?;
-    let &[peer_cpu, subject_cpu, ..] = &cpus[..] else {
-        return Err(Error::new(
-            ErrorKind::Unavailable,
-            "cannot measure on one core",
-            "each end polls a core",
-        )
-        .mend("give the machine or the container a second one"));
-    };
-    let l2fwd = match &args.l2fwd {
-        Some(path) => path.clone(),
-        None => std::env::current_exe()
-            .map_err(|error| Error::io("cannot find this program", &error))?
-            .with_file_name("vireo-l2fwd"),
-    };
+    let cores = Cores::of_this_process()?;
     let rig = Rig {
         testpmd: args.testpmd.clone(),
-        l2fwd,
-        peer_cpu,
-        subject_cpu,
+        l2fwd: l2fwd(args.l2fwd.as_deref())?,
+        cores,
         seconds: Duration::try_from_secs_f64(args.seconds)
             .map_err(|error| Error::new(ErrorKind::Usage, "cannot use --seconds", error.to_string()))?,
     };

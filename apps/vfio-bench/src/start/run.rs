@@ -17,7 +17,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use super::phases::{L2FWD, Mark, Phases, Recording, TESTPMD, phases, rows};
 use crate::environment::environment;
 use crate::measure::{Side, Wiring};
-use crate::process::Process;
+use crate::process::{Process, l2fwd};
 use crate::report::write_json;
 use crate::run::{Cores, wirings};
 
@@ -70,10 +70,7 @@ struct Rig<'a> {
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let rig = Rig {
         args,
-        l2fwd: match &args.l2fwd {
-            Some(path) => path.clone(),
-            None => beside_this_program("vireo-l2fwd")?,
-        },
+        l2fwd: l2fwd(args.l2fwd.as_deref())?,
         bus: Bus::default(),
         cores: Cores::of_this_process()?,
         stop: StopFlag::on_signals()?,
@@ -181,11 +178,6 @@ impl Rig<'_> {
 
 fn allow(addresses: [Bdf; 2]) -> impl Iterator<Item = OsString> {
     addresses.into_iter().flat_map(|address| ["-a".into(), address.to_string().into()])
-}
-
-fn beside_this_program(name: &str) -> Result<PathBuf> {
-    let path = std::env::current_exe().map_err(|error| Error::io("cannot find this program", &error))?;
-    Ok(path.with_file_name(name))
 }
 
 #[cfg(test)]
