@@ -99,13 +99,13 @@ rings_l2fwd() {
     RINGS_FORWARDER=$!
 }
 
-# It runs until a key is pressed, or its input ends.
+# It runs until a key is pressed, or its input ends. Unless told not to, it throws away what came before it forwards.
 rings_testpmd() {
     rings_devices "$1"
     mkfifo "$RINGS_DIR/keys"
     dpdk-testpmd --lcores 0@1,1@1 -m 256 --no-telemetry --log-level=error --file-prefix "rings-fwd-$$" \
-        "${DEVICES[@]}" -- --auto-start --forward-mode=io --nb-cores=1 --total-num-mbufs=4096 --no-mlockall \
-        <>"$RINGS_DIR/keys" >"$RINGS_DIR/forwarder" 2>&1 &
+        "${DEVICES[@]}" -- --auto-start --no-flush-rx --forward-mode=io --nb-cores=1 --total-num-mbufs=4096 \
+        --no-mlockall <>"$RINGS_DIR/keys" >"$RINGS_DIR/forwarder" 2>&1 &
     RINGS_FORWARDER=$!
 }
 
