@@ -1,9 +1,11 @@
 //! Ports and their queues: what an application drives, whichever NIC is behind it.
 
 use std::fmt;
+use std::ops::AddAssign;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -80,6 +82,61 @@ pub struct QueueStats {
     pub doorbells: u64,
 }
 
+impl AddAssign for QueueStats {
+    fn add_assign(&mut self, more: Self) {
+        self.packets += more.packets;
+        self.bytes += more.bytes;
+        self.errors += more.errors;
+        self.no_buffer += more.no_buffer;
+        self.device_errors += more.device_errors;
+        self.doorbells += more.doorbells;
+    }
+}
+
+/// Why a port must be stopped and started. Its queues, which are on lcores, tell its device, which is not.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fault(Arc<Mutex<Option<&'static str>>>);
+
+impl Fault {
+    /// Notes a reason, unless there is one already.
+    pub(crate) fn raise(&self, why: &'static str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+    }
+
+    /// Takes the reason, if there is one.
+    pub(crate) fn take(&self) -> Option<&'static str> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Sees a TX ring that stays full: asked only when it is, so that packets cost nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Watchdog {
+    /// Progress of the ring when it was first found full, and when that was in TSC ticks.
+    stuck: Option<(usize, u64)>,
+}
+
+impl Watchdog {
+    /// Whether the ring is full and has completed nothing for a second; then not again for the next one.
+    /// `progress` changes with each completion.
+    pub(crate) fn is_late(&mut self, progress: usize) -> bool {
+        let now = Tsc::now();
+        match self.stuck {
+            Some((at, since)) if at == progress => {
+                let late = now.wrapping_sub(since) > Tsc::hz();
+                if late {
+                    self.stuck = None;
+                }
+                late
+            }
+            _ => {
+                self.stuck = Some((progress, now));
+                false
+            }
+        }
+    }
+}
+
 /// Everything that a port counted, by name: of its queues, and of the device itself.
 pub fn counters(
     rx: QueueStats,
@@ -127,7 +184,8 @@ pub trait Nic {
     /// The sending half.
     type Tx: TxBurst;
 
-    /// Sets up rings in `memory`, fills the RX ring from `cache` and starts DMA.
+    /// Sets up rings in `memory`, fills the RX ring from `cache` and starts DMA. If the last stop failed, that is
+    /// made up for first.
     ///
     /// # Errors
     /// When the device refuses, or memory or buffers are short.
@@ -141,7 +199,7 @@ pub trait Nic {
     /// Ends DMA by a reset, then gives every buffer that the rings own to `cache`.
     ///
     /// # Errors
-    /// When the device does not confirm the reset; its memory is then kept for good.
+    /// When the device does not confirm the reset. The buffers and their memory are then kept until it does.
     fn stop(&mut self, rx: Self::Rx, tx: Self::Tx, cache: &mut PoolCache) -> Result<()>;
 
     /// The station address.
@@ -149,6 +207,13 @@ pub trait Nic {
 
     /// State of the link now.
     fn link(&self) -> Link;
+
+    /// Whether the port works, asked now and then. It reads a register at most.
+    ///
+    /// # Errors
+    /// Why the port must be stopped and started: a queue met a lie or completes nothing, the device asks for a
+    /// reset, or it is gone. A queue's reason is given once.
+    fn check(&mut self) -> Result<()>;
 
     /// Receives every frame, or only those for this station.
     ///
@@ -218,6 +283,9 @@ macro_rules! any_driver {
             }
             fn link(&self) -> Link {
                 match self { $(Self::$variant(device) => device.link()),* }
+            }
+            fn check(&mut self) -> Result<()> {
+                match self { $(Self::$variant(device) => device.check()),* }
             }
             fn set_promiscuous(&mut self, on: bool) -> Result<()> {
                 match self { $(Self::$variant(device) => device.set_promiscuous(on)),* }

@@ -107,7 +107,7 @@ fn open_virtual(vdev: &VdevArgs, stop: &StopFlag) -> Result<OpenPort> {
             ));
         }
     };
-    Ok(OpenPort { port, name: vdev.name.clone(), kind, report: None, space: None })
+    Ok(OpenPort::virtual_port(port, &vdev.name, kind))
 }
 
 /// Opens one port in `mode`, with its devargs.
@@ -220,6 +220,11 @@ pub fn map(region: Region, ports: &[OpenPort]) -> Result<Arc<DmaMemory>> {
 }
 
 impl OpenPort {
+    /// A port that is behind no bus.
+    pub fn virtual_port(port: Port, name: &str, kind: String) -> Self {
+        Self { port, name: name.to_owned(), kind, report: None, space: None }
+    }
+
     /// Whether the NIC uses physical addresses.
     pub fn is_physical(&self) -> bool {
         self.space.as_ref().is_some_and(|space| space.is_physical())

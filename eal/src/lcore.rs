@@ -232,14 +232,15 @@ fn pin(spec: &LcoreSpec) -> Result<()> {
     })
 }
 
-/// Asks all lcores to stop; its clones are one flag.
+/// Asks all lcores to stop, or to look up from their work for a moment; its clones are one flag.
 #[derive(Clone, Debug, Default)]
 pub struct StopFlag {
-    /// 0, `ASKED`, or the signal that came; alone on its cache line, for every lcore polls it.
+    /// 0, `ASKED`, `CALLED`, or the signal that came; alone on its cache line, for every lcore polls it.
     state: Arc<CachePadded<AtomicI32>>,
 }
 
 const ASKED: i32 = -1;
+const CALLED: i32 = -2;
 
 impl StopFlag {
     /// Exit code of a program that a second signal ends.
@@ -274,13 +275,35 @@ impl StopFlag {
     /// Asks to stop.
     pub fn set(&self) {
         // A signal that came first stays on record.
-        let _ = self.state.compare_exchange(0, ASKED, Ordering::Relaxed, Ordering::Relaxed);
+        if !self.change(0, ASKED) {
+            self.change(CALLED, ASKED);
+        }
     }
 
-    /// Whether to stop: one relaxed load.
+    /// Whether to stop.
     #[inline]
     pub fn is_set(&self) -> bool {
+        !matches!(self.state.load(Ordering::Relaxed), 0 | CALLED)
+    }
+
+    /// Whether to stop or to look up, so that a loop tests one word for both: one relaxed load.
+    #[inline]
+    pub fn is_raised(&self) -> bool {
         self.state.load(Ordering::Relaxed) != 0
+    }
+
+    /// Asks to look up, unless everybody is to stop.
+    pub fn call(&self) {
+        self.change(0, CALLED);
+    }
+
+    /// Ends a [`call`](Self::call).
+    pub fn dismiss(&self) {
+        self.change(CALLED, 0);
+    }
+
+    fn change(&self, from: i32, to: i32) -> bool {
+        self.state.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// Number of the signal that came last, if one came.

@@ -3,32 +3,25 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::json;
 use vireo_bus_pci::Bus;
-use vireo_drivers::port::{Nic, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue, counters};
+use vireo_drivers::port::{Nic, QueueSizes, counters};
 use vireo_drivers::ports::{self, OpenPort};
 use vireo_eal::dma::{Pool, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
 use crate::args::Args;
-use crate::forward::{AnyLane, Lane, PortCounts, ethernet, forward_any};
+use crate::control::{Managed, Queues};
+use crate::forward::{AnyLane, Lane, PortCounts, ethernet};
+use crate::launch::{Shared, forward_on_lcores};
 use crate::plan::{Planned, plan};
 use crate::report::{Reporter, Style, Totals, link_text, mac_text};
 
 /// Descriptors of each queue, as in DPDK's l2fwd.
 const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
-/// The clock is read once in so many rounds of polling.
-const ROUNDS_PER_LOOK: u32 = 64;
-
-/// Queues of the started ports, by port number, while no lcore has them.
-#[derive(Default)]
-struct Queues {
-    rx: BTreeMap<usize, RxQueue>,
-    tx: BTreeMap<usize, TxQueue>,
-}
 
 /// Everything between the arguments and the exit code.
 ///
@@ -73,23 +66,29 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
         let ethernet = args.mac_updating.then(|| ethernet(to, all[to].port.mac()));
         shares.entry(lcore).or_default().push(Lane { rx, rx_port: from, tx, tx_port: to, ethernet });
     }
+    let mut all: Vec<Managed> = all.into_iter().map(Managed::new).collect();
     let counts: Vec<PortCounts> = all.iter().map(|_| PortCounts::default()).collect();
     let totals = || enabled.iter().map(|port| Totals::from(&counts[*port])).collect::<Vec<_>>();
     reporter.say("entering main loop\n", &json!({ "event": "forwarding" }))?;
     let mut last = Instant::now();
     let mut printed = Ok(());
     let busy_ticks = args.record_core_cycles.then(AtomicU64::default);
-    let lanes = forward_on_lcores(eal, stop, shares, &pool, &counts, busy_ticks.as_ref(), || {
+    let shared = Shared {
+        lcores: &eal.lcores,
+        stop,
+        memory: &memory,
+        pool: &pool,
+        sizes: SIZES,
+        counts: &counts,
+        busy_ticks: busy_ticks.as_ref(),
+    };
+    let queues = forward_on_lcores(shared, &mut all, &enabled, shares, || {
         let due = args.period.is_some_and(|period| last.elapsed().as_secs_f64() >= period);
         if due && printed.is_ok() {
             last = Instant::now();
             printed = reporter.statistics(&totals()).inspect_err(|_| stop.set());
         }
     })?;
-    for lane in lanes {
-        queues.rx.insert(lane.rx_port, lane.rx);
-        queues.tx.insert(lane.tx_port, lane.tx);
-    }
     if let Some(signal) = stop.signal() {
         reporter.chat(&format!("\n\nSignal {signal} received, preparing to exit...\n"))?;
     }
@@ -97,7 +96,7 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     if let Some(ticks) = busy_ticks {
         reporter.core_cycles(ticks.into_inner(), &totals())?;
     }
-    close(&reporter, all, queues, cache, &pool)?;
+    close(&reporter, all, &enabled, queues, cache, &pool)?;
     printed?;
     reporter.say("Bye...\n", &json!({ "event": "end" }))
 }
@@ -139,61 +138,24 @@ fn check_links(reporter: &Reporter, all: &[OpenPort], enabled: &[usize], stop: &
     Ok(())
 }
 
-/// Runs each lcore's lanes until `stop`, and `tick` now and then on the main lcore; gives the lanes back.
-fn forward_on_lcores(
-    eal: &Eal,
-    stop: &StopFlag,
-    mut shares: BTreeMap<u32, Vec<AnyLane>>,
-    pool: &Arc<Pool>,
-    counts: &[PortCounts],
-    busy_ticks: Option<&AtomicU64>,
-    mut tick: impl FnMut(),
-) -> Result<Vec<AnyLane>> {
-    let own = shares.remove(&eal.lcores.main_id()).unwrap_or_default();
-    std::thread::scope(|scope| {
-        let mut workers = Vec::with_capacity(shares.len());
-        for (id, share) in shares {
-            let worker = eal.lcores.launch_in(scope, id, move |_| {
-                forward_any(share, &mut pool.cache(), counts, busy_ticks, stop, || ())
-            });
-            workers.push(worker.inspect_err(|_| stop.set())?);
-        }
-        let idle = own.is_empty();
-        let mut round = 0_u32;
-        let lanes = eal.lcores.run_main(|_| {
-            forward_any(own, &mut pool.cache(), counts, busy_ticks, stop, || {
-                round = round.wrapping_add(1);
-                if idle {
-                    // A main lcore without ports only prints: it leaves its core to others.
-                    std::thread::sleep(Duration::from_millis(1));
-                } else if !round.is_multiple_of(ROUNDS_PER_LOOK) {
-                    return;
-                }
-                tick();
-            })
-        });
-        let mut lanes = lanes.inspect_err(|_| stop.set())?;
-        for worker in workers {
-            lanes.extend(worker.join()?);
-        }
-        Ok(lanes)
-    })
-}
-
 /// Stops every port, says what it counted, and sees that each buffer came back.
 fn close(
     reporter: &Reporter,
-    all: Vec<OpenPort>,
+    all: Vec<Managed>,
+    enabled: &[usize],
     mut queues: Queues,
     mut cache: PoolCache,
     pool: &Arc<Pool>,
 ) -> Result<()> {
-    for (number, mut open) in all.into_iter().enumerate() {
-        let (Some(rx), Some(tx)) = (queues.rx.remove(&number), queues.tx.remove(&number)) else { continue };
+    for (number, mut managed) in all.into_iter().enumerate().filter(|(number, _)| enabled.contains(number)) {
         reporter.chat(&format!("Closing port {number}..."))?;
-        let named = counters(rx.stats(), tx.stats(), open.port.device_drops());
-        open.port.stop(rx, tx, &mut cache)?;
+        // A port that is down has no queues.
+        if let (Some(rx), Some(tx)) = (queues.rx.remove(&number), queues.tx.remove(&number)) {
+            managed.stop(rx, tx, &mut cache)?;
+        }
         reporter.chat(" Done\n")?;
+        let mut named = counters(managed.rx, managed.tx, managed.drops.into_iter().collect());
+        named.push(("restarts", managed.restarts));
         let counted: Vec<String> = named
             .iter()
             .filter(|(_, count)| *count > 0)

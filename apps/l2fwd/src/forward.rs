@@ -94,7 +94,7 @@ impl Meter for BusyTicks {
     }
 }
 
-/// Polls `lanes` until `stop` is set; calls `tick` once in each round.
+/// Polls `lanes` until `stop` is raised, for one round at least; calls `tick` once in each.
 #[inline(never)]
 pub fn forward<R: RxBurst, T: TxBurst>(
     lanes: &mut [Lane<R, T>],
@@ -105,13 +105,16 @@ pub fn forward<R: RxBurst, T: TxBurst>(
     mut tick: impl FnMut(),
 ) {
     let mut bursts: Vec<Burst> = lanes.iter().map(|_| Burst::new()).collect();
-    while !stop.is_set() {
+    loop {
         for (lane, burst) in lanes.iter_mut().zip(&mut bursts) {
             meter.begin();
             let busy = poll(lane, cache, counts, burst);
             meter.end(busy);
         }
         tick();
+        if stop.is_raised() {
+            break;
+        }
     }
     for (lane, burst) in lanes.iter_mut().zip(&mut bursts) {
         send(lane, cache, counts, burst);

@@ -25,7 +25,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use self::regs::*;
 pub use self::rx::RxQueue;
 pub use self::tx::TxQueue;
-use crate::port::{Link, MacAddr, Nic, QueueSizes};
+use crate::port::{Fault, Link, MacAddr, Nic, QueueSizes};
 
 /// Chips that this driver knows.
 pub const IDS: &[(DeviceId, &str)] = &[
@@ -62,8 +62,11 @@ pub struct Device {
     mac: MacAddr,
     promiscuous: bool,
     drops: [u64; DROPS.len()],
+    fault: Fault,
     /// What the device may write to: kept from `start` to a reset that the device confirmed.
     running: Option<Arc<DmaMemory>>,
+    /// Queues of a stop whose reset the device did not confirm.
+    parked: Option<Box<(RxQueue, TxQueue)>>,
     /// Rings of the last run, because memory for rings is never given back.
     idle: Option<Rings>,
 }
@@ -104,7 +107,9 @@ impl Device {
             mac: MacAddr([0; 6]),
             promiscuous: false,
             drops: [0; DROPS.len()],
+            fault: Fault::default(),
             running: None,
+            parked: None,
             idle: None,
         };
         device.quiesce()?;
@@ -249,12 +254,6 @@ impl Device {
         let all = if self.promiscuous { RCTL_UPE | RCTL_MPE } else { 0 };
         RCTL_EN | RCTL_BAM | RCTL_SECRC | all
     }
-
-    /// Ends DMA; if that fails, keeps the memory mapped for ever, because the device may still write to it.
-    fn end(&mut self) -> Result<()> {
-        let memory = self.running.take();
-        self.quiesce().inspect_err(|_| std::mem::forget(memory))
-    }
 }
 
 impl Nic for Device {
@@ -268,6 +267,9 @@ impl Nic for Device {
         cache: &mut PoolCache,
         sizes: QueueSizes,
     ) -> Result<(RxQueue, TxQueue)> {
+        if let Some(parked) = self.parked.take() {
+            self.stop(parked.0, parked.1, cache)?;
+        }
         if self.running.is_some() {
             return Err(self.error(ErrorKind::Usage, "start", "it runs already"));
         }
@@ -292,7 +294,8 @@ impl Nic for Device {
             }
         };
         let mut rx = RxQueue::new(rings.rx, buffers, tails.0, cache);
-        let tx = TxQueue::new(rings.tx, tails.1);
+        self.fault.take();
+        let tx = TxQueue::new(rings.tx, tails.1, self.fault.clone());
         self.running = Some(Arc::clone(memory));
         if let Err(error) = self.function.0.set_command(true) {
             self.stop(rx, tx, cache)?;
@@ -310,7 +313,11 @@ impl Nic for Device {
             return Err(self.error(ErrorKind::Usage, "stop", "it does not run"));
         };
         self.device_drops();
-        self.end()?;
+        if let Err(error) = self.quiesce() {
+            self.parked = Some(Box::new((rx, tx)));
+            return Err(error);
+        }
+        self.running = None;
         self.idle = Some(Rings { memory, rx: rx.release(cache), tx: tx.release(cache) });
         Ok(())
     }
@@ -324,6 +331,15 @@ impl Nic for Device {
         let up = status != u32::MAX && status & STATUS_LU != 0;
         let speed = [10, 100, 1000, 1000][(status >> STATUS_SPEED_SHIFT & 3) as usize];
         Link { up, speed: up.then_some(speed), full_duplex: up && status & STATUS_FD != 0 }
+    }
+
+    fn check(&mut self) -> Result<()> {
+        self.wait("reach", STATUS, |_| true)?;
+        match self.fault.take() {
+            // Without a link the chip keeps what it has to send.
+            Some(why) if self.link().up => Err(self.error(ErrorKind::Protocol, "go on with", why)),
+            _ => Ok(()),
+        }
     }
 
     /// QEMU's 82540EM receives nothing for a second after each write of RCTL, so this is best called before
@@ -354,10 +370,11 @@ impl Nic for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.running.is_some()
-            && let Err(error) = self.end()
-        {
+        let Some(memory) = self.running.take() else { return };
+        if let Err(error) = self.quiesce() {
             tracing::error!("{error}; its memory is kept");
+            // The device may still write to it.
+            std::mem::forget(memory);
         }
     }
 }

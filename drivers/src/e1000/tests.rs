@@ -333,10 +333,24 @@ fn memory_is_kept_when_the_device_cannot_be_stopped() {
     let (rx, tx) = rig.queues.take().unwrap();
     let references = Arc::strong_count(&rig.memory);
     assert!(rig.port.stop(rx, tx, &mut rig.cache).is_err());
+    assert_eq!(Arc::strong_count(&rig.memory), references);
+    drop(rig.port);
     // The two rings are gone, the reference that the port had is left for ever.
     assert_eq!(Arc::strong_count(&rig.memory), references - 2);
-    drop(rig.port);
-    assert_eq!(Arc::strong_count(&rig.memory), references - 2);
+}
+
+#[test]
+fn a_stop_that_is_confirmed_later_gives_the_buffers_back() {
+    let mut rig = Rig::standard();
+    rig.device.set_faults(Faults { gone: true, ..Faults::default() });
+    assert_eq!(rig.port.check().unwrap_err().kind(), ErrorKind::Unavailable);
+    let (rx, tx) = rig.queues.take().unwrap();
+    rig.port.stop(rx, tx, &mut rig.cache).unwrap_err();
+    rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap_err();
+    rig.device.set_faults(Faults::default());
+    rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+    rig.port.check().unwrap();
+    rig.stop();
 }
 
 #[test]

@@ -4,7 +4,7 @@ use vireo_eal::dma::{BufferRing, Burst, DmaRing, MAX_BURST, PoolCache};
 use vireo_eal::mmio::Doorbell;
 
 use super::regs::{TXD_DD, TXD_EOP, TXD_IFCS, TXD_RS};
-use crate::port::{QueueStats, TxBurst};
+use crate::port::{Fault, QueueStats, TxBurst, Watchdog};
 
 /// Every descriptor of this many reports its completion, and as many are reclaimed at a time. The smallest
 /// ring holds two of them, so that one is always under way when the ring is full.
@@ -22,13 +22,26 @@ pub struct TxQueue {
     /// First descriptor that may still own a buffer; a multiple of [`RECLAIM`].
     reclaimed: usize,
     stats: QueueStats,
+    watchdog: Watchdog,
+    fault: Fault,
 }
 
 impl TxQueue {
-    pub(super) fn new(ring: DmaRing<u64, 2>, tail: Doorbell<u32>) -> Self {
+    pub(super) fn new(ring: DmaRing<u64, 2>, tail: Doorbell<u32>, fault: Fault) -> Self {
         ring.fill(0);
         let buffers = BufferRing::new(ring.entries());
-        Self { ring, buffers, tail, next: 0, reclaimed: 0, stats: QueueStats::default() }
+        let (stats, watchdog) = (QueueStats::default(), Watchdog::default());
+        Self { ring, buffers, tail, next: 0, reclaimed: 0, stats, watchdog, fault }
+    }
+
+    /// Finds no room for a burst; asks for a restart after a second of it.
+    #[cold]
+    #[inline(never)]
+    fn full(&mut self) -> usize {
+        if self.watchdog.is_late(self.reclaimed) {
+            self.fault.raise("nothing was sent for a second though the ring is full");
+        }
+        0
     }
 
     /// Takes buffers of completed descriptors back until no more than `most` descriptors are in use.
@@ -63,7 +76,7 @@ impl TxBurst for TxQueue {
             count = count.min(mask - start.wrapping_sub(self.reclaimed));
         }
         if count == 0 {
-            return 0;
+            return if burst.is_empty() { 0 } else { self.full() };
         }
         // A burst is no longer than RECLAIM, so at most one of its descriptors is the last of a batch.
         let reports = start | (RECLAIM - 1);

@@ -59,6 +59,7 @@ struct State {
     /// Bytes of a frame whose last descriptor is still to come.
     partial: Vec<u8>,
     sent: Vec<Vec<u8>>,
+    resets: u64,
 }
 
 impl State {
@@ -112,6 +113,7 @@ impl FakeE1000 {
             faults: Faults::default(),
             partial: Vec::new(),
             sent: Vec::new(),
+            resets: 0,
         };
         state.reset();
         let device = Self {
@@ -216,8 +218,14 @@ impl FakeE1000 {
         std::mem::take(&mut self.lock().sent)
     }
 
+    /// How often the device was reset.
+    pub fn resets(&self) -> u64 {
+        self.lock().resets
+    }
+
     fn reset_all(&self, state: &mut State) {
         state.reset();
+        state.resets += 1;
         self.doorbells.store(RDT, 0);
         self.doorbells.store(TDT, 0);
     }

@@ -126,6 +126,7 @@ struct State {
     queues: [Queue; 3],
     promiscuous: bool,
     interrupts: u64,
+    resets: u64,
     faults: Vec<&'static str>,
 }
 
@@ -201,6 +202,11 @@ impl VirtioNet {
     /// Interrupts that the driver's wishes let through.
     pub fn interrupts(&self) -> u64 {
         self.state().interrupts
+    }
+
+    /// How often the device was reset.
+    pub fn resets(&self) -> u64 {
+        self.state().resets
     }
 
     /// Rules that the driver broke.

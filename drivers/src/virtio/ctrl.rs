@@ -8,6 +8,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use super::split::{DESC_NEXT, DESC_WRITE, Virtqueue, shape};
 use super::transport::{DEVICE_TIMEOUT, Transport};
+use crate::port::Fault;
 
 /// A command and its answer are two descriptors.
 const SIZE: u16 = 2;
@@ -27,7 +28,9 @@ pub(super) struct Control {
 impl Control {
     /// Takes memory for control queue `index` of the device `name`.
     pub(super) fn new(memory: &Arc<DmaMemory>, index: u16, name: &Arc<str>) -> Result<Self> {
-        Ok(Self { queue: Virtqueue::new(memory, SIZE, name)?, index, bytes: DmaRing::new(memory, 2, 8)? })
+        // What it meets is told by the command that waits for it.
+        let queue = Virtqueue::new(memory, SIZE, name, &Fault::default())?;
+        Ok(Self { queue, index, bytes: DmaRing::new(memory, 2, 8)? })
     }
 
     /// Makes the queue as new and enables it.

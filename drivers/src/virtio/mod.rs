@@ -21,7 +21,7 @@ use vireo_eal::dma::{DmaMemory, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::port::{Link, MacAddr, Nic, QueueSizes};
+use crate::port::{Fault, Link, MacAddr, Nic, QueueSizes};
 use ctrl::Control;
 pub(crate) use features::Features;
 use pci::Pci;
@@ -70,7 +70,10 @@ pub struct Device {
     features: Features,
     mac: MacAddr,
     promiscuous: bool,
+    fault: Fault,
     started: Option<Started>,
+    /// Queues of a stop that the device did not confirm.
+    parked: Option<Box<(RxQueue, TxQueue)>>,
     /// Queues of the last run, used again if they fit: DMA memory is never given back one by one.
     spare: Option<Box<Queues>>,
 }
@@ -120,7 +123,17 @@ impl Device {
     fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
         let features = transport.negotiate(options.mrg_rxbuf)?;
         let mac = transport.mac()?.unwrap_or_else(random_mac);
-        Ok(Self { transport, options, features, mac, promiscuous: false, started: None, spare: None })
+        Ok(Self {
+            transport,
+            options,
+            features,
+            mac,
+            promiscuous: false,
+            fault: Fault::default(),
+            started: None,
+            parked: None,
+            spare: None,
+        })
     }
 
     fn refuse(&self, kind: ErrorKind, why: &str) -> Error {
@@ -139,8 +152,8 @@ impl Device {
         let name = self.transport.name();
         Ok(Queues {
             memory: Arc::clone(memory),
-            rx: Virtqueue::new(memory, rx, name)?,
-            tx: Virtqueue::new(memory, tx, name)?,
+            rx: Virtqueue::new(memory, rx, name, &self.fault)?,
+            tx: Virtqueue::new(memory, tx, name, &self.fault)?,
             control: control.then(|| Control::new(memory, CONTROL_QUEUE, name).map(Box::new)).transpose()?,
         })
     }
@@ -171,18 +184,6 @@ impl Device {
         // After a reset QEMU receives everything, other devices their own frames only: say which in any case.
         control.map_or(Ok(()), |control| control.set_promiscuous(&*self.transport, self.promiscuous))
     }
-
-    /// Ends DMA. When the device does not confirm it, its memory stays mapped for good.
-    fn quiesce(&mut self) -> Result<Option<Started>> {
-        let Some(started) = self.started.take() else { return Ok(None) };
-        match self.transport.stop() {
-            Ok(()) => Ok(Some(started)),
-            Err(error) => {
-                std::mem::forget(started.memory);
-                Err(error.mend("its DMA memory is kept until the process ends"))
-            }
-        }
-    }
 }
 
 impl Nic for Device {
@@ -195,6 +196,9 @@ impl Nic for Device {
         cache: &mut PoolCache,
         sizes: QueueSizes,
     ) -> Result<(RxQueue, TxQueue)> {
+        if let Some(parked) = self.parked.take() {
+            self.stop(parked.0, parked.1, cache)?;
+        }
         if self.started.is_some() {
             return Err(self.refuse(ErrorKind::Usage, "it is started already"));
         }
@@ -204,7 +208,8 @@ impl Nic for Device {
         let Queues { memory, rx, tx, mut control } =
             self.queues(memory, rx_size, tx_size, self.features.contains(Features::CTRL_RX))?;
         let mut rx = RxQueue::new(rx, self.features.contains(Features::MRG_RXBUF));
-        let mut tx = TxQueue::new(tx);
+        let mut tx = TxQueue::new(tx, self.transport.is_prompt());
+        self.fault.take();
         let live = self.go_live(&memory, &mut rx, &mut tx, control.as_deref_mut(), cache);
         self.started = Some(Started { memory, control });
         match live {
@@ -223,9 +228,12 @@ impl Nic for Device {
         if [rx.name(), tx.name()] != [self.transport.name(); 2] {
             return Err(self.refuse(ErrorKind::Usage, "the queues to stop are of another device"));
         }
-        let started = self.quiesce()?;
+        if let Err(error) = self.transport.stop() {
+            self.parked = Some(Box::new((rx, tx)));
+            return Err(error.mend("its DMA memory is kept until it does"));
+        }
         let (rx, tx) = (rx.into_queue(cache), tx.into_queue(cache));
-        if let Some(Started { memory, control }) = started {
+        if let Some(Started { memory, control }) = self.started.take() {
             self.spare = Some(Box::new(Queues { memory, rx, tx, control }));
         }
         Ok(())
@@ -238,6 +246,18 @@ impl Nic for Device {
     fn link(&self) -> Link {
         let up = self.transport.link_up();
         Link { up, speed: None, full_duplex: true }
+    }
+
+    fn check(&mut self) -> Result<()> {
+        self.transport.check_alive()?;
+        match self.fault.take() {
+            None => Ok(()),
+            Some(why) => Err(Error::new(
+                ErrorKind::Protocol,
+                format!("cannot go on with virtio NIC {}", self.transport.name()),
+                why,
+            )),
+        }
     }
 
     fn set_promiscuous(&mut self, on: bool) -> Result<()> {
@@ -257,8 +277,11 @@ impl Nic for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if let Err(error) = self.quiesce() {
-            tracing::error!("{error}");
+        let Some(started) = self.started.take() else { return };
+        if let Err(error) = self.transport.stop() {
+            tracing::error!("{error}; its DMA memory is kept until the process ends");
+            // The device may still write to it.
+            std::mem::forget(started.memory);
         }
     }
 }

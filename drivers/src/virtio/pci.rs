@@ -318,6 +318,10 @@ impl Transport for Pci {
         up && self.check_alive().is_ok()
     }
 
+    fn is_prompt(&self) -> bool {
+        true
+    }
+
     fn receive_all(&self) -> Result<()> {
         let why = "its receive filter is fixed: VIRTIO_NET_F_CTRL_RX is not offered";
         let error = self.error(ErrorKind::Unavailable, "use", why);

@@ -11,7 +11,7 @@ use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::port::QueueStats;
+use crate::port::{Fault, QueueStats};
 
 /// Largest queue that the specification allows, in descriptors.
 const MAX_SIZE: u16 = 1 << 15;
@@ -90,6 +90,7 @@ struct Rare {
     avail: DmaRing<u16>,
     used_flags: DmaRing<u16>,
     name: Arc<str>,
+    fault: Fault,
 }
 
 /// How the device is woken.
@@ -135,9 +136,9 @@ pub(super) struct Virtqueue {
 }
 
 impl Virtqueue {
-    /// Takes memory for a queue of `size` descriptors of the device `name`; layout and alignment after virtio
-    /// 1.2, 2.7.
-    pub(super) fn new(memory: &Arc<DmaMemory>, size: u16, name: &Arc<str>) -> Result<Self> {
+    /// Takes memory for a queue of `size` descriptors of the device `name`, which learns of lies by `fault`;
+    /// layout and alignment after virtio 1.2, 2.7.
+    pub(super) fn new(memory: &Arc<DmaMemory>, size: u16, name: &Arc<str>, fault: &Fault) -> Result<Self> {
         let entries = usize::from(size);
         let mut driver = DmaBlock::new(memory, 2 * (3 + entries), 2)?;
         // Used elements are 4 bytes behind the ring's begin. QEMU 7.2 misplaces half of one that crosses a page of the
@@ -164,7 +165,13 @@ impl Virtqueue {
             event_idx: false,
             kick: Kick::None,
             stats: QueueStats::default(),
-            rare: Box::new(Rare { avail_flags, avail, used_flags, name: Arc::clone(name) }),
+            rare: Box::new(Rare {
+                avail_flags,
+                avail,
+                used_flags,
+                name: Arc::clone(name),
+                fault: fault.clone(),
+            }),
         })
     }
 
@@ -193,6 +200,13 @@ impl Virtqueue {
         if self.head != self.next {
             self.ring();
         }
+    }
+
+    /// Asks for a restart of the port.
+    pub(super) fn give_up(&mut self, why: &'static str) {
+        tracing::error!("virtio NIC {}: virtqueue {} stopped: {why}", self.rare.name, self.index);
+        self.stats.device_errors += 1;
+        self.rare.fault.raise(why);
     }
 
     /// The device that the queue belongs to.
@@ -313,13 +327,7 @@ impl Virtqueue {
     /// to do without a test of its own. Its buffers stay until the reset: the device may still write to them.
     pub(super) fn settle(&mut self, completed: std::result::Result<(), Lie>) {
         if let Err(lie) = completed {
-            tracing::error!(
-                "virtio NIC {}: virtqueue {} stopped: {}",
-                self.rare.name,
-                self.index,
-                lie.reason()
-            );
-            self.stats.device_errors += 1;
+            self.give_up(lie.reason());
             self.head = self.filled;
             self.next = self.filled;
             self.tail = self.filled.wrapping_sub(self.size());
@@ -352,7 +360,7 @@ mod tests {
         let region = Region::new(1 << 16, Backing::SmallPages).unwrap();
         let memory = DmaMemory::map(region, &[]).unwrap();
         for size in [2, 256, 64] {
-            let queue = Virtqueue::new(&memory, size, &"test".into()).unwrap();
+            let queue = Virtqueue::new(&memory, size, &"test".into(), &Fault::default()).unwrap();
             assert_eq!((queue.used.iova() % 8, queue.addresses()[2] + 4), (0, queue.used.iova()));
         }
     }

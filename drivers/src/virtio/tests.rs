@@ -311,6 +311,19 @@ fn a_stop_that_the_device_does_not_confirm_keeps_its_memory() {
 }
 
 #[test]
+fn a_stop_that_is_confirmed_later_gives_the_buffers_back() {
+    let Bench { nic, mut device, rx, tx, mut cache, memory } = Bench::new(Behaviour::default());
+    nic.behave(|behaviour| (behaviour.removed, behaviour.function_reset) = (true, false));
+    assert_eq!(device.check().unwrap_err().kind(), ErrorKind::Unavailable);
+    device.stop(rx, tx, &mut cache).unwrap_err();
+    device.start(&memory, &mut cache, SIZES).unwrap_err();
+    nic.behave(|behaviour| behaviour.removed = false);
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    device.check().unwrap();
+    assert_eq!(Bench { nic, device, rx, tx, cache, memory }.stop().0, BUFFERS);
+}
+
+#[test]
 fn a_stop_that_the_device_ignores_is_done_by_the_function() {
     let Bench { nic, mut device, rx, tx, mut cache, .. } = Bench::new(Behaviour::default());
     nic.behave(|behaviour| behaviour.ignore_reset = true);

@@ -29,6 +29,9 @@ pub(super) trait Transport: fmt::Debug + Send {
     /// Whether the device answers and says that its link is up.
     fn link_up(&self) -> bool;
 
+    /// Whether the device is hardware, which sends at once. A peer may take its time.
+    fn is_prompt(&self) -> bool;
+
     /// Fails where a device without control queue does not receive every frame anyway.
     fn receive_all(&self) -> Result<()>;
 

@@ -6,7 +6,7 @@ use vireo_eal::dma::{Burst, PoolCache, dma_rmb};
 
 use super::HEADER;
 use super::split::{Lie, Virtqueue, shape};
-use crate::port::{QueueStats, TxBurst};
+use crate::port::{QueueStats, TxBurst, Watchdog};
 
 /// Sending half of a virtio-net device.
 #[derive(Debug)]
@@ -14,12 +14,14 @@ pub struct TxQueue {
     queue: Virtqueue,
     /// Buffers are taken back when fewer descriptors than this can be filled.
     reclaim_below: u16,
+    /// Of a device that must complete what it was given.
+    watchdog: Option<Watchdog>,
 }
 
 impl TxQueue {
-    pub(super) fn new(queue: Virtqueue) -> Self {
+    pub(super) fn new(queue: Virtqueue, watched: bool) -> Self {
         let reclaim_below = queue.size() / 2;
-        Self { queue, reclaim_below }
+        Self { queue, reclaim_below, watchdog: watched.then(Watchdog::default) }
     }
 
     pub(super) fn name(&self) -> &Arc<str> {
@@ -36,10 +38,23 @@ impl TxQueue {
         self.queue
     }
 
-    /// Whether the device broke the rules of the ring. The queue then sends nothing until the port is stopped
-    /// and started.
+    /// Whether the device broke the rules of the ring, or sends nothing. The queue then sends nothing until the
+    /// port is stopped and started.
     pub fn is_broken(&self) -> bool {
         self.queue.is_broken()
+    }
+
+    /// Finds no room for a burst; gives up after a second of it.
+    #[cold]
+    #[inline(never)]
+    fn full(&mut self) -> usize {
+        let queue = &mut self.queue;
+        if !queue.is_broken()
+            && self.watchdog.as_mut().is_some_and(|watchdog| watchdog.is_late(queue.next.into()))
+        {
+            queue.give_up("nothing was sent for a second though the ring is full");
+        }
+        0
     }
 
     /// Takes back the buffers of completed descriptors.
@@ -97,7 +112,7 @@ impl TxBurst for TxQueue {
         }
         let count = usize::from(self.queue.room()).min(burst.len());
         if count == 0 {
-            return 0;
+            return if burst.is_empty() { 0 } else { self.full() };
         }
         let queue = &mut self.queue;
         let mut bytes = 0;

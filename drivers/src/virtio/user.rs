@@ -27,6 +27,7 @@ use super::split::{Kick, Virtqueue, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, Transport};
 use crate::port::MacAddr;
 use crate::ports::flag;
+use socket::Listening;
 
 /// Rings of a port: one pair.
 const RINGS: u64 = 2;
@@ -102,6 +103,8 @@ pub(super) struct User {
     kicks: Vec<EventFd>,
     /// The peer left a request without answer: nobody knows what it does with our memory.
     silent: bool,
+    /// What the next peer connects to, while there is none.
+    listening: Option<Listening>,
 }
 
 impl std::fmt::Debug for User {
@@ -116,13 +119,14 @@ impl User {
     /// # Errors
     /// When there is none, or it does not answer, or lacks what the driver needs.
     pub(super) fn new(name: &str, options: &UserOptions, stop: &StopFlag) -> Result<Self> {
+        let name: Arc<str> = name.into();
         let socket = match options.server {
-            true => socket::accept(name, &options.path, stop)?,
-            false => socket::connect(name, &options.path)?,
+            true => socket::accept(&name, &options.path, stop)?,
+            false => socket::connect(&name, &options.path)?,
         };
         let second = socket.try_clone().map_err(|error| Error::io(format!("cannot use {name}"), &error))?;
         let mut user = Self {
-            name: name.into(),
+            name,
             options: options.clone(),
             socket: second,
             peer: Frontend::from_stream(socket, RINGS),
@@ -131,9 +135,36 @@ impl User {
             features: Features::empty(),
             kicks: Vec::new(),
             silent: false,
+            listening: None,
         };
         user.introduce()?;
         Ok(user)
+    }
+
+    /// Takes the place of a connection that has ended, if the peer is back.
+    fn reconnect(&mut self) -> Result<()> {
+        let (name, path) = (Arc::clone(&self.name), self.options.path.clone());
+        let socket = match self.options.server {
+            false => socket::connect(&name, &path)?,
+            true => {
+                let listening = match self.listening.take() {
+                    Some(listening) => listening,
+                    None => Listening::at(&name, &path)?,
+                };
+                match listening.accept()? {
+                    Some(socket) => socket,
+                    None => {
+                        self.listening = Some(listening);
+                        return Err(self.error(ErrorKind::Unavailable, "no peer has connected"));
+                    }
+                }
+            }
+        };
+        self.socket =
+            socket.try_clone().map_err(|error| Error::io(format!("cannot use {}", self.name), &error))?;
+        self.peer = Frontend::from_stream(socket, RINGS);
+        self.silent = false;
+        self.introduce()
     }
 
     /// The first requests of a connection ("Communication", "Feature negotiation").
@@ -244,8 +275,12 @@ impl Transport for User {
         &self.name
     }
 
-    /// Asks nothing: the offer holds as long as the connection, and the choice is sent with the memory.
+    /// Asks nothing of a connected peer: the offer holds as long as the connection, and the choice is sent with
+    /// the memory.
     fn negotiate(&mut self, mrg_rxbuf: bool) -> Result<Features> {
+        if self.is_closed() {
+            self.reconnect()?;
+        }
         if !self.offered.contains(Features::VERSION_1) {
             let why = "the peer does not offer VIRTIO_F_VERSION_1";
             return Err(self
@@ -262,6 +297,10 @@ impl Transport for User {
 
     fn link_up(&self) -> bool {
         self.check_alive().is_ok()
+    }
+
+    fn is_prompt(&self) -> bool {
+        false
     }
 
     /// A peer filters nothing.
@@ -323,6 +362,10 @@ impl Transport for User {
     /// By `GET_VRING_BASE`, which a peer answers when it has stopped a ring ("Ring states"). The end of the
     /// connection stops them too.
     fn stop(&mut self) -> Result<()> {
+        if self.silent {
+            let why = "nobody knows what the peer does with our memory: it left a request without answer";
+            return Err(self.error(ErrorKind::Protocol, why));
+        }
         for ring in 0..std::mem::take(&mut self.kicks).len() {
             let stopped = self.ask("GET_VRING_BASE", |peer| peer.get_vring_base(ring));
             if !self.silent && self.is_closed() {

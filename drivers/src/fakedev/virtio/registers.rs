@@ -60,6 +60,7 @@ impl VirtioNet {
     pub(super) fn reset_device(&self) {
         let mut state = self.state();
         state.status = 0;
+        state.resets += 1;
         state.driver_features = 0;
         state.queues = Default::default();
         state.promiscuous = true;

@@ -4,7 +4,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -48,15 +49,50 @@ fn errno_of(error: &io::Error) -> Errno {
 }
 
 /// A socket that we listen on; its name goes with it.
-struct Listening<'a> {
+#[derive(Debug)]
+pub(super) struct Listening {
     listener: UnixListener,
-    path: &'a Path,
+    name: Arc<str>,
+    path: PathBuf,
 }
 
-impl Drop for Listening<'_> {
+impl Drop for Listening {
     fn drop(&mut self) {
         // Somebody else may have removed it, which is as good.
-        let _ = std::fs::remove_file(self.path);
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Listening {
+    /// Listens at `path` for the peer of port `name`.
+    ///
+    /// # Errors
+    /// `Busy` when another process listens there.
+    pub(super) fn at(name: &Arc<str>, path: &Path) -> Result<Self> {
+        let what = || format!("cannot listen for {name} at {}", path.display());
+        remove_stale(path)
+            .map_err(|why| Error::new(ErrorKind::Busy, what(), why).mend("give another path"))?;
+        let listener = UnixListener::bind(path).map_err(|error| Error::io(what(), &error))?;
+        let listening = Self { listener, name: Arc::clone(name), path: path.to_owned() };
+        listening.listener.set_nonblocking(true).map_err(|error| listening.failed(&error))?;
+        Ok(listening)
+    }
+
+    fn failed(&self, error: &io::Error) -> Error {
+        Error::io(format!("cannot listen for {} at {}", self.name, self.path.display()), error)
+    }
+
+    /// The peer that has connected, if one has; does not wait.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub(super) fn accept(&self) -> Result<Option<UnixStream>> {
+        match self.listener.accept() {
+            // An accepted socket blocks, whatever the listener does.
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(self.failed(&error)),
+        }
     }
 }
 
@@ -65,29 +101,21 @@ impl Drop for Listening<'_> {
 ///
 /// # Errors
 /// `Busy` when another process listens at `path`, `Unavailable` when `stop` is set.
-pub(super) fn accept(name: &str, path: &Path, stop: &StopFlag) -> Result<UnixStream> {
-    let what = || format!("cannot listen for {name} at {}", path.display());
-    let failed = |error: &io::Error| Error::io(what(), error);
-    remove_stale(path).map_err(|why| Error::new(ErrorKind::Busy, what(), why).mend("give another path"))?;
-    let listener = UnixListener::bind(path).map_err(|error| failed(&error))?;
-    let listening = Listening { listener, path };
-    listening.listener.set_nonblocking(true).map_err(|error| failed(&error))?;
+pub(super) fn accept(name: &Arc<str>, path: &Path, stop: &StopFlag) -> Result<UnixStream> {
+    let listening = Listening::at(name, path)?;
     tracing::info!("{name} waits for a vhost-user peer at {}", path.display());
     while !stop.is_set() {
+        if let Some(stream) = listening.accept()? {
+            return Ok(stream);
+        }
         let mut fds = [PollFd::new(listening.listener.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::from(LOOK_EVERY)) {
-            Ok(0) | Err(Errno::EINTR) => continue,
-            Ok(_) => {}
-            Err(errno) => return Err(Error::os(what(), errno)),
-        }
-        match listening.listener.accept() {
-            // An accepted socket blocks, whatever the listener does.
-            Ok((stream, _)) => return Ok(stream),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(failed(&error)),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(listening.failed(&errno.into())),
         }
     }
-    Err(Error::new(ErrorKind::Unavailable, what(), "stopped before a peer came"))
+    let what = format!("cannot listen for {name} at {}", path.display());
+    Err(Error::new(ErrorKind::Unavailable, what, "stopped before a peer came"))
 }
 
 /// Removes a socket on which nobody listens, as a killed process leaves it.

@@ -339,3 +339,60 @@ fn arguments_are_checked() {
         "cannot use virtio_user0: it has no socket; give the peer's: --vdev virtio_user0,path=SOCKET"
     );
 }
+
+/// A port whose peer goes and comes back, as client or as server.
+#[test]
+fn a_peer_that_comes_back_is_taken_again() {
+    for server in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = path_in(&dir);
+        let meet = |listener: &mut Option<UnixListener>| match server {
+            false => {
+                let _ = std::fs::remove_file(path_in(&dir));
+                let listener =
+                    listener.insert(UnixListener::bind(path_in(&dir)).unwrap()).try_clone().unwrap();
+                std::thread::spawn(move || listener.accept().unwrap().0)
+            }
+            true => {
+                let path = path.clone();
+                std::thread::spawn(move || {
+                    loop {
+                        if let Ok(stream) = UnixStream::connect(&path) {
+                            return stream;
+                        }
+                        std::thread::yield_now();
+                    }
+                })
+            }
+        };
+        let mut listener = None;
+        let met = meet(&mut listener);
+        let first = std::thread::spawn(move || {
+            play(met.join().unwrap(), Script { close_at: SET_VRING_KICK, ..HONEST })
+        });
+        let mut device = connect(&path, if server { "server=1" } else { "" }).unwrap();
+        let (memory, mut cache) = memory();
+        device.start(&memory, &mut cache, SIZES).unwrap_err();
+        first.join().unwrap();
+        drop(listener.take());
+        assert_eq!(device.check().unwrap_err().kind(), ErrorKind::Unavailable);
+        let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+
+        let met = meet(&mut listener);
+        let second = std::thread::spawn(move || play(met.join().unwrap(), HONEST));
+        let (rx, tx) = loop {
+            if let Ok(queues) = device.start(&memory, &mut cache, SIZES) {
+                break queues;
+            }
+            std::thread::yield_now();
+        };
+        device.check().unwrap();
+        device.stop(rx, tx, &mut cache).unwrap();
+        drop(device);
+        assert!(!all(&second.join().unwrap(), SET_VRING_ENABLE).is_empty());
+        let pool = Arc::clone(cache.pool());
+        drop(cache);
+        assert_eq!(pool.free(), BUFFERS);
+    }
+}

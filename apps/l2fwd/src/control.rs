@@ -1,0 +1,186 @@
+//! The control thread: looks after the ports while lcores forward, and restarts one whose device broke a rule.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vireo_drivers::port::{Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
+use vireo_drivers::ports::OpenPort;
+use vireo_eal::dma::{DmaMemory, PoolCache};
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::{Error, Result};
+
+use crate::forward::{AnyLane, Lane};
+use crate::recall::Recall;
+
+/// Time between two looks at the ports.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Least time between two restarts of a port, so that a device that lies without end does not keep everybody.
+const RESTART_EVERY: Duration = Duration::from_millis(500);
+
+/// Queues of started ports, by port number, while no lcore has them.
+#[derive(Debug, Default)]
+pub struct Queues {
+    /// Receiving halves.
+    pub rx: BTreeMap<usize, RxQueue>,
+    /// Sending halves.
+    pub tx: BTreeMap<usize, TxQueue>,
+}
+
+impl Queues {
+    /// Takes `lane` apart.
+    pub fn put(&mut self, lane: AnyLane) {
+        self.rx.insert(lane.rx_port, lane.rx);
+        self.tx.insert(lane.tx_port, lane.tx);
+    }
+}
+
+/// A port of the run, and what it counted before its last restart.
+#[derive(Debug)]
+pub struct Managed {
+    /// The port.
+    pub open: OpenPort,
+    /// Counts of RX queues that are gone.
+    pub rx: QueueStats,
+    /// Counts of TX queues that are gone.
+    pub tx: QueueStats,
+    /// What the device dropped before, by name.
+    pub drops: BTreeMap<&'static str, u64>,
+    /// How often it was restarted.
+    pub restarts: u64,
+    /// Whether it is stopped, and is to be started.
+    down: bool,
+    /// When it was started last, or that was tried.
+    tried: Instant,
+}
+
+impl Managed {
+    /// A port that was just started.
+    pub fn new(open: OpenPort) -> Self {
+        let (rx, tx, drops) = Default::default();
+        Self { open, rx, tx, drops, restarts: 0, down: false, tried: Instant::now() }
+    }
+
+    /// Stops the port, and adds what it counted.
+    ///
+    /// # Errors
+    /// As for [`Nic::stop`].
+    pub fn stop(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache) -> Result<()> {
+        self.rx += rx.stats();
+        self.tx += tx.stats();
+        for (name, count) in self.open.port.device_drops() {
+            *self.drops.entry(name).or_default() += count;
+        }
+        self.open.port.stop(rx, tx, cache)
+    }
+}
+
+/// A lane without its queues, and its lcore.
+#[derive(Clone, Copy, Debug)]
+struct Route {
+    lcore: u32,
+    rx_port: usize,
+    tx_port: usize,
+    ethernet: Option<[u8; 12]>,
+}
+
+/// What the control thread works with.
+#[derive(Debug)]
+pub struct Control<'a> {
+    ports: &'a mut [Managed],
+    enabled: &'a [usize],
+    lcores: &'a [u32],
+    rings: (&'a Arc<DmaMemory>, QueueSizes),
+    cache: PoolCache,
+    recall: &'a Recall<'a>,
+    /// Queues that no lcore has, because their port is down or the one that they forward to or from.
+    queues: Queues,
+    /// The lanes that they are to be again.
+    routes: Vec<Route>,
+}
+
+impl<'a> Control<'a> {
+    /// Of `ports`, those with numbers in `enabled` are looked after: they are started, and `lcores` forward between
+    /// them. `rings` says where rings are made and how many descriptors they have.
+    pub fn new(
+        ports: &'a mut [Managed],
+        enabled: &'a [usize],
+        lcores: &'a [u32],
+        rings: (&'a Arc<DmaMemory>, QueueSizes),
+        cache: PoolCache,
+        recall: &'a Recall<'a>,
+    ) -> Self {
+        let (queues, routes) = Default::default();
+        Self { ports, enabled, lcores, rings, cache, recall, queues, routes }
+    }
+
+    /// Looks after the ports until `stop`; [`thread::Thread::unpark`] makes it look at once. Gives the queues
+    /// that no lcore had then.
+    pub fn run(mut self, stop: &StopFlag) -> Queues {
+        while !stop.is_set() {
+            for &number in self.enabled {
+                let port = &mut self.ports[number];
+                if port.tried.elapsed() < RESTART_EVERY {
+                    continue;
+                }
+                if port.down {
+                    self.bring_up(number);
+                } else if let Err(error) = port.open.port.check() {
+                    self.restart(number, &error);
+                }
+            }
+            thread::park_timeout(LOOK_EVERY);
+        }
+        self.queues
+    }
+
+    /// Stops port `number`, whose lanes leave their lcores, and starts it.
+    fn restart(&mut self, number: usize, error: &Error) {
+        for (lcore, lane) in self.recall.take(number, self.lcores) {
+            let Lane { rx_port, tx_port, ethernet, .. } = lane;
+            self.routes.push(Route { lcore, rx_port, tx_port, ethernet });
+            self.queues.put(lane);
+        }
+        let (Some(rx), Some(tx)) = (self.queues.rx.remove(&number), self.queues.tx.remove(&number)) else {
+            // The program stops, and not all lanes came. What came is given back at the end.
+            return;
+        };
+        let port = &mut self.ports[number];
+        tracing::warn!("port {number}: {error}; it is restarted");
+        port.restarts += 1;
+        port.down = true;
+        if let Err(error) = port.stop(rx, tx, &mut self.cache) {
+            tracing::error!("port {number}: {error}");
+        }
+        self.bring_up(number);
+    }
+
+    /// Starts port `number`, which is down, and gives back the lanes of which both ends are there.
+    fn bring_up(&mut self, number: usize) {
+        let port = &mut self.ports[number];
+        port.tried = Instant::now();
+        let (memory, sizes) = self.rings;
+        let (rx, tx) = match port.open.port.start(memory, &mut self.cache, sizes) {
+            Ok(queues) => queues,
+            Err(error) => return tracing::debug!("port {number} stays down: {error}"),
+        };
+        tracing::info!("port {number} is up again");
+        port.down = false;
+        let Queues { rx: receiving, tx: sending } = &mut self.queues;
+        receiving.insert(number, rx);
+        sending.insert(number, tx);
+        let whole = self.routes.extract_if(.., |route| {
+            receiving.contains_key(&route.rx_port) && sending.contains_key(&route.tx_port)
+        });
+        let routes: Vec<Route> = whole.collect();
+        let lanes = routes.into_iter().filter_map(|Route { lcore, rx_port, tx_port, ethernet }| {
+            let (rx, tx) = (receiving.remove(&rx_port)?, sending.remove(&tx_port)?);
+            Some((lcore, Lane { rx, rx_port, tx, tx_port, ethernet }))
+        });
+        self.recall.give(lanes.collect(), self.lcores);
+    }
+}

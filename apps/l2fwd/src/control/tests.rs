@@ -1,0 +1,302 @@
+//! Devices that lie to a running l2fwd: counted, port restarted, forwarding goes on, the others untouched, no buffer
+//! lost.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vireo_drivers::fakedev::e1000::{FakeE1000, Faults, ID_82540EM};
+use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet};
+use vireo_drivers::port::{MacAddr, Nic, Port, QueueSizes};
+use vireo_drivers::ports::OpenPort;
+use vireo_drivers::{e1000, virtio};
+use vireo_eal::args::{Outcome, Program, allowed_cpus, parse};
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::{DATA_ROOM, DmaMemory, Pool};
+use vireo_eal::lcore::{Lcores, StopFlag};
+use vireo_eal::mem::{Backing, Region};
+
+use super::{Managed, Queues};
+use crate::forward::{AnyLane, Lane, PortCounts};
+use crate::launch::{Shared, forward_on_lcores};
+
+const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const BUFFERS: u32 = 1024;
+/// Longest wait for something that happens within a second where nothing else runs.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A device of either kind, as the wire sees it.
+#[derive(Clone)]
+enum Device {
+    Virtio(VirtioNet),
+    E1000(FakeE1000),
+}
+
+impl Device {
+    fn new(virtio: bool, number: u8, memory: &Arc<DmaMemory>) -> (Self, OpenPort) {
+        let address = Bdf::new(0, 0, number, 0).unwrap();
+        let (device, port) = if virtio {
+            let device = VirtioNet::at(address, Behaviour::default());
+            device.attach(memory.device_view());
+            let port = virtio::Device::probe(device.function()).unwrap();
+            (Self::Virtio(device), Port::Virtio(port))
+        } else {
+            let mac = MacAddr([0x52, 0x54, 0, 0, 0, number]);
+            let (function, device) = FakeE1000::new(address, ID_82540EM, mac);
+            device.attach(memory.device_view());
+            (Self::E1000(device), Port::E1000(e1000::Device::probe(function).unwrap()))
+        };
+        (device, OpenPort::virtual_port(port, &address.to_string(), "(played)".to_owned()))
+    }
+
+    fn receive(&self, frame: &[u8]) -> bool {
+        match self {
+            Self::Virtio(device) => device.receive(frame),
+            Self::E1000(device) => device.receive(frame),
+        }
+    }
+
+    fn transmitted(&self) -> Vec<Vec<u8>> {
+        match self {
+            Self::Virtio(device) => device.transmitted(),
+            Self::E1000(device) => device.transmitted(),
+        }
+    }
+
+    fn resets(&self) -> u64 {
+        match self {
+            Self::Virtio(device) => device.resets(),
+            Self::E1000(device) => device.resets(),
+        }
+    }
+
+    fn virtio(&self) -> &VirtioNet {
+        match self {
+            Self::Virtio(device) => device,
+            Self::E1000(_) => panic!("the device is an e1000"),
+        }
+    }
+
+    fn e1000(&self) -> &FakeE1000 {
+        match self {
+            Self::E1000(device) => device,
+            Self::Virtio(_) => panic!("the device is virtio"),
+        }
+    }
+}
+
+fn frame(number: u32) -> Vec<u8> {
+    let mut frame = vec![0x5a; 64];
+    frame[..4].copy_from_slice(&number.to_le_bytes());
+    frame
+}
+
+/// Sends new frames to `from` until one leaves by `to`.
+fn passes(from: &Device, to: &Device, what: &str) {
+    let since = Instant::now();
+    for number in 0.. {
+        from.receive(&frame(number));
+        if !to.transmitted().is_empty() {
+            return;
+        }
+        assert!(since.elapsed() < PATIENCE, "{what}: nothing passes");
+        std::thread::yield_now();
+    }
+}
+
+/// Main lcore 0 and worker 1, on all cpus.
+fn lcores() -> Lcores {
+    let cpus: Vec<String> = allowed_cpus().unwrap().iter().map(ToString::to_string).collect();
+    let list = format!("0@({cpus}),1@({cpus})", cpus = cpus.join(","));
+    match parse(["test", "--lcores", &list].map(Into::into), &Program::default()).unwrap() {
+        Outcome::Run(parsed) => Lcores::new(&parsed.eal).unwrap(),
+        Outcome::Print(text) => panic!("{text}"),
+    }
+}
+
+/// What the run counted of the port that lied.
+struct Counted {
+    device_errors: u64,
+    errors: u64,
+    restarts: u64,
+}
+
+/// Forwards between ports 0 and 1 on a worker, and between 2 and 3 on the main lcore; `act` gets the devices.
+fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted {
+    let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
+    let memory = DmaMemory::map(region, &[]).unwrap();
+    let pool = Pool::new(&memory, BUFFERS).unwrap();
+    let mut cache = pool.cache();
+    let (devices, open): (Vec<_>, Vec<_>) = (0..4).map(|number| Device::new(virtio, number, &memory)).unzip();
+    let mut ports: Vec<Managed> = open.into_iter().map(Managed::new).collect();
+    let mut queues = Queues::default();
+    for (number, port) in ports.iter_mut().enumerate() {
+        let (rx, tx) = port.open.port.start(&memory, &mut cache, SIZES).unwrap();
+        queues.rx.insert(number, rx);
+        queues.tx.insert(number, tx);
+    }
+    let mut lane = |rx_port: usize, tx_port: usize| -> AnyLane {
+        let (rx, tx) = (queues.rx.remove(&rx_port).unwrap(), queues.tx.remove(&tx_port).unwrap());
+        Lane { rx, rx_port, tx, tx_port, ethernet: None }
+    };
+    let shares = BTreeMap::from([(1, vec![lane(0, 1), lane(1, 0)]), (0, vec![lane(2, 3), lane(3, 2)])]);
+    let (stop, lcores) = (StopFlag::new(), lcores());
+    let counts: Vec<PortCounts> = (0..4).map(|_| PortCounts::default()).collect();
+    let shared = Shared {
+        lcores: &lcores,
+        stop: &stop,
+        memory: &memory,
+        pool: &pool,
+        sizes: SIZES,
+        counts: &counts,
+        busy_ticks: None,
+    };
+    let mut queues = std::thread::scope(|scope| {
+        let acting = scope.spawn(|| {
+            // Also when it panics, or the test would not end.
+            struct Stop<'a>(&'a StopFlag);
+            impl Drop for Stop<'_> {
+                fn drop(&mut self) {
+                    self.0.set();
+                }
+            }
+            let _stop = Stop(&stop);
+            passes(&devices[0], &devices[1], "before");
+            let others: Vec<u64> = devices[1..].iter().map(Device::resets).collect();
+            act(&devices);
+            for (from, to) in [(0, 1), (1, 0), (2, 3), (3, 2)] {
+                passes(&devices[from], &devices[to], "after");
+            }
+            assert_eq!(
+                devices[1..].iter().map(Device::resets).collect::<Vec<_>>(),
+                others,
+                "others were reset"
+            );
+        });
+        let queues = forward_on_lcores(shared, &mut ports, &[0, 1, 2, 3], shares, || ()).unwrap();
+        acting.join().unwrap();
+        queues
+    });
+    for (number, port) in ports.iter_mut().enumerate() {
+        let (rx, tx) = (queues.rx.remove(&number).unwrap(), queues.tx.remove(&number).unwrap());
+        port.stop(rx, tx, &mut cache).unwrap();
+    }
+    drop(cache);
+    assert_eq!(pool.free(), BUFFERS);
+    Counted {
+        device_errors: ports[0].rx.device_errors + ports[0].tx.device_errors,
+        errors: ports[0].rx.errors,
+        restarts: ports[0].restarts,
+    }
+}
+
+/// Lets the device of port 0 lie, and expects one restart of it.
+fn restarts_after(what: &str, virtio: bool, lie: impl FnOnce(&Device) + Send) {
+    let counted = while_forwarding(virtio, |devices| {
+        let before = devices[0].resets();
+        lie(&devices[0]);
+        let since = Instant::now();
+        while devices[0].resets() == before {
+            // A lie is met when the queue is used.
+            devices[1].receive(&frame(0));
+            assert!(since.elapsed() < PATIENCE, "{what}: no reset");
+            std::thread::yield_now();
+        }
+    });
+    assert!(counted.restarts >= 1 && counted.device_errors >= 1, "{what}");
+}
+
+#[test]
+fn every_lie_of_virtio_is_counted_and_mended() {
+    type Lie = (&'static str, fn(&VirtioNet));
+    let lies: [Lie; 12] = [
+        ("id far beyond the ring", |nic| nic.push_used(RX, 40_000, 72)),
+        ("id of another lap", |nic| nic.push_used(RX, 300, 72)),
+        ("length beyond the buffer", |nic| nic.push_used(RX, 40, 70_000)),
+        ("length of one byte too many", |nic| nic.push_used(RX, 40, (12 + DATA_ROOM + 1) as u32)),
+        ("length -1", |nic| nic.push_used(RX, 40, u32::MAX)),
+        ("length below the header", |nic| nic.push_used(RX, 40, 5)),
+        ("index ahead", |nic| nic.jump_used(RX, 1000)),
+        ("index behind", |nic| nic.jump_used(RX, 65_000)),
+        ("num_buffers 0", |nic| {
+            nic.behave(|behaviour| behaviour.num_buffers = Some(0));
+            nic.receive(&frame(1));
+            nic.behave(|behaviour| behaviour.num_buffers = None);
+        }),
+        ("num_buffers 65535", |nic| {
+            nic.behave(|behaviour| behaviour.num_buffers = Some(u16::MAX));
+            nic.receive(&frame(1));
+            nic.behave(|behaviour| behaviour.num_buffers = None);
+        }),
+        ("sent id far beyond the ring", |nic| nic.push_used(TX, 40_000, 0)),
+        ("sent index ahead", |nic| nic.jump_used(TX, 1000)),
+    ];
+    for (what, lie) in lies {
+        restarts_after(what, true, |device| lie(device.virtio()));
+    }
+}
+
+#[test]
+fn a_ring_that_sends_nothing_is_reset() {
+    // `restarts_after` fills the TX ring of port 0 and takes nothing out of it.
+    restarts_after("virtio", true, |_| ());
+    let counted = while_forwarding(false, |devices| {
+        let nic = devices[0].e1000();
+        nic.set_faults(Faults { never_done: true, ..Faults::default() });
+        let (before, since) = (nic.resets(), Instant::now());
+        while nic.resets() == before {
+            devices[1].receive(&frame(0));
+            assert!(since.elapsed() < PATIENCE, "no reset");
+            std::thread::yield_now();
+        }
+        nic.set_faults(Faults::default());
+    });
+    assert!(counted.restarts >= 1);
+}
+
+#[test]
+fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
+    for virtio in [true, false] {
+        let faults: &[fn(&Device, bool)] = match virtio {
+            true => &[
+                |device, on| device.virtio().behave(|behaviour| behaviour.needs_reset = on),
+                |device, on| device.virtio().behave(|behaviour| behaviour.removed = on),
+            ],
+            false => &[|device, on| {
+                device.e1000().set_faults(Faults { gone: on, ..Faults::default() });
+            }],
+        };
+        for fault in faults {
+            let counted = while_forwarding(virtio, |devices| {
+                fault(&devices[0], true);
+                // Its partner is without it; the others go on.
+                for _ in 0..100 {
+                    passes(&devices[2], &devices[3], "others");
+                }
+                let since = Instant::now();
+                while devices[1].receive(&frame(0)) {
+                    assert!(since.elapsed() < PATIENCE, "the partner's frames go on to a port that is gone");
+                }
+                fault(&devices[0], false);
+            });
+            assert_eq!(counted.restarts, 1);
+        }
+    }
+}
+
+#[test]
+fn bad_frames_of_an_e1000_are_dropped_without_a_reset() {
+    const DD: u64 = 1 << 32;
+    const EOP: u64 = 1 << 33;
+    const CRC_ERROR: u64 = 1 << 40;
+    let counted = while_forwarding(false, |devices| {
+        let nic = devices[0].e1000();
+        for word in [DD | EOP, DD | EOP | 0xFFFF, DD | EOP | 60 | CRC_ERROR] {
+            nic.receive_raw(word);
+        }
+        // Parts of a frame that the next one ends.
+        nic.receive_raw(DD | 60);
+        nic.receive_raw(DD | EOP | 60);
+    });
+    assert_eq!((counted.device_errors, counted.errors, counted.restarts), (2, 2, 0));
+}

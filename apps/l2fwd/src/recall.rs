@@ -1,0 +1,103 @@
+//! How lanes leave their lcores and come back while a port restarts, at no cost to the packets of the others.
+
+use std::collections::BTreeSet;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vireo_eal::lcore::StopFlag;
+
+use crate::forward::AnyLane;
+
+/// How long a wait for lcores takes to see that the program is to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+
+/// A place where lanes change hands: lcores look in when the [`StopFlag`] is raised and no stop.
+#[derive(Debug)]
+pub struct Recall<'a> {
+    stop: &'a StopFlag,
+    state: Mutex<State>,
+    all_looked: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Port whose lanes are wanted; none when lanes are given back.
+    wanted: Option<usize>,
+    /// Lanes that no lcore has, each with the lcore that polls it.
+    lanes: Vec<(u32, AnyLane)>,
+    /// Lcores that have not looked since the last call.
+    absent: BTreeSet<u32>,
+}
+
+impl<'a> Recall<'a> {
+    /// With nothing to hand over, until `stop`.
+    pub fn new(stop: &'a StopFlag) -> Self {
+        Self { stop, state: Mutex::default(), all_looked: Condvar::new() }
+    }
+
+    /// Whatever a panicking lcore left, lanes stay lanes.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands over what is asked of `lcore`, or takes what is there for it. To be called when the flag is raised;
+    /// does not wait for others.
+    pub fn look(&self, lcore: u32, lanes: &mut Vec<AnyLane>) {
+        let mut state = self.state();
+        if !state.absent.remove(&lcore) {
+            return;
+        }
+        match state.wanted {
+            Some(port) => {
+                let recalled = lanes.extract_if(.., |lane| lane.rx_port == port || lane.tx_port == port);
+                state.lanes.extend(recalled.map(|lane| (lcore, lane)));
+            }
+            None => {
+                lanes.extend(state.lanes.extract_if(.., |(home, _)| *home == lcore).map(|(_, lane)| lane))
+            }
+        }
+        if state.absent.is_empty() {
+            self.stop.dismiss();
+            self.all_looked.notify_all();
+        }
+    }
+
+    /// The lanes from and to `port`, from `lcores`; what they had handed over by then if the program stops.
+    pub fn take(&self, port: usize, lcores: &[u32]) -> Vec<(u32, AnyLane)> {
+        std::mem::take(&mut self.call(Some(port), Vec::new(), lcores).lanes)
+    }
+
+    /// Gives `lanes` to their lcores. If the program stops before they come, [`Recall::into_lanes`] has them.
+    pub fn give(&self, lanes: Vec<(u32, AnyLane)>, lcores: &[u32]) {
+        drop(self.call(None, lanes, lcores));
+    }
+
+    /// Waits until all of `lcores` have looked, or are to stop.
+    fn call(
+        &self,
+        wanted: Option<usize>,
+        lanes: Vec<(u32, AnyLane)>,
+        lcores: &[u32],
+    ) -> MutexGuard<'_, State> {
+        let mut state = self.state();
+        state.wanted = wanted;
+        state.lanes.extend(lanes);
+        state.absent = lcores.iter().copied().collect();
+        self.stop.call();
+        while !state.absent.is_empty() && !self.stop.is_set() {
+            let waited = self.all_looked.wait_timeout(state, LOOK_EVERY);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state
+    }
+
+    /// What no lcore has taken, when all have ended.
+    pub fn into_lanes(self) -> impl Iterator<Item = AnyLane> {
+        self.state
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .lanes
+            .into_iter()
+            .map(|(_, lane)| lane)
+    }
+}
