@@ -9,7 +9,7 @@ use vireo_eal::args::VdevArgs;
 use vireo_eal::dma::{DmaMemory, Pool};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::Region;
-use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
+use vireo_eal::vfio::{AddressSpace, Request, Vfio, VfioMode};
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
 use crate::port::{Nic, Port, QueueSizes};
@@ -50,6 +50,8 @@ pub struct OpenPort {
     pub report: Option<Report>,
     /// What its DMA goes through; none of a virtual port.
     pub space: Option<Arc<AddressSpace>>,
+    /// Hears that the kernel wants the function back.
+    request: Option<Request>,
 }
 
 /// Opens the ports that the EAL arguments choose: PCI functions by address, then virtual devices in the order
@@ -126,10 +128,12 @@ pub fn open_one(
 
 fn take(device: PciDevice, info: PciInfo, args: &[(String, String)]) -> Result<OpenPort> {
     let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
+    let request = device.vfio().hear_request().inspect_err(|error| tracing::debug!("{error}")).ok();
     let port = probe(Box::new(device), args)?;
     let driver = driver_of(info.id).unwrap_or("none");
     let kind = format!("({driver}, {}) in mode {}: {}", info.id, report.mode, report.why);
-    Ok(OpenPort { port, name: info.address.to_string(), kind, report: Some(report), space: Some(space) })
+    let name = info.address.to_string();
+    Ok(OpenPort { port, name, kind, report: Some(report), space: Some(space), request })
 }
 
 /// Gives a function to its driver.
@@ -222,7 +226,13 @@ pub fn map(region: Region, ports: &[OpenPort]) -> Result<Arc<DmaMemory>> {
 impl OpenPort {
     /// A port that is behind no bus.
     pub fn virtual_port(port: Port, name: &str, kind: String) -> Self {
-        Self { port, name: name.to_owned(), kind, report: None, space: None }
+        Self { port, name: name.to_owned(), kind, report: None, space: None, request: None }
+    }
+
+    /// Whether the kernel has asked for the function since the last call, to unplug it or to unbind it. It waits
+    /// until the port is dropped.
+    pub fn is_asked_back(&self) -> bool {
+        self.request.as_ref().is_some_and(Request::came)
     }
 
     /// Whether the NIC uses physical addresses.

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use vireo_drivers::port::{Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
 use vireo_drivers::ports::OpenPort;
+use vireo_eal::Result;
 use vireo_eal::dma::{DmaMemory, PoolCache};
 use vireo_eal::lcore::StopFlag;
-use vireo_eal::{Error, Result};
 
 use crate::forward::{AnyLane, Lane};
 use crate::recall::Recall;
@@ -42,8 +42,8 @@ impl Queues {
 /// A port of the run, and what it counted before its last restart.
 #[derive(Debug)]
 pub struct Managed {
-    /// The port.
-    pub open: OpenPort,
+    /// The port, until the kernel has it back.
+    pub open: Option<OpenPort>,
     /// Counts of RX queues that are gone.
     pub rx: QueueStats,
     /// Counts of TX queues that are gone.
@@ -62,7 +62,7 @@ impl Managed {
     /// A port that was just started.
     pub fn new(open: OpenPort) -> Self {
         let (rx, tx, drops) = Default::default();
-        Self { open, rx, tx, drops, restarts: 0, down: false, tried: Instant::now() }
+        Self { open: Some(open), rx, tx, drops, restarts: 0, down: false, tried: Instant::now() }
     }
 
     /// Stops the port, and adds what it counted.
@@ -72,10 +72,11 @@ impl Managed {
     pub fn stop(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache) -> Result<()> {
         self.rx += rx.stats();
         self.tx += tx.stats();
-        for (name, count) in self.open.port.device_drops() {
+        let Some(OpenPort { port, .. }) = &mut self.open else { return Ok(()) };
+        for (name, count) in port.device_drops() {
             *self.drops.entry(name).or_default() += count;
         }
-        self.open.port.stop(rx, tx, cache)
+        port.stop(rx, tx, cache)
     }
 }
 
@@ -122,49 +123,58 @@ impl<'a> Control<'a> {
     /// that no lcore had then.
     pub fn run(mut self, stop: &StopFlag) -> Queues {
         while !stop.is_set() {
-            for &number in self.enabled {
-                let port = &mut self.ports[number];
-                if port.tried.elapsed() < RESTART_EVERY {
-                    continue;
-                }
-                if port.down {
-                    self.bring_up(number);
-                } else if let Err(error) = port.open.port.check() {
-                    self.restart(number, &error);
-                }
-            }
+            self.enabled.iter().for_each(|number| self.look_at(*number));
             thread::park_timeout(LOOK_EVERY);
         }
         self.queues
     }
 
-    /// Stops port `number`, whose lanes leave their lcores, and starts it.
-    fn restart(&mut self, number: usize, error: &Error) {
+    fn look_at(&mut self, number: usize) {
+        let Managed { open, down, tried, restarts, .. } = &mut self.ports[number];
+        let Some(open) = open else { return };
+        if open.is_asked_back() {
+            tracing::warn!("port {number}: the kernel wants {} back; it is closed", open.name);
+            if *down || self.stop(number) {
+                self.ports[number].open = None;
+            }
+        } else if tried.elapsed() < RESTART_EVERY {
+            // Soon.
+        } else if *down {
+            self.bring_up(number);
+        } else if let Err(error) = open.port.check() {
+            tracing::warn!("port {number}: {error}; it is restarted");
+            *restarts += 1;
+            if self.stop(number) {
+                self.bring_up(number);
+            }
+        }
+    }
+
+    /// Stops port `number`, whose lanes leave their lcores; false when the program is to stop before they came.
+    fn stop(&mut self, number: usize) -> bool {
         for (lcore, lane) in self.recall.take(number, self.lcores) {
             let Lane { rx_port, tx_port, ethernet, .. } = lane;
             self.routes.push(Route { lcore, rx_port, tx_port, ethernet });
             self.queues.put(lane);
         }
         let (Some(rx), Some(tx)) = (self.queues.rx.remove(&number), self.queues.tx.remove(&number)) else {
-            // The program stops, and not all lanes came. What came is given back at the end.
-            return;
+            return false;
         };
         let port = &mut self.ports[number];
-        tracing::warn!("port {number}: {error}; it is restarted");
-        port.restarts += 1;
         port.down = true;
         if let Err(error) = port.stop(rx, tx, &mut self.cache) {
             tracing::error!("port {number}: {error}");
         }
-        self.bring_up(number);
+        true
     }
 
     /// Starts port `number`, which is down, and gives back the lanes of which both ends are there.
     fn bring_up(&mut self, number: usize) {
         let port = &mut self.ports[number];
+        let Some(open) = &mut port.open else { return };
         port.tried = Instant::now();
         let (memory, sizes) = self.rings;
-        let (rx, tx) = match port.open.port.start(memory, &mut self.cache, sizes) {
+        let (rx, tx) = match open.port.start(memory, &mut self.cache, sizes) {
             Ok(queues) => queues,
             Err(error) => return tracing::debug!("port {number} stays down: {error}"),
         };

@@ -1,7 +1,9 @@
 //! Interrupts of a [`Device`], each delivered to an eventfd.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use vfio_bindings::bindings::vfio as uapi;
 
 use super::{Device, sys};
@@ -46,6 +48,18 @@ pub struct IrqInfo {
     pub automasked: bool,
 }
 
+/// Hears that the kernel wants a device back, because it is to be unplugged or unbound. Until the device is closed
+/// the kernel waits, and asks again every ten seconds.
+#[derive(Debug)]
+pub struct Request(EventFd);
+
+impl Request {
+    /// Whether it asked since the last call; does not wait.
+    pub fn came(&self) -> bool {
+        self.0.read().is_ok()
+    }
+}
+
 /// Header of `struct vfio_irq_set`, in 32-bit words.
 const HEADER: usize = 5;
 
@@ -84,6 +98,17 @@ impl Device {
             eventfds.len() as u32,
             fds,
         )
+    }
+
+    /// Listens for the kernel's wish to have the device back.
+    ///
+    /// # Errors
+    /// When the kernel has no such interrupt, or no eventfd.
+    pub fn hear_request(&self) -> Result<Request> {
+        let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|errno: Errno| Error::os(format!("cannot make an eventfd for {}", self.name), errno))?;
+        self.enable_irq(Irq::Request, &[event.as_fd()])?;
+        Ok(Request(event))
     }
 
     /// Ends delivery of this kind.

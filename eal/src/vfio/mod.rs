@@ -19,6 +19,6 @@ mod sys;
 pub use acquire::{Acquired, Node, Phase, Vfio};
 pub use device::{ConfigSpace, Device};
 pub use fds::{CdevFds, DeviceFds, GroupFds};
-pub use irq::{Irq, IrqInfo};
+pub use irq::{Irq, IrqInfo, Request};
 pub use mode::VfioMode;
 pub use space::{AddressSpace, Mapping};

