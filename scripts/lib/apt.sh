@@ -36,10 +36,16 @@ need_packages() {
     apt_consent "install ${missing[*]} with apt" "$command"
     refresh_if_unknown "${missing[@]}"
 
-    local log="$CACHE/apt.log"
+    # Nothing that the user chose is removed behind their back: a QEMU of Debian's backports conflicts with the release's.
+    local log="$CACHE/apt.log" removed
+    removed=$(LC_ALL=C apt-get install --simulate --no-install-recommends "${missing[@]}" 2>/dev/null |
+        awk '$1 == "Remv" {printf "%s ", $2}') || : # the installation says why
+    if [[ -n $removed ]]; then
+        apt_consent "remove ${removed% }, which conflicts with ${missing[*]}" "$command"
+        say "apt removes ${removed% }, which conflicts with ${missing[*]}"
+    fi
     progress "installing ${missing[*]}"
-    # Nothing that the user chose is removed behind their back: a conflict (Debian's older cargo) is theirs to settle.
-    "${SUDO[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-remove --no-install-recommends \
+    "${SUDO[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         "${missing[@]}" >"$log" 2>&1 || fail "apt could not install ${missing[*]} (log: $log)" "$command"
     progress_end
 }

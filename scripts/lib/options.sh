@@ -15,7 +15,7 @@ scripts/lab: VFIO and IOMMUFD in a QEMU guest, for machines without an IOMMU or 
 Programs of this repository go by their short names: lab run -- l2fwd --help
 
   --kernel default|edge|PATH  Debian's 6.12, Debian's newest (7.3 or later), or a bzImage of your own
-  --yes                       let apt install what is missing without asking
+  --yes                       let apt install what is missing, and remove what conflicts with it, without asking
   --no-iommu                  boot without an IOMMU, with VFIO's unsafe no-IOMMU mode enabled
   --nics KINDS|none|tap:A,B   KINDS: virtio-net,e1000,e1000e (default: all three, four NICs of each);
                               tap:A,B: an e1000e on host interface A and a virtio-net on B
