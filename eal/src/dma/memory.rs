@@ -1,5 +1,6 @@
 //! A region with device addresses.
 
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,19 +8,85 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::iova::IovaRanges;
 use super::ring::Word;
 use crate::error::{Error, ErrorKind, Result};
+use crate::iommufd::Access;
 use crate::mem::Region;
 use crate::vfio::{AddressSpace, Mapping};
 
-/// One region, mapped for every device that will use it at one device address.
+/// Memory of one region with device addresses: all of it, or the part that some of the devices share.
 ///
-/// Fields drop in this order: the mappings end before the pages go back to the kernel. Devices are reset
-/// before either, because every ring and pool that a device was told of holds an `Arc` of this.
+/// Devices are reset before it is unmapped, because every ring and pool that a device was told of holds an `Arc`
+/// of this.
 #[derive(Debug)]
 pub struct DmaMemory {
-    mappings: Vec<Mapping>,
+    shared: Arc<Shared>,
+    read_write: Arena,
+    /// What devices only read; none where that makes no difference to them.
+    read_only: Option<Arena>,
+}
+
+/// What all parts of a region share. Fields drop in this order: the mappings end before the pages go back to
+/// the kernel.
+#[derive(Debug)]
+struct Shared {
+    _mappings: Vec<Mapping>,
     region: Arc<Region>,
     translation: Translation,
-    allocated: AtomicUsize,
+}
+
+/// Bytes of the region that are given out from the first to the last.
+#[derive(Debug)]
+struct Arena {
+    next: AtomicUsize,
+    bytes: Range<usize>,
+}
+
+impl Arena {
+    fn new(bytes: Range<usize>) -> Self {
+        Self { next: AtomicUsize::new(bytes.start), bytes }
+    }
+}
+
+/// What a part of a region is for, and which devices reach it.
+#[derive(Clone, Debug, Default)]
+pub struct Part {
+    /// Bytes that devices read and write.
+    pub read_write: usize,
+    /// Bytes that devices only read.
+    pub read_only: usize,
+    /// The address spaces that map it.
+    pub spaces: Vec<Arc<AddressSpace>>,
+}
+
+/// Smallest page of the IOMMUs: where parts of a region may begin, also inside a hugepage.
+const GRANULE: usize = 4096;
+
+impl Part {
+    /// Bytes of a region that it takes.
+    pub fn bytes(&self) -> usize {
+        self.sizes().into_iter().sum()
+    }
+
+    fn sizes(&self) -> [usize; 2] {
+        [self.read_write, self.read_only].map(|len| len.next_multiple_of(GRANULE))
+    }
+}
+
+/// Where each of `parts` lies in a region of `len` bytes: first what devices write, then what they only read.
+fn layout(parts: &[Part], len: usize) -> Result<Vec<[Range<usize>; 2]>> {
+    let need = parts.iter().map(Part::bytes).sum();
+    let mut rest = len.checked_sub(need).ok_or_else(|| too_small("map memory for the ports", need, len))?;
+    let mut next = 0;
+    let mut take = |len| {
+        next += len;
+        next - len..next
+    };
+    Ok(parts
+        .iter()
+        .map(|part| {
+            let [read_write, read_only] = part.sizes();
+            [take(read_write + std::mem::take(&mut rest)), take(read_only)]
+        })
+        .collect())
 }
 
 /// Offset in the region to device address. With an IOMMU there is one entry; without one there is an entry
@@ -59,33 +126,67 @@ impl DmaMemory {
     /// `Unavailable` when no IOVA is allowed everywhere or when spaces with and without IOMMU are mixed;
     /// `Os` when a map call is refused.
     pub fn map(region: Region, spaces: &[Arc<AddressSpace>]) -> Result<Arc<Self>> {
-        let region = Arc::new(region);
-        let iova = if spaces.iter().any(|space| space.is_physical()) {
-            if !spaces.iter().all(|space| space.is_physical()) {
-                return Err(Error::new(
-                    ErrorKind::Usage,
-                    "cannot mix no-IOMMU ports with other modes",
-                    "a NIC without IOMMU needs physical addresses, the others reach only mapped IOVAs",
-                )
-                .mend("give every port the same kind of --vfio-mode"));
-            }
-            None
-        } else {
-            Some(fit(spaces, region.len() as u64)?)
-        };
-        let mut mappings = Vec::with_capacity(spaces.len());
-        let mut physical = None;
-        for space in spaces {
-            let mapping = space.map(&region, iova)?;
-            physical = mapping.physical_addresses()?.or(physical);
-            mappings.push(mapping);
+        if !spaces.is_empty() && !is_physical(spaces)? {
+            let part = Part { read_write: region.len(), read_only: 0, spaces: spaces.to_vec() };
+            return Self::map_parts(region, &[part]).map(|mut parts| parts.swap_remove(0));
         }
-        let translation = match (iova, physical) {
-            (Some(iova), _) => Translation::linear(iova),
-            (None, Some(addresses)) => Translation::paged(region.page_size(), &addresses),
-            (None, None) => Translation::linear(0),
+        let region = Arc::new(region);
+        let mappings =
+            spaces.iter().map(|space| space.map(&region, None)).collect::<Result<Vec<Mapping>>>()?;
+        let mut physical = None;
+        for mapping in &mappings {
+            physical = mapping.physical_addresses()?.or(physical);
+        }
+        let translation = match physical {
+            Some(addresses) => Translation::paged(region.page_size(), &addresses),
+            None => Translation::linear(fit(spaces, region.len() as u64)?),
         };
-        Ok(Arc::new(Self { mappings, region, translation, allocated: AtomicUsize::new(0) }))
+        Ok(Self::whole(mappings, region, translation))
+    }
+
+    fn whole(mappings: Vec<Mapping>, region: Arc<Region>, translation: Translation) -> Arc<Self> {
+        let read_write = Arena::new(0..region.len());
+        Arc::new(Self {
+            shared: Arc::new(Shared { _mappings: mappings, region, translation }),
+            read_write,
+            read_only: None,
+        })
+    }
+
+    /// Maps each of `parts` of `region` in the spaces that it names, and gives them in that order. An address
+    /// means the same byte in every space, or none; what several spaces of one `/dev/iommu` map is pinned once.
+    /// What is left of the region goes to the first part. One memory for all of them when nothing translates:
+    /// there are no spaces, or they are without IOMMU.
+    ///
+    /// # Errors
+    /// As for [`DmaMemory::map`]; `Os` when the region is too small.
+    pub fn map_parts(region: Region, parts: &[Part]) -> Result<Vec<Arc<Self>>> {
+        let mut spaces: Vec<Arc<AddressSpace>> = Vec::new();
+        for space in parts.iter().flat_map(|part| &part.spaces) {
+            if !spaces.iter().any(|known| Arc::ptr_eq(known, space)) {
+                spaces.push(Arc::clone(space));
+            }
+        }
+        if spaces.is_empty() || is_physical(&spaces)? {
+            let whole = Self::map(region, &spaces)?;
+            return Ok(vec![whole; parts.len()]);
+        }
+        let layout = layout(parts, region.len())?;
+        let region = Arc::new(region);
+        let iova = fit(&spaces, region.len() as u64)?;
+        let mut mappings = Vec::new();
+        for (part, [read_write, read_only]) in parts.iter().zip(&layout) {
+            for (bytes, access) in [(read_write, Access::ReadWrite), (read_only, Access::Read)] {
+                map_everywhere(&region, bytes, iova, access, &part.spaces, &mut mappings)?;
+            }
+        }
+        let translation = Translation::linear(iova);
+        let shared = Arc::new(Shared { _mappings: mappings, region, translation });
+        let memory = layout.into_iter().map(|[read_write, read_only]| {
+            let read_only = Some(read_only).filter(|bytes| !bytes.is_empty()).map(Arena::new);
+            Arc::new(Self { shared: Arc::clone(&shared), read_write: Arena::new(read_write), read_only })
+        });
+        Ok(memory.collect())
     }
 
     /// `region` for devices of this process that see each `page_size` bytes of it at the next of `addresses`:
@@ -97,31 +198,36 @@ impl DmaMemory {
         assert!(page_size.is_power_of_two() && page_size >= region.page_size());
         assert_eq!(addresses.len() * page_size, region.len());
         let translation = Translation::paged(page_size, addresses);
-        let (mappings, region) = (Vec::new(), Arc::new(region));
-        Arc::new(Self { mappings, region, translation, allocated: AtomicUsize::new(0) })
+        Self::whole(Vec::new(), Arc::new(region), translation)
     }
 
     /// The pages.
     pub fn region(&self) -> &Region {
-        &self.region
+        &self.shared.region
     }
 
     /// Device address of the region's first byte when the rest follows in order; none where each page has a
     /// physical address of its own.
     pub fn linear_iova(&self) -> Option<u64> {
-        self.translation.is_contiguous().then(|| self.translation.iova(0))
+        let translation = self.translation();
+        translation.is_contiguous().then(|| translation.iova(0))
     }
 
-    /// The mappings, one for each address space.
-    pub fn mappings(&self) -> &[Mapping] {
-        &self.mappings
+    fn arena(&self, access: Access) -> &Arena {
+        match access {
+            Access::Read => self.read_only.as_ref().unwrap_or(&self.read_write),
+            Access::Write | Access::ReadWrite => &self.read_write,
+        }
     }
 
     /// Takes `len` bytes that are contiguous for the device and whose device address is a multiple of
-    /// `align`; gives their offset. They are never given back: rings and pools live as long as the memory.
-    pub(super) fn allocate(&self, len: usize, align: usize) -> Result<usize> {
+    /// `align`, for devices that need no more than `access`; gives their offset. They are never given back:
+    /// rings and pools live as long as the memory.
+    pub(super) fn allocate(&self, len: usize, align: usize, access: Access) -> Result<usize> {
+        let arena = self.arena(access);
         let what = || format!("cannot take {} KiB of DMA memory", len.div_ceil(1024));
-        let page = 1_usize << self.translation.page_shift;
+        let page_shift = self.translation().page_shift;
+        let page = 1_usize << page_shift;
         if len > page {
             return Err(Error::new(
                 ErrorKind::Os,
@@ -132,13 +238,14 @@ impl DmaMemory {
         }
         let place = |allocated: usize| {
             let mut start = allocated.checked_next_multiple_of(align)?;
-            if start >> self.translation.page_shift != (start + len - 1) >> self.translation.page_shift {
+            if start >> page_shift != (start + len - 1) >> page_shift {
                 start = start.checked_next_multiple_of(page)?;
             }
             let end = start.checked_add(len)?;
-            (end <= self.region.len()).then_some((start, end))
+            (end <= arena.bytes.end).then_some((start, end))
         };
-        self.allocated
+        arena
+            .next
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |allocated| {
                 place(allocated).map(|(_, end)| end)
             })
@@ -146,41 +253,32 @@ impl DmaMemory {
             .and_then(place)
             .map(|(start, _)| start)
             .ok_or_else(|| {
-                Error::new(ErrorKind::Os, what(), format!("all {} MiB are used", self.region.len() >> 20))
+                Error::new(ErrorKind::Os, what(), format!("all {} KiB are used", arena.bytes.len() >> 10))
                     .mend("ask for more with -m MB")
             })
     }
 
     /// Takes whole buffers of `size` bytes until `count` of them are there; gives the offset of the first.
     /// `size` divides the page size, so no buffer crosses a page.
-    pub(super) fn allocate_buffers(&self, count: usize, size: usize) -> Result<usize> {
+    pub(super) fn allocate_buffers(&self, count: usize, size: usize, access: Access) -> Result<usize> {
         let need = count.saturating_mul(size);
-        self.allocated
+        let arena = self.arena(access);
+        arena
+            .next
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |allocated| {
                 let end = allocated.checked_next_multiple_of(size)?.checked_add(need)?;
-                (end <= self.region.len()).then_some(end)
+                (end <= arena.bytes.end).then_some(end)
             })
             .map(|allocated| allocated.next_multiple_of(size))
-            .map_err(|allocated| {
-                Error::new(
-                    ErrorKind::Os,
-                    format!("cannot take {count} packet buffers"),
-                    format!(
-                        "{} KiB are needed and {} KiB are left",
-                        need >> 10,
-                        (self.region.len() - allocated) >> 10
-                    ),
-                )
-                .mend("ask for more with -m MB")
-            })
+            .map_err(|next| too_small(&format!("take {count} packet buffers"), need, arena.bytes.end - next))
     }
 
     pub(super) fn iova(&self, offset: usize) -> u64 {
-        self.translation.iova(offset)
+        self.translation().iova(offset)
     }
 
     pub(super) fn translation(&self) -> &Translation {
-        &self.translation
+        &self.shared.translation
     }
 
     /// First byte of `len` bytes at `offset`.
@@ -188,15 +286,63 @@ impl DmaMemory {
     /// # Panics
     /// When they are not inside the region.
     pub(super) fn pointer(&self, offset: usize, len: usize) -> NonNull<u8> {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.region.len()));
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.shared.region.len()));
         // SAFETY: the offset is inside the region's mapping, as just checked.
-        unsafe { self.region.as_ptr().add(offset) }
+        unsafe { self.shared.region.as_ptr().add(offset) }
     }
 
     /// The memory as a device sees it, for device halves in tests.
     pub fn device_view(self: &Arc<Self>) -> DeviceView {
         DeviceView { memory: Arc::clone(self) }
     }
+}
+
+fn too_small(what: &str, need: usize, left: usize) -> Error {
+    let why = format!("{} KiB are needed and {} KiB are left", need >> 10, left >> 10);
+    Error::new(ErrorKind::Os, format!("cannot {what}"), why).mend("ask for more with -m MB")
+}
+
+/// Whether devices of `spaces` use physical addresses.
+fn is_physical(spaces: &[Arc<AddressSpace>]) -> Result<bool> {
+    let physical = spaces.iter().filter(|space| space.is_physical()).count();
+    if physical > 0 && physical < spaces.len() {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            "cannot mix no-IOMMU ports with other modes",
+            "a NIC without IOMMU needs physical addresses, the others reach only mapped IOVAs",
+        )
+        .mend("give every port the same kind of --vfio-mode"));
+    }
+    Ok(physical > 0)
+}
+
+/// Maps `bytes` of `region`, whose first byte is at `iova`, in each of `spaces`.
+fn map_everywhere(
+    region: &Arc<Region>,
+    bytes: &Range<usize>,
+    iova: u64,
+    access: Access,
+    spaces: &[Arc<AddressSpace>],
+    mappings: &mut Vec<Mapping>,
+) -> Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let known = mappings.len();
+    for space in spaces {
+        let mut copy = None;
+        for source in &mappings[known..] {
+            copy = space.copy(source, access)?;
+            if copy.is_some() {
+                break;
+            }
+        }
+        mappings.push(match copy {
+            Some(copy) => copy,
+            None => space.map_range(region, bytes.clone(), Some(iova + bytes.start as u64), access)?,
+        });
+    }
+    Ok(())
 }
 
 /// First IOVA that is free in all spaces.
@@ -226,7 +372,7 @@ pub struct DeviceView {
 impl DeviceView {
     fn offset(&self, iova: u64, len: usize) -> Option<usize> {
         let translation = self.memory.translation();
-        let page_len = self.memory.region.len().min(1 << translation.page_shift);
+        let page_len = self.memory.region().len().min(1 << translation.page_shift);
         translation.deltas.iter().enumerate().find_map(|(page, delta)| {
             let offset = usize::try_from(iova.wrapping_sub(*delta)).ok()?;
             let start = page.checked_mul(page_len)?;
@@ -276,6 +422,27 @@ mod tests {
     fn paged_translation_follows_the_pages() {
         let translation = Translation::paged(4096, &[0x9000, 0x3000]);
         assert_eq!([0, 4095, 4096, 5000].map(|o| translation.iova(o)), [0x9000, 0x9fff, 0x3000, 0x3388]);
+    }
+
+    #[test]
+    fn parts_lie_behind_each_other_and_the_first_gets_the_rest() {
+        let part = |read_write, read_only| Part { read_write, read_only, spaces: Vec::new() };
+        let parts = [part(10_000, 1), part(0, 0), part(4096, 4097)];
+        assert_eq!(parts.iter().map(Part::bytes).sum::<usize>(), 7 * 4096);
+        let pages = |range: &Range<usize>| [range.start, range.end].map(|at| at / 4096);
+        let found: Vec<_> = layout(&parts, 9 * 4096).unwrap().iter().flatten().map(pages).collect();
+        assert_eq!(found, [[0, 5], [5, 6], [6, 6], [6, 6], [6, 7], [7, 9]]);
+        assert!(layout(&parts, 6 * 4096).unwrap_err().to_string().contains("28 KiB are needed and 24 KiB"));
+    }
+
+    #[test]
+    fn without_an_iommu_parts_are_one_memory() {
+        let region = Region::new(8 * 4096, Backing::SmallPages).unwrap();
+        let part = Part { read_write: 4096, read_only: 4096, spaces: Vec::new() };
+        let parts = DmaMemory::map_parts(region, &[part.clone(), part]).unwrap();
+        assert!(Arc::ptr_eq(&parts[0], &parts[1]));
+        assert_eq!(parts[1].allocate(8, 8, Access::Read).unwrap(), 0);
+        assert_eq!(parts[0].allocate(8, 8, Access::ReadWrite).unwrap(), 8);
     }
 
     #[test]

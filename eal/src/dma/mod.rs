@@ -11,7 +11,7 @@ mod ring;
 
 pub use buffer_ring::{BufferRing, Slot};
 pub use iova::IovaRanges;
-pub use memory::{DeviceView, DmaMemory};
+pub use memory::{DeviceView, DmaMemory, Part};
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
 pub use pool::{BUFFER_SIZE, Buffer, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};

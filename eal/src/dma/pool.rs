@@ -11,6 +11,7 @@ use crossbeam::queue::ArrayQueue;
 use super::DmaMemory;
 use super::memory::Translation;
 use crate::error::{Error, ErrorKind, Result};
+use crate::iommufd::Access;
 
 /// Distance of two buffers in bytes; a power of two, so that no buffer crosses a page.
 pub const BUFFER_SIZE: usize = 2048;
@@ -111,11 +112,24 @@ impl Pool {
     /// # Errors
     /// `Os` when the memory is too small, `Usage` when a pool cannot be so large.
     pub fn new(memory: &Arc<DmaMemory>, count: u32) -> Result<Arc<Self>> {
+        Self::with_access(memory, count, Access::ReadWrite)
+    }
+
+    /// As [`Pool::new`], of buffers that devices only read: packets that are sent and never received into. They go
+    /// back to this pool only ([`PoolCache::free`] cannot tell whose they are).
+    ///
+    /// # Errors
+    /// As for [`Pool::new`].
+    pub fn send_only(memory: &Arc<DmaMemory>, count: u32) -> Result<Arc<Self>> {
+        Self::with_access(memory, count, Access::Read)
+    }
+
+    fn with_access(memory: &Arc<DmaMemory>, count: u32, access: Access) -> Result<Arc<Self>> {
         if count > MAX_BUFFERS {
             let what = format!("cannot make a pool of {count} packet buffers");
             return Err(Error::new(ErrorKind::Usage, what, format!("there can be at most {MAX_BUFFERS}")));
         }
-        let offset = memory.allocate_buffers(count as usize, BUFFER_SIZE)?;
+        let offset = memory.allocate_buffers(count as usize, BUFFER_SIZE, access)?;
         // A cache may give back a chunk that is not full, so there can be as many chunks as buffers.
         let free = ArrayQueue::new(count.max(1) as usize);
         let buffers: Vec<u32> = (0..count).map(|index| index * BUFFER_SIZE as u32).collect();

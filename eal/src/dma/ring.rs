@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use super::DmaMemory;
 use crate::error::{Error, ErrorKind, Result};
+use crate::iommufd::Access;
 
 mod sealed {
     /// Access to one word of shared memory.
@@ -213,7 +214,19 @@ impl DmaBlock {
     /// # Errors
     /// `Os` when the memory is used up.
     pub fn new(memory: &Arc<DmaMemory>, len: usize, align: usize) -> Result<Self> {
-        let offset = memory.allocate(len, align)?;
+        Self::with_access(memory, len, align, Access::ReadWrite)
+    }
+
+    /// As [`DmaBlock::new`], for structures that the device only reads.
+    ///
+    /// # Errors
+    /// As for [`DmaBlock::new`].
+    pub fn read_only(memory: &Arc<DmaMemory>, len: usize, align: usize) -> Result<Self> {
+        Self::with_access(memory, len, align, Access::Read)
+    }
+
+    fn with_access(memory: &Arc<DmaMemory>, len: usize, align: usize, access: Access) -> Result<Self> {
+        let offset = memory.allocate(len, align, access)?;
         Ok(Self { offset, len, carved: 0, memory: Arc::clone(memory) })
     }
 

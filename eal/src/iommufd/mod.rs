@@ -21,7 +21,7 @@
 mod sys;
 
 use std::fs::OpenOptions;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
@@ -127,6 +127,11 @@ impl Iommufd {
             0,
             u64::from(accounting == Accounting::PerProcess),
         )
+    }
+
+    /// Whether the two are the same open file, so that their address spaces can share pages.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     fn set_option(&self, option_id: u32, object_id: u32, value: u64) -> Result<()> {
@@ -251,19 +256,35 @@ impl Ioas {
     /// `EEXIST` when something is mapped there, `ENOMEM` at the limit of locked memory, `EINVAL`/`EADDRINUSE`
     /// outside of the usable ranges.
     pub fn map(self: &Arc<Self>, region: &Arc<Region>, iova: Option<u64>, access: Access) -> Result<Mapping> {
+        self.map_range(region, 0..region.len(), iova, access)
+    }
+
+    /// Maps the bytes `range` of `region` with one call. Its ends are multiples of the alignment that
+    /// [`Ioas::iova_ranges`] gives, also inside a hugepage.
+    ///
+    /// # Errors
+    /// As for [`Ioas::map`]; `Usage` when the region has no such bytes.
+    pub fn map_range(
+        self: &Arc<Self>,
+        region: &Arc<Region>,
+        range: Range<usize>,
+        iova: Option<u64>,
+        access: Access,
+    ) -> Result<Mapping> {
+        let user_va = region.address_of(&range)?;
+        let len = range.len() as u64;
         let mut map = uapi::iommu_ioas_map {
             size: size_of::<uapi::iommu_ioas_map>() as u32,
             flags: fixed(iova) | access.flags(),
             ioas_id: self.id,
             __reserved: 0,
-            user_va: region.as_ptr().as_ptr() as u64,
-            length: region.len() as u64,
+            user_va,
+            length: len,
             iova: iova.unwrap_or(0),
         };
         // The pages stay mapped: the `Mapping` holds an `Arc` of the region.
-        call!(self.iommufd.0, ioas_map, &mut map)
-            .map_err(|errno| Error::os(map_what(region, iova), errno))?;
-        Ok(Mapping { ioas: Arc::clone(self), iova: map.iova, len: map.length, region: Arc::clone(region) })
+        call!(self.iommufd.0, ioas_map, &mut map).map_err(|errno| Error::os(map_what(len, iova), errno))?;
+        Ok(Mapping { ioas: Arc::clone(self), iova: map.iova, len, region: Arc::clone(region) })
     }
 
     /// Maps all of `region` by its file (`IOMMU_IOAS_MAP_FILE`, kernel 6.13), not by its virtual address.
@@ -276,8 +297,9 @@ impl Ioas {
         iova: Option<u64>,
         access: Access,
     ) -> Result<Mapping> {
+        let what = || map_what(region.len() as u64, iova);
         let fd = region.fd().ok_or_else(|| {
-            Error::new(ErrorKind::Unavailable, map_what(region, iova), "the memory has no file")
+            Error::new(ErrorKind::Unavailable, what(), "the memory has no file")
                 .mend("run without --in-memory")
         })?;
         let mut map = uapi::iommu_ioas_map_file {
@@ -290,9 +312,10 @@ impl Ioas {
             iova: iova.unwrap_or(0),
         };
         call!(self.iommufd.0, ioas_map_file, &mut map).map_err(|errno| match errno {
-            Errno::ENOTTY => Error::os(map_what(region, iova), errno)
-                .because("IOMMU_IOAS_MAP_FILE needs kernel 6.13 or newer"),
-            _ => Error::os(map_what(region, iova), errno),
+            Errno::ENOTTY => {
+                Error::os(what(), errno).because("IOMMU_IOAS_MAP_FILE needs kernel 6.13 or newer")
+            }
+            _ => Error::os(what(), errno),
         })?;
         Ok(Mapping { ioas: Arc::clone(self), iova: map.iova, len: map.length, region: Arc::clone(region) })
     }
@@ -302,8 +325,8 @@ impl Ioas {
     /// # Errors
     /// As for [`Ioas::map`]; `EINVAL` when the two spaces are of different descriptors.
     pub fn copy(self: &Arc<Self>, source: &Mapping, iova: Option<u64>, access: Access) -> Result<Mapping> {
-        let what = || map_what(&source.region, iova);
-        if !Arc::ptr_eq(&self.iommufd.0, &source.ioas.iommufd.0) {
+        let what = || map_what(source.len, iova);
+        if !self.iommufd.is_same(&source.ioas.iommufd) {
             return Err(Error::new(
                 ErrorKind::Usage,
                 what(),
@@ -349,7 +372,7 @@ impl Drop for Ioas {
     }
 }
 
-/// A region that is mapped in an [`Ioas`]. Unmapped on drop, before the pages can go back to the kernel.
+/// A region, or a part of one, that is mapped in an [`Ioas`]. Unmapped on drop, before the pages can go back to the kernel.
 #[derive(Debug)]
 pub struct Mapping {
     ioas: Arc<Ioas>,
@@ -364,12 +387,23 @@ impl Mapping {
         self.iova
     }
 
+    /// Its bytes.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Where it is mapped.
+    pub fn ioas(&self) -> &Arc<Ioas> {
+        &self.ioas
+    }
+
     /// The pages.
     pub fn region(&self) -> &Arc<Region> {
         &self.region
     }
 
-    /// Physical address of each page of the region, for devices without an IOMMU
+    /// Physical address of each page of a region that is mapped whole, for devices without an IOMMU
     /// (`IOMMU_IOAS_NOIOMMU_GET_PA`, kernel 7.3). The mapping pins the pages, so they stay right.
     ///
     /// # Errors
@@ -415,8 +449,8 @@ fn fixed(iova: Option<u64>) -> u32 {
     if iova.is_some() { uapi::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA } else { 0 }
 }
 
-fn map_what(region: &Region, iova: Option<u64>) -> String {
-    let size = region.len().div_ceil(1 << 20);
+fn map_what(len: u64, iova: Option<u64>) -> String {
+    let size = len.div_ceil(1 << 20);
     match iova {
         Some(iova) => format!("cannot map {size} MiB for DMA at {iova:#x}"),
         None => format!("cannot map {size} MiB for DMA"),

@@ -4,7 +4,9 @@ use std::alloc::Layout;
 use std::ffi::c_void;
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
@@ -184,6 +186,45 @@ impl Region {
     /// The file behind the pages, for `IOMMU_IOAS_MAP_FILE` and for other processes; none with `--in-memory`.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.fd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Physical address of each page, from `/proc/self/pagemap`
+    /// (`Documentation/admin-guide/mm/pagemap.rst`). They stay right as long as something keeps the pages in
+    /// place; hugetlb pages stay by themselves.
+    ///
+    /// # Errors
+    /// `Permission` when the kernel hides them from this process.
+    pub fn physical_addresses(&self) -> Result<Vec<u64>> {
+        const PRESENT: u64 = 1 << 63;
+        const FRAME: u64 = (1 << 55) - 1;
+        const PAGE: u64 = 4096;
+        let what = "cannot read physical addresses from /proc/self/pagemap";
+        let file = File::open("/proc/self/pagemap").map_err(|error| Error::io(what, &error))?;
+        let start = self.address.as_ptr() as u64;
+        (0..self.len / self.page_size)
+            .map(|page| {
+                let address = start + (page * self.page_size) as u64;
+                let mut entry = [0; 8];
+                file.read_exact_at(&mut entry, address / PAGE * 8)
+                    .map_err(|error| Error::io(what, &error))?;
+                let entry = u64::from_ne_bytes(entry);
+                if entry & PRESENT == 0 || entry & FRAME == 0 {
+                    return Err(Error::os(what, Errno::EPERM)
+                        .because("the kernel hides them from this process")
+                        .mend("run as root (CAP_SYS_ADMIN)"));
+                }
+                Ok((entry & FRAME) * PAGE)
+            })
+            .collect()
+    }
+
+    /// Virtual address of the bytes `range`, to be mapped for devices.
+    pub(crate) fn address_of(&self, range: &Range<usize>) -> Result<u64> {
+        if range.start < range.end && range.end <= self.len {
+            return Ok(self.address.as_ptr() as u64 + range.start as u64);
+        }
+        let what = format!("cannot map bytes {range:?} of a region");
+        Err(Error::new(ErrorKind::Usage, what, format!("it has {}", self.len)))
     }
 
     /// First byte, valid for [`Region::len`] bytes while the region lives.

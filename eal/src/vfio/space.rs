@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -103,15 +102,56 @@ impl AddressSpace {
     /// # Errors
     /// When the kernel refuses, with what locked memory is needed and allowed if that is the reason.
     pub fn map(self: &Arc<Self>, region: &Arc<Region>, iova: Option<u64>) -> Result<Mapping> {
+        self.map_range(region, 0..region.len(), iova, Access::ReadWrite)
+    }
+
+    /// As [`AddressSpace::map`], for the bytes `range` of `region` only, whose ends are multiples of 4 KiB, and
+    /// for `access` only. Devices without an IOMMU reach all of it in any case.
+    ///
+    /// # Errors
+    /// As for [`AddressSpace::map`]; `Usage` when the region has no such bytes.
+    pub fn map_range(
+        self: &Arc<Self>,
+        region: &Arc<Region>,
+        range: Range<usize>,
+        iova: Option<u64>,
+        access: Access,
+    ) -> Result<Mapping> {
+        let len = range.len();
         let mapped = match &self.tables {
             Tables::Type1(container) => {
                 let iova = iova.unwrap_or(0);
-                container.map(region, iova).map(|()| Mapped::Type1 { iova, region: Arc::clone(region) })
+                let region = Arc::clone(region);
+                container.map(region.address_of(&range)?, len, iova, access).map(|()| Mapped::Type1 {
+                    iova,
+                    len: len as u64,
+                    _region: region,
+                })
             }
-            Tables::Ioas { ioas, .. } => ioas.map(region, iova, Access::ReadWrite).map(Mapped::Ioas),
+            Tables::Ioas { ioas, .. } => ioas.map_range(region, range, iova, access).map(Mapped::Ioas),
             Tables::None(_) => pinned(region).map(|()| Mapped::None { region: Arc::clone(region) }),
+        };
+        self.mapped(mapped, region)
+    }
+
+    /// Maps at the same IOVA what `source` maps in another space, sharing its pinned pages
+    /// (`IOMMU_IOAS_COPY`); none when the two are not of one `/dev/iommu`.
+    ///
+    /// # Errors
+    /// As for [`AddressSpace::map`].
+    pub fn copy(self: &Arc<Self>, source: &Mapping, access: Access) -> Result<Option<Mapping>> {
+        let (Tables::Ioas { ioas, .. }, Some(Mapped::Ioas(source))) = (&self.tables, &source.mapped) else {
+            return Ok(None);
+        };
+        if !ioas.iommufd().is_same(source.ioas().iommufd()) {
+            return Ok(None);
         }
-        .map_err(|error| match error.errno() {
+        let copy = ioas.copy(source, Some(source.iova()), access).map(Mapped::Ioas);
+        self.mapped(copy, source.region()).map(Some)
+    }
+
+    fn mapped(self: &Arc<Self>, mapped: Result<Mapped>, region: &Region) -> Result<Mapping> {
+        let mapped = mapped.map_err(|error| match error.errno() {
             Some(Errno::ENOMEM) => diagnose::memlock(error, region.len()),
             _ => error,
         })?;
@@ -150,20 +190,23 @@ impl Container {
         })
     }
 
-    fn map(&self, region: &Region, iova: u64) -> Result<()> {
+    /// The caller keeps the pages behind `address` until it has unmapped them.
+    fn map(&self, address: u64, len: usize, iova: u64, access: Access) -> Result<()> {
+        let flags = match access {
+            Access::Read => uapi::VFIO_DMA_MAP_FLAG_READ,
+            Access::Write => uapi::VFIO_DMA_MAP_FLAG_WRITE,
+            Access::ReadWrite => uapi::VFIO_DMA_MAP_FLAG_READ | uapi::VFIO_DMA_MAP_FLAG_WRITE,
+        };
         let map = uapi::vfio_iommu_type1_dma_map {
             argsz: size_of::<uapi::vfio_iommu_type1_dma_map>() as u32,
-            flags: uapi::VFIO_DMA_MAP_FLAG_READ | uapi::VFIO_DMA_MAP_FLAG_WRITE,
-            vaddr: region.as_ptr().as_ptr() as u64,
+            flags,
+            vaddr: address,
             iova,
-            size: region.len() as u64,
+            size: len as u64,
         };
-        // SAFETY: the structure is complete, and the caller keeps the region until it has unmapped it.
+        // SAFETY: the structure is complete, and the caller keeps the pages until it has unmapped them.
         counted(|| unsafe { sys::iommu_map_dma(self.fd.as_raw_fd(), &map) }).map(drop).map_err(|errno| {
-            Error::os(
-                format!("cannot map {} MiB for DMA at {iova:#x}", region.len().div_ceil(1 << 20)),
-                errno,
-            )
+            Error::os(format!("cannot map {} MiB for DMA at {iova:#x}", len.div_ceil(1 << 20)), errno)
         })
     }
 
@@ -187,7 +230,7 @@ impl AsFd for Container {
     }
 }
 
-/// A region that the devices of an [`AddressSpace`] can reach. Unmapped on drop.
+/// A region, or a part of one, that the devices of an [`AddressSpace`] can reach. Unmapped on drop.
 #[derive(Debug)]
 pub struct Mapping {
     /// Taken only by drop, so that it unmaps before `space` goes.
@@ -197,19 +240,19 @@ pub struct Mapping {
 
 #[derive(Debug)]
 enum Mapped {
-    Type1 { iova: u64, region: Arc<Region> },
+    Type1 { iova: u64, len: u64, _region: Arc<Region> },
     Ioas(iommufd::Mapping),
     None { region: Arc<Region> },
 }
 
 impl Mapped {
     fn range(&self) -> Option<RangeInclusive<u64>> {
-        let (iova, region) = match self {
-            Self::Type1 { iova, region } => (*iova, region),
-            Self::Ioas(mapping) => (mapping.iova(), mapping.region()),
+        let (iova, len) = match self {
+            Self::Type1 { iova, len, .. } => (*iova, *len),
+            Self::Ioas(mapping) => (mapping.iova(), mapping.len()),
             Self::None { .. } => return None,
         };
-        Some(iova..=iova + (region.len() as u64 - 1))
+        Some(iova..=iova + (len - 1))
     }
 }
 
@@ -220,7 +263,7 @@ impl Mapping {
     /// `Permission` when the kernel does not tell them to this process.
     pub fn physical_addresses(&self) -> Result<Option<Vec<u64>>> {
         match &self.mapped {
-            Some(Mapped::None { region }) => pagemap(region).map(Some),
+            Some(Mapped::None { region }) => region.physical_addresses().map(Some),
             Some(Mapped::Ioas(mapping)) if self.space.is_physical() => mapping.physical_addresses().map(Some),
             _ => Ok(None),
         }
@@ -231,11 +274,11 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         let Some(mapped) = self.mapped.take() else { return };
         let range = mapped.range();
-        if let (Mapped::Type1 { iova, region }, Tables::Type1(container)) = (&mapped, &self.space.tables) {
-            match container.unmap(*iova, region.len() as u64) {
-                Ok(unmapped) if unmapped == region.len() as u64 => {}
-                Ok(unmapped) => tracing::error!("unmapped {unmapped} of {} bytes at {iova:#x}", region.len()),
-                Err(errno) => tracing::error!("cannot unmap {} bytes at {iova:#x}: {errno}", region.len()),
+        if let (Mapped::Type1 { iova, len, .. }, Tables::Type1(container)) = (&mapped, &self.space.tables) {
+            match container.unmap(*iova, *len) {
+                Ok(unmapped) if unmapped == *len => {}
+                Ok(unmapped) => tracing::error!("unmapped {unmapped} of {len} bytes at {iova:#x}"),
+                Err(errno) => tracing::error!("cannot unmap {len} bytes at {iova:#x}: {errno}"),
             }
         }
         drop(mapped);
@@ -257,29 +300,4 @@ fn pinned(region: &Region) -> Result<()> {
         "the kernel may move them while the NIC writes",
     )
     .mend("leave out --no-huge"))
-}
-
-/// Physical address of each page of `region`, from `/proc/self/pagemap`
-/// (`Documentation/admin-guide/mm/pagemap.rst`).
-fn pagemap(region: &Region) -> Result<Vec<u64>> {
-    const PRESENT: u64 = 1 << 63;
-    const FRAME: u64 = (1 << 55) - 1;
-    const PAGE: u64 = 4096;
-    let what = "cannot read physical addresses from /proc/self/pagemap";
-    let file = File::open("/proc/self/pagemap").map_err(|error| Error::io(what, &error))?;
-    let start = region.as_ptr().as_ptr() as u64;
-    (0..region.len() / region.page_size())
-        .map(|page| {
-            let address = start + (page * region.page_size()) as u64;
-            let mut entry = [0; 8];
-            file.read_exact_at(&mut entry, address / PAGE * 8).map_err(|error| Error::io(what, &error))?;
-            let entry = u64::from_ne_bytes(entry);
-            if entry & PRESENT == 0 || entry & FRAME == 0 {
-                return Err(Error::os(what, Errno::EPERM)
-                    .because("the kernel hides them from this process")
-                    .mend("run as root (CAP_SYS_ADMIN)"));
-            }
-            Ok((entry & FRAME) * PAGE)
-        })
-        .collect()
 }
