@@ -32,7 +32,7 @@ impl Eal {
         args.notes.iter().for_each(|note| tracing::info!("{note}"));
         let eal = Self {
             lcores: Lcores::new(&args)?,
-            vfio: Vfio::new(args.vf_token),
+            vfio: Vfio::new(args.vf_token).isolate(args.isolate_ports),
             runtime: RuntimeDir::new(&args)?,
             args,
         };

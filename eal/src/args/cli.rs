@@ -46,6 +46,9 @@ pub(super) struct Cli {
     /// How the kernel hands devices over: auto, container (or group), cdev, compat, noiommu, noiommu-cdev
     #[arg(long, value_name = "MODE", value_parser = VfioMode::from_str, default_value = "auto")]
     pub(super) vfio_mode: VfioMode,
+    /// Give each port an address space of its own: it reaches the packet buffers and its own rings only
+    #[arg(long)]
+    pub(super) isolate_ports: bool,
     /// Addresses that devices see: physical (no-IOMMU modes) or virtual (the others); default: as the mode has it
     #[arg(long, value_name = "MODE")]
     pub(super) iova_mode: Option<IovaMode>,

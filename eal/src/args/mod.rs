@@ -73,6 +73,8 @@ pub struct EalArgs {
     pub no_pci: bool,
     /// How devices are handed over that have no mode of their own.
     pub vfio_mode: VfioMode,
+    /// Give each port an address space of its own; never in a mode without an IOMMU.
+    pub isolate_ports: bool,
     /// Kind of interrupt, if asked for.
     pub vfio_intr: Option<VfioInterrupt>,
     /// Token for virtual functions.
@@ -151,6 +153,11 @@ impl EalArgs {
                 &format!("--iova-mode pa with VFIO mode {first}"),
                 "behind an IOMMU devices see virtual addresses",
                 "leave --iova-mode out, or use --vfio-mode noiommu",
+            )),
+            _ if self.isolate_ports && !first.has_iommu() => Err(conflict(
+                &format!("--isolate-ports with VFIO mode {first}"),
+                "without an IOMMU every device reaches all memory",
+                "leave --isolate-ports out, or use a mode with an IOMMU",
             )),
             _ if self.memory.no_huge && !first.has_iommu() => Err(conflict(
                 &format!("--no-huge with VFIO mode {first}"),
@@ -264,6 +271,7 @@ fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
         iova_mode: cli.iova_mode,
         no_pci: cli.no_pci,
         vfio_mode: cli.vfio_mode,
+        isolate_ports: cli.isolate_ports,
         vfio_intr: cli.vfio_intr,
         vf_token: cli.vfio_vf_token,
         log_levels: cli.log_level.into_iter().filter_map(LogArg::level).collect(),

@@ -82,6 +82,10 @@ fn what_is_printed() {
 #[test]
 fn the_bad_word_and_the_right_one_are_named() {
     let cases = [
+        (
+            "--isolate-ports --vfio-mode noiommu",
+            "--isolate-ports with VFIO mode noiommu: without an IOMMU every device reaches all memory; leave --isolate-ports out, or use a mode with an IOMMU",
+        ),
         ("--lcors 1", "EAL arguments: unexpected argument '--lcors' found; did you mean --lcores?"),
         (
             "-p 3",

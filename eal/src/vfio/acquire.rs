@@ -49,18 +49,24 @@ pub struct Acquired {
     pub phases: Vec<Phase>,
 }
 
-/// The process's VFIO state: one address space for each mode in use, shared by the ports in that mode.
+/// The process's VFIO state: one address space for each mode in use, shared by the ports in that mode, or one for
+/// each IOMMU group.
 /// Several threads may acquire devices at once; what takes long, the kernel's reset, they do side by side.
 #[derive(Debug)]
 pub struct Vfio {
     pub(super) dev: PathBuf,
     pub(super) vf_token: Option<VfToken>,
-    spaces: Mutex<HashMap<VfioMode, Weak<AddressSpace>>>,
+    isolated: bool,
+    spaces: Mutex<HashMap<SpaceKey, Weak<AddressSpace>>>,
     /// The open `/dev/iommu` of the process, while it has one: devices share it.
     pub(super) iommufd: Mutex<WeakIommufd>,
     /// Held from opening a group until it is known to its address space: a group opens only once.
     pub(super) opening: Mutex<()>,
 }
+
+/// Devices with the same key share an address space: their mode, and their IOMMU group if they are isolated. The
+/// kernel gives the devices of one group one address space in any case.
+pub(super) type SpaceKey = (VfioMode, Option<u32>);
 
 impl Vfio {
     /// State with no device. `vf_token` is shown to the kernel for virtual functions whose physical
@@ -69,10 +75,17 @@ impl Vfio {
         Self {
             dev: PathBuf::from("/dev"),
             vf_token,
+            isolated: false,
             spaces: Mutex::default(),
             iommufd: Mutex::default(),
             opening: Mutex::default(),
         }
+    }
+
+    /// Gives each IOMMU group an address space of its own from now on, if `isolated` (`--isolate-ports`).
+    #[must_use]
+    pub fn isolate(self, isolated: bool) -> Self {
+        Self { isolated, ..self }
     }
 
     /// Acquires `node` in `mode`.
@@ -186,23 +199,28 @@ impl Vfio {
         self.dev.join(format!("vfio/{NOIOMMU_PREFIX}{group}"))
     }
 
-    pub(super) fn existing(&self, mode: VfioMode) -> Option<Arc<AddressSpace>> {
-        lock(&self.spaces).get(&mode).and_then(Weak::upgrade)
+    pub(super) fn space_key(&self, node: &Node, mode: VfioMode) -> SpaceKey {
+        (mode, if self.isolated { group_of(node).ok() } else { None })
     }
 
-    /// The address space of `mode`, made by `make` if no port is in that mode yet.
+    pub(super) fn existing(&self, key: SpaceKey) -> Option<Arc<AddressSpace>> {
+        lock(&self.spaces).get(&key).and_then(Weak::upgrade)
+    }
+
+    /// The address space of `key`, made by `make` if no port has it yet.
     pub(super) fn space(
         &self,
-        mode: VfioMode,
+        key: SpaceKey,
         make: impl FnOnce() -> Result<AddressSpace>,
     ) -> Result<Arc<AddressSpace>> {
         let mut spaces = lock(&self.spaces);
-        if let Some(space) = spaces.get(&mode).and_then(Weak::upgrade) {
+        if let Some(space) = spaces.get(&key).and_then(Weak::upgrade) {
             return Ok(space);
         }
+        let mode = key.0;
         let mixed = |other: &VfioMode| other.has_iommu() != mode.has_iommu();
-        if let Some((other, _)) =
-            spaces.iter().find(|(other, space)| mixed(other) && space.strong_count() > 0)
+        if let Some(((other, _), _)) =
+            spaces.iter().find(|((other, _), space)| mixed(other) && space.strong_count() > 0)
         {
             return Err(Error::new(
                 ErrorKind::Usage,
@@ -212,7 +230,7 @@ impl Vfio {
             .mend("give every port a mode with an IOMMU, or every port one without"));
         }
         let space = Arc::new(make()?);
-        spaces.insert(mode, Arc::downgrade(&space));
+        spaces.insert(key, Arc::downgrade(&space));
         Ok(space)
     }
 }

@@ -90,7 +90,7 @@ impl Vfio {
             diagnose::bind(Error::os(format!("cannot bind {} to iommufd", node.name), errno), node, &self.dev)
         })?;
         phases.end("bind");
-        let space = self.space(mode, || {
+        let space = self.space(self.space_key(node, mode), || {
             Ok(AddressSpace::iommufd(iommufd.ioas_alloc()?, mode == VfioMode::NoiommuCdev))
         })?;
         let mut attach = uapi::vfio_device_attach_iommufd_pt {

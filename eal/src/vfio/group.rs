@@ -31,7 +31,7 @@ impl Vfio {
             }
             _ => plain,
         };
-        let existing = self.existing(mode);
+        let existing = self.existing(self.space_key(node, mode));
         let kept = existing.as_ref().and_then(|space| space.container());
         let container = match kept {
             Some(container) => container.fd.try_clone().map_err(cannot_duplicate)?,
@@ -66,7 +66,7 @@ impl Vfio {
         let group = File::from(group);
         let in_container = status(&group, number, node)? & uapi::VFIO_GROUP_FLAGS_CONTAINER_SET != 0;
         let mut container = Some(container);
-        let space = self.space(mode, || {
+        let space = self.space(self.space_key(node, mode), || {
             let fd = container.take().ok_or_else(|| Error::os(what(), Errno::EBADF))?;
             if !in_container {
                 set_container(&group, number, &fd)?;
