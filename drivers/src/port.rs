@@ -200,7 +200,21 @@ pub trait Nic {
     ///
     /// # Errors
     /// When the device does not confirm the reset. The buffers and their memory are then kept until it does.
-    fn stop(&mut self, rx: Self::Rx, tx: Self::Tx, cache: &mut PoolCache) -> Result<()>;
+    fn stop(&mut self, rx: Self::Rx, tx: Self::Tx, cache: &mut PoolCache) -> Result<()> {
+        self.stop_into(rx, tx, cache, None)
+    }
+
+    /// As [`Nic::stop`] for a port that sends from a pool of its own: what the TX ring owns goes to `sent`.
+    ///
+    /// # Errors
+    /// As for [`Nic::stop`].
+    fn stop_into(
+        &mut self,
+        rx: Self::Rx,
+        tx: Self::Tx,
+        cache: &mut PoolCache,
+        sent: Option<&mut PoolCache>,
+    ) -> Result<()>;
 
     /// The station address.
     fn mac(&self) -> MacAddr;
@@ -268,9 +282,9 @@ macro_rules! any_driver {
                     device.start(memory, cache, sizes).map(|(rx, tx)| (RxQueue::$variant(rx), TxQueue::$variant(tx)))
                 }),* }
             }
-            fn stop(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache) -> Result<()> {
+            fn stop_into(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache, sent: Option<&mut PoolCache>) -> Result<()> {
                 match (self, rx, tx) {
-                    $((Self::$variant(device), RxQueue::$variant(rx), TxQueue::$variant(tx)) => device.stop(rx, tx, cache),)*
+                    $((Self::$variant(device), RxQueue::$variant(rx), TxQueue::$variant(tx)) => device.stop_into(rx, tx, cache, sent),)*
                     _ => Err(Error::new(
                         ErrorKind::Usage,
                         "cannot stop the port",

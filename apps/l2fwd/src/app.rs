@@ -8,8 +8,9 @@ use std::time::Instant;
 use serde_json::json;
 use vireo_bus_pci::Bus;
 use vireo_drivers::port::{Nic, QueueSizes, counters};
-use vireo_drivers::ports::{self, OpenPort};
+use vireo_drivers::ports::{self, MemoryNeed, OpenPort, PortMemory};
 use vireo_eal::dma::{Pool, PoolCache};
+use vireo_eal::ioctl;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
@@ -39,16 +40,18 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
         reporter.chat(&format!("Lcore {lcore}: RX port {from} TX port {to}\n"))?;
     }
 
+    // Whatever is received here may be sent, so devices read and write every buffer.
     let buffers = ports::buffers_needed(enabled.len(), eal.lcores.ids().len(), SIZES);
-    let memory = ports::map(eal.reserve(ports::memory_needed(enabled.len(), buffers, SIZES))?, &all)?;
-    let pool = Pool::new(&memory, buffers)?;
+    let memory = map(eal, &reporter, buffers, &enabled.iter().map(|port| &all[*port]).collect::<Vec<_>>())?;
+    let pool = Pool::new(&memory.buffers, buffers)?;
     let mut cache = pool.cache();
     let mut queues = Queues::default();
     for &number in &enabled {
         reporter.chat(&format!("Initializing port {number}... "))?;
+        let rings = memory.of(&all[number]);
         let port = &mut all[number].port;
         port.set_promiscuous(args.promiscuous)?;
-        let (rx, tx) = port.start(&memory, &mut cache, SIZES)?;
+        let (rx, tx) = port.start(rings, &mut cache, SIZES)?;
         queues.rx.insert(number, rx);
         queues.tx.insert(number, tx);
         reporter.chat("done: \n")?;
@@ -122,6 +125,22 @@ fn describe(eal: &Eal, reporter: &Reporter, all: &[OpenPort], enabled: &[usize])
         &format!("IOVA mode {iova}{warning}\nMemory: {memory}; hugepages: {}\n", Eal::hugepages_line()),
         &json!({ "event": "memory", "iova_mode": iova, "memory": memory }),
     )
+}
+
+/// Memory for `buffers` packet buffers and the rings of `ports`; says what it took when they are isolated.
+fn map(eal: &Eal, reporter: &Reporter, buffers: u32, ports: &[&OpenPort]) -> Result<PortMemory> {
+    let need = MemoryNeed { buffers, send_only: 0, sizes: SIZES };
+    let region = eal.reserve(need.bytes(ports))?;
+    let before = ioctl::calls();
+    let memory = ports::map(region, &need, ports)?;
+    if eal.args.isolate_ports {
+        let (spaces, calls) = (memory.spaces, ioctl::calls() - before);
+        reporter.say(
+            &format!("Isolated: {} ports in {spaces} address spaces, {calls} map calls\n", ports.len()),
+            &json!({ "event": "isolation", "ports": ports.len(), "spaces": spaces, "map_calls": calls }),
+        )?;
+    }
+    Ok(memory)
 }
 
 fn check_links(reporter: &Reporter, all: &[OpenPort], enabled: &[usize], stop: &StopFlag) -> Result<()> {

@@ -4,14 +4,13 @@
 mod tests;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use vireo_drivers::port::{Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
-use vireo_drivers::ports::OpenPort;
+use vireo_drivers::ports::{OpenPort, PortMemory};
 use vireo_eal::Result;
-use vireo_eal::dma::{DmaMemory, PoolCache};
+use vireo_eal::dma::PoolCache;
 use vireo_eal::lcore::StopFlag;
 
 use crate::forward::{AnyLane, Lane};
@@ -95,7 +94,7 @@ pub struct Control<'a> {
     ports: &'a mut [Managed],
     enabled: &'a [usize],
     lcores: &'a [u32],
-    rings: (&'a Arc<DmaMemory>, QueueSizes),
+    rings: (&'a PortMemory, QueueSizes),
     cache: PoolCache,
     recall: &'a Recall<'a>,
     /// Queues that no lcore has, because their port is down or the one that they forward to or from.
@@ -111,7 +110,7 @@ impl<'a> Control<'a> {
         ports: &'a mut [Managed],
         enabled: &'a [usize],
         lcores: &'a [u32],
-        rings: (&'a Arc<DmaMemory>, QueueSizes),
+        rings: (&'a PortMemory, QueueSizes),
         cache: PoolCache,
         recall: &'a Recall<'a>,
     ) -> Self {
@@ -174,7 +173,7 @@ impl<'a> Control<'a> {
         let Some(open) = &mut port.open else { return };
         port.tried = Instant::now();
         let (memory, sizes) = self.rings;
-        let (rx, tx) = match open.port.start(memory, &mut self.cache, sizes) {
+        let (rx, tx) = match open.port.start(memory.of(open), &mut self.cache, sizes) {
             Ok(queues) => queues,
             Err(error) => return tracing::debug!("port {number} stays down: {error}"),
         };

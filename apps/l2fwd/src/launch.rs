@@ -7,7 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use vireo_drivers::port::QueueSizes;
-use vireo_eal::dma::{DmaMemory, Pool};
+use vireo_drivers::ports::PortMemory;
+use vireo_eal::dma::Pool;
 use vireo_eal::lcore::{Lcores, StopFlag};
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -26,7 +27,7 @@ pub struct Shared<'a> {
     /// Ends the run.
     pub stop: &'a StopFlag,
     /// For rings.
-    pub memory: &'a Arc<DmaMemory>,
+    pub memory: &'a PortMemory,
     /// For packets.
     pub pool: &'a Arc<Pool>,
     /// Descriptors of each queue.

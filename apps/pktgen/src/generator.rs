@@ -94,15 +94,15 @@ const GIVE_UP: Duration = Duration::from_secs(2);
 /// Longest latency that the histogram holds, in nanoseconds: a minute.
 const LONGEST: u64 = 60_000_000_000;
 
-/// Runs `stream` until its end or until `stop`; waits for frames on their way.
+/// Runs `stream` until its end or until `stop`; waits for frames on their way. Each queue comes with the cache that
+/// it takes its buffers from and gives them back to.
 ///
 /// # Errors
 /// `Usage` when the frames are too short or long.
 pub fn run<T: TxBurst, R: RxBurst>(
     stream: &Stream,
-    tx: &mut T,
-    rx: &mut R,
-    cache: &mut PoolCache,
+    (tx, to_send): (&mut T, &mut PoolCache),
+    (rx, cache): (&mut R, &mut PoolCache),
     stop: &StopFlag,
 ) -> Result<Outcome> {
     if !(frame::SHORTEST..=frame::LONGEST).contains(&stream.size) {
@@ -135,7 +135,7 @@ pub fn run<T: TxBurst, R: RxBurst>(
         let now = Tsc::now();
         let ended = stop.is_set() || state.ended(now);
         let due = if ended { 0 } else { state.due(now) };
-        if due > 0 && state.send(due, tx, cache) > 0 {
+        if due > 0 && state.send(due, tx, to_send) > 0 {
             progress = now;
         }
         if state.receive(rx, cache) > 0 {

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use serde_json::json;
 use vireo_bus_pci::Bus;
 use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst, counters};
-use vireo_drivers::ports::{self, DEVICE_KEYS, VDEV_KEYS};
+use vireo_drivers::ports::{self, DEVICE_KEYS, MemoryNeed, OpenPort, VDEV_KEYS};
 use vireo_eal::args::{self as eal_args, Outcome as Parsed, Program};
 use vireo_eal::dma::Pool;
 use vireo_eal::lcore::StopFlag;
@@ -19,6 +19,8 @@ use vireo_pktgen::generator::{self, Expect, Outcome, Stream};
 type Counters = Vec<(&'static str, u64)>;
 
 const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
+/// Buffers of frames to send: a full ring, a burst and a full cache, rounded up.
+const SEND_ONLY: u32 = 2048;
 
 fn main() -> ExitCode {
     match run() {
@@ -53,17 +55,20 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
     let mut all = ports::open(eal, &Bus::default(), stop)?;
     args::check_port(args.tx_port, all.len())?;
     args::check_port(args.rx_port, all.len())?;
-    eal.iova_mode(all.iter().any(ports::OpenPort::is_physical))?;
+    eal.iova_mode(all.iter().any(OpenPort::is_physical))?;
     let buffers = ports::buffers_needed(all.len(), 1, SIZES);
-    let memory = ports::map(eal.reserve(ports::memory_needed(all.len(), buffers, SIZES))?, &all)?;
-    let pool = Pool::new(&memory, buffers)?;
-    let mut cache = pool.cache();
+    // Frames to send have buffers of their own, which no device can write to.
+    let need = MemoryNeed { buffers: buffers - SEND_ONLY, send_only: SEND_ONLY, sizes: SIZES };
+    let opened: Vec<&OpenPort> = all.iter().collect();
+    let memory = ports::map(eal.reserve(need.bytes(&opened))?, &need, &opened)?;
+    let mut cache = Pool::new(&memory.buffers, need.buffers)?.cache();
+    let mut to_send = Pool::send_only(&memory.buffers, need.send_only)?.cache();
 
     let mut queues = Vec::with_capacity(all.len());
     for (number, open) in all.iter_mut().enumerate() {
         // A forwarder gives frames an address of its own choice.
         open.port.set_promiscuous(number == args.rx_port)?;
-        queues.push(open.port.start(&memory, &mut cache, SIZES)?);
+        queues.push(open.port.start(memory.of(open), &mut cache, SIZES)?);
     }
     ports::wait_for_links(all.iter(), stop, || Ok(()))?;
     let stream = Stream {
@@ -77,12 +82,13 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
         end: args.end(),
     };
     let (mut rx_queues, mut tx_queues): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
-    let (tx, rx) = (&mut tx_queues[args.tx_port], &mut rx_queues[args.rx_port]);
-    let outcome = eal.lcores.run_main(|_| generator::run(&stream, tx, rx, &mut cache, stop))??;
+    let tx = (&mut tx_queues[args.tx_port], &mut to_send);
+    let rx = (&mut rx_queues[args.rx_port], &mut cache);
+    let outcome = eal.lcores.run_main(|_| generator::run(&stream, tx, rx, stop))??;
     let mut counted = Vec::with_capacity(all.len());
     for ((open, rx), tx) in all.iter_mut().zip(rx_queues).zip(tx_queues) {
         counted.push(counters(rx.stats(), tx.stats(), open.port.device_drops()));
-        open.port.stop(rx, tx, &mut cache)?;
+        open.port.stop_into(rx, tx, &mut cache, Some(&mut to_send))?;
     }
     Ok((outcome, counted))
 }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, PciInfo};
 use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue, counters};
-use vireo_drivers::ports::{self, OpenPort};
+use vireo_drivers::ports::{self, MemoryNeed, OpenPort, PortMemory};
 use vireo_eal::clock::Tsc;
-use vireo_eal::dma::{DmaMemory, Pool, PoolCache};
+use vireo_eal::dma::{Pool, PoolCache};
 use vireo_eal::ioctl;
 use vireo_eal::iommufd::Access;
 use vireo_eal::lcore::{StopFlag, pin_to};
@@ -73,7 +73,9 @@ pub(crate) struct Side {
     ports: Vec<OpenPort>,
     queues: Vec<(RxQueue, TxQueue)>,
     cache: PoolCache,
-    memory: Arc<DmaMemory>,
+    /// A cache of the same pool: the generator's two queues have one each.
+    to_send: PoolCache,
+    memory: PortMemory,
     /// What mapping the memory took.
     mapped: Duration,
 }
@@ -86,17 +88,20 @@ impl Side {
             .into_iter()
             .map(|info| ports::open_one(bus, &vfio, info.clone(), mode, &[]))
             .collect::<Result<Vec<_>>>()?;
-        let region = Region::new(ports::memory_needed(ports.len(), BUFFERS, SIZES), Backing::HugeMemfd)?;
+        let need = MemoryNeed { buffers: BUFFERS, send_only: 0, sizes: SIZES };
+        let opened: Vec<&OpenPort> = ports.iter().collect();
+        let region = Region::new(need.bytes(&opened), Backing::HugeMemfd)?;
         let since = Instant::now();
-        let memory = ports::map(region, &ports)?;
+        let memory = ports::map(region, &need, &opened)?;
         let mapped = since.elapsed();
-        let mut cache = Pool::new(&memory, BUFFERS)?.cache();
+        let pool = Pool::new(&memory.buffers, BUFFERS)?;
+        let (mut cache, to_send) = (pool.cache(), pool.cache());
         let mut queues = Vec::with_capacity(ports.len());
         for open in &mut ports {
             open.port.set_promiscuous(promiscuous)?;
-            queues.push(open.port.start(&memory, &mut cache, SIZES)?);
+            queues.push(open.port.start(memory.of(open), &mut cache, SIZES)?);
         }
-        Ok(Self { ports, queues, cache, memory, mapped })
+        Ok(Self { ports, queues, cache, to_send, memory, mapped })
     }
 
     /// Frames from the first port to the second, until one arrives or for `patience`.
@@ -117,7 +122,8 @@ impl Side {
     /// Sends `stream` on the first port and receives it on the second.
     pub(crate) fn send(&mut self, stream: &Stream, stop: &StopFlag) -> Result<Outcome> {
         let (first, rest) = self.queues.split_at_mut(1);
-        generator::run(stream, &mut first[0].1, &mut rest[0].0, &mut self.cache, stop)
+        let tx = (&mut first[0].1, &mut self.to_send);
+        generator::run(stream, tx, (&mut rest[0].0, &mut self.cache), stop)
     }
 
     /// Stops the ports; gives what each counted as lost, by name.

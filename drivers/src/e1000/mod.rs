@@ -8,7 +8,7 @@
 //! Nothing is read from the EEPROM and no link is renegotiated: the station address is where the chip puts it,
 //! and a link that is up stays up. Every wait ends after a second.
 
-pub(crate) mod regs;
+pub mod regs;
 mod rx;
 #[cfg(test)]
 mod tests;
@@ -308,17 +308,25 @@ impl Nic for Device {
         Ok((rx, tx))
     }
 
-    fn stop(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache) -> Result<()> {
+    fn stop_into(
+        &mut self,
+        rx: RxQueue,
+        tx: TxQueue,
+        cache: &mut PoolCache,
+        sent: Option<&mut PoolCache>,
+    ) -> Result<()> {
         let Some(memory) = self.running.clone() else {
             return Err(self.error(ErrorKind::Usage, "stop", "it does not run"));
         };
         self.device_drops();
         if let Err(error) = self.quiesce() {
-            self.parked = Some(Box::new((rx, tx)));
+            // A later start gets one cache, for buffers of one pool.
+            self.parked = sent.is_none().then(|| Box::new((rx, tx)));
             return Err(error);
         }
         self.running = None;
-        self.idle = Some(Rings { memory, rx: rx.release(cache), tx: tx.release(cache) });
+        let rx = rx.release(cache);
+        self.idle = Some(Rings { memory, rx, tx: tx.release(sent.unwrap_or(cache)) });
         Ok(())
     }
 

@@ -6,7 +6,7 @@
 macro_rules! registers {
     ($($name:ident $offset:literal $access:ident $what:literal $section:literal)*) => {$(
         #[doc = concat!($what, ". ", stringify!($access), ", ", $section, ".")]
-        pub(crate) const $name: u64 = $offset;
+        pub const $name: u64 = $offset;
     )*};
 }
 
@@ -43,88 +43,94 @@ registers! {
 }
 
 /// Words of [`MTA`].
-pub(crate) const MTA_WORDS: u64 = 128;
+pub const MTA_WORDS: u64 = 128;
 
 /// Blocks new requests on PCI Express; 82574 only.
-pub(crate) const CTRL_GIO_MASTER_DISABLE: u32 = 1 << 2;
+pub const CTRL_GIO_MASTER_DISABLE: u32 = 1 << 2;
 /// Set link up.
-pub(crate) const CTRL_SLU: u32 = 1 << 6;
+pub const CTRL_SLU: u32 = 1 << 6;
 /// Force speed.
-pub(crate) const CTRL_FRCSPD: u32 = 1 << 11;
+pub const CTRL_FRCSPD: u32 = 1 << 11;
 /// Force duplex.
-pub(crate) const CTRL_FRCDPX: u32 = 1 << 12;
+pub const CTRL_FRCDPX: u32 = 1 << 12;
 /// Device reset, clears itself.
-pub(crate) const CTRL_RST: u32 = 1 << 26;
+pub const CTRL_RST: u32 = 1 << 26;
 /// VLAN mode: strips tags.
-pub(crate) const CTRL_VME: u32 = 1 << 30;
+pub const CTRL_VME: u32 = 1 << 30;
 
 /// Full duplex.
-pub(crate) const STATUS_FD: u32 = 1 << 0;
+pub const STATUS_FD: u32 = 1 << 0;
 /// Link up.
-pub(crate) const STATUS_LU: u32 = 1 << 1;
+pub const STATUS_LU: u32 = 1 << 1;
 /// Speed: 10, 100, 1000 and again 1000 Mbit/s.
-pub(crate) const STATUS_SPEED_SHIFT: u32 = 6;
+pub const STATUS_SPEED_SHIFT: u32 = 6;
 /// Requests on PCI Express may still be under way; 82574 only.
-pub(crate) const STATUS_GIO_MASTER_ENABLE: u32 = 1 << 19;
+pub const STATUS_GIO_MASTER_ENABLE: u32 = 1 << 19;
 
 /// PHY register number in bits 20:16, PHY address 1 in bits 25:21.
-pub(crate) const MDIC_REG_SHIFT: u32 = 16;
+pub const MDIC_REG_SHIFT: u32 = 16;
 /// Address of the internal PHY.
-pub(crate) const MDIC_PHY: u32 = 1 << 21;
+pub const MDIC_PHY: u32 = 1 << 21;
 /// Operation: write.
-pub(crate) const MDIC_OP_WRITE: u32 = 1 << 26;
+pub const MDIC_OP_WRITE: u32 = 1 << 26;
 /// Operation: read.
-pub(crate) const MDIC_OP_READ: u32 = 2 << 26;
+pub const MDIC_OP_READ: u32 = 2 << 26;
 /// The operation ended.
-pub(crate) const MDIC_READY: u32 = 1 << 28;
+pub const MDIC_READY: u32 = 1 << 28;
 /// The operation failed.
-pub(crate) const MDIC_ERROR: u32 = 1 << 30;
+pub const MDIC_ERROR: u32 = 1 << 30;
 /// PHY control register (IEEE 802.3, 22.2.4.1).
-pub(crate) const PHY_CONTROL: u32 = 0;
+pub const PHY_CONTROL: u32 = 0;
 /// Power down.
-pub(crate) const PHY_CONTROL_POWER_DOWN: u16 = 1 << 11;
+pub const PHY_CONTROL_POWER_DOWN: u16 = 1 << 11;
+/// Full duplex.
+pub const PHY_CONTROL_FULL_DUPLEX: u16 = 1 << 8;
+/// 1000 Mbit/s, without bit 13.
+pub const PHY_CONTROL_SPEED_1000: u16 = 1 << 6;
+/// What is sent comes back.
+pub const PHY_CONTROL_LOOPBACK: u16 = 1 << 14;
 
 /// Receiver enable. The buffer size in bits 17:16 and 25 is 0: 2048 bytes.
-pub(crate) const RCTL_EN: u32 = 1 << 1;
+pub const RCTL_EN: u32 = 1 << 1;
 /// Unicast promiscuous.
-pub(crate) const RCTL_UPE: u32 = 1 << 3;
+pub const RCTL_UPE: u32 = 1 << 3;
 /// Multicast promiscuous.
-pub(crate) const RCTL_MPE: u32 = 1 << 4;
+pub const RCTL_MPE: u32 = 1 << 4;
 /// Broadcast accept.
-pub(crate) const RCTL_BAM: u32 = 1 << 15;
+pub const RCTL_BAM: u32 = 1 << 15;
 /// Strip Ethernet CRC.
-pub(crate) const RCTL_SECRC: u32 = 1 << 26;
+pub const RCTL_SECRC: u32 = 1 << 26;
 
 /// Transmitter enable.
-pub(crate) const TCTL_EN: u32 = 1 << 1;
+pub const TCTL_EN: u32 = 1 << 1;
 /// Pad short packets to 64 bytes.
-pub(crate) const TCTL_PSP: u32 = 1 << 3;
+pub const TCTL_PSP: u32 = 1 << 3;
 /// Collision threshold 15 and collision distance 64 for full duplex, as both manuals recommend.
-pub(crate) const TCTL_COLLISION: u32 = 0x0F << 4 | 0x40 << 12;
+pub const TCTL_COLLISION: u32 = 0x0F << 4 | 0x40 << 12;
 /// Multiple requests; 82574 only.
-pub(crate) const TCTL_MULR: u32 = 1 << 28;
+pub const TCTL_MULR: u32 = 1 << 28;
 /// IPGT 8, IPGR1 8, IPGR2 6: what both manuals recommend for copper.
-pub(crate) const TIPG_COPPER: u32 = 8 | 8 << 10 | 6 << 20;
+pub const TIPG_COPPER: u32 = 8 | 8 << 10 | 6 << 20;
 /// Counts descriptors that wait; DS 10.2.6 wants it set.
-pub(crate) const TXDCTL_COUNT_DESC: u32 = 1 << 22;
+pub const TXDCTL_COUNT_DESC: u32 = 1 << 22;
 
 /// The address in RAL0 and RAH0 is valid.
-pub(crate) const RAH_AV: u32 = 1 << 31;
+pub const RAH_AV: u32 = 1 << 31;
 
 /// Second word of a legacy receive descriptor (SDM 3.2.3): length in bits 15:0, status in 39:32, errors in
 /// 47:40. Descriptor done.
-pub(crate) const RXD_DD: u64 = 1 << 32;
+pub const RXD_DD: u64 = 1 << 32;
 /// End of packet.
-pub(crate) const RXD_EOP: u64 = 1 << 33;
+pub const RXD_EOP: u64 = 1 << 33;
 /// Errors of the frame itself: CE, SE, SEQ, CXE and RXE. Wrong IP and TCP checksums are the receiver's matter.
-pub(crate) const RXD_ERRORS: u64 = 0x97 << 40;
+pub const RXD_ERRORS: u64 = 0x97 << 40;
 
 /// Second word of a legacy transmit descriptor (SDM 3.3.3): length in bits 15:0, command in 31:24, status in
 /// 35:32. End of packet.
-pub(crate) const TXD_EOP: u64 = 1 << 24;
+pub const TXD_EOP: u64 = 1 << 24;
 /// Insert frame check sequence.
-pub(crate) const TXD_IFCS: u64 = 1 << 25;
+pub const TXD_IFCS: u64 = 1 << 25;
 /// Report status.
-pub(crate) const TXD_RS: u64 = 1 << 27;
+pub const TXD_RS: u64 = 1 << 27;
 /// Descriptor done; written where RS asked for it.
-pub(crate) const TXD_DD: u64 = 1 << 32;
+pub const TXD_DD: u64 = 1 << 32;

@@ -354,6 +354,33 @@ fn a_stop_that_is_confirmed_later_gives_the_buffers_back() {
 }
 
 #[test]
+fn memory_outlives_all_that_a_program_can_drop_while_the_nic_runs() {
+    let Rig { device, port, queues, memory, pool, cache } = Rig::standard();
+    let weak = Arc::downgrade(&memory);
+    // The test's device holds what it is attached to, which a NIC does not.
+    device.attach(self::memory(1).0.device_view());
+    drop((queues, memory, pool, cache));
+    assert!(device.config().bus_master() && weak.upgrade().is_some());
+    drop(port);
+    assert!(!device.config().bus_master() && weak.upgrade().is_none());
+}
+
+#[test]
+fn sent_buffers_go_back_to_the_pool_that_they_came_from() {
+    let mut rig = Rig::standard();
+    let (other, pool) = memory(64);
+    let mut to_send = Pool::send_only(&other, 8).unwrap().cache();
+    assert_eq!(to_send.pool().free(), 8);
+    let mut burst: Burst = (0..8).map(|_| Packet::new(to_send.allocate().unwrap(), 60)).collect();
+    let (rx, mut tx) = rig.queues.take().unwrap();
+    assert_eq!(tx.tx_burst(&mut to_send, &mut burst), 8);
+    rig.port.stop_into(rx, tx, &mut rig.cache, Some(&mut to_send)).unwrap();
+    let sent = Arc::clone(to_send.pool());
+    drop((to_send, rig.cache));
+    assert_eq!((sent.free(), rig.pool.free(), pool.free()), (8, 512, 64));
+}
+
+#[test]
 fn a_port_that_is_dropped_stops_its_device() {
     let rig = Rig::standard();
     let device = rig.device.clone();

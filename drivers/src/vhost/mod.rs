@@ -120,7 +120,14 @@ impl Nic for Device {
     }
 
     /// The frontend stays connected; its rings wait for the next start.
-    fn stop(&mut self, rx: RxQueue, tx: TxQueue, _cache: &mut PoolCache) -> Result<()> {
+    /// The rings own no buffers of ours: packets were copied.
+    fn stop_into(
+        &mut self,
+        rx: RxQueue,
+        tx: TxQueue,
+        _cache: &mut PoolCache,
+        _sent: Option<&mut PoolCache>,
+    ) -> Result<()> {
         if !rx.is_of(&self.rings[TRANSMIT]) || !tx.is_of(&self.rings[RECEIVE]) {
             return Err(self.refuse("the queues to stop are of another port"));
         }

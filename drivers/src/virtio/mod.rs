@@ -223,16 +223,24 @@ impl Nic for Device {
         }
     }
 
-    fn stop(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache) -> Result<()> {
+    fn stop_into(
+        &mut self,
+        rx: RxQueue,
+        tx: TxQueue,
+        cache: &mut PoolCache,
+        sent: Option<&mut PoolCache>,
+    ) -> Result<()> {
         // Buffers of a running device must not get into the pool.
         if [rx.name(), tx.name()] != [self.transport.name(); 2] {
             return Err(self.refuse(ErrorKind::Usage, "the queues to stop are of another device"));
         }
         if let Err(error) = self.transport.stop() {
-            self.parked = Some(Box::new((rx, tx)));
+            // A later start gets one cache, for buffers of one pool.
+            self.parked = sent.is_none().then(|| Box::new((rx, tx)));
             return Err(error.mend("its DMA memory is kept until it does"));
         }
-        let (rx, tx) = (rx.into_queue(cache), tx.into_queue(cache));
+        let rx = rx.into_queue(cache);
+        let tx = tx.into_queue(sent.unwrap_or(cache));
         if let Some(Started { memory, control }) = self.started.take() {
             self.spare = Some(Box::new(Queues { memory, rx, tx, control }));
         }

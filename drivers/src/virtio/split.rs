@@ -140,7 +140,9 @@ impl Virtqueue {
     /// layout and alignment after virtio 1.2, 2.7.
     pub(super) fn new(memory: &Arc<DmaMemory>, size: u16, name: &Arc<str>, fault: &Fault) -> Result<Self> {
         let entries = usize::from(size);
-        let mut driver = DmaBlock::new(memory, 2 * (3 + entries), 2)?;
+        // What the driver writes the device only reads.
+        let mut driver = DmaBlock::read_only(memory, 16 * entries + 2 * (3 + entries), 16)?;
+        let desc = driver.carve(entries)?;
         // Used elements are 4 bytes behind the ring's begin. QEMU 7.2 misplaces half of one that crosses a page of the
         // IOMMU; on multiples of 8 none does.
         let mut device = DmaBlock::new(memory, 4 + 2 * 3 + 8 * entries, 8)?;
@@ -150,7 +152,7 @@ impl Virtqueue {
         let avail_idx = driver.carve(1)?;
         let avail = driver.carve(entries)?;
         Ok(Self {
-            desc: DmaRing::new(memory, entries, 16)?,
+            desc,
             avail_idx,
             used_event: driver.carve(1)?,
             used_idx: device.carve(1)?,

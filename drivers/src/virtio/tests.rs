@@ -343,6 +343,17 @@ fn a_dropped_device_is_reset() {
 }
 
 #[test]
+fn memory_outlives_all_that_a_program_can_drop_while_the_nic_runs() {
+    let Bench { nic, device, rx, tx, cache, memory } = Bench::new(Behaviour::default());
+    let weak = Arc::downgrade(&memory);
+    nic.attach(self::memory(1).0.device_view());
+    drop((rx, tx, cache, memory));
+    assert!(nic.is_live() && weak.upgrade().is_some());
+    drop(device);
+    assert!(!nic.is_live() && weak.upgrade().is_none());
+}
+
+#[test]
 fn queues_of_another_device_are_not_stopped() {
     let mut bench = Bench::new(Behaviour::default());
     let other = VirtioNet::at(Bdf::new(0, 0, 4, 0).unwrap(), Behaviour::default());

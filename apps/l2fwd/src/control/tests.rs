@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vireo_drivers::fakedev::e1000::{FakeE1000, Faults, ID_82540EM};
 use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet};
 use vireo_drivers::port::{MacAddr, Nic, Port, QueueSizes};
-use vireo_drivers::ports::OpenPort;
+use vireo_drivers::ports::{OpenPort, PortMemory};
 use vireo_drivers::{e1000, virtio};
 use vireo_eal::args::{Outcome, Program, allowed_cpus, parse};
 use vireo_eal::bdf::Bdf;
@@ -145,7 +145,7 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
     let shared = Shared {
         lcores: &lcores,
         stop: &stop,
-        memory: &memory,
+        memory: &PortMemory::from(memory),
         pool: &pool,
         sizes: SIZES,
         counts: &counts,
