@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod compare;
+mod dma_proof;
 mod environment;
 mod findings;
 mod html;
@@ -36,6 +37,7 @@ enum Command {
     Run(run::RunArgs),
     Report(report::ReportArgs),
     Native(native::NativeArgs),
+    DmaProof(dma_proof::DmaProofArgs),
     /// Time the phases from a forwarder's start to its first packet, beside DPDK's testpmd
     #[command(subcommand)]
     Start(start::Command),
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => report::report(&args),
         Command::Native(args) => native::native(&args),
+        Command::DmaProof(args) => dma_proof::dma_proof(&args),
         Command::Start(command) => start::start(&command),
     };
     match result {
