@@ -30,6 +30,7 @@ boot_cases() {
         survives_kill "$mode"
         recovers "$mode"
     done
+    dma_isolation container cdev compat
     test_case "iommufd alone" iommufd_alone
 
     bad_arguments

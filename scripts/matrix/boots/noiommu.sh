@@ -15,6 +15,7 @@ boot_cases() {
         survives_kill "$mode"
     done
     ends_on_signals noiommu
+    no_dma_isolation noiommu noiommu-cdev
     test_case "iommufd alone" iommufd_alone
 
     bad_arguments
@@ -32,6 +33,7 @@ noiommu_refusals() {
 69|--vfio-mode noiommu|--vfio-mode container FORWARDERS -- -p 3
 69|--vfio-mode noiommu|--vfio-mode compat FORWARDERS -- -p 3
 64|leave --iova-mode out|--iova-mode va --vfio-mode noiommu FORWARDERS -- -p 3
+64|leave --isolate-ports out|--isolate-ports --vfio-mode noiommu FORWARDERS -- -p 3
 64|leave --no-huge out|--no-huge --vfio-mode noiommu FORWARDERS -- -p 3
 TABLE
 }
