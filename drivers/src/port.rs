@@ -184,37 +184,53 @@ pub trait Nic {
     /// The sending half.
     type Tx: TxBurst;
 
-    /// Sets up rings in `memory`, fills the RX ring from `cache` and starts DMA. If the last stop failed, that is
-    /// made up for first.
+    /// Sets up `pairs` pairs of rings in `memory`, fills the RX rings from `cache` and starts DMA. If the last stop
+    /// failed, that is made up for first. The device spreads what it receives over the pairs.
     ///
     /// # Errors
-    /// When the device refuses, or memory or buffers are short.
+    /// When the device refuses or has fewer pairs, or memory or buffers are short.
+    fn start_pairs(
+        &mut self,
+        memory: &Arc<DmaMemory>,
+        cache: &mut PoolCache,
+        sizes: QueueSizes,
+        pairs: u16,
+    ) -> Result<Vec<(Self::Rx, Self::Tx)>>;
+
+    /// Ends DMA by a reset, then gives every buffer that the rings own to `cache`; what the TX rings own to `sent`,
+    /// where a port sends from a pool of its own.
+    ///
+    /// # Errors
+    /// When the device does not confirm the reset. The buffers and their memory are then kept until it does.
+    fn stop_pairs(
+        &mut self,
+        queues: Vec<(Self::Rx, Self::Tx)>,
+        cache: &mut PoolCache,
+        sent: Option<&mut PoolCache>,
+    ) -> Result<()>;
+
+    /// As [`Nic::start_pairs`], with one pair.
+    ///
+    /// # Errors
+    /// As for [`Nic::start_pairs`].
     fn start(
         &mut self,
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
         sizes: QueueSizes,
-    ) -> Result<(Self::Rx, Self::Tx)>;
-
-    /// Ends DMA by a reset, then gives every buffer that the rings own to `cache`.
-    ///
-    /// # Errors
-    /// When the device does not confirm the reset. The buffers and their memory are then kept until it does.
-    fn stop(&mut self, rx: Self::Rx, tx: Self::Tx, cache: &mut PoolCache) -> Result<()> {
-        self.stop_into(rx, tx, cache, None)
+    ) -> Result<(Self::Rx, Self::Tx)> {
+        self.start_pairs(memory, cache, sizes, 1)?.pop().ok_or_else(|| {
+            Error::new(ErrorKind::Protocol, "cannot start a port", "its driver gave no pair of queues")
+        })
     }
 
-    /// As [`Nic::stop`] for a port that sends from a pool of its own: what the TX ring owns goes to `sent`.
+    /// As [`Nic::stop_pairs`], with one pair and one pool.
     ///
     /// # Errors
-    /// As for [`Nic::stop`].
-    fn stop_into(
-        &mut self,
-        rx: Self::Rx,
-        tx: Self::Tx,
-        cache: &mut PoolCache,
-        sent: Option<&mut PoolCache>,
-    ) -> Result<()>;
+    /// As for [`Nic::stop_pairs`].
+    fn stop(&mut self, rx: Self::Rx, tx: Self::Tx, cache: &mut PoolCache) -> Result<()> {
+        self.stop_pairs(vec![(rx, tx)], cache, None)
+    }
 
     /// The station address.
     fn mac(&self) -> MacAddr;
@@ -277,20 +293,29 @@ macro_rules! any_driver {
             type Rx = RxQueue;
             type Tx = TxQueue;
 
-            fn start(&mut self, memory: &Arc<DmaMemory>, cache: &mut PoolCache, sizes: QueueSizes) -> Result<(RxQueue, TxQueue)> {
+            fn start_pairs(
+                &mut self, memory: &Arc<DmaMemory>, cache: &mut PoolCache, sizes: QueueSizes, pairs: u16,
+            ) -> Result<Vec<(RxQueue, TxQueue)>> {
                 match self { $(Self::$variant(device) => {
-                    device.start(memory, cache, sizes).map(|(rx, tx)| (RxQueue::$variant(rx), TxQueue::$variant(tx)))
+                    let queues = device.start_pairs(memory, cache, sizes, pairs)?;
+                    Ok(queues.into_iter().map(|(rx, tx)| (RxQueue::$variant(rx), TxQueue::$variant(tx))).collect())
                 }),* }
             }
-            fn stop_into(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache, sent: Option<&mut PoolCache>) -> Result<()> {
-                match (self, rx, tx) {
-                    $((Self::$variant(device), RxQueue::$variant(rx), TxQueue::$variant(tx)) => device.stop_into(rx, tx, cache, sent),)*
-                    _ => Err(Error::new(
-                        ErrorKind::Usage,
-                        "cannot stop the port",
-                        "the queues belong to another driver",
-                    )),
-                }
+            fn stop_pairs(
+                &mut self, queues: Vec<(RxQueue, TxQueue)>, cache: &mut PoolCache, sent: Option<&mut PoolCache>,
+            ) -> Result<()> {
+                let foreign = || Error::new(
+                    ErrorKind::Usage,
+                    "cannot stop the port",
+                    "the queues belong to another driver",
+                );
+                match self { $(Self::$variant(device) => {
+                    let own = queues.into_iter().map(|pair| match pair {
+                        (RxQueue::$variant(rx), TxQueue::$variant(tx)) => Ok((rx, tx)),
+                        _ => Err(foreign()),
+                    });
+                    device.stop_pairs(own.collect::<Result<_>>()?, cache, sent)
+                }),* }
             }
             fn mac(&self) -> MacAddr {
                 match self { $(Self::$variant(device) => device.mac()),* }

@@ -208,6 +208,8 @@ pub struct MemoryNeed {
     pub send_only: u32,
     /// Sizes of each port's queues.
     pub sizes: QueueSizes,
+    /// Pairs of queues of each port.
+    pub pairs: u16,
 }
 
 impl MemoryNeed {
@@ -221,13 +223,14 @@ impl MemoryNeed {
         /// Room for the alignment of each of a port's parts, and for what is small.
         const REST: usize = 32 << 10;
         let entries = usize::from(self.sizes.rx) + usize::from(self.sizes.tx);
-        match port {
+        let pair = match port {
             // Of a split ring the device writes the used ring, and reads descriptors and avail ring (virtio 1.2, 2.7).
             Port::Virtio(_) => [entries * 8 + REST, entries * 18 + REST],
             // Completions are written into the descriptors.
             Port::E1000(_) => [entries * 16 + REST, 0],
             Port::Vhost(_) => [0, 0],
-        }
+        };
+        pair.map(|bytes| bytes * usize::from(self.pairs))
     }
 
     /// Where everything goes. Buffers are in the first part. Rings are there too if there is one address space;

@@ -21,6 +21,8 @@ rings_tests() {
     if command -v dpdk-testpmd >/dev/null; then
         rings_case "pktgen on virtio-user, through DPDK's testpmd on vhost" rings_circle testpmd iface path
         rings_case "pktgen on vhost, through DPDK's testpmd on virtio-user" rings_circle testpmd path iface
+        rings_case "two pairs of queues: l2fwd on vhost, testpmd on virtio-user" rings_pairs iface path
+        rings_case "two pairs of queues: l2fwd on virtio-user, testpmd on vhost" rings_pairs path iface
     else
         rings_skip "pktgen through DPDK's testpmd" "dpdk-testpmd is not installed (Debian's dpdk-dev)"
     fi
@@ -43,7 +45,7 @@ rings_case() {
     else
         RINGS_FAILED=$((RINGS_FAILED + 1))
         echo "not ok $RINGS_CASES - $name"
-        cat "$RINGS_DIR"/{log,pktgen,forwarder} 2>/dev/null | sed 's/^/#   /'
+        tail -qn 30 "$RINGS_DIR"/{log,pktgen,forwarder,testpmd} 2>/dev/null | sed 's/^/#   /'
     fi
     rm -rf "$RINGS_DIR"
 }
@@ -93,6 +95,44 @@ rings_devices() {
     done
 }
 
+# rings_pairs L2FWD-END TESTPMD-END: a port with two pairs of queues each. What testpmd sends first on each pair goes
+# round until it is told to end; it then says what it received on each.
+rings_pairs() {
+    local start=(rings_pairs_l2fwd rings_pairs_testpmd) ends=("$1" "$2") queue
+    mkfifo "$RINGS_DIR/keys"
+    [[ $1 == iface ]] || start=(rings_pairs_testpmd rings_pairs_l2fwd) ends=("$2" "$1")
+    "${start[0]}" "${ends[0]}"
+    rings_await socket test -S "$RINGS_DIR/0" || return
+    "${start[1]}" "${ends[1]}"
+    rings_await 'forwarded frames' grep -q 'received [0-9]\{5\}' "$RINGS_DIR/forwarder" || return
+    echo >"$RINGS_DIR/keys"
+    wait "$RINGS_GENERATOR" || true
+    kill -INT "$RINGS_FORWARDER"
+    wait "$RINGS_FORWARDER" || { echo "l2fwd exited with $?" && return 1; }
+    for queue in 0 1; do
+        grep -A1 "RX Port= 0/Queue= $queue" "$RINGS_DIR/testpmd" | grep -q 'RX-packets: [1-9]' ||
+            { echo "testpmd received nothing on queue $queue" && return 1; }
+    done
+}
+
+rings_pairs_l2fwd() {
+    local driver=net_virtio_user
+    [[ $1 == path ]] || driver=net_vhost
+    "$L2FWD" --lcores 0@0,1@0 --file-prefix "rings-fwd-$$" --no-pci --no-huge --vdev "${driver}0,$1=$RINGS_DIR/0,queues=2" \
+        -- -p 1 --queues 2 -T 0.1 >"$RINGS_DIR/forwarder" 2>&1 &
+    RINGS_FORWARDER=$!
+}
+
+rings_pairs_testpmd() {
+    local driver=net_virtio_user
+    [[ $1 == path ]] || driver=net_vhost
+    stdbuf -oL dpdk-testpmd --lcores 0@1,1@1 -m 256 --no-telemetry --log-level=error --file-prefix "rings-gen-$$" \
+        --no-pci --no-huge --vdev "${driver}0,$1=$RINGS_DIR/0,queues=2" -- --auto-start --tx-first --no-flush-rx \
+        --forward-mode=io --nb-cores=1 --rxq=2 --txq=2 --total-num-mbufs=8192 --no-mlockall \
+        <>"$RINGS_DIR/keys" >"$RINGS_DIR/testpmd" 2>&1 &
+    RINGS_GENERATOR=$!
+}
+
 rings_l2fwd() {
     rings_devices "$1"
     "$L2FWD" -l 1 --file-prefix "rings-fwd-$$" "${DEVICES[@]}" -- -p 3 -q 2 -T 0 >"$RINGS_DIR/forwarder" 2>&1 &
@@ -118,11 +158,16 @@ rings_pktgen() {
     RINGS_GENERATOR=$!
 }
 
-# A shell has no event for it.
 rings_await_sockets() {
-    local left=$((RINGS_PATIENCE * 50))
-    until [[ -S $RINGS_DIR/0 && -S $RINGS_DIR/1 ]]; do
-        ((left-- > 0)) || { echo "the sockets were not made" && return 1; }
+    rings_await 'socket' test -S "$RINGS_DIR/0" && rings_await 'socket' test -S "$RINGS_DIR/1"
+}
+
+# rings_await WHAT COMMAND...: until the command succeeds. A shell has no event for it.
+rings_await() {
+    local what=$1 left=$((RINGS_PATIENCE * 50))
+    shift
+    until "$@"; do
+        ((left-- > 0)) || { echo "no $what in $RINGS_PATIENCE s" && return 1; }
         sleep 0.02
     done
 }

@@ -16,7 +16,7 @@ use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{DmaMemory, Pool};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
-use vireo_l2fwd::forward::{Lane, PortCounts, ethernet, forward};
+use vireo_l2fwd::forward::{Lane, PairCounts, ethernet, forward};
 
 /// As DPDK's figures were counted.
 const RING: u16 = 256;
@@ -92,8 +92,8 @@ fn whole_case<N: Nic>(
 ) -> Result<()> {
     let mut cache = Pool::new(memory, BUFFERS)?.cache();
     let (rx, tx) = nic.start(memory, &mut cache, QueueSizes { rx: RING, tx: RING })?;
-    let mut lanes = [Lane { rx, rx_port: 0, tx, tx_port: 0, ethernet: Some(ethernet(0, nic.mac())) }];
-    let counts = [PortCounts::default()];
+    let mut lanes = [Lane { rx, from: 0, tx, to: 0, ethernet: Some(ethernet(0, nic.mac())) }];
+    let counts = [PairCounts::default()];
     let rounds = COUNT / burst.max(1);
     let wire = || Wire { receive, transmit, burst, rounds, stop: StopFlag::new() };
 

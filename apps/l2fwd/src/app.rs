@@ -16,7 +16,7 @@ use vireo_eal::{Eal, Error, ErrorKind, Result};
 
 use crate::args::Args;
 use crate::control::{Managed, Queues};
-use crate::forward::{AnyLane, Lane, PortCounts, ethernet};
+use crate::forward::{AnyLane, PairCounts, ethernet};
 use crate::launch::{Shared, forward_on_lcores};
 use crate::plan::{Planned, plan};
 use crate::report::{Reporter, Style, Totals, link_text, mac_text};
@@ -33,27 +33,29 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     let planned = plan(args, all.len(), &eal.lcores.ids())?;
     let mut enabled: Vec<usize> = planned.iter().map(|lane| lane.from).collect();
     enabled.sort_unstable();
+    enabled.dedup();
     let mut reporter = Reporter::new(Style::of_stdout(args.json), enabled.clone());
     describe(eal, &reporter, &all, &enabled)?;
     reporter.chat(&format!("MAC updating {}\n", if args.mac_updating { "enabled" } else { "disabled" }))?;
-    for Planned { lcore, from, to } in &planned {
-        reporter.chat(&format!("Lcore {lcore}: RX port {from} TX port {to}\n"))?;
+    for Planned { lcore, from, to, pair } in &planned {
+        let queue = if args.queues > 1 { format!(" queue {pair}") } else { String::new() };
+        reporter.chat(&format!("Lcore {lcore}: RX port {from} TX port {to}{queue}\n"))?;
     }
 
+    let pairs = enabled.len() * usize::from(args.queues);
     // Whatever is received here may be sent, so devices read and write every buffer.
-    let buffers = ports::buffers_needed(enabled.len(), eal.lcores.ids().len(), SIZES);
-    let memory = map(eal, &reporter, buffers, &enabled.iter().map(|port| &all[*port]).collect::<Vec<_>>())?;
+    let buffers = ports::buffers_needed(pairs, eal.lcores.ids().len(), SIZES);
+    let opened: Vec<_> = enabled.iter().map(|port| &all[*port]).collect();
+    let memory = map(eal, &reporter, buffers, args.queues, &opened)?;
     let pool = Pool::new(&memory.buffers, buffers)?;
     let mut cache = pool.cache();
-    let mut queues = Queues::default();
+    let mut queues = Queues::new(args.queues.into());
     for &number in &enabled {
         reporter.chat(&format!("Initializing port {number}... "))?;
         let rings = memory.of(&all[number]);
         let port = &mut all[number].port;
         port.set_promiscuous(args.promiscuous)?;
-        let (rx, tx) = port.start(rings, &mut cache, SIZES)?;
-        queues.rx.insert(number, rx);
-        queues.tx.insert(number, tx);
+        queues.put_port(number, port.start_pairs(rings, &mut cache, SIZES, args.queues)?);
         reporter.chat("done: \n")?;
         reporter.say(
             &mac_text(number, port.mac()),
@@ -63,15 +65,18 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     check_links(&reporter, &all, &enabled, stop)?;
 
     let mut shares: BTreeMap<u32, Vec<AnyLane>> = BTreeMap::new();
-    for Planned { lcore, from, to } in planned {
-        // A plan has each port once as source and once as destination, so no queue is asked for twice.
-        let (Some(rx), Some(tx)) = (queues.rx.remove(&from), queues.tx.remove(&to)) else { continue };
+    for Planned { lcore, from, to, pair } in planned {
         let ethernet = args.mac_updating.then(|| ethernet(to, all[to].port.mac()));
-        shares.entry(lcore).or_default().push(Lane { rx, rx_port: from, tx, tx_port: to, ethernet });
+        let number = |port| queues.numbers(port).start + pair;
+        // A plan has each pair once as source and once as destination, so no queue is asked for twice.
+        let Some(lane) = queues.join(number(from), number(to), ethernet) else { continue };
+        shares.entry(lcore).or_default().push(lane);
     }
     let mut all: Vec<Managed> = all.into_iter().map(Managed::new).collect();
-    let counts: Vec<PortCounts> = all.iter().map(|_| PortCounts::default()).collect();
-    let totals = || enabled.iter().map(|port| Totals::from(&counts[*port])).collect::<Vec<_>>();
+    let counts: Vec<PairCounts> =
+        (0..queues.numbers(all.len()).start).map(|_| PairCounts::default()).collect();
+    let numbers: Vec<_> = enabled.iter().map(|port| queues.numbers(*port)).collect();
+    let totals = || numbers.iter().map(|pairs| Totals::of(&counts[pairs.clone()])).collect::<Vec<_>>();
     reporter.say("entering main loop\n", &json!({ "event": "forwarding" }))?;
     let mut last = Instant::now();
     let mut printed = Ok(());
@@ -82,6 +87,7 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
         memory: &memory,
         pool: &pool,
         sizes: SIZES,
+        pairs: args.queues,
         counts: &counts,
         busy_ticks: busy_ticks.as_ref(),
     };
@@ -128,8 +134,8 @@ fn describe(eal: &Eal, reporter: &Reporter, all: &[OpenPort], enabled: &[usize])
 }
 
 /// Memory for `buffers` packet buffers and the rings of `ports`; says what it took when they are isolated.
-fn map(eal: &Eal, reporter: &Reporter, buffers: u32, ports: &[&OpenPort]) -> Result<PortMemory> {
-    let need = MemoryNeed { buffers, send_only: 0, sizes: SIZES };
+fn map(eal: &Eal, reporter: &Reporter, buffers: u32, pairs: u16, ports: &[&OpenPort]) -> Result<PortMemory> {
+    let need = MemoryNeed { buffers, send_only: 0, sizes: SIZES, pairs };
     let region = eal.reserve(need.bytes(ports))?;
     let before = ioctl::calls();
     let memory = ports::map(region, &need, ports)?;
@@ -169,8 +175,8 @@ fn close(
     for (number, mut managed) in all.into_iter().enumerate().filter(|(number, _)| enabled.contains(number)) {
         reporter.chat(&format!("Closing port {number}..."))?;
         // A port that is down has no queues.
-        if let (Some(rx), Some(tx)) = (queues.rx.remove(&number), queues.tx.remove(&number)) {
-            managed.stop(rx, tx, &mut cache)?;
+        if let Some(queues) = queues.take_port(number) {
+            managed.stop(queues, &mut cache)?;
         }
         reporter.chat(" Done\n")?;
         let mut named = counters(managed.rx, managed.tx, managed.drops.into_iter().collect());

@@ -6,8 +6,10 @@ use clap::{CommandFactory, Parser};
 use vireo_eal::Result;
 use vireo_eal::args::parse_app;
 
-/// Most ports that one lcore may poll (`MAX_RX_QUEUE_PER_LCORE` of DPDK's l2fwd, less one).
-const MOST_PORTS_PER_LCORE: u32 = 15;
+/// Most queues that one lcore may poll (`MAX_RX_QUEUE_PER_LCORE` of DPDK's l2fwd, less one).
+const MOST_QUEUES_PER_LCORE: u32 = 15;
+/// Most pairs of queues of a port: one for each lcore there can be (`RTE_MAX_LCORE` of DPDK).
+const MOST_QUEUES: u16 = 128;
 /// Longest time between two tables: a day.
 const LONGEST_PERIOD: f64 = 86_400.0;
 
@@ -24,9 +26,12 @@ struct Cli {
     /// Receive every frame, not only those for the port's address
     #[arg(short = 'P')]
     promiscuous: bool,
-    /// Ports that one lcore polls, 1 to 15
-    #[arg(short = 'q', value_name = "NQ", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_PORTS_PER_LCORE)))]
-    ports_per_lcore: u32,
+    /// RX queues that one lcore polls, 1 to 15
+    #[arg(short = 'q', value_name = "NQ", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_QUEUES_PER_LCORE)))]
+    queues_per_lcore: u32,
+    /// Pairs of queues of each port, 1 to 128
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MOST_QUEUES)))]
+    queues: u16,
     /// Seconds between two tables, such as 0.5; 0 for none
     #[arg(short = 'T', value_name = "PERIOD", default_value = "10", value_parser = period)]
     period: f64,
@@ -60,8 +65,10 @@ pub struct Args {
     pub mask: u64,
     /// Receive every frame.
     pub promiscuous: bool,
-    /// Ports that one lcore polls.
-    pub ports_per_lcore: usize,
+    /// RX queues that one lcore polls.
+    pub queues_per_lcore: usize,
+    /// Pairs of queues of each port.
+    pub queues: u16,
     /// Seconds between two tables; none for no tables.
     pub period: Option<f64>,
     /// Rewrite addresses.
@@ -88,7 +95,8 @@ pub fn parse(argv: Vec<OsString>) -> Result<Args> {
     Ok(Args {
         mask: cli.mask,
         promiscuous: cli.promiscuous,
-        ports_per_lcore: cli.ports_per_lcore as usize,
+        queues_per_lcore: cli.queues_per_lcore as usize,
+        queues: cli.queues,
         period: Some(cli.period).filter(|period| *period > 0.0),
         mac_updating: !cli.no_mac_updating,
         portmap: cli.portmap.map(|map| map.0),
@@ -141,7 +149,7 @@ mod tests {
     fn dpdk_arguments() {
         let args = read("-p 0x3 -q 2 -T 0.5 -P --no-mac-updating --portmap (0,1)").unwrap();
         assert_eq!(args.mask, 3);
-        assert_eq!((args.ports_per_lcore, args.period), (2, Some(0.5)));
+        assert_eq!((args.queues_per_lcore, args.period), (2, Some(0.5)));
         assert!(args.promiscuous && !args.mac_updating);
         assert_eq!(args.portmap, Some(vec![(0, 1)]));
         assert_eq!(read("-p f -T 0").unwrap().period, None);

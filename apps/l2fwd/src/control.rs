@@ -4,6 +4,7 @@
 mod tests;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,20 +22,56 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Least time between two restarts of a port, so that a device that lies without end does not keep everybody.
 const RESTART_EVERY: Duration = Duration::from_millis(500);
 
-/// Queues of started ports, by port number, while no lcore has them.
-#[derive(Debug, Default)]
+/// Queues of started ports while no lcore has them, by number: pairs are counted over all ports, as many for each.
+#[derive(Debug)]
 pub struct Queues {
-    /// Receiving halves.
-    pub rx: BTreeMap<usize, RxQueue>,
-    /// Sending halves.
-    pub tx: BTreeMap<usize, TxQueue>,
+    /// Pairs of a port.
+    pairs: usize,
+    rx: BTreeMap<usize, RxQueue>,
+    tx: BTreeMap<usize, TxQueue>,
 }
 
 impl Queues {
+    /// None, for ports with so many pairs each.
+    pub fn new(pairs: usize) -> Self {
+        Self { pairs, rx: BTreeMap::new(), tx: BTreeMap::new() }
+    }
+
+    /// Numbers of the pairs of `port`.
+    pub fn numbers(&self, port: usize) -> Range<usize> {
+        port * self.pairs..(port + 1) * self.pairs
+    }
+
+    /// Keeps the queues of `port`.
+    pub fn put_port(&mut self, port: usize, queues: Vec<(RxQueue, TxQueue)>) {
+        for (number, (rx, tx)) in self.numbers(port).zip(queues) {
+            self.rx.insert(number, rx);
+            self.tx.insert(number, tx);
+        }
+    }
+
+    /// Gives the queues of `port`, if all are here.
+    pub fn take_port(&mut self, port: usize) -> Option<Vec<(RxQueue, TxQueue)>> {
+        let numbers = self.numbers(port);
+        if !numbers.clone().all(|number| self.rx.contains_key(&number) && self.tx.contains_key(&number)) {
+            return None;
+        }
+        numbers.map(|number| Some((self.rx.remove(&number)?, self.tx.remove(&number)?))).collect()
+    }
+
+    /// Makes a lane from the receiving half of one pair to the sending half of another, if both are here.
+    pub fn join(&mut self, from: usize, to: usize, ethernet: Option<[u8; 12]>) -> Option<AnyLane> {
+        if !self.tx.contains_key(&to) {
+            return None;
+        }
+        let rx = self.rx.remove(&from)?;
+        Some(Lane { rx, from, tx: self.tx.remove(&to)?, to, ethernet })
+    }
+
     /// Takes `lane` apart.
     pub fn put(&mut self, lane: AnyLane) {
-        self.rx.insert(lane.rx_port, lane.rx);
-        self.tx.insert(lane.tx_port, lane.tx);
+        self.rx.insert(lane.from, lane.rx);
+        self.tx.insert(lane.to, lane.tx);
     }
 }
 
@@ -68,14 +105,16 @@ impl Managed {
     ///
     /// # Errors
     /// As for [`Nic::stop`].
-    pub fn stop(&mut self, rx: RxQueue, tx: TxQueue, cache: &mut PoolCache) -> Result<()> {
-        self.rx += rx.stats();
-        self.tx += tx.stats();
+    pub fn stop(&mut self, queues: Vec<(RxQueue, TxQueue)>, cache: &mut PoolCache) -> Result<()> {
+        for (rx, tx) in &queues {
+            self.rx += rx.stats();
+            self.tx += tx.stats();
+        }
         let Some(OpenPort { port, .. }) = &mut self.open else { return Ok(()) };
         for (name, count) in port.device_drops() {
             *self.drops.entry(name).or_default() += count;
         }
-        port.stop(rx, tx, cache)
+        port.stop_pairs(queues, cache, None)
     }
 }
 
@@ -83,8 +122,8 @@ impl Managed {
 #[derive(Clone, Copy, Debug)]
 struct Route {
     lcore: u32,
-    rx_port: usize,
-    tx_port: usize,
+    from: usize,
+    to: usize,
     ethernet: Option<[u8; 12]>,
 }
 
@@ -94,7 +133,7 @@ pub struct Control<'a> {
     ports: &'a mut [Managed],
     enabled: &'a [usize],
     lcores: &'a [u32],
-    rings: (&'a PortMemory, QueueSizes),
+    rings: (&'a PortMemory, QueueSizes, u16),
     cache: PoolCache,
     recall: &'a Recall<'a>,
     /// Queues that no lcore has, because their port is down or the one that they forward to or from.
@@ -105,17 +144,17 @@ pub struct Control<'a> {
 
 impl<'a> Control<'a> {
     /// Of `ports`, those with numbers in `enabled` are looked after: they are started, and `lcores` forward between
-    /// them. `rings` says where rings are made and how many descriptors they have.
+    /// them. `rings` says where rings are made, how many descriptors they have, and how many pairs a port has.
     pub fn new(
         ports: &'a mut [Managed],
         enabled: &'a [usize],
         lcores: &'a [u32],
-        rings: (&'a PortMemory, QueueSizes),
+        rings: (&'a PortMemory, QueueSizes, u16),
         cache: PoolCache,
         recall: &'a Recall<'a>,
     ) -> Self {
-        let (queues, routes) = Default::default();
-        Self { ports, enabled, lcores, rings, cache, recall, queues, routes }
+        let queues = Queues::new(rings.2.into());
+        Self { ports, enabled, lcores, rings, cache, recall, queues, routes: Vec::new() }
     }
 
     /// Looks after the ports until `stop`; [`thread::Thread::unpark`] makes it look at once. Gives the queues
@@ -151,17 +190,15 @@ impl<'a> Control<'a> {
 
     /// Stops port `number`, whose lanes leave their lcores; false when the program is to stop before they came.
     fn stop(&mut self, number: usize) -> bool {
-        for (lcore, lane) in self.recall.take(number, self.lcores) {
-            let Lane { rx_port, tx_port, ethernet, .. } = lane;
-            self.routes.push(Route { lcore, rx_port, tx_port, ethernet });
+        for (lcore, lane) in self.recall.take(self.queues.numbers(number), self.lcores) {
+            let Lane { from, to, ethernet, .. } = lane;
+            self.routes.push(Route { lcore, from, to, ethernet });
             self.queues.put(lane);
         }
-        let (Some(rx), Some(tx)) = (self.queues.rx.remove(&number), self.queues.tx.remove(&number)) else {
-            return false;
-        };
+        let Some(queues) = self.queues.take_port(number) else { return false };
         let port = &mut self.ports[number];
         port.down = true;
-        if let Err(error) = port.stop(rx, tx, &mut self.cache) {
+        if let Err(error) = port.stop(queues, &mut self.cache) {
             tracing::error!("port {number}: {error}");
         }
         true
@@ -172,24 +209,20 @@ impl<'a> Control<'a> {
         let port = &mut self.ports[number];
         let Some(open) = &mut port.open else { return };
         port.tried = Instant::now();
-        let (memory, sizes) = self.rings;
-        let (rx, tx) = match open.port.start(memory.of(open), &mut self.cache, sizes) {
-            Ok(queues) => queues,
+        let (memory, sizes, pairs) = self.rings;
+        match open.port.start_pairs(memory.of(open), &mut self.cache, sizes, pairs) {
+            Ok(queues) => self.queues.put_port(number, queues),
             Err(error) => return tracing::debug!("port {number} stays down: {error}"),
-        };
+        }
         tracing::info!("port {number} is up again");
         port.down = false;
-        let Queues { rx: receiving, tx: sending } = &mut self.queues;
-        receiving.insert(number, rx);
-        sending.insert(number, tx);
-        let whole = self.routes.extract_if(.., |route| {
-            receiving.contains_key(&route.rx_port) && sending.contains_key(&route.tx_port)
+        let mut lanes = Vec::new();
+        self.routes.retain(|&Route { lcore, from, to, ethernet }| {
+            let lane = self.queues.join(from, to, ethernet);
+            let waits = lane.is_none();
+            lanes.extend(lane.map(|lane| (lcore, lane)));
+            waits
         });
-        let routes: Vec<Route> = whole.collect();
-        let lanes = routes.into_iter().filter_map(|Route { lcore, rx_port, tx_port, ethernet }| {
-            let (rx, tx) = (receiving.remove(&rx_port)?, sending.remove(&tx_port)?);
-            Some((lcore, Lane { rx, rx_port, tx, tx_port, ethernet }))
-        });
-        self.recall.give(lanes.collect(), self.lcores);
+        self.recall.give(lanes, self.lcores);
     }
 }

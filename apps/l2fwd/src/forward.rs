@@ -26,14 +26,14 @@ impl Count {
     }
 }
 
-/// What a port did, as DPDK's l2fwd counts it. Each count is written by one lcore.
+/// What a queue pair did, as DPDK's l2fwd counts it for a port. Each count is written by one lcore.
 #[derive(Debug, Default)]
-pub struct PortCounts {
-    /// Packets handed to the port's TX queue.
+pub struct PairCounts {
+    /// Packets handed to the TX queue.
     pub sent: Count,
-    /// Packets taken from the port's RX queue.
+    /// Packets taken from the RX queue.
     pub received: Count,
-    /// Packets for this port that found its TX queue full.
+    /// Packets that found the TX queue full.
     pub dropped: Count,
 }
 
@@ -42,12 +42,12 @@ pub struct PortCounts {
 pub struct Lane<R, T> {
     /// Where packets come from.
     pub rx: R,
-    /// Index of its port.
-    pub rx_port: usize,
+    /// Number of its pair, counted over all ports.
+    pub from: usize,
     /// Where they go.
     pub tx: T,
-    /// Index of its port.
-    pub tx_port: usize,
+    /// Number of its pair.
+    pub to: usize,
     /// The first bytes of every packet sent, unless addresses stay as they are.
     pub ethernet: Option<[u8; 12]>,
 }
@@ -99,7 +99,7 @@ impl Meter for BusyTicks {
 pub fn forward<R: RxBurst, T: TxBurst>(
     lanes: &mut [Lane<R, T>],
     cache: &mut PoolCache,
-    counts: &[PortCounts],
+    counts: &[PairCounts],
     stop: &StopFlag,
     meter: &mut impl Meter,
     mut tick: impl FnMut(),
@@ -127,7 +127,7 @@ pub fn forward<R: RxBurst, T: TxBurst>(
 pub fn poll<R: RxBurst, T: TxBurst>(
     lane: &mut Lane<R, T>,
     cache: &mut PoolCache,
-    counts: &[PortCounts],
+    counts: &[PairCounts],
     burst: &mut Burst,
 ) -> bool {
     let before = burst.len();
@@ -144,7 +144,7 @@ pub fn poll<R: RxBurst, T: TxBurst>(
 fn send<R, T: TxBurst>(
     lane: &mut Lane<R, T>,
     cache: &mut PoolCache,
-    counts: &[PortCounts],
+    counts: &[PairCounts],
     burst: &mut Burst,
 ) {
     let count = burst.len();
@@ -152,10 +152,10 @@ fn send<R, T: TxBurst>(
         cache.write_each(burst, [a, b, c, d, e, f, g, h], last);
     }
     let sent = lane.tx.tx_burst(cache, burst);
-    counts[lane.rx_port].received.add(count);
-    counts[lane.tx_port].sent.add(sent);
+    counts[lane.from].received.add(count);
+    counts[lane.to].sent.add(sent);
     if sent < count {
-        counts[lane.tx_port].dropped.add(count - sent);
+        counts[lane.to].dropped.add(count - sent);
         for packet in burst.drain(..) {
             cache.free(packet.into_buffer());
         }
@@ -169,7 +169,7 @@ pub type AnyLane = Lane<RxQueue, TxQueue>;
 fn measured<R: RxBurst, T: TxBurst>(
     lanes: &mut [Lane<R, T>],
     cache: &mut PoolCache,
-    counts: &[PortCounts],
+    counts: &[PairCounts],
     busy_ticks: Option<&AtomicU64>,
     stop: &StopFlag,
     tick: impl FnMut(),
@@ -186,7 +186,7 @@ fn measured<R: RxBurst, T: TxBurst>(
 pub fn forward_any(
     lanes: Vec<AnyLane>,
     cache: &mut PoolCache,
-    counts: &[PortCounts],
+    counts: &[PairCounts],
     busy_ticks: Option<&AtomicU64>,
     stop: &StopFlag,
     tick: impl FnMut(),
@@ -196,21 +196,19 @@ pub fn forward_any(
             if lanes.iter().all(|l| matches!((&l.rx, &l.tx), (RxQueue::$rx(_), TxQueue::$tx(_)))) {
                 let mut lanes: Vec<Lane<$rx_queue, $tx_queue>> = lanes
                     .into_iter()
-                    .filter_map(|Lane { rx, rx_port, tx, tx_port, ethernet }| match (rx, tx) {
-                        (RxQueue::$rx(rx), TxQueue::$tx(tx)) => {
-                            Some(Lane { rx, rx_port, tx, tx_port, ethernet })
-                        }
+                    .filter_map(|Lane { rx, from, tx, to, ethernet }| match (rx, tx) {
+                        (RxQueue::$rx(rx), TxQueue::$tx(tx)) => Some(Lane { rx, from, tx, to, ethernet }),
                         _ => None,
                     })
                     .collect();
                 measured(&mut lanes, cache, counts, busy_ticks, stop, tick);
                 return lanes
                     .into_iter()
-                    .map(|Lane { rx, rx_port, tx, tx_port, ethernet }| Lane {
+                    .map(|Lane { rx, from, tx, to, ethernet }| Lane {
                         rx: RxQueue::$rx(rx),
-                        rx_port,
+                        from,
                         tx: TxQueue::$tx(tx),
-                        tx_port,
+                        to,
                         ethernet,
                     })
                     .collect();
@@ -278,13 +276,12 @@ mod tests {
         let region = Region::new(Pool::bytes(64), Backing::SmallPages).unwrap();
         let pool = Pool::new(&DmaMemory::map(region, &[]).unwrap(), 64).unwrap();
         let mut cache = pool.cache();
-        let counts = [PortCounts::default()];
+        let counts = [PairCounts::default()];
         let mut polls = vec![0, 20, 20, 0, 0, 1, 1, 1, 0, 5];
         polls.reverse();
         let mut rounds = polls.len();
         let (rx, tx) = (Source(polls), Sink { room: 30, bursts: Vec::new() });
-        let mut lanes =
-            [Lane { rx, rx_port: 0, tx, tx_port: 0, ethernet: Some(ethernet(0, MacAddr([2; 6]))) }];
+        let mut lanes = [Lane { rx, from: 0, tx, to: 0, ethernet: Some(ethernet(0, MacAddr([2; 6]))) }];
         let stop = StopFlag::new();
         let mut busy = BusyTicks::default();
         forward(&mut lanes, &mut cache, &counts, &stop, &mut busy, || {

@@ -13,7 +13,7 @@ use vireo_eal::lcore::{Lcores, StopFlag};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::control::{Control, Managed, Queues};
-use crate::forward::{AnyLane, PortCounts, forward_any};
+use crate::forward::{AnyLane, PairCounts, forward_any};
 use crate::recall::Recall;
 
 /// The clock is read once in so many rounds of polling.
@@ -32,8 +32,10 @@ pub struct Shared<'a> {
     pub pool: &'a Arc<Pool>,
     /// Descriptors of each queue.
     pub sizes: QueueSizes,
-    /// Of each port, by number.
-    pub counts: &'a [PortCounts],
+    /// Pairs of queues of each port.
+    pub pairs: u16,
+    /// Of each pair, by number.
+    pub counts: &'a [PairCounts],
     /// Gets the ticks of polls that moved packets, if they are wanted.
     pub busy_ticks: Option<&'a AtomicU64>,
 }
@@ -51,13 +53,13 @@ pub fn forward_on_lcores(
     mut shares: BTreeMap<u32, Vec<AnyLane>>,
     mut tick: impl FnMut(),
 ) -> Result<Queues> {
-    let Shared { lcores, stop, memory, pool, sizes, .. } = shared;
+    let Shared { lcores, stop, memory, pool, sizes, pairs, .. } = shared;
     let main = lcores.main_id();
     let own = shares.remove(&main).unwrap_or_default();
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
     let (mut queues, lanes) = thread::scope(|scope| {
-        let control = Control::new(ports, enabled, &ids, (memory, sizes), pool.cache(), &recall);
+        let control = Control::new(ports, enabled, &ids, (memory, sizes, pairs), pool.cache(), &recall);
         let control = thread::Builder::new()
             .name("vireo-control".into())
             .spawn_scoped(scope, move || control.run(stop))

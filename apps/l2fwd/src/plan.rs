@@ -13,26 +13,29 @@ pub struct Planned {
     pub from: usize,
     /// Port that it sends on.
     pub to: usize,
+    /// Which pair of queues of both ports.
+    pub pair: usize,
 }
 
-/// Shares the ports of `args` out to `lcores` (ids, ascending), of `ports` ports that there are.
+/// Shares the queues of the ports of `args` out to `lcores` (ids, ascending), of `ports` ports that there are: first
+/// the first queue of each port, then the second.
 ///
 /// # Errors
 /// `Unavailable` when there are no ports, `Usage` when mask, pairs or lcores do not fit them.
 pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Planned>> {
-    let pairs = destinations(&enabled(args.mask, ports)?, args.portmap.as_ref())?;
-    if lcores.len() * args.ports_per_lcore < pairs.len() {
+    let ways = destinations(&enabled(args.mask, ports)?, args.portmap.as_ref())?;
+    let count = ways.len() * usize::from(args.queues);
+    if lcores.len() * args.queues_per_lcore < count {
         return Err(Error::new(
             ErrorKind::Usage,
-            format!("cannot poll {} ports", pairs.len()),
-            format!("{} lcores with {} ports each are too few", lcores.len(), args.ports_per_lcore),
+            format!("cannot poll {count} RX queues"),
+            format!("{} lcores with {} queues each are too few", lcores.len(), args.queues_per_lcore),
         )
-        .mend(format!("give -q {}, or more lcores with -l", pairs.len().div_ceil(lcores.len().max(1)))));
+        .mend(format!("give -q {}, or more lcores with -l", count.div_ceil(lcores.len().max(1)))));
     }
-    let shared = pairs.chunks(args.ports_per_lcore).zip(lcores);
-    Ok(shared
-        .flat_map(|(pairs, &lcore)| pairs.iter().map(move |&(from, to)| Planned { lcore, from, to }))
-        .collect())
+    let each = (0..args.queues.into()).flat_map(|pair| ways.iter().map(move |way| (pair, *way)));
+    let lcores = lcores.iter().flat_map(|lcore| std::iter::repeat_n(*lcore, args.queues_per_lcore));
+    Ok(each.zip(lcores).map(|((pair, (from, to)), lcore)| Planned { lcore, from, to, pair }).collect())
 }
 
 /// Numbers of the ports in `mask`.
@@ -90,11 +93,12 @@ fn destinations(ports: &[usize], portmap: Option<&Pairs>) -> Result<Vec<(usize, 
 mod tests {
     use super::*;
 
-    fn args(mask: u64, ports_per_lcore: usize) -> Args {
+    fn args(mask: u64, queues_per_lcore: usize) -> Args {
         Args {
             mask,
             promiscuous: false,
-            ports_per_lcore,
+            queues_per_lcore,
+            queues: 1,
             period: None,
             mac_updating: true,
             portmap: None,
@@ -116,6 +120,15 @@ mod tests {
         let lanes = plan(&args(0xf, 2), 4, &[1, 3]).unwrap();
         let lanes: Vec<_> = lanes.iter().map(|lane| (lane.lcore, lane.from, lane.to)).collect();
         assert_eq!(lanes, [(1, 0, 1), (1, 1, 0), (3, 2, 3), (3, 3, 2)]);
+    }
+
+    #[test]
+    fn an_lcore_has_the_same_queue_of_both_ports() {
+        let args = Args { queues: 2, ..args(0x3, 2) };
+        let lanes = plan(&args, 2, &[0, 1]).unwrap();
+        let lanes: Vec<_> = lanes.iter().map(|lane| (lane.lcore, lane.from, lane.to, lane.pair)).collect();
+        assert_eq!(lanes, [(0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 1, 1), (1, 1, 0, 1)]);
+        assert!(plan(&args, 2, &[0]).unwrap_err().to_string().contains("cannot poll 4 RX queues"));
     }
 
     #[test]

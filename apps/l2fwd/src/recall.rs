@@ -1,6 +1,7 @@
 //! How lanes leave their lcores and come back while a port restarts, at no cost to the packets of the others.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,8 +22,8 @@ pub struct Recall<'a> {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Port whose lanes are wanted; none when lanes are given back.
-    wanted: Option<usize>,
+    /// Pairs whose lanes are wanted; none when lanes are given back.
+    wanted: Option<Range<usize>>,
     /// Lanes that no lcore has, each with the lcore that polls it.
     lanes: Vec<(u32, AnyLane)>,
     /// Lcores that have not looked since the last call.
@@ -47,9 +48,10 @@ impl<'a> Recall<'a> {
         if !state.absent.remove(&lcore) {
             return;
         }
-        match state.wanted {
-            Some(port) => {
-                let recalled = lanes.extract_if(.., |lane| lane.rx_port == port || lane.tx_port == port);
+        match state.wanted.clone() {
+            Some(pairs) => {
+                let recalled =
+                    lanes.extract_if(.., |lane| pairs.contains(&lane.from) || pairs.contains(&lane.to));
                 state.lanes.extend(recalled.map(|lane| (lcore, lane)));
             }
             None => {
@@ -62,9 +64,9 @@ impl<'a> Recall<'a> {
         }
     }
 
-    /// The lanes from and to `port`, from `lcores`; what they had handed over by then if the program stops.
-    pub fn take(&self, port: usize, lcores: &[u32]) -> Vec<(u32, AnyLane)> {
-        std::mem::take(&mut self.call(Some(port), Vec::new(), lcores).lanes)
+    /// The lanes from and to `pairs`, from `lcores`; what they had handed over by then if the program stops.
+    pub fn take(&self, pairs: Range<usize>, lcores: &[u32]) -> Vec<(u32, AnyLane)> {
+        std::mem::take(&mut self.call(Some(pairs), Vec::new(), lcores).lanes)
     }
 
     /// Gives `lanes` to their lcores. If the program stops before they come, [`Recall::into_lanes`] has them.
@@ -75,7 +77,7 @@ impl<'a> Recall<'a> {
     /// Waits until all of `lcores` have looked, or are to stop.
     fn call(
         &self,
-        wanted: Option<usize>,
+        wanted: Option<Range<usize>>,
         lanes: Vec<(u32, AnyLane)>,
         lcores: &[u32],
     ) -> MutexGuard<'_, State> {

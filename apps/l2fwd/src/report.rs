@@ -10,7 +10,7 @@ use vireo_drivers::port::{Link, MacAddr};
 use vireo_eal::clock::Tsc;
 use vireo_eal::{Error, Result};
 
-use crate::forward::PortCounts;
+use crate::forward::{Count, PairCounts};
 
 /// How the output looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +45,15 @@ pub struct Totals {
     pub dropped: u64,
 }
 
-impl From<&PortCounts> for Totals {
-    fn from(counts: &PortCounts) -> Self {
-        Self { sent: counts.sent.get(), received: counts.received.get(), dropped: counts.dropped.get() }
+impl Totals {
+    /// Of the pairs of one port.
+    pub fn of(pairs: &[PairCounts]) -> Self {
+        let sum = |of: fn(&PairCounts) -> &Count| pairs.iter().map(|pair| of(pair).get()).sum();
+        Self {
+            sent: sum(|pair| &pair.sent),
+            received: sum(|pair| &pair.received),
+            dropped: sum(|pair| &pair.dropped),
+        }
     }
 }
 

@@ -58,7 +58,7 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
     eal.iova_mode(all.iter().any(OpenPort::is_physical))?;
     let buffers = ports::buffers_needed(all.len(), 1, SIZES);
     // Frames to send have buffers of their own, which no device can write to.
-    let need = MemoryNeed { buffers: buffers - SEND_ONLY, send_only: SEND_ONLY, sizes: SIZES };
+    let need = MemoryNeed { buffers: buffers - SEND_ONLY, send_only: SEND_ONLY, sizes: SIZES, pairs: 1 };
     let opened: Vec<&OpenPort> = all.iter().collect();
     let memory = ports::map(eal.reserve(need.bytes(&opened))?, &need, &opened)?;
     let mut cache = Pool::new(&memory.buffers, need.buffers)?.cache();
@@ -88,7 +88,7 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
     let mut counted = Vec::with_capacity(all.len());
     for ((open, rx), tx) in all.iter_mut().zip(rx_queues).zip(tx_queues) {
         counted.push(counters(rx.stats(), tx.stats(), open.port.device_drops()));
-        open.port.stop_into(rx, tx, &mut cache, Some(&mut to_send))?;
+        open.port.stop_pairs(vec![(rx, tx)], &mut cache, Some(&mut to_send))?;
     }
     Ok((outcome, counted))
 }

@@ -17,7 +17,7 @@ use vireo_eal::lcore::{StopFlag, pin_to};
 use vireo_eal::mem::{Backing, Region, hugepages};
 use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_l2fwd::forward::{AnyLane, Lane, PortCounts, ethernet, forward_any};
+use vireo_l2fwd::forward::{AnyLane, Lane, PairCounts, ethernet, forward_any};
 use vireo_pktgen::frame::SHORTEST;
 use vireo_pktgen::generator::{self, End, Expect, Outcome, Stream};
 
@@ -88,7 +88,7 @@ impl Side {
             .into_iter()
             .map(|info| ports::open_one(bus, &vfio, info.clone(), mode, &[]))
             .collect::<Result<Vec<_>>>()?;
-        let need = MemoryNeed { buffers: BUFFERS, send_only: 0, sizes: SIZES };
+        let need = MemoryNeed { buffers: BUFFERS, send_only: 0, sizes: SIZES, pairs: 1 };
         let opened: Vec<&OpenPort> = ports.iter().collect();
         let region = Region::new(need.bytes(&opened), Backing::HugeMemfd)?;
         let since = Instant::now();
@@ -238,15 +238,9 @@ fn forward(
     let (rx, tx): (Vec<_>, Vec<_>) = std::mem::take(&mut side.queues).into_iter().unzip();
     for ((from, rx), tx) in rx.into_iter().enumerate().zip(tx.into_iter().rev()) {
         let to = 1 - from;
-        lanes.push(Lane {
-            rx,
-            rx_port: from,
-            tx,
-            tx_port: to,
-            ethernet: Some(ethernet(to, side.ports[to].port.mac())),
-        });
+        lanes.push(Lane { rx, from, tx, to, ethernet: Some(ethernet(to, side.ports[to].port.mac())) });
     }
-    let counts: [PortCounts; 2] = Default::default();
+    let counts: [PairCounts; 2] = Default::default();
     let mut cache = side.cache.pool().cache();
     let mut polled = false;
     let mut lanes = forward_any(lanes, &mut cache, &counts, None, done, || {
@@ -256,7 +250,7 @@ fn forward(
         }
     });
     drop(cache);
-    lanes.sort_by_key(|lane| lane.rx_port);
+    lanes.sort_by_key(|lane| lane.from);
     let (rx, tx): (Vec<_>, Vec<_>) = lanes.into_iter().map(|lane| (lane.rx, lane.tx)).unzip();
     side.queues = rx.into_iter().zip(tx.into_iter().rev()).collect();
     let (ports, mut drops) = side.stop("forwarder")?;

@@ -260,15 +260,19 @@ impl Nic for Device {
     type Rx = RxQueue;
     type Tx = TxQueue;
 
-    /// Ring sizes are 64 to 4096.
-    fn start(
+    /// Ring sizes are 64 to 4096. There is one pair.
+    fn start_pairs(
         &mut self,
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
         sizes: QueueSizes,
-    ) -> Result<(RxQueue, TxQueue)> {
+        pairs: u16,
+    ) -> Result<Vec<(RxQueue, TxQueue)>> {
         if let Some(parked) = self.parked.take() {
             self.stop(parked.0, parked.1, cache)?;
+        }
+        if pairs != 1 {
+            return Err(self.error(ErrorKind::Usage, "start", "e1000 has one pair of queues"));
         }
         if self.running.is_some() {
             return Err(self.error(ErrorKind::Usage, "start", "it runs already"));
@@ -305,16 +309,16 @@ impl Nic for Device {
         self.bar.write32(TCTL, TCTL_EN | TCTL_PSP | TCTL_COLLISION | mulr);
         self.bar.write32(RCTL, self.rctl());
         rx.announce();
-        Ok((rx, tx))
+        Ok(vec![(rx, tx)])
     }
 
-    fn stop_into(
+    fn stop_pairs(
         &mut self,
-        rx: RxQueue,
-        tx: TxQueue,
+        mut queues: Vec<(RxQueue, TxQueue)>,
         cache: &mut PoolCache,
         sent: Option<&mut PoolCache>,
     ) -> Result<()> {
+        let Some((rx, tx)) = queues.pop() else { return Ok(()) };
         let Some(memory) = self.running.clone() else {
             return Err(self.error(ErrorKind::Usage, "stop", "it does not run"));
         };

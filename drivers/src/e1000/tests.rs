@@ -374,7 +374,7 @@ fn sent_buffers_go_back_to_the_pool_that_they_came_from() {
     let mut burst: Burst = (0..8).map(|_| Packet::new(to_send.allocate().unwrap(), 60)).collect();
     let (rx, mut tx) = rig.queues.take().unwrap();
     assert_eq!(tx.tx_burst(&mut to_send, &mut burst), 8);
-    rig.port.stop_into(rx, tx, &mut rig.cache, Some(&mut to_send)).unwrap();
+    rig.port.stop_pairs(vec![(rx, tx)], &mut rig.cache, Some(&mut to_send)).unwrap();
     let sent = Arc::clone(to_send.pool());
     drop((to_send, rig.cache));
     assert_eq!((sent.free(), rig.pool.free(), pool.free()), (8, 512, 64));

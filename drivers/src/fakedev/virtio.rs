@@ -14,11 +14,12 @@ use vireo_eal::mmio::DoorbellPage;
 use super::ConfigSpace;
 use rings::Queue;
 
-/// Virtqueue that receives.
+/// Virtqueue that receives, of the first pair.
 pub const RX: u16 = 0;
-/// Virtqueue that transmits.
+/// Virtqueue that transmits, of the first pair.
 pub const TX: u16 = 1;
-const CONTROL: u16 = 2;
+/// Most pairs of a device here.
+const MOST_PAIRS: u16 = 2;
 
 /// Feature bits for [`Behaviour::features`], by their names in the specification.
 #[allow(missing_docs)]
@@ -28,6 +29,7 @@ pub mod feature {
     pub const STATUS: u64 = 1 << 16;
     pub const CTRL_VQ: u64 = 1 << 17;
     pub const CTRL_RX: u64 = 1 << 18;
+    pub const MQ: u64 = 1 << 22;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const VERSION_1: u64 = 1 << 32;
     pub const ACCESS_PLATFORM: u64 = 1 << 33;
@@ -50,6 +52,8 @@ const STATUS_DRIVER_OK: u8 = 4;
 pub struct Behaviour {
     /// Offered feature bits.
     pub features: u64,
+    /// `max_virtqueue_pairs`; the device has two at most.
+    pub pairs: u16,
     /// Largest size of every queue, in descriptors.
     pub queue_size: u16,
     /// Station address.
@@ -86,6 +90,7 @@ impl Default for Behaviour {
         use feature::{ACCESS_PLATFORM, CTRL_RX, CTRL_VQ, EVENT_IDX, MAC, MRG_RXBUF, STATUS, VERSION_1};
         Self {
             features: MAC | MRG_RXBUF | STATUS | CTRL_VQ | CTRL_RX | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM,
+            pairs: 1,
             queue_size: 256,
             mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56],
             link_up: true,
@@ -123,7 +128,9 @@ struct State {
     driver_features: u64,
     queue_select: u16,
     generation: u8,
-    queues: [Queue; 3],
+    queues: [Queue; 2 * MOST_PAIRS as usize + 1],
+    /// Pairs that the driver has the device use.
+    pairs: u16,
     promiscuous: bool,
     interrupts: u64,
     resets: u64,
@@ -222,17 +229,32 @@ impl VirtioNet {
         rung
     }
 
+    /// Pairs that the driver asked for by a control command.
+    pub fn pairs(&self) -> u16 {
+        self.state().pairs
+    }
+
     /// Puts `frame` into RX buffers; false when there are too few.
     pub fn receive(&self, frame: &[u8]) -> bool {
-        self.is_live() && self.state().receive(frame).unwrap_or(false)
+        self.receive_on(0, frame)
+    }
+
+    /// As [`VirtioNet::receive`], by pair `pair`.
+    pub fn receive_on(&self, pair: u16, frame: &[u8]) -> bool {
+        self.is_live() && self.state().receive(RX + 2 * pair, frame).unwrap_or(false)
     }
 
     /// Sends everything the driver offered and gives the frames in their order.
     pub fn transmitted(&self) -> Vec<Vec<u8>> {
+        self.transmitted_on(0)
+    }
+
+    /// As [`VirtioNet::transmitted`], of pair `pair`.
+    pub fn transmitted_on(&self, pair: u16) -> Vec<Vec<u8>> {
         if !self.is_live() {
             return Vec::new();
         }
-        self.state().transmit().unwrap_or_default()
+        self.state().transmit(TX + 2 * pair).unwrap_or_default()
     }
 
     /// Completes descriptor `id` of `queue` with length `len`, whatever the driver offered.

@@ -14,7 +14,7 @@ use vhost::vhost_user::{
 };
 use vireo_eal::dma::{PeerEvent, PeerMemory, PeerRegion};
 
-use super::RINGS;
+use super::RINGS_PER_PAIR;
 use super::ring::{Addresses, Ring, Terms};
 use super::shared::{Shared, Slot};
 use crate::virtio::Features;
@@ -42,8 +42,8 @@ struct Vring {
 #[derive(Debug)]
 pub(super) struct Backend {
     name: Arc<str>,
-    rings: [Arc<Shared>; RINGS],
-    vrings: [Vring; RINGS],
+    rings: Vec<Arc<Shared>>,
+    vrings: Vec<Vring>,
     /// What the frontend accepted.
     features: u64,
     memory: Option<Arc<PeerMemory>>,
@@ -54,8 +54,13 @@ fn failed(error: vireo_eal::Error) -> Error {
 }
 
 impl Backend {
-    pub(super) fn new(name: &Arc<str>, rings: [Arc<Shared>; RINGS]) -> Self {
-        Self { name: Arc::clone(name), rings, vrings: Default::default(), features: 0, memory: None }
+    pub(super) fn new(name: &Arc<str>, rings: Vec<Arc<Shared>>) -> Self {
+        let vrings = rings.iter().map(|_| Vring::default()).collect();
+        Self { name: Arc::clone(name), rings, vrings, features: 0, memory: None }
+    }
+
+    fn pairs(&self) -> usize {
+        self.rings.len() / RINGS_PER_PAIR
     }
 
     fn vring(&mut self, index: u32) -> Result<(usize, &mut Vring)> {
@@ -117,7 +122,7 @@ impl Backend {
     }
 
     fn stop_all(&mut self) {
-        for at in 0..RINGS {
+        for at in 0..self.rings.len() {
             self.stop(at);
         }
     }
@@ -140,7 +145,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(FEATURES.bits() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+        let mut offered = FEATURES;
+        offered.set(Features::MQ, self.pairs() > 1);
+        Ok(offered.bits() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
@@ -154,7 +161,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
                 self.name
             );
         }
-        (0..RINGS).try_for_each(|at| self.update(at))
+        (0..self.rings.len()).try_for_each(|at| self.update(at))
     }
 
     fn set_mem_table(
@@ -175,7 +182,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
             })
             .collect();
         self.memory = Some(PeerMemory::map(&regions).map_err(failed)?);
-        (0..RINGS).try_for_each(|at| self.update(at))?;
+        (0..self.rings.len()).try_for_each(|at| self.update(at))?;
         Ok(None)
     }
 
@@ -250,7 +257,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     /// Pairs of queues.
     fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(1)
+        Ok(self.pairs() as u64)
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {

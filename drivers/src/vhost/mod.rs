@@ -22,13 +22,13 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::port::{Link, MacAddr, Nic, QueueSizes};
 use crate::ports::flag;
-use crate::virtio::random_mac;
+use crate::virtio::{self, random_mac};
 pub use queues::{RxQueue, TxQueue};
 use server::Server;
 use shared::{Shared, Slot};
 
-/// Rings of a device without `VIRTIO_NET_F_MQ` (virtio 1.2, 5.1.2), named as the frontend sees them.
-const RINGS: usize = 2;
+/// Rings of a pair (virtio 1.2, 5.1.2), named as the frontend sees them.
+const RINGS_PER_PAIR: usize = 2;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 
@@ -39,6 +39,8 @@ pub struct Options {
     pub path: PathBuf,
     /// Station address (`mac`); without it a random one.
     pub mac: Option<MacAddr>,
+    /// Pairs of rings that a frontend may use (`queues`).
+    pub queues: u16,
 }
 
 impl Options {
@@ -50,7 +52,7 @@ impl Options {
     /// # Errors
     /// `Usage` for a value that none of the keys has, or without `iface`.
     pub fn parse(name: &str, args: &[(String, String)]) -> Result<Self> {
-        let mut options = Self { path: PathBuf::new(), mac: None };
+        let mut options = Self { path: PathBuf::new(), mac: None, queues: 1 };
         for (key, value) in args {
             let wrong =
                 |why| Error::new(ErrorKind::Usage, format!("cannot use {key}={value} of {name}"), why);
@@ -62,8 +64,7 @@ impl Options {
                     return Err(wrong("the port makes the socket, the frontend connects to it")
                         .mend("start QEMU's chardev without server=on"));
                 }
-                "queues" if value == "1" => {}
-                "queues" => return Err(wrong("a port has one pair of queues").mend("leave it out")),
+                "queues" => options.queues = virtio::pairs(value).map_err(wrong)?,
                 _ => return Err(wrong("there is no such key")),
             }
         }
@@ -80,7 +81,7 @@ impl Options {
 pub struct Device {
     name: Arc<str>,
     mac: MacAddr,
-    rings: [Arc<Shared>; RINGS],
+    rings: Vec<Arc<Shared>>,
     started: bool,
     _server: Server,
 }
@@ -91,7 +92,9 @@ impl Device {
     /// # Errors
     /// `Busy` when somebody listens there, else when the socket cannot be made.
     pub fn listen(name: &str, options: &Options) -> Result<Self> {
-        let (name, rings): (Arc<str>, [Arc<Shared>; RINGS]) = (name.into(), Default::default());
+        let name: Arc<str> = name.into();
+        let rings: Vec<Arc<Shared>> =
+            (0..RINGS_PER_PAIR * usize::from(options.queues)).map(|_| Arc::default()).collect();
         let server = Server::listen(&options.path, &name, &rings)?;
         Ok(Self { name, mac: options.mac.unwrap_or_else(random_mac), rings, started: false, _server: server })
     }
@@ -106,29 +109,37 @@ impl Nic for Device {
     type Tx = TxQueue;
 
     /// Waits for no frontend, and needs nothing of `memory`: rings and buffers are the frontend's.
-    fn start(
+    fn start_pairs(
         &mut self,
         _memory: &Arc<DmaMemory>,
         _cache: &mut PoolCache,
         _sizes: QueueSizes,
-    ) -> Result<(RxQueue, TxQueue)> {
+        pairs: u16,
+    ) -> Result<Vec<(RxQueue, TxQueue)>> {
+        if usize::from(pairs) * RINGS_PER_PAIR > self.rings.len() {
+            return Err(self
+                .refuse(&format!("it has {} pairs of queues", self.rings.len() / RINGS_PER_PAIR))
+                .mend(format!("give it more: --vdev {},iface=SOCKET,queues={pairs}", self.name)));
+        }
         if std::mem::replace(&mut self.started, true) {
             return Err(self.refuse("it is started already"));
         }
-        let (rx, tx) = (&self.rings[TRANSMIT], &self.rings[RECEIVE]);
-        Ok((RxQueue::new(rx, &self.name), TxQueue::new(tx, &self.name)))
+        let queues = |rings: &[Arc<Shared>]| {
+            (RxQueue::new(&rings[TRANSMIT], &self.name), TxQueue::new(&rings[RECEIVE], &self.name))
+        };
+        Ok(self.rings.chunks(RINGS_PER_PAIR).take(pairs.into()).map(queues).collect())
     }
 
     /// The frontend stays connected; its rings wait for the next start.
     /// The rings own no buffers of ours: packets were copied.
-    fn stop_into(
+    fn stop_pairs(
         &mut self,
-        rx: RxQueue,
-        tx: TxQueue,
+        queues: Vec<(RxQueue, TxQueue)>,
         _cache: &mut PoolCache,
         _sent: Option<&mut PoolCache>,
     ) -> Result<()> {
-        if !rx.is_of(&self.rings[TRANSMIT]) || !tx.is_of(&self.rings[RECEIVE]) {
+        let own = self.rings.chunks(RINGS_PER_PAIR).zip(&queues);
+        if !own.into_iter().all(|(rings, (rx, tx))| rx.is_of(&rings[TRANSMIT]) && tx.is_of(&rings[RECEIVE])) {
             return Err(self.refuse("the queues to stop are of another port"));
         }
         self.started = false;
@@ -139,9 +150,9 @@ impl Nic for Device {
         self.mac
     }
 
-    /// Up while a frontend has both rings started and enabled.
+    /// Up while a frontend has both rings of the first pair started and enabled.
     fn link(&self) -> Link {
-        let up = self.rings.iter().all(|ring| matches!(*ring.lock(), Slot::Running(_)));
+        let up = self.rings.iter().take(RINGS_PER_PAIR).all(|ring| matches!(*ring.lock(), Slot::Running(_)));
         Link { up, speed: None, full_duplex: true }
     }
 

@@ -15,7 +15,6 @@ use std::thread::JoinHandle;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::RINGS;
 use super::backend::Backend;
 use super::shared::Shared;
 
@@ -52,7 +51,7 @@ impl Server {
     ///
     /// # Errors
     /// `Busy` when somebody listens there, else when the file is no socket or cannot be made.
-    pub(super) fn listen(path: &Path, name: &Arc<str>, rings: &[Arc<Shared>; RINGS]) -> Result<Self> {
+    pub(super) fn listen(path: &Path, name: &Arc<str>, rings: &[Arc<Shared>]) -> Result<Self> {
         make_way(path, name)?;
         let failed =
             |error: std::io::Error| Error::io(format!("{name}: cannot listen at {}", path.display()), &error);
@@ -61,7 +60,7 @@ impl Server {
         let session = Arc::new(Session::default());
         let thread = std::thread::Builder::new().name(format!("vireo-{name}"));
         let body = {
-            let (session, name, rings) = (Arc::clone(&session), Arc::clone(name), rings.clone());
+            let (session, name, rings) = (Arc::clone(&session), Arc::clone(name), rings.to_vec());
             move || serve(&listener, &session, &name, &rings)
         };
         let thread = thread.spawn(body).map_err(failed)?;
@@ -109,7 +108,7 @@ fn make_way(path: &Path, name: &str) -> Result<()> {
 }
 
 /// Accepts frontends until the port ends.
-fn serve(listener: &UnixListener, session: &Session, name: &Arc<str>, rings: &[Arc<Shared>; RINGS]) {
+fn serve(listener: &UnixListener, session: &Session, name: &Arc<str>, rings: &[Arc<Shared>]) {
     loop {
         let accepted = listener.accept();
         if session.is_ending() {
@@ -132,12 +131,7 @@ fn serve(listener: &UnixListener, session: &Session, name: &Arc<str>, rings: &[A
 }
 
 /// Answers a frontend until it hangs up or breaks the protocol; gives the reason.
-fn converse(
-    stream: UnixStream,
-    session: &Session,
-    name: &Arc<str>,
-    rings: &[Arc<Shared>; RINGS],
-) -> VhostError {
+fn converse(stream: UnixStream, session: &Session, name: &Arc<str>, rings: &[Arc<Shared>]) -> VhostError {
     match stream.try_clone() {
         Ok(clone) => session.set(Some(clone)),
         Err(error) => return VhostError::SocketError(error),
@@ -146,7 +140,7 @@ fn converse(
     if session.is_ending() {
         return VhostError::Disconnected;
     }
-    let backend = Arc::new(Mutex::new(Backend::new(name, rings.clone())));
+    let backend = Arc::new(Mutex::new(Backend::new(name, rings.to_vec())));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&backend));
     loop {
         let handled = early::handle(&handler, &backend).unwrap_or_else(|| handler.handle_request());

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use vireo_eal::ErrorKind;
 use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, MAX_BURST, Packet, Pool, PoolCache};
+use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 
 use super::{Device, Options, RECEIVE, RxQueue, TRANSMIT, TxQueue};
 use crate::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
-use crate::virtio::{DESC_NEXT, DESC_WRITE, Features, HEADER};
+use crate::virtio::{self, DESC_NEXT, DESC_WRITE, Features, HEADER};
 use guest::{BUFFER, Guest, SIZE};
 
 const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
@@ -21,7 +22,7 @@ const ALL: Features = super::backend::FEATURES;
 const PLAIN: Features = Features::VERSION_1;
 
 fn options(path: &Path) -> Options {
-    Options { path: path.to_owned(), mac: None }
+    Options { path: path.to_owned(), mac: None, queues: 1 }
 }
 
 /// A started port.
@@ -359,20 +360,58 @@ fn an_empty_pool_receives_later() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
+/// Both ends are Vireo's: each pair is a way of its own.
+#[test]
+fn a_virtio_user_port_uses_several_pairs() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let mut server = Device::listen("net_vhost0", &Options { queues: 2, ..options(&path) }).unwrap();
+    let args = [("path", path.to_str().unwrap()), ("queues", "4")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+    let user = virtio::UserOptions::parse("net_virtio_user0", &args).unwrap();
+    let mut client = virtio::Device::connect("net_virtio_user0", &user, &StopFlag::new()).unwrap();
+    let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
+    let memory = DmaMemory::map(region, &[]).unwrap();
+    let pool = Pool::new(&memory, BUFFERS).unwrap();
+    let mut cache = pool.cache();
+    for pairs in [1, 2] {
+        let mut ours = server.start_pairs(&memory, &mut cache, SIZES, pairs).unwrap();
+        let mut theirs = client.start_pairs(&memory, &mut cache, SIZES, pairs).unwrap();
+        for length in 60..200 {
+            for ((rx, tx), (peer_rx, peer_tx)) in ours.iter_mut().zip(&mut theirs) {
+                let ways: [(&mut dyn TxBurst, &mut dyn RxBurst); 2] = [(peer_tx, rx), (tx, peer_rx)];
+                for (tx, rx) in ways {
+                    let mut burst: Burst =
+                        std::iter::once(Packet::new(cache.allocate().unwrap(), length)).collect();
+                    assert_eq!(tx.tx_burst(&mut cache, &mut burst), 1);
+                    rx.rx_burst(&mut cache, &mut burst);
+                    assert_eq!(burst.iter().map(Packet::len).collect::<Vec<_>>(), [length]);
+                    burst.drain(..).for_each(|packet| cache.free(packet.into_buffer()));
+                }
+            }
+        }
+        client.stop_pairs(theirs, &mut cache, None).unwrap();
+        server.stop_pairs(ours, &mut cache, None).unwrap();
+    }
+    let error = client.start_pairs(&memory, &mut cache, SIZES, 4).unwrap_err();
+    assert!(error.to_string().contains("4 pairs of queues are asked for, and it has 2"), "{error}");
+    drop(cache);
+    assert_eq!(pool.free(), BUFFERS);
+}
+
 #[test]
 fn the_keys_are_those_of_dpdk() {
     let parse = |args: &[(&str, &str)]| {
         let args: Vec<_> = args.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
         Options::parse("net_vhost0", &args)
     };
-    let full = [("iface", "/tmp/a"), ("queues", "1"), ("client", "0"), ("mac", "02:00:00:00:00:09")];
+    let full = [("iface", "/tmp/a"), ("queues", "4"), ("client", "0"), ("mac", "02:00:00:00:00:09")];
     let mac = Some(MacAddr([2, 0, 0, 0, 0, 9]));
-    assert_eq!(parse(&full).unwrap(), Options { path: "/tmp/a".into(), mac });
+    assert_eq!(parse(&full).unwrap(), Options { path: "/tmp/a".into(), mac, queues: 4 });
     let wrong: [&[(&str, &str)]; 6] = [
         &[],
         &[("iface", "a"), ("client", "1")],
         &[("client", "yes")],
-        &[("queues", "2")],
+        &[("queues", "129")],
         &[("mac", "2")],
         &[("dequeue-zero-copy", "1")],
     ];

@@ -15,12 +15,14 @@ const SIZE: u16 = 2;
 const ACK_OK: u8 = 0;
 const CLASS_RX: u8 = 0;
 const RX_PROMISC: u8 = 0;
+const CLASS_MQ: u8 = 4;
+const MQ_VQ_PAIRS_SET: u8 = 0;
 
 /// The control virtqueue.
 #[derive(Debug)]
 pub(super) struct Control {
     pub(super) queue: Virtqueue,
-    index: u16,
+    pub(super) index: u16,
     /// The command, then its answer.
     bytes: DmaRing<u64>,
 }
@@ -49,13 +51,21 @@ impl Control {
 
     /// Receives every frame, or only those for this station (5.1.6.5.1).
     pub(super) fn set_promiscuous(&mut self, transport: &dyn Transport, on: bool) -> Result<()> {
-        self.command(transport, [CLASS_RX, RX_PROMISC, u8::from(on)])
+        self.command(transport, "set the receive filter", &[CLASS_RX, RX_PROMISC, u8::from(on)])
     }
 
-    fn command(&mut self, transport: &dyn Transport, command: [u8; 3]) -> Result<()> {
-        let refused = |why: &str| Err(Error::new(ErrorKind::Protocol, "cannot set the receive filter", why));
-        let [class, code, data] = command;
-        self.bytes.store::<0>(0, u64::from_le_bytes([class, code, data, 0, 0, 0, 0, 0]));
+    /// Spreads packets over so many pairs of queues (5.1.6.5.5).
+    pub(super) fn set_pairs(&mut self, transport: &dyn Transport, pairs: u16) -> Result<()> {
+        let [low, high] = pairs.to_le_bytes();
+        self.command(transport, "set the number of queues", &[CLASS_MQ, MQ_VQ_PAIRS_SET, low, high])
+    }
+
+    /// Class, command and data: eight bytes at most.
+    fn command(&mut self, transport: &dyn Transport, what: &str, command: &[u8]) -> Result<()> {
+        let refused = |why: &str| Err(Error::new(ErrorKind::Protocol, format!("cannot {what}"), why));
+        let mut word = [0; 8];
+        word.iter_mut().zip(command).for_each(|(to, from)| *to = *from);
+        self.bytes.store::<0>(0, u64::from_le_bytes(word));
         self.bytes.store::<0>(1, u64::MAX);
         let (first, second) = (self.queue.head, self.queue.head.wrapping_add(1));
         let desc = &self.queue.desc;

@@ -14,6 +14,8 @@ bitflags::bitflags! {
         const CTRL_VQ = 1 << 17;
         /// `VIRTIO_NET_F_CTRL_RX`: the control virtqueue sets the RX filter; needs `CTRL_VQ`.
         const CTRL_RX = 1 << 18;
+        /// `VIRTIO_NET_F_MQ`: there are several pairs of queues; config space says how many.
+        const MQ = 1 << 22;
         /// `VIRTIO_F_EVENT_IDX`: each side says at which index it wants to be woken.
         const EVENT_IDX = 1 << 29;
         /// `VIRTIO_F_VERSION_1`: the interface of virtio 1.0 and later.
@@ -41,10 +43,12 @@ bitflags::bitflags! {
 }
 
 impl Features {
-    /// What the driver uses of these offered features; mergeable buffers only if `mrg_rxbuf`.
-    pub(super) fn wanted(self, mrg_rxbuf: bool) -> Self {
+    /// What the driver uses of these offered features; mergeable buffers only if `mrg_rxbuf`, and several pairs of
+    /// queues only if there are to be `several`.
+    pub(super) fn wanted(self, mrg_rxbuf: bool, several: bool) -> Self {
         let mut wanted = self;
         wanted.set(Self::MRG_RXBUF, mrg_rxbuf && self.contains(Self::MRG_RXBUF));
+        wanted.set(Self::MQ, several && self.contains(Self::MQ));
         wanted.set(Self::CTRL_RX, self.contains(Self::CTRL_VQ | Self::CTRL_RX));
         wanted
     }

@@ -39,10 +39,19 @@ pub const IDS: &[(DeviceId, &str)] = &[
     (DeviceId { vendor: 0x1af4, device: 0x1000 }, "virtio-net (transitional)"),
 ];
 
-/// Virtqueues of a device without `VIRTIO_NET_F_MQ` (5.1.2).
+/// Virtqueues: the pairs, the receiving queue of each first, then the control queue (5.1.2).
 const RX_QUEUE: u16 = 0;
 const TX_QUEUE: u16 = 1;
-const CONTROL_QUEUE: u16 = 2;
+const RINGS_PER_PAIR: u64 = 2;
+
+/// Most pairs that anybody asks for: as many as DPDK has lcores (`RTE_MAX_LCORE`).
+const MOST_PAIRS: u16 = 128;
+
+/// Reads the devarg `queues`.
+pub(crate) fn pairs(value: &str) -> std::result::Result<u16, &'static str> {
+    let pairs = value.parse().ok().filter(|pairs| (1..=MOST_PAIRS).contains(pairs));
+    pairs.ok_or("it is no number from 1 to 128")
+}
 
 /// Bytes of `struct virtio_net_hdr` with `num_buffers`, which every packet has in front (5.1.6).
 pub(crate) const HEADER: usize = 12;
@@ -73,7 +82,7 @@ pub struct Device {
     fault: Fault,
     started: Option<Started>,
     /// Queues of a stop that the device did not confirm.
-    parked: Option<Box<(RxQueue, TxQueue)>>,
+    parked: Vec<(RxQueue, TxQueue)>,
     /// Queues of the last run, used again if they fit: DMA memory is never given back one by one.
     spare: Option<Box<Queues>>,
 }
@@ -87,8 +96,8 @@ struct Started {
 #[derive(Debug)]
 struct Queues {
     memory: Arc<DmaMemory>,
-    rx: Virtqueue,
-    tx: Virtqueue,
+    /// To receive and to send.
+    pairs: Vec<(Virtqueue, Virtqueue)>,
     control: Option<Box<Control>>,
 }
 
@@ -121,7 +130,7 @@ impl Device {
     }
 
     fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
-        let features = transport.negotiate(options.mrg_rxbuf)?;
+        let features = transport.negotiate(options.mrg_rxbuf, false)?;
         let mac = transport.mac()?.unwrap_or_else(random_mac);
         Ok(Self {
             transport,
@@ -131,7 +140,7 @@ impl Device {
             promiscuous: false,
             fault: Fault::default(),
             started: None,
-            parked: None,
+            parked: Vec::new(),
             spare: None,
         })
     }
@@ -140,21 +149,30 @@ impl Device {
         Error::new(kind, format!("cannot use virtio NIC {}", self.transport.name()), why)
     }
 
-    /// Takes the queues of the last run, or makes new ones.
-    fn queues(&mut self, memory: &Arc<DmaMemory>, rx: u16, tx: u16, control: bool) -> Result<Queues> {
+    /// Takes the queues of the last run, or makes new ones. `control` is the index of the control queue, if there
+    /// is one.
+    fn queues(
+        &mut self,
+        memory: &Arc<DmaMemory>,
+        sizes: QueueSizes,
+        pairs: u16,
+        control: Option<u16>,
+    ) -> Result<Queues> {
         let fits = |queues: &Queues| {
             Arc::ptr_eq(&queues.memory, memory)
-                && (queues.rx.size(), queues.tx.size(), queues.control.is_some()) == (rx, tx, control)
+                && queues.pairs.len() == usize::from(pairs)
+                && queues.pairs.iter().all(|(rx, tx)| (rx.size(), tx.size()) == (sizes.rx, sizes.tx))
+                && queues.control.as_ref().map(|control| control.index) == control
         };
         if let Some(queues) = self.spare.take().filter(|queues| fits(queues)) {
             return Ok(*queues);
         }
         let name = self.transport.name();
+        let queue = |size| Virtqueue::new(memory, size, name, &self.fault);
         Ok(Queues {
             memory: Arc::clone(memory),
-            rx: Virtqueue::new(memory, rx, name, &self.fault)?,
-            tx: Virtqueue::new(memory, tx, name, &self.fault)?,
-            control: control.then(|| Control::new(memory, CONTROL_QUEUE, name).map(Box::new)).transpose()?,
+            pairs: (0..pairs).map(|_| Ok((queue(sizes.rx)?, queue(sizes.tx)?))).collect::<Result<_>>()?,
+            control: control.map(|index| Control::new(memory, index, name).map(Box::new)).transpose()?,
         })
     }
 
@@ -162,27 +180,33 @@ impl Device {
     fn go_live(
         &mut self,
         memory: &DmaMemory,
-        rx: &mut RxQueue,
-        tx: &mut TxQueue,
+        pairs: &mut [(RxQueue, TxQueue)],
         mut control: Option<&mut Control>,
         cache: &mut PoolCache,
     ) -> Result<()> {
         let event_idx = self.features.contains(Features::EVENT_IDX);
         self.transport.share(memory)?;
-        for (index, queue) in [(RX_QUEUE, rx.queue_mut()), (TX_QUEUE, tx.queue_mut())] {
+        for (index, queue) in numbered(pairs) {
             queue.restart(index, event_idx);
             self.transport.enable_queue(index, queue)?;
         }
         if let Some(control) = &mut control {
             control.restart(&mut *self.transport)?;
         }
-        rx.prepare(cache)?;
-        let (rx_kick, tx_kick) = (self.transport.kick(RX_QUEUE)?, self.transport.kick(TX_QUEUE)?);
+        pairs.iter_mut().try_for_each(|(rx, _)| rx.prepare(cache))?;
+        let kicks =
+            numbered(pairs).map(|(index, _)| self.transport.kick(index)).collect::<Result<Vec<_>>>()?;
         self.transport.go_live()?;
-        rx.queue_mut().connect(rx_kick);
-        tx.queue_mut().connect(tx_kick);
+        numbered(pairs).zip(kicks).for_each(|((_, queue), kick)| queue.connect(kick));
+        let Some(control) = control else { return Ok(()) };
+        if self.features.contains(Features::MQ) {
+            control.set_pairs(&*self.transport, pairs.len() as u16)?;
+        }
         // After a reset QEMU receives everything, other devices their own frames only: say which in any case.
-        control.map_or(Ok(()), |control| control.set_promiscuous(&*self.transport, self.promiscuous))
+        match self.features.contains(Features::CTRL_RX) {
+            true => control.set_promiscuous(&*self.transport, self.promiscuous),
+            false => Ok(()),
+        }
     }
 }
 
@@ -190,32 +214,47 @@ impl Nic for Device {
     type Rx = RxQueue;
     type Tx = TxQueue;
 
-    fn start(
+    fn start_pairs(
         &mut self,
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
         sizes: QueueSizes,
-    ) -> Result<(RxQueue, TxQueue)> {
-        if let Some(parked) = self.parked.take() {
-            self.stop(parked.0, parked.1, cache)?;
+        pairs: u16,
+    ) -> Result<Vec<(RxQueue, TxQueue)>> {
+        if !self.parked.is_empty() {
+            let parked = std::mem::take(&mut self.parked);
+            self.stop_pairs(parked, cache, None)?;
         }
         if self.started.is_some() {
             return Err(self.refuse(ErrorKind::Usage, "it is started already"));
         }
-        self.features = self.transport.negotiate(self.options.mrg_rxbuf)?;
-        let rx_size = self.transport.queue_size(RX_QUEUE, sizes.rx)?;
-        let tx_size = self.transport.queue_size(TX_QUEUE, sizes.tx)?;
-        let Queues { memory, rx, tx, mut control } =
-            self.queues(memory, rx_size, tx_size, self.features.contains(Features::CTRL_RX))?;
-        let mut rx = RxQueue::new(rx, self.features.contains(Features::MRG_RXBUF));
-        let mut tx = TxQueue::new(tx, self.transport.is_prompt());
+        self.features = self.transport.negotiate(self.options.mrg_rxbuf, pairs > 1)?;
+        let most = self.transport.pairs()?;
+        if pairs > most {
+            let why = format!("{pairs} pairs of queues are asked for, and it has {most}");
+            return Err(self.refuse(ErrorKind::Usage, &why).mend(
+                "give it more: queues=N of a --vdev and of its peer, -device virtio-net-pci,mq=on of QEMU",
+            ));
+        }
+        let sizes = QueueSizes {
+            rx: self.transport.queue_size(RX_QUEUE, sizes.rx)?,
+            tx: self.transport.queue_size(TX_QUEUE, sizes.tx)?,
+        };
+        let controlled = self.features.intersects(Features::CTRL_RX)
+            || self.features.contains(Features::CTRL_VQ | Features::MQ);
+        let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);
+        let Queues { memory, pairs, mut control } = self.queues(memory, sizes, pairs, control)?;
+        let (mergeable, prompt) = (self.features.contains(Features::MRG_RXBUF), self.transport.is_prompt());
+        let queues =
+            pairs.into_iter().map(|(rx, tx)| (RxQueue::new(rx, mergeable), TxQueue::new(tx, prompt)));
+        let mut queues: Vec<_> = queues.collect();
         self.fault.take();
-        let live = self.go_live(&memory, &mut rx, &mut tx, control.as_deref_mut(), cache);
+        let live = self.go_live(&memory, &mut queues, control.as_deref_mut(), cache);
         self.started = Some(Started { memory, control });
         match live {
-            Ok(()) => Ok((rx, tx)),
+            Ok(()) => Ok(queues),
             Err(error) => {
-                if let Err(error) = self.stop(rx, tx, cache) {
+                if let Err(error) = self.stop_pairs(queues, cache, None) {
                     tracing::error!("{error}");
                 }
                 Err(error)
@@ -223,26 +262,28 @@ impl Nic for Device {
         }
     }
 
-    fn stop_into(
+    fn stop_pairs(
         &mut self,
-        rx: RxQueue,
-        tx: TxQueue,
+        queues: Vec<(RxQueue, TxQueue)>,
         cache: &mut PoolCache,
-        sent: Option<&mut PoolCache>,
+        mut sent: Option<&mut PoolCache>,
     ) -> Result<()> {
         // Buffers of a running device must not get into the pool.
-        if [rx.name(), tx.name()] != [self.transport.name(); 2] {
+        if queues.iter().any(|(rx, tx)| [rx.name(), tx.name()] != [self.transport.name(); 2]) {
             return Err(self.refuse(ErrorKind::Usage, "the queues to stop are of another device"));
         }
         if let Err(error) = self.transport.stop() {
             // A later start gets one cache, for buffers of one pool.
-            self.parked = sent.is_none().then(|| Box::new((rx, tx)));
+            self.parked = if sent.is_none() { queues } else { Vec::new() };
             return Err(error.mend("its DMA memory is kept until it does"));
         }
-        let rx = rx.into_queue(cache);
-        let tx = tx.into_queue(sent.unwrap_or(cache));
+        let mut pairs = Vec::with_capacity(queues.len());
+        for (rx, tx) in queues {
+            let rx = rx.into_queue(cache);
+            pairs.push((rx, tx.into_queue(sent.as_deref_mut().unwrap_or(cache))));
+        }
         if let Some(Started { memory, control }) = self.started.take() {
-            self.spare = Some(Box::new(Queues { memory, rx, tx, control }));
+            self.spare = Some(Box::new(Queues { memory, pairs, control }));
         }
         Ok(())
     }
@@ -272,7 +313,9 @@ impl Nic for Device {
         self.promiscuous = on;
         match &mut self.started {
             None => Ok(()),
-            Some(Started { control: Some(control), .. }) => control.set_promiscuous(&*self.transport, on),
+            Some(Started { control: Some(control), .. }) if self.features.contains(Features::CTRL_RX) => {
+                control.set_promiscuous(&*self.transport, on)
+            }
             Some(_) => self.transport.receive_all(),
         }
     }
@@ -281,6 +324,11 @@ impl Nic for Device {
     fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
+}
+
+/// The virtqueues of `pairs`, each with its index.
+fn numbered(pairs: &mut [(RxQueue, TxQueue)]) -> impl Iterator<Item = (u16, &mut Virtqueue)> {
+    (0..).zip(pairs.iter_mut().flat_map(|(rx, tx)| [rx.queue_mut(), tx.queue_mut()]))
 }
 
 impl Drop for Device {

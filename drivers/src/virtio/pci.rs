@@ -28,6 +28,8 @@ mod config {
     pub(super) const STATUS: u64 = 6;
     /// Up to and with `status`.
     pub(super) const LEN: u64 = 8;
+    /// `max_virtqueue_pairs`, with `VIRTIO_NET_F_MQ` only.
+    pub(super) const MAX_PAIRS: u64 = 8;
     pub(super) const STATUS_LINK_UP: u16 = 1;
 }
 
@@ -267,7 +269,7 @@ impl Pci {
     }
 
     /// Agrees on features with a device that was just reset.
-    fn agree(&self, mrg_rxbuf: bool) -> Result<Features> {
+    fn agree(&self, mrg_rxbuf: bool, several: bool) -> Result<Features> {
         let offered = self.device_features();
         if !offered.contains(Features::VERSION_1) {
             return Err(self
@@ -280,7 +282,7 @@ impl Pci {
                 .error(ErrorKind::Unavailable, "use", why)
                 .mend("start QEMU with -device virtio-net-pci,iommu_platform=on"));
         }
-        let features = offered.wanted(mrg_rxbuf);
+        let features = offered.wanted(mrg_rxbuf, several);
         self.set_driver_features(features);
         self.set_status(READY);
         self.check_alive()?;
@@ -297,12 +299,26 @@ impl Transport for Pci {
         &self.name
     }
 
-    fn negotiate(&mut self, mrg_rxbuf: bool) -> Result<Features> {
+    fn negotiate(&mut self, mrg_rxbuf: bool, several: bool) -> Result<Features> {
         self.reset()?;
         self.set_status(Status::ACKNOWLEDGE);
         self.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
-        self.features = self.agree(mrg_rxbuf).inspect_err(|_| self.set_status(Status::FAILED))?;
+        self.features = self.agree(mrg_rxbuf, several).inspect_err(|_| self.set_status(Status::FAILED))?;
         Ok(self.features)
+    }
+
+    fn pairs(&self) -> Result<u16> {
+        let several = self.features.contains(Features::MQ | Features::CTRL_VQ);
+        if !several || self.device.len < config::MAX_PAIRS + 2 {
+            return Ok(1);
+        }
+        match u16::from_le_bytes(self.config_bytes(config::MAX_PAIRS)?) {
+            pairs @ 1..=0x8000 => Ok(pairs),
+            pairs => {
+                let why = format!("it says that it has {pairs} pairs of queues");
+                Err(self.error(ErrorKind::Protocol, "use", why))
+            }
+        }
     }
 
     fn mac(&self) -> Result<Option<MacAddr>> {

@@ -297,6 +297,37 @@ fn a_port_may_stop_and_start_any_number_of_times() {
 }
 
 #[test]
+fn each_pair_carries_its_own_frames() {
+    let behaviour =
+        Behaviour { pairs: 2, features: Behaviour::default().features | feature::MQ, ..Behaviour::default() };
+    let nic = VirtioNet::new(behaviour);
+    let (memory, mut cache) = memory(BUFFERS);
+    nic.attach(memory.device_view());
+    let mut device = Device::probe(nic.function()).unwrap();
+    let error = device.start_pairs(&memory, &mut cache, SIZES, 3).unwrap_err();
+    assert!(error.to_string().contains("3 pairs of queues are asked for, and it has 2"), "{error}");
+    for pairs in [1, 2, 1, 2] {
+        let mut queues = device.start_pairs(&memory, &mut cache, SIZES, pairs).unwrap();
+        assert_eq!((nic.pairs(), queues.len()), (pairs, usize::from(pairs)));
+        for round in 0..200 {
+            for (pair, (rx, tx)) in (0..).zip(&mut queues) {
+                let number = 1000 * u32::from(pair) + round;
+                assert!(nic.receive_on(pair, &frame(number)));
+                let mut burst = Burst::new();
+                rx.rx_burst(&mut cache, &mut burst);
+                assert_eq!((burst.len(), tx.tx_burst(&mut cache, &mut burst)), (1, 1));
+                assert_eq!(nic.transmitted_on(pair), [frame(number)]);
+            }
+        }
+        device.stop_pairs(queues, &mut cache, None).unwrap();
+    }
+    assert_eq!(nic.faults(), [""; 0]);
+    let pool = Arc::clone(cache.pool());
+    drop(cache);
+    assert_eq!(pool.free(), BUFFERS);
+}
+
+#[test]
 fn a_stop_that_the_device_does_not_confirm_keeps_its_memory() {
     let Bench { nic, mut device, rx, tx, mut cache, memory } = Bench::new(Behaviour::default());
     nic.behave(|behaviour| {

@@ -20,8 +20,11 @@ pub(super) trait Transport: fmt::Debug + Send {
     fn name(&self) -> &Arc<str>;
 
     /// Begins anew and agrees with the device on features (3.1.1, steps 1 to 6), mergeable buffers among them
-    /// only if `mrg_rxbuf`.
-    fn negotiate(&mut self, mrg_rxbuf: bool) -> Result<Features>;
+    /// only if `mrg_rxbuf`, and several pairs of queues only if `several`.
+    fn negotiate(&mut self, mrg_rxbuf: bool, several: bool) -> Result<Features>;
+
+    /// Pairs of queues that the device has; one where it did not agree on several.
+    fn pairs(&self) -> Result<u16>;
 
     /// The station address, where the device has one.
     fn mac(&self) -> Result<Option<MacAddr>>;

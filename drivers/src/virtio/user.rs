@@ -25,23 +25,25 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::features::Features;
 use super::split::{Kick, Virtqueue, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, Transport};
+use super::{RINGS_PER_PAIR, pairs};
 use crate::port::MacAddr;
 use crate::ports::flag;
 use socket::Listening;
 
-/// Rings of a port: one pair.
-const RINGS: u64 = 2;
 /// Descriptors of a ring, as in DPDK's virtio-user.
 const QUEUE_SIZE: u16 = 256;
 /// What of a peer's offer makes sense here. A peer filters nothing, has no link and no address, and sees our
 /// memory without an IOMMU between.
-const KNOWN: Features = Features::VERSION_1.union(Features::MRG_RXBUF).union(Features::EVENT_IDX);
+const KNOWN: Features =
+    Features::VERSION_1.union(Features::MRG_RXBUF).union(Features::EVENT_IDX).union(Features::MQ);
 
 /// What the user may ask of a vhost-user port: the keys of `--vdev net_virtio_user0`, which are DPDK's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserOptions {
     /// The socket (`path`).
     pub path: PathBuf,
+    /// Most pairs of rings (`queues`).
+    pub queues: u16,
     /// Most descriptors of a ring (`queue_size`).
     pub queue_size: u16,
     /// Station address (`mac`); without it a random one.
@@ -61,8 +63,14 @@ impl UserOptions {
     /// # Errors
     /// `Usage` for a value that none of the keys has, or without `path`.
     pub fn parse(name: &str, args: &[(String, String)]) -> Result<Self> {
-        let mut options =
-            Self { path: PathBuf::new(), queue_size: QUEUE_SIZE, mac: None, server: false, mrg_rxbuf: true };
+        let mut options = Self {
+            path: PathBuf::new(),
+            queues: 1,
+            queue_size: QUEUE_SIZE,
+            mac: None,
+            server: false,
+            mrg_rxbuf: true,
+        };
         for (key, value) in args {
             let wrong =
                 |why| Error::new(ErrorKind::Usage, format!("cannot use {key}={value} of {name}"), why);
@@ -75,8 +83,7 @@ impl UserOptions {
                 "mac" => options.mac = Some(value.parse()?),
                 "server" => options.server = flag(key, value)?,
                 "mrg_rxbuf" => options.mrg_rxbuf = flag(key, value)?,
-                "queues" if value == "1" => {}
-                "queues" => return Err(wrong("a port has one pair of queues").mend("leave it out")),
+                "queues" => options.queues = pairs(value).map_err(wrong)?,
                 _ => return Err(wrong("there is no such key")),
             }
         }
@@ -96,6 +103,8 @@ pub(super) struct User {
     socket: UnixStream,
     peer: Frontend,
     offered: Features,
+    /// Pairs of rings that the peer has.
+    pairs: u16,
     /// Whether rings are enabled one by one (`VHOST_USER_F_PROTOCOL_FEATURES`).
     protocol_features: bool,
     features: Features,
@@ -129,8 +138,9 @@ impl User {
             name,
             options: options.clone(),
             socket: second,
-            peer: Frontend::from_stream(socket, RINGS),
+            peer: Frontend::from_stream(socket, RINGS_PER_PAIR * u64::from(options.queues)),
             offered: Features::empty(),
+            pairs: 1,
             protocol_features: false,
             features: Features::empty(),
             kicks: Vec::new(),
@@ -162,7 +172,7 @@ impl User {
         };
         self.socket =
             socket.try_clone().map_err(|error| Error::io(format!("cannot use {}", self.name), &error))?;
-        self.peer = Frontend::from_stream(socket, RINGS);
+        self.peer = Frontend::from_stream(socket, RINGS_PER_PAIR * u64::from(self.options.queues));
         self.silent = false;
         self.introduce()
     }
@@ -170,18 +180,34 @@ impl User {
     /// The first requests of a connection ("Communication", "Feature negotiation").
     fn introduce(&mut self) -> Result<()> {
         self.ask("SET_OWNER", |peer| peer.set_owner())?;
+        let used = self.agree()?;
+        if used.contains(VhostUserProtocolFeatures::MQ) && self.options.queues > 1 {
+            let pairs = self.ask("GET_QUEUE_NUM", |peer| peer.get_queue_num())?;
+            self.pairs = pairs.clamp(1, self.options.queues.into()) as u16;
+            // A peer counts pairs. The crate takes that for its number of rings, and must forget it.
+            let again = self.socket.try_clone();
+            let again = again.map_err(|error| Error::io(format!("cannot use {}", self.name), &error))?;
+            self.peer = Frontend::from_stream(again, RINGS_PER_PAIR * u64::from(self.pairs));
+            self.agree()?;
+        }
+        if used.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.peer.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        Ok(())
+    }
+
+    /// Agrees on features of the protocol.
+    fn agree(&mut self) -> Result<VhostUserProtocolFeatures> {
         let offered = self.ask("GET_FEATURES", |peer| peer.get_features())?;
         self.offered = Features::from_bits_truncate(offered) & KNOWN;
         self.protocol_features = offered & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
-        if self.protocol_features {
-            let offered = self.ask("GET_PROTOCOL_FEATURES", |peer| peer.get_protocol_features())?;
-            let used = offered & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK);
-            self.ask("SET_PROTOCOL_FEATURES", |peer| peer.set_protocol_features(used))?;
-            if used.contains(VhostUserProtocolFeatures::REPLY_ACK) {
-                self.peer.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-            }
+        if !self.protocol_features {
+            return Ok(VhostUserProtocolFeatures::empty());
         }
-        Ok(())
+        let offered = self.ask("GET_PROTOCOL_FEATURES", |peer| peer.get_protocol_features())?;
+        let used = offered & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK);
+        self.ask("SET_PROTOCOL_FEATURES", |peer| peer.set_protocol_features(used))?;
+        Ok(used)
     }
 
     fn error(&self, kind: ErrorKind, why: impl Into<String>) -> Error {
@@ -277,7 +303,7 @@ impl Transport for User {
 
     /// Asks nothing of a connected peer: the offer holds as long as the connection, and the choice is sent with
     /// the memory.
-    fn negotiate(&mut self, mrg_rxbuf: bool) -> Result<Features> {
+    fn negotiate(&mut self, mrg_rxbuf: bool, several: bool) -> Result<Features> {
         if self.is_closed() {
             self.reconnect()?;
         }
@@ -287,8 +313,12 @@ impl Transport for User {
                 .error(ErrorKind::Unavailable, why)
                 .mend("start one that does, such as dpdk-testpmd --vdev net_vhost0,iface=SOCKET"));
         }
-        self.features = self.offered.wanted(mrg_rxbuf);
+        self.features = self.offered.wanted(mrg_rxbuf, several);
         Ok(self.features)
+    }
+
+    fn pairs(&self) -> Result<u16> {
+        Ok(if self.features.contains(Features::MQ) { self.pairs } else { 1 })
     }
 
     fn mac(&self) -> Result<Option<MacAddr>> {

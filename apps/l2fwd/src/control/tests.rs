@@ -17,7 +17,7 @@ use vireo_eal::lcore::{Lcores, StopFlag};
 use vireo_eal::mem::{Backing, Region};
 
 use super::{Managed, Queues};
-use crate::forward::{AnyLane, Lane, PortCounts};
+use crate::forward::PairCounts;
 use crate::launch::{Shared, forward_on_lcores};
 
 const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
@@ -129,25 +129,22 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
     let mut cache = pool.cache();
     let (devices, open): (Vec<_>, Vec<_>) = (0..4).map(|number| Device::new(virtio, number, &memory)).unzip();
     let mut ports: Vec<Managed> = open.into_iter().map(Managed::new).collect();
-    let mut queues = Queues::default();
+    let mut queues = Queues::new(1);
     for (number, port) in ports.iter_mut().enumerate() {
-        let (rx, tx) = port.open.as_mut().unwrap().port.start(&memory, &mut cache, SIZES).unwrap();
-        queues.rx.insert(number, rx);
-        queues.tx.insert(number, tx);
+        let started = port.open.as_mut().unwrap().port.start_pairs(&memory, &mut cache, SIZES, 1);
+        queues.put_port(number, started.unwrap());
     }
-    let mut lane = |rx_port: usize, tx_port: usize| -> AnyLane {
-        let (rx, tx) = (queues.rx.remove(&rx_port).unwrap(), queues.tx.remove(&tx_port).unwrap());
-        Lane { rx, rx_port, tx, tx_port, ethernet: None }
-    };
+    let mut lane = |from, to| queues.join(from, to, None).unwrap();
     let shares = BTreeMap::from([(1, vec![lane(0, 1), lane(1, 0)]), (0, vec![lane(2, 3), lane(3, 2)])]);
     let (stop, lcores) = (StopFlag::new(), lcores());
-    let counts: Vec<PortCounts> = (0..4).map(|_| PortCounts::default()).collect();
+    let counts: Vec<PairCounts> = (0..4).map(|_| PairCounts::default()).collect();
     let shared = Shared {
         lcores: &lcores,
         stop: &stop,
         memory: &PortMemory::from(memory),
         pool: &pool,
         sizes: SIZES,
+        pairs: 1,
         counts: &counts,
         busy_ticks: None,
     };
@@ -178,8 +175,7 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
         queues
     });
     for (number, port) in ports.iter_mut().enumerate() {
-        let (rx, tx) = (queues.rx.remove(&number).unwrap(), queues.tx.remove(&number).unwrap());
-        port.stop(rx, tx, &mut cache).unwrap();
+        port.stop(queues.take_port(number).unwrap(), &mut cache).unwrap();
     }
     drop(cache);
     assert_eq!(pool.free(), BUFFERS);

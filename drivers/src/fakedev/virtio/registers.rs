@@ -7,7 +7,7 @@ use vireo_eal::bdf::Bdf;
 use vireo_eal::mmio::{Bar, Registers};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::{BAR, CONTROL, DEVICE, NOT_RUNG, NOTIFY, NOTIFY_OFF_MULTIPLIER, PAGE, State, VirtioNet, feature};
+use super::{BAR, DEVICE, NOT_RUNG, NOTIFY, NOTIFY_OFF_MULTIPLIER, PAGE, State, VirtioNet, feature};
 
 const STATUS_FEATURES_OK: u8 = 8;
 const STATUS_NEEDS_RESET: u8 = 64;
@@ -64,6 +64,7 @@ impl VirtioNet {
         state.driver_features = 0;
         state.queues = Default::default();
         state.promiscuous = true;
+        state.pairs = 1;
         for queue in 0..state.queues.len() as u64 {
             self.doorbells.store(NOTIFY + queue * u64::from(NOTIFY_OFF_MULTIPLIER), NOT_RUNG);
         }
@@ -80,10 +81,11 @@ impl Registers for VirtioNet {
         let value = match offset {
             0..0x38 => state.read_common(offset),
             DEVICE..NOTIFY => {
-                let mut bytes = [0; 8];
+                let mut bytes = [0; 16];
                 bytes[..6].copy_from_slice(&state.behaviour.mac);
                 bytes[6] = u8::from(state.behaviour.link_up);
-                u64::from_le_bytes(bytes) >> (8 * (offset - DEVICE).min(7))
+                bytes[8..10].copy_from_slice(&state.behaviour.pairs.to_le_bytes());
+                (u128::from_le_bytes(bytes) >> (8 * (offset - DEVICE).min(15))) as u64
             }
             _ => 0,
         };
@@ -95,8 +97,11 @@ impl Registers for VirtioNet {
             0x14 if value == 0 && self.state().behaviour.ignore_reset => {}
             0x14 if value == 0 => self.reset_device(),
             0..0x38 => self.state().write_common(offset, value),
-            NOTIFY.. if offset < NOTIFY + PAGE && value == u64::from(CONTROL) && self.is_live() => {
-                self.state().control();
+            NOTIFY.. if offset < NOTIFY + PAGE && self.is_live() => {
+                let mut state = self.state();
+                if value == u64::from(state.control_index()) {
+                    state.control();
+                }
             }
             _ => {}
         }
@@ -108,9 +113,8 @@ impl State {
     fn read_common(&mut self, offset: u64) -> u64 {
         let behaviour = &self.behaviour;
         let exists = match self.queue_select {
-            0 | 1 => true,
-            CONTROL => behaviour.features & feature::CTRL_VQ != 0,
-            _ => false,
+            control if control == self.control_index() => behaviour.features & feature::CTRL_VQ != 0,
+            queue => queue < self.control_index(),
         };
         match offset {
             0x04 if self.device_feature_select < 2 => {

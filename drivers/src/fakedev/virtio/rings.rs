@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use vireo_eal::dma::Word;
 
-use super::{CONTROL, RX, State, TX, feature};
+use super::{State, feature};
 
 const DESC_NEXT: u16 = 1;
 const DESC_WRITE: u16 = 2;
@@ -69,6 +69,11 @@ impl State {
         self.driver_features & feature::EVENT_IDX != 0
     }
 
+    /// Index of the control queue: behind the pairs that there are (5.1.2).
+    pub(super) fn control_index(&self) -> u16 {
+        2 * if self.driver_features & feature::MQ != 0 { self.behaviour.pairs } else { 1 }
+    }
+
     pub(super) fn queue(&self, index: u16) -> (&Queue, u16) {
         let queue = &self.queues[usize::from(index)];
         (queue, queue.size.unwrap_or(self.behaviour.queue_size))
@@ -105,7 +110,7 @@ impl State {
             }
             self.queues[usize::from(index)].held.push_back(id);
         }
-        let out_of_order = self.behaviour.out_of_order && index == RX;
+        let out_of_order = self.behaviour.out_of_order && index.is_multiple_of(2);
         let queue = &mut self.queues[usize::from(index)];
         queue.last_avail = last_avail;
         if out_of_order { queue.held.pop_back() } else { queue.held.pop_front() }
@@ -150,18 +155,18 @@ impl State {
         } else {
             self.load::<u16>(avail) & 1 == 0
         };
-        self.interrupts += u64::from(interrupt && index != CONTROL);
+        self.interrupts += u64::from(interrupt && index != self.control_index());
     }
 
-    pub(super) fn receive(&mut self, frame: &[u8]) -> Option<bool> {
+    pub(super) fn receive(&mut self, rx: u16, frame: &[u8]) -> Option<bool> {
         let mergeable = self.driver_features & feature::MRG_RXBUF != 0;
         let mut bytes = vec![0; HEADER];
         bytes.extend_from_slice(frame);
         let mut taken: Vec<(u16, Descriptor)> = Vec::new();
         let mut room = 0;
         while room < bytes.len() && (mergeable || taken.is_empty()) {
-            let Some(id) = self.take(RX) else { break };
-            let descriptor = *self.chain(RX, id).first()?;
+            let Some(id) = self.take(rx) else { break };
+            let descriptor = *self.chain(rx, id).first()?;
             if descriptor.flags != DESC_WRITE {
                 self.fault("an RX descriptor is not writable, or is a chain");
             }
@@ -169,9 +174,9 @@ impl State {
             taken.push((id, descriptor));
         }
         let enough = room >= bytes.len();
-        self.want_doorbell(RX, !enough);
+        self.want_doorbell(rx, !enough);
         if !enough {
-            self.put_back(taken.into_iter().map(|(id, _)| id));
+            self.put_back(rx, taken.into_iter().map(|(id, _)| id));
             return Some(false);
         }
         let buffers = self.behaviour.num_buffers.unwrap_or(taken.len() as u16);
@@ -184,14 +189,14 @@ impl State {
             used.push((u32::from(id), part.len() as u32));
             rest = behind;
         }
-        self.push_used(RX, &used);
+        self.push_used(rx, &used);
         Some(true)
     }
 
     /// Puts RX descriptors back to where they were taken from.
-    fn put_back(&mut self, ids: impl DoubleEndedIterator<Item = u16>) {
+    fn put_back(&mut self, rx: u16, ids: impl DoubleEndedIterator<Item = u16>) {
         let out_of_order = self.behaviour.out_of_order;
-        let held = &mut self.queues[usize::from(RX)].held;
+        let held = &mut self.queues[usize::from(rx)].held;
         for id in ids.rev() {
             if out_of_order { held.push_back(id) } else { held.push_front(id) }
         }
@@ -204,12 +209,12 @@ impl State {
         self.store(at, used);
     }
 
-    pub(super) fn transmit(&mut self) -> Option<Vec<Vec<u8>>> {
+    pub(super) fn transmit(&mut self, tx: u16) -> Option<Vec<Vec<u8>>> {
         let mut frames = Vec::new();
         let mut used = Vec::new();
-        while let Some(id) = self.take(TX) {
+        while let Some(id) = self.take(tx) {
             let mut bytes = Vec::new();
-            for descriptor in self.chain(TX, id) {
+            for descriptor in self.chain(tx, id) {
                 if descriptor.flags & DESC_WRITE != 0 {
                     self.fault("a TX descriptor is writable");
                 }
@@ -224,23 +229,25 @@ impl State {
         if self.behaviour.out_of_order {
             used.reverse();
         }
-        self.push_used(TX, &used);
-        self.want_doorbell(TX, true);
+        self.push_used(tx, &used);
+        self.want_doorbell(tx, true);
         Some(frames)
     }
 
     pub(super) fn control(&mut self) {
         let Some(answer) = self.behaviour.control_answer else { return };
-        while let Some(id) = self.take(CONTROL) {
-            let chain = self.chain(CONTROL, id);
+        let index = self.control_index();
+        while let Some(id) = self.take(index) {
+            let chain = self.chain(index, id);
             let [command @ .., ack] = &chain[..] else { continue };
             let bytes: Vec<u8> = command.iter().flat_map(|d| self.read(d.address, d.len)).collect();
             match bytes[..] {
                 [0, 0, on] => self.promiscuous = on != 0,
+                [4, 0, low, high] => self.pairs = u16::from_le_bytes([low, high]),
                 _ => self.fault("unknown control command"),
             }
             self.write(ack.address, &[answer]);
-            self.push_used(CONTROL, &[(u32::from(id), 1)]);
+            self.push_used(index, &[(u32::from(id), 1)]);
         }
     }
 }

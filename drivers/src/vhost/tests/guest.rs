@@ -14,7 +14,7 @@ use vireo_eal::mem::{Backing, Region};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{DESC_NEXT, DESC_WRITE, Features, HEADER, RECEIVE, TRANSMIT};
-use crate::vhost::RINGS;
+use crate::vhost::RINGS_PER_PAIR as RINGS;
 
 /// Descriptors of each ring.
 pub(super) const SIZE: u16 = 64;

@@ -319,17 +319,18 @@ fn memory_that_cannot_be_shared_is_refused() {
 #[test]
 fn arguments_are_checked() {
     let path = Path::new("/tmp/a");
-    let read = options(path, "queues=1,queue_size=1024,mac=52:54:00:00:00:01,server=1,mrg_rxbuf=0").unwrap();
+    let read = options(path, "queues=2,queue_size=1024,mac=52:54:00:00:00:01,server=1,mrg_rxbuf=0").unwrap();
     let expected = UserOptions {
         path: path.into(),
+        queues: 2,
         queue_size: 1024,
         mac: Some("52:54:00:00:00:01".parse().unwrap()),
         server: true,
         mrg_rxbuf: false,
     };
     assert_eq!(read, expected);
-    let line = "cannot use queues=2 of net_virtio_user0: a port has one pair of queues; leave it out";
-    assert_eq!(options(path, "queues=2").unwrap_err().to_string(), line);
+    let line = "cannot use queues=0 of net_virtio_user0: it is no number from 1 to 128";
+    assert_eq!(options(path, "queues=0").unwrap_err().to_string(), line);
     for wrong in ["queue_size=100", "queue_size=99999", "queue_size=0", "mac=x", "server=2", "speed=1"] {
         assert_eq!(options(path, wrong).unwrap_err().kind(), ErrorKind::Usage, "{wrong}");
     }
