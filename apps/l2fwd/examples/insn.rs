@@ -13,7 +13,7 @@ use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
 use vireo_drivers::{e1000, virtio};
 use vireo_eal::Result;
 use vireo_eal::bdf::Bdf;
-use vireo_eal::dma::{DmaMemory, Pool};
+use vireo_eal::dma::{Burst, DmaMemory, Pool};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 use vireo_l2fwd::forward::{Lane, PairCounts, ethernet, forward};
@@ -93,18 +93,21 @@ fn whole_case<N: Nic>(
     let mut cache = Pool::new(memory, BUFFERS)?.cache();
     let (rx, tx) = nic.start(memory, &mut cache, QueueSizes { rx: RING, tx: RING })?;
     let mut lanes = [Lane { rx, from: 0, tx, to: 0, ethernet: Some(ethernet(0, nic.mac())) }];
+    let mut bursts = [Burst::new()];
     let counts = [PairCounts::default()];
     let rounds = COUNT / burst.max(1);
     let wire = || Wire { receive, transmit, burst, rounds, stop: StopFlag::new() };
 
     let mut warm = wire();
     let stop = warm.stop.clone();
-    forward(&mut lanes, &mut cache, &counts, &stop, &mut (), || warm.step());
+    forward(&mut lanes, &mut bursts, &mut cache, &counts, &stop, &mut (), || warm.step());
     let before = (lanes[0].rx.stats(), lanes[0].tx.stats());
 
     let mut hot = wire();
     let stop = hot.stop.clone();
-    counted_loop(|| forward(&mut lanes, &mut cache, &counts, &stop, &mut (), || device_half(&mut hot)));
+    counted_loop(|| {
+        forward(&mut lanes, &mut bursts, &mut cache, &counts, &stop, &mut (), || device_half(&mut hot));
+    });
 
     let [Lane { rx, tx, .. }] = lanes;
     let (received, sent) = (rx.stats().packets - before.0.packets, tx.stats().packets - before.1.packets);

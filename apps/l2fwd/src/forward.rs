@@ -94,19 +94,20 @@ impl Meter for BusyTicks {
     }
 }
 
-/// Polls `lanes` until `stop` is raised, for one round at least; calls `tick` once in each.
+/// Polls `lanes` until `stop` is raised, for one round at least; calls `tick` once in each. `bursts` has an empty one
+/// for each lane.
 #[inline(never)]
 pub fn forward<R: RxBurst, T: TxBurst>(
     lanes: &mut [Lane<R, T>],
+    bursts: &mut [Burst],
     cache: &mut PoolCache,
     counts: &[PairCounts],
     stop: &StopFlag,
     meter: &mut impl Meter,
     mut tick: impl FnMut(),
 ) {
-    let mut bursts: Vec<Burst> = lanes.iter().map(|_| Burst::new()).collect();
     loop {
-        for (lane, burst) in lanes.iter_mut().zip(&mut bursts) {
+        for (lane, burst) in lanes.iter_mut().zip(&mut *bursts) {
             meter.begin();
             let busy = poll(lane, cache, counts, burst);
             meter.end(busy);
@@ -116,7 +117,7 @@ pub fn forward<R: RxBurst, T: TxBurst>(
             break;
         }
     }
-    for (lane, burst) in lanes.iter_mut().zip(&mut bursts) {
+    for (lane, burst) in lanes.iter_mut().zip(bursts) {
         send(lane, cache, counts, burst);
     }
 }
@@ -174,9 +175,11 @@ fn measured<R: RxBurst, T: TxBurst>(
     stop: &StopFlag,
     tick: impl FnMut(),
 ) {
-    let Some(sum) = busy_ticks else { return forward(lanes, cache, counts, stop, &mut (), tick) };
+    let mut bursts: Vec<Burst> = lanes.iter().map(|_| Burst::new()).collect();
+    let bursts = &mut bursts;
+    let Some(sum) = busy_ticks else { return forward(lanes, bursts, cache, counts, stop, &mut (), tick) };
     let mut busy = BusyTicks::default();
-    forward(lanes, cache, counts, stop, &mut busy, tick);
+    forward(lanes, bursts, cache, counts, stop, &mut busy, tick);
     sum.fetch_add(busy.ticks, Ordering::Relaxed);
 }
 
@@ -284,7 +287,7 @@ mod tests {
         let mut lanes = [Lane { rx, from: 0, tx, to: 0, ethernet: Some(ethernet(0, MacAddr([2; 6]))) }];
         let stop = StopFlag::new();
         let mut busy = BusyTicks::default();
-        forward(&mut lanes, &mut cache, &counts, &stop, &mut busy, || {
+        forward(&mut lanes, &mut [Burst::new()], &mut cache, &counts, &stop, &mut busy, || {
             rounds -= 1;
             if rounds == 0 {
                 stop.set();

@@ -60,6 +60,7 @@ struct State {
     partial: Vec<u8>,
     sent: Vec<Vec<u8>>,
     resets: u64,
+    reads: u64,
 }
 
 impl State {
@@ -114,6 +115,7 @@ impl FakeE1000 {
             partial: Vec::new(),
             sent: Vec::new(),
             resets: 0,
+            reads: 0,
         };
         state.reset();
         let device = Self {
@@ -216,6 +218,11 @@ impl FakeE1000 {
     pub fn transmitted(&self) -> Vec<Vec<u8>> {
         self.step();
         std::mem::take(&mut self.lock().sent)
+    }
+
+    /// How often the driver read a register.
+    pub fn reads(&self) -> u64 {
+        self.lock().reads
     }
 
     /// How often the device was reset.
@@ -323,6 +330,7 @@ impl Function for FakeE1000 {
 impl Registers for FakeE1000 {
     fn read(&self, offset: u64, _size: usize) -> u64 {
         let mut state = self.lock();
+        state.reads += 1;
         if state.faults.gone || !self.config.memory_enabled() {
             return u64::MAX;
         }

@@ -134,6 +134,7 @@ struct State {
     promiscuous: bool,
     interrupts: u64,
     resets: u64,
+    reads: u64,
     faults: Vec<&'static str>,
 }
 
@@ -209,6 +210,11 @@ impl VirtioNet {
     /// Interrupts that the driver's wishes let through.
     pub fn interrupts(&self) -> u64 {
         self.state().interrupts
+    }
+
+    /// How often the driver read a register.
+    pub fn reads(&self) -> u64 {
+        self.state().reads
     }
 
     /// How often the device was reset.

@@ -74,6 +74,7 @@ impl VirtioNet {
 impl Registers for VirtioNet {
     fn read(&self, offset: u64, size: usize) -> u64 {
         let mut state = self.state();
+        state.reads += 1;
         let ones = u64::MAX >> (64 - 8 * size);
         if state.behaviour.removed {
             return ones;
