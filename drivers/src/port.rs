@@ -162,7 +162,7 @@ pub fn counters(
 /// The receiving half of a port, owned by one lcore.
 pub trait RxBurst: Send {
     /// Receives packets into `burst` until it is full or none is left, and refills the ring from `cache`. Packets
-    /// behind a bad one may come with a later call.
+    /// behind a bad one, or behind the end of the ring, may come with a later call.
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst);
     /// What was counted so far.
     fn stats(&self) -> QueueStats;

@@ -91,10 +91,12 @@ impl RxQueue {
         let mut bytes = 0;
         let received = self.buffers.exchange(
             &self.ring,
-            start..start + MAX_BURST,
+            &self.ring,
+            start,
+            MAX_BURST,
             cache,
             burst,
-            |slot| good(slot.entry.load::<1>()).inspect(|len| bytes += len),
+            |_, completion| good(completion.load::<1>()).inspect(|len| bytes += len),
             |slot| {
                 slot.entry.store::<0>(slot.iova());
                 slot.entry.store::<1>(0);

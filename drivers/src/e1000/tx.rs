@@ -44,17 +44,17 @@ impl TxQueue {
         0
     }
 
-    /// Takes buffers of completed descriptors back until no more than `most` descriptors are in use.
+    /// Takes back the buffers of all descriptors that the device is done with.
     #[inline(never)]
-    fn reclaim(&mut self, cache: &mut PoolCache, most: usize) {
-        while self.next.wrapping_sub(self.reclaimed) > most {
-            let reports = self.reclaimed.wrapping_add(RECLAIM - 1);
-            if self.ring.load::<1>(reports) & TXD_DD == 0 {
-                return;
-            }
-            self.buffers.release(self.reclaimed, RECLAIM, cache);
-            self.reclaimed = self.reclaimed.wrapping_add(RECLAIM);
-        }
+    fn reclaim(&mut self, cache: &mut PoolCache) {
+        let start = self.reclaimed;
+        // A batch that is not full yet shows the state of its last turn.
+        let full = self.next.wrapping_sub(start) / RECLAIM;
+        let last = |batch: usize| start.wrapping_add(batch * RECLAIM + RECLAIM - 1);
+        let done = (0..full).take_while(|batch| self.ring.load::<1>(last(*batch)) & TXD_DD != 0);
+        let count = done.count() * RECLAIM;
+        self.buffers.release(start, count, cache);
+        self.reclaimed = start.wrapping_add(count);
     }
 
     /// Gives every buffer to `cache` and the ring back; the device was reset.
@@ -65,14 +65,15 @@ impl TxQueue {
 }
 
 impl TxBurst for TxQueue {
-    #[inline(always)]
+    // Apart from the forwarding loop, where too few registers are left for the loop in here.
+    #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let mask = self.ring.entries() - 1;
         let start = self.next;
         let mut count = burst.len();
-        // Half of the ring is reclaimed while the device has the other half. Until then a burst finds room.
+        // Until half of the ring is in use a burst finds room.
         if start.wrapping_sub(self.reclaimed) > mask / 2 {
-            self.reclaim(cache, mask / 2);
+            self.reclaim(cache);
             count = count.min(mask - start.wrapping_sub(self.reclaimed));
         }
         if count == 0 {

@@ -104,17 +104,15 @@ impl RxQueue {
             return self.receive_any(used_idx, cache, burst);
         }
         dma_rmb();
-        let wanted = usize::from(pending).min(burst.remaining_capacity());
-        let used = queue.used.view();
-        let start = usize::from(queue.next);
         let mut bytes = 0;
         let received = queue.slots.exchange(
             &queue.desc,
-            start..start + wanted,
+            &queue.used,
+            queue.next.into(),
+            pending.into(),
             cache,
             burst,
-            |slot| {
-                let completion = used.entry(slot.index);
+            |slot, completion| {
                 let len = (completion.load::<1>() as usize).wrapping_sub(HEADER);
                 let good = completion.load::<0>() as usize == slot.index
                     && len <= DATA_ROOM
@@ -128,7 +126,7 @@ impl RxQueue {
         queue.filled = queue.filled.wrapping_add(received as u16);
         queue.stats.packets += received as u64;
         queue.stats.bytes += bytes as u64;
-        if received != wanted {
+        if received == 0 {
             self.receive_any(used_idx, cache, burst);
         }
     }

@@ -67,16 +67,17 @@ impl TxQueue {
             return self.reclaim_any(used_idx, cache);
         }
         dma_rmb();
-        let start = usize::from(queue.next);
-        let mask = queue.used.entries() - 1;
-        let used = queue.used.view();
-        let expected = |position: usize| used.load::<0>(position) as usize == position & mask;
-        let count = (0..usize::from(pending)).take_while(|i| expected(start + i)).count();
-        queue.slots.release(start, count, cache);
-        queue.next = queue.next.wrapping_add(count as u16);
-        queue.tail = queue.next;
-        if count != usize::from(pending) {
-            self.reclaim_any(used_idx, cache);
+        while queue.next != used_idx {
+            let start = usize::from(queue.next);
+            let run = queue.used.view().run(start, used_idx.wrapping_sub(queue.next).into());
+            let wanted = run.len();
+            let count = run.take_while(|(index, used)| used.load::<0>() as usize == *index).count();
+            queue.slots.release(start, count, cache);
+            queue.next = queue.next.wrapping_add(count as u16);
+            queue.tail = queue.next;
+            if count != wanted {
+                return self.reclaim_any(used_idx, cache);
+            }
         }
     }
 
@@ -117,7 +118,7 @@ impl TxBurst for TxQueue {
         let queue = &mut self.queue;
         let mut bytes = 0;
         queue.slots.keep(&queue.desc, queue.filled.into(), count, cache, burst, |slot, len| {
-            slot.write_header(&[0; HEADER]);
+            slot.write_header(&[0; HEADER.next_power_of_two()]);
             slot.entry.store::<0>(slot.iova() - HEADER as u64);
             slot.entry.store::<1>(shape((HEADER + len) as u32, 0, 0));
             bytes += len;

@@ -1,10 +1,9 @@
 //! The driver's own record of which buffer is where.
 
 use std::hint::assert_unchecked;
-use std::ops::Range;
 
-use super::pool::{Buffer, Buffers, Burst, CHUNK, MAX_BURST, Packet, PoolCache};
-use super::ring::{DmaRing, RingEntry, RingView, Word};
+use super::pool::{Buffer, Buffers, Burst, MAX_BURST, MAX_FREE, Packet, PoolCache};
+use super::ring::{DmaRing, RingEntry, Word};
 
 /// Which buffer each descriptor of a ring owns: our own record, which the device cannot reach.
 #[derive(Debug)]
@@ -55,47 +54,49 @@ impl BufferRing {
         self.slots[index & (self.slots.len() - 1)] != Self::EMPTY
     }
 
-    /// The record and the ring that it belongs to, with one mask for the indices of both.
-    #[inline(always)]
-    fn beside<'a, W: Word, const N: usize>(
-        &'a mut self,
-        ring: &'a DmaRing<W, N>,
-    ) -> (&'a mut [u32], RingView<'a, W, N>) {
-        let ring = ring.view().limit(self.slots.len() - 1);
-        (&mut self.slots, ring)
-    }
-
-    /// Receives: for each descriptor of `range`, which wraps and whose descriptors own buffers, of which `done`
-    /// gives a length, puts a fresh buffer of `cache` in the place of the one there, and appends that one to
-    /// `burst` as a packet. `arm` then sees the descriptor with its fresh buffer. A length above
-    /// [`DATA_ROOM`](super::DATA_ROOM) is cut to it. `ring` has as many entries as this record.
+    /// Receives: for each of up to `most` descriptors from `start` on, which wraps, of which all are filled and
+    /// `done` gives a length, puts a fresh buffer of `cache` in the place of the one there, and appends that one
+    /// to `burst` as a packet. `arm` then sees the descriptor with its fresh buffer. A length above
+    /// [`DATA_ROOM`](super::DATA_ROOM) is cut to it. `done` also gets the entry of `completions` with the
+    /// descriptor's index. Both rings have as many entries as this record.
     ///
-    /// Ends where `done` gives none, when `burst` is full or the pool exhausted; gives the number of packets.
+    /// Ends where `done` gives none or the ring ends, so that no index wraps in the loop, when `burst` is full or
+    /// the pool exhausted; gives the number of packets.
     #[inline(always)]
-    pub fn exchange<W: Word, const N: usize>(
+    #[allow(clippy::too_many_arguments)]
+    pub fn exchange<W: Word, const N: usize, C: Word, const M: usize>(
         &mut self,
         ring: &DmaRing<W, N>,
-        range: Range<usize>,
+        completions: &DmaRing<C, M>,
+        start: usize,
+        most: usize,
         cache: &mut PoolCache,
         burst: &mut Burst,
-        mut done: impl FnMut(&Slot<'_, W, N>) -> Option<usize>,
+        mut done: impl FnMut(&Slot<'_, W, N>, RingEntry<'_, C, M>) -> Option<usize>,
         mut arm: impl FnMut(&Slot<'_, W, N>),
     ) -> usize {
         let before = burst.len();
         // SAFETY: a burst is not longer than its capacity.
         unsafe { assert_unchecked(before <= MAX_BURST) };
         let packets = burst.as_mut_ptr();
-        let mut fresh = cache.take((range.end - range.start).min(MAX_BURST - before));
-        let (slots, ring) = self.beside(ring);
+        let (ring, completions) = (ring.view(), completions.view());
+        // Powers of two minus 1, so this is the smallest.
+        let mask = ring.mask() & completions.mask() & (self.slots.len() - 1);
+        let first = start & mask;
+        // SAFETY: the masked index is below the record's length.
+        let slots = unsafe { self.slots.get_unchecked_mut(first..) };
+        let (ring, completions) = (ring.entry(first), completions.entry(first));
+        let most = most.min(MAX_BURST - before).min(mask + 1 - first);
+        let mut fresh = cache.take(most);
         let mut count = 0;
         while !fresh.is_empty() {
-            let index = range.start.wrapping_add(count) & ring.mask();
-            let entry = ring.entry(index);
-            // SAFETY: the ring's mask is no larger than the record's.
-            let place = unsafe { slots.get_unchecked_mut(index) };
+            // SAFETY: no more buffers are taken than there are entries from `first` to the smallest ring's end.
+            let (place, entry, completion) =
+                unsafe { (slots.get_unchecked_mut(count), ring.ahead(count), completions.ahead(count)) };
+            let index = first + count;
             debug_assert!(*place != Self::EMPTY, "there is no buffer to give out");
             let old = Slot { index, entry, buffers: fresh.buffers, buffer: Buffer(*place) };
-            let Some(len) = done(&old) else { break };
+            let Some(len) = done(&old, completion) else { break };
             // SAFETY: no more buffers are taken than `burst` has room for.
             unsafe { packets.add(before + count).write(Packet::new(old.buffer, len)) };
             let Some(buffer) = fresh.next() else { break };
@@ -110,10 +111,10 @@ impl BufferRing {
     }
 
     /// Sends: keeps the buffers of the first `count` packets of `burst` at the descriptors from `start` on, which
-    /// wraps and is empty. `send` gets each with its packet's length. `ring` has as many entries as this record.
+    /// wraps and is empty. `send` gets each with its packet's length.
     ///
     /// # Panics
-    /// When there are fewer packets.
+    /// When there are fewer packets, or `ring` has fewer entries than this record.
     #[inline(always)]
     pub fn keep<W: Word, const N: usize>(
         &mut self,
@@ -125,24 +126,33 @@ impl BufferRing {
         mut send: impl FnMut(&mut Slot<'_, W, N>, usize),
     ) {
         let buffers = cache.buffers();
-        let (slots, ring) = self.beside(ring);
+        let ring = ring.view();
+        // Powers of two minus 1, so this is the smaller.
+        let mask = ring.mask() & (self.slots.len() - 1);
         let len = burst.len();
         assert!(count <= len);
         let packets = burst.as_mut_ptr();
         // SAFETY: 0 packets are initialised. A panic of `send` loses the others; none has two handles.
         unsafe { burst.set_len(0) };
-        let mut i = 0;
-        while i < count {
-            // SAFETY: `i` is below the number of packets that there were, and each is moved out once.
-            let packet = unsafe { packets.add(i).read() };
-            let (index, len) = (start.wrapping_add(i) & ring.mask(), packet.len());
-            let mut slot = Slot { index, entry: ring.entry(index), buffers, buffer: packet.into_buffer() };
-            send(&mut slot, len);
-            // SAFETY: the ring's mask is no larger than the record's.
-            let place = unsafe { slots.get_unchecked_mut(index) };
-            debug_assert!(*place == Self::EMPTY, "the buffer that is there would be lost");
-            *place = slot.buffer.0;
-            i += 1;
+        let mut kept = 0;
+        // Twice where the ring ends in between, so that no index wraps in the loop.
+        while kept < count {
+            let first = start.wrapping_add(kept) & mask;
+            let run = (count - kept).min(mask + 1 - first);
+            // SAFETY: the masked index is below the record's length.
+            let (slots, entries) = (unsafe { self.slots.get_unchecked_mut(first..) }, ring.entry(first));
+            for i in 0..run {
+                // SAFETY: `kept + run` is at most `count`, and each packet is moved out once.
+                let packet = unsafe { packets.add(kept + i).read() };
+                let (index, len) = (first + i, packet.len());
+                // SAFETY: the run ends where the smaller ring does.
+                let (place, entry) = unsafe { (slots.get_unchecked_mut(i), entries.ahead(i)) };
+                let mut slot = Slot { index, entry, buffers, buffer: packet.into_buffer() };
+                send(&mut slot, len);
+                debug_assert!(*place == Self::EMPTY, "the buffer that is there would be lost");
+                *place = slot.buffer.0;
+            }
+            kept += run;
         }
         if count < len {
             // SAFETY: these packets are still there; they move to the front, and no more than them is counted.
@@ -159,7 +169,7 @@ impl BufferRing {
         let mask = self.slots.len() - 1;
         let (mut index, mut rest) = (start & mask, count.min(self.slots.len()));
         while rest > 0 {
-            let len = rest.min(self.slots.len() - index).min(CHUNK);
+            let len = rest.min(self.slots.len() - index).min(MAX_FREE);
             let run = &mut self.slots[index..index + len];
             // Without an early end, so that the test costs less than one instruction for each buffer.
             if run.iter().fold(false, |any, slot| any | (*slot == Self::EMPTY)) {
@@ -256,15 +266,19 @@ mod tests {
         let mut armed = Vec::new();
         for round in 0..6 {
             let start = round * 7;
-            let arm = |slot: &Slot<'_, u64, 2>| armed.push((slot.index, slot.iova()));
-            ring.exchange(&desc, start..start + 7, &mut cache, &mut burst, |_| Some(60), arm);
+            let mut arm = |slot: &Slot<'_, u64, 2>| armed.push((slot.index, slot.iova()));
+            let mut some = |start, most| {
+                ring.exchange(&desc, &desc, start, most, &mut cache, &mut burst, |_, _| Some(60), &mut arm)
+            };
+            let count = some(start, 7);
+            some(start + count, 7 - count);
         }
         // 32 is the burst's capacity, and what the ring of 8 leaves of 40.
         assert_eq!((burst.len(), armed.len(), cache.len()), (32, 32, 0));
         assert_eq!(armed[31].0, 7);
         burst.drain(30..).for_each(|packet| cache.free(packet.into_buffer()));
         let mut lens = [3, usize::MAX].into_iter();
-        assert_eq!(ring.exchange(&desc, 32..40, &mut cache, &mut burst, |_| lens.next(), |_| {}), 2);
+        assert_eq!(ring.exchange(&desc, &desc, 32, 8, &mut cache, &mut burst, |_, _| lens.next(), |_| {}), 2);
         assert_eq!([29, 30, 31].map(|i| burst[i].len()), [60, 3, DATA_ROOM]);
         burst.drain(..).for_each(|packet| cache.free(packet.into_buffer()));
         ring.release_all(&mut cache);

@@ -26,10 +26,13 @@ pub const DATA_ROOM: usize = BUFFER_SIZE - HEADROOM;
 pub const MAX_BURST: usize = 32;
 
 /// Buffers that move between the pool and a cache at a time.
-pub(super) const CHUNK: usize = 32;
+const CHUNK: usize = 32;
 
 /// Buffers that a cache keeps; what is above goes back to the pool.
 const CACHE: usize = 512;
+
+/// Buffers that a cache takes back at once, at most.
+pub(super) const MAX_FREE: usize = CACHE / 2;
 
 /// Packets that move together.
 pub type Burst = ArrayVec<Packet, MAX_BURST>;
@@ -237,10 +240,10 @@ impl PoolCache {
         self.len += 1;
     }
 
-    /// Takes back at most half a cache of indices at once.
+    /// Takes back at most [`MAX_FREE`] indices at once.
     #[inline(always)]
     pub(super) fn free_all(&mut self, indices: &[u32]) {
-        debug_assert!(indices.len() <= CACHE / 2);
+        debug_assert!(indices.len() <= MAX_FREE);
         if indices.len() > CACHE - self.len {
             self.spill();
         }

@@ -147,13 +147,22 @@ impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
         RingEntry { words: unsafe { self.words.add((index & self.mask) * N) }, _ring: PhantomData }
     }
 
-    /// This view with the number of entries that both rings have, so that a loop needs one index for both.
+    /// Up to `most` entries from the one at `start` on, which wraps, to the end of the ring; with their indices,
+    /// which do not wrap.
     #[inline(always)]
-    pub(super) fn limit(self, mask: usize) -> Self {
-        // Both are powers of two minus 1, so this is the smaller.
-        Self { mask: self.mask & mask, ..self }
+    pub fn run(
+        self,
+        start: usize,
+        most: usize,
+    ) -> impl ExactSizeIterator<Item = (usize, RingEntry<'a, W, N>)> {
+        let first = start & self.mask;
+        let start = self.entry(0);
+        // SAFETY: the run ends with the ring.
+        (first..first + most.min(self.mask + 1 - first))
+            .map(move |index| (index, unsafe { start.ahead(index) }))
     }
 
+    /// Number of entries minus 1.
     #[inline(always)]
     pub(super) fn mask(self) -> usize {
         self.mask
@@ -180,6 +189,16 @@ pub struct RingEntry<'a, W: Word, const N: usize> {
 }
 
 impl<W: Word, const N: usize> RingEntry<'_, W, N> {
+    /// The entry `count` behind this one.
+    ///
+    /// # Safety
+    /// The ring does not end before it.
+    #[inline(always)]
+    pub(super) unsafe fn ahead(self, count: usize) -> Self {
+        // SAFETY: within the ring by the caller's contract.
+        Self { words: unsafe { self.words.add(count * N) }, ..self }
+    }
+
     /// Reads word `WORD`.
     #[inline(always)]
     pub fn load<const WORD: usize>(self) -> W {
