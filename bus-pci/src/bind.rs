@@ -5,9 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use vireo_eal::bdf::Bdf;
+use vireo_eal::vfio::no_group;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::Bus;
+use crate::probe::VFIO_DRIVER;
 
 impl Bus {
     /// Binds `address` to `driver`, or to none, and gives the driver it had. If the new driver refuses, the
@@ -21,7 +23,7 @@ impl Bus {
             return Ok(old);
         }
         if let Some(driver) = driver
-            && !self.root().join("drivers").join(driver).exists()
+            && !self.has_driver(driver)
         {
             let what = format!("cannot bind {address} to {driver}");
             return Err(Error::new(ErrorKind::Unavailable, what, "the kernel has no such driver loaded")
@@ -35,8 +37,14 @@ impl Bus {
         Ok(old)
     }
 
+    /// Whether the kernel has `driver`, built in or loaded.
+    pub(crate) fn has_driver(&self, driver: &str) -> bool {
+        self.root().join("drivers").join(driver).exists()
+    }
+
     fn rebind(&self, address: Bdf, driver: Option<&str>) -> Result<()> {
         let device = self.path(address);
+        let what = || format!("cannot bind {address} to {}", driver.unwrap_or("no driver"));
         if device.join("driver").exists() {
             write(&device.join("driver/unbind"), &address.to_string())?;
         }
@@ -49,12 +57,10 @@ impl Bus {
         probed?;
         match self.find(address)?.driver {
             Some(bound) if bound == driver => Ok(()),
-            _ => Err(Error::new(
-                ErrorKind::Unavailable,
-                format!("cannot bind {address} to {driver}"),
-                "the driver did not take it",
-            )
-            .mend("see why: dmesg | tail")),
+            // VFIO's condition for every device (`vfio_group_find_or_alloc` of the kernel).
+            _ if driver == VFIO_DRIVER && !device.join("iommu_group").exists() => Err(no_group(what())),
+            _ => Err(Error::new(ErrorKind::Unavailable, what(), "the driver did not take it")
+                .mend("see why: dmesg | tail")),
         }
     }
 }
@@ -93,7 +99,11 @@ mod tests {
     fn a_driver_that_refuses_leaves_no_override() {
         let (dir, bus) = fake_bus(&[("0000:00:03.0", "8086", "100e", "e1000")]);
         with_files(dir.path(), "0000:00:03.0", &["e1000", "vfio-pci"]);
-        let error = bus.bind("0000:00:03.0".parse().unwrap(), Some("vfio-pci")).unwrap_err();
+        let address = "0000:00:03.0".parse().unwrap();
+        let error = bus.bind(address, Some("vfio-pci")).unwrap_err();
+        assert!(error.to_string().contains("it is in no IOMMU group"), "{error}");
+        fs::create_dir(bus.path(address).join("iommu_group")).unwrap();
+        let error = bus.bind(address, Some("vfio-pci")).unwrap_err();
         assert!(error.to_string().contains("did not take it"), "{error}");
         let left = fs::read_to_string(dir.path().join("devices/0000:00:03.0/driver_override")).unwrap();
         assert_eq!(left, "\n");

@@ -1,7 +1,5 @@
 //! From the user's arguments to functions that this process owns.
 
-use std::fmt::Write as _;
-
 use vireo_eal::args::EalArgs;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::mmio::Bar;
@@ -10,7 +8,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::{Bus, CAP_ID_MSIX, DeviceId, Function, PciInfo, capabilities};
 
-const VFIO_DRIVER: &str = "vfio-pci";
+pub(crate) const VFIO_DRIVER: &str = "vfio-pci";
 
 /// A PCI function that this process owns through VFIO, in any mode.
 #[derive(Debug)]
@@ -57,12 +55,31 @@ impl Bus {
             .iter()
             .map(|allowed| {
                 let info = self.find(allowed.address)?;
-                check_usable(&info, &known)?;
+                self.check_usable(&info, &known)?;
                 Ok(info)
             })
             .collect::<Result<Vec<_>>>()?;
         chosen.sort_by_key(|info| info.address);
         Ok(chosen)
+    }
+
+    fn check_usable(&self, info: &PciInfo, known: impl Fn(DeviceId) -> bool) -> Result<()> {
+        let refuse =
+            |why: String| Error::new(ErrorKind::Unavailable, format!("cannot use {}", info.address), why);
+        if !known(info.id) {
+            return Err(refuse(format!("no driver here knows {}", info.id)));
+        }
+        let why = match info.driver.as_deref() {
+            Some(VFIO_DRIVER) => return Ok(()),
+            Some(driver) => format!("it is bound to the kernel driver {driver}"),
+            None => "it is bound to no driver".into(),
+        };
+        let bind = format!("vireo-devbind --bind {VFIO_DRIVER} {}", info.address);
+        Err(match self.has_driver(VFIO_DRIVER) {
+            true => refuse(why).mend(format!("run: {bind}")),
+            false => refuse(format!("{why}, and {VFIO_DRIVER} is not loaded"))
+                .mend(format!("run: modprobe {VFIO_DRIVER} && {bind}")),
+        })
     }
 
     /// Acquires one function through VFIO in `mode`.
@@ -80,23 +97,6 @@ impl Bus {
     pub fn adopt(&self, info: &PciInfo, vfio: &Vfio, mode: VfioMode, fds: DeviceFds) -> Result<PciDevice> {
         PciDevice::new(info, vfio.adopt(&self.node(info.address), mode, fds)?)
     }
-}
-
-fn check_usable(info: &PciInfo, known: impl Fn(DeviceId) -> bool) -> Result<()> {
-    let what = || format!("cannot use {}", info.address);
-    if !known(info.id) {
-        return Err(Error::new(ErrorKind::Unavailable, what(), format!("no driver here knows {}", info.id)));
-    }
-    if info.driver.as_deref() == Some(VFIO_DRIVER) {
-        return Ok(());
-    }
-    let mut why = "it is bound to no driver".to_owned();
-    if let Some(driver) = &info.driver {
-        why.clear();
-        let _ = write!(why, "it is bound to the kernel driver {driver}");
-    }
-    Err(Error::new(ErrorKind::Unavailable, what(), why)
-        .mend(format!("run: vireo-devbind --bind {VFIO_DRIVER} {}", info.address)))
 }
 
 impl PciDevice {
@@ -202,6 +202,13 @@ mod tests {
         assert!(
             bound.contains("kernel driver e1000e; run: vireo-devbind --bind vfio-pci 0000:00:04.0"),
             "{bound}"
+        );
+        let (_dir, bus) = fake_bus(&[("0000:00:04.0", "8086", "10d3", "")]);
+        let unloaded = bus.select(&args("-a 00:04.0"), |_| true).unwrap_err().to_string();
+        assert!(
+            unloaded
+                .contains("no driver, and vfio-pci is not loaded; run: modprobe vfio-pci && vireo-devbind"),
+            "{unloaded}"
         );
         assert!(selected("-a 00:06.0").unwrap_err().to_string().contains("abcd:0001"));
         assert!(selected("-a 00:07.0").unwrap_err().to_string().contains("no such PCI device"));

@@ -126,6 +126,7 @@ pub(crate) mod tests {
             fs::write(path.join("class"), "0x020000\n").unwrap();
             fs::write(path.join("numa_node"), "-1\n").unwrap();
             if !driver.is_empty() {
+                fs::create_dir_all(dir.path().join("drivers").join(driver)).unwrap();
                 symlink(format!("../../drivers/{driver}"), path.join("driver")).unwrap();
             }
         }

@@ -2,6 +2,7 @@
 //! set-up.
 
 use std::sync::Arc;
+use std::thread::{Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, DeviceId, Function, PciDevice, PciInfo, Report};
@@ -70,12 +71,13 @@ pub fn open(eal: &Eal, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
     };
     let vdevs = &eal.args.vdevs;
     std::thread::scope(|scope| {
-        let mut threads: Vec<_> = chosen.into_iter().map(|info| scope.spawn(|| open(info))).collect();
-        threads.extend(vdevs.iter().map(|vdev| scope.spawn(|| open_virtual(vdev, stop))));
+        let functions = chosen.into_iter().map(|info| start(scope, || open(info)));
+        let virtuals = vdevs.iter().map(|vdev| start(scope, || open_virtual(vdev, stop)));
+        let threads: Vec<_> = functions.chain(virtuals).collect();
         threads
             .into_iter()
             .map(|thread| {
-                thread.join().unwrap_or_else(|_| {
+                thread?.join().unwrap_or_else(|_| {
                     Err(Error::new(
                         ErrorKind::Protocol,
                         "cannot open a port",
@@ -85,6 +87,15 @@ pub fn open(eal: &Eal, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
             })
             .collect()
     })
+}
+
+/// `scope.spawn` would panic where there can be no thread.
+fn start<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    body: impl FnOnce() -> Result<OpenPort> + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, Result<OpenPort>>> {
+    let thread = Builder::new().name("vireo-open".into());
+    thread.spawn_scoped(scope, body).map_err(|error| Error::io("cannot start a thread", &error))
 }
 
 /// Gives a virtual device to its driver.

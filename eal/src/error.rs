@@ -43,7 +43,7 @@ impl ErrorKind {
             Errno::EACCES | Errno::EPERM => Self::Permission,
             Errno::EBUSY | Errno::EAGAIN => Self::Busy,
             Errno::ENOENT | Errno::ENODEV | Errno::ENXIO | Errno::ENOTTY => Self::Unavailable,
-            Errno::EIO | Errno::ENOSPC | Errno::EROFS => Self::Io,
+            Errno::EIO | Errno::EPIPE | Errno::ENOSPC | Errno::EROFS => Self::Io,
             _ => Self::Os,
         }
     }

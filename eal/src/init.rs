@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lcore::Lcores;
 use crate::mem::{Backing, Region, hugepages};
 use crate::runtime::RuntimeDir;
-use crate::vfio::Vfio;
+use crate::vfio::{Vfio, VfioMode};
 
 /// What every program starts with. Opens no device and takes no memory yet.
 #[derive(Debug)]
@@ -56,6 +56,9 @@ impl Eal {
         let memory = &self.args.memory;
         match &memory.huge_dir {
             _ if memory.no_huge => Backing::SmallPages,
+            // The pages of a killed process must not go before its NICs are closed (`vfio::group`): anonymous
+            // ones do, with the address space, while files are closed after it.
+            _ if memory.in_memory && self.args.uses(VfioMode::Noiommu) => Backing::HugeMemfd,
             _ if memory.in_memory => Backing::HugeAnonymous,
             Some(dir) => Backing::HugeFile {
                 dir: dir.clone(),

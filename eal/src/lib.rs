@@ -24,6 +24,8 @@ pub mod lcore;
 pub mod log;
 pub mod mem;
 pub mod mmio;
+mod node;
+pub mod program;
 pub mod runtime;
 pub mod vfio;
 

@@ -21,7 +21,7 @@ const LOCK: &str = "lock";
 pub struct RuntimeDir {
     path: PathBuf,
     /// Released by the drop glue, after the files are gone.
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 impl RuntimeDir {
@@ -47,11 +47,23 @@ impl RuntimeDir {
         for _ in 0..TRIES {
             private_dir(base)?;
             private_dir(&path)?;
-            if let Some(lock) = lock(&path)? {
-                return Ok(Self { path, _lock: lock });
+            // A directory that is empty is nobody's.
+            let locked = lock(&path).inspect_err(|_| drop(std::fs::remove_dir(&path)))?;
+            if let Some(lock) = locked {
+                let mut dir = Self { path, lock };
+                dir.sign()?;
+                return Ok(dir);
             }
         }
         Err(Error::new(ErrorKind::Busy, what(&path), "other processes come and go there").mend(OTHER_PREFIX))
+    }
+
+    /// Replaces the pid of the process that had it before, which did not end well, by ours.
+    fn sign(&mut self) -> Result<()> {
+        if let Some(pid) = pid_in(&mut self.lock) {
+            tracing::info!("previous run (pid {pid}) ended uncleanly, recovered {}", self.path.display());
+        }
+        write_pid(&mut self.lock).map_err(|error| Error::io(what(&self.path), &error))
     }
 
     /// Its path.
@@ -126,7 +138,7 @@ fn lock(dir: &Path) -> Result<Option<Flock<File>>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io(what(dir), &error)),
     };
-    let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+    let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => lock,
         Err((mut file, Errno::EWOULDBLOCK)) => return Err(busy(dir, pid_in(&mut file))),
         Err((_, errno)) => return Err(Error::os(what(dir), errno)),
@@ -135,10 +147,6 @@ fn lock(dir: &Path) -> Result<Option<Flock<File>>> {
     if std::fs::metadata(&path).map_or(true, |found| found.ino() != inode) {
         return Ok(None);
     }
-    if let Some(pid) = pid_in(&mut lock) {
-        tracing::info!("previous run (pid {pid}) ended uncleanly, recovered {}", dir.display());
-    }
-    write_pid(&mut lock).map_err(|error| Error::io(what(dir), &error))?;
     Ok(Some(lock))
 }
 

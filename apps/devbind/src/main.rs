@@ -7,12 +7,11 @@ mod status;
 mod tests;
 
 use std::ffi::OsString;
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
 use vireo_eal::bdf::Bdf;
-use vireo_eal::{Error, ErrorKind, Result};
+use vireo_eal::{Error, ErrorKind, Result, program};
 
 use crate::host::Host;
 
@@ -55,8 +54,7 @@ fn run() -> Result<()> {
         _ => {
             let nics = status::list(&host)?;
             let text = if cli.json { status::json(&nics)? } else { status::table(&nics) };
-            writeln!(std::io::stdout(), "{text}")
-                .map_err(|error| Error::io("cannot write to standard output", &error))
+            program::print(&format!("{text}\n"))
         }
     }
 }
@@ -87,11 +85,5 @@ impl Cli {
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("vireo-devbind: {error}");
-            error.kind().exit_code().into()
-        }
-    }
+    program::exit_code("vireo-devbind", run().map(|()| ExitCode::SUCCESS))
 }

@@ -108,7 +108,6 @@ pub fn parse(argv: Vec<OsString>) -> Result<Args> {
 fn port_mask(text: &str) -> std::result::Result<u64, String> {
     let digits = text.trim_start_matches("0x").trim_start_matches("0X");
     match u64::from_str_radix(digits, 16) {
-        Ok(0) => Err("it selects no port".into()),
         Ok(mask) => Ok(mask),
         Err(_) => Err("it is no hexadecimal mask, such as 0x3".into()),
     }
@@ -157,8 +156,7 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_said_on_one_line() {
-        for line in ["", "-p 0", "-p xyz", "-p 3 -q 16", "-p 3 -T 86400", "-p 3 --portmap 0,1", "-p 3 --nope"]
-        {
+        for line in ["", "-p xyz", "-p 3 -q 16", "-p 3 -T 86400", "-p 3 --portmap 0,1", "-p 3 --nope"] {
             let error = read(line).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage);
             assert!(!error.to_string().contains('\n'), "{error}");

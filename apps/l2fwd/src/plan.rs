@@ -46,12 +46,15 @@ fn enabled(mask: u64, ports: usize) -> Result<Vec<usize>> {
             .mend("bind NICs to VFIO: vireo-devbind --status, vireo-devbind --bind vfio-pci ADDRESS")
     })?;
     let enabled: Vec<usize> = (0..64).filter(|port| mask >> port & 1 == 1).collect();
-    match enabled.iter().find(|port| **port > last) {
-        Some(port) => Err(Error::new(ErrorKind::Usage, what, format!("there is no port {port}")).mend(
-            format!("ports are 0 to {last}; for all of them give -p {:x}", u64::MAX >> (63 - last.min(63))),
-        )),
-        None => Ok(enabled),
-    }
+    let why = match enabled.iter().find(|port| **port > last) {
+        Some(port) => format!("there is no port {port}"),
+        None if enabled.is_empty() => "it selects no port".into(),
+        None => return Ok(enabled),
+    };
+    Err(Error::new(ErrorKind::Usage, what, why).mend(format!(
+        "ports are 0 to {last}; for all of them give -p {:x}",
+        u64::MAX >> (63 - last.min(63))
+    )))
 }
 
 /// Which port each of `ports` (port numbers, ascending) forwards to.
@@ -136,6 +139,7 @@ mod tests {
         let text = |mask, queue, ports| plan(&args(mask, queue), ports, &[0]).unwrap_err().to_string();
         assert!(text(0x3, 1, 2).ends_with("give -q 2, or more lcores with -l"));
         assert!(text(0x6, 2, 2).contains("there is no port 2; ports are 0 to 1; for all of them give -p 3"));
+        assert!(text(0, 2, 2).contains("it selects no port; ports are 0 to 1; for all of them give -p 3"));
         assert!(text(0x1, 1, 0).contains("there are no ports"));
     }
 }

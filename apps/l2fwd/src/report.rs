@@ -1,14 +1,14 @@
 //! What l2fwd prints: DPDK's text on a terminal, a line for each port in a pipe, JSON for programs.
 
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::json;
 use vireo_drivers::port::{Link, MacAddr};
 use vireo_eal::clock::Tsc;
-use vireo_eal::{Error, Result};
+use vireo_eal::{Result, program};
 
 use crate::forward::{Count, PairCounts};
 
@@ -79,8 +79,8 @@ impl Reporter {
     /// `Io` when standard output does not take it.
     pub fn say(&self, text: &str, event: &serde_json::Value) -> Result<()> {
         match self.style {
-            Style::Json => emit(&format!("{event}\n")),
-            _ => emit(text),
+            Style::Json => program::print(&format!("{event}\n")),
+            _ => program::print(text),
         }
     }
 
@@ -89,7 +89,7 @@ impl Reporter {
     /// # Errors
     /// As for [`Reporter::say`].
     pub fn chat(&self, text: &str) -> Result<()> {
-        if self.style == Style::Json { Ok(()) } else { emit(text) }
+        if self.style == Style::Json { Ok(()) } else { program::print(text) }
     }
 
     /// Prints totals, and rates since the last time.
@@ -107,7 +107,7 @@ impl Reporter {
         };
         self.last = now.to_vec();
         self.since = Instant::now();
-        emit(&text)
+        program::print(&text)
     }
 
     /// Prints totals once more, at the end: below what is on the screen.
@@ -134,13 +134,6 @@ impl Reporter {
             &json!({ "event": "core_cycles", "cycles_per_packet": each, "cycles": ticks, "packets": packets, "mhz": mhz }),
         )
     }
-}
-
-fn emit(text: &str) -> Result<()> {
-    let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(|error| Error::io("cannot write to standard output", &error))
 }
 
 /// DPDK l2fwd's table, byte for byte.

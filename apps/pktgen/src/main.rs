@@ -1,7 +1,6 @@
 //! `vireo-pktgen [EAL ARGUMENTS] -- --dst-mac MAC …`
 #![forbid(unsafe_code)]
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use serde_json::json;
@@ -11,7 +10,7 @@ use vireo_drivers::ports::{self, DEVICE_KEYS, MemoryNeed, OpenPort, VDEV_KEYS};
 use vireo_eal::args::{self as eal_args, Outcome as Parsed, Program};
 use vireo_eal::dma::Pool;
 use vireo_eal::lcore::StopFlag;
-use vireo_eal::{Eal, Error, Result};
+use vireo_eal::{Eal, Result, program};
 use vireo_pktgen::args::{self, Args};
 use vireo_pktgen::generator::{self, Expect, Outcome, Stream};
 
@@ -23,13 +22,7 @@ const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
 const SEND_ONLY: u32 = 2048;
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("vireo-pktgen: {error}");
-            error.kind().exit_code().into()
-        }
-    }
+    program::exit_code("vireo-pktgen", run())
 }
 
 fn run() -> Result<ExitCode> {
@@ -37,7 +30,7 @@ fn run() -> Result<ExitCode> {
     let program = Program { usage: &usage, device_keys: DEVICE_KEYS, vdev_keys: VDEV_KEYS };
     let parsed = match eal_args::parse(std::env::args_os(), &program)? {
         Parsed::Print(text) => {
-            print!("{text}");
+            program::print(&text)?;
             return Ok(ExitCode::SUCCESS);
         }
         Parsed::Run(parsed) => parsed,
@@ -132,8 +125,7 @@ fn print(args: &Args, outcome: &Outcome, counted: &[Counters]) -> Result<()> {
         }
         text
     };
-    writeln!(std::io::stdout(), "{text}")
-        .map_err(|error| Error::io("cannot write to standard output", &error))
+    program::print(&(text + "\n"))
 }
 
 fn as_json(counters: &Counters) -> serde_json::Value {

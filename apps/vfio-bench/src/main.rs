@@ -24,6 +24,7 @@ mod words;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use vireo_eal::program;
 
 #[derive(Parser)]
 #[command(name = "vireo-vfio-bench", version, about)]
@@ -51,11 +52,5 @@ fn main() -> ExitCode {
         Command::DmaProof(args) => dma_proof::dma_proof(&args),
         Command::Start(command) => start::start(&command),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("vireo-vfio-bench: {error}");
-            ExitCode::from(error.kind().exit_code())
-        }
-    }
+    program::exit_code("vireo-vfio-bench", result.map(|()| ExitCode::SUCCESS))
 }

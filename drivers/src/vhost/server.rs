@@ -4,7 +4,7 @@ mod early;
 
 use std::io::ErrorKind as IoKind;
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -36,10 +37,14 @@ impl Session {
     }
 }
 
+/// The name of a socket in the file system; removed on drop.
+#[derive(Debug)]
+struct Name(PathBuf);
+
 /// Listens at a path; on drop it hangs up, ends its thread and removes the socket file.
 #[derive(Debug)]
 pub(super) struct Server {
-    path: PathBuf,
+    name: Name,
     session: Arc<Session>,
     /// The listener once more: shut down, it accepts no more and wakes whoever waits in it.
     listener: UnixStream,
@@ -55,7 +60,7 @@ impl Server {
         make_way(path, name)?;
         let failed =
             |error: std::io::Error| Error::io(format!("{name}: cannot listen at {}", path.display()), &error);
-        let listener = UnixListener::bind(path).map_err(failed)?;
+        let (listener, socket) = bind(path).map_err(|errno| failed(errno.into()))?;
         let waker = UnixStream::from(OwnedFd::from(listener.try_clone().map_err(failed)?));
         let session = Arc::new(Session::default());
         let thread = std::thread::Builder::new().name(format!("vireo-{name}"));
@@ -64,7 +69,7 @@ impl Server {
             move || serve(&listener, &session, &name, &rings)
         };
         let thread = thread.spawn(body).map_err(failed)?;
-        Ok(Self { path: path.to_owned(), session, listener: waker, thread: Some(thread) })
+        Ok(Self { name: socket, session, listener: waker, thread: Some(thread) })
     }
 }
 
@@ -78,12 +83,26 @@ impl Drop for Server {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            tracing::error!("the thread that serves {} panicked", self.path.display());
-        }
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!("cannot remove {}: {error}", self.path.display());
+            tracing::error!("the thread that serves {} panicked", self.name.0.display());
         }
     }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::warn!("cannot remove {}: {error}", self.0.display());
+        }
+    }
+}
+
+/// As `UnixListener::bind`, which leaves the name behind when it cannot listen.
+fn bind(path: &Path) -> nix::Result<(UnixListener, Name)> {
+    let fd = socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    socket::bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let name = Name(path.to_owned());
+    socket::listen(&fd, Backlog::MAXCONN)?;
+    Ok((UnixListener::from(fd), name))
 }
 
 /// Removes a socket that a process left when it was killed.

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread::Builder;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::message::VhostUserHeaderFlag;
@@ -219,19 +220,21 @@ impl User {
     fn ask<T>(&mut self, request: &str, ask: impl FnOnce(&mut Frontend) -> vhost::Result<T>) -> Result<T> {
         let (done, answered) = channel::<()>();
         let (peer, socket) = (&mut self.peer, &self.socket);
-        let (answer, late) = std::thread::scope(|scope| {
-            let watchdog = scope.spawn(move || {
+        let asked = std::thread::scope(|scope| {
+            let watchdog = Builder::new().name("vireo-watchdog".into()).spawn_scoped(scope, move || {
                 let late = answered.recv_timeout(DEVICE_TIMEOUT) == Err(RecvTimeoutError::Timeout);
                 if late {
                     // Fails only when the connection has ended by itself.
                     let _ = socket.shutdown(std::net::Shutdown::Both);
                 }
                 late
-            });
+            })?;
             let answer = ask(peer);
             drop(done);
-            (answer, watchdog.join().unwrap_or(true))
+            Ok((answer, watchdog.join().unwrap_or(true)))
         });
+        let (answer, late) =
+            asked.map_err(|error| Error::io(format!("cannot send {request} to {}", self.name), &error))?;
         self.silent |= late;
         answer.map_err(|error| {
             let why = match error {

@@ -195,7 +195,15 @@ pub(super) fn one_line(error: &clap::Error, what: &str, program: &str) -> Error 
     if let Some(own) = error.source().and_then(|source| source.downcast_ref::<Error>()) {
         return own.clone();
     }
-    let rendered = error.render().to_string();
+    let mut rendered = error.render().to_string();
+    for kind in [ContextKind::InvalidArg, ContextKind::InvalidValue] {
+        // The reason comes after the word, however long that is.
+        if let Some(ContextValue::String(word)) = error.get(kind)
+            && word.len() > 60
+        {
+            rendered = rendered.replace(word, &super::printable(word, 60));
+        }
+    }
     let why = rendered
         .trim_start_matches("error: ")
         .lines()

@@ -129,6 +129,14 @@ impl EalArgs {
             .map_or(self.vfio_mode, |device| self.mode(device))
     }
 
+    /// Whether a device may be opened in `mode`.
+    pub fn uses(&self, mode: VfioMode) -> bool {
+        match self.allow[..] {
+            [] => self.vfio_mode == mode,
+            _ => self.allow.iter().any(|device| self.mode(device) == mode),
+        }
+    }
+
     fn mode(&self, device: &DeviceArgs) -> VfioMode {
         device.mode.unwrap_or(self.vfio_mode)
     }
@@ -183,6 +191,7 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>, program: &Program<'_>) ->
 /// # Errors
 /// `Usage`, on one line.
 pub fn parse_app<T: clap::Parser>(argv: Vec<OsString>) -> Result<T> {
+    check_words("argument after --", &argv)?;
     let program = cli::program_name(&argv);
     T::try_parse_from(argv).map_err(|error| cli::one_line(&error, "arguments after --", &program))
 }
@@ -194,7 +203,7 @@ fn parse_on(
 ) -> Result<Outcome> {
     let end = argv.iter().position(|word| word == "--");
     let after = argv.split_off(end.unwrap_or(argv.len()));
-    check_words(&argv)?;
+    check_words("EAL argument", &argv)?;
     let cli = match Cli::read(&argv, program)? {
         Read::Arguments(cli) => *cli,
         Read::Help(text) => return Ok(Outcome::Print(text)),
@@ -215,10 +224,10 @@ fn parse_on(
     Ok(Outcome::Run(Box::new(Parsed { eal, app })))
 }
 
-fn check_words(argv: &[OsString]) -> Result<()> {
+fn check_words(kind: &str, argv: &[OsString]) -> Result<()> {
     match argv.iter().skip(1).find(|word| word.to_str().is_none()) {
         Some(word) => {
-            let what = format!("EAL argument {}", quoted(&word.to_string_lossy()));
+            let what = format!("{kind} {}", quoted(&word.to_string_lossy()));
             Err(Error::new(ErrorKind::Usage, what, "not valid UTF-8"))
         }
         None => Ok(()),

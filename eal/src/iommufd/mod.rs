@@ -20,7 +20,6 @@
 
 mod sys;
 
-use std::fs::OpenOptions;
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
@@ -33,6 +32,7 @@ use crate::dma::IovaRanges;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 use crate::mem::Region;
+use crate::node;
 
 /// Path of the device node.
 pub const PATH: &str = "/dev/iommu";
@@ -95,15 +95,11 @@ impl Iommufd {
     /// # Errors
     /// `Unavailable` on a kernel without iommufd, `Permission` without access to the node.
     pub fn open() -> Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).open(PATH).map_err(|error| {
-            let error = Error::io(format!("cannot open {PATH}"), &error);
-            match error.errno() {
-                Some(Errno::ENOENT | Errno::ENODEV) => error
-                    .because("this kernel has no iommufd (CONFIG_IOMMUFD)")
-                    .mend("run: modprobe iommufd, or choose --vfio-mode container"),
-                Some(Errno::EACCES) => error.mend(format!("run as root, or: setfacl -m u:$USER:rw {PATH}")),
-                _ => error,
-            }
+        let file = node::open(PATH.as_ref()).map_err(|error| match error.errno() {
+            Some(Errno::ENOENT | Errno::ENODEV) => error
+                .because("this kernel has no iommufd (CONFIG_IOMMUFD)")
+                .mend("run: modprobe iommufd, or choose --vfio-mode container"),
+            _ => error,
         })?;
         Ok(Self::from_fd(file.into()))
     }

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 use nix::unistd::ftruncate;
 
 use super::hugepages::hugepages;
@@ -102,6 +103,7 @@ impl Region {
             Backing::GiantMemfd => memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB),
             Backing::SmallPages => memfd(MFdFlags::empty()),
             Backing::HugeFile { dir, name } => {
+                check_mount(dir, len, page_size)?;
                 let path = dir.join(name);
                 let file = open_huge_file(&path)?;
                 let region = Self::from_fd(file.into(), len, page_size, backing.clone());
@@ -255,15 +257,35 @@ fn page_size(backing: &Backing) -> Result<usize> {
 /// Pages of a hugetlbfs mount are its blocks.
 fn mounted_page_size(dir: &Path) -> Result<usize> {
     let what = || format!("cannot use --huge-dir {}", dir.display());
-    let statfs = nix::sys::statfs::statfs(dir).map_err(|errno| {
+    let found = statfs(dir).map_err(|errno| {
         Error::os(what(), errno)
-            .mend(format!("run: mkdir -p {0} && mount -t hugetlbfs none {0}", dir.display()))
+            .kind_is(ErrorKind::Io)
+            .mend(format!("run: mkdir -p {0} && mount -t hugetlbfs none {0}; or {NO_MOUNT}", dir.display()))
     })?;
-    match usize::try_from(statfs.block_size()) {
-        Ok(size) if statfs.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC => Ok(size),
-        _ => Err(Error::new(ErrorKind::Usage, what(), "it is not a hugetlbfs mount")
-            .mend(format!("run: mount -t hugetlbfs none {}", dir.display()))),
+    match usize::try_from(found.block_size()) {
+        Ok(size) if found.filesystem_type() == HUGETLBFS_MAGIC => Ok(size),
+        _ => Err(Error::new(ErrorKind::Io, what(), "it is not a hugetlbfs mount")
+            .mend(format!("run: mount -t hugetlbfs none {}; or {NO_MOUNT}", dir.display()))),
     }
+}
+
+const NO_MOUNT: &str = "leave --huge-dir out: no mount is needed";
+
+/// A mount may have less than the machine: its `size=`.
+fn check_mount(dir: &Path, len: usize, page_size: usize) -> Result<()> {
+    let what = || format!("cannot use --huge-dir {}", dir.display());
+    let found = statfs(dir).map_err(|errno| Error::os(what(), errno).kind_is(ErrorKind::Io))?;
+    let (total, free) = (found.blocks(), found.blocks_free());
+    // A mount without a size of its own has no count of blocks.
+    if total == 0 || free as usize >= len / page_size {
+        return Ok(());
+    }
+    let why = format!("{} pages are needed and the mount has {free} of {total} free", len / page_size);
+    Err(Error::new(ErrorKind::Io, what(), why).mend(format!(
+        "run: mount -o remount,size={} {}; or {NO_MOUNT}",
+        len,
+        dir.display()
+    )))
 }
 
 fn default_hugepage_size() -> Result<usize> {
@@ -317,7 +339,7 @@ fn open_huge_file(path: &Path) -> Result<File> {
         .create(true)
         .truncate(true)
         .open(path)
-        .map_err(|error| Error::io(format!("cannot create {}", path.display()), &error))
+        .map_err(|error| Error::io(format!("cannot create {}", path.display()), &error).mend(NO_MOUNT))
 }
 
 fn populate(address: NonNull<c_void>, len: usize) -> std::result::Result<(), Errno> {

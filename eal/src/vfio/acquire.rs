@@ -2,16 +2,14 @@
 //! mode opens things.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use super::space::AddressSpace;
-use super::{Device, DeviceFds, VfioMode, diagnose};
+use super::{Device, DeviceFds, VfioMode};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::WeakIommufd;
@@ -243,16 +241,6 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-pub(super) fn open(path: &Path) -> Result<File> {
-    OpenOptions::new().read(true).write(true).open(path).map_err(|error| {
-        let error = Error::io(format!("cannot open {}", path.display()), &error);
-        match error.errno() {
-            Some(Errno::EACCES) => error.mend(diagnose::permission(path)),
-            _ => error,
-        }
-    })
-}
-
 /// Number of the device's IOMMU group.
 pub(super) fn group_of(node: &Node) -> std::io::Result<u32> {
     let link = fs::read_link(node.sysfs.join("iommu_group"))?;
@@ -271,9 +259,9 @@ pub(super) fn cdev_name(node: &Node) -> Option<String> {
         .and_then(|entry| entry.file_name().into_string().ok())
 }
 
-pub(super) fn no_group(what: String) -> Error {
-    let error =
-        Error::new(ErrorKind::Unavailable, what, "the device is in no IOMMU group, so the IOMMU is off");
+/// `what` failed because VFIO takes no device that is in no IOMMU group, or has one no more.
+pub fn no_group(what: String) -> Error {
+    let error = Error::new(ErrorKind::Unavailable, what, "it is in no IOMMU group, so the IOMMU is off");
     match fs::read_to_string("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode") {
         Ok(enabled) if enabled.trim() == "N" => error.mend(
             "boot with intel_iommu=on or amd_iommu=on; or, unsafe: echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode, bind again, --vfio-mode noiommu",

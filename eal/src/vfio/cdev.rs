@@ -5,10 +5,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use vfio_bindings::bindings::vfio as uapi;
 
 use super::acquire::{
-    NOIOMMU_PREFIX, Node, Phases, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu, open,
+    NOIOMMU_PREFIX, Node, Phases, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu,
 };
 use super::fds::CdevFds;
 use super::space::AddressSpace;
@@ -17,6 +18,7 @@ use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 use crate::iommufd::Iommufd;
+use crate::node::open;
 
 impl Vfio {
     pub(super) fn open_cdev(&self, node: &Node, mode: VfioMode) -> Result<CdevFds> {
@@ -39,7 +41,11 @@ impl Vfio {
             }
         };
         let path = self.dev.join("vfio/devices").join(&name);
-        let device = open(&path)?;
+        let device = open(&path).map_err(|error| match error.errno() {
+            Some(Errno::EPERM) if mode == VfioMode::NoiommuCdev => diagnose::raw_io(error),
+            Some(Errno::ENOENT) => error.mend("run: udevadm trigger --subsystem-match=vfio-dev"),
+            _ => error,
+        })?;
         let expected = fs::read_to_string(node.sysfs.join("vfio-dev").join(&name).join("dev"))
             .map_err(|error| Error::io(format!("cannot read the device number of {name}"), &error))?;
         let metadata = device

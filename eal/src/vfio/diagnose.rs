@@ -1,7 +1,6 @@
 //! From an errno to the reason and the command that mends it. Nothing here runs unless something failed.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -9,27 +8,50 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::acquire::{Node, cdev_name, group_of};
 use crate::error::{Error, ErrorKind};
+use crate::iommufd::Accounting;
 
-/// A pin was refused: says what is needed and what the limit is.
-pub(super) fn memlock(error: Error, len: usize) -> Error {
+/// A pin was refused: says what is needed, what the limit is and whose.
+pub(super) fn memlock(error: Error, len: usize, whose: Accounting) -> Error {
     let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
-        Ok((soft, _)) if soft == u64::MAX => return error,
-        Ok((soft, _)) => soft,
-        Err(_) => return error,
+        Ok((soft, _)) if soft != u64::MAX => soft / 1024,
+        _ => return error,
     };
     let need = len.div_ceil(1024);
+    let (available, total) = match whose {
+        Accounting::PerProcess => {
+            let locked = locked_kib().unwrap_or(0);
+            (format!("{limit} KiB for this process, which has {locked} KiB locked"), locked + need)
+        }
+        Accounting::PerUser => (format!("{limit} KiB for all processes of this user together"), need),
+    };
     error
-        .because(format!("{need} KiB must be locked and RLIMIT_MEMLOCK is {} KiB", limit / 1024))
-        .mend(format!("run: ulimit -l {need}, or as root: prlimit --memlock=unlimited -- COMMAND"))
+        .because(format!("{need} KiB must be locked and RLIMIT_MEMLOCK is {available}"))
+        .mend(format!("run: ulimit -l {total}, or as root: prlimit --memlock=unlimited -- COMMAND"))
         .kind_is(ErrorKind::Os)
 }
 
-/// Who may open `path`, and how to become one of them.
-pub(super) fn permission(path: &Path) -> String {
-    let mode = fs::metadata(path).map_or(String::new(), |metadata| {
-        format!(" (mode {:04o}, uid {})", metadata.permissions().mode() & 0o7777, metadata.uid())
-    });
-    format!("run as root, or: setfacl -m u:$USER:rw {}{mode}", path.display())
+/// What the process has locked already, which type1 counts (`Documentation/filesystems/proc.rst`).
+fn locked_kib() -> Option<usize> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmLck:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok()
+}
+
+/// The container takes no further mapping, however small.
+pub(super) fn entry_limit(error: Error) -> Error {
+    const PARAMETER: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
+    let limit = fs::read_to_string(PARAMETER).unwrap_or_else(|_| "65535".into());
+    error
+        .because(format!("the container has all the mappings that dma_entry_limit allows, {}", limit.trim()))
+        .mend(format!("run: echo 65535 > {PARAMETER}, or choose --vfio-mode cdev"))
+        .kind_is(ErrorKind::Os)
+}
+
+/// A node of a device without IOMMU did not open, although its mode would allow it.
+pub(super) fn raw_io(error: Error) -> Error {
+    error
+        .because("devices without IOMMU are only for who has CAP_SYS_RAWIO, whatever the node's mode is")
+        .mend("run as root")
 }
 
 /// A group node did not open: it opens only once, and not at all while its devices are open as cdevs.
@@ -42,7 +64,7 @@ pub(super) fn group_open(error: Error, node: &Node, dev: &Path, path: &Path) -> 
         Some(Errno::ENOENT) => error
             .because("the group has no device on vfio-pci")
             .mend("bind every device of the group to vfio-pci"),
-        Some(Errno::EPERM) => error.mend("run as root: devices without IOMMU need CAP_SYS_RAWIO"),
+        Some(Errno::EPERM) => raw_io(error),
         _ => error,
     }
 }
@@ -87,8 +109,18 @@ fn in_use(error: Error, paths: &[PathBuf]) -> Error {
         None if error.errno() == Some(Errno::EBUSY) => error
             .because("in use by another process")
             .mend("find it: fuser -v /dev/vfio/* /dev/vfio/devices/*"),
+        // The kernel's answer for a cdev that is bound, which it also has for other mistakes.
+        None if error.errno() == Some(Errno::EINVAL) && !may_look() => error
+            .because("most likely in use by a process of another user")
+            .mend("as root, find it: fuser -v /dev/vfio/* /dev/vfio/devices/*")
+            .kind_is(ErrorKind::Busy),
         None => error,
     }
+}
+
+/// Whether the descriptors of every process can be seen.
+fn may_look() -> bool {
+    fs::read_dir("/proc/1/fd").is_ok()
 }
 
 fn holder(paths: &[PathBuf]) -> Option<(u32, String)> {

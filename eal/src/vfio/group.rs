@@ -7,15 +7,17 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use vfio_bindings::bindings::vfio as uapi;
 
-use super::acquire::{Node, Phases, Vfio, group_of, has_iommu, lock, needs_noiommu, no_group, open};
+use super::acquire::{Node, Phases, Vfio, group_of, has_iommu, lock, needs_noiommu, no_group};
 use super::fds::GroupFds;
 use super::space::{AddressSpace, Container};
 use super::{VfioMode, diagnose, sys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 use crate::iommufd;
+use crate::node::open;
 
 impl Vfio {
     pub(super) fn open_group(&self, node: &Node, mode: VfioMode) -> Result<GroupFds> {
@@ -36,10 +38,10 @@ impl Vfio {
         let container = match kept {
             Some(container) => container.fd.try_clone().map_err(cannot_duplicate)?,
             None if mode == VfioMode::Compat => open(Path::new(iommufd::PATH))
-                .map_err(|error| error.mend("run: modprobe iommufd, or choose --vfio-mode container"))?
+                .map_err(|error| missing(error, "run: modprobe iommufd, or choose --vfio-mode container"))?
                 .into(),
             None => open(&self.dev.join("vfio/vfio"))
-                .map_err(|error| error.mend("run: modprobe vfio-pci"))?
+                .map_err(|error| missing(error, "run: modprobe vfio-pci"))?
                 .into(),
         };
         let group = match kept.and_then(|container| lock(&container.groups).get(&group).map(File::try_clone))
@@ -72,7 +74,7 @@ impl Vfio {
                 set_container(&group, number, &fd)?;
                 set_iommu(&fd, mode)?;
             }
-            let container = Container { groups: Mutex::default(), fd };
+            let container = Container { groups: Mutex::default(), iommufd: mode == VfioMode::Compat, fd };
             Ok(match mode {
                 VfioMode::Noiommu => AddressSpace::none(container),
                 _ => AddressSpace::type1(container),
@@ -88,7 +90,8 @@ impl Vfio {
         lock(&shared.groups).entry(number).or_insert(group.try_clone().map_err(cannot_duplicate)?);
         drop(opening);
         phases.end("bind");
-        Ok((self.device_fd(node, &group)?, space))
+        let device = self.device_fd(node, &group)?;
+        Ok((if mode == VfioMode::Noiommu { above_memory(device) } else { device }, space))
     }
 
     fn device_fd(&self, node: &Node, group: &File) -> Result<OwnedFd> {
@@ -104,6 +107,33 @@ impl Vfio {
             .map_err(|errno| diagnose::bind(Error::os(what(), errno), node, &self.dev))?;
         // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+}
+
+/// The same device at a descriptor above all those of packet memory.
+///
+/// Without an IOMMU nothing pins the pages, so when the process is killed they must outlive the device's bus
+/// mastering. The kernel puts off the last close of each file until all descriptors are gone through, and then
+/// begins with the highest (`close_files`, and `task_work_run`, which is last in, first out).
+fn above_memory(device: OwnedFd) -> OwnedFd {
+    const ABOVE: i32 = 512;
+    match fcntl(&device, FcntlArg::F_DUPFD_CLOEXEC(ABOVE)) {
+        // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
+        Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
+        Err(errno) => {
+            tracing::warn!(
+                "pages may go before the NIC stops if this process is killed: {errno}; run: ulimit -n 1024"
+            );
+            device
+        }
+    }
+}
+
+/// `cure` is for a node that is not there; another error has its own.
+fn missing(error: Error, cure: &str) -> Error {
+    match error.errno() {
+        Some(Errno::ENOENT | Errno::ENODEV) => error.mend(cure),
+        _ => error,
     }
 }
 

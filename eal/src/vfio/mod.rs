@@ -16,7 +16,7 @@ pub mod mode;
 mod space;
 mod sys;
 
-pub use acquire::{Acquired, Node, Phase, Vfio};
+pub use acquire::{Acquired, Node, Phase, Vfio, no_group};
 pub use device::{ConfigSpace, Device};
 pub use fds::{CdevFds, DeviceFds, GroupFds};
 pub use irq::{Irq, IrqInfo, Request};

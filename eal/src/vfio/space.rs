@@ -13,7 +13,7 @@ use super::{diagnose, info, sys};
 use crate::dma::IovaRanges;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
-use crate::iommufd::{self, Access, Ioas};
+use crate::iommufd::{self, Access, Accounting, Ioas};
 use crate::mem::Region;
 
 /// The I/O page tables that some of the process's devices share, or the lack of any.
@@ -38,6 +38,8 @@ enum Tables {
 #[derive(Debug)]
 pub(super) struct Container {
     pub(super) groups: Mutex<BTreeMap<u32, File>>,
+    /// Whether `/dev/iommu` stands in for the container.
+    pub(super) iommufd: bool,
     pub(super) fd: OwnedFd,
 }
 
@@ -77,6 +79,16 @@ impl AddressSpace {
     /// Addresses that every attached device can use and that nothing of ours is mapped at.
     pub fn free_ranges(&self) -> IovaRanges {
         self.lock().clone()
+    }
+
+    /// Whose limit on locked memory holds for mappings; none where nothing is pinned.
+    fn accounting(&self) -> Option<Accounting> {
+        match &self.tables {
+            Tables::Type1(container) if container.iommufd => Some(Accounting::PerUser),
+            Tables::Type1(_) => Some(Accounting::PerProcess),
+            Tables::Ioas { .. } => Some(Accounting::PerUser),
+            Tables::None(_) => None,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, IovaRanges> {
@@ -151,8 +163,9 @@ impl AddressSpace {
     }
 
     fn mapped(self: &Arc<Self>, mapped: Result<Mapped>, region: &Region) -> Result<Mapping> {
-        let mapped = mapped.map_err(|error| match error.errno() {
-            Some(Errno::ENOMEM) => diagnose::memlock(error, region.len()),
+        let mapped = mapped.map_err(|error| match (error.errno(), self.accounting()) {
+            (Some(Errno::ENOMEM), Some(whose)) => diagnose::memlock(error, region.len(), whose),
+            (Some(Errno::ENOSPC), Some(Accounting::PerProcess)) => diagnose::entry_limit(error),
             _ => error,
         })?;
         if let Some(range) = mapped.range() {

@@ -1,0 +1,105 @@
+//! Command lines that are wrong, and outputs that nobody reads, with the program itself: one line, its exit code, no
+//! panic.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::ffi::OsStringExt;
+use std::process::{Command, Output, Stdio};
+
+fn l2fwd() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vireo-l2fwd"));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Exactly one line on standard error, which it gives.
+fn refused(output: &Output, code: i32) -> String {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    let line = text.strip_prefix("vireo-l2fwd: ").and_then(|rest| rest.strip_suffix('\n')).unwrap_or("");
+    assert!(!line.is_empty() && !line.contains('\n') && line.len() < 500, "{text}");
+    line.to_owned()
+}
+
+#[test]
+fn a_wrong_word_is_named_with_what_would_be_right() {
+    let cpus = vireo_eal::args::allowed_cpus().unwrap();
+    let cores = format!("use cores {}", vireo_eal::args::ranges(&cpus));
+    let huge = "9".repeat(10_000);
+    for (words, named, right) in [
+        (&["--lcors", "1"][..], "'--lcors'", "did you mean --lcores?"),
+        (&["--vfio-mod=cdev"], "'--vfio-mod'", "did you mean --vfio-mode?"),
+        (&["-l", "99"], "core 99", &*cores),
+        (&["-l", "1-"], "\"1-\"", &*cores),
+        (&["-l", ""], "\"\"", &*cores),
+        (&["-l", &*huge], "\"9999", &*cores),
+        (&["-l", "0,0"], "lcore 0", &*cores),
+        (&["-l"], "--lcores", "see: vireo-l2fwd --help"),
+        (&["-l", "0", "-l", "0"], "--lcores", "see: vireo-l2fwd --help"),
+        (&["-m", "0"], "'0'", "1..=4294967295"),
+        (&["--vfio-mode", "fast"], "\"fast\"", "use one of auto, container"),
+        (&["--proc-type", "secondary"], "\"secondary\"", "use primary or auto"),
+        (&["-a", "zz"], "\"zz\"", "ls /sys/bus/pci/devices"),
+        (&["--vdev", "net_virtio0"], "\"net_virtio0\"", "net_virtio_user0"),
+        (&["--vdev", "net_vhost0,ifac=/a"], "\"ifac=/a\"", "known keys: iface"),
+        (&["--no-pci", "--", "-p", "xyz"], "'xyz'", "hexadecimal mask"),
+        (&["--no-pci", "--", "-p", &*huge], "'9999", "hexadecimal mask"),
+        (&["--no-pci", "--", "-p", "3", "-q", "99"], "'99'", "1..=15"),
+        (&["--no-pci", "--", "-p", "3", "--portmp", "(0,1)"], "'--portmp'", "did you mean --portmap?"),
+        (&["--no-pci", "--", "-p", "3", "-T", "soon"], "'soon'", "from 0 to 86399"),
+        (&["--no-pci", "--"], "-p", "see: vireo-l2fwd --help"),
+    ] {
+        let line = refused(&l2fwd().args(words).output().unwrap(), 64);
+        assert!(line.contains(named) && line.contains(right), "{named}: {line}");
+    }
+}
+
+#[test]
+fn odd_bytes_are_named() {
+    let odd = || OsString::from_vec(vec![b'-', b'p', 0xff]);
+    let line = refused(&l2fwd().arg(odd()).output().unwrap(), 64);
+    assert_eq!(line, "EAL argument \"-p\u{fffd}\": not valid UTF-8");
+    let line = refused(&l2fwd().args(["--no-pci", "--"]).arg(odd()).output().unwrap(), 64);
+    assert_eq!(line, "argument after -- \"-p\u{fffd}\": not valid UTF-8");
+}
+
+#[test]
+fn a_mask_of_no_port_names_the_ports() {
+    let dir = tempfile::tempdir().unwrap();
+    for mask in ["0", "6"] {
+        let vdev = format!("net_vhost0,iface={}", dir.path().join("socket").display());
+        let output = l2fwd()
+            .args(["--no-pci", "--no-huge", "--in-memory", "--vdev", &vdev, "--", "-p", mask])
+            .output()
+            .unwrap();
+        assert!(refused(&output, 64).ends_with("ports are 0 to 0; for all of them give -p 1"));
+        assert!(!dir.path().join("socket").exists());
+    }
+}
+
+#[test]
+fn no_port_at_all_names_the_command() {
+    let output = l2fwd().args(["--no-pci", "--in-memory", "--", "-p", "1"]).output().unwrap();
+    assert!(refused(&output, 69).contains("there are no ports; bind NICs to VFIO: vireo-devbind"));
+}
+
+#[test]
+fn output_that_nobody_takes_ends_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let vdev = format!("net_vhost0,iface={}", socket.display());
+    let running = ["--no-pci", "--no-huge", "--in-memory", "--vdev", &vdev, "--", "-p", "1", "-T", "0.01"];
+    let help = ["--help"];
+    for words in [&help[..], &running] {
+        let full = || File::options().write(true).open("/dev/full").unwrap();
+        let line = refused(&l2fwd().args(words).stdout(full()).output().unwrap(), 74);
+        assert_eq!(line, "cannot write to standard output: ENOSPC (No space left on device)");
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let line = refused(&l2fwd().args(words).stdout(writer).output().unwrap(), 74);
+        assert_eq!(line, "cannot write to standard output: EPIPE (Broken pipe)");
+        let nobody = l2fwd().args(words).stdout(full()).stderr(full()).status().unwrap();
+        assert_eq!(nobody.code(), Some(74));
+        assert!(!socket.exists());
+    }
+}

@@ -1,0 +1,26 @@
+//! Both ends of what a program says: text on standard output, and the line that it fails with.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use crate::error::{Error, Result};
+
+/// Prints `text`, and says so when nobody takes it: `print!` would panic when standard output is a closed pipe.
+///
+/// # Errors
+/// `Io` when standard output does not take it.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|error| Error::io("cannot write to standard output", &error))
+}
+
+/// The exit code for `result`; an error is one line on standard error first, after the program's name.
+pub fn exit_code(name: &str, result: Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        // Whoever closed standard error still gets the exit code.
+        let _ = writeln!(std::io::stderr(), "{name}: {error}");
+        error.kind().exit_code().into()
+    })
+}
