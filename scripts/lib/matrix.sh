@@ -16,6 +16,7 @@ TABLE
 # COMMAND names the boots, if not all.
 lab_test() {
     local kernel kernels=(default edge) failed=0 name options wanted=" ${COMMAND[*]} "
+    OPT_TIMEOUT=${OPT_TIMEOUT:-${OPT_LONG:+14400}}
     OPT_TIMEOUT=${OPT_TIMEOUT:-1800}
     [[ -z $OPT_KERNEL_GIVEN ]] || kernels=("$OPT_KERNEL")
     matrix_know "${COMMAND[@]}"
@@ -46,7 +47,7 @@ matrix_boot() {
     shift
     options_parse "$@"
     echo "# kernel $(kernel_release "$GUEST_IMAGE"), boot '$name'"
-    guest_boot "$GUEST_IMAGE" pipe guest-matrix "$name"
+    guest_boot "$GUEST_IMAGE" pipe guest-matrix "$name" ${OPT_LONG:+long}
     ((GUEST_STATUS == 0)) && return
     echo "Bail out! $GUEST_ERROR (guest kernel's log: $GUEST_LOG)"
     return 1

@@ -27,6 +27,8 @@ Programs of this repository go by their short names: lab run -- l2fwd --help
                               program goes by its name (repeatable)
   --share DIR                 DIR of the host, writable, at /share
   --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare and test; 0: none)
+  --long                      for test: 100 kills and restarts for each mode in the place of 5, and every system call
+                              of a start failed in turn in the place of ioctl and openat
   --accel auto|kvm|tcg        auto: KVM if a probe boot shows that it works
   --no-build                  do not build the repository's programs; the guest has busybox and strace
   --qemu-arg ARG              one more argument for QEMU (repeatable)
@@ -54,6 +56,7 @@ OPT_TIMEOUT=
 OPT_ACCEL=auto
 OPT_BUILD=1
 OPT_VERBOSE=
+OPT_LONG=
 OPT_JSON=
 OPT_HTML=
 ADDED=()
@@ -86,6 +89,7 @@ options_parse() {
             --no-iommu-platform) OPT_IOMMU_PLATFORM=off ;;
             --no-build) OPT_BUILD= ;;
             --verbose) OPT_VERBOSE=1 ;;
+            --long) OPT_LONG=1 ;;
             -h | --help) usage; exit 0 ;;
             -*) fail "unknown option '$1'" "lab --help" ;;
             *) COMMAND=("$@"); return ;;

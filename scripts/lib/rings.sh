@@ -11,11 +11,7 @@ RINGS_COUNT=200000
 
 # rings_tests: TAP.
 rings_tests() {
-    local build
-    cargo build --quiet --release --locked -p vireo-l2fwd -p vireo-pktgen || return
-    build="$(cargo metadata --no-deps --format-version 1 | grep -o '"target_directory":"[^"]*"' | cut -d'"' -f4)/release"
-    L2FWD="$build/vireo-l2fwd"
-    PKTGEN="$build/vireo-pktgen"
+    rings_build || return
     rings_case "pktgen on virtio-user, through l2fwd on vhost" rings_circle l2fwd iface path
     rings_case "pktgen on vhost, through l2fwd on virtio-user" rings_circle l2fwd path iface
     if command -v dpdk-testpmd >/dev/null; then
@@ -30,6 +26,15 @@ rings_tests() {
     return $((RINGS_FAILED > 0))
 }
 
+# rings_build: sets L2FWD and PKTGEN.
+rings_build() {
+    local build
+    cargo build --quiet --release --locked -p vireo-l2fwd -p vireo-pktgen || return
+    build="$(cargo metadata --no-deps --format-version 1 | grep -o '"target_directory":"[^"]*"' | cut -d'"' -f4)/release"
+    L2FWD="$build/vireo-l2fwd"
+    PKTGEN="$build/vireo-pktgen"
+}
+
 # rings_case DESCRIPTION COMMAND...
 rings_case() {
     local name=$1 status=0
@@ -42,6 +47,7 @@ rings_case() {
     ) >"$RINGS_DIR/log" 2>&1 </dev/null || status=$?
     if ((status == 0)); then
         echo "ok $RINGS_CASES - $name"
+        [[ ! -f $RINGS_DIR/note ]] || sed 's/^/# /' "$RINGS_DIR/note"
     else
         RINGS_FAILED=$((RINGS_FAILED + 1))
         echo "not ok $RINGS_CASES - $name"

@@ -31,6 +31,11 @@ bdf() { echo "0000:00:$(slot "$1" "$2").0"; }
 
 mac() { echo "52:54:00:00:00:$(slot "$1" "$2")"; }
 
+# group_node KIND POSITION, cdev_node KIND POSITION: the nodes of a NIC.
+group_node() { echo "/dev/vfio/$(basename "$(readlink "/sys/bus/pci/devices/$(bdf "$1" "$2")/iommu_group")")"; }
+
+cdev_node() { echo "/dev/vfio/devices/$(ls "/sys/bus/pci/devices/$(bdf "$1" "$2")/vfio-dev")"; }
+
 # bind BDF DRIVER
 bind() {
     local device="/sys/bus/pci/devices/$1"

@@ -15,7 +15,7 @@ refused_as() {
     if [ "$user" = root ]; then
         timeout "$PATIENCE" l2fwd "$@" >"$WORK/refused.out" 2>"$WORK/refused.err" || status=$?
     else
-        su "$user" -s /bin/sh -c "$LIMIT timeout $PATIENCE l2fwd $*" >"$WORK/refused.out" 2>"$WORK/refused.err" ||
+        USER=$user su "$user" -s /bin/sh -c "$LIMIT timeout $PATIENCE l2fwd $*" >"$WORK/refused.out" 2>"$WORK/refused.err" ||
             status=$?
     fi
     [ $status = "$wanted" ] || die "exit code $status, not $wanted"
@@ -55,7 +55,7 @@ bad_arguments() {
 64|use one of auto, container|--vfio-mode fast FORWARDERS -- -p 3
 64|see: l2fwd --help|FORWARDERS
 64|it is no hexadecimal mask|FORWARDERS -- -p three
-64|it selects no port|FORWARDERS -- -p 0
+64|for all of them give -p 3|--vfio-mode MODE FORWARDERS -- -p 0
 64|for all of them give -p 3|--vfio-mode MODE FORWARDERS -- -p 7
 64|see: l2fwd --help|FORWARDERS -- -p 3 -q 99
 64|is not of the form|--vfio-mode MODE FORWARDERS -- -p 3 --portmap 0-1
@@ -78,16 +78,6 @@ bound_to_the_kernel() {
     starts_again
 }
 
-no_hugepages() {
-    local before
-    before=$(cat "$HUGEPAGES/nr_hugepages")
-    at_end set_hugepages "$before"
-    set_hugepages 0
-    refused_as root 71 "$2" --vfio-mode "$1" -a "$(bdf e1000e fwd_rx)" -- -p 1
-    set_hugepages "$before"
-    starts_again
-}
-
 # without_node NODE EXIT-CODE TEXT ARGUMENTS...
 without_node() {
     local node=$1
@@ -99,22 +89,70 @@ without_node() {
     starts_again
 }
 
-# little_memlock MODE NODES...: root may lock any amount, so nobody gets the nodes.
-little_memlock() {
-    local mode=$1
-    shift
-    at_end chown root "$@"
-    chown nobody "$@"
-    LIMIT='ulimit -l 64;' refused_as nobody 71 'run: ulimit -l' --file-prefix nobody --vfio-mode "$mode" \
-        -a "$(bdf e1000e fwd_rx)" -- -p 1
+# no_permission MODE NODE RULE: an ordinary user is told whose the node is and what a udev rule would say.
+no_permission() {
+    LIMIT='' refused_as nobody 77 "cannot open $2: EACCES: it belongs to uid 0, gid 0 with mode $(stat -c 0%a "$2"); run as root, or: setfacl -m u:nobody:rw $2; for good by a udev rule: $3, OWNER=\"nobody\"" \
+        --file-prefix nobody --vfio-mode "$1" -a "$(bdf e1000e fwd_rx)" -- -p 1
     starts_again
 }
 
-# no_permission MODE NODE
-no_permission() {
-    LIMIT='' refused_as nobody 77 "run as root, or: setfacl -m u:\$USER:rw $2" --file-prefix nobody --vfio-mode "$1" \
-        -a "$(bdf e1000e fwd_rx)" -- -p 1
+# no_raw_io MODE NODES...: who may open the nodes still needs the capability.
+no_raw_io() {
+    local mode=$1
+    [ "$mode" != noiommu-cdev ] || need_noiommu_cdev
+    shift
+    at_end chown root "$@"
+    chown nobody "$@"
+    LIMIT='' refused_as nobody 77 "CAP_SYS_RAWIO, whatever the node's mode is; run as root" --file-prefix nobody \
+        --vfio-mode "$mode" -a "$(bdf e1000e fwd_rx)" -- -p 1
     starts_again
+}
+
+# noiommu_switched_off: a NIC that was not bound before cannot be bound any more, and is not used some other way.
+noiommu_switched_off() {
+    local nic status=0 parameter=/sys/module/vfio/parameters/enable_unsafe_noiommu_mode
+    nic=$(bdf e1000e fwd_rx)
+    at_end bind "$nic" vfio-pci
+    at_end "echo 1 >$parameter"
+    echo "$nic" >"/sys/bus/pci/devices/$nic/driver/unbind"
+    echo 0 >$parameter
+    devbind --bind vfio-pci "$nic" 2>"$WORK/refused.err" || status=$?
+    [ $status = 69 ] || die "devbind exited with $status"
+    grep -q "it is in no IOMMU group.*echo 1 > $parameter" "$WORK/refused.err" || die "not said"
+    refused_as root 69 "it is bound to no driver; run: vireo-devbind --bind vfio-pci $nic" --vfio-mode noiommu -a "$nic" -- -p 1
+    echo 1 >$parameter
+    devbind --bind vfio-pci "$nic"
+    starts_again
+}
+
+# not_loaded: drivers that are built in cannot go, but their directory can be covered.
+not_loaded() {
+    local nic status=0
+    nic=$(bdf e1000e fwd_rx)
+    at_end bind "$nic" vfio-pci
+    echo "$nic" >"/sys/bus/pci/devices/$nic/driver/unbind"
+    mount -t tmpfs none /sys/bus/pci/drivers
+    devbind --bind vfio-pci "$nic" 2>"$WORK/devbind.err" || status=$?
+    l2fwd -a "$nic" -- -p 1 2>"$WORK/refused.err" || status=$status,$?
+    umount /sys/bus/pci/drivers
+    [ $status = 69,69 ] || die "exit codes $status"
+    grep -q 'run: modprobe vfio-pci$' "$WORK/devbind.err" || die "devbind did not say what to load"
+    grep -q "vfio-pci is not loaded; run: modprobe vfio-pci && vireo-devbind --bind vfio-pci $nic" "$WORK/refused.err" || die "not said"
+    bind "$nic" vfio-pci
+    starts_again
+}
+
+# hidden_user MODE NODES...: a user who cannot see that it is root who has the NIC.
+hidden_user() {
+    local nic mode=$1
+    shift
+    nic=$(bdf e1000e fwd_rx)
+    at_end chown root "$@"
+    chown nobody "$@"
+    start_l2fwd -l 1 --vfio-mode "$mode" -a "$nic" -- -p 1 -T 0
+    LIMIT='' refused_as nobody 75 'in use by' --file-prefix nobody --vfio-mode "$mode" -a "$nic" -- -p 1
+    grep -q 'find it: fuser -v' "$WORK/refused.err" || die "no command"
+    stop_l2fwd
 }
 
 # in_use MODE MODE: the second mode asks for what the first one has.

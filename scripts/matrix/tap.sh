@@ -39,6 +39,7 @@ test_case() {
         echo "ok $CASES - $name # SKIP $(cat "$WORK/skip")"
     else
         echo "ok $CASES - $name"
+        [ ! -f "$WORK/note" ] || sed 's/^/# /' "$WORK/note"
     fi
 }
 

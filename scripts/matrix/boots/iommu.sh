@@ -36,21 +36,41 @@ boot_cases() {
     bad_arguments
     iommu_refusals
     test_case "refused: bound to a kernel driver" bound_to_the_kernel cdev
-    test_case "refused: no hugepages" no_hugepages cdev 'vm.nr_hugepages='
+    test_case "refused: vfio-pci is not loaded" not_loaded
+    test_case "refused: no hugepages, too few hugepages" no_hugepages cdev
+    huge_dirs
     test_case "refused: no /dev/iommu, cdev" without_node /dev/iommu 69 'modprobe iommufd' --vfio-mode cdev
     test_case "refused: no /dev/iommu, compat" without_node /dev/iommu 69 'modprobe iommufd' --vfio-mode compat
-    test_case "refused: no /dev/vfio/vfio, container" without_node /dev/vfio/vfio 69 'modprobe vfio' --vfio-mode container
-    test_case "refused: little memlock, cdev" little_memlock cdev /dev/iommu /dev/vfio/devices/vfio*
-    test_case "refused: little memlock, container" little_memlock container /dev/vfio/[0-9]*
-    test_case "refused: little memlock, compat" little_memlock compat /dev/iommu /dev/vfio/[0-9]*
-    test_case "refused: no permission, cdev" no_permission cdev /dev/iommu
-    test_case "refused: no permission, container" no_permission container /dev/vfio/
+    test_case "refused: no /dev/vfio/vfio, container" without_node /dev/vfio/vfio 69 'modprobe vfio-pci' --vfio-mode container
+    test_case "refused: no /dev/vfio/devices, cdev" without_node /dev/vfio/devices 69 'udevadm trigger --subsystem-match=vfio-dev' --vfio-mode cdev
+    test_case "refused: little memlock, cdev" little_memlock cdev 'all processes of this user together' /dev/iommu /dev/vfio/devices/vfio*
+    test_case "refused: little memlock, container" little_memlock container 'this process, which has [0-9]* KiB locked' /dev/vfio/[0-9]*
+    test_case "refused: little memlock, compat" little_memlock compat 'all processes of this user together' /dev/iommu /dev/vfio/[0-9]*
+    test_case "refused: no mapping left, container" entry_limit
+    test_case "refused: no permission for iommufd, cdev" no_permission cdev /dev/iommu 'KERNEL=="iommu"'
+    test_case "refused: no permission for a device, cdev" no_permission_for_device
+    test_case "refused: no permission for a group, container" no_permission container "$(group_node e1000e fwd_rx)" 'SUBSYSTEM=="vfio"'
+    test_case "refused: in use by somebody else, cdev" hidden_user cdev /dev/iommu /dev/vfio/devices/vfio*
+    test_case "refused: in use by somebody else, container" hidden_user container /dev/vfio/[0-9]*
+    test_case "refused: a core outside the affinity" outside_the_affinity
+    test_case "a core that is offline, and a single core" offline_core
+    test_case "output that nobody takes" output_fails
     for mode in container cdev compat; do
         test_case "refused: in use, $mode" in_use "$mode" "$mode"
         test_case "refused: same --file-prefix, $mode" same_prefix "$mode"
     done
     test_case "refused: in use by container, cdev" in_use container cdev
     test_case "refused: in use by cdev, container" in_use cdev container
+    test_case "refused: in use by compat, cdev" in_use compat cdev
+    for mode in container cdev ${LONG:+compat}; do
+        failing_calls "$mode" e1000e
+    done
+}
+
+no_permission_for_device() {
+    at_end chmod 600 /dev/iommu
+    chmod 666 /dev/iommu
+    no_permission cdev "$(cdev_node e1000e fwd_rx)" 'SUBSYSTEM=="vfio-dev"'
 }
 
 iommu_refusals() {

@@ -22,8 +22,16 @@ boot_cases() {
     noiommu_refusals
     test_case "refused: noiommu-cdev on a kernel without it" needs_newer_kernel
     test_case "refused: bound to a kernel driver" bound_to_the_kernel noiommu
-    test_case "refused: no hugepages" no_hugepages noiommu 'vm.nr_hugepages='
+    test_case "refused: no-IOMMU mode is switched off" noiommu_switched_off
+    test_case "refused: no CAP_SYS_RAWIO, noiommu" no_raw_io noiommu /dev/vfio/noiommu-[0-9]*
+    test_case "refused: no CAP_SYS_RAWIO, noiommu-cdev" no_raw_io noiommu-cdev /dev/iommu /dev/vfio/devices/noiommu-*
+    test_case "refused: no hugepages, too few hugepages" no_hugepages noiommu
+    test_case "the memory outlives the NIC" outlived_by_memory
+    test_case "the memory outlives the NIC, --in-memory" outlived_by_memory --in-memory
+    test_case "the memory outlives the NIC, --huge-dir" outlived_by_memory --huge-dir /dev/hugepages
+    test_case "output that nobody takes" output_fails
     test_case "refused: in use, noiommu" in_use noiommu noiommu
+    [ -z "$LONG" ] || failing_calls noiommu e1000e
 }
 
 noiommu_refusals() {
