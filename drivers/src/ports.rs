@@ -1,6 +1,7 @@
 //! From EAL arguments to started ports: which driver takes which function or virtual device, and the order of
 //! set-up.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -183,6 +184,20 @@ pub(crate) fn flag(key: &str, value: &str) -> Result<bool> {
         "1" => Ok(true),
         _ => Err(Error::new(ErrorKind::Usage, format!("cannot read {key}={value}"), "it is 0 or 1")),
     }
+}
+
+/// Gives up what only set-up needed; see [`Eal::confine`].
+///
+/// # Errors
+/// As for [`Eal::confine`].
+pub fn confine(eal: &Eal) -> Result<()> {
+    // A vhost port removes its socket when it ends.
+    let sockets = eal.args.vdevs.iter().flat_map(|vdev| &vdev.args).filter(|(key, _)| key == "iface");
+    let directory = |(_, path): &(String, String)| match Path::new(path).parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    eal.confine(sockets.map(directory).collect())
 }
 
 /// Waits until the links of all of `ports` are up, for 9 s at most, as DPDK's l2fwd does; calls `waiting` every

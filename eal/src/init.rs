@@ -1,13 +1,15 @@
 //! The EAL of a process: what its arguments ask for, made.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::args::{EalArgs, IovaMode, ranges};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lcore::Lcores;
 use crate::mem::{Backing, Region, hugepages};
 use crate::runtime::RuntimeDir;
-use crate::vfio::{Vfio, VfioMode};
+use crate::sandbox::Sandbox;
+use crate::user::{User, UserName};
+use crate::vfio::{Nodes, Vfio, VfioMode};
 
 /// What every program starts with. Opens no device and takes no memory yet.
 #[derive(Debug)]
@@ -19,20 +21,25 @@ pub struct Eal {
     /// The devices' kernel side.
     pub vfio: Vfio,
     runtime: Option<RuntimeDir>,
+    /// Whom to become, if anybody.
+    user: Option<User>,
 }
 
 impl Eal {
     /// Starts the log, takes the runtime directory and finds the lcores.
     ///
     /// # Errors
-    /// `Busy` when another process runs under the same `--file-prefix`.
+    /// `Busy` when another process runs under the same `--file-prefix`; `Usage` when there is no such `--user`,
+    /// or nothing where `--vfio-fds` says.
     pub fn init(args: EalArgs) -> Result<Self> {
         crate::log::init(&args.log_levels)?;
         args.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         args.notes.iter().for_each(|note| tracing::info!("{note}"));
+        let nodes = args.vfio_fds.as_ref().map_or(Ok(Nodes::default()), Nodes::of)?;
         let eal = Self {
             lcores: Lcores::new(&args)?,
-            vfio: Vfio::new(args.vf_token).isolate(args.isolate_ports),
+            vfio: Vfio::with_nodes(args.vf_token, nodes).isolate(args.isolate_ports),
+            user: args.user.as_ref().map(UserName::find).transpose()?,
             runtime: RuntimeDir::new(&args)?,
             args,
         };
@@ -49,6 +56,25 @@ impl Eal {
             ranges(&ids),
             self.lcores.main_id()
         )
+    }
+
+    /// Gives up what set-up needed and packets do not: root (`--user`), then, unless `--no-sandbox`, files and
+    /// system calls. Call it when ports run, and before lcores do: on older kernels Landlock holds only for the
+    /// calling thread and those that it starts. In `directories`, beside the runtime directory, files can still
+    /// be removed.
+    ///
+    /// # Errors
+    /// `Permission` when the process cannot become the user, `Os` when the kernel refuses the sandbox.
+    pub fn confine(&self, mut directories: Vec<PathBuf>) -> Result<()> {
+        if let Some(runtime) = &self.runtime {
+            directories.extend(
+                [Some(runtime.path()), runtime.path().parent()].into_iter().flatten().map(Path::to_owned),
+            );
+        }
+        // Root opens them, for the user may not be able to.
+        let sandbox = if self.args.no_sandbox { None } else { Some(Sandbox::new(&directories)?) };
+        self.user.map_or(Ok(()), User::become_it)?;
+        sandbox.map_or(Ok(()), Sandbox::close)
     }
 
     /// Where packet memory comes from.

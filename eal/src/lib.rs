@@ -8,6 +8,7 @@
 //! | [`dma`] | device addresses, descriptor rings, packet buffers | IOVA |
 //! | [`iommufd`] | I/O page tables, without VFIO or PCI | `/dev/iommu` |
 //! | [`vfio`] | devices, in any of the modes | `/dev/vfio` |
+//! | [`user`] | giving up root | `setresuid`, capabilities |
 //! | [`mmio`] | registers and doorbells | BAR |
 //!
 //! All `unsafe` of Vireo is in this crate; the others forbid it.
@@ -27,6 +28,8 @@ pub mod mmio;
 mod node;
 pub mod program;
 pub mod runtime;
+mod sandbox;
+pub mod user;
 pub mod vfio;
 
 pub use error::{Error, ErrorKind, Result};

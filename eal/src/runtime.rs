@@ -82,6 +82,8 @@ impl Drop for RuntimeDir {
                 _ => std::fs::remove_file(entry.path()),
             };
         }
+        // Who is not its owner any more (`--user`) cannot remove it, and says by an empty lock that nothing went wrong.
+        let _ = self.lock.set_len(0);
         let _ = std::fs::remove_file(self.path.join(LOCK));
         let _ = std::fs::remove_dir(&self.path);
     }

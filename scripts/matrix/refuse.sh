@@ -103,7 +103,7 @@ no_raw_io() {
     shift
     at_end chown root "$@"
     chown nobody "$@"
-    LIMIT='' refused_as nobody 77 "CAP_SYS_RAWIO, whatever the node's mode is; run as root" --file-prefix nobody \
+    LIMIT='' refused_as nobody 77 "CAP_SYS_RAWIO, whatever the node's mode is; start as root" --file-prefix nobody \
         --vfio-mode "$mode" -a "$(bdf e1000e fwd_rx)" -- -p 1
     starts_again
 }

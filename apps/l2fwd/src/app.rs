@@ -77,6 +77,7 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
         (0..queues.numbers(all.len()).start).map(|_| PairCounts::default()).collect();
     let numbers: Vec<_> = enabled.iter().map(|port| queues.numbers(*port)).collect();
     let totals = || numbers.iter().map(|pairs| Totals::of(&counts[pairs.clone()])).collect::<Vec<_>>();
+    ports::confine(eal)?;
     reporter.say("entering main loop\n", &json!({ "event": "forwarding" }))?;
     let mut last = Instant::now();
     let mut printed = Ok(());

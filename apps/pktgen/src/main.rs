@@ -64,6 +64,7 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
         queues.push(open.port.start(memory.of(open), &mut cache, SIZES)?);
     }
     ports::wait_for_links(all.iter(), stop, || Ok(()))?;
+    ports::confine(eal)?;
     let stream = Stream {
         run: std::process::id(),
         destination: args.dst_mac,

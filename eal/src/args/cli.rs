@@ -12,7 +12,8 @@ use super::{IovaMode, Program, VfToken, VfioInterrupt};
 use crate::bdf::Bdf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::log::LogLevel;
-use crate::vfio::VfioMode;
+use crate::user::UserName;
+use crate::vfio::{FdSource, VfioMode};
 
 const ACCEPTED: &str = "Accepted without effect: -n, -r, --telemetry, --no-telemetry, --no-shconf, --no-hpet, \
                         --vmware-tsc-map, --syslog, --mbuf-pool-ops-name";
@@ -58,6 +59,15 @@ pub(super) struct Cli {
     /// Token that virtual functions share with their physical function
     #[arg(long, value_name = "UUID", value_parser = VfToken::from_str)]
     pub(super) vfio_vf_token: Option<VfToken>,
+    /// Take device nodes that a launcher opened: listen (LISTEN_FDS, from vireo-launch or systemd), or a socket
+    #[arg(long, value_name = "listen|SOCKET", value_parser = FdSource::from_str)]
+    pub(super) vfio_fds: Option<FdSource>,
+    /// Give up root for this user when set up: a name or UID, and a group if not the user's own
+    #[arg(long, value_name = "USER[:GROUP]", value_parser = UserName::from_str)]
+    pub(super) user: Option<UserName>,
+    /// Leave all system calls and files open after set-up
+    #[arg(long)]
+    pub(super) no_sandbox: bool,
 
     /// Memory to reserve, in MiB
     #[arg(short, long, value_name = "MB", value_parser = value_parser!(u32).range(1..))]
@@ -190,7 +200,7 @@ pub(super) fn program_name(argv: &[OsString]) -> String {
 }
 
 /// Clap's message of several lines as one of ours.
-pub(super) fn one_line(error: &clap::Error, what: &str, program: &str) -> Error {
+pub fn one_line(error: &clap::Error, what: &str, program: &str) -> Error {
     use std::error::Error as _;
     if let Some(own) = error.source().and_then(|source| source.downcast_ref::<Error>()) {
         return own.clone();

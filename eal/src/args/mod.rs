@@ -15,11 +15,13 @@ pub use lcores::{LcoreSpec, MAX_CORES, allowed_cpus, ranges};
 pub use token::VfToken;
 pub use vdev::VdevArgs;
 
+pub use self::cli::one_line;
 use self::cli::{Cli, LogArg, Read};
 use crate::bdf::Bdf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::log::{self, LogLevel};
-use crate::vfio::VfioMode;
+use crate::user::UserName;
+use crate::vfio::{FdSource, VfioMode};
 
 /// What the EAL has to know of the program whose arguments it reads.
 #[derive(Clone, Copy, Debug, Default)]
@@ -79,6 +81,12 @@ pub struct EalArgs {
     pub vfio_intr: Option<VfioInterrupt>,
     /// Token for virtual functions.
     pub vf_token: Option<VfToken>,
+    /// Who opens device nodes, if not this process.
+    pub vfio_fds: Option<FdSource>,
+    /// Whom to become when set up.
+    pub user: Option<UserName>,
+    /// Leave all system calls and files open after set-up.
+    pub no_sandbox: bool,
     /// Log levels in the order given, for [`log::init`].
     pub log_levels: Vec<LogLevel>,
     /// To be logged as warnings when the log is there.
@@ -283,6 +291,9 @@ fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
         isolate_ports: cli.isolate_ports,
         vfio_intr: cli.vfio_intr,
         vf_token: cli.vfio_vf_token,
+        vfio_fds: cli.vfio_fds,
+        user: cli.user,
+        no_sandbox: cli.no_sandbox,
         log_levels: cli.log_level.into_iter().filter_map(LogArg::level).collect(),
         warnings,
         notes,

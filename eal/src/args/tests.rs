@@ -207,3 +207,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn privileges() {
+    let eal = run("--vfio-fds=listen --user nobody:nogroup --no-sandbox").eal;
+    assert_eq!(eal.vfio_fds, Some(crate::vfio::FdSource::Listen));
+    assert_eq!(eal.user, "nobody:nogroup".parse().ok());
+    assert!(eal.no_sandbox);
+    assert_eq!(run("--vfio-fds /run/x").eal.vfio_fds, Some(crate::vfio::FdSource::Socket("/run/x".into())));
+    let eal = run("").eal;
+    assert_eq!((eal.vfio_fds, eal.user, eal.no_sandbox), (None, None, false));
+    assert!(refused("--vfio-fds=").contains("give listen"));
+    assert!(refused("--user :0").contains("USER:GROUP"));
+}

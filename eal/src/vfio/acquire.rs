@@ -8,11 +8,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use super::nodes::Nodes;
 use super::space::AddressSpace;
 use super::{Device, DeviceFds, VfioMode};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
-use crate::iommufd::WeakIommufd;
+use crate::iommufd::{self, WeakIommufd};
 
 /// A device by its name on its bus (`0000:00:04.0`) and its directory in sysfs.
 #[derive(Clone, Debug)]
@@ -53,6 +54,7 @@ pub struct Acquired {
 #[derive(Debug)]
 pub struct Vfio {
     pub(super) dev: PathBuf,
+    pub(super) nodes: Nodes,
     pub(super) vf_token: Option<VfToken>,
     isolated: bool,
     spaces: Mutex<HashMap<SpaceKey, Weak<AddressSpace>>>,
@@ -70,8 +72,14 @@ impl Vfio {
     /// State with no device. `vf_token` is shown to the kernel for virtual functions whose physical
     /// function is a VFIO device too.
     pub fn new(vf_token: Option<VfToken>) -> Self {
+        Self::with_nodes(vf_token, Nodes::default())
+    }
+
+    /// As [`Vfio::new`], with the device nodes from somebody else.
+    pub fn with_nodes(vf_token: Option<VfToken>, nodes: Nodes) -> Self {
         Self {
             dev: PathBuf::from("/dev"),
+            nodes,
             vf_token,
             isolated: false,
             spaces: Mutex::default(),
@@ -127,6 +135,20 @@ impl Vfio {
         Ok((mode, fds))
     }
 
+    /// The nodes that [`Vfio::acquire`] would open for `node`.
+    ///
+    /// # Errors
+    /// As for [`Vfio::acquire`], as far as sysfs tells.
+    pub fn paths(&self, node: &Node, mode: VfioMode) -> Result<[PathBuf; 2]> {
+        let mode = if mode == VfioMode::Auto { self.choose(node)?.0 } else { mode };
+        match mode {
+            VfioMode::Cdev | VfioMode::NoiommuCdev => {
+                Ok([iommufd::PATH.into(), self.cdev_path(node, mode)?.1])
+            }
+            _ => Ok([self.container_path(mode), self.group_path(node, mode)?.1]),
+        }
+    }
+
     /// Completes descriptors that another process opened: no device node is opened here.
     ///
     /// # Errors
@@ -172,14 +194,15 @@ impl Vfio {
         let cdev = cdev_name(node);
         let group = group_of(node).ok();
         if cdev.as_deref().is_some_and(|name| name.starts_with(NOIOMMU_PREFIX))
-            || group.is_some_and(|group| self.noiommu_group(group).exists())
+            || group.is_some_and(|group| self.nodes.has(&self.noiommu_group(group)))
         {
             return Err(Error::new(ErrorKind::Unavailable, what(), "the device has no IOMMU and auto never goes without")
                 .mend("turn the IOMMU on (intel_iommu=on), or accept that the NIC can reach all memory: --vfio-mode noiommu"));
         }
         let reason = match cdev {
             Some(name)
-                if self.dev.join("iommu").exists() && self.dev.join("vfio/devices").join(&name).exists() =>
+                if self.nodes.has(&self.dev.join("iommu"))
+                    && self.nodes.has(&self.dev.join("vfio/devices").join(&name)) =>
             {
                 return Ok((VfioMode::Cdev, format!("auto: the kernel offers /dev/vfio/devices/{name}")));
             }

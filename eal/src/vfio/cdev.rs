@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -17,11 +18,10 @@ use super::{VfioMode, diagnose, sys};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
-use crate::iommufd::Iommufd;
-use crate::node::open;
 
 impl Vfio {
-    pub(super) fn open_cdev(&self, node: &Node, mode: VfioMode) -> Result<CdevFds> {
+    /// Name and path of the device's own node.
+    pub(super) fn cdev_path(&self, node: &Node, mode: VfioMode) -> Result<(String, PathBuf)> {
         let what = || format!("cannot use {} in mode {mode}", node.name);
         let name = cdev_name(node).ok_or_else(|| self.no_cdev(node, mode))?;
         match (name.starts_with(NOIOMMU_PREFIX), mode) {
@@ -29,19 +29,24 @@ impl Vfio {
             (false, VfioMode::NoiommuCdev) => return Err(has_iommu(what())),
             _ => {}
         }
+        let path = self.dev.join("vfio/devices").join(&name);
+        Ok((name, path))
+    }
+
+    pub(super) fn open_cdev(&self, node: &Node, mode: VfioMode) -> Result<CdevFds> {
+        let (name, path) = self.cdev_path(node, mode)?;
         let iommufd = {
             let mut kept = lock(&self.iommufd);
             match kept.upgrade() {
                 Some(iommufd) => iommufd,
                 None => {
-                    let iommufd = Iommufd::open()?;
+                    let iommufd = self.nodes.iommufd()?;
                     *kept = iommufd.downgrade();
                     iommufd
                 }
             }
         };
-        let path = self.dev.join("vfio/devices").join(&name);
-        let device = open(&path).map_err(|error| match error.errno() {
+        let device = self.nodes.open(&path).map_err(|error| match error.errno() {
             Some(Errno::EPERM) if mode == VfioMode::NoiommuCdev => diagnose::raw_io(error),
             Some(Errno::ENOENT) => error.mend("run: udevadm trigger --subsystem-match=vfio-dev"),
             _ => error,

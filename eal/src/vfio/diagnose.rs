@@ -51,7 +51,7 @@ pub(super) fn entry_limit(error: Error) -> Error {
 pub(super) fn raw_io(error: Error) -> Error {
     error
         .because("devices without IOMMU are only for who has CAP_SYS_RAWIO, whatever the node's mode is")
-        .mend("run as root")
+        .mend("start as root, and be rid of it with --user")
 }
 
 /// A group node did not open: it opens only once, and not at all while its devices are open as cdevs.

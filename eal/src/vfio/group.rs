@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
@@ -17,39 +17,57 @@ use super::{VfioMode, diagnose, sys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 use crate::iommufd;
-use crate::node::open;
 
 impl Vfio {
-    pub(super) fn open_group(&self, node: &Node, mode: VfioMode) -> Result<GroupFds> {
+    /// Node of the containers of `mode`.
+    pub(super) fn container_path(&self, mode: VfioMode) -> PathBuf {
+        if mode == VfioMode::Compat { iommufd::PATH.into() } else { self.dev.join("vfio/vfio") }
+    }
+
+    /// Number and node of the device's group.
+    pub(super) fn group_path(&self, node: &Node, mode: VfioMode) -> Result<(u32, PathBuf)> {
         let what = || format!("cannot use {} in mode {mode}", node.name);
         let group = group_of(node).map_err(|_| no_group(what()))?;
         let plain = self.dev.join(format!("vfio/{group}"));
         let physical = self.noiommu_group(group);
         let path = match mode {
-            VfioMode::Noiommu if !physical.exists() && plain.exists() => return Err(has_iommu(what())),
+            VfioMode::Noiommu if !self.nodes.has(&physical) && self.nodes.has(&plain) => {
+                return Err(has_iommu(what()));
+            }
             VfioMode::Noiommu => physical,
-            _ if !plain.exists() && physical.exists() => {
+            _ if !self.nodes.has(&plain) && self.nodes.has(&physical) => {
                 return Err(needs_noiommu(what(), VfioMode::Noiommu));
             }
             _ => plain,
         };
+        Ok((group, path))
+    }
+
+    pub(super) fn open_group(&self, node: &Node, mode: VfioMode) -> Result<GroupFds> {
+        let (group, path) = self.group_path(node, mode)?;
         let existing = self.existing(self.space_key(node, mode));
         let kept = existing.as_ref().and_then(|space| space.container());
         let container = match kept {
             Some(container) => container.fd.try_clone().map_err(cannot_duplicate)?,
-            None if mode == VfioMode::Compat => open(Path::new(iommufd::PATH))
-                .map_err(|error| missing(error, "run: modprobe iommufd, or choose --vfio-mode container"))?
-                .into(),
-            None => open(&self.dev.join("vfio/vfio"))
-                .map_err(|error| missing(error, "run: modprobe vfio-pci"))?
-                .into(),
+            None => self.open_container(mode)?,
         };
         let group = match kept.and_then(|container| lock(&container.groups).get(&group).map(File::try_clone))
         {
             Some(file) => file.map_err(cannot_duplicate)?,
-            None => open(&path).map_err(|error| diagnose::group_open(error, node, &self.dev, &path))?,
+            None => {
+                self.nodes.open(&path).map_err(|error| diagnose::group_open(error, node, &self.dev, &path))?
+            }
         };
         Ok(GroupFds { container, group: group.into() })
+    }
+
+    fn open_container(&self, mode: VfioMode) -> Result<OwnedFd> {
+        let module = match mode {
+            VfioMode::Compat => "run: modprobe iommufd, or choose --vfio-mode container",
+            _ => "run: modprobe vfio-pci",
+        };
+        let file = self.nodes.open(&self.container_path(mode)).map_err(|error| missing(error, module))?;
+        Ok(file.into())
     }
 
     /// Puts the group into the container of its mode and takes the device out of the group. `opening` is
@@ -71,7 +89,7 @@ impl Vfio {
         let space = self.space(self.space_key(node, mode), || {
             let fd = container.take().ok_or_else(|| Error::os(what(), Errno::EBADF))?;
             if !in_container {
-                set_container(&group, number, &fd)?;
+                set_container(&group, number, &fd, mode)?;
                 set_iommu(&fd, mode)?;
             }
             let container = Container { groups: Mutex::default(), iommufd: mode == VfioMode::Compat, fd };
@@ -85,7 +103,7 @@ impl Vfio {
         };
         let joins = container.is_some();
         if joins && !in_container {
-            set_container(&group, number, &shared.fd)?;
+            set_container(&group, number, &shared.fd, mode)?;
         }
         lock(&shared.groups).entry(number).or_insert(group.try_clone().map_err(cannot_duplicate)?);
         drop(opening);
@@ -153,11 +171,14 @@ fn status(group: &File, number: u32, node: &Node) -> Result<u32> {
     Ok(status.flags)
 }
 
-fn set_container(group: &File, number: u32, container: &OwnedFd) -> Result<()> {
+fn set_container(group: &File, number: u32, container: &OwnedFd, mode: VfioMode) -> Result<()> {
     // SAFETY: the argument is a descriptor that is open for the call.
     counted(|| unsafe { sys::group_set_container(group.as_raw_fd(), &container.as_raw_fd()) })
         .map(drop)
-        .map_err(|errno| Error::os(format!("cannot put IOMMU group {number} into its container"), errno))
+        .map_err(|errno| {
+            let error = Error::os(format!("cannot put IOMMU group {number} into its container"), errno);
+            if errno == Errno::EPERM && mode == VfioMode::Noiommu { diagnose::raw_io(error) } else { error }
+        })
 }
 
 fn set_iommu(container: &OwnedFd, mode: VfioMode) -> Result<()> {

@@ -13,6 +13,7 @@ mod group;
 mod info;
 mod irq;
 pub mod mode;
+pub mod nodes;
 mod space;
 mod sys;
 
@@ -21,4 +22,5 @@ pub use device::{ConfigSpace, Device};
 pub use fds::{CdevFds, DeviceFds, GroupFds};
 pub use irq::{Irq, IrqInfo, Request};
 pub use mode::VfioMode;
+pub use nodes::{FdSource, Nodes};
 pub use space::{AddressSpace, Mapping};

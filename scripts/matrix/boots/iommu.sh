@@ -32,6 +32,7 @@ boot_cases() {
     done
     dma_isolation container cdev compat
     test_case "iommufd alone" iommufd_alone
+    privilege_cases
 
     bad_arguments
     iommu_refusals

@@ -17,6 +17,7 @@ boot_cases() {
     ends_on_signals noiommu
     no_dma_isolation noiommu noiommu-cdev
     test_case "iommufd alone" iommufd_alone
+    noiommu_privilege_cases
 
     bad_arguments
     noiommu_refusals

@@ -1,0 +1,136 @@
+//! `vireo-launch --user USER [--socket PATH] PROGRAM [EAL ARGUMENTS] -- …`: opens, as root, the device nodes that
+//! the program's own arguments ask for, and starts it as an ordinary user with them.
+#![forbid(unsafe_code)]
+
+use std::ffi::OsString;
+use std::fs::Permissions;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use clap::Parser;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use vireo_bus_pci::Bus;
+use vireo_drivers::ports::{DEVICE_KEYS, VDEV_KEYS, driver_of};
+use vireo_eal::args::{self as eal_args, EalArgs, Outcome, Program, one_line};
+use vireo_eal::user::{User, UserName, exec};
+use vireo_eal::vfio::{FdSource, Vfio, nodes};
+use vireo_eal::{Error, ErrorKind, Result};
+
+/// Starts a program of Vireo as an ordinary user, with the device nodes that it needs.
+///
+/// Reads -a, -b, --vfio-mode and vfio-mode= of the program's arguments, opens those nodes and adds
+/// --vfio-fds=listen. The program may lock any amount of memory.
+#[derive(Debug, Parser)]
+#[command(name = "vireo-launch", version)]
+struct Cli {
+    /// Who runs the program: a name or UID, and a group if not the user's own
+    #[arg(long, value_name = "USER[:GROUP]", value_parser = UserName::from_str)]
+    user: UserName,
+    /// Start nothing: give the nodes to the first process of USER that connects here (--vfio-fds=PATH)
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// The program and its arguments
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "PROGRAM [ARGUMENTS]"
+    )]
+    command: Vec<OsString>,
+}
+
+fn run() -> Result<ExitCode> {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => {
+            print!("{}", error.render());
+            return Ok(ExitCode::SUCCESS);
+        }
+        Err(error) => return Err(one_line(&error, "arguments", "vireo-launch")),
+    };
+    let user = cli.user.find()?;
+    let program = Program { usage: "", device_keys: DEVICE_KEYS, vdev_keys: VDEV_KEYS };
+    let parsed = match eal_args::parse(cli.command.iter().cloned(), &program)? {
+        Outcome::Run(parsed) => parsed,
+        Outcome::Print(text) => {
+            print!("{text}");
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    let fds = open(&parsed.eal)?;
+    if let Some(path) = &cli.socket {
+        return serve(path, user, &fds);
+    }
+    let [name, rest @ ..] = &cli.command[..] else {
+        return Err(Error::new(ErrorKind::Usage, "arguments", "the program is missing"));
+    };
+    let mut words = vec!["--vfio-fds=listen".into()];
+    words.extend_from_slice(rest);
+    Err(exec(name, &words, user, fds))
+}
+
+/// Opens what the program would open if it could.
+fn open(eal: &EalArgs) -> Result<Vec<OwnedFd>> {
+    if matches!(eal.vfio_fds, Some(FdSource::Listen)) {
+        return Err(
+            Error::new(ErrorKind::Usage, "--vfio-fds=listen", "it is added here").mend("leave it out")
+        );
+    }
+    let (bus, vfio) = (Bus::default(), Vfio::new(None));
+    let mut paths = Vec::new();
+    for info in bus.select(eal, |id| driver_of(id).is_some())? {
+        let mode = eal.mode_of(info.address);
+        if !mode.has_iommu() {
+            return Err(Error::new(
+                ErrorKind::Permission,
+                format!("cannot pass {} on in mode {mode}", info.address),
+                "without an IOMMU the program itself needs CAP_SYS_RAWIO",
+            )
+            .mend("start the program as root, with --user instead"));
+        }
+        paths.extend(vfio.paths(&bus.node(info.address), mode)?);
+    }
+    if paths.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Unavailable,
+            "nothing to pass on",
+            "the arguments choose no device",
+        )
+        .mend("name some by -a; bound ones are shown by: vireo-devbind"));
+    }
+    nodes::open_all(&paths)
+}
+
+/// Gives `fds` to the first process of `user` that connects to `path`.
+fn serve(path: &Path, user: User, fds: &[OwnedFd]) -> Result<ExitCode> {
+    let failed = |error: std::io::Error| Error::io(format!("cannot listen at {}", path.display()), &error);
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    let served = (|| {
+        std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
+        chown(path, Some(user.uid()), Some(user.gid())).map_err(failed)?;
+        loop {
+            let (stream, _) = listener.accept().map_err(failed)?;
+            let peer = getsockopt(&stream, PeerCredentials)
+                .map_err(|errno| Error::os("cannot tell who connects", errno))?;
+            if peer.uid() == user.uid() {
+                return nodes::send(fds, &stream);
+            }
+        }
+    })();
+    let _ = std::fs::remove_file(path);
+    served.map(|()| ExitCode::SUCCESS)
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("vireo-launch: {error}");
+            error.kind().exit_code().into()
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Makes a call that the sandbox denies, to show what happens then: `vireo-forbidden [--no-sandbox]` says how it
+//! went.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use vireo_eal::args::{self, Outcome, Program};
+use vireo_eal::{Eal, Result};
+
+fn run() -> Result<()> {
+    let Outcome::Run(parsed) = args::parse(std::env::args_os(), &Program::default())? else { return Ok(()) };
+    let eal = Eal::init(parsed.eal)?;
+    eal.confine(Vec::new())?;
+    let answer = match parsed.app.get(1).and_then(|word| word.to_str()) {
+        Some("exec") => std::process::Command::new("true").status().map(drop),
+        Some("open") => std::fs::File::open("/etc/passwd").map(drop),
+        Some("thread") => {
+            let _ = std::thread::spawn(|| ()).join();
+            Ok(())
+        }
+        Some("unlink") => std::fs::remove_file("/tmp/vireo-forbidden"),
+        _ => std::net::UdpSocket::bind("127.0.0.1:0").map(drop),
+    };
+    println!("{answer:?}");
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vireo-forbidden: {error}");
+            error.kind().exit_code().into()
+        }
+    }
+}

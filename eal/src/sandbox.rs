@@ -1,0 +1,268 @@
+//! What a program may still do when it is set up: an allow-list of system calls (seccomp) for all its threads, and
+//! of files (Landlock). A driver that a device has talked into something goes no further than this.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, RestrictSelfAttr, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
+};
+use nix::errno::Errno;
+use nix::libc::{self, c_int, c_void, siginfo_t};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+use syscalls::Sysno;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Newest Landlock that is asked for; an older kernel enforces what it knows.
+const LANDLOCK: ABI = ABI::V8;
+
+/// A sandbox with its paths open: they may be out of reach when it is closed.
+pub(crate) struct Sandbox(RulesetCreated);
+
+impl Sandbox {
+    /// In `directories`, files and directories can be removed. All else in the file system is closed.
+    pub(crate) fn new(directories: &[PathBuf]) -> Result<Self> {
+        let rules = || {
+            let mut ruleset = Ruleset::default()
+                .handle_access(AccessFs::from_all(LANDLOCK))?
+                .handle_access(AccessNet::from_all(LANDLOCK))?
+                .scope(Scope::from_all(LANDLOCK))?
+                .create()?
+                .all_threads(true)?;
+            for directory in directories {
+                let access = AccessFs::ReadDir | AccessFs::RemoveFile | AccessFs::RemoveDir;
+                ruleset = ruleset.add_rule(PathBeneath::new(PathFd::new(directory)?, access))?;
+            }
+            Ok(Self(ruleset))
+        };
+        rules().map_err(|error: Box<dyn std::error::Error>| failed(&*error))
+    }
+
+    /// Closes it, for good. What the kernel does not have is said and left out.
+    pub(crate) fn close(self) -> Result<()> {
+        let status = self.0.restrict_self().map_err(|error| failed(&error))?.ruleset;
+        if status == RulesetStatus::NotEnforced {
+            tracing::info!(
+                "the sandbox leaves files alone: this kernel has no Landlock, or it is off (lsm=)"
+            );
+        }
+        trap_denied()?;
+        // In this order: behind the second filter no other can be installed.
+        for program in [without_clone3(), allow_list()] {
+            let program = program.map_err(|error| failed(&error))?;
+            match seccompiler::apply_filter_all_threads(&program) {
+                Ok(()) => {}
+                Err(seccompiler::Error::Seccomp(error)) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    tracing::info!(
+                        "the sandbox leaves system calls alone: this kernel has no CONFIG_SECCOMP_FILTER"
+                    );
+                    return Ok(());
+                }
+                Err(error) => return Err(failed(&error)),
+            }
+        }
+        tracing::debug!("sandbox closed: seccomp on all threads, Landlock {status:?}");
+        Ok(())
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> Error {
+    Error::new(ErrorKind::Os, "cannot close the sandbox", error.to_string()).mend("start with --no-sandbox")
+}
+
+/// glibc tries `clone3` first, whose flags are in memory, where no filter sees them; without it, it takes `clone`.
+fn without_clone3() -> seccompiler::Result<BpfProgram> {
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    program(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))
+}
+
+/// What l2fwd and pktgen use from their first packet to their exit, as strace saw it, and what the C library may
+/// use in their place on another machine.
+fn allow_list() -> seccompiler::Result<BpfProgram> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALWAYS.iter().map(|call| (*call, Vec::new())).collect();
+    rules.insert(libc::SYS_ioctl, any_of(1, IOCTLS)?);
+    rules.insert(libc::SYS_prctl, any_of(0, PRCTLS)?);
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![masked(2, libc::PROT_EXEC as u64, 0)?]);
+    }
+    let thread = libc::CLONE_THREAD as u64;
+    rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);
+    let directory = libc::O_DIRECTORY as u64;
+    let writes = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
+    rules.insert(libc::SYS_openat, vec![masked(2, directory | writes, directory)?]);
+    program(rules, SeccompAction::Trap, SeccompAction::Allow)
+}
+
+fn program(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    listed: SeccompAction,
+) -> seccompiler::Result<BpfProgram> {
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    Ok(SeccompFilter::new(rules, otherwise, listed, arch)?.try_into()?)
+}
+
+fn any_of(argument: u8, values: &[u64]) -> seccompiler::Result<Vec<SeccompRule>> {
+    values.iter().map(|value| rule(argument, SeccompCmpOp::Eq, *value)).collect()
+}
+
+fn masked(argument: u8, mask: u64, value: u64) -> seccompiler::Result<SeccompRule> {
+    rule(argument, SeccompCmpOp::MaskedEq(mask), value)
+}
+
+/// Of the argument's lower half: the kernel takes all of these as 32 bits.
+fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> seccompiler::Result<SeccompRule> {
+    Ok(SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?])?)
+}
+
+/// Requests that are made after set-up: `VFIO_DEVICE_SET_IRQS`, `VFIO_DEVICE_RESET`, `VFIO_IOMMU_UNMAP_DMA`,
+/// `VFIO_DEVICE_DETACH_IOMMUFD_PT`, `IOMMU_DESTROY`, `IOMMU_IOAS_UNMAP`, and the standard library's for terminals
+/// and sockets.
+const IOCTLS: &[u64] = &[0x3b6e, 0x3b6f, 0x3b72, 0x3b78, 0x3b80, 0x3b86, libc::TCGETS, libc::FIONBIO];
+
+/// Names of threads, and of the C library's memory.
+const PRCTLS: &[u64] = &[libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64];
+
+const ALWAYS: &[i64] = &[
+    // Devices, sockets, standard streams.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_close,
+    libc::SYS_fcntl,
+    libc::SYS_dup,
+    libc::SYS_eventfd2,
+    libc::SYS_ppoll,
+    libc::SYS_accept4,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    // The runtime directory and sockets, which are removed at the end.
+    libc::SYS_getdents64,
+    libc::SYS_unlinkat,
+    libc::SYS_flock,
+    libc::SYS_ftruncate,
+    // Memory; none of it executable, see above.
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    // Threads and time.
+    libc::SYS_clone3,
+    libc::SYS_futex,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_membarrier,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_getcpu,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_getuid,
+    libc::SYS_geteuid,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_gettimeofday,
+    libc::SYS_getrandom,
+    // Signals and the end.
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_tgkill,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    // Older names, which the C library uses where there are any.
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_unlink,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_rmdir,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_lstat,
+];
+
+/// Makes a denied call end the process with its name on standard error.
+fn trap_denied() -> Result<()> {
+    let action = SigAction::new(SigHandler::SigAction(denied), SaFlags::SA_NODEFER, SigSet::empty());
+    // SAFETY: the handler makes async-signal-safe calls only and does not return.
+    unsafe { sigaction(Signal::SIGSYS, &action) }
+        .map(drop)
+        .map_err(|errno| Error::os("cannot handle SIGSYS", errno))
+}
+
+/// Of `siginfo_t`: `si_syscall`, in words of 32 bits (sigaction(2); two pointers' room, then `si_call_addr`).
+const SI_SYSCALL: usize = (16 + size_of::<*const ()>()) / 4;
+
+extern "C" fn denied(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
+    // SAFETY: the kernel gives a `siginfo_t`, which is longer and aligned.
+    let number = unsafe { info.cast::<c_int>().add(SI_SYSCALL).read() };
+    let mut digits = [0; 10];
+    let name = Sysno::new(number as usize).map_or("unknown", |call| call.name());
+    for text in [
+        b"EAL: the sandbox denies the system call ",
+        name.as_bytes(),
+        b" (",
+        decimal(number.unsigned_abs(), &mut digits),
+        b"); if that is by design of the program, start it with --no-sandbox\n",
+    ] {
+        // SAFETY: the bytes live for the call. When standard error takes nothing, the exit code has to do.
+        let _ = Errno::result(unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) });
+    }
+    // SAFETY: it ends the process and runs nothing of it.
+    unsafe { libc::_exit(ErrorKind::Permission.exit_code().into()) }
+}
+
+/// `number` in decimal, without the allocation that formatting may make.
+fn decimal(mut number: u32, digits: &mut [u8; 10]) -> &[u8] {
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            return &digits[at..];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_compile() {
+        for program in [without_clone3(), allow_list()] {
+            assert!(!program.unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn digits() {
+        let mut room = [0; 10];
+        for number in [0, 7, 41, u32::MAX] {
+            assert_eq!(decimal(number, &mut room), number.to_string().as_bytes());
+        }
+    }
+}

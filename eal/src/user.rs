@@ -1,0 +1,208 @@
+//! Giving up root for good: user, groups, capabilities (`--user`), and a command started without them.
+
+use std::ffi::OsString;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::str::FromStr;
+
+use caps::CapSet;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::{Gid, Group, Uid, getresgid, getresuid, setgroups, setresgid, setresuid};
+
+use crate::args::quoted;
+use crate::error::{Error, ErrorKind, Result};
+use crate::vfio::nodes::LISTEN_FDS_START;
+
+/// `USER[:GROUP]`, each by name or number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserName {
+    user: String,
+    group: Option<String>,
+}
+
+impl FromStr for UserName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (user, group) = text.split_once(':').map_or((text, None), |(user, group)| (user, Some(group)));
+        if user.is_empty() || group.is_some_and(str::is_empty) || text.contains(char::is_whitespace) {
+            let what = format!("--user {}", quoted(text));
+            return Err(Error::new(ErrorKind::Usage, what, "it is not of the form USER or USER:GROUP")
+                .mend("such as nobody, or 65534:65534"));
+        }
+        Ok(Self { user: user.to_owned(), group: group.map(str::to_owned) })
+    }
+}
+
+/// A user that is not root, known to the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    uid: Uid,
+    gid: Gid,
+}
+
+impl UserName {
+    /// Looks the names up.
+    ///
+    /// # Errors
+    /// `Usage` when there is no such user or group, or it is root.
+    pub fn find(&self) -> Result<User> {
+        let what = || format!("--user {}", quoted(&self.user));
+        let wrong = |why: &str, cure: &str| Error::new(ErrorKind::Usage, what(), why).mend(cure);
+        let number: Option<u32> = self.user.parse().ok();
+        let entry = match number {
+            Some(uid) => nix::unistd::User::from_uid(Uid::from_raw(uid)),
+            None => nix::unistd::User::from_name(&self.user),
+        };
+        let entry = entry.map_err(|errno| Error::os(format!("cannot look up {}", what()), errno))?;
+        let uid = number.map(Uid::from_raw).or(entry.as_ref().map(|entry| entry.uid));
+        let uid = uid.ok_or_else(|| wrong("there is no such user", "list them: getent passwd"))?;
+        let gid = match (&self.group, entry) {
+            (Some(group), _) => group_id(group)?,
+            (None, Some(entry)) => entry.gid,
+            (None, None) => return Err(wrong("it has no group of its own here", "give UID:GID")),
+        };
+        if uid.is_root() || gid == Gid::from_raw(0) {
+            return Err(wrong("that is root, who keeps every privilege", "name another user and group"));
+        }
+        Ok(User { uid, gid })
+    }
+}
+
+fn group_id(group: &str) -> Result<Gid> {
+    if let Ok(gid) = group.parse() {
+        return Ok(Gid::from_raw(gid));
+    }
+    let found = Group::from_name(group)
+        .map_err(|errno| Error::os(format!("cannot look up group {}", quoted(group)), errno))?;
+    found.map(|group| group.gid).ok_or_else(|| {
+        Error::new(ErrorKind::Usage, format!("--user …:{}", quoted(group)), "there is no such group")
+            .mend("list them: getent group")
+    })
+}
+
+impl User {
+    /// Number of the user.
+    pub fn uid(self) -> u32 {
+        self.uid.as_raw()
+    }
+
+    /// Number of the group.
+    pub fn gid(self) -> u32 {
+        self.gid.as_raw()
+    }
+
+    /// Becomes this user for good: its user and group id and no other group, no capability, and none to be
+    /// had from an executable. The kernel then makes the process not dumpable: it writes no core, and the
+    /// user's other processes cannot trace it.
+    ///
+    /// Ids change in all threads, and with root's go the capabilities. The bounding set and `no_new_privs` are
+    /// the calling thread's, and those that it starts later.
+    ///
+    /// # Errors
+    /// `Permission` when the process is not root, and another user.
+    pub fn become_it(self) -> Result<()> {
+        let failed = |errno| {
+            let error = Error::os(format!("cannot become user {} with group {}", self.uid, self.gid), errno);
+            if errno == Errno::EPERM { error.mend("start as root, or leave --user out") } else { error }
+        };
+        let is_it = getresuid().is_ok_and(|ids| [ids.real, ids.effective, ids.saved] == [self.uid; 3])
+            && getresgid().is_ok_and(|ids| [ids.real, ids.effective, ids.saved] == [self.gid; 3]);
+        if !is_it {
+            // While it can still be changed, which takes CAP_SETPCAP.
+            clear(CapSet::Bounding)?;
+            setgroups(&[]).map_err(failed)?;
+            setresgid(self.gid, self.gid, self.gid).map_err(failed)?;
+            setresuid(self.uid, self.uid, self.uid).map_err(failed)?;
+        }
+        [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted]
+            .into_iter()
+            .try_for_each(clear)?;
+        prctl::set_no_new_privs().map_err(failed)
+    }
+}
+
+fn clear(set: CapSet) -> Result<()> {
+    caps::clear(None, set).map_err(|error| {
+        Error::new(ErrorKind::Permission, "cannot give up capabilities", error.to_string())
+            .mend("start as root, or leave --user out")
+    })
+}
+
+/// Replaces this process by `program` run as `user`, with any amount of memory to lock and with `fds` passed as
+/// systemd does it (`LISTEN_FDS`, sd_listen_fds(3)). Returns only to say why it could not, and then the process
+/// is of no use any more.
+pub fn exec(program: &OsString, args: &[OsString], user: User, fds: Vec<OwnedFd>) -> Error {
+    let what = || format!("cannot start {}", quoted(&program.to_string_lossy()));
+    if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, libc::RLIM_INFINITY, libc::RLIM_INFINITY) {
+        return Error::os("cannot raise the limit of locked memory", errno).mend("start as root");
+    }
+    // Above all their future places, so that no move overwrites one that is still to be moved.
+    let above = LISTEN_FDS_START + fds.len() as RawFd;
+    let moved: nix::Result<Vec<RawFd>> =
+        fds.iter().map(|fd| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(above))).collect();
+    let moved = match moved {
+        Ok(moved) => moved,
+        Err(errno) => return Error::os(what(), errno),
+    };
+    if let Err(error) = user.become_it() {
+        return error;
+    }
+    let mut command = Command::new(program);
+    command
+        .args(args)
+        .env("LISTEN_PID", std::process::id().to_string())
+        .env("LISTEN_FDS", fds.len().to_string())
+        .env_remove("LISTEN_FDNAMES")
+        // Root's, in which the user can do nothing.
+        .env_remove("XDG_RUNTIME_DIR");
+    let place = move || {
+        moved.iter().zip(LISTEN_FDS_START..).try_for_each(|(from, to)| {
+            // SAFETY: both are numbers; what was open at `to` is closed. Nothing uses it after this: the process
+            // is about to become another.
+            Errno::result(unsafe { libc::dup2(*from, to) }).map(drop).map_err(std::io::Error::from)
+        })
+    };
+    // SAFETY: it makes system calls only, in this very process and thread.
+    unsafe { command.pre_exec(place) };
+    let error = Error::io(what(), &command.exec());
+    // Their numbers may belong to others by now.
+    std::mem::forget(fds);
+    error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_numbers() {
+        let found = |text: &str| text.parse::<UserName>().and_then(|name| name.find());
+        let nobody = found("nobody").unwrap();
+        assert_eq!(found("65534:65534").unwrap().uid(), 65534);
+        assert_eq!(found(&format!("{}:{}", nobody.uid(), nobody.gid())), Ok(nobody));
+        assert_eq!(found("4000000:4000001").unwrap().gid(), 4_000_001);
+        let cases = [
+            ("", "not of the form"),
+            (":1", "not of the form"),
+            ("nobody:", "not of the form"),
+            ("no body", "not of the form"),
+            ("no-such-user", "there is no such user; list them"),
+            ("nobody:no-such-group", "there is no such group"),
+            ("4000000", "give UID:GID"),
+            ("root", "that is root"),
+            ("0:5", "that is root"),
+            ("nobody:0", "that is root"),
+        ];
+        for (text, why) in cases {
+            let error = found(text).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage);
+            assert!(error.to_string().contains(why), "{text}: {error}");
+        }
+    }
+}

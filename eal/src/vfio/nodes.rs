@@ -1,0 +1,303 @@
+//! Where device nodes come from: `/dev`, or a launcher that opened them for a process that may not.
+
+use std::fs::{self, File};
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::stat::{SFlag, fstat, major, minor};
+
+use super::acquire::lock;
+use crate::error::{Error, ErrorKind, Result};
+use crate::iommufd::{self, Iommufd};
+use crate::node::open;
+
+/// First descriptor that is passed (`SD_LISTEN_FDS_START`, sd_listen_fds(3)).
+pub(crate) const LISTEN_FDS_START: RawFd = 3;
+/// Most descriptors in one message (`SCM_MAX_FD` of the kernel).
+const MOST: usize = 253;
+/// The one byte that carries them, so that a message of something else is told apart.
+const MESSAGE: u8 = b'n';
+
+/// Who opened the descriptors (`--vfio-fds`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FdSource {
+    /// The process that started this one (`LISTEN_FDS`, as systemd and `vireo-launch` pass them).
+    Listen,
+    /// The one that listens on a unix socket, as `vireo-launch --socket` does.
+    Socket(PathBuf),
+}
+
+impl std::str::FromStr for FdSource {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "" => Err(Error::new(ErrorKind::Usage, "--vfio-fds \"\"", "the source is missing")
+                .mend("give listen, or the path of a socket")),
+            "listen" => Ok(Self::Listen),
+            path => Ok(Self::Socket(path.into())),
+        }
+    }
+}
+
+/// The device nodes that a process can open.
+#[derive(Debug)]
+pub struct Nodes(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    /// By path.
+    Files,
+    /// Those that were passed, by the file name of their node: each is one `open`.
+    Passed(Mutex<Vec<(String, OwnedFd)>>),
+}
+
+impl Default for Nodes {
+    fn default() -> Self {
+        Self(Kind::Files)
+    }
+}
+
+impl Nodes {
+    /// Takes the descriptors of `source`. Which node each one is, the kernel says, not who passed it.
+    ///
+    /// # Errors
+    /// `Usage` when the environment promises descriptors that are not there or are for another process,
+    /// `Permission` when one is no node of VFIO or iommufd, else why the socket gave none.
+    pub fn of(source: &FdSource) -> Result<Self> {
+        let fds = match source {
+            FdSource::Listen => listen_fds()?,
+            FdSource::Socket(path) => receive(path)?,
+        };
+        let named = fds.into_iter().map(|fd| Ok((node_name(fd.as_fd())?, fd)));
+        Ok(Self(Kind::Passed(Mutex::new(named.collect::<Result<_>>()?))))
+    }
+
+    /// Opens `path` for reading and writing, or gives the descriptor that was passed for it.
+    pub(super) fn open(&self, path: &Path) -> Result<File> {
+        let Kind::Passed(passed) = &self.0 else { return open(path) };
+        let mut passed = lock(passed);
+        let found =
+            passed.iter().position(|(name, _)| path.file_name().is_some_and(|wanted| wanted == &**name));
+        match found {
+            Some(at) => Ok(passed.remove(at).1.into()),
+            None => {
+                let names: Vec<&str> = passed.iter().map(|(name, _)| &**name).collect();
+                let left = if names.is_empty() {
+                    "none is left".into()
+                } else {
+                    format!("left are {}", names.join(", "))
+                };
+                Err(Error::new(
+                    ErrorKind::Permission,
+                    format!("cannot open {}", path.display()),
+                    format!("it is not among the descriptors of --vfio-fds ({left})"),
+                )
+                .mend("give the launcher the same -a and --vfio-mode"))
+            }
+        }
+    }
+
+    /// Opens `/dev/iommu`.
+    pub(super) fn iommufd(&self) -> Result<Iommufd> {
+        match &self.0 {
+            Kind::Files => Iommufd::open(),
+            Kind::Passed(_) => self.open(Path::new(iommufd::PATH)).map(|file| Iommufd::from_fd(file.into())),
+        }
+    }
+
+    /// Whether [`open`](Self::open) would find `path`.
+    pub(super) fn has(&self, path: &Path) -> bool {
+        match &self.0 {
+            Kind::Files => path.exists(),
+            Kind::Passed(passed) => {
+                lock(passed).iter().any(|(name, _)| path.file_name().is_some_and(|wanted| wanted == &**name))
+            }
+        }
+    }
+}
+
+/// Opens `paths`, each once, to pass them to another process.
+///
+/// # Errors
+/// When a node does not open.
+pub fn open_all(paths: &[PathBuf]) -> Result<Vec<OwnedFd>> {
+    let mut distinct = paths.to_vec();
+    distinct.sort_unstable();
+    distinct.dedup();
+    distinct.iter().map(|path| open(path).map(OwnedFd::from)).collect()
+}
+
+/// Passes `fds` to the process at the other end of `socket`, which takes them by `--vfio-fds`.
+///
+/// # Errors
+/// When the socket is closed, or there are more than one message holds.
+pub fn send(fds: &[OwnedFd], socket: &UnixStream) -> Result<()> {
+    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let control = [ControlMessage::ScmRights(&raw)];
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&[MESSAGE])], &control, MsgFlags::MSG_NOSIGNAL, None)
+        .map(drop)
+        .map_err(|errno| Error::os("cannot pass device descriptors on", errno))
+}
+
+fn receive(path: &Path) -> Result<Vec<OwnedFd>> {
+    let what = || format!("cannot receive device descriptors from {}", path.display());
+    let socket = UnixStream::connect(path).map_err(|error| {
+        Error::io(what(), &error).mend(format!("as root, first: vireo-launch --socket {} …", path.display()))
+    })?;
+    let mut byte = [0];
+    let mut space = nix::cmsg_space!([RawFd; MOST]);
+    let mut parts = [IoSliceMut::new(&mut byte)];
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
+        .map_err(|errno| Error::os(what(), errno))?;
+    let bytes = message.bytes;
+    let mut fds: Vec<OwnedFd> = Vec::new();
+    for control in message.cmsgs().map_err(|errno: Errno| Error::os(what(), errno))? {
+        if let ControlMessageOwned::ScmRights(received) = control {
+            // SAFETY: the kernel has just installed these descriptors for us, nobody else owns them.
+            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    match (bytes, byte[0], fds.is_empty()) {
+        (1, MESSAGE, false) => Ok(fds),
+        (0, ..) => Err(Error::new(ErrorKind::Permission, what(), "it hung up: they are for another user")),
+        _ => Err(Error::new(ErrorKind::Protocol, what(), "the message is not one of Vireo's")),
+    }
+}
+
+/// The descriptors that the environment names.
+fn listen_fds() -> Result<Vec<OwnedFd>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    let variable = |name: &str| std::env::var(name).ok();
+    let count =
+        promised(variable("LISTEN_PID").as_deref(), variable("LISTEN_FDS").as_deref(), std::process::id())?;
+    let wrong = |why: String| Error::new(ErrorKind::Usage, WHAT, why).mend(CURE);
+    for fd in LISTEN_FDS_START..LISTEN_FDS_START + count {
+        // SAFETY: borrowed for the look only, and the kernel answers EBADF for what is not open.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|errno| {
+            wrong(format!("LISTEN_FDS is {count} and descriptor {fd} is not open ({errno:?})"))
+        })?;
+        // Also what makes it safe to own: nothing of this process has a node open before its first device.
+        node_name(borrowed)?;
+    }
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        return Err(wrong("they were taken already".into()));
+    }
+    // SAFETY: LISTEN_PID says that they are this process's to own, the loop above that each is an open device node,
+    // and `TAKEN` that this happens once.
+    Ok((LISTEN_FDS_START..LISTEN_FDS_START + count).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect())
+}
+
+const WHAT: &str = "cannot take the descriptors of --vfio-fds listen";
+const CURE: &str = "start by: vireo-launch --user USER COMMAND, or by systemd with OpenFile=";
+
+/// How many descriptors `LISTEN_PID` and `LISTEN_FDS` promise to process `own`.
+fn promised(pid: Option<&str>, fds: Option<&str>, own: u32) -> Result<RawFd> {
+    let wrong = |why: String| Err(Error::new(ErrorKind::Usage, WHAT, why).mend(CURE));
+    let (Some(pid), Some(fds)) = (pid, fds) else {
+        return wrong("LISTEN_PID and LISTEN_FDS are not set".into());
+    };
+    match (pid.parse::<u32>(), fds.parse::<RawFd>()) {
+        (Ok(pid), _) if pid != own => {
+            wrong(format!("they are for pid {pid} (LISTEN_PID), and this is {own}"))
+        }
+        (Ok(_), Ok(count)) if (1..=MOST as RawFd).contains(&count) => Ok(count),
+        (Ok(_), _) => wrong(format!("LISTEN_FDS is {}, not 1 to {MOST}", crate::args::quoted(fds))),
+        (Err(_), _) => wrong(format!("LISTEN_PID is {}, no pid", crate::args::quoted(pid))),
+    }
+}
+
+/// File name of the VFIO or iommufd node behind `fd`, which is also its name in sysfs.
+fn node_name(fd: BorrowedFd<'_>) -> Result<String> {
+    let what = || format!("cannot use descriptor {} of --vfio-fds", fd.as_raw_fd());
+    let status = fstat(fd).map_err(|errno| Error::os(what(), errno))?;
+    let is_char = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR;
+    let number = format!("{}:{}", major(status.st_rdev), minor(status.st_rdev));
+    let known = |link: PathBuf| {
+        let name = link.file_name()?.to_str()?;
+        let class = link.parent()?.file_name()?;
+        let is_node =
+            class == "vfio" || class == "vfio-dev" || (class == "misc" && matches!(name, "vfio" | "iommu"));
+        is_node.then(|| name.to_owned())
+    };
+    fs::read_link(format!("/sys/dev/char/{number}"))
+        .ok()
+        .filter(|_| is_char)
+        .and_then(known)
+        .ok_or_else(|| Error::new(ErrorKind::Permission, what(), "it is no node of VFIO or iommufd"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn the_environment_is_checked() {
+        assert_eq!(promised(Some("7"), Some("2"), 7).unwrap(), 2);
+        let cases = [
+            (None, Some("2"), "are not set"),
+            (Some("7"), None, "are not set"),
+            (Some("8"), Some("2"), "they are for pid 8 (LISTEN_PID), and this is 7"),
+            (Some("x"), Some("2"), "LISTEN_PID is \"x\", no pid"),
+            (Some("7"), Some("0"), "not 1 to 253"),
+            (Some("7"), Some("-1"), "not 1 to 253"),
+            (Some("7"), Some("254"), "not 1 to 253"),
+            (Some("7"), Some("two\n"), "LISTEN_FDS is \"two\\n\", not"),
+        ];
+        for (pid, fds, why) in cases {
+            let error = promised(pid, fds, 7).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage);
+            assert!(error.to_string().contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_device_node_is_refused() {
+        let null = File::open("/dev/null").unwrap();
+        let file = tempfile::tempfile().unwrap();
+        for fd in [null.as_fd(), file.as_fd()] {
+            let error = node_name(fd).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Permission);
+            assert!(error.to_string().contains("no node of VFIO or iommufd"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_socket_that_sends_something_else_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        for (message, kind) in [(&b""[..], ErrorKind::Permission), (b"n", ErrorKind::Protocol)] {
+            let sent = std::thread::scope(|scope| {
+                scope.spawn(|| listener.accept().unwrap().0.write_all(message).unwrap());
+                receive(&path)
+            });
+            assert_eq!(sent.unwrap_err().kind(), kind);
+        }
+        drop(listener);
+        let error = Nodes::of(&FdSource::Socket(path)).unwrap_err().to_string();
+        assert!(error.contains("vireo-launch --socket"), "{error}");
+    }
+
+    #[test]
+    fn descriptors_are_given_once_and_by_name() {
+        let iommu = || ("iommu".to_owned(), tempfile::tempfile().unwrap().into());
+        let nodes = Nodes(Kind::Passed(Mutex::new(vec![iommu(), iommu()])));
+        let path = Path::new("/dev/iommu");
+        assert!(nodes.has(path) && !nodes.has(Path::new("/dev/vfio/vfio")));
+        assert!(nodes.open(path).is_ok() && nodes.open(path).is_ok());
+        let error = nodes.open(path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Permission);
+        assert!(error.to_string().contains("none is left"), "{error}");
+    }
+}
