@@ -101,7 +101,7 @@ impl User {
     /// had from an executable. The kernel then makes the process not dumpable: it writes no core, and the
     /// user's other processes cannot trace it.
     ///
-    /// Ids change in all threads, and with root's go the capabilities. The bounding set and `no_new_privs` are
+    /// Who is that user already keeps its groups, which only root can change. Ids change in all threads, and with root's go the capabilities. The bounding set and `no_new_privs` are
     /// the calling thread's, and those that it starts later.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //! the program's own arguments ask for, and starts it as an ordinary user with them.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::Permissions;
 use std::os::fd::OwnedFd;
@@ -81,7 +82,8 @@ fn open(eal: &EalArgs) -> Result<Vec<OwnedFd>> {
         );
     }
     let (bus, vfio) = (Bus::default(), Vfio::new(None));
-    let mut paths = Vec::new();
+    // Ports of one mode share a container or an iommufd; a second mode opens its own.
+    let mut paths = BTreeSet::new();
     for info in bus.select(eal, |id| driver_of(id).is_some())? {
         let mode = eal.mode_of(info.address);
         if !mode.has_iommu() {
@@ -92,7 +94,7 @@ fn open(eal: &EalArgs) -> Result<Vec<OwnedFd>> {
             )
             .mend("start the program as root, with --user instead"));
         }
-        paths.extend(vfio.paths(&bus.node(info.address), mode)?);
+        paths.extend(vfio.paths(&bus.node(info.address), mode)?.map(|path| (mode, path)));
     }
     if paths.is_empty() {
         return Err(Error::new(
@@ -102,7 +104,7 @@ fn open(eal: &EalArgs) -> Result<Vec<OwnedFd>> {
         )
         .mend("name some by -a; bound ones are shown by: vireo-devbind"));
     }
-    nodes::open_all(&paths)
+    nodes::open_all(paths.iter().map(|(_, path)| path.as_path()))
 }
 
 /// Gives `fds` to the first process of `user` that connects to `path`.

@@ -100,7 +100,7 @@ pub(super) fn unsafe_interrupts(error: Error, module: &str) -> Error {
 }
 
 /// Names the process that has one of `paths` open, if it is one that we may look into.
-fn in_use(error: Error, paths: &[PathBuf]) -> Error {
+pub(super) fn in_use(error: Error, paths: &[PathBuf]) -> Error {
     match holder(paths) {
         Some((pid, name)) => error
             .because(format!("in use by pid {pid} ({name})"))

@@ -124,15 +124,12 @@ impl Nodes {
     }
 }
 
-/// Opens `paths`, each once, to pass them to another process.
+/// Opens `paths` to pass them to another process.
 ///
 /// # Errors
 /// When a node does not open.
-pub fn open_all(paths: &[PathBuf]) -> Result<Vec<OwnedFd>> {
-    let mut distinct = paths.to_vec();
-    distinct.sort_unstable();
-    distinct.dedup();
-    distinct.iter().map(|path| open(path).map(OwnedFd::from)).collect()
+pub fn open_all<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<Vec<OwnedFd>> {
+    paths.into_iter().map(|path| open(path).map(OwnedFd::from)).collect()
 }
 
 /// Passes `fds` to the process at the other end of `socket`, which takes them by `--vfio-fds`.
