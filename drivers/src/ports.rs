@@ -191,13 +191,14 @@ pub(crate) fn flag(key: &str, value: &str) -> Result<bool> {
 /// # Errors
 /// As for [`Eal::confine`].
 pub fn confine(eal: &Eal) -> Result<()> {
-    // A vhost port removes its socket when it ends.
-    let sockets = eal.args.vdevs.iter().flat_map(|vdev| &vdev.args).filter(|(key, _)| key == "iface");
+    // Their ports remove them at the end, and make or connect to them again when a peer comes back.
+    let sockets = eal.args.vdevs.iter().flat_map(|vdev| &vdev.args);
+    let sockets = sockets.filter(|(key, _)| key == "iface" || key == "path");
     let directory = |(_, path): &(String, String)| match Path::new(path).parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     };
-    eal.confine(sockets.map(directory).collect())
+    eal.confine(&sockets.map(directory).collect::<Vec<_>>())
 }
 
 /// Waits until the links of all of `ports` are up, for 9 s at most, as DPDK's l2fwd does; calls `waiting` every

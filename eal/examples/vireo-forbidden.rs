@@ -10,7 +10,7 @@ use vireo_eal::{Eal, Result};
 fn run() -> Result<()> {
     let Outcome::Run(parsed) = args::parse(std::env::args_os(), &Program::default())? else { return Ok(()) };
     let eal = Eal::init(parsed.eal)?;
-    eal.confine(Vec::new())?;
+    eal.confine(&[])?;
     let answer = match parsed.app.get(1).and_then(|word| word.to_str()) {
         Some("exec") => std::process::Command::new("true").status().map(drop),
         Some("open") => std::fs::File::open("/etc/passwd").map(drop),

@@ -59,20 +59,17 @@ impl Eal {
     }
 
     /// Gives up what set-up needed and packets do not: root (`--user`), then, unless `--no-sandbox`, files and
-    /// system calls. Call it when ports run, and before lcores do: on older kernels Landlock holds only for the
-    /// calling thread and those that it starts. In `directories`, beside the runtime directory, files can still
-    /// be removed.
+    /// system calls. Call it when ports run, and before lcores do: before Linux 7.0 Landlock holds only for the
+    /// calling thread and those that it starts. In the directories `sockets`, unix sockets can still be made and
+    /// removed, and connected to anywhere.
     ///
     /// # Errors
     /// `Permission` when the process cannot become the user, `Os` when the kernel refuses the sandbox.
-    pub fn confine(&self, mut directories: Vec<PathBuf>) -> Result<()> {
-        if let Some(runtime) = &self.runtime {
-            directories.extend(
-                [Some(runtime.path()), runtime.path().parent()].into_iter().flatten().map(Path::to_owned),
-            );
-        }
+    pub fn confine(&self, sockets: &[PathBuf]) -> Result<()> {
+        let runtime = self.runtime.as_ref().map(RuntimeDir::path);
+        let removable: Vec<&Path> = runtime.into_iter().chain(runtime.and_then(Path::parent)).collect();
         // Root opens them, for the user may not be able to.
-        let sandbox = if self.args.no_sandbox { None } else { Some(Sandbox::new(&directories)?) };
+        let sandbox = if self.args.no_sandbox { None } else { Some(Sandbox::new(&removable, sockets)?) };
         self.user.map_or(Ok(()), User::become_it)?;
         sandbox.map_or(Ok(()), Sandbox::close)
     }

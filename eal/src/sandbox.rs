@@ -2,7 +2,7 @@
 //! of files (Landlock). A driver that a device has talked into something goes no further than this.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, RestrictSelfAttr, Ruleset, RulesetAttr,
@@ -23,11 +23,16 @@ use crate::error::{Error, ErrorKind, Result};
 const LANDLOCK: ABI = ABI::V8;
 
 /// A sandbox with its paths open: they may be out of reach when it is closed.
-pub(crate) struct Sandbox(RulesetCreated);
+pub(crate) struct Sandbox {
+    files: RulesetCreated,
+    /// Whether unix sockets can be made.
+    sockets: bool,
+}
 
 impl Sandbox {
-    /// In `directories`, files and directories can be removed. All else in the file system is closed.
-    pub(crate) fn new(directories: &[PathBuf]) -> Result<Self> {
+    /// In `removable`, files and directories can be removed, in `sockets` unix sockets made too. All else in the file
+    /// system is closed; without `sockets` so are the calls that make them.
+    pub(crate) fn new(removable: &[&Path], sockets: &[PathBuf]) -> Result<Self> {
         let rules = || {
             let mut ruleset = Ruleset::default()
                 .handle_access(AccessFs::from_all(LANDLOCK))?
@@ -35,18 +40,20 @@ impl Sandbox {
                 .scope(Scope::from_all(LANDLOCK))?
                 .create()?
                 .all_threads(true)?;
-            for directory in directories {
-                let access = AccessFs::ReadDir | AccessFs::RemoveFile | AccessFs::RemoveDir;
+            let remove = AccessFs::ReadDir | AccessFs::RemoveFile | AccessFs::RemoveDir;
+            let removable = removable.iter().map(|directory| (*directory, remove));
+            let made = AccessFs::MakeSock | AccessFs::RemoveFile;
+            for (directory, access) in removable.chain(sockets.iter().map(|path| (path.as_path(), made))) {
                 ruleset = ruleset.add_rule(PathBeneath::new(PathFd::new(directory)?, access))?;
             }
-            Ok(Self(ruleset))
+            Ok(Self { files: ruleset, sockets: !sockets.is_empty() })
         };
         rules().map_err(|error: Box<dyn std::error::Error>| failed(&*error))
     }
 
     /// Closes it, for good. What the kernel does not have is said and left out.
     pub(crate) fn close(self) -> Result<()> {
-        let status = self.0.restrict_self().map_err(|error| failed(&error))?.ruleset;
+        let status = self.files.restrict_self().map_err(|error| failed(&error))?.ruleset;
         if status == RulesetStatus::NotEnforced {
             tracing::info!(
                 "the sandbox leaves files alone: this kernel has no Landlock, or it is off (lsm=)"
@@ -54,7 +61,7 @@ impl Sandbox {
         }
         trap_denied()?;
         // In this order: behind the second filter no other can be installed.
-        for program in [without_clone3(), allow_list()] {
+        for program in [without_clone3(), allow_list(self.sockets)] {
             let program = program.map_err(|error| failed(&error))?;
             match seccompiler::apply_filter_all_threads(&program) {
                 Ok(()) => {}
@@ -84,7 +91,7 @@ fn without_clone3() -> seccompiler::Result<BpfProgram> {
 
 /// What l2fwd and pktgen use from their first packet to their exit, as strace saw it, and what the C library may
 /// use in their place on another machine.
-fn allow_list() -> seccompiler::Result<BpfProgram> {
+fn allow_list(sockets: bool) -> seccompiler::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALWAYS.iter().map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_ioctl, any_of(1, IOCTLS)?);
     rules.insert(libc::SYS_prctl, any_of(0, PRCTLS)?);
@@ -96,6 +103,10 @@ fn allow_list() -> seccompiler::Result<BpfProgram> {
     let directory = libc::O_DIRECTORY as u64;
     let writes = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
     rules.insert(libc::SYS_openat, vec![masked(2, directory | writes, directory)?]);
+    if sockets {
+        rules.insert(libc::SYS_socket, any_of(0, &[libc::AF_UNIX as u64])?);
+        rules.extend([libc::SYS_bind, libc::SYS_listen, libc::SYS_connect].map(|call| (call, Vec::new())));
+    }
     program(rules, SeccompAction::Trap, SeccompAction::Allow)
 }
 
@@ -253,7 +264,7 @@ mod tests {
 
     #[test]
     fn filters_compile() {
-        for program in [without_clone3(), allow_list()] {
+        for program in [without_clone3(), allow_list(false), allow_list(true)] {
             assert!(!program.unwrap().is_empty());
         }
     }
