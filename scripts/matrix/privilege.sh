@@ -33,11 +33,11 @@ has_no_privilege() {
     status_is Seccomp 2
 }
 
-# unprivileged MODE NIC
+# unprivileged MODE NIC [EAL-ARGUMENT]
 unprivileged() {
     close_nodes
     UNDER="vireo-launch --user nobody"
-    l2fwd_as_nobody --vfio-mode "$1" -a "$(bdf "$2" fwd_rx)" -a "$(bdf "$2" fwd_tx)"
+    l2fwd_as_nobody ${3:+"$3"} --vfio-mode "$1" -a "$(bdf "$2" fwd_rx)" -a "$(bdf "$2" fwd_tx)"
     UNDER=
     carries "$2" "$2"
     stop_l2fwd
@@ -172,6 +172,7 @@ privilege_cases() {
         for nic in $NICS; do
             test_case "$nic as nobody, nodes passed by LISTEN_FDS, $mode" unprivileged "$mode" "$nic"
         done
+        test_case "e1000e as nobody with --isolate-ports, $mode" unprivileged "$mode" e1000e --isolate-ports
         test_case "as nobody, nodes passed by a socket, $mode" unprivileged_by_socket "$mode"
         test_case "--user nobody, $mode" gives_up_root "$mode" virtio-net
         test_case "--user nobody, e1000e, $mode" gives_up_root "$mode" e1000e

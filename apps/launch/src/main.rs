@@ -82,8 +82,8 @@ fn open(eal: &EalArgs) -> Result<Vec<OwnedFd>> {
         );
     }
     let (bus, vfio) = (Bus::default(), Vfio::new(None));
-    // Ports of one mode share a container or an iommufd; a second mode opens its own.
-    let mut paths = BTreeSet::new();
+    // A container or iommufd for each mode, or with --isolate-ports for each device; a group's node opens only once.
+    let (mut shared, mut own) = (BTreeSet::new(), BTreeSet::new());
     for info in bus.select(eal, |id| driver_of(id).is_some())? {
         let mode = eal.mode_of(info.address);
         if !mode.has_iommu() {
@@ -94,9 +94,11 @@ fn open(eal: &EalArgs) -> Result<Vec<OwnedFd>> {
             )
             .mend("start the program as root, with --user instead"));
         }
-        paths.extend(vfio.paths(&bus.node(info.address), mode)?.map(|path| (mode, path)));
+        let [first, second] = vfio.paths(&bus.node(info.address), mode)?;
+        shared.insert((mode, eal.isolate_ports.then(|| second.clone()), first));
+        own.insert(second);
     }
-    if paths.is_empty() {
+    if own.is_empty() {
         return Err(Error::new(
             ErrorKind::Unavailable,
             "nothing to pass on",
@@ -104,7 +106,7 @@ fn open(eal: &EalArgs) -> Result<Vec<OwnedFd>> {
         )
         .mend("name some by -a; bound ones are shown by: vireo-devbind"));
     }
-    nodes::open_all(paths.iter().map(|(_, path)| path.as_path()))
+    nodes::open_all(shared.iter().map(|(.., path)| path).chain(&own).map(PathBuf::as_path))
 }
 
 /// Gives `fds` to the first process of `user` that connects to `path`.
