@@ -131,9 +131,10 @@ impl BufferRing {
         let mask = ring.mask() & (self.slots.len() - 1);
         let len = burst.len();
         assert!(count <= len);
-        let packets = burst.as_mut_ptr();
         // SAFETY: 0 packets are initialised. A panic of `send` loses the others; none has two handles.
         unsafe { burst.set_len(0) };
+        // After that call, which borrows all of the burst and would end what was borrowed before.
+        let packets = burst.as_mut_ptr();
         let mut kept = 0;
         // Twice where the ring ends in between, so that no index wraps in the loop.
         while kept < count {

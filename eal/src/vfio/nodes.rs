@@ -14,6 +14,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use nix::sys::stat::{SFlag, fstat, major, minor};
 
 use super::acquire::lock;
+use super::diagnose;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::{self, Iommufd};
 use crate::node::open;
@@ -129,7 +130,13 @@ impl Nodes {
 /// # Errors
 /// When a node does not open.
 pub fn open_all<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<Vec<OwnedFd>> {
-    paths.into_iter().map(|path| open(path).map(OwnedFd::from)).collect()
+    let opened = |path: &Path| {
+        open(path).map(OwnedFd::from).map_err(|error| match error.errno() {
+            Some(Errno::EBUSY) => diagnose::in_use(error, &[path.to_owned()]),
+            _ => error,
+        })
+    };
+    paths.into_iter().map(opened).collect()
 }
 
 /// Passes `fds` to the process at the other end of `socket`, which takes them by `--vfio-fds`.
