@@ -27,7 +27,8 @@ pub struct Device {
     space: Arc<AddressSpace>,
 }
 
-struct Region {
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Region {
     flags: u32,
     size: u64,
     file_offset: u64,
@@ -35,6 +36,30 @@ struct Region {
     sparse: Option<Vec<Range<u64>>>,
     /// Whether the part with the MSI-X table may be mapped too.
     msix_mappable: bool,
+}
+
+impl Region {
+    /// Reads a `struct vfio_region_info` and its capabilities; none when it is cut short.
+    pub(super) fn read(answer: &[u8]) -> Option<Self> {
+        let flags = info::u32_at(answer, 4)?;
+        let first = if flags & uapi::VFIO_REGION_INFO_FLAG_CAPS != 0 { info::u32_at(answer, 12)? } else { 0 };
+        let (size, file_offset) = (info::u64_at(answer, 16)?, info::u64_at(answer, 24)?);
+        let mut region = Self { flags, size, file_offset, sparse: None, msix_mappable: false };
+        for capability in info::capabilities(answer, first) {
+            match u32::from(capability.id) {
+                uapi::VFIO_REGION_INFO_CAP_SPARSE_MMAP => {
+                    let count = info::u32_at(capability.body, 0).unwrap_or(0);
+                    let areas = info::u64_pairs(capability.body, 8, count)
+                        .map(|(offset, size)| offset..offset.saturating_add(size).min(region.size))
+                        .filter(|area| !area.is_empty());
+                    region.sparse = Some(areas.collect());
+                }
+                uapi::VFIO_REGION_INFO_CAP_MSIX_MAPPABLE => region.msix_mappable = true,
+                _ => {}
+            }
+        }
+        Some(region)
+    }
 }
 
 impl Device {
@@ -77,26 +102,7 @@ impl Device {
             },
         )
         .map_err(fail)?;
-        let word = |offset| info::u32_at(&answer, offset).ok_or_else(|| fail(Errno::EPROTO));
-        let double = |offset| info::u64_at(&answer, offset).ok_or_else(|| fail(Errno::EPROTO));
-        let flags = word(4)?;
-        let first = if flags & uapi::VFIO_REGION_INFO_FLAG_CAPS != 0 { word(12)? } else { 0 };
-        let mut region =
-            Region { flags, size: double(16)?, file_offset: double(24)?, sparse: None, msix_mappable: false };
-        for capability in info::capabilities(&answer, first) {
-            match u32::from(capability.id) {
-                uapi::VFIO_REGION_INFO_CAP_SPARSE_MMAP => {
-                    let count = info::u32_at(capability.body, 0).unwrap_or(0);
-                    let areas = info::u64_pairs(capability.body, 8, count)
-                        .map(|(offset, size)| offset..offset.saturating_add(size).min(region.size))
-                        .filter(|area| !area.is_empty());
-                    region.sparse = Some(areas.collect());
-                }
-                uapi::VFIO_REGION_INFO_CAP_MSIX_MAPPABLE => region.msix_mappable = true,
-                _ => {}
-            }
-        }
-        Ok(region)
+        Region::read(&answer).ok_or_else(|| fail(Errno::EPROTO))
     }
 
     /// Base address register `index` (0 to 5) of a PCI device, mapped except for the pages that hold
@@ -202,6 +208,26 @@ fn around(size: u64, hole: Option<Range<u64>>) -> Vec<Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_parts_that_may_be_mapped_are_within_the_region() {
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
+        // argsz, flags, index, offset of the capabilities; size and offset in the file.
+        let head = |flags| words(&[0, flags, 0, 32, 0x4000, 0, 0, 0x100]);
+        let (sparse, msix) =
+            (uapi::VFIO_REGION_INFO_CAP_SPARSE_MMAP | 1 << 16, uapi::VFIO_REGION_INFO_CAP_MSIX_MAPPABLE);
+        let areas = [0x1000, 0, 0x1000, 0, 0x3000, 0, u32::MAX, u32::MAX, 0x9000, 0, 1, 0];
+        let chain = [words(&[sparse, 96, 3, 0]), words(&areas), words(&[msix, 0])].concat();
+        let read = |flags| Region::read(&[head(flags), chain.clone()].concat());
+        let plain =
+            Region { flags: 0, size: 0x4000, file_offset: 0x100 << 32, sparse: None, msix_mappable: false };
+        assert_eq!(read(0), Some(plain));
+        let flags = uapi::VFIO_REGION_INFO_FLAG_CAPS;
+        let region = read(flags).unwrap();
+        assert_eq!(region.sparse, Some(vec![0x1000..0x2000, 0x3000..0x4000]));
+        assert!(region.msix_mappable);
+        assert_eq!(Region::read(&head(flags)[..28]), None);
+    }
 
     #[test]
     fn the_msix_table_is_carved_out_by_pages() {

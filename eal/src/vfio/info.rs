@@ -1,6 +1,10 @@
 //! Answers of variable length: a structure followed by a chain of capabilities
 //! (`struct vfio_info_cap_header` in `include/uapi/linux/vfio.h`).
 
+use vfio_bindings::bindings::vfio as uapi;
+
+use crate::dma::IovaRanges;
+
 /// One capability of a chain: id, version and the bytes after its header.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Capability<'a> {
@@ -24,6 +28,16 @@ pub(super) fn capabilities(answer: &[u8], offset: u32) -> impl Iterator<Item = C
             body: answer.get(at + HEADER..end).unwrap_or_default(),
         })
     })
+}
+
+/// Reads the allowed IOVA ranges of a `struct vfio_iommu_type1_info`; none when it does not have them.
+pub(super) fn iova_ranges(answer: &[u8]) -> Option<IovaRanges> {
+    let flags = u32_at(answer, 4)?;
+    let offset = u32_at(answer, 16).filter(|_| flags & uapi::VFIO_IOMMU_INFO_CAPS != 0)?;
+    let ranges = capabilities(answer, offset)
+        .find(|cap| u32::from(cap.id) == uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE)?;
+    let count = u32_at(ranges.body, 0).unwrap_or(0);
+    Some(IovaRanges::new(u64_pairs(ranges.body, 8, count).map(|(start, end)| start..=end)))
 }
 
 /// Native-endian word at `offset`, if it is there.
@@ -78,8 +92,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn chain(parts: &[(u16, &[u8])]) -> Vec<u8> {
-        let mut bytes = vec![0; 16];
+    fn chain(mut bytes: Vec<u8>, parts: &[(u16, &[u8])]) -> Vec<u8> {
         for (i, (id, body)) in parts.iter().enumerate() {
             let next = if i + 1 < parts.len() { (bytes.len() + 8 + body.len()) as u32 } else { 0 };
             bytes.extend(id.to_ne_bytes());
@@ -92,10 +105,28 @@ mod tests {
 
     #[test]
     fn bodies_end_where_the_next_begins() {
-        let bytes = chain(&[(3, &[1, 2, 3, 4]), (1, &[5; 8])]);
+        let bytes = chain(vec![0; 16], &[(3, &[1, 2, 3, 4]), (1, &[5; 8])]);
         let found: Vec<_> = capabilities(&bytes, 16).map(|cap| (cap.id, cap.body.to_vec())).collect();
         assert_eq!(found, [(3, vec![1, 2, 3, 4]), (1, vec![5; 8])]);
         assert_eq!(capabilities(&bytes, 0).count(), 0);
+    }
+
+    fn words(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    #[test]
+    fn ranges_are_found_among_other_capabilities() {
+        let id = uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE as u16;
+        // It says three ranges, and two are there.
+        let body = words(&[3, 0, 0, 0, 0xfedf_ffff, 0, 0xfef0_0000, 0, u32::MAX, 0x7f]);
+        let parts: [(u16, &[u8]); 2] = [(id + 1, &[1; 8]), (id, &body)];
+        let answer = |flags| chain(words(&[0, flags, 0, 0, 24, 0]), &parts);
+        let ranges = IovaRanges::new([0..=0xfedf_ffff, 0xfef0_0000..=0x7f_ffff_ffff]);
+        assert_eq!(iova_ranges(&answer(uapi::VFIO_IOMMU_INFO_CAPS)), Some(ranges));
+        assert_eq!(iova_ranges(&answer(0)), None);
+        assert_eq!(iova_ranges(&answer(uapi::VFIO_IOMMU_INFO_CAPS)[..24]), None);
+        assert_eq!(iova_ranges(&[]), None);
     }
 
     #[test]

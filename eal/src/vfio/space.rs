@@ -186,15 +186,7 @@ impl Container {
             |at| counted(|| unsafe { sys::iommu_get_info(self.fd.as_raw_fd(), at.cast()) }).map(drop),
         )
         .map_err(|errno| Error::os("cannot read the container's IOVA ranges", errno))?;
-        let flags = info::u32_at(&answer, 4).unwrap_or(0);
-        let offset = info::u32_at(&answer, 16).filter(|_| flags & uapi::VFIO_IOMMU_INFO_CAPS != 0);
-        let ranges = info::capabilities(&answer, offset.unwrap_or(0))
-            .find(|cap| u32::from(cap.id) == uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE)
-            .map(|cap| {
-                let count = info::u32_at(cap.body, 0).unwrap_or(0);
-                IovaRanges::new(info::u64_pairs(cap.body, 8, count).map(|(start, end)| start..=end))
-            });
-        ranges.ok_or_else(|| {
+        info::iova_ranges(&answer).ok_or_else(|| {
             Error::new(
                 ErrorKind::Unavailable,
                 "cannot read the container's IOVA ranges",
