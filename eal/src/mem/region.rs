@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 use nix::unistd::ftruncate;
 
@@ -98,6 +98,8 @@ impl Region {
             Self::from_fd(fd, len, page_size, backing.clone())
         };
         match &backing {
+            // Miri has no memfd and takes no advice.
+            Backing::SmallPages if cfg!(miri) => Self::private(len, page_size),
             Backing::HugeAnonymous => Self::anonymous(len, page_size),
             Backing::HugeMemfd => memfd(MFdFlags::MFD_HUGETLB),
             Backing::GiantMemfd => memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB),
@@ -139,6 +141,17 @@ impl Region {
         let region = Self { address: address.cast(), len, page_size, fd: Some(fd), backing };
         region.keep_out_of_core_dumps();
         Ok(region)
+    }
+
+    /// Memory that nobody else can map, of pages of 4 KiB.
+    fn private(len: usize, page_size: usize) -> Result<Self> {
+        let what = "cannot reserve private memory";
+        let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what, Errno::EINVAL))?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let address = unsafe { mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }
+            .map_err(|errno| Error::os(what, errno))?;
+        Ok(Self { address: address.cast(), len, page_size, fd: None, backing: Backing::SmallPages })
     }
 
     fn anonymous(len: usize, page_size: usize) -> Result<Self> {
