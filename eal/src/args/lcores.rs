@@ -282,6 +282,16 @@ mod tests {
         }
 
         #[test]
+        fn a_mask_has_the_bits_of_its_number(mask in 1_u128.., upper: bool) {
+            let text = if upper { format!("0X{mask:X}") } else { format!("{mask:x}") };
+            let wanted: Vec<usize> = (0..128).filter(|bit| mask >> bit & 1 == 1).collect();
+            let all: Vec<_> = (0..MAX_CORES).collect();
+            let specs = parse_mask(&text, &all).unwrap();
+            prop_assert!(specs.iter().all(|spec| spec.cpus == [spec.id as usize]));
+            prop_assert!(specs.iter().map(|spec| spec.id as usize).eq(wanted));
+        }
+
+        #[test]
         fn round_trip(cores in prop::collection::btree_map(0u32..1024, prop::collection::btree_set(0usize..1024, 1..9), 1..40)) {
             let all: Vec<_> = (0..MAX_CORES).collect();
             let specs: Vec<_> = cores

@@ -225,11 +225,13 @@ impl<W: Word, const N: usize> Slot<'_, W, N> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
     use std::sync::Arc;
 
     use super::super::{DATA_ROOM, DmaMemory, Pool};
     use super::*;
     use crate::mem::{Backing, Region};
+    use proptest::prelude::*;
 
     fn pool(count: u32) -> Arc<Pool> {
         let region = Region::new(Pool::bytes(count), Backing::SmallPages).unwrap();
@@ -237,7 +239,7 @@ mod tests {
     }
 
     fn descriptors(entries: usize) -> DmaRing<u64, 2> {
-        let region = Region::new(4096, Backing::SmallPages).unwrap();
+        let region = Region::new(16 * entries, Backing::SmallPages).unwrap();
         DmaRing::new(&DmaMemory::map(region, &[]).unwrap(), entries, 16).unwrap()
     }
 
@@ -321,5 +323,87 @@ mod tests {
         held.into_iter().for_each(|buffer| cache.free(buffer));
         drop(cache);
         assert_eq!(pool.free(), 900);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// The model is a queue: the ring gives buffers out in the order in which it was given them.
+        #[test]
+        fn a_ring_that_receives_is_a_queue(
+            shift in 0..9_u32,
+            spare in 0..40_u32,
+            steps in prop::collection::vec((0..MAX_BURST, 0..MAX_BURST, 0..=MAX_BURST), 1..40),
+        ) {
+            let entries = 1_usize << shift;
+            let pool = pool(entries as u32 + spare);
+            let mut cache = pool.cache();
+            let (mut ring, desc) = (BufferRing::new(entries), descriptors(entries));
+            let mut model: VecDeque<u64> = VecDeque::new();
+            for index in 0..entries {
+                let buffer = cache.allocate().unwrap();
+                model.push_back(cache.iova(&buffer));
+                ring.put(index, buffer);
+            }
+            let (mut next, mut burst) = (0, Burst::new());
+            for (asked, done, freed) in steps {
+                let (before, mut left, mut fresh) = (burst.len(), done, Vec::new());
+                let good = |_: &Slot<'_, u64, 2>, _: RingEntry<'_, u64, 2>| {
+                    left = left.checked_sub(1)?;
+                    Some(done)
+                };
+                let arm = |slot: &Slot<'_, u64, 2>| fresh.push(slot.iova());
+                let got = ring.exchange(&desc, &desc, next, asked, &mut cache, &mut burst, good, arm);
+                let room = (MAX_BURST - before).min(entries - next % entries);
+                prop_assert!(got <= done.min(asked).min(room));
+                prop_assert!(got == done.min(asked).min(room) || pool.free() == 0 && cache.is_empty());
+                for packet in &burst[before..] {
+                    prop_assert_eq!(Some(cache.iova(packet.buffer())), model.pop_front());
+                }
+                model.extend(fresh);
+                next += got;
+                let freed = freed.min(burst.len());
+                burst.drain(..freed).for_each(|packet| cache.free(packet.into_buffer()));
+                prop_assert_eq!(model.len(), entries);
+            }
+            burst.drain(..).for_each(|packet| cache.free(packet.into_buffer()));
+            ring.release_all(&mut cache);
+            drop(cache);
+            prop_assert_eq!(pool.free(), pool.count());
+        }
+
+        /// The model is a queue here too, of what was sent and is not back.
+        #[test]
+        fn a_ring_that_sends_is_a_queue(
+            shift in 0..9_u32,
+            steps in prop::collection::vec((0..=MAX_BURST, 0..=300_usize), 1..60),
+        ) {
+            let entries = 1_usize << shift;
+            let pool = pool(entries as u32 + 40);
+            let mut cache = pool.cache();
+            let (mut ring, desc) = (BufferRing::new(entries), descriptors(entries));
+            let mut model: VecDeque<u64> = VecDeque::new();
+            let (mut head, mut tail) = (0, 0);
+            for (packets, back) in steps {
+                let mut burst: Burst = (0..packets).map(|len| Packet::new(cache.allocate().unwrap(), len)).collect();
+                let iovas: Vec<u64> = burst.iter().map(|packet| cache.iova(packet.buffer())).collect();
+                let count = packets.min(entries - model.len());
+                let mut sent = Vec::new();
+                ring.keep(&desc, head, count, &cache, &mut burst, |slot, len| sent.push((slot.index, slot.iova(), len)));
+                let wanted: Vec<_> = (0..count).map(|i| ((head + i) % entries, iovas[i], i)).collect();
+                prop_assert_eq!(sent, wanted);
+                let rest: Vec<u64> = burst.iter().map(|packet| cache.iova(packet.buffer())).collect();
+                prop_assert_eq!(&rest[..], &iovas[count..]);
+                burst.drain(..).for_each(|packet| cache.free(packet.into_buffer()));
+                model.extend(&iovas[..count]);
+                head += count;
+                let back = back.min(model.len());
+                ring.release(tail, back, &mut cache);
+                model.drain(..back);
+                tail += back;
+                prop_assert!((0..entries).all(|i| ring.is_filled(tail + i) == (i < model.len())));
+                prop_assert_eq!(cache.len() + pool.free() as usize + model.len(), pool.count() as usize);
+            }
+        }
     }
 }

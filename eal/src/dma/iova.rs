@@ -113,5 +113,32 @@ mod tests {
                 taken.push(range);
             }
         }
+
+        /// The model of a set of ranges is what it says of each address; near the ends is where it could err.
+        #[test]
+        fn ranges_are_sets(
+            a in prop::collection::vec(range(), 0..6),
+            b in prop::collection::vec(range(), 0..6),
+            hole in range(),
+        ) {
+            let has = |ranges: &[RangeInclusive<u64>], at| ranges.iter().any(|range| range.contains(&at));
+            let (one, other) = (IovaRanges::new(a.clone()), IovaRanges::new(b.clone()));
+            let (both, holed) = (one.intersection(&other), one.without(&hole));
+            let ends = a.iter().chain(&b).chain([&hole]).flat_map(|range| [*range.start(), *range.end()]);
+            for at in ends.flat_map(|end| [end.saturating_sub(1), end, end.saturating_add(1)]) {
+                prop_assert_eq!(has(&one.0, at), has(&a, at));
+                prop_assert_eq!(has(&both.0, at), has(&a, at) && has(&b, at));
+                prop_assert_eq!(has(&holed.0, at), has(&a, at) && !hole.contains(&at));
+            }
+            for ranges in [one, both, holed] {
+                let apart = |low: &RangeInclusive<u64>, high: &RangeInclusive<u64>| *low.end() < high.start() - 1;
+                prop_assert!(ranges.0.is_sorted_by(apart));
+            }
+        }
+    }
+
+    fn range() -> impl Strategy<Value = RangeInclusive<u64>> {
+        let end = || prop_oneof![0..20_u64, u64::MAX - 20..=u64::MAX, any::<u64>()];
+        (end(), end()).prop_map(|(a, b)| a.min(b)..=a.max(b))
     }
 }

@@ -434,6 +434,44 @@ mod tests {
     }
 
     proptest! {
+        /// The model says of an address, without any modulus, in which region its bytes are.
+        #[test]
+        fn an_address_leads_into_its_region_or_nowhere(
+            cuts in proptest::collection::btree_set(
+                prop_oneof![0..4 * PAGE, u64::MAX - 4 * PAGE..u64::MAX], 2..=2 * MAX_PEER_REGIONS,
+            ),
+            probes in proptest::collection::vec((any::<prop::sample::Index>(), -3..3_i64, prop_oneof![
+                0..5_usize, 0..LEN as usize, any::<usize>(),
+            ]), 1..40),
+        ) {
+            let cuts: Vec<u64> = cuts.into_iter().collect();
+            let pairs = cuts.chunks_exact(2).filter(|pair| pair[1] - pair[0] <= LEN);
+            let regions: Vec<PeerRegion> = pairs
+                .map(|pair| (pair[0], pair[1] - pair[0]))
+                .map(|(guest, len)| PeerRegion { guest, user: guest, len, offset: LEN - len, fd: file(LEN) })
+                .collect();
+            prop_assume!(!regions.is_empty());
+            let memory = PeerMemory::map(&regions).unwrap();
+            let mut view = memory.view();
+            for (cut, distance, len) in probes {
+                let guest = cut.get(&cuts).saturating_add_signed(distance);
+                let at = u128::from(guest);
+                let inside = |area: &&Area| {
+                    let start = u128::from(area.guest);
+                    (start..=start + u128::from(area.len)).contains(&at)
+                        && at + len as u128 <= start + u128::from(area.len)
+                };
+                let slice = view.at(guest, len).map(|slice| (slice.at, slice.len));
+                // A slice of no bytes may be at the end of one region, where the next begins.
+                let wanted = memory.areas.iter().filter(inside).map(|area| {
+                    // SAFETY: the model says that it is inside.
+                    (unsafe { area.base.add((guest - area.guest) as usize) }, len)
+                });
+                let wanted: Vec<_> = wanted.collect();
+                prop_assert!(slice.map_or(wanted.is_empty() || len == 0, |slice| wanted.contains(&slice)));
+            }
+        }
+
         #[test]
         fn packets_go_there_and_back_unchanged(lens in proptest::collection::vec(0_usize..=DATA_ROOM, 1..8)) {
             let memory = PeerMemory::map(&[region(0, 0, 0)]).unwrap();

@@ -501,8 +501,11 @@ impl Drop for Taking<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
     use crate::mem::{Backing, Region};
+    use proptest::prelude::*;
 
     fn pool(count: u32) -> Arc<Pool> {
         let memory =
@@ -566,5 +569,65 @@ mod tests {
         let mut bytes = [0; 62];
         cache.read(&packet, 0, &mut bytes);
         assert_eq!((bytes[59], bytes[60]), (1, 0));
+    }
+
+    /// What an lcore does with its cache.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Allocate(usize),
+        Free(usize),
+        FreeAll(usize),
+        /// The lcore ends, and another begins.
+        Renew,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0..700_usize).prop_map(Step::Allocate),
+            (0..700_usize).prop_map(Step::Free),
+            (0..=CACHE / 2).prop_map(Step::FreeAll),
+            Just(Step::Renew),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// The model is the set of buffers that the lcores hold: the others are free, wherever they are.
+        #[test]
+        fn caches_agree_with_a_set_of_buffers(
+            count in 0..1500_u32,
+            steps in prop::collection::vec((0..3_usize, step()), 1..60),
+        ) {
+            let pool = pool(count);
+            let mut caches = [pool.cache(), pool.cache(), pool.cache()];
+            let mut held: HashSet<u32> = HashSet::new();
+            for (lcore, step) in steps {
+                let cache = &mut caches[lcore];
+                let some = |held: &mut HashSet<u32>, most| {
+                    let some: Vec<u32> = held.iter().copied().take(most).collect();
+                    held.retain(|index| !some.contains(index));
+                    some
+                };
+                match step {
+                    Step::Allocate(wanted) => {
+                        for _ in 0..wanted {
+                            let Some(buffer) = cache.allocate() else {
+                                prop_assert_eq!((cache.len(), pool.free()), (0, 0));
+                                break;
+                            };
+                            prop_assert!(held.insert(buffer.0), "it is given out twice");
+                        }
+                    }
+                    Step::Free(most) => {
+                        some(&mut held, most).into_iter().for_each(|index| cache.free(Buffer(index)));
+                    }
+                    Step::FreeAll(most) => cache.free_all(&some(&mut held, most)),
+                    Step::Renew => caches[lcore] = pool.cache(),
+                }
+                let cached: usize = caches.iter().map(PoolCache::len).sum();
+                prop_assert_eq!(held.len() + cached + pool.free() as usize, count as usize);
+            }
+        }
     }
 }
