@@ -24,3 +24,9 @@ pub use irq::{Irq, IrqInfo, Request};
 pub use mode::VfioMode;
 pub use nodes::{FdSource, Nodes};
 pub use space::{AddressSpace, Mapping};
+
+/// Reads `answer` as each of the kernel's answers that has a chain of capabilities: what the fuzz target calls.
+#[cfg(fuzzing)]
+pub fn read_info(answer: &[u8]) {
+    let _ = (device::Region::read(answer), info::iova_ranges(answer));
+}

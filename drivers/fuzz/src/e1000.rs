@@ -1,0 +1,44 @@
+//! e1000 on descriptors that the input completes.
+
+use arbitrary::Arbitrary;
+use vireo_drivers::e1000::Device;
+use vireo_drivers::fakedev::e1000::{FakeE1000, Faults, ID_82574L};
+use vireo_drivers::port::MacAddr;
+use vireo_eal::bdf::Bdf;
+
+use crate::decode;
+use crate::port::{Poke, Poll, Port, memory};
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Poll(Poll),
+    /// A frame of this length arrives.
+    Arrive(u16),
+    /// The device sends what it was given.
+    Transmit,
+    /// The next RX descriptor is completed, armed or not, with this second word.
+    Complete(u64),
+    NeverDone(bool),
+    Poke(Poke),
+}
+
+/// Descriptors, and all other memory that an e1000 can write.
+pub fn e1000_rings(data: &[u8]) {
+    let Some(steps) = decode::<Vec<Step>>(data) else { return };
+    let address = Bdf::new(0, 0, 3, 0).expect("a device number below 32");
+    let (function, nic) = FakeE1000::new(address, ID_82574L, MacAddr([2, 0, 0, 0, 0, 1]));
+    let (memory, pool) = memory();
+    nic.attach(memory.device_view());
+    let mut port = Port::start(Device::probe(function).expect("an honest device"), memory, &pool);
+    for step in steps {
+        match step {
+            Step::Poll(poll) => port.poll(poll),
+            Step::Arrive(len) => drop(nic.receive(&vec![len as u8; usize::from(len % 4096)])),
+            Step::Transmit => drop(nic.transmitted()),
+            Step::Complete(word) => nic.receive_raw(word),
+            Step::NeverDone(never_done) => nic.set_faults(Faults { never_done, ..Faults::default() }),
+            Step::Poke(poke) => port.poke(poke),
+        }
+    }
+    port.stop();
+}

@@ -1,0 +1,61 @@
+//! What the fuzz targets run: each function takes any bytes, and panics when Vireo breaks a promise on them.
+//! `tests/corpus.rs` runs them on the committed corpus with any Rust.
+#![forbid(unsafe_code)]
+
+mod arguments;
+mod capabilities;
+mod e1000;
+mod port;
+mod vhost;
+mod virtio;
+
+use arbitrary::{Arbitrary, Unstructured};
+
+pub use arguments::{device_arguments, eal_arguments};
+pub use capabilities::virtio_capabilities;
+pub use e1000::e1000_rings;
+pub use vhost::{vhost_messages, vhost_rings};
+pub use virtio::virtio_rings;
+
+/// Answers of the VFIO ioctls that have a chain of capabilities.
+pub fn vfio_info(data: &[u8]) {
+    vireo_eal::vfio::read_info(data);
+}
+
+/// What runs an input.
+pub type Target = fn(&[u8]);
+
+/// Every target by its name.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("device_arguments", device_arguments),
+    ("e1000_rings", e1000_rings),
+    ("eal_arguments", eal_arguments),
+    ("vfio_info", vfio_info),
+    ("vhost_messages", vhost_messages),
+    ("vhost_rings", vhost_rings),
+    ("virtio_capabilities", virtio_capabilities),
+    ("virtio_rings", virtio_rings),
+];
+
+/// The value that `data` spells; none when it is too short.
+fn decode<T: for<'a> Arbitrary<'a>>(data: &[u8]) -> Option<T> {
+    T::arbitrary_take_rest(Unstructured::new(data)).ok()
+}
+
+/// A word near what is valid, or any.
+#[derive(Arbitrary, Debug, Clone, Copy)]
+enum Word {
+    Small(u8),
+    Medium(u16),
+    Any(u32),
+}
+
+impl Word {
+    fn get(self) -> u32 {
+        match self {
+            Self::Small(value) => value.into(),
+            Self::Medium(value) => value.into(),
+            Self::Any(value) => value,
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! A vhost-user frontend that is the input's: its messages, its descriptors, and its memory.
+
+use std::cell::RefCell;
+use std::io::{IoSlice, Read};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arbitrary::Arbitrary;
+use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst};
+use vireo_drivers::vhost::{Device, Options, RxQueue, TxQueue};
+use vireo_eal::dma::{Burst, DATA_ROOM, DeviceView, DmaMemory, Packet, PoolCache};
+use vireo_eal::mem::{Backing, Region};
+
+use crate::port::{Poll, count, memory};
+use crate::{Word, decode};
+
+/// The frontend's memory: length in bytes, and its address for descriptors and for the frontend itself.
+const LEN: u64 = 64 << 10;
+const BASE: u64 = 0x10_0000;
+/// Descriptors of a ring; where ring 0 is, and behind it ring 1.
+const SIZE: u16 = 16;
+const RING: u64 = 0x1000;
+const AVAIL: u64 = 0x400;
+const USED: u64 = 0x800;
+
+const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+const SET_OWNER: u32 = 3;
+const SET_MEM_TABLE: u32 = 5;
+const SET_VRING_NUM: u32 = 8;
+const SET_VRING_ADDR: u32 = 9;
+const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
+/// Flags of a message: the version of the protocol.
+const VERSION: u32 = 1;
+
+const MRG_RXBUF: u64 = 1 << 15;
+const EVENT_IDX: u64 = 1 << 29;
+const VERSION_1: u64 = 1 << 32;
+
+/// Descriptors that come with a message.
+#[derive(Arbitrary, Debug, Clone, Copy)]
+enum Fd {
+    Memory,
+    Event,
+    Socket,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Payload {
+    Bytes(Vec<u8>),
+    Number(u64),
+    State {
+        index: Word,
+        num: Word,
+    },
+    /// Offsets in the memory, of any size.
+    Addresses {
+        index: u8,
+        desc: Word,
+        used: Word,
+        avail: Word,
+    },
+    /// Offset in the memory and in the file, and length.
+    Regions(Vec<(Word, Word, Word)>),
+}
+
+#[derive(Arbitrary, Debug)]
+struct Message {
+    request: u8,
+    flags: Option<u8>,
+    /// What the header says of the payload, if that is not its length. Then it is the last message.
+    size: Option<Word>,
+    payload: Payload,
+    fds: Vec<Fd>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Message(Message),
+    Ring(Act),
+}
+
+/// What happens on rings and in memory.
+#[derive(Arbitrary, Debug)]
+enum Act {
+    Poll(Poll),
+    /// A descriptor of a ring, its address an offset in the memory.
+    Describe {
+        ring: bool,
+        index: u8,
+        at: Word,
+        len: Word,
+        flags: u8,
+        next: Word,
+    },
+    Offer {
+        ring: bool,
+        head: Word,
+    },
+    Jump {
+        ring: bool,
+        count: u16,
+    },
+    Poke {
+        at: u16,
+        bytes: [u8; 8],
+    },
+}
+
+impl Payload {
+    fn bytes(&self) -> Vec<u8> {
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        let doubles = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        let place = |offset: Word| BASE.wrapping_add(offset.get().into());
+        match self {
+            Self::Bytes(bytes) => bytes.clone(),
+            Self::Number(number) => doubles(&[*number]),
+            Self::State { index, num } => words(&[index.get(), num.get()]),
+            Self::Addresses { index, desc, used, avail } => {
+                [words(&[(*index).into(), 0]), doubles(&[place(*desc), place(*used), place(*avail), 0])]
+                    .concat()
+            }
+            Self::Regions(regions) => {
+                let mut bytes = words(&[regions.len() as u32, 0]);
+                for (at, offset, len) in regions {
+                    bytes.extend(doubles(&[place(*at), len.get().into(), place(*at), offset.get().into()]));
+                }
+                bytes
+            }
+        }
+    }
+}
+
+/// The port lives as long as its thread: the frontends of all inputs come to it one after the other.
+struct Port {
+    socket: PathBuf,
+    _dir: tempfile::TempDir,
+    _device: Device,
+    rx: RxQueue,
+    tx: TxQueue,
+    cache: PoolCache,
+}
+
+thread_local! {
+    static PORT: RefCell<Option<Port>> = const { RefCell::new(None) };
+}
+
+impl Port {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a directory for the socket");
+        let socket = dir.path().join("socket");
+        let options = Options { path: socket.clone(), mac: None };
+        let mut device = Device::listen("net_vhost0", &options).expect("a socket");
+        let (memory, pool) = memory();
+        let mut cache = pool.cache();
+        let sizes = QueueSizes { rx: 64, tx: 64 };
+        let (rx, tx) = device.start(&memory, &mut cache, sizes).expect("a vhost port needs nothing");
+        Self { socket, _dir: dir, _device: device, rx, tx, cache }
+    }
+
+    fn poll(&mut self, poll: Poll) {
+        let mut burst = Burst::new();
+        if let Poll::Send(count, len) = poll {
+            let count = usize::from(count).min(burst.capacity());
+            let packet = |buffer| Packet::new(buffer, usize::from(len) % (DATA_ROOM + 1));
+            burst.extend(std::iter::from_fn(|| self.cache.allocate()).take(count).map(packet));
+        } else {
+            self.rx.rx_burst(&mut self.cache, &mut burst);
+        }
+        let mut bytes = [0; DATA_ROOM];
+        for packet in &burst {
+            self.cache.read(packet, 0, &mut bytes[..packet.len()]);
+        }
+        if !matches!(poll, Poll::Receive) {
+            let before = burst.len();
+            let sent = self.tx.tx_burst(&mut self.cache, &mut burst);
+            assert!(sent + burst.len() == before, "a packet is sent or stays");
+        }
+        burst.into_iter().for_each(|packet| self.cache.free(packet.into_buffer()));
+    }
+}
+
+struct Frontend {
+    socket: UnixStream,
+    memory: Arc<DmaMemory>,
+    view: DeviceView,
+    event: EventFd,
+    avail_idx: [u16; 2],
+}
+
+impl Frontend {
+    fn connect(port: &Port) -> Self {
+        let socket = UnixStream::connect(&port.socket).expect("the port listens");
+        socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout that is not 0");
+        let region = Region::new(LEN as usize, Backing::SmallPages).expect("pages of 4 KiB");
+        let memory = DmaMemory::with_addresses(region, LEN as usize, &[BASE]);
+        let view = memory.device_view();
+        let event = EventFd::new().expect("an eventfd");
+        Self { socket, memory, view, event, avail_idx: [0; 2] }
+    }
+
+    /// Whether the message could be sent.
+    fn send(&self, request: u32, flags: u32, size: u32, payload: &[u8], fds: &[Fd]) -> bool {
+        let file = self.memory.region().fd().expect("a memfd").as_raw_fd();
+        let fds: Vec<RawFd> = fds
+            .iter()
+            .map(|fd| match fd {
+                Fd::Memory => file,
+                Fd::Event => self.event.as_raw_fd(),
+                Fd::Socket => self.socket.as_raw_fd(),
+            })
+            .collect();
+        let header: Vec<u8> = [request, flags, size].iter().flat_map(|word| word.to_le_bytes()).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+        let parts = [IoSlice::new(&header), IoSlice::new(payload)];
+        sendmsg::<()>(self.socket.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None).is_ok()
+    }
+
+    /// Sends a message, and waits until the port is done with it; false when it has hung up.
+    fn ask(&mut self, request: u32, flags: u32, payload: &[u8], fds: &[Fd]) -> bool {
+        self.send(request, flags, payload.len() as u32, payload, fds)
+            && self.send(GET_FEATURES, VERSION, 0, &[], &[])
+            && self.answered()
+    }
+
+    /// Reads up to the answer to `GET_FEATURES`.
+    fn answered(&mut self) -> bool {
+        loop {
+            let mut header = [0; 12];
+            if !self.read(&mut header) {
+                return false;
+            }
+            let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| header[at + i]));
+            let mut body = vec![0; word(8) as usize];
+            if !self.read(&mut body) {
+                return false;
+            }
+            if word(0) == GET_FEATURES {
+                return true;
+            }
+        }
+    }
+
+    fn read(&mut self, bytes: &mut [u8]) -> bool {
+        match self.socket.read_exact(bytes) {
+            Ok(()) => true,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                panic!("the port does not answer")
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Both rings as an honest driver sets them up.
+    fn set_up(&mut self, features: u64) {
+        let file = Payload::Regions(vec![(Word::Small(0), Word::Small(0), Word::Any(LEN as u32))]);
+        let mut good = self.ask(SET_OWNER, VERSION, &[], &[])
+            && self.ask(SET_FEATURES, VERSION, &(VERSION_1 | features).to_le_bytes(), &[])
+            && self.ask(SET_MEM_TABLE, VERSION, &file.bytes(), &[Fd::Memory]);
+        for index in 0..2_u8 {
+            let at = |part: u64| Word::Any((u64::from(index) * RING + part) as u32);
+            let addresses = Payload::Addresses { index, desc: at(0), used: at(USED), avail: at(AVAIL) };
+            let num = Payload::State { index: Word::Small(index), num: Word::Medium(SIZE) };
+            good = good
+                && self.ask(SET_VRING_NUM, VERSION, &num.bytes(), &[])
+                && self.ask(SET_VRING_ADDR, VERSION, &addresses.bytes(), &[])
+                && self.ask(SET_VRING_CALL, VERSION, &u64::from(index).to_le_bytes(), &[Fd::Event])
+                && self.ask(SET_VRING_KICK, VERSION, &u64::from(index).to_le_bytes(), &[Fd::Event]);
+        }
+        assert!(good, "an honest frontend is served");
+    }
+
+    /// False when it was the last message.
+    fn message(&mut self, message: &Message) -> bool {
+        // This one is ours: it says that the port is done with what came before.
+        let request = u32::from(message.request).max(GET_FEATURES + 1);
+        let flags = message.flags.map_or(VERSION, u32::from);
+        let payload = message.payload.bytes();
+        match message.size {
+            None => self.ask(request, flags, &payload, &message.fds),
+            Some(size) => {
+                self.send(request, flags, size.get(), &payload, &message.fds);
+                false
+            }
+        }
+    }
+
+    fn act(&mut self, act: &Act, port: &mut Port) {
+        let ring_at = |ring: bool, part: u64| BASE + u64::from(ring) * RING + part;
+        match *act {
+            Act::Poll(poll) => port.poll(poll),
+            Act::Describe { ring, index, at, len, flags, next } => {
+                let entry = ring_at(ring, u64::from(index % SIZE as u8) * 16);
+                let shape = u64::from(len.get()) | u64::from(flags) << 32 | u64::from(next.get()) << 48;
+                self.view.store(entry, BASE.wrapping_add(at.get().into())).expect("in memory");
+                self.view.store(entry + 8, shape).expect("in memory");
+            }
+            Act::Offer { ring, head } => {
+                let position = &mut self.avail_idx[usize::from(ring)];
+                let slot = ring_at(ring, AVAIL + 4 + 2 * u64::from(*position % SIZE));
+                *position = position.wrapping_add(1);
+                self.view.store(slot, head.get() as u16).expect("in memory");
+                self.view.store(ring_at(ring, AVAIL + 2), *position).expect("in memory");
+            }
+            Act::Jump { ring, count } => {
+                let position = &mut self.avail_idx[usize::from(ring)];
+                *position = position.wrapping_add(count);
+                self.view.store(ring_at(ring, AVAIL + 2), *position).expect("in memory");
+            }
+            Act::Poke { at, bytes } => {
+                let at = u64::from(at).min(LEN - bytes.len() as u64);
+                self.view.write(BASE + at, &bytes).expect("in memory");
+            }
+        }
+    }
+
+    /// Hangs up, and waits until the port has noticed.
+    fn end(mut self) {
+        let _ = self.socket.shutdown(Shutdown::Write);
+        let mut rest = [0; 256];
+        while self.socket.read(&mut rest).is_ok_and(|len| len > 0) {}
+    }
+}
+
+fn with_port(run: impl FnOnce(&mut Port)) {
+    PORT.with_borrow_mut(|port| {
+        let port = port.get_or_insert_with(Port::new);
+        run(port);
+        let cache = port.cache.pool().cache();
+        count(std::mem::replace(&mut port.cache, cache));
+    });
+}
+
+/// Messages of any kind in any order, and what the lcore does meanwhile.
+pub fn vhost_messages(data: &[u8]) {
+    let Some((honest, steps)) = decode::<(bool, Vec<Step>)>(data) else { return };
+    with_port(|port| {
+        let mut frontend = Frontend::connect(port);
+        if honest {
+            frontend.set_up(MRG_RXBUF);
+        }
+        for step in &steps {
+            match step {
+                Step::Message(message) if !frontend.message(message) => break,
+                Step::Message(_) => {}
+                Step::Ring(act) => frontend.act(act, port),
+            }
+        }
+        frontend.end();
+    });
+}
+
+/// Descriptors, rings and memory of a frontend whose messages are honest.
+pub fn vhost_rings(data: &[u8]) {
+    let Some((mergeable, event_idx, acts)) = decode::<(bool, bool, Vec<Act>)>(data) else { return };
+    with_port(|port| {
+        let mut frontend = Frontend::connect(port);
+        frontend.set_up((u64::from(mergeable) * MRG_RXBUF) | (u64::from(event_idx) * EVENT_IDX));
+        acts.iter().for_each(|act| frontend.act(act, port));
+        frontend.end();
+    });
+}

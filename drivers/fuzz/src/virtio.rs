@@ -1,0 +1,76 @@
+//! virtio-net on rings whose device half is the input.
+
+use arbitrary::Arbitrary;
+use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
+use vireo_drivers::virtio::Device;
+
+use crate::port::{Poke, Poll, Port, memory};
+use crate::{Word, decode};
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    mergeable: bool,
+    event_idx: bool,
+    out_of_order: bool,
+    steps: Vec<Step>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Poll(Poll),
+    /// A frame of this length arrives.
+    Arrive(u16),
+    /// The device sends what it was given.
+    Transmit,
+    /// A completion of this descriptor with this length.
+    Complete {
+        rx: bool,
+        id: Word,
+        len: Word,
+    },
+    /// `used.idx` moves with no completion.
+    Jump {
+        rx: bool,
+        count: u16,
+    },
+    NumBuffers(Option<u16>),
+    Poke(Poke),
+}
+
+fn queue(rx: bool) -> u16 {
+    if rx { RX } else { TX }
+}
+
+/// Used rings, and all other memory that a virtio device can write.
+pub fn virtio_rings(data: &[u8]) {
+    let Some(input) = decode::<Input>(data) else { return };
+    let mut behaviour = Behaviour { out_of_order: input.out_of_order, ..Behaviour::default() };
+    for (wanted, bit) in [(input.mergeable, feature::MRG_RXBUF), (input.event_idx, feature::EVENT_IDX)] {
+        if !wanted {
+            behaviour.features &= !bit;
+        }
+    }
+    let nic = VirtioNet::new(behaviour);
+    let (memory, pool) = memory();
+    nic.attach(memory.device_view());
+    let device = Device::probe(nic.function()).expect("an honest device");
+    let mut port = Port::start(device, memory, &pool);
+    // The fake device believes the rings, so it works no more on those that it has overwritten.
+    let mut intact = true;
+    for step in input.steps {
+        match step {
+            Step::Poll(poll) => port.poll(poll),
+            Step::Arrive(len) if intact => drop(nic.receive(&vec![len as u8; usize::from(len % 4096)])),
+            Step::Transmit if intact => drop(nic.transmitted()),
+            Step::Arrive(_) | Step::Transmit => {}
+            Step::Complete { rx, id, len } => nic.push_used(queue(rx), id.get(), len.get()),
+            Step::Jump { rx, count } => nic.jump_used(queue(rx), count),
+            Step::NumBuffers(num_buffers) => nic.behave(|behaviour| behaviour.num_buffers = num_buffers),
+            Step::Poke(poke) => {
+                intact = false;
+                port.poke(poke);
+            }
+        }
+    }
+    port.stop();
+}
