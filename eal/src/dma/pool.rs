@@ -583,21 +583,19 @@ mod tests {
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            (0..700_usize).prop_map(Step::Allocate),
-            (0..700_usize).prop_map(Step::Free),
+            (0..600_usize).prop_map(Step::Allocate),
+            (0..600_usize).prop_map(Step::Free),
             (0..=CACHE / 2).prop_map(Step::FreeAll),
             Just(Step::Renew),
         ]
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
         /// The model is the set of buffers that the lcores hold: the others are free, wherever they are.
         #[test]
         fn caches_agree_with_a_set_of_buffers(
-            count in 0..1500_u32,
-            steps in prop::collection::vec((0..3_usize, step()), 1..60),
+            count in 0..1300_u32,
+            steps in prop::collection::vec((0..3_usize, step()), 1..20),
         ) {
             let pool = pool(count);
             let mut caches = [pool.cache(), pool.cache(), pool.cache()];
