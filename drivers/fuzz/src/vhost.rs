@@ -156,7 +156,8 @@ impl Port {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("a directory for the socket");
         let socket = dir.path().join("socket");
-        let options = Options { path: socket.clone(), mac: None };
+        let args = [("iface".to_owned(), socket.display().to_string())];
+        let options = Options::parse("net_vhost0", &args).expect("a path");
         let mut device = Device::listen("net_vhost0", &options).expect("a socket");
         let (memory, pool) = memory();
         let mut cache = pool.cache();
