@@ -4,6 +4,8 @@
 #![forbid(unsafe_code)]
 
 pub mod e1000;
+#[cfg(test)]
+mod endurance;
 pub mod fakedev;
 pub mod port;
 pub mod ports;

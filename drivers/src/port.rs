@@ -93,6 +93,22 @@ impl AddAssign for QueueStats {
     }
 }
 
+/// What was on its way when the queues of a port were stopped, and is lost: of all stops so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leftover {
+    /// Buffers that the device had filled and nobody had received.
+    pub rx_unread: u64,
+    /// Packets handed to the device of which nothing says that it sent them.
+    pub tx_unfinished: u64,
+}
+
+impl Leftover {
+    /// The counts by name, as [`counters`] gives its own.
+    pub fn named(self) -> [(&'static str, u64); 2] {
+        [("rx_unread", self.rx_unread), ("tx_unfinished", self.tx_unfinished)]
+    }
+}
+
 /// Why a port must be stopped and started. Its queues, which are on lcores, tell its device, which is not.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Fault(Arc<Mutex<Option<&'static str>>>);
@@ -253,6 +269,9 @@ pub trait Nic {
 
     /// Frames that the device itself dropped since start, by name.
     fn device_drops(&mut self) -> Vec<(&'static str, u64)>;
+
+    /// What stops threw away so far.
+    fn leftover(&self) -> Leftover;
 }
 
 macro_rules! any_driver {
@@ -331,6 +350,9 @@ macro_rules! any_driver {
             }
             fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
                 match self { $(Self::$variant(device) => device.device_drops()),* }
+            }
+            fn leftover(&self) -> Leftover {
+                match self { $(Self::$variant(device) => device.leftover()),* }
             }
         }
     };

@@ -25,7 +25,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use self::regs::*;
 pub use self::rx::RxQueue;
 pub use self::tx::TxQueue;
-use crate::port::{Fault, Link, MacAddr, Nic, QueueSizes};
+use crate::port::{Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
 
 /// Chips that this driver knows.
 pub const IDS: &[(DeviceId, &str)] = &[
@@ -67,6 +67,7 @@ pub struct Device {
     running: Option<Arc<DmaMemory>>,
     /// Queues of a stop whose reset the device did not confirm.
     parked: Option<Box<(RxQueue, TxQueue)>>,
+    leftover: Leftover,
     /// Rings of the last run, because memory for rings is never given back.
     idle: Option<Rings>,
 }
@@ -110,6 +111,7 @@ impl Device {
             fault: Fault::default(),
             running: None,
             parked: None,
+            leftover: Leftover::default(),
             idle: None,
         };
         device.quiesce()?;
@@ -323,11 +325,15 @@ impl Nic for Device {
             return Err(self.error(ErrorKind::Usage, "stop", "it does not run"));
         };
         self.device_drops();
+        // The reset clears it.
+        let head = self.bar.read32(TDH);
         if let Err(error) = self.quiesce() {
             // A later start gets one cache, for buffers of one pool.
             self.parked = sent.is_none().then(|| Box::new((rx, tx)));
             return Err(error);
         }
+        self.leftover.rx_unread += rx.unread() as u64;
+        self.leftover.tx_unfinished += tx.unfinished(head) as u64;
         self.running = None;
         let rx = rx.release(cache);
         self.idle = Some(Rings { memory, rx, tx: tx.release(sent.unwrap_or(cache)) });
@@ -377,6 +383,10 @@ impl Nic for Device {
                 (*name, *sum)
             })
             .collect()
+    }
+
+    fn leftover(&self) -> Leftover {
+        self.leftover
     }
 }
 

@@ -152,6 +152,12 @@ impl RxQueue {
         }
     }
 
+    /// Descriptors that the device has filled and nobody has received.
+    pub(super) fn unread(&self) -> usize {
+        let done = |i: &usize| self.ring.load::<1>(self.next.wrapping_add(*i)) & RXD_DD != 0;
+        (0..self.ring.entries()).take_while(done).count()
+    }
+
     /// Gives every buffer to `cache` and the ring back; the device was reset.
     pub(super) fn release(mut self, cache: &mut PoolCache) -> DmaRing<u64, 2> {
         self.buffers.release_all(cache);

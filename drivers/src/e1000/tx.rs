@@ -57,6 +57,13 @@ impl TxQueue {
         self.reclaimed = start.wrapping_add(count);
     }
 
+    /// Descriptors from `head` on, where the device says it is (TDH), to the last one that was filled; all that may
+    /// own a buffer when it says what cannot be.
+    pub(super) fn unfinished(&self, head: u32) -> usize {
+        let behind = self.next.wrapping_sub(head as usize) & (self.ring.entries() - 1);
+        behind.min(self.next.wrapping_sub(self.reclaimed))
+    }
+
     /// Gives every buffer to `cache` and the ring back; the device was reset.
     pub(super) fn release(mut self, cache: &mut PoolCache) -> DmaRing<u64, 2> {
         self.buffers.release_all(cache);

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use vireo_eal::dma::{DmaMemory, PoolCache};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::port::{Link, MacAddr, Nic, QueueSizes};
+use crate::port::{Leftover, Link, MacAddr, Nic, QueueSizes};
 use crate::ports::flag;
 use crate::virtio::{self, random_mac};
 pub use queues::{RxQueue, TxQueue};
@@ -169,5 +169,10 @@ impl Nic for Device {
     /// None: what finds no room stays with the application.
     fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+
+    /// Nothing: what is in a ring stays with the frontend.
+    fn leftover(&self) -> Leftover {
+        Leftover::default()
     }
 }

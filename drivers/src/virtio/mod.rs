@@ -21,7 +21,7 @@ use vireo_eal::dma::{DmaMemory, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::port::{Fault, Link, MacAddr, Nic, QueueSizes};
+use crate::port::{Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
 use ctrl::Control;
 pub(crate) use features::Features;
 use pci::Pci;
@@ -85,6 +85,7 @@ pub struct Device {
     parked: Vec<(RxQueue, TxQueue)>,
     /// Queues of the last run, used again if they fit: DMA memory is never given back one by one.
     spare: Option<Box<Queues>>,
+    leftover: Leftover,
 }
 
 #[derive(Debug)]
@@ -142,6 +143,7 @@ impl Device {
             started: None,
             parked: Vec::new(),
             spare: None,
+            leftover: Leftover::default(),
         })
     }
 
@@ -279,6 +281,8 @@ impl Nic for Device {
         }
         let mut pairs = Vec::with_capacity(queues.len());
         for (rx, tx) in queues {
+            self.leftover.rx_unread += u64::from(rx.unread());
+            self.leftover.tx_unfinished += tx.unfinished() as u64;
             let rx = rx.into_queue(cache);
             pairs.push((rx, tx.into_queue(sent.as_deref_mut().unwrap_or(cache))));
         }
@@ -323,6 +327,10 @@ impl Nic for Device {
     /// None: virtio-net has no such counters.
     fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+
+    fn leftover(&self) -> Leftover {
+        self.leftover
     }
 }
 

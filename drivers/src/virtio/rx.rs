@@ -36,6 +36,11 @@ impl RxQueue {
         &mut self.queue
     }
 
+    /// Buffers that the device has filled and nobody has received.
+    pub(super) fn unread(&self) -> u16 {
+        self.queue.untaken()
+    }
+
     /// Gives the buffers back; only after a reset of the device.
     pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> Virtqueue {
         self.queue.release_all(cache);

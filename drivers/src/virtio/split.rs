@@ -239,6 +239,12 @@ impl Virtqueue {
         self.head.wrapping_sub(self.next)
     }
 
+    /// Completions that nobody has looked at; none of a queue that has ended, or of an index that cannot be.
+    pub(super) fn untaken(&self) -> u16 {
+        let untaken = self.used_idx().wrapping_sub(self.next);
+        if untaken > self.in_flight() { 0 } else { untaken }
+    }
+
     /// Descriptors that can be filled.
     #[inline(always)]
     pub(super) fn room(&self) -> u16 {

@@ -32,6 +32,11 @@ impl TxQueue {
         &mut self.queue
     }
 
+    /// Packets that the device was given and has not completed.
+    pub(super) fn unfinished(&self) -> usize {
+        self.queue.slots.filled().saturating_sub(self.queue.untaken().into())
+    }
+
     /// Gives the buffers back; only after a reset of the device.
     pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> Virtqueue {
         self.queue.release_all(cache);

@@ -54,6 +54,11 @@ impl BufferRing {
         self.slots[index & (self.slots.len() - 1)] != Self::EMPTY
     }
 
+    /// Descriptors that own a buffer.
+    pub fn filled(&self) -> usize {
+        self.slots.iter().filter(|slot| **slot != Self::EMPTY).count()
+    }
+
     /// Receives: for each of up to `most` descriptors from `start` on, which wraps, of which all are filled and
     /// `done` gives a length, puts a fresh buffer of `cache` in the place of the one there, and appends that one
     /// to `burst` as a packet. `arm` then sees the descriptor with its fresh buffer. A length above

@@ -4,12 +4,14 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
 use crossbeam::queue::ArrayQueue;
 
 use super::DmaMemory;
 use super::memory::Translation;
+use crate::clock::Tsc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
 
@@ -94,6 +96,8 @@ pub struct Pool {
     /// See [`bases`].
     bases: Box<[u64]>,
     free: ArrayQueue<ArrayVec<u32, CHUNK>>,
+    /// TSC from which on it may be said again that the pool is exhausted.
+    warn_from: AtomicU64,
 }
 
 /// What is to be added to a buffer's distance from the first to give the device address of its data: one entry
@@ -140,7 +144,14 @@ impl Pool {
             let _ = free.push(chunk.iter().copied().collect());
         }
         let bases = bases(memory.translation(), offset, count);
-        Ok(Arc::new(Self { memory: Arc::clone(memory), offset, count, bases, free }))
+        Ok(Arc::new(Self {
+            memory: Arc::clone(memory),
+            offset,
+            count,
+            bases,
+            free,
+            warn_from: AtomicU64::new(0),
+        }))
     }
 
     /// Bytes of memory that a pool of `count` buffers takes.
@@ -164,6 +175,14 @@ impl Pool {
             let _ = self.free.push(chunk);
         }
         free
+    }
+
+    /// Whether it is to be said at `now`, in TSC ticks, that the pool is exhausted: once in a second.
+    fn is_to_warn(&self, now: u64) -> bool {
+        let from = self.warn_from.load(Ordering::Relaxed);
+        let next = now + Tsc::hz();
+        now >= from
+            && self.warn_from.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// A cache for one lcore.
@@ -222,7 +241,12 @@ impl PoolCache {
     #[inline(never)]
     fn refill(&mut self) {
         while self.len < MAX_BURST {
-            let Some(chunk) = self.pool.free.pop() else { return };
+            let Some(chunk) = self.pool.free.pop() else {
+                if self.len == 0 && self.pool.is_to_warn(Tsc::now()) {
+                    tracing::warn!("no packet buffer is free: all {} are in use", self.pool.count);
+                }
+                return;
+            };
             for index in chunk {
                 self.stack[self.len] = MaybeUninit::new(index);
                 self.len += 1;
@@ -540,6 +564,13 @@ mod tests {
         }
         let memory = DmaMemory::map(Region::new(1 << 20, Backing::SmallPages).unwrap(), &[]).unwrap();
         assert_eq!(Pool::new(&memory, 100).unwrap().bases.len(), 1);
+    }
+
+    #[test]
+    fn an_exhausted_pool_is_told_once_a_second() {
+        let (pool, second) = (pool(1), Tsc::hz());
+        let told = [0, 1, second / 2, second, second + 1, 5 * second].map(|at| pool.is_to_warn(second + at));
+        assert_eq!(told, [true, false, false, true, false, true]);
     }
 
     #[test]

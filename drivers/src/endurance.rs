@@ -1,0 +1,156 @@
+//! Ports that are stopped and started, and closed and opened, many times over; and pools that run dry.
+
+use std::sync::Arc;
+
+use crate::fakedev::e1000::{FakeE1000, ID_82540EM};
+use crate::fakedev::virtio::{Behaviour, VirtioNet};
+use crate::port::{Leftover, MacAddr, Nic, Port, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue};
+use crate::{e1000, virtio};
+use vireo_eal::bdf::Bdf;
+use vireo_eal::dma::{Burst, DmaMemory, Pool, PoolCache};
+use vireo_eal::mem::{Backing, Region};
+
+const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const BUFFERS: u32 = 256;
+const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0, 0, 3]);
+
+/// A device of either kind, as the wire sees it.
+enum Device {
+    Virtio(VirtioNet),
+    E1000(FakeE1000),
+}
+
+impl Device {
+    /// The device, and its port that is not started.
+    fn new(virtio: bool, memory: &Arc<DmaMemory>) -> (Self, Port) {
+        let address = Bdf::new(0, 0, 3, 0).unwrap();
+        if virtio {
+            let device = VirtioNet::at(address, Behaviour::default());
+            device.attach(memory.device_view());
+            let port = virtio::Device::probe(device.function()).unwrap();
+            return (Self::Virtio(device), Port::Virtio(port));
+        }
+        let (function, device) = FakeE1000::new(address, ID_82540EM, MAC);
+        device.attach(memory.device_view());
+        (Self::E1000(device), Port::E1000(e1000::Device::probe(function).unwrap()))
+    }
+
+    fn receive(&self, number: usize) -> bool {
+        let frame = vec![number as u8; 60 + number % 1000];
+        match self {
+            Self::Virtio(device) => device.receive(&frame),
+            Self::E1000(device) => device.receive(&frame),
+        }
+    }
+
+    /// Sends what it was given; gives the number of frames.
+    fn transmit(&self) -> usize {
+        match self {
+            Self::Virtio(device) => device.transmitted().len(),
+            Self::E1000(device) => device.transmitted().len(),
+        }
+    }
+}
+
+fn memory() -> (Arc<DmaMemory>, Arc<Pool>) {
+    let region = Region::new(Pool::bytes(BUFFERS) + (64 << 10), Backing::SmallPages).unwrap();
+    let memory = DmaMemory::map(region, &[]).unwrap();
+    let pool = Pool::new(&memory, BUFFERS).unwrap();
+    (memory, pool)
+}
+
+/// Receives `count` frames and sends them again; the device keeps the sent ones.
+fn echo(device: &Device, (rx, tx): &mut (RxQueue, TxQueue), cache: &mut PoolCache, count: usize) {
+    let mut burst = Burst::new();
+    for number in 0..count {
+        assert!(device.receive(number));
+        rx.rx_burst(cache, &mut burst);
+        assert_eq!((burst.len(), tx.tx_burst(cache, &mut burst)), (1, 1));
+    }
+}
+
+fn open_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn queues_may_be_stopped_and_started_ten_thousand_times() {
+    for virtio in [true, false] {
+        let (memory, pool) = memory();
+        let (device, mut port) = Device::new(virtio, &memory);
+        let mut cache = pool.cache();
+        let mut sum = Leftover::default();
+        for round in 0..10_000 {
+            let mut queues = port.start(&memory, &mut cache, SIZES).unwrap();
+            let (sent, unsent, unread) = (round % 3, round / 3 % 4, round / 12 % 5);
+            echo(&device, &mut queues, &mut cache, sent);
+            assert_eq!(device.transmit(), sent);
+            echo(&device, &mut queues, &mut cache, unsent);
+            (0..unread).for_each(|number| assert!(device.receive(number)));
+            port.stop(queues.0, queues.1, &mut cache).unwrap();
+            sum.tx_unfinished += unsent as u64;
+            sum.rx_unread += unread as u64;
+            assert_eq!(port.leftover(), sum, "round {round}");
+            device.transmit();
+        }
+        drop(cache);
+        assert_eq!(pool.free(), BUFFERS);
+    }
+}
+
+#[test]
+fn ports_may_be_closed_and_opened_a_thousand_times() {
+    for virtio in [true, false] {
+        let once = || {
+            let (memory, pool) = memory();
+            let (device, mut port) = Device::new(virtio, &memory);
+            let mut cache = pool.cache();
+            let mut queues = port.start(&memory, &mut cache, SIZES).unwrap();
+            echo(&device, &mut queues, &mut cache, 5);
+            port.stop(queues.0, queues.1, &mut cache).unwrap();
+            drop((port, cache));
+            assert_eq!((pool.free(), Arc::strong_count(&pool)), (BUFFERS, 1));
+        };
+        once();
+        // Other tests of this process open a few of their own meanwhile.
+        let before = open_descriptors();
+        (0..1000).for_each(|_| once());
+        assert!(open_descriptors() < before + 100);
+    }
+}
+
+#[test]
+fn a_port_without_buffers_receives_again_when_one_comes_back() {
+    for virtio in [true, false] {
+        let (memory, pool) = memory();
+        let (device, mut port) = Device::new(virtio, &memory);
+        let mut cache = pool.cache();
+        let (mut rx, tx) = port.start(&memory, &mut cache, SIZES).unwrap();
+        let mut held: Vec<_> = std::iter::from_fn(|| cache.allocate()).collect();
+        let mut burst = Burst::new();
+        // As many as the device has buffers for, and more than a fresh one could replace.
+        let mut arrived = 0;
+        for _ in 0..10 {
+            while device.receive(arrived) {
+                arrived += 1;
+            }
+            rx.rx_burst(&mut cache, &mut burst);
+            held.extend(burst.drain(..).map(|packet| packet.into_buffer()));
+        }
+        assert!(rx.stats().no_buffer > 0);
+        for _ in 0..200 {
+            // One buffer each time: as little as there can be.
+            cache.free(held.pop().unwrap());
+            rx.rx_burst(&mut cache, &mut burst);
+            held.extend(burst.drain(..).map(|packet| packet.into_buffer()));
+            while device.receive(arrived) {
+                arrived += 1;
+            }
+        }
+        assert!(rx.stats().packets > 150, "{:?}", rx.stats());
+        held.into_iter().for_each(|buffer| cache.free(buffer));
+        port.stop(rx, tx, &mut cache).unwrap();
+        drop(cache);
+        assert_eq!(pool.free(), BUFFERS);
+    }
+}
