@@ -1,13 +1,17 @@
 //! Arguments behind `--`.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use vireo_drivers::port::MacAddr;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::frame::SHORTEST;
+use crate::frame::{LONGEST, SHORTEST};
 use crate::generator::End;
+
+/// Least and most bytes of a frame.
+pub type Sizes = RangeInclusive<usize>;
 
 /// What to send.
 #[derive(Clone, Debug, Parser)]
@@ -41,9 +45,9 @@ pub struct Args {
     /// Stop after so many seconds
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub duration: Duration,
-    /// Bytes of a frame, without frame check sequence
-    #[arg(long, value_name = "BYTES", default_value_t = SHORTEST)]
-    pub size: usize,
+    /// Bytes of a frame, 60 to 1514 without frame check sequence: one number, or the least and the most
+    #[arg(long, value_name = "BYTES[-BYTES]", default_value = "60", value_parser = sizes)]
+    pub size: Sizes,
     /// Most frames on their way at once
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..))]
     pub window: u64,
@@ -66,6 +70,14 @@ pub fn usage() -> String {
 
 fn mac(text: &str) -> std::result::Result<MacAddr, String> {
     text.parse().map_err(|error: Error| error.to_string())
+}
+
+fn sizes(text: &str) -> std::result::Result<Sizes, String> {
+    let (least, most) = text.split_once('-').unwrap_or((text, text));
+    match (least.parse(), most.parse()) {
+        (Ok(least), Ok(most)) if SHORTEST <= least && least <= most && most <= LONGEST => Ok(least..=most),
+        _ => Err(format!("it is no size from {SHORTEST} to {LONGEST}, such as 60 or 60-1514")),
+    }
 }
 
 fn rate(text: &str) -> std::result::Result<f64, String> {
@@ -107,7 +119,8 @@ mod tests {
     fn arguments_and_defaults() {
         let args = read("--dst-mac 52:54:00:00:00:05 --rate 1e5 --count 10").unwrap();
         assert_eq!(args.dst_mac, MacAddr([0x52, 0x54, 0, 0, 0, 5]));
-        assert_eq!((args.rate, args.end()), (Some(1e5), End::Count(10)));
+        assert_eq!((args.rate, args.end(), args.size), (Some(1e5), End::Count(10), 60..=60));
+        assert_eq!(read("--dst-mac 52:54:00:00:00:05 --size 64-1514").unwrap().size, 64..=1514);
         assert_eq!(
             read("--dst-mac 52:54:00:00:00:05 --duration 0.5").unwrap().end(),
             End::After(Duration::from_millis(500))
@@ -121,6 +134,9 @@ mod tests {
             "--dst-mac 1:2",
             "--dst-mac 52:54:00:00:00:05 --rate 0",
             "--dst-mac 52:54:00:00:00:05 --duration -1",
+            "--dst-mac 52:54:00:00:00:05 --size 59",
+            "--dst-mac 52:54:00:00:00:05 --size 100-60",
+            "--dst-mac 52:54:00:00:00:05 --size 60-1515",
         ] {
             let error = read(line).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage);

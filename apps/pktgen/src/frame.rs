@@ -1,4 +1,4 @@
-//! The frames of a stream: an Ethernet header and a payload that says which frame it is.
+//! The frames of a stream: an Ethernet header, and a payload of which the receiver knows every byte.
 //!
 //! | bytes | what |
 //! |---|---|
@@ -8,18 +8,42 @@
 //! | 14..18 | number of the run, little-endian |
 //! | 18..26 | sequence number |
 //! | 26..34 | time of sending, in ticks of the sender's clock |
-//! | 34..42 | check: mixed from the three above |
+//! | to the last 8 | filler, which depends on the sequence number |
+//! | the last 8 | check: mixed from the three numbers and the length |
+//!
+//! Comparing the filler finds what a sum of it would find, and costs less than one: both ends only copy. That the
+//! check stands at the end binds both ends of a frame together.
+
+use std::ops::RangeInclusive;
 
 use vireo_drivers::port::MacAddr;
 
-/// Bytes of a frame that carry something; the rest is padding.
-pub const HEADER: usize = 42;
 /// Shortest frame, without frame check sequence.
 pub const SHORTEST: usize = 60;
 /// Longest frame, without frame check sequence.
 pub const LONGEST: usize = 1514;
 
+/// Bytes in front of the filler.
+const HEADER: usize = 34;
+/// Bytes behind it.
+const CHECK: usize = 8;
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+/// The multiplier of Fibonacci hashing, 2^64 divided by the golden ratio.
+const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Places at which the filler of a frame may begin.
+const FILLERS: usize = 256;
+static FILLER: [u8; LONGEST + FILLERS] = {
+    let (mut bytes, mut state, mut i) = ([0; LONGEST + FILLERS], MIX, 0);
+    while i < bytes.len() {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes[i] = (state >> 32) as u8;
+        i += 1;
+    }
+    bytes
+};
 
 /// What a frame says about itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,37 +57,79 @@ pub struct Tag {
 }
 
 impl Tag {
-    fn check(self) -> u64 {
-        (self.sequence ^ self.ticks.rotate_left(32) ^ u64::from(self.run)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    fn check(self, len: usize) -> [u8; CHECK] {
+        let numbers = self.sequence ^ self.ticks.rotate_left(32) ^ u64::from(self.run);
+        (numbers ^ (len as u64).rotate_left(48)).wrapping_mul(MIX).to_le_bytes()
+    }
+
+    fn filler(self, len: usize) -> &'static [u8] {
+        let start = self.sequence.wrapping_mul(MIX) as usize % FILLERS;
+        &FILLER[start..start + len - HEADER - CHECK]
     }
 }
 
-/// The bytes of a frame.
-pub fn write(destination: MacAddr, source: MacAddr, tag: Tag) -> [u8; HEADER] {
-    let mut bytes = [0; HEADER];
+/// Length in bytes of frame `sequence` of a stream with frames of `sizes`.
+pub fn length(sizes: &RangeInclusive<usize>, sequence: u64) -> usize {
+    let choices = sizes.end() - sizes.start() + 1;
+    if choices == 1 {
+        return *sizes.start();
+    }
+    let fraction = sequence.wrapping_mul(MIX) >> 32;
+    sizes.start() + ((fraction * choices as u64) >> 32) as usize
+}
+
+/// Why a frame is not counted as one that came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wrong {
+    /// It is not of this run.
+    Stray,
+    /// It is of this run, and not as it was sent.
+    Corrupt,
+}
+
+/// Fills `bytes`, of [`SHORTEST`] to [`LONGEST`], with a frame.
+pub fn write(bytes: &mut [u8], destination: MacAddr, source: MacAddr, tag: Tag) {
+    let len = bytes.len();
     bytes[0..6].copy_from_slice(&destination.0);
     bytes[6..12].copy_from_slice(&source.0);
     bytes[12..14].copy_from_slice(&ETHERTYPE);
     bytes[14..18].copy_from_slice(&tag.run.to_le_bytes());
     bytes[18..26].copy_from_slice(&tag.sequence.to_le_bytes());
     bytes[26..34].copy_from_slice(&tag.ticks.to_le_bytes());
-    bytes[34..42].copy_from_slice(&tag.check().to_le_bytes());
-    bytes
+    bytes[HEADER..len - CHECK].copy_from_slice(tag.filler(len));
+    bytes[len - CHECK..].copy_from_slice(&tag.check(len));
 }
 
-/// Destination, source and tag of a frame of ours; none when it is another's or damaged.
-pub fn read(bytes: &[u8; HEADER]) -> Option<(MacAddr, MacAddr, Tag)> {
-    let word = |at: usize| bytes[at..at + 8].try_into().ok().map(u64::from_le_bytes);
-    let mac = |at: usize| bytes[at..at + 6].try_into().ok().map(MacAddr);
-    let run = u32::from_le_bytes(bytes[14..18].try_into().ok()?);
+/// Destination, source and tag of a frame of `run`.
+///
+/// # Errors
+/// When it is another's, or damaged.
+pub fn read(bytes: &[u8], run: u32) -> Result<(MacAddr, MacAddr, Tag), Wrong> {
+    let len = bytes.len();
+    let array = |at: usize| bytes.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+    let word = |at: usize| array(at).map(u64::from_le_bytes).ok_or(Wrong::Stray);
+    let mac =
+        |at: usize| array(at).map(|[a, b, c, d, e, f, ..]| MacAddr([a, b, c, d, e, f])).ok_or(Wrong::Stray);
+    if len < SHORTEST || bytes[12..14] != ETHERTYPE || word(14)? as u32 != run {
+        return Err(Wrong::Stray);
+    }
     let tag = Tag { run, sequence: word(18)?, ticks: word(26)? };
-    (bytes[12..14] == ETHERTYPE && word(34)? == tag.check()).then_some((mac(0)?, mac(6)?, tag))
+    if len > LONGEST
+        || bytes[len - CHECK..] != tag.check(len)
+        || bytes[HEADER..len - CHECK] != *tag.filler(len)
+    {
+        return Err(Wrong::Corrupt);
+    }
+    Ok((mac(0)?, mac(6)?, tag))
 }
 
-/// Which sequence numbers arrived: finds repetition and wrong order.
-#[derive(Debug, Default)]
+/// Words of [`Arrivals`]: frames that may overtake another before it is found again.
+const WORDS: usize = 1024;
+
+/// Which sequence numbers arrived lately: finds repetition and wrong order, in memory that does not grow.
+#[derive(Debug)]
 pub struct Arrivals {
-    seen: Vec<u64>,
+    seen: Box<[u64; WORDS]>,
     next: u64,
     /// Frames that arrived for the first time.
     pub unique: u64,
@@ -73,18 +139,30 @@ pub struct Arrivals {
     pub reordered: u64,
 }
 
+impl Default for Arrivals {
+    fn default() -> Self {
+        Self { seen: Box::new([0; WORDS]), next: 0, unique: 0, duplicates: 0, reordered: 0 }
+    }
+}
+
 impl Arrivals {
-    /// Notes one arrival of a sequence number below the number of frames sent; true when it is the first.
+    /// Notes one arrival of a sequence number below the number of frames sent; true when it is the first. One that
+    /// comes after 65,000 later ones is counted as reordered only: nobody knows whether it came before.
     pub fn note(&mut self, sequence: u64) -> bool {
-        let (word, bit) = ((sequence / 64) as usize, 1 << (sequence % 64));
-        if word >= self.seen.len() {
-            self.seen.resize(word + 1, 0);
+        let word = sequence / 64;
+        if sequence >= self.next {
+            let unused = self.next.div_ceil(64).max((word + 1).saturating_sub(WORDS as u64));
+            (unused..=word).for_each(|word| *self.word(word) = 0);
+        } else if word + (WORDS as u64) <= (self.next - 1) / 64 {
+            self.reordered += 1;
+            return false;
         }
-        if self.seen[word] & bit != 0 {
+        let (bit, seen) = (1 << (sequence % 64), self.word(word));
+        if *seen & bit != 0 {
             self.duplicates += 1;
             return false;
         }
-        self.seen[word] |= bit;
+        *seen |= bit;
         self.unique += 1;
         if sequence < self.next {
             self.reordered += 1;
@@ -92,6 +170,10 @@ impl Arrivals {
             self.next = sequence + 1;
         }
         true
+    }
+
+    fn word(&mut self, word: u64) -> &mut u64 {
+        &mut self.seen[word as usize % WORDS]
     }
 }
 
@@ -106,14 +188,39 @@ mod tests {
     proptest! {
         #[test]
         fn frames_are_read_back_and_damage_is_seen(
-            run: u32, sequence: u64, ticks: u64, at in 12..HEADER, flip in 1_u8..
+            run: u32, sequence: u64, ticks: u64, len in SHORTEST..=LONGEST, at in 12..LONGEST, flip in 1_u8..
         ) {
             let tag = Tag { run, sequence, ticks };
-            let mut bytes = write(A, B, tag);
-            prop_assert_eq!(read(&bytes), Some((A, B, tag)));
-            bytes[at] ^= flip;
-            prop_assert_ne!(read(&bytes).map(|(_, _, tag)| tag), Some(tag));
+            let mut bytes = vec![0; len];
+            write(&mut bytes, A, B, tag);
+            prop_assert_eq!(read(&bytes, run), Ok((A, B, tag)));
+            bytes[12 + at % (len - 12)] ^= flip;
+            prop_assert!(read(&bytes, run).is_err());
         }
+
+        #[test]
+        fn a_frame_that_was_cut_or_grew_is_corrupt(len in SHORTEST + 1..LONGEST, sequence: u64) {
+            let mut bytes = vec![0; len];
+            write(&mut bytes, A, B, Tag { run: 7, sequence, ticks: 1 });
+            prop_assert_eq!(read(&bytes[..len - 1], 7), Err(Wrong::Corrupt));
+            bytes.push(0);
+            prop_assert_eq!(read(&bytes, 7), Err(Wrong::Corrupt));
+            prop_assert_eq!(read(&bytes, 8), Err(Wrong::Stray));
+        }
+
+        #[test]
+        fn lengths_are_within_their_range(first in SHORTEST..=LONGEST, more in 0..100_usize, sequence: u64) {
+            let sizes = first..=first + more;
+            prop_assert!(sizes.contains(&length(&sizes, sequence)));
+        }
+    }
+
+    #[test]
+    fn every_length_comes() {
+        let mut lengths: Vec<usize> = (0..1000).map(|sequence| length(&(60..=69), sequence)).collect();
+        lengths.sort_unstable();
+        lengths.dedup();
+        assert_eq!(lengths, (60..=69).collect::<Vec<_>>());
     }
 
     #[test]
@@ -123,5 +230,10 @@ mod tests {
             arrivals.note(sequence);
         }
         assert_eq!((arrivals.unique, arrivals.duplicates, arrivals.reordered), (5, 1, 1));
+        // A lap later the same places are free, and what is behind them is too old to be told.
+        for sequence in [1 << 16, (1 << 16) + 3, 130, 3, (1 << 20), (1 << 20) - 5, (1 << 20) - 5] {
+            arrivals.note(sequence);
+        }
+        assert_eq!((arrivals.unique, arrivals.duplicates, arrivals.reordered), (10, 2, 4));
     }
 }

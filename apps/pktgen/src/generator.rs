@@ -1,15 +1,16 @@
 //! Sends a stream on one port and receives it on another, in one loop on one lcore.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use vireo_drivers::port::{MacAddr, RxBurst, TxBurst};
 use vireo_eal::clock::Tsc;
-use vireo_eal::dma::{Burst, MAX_BURST, Packet, PoolCache};
+use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, Packet, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::frame::{self, Arrivals, Tag};
+use crate::frame::{self, Arrivals, Tag, Wrong};
 
 /// What to send, and what should come back.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,8 +23,8 @@ pub struct Stream {
     pub source: MacAddr,
     /// Destination and source that the forwarder gives them, if that is to be checked.
     pub expect: Option<Expect>,
-    /// Length in bytes without frame check sequence.
-    pub size: usize,
+    /// Lengths in bytes without frame check sequence; each frame has one of them.
+    pub sizes: RangeInclusive<usize>,
     /// Frames per second; none for as many as go.
     pub rate: Option<f64>,
     /// Most frames on their way at once. It keeps queues between the ports from overflowing, so that a
@@ -66,7 +67,9 @@ pub struct Outcome {
     pub reordered: u64,
     /// Frames that came back with addresses other than expected.
     pub wrong_address: u64,
-    /// Frames that are not of this run, or damaged.
+    /// Frames of this run that came back damaged; none of them is counted as received.
+    pub corrupt: u64,
+    /// Frames that are not of this run.
     pub strays: u64,
     /// When the first frame came back, in ticks of the TSC.
     pub first: Option<u64>,
@@ -82,9 +85,10 @@ impl Outcome {
         self.received as f64 / self.elapsed.as_secs_f64().max(1e-9)
     }
 
-    /// Whether every frame came back once, in order and with the expected addresses.
+    /// Whether every frame came back once, in order, undamaged and with the expected addresses.
     pub fn is_clean(&self) -> bool {
-        self.sent == self.received && self.duplicates == 0 && self.reordered == 0 && self.wrong_address == 0
+        self.sent == self.received
+            && [self.duplicates, self.reordered, self.wrong_address, self.corrupt] == [0; 4]
     }
 }
 
@@ -105,10 +109,11 @@ pub fn run<T: TxBurst, R: RxBurst>(
     (rx, cache): (&mut R, &mut PoolCache),
     stop: &StopFlag,
 ) -> Result<Outcome> {
-    if !(frame::SHORTEST..=frame::LONGEST).contains(&stream.size) {
+    let (shortest, longest) = (*stream.sizes.start(), *stream.sizes.end());
+    if shortest < frame::SHORTEST || longest > frame::LONGEST || shortest > longest {
         return Err(Error::new(
             ErrorKind::Usage,
-            format!("cannot send frames of {} bytes", stream.size),
+            format!("cannot send frames of {shortest} to {longest} bytes"),
             format!("they have {} to {} bytes", frame::SHORTEST, frame::LONGEST),
         ));
     }
@@ -123,7 +128,9 @@ pub fn run<T: TxBurst, R: RxBurst>(
         given_up: 0,
         given_up_below: 0,
         wrong_address: 0,
+        corrupt: 0,
         strays: 0,
+        bytes: [0; DATA_ROOM],
         arrivals: Arrivals::default(),
         latency,
         burst: Burst::new(),
@@ -173,7 +180,10 @@ struct State<'a> {
     /// They are those below this sequence number that have not come back.
     given_up_below: u64,
     wrong_address: u64,
+    corrupt: u64,
     strays: u64,
+    /// The frame that is written or read.
+    bytes: [u8; DATA_ROOM],
     arrivals: Arrivals,
     latency: Histogram<u64>,
     burst: Burst,
@@ -207,13 +217,12 @@ impl State<'_> {
     fn send<T: TxBurst>(&mut self, due: usize, tx: &mut T, cache: &mut PoolCache) -> usize {
         while self.burst.len() < due {
             let Some(buffer) = cache.allocate() else { break };
-            let mut packet = Packet::new(buffer, self.stream.size);
-            let tag = Tag {
-                run: self.stream.run,
-                sequence: self.sent + self.burst.len() as u64,
-                ticks: Tsc::now(),
-            };
-            cache.write(&mut packet, 0, &frame::write(self.stream.destination, self.stream.source, tag));
+            let Stream { run, destination, source, ref sizes, .. } = *self.stream;
+            let tag = Tag { run, sequence: self.sent + self.burst.len() as u64, ticks: Tsc::now() };
+            let bytes = &mut self.bytes[..frame::length(sizes, tag.sequence)];
+            frame::write(bytes, destination, source, tag);
+            let mut packet = Packet::new(buffer, bytes.len());
+            cache.write(&mut packet, 0, bytes);
             self.burst.push(packet);
         }
         let sent = if self.burst.is_empty() { 0 } else { tx.tx_burst(cache, &mut self.burst) };
@@ -229,17 +238,15 @@ impl State<'_> {
         rx.rx_burst(cache, &mut self.burst);
         let received = self.burst.len();
         for packet in std::mem::take(&mut self.burst) {
-            let mut bytes = [0; frame::HEADER];
-            cache.read(&packet, 0, &mut bytes);
-            let read = frame::read(&bytes).filter(|_| packet.len() >= self.stream.size);
+            let bytes = &mut self.bytes[..packet.len()];
+            cache.read(&packet, 0, bytes);
             cache.free(packet.into_buffer());
-            match read {
-                Some((destination, source, tag))
-                    if tag.run == self.stream.run && tag.sequence < self.sent =>
-                {
+            match frame::read(bytes, self.stream.run) {
+                Ok((destination, source, tag)) if tag.sequence < self.sent => {
                     self.note(destination, source, tag);
                 }
-                _ => self.strays += 1,
+                Err(Wrong::Stray) => self.strays += 1,
+                _ => self.corrupt += 1,
             }
         }
         received
@@ -268,6 +275,7 @@ impl State<'_> {
             duplicates: self.arrivals.duplicates,
             reordered: self.arrivals.reordered,
             wrong_address: self.wrong_address,
+            corrupt: self.corrupt,
             strays: self.strays,
             first: self.first,
             elapsed: Duration::from_nanos(Tsc::to_nanos(self.last.wrapping_sub(self.start))),

@@ -70,7 +70,7 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
         destination: args.dst_mac,
         source: all[args.tx_port].port.mac(),
         expect: Some(Expect { destination: args.expect_dst, source: args.expect_src }),
-        size: args.size,
+        sizes: args.size.clone(),
         rate: args.rate,
         window: args.window,
         end: args.end(),
@@ -81,8 +81,10 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
     let outcome = eal.lcores.run_main(|_| generator::run(&stream, tx, rx, stop))??;
     let mut counted = Vec::with_capacity(all.len());
     for ((open, rx), tx) in all.iter_mut().zip(rx_queues).zip(tx_queues) {
-        counted.push(counters(rx.stats(), tx.stats(), open.port.device_drops()));
+        let mut named = counters(rx.stats(), tx.stats(), open.port.device_drops());
         open.port.stop_pairs(vec![(rx, tx)], &mut cache, Some(&mut to_send))?;
+        named.extend(open.port.leftover().named());
+        counted.push(named);
     }
     Ok((outcome, counted))
 }
@@ -96,14 +98,14 @@ fn print(args: &Args, outcome: &Outcome, counted: &[Counters]) -> Result<()> {
         json!({
             "sent": outcome.sent, "received": outcome.received, "lost": outcome.sent - outcome.received,
             "duplicates": outcome.duplicates, "reordered": outcome.reordered,
-            "wrong_address": outcome.wrong_address, "strays": outcome.strays,
+            "wrong_address": outcome.wrong_address, "corrupt": outcome.corrupt, "strays": outcome.strays,
             "seconds": outcome.elapsed.as_secs_f64(), "pps": outcome.rate(), "latency_ns": latency,
             "counters": counted.iter().map(as_json).collect::<Vec<_>>(),
         })
         .to_string()
     } else {
         let mut text = format!(
-            "sent {} received {} lost {} duplicates {} reordered {} wrong address {} strays {}\n\
+            "sent {} received {} lost {} duplicates {} reordered {} wrong address {} corrupt {} strays {}\n\
              {:.0} pps over {:.3} s; latency p50 {} p99 {} p99.9 {} max {} ns",
             outcome.sent,
             outcome.received,
@@ -111,6 +113,7 @@ fn print(args: &Args, outcome: &Outcome, counted: &[Counters]) -> Result<()> {
             outcome.duplicates,
             outcome.reordered,
             outcome.wrong_address,
+            outcome.corrupt,
             outcome.strays,
             outcome.rate(),
             outcome.elapsed.as_secs_f64(),

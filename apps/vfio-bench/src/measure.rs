@@ -112,7 +112,7 @@ impl Side {
             destination: MacAddr([0xff; 6]),
             source: self.ports[0].port.mac(),
             expect: Some(Expect { destination: Some(MacAddr([2, 0, 0, 0, 0, 1])), source: None }),
-            size: SHORTEST,
+            sizes: SHORTEST..=SHORTEST,
             rate: Some(KNOCKS),
             window,
             end: End::FirstArrival(patience),
