@@ -1,6 +1,6 @@
 //! Set-up, run and end of l2fwd, in the order of DPDK's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
@@ -15,6 +15,7 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
 use crate::args::Args;
+use crate::balance::Balance;
 use crate::control::{Managed, Queues};
 use crate::forward::{AnyLane, PairCounts, ethernet};
 use crate::launch::{Shared, forward_on_lcores};
@@ -44,7 +45,8 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
 
     let pairs = enabled.len() * usize::from(args.queues);
     // Whatever is received here may be sent, so devices read and write every buffer.
-    let buffers = ports::buffers_needed(pairs, eal.lcores.ids().len(), SIZES);
+    let needed = ports::buffers_needed(pairs, eal.lcores.ids().len(), SIZES);
+    let buffers = args.buffers.unwrap_or(needed);
     let opened: Vec<_> = enabled.iter().map(|port| &all[*port]).collect();
     let memory = map(eal, &reporter, buffers, args.queues, &opened)?;
     let pool = Pool::new(&memory.buffers, buffers)?;
@@ -64,6 +66,7 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     }
     check_links(&reporter, &all, &enabled, stop)?;
 
+    let routes: BTreeSet<(usize, usize)> = planned.iter().map(|lane| (lane.from, lane.to)).collect();
     let mut shares: BTreeMap<u32, Vec<AnyLane>> = BTreeMap::new();
     for Planned { lcore, from, to, pair } in planned {
         let ethernet = args.mac_updating.then(|| ethernet(to, all[to].port.mac()));
@@ -106,7 +109,15 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     if let Some(ticks) = busy_ticks {
         reporter.core_cycles(ticks.into_inner(), &totals())?;
     }
-    close(&reporter, all, &enabled, queues, cache, &pool)?;
+    close(&reporter, &mut all, &enabled, queues, cache, &pool)?;
+    let of_port: BTreeMap<usize, Totals> = enabled.iter().copied().zip(totals()).collect();
+    let mut checked = Ok(());
+    for (from, to) in routes {
+        let balance = Balance::of(from, to, &all, |port| of_port.get(&port).copied().unwrap_or_default());
+        reporter.say(&balance.text(), &json!({ "event": "balance", "balance": balance }))?;
+        checked = checked.and(balance.check());
+    }
+    checked?;
     printed?;
     reporter.say("Bye...\n", &json!({ "event": "end" }))
 }
@@ -167,21 +178,25 @@ fn check_links(reporter: &Reporter, all: &[OpenPort], enabled: &[usize], stop: &
 /// Stops every port, says what it counted, and sees that each buffer came back.
 fn close(
     reporter: &Reporter,
-    all: Vec<Managed>,
+    all: &mut [Managed],
     enabled: &[usize],
     mut queues: Queues,
     mut cache: PoolCache,
     pool: &Arc<Pool>,
 ) -> Result<()> {
-    for (number, mut managed) in all.into_iter().enumerate().filter(|(number, _)| enabled.contains(number)) {
+    for &number in enabled {
+        let managed = &mut all[number];
         reporter.chat(&format!("Closing port {number}..."))?;
         // A port that is down has no queues.
         if let Some(queues) = queues.take_port(number) {
             managed.stop(queues, &mut cache)?;
         }
         reporter.chat(" Done\n")?;
-        let mut named = counters(managed.rx, managed.tx, managed.drops.into_iter().collect());
-        named.push(("restarts", managed.restarts));
+        let drops = managed.drops.iter().map(|(name, count)| (*name, *count)).collect();
+        let mut named = counters(managed.rx, managed.tx, drops);
+        named.extend(managed.leftover.named());
+        named.extend([("restarts", managed.restarts), ("link_changes", managed.link_changes)]);
+        managed.open = None;
         let counted: Vec<String> = named
             .iter()
             .filter(|(_, count)| *count > 0)

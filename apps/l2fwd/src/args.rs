@@ -44,6 +44,9 @@ struct Cli {
     /// Pairs of ports that forward to each other, such as "(0,3)(1,2)"; by default neighbours
     #[arg(long, value_name = "PAIRS", value_parser = port_map)]
     portmap: Option<PortMap>,
+    /// Packet buffers in all (testpmd's argument); by default enough for rings, bursts and caches at once
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    total_num_mbufs: Option<u32>,
     /// Time the polls that move packets, and print ticks per packet at the end (testpmd's argument)
     #[arg(long)]
     record_core_cycles: bool,
@@ -75,6 +78,8 @@ pub struct Args {
     pub mac_updating: bool,
     /// Pairs that the user chose.
     pub portmap: Option<Pairs>,
+    /// Packet buffers in all, if the user says how many.
+    pub buffers: Option<u32>,
     /// Time the polls that move packets.
     pub record_core_cycles: bool,
     /// Print JSON.
@@ -100,6 +105,7 @@ pub fn parse(argv: Vec<OsString>) -> Result<Args> {
         period: Some(cli.period).filter(|period| *period > 0.0),
         mac_updating: !cli.no_mac_updating,
         portmap: cli.portmap.map(|map| map.0),
+        buffers: cli.total_num_mbufs,
         record_core_cycles: cli.record_core_cycles,
         json: cli.json,
     })
@@ -151,7 +157,9 @@ mod tests {
         assert_eq!((args.queues_per_lcore, args.period), (2, Some(0.5)));
         assert!(args.promiscuous && !args.mac_updating);
         assert_eq!(args.portmap, Some(vec![(0, 1)]));
+        assert_eq!(args.buffers, None);
         assert_eq!(read("-p f -T 0").unwrap().period, None);
+        assert_eq!(read("-p f --total-num-mbufs 600").unwrap().buffers, Some(600));
     }
 
     #[test]

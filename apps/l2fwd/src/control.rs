@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vireo_drivers::port::{Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
+use vireo_drivers::port::{Leftover, Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
 use vireo_drivers::ports::{OpenPort, PortMemory};
 use vireo_eal::Result;
 use vireo_eal::dma::PoolCache;
@@ -86,8 +86,14 @@ pub struct Managed {
     pub tx: QueueStats,
     /// What the device dropped before, by name.
     pub drops: BTreeMap<&'static str, u64>,
+    /// What its stops threw away.
+    pub leftover: Leftover,
     /// How often it was restarted.
     pub restarts: u64,
+    /// How often its link was seen to change; of NICs.
+    pub link_changes: u64,
+    /// Whether its link was up at the last look; none before the first.
+    link_up: Option<bool>,
     /// Whether it is stopped, and is to be started.
     down: bool,
     /// When it was started last, or that was tried.
@@ -97,8 +103,19 @@ pub struct Managed {
 impl Managed {
     /// A port that was just started.
     pub fn new(open: OpenPort) -> Self {
-        let (rx, tx, drops) = Default::default();
-        Self { open: Some(open), rx, tx, drops, restarts: 0, down: false, tried: Instant::now() }
+        let (rx, tx, drops, leftover) = Default::default();
+        Self {
+            open: Some(open),
+            rx,
+            tx,
+            drops,
+            leftover,
+            restarts: 0,
+            link_changes: 0,
+            link_up: None,
+            down: false,
+            tried: Instant::now(),
+        }
     }
 
     /// Stops the port, and adds what it counted.
@@ -114,7 +131,19 @@ impl Managed {
         for (name, count) in port.device_drops() {
             *self.drops.entry(name).or_default() += count;
         }
-        port.stop_pairs(queues, cache, None)
+        let stopped = port.stop_pairs(queues, cache, None);
+        self.leftover = port.leftover();
+        stopped
+    }
+
+    /// Notes a change of the link. A port without a bus has a peer in the place of one, which it looks after itself.
+    fn look_at_link(&mut self, number: usize) {
+        let Some(open) = self.open.as_ref().filter(|open| open.report.is_some()) else { return };
+        let up = open.port.link().up;
+        if self.link_up.replace(up).is_some_and(|before| before != up) {
+            self.link_changes += 1;
+            tracing::info!("port {number}: link {}", if up { "up" } else { "down" });
+        }
     }
 }
 
@@ -185,6 +214,8 @@ impl<'a> Control<'a> {
             if self.stop(number) {
                 self.bring_up(number);
             }
+        } else {
+            self.ports[number].look_at_link(number);
         }
     }
 

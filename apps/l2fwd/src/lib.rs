@@ -7,6 +7,7 @@
 
 pub mod app;
 pub mod args;
+pub mod balance;
 pub mod control;
 pub mod forward;
 pub mod launch;

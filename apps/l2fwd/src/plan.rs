@@ -105,6 +105,7 @@ mod tests {
             period: None,
             mac_updating: true,
             portmap: None,
+            buffers: None,
             record_core_cycles: false,
             json: false,
         }

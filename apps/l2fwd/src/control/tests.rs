@@ -17,8 +17,10 @@ use vireo_eal::lcore::{Lcores, StopFlag};
 use vireo_eal::mem::{Backing, Region};
 
 use super::{Managed, Queues};
+use crate::balance::Balance;
 use crate::forward::PairCounts;
 use crate::launch::{Shared, forward_on_lcores};
+use crate::report::Totals;
 
 const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
 const BUFFERS: u32 = 1024;
@@ -186,6 +188,10 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
     }
     drop(cache);
     assert_eq!(pool.free(), BUFFERS);
+    for (from, to) in [(0, 1), (1, 0), (2, 3), (3, 2)] {
+        let totals = |port: usize| Totals::of(&counts[port..=port]);
+        Balance::of(from, to, &ports, totals).check().unwrap();
+    }
     Counted {
         device_errors: ports[0].rx.device_errors + ports[0].tx.device_errors,
         errors: ports[0].rx.errors,
