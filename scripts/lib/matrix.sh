@@ -18,6 +18,7 @@ lab_test() {
     local kernel kernels=(default edge) failed=0 name options wanted=" ${COMMAND[*]} "
     OPT_TIMEOUT=${OPT_TIMEOUT:-${OPT_LONG:+14400}}
     OPT_TIMEOUT=${OPT_TIMEOUT:-1800}
+    OPT_MONITOR=1
     [[ -z $OPT_KERNEL_GIVEN ]] || kernels=("$OPT_KERNEL")
     matrix_know "${COMMAND[@]}"
     guest_prepare

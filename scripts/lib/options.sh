@@ -23,6 +23,7 @@ Programs of this repository go by their short names: lab run -- l2fwd --help
   --no-iommu-platform         virtio-net that bypasses the IOMMU (drivers must refuse it)
   --cpus N, --mem MIB         virtual CPUs (2) and memory (2048)
   --hugepages N               2 MiB pages reserved at boot (256)
+  --monitor                   let the guest command QEMU, by its port monitor.in (lab test has it)
   --add FILE                  a program or library of the host, at its own path, with the libraries that it needs; a
                               program goes by its name (repeatable)
   --share DIR                 DIR of the host, writable, at /share
@@ -52,6 +53,7 @@ OPT_CPUS=2
 OPT_MEM=2048
 OPT_HUGEPAGES=256
 OPT_SHARE=
+OPT_MONITOR=
 OPT_TIMEOUT=
 OPT_ACCEL=auto
 OPT_BUILD=1
@@ -81,6 +83,7 @@ options_parse() {
             --html) OPT_HTML=$(option_value "$@"); shift ;;
             --qemu-arg) QEMU_EXTRA+=("$(option_value "$@")"); shift ;;
             --kernel-arg) KERNEL_EXTRA+=("$(option_value "$@")"); shift ;;
+            --monitor) OPT_MONITOR=1 ;;
             --yes) OPT_YES=1 ;;
             --show) OPT_SHOW=1 ;;
             --no-iommu) OPT_IOMMU= ;;

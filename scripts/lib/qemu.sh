@@ -33,6 +33,7 @@ qemu_add_ports() {
     local run=$1
     QEMU_ARGS+=(-device 'virtio-serial-pci,addr=2')
     qemu_add_port "$run" status
+    [[ -z $OPT_MONITOR ]] || qemu_add_monitor "$run"
     if [[ $2 == terminal ]]; then
         QEMU_ARGS+=(
             -chardev 'stdio,id=terminal,mux=on,signal=off' -mon 'chardev=terminal,mode=readline'
@@ -42,6 +43,15 @@ qemu_add_ports() {
         qemu_add_port "$run" stdout
         qemu_add_port "$run" stderr
     fi
+}
+
+# What the guest writes to port monitor.in are commands for QEMU's monitor: the guest's tests pull their own cables. A
+# named pipe joins the two; the monitor comes first, because it opens the pipe without waiting for the other end.
+qemu_add_monitor() {
+    mkfifo "$1/monitor.in"
+    : >"$1/monitor.out"
+    QEMU_ARGS+=(-chardev "pipe,id=monitor,path=$1/monitor" -mon 'chardev=monitor,mode=readline')
+    qemu_add_port "$1" monitor.in
 }
 
 # scripts/guest/init finds a port by its name.

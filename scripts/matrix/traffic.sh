@@ -105,11 +105,15 @@ came_back() {
     result duplicates 0
     result reordered 0
     result wrong_address 0
+    result corrupt 0
     result strays 0
 }
 
+# value NAME: of what pktgen printed.
+value() { sed -n "s/.*[{,]\"$1\":\([0-9]*\)[,}].*/\1/p" "$WORK/pktgen.out"; }
+
 result() {
     local value
-    value=$(sed -n "s/.*[{,]\"$1\":\([0-9]*\)[,}].*/\1/p" "$WORK/pktgen.out")
+    value=$(value "$1")
     [ "$value" = "$2" ] || die "pktgen has $1 = $value, not $2"
 }
