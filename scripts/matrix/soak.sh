@@ -72,7 +72,7 @@ soaks() {
 # stream without a fault loses is an error; what one with a fault loses is counted.
 soak() {
     local end life=0 stream faults='' fault
-    SOAK_STATE=$4
+    SOAK_STATE=$(($4 + CASES))
     SENT=0
     RECEIVED=0
     end=$(($(date +%s) + $3))
