@@ -1,12 +1,12 @@
 //! The runtime directory: one for each `--file-prefix`, and one process in it.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
 
 use crate::args::EalArgs;
@@ -21,7 +21,7 @@ const LOCK: &str = "lock";
 pub struct RuntimeDir {
     path: PathBuf,
     /// Released by the drop glue, after the files are gone.
-    lock: Flock<File>,
+    lock: File,
 }
 
 impl RuntimeDir {
@@ -131,25 +131,25 @@ fn private_dir(path: &Path) -> Result<()> {
 }
 
 /// Locks `dir`; `None` when it was removed meanwhile.
-fn lock(dir: &Path) -> Result<Option<Flock<File>>> {
+fn lock(dir: &Path) -> Result<Option<File>> {
     let path = dir.join(LOCK);
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let file = match options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC).bits()).open(&path) {
+    let mut file = match options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC).bits()).open(&path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io(what(dir), &error)),
     };
-    let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => lock,
-        Err((mut file, Errno::EWOULDBLOCK)) => return Err(busy(dir, pid_in(&mut file))),
-        Err((_, errno)) => return Err(Error::os(what(dir), errno)),
-    };
-    let inode = lock.metadata().map_err(|error| Error::io(what(dir), &error))?.ino();
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(busy(dir, pid_in(&mut file))),
+        Err(TryLockError::Error(error)) => return Err(Error::io(what(dir), &error)),
+    }
+    let inode = file.metadata().map_err(|error| Error::io(what(dir), &error))?.ino();
     if std::fs::metadata(&path).map_or(true, |found| found.ino() != inode) {
         return Ok(None);
     }
-    Ok(Some(lock))
+    Ok(Some(file))
 }
 
 fn busy(dir: &Path, pid: Option<u32>) -> Error {
