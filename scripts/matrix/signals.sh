@@ -46,7 +46,7 @@ killed_again_and_again() {
         start_l2fwd -l 1 --vfio-mode "$1" -a "$(bdf e1000e fwd_rx)" -a "$(bdf e1000e fwd_tx)" -- -p 3 -q 2 -T 0.02
         [ "$round" = 1 ] || grep -q "^EAL: previous run (pid $L2FWD_KILLED) ended uncleanly, recovered" "$WORK/l2fwd.err" ||
             die "round $round: it did not say that it recovered"
-        await "port 0: sent 0 (0/s) received 1"
+        await_traffic
         L2FWD_KILLED=$L2FWD
         end_l2fwd KILL
         [ "$L2FWD_STATUS" = 137 ] || die "round $round: l2fwd exited with $L2FWD_STATUS"
@@ -99,11 +99,11 @@ works_after_early_kills() {
 
 # start_under_traffic MODE NIC: returns when frames pass.
 start_under_traffic() {
-    start_l2fwd -l 1 --vfio-mode "$1" -a "$(bdf "$2" fwd_rx)" -a "$(bdf "$2" fwd_tx)" -- -p 3 -q 2 -T 0.05
+    start_l2fwd -l 1 --vfio-mode "$1" -a "$(bdf "$2" fwd_rx)" -a "$(bdf "$2" fwd_tx)" -- -p 3 -q 2 -T 0.5
     generate "$2" "$2" --dst-mac "$(mac "$2" fwd_rx)" --duration "$PATIENCE" &
     PKTGEN=$!
     CHILDREN="$CHILDREN $PKTGEN"
-    await "port 0: sent 0 (0/s) received 1"
+    await_traffic
 }
 
 # generate_at_rate NIC MODE: sends whether or not the frames come back; returns when they pass.
@@ -113,7 +113,7 @@ generate_at_rate() {
     PKTGEN=$!
     CHILDREN="$CHILDREN $PKTGEN"
     start_l2fwd -l 1 --vfio-mode "$2" -a "$(bdf "$1" fwd_rx)" -a "$(bdf "$1" fwd_tx)" -- -p 3 -q 2 -T 0.02
-    await "port 0: sent 0 (0/s) received 1"
+    await_traffic
 }
 
 # Frames were lost with the forwarder, which pktgen's exit code tells.

@@ -36,6 +36,20 @@ await() {
     die "l2fwd did not come to '$1'"
 }
 
+# await_traffic: reads on to the first packets. What l2fwd prints afterwards nobody reads: with a table every 0.5 s it
+# takes minutes to fill the pipe, and then l2fwd would wait for a reader.
+await_traffic() {
+    local line
+    while IFS= read -r -t "$PATIENCE" line <&3; do
+        echo "$line" >>"$WORK/l2fwd.out"
+        case $line in
+            *" received 0 "*) ;;
+            "port 0: "*) return ;;
+        esac
+    done
+    die "no traffic came through l2fwd"
+}
+
 # end_l2fwd SIGNAL: sets L2FWD_STATUS.
 end_l2fwd() {
     kill "-$1" "$L2FWD"
