@@ -21,7 +21,7 @@ use crate::{e1000, vhost, virtio};
 const LINK_WAIT: Duration = Duration::from_secs(9);
 
 /// Devargs that the drivers know.
-pub const DEVICE_KEYS: &[&str] = &["mrg_rxbuf"];
+pub const DEVICE_KEYS: &[&str] = &["mrg_rxbuf", "in_order"];
 
 /// Drivers of virtual devices with their keys; each has DPDK's name and DPDK's alias.
 pub const VDEV_KEYS: &[(&str, &[&str])] = &[
@@ -158,7 +158,8 @@ pub fn probe(function: Box<dyn Function>, args: &[(String, String)]) -> Result<P
         Some("virtio-net") => {
             let mut options = virtio::Options::default();
             for (key, value) in args {
-                options.mrg_rxbuf = flag(key, value)?;
+                let option = if key == "in_order" { &mut options.in_order } else { &mut options.mrg_rxbuf };
+                *option = flag(key, value)?;
             }
             virtio::Device::probe_with(function, options).map(Port::Virtio)
         }

@@ -9,7 +9,8 @@ INSN_COMMITTED="$SCRIPTS/insn.json"
 INSN_DPDK='{
     "e1000 legacy": {"0": 114, "1": 364, "4": 266, "8": 250, "16": 242, "32": 237.5},
     "virtio-net split mergeable": {"0": 147, "1": 717, "4": 521, "8": 489, "16": 472, "32": 463.0},
-    "virtio-net split non-mergeable": {"32": 444.4}
+    "virtio-net split non-mergeable": {"32": 444.4},
+    "virtio-net split mergeable in-order": {"32": 381.7}
 }'
 INSN_DPDK_BEST_VIRTIO=327.8
 

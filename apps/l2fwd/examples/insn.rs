@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM};
-use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet};
+use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet, feature};
 use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
 use vireo_drivers::{e1000, virtio};
 use vireo_eal::Result;
@@ -136,12 +136,20 @@ fn main() -> Result<()> {
             let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
             whole_case(("e1000", "legacy", addresses), &mut port, &memory, burst, &receive, &transmit)?;
         }
-        for (mrg_rxbuf, path) in [(true, "split mergeable"), (false, "split non-mergeable")] {
+        let paths = [
+            (true, false, "split mergeable"),
+            (false, false, "split non-mergeable"),
+            (true, true, "split mergeable in-order"),
+        ];
+        for (mrg_rxbuf, in_order, path) in paths {
             for burst in bursts() {
                 let memory = memory(physical)?;
-                let device = VirtioNet::new(Behaviour::default());
+                let mut behaviour = Behaviour::default();
+                behaviour.features |= feature::IN_ORDER;
+                let device = VirtioNet::new(behaviour);
                 device.attach(memory.device_view());
-                let mut port = virtio::Device::probe_with(device.function(), virtio::Options { mrg_rxbuf })?;
+                let mut port =
+                    virtio::Device::probe_with(device.function(), virtio::Options { mrg_rxbuf, in_order })?;
                 let (receive, transmit) =
                     (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
                 whole_case(("virtio-net", path, addresses), &mut port, &memory, burst, &receive, &transmit)?;

@@ -33,6 +33,7 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const VERSION_1: u64 = 1 << 32;
     pub const ACCESS_PLATFORM: u64 = 1 << 33;
+    pub const IN_ORDER: u64 = 1 << 35;
 }
 
 /// The BAR with all registers and its layout; one page for each structure.
@@ -64,6 +65,8 @@ pub struct Behaviour {
     pub iommu: bool,
     /// Uses the newest RX buffer first, and completes what it sends from the last to the first.
     pub out_of_order: bool,
+    /// Writes one used element for all buffers that it completes at once, where `IN_ORDER` allows that.
+    pub one_element: bool,
     /// Never accepts the driver's features.
     pub refuse_features: bool,
     /// Sets `DEVICE_NEEDS_RESET` in every status but 0.
@@ -96,6 +99,7 @@ impl Default for Behaviour {
             link_up: true,
             iommu: true,
             out_of_order: false,
+            one_element: false,
             refuse_features: false,
             needs_reset: false,
             ignore_reset: false,

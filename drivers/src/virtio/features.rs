@@ -1,5 +1,7 @@
 //! Feature bits and device status.
 
+use super::Options;
+
 bitflags::bitflags! {
     /// What device and driver agree on (virtio 1.2, 5.1.3 and 6); only the bits that this driver knows.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +24,8 @@ bitflags::bitflags! {
         const VERSION_1 = 1 << 32;
         /// `VIRTIO_F_ACCESS_PLATFORM`: the device's addresses go through the IOMMU.
         const ACCESS_PLATFORM = 1 << 33;
+        /// `VIRTIO_F_IN_ORDER`: the device uses buffers in the order in which they were offered.
+        const IN_ORDER = 1 << 35;
     }
 
     /// `device_status` (virtio 1.2, 2.1).
@@ -43,11 +47,12 @@ bitflags::bitflags! {
 }
 
 impl Features {
-    /// What the driver uses of these offered features; mergeable buffers only if `mrg_rxbuf`, and several pairs of
-    /// queues only if there are to be `several`.
-    pub(super) fn wanted(self, mrg_rxbuf: bool, several: bool) -> Self {
+    /// What the driver uses of these offered features, as far as the user lets it; several pairs of queues only if
+    /// there are to be `several`.
+    pub(super) fn wanted(self, options: Options, several: bool) -> Self {
         let mut wanted = self;
-        wanted.set(Self::MRG_RXBUF, mrg_rxbuf && self.contains(Self::MRG_RXBUF));
+        wanted.set(Self::IN_ORDER, options.in_order && self.contains(Self::IN_ORDER));
+        wanted.set(Self::MRG_RXBUF, options.mrg_rxbuf && self.contains(Self::MRG_RXBUF));
         wanted.set(Self::MQ, several && self.contains(Self::MQ));
         wanted.set(Self::CTRL_RX, self.contains(Self::CTRL_VQ | Self::CTRL_RX));
         wanted

@@ -61,11 +61,13 @@ pub(crate) const HEADER: usize = 12;
 pub struct Options {
     /// Use mergeable RX buffers if the device offers them (devarg `mrg_rxbuf`).
     pub mrg_rxbuf: bool,
+    /// Rely on the order of completions if the device promises it (devarg `in_order`).
+    pub in_order: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { mrg_rxbuf: true }
+        Self { mrg_rxbuf: true, in_order: true }
     }
 }
 
@@ -126,12 +128,11 @@ impl Device {
     /// `Unavailable` when nobody listens or the peer lacks what the driver needs; `Protocol` when it does not
     /// answer as vhost-user has it.
     pub fn connect(name: &str, options: &UserOptions, stop: &StopFlag) -> Result<Self> {
-        let mrg_rxbuf = options.mrg_rxbuf;
-        Self::on(Box::new(User::new(name, options, stop)?), Options { mrg_rxbuf })
+        Self::on(Box::new(User::new(name, options, stop)?), options.features)
     }
 
     fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
-        let features = transport.negotiate(options.mrg_rxbuf, false)?;
+        let features = transport.negotiate(options, false)?;
         let mac = transport.mac()?.unwrap_or_else(random_mac);
         Ok(Self {
             transport,
@@ -230,7 +231,7 @@ impl Nic for Device {
         if self.started.is_some() {
             return Err(self.refuse(ErrorKind::Usage, "it is started already"));
         }
-        self.features = self.transport.negotiate(self.options.mrg_rxbuf, pairs > 1)?;
+        self.features = self.transport.negotiate(self.options, pairs > 1)?;
         let most = self.transport.pairs()?;
         if pairs > most {
             let why = format!("{pairs} pairs of queues are asked for, and it has {most}");
@@ -247,8 +248,10 @@ impl Nic for Device {
         let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);
         let Queues { memory, pairs, mut control } = self.queues(memory, sizes, pairs, control)?;
         let (mergeable, prompt) = (self.features.contains(Features::MRG_RXBUF), self.transport.is_prompt());
-        let queues =
-            pairs.into_iter().map(|(rx, tx)| (RxQueue::new(rx, mergeable), TxQueue::new(tx, prompt)));
+        let in_order = self.features.contains(Features::IN_ORDER);
+        let queues = pairs
+            .into_iter()
+            .map(|(rx, tx)| (RxQueue::new(rx, mergeable, in_order), TxQueue::new(tx, prompt, in_order)));
         let mut queues: Vec<_> = queues.collect();
         self.fault.take();
         let live = self.go_live(&memory, &mut queues, control.as_deref_mut(), cache);

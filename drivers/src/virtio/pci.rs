@@ -9,6 +9,7 @@ use vireo_eal::dma::DmaMemory;
 use vireo_eal::mmio::Bar;
 use vireo_eal::{Error, ErrorKind, Result};
 
+use super::Options;
 use super::features::{Features, Status};
 use super::split::{Kick, Virtqueue, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, Transport};
@@ -269,7 +270,7 @@ impl Pci {
     }
 
     /// Agrees on features with a device that was just reset.
-    fn agree(&self, mrg_rxbuf: bool, several: bool) -> Result<Features> {
+    fn agree(&self, options: Options, several: bool) -> Result<Features> {
         let offered = self.device_features();
         if !offered.contains(Features::VERSION_1) {
             return Err(self
@@ -282,7 +283,7 @@ impl Pci {
                 .error(ErrorKind::Unavailable, "use", why)
                 .mend("start QEMU with -device virtio-net-pci,iommu_platform=on"));
         }
-        let features = offered.wanted(mrg_rxbuf, several);
+        let features = offered.wanted(options, several);
         self.set_driver_features(features);
         self.set_status(READY);
         self.check_alive()?;
@@ -299,11 +300,11 @@ impl Transport for Pci {
         &self.name
     }
 
-    fn negotiate(&mut self, mrg_rxbuf: bool, several: bool) -> Result<Features> {
+    fn negotiate(&mut self, options: Options, several: bool) -> Result<Features> {
         self.reset()?;
         self.set_status(Status::ACKNOWLEDGE);
         self.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
-        self.features = self.agree(mrg_rxbuf, several).inspect_err(|_| self.set_status(Status::FAILED))?;
+        self.features = self.agree(options, several).inspect_err(|_| self.set_status(Status::FAILED))?;
         Ok(self.features)
     }
 

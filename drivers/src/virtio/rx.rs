@@ -18,14 +18,15 @@ const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u3
 pub struct RxQueue {
     queue: Virtqueue,
     mergeable: bool,
+    in_order: bool,
     /// Descriptors are offered again when the device lacks so many.
     offer_at: u16,
 }
 
 impl RxQueue {
-    pub(super) fn new(queue: Virtqueue, mergeable: bool) -> Self {
+    pub(super) fn new(queue: Virtqueue, mergeable: bool, in_order: bool) -> Self {
         let offer_at = (queue.size() / 4).clamp(1, MAX_BURST as u16);
-        Self { queue, mergeable, offer_at }
+        Self { queue, mergeable, in_order, offer_at }
     }
 
     pub(super) fn name(&self) -> &Arc<str> {
@@ -158,6 +159,9 @@ impl RxQueue {
         dma_rmb();
         while self.queue.next != used_idx && !burst.is_full() {
             let pending = used_idx.wrapping_sub(self.queue.next);
+            if self.in_order {
+                self.queue.spread(pending, *USED_LEN.end());
+            }
             let (buffer, len) = self.queue.complete(USED_LEN)?;
             let buffers = if self.mergeable { u16::from_le_bytes(cache.read_header(&buffer)) } else { 1 };
             if buffers == 1 {

@@ -323,6 +323,25 @@ impl Virtqueue {
         Ok((buffer, used as usize))
     }
 
+    /// Where a device that completes in order wrote one element for several of the `pending` completions, with the
+    /// id of the last: writes all of theirs. The buffers before the last were used whole (2.7.9).
+    pub(super) fn spread(&mut self, pending: u16, whole: u32) {
+        let next = usize::from(self.next);
+        let (id, len) = (self.used.load::<0>(next), self.used.load::<1>(next));
+        let mask = u32::from(self.size() - 1);
+        let left_out = id.wrapping_sub(u32::from(self.next)) & mask;
+        if left_out == 0 || left_out >= u32::from(pending) || id > mask {
+            return;
+        }
+        for position in next..next + left_out as usize {
+            self.used.store::<0>(position, position as u32 & mask);
+            self.used.store::<1>(position, whole);
+        }
+        let last = next + left_out as usize;
+        self.used.store::<0>(last, id);
+        self.used.store::<1>(last, len);
+    }
+
     /// Checks that `used_idx` counts no more completions than there can be.
     pub(super) fn check_used(&self, used_idx: u16) -> std::result::Result<(), Lie> {
         if used_idx.wrapping_sub(self.next) > self.in_flight() { Err(Lie::UsedIndex) } else { Ok(()) }

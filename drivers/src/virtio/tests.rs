@@ -143,7 +143,7 @@ fn frames_pass_with_and_without_mergeable_buffers_and_event_index() {
         let nic = round_trip(Bench::new(without(bits)), 1000, 7);
         assert_eq!(nic.interrupts(), 0);
     }
-    let options = Options { mrg_rxbuf: false };
+    let options = Options { mrg_rxbuf: false, ..Options::default() };
     round_trip(Bench::with(Behaviour::default(), options, BUFFERS), 100, 20);
 }
 
@@ -259,9 +259,49 @@ fn the_device_is_rung_when_it_asks_and_only_then() {
     }
 }
 
+/// A device that promises to complete in order, and writes one used element for several buffers.
+fn in_order() -> Behaviour {
+    let features = Behaviour::default().features | feature::IN_ORDER;
+    Behaviour { features, one_element: true, ..Behaviour::default() }
+}
+
+#[test]
+fn a_device_in_order_may_leave_used_elements_out() {
+    let mut bench = Bench::new(in_order());
+    let mut number = 0;
+    for round in 0..500 {
+        let frames: Vec<_> = (number..number + 1 + round % 32).map(frame).collect();
+        number += 1 + round % 32;
+        assert!(frames.iter().all(|frame| bench.nic.receive(frame)));
+        assert_eq!((bench.forward(), bench.nic.transmitted()), (frames.len(), frames));
+    }
+    assert_eq!((bench.rx.stats().device_errors, bench.tx.stats().device_errors), (0, 0));
+    assert_eq!(bench.stop().0, BUFFERS);
+}
+
+#[test]
+fn the_promise_of_order_is_taken_only_if_the_user_wants_it() {
+    let options = Options { in_order: false, ..Options::default() };
+    let mut bench = Bench::with(Behaviour { out_of_order: true, ..in_order() }, options, BUFFERS);
+    assert_eq!(bench.send((0..32).map(frame)), 32);
+    bench.nic.transmitted();
+    assert_eq!(bench.send([]), 0);
+    assert_eq!((bench.tx.stats().device_errors, bench.stop().0), (0, BUFFERS));
+}
+
 #[test]
 fn a_frame_larger_than_a_buffer_is_dropped_and_counted() {
-    let mut bench = Bench::new(Behaviour::default());
+    for behaviour in [Behaviour::default(), in_order()] {
+        large_frames(behaviour);
+    }
+    let mut bench = Bench::new(without(feature::MRG_RXBUF));
+    assert!(!bench.nic.receive(&[1; DATA_ROOM + 1]));
+    assert!(bench.nic.receive(&[1; DATA_ROOM]));
+    assert_eq!(bench.receive().iter().map(Packet::len).collect::<Vec<_>>(), [DATA_ROOM]);
+}
+
+fn large_frames(behaviour: Behaviour) {
+    let mut bench = Bench::new(behaviour);
     for round in 0..200 {
         assert!(bench.nic.receive(&frame(round)));
         assert!(bench.nic.receive(&[1; 2 * DATA_ROOM]));
@@ -275,11 +315,6 @@ fn a_frame_larger_than_a_buffer_is_dropped_and_counted() {
     assert_eq!((stats.packets, stats.errors, stats.device_errors), (400, 200, 0));
     assert!(!bench.rx.is_broken());
     assert_eq!(bench.stop().0, BUFFERS);
-
-    let mut bench = Bench::new(without(feature::MRG_RXBUF));
-    assert!(!bench.nic.receive(&[1; DATA_ROOM + 1]));
-    assert!(bench.nic.receive(&[1; DATA_ROOM]));
-    assert_eq!(bench.receive().iter().map(Packet::len).collect::<Vec<_>>(), [DATA_ROOM]);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use vireo_eal::Result;
 use vireo_eal::dma::DmaMemory;
 
+use super::Options;
 use super::features::Features;
 use super::split::{Kick, Virtqueue};
 use crate::port::MacAddr;
@@ -19,9 +20,9 @@ pub(super) trait Transport: fmt::Debug + Send {
     /// Name of the device, for messages.
     fn name(&self) -> &Arc<str>;
 
-    /// Begins anew and agrees with the device on features (3.1.1, steps 1 to 6), mergeable buffers among them
-    /// only if `mrg_rxbuf`, and several pairs of queues only if `several`.
-    fn negotiate(&mut self, mrg_rxbuf: bool, several: bool) -> Result<Features>;
+    /// Begins anew and agrees with the device on features (3.1.1, steps 1 to 6), several pairs of queues
+    /// among them only if `several`.
+    fn negotiate(&mut self, options: Options, several: bool) -> Result<Features>;
 
     /// Pairs of queues that the device has; one where it did not agree on several.
     fn pairs(&self) -> Result<u16>;

@@ -12,6 +12,8 @@ use crate::port::{QueueStats, TxBurst, Watchdog};
 #[derive(Debug)]
 pub struct TxQueue {
     queue: Virtqueue,
+    /// The device uses descriptors in order, so that the used index alone tells which are back.
+    in_order: bool,
     /// Buffers are taken back when fewer descriptors than this can be filled.
     reclaim_below: u16,
     /// Of a device that must complete what it was given.
@@ -19,9 +21,9 @@ pub struct TxQueue {
 }
 
 impl TxQueue {
-    pub(super) fn new(queue: Virtqueue, watched: bool) -> Self {
+    pub(super) fn new(queue: Virtqueue, watched: bool, in_order: bool) -> Self {
         let reclaim_below = queue.size() / 2;
-        Self { queue, reclaim_below, watchdog: watched.then(Watchdog::default) }
+        Self { queue, in_order, reclaim_below, watchdog: watched.then(Watchdog::default) }
     }
 
     pub(super) fn name(&self) -> &Arc<str> {
@@ -72,6 +74,12 @@ impl TxQueue {
             return self.reclaim_any(used_idx, cache);
         }
         dma_rmb();
+        if self.in_order {
+            // It may leave out elements in between (2.7.9), and a promise that it breaks harms its own frames only.
+            queue.slots.release(queue.next.into(), pending.into(), cache);
+            (queue.next, queue.tail) = (used_idx, used_idx);
+            return;
+        }
         while queue.next != used_idx {
             let start = usize::from(queue.next);
             let run = queue.used.view().run(start, used_idx.wrapping_sub(queue.next).into());

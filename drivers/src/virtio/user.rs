@@ -23,6 +23,7 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::Options;
 use super::features::Features;
 use super::split::{Kick, Virtqueue, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, Transport};
@@ -35,8 +36,11 @@ use socket::Listening;
 const QUEUE_SIZE: u16 = 256;
 /// What of a peer's offer makes sense here. A peer filters nothing, has no link and no address, and sees our
 /// memory without an IOMMU between.
-const KNOWN: Features =
-    Features::VERSION_1.union(Features::MRG_RXBUF).union(Features::EVENT_IDX).union(Features::MQ);
+const KNOWN: Features = Features::VERSION_1
+    .union(Features::MRG_RXBUF)
+    .union(Features::EVENT_IDX)
+    .union(Features::MQ)
+    .union(Features::IN_ORDER);
 
 /// What the user may ask of a vhost-user port: the keys of `--vdev net_virtio_user0`, which are DPDK's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,13 +55,13 @@ pub struct UserOptions {
     pub mac: Option<MacAddr>,
     /// Make the socket and wait for the peer, instead of connecting to the peer's (`server`).
     pub server: bool,
-    /// Use mergeable RX buffers if the peer offers them (`mrg_rxbuf`).
-    pub mrg_rxbuf: bool,
+    /// What to use of the peer's offer (`mrg_rxbuf`, `in_order`).
+    pub features: Options,
 }
 
 impl UserOptions {
     /// The keys that [`UserOptions::parse`] knows.
-    pub const KEYS: &[&str] = &["path", "queues", "queue_size", "mac", "server", "mrg_rxbuf"];
+    pub const KEYS: &[&str] = &["path", "queues", "queue_size", "mac", "server", "mrg_rxbuf", "in_order"];
 
     /// Reads the arguments of device `name`.
     ///
@@ -70,7 +74,7 @@ impl UserOptions {
             queue_size: QUEUE_SIZE,
             mac: None,
             server: false,
-            mrg_rxbuf: true,
+            features: Options::default(),
         };
         for (key, value) in args {
             let wrong =
@@ -83,7 +87,8 @@ impl UserOptions {
                 }
                 "mac" => options.mac = Some(value.parse()?),
                 "server" => options.server = flag(key, value)?,
-                "mrg_rxbuf" => options.mrg_rxbuf = flag(key, value)?,
+                "mrg_rxbuf" => options.features.mrg_rxbuf = flag(key, value)?,
+                "in_order" => options.features.in_order = flag(key, value)?,
                 "queues" => options.queues = pairs(value).map_err(wrong)?,
                 _ => return Err(wrong("there is no such key")),
             }
@@ -306,7 +311,7 @@ impl Transport for User {
 
     /// Asks nothing of a connected peer: the offer holds as long as the connection, and the choice is sent with
     /// the memory.
-    fn negotiate(&mut self, mrg_rxbuf: bool, several: bool) -> Result<Features> {
+    fn negotiate(&mut self, options: Options, several: bool) -> Result<Features> {
         if self.is_closed() {
             self.reconnect()?;
         }
@@ -316,7 +321,7 @@ impl Transport for User {
                 .error(ErrorKind::Unavailable, why)
                 .mend("start one that does, such as dpdk-testpmd --vdev net_vhost0,iface=SOCKET"));
         }
-        self.features = self.offered.wanted(mrg_rxbuf, several);
+        self.features = self.offered.wanted(options, several);
         Ok(self.features)
     }
 

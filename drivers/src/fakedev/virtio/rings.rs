@@ -140,13 +140,15 @@ impl State {
     pub(super) fn push_used(&mut self, index: u16, elements: &[(u32, u32)]) {
         let (queue, size) = self.queue(index);
         let ([_, avail, used], old) = (queue.addresses, queue.used);
-        let mut new = old;
-        for (id, len) in elements {
-            let at = used + 4 + 8 * u64::from(new & (size - 1));
+        let in_order = self.driver_features & feature::IN_ORDER != 0;
+        let left_out =
+            if in_order && self.behaviour.one_element { elements.len().saturating_sub(1) } else { 0 };
+        for (i, (id, len)) in elements[left_out..].iter().enumerate() {
+            let at = used + 4 + 8 * u64::from(old.wrapping_add(i as u16) & (size - 1));
             self.store(at, *id);
             self.store(at + 4, *len);
-            new = new.wrapping_add(1);
         }
+        let new = old.wrapping_add(elements.len() as u16);
         self.store(used + 2, new);
         self.queues[usize::from(index)].used = new;
         let interrupt = if self.event_idx() {

@@ -6,13 +6,18 @@ use vireo_eal::ErrorKind;
 use vireo_eal::dma::DATA_ROOM;
 
 use super::super::Device;
-use super::{BUFFERS, Bench, SIZES, frame, memory, without};
+use super::{BUFFERS, Bench, SIZES, frame, in_order, memory, without};
 use crate::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
 use crate::port::{Nic, QueueSizes, RxBurst, TxBurst};
 
 /// Lets the device tell a lie in a receive queue that worked before, and checks what must follow.
 fn rx_lie(what: &str, lie: impl Fn(&VirtioNet)) {
-    let mut bench = Bench::new(Behaviour::default());
+    rx_lie_of(Behaviour::default(), what, &lie);
+    rx_lie_of(Behaviour { one_element: false, ..in_order() }, what, &lie);
+}
+
+fn rx_lie_of(honest: Behaviour, what: &str, lie: &impl Fn(&VirtioNet)) {
+    let mut bench = Bench::new(honest.clone());
     for number in 0..40 {
         assert!(bench.nic.receive(&frame(number)));
         let burst = bench.receive();
@@ -31,7 +36,7 @@ fn rx_lie(what: &str, lie: impl Fn(&VirtioNet)) {
     // The other direction goes on, and a restart mends the queue without loss of a buffer.
     assert_eq!(bench.send([frame(3)]), 1);
     assert_eq!(bench.nic.transmitted(), [frame(3)]);
-    bench.nic.behave(|behaviour| *behaviour = Behaviour::default());
+    bench.nic.behave(|behaviour| *behaviour = honest.clone());
     let Bench { nic, mut device, rx, tx, mut cache, memory } = bench;
     device.stop(rx, tx, &mut cache).unwrap();
     let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
@@ -98,6 +103,19 @@ fn every_lie_about_sent_frames_is_counted_and_stops_the_queue() {
         assert_eq!(bench.receive().len(), 1, "the other direction goes on");
         let lost = 1;
         assert_eq!(bench.stop().0, BUFFERS - lost, "{what}");
+    }
+}
+
+/// In order the used index is all that is read of a TX queue.
+#[test]
+fn a_used_index_that_cannot_be_stops_the_queue_of_a_device_in_order() {
+    for count in [11, 1000, u16::MAX] {
+        let mut bench = Bench::new(in_order());
+        assert_eq!(bench.send((0..10).map(frame)), 10);
+        bench.nic.jump_used(TX, count);
+        assert_eq!(bench.send([]), 0);
+        assert_eq!((bench.tx.stats().device_errors, bench.tx.is_broken()), (1, true), "{count}");
+        assert_eq!(bench.stop().0, BUFFERS, "{count}");
     }
 }
 

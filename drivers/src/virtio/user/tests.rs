@@ -12,7 +12,7 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 use vireo_eal::{ErrorKind, Result};
 
-use super::{DEVICE_TIMEOUT, UserOptions};
+use super::{DEVICE_TIMEOUT, Options, UserOptions};
 use crate::port::{Nic, QueueSizes};
 use crate::virtio::Device;
 
@@ -319,14 +319,16 @@ fn memory_that_cannot_be_shared_is_refused() {
 #[test]
 fn arguments_are_checked() {
     let path = Path::new("/tmp/a");
-    let read = options(path, "queues=2,queue_size=1024,mac=52:54:00:00:00:01,server=1,mrg_rxbuf=0").unwrap();
+    let read =
+        options(path, "queues=2,queue_size=1024,mac=52:54:00:00:00:01,server=1,mrg_rxbuf=0,in_order=0")
+            .unwrap();
     let expected = UserOptions {
         path: path.into(),
         queues: 2,
         queue_size: 1024,
         mac: Some("52:54:00:00:00:01".parse().unwrap()),
         server: true,
-        mrg_rxbuf: false,
+        features: Options { mrg_rxbuf: false, in_order: false },
     };
     assert_eq!(read, expected);
     let line = "cannot use queues=0 of net_virtio_user0: it is no number from 1 to 128";
