@@ -76,25 +76,25 @@ fn frequency() -> &'static Frequency {
     })
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(any(miri, not(target_arch = "x86_64")))]
 #[inline]
 fn counter() -> u64 {
     raw_nanos()
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(any(miri, not(target_arch = "x86_64")))]
 fn find() -> (u64, TscSource) {
     (NANOS_PER_SECOND, TscSource::Kernel)
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 #[inline]
 fn counter() -> u64 {
     // SAFETY: Linux lets every process read the counter unless it asked (prctl PR_SET_TSC) not to.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 fn find() -> (u64, TscSource) {
     const TEST_NANOS: u64 = 50_000;
     const WINDOW_NANOS: u64 = 2_000_000;
@@ -118,7 +118,7 @@ fn raw_nanos() -> u64 {
 
 /// A reading of both clocks.
 #[derive(Clone, Copy)]
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 struct Sample {
     nanos: u64,
     ticks: u64,
@@ -126,7 +126,7 @@ struct Sample {
     blur: u64,
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 impl Sample {
     /// The sharpest of several readings: interrupts and a preempting host spoil single ones.
     fn take() -> Self {
@@ -141,7 +141,7 @@ impl Sample {
 }
 
 /// Ticks per second over a window of `nanos`, longer when the readings are blurred.
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 fn measure(mut nanos: u64) -> u64 {
     const LONGEST: u64 = 64_000_000;
     let start = Sample::take();
@@ -159,7 +159,7 @@ fn measure(mut nanos: u64) -> u64 {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 mod cpuid {
     use core::arch::x86_64::{__cpuid as leaf, CpuidResult};
 
@@ -236,7 +236,7 @@ mod tests {
         assert!(Tsc::to_nanos(u64::MAX) >= second);
     }
 
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
     #[test]
     fn what_cpuid_says() {
         let leaf = |eax, ebx, ecx| core::arch::x86_64::CpuidResult { eax, ebx, ecx, edx: 0 };

@@ -61,10 +61,11 @@ count_calls() {
         END { print most + 0 }' "$WORK/trace")
 }
 
-# injected MODE NIC: starts l2fwd and, if it comes to forwarding, stops it.
+# injected MODE NIC: starts l2fwd and, if it comes to forwarding, stops it. In the place of a call that is to fail strace
+# makes one that does not exist, which the sandbox would deny.
 injected() {
     local line
-    spawn_l2fwd -l 1 --vfio-mode "$1" -a "$(bdf "$2" fwd_rx)" -- -p 1 -T 0
+    spawn_l2fwd -l 1 --no-sandbox --vfio-mode "$1" -a "$(bdf "$2" fwd_rx)" -- -p 1 -T 0
     while IFS= read -r -t "$PATIENCE" line <&3; do
         [ "$line" != "entering main loop" ] || kill -INT "$L2FWD"
     done
