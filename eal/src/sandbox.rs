@@ -165,6 +165,8 @@ const ALWAYS: &[i64] = &[
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
     libc::SYS_setsockopt,
+    // What kind of descriptor a frontend has passed.
+    libc::SYS_readlinkat,
     // The runtime directory and sockets, which are removed at the end.
     libc::SYS_getdents64,
     libc::SYS_unlinkat,
@@ -204,6 +206,8 @@ const ALWAYS: &[i64] = &[
     libc::SYS_exit,
     libc::SYS_exit_group,
     // Older names, which the C library uses where there are any.
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_readlink,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
     #[cfg(target_arch = "x86_64")]
