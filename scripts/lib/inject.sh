@@ -65,7 +65,7 @@ inject_peer() {
     rings_await_sockets
 }
 
-# inject_run iface|path STRACE-ARGUMENTS...: starts l2fwd and, if it comes to forwarding, stops it. Sets STATUS and PID.
+# inject_run iface|path STRACE-ARGUMENTS...: starts l2fwd and, if both ports start, stops it. Sets STATUS and PID.
 # In the place of a call that is to fail strace makes one that does not exist, which the sandbox would deny.
 inject_run() {
     local line output
@@ -79,7 +79,8 @@ inject_run() {
     RINGS_GENERATOR=$PID
     exec {output}<"$RINGS_DIR/out"
     while IFS= read -r -t "$RINGS_PATIENCE" line <&"$output"; do
-        [[ $line != "entering main loop" ]] || kill -INT "$PID"
+        # The last line before the wait for links, which nobody ends on vhost.
+        [[ $line != "Port 1, MAC address: "* ]] || kill -INT "$PID"
     done
     exec {output}<&-
     STATUS=0
