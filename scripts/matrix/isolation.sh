@@ -10,7 +10,7 @@ stops_dma() {
     dma_proof "$1" "$2"
     proven 3 'memory: nothing was written'
     proven 1 'memory: WRITTEN: nothing separates ports that share an address space'
-    proven 3 "kernel: .*DMA Write.*\[$(bdf "$2" fwd_rx | cut -d: -f2-)\]"
+    proven 3 "kernel: .*DMA Write.*$(bdf "$2" fwd_rx | cut -d: -f2-)\]"
     proven 4 'NIC after a reset: works'
 }
 
