@@ -358,7 +358,10 @@ fn time_map(
     if let (Call::MapSmall, Some(ioas)) = (call, space.ioas()) {
         ioas.set_huge_pages(false)?;
     }
-    let (before, in_kernel, since) = (ioctl::calls(), ioctl::time(), Instant::now());
+    // By the clock of `ioctl::time`: where the kernel's is slow to read, as in an emulator, the difference of the two
+    // would be its cost.
+    let elapsed = |since: u64| Duration::from_nanos(Tsc::to_nanos(Tsc::now().saturating_sub(since)));
+    let (before, in_kernel, since) = (ioctl::calls(), ioctl::time(), Tsc::now());
     let mapping: Box<dyn std::fmt::Debug> = match (call, space.ioas()) {
         (Call::MapFile, Some(ioas)) => match ioas.map_file(&region, iova, Access::ReadWrite) {
             Ok(mapping) => Box::new(mapping),
@@ -368,11 +371,11 @@ fn time_map(
         (Call::MapFile | Call::MapSmall, None) => return Ok(None),
         (Call::Map | Call::MapSmall, _) => Box::new(space.map(&region, iova)?),
     };
-    let (mapped, map_ioctls) = (since.elapsed(), ioctl::calls() - before);
+    let (mapped, map_ioctls) = (elapsed(since), ioctl::calls() - before);
     let in_kernel = ioctl::time().saturating_sub(in_kernel);
-    let (before, since) = (ioctl::calls(), Instant::now());
+    let (before, since) = (ioctl::calls(), Tsc::now());
     drop(mapping);
-    let (unmapped, unmap_ioctls) = (since.elapsed(), ioctl::calls() - before);
+    let (unmapped, unmap_ioctls) = (elapsed(since), ioctl::calls() - before);
     Ok(Some(MapTime {
         mode: String::new(),
         memory: String::new(),
