@@ -35,11 +35,20 @@ soak_native() {
 
 # The noise of other programs does not matter here: frames are counted, not timed.
 soak_guest() {
-    local modes=(cdev container compat) each
-    each=$((OPT_SECONDS / 9 + 1))
-    say "seed $OPT_SEED; again: scripts/soak guest --seed $OPT_SEED --seconds $OPT_SECONDS"
-    "$SCRIPTS/lab" run --monitor --timeout 0 ${OPT_YES:+--yes} -- guest-soak "$each" "$OPT_SEED" "${modes[@]}" | tee "$WORK/guest"
+    # Of three kinds of NIC in four modes.
+    local each=$((OPT_SECONDS / 12 + 1))
+    say "seed $OPT_SEED; again: scripts/soak guest --seed $OPT_SEED --seconds $OPT_SECONDS --packets $OPT_PACKETS"
+    soak_boot "$each" cdev container compat
+    soak_boot "$each" noiommu
     [[ -z $OPT_JSON ]] || sed -n 's/^# {/{/p' "$WORK/guest" >"$OPT_JSON"
+}
+
+# soak_boot SECONDS MODE...
+soak_boot() {
+    local each=$1 lab=(run --monitor --timeout 0 ${OPT_YES:+--yes})
+    shift
+    [[ $1 != noiommu ]] || lab+=(--no-iommu)
+    "$SCRIPTS/lab" "${lab[@]}" -- guest-soak "$each" "$OPT_PACKETS" "$OPT_SEED" "$@" | tee -a "$WORK/guest"
 }
 
 soak_build() {

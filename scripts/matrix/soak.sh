@@ -1,6 +1,9 @@
 # shellcheck shell=dash
 # Forwarding with a fault in each round, from a seed; and cables that are pulled and put back.
 
+# Frames of a stream without a fault: so many that starts and ends of programs are the smaller part of the time.
+SOAK_COUNT=200000
+
 # monitor COMMAND...: of QEMU.
 monitor() {
     local port
@@ -56,27 +59,31 @@ random() {
     RANDOM_NUMBER=$(((SOAK_STATE >> 12) % $1))
 }
 
-# soaks SECONDS SEED MODE...
+# soaks SECONDS PACKETS SEED MODE...
 soaks() {
-    local mode nic seconds=$1 seed=$2
-    shift 2
+    local mode nic seconds=$1 packets=$2 seed=$3
+    shift 3
     for mode; do
         for nic in $NICS; do
-            test_case "$nic, seed $seed, $mode" soak "$mode" "$nic" "$seconds" "$seed"
+            test_case "$nic, seed $seed, $mode" soak "$mode" "$nic" "$seconds" "$packets" "$seed"
             [ ! -f "$WORK/figures" ] || sed 's/^/# /' "$WORK/figures"
         done
     done
 }
 
-# soak MODE NIC SECONDS SEED: lives of l2fwd, each with streams both ways and faults between and under them. What a
-# stream without a fault loses is an error; what one with a fault loses is counted.
+# soak MODE NIC SECONDS PACKETS SEED: lives of l2fwd, each with streams both ways and faults between and under them, until
+# the time is over or so many packets (if not 0) came back. What a stream without a fault loses is an error; what one with
+# a fault loses is counted.
 soak() {
-    local end life=0 stream faults='' fault
-    SOAK_STATE=$(($4 + CASES))
+    local life=0 stream faults='' fault
+    SOAK_STATE=$(($5 + CASES))
     SENT=0
     RECEIVED=0
-    end=$(($(date +%s) + $3))
-    while [ "$(date +%s)" -lt $end ]; do
+    SOAK_END=$(($(date +%s) + $3))
+    SOAK_PACKETS=$4
+    COUNT=$SOAK_COUNT
+    GENERATOR_MODE=$1
+    while soak_goes_on; do
         life=$((life + 1))
         start_l2fwd -l 1 --vfio-mode "$1" -a "$(bdf "$2" fwd_rx)" -a "$(bdf "$2" fwd_tx)" -- -p 3 -q 2 -T 0
         OPEN=
@@ -93,7 +100,7 @@ soak() {
             esac
             under_fault "$1" "$2" $fault
             faults="$faults $fault"
-            [ "$(date +%s)" -lt $end ] || break
+            soak_goes_on || break
         done
         random 3
         if [ "$RANDOM_NUMBER" = 0 ]; then
@@ -110,8 +117,12 @@ soak() {
     done
     # The next start says that it recovers what a killed one left; here it has nothing to say.
     rm -rf /var/run/vireo/fwd*
-    echo "{\"mode\":\"$1\",\"nic\":\"$2\",\"seed\":$4,\"lives\":$life,\"sent\":$SENT,\"received\":$RECEIVED," \
+    echo "{\"mode\":\"$1\",\"nic\":\"$2\",\"seed\":$5,\"lives\":$life,\"sent\":$SENT,\"received\":$RECEIVED," \
         "\"descriptors\":$OPEN,\"faults\":\"${faults# }\"}" >"$WORK/figures"
+}
+
+soak_goes_on() {
+    [ "$(date +%s)" -lt "$SOAK_END" ] && { [ "$SOAK_PACKETS" = 0 ] || [ "$RECEIVED" -lt "$SOAK_PACKETS" ]; }
 }
 
 # Descriptors and private memory of l2fwd, against those at the first stream of its life.
