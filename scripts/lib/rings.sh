@@ -14,6 +14,7 @@ rings_tests() {
     rings_build || return
     rings_case "pktgen on virtio-user, through l2fwd on vhost" rings_circle l2fwd iface path
     rings_case "pktgen on vhost, through l2fwd on virtio-user" rings_circle l2fwd path iface
+    rings_case "a machine that is paused under traffic goes on without a storm of statistics" rings_paused
     if command -v dpdk-testpmd >/dev/null; then
         rings_case "pktgen on virtio-user, through DPDK's testpmd on vhost" rings_circle testpmd iface path
         rings_case "pktgen on vhost, through DPDK's testpmd on virtio-user" rings_circle testpmd path iface
@@ -100,6 +101,35 @@ rings_devices() {
         DEVICES+=(--vdev "$driver$port,$1=$RINGS_DIR/$port")
     done
 }
+
+# For a program that is stopped, time jumps as for one whose machine is suspended. Who caught up with it would print a
+# table for each of the 50 periods that it missed. The pause is shorter than pktgen waits for a frame.
+rings_paused() {
+    local before
+    rings_devices iface
+    "$L2FWD" -l 1 --file-prefix "rings-fwd-$$" "${DEVICES[@]}" -- -p 3 -q 2 -T 0.02 >"$RINGS_DIR/forwarder" 2>&1 &
+    RINGS_FORWARDER=$!
+    rings_await_sockets || return
+    rings_devices path
+    "$PKTGEN" -l 0 --file-prefix "rings-gen-$$" "${DEVICES[@]}" -- --duration "$RINGS_PATIENCE" \
+        --dst-mac 02:00:00:00:00:99 >"$RINGS_DIR/pktgen" 2>&1 &
+    RINGS_GENERATOR=$!
+    rings_await 'forwarded frames' grep -q 'received [0-9]\{5\}' "$RINGS_DIR/forwarder" || return
+    kill -STOP "$RINGS_FORWARDER"
+    sleep 1
+    before=$(rings_tables)
+    kill -CONT "$RINGS_FORWARDER"
+    rings_await 'further statistics' rings_has_tables $((before + 3)) || return
+    kill -INT "$RINGS_GENERATOR"
+    wait "$RINGS_GENERATOR" || { cat "$RINGS_DIR/pktgen" && return 1; }
+    kill -INT "$RINGS_FORWARDER"
+    wait "$RINGS_FORWARDER" || { echo "l2fwd exited with $?" && return 1; }
+    (($(rings_tables) < before + 40)) || { echo "$(($(rings_tables) - before)) tables after the pause" && return 1; }
+}
+
+rings_tables() { grep -c '^port 0: ' "$RINGS_DIR/forwarder"; }
+
+rings_has_tables() { (($(rings_tables) >= $1)); }
 
 # rings_pairs L2FWD-END TESTPMD-END: a port with two pairs of queues each. What testpmd sends first on each pair goes
 # round until it is told to end; it then says what it received on each.
