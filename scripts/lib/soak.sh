@@ -35,20 +35,26 @@ soak_native() {
 
 # The noise of other programs does not matter here: frames are counted, not timed.
 soak_guest() {
-    # Of three kinds of NIC in four modes.
-    local each=$((OPT_SECONDS / 12 + 1))
-    say "seed $OPT_SEED; again: scripts/soak guest --seed $OPT_SEED --seconds $OPT_SECONDS --packets $OPT_PACKETS"
-    soak_boot "$each" cdev container compat
-    soak_boot "$each" noiommu
+    local mode mapped=() physical=() nics=${OPT_NICS//,/ }
+    for mode in ${OPT_MODES//,/ }; do
+        if [[ $mode == noiommu* ]]; then physical+=("$mode"); else mapped+=("$mode"); fi
+    done
+    SOAK_EACH=$((OPT_SECONDS / ($(wc -w <<<"$nics") * (${#mapped[@]} + ${#physical[@]})) + 1))
+    say "seed $OPT_SEED; again: scripts/soak guest --seed $OPT_SEED --seconds $OPT_SECONDS --packets $OPT_PACKETS" \
+        "--nics $OPT_NICS --modes $OPT_MODES"
+    # A device is offered without an IOMMU only where there is none.
+    ((${#mapped[@]} == 0)) || soak_boot '' "$nics" "${mapped[@]}"
+    ((${#physical[@]} == 0)) || soak_boot --no-iommu "$nics" "${physical[@]}"
     [[ -z $OPT_JSON ]] || sed -n 's/^# {/{/p' "$WORK/guest" >"$OPT_JSON"
 }
 
-# soak_boot SECONDS MODE...
+# soak_boot OPTION NICS MODE...
 soak_boot() {
-    local each=$1 lab=(run --monitor --timeout 0 ${OPT_YES:+--yes})
+    local option=$1
     shift
-    [[ $1 != noiommu ]] || lab+=(--no-iommu)
-    "$SCRIPTS/lab" "${lab[@]}" -- guest-soak "$each" "$OPT_PACKETS" "$OPT_SEED" "$@" | tee -a "$WORK/guest"
+    # shellcheck disable=SC2086  # or no option
+    "$SCRIPTS/lab" run --monitor --timeout 0 $option ${OPT_YES:+--yes} -- \
+        guest-soak "$SOAK_EACH" "$OPT_PACKETS" "$OPT_SEED" "$@" | tee -a "$WORK/guest"
 }
 
 soak_build() {

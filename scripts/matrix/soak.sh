@@ -59,12 +59,12 @@ random() {
     RANDOM_NUMBER=$(((SOAK_STATE >> 12) % $1))
 }
 
-# soaks SECONDS PACKETS SEED MODE...
+# soaks SECONDS PACKETS SEED KINDS MODE...
 soaks() {
-    local mode nic seconds=$1 packets=$2 seed=$3
-    shift 3
+    local mode nic seconds=$1 packets=$2 seed=$3 kinds=$4
+    shift 4
     for mode; do
-        for nic in $NICS; do
+        for nic in $kinds; do
             test_case "$nic, seed $seed, $mode" soak "$mode" "$nic" "$seconds" "$packets" "$seed"
             [ ! -f "$WORK/figures" ] || sed 's/^/# /' "$WORK/figures"
         done
@@ -82,6 +82,8 @@ soak() {
     SOAK_END=$(($(date +%s) + $3))
     SOAK_PACKETS=$4
     COUNT=$SOAK_COUNT
+    # It may share its machine for hours with whatever else is done there.
+    PATIENCE=300
     GENERATOR_MODE=$1
     while soak_goes_on; do
         life=$((life + 1))
