@@ -64,7 +64,7 @@ survives_kill() {
         test_case "SIGKILL under traffic, then $nic works, $1" works_after_kill "$1" "$nic"
     done
     test_case "SIGKILL at each step of the start, $1" works_after_early_kills "$1"
-    test_case "SIGKILL under traffic and restart, again and again times, $1" killed_again_and_again "$1"
+    test_case "SIGKILL under traffic and restart, again and again, $1" killed_again_and_again "$1"
 }
 
 works_after_kill() {
@@ -100,18 +100,13 @@ works_after_early_kills() {
 # start_under_traffic MODE NIC: returns when frames pass.
 start_under_traffic() {
     start_l2fwd -l 1 --vfio-mode "$1" -a "$(bdf "$2" fwd_rx)" -a "$(bdf "$2" fwd_tx)" -- -p 3 -q 2 -T 0.5
-    generate "$2" "$2" --dst-mac "$(mac "$2" fwd_rx)" --duration "$PATIENCE" &
-    PKTGEN=$!
-    CHILDREN="$CHILDREN $PKTGEN"
+    start_generator "$2" "$2" --dst-mac "$(mac "$2" fwd_rx)" --duration "$PATIENCE"
     await_traffic
 }
 
 # generate_at_rate NIC MODE: sends whether or not the frames come back; returns when they pass.
 generate_at_rate() {
-    pktgen -l 0 --file-prefix gen --vfio-mode "$GENERATOR_MODE" -a "$(bdf "$1" gen_tx)" -a "$(bdf "$1" gen_rx)" -- \
-        --dst-mac "$(mac "$1" fwd_rx)" --rate 5000 --window 100000000 --duration 100000 --json >"$WORK/pktgen.out" 2>"$WORK/pktgen.err" &
-    PKTGEN=$!
-    CHILDREN="$CHILDREN $PKTGEN"
+    start_generator "$1" "$1" --dst-mac "$(mac "$1" fwd_rx)" --rate 5000 --window 100000000 --duration 100000
     start_l2fwd -l 1 --vfio-mode "$2" -a "$(bdf "$1" fwd_rx)" -a "$(bdf "$1" fwd_tx)" -- -p 3 -q 2 -T 0.02
     await_traffic
 }

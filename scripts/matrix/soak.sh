@@ -153,9 +153,7 @@ clean_stream() {
 
 # under_fault MODE NIC FAULT: frames may be lost, and none may be other than it was sent.
 under_fault() {
-    generate "$2" "$2" --dst-mac "$(mac "$2" fwd_rx)" --duration "$PATIENCE" --size 60-1514 &
-    PKTGEN=$!
-    CHILDREN="$CHILDREN $PKTGEN"
+    start_generator "$2" "$2" --dst-mac "$(mac "$2" fwd_rx)" --duration "$PATIENCE" --size 60-1514
     sleep 2
     "$3" "$2"
     end_traffic

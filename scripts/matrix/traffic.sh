@@ -102,14 +102,29 @@ stream() {
     came_back $COUNT $COUNT
 }
 
-# generate RX TX ARGUMENTS...
+# generate RX TX ARGUMENTS...: to its end.
 generate() {
-    local first second
-    first=$(bdf "$1" gen_tx)
-    second=$(bdf "$2" gen_rx)
+    local ports
+    ports=$(generator_ports "$1" "$2")
     shift 2
-    timeout "$PATIENCE" pktgen -l 0 --file-prefix gen --vfio-mode "$GENERATOR_MODE" -a "$first" -a "$second" -- "$@" --json \
-        >"$WORK/pktgen.out" 2>"$WORK/pktgen.err"
+    # shellcheck disable=SC2086  # words of a command line
+    timeout "$PATIENCE" pktgen $ports -- "$@" --json >"$WORK/pktgen.out" 2>"$WORK/pktgen.err"
+}
+
+# start_generator RX TX ARGUMENTS...: PKTGEN is the program itself. A function in the background would be a shell in
+# between, and one that ignores SIGINT.
+start_generator() {
+    local ports
+    ports=$(generator_ports "$1" "$2")
+    shift 2
+    # shellcheck disable=SC2086  # words of a command line
+    pktgen $ports -- "$@" --json >"$WORK/pktgen.out" 2>"$WORK/pktgen.err" &
+    PKTGEN=$!
+    CHILDREN="$CHILDREN $PKTGEN"
+}
+
+generator_ports() {
+    echo "-l 0 --file-prefix gen --vfio-mode $GENERATOR_MODE -a $(bdf "$1" gen_tx) -a $(bdf "$2" gen_rx)"
 }
 
 # came_back SENT RECEIVED: what pktgen saw, and nothing else.
