@@ -114,6 +114,21 @@ impl Error {
         self.kind
     }
 
+    /// What failed.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
+    /// Why it failed.
+    pub fn why(&self) -> &str {
+        &self.why
+    }
+
+    /// What the user should do, if anything helps.
+    pub fn cure(&self) -> Option<&str> {
+        self.cure.as_deref()
+    }
+
     /// What the kernel answered, if it was the kernel.
     pub fn errno(&self) -> Option<Errno> {
         self.errno
@@ -132,6 +147,8 @@ mod tests {
             "cannot open /dev/vfio/5: EACCES (Permission denied); run: chown you /dev/vfio/5"
         );
         assert_eq!(error.kind().exit_code(), 77);
+        assert_eq!((error.what(), error.why()), ("cannot open /dev/vfio/5", "EACCES (Permission denied)"));
+        assert_eq!(error.cure(), Some("run: chown you /dev/vfio/5"));
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod sys;
 
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use iommufd_bindings as uapi;
@@ -95,7 +96,11 @@ impl Iommufd {
     /// # Errors
     /// `Unavailable` on a kernel without iommufd, `Permission` without access to the node.
     pub fn open() -> Result<Self> {
-        let file = node::open(PATH.as_ref()).map_err(|error| match error.errno() {
+        Self::open_at(PATH.as_ref())
+    }
+
+    pub(crate) fn open_at(path: &Path) -> Result<Self> {
+        let file = node::open(path).map_err(|error| match error.errno() {
             Some(Errno::ENOENT | Errno::ENODEV) => error
                 .because("this kernel has no iommufd (CONFIG_IOMMUFD)")
                 .mend("run: modprobe iommufd, or choose --vfio-mode container"),

@@ -13,7 +13,7 @@ use super::space::AddressSpace;
 use super::{Device, DeviceFds, VfioMode};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
-use crate::iommufd::{self, WeakIommufd};
+use crate::iommufd::WeakIommufd;
 
 /// A device by its name on its bus (`0000:00:04.0`) and its directory in sysfs.
 #[derive(Clone, Debug)]
@@ -88,6 +88,12 @@ impl Vfio {
         }
     }
 
+    /// The same, with device nodes below `dev` in the place of `/dev`.
+    #[must_use]
+    pub fn below(self, dev: PathBuf) -> Self {
+        Self { dev, ..self }
+    }
+
     /// Gives each IOMMU group an address space of its own from now on, if `isolated` (`--isolate-ports`).
     #[must_use]
     pub fn isolate(self, isolated: bool) -> Self {
@@ -143,7 +149,7 @@ impl Vfio {
         let mode = if mode == VfioMode::Auto { self.choose(node)?.0 } else { mode };
         match mode {
             VfioMode::Cdev | VfioMode::NoiommuCdev => {
-                Ok([iommufd::PATH.into(), self.cdev_path(node, mode)?.1])
+                Ok([self.iommufd_path(), self.cdev_path(node, mode)?.1])
             }
             _ => Ok([self.container_path(mode), self.group_path(node, mode)?.1]),
         }
@@ -201,7 +207,7 @@ impl Vfio {
         }
         let reason = match cdev {
             Some(name)
-                if self.nodes.has(&self.dev.join("iommu"))
+                if self.nodes.has(&self.iommufd_path())
                     && self.nodes.has(&self.dev.join("vfio/devices").join(&name)) =>
             {
                 return Ok((VfioMode::Cdev, format!("auto: the kernel offers /dev/vfio/devices/{name}")));
@@ -213,6 +219,11 @@ impl Vfio {
             Some(_) => Ok((VfioMode::Container, reason.to_owned())),
             None => Err(no_group(what())),
         }
+    }
+
+    /// Node of iommufd.
+    pub(super) fn iommufd_path(&self) -> PathBuf {
+        self.dev.join("iommu")
     }
 
     /// Node of `group` when it was made for a device without IOMMU.
@@ -285,12 +296,18 @@ pub(super) fn cdev_name(node: &Node) -> Option<String> {
 /// `what` failed because VFIO takes no device that is in no IOMMU group, or has one no more.
 pub fn no_group(what: String) -> Error {
     let error = Error::new(ErrorKind::Unavailable, what, "it is in no IOMMU group, so the IOMMU is off");
-    match fs::read_to_string("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode") {
-        Ok(enabled) if enabled.trim() == "N" => error.mend(
+    match noiommu_allowed() {
+        Some(false) => error.mend(
             "boot with intel_iommu=on or amd_iommu=on; or, unsafe: echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode, bind again, --vfio-mode noiommu",
         ),
         _ => error.mend("boot with intel_iommu=on or amd_iommu=on"),
     }
+}
+
+/// Whether VFIO hands devices over that have no IOMMU; none when it has no such switch, or is not loaded.
+pub fn noiommu_allowed() -> Option<bool> {
+    let switch = fs::read_to_string("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode").ok()?;
+    Some(switch.trim() != "N")
 }
 
 pub(super) fn needs_noiommu(what: String, mode: VfioMode) -> Error {

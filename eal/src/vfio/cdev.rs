@@ -40,7 +40,7 @@ impl Vfio {
             match kept.upgrade() {
                 Some(iommufd) => iommufd,
                 None => {
-                    let iommufd = self.nodes.iommufd()?;
+                    let iommufd = self.nodes.iommufd(&self.iommufd_path())?;
                     *kept = iommufd.downgrade();
                     iommufd
                 }

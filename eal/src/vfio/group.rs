@@ -16,12 +16,11 @@ use super::space::{AddressSpace, Container};
 use super::{VfioMode, diagnose, sys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
-use crate::iommufd;
 
 impl Vfio {
     /// Node of the containers of `mode`.
     pub(super) fn container_path(&self, mode: VfioMode) -> PathBuf {
-        if mode == VfioMode::Compat { iommufd::PATH.into() } else { self.dev.join("vfio/vfio") }
+        if mode == VfioMode::Compat { self.iommufd_path() } else { self.dev.join("vfio/vfio") }
     }
 
     /// Number and node of the device's group.
@@ -61,7 +60,7 @@ impl Vfio {
         Ok(GroupFds { container, group: group.into() })
     }
 
-    fn open_container(&self, mode: VfioMode) -> Result<OwnedFd> {
+    pub(super) fn open_container(&self, mode: VfioMode) -> Result<OwnedFd> {
         let module = match mode {
             VfioMode::Compat => "run: modprobe iommufd, or choose --vfio-mode container",
             _ => "run: modprobe vfio-pci",

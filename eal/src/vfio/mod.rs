@@ -9,6 +9,7 @@ mod cdev;
 mod device;
 mod diagnose;
 mod fds;
+mod foresee;
 mod group;
 mod info;
 mod irq;
@@ -17,7 +18,7 @@ pub mod nodes;
 mod space;
 mod sys;
 
-pub use acquire::{Acquired, Node, Phase, Vfio, no_group};
+pub use acquire::{Acquired, Node, Phase, Vfio, no_group, noiommu_allowed};
 pub use device::{ConfigSpace, Device};
 pub use fds::{CdevFds, DeviceFds, GroupFds};
 pub use irq::{Irq, IrqInfo, Request};

@@ -38,6 +38,10 @@ impl VfioMode {
     pub const ALL: [Self; 6] =
         [Self::Auto, Self::Container, Self::Cdev, Self::Compat, Self::Noiommu, Self::NoiommuCdev];
 
+    /// Every mode that `auto` is not: those that a device can be had in.
+    pub const EXPLICIT: [Self; 5] =
+        [Self::Container, Self::Cdev, Self::Compat, Self::Noiommu, Self::NoiommuCdev];
+
     /// Name on the command line.
     pub fn name(self) -> &'static str {
         match self {

@@ -16,7 +16,7 @@ use nix::sys::stat::{SFlag, fstat, major, minor};
 use super::acquire::lock;
 use super::diagnose;
 use crate::error::{Error, ErrorKind, Result};
-use crate::iommufd::{self, Iommufd};
+use crate::iommufd::Iommufd;
 use crate::node::open;
 
 /// First descriptor that is passed (`SD_LISTEN_FDS_START`, sd_listen_fds(3)).
@@ -106,11 +106,11 @@ impl Nodes {
         }
     }
 
-    /// Opens `/dev/iommu`.
-    pub(super) fn iommufd(&self) -> Result<Iommufd> {
+    /// Opens iommufd, whose node is `path`.
+    pub(super) fn iommufd(&self, path: &Path) -> Result<Iommufd> {
         match &self.0 {
-            Kind::Files => Iommufd::open(),
-            Kind::Passed(_) => self.open(Path::new(iommufd::PATH)).map(|file| Iommufd::from_fd(file.into())),
+            Kind::Files => Iommufd::open_at(path),
+            Kind::Passed(_) => self.open(path).map(|file| Iommufd::from_fd(file.into())),
         }
     }
 

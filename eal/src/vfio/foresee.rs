@@ -1,0 +1,93 @@
+//! What can be said of a mode before the device is on VFIO's driver.
+
+use super::VfioMode;
+use super::acquire::{Node, Vfio, group_of, has_iommu, needs_noiommu, no_group, noiommu_allowed};
+use crate::error::{ErrorKind, Result};
+
+impl Vfio {
+    /// Says what would keep `node` from being had in `mode` after it is bound to VFIO's driver, as far as that can be
+    /// known while another driver has it, or none. `loaded` is whether the kernel has VFIO's driver; if not, nothing
+    /// is said about what comes with it. No device is opened, and of the nodes only `/dev/vfio/vfio` or `/dev/iommu`.
+    /// Who may open them is not asked: that comes after the bind.
+    ///
+    /// # Errors
+    /// As [`Vfio::acquire`] or, where the kernel would refuse the bind, as that.
+    pub fn foresee(&self, node: &Node, mode: VfioMode, loaded: bool) -> Result<()> {
+        self.foresee_where(node, mode, loaded, noiommu_allowed())
+    }
+
+    fn foresee_where(&self, node: &Node, mode: VfioMode, loaded: bool, noiommu: Option<bool>) -> Result<()> {
+        let what = || format!("cannot use {} in mode {mode}", node.name);
+        // A group without an IOMMU is made at the bind, so one that is there now has one.
+        match (group_of(node).is_ok(), mode.has_iommu()) {
+            (true, false) => return Err(has_iommu(what())),
+            // Every kernel has this one; whether it has the other one shows at the bind.
+            (false, true) if noiommu == Some(true) => return Err(needs_noiommu(what(), VfioMode::Noiommu)),
+            (false, true) => return Err(no_group(what())),
+            (false, false) if noiommu == Some(false) || (loaded && noiommu.is_none()) => {
+                return Err(no_group(what()));
+            }
+            (true, true) | (false, false) => {}
+        }
+        let shared = match mode {
+            VfioMode::Cdev | VfioMode::NoiommuCdev => self.nodes.iommufd(&self.iommufd_path()).map(drop),
+            VfioMode::Container | VfioMode::Noiommu if !loaded => return Ok(()),
+            _ => self.open_container(mode).map(drop),
+        };
+        shared.or_else(|error| if error.kind() == ErrorKind::Permission { Ok(()) } else { Err(error) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    fn machine(group: bool) -> (tempfile::TempDir, Vfio, Node) {
+        let root = tempfile::tempdir().unwrap();
+        let node = Node { name: "0000:00:0d.0".into(), sysfs: root.path().join("device") };
+        fs::create_dir_all(&node.sysfs).unwrap();
+        fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
+        if group {
+            symlink("/sys/kernel/iommu_groups/3", node.sysfs.join("iommu_group")).unwrap();
+        }
+        let vfio = Vfio::new(None).below(root.path().join("dev"));
+        (root, vfio, node)
+    }
+
+    #[test]
+    fn the_iommu_decides_which_modes_there_are() {
+        let (root, vfio, node) = machine(true);
+        fs::write(root.path().join("dev/vfio/vfio"), "").unwrap();
+        let refusal = |mode| vfio.foresee(&node, mode, true).unwrap_err().to_string();
+        assert!(vfio.foresee(&node, VfioMode::Container, true).is_ok());
+        assert!(refusal(VfioMode::Noiommu).ends_with("use --vfio-mode cdev or container"));
+        assert!(refusal(VfioMode::NoiommuCdev).contains("the device has an IOMMU"));
+
+        let (root, vfio, node) = machine(false);
+        fs::write(root.path().join("dev/vfio/vfio"), "").unwrap();
+        let refusal = |mode, noiommu| vfio.foresee_where(&node, mode, true, noiommu).unwrap_err().to_string();
+        for noiommu in [Some(false), None] {
+            for mode in [VfioMode::Container, VfioMode::Cdev, VfioMode::Compat, VfioMode::Noiommu] {
+                assert!(refusal(mode, noiommu).contains("it is in no IOMMU group"), "{mode}");
+            }
+        }
+        assert!(refusal(VfioMode::Cdev, Some(true)).ends_with("--vfio-mode noiommu"));
+        assert!(vfio.foresee_where(&node, VfioMode::Noiommu, true, Some(true)).is_ok());
+        // Whether a module that is not loaded has the switch nobody knows.
+        assert!(vfio.foresee_where(&node, VfioMode::Noiommu, false, None).is_ok());
+    }
+
+    #[test]
+    fn what_the_kernel_lacks_is_named() {
+        let (_root, vfio, node) = machine(true);
+        let refusal = |mode| vfio.foresee(&node, mode, true).unwrap_err().to_string();
+        assert!(refusal(VfioMode::Container).ends_with("run: modprobe vfio-pci"));
+        for mode in [VfioMode::Cdev, VfioMode::Compat] {
+            assert!(refusal(mode).contains("modprobe iommufd, or choose --vfio-mode container"), "{mode}");
+        }
+        // Not loaded, it is loaded by the command that binds the device.
+        assert!(vfio.foresee(&node, VfioMode::Container, false).is_ok());
+    }
+}
