@@ -38,7 +38,7 @@ impl Bus {
     }
 
     /// Whether the kernel has `driver`, built in or loaded.
-    pub(crate) fn has_driver(&self, driver: &str) -> bool {
+    pub fn has_driver(&self, driver: &str) -> bool {
         self.root().join("drivers").join(driver).exists()
     }
 

@@ -8,7 +8,8 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::{Bus, CAP_ID_MSIX, DeviceId, Function, PciInfo, capabilities};
 
-pub(crate) const VFIO_DRIVER: &str = "vfio-pci";
+/// The kernel driver that hands functions to user space.
+pub const VFIO_DRIVER: &str = "vfio-pci";
 
 /// A PCI function that this process owns through VFIO, in any mode.
 #[derive(Debug)]
@@ -55,7 +56,7 @@ impl Bus {
             .iter()
             .map(|allowed| {
                 let info = self.find(allowed.address)?;
-                self.check_usable(&info, &known)?;
+                self.usable(&info, &known)?;
                 Ok(info)
             })
             .collect::<Result<Vec<_>>>()?;
@@ -63,7 +64,11 @@ impl Bus {
         Ok(chosen)
     }
 
-    fn check_usable(&self, info: &PciInfo, known: impl Fn(DeviceId) -> bool) -> Result<()> {
+    /// Whether a program may ask VFIO for `info`: a driver knows it, and vfio-pci has it.
+    ///
+    /// # Errors
+    /// `Unavailable` when not, with the command that binds it.
+    pub fn usable(&self, info: &PciInfo, known: impl Fn(DeviceId) -> bool) -> Result<()> {
         let refuse =
             |why: String| Error::new(ErrorKind::Unavailable, format!("cannot use {}", info.address), why);
         if !known(info.id) {
