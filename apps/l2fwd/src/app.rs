@@ -23,7 +23,7 @@ use crate::plan::{Planned, plan};
 use crate::report::{Reporter, Style, Totals, link_text, mac_text};
 
 /// Descriptors of each queue, as in DPDK's l2fwd.
-const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
+pub const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
 
 /// Everything between the arguments and the exit code.
 ///

@@ -1,0 +1,84 @@
+//! `vireo-doctor`: says of each NIC and each VFIO mode whether a program can use it, the one reason why not, and the
+//! command that mends it.
+#![forbid(unsafe_code)]
+
+mod examine;
+mod machine;
+mod report;
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+use vireo_bus_pci::Bus;
+use vireo_eal::args::one_line;
+use vireo_eal::bdf::Bdf;
+use vireo_eal::vfio::VfioMode;
+use vireo_eal::{Error, ErrorKind, Result, program};
+
+use crate::examine::Host;
+use crate::machine::Machine;
+use crate::report::Report;
+
+/// Says of each NIC and each VFIO mode whether a program can use it, and if not, why and what mends it.
+///
+/// A NIC that is on vfio-pci is tried: opened in each mode, given to its driver and mapped memory as l2fwd does it,
+/// and let go. That resets it; its queues are not started and nothing is forwarded. What another process has open
+/// is left alone. Of a NIC with another kernel driver, or none, is only read.
+///
+/// Exit code: 0 when a NIC can be used in some mode, 69 when none can be in any, 64 for wrong arguments, 74 when
+/// nobody takes the output.
+#[derive(Debug, Parser)]
+#[command(name = "vireo-doctor", version)]
+struct Cli {
+    /// Print the findings as JSON
+    #[arg(long)]
+    json: bool,
+    /// Only these modes: container, cdev, compat, noiommu, noiommu-cdev
+    #[arg(long, value_name = "MODE,...", value_delimiter = ',', value_parser = explicit)]
+    modes: Vec<VfioMode>,
+    /// PCI addresses, such as 0000:00:03.0; without any, all Ethernet controllers
+    #[arg(value_name = "ADDRESS", value_parser = clap::value_parser!(Bdf))]
+    addresses: Vec<Bdf>,
+}
+
+/// A mode that a device can be had in.
+fn explicit(text: &str) -> Result<VfioMode> {
+    match text.parse()? {
+        VfioMode::Auto => Err(Error::new(ErrorKind::Usage, "VFIO mode auto", "it chooses among the others")
+            .mend("use some of container, cdev, compat, noiommu, noiommu-cdev, or leave out --modes")),
+        mode => Ok(mode),
+    }
+}
+
+impl Cli {
+    /// Reads `argv`; help and version are printed and end the process.
+    fn read(argv: impl Iterator<Item = OsString>) -> Result<Self> {
+        let mut cli = Self::try_parse_from(argv).map_err(|error| {
+            if !error.use_stderr() {
+                error.exit();
+            }
+            one_line(&error, "arguments", "vireo-doctor")
+        })?;
+        if cli.modes.is_empty() {
+            cli.modes = VfioMode::EXPLICIT.to_vec();
+        }
+        Ok(cli)
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    let cli = Cli::read(std::env::args_os())?;
+    vireo_eal::log::init(&[])?;
+    let host = Host { bus: Bus::default(), dev: "/dev".into() };
+    let machine = Machine::read("/".as_ref())?;
+    let report = Report { machine, nics: examine::examine(&host, &cli.addresses, &cli.modes)? };
+    program::print(&if cli.json { report.json()? } else { report.text() })?;
+    Ok(report.exit_code())
+}
+
+fn main() -> ExitCode {
+    program::exit_code("vireo-doctor", run())
+}
