@@ -28,6 +28,8 @@ each_nic_in_each_mode() {
 
 forwards_in_mode() {
     [ "$1" != noiommu-cdev ] || need_noiommu_cdev
+    # Of each kind once.
+    [ "$2" != "$3" ] || usable "$1" "$(bdf "$2" fwd_rx)"
     forwards "$2" "$3" '' '' "-l 1 --vfio-mode $1"
     said "in mode $1: as asked"
 }

@@ -6,9 +6,9 @@ no_hugepages() {
     before=$(cat "$HUGEPAGES/nr_hugepages")
     at_end set_hugepages "$before"
     set_hugepages 0
-    refused_as root 71 "are needed and 0 of 0 are free; run: sysctl vm.nr_hugepages=" --vfio-mode "$1" -a "$(bdf e1000e fwd_rx)" -- -p 1
+    unusable_as root "$1" "$(bdf e1000e fwd_rx)" 71 "are needed and 0 of 0 are free; run: sysctl vm.nr_hugepages="
     set_hugepages 4
-    refused_as root 71 "are needed and 4 of 4 are free; run: sysctl vm.nr_hugepages=" --vfio-mode "$1" -a "$(bdf e1000e fwd_rx)" -- -p 1
+    unusable_as root "$1" "$(bdf e1000e fwd_rx)" 71 "are needed and 4 of 4 are free; run: sysctl vm.nr_hugepages="
     set_hugepages "$before"
     starts_again
 }
@@ -52,8 +52,8 @@ little_memlock() {
     shift 2
     at_end chown root "$@"
     chown nobody "$@"
-    LIMIT='ulimit -l 64;' refused_as nobody 71 "KiB must be locked and RLIMIT_MEMLOCK is 64 KiB for $accounting" \
-        --file-prefix nobody --vfio-mode "$mode" -a "$(bdf e1000e fwd_rx)" -- -p 1
+    LIMIT='ulimit -l 64;' unusable_as nobody "$mode" "$(bdf e1000e fwd_rx)" 71 \
+        "KiB must be locked and RLIMIT_MEMLOCK is 64 KiB for $accounting"
     grep -q 'run: ulimit -l [0-9]*, or as root: prlimit' "$WORK/refused.err" || die "no command"
     starts_again
 }
@@ -62,7 +62,7 @@ entry_limit() {
     local limit=/sys/module/vfio_iommu_type1/parameters/dma_entry_limit
     at_end "echo 65535 >$limit"
     echo 0 >$limit
-    refused_as root 71 "allows, 0; run: echo 65535 > $limit" --vfio-mode container -a "$(bdf e1000e fwd_rx)" -- -p 1
+    unusable_as root container "$(bdf e1000e fwd_rx)" 71 "allows, 0; run: echo 65535 > $limit"
     echo 65535 >$limit
     starts_again
 }
@@ -87,6 +87,9 @@ offline_core() {
 # output_fails: /dev/full, then a reader that goes. The next start finds the NICs stopped.
 output_fails() {
     local status=0
+    doctor --modes container "$(bdf e1000e fwd_rx)" >/dev/full 2>"$WORK/full.err" || status=$?
+    [ $status = 74 ] || die "exit code $status of the doctor"
+    status=0
     timeout "$PATIENCE" l2fwd -l 1 --vfio-mode "$GENERATOR_MODE" -a "$(bdf e1000e fwd_rx)" -- -p 1 >/dev/full 2>"$WORK/full.err" || status=$?
     [ $status = 74 ] || die "exit code $status"
     [ "$(cat "$WORK/full.err")" = "vireo-l2fwd: cannot write to standard output: ENOSPC (No space left on device)" ] || die "not said"

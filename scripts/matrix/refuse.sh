@@ -72,27 +72,26 @@ bound_to_the_kernel() {
     nic=$(bdf e1000e fwd_rx)
     at_end bind "$nic" vfio-pci
     bind "$nic" e1000e
-    refused_as root 69 "kernel driver e1000e; run: vireo-devbind --bind vfio-pci $nic" --vfio-mode "$1" -a "$nic" -- -p 1
+    unusable_as root "$1" "$nic" 69 "kernel driver e1000e; run: vireo-devbind --bind vfio-pci $nic"
     [ -e "/sys/bus/pci/drivers/e1000e/$nic" ] || die "it was taken away from e1000e"
     bind "$nic" vfio-pci
     starts_again
 }
 
-# without_node NODE EXIT-CODE TEXT ARGUMENTS...
+# without_node NODE MODE TEXT
 without_node() {
     local node=$1
-    shift
     at_end "[ -e '$node' ] || mv '$node.away' '$node'"
     mv "$node" "$node.away"
-    refused_as root "$@" -a "$(bdf e1000e fwd_rx)" -- -p 1
+    unusable_as root "$2" "$(bdf e1000e fwd_rx)" 69 "$3"
     mv "$node.away" "$node"
     starts_again
 }
 
 # no_permission MODE NODE RULE: an ordinary user is told whose the node is and what a udev rule would say.
 no_permission() {
-    LIMIT='' refused_as nobody 77 "cannot open $2: EACCES: it belongs to uid 0, gid 0 with mode $(stat -c 0%a "$2"); run as root, or: setfacl -m u:nobody:rw $2; for good by a udev rule: $3, OWNER=\"nobody\"" \
-        --file-prefix nobody --vfio-mode "$1" -a "$(bdf e1000e fwd_rx)" -- -p 1
+    LIMIT='' unusable_as nobody "$1" "$(bdf e1000e fwd_rx)" 77 \
+        "cannot open $2: EACCES: it belongs to uid 0, gid 0 with mode $(stat -c 0%a "$2"); run as root, or: setfacl -m u:nobody:rw $2; for good by a udev rule: $3, OWNER=\"nobody\""
     starts_again
 }
 
@@ -103,8 +102,7 @@ no_raw_io() {
     shift
     at_end chown root "$@"
     chown nobody "$@"
-    LIMIT='' refused_as nobody 77 "CAP_SYS_RAWIO, whatever the node's mode is; start as root" --file-prefix nobody \
-        --vfio-mode "$mode" -a "$(bdf e1000e fwd_rx)" -- -p 1
+    LIMIT='' unusable_as nobody "$mode" "$(bdf e1000e fwd_rx)" 77 "CAP_SYS_RAWIO, whatever the node's mode is; start as root"
     starts_again
 }
 
@@ -119,6 +117,12 @@ noiommu_switched_off() {
     devbind --bind vfio-pci "$nic" 2>"$WORK/refused.err" || status=$?
     [ $status = 69 ] || die "devbind exited with $status"
     grep -q "it is in no IOMMU group.*echo 1 > $parameter" "$WORK/refused.err" || die "not said"
+    # What devbind says, and not that it is devbind that helps.
+    diagnose root noiommu "$nic"
+    case $DIAGNOSIS in
+        *"it is in no IOMMU group"*"echo 1 > $parameter"*) ;;
+        *) die "the doctor says something else: $DIAGNOSIS" ;;
+    esac
     refused_as root 69 "it is bound to no driver; run: vireo-devbind --bind vfio-pci $nic" --vfio-mode noiommu -a "$nic" -- -p 1
     echo 1 >$parameter
     devbind --bind vfio-pci "$nic"
@@ -134,10 +138,12 @@ not_loaded() {
     mount -t tmpfs none /sys/bus/pci/drivers
     devbind --bind vfio-pci "$nic" 2>"$WORK/devbind.err" || status=$?
     l2fwd -a "$nic" -- -p 1 2>"$WORK/refused.err" || status=$status,$?
+    diagnose root cdev "$nic"
     umount /sys/bus/pci/drivers
     [ $status = 69,69 ] || die "exit codes $status"
     grep -q 'run: modprobe vfio-pci$' "$WORK/devbind.err" || die "devbind did not say what to load"
     grep -q "vfio-pci is not loaded; run: modprobe vfio-pci && vireo-devbind --bind vfio-pci $nic" "$WORK/refused.err" || die "not said"
+    [ "vireo-l2fwd: $DIAGNOSIS" = "$(cat "$WORK/refused.err")" ] || die "the doctor says something else: $DIAGNOSIS"
     bind "$nic" vfio-pci
     starts_again
 }
@@ -150,7 +156,7 @@ hidden_user() {
     at_end chown root "$@"
     chown nobody "$@"
     start_l2fwd -l 1 --vfio-mode "$mode" -a "$nic" -- -p 1 -T 0
-    LIMIT='' refused_as nobody 75 'in use by' --file-prefix nobody --vfio-mode "$mode" -a "$nic" -- -p 1
+    LIMIT='' unusable_as nobody "$mode" "$nic" 75 'in use by'
     grep -q 'find it: fuser -v' "$WORK/refused.err" || die "no command"
     stop_l2fwd
 }
@@ -160,7 +166,7 @@ in_use() {
     local nic
     nic=$(bdf e1000e fwd_rx)
     start_l2fwd -l 1 --vfio-mode "$1" -a "$nic" -- -p 1 -T 0
-    refused_as root 75 "in use by pid $L2FWD (l2fwd); stop it: kill $L2FWD" --file-prefix second --vfio-mode "$2" -a "$nic" -- -p 1
+    unusable_as root "$2" "$nic" 75 "in use by pid $L2FWD (l2fwd); stop it: kill $L2FWD"
     stop_l2fwd
     starts_again
 }

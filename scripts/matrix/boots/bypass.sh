@@ -7,6 +7,6 @@ boot_cases() {
     local mode
     for mode in container cdev compat; do
         test_case "refused: virtio-net without ACCESS_PLATFORM, $mode" \
-            refuses 69 "iommu_platform=on" --vfio-mode "$mode" -a "$(bdf virtio-net fwd_rx)" -- -p 1
+            unusable "$mode" "$(bdf virtio-net fwd_rx)" 69 "iommu_platform=on"
     done
 }

@@ -37,14 +37,19 @@ boot_cases() {
 
     bad_arguments
     iommu_refusals
+    for mode in noiommu noiommu-cdev; do
+        test_case "refused: $mode with an IOMMU" unusable "$mode" "$(bdf e1000e fwd_rx)" 69 'use --vfio-mode cdev or container'
+    done
+    test_case "doctor: all NICs, container" all_usable container
+    test_case "doctor: a NIC of the kernel" none_usable
     test_case "refused: bound to a kernel driver" bound_to_the_kernel cdev
     test_case "refused: vfio-pci is not loaded" not_loaded
     test_case "refused: no hugepages, too few hugepages" no_hugepages cdev
     huge_dirs
-    test_case "refused: no /dev/iommu, cdev" without_node /dev/iommu 69 'modprobe iommufd' --vfio-mode cdev
-    test_case "refused: no /dev/iommu, compat" without_node /dev/iommu 69 'modprobe iommufd' --vfio-mode compat
-    test_case "refused: no /dev/vfio/vfio, container" without_node /dev/vfio/vfio 69 'modprobe vfio-pci' --vfio-mode container
-    test_case "refused: no /dev/vfio/devices, cdev" without_node /dev/vfio/devices 69 'udevadm trigger --subsystem-match=vfio-dev' --vfio-mode cdev
+    test_case "refused: no /dev/iommu, cdev" without_node /dev/iommu cdev 'modprobe iommufd'
+    test_case "refused: no /dev/iommu, compat" without_node /dev/iommu compat 'modprobe iommufd'
+    test_case "refused: no /dev/vfio/vfio, container" without_node /dev/vfio/vfio container 'modprobe vfio-pci'
+    test_case "refused: no /dev/vfio/devices, cdev" without_node /dev/vfio/devices cdev 'udevadm trigger --subsystem-match=vfio-dev'
     test_case "refused: little memlock, cdev" little_memlock cdev 'all processes of this user together' /dev/iommu /dev/vfio/devices/vfio*
     test_case "refused: little memlock, container" little_memlock container 'this process, which has' /dev/vfio/[0-9]*
     test_case "refused: little memlock, compat" little_memlock compat 'all processes of this user together' /dev/iommu /dev/vfio/[0-9]*

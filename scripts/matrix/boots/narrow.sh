@@ -6,7 +6,7 @@ GENERATOR_MODE=auto
 boot_cases() {
     local mode
     for mode in container cdev compat; do
-        test_case "e1000e, $mode" forwards e1000e e1000e '' '' "-l 1 --vfio-mode $mode"
-        test_case "virtio-net, $mode" forwards virtio-net virtio-net '' '' "-l 1 --vfio-mode $mode"
+        test_case "e1000e, $mode" forwards_in_mode "$mode" e1000e e1000e
+        test_case "virtio-net, $mode" forwards_in_mode "$mode" virtio-net virtio-net
     done
 }

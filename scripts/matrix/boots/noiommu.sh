@@ -21,6 +21,11 @@ boot_cases() {
 
     bad_arguments
     noiommu_refusals
+    for mode in container cdev compat; do
+        test_case "refused: $mode without an IOMMU" unusable "$mode" "$(bdf e1000e fwd_rx)" 69 '--vfio-mode noiommu'
+    done
+    test_case "doctor: all NICs, noiommu" all_usable noiommu
+    test_case "doctor: a NIC of the kernel" none_usable
     test_case "refused: noiommu-cdev on a kernel without it" needs_newer_kernel
     test_case "refused: bound to a kernel driver" bound_to_the_kernel noiommu
     test_case "refused: no-IOMMU mode is switched off" noiommu_switched_off
@@ -49,5 +54,5 @@ TABLE
 
 needs_newer_kernel() {
     ! has_noiommu_cdev || skip "this kernel has it"
-    refuses 69 "7.3" --vfio-mode noiommu-cdev -a "$(bdf e1000e fwd_rx)" -- -p 1
+    unusable noiommu-cdev "$(bdf e1000e fwd_rx)" 69 "7.3"
 }

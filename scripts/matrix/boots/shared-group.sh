@@ -15,6 +15,7 @@ boot_cases() {
 }
 
 both_ports() {
+    usable "$1" $FIRST
     start_l2fwd -l 1 --vfio-mode "$1" -a $FIRST -a $SECOND -- -p 3 -q 2 -T 0
     stop_l2fwd
 }
@@ -22,14 +23,13 @@ both_ports() {
 not_viable() {
     at_end bind $SECOND vfio-pci
     bind $SECOND e1000
-    refused_as root 69 "bound to kernel drivers are $SECOND (e1000); run for each: vireo-devbind --bind vfio-pci $SECOND" \
-        --vfio-mode "$1" -a $FIRST -- -p 1
+    unusable_as root "$1" $FIRST 69 "bound to kernel drivers are $SECOND (e1000); run for each: vireo-devbind --bind vfio-pci $SECOND"
     bind $SECOND vfio-pci
     starts_again
 }
 
 other_port_in_use() {
     start_l2fwd -l 1 --vfio-mode "$1" -a $FIRST -- -p 1 -T 0
-    refused_as root 75 "in use by pid $L2FWD (l2fwd)" --file-prefix second --vfio-mode "$1" -a $SECOND -- -p 1
+    unusable_as root "$1" $SECOND 75 "in use by pid $L2FWD (l2fwd)"
     stop_l2fwd
 }

@@ -11,12 +11,12 @@ isolation() {
     local parameter="/sys/module/$2/parameters/allow_unsafe_interrupts"
     GENERATOR_MODE=$1
     test_case "refused: no isolated MSI, $1" \
-        refused_as root 69 "echo 1 > $parameter" --vfio-mode "$1" -a "$(bdf e1000e fwd_rx)" -- -p 1
+        unusable_as root "$1" "$(bdf e1000e fwd_rx)" 69 "echo 1 > $parameter"
     test_case "no isolated MSI and the user's consent, $1" with_unsafe_interrupts "$parameter"
 }
 
 with_unsafe_interrupts() {
     at_end "echo 0 >$1"
     echo 1 >"$1"
-    forwards e1000e e1000e '' '' "-l 1 --vfio-mode $GENERATOR_MODE"
+    forwards_in_mode "$GENERATOR_MODE" e1000e e1000e
 }
