@@ -46,9 +46,11 @@ struct Cli {
 
 /// A mode that a device can be had in.
 fn explicit(text: &str) -> Result<VfioMode> {
-    match text.parse()? {
-        VfioMode::Auto => Err(Error::new(ErrorKind::Usage, "VFIO mode auto", "it chooses among the others")
-            .mend("use some of container, cdev, compat, noiommu, noiommu-cdev, or leave out --modes")),
+    let mend = |error: Error| error.mend("use some of container, cdev, compat, noiommu, noiommu-cdev");
+    match text.parse().map_err(mend)? {
+        VfioMode::Auto => {
+            Err(mend(Error::new(ErrorKind::Usage, "VFIO mode auto", "it chooses among the others")))
+        }
         mode => Ok(mode),
     }
 }

@@ -210,4 +210,8 @@ fn arguments() {
         assert_eq!(error.kind(), ErrorKind::Usage, "{line}");
         assert!(!error.to_string().contains('\n'), "{error}");
     }
+    for line in ["--modes auto", "--modes fast"] {
+        let error = read(line).unwrap_err().to_string();
+        assert!(error.ends_with("use some of container, cdev, compat, noiommu, noiommu-cdev"), "{error}");
+    }
 }
