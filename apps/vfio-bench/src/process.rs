@@ -179,7 +179,10 @@ mod tests {
 
     #[test]
     fn output_is_waited_for_piece_by_piece() {
-        let mut cat = Process::start(Command::new("cat")).unwrap();
+        // A test that runs in the background of a shell ignores SIGINT, and so would what it starts.
+        let mut command = Command::new("env");
+        command.args(["--default-signal=INT", "cat"]);
+        let mut cat = Process::start(command).unwrap();
         cat.type_line("prompt> one").unwrap();
         cat.type_line("prompt> two").unwrap();
         assert_eq!(cat.wait_for("prompt>").unwrap(), "prompt>");
