@@ -274,10 +274,9 @@ impl StopFlag {
 
     /// Asks to stop.
     pub fn set(&self) {
-        // A signal that came first stays on record.
-        if !self.change(0, ASKED) {
-            self.change(CALLED, ASKED);
-        }
+        // A call may begin and end meanwhile; a signal that came first stays on record.
+        let asked = |state| matches!(state, 0 | CALLED).then_some(ASKED);
+        let _ = self.state.fetch_update(Ordering::Relaxed, Ordering::Relaxed, asked);
     }
 
     /// Whether to stop.
@@ -302,8 +301,8 @@ impl StopFlag {
         self.change(CALLED, 0);
     }
 
-    fn change(&self, from: i32, to: i32) -> bool {
-        self.state.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    fn change(&self, from: i32, to: i32) {
+        let _ = self.state.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Number of the signal that came last, if one came.
