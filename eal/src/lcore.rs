@@ -2,7 +2,6 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
@@ -16,6 +15,11 @@ use signal_hook::low_level;
 
 use crate::args::{EalArgs, LcoreSpec, ranges};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+#[cfg(test)]
+#[cfg(loom)]
+mod models;
 
 /// The lcores of the program, as `--lcores` and `--main-lcore` have them.
 #[derive(Debug)]
@@ -27,7 +31,7 @@ pub struct Lcores {
 #[derive(Debug)]
 struct Worker {
     spec: LcoreSpec,
-    busy: Arc<AtomicBool>,
+    busy: Busy,
 }
 
 /// What a function knows of the lcore that it runs on.
@@ -70,7 +74,7 @@ impl Lcores {
         })?;
         Ok(Self {
             main,
-            workers: workers.into_iter().map(|spec| Worker { spec, busy: Arc::default() }).collect(),
+            workers: workers.into_iter().map(|spec| Worker { spec, busy: Busy::default() }).collect(),
         })
     }
 
@@ -136,10 +140,10 @@ impl Lcores {
             let ids = ranges(&self.worker_ids().map(|id| id as usize).collect::<Vec<_>>());
             Error::new(ErrorKind::Usage, what(), format!("not one of the workers ({ids})"))
         })?;
-        if worker.busy.swap(true, Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Busy, what(), "a function runs there"));
-        }
-        let release = Release(worker.busy.clone());
+        let release = worker
+            .busy
+            .claim()
+            .ok_or_else(|| Error::new(ErrorKind::Busy, what(), "a function runs there"))?;
         let spec = worker.spec.clone();
         let (pinned, is_pinned) = sync_channel(1);
         let body = move || {
@@ -191,6 +195,18 @@ impl<T> Handle<'_, T> {
 fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
+/// Whether a function runs on an lcore.
+#[derive(Debug, Default)]
+struct Busy(Arc<AtomicBool>);
+
+impl Busy {
+    /// The lcore, until what this gives is dropped; none while somebody has it.
+    fn claim(&self) -> Option<Release> {
+        let claimed = self.0.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
+        claimed.is_ok().then(|| Release(Arc::clone(&self.0)))
+    }
 }
 
 /// Frees the lcore for the next function, also when the last one panicked.
@@ -259,9 +275,9 @@ impl StopFlag {
     pub fn on_signals() -> Result<Self> {
         let flag = Self::default();
         for signal in [SIGINT, SIGTERM] {
-            let state = flag.state.clone();
+            let raised = flag.clone();
             let handler = move || {
-                if state.swap(signal, Ordering::Relaxed) > 0 {
+                if raised.signalled(signal) {
                     low_level::exit(Self::EXIT_CODE);
                 }
             };
@@ -303,6 +319,11 @@ impl StopFlag {
 
     fn change(&self, from: i32, to: i32) {
         let _ = self.state.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Puts a signal on record; whether another came before.
+    fn signalled(&self, signal: i32) -> bool {
+        self.state.swap(signal, Ordering::Relaxed) > 0
     }
 
     /// Number of the signal that came last, if one came.
@@ -413,7 +434,7 @@ mod tests {
     fn a_cpu_that_is_not_there_fails_at_launch() {
         let spec = |id, cpus| LcoreSpec { id, cpus };
         for cpus in [vec![1023], vec![1022, 1023]] {
-            let workers = vec![Worker { spec: spec(1, cpus), busy: Arc::default() }];
+            let workers = vec![Worker { spec: spec(1, cpus), busy: Busy::default() }];
             let lcores = Lcores { main: spec(0, vec![0]), workers };
             let error = lcores.launch(1, |_| ()).unwrap_err();
             assert_eq!(error.errno(), Some(Errno::EINVAL), "{error}");

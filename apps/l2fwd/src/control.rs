@@ -164,7 +164,7 @@ pub struct Control<'a> {
     lcores: &'a [u32],
     rings: (&'a PortMemory, QueueSizes, u16),
     cache: PoolCache,
-    recall: &'a Recall<'a>,
+    recall: &'a Recall,
     /// Queues that no lcore has, because their port is down or the one that they forward to or from.
     queues: Queues,
     /// The lanes that they are to be again.
@@ -180,7 +180,7 @@ impl<'a> Control<'a> {
         lcores: &'a [u32],
         rings: (&'a PortMemory, QueueSizes, u16),
         cache: PoolCache,
-        recall: &'a Recall<'a>,
+        recall: &'a Recall,
     ) -> Self {
         let queues = Queues::new(rings.2.into());
         Self { ports, enabled, lcores, rings, cache, recall, queues, routes: Vec::new() }

@@ -102,7 +102,7 @@ pub fn forward_on_lcores(
 /// Forwards `lanes` on lcore `id`, and those that it gets later, until the run is to stop.
 fn run_lanes(
     shared: Shared<'_>,
-    recall: &Recall<'_>,
+    recall: &Recall,
     id: u32,
     mut lanes: Vec<AnyLane>,
     mut tick: impl FnMut(),

@@ -2,48 +2,55 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::time::Duration;
 
+use vireo_drivers::port::{RxQueue, TxQueue};
 use vireo_eal::lcore::StopFlag;
+use vireo_eal::sync::{Condvar, Mutex, MutexGuard};
 
-use crate::forward::AnyLane;
+use crate::forward::Lane;
+
+#[cfg(test)]
+#[cfg(loom)]
+mod models;
 
 /// How long a wait for lcores takes to see that the program is to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// A place where lanes change hands: lcores look in when the [`StopFlag`] is raised and no stop.
 #[derive(Debug)]
-pub struct Recall<'a> {
-    stop: &'a StopFlag,
-    state: Mutex<State>,
+pub struct Recall<R = RxQueue, T = TxQueue> {
+    stop: StopFlag,
+    state: Mutex<State<R, T>>,
     all_looked: Condvar,
 }
 
-#[derive(Debug, Default)]
-struct State {
+#[derive(Debug)]
+struct State<R, T> {
     /// Pairs whose lanes are wanted; none when lanes are given back.
     wanted: Option<Range<usize>>,
     /// Lanes that no lcore has, each with the lcore that polls it.
-    lanes: Vec<(u32, AnyLane)>,
+    lanes: Vec<(u32, Lane<R, T>)>,
     /// Lcores that have not looked since the last call.
     absent: BTreeSet<u32>,
 }
 
-impl<'a> Recall<'a> {
+impl<R, T> Recall<R, T> {
     /// With nothing to hand over, until `stop`.
-    pub fn new(stop: &'a StopFlag) -> Self {
-        Self { stop, state: Mutex::default(), all_looked: Condvar::new() }
+    pub fn new(stop: &StopFlag) -> Self {
+        let state = State { wanted: None, lanes: Vec::new(), absent: BTreeSet::new() };
+        Self { stop: stop.clone(), state: Mutex::new(state), all_looked: Condvar::new() }
     }
 
     /// Whatever a panicking lcore left, lanes stay lanes.
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, State<R, T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Hands over what is asked of `lcore`, or takes what is there for it. To be called when the flag is raised;
     /// does not wait for others.
-    pub fn look(&self, lcore: u32, lanes: &mut Vec<AnyLane>) {
+    pub fn look(&self, lcore: u32, lanes: &mut Vec<Lane<R, T>>) {
         let mut state = self.state();
         if !state.absent.remove(&lcore) {
             return;
@@ -65,12 +72,12 @@ impl<'a> Recall<'a> {
     }
 
     /// The lanes from and to `pairs`, from `lcores`; what they had handed over by then if the program stops.
-    pub fn take(&self, pairs: Range<usize>, lcores: &[u32]) -> Vec<(u32, AnyLane)> {
+    pub fn take(&self, pairs: Range<usize>, lcores: &[u32]) -> Vec<(u32, Lane<R, T>)> {
         std::mem::take(&mut self.call(Some(pairs), Vec::new(), lcores).lanes)
     }
 
     /// Gives `lanes` to their lcores. If the program stops before they come, [`Recall::into_lanes`] has them.
-    pub fn give(&self, lanes: Vec<(u32, AnyLane)>, lcores: &[u32]) {
+    pub fn give(&self, lanes: Vec<(u32, Lane<R, T>)>, lcores: &[u32]) {
         drop(self.call(None, lanes, lcores));
     }
 
@@ -78,9 +85,9 @@ impl<'a> Recall<'a> {
     fn call(
         &self,
         wanted: Option<Range<usize>>,
-        lanes: Vec<(u32, AnyLane)>,
+        lanes: Vec<(u32, Lane<R, T>)>,
         lcores: &[u32],
-    ) -> MutexGuard<'_, State> {
+    ) -> MutexGuard<'_, State<R, T>> {
         let mut state = self.state();
         state.wanted = wanted;
         state.lanes.extend(lanes);
@@ -94,7 +101,7 @@ impl<'a> Recall<'a> {
     }
 
     /// What no lcore has taken, when all have ended.
-    pub fn into_lanes(self) -> impl Iterator<Item = AnyLane> {
+    pub fn into_lanes(self) -> impl Iterator<Item = Lane<R, T>> {
         self.state
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner)

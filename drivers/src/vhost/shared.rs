@@ -1,9 +1,15 @@
 //! A ring between the lcore that polls it and the thread that sets it up and takes it away.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{PoisonError, TryLockError};
+
+use vireo_eal::sync::atomic::{AtomicU32, Ordering};
+use vireo_eal::sync::{Mutex, MutexGuard};
 
 use super::ring::Ring;
+
+#[cfg(test)]
+#[cfg(loom)]
+mod models;
 
 /// What there is of a ring.
 #[derive(Debug)]

@@ -3,14 +3,18 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::iova::IovaRanges;
 use super::ring::Word;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
 use crate::mem::Region;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::vfio::{AddressSpace, Mapping};
+
+#[cfg(test)]
+#[cfg(loom)]
+mod models;
 
 /// Memory of one region with device addresses: all of it, or the part that some of the devices share.
 ///

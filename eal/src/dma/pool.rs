@@ -4,16 +4,20 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
-use crossbeam::queue::ArrayQueue;
 
 use super::DmaMemory;
 use super::memory::Translation;
 use crate::clock::Tsc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
+use crate::sync::ArrayQueue;
+use crate::sync::atomic::{AtomicU64, Ordering};
+
+#[cfg(test)]
+#[cfg(loom)]
+mod models;
 
 /// Distance of two buffers in bytes; a power of two, so that no buffer crosses a page.
 pub const BUFFER_SIZE: usize = 2048;

@@ -1,0 +1,85 @@
+//! Orders in which an lcore and the port's thread meet at a ring. `Broken` with a number stands for a ring.
+
+use std::sync::Arc;
+
+use vireo_eal::sync::{model, thread};
+
+use super::*;
+
+fn number(slot: &Slot) -> Option<u16> {
+    match slot {
+        Slot::Broken(number) => Some(*number),
+        _ => None,
+    }
+}
+
+/// A ring that starts at 0.
+fn shared() -> Arc<Shared> {
+    let shared = Shared::default();
+    *shared.lock() = Slot::Broken(0);
+    Arc::new(shared)
+}
+
+#[test]
+fn a_ring_is_taken_away_once_and_whole() {
+    model(None, || {
+        let shared = shared();
+        let lcore = {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let mut bursts = 0;
+                for _ in 0..2 {
+                    let Some(mut slot) = shared.try_lock() else { continue };
+                    let Slot::Broken(next) = &mut *slot else { continue };
+                    *next += 1;
+                    bursts += 1;
+                }
+                bursts
+            })
+        };
+        let other = {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || number(&shared.lock()))
+        };
+        let taken = std::mem::replace(&mut *shared.lock(), Slot::Stopped);
+        let bursts = lcore.join().unwrap();
+        other.join().unwrap();
+        assert_eq!(number(&taken), Some(bursts));
+        // Nobody waits any more.
+        assert!(matches!(shared.try_lock().as_deref(), Some(Slot::Stopped)));
+    });
+}
+
+#[test]
+fn an_lcore_does_not_wait() {
+    model(None, || {
+        let shared = shared();
+        let slot = shared.lock();
+        let lcore = Arc::clone(&shared);
+        let lcore = thread::spawn(move || lcore.try_lock().is_none());
+        assert!(lcore.join().unwrap());
+        drop(slot);
+    });
+}
+
+#[test]
+fn who_waits_comes_before_the_next_burst() {
+    model(None, || {
+        let shared = shared();
+        let lcore = Arc::clone(&shared);
+        let lcore = thread::spawn(move || {
+            let Some(slot) = lcore.try_lock() else { return };
+            if number(&slot) != Some(0) {
+                return;
+            }
+            while lcore.waiting.load(Ordering::Relaxed) == 0 {
+                thread::yield_now();
+            }
+            drop(slot);
+            let next = lcore.try_lock().and_then(|slot| number(&slot));
+            assert_ne!(next, Some(0), "the lcore came first again");
+        });
+        *shared.lock() = Slot::Broken(1);
+        lcore.join().unwrap();
+    });
+}

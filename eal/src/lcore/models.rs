@@ -1,0 +1,67 @@
+//! Orders in which threads meet at the stop flag, and at an lcore that one of them has.
+
+use loom::cell::UnsafeCell;
+
+use super::*;
+use crate::sync::{model, thread};
+
+#[test]
+fn a_stop_is_not_lost_between_calls() {
+    model(None, || {
+        let stop = StopFlag::new();
+        let caller = stop.clone();
+        let caller = thread::spawn(move || {
+            for _ in 0..2 {
+                caller.call();
+                caller.dismiss();
+            }
+        });
+        stop.set();
+        caller.join().unwrap();
+        assert_eq!((stop.is_set(), stop.signal()), (true, None));
+    });
+}
+
+#[test]
+fn the_first_signal_is_told_from_the_second() {
+    model(None, || {
+        let stop = StopFlag::new();
+        stop.call();
+        let signals = [SIGINT, SIGTERM].map(|signal| {
+            let stop = stop.clone();
+            thread::spawn(move || stop.signalled(signal))
+        });
+        stop.set();
+        stop.dismiss();
+        assert!(stop.is_set());
+        let mut second = signals.map(|signal| signal.join().unwrap());
+        second.sort_unstable();
+        assert_eq!(second, [false, true]);
+        assert!(stop.signal().is_some());
+    });
+}
+
+/// What a function does on its lcore: loom sees whether another may do it at the same time.
+struct Work(UnsafeCell<()>);
+
+// SAFETY: loom stops the model when two threads are in the cell at once.
+unsafe impl Sync for Work {}
+
+#[test]
+fn an_lcore_has_one_function_at_a_time() {
+    model(None, || {
+        let lcore = Arc::new((Busy::default(), Work(UnsafeCell::new(()))));
+        let run = |lcore: &(Busy, Work)| {
+            let release = lcore.0.claim();
+            release.is_some_and(|_release| lcore.1.0.with_mut(|_| true))
+        };
+        let others = [(); 2].map(|()| {
+            let lcore = Arc::clone(&lcore);
+            thread::spawn(move || run(&lcore))
+        });
+        let own = run(&lcore);
+        let others = others.map(|other| other.join().unwrap());
+        assert!(own || others.contains(&true), "nobody had it");
+        assert!(run(&lcore), "it is not free though all have ended");
+    });
+}
