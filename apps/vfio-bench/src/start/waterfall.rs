@@ -46,7 +46,7 @@ fn waterfall(rows: &[&Row], longest: f64) -> String {
     let name = |name: &Option<String>| name.clone().unwrap_or_default();
     let dpdk = rows.iter().any(|row| row.dpdk_ms.is_some());
     let heading = format!("{}, {}", name(&rows[0].nic), name(&rows[0].mode));
-    let mut text = format!("\n{heading:<24}{:<BAR$}{}", "Vireo", if dpdk { "            DPDK" } else { "" });
+    let mut text = format!("\n{heading:<23} {:<BAR$}{}", "Vireo", if dpdk { "            DPDK" } else { "" });
     text = text.trim_end().to_owned() + "\n";
     let (mut begin, mut dpdk_begin) = (0.0, 0.0);
     for row in rows {
