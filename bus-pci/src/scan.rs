@@ -15,6 +15,9 @@ pub struct Bus {
     root: PathBuf,
 }
 
+/// Class code of Ethernet controllers (PCI Code and ID Assignment, 1.3), without the programming interface.
+const ETHERNET: u32 = 0x0200;
+
 /// A PCI function in sysfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciInfo {
@@ -28,6 +31,13 @@ pub struct PciInfo {
     pub driver: Option<String>,
     /// NUMA node, where the machine has several.
     pub numa_node: Option<u32>,
+}
+
+impl PciInfo {
+    /// Whether it is an Ethernet controller.
+    pub fn is_ethernet(&self) -> bool {
+        self.class >> 8 == ETHERNET
+    }
 }
 
 impl Default for Bus {
@@ -53,6 +63,12 @@ impl Bus {
     /// The function as the EAL's VFIO layer names it.
     pub fn node(&self, address: Bdf) -> Node {
         Node { name: address.to_string(), sysfs: self.path(address) }
+    }
+
+    /// Number of the function's IOMMU group, if it is in one.
+    pub fn iommu_group(&self, address: Bdf) -> Option<u32> {
+        let link = fs::read_link(self.path(address).join("iommu_group")).ok()?;
+        link.file_name()?.to_str()?.parse().ok()
     }
 
     /// All functions, by address. A machine without PCI has none.

@@ -110,7 +110,7 @@ impl Host {
     fn explain(&self, error: Error, address: Bdf, driver: Option<&str>) -> Error {
         let switch = self.modules.join("vfio/parameters/enable_unsafe_noiommu_mode");
         let off = fs::read_to_string(&switch).is_ok_and(|text| text.trim() == "N");
-        if driver != Some(VFIO_DRIVER) || self.group(address).is_some() || !off {
+        if driver != Some(VFIO_DRIVER) || self.bus.iommu_group(address).is_some() || !off {
             return error;
         }
         error.because("it is in no IOMMU group, so the IOMMU is off").mend(format!(
@@ -161,12 +161,6 @@ impl Host {
             .collect()
     }
 
-    /// Number of the function's IOMMU group.
-    pub(crate) fn group(&self, address: Bdf) -> Option<u32> {
-        let link = fs::read_link(self.bus.node(address).sysfs.join("iommu_group")).ok()?;
-        link.file_name()?.to_str()?.parse().ok()
-    }
-
     /// VFIO takes a group only when no driver of the kernel has a part of it.
     fn warn_of_group(&self, address: Bdf) {
         for name in names(&self.bus.node(address).sysfs.join("iommu_group/devices")) {
@@ -183,7 +177,8 @@ impl Host {
     /// Process that has the function's VFIO group or character device open.
     fn holder(&self, address: Bdf) -> Option<(u32, String)> {
         let cdevs = names(&self.bus.node(address).sysfs.join("vfio-dev"));
-        let groups = self.group(address).into_iter().flat_map(|n| [n.to_string(), format!("noiommu-{n}")]);
+        let groups =
+            self.bus.iommu_group(address).into_iter().flat_map(|n| [n.to_string(), format!("noiommu-{n}")]);
         let paths: Vec<PathBuf> = cdevs
             .into_iter()
             .map(|name| self.vfio.join("devices").join(name))

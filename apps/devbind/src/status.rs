@@ -2,13 +2,11 @@
 
 use comfy_table::{Table, presets};
 use serde::Serialize;
+use vireo_bus_pci::PciInfo;
 use vireo_drivers::ports::driver_of;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::host::Host;
-
-/// Class code of Ethernet controllers (PCI Code and ID Assignment, 1.3), without the programming interface.
-const ETHERNET: u32 = 0x0200;
 
 /// One Ethernet controller.
 #[derive(Debug, Serialize)]
@@ -30,7 +28,7 @@ pub(crate) struct Nic {
 
 /// The Ethernet controllers, by address.
 pub(crate) fn list(host: &Host) -> Result<Vec<Nic>> {
-    let ethernet = host.bus.scan()?.into_iter().filter(|info| info.class >> 8 == ETHERNET);
+    let ethernet = host.bus.scan()?.into_iter().filter(PciInfo::is_ethernet);
     ethernet
         .map(|info| {
             let interfaces = host.interfaces(info.address);
@@ -38,7 +36,7 @@ pub(crate) fn list(host: &Host) -> Result<Vec<Nic>> {
                 address: info.address.to_string(),
                 id: info.id.to_string(),
                 recorded: host.recorded(info.address)?,
-                iommu_group: host.group(info.address),
+                iommu_group: host.bus.iommu_group(info.address),
                 numa_node: info.numa_node,
                 vireo: driver_of(info.id),
                 active: interfaces.iter().any(|(_, active)| *active),

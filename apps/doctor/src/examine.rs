@@ -12,9 +12,6 @@ use vireo_eal::vfio::{Vfio, VfioMode};
 use vireo_eal::{Error, Result};
 use vireo_l2fwd::app::SIZES;
 
-/// Class code of Ethernet controllers (PCI Code and ID Assignment, 1.3), without the programming interface.
-const ETHERNET: u32 = 0x0200;
-
 /// Where NICs and their nodes are.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -74,7 +71,7 @@ impl From<Error> for Refusal {
 /// When there is no function at one of the addresses.
 pub(crate) fn examine(host: &Host, addresses: &[Bdf], modes: &[VfioMode]) -> Result<Vec<Nic>> {
     let functions = if addresses.is_empty() {
-        host.bus.scan()?.into_iter().filter(|info| info.class >> 8 == ETHERNET).collect()
+        host.bus.scan()?.into_iter().filter(PciInfo::is_ethernet).collect()
     } else {
         addresses.iter().map(|address| host.bus.find(*address)).collect::<Result<Vec<_>>>()?
     };
@@ -83,7 +80,6 @@ pub(crate) fn examine(host: &Host, addresses: &[Bdf], modes: &[VfioMode]) -> Res
 
 impl Host {
     fn nic(&self, info: PciInfo, modes: &[VfioMode]) -> Nic {
-        let node = self.bus.node(info.address);
         let verdict = |mode: &VfioMode| {
             let refusal = self.attempt(&info, *mode).err().map(Refusal::from);
             Verdict { mode: mode.name(), usable: refusal.is_none(), refusal }
@@ -93,9 +89,7 @@ impl Host {
             address: info.address.to_string(),
             id: info.id.to_string(),
             driver: driver_of(info.id),
-            iommu_group: std::fs::read_link(node.sysfs.join("iommu_group"))
-                .ok()
-                .and_then(|link| link.file_name()?.to_str()?.parse().ok()),
+            iommu_group: self.bus.iommu_group(info.address),
             kernel_driver: info.driver,
             modes,
         }
