@@ -16,22 +16,26 @@ expect_complaint() {
     : >"$WORK/l2fwd.err"
 }
 
-# await_complaint TEXT
-await_complaint() {
-    local left=$((PATIENCE * 10))
-    until grep -q "$1" "$WORK/l2fwd.err"; do
+# Lines of l2fwd's standard error that await_log has gone over.
+LOGGED=0
+
+# await_log TEXT: waits for a further line with TEXT on l2fwd's standard error.
+await_log() {
+    local line left=$((PATIENCE * 10))
+    until line=$(tail -n +$((LOGGED + 1)) "$WORK/l2fwd.err" | grep -nm1 "$1"); do
         left=$((left - 1))
-        [ $left -gt 0 ] || die "l2fwd did not come to complain of '$1'"
+        [ $left -gt 0 ] || die "l2fwd did not come to say '$1'"
         sleep 0.1
     done
+    LOGGED=$((LOGGED + ${line%%:*}))
 }
 
 # A cleared bus-master bit is a NIC that completes nothing any more, as one that hangs.
 works_without_bus_master() {
     start_under_traffic "$1" "$2"
     printf '\003\000' | dd of="/sys/bus/pci/devices/$(bdf "$2" fwd_tx)/config" bs=1 seek=4 conv=notrunc 2>/dev/null
-    await_complaint "port 1: .* it is restarted"
-    await_complaint "port 1 is up again"
+    await_log "port 1: .* it is restarted"
+    await_log "port 1 is up again"
     end_traffic
     carries "$2" "$2"
     mv "$WORK/l2fwd.err" "$WORK/complaints.err"

@@ -46,20 +46,6 @@ survives_flaps() {
     grep -q "^Port 1 counted: .*link_changes $((2 * $3))" "$WORK/l2fwd.out" || die "port 1 did not count its link's changes"
 }
 
-# Lines of l2fwd's standard error that await_log has gone over.
-LOGGED=0
-
-# await_log TEXT: waits for a further line with TEXT on l2fwd's standard error.
-await_log() {
-    local line left=$((PATIENCE * 10))
-    until line=$(tail -n +$((LOGGED + 1)) "$WORK/l2fwd.err" | grep -nm1 "$1"); do
-        left=$((left - 1))
-        [ $left -gt 0 ] || die "l2fwd did not come to say '$1'"
-        sleep 0.1
-    done
-    LOGGED=$((LOGGED + ${line%%:*}))
-}
-
 # random N: sets RANDOM_NUMBER to 0..N-1, as scripts/lib/soak.sh does.
 random() {
     SOAK_STATE=$(((SOAK_STATE * 1103515245 + 12345) & 0x7fffffff))
