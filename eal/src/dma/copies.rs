@@ -96,7 +96,9 @@ impl PoolCache {
             if slice.len < H + packet.len() {
                 break;
             }
-            slice.prefetch_write();
+            let (front, data) = slice.split_at(H);
+            data.prefetch_write();
+            front.prefetch();
             place.write(slice);
             count += 1;
         }
@@ -107,7 +109,11 @@ impl PoolCache {
             // SAFETY: the slice has room for the header and the packet, as just checked, and the packet's data is
             // valid for its length. The peer's mapping does not overlap the pool's.
             unsafe {
-                to.cast::<[u8; H]>().write(header);
+                let front = to.cast::<[u8; H]>();
+                // A header that stays the same stays in the peer's cache too.
+                if front.read() != header {
+                    front.write(header);
+                }
                 copy(buffers.data(packet.buffer()).as_ptr(), to.add(H), packet.len());
             }
         }
