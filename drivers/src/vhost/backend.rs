@@ -21,7 +21,7 @@ use crate::virtio::Features;
 
 /// What the port offers. Indirect descriptors are not: they cost the device a read for each packet.
 pub(super) const FEATURES: Features =
-    Features::VERSION_1.union(Features::MRG_RXBUF).union(Features::EVENT_IDX);
+    Features::VERSION_1.union(Features::MRG_RXBUF).union(Features::EVENT_IDX).union(Features::IN_ORDER);
 
 /// Largest queue that the specification allows, in descriptors (virtio 1.2, 2.7).
 const MAX_SIZE: u32 = 1 << 15;
