@@ -247,12 +247,11 @@ impl Nic for Device {
             || self.features.contains(Features::CTRL_VQ | Features::MQ);
         let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);
         let Queues { memory, pairs, mut control } = self.queues(memory, sizes, pairs, control)?;
-        let (mergeable, prompt) = (self.features.contains(Features::MRG_RXBUF), self.transport.is_prompt());
-        let in_order = self.features.contains(Features::IN_ORDER);
-        let queues = pairs
+        let (features, prompt) = (self.features, self.transport.is_prompt());
+        let mut queues: Vec<_> = pairs
             .into_iter()
-            .map(|(rx, tx)| (RxQueue::new(rx, mergeable, in_order), TxQueue::new(tx, prompt, in_order)));
-        let mut queues: Vec<_> = queues.collect();
+            .map(|(rx, tx)| (RxQueue::new(rx, features), TxQueue::new(tx, features, prompt)))
+            .collect();
         self.fault.take();
         let live = self.go_live(&memory, &mut queues, control.as_deref_mut(), cache);
         self.started = Some(Started { memory, control });

@@ -7,6 +7,7 @@ use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, Packet, PoolCache, dma_rmb};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::HEADER;
+use super::features::Features;
 use super::split::{DESC_WRITE, Lie, Virtqueue, shape};
 use crate::port::{QueueStats, RxBurst};
 
@@ -24,9 +25,13 @@ pub struct RxQueue {
 }
 
 impl RxQueue {
-    pub(super) fn new(queue: Virtqueue, mergeable: bool, in_order: bool) -> Self {
-        let offer_at = (queue.size() / 4).clamp(1, MAX_BURST as u16);
-        Self { queue, mergeable, in_order, offer_at }
+    pub(super) fn new(queue: Virtqueue, features: Features) -> Self {
+        Self {
+            mergeable: features.contains(Features::MRG_RXBUF),
+            in_order: features.contains(Features::IN_ORDER),
+            offer_at: (queue.size() / 4).clamp(1, MAX_BURST as u16),
+            queue,
+        }
     }
 
     pub(super) fn name(&self) -> &Arc<str> {

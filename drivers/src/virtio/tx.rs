@@ -5,6 +5,7 @@ use std::sync::Arc;
 use vireo_eal::dma::{Burst, PoolCache, dma_rmb};
 
 use super::HEADER;
+use super::features::Features;
 use super::split::{Lie, Virtqueue, shape};
 use crate::port::{QueueStats, TxBurst, Watchdog};
 
@@ -14,6 +15,8 @@ pub struct TxQueue {
     queue: Virtqueue,
     /// The device uses descriptors in order, so that the used index alone tells which are back.
     in_order: bool,
+    /// The device writes the header of each frame that it receives (5.1.6.4).
+    mergeable: bool,
     /// Buffers are taken back when fewer descriptors than this can be filled.
     reclaim_below: u16,
     /// Of a device that must complete what it was given.
@@ -21,9 +24,14 @@ pub struct TxQueue {
 }
 
 impl TxQueue {
-    pub(super) fn new(queue: Virtqueue, watched: bool, in_order: bool) -> Self {
-        let reclaim_below = queue.size() / 2;
-        Self { queue, in_order, reclaim_below, watchdog: watched.then(Watchdog::default) }
+    pub(super) fn new(queue: Virtqueue, features: Features, watched: bool) -> Self {
+        Self {
+            in_order: features.contains(Features::IN_ORDER),
+            mergeable: features.contains(Features::MRG_RXBUF),
+            reclaim_below: queue.size() / 2,
+            watchdog: watched.then(Watchdog::default),
+            queue,
+        }
     }
 
     pub(super) fn name(&self) -> &Arc<str> {
@@ -128,10 +136,14 @@ impl TxBurst for TxQueue {
         if count == 0 {
             return if burst.is_empty() { 0 } else { self.full() };
         }
-        let queue = &mut self.queue;
+        let (queue, mergeable) = (&mut self.queue, self.mergeable);
         let mut bytes = 0;
         queue.slots.keep(&queue.desc, queue.filled.into(), count, cache, burst, |slot, len| {
-            slot.write_header(&[0; HEADER.next_power_of_two()]);
+            const BLANK: u128 = 0;
+            // A header that is not written stays in the cache of a device that is a process.
+            if mergeable || u128::from_ne_bytes(slot.read_header()) != BLANK {
+                slot.write_header(&BLANK.to_ne_bytes());
+            }
             slot.entry.store::<0>(slot.iova() - HEADER as u64);
             slot.entry.store::<1>(shape((HEADER + len) as u32, 0, 0));
             bytes += len;

@@ -55,7 +55,8 @@ pub struct UserOptions {
     pub mac: Option<MacAddr>,
     /// Make the socket and wait for the peer, instead of connecting to the peer's (`server`).
     pub server: bool,
-    /// What to use of the peer's offer (`mrg_rxbuf`, `in_order`).
+    /// What to use of the peer's offer (`mrg_rxbuf`, `in_order`). Buffers are not merged unless that is asked for:
+    /// every frame fits into one, and without it nobody has to write or read headers.
     pub features: Options,
 }
 
@@ -74,7 +75,7 @@ impl UserOptions {
             queue_size: QUEUE_SIZE,
             mac: None,
             server: false,
-            features: Options::default(),
+            features: Options { mrg_rxbuf: false, ..Options::default() },
         };
         for (key, value) in args {
             let wrong =

@@ -167,7 +167,7 @@ fn a_port_starts_stops_and_starts_again_on_one_connection() {
     let log = peer.log();
 
     let agreed = all(&log, SET_FEATURES).into_iter().map(|payload| u64_at(payload, 0));
-    assert_eq!(agreed.collect::<Vec<_>>(), [1 << 32 | 1 << 30 | 1 << 29 | 1 << 15; 4]);
+    assert_eq!(agreed.collect::<Vec<_>>(), [1 << 32 | 1 << 30 | 1 << 29; 4]);
     let sizes: Vec<u64> = all(&log, SET_VRING_NUM).into_iter().map(|payload| u64_at(payload, 0)).collect();
     assert_eq!(sizes[..2], [64 << 32, 256 << 32 | 1], "queue_size bounds what the program asks for");
     let table = all(&log, SET_MEM_TABLE)[0];
@@ -178,6 +178,19 @@ fn a_port_starts_stops_and_starts_again_on_one_connection() {
     }
     assert_eq!(all(&log, SET_VRING_ENABLE)[..2], [&[0, 0, 0, 0, 1, 0, 0, 0], &[1, 0, 0, 0, 1, 0, 0, 0]]);
     assert_eq!(all(&log, GET_VRING_BASE).len(), 8, "also a drop stops the rings");
+}
+
+#[test]
+fn buffers_are_merged_and_order_is_free_when_the_user_says_so() {
+    for (more, agreed) in [("mrg_rxbuf=1", 1 << 35 | 1 << 32 | 1 << 15), ("in_order=0", 1 << 32)] {
+        let peer = Peer::new(Script { features: 1 << 35 | 1 << 32 | 1 << 15, ..HONEST });
+        let mut device = connect(&path_in(&peer.dir), more).unwrap();
+        let (memory, mut cache) = memory();
+        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        device.stop(rx, tx, &mut cache).unwrap();
+        drop(device);
+        assert_eq!(u64_at(all(&peer.log(), SET_FEATURES)[0], 0), agreed, "{more}");
+    }
 }
 
 #[test]
