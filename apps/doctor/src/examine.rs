@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use vireo_bus_pci::{Bus, DeviceId, PciInfo, VFIO_DRIVER};
 use vireo_drivers::ports::{self, MemoryNeed, driver_of};
+use vireo_eal::args::VfToken;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::mem::{Backing, Region};
 use vireo_eal::vfio::{Vfio, VfioMode};
@@ -18,6 +19,8 @@ pub(crate) struct Host {
     pub(crate) bus: Bus,
     /// `/dev`.
     pub(crate) dev: PathBuf,
+    /// As `--vfio-vf-token` of l2fwd.
+    pub(crate) vf_token: Option<VfToken>,
 }
 
 /// A NIC, and what became of it in each mode.
@@ -98,7 +101,7 @@ impl Host {
     /// Does what a start does with one NIC, and lets go of it.
     fn attempt(&self, info: &PciInfo, mode: VfioMode) -> Result<()> {
         // Each time anew: the kernel gives a device to one owner at a time, and modes are other owners.
-        let vfio = Vfio::new(None).below(self.dev.clone());
+        let vfio = Vfio::new(self.vf_token).below(self.dev.clone());
         let known = |id: DeviceId| driver_of(id).is_some();
         if known(info.id) && info.driver.as_deref() != Some(VFIO_DRIVER) {
             // What a bind would not mend is said first: the command that binds would be the wrong one.

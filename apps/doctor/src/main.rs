@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use vireo_bus_pci::Bus;
-use vireo_eal::args::one_line;
+use vireo_eal::args::{VfToken, one_line};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result, program};
@@ -39,6 +39,9 @@ struct Cli {
     /// Only these modes: container, cdev, compat, noiommu, noiommu-cdev
     #[arg(long, value_name = "MODE,...", value_delimiter = ',', value_parser = explicit)]
     modes: Vec<VfioMode>,
+    /// Token that virtual functions share with their physical function
+    #[arg(long, value_name = "UUID")]
+    vfio_vf_token: Option<VfToken>,
     /// PCI addresses, such as 0000:00:03.0; without any, all Ethernet controllers
     #[arg(value_name = "ADDRESS", value_parser = clap::value_parser!(Bdf))]
     addresses: Vec<Bdf>,
@@ -74,7 +77,7 @@ impl Cli {
 fn run() -> Result<ExitCode> {
     let cli = Cli::read(std::env::args_os())?;
     vireo_eal::log::init(&[])?;
-    let host = Host { bus: Bus::default(), dev: "/dev".into() };
+    let host = Host { bus: Bus::default(), dev: "/dev".into(), vf_token: cli.vfio_vf_token };
     let machine = Machine::read("/".as_ref())?;
     let report = Report { machine, nics: examine::examine(&host, &cli.addresses, &cli.modes)? };
     program::print(&if cli.json { report.json()? } else { report.text() })?;

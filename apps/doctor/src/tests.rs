@@ -27,7 +27,7 @@ fn machine() -> (tempfile::TempDir, Host) {
     fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
     fs::write(root.path().join("dev/vfio/vfio"), "").unwrap();
     fs::write(root.path().join("dev/iommu"), "").unwrap();
-    let host = Host { bus: Bus::new(bus), dev: root.path().join("dev") };
+    let host = Host { bus: Bus::new(bus), dev: root.path().join("dev"), vf_token: None };
     (root, host)
 }
 
@@ -205,7 +205,21 @@ fn arguments() {
     let cli = read("--json --modes group,noiommu-cdev 00:03.0 00:04.0").unwrap();
     assert_eq!(cli.modes, [VfioMode::Container, VfioMode::NoiommuCdev]);
     assert!(cli.json && cli.addresses.len() == 2);
-    for line in ["nope", "--modes", "--modes auto", "--modes cdev,fast", "--modes=", "--jason", "--json=1"] {
+    let token = "2ab74924-c335-45f4-9b16-8569e5b08258";
+    assert_eq!(
+        read(&format!("--vfio-vf-token {token}")).unwrap().vfio_vf_token,
+        Some(token.parse().unwrap())
+    );
+    for line in [
+        "nope",
+        "--vfio-vf-token 1",
+        "--modes",
+        "--modes auto",
+        "--modes cdev,fast",
+        "--modes=",
+        "--jason",
+        "--json=1",
+    ] {
         let error = read(line).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage, "{line}");
         assert!(!error.to_string().contains('\n'), "{error}");
