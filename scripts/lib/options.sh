@@ -27,9 +27,12 @@ Programs of this repository go by their short names: lab run -- l2fwd --help
   --add FILE                  a program or library of the host, at its own path, with the libraries that it needs; a
                               program goes by its name (repeatable)
   --share DIR                 DIR of the host, writable, at /share
+  --coverage DIR              build the programs to count the lines that they reach; each boot leaves a directory of
+                              .profraw files in DIR, and sanitize coverage --guest makes a report of them
   --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare and test; 0: none)
-  --long                      for test: 100 kills and restarts for each mode in the place of 5, and every system call
-                              of a start failed in turn in the place of ioctl and openat
+  --long                      for test: 100 kills and restarts for each mode in the place of 5, 1000 flaps of each link
+                              in the place of 3, and every system call of a start failed in turn in the place of ioctl
+                              and openat
   --accel auto|kvm|tcg        auto: KVM if a probe boot shows that it works
   --no-build                  do not build the repository's programs; the guest has busybox and strace
   --qemu-arg ARG              one more argument for QEMU (repeatable)
@@ -53,6 +56,7 @@ OPT_CPUS=2
 OPT_MEM=2048
 OPT_HUGEPAGES=256
 OPT_SHARE=
+OPT_COVERAGE=
 OPT_MONITOR=
 OPT_TIMEOUT=
 OPT_ACCEL=auto
@@ -77,6 +81,7 @@ options_parse() {
             --hugepages) OPT_HUGEPAGES=$(option_number "$@"); shift ;;
             --timeout) OPT_TIMEOUT=$(option_number "$@"); shift ;;
             --share) OPT_SHARE=$(option_directory "$@"); shift ;;
+            --coverage) OPT_COVERAGE=$(option_directory "$@"); OPT_SHARE=$OPT_COVERAGE; shift ;;
             --add) ADDED+=("$(option_file "$@")"); shift ;;
             --accel) OPT_ACCEL=$(option_value "$@"); shift ;;
             --json) OPT_JSON=$(option_value "$@"); shift ;;

@@ -16,9 +16,14 @@ programs_build() {
 # Its own target directory: other RUSTFLAGS in the usual one would make every plain build start over. An explicit
 # --target keeps the flags away from proc macros, which cannot be linked statically.
 programs_compile() {
-    local built="$WORK/programs.json"
-    RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" cargo build --manifest-path "$REPO/Cargo.toml" \
-        --release --locked --workspace --bins --examples --target "$TARGET" --target-dir "$REPO/target/guest" \
+    local built="$WORK/programs.json" flags="${RUSTFLAGS:-} -C target-feature=+crt-static" directory="$REPO/target/guest"
+    if [[ -n ${OPT_COVERAGE:-} ]]; then
+        # Counters in a mapped file are there too when the process is killed.
+        flags+=" -C instrument-coverage -C llvm-args=-runtime-counter-relocation"
+        directory+=-coverage
+    fi
+    RUSTFLAGS=$flags cargo build --manifest-path "$REPO/Cargo.toml" \
+        --release --locked --workspace --bins --examples --target "$TARGET" --target-dir "$directory" \
         --message-format json-render-diagnostics >"$built" ||
         fail "cargo could not build the guest's programs (its message is above)"
     mapfile -t PROGRAMS < <(grep -o '"executable":"[^"]*/vireo-[^"/]*"' "$built" | cut -d'"' -f4 | sort -u)

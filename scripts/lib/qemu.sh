@@ -66,6 +66,7 @@ kernel_command_line() {
     ((OPT_HUGEPAGES == 0)) || words+=("hugepages=$OPT_HUGEPAGES")
     [[ -z $OPT_BIND ]] || words+=(vireo.bind=1)
     [[ -z $OPT_SHARE ]] || words+=(vireo.share=1)
+    [[ -z $OPT_COVERAGE ]] || words+=(vireo.coverage=1)
     if [[ -n $OPT_IOMMU ]]; then
         words+=(intel_iommu=on)
     else

@@ -18,11 +18,11 @@ has_monitor() { grep -qx monitor.in /sys/class/virtio-ports/*/name; }
 pull() { monitor "set_link n$(slot "$1" "$2") off"; }
 put() { monitor "set_link n$(slot "$1" "$2") on"; }
 
-# flaps MODE TIMES
+# flaps MODE
 flaps() {
-    local nic
+    local nic times=${LONG:+1000}
     for nic in $NICS; do
-        test_case "the link of $nic goes and comes back under traffic, $1" survives_flaps "$1" "$nic" "$2"
+        test_case "the link of $nic goes and comes back under traffic, $1" survives_flaps "$1" "$nic" "${times:-3}"
     done
 }
 
@@ -30,6 +30,8 @@ flaps() {
 survives_flaps() {
     local left=$3
     has_monitor || skip "the guest has no way to QEMU's monitor (lab --monitor)"
+    # The traffic has to last for all of them.
+    PATIENCE=$((PATIENCE + $3))
     start_under_traffic "$1" "$2"
     at_end put "$2" fwd_tx
     while [ "$left" -gt 0 ]; do

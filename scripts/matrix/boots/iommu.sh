@@ -29,7 +29,7 @@ boot_cases() {
         ends_on_signals "$mode"
         survives_kill "$mode"
         recovers "$mode"
-        flaps "$mode" 3
+        flaps "$mode"
     done
     dma_isolation container cdev compat
     test_case "iommufd alone" iommufd_alone
