@@ -1,7 +1,10 @@
 //! Both ends of what a program says: text on standard output, and the line that it fails with.
 
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::process::ExitCode;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::{Error, Result};
 
@@ -14,6 +17,14 @@ pub fn print(text: &str) -> Result<()> {
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(|error| Error::io("cannot write to standard output", &error))
+}
+
+/// Whether standard output takes a page of text without waiting for its reader. One that has an error does: the write
+/// will say which.
+pub fn is_output_ready() -> bool {
+    let stdout = std::io::stdout();
+    let mut output = [PollFd::new(stdout.as_fd(), PollFlags::POLLOUT)];
+    !matches!(poll(&mut output, PollTimeout::ZERO), Ok(0))
 }
 
 /// The exit code for `result`; an error is one line on standard error first, after the program's name.

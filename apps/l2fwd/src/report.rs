@@ -92,11 +92,15 @@ impl Reporter {
         if self.style == Style::Json { Ok(()) } else { program::print(text) }
     }
 
-    /// Prints totals, and rates since the last time.
+    /// Prints totals, and rates since the last time; nothing while the reader stands still, because the lcore that
+    /// prints also forwards.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
     pub fn statistics(&mut self, now: &[Totals]) -> Result<()> {
+        if !program::is_output_ready() {
+            return Ok(());
+        }
         let elapsed = self.since.elapsed();
         let text = match self.style {
             Style::Terminal => {

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::ffi::OsStringExt;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn l2fwd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vireo-l2fwd"));
@@ -102,4 +103,34 @@ fn output_that_nobody_takes_ends_it() {
         assert_eq!(nobody.code(), Some(74));
         assert!(!socket.exists());
     }
+}
+
+#[test]
+fn a_reader_that_stands_still_stops_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let vdev = format!("net_vhost0,iface={}", dir.path().join("socket").display());
+    let words = ["--no-pci", "--no-huge", "--in-memory", "--vdev", &vdev, "--", "-p", "1", "-T", "0.001"];
+    let mut child = l2fwd().args(words).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let (proc, pid) = (format!("/proc/{}", child.id()), child.id());
+    let word = |file: &str, nth: usize| -> u64 {
+        let text = std::fs::read_to_string(format!("{proc}/{file}")).unwrap();
+        text.split_whitespace().nth(nth).unwrap().parse().unwrap()
+    };
+    // `wchar`, and the user time of the main thread.
+    let written = || word("io", 3);
+    let ticks = || word(&format!("task/{pid}/stat"), 13);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let wait = |what: &str, until: &dyn Fn() -> bool| {
+        while !until() {
+            assert!(Instant::now() < deadline, "{what}; it wrote {} bytes", written());
+            std::thread::yield_now();
+        }
+    };
+    // A pipe has room for 64 KiB (pipe(7)).
+    wait("it does not fill the pipe", &|| written() > 50_000);
+    // For a second of the main lcore's time, a hundred ticks: so much is not left to print.
+    let then = ticks() + 100;
+    wait("it polls no more", &|| ticks() > then);
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
