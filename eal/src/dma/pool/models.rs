@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Mutex;
 
+use super::cache::CACHE;
 use super::*;
 use crate::mem::{Backing, Region};
 use crate::sync::{model, thread};

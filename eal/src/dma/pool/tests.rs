@@ -1,0 +1,136 @@
+use std::collections::HashSet;
+
+use proptest::prelude::*;
+
+use super::cache::CACHE;
+use super::*;
+use crate::dma::memory::Translation;
+use crate::mem::{Backing, Region};
+
+fn pool(count: u32) -> Arc<Pool> {
+    let memory = DmaMemory::map(Region::new(Pool::bytes(count), Backing::SmallPages).unwrap(), &[]).unwrap();
+    Pool::new(&memory, count).unwrap()
+}
+
+#[test]
+fn every_buffer_is_given_out_once_and_comes_back() {
+    let pool = pool(1000);
+    let mut cache = pool.cache();
+    let mut buffers: Vec<Buffer> = std::iter::from_fn(|| cache.allocate()).collect();
+    assert_eq!(buffers.len(), 1000);
+    buffers.sort_by_key(|buffer| buffer.0);
+    buffers.dedup();
+    assert_eq!(buffers.len(), 1000);
+    buffers.into_iter().for_each(|buffer| cache.free(buffer));
+    drop(cache);
+    assert_eq!(pool.free(), 1000);
+}
+
+#[test]
+fn device_addresses_follow_the_pages() {
+    let pages: Vec<u64> = (0..9).map(|page| 0x10_0000 + (page * 7 % 9) * 0x3000).collect();
+    let translation = Translation::paged(4096, &pages);
+    for offset in [0, 2048, 4096, 3 * 2048] {
+        let bases = place::bases(&translation, offset, 10);
+        for index in 0..10_usize {
+            let wanted = translation.iova(offset + index * BUFFER_SIZE + HEADROOM);
+            assert_eq!(bases[index].wrapping_add((index * BUFFER_SIZE) as u64), wanted);
+        }
+    }
+    let memory = DmaMemory::map(Region::new(1 << 20, Backing::SmallPages).unwrap(), &[]).unwrap();
+    assert_eq!(Pool::new(&memory, 100).unwrap().bases.len(), 1);
+}
+
+#[test]
+fn an_exhausted_pool_is_told_once_a_second() {
+    let (pool, second) = (pool(1), Tsc::hz());
+    let told = [0, 1, second / 2, second, second + 1, 5 * second].map(|at| pool.is_to_warn(second + at));
+    assert_eq!(told, [true, false, false, true, false, true]);
+}
+
+#[test]
+fn what_is_not_taken_stays() {
+    let pool = pool(40);
+    let mut cache = pool.cache();
+    let mut taking = cache.take(3);
+    let taken = [taking.next(), taking.next()];
+    drop(taking);
+    assert_eq!((taken[0] == taken[1], cache.len()), (false, 30));
+    let mut taking = cache.take(32);
+    assert_eq!(std::iter::from_fn(|| taking.next()).count(), 32);
+    drop(taking);
+    let mut taking = cache.take(32);
+    assert_eq!(std::iter::from_fn(|| taking.next()).count(), 6);
+}
+
+#[test]
+fn data_and_header_do_not_touch() {
+    let pool = pool(2);
+    let mut cache = pool.cache();
+    let mut buffer = cache.allocate().unwrap();
+    cache.write_header(&mut buffer, &[7; 12]);
+    let mut packet = Packet::new(buffer, 60);
+    cache.write(&mut packet, 0, &[1; 60]);
+    assert_eq!(cache.read_header::<12>(packet.buffer()), [7; 12]);
+    let mut bytes = [0; 62];
+    cache.read(&packet, 0, &mut bytes);
+    assert_eq!((bytes[59], bytes[60]), (1, 0));
+}
+
+/// What an lcore does with its cache.
+#[derive(Clone, Debug)]
+enum Step {
+    Allocate(usize),
+    Free(usize),
+    FreeAll(usize),
+    /// The lcore ends, and another begins.
+    Renew,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (0..600_usize).prop_map(Step::Allocate),
+        (0..600_usize).prop_map(Step::Free),
+        (0..=CACHE / 2).prop_map(Step::FreeAll),
+        Just(Step::Renew),
+    ]
+}
+
+proptest! {
+    /// The model is the set of buffers that the lcores hold: the others are free, wherever they are.
+    #[test]
+    fn caches_agree_with_a_set_of_buffers(
+        count in 0..1300_u32,
+        steps in prop::collection::vec((0..3_usize, step()), 1..20),
+    ) {
+        let pool = pool(count);
+        let mut caches = [pool.cache(), pool.cache(), pool.cache()];
+        let mut held: HashSet<u32> = HashSet::new();
+        for (lcore, step) in steps {
+            let cache = &mut caches[lcore];
+            let some = |held: &mut HashSet<u32>, most| {
+                let some: Vec<u32> = held.iter().copied().take(most).collect();
+                held.retain(|index| !some.contains(index));
+                some
+            };
+            match step {
+                Step::Allocate(wanted) => {
+                    for _ in 0..wanted {
+                        let Some(buffer) = cache.allocate() else {
+                            prop_assert_eq!((cache.len(), pool.free()), (0, 0));
+                            break;
+                        };
+                        prop_assert!(held.insert(buffer.0), "it is given out twice");
+                    }
+                }
+                Step::Free(most) => {
+                    some(&mut held, most).into_iter().for_each(|index| cache.free(Buffer(index)));
+                }
+                Step::FreeAll(most) => cache.free_all(&some(&mut held, most)),
+                Step::Renew => caches[lcore] = pool.cache(),
+            }
+            let cached: usize = caches.iter().map(PoolCache::len).sum();
+            prop_assert_eq!(held.len() + cached + pool.free() as usize, count as usize);
+        }
+    }
+}
