@@ -200,19 +200,6 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
     }
 }
 
-/// Uses both queues of port 0 until `is_over`; what it sends is taken, so that only a lie can stop it.
-fn keep_busy(devices: &[Device], what: &str, mut is_over: impl FnMut() -> bool) {
-    let since = Instant::now();
-    while !is_over() {
-        devices[0].receive(&frame(0));
-        devices[1].receive(&frame(0));
-        devices[0].transmitted();
-        devices[1].transmitted();
-        assert!(since.elapsed() < PATIENCE, "{what}: it is not noticed");
-        std::thread::yield_now();
-    }
-}
-
 #[test]
 fn every_lie_of_virtio_is_counted_and_mended() {
     type Lie = (&'static str, fn(&VirtioNet));
@@ -239,12 +226,23 @@ fn every_lie_of_virtio_is_counted_and_mended() {
         ("sent index ahead", |nic| nic.jump_used(TX, 1000)),
     ];
     for (what, lie) in lies {
+        let is_sent = what.starts_with("sent");
         let counted = while_forwarding(true, |devices| {
             let before = devices[0].resets();
             lie(devices[0].virtio());
-            keep_busy(devices, what, || devices[0].resets() > before);
+            let since = Instant::now();
+            while devices[0].resets() == before {
+                // A TX ring is looked at when there is something to send; what it sent is taken out, so that nothing
+                // but the lie can stop the queue.
+                if is_sent {
+                    devices[1].receive(&frame(0));
+                    devices[0].transmitted();
+                }
+                assert!(since.elapsed() < PATIENCE, "{what}: no reset");
+                std::thread::yield_now();
+            }
         });
-        let expected = if what.starts_with("sent") { (0, 1) } else { (1, 0) };
+        let expected = if is_sent { (0, 1) } else { (1, 0) };
         assert_eq!((counted.device_errors, counted.restarts), (expected, 1), "{what}");
     }
 }
