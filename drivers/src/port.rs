@@ -248,6 +248,15 @@ pub trait Nic {
         self.stop_pairs(vec![(rx, tx)], cache, None)
     }
 
+    /// Tries again a stop that the device did not confirm, and gives `cache` what it kept back; without one nothing
+    /// happens.
+    ///
+    /// # Errors
+    /// When it does not confirm it now either.
+    fn retry_stop(&mut self, _cache: &mut PoolCache) -> Result<()> {
+        Ok(())
+    }
+
     /// The station address.
     fn mac(&self) -> MacAddr;
 
@@ -350,6 +359,9 @@ macro_rules! any_driver {
             }
             fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
                 match self { $(Self::$variant(device) => device.device_drops()),* }
+            }
+            fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
+                match self { $(Self::$variant(device) => device.retry_stop(cache)),* }
             }
             fn leftover(&self) -> Leftover {
                 match self { $(Self::$variant(device) => device.leftover()),* }

@@ -240,6 +240,9 @@ impl Device {
 
     /// Wakes a PHY that the kernel's driver put to sleep; it then negotiates by itself.
     fn wake_phy(&self) -> Result<()> {
+        if self.wait("start", STATUS, |_| true)? & STATUS_LU != 0 {
+            return Ok(());
+        }
         let mdic = |operation: u32| {
             self.bar.write32(MDIC, operation | PHY_CONTROL << MDIC_REG_SHIFT | MDIC_PHY);
             self.wait("reach the PHY of", MDIC, |mdic| mdic & (MDIC_READY | MDIC_ERROR) != 0)
@@ -270,9 +273,7 @@ impl Nic for Device {
         sizes: QueueSizes,
         pairs: u16,
     ) -> Result<Vec<(RxQueue, TxQueue)>> {
-        if let Some(parked) = self.parked.take() {
-            self.stop(parked.0, parked.1, cache)?;
-        }
+        self.retry_stop(cache)?;
         if pairs != 1 {
             return Err(self.error(ErrorKind::Usage, "start", "e1000 has one pair of queues"));
         }
@@ -286,19 +287,15 @@ impl Nic for Device {
         let tails = (self.bar.doorbell32(RDT)?, self.bar.doorbell32(TDT)?);
         let rings = self.rings(memory, sizes)?;
         self.set_up(&rings.rx, &rings.tx);
-        let status = self.wait("start", STATUS, |_| true)?;
-        if status & STATUS_LU == 0 {
-            self.wake_phy()?;
-        }
-        self.device_drops();
-        self.drops = [0; DROPS.len()];
-        let buffers = match rx::filled(rings.rx.entries(), cache) {
+        let buffers = match self.wake_phy().and_then(|()| rx::filled(rings.rx.entries(), cache)) {
             Ok(buffers) => buffers,
             Err(error) => {
                 self.idle = Some(rings);
                 return Err(error);
             }
         };
+        self.device_drops();
+        self.drops = [0; DROPS.len()];
         let mut rx = RxQueue::new(rings.rx, buffers, tails.0, cache);
         self.fault.take();
         let tx = TxQueue::new(rings.tx, tails.1, self.fault.clone());
@@ -338,6 +335,13 @@ impl Nic for Device {
         let rx = rx.release(cache);
         self.idle = Some(Rings { memory, rx, tx: tx.release(sent.unwrap_or(cache)) });
         Ok(())
+    }
+
+    fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
+        match self.parked.take() {
+            Some(parked) => self.stop(parked.0, parked.1, cache),
+            None => Ok(()),
+        }
     }
 
     fn mac(&self) -> MacAddr {

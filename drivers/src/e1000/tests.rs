@@ -362,6 +362,21 @@ fn a_stop_that_is_confirmed_later_gives_the_buffers_back() {
 }
 
 #[test]
+fn starts_that_fail_take_no_memory() {
+    let mut rig = Rig::standard();
+    let (rx, tx) = rig.queues.take().unwrap();
+    rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+    rig.device.set_faults(Faults { gone: true, ..Faults::default() });
+    for _ in 0..100 {
+        let error = rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    }
+    rig.device.set_faults(Faults::default());
+    rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+    rig.stop();
+}
+
+#[test]
 fn memory_outlives_all_that_a_program_can_drop_while_the_nic_runs() {
     let Rig { device, port, queues, memory, pool, cache } = Rig::standard();
     let weak = Arc::downgrade(&memory);

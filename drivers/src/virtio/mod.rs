@@ -224,10 +224,7 @@ impl Nic for Device {
         sizes: QueueSizes,
         pairs: u16,
     ) -> Result<Vec<(RxQueue, TxQueue)>> {
-        if !self.parked.is_empty() {
-            let parked = std::mem::take(&mut self.parked);
-            self.stop_pairs(parked, cache, None)?;
-        }
+        self.retry_stop(cache)?;
         if self.started.is_some() {
             return Err(self.refuse(ErrorKind::Usage, "it is started already"));
         }
@@ -292,6 +289,13 @@ impl Nic for Device {
             self.spare = Some(Box::new(Queues { memory, pairs, control }));
         }
         Ok(())
+    }
+
+    fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
+        match std::mem::take(&mut self.parked) {
+            parked if parked.is_empty() => Ok(()),
+            parked => self.stop_pairs(parked, cache, None),
+        }
     }
 
     fn mac(&self) -> MacAddr {
