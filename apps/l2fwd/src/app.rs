@@ -109,7 +109,7 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     if let Some(ticks) = busy_ticks {
         reporter.core_cycles(ticks.into_inner(), &totals())?;
     }
-    close(&reporter, &mut all, &enabled, queues, cache, &pool)?;
+    let closed = close(&reporter, &mut all, &enabled, queues, cache, &pool);
     let of_port: BTreeMap<usize, Totals> = enabled.iter().copied().zip(totals()).collect();
     let mut checked = Ok(());
     for (from, to) in routes {
@@ -117,8 +117,7 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
         reporter.say(&balance.text(), &json!({ "event": "balance", "balance": balance }))?;
         checked = checked.and(balance.check());
     }
-    checked?;
-    printed?;
+    closed.and(checked).and(printed)?;
     reporter.say("Bye...\n", &json!({ "event": "end" }))
 }
 
@@ -187,11 +186,8 @@ fn close(
     for &number in enabled {
         let managed = &mut all[number];
         reporter.chat(&format!("Closing port {number}..."))?;
-        // A port that is down has no queues.
-        if let Some(queues) = queues.take_port(number) {
-            managed.stop(queues, &mut cache)?;
-        }
-        reporter.chat(" Done\n")?;
+        managed.stop(queues.take_port(number), &mut cache);
+        reporter.chat(if managed.unconfirmed.is_none() { " Done\n" } else { " it does not stop\n" })?;
         let drops = managed.drops.iter().map(|(name, count)| (*name, *count)).collect();
         let mut named = counters(managed.rx, managed.tx, drops);
         named.extend(managed.leftover.named());
@@ -213,6 +209,9 @@ fn close(
         )?;
     }
     drop(cache);
+    if let Some(error) = all.iter_mut().find_map(|managed| managed.unconfirmed.take()) {
+        return Err(error);
+    }
     match pool.count() - pool.free() {
         0 => Ok(()),
         lost => Err(Error::new(

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use vireo_drivers::port::{Leftover, Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
 use vireo_drivers::ports::{OpenPort, PortMemory};
-use vireo_eal::Result;
+use vireo_eal::Error;
 use vireo_eal::dma::PoolCache;
 use vireo_eal::lcore::StopFlag;
 
@@ -98,6 +98,8 @@ pub struct Managed {
     down: bool,
     /// When it was started last, or that was tried.
     tried: Instant,
+    /// Why it did not confirm its last stop: packet buffers are with it.
+    pub unconfirmed: Option<Error>,
 }
 
 impl Managed {
@@ -115,25 +117,30 @@ impl Managed {
             link_up: None,
             down: false,
             tried: Instant::now(),
+            unconfirmed: None,
         }
     }
 
-    /// Stops the port, and adds what it counted.
-    ///
-    /// # Errors
-    /// As for [`Nic::stop`].
-    pub fn stop(&mut self, queues: Vec<(RxQueue, TxQueue)>, cache: &mut PoolCache) -> Result<()> {
-        for (rx, tx) in &queues {
-            self.rx += rx.stats();
-            self.tx += tx.stats();
+    /// Stops the port, and adds what it counted. A port that is down has no queues: if it did not confirm its stop, that
+    /// is tried again.
+    pub fn stop(&mut self, queues: Option<Vec<(RxQueue, TxQueue)>>, cache: &mut PoolCache) {
+        let Some(OpenPort { port, .. }) = &mut self.open else { return };
+        self.unconfirmed = match queues {
+            None => port.retry_stop(cache),
+            Some(queues) => {
+                for (rx, tx) in &queues {
+                    self.rx += rx.stats();
+                    self.tx += tx.stats();
+                }
+                let stopped = port.stop_pairs(queues, cache, None);
+                for (name, count) in port.device_drops() {
+                    *self.drops.entry(name).or_default() += count;
+                }
+                stopped
+            }
         }
-        let Some(OpenPort { port, .. }) = &mut self.open else { return Ok(()) };
-        for (name, count) in port.device_drops() {
-            *self.drops.entry(name).or_default() += count;
-        }
-        let stopped = port.stop_pairs(queues, cache, None);
+        .err();
         self.leftover = port.leftover();
-        stopped
     }
 
     /// Notes a change of the link. A port without a bus has a peer in the place of one, which it looks after itself.
@@ -201,9 +208,12 @@ impl<'a> Control<'a> {
         let Some(open) = open else { return };
         if open.is_asked_back() {
             tracing::warn!("port {number}: the kernel wants {} back; it is closed", open.name);
-            if *down || self.stop(number) {
-                self.ports[number].open = None;
+            if *down {
+                self.ports[number].stop(None, &mut self.cache);
+            } else if !self.stop(number) {
+                return;
             }
+            self.ports[number].open = None;
         } else if tried.elapsed() < RESTART_EVERY {
             // Soon.
         } else if *down {
@@ -229,7 +239,8 @@ impl<'a> Control<'a> {
         let Some(queues) = self.queues.take_port(number) else { return false };
         let port = &mut self.ports[number];
         port.down = true;
-        if let Err(error) = port.stop(queues, &mut self.cache) {
+        port.stop(Some(queues), &mut self.cache);
+        if let Some(error) = &port.unconfirmed {
             tracing::error!("port {number}: {error}");
         }
         true
@@ -246,7 +257,7 @@ impl<'a> Control<'a> {
             Err(error) => return tracing::debug!("port {number} stays down: {error}"),
         }
         tracing::info!("port {number} is up again");
-        port.down = false;
+        (port.down, port.unconfirmed) = (false, None);
         let mut lanes = Vec::new();
         self.routes.retain(|&Route { lcore, from, to, ethernet }| {
             let lane = self.queues.join(from, to, ethernet);

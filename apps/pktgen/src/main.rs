@@ -81,8 +81,9 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
     let outcome = eal.lcores.run_main(|_| generator::run(&stream, tx, rx, stop))??;
     let mut counted = Vec::with_capacity(all.len());
     for ((open, rx), tx) in all.iter_mut().zip(rx_queues).zip(tx_queues) {
-        let mut named = counters(rx.stats(), tx.stats(), open.port.device_drops());
+        let stats = (rx.stats(), tx.stats());
         open.port.stop_pairs(vec![(rx, tx)], &mut cache, Some(&mut to_send))?;
+        let mut named = counters(stats.0, stats.1, open.port.device_drops());
         named.extend(open.port.leftover().named());
         counted.push(named);
     }

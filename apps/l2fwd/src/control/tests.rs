@@ -79,6 +79,16 @@ impl Device {
         }
     }
 
+    /// Registers read all ones, and the bus has no reset for it either.
+    fn vanish(&self, gone: bool) {
+        match self {
+            Self::Virtio(device) => device.behave(|behaviour| {
+                (behaviour.removed, behaviour.function_reset) = (gone, !gone);
+            }),
+            Self::E1000(device) => device.set_faults(Faults { gone, ..Faults::default() }),
+        }
+    }
+
     fn virtio(&self) -> &VirtioNet {
         match self {
             Self::Virtio(device) => device,
@@ -185,7 +195,8 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
         queues
     });
     for (number, port) in ports.iter_mut().enumerate() {
-        port.stop(queues.take_port(number).unwrap(), &mut cache).unwrap();
+        port.stop(queues.take_port(number), &mut cache);
+        assert!(port.unconfirmed.is_none());
     }
     drop(cache);
     assert_eq!(pool.free(), BUFFERS);
@@ -274,13 +285,10 @@ fn a_ring_that_sends_nothing_is_reset() {
 fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
     for virtio in [true, false] {
         let faults: &[fn(&Device, bool)] = match virtio {
-            true => &[
-                |device, on| device.virtio().behave(|behaviour| behaviour.needs_reset = on),
-                |device, on| device.virtio().behave(|behaviour| behaviour.removed = on),
-            ],
-            false => &[|device, on| {
-                device.e1000().set_faults(Faults { gone: on, ..Faults::default() });
-            }],
+            true => {
+                &[|device, on| device.virtio().behave(|behaviour| behaviour.needs_reset = on), Device::vanish]
+            }
+            false => &[Device::vanish],
         };
         for fault in faults {
             let counted = while_forwarding(virtio, |devices| {
@@ -317,4 +325,28 @@ fn bad_frames_of_an_e1000_are_dropped_without_a_reset() {
         nic.receive_raw(DD | EOP | 60);
     });
     assert_eq!((counted.device_errors, counted.errors, counted.restarts), ((2, 0), 2, 0));
+}
+
+#[test]
+fn a_stop_that_is_not_confirmed_is_tried_again() {
+    for virtio in [true, false] {
+        let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
+        let memory = DmaMemory::map(region, &[]).unwrap();
+        let pool = Pool::new(&memory, BUFFERS).unwrap();
+        let mut cache = pool.cache();
+        let (device, open) = Device::new(virtio, 0, &memory);
+        let mut port = Managed::new(open);
+        let queues = port.open.as_mut().unwrap().port.start_pairs(&memory, &mut cache, SIZES, 1).unwrap();
+        device.vanish(true);
+        port.stop(Some(queues), &mut cache);
+        let told = port.unconfirmed.as_ref().unwrap().to_string();
+        assert!(told.contains("reset"), "{told}");
+        port.stop(None, &mut cache);
+        assert!(port.unconfirmed.is_some());
+        device.vanish(false);
+        port.stop(None, &mut cache);
+        assert!(port.unconfirmed.is_none());
+        drop(cache);
+        assert_eq!(pool.free(), BUFFERS);
+    }
 }
