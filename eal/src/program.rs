@@ -19,6 +19,11 @@ pub fn print(text: &str) -> Result<()> {
         .map_err(|error| Error::io("cannot write to standard output", &error))
 }
 
+/// Says one line on standard error; whoever closed that does not want it.
+pub fn note(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Whether standard output takes a page of text without waiting for its reader. One that has an error does: the write
 /// will say which.
 pub fn is_output_ready() -> bool {
@@ -30,8 +35,7 @@ pub fn is_output_ready() -> bool {
 /// The exit code for `result`; an error is one line on standard error first, after the program's name.
 pub fn exit_code(name: &str, result: Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
-        // Whoever closed standard error still gets the exit code.
-        let _ = writeln!(std::io::stderr(), "{name}: {error}");
+        note(&format!("{name}: {error}"));
         error.kind().exit_code().into()
     })
 }

@@ -1,6 +1,7 @@
 //! What is done to NICs: the old driver is recorded first, so that every change can be undone.
 
 use std::fs::{self, DirBuilder};
+use std::net::Ipv6Addr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +12,8 @@ use vireo_eal::{Error, ErrorKind, Result};
 const VFIO_DRIVER: &str = "vfio-pci";
 /// Drivers that leave an IOMMU group usable for VFIO (`Documentation/driver-api/vfio.rst`).
 const HARMLESS: [&str; 3] = [VFIO_DRIVER, "pcieport", "pci-stub"];
+/// `RTF_REJECT`, `RTF_ANYCAST` and `RTF_LOCAL` (`linux/ipv6_route.h`): routes to nowhere and to this machine.
+const NOT_OUT: u32 = 0x0200 | 0x0010_0000 | 0x8000_0000;
 
 /// The machine: its PCI bus and the other places that are read and written here.
 #[derive(Debug)]
@@ -20,8 +23,6 @@ pub(crate) struct Host {
     pub(crate) vfio: PathBuf,
     /// `/proc`.
     pub(crate) proc: PathBuf,
-    /// `/sys/module`.
-    pub(crate) modules: PathBuf,
     /// One file for each address whose driver was changed, with the driver's name; empty for none. Not a
     /// directory of an EAL program, which would be removed with all in it.
     pub(crate) records: PathBuf,
@@ -35,7 +36,6 @@ impl Host {
             bus: Bus::default(),
             vfio: "/dev/vfio".into(),
             proc: "/proc".into(),
-            modules: "/sys/module".into(),
             records: run.map_or_else(|| "/run".into(), PathBuf::from).join("vireo-devbind"),
         }
     }
@@ -98,7 +98,7 @@ impl Host {
             // Before the change: a process that is killed in the middle leaves a way back.
             self.record(address, old.as_deref())?;
         }
-        let bound = self.bus.bind(address, driver).map_err(|error| self.explain(error, address, driver));
+        let bound = self.bus.bind(address, driver);
         let now = if bound.is_ok() { driver } else { old.as_deref() };
         let first = recorded.as_deref().or(old.as_deref()).unwrap_or("");
         if now.unwrap_or("") == first {
@@ -107,25 +107,13 @@ impl Host {
         bound
     }
 
-    fn explain(&self, error: Error, address: Bdf, driver: Option<&str>) -> Error {
-        let switch = self.modules.join("vfio/parameters/enable_unsafe_noiommu_mode");
-        let off = fs::read_to_string(&switch).is_ok_and(|text| text.trim() == "N");
-        if driver != Some(VFIO_DRIVER) || self.bus.iommu_group(address).is_some() || !off {
-            return error;
-        }
-        error.because("it is in no IOMMU group, so the IOMMU is off").mend(format!(
-            "boot with intel_iommu=on or amd_iommu=on; or, unsafe: echo 1 > {}",
-            switch.display()
-        ))
-    }
-
     /// Refuses a NIC that carries this machine's traffic, and one that a process has open: the kernel would
     /// wait for that process without end.
     fn check_idle(&self, info: &PciInfo, force: bool) -> Result<()> {
         let what = || format!("cannot take {} from {}", info.address, info.driver.as_deref().unwrap_or("-"));
-        let active = self.interfaces(info.address).into_iter().find(|(_, active)| *active);
-        if let Some((name, _)) = active.filter(|_| !force) {
-            return Err(Error::new(ErrorKind::Busy, what(), format!("{name} is up and has routes"))
+        let active = self.interfaces(info.address).into_iter().find_map(|(name, why)| Some((name, why?)));
+        if let Some((name, why)) = active.filter(|_| !force) {
+            return Err(Error::new(ErrorKind::Busy, what(), why)
                 .mend(format!("run: ip link set {name} down; or, if nobody needs it: --force")));
         }
         if info.driver.as_deref() == Some(VFIO_DRIVER)
@@ -137,28 +125,31 @@ impl Host {
         Ok(())
     }
 
-    /// The function's network interfaces, and whether each is up and in the main routing table.
-    pub(crate) fn interfaces(&self, address: Bdf) -> Vec<(String, bool)> {
+    /// The function's network interfaces, and why each carries this machine's traffic, if it does: it is up, and
+    /// it or one above it has routes.
+    pub(crate) fn interfaces(&self, address: Bdf) -> Vec<(String, Option<String>)> {
         let device = self.bus.node(address).sysfs;
-        let routes = fs::read_to_string(self.proc.join("net/route")).unwrap_or_default();
-        let routed: Vec<&str> = routes.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        let routed = self.routed();
         // Those of virtio are one level deeper.
         let deeper = names(&device).into_iter().filter(|name| name.starts_with("virtio"));
-        let dirs: Vec<PathBuf> = deeper.map(|name| device.join(name)).chain([device.clone()]).collect();
-        let of = |dir: &PathBuf| {
-            let net = dir.join("net");
-            names(&net).into_iter().map(move |name| {
-                let state = fs::read_to_string(net.join(&name).join("operstate")).unwrap_or_default();
-                (name, state.trim() == "up")
-            })
-        };
-        let found = dirs.iter().flat_map(of);
+        let dirs = deeper.map(|name| device.join(name)).chain([device.clone()]);
+        let found = dirs
+            .map(|dir| dir.join("net"))
+            .flat_map(|net| names(&net).into_iter().map(move |name| (net.join(&name), name)));
         found
-            .map(|(name, up)| {
-                let active = up && routed.contains(&name.as_str());
-                (name, active)
+            .map(|(dir, name)| {
+                let why = traffic(dir, &name, &routed);
+                (name, why)
             })
             .collect()
+    }
+
+    /// Interfaces with routes in IPv4's main table or in IPv6's, but for those routes that every interface has.
+    fn routed(&self) -> Vec<String> {
+        let read = |table| fs::read_to_string(self.proc.join("net").join(table)).unwrap_or_default();
+        let (v4, v6) = (read("route"), read("ipv6_route"));
+        let v4 = v4.lines().filter_map(|line| line.split_whitespace().next());
+        v4.chain(v6.lines().filter_map(routed_v6)).map(str::to_owned).collect()
     }
 
     /// VFIO takes a group only when no driver of the kernel has a part of it.
@@ -229,6 +220,45 @@ impl Host {
             _ => Ok(()),
         }
     }
+}
+
+/// Why interface `name`, whose directory is `dir`, carries this machine's traffic, if it does.
+fn traffic(dir: PathBuf, name: &str, routed: &[String]) -> Option<String> {
+    let state = fs::read_to_string(dir.join("operstate")).unwrap_or_default();
+    // A driver that does not tell leaves "unknown" while it is up (`Documentation/networking/operstates.rst`).
+    if !matches!(state.trim(), "up" | "unknown") {
+        return None;
+    }
+    let top = stack(dir, name).into_iter().find(|top| routed.contains(top))?;
+    let carries = if top == name { String::new() } else { format!("carries {top}, which ") };
+    Some(format!("{name} is up and {carries}has routes"))
+}
+
+/// Interface of a line of `/proc/net/ipv6_route`, if packets leave by it that are for more than its link.
+fn routed_v6(line: &str) -> Option<&str> {
+    let mut words = line.split_whitespace();
+    let destination = Ipv6Addr::from(u128::from_str_radix(words.next()?, 16).ok()?);
+    let interface = words.next_back()?;
+    let flags = u32::from_str_radix(words.next_back()?, 16).ok()?;
+    let of_link = destination.is_unicast_link_local() || destination.is_multicast();
+    (!of_link && flags & NOT_OUT == 0).then_some(interface)
+}
+
+/// Interface `name`, whose directory is `dir`, and all above it: its bridge or bond, its VLANs, and theirs in turn.
+fn stack(dir: PathBuf, name: &str) -> Vec<String> {
+    let mut found = vec![name.to_owned()];
+    let mut left = vec![dir];
+    while let Some(dir) = left.pop() {
+        // The link `master` has one of these beside it.
+        for link in names(&dir) {
+            let Some(upper) = link.strip_prefix("upper_") else { continue };
+            if !found.iter().any(|known| known == upper) {
+                found.push(upper.to_owned());
+                left.push(dir.join(&link));
+            }
+        }
+    }
+    found
 }
 
 /// Names in a directory; none when there is no such directory.

@@ -6,10 +6,10 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
+use vireo_eal::args::parse_plain;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::{Error, ErrorKind, Result, program};
 
@@ -44,7 +44,8 @@ struct Cli {
 }
 
 fn run() -> Result<()> {
-    let cli = Cli::read(std::env::args_os())?;
+    let Some(cli) = parse_plain::<Cli>(std::env::args_os())? else { return Ok(()) };
+    cli.check()?;
     vireo_eal::log::init(&[])?;
     let host = Host::new();
     match (&cli.bind, cli.unbind, cli.restore) {
@@ -60,27 +61,13 @@ fn run() -> Result<()> {
 }
 
 impl Cli {
-    /// Reads `argv`; help and version are printed and end the process.
-    fn read(argv: impl Iterator<Item = OsString>) -> Result<Self> {
-        let cli = Self::try_parse_from(argv).map_err(|error| {
-            if !error.use_stderr() {
-                error.exit();
-            }
-            let text = error.render().to_string();
-            let why: Vec<_> = text.split("\n\n").take(1).flat_map(str::split_whitespace).collect();
-            let why = why.join(" ");
-            Error::new(ErrorKind::Usage, "cannot read the arguments", why.trim_start_matches("error: "))
-                .mend("see: vireo-devbind --help")
-        })?;
-        if !cli.addresses.is_empty() && cli.bind.is_none() && !cli.unbind && !cli.restore {
-            return Err(Error::new(
-                ErrorKind::Usage,
-                "cannot act on the addresses",
-                "nothing says what to do",
-            )
-            .mend("give --bind DRIVER, --unbind or --restore"));
+    /// Refuses addresses with which nothing is to be done.
+    fn check(&self) -> Result<()> {
+        if self.addresses.is_empty() || self.bind.is_some() || self.unbind || self.restore {
+            return Ok(());
         }
-        Ok(cli)
+        let (what, why) = ("cannot act on the addresses", "nothing says what to do");
+        Err(Error::new(ErrorKind::Usage, what, why).mend("give --bind DRIVER, --unbind or --restore"))
     }
 }
 

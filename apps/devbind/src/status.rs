@@ -39,7 +39,7 @@ pub(crate) fn list(host: &Host) -> Result<Vec<Nic>> {
                 iommu_group: host.bus.iommu_group(info.address),
                 numa_node: info.numa_node,
                 vireo: driver_of(info.id),
-                active: interfaces.iter().any(|(_, active)| *active),
+                active: interfaces.iter().any(|(_, why)| why.is_some()),
                 interfaces: interfaces.into_iter().map(|(name, _)| name).collect(),
                 driver: info.driver,
             })

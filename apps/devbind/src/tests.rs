@@ -3,7 +3,9 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use vireo_bus_pci::Bus;
+use vireo_eal::args::parse_plain;
 use vireo_eal::bdf::Bdf;
+use vireo_eal::vfio::no_group;
 use vireo_eal::{ErrorKind, Result};
 
 use crate::host::Host;
@@ -39,7 +41,6 @@ fn machine() -> (tempfile::TempDir, Host) {
         bus: Bus::new(bus),
         vfio: "/dev/vfio".into(),
         proc: dir.path().join("proc"),
-        modules: dir.path().join("modules"),
         records: dir.path().join("run/vireo-devbind"),
     };
     (dir, host)
@@ -83,6 +84,67 @@ fn a_nic_in_use_is_refused_without_force() {
         with_interface(dir.path(), state, route);
         host.change(&[address(NIC)], None, false).unwrap();
     }
+    // What a driver leaves that does not tell.
+    with_interface(dir.path(), "unknown\n", "eth7");
+    host.change(&[address(NIC)], None, false).unwrap_err();
+}
+
+#[test]
+fn a_nic_with_routes_of_ipv6_alone_is_in_use() {
+    let (dir, host) = machine();
+    with_interface(dir.path(), "up\n", "eth70");
+    let routed = |destination: &str, length: &str, flags: &str| {
+        let zero = "0".repeat(32);
+        let line = format!(
+            "{destination:0<32} {length} {zero} 00 {zero} 00000100 00000001 00000000 {flags}     eth7\n"
+        );
+        fs::write(dir.path().join("proc/net/ipv6_route"), line).unwrap();
+        host.change(&[address(NIC)], None, false).is_err()
+    };
+    for (destination, length, flags) in
+        [("fd00", "40", "00000001"), ("2001", "80", "00000001"), ("", "00", "00450003")]
+    {
+        assert!(routed(destination, length, flags), "{destination}/{length}");
+    }
+    for (destination, length, flags) in [
+        ("fe80", "40", "00000001"),
+        ("ff", "08", "00000001"),
+        ("fd00", "80", "80200001"),
+        ("fd00", "80", "00300001"),
+        ("", "00", "00200200"),
+    ] {
+        assert!(!routed(destination, length, flags), "{destination}/{length}");
+    }
+}
+
+#[test]
+fn a_nic_below_an_interface_with_routes_is_in_use() {
+    let (dir, host) = machine();
+    let net = dir.path().join("net");
+    // The kernel makes no loops; if it did, following these would take ages.
+    for (lower, upper) in [
+        ("bond0", "br0"),
+        ("bond0", "br0.5"),
+        ("br0", "bond0"),
+        ("br0", "br0.5"),
+        ("br0.5", "bond0"),
+        ("br0.5", "br0"),
+    ] {
+        fs::create_dir_all(net.join(lower)).unwrap();
+        symlink(net.join(upper), net.join(lower).join(format!("upper_{upper}"))).unwrap();
+    }
+    with_interface(dir.path(), "up\n", "br0.5");
+    host.change(&[address(NIC)], None, false).unwrap();
+    symlink(net.join("bond0"), dir.path().join("bus/devices").join(NIC).join("virtio3/net/eth7/upper_bond0"))
+        .unwrap();
+    let error = host.change(&[address(NIC)], None, false).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("eth7 is up and carries br0.5, which has routes"), "{error}");
+    assert!(error.to_string().contains("ip link set eth7 down"), "{error}");
+    for (state, route) in [("down\n", "br0.5"), ("up\n", "lo")] {
+        with_interface(dir.path(), state, route);
+        host.change(&[address(NIC)], None, false).unwrap();
+    }
 }
 
 #[test]
@@ -100,13 +162,17 @@ fn the_first_driver_is_recorded_until_it_is_back() {
 
 #[test]
 fn what_fails_leaves_no_record() {
-    let (_dir, host) = machine();
+    let (dir, host) = machine();
     let missing = host.change(&[address(NIC)], Some("vfio-user"), false).unwrap_err();
     assert!(missing.to_string().ends_with("run: modprobe vfio-user"), "{missing}");
     let refused = host.change(&[address(NIC), address(OTHER)], Some("vfio-pci"), false).unwrap_err();
     assert!(refused.to_string().contains("did not take it"), "{refused}");
     assert!(host.change(&[address(NIC), address("0000:00:09.0")], None, false).is_err());
     assert_eq!(host.recorded(address(NIC)).unwrap(), None);
+
+    fs::remove_file(dir.path().join("bus/devices").join(NIC).join("iommu_group")).unwrap();
+    let refused = host.change(&[address(NIC)], Some("vfio-pci"), false).unwrap_err();
+    assert_eq!(refused, no_group(format!("cannot bind {NIC} to vfio-pci")));
 }
 
 #[test]
@@ -126,7 +192,9 @@ fn a_process_that_has_the_nic_is_named() {
 #[test]
 fn arguments() {
     let read = |line: &str| -> Result<Cli> {
-        Cli::read(["devbind"].into_iter().chain(line.split_whitespace()).map(Into::into))
+        let argv = ["devbind"].into_iter().chain(line.split_whitespace()).map(Into::into);
+        let cli: Cli = parse_plain(argv)?.unwrap();
+        cli.check().map(|()| cli)
     };
     assert!(read("").unwrap().addresses.is_empty());
     assert_eq!(read("-b vfio-pci 00:03.0 00:03.1").unwrap().addresses.len(), 2);

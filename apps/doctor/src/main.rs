@@ -8,12 +8,11 @@ mod report;
 #[cfg(test)]
 mod tests;
 
-use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
 use vireo_bus_pci::Bus;
-use vireo_eal::args::{VfToken, one_line};
+use vireo_eal::args::{VfToken, parse_plain};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result, program};
@@ -59,27 +58,17 @@ fn explicit(text: &str) -> Result<VfioMode> {
 }
 
 impl Cli {
-    /// Reads `argv`; help and version are printed and end the process.
-    fn read(argv: impl Iterator<Item = OsString>) -> Result<Self> {
-        let mut cli = Self::try_parse_from(argv).map_err(|error| {
-            if !error.use_stderr() {
-                error.exit();
-            }
-            one_line(&error, "arguments", "vireo-doctor")
-        })?;
-        if cli.modes.is_empty() {
-            cli.modes = VfioMode::EXPLICIT.to_vec();
-        }
-        Ok(cli)
+    fn modes(&self) -> &[VfioMode] {
+        if self.modes.is_empty() { &VfioMode::EXPLICIT } else { &self.modes }
     }
 }
 
 fn run() -> Result<ExitCode> {
-    let cli = Cli::read(std::env::args_os())?;
+    let Some(cli) = parse_plain::<Cli>(std::env::args_os())? else { return Ok(ExitCode::SUCCESS) };
     vireo_eal::log::init(&[])?;
     let host = Host { bus: Bus::default(), dev: "/dev".into(), vf_token: cli.vfio_vf_token };
     let machine = Machine::read("/".as_ref())?;
-    let report = Report { machine, nics: examine::examine(&host, &cli.addresses, &cli.modes)? };
+    let report = Report { machine, nics: examine::examine(&host, &cli.addresses, cli.modes())? };
     program::print(&if cli.json { report.json()? } else { report.text() })?;
     Ok(report.exit_code())
 }

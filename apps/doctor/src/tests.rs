@@ -3,6 +3,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use vireo_bus_pci::Bus;
+use vireo_eal::args::parse_plain;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{ErrorKind, Result};
 
@@ -199,9 +200,10 @@ fn the_machine_is_read() {
 #[test]
 fn arguments() {
     let read = |line: &str| -> Result<Cli> {
-        Cli::read(["doctor"].into_iter().chain(line.split_whitespace()).map(Into::into))
+        let argv = ["doctor"].into_iter().chain(line.split_whitespace()).map(Into::into);
+        parse_plain(argv).map(Option::unwrap)
     };
-    assert_eq!(read("").unwrap().modes, VfioMode::EXPLICIT);
+    assert_eq!(read("").unwrap().modes(), VfioMode::EXPLICIT);
     let cli = read("--json --modes group,noiommu-cdev 00:03.0 00:04.0").unwrap();
     assert_eq!(cli.modes, [VfioMode::Container, VfioMode::NoiommuCdev]);
     assert!(cli.json && cli.addresses.len() == 2);

@@ -16,10 +16,10 @@ use clap::Parser;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use vireo_bus_pci::Bus;
 use vireo_drivers::ports::{DEVICE_KEYS, VDEV_KEYS, driver_of};
-use vireo_eal::args::{self as eal_args, EalArgs, Outcome, Program, one_line};
+use vireo_eal::args::{self as eal_args, EalArgs, Outcome, Program};
 use vireo_eal::user::{User, UserName, exec};
 use vireo_eal::vfio::{FdSource, Vfio, nodes};
-use vireo_eal::{Error, ErrorKind, Result};
+use vireo_eal::{Error, ErrorKind, Result, program};
 
 /// Starts a program of Vireo as an ordinary user, with the device nodes that it needs.
 ///
@@ -45,20 +45,13 @@ struct Cli {
 }
 
 fn run() -> Result<ExitCode> {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) if !error.use_stderr() => {
-            print!("{}", error.render());
-            return Ok(ExitCode::SUCCESS);
-        }
-        Err(error) => return Err(one_line(&error, "arguments", "vireo-launch")),
-    };
+    let Some(cli) = eal_args::parse_plain::<Cli>(std::env::args_os())? else { return Ok(ExitCode::SUCCESS) };
     let user = cli.user.find()?;
     let program = Program { usage: "", device_keys: DEVICE_KEYS, vdev_keys: VDEV_KEYS };
     let parsed = match eal_args::parse(cli.command.iter().cloned(), &program)? {
         Outcome::Run(parsed) => parsed,
         Outcome::Print(text) => {
-            print!("{text}");
+            program::print(&text)?;
             return Ok(ExitCode::SUCCESS);
         }
     };
@@ -130,11 +123,5 @@ fn serve(path: &Path, user: User, fds: &[OwnedFd]) -> Result<ExitCode> {
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("vireo-launch: {error}");
-            error.kind().exit_code().into()
-        }
-    }
+    program::exit_code("vireo-launch", run())
 }

@@ -24,10 +24,12 @@ mod words;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use vireo_eal::program;
+use vireo_eal::args::parse_plain;
+use vireo_eal::{Result, program};
 
 #[derive(Parser)]
-#[command(name = "vireo-vfio-bench", version, about)]
+// Help instead of an error would, in one line, not say that a subcommand is missing.
+#[command(name = "vireo-vfio-bench", version, about, arg_required_else_help = false)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -40,17 +42,21 @@ enum Command {
     Native(native::NativeArgs),
     DmaProof(dma_proof::DmaProofArgs),
     /// Time the phases from a forwarder's start to its first packet, beside DPDK's testpmd
-    #[command(subcommand)]
+    #[command(subcommand, arg_required_else_help = false)]
     Start(start::Command),
 }
 
-fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+fn run() -> Result<()> {
+    let Some(cli) = parse_plain::<Cli>(std::env::args_os())? else { return Ok(()) };
+    match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => report::report(&args),
         Command::Native(args) => native::native(&args),
         Command::DmaProof(args) => dma_proof::dma_proof(&args),
         Command::Start(command) => start::start(&command),
-    };
-    program::exit_code("vireo-vfio-bench", result.map(|()| ExitCode::SUCCESS))
+    }
+}
+
+fn main() -> ExitCode {
+    program::exit_code("vireo-vfio-bench", run().map(|()| ExitCode::SUCCESS))
 }

@@ -63,7 +63,7 @@ pub(crate) struct Limits {
     /// Core of the forwarder.
     pub(crate) forwarder: usize,
     /// Length of a stream.
-    pub(crate) seconds: f64,
+    pub(crate) stream: Duration,
     /// Size of the region whose mapping is timed.
     pub(crate) map_bytes: usize,
 }
@@ -162,25 +162,11 @@ pub(crate) fn measure(
 ) -> Result<Run> {
     pin_to(limits.generator)?;
     let mut side = Side::start(bus, [&wiring.sender, &wiring.receiver], mode, true)?;
-    let done = StopFlag::new();
-    let polling = AtomicU64::new(0);
     let began = Tsc::now();
-    let (generated, forwarded) = std::thread::scope(|scope| {
-        let forwarder = scope.spawn(|| {
-            let result = forward(bus, wiring, mode, limits, &done, &polling);
-            // The generator waits for this word; an error must end its wait too.
-            polling.store(u64::MAX, Ordering::Release);
-            result
-        });
-        let generated = generate(wiring, &mut side, limits, stop, &polling);
-        done.set();
-        let forwarded = forwarder.join().map_err(|_| {
-            Error::new(ErrorKind::Protocol, "the forwarder ended early", "it panicked; its message is above")
-        });
-        (generated, forwarded)
-    });
-    let forwarded = forwarded??;
-    let streams = generated?;
+    let (forwarded, streams) = beside(
+        |done, polling| forward(bus, wiring, mode, limits, done, polling),
+        |polling| generate(wiring, &mut side, limits, stop, polling),
+    )?;
     let (generator_ports, mut drops) = side.stop("generator")?;
     drops.extend(forwarded.drops);
     let map = match forwarded.ports.first().and_then(|open| open.space.as_ref()) {
@@ -217,6 +203,39 @@ pub(crate) fn measure(
         received: streams.iter().map(|stream| stream.received).sum(),
         drops,
     })
+}
+
+/// Calls it when the scope ends, by a panic too.
+struct AtEnd<F: Fn()>(F);
+
+impl<F: Fn()> Drop for AtEnd<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+/// Runs `forward` in a thread beside `generate`. The one polls until its flag is set and the other waits for its word,
+/// so each end, by an error or a panic too, has to reach the other.
+fn beside<F: Send, G>(
+    forward: impl FnOnce(&StopFlag, &AtomicU64) -> Result<F> + Send,
+    generate: impl FnOnce(&AtomicU64) -> Result<G>,
+) -> Result<(F, G)> {
+    let (done, polling) = (StopFlag::new(), AtomicU64::new(0));
+    let (forwarded, generated) = std::thread::scope(|scope| {
+        let forwarder = scope.spawn(|| {
+            let _ended = AtEnd(|| polling.store(u64::MAX, Ordering::Release));
+            forward(&done, &polling)
+        });
+        let generated = {
+            let _done = AtEnd(|| done.set());
+            generate(&polling)
+        };
+        (forwarder.join(), generated)
+    });
+    let forwarded = forwarded.map_err(|_| {
+        Error::new(ErrorKind::Protocol, "the forwarder ended early", "it panicked; its message is above")
+    })??;
+    Ok((forwarded, generated?))
 }
 
 /// The forwarder's side, from opening to the reset: what `l2fwd -p 3` does.
@@ -272,7 +291,6 @@ fn generate(
     if polling.load(Ordering::Acquire) == u64::MAX {
         return Err(Error::new(ErrorKind::Protocol, "the forwarder ended early", "see its own error"));
     }
-    let time = Duration::from_secs_f64(limits.seconds);
     let mut stream = side.knocks(WINDOW, FIRST_PACKET);
     let mut next = |rate: Option<f64>, end: End| send_next(&mut stream, rate, end, side, stop);
     let first = next(Some(KNOCKS), End::FirstArrival(FIRST_PACKET))?;
@@ -284,8 +302,8 @@ fn generate(
         )
         .mend("see that the first two and the last two NICs are connected"));
     }
-    let rate = next(None, End::After(time))?;
-    let latency = next(Some((rate.rate() * LATENCY_LOAD).max(1.0)), End::After(time))?;
+    let rate = next(None, End::After(limits.stream))?;
+    let latency = next(Some((rate.rate() * LATENCY_LOAD).max(1.0)), End::After(limits.stream))?;
     Ok([first, rate, latency])
 }
 
@@ -303,8 +321,7 @@ pub(crate) fn null_forwarder(
     let mut stream = side.knocks(WINDOW, FIRST_PACKET);
     stream.expect = None;
     send_next(&mut stream, Some(KNOCKS), End::FirstArrival(FIRST_PACKET), &mut side, stop)?;
-    let time = Duration::from_secs_f64(limits.seconds);
-    let rate = send_next(&mut stream, None, End::After(time), &mut side, stop)?.rate();
+    let rate = send_next(&mut stream, None, End::After(limits.stream), &mut side, stop)?.rate();
     side.stop("generator")?;
     Ok(rate)
 }
@@ -422,4 +439,50 @@ pub(crate) fn map_times(
         }
     }
     Ok(times)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::mpsc;
+
+    /// What `call` gives, unless it panics; fails when it does not end.
+    fn ends<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || sender.send(catch_unwind(AssertUnwindSafe(call)).ok()));
+        receiver.recv_timeout(Duration::from_secs(10)).unwrap()
+    }
+
+    fn poll_until_done(done: &StopFlag, polling: &AtomicU64) -> Result<()> {
+        polling.store(1, Ordering::Release);
+        while !done.is_set() {
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    fn wait_for_word(polling: &AtomicU64) -> Result<u64> {
+        loop {
+            match polling.load(Ordering::Acquire) {
+                0 => std::thread::yield_now(),
+                word => return Ok(word),
+            }
+        }
+    }
+
+    #[test]
+    fn the_forwarder_ends_when_the_generator_does() {
+        assert!(matches!(ends(|| beside(poll_until_done, wait_for_word)), Some(Ok(((), _)))));
+        assert!(ends(|| beside(poll_until_done, |_| -> Result<()> { panic!("in the generator") })).is_none());
+    }
+
+    #[test]
+    fn the_generator_ends_when_the_forwarder_does() {
+        let failed = || Err::<(), _>(Error::new(ErrorKind::Unavailable, "cannot open", "of an error"));
+        let error = ends(move || beside(|_, _| failed(), wait_for_word)).unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        let panics = || beside(|_, _| -> Result<()> { panic!("in the forwarder") }, wait_for_word);
+        assert!(ends(panics).unwrap().unwrap_err().to_string().contains("it panicked"));
+    }
 }

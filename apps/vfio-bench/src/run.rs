@@ -1,7 +1,7 @@
 //! `vfio-bench run`: measures every mode on every NIC of this machine, interleaved.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use vireo_bus_pci::{Bus, PciInfo};
@@ -9,6 +9,7 @@ use vireo_drivers::ports::driver_of;
 use vireo_eal::args::allowed_cpus;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::lcore::StopFlag;
+use vireo_eal::program::note;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -33,14 +34,23 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "A,B,C,D", conflicts_with = "nics")]
     ports: Vec<String>,
     /// Rounds; each runs every mode once
-    #[arg(long, value_name = "N", default_value_t = 6)]
+    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// Seconds that each stream lasts; there are two in a run
-    #[arg(long, value_name = "SECONDS", default_value_t = 0.4)]
-    seconds: f64,
+    #[arg(long, value_name = "SECONDS", default_value = "0.4", value_parser = seconds)]
+    seconds: Duration,
     /// Size of the region whose mapping is timed, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     map_mib: usize,
+}
+
+/// How long something is measured, as an argument says it.
+pub(crate) fn seconds(text: &str) -> std::result::Result<Duration, String> {
+    text.parse()
+        .ok()
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .filter(|time| !time.is_zero())
+        .ok_or_else(|| "it is no number of seconds above 0".into())
 }
 
 /// Who runs where.
@@ -72,9 +82,9 @@ impl Cores {
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let bus = Bus::default();
     let stop = StopFlag::on_signals()?;
-    let wirings = wirings(&args.ports, &args.nics, &bus)?;
+    let wirings = wirings(&args.ports, &args.nics, &bus, note)?;
     let Cores { generator, forwarder, .. } = Cores::of_this_process()?;
-    let limits = Limits { generator, forwarder, seconds: args.seconds, map_bytes: args.map_mib << 20 };
+    let limits = Limits { generator, forwarder, stream: args.seconds, map_bytes: args.map_mib << 20 };
     let mut recording = Recording {
         environment: environment(args.rounds)?,
         runs: Vec::new(),
@@ -92,13 +102,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
                 }
                 (run.round, run.pair) = (round, pair.to_owned());
                 recording.runs.push(run);
-                eprintln!(
-                    "{}/{total} {} {mode}{} {:.0} s",
-                    recording.runs.len(),
-                    wiring.nic,
-                    if pair == Run::NOISE { " (noise)" } else { "" },
-                    begin.elapsed().as_secs_f64()
-                );
+                let (number, seconds) = (recording.runs.len(), begin.elapsed().as_secs_f64());
+                let noise = if pair == Run::NOISE { " (noise)" } else { "" };
+                note(&format!("{number}/{total} {} {mode}{noise} {seconds:.0} s", wiring.nic));
             }
             if let Some(&mode) = args.modes.first() {
                 let pps = null_forwarder(&bus, wiring, mode, &limits, &stop)?;
@@ -128,8 +134,14 @@ fn schedule(modes: &[VfioMode], round: u32) -> Vec<(&'static str, VfioMode)> {
     noise.into_iter().chain(noise).chain(order).collect()
 }
 
-/// The four NICs named in `ports`, or those of each kind in `nics`, or of every kind of which there are four.
-pub(crate) fn wirings(ports: &[String], nics: &[String], bus: &Bus) -> Result<Vec<Wiring>> {
+/// The four NICs named in `ports`, or those of each kind in `nics`, or of every kind of which there are four;
+/// then `say` gets a line for each other kind.
+pub(crate) fn wirings(
+    ports: &[String],
+    nics: &[String],
+    bus: &Bus,
+    mut say: impl FnMut(&str),
+) -> Result<Vec<Wiring>> {
     if !ports.is_empty() {
         let addresses = ports.iter().flat_map(|list| list.split(','));
         let infos = addresses.map(|text| bus.find(text.parse::<Bdf>()?)).collect::<Result<Vec<_>>>()?;
@@ -143,17 +155,19 @@ pub(crate) fn wirings(ports: &[String], nics: &[String], bus: &Bus) -> Result<Ve
             None => kinds.push((kind, vec![info])),
         }
     }
-    if let Some(missing) = nics.iter().find(|nic| !kinds.iter().any(|(kind, _)| kind == nic)) {
-        return Err(Error::new(
-            ErrorKind::Usage,
-            format!("cannot measure {missing}"),
-            "none is bound to vfio-pci",
-        )
-        .mend("run: vireo-devbind --status"));
+    let (fours, others): (Vec<_>, Vec<_>) = kinds.into_iter().partition(|(_, infos)| infos.len() == 4);
+    if let Some(nic) = nics.iter().find(|nic| !fours.iter().any(|(kind, _)| kind == nic)) {
+        let bound = others.iter().find(|(kind, _)| kind == nic).map_or(0, |(_, infos)| infos.len());
+        return Err(not_four(nic, bound));
     }
-    let wirings: Vec<Wiring> = kinds
+    if nics.is_empty() {
+        for (kind, infos) in &others {
+            say(&format!("vireo-vfio-bench: left out: {}", not_four(kind, infos.len())));
+        }
+    }
+    let wirings: Vec<Wiring> = fours
         .into_iter()
-        .filter(|(kind, infos)| infos.len() == 4 && (nics.is_empty() || nics.iter().any(|n| n == kind)))
+        .filter(|(kind, _)| nics.is_empty() || nics.iter().any(|nic| nic == kind))
         .map(|(_, infos)| Wiring::new(infos))
         .collect::<Result<_>>()?;
     if wirings.is_empty() {
@@ -167,6 +181,16 @@ pub(crate) fn wirings(ports: &[String], nics: &[String], bus: &Bus) -> Result<Ve
     Ok(wirings)
 }
 
+/// Why `kind`, with `bound` NICs on vfio-pci, is not measured.
+fn not_four(kind: &str, bound: usize) -> Error {
+    let why = format!("{bound} on vfio-pci, and a comparison takes 4");
+    Error::new(ErrorKind::Usage, format!("cannot measure {kind}"), why).mend(if bound < 4 {
+        "run: vireo-devbind --status"
+    } else {
+        "name four: run --ports A,B,C,D; or give the others back: vireo-devbind --restore ADDRESS"
+    })
+}
+
 /// What people call the NIC: QEMU's names, which are also those of the kernel's drivers.
 pub(crate) fn kind(info: &PciInfo) -> Option<&'static str> {
     match (driver_of(info.id)?, info.id.device) {
@@ -178,6 +202,8 @@ pub(crate) fn kind(info: &PciInfo) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
 
     #[test]
     fn rounds_run_forwards_and_backwards() {
@@ -187,5 +213,54 @@ mod tests {
         assert_eq!(order(0), [Container, Container, Container, Cdev]);
         assert_eq!(order(1), [Cdev, Cdev, Cdev, Container]);
         assert_eq!(schedule(&modes, 0)[0].0, Run::NOISE);
+    }
+
+    const E1000: &str = "100e";
+    const E1000E: &str = "10d3";
+
+    /// A bus with one NIC on vfio-pci for each of `devices`, all of Intel.
+    fn bus(devices: &[&str]) -> (tempfile::TempDir, Bus) {
+        let dir = tempfile::tempdir().unwrap();
+        for (slot, device) in devices.iter().enumerate() {
+            let path = dir.path().join(format!("devices/0000:00:{slot:02x}.0"));
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("vendor"), "0x8086\n").unwrap();
+            fs::write(path.join("device"), format!("0x{device}\n")).unwrap();
+            symlink("../../drivers/vfio-pci", path.join("driver")).unwrap();
+        }
+        let bus = Bus::new(dir.path());
+        (dir, bus)
+    }
+
+    #[test]
+    fn a_kind_that_was_named_has_four_nics_or_is_refused() {
+        for (bound, cure) in [(0, "vireo-devbind --status"), (3, "vireo-devbind --status"), (5, "--ports")] {
+            let (_dir, bus) = bus(&[vec![E1000; 4], vec![E1000E; bound]].concat());
+            let nics = ["e1000".to_owned(), "e1000e".to_owned()];
+            let error = wirings(&[], &nics, &bus, |_| ()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage);
+            let text = error.to_string();
+            assert!(text.starts_with(&format!("cannot measure e1000e: {bound} on vfio-pci")), "{text}");
+            assert!(text.contains(cure), "{text}");
+            let chosen = wirings(&[], &nics[..1], &bus, |_| ()).unwrap();
+            assert_eq!(chosen.iter().map(|wiring| wiring.nic).collect::<Vec<_>>(), ["e1000"]);
+        }
+    }
+
+    #[test]
+    fn a_kind_that_is_left_out_is_said_unless_others_were_named() {
+        let (_dir, bus) = bus(&[vec![E1000; 4], vec![E1000E; 5]].concat());
+        let said = |nics: &[String]| {
+            let mut said = Vec::new();
+            assert_eq!(wirings(&[], nics, &bus, |line| said.push(line.to_owned())).unwrap().len(), 1);
+            said.join("\n")
+        };
+        let text = said(&[]);
+        assert!(
+            text.starts_with("vireo-vfio-bench: left out: cannot measure e1000e: 5 on vfio-pci"),
+            "{text}"
+        );
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert_eq!(said(&["e1000".to_owned()]), "");
     }
 }

@@ -199,8 +199,11 @@ pub(super) fn program_name(argv: &[OsString]) -> String {
     path.file_name().map_or_else(|| "vireo".into(), |name| name.to_string_lossy().into_owned())
 }
 
+/// What the arguments of a program are called that takes none for the EAL.
+pub(super) const PLAIN: &str = "arguments";
+
 /// Clap's message of several lines as one of ours.
-pub fn one_line(error: &clap::Error, what: &str, program: &str) -> Error {
+pub(super) fn one_line(error: &clap::Error, what: &str, program: &str) -> Error {
     use std::error::Error as _;
     if let Some(own) = error.source().and_then(|source| source.downcast_ref::<Error>()) {
         return own.clone();
@@ -225,7 +228,7 @@ pub fn one_line(error: &clap::Error, what: &str, program: &str) -> Error {
     let cure = match (error.get(ContextKind::SuggestedArg), error.kind()) {
         (Some(ContextValue::String(name)), _) => format!("did you mean {name}?"),
         (Some(ContextValue::Strings(names)), _) => format!("did you mean {}?", names.join(" or ")),
-        (_, ClapKind::UnknownArgument) => {
+        (_, ClapKind::UnknownArgument) if what != PLAIN => {
             format!("EAL arguments go before --, those of the application after it; see: {program} --help")
         }
         _ => format!("see: {program} --help"),

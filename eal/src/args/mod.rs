@@ -15,11 +15,11 @@ pub use lcores::{LcoreSpec, MAX_CORES, allowed_cpus, ranges};
 pub use token::VfToken;
 pub use vdev::VdevArgs;
 
-pub use self::cli::one_line;
 use self::cli::{Cli, LogArg, Read};
 use crate::bdf::Bdf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::log::{self, LogLevel};
+use crate::program;
 use crate::user::UserName;
 use crate::vfio::{FdSource, VfioMode};
 
@@ -202,6 +202,19 @@ pub fn parse_app<T: clap::Parser>(argv: Vec<OsString>) -> Result<T> {
     check_words("argument after --", &argv)?;
     let program = cli::program_name(&argv);
     T::try_parse_from(argv).map_err(|error| cli::one_line(&error, "arguments after --", &program))
+}
+
+/// Reads the arguments of a program that takes none for the EAL, `argv[0]` first. None when they asked for help or the
+/// version, which is printed.
+///
+/// # Errors
+/// `Usage`, on one line; `Os` when nobody takes the output.
+pub fn parse_plain<T: clap::Parser>(argv: impl IntoIterator<Item = OsString>) -> Result<Option<T>> {
+    match T::try_parse_from(argv) {
+        Ok(arguments) => Ok(Some(arguments)),
+        Err(error) if !error.use_stderr() => program::print(&error.render().to_string()).map(|()| None),
+        Err(error) => Err(cli::one_line(&error, cli::PLAIN, T::command().get_name())),
+    }
 }
 
 fn parse_on(

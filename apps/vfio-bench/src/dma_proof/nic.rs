@@ -8,6 +8,7 @@ use vireo_bus_pci::{Function, PciDevice};
 use vireo_drivers::e1000::regs::*;
 use vireo_eal::dma::{DmaMemory, DmaRing};
 use vireo_eal::mmio::Bar;
+use vireo_eal::program::note;
 use vireo_eal::{Error, ErrorKind, Result};
 
 /// Descriptors of a ring: the fewest that RDLEN and TDLEN allow.
@@ -152,7 +153,7 @@ impl Drop for LoopNic {
     fn drop(&mut self) {
         if let Err(error) = self.reset() {
             std::mem::forget(Arc::clone(&self.memory));
-            eprintln!("vireo-vfio-bench: {error}; its memory is kept");
+            note(&format!("vireo-vfio-bench: {error}; its memory is kept"));
         }
     }
 }

@@ -3,19 +3,19 @@
 mod forwarder;
 
 use std::fmt::Write as _;
-use std::io::{Write as _, stderr, stdout};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use vireo_eal::program::{self, note};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::environment::environment;
 use crate::process::l2fwd;
 use crate::record::Environment;
 use crate::report::write_json;
-use crate::run::Cores;
+use crate::run::{Cores, seconds};
 use crate::stats::{Interval, median};
 use forwarder::{Program, Rig, Sample};
 
@@ -29,8 +29,8 @@ pub(crate) struct NativeArgs {
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
     pairs: u32,
     /// Seconds that each run is measured
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
-    seconds: f64,
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    seconds: Duration,
     /// Also write the figures as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -102,8 +102,7 @@ pub(crate) fn native(args: &NativeArgs) -> Result<()> {
         testpmd: args.testpmd.clone(),
         l2fwd: l2fwd(args.l2fwd.as_deref())?,
         cores,
-        seconds: Duration::try_from_secs_f64(args.seconds)
-            .map_err(|error| Error::new(ErrorKind::Usage, "cannot use --seconds", error.to_string()))?,
+        seconds: args.seconds,
     };
     let mut sides = Vec::new();
     for side in &args.sides {
@@ -152,13 +151,8 @@ fn run_pairs(rig: &Rig, side: Side, pairs: u32, other: Program) -> Result<Vec<(S
                 (run(Program::Dpdk)?, second)
             };
             let what = if other == Program::Dpdk { "DPDK against itself" } else { "Vireo against DPDK" };
-            let _ = writeln!(
-                stderr(),
-                "{}: {what}, pair {}/{pairs}, {} s",
-                side.name(),
-                pair + 1,
-                since.elapsed().as_secs()
-            );
+            let (number, seconds) = (pair + 1, since.elapsed().as_secs());
+            note(&format!("{}: {what}, pair {number}/{pairs}, {seconds} s", side.name()));
             Ok(both)
         })
         .collect()
@@ -172,9 +166,7 @@ fn ratio(pairs: &[(Sample, Sample)], of: fn(&Sample) -> f64) -> Result<Interval>
 }
 
 fn print(comparison: &Comparison) -> Result<()> {
-    stdout()
-        .write_all(text(comparison).as_bytes())
-        .map_err(|error| Error::io("cannot write to standard output", &error))
+    program::print(&text(comparison))
 }
 
 fn text(comparison: &Comparison) -> String {

@@ -11,6 +11,7 @@ use vireo_bus_pci::Bus;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::{StopFlag, pin_to};
+use vireo_eal::program::note;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -80,14 +81,15 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     // Its search for the frequency would otherwise fall into the first start.
     Tsc::hz();
     pin_to(rig.cores.generator)?;
-    for wiring in wirings(&[], &args.nics, &rig.bus)? {
+    for wiring in wirings(&[], &args.nics, &rig.bus, note)? {
         let mut starts = vec![(Vec::new(), Vec::new()); args.modes.len()];
         for round in 0..args.rounds {
             for (mode, (vireo, dpdk)) in args.modes.iter().zip(&mut starts) {
                 for program in schedule(*mode, round) {
                     let phases = rig.time(&wiring, *mode, program)?;
                     let total = phases.last().map_or(0.0, |(_, ms)| *ms);
-                    eprintln!("round {}: {} {mode} {program:?} {total:.0} ms", round + 1, wiring.nic);
+                    let number = round + 1;
+                    note(&format!("round {number}: {} {mode} {program:?} {total:.0} ms", wiring.nic));
                     if program == Program::Vireo { &mut *vireo } else { &mut *dpdk }.push(phases);
                 }
             }

@@ -1,0 +1,28 @@
+//! Help that nobody takes, with the program itself: one line, its exit code, no panic.
+
+use std::fs::File;
+use std::process::{Command, Output};
+
+fn launch(words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vireo-launch"));
+    command.args(words);
+    command
+}
+
+fn refused(output: &Output, code: i32) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    assert!(text.starts_with("vireo-launch: ") && text.lines().count() == 1, "{text}");
+}
+
+#[test]
+fn help_that_nobody_takes_is_an_error() {
+    for words in [&["--help"][..], &["--version"], &["--user", "65534:65534", "l2fwd", "--help"]] {
+        assert!(launch(words).output().unwrap().status.success());
+        let full = || File::options().write(true).open("/dev/full").unwrap();
+        refused(&launch(words).stdout(full()).output().unwrap(), 74);
+        let nobody = launch(words).stdout(full()).stderr(full()).status().unwrap();
+        assert_eq!(nobody.code(), Some(74));
+    }
+    refused(&launch(&[]).output().unwrap(), 64);
+}
