@@ -31,8 +31,11 @@ compare_noiommu_modes() {
 
 # What the benchmark prints on the way is progress; the only thing on our stdout is the table at the end.
 compare_boot() {
+    local machine="--kernel $OPT_KERNEL --timeout $OPT_TIMEOUT"
+    [[ -n $OPT_IOMMU ]] || machine+=" --no-iommu"
     say "boot '$1': $2"
     guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench run --json "/share/$1.json" --modes "$2" "${COMMAND[@]}" >&2
     ((GUEST_STATUS == 0)) ||
-        fail "boot '$1': $GUEST_ERROR (guest kernel's log: $GUEST_LOG)" "lab run -- vfio-bench run --json /dev/stdout --modes $2"
+        fail "boot '$1': $GUEST_ERROR (guest kernel's log: $GUEST_LOG)" \
+            "lab run $machine -- vfio-bench run --json /dev/stdout --modes $2${COMMAND[*]:+ ${COMMAND[*]}}"
 }

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Soak. An epoch is the life of one pair of processes and their successors: at its end, when all have ended in order,
-# every frame that was sent is one that came back or one that some counter names.
+# every frame that was sent is one that came back or one that some counter names. A killed process takes its counts with
+# it, so that is compared in the epochs without a SIGKILL, every other one.
 
 # Seconds for which nothing may pass before it counts as hung.
 SOAK_PATIENCE=60
@@ -8,44 +9,49 @@ SOAK_STEPS_PER_EPOCH=6
 # Kibibytes that the private memory of a forwarder may grow in its life: noise of the allocator.
 SOAK_GROWTH=1024
 
-SOAK_FAULTS=(none stop-generator stop-forwarder kill-generator restart-forwarder kill-forwarder)
+# In every epoch; soak_native adds those that kill.
+SOAK_FAULTS=(none stop-generator stop-forwarder restart-forwarder)
 
 SOAK_STATE=
 GENERATOR=
 FORWARDER=
 
 soak_native() {
-    local ends epoch=0
+    # Without and with SIGKILL, each with both ends of each kind; the first is compared, so that any soak compares one.
+    local epochs=("iface path" "path iface kill-generator kill-forwarder"
+        "path iface" "iface path kill-generator kill-forwarder")
     need_cargo
     need_packages jq
     soak_build
-    say "seed $OPT_SEED; again: scripts/soak native --seed $OPT_SEED --seconds $OPT_SECONDS"
+    say "seed $OPT_SEED; again: scripts/soak native --seed $OPT_SEED --seconds $OPT_SECONDS --packets $OPT_PACKETS"
     SOAK_STATE=$OPT_SEED
     SECONDS=0
-    STEPS=0 SENT=0 RECEIVED=0 LOST=0 NAMED=0 EXACT=0 RESTARTS=0 SHORTAGES=0 KILLS=0 GROWTH=0 FDS=0
+    STEPS=0 EPOCHS=0 COMPARED=0 COMPARED_LOST=0 RECEIVED=0 NAMED=0 RESTARTS=0 SHORTAGES=0 KILLS=0 GROWTH=0 FDS=0
+    GENERATORS=0 FORWARDERS=0 FORWARDERS_TOLD=0
+    : >"$WORK/told"
     while soak_goes_on; do
-        # Both ends of each kind in turn.
-        ends=("iface path" "path iface")
-        # shellcheck disable=SC2086  # two words
-        soak_epoch ${ends[epoch % 2]}
-        epoch=$((epoch + 1))
+        # shellcheck disable=SC2086  # words
+        soak_epoch ${epochs[EPOCHS % ${#epochs[@]}]}
     done
     soak_table
+    ((COMPARED > 0)) || soak_wrong "in no epoch were the frames that were lost compared with those that counters name"
 }
 
 # The noise of other programs does not matter here: frames are counted, not timed.
 soak_guest() {
-    local mode mapped=() physical=() nics=${OPT_NICS//,/ }
+    local mode mapped=() physical=() nics=${OPT_NICS//,/ } status=0
     for mode in ${OPT_MODES//,/ }; do
         if [[ $mode == noiommu* ]]; then physical+=("$mode"); else mapped+=("$mode"); fi
     done
     SOAK_EACH=$((OPT_SECONDS / ($(wc -w <<<"$nics") * (${#mapped[@]} + ${#physical[@]})) + 1))
     say "seed $OPT_SEED; again: scripts/soak guest --seed $OPT_SEED --seconds $OPT_SECONDS --packets $OPT_PACKETS" \
-        "--nics $OPT_NICS --modes $OPT_MODES"
+        "--nics $OPT_NICS --modes $OPT_MODES --kernel $OPT_KERNEL"
     # A device is offered without an IOMMU only where there is none.
-    ((${#mapped[@]} == 0)) || soak_boot '' "$nics" "${mapped[@]}"
-    ((${#physical[@]} == 0)) || soak_boot --no-iommu "$nics" "${physical[@]}"
+    ((${#mapped[@]} == 0)) || soak_boot '' "$nics" "${mapped[@]}" || status=$?
+    ((${#physical[@]} == 0)) || soak_boot --no-iommu "$nics" "${physical[@]}" || status=$?
+    # A case that failed takes from no other its figures.
     [[ -z $OPT_JSON ]] || sed -n 's/^# {/{/p' "$WORK/guest" >"$OPT_JSON"
+    return "$status"
 }
 
 # soak_boot OPTION NICS MODE...
@@ -53,7 +59,7 @@ soak_boot() {
     local option=$1
     shift
     # shellcheck disable=SC2086  # or no option
-    "$SCRIPTS/lab" run --monitor --timeout 0 $option ${OPT_YES:+--yes} -- \
+    "$SCRIPTS/lab" run --monitor --timeout 0 --kernel "$OPT_KERNEL" $option ${OPT_YES:+--yes} -- \
         guest-soak "$SOAK_EACH" "$OPT_PACKETS" "$OPT_SEED" "$@" | tee -a "$WORK/guest"
 }
 
@@ -88,10 +94,11 @@ soak_wrong() {
     exit 1
 }
 
-# soak_epoch FORWARDER-END GENERATOR-END
+# soak_epoch FORWARDER-END GENERATOR-END [FAULT...]
 soak_epoch() {
-    local step fault
+    local step fault faults=("${SOAK_FAULTS[@]}" "${@:3}")
     FORWARDER_END=$1 GENERATOR_END=$2
+    EPOCHS=$((EPOCHS + 1))
     EPOCH_LOST=0 EPOCH_NAMED=0 EPOCH_KILLS=0
     rm -f "$WORK"/[01]
     if [[ $FORWARDER_END == iface ]]; then
@@ -106,8 +113,8 @@ soak_epoch() {
         STEPS=$((STEPS + 1))
         soak_passes
         soak_measure
-        soak_random ${#SOAK_FAULTS[@]}
-        fault=${SOAK_FAULTS[RANDOM_NUMBER]}
+        soak_random ${#faults[@]}
+        fault=${faults[RANDOM_NUMBER]}
         soak_random 3000
         soak_sleep "$RANDOM_NUMBER"
         say "step $STEPS: $fault, forwarder at its ${FORWARDER_END/path/virtio-user}; $RECEIVED packets so far"
@@ -116,12 +123,15 @@ soak_epoch() {
     soak_passes
     soak_end_generator
     soak_end_forwarder
-    LOST=$((LOST + EPOCH_LOST))
     NAMED=$((NAMED + EPOCH_NAMED))
-    if ((EPOCH_KILLS == 0)); then
-        ((EPOCH_LOST == EPOCH_NAMED)) || soak_wrong "$EPOCH_LOST frames did not come back, and counters name $EPOCH_NAMED"
-        EXACT=$((EXACT + 1))
+    if ((EPOCH_KILLS > 0)); then
+        say "epoch $EPOCHS: not compared, it had $EPOCH_KILLS SIGKILL"
+        return
     fi
+    ((EPOCH_LOST == EPOCH_NAMED)) || soak_wrong "$EPOCH_LOST frames did not come back, and counters name $EPOCH_NAMED"
+    COMPARED=$((COMPARED + 1))
+    COMPARED_LOST=$((COMPARED_LOST + EPOCH_LOST))
+    say "epoch $EPOCHS: $EPOCH_LOST frames did not come back, and counters name each"
 }
 
 soak_none() { :; }
@@ -187,6 +197,7 @@ soak_start_forwarder() {
     "$L2FWD" -l 1 --file-prefix "soak-fwd-$$" "${DEVICES[@]}" -- -p 3 -q 2 -T 0.2 --json "${buffers[@]}" \
         >"$WORK/forwarder" 2>"$WORK/forwarder.err" </dev/null &
     FORWARDER=$!
+    FORWARDERS=$((FORWARDERS + 1))
     ANON='' OPEN=''
     [[ $FORWARDER_END == path ]] || soak_await_sockets
 }
@@ -200,6 +211,7 @@ soak_start_generator() {
         --expect-dst 02:00:00:00:00:01 --size "${sizes[RANDOM_NUMBER]}" --window 900 --json \
         >"$WORK/generator" 2>"$WORK/generator.err" </dev/null &
     GENERATOR=$!
+    GENERATORS=$((GENERATORS + 1))
 }
 
 # What the forwarder has received, by its last line of statistics.
@@ -252,7 +264,7 @@ soak_end_generator() {
         .sent, .received, .duplicates + .reordered + .wrong_address + .corrupt + .strays,
         .counters[0].tx_unfinished + .counters[1].rx_unread + .counters[1].rx_errors] | @tsv' "$WORK/generator")
     ((bad == 0)) || soak_wrong "pktgen saw frames that it should not: $(<"$WORK/generator")"
-    SENT=$((SENT + sent))
+    cat "$WORK/generator" >>"$WORK/told"
     RECEIVED=$((RECEIVED + received))
     EPOCH_LOST=$((EPOCH_LOST + sent - received))
     EPOCH_NAMED=$((EPOCH_NAMED + named))
@@ -265,6 +277,7 @@ soak_end_forwarder() {
     soak_reap "$FORWARDER"
     ((SOAK_STATUS == 0)) || soak_wrong "l2fwd exited with $SOAK_STATUS"
     FORWARDER=
+    FORWARDERS_TOLD=$((FORWARDERS_TOLD + 1))
     read -r named restarts shortages < <(jq -rs '
         (map(select(.event == "counters")) | map({(.port | tostring): .counters}) | add) as $of |
         (map(select(.event == "balance" and .balance.from == 0)) | .[0].balance) as $balance |
@@ -275,16 +288,25 @@ soak_end_forwarder() {
     SHORTAGES=$((SHORTAGES + shortages))
 }
 
+# Sums are of the lives that told their figures; those that were killed did not.
 soak_table() {
     local figures
-    figures=$(jq -n --arg seed "$OPT_SEED" --argjson seconds "$SECONDS" --argjson steps "$STEPS" --argjson sent "$SENT" \
-        --argjson received "$RECEIVED" --argjson lost "$LOST" --argjson named "$NAMED" --argjson exact "$EXACT" \
-        --argjson kills "$KILLS" --argjson restarts "$RESTARTS" --argjson shortages "$SHORTAGES" \
-        --argjson growth "$GROWTH" --argjson fds "$FDS" '{
-            seed: ($seed | tonumber), seconds: $seconds, faults: $steps, sent: $sent, received: $received, lost: $lost,
-            lost_by_name: $named, epochs_without_sigkill_in_which_both_are_equal: $exact, sigkills: $kills,
+    figures=$(jq -n --arg seed "$OPT_SEED" --argjson seconds "$SECONDS" --argjson steps "$STEPS" --argjson kills "$KILLS" \
+        --argjson epochs "$EPOCHS" --argjson compared "$COMPARED" --argjson compared_lost "$COMPARED_LOST" \
+        --argjson generators "$GENERATORS" --slurpfile told "$WORK/told" \
+        --argjson forwarders "$FORWARDERS" --argjson forwarders_told "$FORWARDERS_TOLD" --argjson named "$NAMED" \
+        --argjson restarts "$RESTARTS" --argjson shortages "$SHORTAGES" --argjson growth "$GROWTH" --argjson fds "$FDS" '
+        def sum(name): $told | map(.[name]) | add;
+        {
+            seed: ($seed | tonumber), seconds: $seconds, faults: $steps, sigkills: $kills,
+            epochs: $epochs, epochs_compared: $compared, lost_and_named_in_those_compared: $compared_lost,
+            lives_of_pktgen: $generators, lives_of_pktgen_that_told_their_figures: ($told | length),
+            sent: sum("sent"), received: sum("received"), lost: sum("lost"), corrupt: sum("corrupt"),
+            duplicates: sum("duplicates"), reordered: sum("reordered"), wrong_address: sum("wrong_address"),
+            strays: sum("strays"),
+            lives_of_l2fwd: $forwarders, lives_of_l2fwd_that_told_their_figures: $forwarders_told, lost_by_name: $named,
             port_restarts: $restarts, polls_without_a_buffer: $shortages, most_growth_of_rss_anon_kib: $growth,
-            descriptors: $fds, corrupt: 0, duplicates: 0, reordered: 0}')
+            descriptors: $fds}')
     jq -r 'to_entries[] | "\(.key | gsub("_"; " ")): \(.value)"' <<<"$figures"
     [[ -z $OPT_JSON ]] || printf '%s\n' "$figures" >"$OPT_JSON"
 }
