@@ -44,6 +44,17 @@ unprivileged() {
     said "in mode $1: as asked"
 }
 
+# unprivileged_auto: both ports take the one iommufd, whichever comes first.
+unprivileged_auto() {
+    close_nodes
+    UNDER="vireo-launch --user nobody"
+    l2fwd_as_nobody -a "$(bdf e1000e fwd_rx)" -a "$(bdf e1000e fwd_tx)"
+    UNDER=
+    carries e1000e e1000e
+    stop_l2fwd
+    [ "$(grep -cF 'in mode cdev: auto: ' "$WORK/l2fwd.out")" = 2 ] || die "not both ports are in mode cdev"
+}
+
 # l2fwd_as_nobody EAL-ARGUMENTS...: started with what launched it in UNDER.
 l2fwd_as_nobody() {
     at_end rm -rf /tmp/vireo
@@ -177,6 +188,7 @@ privilege_cases() {
         test_case "--user nobody, $mode" gives_up_root "$mode" virtio-net
         test_case "--user nobody, e1000e, $mode" gives_up_root "$mode" e1000e
     done
+    test_case "as nobody, both ports in auto" unprivileged_auto
     test_case "as nobody, ports in cdev and compat" unprivileged_mixed compat
     test_case "as nobody, ports in cdev and container" unprivileged_mixed container
     sandbox_cases cdev

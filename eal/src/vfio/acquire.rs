@@ -207,8 +207,7 @@ impl Vfio {
         }
         let reason = match cdev {
             Some(name)
-                if self.nodes.has(&self.iommufd_path())
-                    && self.nodes.has(&self.dev.join("vfio/devices").join(&name)) =>
+                if self.has_iommufd() && self.nodes.has(&self.dev.join("vfio/devices").join(&name)) =>
             {
                 return Ok((VfioMode::Cdev, format!("auto: the kernel offers /dev/vfio/devices/{name}")));
             }
@@ -219,6 +218,13 @@ impl Vfio {
             Some(_) => Ok((VfioMode::Container, reason.to_owned())),
             None => Err(no_group(what())),
         }
+    }
+
+    /// Whether iommufd is open or its node can be opened. A node that was passed is gone once it is open, and
+    /// [`open_cdev`](Self::open_cdev) takes and keeps it under the same lock: another thread sees the one or the other.
+    fn has_iommufd(&self) -> bool {
+        let kept = lock(&self.iommufd);
+        kept.upgrade().is_some() || self.nodes.has(&self.iommufd_path())
     }
 
     /// Node of iommufd.
@@ -340,5 +346,30 @@ impl Phases {
         let now = Instant::now();
         self.done.push(Phase { name, took: now - self.since });
         self.since = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One `/dev/iommu` is passed for all ports: the first one takes it, and the next ones find it open.
+    #[test]
+    fn every_port_finds_the_one_iommufd_that_was_passed() {
+        let root = tempfile::tempdir().unwrap();
+        let names = ["iommu", "vfio0", "vfio1"];
+        let nodes =
+            Nodes::passed(names.map(|name| (name.into(), tempfile::tempfile().unwrap().into())).into());
+        let vfio = Vfio::with_nodes(None, nodes);
+        let ports = ["vfio0", "vfio1"].map(|name| {
+            let node = Node { name: name.into(), sysfs: root.path().join(name) };
+            let cdev = node.sysfs.join("vfio-dev").join(name);
+            fs::create_dir_all(&cdev).unwrap();
+            // The number of what is no device node.
+            fs::write(cdev.join("dev"), "0:0\n").unwrap();
+            node
+        });
+        let opened = ports.map(|node| vfio.open(&node, VfioMode::Auto).unwrap());
+        assert!(opened.iter().all(|(mode, _)| *mode == VfioMode::Cdev), "{opened:?}");
     }
 }

@@ -78,7 +78,12 @@ impl Nodes {
             FdSource::Socket(path) => receive(path)?,
         };
         let named = fds.into_iter().map(|fd| Ok((node_name(fd.as_fd())?, fd)));
-        Ok(Self(Kind::Passed(Mutex::new(named.collect::<Result<_>>()?))))
+        Ok(Self::passed(named.collect::<Result<_>>()?))
+    }
+
+    /// Those of `fds`, by the file name of their node.
+    pub(super) fn passed(fds: Vec<(String, OwnedFd)>) -> Self {
+        Self(Kind::Passed(Mutex::new(fds)))
     }
 
     /// Opens `path` for reading and writing, or gives the descriptor that was passed for it.
@@ -296,7 +301,7 @@ mod tests {
     #[test]
     fn descriptors_are_given_once_and_by_name() {
         let iommu = || ("iommu".to_owned(), tempfile::tempfile().unwrap().into());
-        let nodes = Nodes(Kind::Passed(Mutex::new(vec![iommu(), iommu()])));
+        let nodes = Nodes::passed(vec![iommu(), iommu()]);
         let path = Path::new("/dev/iommu");
         assert!(nodes.has(path) && !nodes.has(Path::new("/dev/vfio/vfio")));
         assert!(nodes.open(path).is_ok() && nodes.open(path).is_ok());
