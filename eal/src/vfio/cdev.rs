@@ -47,7 +47,6 @@ impl Vfio {
             }
         };
         let device = self.nodes.open(&path).map_err(|error| match error.errno() {
-            Some(Errno::EPERM) if mode == VfioMode::NoiommuCdev => diagnose::raw_io(error),
             Some(Errno::ENOENT) => error.mend("run: udevadm trigger --subsystem-match=vfio-dev"),
             _ => error,
         })?;
@@ -98,7 +97,11 @@ impl Vfio {
         };
         // SAFETY: the structure is complete; the token's 16 bytes live until after the call.
         counted(|| unsafe { sys::bind_iommufd(device.as_raw_fd(), &mut bind) }).map_err(|errno| {
-            diagnose::bind(Error::os(format!("cannot bind {} to iommufd", node.name), errno), node, &self.dev)
+            diagnose::bind_cdev(
+                Error::os(format!("cannot bind {} to iommufd", node.name), errno),
+                node,
+                &self.dev,
+            )
         })?;
         phases.end("bind");
         let space = self.space(self.space_key(node, mode), || {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::acquire::{Node, cdev_name, group_of};
+use super::acquire::{NOIOMMU_PREFIX, Node, cdev_name, group_of};
 use crate::error::{Error, ErrorKind};
 use crate::iommufd::Accounting;
 
@@ -47,7 +47,22 @@ pub(super) fn entry_limit(error: Error) -> Error {
         .kind_is(ErrorKind::Os)
 }
 
-/// A node of a device without IOMMU did not open, although its mode would allow it.
+/// A node did not open, although its owner and mode would allow it.
+pub(super) fn forbidden(error: Error, path: &Path) -> Error {
+    let physical = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NOIOMMU_PREFIX));
+    match error.errno() {
+        Some(Errno::EPERM) if physical => raw_io(error),
+        Some(Errno::EPERM) => {
+            error.because("the device cgroup of this container or service forbids it").mend(format!(
+                "start the container with --device {path}, or the service with DeviceAllow={path} rw",
+                path = path.display()
+            ))
+        }
+        _ => error,
+    }
+}
+
+/// The device has no IOMMU, and the kernel wants to see the capability for that.
 pub(super) fn raw_io(error: Error) -> Error {
     error
         .because("devices without IOMMU are only for who has CAP_SYS_RAWIO, whatever the node's mode is")
@@ -55,22 +70,54 @@ pub(super) fn raw_io(error: Error) -> Error {
 }
 
 /// A group node did not open: it opens only once, and not at all while its devices are open as cdevs.
-pub(super) fn group_open(error: Error, node: &Node, dev: &Path, path: &Path) -> Error {
+pub(super) fn group_open(error: Error, node: &Node, dev: &Path) -> Error {
     match error.errno() {
-        Some(Errno::EBUSY) => {
-            let paths: Vec<PathBuf> = [path.to_owned()].into_iter().chain(cdev_path(node, dev)).collect();
-            in_use(error, &paths)
-        }
+        Some(Errno::EBUSY) => group_busy(error, node, dev),
         Some(Errno::ENOENT) => error
             .because("the group has no device on vfio-pci")
             .mend("bind every device of the group to vfio-pci"),
-        Some(Errno::EPERM) => raw_io(error),
         _ => error,
     }
 }
 
+/// A group is open by its own node or by the cdevs of its devices, never by both.
+fn group_busy(error: Error, node: &Node, dev: &Path) -> Error {
+    let Ok(group) = group_of(node) else { return in_use(error, &[]) };
+    let own = cdev_path(node, dev);
+    let mut paths = ["", NOIOMMU_PREFIX].map(|kind| dev.join(format!("vfio/{kind}{group}"))).to_vec();
+    paths.extend(
+        members(node).filter_map(|member| cdev_path(&member, dev)).filter(|path| Some(path) != own.as_ref()),
+    );
+    let here = holds(Path::new("/proc/self"), &paths);
+    paths.extend(own);
+    if !here || holder(&paths).is_some() {
+        return in_use(error, &paths);
+    }
+    error
+        .because(format!("IOMMU group {group} is open here already, in another way"))
+        .mend("give all its devices the same vfio-mode")
+        .kind_is(ErrorKind::Usage)
+}
+
+/// The devices of the group.
+fn members(node: &Node) -> impl Iterator<Item = Node> {
+    fs::read_dir(node.sysfs.join("iommu_group/devices"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| Node { name: entry.file_name().to_string_lossy().into_owned(), sysfs: entry.path() })
+}
+
 fn cdev_path(node: &Node, dev: &Path) -> Option<PathBuf> {
     cdev_name(node).map(|name| dev.join("vfio/devices").join(name))
+}
+
+/// A device was refused by iommufd.
+pub(super) fn bind_cdev(error: Error, node: &Node, dev: &Path) -> Error {
+    match error.errno() {
+        Some(Errno::EBUSY) => group_busy(error, node, dev),
+        _ => bind(error, node, dev),
+    }
 }
 
 /// A device was refused by its group or by iommufd.
@@ -126,26 +173,28 @@ fn may_look() -> bool {
 fn holder(paths: &[PathBuf]) -> Option<(u32, String)> {
     fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok().filter(|pid| *pid != std::process::id())?;
-        let holds = fs::read_dir(entry.path().join("fd"))
-            .ok()?
-            .flatten()
-            .any(|fd| fs::read_link(fd.path()).is_ok_and(|target| paths.contains(&target)));
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        holds.then(|| (pid, name.trim().to_owned()))
+        holds(&entry.path(), paths).then(|| (pid, name.trim().to_owned()))
     })
+}
+
+/// Whether `process`, a directory of `/proc`, has one of `paths` open.
+fn holds(process: &Path, paths: &[PathBuf]) -> bool {
+    fs::read_dir(process.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .any(|fd| fs::read_link(fd.path()).is_ok_and(|target| paths.contains(&target)))
 }
 
 /// Devices of the group, and their drivers, that keep it from user space.
 fn kernel_owned(node: &Node) -> Vec<(String, String)> {
-    fs::read_dir(node.sysfs.join("iommu_group/devices"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| {
-            let driver = fs::read_link(entry.path().join("driver")).ok()?;
+    members(node)
+        .filter_map(|member| {
+            let driver = fs::read_link(member.sysfs.join("driver")).ok()?;
             let driver = driver.file_name()?.to_str()?.to_owned();
             let harmless = matches!(driver.as_str(), "vfio-pci" | "pcieport" | "pci-stub");
-            (!harmless).then(|| (entry.file_name().to_string_lossy().into_owned(), driver))
+            (!harmless).then_some((member.name, driver))
         })
         .collect()
 }
@@ -181,6 +230,49 @@ mod tests {
         let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
         let text = not_viable(&node, 7).to_string();
         assert!(text.contains("drivers are 0000:00:04.1 (e1000e); run"), "{text}");
+    }
+
+    #[test]
+    fn eperm_is_the_device_cgroup_or_the_capability() {
+        let said = |path| forbidden(Error::os("cannot open it", Errno::EPERM), Path::new(path)).to_string();
+        for path in ["/dev/vfio/7", "/dev/vfio/devices/vfio0", "/dev/iommu"] {
+            assert!(said(path).contains(&format!("device cgroup of this container or service forbids it; start the container with --device {path},")));
+        }
+        for path in ["/dev/vfio/noiommu-7", "/dev/vfio/devices/noiommu-vfio0"] {
+            assert!(said(path).contains("CAP_SYS_RAWIO"), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_group_that_is_open_here_is_not_in_use_by_another_process() {
+        let root = tempfile::tempdir().unwrap();
+        let (dev, devices) = (root.path().join("dev"), root.path().join("iommu_groups/7/devices"));
+        let nodes = ["vfio0", "vfio1"].map(|cdev| {
+            let node = Node { name: format!("0000:00:04.{}", &cdev[4..]), sysfs: root.path().join(cdev) };
+            fs::create_dir_all(node.sysfs.join("vfio-dev").join(cdev)).unwrap();
+            fs::write(node.sysfs.join("vfio-dev").join(cdev).join("dev"), "").unwrap();
+            fs::create_dir_all(&devices).unwrap();
+            symlink(&node.sysfs, devices.join(&node.name)).unwrap();
+            symlink(root.path().join("iommu_groups/7"), node.sysfs.join("iommu_group")).unwrap();
+            node
+        });
+        fs::create_dir_all(dev.join("vfio/devices")).unwrap();
+        let busy = || Error::os("cannot open it", Errno::EBUSY);
+        let opened = |path: &str| fs::File::create(dev.join(path)).unwrap();
+
+        // Our own device is open, which is how it gets to the bind at all.
+        let _own = opened("vfio/devices/vfio0");
+        assert_eq!(bind_cdev(busy(), &nodes[0], &dev).kind(), ErrorKind::Busy);
+        let other = opened("vfio/devices/vfio1");
+        let error = group_open(busy(), &nodes[0], &dev);
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        assert!(
+            error.to_string().contains("IOMMU group 7 is open here already, in another way; give all"),
+            "{error}"
+        );
+        drop(other);
+        let _group = opened("vfio/7");
+        assert_eq!(bind_cdev(busy(), &nodes[0], &dev).kind(), ErrorKind::Usage);
     }
 
     #[test]

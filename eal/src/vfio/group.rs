@@ -53,9 +53,7 @@ impl Vfio {
         let group = match kept.and_then(|container| lock(&container.groups).get(&group).map(File::try_clone))
         {
             Some(file) => file.map_err(cannot_duplicate)?,
-            None => {
-                self.nodes.open(&path).map_err(|error| diagnose::group_open(error, node, &self.dev, &path))?
-            }
+            None => self.nodes.open(&path).map_err(|error| diagnose::group_open(error, node, &self.dev))?,
         };
         Ok(GroupFds { container, group: group.into() })
     }

@@ -88,7 +88,9 @@ impl Nodes {
 
     /// Opens `path` for reading and writing, or gives the descriptor that was passed for it.
     pub(super) fn open(&self, path: &Path) -> Result<File> {
-        let Kind::Passed(passed) = &self.0 else { return open(path) };
+        let Kind::Passed(passed) = &self.0 else {
+            return open(path).map_err(|error| diagnose::forbidden(error, path));
+        };
         let mut passed = lock(passed);
         let found =
             passed.iter().position(|(name, _)| path.file_name().is_some_and(|wanted| wanted == &**name));
@@ -114,7 +116,7 @@ impl Nodes {
     /// Opens iommufd, whose node is `path`.
     pub(super) fn iommufd(&self, path: &Path) -> Result<Iommufd> {
         match &self.0 {
-            Kind::Files => Iommufd::open_at(path),
+            Kind::Files => Iommufd::open_at(path).map_err(|error| diagnose::forbidden(error, path)),
             Kind::Passed(_) => self.open(path).map(|file| Iommufd::from_fd(file.into())),
         }
     }
@@ -138,7 +140,7 @@ pub fn open_all<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<Vec<Own
     let opened = |path: &Path| {
         open(path).map(OwnedFd::from).map_err(|error| match error.errno() {
             Some(Errno::EBUSY) => diagnose::in_use(error, &[path.to_owned()]),
-            _ => error,
+            _ => diagnose::forbidden(error, path),
         })
     };
     paths.into_iter().map(opened).collect()

@@ -12,6 +12,8 @@ boot_cases() {
         test_case "refused: a group that is not viable, $mode" not_viable "$mode"
     done
     test_case "refused: the other port of the group is in use, container" other_port_in_use container
+    test_case "refused: the ports of a group in cdev and container" mixed_group cdev container
+    test_case "refused: the ports of a group in container and compat" mixed_group container compat
 }
 
 both_ports() {
@@ -32,4 +34,10 @@ other_port_in_use() {
     start_l2fwd -l 1 --vfio-mode "$1" -a $FIRST -- -p 1 -T 0
     unusable_as root "$1" $SECOND 75 "in use by pid $L2FWD (l2fwd)"
     stop_l2fwd
+}
+
+# mixed_group MODE MODE: whichever port is the second one is refused.
+mixed_group() {
+    refused_as root 64 'is open here already, in another way; give all its devices the same vfio-mode' \
+        -l 1 -a $FIRST,vfio-mode="$1" -a $SECOND,vfio-mode="$2" -- -p 3
 }
