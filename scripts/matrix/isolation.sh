@@ -60,7 +60,10 @@ pinned() {
             stop_l2fwd
             UNDER=
             ;;
-        REFUSED) LIMIT='' refused_as nobody 71 'run: ulimit -l' --file-prefix nobody $arguments ;;
+        REFUSED)
+            LIMIT='' refused_as nobody 71 'run: ulimit -l' --file-prefix nobody $arguments
+            [ "$(sed -n 's/.*run: ulimit -l \([0-9]*\),.*/\1/p' "$WORK/refused.err")" -gt 24576 ] || die "the cure is no higher limit"
+            ;;
     esac
 }
 

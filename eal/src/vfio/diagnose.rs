@@ -12,17 +12,21 @@ use crate::iommufd::Accounting;
 
 /// A pin was refused: says what is needed, what the limit is and whose.
 pub(super) fn memlock(error: Error, len: usize, whose: Accounting) -> Error {
-    let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
-        Ok((soft, _)) if soft != u64::MAX => soft / 1024,
-        _ => return error,
-    };
-    let need = len.div_ceil(1024);
+    match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        Ok((soft, _)) if soft != u64::MAX => beyond(error, len.div_ceil(1024) as u64, soft / 1024, whose),
+        _ => error,
+    }
+}
+
+/// `need` more KiB than `limit` allows.
+fn beyond(error: Error, need: u64, limit: u64, whose: Accounting) -> Error {
     let (available, total) = match whose {
         Accounting::PerProcess => {
             let locked = locked_kib().unwrap_or(0);
             (format!("{limit} KiB for this process, which has {locked} KiB locked"), locked + need)
         }
-        Accounting::PerUser => (format!("{limit} KiB for all processes of this user together"), need),
+        // The kernel does not tell what the user has locked already; it is no more than the limit.
+        Accounting::PerUser => (format!("{limit} KiB for all processes of this user together"), limit + need),
     };
     error
         .because(format!("{need} KiB must be locked and RLIMIT_MEMLOCK is {available}"))
@@ -31,7 +35,7 @@ pub(super) fn memlock(error: Error, len: usize, whose: Accounting) -> Error {
 }
 
 /// What the process has locked already, which type1 counts (`Documentation/filesystems/proc.rst`).
-fn locked_kib() -> Option<usize> {
+fn locked_kib() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmLck:"))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
@@ -230,6 +234,14 @@ mod tests {
         let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
         let text = not_viable(&node, 7).to_string();
         assert!(text.contains("drivers are 0000:00:04.1 (e1000e); run"), "{text}");
+    }
+
+    #[test]
+    fn the_limit_that_is_asked_for_has_room_for_what_is_locked() {
+        let said = |whose| beyond(Error::os("cannot map", Errno::ENOMEM), 18432, 24576, whose).to_string();
+        assert!(said(Accounting::PerUser).contains("run: ulimit -l 43008,"));
+        let process = locked_kib().unwrap() + 18432;
+        assert!(said(Accounting::PerProcess).contains(&format!("run: ulimit -l {process},")));
     }
 
     #[test]
