@@ -2,6 +2,7 @@
 //! mode opens things.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -55,7 +56,7 @@ pub struct Acquired {
 pub struct Vfio {
     pub(super) dev: PathBuf,
     pub(super) nodes: Nodes,
-    pub(super) vf_token: Option<VfToken>,
+    vf_token: Option<VfToken>,
     isolated: bool,
     spaces: Mutex<HashMap<SpaceKey, Weak<AddressSpace>>>,
     /// The open `/dev/iommu` of the process, while it has one: devices share it.
@@ -237,6 +238,20 @@ impl Vfio {
         self.dev.join(format!("vfio/{NOIOMMU_PREFIX}{group}"))
     }
 
+    /// What is shown to the kernel for `node`. It refuses a token where none is wanted: of a device without SR-IOV, and
+    /// of a virtual function whose physical function is not on VFIO's driver.
+    pub(super) fn token_of(&self, node: &Node) -> Option<VfToken> {
+        let driver =
+            |device: PathBuf| fs::read_link(device.join("driver")).ok()?.file_name().map(OsString::from);
+        let physfn = node.sysfs.join("physfn");
+        let wanted = if physfn.exists() {
+            driver(physfn) == driver(node.sysfs.clone())
+        } else {
+            node.sysfs.join("sriov_totalvfs").exists()
+        };
+        self.vf_token.filter(|_| wanted)
+    }
+
     pub(super) fn space_key(&self, node: &Node, mode: VfioMode) -> SpaceKey {
         (mode, if self.isolated { group_of(node).ok() } else { None })
     }
@@ -352,6 +367,30 @@ impl Phases {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_token_is_shown_where_the_kernel_wants_one() {
+        let root = tempfile::tempdir().unwrap();
+        let vfio = Vfio::new("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3".parse().ok());
+        let device = |name: &str, driver: &str| {
+            let node = Node { name: name.into(), sysfs: root.path().join(name) };
+            fs::create_dir_all(&node.sysfs).unwrap();
+            symlink(format!("/sys/bus/pci/drivers/{driver}"), node.sysfs.join("driver")).unwrap();
+            node
+        };
+        let function_of = |name, pf: &Node| {
+            let node = device(name, "vfio-pci");
+            symlink(&pf.sysfs, node.sysfs.join("physfn")).unwrap();
+            node
+        };
+        let (plain, ours, kernels) =
+            (device("plain", "vfio-pci"), device("pf", "vfio-pci"), device("igb", "igb"));
+        fs::write(ours.sysfs.join("sriov_totalvfs"), "7\n").unwrap();
+        let shown = |node: &Node| vfio.token_of(node).is_some();
+        assert!(shown(&ours) && shown(&function_of("vf0", &ours)));
+        assert!(!shown(&plain) && !shown(&function_of("vf1", &kernels)));
+    }
 
     /// One `/dev/iommu` is passed for all ports: the first one takes it, and the next ones find it open.
     #[test]

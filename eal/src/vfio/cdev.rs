@@ -87,7 +87,7 @@ impl Vfio {
         phases: &mut Phases,
     ) -> Result<(OwnedFd, Arc<AddressSpace>)> {
         let CdevFds { iommufd, device } = fds;
-        let token = self.vf_token.map(VfToken::bytes);
+        let token = self.token_of(node).map(VfToken::bytes);
         let mut bind = uapi::vfio_device_bind_iommufd {
             argsz: size_of::<uapi::vfio_device_bind_iommufd>() as u32,
             flags: if token.is_some() { uapi::VFIO_DEVICE_BIND_FLAG_TOKEN } else { 0 },

