@@ -2,11 +2,11 @@
 //! process may not.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::libc;
+use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
@@ -81,36 +81,58 @@ impl DeviceFds {
     /// `Protocol` when the message is not one of ours; whatever descriptors it carried are closed.
     pub fn receive(socket: &UnixStream) -> Result<Self> {
         let what = "cannot receive the device's descriptors";
-        let mut kind = [0];
-        let mut space = nix::cmsg_space!([i32; 2]);
-        let mut parts = [IoSliceMut::new(&mut kind)];
-        let message =
-            recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
-                .map_err(|errno| Error::os(what, errno))?;
-        let bytes = message.bytes;
-        let mut fds: Vec<OwnedFd> = Vec::new();
-        for control in message.cmsgs().map_err(|errno: Errno| Error::os(what, errno))? {
-            if let ControlMessageOwned::ScmRights(received) = control {
-                // SAFETY: the kernel has just installed these descriptors for us, nobody else owns them.
-                fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
+        let (kind, fds) = receive(socket, what)?;
         let pair: std::result::Result<[OwnedFd; 2], _> = fds.try_into();
-        match (bytes, kind[0], pair) {
-            (1, CDEV, Ok([iommufd, device])) => {
+        match (kind, pair) {
+            (Some(CDEV), Ok([iommufd, device])) => {
                 Ok(CdevFds { iommufd: Iommufd::from_fd(iommufd), device }.into())
             }
-            (1, GROUP, Ok([container, group])) => Ok(GroupFds { container, group }.into()),
+            (Some(GROUP), Ok([container, group])) => Ok(GroupFds { container, group }.into()),
             _ => Err(Error::new(ErrorKind::Protocol, what, "the message is not one of Vireo's")),
         }
     }
+}
+
+/// Most descriptors in one message (`SCM_MAX_FD` of the kernel).
+pub(super) const MOST: usize = 253;
+
+/// Takes a message of one byte, none when the other end is closed, and all descriptors that came with it.
+///
+/// Whatever the kernel has installed is owned before anything is refused. nix shows none when not all of them were
+/// (`MSG_CTRUNC`), so they are read from its buffer.
+pub(super) fn receive(socket: &UnixStream, what: &str) -> Result<(Option<u8>, Vec<OwnedFd>)> {
+    let mut byte = [0];
+    let mut control = nix::cmsg_space!([RawFd; MOST]);
+    let mut parts = [IoSliceMut::new(&mut byte)];
+    let message =
+        recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
+            .map_err(|errno| Error::os(what, errno))?;
+    let (bytes, flags) = (message.bytes, message.flags);
+    // SAFETY: the kernel has just installed these descriptors for us, nobody else owns them.
+    let fds = rights(&control).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
+    if flags.contains(MsgFlags::MSG_CTRUNC) {
+        return Err(Error::new(ErrorKind::Os, what, "the kernel could not install all of them")
+            .mend("run: ulimit -n 1024"));
+    }
+    Ok(((bytes == 1).then_some(byte[0]), fds))
+}
+
+/// The descriptors of `control`, which is zero where the kernel has written nothing. It writes no message but theirs: the
+/// others have to be asked for by socket options.
+fn rights(control: &[u8]) -> impl Iterator<Item = RawFd> {
+    // Length of the message with its header, then level and type (cmsg(3)).
+    let (header, data) = control.split_at(size_of::<libc::cmsghdr>());
+    let len = header.first_chunk().map_or(0, |len| usize::from_ne_bytes(*len));
+    let kind = [libc::SOL_SOCKET, libc::SCM_RIGHTS].map(i32::to_ne_bytes);
+    let len = if header.ends_with(kind.as_flattened()) { len.saturating_sub(header.len()) } else { 0 };
+    data[..len.min(data.len())].as_chunks().0.iter().map(|fd| RawFd::from_ne_bytes(*fd))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs::File;
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::os::unix::fs::MetadataExt;
 
     #[test]
@@ -123,6 +145,38 @@ mod tests {
             panic!("no group")
         };
         assert_eq!([container, group].map(|fd| File::from(fd).metadata().unwrap().ino()), inodes);
+    }
+
+    /// Those that are too many too, or a hostile sender could use up all that this process may have open.
+    #[test]
+    fn descriptors_of_a_refused_message_are_closed() {
+        let (here, there) = UnixStream::pair().unwrap();
+        for count in [1, 3, MOST] {
+            let (mut reader, writer) = UnixStream::pair().unwrap();
+            let fds = vec![writer.as_raw_fd(); count];
+            let control = [ControlMessage::ScmRights(&fds)];
+            sendmsg::<()>(here.as_raw_fd(), &[IoSlice::new(b"c")], &control, MsgFlags::empty(), None)
+                .unwrap();
+            assert_eq!(DeviceFds::receive(&there).unwrap_err().kind(), ErrorKind::Protocol, "{count}");
+            drop(writer);
+            reader.set_nonblocking(true).unwrap();
+            assert_eq!(reader.read(&mut [0]).unwrap(), 0, "{count}");
+        }
+    }
+
+    /// Of a message that was cut off, what is there is seen.
+    #[test]
+    fn descriptors_are_read_up_to_the_length() {
+        let message = |len: usize, kind: i32, fds: &[i32]| {
+            let words = [libc::SOL_SOCKET, kind].into_iter().chain(fds.iter().copied());
+            [&len.to_ne_bytes()[..], &words.flat_map(i32::to_ne_bytes).collect::<Vec<_>>()].concat()
+        };
+        let read = |message: &[u8]| rights(message).collect::<Vec<_>>();
+        assert_eq!(read(&message(20, libc::SCM_RIGHTS, &[7, 0])), [7]);
+        assert_eq!(read(&message(24, libc::SCM_RIGHTS, &[7, 8])), [7, 8]);
+        assert_eq!(read(&message(28, libc::SCM_RIGHTS, &[7, 8])), [7, 8]);
+        assert_eq!(read(&message(24, libc::SCM_CREDENTIALS, &[7, 8])), []);
+        assert_eq!(read(&[0; 24]), []);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Where device nodes come from: `/dev`, or a launcher that opened them for a process that may not.
 
 use std::fs::{self, File};
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,19 +10,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 
 use super::acquire::lock;
 use super::diagnose;
+use super::fds::{self, MOST};
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
 use crate::node::open;
 
 /// First descriptor that is passed (`SD_LISTEN_FDS_START`, sd_listen_fds(3)).
 pub(crate) const LISTEN_FDS_START: RawFd = 3;
-/// Most descriptors in one message (`SCM_MAX_FD` of the kernel).
-const MOST: usize = 253;
 /// The one byte that carries them, so that a message of something else is told apart.
 const MESSAGE: u8 = b'n';
 
@@ -163,22 +162,9 @@ fn receive(path: &Path) -> Result<Vec<OwnedFd>> {
     let socket = UnixStream::connect(path).map_err(|error| {
         Error::io(what(), &error).mend(format!("as root, first: vireo-launch --socket {} …", path.display()))
     })?;
-    let mut byte = [0];
-    let mut space = nix::cmsg_space!([RawFd; MOST]);
-    let mut parts = [IoSliceMut::new(&mut byte)];
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
-        .map_err(|errno| Error::os(what(), errno))?;
-    let bytes = message.bytes;
-    let mut fds: Vec<OwnedFd> = Vec::new();
-    for control in message.cmsgs().map_err(|errno: Errno| Error::os(what(), errno))? {
-        if let ControlMessageOwned::ScmRights(received) = control {
-            // SAFETY: the kernel has just installed these descriptors for us, nobody else owns them.
-            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    match (bytes, byte[0], fds.is_empty()) {
-        (1, MESSAGE, false) => Ok(fds),
-        (0, ..) => Err(Error::new(ErrorKind::Permission, what(), "it hung up: they are for another user")),
+    match fds::receive(&socket, &what())? {
+        (Some(MESSAGE), fds) if !fds.is_empty() => Ok(fds),
+        (None, _) => Err(Error::new(ErrorKind::Permission, what(), "it hung up: they are for another user")),
         _ => Err(Error::new(ErrorKind::Protocol, what(), "the message is not one of Vireo's")),
     }
 }
