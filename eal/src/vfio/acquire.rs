@@ -203,8 +203,12 @@ impl Vfio {
         if cdev.as_deref().is_some_and(|name| name.starts_with(NOIOMMU_PREFIX))
             || group.is_some_and(|group| self.nodes.has(&self.noiommu_group(group)))
         {
-            return Err(Error::new(ErrorKind::Unavailable, what(), "the device has no IOMMU and auto never goes without")
-                .mend("turn the IOMMU on (intel_iommu=on), or accept that the NIC can reach all memory: --vfio-mode noiommu"));
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                what(),
+                "the device has no IOMMU and auto never goes without",
+            )
+            .mend(format!("{IOMMU_ON}; or accept that the NIC can reach all memory: --vfio-mode noiommu")));
         }
         let reason = match cdev {
             Some(name)
@@ -314,14 +318,17 @@ pub(super) fn cdev_name(node: &Node) -> Option<String> {
         .and_then(|entry| entry.file_name().into_string().ok())
 }
 
+/// What turns the IOMMU on. Linux uses AMD's wherever the firmware offers it.
+pub const IOMMU_ON: &str = "turn on VT-d or AMD-Vi in the firmware, and on Intel boot with intel_iommu=on";
+
 /// `what` failed because VFIO takes no device that is in no IOMMU group, or has one no more.
 pub fn no_group(what: String) -> Error {
     let error = Error::new(ErrorKind::Unavailable, what, "it is in no IOMMU group, so the IOMMU is off");
     match noiommu_allowed() {
-        Some(false) => error.mend(
-            "boot with intel_iommu=on or amd_iommu=on; or, unsafe: echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode, bind again, --vfio-mode noiommu",
-        ),
-        _ => error.mend("boot with intel_iommu=on or amd_iommu=on"),
+        Some(false) => error.mend(format!(
+            "{IOMMU_ON}; or, unsafe: echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode, bind again, --vfio-mode noiommu"
+        )),
+        _ => error.mend(IOMMU_ON),
     }
 }
 
@@ -332,9 +339,8 @@ pub fn noiommu_allowed() -> Option<bool> {
 }
 
 pub(super) fn needs_noiommu(what: String, mode: VfioMode) -> Error {
-    Error::new(ErrorKind::Unavailable, what, "the device has no IOMMU").mend(format!(
-        "turn the IOMMU on (intel_iommu=on), or accept that the NIC can reach all memory: --vfio-mode {mode}"
-    ))
+    Error::new(ErrorKind::Unavailable, what, "the device has no IOMMU")
+        .mend(format!("{IOMMU_ON}; or accept that the NIC can reach all memory: --vfio-mode {mode}"))
 }
 
 pub(super) fn has_iommu(what: String) -> Error {
