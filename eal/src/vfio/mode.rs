@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind};
 /// | mode | acquire | map | address the NIC sees |
 /// |---|---|---|---|
 /// | `container` (alias `group`) | group + `/dev/vfio/vfio` | `VFIO_IOMMU_MAP_DMA` | our IOVA |
-/// | `cdev` | `/dev/vfio/devices/vfioN`, bind, attach | `IOMMU_IOAS_MAP` or `_MAP_FILE` | our IOVA |
+/// | `cdev` | `/dev/vfio/devices/vfioN`, bind, attach | `IOMMU_IOAS_MAP` | our IOVA |
 /// | `compat` | group, `/dev/iommu` as the container | type1 ioctls served by iommufd | our IOVA |
 /// | `noiommu` | `/dev/vfio/noiommu-N` | none | physical |
 /// | `noiommu-cdev` (kernel 7.3) | `/dev/vfio/devices/noiommu-vfioN` | `IOMMU_IOAS_MAP` pins | physical, pinned |
