@@ -10,6 +10,7 @@ scripts/lab: VFIO and IOMMUFD in a QEMU guest, for machines without an IOMMU or 
   lab shell [options]                                a busybox shell in the guest
   lab test [options] [BOOT...]                       the test matrix, as TAP; all boots or those named
   lab wire [options]                                 two hosts of this machine talk through the guest, as TAP
+  lab vhost [options]                                a guest's virtio-net on this machine's net_vhost, as TAP
   lab kernel [--show]                                build the newest guest kernel, or show what is built
 
 Programs of this repository go by their short names: lab run -- l2fwd --help
