@@ -18,6 +18,9 @@ use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vfio::nodes::LISTEN_FDS_START;
 
+/// An id of which setresuid(2) and setresgid(2) say that it changes nothing.
+const KEEP: u32 = u32::MAX;
+
 /// `USER[:GROUP]`, each by name or number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserName {
@@ -50,7 +53,7 @@ impl UserName {
     /// Looks the names up.
     ///
     /// # Errors
-    /// `Usage` when there is no such user or group, or it is root.
+    /// `Usage` when there is no such user or group, it is root, or the number is no id.
     pub fn find(&self) -> Result<User> {
         let what = || format!("--user {}", quoted(&self.user));
         let wrong = |why: &str, cure: &str| Error::new(ErrorKind::Usage, what(), why).mend(cure);
@@ -69,6 +72,10 @@ impl UserName {
         };
         if uid.is_root() || gid == Gid::from_raw(0) {
             return Err(wrong("that is root, who keeps every privilege", "name another user and group"));
+        }
+        if uid.as_raw() == KEEP || gid.as_raw() == KEEP {
+            let why = format!("{KEEP} is no id: the kernel takes it for the one that the process has");
+            return Err(wrong(&why, "name another user and group"));
         }
         Ok(User { uid, gid })
     }
@@ -101,29 +108,38 @@ impl User {
     /// had from an executable. The kernel then makes the process not dumpable: it writes no core, and the
     /// user's other processes cannot trace it.
     ///
-    /// Who is that user already keeps its groups, which only root can change. Ids change in all threads, and with root's go the capabilities. The bounding set and `no_new_privs` are
-    /// the calling thread's, and those that it starts later.
+    /// Who is that user already keeps its groups, which only root can change. Ids change in all threads, and with
+    /// root's go the capabilities. The bounding set and `no_new_privs` are the calling thread's, and those that it
+    /// starts later.
     ///
     /// # Errors
-    /// `Permission` when the process is not root, and another user.
+    /// `Permission` when the process is not root, and another user; or when it has not become this one.
     pub fn become_it(self) -> Result<()> {
+        let what = || format!("cannot become user {} with group {}", self.uid, self.gid);
         let failed = |errno| {
-            let error = Error::os(format!("cannot become user {} with group {}", self.uid, self.gid), errno);
+            let error = Error::os(what(), errno);
             if errno == Errno::EPERM { error.mend("start as root, or leave --user out") } else { error }
         };
-        let is_it = getresuid().is_ok_and(|ids| [ids.real, ids.effective, ids.saved] == [self.uid; 3])
-            && getresgid().is_ok_and(|ids| [ids.real, ids.effective, ids.saved] == [self.gid; 3]);
-        if !is_it {
+        if !self.is_current() {
             // While it can still be changed, which takes CAP_SETPCAP.
             clear(CapSet::Bounding)?;
             setgroups(&[]).map_err(failed)?;
             setresgid(self.gid, self.gid, self.gid).map_err(failed)?;
             setresuid(self.uid, self.uid, self.uid).map_err(failed)?;
+            if !self.is_current() {
+                return Err(Error::new(ErrorKind::Permission, what(), "the process still has other ids"));
+            }
         }
         [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted]
             .into_iter()
             .try_for_each(clear)?;
         prctl::set_no_new_privs().map_err(failed)
+    }
+
+    /// Whether the process has the ids of this user, and no other.
+    fn is_current(self) -> bool {
+        getresuid().is_ok_and(|ids| [ids.real, ids.effective, ids.saved] == [self.uid; 3])
+            && getresgid().is_ok_and(|ids| [ids.real, ids.effective, ids.saved] == [self.gid; 3])
     }
 }
 
@@ -198,11 +214,24 @@ mod tests {
             ("root", "that is root"),
             ("0:5", "that is root"),
             ("nobody:0", "that is root"),
+            ("4294967295:4294967295", "4294967295 is no id"),
+            ("4294967295:1", "4294967295 is no id"),
+            ("nobody:4294967295", "4294967295 is no id"),
         ];
         for (text, why) in cases {
             let error = found(text).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage);
             assert!(error.to_string().contains(why), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn ids_that_were_kept_are_noticed() {
+        let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
+        assert!(User { uid, gid }.is_current());
+        let keep = User { uid: Uid::from_raw(KEEP), gid: Gid::from_raw(KEEP) };
+        assert!(
+            !keep.is_current() && !User { uid, ..keep }.is_current() && !User { gid, ..keep }.is_current()
+        );
     }
 }
