@@ -32,11 +32,19 @@ huge_dir_without_mount() {
     huge_dir 74 "it is not a hugetlbfs mount; run: mount -t hugetlbfs none"
 }
 
+full_huge_dir() {
+    huge_dir 74 "the mount has 2 of 2 free; run: umount $WORK/huge && mount -t hugetlbfs -o " size=4M
+    eval "$(sed 's/.*; run: //; s/; or .*//' "$WORK/refused.err")"
+    start_l2fwd -l 1 --huge-dir "$WORK/huge" --vfio-mode "$GENERATOR_MODE" -a "$(bdf e1000e fwd_rx)" -- -p 1 -T 0
+    said "hugetlbfs file"
+    stop_l2fwd
+}
+
 huge_dirs() {
     test_case "refused: --huge-dir that does not exist" huge_dir 74 "; run: mkdir -p $WORK/huge && mount -t hugetlbfs"
     test_case "refused: --huge-dir that is no mount" huge_dir_without_mount
     test_case "refused: --huge-dir that is read-only" huge_dir 74 "EROFS (Read-only file system)" ro
-    test_case "refused: --huge-dir that is full" huge_dir 74 "the mount has 2 of 2 free; run: mount -o remount,size=" size=4M
+    test_case "refused: --huge-dir that is full, until the command that it names" full_huge_dir
     test_case "refused: --huge-dir of 1 GiB pages that are not there" no_giant_pages
 }
 

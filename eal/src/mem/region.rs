@@ -294,11 +294,17 @@ fn check_mount(dir: &Path, len: usize, page_size: usize) -> Result<()> {
         return Ok(());
     }
     let why = format!("{} pages are needed and the mount has {free} of {total} free", len / page_size);
-    Err(Error::new(ErrorKind::Io, what(), why).mend(format!(
-        "run: mount -o remount,size={} {}; or {NO_MOUNT}",
-        len,
-        dir.display()
-    )))
+    let wanted = total.saturating_sub(free) as usize + len / page_size;
+    Err(Error::new(ErrorKind::Io, what(), why).mend(mount_again(dir, wanted, page_size)))
+}
+
+/// A mount's size stays what it was: hugetlbfs takes `-o remount` and does nothing.
+fn mount_again(dir: &Path, pages: usize, page_size: usize) -> String {
+    let (dir, page) = (dir.display(), page_size >> 10);
+    let size = pages.saturating_mul(page);
+    format!(
+        "run: umount {dir} && mount -t hugetlbfs -o pagesize={page}K,size={size}K none {dir}; or {NO_MOUNT}"
+    )
 }
 
 fn default_hugepage_size() -> Result<usize> {
@@ -395,5 +401,13 @@ mod tests {
     fn missing_hugepages_name_the_command() {
         let error = check_free(1 << 50, 2 << 20).unwrap_err();
         assert!(error.to_string().contains("sysctl vm.nr_hugepages="), "{error}");
+    }
+    #[test]
+    fn a_full_mount_is_made_again_with_room_for_both() {
+        assert_eq!(
+            mount_again(Path::new("/mnt/huge"), 11, 2 << 20),
+            "run: umount /mnt/huge && mount -t hugetlbfs -o pagesize=2048K,size=22528K none /mnt/huge; \
+             or leave --huge-dir out: no mount is needed"
+        );
     }
 }
