@@ -10,7 +10,7 @@ pub struct HugePages {
     pub page_size: usize,
     /// Pages reserved on the machine.
     pub total: usize,
-    /// Pages that nobody uses.
+    /// Pages that nobody uses and nobody has reserved: what a new mapping can get.
     pub free: usize,
 }
 
@@ -27,10 +27,12 @@ pub fn hugepages(sysfs: &Path) -> Vec<HugePages> {
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
             let kilobytes: usize = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+            // Pages that are reserved count as free until they are touched.
+            let reserved = number(&entry.path(), "resv_hugepages")?;
             Some(HugePages {
                 page_size: kilobytes.checked_mul(1024)?,
                 total: number(&entry.path(), "nr_hugepages")?,
-                free: number(&entry.path(), "free_hugepages")?,
+                free: number(&entry.path(), "free_hugepages")?.saturating_sub(reserved),
             })
         })
         .collect();
@@ -45,17 +47,19 @@ mod tests {
     #[test]
     fn reads_sizes_and_skips_what_is_no_size() {
         let sysfs = tempfile::tempdir().unwrap();
-        for (name, total, free) in [("hugepages-1048576kB", "1", "0"), ("hugepages-2048kB", "64", "60\n")] {
+        let sizes = [("hugepages-1048576kB", "1", "0", "3"), ("hugepages-2048kB", "64", "60\n", "20\n")];
+        for (name, total, free, reserved) in sizes {
             let dir = sysfs.path().join("kernel/mm/hugepages").join(name);
             fs::create_dir_all(&dir).unwrap();
             fs::write(dir.join("nr_hugepages"), total).unwrap();
             fs::write(dir.join("free_hugepages"), free).unwrap();
+            fs::write(dir.join("resv_hugepages"), reserved).unwrap();
         }
         fs::create_dir_all(sysfs.path().join("kernel/mm/hugepages/hugepages-xkB")).unwrap();
         assert_eq!(
             hugepages(sysfs.path()),
             [
-                HugePages { page_size: 2 << 20, total: 64, free: 60 },
+                HugePages { page_size: 2 << 20, total: 64, free: 40 },
                 HugePages { page_size: 1 << 30, total: 1, free: 0 }
             ]
         );

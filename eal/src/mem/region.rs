@@ -17,7 +17,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonym
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 use nix::unistd::ftruncate;
 
-use super::hugepages::hugepages;
+use super::hugepages::{HugePages, hugepages};
 use crate::error::{Error, ErrorKind, Result};
 
 const SMALL_PAGE: usize = 4096;
@@ -323,24 +323,31 @@ fn default_hugepage_size() -> Result<usize> {
 
 /// Hugepage mappings of a memfd are reserved at `mmap`, but the error does not say what was short.
 fn check_free(len: usize, page_size: usize) -> Result<()> {
-    let free = hugepages(Path::new("/sys"))
-        .into_iter()
-        .find(|pages| pages.page_size == page_size)
-        .map_or(0, |pages| pages.free);
-    if free * page_size >= len {
+    if pages_of(page_size).free >= len / page_size {
         return Ok(());
     }
     let what = format!("cannot reserve {} MiB of hugepages", len >> 20);
     Err(no_pages(Error::new(ErrorKind::Os, what, ""), len, page_size))
 }
 
+fn pages_of(page_size: usize) -> HugePages {
+    let none = HugePages { page_size, total: 0, free: 0 };
+    hugepages(Path::new("/sys")).into_iter().find(|pages| pages.page_size == page_size).unwrap_or(none)
+}
+
 fn no_pages(error: Error, len: usize, page_size: usize) -> Error {
     if page_size == SMALL_PAGE {
         return error.mend("free memory, or ask for less with -m MB");
     }
-    let pages = hugepages(Path::new("/sys")).into_iter().find(|pages| pages.page_size == page_size);
-    let (total, free) = pages.map_or((0, 0), |pages| (pages.total, pages.free));
-    let need = len / page_size;
+    too_few(error, len / page_size, pages_of(page_size))
+}
+
+fn too_few(error: Error, need: usize, pages: HugePages) -> Error {
+    let HugePages { page_size, total, free } = pages;
+    if free >= need {
+        // Fewer pages than there are would only take some away.
+        return error.mend("check the limit of the control group (hugetlb.*.max), or run with --no-huge");
+    }
     let wanted = total - free.min(total) + need;
     let reserve = match default_hugepage_size() {
         Ok(size) if size == page_size => format!("sysctl vm.nr_hugepages={wanted}"),
@@ -409,5 +416,13 @@ mod tests {
             "run: umount /mnt/huge && mount -t hugetlbfs -o pagesize=2048K,size=22528K none /mnt/huge; \
              or leave --huge-dir out: no mount is needed"
         );
+    }
+    #[test]
+    fn no_command_takes_hugepages_away() {
+        let (page_size, error) = (2 << 20, || Error::os("cannot reserve 18 MiB", Errno::ENOMEM));
+        let few = too_few(error(), 9, HugePages { page_size, total: 64, free: 8 }).to_string();
+        assert!(few.contains("8 of 64 are free; run: ") && few.contains("65"), "{few}");
+        let limited = too_few(error(), 9, HugePages { page_size, total: 64, free: 9 }).to_string();
+        assert!(limited.contains("hugetlb.*.max") && !limited.contains("nr_hugepages"), "{limited}");
     }
 }
