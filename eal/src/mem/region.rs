@@ -118,7 +118,7 @@ impl Region {
     }
 
     fn from_fd(fd: OwnedFd, len: usize, page_size: usize, backing: Backing) -> Result<Self> {
-        let what = || format!("cannot reserve {} MiB as {}", len.div_ceil(1 << 20), backing.name());
+        let what = || cannot_reserve(len, &backing);
         ftruncate(&fd, len as i64).map_err(|errno| Error::os(what(), errno))?;
         if !matches!(backing, Backing::HugeFile { .. }) {
             // Another process that is given the descriptor could else cut pages off under our feet.
@@ -126,21 +126,11 @@ impl Region {
             fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(|errno| Error::os(what(), errno))?;
         }
         let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what(), Errno::EINVAL))?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
-        let address = unsafe {
-            mmap(
-                None,
-                length,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
-                &fd,
-                0,
-            )
-        }
-        .map_err(|errno| no_pages(Error::os(what(), errno), len, page_size))?;
-        let region = Self { address: address.cast(), len, page_size, fd: Some(fd), backing };
-        region.keep_out_of_core_dumps();
-        Ok(region)
+        let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &fd, 0) }
+            .map_err(|errno| no_pages(Error::os(what(), errno), len, page_size))?;
+        Self { address: address.cast(), len, page_size, fd: Some(fd), backing }.populated()
     }
 
     /// Memory that nobody else can map, of pages of 4 KiB.
@@ -162,12 +152,22 @@ impl Region {
         let pointer = unsafe { hugepage_rs::alloc(layout) };
         let address =
             NonNull::new(pointer).ok_or_else(|| no_pages(Error::os(what, Errno::ENOMEM), len, page_size))?;
-        let region = Self { address, len, page_size, fd: None, backing: Backing::HugeAnonymous };
-        // `check_free` saw the pages, but only a write takes them: without it a later fault would be SIGBUS.
-        populate(region.address.cast(), len)
-            .map_err(|errno| no_pages(Error::os(what, errno), len, page_size))?;
-        region.keep_out_of_core_dumps();
-        Ok(region)
+        Self { address, len, page_size, fd: None, backing: Backing::HugeAnonymous }.populated()
+    }
+
+    /// Takes the pages, which only a write does: a fault later on that finds none is SIGBUS. `MAP_POPULATE` does not
+    /// say that it failed.
+    fn populated(self) -> Result<Self> {
+        // SAFETY: the range is this region's own mapping, of read and write permission and not yet shared.
+        let result = unsafe { madvise(self.address.cast(), self.len, MmapAdvise::MADV_POPULATE_WRITE) };
+        if let Err(errno) = result {
+            let (len, page_size, what) = (self.len, self.page_size, cannot_reserve(self.len, &self.backing));
+            // Its own pages are not among those that others use.
+            drop(self);
+            return Err(no_pages(Error::os(what, errno), len, page_size));
+        }
+        self.keep_out_of_core_dumps();
+        Ok(self)
     }
 
     fn keep_out_of_core_dumps(&self) {
@@ -256,6 +256,10 @@ impl Drop for Region {
             tracing::error!("cannot unmap {} bytes of packet memory: {errno}", self.len);
         }
     }
+}
+
+fn cannot_reserve(len: usize, backing: &Backing) -> String {
+    format!("cannot reserve {} MiB as {}", len.div_ceil(1 << 20), backing.name())
 }
 
 fn page_size(backing: &Backing) -> Result<usize> {
@@ -368,11 +372,6 @@ fn open_huge_file(path: &Path) -> Result<File> {
         .map_err(|error| Error::io(format!("cannot create {}", path.display()), &error).mend(NO_MOUNT))
 }
 
-fn populate(address: NonNull<c_void>, len: usize) -> std::result::Result<(), Errno> {
-    // SAFETY: the range is a mapping of ours with read and write permission, not yet shared with anyone.
-    unsafe { madvise(address, len, MmapAdvise::MADV_POPULATE_WRITE) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -409,6 +408,7 @@ mod tests {
         let error = check_free(1 << 50, 2 << 20).unwrap_err();
         assert!(error.to_string().contains("sysctl vm.nr_hugepages="), "{error}");
     }
+
     #[test]
     fn a_full_mount_is_made_again_with_room_for_both() {
         assert_eq!(
@@ -417,6 +417,7 @@ mod tests {
              or leave --huge-dir out: no mount is needed"
         );
     }
+
     #[test]
     fn no_command_takes_hugepages_away() {
         let (page_size, error) = (2 << 20, || Error::os("cannot reserve 18 MiB", Errno::ENOMEM));
@@ -424,5 +425,22 @@ mod tests {
         assert!(few.contains("8 of 64 are free; run: ") && few.contains("65"), "{few}");
         let limited = too_few(error(), 9, HugePages { page_size, total: 64, free: 9 }).to_string();
         assert!(limited.contains("hugetlb.*.max") && !limited.contains("nr_hugepages"), "{limited}");
+    }
+
+    #[test]
+    fn pages_that_cannot_be_had_are_told_at_once() {
+        // The second page is beyond the end of the file, as one is for which nothing is left.
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let length = NonZeroUsize::new(8192).unwrap();
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &file, 0) }.unwrap().cast();
+        let backing = Backing::SmallPages;
+        let region = Region { address, len: 8192, page_size: SMALL_PAGE, fd: None, backing };
+        let error = region.populated().unwrap_err();
+        assert_eq!(error.errno(), Some(Errno::EFAULT));
+        assert_eq!(error.what(), "cannot reserve 1 MiB as memfd of 4 KiB pages");
+        assert!(error.cure().unwrap().contains("-m MB"));
     }
 }
