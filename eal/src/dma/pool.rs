@@ -44,8 +44,8 @@ pub type Burst = ArrayVec<Packet, MAX_BURST>;
 const MAX_BUFFERS: u32 = u32::MAX / BUFFER_SIZE as u32;
 
 /// Ownership of one packet buffer, by its distance from the pool's first in bytes. There is exactly one handle
-/// of each buffer: it is moved, never copied, into a descriptor ring, a packet, or the pool. Losing it loses the
-/// buffer.
+/// of each buffer: it is moved, never copied, into a descriptor ring, a packet, or the pool that it came from
+/// ([`PoolCache::free`]). Losing it loses the buffer.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a buffer that is dropped is lost to its pool"]
 pub struct Buffer(pub(super) u32);
@@ -97,7 +97,7 @@ pub struct Pool {
     /// See [`place::bases`].
     bases: Box<[u64]>,
     free: ArrayQueue<ArrayVec<u32, CHUNK>>,
-    /// TSC from which on it may be said again that the pool is exhausted.
+    /// TSC from which on it may be said again what is wrong with the pool.
     warn_from: AtomicU64,
 }
 
@@ -165,7 +165,27 @@ impl Pool {
         free
     }
 
-    /// Whether it is to be said at `now`, in TSC ticks, that the pool is exhausted: once in a second.
+    /// Whether a buffer of this pool may be at this distance.
+    fn covers(&self, distance: u32) -> bool {
+        (distance as usize) < self.count as usize * BUFFER_SIZE
+    }
+
+    /// Takes back what a cache gives, without what can be told to be of another pool: what is beyond the end, and
+    /// what is more than the pool has.
+    fn take_back(&self, mut chunk: ArrayVec<u32, CHUNK>) {
+        let len = chunk.len();
+        // Without an early end, so that the test costs about one instruction for each buffer.
+        if !chunk.iter().fold(true, |all, distance| all & self.covers(*distance)) {
+            chunk.retain(|distance| self.covers(*distance));
+        }
+        let foreign = len - chunk.len();
+        let is_full = !chunk.is_empty() && self.free.push(chunk).is_err();
+        if (foreign > 0 || is_full) && self.is_to_warn(Tsc::now()) {
+            tracing::error!("packet buffers of another pool came back to this one: a driver mixes pools up");
+        }
+    }
+
+    /// Whether it is to be said at `now`, in TSC ticks, what is wrong with the pool: once in a second.
     fn is_to_warn(&self, now: u64) -> bool {
         let from = self.warn_from.load(Ordering::Relaxed);
         let next = now + Tsc::hz();

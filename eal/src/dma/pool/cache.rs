@@ -76,9 +76,15 @@ impl PoolCache {
         }
     }
 
-    /// Takes a buffer back.
+    /// Takes a buffer back that came from this pool, by whichever cache.
+    ///
+    /// Only debug builds check that here, as it would cost each packet. A buffer of another pool becomes one of
+    /// this pool in its stead: two handles own the bytes of one buffer, and two lcores may write them at once. One
+    /// that would be beyond this pool's end is refused when its data is reached, and told and left out when the
+    /// cache gives it to the pool; but until then [`PoolCache::iova`] gives a device an address behind the pool.
     #[inline(always)]
     pub fn free(&mut self, buffer: Buffer) {
+        debug_assert!(self.pool.covers(buffer.0), "a buffer of another pool");
         if self.len == CACHE {
             self.spill();
         }
@@ -86,10 +92,11 @@ impl PoolCache {
         self.len += 1;
     }
 
-    /// Takes back at most [`MAX_FREE`] indices at once.
+    /// Takes back at most [`MAX_FREE`] indices at once, each as [`PoolCache::free`] does.
     #[inline(always)]
     pub(in crate::dma) fn free_all(&mut self, indices: &[u32]) {
         debug_assert!(indices.len() <= MAX_FREE);
+        debug_assert!(indices.iter().all(|index| self.pool.covers(*index)), "a buffer of another pool");
         if indices.len() > CACHE - self.len {
             self.spill();
         }
@@ -117,7 +124,7 @@ impl PoolCache {
             chunk.push(unsafe { self.stack[self.len].assume_init() });
         }
         if !chunk.is_empty() {
-            let _ = self.pool.free.push(chunk);
+            self.pool.take_back(chunk);
         }
     }
 
@@ -157,8 +164,8 @@ impl PoolCache {
     pub fn write(&mut self, packet: &mut Packet, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= DATA_ROOM);
         // SAFETY: `data` gives the start of `DATA_ROOM` bytes and the copy ends within them; the source is a
-        // slice of the caller's and cannot overlap memory that hands out no slices. The packet's handle is
-        // unique and borrowed mutably, so no other thread of ours touches the buffer.
+        // slice of the caller's and cannot overlap memory that hands out no slices. The packet's handle is the
+        // buffer's only one, as `free` asks for, and borrowed mutably, so no other thread of ours touches the buffer.
         unsafe {
             self.buffers()
                 .data(&packet.buffer)
@@ -199,7 +206,7 @@ impl PoolCache {
     #[inline(always)]
     pub fn read(&self, packet: &Packet, offset: usize, bytes: &mut [u8]) {
         assert!(offset + bytes.len() <= DATA_ROOM);
-        // SAFETY: as in `write`, the other way; nobody writes while the handle is borrowed.
+        // SAFETY: as in `write`, the other way; nobody of ours writes while the only handle is borrowed.
         unsafe {
             self.buffers()
                 .data(&packet.buffer)

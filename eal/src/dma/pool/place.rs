@@ -77,8 +77,8 @@ impl Buffers<'_> {
     #[inline(always)]
     pub(in crate::dma) fn write_header<const N: usize>(&self, buffer: &mut Buffer, bytes: &[u8; N]) {
         const { assert!(N <= HEADROOM) };
-        // SAFETY: `data` is `HEADROOM` bytes into the buffer, so the header starts inside it; the buffer has
-        // no other handle and this one is borrowed mutably.
+        // SAFETY: `data` is `HEADROOM` bytes into the buffer, so the header starts inside it; the buffer has no
+        // other handle, as `PoolCache::free` asks for, and this one is borrowed mutably.
         unsafe { self.data(buffer).as_ptr().sub(N).copy_from_nonoverlapping(bytes.as_ptr(), N) }
     }
 

@@ -64,6 +64,29 @@ fn what_is_not_taken_stays() {
 }
 
 #[test]
+fn what_cannot_be_of_the_pool_does_not_come_back() {
+    let pool = pool(3);
+    let chunk = |distances: &[usize]| distances.iter().map(|index| (index * BUFFER_SIZE) as u32).collect();
+    assert_eq!(pool.free.pop().unwrap(), chunk(&[0, 1, 2]));
+    pool.take_back(chunk(&[5, 2, 3]));
+    pool.take_back(chunk(&[3]));
+    assert_eq!((pool.free.len(), pool.free.pop()), (1, Some(chunk(&[2]))));
+    (0..5).for_each(|_| pool.take_back(chunk(&[1])));
+    assert_eq!(pool.free(), 3);
+}
+
+#[test]
+#[cfg(debug_assertions)]
+#[should_panic(expected = "a buffer of another pool")]
+fn a_buffer_beyond_the_end_is_not_freed() {
+    let (large, small) = (pool(9), pool(3));
+    let mut cache = large.cache();
+    let mut buffers: Vec<Buffer> = std::iter::from_fn(|| cache.allocate()).collect();
+    buffers.sort_by_key(|buffer| buffer.0);
+    small.cache().free(buffers.pop().unwrap());
+}
+
+#[test]
 fn data_and_header_do_not_touch() {
     let pool = pool(2);
     let mut cache = pool.cache();
