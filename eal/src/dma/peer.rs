@@ -2,6 +2,11 @@
 //!
 //! The peer is input. An address of it leads to memory only through [`PeerMemory::ring`] and [`PeerView::at`],
 //! which check it and its length against the regions; an index into a ring wraps; data is copied, once.
+//!
+//! The copies are plain ones and race with whatever the peer does to its memory, which is outside of what the
+//! language defines, as all memory is that another process may write at any time. A peer whose descriptors lead to
+//! its own rings, or twice to the same bytes, makes them race with our own accesses too. Nothing relies on what is
+//! read being whole: a ring's words are checked as they were loaded, and packets are bytes.
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -113,7 +118,8 @@ pub struct PeerMemory {
     areas: Box<[Area]>,
 }
 
-// SAFETY: the mappings belong to the process, not to a thread, and are reached by atomics and raw copies only.
+// SAFETY: the mappings belong to the process, not to a thread, and are reached by atomics and raw copies only, whose
+// races are those of the module's text.
 unsafe impl Send for PeerMemory {}
 // SAFETY: as above; `&PeerMemory` gives no access that is not an atomic or a raw copy.
 unsafe impl Sync for PeerMemory {}
@@ -179,7 +185,8 @@ pub struct PeerRing<W: Word, const N: usize = 1> {
     _memory: Arc<PeerMemory>,
 }
 
-// SAFETY: the words are reached by atomic operations only, and `_memory` keeps them mapped.
+// SAFETY: `_memory` keeps the words mapped; they are reached by atomic operations, and by copies of packets when the
+// peer's descriptors lead here: then they may be torn, and each that is loaded is checked as input.
 unsafe impl<W: Word, const N: usize> Send for PeerRing<W, N> {}
 // SAFETY: as above.
 unsafe impl<W: Word, const N: usize> Sync for PeerRing<W, N> {}
@@ -194,7 +201,8 @@ impl<W: Word, const N: usize> PeerRing<W, N> {
     /// The ring by value, for the length of a loop.
     #[inline(always)]
     pub fn view(&self) -> RingView<'_, W, N> {
-        // SAFETY: the words of all entries were checked to be mapped and aligned; the borrow keeps them.
+        // SAFETY: the words of all entries were checked to be mapped and aligned; the borrow keeps them. Besides
+        // atomic operations only copies reach them that this peer asks for.
         unsafe { RingView::over(self.words, self.mask) }
     }
 

@@ -13,7 +13,8 @@ mod sealed {
     /// Access to one word of shared memory.
     pub trait Shared: Copy {
         /// # Safety
-        /// `at` is aligned and valid for the life of the call; all access to it is atomic.
+        /// `at` is aligned and valid for the life of the call; all access to it by this process is atomic, or may be
+        /// torn: see [`RingView::over`](super::RingView::over).
         unsafe fn load(at: *const Self) -> Self;
         /// # Safety
         /// As for `load`.
@@ -57,7 +58,7 @@ pub struct DmaRing<W: Word, const N: usize = 1> {
     _word: PhantomData<W>,
 }
 
-// SAFETY: the words are reached by atomic operations only, and `_memory` keeps them mapped.
+// SAFETY: nothing of ours reaches the words but by atomic operations, and `_memory` keeps them mapped.
 unsafe impl<W: Word, const N: usize> Send for DmaRing<W, N> {}
 // SAFETY: as above.
 unsafe impl<W: Word, const N: usize> Sync for DmaRing<W, N> {}
@@ -133,8 +134,9 @@ impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
     /// The ring of `mask + 1` entries at `words`.
     ///
     /// # Safety
-    /// Their number is a power of two; `words` is aligned and valid for all their words during `'a`, and nothing
-    /// reaches them but by atomic operations.
+    /// Their number is a power of two; `words` is aligned and valid for all their words during `'a`. Nothing of ours
+    /// reaches them but by atomic operations, except that a peer may have us copy packets over its own ring. Whoever
+    /// loads a word of a peer checks it as input, so one that is torn by that does no more than one that lies.
     #[inline(always)]
     pub(super) unsafe fn over(words: NonNull<W>, mask: usize) -> Self {
         Self { words, mask, _ring: PhantomData }
