@@ -324,14 +324,19 @@ impl PeerSlice<'_> {
 }
 
 /// The eventfd by which a peer is woken.
+///
+/// The peer has the same open file and may take `O_NONBLOCK` from it at any time: a write then sleeps while the
+/// counter is full, until the peer reads it. Nothing helps against that: a look at the flag or at the room is old
+/// when the write comes, and an eventfd's write has no other way not to sleep (`RWF_NOWAIT` is not for it). So a
+/// peer must be trusted with the lcore that serves it.
 #[derive(Debug)]
 pub struct PeerEvent(File);
 
 impl PeerEvent {
-    /// Takes the descriptor, and makes its writes return at once.
+    /// Takes the descriptor, and makes its writes return at once, as long as the peer leaves them so.
     ///
     /// # Errors
-    /// `Protocol` when it is no eventfd: a write to anything else could block the lcore that wakes the peer.
+    /// `Protocol` when it is no eventfd: a write to anything else could block though the peer does nothing wrong.
     pub fn new(fd: OwnedFd) -> Result<Self> {
         let what = "cannot use a frontend's call descriptor";
         let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
@@ -345,7 +350,7 @@ impl PeerEvent {
         Ok(Self(fd.into()))
     }
 
-    /// Wakes the peer. A counter that is full wakes it as well, so the error of a write says nothing.
+    /// Wakes the peer. A counter that is full has woken it, so the error of a write says nothing.
     #[cold]
     #[inline(never)]
     pub fn signal(&self) {
