@@ -116,10 +116,12 @@ impl BufferRing {
     }
 
     /// Sends: keeps the buffers of the first `count` packets of `burst` at the descriptors from `start` on, which
-    /// wraps and is empty. `send` gets each with its packet's length.
+    /// wraps and is empty. `send` gets each with its packet's length. `ring` has as many entries as this record, and
+    /// `count` is not above it. Only debug builds check that and the emptiness; else what is overwritten is lost to
+    /// its pool.
     ///
     /// # Panics
-    /// When there are fewer packets, or `ring` has fewer entries than this record.
+    /// When there are fewer packets.
     #[inline(always)]
     pub fn keep<W: Word, const N: usize>(
         &mut self,
@@ -132,6 +134,7 @@ impl BufferRing {
     ) {
         let buffers = cache.buffers();
         let ring = ring.view();
+        debug_assert!(ring.mask() + 1 == self.slots.len(), "a record of another ring");
         // Powers of two minus 1, so this is the smaller.
         let mask = ring.mask() & (self.slots.len() - 1);
         let len = burst.len();
@@ -308,6 +311,14 @@ mod tests {
         assert!(burst.is_empty() && !ring.is_filled(2));
         ring.release(3, 3, &mut cache);
         assert_eq!(cache.len(), 8);
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "a record of another ring")]
+    fn a_ring_of_another_size_keeps_nothing() {
+        let mut record = BufferRing::new(8);
+        record.keep(&descriptors(4), 0, 0, &pool(1).cache(), &mut Burst::new(), |_, _| {});
     }
 
     #[test]
