@@ -223,7 +223,7 @@ pub struct Doorbell<T> {
     _bar: Bar,
 }
 
-// SAFETY: the register stays mapped while `_bar` lives; a store to it is one volatile access.
+// SAFETY: the register stays mapped while `_bar` lives, and is reached by one relaxed atomic store of its whole word.
 unsafe impl<T: Send> Send for Doorbell<T> {}
 
 impl Doorbell<u32> {
