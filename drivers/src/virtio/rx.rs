@@ -11,8 +11,10 @@ use super::features::Features;
 use super::split::{DESC_WRITE, Lie, Virtqueue, shape};
 use crate::port::{QueueStats, RxBurst};
 
-/// What a used length may be.
+/// What a used length may be: of a frame's first buffer, which begins with the header.
 const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u32;
+/// Of a later buffer of the same frame.
+const REST_LEN: RangeInclusive<u32> = 1..=*USED_LEN.end();
 
 /// Receiving half of a virtio-net device.
 #[derive(Debug)]
@@ -181,7 +183,7 @@ impl RxQueue {
                 return Err(Lie::NumBuffers);
             }
             for _ in 1..buffers {
-                cache.free(self.queue.complete(USED_LEN)?.0);
+                cache.free(self.queue.complete(REST_LEN)?.0);
             }
             self.queue.stats.errors += 1;
         }
