@@ -405,13 +405,15 @@ impl Transport for User {
             let why = "nobody knows what the peer does with our memory: it left a request without answer";
             return Err(self.error(ErrorKind::Protocol, why));
         }
-        for ring in 0..std::mem::take(&mut self.kicks).len() {
+        for ring in 0..self.kicks.len() {
             let stopped = self.ask("GET_VRING_BASE", |peer| peer.get_vring_base(ring));
             if !self.silent && self.is_closed() {
-                return Ok(());
+                break;
             }
             stopped?;
         }
+        // Not before: what failed is asked again.
+        self.kicks.clear();
         Ok(())
     }
 

@@ -47,7 +47,7 @@ struct Script {
     close_at: u32,
     /// Answers neither this request nor those after it, and keeps the connection.
     silent_at: u32,
-    /// Answers this request with an error.
+    /// Answers this request with an error; `GET_VRING_BASE`, which has none, with another request's number.
     refuse: u32,
 }
 
@@ -80,6 +80,7 @@ fn play(mut stream: UnixStream, script: Script) -> Log {
         match request {
             GET_FEATURES => answer(&mut stream, request, &script.features.to_le_bytes()),
             GET_PROTOCOL_FEATURES => answer(&mut stream, request, &PROTOCOL_FEATURES.to_le_bytes()),
+            GET_VRING_BASE if script.refuse == request => answer(&mut stream, GET_FEATURES, &payload),
             GET_VRING_BASE => answer(&mut stream, request, &payload),
             _ if flags & NEED_REPLY != 0 => {
                 answer(&mut stream, request, &u64::from(request == script.refuse).to_le_bytes());
@@ -255,6 +256,22 @@ fn a_peer_that_refuses_is_named() {
     let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
     assert!(error.contains("the peer refuses SET_MEM_TABLE; look at the peer's messages"), "{error}");
     assert!(device.link().up);
+}
+
+/// Such a peer may run the rings all the same.
+#[test]
+fn a_peer_that_does_not_say_that_it_stopped_keeps_the_buffers() {
+    let (memory, mut cache) = memory();
+    let mut device = Peer::new(Script { refuse: GET_VRING_BASE, ..HONEST }).connect().unwrap();
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    device.stop(rx, tx, &mut cache).unwrap_err();
+    for _ in 0..3 {
+        let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+        assert!(error.contains("GET_VRING_BASE"), "{error}");
+    }
+    let pool = Arc::clone(cache.pool());
+    drop(cache);
+    assert_eq!(pool.free(), BUFFERS - u32::from(SIZES.rx));
 }
 
 #[test]
