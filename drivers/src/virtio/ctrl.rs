@@ -36,7 +36,7 @@ impl Control {
     }
 
     /// Makes the queue as new and enables it.
-    pub(super) fn restart(&mut self, transport: &mut dyn Transport) -> Result<()> {
+    pub(super) fn restart(&mut self, transport: &mut dyn Transport, event_idx: bool) -> Result<()> {
         transport.queue_size(self.index, SIZE).and_then(|size| match size {
             SIZE => Ok(()),
             _ => Err(Error::new(
@@ -45,7 +45,8 @@ impl Control {
                 "it has room for one descriptor, and a command takes two",
             )),
         })?;
-        self.queue.restart(self.index, false);
+        self.queue.restart(self.index, event_idx);
+        self.queue.name_first();
         transport.enable_queue(self.index, &self.queue)
     }
 
@@ -67,18 +68,19 @@ impl Control {
         word.iter_mut().zip(command).for_each(|(to, from)| *to = *from);
         self.bytes.store::<0>(0, u64::from_le_bytes(word));
         self.bytes.store::<0>(1, u64::MAX);
-        let (first, second) = (self.queue.head, self.queue.head.wrapping_add(1));
+        // Each command begins at the first descriptor: with IN_ORDER they are used in ring order (2.7.5).
         let desc = &self.queue.desc;
-        desc.store::<0>(first.into(), self.bytes.iova());
-        desc.store::<1>(first.into(), shape(command.len() as u32, DESC_NEXT, second % SIZE));
-        desc.store::<0>(second.into(), self.bytes.iova() + 8);
-        desc.store::<1>(second.into(), shape(1, DESC_WRITE, 0));
-        self.queue.filled = second;
+        desc.store::<0>(0, self.bytes.iova());
+        desc.store::<1>(0, shape(command.len() as u32, DESC_NEXT, 1));
+        desc.store::<0>(1, self.bytes.iova() + 8);
+        desc.store::<1>(1, shape(1, DESC_WRITE, 0));
+        let (before, after) = (self.queue.head, self.queue.head.wrapping_add(1));
+        self.queue.filled = after;
         self.queue.publish();
         transport.notify(self.index)?;
 
         let deadline = Instant::now() + DEVICE_TIMEOUT;
-        while self.queue.used_idx() == first {
+        while self.queue.used_idx() == before {
             transport.check_alive()?;
             if Instant::now() >= deadline {
                 return refused("the device did not answer within 1 s");
@@ -86,8 +88,7 @@ impl Control {
             std::thread::yield_now();
         }
         dma_rmb();
-        let id = self.queue.used.load::<0>(first.into());
-        if self.queue.used_idx() != second || id != u32::from(first % SIZE) {
+        if self.queue.used_idx() != after || self.queue.used.load::<0>(before.into()) != 0 {
             return refused("the device completed another command than ours");
         }
         match self.bytes.load::<0>(1).to_le_bytes()[0] {

@@ -194,7 +194,7 @@ impl Device {
             self.transport.enable_queue(index, queue)?;
         }
         if let Some(control) = &mut control {
-            control.restart(&mut *self.transport)?;
+            control.restart(&mut *self.transport, event_idx)?;
         }
         pairs.iter_mut().try_for_each(|(rx, _)| rx.prepare(cache))?;
         let kicks =

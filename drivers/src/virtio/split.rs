@@ -196,6 +196,11 @@ impl Virtqueue {
         (self.index, self.event_idx, self.kick) = (index, event_idx, Kick::None);
     }
 
+    /// Has every slot of the avail ring name the first descriptor, for chains as long as the table.
+    pub(super) fn name_first(&mut self) {
+        self.rare.avail.fill(0);
+    }
+
     /// From now on the device may be rung (3.1.1: not before `DRIVER_OK`); is, if descriptors were offered.
     pub(super) fn connect(&mut self, kick: Kick) {
         self.kick = kick;

@@ -458,6 +458,21 @@ fn address_link_and_filter() {
 }
 
 #[test]
+fn control_commands_keep_the_rules_of_the_ring() {
+    for bits in [0, feature::EVENT_IDX] {
+        for mut behaviour in [Behaviour::default(), in_order()] {
+            behaviour.features &= !bits;
+            let mut bench = Bench::new(behaviour);
+            for on in [true, false, true, true, false] {
+                bench.device.set_promiscuous(on).unwrap();
+                assert_eq!(bench.nic.is_promiscuous(), on);
+            }
+            assert_eq!((bench.nic.faults(), bench.nic.interrupts()), (vec![], 0));
+        }
+    }
+}
+
+#[test]
 fn what_was_asked_before_start_holds_after_it() {
     let nic = VirtioNet::default();
     let (memory, mut cache) = memory(BUFFERS);

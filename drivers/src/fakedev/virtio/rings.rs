@@ -27,6 +27,8 @@ pub(super) struct Queue {
     /// Descriptor table, avail ring, used ring.
     pub(super) addresses: [u64; 3],
     last_avail: u16,
+    /// Where the next chain begins, of a driver that uses descriptors in ring order.
+    next_head: u16,
     /// Descriptors read from the avail ring and not used yet.
     held: VecDeque<u16>,
     used: u16,
@@ -69,6 +71,10 @@ impl State {
         self.driver_features & feature::EVENT_IDX != 0
     }
 
+    fn in_order(&self) -> bool {
+        self.driver_features & feature::IN_ORDER != 0
+    }
+
     /// Index of the control queue: behind the pairs that there are (5.1.2).
     pub(super) fn control_index(&self) -> u16 {
         2 * if self.driver_features & feature::MQ != 0 { self.behaviour.pairs } else { 1 }
@@ -109,11 +115,25 @@ impl State {
                 self.fault("an offered id is beyond the queue or already offered");
             }
             self.queues[usize::from(index)].held.push_back(id);
+            if self.in_order() {
+                self.check_order(index, id);
+            }
         }
         let out_of_order = self.behaviour.out_of_order && index.is_multiple_of(2);
         let queue = &mut self.queues[usize::from(index)];
         queue.last_avail = last_avail;
         if out_of_order { queue.held.pop_back() } else { queue.held.pop_front() }
+    }
+
+    /// With `IN_ORDER` the chains lie one behind the other in the table, so that a device needs no avail ring (2.7.5).
+    fn check_order(&mut self, index: u16, head: u16) {
+        let len = self.chain(index, head).len() as u16;
+        let (queue, size) = self.queue(index);
+        let wrong = queue.next_head != head;
+        self.queues[usize::from(index)].next_head = head.wrapping_add(len) % size;
+        if wrong {
+            self.fault("a chain does not begin where the last one ended");
+        }
     }
 
     /// The descriptors of a chain.
@@ -140,9 +160,8 @@ impl State {
     pub(super) fn push_used(&mut self, index: u16, elements: &[(u32, u32)]) {
         let (queue, size) = self.queue(index);
         let ([_, avail, used], old) = (queue.addresses, queue.used);
-        let in_order = self.driver_features & feature::IN_ORDER != 0;
-        let left_out =
-            if in_order && self.behaviour.one_element { elements.len().saturating_sub(1) } else { 0 };
+        let one_element = self.in_order() && self.behaviour.one_element;
+        let left_out = if one_element { elements.len().saturating_sub(1) } else { 0 };
         for (i, (id, len)) in elements[left_out..].iter().enumerate() {
             let at = used + 4 + 8 * u64::from(old.wrapping_add(i as u16) & (size - 1));
             self.store(at, *id);
@@ -152,12 +171,15 @@ impl State {
         self.store(used + 2, new);
         self.queues[usize::from(index)].used = new;
         let interrupt = if self.event_idx() {
+            if self.load::<u16>(avail) != 0 {
+                self.fault("avail.flags are not 0 with an event index");
+            }
             let used_event: u16 = self.load(avail + 4 + 2 * u64::from(size));
             (0..new.wrapping_sub(old)).any(|i| old.wrapping_add(i) == used_event)
         } else {
             self.load::<u16>(avail) & 1 == 0
         };
-        self.interrupts += u64::from(interrupt && index != self.control_index());
+        self.interrupts += u64::from(interrupt);
     }
 
     pub(super) fn receive(&mut self, rx: u16, frame: &[u8]) -> Option<bool> {
