@@ -34,6 +34,7 @@ pub mod feature {
     pub const VERSION_1: u64 = 1 << 32;
     pub const ACCESS_PLATFORM: u64 = 1 << 33;
     pub const IN_ORDER: u64 = 1 << 35;
+    pub const ORDER_PLATFORM: u64 = 1 << 36;
 }
 
 /// The BAR with all registers and its layout; one page for each structure.

@@ -26,6 +26,10 @@ bitflags::bitflags! {
         const ACCESS_PLATFORM = 1 << 33;
         /// `VIRTIO_F_IN_ORDER`: the device uses buffers in the order in which they were offered.
         const IN_ORDER = 1 << 35;
+        /// `VIRTIO_F_ORDER_PLATFORM`: the device needs barriers for devices, not only for CPUs. On x86 those are the
+        /// same: a device sees writes to memory in program order, also before a later one to a register, reads are
+        /// not reordered, and what it writes is seen in its order. `full_mb` does the rest, a write before a read.
+        const ORDER_PLATFORM = 1 << 36;
     }
 
     /// `device_status` (virtio 1.2, 2.1).

@@ -148,6 +148,12 @@ fn frames_pass_with_and_without_mergeable_buffers_and_event_index() {
 }
 
 #[test]
+fn a_device_may_insist_on_memory_barriers() {
+    let features = Behaviour::default().features | feature::ORDER_PLATFORM;
+    round_trip(Bench::new(Behaviour { features, ..Behaviour::default() }), 100, 7);
+}
+
+#[test]
 fn indices_wrap() {
     let nic = round_trip(Bench::new(Behaviour::default()), 150_000, 31);
     assert_eq!(nic.interrupts(), 0);

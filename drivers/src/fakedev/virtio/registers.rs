@@ -146,7 +146,10 @@ impl State {
             }
             0x14 => {
                 let known = self.driver_features & !self.behaviour.features == 0;
-                let refused = self.behaviour.refuse_features || !known;
+                // A device may insist on it (6.2).
+                let unordered =
+                    self.behaviour.features & !self.driver_features & feature::ORDER_PLATFORM != 0;
+                let refused = self.behaviour.refuse_features || !known || unordered;
                 self.status = value as u8 & if refused { !STATUS_FEATURES_OK } else { 0xff };
             }
             0x16 => self.queue_select = value as u16,
