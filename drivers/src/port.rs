@@ -134,7 +134,7 @@ pub(crate) struct Watchdog {
 
 impl Watchdog {
     /// Whether the ring is full and has completed nothing for a second; then not again for the next one.
-    /// `progress` changes with each completion.
+    /// `progress` grows with each completion and never wraps.
     pub(crate) fn is_late(&mut self, progress: usize) -> bool {
         let now = Tsc::now();
         match self.stuck {

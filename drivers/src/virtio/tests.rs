@@ -4,6 +4,7 @@ mod hostile;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use vireo_bus_pci::DeviceId;
@@ -188,6 +189,32 @@ fn a_full_ring_keeps_what_it_cannot_send() {
     assert_eq!(bench.nic.transmitted(), (70..76).map(frame).collect::<Vec<_>>());
     assert_eq!(bench.tx.stats().packets, 70);
     assert_eq!(bench.stop().0, BUFFERS);
+}
+
+/// Found full twice, more than a second apart, and at the same used index: 2^16 packets went in between.
+#[test]
+fn a_ring_that_is_full_again_is_not_stuck() {
+    let mut bench = Bench::new(Behaviour::default());
+    let begin = Instant::now();
+    for last in [false, true] {
+        assert_eq!([bench.send((0..32).map(frame)), bench.send((0..32).map(frame))], [32, 32]);
+        assert_eq!((bench.send([frame(0)]), bench.tx.is_broken()), (0, false));
+        assert_eq!(bench.nic.transmitted().len(), 64);
+        for _ in 0..if last { 0 } else { (1 << 16) / 32 - 2 } {
+            assert_eq!(bench.send((0..32).map(frame)), 32);
+            bench.nic.transmitted();
+        }
+        while begin.elapsed() < Duration::from_millis(1100) {
+            std::thread::yield_now();
+        }
+    }
+    // One that stays full is.
+    assert_eq!([bench.send((0..32).map(frame)), bench.send((0..32).map(frame))], [32, 32]);
+    while !bench.tx.is_broken() {
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        assert_eq!(bench.send([frame(0)]), 0);
+    }
+    assert!(bench.device.check().unwrap_err().to_string().contains("nothing was sent for a second"));
 }
 
 #[test]

@@ -64,9 +64,9 @@ impl TxQueue {
     #[inline(never)]
     fn full(&mut self) -> usize {
         let queue = &mut self.queue;
-        if !queue.is_broken()
-            && self.watchdog.as_mut().is_some_and(|watchdog| watchdog.is_late(queue.next.into()))
-        {
+        // Not `next`, which comes to the same number again.
+        let completed = (queue.stats.packets as usize).wrapping_sub(queue.in_flight().into());
+        if !queue.is_broken() && self.watchdog.as_mut().is_some_and(|watchdog| watchdog.is_late(completed)) {
             queue.give_up("nothing was sent for a second though the ring is full");
         }
         0
