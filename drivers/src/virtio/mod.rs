@@ -85,8 +85,8 @@ pub struct Device {
     started: Option<Started>,
     /// Queues of a stop that the device did not confirm.
     parked: Vec<(RxQueue, TxQueue)>,
-    /// Queues of the last run, used again if they fit: DMA memory is never given back one by one.
-    spare: Option<Box<Queues>>,
+    /// Queues of earlier runs, used again where they fit: DMA memory is never given back one by one.
+    spare: Option<Spare>,
     leftover: Leftover,
 }
 
@@ -96,12 +96,35 @@ struct Started {
     control: Option<Box<Control>>,
 }
 
+/// To receive and to send, and the control queue.
+type Queues = (Vec<(Virtqueue, Virtqueue)>, Option<Box<Control>>);
+
 #[derive(Debug)]
-struct Queues {
+struct Spare {
     memory: Arc<DmaMemory>,
-    /// To receive and to send.
-    pairs: Vec<(Virtqueue, Virtqueue)>,
+    rings: Vec<Virtqueue>,
     control: Option<Box<Control>>,
+}
+
+impl Spare {
+    /// Takes a ring of each of `sizes`, by `make` where none is left. If that fails, those that were taken stay.
+    fn take(&mut self, sizes: &[u16], make: impl Fn(u16) -> Result<Virtqueue>) -> Result<Vec<Virtqueue>> {
+        let mut taken = Vec::new();
+        for size in sizes {
+            let ring = match self.rings.iter().position(|ring| ring.size() == *size) {
+                Some(at) => Ok(self.rings.swap_remove(at)),
+                None => make(*size),
+            };
+            match ring {
+                Ok(ring) => taken.push(ring),
+                Err(error) => {
+                    self.rings.append(&mut taken);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(taken)
+    }
 }
 
 impl Device {
@@ -152,8 +175,8 @@ impl Device {
         Error::new(kind, format!("cannot use virtio NIC {}", self.transport.name()), why)
     }
 
-    /// Takes the queues of the last run, or makes new ones. `control` is the index of the control queue, if there
-    /// is one.
+    /// Takes the queues of earlier runs, and makes those that are missing. `control` is the index of the control
+    /// queue, if there is one.
     fn queues(
         &mut self,
         memory: &Arc<DmaMemory>,
@@ -161,22 +184,28 @@ impl Device {
         pairs: u16,
         control: Option<u16>,
     ) -> Result<Queues> {
-        let fits = |queues: &Queues| {
-            Arc::ptr_eq(&queues.memory, memory)
-                && queues.pairs.len() == usize::from(pairs)
-                && queues.pairs.iter().all(|(rx, tx)| (rx.size(), tx.size()) == (sizes.rx, sizes.tx))
-                && queues.control.as_ref().map(|control| control.index) == control
-        };
-        if let Some(queues) = self.spare.take().filter(|queues| fits(queues)) {
-            return Ok(*queues);
+        if self.spare.as_ref().is_some_and(|spare| !Arc::ptr_eq(&spare.memory, memory)) {
+            self.spare = None;
         }
-        let name = self.transport.name();
-        let queue = |size| Virtqueue::new(memory, size, name, &self.fault);
-        Ok(Queues {
+        let spare = self.spare.get_or_insert_with(|| Spare {
             memory: Arc::clone(memory),
-            pairs: (0..pairs).map(|_| Ok((queue(sizes.rx)?, queue(sizes.tx)?))).collect::<Result<_>>()?,
-            control: control.map(|index| Control::new(memory, index, name).map(Box::new)).transpose()?,
-        })
+            rings: Vec::new(),
+            control: None,
+        });
+        let name = self.transport.name();
+        if let (Some(index), None) = (control, &spare.control) {
+            spare.control = Some(Box::new(Control::new(memory, index, name)?));
+        }
+        let sizes = [sizes.rx, sizes.tx].repeat(pairs.into());
+        let rings = spare.take(&sizes, |size| Virtqueue::new(memory, size, name, &self.fault))?;
+        let mut rings = rings.into_iter();
+        let pairs = std::iter::from_fn(|| Some((rings.next()?, rings.next()?))).collect();
+        let control = control.and_then(|index| {
+            let mut control = spare.control.take()?;
+            control.index = index;
+            Some(control)
+        });
+        Ok((pairs, control))
     }
 
     /// Sets the queues up and goes live (3.1.1, steps 7 and 8).
@@ -243,15 +272,15 @@ impl Nic for Device {
         let controlled = self.features.intersects(Features::CTRL_RX)
             || self.features.contains(Features::CTRL_VQ | Features::MQ);
         let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);
-        let Queues { memory, pairs, mut control } = self.queues(memory, sizes, pairs, control)?;
+        let (pairs, mut control) = self.queues(memory, sizes, pairs, control)?;
         let (features, prompt) = (self.features, self.transport.is_prompt());
         let mut queues: Vec<_> = pairs
             .into_iter()
             .map(|(rx, tx)| (RxQueue::new(rx, features), TxQueue::new(tx, features, prompt)))
             .collect();
         self.fault.take();
-        let live = self.go_live(&memory, &mut queues, control.as_deref_mut(), cache);
-        self.started = Some(Started { memory, control });
+        let live = self.go_live(memory, &mut queues, control.as_deref_mut(), cache);
+        self.started = Some(Started { memory: Arc::clone(memory), control });
         match live {
             Ok(()) => Ok(queues),
             Err(error) => {
@@ -278,15 +307,18 @@ impl Nic for Device {
             self.parked = if sent.is_none() { queues } else { Vec::new() };
             return Err(error.mend("its DMA memory is kept until it does"));
         }
-        let mut pairs = Vec::with_capacity(queues.len());
+        let control = self.started.take().and_then(|started| started.control);
+        let mut rings = Vec::with_capacity(2 * queues.len());
         for (rx, tx) in queues {
             self.leftover.rx_unread += u64::from(rx.unread());
             self.leftover.tx_unfinished += tx.unfinished() as u64;
-            let rx = rx.into_queue(cache);
-            pairs.push((rx, tx.into_queue(sent.as_deref_mut().unwrap_or(cache))));
+            rings.push(rx.into_queue(cache));
+            rings.push(tx.into_queue(sent.as_deref_mut().unwrap_or(cache)));
         }
-        if let Some(Started { memory, control }) = self.started.take() {
-            self.spare = Some(Box::new(Queues { memory, pairs, control }));
+        // Of the memory that the last start had.
+        if let Some(spare) = &mut self.spare {
+            spare.rings.append(&mut rings);
+            spare.control = control.or(spare.control.take());
         }
         Ok(())
     }

@@ -370,6 +370,20 @@ fn a_port_may_stop_and_start_any_number_of_times() {
 }
 
 #[test]
+fn rings_of_other_sizes_and_numbers_are_kept_for_later() {
+    let features = Behaviour::default().features | feature::MQ;
+    let nic = VirtioNet::new(Behaviour { pairs: 2, features, ..Behaviour::default() });
+    let (memory, mut cache) = memory(BUFFERS);
+    nic.attach(memory.device_view());
+    let mut device = Device::probe(nic.function()).unwrap();
+    for round in 0..2000 {
+        nic.behave(|behaviour| behaviour.queue_size = 16 << (round % 3));
+        let queues = device.start_pairs(&memory, &mut cache, SIZES, 1 + round / 3 % 2).unwrap();
+        device.stop_pairs(queues, &mut cache, None).unwrap();
+    }
+}
+
+#[test]
 fn each_pair_carries_its_own_frames() {
     let behaviour =
         Behaviour { pairs: 2, features: Behaviour::default().features | feature::MQ, ..Behaviour::default() };
