@@ -24,6 +24,8 @@ pub struct RxQueue {
     in_order: bool,
     /// Descriptors are offered again when the device lacks so many.
     offer_at: u16,
+    /// Position behind the lie that ended the use of the queue.
+    behind_lie: Option<u16>,
 }
 
 impl RxQueue {
@@ -32,6 +34,7 @@ impl RxQueue {
             mergeable: features.contains(Features::MRG_RXBUF),
             in_order: features.contains(Features::IN_ORDER),
             offer_at: (queue.size() / 4).clamp(1, MAX_BURST as u16),
+            behind_lie: None,
             queue,
         }
     }
@@ -46,7 +49,7 @@ impl RxQueue {
 
     /// Buffers that the device has filled and nobody has received.
     pub(super) fn unread(&self) -> u16 {
-        self.queue.untaken()
+        self.queue.untaken(self.behind_lie.unwrap_or(self.queue.next))
     }
 
     /// Gives the buffers back; only after a reset of the device.
@@ -152,6 +155,9 @@ impl RxQueue {
             return;
         }
         let completed = self.try_receive_any(used_idx, cache, burst);
+        if completed.is_err_and(|lie| lie != Lie::UsedIndex) {
+            self.behind_lie = Some(self.queue.next);
+        }
         self.queue.settle(completed);
     }
 

@@ -244,10 +244,10 @@ impl Virtqueue {
         self.head.wrapping_sub(self.next)
     }
 
-    /// Completions that nobody has looked at; none of a queue that has ended, or of an index that cannot be.
-    pub(super) fn untaken(&self) -> u16 {
-        let untaken = self.used_idx().wrapping_sub(self.next);
-        if untaken > self.in_flight() { 0 } else { untaken }
+    /// Completions from position `next` on, which nobody has looked at; none of an index that cannot be.
+    pub(super) fn untaken(&self, next: u16) -> u16 {
+        let untaken = self.used_idx().wrapping_sub(next);
+        if untaken > self.head.wrapping_sub(next) { 0 } else { untaken }
     }
 
     /// Descriptors that can be filled.
@@ -310,12 +310,13 @@ impl Virtqueue {
         }
     }
 
-    /// Takes the next completion, in whatever order, with its length in bytes.
+    /// Takes the next completion, in whatever order, with its length in bytes. A lie is taken too.
     pub(super) fn complete(
         &mut self,
         len: std::ops::RangeInclusive<u32>,
     ) -> std::result::Result<(Buffer, usize), Lie> {
         let position = usize::from(self.next);
+        self.next = self.next.wrapping_add(1);
         let (id, used) = (self.used.load::<0>(position), self.used.load::<1>(position));
         if id >= u32::from(self.size()) {
             return Err(Lie::Id);
@@ -324,7 +325,6 @@ impl Virtqueue {
             return Err(Lie::Length);
         }
         let buffer = self.slots.take(id as usize).ok_or(Lie::NotInFlight)?;
-        self.next = self.next.wrapping_add(1);
         Ok((buffer, used as usize))
     }
 

@@ -44,7 +44,7 @@ impl TxQueue {
 
     /// Packets that the device was given and has not completed.
     pub(super) fn unfinished(&self) -> usize {
-        self.queue.slots.filled().saturating_sub(self.queue.untaken().into())
+        self.queue.slots.filled().saturating_sub(self.queue.untaken(self.queue.next).into())
     }
 
     /// Gives the buffers back; only after a reset of the device.

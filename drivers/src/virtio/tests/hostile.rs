@@ -78,6 +78,36 @@ fn every_lie_about_received_frames_is_counted_and_stops_the_queue() {
 }
 
 #[test]
+fn what_was_received_behind_a_lie_is_counted() {
+    type Lie = fn(&VirtioNet);
+    let lies: [(&str, u64, Lie); 4] = [
+        ("id beyond the ring", 7, |nic| nic.push_used(RX, 40_000, 72)),
+        ("length below the header", 7, |nic| nic.push_used(RX, 3, 5)),
+        ("num_buffers 0", 7, |nic| {
+            nic.behave(|behaviour| behaviour.num_buffers = Some(0));
+            nic.receive(&frame(1));
+            nic.behave(|behaviour| behaviour.num_buffers = None);
+        }),
+        ("index ahead", 0, |nic| nic.jump_used(RX, 1000)),
+    ];
+    for (what, unread, lie) in lies {
+        let mut bench = Bench::new(Behaviour::default());
+        (0..3).for_each(|number| assert!(bench.nic.receive(&frame(number))));
+        let burst = bench.receive();
+        assert_eq!(burst.len(), 3);
+        bench.free(burst);
+        lie(&bench.nic);
+        (0..5).for_each(|number| assert!(bench.nic.receive(&frame(number))));
+        assert!(bench.receive().is_empty() && bench.rx.is_broken(), "{what}");
+        // These come until the port is stopped.
+        (5..7).for_each(|number| assert!(bench.nic.receive(&frame(number))));
+        assert!(bench.receive().is_empty(), "{what}");
+        bench.device.stop(bench.rx, bench.tx, &mut bench.cache).unwrap();
+        assert_eq!(bench.device.leftover().rx_unread, unread, "{what}");
+    }
+}
+
+#[test]
 fn every_lie_about_sent_frames_is_counted_and_stops_the_queue() {
     type Lie = fn(&VirtioNet);
     let lies: [(&str, Lie); 7] = [
