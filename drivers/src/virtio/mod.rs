@@ -305,7 +305,7 @@ impl Nic for Device {
         if let Err(error) = self.transport.stop() {
             // A later start gets one cache, for buffers of one pool.
             self.parked = if sent.is_none() { queues } else { Vec::new() };
-            return Err(error.mend("its DMA memory is kept until it does"));
+            return Err(error);
         }
         let control = self.started.take().and_then(|started| started.control);
         let mut rings = Vec::with_capacity(2 * queues.len());
@@ -381,7 +381,7 @@ impl Drop for Device {
     fn drop(&mut self) {
         let Some(started) = self.started.take() else { return };
         if let Err(error) = self.transport.stop() {
-            tracing::error!("{error}; its DMA memory is kept until the process ends");
+            tracing::error!("{}", error.mend("its DMA memory is kept until the process ends"));
             // The device may still write to it.
             std::mem::forget(started.memory);
         }

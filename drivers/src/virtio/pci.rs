@@ -12,7 +12,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use super::Options;
 use super::features::{Features, Status};
 use super::split::{Kick, Virtqueue, negotiate_size};
-use super::transport::{DEVICE_TIMEOUT, Transport};
+use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use crate::port::MacAddr;
 
 /// Reads of config space that may meet a change by the device before the driver gives up.
@@ -401,7 +401,7 @@ impl Transport for Pci {
             Ok(true) => Ok(()),
             _ => Err(error),
         });
-        reset.and(self.function.set_command(false))
+        reset.and(self.function.set_command(false)).map_err(|error| error.mend(KEPT))
     }
 
     fn check_alive(&self) -> Result<()> {

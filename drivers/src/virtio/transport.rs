@@ -12,8 +12,12 @@ use super::features::Features;
 use super::split::{Kick, Virtqueue};
 use crate::port::MacAddr;
 
-/// How long a device may take for a reset or a control command, and a peer for an answer. A fuzzer has no time.
+/// How long a device may take for a reset or a control command, and a peer for its answers to a start or a stop. A
+/// fuzzer has no time.
 pub(super) const DEVICE_TIMEOUT: Duration = Duration::from_millis(if cfg!(fuzzing) { 1 } else { 1000 });
+
+/// What follows when a device does not confirm that it has stopped.
+pub(super) const KEPT: &str = "its DMA memory is kept until it does";
 
 /// The way to a device. Only the control path takes it; packets need a [`Kick`] at most.
 pub(super) trait Transport: fmt::Debug + Send {
@@ -57,7 +61,7 @@ pub(super) trait Transport: fmt::Debug + Send {
     /// Lets the device begin (3.1.1, step 8).
     fn go_live(&mut self) -> Result<()>;
 
-    /// Ends DMA, or fails when the device does not confirm that.
+    /// Ends DMA, or fails when the device does not confirm that, and says until when its memory is kept.
     fn stop(&mut self) -> Result<()>;
 
     /// Fails when the device is gone or asks for a reset.

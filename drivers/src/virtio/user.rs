@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::Builder;
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::message::VhostUserHeaderFlag;
@@ -26,7 +27,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::Options;
 use super::features::Features;
 use super::split::{Kick, Virtqueue, negotiate_size};
-use super::transport::{DEVICE_TIMEOUT, Transport};
+use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use super::{RINGS_PER_PAIR, pairs};
 use crate::port::MacAddr;
 use crate::ports::flag;
@@ -117,6 +118,8 @@ pub(super) struct User {
     features: Features,
     /// What wakes the peer, by ring; of each ring that it was told to start.
     kicks: Vec<EventFd>,
+    /// When the answers to a start or a stop must be there, all of them: a slow peer holds up every port.
+    deadline: Instant,
     /// The peer left a request without answer: nobody knows what it does with our memory.
     silent: bool,
     /// What the next peer connects to, while there is none.
@@ -151,6 +154,7 @@ impl User {
             protocol_features: false,
             features: Features::empty(),
             kicks: Vec::new(),
+            deadline: Instant::now() + DEVICE_TIMEOUT,
             silent: false,
             listening: None,
         };
@@ -221,14 +225,15 @@ impl User {
         Error::new(kind, format!("cannot use {} at {}", self.name, self.options.path.display()), why)
     }
 
-    /// Sends a request and waits for the answer, a second at most: the crate would wait for ever, even with a
+    /// Sends a request and waits for the answer until the deadline: the crate would wait for ever, even with a
     /// time limit on the socket. A peer that is late loses its connection.
     fn ask<T>(&mut self, request: &str, ask: impl FnOnce(&mut Frontend) -> vhost::Result<T>) -> Result<T> {
         let (done, answered) = channel::<()>();
         let (peer, socket) = (&mut self.peer, &self.socket);
+        let rest = self.deadline.saturating_duration_since(Instant::now());
         let asked = std::thread::scope(|scope| {
             let watchdog = Builder::new().name("vireo-watchdog".into()).spawn_scoped(scope, move || {
-                let late = answered.recv_timeout(DEVICE_TIMEOUT) == Err(RecvTimeoutError::Timeout);
+                let late = answered.recv_timeout(rest) == Err(RecvTimeoutError::Timeout);
                 if late {
                     // Fails only when the connection has ended by itself.
                     let _ = socket.shutdown(std::net::Shutdown::Both);
@@ -244,7 +249,7 @@ impl User {
         self.silent |= late;
         answer.map_err(|error| {
             let why = match error {
-                _ if late => format!("the peer did not answer {request} within 1 s"),
+                _ if late => format!("the peer did not answer all up to {request} within 1 s"),
                 _ if self.silent => {
                     format!("{request} is not sent: the peer left an earlier one without answer")
                 }
@@ -256,6 +261,25 @@ impl User {
             };
             self.error(ErrorKind::Protocol, why).mend("look at the peer's messages, and start both again")
         })
+    }
+
+    /// By `GET_VRING_BASE`, which a peer answers when it has stopped a ring ("Ring states"). The end of the
+    /// connection stops them too.
+    fn stop_rings(&mut self) -> Result<()> {
+        if self.silent && !self.kicks.is_empty() {
+            let why = "nobody knows what the peer does with our memory: it left a request without answer";
+            return Err(self.error(ErrorKind::Protocol, why));
+        }
+        for ring in 0..self.kicks.len() {
+            let stopped = self.ask("GET_VRING_BASE", |peer| peer.get_vring_base(ring));
+            if !self.silent && self.is_closed() {
+                break;
+            }
+            stopped?;
+        }
+        // Not before: what failed is asked again.
+        self.kicks.clear();
+        Ok(())
     }
 
     /// Whether the peer has ended the connection, or we have.
@@ -313,6 +337,7 @@ impl Transport for User {
     /// Asks nothing of a connected peer: the offer holds as long as the connection, and the choice is sent with
     /// the memory.
     fn negotiate(&mut self, options: Options, several: bool) -> Result<Features> {
+        self.deadline = Instant::now() + DEVICE_TIMEOUT;
         if self.is_closed() {
             self.reconnect()?;
         }
@@ -398,23 +423,12 @@ impl Transport for User {
         (0..rings).try_for_each(|ring| self.ask("SET_VRING_ENABLE", |peer| peer.set_vring_enable(ring, true)))
     }
 
-    /// By `GET_VRING_BASE`, which a peer answers when it has stopped a ring ("Ring states"). The end of the
-    /// connection stops them too.
     fn stop(&mut self) -> Result<()> {
-        if self.silent {
-            let why = "nobody knows what the peer does with our memory: it left a request without answer";
-            return Err(self.error(ErrorKind::Protocol, why));
-        }
-        for ring in 0..self.kicks.len() {
-            let stopped = self.ask("GET_VRING_BASE", |peer| peer.get_vring_base(ring));
-            if !self.silent && self.is_closed() {
-                break;
-            }
-            stopped?;
-        }
-        // Not before: what failed is asked again.
-        self.kicks.clear();
-        Ok(())
+        self.deadline = Instant::now() + DEVICE_TIMEOUT;
+        self.stop_rings().map_err(|error| match self.silent {
+            true => error.mend("the memory that it had is kept until this program ends: start it again"),
+            false => error.mend(KEPT),
+        })
     }
 
     fn check_alive(&self) -> Result<()> {

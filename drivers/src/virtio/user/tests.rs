@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vireo_eal::dma::{DmaMemory, Pool, PoolCache};
 use vireo_eal::lcore::StopFlag;
@@ -47,23 +47,30 @@ struct Script {
     close_at: u32,
     /// Answers neither this request nor those after it, and keeps the connection.
     silent_at: u32,
+    /// From this request on each answer takes [`SLOW`].
+    slow_at: u32,
     /// Answers this request with an error; `GET_VRING_BASE`, which has none, with another request's number.
     refuse: u32,
 }
 
-const HONEST: Script = Script { features: OFFERED, close_at: 0, silent_at: 0, refuse: 0 };
+const HONEST: Script = Script { features: OFFERED, close_at: 0, silent_at: 0, slow_at: 0, refuse: 0 };
+
+/// Time enough for one answer, and not for two.
+const SLOW: Duration = Duration::from_millis(700);
 
 type Log = Vec<(u32, Vec<u8>)>;
 
 fn answer(stream: &mut UnixStream, request: u32, payload: &[u8]) {
     let header = [request, VERSION | REPLY, payload.len() as u32].map(u32::to_le_bytes).concat();
-    stream.write_all(&[&header, payload].concat()).unwrap();
+    // The port may have ended the connection.
+    let _ = stream.write_all(&[&header, payload].concat());
 }
 
 /// Plays the peer until the connection ends; gives what came.
 fn play(mut stream: UnixStream, script: Script) -> Log {
     let mut log = Log::new();
     let mut header = [0; 12];
+    let mut slow = false;
     while stream.read_exact(&mut header).is_ok() {
         let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
         let (request, flags) = (word(0), word(4));
@@ -76,6 +83,10 @@ fn play(mut stream: UnixStream, script: Script) -> Log {
         if request == script.silent_at {
             while stream.read(&mut [0; 64]).is_ok_and(|len| len > 0) {}
             break;
+        }
+        slow |= request == script.slow_at;
+        if slow {
+            std::thread::sleep(SLOW);
         }
         match request {
             GET_FEATURES => answer(&mut stream, request, &script.features.to_le_bytes()),
@@ -278,17 +289,42 @@ fn a_peer_that_does_not_say_that_it_stopped_keeps_the_buffers() {
 fn a_silent_peer_is_waited_for_a_second_and_its_memory_is_kept() {
     let begin = Instant::now();
     let error = Peer::new(Script { silent_at: GET_FEATURES, ..HONEST }).connect().unwrap_err().to_string();
-    assert!(error.contains("did not answer GET_FEATURES within 1 s"), "{error}");
+    assert!(error.contains("up to GET_FEATURES within 1 s"), "{error}");
     assert!((DEVICE_TIMEOUT..4 * DEVICE_TIMEOUT).contains(&begin.elapsed()));
 
     let (memory, mut cache) = memory();
     let mut device = Peer::new(Script { silent_at: GET_VRING_BASE, ..HONEST }).connect().unwrap();
     let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
     let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
-    assert!(error.contains("GET_VRING_BASE within 1 s") && error.contains("is kept until"), "{error}");
+    assert!(
+        error.contains("GET_VRING_BASE within 1 s") && error.contains("until this program ends"),
+        "{error}"
+    );
     let weak = Arc::downgrade(&memory);
     drop((device, cache, memory));
     assert!(weak.upgrade().is_some());
+}
+
+#[test]
+fn all_answers_of_a_start_or_a_stop_have_a_second_together() {
+    let (memory, mut cache) = memory();
+    let mut device = Peer::new(Script { slow_at: SET_FEATURES, ..HONEST }).connect().unwrap();
+    let begin = Instant::now();
+    let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+    assert!(error.contains("did not answer all up to SET_MEM_TABLE within 1 s"), "{error}");
+    assert!(begin.elapsed() < 3 * DEVICE_TIMEOUT);
+
+    let mut device = Peer::new(Script { slow_at: GET_VRING_BASE, ..HONEST }).connect().unwrap();
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
+    assert!(error.contains("up to GET_VRING_BASE within 1 s"), "{error}");
+    for _ in 0..2 {
+        let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+        assert!(error.ends_with("is kept until this program ends: start it again"), "{error}");
+    }
+    let pool = Arc::clone(cache.pool());
+    drop(cache);
+    assert_eq!(pool.free(), BUFFERS - u32::from(SIZES.rx), "the first peer was told of no ring");
 }
 
 #[test]
