@@ -190,6 +190,7 @@ impl User {
 
     /// The first requests of a connection ("Communication", "Feature negotiation").
     fn introduce(&mut self) -> Result<()> {
+        self.pairs = 1;
         self.ask("SET_OWNER", |peer| peer.set_owner())?;
         let used = self.agree()?;
         if used.contains(VhostUserProtocolFeatures::MQ) && self.options.queues > 1 {

@@ -28,6 +28,7 @@ const SET_VRING_ADDR: u32 = 9;
 const GET_VRING_BASE: u32 = 11;
 const SET_VRING_KICK: u32 = 12;
 const GET_PROTOCOL_FEATURES: u32 = 15;
+const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
 
 const VERSION: u32 = 1;
@@ -91,6 +92,7 @@ fn play(mut stream: UnixStream, script: Script) -> Log {
         match request {
             GET_FEATURES => answer(&mut stream, request, &script.features.to_le_bytes()),
             GET_PROTOCOL_FEATURES => answer(&mut stream, request, &PROTOCOL_FEATURES.to_le_bytes()),
+            GET_QUEUE_NUM => answer(&mut stream, request, &2_u64.to_le_bytes()),
             GET_VRING_BASE if script.refuse == request => answer(&mut stream, GET_FEATURES, &payload),
             GET_VRING_BASE => answer(&mut stream, request, &payload),
             _ if flags & NEED_REPLY != 0 => {
@@ -407,6 +409,38 @@ fn arguments_are_checked() {
         error,
         "cannot use virtio_user0: it has no socket; give the peer's: --vdev virtio_user0,path=SOCKET"
     );
+}
+
+/// One that has two pairs, and then one that knows of no protocol feature that would count them.
+#[test]
+fn a_peer_that_comes_back_with_fewer_pairs_is_believed() {
+    let features = 1 << 32 | 1 << 30 | 1 << 22;
+    let dir = tempfile::tempdir().unwrap();
+    let path = path_in(&dir);
+    let listener = UnixListener::bind(&path).unwrap();
+    let (goes, may_go) = std::sync::mpsc::channel::<()>();
+    let peer = std::thread::spawn(move || {
+        let (first, _) = listener.accept().unwrap();
+        let end = first.try_clone().unwrap();
+        let script = Script { features, ..HONEST };
+        let first = std::thread::spawn(move || play(first, script));
+        may_go.recv().unwrap();
+        end.shutdown(std::net::Shutdown::Both).unwrap();
+        first.join().unwrap();
+        play(listener.accept().unwrap().0, Script { features: features & !(1 << 30), ..script });
+    });
+    let mut device = connect(&path, "queues=2").unwrap();
+    let (memory, mut cache) = memory();
+    let queues = device.start_pairs(&memory, &mut cache, SIZES, 2).unwrap();
+    goes.send(()).unwrap();
+    while device.check().is_ok() {
+        std::thread::yield_now();
+    }
+    device.stop_pairs(queues, &mut cache, None).unwrap();
+    let error = device.start_pairs(&memory, &mut cache, SIZES, 2).unwrap_err().to_string();
+    assert!(error.contains("2 pairs of queues are asked for, and it has 1"), "{error}");
+    drop(device);
+    peer.join().unwrap();
 }
 
 /// A port whose peer goes and comes back, as client or as server.
