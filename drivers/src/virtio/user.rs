@@ -290,7 +290,8 @@ impl User {
     }
 
     fn new_event(&self) -> Result<EventFd> {
-        // Without blocking: the peer, which has it too, may fill its count.
+        // Without blocking, for the peer may fill its count. The peer has the same open file and can also make it block
+        // again, by which it halts the lcore that rings: no write to an eventfd is safe from that.
         EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(|error| self.no_event(&error))
     }
 
