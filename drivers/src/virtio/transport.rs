@@ -12,8 +12,7 @@ use super::features::Features;
 use super::split::{Kick, Virtqueue};
 use crate::port::MacAddr;
 
-/// How long a device may take for a reset or a control command, and a peer for its answers to a start or a stop. A
-/// fuzzer has no time.
+/// How long a device may take for a reset or a control command. A fuzzer has no time.
 pub(super) const DEVICE_TIMEOUT: Duration = Duration::from_millis(if cfg!(fuzzing) { 1 } else { 1000 });
 
 /// What follows when a device does not confirm that it has stopped.

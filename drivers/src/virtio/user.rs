@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::Builder;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::message::VhostUserHeaderFlag;
@@ -31,6 +31,10 @@ use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use super::{RINGS_PER_PAIR, pairs};
 use crate::port::MacAddr;
 use crate::ports::flag;
+
+/// How long a peer may take for its answers to a start or a stop together. They are some 18 for a pair of queues, of a
+/// process that may have to wait for its core.
+const PEER_TIMEOUT: Duration = DEVICE_TIMEOUT.saturating_mul(3);
 use socket::Listening;
 
 /// Descriptors of a ring, as in DPDK's virtio-user.
@@ -154,7 +158,7 @@ impl User {
             protocol_features: false,
             features: Features::empty(),
             kicks: Vec::new(),
-            deadline: Instant::now() + DEVICE_TIMEOUT,
+            deadline: Instant::now() + PEER_TIMEOUT,
             silent: false,
             listening: None,
         };
@@ -250,7 +254,7 @@ impl User {
         self.silent |= late;
         answer.map_err(|error| {
             let why = match error {
-                _ if late => format!("the peer did not answer all up to {request} within 1 s"),
+                _ if late => format!("the peer did not answer all up to {request} within 3 s"),
                 _ if self.silent => {
                     format!("{request} is not sent: the peer left an earlier one without answer")
                 }
@@ -339,7 +343,7 @@ impl Transport for User {
     /// Asks nothing of a connected peer: the offer holds as long as the connection, and the choice is sent with
     /// the memory.
     fn negotiate(&mut self, options: Options, several: bool) -> Result<Features> {
-        self.deadline = Instant::now() + DEVICE_TIMEOUT;
+        self.deadline = Instant::now() + PEER_TIMEOUT;
         if self.is_closed() {
             self.reconnect()?;
         }
@@ -426,7 +430,7 @@ impl Transport for User {
     }
 
     fn stop(&mut self) -> Result<()> {
-        self.deadline = Instant::now() + DEVICE_TIMEOUT;
+        self.deadline = Instant::now() + PEER_TIMEOUT;
         self.stop_rings().map_err(|error| match self.silent {
             true => error.mend("the memory that it had is kept until this program ends: start it again"),
             false => error.mend(KEPT),
