@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use serde_json::json;
-use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM};
+use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM, ID_82574L};
 use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet, feature};
 use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
 use vireo_drivers::{e1000, virtio};
@@ -128,13 +128,16 @@ fn whole_case<N: Nic>(
 fn main() -> Result<()> {
     for (physical, addresses) in [(false, "iommu"), (true, "physical")] {
         let bursts = || BURSTS.into_iter().filter(move |burst| !physical || matches!(burst, 1 | 32));
-        for burst in bursts() {
-            let memory = memory(physical)?;
-            let (function, device) = FakeE1000::new(ADDRESS, ID_82540EM, MAC);
-            device.attach(memory.device_view());
-            let mut port = e1000::Device::probe(function)?;
-            let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
-            whole_case(("e1000", "legacy", addresses), &mut port, &memory, burst, &receive, &transmit)?;
+        for (id, path) in [(ID_82540EM, "82540EM"), (ID_82574L, "82574L")] {
+            for burst in bursts() {
+                let memory = memory(physical)?;
+                let (function, device) = FakeE1000::new(ADDRESS, id, MAC);
+                device.attach(memory.device_view());
+                let mut port = e1000::Device::probe(function)?;
+                let (receive, transmit) =
+                    (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
+                whole_case(("e1000", path, addresses), &mut port, &memory, burst, &receive, &transmit)?;
+            }
         }
         let paths = [
             (true, false, "split mergeable"),

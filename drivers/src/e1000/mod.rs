@@ -298,7 +298,7 @@ impl Nic for Device {
         self.drops = [0; DROPS.len()];
         let mut rx = RxQueue::new(rings.rx, buffers, tails.0, cache);
         self.fault.take();
-        let tx = TxQueue::new(rings.tx, tails.1, self.fault.clone());
+        let tx = TxQueue::new(rings.tx, tails.1, !self.is_82574(), self.fault.clone());
         self.running = Some(Arc::clone(memory));
         if let Err(error) = self.function.0.set_command(true) {
             self.stop(rx, tx, cache)?;

@@ -132,6 +132,30 @@ fn packets_pass_in_order_over_many_turns_of_the_rings() {
 }
 
 #[test]
+fn short_frames_are_padded_where_the_chip_does_not_do_it_well() {
+    for (id, padded) in [(ID_82540EM, 60), (ID_82574L, 17)] {
+        let mut rig = Rig::new(id, SIZES, 512);
+        for number in 0..200 {
+            // What was in the buffers before must not leave.
+            assert!(rig.device.receive(&[0xEE; 60]));
+            let mut burst = Burst::new();
+            rig.receive(&mut burst);
+            let packet = burst.pop().unwrap();
+            assert!(burst.is_empty());
+            let mut packet = Packet::new(packet.into_buffer(), 17);
+            rig.cache.write(&mut packet, 0, &[number; 17]);
+            burst.push(packet);
+            let (_, tx) = rig.queues.as_mut().unwrap();
+            assert_eq!(tx.tx_burst(&mut rig.cache, &mut burst), 1);
+            let mut wanted = vec![number; 17];
+            wanted.resize(padded, 0);
+            assert_eq!(rig.device.transmitted(), [wanted]);
+        }
+        rig.stop();
+    }
+}
+
+#[test]
 fn the_receive_doorbell_rings_once_for_32_packets() {
     let mut rig = Rig::standard();
     assert_eq!((rig.device.register(RDT), rig.device.armed()), (63, 63));

@@ -11,12 +11,18 @@ use crate::port::{Fault, QueueStats, TxBurst, Watchdog};
 pub(super) const RECLAIM: usize = 32;
 const _: () = assert!(MAX_BURST <= RECLAIM);
 
-/// The transmit queue of a port. The device pads frames to 60 bytes (TCTL.PSP).
+/// Shortest frame, in bytes without its check sequence. The 82574L pads what has 17 bytes and more (TCTL.PSP); the PCI
+/// chips may do it with garbage, so the driver does it for them (Linux, drivers/net/ethernet/intel/e1000/e1000_main.c).
+const SHORTEST: usize = 60;
+
+/// The transmit queue of a port.
 #[derive(Debug)]
 pub struct TxQueue {
     ring: DmaRing<u64, 2>,
     buffers: BufferRing,
     tail: Doorbell<u32>,
+    /// Whether short frames are padded by us.
+    pads: bool,
     /// Next descriptor to fill; counts up without end, as `reclaimed` does.
     next: usize,
     /// First descriptor that may still own a buffer; a multiple of [`RECLAIM`].
@@ -27,11 +33,11 @@ pub struct TxQueue {
 }
 
 impl TxQueue {
-    pub(super) fn new(ring: DmaRing<u64, 2>, tail: Doorbell<u32>, fault: Fault) -> Self {
+    pub(super) fn new(ring: DmaRing<u64, 2>, tail: Doorbell<u32>, pads: bool, fault: Fault) -> Self {
         ring.fill(0);
         let buffers = BufferRing::new(ring.entries());
         let (stats, watchdog) = (QueueStats::default(), Watchdog::default());
-        Self { ring, buffers, tail, next: 0, reclaimed: 0, stats, watchdog, fault }
+        Self { ring, buffers, tail, pads, next: 0, reclaimed: 0, stats, watchdog, fault }
     }
 
     /// Finds no room for a burst; asks for a restart after a second of it.
@@ -69,12 +75,10 @@ impl TxQueue {
         self.buffers.release_all(cache);
         self.ring
     }
-}
 
-impl TxBurst for TxQueue {
     // Apart from the forwarding loop, where too few registers are left for the loop in here.
     #[inline(never)]
-    fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+    fn transmit<const PADS: bool>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let mask = self.ring.entries() - 1;
         let start = self.next;
         let mut count = burst.len();
@@ -88,9 +92,11 @@ impl TxBurst for TxQueue {
         }
         // A burst is no longer than RECLAIM, so at most one of its descriptors is the last of a batch.
         let reports = start | (RECLAIM - 1);
-        let reporting = burst[..count].get(reports - start).map(|packet| packet.len() as u64);
+        let shortest = if PADS { SHORTEST } else { 0 };
+        let reporting = burst[..count].get(reports - start).map(|packet| packet.len().max(shortest) as u64);
         let mut bytes = 0;
         self.buffers.keep(&self.ring, start, count, cache, burst, |slot, len| {
+            let len = if PADS && len < SHORTEST { slot.pad::<SHORTEST>(len) } else { len };
             slot.entry.store::<0>(slot.iova());
             slot.entry.store::<1>(len as u64 | TXD_EOP | TXD_IFCS);
             bytes += len as u64;
@@ -105,6 +111,13 @@ impl TxBurst for TxQueue {
         self.stats.doorbells += 1;
         self.tail.ring((next & mask) as u32);
         count
+    }
+}
+
+impl TxBurst for TxQueue {
+    #[inline(always)]
+    fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        if self.pads { self.transmit::<true>(cache, burst) } else { self.transmit::<false>(cache, burst) }
     }
 
     fn stats(&self) -> QueueStats {

@@ -229,6 +229,13 @@ impl<W: Word, const N: usize> Slot<'_, W, N> {
     pub fn write_header<const LEN: usize>(&mut self, bytes: &[u8; LEN]) {
         self.buffers.write_header(&mut self.buffer, bytes);
     }
+
+    /// Sets the packet data from `len` up to `LEN` bytes to zero, for a device that does not pad what is shorter, and
+    /// gives `LEN`.
+    #[inline(always)]
+    pub fn pad<const LEN: usize>(&mut self, len: usize) -> usize {
+        self.buffers.pad::<LEN>(&mut self.buffer, len)
+    }
 }
 
 #[cfg(test)]

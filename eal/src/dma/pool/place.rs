@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-use super::{BUFFER_SIZE, Buffer, HEADROOM, Pool};
+use super::{BUFFER_SIZE, Buffer, DATA_ROOM, HEADROOM, Pool};
 use crate::dma::memory::Translation;
 
 /// What is to be added to a buffer's distance from the first to give the device address of its data: one entry
@@ -56,6 +56,20 @@ pub(in crate::dma) struct Buffers<'a> {
     _pool: PhantomData<&'a Pool>,
 }
 
+/// Sets what is behind the first `from` of `len` bytes to zero, and gives `len`. Apart from the packet path, which few
+/// packets leave for this.
+///
+/// # Safety
+/// `data` is the start of `len` bytes that nothing else of this process reaches meanwhile.
+#[cold]
+#[inline(never)]
+unsafe fn zero(data: NonNull<u8>, from: usize, len: usize) -> usize {
+    let from = from.min(len);
+    // SAFETY: these are the last of the bytes that the caller vouches for.
+    unsafe { data.as_ptr().add(from).write_bytes(0, len - from) };
+    len
+}
+
 impl Buffers<'_> {
     #[inline(always)]
     pub(in crate::dma) fn data(&self, buffer: &Buffer) -> NonNull<u8> {
@@ -80,6 +94,14 @@ impl Buffers<'_> {
         // SAFETY: `data` is `HEADROOM` bytes into the buffer, so the header starts inside it; the buffer has no
         // other handle, as `PoolCache::free` asks for, and this one is borrowed mutably.
         unsafe { self.data(buffer).as_ptr().sub(N).copy_from_nonoverlapping(bytes.as_ptr(), N) }
+    }
+
+    #[inline(always)]
+    pub(in crate::dma) fn pad<const LEN: usize>(&self, buffer: &mut Buffer, len: usize) -> usize {
+        const { assert!(LEN <= DATA_ROOM) };
+        // SAFETY: `data` gives the start of `DATA_ROOM` bytes; the buffer has no other handle, as `PoolCache::free` asks
+        // for, and this one is borrowed mutably.
+        unsafe { zero(self.data(buffer), len, LEN) }
     }
 
     #[inline(always)]
