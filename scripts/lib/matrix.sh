@@ -4,7 +4,7 @@
 # A boot's name, which is its file in scripts/matrix/boots, and the options that make its machine.
 matrix_boots() {
     cat <<'TABLE'
-iommu
+iommu --kernel-arg hugepagesz=1G
 noiommu --no-iommu
 narrow --nics virtio-net,e1000e --qemu-arg -global --qemu-arg intel-iommu.aw-bits=39
 bypass --nics virtio-net,e1000e --no-iommu-platform
@@ -44,7 +44,7 @@ matrix_know() {
 # matrix_boot NAME OPTIONS...: the options end with it.
 matrix_boot() {
     local name=$1 OPT_IOMMU=$OPT_IOMMU OPT_NICS=$OPT_NICS OPT_IOMMU_PLATFORM=$OPT_IOMMU_PLATFORM
-    local QEMU_EXTRA=("${QEMU_EXTRA[@]}")
+    local QEMU_EXTRA=("${QEMU_EXTRA[@]}") KERNEL_EXTRA=("${KERNEL_EXTRA[@]}")
     shift
     options_parse "$@"
     echo "# kernel $(kernel_release "$GUEST_IMAGE"), boot '$name'"

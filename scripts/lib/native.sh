@@ -4,7 +4,6 @@
 bench_native() {
     need_cargo
     command -v dpdk-testpmd >/dev/null || need_packages dpdk-dev
-    [[ $OPT_PAIRS =~ ^[1-9][0-9]*$ ]] || fail "--pairs needs a number, not '$OPT_PAIRS'" "bench --help"
     RUSTFLAGS='' cargo build --manifest-path "$REPO/Cargo.toml" --release --locked -p vireo-l2fwd -p vireo-vfio-bench \
         --message-format json-render-diagnostics >"$WORK/build.json" || fail "cargo could not build (its message is above)"
     VIREO_LAB_DPDK=$(dpkg-query -W -f='${Version}' dpdk-dev 2>/dev/null || echo unknown)

@@ -12,7 +12,6 @@ bench_start() {
     need_cargo
     need_packages dpdk-dev libdpdk-dev libbsd-dev libnuma-dev
     command -v pkg-config >/dev/null || need_packages pkg-config
-    [[ $OPT_ROUNDS =~ ^[1-9][0-9]*$ ]] || fail "--rounds needs a number, not '$OPT_ROUNDS'" "bench --help"
     RUSTFLAGS='' cargo build --manifest-path "$REPO/Cargo.toml" --release --locked -p vireo-eal -p vireo-vfio-bench \
         --bins --examples --message-format json-render-diagnostics >"$WORK/build.json" ||
         fail "cargo could not build (its message is above)"

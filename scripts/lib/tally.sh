@@ -59,6 +59,7 @@ tally_cargo_tests() {
         case $line in
             "test "*" ... ok") tally_line ok "${line% ... ok}" ;;
             "test "*" ... FAILED") tally_line not-ok "${line% ... FAILED}" ;;
+            "test "*" ... ignored"*) tally_skip "${line% ... ignored*}" "${line##*ignored, }" ;;
         esac
     done <"$TALLY_LOG"
     if ((status != 0)); then

@@ -50,7 +50,7 @@ huge_dirs() {
 
 no_giant_pages() {
     local giant=/sys/kernel/mm/hugepages/hugepages-1048576kB
-    [ -e $giant ] || skip "this kernel has no 1 GiB pages; the unit tests of eal's Region have the message"
+    [ -e $giant ] || skip "this guest's CPU has no 1 GiB pages"
     huge_dir 71 "1 pages of 1048576 KiB are needed and 0 of 0 are free; run: echo 1 > $giant" pagesize=1G
 }
 

@@ -182,7 +182,7 @@ lose_time() {
 
 unharmed() {
     local name
-    for name in duplicates reordered wrong_address corrupt; do
+    for name in duplicates reordered wrong_address corrupt strays; do
         result $name 0
     done
 }
