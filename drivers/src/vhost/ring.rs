@@ -413,11 +413,11 @@ impl Ring {
         let (mut room, mut chains) = (Vec::new(), 0);
         let mut found = 0;
         while found < need {
-            if chains == left {
-                return Ok(Spread::Wait);
-            }
             if chains == 1 && !self.terms.mergeable {
                 return Ok(Spread::TooLong);
+            }
+            if chains == left {
+                return Ok(Spread::Wait);
             }
             let position = usize::from(self.next.wrapping_add(chains));
             let head = self.avail.load::<0>(position);
