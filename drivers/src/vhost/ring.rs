@@ -36,7 +36,7 @@ pub(super) enum Lie {
     Flags,
     /// A descriptor's memory is not within a memory region.
     Address,
-    /// A chain does not end.
+    /// A chain does not end, or chains share descriptors.
     Loop,
     /// A chain is too short for the header.
     Header,
@@ -49,7 +49,7 @@ impl Lie {
             Self::Index => "a descriptor is beyond the table",
             Self::Flags => "a descriptor has flags that do not fit",
             Self::Address => "a descriptor's memory is outside of the memory regions",
-            Self::Loop => "a chain of descriptors does not end",
+            Self::Loop => "a chain of descriptors does not end, or shares some with another",
             Self::Header => "a chain is too short for the header",
         }
     }
@@ -80,8 +80,19 @@ enum Spread {
     Taken(u16),
     /// The chains that it needs are not there yet.
     Wait,
-    /// It does not fit into a chain, and may not take another.
-    TooLong,
+    /// It does not fit into a chain of so many bytes, and may not take another.
+    TooLong(usize),
+}
+
+/// Descriptors that may still be read in a burst. Chains that end and share nothing are as long as the table
+/// together; more is a lie, which would keep the lcore for a table's length by each chain.
+struct Budget(usize);
+
+impl Budget {
+    fn spend(&mut self) -> Checked<()> {
+        self.0 = self.0.checked_sub(1).ok_or(Lie::Loop)?;
+        Ok(())
+    }
 }
 
 /// A started ring.
@@ -269,13 +280,14 @@ impl Ring {
         burst: &mut Burst,
         stats: &mut QueueStats,
     ) -> Checked<()> {
+        let mut budget = Budget(self.desc.entries());
         for _ in 0..wanted {
             let Some(mut buffer) = cache.allocate() else {
                 stats.no_buffer += 1;
                 return Ok(());
             };
             let head = self.avail.load::<0>(self.next.into());
-            match self.gather(head, &mut buffer, cache) {
+            match self.gather(head, &mut buffer, cache, &mut budget) {
                 Ok(Some(len)) => {
                     stats.packets += 1;
                     stats.bytes += len as u64;
@@ -299,10 +311,17 @@ impl Ring {
 
     /// Copies the frame in the chain that begins at `head` into `buffer`; gives its length, none when it is too
     /// long or too short for a frame.
-    fn gather(&self, head: u16, buffer: &mut Buffer, cache: &mut PoolCache) -> Checked<Option<usize>> {
+    fn gather(
+        &self,
+        head: u16,
+        buffer: &mut Buffer,
+        cache: &mut PoolCache,
+        budget: &mut Budget,
+    ) -> Checked<Option<usize>> {
         let (table, mut view) = (self.table(), self.memory.view());
         let (mut index, mut header, mut len) = (head, HEADER, 0);
-        for _ in 0..table.entries {
+        loop {
+            budget.spend()?;
             let descriptor = table.get(index).ok_or(Lie::Index)?;
             let data = readable(descriptor, &mut view)?;
             let (skipped, data) = data.split_at(header);
@@ -320,7 +339,6 @@ impl Ring {
             }
             index = descriptor.next;
         }
-        Err(Lie::Loop)
     }
 
     /// Gives packets from the front of `burst` to the frontend.
@@ -387,41 +405,48 @@ impl Ring {
         burst: &mut Burst,
         stats: &mut QueueStats,
     ) -> Checked<()> {
+        // A chain is read twice when it is too short for one packet and then long enough for another.
+        let mut budget = Budget(2 * self.desc.entries());
         while left > 0
             && let Some(packet) = burst.first()
         {
-            match self.spread(left, packet, cache)? {
+            match self.spread(left, packet, cache, &mut budget)? {
                 Spread::Wait => break,
-                Spread::TooLong => stats.errors += 1,
+                Spread::TooLong(room) => {
+                    while burst.first().is_some_and(|packet| HEADER + packet.len() > room) {
+                        stats.errors += 1;
+                        cache.free(burst.remove(0).into_buffer());
+                    }
+                }
                 Spread::Taken(chains) => {
                     self.next = self.next.wrapping_add(chains);
                     left -= chains;
                     stats.packets += 1;
                     stats.bytes += packet.len() as u64;
+                    cache.free(burst.remove(0).into_buffer());
                 }
             }
-            cache.free(burst.remove(0).into_buffer());
             left -= self.send_fast(left, cache, burst, stats);
         }
         Ok(())
     }
 
     /// Writes `packet` to one chain or, with `VIRTIO_NET_F_MRG_RXBUF`, to as many as it needs (5.1.6.4).
-    fn spread(&self, left: u16, packet: &Packet, cache: &PoolCache) -> Checked<Spread> {
+    fn spread(&self, left: u16, packet: &Packet, cache: &PoolCache, budget: &mut Budget) -> Checked<Spread> {
         let mut view = self.memory.view();
         let need = HEADER + packet.len();
         let (mut room, mut chains) = (Vec::new(), 0);
         let mut found = 0;
         while found < need {
             if chains == 1 && !self.terms.mergeable {
-                return Ok(Spread::TooLong);
+                return Ok(Spread::TooLong(found));
             }
             if chains == left {
                 return Ok(Spread::Wait);
             }
             let position = usize::from(self.next.wrapping_add(chains));
             let head = self.avail.load::<0>(position);
-            let len = self.writable_chain(head, need - found, &mut view, &mut room)?;
+            let len = self.writable_chain(head, need - found, &mut view, &mut room, budget)?;
             self.used.store::<0>(position, head.into());
             self.used.store::<1>(position, len as u32);
             found += len;
@@ -438,10 +463,12 @@ impl Ring {
         need: usize,
         view: &mut PeerView<'a>,
         room: &mut Vec<PeerSlice<'a>>,
+        budget: &mut Budget,
     ) -> Checked<usize> {
         let table = self.table();
         let (mut index, mut found) = (head, 0);
-        for _ in 0..table.entries {
+        loop {
+            budget.spend()?;
             let descriptor = table.get(index).ok_or(Lie::Index)?;
             let (slice, _) = writable(descriptor, view)?.split_at(need - found);
             if !slice.is_empty() {
@@ -453,7 +480,6 @@ impl Ring {
             }
             index = descriptor.next;
         }
-        Err(Lie::Loop)
     }
 }
 

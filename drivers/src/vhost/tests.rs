@@ -198,6 +198,29 @@ fn without_mergeable_buffers_a_frame_needs_one_chain() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
+/// Every descriptor is used, and a chain that is too short for one packet is read again for the next.
+#[test]
+fn chains_may_fill_the_table() {
+    let half = usize::from(SIZE) / 2;
+    let (mut bench, mut guest) = Bench::with(ALL);
+    let cuts: Vec<usize> = (1..half).map(|i| i * 10).collect();
+    [1, 2].iter().for_each(|number| guest.transmit_chain(&vec![*number; 1000], &cuts));
+    assert_eq!(bench.receive(), [vec![1; 1000], vec![2; 1000]]);
+    (0..2).for_each(|_| guest.provide(&vec![10; half]));
+    let frame = vec![3; 20 * half - HEADER];
+    assert_eq!(bench.send(std::slice::from_ref(&frame)), 1);
+    assert_eq!(guest.received(), std::slice::from_ref(&frame));
+
+    let (mut plain, mut guest) = Bench::with(PLAIN);
+    (0..2).for_each(|_| guest.provide(&vec![10; half]));
+    let fits = vec![4; 10 * half - HEADER];
+    let frames: Vec<Vec<u8>> = [&frame, &frame, &fits].into_iter().cycle().take(6).cloned().collect();
+    assert_eq!(plain.send(&frames), 6);
+    assert_eq!(guest.received(), [fits.clone(), fits]);
+    assert_eq!((plain.tx.stats().errors, plain.tx.stats().device_errors), (4, 0));
+    assert_eq!((bench.rx.stats().device_errors, bench.tx.stats().device_errors), (0, 0));
+}
+
 #[test]
 fn the_driver_is_woken_only_when_it_wants() {
     let (mut bench, mut guest) = Bench::with(PLAIN);

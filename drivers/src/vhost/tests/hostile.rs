@@ -81,6 +81,31 @@ fn a_bad_chain_stops_the_ring_that_receives() {
     }
 }
 
+/// Makes one chain of `count` descriptors of `len` bytes, and offers it by every slot.
+fn offer_one_chain_everywhere(guest: &mut Guest, ring: usize, count: u16, len: u32) {
+    let write = if ring == RECEIVE { DESC_WRITE } else { 0 };
+    for i in 0..count {
+        let next = if i + 1 < count { DESC_NEXT } else { 0 };
+        guest.rings[ring].describe(i, guest.rings[ring].buffer(i), len, write | next, i + 1);
+    }
+    (0..SIZE).for_each(|_| guest.rings[ring].offer(0));
+}
+
+#[test]
+fn chains_that_share_descriptors_stop_the_ring() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    offer_one_chain_everywhere(&mut guest, TRANSMIT, 8, 40);
+    assert_eq!(bench.receive().len(), usize::from(SIZE) / 8, "as many as the table can hold");
+    check_stopped(bench, guest, TRANSMIT, "shared");
+    for (features, count) in [(ALL, SIZE), (ALL, SIZE / 4), (PLAIN, SIZE)] {
+        let (mut bench, mut guest) = Bench::with(features);
+        let len = if features == ALL { 0 } else { 5 };
+        offer_one_chain_everywhere(&mut guest, RECEIVE, count, len);
+        bench.send(&vec![vec![1; 5 * usize::from(SIZE) - HEADER]; MAX_BURST]);
+        check_stopped(bench, guest, RECEIVE, "shared");
+    }
+}
+
 #[test]
 fn an_index_that_jumps_stops_the_ring() {
     for jump in [SIZE + 1, 1000, u16::MAX] {
