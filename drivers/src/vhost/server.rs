@@ -1,10 +1,12 @@
 //! The socket of a port, and the thread that serves one frontend after the other on it.
 
 mod early;
+#[cfg(test)]
+mod tests;
 
 use std::io::ErrorKind as IoKind;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -12,12 +14,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::backend::Backend;
 use super::shared::Shared;
+
+/// How soon to try again to accept, in milliseconds.
+const RETRY: u8 = 100;
 
 /// What the thread and the owner of the port have in common.
 #[derive(Debug, Default)]
@@ -126,8 +133,10 @@ fn make_way(path: &Path, name: &str) -> Result<()> {
     }
 }
 
-/// Accepts frontends until the port ends.
+/// Accepts frontends until the port ends. That the process or the system has run out of something does not last:
+/// it is said once, and tried again.
 fn serve(listener: &UnixListener, session: &Session, name: &Arc<str>, rings: &[Arc<Shared>]) {
+    let mut said = false;
     loop {
         let accepted = listener.accept();
         if session.is_ending() {
@@ -135,18 +144,38 @@ fn serve(listener: &UnixListener, session: &Session, name: &Arc<str>, rings: &[A
         }
         match accepted {
             Ok((stream, _)) => {
+                said = false;
                 tracing::info!("{name}: a frontend has connected");
                 let why = converse(stream, session, name, rings);
                 session.set(None);
                 tracing::info!("{name}: the frontend is gone: {why}");
             }
-            Err(error) if matches!(error.kind(), IoKind::Interrupted | IoKind::ConnectionAborted) => {}
             Err(error) => {
-                tracing::error!("{name}: accepts no more frontends: {error}");
-                return;
+                if !std::mem::replace(&mut said, true) {
+                    tracing::error!("{}", refusal(name, &error));
+                }
+                if ends_soon(listener) {
+                    return;
+                }
             }
         }
     }
+}
+
+fn refusal(name: &str, error: &std::io::Error) -> Error {
+    let error = Error::io(format!("{name}: cannot accept a frontend, and tries on"), error);
+    match error.errno() {
+        Some(Errno::EMFILE) => error.mend("give this process more open files: ulimit -n NUMBER"),
+        Some(Errno::ENFILE) => error.mend("give the system more open files: sysctl fs.file-max=NUMBER"),
+        Some(Errno::ENOMEM | Errno::ENOBUFS) => error.mend("see what takes the memory: free -m"),
+        _ => error,
+    }
+}
+
+/// Waits for [`RETRY`], whoever connects; whether the port ends meanwhile, which is when `listener` is shut down.
+fn ends_soon(listener: &UnixListener) -> bool {
+    let mut hung_up = [PollFd::new(listener.as_fd(), PollFlags::empty())];
+    poll(&mut hung_up, PollTimeout::from(RETRY)).is_ok_and(|ready| ready > 0)
 }
 
 /// Answers a frontend until it hangs up or breaks the protocol; gives the reason.
