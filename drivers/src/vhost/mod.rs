@@ -3,8 +3,9 @@
 //! listens at a socket; a QEMU guest, DPDK's virtio-user or another Vireo connects to it.
 //!
 //! A thread of the port talks with the frontend. It maps the frontend's memory and puts the rings where the
-//! lcores find them; the lcores copy between the frontend's buffers and their own. No call blocks on the other
-//! side, and a frontend that comes, goes, or lies stops its own rings only.
+//! lcores find them; the lcores copy between the frontend's buffers and their own. A frontend that comes, goes, or
+//! lies stops its own rings only, and no call waits for it, but for what it shares with us: one that makes its call
+//! eventfd block after we have seen to that, and fills it, stops the lcore that wakes it.
 
 mod backend;
 mod queues;
