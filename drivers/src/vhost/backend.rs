@@ -1,5 +1,8 @@
 //! What a frontend asks for, one connection long (vhost-user, "Front-end message types").
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::File;
 use std::sync::Arc;
 
@@ -109,6 +112,11 @@ impl Backend {
         Ok(())
     }
 
+    /// As [`Backend::update`] of each ring, whatever becomes of the others.
+    fn update_all(&mut self) -> Result<()> {
+        (0..self.rings.len()).map(|at| self.update(at)).fold(Ok(()), Result::and)
+    }
+
     /// Takes the ring from its lcore for good; gives the position where it ended.
     fn stop(&mut self, at: usize) -> u16 {
         let vring = &mut self.vrings[at];
@@ -161,7 +169,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
                 self.name
             );
         }
-        (0..self.rings.len()).try_for_each(|at| self.update(at))
+        self.update_all()
     }
 
     fn set_mem_table(
@@ -181,9 +189,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
                 fd: file.into(),
             })
             .collect();
-        self.memory = Some(PeerMemory::map(&regions).map_err(failed)?);
-        (0..self.rings.len()).try_for_each(|at| self.update(at))?;
-        Ok(None)
+        // Unmapping takes long: no ring of an lcore that ends it may be the last to hold the memory.
+        let _old = self.memory.replace(PeerMemory::map(&regions).map_err(failed)?);
+        self.update_all().map(|()| None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {

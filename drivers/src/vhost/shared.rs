@@ -39,10 +39,16 @@ impl Default for Shared {
 }
 
 impl Shared {
+    /// Whether somebody waits for the slot.
+    #[inline(always)]
+    pub(super) fn is_wanted(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
     /// The slot, unless somebody else has or wants it.
     #[inline(always)]
     pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Slot>> {
-        if self.waiting.load(Ordering::Relaxed) > 0 {
+        if self.is_wanted() {
             return None;
         }
         match self.slot.try_lock() {

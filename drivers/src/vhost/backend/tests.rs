@@ -1,0 +1,50 @@
+use super::*;
+
+const LEN: u64 = 1 << 16;
+
+fn set_memory(backend: &mut Backend, len: u64) -> Result<Option<Vec<u64>>> {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(len).unwrap();
+    backend.set_mem_table(&[VhostUserMemoryRegion::new(0, len, 0, 0)], vec![file], None)
+}
+
+/// A backend whose rings run.
+fn running() -> (Backend, Vec<Arc<Shared>>) {
+    let rings: Vec<Arc<Shared>> = (0..RINGS_PER_PAIR).map(|_| Arc::default()).collect();
+    let mut backend = Backend::new(&"net_vhost0".into(), rings.clone());
+    backend.set_features(Features::VERSION_1.bits()).unwrap();
+    set_memory(&mut backend, LEN).unwrap();
+    for at in 0..RINGS_PER_PAIR as u32 {
+        backend.set_vring_num(at, 64).unwrap();
+        backend.set_vring_addr(at, VhostUserVringAddrFlags::empty(), 0, 0x2000, 0x1000, 0).unwrap();
+        backend.set_vring_kick(at as u8, None).unwrap();
+    }
+    assert!(rings.iter().all(|ring| matches!(*ring.lock(), Slot::Running(_))));
+    (backend, rings)
+}
+
+/// The lcore is in a burst when the memory changes, and then ends its ring, as for a lie.
+#[test]
+fn an_lcore_that_ends_its_ring_unmaps_nothing() {
+    let (mut backend, rings) = running();
+    let old = Arc::downgrade(backend.memory.as_ref().unwrap());
+    std::thread::scope(|scope| {
+        let mut slot = rings[1].try_lock().unwrap();
+        let server = scope.spawn(|| set_memory(&mut backend, LEN));
+        while !rings[1].is_wanted() {
+            std::thread::yield_now();
+        }
+        *slot = Slot::Broken(0);
+        assert!(old.upgrade().is_some(), "it is the server's to unmap");
+        drop(slot);
+        server.join().unwrap().unwrap();
+    });
+    assert!(old.upgrade().is_none());
+}
+
+#[test]
+fn no_ring_stays_in_memory_that_was_replaced() {
+    let (mut backend, rings) = running();
+    assert!(set_memory(&mut backend, 0x1000).is_err(), "the rings are beyond its end");
+    assert!(rings.iter().all(|ring| matches!(*ring.lock(), Slot::Stopped)));
+}
