@@ -155,12 +155,12 @@ fn a_frame_may_be_spread_over_a_chain_in_any_way() {
 #[test]
 fn frames_that_fit_into_no_buffer_or_are_none_are_dropped() {
     let (mut bench, mut guest) = Bench::with(ALL);
-    for len in [0, 13, 14, DATA_ROOM, DATA_ROOM + 1, BUFFER - HEADER] {
+    for len in [0, 16, 17, DATA_ROOM, DATA_ROOM + 1, BUFFER - HEADER] {
         guest.transmit(&vec![1; len]);
         guest.transmit_chain(&vec![2; len], &[HEADER]);
     }
     let lens: Vec<usize> = bench.receive().iter().map(Vec::len).collect();
-    assert_eq!(lens, [14, 14, DATA_ROOM, DATA_ROOM]);
+    assert_eq!(lens, [17, 17, DATA_ROOM, DATA_ROOM]);
     assert_eq!(guest.reap_transmitted(), 12);
     assert_eq!((bench.rx.stats().errors, bench.rx.stats().device_errors), (8, 0));
     assert_eq!(bench.stop(), BUFFERS);
