@@ -40,8 +40,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SECONDS", default_value = "0.4", value_parser = seconds)]
     seconds: Duration,
     /// Size of the region whose mapping is timed, in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
-    map_mib: usize,
+    #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    map_mib: u32,
 }
 
 /// How long something is measured, as an argument says it.
@@ -84,7 +84,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let stop = StopFlag::on_signals()?;
     let wirings = wirings(&args.ports, &args.nics, &bus, note)?;
     let Cores { generator, forwarder, .. } = Cores::of_this_process()?;
-    let limits = Limits { generator, forwarder, stream: args.seconds, map_bytes: args.map_mib << 20 };
+    let limits =
+        Limits { generator, forwarder, stream: args.seconds, map_bytes: (args.map_mib as usize) << 20 };
     let mut recording = Recording {
         environment: environment(args.rounds)?,
         runs: Vec::new(),

@@ -28,6 +28,7 @@ fn a_wrong_word_is_named_with_what_would_be_right() {
         (&run, &["--seconds", "1e300"], "'1e300'", "no number of seconds above 0"),
         (&run, &["--seconds", "0"], "'0'", "no number of seconds above 0"),
         (&run, &["--rounds", "0"], "'0'", "not in 1.."),
+        (&run, &["--map-mib", "0"], "'0'", "not in 1.."),
         (&run, &["--round", "1"], "'--round'", "did you mean --rounds?"),
         (&run, &["--modes", "vfio"], "vfio", "container"),
         (&["native"], &["--seconds=-1"], "'-1'", "no number of seconds above 0"),
