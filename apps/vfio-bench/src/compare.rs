@@ -58,6 +58,7 @@ pub(crate) struct Row {
     pub(crate) map_ioctls: u64,
     pub(crate) unmap_ms_per_gib: f64,
     pub(crate) first_packet_ms: f64,
+    pub(crate) doorbells_per_packet: f64,
     pub(crate) sent: u64,
     pub(crate) received: u64,
     /// Sum of `drops`, never a difference.
@@ -76,11 +77,12 @@ pub(crate) enum Metric {
     Attach,
     Map,
     FirstPacket,
+    Doorbells,
 }
 
 impl Metric {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::ForwardPps, Self::LatencyP50, Self::Attach, Self::Map, Self::FirstPacket];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::ForwardPps, Self::LatencyP50, Self::Doorbells, Self::Attach, Self::Map, Self::FirstPacket];
 
     /// The value of one run; `None` where the mode has nothing to measure.
     fn of(self, run: &Run) -> Option<f64> {
@@ -90,6 +92,7 @@ impl Metric {
             Self::Attach => run.acquire_ms(),
             Self::Map => per_gib(run.map_ms, run.map_bytes),
             Self::FirstPacket => run.first_packet_ms,
+            Self::Doorbells => run.doorbells_per_packet(),
         };
         (value > 0.0 && value.is_finite()).then_some(value)
     }
@@ -276,6 +279,7 @@ fn row(all: &[&Run], boot: usize, label: String) -> Row {
         map_ioctls: largest(|r| r.map_ioctls),
         unmap_ms_per_gib: mid(runs, |r| per_gib(r.unmap_ms, r.map_bytes)),
         first_packet_ms: mid(runs, |r| r.first_packet_ms),
+        doorbells_per_packet: mid(runs, Run::doorbells_per_packet),
         sent: sum(|r| r.sent),
         received: sum(|r| r.received),
         dropped: sum(Run::dropped),

@@ -156,6 +156,7 @@ fn forwarding(comparison: &Comparison) -> Result<String> {
             escape(&r.label),
             three(r.forward_pps / unit),
             format!("{} – {}", three(ends.low / unit), three(ends.high / unit)),
+            three(r.doorbells_per_packet),
             thousands(r.sent),
             thousands(r.received),
             thousands(r.dropped),
@@ -164,7 +165,18 @@ fn forwarding(comparison: &Comparison) -> Result<String> {
         ];
         (kind(begins, r.balanced), cells)
     });
-    let heads = ["NIC", "mode", name, "95 % interval", "sent", "received", "dropped", "counted as", "runs"];
+    let heads = [
+        "NIC",
+        "mode",
+        name,
+        "95 % interval",
+        "doorbells per packet",
+        "sent",
+        "received",
+        "dropped",
+        "counted as",
+        "runs",
+    ];
     out += &table(&heads, 2, cells);
     if !comparison.null_forwarder.is_empty() {
         let cells = comparison.null_forwarder.iter().map(|ceiling| {

@@ -126,29 +126,39 @@ impl Side {
         generator::run(stream, tx, (&mut rest[0].0, &mut self.cache), stop)
     }
 
-    /// Stops the ports; gives what each counted as lost, by name.
-    pub(crate) fn stop(mut self, side: &str) -> Result<(Vec<OpenPort>, BTreeMap<String, u64>)> {
-        let mut drops = BTreeMap::new();
+    /// Stops the ports, and counts; `side` is the name that lost packets are counted under.
+    pub(crate) fn stop(mut self, side: &str) -> Result<Stopped> {
+        let (mut drops, mut doorbells) = (BTreeMap::new(), 0);
         for (open, (rx, tx)) in self.ports.iter_mut().zip(self.queues) {
+            let (rx_stats, tx_stats) = (rx.stats(), tx.stats());
+            doorbells += rx_stats.doorbells + tx_stats.doorbells;
+            open.port.stop(rx, tx, &mut self.cache)?;
             let device = open.port.device_drops();
             let lost: Vec<&str> =
                 device.iter().map(|(name, _)| *name).chain(["rx_errors", "tx_errors"]).collect();
-            for (name, count) in counters(rx.stats(), tx.stats(), device.clone()) {
+            for (name, count) in counters(rx_stats, tx_stats, device.clone()) {
                 if lost.contains(&name) {
                     *drops.entry(format!("{side}_{name}")).or_default() += count;
                 }
             }
-            open.port.stop(rx, tx, &mut self.cache)?;
         }
         drop(self.memory);
-        Ok((self.ports, drops))
+        Ok(Stopped { ports: self.ports, drops, doorbells })
     }
+}
+
+/// A side that has stopped.
+pub(crate) struct Stopped {
+    ports: Vec<OpenPort>,
+    /// What each port counted as lost, by name.
+    drops: BTreeMap<String, u64>,
+    /// Doorbell writes of all queues.
+    doorbells: u64,
 }
 
 /// What the forwarder's thread gives back.
 struct Forwarded {
-    ports: Vec<OpenPort>,
-    drops: BTreeMap<String, u64>,
+    stopped: Stopped,
     phases: BTreeMap<&'static str, Duration>,
 }
 
@@ -167,14 +177,15 @@ pub(crate) fn measure(
         |done, polling| forward(bus, wiring, mode, limits, done, polling),
         |polling| generate(wiring, &mut side, limits, stop, polling),
     )?;
-    let (generator_ports, mut drops) = side.stop("generator")?;
-    drops.extend(forwarded.drops);
-    let map = match forwarded.ports.first().and_then(|open| open.space.as_ref()) {
+    let Stopped { ports: generator_ports, mut drops, .. } = side.stop("generator")?;
+    let Forwarded { stopped: forwarder, phases } = forwarded;
+    drops.extend(forwarder.drops);
+    let map = match forwarder.ports.first().and_then(|open| open.space.as_ref()) {
         Some(space) => time_map(space, limits.map_bytes, Backing::HugeMemfd, Call::Map)?,
         None => None,
     };
-    drop((generator_ports, forwarded.ports));
-    let ms = |name: &str| forwarded.phases.get(name).map_or(0.0, |took| took.as_secs_f64() * 1e3);
+    drop((generator_ports, forwarder.ports));
+    let ms = |name: &str| phases.get(name).map_or(0.0, |took| took.as_secs_f64() * 1e3);
     let [first, rate, latency] = &streams;
     let at = |quantile| latency.latency.value_at_quantile(quantile);
     Ok(Run {
@@ -201,6 +212,7 @@ pub(crate) fn measure(
         first_packet_ms: first.first.map_or(0.0, |at| Tsc::to_nanos(at.saturating_sub(began)) as f64 / 1e6),
         sent: streams.iter().map(|stream| stream.sent).sum(),
         received: streams.iter().map(|stream| stream.received).sum(),
+        doorbells: forwarder.doorbells,
         drops,
     })
 }
@@ -272,9 +284,9 @@ fn forward(
     lanes.sort_by_key(|lane| lane.from);
     let (rx, tx): (Vec<_>, Vec<_>) = lanes.into_iter().map(|lane| (lane.rx, lane.tx)).unzip();
     side.queues = rx.into_iter().zip(tx.into_iter().rev()).collect();
-    let (ports, mut drops) = side.stop("forwarder")?;
-    drops.insert("forwarder_tx_full".into(), counts.iter().map(|count| count.dropped.get()).sum());
-    Ok(Forwarded { ports, drops, phases })
+    let mut stopped = side.stop("forwarder")?;
+    stopped.drops.insert("forwarder_tx_full".into(), counts.iter().map(|count| count.dropped.get()).sum());
+    Ok(Forwarded { stopped, phases })
 }
 
 /// Three streams: until the first packet is back, as fast as it goes, and at a load that queues nothing.

@@ -105,6 +105,9 @@ pub(crate) struct Run {
     pub(crate) sent: u64,
     /// Packets that came back.
     pub(crate) received: u64,
+    /// Doorbell writes of the forwarder: a count, where rates drown in noise.
+    #[serde(default)]
+    pub(crate) doorbells: u64,
     /// Counters of lost packets by name, each counted where the packet was lost.
     pub(crate) drops: BTreeMap<String, u64>,
 }
@@ -116,6 +119,11 @@ impl Run {
     /// Sum of the named counters.
     pub(crate) fn dropped(&self) -> u64 {
         self.drops.values().fold(0, |sum, n| sum.saturating_add(*n))
+    }
+
+    /// Doorbell writes of the forwarder for each packet that came back; 0 where none did.
+    pub(crate) fn doorbells_per_packet(&self) -> f64 {
+        if self.received == 0 { 0.0 } else { self.doorbells as f64 / self.received as f64 }
     }
 
     /// Time until the process owns the device. Modes divide it differently: the reset on opening falls into

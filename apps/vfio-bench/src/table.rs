@@ -25,7 +25,10 @@ pub(crate) fn text(comparison: &Comparison, lines: bool) -> String {
         "Noise floor (A/A: one mode against itself, 95 % interval of the median)",
         noise(comparison, lines),
     );
-    section("Forwarding and latency (median over rounds; packets are sums)", forwarding(comparison, lines));
+    section(
+        "Forwarding and latency (median over rounds; doorbells for each packet; packets are sums)",
+        forwarding(comparison, lines),
+    );
     section(
         "Null forwarder (sender straight to the NIC at the end of its wire: the devices' own ceiling)",
         ceilings(comparison, lines),
@@ -88,13 +91,25 @@ fn forwarding(comparison: &Comparison, lines: bool) -> String {
             us(l.p99),
             us(l.p999),
             us(l.max),
+            three(row.doorbells_per_packet),
             thousands(row.sent),
             thousands(row.received),
             thousands(row.dropped),
         ]
     });
-    let heads =
-        ["NIC", "mode", unit, "p50 µs", "p99 µs", "p99.9 µs", "max µs", "sent", "received", "dropped"];
+    let heads = [
+        "NIC",
+        "mode",
+        unit,
+        "p50\nµs",
+        "p99\nµs",
+        "p99.9\nµs",
+        "max\nµs",
+        "door-\nbells",
+        "sent",
+        "received",
+        "dropped",
+    ];
     table(heads, 2, rows.collect(), lines)
 }
 
@@ -196,12 +211,22 @@ fn noise(comparison: &Comparison, lines: bool) -> String {
             let found = group.iter().find(|n| n.metric == metric);
             found.map_or("–".to_owned(), |n| format!("±{} %", percent(n.floor)))
         };
-        let [forward, latency, attach, map, first] = Metric::ALL.map(floor);
+        let [forward, latency, doorbells, attach, map, first] = Metric::ALL.map(floor);
         let (nic, boot, pairs) =
             (group[0].nic.clone(), group[0].boot.to_string(), group[0].pairs.to_string());
-        [nic, boot, forward, latency, attach, map, first, pairs]
+        [nic, boot, forward, latency, doorbells, attach, map, first, pairs]
     });
-    let heads = ["NIC", "boot", "forwarding", "latency p50", "attach", "map", "first packet", "A/A pairs"];
+    let heads = [
+        "NIC",
+        "boot",
+        "forwarding",
+        "latency p50",
+        "doorbells",
+        "attach",
+        "map",
+        "first packet",
+        "A/A pairs",
+    ];
     table(heads, 1, rows.collect(), lines)
 }
 

@@ -91,6 +91,7 @@ impl Metric {
             Self::Attach => "Attach",
             Self::Map => "DMA map",
             Self::FirstPacket => "First packet",
+            Self::Doorbells => "Doorbells",
         }
     }
 
@@ -102,6 +103,7 @@ impl Metric {
             Self::Attach => "time to open, bind and attach",
             Self::Map => "DMA-map time",
             Self::FirstPacket => "time to the first packet",
+            Self::Doorbells => "doorbells per packet",
         }
     }
 
@@ -110,6 +112,7 @@ impl Metric {
         let clause = match (self, ratio.median >= 2.0) {
             (Self::ForwardPps, true) => format!("{mode} forwards {by} as fast as {baseline}"),
             (Self::LatencyP50, true) => format!("the median latency of {mode} is {by} that of {baseline}"),
+            (Self::Doorbells, true) => format!("{mode} rings {by} as often for a packet as {baseline}"),
             (_, true) => format!("{mode} takes {by} as long {} as {baseline}", self.task()),
             _ => self.comparative(mode, baseline, &by, ratio.median > 1.0),
         };
@@ -123,6 +126,7 @@ impl Metric {
             Self::Attach => "to open, bind and attach",
             Self::Map => "to map memory",
             Self::FirstPacket => "to forward its first packet",
+            Self::Doorbells => "to ring",
         }
     }
 
@@ -137,6 +141,9 @@ impl Metric {
             Self::LatencyP50 => {
                 let word = word("higher", "lower");
                 format!("the median latency of {mode} is {by}{word} than that of {baseline}")
+            }
+            Self::Doorbells => {
+                format!("{mode} rings {by}{} often for a packet than {baseline}", word("more", "less"))
             }
             _ => {
                 format!("{mode} takes {by}{} time {} than {baseline}", word("more", "less"), self.task())
