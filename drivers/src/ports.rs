@@ -203,7 +203,7 @@ pub fn confine(eal: &Eal) -> Result<()> {
 }
 
 /// Waits until the links of all of `ports` are up, for 9 s at most, as DPDK's l2fwd does; calls `waiting` every
-/// 100 ms. There is no event to wait for, so the registers are read again every millisecond.
+/// 100 ms. There is no event to wait for: link changes are read from a register.
 ///
 /// # Errors
 /// Those of `waiting`.
@@ -213,14 +213,9 @@ pub fn wait_for_links<'a>(
     mut waiting: impl FnMut() -> Result<()>,
 ) -> Result<()> {
     let since = Instant::now();
-    let mut said = 0;
     while !stop.is_set() && since.elapsed() < LINK_WAIT && !ports.clone().all(|open| open.port.link().up) {
-        let tenths = since.elapsed().as_millis() / 100;
-        if tenths >= said {
-            waiting()?;
-            said = tenths + 1;
-        }
-        std::thread::sleep(Duration::from_millis(1));
+        waiting()?;
+        std::thread::sleep(Duration::from_millis(100));
     }
     Ok(())
 }
