@@ -208,7 +208,7 @@ pub fn parse_app<T: clap::Parser>(argv: Vec<OsString>) -> Result<T> {
 /// version, which is printed.
 ///
 /// # Errors
-/// `Usage`, on one line; `Os` when nobody takes the output.
+/// `Usage`, on one line; `Io` when nobody takes the output.
 pub fn parse_plain<T: clap::Parser>(argv: impl IntoIterator<Item = OsString>) -> Result<Option<T>> {
     match T::try_parse_from(argv) {
         Ok(arguments) => Ok(Some(arguments)),
