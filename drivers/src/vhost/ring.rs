@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vireo_eal::Result;
 use vireo_eal::dma::{
     Buffer, Burst, DATA_ROOM, Packet, PeerEvent, PeerMemory, PeerRing, PeerSlice, PeerView, PoolCache,
-    RingView, dma_rmb, dma_wmb, full_mb,
+    RingEntry, RingView, dma_rmb, dma_wmb, full_mb,
 };
 
 use crate::port::QueueStats;
@@ -254,9 +254,7 @@ impl Ring {
                 return None;
             }
             let (_, slice) = view.at(descriptor.address, descriptor.len)?.split_at(HEADER);
-            let element = used.entry(position);
-            element.store::<0>(head.into());
-            element.store::<1>(0);
+            write_used(used.entry(position), head, 0);
             bytes += len;
             Some(slice)
         });
@@ -303,8 +301,7 @@ impl Ring {
                     return Err(lie);
                 }
             }
-            self.used.store::<0>(self.next.into(), head.into());
-            self.used.store::<1>(self.next.into(), 0);
+            write_used(self.used.view().entry(self.next.into()), head, 0);
             self.next = self.next.wrapping_add(1);
         }
         Ok(())
@@ -384,9 +381,7 @@ impl Ring {
                 return None;
             }
             let slice = view.at(descriptor.address, descriptor.len)?;
-            let element = used.entry(start + i);
-            element.store::<0>(head.into());
-            element.store::<1>(need as u32);
+            write_used(used.entry(start + i), head, need);
             bytes += len;
             Some(slice)
         });
@@ -448,8 +443,7 @@ impl Ring {
             let position = usize::from(self.next.wrapping_add(chains));
             let head = self.avail.load::<0>(position);
             let len = self.writable_chain(head, need - found, &mut view, &mut room, budget)?;
-            self.used.store::<0>(position, head.into());
-            self.used.store::<1>(position, len as u32);
+            write_used(self.used.view().entry(position), head, len);
             found += len;
             chains += 1;
         }
@@ -481,6 +475,18 @@ impl Ring {
             }
             index = descriptor.next;
         }
+    }
+}
+
+/// Writes a used element, unless it is the same as in the round before: then its cache line stays the frontend's too.
+#[inline(always)]
+fn write_used(element: RingEntry<'_, u32, 2>, head: u16, len: usize) {
+    let (id, len) = (u32::from(head), len as u32);
+    if element.load::<0>() != id {
+        element.store::<0>(id);
+    }
+    if element.load::<1>() != len {
+        element.store::<1>(len);
     }
 }
 
