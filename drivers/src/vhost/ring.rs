@@ -23,6 +23,9 @@ const USED_NO_NOTIFY: u16 = 1;
 /// sends none that is shorter (Linux, drivers/net/ethernet/intel/e1000e/netdev.c).
 const SHORTEST: usize = 17;
 
+/// Descriptors in a cache line.
+const LINE: usize = 4;
+
 /// How far an index may run before `avail_event` has to follow: a part of 2^16 that leaves room for a ring.
 const AVAIL_EVENT_STRIDE: u16 = 1 << 14;
 
@@ -204,6 +207,16 @@ impl Ring {
         Ok(pending)
     }
 
+    /// Asks for the descriptors of the next `chains` chains at once, not one cache line after the other, as far as
+    /// they are in order.
+    #[inline(always)]
+    fn prefetch(&self, chains: usize) {
+        let (desc, avail) = (self.desc.view(), self.avail.view());
+        for i in (0..chains).step_by(LINE) {
+            desc.entry(avail.load::<0>(usize::from(self.next) + i).into()).prefetch();
+        }
+    }
+
     /// Gives the frontend its chains from `old` on back, and wakes it if it wants that.
     #[inline(always)]
     fn publish(&mut self, old: u16, stats: &mut QueueStats) {
@@ -244,6 +257,7 @@ impl Ring {
         let (table, avail, used) = (self.table(), self.avail.view(), self.used.view());
         let mut view = self.memory.view();
         let mut bytes = 0;
+        self.prefetch(wanted);
         // One descriptor for header and frame. Nothing in the header matters where no offload was offered.
         let taken = cache.receive_copies(wanted, burst, |i| {
             let position = usize::from(old) + i;
@@ -373,6 +387,7 @@ impl Ring {
         let mut view = self.memory.view();
         let start = usize::from(self.next);
         let mut bytes = 0;
+        self.prefetch(burst.len().min(left.into()));
         let sent = cache.send_copies(left.into(), burst, header(1), |i, len| {
             let head = avail.load::<0>(start + i);
             let descriptor = table.get(head)?;

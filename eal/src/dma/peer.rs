@@ -21,7 +21,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
 
-use super::ring::{RingView, Word};
+use super::ring::{RingView, Word, prefetch};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Most regions of a [`PeerMemory`]: what one vhost-user message carries (vhost-user, "Memory region
@@ -315,11 +315,7 @@ impl PeerSlice<'_> {
     /// Asks for the first cache line, to be read.
     #[inline(always)]
     pub(super) fn prefetch(self) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch reads nothing and faults nowhere.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.at.as_ptr().cast());
-        }
+        prefetch(self.at);
     }
 }
 
