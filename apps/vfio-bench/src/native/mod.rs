@@ -1,5 +1,6 @@
 //! `native`: Vireo and DPDK on shared-memory virtio rings, in turn beside the same peer.
 
+mod distance;
 mod forwarder;
 
 use std::fmt::Write as _;
@@ -17,6 +18,7 @@ use crate::record::Environment;
 use crate::report::write_json;
 use crate::run::{Cores, seconds};
 use crate::stats::{Interval, median};
+use distance::{ByDistance, Group, Range, round_trip};
 use forwarder::{Program, Rig, Sample};
 
 /// Compare Vireo with DPDK's testpmd on shared-memory virtio rings, with testpmd at the other end
@@ -86,6 +88,19 @@ struct Comparison {
     noise_ticks: Interval,
     dpdk: Medians,
     vireo: Medians,
+    /// Nanoseconds in which a cache line went from one cpu to the other and back, before and after each run.
+    line_ns: Range,
+    /// The pairs by that, when it changed while they ran.
+    by_distance: Option<ByDistance>,
+}
+
+/// Two runs, one after the other.
+#[derive(Clone, Copy, Debug)]
+struct Pair {
+    dpdk: Sample,
+    other: Sample,
+    /// Of a cache line's way there and back, in nanoseconds: before, between and after the runs.
+    line: [f64; 3],
 }
 
 #[derive(Debug, Serialize)]
@@ -120,11 +135,11 @@ pub(crate) fn native(args: &NativeArgs) -> Result<()> {
 fn compare(rig: &Rig, side: Side, pairs: u32) -> Result<Comparison> {
     let noise = run_pairs(rig, side, pairs, Program::Dpdk)?;
     let runs = run_pairs(rig, side, pairs, Program::Vireo)?;
-    let medians = |of: fn(&(Sample, Sample)) -> Sample| Medians {
-        pps: median(&runs.iter().map(|pair| of(pair).pps).collect::<Vec<_>>()).unwrap_or(f64::NAN),
-        ticks_per_packet: median(&runs.iter().map(|pair| of(pair).ticks).collect::<Vec<_>>())
-            .unwrap_or(f64::NAN),
+    let medians = |of: fn(&Pair) -> Sample| Medians {
+        pps: median_of(runs.iter().map(|pair| of(pair).pps)),
+        ticks_per_packet: median_of(runs.iter().map(|pair| of(pair).ticks)),
     };
+    let line_ns = Range::of(runs.iter().flat_map(|pair| pair.line));
     Ok(Comparison {
         replaced: side.name(),
         pairs: runs.len(),
@@ -132,37 +147,51 @@ fn compare(rig: &Rig, side: Side, pairs: u32) -> Result<Comparison> {
         ticks_ratio: ratio(&runs, |sample| sample.ticks)?,
         noise: ratio(&noise, |sample| sample.pps)?,
         noise_ticks: ratio(&noise, |sample| sample.ticks)?,
-        dpdk: medians(|pair| pair.0),
-        vireo: medians(|pair| pair.1),
+        dpdk: medians(|pair| pair.dpdk),
+        vireo: medians(|pair| pair.other),
+        line_ns,
+        by_distance: line_ns.border().map(|border| ByDistance::of(&runs, border)),
     })
 }
 
-/// Runs DPDK and `other` in turn, A B B A; gives each pair as (DPDK, other).
-fn run_pairs(rig: &Rig, side: Side, pairs: u32, other: Program) -> Result<Vec<(Sample, Sample)>> {
+fn median_of(values: impl Iterator<Item = f64>) -> f64 {
+    median(&values.collect::<Vec<_>>()).unwrap_or(f64::NAN)
+}
+
+/// Runs DPDK and `second` in turn, A B B A.
+fn run_pairs(rig: &Rig, side: Side, pairs: u32, second: Program) -> Result<Vec<Pair>> {
+    let mut last = round_trip(rig.cores)?;
     let since = Instant::now();
     (0..pairs)
         .map(|pair| {
-            let run = |program| rig.run(side, program);
-            let both = if pair % 2 == 0 {
-                let first = run(Program::Dpdk)?;
-                (first, run(other)?)
+            let run = |program| Ok((rig.run(side, program)?, round_trip(rig.cores)?));
+            let before = last;
+            let (dpdk, other, between);
+            if pair % 2 == 0 {
+                (dpdk, between) = run(Program::Dpdk)?;
+                (other, last) = run(second)?;
             } else {
-                let second = run(other)?;
-                (run(Program::Dpdk)?, second)
-            };
-            let what = if other == Program::Dpdk { "DPDK against itself" } else { "Vireo against DPDK" };
+                (other, between) = run(second)?;
+                (dpdk, last) = run(Program::Dpdk)?;
+            }
+            let what = if second == Program::Dpdk { "DPDK against itself" } else { "Vireo against DPDK" };
             let (number, seconds) = (pair + 1, since.elapsed().as_secs());
             note(&format!("{}: {what}, pair {number}/{pairs}, {seconds} s", side.name()));
-            Ok(both)
+            Ok(Pair { dpdk, other, line: [before, between, last] })
         })
         .collect()
 }
 
-fn ratio(pairs: &[(Sample, Sample)], of: fn(&Sample) -> f64) -> Result<Interval> {
-    let ratios: Vec<f64> = pairs.iter().map(|(dpdk, other)| of(other) / of(dpdk)).collect();
-    Interval::of(&ratios).filter(|interval| interval.median.is_finite()).ok_or_else(|| {
-        Error::new(ErrorKind::Protocol, "cannot compare the runs", "in one of them no packet came round")
-    })
+fn ratios(pairs: &[Pair], of: fn(&Sample) -> f64) -> impl Iterator<Item = f64> {
+    pairs.iter().map(move |pair| of(&pair.other) / of(&pair.dpdk))
+}
+
+fn ratio(pairs: &[Pair], of: fn(&Sample) -> f64) -> Result<Interval> {
+    Interval::of(&ratios(pairs, of).collect::<Vec<_>>())
+        .filter(|interval| interval.median.is_finite())
+        .ok_or_else(|| {
+            Error::new(ErrorKind::Protocol, "cannot compare the runs", "in one of them no packet came round")
+        })
 }
 
 fn print(comparison: &Comparison) -> Result<()> {
@@ -191,6 +220,22 @@ fn text(comparison: &Comparison) -> String {
             ratio.median, ratio.low, ratio.high, noise.low, noise.high
         );
     }
+    let Range { low, high } = comparison.line_ns;
+    let _ = writeln!(
+        text,
+        "  in these pairs a cache line went from cpu to cpu and back in {low:.0} to {high:.0} ns"
+    );
+    if let Some(ByDistance { border_ns, near, far, pairs_of_both }) = &comparison.by_distance {
+        for (when, group) in [("less", near), ("more", far)] {
+            if let Some(Group { pairs, rate_ratio, ticks_ratio }) = group {
+                let _ = writeln!(
+                    text,
+                    "    {when} than {border_ns:.0} ns in {pairs} of them: rate {rate_ratio:.2} × DPDK, ticks {ticks_ratio:.2} ×"
+                );
+            }
+        }
+        let _ = writeln!(text, "    now less and now more in {pairs_of_both} of them");
+    }
     text
 }
 
@@ -201,7 +246,8 @@ mod tests {
     #[test]
     fn ratios_are_ours_over_theirs() {
         let sample = |pps, ticks| Sample { pps, ticks };
-        let pairs = [(sample(2e6, 100.0), sample(3e6, 50.0)); 6];
+        let pair = Pair { dpdk: sample(2e6, 100.0), other: sample(3e6, 50.0), line: [60.0, 80.0, 70.0] };
+        let pairs = [pair; 6];
         let rate = ratio(&pairs, |sample| sample.pps).unwrap();
         let ticks = ratio(&pairs, |sample| sample.ticks).unwrap();
         assert_eq!((rate.median, ticks.median), (1.5, 0.5));
@@ -215,6 +261,13 @@ mod tests {
             noise_ticks: Interval { median: 1.0, low: 0.9, high: 1.1 },
             dpdk: medians(2e6, 100.0),
             vireo: medians(3e6, 50.0),
+            line_ns: Range { low: 60.0, high: 340.0 },
+            by_distance: Some(ByDistance {
+                border_ns: 142.8,
+                near: Some(Group { pairs: 4, rate_ratio: 1.5, ticks_ratio: 0.4 }),
+                far: None,
+                pairs_of_both: 2,
+            }),
         };
         let text = text(&comparison);
         assert!(text.contains("vhost replaced, beside testpmd's virtio-user (6 pairs)"), "{text}");
@@ -224,6 +277,9 @@ mod tests {
             ),
             "{text}"
         );
-        assert!(ratio(&[(sample(0.0, 1.0), sample(0.0, 1.0))], |sample| sample.pps).is_err());
+        let distance = "back in 60 to 340 ns\n    less than 143 ns in 4 of them: rate 1.50 × DPDK, ticks 0.40 ×\n    now";
+        assert!(text.contains(distance), "{text}");
+        let still = Pair { dpdk: sample(0.0, 1.0), other: sample(0.0, 1.0), ..pair };
+        assert!(ratio(&[still], |sample| sample.pps).is_err());
     }
 }

@@ -1,0 +1,173 @@
+//! How far two cpus are from each other: what is between the ends of a ring are cache lines that travel.
+//!
+//! A virtual machine's cpus move about on those of its host, so that the way is a short one now and a long one a
+//! second later, and both programs pay for it by what they share.
+
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use crossbeam::utils::CachePadded;
+use serde::Serialize;
+use vireo_eal::Result;
+use vireo_eal::lcore::pin_to;
+
+use super::{Pair, median_of, ratios};
+use crate::run::Cores;
+use crate::stats::median;
+
+/// Round trips that are timed together.
+const TRIPS: u32 = 1000;
+/// Their median leaves out those in which something else ran.
+const BATCHES: usize = 9;
+
+/// A word that two threads write in turn.
+#[derive(Debug, Default)]
+struct Line {
+    turn: CachePadded<AtomicU64>,
+    over: CachePadded<AtomicBool>,
+}
+
+impl Line {
+    /// Waits for `turn` and gives the word on; false when the other thread has gone.
+    fn pass(&self, turn: u64) -> bool {
+        while self.turn.load(Ordering::Acquire) != turn {
+            if self.over.load(Ordering::Relaxed) {
+                return false;
+            }
+        }
+        self.turn.store(turn + 1, Ordering::Release);
+        true
+    }
+
+    /// Runs `body` on `cpu`, and tells the other thread when it has ended.
+    fn on<T>(&self, cpu: usize, body: impl FnOnce() -> T) -> Result<T> {
+        let done = pin_to(cpu).map(|()| body());
+        self.over.store(true, Ordering::Relaxed);
+        done
+    }
+}
+
+/// Nanoseconds in which a cache line goes from the forwarder's cpu to the generator's and back.
+///
+/// # Errors
+/// When a thread cannot be pinned.
+pub(super) fn round_trip(cores: Cores) -> Result<f64> {
+    let line = Line::default();
+    let back = || (1..).step_by(2).take_while(|turn| line.pass(*turn)).for_each(drop);
+    let forth = || {
+        let mut turns = (0..).step_by(2);
+        let batches: Vec<f64> = (0..BATCHES)
+            .map(|_| {
+                let since = Instant::now();
+                turns.by_ref().take(TRIPS as usize).all(|turn| line.pass(turn));
+                since.elapsed().as_secs_f64() * 1e9 / f64::from(TRIPS)
+            })
+            .collect();
+        median(&batches).unwrap_or(f64::NAN)
+    };
+    thread::scope(|scope| {
+        let threads =
+            (scope.spawn(|| line.on(cores.generator, back)), scope.spawn(|| line.on(cores.forwarder, forth)));
+        threads.0.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        threads.1.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
+}
+
+/// Least and most of some values.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct Range {
+    pub(super) low: f64,
+    pub(super) high: f64,
+}
+
+impl Range {
+    pub(super) fn of(values: impl Iterator<Item = f64>) -> Self {
+        let none = Self { low: f64::INFINITY, high: f64::NEG_INFINITY };
+        values.fold(none, |range, value| Self { low: range.low.min(value), high: range.high.max(value) })
+    }
+
+    /// What lies between two states, when there are two: the middle, by ratio, of ends that are far from each other.
+    pub(super) fn border(self) -> Option<f64> {
+        (self.high >= 2.0 * self.low).then(|| (self.low * self.high).sqrt())
+    }
+}
+
+/// Pairs whose cpus were near to each other from their begin to their end, and far; others met both.
+#[derive(Debug, Serialize)]
+pub(super) struct ByDistance {
+    pub(super) border_ns: f64,
+    pub(super) near: Option<Group>,
+    pub(super) far: Option<Group>,
+    pub(super) pairs_of_both: usize,
+}
+
+/// Medians of some of the pairs.
+#[derive(Debug, Serialize)]
+pub(super) struct Group {
+    pub(super) pairs: usize,
+    pub(super) rate_ratio: f64,
+    pub(super) ticks_ratio: f64,
+}
+
+impl ByDistance {
+    pub(super) fn of(runs: &[Pair], border: f64) -> Self {
+        let group = |with: &dyn Fn(f64) -> bool| {
+            let pairs: Vec<Pair> =
+                runs.iter().copied().filter(|pair| pair.line.iter().all(|line| with(*line))).collect();
+            (!pairs.is_empty()).then(|| Group {
+                pairs: pairs.len(),
+                rate_ratio: median_of(ratios(&pairs, |sample| sample.pps)),
+                ticks_ratio: median_of(ratios(&pairs, |sample| sample.ticks)),
+            })
+        };
+        let (near, far) = (group(&|line| line < border), group(&|line| line >= border));
+        let sorted: usize = [&near, &far].into_iter().flatten().map(|group| group.pairs).sum();
+        Self { border_ns: border, near, far, pairs_of_both: runs.len() - sorted }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::native::forwarder::Sample;
+
+    #[test]
+    fn a_line_goes_there_and_back() {
+        match Cores::of_this_process() {
+            Ok(cores) => assert!(round_trip(cores).unwrap() > 0.0),
+            Err(error) => assert!(error.to_string().contains("on one core"), "{error}"),
+        }
+    }
+
+    #[test]
+    fn a_cpu_that_is_not_there_is_an_error_and_no_wait() {
+        let cores = Cores { generator: 0, forwarder: 4095, idle: None };
+        assert!(round_trip(cores).unwrap_err().to_string().contains("4095"));
+        let cores = Cores { generator: 4095, forwarder: 0, idle: None };
+        assert!(round_trip(cores).is_err());
+    }
+
+    #[test]
+    fn pairs_are_told_apart_by_how_far_the_cpus_were() {
+        let pair = |other, line| Pair {
+            dpdk: Sample { pps: 2e6, ticks: 100.0 },
+            other: Sample { pps: other, ticks: 40.0 },
+            line,
+        };
+        let runs = [
+            pair(4e6, [60.0, 80.0, 60.0]),
+            pair(4e6, [60.0, 60.0, 60.0]),
+            pair(6e6, [340.0, 320.0, 360.0]),
+            pair(9e6, [60.0, 360.0, 360.0]),
+        ];
+        let range = Range::of(runs.iter().flat_map(|pair| pair.line));
+        assert_eq!((range.low, range.high), (60.0, 360.0));
+        let groups = ByDistance::of(&runs, range.border().unwrap());
+        let (near, far) = (groups.near.unwrap(), groups.far.unwrap());
+        assert_eq!((near.pairs, near.rate_ratio), (2, 2.0));
+        assert_eq!((far.pairs, far.rate_ratio, groups.pairs_of_both), (1, 3.0, 1));
+        assert!(Range::of([60.0, 80.0].into_iter()).border().is_none());
+    }
+}
