@@ -198,12 +198,5 @@ rings_await_sockets() {
     rings_await 'socket' test -S "$RINGS_DIR/0" && rings_await 'socket' test -S "$RINGS_DIR/1"
 }
 
-# rings_await WHAT COMMAND...: until the command succeeds. A shell has no event for it.
-rings_await() {
-    local what=$1 left=$((RINGS_PATIENCE * 50))
-    shift
-    until "$@"; do
-        ((left-- > 0)) || { echo "no $what in $RINGS_PATIENCE s" && return 1; }
-        sleep 0.02
-    done
-}
+# rings_await WHAT COMMAND...
+rings_await() { await "$RINGS_PATIENCE" "${@:2}" || { echo "no $1 in $RINGS_PATIENCE s" && return 1; }; }

@@ -180,10 +180,9 @@ soak_devices() {
 
 # A killed process leaves its sockets' files, so those say nothing. 00010000 is a socket that listens.
 soak_await_sockets() {
-    local left=$((SOAK_PATIENCE * 50))
-    until grep -q " 00010000 .* $WORK/0\$" /proc/net/unix && grep -q " 00010000 .* $WORK/1\$" /proc/net/unix; do
-        ((left-- > 0)) || soak_wrong "the sockets were not made"
-        sleep 0.02
+    local port
+    for port in 0 1; do
+        await "$SOAK_PATIENCE" grep -q " 00010000 .* $WORK/$port\$" /proc/net/unix || soak_wrong "the sockets were not made"
     done
 }
 

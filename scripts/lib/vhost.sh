@@ -26,7 +26,7 @@ lab_vhost() {
 
 # The generator fails unless each frame comes back once and in order.
 vhost_circle() {
-    local port left=$((VHOST_PATIENCE * 50))
+    local port
     # Without MSI-X: QEMU 7.2 under TCG crashes in it, whoever serves the rings.
     local nic=virtio-net-pci,disable-legacy=on,vectors=0,romfile=
     QEMU_EXTRA+=(-object "memory-backend-memfd,id=ram,size=${OPT_MEM}M,share=on" -machine memory-backend=ram)
@@ -37,9 +37,8 @@ vhost_circle() {
     "$REPO/target/guest/$TARGET/release/vireo-l2fwd" -l 1 --no-pci --no-huge --file-prefix "vhost-$$" \
         --vdev "net_vhost0,iface=$WORK/vhost0" --vdev "net_vhost1,iface=$WORK/vhost1" -- -p 3 -q 2 -T 0 &
     VHOST_L2FWD=$!
-    until [[ -S $WORK/vhost0 && -S $WORK/vhost1 ]]; do
-        ((left-- > 0)) || { echo "no socket in $VHOST_PATIENCE s" && return 1; }
-        sleep 0.02
+    for port in 0 1; do
+        await "$VHOST_PATIENCE" test -S "$WORK/vhost$port" || { echo "no socket in $VHOST_PATIENCE s" && return 1; }
     done
     guest_boot "$GUEST_IMAGE" pipe pktgen -l 1 --vfio-mode noiommu -a 00:04.0 -a 00:05.0 -- --count 20000 \
         --size 60-1514 --dst-mac 02:00:00:00:00:99 --expect-dst 02:00:00:00:00:01
