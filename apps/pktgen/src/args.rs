@@ -36,6 +36,9 @@ pub struct Args {
     /// Source that the frames must have when they come back
     #[arg(long, value_name = "MAC", value_parser = mac)]
     pub expect_src: Option<MacAddr>,
+    /// First send single frames until one comes back, for no more than so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub await_path: Option<Duration>,
     /// Frames per second; without it, as many as go
     #[arg(long, value_name = "PPS", value_parser = rate)]
     pub rate: Option<f64>,

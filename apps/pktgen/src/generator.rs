@@ -1,5 +1,8 @@
 //! Sends a stream on one port and receives it on another, in one loop on one lcore.
 
+#[cfg(test)]
+mod tests;
+
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -95,8 +98,34 @@ impl Outcome {
 /// When nothing is sent or received for this time, frames on their way are given up. It is longer than the
 /// second for which QEMU's e1000 holds frames back after a write of RCTL.
 const GIVE_UP: Duration = Duration::from_secs(2);
+/// Frames per second while the first one to come back is waited for.
+pub const KNOCKS: f64 = 1000.0;
 /// Longest latency that the histogram holds, in nanoseconds: a minute.
 const LONGEST: u64 = 60_000_000_000;
+
+/// Sends frames like those of `stream`, but of another run, until one comes back: what is lost before a forwarder is
+/// ready is no loss of the stream. DPDK's virtio driver, for one, throws away what it receives during its start.
+///
+/// # Errors
+/// `Unavailable` when none has come back within `patience`; else as [`run`].
+pub fn await_path<T: TxBurst, R: RxBurst>(
+    stream: &Stream,
+    patience: Duration,
+    tx: (&mut T, &mut PoolCache),
+    rx: (&mut R, &mut PoolCache),
+    stop: &StopFlag,
+) -> Result<()> {
+    let end = End::FirstArrival(patience);
+    let knocks = Stream { run: !stream.run, rate: Some(KNOCKS), end, ..stream.clone() };
+    let outcome = run(&knocks, tx, rx, stop)?;
+    if outcome.received > 0 || stop.is_set() {
+        return Ok(());
+    }
+    let seconds = patience.as_secs_f64();
+    let why = format!("of {} frames in {seconds} s none came back", outcome.sent);
+    Err(Error::new(ErrorKind::Unavailable, "cannot begin", why)
+        .mend("see that a forwarder is between the two ports, and that --dst-mac is its address"))
+}
 
 /// Runs `stream` until its end or until `stop`; waits for frames on their way. Each queue comes with the cache that
 /// it takes its buffers from and gives them back to.

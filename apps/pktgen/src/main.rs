@@ -76,9 +76,13 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
         end: args.end(),
     };
     let (mut rx_queues, mut tx_queues): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
-    let tx = (&mut tx_queues[args.tx_port], &mut to_send);
-    let rx = (&mut rx_queues[args.rx_port], &mut cache);
-    let outcome = eal.lcores.run_main(|_| generator::run(&stream, tx, rx, stop))??;
+    let (tx, rx) = (&mut tx_queues[args.tx_port], &mut rx_queues[args.rx_port]);
+    let outcome = eal.lcores.run_main(|_| {
+        if let Some(patience) = args.await_path {
+            generator::await_path(&stream, patience, (tx, &mut to_send), (rx, &mut cache), stop)?;
+        }
+        generator::run(&stream, (tx, &mut to_send), (rx, &mut cache), stop)
+    })??;
     let mut counted = Vec::with_capacity(all.len());
     for ((open, rx), tx) in all.iter_mut().zip(rx_queues).zip(tx_queues) {
         let stats = (rx.stats(), tx.stats());

@@ -19,7 +19,7 @@ use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 use vireo_l2fwd::forward::{AnyLane, Lane, PairCounts, ethernet, forward_any};
 use vireo_pktgen::frame::SHORTEST;
-use vireo_pktgen::generator::{self, End, Expect, Outcome, Stream};
+use vireo_pktgen::generator::{self, End, Expect, KNOCKS, Outcome, Stream};
 
 use crate::record::{Latency, MapTime, Run};
 use crate::run::kind;
@@ -30,8 +30,6 @@ const BUFFERS: u32 = 8192;
 const WINDOW: u64 = 128;
 /// Longest wait for the first packet.
 const FIRST_PACKET: Duration = Duration::from_secs(10);
-/// Frames per second while the first one is waited for.
-const KNOCKS: f64 = 1000.0;
 /// Latency is measured at this part of the rate that went before: never at overload.
 const LATENCY_LOAD: f64 = 0.1;
 
