@@ -137,6 +137,7 @@ mod tests {
             "--dst-mac 1:2",
             "--dst-mac 52:54:00:00:00:05 --rate 0",
             "--dst-mac 52:54:00:00:00:05 --duration -1",
+            "--dst-mac 52:54:00:00:00:05 --await-path soon",
             "--dst-mac 52:54:00:00:00:05 --size 59",
             "--dst-mac 52:54:00:00:00:05 --size 100-60",
             "--dst-mac 52:54:00:00:00:05 --size 60-1515",
