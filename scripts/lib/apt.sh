@@ -55,10 +55,14 @@ refresh_if_unknown() {
     local package
     for package; do
         [[ -z $(package_candidate "$package") ]] || continue
-        progress "reading apt's package lists"
-        "${SUDO[@]}" apt-get update >"$CACHE/apt.log" 2>&1 ||
-            fail "apt-get update failed (log: $CACHE/apt.log)" "${SUDO[*]:+${SUDO[*]} }apt-get update"
-        progress_end
+        refresh_lists
         return
     done
+}
+
+refresh_lists() {
+    progress "reading apt's package lists"
+    "${SUDO[@]}" apt-get update >"$CACHE/apt.log" 2>&1 ||
+        fail "apt-get update failed (log: $CACHE/apt.log)" "${SUDO[*]:+${SUDO[*]} }apt-get update"
+    progress_end
 }

@@ -23,7 +23,7 @@ programs_compile() {
         directory+=-coverage
     fi
     RUSTFLAGS=$flags cargo build --manifest-path "$REPO/Cargo.toml" \
-        --release --locked --workspace --bins --examples --target "$TARGET" --target-dir "$directory" \
+        --profile lab --locked --workspace --bins --examples --target "$TARGET" --target-dir "$directory" \
         --message-format json-render-diagnostics >"$built" ||
         fail "cargo could not build the guest's programs (its message is above)"
     mapfile -t PROGRAMS < <(grep -o '"executable":"[^"]*/vireo-[^"/]*"' "$built" | cut -d'"' -f4 | sort -u)
@@ -41,10 +41,11 @@ programs_find() {
     fail "the workspace has no program $1" "cargo build --bin $1"
 }
 
-cargo_version() { cargo --version 2>/dev/null | awk '{print $2}'; }
+# Empty where there is no cargo.
+cargo_version() { { cargo --version 2>/dev/null || true; } | awk '{print $2}'; }
 
 need_cargo() {
-    local wanted version candidate
+    local wanted version package
     need_packages gcc libc6-dev
     wanted=$(sed -n '/^rust-version *=/{s/.*"\(.*\)".*/\1/p;q}' "$REPO/Cargo.toml")
     version=$(cargo_version)
@@ -55,18 +56,33 @@ need_cargo() {
     if command -v rustup >/dev/null; then
         fail "cargo $wanted or newer is needed, here is ${version:-none}" "rustup update stable && rustup default stable"
     fi
-    # Debian keeps a current Rust for its browsers' sake.
-    refresh_if_unknown rustc-web
-    for candidate in cargo-web cargo; do
-        if version_at_least "$(package_candidate "$candidate")" "$wanted"; then
-            need_packages "${candidate/cargo/rustc}" "$candidate"
-            hash -r
-            version=$(cargo_version)
-            break
+    package=$(cargo_package "$wanted")
+    if [[ -z $package ]]; then
+        apt_consent "read apt's package lists to find cargo $wanted" "${SUDO[*]:+${SUDO[*]} }apt-get update"
+        refresh_lists
+        package=$(cargo_package "$wanted")
+    fi
+    [[ -n $package ]] || fail "cargo $wanted or newer is needed, here is ${version:-none}, and apt has none that is new enough" \
+        "install rustup (package rustup, or rustup.rs), then: rustup default stable"
+    need_packages "${package/cargo/rustc}" "$package"
+    hash -r
+}
+
+# cargo_package VERSION: apt's package of a cargo at least that new, if there is one. Debian keeps a current Rust for its
+# browsers' sake.
+cargo_package() {
+    local package version
+    for package in cargo-web cargo; do
+        version=$(package_candidate "$package")
+        if [[ -n $version ]] && version_at_least "$version" "$1"; then
+            echo "$package"
+            return
         fi
     done
-    if [[ -z $version ]] || ! version_at_least "$version" "$wanted"; then
-        fail "cargo $wanted or newer is needed, here is ${version:-none}, and apt has none that is new enough" \
-            "install rustup (package rustup, or rustup.rs), then: rustup default stable"
-    fi
+}
+
+# cargo fmt and cargo clippy for a cargo that is apt's; rustup's comes with its own way to them.
+need_components() {
+    ! package_installed cargo-web || need_packages rustfmt-web rust-web-clippy
+    ! package_installed cargo || need_packages rustfmt rust-clippy
 }

@@ -12,6 +12,16 @@ fail() {
     exit 125
 }
 
+# No script ends without a word: what errexit stops on is named. A subshell's failure is its caller's too; fail has spoken.
+ui_stopped() {
+    local status=$1
+    ((BASH_SUBSHELL == 0 && status != 125)) || return 0
+    progress_end
+    printf '%s: stopped at %s:%s: exit code %s of: %s\n' "$ME" "${BASH_SOURCE[1]##*/}" "${BASH_LINENO[0]}" "$status" "$BASH_COMMAND" >&2
+}
+set -o errtrace
+trap 'ui_stopped $?' ERR
+
 PROGRESS_SHOWN=
 PROGRESS_NEXT=0
 

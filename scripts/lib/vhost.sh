@@ -34,7 +34,7 @@ vhost_circle() {
         QEMU_EXTRA+=(-chardev "socket,id=v$port,path=$WORK/vhost$port" -netdev "vhost-user,id=n$port,chardev=v$port"
             -device "$nic,netdev=n$port,addr=0x$((port + 4)),mac=52:54:00:00:00:0$((port + 4))")
     done
-    "$REPO/target/guest/$TARGET/release/vireo-l2fwd" -l 1 --no-pci --no-huge --file-prefix "vhost-$$" \
+    "$REPO/target/guest/$TARGET/lab/vireo-l2fwd" -l 1 --no-pci --no-huge --file-prefix "vhost-$$" \
         --vdev "net_vhost0,iface=$WORK/vhost0" --vdev "net_vhost1,iface=$WORK/vhost1" -- -p 3 -q 2 -T 0 &
     VHOST_L2FWD=$!
     for port in 0 1; do
