@@ -20,7 +20,7 @@ use crate::control::{Managed, Queues};
 use crate::forward::{AnyLane, PairCounts, ethernet};
 use crate::launch::{Shared, forward_on_lcores};
 use crate::plan::{Planned, plan};
-use crate::report::{Reporter, Style, Totals, link_text, mac_text};
+use crate::report::{Reporter, Style, Totals, announce, link_text, mac_text};
 
 /// Descriptors of each queue, as in DPDK's l2fwd.
 pub const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
@@ -35,7 +35,8 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     let mut enabled: Vec<usize> = planned.iter().map(|lane| lane.from).collect();
     enabled.sort_unstable();
     enabled.dedup();
-    let mut reporter = Reporter::new(Style::of_stdout(args.json), enabled.clone());
+    let style = Style::of_stdout(args.json);
+    let mut reporter = Reporter::new(style, enabled.clone());
     describe(eal, &reporter, &all, &enabled)?;
     reporter.chat(&format!("MAC updating {}\n", if args.mac_updating { "enabled" } else { "disabled" }))?;
     for Planned { lcore, from, to, pair } in &planned {
@@ -95,7 +96,8 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
         counts: &counts,
         busy_ticks: busy_ticks.as_ref(),
     };
-    let queues = forward_on_lcores(shared, &mut all, &enabled, shares, || {
+    let announce = |port, state| announce(style, port, state);
+    let queues = forward_on_lcores(shared, &mut all, &enabled, shares, &announce, || {
         let due = args.period.is_some_and(|period| last.elapsed().as_secs_f64() >= period);
         if due && printed.is_ok() {
             last = Instant::now();

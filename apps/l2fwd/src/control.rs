@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use vireo_drivers::port::{Leftover, Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
 use vireo_drivers::ports::{OpenPort, PortMemory};
 use vireo_eal::Error;
@@ -143,15 +144,34 @@ impl Managed {
         self.leftover = port.leftover();
     }
 
-    /// Notes a change of the link. A port without a bus has a peer in the place of one, which it looks after itself.
-    fn look_at_link(&mut self, number: usize) {
-        let Some(open) = self.open.as_ref().filter(|open| open.report.is_some()) else { return };
+    /// Notes a change of the link, and gives it. A port without a bus has a peer in the place of one, which it looks after
+    /// itself.
+    fn look_at_link(&mut self, number: usize) -> Option<PortState> {
+        let open = self.open.as_ref().filter(|open| open.report.is_some())?;
         let up = open.port.link().up;
-        if self.link_up.replace(up).is_some_and(|before| before != up) {
-            self.link_changes += 1;
-            tracing::info!("port {number}: link {}", if up { "up" } else { "down" });
+        if self.link_up.replace(up).is_none_or(|before| before == up) {
+            return None;
         }
+        self.link_changes += 1;
+        tracing::info!("port {number}: link {}", if up { "up" } else { "down" });
+        Some(if up { PortState::LinkUp } else { PortState::LinkDown })
     }
+}
+
+/// What becomes of a port while the lcores forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PortState {
+    /// Its device broke a rule or completes nothing: it is stopped and started again.
+    Restarting,
+    /// It is up again after a restart.
+    Running,
+    /// The kernel wanted it back, and has it.
+    Closed,
+    /// Its link came up.
+    LinkUp,
+    /// Its link went down.
+    LinkDown,
 }
 
 /// A lane without its queues, and its lcore.
@@ -164,7 +184,6 @@ struct Route {
 }
 
 /// What the control thread works with.
-#[derive(Debug)]
 pub struct Control<'a> {
     ports: &'a mut [Managed],
     enabled: &'a [usize],
@@ -172,6 +191,7 @@ pub struct Control<'a> {
     rings: (&'a PortMemory, QueueSizes, u16),
     cache: PoolCache,
     recall: &'a Recall,
+    announce: &'a (dyn Fn(usize, PortState) + Sync),
     /// Queues that no lcore has, because their port is down or the one that they forward to or from.
     queues: Queues,
     /// The lanes that they are to be again.
@@ -180,7 +200,8 @@ pub struct Control<'a> {
 
 impl<'a> Control<'a> {
     /// Of `ports`, those with numbers in `enabled` are looked after: they are started, and `lcores` forward between
-    /// them. `rings` says where rings are made, how many descriptors they have, and how many pairs a port has.
+    /// them. `rings` says where rings are made, how many descriptors they have, and how many pairs a port has. `announce`
+    /// is called with what becomes of a port.
     pub fn new(
         ports: &'a mut [Managed],
         enabled: &'a [usize],
@@ -188,9 +209,10 @@ impl<'a> Control<'a> {
         rings: (&'a PortMemory, QueueSizes, u16),
         cache: PoolCache,
         recall: &'a Recall,
+        announce: &'a (dyn Fn(usize, PortState) + Sync),
     ) -> Self {
         let queues = Queues::new(rings.2.into());
-        Self { ports, enabled, lcores, rings, cache, recall, queues, routes: Vec::new() }
+        Self { ports, enabled, lcores, rings, cache, recall, announce, queues, routes: Vec::new() }
     }
 
     /// Looks after the ports until `stop`; [`thread::Thread::unpark`] makes it look at once. Gives the queues
@@ -214,6 +236,7 @@ impl<'a> Control<'a> {
                 return;
             }
             self.ports[number].open = None;
+            (self.announce)(number, PortState::Closed);
         } else if tried.elapsed() < RESTART_EVERY {
             // Soon.
         } else if *down {
@@ -221,11 +244,12 @@ impl<'a> Control<'a> {
         } else if let Err(error) = open.port.check() {
             tracing::warn!("port {number}: {error}; it is restarted");
             *restarts += 1;
+            (self.announce)(number, PortState::Restarting);
             if self.stop(number) {
                 self.bring_up(number);
             }
-        } else {
-            self.ports[number].look_at_link(number);
+        } else if let Some(state) = self.ports[number].look_at_link(number) {
+            (self.announce)(number, state);
         }
     }
 
@@ -266,5 +290,6 @@ impl<'a> Control<'a> {
             waits
         });
         self.recall.give(lanes, self.lcores);
+        (self.announce)(number, PortState::Running);
     }
 }

@@ -12,7 +12,7 @@ use vireo_eal::dma::Pool;
 use vireo_eal::lcore::{Lcores, StopFlag};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::control::{Control, Managed, Queues};
+use crate::control::{Control, Managed, PortState, Queues};
 use crate::forward::{AnyLane, PairCounts, forward_any};
 use crate::recall::Recall;
 
@@ -41,8 +41,8 @@ pub struct Shared<'a> {
 }
 
 /// Forwards the lanes of `shares` (by lcore) until the run is to stop, and calls `tick` now and then on the main
-/// lcore. `ports`, of which those with numbers in `enabled` are started, are looked after meanwhile. Gives the
-/// queues of the ports that work at the end.
+/// lcore. `ports`, of which those with numbers in `enabled` are started, are looked after meanwhile, and `announce` is called
+/// with what becomes of them. Gives the queues of the ports that work at the end.
 ///
 /// # Errors
 /// When an lcore cannot be pinned, or panicked.
@@ -51,6 +51,7 @@ pub fn forward_on_lcores(
     ports: &mut [Managed],
     enabled: &[usize],
     mut shares: BTreeMap<u32, Vec<AnyLane>>,
+    announce: &(dyn Fn(usize, PortState) + Sync),
     mut tick: impl FnMut(),
 ) -> Result<Queues> {
     let Shared { lcores, stop, memory, pool, sizes, pairs, .. } = shared;
@@ -59,7 +60,8 @@ pub fn forward_on_lcores(
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
     let (mut queues, lanes) = thread::scope(|scope| {
-        let control = Control::new(ports, enabled, &ids, (memory, sizes, pairs), pool.cache(), &recall);
+        let control =
+            Control::new(ports, enabled, &ids, (memory, sizes, pairs), pool.cache(), &recall, announce);
         let control = thread::Builder::new()
             .name("vireo-control".into())
             .spawn_scoped(scope, move || control.run(stop))

@@ -10,6 +10,7 @@ use vireo_drivers::port::{Link, MacAddr};
 use vireo_eal::clock::Tsc;
 use vireo_eal::{Result, program};
 
+use crate::control::PortState;
 use crate::forward::{Count, PairCounts};
 
 /// How the output looks.
@@ -137,6 +138,16 @@ impl Reporter {
             &format!("CPU cycles/packet={each:.2} (total cycles={ticks} / total io packets={packets}) at {mhz} MHz Clock\n"),
             &json!({ "event": "core_cycles", "cycles_per_packet": each, "cycles": ticks, "packets": packets, "mhz": mhz }),
         )
+    }
+}
+
+/// Prints what became of a port, to programs: the log has it for people. As with statistics, nobody waits for a reader that
+/// stands still.
+pub fn announce(style: Style, port: usize, state: PortState) {
+    if style == Style::Json && program::is_output_ready() {
+        // The next statistics find the same output, and end the run.
+        let _ =
+            program::print(&format!("{}\n", json!({ "event": "port_state", "port": port, "state": state })));
     }
 }
 

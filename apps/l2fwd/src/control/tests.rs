@@ -2,7 +2,7 @@
 //! lost.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vireo_drivers::fakedev::e1000::{FakeE1000, Faults, ID_82540EM};
@@ -16,7 +16,7 @@ use vireo_eal::dma::{DATA_ROOM, DmaMemory, Pool};
 use vireo_eal::lcore::{Lcores, StopFlag};
 use vireo_eal::mem::{Backing, Region};
 
-use super::{Managed, Queues};
+use super::{Managed, PortState, Queues};
 use crate::balance::Balance;
 use crate::forward::PairCounts;
 use crate::launch::{Shared, forward_on_lcores};
@@ -168,6 +168,7 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
         counts: &counts,
         busy_ticks: None,
     };
+    let announced = Mutex::new(Vec::new());
     let mut queues = std::thread::scope(|scope| {
         let acting = scope.spawn(|| {
             // Also when it panics, or the test would not end.
@@ -190,10 +191,13 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
                 "others were reset"
             );
         });
-        let queues = forward_on_lcores(shared, &mut ports, &[0, 1, 2, 3], shares, || ()).unwrap();
+        let announce = |port, state| announced.lock().unwrap().push((port, state));
+        let queues = forward_on_lcores(shared, &mut ports, &[0, 1, 2, 3], shares, &announce, || ()).unwrap();
         acting.join().unwrap();
         queues
     });
+    let restarts = [(0, PortState::Restarting), (0, PortState::Running)].repeat(ports[0].restarts as usize);
+    assert_eq!(announced.into_inner().unwrap(), restarts);
     for (number, port) in ports.iter_mut().enumerate() {
         port.stop(queues.take_port(number), &mut cache);
         assert!(port.unconfirmed.is_none());
