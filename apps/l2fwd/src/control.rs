@@ -93,7 +93,7 @@ pub struct Managed {
     pub restarts: u64,
     /// How often its link was seen to change; of NICs.
     pub link_changes: u64,
-    /// Whether its link was up at the last look; none before the first.
+    /// Whether its link was up at the last look; none for a port that has no bus, and a peer in the place of a link.
     link_up: Option<bool>,
     /// Whether it is stopped, and is to be started.
     down: bool,
@@ -107,6 +107,7 @@ impl Managed {
     /// A port that was just started.
     pub fn new(open: OpenPort) -> Self {
         let (rx, tx, drops, leftover) = Default::default();
+        let link_up = open.report.is_some().then(|| open.port.link().up);
         Self {
             open: Some(open),
             rx,
@@ -115,7 +116,7 @@ impl Managed {
             leftover,
             restarts: 0,
             link_changes: 0,
-            link_up: None,
+            link_up,
             down: false,
             tried: Instant::now(),
             unconfirmed: None,
@@ -144,12 +145,11 @@ impl Managed {
         self.leftover = port.leftover();
     }
 
-    /// Notes a change of the link, and gives it. A port without a bus has a peer in the place of one, which it looks after
-    /// itself.
+    /// Notes a change of the link, and gives it.
     fn look_at_link(&mut self, number: usize) -> Option<PortState> {
-        let open = self.open.as_ref().filter(|open| open.report.is_some())?;
+        let (open, link_up) = (self.open.as_ref()?, self.link_up.as_mut()?);
         let up = open.port.link().up;
-        if self.link_up.replace(up).is_none_or(|before| before == up) {
+        if std::mem::replace(link_up, up) == up {
             return None;
         }
         self.link_changes += 1;
