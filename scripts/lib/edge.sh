@@ -3,6 +3,8 @@
 # pins are neither read nor written, only its keyring and the mirror that it already uses.
 
 EDGE_SUITES=(trixie-backports sid)
+# Package and version that everybody tests with, until lab kernel --kernel edge --update moves them forward.
+EDGE_PIN="$SCRIPTS/kernel.edge"
 EDGE_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
 # The mirror is what the machine's own sources name for its release itself (the security archive has no other suites).
@@ -23,6 +25,21 @@ edge_apt() {
         -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null \
         -o Dir::State="$dir/state" -o Dir::State::status=/dev/null -o Dir::Cache="$dir/cache" \
         -o APT::Architecture=amd64 -o APT::Sandbox::User=root -o Debug::NoLocking=1 "$@"
+}
+
+edge_pinned_version() { awk 'NR == 1 {print $2}' "$EDGE_PIN"; }
+
+# Prints "PACKAGE VERSION" of what is pinned, or where the archive has moved on, of the newest there is.
+edge_source() {
+    local pinned newest
+    pinned=$(<"$EDGE_PIN")
+    newest=$(edge_newest)
+    if [[ -n $(edge_apt apt-cache madison "${pinned% *}" | awk -v version="${pinned#* }" '$3 == version') ]]; then
+        echo "$pinned"
+    else
+        say "the archive has ${newest#* } in the place of ${pinned#* }, which scripts/kernel.edge pins"
+        echo "$newest"
+    fi
 }
 
 # Prints "PACKAGE VERSION" of the newest kernel source >= 7.3 of the first suite that has one.

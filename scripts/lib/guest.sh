@@ -38,6 +38,9 @@ guest_boot() {
     initramfs_build "$run" "$image" "$@"
     topology_build
     qemu_arguments "$image" "$run" "$output"
+    if [[ -n $OPT_HARNESS ]]; then
+        ln -s "$OPT_HARNESS/console.log" "$run/console"
+    fi
     : >"$run/console"
     guest_follow_console "$run"
     "guest_attach_$output" "$run" "$timeout" || status=$?

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The guest's root: busybox, strace, what --add names, scripts/guest, scripts/matrix and our programs, in one
+# The guest's root: busybox, strace, what --add names, scripts/guest and our programs, in one
 # uncompressed archive (QEMU hands it over at once, while unpacking a compressed one under software emulation takes
 # seconds).
 
@@ -13,7 +13,6 @@ initramfs_build() {
         install -m 755 "$file" "$root/bin/${file##*/}"
     done
     mv "$root/bin/init" "$root/init"
-    cp -r "$SCRIPTS/matrix" "$root/matrix"
     for file in "$(command -v strace)" "${ADDED[@]}"; do
         initramfs_add_file "$root" "$file"
     done

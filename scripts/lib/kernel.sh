@@ -24,34 +24,44 @@ kernel_cached() {
     find "$CACHE/kernel" -mindepth 2 -maxdepth 2 -path "$CACHE/kernel/$1*-$id/bzImage" | sort -V | tail -n1
 }
 
-# kernel_path SELECTOR [newest]: prints the image. A cached kernel is used as it is, so that runs need no network and
-# nobody waits for a build because the archive moved on; with "newest" the archive is asked.
+# kernel_path SELECTOR: prints the image. A cached kernel is used as it is, so that runs need no network and nobody waits for
+# a build because the archive moved on.
 kernel_path() {
-    local prefix source image
+    local source image
     case $1 in
-        default) prefix=6.12 ;;
-        edge) prefix=7. ;;
+        default | edge) ;;
         *)
             [[ -f $1 ]] || fail "no kernel image at '$1'" "--kernel default, --kernel edge or the path of a bzImage"
             echo "$1"
             return
             ;;
     esac
-    if [[ ${2:-} != newest ]]; then
-        image=$(kernel_cached "$prefix")
-        if [[ -n $image ]]; then
-            echo "$image"
-            return
-        fi
+    image=$(kernel_chosen "$1")
+    if [[ -n $image ]]; then
+        echo "$image"
+        return
     fi
     source=$(kernel_source "$1")
     kernel_build "$1" "${source% *}" "${source#* }"
 }
 
-# Prints "PACKAGE VERSION".
+# kernel_chosen default|edge: the image in the cache, if there is one. Of edge it is the pinned version, and else what was
+# built because the archive did not have that any more.
+kernel_chosen() {
+    local image=
+    case $1 in
+        default) kernel_cached 6.12 ;;
+        edge)
+            image=$(kernel_cached "$(edge_pinned_version)")
+            if [[ -n $image ]]; then echo "$image"; else kernel_cached 7.; fi
+            ;;
+    esac
+}
+
+# kernel_source default|edge [newest]: prints "PACKAGE VERSION".
 kernel_source() {
     if [[ $1 == edge ]]; then
-        edge_newest
+        if [[ ${2:-} == newest ]]; then edge_newest; else edge_source; fi
         return
     fi
     local version
@@ -159,8 +169,7 @@ kernel_describe() { echo "$(kernel_release "$1") $1"; }
 kernel_show() {
     local image
     case $1 in
-        default) image=$(kernel_cached 6.12) ;;
-        edge) image=$(kernel_cached 7.) ;;
+        default | edge) image=$(kernel_chosen "$1") ;;
         *) image=$(kernel_path "$1") ;;
     esac
     [[ -n $image ]] || fail "the $1 kernel is not built for the present scripts/kernel.config" "lab kernel --kernel $1"

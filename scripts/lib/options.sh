@@ -8,14 +8,13 @@ scripts/lab: VFIO and IOMMUFD in a QEMU guest, for machines without an IOMMU or 
   lab compare [--json FILE] [--html FILE] [-- ARGS]  run the same forwarder in every VFIO mode and compare them
   lab run [options] -- COMMAND...                    run COMMAND in the guest; its exit code is passed on
   lab shell [options]                                a busybox shell in the guest
-  lab test [options] [BOOT...]                       the test matrix, as TAP; all boots or those named
-  lab wire [options]                                 two hosts of this machine talk through the guest, as TAP
-  lab vhost [options]                                a guest's virtio-net on this machine's net_vhost, as TAP
-  lab kernel [--show]                                build the newest guest kernel, or show what is built
+  lab test [options]                                 the guest's tests: scripts/test without the host's, and its options
+  lab kernel [--show | --update]                     build the guest's kernel; show what is built; build the newest one, and
+                                                     for --kernel edge pin it (scripts/kernel.edge)
 
 Programs of this repository go by their short names: lab run -- l2fwd --help
 
-  --kernel default|edge|PATH  Debian's 6.12, Debian's newest (7.3 or later), or a bzImage of your own
+  --kernel default|edge|PATH  Debian's 6.12, the newer one that scripts/kernel.edge pins, or a bzImage of your own
   --yes                       let apt install what is missing, and remove what conflicts with it, without asking
   --no-iommu                  boot without an IOMMU, with VFIO's unsafe no-IOMMU mode enabled
   --nics KINDS|none|tap:A,B   KINDS: virtio-net,e1000,e1000e (default: all three, four NICs of each);
@@ -24,16 +23,14 @@ Programs of this repository go by their short names: lab run -- l2fwd --help
   --no-iommu-platform         virtio-net that bypasses the IOMMU (drivers must refuse it)
   --cpus N, --mem MIB         virtual CPUs (2) and memory (2048)
   --hugepages N               2 MiB pages reserved at boot (256)
-  --monitor                   let the guest command QEMU, by its port monitor.in (lab test has it)
+  --monitor                   let the guest command QEMU, by its port monitor.in
+  --harness DIR               sockets in DIR for the tests: a port of the guest, QEMU's monitor and the console
   --add FILE                  a program or library of the host, at its own path, with the libraries that it needs; a
                               program goes by its name (repeatable)
   --share DIR                 DIR of the host, writable, at /share
   --coverage DIR              build the programs to count the lines that they reach; each boot leaves a directory of
                               .profraw files in DIR, and sanitize coverage --guest makes a report of them
-  --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare and test; 0: none)
-  --long                      for test: 100 kills and restarts for each mode in the place of 5, 1000 flaps of each link
-                              in the place of 3, and every system call of a start failed in turn in the place of ioctl
-                              and openat
+  --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare; 0: none)
   --accel auto|kvm|tcg        auto: KVM if a probe boot shows that it works
   --no-build                  do not build the repository's programs; the guest has busybox and strace
   --qemu-arg ARG              one more argument for QEMU (repeatable)
@@ -45,9 +42,9 @@ TEXT
 }
 
 OPT_KERNEL=default
-OPT_KERNEL_GIVEN=
 OPT_YES=
 OPT_SHOW=
+OPT_UPDATE=
 OPT_IOMMU=1
 OPT_NICS=virtio-net,e1000,e1000e
 OPT_NICS_GIVEN=
@@ -59,11 +56,11 @@ OPT_HUGEPAGES=256
 OPT_SHARE=
 OPT_COVERAGE=
 OPT_MONITOR=
+OPT_HARNESS=
 OPT_TIMEOUT=
 OPT_ACCEL=auto
 OPT_BUILD=1
 OPT_VERBOSE=
-OPT_LONG=
 OPT_JSON=
 OPT_HTML=
 ADDED=()
@@ -75,7 +72,7 @@ options_parse() {
     while (($#)); do
         case $1 in
             --) shift; COMMAND=("$@"); return ;;
-            --kernel) OPT_KERNEL=$(option_value "$@"); OPT_KERNEL_GIVEN=1; shift ;;
+            --kernel) OPT_KERNEL=$(option_value "$@"); shift ;;
             --nics) OPT_NICS=$(option_value "$@"); OPT_NICS_GIVEN=1; shift ;;
             --cpus) OPT_CPUS=$(option_number "$@"); shift ;;
             --mem) OPT_MEM=$(option_number "$@"); shift ;;
@@ -83,6 +80,7 @@ options_parse() {
             --timeout) OPT_TIMEOUT=$(option_number "$@"); shift ;;
             --share) OPT_SHARE=$(option_directory "$@"); shift ;;
             --coverage) OPT_COVERAGE=$(option_directory "$@"); OPT_SHARE=$OPT_COVERAGE; shift ;;
+            --harness) OPT_HARNESS=$(option_directory "$@"); shift ;;
             --add) ADDED+=("$(option_file "$@")"); shift ;;
             --accel) OPT_ACCEL=$(option_value "$@"); shift ;;
             --json) OPT_JSON=$(option_value "$@"); shift ;;
@@ -92,13 +90,13 @@ options_parse() {
             --monitor) OPT_MONITOR=1 ;;
             --yes) OPT_YES=1 ;;
             --show) OPT_SHOW=1 ;;
+            --update) OPT_UPDATE=1 ;;
             --no-iommu) OPT_IOMMU= ;;
             --no-bind) OPT_BIND= ;;
             --bind) OPT_BIND=1 ;;
             --no-iommu-platform) OPT_IOMMU_PLATFORM=off ;;
             --no-build) OPT_BUILD= ;;
             --verbose) OPT_VERBOSE=1 ;;
-            --long) OPT_LONG=1 ;;
             -h | --help) usage; exit 0 ;;
             -*) fail "unknown option '$1'" "lab --help" ;;
             *) COMMAND=("$@"); return ;;

@@ -11,7 +11,7 @@ qemu_arguments() {
         -M 'q35,kernel-irqchip=split' -accel "$ACCEL" -cpu "$cpu" -smp "$OPT_CPUS" -m "$OPT_MEM"
         -nodefaults -no-user-config -no-reboot -display none
         -kernel "$image" -initrd "$run/initrd" -append "$(kernel_command_line "$output")"
-        -serial "file:$run/console"
+        -chardev "$(qemu_console "$run")" -serial chardev:console
     )
     # The IOMMU has to come before what it translates for. Its properties are globals so that a later
     # --qemu-arg -global can change them (intremap=off, aw-bits=39).
@@ -34,6 +34,7 @@ qemu_add_ports() {
     QEMU_ARGS+=(-device 'virtio-serial-pci,addr=2')
     qemu_add_port "$run" status
     [[ -z $OPT_MONITOR ]] || qemu_add_monitor "$run"
+    [[ -z $OPT_HARNESS ]] || qemu_add_harness
     if [[ $2 == terminal ]]; then
         QEMU_ARGS+=(
             -chardev 'stdio,id=terminal,mux=on,signal=off' -mon 'chardev=terminal,mode=readline'
@@ -52,6 +53,23 @@ qemu_add_monitor() {
     : >"$1/monitor.out"
     QEMU_ARGS+=(-chardev "pipe,id=monitor,path=$1/monitor" -mon 'chardev=monitor,mode=readline')
     qemu_add_port "$1" monitor.in
+}
+
+# The harness writes to the console of a guest that hangs.
+qemu_console() {
+    if [[ -n $OPT_HARNESS ]]; then
+        echo "socket,id=console,path=$OPT_HARNESS/console,server=on,wait=off,logfile=$OPT_HARNESS/console.log"
+    else
+        echo "file,id=console,path=$1/console"
+    fi
+}
+
+qemu_add_harness() {
+    QEMU_ARGS+=(
+        -chardev "socket,id=harness,path=$OPT_HARNESS/harness,server=on,wait=off"
+        -device 'virtserialport,chardev=harness,name=harness'
+        -chardev "socket,id=commands,path=$OPT_HARNESS/monitor,server=on,wait=off" -mon 'chardev=commands,mode=control'
+    )
 }
 
 # scripts/guest/init finds a port by its name.

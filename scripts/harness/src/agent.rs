@@ -1,0 +1,94 @@
+//! The guest's side of a boot: cases come by name over a virtio-serial port, and reports go back.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write as _};
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::case::{Outcome, Report, read};
+use crate::guest::machine::{port, state};
+use crate::guest::{Boot, soak};
+
+/// The port's name, in QEMU and in the guest.
+pub(crate) const PORT: &str = "harness";
+
+/// What the host asks for.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// To run a case of the boot.
+    Case(String),
+    /// To soak.
+    Soak(soak::Plan),
+}
+
+/// What the guest answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    /// It is there, on this release of the kernel.
+    Ready(String),
+    /// The case is over.
+    Done(Report),
+    /// A line for who waits.
+    Progress(String),
+}
+
+/// Serves requests until the host ends the boot.
+///
+/// # Errors
+/// When the port fails.
+pub(crate) fn serve(boot: Boot, full: bool, programs: &Path) -> Result<()> {
+    let node = port(PORT)?.context("the guest has no port for the harness")?;
+    let open = || OpenOptions::new().read(true).write(true).open(&node);
+    let mut host = open().with_context(|| format!("cannot open {}", node.display()))?;
+    let requests = BufReader::new(host.try_clone()?);
+    let cases = boot.cases();
+    answer(&mut host, &Answer::Ready(read("/proc/sys/kernel/osrelease")?.trim().to_owned()))?;
+    let mut before = state();
+    for line in requests.lines() {
+        let report = match serde_json::from_str(&line?)? {
+            Request::Soak(plan) => soak::run(&plan, programs, &mut |line| {
+                // Who does not read them gets the report all the same.
+                let _ = answer(&mut host, &Answer::Progress(line));
+            }),
+            Request::Case(name) => match cases.0.iter().find(|case| case.name == name) {
+                None => Report { name, ..Report::failed("the guest has no such case".into()) },
+                Some(case) => judged(case.run(full, programs), &mut before),
+            },
+        };
+        answer(&mut host, &Answer::Done(report))?;
+    }
+    Ok(())
+}
+
+fn answer(host: &mut File, answer: &Answer) -> Result<()> {
+    let mut line = serde_json::to_string(answer)?;
+    line.push('\n');
+    host.write_all(line.as_bytes()).context("the host does not listen")
+}
+
+/// Whatever a case did, the machine has to be afterwards as it was before.
+fn judged(mut report: Report, before: &mut String) -> Report {
+    let after = state();
+    if after != *before && !matches!(report.outcome, Outcome::Failed(_)) {
+        let gone = before
+            .lines()
+            .filter(|line| !after.lines().any(|is| is == *line))
+            .map(|line| format!("- {line}"));
+        let new = after
+            .lines()
+            .filter(|line| !before.lines().any(|was| was == *line))
+            .map(|line| format!("+ {line}"));
+        let changes: Vec<String> = gone.chain(new).collect();
+        report.outcome = Outcome::Failed(format!("the machine is not as before:\n{}", changes.join("\n")));
+    }
+    if matches!(report.outcome, Outcome::Failed(_)) {
+        // The next case is not to fail for this one.
+        for entry in std::fs::read_dir("/var/run/vireo").into_iter().flatten().flatten() {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+        *before = state();
+    }
+    report
+}

@@ -1,0 +1,277 @@
+//! The host's side of a boot: `scripts/lab run` with the agent in the guest, and what hangs there made to speak.
+
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Lines, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::agent::{Answer, PORT, Request};
+use crate::case::Report;
+use crate::guest::Boot;
+use crate::host::stacks;
+
+/// For the build of the guest's programs, and for a kernel that is not in the cache.
+const PREPARE: Duration = Duration::from_secs(3600);
+/// From QEMU's start to the agent's first word, on a busy machine without KVM.
+const START: Duration = Duration::from_secs(180);
+/// From the last case to the end of the guest.
+const END: Duration = Duration::from_secs(60);
+/// How long a console may be silent until what it says counts as said.
+const SILENCE: Duration = Duration::from_secs(2);
+/// For QEMU to answer a command.
+const QMP_ANSWER: Duration = Duration::from_secs(10);
+/// Lines of the kernel's log that are worth reading after a hang.
+const LOG_LINES: usize = 60;
+
+/// How boots are made.
+#[derive(Clone, Debug)]
+pub(crate) struct Lab {
+    /// The checkout.
+    pub(crate) repo: PathBuf,
+    /// Options of `lab run` for all boots.
+    pub(crate) options: Vec<String>,
+    /// Whether cases run in full.
+    pub(crate) full: bool,
+}
+
+/// A guest that runs cases.
+#[derive(Debug)]
+pub(crate) struct Session {
+    lab: Child,
+    dir: TempDir,
+    host: UnixStream,
+    answers: Receiver<Answer>,
+    /// Release of its kernel.
+    pub(crate) release: String,
+}
+
+/// Why a request has no report.
+#[derive(Debug)]
+pub(crate) enum Lost {
+    /// It took too long.
+    Hung,
+    /// The guest or QEMU ended.
+    Ended(String),
+}
+
+impl Session {
+    /// Boots the guest.
+    ///
+    /// # Errors
+    /// When the agent does not come to answer; with what the lab said.
+    pub(crate) fn start(lab: &Lab, kernel: &str, boot: Boot) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("vireo-boot.").tempdir()?;
+        let mut command = Command::new(lab.repo.join("scripts/lab"));
+        command.args(["run", "--kernel", kernel, "--timeout", "0", "--monitor", "--harness"]).arg(dir.path());
+        command.args(&lab.options).args(boot.lab_options());
+        command.args(["--", "vireo-harness", "agent", boot.name()]).args(lab.full.then_some("--full"));
+        let said = File::create(dir.path().join("lab.log"))?;
+        command.stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said).process_group(0);
+        let mut child = command.spawn().context("cannot start scripts/lab")?;
+        match connect(&mut child, dir.path()) {
+            Ok((host, answers, release)) => Ok(Self { lab: child, dir, host, answers, release }),
+            Err(error) => {
+                let said = tail(&dir.path().join("lab.log"), 20);
+                end(&mut child);
+                Err(error.context(format!("boot '{}' failed\n{said}", boot.name())))
+            }
+        }
+    }
+
+    /// Runs a case, or a soak, which `say` hears of.
+    ///
+    /// # Errors
+    /// When it does not end in `limit`, or the guest ends.
+    pub(crate) fn request(
+        &mut self,
+        request: &Request,
+        limit: Duration,
+        mut say: impl FnMut(String),
+    ) -> std::result::Result<Report, Lost> {
+        let ended = |error: &dyn std::fmt::Display| Lost::Ended(error.to_string());
+        let line = serde_json::to_string(request).map_err(|error| ended(&error))? + "\n";
+        self.host.write_all(line.as_bytes()).map_err(|error| ended(&error))?;
+        let until = Instant::now() + limit;
+        loop {
+            match self.answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Answer::Done(report)) => return Ok(report),
+                Ok(Answer::Progress(line)) => say(line),
+                Ok(Answer::Ready(_)) => {}
+                Err(RecvTimeoutError::Timeout) => return Err(Lost::Hung),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Lost::Ended(tail(&self.dir.path().join("lab.log"), 10)));
+                }
+            }
+        }
+    }
+
+    /// What a guest that hangs is doing: the kernel's own stacks by sysrq if it still answers, the registers by QEMU in any
+    /// case, and where the host's side of it waits.
+    pub(crate) fn stacks(&self) -> String {
+        let log = self.dir.path().join("console.log");
+        let before = fs::metadata(&log).map(|log| log.len()).unwrap_or_default();
+        let mut text = match self.ask() {
+            Ok(registers) => {
+                let of_interest = |line: &&str| ["CPU#", "RIP="].iter().any(|word| line.contains(word));
+                registers.lines().filter(of_interest).map(|line| format!("{line}\n")).collect()
+            }
+            Err(error) => format!("QEMU cannot be asked: {error:#}\n"),
+        };
+        let console = fs::read(&log).unwrap_or_default();
+        let (before, since) = console.split_at(usize::try_from(before).unwrap_or(0).min(console.len()));
+        let of = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace('\r', "");
+        text += &format!("the end of the kernel's log:\n{}\n", last_lines(&of(before), LOG_LINES));
+        text += &format!("its answer to sysrq:\n{}\n", of(since));
+        text + "the host's side:\n" + &stacks::of_group(self.lab.id().cast_signed())
+    }
+
+    /// Has the kernel print all messages from now on, the processors' stacks, their timers, and the stacks of every task: a
+    /// BREAK and a key on a serial console are a sysrq. Gives QEMU's registers.
+    fn ask(&self) -> Result<String> {
+        let mut qemu = Qmp::connect(&self.dir.path().join("monitor"))?;
+        let mut console = UnixStream::connect(self.dir.path().join("console"))?;
+        console.set_read_timeout(Some(SILENCE))?;
+        for key in [b'9', b'l', b'q', b't'] {
+            qemu.command("chardev-send-break console")?;
+            console.write_all(&[key])?;
+            // The next BREAK would take the key's place; what the console prints is in its log, too.
+            let mut buffer = [0; 4096];
+            while let Ok(1..) = console.read(&mut buffer) {}
+        }
+        qemu.command("info registers -a")
+    }
+
+    /// Ends the boot in order; the command's exit code must be 0.
+    ///
+    /// # Errors
+    /// When it is not, with what the lab said.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        self.host.shutdown(std::net::Shutdown::Both)?;
+        let until = Instant::now() + END;
+        loop {
+            match self.lab.try_wait()? {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => {
+                    bail!("the boot ended with {status}\n{}", tail(&self.dir.path().join("lab.log"), 20))
+                }
+                None if Instant::now() > until => bail!("the guest did not end in {} s", END.as_secs()),
+                None => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        end(&mut self.lab);
+    }
+}
+
+/// Ends the lab and what it started.
+fn end(lab: &mut Child) {
+    let group = Pid::from_raw(lab.id().cast_signed());
+    if matches!(lab.try_wait(), Ok(None)) {
+        let _ = killpg(group, Signal::SIGTERM);
+        let until = Instant::now() + Duration::from_secs(10);
+        while matches!(lab.try_wait(), Ok(None)) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    // Also what a lab that ended by itself may have left.
+    let _ = killpg(group, Signal::SIGKILL);
+    let _ = lab.wait();
+}
+
+/// Waits for QEMU's socket, and then for the agent's first word.
+fn connect(lab: &mut Child, dir: &Path) -> Result<(UnixStream, Receiver<Answer>, String)> {
+    let until = Instant::now() + PREPARE;
+    let host = loop {
+        if let Ok(host) = UnixStream::connect(dir.join(PORT)) {
+            break host;
+        }
+        if let Some(status) = lab.try_wait()? {
+            bail!("the lab ended with {status}");
+        }
+        if Instant::now() > until {
+            bail!("QEMU did not start in {} s", PREPARE.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let (to_answers, answers) = channel();
+    let lines = BufReader::new(host.try_clone()?).lines();
+    std::thread::spawn(move || {
+        for answer in lines.map_while(Result::ok).map_while(|line| serde_json::from_str(&line).ok()) {
+            if to_answers.send(answer).is_err() {
+                return;
+            }
+        }
+    });
+    match answers.recv_timeout(START) {
+        Ok(Answer::Ready(release)) => Ok((host, answers, release)),
+        Ok(other) => Err(anyhow!("the agent began with {other:?}")),
+        Err(RecvTimeoutError::Timeout) => Err(anyhow!("the agent did not answer in {} s", START.as_secs())),
+        Err(RecvTimeoutError::Disconnected) => {
+            // Its message has to be complete.
+            let _ = lab.wait();
+            Err(anyhow!("the guest ended before its first word"))
+        }
+    }
+}
+
+/// QEMU's monitor for programs, which answers every command (docs/interop/qmp-spec.rst).
+struct Qmp {
+    stream: UnixStream,
+    lines: Lines<BufReader<UnixStream>>,
+}
+
+impl Qmp {
+    fn connect(socket: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(QMP_ANSWER))?;
+        let lines = BufReader::new(stream.try_clone()?).lines();
+        let mut qmp = Self { stream, lines };
+        qmp.execute(&json!({ "execute": "qmp_capabilities" }))?;
+        Ok(qmp)
+    }
+
+    /// A command of the monitor for people; gives what it prints.
+    fn command(&mut self, line: &str) -> Result<String> {
+        let arguments = json!({ "command-line": line });
+        let answer = self.execute(&json!({ "execute": "human-monitor-command", "arguments": arguments }))?;
+        Ok(answer.as_str().unwrap_or_default().replace('\r', ""))
+    }
+
+    fn execute(&mut self, command: &Value) -> Result<Value> {
+        writeln!(self.stream, "{command}")?;
+        for line in self.lines.by_ref() {
+            let answer: Value = serde_json::from_str(&line?)?;
+            match (answer.get("return"), answer.get("error")) {
+                (Some(value), _) => return Ok(value.clone()),
+                (_, Some(error)) => bail!("{command}: {error}"),
+                // The greeting, or an event.
+                _ => {}
+            }
+        }
+        bail!("QEMU has gone")
+    }
+}
+
+/// The last lines of a file.
+fn tail(file: &Path, count: usize) -> String {
+    last_lines(&String::from_utf8_lossy(&fs::read(file).unwrap_or_default()), count)
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}

@@ -1,0 +1,245 @@
+//! What a test case is: a name, a place in the suite, a time limit and a function.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+
+/// Seconds that a case may take unless it says otherwise.
+const LIMIT: u64 = 120;
+
+/// When a case runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tier {
+    /// Always; a guest case on the default kernel, and on the other one with `--full`.
+    Default,
+    /// Always, and a guest case on both kernels, because what it shows is the kernel's behaviour too.
+    BothKernels,
+    /// With `--full` only.
+    Full,
+}
+
+type Run = Box<dyn Fn(&Context) -> Result<()> + Send + Sync>;
+
+/// A test case.
+pub(crate) struct Case {
+    /// Unique within its boot, or within the host's cases.
+    pub(crate) name: String,
+    /// When it runs.
+    pub(crate) tier: Tier,
+    /// How long it may take; whatever takes longer is reported as hung.
+    pub(crate) limit: Duration,
+    run: Run,
+}
+
+impl fmt::Debug for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Case").field("name", &self.name).field("tier", &self.tier).finish_non_exhaustive()
+    }
+}
+
+impl Case {
+    /// Runs on both kernels.
+    pub(crate) fn on_both_kernels(&mut self) -> &mut Self {
+        self.tier = Tier::BothKernels;
+        self
+    }
+
+    /// Runs with `--full` only.
+    pub(crate) fn in_full(&mut self) -> &mut Self {
+        self.tier = Tier::Full;
+        self
+    }
+
+    /// As [`Case::in_full`], if `condition`.
+    pub(crate) fn in_full_if(&mut self, condition: bool) -> &mut Self {
+        if condition { self.in_full() } else { self }
+    }
+
+    /// May take so many seconds.
+    pub(crate) fn limit(&mut self, seconds: u64) -> &mut Self {
+        self.limit = Duration::from_secs(seconds);
+        self
+    }
+
+    /// Runs the case in an empty directory of its own. A panic fails it.
+    pub(crate) fn run(&self, full: bool, programs: &Path) -> Report {
+        run_once(self.name.clone(), full, programs, &self.run)
+    }
+}
+
+/// Runs `body` as a case of this name.
+pub(crate) fn run_once(
+    name: String,
+    full: bool,
+    programs: &Path,
+    body: impl FnOnce(&Context) -> Result<()>,
+) -> Report {
+    let dir = match tempfile::Builder::new().prefix("vireo-case.").tempdir() {
+        Ok(dir) => dir,
+        Err(error) => {
+            return Report { name, ..Report::failed(format!("no directory for the case: {error}")) };
+        }
+    };
+    let context =
+        Context { dir: dir.path().into(), full, programs: programs.into(), notes: RefCell::default() };
+    let result = catch_unwind(AssertUnwindSafe(|| body(&context)));
+    let outcome = match result {
+        Ok(Ok(())) => Outcome::Passed,
+        Ok(Err(error)) => match error.downcast_ref::<Skip>() {
+            Some(Skip(reason)) => Outcome::Skipped(reason.clone()),
+            None => Outcome::Failed(format!("{error:#}\n{}", output_of(dir.path()))),
+        },
+        Err(_) => Outcome::Failed(format!("the case panicked\n{}", output_of(dir.path()))),
+    };
+    Report { name, outcome, notes: context.notes.into_inner() }
+}
+
+/// What the programs of a failed case printed: the last lines of each `*.out` and `*.err` in its directory.
+fn output_of(dir: &Path) -> String {
+    const LINES: usize = 20;
+    const WIDTH: usize = 250;
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    files.retain(|file| file.extension().is_some_and(|kind| kind == "out" || kind == "err"));
+    files.sort();
+    let mut text = String::new();
+    for file in files {
+        let content = String::from_utf8_lossy(&std::fs::read(&file).unwrap_or_default()).into_owned();
+        let lines: Vec<&str> = content.lines().collect();
+        for line in &lines[lines.len().saturating_sub(LINES)..] {
+            let line: String = line.chars().take(WIDTH).collect();
+            text += &format!("{}: {line}\n", file.file_name().unwrap_or_default().to_string_lossy());
+        }
+    }
+    text
+}
+
+/// A list of cases that grows.
+#[derive(Debug, Default)]
+pub(crate) struct Cases(pub(crate) Vec<Case>);
+
+impl Cases {
+    /// Adds a case, which can be told more.
+    pub(crate) fn add(
+        &mut self,
+        name: impl Into<String>,
+        run: impl Fn(&Context) -> Result<()> + Send + Sync + 'static,
+    ) -> &mut Case {
+        let index = self.0.len();
+        self.0.push(Case {
+            name: name.into(),
+            tier: Tier::Default,
+            limit: Duration::from_secs(LIMIT),
+            run: Box::new(run),
+        });
+        &mut self.0[index]
+    }
+}
+
+/// What a running case has: a directory, the programs, and notes for its report.
+#[derive(Debug)]
+pub(crate) struct Context {
+    /// Empty at the start and removed at the end; the programs' output is kept here.
+    pub(crate) dir: PathBuf,
+    /// Whether what takes long runs in full.
+    pub(crate) full: bool,
+    programs: PathBuf,
+    notes: RefCell<Vec<String>>,
+}
+
+impl Context {
+    /// The executable of a program of Vireo, by its short name.
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.programs.join(format!("vireo-{name}"))
+    }
+
+    /// A path in the case's directory.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Adds a line to the report.
+    pub(crate) fn note(&self, line: impl Into<String>) {
+        self.notes.borrow_mut().push(line.into());
+    }
+}
+
+/// How a case ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    /// As it should.
+    #[default]
+    Passed,
+    /// With what failed, and what its programs printed.
+    Failed(String),
+    /// It cannot run here, for this reason.
+    Skipped(String),
+}
+
+/// How a case ended, and what it noted.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Report {
+    /// Of the case.
+    pub(crate) name: String,
+    /// How it ended.
+    pub(crate) outcome: Outcome,
+    /// Lines for who reads the report.
+    pub(crate) notes: Vec<String>,
+}
+
+impl Report {
+    /// A case that failed with `why`.
+    pub(crate) fn failed(why: String) -> Self {
+        Self { outcome: Outcome::Failed(why), ..Self::default() }
+    }
+}
+
+/// The error that skips a case.
+#[derive(Debug)]
+struct Skip(String);
+
+impl fmt::Display for Skip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "skipped: {}", self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
+
+/// Ends the case as skipped.
+///
+/// # Errors
+/// Always: the error is what skips it.
+pub(crate) fn skip<T>(reason: impl Into<String>) -> Result<T> {
+    Err(Skip(reason.into()).into())
+}
+
+/// Reads a file, with its name in the error.
+///
+/// # Errors
+/// When it cannot be read.
+pub(crate) fn read(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
+    std::fs::read(path)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Writes to a file that exists, such as one of sysfs, with its name in the error.
+///
+/// # Errors
+/// When the file, or the kernel behind it, does not take it.
+pub(crate) fn write(path: impl AsRef<Path>, text: impl AsRef<str>) -> Result<()> {
+    let path = path.as_ref();
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    std::io::Write::write_all(&mut file, text.as_ref().as_bytes())
+        .with_context(|| format!("{} does not take '{}'", path.display(), text.as_ref()))
+}

@@ -1,0 +1,51 @@
+//! System calls of a start with a NIC that fail, one after the other.
+
+use std::path::Path;
+
+use super::machine::{Nic, Role, hugepages};
+use crate::case::{Cases, Context};
+use crate::inject::{Call, OF_EVERY_START, Target, fail_each};
+use crate::l2fwd::Start;
+
+/// The calls that make up a start.
+const CALLS: [Call; 2] = [("ioctl", "ENOMEM"), ("openat", "EMFILE")];
+/// What a start with a NIC has besides what every start has.
+const MORE: [Call; 11] = [
+    ("memfd_create", "EMFILE"),
+    ("ftruncate", "ENOSPC"),
+    ("mmap", "ENOMEM"),
+    ("munmap", "EINVAL"),
+    ("madvise", "ENOMEM"),
+    ("read", "EIO"),
+    ("pread64", "EIO"),
+    ("pwrite64", "EIO"),
+    ("newfstatat", "EACCES"),
+    ("eventfd2", "EMFILE"),
+    ("prlimit64", "EPERM"),
+];
+
+pub(super) fn cases(cases: &mut Cases, mode: &'static str) {
+    for call in CALLS.into_iter().chain(MORE).chain(OF_EVERY_START) {
+        let name = format!("each {} of a start fails once with {}, e1000e, {mode}", call.0, call.1);
+        let case = cases.add(name, move |context| fails(context, mode, call)).limit(600);
+        // A minute for each call: the mode with the most calls stands for all.
+        if !CALLS.contains(&call) || mode != "cdev" {
+            case.in_full();
+        }
+    }
+}
+
+fn fails(context: &Context, mode: &str, call: Call) -> anyhow::Result<()> {
+    let nic = Nic::E1000e.bdf(Role::FwdRx);
+    let runtime = "/var/run/vireo/fwd";
+    let target = Target {
+        start: Start::new(format!("-l 1 --no-sandbox --vfio-mode {mode} -a {nic} -- -p 1 -T 0")),
+        is_up: &|event| event["event"] == "forwarding",
+        left: &|_| {
+            let (free, all) = (hugepages("free_hugepages")?, hugepages("nr_hugepages")?);
+            Ok((free != all).then(|| format!("{} hugepages were not given back", all - free)))
+        },
+        names: &|| Path::new(runtime).exists().then(|| runtime.to_owned()),
+    };
+    fail_each(context, &target, call)
+}

@@ -1,0 +1,295 @@
+//! The guest: NICs in the slots of `scripts/lib/topology.sh`, drivers, hugepages, device nodes. What a case changes is put
+//! back when its guard is dropped.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use scopeguard::{ScopeGuard, guard};
+
+use crate::case::{Context, read, skip, write};
+use crate::process::{Ended, run};
+
+/// Kinds of NIC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Nic {
+    VirtioNet,
+    /// An 82540EM. Its driver is the 82574L's, and each start waits for the second in which it is deaf, so where a case is
+    /// not about that, it runs with `--full` only.
+    E1000,
+    /// An 82574L.
+    E1000e,
+}
+
+/// All of them.
+pub(crate) const NICS: [Nic; 3] = [Nic::VirtioNet, Nic::E1000, Nic::E1000e];
+
+/// What a NIC of a kind is for: the generator sends on one and receives on another, the forwarder has those between.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Role {
+    GenTx,
+    FwdRx,
+    FwdTx,
+    GenRx,
+}
+
+impl Nic {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::VirtioNet => "virtio-net",
+            Self::E1000 => "e1000",
+            Self::E1000e => "e1000e",
+        }
+    }
+
+    /// Its device number, which is the last byte of its MAC address.
+    pub(crate) fn slot(self, role: Role) -> u8 {
+        let first = match self {
+            Self::VirtioNet => 4,
+            Self::E1000 => 8,
+            Self::E1000e => 12,
+        };
+        first + role as u8
+    }
+
+    pub(crate) fn bdf(self, role: Role) -> String {
+        format!("0000:00:{:02x}.0", self.slot(role))
+    }
+
+    pub(crate) fn mac(self, role: Role) -> String {
+        format!("52:54:00:00:00:{:02x}", self.slot(role))
+    }
+
+    /// `/dev/vfio/N` of its group.
+    pub(crate) fn group_node(self, role: Role) -> Result<PathBuf> {
+        let group = fs::read_link(device(&self.bdf(role)).join("iommu_group"))?;
+        Ok(Path::new("/dev/vfio").join(group.file_name().context("the group has no number")?))
+    }
+
+    /// `/dev/vfio/devices/vfioN`.
+    pub(crate) fn cdev_node(self, role: Role) -> Result<PathBuf> {
+        let mut entries = fs::read_dir(device(&self.bdf(role)).join("vfio-dev"))?;
+        Ok(Path::new("/dev/vfio/devices").join(entries.next().context("it has no cdev")??.file_name()))
+    }
+}
+
+/// Its directory in sysfs.
+pub(crate) fn device(bdf: &str) -> PathBuf {
+    Path::new("/sys/bus/pci/devices").join(bdf)
+}
+
+/// Gives a device to a driver.
+pub(crate) fn bind(bdf: &str, driver: &str) -> Result<()> {
+    let device = device(bdf);
+    write(device.join("driver_override"), driver)?;
+    unbind(bdf)?;
+    write("/sys/bus/pci/drivers_probe", bdf)?;
+    ensure!(is_bound(bdf, driver), "{driver} did not take {bdf}");
+    Ok(())
+}
+
+/// Takes a device from its driver, if it has one.
+pub(crate) fn unbind(bdf: &str) -> Result<()> {
+    let unbind = device(bdf).join("driver/unbind");
+    if unbind.exists() { write(unbind, bdf) } else { Ok(()) }
+}
+
+pub(crate) fn is_bound(bdf: &str, driver: &str) -> bool {
+    Path::new("/sys/bus/pci/drivers").join(driver).join(bdf).exists()
+}
+
+/// Binds the device to vfio-pci again at the end of the case.
+pub(crate) fn bound_again(bdf: impl Into<String>) -> ScopeGuard<String, fn(String)> {
+    let again: fn(String) = |bdf| {
+        let _ = bind(&bdf, "vfio-pci");
+    };
+    guard(bdf.into(), again)
+}
+
+const HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+pub(crate) fn hugepages(which: &str) -> Result<u64> {
+    Ok(read(format!("{HUGEPAGES}/{which}"))?.trim().parse()?)
+}
+
+pub(crate) fn set_hugepages(count: u64) -> Result<()> {
+    write(format!("{HUGEPAGES}/nr_hugepages"), count.to_string())?;
+    ensure!(hugepages("nr_hugepages")? == count, "the kernel has no room for {count} hugepages");
+    Ok(())
+}
+
+/// Writes `text` to a file of sysfs, and what was in it at the end of the case.
+pub(crate) fn set<P: Into<PathBuf>>(path: P, text: &str) -> Result<impl Drop + use<P>> {
+    let path = path.into();
+    let before = read(&path)?;
+    write(&path, text)?;
+    Ok(guard((path, before), |(path, before)| {
+        let _ = write(path, before.trim());
+    }))
+}
+
+/// Hides a node for the rest of the case, or until the guard is dropped.
+pub(crate) fn hidden(node: &str) -> Result<impl Drop + use<>> {
+    let (node, away) = (PathBuf::from(node), PathBuf::from(format!("{node}.away")));
+    fs::rename(&node, &away).with_context(|| format!("cannot move {}", node.display()))?;
+    Ok(guard((node, away), |(node, away)| {
+        let _ = fs::rename(away, node);
+    }))
+}
+
+/// Gives nodes to an ordinary user, and back to root at the end of the case.
+pub(crate) fn owned_by_nobody(nodes: &[PathBuf]) -> Result<impl Drop + use<>> {
+    let guard = guard(nodes.to_vec(), |nodes| {
+        for node in nodes {
+            let _ = chown(node, Some(0), None);
+        }
+    });
+    for node in nodes {
+        chown(node, Some(NOBODY), None)?;
+    }
+    Ok(guard)
+}
+
+/// Changes the mode of nodes, and puts back the former one at the end of the case.
+pub(crate) fn with_mode(nodes: &[PathBuf], mode: u32) -> Result<impl Drop + use<>> {
+    let mut before = Vec::new();
+    for node in nodes {
+        before.push((node.clone(), fs::metadata(node)?.mode() & 0o7777));
+    }
+    let guard = guard(before, |before| {
+        for (node, mode) in before {
+            let _ = fs::set_permissions(node, fs::Permissions::from_mode(mode));
+        }
+    });
+    for node in nodes {
+        fs::set_permissions(node, fs::Permissions::from_mode(mode))?;
+    }
+    Ok(guard)
+}
+
+/// Removes a file or a directory at the end of the case.
+pub(crate) fn removed(path: &str) -> ScopeGuard<PathBuf, impl FnOnce(PathBuf) + use<>> {
+    guard(path.into(), |path| {
+        let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+    })
+}
+
+/// Mounts a file system for the rest of the case; `options` are mount's.
+pub(crate) fn mounted(context: &Context, options: &str, at: &Path) -> Result<impl Drop + use<>> {
+    fs::create_dir_all(at)?;
+    let mut command = Command::new("mount");
+    command.args(options.split_whitespace()).arg("none").arg(at);
+    run(context, "mount", &mut command)?.expect(0)?;
+    Ok(guard(at.to_owned(), |at| {
+        let _ = Command::new("umount").arg(at).status();
+    }))
+}
+
+/// Uid and gid of an ordinary user.
+pub(crate) const NOBODY: u32 = 65534;
+
+/// The nodes of groups, without the container's.
+pub(crate) fn group_nodes() -> Result<Vec<PathBuf>> {
+    nodes("/dev/vfio", |name| name.chars().all(|c| c.is_ascii_digit()) || name.starts_with("noiommu-"))
+}
+
+/// The nodes of devices.
+pub(crate) fn cdev_nodes() -> Result<Vec<PathBuf>> {
+    nodes("/dev/vfio/devices", |_| true)
+}
+
+fn nodes(dir: &str, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).into_iter().flatten() {
+        let entry = entry?;
+        if wanted(&entry.file_name().to_string_lossy()) {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// All that a program of `mode` opens.
+pub(crate) fn nodes_of(mode: &str) -> Result<Vec<PathBuf>> {
+    let iommufd = || vec![PathBuf::from("/dev/iommu")];
+    Ok(match mode {
+        "container" | "noiommu" => group_nodes()?,
+        "compat" => [iommufd(), group_nodes()?].concat(),
+        _ => [iommufd(), cdev_nodes()?].concat(),
+    })
+}
+
+/// Skips the case on a kernel without cdevs for devices that have no IOMMU.
+pub(crate) fn need_mode(mode: &str) -> Result<()> {
+    match mode == "noiommu-cdev" && !has_noiommu_cdev()? {
+        true => skip("this kernel has no cdev without an IOMMU (7.3 has)"),
+        false => Ok(()),
+    }
+}
+
+pub(crate) fn has_noiommu_cdev() -> Result<bool> {
+    Ok(cdev_nodes()?.iter().any(|node| node.to_string_lossy().contains("/noiommu-")))
+}
+
+/// All that a program could leave changed behind it.
+pub(crate) fn state() -> String {
+    let mut lines = Vec::new();
+    for driver in fs::read_dir("/sys/bus/pci/drivers").into_iter().flatten().flatten() {
+        for entry in fs::read_dir(driver.path()).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with("0000:") {
+                lines.push(entry.path().display().to_string());
+            }
+        }
+    }
+    for dir in ["/dev/vfio", "/dev/vfio/devices", "/dev/hugepages", "/var/run/vireo"] {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            lines.push(entry.path().display().to_string());
+        }
+    }
+    lines.push(format!("/dev/iommu: {}", Path::new("/dev/iommu").exists()));
+    for count in ["nr_hugepages", "free_hugepages"] {
+        lines.push(format!("{count}: {}", hugepages(count).unwrap_or_default()));
+    }
+    lines.sort();
+    lines.join("\n")
+}
+
+/// A command as `user`, whose words have no blanks. `limits` is for a shell, such as `ulimit -l 64`, and still root's, who
+/// may raise them.
+pub(crate) fn as_user(user: &str, limits: &str, program: &Path) -> Command {
+    let exec = match user {
+        "root" => "exec \"$@\"".to_owned(),
+        _ => format!("exec su {user} -s /bin/sh -c \"exec $*\""),
+    };
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!("{limits}\n{exec}")).arg("sh").arg(program).env("USER", user);
+    command
+}
+
+/// QEMU's monitor, which `lab run --monitor` lends to the guest.
+pub(crate) fn monitor(command: &str) -> Result<()> {
+    write(
+        port("monitor.in")?.context("the guest has no way to QEMU's monitor (lab --monitor)")?,
+        format!("{command}\n"),
+    )
+}
+
+/// The node of a virtio-serial port, by its name.
+pub(crate) fn port(name: &str) -> Result<Option<PathBuf>> {
+    for entry in fs::read_dir("/sys/class/virtio-ports").context("the guest has no virtio-serial ports")? {
+        let entry = entry?;
+        if read(entry.path().join("name"))?.trim() == name {
+            return Ok(Some(Path::new("/dev").join(entry.file_name())));
+        }
+    }
+    Ok(None)
+}
+
+/// A program of Vireo that ends by itself, with its words.
+pub(crate) fn program(context: &Context, name: &str, arguments: &str) -> Result<Ended> {
+    let mut command = Command::new(context.program(name));
+    run(context, name, command.args(arguments.split_whitespace()))
+}

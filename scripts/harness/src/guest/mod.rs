@@ -1,0 +1,275 @@
+//! The guest's cases, by the boots that make their machines.
+
+mod doctor;
+mod forward;
+mod group;
+mod inject;
+mod interrupts;
+mod isolation;
+mod limits;
+pub(crate) mod machine;
+mod opens;
+mod privilege;
+mod recover;
+mod refuse;
+mod signals;
+pub(crate) mod soak;
+mod traffic;
+
+use std::str::FromStr;
+
+use self::machine::{Nic, Role, set};
+use self::opens::Node;
+use crate::case::{Cases, Tier};
+
+/// Kinds of boot. Each is a machine of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Boot {
+    /// An IOMMU that translates for every NIC.
+    Iommu,
+    /// No IOMMU, and VFIO told to hand devices over all the same.
+    Noiommu,
+    /// An IOMMU of 39 bits: what virtual addresses would ask for lies outside it.
+    Narrow,
+    /// virtio-net that goes round the IOMMU, as QEMU makes it unless told otherwise.
+    Bypass,
+    /// An IOMMU that does not remap interrupts: a NIC could forge any.
+    UnsafeMsi,
+    /// Two functions of one slot, and so of one IOMMU group.
+    SharedGroup,
+}
+
+/// All of them, in the order in which they run.
+pub(crate) const BOOTS: [Boot; 6] =
+    [Boot::Iommu, Boot::Noiommu, Boot::Narrow, Boot::Bypass, Boot::UnsafeMsi, Boot::SharedGroup];
+
+impl Boot {
+    /// Its name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Iommu => "iommu",
+            Self::Noiommu => "noiommu",
+            Self::Narrow => "narrow",
+            Self::Bypass => "bypass",
+            Self::UnsafeMsi => "unsafe-msi",
+            Self::SharedGroup => "shared-group",
+        }
+    }
+
+    /// The options of `lab run` that make its machine.
+    pub(crate) fn lab_options(self) -> &'static [&'static str] {
+        match self {
+            Self::Iommu => &["--kernel-arg", "hugepagesz=1G"],
+            Self::Noiommu => &["--no-iommu"],
+            Self::Narrow => &[
+                "--nics",
+                "virtio-net,e1000e",
+                "--qemu-arg",
+                "-global",
+                "--qemu-arg",
+                "intel-iommu.aw-bits=39",
+            ],
+            Self::Bypass => &["--nics", "virtio-net,e1000e", "--no-iommu-platform"],
+            Self::UnsafeMsi => {
+                &["--nics", "e1000e", "--qemu-arg", "-global", "--qemu-arg", "intel-iommu.intremap=off"]
+            }
+            Self::SharedGroup => &[
+                "--nics",
+                "e1000e",
+                "--qemu-arg",
+                "-device",
+                "--qemu-arg",
+                "e1000,addr=0x10.0,multifunction=on,romfile=",
+                "--qemu-arg",
+                "-device",
+                "--qemu-arg",
+                "e1000,addr=0x10.1,romfile=",
+            ],
+        }
+    }
+
+    /// A mode that works in it, for the programs that a case is not about.
+    fn generator_mode(self) -> &'static str {
+        match self {
+            Self::Noiommu => "noiommu",
+            _ => "auto",
+        }
+    }
+
+    /// Its cases.
+    pub(crate) fn cases(self) -> Cases {
+        let mut cases = Cases::default();
+        match self {
+            Self::Iommu => iommu(&mut cases),
+            Self::Noiommu => noiommu(&mut cases),
+            Self::Narrow => narrow(&mut cases),
+            Self::Bypass => bypass(&mut cases),
+            Self::UnsafeMsi => unsafe_msi(&mut cases),
+            Self::SharedGroup => group::cases(&mut cases, self),
+        }
+        cases
+    }
+}
+
+impl FromStr for Boot {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        BOOTS.into_iter().find(|boot| boot.name() == name).ok_or_else(|| {
+            let names = BOOTS.map(Self::name).join(", ");
+            format!("there is no boot '{name}'; there are {names}")
+        })
+    }
+}
+
+const MAPPED: [&str; 3] = ["container", "cdev", "compat"];
+const PHYSICAL: [&str; 2] = ["noiommu", "noiommu-cdev"];
+
+fn iommu(cases: &mut Cases) {
+    let boot = Boot::Iommu;
+    forward::each_nic_in_each_mode(cases, boot, &MAPPED);
+    forward::mixed_modes(cases, boot, "container", "cdev");
+    forward::mixed_modes(cases, boot, "container", "compat");
+    forward::mixed_modes(cases, boot, "cdev", "compat");
+    forward::variants(cases, boot, "cdev");
+    forward::small_pages(cases, boot);
+    forward::address_filter(cases, boot, "cdev");
+    forward::chosen_modes(cases, boot);
+    opens::opens(cases, "cdev opens no group", "cdev", &[Node::Iommufd, Node::Cdev]);
+    opens::opens(
+        cases,
+        "container opens no iommufd and no cdev",
+        "container",
+        &[Node::Container, Node::Group],
+    );
+    opens::opens(cases, "compat opens groups and iommufd only", "compat", &[Node::Iommufd, Node::Group]);
+    for mode in MAPPED {
+        opens::hands_over(cases, mode);
+        interrupts::of_each_nic(cases, mode);
+        let first = cases.0.len();
+        signals::end_in_order(cases, boot, mode);
+        signals::survive_kills(cases, boot, mode);
+        recover::cases(cases, boot, mode);
+        // compat opens as container does, and maps as cdev does.
+        for case in &mut cases.0[first..] {
+            case.in_full_if(mode == "compat");
+        }
+        isolation::with_iommu(cases, boot, mode);
+    }
+    isolation::pins(cases);
+    interrupts::iommufd_alone(cases);
+    privilege::cases(cases, boot);
+
+    refuse::refusals(cases, boot, refuse::BAD_ARGUMENTS);
+    refuse::refusals(cases, boot, refuse::WITH_IOMMU);
+    let e1000e = || Nic::E1000e.bdf(Role::FwdRx);
+    for mode in PHYSICAL {
+        let name = format!("refused: {mode} with an IOMMU");
+        refuse::mode_refused(cases, boot, name, (mode, e1000e()), "use --vfio-mode cdev or container");
+    }
+    doctor::cases(cases, boot, "container");
+    refuse::bound_to_the_kernel(cases, boot, "cdev");
+    refuse::not_loaded(cases, boot);
+    limits::no_hugepages(cases, "cdev");
+    limits::huge_dirs(cases, boot);
+    refuse::missing_nodes(cases, boot);
+    limits::little_memlock(cases, boot);
+    limits::entry_limit(cases, boot);
+    refuse::permissions(cases, boot);
+    refuse::hidden_user(cases);
+    limits::cores(cases, boot);
+    limits::output_fails(cases, boot);
+    for mode in MAPPED {
+        refuse::in_use(cases, boot, mode, mode);
+        refuse::same_prefix(cases, boot, mode);
+    }
+    for (first, second) in [("container", "cdev"), ("cdev", "container"), ("compat", "cdev")] {
+        refuse::in_use(cases, boot, first, second);
+    }
+    for mode in MAPPED {
+        inject::cases(cases, mode);
+    }
+}
+
+fn noiommu(cases: &mut Cases) {
+    let boot = Boot::Noiommu;
+    forward::each_nic_in_each_mode(cases, boot, &PHYSICAL);
+    forward::mixed_modes(cases, boot, "noiommu", "noiommu-cdev");
+    forward::variants(cases, boot, "noiommu");
+    forward::address_filter(cases, boot, "noiommu");
+    let name = "noiommu opens no iommufd and no cdev";
+    opens::opens(cases, name, "noiommu", &[Node::Container, Node::Group]);
+    for mode in PHYSICAL {
+        interrupts::of_each_nic(cases, mode);
+        signals::survive_kills(cases, boot, mode);
+        isolation::without_iommu(cases, mode);
+    }
+    signals::end_in_order(cases, boot, "noiommu");
+    interrupts::iommufd_alone(cases);
+    privilege::cases_without_iommu(cases, boot);
+
+    refuse::refusals(cases, boot, refuse::BAD_ARGUMENTS);
+    refuse::refusals(cases, boot, refuse::WITHOUT_IOMMU);
+    for mode in MAPPED {
+        let nic = (mode, Nic::E1000e.bdf(Role::FwdRx));
+        refuse::mode_refused(
+            cases,
+            boot,
+            format!("refused: {mode} without an IOMMU"),
+            nic,
+            "--vfio-mode noiommu",
+        );
+    }
+    doctor::cases(cases, boot, "noiommu");
+    refuse::needs_newer_kernel(cases, boot);
+    refuse::bound_to_the_kernel(cases, boot, "noiommu");
+    refuse::switched_off(cases, boot);
+    refuse::no_raw_io(cases, boot);
+    limits::no_hugepages(cases, "noiommu");
+    signals::memory_outlives_the_nic(cases);
+    limits::output_fails(cases, boot);
+    refuse::in_use(cases, boot, "noiommu", "noiommu");
+    inject::cases(cases, "noiommu");
+    // On the default kernel these are skipped.
+    for case in &mut cases.0 {
+        if case.name.contains("noiommu-cdev") && case.tier == Tier::Default {
+            case.on_both_kernels();
+        }
+    }
+}
+
+fn narrow(cases: &mut Cases) {
+    for mode in MAPPED {
+        for nic in [Nic::E1000e, Nic::VirtioNet] {
+            cases.add(format!("{} behind 39 bits, {mode}", nic.name()), move |context| {
+                forward::in_mode(context, Boot::Narrow, mode, nic, nic)
+            });
+        }
+    }
+}
+
+fn bypass(cases: &mut Cases) {
+    for mode in MAPPED {
+        let name = format!("refused: virtio-net without ACCESS_PLATFORM, {mode}");
+        let nic = (mode, Nic::VirtioNet.bdf(Role::FwdRx));
+        refuse::mode_refused(cases, Boot::Bypass, name, nic, "iommu_platform=on");
+    }
+}
+
+fn unsafe_msi(cases: &mut Cases) {
+    for (mode, module) in [("container", "vfio_iommu_type1"), ("cdev", "iommufd"), ("compat", "iommufd")] {
+        let parameter = format!("/sys/module/{module}/parameters/allow_unsafe_interrupts");
+        let (consent, cure) = (parameter.clone(), format!("echo 1 > {parameter}"));
+        cases
+            .add(format!("refused: no isolated MSI, {mode}"), move |context| {
+                doctor::unusable(context, mode, &Nic::E1000e.bdf(Role::FwdRx), (69, &cure)).map(drop)
+            })
+            .on_both_kernels();
+        cases.add(format!("no isolated MSI and the user's consent, {mode}"), move |context| {
+            let _consent = set(&consent, "1")?;
+            let nic = Nic::E1000e;
+            let start = traffic::forwarder(mode, nic, nic);
+            traffic::forwards(context, mode, &start, nic, nic)?.opened(0, mode, "as asked")
+        });
+    }
+}

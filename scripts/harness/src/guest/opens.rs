@@ -1,0 +1,85 @@
+//! Which device nodes a mode opens, and which none: strace tells.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use anyhow::ensure;
+
+use super::machine::{NICS, Nic, Role};
+use super::traffic::forwarder;
+use crate::case::{Cases, Context, read};
+use crate::process::run;
+
+/// Kinds of node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Node {
+    Iommufd,
+    Container,
+    Group,
+    Cdev,
+}
+
+fn node(path: &str) -> Option<Node> {
+    match path {
+        "/dev/iommu" => Some(Node::Iommufd),
+        "/dev/vfio/vfio" => Some(Node::Container),
+        // The directory is read to find a device's node.
+        "/dev/vfio/devices" => None,
+        _ if path.starts_with("/dev/vfio/devices/") => Some(Node::Cdev),
+        _ if path.starts_with("/dev/vfio/") => Some(Node::Group),
+        _ => None,
+    }
+}
+
+/// Paths below `/dev` that a trace of strace names.
+fn traced(trace: &str) -> BTreeSet<Node> {
+    trace.split('"').filter_map(node).collect()
+}
+
+/// `mode` opens nodes of these kinds and no others.
+pub(super) fn opens(cases: &mut Cases, name: &str, mode: &'static str, kinds: &'static [Node]) {
+    cases
+        .add(name, move |context| {
+            let trace = context.path("trace");
+            let start =
+                forwarder(mode, Nic::E1000e, Nic::VirtioNet).under(strace(context, "open,openat,openat2"));
+            start.forwarding(context)?.stop()?;
+            let opened = traced(&read(trace)?);
+            ensure!(opened == kinds.iter().copied().collect(), "it opened {opened:?}");
+            Ok(())
+        })
+        .on_both_kernels();
+}
+
+/// strace as a grandchild, so that the child is the program itself; all threads; to the file `trace`.
+pub(super) fn strace(context: &Context, calls: &str) -> Vec<String> {
+    let trace = context.path("trace").to_string_lossy().into_owned();
+    ["strace", "-D", "-f", "-e", &format!("trace={calls}"), "-o", &trace].map(Into::into).into()
+}
+
+/// The process that is given the descriptors opens no node, and drives the device.
+pub(super) fn hands_over(cases: &mut Cases, mode: &'static str) {
+    for nic in NICS {
+        cases
+            .add(format!("descriptors of {} passed to another process, {mode}", nic.name()), move |context| {
+                let mut command = Command::new("strace");
+                command
+                    .args(["-f", "-e", "trace=open,openat,openat2,execve", "-o"])
+                    .arg(context.path("trace"));
+                command.arg(context.program("handover")).args([nic.bdf(Role::FwdRx).as_str(), mode]);
+                let said = run(context, "handover", &mut command)?.expect(0)?.stdout;
+                let text = format!("mode {mode}: by descriptors from another process; first register");
+                ensure!(said.contains(&text), "not taken over");
+                let trace = read(context.path("trace"))?;
+                let taker: Vec<&str> = trace
+                    .lines()
+                    .skip_while(|line| !(line.contains("execve") && line.contains("\"take\"")))
+                    .skip(1)
+                    .collect();
+                ensure!(!taker.is_empty(), "strace saw no second process");
+                ensure!(traced(&taker.join("\n")).is_empty(), "it opened a node");
+                Ok(())
+            })
+            .in_full_if(nic == Nic::E1000);
+    }
+}

@@ -1,0 +1,93 @@
+//! A NIC that stops working, or whose link does, or that the kernel wants back, while l2fwd forwards.
+
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use scopeguard::guard;
+
+use super::Boot;
+use super::machine::{NICS, Nic, Role, bound_again, device, monitor};
+use super::traffic::{carries, under_steady_traffic, under_traffic};
+use crate::case::{Cases, write};
+use crate::process::run;
+
+pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
+    for nic in NICS {
+        cases
+            .add(format!("{} that may do no DMA is restarted, {mode}", nic.name()), move |context| {
+                let (mut l2fwd, pktgen) = under_steady_traffic(context, mode, boot.generator_mode(), nic)?;
+                clear_bus_master(&nic.bdf(Role::FwdTx))?;
+                l2fwd.await_state(1, "restarting")?;
+                l2fwd.await_state(1, "running")?;
+                pktgen.stop()?;
+                carries(context, boot.generator_mode(), nic, nic)?;
+                let ended = l2fwd.stop_complaining(Signal::SIGINT)?;
+                ensure!(ended.counter(1, "restarts")? == 1, "port 1 did not count its restart");
+                Ok(())
+            })
+            .in_full_if(nic == Nic::E1000);
+        cases
+            .add(
+                format!("{} is given back to the kernel under traffic, {mode}", nic.name()),
+                move |context| {
+                    let bdf = nic.bdf(Role::FwdTx);
+                    let (mut l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
+                    let _again = bound_again(bdf.clone());
+                    let _found = guard((), |()| {
+                        let _ = write("/sys/bus/pci/rescan", "1");
+                    });
+                    // The write returns when the NIC is free; a scan of the bus finds it again.
+                    let remove = format!("echo 1 >{}", device(&bdf).join("remove").display());
+                    run(context, "remove", Command::new("sh").args(["-c", &remove]))?.expect(0)?;
+                    ensure!(!device(&bdf).exists(), "{bdf} is still there");
+                    l2fwd.await_state(1, "closed")?;
+                    pktgen.stop()?;
+                    l2fwd.stop_complaining(Signal::SIGINT)?;
+                    Ok(())
+                },
+            )
+            .in_full_if(nic == Nic::E1000);
+        cases
+            .add(
+                format!("the link of {} goes and comes back under traffic, {mode}", nic.name()),
+                move |context| {
+                    let times = if context.full { 1000 } else { 3 };
+                    let (mut l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
+                    for _ in 0..times {
+                        let up = pull(nic, Role::FwdTx)?;
+                        l2fwd.await_state(1, "link_down")?;
+                        drop(up);
+                        l2fwd.await_state(1, "link_up")?;
+                    }
+                    pktgen.stop()?;
+                    carries(context, boot.generator_mode(), nic, nic)?;
+                    let changes = l2fwd.stop_complaining(Signal::SIGINT)?.counter(1, "link_changes")?;
+                    ensure!(
+                        changes == 2 * times,
+                        "port 1 counted {changes} changes of its link, not {}",
+                        2 * times
+                    );
+                    Ok(())
+                },
+            )
+            .in_full_if(nic == Nic::E1000)
+            .limit(1800);
+    }
+}
+
+/// A NIC that may not be bus master completes nothing any more, as one that hangs.
+pub(crate) fn clear_bus_master(bdf: &str) -> Result<()> {
+    let config = std::fs::OpenOptions::new().write(true).open(device(bdf).join("config"))?;
+    std::os::unix::fs::FileExt::write_all_at(&config, &[3, 0], 4)?;
+    Ok(())
+}
+
+/// Pulls a NIC's cable until the guard is dropped. QEMU names the end of a wire by its NIC's slot.
+pub(crate) fn pull(nic: Nic, role: Role) -> Result<impl Drop> {
+    let end = format!("n{:02x}", nic.slot(role));
+    monitor(&format!("set_link {end} off"))?;
+    Ok(guard(end, |end| {
+        let _ = monitor(&format!("set_link {end} on"));
+    }))
+}

@@ -1,0 +1,121 @@
+//! Soak of real NICs: a kind in a mode.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use fastrand::Rng;
+use serde::{Deserialize, Serialize};
+
+use super::machine::{NICS, Nic, Role, need_mode};
+use super::recover::{clear_bus_master, pull};
+use super::traffic::ports;
+use crate::case::{Context, Report, run_once};
+use crate::l2fwd::{L2fwd, Start};
+use crate::soak::{Fault, Length, World, soak};
+
+/// One soak.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Plan {
+    /// Kind of NIC.
+    pub(crate) nic: String,
+    /// VFIO mode.
+    pub(crate) mode: String,
+    /// How long.
+    pub(crate) length: Length,
+}
+
+/// In every other epoch nothing disturbs the programs, and no frame may be lost.
+struct NicWorld {
+    nic: Nic,
+    mode: String,
+    quiet: bool,
+}
+
+impl World for NicWorld {
+    fn forwarder(&self, _: &mut Rng) -> Start {
+        Start::new(format!(
+            "-l 1 --vfio-mode {} {} -- -p 3 -q 2 -T 0.5",
+            self.mode,
+            ports(self.nic, self.nic)
+        ))
+    }
+
+    fn generator(&self, rng: &mut Rng) -> String {
+        let (nic, mode) = (self.nic, &self.mode);
+        let (from, to, end) = if rng.bool() { (0, 1, Role::FwdRx) } else { (1, 0, Role::FwdTx) };
+        format!(
+            "-l 0 --file-prefix gen --vfio-mode {mode} -a {} -a {} -- --tx-port {from} --rx-port {to} --dst-mac {}",
+            nic.bdf(Role::GenTx),
+            nic.bdf(Role::GenRx),
+            nic.mac(end)
+        )
+    }
+
+    fn begin(&mut self, number: u64) -> Result<()> {
+        self.quiet = number.is_multiple_of(2);
+        Ok(())
+    }
+
+    fn faults(&self) -> &[Fault] {
+        match self.quiet {
+            true => &[Fault::None],
+            false => &[
+                Fault::LoseBusMaster,
+                Fault::LoseLink,
+                Fault::StopForwarder,
+                Fault::None,
+                Fault::KillForwarder,
+                Fault::RestartForwarder,
+            ],
+        }
+    }
+
+    /// The generator's NICs are its own: whoever is first, the other may come and go. In a quiet epoch frames that are sent
+    /// before the forwarder is there would be missing.
+    fn forwarder_is_first(&self) -> bool {
+        self.quiet
+    }
+
+    fn await_first(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn disturb(&self, fault: Fault, forwarder: &mut L2fwd) -> Result<()> {
+        match fault {
+            Fault::LoseBusMaster => {
+                clear_bus_master(&self.nic.bdf(Role::FwdTx))?;
+                forwarder.await_state(1, "restarting")?;
+                forwarder.await_state(1, "running")
+            }
+            Fault::LoseLink => {
+                let up = pull(self.nic, Role::FwdTx)?;
+                forwarder.await_state(1, "link_down")?;
+                drop(up);
+                forwarder.await_state(1, "link_up")
+            }
+            other => bail!("{other:?} is no fault of a machine"),
+        }
+    }
+
+    fn may_lose(&self, _: u64) -> Option<u64> {
+        self.quiet.then_some(0)
+    }
+}
+
+/// Soaks, and reports the figures as a note in JSON.
+pub(crate) fn run(plan: &Plan, programs: &Path, say: &mut dyn FnMut(String)) -> Report {
+    let name = format!("soak of {}, {}", plan.nic, plan.mode);
+    let (nic, mode) = (NICS.into_iter().find(|nic| nic.name() == plan.nic), plan.mode.clone());
+    let Some(nic) = nic else {
+        return Report { name, ..Report::failed("there is no such kind of NIC".into()) };
+    };
+    let length = plan.length.clone();
+    let soaked = |context: &Context| -> Result<()> {
+        need_mode(&mode)?;
+        let mut world = NicWorld { nic, mode, quiet: true };
+        let figures = soak(context, &mut world, &length, say)?;
+        context.note(serde_json::to_string(&figures)?);
+        Ok(())
+    };
+    run_once(name, true, programs, soaked)
+}

@@ -1,0 +1,210 @@
+//! What cargo and the scripts beside this harness check: each a command that fails by its exit code.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use super::Environment;
+use crate::case::{Case, Cases, Context, skip};
+use crate::process::run_for;
+
+/// Seconds that a build with its tests may take.
+const BUILD: u64 = 3600;
+/// What a script prints when it cannot run here, with the reason.
+const SKIPPED: &str = "SKIPPED: ";
+
+/// A case that is a command in the checkout.
+struct Line<'a> {
+    name: &'a str,
+    words: &'a [&'a str],
+    /// Programs without which it is skipped.
+    needs: &'static [&'static str],
+}
+
+impl Line<'_> {
+    fn add<'c>(&self, cases: &'c mut Cases, environment: &Environment) -> &'c mut Case {
+        let (repo, needs) = (environment.repo.clone(), self.needs);
+        let line: Vec<String> =
+            self.words.iter().filter(|word| !word.is_empty()).map(|&word| word.into()).collect();
+        cases
+            .add(self.name, move |context| {
+                need(needs)?;
+                finish(context, Command::new(&line[0]).args(&line[1..]).current_dir(&repo))
+            })
+            .limit(BUILD)
+    }
+}
+
+/// Skips the case where a program is missing.
+pub(super) fn need(programs: &[&str]) -> Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is_there = |program: &&&str| std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
+    match programs.iter().find(|program| !is_there(program)) {
+        Some(program) => skip(format!("{program} is not installed")),
+        None => Ok(()),
+    }
+}
+
+/// Runs a command to its end: it skips the case by [`SKIPPED`], and fails it by its exit code.
+fn finish(context: &Context, command: &mut Command) -> Result<()> {
+    let ended = run_for(context, "command", command, Duration::from_secs(BUILD))?;
+    let mut lines = ended.stdout.lines().chain(ended.stderr.lines());
+    if let Some(reason) = lines.find_map(|line| line.split_once(SKIPPED).map(|(_, reason)| reason)) {
+        return skip(reason);
+    }
+    ended.expect(0).map(drop)
+}
+
+/// Whether this cargo has a component: Debian's comes without some.
+fn has(component: &str) -> bool {
+    let mut command = Command::new("cargo");
+    command.args([component, "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
+    command.status().is_ok_and(|status| status.success())
+}
+
+fn component(
+    cases: &mut Cases,
+    environment: &Environment,
+    name: &str,
+    of: &'static str,
+    arguments: &'static [&'static str],
+) {
+    let repo = environment.repo.clone();
+    cases
+        .add(name, move |context| {
+            if !has(of) {
+                return skip(format!("this Rust has no cargo {of}"));
+            }
+            finish(context, Command::new("cargo").arg(of).args(arguments).current_dir(&repo))
+        })
+        .limit(BUILD);
+}
+
+/// Format, lints and documentation.
+pub(super) fn checks(cases: &mut Cases, environment: &Environment) {
+    component(cases, environment, "format", "fmt", &["--all", "--check"]);
+    let clippy = &["--quiet", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
+    component(cases, environment, "clippy without warnings", "clippy", clippy);
+    let repo = environment.repo.clone();
+    cases.add("shellcheck", move |context| {
+        need(&["shellcheck"])?;
+        let mut scripts = vec![repo.join(".ci/run")];
+        for dir in ["scripts", "scripts/lib", "scripts/guest"] {
+            for entry in std::fs::read_dir(repo.join(dir))? {
+                let path = entry?.path();
+                let text = if path.is_file() { std::fs::read(&path)? } else { Vec::new() };
+                if text.starts_with(b"#!") || text.starts_with(b"# shellcheck shell=") {
+                    scripts.push(path);
+                }
+            }
+        }
+        ensure!(scripts.len() > 10, "only {} scripts", scripts.len());
+        finish(context, Command::new("shellcheck").arg("-x").args(scripts).current_dir(&repo))
+    });
+    let words = [
+        "env",
+        "RUSTDOCFLAGS=-D warnings",
+        "cargo",
+        "doc",
+        "--quiet",
+        "--workspace",
+        "--no-deps",
+        "--locked",
+    ];
+    Line { name: "documentation", words: &words, needs: &[] }.add(cases, environment);
+}
+
+/// Each unit test and test of a command line, in a process of its own, so that none can hang or end another.
+pub(super) fn units(cases: &mut Cases, environment: &Environment) -> Result<()> {
+    for (name, program, dir) in test_programs(&environment.repo)? {
+        let listed = |argument: &[&str]| -> Result<Vec<String>> {
+            let output =
+                Command::new(&program).args(["--list", "--format", "terse"]).args(argument).output()?;
+            ensure!(output.status.success(), "{} cannot list its tests", program.display());
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(Into::into).collect())
+        };
+        let ignored = listed(&["--ignored"])?;
+        for test in listed(&[])? {
+            let (program, dir, is_ignored) = (program.clone(), dir.clone(), ignored.contains(&test));
+            cases
+                .add(format!("{name}::{test}"), move |context| {
+                    if is_ignored {
+                        return skip("another test runs it");
+                    }
+                    finish(context, Command::new(&program).args(["--exact", &test]).current_dir(&dir))
+                })
+                .limit(600);
+        }
+    }
+    let repo = environment.repo.clone();
+    cases
+        .add("examples in the documentation", move |context| {
+            let doc = ["test", "--quiet", "--workspace", "--locked", "--doc"];
+            finish(context, Command::new("cargo").args(doc).current_dir(&repo))
+        })
+        .limit(BUILD);
+    Ok(())
+}
+
+/// Builds the test programs: crate and target, executable, and the directory in which cargo runs it.
+fn test_programs(repo: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
+    let mut command = Command::new("cargo");
+    command.args([
+        "test",
+        "--quiet",
+        "--workspace",
+        "--locked",
+        "--no-run",
+        "--message-format",
+        "json-render-diagnostics",
+    ]);
+    let output = command.current_dir(repo).stderr(Stdio::inherit()).output().context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("cargo could not build the tests (its message is above)");
+    }
+    let mut programs = Vec::new();
+    for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        let message: Value = serde_json::from_slice(line)?;
+        let (Some(program), true) = (message["executable"].as_str(), message["profile"]["test"] == true)
+        else {
+            continue;
+        };
+        let manifest = Path::new(message["manifest_path"].as_str().context("no manifest")?);
+        let dir = manifest.parent().context("a manifest has a directory")?;
+        let krate = dir.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        let target = message["target"]["name"].as_str().unwrap_or_default();
+        let kind = message["target"]["kind"][0].as_str().unwrap_or_default();
+        let name =
+            if kind == "lib" || kind == "bin" { krate.to_owned() } else { format!("{krate}::{target}") };
+        programs.push((name, program.into(), dir.into()));
+    }
+    Ok(programs)
+}
+
+/// Fuzzing, Miri, loom and the count of instructions, each a script of its own.
+pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
+    let yes = if environment.yes { "--yes" } else { "" };
+    let table: [(&str, &[&str], &'static [&'static str], bool); 8] = [
+        ("fuzz corpus with stable Rust", &["scripts/fuzz", "--replay"], &[], false),
+        ("fuzz targets", &["scripts/fuzz", "--seconds", "5", "--jobs", "2", yes], &["g++"], false),
+        ("Miri", &["scripts/sanitize", "miri", yes], &[], false),
+        ("loom", &["scripts/sanitize", "loom"], &[], false),
+        ("instructions per packet", &["scripts/bench", "insn", "--check", yes], &["valgrind", "jq"], false),
+        (
+            "fuzz targets for a minute each",
+            &["scripts/fuzz", "--seconds", "60", "--jobs", "2", yes],
+            &["g++"],
+            true,
+        ),
+        ("AddressSanitizer", &["scripts/sanitize", "asan"], &[], true),
+        ("ThreadSanitizer", &["scripts/sanitize", "tsan", yes], &[], true),
+    ];
+    for (name, words, needs, is_long) in table {
+        Line { name, words, needs }.add(cases, environment).in_full_if(is_long);
+    }
+}

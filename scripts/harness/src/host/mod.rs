@@ -1,0 +1,52 @@
+//! The host's cases.
+
+mod cargo;
+mod fresh;
+mod inject;
+mod rings;
+mod setup;
+pub(crate) mod soak;
+pub(crate) mod stacks;
+mod vhost;
+mod wire;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::case::{Case, Cases};
+
+/// Where the host's cases find what they need.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Environment {
+    /// The checkout
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub(crate) repo: PathBuf,
+    /// Vireo's programs; default: beside this one
+    #[arg(long, value_name = "DIR")]
+    pub(crate) programs: Option<PathBuf>,
+    /// Let apt, cargo and rustup install what is missing
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+/// All cases; unit tests, which have to be built to be known, if `with_units`.
+///
+/// # Errors
+/// When the unit tests cannot be built.
+pub(crate) fn cases(environment: &Environment, with_units: bool) -> Result<Vec<Case>> {
+    let mut cases = Cases::default();
+    cargo::checks(&mut cases, environment);
+    if with_units {
+        cargo::units(&mut cases, environment)?;
+    }
+    setup::cases(&mut cases, environment);
+    rings::cases(&mut cases);
+    inject::cases(&mut cases);
+    cargo::scripts(&mut cases, environment);
+    soak::cases(&mut cases);
+    wire::cases(&mut cases, environment);
+    vhost::cases(&mut cases, environment);
+    fresh::cases(&mut cases, environment);
+    Ok(cases.0)
+}

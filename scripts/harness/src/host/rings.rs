@@ -1,0 +1,258 @@
+//! Programs on shared-memory virtio rings, on this machine itself: no VFIO, NIC, hugepages or root.
+
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+
+use super::cargo::need;
+use crate::case::{Cases, Context};
+use crate::l2fwd::{L2fwd, Start};
+use crate::pktgen::Pktgen;
+use crate::process::{PATIENCE, Process, await_that};
+
+const FRAMES: u64 = 200_000;
+
+/// An end of a pair of rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// vhost, which listens.
+    Vhost,
+    /// virtio-user, which connects.
+    VirtioUser,
+}
+
+impl End {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Vhost => "vhost",
+            Self::VirtioUser => "virtio-user",
+        }
+    }
+
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Vhost => Self::VirtioUser,
+            Self::VirtioUser => Self::Vhost,
+        }
+    }
+
+    /// EAL arguments for ports at the sockets `0` and on in `dir`; DPDK's words, which are Vireo's.
+    pub(super) fn devices(self, dir: &Path, ports: usize, devargs: &str) -> String {
+        let (driver, key) = match self {
+            Self::Vhost => ("net_vhost", "iface"),
+            Self::VirtioUser => ("net_virtio_user", "path"),
+        };
+        let vdevs: Vec<String> = (0..ports)
+            .map(|port| {
+                format!("--vdev {driver}{port},{key}={}{devargs}", dir.join(port.to_string()).display())
+            })
+            .collect();
+        format!("--no-pci --no-huge {}", vdevs.join(" "))
+    }
+}
+
+/// Waits until somebody listens at each socket in `dir`: 00010000 in `/proc/net/unix`. The file alone may be a killed
+/// process's.
+pub(super) fn await_sockets(dir: &Path, ports: usize) -> Result<()> {
+    for port in 0..ports {
+        let socket = dir.join(port.to_string()).display().to_string();
+        await_that(&format!("a socket {socket}"), PATIENCE, || {
+            let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+            sockets.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(&socket))
+        })?;
+    }
+    Ok(())
+}
+
+/// `--file-prefix`es that nobody else on this machine has.
+pub(super) fn prefix(name: &str) -> String {
+    format!("--file-prefix {name}-{}", std::process::id())
+}
+
+pub(super) fn cases(cases: &mut Cases) {
+    for end in [End::Vhost, End::VirtioUser] {
+        let name = format!("pktgen on {}, through l2fwd on {}", end.other().name(), end.name());
+        cases.add(name, move |context| through_l2fwd(context, end));
+        let name = format!("pktgen on {}, through DPDK's testpmd on {}", end.other().name(), end.name());
+        cases.add(name, move |context| through_testpmd(context, end));
+        let name = format!("two pairs of queues: l2fwd on {}, testpmd on {}", end.name(), end.other().name());
+        cases.add(name, move |context| two_pairs(context, end));
+    }
+    let name = "a machine that is paused under traffic goes on without a storm of statistics";
+    cases.add(name, paused);
+}
+
+fn generator(context: &Context, end: End, arguments: &str) -> Result<Pktgen> {
+    let devices = end.devices(&context.dir, 2, "");
+    Pktgen::spawn(
+        context,
+        &format!("-l 0 {} {devices} -- --dst-mac 02:00:00:00:00:99 {arguments}", prefix("rings-gen")),
+    )
+}
+
+/// Starts whoever listens, waits for the sockets, and starts the other one.
+fn in_order<A, B>(
+    context: &Context,
+    ports: usize,
+    end: End,
+    forwarder: impl FnOnce() -> Result<A>,
+    generator: impl FnOnce() -> Result<B>,
+) -> Result<(A, B)> {
+    match end {
+        End::Vhost => {
+            let forwarder = forwarder()?;
+            await_sockets(&context.dir, ports)?;
+            Ok((forwarder, generator()?))
+        }
+        End::VirtioUser => {
+            let generator = generator()?;
+            await_sockets(&context.dir, ports)?;
+            Ok((forwarder()?, generator))
+        }
+    }
+}
+
+fn no_socket_left(context: &Context) -> Result<()> {
+    ensure!(!context.path("0").exists() && !context.path("1").exists(), "a socket was left behind");
+    Ok(())
+}
+
+/// Each frame comes back once and in order.
+fn through_l2fwd(context: &Context, end: End) -> Result<()> {
+    let start = Start::new(format!(
+        "-l 1 {} {} -- -p 3 -q 2 -T 0",
+        prefix("rings-fwd"),
+        end.devices(&context.dir, 2, "")
+    ));
+    let generate = format!("--count {FRAMES} --expect-dst 02:00:00:00:00:01");
+    let (l2fwd, pktgen) =
+        in_order(context, 2, end, || start.spawn(context), || generator(context, end.other(), &generate))?;
+    let stream = pktgen.wait(PATIENCE)?;
+    stream.came_back(FRAMES, FRAMES)?;
+    // A vhost port logs its frontends.
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    no_socket_left(context)
+}
+
+/// A testpmd, which runs until a key is pressed or its input ends.
+struct Testpmd {
+    process: Process,
+    keys: PathBuf,
+}
+
+impl Testpmd {
+    fn spawn(context: &Context, arguments: &str) -> Result<Self> {
+        let keys = context.path("keys");
+        mkfifo(&keys, Mode::S_IRWXU)?;
+        // Both ends of the pipe are its own, so that nobody has to hold one.
+        let line = format!(
+            "exec stdbuf -oL dpdk-testpmd --no-telemetry --log-level=error {arguments} <>{}",
+            keys.display()
+        );
+        let process = Process::spawn(context, "testpmd", Command::new("sh").args(["-c", &line]))?;
+        Ok(Self { process, keys })
+    }
+
+    fn press_key(&self) -> Result<()> {
+        Ok(OpenOptions::new().write(true).open(&self.keys)?.write_all(b"\n")?)
+    }
+}
+
+fn need_testpmd() -> Result<()> {
+    need(&["dpdk-testpmd", "stdbuf"])
+}
+
+/// Unless told not to, testpmd throws away what came before it forwards; DPDK's virtio driver throws away what came before
+/// its start was complete, so pktgen waits for a first frame.
+fn through_testpmd(context: &Context, end: End) -> Result<()> {
+    need_testpmd()?;
+    let arguments = format!(
+        "--lcores 0@1,1@1 -m 256 {} {} -- --auto-start --no-flush-rx --forward-mode=io --nb-cores=1 \
+         --total-num-mbufs=4096 --no-mlockall",
+        prefix("rings-fwd"),
+        end.devices(&context.dir, 2, "")
+    );
+    let generate =
+        format!("--count {FRAMES} --expect-dst 02:00:00:00:00:99 --await-path {}", PATIENCE.as_secs() / 2);
+    let (mut testpmd, pktgen) = in_order(
+        context,
+        2,
+        end,
+        || Testpmd::spawn(context, &arguments),
+        || generator(context, end.other(), &generate),
+    )?;
+    let stream = pktgen.wait(PATIENCE)?;
+    stream.came_back(FRAMES, FRAMES)?;
+    testpmd.press_key()?;
+    // It writes to its peer's socket on the way out, and ends by SIGPIPE where that is gone.
+    testpmd.process.wait(PATIENCE)?;
+    no_socket_left(context)
+}
+
+fn await_frames(l2fwd: &mut L2fwd, port: usize, frames: u64) -> Result<()> {
+    l2fwd.await_statistics("that it received frames", |counts| {
+        counts["port"] == port && counts["received"].as_u64().is_some_and(|count| count >= frames)
+    })
+}
+
+/// A port with two pairs of queues. What testpmd sends first on each pair goes round until it is told to end; it then says
+/// what it received on each.
+fn two_pairs(context: &Context, end: End) -> Result<()> {
+    need_testpmd()?;
+    let start = Start::new(format!(
+        "--lcores 0@0,1@0 {} {} -- -p 1 --queues 2 -T 0.1",
+        prefix("rings-fwd"),
+        end.devices(&context.dir, 1, ",queues=2")
+    ));
+    let arguments = format!(
+        "--lcores 0@1,1@1 -m 256 {} {} -- --auto-start --tx-first --no-flush-rx --forward-mode=io --nb-cores=1 --rxq=2 \
+         --txq=2 --total-num-mbufs=8192 --no-mlockall",
+        prefix("rings-gen"),
+        end.other().devices(&context.dir, 1, ",queues=2")
+    );
+    let (mut l2fwd, mut testpmd) =
+        in_order(context, 1, end, || start.spawn(context), || Testpmd::spawn(context, &arguments))?;
+    await_frames(&mut l2fwd, 0, 10_000)?;
+    testpmd.press_key()?;
+    testpmd.process.wait(PATIENCE)?;
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    let said = testpmd.process.stdout()?;
+    for queue in [0, 1] {
+        let (_, counts) =
+            said.split_once(&format!("RX Port= 0/Queue= {queue}")).context("testpmd counted nothing")?;
+        let received = counts.split_whitespace().skip_while(|word| *word != "RX-packets:").nth(1);
+        ensure!(received.is_some_and(|count| count != "0"), "testpmd received nothing on queue {queue}");
+    }
+    Ok(())
+}
+
+/// For a program that is stopped, time jumps as for one whose machine is suspended. Who caught up with it would print a
+/// table for each of the 50 periods that it missed. The pause is shorter than pktgen waits for a frame.
+fn paused(context: &Context) -> Result<()> {
+    let devices = End::Vhost.devices(&context.dir, 2, "");
+    let mut l2fwd =
+        Start::new(format!("-l 1 {} {devices} -- -p 3 -q 2 -T 0.02", prefix("rings-fwd"))).spawn(context)?;
+    await_sockets(&context.dir, 2)?;
+    let pktgen = generator(context, End::VirtioUser, &format!("--duration {}", PATIENCE.as_secs()))?;
+    await_frames(&mut l2fwd, 0, 10_000)?;
+    l2fwd.process.signal(Signal::SIGSTOP)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let tables =
+        |l2fwd: &L2fwd| Ok::<_, anyhow::Error>(l2fwd.process.stdout()?.matches("\"statistics\"").count());
+    let before = tables(&l2fwd)?;
+    l2fwd.process.signal(Signal::SIGCONT)?;
+    await_that("further statistics", PATIENCE, || tables(&l2fwd).is_ok_and(|now| now >= before + 3))?;
+    pktgen.stop()?.unharmed()?;
+    // It is up to the machine how long these took; a storm would have come before the first of them.
+    let after = tables(&l2fwd)? - before;
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    ensure!(after < 40, "{after} tables after the pause");
+    Ok(())
+}

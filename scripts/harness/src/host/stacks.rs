@@ -1,0 +1,75 @@
+//! Where processes wait, by `/proc`: what is reported of those that hang.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Parent and process group by pid (proc_pid_stat(5)).
+fn processes() -> BTreeMap<i32, (i32, i32)> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        // The name in parentheses may have blanks and parentheses of its own.
+        let Some((_, fields)) = stat.rsplit_once(") ") else { continue };
+        let mut fields = fields.split(' ').skip(1).map_while(|field| field.parse().ok());
+        if let (Some(parent), Some(group)) = (fields.next(), fields.next()) {
+            all.insert(pid, (parent, group));
+        }
+    }
+    all
+}
+
+fn descendants() -> Vec<i32> {
+    let all = processes();
+    let mut found = vec![std::process::id().cast_signed()];
+    let mut next = 0;
+    while let Some(&parent) = found.get(next) {
+        found.extend(all.iter().filter(|(_, (of, _))| *of == parent).map(|(pid, _)| *pid));
+        next += 1;
+    }
+    found.split_off(1)
+}
+
+/// Of all that this process started, directly or not.
+pub(crate) fn of_descendants() -> String {
+    descendants().into_iter().map(of_process).collect()
+}
+
+/// Of a process group.
+pub(crate) fn of_group(group: i32) -> String {
+    let all = processes();
+    all.iter().filter(|(_, (_, of))| *of == group).map(|(pid, _)| of_process(*pid)).collect()
+}
+
+/// Kills all that this process started.
+pub(crate) fn kill_descendants() {
+    for pid in descendants() {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// Of one process: a line for each thread: name, state, and where in the kernel it waits, as far as this user may know.
+pub(crate) fn of_process(pid: i32) -> String {
+    let mut text = String::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let file =
+            |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default().trim().to_owned();
+        let status = file("status");
+        let state = status.lines().find_map(|line| line.strip_prefix("State:")).unwrap_or_default().trim();
+        text += &format!(
+            "{pid}/{} {} {state} {}",
+            task.file_name().to_string_lossy(),
+            file("comm"),
+            file("wchan")
+        );
+        text += &format!(" syscall {}\n", file("syscall").split(' ').next().unwrap_or_default());
+        text.extend(file("stack").lines().map(|line| format!("    {line}\n")));
+    }
+    let command = fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
+    let command: String = String::from_utf8_lossy(&command).replace('\0', " ").chars().take(120).collect();
+    if text.is_empty() { text } else { format!("{command}\n{text}") }
+}

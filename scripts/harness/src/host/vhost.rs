@@ -1,0 +1,61 @@
+//! A guest whose two virtio-net are served by l2fwd's net_vhost on this machine: QEMU is the frontend.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::Environment;
+use super::rings::{End, await_sockets, prefix};
+use crate::case::{Cases, Context};
+use crate::l2fwd::Start;
+use crate::pktgen::Pktgen;
+use crate::process::Process;
+
+const FRAMES: u64 = 20_000;
+/// For the guest to boot and the frames to pass, on a busy machine.
+const GUEST: Duration = Duration::from_secs(300);
+/// Memory of the guest in MiB, which QEMU shares with l2fwd.
+const MEMORY: u32 = 1024;
+
+pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
+    let repo = environment.repo.clone();
+    cases
+        .add("pktgen on a guest's virtio-net, through l2fwd on vhost", move |context| circle(context, &repo))
+        .limit(900);
+}
+
+fn circle(context: &Context, repo: &Path) -> Result<()> {
+    let devices = End::Vhost.devices(&context.dir, 2, "");
+    let l2fwd = Start::new(format!("-l 1 {} {devices} -- -p 3 -q 2 -T 0", prefix("vhost"))).spawn(context)?;
+    await_sockets(&context.dir, 2)?;
+    let mut lab = Command::new(repo.join("scripts/lab"));
+    // QEMU passes vhost-user's memory and no IOTLB, so the guest's IOMMU cannot be in between.
+    lab.args(["run", "--timeout", "0", "--no-iommu", "--nics", "none", "--mem", &MEMORY.to_string()]);
+    let mut qemu = |words: [&str; 2]| {
+        for word in words {
+            lab.args(["--qemu-arg", word]);
+        }
+    };
+    qemu(["-object", &format!("memory-backend-memfd,id=ram,size={MEMORY}M,share=on")]);
+    qemu(["-machine", "memory-backend=ram"]);
+    for port in 0..2 {
+        let slot = port + 4;
+        qemu(["-chardev", &format!("socket,id=v{port},path={}", context.path(&port.to_string()).display())]);
+        qemu(["-netdev", &format!("vhost-user,id=n{port},chardev=v{port}")]);
+        // Without MSI-X: QEMU 7.2 under TCG crashes in it, whoever serves the rings.
+        let nic = "virtio-net-pci,disable-legacy=on,vectors=0,romfile=";
+        qemu(["-device", &format!("{nic},netdev=n{port},addr=0x{slot},mac=52:54:00:00:00:0{slot}")]);
+    }
+    let pktgen = format!(
+        "pktgen -l 1 --vfio-mode noiommu -a 00:04.0 -a 00:05.0 -- --count {FRAMES} --size 60-1514 \
+         --dst-mac 02:00:00:00:00:99 --expect-dst 02:00:00:00:00:01 --json"
+    );
+    lab.arg("--").args(pktgen.split_whitespace());
+    let stream = Pktgen(Process::spawn(context, "lab", &mut lab)?).wait(GUEST)?;
+    stream.came_back(FRAMES, FRAMES)?;
+    ensure!(stream.complete, "pktgen exited with 1");
+    l2fwd.stop_complaining(nix::sys::signal::Signal::SIGINT)?;
+    Ok(())
+}

@@ -1,0 +1,190 @@
+//! System calls of a start that fail, one after the other: each time a documented exit code, one line, and nothing left
+//! behind.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use anyhow::{Result, bail, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::case::{Context, read, skip};
+use crate::l2fwd::{Ended, Start};
+
+/// A call, and an error that the kernel has for it.
+pub(crate) type Call = (&'static str, &'static str);
+
+/// What only the C library and Rust's std call, and answer themselves by ending the process, is in no table: brk, mprotect,
+/// rt_sigaction, rt_sigprocmask, close.
+pub(crate) const OF_EVERY_START: [Call; 18] = [
+    ("write", "ENOSPC"),
+    ("statx", "EACCES"),
+    ("fcntl", "EMFILE"),
+    ("readlink", "EACCES"),
+    ("getdents64", "EIO"),
+    ("lseek", "EINVAL"),
+    ("flock", "ENOLCK"),
+    ("mkdir", "EACCES"),
+    ("unlink", "EACCES"),
+    ("rmdir", "EACCES"),
+    ("sched_getaffinity", "EINVAL"),
+    ("sched_setaffinity", "EINVAL"),
+    ("sigaltstack", "ENOMEM"),
+    ("prctl", "EINVAL"),
+    ("getrandom", "ENOSYS"),
+    ("clock_nanosleep", "EINTR"),
+    ("futex", "EINTR"),
+    ("clone3", "EAGAIN"),
+];
+
+/// Calls whose failure may leave a name behind, for the next start to clear away: its own removal, or the question whose it
+/// is.
+const LEAVES_NAMES: [&str; 5] = ["unlink", "rmdir", "getdents64", "statx", "flock"];
+
+/// A start of l2fwd that is made to fail.
+pub(crate) struct Target<'a> {
+    /// The start.
+    pub(crate) start: Start,
+    /// Whether the start is over with this event, so that it can be stopped.
+    pub(crate) is_up: &'a dyn Fn(&Value) -> bool,
+    /// What an ended l2fwd has left behind, if anything; without names, which some calls may leave.
+    pub(crate) left: &'a dyn Fn(&Ended) -> Result<Option<String>>,
+    /// Names that are left behind.
+    pub(crate) names: &'a dyn Fn() -> Option<String>,
+}
+
+impl std::fmt::Debug for Target<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.start.fmt(f)
+    }
+}
+
+/// Fails each `call` of the start with `error` in turn. strace counts the calls of each thread by itself, so first those of
+/// the main thread alone and then, by `-f`, those of the others.
+///
+/// # Errors
+/// When a start ends in another way than it should.
+pub(crate) fn fail_each(context: &Context, target: &Target<'_>, (call, error): Call) -> Result<()> {
+    let mut codes: BTreeMap<i32, u32> = BTreeMap::new();
+    let mut harmless = BTreeSet::new();
+    for follow in [&[][..], &["-f"]] {
+        let (ended, pid) = traced(context, target, follow, &[&format!("trace={call}")])?;
+        ensure!(ended.code == 0, "l2fwd exited with {} where nothing failed", ended.code);
+        for number in 1..=count(&read(context.path("trace"))?, call, pid) {
+            let inject = format!("inject={call}:error={error}:when={number}");
+            let (ended, _) = traced(context, target, follow, &[&format!("trace={call}"), &inject])?;
+            if let Err(error) = judge(&ended, target, call) {
+                bail!("{call} {number}{}: {error}\n{}", follow.concat(), ended.stderr);
+            }
+            if ended.code == 0 {
+                harmless.extend(injected(&read(context.path("trace"))?));
+            }
+            *codes.entry(ended.code).or_default() += 1;
+        }
+    }
+    if codes.is_empty() {
+        return skip(format!("a start has no {call}"));
+    }
+    let (ended, _) = traced(context, target, &[], &["trace=none"])?;
+    ensure!(ended.code == 0 && ended.complaints().is_empty(), "the next start exited with {}", ended.code);
+    let list: Vec<String> = codes.iter().map(|(code, times)| format!("{code} x {times}")).collect();
+    context.note(format!("{} calls; exit codes: {}", codes.values().sum::<u32>(), list.join(", ")));
+    if context.full {
+        harmless.iter().for_each(|call| context.note(format!("goes on without: {call}")));
+    }
+    Ok(())
+}
+
+/// A start under strace, which is stopped if it comes up. strace puts a call that does not exist in the place of one that is
+/// to fail, which the sandbox would deny: `start` does without.
+fn traced(
+    context: &Context,
+    target: &Target<'_>,
+    options: &[&str],
+    expressions: &[&str],
+) -> Result<(Ended, i32)> {
+    let trace = context.path("trace").to_string_lossy().into_owned();
+    let mut under = vec!["strace", "-D", "-qq", "-o", &trace];
+    under.extend(options);
+    under.extend(expressions.iter().flat_map(|expression| ["-e", *expression]));
+    let mut l2fwd = target.start.clone().under(under).spawn(context)?;
+    let pid = l2fwd.process.pid();
+    if l2fwd.await_event("that it is up", target.is_up).is_ok() {
+        // It may have ended by itself since.
+        let _ = l2fwd.process.signal(Signal::SIGINT);
+    }
+    let ended = l2fwd.wait()?;
+    for entry in fs::read_dir(&context.dir)? {
+        let file = entry?.path();
+        if file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("l2fwd")) {
+            fs::remove_file(file)?;
+        }
+    }
+    Ok((ended, pid))
+}
+
+/// Calls of the main thread, or where each line has its thread in front, of the busiest other one.
+fn count(trace: &str, call: &str, main: i32) -> usize {
+    let mut calls: BTreeMap<&str, usize> = BTreeMap::new();
+    for line in trace.lines() {
+        let (thread, rest) = match line.split_once(' ') {
+            Some((thread, rest)) if thread.bytes().all(|byte| byte.is_ascii_digit()) => {
+                (thread, rest.trim_start())
+            }
+            _ => ("", line),
+        };
+        if rest.starts_with(call) && rest[call.len()..].starts_with('(') && thread != main.to_string() {
+            *calls.entry(thread).or_default() += 1;
+        }
+    }
+    calls.into_values().max().unwrap_or_default()
+}
+
+/// The calls that were made to fail, with their arguments.
+fn injected(trace: &str) -> impl Iterator<Item = String> {
+    trace.lines().filter(|line| line.ends_with("(INJECTED)")).map(|line| {
+        let call = line.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ');
+        call.rsplit_once(" = ").map_or(call, |(call, _)| call).to_owned()
+    })
+}
+
+fn judge(ended: &Ended, target: &Target<'_>, call: &str) -> Result<()> {
+    // Before main is none of our code: the loader, and std, which makes a stack for signals and ends the process when it
+    // cannot.
+    let before_main = ended.code == 127 && ended.stderr.contains("error while loading shared libraries")
+        || ended.code == 134 && ended.stderr.contains("std/src/sys/pal/unix/stack_overflow.rs");
+    if before_main {
+        return Ok(());
+    }
+    let lines = ended.stderr.lines().filter(|line| line.starts_with("vireo-l2fwd: ")).count();
+    match ended.code {
+        0 => ensure!(lines == 0, "exit code 0 and an error"),
+        64..=77 => ensure!(lines == 1, "exit code {} with {lines} lines", ended.code),
+        code => bail!("exit code {code}"),
+    }
+    for word in ["panicked", "stack backtrace"] {
+        ensure!(!ended.stderr.contains(word), "it panicked");
+    }
+    if let Some(left) = (target.left)(ended)? {
+        bail!("{left}");
+    }
+    match (target.names)() {
+        Some(name) if !LEAVES_NAMES.contains(&call) => bail!("{name} was left behind"),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_are_counted_of_the_busiest_thread_that_is_not_the_main_one() {
+        let alone = "ioctl(3, X) = 0\nioctl(4, Y) = -1 ENOMEM (Cannot allocate memory) (INJECTED)\nioctl_other(1) = 0\n";
+        assert_eq!(count(alone, "ioctl", 7), 2);
+        let threads =
+            "7 ioctl(3, X) = 0\n8  ioctl(3, X) = 0\n9 ioctl(3, X) = 0\n9 ioctl(3, Z) = 0\n9 openat(3) = 0\n";
+        assert_eq!(count(threads, "ioctl", 7), 2);
+        assert_eq!(injected(alone).collect::<Vec<_>>(), ["ioctl(4, Y)"]);
+    }
+}

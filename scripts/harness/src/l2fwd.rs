@@ -1,0 +1,311 @@
+//! l2fwd as a process that is watched, by the events that it prints with `--json`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::case::Context;
+use crate::process::{PATIENCE, Process, words};
+
+/// What the second start says of a first one that was killed.
+const RECOVERED: &str = "ended uncleanly, recovered";
+
+/// A running l2fwd.
+#[derive(Debug)]
+pub(crate) struct L2fwd {
+    /// The process.
+    pub(crate) process: Process,
+    events: Vec<Value>,
+    patience: Duration,
+}
+
+/// How l2fwd is started.
+#[derive(Clone, Debug)]
+pub(crate) struct Start {
+    under: Vec<String>,
+    arguments: Vec<String>,
+    environment: Vec<(&'static str, PathBuf)>,
+    patience: Duration,
+}
+
+impl Start {
+    /// `arguments` are the EAL's, `--`, and l2fwd's own.
+    pub(crate) fn new(arguments: impl AsRef<str>) -> Self {
+        Self {
+            under: Vec::new(),
+            arguments: words(arguments.as_ref()).map(Into::into).collect(),
+            environment: Vec::new(),
+            patience: PATIENCE,
+        }
+    }
+
+    /// Under another program, such as strace, that starts it and has its pid.
+    pub(crate) fn under<S: Into<String>>(mut self, command: impl IntoIterator<Item = S>) -> Self {
+        self.under = command.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// With a variable of the environment.
+    pub(crate) fn environment(mut self, name: &'static str, value: &Path) -> Self {
+        self.environment.push((name, value.into()));
+        self
+    }
+
+    /// On a machine that may be busy with something else for so long.
+    pub(crate) fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// The command line.
+    pub(crate) fn command(&self, context: &Context) -> Command {
+        let program = context.program("l2fwd").to_string_lossy().into_owned();
+        let mut line = self.under.iter().cloned().chain([program]);
+        let mut command = Command::new(line.next().unwrap_or_default());
+        command.args(line);
+        if !self.arguments.iter().any(|word| word == "--file-prefix") {
+            command.args(["--file-prefix", "fwd"]);
+        }
+        command.args(&self.arguments).arg("--json").envs(self.environment.iter().cloned());
+        command
+    }
+
+    /// Starts it.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) fn spawn(&self, context: &Context) -> Result<L2fwd> {
+        let process = Process::spawn(context, "l2fwd", &mut self.command(context))?;
+        Ok(L2fwd { process, events: Vec::new(), patience: self.patience })
+    }
+
+    /// Starts it, and returns when it forwards.
+    ///
+    /// # Errors
+    /// When it does not come to forwarding.
+    pub(crate) fn forwarding(&self, context: &Context) -> Result<L2fwd> {
+        let mut l2fwd = self.spawn(context)?;
+        l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
+        Ok(l2fwd)
+    }
+}
+
+impl L2fwd {
+    /// Reads on to an event that `wanted` is true of.
+    ///
+    /// # Errors
+    /// When it does not come.
+    pub(crate) fn await_event(&mut self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
+        let until = Instant::now() + self.patience;
+        while let Some(line) = self.process.line(until.saturating_duration_since(Instant::now()))? {
+            self.keep(&line).with_context(|| format!("l2fwd printed '{line}'"))?;
+            if self.events.last().is_some_and(&wanted) {
+                return Ok(());
+            }
+        }
+        bail!("l2fwd ended and did not say {what}")
+    }
+
+    /// Of statistics only the latest: a soak has them for hours.
+    fn keep(&mut self, line: &str) -> serde_json::Result<()> {
+        let event: Value = serde_json::from_str(line)?;
+        let is_statistics = |event: &Value| event["event"] == "statistics";
+        match self.events.last_mut() {
+            Some(last) if is_statistics(last) && is_statistics(&event) => *last = event,
+            _ => self.events.push(event),
+        }
+        Ok(())
+    }
+
+    /// The latest statistics of each port, of all that l2fwd has printed up to now.
+    pub(crate) fn latest_statistics(&mut self) -> Option<&Vec<Value>> {
+        while let Ok(Some(line)) = self.process.line(Duration::ZERO) {
+            let _ = self.keep(&line);
+        }
+        self.events
+            .iter()
+            .rfind(|event| event["event"] == "statistics")
+            .and_then(|event| event["ports"].as_array())
+    }
+
+    /// Reads on to statistics of which `wanted` is true, which is asked of each port.
+    ///
+    /// # Errors
+    /// When they do not come.
+    pub(crate) fn await_statistics(&mut self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
+        self.await_event(what, |event| {
+            event["ports"].as_array().is_some_and(|ports| ports.iter().any(&wanted))
+        })
+    }
+
+    /// Reads on to the first packets.
+    ///
+    /// # Errors
+    /// When none come.
+    pub(crate) fn await_traffic(&mut self) -> Result<()> {
+        self.await_statistics("that it received packets", |port| {
+            port["port"] == 0 && port["received"].as_u64().is_some_and(|count| count > 0)
+        })
+    }
+
+    /// Reads on to a change of `port`.
+    ///
+    /// # Errors
+    /// When it does not come.
+    pub(crate) fn await_state(&mut self, port: usize, state: &str) -> Result<()> {
+        self.await_event(&format!("that port {port} is {state}"), |event| {
+            event["event"] == "port_state" && event["port"] == port && event["state"] == state
+        })
+    }
+
+    /// Sends `signal`, and waits for its end.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub(crate) fn end(self, signal: Signal) -> Result<Ended> {
+        self.process.signal(signal)?;
+        self.wait()
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub(crate) fn wait(mut self) -> Result<Ended> {
+        let until = Instant::now() + self.patience;
+        while let Some(line) = self.process.line(until.saturating_duration_since(Instant::now()))? {
+            // What a killed process printed last may be half a line.
+            let _ = self.keep(&line);
+        }
+        let code = self.process.wait(PATIENCE)?;
+        Ok(Ended { code, stderr: self.process.stderr()?, events: self.events })
+    }
+
+    /// Kills it.
+    ///
+    /// # Errors
+    /// When it does not die.
+    pub(crate) fn kill(self) -> Result<()> {
+        let ended = self.end(Signal::SIGKILL)?;
+        ensure!(ended.code == 137, "l2fwd exited with {}", ended.code);
+        Ok(())
+    }
+
+    /// Ends it as a user does: all buffers come back, its last word is said, and it has no complaints.
+    ///
+    /// # Errors
+    /// When any of that is not so.
+    pub(crate) fn stop(self) -> Result<Ended> {
+        self.stop_by(Signal::SIGINT)
+    }
+
+    /// As [`L2fwd::stop`], by another signal.
+    ///
+    /// # Errors
+    /// As for [`L2fwd::stop`].
+    pub(crate) fn stop_by(self, signal: Signal) -> Result<Ended> {
+        let ended = self.stop_complaining(signal)?;
+        ensure!(ended.complaints().is_empty(), "l2fwd complained");
+        Ok(ended)
+    }
+
+    /// As [`L2fwd::stop`], of one that had a reason to complain.
+    ///
+    /// # Errors
+    /// When it does not end in order.
+    pub(crate) fn stop_complaining(self, signal: Signal) -> Result<Ended> {
+        let ended = self.end(signal)?;
+        ensure!(ended.code == 0, "l2fwd exited with {}", ended.code);
+        ensure!(
+            ended.events.last().is_some_and(|event| event["event"] == "end"),
+            "l2fwd's last event is not its end"
+        );
+        Ok(ended)
+    }
+
+    /// Whether it said at its start that it recovered from a killed one; of process `pid`, if that is known.
+    ///
+    /// # Errors
+    /// When its output cannot be read.
+    pub(crate) fn recovered_from(&self, pid: Option<i32>) -> Result<bool> {
+        let pid = pid.map(|pid| format!("(pid {pid})")).unwrap_or_default();
+        Ok(self.process.stderr()?.lines().any(|line| line.contains(RECOVERED) && line.contains(&pid)))
+    }
+}
+
+/// What an l2fwd that has ended left.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// Its exit code, as of a shell.
+    pub(crate) code: i32,
+    /// Its standard error.
+    pub(crate) stderr: String,
+    /// Its events.
+    pub(crate) events: Vec<Value>,
+}
+
+impl Ended {
+    /// Lines of standard error, without what a start says of a killed one before it.
+    pub(crate) fn complaints(&self) -> Vec<&str> {
+        self.stderr.lines().filter(|line| !line.contains(RECOVERED)).collect()
+    }
+
+    /// Whether `port` was opened in `mode`, and `why` is part of the reason.
+    ///
+    /// # Errors
+    /// When it was not.
+    pub(crate) fn opened(&self, port: usize, mode: &str, why: &str) -> Result<()> {
+        let of_port = |event: &&Value| event["event"] == "open" && event["port"] == port;
+        let open = self.events.iter().find(of_port).context("the port was not opened")?;
+        let said = open["why"].as_str().unwrap_or_default();
+        ensure!(
+            open["mode"] == mode && said.contains(why),
+            "port {port} is in mode {}: {said}",
+            open["mode"]
+        );
+        Ok(())
+    }
+
+    /// The first event of that name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(crate) fn event(&self, name: &str) -> Result<&Value> {
+        self.events.iter().find(|event| event["event"] == name).with_context(|| format!("no event '{name}'"))
+    }
+
+    /// The last statistics of `port`: sent, received and dropped.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub(crate) fn counts(&self, port: usize) -> Result<[u64; 3]> {
+        let statistics = self.events.iter().rfind(|event| event["event"] == "statistics");
+        let ports = statistics.and_then(|event| event["ports"].as_array()).context("no statistics")?;
+        let counts = ports.iter().find(|of| of["port"] == port).context("no statistics of the port")?;
+        Ok(["sent", "received", "dropped"].map(|name| counts[name].as_u64().unwrap_or_default()))
+    }
+
+    /// Checks the last statistics of `port`.
+    ///
+    /// # Errors
+    /// When they are others.
+    pub(crate) fn counted(&self, port: usize, sent: u64, received: u64) -> Result<()> {
+        let counts = self.counts(port)?;
+        ensure!(counts == [sent, received, 0], "port {port} counted {counts:?}, not [{sent}, {received}, 0]");
+        Ok(())
+    }
+
+    /// A counter of `port`, by its name.
+    ///
+    /// # Errors
+    /// When there is no such counter.
+    pub(crate) fn counter(&self, port: usize, name: &str) -> Result<u64> {
+        let of_port = |event: &&Value| event["event"] == "counters" && event["port"] == port;
+        let counters = self.events.iter().find(of_port).context("the port counted nothing")?;
+        counters["counters"][name].as_u64().with_context(|| format!("no counter {name}"))
+    }
+}

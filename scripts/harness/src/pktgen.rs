@@ -1,0 +1,98 @@
+//! pktgen, by the JSON that it prints at its end.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::case::Context;
+use crate::process::{PATIENCE, Process, words};
+
+/// What no frame may be, whatever else happens: other than it was sent, twice, or out of order.
+const WRONG: [&str; 5] = ["duplicates", "reordered", "wrong_address", "corrupt", "strays"];
+
+/// A running pktgen.
+#[derive(Debug)]
+pub(crate) struct Pktgen(pub(crate) Process);
+
+impl Pktgen {
+    /// Starts it; `arguments` are the EAL's, `--`, and pktgen's own.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) fn spawn(context: &Context, arguments: &str) -> Result<Self> {
+        let mut command = Command::new(context.program("pktgen"));
+        command.args(words(arguments)).arg("--json");
+        Ok(Self(Process::spawn(context, "pktgen", &mut command)?))
+    }
+
+    /// Waits for its end, which may take so long.
+    ///
+    /// # Errors
+    /// When it does not end, or has an exit code other than those of a stream that was sent.
+    pub(crate) fn wait(mut self, limit: Duration) -> Result<Stream> {
+        let line = self.0.line(limit)?;
+        let code = self.0.wait(PATIENCE)?;
+        ensure!(code <= 1, "pktgen exited with {code}");
+        let line = line.context("pktgen printed nothing")?;
+        Ok(Stream { complete: code == 0, figures: serde_json::from_str(&line)? })
+    }
+
+    /// Ends it before its time.
+    ///
+    /// # Errors
+    /// As for [`Pktgen::wait`].
+    pub(crate) fn stop(self) -> Result<Stream> {
+        self.0.signal(Signal::SIGINT)?;
+        self.wait(PATIENCE)
+    }
+}
+
+/// What became of a stream.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    /// Whether every frame came back once, in order, as it was sent.
+    pub(crate) complete: bool,
+    /// All figures.
+    pub(crate) figures: Value,
+}
+
+impl Stream {
+    /// A figure by its name.
+    pub(crate) fn figure(&self, name: &str) -> u64 {
+        self.figures[name].as_u64().unwrap_or_default()
+    }
+
+    /// A counter of a port.
+    pub(crate) fn counter(&self, port: usize, name: &str) -> u64 {
+        self.figures["counters"][port][name].as_u64().unwrap_or_default()
+    }
+
+    /// Checks that so many frames were sent and came back, and nothing else.
+    ///
+    /// # Errors
+    /// When it was otherwise.
+    pub(crate) fn came_back(&self, sent: u64, received: u64) -> Result<()> {
+        let is = (self.figure("sent"), self.figure("received"));
+        ensure!(
+            is == (sent, received),
+            "pktgen sent {} and received {}, not {sent} and {received}",
+            is.0,
+            is.1
+        );
+        self.unharmed()
+    }
+
+    /// Checks that every frame that came back is one that was sent.
+    ///
+    /// # Errors
+    /// When one is not.
+    pub(crate) fn unharmed(&self) -> Result<()> {
+        for name in WRONG {
+            ensure!(self.figure(name) == 0, "pktgen has {name} = {}", self.figure(name));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,261 @@
+//! A program that a case watches: its output, its end, and that it does not outlive the case.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write as _};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::case::{Context, read};
+use crate::host::stacks;
+
+/// How long a program may be silent before it counts as hung.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A program that was started. It is killed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Process {
+    name: String,
+    pid: Pid,
+    exit: Receiver<std::io::Result<ExitStatus>>,
+    status: Option<ExitStatus>,
+    lines: Receiver<String>,
+    stdout: PathBuf,
+    stderr: PathBuf,
+}
+
+impl Process {
+    /// Starts `command`. Its output goes to `NAME.out` and `NAME.err` of the case's directory; lines of standard output
+    /// can be waited for, too.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) fn spawn(context: &Context, name: &str, command: &mut Command) -> Result<Self> {
+        let (name, stdout, stderr) = unused(context, name);
+        let errors = File::create(&stderr)?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+        let mut child =
+            command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        let (to_lines, lines) = channel();
+        let output = child.stdout.take().context("the program has no standard output")?;
+        let mut copy = File::create(&stdout)?;
+        std::thread::spawn(move || {
+            let mut output = BufReader::new(output);
+            let mut line = Vec::new();
+            while output.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+                let _ = copy.write_all(&line);
+                // The case may not be interested any more; the program has to find a reader all the same.
+                let _ = to_lines.send(String::from_utf8_lossy(&line).trim_end_matches('\n').to_owned());
+                line.clear();
+            }
+        });
+        Ok(Self::watched(name, child, lines, stdout, stderr))
+    }
+
+    /// Starts `command` with a standard output of the caller's choice.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) fn spawn_to(
+        context: &Context,
+        name: &str,
+        command: &mut Command,
+        stdout: Stdio,
+    ) -> Result<Self> {
+        let (name, out, stderr) = unused(context, name);
+        let errors = File::create(&stderr)?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(stdout)
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        Ok(Self::watched(name, child, channel().1, out, stderr))
+    }
+
+    fn watched(
+        name: String,
+        mut child: std::process::Child,
+        lines: Receiver<String>,
+        stdout: PathBuf,
+        stderr: PathBuf,
+    ) -> Self {
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let (to_exit, exit) = channel();
+        std::thread::spawn(move || to_exit.send(child.wait()));
+        Self { name, pid, exit, status: None, lines, stdout, stderr }
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    /// All that it printed on standard error so far.
+    ///
+    /// # Errors
+    /// When the copy cannot be read.
+    pub(crate) fn stderr(&self) -> Result<String> {
+        read(&self.stderr)
+    }
+
+    /// All that it printed on standard output, complete once it ended.
+    ///
+    /// # Errors
+    /// When the copy cannot be read.
+    pub(crate) fn stdout(&self) -> Result<String> {
+        read(&self.stdout)
+    }
+
+    /// Its next line, or none when its output ended.
+    ///
+    /// # Errors
+    /// When it is silent for `limit`.
+    pub(crate) fn line(&self, limit: Duration) -> Result<Option<String>> {
+        match self.lines.recv_timeout(limit) {
+            Ok(line) => Ok(Some(line)),
+            Err(RecvTimeoutError::Disconnected) => Ok(None),
+            Err(RecvTimeoutError::Timeout) => {
+                let waits = stacks::of_process(self.pid());
+                bail!("{} said nothing for {} s, and is here:\n{waits}", self.name, limit.as_secs())
+            }
+        }
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// When the program has ended already.
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        if self.status.is_some() {
+            bail!("{} has ended already", self.name);
+        }
+        kill(self.pid, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
+    }
+
+    /// Waits for its end. The exit code is that of a shell: 128 and the number of the signal that ended it.
+    ///
+    /// # Errors
+    /// When it runs on for `limit`.
+    pub(crate) fn wait(&mut self, limit: Duration) -> Result<i32> {
+        let status = match self.status {
+            Some(status) => status,
+            None => match self.exit.recv_timeout(limit) {
+                Ok(status) => *self.status.insert(status?),
+                Err(_) => {
+                    let waits = stacks::of_process(self.pid());
+                    bail!("{} did not end in {} s, and is here:\n{waits}", self.name, limit.as_secs())
+                }
+            },
+        };
+        status
+            .code()
+            .or_else(|| status.signal().map(|signal| 128 + signal))
+            .ok_or_else(|| anyhow!("{} ended with {status}", self.name))
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.status = self.status.or_else(|| self.exit.try_recv().ok().and_then(Result::ok));
+        self.status.is_some()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !self.has_ended() {
+            let _ = kill(self.pid, Signal::SIGKILL);
+            let _ = self.exit.recv_timeout(PATIENCE);
+        }
+    }
+}
+
+/// A name that no earlier program of the case has, and its files.
+fn unused(context: &Context, name: &str) -> (String, PathBuf, PathBuf) {
+    let mut number = 1;
+    loop {
+        let name = if number == 1 { name.to_owned() } else { format!("{name}-{number}") };
+        let stderr = context.path(&format!("{name}.err"));
+        if !stderr.exists() {
+            let stdout = context.path(&format!("{name}.out"));
+            return (name, stdout, stderr);
+        }
+        number += 1;
+    }
+}
+
+/// What a program printed, and its exit code.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// As of a shell.
+    pub(crate) code: i32,
+    /// Standard output.
+    pub(crate) stdout: String,
+    /// Standard error.
+    pub(crate) stderr: String,
+}
+
+impl Ended {
+    /// Itself if the exit code is `code`.
+    ///
+    /// # Errors
+    /// When it is another one.
+    pub(crate) fn expect(self, code: i32) -> Result<Self> {
+        match self.code == code {
+            true => Ok(self),
+            false => Err(anyhow!("exit code {}, not {code}", self.code)),
+        }
+    }
+}
+
+/// Runs `command` to its end.
+///
+/// # Errors
+/// When it does not start, or not end in `limit`.
+pub(crate) fn run_for(
+    context: &Context,
+    name: &str,
+    command: &mut Command,
+    limit: Duration,
+) -> Result<Ended> {
+    let mut process = Process::spawn(context, name, command)?;
+    let until = Instant::now() + limit;
+    // Its output first: it may be more than the threads have copied when it ends.
+    while process.line(until.saturating_duration_since(Instant::now()))?.is_some() {}
+    let code = process.wait(until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1)))?;
+    Ok(Ended { code, stdout: process.stdout()?, stderr: process.stderr()? })
+}
+
+/// Runs `command` to its end, which comes within [`PATIENCE`].
+///
+/// # Errors
+/// As for [`run_for`].
+pub(crate) fn run(context: &Context, name: &str, command: &mut Command) -> Result<Ended> {
+    run_for(context, name, command, PATIENCE)
+}
+
+/// Polls `done` until it is true: for what has no event.
+///
+/// # Errors
+/// When that takes longer than `limit`.
+pub(crate) fn await_that(what: &str, limit: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
+    let until = Instant::now() + limit;
+    while !done() {
+        if Instant::now() > until {
+            bail!("{what}: not in {} s", limit.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// A command from words that blanks separate.
+pub(crate) fn words(line: &str) -> impl Iterator<Item = &str> {
+    line.split_whitespace()
+}

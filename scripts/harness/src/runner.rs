@@ -1,0 +1,231 @@
+//! Which cases run, in which order and where; and what becomes of one that hangs.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::agent::Request;
+use crate::boot::{Lab, Lost, Session};
+use crate::case::{Case, Outcome, Report, Tier};
+use crate::guest::{BOOTS, Boot};
+use crate::host;
+use crate::host::stacks;
+use crate::process::PATIENCE;
+use crate::tap::{Progress, Tap};
+
+/// Cases of a boot that share a guest where several can run side by side.
+const SHARD: usize = 50;
+/// How often something that takes long is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// What the user chose.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Choice {
+    /// Names contain one of these; all when there are none.
+    pub(crate) only: Vec<String>,
+    /// Also what takes long.
+    pub(crate) full: bool,
+    /// Cases of the host.
+    pub(crate) host: bool,
+    /// Kernels that the guest is booted with, and what each is called in names: release up to the second number.
+    pub(crate) kernels: Vec<(String, String)>,
+    /// Boots; all when there are none.
+    pub(crate) boots: Vec<Boot>,
+}
+
+impl Choice {
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|pattern| name.contains(pattern.as_str()))
+    }
+}
+
+/// Cases that are run together: the host's, or those of a boot of one kernel.
+#[derive(Debug)]
+struct Group {
+    /// Of the guest: kernel and boot.
+    guest: Option<(String, Boot)>,
+    /// Full name and the case.
+    cases: VecDeque<(String, Arc<Case>)>,
+}
+
+/// All that was chosen, in order.
+fn chosen(choice: &Choice, host: Vec<Case>) -> Vec<Group> {
+    let mut groups = Vec::new();
+    let runs = |case: &Case, first: bool| match case.tier {
+        Tier::BothKernels => true,
+        Tier::Default => first || choice.full,
+        Tier::Full => choice.full,
+    };
+    let cases = host.into_iter().filter(|case| runs(case, true) && choice.wants(&case.name));
+    groups
+        .push(Group { guest: None, cases: cases.map(|case| (case.name.clone(), Arc::new(case))).collect() });
+    for (number, (kernel, release)) in choice.kernels.iter().enumerate() {
+        for boot in BOOTS.into_iter().filter(|boot| choice.boots.is_empty() || choice.boots.contains(boot)) {
+            let named = boot
+                .cases()
+                .0
+                .into_iter()
+                .map(|case| (format!("{release} {}: {}", boot.name(), case.name), case));
+            let cases = named.filter(|(name, case)| runs(case, number == 0) && choice.wants(name));
+            let cases = cases.map(|(name, case)| (name, Arc::new(case))).collect();
+            groups.push(Group { guest: Some((kernel.clone(), boot)), cases });
+        }
+    }
+    groups.retain(|group| !group.cases.is_empty());
+    groups
+}
+
+/// Prints the names of all that was chosen.
+///
+/// # Errors
+/// When the unit tests cannot be built.
+pub(crate) fn list(choice: &Choice, environment: &host::Environment) -> Result<()> {
+    for group in groups(choice, environment)? {
+        group.cases.iter().for_each(|(name, _)| println!("{name}"));
+    }
+    Ok(())
+}
+
+/// The groups that were chosen. Unit tests are known when they are built, which takes time: only when all are wanted, a
+/// name has `::`, as theirs have, or nothing else has such a name.
+fn groups(choice: &Choice, environment: &host::Environment) -> Result<Vec<Group>> {
+    let cases = |with_units| -> Result<Vec<Case>> {
+        if choice.host { host::cases(environment, with_units) } else { Ok(Vec::new()) }
+    };
+    let asks_for_units = choice.only.is_empty() || choice.only.iter().any(|pattern| pattern.contains("::"));
+    let mut groups = chosen(choice, cases(asks_for_units)?);
+    if groups.is_empty() && !asks_for_units {
+        groups = chosen(choice, cases(true)?);
+    }
+    if groups.is_empty() {
+        let full = if choice.full { "" } else { ", or only with --full" };
+        bail!(
+            "no case has '{}' in its name{full}; see: scripts/test --list --full",
+            choice.only.join("' or '")
+        );
+    }
+    Ok(groups)
+}
+
+/// Runs all that was chosen, and gives the exit code.
+///
+/// # Errors
+/// When nothing can be run at all.
+pub(crate) fn run(
+    choice: &Choice,
+    environment: &host::Environment,
+    (lab, programs): (&Lab, &Path),
+    jobs: usize,
+) -> Result<u8> {
+    let groups = groups(choice, environment)?;
+    let tap = Tap::default();
+    let mut boots = VecDeque::new();
+    for Group { guest, mut cases } in groups {
+        let Some((kernel, boot)) = guest else {
+            for (_, case) in cases {
+                run_on_host(&case, choice.full, programs, &tap);
+            }
+            continue;
+        };
+        let shard = if jobs > 1 { SHARD } else { usize::MAX };
+        while !cases.is_empty() {
+            boots.push_back((kernel.clone(), boot, cases.drain(..shard.min(cases.len())).collect()));
+        }
+    }
+    let boots = Mutex::new(boots);
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                let next = || boots.lock().ok()?.pop_front();
+                while let Some((kernel, boot, cases)) = next() {
+                    run_in_guest(lab, &kernel, boot, cases, &tap);
+                }
+            });
+        }
+    });
+    Ok(tap.end())
+}
+
+/// Runs a case in a thread, and if it takes too long, says where its programs are and kills them.
+fn run_on_host(case: &Arc<Case>, full: bool, programs: &Path, tap: &Tap) {
+    let mut progress = Progress::new(&case.name);
+    let (to_report, reports) = channel();
+    let (of_case, programs) = (Arc::clone(case), programs.to_owned());
+    std::thread::spawn(move || to_report.send(of_case.run(full, &programs)));
+    let mut hung = None;
+    let report = loop {
+        match reports.recv_timeout(LOOK) {
+            Ok(report) => break report,
+            Err(RecvTimeoutError::Disconnected) => break Report::failed("its thread ended".into()),
+            Err(RecvTimeoutError::Timeout) => progress.tick(""),
+        }
+        if progress.elapsed() > case.limit && hung.is_none() {
+            hung = Some((Instant::now(), stacks::of_descendants()));
+            stacks::kill_descendants();
+        }
+        if hung.as_ref().is_some_and(|(since, _)| since.elapsed() > crate::process::PATIENCE) {
+            break Report::failed("it went on without its programs".into());
+        }
+    };
+    let report = match hung {
+        None => report,
+        Some((_, stacks)) => {
+            let after = if let Outcome::Failed(why) = &report.outcome { why.as_str() } else { "" };
+            Report::failed(format!("it took more than {} s\n{stacks}\n{after}", case.limit.as_secs()))
+        }
+    };
+    tap.report(&Report { name: case.name.clone(), ..report }, progress.elapsed());
+}
+
+/// Runs cases in a boot, and in a further one what comes after a case that took the guest with it.
+fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String, Arc<Case>)>, tap: &Tap) {
+    while !cases.is_empty() {
+        let mut session = match Session::start(lab, kernel, boot) {
+            Ok(session) => session,
+            Err(error) => {
+                for (name, _) in cases {
+                    tap.report(&Report { name, ..Report::failed(format!("{error:#}")) }, Duration::ZERO);
+                }
+                return;
+            }
+        };
+        tap.comment(&format!("Linux {}, boot '{}', {} cases", session.release, boot.name(), cases.len()));
+        let mut last = None;
+        while let Some((name, case)) = cases.pop_front() {
+            let progress = Progress::new(&name);
+            let request = Request::Case(case.name.clone());
+            let report = match session.request(&request, case.limit, |_| ()) {
+                Ok(Report { outcome: Outcome::Failed(why), notes, .. }) if progress.elapsed() > PATIENCE => {
+                    // What did not come may be the guest's fault.
+                    let outcome = Outcome::Failed(format!("{why}\n{}", session.stacks()));
+                    Report { name: name.clone(), outcome, notes }
+                }
+                Ok(report) => Report { name: name.clone(), ..report },
+                Err(lost) => {
+                    let why = match lost {
+                        Lost::Hung => {
+                            format!("it took more than {} s\n{}", case.limit.as_secs(), session.stacks())
+                        }
+                        Lost::Ended(said) => format!("the guest ended\n{said}"),
+                    };
+                    tap.report(&Report { name: name.clone(), ..Report::failed(why) }, progress.elapsed());
+                    break;
+                }
+            };
+            tap.report(&report, progress.elapsed());
+            if cases.is_empty() {
+                last = Some(name);
+            }
+        }
+        if let Some(name) = last
+            && let Err(error) = session.finish()
+        {
+            let name = format!("the end of the boot after {name}");
+            tap.report(&Report { name, ..Report::failed(format!("{error:#}")) }, Duration::ZERO);
+        }
+    }
+}

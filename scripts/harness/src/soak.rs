@@ -1,0 +1,334 @@
+//! Soak. An epoch is the life of a generator and a forwarder, and of their successors: at its end, when all have ended in
+//! order, no frame is other than it was sent, and those that did not come back are accounted for.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use fastrand::Rng;
+use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
+
+use crate::case::{Context, read};
+use crate::l2fwd::{L2fwd, Start};
+use crate::pktgen::Pktgen;
+
+/// How long nothing may pass before it counts as hung: the machine may be shared for hours.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+const STEPS_PER_EPOCH: u32 = 6;
+/// Kibibytes that the private memory of a forwarder may grow in its life: noise of the allocator.
+const GROWTH: u64 = 1024;
+
+/// What happens to the programs while packets pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nothing.
+    None,
+    /// The generator is stopped for a while.
+    StopGenerator,
+    /// The forwarder is stopped for a while.
+    StopForwarder,
+    /// The forwarder is ended and started again.
+    RestartForwarder,
+    /// The generator is killed.
+    KillGenerator,
+    /// The forwarder is killed.
+    KillForwarder,
+    /// A NIC may do no DMA any more.
+    LoseBusMaster,
+    /// A cable is pulled.
+    LoseLink,
+}
+
+/// How long, and from which seed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Length {
+    /// No step begins after so long.
+    pub(crate) seconds: u64,
+    /// No step begins when so many packets have come back; 0: any number.
+    pub(crate) packets: u64,
+    /// Of the faults, their order and their times.
+    pub(crate) seed: u64,
+}
+
+/// What is soaked.
+pub(crate) trait World {
+    /// The forwarder.
+    fn forwarder(&self, rng: &mut Rng) -> Start;
+    /// The generator's arguments.
+    fn generator(&self, rng: &mut Rng) -> String;
+    /// Prepares epoch `number`.
+    ///
+    /// # Errors
+    /// When that fails.
+    fn begin(&mut self, number: u64) -> Result<()>;
+    /// Faults of this epoch.
+    fn faults(&self) -> &[Fault];
+    /// Whether the forwarder is there before the generator, and lets it come again.
+    fn forwarder_is_first(&self) -> bool;
+    /// Waits until whoever is first can be reached.
+    ///
+    /// # Errors
+    /// When it cannot.
+    fn await_first(&self) -> Result<()>;
+    /// Makes a fault of the machine, and puts it right.
+    ///
+    /// # Errors
+    /// When that fails.
+    fn disturb(&self, fault: Fault, forwarder: &mut L2fwd) -> Result<()>;
+    /// How many of an epoch's frames may be missing, when counters name so many; none when that is not compared.
+    fn may_lose(&self, named: u64) -> Option<u64>;
+}
+
+/// Sums over all epochs, of the lives that told their figures; those that were killed did not.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Figures {
+    /// What it was soaked with.
+    pub(crate) seed: u64,
+    /// How long it took.
+    pub(crate) seconds: u64,
+    /// How many epochs there were.
+    pub(crate) epochs: u64,
+    /// In how many of them the frames that were lost were compared with those that may be.
+    pub(crate) epochs_compared: u64,
+    /// Frames that were lost in those.
+    pub(crate) lost_in_those_compared: u64,
+    /// Faults by name.
+    pub(crate) faults: BTreeMap<String, u64>,
+    /// Lives of both programs, killed ones too.
+    pub(crate) lives: BTreeMap<String, u64>,
+    /// pktgen's figures.
+    pub(crate) frames: BTreeMap<String, u64>,
+    /// Frames that counters name.
+    pub(crate) lost_by_name: u64,
+    /// How often a port restarted.
+    pub(crate) port_restarts: u64,
+    /// Polls without a buffer.
+    pub(crate) rx_no_buffer: u64,
+    /// The most by which a forwarder's private memory grew, in KiB.
+    pub(crate) most_growth_kib: u64,
+}
+
+struct Soak<'a, W> {
+    context: &'a Context,
+    world: &'a mut W,
+    rng: Rng,
+    until: Instant,
+    packets: u64,
+    forwarder: Option<L2fwd>,
+    generator: Option<Pktgen>,
+    /// Descriptors and private memory of the forwarder at its first step.
+    first: Option<(usize, u64)>,
+    figures: Figures,
+    say: &'a mut dyn FnMut(String),
+}
+
+/// Soaks `world`.
+///
+/// # Errors
+/// When a check fails; the message has the seed and the step.
+pub(crate) fn soak<W: World>(
+    context: &Context,
+    world: &mut W,
+    length: &Length,
+    say: &mut dyn FnMut(String),
+) -> Result<Figures> {
+    let begun = Instant::now();
+    let mut soak = Soak {
+        context,
+        world,
+        rng: Rng::with_seed(length.seed),
+        until: begun + Duration::from_secs(length.seconds),
+        packets: length.packets,
+        forwarder: None,
+        generator: None,
+        first: None,
+        figures: Figures { seed: length.seed, ..Figures::default() },
+        say,
+    };
+    while soak.goes_on() {
+        let epoch = soak.figures.epochs;
+        soak.epoch().with_context(|| format!("seed {}, epoch {epoch}", length.seed))?;
+    }
+    ensure!(soak.figures.epochs_compared > 0, "in no epoch were the frames compared that were lost");
+    soak.figures.seconds = begun.elapsed().as_secs();
+    Ok(soak.figures)
+}
+
+impl<W: World> Soak<'_, W> {
+    fn frames(&self, name: &str) -> u64 {
+        self.figures.frames.get(name).copied().unwrap_or_default()
+    }
+
+    fn goes_on(&self) -> bool {
+        Instant::now() < self.until && (self.packets == 0 || self.frames("received") < self.packets)
+    }
+
+    fn epoch(&mut self) -> Result<()> {
+        self.world.begin(self.figures.epochs)?;
+        self.figures.epochs += 1;
+        let (sent, received, named) =
+            (self.frames("sent"), self.frames("received"), self.figures.lost_by_name);
+        let mut killed = false;
+        if self.world.forwarder_is_first() {
+            self.start_forwarder()?;
+            self.start_generator()?;
+        } else {
+            self.start_generator()?;
+            self.start_forwarder()?;
+        }
+        for _ in 0..STEPS_PER_EPOCH {
+            if !self.goes_on() {
+                break;
+            }
+            self.passes()?;
+            self.measure()?;
+            let faults = self.world.faults();
+            let fault = faults[self.rng.usize(..faults.len())];
+            killed |= matches!(fault, Fault::KillGenerator | Fault::KillForwarder);
+            self.pause(3000);
+            let (epoch, received) = (self.figures.epochs, self.frames("received"));
+            (self.say)(format!("epoch {epoch}: {fault:?}; {received} packets came back"));
+            *self.figures.faults.entry(format!("{fault:?}")).or_default() += 1;
+            self.make(fault).with_context(|| format!("after {fault:?}"))?;
+        }
+        self.passes()?;
+        self.end_generator()?;
+        self.end_forwarder()?;
+        let lost = (self.frames("sent") - sent) - (self.frames("received") - received);
+        let may_lose = self.world.may_lose(self.figures.lost_by_name - named);
+        if let Some(expected) = may_lose.filter(|_| !killed) {
+            ensure!(lost == expected, "{lost} frames did not come back, and {expected} are accounted for");
+            self.figures.epochs_compared += 1;
+            self.figures.lost_in_those_compared += lost;
+        }
+        Ok(())
+    }
+
+    /// What happens in between is traffic.
+    fn pause(&mut self, milliseconds: u64) {
+        std::thread::sleep(Duration::from_millis(self.rng.u64(..milliseconds)));
+    }
+
+    fn make(&mut self, fault: Fault) -> Result<()> {
+        match fault {
+            Fault::None => Ok(()),
+            Fault::StopGenerator | Fault::StopForwarder => {
+                let milliseconds = self.rng.u64(..1500);
+                let process = match fault {
+                    Fault::StopGenerator => self.generator.as_ref().map(|generator| &generator.0),
+                    _ => self.forwarder.as_ref().map(|forwarder| &forwarder.process),
+                };
+                let process = process.context("no program")?;
+                process.signal(Signal::SIGSTOP)?;
+                std::thread::sleep(Duration::from_millis(milliseconds));
+                process.signal(Signal::SIGCONT)
+            }
+            Fault::KillGenerator => {
+                drop(self.generator.take());
+                self.start_generator()
+            }
+            Fault::KillForwarder | Fault::RestartForwarder => {
+                match fault {
+                    Fault::KillForwarder => self.forwarder.take().context("no forwarder")?.kill()?,
+                    _ => self.end_forwarder()?,
+                }
+                // A virtio-user port without a control thread, as the generator's, has to end with its peer.
+                if !self.world.forwarder_is_first() {
+                    return self.start_forwarder();
+                }
+                self.end_generator()?;
+                self.start_forwarder()?;
+                self.start_generator()
+            }
+            Fault::LoseBusMaster | Fault::LoseLink => {
+                self.world.disturb(fault, self.forwarder.as_mut().context("no forwarder")?)
+            }
+        }
+    }
+
+    fn start_forwarder(&mut self) -> Result<()> {
+        if !self.world.forwarder_is_first() {
+            self.world.await_first()?;
+        }
+        let start = self.world.forwarder(&mut self.rng).patience(PATIENCE);
+        self.forwarder = Some(start.spawn(self.context)?);
+        self.first = None;
+        *self.figures.lives.entry("l2fwd".into()).or_default() += 1;
+        if self.world.forwarder_is_first() { self.world.await_first() } else { Ok(()) }
+    }
+
+    fn start_generator(&mut self) -> Result<()> {
+        if self.world.forwarder_is_first() {
+            self.world.await_first()?;
+        }
+        let size = ["60", "60-1514", "1514", "60-128"][self.rng.usize(..4)];
+        let arguments = format!("{} --duration 1e9 --size {size}", self.world.generator(&mut self.rng));
+        self.generator = Some(Pktgen::spawn(self.context, &arguments)?);
+        *self.figures.lives.entry("pktgen".into()).or_default() += 1;
+        if self.world.forwarder_is_first() { Ok(()) } else { self.world.await_first() }
+    }
+
+    /// Waits until packets pass, counted from now.
+    fn passes(&mut self) -> Result<()> {
+        let received = |port: &serde_json::Value| port["received"].as_u64().unwrap_or_default();
+        let forwarder = self.forwarder.as_mut().context("no forwarder")?;
+        let before =
+            forwarder.latest_statistics().map(|ports| ports.iter().map(received).max().unwrap_or_default());
+        let passed = forwarder
+            .await_statistics("that packets pass", |port| received(port) > before.unwrap_or_default());
+        if self.generator.as_mut().is_none_or(|generator| generator.0.has_ended()) {
+            bail!("pktgen ended by itself");
+        }
+        passed
+    }
+
+    fn measure(&mut self) -> Result<()> {
+        let pid = self.forwarder.as_ref().context("no forwarder")?.process.pid();
+        let status = read(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon")?;
+        let anon: u64 = line.trim().trim_end_matches(" kB").parse()?;
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+        let (first_open, first_anon) = *self.first.get_or_insert((open, anon));
+        ensure!(open <= first_open, "l2fwd has {open} descriptors open, and had {first_open}");
+        let growth = anon.saturating_sub(first_anon);
+        ensure!(growth <= GROWTH, "l2fwd has {anon} KiB of private memory, and had {first_anon}");
+        self.figures.most_growth_kib = self.figures.most_growth_kib.max(growth);
+        Ok(())
+    }
+
+    fn end_generator(&mut self) -> Result<()> {
+        let generator = self.generator.take().context("no generator")?;
+        generator.0.signal(Signal::SIGINT)?;
+        let stream = generator.wait(PATIENCE)?;
+        stream.unharmed()?;
+        for name in
+            ["sent", "received", "lost", "duplicates", "reordered", "wrong_address", "corrupt", "strays"]
+        {
+            *self.figures.frames.entry(name.into()).or_default() += stream.figure(name);
+        }
+        let named = [(0, "tx_unfinished"), (1, "rx_unread"), (1, "rx_errors")];
+        self.figures.lost_by_name += named.map(|(port, name)| stream.counter(port, name)).iter().sum::<u64>();
+        Ok(())
+    }
+
+    /// Its own checks make it exit with another code: buffers that did not come back, packets that do not add up.
+    fn end_forwarder(&mut self) -> Result<()> {
+        let ended = self.forwarder.take().context("no forwarder")?.end(Signal::SIGINT)?;
+        ensure!(ended.code == 0, "l2fwd exited with {}", ended.code);
+        let balance =
+            ended.events.iter().find(|event| event["event"] == "balance" && event["balance"]["from"] == 0);
+        let balance =
+            |name: &str| balance.and_then(|event| event["balance"][name].as_u64()).unwrap_or_default();
+        self.figures.lost_by_name += ended.counter(0, "rx_unread")?
+            + ended.counter(0, "rx_errors")?
+            + balance("dropped")
+            + balance("tx_errors")
+            + ended.counter(1, "tx_unfinished")?;
+        for port in [0, 1] {
+            self.figures.port_restarts += ended.counter(port, "restarts")?;
+            self.figures.rx_no_buffer += ended.counter(port, "rx_no_buffer")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,134 @@
+//! The one place that prints results: TAP, with a duration for each case, and at the end the slowest and the counts.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use crate::case::{Outcome, Report};
+
+/// Cases that are named at the end.
+const SLOWEST: usize = 10;
+/// Between two lines that say that a case still runs, where nobody sees a line rewrite itself.
+const STILL: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Default)]
+struct Counts {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+    slowest: Vec<(Duration, String)>,
+}
+
+/// A run's results, from any thread.
+#[derive(Debug)]
+pub(crate) struct Tap {
+    counts: Mutex<Counts>,
+    begun: Instant,
+}
+
+impl Default for Tap {
+    fn default() -> Self {
+        println!("TAP version 13");
+        Self { counts: Mutex::default(), begun: Instant::now() }
+    }
+}
+
+impl Tap {
+    /// Prints a report.
+    pub(crate) fn report(&self, report: &Report, took: Duration) {
+        let Ok(mut counts) = self.counts.lock() else { return };
+        let number = counts.passed + counts.failed + counts.skipped + 1;
+        let (name, time) = (report.name.replace('#', "\\#"), format!("# time={:.2}s", took.as_secs_f64()));
+        let mut text = match &report.outcome {
+            Outcome::Passed => {
+                counts.passed += 1;
+                format!("ok {number} - {name} {time}\n")
+            }
+            Outcome::Skipped(reason) => {
+                counts.skipped += 1;
+                format!("ok {number} - {name} # SKIP {}\n", reason.replace('\n', " "))
+            }
+            Outcome::Failed(why) => {
+                counts.failed += 1;
+                let why: String = why.trim_end().lines().map(|line| format!("#   {line}\n")).collect();
+                format!("not ok {number} - {name} {time}\n{why}")
+            }
+        };
+        text.extend(report.notes.iter().map(|note| format!("# {note}\n")));
+        counts.slowest.push((took, report.name.clone()));
+        counts.slowest.sort_by_key(|(took, _)| std::cmp::Reverse(*took));
+        counts.slowest.truncate(SLOWEST);
+        clear_progress();
+        print(&text);
+    }
+
+    /// Prints a comment.
+    pub(crate) fn comment(&self, line: &str) {
+        clear_progress();
+        print(&format!("# {line}\n"));
+    }
+
+    /// Prints the end, and gives the exit code.
+    pub(crate) fn end(self) -> u8 {
+        let Ok(counts) = self.counts.into_inner() else { return 1 };
+        let Counts { passed, failed, skipped, slowest } = counts;
+        let mut text = String::from("# slowest:\n");
+        text.extend(slowest.iter().map(|(took, name)| format!("# {:8.2} s  {name}\n", took.as_secs_f64())));
+        let seconds = self.begun.elapsed().as_secs();
+        text += &format!("# {}:{:02} in all\n1..{}\n", seconds / 60, seconds % 60, passed + failed + skipped);
+        text += &format!("{passed} passed, {failed} failed, {skipped} skipped\n");
+        clear_progress();
+        print(&text);
+        u8::from(failed > 0)
+    }
+}
+
+/// Who does not read the results any more does not need them.
+fn print(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+fn clear_progress() {
+    if io::stderr().is_terminal() {
+        eprint!("\r\x1b[K");
+    }
+}
+
+/// Says on standard error that a case runs: at once on a terminal, in a pipe when that takes long.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    name: String,
+    begun: Instant,
+    said: Instant,
+}
+
+impl Progress {
+    /// Of a case that begins.
+    pub(crate) fn new(name: &str) -> Self {
+        let progress = Self { name: name.into(), begun: Instant::now(), said: Instant::now() };
+        if io::stderr().is_terminal() {
+            progress.say("");
+        }
+        progress
+    }
+
+    /// To be called about once a second.
+    pub(crate) fn tick(&mut self, what: &str) {
+        if io::stderr().is_terminal() {
+            self.say(what);
+        } else if self.said.elapsed() >= STILL {
+            self.said = Instant::now();
+            eprintln!("harness: {}: {} s {what}", self.name, self.begun.elapsed().as_secs());
+        }
+    }
+
+    fn say(&self, what: &str) {
+        eprint!("\r\x1b[K{}: {} s {what}", self.name, self.begun.elapsed().as_secs());
+    }
+
+    /// Since the case began.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.begun.elapsed()
+    }
+}
