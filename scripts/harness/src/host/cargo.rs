@@ -189,18 +189,12 @@ fn test_programs(repo: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
 /// Fuzzing, Miri, loom and the count of instructions, each a script of its own.
 pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
     let yes = if environment.yes { "--yes" } else { "" };
-    let table: [(&str, &[&str], &'static [&'static str], bool); 8] = [
+    let table: [(&str, &[&str], &'static [&'static str], bool); 7] = [
         ("fuzz corpus with stable Rust", &["scripts/fuzz", "--replay"], &[], false),
-        ("fuzz targets", &["scripts/fuzz", "--seconds", "5", "--jobs", "2", yes], &["g++"], false),
         ("Miri", &["scripts/sanitize", "miri", yes], &[], false),
         ("loom", &["scripts/sanitize", "loom"], &[], false),
         ("instructions per packet", &["scripts/bench", "insn", "--check", yes], &["valgrind", "jq"], false),
-        (
-            "fuzz targets for a minute each",
-            &["scripts/fuzz", "--seconds", "60", "--jobs", "2", yes],
-            &["g++"],
-            true,
-        ),
+        ("fuzz targets", &["scripts/fuzz", "--seconds", "60", "--jobs", "2", yes], &["g++"], true),
         ("AddressSanitizer", &["scripts/sanitize", "asan"], &[], true),
         ("ThreadSanitizer", &["scripts/sanitize", "tsan", yes], &[], true),
     ];
