@@ -19,6 +19,7 @@ use crate::agent::{Answer, PORT, Request};
 use crate::case::Report;
 use crate::guest::Boot;
 use crate::host::stacks;
+use crate::tap::Progress;
 
 /// For the build of the guest's programs, and for a kernel that is not in the cache.
 const PREPARE: Duration = Duration::from_secs(3600);
@@ -78,7 +79,8 @@ impl Session {
         let said = File::create(dir.path().join("lab.log"))?;
         command.stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said).process_group(0);
         let mut child = command.spawn().context("cannot start scripts/lab")?;
-        match connect(&mut child, dir.path()) {
+        let mut progress = Progress::new(&format!("boot '{}' of kernel {kernel}", boot.name()));
+        match connect(&mut child, dir.path(), &mut progress) {
             Ok((host, answers, release)) => Ok(Self { lab: child, dir, host, answers, release }),
             Err(error) => {
                 let said = tail(&dir.path().join("lab.log"), 20);
@@ -192,8 +194,13 @@ fn end(lab: &mut Child) {
     let _ = lab.wait();
 }
 
-/// Waits for QEMU's socket, and then for the agent's first word.
-fn connect(lab: &mut Child, dir: &Path) -> Result<(UnixStream, Receiver<Answer>, String)> {
+/// Waits for QEMU's socket, which comes after the build of the programs and of the kernel, and then for the agent's first
+/// word.
+fn connect(
+    lab: &mut Child,
+    dir: &Path,
+    progress: &mut Progress,
+) -> Result<(UnixStream, Receiver<Answer>, String)> {
     let until = Instant::now() + PREPARE;
     let host = loop {
         if let Ok(host) = UnixStream::connect(dir.join(PORT)) {
@@ -205,6 +212,7 @@ fn connect(lab: &mut Child, dir: &Path) -> Result<(UnixStream, Receiver<Answer>,
         if Instant::now() > until {
             bail!("QEMU did not start in {} s", PREPARE.as_secs());
         }
+        progress.tick(|| tail(&dir.join("lab.log"), 1));
         std::thread::sleep(Duration::from_millis(20));
     };
     let (to_answers, answers) = channel();

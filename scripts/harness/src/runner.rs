@@ -161,7 +161,7 @@ fn run_on_host(case: &Arc<Case>, full: bool, programs: &Path, tap: &Tap) {
         match reports.recv_timeout(LOOK) {
             Ok(report) => break report,
             Err(RecvTimeoutError::Disconnected) => break Report::failed("its thread ended".into()),
-            Err(RecvTimeoutError::Timeout) => progress.tick(""),
+            Err(RecvTimeoutError::Timeout) => progress.tick(String::new),
         }
         if progress.elapsed() > case.limit && hung.is_none() {
             hung = Some((Instant::now(), stacks::of_descendants()));

@@ -10,6 +10,8 @@ use crate::case::{Outcome, Report};
 const SLOWEST: usize = 10;
 /// Between two lines that say that a case still runs, where nobody sees a line rewrite itself.
 const STILL: Duration = Duration::from_secs(60);
+/// Between two such lines that rewrite each other.
+const SECOND: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -95,7 +97,7 @@ fn clear_progress() {
     }
 }
 
-/// Says on standard error that a case runs: at once on a terminal, in a pipe when that takes long.
+/// Says on standard error what runs: at once on a terminal, in a pipe when that takes long.
 #[derive(Debug)]
 pub(crate) struct Progress {
     name: String,
@@ -104,7 +106,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Of a case that begins.
+    /// Of a case or a boot that begins.
     pub(crate) fn new(name: &str) -> Self {
         let progress = Self { name: name.into(), begun: Instant::now(), said: Instant::now() };
         if io::stderr().is_terminal() {
@@ -113,13 +115,16 @@ impl Progress {
         progress
     }
 
-    /// To be called about once a second.
-    pub(crate) fn tick(&mut self, what: &str) {
-        if io::stderr().is_terminal() {
-            self.say(what);
-        } else if self.said.elapsed() >= STILL {
-            self.said = Instant::now();
-            eprintln!("harness: {}: {} s {what}", self.name, self.begun.elapsed().as_secs());
+    /// To be called once a second or more often; `what` it is at is asked when that is said.
+    pub(crate) fn tick(&mut self, what: impl FnOnce() -> String) {
+        let every = if io::stderr().is_terminal() { SECOND } else { STILL };
+        if self.said.elapsed() < every {
+            return;
+        }
+        self.said = Instant::now();
+        match io::stderr().is_terminal() {
+            true => self.say(&what()),
+            false => eprintln!("harness: {}: {} s {}", self.name, self.begun.elapsed().as_secs(), what()),
         }
     }
 

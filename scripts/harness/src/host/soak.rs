@@ -82,7 +82,7 @@ pub(crate) fn run(args: &SoakArgs, programs: &Path) -> Result<u8> {
         Where::Native => {
             let mut progress = Progress::new("soak of rings");
             let report = run_once("soak of rings".into(), true, programs, |context| {
-                native(context, &length, &mut |line| progress.tick(&line))
+                native(context, &length, &mut |line| progress.tick(|| line))
             });
             done(report, &progress);
         }
@@ -107,7 +107,7 @@ pub(crate) fn run(args: &SoakArgs, programs: &Path) -> Result<u8> {
                     let mut progress = Progress::new(&format!("soak of {nic}, {mode}"));
                     let request = Request::Soak(Plan { nic: nic.clone(), mode: mode.clone(), length });
                     let limit = Duration::from_secs(each + GUEST_END);
-                    let report = match session.request(&request, limit, |line| progress.tick(&line)) {
+                    let report = match session.request(&request, limit, |line| progress.tick(|| line)) {
                         Ok(report) => report,
                         Err(Lost::Hung) => bail!("the soak of {nic}, {mode} hangs\n{}", session.stacks()),
                         Err(Lost::Ended(said)) => {
