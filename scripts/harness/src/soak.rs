@@ -66,11 +66,16 @@ pub(crate) trait World {
     fn faults(&self) -> &[Fault];
     /// Whether the forwarder is there before the generator, and lets it come again.
     fn forwarder_is_first(&self) -> bool;
-    /// Waits until whoever is first can be reached.
+    /// Waits until a forwarder that is first can be reached by the generator.
     ///
     /// # Errors
     /// When it cannot.
-    fn await_first(&self) -> Result<()>;
+    fn await_forwarder(&self, forwarder: &mut L2fwd) -> Result<()>;
+    /// Waits until a generator that is first can be reached by the forwarder.
+    ///
+    /// # Errors
+    /// When it cannot.
+    fn await_generator(&self) -> Result<()>;
     /// Makes a fault of the machine, and puts it right.
     ///
     /// # Errors
@@ -248,25 +253,19 @@ impl<W: World> Soak<'_, W> {
     }
 
     fn start_forwarder(&mut self) -> Result<()> {
-        if !self.world.forwarder_is_first() {
-            self.world.await_first()?;
-        }
         let start = self.world.forwarder(&mut self.rng).patience(PATIENCE);
-        self.forwarder = Some(start.spawn(self.context)?);
+        let forwarder = self.forwarder.insert(start.spawn(self.context)?);
         self.first = None;
         *self.figures.lives.entry("l2fwd".into()).or_default() += 1;
-        if self.world.forwarder_is_first() { self.world.await_first() } else { Ok(()) }
+        if self.world.forwarder_is_first() { self.world.await_forwarder(forwarder) } else { Ok(()) }
     }
 
     fn start_generator(&mut self) -> Result<()> {
-        if self.world.forwarder_is_first() {
-            self.world.await_first()?;
-        }
         let size = ["60", "60-1514", "1514", "60-128"][self.rng.usize(..4)];
         let arguments = format!("{} --duration 1e9 --size {size}", self.world.generator(&mut self.rng));
         self.generator = Some(Pktgen::spawn(self.context, &arguments)?);
         *self.figures.lives.entry("pktgen".into()).or_default() += 1;
-        if self.world.forwarder_is_first() { Ok(()) } else { self.world.await_first() }
+        if self.world.forwarder_is_first() { Ok(()) } else { self.world.await_generator() }
     }
 
     /// Waits until packets pass, counted from now.

@@ -76,7 +76,11 @@ impl World for NicWorld {
         self.quiet
     }
 
-    fn await_first(&self) -> Result<()> {
+    fn await_forwarder(&self, forwarder: &mut L2fwd) -> Result<()> {
+        forwarder.await_event("that it forwards", |event| event["event"] == "forwarding")
+    }
+
+    fn await_generator(&self) -> Result<()> {
         Ok(())
     }
 

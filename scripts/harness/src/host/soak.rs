@@ -183,7 +183,11 @@ impl World for Rings {
         self.forwarder == End::Vhost
     }
 
-    fn await_first(&self) -> Result<()> {
+    fn await_forwarder(&self, _: &mut L2fwd) -> Result<()> {
+        await_sockets(&self.dir, 2)
+    }
+
+    fn await_generator(&self) -> Result<()> {
         await_sockets(&self.dir, 2)
     }
 
