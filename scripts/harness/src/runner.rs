@@ -94,7 +94,8 @@ pub(crate) fn list(choice: &Choice, environment: &host::Environment) -> Result<(
 /// name has `::`, as theirs have, or nothing else has such a name.
 fn groups(choice: &Choice, environment: &host::Environment) -> Result<Vec<Group>> {
     let cases = |with_units| -> Result<Vec<Case>> {
-        if choice.host { host::cases(environment, with_units) } else { Ok(Vec::new()) }
+        let with_guest = !choice.kernels.is_empty();
+        if choice.host { host::cases(environment, with_units, with_guest) } else { Ok(Vec::new()) }
     };
     let asks_for_units = choice.only.is_empty() || choice.only.iter().any(|pattern| pattern.contains("::"));
     let mut groups = chosen(choice, cases(asks_for_units)?);

@@ -30,11 +30,11 @@ pub(crate) struct Environment {
     pub(crate) yes: bool,
 }
 
-/// All cases; unit tests, which have to be built to be known, if `with_units`.
+/// All cases; unit tests, which have to be built to be known, if `with_units`, and those that boot a guest if `with_guest`.
 ///
 /// # Errors
 /// When the unit tests cannot be built.
-pub(crate) fn cases(environment: &Environment, with_units: bool) -> Result<Vec<Case>> {
+pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: bool) -> Result<Vec<Case>> {
     let mut cases = Cases::default();
     cargo::checks(&mut cases, environment);
     if with_units {
@@ -45,8 +45,10 @@ pub(crate) fn cases(environment: &Environment, with_units: bool) -> Result<Vec<C
     inject::cases(&mut cases);
     cargo::scripts(&mut cases, environment);
     soak::cases(&mut cases);
-    wire::cases(&mut cases, environment);
-    vhost::cases(&mut cases, environment);
-    fresh::cases(&mut cases, environment);
+    if with_guest {
+        wire::cases(&mut cases, environment);
+        vhost::cases(&mut cases, environment);
+        fresh::cases(&mut cases, environment);
+    }
     Ok(cases.0)
 }
