@@ -49,7 +49,7 @@ enum Task {
 #[derive(Debug, clap::Args)]
 struct TestArgs {
     /// Only cases with PATTERN in their name (repeatable)
-    #[arg(long, value_name = "PATTERN")]
+    #[arg(long, value_name = "PATTERN", allow_hyphen_values = true)]
     only: Vec<String>,
     /// Print the names of the cases, and run none
     #[arg(long)]
