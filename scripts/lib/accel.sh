@@ -45,6 +45,8 @@ accel_boots_with_kvm() (
     ADDED=()
     OPT_NICS=none
     OPT_SHARE=
+    OPT_HARNESS=
+    OPT_MONITOR=
     OPT_VERBOSE=
     OPT_HUGEPAGES=0
     OPT_TIMEOUT=$KVM_PROBE_SECONDS

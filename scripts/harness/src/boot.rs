@@ -229,8 +229,11 @@ fn connect(
         Ok(other) => Err(anyhow!("the agent began with {other:?}")),
         Err(RecvTimeoutError::Timeout) => Err(anyhow!("the agent did not answer in {} s", START.as_secs())),
         Err(RecvTimeoutError::Disconnected) => {
-            // Its message has to be complete.
-            let _ = lab.wait();
+            // Its message has to be complete; a lab that goes on is ended by the caller.
+            let until = Instant::now() + SILENCE;
+            while matches!(lab.try_wait(), Ok(None)) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(20));
+            }
             Err(anyhow!("the guest ended before its first word"))
         }
     }
