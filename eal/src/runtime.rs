@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::unistd::geteuid;
+use nix::unistd::{Uid, geteuid};
 
 use crate::args::EalArgs;
 use crate::error::{Error, ErrorKind, Result};
@@ -35,8 +35,7 @@ impl RuntimeDir {
         }
         let variable =
             |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let base = base(geteuid().is_root(), variable);
-        Self::open(&base.join("vireo"), &args.file_prefix).map(Some)
+        Self::open(&base(geteuid(), variable), &args.file_prefix).map(Some)
     }
 
     /// The directory `prefix` in `base`; makes both.
@@ -95,12 +94,16 @@ fn what(path: &Path) -> String {
     format!("cannot use the runtime directory {}", path.display())
 }
 
-/// Where DPDK has its runtime directories too.
-fn base(root: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> PathBuf {
-    let fallback = || if root { None } else { variable("XDG_RUNTIME_DIR") };
-    variable("RUNTIME_DIRECTORY")
-        .or_else(fallback)
-        .unwrap_or_else(|| PathBuf::from(if root { "/var/run" } else { "/tmp" }))
+/// `vireo` where DPDK has its runtime directories too. In `/tmp`, which all users share, each has a directory of their own.
+fn base(user: Uid, variable: impl Fn(&str) -> Option<PathBuf>) -> PathBuf {
+    // systemd joins several by colons.
+    let given = variable("RUNTIME_DIRECTORY").and_then(|value| std::env::split_paths(&value).next());
+    let session = || if user.is_root() { None } else { variable("XDG_RUNTIME_DIR") };
+    match given.or_else(session) {
+        Some(dir) => dir.join("vireo"),
+        None if user.is_root() => "/var/run/vireo".into(),
+        None => format!("/tmp/vireo-{user}").into(),
+    }
 }
 
 /// Makes `path` with mode 0700, or sees to it that it is a directory of ours that nobody else writes to.
@@ -135,14 +138,14 @@ fn lock(dir: &Path) -> Result<Option<File>> {
     let path = dir.join(LOCK);
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let mut file = match options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC).bits()).open(&path) {
+    let file = match options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC).bits()).open(&path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io(what(dir), &error)),
     };
     match file.try_lock() {
         Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(busy(dir, pid_in(&mut file))),
+        Err(TryLockError::WouldBlock) => return Err(busy(dir, &file)),
         Err(TryLockError::Error(error)) => return Err(Error::io(what(dir), &error)),
     }
     let inode = file.metadata().map_err(|error| Error::io(what(dir), &error))?.ino();
@@ -152,15 +155,33 @@ fn lock(dir: &Path) -> Result<Option<File>> {
     Ok(Some(file))
 }
 
-fn busy(dir: &Path, pid: Option<u32>) -> Error {
-    let why = match pid {
+fn busy(dir: &Path, lock: &File) -> Error {
+    let why = match holder(lock) {
         Some(pid) => {
             let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             format!("in use by pid {pid} ({})", comm.trim())
         }
-        None => "in use by a process that is starting".into(),
+        None => {
+            "in use by a process that cannot be seen from here, such as one in another PID namespace".into()
+        }
     };
     Error::new(ErrorKind::Busy, what(dir), why).mend(OTHER_PREFIX)
+}
+
+/// Who holds the lock, by the kernel's own list (proc_locks(5)): a pid that was written to the file may be that of another
+/// PID namespace, and so of another process here.
+fn holder(lock: &File) -> Option<u32> {
+    let inode = lock.metadata().ok()?.ino();
+    holder_in(&std::fs::read_to_string("/proc/locks").ok()?, inode)
+}
+
+/// In lines such as `1: FLOCK  ADVISORY  WRITE 4711 00:1a:23 0 EOF`; an `->` behind the number is of one that waits.
+fn holder_in(locks: &str, inode: u64) -> Option<u32> {
+    locks.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let &[_, "FLOCK", _, _, pid, file, ..] = &fields[..] else { return None };
+        (file.rsplit(':').next()?.parse() == Ok(inode)).then(|| pid.parse().ok())?
+    })
 }
 
 fn pid_in(file: &mut File) -> Option<u32> {
@@ -269,11 +290,29 @@ mod tests {
 
     #[test]
     fn the_place_is_that_of_dpdk() {
-        let set =
-            |names: &'static [&str]| move |name: &str| names.contains(&name).then(|| PathBuf::from("/run/x"));
-        assert_eq!(base(true, set(&["RUNTIME_DIRECTORY"])), Path::new("/run/x"));
-        assert_eq!(base(true, set(&["XDG_RUNTIME_DIR"])), Path::new("/var/run"));
-        assert_eq!(base(false, set(&["XDG_RUNTIME_DIR"])), Path::new("/run/x"));
-        assert_eq!(base(false, set(&[])), Path::new("/tmp"));
+        let set = |wanted: &'static str, value: &'static str| {
+            move |name: &str| (name == wanted).then(|| PathBuf::from(value))
+        };
+        let (root, user) = (Uid::from_raw(0), Uid::from_raw(1000));
+        assert_eq!(base(root, set("RUNTIME_DIRECTORY", "/run/x")), Path::new("/run/x/vireo"));
+        assert_eq!(base(root, set("RUNTIME_DIRECTORY", "/run/x:/run/y")), Path::new("/run/x/vireo"));
+        assert_eq!(base(root, set("XDG_RUNTIME_DIR", "/run/x")), Path::new("/var/run/vireo"));
+        assert_eq!(base(user, set("XDG_RUNTIME_DIR", "/run/x")), Path::new("/run/x/vireo"));
+        assert_eq!(base(user, set("", "")), Path::new("/tmp/vireo-1000"));
+    }
+
+    #[test]
+    fn only_who_holds_the_lock_is_named() {
+        let locks = "1: POSIX  ADVISORY  WRITE 11 00:1a:23 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 12 00:1a:24 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 13 00:1a:23 0 EOF\n\
+                     3: -> FLOCK  ADVISORY  WRITE 14 00:1a:25 0 EOF\n";
+        assert_eq!(holder_in(locks, 23), Some(13));
+        assert_eq!(holder_in(locks, 25), None);
+        assert_eq!(holder_in("nonsense\n", 23), None);
+        let file = tempfile::tempfile().unwrap();
+        assert_eq!(holder(&file), None);
+        file.lock().unwrap();
+        assert_eq!(holder(&file), Some(std::process::id()));
     }
 }

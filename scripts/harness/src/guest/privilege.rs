@@ -48,7 +48,7 @@ fn has_no_privilege(l2fwd: &L2fwd) -> Result<()> {
 /// l2fwd started by the launcher as an ordinary user, on a machine whose nodes are root's.
 fn launched(context: &Context, boot: Boot, (rx, tx): (Nic, Nic), eal: &str, devices: &str) -> Result<Ended> {
     let _closed = closed_nodes()?;
-    let _runtime = removed("/tmp/vireo");
+    let _runtime = removed("/tmp/vireo-65534");
     let launch = context.program("launch").to_string_lossy().into_owned();
     let start = Start::new(format!("-l 1 {eal} {devices} -- -p 3 -q 2 -T 0"));
     let l2fwd = start.under([launch.as_str(), "--user", "nobody"]).forwarding(context)?;
@@ -129,7 +129,7 @@ fn launched_in(context: &Context, boot: Boot, mode: &str, nic: Nic, eal: &str) -
 fn by_socket(context: &Context, boot: Boot, mode: &str) -> Result<()> {
     let nic = Nic::E1000e;
     let _closed = closed_nodes()?;
-    let _runtime = removed("/tmp/vireo");
+    let _runtime = removed("/tmp/vireo-65534");
     let socket = removed("/tmp/nodes.socket");
     let devices = format!("--vfio-mode {mode} {}", ports(nic, nic));
     let mut command = Command::new(context.program("launch"));
