@@ -15,6 +15,13 @@ use crate::{e1000, vhost, virtio};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MacAddr(pub [u8; 6]);
 
+impl MacAddr {
+    /// Whether a station can have it: neither a group's nor all zero (IEEE 802, 8.2).
+    pub fn is_valid_station(self) -> bool {
+        self.0[0] & 1 == 0 && self.0 != [0; 6]
+    }
+}
+
 impl fmt::Display for MacAddr {
     /// As DPDK prints it: `52:54:00:12:34:56`, hexadecimal in capitals.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -91,7 +91,14 @@ impl UserOptions {
                     options.queue_size = value.parse().map_err(|_| wrong("it is no number up to 65535"))?;
                     negotiate_size(options.queue_size, options.queue_size)?;
                 }
-                "mac" => options.mac = Some(value.parse()?),
+                "mac" => {
+                    let mac: MacAddr = value.parse()?;
+                    if !mac.is_valid_station() {
+                        return Err(wrong("it is a group's or zero, and no station has such an address")
+                            .mend("use one such as 02:00:00:00:00:01"));
+                    }
+                    options.mac = Some(mac);
+                }
                 "server" => options.server = flag(key, value)?,
                 "mrg_rxbuf" => options.features.mrg_rxbuf = flag(key, value)?,
                 "in_order" => options.features.in_order = flag(key, value)?,

@@ -402,6 +402,11 @@ fn arguments_are_checked() {
     for wrong in ["queue_size=100", "queue_size=99999", "queue_size=0", "mac=x", "server=2", "speed=1"] {
         assert_eq!(options(path, wrong).unwrap_err().kind(), ErrorKind::Usage, "{wrong}");
     }
+    for group in ["ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01", "00:00:00:00:00:00"] {
+        let error = options(path, &format!("mac={group}")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        assert!(error.to_string().contains("no station has such an address"), "{error}");
+    }
     let error = UserOptions::parse("virtio_user0", &[]).unwrap_err().to_string();
     assert_eq!(
         error,
