@@ -2,15 +2,18 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
+use std::time::Duration;
 
 use core_affinity::CoreId;
 use crossbeam::utils::CachePadded;
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level;
 
 use crate::args::{EalArgs, LcoreSpec, ranges};
@@ -263,27 +266,40 @@ const CALLED: i32 = -2;
 impl StopFlag {
     /// Exit code of a program that a second signal ends.
     pub const EXIT_CODE: i32 = 130;
+    /// How long after the first signal a further one still belongs to the same request.
+    pub const IMPATIENCE: Duration = Duration::from_millis(300);
 
     /// A flag that only the program sets.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A flag that SIGINT and SIGTERM set too; the second of them ends the process at once, with
-    /// [`EXIT_CODE`](Self::EXIT_CODE). The handlers stay for good.
+    /// A flag that SIGINT, SIGTERM and SIGHUP set too. A further signal more than [`IMPATIENCE`](Self::IMPATIENCE) after the
+    /// first ends the process at once, with [`EXIT_CODE`](Self::EXIT_CODE). A SIGHUP that was ignored when the program
+    /// started (nohup(1)) stays ignored. The handlers stay for good.
     ///
     /// # Errors
     /// `Os` when the handlers cannot be installed.
     pub fn on_signals() -> Result<Self> {
         let flag = Self::default();
-        for signal in [SIGINT, SIGTERM] {
-            let raised = flag.clone();
+        // Nanoseconds of the monotonic clock; 0 until the first signal has come.
+        let first = Arc::new(AtomicU64::new(0));
+        for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !is_ignored_hangup(*signal)) {
+            let (raised, first) = (flag.clone(), Arc::clone(&first));
             let handler = move || {
-                if raised.signalled(signal) {
+                let now = monotonic();
+                if !raised.signalled(signal) {
+                    first.store(now, Ordering::Relaxed);
+                    return;
+                }
+                // timeout(1) signals a process and then its group: two signals at once are one request.
+                let first = first.load(Ordering::Relaxed);
+                if first > 0 && now.saturating_sub(first) > Self::IMPATIENCE.as_nanos() as u64 {
                     low_level::exit(Self::EXIT_CODE);
                 }
             };
-            // SAFETY: the handler does an atomic swap and `_exit`, both async-signal-safe, and cannot panic.
+            // SAFETY: the handler reads a clock, exchanges atomics and calls `_exit`, which are all async-signal-safe
+            // (signal-safety(7)), and cannot panic.
             unsafe { low_level::register(signal, handler) }
                 .map_err(|error| Error::io(format!("cannot handle signal {signal}"), &error))?;
         }
@@ -332,6 +348,21 @@ impl StopFlag {
     pub fn signal(&self) -> Option<i32> {
         Some(self.state.load(Ordering::Relaxed)).filter(|state| *state > 0)
     }
+}
+
+/// Nanoseconds of the monotonic clock, never 0.
+fn monotonic() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(1, |now| Duration::from(now).as_nanos() as u64 + 1)
+}
+
+/// Whether `signal` is a SIGHUP that was ignored when the program started (`SigIgn`, proc_pid_status(5)).
+fn is_ignored_hangup(signal: i32) -> bool {
+    let ignored = || {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    };
+    signal == SIGHUP && ignored().is_some_and(|mask| mask & (1 << (SIGHUP - 1)) != 0)
 }
 
 #[cfg(test)]
@@ -455,7 +486,34 @@ mod tests {
         assert_eq!((flag.is_set(), flag.signal()), (true, Some(SIGTERM)));
         flag.set();
         assert_eq!(flag.signal(), Some(SIGTERM));
+        // As timeout(1) sends them, one right after the other: one request.
         raise(Signal::SIGINT).unwrap();
+        raise(Signal::SIGHUP).unwrap();
+        assert_eq!(flag.signal(), Some(SIGHUP));
+        std::thread::sleep(StopFlag::IMPATIENCE * 2);
+        raise(Signal::SIGINT).unwrap();
+    }
+
+    /// As above.
+    #[test]
+    #[ignore = "run by a_hangup_that_was_ignored_stays_ignored"]
+    fn child_that_hangs_up() {
+        let flag = StopFlag::on_signals().unwrap();
+        raise(Signal::SIGHUP).unwrap();
+        assert!(!flag.is_set());
+    }
+
+    #[test]
+    fn a_hangup_that_was_ignored_stays_ignored() {
+        let child = std::env::current_exe().unwrap();
+        let status = Command::new("sh")
+            .args(["-c", "trap '' HUP; exec \"$@\"", "sh"])
+            .arg(child)
+            .args(["--exact", "lcore::tests::child_that_hangs_up", "--ignored", "--quiet"])
+            .output()
+            .unwrap()
+            .status;
+        assert!(status.success(), "{status}");
     }
 
     #[test]

@@ -105,7 +105,10 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
         }
     })?;
     if let Some(signal) = stop.signal() {
-        reporter.chat(&format!("\n\nSignal {signal} received, preparing to exit...\n"))?;
+        reporter.say(
+            &format!("\n\nSignal {signal} received, preparing to exit...\n"),
+            &json!({ "event": "signal", "signal": signal }),
+        )?;
     }
     reporter.summary(&totals())?;
     if let Some(ticks) = busy_ticks {

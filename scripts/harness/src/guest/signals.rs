@@ -11,8 +11,11 @@ use super::traffic::{forwards_after_kill, ports, start_steady_stream, under_traf
 use crate::case::{Cases, Context};
 use crate::l2fwd::Start;
 
+/// How long after the first signal a further one is a second (`StopFlag::IMPATIENCE`).
+const IMPATIENCE: Duration = Duration::from_millis(300);
+
 pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
-    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         cases.add(format!("{signal} under traffic ends in order, {mode}"), move |context| {
             let (l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), Nic::VirtioNet)?;
             let ended = l2fwd.stop_by(signal)?;
@@ -27,15 +30,27 @@ pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
     }
     cases.add(format!("a second signal ends it at once, {mode}"), move |context| {
         let nic = Nic::E1000e;
-        let (l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
-        // Both wait until it runs again, so it cannot end by the first.
-        for signal in [Signal::SIGSTOP, Signal::SIGINT, Signal::SIGTERM] {
-            l2fwd.process.signal(signal)?;
-        }
+        let (mut l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
+        l2fwd.process.signal(Signal::SIGINT)?;
+        l2fwd.await_event("which signal came", |event| event["event"] == "signal")?;
+        // While it stands still, time passes and its ports are not stopped yet.
+        l2fwd.process.signal(Signal::SIGSTOP)?;
+        std::thread::sleep(2 * IMPATIENCE);
+        l2fwd.process.signal(Signal::SIGTERM)?;
         let ended = l2fwd.end(Signal::SIGCONT)?;
         ensure!(ended.code == 130, "l2fwd exited with {}", ended.code);
         pktgen.stop()?;
         forwards_after_kill(context, mode, boot.generator_mode(), (nic, nic))
+    });
+    // timeout(1) signals a program and then its group.
+    cases.add(format!("two signals at once are one, {mode}"), move |context| {
+        let (l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), Nic::E1000e)?;
+        for signal in [Signal::SIGSTOP, Signal::SIGINT, Signal::SIGTERM] {
+            l2fwd.process.signal(signal)?;
+        }
+        l2fwd.stop_by(Signal::SIGCONT)?;
+        pktgen.stop()?;
+        Ok(())
     });
 }
 
