@@ -37,7 +37,7 @@ edge_source() {
     if [[ -n $(edge_apt apt-cache madison "${pinned% *}" | awk -v version="${pinned#* }" '$3 == version') ]]; then
         echo "$pinned"
     else
-        say "the archive has ${newest#* } in the place of ${pinned#* }, which scripts/kernel.edge pins"
+        say "the archive has ${newest#* } instead of ${pinned#* }, which scripts/kernel.edge pins"
         echo "$newest"
     fi
 }

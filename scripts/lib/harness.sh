@@ -3,11 +3,12 @@
 
 HARNESS=
 
-# Its messages are cargo's own; what it prints on standard output is not for the caller's.
 harness_build() {
     say "building the programs"
     WORK=$(mktemp -d "${TMPDIR:-/tmp}/vireo-build.XXXXXX")
+    trap 'rm -rf "$WORK"' EXIT
     programs_compile
     HARNESS=$(programs_find vireo-harness)
+    # The callers exec, which runs no trap.
     rm -rf "$WORK"
 }

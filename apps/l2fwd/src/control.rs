@@ -93,7 +93,7 @@ pub struct Managed {
     pub restarts: u64,
     /// How often its link was seen to change; of NICs.
     pub link_changes: u64,
-    /// Whether its link was up at the last look; none for a port that has no bus, and a peer in the place of a link.
+    /// Whether its link was up at the last look; `None` for a virtual port, which has a peer instead of a link.
     link_up: Option<bool>,
     /// Whether it is stopped, and is to be started.
     down: bool,

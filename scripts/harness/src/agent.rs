@@ -26,18 +26,15 @@ pub(crate) enum Request {
 /// What the guest answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    /// It is there, on this release of the kernel.
+    /// The agent serves, on a kernel of this release.
     Ready(String),
     /// The case is over.
     Done(Report),
-    /// A line for who waits.
+    /// What the request is doing.
     Progress(String),
 }
 
 /// Serves requests until the host ends the boot.
-///
-/// # Errors
-/// When the port fails.
 pub(crate) fn serve(boot: Boot, full: bool, programs: &Path) -> Result<()> {
     let node = port(PORT)?.context("the guest has no port for the harness")?;
     let open = || OpenOptions::new().read(true).write(true).open(&node);
@@ -49,7 +46,7 @@ pub(crate) fn serve(boot: Boot, full: bool, programs: &Path) -> Result<()> {
     for line in requests.lines() {
         let report = match serde_json::from_str(&line?)? {
             Request::Soak(plan) => soak::run(&plan, programs, &mut |line| {
-                // Who does not read them gets the report all the same.
+                // A host that is gone is noticed when the report is sent.
                 let _ = answer(&mut host, &Answer::Progress(line));
             }),
             Request::Case(name) => match cases.0.iter().find(|case| case.name == name) {
@@ -68,7 +65,7 @@ fn answer(host: &mut File, answer: &Answer) -> Result<()> {
     host.write_all(line.as_bytes()).context("the host does not listen")
 }
 
-/// Whatever a case did, the machine has to be afterwards as it was before.
+/// Fails a case that left the machine changed.
 fn judged(mut report: Report, before: &mut String) -> Report {
     let after = state();
     if after != *before && !matches!(report.outcome, Outcome::Failed(_)) {
@@ -84,7 +81,7 @@ fn judged(mut report: Report, before: &mut String) -> Report {
         report.outcome = Outcome::Failed(format!("the machine is not as before:\n{}", changes.join("\n")));
     }
     if matches!(report.outcome, Outcome::Failed(_)) {
-        // The next case is not to fail for this one.
+        // Remove what would make the next case fail, too.
         for entry in std::fs::read_dir("/var/run/vireo").into_iter().flatten().flatten() {
             let _ = std::fs::remove_dir_all(entry.path());
         }

@@ -1,4 +1,4 @@
-//! The host's side of a boot: `scripts/lab run` with the agent in the guest, and what hangs there made to speak.
+//! The host's side of a boot: starts the guest with the agent, sends it cases, and extracts stacks from a guest that hangs.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Lines, Read as _, Write as _};
@@ -27,7 +27,7 @@ const PREPARE: Duration = Duration::from_secs(3600);
 const START: Duration = Duration::from_secs(180);
 /// From the last case to the end of the guest.
 const END: Duration = Duration::from_secs(60);
-/// How long a console may be silent until what it says counts as said.
+/// How long a console is silent after its last line.
 const SILENCE: Duration = Duration::from_secs(2);
 /// For QEMU to answer a command.
 const QMP_ANSWER: Duration = Duration::from_secs(10);
@@ -67,9 +67,6 @@ pub(crate) enum Lost {
 
 impl Session {
     /// Boots the guest.
-    ///
-    /// # Errors
-    /// When the agent does not come to answer; with what the lab said.
     pub(crate) fn start(lab: &Lab, kernel: &str, boot: Boot) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vireo-boot.").tempdir()?;
         let mut command = Command::new(lab.repo.join("scripts/lab"));
@@ -90,10 +87,7 @@ impl Session {
         }
     }
 
-    /// Runs a case, or a soak, which `say` hears of.
-    ///
-    /// # Errors
-    /// When it does not end in `limit`, or the guest ends.
+    /// Runs a case or a soak; `say` receives its progress.
     pub(crate) fn request(
         &mut self,
         request: &Request,
@@ -117,8 +111,8 @@ impl Session {
         }
     }
 
-    /// What a guest that hangs is doing: the kernel's own stacks by sysrq if it still answers, the registers by QEMU in any
-    /// case, and where the host's side of it waits.
+    /// Reports what a guest that hangs is doing: the processors' registers from QEMU, the end of the kernel's log, the
+    /// kernel's own stacks by sysrq if it still answers, and the host's threads.
     pub(crate) fn stacks(&self) -> String {
         let log = self.dir.path().join("console.log");
         let before = fs::metadata(&log).map(|log| log.len()).unwrap_or_default();
@@ -137,8 +131,8 @@ impl Session {
         text + "the host's side:\n" + &stacks::of_group(self.lab.id().cast_signed())
     }
 
-    /// Has the kernel print all messages from now on, the processors' stacks, their timers, and the stacks of every task: a
-    /// BREAK and a key on a serial console are a sysrq. Gives QEMU's registers.
+    /// Sends sysrqs to the kernel, each a BREAK and a key on the serial console: print all messages (9), the processors'
+    /// stacks (l), timers (q), every task's stack (t). Returns the registers.
     fn ask(&self) -> Result<String> {
         let mut qemu = Qmp::connect(&self.dir.path().join("monitor"))?;
         let mut console = UnixStream::connect(self.dir.path().join("console"))?;
@@ -146,7 +140,7 @@ impl Session {
         for key in [b'9', b'l', b'q', b't'] {
             qemu.command("chardev-send-break console")?;
             console.write_all(&[key])?;
-            // The next BREAK would take the key's place; what the console prints is in its log, too.
+            // The kernel must have taken the key before the next BREAK. What it prints is also in the log.
             let mut buffer = [0; 4096];
             while let Ok(1..) = console.read(&mut buffer) {}
         }
@@ -154,9 +148,6 @@ impl Session {
     }
 
     /// Ends the boot in order; the command's exit code must be 0.
-    ///
-    /// # Errors
-    /// When it is not, with what the lab said.
     pub(crate) fn finish(mut self) -> Result<()> {
         self.host.shutdown(std::net::Shutdown::Both)?;
         let until = Instant::now() + END;
@@ -189,7 +180,7 @@ fn end(lab: &mut Child) {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
-    // Also what a lab that ended by itself may have left.
+    // A lab that ended by itself may have left processes.
     let _ = killpg(group, Signal::SIGKILL);
     let _ = lab.wait();
 }
@@ -229,7 +220,7 @@ fn connect(
         Ok(other) => Err(anyhow!("the agent began with {other:?}")),
         Err(RecvTimeoutError::Timeout) => Err(anyhow!("the agent did not answer in {} s", START.as_secs())),
         Err(RecvTimeoutError::Disconnected) => {
-            // Its message has to be complete; a lab that goes on is ended by the caller.
+            // The lab's message is complete when the lab has ended. The caller ends a lab that runs on.
             let until = Instant::now() + SILENCE;
             while matches!(lab.try_wait(), Ok(None)) && Instant::now() < until {
                 std::thread::sleep(Duration::from_millis(20));

@@ -15,9 +15,9 @@ const LIMIT: u64 = 120;
 /// When a case runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tier {
-    /// Always; a guest case on the default kernel, and on the other one with `--full`.
+    /// Always; in the guest on the first kernel, and with `--full` on the other one.
     Default,
-    /// Always, and a guest case on both kernels, because what it shows is the kernel's behaviour too.
+    /// Always, and in the guest on both kernels, because the result depends on the kernel.
     BothKernels,
     /// With `--full` only.
     Full,
@@ -31,7 +31,7 @@ pub(crate) struct Case {
     pub(crate) name: String,
     /// When it runs.
     pub(crate) tier: Tier,
-    /// How long it may take; whatever takes longer is reported as hung.
+    /// Time after which it counts as hung.
     pub(crate) limit: Duration,
     run: Run,
 }
@@ -124,7 +124,7 @@ fn output_of(dir: &Path) -> String {
 pub(crate) struct Cases(pub(crate) Vec<Case>);
 
 impl Cases {
-    /// Adds a case, which can be told more.
+    /// Adds a case and returns it, to set its tier and limit.
     pub(crate) fn add(
         &mut self,
         name: impl Into<String>,
@@ -146,7 +146,7 @@ impl Cases {
 pub(crate) struct Context {
     /// Empty at the start and removed at the end; the programs' output is kept here.
     pub(crate) dir: PathBuf,
-    /// Whether what takes long runs in full.
+    /// Whether long loops run in full (`--full`).
     pub(crate) full: bool,
     programs: PathBuf,
     notes: RefCell<Vec<String>>,
@@ -184,11 +184,11 @@ pub(crate) enum Outcome {
 /// How a case ended, and what it noted.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Report {
-    /// Of the case.
+    /// Name of the case.
     pub(crate) name: String,
     /// How it ended.
     pub(crate) outcome: Outcome,
-    /// Lines for who reads the report.
+    /// Further lines of the report.
     pub(crate) notes: Vec<String>,
 }
 
@@ -212,17 +212,11 @@ impl fmt::Display for Skip {
 impl std::error::Error for Skip {}
 
 /// Ends the case as skipped.
-///
-/// # Errors
-/// Always: the error is what skips it.
 pub(crate) fn skip<T>(reason: impl Into<String>) -> Result<T> {
     Err(Skip(reason.into()).into())
 }
 
 /// Reads a file, with its name in the error.
-///
-/// # Errors
-/// When it cannot be read.
 pub(crate) fn read(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
     std::fs::read(path)
@@ -231,9 +225,6 @@ pub(crate) fn read(path: impl AsRef<Path>) -> Result<String> {
 }
 
 /// Writes to a file that exists, such as one of sysfs, with its name in the error.
-///
-/// # Errors
-/// When the file, or the kernel behind it, does not take it.
 pub(crate) fn write(path: impl AsRef<Path>, text: impl AsRef<str>) -> Result<()> {
     let path = path.as_ref();
     let mut file = std::fs::OpenOptions::new()

@@ -14,8 +14,8 @@ use crate::l2fwd::{Ended, Start};
 /// A call, and an error that the kernel has for it.
 pub(crate) type Call = (&'static str, &'static str);
 
-/// What only the C library and Rust's std call, and answer themselves by ending the process, is in no table: brk, mprotect,
-/// rt_sigaction, rt_sigprocmask, close.
+/// Calls that every start makes. No table has brk, mprotect, rt_sigaction, rt_sigprocmask and close: only the C library and
+/// Rust's std make these, and they end the process when one fails.
 pub(crate) const OF_EVERY_START: [Call; 18] = [
     ("write", "ENOSPC"),
     ("statx", "EACCES"),
@@ -37,8 +37,7 @@ pub(crate) const OF_EVERY_START: [Call; 18] = [
     ("clone3", "EAGAIN"),
 ];
 
-/// Calls whose failure may leave a name behind, for the next start to clear away: its own removal, or the question whose it
-/// is.
+/// Calls whose failure may leave a file behind, which the next start removes: they remove it or find out whose it is.
 const LEAVES_NAMES: [&str; 5] = ["unlink", "rmdir", "getdents64", "statx", "flock"];
 
 /// A start of l2fwd that is made to fail.
@@ -61,9 +60,6 @@ impl std::fmt::Debug for Target<'_> {
 
 /// Fails each `call` of the start with `error` in turn. strace counts the calls of each thread by itself, so first those of
 /// the main thread alone and then, by `-f`, those of the others.
-///
-/// # Errors
-/// When a start ends in another way than it should.
 pub(crate) fn fail_each(context: &Context, target: &Target<'_>, (call, error): Call) -> Result<()> {
     let mut codes: BTreeMap<i32, u32> = BTreeMap::new();
     let mut harmless = BTreeSet::new();
@@ -95,8 +91,8 @@ pub(crate) fn fail_each(context: &Context, target: &Target<'_>, (call, error): C
     Ok(())
 }
 
-/// A start under strace, which is stopped if it comes up. strace puts a call that does not exist in the place of one that is
-/// to fail, which the sandbox would deny: `start` does without.
+/// Runs a start under strace and stops it if it comes up. The start has no sandbox: strace replaces a call that must fail
+/// with one that does not exist, which the sandbox would deny.
 fn traced(
     context: &Context,
     target: &Target<'_>,
@@ -149,8 +145,7 @@ fn injected(trace: &str) -> impl Iterator<Item = String> {
 }
 
 fn judge(ended: &Ended, target: &Target<'_>, call: &str) -> Result<()> {
-    // Before main is none of our code: the loader, and std, which makes a stack for signals and ends the process when it
-    // cannot.
+    // Two failures come before main: the loader's, and that of std, which ends the process without a signal stack.
     let before_main = ended.code == 127 && ended.stderr.contains("error while loading shared libraries")
         || ended.code == 134 && ended.stderr.contains("std/src/sys/pal/unix/stack_overflow.rs");
     if before_main {

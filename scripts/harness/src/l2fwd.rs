@@ -1,4 +1,4 @@
-//! l2fwd as a process that is watched, by the events that it prints with `--json`.
+//! l2fwd, watched through the events that it prints with `--json`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,9 +9,9 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::case::Context;
-use crate::process::{PATIENCE, Process, words};
+use crate::process::{PATIENCE, Process};
 
-/// What the second start says of a first one that was killed.
+/// Part of what a start prints when the run before it was killed.
 const RECOVERED: &str = "ended uncleanly, recovered";
 
 /// A running l2fwd.
@@ -37,25 +37,25 @@ impl Start {
     pub(crate) fn new(arguments: impl AsRef<str>) -> Self {
         Self {
             under: Vec::new(),
-            arguments: words(arguments.as_ref()).map(Into::into).collect(),
+            arguments: arguments.as_ref().split_whitespace().map(Into::into).collect(),
             environment: Vec::new(),
             patience: PATIENCE,
         }
     }
 
-    /// Under another program, such as strace, that starts it and has its pid.
+    /// Starts it through another program, such as strace, that keeps its pid.
     pub(crate) fn under<S: Into<String>>(mut self, command: impl IntoIterator<Item = S>) -> Self {
         self.under = command.into_iter().map(Into::into).collect();
         self
     }
 
-    /// With a variable of the environment.
+    /// Sets a variable of its environment.
     pub(crate) fn environment(mut self, name: &'static str, value: &Path) -> Self {
         self.environment.push((name, value.into()));
         self
     }
 
-    /// On a machine that may be busy with something else for so long.
+    /// Sets how long to wait for an event.
     pub(crate) fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
@@ -75,18 +75,12 @@ impl Start {
     }
 
     /// Starts it.
-    ///
-    /// # Errors
-    /// When it does not start.
     pub(crate) fn spawn(&self, context: &Context) -> Result<L2fwd> {
         let process = Process::spawn(context, "l2fwd", &mut self.command(context))?;
         Ok(L2fwd { process, events: Vec::new(), patience: self.patience })
     }
 
     /// Starts it, and returns when it forwards.
-    ///
-    /// # Errors
-    /// When it does not come to forwarding.
     pub(crate) fn forwarding(&self, context: &Context) -> Result<L2fwd> {
         let mut l2fwd = self.spawn(context)?;
         l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
@@ -95,13 +89,14 @@ impl Start {
 }
 
 impl L2fwd {
-    /// Reads on to an event that `wanted` is true of.
-    ///
-    /// # Errors
-    /// When it does not come.
+    /// Reads events up to the first one for which `wanted` is true.
     pub(crate) fn await_event(&mut self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
         let until = Instant::now() + self.patience;
-        while let Some(line) = self.process.line(until.saturating_duration_since(Instant::now()))? {
+        let seconds = self.patience.as_secs();
+        let late = || format!("l2fwd did not say {what} in {seconds} s");
+        while let Some(line) =
+            self.process.line(until.saturating_duration_since(Instant::now())).with_context(late)?
+        {
             self.keep(&line).with_context(|| format!("l2fwd printed '{line}'"))?;
             if self.events.last().is_some_and(&wanted) {
                 return Ok(());
@@ -110,7 +105,7 @@ impl L2fwd {
         bail!("l2fwd ended and did not say {what}")
     }
 
-    /// Of statistics only the latest: a soak has them for hours.
+    /// Keeps an event. Of consecutive statistics only the latest is kept, because a soak prints them for hours.
     fn keep(&mut self, line: &str) -> serde_json::Result<()> {
         let event: Value = serde_json::from_str(line)?;
         let is_statistics = |event: &Value| event["event"] == "statistics";
@@ -132,30 +127,21 @@ impl L2fwd {
             .and_then(|event| event["ports"].as_array())
     }
 
-    /// Reads on to statistics of which `wanted` is true, which is asked of each port.
-    ///
-    /// # Errors
-    /// When they do not come.
+    /// Reads events up to statistics in which `wanted` is true for a port.
     pub(crate) fn await_statistics(&mut self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
         self.await_event(what, |event| {
             event["ports"].as_array().is_some_and(|ports| ports.iter().any(&wanted))
         })
     }
 
-    /// Reads on to the first packets.
-    ///
-    /// # Errors
-    /// When none come.
+    /// Waits until port 0 has received packets.
     pub(crate) fn await_traffic(&mut self) -> Result<()> {
         self.await_statistics("that it received packets", |port| {
             port["port"] == 0 && port["received"].as_u64().is_some_and(|count| count > 0)
         })
     }
 
-    /// Reads on to a change of `port`.
-    ///
-    /// # Errors
-    /// When it does not come.
+    /// Waits until `port` enters `state`.
     pub(crate) fn await_state(&mut self, port: usize, state: &str) -> Result<()> {
         self.await_event(&format!("that port {port} is {state}"), |event| {
             event["event"] == "port_state" && event["port"] == port && event["state"] == state
@@ -163,22 +149,16 @@ impl L2fwd {
     }
 
     /// Sends `signal`, and waits for its end.
-    ///
-    /// # Errors
-    /// When it does not end.
     pub(crate) fn end(self, signal: Signal) -> Result<Ended> {
         self.process.signal(signal)?;
         self.wait()
     }
 
     /// Waits for its end.
-    ///
-    /// # Errors
-    /// When it does not end.
     pub(crate) fn wait(mut self) -> Result<Ended> {
         let until = Instant::now() + self.patience;
         while let Some(line) = self.process.line(until.saturating_duration_since(Instant::now()))? {
-            // What a killed process printed last may be half a line.
+            // A killed process may leave half a line.
             let _ = self.keep(&line);
         }
         let code = self.process.wait(PATIENCE)?;
@@ -186,37 +166,25 @@ impl L2fwd {
     }
 
     /// Kills it.
-    ///
-    /// # Errors
-    /// When it does not die.
     pub(crate) fn kill(self) -> Result<()> {
         let ended = self.end(Signal::SIGKILL)?;
         ensure!(ended.code == 137, "l2fwd exited with {}", ended.code);
         Ok(())
     }
 
-    /// Ends it as a user does: all buffers come back, its last word is said, and it has no complaints.
-    ///
-    /// # Errors
-    /// When any of that is not so.
+    /// Ends it by SIGINT. It must exit with 0 after its last event, without a complaint on standard error.
     pub(crate) fn stop(self) -> Result<Ended> {
         self.stop_by(Signal::SIGINT)
     }
 
     /// As [`L2fwd::stop`], by another signal.
-    ///
-    /// # Errors
-    /// As for [`L2fwd::stop`].
     pub(crate) fn stop_by(self, signal: Signal) -> Result<Ended> {
         let ended = self.stop_complaining(signal)?;
         ensure!(ended.complaints().is_empty(), "l2fwd complained");
         Ok(ended)
     }
 
-    /// As [`L2fwd::stop`], of one that had a reason to complain.
-    ///
-    /// # Errors
-    /// When it does not end in order.
+    /// As [`L2fwd::stop`], where complaints are expected.
     pub(crate) fn stop_complaining(self, signal: Signal) -> Result<Ended> {
         let ended = self.end(signal)?;
         ensure!(ended.code == 0, "l2fwd exited with {}", ended.code);
@@ -227,17 +195,14 @@ impl L2fwd {
         Ok(ended)
     }
 
-    /// Whether it said at its start that it recovered from a killed one; of process `pid`, if that is known.
-    ///
-    /// # Errors
-    /// When its output cannot be read.
+    /// Whether it said at its start that it recovered from a killed run; from that of process `pid`, if given.
     pub(crate) fn recovered_from(&self, pid: Option<i32>) -> Result<bool> {
         let pid = pid.map(|pid| format!("(pid {pid})")).unwrap_or_default();
         Ok(self.process.stderr()?.lines().any(|line| line.contains(RECOVERED) && line.contains(&pid)))
     }
 }
 
-/// What an l2fwd that has ended left.
+/// What remains of an l2fwd that has ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
     /// Its exit code, as of a shell.
@@ -249,15 +214,12 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
-    /// Lines of standard error, without what a start says of a killed one before it.
+    /// Lines of standard error, except the one about recovery from a killed run.
     pub(crate) fn complaints(&self) -> Vec<&str> {
         self.stderr.lines().filter(|line| !line.contains(RECOVERED)).collect()
     }
 
     /// Whether `port` was opened in `mode`, and `why` is part of the reason.
-    ///
-    /// # Errors
-    /// When it was not.
     pub(crate) fn opened(&self, port: usize, mode: &str, why: &str) -> Result<()> {
         let of_port = |event: &&Value| event["event"] == "open" && event["port"] == port;
         let open = self.events.iter().find(of_port).context("the port was not opened")?;
@@ -271,17 +233,11 @@ impl Ended {
     }
 
     /// The first event of that name.
-    ///
-    /// # Errors
-    /// When there is none.
     pub(crate) fn event(&self, name: &str) -> Result<&Value> {
         self.events.iter().find(|event| event["event"] == name).with_context(|| format!("no event '{name}'"))
     }
 
     /// The last statistics of `port`: sent, received and dropped.
-    ///
-    /// # Errors
-    /// When there are none.
     pub(crate) fn counts(&self, port: usize) -> Result<[u64; 3]> {
         let statistics = self.events.iter().rfind(|event| event["event"] == "statistics");
         let ports = statistics.and_then(|event| event["ports"].as_array()).context("no statistics")?;
@@ -290,9 +246,6 @@ impl Ended {
     }
 
     /// Checks the last statistics of `port`.
-    ///
-    /// # Errors
-    /// When they are others.
     pub(crate) fn counted(&self, port: usize, sent: u64, received: u64) -> Result<()> {
         let counts = self.counts(port)?;
         ensure!(counts == [sent, received, 0], "port {port} counted {counts:?}, not [{sent}, {received}, 0]");
@@ -300,9 +253,6 @@ impl Ended {
     }
 
     /// A counter of `port`, by its name.
-    ///
-    /// # Errors
-    /// When there is no such counter.
     pub(crate) fn counter(&self, port: usize, name: &str) -> Result<u64> {
         let of_port = |event: &&Value| event["event"] == "counters" && event["port"] == port;
         let counters = self.events.iter().find(of_port).context("the port counted nothing")?;

@@ -69,6 +69,9 @@ struct TestArgs {
     /// Guests at a time
     #[arg(long, default_value_t = 1)]
     jobs: usize,
+    /// Vireo's programs; default: beside this one
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
     #[command(flatten)]
     environment: host::Environment,
     /// Options of `lab run` for every boot
@@ -93,7 +96,7 @@ fn run() -> Result<u8> {
         Task::Soak(args) => host::soak::run(&args, &programs),
         Task::Test(args) => {
             let environment = args.environment;
-            let programs = environment.programs.clone().unwrap_or(programs);
+            let programs = args.programs.unwrap_or(programs);
             let choice = Choice {
                 only: args.only,
                 full: args.full,

@@ -1,4 +1,4 @@
-//! pktgen, by the JSON that it prints at its end.
+//! pktgen, judged by the JSON that it prints at its end.
 
 use std::process::Command;
 use std::time::Duration;
@@ -8,9 +8,9 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::case::Context;
-use crate::process::{PATIENCE, Process, words};
+use crate::process::{PATIENCE, Process};
 
-/// What no frame may be, whatever else happens: other than it was sent, twice, or out of order.
+/// Figures that must be 0 even where frames may be lost.
 const WRONG: [&str; 5] = ["duplicates", "reordered", "wrong_address", "corrupt", "strays"];
 
 /// A running pktgen.
@@ -19,19 +19,13 @@ pub(crate) struct Pktgen(pub(crate) Process);
 
 impl Pktgen {
     /// Starts it; `arguments` are the EAL's, `--`, and pktgen's own.
-    ///
-    /// # Errors
-    /// When it does not start.
     pub(crate) fn spawn(context: &Context, arguments: &str) -> Result<Self> {
         let mut command = Command::new(context.program("pktgen"));
-        command.args(words(arguments)).arg("--json");
+        command.args(arguments.split_whitespace()).arg("--json");
         Ok(Self(Process::spawn(context, "pktgen", &mut command)?))
     }
 
-    /// Waits for its end, which may take so long.
-    ///
-    /// # Errors
-    /// When it does not end, or has an exit code other than those of a stream that was sent.
+    /// Waits for its end, up to `limit`.
     pub(crate) fn wait(mut self, limit: Duration) -> Result<Stream> {
         let line = self.0.line(limit)?;
         let code = self.0.wait(PATIENCE)?;
@@ -41,9 +35,6 @@ impl Pktgen {
     }
 
     /// Ends it before its time.
-    ///
-    /// # Errors
-    /// As for [`Pktgen::wait`].
     pub(crate) fn stop(self) -> Result<Stream> {
         self.0.signal(Signal::SIGINT)?;
         self.wait(PATIENCE)
@@ -71,9 +62,6 @@ impl Stream {
     }
 
     /// Checks that so many frames were sent and came back, and nothing else.
-    ///
-    /// # Errors
-    /// When it was otherwise.
     pub(crate) fn came_back(&self, sent: u64, received: u64) -> Result<()> {
         let is = (self.figure("sent"), self.figure("received"));
         ensure!(
@@ -86,9 +74,6 @@ impl Stream {
     }
 
     /// Checks that every frame that came back is one that was sent.
-    ///
-    /// # Errors
-    /// When one is not.
     pub(crate) fn unharmed(&self) -> Result<()> {
         for name in WRONG {
             ensure!(self.figure(name) == 0, "pktgen has {name} = {}", self.figure(name));

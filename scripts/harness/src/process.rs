@@ -1,4 +1,4 @@
-//! A program that a case watches: its output, its end, and that it does not outlive the case.
+//! A program under test: its output, its end, and its death with the case.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write as _};
@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use crate::case::{Context, read};
 use crate::host::stacks;
 
-/// How long a program may be silent before it counts as hung.
+/// How long a case waits for a program.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A program that was started. It is killed when this is dropped.
@@ -32,10 +32,7 @@ pub(crate) struct Process {
 
 impl Process {
     /// Starts `command`. Its output goes to `NAME.out` and `NAME.err` of the case's directory; lines of standard output
-    /// can be waited for, too.
-    ///
-    /// # Errors
-    /// When it does not start.
+    /// can also be awaited.
     pub(crate) fn spawn(context: &Context, name: &str, command: &mut Command) -> Result<Self> {
         let (name, stdout, stderr) = unused(context, name);
         let errors = File::create(&stderr)?;
@@ -50,7 +47,7 @@ impl Process {
             let mut line = Vec::new();
             while output.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
                 let _ = copy.write_all(&line);
-                // The case may not be interested any more; the program has to find a reader all the same.
+                // Without a reader the program would stop at a full pipe, so lines that no case reads are read here.
                 let _ = to_lines.send(String::from_utf8_lossy(&line).trim_end_matches('\n').to_owned());
                 line.clear();
             }
@@ -59,9 +56,6 @@ impl Process {
     }
 
     /// Starts `command` with a standard output of the caller's choice.
-    ///
-    /// # Errors
-    /// When it does not start.
     pub(crate) fn spawn_to(
         context: &Context,
         name: &str,
@@ -98,40 +92,28 @@ impl Process {
     }
 
     /// All that it printed on standard error so far.
-    ///
-    /// # Errors
-    /// When the copy cannot be read.
     pub(crate) fn stderr(&self) -> Result<String> {
         read(&self.stderr)
     }
 
     /// All that it printed on standard output, complete once it ended.
-    ///
-    /// # Errors
-    /// When the copy cannot be read.
     pub(crate) fn stdout(&self) -> Result<String> {
         read(&self.stdout)
     }
 
     /// Its next line, or none when its output ended.
-    ///
-    /// # Errors
-    /// When it is silent for `limit`.
     pub(crate) fn line(&self, limit: Duration) -> Result<Option<String>> {
         match self.lines.recv_timeout(limit) {
             Ok(line) => Ok(Some(line)),
             Err(RecvTimeoutError::Disconnected) => Ok(None),
             Err(RecvTimeoutError::Timeout) => {
                 let waits = stacks::of_process(self.pid());
-                bail!("{} said nothing for {} s, and is here:\n{waits}", self.name, limit.as_secs())
+                bail!("{} printed no further line; it is here:\n{waits}", self.name)
             }
         }
     }
 
     /// Sends a signal.
-    ///
-    /// # Errors
-    /// When the program has ended already.
     pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
         if self.status.is_some() {
             bail!("{} has ended already", self.name);
@@ -140,9 +122,6 @@ impl Process {
     }
 
     /// Waits for its end. The exit code is that of a shell: 128 and the number of the signal that ended it.
-    ///
-    /// # Errors
-    /// When it runs on for `limit`.
     pub(crate) fn wait(&mut self, limit: Duration) -> Result<i32> {
         let status = match self.status {
             Some(status) => status,
@@ -150,7 +129,7 @@ impl Process {
                 Ok(status) => *self.status.insert(status?),
                 Err(_) => {
                     let waits = stacks::of_process(self.pid());
-                    bail!("{} did not end in {} s, and is here:\n{waits}", self.name, limit.as_secs())
+                    bail!("{} did not end; it is here:\n{waits}", self.name)
                 }
             },
         };
@@ -202,10 +181,7 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
-    /// Itself if the exit code is `code`.
-    ///
-    /// # Errors
-    /// When it is another one.
+    /// Fails unless the exit code is `code`.
     pub(crate) fn expect(self, code: i32) -> Result<Self> {
         match self.code == code {
             true => Ok(self),
@@ -215,9 +191,6 @@ impl Ended {
 }
 
 /// Runs `command` to its end.
-///
-/// # Errors
-/// When it does not start, or not end in `limit`.
 pub(crate) fn run_for(
     context: &Context,
     name: &str,
@@ -226,24 +199,20 @@ pub(crate) fn run_for(
 ) -> Result<Ended> {
     let mut process = Process::spawn(context, name, command)?;
     let until = Instant::now() + limit;
-    // Its output first: it may be more than the threads have copied when it ends.
-    while process.line(until.saturating_duration_since(Instant::now()))?.is_some() {}
-    let code = process.wait(until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1)))?;
+    let late = || format!("{name} has {} s", limit.as_secs());
+    // The output comes first: it is complete when the thread that copies it ends.
+    while process.line(until.saturating_duration_since(Instant::now())).with_context(late)?.is_some() {}
+    let left = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+    let code = process.wait(left).with_context(late)?;
     Ok(Ended { code, stdout: process.stdout()?, stderr: process.stderr()? })
 }
 
 /// Runs `command` to its end, which comes within [`PATIENCE`].
-///
-/// # Errors
-/// As for [`run_for`].
 pub(crate) fn run(context: &Context, name: &str, command: &mut Command) -> Result<Ended> {
     run_for(context, name, command, PATIENCE)
 }
 
-/// Polls `done` until it is true: for what has no event.
-///
-/// # Errors
-/// When that takes longer than `limit`.
+/// Polls `done` until it is true, where the kernel offers no event to wait for.
 pub(crate) fn await_that(what: &str, limit: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
     let until = Instant::now() + limit;
     while !done() {
@@ -253,9 +222,4 @@ pub(crate) fn await_that(what: &str, limit: Duration, mut done: impl FnMut() -> 
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())
-}
-
-/// A command from words that blanks separate.
-pub(crate) fn words(line: &str) -> impl Iterator<Item = &str> {
-    line.split_whitespace()
 }

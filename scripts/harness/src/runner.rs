@@ -1,4 +1,4 @@
-//! Which cases run, in which order and where; and what becomes of one that hangs.
+//! Selects cases, runs them in order on the host and in guests, and deals with those that hang.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -17,9 +17,9 @@ use crate::host::stacks;
 use crate::process::PATIENCE;
 use crate::tap::{Progress, Tap};
 
-/// Cases of a boot that share a guest where several can run side by side.
+/// Cases that share a guest when several guests run at a time.
 const SHARD: usize = 50;
-/// How often something that takes long is looked at.
+/// How often a running case is checked against its limit.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// What the user chose.
@@ -80,9 +80,6 @@ fn chosen(choice: &Choice, host: Vec<Case>) -> Vec<Group> {
 }
 
 /// Prints the names of all that was chosen.
-///
-/// # Errors
-/// When the unit tests cannot be built.
 pub(crate) fn list(choice: &Choice, environment: &host::Environment) -> Result<()> {
     for group in groups(choice, environment)? {
         group.cases.iter().for_each(|(name, _)| println!("{name}"));
@@ -90,8 +87,8 @@ pub(crate) fn list(choice: &Choice, environment: &host::Environment) -> Result<(
     Ok(())
 }
 
-/// The groups that were chosen. Unit tests are known when they are built, which takes time: only when all are wanted, a
-/// name has `::`, as theirs have, or nothing else has such a name.
+/// The groups that were chosen. The names of unit tests are known only after their build, so they are left out unless
+/// all cases are wanted, a pattern has `::` as their names have, or no other case matches.
 fn groups(choice: &Choice, environment: &host::Environment) -> Result<Vec<Group>> {
     let cases = |with_units| -> Result<Vec<Case>> {
         let with_guest = !choice.kernels.is_empty();
@@ -113,9 +110,6 @@ fn groups(choice: &Choice, environment: &host::Environment) -> Result<Vec<Group>
 }
 
 /// Runs all that was chosen, and gives the exit code.
-///
-/// # Errors
-/// When nothing can be run at all.
 pub(crate) fn run(
     choice: &Choice,
     environment: &host::Environment,
@@ -151,7 +145,7 @@ pub(crate) fn run(
     Ok(tap.end())
 }
 
-/// Runs a case in a thread, and if it takes too long, says where its programs are and kills them.
+/// Runs a case in a thread. If it exceeds its limit, its programs' stacks are reported and the programs killed.
 fn run_on_host(case: &Arc<Case>, full: bool, programs: &Path, tap: &Tap) {
     let mut progress = Progress::new(&case.name);
     let (to_report, reports) = channel();
@@ -168,7 +162,7 @@ fn run_on_host(case: &Arc<Case>, full: bool, programs: &Path, tap: &Tap) {
             hung = Some((Instant::now(), stacks::of_descendants()));
             stacks::kill_descendants();
         }
-        if hung.as_ref().is_some_and(|(since, _)| since.elapsed() > crate::process::PATIENCE) {
+        if hung.as_ref().is_some_and(|(since, _)| since.elapsed() > PATIENCE) {
             break Report::failed("it went on without its programs".into());
         }
     };
@@ -182,7 +176,7 @@ fn run_on_host(case: &Arc<Case>, full: bool, programs: &Path, tap: &Tap) {
     tap.report(&Report { name: case.name.clone(), ..report }, progress.elapsed());
 }
 
-/// Runs cases in a boot, and in a further one what comes after a case that took the guest with it.
+/// Runs cases in a guest. If a case takes the guest with it, the rest runs in a new one.
 fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String, Arc<Case>)>, tap: &Tap) {
     while !cases.is_empty() {
         let mut session = match Session::start(lab, kernel, boot) {
@@ -201,7 +195,7 @@ fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String
             let request = Request::Case(case.name.clone());
             let report = match session.request(&request, case.limit, |_| ()) {
                 Ok(Report { outcome: Outcome::Failed(why), notes, .. }) if progress.elapsed() > PATIENCE => {
-                    // What did not come may be the guest's fault.
+                    // The case waited in vain, and the guest may be the reason.
                     let outcome = Outcome::Failed(format!("{why}\n{}", session.stacks()));
                     Report { name: name.clone(), outcome, notes }
                 }

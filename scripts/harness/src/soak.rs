@@ -13,7 +13,7 @@ use crate::case::{Context, read};
 use crate::l2fwd::{L2fwd, Start};
 use crate::pktgen::Pktgen;
 
-/// How long nothing may pass before it counts as hung: the machine may be shared for hours.
+/// How long packets may stand still before the soak fails. Long, because other work may share the machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 const STEPS_PER_EPOCH: u32 = 6;
 /// Kibibytes that the private memory of a forwarder may grow in its life: noise of the allocator.
@@ -58,34 +58,22 @@ pub(crate) trait World {
     /// The generator's arguments.
     fn generator(&self, rng: &mut Rng) -> String;
     /// Prepares epoch `number`.
-    ///
-    /// # Errors
-    /// When that fails.
     fn begin(&mut self, number: u64) -> Result<()>;
     /// Faults of this epoch.
     fn faults(&self) -> &[Fault];
-    /// Whether the forwarder is there before the generator, and lets it come again.
+    /// Whether the forwarder starts before the generator.
     fn forwarder_is_first(&self) -> bool;
     /// Waits until a forwarder that is first can be reached by the generator.
-    ///
-    /// # Errors
-    /// When it cannot.
     fn await_forwarder(&self, forwarder: &mut L2fwd) -> Result<()>;
     /// Waits until a generator that is first can be reached by the forwarder.
-    ///
-    /// # Errors
-    /// When it cannot.
     fn await_generator(&self) -> Result<()>;
-    /// Makes a fault of the machine, and puts it right.
-    ///
-    /// # Errors
-    /// When that fails.
+    /// Breaks the machine as `fault` says, and repairs it.
     fn disturb(&self, fault: Fault, forwarder: &mut L2fwd) -> Result<()>;
-    /// How many of an epoch's frames may be missing, when counters name so many; none when that is not compared.
+    /// How many frames an epoch must have lost, when counters name `named` lost ones. `None`: not checked.
     fn may_lose(&self, named: u64) -> Option<u64>;
 }
 
-/// Sums over all epochs, of the lives that told their figures; those that were killed did not.
+/// Sums over all epochs. Programs that were killed reported nothing and are left out.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Figures {
     /// What it was soaked with.
@@ -94,7 +82,7 @@ pub(crate) struct Figures {
     pub(crate) seconds: u64,
     /// How many epochs there were.
     pub(crate) epochs: u64,
-    /// In how many of them the frames that were lost were compared with those that may be.
+    /// Epochs in which lost frames were checked against [`World::may_lose`].
     pub(crate) epochs_compared: u64,
     /// Frames that were lost in those.
     pub(crate) lost_in_those_compared: u64,
@@ -129,9 +117,6 @@ struct Soak<'a, W> {
 }
 
 /// Soaks `world`.
-///
-/// # Errors
-/// When a check fails; the message has the seed and the step.
 pub(crate) fn soak<W: World>(
     context: &Context,
     world: &mut W,
@@ -210,7 +195,7 @@ impl<W: World> Soak<'_, W> {
         Ok(())
     }
 
-    /// What happens in between is traffic.
+    /// Lets traffic pass for a random time.
     fn pause(&mut self, milliseconds: u64) {
         std::thread::sleep(Duration::from_millis(self.rng.u64(..milliseconds)));
     }

@@ -8,9 +8,9 @@ use crate::case::{Outcome, Report};
 
 /// Cases that are named at the end.
 const SLOWEST: usize = 10;
-/// Between two lines that say that a case still runs, where nobody sees a line rewrite itself.
+/// Time between two progress lines in a pipe.
 const STILL: Duration = Duration::from_secs(60);
-/// Between two such lines that rewrite each other.
+/// Time between two progress lines on a terminal.
 const SECOND: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
@@ -85,7 +85,7 @@ impl Tap {
     }
 }
 
-/// Who does not read the results any more does not need them.
+/// Prints results. If their reader is gone, the run goes on for its exit code.
 fn print(text: &str) {
     let mut out = io::stdout().lock();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
@@ -97,7 +97,7 @@ fn clear_progress() {
     }
 }
 
-/// Says on standard error what runs: at once on a terminal, in a pipe when that takes long.
+/// Prints on standard error what runs: each second on a terminal, each minute in a pipe.
 #[derive(Debug)]
 pub(crate) struct Progress {
     name: String,
@@ -115,7 +115,7 @@ impl Progress {
         progress
     }
 
-    /// To be called once a second or more often; `what` it is at is asked when that is said.
+    /// Prints the progress when it is due; to be called at least once a second. `what` describes the current step.
     pub(crate) fn tick(&mut self, what: impl FnOnce() -> String) {
         let every = if io::stderr().is_terminal() { SECOND } else { STILL };
         if self.said.elapsed() < every {

@@ -70,7 +70,7 @@ pub(super) fn with_iommu(cases: &mut Cases, boot: Boot, mode: &'static str) {
                 Ok(())
             },
         );
-        // Each kernel words a fault in its own way, and takes it by the same path whatever the NIC.
+        // Kernels word faults differently; the NIC makes no difference.
         if nic == Nic::E1000e {
             case.on_both_kernels();
         } else {

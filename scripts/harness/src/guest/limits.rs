@@ -36,7 +36,7 @@ pub(super) fn no_hugepages(cases: &mut Cases, mode: &'static str) {
     });
 }
 
-/// `--huge-dir` at a directory of the case that is made by `prepare`.
+/// l2fwd refuses `--huge-dir` at this directory.
 fn huge_dir(context: &Context, boot: Boot, at: &Path, (code, text): (i32, &str)) -> Result<String> {
     let arguments =
         format!("--huge-dir {} --vfio-mode {} -a {} -- -p 1", at.display(), boot.generator_mode(), nic());

@@ -16,8 +16,8 @@ use crate::process::{Ended, run};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Nic {
     VirtioNet,
-    /// An 82540EM. Its driver is the 82574L's, and each start waits for the second in which it is deaf, so where a case is
-    /// not about that, it runs with `--full` only.
+    /// An 82540EM. It is deaf for a second after each start, and shares its driver with the 82574L, so most of its cases run
+    /// with `--full` only.
     E1000,
     /// An 82574L.
     E1000e,
@@ -26,7 +26,7 @@ pub(crate) enum Nic {
 /// All of them.
 pub(crate) const NICS: [Nic; 3] = [Nic::VirtioNet, Nic::E1000, Nic::E1000e];
 
-/// What a NIC of a kind is for: the generator sends on one and receives on another, the forwarder has those between.
+/// Use of a NIC: the generator sends on one and receives on another; the forwarder has the two in between.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Role {
     GenTx,
@@ -257,8 +257,8 @@ pub(crate) fn state() -> String {
     lines.join("\n")
 }
 
-/// A command as `user`, whose words have no blanks. `limits` is for a shell, such as `ulimit -l 64`, and still root's, who
-/// may raise them.
+/// A command run as `user`. Its arguments must not contain blanks. `limits`, such as `ulimit -l 64`, are set by root, who may
+/// also raise them.
 pub(crate) fn as_user(user: &str, limits: &str, program: &Path) -> Command {
     let exec = match user {
         "root" => "exec \"$@\"".to_owned(),
@@ -288,7 +288,7 @@ pub(crate) fn port(name: &str) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// A program of Vireo that ends by itself, with its words.
+/// Runs a program of Vireo that ends by itself.
 pub(crate) fn program(context: &Context, name: &str, arguments: &str) -> Result<Ended> {
     let mut command = Command::new(context.program(name));
     run(context, name, command.args(arguments.split_whitespace()))

@@ -82,7 +82,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot) {
     let nic = Nic::E1000e;
     cases.add("as nobody, both ports in auto", move |context| {
         let ended = launched(context, boot, (nic, nic), "", &ports(nic, nic))?;
-        // Both take the one iommufd, whichever comes first.
+        // Both ports use the one iommufd.
         ended.opened(0, "cdev", "auto: ")?;
         ended.opened(1, "cdev", "auto: ")
     });
@@ -163,7 +163,7 @@ fn gives_up_root(cases: &mut Cases, boot: Boot, mode: &'static str, nic: Nic) {
         has_no_privilege(&l2fwd)?;
         carries(context, boot.generator_mode(), nic, nic)?;
         l2fwd.stop()?;
-        // What it could not remove is the next one's, without a word.
+        // The next start takes over the directory that it could not remove, silently.
         forwarder(mode, nic, nic).forwarding(context)?.stop()?;
         Ok(())
     });

@@ -76,7 +76,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
     }
 }
 
-/// A NIC that may not be bus master completes nothing any more, as one that hangs.
+/// Clears the bus-master bit. The NIC then completes nothing, like one that hangs.
 pub(crate) fn clear_bus_master(bdf: &str) -> Result<()> {
     let config = std::fs::OpenOptions::new().write(true).open(device(bdf).join("config"))?;
     std::os::unix::fs::FileExt::write_all_at(&config, &[3, 0], 4)?;

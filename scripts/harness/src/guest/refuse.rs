@@ -93,7 +93,7 @@ pub(super) const WITHOUT_IOMMU: &[(i32, &str, &str)] = &[
     (64, "leave --no-huge out", "--no-huge --vfio-mode noiommu FORWARDERS -- -p 3"),
 ];
 
-/// A NIC in a mode that this machine cannot give it to us in, and that the doctor refuses in the same words.
+/// A mode that this machine cannot offer: l2fwd and the doctor refuse it in the same words.
 pub(super) fn mode_refused(
     cases: &mut Cases,
     boot: Boot,
@@ -188,7 +188,7 @@ pub(super) fn permissions(cases: &mut Cases, boot: Boot) {
     add("a group", "container", || NIC.0.group_node(NIC.1), Vec::new, "SUBSYSTEM==\"vfio\"");
 }
 
-/// Who may open the nodes still needs the capability.
+/// A user who may open the nodes still needs the capability.
 pub(super) fn no_raw_io(cases: &mut Cases, boot: Boot) {
     for mode in ["noiommu", "noiommu-cdev"] {
         cases
@@ -213,7 +213,7 @@ pub(super) fn switched_off(cases: &mut Cases, boot: Boot) {
         let off = set(parameter, "0")?;
         let line = program(context, "devbind", &format!("--bind vfio-pci {nic}"))?.expect(69)?.stderr;
         let diagnosis = diagnose(context, ROOT, "noiommu", &nic)?.unwrap_or_default();
-        // What devbind says, and not that it is devbind that helps.
+        // The doctor must repeat devbind's reason, not advise to run devbind.
         for said in [&line, &diagnosis] {
             let text = format!("echo 1 > {parameter}");
             ensure!(
@@ -241,7 +241,7 @@ pub(super) fn needs_newer_kernel(cases: &mut Cases, boot: Boot) {
         .on_both_kernels();
 }
 
-/// Of a user who cannot see that it is root who has the NIC.
+/// The NIC is root's, and an ordinary user cannot see which process has it.
 pub(super) fn hidden_user(cases: &mut Cases) {
     for mode in ["cdev", "container"] {
         cases.add(format!("refused: in use by somebody else, {mode}"), move |context| {

@@ -33,7 +33,7 @@ pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
         let (mut l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
         l2fwd.process.signal(Signal::SIGINT)?;
         l2fwd.await_event("which signal came", |event| event["event"] == "signal")?;
-        // While it stands still, time passes and its ports are not stopped yet.
+        // Stopped here, it cannot finish before the second signal counts as one.
         l2fwd.process.signal(Signal::SIGSTOP)?;
         std::thread::sleep(2 * IMPATIENCE);
         l2fwd.process.signal(Signal::SIGTERM)?;

@@ -70,8 +70,8 @@ impl World for NicWorld {
         }
     }
 
-    /// The generator's NICs are its own: whoever is first, the other may come and go. In a quiet epoch frames that are sent
-    /// before the forwarder is there would be missing.
+    /// Either may start first, since the generator has NICs of its own. In a quiet epoch the forwarder does, because frames
+    /// sent before it runs would be lost.
     fn forwarder_is_first(&self) -> bool {
         self.quiet
     }

@@ -22,18 +22,12 @@ pub(crate) struct Environment {
     /// The checkout
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub(crate) repo: PathBuf,
-    /// Vireo's programs; default: beside this one
-    #[arg(long, value_name = "DIR")]
-    pub(crate) programs: Option<PathBuf>,
     /// Let apt, cargo and rustup install what is missing
     #[arg(long)]
     pub(crate) yes: bool,
 }
 
 /// All cases; unit tests, which have to be built to be known, if `with_units`, and those that boot a guest if `with_guest`.
-///
-/// # Errors
-/// When the unit tests cannot be built.
 pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: bool) -> Result<Vec<Case>> {
     let mut cases = Cases::default();
     cargo::checks(&mut cases, environment);

@@ -97,7 +97,7 @@ fn generator(context: &Context, end: End, arguments: &str) -> Result<Pktgen> {
     )
 }
 
-/// Starts whoever listens, waits for the sockets, and starts the other one.
+/// Starts the end that listens, waits for its sockets, and starts the other end.
 fn in_order<A, B>(
     context: &Context,
     ports: usize,
@@ -136,7 +136,7 @@ fn through_l2fwd(context: &Context, end: End) -> Result<()> {
         in_order(context, 2, end, || start.spawn(context), || generator(context, end.other(), &generate))?;
     let stream = pktgen.wait(PATIENCE)?;
     stream.came_back(FRAMES, FRAMES)?;
-    // A vhost port logs its frontends.
+    // A vhost port logs when a frontend comes and goes.
     l2fwd.stop_complaining(Signal::SIGINT)?;
     no_socket_left(context)
 }

@@ -61,9 +61,6 @@ pub(crate) struct SoakArgs {
 }
 
 /// Soaks as the user asks, and gives the exit code.
-///
-/// # Errors
-/// When nothing can be soaked at all.
 pub(crate) fn run(args: &SoakArgs, programs: &Path) -> Result<u8> {
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1 << 31));
     let length = Length { seconds: args.seconds, packets: args.packets, seed };

@@ -44,7 +44,7 @@ fn circle(context: &Context, repo: &Path) -> Result<()> {
         let slot = port + 4;
         qemu(["-chardev", &format!("socket,id=v{port},path={}", context.path(&port.to_string()).display())]);
         qemu(["-netdev", &format!("vhost-user,id=n{port},chardev=v{port}")]);
-        // Without MSI-X: QEMU 7.2 under TCG crashes in it, whoever serves the rings.
+        // Without MSI-X: QEMU 7.2 under TCG crashes in it, with any vhost backend.
         let nic = "virtio-net-pci,disable-legacy=on,vectors=0,romfile=";
         qemu(["-device", &format!("{nic},netdev=n{port},addr=0x{slot},mac=52:54:00:00:00:0{slot}")]);
     }
