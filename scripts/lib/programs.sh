@@ -3,8 +3,6 @@
 
 TARGET=x86_64-unknown-linux-gnu
 PROGRAMS=()
-# Kibibytes of what cargo built that are kept for the next checkout.
-BUILT_LIMIT=$((10 << 20))
 
 programs_build() {
     PROGRAMS=()
@@ -24,7 +22,7 @@ programs_compile() {
         flags+=" -C instrument-coverage -C llvm-args=-runtime-counter-relocation"
         directory+=-coverage
     fi
-    CARGO_BUILD_BUILD_DIR="$CACHE/build/guest" RUSTFLAGS=$flags cargo build --manifest-path "$REPO/Cargo.toml" \
+    RUSTFLAGS=$flags cargo build --manifest-path "$REPO/Cargo.toml" \
         --profile lab --locked --workspace --bins --examples --target "$TARGET" --target-dir "$directory" \
         --message-format json-render-diagnostics >"$built" ||
         fail "cargo could not build the guest's programs (its message is above)"
@@ -43,24 +41,6 @@ programs_find() {
     fail "the workspace has no program $1" "cargo build --bin $1"
 }
 
-# cargo_shares NAME: what cargo builds from here on with one set of flags is kept where other checkouts find it: all
-# dependencies, which are most of a build. Its results are where they always are (build.build-dir).
-cargo_shares() { export CARGO_BUILD_BUILD_DIR="$CACHE/build/$1"; }
-
-# Nothing there is ever removed one by one: when there is too much of it, and nobody builds, all of it goes. Whoever may
-# build holds the lock to its end, and what it starts does, too.
-cargo_cache() {
-    local lock
-    mkdir -p "$CACHE/build"
-    exec {lock}>"$CACHE/build.lock"
-    if flock --nonblock "$lock" && (($(du -s "$CACHE/build" | cut -f1) > BUILT_LIMIT)); then
-        say "removing what cargo built for earlier checkouts"
-        rm -rf "$CACHE/build"
-    fi
-    flock --shared "$lock"
-    cargo_shares host
-}
-
 # Empty where there is no cargo.
 cargo_version() { { cargo --version 2>/dev/null || true; } | awk '{print $2}'; }
 
@@ -70,7 +50,6 @@ need_cargo() {
     wanted=$(sed -n '/^rust-version *=/{s/.*"\(.*\)".*/\1/p;q}' "$REPO/Cargo.toml")
     version=$(cargo_version)
     if [[ -n $version ]] && version_at_least "$version" "$wanted"; then
-        cargo_cache
         return 0
     fi
 
@@ -87,7 +66,6 @@ need_cargo() {
         "install rustup (package rustup, or rustup.rs), then: rustup default stable"
     need_packages "${package/cargo/rustc}" "$package"
     hash -r
-    cargo_cache
 }
 
 # cargo_package VERSION: apt's package of a cargo at least that new, if there is one. Debian keeps a current Rust for its

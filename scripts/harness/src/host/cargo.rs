@@ -189,9 +189,10 @@ fn test_programs(repo: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
 /// Fuzzing, Miri, loom and the count of instructions, each a script of its own.
 pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
     let yes = if environment.yes { "--yes" } else { "" };
-    let table: [(&str, &[&str], &'static [&'static str], bool); 7] = [
+    let table: [(&str, &[&str], &'static [&'static str], bool); 8] = [
         ("fuzz corpus with stable Rust", &["scripts/fuzz", "--replay"], &[], false),
-        ("Miri", &["scripts/sanitize", "miri", yes], &[], false),
+        ("Miri, without its slowest tests", &["scripts/sanitize", "miri", "--short", yes], &[], false),
+        ("Miri, all its tests", &["scripts/sanitize", "miri", yes], &[], true),
         ("loom", &["scripts/sanitize", "loom"], &[], false),
         ("instructions per packet", &["scripts/bench", "insn", "--check", yes], &["valgrind", "jq"], false),
         ("fuzz targets", &["scripts/fuzz", "--seconds", "60", "--jobs", "2", yes], &["g++"], true),
