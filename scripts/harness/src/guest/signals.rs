@@ -103,7 +103,7 @@ pub(super) fn survive_kills(cases: &mut Cases, boot: Boot, mode: &'static str) {
 /// Under traffic that never ends, and each time the next start works.
 fn killed_again_and_again(context: &Context, boot: Boot, mode: &str) -> Result<()> {
     let nic = Nic::E1000e;
-    let rounds = if context.full { 100 } else { 5 };
+    let rounds = if context.full { 50 } else { 5 };
     let start = Start::new(format!(
         "-l 1 --vfio-mode {mode} -a {} -a {} -- -p 3 -q 2 -T 0.02",
         nic.bdf(Role::FwdRx),
