@@ -20,13 +20,12 @@ const CALLS: [Call; 10] = [
     ("sendmsg", "EPIPE"),
 ];
 /// What a start on rings has besides what every start has.
-const MORE: [Call; 7] = [
+const MORE: [Call; 6] = [
     ("ioctl", "EINVAL"),
     ("accept4", "EMFILE"),
     ("recvmsg", "ECONNRESET"),
     ("recvfrom", "ECONNRESET"),
     ("poll", "ENOMEM"),
-    ("shutdown", "ENOTCONN"),
     ("getsockopt", "EINVAL"),
 ];
 
