@@ -399,8 +399,7 @@ impl Drop for Device {
         let Some(memory) = self.running.take() else { return };
         if let Err(error) = self.quiesce() {
             tracing::error!("{error}; its memory is kept");
-            // The device may still write to it.
-            std::mem::forget(memory);
+            memory.keep();
         }
     }
 }

@@ -382,8 +382,7 @@ impl Drop for Device {
         let Some(started) = self.started.take() else { return };
         if let Err(error) = self.transport.stop() {
             tracing::error!("{}", error.mend("its DMA memory is kept until the process ends"));
-            // The device may still write to it.
-            std::mem::forget(started.memory);
+            started.memory.keep();
         }
     }
 }

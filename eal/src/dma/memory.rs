@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::iova::IovaRanges;
 use super::ring::Word;
@@ -27,6 +27,9 @@ pub struct DmaMemory {
     /// What devices only read; none where that makes no difference to them.
     read_only: Option<Arena>,
 }
+
+/// Memory that outlives its owners. In a list rather than forgotten, so that leak checkers reach it.
+static KEPT: Mutex<Vec<Arc<DmaMemory>>> = Mutex::new(Vec::new());
 
 /// What all parts of a region share. Fields drop in this order: the mappings end before the pages go back to
 /// the kernel.
@@ -203,6 +206,13 @@ impl DmaMemory {
         assert_eq!(addresses.len() * page_size, region.len());
         let translation = Translation::paged(page_size, addresses);
         Self::whole(Vec::new(), Arc::new(region), translation)
+    }
+
+    /// Keeps the memory mapped and reserved until the process ends, because a device that could not be reset may still
+    /// write to it.
+    pub fn keep(self: Arc<Self>) {
+        // After a panic of another keeper the list is still whole.
+        KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(self);
     }
 
     /// The pages.

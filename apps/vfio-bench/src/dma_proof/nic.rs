@@ -152,7 +152,7 @@ impl LoopNic {
 impl Drop for LoopNic {
     fn drop(&mut self) {
         if let Err(error) = self.reset() {
-            std::mem::forget(Arc::clone(&self.memory));
+            Arc::clone(&self.memory).keep();
             note(&format!("vireo-vfio-bench: {error}; its memory is kept"));
         }
     }
