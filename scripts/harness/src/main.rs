@@ -12,6 +12,7 @@ mod pktgen;
 mod process;
 mod runner;
 mod soak;
+mod stop;
 mod tap;
 
 use std::path::PathBuf;
@@ -93,7 +94,10 @@ fn run() -> Result<u8> {
     let programs: PathBuf = programs.parent().context("this program has no directory")?.into();
     match Cli::parse().command {
         Task::Agent { boot, full } => agent::serve(boot, full, &programs).map(|()| 0),
-        Task::Soak(args) => host::soak::run(&args, &programs),
+        Task::Soak(args) => {
+            stop::watch()?;
+            host::soak::run(&args, &programs)
+        }
         Task::Test(args) => {
             let environment = args.environment;
             let programs = args.programs.unwrap_or(programs);
@@ -109,6 +113,7 @@ fn run() -> Result<u8> {
                 runner::list(&choice, &environment)?;
                 return Ok(0);
             }
+            stop::watch()?;
             runner::run(&choice, &environment, (&lab, &programs), args.jobs.max(1))
         }
     }

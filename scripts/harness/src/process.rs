@@ -18,7 +18,10 @@ use crate::host::stacks;
 /// How long a case waits for a program.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A program that was started. It is killed when this is dropped.
+/// How long a script has to clean up.
+pub(crate) const GRACE: Duration = Duration::from_secs(10);
+
+/// A program that was started. It is killed when this is dropped, with all that it started.
 #[derive(Debug)]
 pub(crate) struct Process {
     name: String,
@@ -28,6 +31,8 @@ pub(crate) struct Process {
     lines: Receiver<String>,
     stdout: PathBuf,
     stderr: PathBuf,
+    /// How long it has from SIGTERM to SIGKILL.
+    grace: Duration,
 }
 
 impl Process {
@@ -83,7 +88,13 @@ impl Process {
         let pid = Pid::from_raw(child.id().cast_signed());
         let (to_exit, exit) = channel();
         std::thread::spawn(move || to_exit.send(child.wait()));
-        Self { name, pid, exit, status: None, lines, stdout, stderr }
+        Self { name, pid, exit, status: None, lines, stdout, stderr, grace: Duration::ZERO }
+    }
+
+    /// Asks the program to end and to clean up, before it is killed.
+    pub(crate) fn gracefully(mut self) -> Self {
+        self.grace = GRACE;
+        self
     }
 
     /// Its process id.
@@ -148,7 +159,12 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        if !self.grace.is_zero() && !self.has_ended() {
+            let _ = kill(self.pid, Signal::SIGTERM);
+            self.status = self.exit.recv_timeout(self.grace).ok().and_then(Result::ok);
+        }
         if !self.has_ended() {
+            stacks::signal_all(&stacks::descendants(self.pid()), Signal::SIGKILL);
             let _ = kill(self.pid, Signal::SIGKILL);
             let _ = self.exit.recv_timeout(PATIENCE);
         }
@@ -222,4 +238,44 @@ pub(crate) fn await_that(what: &str, limit: Duration, mut done: impl FnMut() -> 
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::case::{Outcome, run_once};
+
+    /// Runs `script`, and drops it once it said the pid of a process that it started; gives whether the script cleaned up.
+    fn dropped(script: &'static str, graceful: bool) -> bool {
+        let (to_cleaned, cleaned) = channel();
+        let report = run_once("dropped".into(), false, std::path::Path::new("/"), move |context| {
+            let mark = context.path("cleaned");
+            let mut command = Command::new("sh");
+            command.args(["-c", script]).env("MARK", &mark);
+            let program = Process::spawn(context, "script", &mut command)?;
+            let started: i32 = program.line(PATIENCE)?.context("it said nothing")?.parse()?;
+            drop(if graceful { program.gracefully() } else { program });
+            let until = Instant::now() + PATIENCE;
+            loop {
+                let status = std::fs::read_to_string(format!("/proc/{started}/status")).unwrap_or_default();
+                if status.is_empty() || status.contains("State:\tZ") {
+                    break;
+                }
+                anyhow::ensure!(Instant::now() < until, "what it started still runs");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            to_cleaned.send(mark.exists())?;
+            Ok(())
+        });
+        assert!(matches!(report.outcome, Outcome::Passed), "{report:?}");
+        cleaned.recv().unwrap()
+    }
+
+    #[test]
+    fn what_a_program_started_ends_with_it() {
+        let script =
+            "setsid sh -c 'echo $$; exec sleep 1000' & trap 'kill $!; touch $MARK; exit' TERM; wait; wait";
+        assert!(!dropped(script, false));
+        assert!(dropped(script, true));
+    }
 }

@@ -15,6 +15,7 @@ use crate::guest::{BOOTS, Boot};
 use crate::host;
 use crate::host::stacks;
 use crate::process::PATIENCE;
+use crate::stop;
 use crate::tap::{Progress, Tap};
 
 /// Cases that share a guest when several guests run at a time.
@@ -122,6 +123,9 @@ pub(crate) fn run(
     for Group { guest, mut cases } in groups {
         let Some((kernel, boot)) = guest else {
             for (_, case) in cases {
+                if stop::exit_code().is_some() {
+                    break;
+                }
                 run_on_host(&case, choice.full, programs, &tap);
             }
             continue;
@@ -142,6 +146,10 @@ pub(crate) fn run(
             });
         }
     });
+    if let Some(code) = stop::exit_code() {
+        tap.bail_out("stopped by a signal");
+        return Ok(code);
+    }
     Ok(tap.end())
 }
 
@@ -178,7 +186,7 @@ fn run_on_host(case: &Arc<Case>, full: bool, programs: &Path, tap: &Tap) {
 
 /// Runs cases in a guest. If a case takes the guest with it, the rest runs in a new one.
 fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String, Arc<Case>)>, tap: &Tap) {
-    while !cases.is_empty() {
+    while !cases.is_empty() && stop::exit_code().is_none() {
         let mut session = match Session::start(lab, kernel, boot) {
             Ok(session) => session,
             Err(error) => {

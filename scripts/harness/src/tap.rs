@@ -70,6 +70,12 @@ impl Tap {
         print(&format!("# {line}\n"));
     }
 
+    /// Prints that not all cases ran.
+    pub(crate) fn bail_out(self, why: &str) {
+        clear_progress();
+        print(&format!("Bail out! {why}\n"));
+    }
+
     /// Prints the end, and gives the exit code.
     pub(crate) fn end(self) -> u8 {
         let Ok(counts) = self.counts.into_inner() else { return 1 };

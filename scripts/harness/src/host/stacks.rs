@@ -1,8 +1,9 @@
-//! Where processes wait, by `/proc`: what is reported of those that hang.
+//! Processes by `/proc`: where those wait that hang, and the end of all that a run started.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -23,9 +24,10 @@ fn processes() -> BTreeMap<i32, (i32, i32)> {
     all
 }
 
-fn descendants() -> Vec<i32> {
+/// All that a process started, directly or not, and that still runs.
+pub(crate) fn descendants(of: i32) -> Vec<i32> {
     let all = processes();
-    let mut found = vec![std::process::id().cast_signed()];
+    let mut found = vec![of];
     let mut next = 0;
     while let Some(&parent) = found.get(next) {
         found.extend(all.iter().filter(|(_, (of, _))| *of == parent).map(|(pid, _)| *pid));
@@ -36,7 +38,7 @@ fn descendants() -> Vec<i32> {
 
 /// Of all that this process started, directly or not.
 pub(crate) fn of_descendants() -> String {
-    descendants().into_iter().map(of_process).collect()
+    descendants(this()).into_iter().map(of_process).collect()
 }
 
 /// Of a process group.
@@ -45,11 +47,34 @@ pub(crate) fn of_group(group: i32) -> String {
     all.iter().filter(|(_, (_, of))| *of == group).map(|(pid, _)| of_process(*pid)).collect()
 }
 
+/// Sends a signal to processes; those that have ended are none any more.
+pub(crate) fn signal_all(pids: &[i32], signal: Signal) {
+    for pid in pids {
+        let _ = kill(Pid::from_raw(*pid), signal);
+    }
+}
+
 /// Kills all that this process started.
 pub(crate) fn kill_descendants() {
-    for pid in descendants() {
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    signal_all(&descendants(this()), Signal::SIGKILL);
+}
+
+/// Has all that this process started clean up and end, and kills what has not ended within `grace`. What starts meanwhile
+/// cleans up, and is left alone.
+pub(crate) fn end_descendants(grace: Duration) {
+    let until = Instant::now() + grace;
+    let mut running = descendants(this());
+    signal_all(&running, Signal::SIGTERM);
+    while !running.is_empty() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(50));
+        let all = descendants(this());
+        running.retain(|pid| all.contains(pid));
     }
+    signal_all(&running, Signal::SIGKILL);
+}
+
+fn this() -> i32 {
+    std::process::id().cast_signed()
 }
 
 /// Of one process: a line for each thread: name, state, and where in the kernel it waits, as far as this user may know.

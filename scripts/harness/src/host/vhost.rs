@@ -53,7 +53,7 @@ fn circle(context: &Context, repo: &Path) -> Result<()> {
          --dst-mac 02:00:00:00:00:99 --expect-dst 02:00:00:00:00:01 --json"
     );
     lab.arg("--").args(pktgen.split_whitespace());
-    let stream = Pktgen(Process::spawn(context, "lab", &mut lab)?).wait(GUEST)?;
+    let stream = Pktgen(Process::spawn(context, "lab", &mut lab)?.gracefully()).wait(GUEST)?;
     stream.came_back(FRAMES, FRAMES)?;
     ensure!(stream.complete, "pktgen exited with 1");
     l2fwd.stop_complaining(nix::sys::signal::Signal::SIGINT)?;

@@ -72,11 +72,7 @@ fn talk(context: &Context, repo: &Path) -> Result<()> {
     let mut lab = Command::new(repo.join("scripts/lab"));
     lab.args(["run", "--timeout", "0", "--nics", &format!("tap:{},{}", taps[0], taps[1]), "--"]);
     lab.args("l2fwd -l 1 -- -p 3 -q 2 -P -T 0 --no-mac-updating --json".split(' '));
-    // Its QEMU ends with it: the lab ends what it started when it is told to.
-    let guest = Process::spawn(context, "lab", &mut lab)?;
-    let _end = guard(&guest, |guest| {
-        let _ = guest.signal(nix::sys::signal::Signal::SIGTERM);
-    });
+    let guest = Process::spawn(context, "lab", &mut lab)?.gracefully();
     await_forwarding(&guest)?;
     // The TAPs go to their namespaces when QEMU has them open, because QEMU itself stays outside.
     for (number, (host, tap)) in hosts.iter().zip(&taps).enumerate() {
