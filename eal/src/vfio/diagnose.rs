@@ -1,6 +1,7 @@
 //! From an errno to the reason and the command that mends it. Nothing here runs unless something failed.
 
 use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -127,10 +128,7 @@ pub(super) fn bind_cdev(error: Error, node: &Node, dev: &Path) -> Error {
 /// A device was refused by its group or by iommufd.
 pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
     match error.errno() {
-        Some(Errno::EPERM) => match group_of(node) {
-            Ok(group) if !kernel_owned(node).is_empty() => not_viable(node, group),
-            _ => unsafe_interrupts(error, "iommufd"),
-        },
+        Some(Errno::EPERM) => not_permitted(error, node, dev, may_look(), remaps_interrupts()),
         Some(Errno::EACCES) => error
             .because(if node.sysfs.join("physfn").exists() {
                 "it is a virtual function whose physical function is on VFIO's driver and wants its token"
@@ -145,6 +143,43 @@ pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
         }
         _ => error,
     }
+}
+
+/// iommufd has one answer, EPERM, for a group that is in use and for a platform that does not isolate MSI
+/// (`iommufd_device_bind`, drivers/iommu/iommufd/device.c). Only a machine on which the second is certain is told how to do
+/// without. `all_seen` is whether the descriptors of every process can be seen, `remapped` whether the kernel remaps
+/// interrupts.
+fn not_permitted(error: Error, node: &Node, dev: &Path, all_seen: bool, remapped: bool) -> Error {
+    let Ok(group) = group_of(node) else { return unsafe_interrupts(error, "iommufd") };
+    if !kernel_owned(node).is_empty() {
+        return not_viable(node, group);
+    }
+    let others: Vec<Node> = members(node).filter(|member| member.name != node.name).collect();
+    let paths: Vec<PathBuf> = others.iter().filter_map(|member| cdev_path(member, dev)).collect();
+    let named: Vec<&str> = others.iter().map(|member| &*member.name).collect();
+    let shared = format!("IOMMU group {group} also has {}", named.join(", "));
+    match holder(&paths) {
+        Some((pid, name)) => error
+            .because(format!("{shared}, in use by pid {pid} ({name})"))
+            .mend(format!("stop it: kill {pid}"))
+            .kind_is(ErrorKind::Busy),
+        None if holds(Path::new("/proc/self"), &paths) => error
+            .because(format!("{shared}, open here already by another /dev/iommu"))
+            .mend("open all its devices by one /dev/iommu")
+            .kind_is(ErrorKind::Usage),
+        None if others.is_empty() && remapped => error,
+        None if !others.is_empty() && (remapped || !all_seen) => error
+            .because(format!("{shared}, most likely in use by a process that cannot be seen from here"))
+            .mend("as root, outside of containers, find it: fuser -v /dev/vfio/* /dev/vfio/devices/*")
+            .kind_is(ErrorKind::Busy),
+        None => unsafe_interrupts(error, "iommufd"),
+    }
+}
+
+/// Whether the kernel remaps interrupts, which isolates MSI: x86 then names its interrupt controllers `IR-…`
+/// (arch/x86/kernel/apic/io_apic.c).
+fn remaps_interrupts() -> bool {
+    fs::read_to_string("/proc/interrupts").is_ok_and(|table| table.contains(" IR-"))
 }
 
 /// The kernel refuses a device whose MSI writes nobody checks; `module` is the one to be told otherwise.
@@ -189,13 +224,21 @@ fn holder(paths: &[PathBuf]) -> Option<(u32, String)> {
     })
 }
 
-/// Whether `process`, a directory of `/proc`, has one of `paths` open.
+/// Whether `process`, a directory of `/proc`, has one of `paths` open, be it by another name: a container may see a device
+/// node elsewhere.
 fn holds(process: &Path, paths: &[PathBuf]) -> bool {
-    fs::read_dir(process.join("fd"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .any(|fd| fs::read_link(fd.path()).is_ok_and(|target| paths.contains(&target)))
+    let device = |path: &Path| {
+        let found = fs::metadata(path).ok().filter(|found| found.file_type().is_char_device())?;
+        Some(found.rdev())
+    };
+    let devices: Vec<u64> = paths.iter().filter_map(|path| device(path)).collect();
+    fs::read_dir(process.join("fd")).into_iter().flatten().flatten().any(|fd| {
+        fs::read_link(fd.path()).is_ok_and(|target| {
+            let is_node = target.starts_with("/dev");
+            paths.contains(&target)
+                || (is_node && device(&fd.path()).is_some_and(|device| devices.contains(&device)))
+        })
+    })
 }
 
 /// Devices of the group, and their drivers, that keep it from user space.
@@ -273,20 +316,63 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_group_that_is_open_here_is_not_in_use_by_another_process() {
-        let root = tempfile::tempdir().unwrap();
-        let (dev, devices) = (root.path().join("dev"), root.path().join("iommu_groups/7/devices"));
+    /// Two functions that share group 7, with cdevs `vfio0` and `vfio1`, and an empty `/dev`.
+    fn shared_group(root: &Path) -> (PathBuf, [Node; 2]) {
+        let (dev, devices) = (root.join("dev"), root.join("iommu_groups/7/devices"));
         let nodes = ["vfio0", "vfio1"].map(|cdev| {
-            let node = Node { name: format!("0000:00:04.{}", &cdev[4..]), sysfs: root.path().join(cdev) };
+            let node = Node { name: format!("0000:00:04.{}", &cdev[4..]), sysfs: root.join(cdev) };
             fs::create_dir_all(node.sysfs.join("vfio-dev").join(cdev)).unwrap();
             fs::write(node.sysfs.join("vfio-dev").join(cdev).join("dev"), "").unwrap();
             fs::create_dir_all(&devices).unwrap();
             symlink(&node.sysfs, devices.join(&node.name)).unwrap();
-            symlink(root.path().join("iommu_groups/7"), node.sysfs.join("iommu_group")).unwrap();
+            symlink(root.join("iommu_groups/7"), node.sysfs.join("iommu_group")).unwrap();
             node
         });
         fs::create_dir_all(dev.join("vfio/devices")).unwrap();
+        (dev, nodes)
+    }
+
+    #[test]
+    fn a_busy_group_is_never_called_unsafe() {
+        let root = tempfile::tempdir().unwrap();
+        let (dev, [own, other]) = shared_group(root.path());
+        let refused = |all_seen, remapped| {
+            let error = Error::os("cannot bind", Errno::EPERM);
+            not_permitted(error, &own, &dev, all_seen, remapped)
+        };
+        let node = dev.join("vfio/devices/vfio1");
+        fs::write(&node, "").unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .stdin(fs::File::open(&node).unwrap())
+            .spawn()
+            .unwrap();
+        let held = refused(true, false);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let why =
+            format!("EPERM: IOMMU group 7 also has {}, in use by pid {} (sleep)", other.name, child.id());
+        assert_eq!((held.kind(), held.why()), (ErrorKind::Busy, &*why));
+
+        let here = fs::File::open(&node).unwrap();
+        assert_eq!(refused(true, false).kind(), ErrorKind::Usage);
+        drop(here);
+        // Who else may have it cannot be seen, or MSI is isolated: the group is what is missing.
+        for (all_seen, remapped) in [(false, false), (false, true), (true, true)] {
+            let error = refused(all_seen, remapped);
+            assert_eq!(error.kind(), ErrorKind::Busy);
+            assert!(!error.to_string().contains("unsafe"), "{error}");
+        }
+        assert!(refused(true, false).to_string().contains("allow_unsafe_interrupts"));
+        fs::remove_file(root.path().join("iommu_groups/7/devices").join(&other.name)).unwrap();
+        assert!(refused(false, false).to_string().contains("allow_unsafe_interrupts"));
+        assert!(!refused(false, true).to_string().contains("unsafe"));
+    }
+
+    #[test]
+    fn a_group_that_is_open_here_is_not_in_use_by_another_process() {
+        let root = tempfile::tempdir().unwrap();
+        let (dev, nodes) = shared_group(root.path());
         let busy = || Error::os("cannot open it", Errno::EBUSY);
         let opened = |path: &str| fs::File::create(dev.join(path)).unwrap();
 

@@ -12,9 +12,10 @@ use crate::l2fwd::Start;
 
 const FIRST: &str = "0000:00:10.0";
 const SECOND: &str = "0000:00:10.1";
+const MODES: [&str; 3] = ["container", "cdev", "compat"];
 
 pub(super) fn cases(cases: &mut Cases, boot: Boot) {
-    for mode in ["container", "cdev", "compat"] {
+    for mode in MODES {
         cases.add(format!("both ports of a group, {mode}"), move |context| {
             usable(context, mode, FIRST)?;
             let start =
@@ -35,16 +36,18 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot) {
             })
             .on_both_kernels();
     }
-    cases
-        .add("refused: the other port of the group is in use, container", |context| {
-            let start = Start::new(format!("-l 1 --vfio-mode container -a {FIRST} -- -p 1 -T 0"));
-            let l2fwd = start.forwarding(context)?;
-            let text = format!("in use by pid {} (vireo-l2fwd)", l2fwd.process.pid());
-            unusable(context, "container", SECOND, (75, &text))?;
-            l2fwd.stop()?;
-            Ok(())
-        })
-        .on_both_kernels();
+    for (first, second) in MODES.into_iter().flat_map(|first| MODES.map(|second| (first, second))) {
+        cases
+            .add(format!("refused: the group's other port is in use in {first}, {second}"), move |context| {
+                let start = Start::new(format!("-l 1 --vfio-mode {first} -a {FIRST} -- -p 1 -T 0"));
+                let l2fwd = start.forwarding(context)?;
+                let text = format!("in use by pid {} (vireo-l2fwd)", l2fwd.process.pid());
+                unusable(context, second, SECOND, (75, &text))?;
+                l2fwd.stop()?;
+                Ok(())
+            })
+            .on_both_kernels();
+    }
     for (first, second) in [("cdev", "container"), ("container", "compat")] {
         cases.add(
             format!("refused: the ports of a group in {first} and {second}"),
