@@ -17,8 +17,8 @@ use vireo_l2fwd::app::SIZES;
 #[derive(Debug)]
 pub(crate) struct Host {
     pub(crate) bus: Bus,
-    /// `/dev`.
-    pub(crate) dev: PathBuf,
+    /// Where `/dev` and `/sys/class` are.
+    pub(crate) root: PathBuf,
     /// As `--vfio-vf-token` of l2fwd.
     pub(crate) vf_token: Option<VfToken>,
 }
@@ -101,7 +101,7 @@ impl Host {
     /// Does what a start does with one NIC, and lets go of it.
     fn attempt(&self, info: &PciInfo, mode: VfioMode) -> Result<()> {
         // Each time anew: the kernel gives a device to one owner at a time, and modes are other owners.
-        let vfio = Vfio::new(self.vf_token).below(self.dev.clone());
+        let vfio = Vfio::new(self.vf_token).below(&self.root);
         let known = |id: DeviceId| driver_of(id).is_some();
         if known(info.id) && info.driver.as_deref() != Some(VFIO_DRIVER) {
             // What a bind would not mend is said first: the command that binds would be the wrong one.

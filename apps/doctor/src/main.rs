@@ -66,7 +66,7 @@ impl Cli {
 fn run() -> Result<ExitCode> {
     let Some(cli) = parse_plain::<Cli>(std::env::args_os())? else { return Ok(ExitCode::SUCCESS) };
     vireo_eal::log::init(&[])?;
-    let host = Host { bus: Bus::default(), dev: "/dev".into(), vf_token: cli.vfio_vf_token };
+    let host = Host { bus: Bus::default(), root: "/".into(), vf_token: cli.vfio_vf_token };
     let machine = Machine::read("/".as_ref())?;
     let report = Report { machine, nics: examine::examine(&host, &cli.addresses, cli.modes())? };
     program::print(&if cli.json { report.json()? } else { report.text() })?;

@@ -28,7 +28,7 @@ fn machine() -> (tempfile::TempDir, Host) {
     fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
     fs::write(root.path().join("dev/vfio/vfio"), "").unwrap();
     fs::write(root.path().join("dev/iommu"), "").unwrap();
-    let host = Host { bus: Bus::new(bus), dev: root.path().join("dev"), vf_token: None };
+    let host = Host { bus: Bus::new(bus), root: root.path().into(), vf_token: None };
     (root, host)
 }
 

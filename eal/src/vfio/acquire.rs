@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -55,6 +55,8 @@ pub struct Acquired {
 #[derive(Debug)]
 pub struct Vfio {
     pub(super) dev: PathBuf,
+    /// `/sys/class/vfio`: the groups that have a node, and its number.
+    groups: PathBuf,
     pub(super) nodes: Nodes,
     vf_token: Option<VfToken>,
     isolated: bool,
@@ -80,6 +82,7 @@ impl Vfio {
     pub fn with_nodes(vf_token: Option<VfToken>, nodes: Nodes) -> Self {
         Self {
             dev: PathBuf::from("/dev"),
+            groups: PathBuf::from("/sys/class/vfio"),
             nodes,
             vf_token,
             isolated: false,
@@ -89,10 +92,10 @@ impl Vfio {
         }
     }
 
-    /// The same, with device nodes below `dev` in the place of `/dev`.
+    /// The same, with `/dev` and `/sys/class` below `root`.
     #[must_use]
-    pub fn below(self, dev: PathBuf) -> Self {
-        Self { dev, ..self }
+    pub fn below(self, root: &Path) -> Self {
+        Self { dev: root.join("dev"), groups: root.join("sys/class/vfio"), ..self }
     }
 
     /// Gives each IOMMU group an address space of its own from now on, if `isolated` (`--isolate-ports`).
@@ -201,7 +204,7 @@ impl Vfio {
         let cdev = cdev_name(node);
         let group = group_of(node).ok();
         if cdev.as_deref().is_some_and(|name| name.starts_with(NOIOMMU_PREFIX))
-            || group.is_some_and(|group| self.nodes.has(&self.noiommu_group(group)))
+            || group.is_some_and(|group| self.group_node(NOIOMMU_PREFIX, group).is_some())
         {
             return Err(Error::new(
                 ErrorKind::Unavailable,
@@ -212,7 +215,8 @@ impl Vfio {
         }
         let reason = match cdev {
             Some(name)
-                if self.has_iommufd() && self.nodes.has(&self.dev.join("vfio/devices").join(&name)) =>
+                if self.has_iommufd()
+                    && self.cdev_path(node, VfioMode::Cdev).is_ok_and(|(_, path)| self.nodes.has(&path)) =>
             {
                 return Ok((VfioMode::Cdev, format!("auto: the kernel offers /dev/vfio/devices/{name}")));
             }
@@ -237,9 +241,21 @@ impl Vfio {
         self.dev.join("iommu")
     }
 
-    /// Node of `group` when it was made for a device without IOMMU.
-    pub(super) fn noiommu_group(&self, group: u32) -> PathBuf {
-        self.dev.join(format!("vfio/{NOIOMMU_PREFIX}{group}"))
+    /// Node of `group`, whose kind is `""` or [`NOIOMMU_PREFIX`], if the kernel has made it that one.
+    pub(super) fn group_node(&self, kind: &str, group: u32) -> Option<PathBuf> {
+        let name = format!("{kind}{group}");
+        let number = self.group_number(&name);
+        // Nobody but sysfs tells what a node is that a container has under another name.
+        if number.is_none() && self.groups.exists() {
+            return None;
+        }
+        self.nodes.find(&self.dev.join("vfio"), &name, number.as_deref())
+    }
+
+    /// Device number of the group's node, by its name below `/dev/vfio`.
+    pub(super) fn group_number(&self, name: &str) -> Option<String> {
+        let number = fs::read_to_string(self.groups.join(name).join("dev")).ok()?;
+        Some(number.trim().to_owned())
     }
 
     /// What is shown to the kernel for `node`. It refuses a token where none is wanted: of a device without SR-IOV, and

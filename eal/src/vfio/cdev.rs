@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -14,13 +13,13 @@ use super::acquire::{
 };
 use super::fds::CdevFds;
 use super::space::AddressSpace;
-use super::{VfioMode, diagnose, sys};
+use super::{VfioMode, diagnose, nodes, sys};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 
 impl Vfio {
-    /// Name and path of the device's own node.
+    /// Number and path of the device's own node.
     pub(super) fn cdev_path(&self, node: &Node, mode: VfioMode) -> Result<(String, PathBuf)> {
         let what = || format!("cannot use {} in mode {mode}", node.name);
         let name = cdev_name(node).ok_or_else(|| self.no_cdev(node, mode))?;
@@ -29,12 +28,15 @@ impl Vfio {
             (false, VfioMode::NoiommuCdev) => return Err(has_iommu(what())),
             _ => {}
         }
-        let path = self.dev.join("vfio/devices").join(&name);
-        Ok((name, path))
+        let number = fs::read_to_string(node.sysfs.join("vfio-dev").join(&name).join("dev"))
+            .map_err(|error| Error::io(format!("cannot read the device number of {name}"), &error))?;
+        let (number, dir) = (number.trim().to_owned(), self.dev.join("vfio/devices"));
+        let path = self.nodes.find(&dir, &name, Some(&number)).unwrap_or_else(|| dir.join(&name));
+        Ok((number, path))
     }
 
     pub(super) fn open_cdev(&self, node: &Node, mode: VfioMode) -> Result<CdevFds> {
-        let (name, path) = self.cdev_path(node, mode)?;
+        let (number, path) = self.cdev_path(node, mode)?;
         let iommufd = {
             let mut kept = lock(&self.iommufd);
             match kept.upgrade() {
@@ -47,29 +49,17 @@ impl Vfio {
             }
         };
         let device = self.nodes.open(&path).map_err(|error| match error.errno() {
-            Some(Errno::ENOENT) => error.mend("run: udevadm trigger --subsystem-match=vfio-dev"),
+            Some(Errno::ENOENT) => nodes::absent(error, &path, &number),
             _ => error,
         })?;
-        let expected = fs::read_to_string(node.sysfs.join("vfio-dev").join(&name).join("dev"))
-            .map_err(|error| Error::io(format!("cannot read the device number of {name}"), &error))?;
-        let metadata = device
-            .metadata()
-            .map_err(|error| Error::io(format!("cannot examine {}", path.display()), &error))?;
-        let (major, minor) = (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
-        if expected.trim() != format!("{major}:{minor}") {
-            return Err(Error::new(
-                ErrorKind::Unavailable,
-                format!("cannot use {}", path.display()),
-                format!("it is device {major}:{minor} and {} is {}", node.name, expected.trim()),
-            )
-            .mend("run: udevadm trigger --subsystem-match=vfio-dev"));
-        }
+        nodes::check(&device, &path, &number, &node.name)?;
         Ok(CdevFds { iommufd, device: device.into() })
     }
 
     fn no_cdev(&self, node: &Node, mode: VfioMode) -> Error {
         let what = format!("cannot use {} in mode {mode}", node.name);
-        let without_iommu = group_of(node).is_ok_and(|group| self.noiommu_group(group).exists());
+        let without_iommu =
+            group_of(node).is_ok_and(|group| self.group_node(NOIOMMU_PREFIX, group).is_some());
         let (why, cure) = match (mode, without_iommu) {
             (VfioMode::Cdev, true) => return needs_noiommu(what, VfioMode::Noiommu),
             (_, true) => ("this kernel gives devices without IOMMU no VFIO cdev (7.3)", "noiommu"),
@@ -132,8 +122,7 @@ mod tests {
         let node = Node { name: "0000:00:0d.0".into(), sysfs: root.path().join("device") };
         std::fs::create_dir_all(node.sysfs.join("vfio-dev/vfio9")).unwrap();
         symlink("/sys/kernel/iommu_groups/3", node.sysfs.join("iommu_group")).unwrap();
-        let mut vfio = Vfio::new(None);
-        vfio.dev = root.path().join("dev");
+        let vfio = Vfio::new(None).below(root.path());
         let refusal = |mode| vfio.open_cdev(&node, mode).unwrap_err().to_string();
 
         assert!(refusal(VfioMode::Cdev).ends_with("use --vfio-mode container"));

@@ -52,7 +52,7 @@ mod tests {
         if group {
             symlink("/sys/kernel/iommu_groups/3", node.sysfs.join("iommu_group")).unwrap();
         }
-        let vfio = Vfio::new(None).below(root.path().join("dev"));
+        let vfio = Vfio::new(None).below(root.path());
         (root, vfio, node)
     }
 

@@ -10,10 +10,12 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use vfio_bindings::bindings::vfio as uapi;
 
-use super::acquire::{Node, Phases, Vfio, group_of, has_iommu, lock, needs_noiommu, no_group};
+use super::acquire::{
+    NOIOMMU_PREFIX, Node, Phases, Vfio, group_of, has_iommu, lock, needs_noiommu, no_group,
+};
 use super::fds::GroupFds;
 use super::space::{AddressSpace, Container};
-use super::{VfioMode, diagnose, sys};
+use super::{VfioMode, diagnose, nodes, sys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 
@@ -23,27 +25,29 @@ impl Vfio {
         if mode == VfioMode::Compat { self.iommufd_path() } else { self.dev.join("vfio/vfio") }
     }
 
-    /// Number and node of the device's group.
-    pub(super) fn group_path(&self, node: &Node, mode: VfioMode) -> Result<(u32, PathBuf)> {
+    /// Name and node of the device's group.
+    pub(super) fn group_path(&self, node: &Node, mode: VfioMode) -> Result<(String, PathBuf)> {
         let what = || format!("cannot use {} in mode {mode}", node.name);
         let group = group_of(node).map_err(|_| no_group(what()))?;
-        let plain = self.dev.join(format!("vfio/{group}"));
-        let physical = self.noiommu_group(group);
-        let path = match mode {
-            VfioMode::Noiommu if !self.nodes.has(&physical) && self.nodes.has(&plain) => {
-                return Err(has_iommu(what()));
-            }
-            VfioMode::Noiommu => physical,
-            _ if !self.nodes.has(&plain) && self.nodes.has(&physical) => {
-                return Err(needs_noiommu(what(), VfioMode::Noiommu));
-            }
-            _ => plain,
+        let (wanted, other) = match mode {
+            VfioMode::Noiommu => (NOIOMMU_PREFIX, ""),
+            _ => ("", NOIOMMU_PREFIX),
         };
-        Ok((group, path))
+        match self.group_node(wanted, group) {
+            Some(path) => Ok((format!("{wanted}{group}"), path)),
+            None if self.group_node(other, group).is_none() => {
+                let name = format!("{wanted}{group}");
+                let path = self.dev.join("vfio").join(&name);
+                Ok((name, path))
+            }
+            None if mode == VfioMode::Noiommu => Err(has_iommu(what())),
+            None => Err(needs_noiommu(what(), VfioMode::Noiommu)),
+        }
     }
 
     pub(super) fn open_group(&self, node: &Node, mode: VfioMode) -> Result<GroupFds> {
-        let (group, path) = self.group_path(node, mode)?;
+        let (name, path) = self.group_path(node, mode)?;
+        let group = group_of(node).map_err(|_| no_group(format!("cannot use {}", node.name)))?;
         let existing = self.existing(self.space_key(node, mode));
         let kept = existing.as_ref().and_then(|space| space.container());
         let container = match kept {
@@ -53,7 +57,17 @@ impl Vfio {
         let group = match kept.and_then(|container| lock(&container.groups).get(&group).map(File::try_clone))
         {
             Some(file) => file.map_err(cannot_duplicate)?,
-            None => self.nodes.open(&path).map_err(|error| diagnose::group_open(error, node, &self.dev))?,
+            None => {
+                let number = self.group_number(&name);
+                let file = self.nodes.open(&path).map_err(|error| match (&number, error.errno()) {
+                    (Some(number), Some(Errno::ENOENT)) => nodes::absent(error, &path, number),
+                    _ => diagnose::group_open(error, node, &self.dev),
+                })?;
+                if let Some(number) = number {
+                    nodes::check(&file, &path, &number, &format!("IOMMU group {group}"))?;
+                }
+                file
+            }
         };
         Ok(GroupFds { container, group: group.into() })
     }

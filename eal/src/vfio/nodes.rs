@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -112,6 +113,22 @@ impl Nodes {
         }
     }
 
+    /// Path in `dir` of the node that is `number` (`major:minor`): `name`, as udev has it, or another one, as a container
+    /// may have it. If none is, or nobody knows the number, `name` if something has that name.
+    pub(super) fn find(&self, dir: &Path, name: &str, number: Option<&str>) -> Option<PathBuf> {
+        let udev = dir.join(name);
+        let is_it =
+            |path: &PathBuf| fs::metadata(path).is_ok_and(|found| number == Some(&*number_of(found.rdev())));
+        match &self.0 {
+            Kind::Files if !is_it(&udev) => {
+                let others = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+                others.into_iter().find(is_it)
+            }
+            _ => None,
+        }
+        .or_else(|| self.has(&udev).then_some(udev))
+    }
+
     /// Opens iommufd, whose node is `path`.
     pub(super) fn iommufd(&self, path: &Path) -> Result<Iommufd> {
         match &self.0 {
@@ -129,6 +146,39 @@ impl Nodes {
             }
         }
     }
+}
+
+/// Device number as sysfs has it.
+fn number_of(rdev: u64) -> String {
+    format!("{}:{}", major(rdev), minor(rdev))
+}
+
+/// Checks that the node at `path`, which is open, has the number that sysfs says for `whose` (`major:minor`).
+pub(super) fn check(node: &File, path: &Path, number: &str, whose: &str) -> Result<()> {
+    let found =
+        node.metadata().map_err(|error| Error::io(format!("cannot examine {}", path.display()), &error))?;
+    let found = number_of(found.rdev());
+    if found == number {
+        return Ok(());
+    }
+    let why = format!("it is device {found} and {whose} is {number}");
+    let error = Error::new(ErrorKind::Unavailable, format!("cannot use {}", path.display()), why);
+    Err(error.mend(format!("run: rm -f {}; {}", path.display(), make(path, number))))
+}
+
+/// There is no node at `path`: says how to make the one with this number.
+pub(super) fn absent(error: Error, path: &Path, number: &str) -> Error {
+    error.mend(format!(
+        "run: {}; or start the container with --device {}",
+        make(path, number),
+        path.display()
+    ))
+}
+
+/// The commands that make a node.
+fn make(path: &Path, number: &str) -> String {
+    let dir = path.parent().unwrap_or(Path::new("/dev/vfio")).display();
+    format!("mkdir -p {dir}; mknod {} c {}", path.display(), number.replace(':', " "))
 }
 
 /// Opens `paths` to pass them to another process.
@@ -217,7 +267,7 @@ fn node_name(fd: BorrowedFd<'_>) -> Result<String> {
     let what = || format!("cannot use descriptor {} of --vfio-fds", fd.as_raw_fd());
     let status = fstat(fd).map_err(|errno| Error::os(what(), errno))?;
     let is_char = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR;
-    let number = format!("{}:{}", major(status.st_rdev), minor(status.st_rdev));
+    let number = number_of(status.st_rdev);
     let known = |link: PathBuf| {
         let name = link.file_name()?.to_str()?;
         let class = link.parent()?.file_name()?;

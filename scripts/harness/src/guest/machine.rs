@@ -132,10 +132,15 @@ pub(crate) fn set<P: Into<PathBuf>>(path: P, text: &str) -> Result<impl Drop + u
 
 /// Hides a node for the rest of the case, or until the guard is dropped.
 pub(crate) fn hidden(node: &str) -> Result<impl Drop + use<>> {
-    let (node, away) = (PathBuf::from(node), PathBuf::from(format!("{node}.away")));
-    fs::rename(&node, &away).with_context(|| format!("cannot move {}", node.display()))?;
-    Ok(guard((node, away), |(node, away)| {
-        let _ = fs::rename(away, node);
+    moved(Path::new(node), Path::new(&format!("{node}.away")))
+}
+
+/// Gives a node another name for the rest of the case, or until the guard is dropped.
+pub(crate) fn moved(node: &Path, to: &Path) -> Result<impl Drop + use<>> {
+    let (node, to) = (node.to_owned(), to.to_owned());
+    fs::rename(&node, &to).with_context(|| format!("cannot move {}", node.display()))?;
+    Ok(guard((node, to), |(node, to)| {
+        let _ = fs::rename(to, node);
     }))
 }
 

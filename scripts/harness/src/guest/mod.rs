@@ -144,6 +144,7 @@ fn iommu(cases: &mut Cases) {
     );
     opens::opens(cases, "compat opens groups and iommufd only", "compat", &[Node::Iommufd, Node::Group]);
     for mode in MAPPED {
+        opens::by_other_names(cases, mode);
         opens::hands_over(cases, mode);
         interrupts::of_each_nic(cases, mode);
         let first = cases.0.len();
@@ -173,6 +174,7 @@ fn iommu(cases: &mut Cases) {
     limits::no_hugepages(cases, "cdev");
     limits::huge_dirs(cases, boot);
     refuse::missing_nodes(cases, boot);
+    refuse::wrong_nodes(cases, boot);
     limits::little_memlock(cases, boot);
     limits::entry_limit(cases, boot);
     refuse::permissions(cases, boot);
@@ -200,6 +202,7 @@ fn noiommu(cases: &mut Cases) {
     let name = "noiommu opens no iommufd and no cdev";
     opens::opens(cases, name, "noiommu", &[Node::Container, Node::Group]);
     for mode in PHYSICAL {
+        opens::by_other_names(cases, mode);
         interrupts::of_each_nic(cases, mode);
         signals::survive_kills(cases, boot, mode);
         isolation::without_iommu(cases, mode);

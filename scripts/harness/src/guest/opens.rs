@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::ensure;
 
-use super::machine::{NICS, Nic, Role};
+use super::machine::{NICS, Nic, Role, moved, need_mode, nodes_of};
 use super::traffic::forwarder;
 use crate::case::{Cases, Context, read};
 use crate::process::run;
@@ -46,6 +46,27 @@ pub(super) fn opens(cases: &mut Cases, name: &str, mode: &'static str, kinds: &'
             start.forwarding(context)?.stop()?;
             let opened = traced(&read(trace)?);
             ensure!(opened == kinds.iter().copied().collect(), "it opened {opened:?}");
+            Ok(())
+        })
+        .on_both_kernels();
+}
+
+/// A container may see device nodes under names of its own: they are found by their device numbers.
+pub(super) fn by_other_names(cases: &mut Cases, mode: &'static str) {
+    cases
+        .add(format!("device nodes with other names, {mode}"), move |context| {
+            need_mode(mode)?;
+            let mut moves = Vec::new();
+            for node in nodes_of(mode)? {
+                let name = node.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                if name != "iommu" {
+                    // The name that a device plugin gives a group without IOMMU, and any other.
+                    let other = name.strip_prefix("noiommu-").map_or(format!("{name}0000"), Into::into);
+                    moves.push(moved(&node, &node.with_file_name(other))?);
+                }
+            }
+            forwarder(mode, Nic::E1000e, Nic::VirtioNet).forwarding(context)?.stop()?;
+            drop(moves);
             Ok(())
         })
         .on_both_kernels();

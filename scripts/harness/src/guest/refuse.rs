@@ -1,15 +1,16 @@
 //! What cannot work is refused: one line on stderr with what, why and the command that fixes it, an exit code of its own,
 //! nothing changed, and the next start works.
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 
 use super::Boot;
 use super::doctor::{diagnose, unusable, unusable_as};
 use super::machine::{
-    Nic, Role, as_user, bind, bound_again, has_noiommu_cdev, hidden, is_bound, mounted, need_mode, nodes_of,
-    owned_by_nobody, program, set, unbind, with_mode,
+    Nic, Role, as_user, bind, bound_again, has_noiommu_cdev, hidden, is_bound, mounted, moved, need_mode,
+    nodes_of, owned_by_nobody, program, set, unbind, with_mode,
 };
 use super::traffic::{one_port, ports, starts_again};
 use crate::case::{Cases, Context, skip};
@@ -145,12 +146,32 @@ pub(super) fn missing_nodes(cases: &mut Cases, boot: Boot) {
         ("/dev/iommu", "cdev", "modprobe iommufd"),
         ("/dev/iommu", "compat", "modprobe iommufd"),
         ("/dev/vfio/vfio", "container", "modprobe vfio-pci"),
-        ("/dev/vfio/devices", "cdev", "udevadm trigger --subsystem-match=vfio-dev"),
+        ("/dev/vfio/devices", "cdev", "run: mkdir -p /dev/vfio/devices; mknod /dev/vfio/devices/vfio"),
     ] {
         cases.add(format!("refused: no {node}, {mode}"), move |context| {
             let hidden = hidden(node)?;
             unusable(context, mode, &nic(), (69, text))?;
             drop(hidden);
+            starts_again(context, boot.generator_mode())
+        });
+    }
+}
+
+/// A node that is another device's, as a wrong mknod makes it.
+pub(super) fn wrong_nodes(cases: &mut Cases, boot: Boot) {
+    for mode in ["container", "cdev"] {
+        cases.add(format!("refused: the node of another device, {mode}"), move |context| {
+            let node = |role| if mode == "cdev" { NIC.0.cdev_node(role) } else { NIC.0.group_node(role) };
+            let (own, other) = (node(Role::FwdRx)?, node(Role::FwdTx)?);
+            let away = moved(&own, Path::new("/dev/vfio.away"))?;
+            let swapped = moved(&other, &own)?;
+            let line = unusable(context, mode, &nic(), (69, "; run: rm -f /dev/vfio/"))?;
+            drop(swapped);
+            drop(away);
+            let number = std::fs::metadata(&own)?.rdev();
+            let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+            let fix = format!("mknod {} c {major} {minor}", own.display());
+            ensure!(line.contains(&fix), "not said: {fix}");
             starts_again(context, boot.generator_mode())
         });
     }
