@@ -27,7 +27,7 @@ use std::sync::{Arc, Weak};
 
 use iommufd_bindings as uapi;
 use nix::errno::Errno;
-use nix::libc::c_int;
+use nix::libc::{self, c_int};
 
 use crate::dma::IovaRanges;
 use crate::error::{Error, ErrorKind, Result};
@@ -71,6 +71,16 @@ pub enum Accounting {
 /// An open `/dev/iommu`: the owner of address spaces.
 #[derive(Clone, Debug)]
 pub struct Iommufd(Arc<OwnedFd>);
+
+/// Whether two descriptors are of one open file, as a descriptor that was passed twice is (kcmp(2)). No where the kernel
+/// does not tell.
+fn is_same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
+    /// `enum kcmp_type` of linux/kcmp.h.
+    const KCMP_FILE: c_int = 0;
+    let own = std::process::id();
+    // SAFETY: kcmp reads and writes no memory of this process.
+    unsafe { libc::syscall(libc::SYS_kcmp, own, own, KCMP_FILE, one.as_raw_fd(), other.as_raw_fd()) == 0 }
+}
 
 /// An [`Iommufd`] that somebody else keeps open.
 #[derive(Clone, Debug, Default)]
@@ -132,7 +142,7 @@ impl Iommufd {
 
     /// Whether the two are the same open file, so that their address spaces can share pages.
     pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        Arc::ptr_eq(&self.0, &other.0) || is_same_file(&self.0, &other.0)
     }
 
     fn set_option(&self, option_id: u32, object_id: u32, value: u64) -> Result<()> {
@@ -455,5 +465,23 @@ fn map_what(len: u64, iova: Option<u64>) -> String {
     match iova {
         Some(iova) => format!("cannot map {size} MiB for DMA at {iova:#x}"),
         None => format!("cannot map {size} MiB for DMA"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_descriptor_that_was_duplicated_is_the_same_file() {
+        let open = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let (one, other) = (open(), open());
+        let again = one.try_clone().unwrap();
+        // A kernel without CONFIG_KCMP, or a sandbox, does not tell.
+        let tells = is_same_file(&one, &one);
+        let [one, again, other] = [one, again, other].map(Iommufd::from_fd);
+        assert!(one.is_same(&one.clone()));
+        assert_eq!(one.is_same(&again), tells);
+        assert!(!one.is_same(&other));
     }
 }

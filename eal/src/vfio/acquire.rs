@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::nodes::Nodes;
+use super::nodes::{self, Nodes};
 use super::space::AddressSpace;
 use super::{Device, DeviceFds, VfioMode};
 use crate::args::VfToken;
@@ -110,10 +110,23 @@ impl Vfio {
     /// With the reason why this device cannot be had in this mode and the command that mends it. An explicit
     /// mode never falls back to another.
     pub fn acquire(&self, node: &Node, mode: VfioMode) -> Result<Acquired> {
-        let (mode, why) = match mode {
+        let (chosen, why) = match mode {
             VfioMode::Auto => self.choose(node)?,
             explicit => (explicit, "as asked".to_owned()),
         };
+        match self.acquire_in(node, chosen, why) {
+            Err(Refusal { error, container_may: true })
+                if mode == VfioMode::Auto && self.group_path(node, VfioMode::Container).is_ok() =>
+            {
+                let why = format!("auto: not cdev, {}", error.why());
+                self.acquire_in(node, VfioMode::Container, why)
+            }
+            other => other,
+        }
+        .map_err(|refusal| refusal.error)
+    }
+
+    fn acquire_in(&self, node: &Node, mode: VfioMode, why: String) -> std::result::Result<Acquired, Refusal> {
         let mut phases = Phases::start();
         let (device, space) = match mode {
             VfioMode::Cdev | VfioMode::NoiommuCdev => {
@@ -128,7 +141,7 @@ impl Vfio {
                 self.complete_group(node, mode, fds, opening, &mut phases)?
             }
         };
-        self.finish(node, mode, why, device, space, phases)
+        Ok(self.finish(node, mode, why, device, space, phases)?)
     }
 
     /// Opens the descriptors of `node` to pass them to another process, which will [`adopt`](Self::adopt)
@@ -167,9 +180,15 @@ impl Vfio {
         let mut phases = Phases::start();
         let (device, space) = match (mode, fds) {
             (VfioMode::Cdev | VfioMode::NoiommuCdev, DeviceFds::Cdev(fds)) => {
-                self.complete_cdev(node, mode, fds, &mut phases)?
+                let (number, path) = self.cdev_path(node, mode)?;
+                nodes::check(&fds.device, &path, &number, &node.name)?;
+                self.complete_cdev(node, mode, fds, &mut phases).map_err(|refusal| refusal.error)?
             }
             (VfioMode::Container | VfioMode::Compat | VfioMode::Noiommu, DeviceFds::Group(fds)) => {
+                let (name, path) = self.group_path(node, mode)?;
+                if let Some(number) = self.group_number(&name) {
+                    nodes::check(&fds.group, &path, &number, &format!("group {name}"))?;
+                }
                 self.complete_group(node, mode, fds, lock(&self.opening), &mut phases)?
             }
             _ => {
@@ -368,6 +387,19 @@ pub(super) fn has_iommu(what: String) -> Error {
     .mend("use --vfio-mode cdev or container")
 }
 
+/// Why a device was not acquired.
+pub(super) struct Refusal {
+    pub(super) error: Error,
+    /// Whether the container may do what cdev does not.
+    pub(super) container_may: bool,
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self { error, container_may: false }
+    }
+}
+
 /// Stop-watch of the acquisition.
 pub(super) struct Phases {
     since: Instant,
@@ -389,7 +421,34 @@ impl Phases {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::iommufd::Iommufd;
+    use crate::vfio::fds::{CdevFds, GroupFds};
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn descriptors_of_another_device_are_not_adopted() {
+        let root = tempfile::tempdir().unwrap();
+        let (node, groups) = (root.path().join("device"), root.path().join("sys/class/vfio"));
+        let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
+        let zero = "1:5";
+        fs::create_dir_all(node.join("vfio-dev/vfio0")).unwrap();
+        fs::create_dir_all(groups.join("3")).unwrap();
+        fs::write(node.join("vfio-dev/vfio0/dev"), zero).unwrap();
+        fs::write(groups.join("3/dev"), zero).unwrap();
+        symlink("/sys/kernel/iommu_groups/3", node.join("iommu_group")).unwrap();
+        let node = Node { name: "0000:00:0d.0".into(), sysfs: node };
+        let vfio = Vfio::new(None).below(root.path());
+        fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
+        fs::write(root.path().join("dev/vfio/3"), "").unwrap();
+        let cdev = CdevFds { iommufd: Iommufd::from_fd(null()), device: null() };
+        let group = GroupFds { container: null(), group: null() };
+        for (mode, fds) in [(VfioMode::Cdev, cdev.into()), (VfioMode::Container, group.into())] {
+            let error = vfio.adopt(&node, mode, fds).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unavailable);
+            assert!(error.why().starts_with("it is device 1:3 and "), "{error}");
+            assert!(error.to_string().ends_with(" c 1 5"), "{error}");
+        }
+    }
 
     #[test]
     fn a_token_is_shown_where_the_kernel_wants_one() {

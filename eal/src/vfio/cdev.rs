@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use vfio_bindings::bindings::vfio as uapi;
 
 use super::acquire::{
-    NOIOMMU_PREFIX, Node, Phases, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu,
+    NOIOMMU_PREFIX, Node, Phases, Refusal, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu,
 };
 use super::fds::CdevFds;
 use super::space::AddressSpace;
@@ -17,6 +17,7 @@ use super::{VfioMode, diagnose, nodes, sys};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
+use crate::iommufd::Iommufd;
 
 impl Vfio {
     /// Number and path of the device's own node.
@@ -75,28 +76,35 @@ impl Vfio {
         mode: VfioMode,
         fds: CdevFds,
         phases: &mut Phases,
-    ) -> Result<(OwnedFd, Arc<AddressSpace>)> {
+    ) -> std::result::Result<(OwnedFd, Arc<AddressSpace>), Refusal> {
         let CdevFds { iommufd, device } = fds;
-        let token = self.token_of(node).map(VfToken::bytes);
-        let mut bind = uapi::vfio_device_bind_iommufd {
-            argsz: size_of::<uapi::vfio_device_bind_iommufd>() as u32,
-            flags: if token.is_some() { uapi::VFIO_DEVICE_BIND_FLAG_TOKEN } else { 0 },
-            iommufd: iommufd.as_fd().as_raw_fd(),
-            out_devid: 0,
-            token_uuid_ptr: token.as_ref().map_or(0, |token| token.as_ptr() as u64),
-        };
-        // SAFETY: the structure is complete; the token's 16 bytes live until after the call.
-        counted(|| unsafe { sys::bind_iommufd(device.as_raw_fd(), &mut bind) }).map_err(|errno| {
-            diagnose::bind_cdev(
-                Error::os(format!("cannot bind {} to iommufd", node.name), errno),
-                node,
-                &self.dev,
+        let key = self.space_key(node, mode);
+        let others =
+            |space: &AddressSpace| space.ioas().is_some_and(|ioas| !ioas.iommufd().is_same(&iommufd));
+        if self.existing(key).is_some_and(|space| others(&space)) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("cannot bind {} to iommufd", node.name),
+                "its /dev/iommu is not the one that the ports before it have",
             )
+            .mend("pass the same open /dev/iommu with each device")
+            .into());
+        }
+        bind(self.token_of(node), |token| bind_iommufd(&device, &iommufd, token)).map_err(|refused| {
+            let error = Error::os(format!("cannot bind {} to iommufd", node.name), refused.errno());
+            match refused {
+                Refused::TokenUnknown => Refusal {
+                    error: error
+                        .because("this kernel takes no VF token for a cdev (6.17 does)")
+                        .mend("use --vfio-mode container"),
+                    container_may: true,
+                },
+                Refused::For(_) => diagnose::bind_cdev(error, node, &self.dev).into(),
+            }
         })?;
         phases.end("bind");
-        let space = self.space(self.space_key(node, mode), || {
-            Ok(AddressSpace::iommufd(iommufd.ioas_alloc()?, mode == VfioMode::NoiommuCdev))
-        })?;
+        let space = self
+            .space(key, || Ok(AddressSpace::iommufd(iommufd.ioas_alloc()?, mode == VfioMode::NoiommuCdev)))?;
         let mut attach = uapi::vfio_device_attach_iommufd_pt {
             argsz: size_of::<uapi::vfio_device_attach_iommufd_pt>() as u32,
             flags: 0,
@@ -104,9 +112,56 @@ impl Vfio {
             pasid: 0,
         };
         // SAFETY: the structure is complete.
-        counted(|| unsafe { sys::attach_iommufd_pt(device.as_raw_fd(), &mut attach) })
-            .map_err(|errno| Error::os(format!("cannot attach {} to its address space", node.name), errno))?;
+        counted(|| unsafe { sys::attach_iommufd_pt(device.as_raw_fd(), &mut attach) }).map_err(|errno| {
+            let error = Error::os(format!("cannot attach {} to its address space", node.name), errno);
+            Refusal { error: diagnose::attach(error, node), container_may: errno == Errno::EINVAL }
+        })?;
         Ok((device, space))
+    }
+}
+
+fn bind_iommufd(device: &OwnedFd, iommufd: &Iommufd, token: Option<&[u8; 16]>) -> nix::Result<()> {
+    let mut bind = uapi::vfio_device_bind_iommufd {
+        argsz: size_of::<uapi::vfio_device_bind_iommufd>() as u32,
+        flags: if token.is_some() { uapi::VFIO_DEVICE_BIND_FLAG_TOKEN } else { 0 },
+        iommufd: iommufd.as_fd().as_raw_fd(),
+        out_devid: 0,
+        token_uuid_ptr: token.map_or(0, |token| token.as_ptr() as u64),
+    };
+    // SAFETY: the structure is complete; the token's 16 bytes are borrowed until after the call.
+    counted(|| unsafe { sys::bind_iommufd(device.as_raw_fd(), &mut bind) }).map(drop)
+}
+
+/// How a bind failed.
+#[derive(Debug, PartialEq, Eq)]
+enum Refused {
+    /// The device wants a token, and the kernel takes none here.
+    TokenUnknown,
+    For(Errno),
+}
+
+impl Refused {
+    fn errno(&self) -> Errno {
+        match self {
+            Self::TokenUnknown => Errno::EACCES,
+            Self::For(errno) => *errno,
+        }
+    }
+}
+
+/// Calls `ioctl` with the token, and without it if the kernel does not know the flag, as before 6.17: it may be that the
+/// device needs none.
+fn bind(
+    token: Option<VfToken>,
+    mut ioctl: impl FnMut(Option<&[u8; 16]>) -> nix::Result<()>,
+) -> std::result::Result<(), Refused> {
+    let bytes = token.map(VfToken::bytes);
+    match (ioctl(bytes.as_ref()), &bytes) {
+        (Err(Errno::EINVAL), Some(_)) => ioctl(None).map_err(|errno| match errno {
+            Errno::EACCES => Refused::TokenUnknown,
+            errno => Refused::For(errno),
+        }),
+        (result, _) => result.map_err(Refused::For),
     }
 }
 
@@ -114,6 +169,24 @@ impl Vfio {
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_kernel_that_takes_no_token_is_asked_without() {
+        let token: VfToken = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3".parse().unwrap();
+        // What a kernel answers to a bind with a token, and without.
+        let kernel = |with, without| {
+            bind(
+                Some(token),
+                |token| if token.is_some_and(|bytes| bytes[0] == 0xbd) { with } else { without },
+            )
+        };
+        assert_eq!(kernel(Ok(()), Err(Errno::EACCES)), Ok(()));
+        assert_eq!(kernel(Err(Errno::EINVAL), Ok(())), Ok(()));
+        assert_eq!(kernel(Err(Errno::EINVAL), Err(Errno::EACCES)), Err(Refused::TokenUnknown));
+        assert_eq!(kernel(Err(Errno::EINVAL), Err(Errno::EINVAL)), Err(Refused::For(Errno::EINVAL)));
+        assert_eq!(kernel(Err(Errno::EACCES), Ok(())), Err(Refused::For(Errno::EACCES)));
+        assert_eq!(bind(None, |_| Err(Errno::EINVAL)), Err(Refused::For(Errno::EINVAL)));
+    }
 
     /// Before kernel 7.3 a device without IOMMU has an entry below `vfio-dev`, which has no number.
     #[test]

@@ -139,10 +139,38 @@ pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
         Some(Errno::EBUSY | Errno::EINVAL) => {
             let group = group_of(node).ok().map(|group| dev.join(format!("vfio/{group}")));
             let paths: Vec<PathBuf> = cdev_path(node, dev).into_iter().chain(group).collect();
-            in_use(error, &paths)
+            match in_use(error, &paths) {
+                busy if busy.kind() == ErrorKind::Busy => busy,
+                // In compat the device is attached at once.
+                refused => attach(refused, node),
+            }
         }
         _ => error,
     }
+}
+
+/// A device did not get the page tables of an address space.
+pub(super) fn attach(error: Error, node: &Node) -> Error {
+    if error.errno() != Some(Errno::EINVAL) {
+        return error;
+    }
+    let error = error.kind_is(ErrorKind::Unavailable).mend("use --vfio-mode container");
+    match has_first_stage_only(node) {
+        true => error.because(
+            "its IOMMU has first-stage tables only, and this kernel's iommufd makes second-stage ones",
+        ),
+        false => error,
+    }
+}
+
+/// Whether an Intel IOMMU translates by first-stage tables only (VT-d specification, 11.4.3, Extended Capability Register:
+/// SMTS, SSTS, FSTS).
+fn has_first_stage_only(node: &Node) -> bool {
+    let bit = |capabilities: u64, bit: u32| capabilities >> bit & 1 == 1;
+    fs::read_to_string(node.sysfs.join("iommu/intel-iommu/ecap"))
+        .ok()
+        .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
+        .is_some_and(|ecap| bit(ecap, 43) && !bit(ecap, 46) && bit(ecap, 47))
 }
 
 /// iommufd has one answer, EPERM, for a group that is in use and for a platform that does not isolate MSI
@@ -314,6 +342,26 @@ mod tests {
         for path in ["/dev/vfio/noiommu-7", "/dev/vfio/devices/noiommu-vfio0"] {
             assert!(said(path).contains("CAP_SYS_RAWIO"), "{path}");
         }
+    }
+
+    #[test]
+    fn an_iommu_without_second_stage_tables_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
+        fs::create_dir_all(dir.path().join("iommu/intel-iommu")).unwrap();
+        // With first-stage, second-stage and scalable-mode support, bits 47, 46 and 43.
+        for (ecap, names_it) in [("880000f00f5e", true), ("c80000f00f5e", false), ("f00f5e", false)] {
+            fs::write(dir.path().join("iommu/intel-iommu/ecap"), format!("{ecap}\n")).unwrap();
+            for error in [
+                attach(Error::os("cannot attach it", Errno::EINVAL), &node),
+                bind(Error::os("cannot open it in its group", Errno::EINVAL), &node, Path::new("/dev")),
+            ] {
+                assert_eq!(error.kind(), ErrorKind::Unavailable);
+                assert!(error.to_string().ends_with("use --vfio-mode container"), "{error}");
+                assert_eq!(error.why().contains("first-stage tables only"), names_it, "{ecap}: {error}");
+            }
+        }
+        assert!(attach(Error::os("cannot attach it", Errno::ENOMEM), &node).cure().is_none());
     }
 
     /// Two functions that share group 7, with cdevs `vfio0` and `vfio1`, and an empty `/dev`.

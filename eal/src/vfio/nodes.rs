@@ -154,10 +154,10 @@ fn number_of(rdev: u64) -> String {
 }
 
 /// Checks that the node at `path`, which is open, has the number that sysfs says for `whose` (`major:minor`).
-pub(super) fn check(node: &File, path: &Path, number: &str, whose: &str) -> Result<()> {
+pub(super) fn check(node: impl AsFd, path: &Path, number: &str, whose: &str) -> Result<()> {
     let found =
-        node.metadata().map_err(|error| Error::io(format!("cannot examine {}", path.display()), &error))?;
-    let found = number_of(found.rdev());
+        fstat(node).map_err(|errno| Error::os(format!("cannot examine {}", path.display()), errno))?;
+    let found = number_of(found.st_rdev);
     if found == number {
         return Ok(());
     }
