@@ -43,6 +43,9 @@ fn run() -> Result<()> {
     for irq in [Irq::Intx, Irq::Msi, Irq::Msix] {
         if device.vfio().irq_info(irq)?.count > 0 {
             by_software(&device, irq)?;
+            if irq == Irq::Msix && device.vfio().irq_info(irq)?.count > 1 {
+                fewer(&device)?;
+            }
             if let Some(cause) = cause(device.id(), irq) {
                 by_device(&device, irq, cause)?;
             }
@@ -57,6 +60,28 @@ fn by_software(device: &PciDevice, irq: Irq) -> Result<()> {
     wait(&event, irq)?;
     println!("{irq:?}: by software");
     device.vfio().disable_irq(irq)
+}
+
+/// Vectors that are not set again are released: the kernel lists each that it has (drivers/vfio/pci/vfio_pci_intrs.c).
+fn fewer(device: &PciDevice) -> Result<()> {
+    let (first, second) = (eventfd()?, eventfd()?);
+    device.vfio().enable_irq(Irq::Msix, &[first.as_fd(), second.as_fd()])?;
+    let has_second = || {
+        let table = std::fs::read_to_string("/proc/interrupts")
+            .map_err(|error| Error::io("cannot read /proc/interrupts", &error))?;
+        Ok(table.contains(&format!("vfio-msix[1]({})", device.address())))
+    };
+    let before: Result<bool> = has_second();
+    device.vfio().enable_irq(Irq::Msix, &[first.as_fd()])?;
+    if !before? || has_second()? {
+        return Err(Error::new(
+            ErrorKind::Protocol,
+            "cannot replace two vectors by one",
+            "the second is still set",
+        ));
+    }
+    println!("Msix: fewer vectors");
+    device.vfio().disable_irq(Irq::Msix)
 }
 
 /// The cause that the chip can be told to report through `irq`; none when we know nothing of the chip.
@@ -96,9 +121,13 @@ fn quiet(registers: &Bar) {
     registers.read32(ICR);
 }
 
+fn eventfd() -> Result<EventFd> {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map_err(|errno| Error::os("cannot make an eventfd", errno))
+}
+
 fn enable(device: &PciDevice, irq: Irq) -> Result<EventFd> {
-    let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map_err(|errno| Error::os("cannot make an eventfd", errno))?;
+    let event = eventfd()?;
     device.vfio().enable_irq(irq, &[event.as_fd()])?;
     Ok(event)
 }

@@ -103,8 +103,6 @@ pub struct Capability {
     pub offset: u16,
 }
 
-/// Capability id of MSI-X.
-pub const CAP_ID_MSIX: u8 = 0x11;
 /// Capability id of vendor-specific capabilities, which virtio uses.
 pub const CAP_ID_VENDOR: u8 = 0x09;
 

@@ -6,7 +6,7 @@ use vireo_eal::mmio::Bar;
 use vireo_eal::vfio::{Acquired, ConfigSpace, Device, DeviceFds, Phase, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::{Bus, CAP_ID_MSIX, DeviceId, Function, PciInfo, capabilities};
+use crate::{Bus, DeviceId, Function, PciInfo};
 
 /// The kernel driver that hands functions to user space.
 pub const VFIO_DRIVER: &str = "vfio-pci";
@@ -45,9 +45,7 @@ impl Bus {
         }
         if args.allow.is_empty() {
             let usable = |info: &PciInfo| {
-                info.driver.as_deref() == Some(VFIO_DRIVER)
-                    && known(info.id)
-                    && !args.block.contains(&info.address)
+                self.is_on_vfio(info) && known(info.id) && !args.block.contains(&info.address)
             };
             return Ok(self.scan()?.into_iter().filter(usable).collect());
         }
@@ -64,7 +62,13 @@ impl Bus {
         Ok(chosen)
     }
 
-    /// Whether a program may ask VFIO for `info`: a driver knows it, and vfio-pci has it.
+    /// Whether `info` is bound to vfio-pci or to one of the variant drivers that give devices to VFIO too (mlx5-vfio-pci,
+    /// virtio-vfio-pci, …; drivers/vfio/pci of the kernel). These are known since Linux 6.1, by `vfio-dev` in sysfs.
+    pub fn is_on_vfio(&self, info: &PciInfo) -> bool {
+        info.driver.as_deref() == Some(VFIO_DRIVER) || self.path(info.address).join("vfio-dev").is_dir()
+    }
+
+    /// Whether a program may ask VFIO for `info`: a driver knows it, and VFIO has it.
     ///
     /// # Errors
     /// `Unavailable` when not, with the command that binds it.
@@ -74,8 +78,10 @@ impl Bus {
         if !known(info.id) {
             return Err(refuse(format!("no driver here knows {}", info.id)));
         }
+        if self.is_on_vfio(info) {
+            return Ok(());
+        }
         let why = match info.driver.as_deref() {
-            Some(VFIO_DRIVER) => return Ok(()),
             Some(driver) => format!("it is bound to the kernel driver {driver}"),
             None => "it is bound to no driver".into(),
         };
@@ -120,17 +126,6 @@ impl PciDevice {
     pub fn vfio(&self) -> &Device {
         &self.device
     }
-
-    /// BAR and bytes of the MSI-X table (PCI Local Bus 3.0, 6.8.2).
-    fn msix_table(&self) -> Result<Option<(u8, std::ops::Range<u64>)>> {
-        let msix = capabilities(self)?.into_iter().find(|capability| capability.id == CAP_ID_MSIX);
-        Ok(msix.map(|capability| {
-            let entries = u64::from(self.config16(capability.offset + 2) & 0x7ff) + 1;
-            let table = self.config32(capability.offset + 4);
-            let start = u64::from(table & !7);
-            ((table & 7) as u8, start..start + entries * 16)
-        }))
-    }
 }
 
 impl Function for PciDevice {
@@ -151,8 +146,7 @@ impl Function for PciDevice {
     }
 
     fn bar(&self, index: u8) -> Result<Bar> {
-        let table = self.msix_table()?.filter(|(bar, _)| *bar == index).map(|(_, bytes)| bytes);
-        self.device.bar(index, table)
+        self.device.bar(index)
     }
 
     fn reset(&self) -> Result<bool> {
@@ -179,26 +173,28 @@ mod tests {
     }
 
     fn selected(line: &str) -> Result<Vec<String>> {
-        let (_dir, bus) = fake_bus(&[
+        let (dir, bus) = fake_bus(&[
             ("0000:00:03.0", "8086", "100e", "vfio-pci"),
             ("0000:00:04.0", "8086", "10d3", "e1000e"),
             ("0000:00:05.0", "8086", "10d3", "vfio-pci"),
             ("0000:00:06.0", "abcd", "0001", "vfio-pci"),
+            ("0000:00:07.0", "8086", "10d3", "igb-vfio-pci"),
         ]);
+        std::fs::create_dir_all(dir.path().join("devices/0000:00:07.0/vfio-dev/vfio3")).unwrap();
         let known = |id: DeviceId| id.vendor == 0x8086;
         Ok(bus.select(&args(line), known)?.iter().map(|info| info.address.to_string()).collect())
     }
 
     #[test]
     fn without_lists_every_usable_function() {
-        assert_eq!(selected("").unwrap(), ["0000:00:03.0", "0000:00:05.0"]);
-        assert_eq!(selected("-b 00:03.0").unwrap(), ["0000:00:05.0"]);
+        assert_eq!(selected("").unwrap(), ["0000:00:03.0", "0000:00:05.0", "0000:00:07.0"]);
+        assert_eq!(selected("-b 00:03.0").unwrap(), ["0000:00:05.0", "0000:00:07.0"]);
         assert!(selected("--no-pci").unwrap().is_empty());
     }
 
     #[test]
     fn the_allow_list_chooses_and_addresses_order() {
-        assert_eq!(selected("-a 00:05.0 -a 00:03.0").unwrap(), ["0000:00:03.0", "0000:00:05.0"]);
+        assert_eq!(selected("-a 00:07.0 -a 00:03.0").unwrap(), ["0000:00:03.0", "0000:00:07.0"]);
     }
 
     #[test]
@@ -216,6 +212,6 @@ mod tests {
             "{unloaded}"
         );
         assert!(selected("-a 00:06.0").unwrap_err().to_string().contains("abcd:0001"));
-        assert!(selected("-a 00:07.0").unwrap_err().to_string().contains("no such PCI device"));
+        assert!(selected("-a 00:08.0").unwrap_err().to_string().contains("no such PCI device"));
     }
 }

@@ -11,7 +11,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 const VFIO_DRIVER: &str = "vfio-pci";
 /// Drivers that leave an IOMMU group usable for VFIO (`Documentation/driver-api/vfio.rst`).
-const HARMLESS: [&str; 3] = [VFIO_DRIVER, "pcieport", "pci-stub"];
+const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
 /// `RTF_REJECT`, `RTF_ANYCAST` and `RTF_LOCAL` (`linux/ipv6_route.h`): routes to nowhere and to this machine.
 const NOT_OUT: u32 = 0x0200 | 0x0010_0000 | 0x8000_0000;
 
@@ -116,7 +116,7 @@ impl Host {
             return Err(Error::new(ErrorKind::Busy, what(), why)
                 .mend(format!("run: ip link set {name} down; or, if nobody needs it: --force")));
         }
-        if info.driver.as_deref() == Some(VFIO_DRIVER)
+        if self.bus.is_on_vfio(info)
             && let Some((pid, name)) = self.holder(info.address)
         {
             return Err(Error::new(ErrorKind::Busy, what(), format!("in use by pid {pid} ({name})"))
@@ -156,6 +156,9 @@ impl Host {
     fn warn_of_group(&self, address: Bdf) {
         for name in names(&self.bus.node(address).sysfs.join("iommu_group/devices")) {
             let Some(info) = name.parse().ok().and_then(|other| self.bus.find(other).ok()) else { continue };
+            if self.bus.is_on_vfio(&info) {
+                continue;
+            }
             if let Some(driver) = info.driver.filter(|driver| !HARMLESS.contains(&driver.as_str())) {
                 tracing::warn!(
                     "{address} shares its IOMMU group with {name} ({driver}), so VFIO refuses both; \

@@ -103,7 +103,7 @@ impl Host {
         // Each time anew: the kernel gives a device to one owner at a time, and modes are other owners.
         let vfio = Vfio::new(self.vf_token).below(&self.root);
         let known = |id: DeviceId| driver_of(id).is_some();
-        if known(info.id) && info.driver.as_deref() != Some(VFIO_DRIVER) {
+        if known(info.id) && !self.bus.is_on_vfio(info) {
             // What a bind would not mend is said first: the command that binds would be the wrong one.
             vfio.foresee(&self.bus.node(info.address), mode, self.bus.has_driver(VFIO_DRIVER))?;
         }

@@ -149,7 +149,7 @@ pub(crate) fn wirings(
         return Ok(vec![Wiring::new(infos)?]);
     }
     let mut kinds: Vec<(&'static str, Vec<PciInfo>)> = Vec::new();
-    for info in bus.scan()?.into_iter().filter(|info| info.driver.as_deref() == Some("vfio-pci")) {
+    for info in bus.scan()?.into_iter().filter(|info| bus.is_on_vfio(info)) {
         let Some(kind) = kind(&info) else { continue };
         match kinds.iter_mut().find(|(known, _)| *known == kind) {
             Some((_, infos)) => infos.push(info),

@@ -34,8 +34,6 @@ pub(super) struct Region {
     file_offset: u64,
     /// Parts that may be mapped when not all may.
     sparse: Option<Vec<Range<u64>>>,
-    /// Whether the part with the MSI-X table may be mapped too.
-    msix_mappable: bool,
 }
 
 impl Region {
@@ -44,18 +42,14 @@ impl Region {
         let flags = info::u32_at(answer, 4)?;
         let first = if flags & uapi::VFIO_REGION_INFO_FLAG_CAPS != 0 { info::u32_at(answer, 12)? } else { 0 };
         let (size, file_offset) = (info::u64_at(answer, 16)?, info::u64_at(answer, 24)?);
-        let mut region = Self { flags, size, file_offset, sparse: None, msix_mappable: false };
+        let mut region = Self { flags, size, file_offset, sparse: None };
         for capability in info::capabilities(answer, first) {
-            match u32::from(capability.id) {
-                uapi::VFIO_REGION_INFO_CAP_SPARSE_MMAP => {
-                    let count = info::u32_at(capability.body, 0).unwrap_or(0);
-                    let areas = info::u64_pairs(capability.body, 8, count)
-                        .map(|(offset, size)| offset..offset.saturating_add(size).min(region.size))
-                        .filter(|area| !area.is_empty());
-                    region.sparse = Some(areas.collect());
-                }
-                uapi::VFIO_REGION_INFO_CAP_MSIX_MAPPABLE => region.msix_mappable = true,
-                _ => {}
+            if u32::from(capability.id) == uapi::VFIO_REGION_INFO_CAP_SPARSE_MMAP {
+                let count = info::u32_at(capability.body, 0).unwrap_or(0);
+                let areas = info::u64_pairs(capability.body, 8, count)
+                    .map(|(offset, size)| offset..offset.saturating_add(size).min(region.size))
+                    .filter(|area| !area.is_empty());
+                region.sparse = Some(areas.collect());
             }
         }
         Some(region)
@@ -105,12 +99,11 @@ impl Device {
         Region::read(&answer).ok_or_else(|| fail(Errno::EPROTO))
     }
 
-    /// Base address register `index` (0 to 5) of a PCI device, mapped except for the pages that hold
-    /// `msix_table` (byte offsets in this BAR), unless the kernel lets those be mapped too.
+    /// Base address register `index` (0 to 5) of a PCI device, mapped where the kernel allows it.
     ///
     /// # Errors
     /// `Unavailable` when the device has no such BAR.
-    pub fn bar(&self, index: u8, msix_table: Option<Range<u64>>) -> Result<Bar> {
+    pub fn bar(&self, index: u8) -> Result<Bar> {
         let what = || format!("cannot map BAR {index} of {}", self.name);
         if u32::from(index) > uapi::VFIO_PCI_BAR5_REGION_INDEX {
             return Err(Error::new(ErrorKind::Unavailable, what(), "there are BARs 0 to 5 only"));
@@ -121,10 +114,8 @@ impl Device {
         }
         let parts = if region.flags & uapi::VFIO_REGION_INFO_FLAG_MMAP == 0 {
             Vec::new()
-        } else if let Some(sparse) = region.sparse {
-            sparse
         } else {
-            around(region.size, msix_table.filter(|_| !region.msix_mappable))
+            region.sparse.unwrap_or_else(|| std::iter::once(0..region.size).collect())
         };
         let mapped = parts
             .into_iter()
@@ -194,17 +185,6 @@ impl ConfigSpace {
     }
 }
 
-/// The parts of a BAR of `size` bytes that are left when the pages of `hole` are taken out.
-fn around(size: u64, hole: Option<Range<u64>>) -> Vec<Range<u64>> {
-    const PAGE: u64 = 4096;
-    let Some(hole) = hole.filter(|hole| !hole.is_empty()) else {
-        return std::iter::once(0..size).collect();
-    };
-    let start = hole.start / PAGE * PAGE;
-    let end = hole.end.checked_next_multiple_of(PAGE).unwrap_or(size).min(size);
-    [0..start.min(size), end..size].into_iter().filter(|part| !part.is_empty()).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,22 +199,11 @@ mod tests {
         let areas = [0x1000, 0, 0x1000, 0, 0x3000, 0, u32::MAX, u32::MAX, 0x9000, 0, 1, 0];
         let chain = [words(&[sparse, 96, 3, 0]), words(&areas), words(&[msix, 0])].concat();
         let read = |flags| Region::read(&[head(flags), chain.clone()].concat());
-        let plain =
-            Region { flags: 0, size: 0x4000, file_offset: 0x100 << 32, sparse: None, msix_mappable: false };
+        let plain = Region { flags: 0, size: 0x4000, file_offset: 0x100 << 32, sparse: None };
         assert_eq!(read(0), Some(plain));
         let flags = uapi::VFIO_REGION_INFO_FLAG_CAPS;
         let region = read(flags).unwrap();
         assert_eq!(region.sparse, Some(vec![0x1000..0x2000, 0x3000..0x4000]));
-        assert!(region.msix_mappable);
         assert_eq!(Region::read(&head(flags)[..28]), None);
-    }
-
-    #[test]
-    fn the_msix_table_is_carved_out_by_pages() {
-        assert_eq!(around(0x4000, None).first(), Some(&(0..0x4000)));
-        assert_eq!(around(0x4000, Some(0x1010..0x1050)), [0..0x1000, 0x2000..0x4000]);
-        assert_eq!(around(0x4000, Some(0..0x50)), vec![0x1000..0x4000]);
-        assert_eq!(around(0x1000, Some(0..0x50)), Vec::<Range<u64>>::new());
-        assert_eq!(around(0x4000, Some(0x3ff0..0x9000)), vec![0..0x3000]);
     }
 }

@@ -117,10 +117,17 @@ fn cdev_path(node: &Node, dev: &Path) -> Option<PathBuf> {
     cdev_name(node).map(|name| dev.join("vfio/devices").join(name))
 }
 
+/// The device's own node and its group's.
+fn nodes_of(node: &Node, dev: &Path) -> Vec<PathBuf> {
+    let group = group_of(node).ok().map(|group| dev.join(format!("vfio/{group}")));
+    cdev_path(node, dev).into_iter().chain(group).collect()
+}
+
 /// A device was refused by iommufd.
 pub(super) fn bind_cdev(error: Error, node: &Node, dev: &Path) -> Error {
     match error.errno() {
         Some(Errno::EBUSY) => group_busy(error, node, dev),
+        Some(Errno::EINVAL) => in_use(error, &nodes_of(node, dev)),
         _ => bind(error, node, dev),
     }
 }
@@ -136,15 +143,11 @@ pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
                 "its virtual functions are in use, and it wants their token"
             })
             .mend("give the one that the physical function was opened with: --vfio-vf-token UUID"),
-        Some(Errno::EBUSY | Errno::EINVAL) => {
-            let group = group_of(node).ok().map(|group| dev.join(format!("vfio/{group}")));
-            let paths: Vec<PathBuf> = cdev_path(node, dev).into_iter().chain(group).collect();
-            match in_use(error, &paths) {
-                busy if busy.kind() == ErrorKind::Busy => busy,
-                // In compat the device is attached at once.
-                refused => attach(refused, node),
-            }
-        }
+        Some(Errno::EBUSY | Errno::EINVAL) => match in_use(error, &nodes_of(node, dev)) {
+            busy if busy.kind() == ErrorKind::Busy => busy,
+            // In compat the device is attached at once.
+            refused => attach(refused, node),
+        },
         _ => error,
     }
 }
@@ -275,7 +278,8 @@ fn kernel_owned(node: &Node) -> Vec<(String, String)> {
         .filter_map(|member| {
             let driver = fs::read_link(member.sysfs.join("driver")).ok()?;
             let driver = driver.file_name()?.to_str()?.to_owned();
-            let harmless = matches!(driver.as_str(), "vfio-pci" | "pcieport" | "pci-stub");
+            let harmless = matches!(driver.as_str(), "vfio-pci" | "pcieport" | "pci-stub")
+                || member.sysfs.join("vfio-dev").is_dir();
             (!harmless).then_some((member.name, driver))
         })
         .collect()

@@ -91,6 +91,13 @@ impl Device {
     /// # Errors
     /// When the device has fewer interrupts, or another kind is enabled.
     pub fn enable_irq(&self, irq: Irq, eventfds: &[BorrowedFd<'_>]) -> Result<()> {
+        if matches!(irq, Irq::Msi | Irq::Msix) {
+            // The kernel leaves vectors beyond these as they were; EINVAL is its answer when there are none.
+            match self.disable_irq(irq) {
+                Err(error) if error.errno() != Some(Errno::EINVAL) => return Err(error),
+                _ => {}
+            }
+        }
         let fds = eventfds.iter().map(|fd| fd.as_raw_fd() as u32);
         self.set_irqs(
             irq,

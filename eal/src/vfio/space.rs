@@ -108,8 +108,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Maps all of `region` for the devices with one call: at `iova`, or where nobody chooses when the
-    /// devices use physical addresses.
+    /// Maps all of `region` for the devices with one call: at `iova`, or at the first free addresses if there is none.
+    /// [`Mapping::iova`] tells. When the devices use physical addresses, nobody chooses.
     ///
     /// # Errors
     /// When the kernel refuses, with what locked memory is needed and allowed if that is the reason.
@@ -130,9 +130,13 @@ impl AddressSpace {
         access: Access,
     ) -> Result<Mapping> {
         let len = range.len();
+        let iova = match iova {
+            None if !self.is_physical() => Some(self.place(len)?),
+            chosen => chosen,
+        };
         let mapped = match &self.tables {
             Tables::Type1(container) => {
-                let iova = iova.unwrap_or(0);
+                let iova = iova.unwrap_or_default();
                 let region = Arc::clone(region);
                 container.map(region.address_of(&range)?, len, iova, access).map(|()| Mapped::Type1 {
                     iova,
@@ -144,6 +148,17 @@ impl AddressSpace {
             Tables::None(_) => pinned(region).map(|()| Mapped::None { region: Arc::clone(region) }),
         };
         self.mapped(mapped, region)
+    }
+
+    /// The addresses that our own policy takes, so that it does not depend on the mode.
+    fn place(&self, len: usize) -> Result<u64> {
+        self.lock().fit(len as u64).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unavailable,
+                format!("cannot map {} MiB for DMA", len.div_ceil(1 << 20)),
+                "the address space has no such gap",
+            )
+        })
     }
 
     /// Maps at the same IOVA what `source` maps in another space, sharing its pinned pages
@@ -262,6 +277,12 @@ impl Mapped {
 }
 
 impl Mapping {
+    /// Device address of the first byte; none when the devices use physical addresses.
+    pub fn iova(&self) -> Option<u64> {
+        let range = self.mapped.as_ref()?.range()?;
+        (!self.space.is_physical()).then(|| *range.start())
+    }
+
     /// Physical address of each page when the devices use those; none when an IOMMU translates.
     ///
     /// # Errors

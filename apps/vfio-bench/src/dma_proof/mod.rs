@@ -138,8 +138,7 @@ pub(crate) fn dma_proof(args: &DmaProofArgs) -> Result<()> {
 /// The NIC to aim, and the one to aim at.
 fn choose(args: &DmaProofArgs, bus: &Bus) -> Result<(PciInfo, Option<PciInfo>)> {
     let known = |info: &PciInfo| driver_of(info.id) == Some("e1000");
-    let mut free =
-        bus.scan()?.into_iter().filter(|info| known(info) && info.driver.as_deref() == Some("vfio-pci"));
+    let mut free = bus.scan()?.into_iter().filter(|info| known(info) && bus.is_on_vfio(info));
     let mut pick = |asked: Option<Bdf>, other: Option<Bdf>| match asked {
         Some(address) => {
             let info = bus.find(address)?;
