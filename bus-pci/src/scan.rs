@@ -71,6 +71,24 @@ impl Bus {
         link.file_name()?.to_str()?.parse().ok()
     }
 
+    /// Fails where sysfs shows no PCI bus, for a caller to whom that is not the same as an empty one.
+    ///
+    /// # Errors
+    /// `Unavailable` when there is no such directory.
+    pub fn require(&self) -> Result<()> {
+        let devices = self.root.join("devices");
+        if devices.exists() {
+            return Ok(());
+        }
+        let error = |why: String| Error::new(ErrorKind::Unavailable, "cannot list PCI devices", why);
+        // `/sys/bus` has a directory for each bus that the kernel knows.
+        match self.root.parent().is_some_and(Path::exists) {
+            true => Err(error(format!("{} is not there: this machine has no PCI bus", devices.display()))),
+            false => Err(error(format!("{} is not there: sysfs is not mounted", devices.display()))
+                .mend("run: mount -t sysfs sysfs /sys")),
+        }
+    }
+
     /// All functions, by address. A machine without PCI has none.
     ///
     /// # Errors
@@ -106,14 +124,12 @@ impl Bus {
         let id = hex("vendor").zip(hex("device")).and_then(|(vendor, device)| {
             Some(DeviceId { vendor: vendor.try_into().ok()?, device: device.try_into().ok()? })
         });
-        let id = id.ok_or_else(|| {
-            Error::new(
-                ErrorKind::Unavailable,
-                format!("cannot find {address}"),
-                "there is no such PCI device",
-            )
-            .mend("list them: ls /sys/bus/pci/devices")
-        })?;
+        let Some(id) = id else {
+            self.require()?;
+            let what = format!("cannot find {address}");
+            return Err(Error::new(ErrorKind::Unavailable, what, "there is no such PCI device")
+                .mend("list them: vireo-devbind --status; or: ls /sys/bus/pci/devices"));
+        };
         Ok(PciInfo {
             address,
             id,
@@ -134,6 +150,7 @@ pub(crate) mod tests {
     /// A bus in a directory, with `(address, vendor:device, driver)` on it.
     pub(crate) fn fake_bus(functions: &[(&str, &str, &str, &str)]) -> (tempfile::TempDir, Bus) {
         let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("devices")).unwrap();
         for (address, vendor, device, driver) in functions {
             let path = dir.path().join("devices").join(address);
             fs::create_dir_all(&path).unwrap();
@@ -169,6 +186,23 @@ pub(crate) mod tests {
         assert!(bus.scan().unwrap().is_empty());
         let error = bus.find("0000:00:09.0".parse().unwrap()).unwrap_err();
         assert!(error.to_string().starts_with("cannot find 0000:00:09.0"), "{error}");
-        assert!(Bus::new("/nonexistent").scan().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_missing_sysfs_is_told_from_an_empty_bus() {
+        let (dir, bus) = fake_bus(&[("0000:00:03.0", "8086", "10d3", "")]);
+        bus.require().unwrap();
+        let address = "0000:00:03.0".parse().unwrap();
+        for (root, text) in [
+            (dir.path().join("pci"), "this machine has no PCI bus"),
+            (dir.path().join("sys/bus/pci"), "sysfs is not mounted; run: mount -t sysfs sysfs /sys"),
+        ] {
+            let missing = Bus::new(root);
+            assert!(missing.scan().unwrap().is_empty());
+            for error in [missing.require().unwrap_err(), missing.find(address).unwrap_err()] {
+                assert_eq!(error.kind(), ErrorKind::Unavailable);
+                assert!(error.to_string().ends_with(text), "{error}");
+            }
+        }
     }
 }

@@ -71,9 +71,10 @@ impl From<Error> for Refusal {
 /// The NICs at `addresses`, or all Ethernet controllers, in each of `modes`.
 ///
 /// # Errors
-/// When there is no function at one of the addresses.
+/// When there is no function at one of the addresses, or no PCI bus.
 pub(crate) fn examine(host: &Host, addresses: &[Bdf], modes: &[VfioMode]) -> Result<Vec<Nic>> {
     let functions = if addresses.is_empty() {
+        host.bus.require()?;
         host.bus.scan()?.into_iter().filter(PciInfo::is_ethernet).collect()
     } else {
         addresses.iter().map(|address| host.bus.find(*address)).collect::<Result<Vec<_>>>()?
