@@ -1,19 +1,16 @@
 //! What is done to NICs: the old driver is recorded first, so that every change can be undone.
 
 use std::fs::{self, DirBuilder};
-use std::net::Ipv6Addr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use vireo_bus_pci::{Bus, PciInfo};
+use vireo_bus_pci::Bus;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::{Error, ErrorKind, Result};
 
-const VFIO_DRIVER: &str = "vfio-pci";
+pub(crate) const VFIO_DRIVER: &str = "vfio-pci";
 /// Drivers that leave an IOMMU group usable for VFIO (`Documentation/driver-api/vfio.rst`).
 const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
-/// `RTF_REJECT`, `RTF_ANYCAST` and `RTF_LOCAL` (`linux/ipv6_route.h`): routes to nowhere and to this machine.
-const NOT_OUT: u32 = 0x0200 | 0x0010_0000 | 0x8000_0000;
 
 /// The machine: its PCI bus and the other places that are read and written here.
 #[derive(Debug)]
@@ -23,6 +20,10 @@ pub(crate) struct Host {
     pub(crate) vfio: PathBuf,
     /// `/proc`.
     pub(crate) proc: PathBuf,
+    /// Switch of VFIO's no-IOMMU mode.
+    pub(crate) noiommu: PathBuf,
+    /// Where distributions keep the database of PCI device names; the first that exists is read.
+    pub(crate) pci_ids: Vec<PathBuf>,
     /// One file for each address whose driver was changed, with the driver's name; empty for none. Not a
     /// directory of an EAL program, which would be removed with all in it.
     pub(crate) records: PathBuf,
@@ -36,6 +37,8 @@ impl Host {
             bus: Bus::default(),
             vfio: "/dev/vfio".into(),
             proc: "/proc".into(),
+            noiommu: "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode".into(),
+            pci_ids: vec!["/usr/share/misc/pci.ids".into(), "/usr/share/hwdata/pci.ids".into()],
             records: run.map_or_else(|| "/run".into(), PathBuf::from).join("vireo-devbind"),
         }
     }
@@ -44,6 +47,38 @@ impl Host {
     pub(crate) fn change(&self, addresses: &[Bdf], driver: Option<&str>, force: bool) -> Result<()> {
         let wanted: Vec<_> = addresses.iter().map(|address| (*address, driver.map(str::to_owned))).collect();
         self.rebind(&wanted, force)
+    }
+
+    /// As [`Host::change`], after it allowed VFIO's no-IOMMU mode if one of `addresses` needs it. The mode stays
+    /// allowed only if the change succeeds.
+    pub(crate) fn change_without_iommu(&self, addresses: &[Bdf], driver: &str, force: bool) -> Result<()> {
+        if addresses.iter().all(|address| self.bus.iommu_group(*address).is_some()) {
+            tracing::warn!("--noiommu-mode has no effect: the NICs have an IOMMU");
+            return self.change(addresses, Some(driver), force);
+        }
+        let before = fs::read_to_string(&self.noiommu).map_err(|error| self.no_switch(&error))?;
+        self.set_noiommu("1")?;
+        self.change(addresses, Some(driver), force).inspect_err(|_| {
+            if let Err(error) = self.set_noiommu(before.trim()) {
+                tracing::error!("{error}");
+            }
+        })
+    }
+
+    fn set_noiommu(&self, value: &str) -> Result<()> {
+        fs::write(&self.noiommu, value).map_err(|error| self.no_switch(&error))
+    }
+
+    fn no_switch(&self, error: &std::io::Error) -> Error {
+        let error =
+            Error::io(format!("cannot switch VFIO's no-IOMMU mode by {}", self.noiommu.display()), error);
+        match error.kind() {
+            ErrorKind::Unavailable => error
+                .because("VFIO is not loaded, or this kernel has no CONFIG_VFIO_NOIOMMU")
+                .mend("run: modprobe vfio-pci"),
+            ErrorKind::Permission => error.mend("run as root"),
+            _ => error,
+        }
     }
 
     /// Gives `addresses` to the drivers that were recorded, and forgets the records.
@@ -107,51 +142,6 @@ impl Host {
         bound
     }
 
-    /// Refuses a NIC that carries this machine's traffic, and one that a process has open: the kernel would
-    /// wait for that process without end.
-    fn check_idle(&self, info: &PciInfo, force: bool) -> Result<()> {
-        let what = || format!("cannot take {} from {}", info.address, info.driver.as_deref().unwrap_or("-"));
-        let active = self.interfaces(info.address).into_iter().find_map(|(name, why)| Some((name, why?)));
-        if let Some((name, why)) = active.filter(|_| !force) {
-            return Err(Error::new(ErrorKind::Busy, what(), why)
-                .mend(format!("run: ip link set {name} down; or, if nobody needs it: --force")));
-        }
-        if self.bus.is_on_vfio(info)
-            && let Some((pid, name)) = self.holder(info.address)
-        {
-            return Err(Error::new(ErrorKind::Busy, what(), format!("in use by pid {pid} ({name})"))
-                .mend(format!("stop it: kill {pid}")));
-        }
-        Ok(())
-    }
-
-    /// The function's network interfaces, and why each carries this machine's traffic, if it does: it is up, and
-    /// it or one above it has routes.
-    pub(crate) fn interfaces(&self, address: Bdf) -> Vec<(String, Option<String>)> {
-        let device = self.bus.node(address).sysfs;
-        let routed = self.routed();
-        // Those of virtio are one level deeper.
-        let deeper = names(&device).into_iter().filter(|name| name.starts_with("virtio"));
-        let dirs = deeper.map(|name| device.join(name)).chain([device.clone()]);
-        let found = dirs
-            .map(|dir| dir.join("net"))
-            .flat_map(|net| names(&net).into_iter().map(move |name| (net.join(&name), name)));
-        found
-            .map(|(dir, name)| {
-                let why = traffic(dir, &name, &routed);
-                (name, why)
-            })
-            .collect()
-    }
-
-    /// Interfaces with routes in IPv4's main table or in IPv6's, but for those routes that every interface has.
-    fn routed(&self) -> Vec<String> {
-        let read = |table| fs::read_to_string(self.proc.join("net").join(table)).unwrap_or_default();
-        let (v4, v6) = (read("route"), read("ipv6_route"));
-        let v4 = v4.lines().filter_map(|line| line.split_whitespace().next());
-        v4.chain(v6.lines().filter_map(routed_v6)).map(str::to_owned).collect()
-    }
-
     /// VFIO takes a group only when no driver of the kernel has a part of it.
     fn warn_of_group(&self, address: Bdf) {
         for name in names(&self.bus.node(address).sysfs.join("iommu_group/devices")) {
@@ -166,25 +156,6 @@ impl Host {
                 );
             }
         }
-    }
-
-    /// Process that has the function's VFIO group or character device open.
-    fn holder(&self, address: Bdf) -> Option<(u32, String)> {
-        let cdevs = names(&self.bus.node(address).sysfs.join("vfio-dev"));
-        let groups =
-            self.bus.iommu_group(address).into_iter().flat_map(|n| [n.to_string(), format!("noiommu-{n}")]);
-        let paths: Vec<PathBuf> = cdevs
-            .into_iter()
-            .map(|name| self.vfio.join("devices").join(name))
-            .chain(groups.map(|name| self.vfio.join(name)))
-            .collect();
-        names(&self.proc).into_iter().find_map(|pid| {
-            let fds = self.proc.join(&pid).join("fd");
-            let holds = |fd: &String| fs::read_link(fds.join(fd)).is_ok_and(|target| paths.contains(&target));
-            let number = pid.parse().ok().filter(|_| names(&fds).iter().any(holds))?;
-            let name = fs::read_to_string(self.proc.join(&pid).join("comm")).unwrap_or_default();
-            Some((number, name.trim().to_owned()))
-        })
     }
 
     fn record_path(&self, address: Bdf) -> PathBuf {
@@ -225,47 +196,8 @@ impl Host {
     }
 }
 
-/// Why interface `name`, whose directory is `dir`, carries this machine's traffic, if it does.
-fn traffic(dir: PathBuf, name: &str, routed: &[String]) -> Option<String> {
-    let state = fs::read_to_string(dir.join("operstate")).unwrap_or_default();
-    // A driver that does not tell leaves "unknown" while it is up (`Documentation/networking/operstates.rst`).
-    if !matches!(state.trim(), "up" | "unknown") {
-        return None;
-    }
-    let top = stack(dir, name).into_iter().find(|top| routed.contains(top))?;
-    let carries = if top == name { String::new() } else { format!("carries {top}, which ") };
-    Some(format!("{name} is up and {carries}has routes"))
-}
-
-/// Interface of a line of `/proc/net/ipv6_route`, if packets leave by it that are for more than its link.
-fn routed_v6(line: &str) -> Option<&str> {
-    let mut words = line.split_whitespace();
-    let destination = Ipv6Addr::from(u128::from_str_radix(words.next()?, 16).ok()?);
-    let interface = words.next_back()?;
-    let flags = u32::from_str_radix(words.next_back()?, 16).ok()?;
-    let of_link = destination.is_unicast_link_local() || destination.is_multicast();
-    (!of_link && flags & NOT_OUT == 0).then_some(interface)
-}
-
-/// Interface `name`, whose directory is `dir`, and all above it: its bridge or bond, its VLANs, and theirs in turn.
-fn stack(dir: PathBuf, name: &str) -> Vec<String> {
-    let mut found = vec![name.to_owned()];
-    let mut left = vec![dir];
-    while let Some(dir) = left.pop() {
-        // The link `master` has one of these beside it.
-        for link in names(&dir) {
-            let Some(upper) = link.strip_prefix("upper_") else { continue };
-            if !found.iter().any(|known| known == upper) {
-                found.push(upper.to_owned());
-                left.push(dir.join(&link));
-            }
-        }
-    }
-    found
-}
-
 /// Names in a directory; none when there is no such directory.
-fn names(dir: &Path) -> Vec<String> {
+pub(crate) fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }

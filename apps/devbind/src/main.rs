@@ -2,45 +2,64 @@
 #![forbid(unsafe_code)]
 
 mod host;
+mod idle;
+mod pci_ids;
+mod select;
 mod status;
 #[cfg(test)]
 mod tests;
 
 use std::process::ExitCode;
 
-use clap::{ArgGroup, Parser};
+use clap::{ArgGroup, Parser, ValueEnum};
 use vireo_eal::args::parse_plain;
-use vireo_eal::bdf::Bdf;
 use vireo_eal::{Error, ErrorKind, Result, program};
 
 use crate::host::Host;
 
+/// Device classes of `dpdk-devbind.py` that Vireo knows.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Class {
+    Net,
+}
+
 /// Shows which kernel driver has each NIC, gives NICs to another driver, and back
+///
+/// All NICs of a command change their driver, or none does. A NIC is refused while this machine's routes, a bond, a
+/// bridge, another network namespace, a bound virtual function or a process needs it.
 #[derive(Debug, Parser)]
 #[command(name = "vireo-devbind", version)]
-#[command(group(ArgGroup::new("action").args(["status", "bind", "unbind", "restore"])))]
+#[command(group(ArgGroup::new("action").args(["status", "status_dev", "bind", "unbind", "restore"])))]
+#[command(after_help = "Options of dpdk-devbind.py mean the same here; --uid and --gid are not available.")]
 struct Cli {
-    /// List the Ethernet controllers (what it does without arguments, too)
+    /// List the Ethernet controllers, which is the default
     #[arg(short, long)]
     status: bool,
-    /// Give the NICs to this kernel driver, such as vfio-pci; the one they had is recorded
-    #[arg(short, long, value_name = "DRIVER", requires = "addresses")]
+    /// List the devices of one class: net, the Ethernet controllers
+    #[arg(long, value_name = "CLASS", hide_possible_values = true)]
+    status_dev: Option<Class>,
+    /// Give the NICs to this kernel driver, such as vfio-pci, and record the one they had; none unbinds them
+    #[arg(short, long, value_name = "DRIVER", requires = "nics")]
     bind: Option<String>,
-    /// Take the NICs from their kernel driver, which is recorded
-    #[arg(short, long, requires = "addresses")]
+    /// Take the NICs from their kernel driver and record it
+    #[arg(short, long, requires = "nics")]
     unbind: bool,
     /// Give the NICs back to the kernel driver that was recorded
-    #[arg(short, long, requires = "addresses")]
+    #[arg(short, long, requires = "nics")]
     restore: bool,
-    /// Also NICs that carry this machine's traffic
-    #[arg(long, conflicts_with = "status")]
+    /// Change NICs that are needed elsewhere, too; one that a process has open is still refused
+    #[arg(long, conflicts_with_all = ["status", "status_dev"])]
     force: bool,
+    /// If a NIC has no IOMMU, allow VFIO's no-IOMMU mode before --bind; unsafe: the NIC can then write to all memory
+    #[arg(long, requires = "bind", conflicts_with_all = ["status", "status_dev", "unbind", "restore"])]
+    noiommu_mode: bool,
     /// Print the list as JSON
     #[arg(long, conflicts_with_all = ["bind", "unbind", "restore"])]
     json: bool,
-    /// PCI addresses, such as 0000:00:03.0
-    #[arg(value_name = "ADDRESS", value_parser = clap::value_parser!(Bdf), conflicts_with = "status")]
-    addresses: Vec<Bdf>,
+    /// PCI addresses (0000:00:03.0 or 00:03.0), network interfaces (eth0), or patterns of the addresses of Ethernet
+    /// controllers ('00:03.*')
+    #[arg(value_name = "NIC", conflicts_with_all = ["status", "status_dev"])]
+    nics: Vec<String>,
 }
 
 fn run() -> Result<()> {
@@ -48,11 +67,13 @@ fn run() -> Result<()> {
     cli.check()?;
     vireo_eal::log::init(&[])?;
     let host = Host::new();
-    match (&cli.bind, cli.unbind, cli.restore) {
-        (Some(driver), ..) => host.change(&cli.addresses, Some(driver), cli.force),
-        (_, true, _) => host.change(&cli.addresses, None, cli.force),
-        (.., true) => host.restore(&cli.addresses, cli.force),
-        _ => {
+    let nics = || host.select(&cli.nics);
+    match (cli.driver(), cli.restore) {
+        (Some(driver), _) if cli.noiommu_mode => host.change_without_iommu(&nics()?, driver, cli.force),
+        (Some(driver), _) => host.change(&nics()?, Some(driver), cli.force),
+        (None, true) => host.restore(&nics()?, cli.force),
+        (None, false) if cli.unbind || cli.bind.is_some() => host.change(&nics()?, None, cli.force),
+        (None, false) => {
             let nics = status::list(&host)?;
             let text = if cli.json { status::json(&nics)? } else { status::table(&nics) };
             program::print(&format!("{text}\n"))
@@ -61,12 +82,17 @@ fn run() -> Result<()> {
 }
 
 impl Cli {
-    /// Refuses addresses with which nothing is to be done.
+    /// The driver of `--bind`; none for "none", which is `--unbind`.
+    fn driver(&self) -> Option<&str> {
+        self.bind.as_deref().filter(|driver| *driver != "none")
+    }
+
+    /// Refuses NICs with which nothing is to be done.
     fn check(&self) -> Result<()> {
-        if self.addresses.is_empty() || self.bind.is_some() || self.unbind || self.restore {
+        if self.nics.is_empty() || self.bind.is_some() || self.unbind || self.restore {
             return Ok(());
         }
-        let (what, why) = ("cannot act on the addresses", "nothing says what to do");
+        let (what, why) = ("cannot act on the NICs", "nothing says what to do");
         Err(Error::new(ErrorKind::Usage, what, why).mend("give --bind DRIVER, --unbind or --restore"))
     }
 }

@@ -7,12 +7,15 @@ use vireo_drivers::ports::driver_of;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::host::Host;
+use crate::pci_ids::PciIds;
 
 /// One Ethernet controller.
 #[derive(Debug, Serialize)]
 pub(crate) struct Nic {
     pub(crate) address: String,
     pub(crate) id: String,
+    /// Name of the device, where a `pci.ids` is installed.
+    pub(crate) name: Option<String>,
     /// Kernel driver.
     pub(crate) driver: Option<String>,
     /// The kernel driver before the first change.
@@ -22,25 +25,32 @@ pub(crate) struct Nic {
     /// Vireo's driver for it.
     pub(crate) vireo: Option<&'static str>,
     pub(crate) interfaces: Vec<String>,
-    /// Whether it carries this machine's traffic.
+    /// Whether this machine's traffic, a bond, a bridge or another network namespace needs it.
     pub(crate) active: bool,
+    /// Whether its interface is in another network namespace.
+    pub(crate) other_namespace: bool,
 }
 
 /// The Ethernet controllers, by address.
 pub(crate) fn list(host: &Host) -> Result<Vec<Nic>> {
+    host.bus.require()?;
+    let names = PciIds::read(&host.pci_ids);
     let ethernet = host.bus.scan()?.into_iter().filter(PciInfo::is_ethernet);
     ethernet
         .map(|info| {
             let interfaces = host.interfaces(info.address);
+            let other_namespace = host.is_elsewhere(info.address);
             Ok(Nic {
                 address: info.address.to_string(),
                 id: info.id.to_string(),
+                name: names.name(info.id),
                 recorded: host.recorded(info.address)?,
                 iommu_group: host.bus.iommu_group(info.address),
                 numa_node: info.numa_node,
                 vireo: driver_of(info.id),
-                active: interfaces.iter().any(|(_, why)| why.is_some()),
-                interfaces: interfaces.into_iter().map(|(name, _)| name).collect(),
+                active: other_namespace || interfaces.iter().any(|interface| interface.need.is_some()),
+                other_namespace,
+                interfaces: interfaces.into_iter().map(|interface| interface.name).collect(),
                 driver: info.driver,
             })
         })
@@ -55,13 +65,17 @@ pub(crate) fn table(nics: &[Nic]) -> String {
     let number = |n: Option<u32>| n.map_or_else(|| "-".to_owned(), |n| n.to_string());
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    table.set_header(["ADDRESS", "ID", "DRIVER", "VIREO", "GROUP", "NUMA", "INTERFACE"]);
+    let is_named = nics.iter().any(|nic| nic.name.is_some());
+    let mut header = vec!["ADDRESS", "ID", "DRIVER", "VIREO", "GROUP", "NUMA", "INTERFACE"];
+    header.extend(is_named.then_some("DEVICE"));
+    table.set_header(header);
     for nic in nics {
         let mut interface = nic.interfaces.clone();
-        interface.extend(nic.active.then(|| "(active)".to_owned()));
+        interface.extend(nic.other_namespace.then(|| "(in another network namespace)".to_owned()));
+        interface.extend((nic.active && !nic.other_namespace).then(|| "(active)".to_owned()));
         let was = |driver: &String| format!("(was {})", if driver.is_empty() { "unbound" } else { driver });
         interface.extend(nic.recorded.as_ref().map(was));
-        table.add_row([
+        let mut row = vec![
             nic.address.clone(),
             nic.id.clone(),
             nic.driver.clone().unwrap_or_else(|| "-".to_owned()),
@@ -69,7 +83,9 @@ pub(crate) fn table(nics: &[Nic]) -> String {
             number(nic.iommu_group),
             number(nic.numa_node),
             interface.join(" "),
-        ]);
+        ];
+        row.extend(is_named.then(|| nic.name.clone().unwrap_or_default()));
+        table.add_row(row);
     }
     // The first column needs no margin and the last none at its end.
     table.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>().join("\n")

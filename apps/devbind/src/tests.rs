@@ -41,6 +41,8 @@ fn machine() -> (tempfile::TempDir, Host) {
         bus: Bus::new(bus),
         vfio: "/dev/vfio".into(),
         proc: dir.path().join("proc"),
+        noiommu: dir.path().join("noiommu_mode"),
+        pci_ids: vec![dir.path().join("pci.ids")],
         records: dir.path().join("run/vireo-devbind"),
     };
     (dir, host)
@@ -55,6 +57,69 @@ fn with_interface(dir: &Path, state: &str, route: &str) {
     fs::create_dir_all(&net).unwrap();
     fs::write(net.join("operstate"), state).unwrap();
     fs::write(dir.join("proc/net/route"), format!("Iface\tDestination\n{route}\t00000000\n")).unwrap();
+}
+
+fn select(host: &Host, words: &str) -> Result<Vec<Bdf>> {
+    host.select(&words.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+}
+
+#[test]
+fn nics_are_chosen_by_address_interface_and_pattern() {
+    let (dir, host) = machine();
+    with_interface(dir.path(), "up\n", "lo");
+    let [nic, other] = [address(NIC), address(OTHER)];
+    for (words, chosen) in [
+        ("00:03.1 eth7", vec![other, nic]),
+        ("eth7 0000:00:03.0 00:03.?", vec![nic, other]),
+        ("00:03.*", vec![nic, other]),
+        ("0000:00:0[0-3].1", vec![other]),
+        // The bridge on 00:1f.0 is no NIC: only its address names it.
+        ("*", vec![nic, other]),
+        ("00:1f.0", vec![address("0000:00:1f.0")]),
+    ] {
+        assert_eq!(select(&host, words).unwrap(), chosen, "{words}");
+    }
+    for (word, kind, text) in [
+        ("eth70", ErrorKind::Unavailable, "no PCI device has a network interface of that name"),
+        ("00:1f.*", ErrorKind::Unavailable, "no Ethernet controller has such an address"),
+        ("00:0[3.0", ErrorKind::Usage, "it is no pattern"),
+        ("00:03", ErrorKind::Usage, "PCI address"),
+    ] {
+        let error = select(&host, word).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(text) && error.cure().is_some(), "{error}");
+    }
+}
+
+#[test]
+fn devices_have_names_where_pci_ids_is_installed() {
+    let (dir, host) = machine();
+    let table = || status::table(&status::list(&host).unwrap());
+    assert!(!table().contains("DEVICE"));
+    fs::write(dir.path().join("pci.ids"), "8086  Intel Corporation\n\t100e  82540EM Gigabit\n").unwrap();
+    assert!(table().lines().nth(1).unwrap().ends_with("82540EM Gigabit"), "{}", table());
+    assert!(status::json(&status::list(&host).unwrap()).unwrap().contains("\"name\": \"82540EM Gigabit\""));
+}
+
+#[test]
+fn noiommu_mode_is_allowed_only_for_a_change_that_succeeds() {
+    let (dir, host) = machine();
+    let (nic, switch) = (address(NIC), dir.path().join("noiommu_mode"));
+    let value = || fs::read_to_string(&switch).unwrap();
+    // With an IOMMU the switch is left alone.
+    fs::write(&switch, "N\n").unwrap();
+    host.change_without_iommu(&[nic], "e1000", false).unwrap();
+    assert_eq!(value(), "N\n");
+    fs::remove_file(dir.path().join("bus/devices").join(NIC).join("iommu_group")).unwrap();
+    host.change_without_iommu(&[nic], "e1000", false).unwrap();
+    assert_eq!(value(), "1");
+    fs::write(&switch, "N\n").unwrap();
+    host.change_without_iommu(&[nic], "vfio-pci", false).unwrap_err();
+    assert_eq!(value(), "N");
+    fs::remove_file(&switch).unwrap();
+    let error = host.change_without_iommu(&[nic], "e1000", false).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains("CONFIG_VFIO_NOIOMMU"), "{error}");
 }
 
 #[test]
@@ -148,6 +213,79 @@ fn a_nic_below_an_interface_with_routes_is_in_use() {
 }
 
 #[test]
+fn a_member_of_a_bond_or_bridge_is_refused_with_its_master() {
+    let (dir, host) = machine();
+    // Without routes of its own: a bridge carries the traffic of others.
+    with_interface(dir.path(), "up\n", "lo");
+    let net = dir.path().join("net");
+    let link = dir.path().join("bus/devices").join(NIC).join("virtio3/net/eth7/master");
+    for (master, dirs, text) in [
+        ("bond3", "bonding", "eth7 is a member of the bond bond3"),
+        ("br7", "bridge", "eth7 is a member of the bridge br7"),
+        ("ovs-system", "statistics", "eth7 is a member of ovs-system"),
+    ] {
+        fs::create_dir_all(net.join(master).join(dirs)).unwrap();
+        let _ = fs::remove_file(&link);
+        symlink(net.join(master), &link).unwrap();
+        let error = host.change(&[address(NIC)], None, false).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(error.to_string().contains(text), "{error}");
+        assert!(error.to_string().contains("ip link set eth7 nomaster"), "{error}");
+        assert!(status::list(&host).unwrap()[0].active);
+    }
+    host.change(&[address(NIC)], None, true).unwrap();
+}
+
+#[test]
+fn a_nic_in_another_network_namespace_is_refused() {
+    let (dir, host) = machine();
+    // What sysfs shows of an interface that has moved: the directory of its class, empty.
+    fs::create_dir_all(dir.path().join("bus/devices").join(NIC).join("virtio3/net")).unwrap();
+    let error = host.change(&[address(NIC)], None, false).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("its interface is in another network namespace"), "{error}");
+    host.change(&[address(NIC)], None, true).unwrap();
+    let nics = status::list(&host).unwrap();
+    assert!(nics[0].active && !nics[1].active);
+}
+
+#[test]
+fn a_physical_function_is_refused_while_its_virtual_functions_are_bound() {
+    let (dir, host) = machine();
+    let devices = dir.path().join("bus/devices");
+    symlink(devices.join(OTHER), devices.join(NIC).join("virtfn0")).unwrap();
+    let error = host.change(&[address(NIC)], None, false).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains(&format!("virtual functions are bound: {OTHER} (e1000)")), "{error}");
+    assert!(error.to_string().contains(&format!("vireo-devbind --unbind {OTHER}")), "{error}");
+    host.change(&[address(NIC)], None, true).unwrap();
+
+    // A process that has one keeps the kernel waiting, whatever is forced.
+    fs::remove_file(devices.join(OTHER).join("driver")).unwrap();
+    symlink("../../drivers/vfio-pci", devices.join(OTHER).join("driver")).unwrap();
+    let process = dir.path().join("proc/4711");
+    fs::create_dir_all(process.join("fd")).unwrap();
+    fs::write(process.join("comm"), "qemu\n").unwrap();
+    symlink("/dev/vfio/7", process.join("fd/5")).unwrap();
+    let error = host.change(&[address(NIC)], None, true).unwrap_err();
+    assert!(error.to_string().contains(&format!("{OTHER} is in use by pid 4711 (qemu)")), "{error}");
+
+    fs::remove_dir_all(process).unwrap();
+    fs::remove_file(devices.join(OTHER).join("driver")).unwrap();
+    host.change(&[address(NIC)], None, false).unwrap();
+}
+
+#[test]
+fn a_missing_sysfs_is_not_an_empty_list() {
+    let (dir, host) = machine();
+    fs::remove_dir_all(dir.path().join("bus")).unwrap();
+    for error in [status::list(&host).unwrap_err(), select(&host, "00:03.*").unwrap_err()] {
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(error.to_string().contains("bus/devices is not there"), "{error}");
+    }
+}
+
+#[test]
 fn the_first_driver_is_recorded_until_it_is_back() {
     let (_dir, host) = machine();
     let nic = address(NIC);
@@ -196,16 +334,22 @@ fn arguments() {
         let cli: Cli = parse_plain(argv)?.unwrap();
         cli.check().map(|()| cli)
     };
-    assert!(read("").unwrap().addresses.is_empty());
-    assert_eq!(read("-b vfio-pci 00:03.0 00:03.1").unwrap().addresses.len(), 2);
+    assert!(read("").unwrap().nics.is_empty());
+    assert_eq!(read("-b vfio-pci 00:03.0 eth0 00:0d.*").unwrap().nics.len(), 3);
+    assert_eq!(read("-b none eth0").unwrap().driver(), None);
+    read("--status-dev net --json").unwrap();
+    read("--noiommu-mode -b vfio-pci eth0").unwrap();
     for line in [
         "--bind vfio-pci",
         "--unbind",
         "--restore",
         "00:03.0",
         "--bind a --unbind 00:03.0",
-        "-u nope",
         "-s 00:03.0",
+        "--status-dev net 00:03.0",
+        "--status-dev crypto",
+        "--status-dev net --force",
+        "--noiommu-mode -u eth0",
     ] {
         let error = read(line).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage, "{line}");

@@ -372,7 +372,7 @@ fn conflict(what: &str, why: &str, cure: &str) -> Error {
 }
 
 /// `text` for an error message: on one line, in quotes, not too long.
-pub(crate) fn quoted(text: &str) -> String {
+pub fn quoted(text: &str) -> String {
     format!("\"{}\"", printable(text, 60))
 }
 

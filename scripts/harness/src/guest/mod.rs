@@ -1,5 +1,6 @@
 //! The guest's cases, by the boots that make their machines.
 
+mod devbind;
 mod doctor;
 mod forward;
 mod group;
@@ -168,6 +169,7 @@ fn iommu(cases: &mut Cases) {
         let name = format!("refused: {mode} with an IOMMU");
         refuse::mode_refused(cases, boot, name, (mode, e1000e()), "use --vfio-mode cdev or container");
     }
+    devbind::cases(cases);
     doctor::cases(cases, boot, "container");
     refuse::bound_to_the_kernel(cases, boot, "cdev");
     refuse::not_loaded(cases, boot);
