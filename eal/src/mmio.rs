@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-use crate::dma::dma_wmb;
+use crate::dma::{dma_rmb, dma_wmb};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Registers that a program plays instead of a device, for tests without hardware.
@@ -104,7 +104,10 @@ macro_rules! access {
                 Backing::Device { mapped, file, file_offset } => {
                     if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
                         // SAFETY: `pointer` gives an aligned address inside a live mapping of registers.
-                        return <$type>::from_le(unsafe { at.cast::<$type>().read_volatile() });
+                        let value = unsafe { at.cast::<$type>().read_volatile() };
+                        // What a register says of memory (a reset that is done) is true of reads after it.
+                        dma_rmb();
+                        return <$type>::from_le(value);
                     }
                     let mut bytes = [0; SIZE];
                     match file.read_exact_at(&mut bytes, file_offset + offset) {

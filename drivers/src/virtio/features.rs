@@ -26,9 +26,9 @@ bitflags::bitflags! {
         const ACCESS_PLATFORM = 1 << 33;
         /// `VIRTIO_F_IN_ORDER`: the device uses buffers in the order in which they were offered.
         const IN_ORDER = 1 << 35;
-        /// `VIRTIO_F_ORDER_PLATFORM`: the device needs barriers for devices, not only for CPUs. On x86 those are the
-        /// same: a device sees writes to memory in program order, also before a later one to a register, reads are
-        /// not reordered, and what it writes is seen in its order. `full_mb` does the rest, a write before a read.
+        /// `VIRTIO_F_ORDER_PLATFORM`: the device needs barriers for devices, not only for CPUs (virtio 1.2, 6). Those of
+        /// `vireo_eal::dma` are for devices on every architecture, so the driver always accepts it. Without it the
+        /// device is software on another CPU, for which they are strong enough, too.
         const ORDER_PLATFORM = 1 << 36;
     }
 

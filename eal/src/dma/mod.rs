@@ -16,20 +16,44 @@ pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, Pe
 pub use pool::{BUFFER_SIZE, Buffer, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
 
-/// Orders the read of an ownership word (DD bit, used index) before the reads of what it covers.
+// Rust's fences order accesses among the CPUs that run threads. For x86 that includes devices; for Arm it is the inner
+// shareable domain (`dmb ish`), and devices that are coherent with the CPUs may be in the outer one (Arm ARM, B2.3), which
+// is why Linux's `dma_rmb` and `dma_wmb` are `dmb oshld` and `dmb oshst` (`arch/arm64/include/asm/barrier.h`).
+
+/// The barrier `dmb` of an option, such as `oshld`. Miri knows no assembly.
+#[cfg(all(target_arch = "aarch64", not(miri)))]
+macro_rules! dmb {
+    ($option:literal) => {
+        // SAFETY: the instruction only orders accesses to memory: it touches no register, flag or stack. Without `nomem`,
+        // the compiler moves no access across it.
+        unsafe { core::arch::asm!(concat!("dmb ", $option), options(nostack, preserves_flags)) }
+    };
+}
+
+/// Orders the read of an ownership word (DD bit, used index) before the reads and writes of what it covers.
 #[inline(always)]
 pub fn dma_rmb() {
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    dmb!("oshld");
+    #[cfg(not(all(target_arch = "aarch64", not(miri))))]
     std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
 }
 
-/// Orders writes to descriptors before the write that hands them to the device.
+/// Orders the reads and writes of descriptors and buffers before the write that hands them to the device.
 #[inline(always)]
 pub fn dma_wmb() {
+    // Linux's `oshst` orders writes alone. Here a buffer that was read is given away behind this barrier, too.
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    dmb!("osh");
+    #[cfg(not(all(target_arch = "aarch64", not(miri))))]
     std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
 }
 
 /// Orders a write before a later read of another word: publish an index, then read whether a doorbell is wanted.
 #[inline(always)]
 pub fn full_mb() {
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
+    dmb!("osh");
+    #[cfg(not(all(target_arch = "aarch64", not(miri))))]
     std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
 }

@@ -14,6 +14,8 @@ use crate::process::run_for;
 
 /// Seconds that a build with its tests may take.
 const BUILD: u64 = 3600;
+/// Architecture whose barriers and page sizes are not x86's.
+const AARCH64: &str = "aarch64-unknown-linux-gnu";
 /// What a script prints when it cannot run here, with the reason.
 const SKIPPED: &str = "SKIPPED: ";
 
@@ -66,6 +68,12 @@ fn has(component: &str) -> bool {
     command.status().is_ok_and(|status| status.success())
 }
 
+/// Whether this Rust has the standard library of a target.
+fn has_target(target: &str) -> Result<bool> {
+    let output = Command::new("rustc").args(["--print", "target-libdir", "--target", target]).output()?;
+    Ok(Path::new(String::from_utf8_lossy(&output.stdout).trim()).is_dir())
+}
+
 fn component(
     cases: &mut Cases,
     environment: &Environment,
@@ -116,6 +124,16 @@ pub(super) fn checks(cases: &mut Cases, environment: &Environment) {
         "--locked",
     ];
     Line { name: "documentation", words: &words, needs: &[] }.add(cases, environment);
+    let repo = environment.repo.clone();
+    cases
+        .add("the workspace compiles for aarch64", move |context| {
+            if !has_target(AARCH64)? {
+                return skip(format!("this Rust has no target {AARCH64}; rustup target add {AARCH64}"));
+            }
+            let words = ["check", "--quiet", "--workspace", "--locked", "--target", AARCH64];
+            finish(context, Command::new("cargo").args(words).current_dir(&repo))
+        })
+        .limit(BUILD);
 }
 
 /// Each unit test and test of a command line, in a process of its own, so that none can hang or end another.
