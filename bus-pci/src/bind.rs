@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use vireo_eal::args::quoted;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::vfio::no_group;
 use vireo_eal::{Error, ErrorKind, Result};
@@ -16,11 +17,21 @@ impl Bus {
     /// old one is put back.
     ///
     /// # Errors
-    /// `Unavailable` when the function or the driver is not there, `Permission` without root.
+    /// `Unavailable` when the function or the driver is not there, `Usage` when `driver` cannot be a driver's name,
+    /// `Permission` without root.
     pub fn bind(&self, address: Bdf, driver: Option<&str>) -> Result<Option<String>> {
         let old = self.find(address)?.driver;
         if old.as_deref() == driver {
             return Ok(old);
+        }
+        // It becomes a path, a line of sysfs and a word of a command that the user is told to run.
+        let is_name = |driver: &str| {
+            !driver.is_empty() && driver.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
+        };
+        if let Some(driver) = driver.filter(|driver| !is_name(driver)) {
+            let what = format!("cannot bind {address} to {}", quoted(driver));
+            return Err(Error::new(ErrorKind::Usage, what, "no driver can have that name")
+                .mend("list the drivers: ls /sys/bus/pci/drivers"));
         }
         if let Some(driver) = driver
             && !self.has_driver(driver)
@@ -93,6 +104,19 @@ mod tests {
         let error = bus.bind("0000:00:03.0".parse().unwrap(), Some("vfio-pci")).unwrap_err();
         assert!(error.to_string().ends_with("run: modprobe vfio-pci"), "{error}");
         assert_eq!(bus.scan().unwrap()[0].driver.as_deref(), Some("e1000"));
+    }
+
+    #[test]
+    fn what_is_no_name_of_a_driver_changes_nothing() {
+        let (dir, bus) = fake_bus(&[("0000:00:03.0", "8086", "100e", "e1000")]);
+        with_files(dir.path(), "0000:00:03.0", &["e1000"]);
+        for driver in ["", ".", "..", "../devices", "e1000\nx", "x; reboot"] {
+            let error = bus.bind("0000:00:03.0".parse().unwrap(), Some(driver)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+            assert_eq!(error.to_string().lines().count(), 1, "{error}");
+        }
+        assert_eq!(bus.scan().unwrap()[0].driver.as_deref(), Some("e1000"));
+        assert_eq!(fs::read_to_string(dir.path().join("devices/0000:00:03.0/driver_override")).unwrap(), "");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use vireo_bus_pci::PciInfo;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::host::{Host, VFIO_DRIVER, names};
+use crate::host::{Host, names};
 
 /// `RTF_REJECT`, `RTF_ANYCAST` and `RTF_LOCAL` (`linux/ipv6_route.h`): routes to nowhere and to this machine.
 const NOT_OUT: u32 = 0x0200 | 0x0010_0000 | 0x8000_0000;
@@ -47,7 +47,7 @@ impl Host {
             return Err(Error::new(ErrorKind::Busy, what(), why).mend(hint));
         }
         for info in functions.iter().chain([info]) {
-            if info.driver.as_deref() == Some(VFIO_DRIVER)
+            if self.bus.is_on_vfio(info)
                 && let Some((pid, name)) = self.holder(info.address)
             {
                 let its = match info.address == address {

@@ -248,7 +248,7 @@ impl DmaMemory {
                 what(),
                 format!("without an IOMMU at most one page of {} KiB is contiguous", page >> 10),
             )
-            .mend("run with hugepages: sysctl vm.nr_hugepages=64"));
+            .mend("use larger pages: leave --no-huge out, or ask for smaller rings"));
         }
         let place = |allocated: usize| {
             let mut start = allocated.checked_next_multiple_of(align)?;

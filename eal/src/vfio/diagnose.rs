@@ -45,11 +45,17 @@ fn locked_kib() -> Option<u64> {
 /// The container takes no further mapping, however small.
 pub(super) fn entry_limit(error: Error) -> Error {
     const PARAMETER: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
-    let limit = fs::read_to_string(PARAMETER).unwrap_or_else(|_| "65535".into());
+    let limit: u32 =
+        fs::read_to_string(PARAMETER).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(65535);
     error
-        .because(format!("the container has all the mappings that dma_entry_limit allows, {}", limit.trim()))
-        .mend(format!("run: echo 65535 > {PARAMETER}, or choose --vfio-mode cdev"))
+        .because(format!("the container has all the mappings that dma_entry_limit allows, {limit}"))
+        .mend(format!("run: echo {} > {PARAMETER}; or choose --vfio-mode cdev", more_entries(limit)))
         .kind_is(ErrorKind::Os)
+}
+
+/// A limit above `limit`: the kernel's own, or twice as many.
+fn more_entries(limit: u32) -> u32 {
+    limit.saturating_mul(2).max(65535)
 }
 
 /// A node did not open, although its owner and mode would allow it.
@@ -294,9 +300,12 @@ pub(super) fn not_viable(node: &Node, group: u32) -> Error {
         format!("cannot use {}", node.name),
         format!("IOMMU group {group} is not viable: bound to kernel drivers are {}", named.join(", ")),
     )
-    .mend(match others.first() {
-        Some((name, _)) => format!("run for each: vireo-devbind --bind vfio-pci {name}"),
-        None => "unbind every other device of the group".to_owned(),
+    .mend(match others.as_slice() {
+        [] => "unbind every other device of the group".to_owned(),
+        others => {
+            let names: Vec<&str> = others.iter().map(|(name, _)| name.as_str()).collect();
+            format!("run: vireo-devbind --bind vfio-pci {}", names.join(" "))
+        }
     })
 }
 
@@ -308,14 +317,27 @@ mod tests {
     #[test]
     fn a_group_that_is_not_viable_names_its_members() {
         let dir = tempfile::tempdir().unwrap();
-        for (name, driver) in [("0000:00:04.0", "vfio-pci"), ("0000:00:04.1", "e1000e")] {
+        for (name, driver) in
+            [("0000:00:04.0", "vfio-pci"), ("0000:00:04.1", "e1000e"), ("0000:00:04.2", "e1000e")]
+        {
             let device = dir.path().join("iommu_group/devices").join(name);
             fs::create_dir_all(&device).unwrap();
             symlink(format!("/sys/bus/pci/drivers/{driver}"), device.join("driver")).unwrap();
         }
         let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
         let text = not_viable(&node, 7).to_string();
-        assert!(text.contains("drivers are 0000:00:04.1 (e1000e); run"), "{text}");
+        for address in ["0000:00:04.1", "0000:00:04.2"] {
+            assert!(text.contains(&format!("{address} (e1000e)")), "{text}");
+        }
+        let (_, command) = text.split_once("; run: vireo-devbind --bind vfio-pci ").unwrap();
+        let mut named: Vec<&str> = command.split(' ').collect();
+        named.sort_unstable();
+        assert_eq!(named, ["0000:00:04.1", "0000:00:04.2"]);
+    }
+
+    #[test]
+    fn the_entry_limit_that_is_advised_is_higher() {
+        assert_eq!([0, 100, 65535].map(more_entries), [65535, 65535, 131_070]);
     }
 
     #[test]

@@ -163,7 +163,7 @@ pub(super) fn check(node: impl AsFd, path: &Path, number: &str, whose: &str) -> 
     }
     let why = format!("it is device {found} and {whose} is {number}");
     let error = Error::new(ErrorKind::Unavailable, format!("cannot use {}", path.display()), why);
-    Err(error.mend(format!("run: rm -f {}; {}", path.display(), make(path, number))))
+    Err(error.mend(format!("run: rm -f {} && {}", path.display(), make(path, number))))
 }
 
 /// There is no node at `path`: says how to make the one with this number.
@@ -175,10 +175,10 @@ pub(super) fn absent(error: Error, path: &Path, number: &str) -> Error {
     ))
 }
 
-/// The commands that make a node.
+/// The commands that make a node: the kernel makes nodes only in a devtmpfs, and udev none at all.
 fn make(path: &Path, number: &str) -> String {
     let dir = path.parent().unwrap_or(Path::new("/dev/vfio")).display();
-    format!("mkdir -p {dir}; mknod {} c {}", path.display(), number.replace(':', " "))
+    format!("mkdir -p {dir} && mknod -m 0600 {} c {}", path.display(), number.replace(':', " "))
 }
 
 /// Opens `paths` to pass them to another process.

@@ -28,7 +28,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot) {
                 let again = bound_again(SECOND);
                 bind(SECOND, "e1000")?;
                 let text = format!(
-                    "bound to kernel drivers are {SECOND} (e1000); run for each: vireo-devbind --bind vfio-pci {SECOND}"
+                    "bound to kernel drivers are {SECOND} (e1000); run: vireo-devbind --bind vfio-pci {SECOND}"
                 );
                 unusable(context, mode, FIRST, (69, &text))?;
                 drop(again);

@@ -146,7 +146,7 @@ pub(super) fn missing_nodes(cases: &mut Cases, boot: Boot) {
         ("/dev/iommu", "cdev", "modprobe iommufd"),
         ("/dev/iommu", "compat", "modprobe iommufd"),
         ("/dev/vfio/vfio", "container", "modprobe vfio-pci"),
-        ("/dev/vfio/devices", "cdev", "run: mkdir -p /dev/vfio/devices; mknod /dev/vfio/devices/vfio"),
+        ("/dev/vfio/devices", "cdev", "mkdir -p /dev/vfio/devices && mknod -m 0600 /dev/vfio/devices/vfio"),
     ] {
         cases.add(format!("refused: no {node}, {mode}"), move |context| {
             let hidden = hidden(node)?;
@@ -170,7 +170,7 @@ pub(super) fn wrong_nodes(cases: &mut Cases, boot: Boot) {
             drop(away);
             let number = std::fs::metadata(&own)?.rdev();
             let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
-            let fix = format!("mknod {} c {major} {minor}", own.display());
+            let fix = format!("mknod -m 0600 {} c {major} {minor}", own.display());
             ensure!(line.contains(&fix), "not said: {fix}");
             starts_again(context, boot.generator_mode())
         });
