@@ -99,13 +99,13 @@ impl Host {
         }
     }
 
-    /// Does what a start does with one NIC, and lets go of it.
+    /// Does what a start does with one NIC, and releases it.
     fn attempt(&self, info: &PciInfo, mode: VfioMode) -> Result<()> {
         // Each time anew: the kernel gives a device to one owner at a time, and modes are other owners.
         let vfio = Vfio::new(self.vf_token).below(&self.root);
         let known = |id: DeviceId| driver_of(id).is_some();
         if known(info.id) && !self.bus.is_on_vfio(info) {
-            // What a bind would not mend is said first: the command that binds would be the wrong one.
+            // Faults that a bind would not fix come first: for them the command that binds is the wrong advice.
             vfio.foresee(&self.bus.node(info.address), mode, self.bus.has_driver(VFIO_DRIVER))?;
         }
         self.bus.usable(info, known)?;

@@ -1,5 +1,5 @@
-//! `vireo-doctor`: says of each NIC and each VFIO mode whether a program can use it, the one reason why not, and the
-//! command that mends it.
+//! `vireo-doctor`: says for each NIC and each VFIO mode whether a program can use it, the one reason why not, and the
+//! command that fixes it.
 #![forbid(unsafe_code)]
 
 mod examine;
@@ -21,14 +21,14 @@ use crate::examine::Host;
 use crate::machine::Machine;
 use crate::report::Report;
 
-/// Says of each NIC and each VFIO mode whether a program can use it, and if not, why and what mends it.
+/// Says for each NIC and each VFIO mode whether a program can use it, and if not, why and which command fixes it.
 ///
-/// A NIC that is on vfio-pci is tried: opened in each mode, given to its driver and mapped memory as l2fwd does it,
-/// and let go. That resets it; its queues are not started and nothing is forwarded. What another process has open
-/// is left alone. Of a NIC with another kernel driver, or none, is only read.
+/// NICs on vfio-pci are opened in each mode, probed, mapped as l2fwd maps them, and released, which resets them. Their
+/// queues are not started and nothing is forwarded. NICs that another process has open are left alone. Of NICs on
+/// another kernel driver, or none, the doctor only reads the state.
 ///
-/// Exit code: 0 when a NIC can be used in some mode, 69 when none can be in any, 64 for wrong arguments, 74 when
-/// nobody takes the output.
+/// Exit code: 0 when some NIC can be used in some mode, 69 when no NIC can be used, 64 for wrong arguments, 74 when
+/// the output cannot be written.
 #[derive(Debug, Parser)]
 #[command(name = "vireo-doctor", version)]
 struct Cli {
@@ -46,7 +46,7 @@ struct Cli {
     addresses: Vec<Bdf>,
 }
 
-/// A mode that a device can be had in.
+/// Any mode except `auto`.
 fn explicit(text: &str) -> Result<VfioMode> {
     let mend = |error: Error| error.mend("use some of container, cdev, compat, noiommu, noiommu-cdev");
     match text.parse().map_err(mend)? {

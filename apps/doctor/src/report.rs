@@ -54,7 +54,7 @@ impl Report {
     }
 }
 
-/// The verdict, and what mends it on a line of its own.
+/// The verdict, and the command that fixes it on a line of its own.
 fn row(Verdict { mode, refusal, .. }: &Verdict) -> String {
     let Some(refusal) = refusal else { return format!("  {mode:<14}usable\n") };
     let mut row = format!("  {mode:<14}no: {}: {}\n", refusal.what, refusal.why);

@@ -20,7 +20,7 @@ use crate::recall::Recall;
 
 /// Time between two looks at the ports.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Least time between two restarts of a port, so that a device that lies without end does not keep everybody.
+/// Shortest time between two restarts of a port: a device that misbehaves forever must not keep the thread busy.
 const RESTART_EVERY: Duration = Duration::from_millis(500);
 
 /// Queues of started ports while no lcore has them, by number: pairs are counted over all ports, as many for each.
