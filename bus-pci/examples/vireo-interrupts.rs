@@ -99,6 +99,7 @@ fn cause(id: DeviceId, irq: Irq) -> Option<u32> {
 fn by_device(device: &PciDevice, irq: Irq, cause: u32) -> Result<()> {
     // A message is a write to memory, which only a bus master makes.
     device.set_command(true)?;
+    device.allow_intx()?;
     let registers = device.bar(0)?;
     quiet(&registers);
     let event = enable(device, irq)?;

@@ -74,21 +74,43 @@ pub trait Function: Send {
         u32::from_le_bytes(bytes)
     }
 
-    /// Lets the function answer memory accesses, and start DMA of its own if `bus_master`.
+    /// Lets the function answer memory accesses, and start DMA of its own if `bus_master`. It may not assert INTx,
+    /// a line that other functions share, until [`Function::allow_intx`].
     ///
     /// # Errors
     /// When the kernel refuses the write.
     fn set_command(&self, bus_master: bool) -> Result<()> {
         let old = self.config16(COMMAND) & !COMMAND_BUS_MASTER;
-        let new = old | COMMAND_MEMORY | if bus_master { COMMAND_BUS_MASTER } else { 0 };
+        let new =
+            old | COMMAND_MEMORY | COMMAND_INTX_DISABLE | if bus_master { COMMAND_BUS_MASTER } else { 0 };
+        self.write_config(COMMAND, &new.to_le_bytes())
+    }
+
+    /// Lets the function assert INTx, for a driver that takes that interrupt.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write.
+    fn allow_intx(&self) -> Result<()> {
+        let new = self.config16(COMMAND) & !COMMAND_INTX_DISABLE;
+        self.write_config(COMMAND, &new.to_le_bytes())
+    }
+
+    /// Lets the function answer accesses to its I/O ports.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write.
+    fn decode_io(&self) -> Result<()> {
+        let new = self.config16(COMMAND) | COMMAND_IO;
         self.write_config(COMMAND, &new.to_le_bytes())
     }
 }
 
 /// Command register (PCI Local Bus 3.0, 6.2.2).
 const COMMAND: u16 = 0x04;
+const COMMAND_IO: u16 = 1 << 0;
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_BUS_MASTER: u16 = 1 << 2;
+const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 /// Status register; bit 4 says that there is a capability list.
 const STATUS: u16 = 0x06;
 const STATUS_CAPABILITY_LIST: u16 = 1 << 4;
@@ -103,6 +125,8 @@ pub struct Capability {
     pub offset: u16,
 }
 
+/// Capability id of PCI Express.
+pub const CAP_ID_EXPRESS: u8 = 0x10;
 /// Capability id of vendor-specific capabilities, which virtio uses.
 pub const CAP_ID_VENDOR: u8 = 0x09;
 

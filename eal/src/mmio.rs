@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::time::Duration;
 
 use crate::dma::{dma_rmb, dma_wmb};
 use crate::error::{Error, ErrorKind, Result};
@@ -19,6 +20,8 @@ pub trait Registers: Send + Sync {
     fn read(&self, offset: u64, size: usize) -> u64;
     /// Takes a write.
     fn write(&self, offset: u64, size: usize, value: u64);
+    /// Lets `time` pass for the device: the driver waits for it.
+    fn elapse(&self, _time: Duration) {}
 }
 
 /// Base address register of a device: its registers, mapped where the kernel allows it and reached by
@@ -151,6 +154,15 @@ impl Bar {
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.0.size
+    }
+
+    /// Waits `time` for the device, at least. A program that plays the registers decides what that means for it,
+    /// and the call returns at once.
+    pub fn pause(&self, time: Duration) {
+        match &self.0.backing {
+            Backing::Device { .. } => std::thread::sleep(time),
+            Backing::Emulated { registers, .. } => registers.elapse(time),
+        }
     }
 
     access!(read8, write8, u8);

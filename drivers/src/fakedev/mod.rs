@@ -17,6 +17,7 @@ const BAR0: usize = 0x10;
 const CAPABILITY_POINTER: usize = 0x34;
 /// First byte behind the header, where capabilities may be.
 const HEADER_LEN: usize = 0x40;
+const COMMAND_IO: u8 = 1 << 0;
 const COMMAND_MEMORY: u8 = 1 << 1;
 const COMMAND_BUS_MASTER: u8 = 1 << 2;
 const STATUS_CAPABILITY_LIST: u8 = 1 << 4;
@@ -110,6 +111,11 @@ impl ConfigSpace {
         for (at, byte) in (usize::from(offset)..LEN).zip(bytes) {
             space.bytes[at] = *byte;
         }
+    }
+
+    /// Whether the function answers accesses to I/O ports.
+    pub fn io_enabled(&self) -> bool {
+        self.lock().bytes[COMMAND] & COMMAND_IO != 0
     }
 
     /// Whether the function answers memory accesses.
