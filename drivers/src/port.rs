@@ -267,10 +267,16 @@ pub trait Nic {
     /// The station address.
     fn mac(&self) -> MacAddr;
 
+    /// Highest device address that the NIC can use: all of its memory must be below. A chip cuts off what is above,
+    /// and says nothing.
+    fn dma_mask(&self) -> u64 {
+        u64::MAX
+    }
+
     /// State of the link now.
     fn link(&self) -> Link;
 
-    /// Whether the port works, asked now and then. It reads a register at most.
+    /// Whether the port works, asked now and then. It reads a register or two, and more of a link that has come up.
     ///
     /// # Errors
     /// Why the port must be stopped and started: a queue met a lie or completes nothing, the device asks for a
@@ -354,6 +360,9 @@ macro_rules! any_driver {
             }
             fn mac(&self) -> MacAddr {
                 match self { $(Self::$variant(device) => device.mac()),* }
+            }
+            fn dma_mask(&self) -> u64 {
+                match self { $(Self::$variant(device) => device.dma_mask()),* }
             }
             fn link(&self) -> Link {
                 match self { $(Self::$variant(device) => device.link()),* }

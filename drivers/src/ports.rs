@@ -142,6 +142,7 @@ fn take(device: PciDevice, info: PciInfo, args: &[(String, String)]) -> Result<O
     let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
     let request = device.vfio().hear_request().inspect_err(|error| tracing::debug!("{error}")).ok();
     let port = probe(Box::new(device), args)?;
+    space.set_dma_mask(port.dma_mask());
     let driver = driver_of(info.id).unwrap_or("none");
     let kind = format!("({driver}, {}) in mode {}: {}", info.id, report.mode, report.why);
     let name = info.address.to_string();
@@ -254,8 +255,8 @@ impl MemoryNeed {
         let pair = match port {
             // Of a split ring the device writes the used ring, and reads descriptors and avail ring (virtio 1.2, 2.7).
             Port::Virtio(_) => [entries * 8 + REST, entries * 18 + REST],
-            // Completions are written into the descriptors.
-            Port::E1000(_) => [entries * 16 + REST, 0],
+            // Completions are written into the descriptors. A ring is aligned to its size, which may cost as much again.
+            Port::E1000(_) => [entries * 16 * 2 + REST, 0],
             Port::Vhost(_) => [0, 0],
         };
         pair.map(|bytes| bytes * usize::from(self.pairs))

@@ -61,7 +61,8 @@ impl IovaRanges {
         }))
     }
 
-    /// Lowest aligned address with room for `len` bytes, above 4 GiB if there is one.
+    /// Lowest aligned address with room for `len` bytes, above 4 GiB if there is one. Never 0, which some devices take
+    /// for no address (82574 datasheet, 3.2.1).
     pub fn fit(&self, len: u64) -> Option<u64> {
         let first_from = |minimum: u64| {
             self.0.iter().find_map(|range| {
@@ -70,7 +71,7 @@ impl IovaRanges {
                 (last <= *range.end()).then_some(start)
             })
         };
-        first_from(PREFERRED).or_else(|| first_from(0))
+        first_from(PREFERRED).or_else(|| first_from(ALIGNMENT))
     }
 }
 
@@ -90,6 +91,13 @@ mod tests {
         assert_eq!(IovaRanges::new([0x1000..=0xffff_ffff]).fit(4096), Some(2 << 20));
         assert_eq!(x86().fit(1 << 40), None);
         assert_eq!(x86().fit(0), None);
+    }
+
+    #[test]
+    fn a_device_with_32_address_bits_gets_what_is_below_four_gibibytes_and_not_0() {
+        let reachable = x86().intersection(&IovaRanges::new([0..=u32::MAX.into()]));
+        assert_eq!(reachable.fit(1 << 30), Some(2 << 20));
+        assert_eq!(reachable.fit(4 << 30), None);
     }
 
     proptest! {

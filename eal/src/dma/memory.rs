@@ -130,8 +130,8 @@ impl DmaMemory {
     /// when the devices have no IOMMU. With no space at all (virtual devices) it gets an IOVA that nobody maps.
     ///
     /// # Errors
-    /// `Unavailable` when no IOVA is allowed everywhere or when spaces with and without IOMMU are mixed;
-    /// `Os` when a map call is refused.
+    /// `Unavailable` when no IOVA is allowed everywhere, when a device does not reach a page's physical address, or
+    /// when spaces with and without IOMMU are mixed; `Os` when a map call is refused.
     pub fn map(region: Region, spaces: &[Arc<AddressSpace>]) -> Result<Arc<Self>> {
         if !spaces.is_empty() && !is_physical(spaces)? {
             let part = Part { read_write: region.len(), read_only: 0, spaces: spaces.to_vec() };
@@ -145,7 +145,11 @@ impl DmaMemory {
             physical = mapping.physical_addresses()?.or(physical);
         }
         let translation = match physical {
-            Some(addresses) => Translation::paged(region.page_size(), &addresses),
+            Some(addresses) => {
+                let mask = spaces.iter().map(|space| space.dma_mask()).min().unwrap_or(u64::MAX);
+                check_reach(&addresses, region.page_size(), mask)?;
+                Translation::paged(region.page_size(), &addresses)
+            }
             None => Translation::linear(fit(spaces, region.len() as u64)?),
         };
         Ok(Self::whole(mappings, region, translation))
@@ -330,6 +334,18 @@ fn is_physical(spaces: &[Arc<AddressSpace>]) -> Result<bool> {
     Ok(physical > 0)
 }
 
+/// Whether devices that give out no address above `mask` reach every page of `page_size` bytes at `addresses`.
+fn check_reach(addresses: &[u64], page_size: usize, mask: u64) -> Result<()> {
+    let beyond = |address: &&u64| address.checked_add(page_size as u64 - 1).is_none_or(|last| last > mask);
+    let Some(beyond) = addresses.iter().find(beyond) else { return Ok(()) };
+    let why = format!(
+        "a page is at the physical address {beyond:#x}, and a NIC among them has {} address bits",
+        u64::BITS - mask.leading_zeros()
+    );
+    Err(Error::new(ErrorKind::Unavailable, "cannot use this memory without an IOMMU", why)
+        .mend("boot with an IOMMU (intel_iommu=on or amd_iommu=on), or with mem=3G"))
+}
+
 /// Maps `bytes` of `region`, whose first byte is at `iova`, in each of `spaces`.
 fn map_everywhere(
     region: &Arc<Region>,
@@ -368,7 +384,7 @@ fn fit(spaces: &[Arc<AddressSpace>], len: u64) -> Result<u64> {
             ErrorKind::Unavailable,
             format!("cannot place {} MiB in the devices' address space", len >> 20),
             format!(
-                "the IOMMUs allow together {}",
+                "the IOMMUs and the address bits of the NICs allow together {}",
                 if ranges.is_empty() { "nothing".into() } else { ranges.join(", ") }
             ),
         )
@@ -447,6 +463,17 @@ mod tests {
         let found: Vec<_> = layout(&parts, 9 * 4096).unwrap().iter().flatten().map(pages).collect();
         assert_eq!(found, [[0, 5], [5, 6], [6, 6], [6, 6], [6, 7], [7, 9]]);
         assert!(layout(&parts, 6 * 4096).unwrap_err().to_string().contains("28 KiB are needed and 24 KiB"));
+    }
+
+    #[test]
+    fn pages_beyond_the_reach_of_a_nic_are_refused_with_the_reason() {
+        let (low, high) = (0xffe0_0000, 0x1_0000_0000);
+        check_reach(&[low, high], 2 << 20, u64::MAX).unwrap();
+        check_reach(&[low], 2 << 20, u32::MAX.into()).unwrap();
+        for addresses in [[low, high], [low + 4096, low]] {
+            let error = check_reach(&addresses, 2 << 20, u32::MAX.into()).unwrap_err().to_string();
+            assert!(error.contains("32 address bits") && error.contains("intel_iommu=on"), "{error}");
+        }
     }
 
     #[test]

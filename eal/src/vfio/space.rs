@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -22,6 +23,8 @@ pub struct AddressSpace {
     tables: Tables,
     /// Allowed addresses that no mapping of ours uses.
     free: Mutex<IovaRanges>,
+    /// Highest address that every device gives out.
+    dma_mask: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -44,16 +47,20 @@ pub(super) struct Container {
 }
 
 impl AddressSpace {
+    fn of(tables: Tables) -> Self {
+        Self { tables, free: Mutex::new(IovaRanges::all()), dma_mask: AtomicU64::new(u64::MAX) }
+    }
+
     pub(super) fn type1(container: Container) -> Self {
-        Self { tables: Tables::Type1(container), free: Mutex::new(IovaRanges::all()) }
+        Self::of(Tables::Type1(container))
     }
 
     pub(super) fn none(container: Container) -> Self {
-        Self { tables: Tables::None(container), free: Mutex::new(IovaRanges::all()) }
+        Self::of(Tables::None(container))
     }
 
     pub(super) fn iommufd(ioas: Arc<Ioas>, physical: bool) -> Self {
-        Self { tables: Tables::Ioas { ioas, physical }, free: Mutex::new(IovaRanges::all()) }
+        Self::of(Tables::Ioas { ioas, physical })
     }
 
     pub(super) fn container(&self) -> Option<&Container> {
@@ -79,6 +86,18 @@ impl AddressSpace {
     /// Addresses that every attached device can use and that nothing of ours is mapped at.
     pub fn free_ranges(&self) -> IovaRanges {
         self.lock().clone()
+    }
+
+    /// Keeps later mappings at or below `mask`, the highest address that one of the devices gives out.
+    pub fn set_dma_mask(&self, mask: u64) {
+        self.dma_mask.fetch_min(mask, Ordering::Relaxed);
+        let mut free = self.lock();
+        *free = free.intersection(&IovaRanges::new([0..=mask]));
+    }
+
+    /// Highest address that every device gives out.
+    pub fn dma_mask(&self) -> u64 {
+        self.dma_mask.load(Ordering::Relaxed)
     }
 
     /// Whose limit on locked memory holds for mappings; none where nothing is pinned.
@@ -326,4 +345,19 @@ fn pinned(region: &Region) -> Result<()> {
         "the kernel may move them while the NIC writes",
     )
     .mend("leave out --no-huge"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_narrowest_device_decides_where_memory_is_mapped() {
+        let fd = File::open("/dev/null").unwrap().into();
+        let space = AddressSpace::none(Container { groups: Mutex::default(), iommufd: false, fd });
+        assert_eq!(space.free_ranges().fit(4096), Some(4 << 30));
+        space.set_dma_mask(u32::MAX.into());
+        space.set_dma_mask(u64::MAX);
+        assert_eq!((space.dma_mask(), space.free_ranges().fit(4096)), (u32::MAX.into(), Some(2 << 20)));
+    }
 }

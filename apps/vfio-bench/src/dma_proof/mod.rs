@@ -192,6 +192,8 @@ impl Rig {
         let device = bus.open(nic, &vfio, mode)?;
         let other = neighbour.map(|info| bus.open(info, &vfio, mode)).transpose()?;
         let space = |device: &PciDevice| Arc::clone(device.vfio().space());
+        // As few address bits as an e1000 on conventional PCI has.
+        std::iter::once(&device).chain(&other).for_each(|device| space(device).set_dma_mask(u32::MAX.into()));
         let part = |space: Arc<AddressSpace>| Part {
             read_write: LoopNic::MEMORY,
             read_only: PAGE_WORDS * 8,
