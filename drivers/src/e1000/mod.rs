@@ -2,46 +2,46 @@
 //!
 //! | chip | id | QEMU | reset |
 //! |---|---|---|---|
-//! | 82540EM, 82545EM, 82544GC | 8086:100e, 100f, 1008 | `e1000` | CTRL.RST and registers by hand |
-//! | 82574L | 8086:10d3 | `e1000e` | CTRL.RST and function reset |
+//! | 82540, 82544, 82545, 82546 with copper | 8086:100e and others | `e1000` | CTRL.RST, through I/O space |
+//! | 82574, 82583 | 8086:10d3, 10f6, 150c | `e1000e` | CTRL.RST, and the function's |
 //!
 //! Nothing is read from the EEPROM and no link is renegotiated: the station address is where the chip puts it,
-//! and a link that is up stays up. Every wait ends after a second.
+//! and a link that is up stays up. Every wait ends after a second. What is done for QEMU's models alone says so.
 
+mod chip;
+mod phy;
 pub mod regs;
+mod reset;
 mod rx;
 #[cfg(test)]
 mod tests;
 mod tx;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use vireo_bus_pci::{DeviceId, Function};
+use vireo_bus_pci::{CAP_ID_EXPRESS, Function, capabilities};
 use vireo_eal::dma::{DmaMemory, DmaRing, PoolCache};
 use vireo_eal::mmio::Bar;
 use vireo_eal::{Error, ErrorKind, Result};
 
+use self::chip::Chip;
+pub use self::chip::IDS;
 use self::regs::*;
 pub use self::rx::RxQueue;
 pub use self::tx::TxQueue;
 use crate::port::{Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
 
-/// Chips that this driver knows.
-pub const IDS: &[(DeviceId, &str)] = &[
-    (DeviceId { vendor: 0x8086, device: 0x100E }, "Intel 82540EM"),
-    (DeviceId { vendor: 0x8086, device: 0x100F }, "Intel 82545EM"),
-    (DeviceId { vendor: 0x8086, device: 0x1008 }, "Intel 82544GC"),
-    (ID_82574L, "Intel 82574L"),
-];
-const ID_82574L: DeviceId = DeviceId { vendor: 0x8086, device: 0x10D3 };
-
 /// Fewest descriptors of a ring: two batches that TX reclaims.
 const FEWEST: u16 = 2 * tx::RECLAIM as u16;
 /// Most descriptors of a ring: 64 KiB of RDLEN or TDLEN (SDM 13.4).
 const MOST: u16 = 4096;
-/// Alignment that RDBAL and TDBAL ask for is 16 bytes; a cache line keeps neighbours apart.
-const ALIGNMENT: usize = 64;
+/// Bytes of a descriptor.
+const DESCRIPTOR: usize = 16;
+/// Link control, in the PCI Express capability, and its bits for ASPM's L0s and L1 (PCI Express 4.0, 7.5.3.7).
+const LINK_CONTROL: u16 = 0x10;
+const LINK_CONTROL_ASPM: u16 = 3;
 /// Longest wait for the device.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -58,7 +58,13 @@ const DROPS: [(&str, u64); 4] = [
 #[derive(Debug)]
 pub struct Device {
     function: OpaqueFunction,
+    chip: Chip,
     bar: Bar,
+    /// I/O ports, of the chips that are reset through them.
+    io: Option<Bar>,
+    dma_mask: u64,
+    /// Whether flow control is set for the link that is up.
+    linked: AtomicBool,
     mac: MacAddr,
     promiscuous: bool,
     drops: [u64; DROPS.len()],
@@ -96,15 +102,20 @@ impl Device {
     /// it does not finish its reset or has no station address.
     pub fn probe(function: Box<dyn Function>) -> Result<Self> {
         let id = function.id();
-        let what = || format!("cannot use {} as e1000", function.address());
-        if !IDS.iter().any(|(known, _)| *known == id) {
-            return Err(Error::new(ErrorKind::Unavailable, what(), format!("it is a {id}")));
-        }
+        let Some(chip) = Chip::of(id) else {
+            let what = format!("cannot use {} as e1000", function.address());
+            return Err(Error::new(ErrorKind::Unavailable, what, format!("it is a {id}")));
+        };
         function.set_command(false)?;
         let bar = function.bar(0)?;
+        let io = chip.resets_through_io().then(|| reset::io_bar(&*function)).flatten();
         let mut device = Self {
             function: OpaqueFunction(function),
+            chip,
             bar,
+            io,
+            dma_mask: u64::MAX,
+            linked: AtomicBool::new(false),
             mac: MacAddr([0; 6]),
             promiscuous: false,
             drops: [0; DROPS.len()],
@@ -115,12 +126,27 @@ impl Device {
             idle: None,
         };
         device.quiesce()?;
+        device.dma_mask = device.reach()?;
+        if chip.is_82574() {
+            device.disable_aspm()?;
+        }
         device.mac = device.station_address()?;
         Ok(device)
     }
 
-    fn is_82574(&self) -> bool {
-        self.function.0.id() == ID_82574L
+    /// Highest address that the chip gives out. On conventional PCI the 8254x have 32 address lines that work: Linux
+    /// saw transmitters hang with more (e1000_main.c, `e1000_probe`).
+    ///
+    /// # Errors
+    /// `Unavailable` for an 82544 on PCI-X, which hangs at buffers that end where ours may (82544 specification update;
+    /// Linux, `pcix_82544`).
+    fn reach(&self) -> Result<u64> {
+        let pcix = !self.chip.is_82574() && self.bar.read32(STATUS) & STATUS_PCIX_MODE != 0;
+        if pcix && self.chip == Chip::I82544 {
+            let why = "it is in a PCI-X slot, where an 82544 hangs; in a slot of conventional PCI it works";
+            return Err(self.error(ErrorKind::Unavailable, "use", why));
+        }
+        Ok(if pcix || self.chip.is_82574() { u64::MAX } else { u32::MAX.into() })
     }
 
     /// An error about this device.
@@ -145,42 +171,8 @@ impl Device {
                 let why = format!("register {register:#x} stays {value:#x} for a second");
                 return Err(self.error(ErrorKind::Protocol, what, &why));
             }
-            std::thread::sleep(Duration::from_micros(20));
+            self.bar.pause(Duration::from_micros(20));
         }
-    }
-
-    /// Ends all DMA and brings the registers that matter to their reset values. Once it succeeds, memory that
-    /// the device knew can be used for something else.
-    fn quiesce(&self) -> Result<()> {
-        let (function, bar) = (&self.function.0, &self.bar);
-        function.set_command(false)?;
-        self.wait("reset", STATUS, |_| true)?;
-        bar.write32(IMC, u32::MAX);
-        bar.write32(RCTL, 0);
-        bar.write32(TCTL, 0);
-        if self.is_82574() {
-            // Requests that are under way when CTRL.RST comes can hang PCI Express (DS 10.2.2, CTRL).
-            bar.write32(CTRL, bar.read32(CTRL) | CTRL_GIO_MASTER_DISABLE);
-            if let Err(error) = self.wait("pause", STATUS, |status| status & STATUS_GIO_MASTER_ENABLE == 0) {
-                tracing::warn!("{error}");
-            }
-        }
-        bar.write32(CTRL, bar.read32(CTRL) | CTRL_RST);
-        // The chips want a microsecond of rest before the next access (SDM 13.4, CTRL.RST).
-        std::thread::sleep(Duration::from_micros(1));
-        if let Err(error) = self.wait("reset", CTRL, |ctrl| ctrl & CTRL_RST == 0) {
-            // The function's own reset takes 100 ms, so it is for a chip that does not answer.
-            if !function.reset()? {
-                return Err(error);
-            }
-            function.set_command(false)?;
-        }
-        // The rest of it: QEMU's 82540EM clears CTRL.RST and nothing else.
-        bar.write32(IMC, u32::MAX);
-        for register in [RCTL, TCTL, RDH, RDT, TDH, TDT, RDLEN, TDLEN] {
-            bar.write32(register, 0);
-        }
-        Ok(())
     }
 
     /// What the chip loaded from its EEPROM, a moment after the reset.
@@ -204,11 +196,10 @@ impl Device {
         }) {
             return Ok(idle);
         }
-        Ok(Rings {
-            memory: Arc::clone(memory),
-            rx: DmaRing::new(memory, rx, ALIGNMENT)?,
-            tx: DmaRing::new(memory, tx, ALIGNMENT)?,
-        })
+        // Aligned to its size, a ring crosses no 64 KiB, at which the first 82545 and 82546 fail (erratum 23; Linux,
+        // `e1000_check_64k_bound`). Packet buffers are aligned so, too.
+        let ring = |entries: usize| DmaRing::new(memory, entries, entries * DESCRIPTOR);
+        Ok(Rings { memory: Arc::clone(memory), rx: ring(rx)?, tx: ring(tx)? })
     }
 
     /// Writes what the chip must know before it may start (SDM 14.4 and 14.5, DS 4.6).
@@ -219,7 +210,7 @@ impl Device {
         {
             bar.write32(low, ring.iova() as u32);
             bar.write32(high, (ring.iova() >> 32) as u32);
-            bar.write32(len, (ring.entries() * 16) as u32);
+            bar.write32(len, (ring.entries() * DESCRIPTOR) as u32);
             bar.write32(head, 0);
             bar.write32(tail, 0);
         }
@@ -228,36 +219,56 @@ impl Device {
         }
         bar.write32(RXCSUM, 0);
         bar.write32(TIPG, TIPG_COPPER);
-        if self.is_82574() {
-            // Legacy descriptors and one queue, whatever the last driver chose.
-            bar.write32(RFCTL, 0);
-            bar.write32(MRQC, 0);
-            bar.write32(TXDCTL, bar.read32(TXDCTL) | TXDCTL_COUNT_DESC);
+        let mut cleared = CTRL_FRCSPD | CTRL_FRCDPX | CTRL_VME | CTRL_RFCE | CTRL_TFCE;
+        if self.chip.is_82574() {
+            cleared |= CTRL_GIO_MASTER_DISABLE | CTRL_82574_CLEAR;
+            self.set_up_82574();
         }
-        let forced = CTRL_GIO_MASTER_DISABLE | CTRL_FRCSPD | CTRL_FRCDPX | CTRL_VME;
-        bar.write32(CTRL, bar.read32(CTRL) & !forced | CTRL_SLU);
+        bar.write32(CTRL, bar.read32(CTRL) & !cleared | CTRL_SLU);
+        self.prepare_flow_control();
     }
 
-    /// Wakes a PHY that the kernel's driver put to sleep; it then negotiates by itself.
-    fn wake_phy(&self) -> Result<()> {
-        if self.wait("start", STATUS, |_| true)? & STATUS_LU != 0 {
+    /// What is the 82574's alone.
+    fn set_up_82574(&self) {
+        let bar = &self.bar;
+        // Legacy descriptors and one queue, whatever the last driver chose (DS 10.2.5).
+        bar.write32(RFCTL, 0);
+        bar.write32(MRQC, 0);
+        // Bits that the manual reserves and the errata want, each with its source in `regs`.
+        let change =
+            |register, set: u32, clear: u32| bar.write32(register, bar.read32(register) & !clear | set);
+        change(TXDCTL, TXDCTL_COUNT_DESC, 0);
+        change(TARC0, TARC0_82574_SET, TARC0_82574_CLEAR);
+        change(CTRL_EXT, CTRL_EXT_82574_SET, CTRL_EXT_82574_CLEAR);
+        change(GCR, GCR_82574_SET, 0);
+        change(GCR2, GCR2_82574_SET, 0);
+    }
+
+    /// Turns ASPM off, with which the 82574 loses completions and then sends nothing more (82574 specification update;
+    /// Linux, `FLAG2_DISABLE_ASPM_L0S` and `_L1`). VFIO lets nobody write link control, so it may be root's to do.
+    fn disable_aspm(&self) -> Result<()> {
+        let function = &self.function.0;
+        let express = capabilities(&**function)?.into_iter().find(|found| found.id == CAP_ID_EXPRESS);
+        let Some(control) = express.map(|found| found.offset + LINK_CONTROL) else { return Ok(()) };
+        let old = function.config16(control);
+        if old & LINK_CONTROL_ASPM == 0 {
             return Ok(());
         }
-        let mdic = |operation: u32| {
-            self.bar.write32(MDIC, operation | PHY_CONTROL << MDIC_REG_SHIFT | MDIC_PHY);
-            self.wait("reach the PHY of", MDIC, |mdic| mdic & (MDIC_READY | MDIC_ERROR) != 0)
-        };
-        let read = mdic(MDIC_OP_READ)?;
-        let control = read as u16;
-        if read & MDIC_ERROR == 0 && control & PHY_CONTROL_POWER_DOWN != 0 {
-            mdic(MDIC_OP_WRITE | u32::from(control & !PHY_CONTROL_POWER_DOWN))?;
+        function.write_config(control, &(old & !LINK_CONTROL_ASPM).to_le_bytes())?;
+        if function.config16(control) & LINK_CONTROL_ASPM != 0 {
+            let address = function.address();
+            tracing::warn!(
+                "{address} may stop sending: ASPM is on, and an 82574 loses completions with it; run: echo 0 | tee \
+                 /sys/bus/pci/devices/{address}/link/l*_aspm"
+            );
         }
         Ok(())
     }
 
     fn rctl(&self) -> u32 {
         let all = if self.promiscuous { RCTL_UPE | RCTL_MPE } else { 0 };
-        RCTL_EN | RCTL_BAM | RCTL_SECRC | all
+        // A switch must not forward PAUSE frames, also if it receives all others (IEEE 802.1Q, 8.6.3).
+        RCTL_EN | RCTL_BAM | RCTL_DPF | RCTL_SECRC | all
     }
 }
 
@@ -298,16 +309,19 @@ impl Nic for Device {
         self.drops = [0; DROPS.len()];
         let mut rx = RxQueue::new(rings.rx, buffers, tails.0, cache);
         self.fault.take();
-        let tx = TxQueue::new(rings.tx, tails.1, !self.is_82574(), self.fault.clone());
+        let tx = TxQueue::new(rings.tx, tails.1, !self.chip.is_82574(), self.fault.clone());
         self.running = Some(Arc::clone(memory));
+        self.linked.store(false, Ordering::Relaxed);
         if let Err(error) = self.function.0.set_command(true) {
             self.stop(rx, tx, cache)?;
             return Err(error);
         }
-        let mulr = if self.is_82574() { TCTL_MULR } else { 0 };
+        let mulr = if self.chip.is_82574() { TCTL_MULR } else { 0 };
         self.bar.write32(TCTL, TCTL_EN | TCTL_PSP | TCTL_COLLISION | mulr);
         self.bar.write32(RCTL, self.rctl());
         rx.announce();
+        // Sets flow control for a link that is up already.
+        self.link();
         Ok(vec![(rx, tx)])
     }
 
@@ -348,18 +362,27 @@ impl Nic for Device {
         self.mac
     }
 
+    fn dma_mask(&self) -> u64 {
+        self.dma_mask
+    }
+
+    /// Sets flow control, too, if the link has just come up.
     fn link(&self) -> Link {
         let status = self.bar.read32(STATUS);
         let up = status != u32::MAX && status & STATUS_LU != 0;
+        if self.running.is_some() && self.linked.swap(up, Ordering::Relaxed) != up && up {
+            self.follow_link(status);
+        }
         let speed = [10, 100, 1000, 1000][(status >> STATUS_SPEED_SHIFT & 3) as usize];
         Link { up, speed: up.then_some(speed), full_duplex: up && status & STATUS_FD != 0 }
     }
 
     fn check(&mut self) -> Result<()> {
         self.wait("reach", STATUS, |_| true)?;
+        let link = self.link();
         match self.fault.take() {
             // Without a link the chip keeps what it has to send.
-            Some(why) if self.link().up => Err(self.error(ErrorKind::Protocol, "go on with", why)),
+            Some(why) if link.up => Err(self.error(ErrorKind::Protocol, "go on with", why)),
             _ => Ok(()),
         }
     }

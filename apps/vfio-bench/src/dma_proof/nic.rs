@@ -20,6 +20,8 @@ const FRAME: &[u8; 64] =
     b"\xff\xff\xff\xff\xff\xff\x02vireo\x88\xb5This NIC wrote to where its descriptor pointed it.";
 /// Longest wait for a register.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Time in which a chip loads its registers from the NVM after a reset: 25 ms for the PHY of an 82574, behind EECD.AUTO_RD.
+const RELOAD: Duration = Duration::from_millis(50);
 /// Longest wait for the frame. QEMU's 82540EM receives nothing for a second after a write of RCTL.
 const ARRIVAL: Duration = Duration::from_secs(3);
 /// A frame that was not received by then is sent again.
@@ -88,6 +90,7 @@ impl LoopNic {
         self.bar.write32(CTRL, self.bar.read32(CTRL) | CTRL_RST);
         std::thread::sleep(Duration::from_micros(1));
         self.wait(CTRL, |ctrl| ctrl & CTRL_RST == 0)?;
+        self.bar.pause(RELOAD);
         self.bar.write32(IMC, u32::MAX);
         for register in [RCTL, TCTL, RDH, RDT, TDH, TDT, RDLEN, TDLEN, RXCSUM] {
             self.bar.write32(register, 0);

@@ -1,0 +1,224 @@
+//! What the chips do and QEMU's models do not: reloads from the NVM, resets that hang, addresses of 32 bits. Time
+//! passes only where the driver waits ([`Registers::elapse`](vireo_eal::mmio::Registers::elapse)), so that a wait
+//! that is too short fails on every machine.
+
+use std::time::Duration;
+
+use vireo_bus_pci::DeviceId;
+
+use super::registers::*;
+
+/// From CTRL.RST to the end of the reload (SDM 14.3; e1000_main.c of Linux has the same 5 ms).
+const RELOAD_PCI: Duration = Duration::from_millis(5);
+/// From CTRL_EXT.EE_RST to the end of the reload of an 82544.
+const RELOAD_82544: Duration = Duration::from_millis(2);
+/// From CTRL.RST to EECD.AUTO_RD, which the 82574 tells.
+const AUTO_READ: Duration = Duration::from_millis(3);
+/// From EECD.AUTO_RD to a PHY that is configured, which it does not tell.
+const PHY_SETUP: Duration = Duration::from_millis(25);
+/// Requests for MDIO ownership that the firmware refuses first.
+const REFUSALS: u8 = 2;
+/// Reads of STATUS until the last request on PCI Express is done.
+const DRAIN: u8 = 2;
+
+/// What the chips differ in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// 82544: reset through I/O space, reload by request, no management.
+    I82544,
+    /// 82540: reset through I/O space, 32-bit addresses.
+    I82540,
+    /// 82545EM and 82546EB: as the 82540; no write may cross 64 KiB (erratum 23).
+    I82545,
+    /// 82545GM and 82546GB: reset through CTRL_DUP.
+    Rev3,
+    /// 82574 and 82583, on PCI Express.
+    I82574,
+}
+
+/// State of a chip beside its registers.
+#[derive(Debug)]
+pub(super) struct Silicon {
+    kind: Kind,
+    /// Rest of a reload, in which writes are lost; none when there is none.
+    reload: Option<Duration>,
+    /// The registers have not been loaded since the reset (82544).
+    blank: bool,
+    /// Nothing answers any more.
+    pub(super) hung: bool,
+    /// The PHY was left in the middle of an access of the firmware.
+    pub(super) phy_lost: bool,
+    /// A reset that leaves the board as it was: with ASF, and on PCI-X.
+    pub(super) pcix: bool,
+    refusals: u8,
+    draining: u8,
+}
+
+/// What becomes of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Write {
+    /// The register takes it.
+    Taken,
+    Lost,
+    Reset,
+}
+
+impl Silicon {
+    pub(super) fn new(id: DeviceId) -> Self {
+        let kind = match id.device {
+            0x1008 | 0x100C | 0x100D => Kind::I82544,
+            0x100F | 0x1010 | 0x101D => Kind::I82545,
+            0x1026 | 0x1079 | 0x1099 | 0x10B5 => Kind::Rev3,
+            0x10D3 | 0x10F6 | 0x150C => Kind::I82574,
+            _ => Kind::I82540,
+        };
+        Self {
+            kind,
+            reload: None,
+            blank: false,
+            hung: false,
+            phy_lost: false,
+            pcix: false,
+            refusals: REFUSALS,
+            draining: DRAIN,
+        }
+    }
+
+    pub(super) fn is_82574(&self) -> bool {
+        self.kind == Kind::I82574
+    }
+
+    /// Address lines that a NIC on conventional PCI does not have are ignored.
+    pub(super) fn address(&self, address: u64) -> u64 {
+        if self.is_82574() || self.pcix { address } else { address & 0xFFFF_FFFF }
+    }
+
+    /// Registers as the NVM sets them: some bits as the errata do not want them, and ASF's ARP filter.
+    pub(super) fn defaults(&self) -> &'static [(u64, u32)] {
+        match self.kind {
+            Kind::I82544 => &[(CTRL, 0x0000_0941)],
+            Kind::I82574 => &[
+                (CTRL, 0x2010_0241),
+                (CTRL_EXT, 0x0080_0000),
+                (TARC0, 0x0800_0403),
+                (PBA, 0x0014_0014),
+                (MANC, MANC_ARP_EN),
+            ],
+            _ => &[(CTRL, 0x0000_0A41), (MANC, MANC_ARP_EN)],
+        }
+    }
+
+    /// After the reset that the driver asked for by `ctrl`, with MDIO ownership or without.
+    pub(super) fn reset(&mut self, owns_mdio: bool, bus_master: bool) {
+        self.hung |= self.is_82574() && bus_master && self.draining > 0;
+        self.phy_lost |= self.is_82574() && !owns_mdio;
+        self.refusals = REFUSALS;
+        self.draining = DRAIN;
+        self.blank = self.kind == Kind::I82544;
+        self.reload = match self.kind {
+            Kind::I82544 => None,
+            Kind::I82574 => Some(AUTO_READ + PHY_SETUP),
+            _ => Some(RELOAD_PCI),
+        };
+    }
+
+    pub(super) fn elapse(&mut self, time: Duration) {
+        self.reload = self.reload.and_then(|left| left.checked_sub(time)).filter(|left| !left.is_zero());
+    }
+
+    /// What a read of `offset` gives where it is not what the register holds.
+    pub(super) fn read(&mut self, offset: u64, bus_master: bool, ctrl: u32) -> Option<u32> {
+        if self.hung {
+            return Some(u32::MAX);
+        }
+        let loading = self.reload.is_some() || self.blank;
+        match offset {
+            EECD if self.is_82574() && self.reload.is_some_and(|left| left > PHY_SETUP) => Some(0),
+            CTRL if loading => Some(self.defaults()[0].1),
+            RAL0 | RAH0 | MDIC if loading => Some(0xDEAD_BEEF),
+            STATUS if self.is_82574() => {
+                if ctrl & CTRL_GIO_MASTER_DISABLE != 0 {
+                    self.draining = self.draining.saturating_sub(1);
+                } else {
+                    self.draining = if bus_master { DRAIN } else { 0 };
+                }
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// Bits of STATUS that are the chip's own.
+    pub(super) fn status(&self) -> u32 {
+        match self.kind {
+            Kind::I82574 if self.draining > 0 => STATUS_GIO_MASTER_ENABLE,
+            _ if self.pcix => STATUS_PCIX_MODE,
+            _ => 0,
+        }
+    }
+
+    /// A write through memory space.
+    pub(super) fn write(&mut self, offset: u64, value: u32) -> Write {
+        let resets = value & CTRL_RST != 0;
+        match (offset, self.kind) {
+            _ if self.hung => Write::Lost,
+            // These do not acknowledge the write (e1000_hw.c of Linux, e1000_reset_hw).
+            (CTRL, Kind::I82544 | Kind::I82540 | Kind::I82545 | Kind::Rev3) if resets => {
+                self.hung = true;
+                Write::Lost
+            }
+            (CTRL, Kind::I82574) if resets => Write::Reset,
+            (CTRL_DUP, Kind::Rev3) if resets => Write::Reset,
+            (CTRL_EXT, Kind::I82544) if value & CTRL_EXT_EE_RST != 0 => {
+                self.blank = false;
+                self.reload = Some(RELOAD_82544);
+                Write::Taken
+            }
+            // Firmware gives the PHY up after a while.
+            (EXTCNF_CTRL, _) if value & EXTCNF_SW_OWNS_MDIO != 0 && self.refusals > 0 => {
+                self.refusals -= 1;
+                Write::Lost
+            }
+            _ if self.reload.is_some() || self.blank => Write::Lost,
+            _ => Write::Taken,
+        }
+    }
+
+    /// A write through I/O space: what IOADDR names is written by IODATA.
+    pub(super) fn write_io(&mut self, register: u64, value: u32) -> Write {
+        match (register, self.kind) {
+            _ if self.hung => Write::Lost,
+            (CTRL, Kind::I82544 | Kind::I82540 | Kind::I82545) if value & CTRL_RST != 0 => Write::Reset,
+            _ => Write::Lost,
+        }
+    }
+
+    /// Whether the chip survives an access to the ring of `len` bytes at `base`.
+    pub(super) fn may_use(&mut self, base: u64, len: u64) -> bool {
+        let crosses = base >> 16 != (base + len.max(1) - 1) >> 16;
+        self.hung |= self.kind == Kind::I82545 && crosses;
+        !self.hung
+    }
+
+    /// Whether nothing is set that makes the 82574 lose completions on PCI Express, which ends in a ring that stays
+    /// full (82574 specification update; e1000e's 82571.c in Linux).
+    pub(super) fn keeps_completions(&self, register: impl Fn(u64) -> u32, aspm: bool) -> bool {
+        let bits = |offset, set: u32, clear: u32| register(offset) & (set | clear) == set;
+        !self.is_82574()
+            || !aspm
+                && bits(GCR, 1 << 22, 0)
+                && bits(GCR2, 1, 0)
+                && bits(CTRL_EXT, 1 << 22, 1 << 23)
+                && bits(CTRL, 0, 1 << 29)
+                && bits(TARC0, 1 << 26, 0xF << 27)
+    }
+
+    /// Pads a short frame as the chip does: 8254x with what was in the FIFO before, 82574 with zeroes and from 17
+    /// bytes on (DS 10.2.6, TCTL.PSP).
+    pub(super) fn pad(&self, frame: &mut Vec<u8>) {
+        let fill = if self.is_82574() { 0 } else { 0xA5 };
+        if (17..60).contains(&frame.len()) {
+            frame.resize(60, fill);
+        }
+    }
+}
