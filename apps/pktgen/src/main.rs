@@ -60,7 +60,10 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
     let mut queues = Vec::with_capacity(all.len());
     for (number, open) in all.iter_mut().enumerate() {
         // A forwarder gives frames an address of its own choice.
-        open.port.set_promiscuous(number == args.rx_port)?;
+        if let Err(error) = open.port.set_promiscuous(number == args.rx_port) {
+            // Some clouds' NICs cannot; what is sent to their own address comes back all the same.
+            program::note(&format!("vireo-pktgen: {error}"));
+        }
         queues.push(open.port.start(memory.of(open), &mut cache, SIZES)?);
     }
     ports::wait_for_links(all.iter(), stop, || Ok(()))?;

@@ -351,14 +351,19 @@ impl Nic for Device {
         }
     }
 
+    /// A device without `VIRTIO_NET_F_CTRL_RX` receives what it chooses: `true` is refused whether it is started or
+    /// not, `false` changes nothing.
     fn set_promiscuous(&mut self, on: bool) -> Result<()> {
+        let controlled = self.features.contains(Features::CTRL_RX);
+        if on && !controlled {
+            self.transport.receive_all()?;
+        }
         self.promiscuous = on;
         match &mut self.started {
-            None => Ok(()),
-            Some(Started { control: Some(control), .. }) if self.features.contains(Features::CTRL_RX) => {
+            Some(Started { control: Some(control), .. }) if controlled => {
                 control.set_promiscuous(&*self.transport, on)
             }
-            Some(_) => self.transport.receive_all(),
+            _ => Ok(()),
         }
     }
 

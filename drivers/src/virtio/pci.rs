@@ -20,6 +20,10 @@ const GENERATION_RETRIES: usize = 100;
 /// `queue_msix_vector` and `config_msix_vector` without interrupts.
 const NO_VECTOR: u16 = 0xffff;
 
+/// What gives a legacy device its modern interface. Some clouds have legacy ones only.
+const MODERN: &str = "choose a NIC of virtio 1.0: in a cloud by machine or image type, in libvirt by model \
+                      virtio-non-transitional, in QEMU by -device virtio-net-pci,disable-legacy=on";
+
 /// Status once the features are agreed on.
 const READY: Status = Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK);
 
@@ -149,9 +153,9 @@ impl Pci {
             return Err(Error::new(
                 ErrorKind::Unavailable,
                 format!("cannot use virtio NIC {}", function.address()),
-                "it lacks the modern PCI interface (virtio 1.0)",
+                "it has the legacy interface only (virtio 0.9), not that of virtio 1.0",
             )
-            .mend("start QEMU with -device virtio-net-pci,disable-legacy=on"));
+            .mend(MODERN));
         };
         let name = function.address().to_string().into();
         let features = Features::empty();
@@ -275,13 +279,14 @@ impl Pci {
         if !offered.contains(Features::VERSION_1) {
             return Err(self
                 .error(ErrorKind::Unavailable, "use", "it does not offer VIRTIO_F_VERSION_1")
-                .mend("start QEMU with -device virtio-net-pci,disable-legacy=on"));
+                .mend(MODERN));
         }
         if self.function.has_iommu() && !offered.contains(Features::ACCESS_PLATFORM) {
             let why = "it bypasses the IOMMU: VIRTIO_F_ACCESS_PLATFORM is not offered";
-            return Err(self
-                .error(ErrorKind::Unavailable, "use", why)
-                .mend("start QEMU with -device virtio-net-pci,iommu_platform=on"));
+            return Err(self.error(ErrorKind::Unavailable, "use", why).mend(
+                "in QEMU: -device virtio-net-pci,iommu_platform=on; in libvirt: <driver iommu='on'/>; or take the \
+                 IOMMU away from the virtual machine and use --vfio-mode noiommu",
+            ));
         }
         let features = offered.wanted(options, several);
         self.set_driver_features(features);
@@ -341,8 +346,10 @@ impl Transport for Pci {
 
     fn receive_all(&self) -> Result<()> {
         let why = "its receive filter is fixed: VIRTIO_NET_F_CTRL_RX is not offered";
-        let error = self.error(ErrorKind::Unavailable, "use", why);
-        Err(error.mend("start QEMU with -device virtio-net-pci,ctrl_vq=on,ctrl_rx=on"))
+        let error = self.error(ErrorKind::Unavailable, "receive every frame on", why);
+        Err(error.mend(
+            "leave out -P, and send to its own address; in QEMU: -device virtio-net-pci,ctrl_vq=on,ctrl_rx=on",
+        ))
     }
 
     fn queue_size(&self, index: u16, asked: u16) -> Result<u16> {

@@ -505,6 +505,26 @@ fn address_link_and_filter() {
 }
 
 #[test]
+fn a_fixed_receive_filter_is_the_same_before_and_after_the_start() {
+    let nic = VirtioNet::new(without(feature::CTRL_RX));
+    let (memory, mut cache) = memory(BUFFERS);
+    nic.attach(memory.device_view());
+    let mut device = Device::probe(nic.function()).unwrap();
+    let asked = |device: &mut Device| {
+        device.set_promiscuous(false).unwrap();
+        let error = device.set_promiscuous(true).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(error.to_string().contains("leave out -P"), "{error}");
+    };
+    asked(&mut device);
+    for _ in 0..2 {
+        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        asked(&mut device);
+        device.stop(rx, tx, &mut cache).unwrap();
+    }
+}
+
+#[test]
 fn control_commands_keep_the_rules_of_the_ring() {
     for bits in [0, feature::EVENT_IDX] {
         for mut behaviour in [Behaviour::default(), in_order()] {

@@ -230,7 +230,10 @@ impl Vfio {
                 what(),
                 "the device has no IOMMU and auto never goes without",
             )
-            .mend(format!("{IOMMU_ON}; or accept that the NIC can reach all memory: --vfio-mode noiommu")));
+            .mend(format!(
+                "{}; or accept that the NIC can reach all memory: --vfio-mode noiommu",
+                iommu_on()
+            )));
         }
         let reason = match cdev {
             Some(name)
@@ -353,18 +356,31 @@ pub(super) fn cdev_name(node: &Node) -> Option<String> {
         .and_then(|entry| entry.file_name().into_string().ok())
 }
 
-/// What turns the IOMMU on. Linux uses AMD's wherever the firmware offers it.
-pub const IOMMU_ON: &str = "turn on VT-d or AMD-Vi in the firmware, and on Intel boot with intel_iommu=on";
+/// What turns the IOMMU on, in a virtual machine or outside. Linux uses AMD's wherever the firmware offers it.
+pub fn iommu_on() -> &'static str {
+    iommu_on_of(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+}
+
+fn iommu_on_of(cpuinfo: &str) -> &'static str {
+    let mut flags =
+        cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default().split_whitespace();
+    match flags.any(|flag| flag == "hypervisor") {
+        true => {
+            "give this virtual machine an IOMMU (in QEMU: -device intel-iommu; clouds have none, but on bare metal)"
+        }
+        false => "turn on VT-d or AMD-Vi in the firmware, and on Intel boot with intel_iommu=on",
+    }
+}
 
 /// `what` failed because VFIO takes no device that is in no IOMMU group, or has one no more.
 pub fn no_group(what: String) -> Error {
     let error = Error::new(ErrorKind::Unavailable, what, "it is in no IOMMU group, so the IOMMU is off");
-    match noiommu_allowed() {
-        Some(false) => error.mend(format!(
-            "{IOMMU_ON}; or, unsafe: echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode, bind again, --vfio-mode noiommu"
-        )),
-        _ => error.mend(IOMMU_ON),
-    }
+    let switch = match noiommu_allowed() {
+        Some(false) => "echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
+        None if !Path::new("/sys/module/vfio").exists() => "modprobe vfio enable_unsafe_noiommu_mode=1",
+        _ => return error.mend(iommu_on()),
+    };
+    error.mend(format!("{}; or, unsafe: {switch}, bind again, --vfio-mode noiommu", iommu_on()))
 }
 
 /// Whether VFIO hands devices over that have no IOMMU; none when it has no such switch, or is not loaded.
@@ -375,7 +391,7 @@ pub fn noiommu_allowed() -> Option<bool> {
 
 pub(super) fn needs_noiommu(what: String, mode: VfioMode) -> Error {
     Error::new(ErrorKind::Unavailable, what, "the device has no IOMMU")
-        .mend(format!("{IOMMU_ON}; or accept that the NIC can reach all memory: --vfio-mode {mode}"))
+        .mend(format!("{}; or accept that the NIC can reach all memory: --vfio-mode {mode}", iommu_on()))
 }
 
 pub(super) fn has_iommu(what: String) -> Error {
@@ -471,6 +487,15 @@ mod tests {
         let shown = |node: &Node| vfio.token_of(node).is_some();
         assert!(shown(&ours) && shown(&function_of("vf0", &ours)));
         assert!(!shown(&plain) && !shown(&function_of("vf1", &kernels)));
+    }
+
+    #[test]
+    fn a_virtual_machine_is_told_how_it_gets_an_iommu() {
+        let cpu = "processor\t: 0\nflags\t\t: fpu vme hypervisor lahf_lm\n";
+        assert!(iommu_on_of(cpu).contains("-device intel-iommu"));
+        for host in ["", "flags\t\t: fpu vme\n", "model name\t: hypervisor\nflags\t\t: fpu\n"] {
+            assert!(iommu_on_of(host).contains("in the firmware"));
+        }
     }
 
     /// One `/dev/iommu` is passed for all ports: the first one takes it, and the next ones find it open.

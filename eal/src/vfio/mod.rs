@@ -18,7 +18,7 @@ pub mod nodes;
 mod space;
 mod sys;
 
-pub use acquire::{Acquired, IOMMU_ON, Node, Phase, Vfio, no_group, noiommu_allowed};
+pub use acquire::{Acquired, Node, Phase, Vfio, iommu_on, no_group, noiommu_allowed};
 pub use device::{ConfigSpace, Device};
 pub use fds::{CdevFds, DeviceFds, GroupFds};
 pub use irq::{Irq, IrqInfo, Request};
