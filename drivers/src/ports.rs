@@ -71,7 +71,7 @@ pub fn open(eal: &Eal, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
         open_one(bus, &eal.vfio, info, mode, args)
     };
     let vdevs = &eal.args.vdevs;
-    std::thread::scope(|scope| {
+    let mut ports = std::thread::scope(|scope| -> Result<Vec<OpenPort>> {
         let functions = chosen.into_iter().map(|info| start(scope, || open(info)));
         let virtuals = vdevs.iter().map(|vdev| start(scope, || open_virtual(vdev, stop)));
         let threads: Vec<_> = functions.chain(virtuals).collect();
@@ -87,7 +87,21 @@ pub fn open(eal: &Eal, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
                 })
             })
             .collect()
-    })
+    })?;
+    pad_where_needed(&mut ports);
+    Ok(ports)
+}
+
+/// A virtio peer's memory may hold frames of 0 to 16 bytes, which an 82574L does not pad: its driver does it where such a
+/// peer is among the ports. net_vhost drops them.
+fn pad_where_needed(ports: &mut [OpenPort]) {
+    if ports.iter().any(|open| matches!(open.port, Port::Virtio(_))) {
+        for open in ports {
+            if let Port::E1000(device) = &mut open.port {
+                device.pad_short_frames();
+            }
+        }
+    }
 }
 
 /// `scope.spawn` would panic where there can be no thread.
@@ -365,5 +379,50 @@ impl OpenPort {
     /// One line for the start-up report.
     pub fn describe(&self) -> String {
         format!("{} {}", self.name, self.kind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vireo_eal::bdf::Bdf;
+    use vireo_eal::dma::{Burst, Packet};
+    use vireo_eal::mem::Backing;
+
+    use super::*;
+    use crate::fakedev::e1000::{FakeE1000, ID_82574L};
+    use crate::fakedev::virtio::{Behaviour, VirtioNet};
+    use crate::port::{MacAddr, TxBurst};
+
+    #[test]
+    fn what_comes_from_a_virtio_peer_is_padded_before_an_82574_sends_it() {
+        let address = |device| Bdf::new(0, 0, device, 0).unwrap();
+        for silicon in [false, true] {
+            let make = if silicon { FakeE1000::silicon } else { FakeE1000::new };
+            let (function, nic) = make(address(3), ID_82574L, MacAddr([2, 0, 0, 0, 0, 1]));
+            let virtio = VirtioNet::at(address(4), Behaviour::default());
+            let mut ports = [
+                Port::Virtio(virtio::Device::probe(virtio.function()).unwrap()),
+                Port::E1000(e1000::Device::probe(function).unwrap()),
+            ]
+            .map(|port| OpenPort::virtual_port(port, "port", String::new()));
+            pad_where_needed(&mut ports);
+
+            let region = Region::new(Pool::bytes(256) + (64 << 10), Backing::SmallPages).unwrap();
+            let memory = DmaMemory::map(region, &[]).unwrap();
+            nic.attach(memory.device_view());
+            let mut cache = Pool::new(&memory, 256).unwrap().cache();
+            let sizes = QueueSizes { rx: 64, tx: 64 };
+            let (rx, mut tx) = ports[1].port.start(&memory, &mut cache, sizes).unwrap();
+            for len in 0..20 {
+                let mut packet = Packet::new(cache.allocate().unwrap(), len);
+                cache.write(&mut packet, 0, &vec![7; len]);
+                let mut burst: Burst = [packet].into_iter().collect();
+                assert_eq!(tx.tx_burst(&mut cache, &mut burst), 1);
+                let mut wanted = vec![7; len];
+                wanted.resize(60, 0);
+                assert_eq!(nic.transmitted(), [wanted], "{len}");
+            }
+            ports[1].port.stop(rx, tx, &mut cache).unwrap();
+        }
     }
 }

@@ -63,6 +63,8 @@ pub struct Device {
     /// I/O ports, of the chips that are reset through them.
     io: Option<Bar>,
     dma_mask: u64,
+    /// Whether the driver pads short frames.
+    pads: bool,
     /// Whether flow control is set for the link that is up.
     linked: AtomicBool,
     mac: MacAddr,
@@ -115,6 +117,7 @@ impl Device {
             bar,
             io,
             dma_mask: u64::MAX,
+            pads: !chip.is_82574(),
             linked: AtomicBool::new(false),
             mac: MacAddr([0; 6]),
             promiscuous: false,
@@ -132,6 +135,12 @@ impl Device {
         }
         device.mac = device.station_address()?;
         Ok(device)
+    }
+
+    /// Pads short frames from the next start on, whatever the chip does: for frames of any length, which a wire does not
+    /// carry but a peer's memory may.
+    pub fn pad_short_frames(&mut self) {
+        self.pads = true;
     }
 
     /// Highest address that the chip gives out. On conventional PCI the 8254x have 32 address lines that work: Linux
@@ -309,7 +318,7 @@ impl Nic for Device {
         self.drops = [0; DROPS.len()];
         let mut rx = RxQueue::new(rings.rx, buffers, tails.0, cache);
         self.fault.take();
-        let tx = TxQueue::new(rings.tx, tails.1, !self.chip.is_82574(), self.fault.clone());
+        let tx = TxQueue::new(rings.tx, tails.1, self.pads, self.fault.clone());
         self.running = Some(Arc::clone(memory));
         self.linked.store(false, Ordering::Relaxed);
         if let Err(error) = self.function.0.set_command(true) {

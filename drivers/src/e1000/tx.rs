@@ -11,8 +11,9 @@ use crate::port::{Fault, QueueStats, TxBurst, Watchdog};
 pub(super) const RECLAIM: usize = 32;
 const _: () = assert!(MAX_BURST <= RECLAIM);
 
-/// Shortest frame, in bytes without its check sequence. The 82574L pads what has 17 bytes and more (TCTL.PSP); the PCI
-/// chips may do it with garbage, so the driver does it for them (Linux, drivers/net/ethernet/intel/e1000/e1000_main.c).
+/// Shortest frame, in bytes without its check sequence. The 82574L pads what has 17 bytes and more (DS 10.2.6, TCTL.PSP),
+/// and so all that came from a wire; the PCI chips may do it with garbage, so the driver does it for them (Linux,
+/// drivers/net/ethernet/intel/e1000/e1000_main.c).
 const SHORTEST: usize = 60;
 
 /// The transmit queue of a port.

@@ -48,7 +48,7 @@ pub(super) struct Silicon {
     pub(super) hung: bool,
     /// The PHY was left in the middle of an access of the firmware.
     pub(super) phy_lost: bool,
-    /// A reset that leaves the board as it was: with ASF, and on PCI-X.
+    /// The slot is PCI-X.
     pub(super) pcix: bool,
     refusals: u8,
     draining: u8,
@@ -108,7 +108,7 @@ impl Silicon {
         }
     }
 
-    /// After the reset that the driver asked for by `ctrl`, with MDIO ownership or without.
+    /// Begins a reset, which the driver asked for with MDIO ownership or without.
     pub(super) fn reset(&mut self, owns_mdio: bool, bus_master: bool) {
         self.hung |= self.is_82574() && bus_master && self.draining > 0;
         self.phy_lost |= self.is_82574() && !owns_mdio;
