@@ -9,13 +9,11 @@ use std::time::Duration;
 
 use core_affinity::CoreId;
 use crossbeam::utils::CachePadded;
-use nix::errno::Errno;
-use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::Pid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level;
 
+use crate::affinity;
 use crate::args::{EalArgs, LcoreSpec, ranges};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -236,16 +234,9 @@ pub fn pin_to(cpu: usize) -> Result<()> {
 /// Pins the calling thread.
 fn pin(spec: &LcoreSpec) -> Result<()> {
     let pinned = match spec.cpus[..] {
-        // The crate panics where its mask ends.
-        [cpu] if cpu >= CpuSet::count() => Err(Errno::EINVAL),
-        [cpu] if core_affinity::set_for_current(CoreId { id: cpu }) => Ok(()),
-        // The crate says only that it failed; the kernel's reason is still in errno.
-        [_] => Err(Errno::last()),
-        _ => {
-            let mut set = CpuSet::new();
-            let filled = spec.cpus.iter().try_for_each(|cpu| set.set(*cpu));
-            filled.and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
-        }
+        [cpu] if cpu < affinity::CLASSIC && core_affinity::set_for_current(CoreId { id: cpu }) => Ok(()),
+        // The crate panics where its mask ends, and of a failure says no reason.
+        _ => affinity::set(&spec.cpus),
     };
     pinned.map_err(|errno| {
         Error::os(format!("cannot pin lcore {} to cpus {}", spec.id, ranges(&spec.cpus)), errno)
@@ -370,7 +361,7 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
-    use nix::sched::sched_getaffinity;
+    use nix::errno::Errno;
     use nix::sys::signal::{Signal, raise};
 
     use super::*;
@@ -388,8 +379,7 @@ mod tests {
     }
 
     fn my_cpus() -> Vec<usize> {
-        let set = sched_getaffinity(Pid::from_raw(0)).unwrap();
-        (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap()).collect()
+        affinity::get().unwrap()
     }
 
     #[test]

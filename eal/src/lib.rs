@@ -14,6 +14,7 @@
 //!
 //! All `unsafe` of Vireo is in this crate; the others forbid it.
 
+mod affinity;
 pub mod args;
 pub mod bdf;
 pub mod clock;

@@ -4,14 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 
-use nix::sched::{CpuSet, sched_getaffinity};
-use nix::unistd::Pid;
-
 use super::quoted;
+use crate::affinity;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Lcore and cpu numbers are below this: the size of the kernel's classic cpu mask.
-pub const MAX_CORES: usize = CpuSet::count();
+/// Lcore and cpu numbers are below this: the most cpus that Linux can be built for on x86 (`CONFIG_NR_CPUS`).
+pub const MAX_CORES: usize = 8192;
 
 /// A step of reading, or what is wrong.
 type Read<T> = std::result::Result<T, String>;
@@ -51,11 +49,27 @@ pub fn ranges(numbers: &[usize]) -> String {
 /// Cpus that the process may run on: online, in its cpuset and in its affinity.
 ///
 /// # Errors
-/// `Os` when the kernel does not tell, as with more than [`MAX_CORES`] cpus.
+/// `Os` when the kernel does not tell.
 pub fn allowed_cpus() -> Result<Vec<usize>> {
-    let set =
-        sched_getaffinity(Pid::from_raw(0)).map_err(|errno| Error::os("cannot read the affinity", errno))?;
-    Ok((0..MAX_CORES).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect())
+    affinity::get().map_err(|errno| Error::os("cannot read the affinity", errno))
+}
+
+/// What two of `lcores` lose when they are threads of one core, as `sysfs` has it; only the first two are named.
+pub(super) fn shared_core(lcores: &[LcoreSpec], sysfs: &Path) -> Option<String> {
+    let mut seen: BTreeMap<String, &LcoreSpec> = BTreeMap::new();
+    lcores.iter().find_map(|lcore| {
+        // An lcore on several cpus can move away from the other's.
+        let [cpu] = lcore.cpus[..] else { return None };
+        let path = format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+        let siblings = std::fs::read_to_string(sysfs.join(path)).ok()?;
+        let siblings = siblings.trim();
+        let other = seen.insert(siblings.to_owned(), lcore).filter(|other| other.cpus != [cpu])?;
+        Some(format!(
+            "lcores {} and {} run on threads of one core (cpus {siblings}), and each gets a part of it; \
+             give them cores of their own with -l (lscpu -e)",
+            other.id, lcore.id
+        ))
+    })
 }
 
 /// Reads the value of `--lcores`, all of whose cpus must be in `allowed`; the result ascends by id.
@@ -238,9 +252,9 @@ mod tests {
             ("0-1-2", "a comma or the end is expected in the place of '-'"),
             ("0,0", "lcore 0 is given twice"),
             ("0-1,(1)@0", "lcore 1 is given twice"),
-            ("1024", "core \"1024\" is beyond 1023"),
-            ("0-99999999999999999999999", "core \"99999999999999999999999\" is beyond 1023"),
-            ("1023", "core 1023 does not exist"),
+            ("8192", "core \"8192\" is beyond 8191"),
+            ("0-99999999999999999999999", "core \"99999999999999999999999\" is beyond 8191"),
+            ("8191", "core 8191 does not exist"),
         ];
         for (text, why) in cases {
             let error = parse_list(text, &[0, 1]).unwrap_err();
@@ -264,6 +278,27 @@ mod tests {
         assert_eq!(ids("000000000000000000000000000000000000000000100000000000000000"), [68]);
         for text in ["", "0x", "0", "0xg", "4", "é", "-1"] {
             assert_eq!(parse_mask(text, &[0, 1]).unwrap_err().kind(), ErrorKind::Usage, "{text}");
+        }
+    }
+
+    #[test]
+    fn threads_of_one_core_are_named() {
+        let sysfs = tempfile::tempdir().unwrap();
+        for (cpu, siblings) in [(0, "0,4\n"), (1, "1,5\n"), (4, "0,4\n"), (5, "1,5\n")] {
+            let topology = sysfs.path().join(format!("devices/system/cpu/cpu{cpu}/topology"));
+            std::fs::create_dir_all(&topology).unwrap();
+            std::fs::write(topology.join("thread_siblings_list"), siblings).unwrap();
+        }
+        let all: Vec<_> = (0..6).collect();
+        let warning = |list: &str| shared_core(&parse_list(list, &all).unwrap(), sysfs.path());
+        assert_eq!(
+            warning("0-1,5").unwrap(),
+            "lcores 1 and 5 run on threads of one core (cpus 1,5), and each gets a part of it; \
+             give them cores of their own with -l (lscpu -e)"
+        );
+        assert!(warning("7@0,3@4").unwrap().contains("lcores 3 and 7"));
+        for list in ["0-1", "0,5", "0@(0,4),4", "2-3", "0@1,1@1"] {
+            assert_eq!(warning(list), None, "{list}");
         }
     }
 

@@ -8,7 +8,7 @@ mod vdev;
 
 use std::ffi::OsString;
 use std::fmt::Display;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub use devargs::DeviceArgs;
 pub use lcores::{LcoreSpec, MAX_CORES, allowed_cpus, ranges};
@@ -270,6 +270,9 @@ fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
         }
         (None, None) => cpus.iter().map(|cpu| LcoreSpec { id: *cpu as u32, cpus: vec![*cpu] }).collect(),
     };
+    if cli.lcores.is_some() || cli.coremask.is_some() {
+        warnings.extend(lcores::shared_core(&lcores, Path::new("/sys")));
+    }
     let main_lcore = main_lcore(cli.main_lcore, &lcores)?;
 
     let huge_dir = match cli.huge_dir {

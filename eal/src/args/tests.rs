@@ -95,7 +95,7 @@ fn the_bad_word_and_the_right_one_are_named() {
             "what",
             "EAL arguments: unexpected argument 'what' found; EAL arguments go before --, those of the application after it; see: l2fwd --help",
         ),
-        ("-l 99999", "--lcores \"99999\": core \"99999\" is beyond 1023; use cores 0-1"),
+        ("-l 99999", "--lcores \"99999\": core \"99999\" is beyond 8191; use cores 0-1"),
         ("-l 1 --main-lcore 0", "--main-lcore 0: not one of the lcores; use one of 1"),
         (
             "--iova-mode xa",
