@@ -26,13 +26,13 @@ pub struct Eal {
 }
 
 impl Eal {
-    /// Starts the log, takes the runtime directory and finds the lcores.
+    /// Starts the log (unless the program has one), takes the runtime directory and finds the lcores.
     ///
     /// # Errors
     /// `Busy` when another process runs under the same `--file-prefix`; `Usage` when there is no such `--user`,
     /// or nothing where `--vfio-fds` says.
     pub fn init(args: EalArgs) -> Result<Self> {
-        crate::log::init(&args.log_levels)?;
+        crate::log::init(&args.log_levels, args.log_color);
         args.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         args.notes.iter().for_each(|note| tracing::info!("{note}"));
         let nodes = args.vfio_fds.as_ref().map_or(Ok(Nodes::default()), Nodes::of)?;

@@ -66,14 +66,30 @@ pub fn help() -> String {
     )
 }
 
-/// Starts the log of the process: to standard error, in colours on a terminal (unless `NO_COLOR` is set).
-///
-/// # Errors
-/// `Usage` when the process has a log already.
-pub fn init(levels: &[LogLevel]) -> Result<()> {
-    let colours =
-        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+/// When the log has colours (`--log-color`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogColor {
+    /// On a terminal, unless `NO_COLOR` is set.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// Starts the log of the process, on standard error. A program that has a `tracing` subscriber or a `log` logger keeps
+/// it: `levels` and `color` then have no effect, which is logged.
+pub fn init(levels: &[LogLevel], color: LogColor) {
+    let colours = match color {
+        LogColor::Auto => {
+            std::io::stderr().is_terminal()
+                && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        }
+        color => color == LogColor::Always,
+    };
     let most = levels.iter().map(|level| level.level).chain([DEFAULT_LEVEL]).max();
+    let given = !levels.is_empty() || color != LogColor::Auto;
     let levels = levels.to_vec();
     let filter = FilterFn::new(move |metadata: &Metadata<'_>| enabled(&levels, metadata))
         .with_max_level_hint(LevelFilter::from_level(verbosity(most.unwrap_or(DEFAULT_LEVEL))));
@@ -84,10 +100,9 @@ pub fn init(levels: &[LogLevel]) -> Result<()> {
         .log_internal_errors(false)
         .event_format(Line)
         .with_filter(filter);
-    tracing_subscriber::registry()
-        .with(layer)
-        .try_init()
-        .map_err(|_| Error::new(ErrorKind::Usage, "cannot start the log", "the process has one already"))
+    if tracing_subscriber::registry().with(layer).try_init().is_err() && given {
+        tracing::warn!("--log-level and --log-color have no effect: the program has a log of its own");
+    }
 }
 
 fn verbosity(level: u8) -> Level {

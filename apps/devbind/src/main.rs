@@ -65,7 +65,7 @@ struct Cli {
 fn run() -> Result<()> {
     let Some(cli) = parse_plain::<Cli>(std::env::args_os())? else { return Ok(()) };
     cli.check()?;
-    vireo_eal::log::init(&[])?;
+    vireo_eal::log::init(&[], vireo_eal::log::LogColor::Auto);
     let host = Host::new();
     let nics = || host.select(&cli.nics);
     match (cli.driver(), cli.restore) {

@@ -65,7 +65,7 @@ impl Cli {
 
 fn run() -> Result<ExitCode> {
     let Some(cli) = parse_plain::<Cli>(std::env::args_os())? else { return Ok(ExitCode::SUCCESS) };
-    vireo_eal::log::init(&[])?;
+    vireo_eal::log::init(&[], vireo_eal::log::LogColor::Auto);
     let host = Host { bus: Bus::default(), root: "/".into(), vf_token: cli.vfio_vf_token };
     let machine = Machine::read("/".as_ref())?;
     let report = Report { machine, nics: examine::examine(&host, &cli.addresses, cli.modes())? };

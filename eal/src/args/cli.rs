@@ -4,19 +4,15 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::builder::NonEmptyStringValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapKind};
 use clap::{ArgAction, CommandFactory, FromArgMatches, value_parser};
 
-use super::{IovaMode, Program, VfToken, VfioInterrupt};
+use super::{IovaMode, Program, VfToken, VfioInterrupt, dpdk};
 use crate::bdf::Bdf;
 use crate::error::{Error, ErrorKind, Result};
-use crate::log::LogLevel;
+use crate::log::{LogColor, LogLevel};
 use crate::user::UserName;
 use crate::vfio::{FdSource, VfioMode};
-
-const ACCEPTED: &str = "Accepted without effect: -n, -r, --telemetry, --no-telemetry, --no-shconf, --no-hpet, \
-                        --vmware-tsc-map, --syslog, --mbuf-pool-ops-name";
 
 /// The arguments before `--`.
 #[derive(clap::Parser)]
@@ -31,6 +27,9 @@ pub(super) struct Cli {
     /// Lcore of the main thread; default: the lowest
     #[arg(long, value_name = "ID")]
     pub(super) main_lcore: Option<u32>,
+    /// Number the lcores of -l from 0, or from ID, instead of by their cpus
+    #[arg(short = 'R', long, value_name = "ID", require_equals = true)]
+    pub(super) remap_lcore_ids: Option<Option<u32>>,
 
     /// Use only this device, with arguments like vfio-mode=cdev; may be repeated
     #[arg(short, long, value_name = "BDF[,K=V]", conflicts_with_all = ["block", "no_pci"])]
@@ -38,6 +37,9 @@ pub(super) struct Cli {
     /// Never use this device; may be repeated
     #[arg(short, long, value_name = "BDF", value_parser = Bdf::from_str)]
     pub(super) block: Vec<Bdf>,
+    /// Use no device that neither -a nor --vdev names
+    #[arg(short = 'A', long, conflicts_with = "block")]
+    pub(super) no_auto_probing: bool,
     /// Make a virtual device, such as net_virtio_user0,path=/tmp/socket; may be repeated
     #[arg(long, value_name = "NAME[,K=V]")]
     pub(super) vdev: Vec<String>,
@@ -72,6 +74,10 @@ pub(super) struct Cli {
     /// Memory to reserve, in MiB
     #[arg(short, long, value_name = "MB", value_parser = value_parser!(u32).range(1..))]
     pub(super) memory_size: Option<u32>,
+    /// Memory to reserve on each NUMA node, in MiB, such as 64,64
+    #[arg(long, alias = "socket-mem", value_name = "MB[,MB]", value_parser = NodeMemory::from_str,
+        conflicts_with_all = ["memory_size", "no_huge"])]
+    pub(super) numa_mem: Option<NodeMemory>,
     /// Directory of the hugetlbfs mount to use; default: none is needed
     #[arg(long, value_name = "DIR")]
     pub(super) huge_dir: Option<PathBuf>,
@@ -81,6 +87,9 @@ pub(super) struct Cli {
     /// Pages of 4 KiB in the place of hugepages
     #[arg(long)]
     pub(super) no_huge: bool,
+    /// Hugepage files are unlinked at once, so that only "never" asks for something else
+    #[arg(long, require_equals = true, hide = true, conflicts_with_all = ["no_huge", "in_memory"])]
+    pub(super) huge_unlink: Option<Option<HugeUnlink>>,
 
     /// Name of this program's runtime directory; programs that run together need different ones
     #[arg(long, value_name = "NAME", default_value = "rte")]
@@ -91,45 +100,21 @@ pub(super) struct Cli {
     /// Log level by number or name, for all or for the types that match (help lists them); may be repeated
     #[arg(long, value_name = "[TYPE:]LEVEL", value_parser = LogArg::from_str)]
     pub(super) log_level: Vec<LogArg>,
+    /// Colours in the log; default: auto, which is by terminal and NO_COLOR
+    #[arg(long, value_name = "WHEN", require_equals = true)]
+    pub(super) log_color: Option<Option<LogColor>>,
     /// Show the version
     #[arg(short = 'v', long)]
     pub(super) version: bool,
     /// Show this help
     #[arg(short, long, action = ArgAction::HelpShort)]
     help: Option<bool>,
-
-    /// Accepted for DPDK's sake
-    #[arg(short = 'n', long, value_name = "N", value_parser = value_parser!(u32).range(1..), hide = true)]
-    memory_channels: Option<u32>,
-    /// Accepted for DPDK's sake
-    #[arg(short = 'r', long, value_name = "N", value_parser = value_parser!(u32).range(1..), hide = true)]
-    memory_ranks: Option<u32>,
-    /// Accepted for DPDK's sake
-    #[arg(long, conflicts_with = "no_telemetry", hide = true)]
-    telemetry: bool,
-    /// Accepted for DPDK's sake
-    #[arg(long, hide = true)]
-    no_telemetry: bool,
-    /// Accepted for DPDK's sake
-    #[arg(long, hide = true)]
-    no_shconf: bool,
-    /// Accepted for DPDK's sake
-    #[arg(long, hide = true)]
-    no_hpet: bool,
-    /// Accepted for DPDK's sake
-    #[arg(long, hide = true)]
-    vmware_tsc_map: bool,
-    /// Accepted for DPDK's sake
-    #[arg(long, value_name = "FACILITY", require_equals = true, hide = true)]
-    syslog: Option<Option<String>>,
-    /// Accepted for DPDK's sake
-    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new(), hide = true)]
-    mbuf_pool_ops_name: Option<String>,
 }
 
 /// What clap made of the arguments.
 pub(super) enum Read {
-    Arguments(Box<Cli>),
+    /// With notes on those that have no effect.
+    Arguments(Box<Cli>, Vec<String>),
     Help(String),
 }
 
@@ -157,39 +142,49 @@ impl FromStr for LogArg {
     }
 }
 
+/// When the file of a hugepage is unlinked (`--huge-unlink`).
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum HugeUnlink {
+    Existing,
+    Always,
+    Never,
+}
+
+/// MiB of each NUMA node (`--numa-mem`), and their sum.
+#[derive(Clone)]
+pub(super) struct NodeMemory {
+    pub(super) nodes: Vec<u64>,
+    pub(super) sum: u32,
+}
+
+impl FromStr for NodeMemory {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        let nodes: Option<Vec<u64>> = text.split(',').map(|node| node.parse().ok()).collect();
+        let wrong = "it is no list of MiB for each NUMA node, such as 64,64";
+        let nodes = nodes.ok_or(wrong)?;
+        let sum = nodes.iter().try_fold(0_u64, |sum, node| sum.checked_add(*node));
+        let sum = sum.and_then(|sum| u32::try_from(sum).ok()).filter(|sum| *sum > 0).ok_or(wrong)?;
+        Ok(Self { nodes, sum })
+    }
+}
+
 impl Cli {
     /// Reads `argv` up to, and without, the `--`.
     pub(super) fn read(argv: &[OsString], program: &Program<'_>) -> Result<Read> {
         let name = program_name(argv);
-        let command = Self::command()
+        let command = dpdk::add_to(Self::command())
             .no_binary_name(true)
             .about("EAL arguments")
             .override_usage(format!("{name} [EAL ARGUMENTS] -- [APPLICATION ARGUMENTS]"))
-            .after_help(format!("{ACCEPTED}\n\n{}", program.usage));
+            .after_help(format!("{}\n\n{}", dpdk::help(), program.usage));
         let matches = command.try_get_matches_from(argv.iter().skip(1));
-        match matches.and_then(|matches| Self::from_arg_matches(&matches)) {
-            Ok(cli) => Ok(Read::Arguments(Box::new(cli))),
+        match matches.and_then(|matches| Ok((Self::from_arg_matches(&matches)?, matches))) {
+            Ok((cli, matches)) => Ok(Read::Arguments(Box::new(cli), dpdk::notes(&matches)?)),
             Err(error) if error.kind() == ClapKind::DisplayHelp => Ok(Read::Help(error.render().to_string())),
             Err(error) => Err(one_line(&error, "EAL arguments", &name)),
         }
-    }
-
-    /// The arguments that were given and have no effect.
-    pub(super) fn without_effect(&self) -> Vec<&'static str> {
-        [
-            ("--memory-channels", self.memory_channels.is_some()),
-            ("--memory-ranks", self.memory_ranks.is_some()),
-            ("--telemetry", self.telemetry),
-            ("--no-telemetry", self.no_telemetry),
-            ("--no-shconf", self.no_shconf),
-            ("--no-hpet", self.no_hpet),
-            ("--vmware-tsc-map", self.vmware_tsc_map),
-            ("--syslog", self.syslog.is_some()),
-            ("--mbuf-pool-ops-name", self.mbuf_pool_ops_name.is_some()),
-        ]
-        .into_iter()
-        .filter_map(|(name, given)| given.then_some(name))
-        .collect()
     }
 }
 

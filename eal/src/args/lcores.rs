@@ -103,6 +103,26 @@ pub(super) fn parse_mask(text: &str, allowed: &[usize]) -> Result<Vec<LcoreSpec>
     read().map_err(|why| wrong("--coremask", text, why, allowed))
 }
 
+/// Numbers `lcores`, each on the cpu of its id, from `first` on (`--remap-lcore-ids`).
+///
+/// # Errors
+/// `Usage` when they have cpus of their own, or ids would be [`MAX_CORES`] or more.
+pub(super) fn remap(lcores: &mut [LcoreSpec], first: u32) -> Result<()> {
+    let wrong = |why: String, cure: &str| {
+        Err(Error::new(ErrorKind::Usage, format!("--remap-lcore-ids={first}"), why).mend(cure))
+    };
+    if let Some(lcore) = lcores.iter().find(|lcore| lcore.cpus != [lcore.id as usize]) {
+        return wrong(format!("-l gives lcore {lcore} an id of its own"), "leave --remap-lcore-ids out");
+    }
+    if first as usize + lcores.len() > MAX_CORES {
+        return wrong(format!("ids end at {}", MAX_CORES - 1), "use --remap-lcore-ids=0");
+    }
+    for (lcore, id) in lcores.iter_mut().zip(first..) {
+        lcore.id = id;
+    }
+    Ok(())
+}
+
 fn wrong(argument: &str, text: &str, why: String, allowed: &[usize]) -> Error {
     Error::new(ErrorKind::Usage, format!("{argument} {}", quoted(text)), why)
         .mend(format!("use cores {}", ranges(allowed)))

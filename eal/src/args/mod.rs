@@ -2,6 +2,7 @@
 
 mod cli;
 mod devargs;
+mod dpdk;
 mod lcores;
 mod token;
 mod vdev;
@@ -15,10 +16,10 @@ pub use lcores::{LcoreSpec, MAX_CORES, allowed_cpus, ranges};
 pub use token::VfToken;
 pub use vdev::VdevArgs;
 
-use self::cli::{Cli, LogArg, Read};
+use self::cli::{Cli, HugeUnlink, LogArg, Read};
 use crate::bdf::Bdf;
 use crate::error::{Error, ErrorKind, Result};
-use crate::log::{self, LogLevel};
+use crate::log::{self, LogColor, LogLevel};
 use crate::program;
 use crate::user::UserName;
 use crate::vfio::{FdSource, VfioMode};
@@ -89,6 +90,8 @@ pub struct EalArgs {
     pub no_sandbox: bool,
     /// Log levels in the order given, for [`log::init`].
     pub log_levels: Vec<LogLevel>,
+    /// Whether the log has colours, for [`log::init`].
+    pub log_color: LogColor,
     /// To be logged as warnings when the log is there.
     pub warnings: Vec<String>,
     /// To be logged for information when the log is there.
@@ -100,6 +103,8 @@ pub struct EalArgs {
 pub struct MemoryArgs {
     /// Memory to reserve in MiB; without it as much as the application needs.
     pub megabytes: Option<u32>,
+    /// Memory to reserve on each NUMA node in MiB, by node (`--numa-mem`); their sum is `megabytes`.
+    pub socket_mem: Vec<u64>,
     /// Hugetlbfs mount to keep files on; never together with `in_memory` or `no_huge`.
     pub huge_dir: Option<PathBuf>,
     /// Private anonymous memory and no runtime directory.
@@ -225,8 +230,8 @@ fn parse_on(
     let end = argv.iter().position(|word| word == "--");
     let after = argv.split_off(end.unwrap_or(argv.len()));
     check_words("EAL argument", &argv)?;
-    let cli = match Cli::read(&argv, program)? {
-        Read::Arguments(cli) => *cli,
+    let (cli, notes) = match Cli::read(&argv, program)? {
+        Read::Arguments(cli, notes) => (*cli, notes),
         Read::Help(text) => return Ok(Outcome::Print(text)),
     };
     if cli.log_level.iter().any(|level| matches!(level, LogArg::Help)) {
@@ -237,7 +242,7 @@ fn parse_on(
         return Ok(Outcome::Print(version + "\n"));
     }
     let show_version = cli.version;
-    let mut eal = resolve(cli, program, &cpus()?)?;
+    let mut eal = resolve(cli, notes, program, &cpus()?)?;
     if show_version {
         eal.notes.insert(0, version);
     }
@@ -255,13 +260,9 @@ fn check_words(kind: &str, argv: &[OsString]) -> Result<()> {
     }
 }
 
-fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
-    let without_effect = cli.without_effect();
+fn resolve(cli: Cli, mut notes: Vec<String>, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
     let mut warnings = Vec::new();
-    let mut notes: Vec<_> =
-        without_effect.iter().map(|name| format!("{name} is accepted and has no effect")).collect();
-
-    let lcores = match (&cli.lcores, &cli.coremask) {
+    let mut lcores = match (&cli.lcores, &cli.coremask) {
         (Some(list), _) => lcores::parse_list(list, cpus)?,
         (None, Some(mask)) => {
             let specs = lcores::parse_mask(mask, cpus)?;
@@ -272,6 +273,9 @@ fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
     };
     if cli.lcores.is_some() || cli.coremask.is_some() {
         warnings.extend(lcores::shared_core(&lcores, Path::new("/sys")));
+    }
+    if let Some(first) = cli.remap_lcore_ids {
+        lcores::remap(&mut lcores, first.unwrap_or(0))?;
     }
     let main_lcore = main_lcore(cli.main_lcore, &lcores)?;
 
@@ -286,6 +290,16 @@ fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
         }
         dir => dir,
     };
+    match cli.huge_unlink {
+        Some(Some(HugeUnlink::Never)) => {
+            let cure = "leave it out: no file of a hugepage stays behind";
+            return Err(dpdk::refusal("--huge-unlink=never", cure));
+        }
+        Some(_) => {
+            notes.push(dpdk::no_effect("--huge-unlink", "files are unlinked as soon as they are open"))
+        }
+        None => {}
+    }
     let devices = cli.allow.iter().map(|text| DeviceArgs::parse(text, program.device_keys));
     let vdevs = cli.vdev.iter().map(|text| VdevArgs::parse(text, program.vdev_keys));
     let eal = EalArgs {
@@ -295,14 +309,15 @@ fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
         block: cli.block,
         vdevs: vdevs.collect::<Result<_>>()?,
         memory: MemoryArgs {
-            megabytes: cli.memory_size,
+            megabytes: cli.memory_size.or(cli.numa_mem.as_ref().map(|memory| memory.sum)),
+            socket_mem: cli.numa_mem.map(|memory| memory.nodes).unwrap_or_default(),
             huge_dir,
             in_memory: cli.in_memory,
             no_huge: cli.no_huge,
         },
         file_prefix: file_prefix(cli.file_prefix)?,
         iova_mode: cli.iova_mode,
-        no_pci: cli.no_pci,
+        no_pci: cli.no_pci || (cli.no_auto_probing && cli.allow.is_empty()),
         vfio_mode: cli.vfio_mode,
         isolate_ports: cli.isolate_ports,
         vfio_intr: cli.vfio_intr,
@@ -311,6 +326,7 @@ fn resolve(cli: Cli, program: &Program<'_>, cpus: &[usize]) -> Result<EalArgs> {
         user: cli.user,
         no_sandbox: cli.no_sandbox,
         log_levels: cli.log_level.into_iter().filter_map(LogArg::level).collect(),
+        log_color: cli.log_color.flatten().unwrap_or_default(),
         warnings,
         notes,
     };
@@ -337,13 +353,14 @@ fn main_lcore(asked: Option<u32>, lcores: &[LcoreSpec]) -> Result<u32> {
 
 fn file_prefix(name: String) -> Result<String> {
     // It becomes a directory, with the names of sockets behind it.
-    if (1..=64).contains(&name.len()) && name != "." && name != ".." && !name.contains(['/', '\0']) {
+    let odd = name.contains('/') || name.contains(char::is_control);
+    if (1..=64).contains(&name.len()) && name != "." && name != ".." && !odd {
         return Ok(name);
     }
-    Err(Error::new(
-        ErrorKind::Usage,
-        format!("--file-prefix {}", quoted(&name)),
-        "not a file name of 1 to 64 bytes",
+    Err(conflict(
+        &format!("--file-prefix {}", quoted(&name)),
+        "not a file name of 1 to 64 bytes without control characters",
+        "use one such as vireo1",
     ))
 }
 

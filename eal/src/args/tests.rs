@@ -60,7 +60,10 @@ fn a_line_as_users_type_it() {
     assert_eq!(eal.memory.megabytes, Some(512));
     assert_eq!(eal.vfio_intr, Some(VfioInterrupt::Msix));
     assert_eq!(eal.log_levels.len(), 2);
-    assert_eq!(eal.notes, ["--memory-channels is accepted and has no effect"]);
+    assert_eq!(
+        eal.notes,
+        ["--memory-channels has no effect: packet buffers are not spread over memory channels"]
+    );
     assert_eq!(app, ["/usr/bin/l2fwd", "-p", "3", "--", "-v"]);
 }
 
@@ -130,7 +133,14 @@ fn the_bad_word_and_the_right_one_are_named() {
             "--proc-type secondary",
             "--proc-type \"secondary\": a process that shares another's devices is not supported; use primary or auto",
         ),
-        ("--file-prefix a/b", "--file-prefix \"a/b\": not a file name of 1 to 64 bytes"),
+        (
+            "--file-prefix a/b",
+            "--file-prefix \"a/b\": not a file name of 1 to 64 bytes without control characters; use one such as vireo1",
+        ),
+        (
+            "--file-prefix a\u{7}b",
+            "--file-prefix \"a\\u{7}b\": not a file name of 1 to 64 bytes without control characters; use one such as vireo1",
+        ),
     ];
     for (line, text) in cases {
         assert_eq!(refused(line), text);
@@ -144,6 +154,18 @@ fn conflicts() {
         "-c 1 -l 0",
         "--telemetry --no-telemetry",
         "--no-pci -a 00:03.0",
+        "-A -b 00:03.0",
+        "--auto-probing --no-auto-probing",
+        "-m 64 --numa-mem 64",
+        "-m 64 --socket-mem 64",
+        "--no-huge --numa-mem 64",
+        "--no-huge --huge-unlink",
+        "--no-huge --single-file-segments",
+        "--no-huge --match-allocations",
+        "--legacy-mem --in-memory",
+        "--legacy-mem --match-allocations",
+        "--in-memory --huge-unlink",
+        "--single-file-segments --huge-unlink",
         "--iova-mode va --vfio-mode noiommu",
         "--iova-mode va -a 00:03.0,vfio-mode=noiommu-cdev",
         "--iova-mode pa",
@@ -219,4 +241,124 @@ fn privileges() {
     assert_eq!((eal.vfio_fds, eal.user, eal.no_sandbox), (None, None, false));
     assert!(refused("--vfio-fds=").contains("give listen"));
     assert!(refused("--user :0").contains("USER:GROUP"));
+}
+
+/// What becomes of one of DPDK's arguments.
+#[derive(Debug)]
+enum Becomes {
+    /// Vireo does what it says.
+    Honoured,
+    /// It is taken, and a note says that nothing follows from it.
+    NoEffect,
+    /// Vireo does not have it; the alternative has these words.
+    Refused(&'static str),
+}
+
+/// Every spelling of every EAL argument of DPDK 26.11 (`lib/eal/common/eal_option_list.h`).
+#[test]
+fn every_eal_argument_of_dpdk() {
+    use Becomes::{Honoured, NoEffect, Refused};
+    const TOKEN: &str = "--vfio-vf-token=14d63f20-8445-11ea-8900-1f9ce7d5650d";
+    let builtin = "drivers are built in";
+    let service = "-l";
+    let trace = "--log-level";
+    for (spellings, becomes) in [
+        (&["-a 00:03.0", "--allow 00:03.0", "--allow=00:03.0,rxd=1", "-a00:03.0"][..], Honoured),
+        (&["-b 00:03.0", "--block 00:03.0", "--block=00:03.0"], Honoured),
+        (&["--auto-probing"], NoEffect),
+        (&["-A", "--no-auto-probing", "-A -a 00:03.0"], Honoured),
+        (&["--base-virtaddr 0x100000000", "--base-virtaddr=0x100000000"], NoEffect),
+        (&["-c 3", "--coremask 0x3", "--coremask=3"], Honoured),
+        (&["-d /a.so", "-d", "--driver-path /a", "--driver-path=/a", "-d/a -d/b"], Refused(builtin)),
+        (&["--force-max-simd-bitwidth 64", "--force-max-simd-bitwidth=512"], NoEffect),
+        (&["--huge-unlink", "--huge-unlink=always", "--huge-unlink=existing"], NoEffect),
+        (&["--huge-unlink=never"], Refused("leave it out")),
+        (&["--in-memory", "--no-huge", "--no-pci"], Honoured),
+        (&["--iova-mode va", "--iova-mode=va"], Honoured),
+        (&["-l 0", "-l0-1", "--lcores 0", "--lcores=0,1"], Honoured),
+        (&["--legacy-mem", "--match-allocations", "--single-file-segments"], NoEffect),
+        (&["--log-color", "--log-color=auto", "--log-color=always", "--log-color=never"], Honoured),
+        (&["--log-level 8", "--log-level=lib.eal:debug"], Honoured),
+        (&["--log-timestamp", "--log-timestamp=iso"], Refused("ts(1)")),
+        (&["--main-lcore 1", "--main-lcore=0"], Honoured),
+        (&["--mbuf-pool-ops-name x", "--mbuf-pool-ops-name=ring_mp_mc"], NoEffect),
+        (&["-n 4", "-n4", "--memory-channels 4", "--memory-channels=4"], NoEffect),
+        (&["-r 2", "-r2", "--memory-ranks 2", "--memory-ranks=2"], NoEffect),
+        (&["-m 64", "-m64", "--memory-size 64", "--memory-size=64"], Honoured),
+        (&["--no-hpet", "--no-shconf", "--no-telemetry", "--telemetry", "--vmware-tsc-map"], NoEffect),
+        (&["--proc-type primary", "--proc-type=auto"], Honoured),
+        (&["-R", "-R=4", "--remap-lcore-ids", "--remap-lcore-ids=4"], Honoured),
+        (&["-S 1", "-S", "--service-corelist 1", "--service-corelist=1"], Refused(service)),
+        (&["-s 2", "-s2", "-s", "--service-coremask 2", "--service-coremask=2"], Refused(service)),
+        (&["--vdev net_vhost0,iface=/a", "--vdev=net_vhost0,iface=/a"], Honoured),
+        (&["--syslog", "--syslog=daemon"], NoEffect),
+        (&["--trace .*", "--trace=lib.eal", "--trace"], Refused(trace)),
+        (&["--trace-bufsz 1M", "--trace-bufsz=1M"], Refused(trace)),
+        (&["--trace-dir /tmp", "--trace-dir=/tmp"], Refused(trace)),
+        (&["--trace-mode o", "--trace-mode=discard"], Refused(trace)),
+        (&["--create-uio-dev"], Refused("vireo-devbind --bind vfio-pci")),
+        (&["--file-prefix x", "--file-prefix=x"], Honoured),
+        (&["--huge-dir /mnt", "--huge-dir=/mnt"], Honoured),
+        (&["--huge-worker-stack", "--huge-worker-stack=64"], Refused("leave it out")),
+        (&["--numa-mem 64", "--numa-mem=64,0", "--socket-mem 64,64", "--socket-mem=1"], Honoured),
+        (&["--numa-limit 64", "--numa-limit=64", "--socket-limit 1,2", "--socket-limit=1"], Refused("-m")),
+        (&["--pagesz-mem 2M:64", "--pagesz-mem=1G:1"], Refused("--huge-dir")),
+        (&["--vfio-intr msix", "--vfio-intr=legacy"], Honoured),
+        (&[TOKEN], Honoured),
+    ] {
+        for line in spellings {
+            let what = format!("{line}: {becomes:?}");
+            match (&becomes, outcome(line)) {
+                (Honoured, Ok(Outcome::Run(parsed))) => {
+                    assert!(parsed.eal.notes.is_empty(), "{what}: {:?}", parsed.eal.notes);
+                }
+                (NoEffect, Ok(Outcome::Run(parsed))) => {
+                    let name = line.split(['=', ' ']).next().filter(|name| name.starts_with("--"));
+                    let notes = parsed.eal.notes;
+                    assert!(
+                        notes.len() == 1 && notes[0].contains(name.unwrap_or_default()),
+                        "{what}: {notes:?}"
+                    );
+                }
+                (Refused(cure), Err(error)) => {
+                    let text = error.to_string();
+                    assert_eq!(error.kind(), ErrorKind::Usage, "{what}");
+                    let named = text.contains("a DPDK argument that Vireo does not have; ");
+                    assert!(named && text.contains(cure), "{what}: {text}");
+                }
+                (_, other) => panic!("{what}: {other:?}"),
+            }
+        }
+    }
+    for line in ["-v", "--version", "-h", "--help"] {
+        printed(line);
+    }
+}
+
+#[test]
+fn memory_of_nodes() {
+    let memory = run("--socket-mem 1024,0 -l 0 --no-pci -- -p 1").eal.memory;
+    assert_eq!((memory.socket_mem, memory.megabytes), (vec![1024, 0], Some(1024)));
+    assert_eq!(run("--numa-mem=1,2,3").eal.memory.megabytes, Some(6));
+    for text in ["", ",", "1,", "a", "-1", "0", "0,0", "4294967295,1", "18446744073709551616", "1;2"] {
+        assert!(refused(&format!("--socket-mem={text}")).contains("64,64"), "{text}");
+    }
+}
+
+#[test]
+fn lcores_get_new_ids() {
+    let ids = |line: &str| run(line).eal.lcores.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(ids("-l 1 -R"), ["0@1"]);
+    assert_eq!(ids("-l 0-1 --remap-lcore-ids=8 --main-lcore 9"), ["8@0", "9@1"]);
+    assert_eq!(ids("-R=3"), ["3@0", "4@1"]);
+    for line in ["-R=x", "-R=-1", "-R=8191", "-l 0@1 -R", "-l (0,1) -R", "-l 1 -R --main-lcore 1"] {
+        refused(line);
+    }
+}
+
+#[test]
+fn no_device_is_probed_by_itself() {
+    assert!(run("-A").eal.no_pci && run("-A --vdev net_vhost0,iface=/a").eal.no_pci);
+    let eal = run("-A -a 00:03.0").eal;
+    assert!(!eal.no_pci && eal.allow.len() == 1);
 }

@@ -28,7 +28,7 @@ fn ask(mut socket: &UnixStream) -> std::io::Result<()> {
 #[test]
 #[ignore = "run by a_frontend_is_served_when_there_are_files_again"]
 fn child_that_runs_out_of_files() {
-    vireo_eal::log::init(&[]).unwrap();
+    vireo_eal::log::init(&[], vireo_eal::log::LogColor::Auto);
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
     let _server = Server::listen(&path, &"net_vhost0".into(), &[Arc::default(), Arc::default()]).unwrap();
