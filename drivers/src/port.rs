@@ -61,6 +61,8 @@ pub struct Link {
     pub speed: Option<u32>,
     /// Whether both directions work at once.
     pub full_duplex: bool,
+    /// Whether both ends agree on speed and duplex by themselves.
+    pub autoneg: bool,
 }
 
 /// Sizes of a port's queues, in descriptors; powers of two.

@@ -35,10 +35,13 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     let mut enabled: Vec<usize> = planned.iter().map(|lane| lane.from).collect();
     enabled.sort_unstable();
     enabled.dedup();
-    let style = Style::of_stdout(args.json);
+    let style = args.output.unwrap_or_else(Style::of_stdout);
     let mut reporter = Reporter::new(style, enabled.clone());
     describe(eal, &reporter, &all, &enabled)?;
     reporter.chat(&format!("MAC updating {}\n", if args.mac_updating { "enabled" } else { "disabled" }))?;
+    if args.portmap.is_none() && !enabled.len().is_multiple_of(2) {
+        reporter.chat("Notice: odd number of ports in portmask.\n")?;
+    }
     for Planned { lcore, from, to, pair } in &planned {
         let queue = if args.queues > 1 { format!(" queue {pair}") } else { String::new() };
         reporter.chat(&format!("Lcore {lcore}: RX port {from} TX port {to}{queue}\n"))?;
@@ -53,10 +56,14 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     let pool = Pool::new(&memory.buffers, buffers)?;
     let mut cache = pool.cache();
     let mut queues = Queues::new(args.queues.into());
-    for &number in &enabled {
+    for (number, open) in all.iter_mut().enumerate() {
+        if !enabled.contains(&number) {
+            reporter.chat(&format!("Skipping disabled port {number}\n"))?;
+            continue;
+        }
         reporter.chat(&format!("Initializing port {number}... "))?;
-        let rings = memory.of(&all[number]);
-        let port = &mut all[number].port;
+        let rings = memory.of(open);
+        let port = &mut open.port;
         port.set_promiscuous(args.promiscuous)?;
         queues.put_port(number, port.start_pairs(rings, &mut cache, SIZES, args.queues)?);
         reporter.chat("done: \n")?;
@@ -68,6 +75,8 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     check_links(&reporter, &all, &enabled, stop)?;
 
     let routes: BTreeSet<(usize, usize)> = planned.iter().map(|lane| (lane.from, lane.to)).collect();
+    let mut polled: Vec<(u32, usize)> = planned.iter().map(|lane| (lane.lcore, lane.from)).collect();
+    polled.sort_unstable();
     let mut shares: BTreeMap<u32, Vec<AnyLane>> = BTreeMap::new();
     for Planned { lcore, from, to, pair } in planned {
         let ethernet = args.mac_updating.then(|| ethernet(to, all[to].port.mac()));
@@ -82,7 +91,7 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     let numbers: Vec<_> = enabled.iter().map(|port| queues.numbers(*port)).collect();
     let totals = || numbers.iter().map(|pairs| Totals::of(&counts[pairs.clone()])).collect::<Vec<_>>();
     ports::confine(eal)?;
-    reporter.say("entering main loop\n", &json!({ "event": "forwarding" }))?;
+    reporter.forwarding(&eal.lcores.ids(), &polled)?;
     let mut last = Instant::now();
     let mut printed = Ok(());
     let busy_ticks = args.record_core_cycles.then(AtomicU64::default);
@@ -119,7 +128,7 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     let mut checked = Ok(());
     for (from, to) in routes {
         let balance = Balance::of(from, to, &all, |port| of_port.get(&port).copied().unwrap_or_default());
-        reporter.say(&balance.text(), &json!({ "event": "balance", "balance": balance }))?;
+        reporter.note(&balance.text(), &json!({ "event": "balance", "balance": balance }))?;
         checked = checked.and(balance.check());
     }
     closed.and(checked).and(printed)?;
@@ -133,7 +142,7 @@ fn describe(eal: &Eal, reporter: &Reporter, all: &[OpenPort], enabled: &[usize])
     for &number in enabled {
         let port = &all[number];
         let report = port.report.as_ref();
-        reporter.say(
+        reporter.note(
             &format!("Port {number}: {}\n", port.describe()),
             &json!({
                 "event": "open", "port": number, "address": port.name, "description": port.describe(),
@@ -143,7 +152,7 @@ fn describe(eal: &Eal, reporter: &Reporter, all: &[OpenPort], enabled: &[usize])
     }
     let memory = eal.backing().name();
     let warning = if physical { "; no IOMMU: the NICs can reach all memory of this machine" } else { "" };
-    reporter.say(
+    reporter.note(
         &format!("IOVA mode {iova}{warning}\nMemory: {memory}; hugepages: {}\n", Eal::hugepages_line()),
         &json!({ "event": "memory", "iova_mode": iova, "memory": memory }),
     )
@@ -157,7 +166,7 @@ fn map(eal: &Eal, reporter: &Reporter, buffers: u32, pairs: u16, ports: &[&OpenP
     let memory = ports::map(region, &need, ports)?;
     if eal.args.isolate_ports {
         let (spaces, calls) = (memory.spaces, ioctl::calls() - before);
-        reporter.say(
+        reporter.note(
             &format!("Isolated: {} ports in {spaces} address spaces, {calls} map calls\n", ports.len()),
             &json!({ "event": "isolation", "ports": ports.len(), "spaces": spaces, "map_calls": calls }),
         )?;
@@ -205,7 +214,7 @@ fn close(
             .collect();
         let map: serde_json::Map<_, _> =
             named.into_iter().map(|(name, count)| (name.to_owned(), json!(count))).collect();
-        reporter.say(
+        reporter.note(
             &format!(
                 "Port {number} counted: {}\n",
                 if counted.is_empty() { "nothing".into() } else { counted.join(", ") }

@@ -1,10 +1,12 @@
-//! Arguments behind `--`: DPDK l2fwd's own, and `--json`.
+//! Arguments behind `--`: DPDK l2fwd's own, and `--output`.
 
 use std::ffi::OsString;
 
 use clap::{CommandFactory, Parser};
 use vireo_eal::Result;
 use vireo_eal::args::parse_app;
+
+use crate::report::Style;
 
 /// Most queues that one lcore may poll (`MAX_RX_QUEUE_PER_LCORE` of DPDK's l2fwd, less one).
 const MOST_QUEUES_PER_LCORE: u32 = 15;
@@ -50,7 +52,10 @@ struct Cli {
     /// Time the polls that move packets, and print ticks per packet at the end (testpmd's argument)
     #[arg(long)]
     record_core_cycles: bool,
-    /// Print one JSON object per line in the place of text
+    /// DPDK's text and table, lines with rates, or a JSON object per line; default: table on a terminal, else lines
+    #[arg(long, value_name = "FORM", conflicts_with = "json")]
+    output: Option<Style>,
+    /// As --output json
     #[arg(long)]
     json: bool,
 }
@@ -82,8 +87,8 @@ pub struct Args {
     pub buffers: Option<u32>,
     /// Time the polls that move packets.
     pub record_core_cycles: bool,
-    /// Print JSON.
-    pub json: bool,
+    /// How the output looks; by default as standard output suits.
+    pub output: Option<Style>,
 }
 
 /// Help text, printed below the EAL's.
@@ -107,12 +112,12 @@ pub fn parse(argv: Vec<OsString>) -> Result<Args> {
         portmap: cli.portmap.map(|map| map.0),
         buffers: cli.total_num_mbufs,
         record_core_cycles: cli.record_core_cycles,
-        json: cli.json,
+        output: if cli.json { Some(Style::Json) } else { cli.output },
     })
 }
 
 fn port_mask(text: &str) -> std::result::Result<u64, String> {
-    let digits = text.trim_start_matches("0x").trim_start_matches("0X");
+    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).unwrap_or(text);
     match u64::from_str_radix(digits, 16) {
         Ok(mask) => Ok(mask),
         Err(_) => Err("it is no hexadecimal mask, such as 0x3".into()),
@@ -130,6 +135,7 @@ fn port_map(text: &str) -> std::result::Result<PortMap, String> {
     let wrong = || format!("\"{text}\" is not of the form (0,1)(2,3)");
     let inner = text.strip_prefix('(').and_then(|rest| rest.strip_suffix(')')).ok_or_else(wrong)?;
     inner
+        .replace("),(", ")(")
         .split(")(")
         .map(|pair| {
             let (a, b) = pair.split_once(',')?;
@@ -159,7 +165,23 @@ mod tests {
         assert_eq!(args.portmap, Some(vec![(0, 1)]));
         assert_eq!(args.buffers, None);
         assert_eq!(read("-p f -T 0").unwrap().period, None);
+        let four = Some(vec![(0, 1), (2, 3)]);
+        assert_eq!(read("-p f --portmap (0,1),(2,3)").unwrap().portmap, four);
+        assert_eq!(read("-p f --portmap=(0,1)(2,3)").unwrap().portmap, four);
         assert_eq!(read("-p f --total-num-mbufs 600").unwrap().buffers, Some(600));
+    }
+
+    #[test]
+    fn forms_of_output() {
+        let output = |line: &str| read(line).unwrap().output;
+        assert_eq!(output("-p 1"), None);
+        assert_eq!(output("-p 1 --json"), Some(Style::Json));
+        for (name, style) in [("table", Style::Table), ("lines", Style::Lines), ("json", Style::Json)] {
+            assert_eq!(output(&format!("-p 1 --output {name}")), Some(style));
+        }
+        for line in ["-p 1 --json --output lines", "-p 1 --output xml", "-p 1 --output", "-p 0x0x1"] {
+            assert_eq!(read(line).unwrap_err().kind(), ErrorKind::Usage);
+        }
     }
 
     #[test]

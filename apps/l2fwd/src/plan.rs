@@ -107,7 +107,7 @@ mod tests {
             portmap: None,
             buffers: None,
             record_core_cycles: false,
-            json: false,
+            output: None,
         }
     }
 

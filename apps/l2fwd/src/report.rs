@@ -1,9 +1,10 @@
-//! What l2fwd prints: DPDK's text on a terminal, a line for each port in a pipe, JSON for programs.
+//! What l2fwd prints: DPDK's text byte for byte, lines with rates, or JSON for programs.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::json;
 use vireo_drivers::port::{Link, MacAddr};
@@ -14,24 +15,21 @@ use crate::control::PortState;
 use crate::forward::{Count, PairCounts};
 
 /// How the output looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Style {
-    /// DPDK's table, redrawn in place.
-    Terminal,
-    /// A line for each port.
+    /// What DPDK's l2fwd prints and nothing else, with its table redrawn in place. The rest goes to the log, as DPDK's
+    /// EAL lines do.
+    Table,
+    /// DPDK's text and more, with a line for each port in the place of the table.
     Lines,
     /// A JSON object for each event.
     Json,
 }
 
 impl Style {
-    /// JSON if asked for, else by what standard output is.
-    pub fn of_stdout(json: bool) -> Self {
-        match json {
-            true => Self::Json,
-            false if io::stdout().is_terminal() => Self::Terminal,
-            false => Self::Lines,
-        }
+    /// The default: by what standard output is.
+    pub fn of_stdout() -> Self {
+        if io::stdout().is_terminal() { Self::Table } else { Self::Lines }
     }
 }
 
@@ -93,6 +91,42 @@ impl Reporter {
         if self.style == Style::Json { Ok(()) } else { program::print(text) }
     }
 
+    /// Prints `text` of ours, which DPDK does not have, to people, or `event` to programs.
+    ///
+    /// # Errors
+    /// As for [`Reporter::say`].
+    pub fn note(&self, text: &str, event: &serde_json::Value) -> Result<()> {
+        if self.style != Style::Table {
+            return self.say(text, event);
+        }
+        text.lines().for_each(|line| tracing::info!("{line}"));
+        Ok(())
+    }
+
+    /// Says on which of `lcores` the main loop begins, and which of the lanes (lcore and port, ascending) each polls.
+    ///
+    /// # Errors
+    /// As for [`Reporter::say`].
+    pub fn forwarding(&self, lcores: &[u32], lanes: &[(u32, usize)]) -> Result<()> {
+        let idle = |lcore: &u32| lanes.iter().all(|(other, _)| other != lcore);
+        for lcore in lcores {
+            if idle(lcore) {
+                self.note(
+                    &format!("lcore {lcore} has nothing to do\n"),
+                    &json!({ "event": "idle", "lcore": lcore }),
+                )?;
+            } else if self.style == Style::Table {
+                tracing::info!("entering main loop on lcore {lcore}");
+                let ports = lanes.iter().filter(|(other, _)| other == lcore);
+                ports.for_each(|(_, port)| tracing::info!(" -- lcoreid={lcore} portid={port}"));
+            }
+        }
+        match self.style {
+            Style::Table => Ok(()),
+            _ => self.say("entering main loop\n", &json!({ "event": "forwarding" })),
+        }
+    }
+
     /// Prints totals, and rates since the last time; nothing while the reader stands still, because the lcore that
     /// prints also forwards.
     ///
@@ -104,9 +138,7 @@ impl Reporter {
         }
         let elapsed = self.since.elapsed();
         let text = match self.style {
-            Style::Terminal => {
-                format!("{}{}", table(&self.ports, now), rates(&self.ports, &self.last, now, elapsed))
-            }
+            Style::Table => table(&self.ports, now),
             Style::Lines => lines(&self.ports, &self.last, now, elapsed),
             Style::Json => format!("{}\n", statistics_json(&self.ports, &self.last, now, elapsed)),
         };
@@ -115,15 +147,16 @@ impl Reporter {
         program::print(&text)
     }
 
-    /// Prints totals once more, at the end: below what is on the screen.
+    /// Prints totals once more, at the end; with the table, which DPDK does not repeat, to the log.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
     pub fn summary(&mut self, now: &[Totals]) -> Result<()> {
-        if self.style == Style::Terminal {
-            self.style = Style::Lines;
+        match self.style {
+            Style::Table => self
+                .note(&lines(&self.ports, &self.last, now, self.since.elapsed()), &serde_json::Value::Null),
+            _ => self.statistics(now),
         }
-        self.statistics(now)
     }
 
     /// Prints what the polls that moved packets took, in testpmd's words.
@@ -134,7 +167,7 @@ impl Reporter {
         let packets: u64 = now.iter().map(|totals| totals.received).sum();
         let each = ticks as f64 / packets.max(1) as f64;
         let mhz = Tsc::hz() / 1_000_000;
-        self.say(
+        self.note(
             &format!("CPU cycles/packet={each:.2} (total cycles={ticks} / total io packets={packets}) at {mhz} MHz Clock\n"),
             &json!({ "event": "core_cycles", "cycles_per_packet": each, "cycles": ticks, "packets": packets, "mhz": mhz }),
         )
@@ -180,19 +213,6 @@ fn rate(last: u64, now: u64, elapsed: Duration) -> f64 {
     now.saturating_sub(last) as f64 / elapsed.as_secs_f64().max(1e-9)
 }
 
-fn rates(ports: &[usize], last: &[Totals], now: &[Totals], elapsed: Duration) -> String {
-    let mut text = String::new();
-    for ((port, last), now) in ports.iter().zip(last).zip(now) {
-        let _ = writeln!(
-            text,
-            "Port {port}: {:.0} pps in, {:.0} pps out",
-            rate(last.received, now.received, elapsed),
-            rate(last.sent, now.sent, elapsed)
-        );
-    }
-    text
-}
-
 fn lines(ports: &[usize], last: &[Totals], now: &[Totals], elapsed: Duration) -> String {
     let mut text = String::new();
     for ((port, last), now) in ports.iter().zip(last).zip(now) {
@@ -225,17 +245,19 @@ fn statistics_json(ports: &[usize], last: &[Totals], now: &[Totals], elapsed: Du
     json!({ "event": "statistics", "ports": ports })
 }
 
-/// `Link up at 1 Gbps FDX`, in DPDK's words.
+/// `Link up at 1 Gbps FDX Autoneg`, in DPDK's words (`rte_eth_link_to_str`).
 pub fn link_text(link: Link) -> String {
     if !link.up {
         return "Link down".into();
     }
     let speed = match link.speed {
-        Some(speed) if speed >= 1000 && speed.is_multiple_of(1000) => format!("{} Gbps", speed / 1000),
+        Some(0) => "None".into(),
+        Some(speed) if speed >= 1000 => format!("{} Gbps", f64::from(speed) / 1000.0),
         Some(speed) => format!("{speed} Mbps"),
         None => "Unknown".into(),
     };
-    format!("Link up at {speed} {}", if link.full_duplex { "FDX" } else { "HDX" })
+    let duplex = if link.full_duplex { "FDX" } else { "HDX" };
+    format!("Link up at {speed} {duplex} {}", if link.autoneg { "Autoneg" } else { "Fixed" })
 }
 
 /// `Port 0, MAC address: 52:54:00:00:00:01`, in DPDK's words.
@@ -283,9 +305,22 @@ mod tests {
 
     #[test]
     fn links_read_like_dpdks() {
-        let link = Link { up: true, speed: Some(1000), full_duplex: true };
-        assert_eq!(link_text(link), "Link up at 1 Gbps FDX");
+        let link = Link { up: true, speed: Some(1000), full_duplex: true, autoneg: true };
         assert_eq!(link_text(Link { up: false, ..link }), "Link down");
-        assert_eq!(link_text(Link { speed: Some(2500), ..link }), "Link up at 2500 Mbps FDX");
+        for (speed, text) in [
+            (None, "Unknown"),
+            (Some(0), "None"),
+            (Some(10), "10 Mbps"),
+            (Some(100), "100 Mbps"),
+            (Some(1000), "1 Gbps"),
+            (Some(2500), "2.5 Gbps"),
+            (Some(5000), "5 Gbps"),
+            (Some(56_000), "56 Gbps"),
+            (Some(400_000), "400 Gbps"),
+        ] {
+            assert_eq!(link_text(Link { speed, ..link }), format!("Link up at {text} FDX Autoneg"));
+        }
+        let fixed = Link { full_duplex: false, autoneg: false, ..link };
+        assert_eq!(link_text(fixed), "Link up at 1 Gbps HDX Fixed");
     }
 }

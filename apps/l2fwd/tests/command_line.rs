@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -133,4 +134,94 @@ fn a_reader_that_stands_still_stops_nothing() {
     wait("it polls no more", &|| ticks() > then);
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+/// What DPDK's l2fwd (26.11) prints on standard output for these ports, from its first line after the EAL's to the end; the
+/// table, which comes again and again, once.
+const GOLDEN: &str = concat!(
+    "MAC updating enabled\n",
+    "Notice: odd number of ports in portmask.\n",
+    "Lcore CPU: RX port 0 TX port 2\n",
+    "Lcore CPU: RX port 2 TX port 0\n",
+    "Lcore CPU: RX port 3 TX port 3\n",
+    "Initializing port 0... done: \n",
+    "Port 0, MAC address: 02:00:00:00:0A:00\n\n",
+    "Skipping disabled port 1\n",
+    "Initializing port 2... done: \n",
+    "Port 2, MAC address: 02:00:00:00:0A:02\n\n",
+    "Initializing port 3... done: \n",
+    "Port 3, MAC address: 02:00:00:00:0A:03\n\n",
+    "\nChecking link statusdone\n",
+    "Port 0 Link down\n",
+    "Port 2 Link down\n",
+    "Port 3 Link down\n",
+    "TABLE",
+    "\n\nSignal 2 received, preparing to exit...\n",
+    "Closing port 0... Done\n",
+    "Closing port 2... Done\n",
+    "Closing port 3... Done\n",
+    "Bye...\n",
+);
+const TABLE: &str = concat!(
+    "\x1b[2J\x1b[1;1H",
+    "\nPort statistics ====================================",
+    "\nStatistics for port 0 ------------------------------",
+    "\nPackets sent:                        0",
+    "\nPackets received:                    0",
+    "\nPackets dropped:                     0",
+    "\nStatistics for port 2 ------------------------------",
+    "\nPackets sent:                        0",
+    "\nPackets received:                    0",
+    "\nPackets dropped:                     0",
+    "\nStatistics for port 3 ------------------------------",
+    "\nPackets sent:                        0",
+    "\nPackets received:                    0",
+    "\nPackets dropped:                     0",
+    "\nAggregate statistics ===============================",
+    "\nTotal packets sent:                  0",
+    "\nTotal packets received:              0",
+    "\nTotal packets dropped:               0",
+    "\n====================================================\n",
+);
+
+#[test]
+fn the_table_form_is_dpdks_output() {
+    let dir = tempfile::tempdir().unwrap();
+    let cpus = vireo_eal::args::allowed_cpus().unwrap();
+    let last = cpus[cpus.len() - 1];
+    let mut command = l2fwd();
+    // The main lcore polls; another, if the machine has one, is idle.
+    let lcores = if last == cpus[0] { last.to_string() } else { format!("{},{last}", cpus[0]) };
+    command.args(["-l", &lcores, "--no-pci", "--no-huge", "--in-memory"]);
+    for port in 0..4 {
+        let socket = dir.path().join(format!("socket{port}"));
+        let vdev = format!("net_vhost{port},iface={},mac=02:00:00:00:0a:{port:02x}", socket.display());
+        command.args(["--vdev", &vdev]);
+    }
+    command.args(["--", "-p", "d", "-q", "3", "-T", "0.01", "--output", "table"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut text = String::new();
+    let mut buffer = [0; 4096];
+    // The link is waited for in vain, for 9 s as in DPDK.
+    while !text.contains("Total packets dropped") {
+        let count = stdout.read(&mut buffer).unwrap();
+        assert!(count > 0, "{text}");
+        text += std::str::from_utf8(&buffer[..count]).unwrap();
+    }
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    stdout.read_to_string(&mut text).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{log}");
+
+    let (dots, rest) = text.split_once("status").unwrap();
+    let text = format!("{dots}status{}", rest.trim_start_matches('.'));
+    let once = text.replacen(TABLE, "TABLE", 1).replace(TABLE, "");
+    assert_eq!(once, GOLDEN.replace("CPU", &cpus[0].to_string()));
+    let says = |line: String| log.lines().any(|said| said == line);
+    assert!(says(format!("L2FWD: entering main loop on lcore {}", cpus[0])), "{log}");
+    assert!(says(format!("L2FWD:  -- lcoreid={} portid=2", cpus[0])), "{log}");
+    assert!(cpus.len() == 1 || says(format!("L2FWD: lcore {last} has nothing to do")), "{log}");
 }

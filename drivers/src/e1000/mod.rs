@@ -383,7 +383,7 @@ impl Nic for Device {
             self.follow_link(status);
         }
         let speed = [10, 100, 1000, 1000][(status >> STATUS_SPEED_SHIFT & 3) as usize];
-        Link { up, speed: up.then_some(speed), full_duplex: up && status & STATUS_FD != 0 }
+        Link { up, speed: up.then_some(speed), full_duplex: up && status & STATUS_FD != 0, autoneg: true }
     }
 
     fn check(&mut self) -> Result<()> {

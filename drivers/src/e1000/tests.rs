@@ -338,7 +338,7 @@ fn start_brings_up_what_the_manual_asks_for() {
         assert_ne!(of(CTRL) & CTRL_SLU, 0);
         assert!(rig.device.config().bus_master());
         assert_eq!(rig.port.mac(), MAC);
-        assert_eq!(rig.port.link(), Link { up: true, speed: Some(1000), full_duplex: true });
+        assert_eq!(rig.port.link(), Link { up: true, speed: Some(1000), full_duplex: true, autoneg: true });
         rig.stop();
     });
 }

@@ -154,7 +154,7 @@ impl Nic for Device {
     /// Up while a frontend has both rings of the first pair started and enabled.
     fn link(&self) -> Link {
         let up = self.rings.iter().take(RINGS_PER_PAIR).all(|ring| matches!(*ring.lock(), Slot::Running(_)));
-        Link { up, speed: None, full_duplex: true }
+        Link { up, speed: None, full_duplex: true, autoneg: false }
     }
 
     /// It does: a ring whose frontend lied waits for that frontend to start it anew.

@@ -336,7 +336,7 @@ impl Nic for Device {
 
     fn link(&self) -> Link {
         let up = self.transport.link_up();
-        Link { up, speed: None, full_duplex: true }
+        Link { up, speed: None, full_duplex: true, autoneg: true }
     }
 
     fn check(&mut self) -> Result<()> {
