@@ -4,7 +4,7 @@
 lab_compare() {
     local report=()
     OPT_TIMEOUT=${OPT_TIMEOUT:-1800}
-    guest_prepare
+    guest_prepare compare
     if [[ -z $OPT_SHARE ]]; then
         OPT_SHARE="$WORK/share"
         mkdir "$OPT_SHARE"

@@ -8,11 +8,32 @@ GUEST_LOG=
 GUEST_QEMU=
 GUEST_TAIL=
 
-# Everything that can fail or take long before the first boot; what the user mistyped first.
+# guest_estimate [compare]: says how long it takes, where that is minutes; measured on two cpus, quiet and busy.
+guest_estimate() {
+    local least=0 most=0 parts=()
+    if [[ -n $OPT_BUILD && ! -d $REPO/target/guest ]]; then
+        ((least += 1, most += 2))
+        parts+=("programs 1 to 2")
+    fi
+    if [[ $OPT_KERNEL == @(default|edge) && -z $(kernel_chosen "$OPT_KERNEL") ]]; then
+        ((least += 5, most += 16))
+        parts+=("kernel 5 to 16")
+    fi
+    if [[ ${1:-} == compare ]]; then
+        ((least += 6, most += 9))
+        parts+=("comparison 6 to 9")
+    fi
+    ((${#parts[@]})) || return 0
+    printf -v parts '%s, ' "${parts[@]}"
+    say "about $least to $most minutes on two cpus (${parts%, }), and the downloads"
+}
+
+# guest_prepare [compare]: everything that can fail or take long before the first boot; what the user mistyped first.
 guest_prepare() {
     local packages=(busybox-static cpio strace)
     command -v qemu-system-x86_64 >/dev/null || packages+=(qemu-system-x86)
     topology_build
+    guest_estimate "${1:-}"
     need_packages "${packages[@]}"
     programs_build
     guest_use_kernel "$OPT_KERNEL"
