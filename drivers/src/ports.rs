@@ -1,6 +1,7 @@
 //! From EAL arguments to started ports: which driver takes which function or virtual device, and the order of
 //! set-up.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{Builder, Scope, ScopedJoinHandle};
@@ -70,10 +71,12 @@ pub fn open(eal: &Eal, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
         let mode = eal.args.mode_of(info.address);
         open_one(bus, &eal.vfio, info, mode, args)
     };
-    let vdevs = &eal.args.vdevs;
+    let vdevs = eal.args.vdevs.iter().map(|vdev| Ok((&*vdev.name, Virtual::parse(vdev)?)));
+    let vdevs = vdevs.collect::<Result<Vec<_>>>()?;
+    check_listeners(&vdevs)?;
     let mut ports = std::thread::scope(|scope| -> Result<Vec<OpenPort>> {
         let functions = chosen.into_iter().map(|info| start(scope, || open(info)));
-        let virtuals = vdevs.iter().map(|vdev| start(scope, || open_virtual(vdev, stop)));
+        let virtuals = vdevs.iter().map(|(name, device)| start(scope, || device.open(name, stop)));
         let threads: Vec<_> = functions.chain(virtuals).collect();
         threads
             .into_iter()
@@ -113,29 +116,75 @@ fn start<'scope>(
     thread.spawn_scoped(scope, body).map_err(|error| Error::io("cannot start a thread", &error))
 }
 
-/// Gives a virtual device to its driver.
-fn open_virtual(vdev: &VdevArgs, stop: &StopFlag) -> Result<OpenPort> {
-    let (port, kind) = match vdev.driver.as_str() {
-        "net_virtio_user" | "virtio_user" => {
-            let options = virtio::UserOptions::parse(&vdev.name, &vdev.args)?;
-            let port = virtio::Device::connect(&vdev.name, &options, stop).map(Port::Virtio)?;
-            (port, format!("(virtio-net, vhost-user) at {}", options.path.display()))
-        }
-        "net_vhost" | "eth_vhost" => {
-            let options = vhost::Options::parse(&vdev.name, &vdev.args)?;
-            let port = vhost::Device::listen(&vdev.name, &options).map(Port::Vhost)?;
-            (port, format!("(vhost-user back-end) at {}", options.path.display()))
-        }
-        driver => {
-            let what = format!("cannot use {}", vdev.name);
-            return Err(Error::new(
+/// A virtual device, as its arguments have it.
+enum Virtual {
+    User(virtio::UserOptions),
+    Vhost(vhost::Options),
+}
+
+impl Virtual {
+    fn parse(VdevArgs { name, driver, args }: &VdevArgs) -> Result<Self> {
+        match driver.as_str() {
+            "net_virtio_user" | "virtio_user" => virtio::UserOptions::parse(name, args).map(Self::User),
+            "net_vhost" | "eth_vhost" => vhost::Options::parse(name, args).map(Self::Vhost),
+            driver => Err(Error::new(
                 ErrorKind::Unavailable,
-                what,
+                format!("cannot use {name}"),
                 format!("there is no driver {driver} here"),
-            ));
+            )),
         }
-    };
-    Ok(OpenPort::virtual_port(port, &vdev.name, kind))
+    }
+
+    /// The socket that it makes, if it makes one.
+    fn listens_at(&self) -> Option<&Path> {
+        match self {
+            Self::User(options) => options.server.then_some(&options.path),
+            Self::Vhost(options) => Some(&options.path),
+        }
+    }
+
+    /// Gives it to its driver.
+    fn open(&self, name: &str, stop: &StopFlag) -> Result<OpenPort> {
+        let (port, kind) = match self {
+            Self::User(options) => {
+                let port = virtio::Device::connect(name, options, stop).map(Port::Virtio)?;
+                (port, format!("(virtio-net, vhost-user) at {}", options.path.display()))
+            }
+            Self::Vhost(options) => {
+                let port = vhost::Device::listen(name, options).map(Port::Vhost)?;
+                (port, format!("(vhost-user back-end) at {}", options.path.display()))
+            }
+        };
+        Ok(OpenPort::virtual_port(port, name, kind))
+    }
+}
+
+/// Looks for two devices that make one socket; another process would be blamed for the first one's.
+fn check_listeners(vdevs: &[(&str, Virtual)]) -> Result<()> {
+    let mut seen: BTreeMap<PathBuf, (&str, &Path)> = BTreeMap::new();
+    for (name, device) in vdevs {
+        let Some(path) = device.listens_at() else { continue };
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let directory = std::fs::canonicalize(parent.unwrap_or(Path::new("."))).unwrap_or_default();
+        let file = path.file_name().map_or_else(|| path.to_owned(), |file| directory.join(file));
+        if let Some((other, at)) = seen.insert(file, (*name, path)) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("cannot use {name}"),
+                format!("{other} of this command line listens at {}, too", at.display()),
+            )
+            .mend("give each port a socket of its own"));
+        }
+    }
+    Ok(())
+}
+
+/// Reads the path of a socket, which has to fit into `sun_path` with its NUL (unix(7)).
+pub(crate) fn socket_path(value: &str) -> std::result::Result<PathBuf, &'static str> {
+    if value.len() > 107 {
+        return Err("the path of a socket has at most 107 bytes");
+    }
+    Ok(value.into())
 }
 
 /// Opens one port in `mode`, with its devargs.

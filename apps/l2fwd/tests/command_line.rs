@@ -225,3 +225,35 @@ fn the_table_form_is_dpdks_output() {
     assert!(says(format!("L2FWD:  -- lcoreid={} portid=2", cpus[0])), "{log}");
     assert!(cpus.len() == 1 || says(format!("L2FWD: lcore {last} has nothing to do")), "{log}");
 }
+
+#[test]
+fn sockets_and_rings_of_virtual_ports_are_checked_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = |name: &str| dir.path().join(name).display().to_string();
+    let first = socket("socket");
+    let long = socket(&"x".repeat(120));
+    let ring = "no power of two from 1 to 32768";
+    let wrong = |device: &str, why: &str| (vec![device.to_owned()], why.to_owned());
+    let both = |other: &str| {
+        let devices = vec![format!("net_vhost0,iface={first}"), other.to_owned()];
+        (devices, format!("net_vhost0 of this command line listens at {first}, too"))
+    };
+    for (devices, why) in [
+        wrong(&format!("net_vhost0,iface={long}"), "107 bytes"),
+        wrong(&format!("net_virtio_user0,path={long}"), "107 bytes"),
+        wrong(&format!("net_virtio_user0,path={long},server=1"), "107 bytes"),
+        wrong(&format!("net_virtio_user0,path={first},queue_size=65536"), ring),
+        wrong(&format!("net_virtio_user0,path={first},queue_size=3"), ring),
+        wrong(&format!("net_virtio_user0,path={first},queue_size=0"), ring),
+        both(&format!("net_vhost1,iface={first}")),
+        both(&format!("net_vhost1,iface={}", socket("./socket"))),
+        both(&format!("net_virtio_user0,path={first},server=1")),
+    ] {
+        let mut command = l2fwd();
+        command.args(["--no-pci", "--no-huge", "--in-memory"]);
+        command.args(devices.iter().flat_map(|device| ["--vdev", device]));
+        let line = refused(&command.args(["--", "-p", "1"]).output().unwrap(), 64);
+        assert!(line.contains(&why), "{devices:?}: {line}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "{devices:?}");
+    }
+}

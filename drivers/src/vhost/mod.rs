@@ -22,7 +22,7 @@ use vireo_eal::dma::{DmaMemory, PoolCache};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::port::{Leftover, Link, MacAddr, Nic, QueueSizes};
-use crate::ports::flag;
+use crate::ports::{flag, socket_path};
 use crate::virtio::{self, random_mac};
 pub use queues::{RxQueue, TxQueue};
 use server::Server;
@@ -58,7 +58,7 @@ impl Options {
             let wrong =
                 |why| Error::new(ErrorKind::Usage, format!("cannot use {key}={value} of {name}"), why);
             match key.as_str() {
-                "iface" => options.path = value.into(),
+                "iface" => options.path = socket_path(value).map_err(wrong)?,
                 "mac" => options.mac = Some(value.parse()?),
                 "client" if !flag(key, value)? => {}
                 "client" => {

@@ -15,6 +15,13 @@ use crate::port::{Fault, QueueStats};
 
 /// Largest queue that the specification allows, in descriptors.
 const MAX_SIZE: u16 = 1 << 15;
+/// What is wrong with a size that no ring has.
+pub(super) const NOT_A_SIZE: &str = "it is no power of two from 1 to 32768";
+
+/// Whether a ring can have `size` descriptors.
+pub(super) fn is_size(size: u16) -> bool {
+    size.is_power_of_two() && size <= MAX_SIZE
+}
 /// The device writes the descriptor's buffer (`VIRTQ_DESC_F_WRITE`).
 pub(crate) const DESC_WRITE: u16 = 2;
 /// The descriptor goes on in the one that `next` names (`VIRTQ_DESC_F_NEXT`).
@@ -66,18 +73,18 @@ pub(super) fn shape(len: u32, flags: u16, next: u16) -> u64 {
 
 /// Rejects sizes that no split virtqueue has; gives the smaller one.
 pub(super) fn negotiate_size(asked: u16, most: u16) -> Result<u16> {
-    if !asked.is_power_of_two() || asked > MAX_SIZE {
+    if !is_size(asked) {
         return Err(Error::new(
             ErrorKind::Usage,
             format!("cannot use queues of {asked} descriptors"),
-            format!("the size is no power of two up to {MAX_SIZE}"),
+            NOT_A_SIZE,
         ));
     }
-    if !most.is_power_of_two() || most > MAX_SIZE {
+    if !is_size(most) {
         return Err(Error::new(
             ErrorKind::Protocol,
-            "cannot use the device's queues",
-            format!("it offers {most} descriptors, which is no power of two up to {MAX_SIZE}"),
+            format!("cannot use the device's queues of {most} descriptors"),
+            NOT_A_SIZE,
         ));
     }
     Ok(asked.min(most))

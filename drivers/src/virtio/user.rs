@@ -26,11 +26,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Options;
 use super::features::Features;
-use super::split::{Kick, Virtqueue, negotiate_size};
+use super::split::{Kick, NOT_A_SIZE, Virtqueue, is_size, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use super::{RINGS_PER_PAIR, pairs};
 use crate::port::MacAddr;
-use crate::ports::flag;
+use crate::ports::{flag, socket_path};
 
 /// How long a peer may take for its answers to a start or a stop together. They are some 18 for a pair of queues, of a
 /// process that may have to wait for its core.
@@ -86,10 +86,10 @@ impl UserOptions {
             let wrong =
                 |why| Error::new(ErrorKind::Usage, format!("cannot use {key}={value} of {name}"), why);
             match key.as_str() {
-                "path" => options.path = value.into(),
+                "path" => options.path = socket_path(value).map_err(wrong)?,
                 "queue_size" => {
-                    options.queue_size = value.parse().map_err(|_| wrong("it is no number up to 65535"))?;
-                    negotiate_size(options.queue_size, options.queue_size)?;
+                    let size = value.parse().ok().filter(|size| is_size(*size));
+                    options.queue_size = size.ok_or_else(|| wrong(NOT_A_SIZE))?;
                 }
                 "mac" => {
                     let mac: MacAddr = value.parse()?;
