@@ -226,7 +226,7 @@ fn close(
     if let Some(error) = all.iter_mut().find_map(|managed| managed.unconfirmed.take()) {
         return Err(error);
     }
-    match pool.count() - pool.free() {
+    match pool.count() - pool.available() {
         0 => Ok(()),
         lost => Err(Error::new(
             ErrorKind::Protocol,

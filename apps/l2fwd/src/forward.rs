@@ -298,6 +298,6 @@ mod tests {
         assert_eq!(lanes[0].tx.bursts, [32, 3, 5]);
         assert_eq!([&counts[0].received, &counts[0].sent, &counts[0].dropped].map(Count::get), [40, 38, 2]);
         drop(cache);
-        assert_eq!(pool.free(), 64);
+        assert_eq!(pool.available(), 64);
     }
 }

@@ -121,7 +121,7 @@ impl Rig {
         let (rx, tx) = self.queues.take().unwrap();
         self.port.stop(rx, tx, &mut self.cache).unwrap();
         drop(self.cache);
-        assert_eq!(self.pool.free(), self.pool.count());
+        assert_eq!(self.pool.available(), self.pool.count());
         assert!(!self.device.config().bus_master());
     }
 }
@@ -378,7 +378,7 @@ fn a_start_without_buffers_leaves_the_pool_as_it_was() {
         assert!(port.start(&memory, &mut cache, QueueSizes { rx: 48, tx: 64 }).is_err());
         assert!(!device.config().bus_master());
         drop(cache);
-        assert_eq!(pool.free(), 40);
+        assert_eq!(pool.available(), 40);
     });
 }
 
@@ -481,14 +481,14 @@ fn sent_buffers_go_back_to_the_pool_that_they_came_from() {
         let mut rig = Rig::standard();
         let (other, pool) = memory(64);
         let mut to_send = Pool::send_only(&other, 8).unwrap().cache();
-        assert_eq!(to_send.pool().free(), 8);
+        assert_eq!(to_send.pool().available(), 8);
         let mut burst: Burst = (0..8).map(|_| Packet::new(to_send.allocate().unwrap(), 60)).collect();
         let (rx, mut tx) = rig.queues.take().unwrap();
         assert_eq!(tx.tx_burst(&mut to_send, &mut burst), 8);
         rig.port.stop_pairs(vec![(rx, tx)], &mut rig.cache, Some(&mut to_send)).unwrap();
         let sent = Arc::clone(to_send.pool());
         drop((to_send, rig.cache));
-        assert_eq!((sent.free(), rig.pool.free(), pool.free()), (8, 512, 64));
+        assert_eq!((sent.available(), rig.pool.available(), pool.available()), (8, 512, 64));
     });
 }
 

@@ -94,7 +94,7 @@ impl Bench {
         self.device.stop(self.rx, self.tx, &mut self.cache).unwrap();
         let pool = Arc::clone(self.cache.pool());
         drop(self.cache);
-        pool.free()
+        pool.available()
     }
 }
 
@@ -419,7 +419,7 @@ fn a_virtio_user_port_uses_several_pairs() {
     let error = client.start_pairs(&memory, &mut cache, SIZES, 4).unwrap_err();
     assert!(error.to_string().contains("4 pairs of queues are asked for, and it has 2"), "{error}");
     drop(cache);
-    assert_eq!(pool.free(), BUFFERS);
+    assert_eq!(pool.available(), BUFFERS);
 }
 
 #[test]

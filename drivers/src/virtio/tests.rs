@@ -98,7 +98,7 @@ impl Bench {
         assert!(!self.nic.is_live());
         let pool = Arc::clone(self.cache.pool());
         drop(self.cache);
-        (pool.free(), self.nic)
+        (pool.available(), self.nic)
     }
 }
 
@@ -262,7 +262,7 @@ fn too_few_buffers_to_start_are_an_error_that_loses_none() {
     assert!(error.to_string().contains("24 of 64 packet buffers are missing"), "{error}");
     let pool = Arc::clone(cache.pool());
     drop(cache);
-    assert_eq!((pool.free(), nic.is_live()), (40, false));
+    assert_eq!((pool.available(), nic.is_live()), (40, false));
 }
 
 #[test]
@@ -411,7 +411,7 @@ fn each_pair_carries_its_own_frames() {
     assert_eq!(nic.faults(), [""; 0]);
     let pool = Arc::clone(cache.pool());
     drop(cache);
-    assert_eq!(pool.free(), BUFFERS);
+    assert_eq!(pool.available(), BUFFERS);
 }
 
 #[test]

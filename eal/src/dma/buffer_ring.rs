@@ -301,7 +301,7 @@ mod tests {
         burst.drain(..).for_each(|packet| cache.free(packet.into_buffer()));
         ring.release_all(&mut cache);
         drop(cache);
-        assert_eq!(pool.free(), 40);
+        assert_eq!(pool.available(), 40);
     }
 
     #[test]
@@ -345,7 +345,7 @@ mod tests {
         }
         held.into_iter().for_each(|buffer| cache.free(buffer));
         drop(cache);
-        assert_eq!(pool.free(), 900);
+        assert_eq!(pool.available(), 900);
     }
 
     proptest! {
@@ -377,7 +377,7 @@ mod tests {
                 let got = ring.exchange(&desc, &desc, next, asked, &mut cache, &mut burst, good, arm);
                 let room = (MAX_BURST - before).min(entries - next % entries);
                 prop_assert!(got <= done.min(asked).min(room));
-                prop_assert!(got == done.min(asked).min(room) || pool.free() == 0 && cache.is_empty());
+                prop_assert!(got == done.min(asked).min(room) || pool.available() == 0 && cache.is_empty());
                 for packet in &burst[before..] {
                     prop_assert_eq!(Some(cache.iova(packet.buffer())), model.pop_front());
                 }
@@ -390,7 +390,7 @@ mod tests {
             burst.drain(..).for_each(|packet| cache.free(packet.into_buffer()));
             ring.release_all(&mut cache);
             drop(cache);
-            prop_assert_eq!(pool.free(), pool.count());
+            prop_assert_eq!(pool.available(), pool.count());
         }
 
         /// The model is a queue here too, of what was sent and is not back.
@@ -423,7 +423,7 @@ mod tests {
                 model.drain(..back);
                 tail += back;
                 prop_assert!((0..entries).all(|i| ring.is_filled(tail + i) == (i < model.len())));
-                prop_assert_eq!(cache.len() + pool.free() as usize + model.len(), pool.count() as usize);
+                prop_assert_eq!(cache.len() + pool.available() as usize + model.len(), pool.count() as usize);
             }
         }
     }

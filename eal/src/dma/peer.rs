@@ -519,7 +519,7 @@ mod tests {
             }
             round.into_iter().for_each(|packet| cache.free(packet.into_buffer()));
             drop(cache);
-            prop_assert_eq!(pool.free(), 64);
+            prop_assert_eq!(pool.available(), 64);
         }
     }
 }

@@ -8,10 +8,10 @@ use super::DmaMemory;
 use crate::clock::Tsc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
-use crate::sync::ArrayQueue;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
 mod cache;
+mod free;
 #[cfg(all(test, loom))]
 mod models;
 mod place;
@@ -20,6 +20,7 @@ mod tests;
 
 pub(super) use cache::MAX_FREE;
 pub use cache::PoolCache;
+use free::{Chunk, FreeList};
 pub(super) use place::Buffers;
 
 /// Distance of two buffers in bytes; a power of two, so that no buffer crosses a page.
@@ -96,7 +97,7 @@ pub struct Pool {
     count: u32,
     /// See [`place::bases`].
     bases: Box<[u64]>,
-    free: ArrayQueue<ArrayVec<u32, CHUNK>>,
+    free: FreeList,
     /// TSC from which on it may be said again what is wrong with the pool.
     warn_from: AtomicU64,
 }
@@ -125,11 +126,10 @@ impl Pool {
             return Err(Error::new(ErrorKind::Usage, what, format!("there can be at most {MAX_BUFFERS}")));
         }
         let offset = memory.allocate_buffers(count as usize, BUFFER_SIZE, access)?;
-        // A cache may give back a chunk that is not full, so there can be as many chunks as buffers.
-        let free = ArrayQueue::new(count.max(1) as usize);
-        let buffers: Vec<u32> = (0..count).map(|index| index * BUFFER_SIZE as u32).collect();
-        for chunk in buffers.chunks(CHUNK) {
-            let _ = free.push(chunk.iter().copied().collect());
+        let free = FreeList::new(count as usize);
+        for first in (0..count).step_by(CHUNK) {
+            let chunk = first..count.min(first + CHUNK as u32);
+            free.push(chunk.map(|index| index * BUFFER_SIZE as u32).collect());
         }
         let bases = place::bases(memory.translation(), offset, count);
         Ok(Arc::new(Self {
@@ -152,17 +152,10 @@ impl Pool {
         self.count
     }
 
-    /// Buffers that are neither in a cache, a ring nor a packet. Exact while no cache moves.
-    pub fn free(&self) -> u32 {
-        let mut chunks = Vec::with_capacity(self.free.len());
-        while let Some(chunk) = self.free.pop() {
-            chunks.push(chunk);
-        }
-        let free = chunks.iter().map(ArrayVec::len).sum::<usize>() as u32;
-        for chunk in chunks {
-            let _ = self.free.push(chunk);
-        }
-        free
+    /// Buffers that are neither in a cache, a ring nor a packet, as DPDK's `rte_mempool_avail_count` without caches.
+    /// Exact while no cache moves. Counting takes none of them.
+    pub fn available(&self) -> u32 {
+        self.free.len() as u32
     }
 
     /// Whether a buffer of this pool may be at this distance.
@@ -171,15 +164,15 @@ impl Pool {
     }
 
     /// Takes back what a cache gives, without what can be told to be of another pool: what is beyond the end, and
-    /// what is more than the pool has.
-    fn take_back(&self, mut chunk: ArrayVec<u32, CHUNK>) {
+    /// chunks that are more than the pool can fill.
+    fn take_back(&self, mut chunk: Chunk) {
         let len = chunk.len();
         // Without an early end, so that the test costs about one instruction for each buffer.
         if !chunk.iter().fold(true, |all, distance| all & self.covers(*distance)) {
             chunk.retain(|distance| self.covers(*distance));
         }
         let foreign = len - chunk.len();
-        let is_full = !chunk.is_empty() && self.free.push(chunk).is_err();
+        let is_full = !chunk.is_empty() && !self.free.push(chunk);
         if (foreign > 0 || is_full) && self.is_to_warn(Tsc::now()) {
             tracing::error!("packet buffers of another pool came back to this one: a driver mixes pools up");
         }

@@ -203,7 +203,7 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
         assert!(port.unconfirmed.is_none());
     }
     drop(cache);
-    assert_eq!(pool.free(), BUFFERS);
+    assert_eq!(pool.available(), BUFFERS);
     for (from, to) in [(0, 1), (1, 0), (2, 3), (3, 2)] {
         let totals = |port: usize| Totals::of(&counts[port..=port]);
         Balance::of(from, to, &ports, totals).check().unwrap();
@@ -351,6 +351,6 @@ fn a_stop_that_is_not_confirmed_is_tried_again() {
         port.stop(None, &mut cache);
         assert!(port.unconfirmed.is_none());
         drop(cache);
-        assert_eq!(pool.free(), BUFFERS);
+        assert_eq!(pool.available(), BUFFERS);
     }
 }

@@ -201,7 +201,7 @@ fn a_device_that_breaks_the_rules_of_start_up_is_refused() {
         assert!(error.contains(why), "{error}");
         let pool = Arc::clone(cache.pool());
         drop(cache);
-        assert_eq!((pool.free(), nic.is_live()), (BUFFERS, false), "{why}");
+        assert_eq!((pool.available(), nic.is_live()), (BUFFERS, false), "{why}");
     }
 }
 

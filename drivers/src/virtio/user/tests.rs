@@ -259,7 +259,7 @@ fn a_peer_that_goes_is_an_error_or_a_link_that_is_down() {
     assert!(!device.link().up);
     let pool = Arc::clone(cache.pool());
     drop(cache);
-    assert_eq!(pool.free(), BUFFERS);
+    assert_eq!(pool.available(), BUFFERS);
 }
 
 #[test]
@@ -284,7 +284,7 @@ fn a_peer_that_does_not_say_that_it_stopped_keeps_the_buffers() {
     }
     let pool = Arc::clone(cache.pool());
     drop(cache);
-    assert_eq!(pool.free(), BUFFERS - u32::from(SIZES.rx));
+    assert_eq!(pool.available(), BUFFERS - u32::from(SIZES.rx));
 }
 
 #[test]
@@ -324,7 +324,7 @@ fn all_answers_of_a_start_or_a_stop_have_their_time_together() {
     }
     let pool = Arc::clone(cache.pool());
     drop(cache);
-    assert_eq!(pool.free(), BUFFERS - u32::from(SIZES.rx), "the first peer was told of no ring");
+    assert_eq!(pool.available(), BUFFERS - u32::from(SIZES.rx), "the first peer was told of no ring");
 }
 
 #[test]
@@ -499,6 +499,6 @@ fn a_peer_that_comes_back_is_taken_again() {
         assert!(!all(&second.join().unwrap(), SET_VRING_ENABLE).is_empty());
         let pool = Arc::clone(cache.pool());
         drop(cache);
-        assert_eq!(pool.free(), BUFFERS);
+        assert_eq!(pool.available(), BUFFERS);
     }
 }

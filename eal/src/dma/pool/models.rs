@@ -47,7 +47,7 @@ fn buffers_are_neither_lost_nor_doubled() {
         });
         let counts = others.map(|other| other.join().unwrap());
         assert!(counts[0] > 0 && counts[0] <= 64 && counts[1] <= 32, "{counts:?}");
-        assert_eq!(pool.free(), 80);
+        assert_eq!(pool.available(), 80);
     });
 }
 
@@ -65,7 +65,7 @@ fn a_full_cache_spills_what_another_lcore_gets() {
         buffers.into_iter().for_each(|buffer| cache.free(buffer));
         assert!(other.join().unwrap() <= MAX_BURST);
         drop(cache);
-        assert_eq!(pool.free(), CACHE as u32 + 1);
+        assert_eq!(pool.available(), CACHE as u32 + 1);
     });
 }
 

@@ -1,4 +1,5 @@
 use std::collections::HashSet;
+use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
 
@@ -23,7 +24,7 @@ fn every_buffer_is_given_out_once_and_comes_back() {
     assert_eq!(buffers.len(), 1000);
     buffers.into_iter().for_each(|buffer| cache.free(buffer));
     drop(cache);
-    assert_eq!(pool.free(), 1000);
+    assert_eq!(pool.available(), 1000);
 }
 
 #[test]
@@ -71,8 +72,43 @@ fn what_cannot_be_of_the_pool_does_not_come_back() {
     pool.take_back(chunk(&[5, 2, 3]));
     pool.take_back(chunk(&[3]));
     assert_eq!((pool.free.len(), pool.free.pop()), (1, Some(chunk(&[2]))));
-    (0..5).for_each(|_| pool.take_back(chunk(&[1])));
-    assert_eq!(pool.free(), 3);
+    (0..2 * CHUNK).for_each(|_| pool.take_back(chunk(&[1])));
+    assert_eq!(pool.available(), CHUNK as u32, "there is room for one chunk");
+}
+
+#[test]
+fn a_count_takes_no_buffer_from_an_lcore() {
+    let pool = pool(256);
+    let is_done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_done.load(Ordering::Relaxed) {
+                std::hint::black_box(pool.available());
+            }
+        });
+        let rounds = if cfg!(miri) { 100 } else { 100_000 };
+        let found = (0..rounds).all(|_| {
+            let mut cache = pool.cache();
+            cache.allocate().map(|buffer| cache.free(buffer)).is_some()
+        });
+        is_done.store(true, Ordering::Relaxed);
+        assert!(found, "an lcore saw an exhausted pool");
+    });
+    assert_eq!(pool.available(), 256);
+}
+
+#[test]
+fn chunks_that_are_not_whole_become_whole() {
+    let free = FreeList::new(100);
+    let chunk = |buffers: std::ops::Range<u32>| buffers.collect::<Chunk>();
+    for first in (0..100).step_by(10) {
+        assert!(free.push(chunk(first..first + 10)));
+        assert_eq!(free.len(), first as usize + 10);
+    }
+    let all: Vec<Chunk> = std::iter::from_fn(|| free.pop()).collect();
+    assert_eq!(all.iter().map(|chunk| chunk.len()).collect::<Vec<_>>(), [32, 32, 32, 4]);
+    assert_eq!(all.into_iter().flatten().collect::<Vec<_>>(), (0..100).collect::<Vec<u32>>());
+    assert_eq!((free.len(), free.pop()), (0, None));
 }
 
 #[test]
@@ -140,7 +176,7 @@ proptest! {
                 Step::Allocate(wanted) => {
                     for _ in 0..wanted {
                         let Some(buffer) = cache.allocate() else {
-                            prop_assert_eq!((cache.len(), pool.free()), (0, 0));
+                            prop_assert_eq!((cache.len(), pool.available()), (0, 0));
                             break;
                         };
                         prop_assert!(held.insert(buffer.0), "it is given out twice");
@@ -153,7 +189,7 @@ proptest! {
                 Step::Renew => caches[lcore] = pool.cache(),
             }
             let cached: usize = caches.iter().map(PoolCache::len).sum();
-            prop_assert_eq!(held.len() + cached + pool.free() as usize, count as usize);
+            prop_assert_eq!(held.len() + cached + pool.available() as usize, count as usize);
         }
     }
 }
