@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::dma::{dma_rmb, dma_wmb};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mem::page_size;
 
 /// Registers that a program plays instead of a device, for tests without hardware.
 ///
@@ -196,11 +197,19 @@ impl Bar {
                 .map(|word| word.as_ptr().cast::<u8>().wrapping_add((offset % 4) as usize)),
         };
         at.and_then(NonNull::new).map(|at| Doorbell { at: at.cast(), _bar: self.clone() }).ok_or_else(|| {
-            Error::new(
+            let error = Error::new(
                 ErrorKind::Protocol,
                 format!("cannot map the doorbell at {offset:#x}"),
                 format!("the BAR has {:#x} bytes and this place cannot be mapped", self.0.size),
-            )
+            );
+            // Doorbells share a page of the CPU with the MSI-X table, or the BAR has less than a page of its own.
+            match page_size() {
+                ..=4096 => error,
+                page => error.mend(format!(
+                    "boot a kernel with pages of 4 KiB: VFIO maps BARs by the kernel's, which are of {} KiB",
+                    page >> 10
+                )),
+            }
         })
     }
 }

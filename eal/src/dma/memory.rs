@@ -8,7 +8,7 @@ use super::iova::IovaRanges;
 use super::ring::Word;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
-use crate::mem::Region;
+use crate::mem::{Region, page_size};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::vfio::{AddressSpace, Mapping};
 
@@ -64,9 +64,6 @@ pub struct Part {
     pub spaces: Vec<Arc<AddressSpace>>,
 }
 
-/// Smallest page of the IOMMUs: where parts of a region may begin, also inside a hugepage.
-const GRANULE: usize = 4096;
-
 impl Part {
     /// Bytes of a region that it takes.
     pub fn bytes(&self) -> usize {
@@ -74,7 +71,9 @@ impl Part {
     }
 
     fn sizes(&self) -> [usize; 2] {
-        [self.read_write, self.read_only].map(|len| len.next_multiple_of(GRANULE))
+        // Parts may begin on any page of the CPU, also inside a hugepage: the kernel allows no finer mapping, and
+        // `AddressSpace` refuses an IOMMU that allows only coarser ones.
+        [self.read_write, self.read_only].map(|len| len.next_multiple_of(page_size()))
     }
 }
 
@@ -457,12 +456,15 @@ mod tests {
     #[test]
     fn parts_lie_behind_each_other_and_the_first_gets_the_rest() {
         let part = |read_write, read_only| Part { read_write, read_only, spaces: Vec::new() };
-        let parts = [part(10_000, 1), part(0, 0), part(4096, 4097)];
-        assert_eq!(parts.iter().map(Part::bytes).sum::<usize>(), 7 * 4096);
-        let pages = |range: &Range<usize>| [range.start, range.end].map(|at| at / 4096);
-        let found: Vec<_> = layout(&parts, 9 * 4096).unwrap().iter().flatten().map(pages).collect();
+        let page = page_size();
+        let parts = [part(2 * page + 1, 1), part(0, 0), part(page, page + 1)];
+        assert_eq!(parts.iter().map(Part::bytes).sum::<usize>(), 7 * page);
+        let pages = |range: &Range<usize>| [range.start, range.end].map(|at| at / page);
+        let found: Vec<_> = layout(&parts, 9 * page).unwrap().iter().flatten().map(pages).collect();
         assert_eq!(found, [[0, 5], [5, 6], [6, 6], [6, 6], [6, 7], [7, 9]]);
-        assert!(layout(&parts, 6 * 4096).unwrap_err().to_string().contains("28 KiB are needed and 24 KiB"));
+        let [need, left] = [7, 6].map(|pages| (pages * page) >> 10);
+        let error = layout(&parts, 6 * page).unwrap_err().to_string();
+        assert!(error.contains(&format!("{need} KiB are needed and {left} KiB")), "{error}");
     }
 
     #[test]

@@ -23,13 +23,11 @@ use nix::sys::stat::{SFlag, fstat};
 
 use super::ring::{RingView, Word, prefetch};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mem::page_size;
 
 /// Most regions of a [`PeerMemory`]: what one vhost-user message carries (vhost-user, "Memory region
 /// description").
 pub const MAX_PEER_REGIONS: usize = 8;
-
-/// Smallest page, for files that name no block size to align to.
-const PAGE: u64 = 4096;
 
 /// A part of a peer's memory, as `VHOST_USER_SET_MEM_TABLE` describes it.
 #[derive(Debug)]
@@ -89,8 +87,9 @@ impl Area {
             return Err(refused("its addresses wrap"));
         }
         // A hugetlb file is mapped by whole pages of its own size, which is its block size.
+        let small = page_size() as u64;
         let page =
-            Some(stat.st_blksize as u64).filter(|size| size.is_power_of_two()).unwrap_or(PAGE).max(PAGE);
+            Some(stat.st_blksize as u64).filter(|size| size.is_power_of_two()).unwrap_or(small).max(small);
         let start = region.offset & !(page - 1);
         let length = end.checked_next_multiple_of(page).and_then(|end| usize::try_from(end - start).ok());
         let length = length.and_then(NonZeroUsize::new).ok_or_else(|| refused("it is too large"))?;
@@ -363,6 +362,7 @@ mod tests {
     use crate::mem::{Backing, Region};
     use proptest::prelude::*;
 
+    const PAGE: u64 = 4096;
     const LEN: u64 = 4 * PAGE;
 
     fn file(len: u64) -> OwnedFd {

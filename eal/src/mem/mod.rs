@@ -5,3 +5,11 @@ mod region;
 
 pub use hugepages::{HugePages, hugepages};
 pub use region::{Backing, Region};
+
+/// Size in bytes of the CPU's ordinary pages: 4 KiB on x86, 4 to 64 KiB on other processors, as the kernel is built.
+pub fn page_size() -> usize {
+    use nix::unistd::{SysconfVar, sysconf};
+    // The kernel passes it to each process (AT_PAGESZ).
+    let size = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|size| usize::try_from(size).ok());
+    size.unwrap_or(4096)
+}

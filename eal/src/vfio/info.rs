@@ -40,6 +40,14 @@ pub(super) fn iova_ranges(answer: &[u8]) -> Option<IovaRanges> {
     Some(IovaRanges::new(u64_pairs(ranges.body, 8, count).map(|(start, end)| start..=end)))
 }
 
+/// Smallest page in bytes that the IOMMU maps, of a `struct vfio_iommu_type1_info` that tells it.
+pub(super) fn smallest_page(answer: &[u8]) -> Option<u64> {
+    let flags = u32_at(answer, 4)?;
+    let sizes =
+        u64_at(answer, 8).filter(|sizes| flags & uapi::VFIO_IOMMU_INFO_PGSIZES != 0 && *sizes != 0)?;
+    Some(1 << sizes.trailing_zeros())
+}
+
 /// Native-endian word at `offset`, if it is there.
 pub(super) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(offset..offset.checked_add(4)?)?.try_into().ok()?))
@@ -127,6 +135,15 @@ mod tests {
         assert_eq!(iova_ranges(&answer(0)), None);
         assert_eq!(iova_ranges(&answer(uapi::VFIO_IOMMU_INFO_CAPS)[..24]), None);
         assert_eq!(iova_ranges(&[]), None);
+    }
+
+    #[test]
+    fn the_smallest_page_is_the_lowest_bit() {
+        let answer = |flags| words(&[24, flags, 0x4020_0000, 1, 0, 0]);
+        assert_eq!(smallest_page(&answer(uapi::VFIO_IOMMU_INFO_PGSIZES)), Some(2 << 20));
+        assert_eq!(smallest_page(&answer(0)), None);
+        assert_eq!(smallest_page(&words(&[24, uapi::VFIO_IOMMU_INFO_PGSIZES, 0, 0])), None);
+        assert_eq!(smallest_page(&answer(uapi::VFIO_IOMMU_INFO_PGSIZES)[..12]), None);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::dma::IovaRanges;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 use crate::iommufd::{self, Access, Accounting, Ioas};
-use crate::mem::Region;
+use crate::mem::{Region, page_size};
 
 /// The I/O page tables that some of the process's devices share, or the lack of any.
 #[derive(Debug)]
@@ -115,13 +115,15 @@ impl AddressSpace {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Narrows the free ranges to what the devices attached so far allow.
+    /// Narrows the free ranges to what the devices attached so far allow. Memory is mapped by the CPU's pages, so the
+    /// IOMMU's may not be larger.
     pub(super) fn refresh_ranges(&self) -> Result<()> {
-        let allowed = match &self.tables {
+        let (allowed, smallest_page) = match &self.tables {
             Tables::Type1(container) => container.iova_ranges()?,
-            Tables::Ioas { ioas, physical: false } => ioas.iova_ranges()?.0,
+            Tables::Ioas { ioas, physical: false } => ioas.iova_ranges()?,
             Tables::None(_) | Tables::Ioas { .. } => return Ok(()),
         };
+        check_page(smallest_page, page_size() as u64)?;
         let mut free = self.lock();
         *free = free.intersection(&allowed);
         Ok(())
@@ -136,8 +138,8 @@ impl AddressSpace {
         self.map_range(region, 0..region.len(), iova, Access::ReadWrite)
     }
 
-    /// As [`AddressSpace::map`], for the bytes `range` of `region` only, whose ends are multiples of 4 KiB, and
-    /// for `access` only. Devices without an IOMMU reach all of it in any case.
+    /// As [`AddressSpace::map`], for the bytes `range` of `region` only, whose ends are multiples of the CPU's page
+    /// size, and for `access` only. Devices without an IOMMU reach all of it in any case.
     ///
     /// # Errors
     /// As for [`AddressSpace::map`]; `Usage` when the region has no such bytes.
@@ -211,7 +213,9 @@ impl AddressSpace {
 }
 
 impl Container {
-    fn iova_ranges(&self) -> Result<IovaRanges> {
+    /// Addresses that every attached device can use, and the smallest page in bytes that can be mapped: 1 when the
+    /// kernel does not tell.
+    fn iova_ranges(&self) -> Result<(IovaRanges, u64)> {
         let answer = info::query(
             size_of::<uapi::vfio_iommu_type1_info>(),
             |_| (),
@@ -220,13 +224,14 @@ impl Container {
             |at| counted(|| unsafe { sys::iommu_get_info(self.fd.as_raw_fd(), at.cast()) }).map(drop),
         )
         .map_err(|errno| Error::os("cannot read the container's IOVA ranges", errno))?;
-        info::iova_ranges(&answer).ok_or_else(|| {
+        let ranges = info::iova_ranges(&answer).ok_or_else(|| {
             Error::new(
                 ErrorKind::Unavailable,
                 "cannot read the container's IOVA ranges",
                 "the kernel does not report them; 5.4 or newer does",
             )
-        })
+        })?;
+        Ok((ranges, info::smallest_page(&answer).unwrap_or(1)))
     }
 
     /// The caller keeps the pages behind `address` until it has unmapped them.
@@ -336,15 +341,29 @@ impl Drop for Mapping {
 
 /// Without an IOMMU nothing pins the pages; only hugetlb pages stay where they are.
 fn pinned(region: &Region) -> Result<()> {
-    if region.page_size() > 4096 {
+    if region.page_size() > page_size() {
         return Ok(());
     }
     Err(Error::new(
         ErrorKind::Usage,
-        "cannot use 4 KiB pages without an IOMMU",
-        "the kernel may move them while the NIC writes",
+        "cannot use ordinary pages without an IOMMU",
+        "each packet buffer and ring must be contiguous in physical memory",
     )
     .mend("leave out --no-huge"))
+}
+
+/// Refuses an IOMMU whose `smallest` page is larger than the `cpu`'s.
+fn check_page(smallest: u64, cpu: u64) -> Result<()> {
+    if smallest <= cpu {
+        return Ok(());
+    }
+    let why = format!(
+        "its IOMMU maps pages of {} KiB at least, and the CPU's have {} KiB",
+        smallest >> 10,
+        cpu >> 10
+    );
+    Err(Error::new(ErrorKind::Unavailable, "cannot map memory for the device", why)
+        .mend(format!("boot a kernel with pages of {} KiB", smallest >> 10)))
 }
 
 #[cfg(test)]
@@ -359,5 +378,17 @@ mod tests {
         space.set_dma_mask(u32::MAX.into());
         space.set_dma_mask(u64::MAX);
         assert_eq!((space.dma_mask(), space.free_ranges().fit(4096)), (u32::MAX.into(), Some(2 << 20)));
+    }
+
+    #[test]
+    fn an_iommu_of_larger_pages_than_the_cpus_is_refused() {
+        assert_eq!(check_page(4096, 4096), Ok(()));
+        assert_eq!(check_page(4096, 65536), Ok(()));
+        let error = check_page(65536, 4096).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(
+            error.to_string().contains("maps pages of 64 KiB at least, and the CPU's have 4 KiB"),
+            "{error}"
+        );
     }
 }
