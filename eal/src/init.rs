@@ -83,10 +83,7 @@ impl Eal {
             // ones do, with the address space, while files are closed after it.
             _ if memory.in_memory && self.args.uses(VfioMode::Noiommu) => Backing::HugeMemfd,
             _ if memory.in_memory => Backing::HugeAnonymous,
-            Some(dir) => Backing::HugeFile {
-                dir: dir.clone(),
-                name: format!("vireo-{}-{}", self.args.file_prefix, std::process::id()),
-            },
+            Some(dir) => Backing::HugeFile { dir: dir.clone() },
             None => Backing::HugeMemfd,
         }
     }
@@ -133,8 +130,12 @@ impl Eal {
     pub fn hugepages_line() -> String {
         let sizes: Vec<String> = hugepages(Path::new("/sys"))
             .iter()
-            .filter(|pages| pages.total > 0)
-            .map(|pages| format!("{} of {} free of {} KiB", pages.free, pages.total, pages.page_size >> 10))
+            .filter(|pages| pages.total > 0 || pages.surplus > 0)
+            .map(|pages| {
+                let more =
+                    if pages.surplus > 0 { format!(" and {} surplus", pages.surplus) } else { String::new() };
+                format!("{} of {} free{more} of {} KiB", pages.free, pages.total, pages.page_size >> 10)
+            })
             .collect();
         if sizes.is_empty() { "none".into() } else { sizes.join(", ") }
     }

@@ -10,8 +10,18 @@ pub struct HugePages {
     pub page_size: usize,
     /// Pages reserved on the machine.
     pub total: usize,
-    /// Pages that nobody uses and nobody has reserved: what a new mapping can get.
+    /// Pages that nobody uses and nobody has reserved.
     pub free: usize,
+    /// Pages that the kernel adds when a mapping finds too few free ones (`nr_overcommit_hugepages`), as far as there is
+    /// memory.
+    pub surplus: usize,
+}
+
+impl HugePages {
+    /// Pages that a new mapping can get.
+    pub fn available(&self) -> usize {
+        self.free.saturating_add(self.surplus)
+    }
 }
 
 /// Reads `/sys/kernel/mm/hugepages` below `sysfs` (`/sys` on a real machine), smallest pages first.
@@ -33,11 +43,35 @@ pub fn hugepages(sysfs: &Path) -> Vec<HugePages> {
                 page_size: kilobytes.checked_mul(1024)?,
                 total: number(&entry.path(), "nr_hugepages")?,
                 free: number(&entry.path(), "free_hugepages")?.saturating_sub(reserved),
+                surplus: number(&entry.path(), "nr_overcommit_hugepages")
+                    .unwrap_or(0)
+                    .saturating_sub(number(&entry.path(), "surplus_hugepages").unwrap_or(0)),
             })
         })
         .collect();
     sizes.sort_by_key(|pages| pages.page_size);
     sizes
+}
+
+/// NUMA nodes that this process may use by its `cpuset.mems`; none when the kernel does not tell. `root` is `/` on a
+/// real machine.
+pub(super) fn allowed_nodes(root: &Path) -> Vec<usize> {
+    let text = fs::read_to_string(root.join("proc/self/status")).unwrap_or_default();
+    let list = text.lines().find_map(|line| line.strip_prefix("Mems_allowed_list:")).unwrap_or_default();
+    let numbers = |part: &str| {
+        let (low, high) = part.split_once('-').unwrap_or((part, part));
+        Some(low.trim().parse::<usize>().ok()?..=high.trim().parse::<usize>().ok()?)
+    };
+    list.split(',').filter_map(numbers).flatten().collect()
+}
+
+/// Free pages of `page_size` on `nodes`; none on a kernel without nodes.
+pub(super) fn free_in_nodes(sysfs: &Path, nodes: &[usize], page_size: usize) -> Option<usize> {
+    let free = |node: &usize| {
+        let pages = format!("devices/system/node/node{node}/hugepages/hugepages-{}kB", page_size >> 10);
+        fs::read_to_string(sysfs.join(pages).join("free_hugepages")).ok()?.trim().parse::<usize>().ok()
+    };
+    nodes.iter().map(free).reduce(|sum, free| Some(sum? + free?)).flatten()
 }
 
 #[cfg(test)]
@@ -55,14 +89,28 @@ mod tests {
             fs::write(dir.join("free_hugepages"), free).unwrap();
             fs::write(dir.join("resv_hugepages"), reserved).unwrap();
         }
+        let small = sysfs.path().join("kernel/mm/hugepages/hugepages-2048kB");
+        fs::write(small.join("nr_overcommit_hugepages"), "10\n").unwrap();
+        fs::write(small.join("surplus_hugepages"), "2\n").unwrap();
         fs::create_dir_all(sysfs.path().join("kernel/mm/hugepages/hugepages-xkB")).unwrap();
         assert_eq!(
             hugepages(sysfs.path()),
             [
-                HugePages { page_size: 2 << 20, total: 64, free: 40 },
-                HugePages { page_size: 1 << 30, total: 1, free: 0 }
+                HugePages { page_size: 2 << 20, total: 64, free: 40, surplus: 8 },
+                HugePages { page_size: 1 << 30, total: 1, free: 0, surplus: 0 }
             ]
         );
         assert!(hugepages(Path::new("/nonexistent")).is_empty());
+    }
+
+    #[test]
+    fn reads_the_nodes_of_the_cpuset() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(allowed_nodes(root.path()).is_empty());
+        fs::create_dir_all(root.path().join("proc/self")).unwrap();
+        fs::write(root.path().join("proc/self/status"), "Mems_allowed:\t0b\nMems_allowed_list:\t0-1,3\n")
+            .unwrap();
+        assert_eq!(allowed_nodes(root.path()), [0, 1, 3]);
+        assert_eq!(free_in_nodes(root.path(), &[0, 1, 3], 2 << 20), None);
     }
 }

@@ -1,7 +1,9 @@
 //! Pages: the hugepages of the machine and the [`Region`] that holds some of them.
 
 mod hugepages;
+mod limits;
 mod region;
+mod shortage;
 
 pub use hugepages::{HugePages, hugepages};
 pub use region::{Backing, Region};

@@ -6,21 +6,23 @@ use std::fs::{File, OpenOptions};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 use nix::unistd::ftruncate;
 
-use super::hugepages::{HugePages, hugepages};
+use super::shortage::{self, default_hugepage_size};
+use super::{limits, page_size as cpu_page_size};
 use crate::error::{Error, ErrorKind, Result};
 
-const SMALL_PAGE: usize = 4096;
+/// Below which the limits of the machine are read.
+const ROOT: &str = "/";
 const GIANT_PAGE: usize = 1 << 30;
 /// Of every memfd: closed on exec, and of a size that can be fixed.
 const MEMFD: MFdFlags = MFdFlags::MFD_CLOEXEC.union(MFdFlags::MFD_ALLOW_SEALING);
@@ -32,16 +34,14 @@ pub enum Backing {
     HugeMemfd,
     /// As that, of 1 GiB pages.
     GiantMemfd,
-    /// A file on a hugetlbfs mount (`--huge-dir`); removed as soon as it is mapped.
+    /// A file on a hugetlbfs mount (`--huge-dir`) that never has a name. hugetlbfs files cannot be sealed.
     HugeFile {
         /// The mount.
         dir: PathBuf,
-        /// Name of the file in it.
-        name: String,
     },
     /// Private anonymous hugepages (`--in-memory`), by `hugepage-rs`.
     HugeAnonymous,
-    /// A memfd of 4 KiB pages (`--no-huge`).
+    /// A memfd of ordinary pages (`--no-huge`): of 4 KiB, or what the kernel is built with.
     SmallPages,
 }
 
@@ -53,7 +53,7 @@ impl Backing {
             Self::GiantMemfd => "hugetlb memfd of 1 GiB pages",
             Self::HugeFile { .. } => "hugetlbfs file",
             Self::HugeAnonymous => "anonymous hugepages",
-            Self::SmallPages => "memfd of 4 KiB pages",
+            Self::SmallPages => "memfd of ordinary pages",
         }
     }
 }
@@ -89,8 +89,13 @@ impl Region {
             .checked_next_multiple_of(page_size)
             .filter(|len| isize::try_from(*len).is_ok())
             .ok_or_else(|| Error::new(ErrorKind::Usage, "cannot reserve memory", "the size is too large"))?;
-        if backing != Backing::SmallPages {
-            check_free(len, page_size)?;
+        match backing {
+            // Miri reads no files.
+            Backing::SmallPages if cfg!(miri) => {}
+            Backing::SmallPages => {
+                limits::check(Path::new(ROOT), || cannot_reserve(len, &backing), len as u64)?
+            }
+            _ => shortage::check_free(Path::new(ROOT), len, page_size)?,
         }
         let memfd = |pages: MFdFlags| {
             let fd = memfd_create(c"vireo", MEMFD | pages)
@@ -104,15 +109,9 @@ impl Region {
             Backing::HugeMemfd => memfd(MFdFlags::MFD_HUGETLB),
             Backing::GiantMemfd => memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB),
             Backing::SmallPages => memfd(MFdFlags::empty()),
-            Backing::HugeFile { dir, name } => {
+            Backing::HugeFile { dir } => {
                 check_mount(dir, len, page_size)?;
-                let path = dir.join(name);
-                let file = open_huge_file(&path)?;
-                let region = Self::from_fd(file.into(), len, page_size, backing.clone());
-                // The mapping keeps the pages; with the name gone a killed process leaves none behind.
-                std::fs::remove_file(&path)
-                    .map_err(|error| Error::io(format!("cannot remove {}", path.display()), &error))?;
-                region
+                Self::from_fd(huge_file(dir)?.into(), len, page_size, backing.clone())
             }
         }
     }
@@ -133,7 +132,7 @@ impl Region {
         Self { address: address.cast(), len, page_size, fd: Some(fd), backing }.populated()
     }
 
-    /// Memory that nobody else can map, of pages of 4 KiB.
+    /// Memory that nobody else can map, of ordinary pages.
     fn private(len: usize, page_size: usize) -> Result<Self> {
         let what = "cannot reserve private memory";
         let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what, Errno::EINVAL))?;
@@ -205,14 +204,14 @@ impl Region {
 
     /// Physical address of each page, from `/proc/self/pagemap`
     /// (`Documentation/admin-guide/mm/pagemap.rst`). They stay right as long as something keeps the pages in
-    /// place; hugetlb pages stay by themselves.
+    /// place: hugetlb pages move, too.
     ///
     /// # Errors
     /// `Permission` when the kernel hides them from this process.
     pub fn physical_addresses(&self) -> Result<Vec<u64>> {
         const PRESENT: u64 = 1 << 63;
         const FRAME: u64 = (1 << 55) - 1;
-        const PAGE: u64 = 4096;
+        let page_size = cpu_page_size() as u64;
         let what = "cannot read physical addresses from /proc/self/pagemap";
         let file = File::open("/proc/self/pagemap").map_err(|error| Error::io(what, &error))?;
         let start = self.address.as_ptr() as u64;
@@ -220,7 +219,7 @@ impl Region {
             .map(|page| {
                 let address = start + (page * self.page_size) as u64;
                 let mut entry = [0; 8];
-                file.read_exact_at(&mut entry, address / PAGE * 8)
+                file.read_exact_at(&mut entry, address / page_size * 8)
                     .map_err(|error| Error::io(what, &error))?;
                 let entry = u64::from_ne_bytes(entry);
                 if entry & PRESENT == 0 || entry & FRAME == 0 {
@@ -228,7 +227,7 @@ impl Region {
                         .because("the kernel hides them from this process")
                         .mend("run as root (CAP_SYS_ADMIN)"));
                 }
-                Ok((entry & FRAME) * PAGE)
+                Ok((entry & FRAME) * page_size)
             })
             .collect()
     }
@@ -264,7 +263,7 @@ fn cannot_reserve(len: usize, backing: &Backing) -> String {
 
 fn page_size(backing: &Backing) -> Result<usize> {
     match backing {
-        Backing::SmallPages => Ok(SMALL_PAGE),
+        Backing::SmallPages => Ok(cpu_page_size()),
         Backing::GiantMemfd => Ok(GIANT_PAGE),
         Backing::HugeFile { dir, .. } => mounted_page_size(dir),
         Backing::HugeMemfd | Backing::HugeAnonymous => default_hugepage_size(),
@@ -311,77 +310,41 @@ fn mount_again(dir: &Path, pages: usize, page_size: usize) -> String {
     )
 }
 
-fn default_hugepage_size() -> Result<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo")
-        .map_err(|error| Error::io("cannot read /proc/meminfo", &error))?;
-    text.lines()
-        .find_map(|line| line.strip_prefix("Hugepagesize:"))
-        .and_then(|rest| rest.trim().strip_suffix("kB"))
-        .and_then(|kilobytes| kilobytes.trim().parse::<usize>().ok())
-        .map(|kilobytes| kilobytes * 1024)
-        .ok_or_else(|| {
-            Error::new(ErrorKind::Unavailable, "no hugepages", "this kernel has no hugetlb support")
-                .mend("run with --no-huge")
-        })
-}
-
-/// Hugepage mappings of a memfd are reserved at `mmap`, but the error does not say what was short.
-fn check_free(len: usize, page_size: usize) -> Result<()> {
-    if pages_of(page_size).free >= len / page_size {
-        return Ok(());
-    }
-    let what = format!("cannot reserve {} MiB of hugepages", len >> 20);
-    Err(no_pages(Error::new(ErrorKind::Os, what, ""), len, page_size))
-}
-
-fn pages_of(page_size: usize) -> HugePages {
-    let none = HugePages { page_size, total: 0, free: 0 };
-    hugepages(Path::new("/sys")).into_iter().find(|pages| pages.page_size == page_size).unwrap_or(none)
-}
-
 fn no_pages(error: Error, len: usize, page_size: usize) -> Error {
-    if page_size == SMALL_PAGE {
-        return error.mend("free memory, or ask for less with -m MB");
+    if page_size == cpu_page_size() {
+        return error.mend("free memory, or ask for fewer packet buffers");
     }
-    too_few(error, len / page_size, pages_of(page_size))
+    shortage::no_pages(Path::new(ROOT), error, len, page_size)
 }
 
-fn too_few(error: Error, need: usize, pages: HugePages) -> Error {
-    let HugePages { page_size, total, free } = pages;
-    if free >= need {
-        // Fewer pages than there are would only take some away.
-        return error.mend("check the limit of the control group (hugetlb.*.max), or run with --no-huge");
-    }
-    let wanted = total - free.min(total) + need;
-    let reserve = match default_hugepage_size() {
-        Ok(size) if size == page_size => format!("sysctl vm.nr_hugepages={wanted}"),
-        _ => format!("echo {wanted} > /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", page_size >> 10),
-    };
-    error
-        .because(format!("{need} pages of {} KiB are needed and {free} of {total} are free", page_size >> 10))
-        .mend(format!("run: {reserve}, or run with --no-huge"))
-}
-
-fn open_huge_file(path: &Path) -> Result<File> {
+/// A file in `dir` that has no name: nobody else opens it, and a killed process leaves none behind. Two processes with
+/// one pid, in two containers, cannot meet in it.
+fn huge_file(dir: &Path) -> Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path)
-        .map_err(|error| Error::io(format!("cannot create {}", path.display()), &error).mend(NO_MOUNT))
+        // O_EXCL: nor does it get a name later (`open(2)`).
+        .custom_flags((OFlag::O_TMPFILE | OFlag::O_EXCL).bits())
+        .mode(0o600)
+        .open(dir)
+        .map_err(|error| {
+            Error::io(format!("cannot create a file in {}", dir.display()), &error).mend(NO_MOUNT)
+        })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
     fn small_pages_round_up() {
         let region = Region::new(5000, Backing::SmallPages).unwrap();
-        assert_eq!((region.len(), region.page_size()), (8192, 4096));
+        let page = cpu_page_size();
+        assert_eq!((region.len(), region.page_size()), (5000_usize.next_multiple_of(page), page));
         let fd = region.fd().unwrap();
-        assert_eq!(ftruncate(fd, 4096), Err(Errno::EPERM), "whoever shares the pages cannot cut them off");
+        assert_eq!(ftruncate(fd, 0), Err(Errno::EPERM), "whoever shares the pages cannot cut them off");
     }
 
     #[test]
@@ -404,9 +367,30 @@ mod tests {
     }
 
     #[test]
-    fn missing_hugepages_name_the_command() {
-        let error = check_free(1 << 50, 2 << 20).unwrap_err();
-        assert!(error.to_string().contains("sysctl vm.nr_hugepages="), "{error}");
+    fn a_huge_file_has_no_name_and_is_its_owners() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = match huge_file(dir.path()) {
+            // Overlays of old kernels.
+            Err(error) if error.errno() == Some(Errno::EOPNOTSUPP) => return,
+            file => file.unwrap(),
+        };
+        let found = file.metadata().unwrap();
+        assert_eq!((found.mode() & 0o777, found.nlink()), (0o600, 0));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let other = huge_file(dir.path()).unwrap();
+        assert_ne!(other.metadata().unwrap().ino(), found.ino(), "two processes of one pid share nothing");
+        let link = dir.path().join("link");
+        std::fs::write(dir.path().join("victim"), "kept").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("victim"), &link).unwrap();
+        assert!(huge_file(&link).is_err());
+        assert_eq!(std::fs::read_to_string(&link).unwrap(), "kept");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no memfd")]
+    fn memory_beyond_the_machines_is_refused_before_it_is_taken() {
+        let error = Region::new(1 << 46, Backing::SmallPages).unwrap_err();
+        assert!(error.kind() == ErrorKind::Os && error.why().contains("MemAvailable"), "{error}");
     }
 
     #[test]
@@ -419,28 +403,20 @@ mod tests {
     }
 
     #[test]
-    fn no_command_takes_hugepages_away() {
-        let (page_size, error) = (2 << 20, || Error::os("cannot reserve 18 MiB", Errno::ENOMEM));
-        let few = too_few(error(), 9, HugePages { page_size, total: 64, free: 8 }).to_string();
-        assert!(few.contains("8 of 64 are free; run: ") && few.contains("65"), "{few}");
-        let limited = too_few(error(), 9, HugePages { page_size, total: 64, free: 9 }).to_string();
-        assert!(limited.contains("hugetlb.*.max") && !limited.contains("nr_hugepages"), "{limited}");
-    }
-
-    #[test]
     fn pages_that_cannot_be_had_are_told_at_once() {
         // The second page is beyond the end of the file, as one is for which nothing is left.
         let file = tempfile::tempfile().unwrap();
-        file.set_len(4096).unwrap();
-        let length = NonZeroUsize::new(8192).unwrap();
+        let page_size = cpu_page_size();
+        file.set_len(page_size as u64).unwrap();
+        let length = NonZeroUsize::new(2 * page_size).unwrap();
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
         let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &file, 0) }.unwrap().cast();
         let backing = Backing::SmallPages;
-        let region = Region { address, len: 8192, page_size: SMALL_PAGE, fd: None, backing };
+        let region = Region { address, len: 2 * page_size, page_size, fd: None, backing };
         let error = region.populated().unwrap_err();
         assert_eq!(error.errno(), Some(Errno::EFAULT));
-        assert_eq!(error.what(), "cannot reserve 1 MiB as memfd of 4 KiB pages");
-        assert!(error.cure().unwrap().contains("-m MB"));
+        assert_eq!(error.what(), "cannot reserve 1 MiB as memfd of ordinary pages");
+        assert!(error.cure().unwrap().contains("fewer packet buffers"));
     }
 }

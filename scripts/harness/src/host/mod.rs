@@ -3,6 +3,7 @@
 mod cargo;
 mod fresh;
 mod inject;
+mod limits;
 mod rings;
 mod setup;
 pub(crate) mod soak;
@@ -37,6 +38,7 @@ pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: boo
     setup::cases(&mut cases, environment);
     rings::cases(&mut cases);
     inject::cases(&mut cases);
+    limits::cases(&mut cases);
     cargo::scripts(&mut cases, environment);
     soak::cases(&mut cases);
     if with_guest {

@@ -1,0 +1,183 @@
+//! Hugepages that are not there: which limit it was, and the command that raises it.
+
+use std::path::Path;
+
+use super::hugepages::{HugePages, allowed_nodes, free_in_nodes, hugepages};
+use super::limits;
+use crate::args::ranges;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Size in bytes of the hugepages that a mapping gets unless it asks for others.
+pub(super) fn default_hugepage_size() -> Result<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo")
+        .map_err(|error| Error::io("cannot read /proc/meminfo", &error))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("Hugepagesize:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|kilobytes| kilobytes.trim().parse::<usize>().ok())
+        .map(|kilobytes| kilobytes * 1024)
+        .ok_or_else(|| {
+            Error::new(ErrorKind::Unavailable, "no hugepages", "this kernel has no hugetlb support")
+                .mend("run with --no-huge")
+        })
+}
+
+/// Hugepage mappings of a memfd are reserved at `mmap`, but the error does not say what was short.
+pub(super) fn check_free(root: &Path, len: usize, page_size: usize) -> Result<()> {
+    let (pages, need) = (pages_of(root, page_size), len / page_size);
+    let what = || format!("cannot reserve {} MiB of hugepages", len >> 20);
+    if pages.available() < need {
+        return Err(too_few(root, Error::new(ErrorKind::Os, what(), ""), need, pages));
+    }
+    // Surplus pages come out of ordinary memory. The control group of memory does not count them.
+    let surplus = need.saturating_sub(pages.free).saturating_mul(page_size);
+    match limits::available(root) {
+        Some(left) if left < surplus as u64 => Err(Error::new(
+            ErrorKind::Os,
+            what(),
+            format!(
+                "{} MiB of surplus pages are needed and the machine has {} MiB available (MemAvailable)",
+                surplus >> 20,
+                left >> 20
+            ),
+        )
+        .mend("free memory, or ask for fewer packet buffers")),
+        _ => Ok(()),
+    }
+}
+
+fn pages_of(root: &Path, page_size: usize) -> HugePages {
+    let none = HugePages { page_size, total: 0, free: 0, surplus: 0 };
+    hugepages(&root.join("sys")).into_iter().find(|pages| pages.page_size == page_size).unwrap_or(none)
+}
+
+/// Adds to the `error` of a mapping of `len` bytes why the kernel had no hugepages for it.
+pub(super) fn no_pages(root: &Path, error: Error, len: usize, page_size: usize) -> Error {
+    too_few(root, error, len / page_size, pages_of(root, page_size))
+}
+
+fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
+    let HugePages { page_size, total, free, surplus } = pages;
+    let kib = page_size >> 10;
+    if pages.available() >= need {
+        // Fewer pages than there are would only take some away.
+        let nodes = allowed_nodes(root);
+        return match free_in_nodes(&root.join("sys"), &nodes, page_size) {
+            Some(here) if here + surplus < need => {
+                let why = format!(
+                    "{need} pages of {kib} KiB are needed, and of the {free} free ones {here} are on NUMA nodes that \
+                     this process may use ({}: cpuset.mems, Mems_allowed_list)",
+                    ranges(&nodes)
+                );
+                let node = nodes.first().copied().unwrap_or(0);
+                let at = format!("/sys/devices/system/node/node{node}/hugepages/hugepages-{kib}kB/nr_hugepages");
+                // All that a node has, and what is missing.
+                error.because(why).mend(format!(
+                    "run: echo $(($(cat {at}) + {})) > {at}; or allow more nodes in cpuset.mems",
+                    need - here
+                ))
+            }
+            _ => error.mend(
+                "check the limit of the control group (hugetlb.*.max) and the memory policy (numactl), or run with \
+                 --no-huge",
+            ),
+        };
+    }
+    let wanted = total - free.min(total) + need;
+    let reserve = match default_hugepage_size() {
+        Ok(size) if size == page_size => format!("sysctl vm.nr_hugepages={wanted}"),
+        _ => format!("echo {wanted} > /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"),
+    };
+    let more = if surplus > 0 { format!(", {surplus} more by overcommit") } else { String::new() };
+    error
+        .because(format!("{need} pages of {kib} KiB are needed and {free} of {total} are free{more}"))
+        .mend(format!("run: {reserve}, or run with --no-huge"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use nix::errno::Errno;
+
+    use super::*;
+
+    const SIZE: usize = 2 << 20;
+
+    /// A machine with hugepages on two nodes, of which the process may use the first.
+    fn machine(nodes: [u32; 2], overcommit: u32, available_kb: u64) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        let free = nodes[0] + nodes[1];
+        let pages = "sys/kernel/mm/hugepages/hugepages-2048kB";
+        let mut files = vec![
+            ("proc/meminfo".to_owned(), format!("MemAvailable: {available_kb} kB\n")),
+            ("proc/self/status".to_owned(), "Name:\tx\nMems_allowed_list:\t0\n".to_owned()),
+            (format!("{pages}/nr_hugepages"), (free + 6).to_string()),
+            (format!("{pages}/free_hugepages"), free.to_string()),
+            (format!("{pages}/resv_hugepages"), "0".into()),
+            (format!("{pages}/nr_overcommit_hugepages"), overcommit.to_string()),
+            (format!("{pages}/surplus_hugepages"), "2\n".into()),
+        ];
+        for (node, free) in nodes.iter().enumerate() {
+            let file =
+                format!("sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/free_hugepages");
+            files.push((file, free.to_string()));
+        }
+        for (file, text) in files {
+            let path = root.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn missing_hugepages_name_the_command() {
+        let error = check_free(Path::new("/"), 1 << 50, SIZE).unwrap_err();
+        assert!(error.to_string().contains("sysctl vm.nr_hugepages="), "{error}");
+    }
+
+    #[test]
+    fn surplus_pages_count_as_far_as_there_is_memory_for_them() {
+        let (few, many) = (machine([4, 0], 10, 1 << 30), machine([4, 0], 10, 1024));
+        assert!(check_free(few.path(), 12 * SIZE, SIZE).is_ok());
+        let error = check_free(few.path(), 13 * SIZE, SIZE).unwrap_err().to_string();
+        assert!(
+            error.contains("13 pages of 2048 KiB are needed and 4 of 10 are free, 8 more by overcommit"),
+            "{error}"
+        );
+        assert!(check_free(many.path(), 4 * SIZE, SIZE).is_ok());
+        let error = check_free(many.path(), 12 * SIZE, SIZE).unwrap_err().to_string();
+        assert!(
+            error.contains("16 MiB of surplus pages are needed and the machine has 1 MiB available"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn pages_on_other_nodes_are_named() {
+        let error = || Error::os("cannot reserve 18 MiB", Errno::ENOMEM);
+        let text = no_pages(machine([3, 8], 2, 1 << 20).path(), error(), 9 * SIZE, SIZE).to_string();
+        assert!(
+            text.contains(
+                "of the 11 free ones 3 are on NUMA nodes that this process may use (0: cpuset.mems"
+            ),
+            "{text}"
+        );
+        let at = "/sys/devices/system/node/node0/hugepages/hugepages-2048kB/nr_hugepages";
+        assert!(text.contains(&format!("run: echo $(($(cat {at}) + 6)) > {at}; or allow")), "{text}");
+        let text = no_pages(machine([9, 0], 2, 1 << 20).path(), error(), 9 * SIZE, SIZE).to_string();
+        assert!(text.contains("hugetlb.*.max") && !text.contains("cpuset"), "{text}");
+    }
+
+    #[test]
+    fn no_command_takes_hugepages_away() {
+        let error = || Error::os("cannot reserve 18 MiB", Errno::ENOMEM);
+        let root = Path::new("/nonexistent");
+        let pages = |free| HugePages { page_size: SIZE, total: 64, free, surplus: 0 };
+        let few = too_few(root, error(), 9, pages(8)).to_string();
+        assert!(few.contains("8 of 64 are free; run: ") && few.contains("65"), "{few}");
+        let limited = too_few(root, error(), 9, pages(9)).to_string();
+        assert!(limited.contains("hugetlb.*.max") && !limited.contains("nr_hugepages"), "{limited}");
+    }
+}
