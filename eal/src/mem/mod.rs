@@ -2,10 +2,12 @@
 
 mod hugepages;
 mod limits;
+mod pin;
 mod region;
 mod shortage;
 
 pub use hugepages::{HugePages, hugepages};
+pub(crate) use pin::Pin;
 pub use region::{Backing, Region};
 
 /// Size in bytes of the CPU's ordinary pages: 4 KiB on x86, 4 to 64 KiB on other processors, as the kernel is built.

@@ -15,7 +15,7 @@ use crate::dma::IovaRanges;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 use crate::iommufd::{self, Access, Accounting, Ioas};
-use crate::mem::{Region, page_size};
+use crate::mem::{Pin, Region, page_size};
 
 /// The I/O page tables that some of the process's devices share, or the lack of any.
 #[derive(Debug)]
@@ -166,7 +166,7 @@ impl AddressSpace {
                 })
             }
             Tables::Ioas { ioas, .. } => ioas.map_range(region, range, iova, access).map(Mapped::Ioas),
-            Tables::None(_) => pinned(region).map(|()| Mapped::None { region: Arc::clone(region) }),
+            Tables::None(_) => pin(region).map(|pin| Mapped::None { region: Arc::clone(region), _pin: pin }),
         };
         self.mapped(mapped, region)
     }
@@ -284,9 +284,17 @@ pub struct Mapping {
 
 #[derive(Debug)]
 enum Mapped {
-    Type1 { iova: u64, len: u64, _region: Arc<Region> },
+    Type1 {
+        iova: u64,
+        len: u64,
+        _region: Arc<Region>,
+    },
     Ioas(iommufd::Mapping),
-    None { region: Arc<Region> },
+    /// Of all the mappings, this one pins by itself.
+    None {
+        region: Arc<Region>,
+        _pin: Pin,
+    },
 }
 
 impl Mapped {
@@ -313,7 +321,7 @@ impl Mapping {
     /// `Permission` when the kernel does not tell them to this process.
     pub fn physical_addresses(&self) -> Result<Option<Vec<u64>>> {
         match &self.mapped {
-            Some(Mapped::None { region }) => region.physical_addresses().map(Some),
+            Some(Mapped::None { region, .. }) => region.physical_addresses().map(Some),
             Some(Mapped::Ioas(mapping)) if self.space.is_physical() => mapping.physical_addresses().map(Some),
             _ => Ok(None),
         }
@@ -339,10 +347,10 @@ impl Drop for Mapping {
     }
 }
 
-/// Without an IOMMU nothing pins the pages; only hugetlb pages stay where they are.
-fn pinned(region: &Region) -> Result<()> {
+/// Without an IOMMU the kernel pins nothing by itself.
+fn pin(region: &Region) -> Result<Pin> {
     if region.page_size() > page_size() {
-        return Ok(());
+        return Pin::new(region);
     }
     Err(Error::new(
         ErrorKind::Usage,

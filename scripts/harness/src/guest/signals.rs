@@ -133,7 +133,7 @@ fn killed_again_and_again(context: &Context, boot: Boot, mode: &str) -> Result<(
     Ok(())
 }
 
-/// Without an IOMMU nothing pins the pages of a killed process. The kernel closes the highest descriptor first, so that has
+/// Without an IOMMU a descriptor pins the pages of a killed process. The kernel closes the highest one first, so that has
 /// to be the NIC's.
 pub(super) fn memory_outlives_the_nic(cases: &mut Cases) {
     for (name, arguments) in
@@ -143,7 +143,7 @@ pub(super) fn memory_outlives_the_nic(cases: &mut Cases) {
             let nic = Nic::E1000e.bdf(Role::FwdRx);
             let l2fwd = Start::new(format!("-l 1 --vfio-mode noiommu -a {nic} {arguments} -- -p 1 -T 0"))
                 .forwarding(context)?;
-            let (mut device, mut memory) = (0, 0);
+            let (mut device, mut memory, mut pin) = (0, 0, 0);
             for fd in std::fs::read_dir(format!("/proc/{}/fd", l2fwd.process.pid()))? {
                 let fd = fd?;
                 let number: i32 = fd.file_name().to_string_lossy().parse()?;
@@ -153,13 +153,19 @@ pub(super) fn memory_outlives_the_nic(cases: &mut Cases) {
                     device = device.max(number);
                 } else if target.contains("memfd:") || target.starts_with("/dev/hugepages/") {
                     memory = memory.max(number);
+                } else if target.starts_with("pipe:") && number > 2 {
+                    pin = pin.max(number);
                 }
             }
             let ended = l2fwd.stop()?;
             let iova = &ended.event("memory")?["iova_mode"];
             ensure!(iova == "PA", "the IOVA mode is {iova}");
             ensure!(memory > 0, "its memory is no file");
-            ensure!(device > memory, "the NIC is descriptor {device}, its memory {memory}");
+            ensure!(pin > 0, "its memory is not pinned");
+            ensure!(
+                device > memory.max(pin),
+                "the NIC is descriptor {device}, its memory {memory} and {pin}"
+            );
             Ok(())
         });
     }
