@@ -42,6 +42,8 @@ pub(super) enum Lie {
     Address,
     /// A chain does not end, or chains share descriptors.
     Loop,
+    /// Buffers cross from one memory region into the next more often than there are descriptors.
+    Borders,
     /// A chain is too short for the header.
     Header,
 }
@@ -54,6 +56,7 @@ impl Lie {
             Self::Flags => "a descriptor has flags that do not fit",
             Self::Address => "a descriptor's memory is outside of the memory regions",
             Self::Loop => "a chain of descriptors does not end, or shares some with another",
+            Self::Borders => "buffers are scattered over too many memory regions",
             Self::Header => "a chain is too short for the header",
         }
     }
@@ -88,14 +91,42 @@ enum Spread {
     TooLong(usize),
 }
 
-/// Descriptors that may still be read in a burst. Chains that end and share nothing are as long as the table
-/// together; more is a lie, which would keep the lcore for a table's length by each chain.
-struct Budget(usize);
+/// What may still be read in a burst. Chains that end and share nothing are as long as the table together; more is a
+/// lie, which would keep the lcore for a table's length by each chain.
+struct Budget {
+    descriptors: usize,
+    /// Borders of memory regions inside of buffers: one for each descriptor, since regions are larger than buffers.
+    borders: usize,
+}
 
 impl Budget {
+    fn new(descriptors: usize) -> Self {
+        Self { descriptors, borders: descriptors }
+    }
+
     fn spend(&mut self) -> Checked<()> {
-        self.0 = self.0.checked_sub(1).ok_or(Lie::Loop)?;
+        self.descriptors = self.descriptors.checked_sub(1).ok_or(Lie::Loop)?;
         Ok(())
+    }
+
+    /// Calls `each` for the parts of a descriptor's memory, which are in one region each.
+    fn parts<'a>(
+        &mut self,
+        descriptor: Descriptor,
+        view: &mut PeerView<'a>,
+        mut each: impl FnMut(PeerSlice<'a>),
+    ) -> Checked<()> {
+        let mut lie = Lie::Address;
+        let mut borders = Some(self.borders + 1);
+        let within = view.parts(descriptor.address, descriptor.len, |part| {
+            borders = borders.and_then(|borders| borders.checked_sub(1));
+            if borders.is_none() {
+                lie = Lie::Borders;
+            }
+            borders.map(|_| each(part))
+        });
+        self.borders = borders.unwrap_or(0);
+        within.ok_or(lie)
     }
 }
 
@@ -293,7 +324,7 @@ impl Ring {
         burst: &mut Burst,
         stats: &mut QueueStats,
     ) -> Checked<()> {
-        let mut budget = Budget(self.desc.entries());
+        let mut budget = Budget::new(self.desc.entries());
         for _ in 0..wanted {
             let Some(mut buffer) = cache.allocate() else {
                 stats.no_buffer += 1;
@@ -335,13 +366,19 @@ impl Ring {
         loop {
             budget.spend()?;
             let descriptor = table.get(index).ok_or(Lie::Index)?;
-            let data = readable(descriptor, &mut view)?;
-            let (skipped, data) = data.split_at(header);
-            header -= skipped.len();
-            if cache.copy_from_peer(buffer, len, data).is_none() {
+            if descriptor.flags & !DESC_NEXT != 0 {
+                return Err(Lie::Flags);
+            }
+            let mut fits = true;
+            budget.parts(descriptor, &mut view, |data| {
+                let (skipped, data) = data.split_at(header);
+                header -= skipped.len();
+                fits = fits && cache.copy_from_peer(buffer, len, data).is_some();
+                len += data.len();
+            })?;
+            if !fits {
                 return Ok(None);
             }
-            len += data.len();
             if descriptor.flags & DESC_NEXT == 0 {
                 return if header > 0 {
                     Err(Lie::Header)
@@ -417,7 +454,7 @@ impl Ring {
         stats: &mut QueueStats,
     ) -> Checked<()> {
         // A chain is read twice when it is too short for one packet and then long enough for another.
-        let mut budget = Budget(2 * self.desc.entries());
+        let mut budget = Budget::new(2 * self.desc.entries());
         while left > 0
             && let Some(packet) = burst.first()
         {
@@ -480,11 +517,14 @@ impl Ring {
         loop {
             budget.spend()?;
             let descriptor = table.get(index).ok_or(Lie::Index)?;
-            let (slice, _) = writable(descriptor, view)?.split_at(need - found);
-            if !slice.is_empty() {
-                room.push(slice);
+            if descriptor.flags & !DESC_NEXT != DESC_WRITE {
+                return Err(Lie::Flags);
             }
-            found += slice.len();
+            budget.parts(descriptor, view, |part| {
+                let (part, _) = part.split_at(need - found);
+                found += part.len();
+                room.extend(Some(part).filter(|part| !part.is_empty()));
+            })?;
             if descriptor.flags & DESC_NEXT == 0 || found == need {
                 return Ok(found);
             }
@@ -511,20 +551,6 @@ fn header(buffers: u16) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[HEADER - 2..].copy_from_slice(&buffers.to_le_bytes());
     header
-}
-
-fn readable<'a>(descriptor: Descriptor, view: &mut PeerView<'a>) -> Checked<PeerSlice<'a>> {
-    if descriptor.flags & !DESC_NEXT != 0 {
-        return Err(Lie::Flags);
-    }
-    view.at(descriptor.address, descriptor.len).ok_or(Lie::Address)
-}
-
-fn writable<'a>(descriptor: Descriptor, view: &mut PeerView<'a>) -> Checked<PeerSlice<'a>> {
-    if descriptor.flags & !DESC_NEXT != DESC_WRITE {
-        return Err(Lie::Flags);
-    }
-    view.at(descriptor.address, descriptor.len).ok_or(Lie::Address)
 }
 
 /// Writes `header` and then `packet` to the slices of `room`, which have space for both.

@@ -14,7 +14,7 @@ use vireo_eal::mem::{Backing, Region};
 use super::{Device, Options, RECEIVE, RxQueue, TRANSMIT, TxQueue};
 use crate::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
 use crate::virtio::{self, DESC_NEXT, DESC_WRITE, Features, HEADER};
-use guest::{BUFFER, Guest, SIZE};
+use guest::{BUFFER, GUEST, Guest, MEMORY, SIZE};
 
 const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
 const BUFFERS: u32 = 256;
@@ -284,7 +284,33 @@ fn memory_in_several_regions() {
 }
 
 #[test]
-fn rings_that_are_not_enabled_stand_still() {
+fn a_buffer_may_cross_from_one_region_into_the_next() {
+    for features in [PLAIN, ALL] {
+        for before in [1, 5, HEADER - 1, HEADER, HEADER + 1, 100] {
+            let bench = Bench::new();
+            let mut guest = bench.guest();
+            guest.regions = 4;
+            guest.start(features);
+            let mut bench = bench;
+            let border = GUEST + MEMORY / guest.regions;
+            let (at, other) = (border - before as u64, border + MEMORY / guest.regions - before as u64);
+            let sent = frame(11);
+            guest.view.write(at, &[&[0xa5; HEADER][..], &sent].concat()).unwrap();
+            guest.rings[TRANSMIT].describe(0, at, (HEADER + sent.len()) as u32, 0, 0);
+            guest.rings[TRANSMIT].offer(0);
+            assert_eq!(bench.receive(), [sent], "{before}");
+            assert_eq!(guest.reap_transmitted(), 1);
+            guest.rings[RECEIVE].describe(0, other, BUFFER as u32, DESC_WRITE, 0);
+            guest.rings[RECEIVE].offer(0);
+            assert_eq!(bench.send(&[frame(12)]), 1, "{before}");
+            assert_eq!(guest.received(), [frame(12)]);
+            assert_eq!((bench.rx.stats().device_errors, bench.tx.stats().device_errors), (0, 0));
+        }
+    }
+}
+
+#[test]
+fn rings_that_are_not_enabled_receive_nothing_and_send_nothing() {
     let (mut bench, mut guest) = Bench::with(ALL);
     guest.provide_all();
     guest.enable(TRANSMIT, false);

@@ -1,7 +1,8 @@
 //! Memory of another process, by the descriptors that it sends: what the device's side of vhost-user works on.
 //!
-//! The peer is input. An address of it leads to memory only through [`PeerMemory::ring`] and [`PeerView::at`],
-//! which check it and its length against the regions; an index into a ring wraps; data is copied, once.
+//! The peer is input. An address of it leads to memory only through [`PeerMemory::ring`], [`PeerView::at`] and
+//! [`PeerView::parts`], which check it and its length against the regions; an index into a ring wraps; data is
+//! copied, once.
 //!
 //! The copies are plain ones and race with whatever the peer does to its memory, which is outside of what the
 //! language defines, as all memory is that another process may write at any time. A peer whose descriptors lead to
@@ -251,6 +252,31 @@ impl<'a> PeerView<'a> {
         Some(PeerSlice { at: unsafe { self.base.add(offset) }, len, _memory: PhantomData })
     }
 
+    /// Calls `each` for the `len` bytes at the guest address `guest`, in one part for each region that has some of them:
+    /// a buffer may cross from one region into another that begins where the first ends. None, after the parts in
+    /// front of it, when a byte is in no region or `each` has enough and says so by none.
+    pub fn parts(
+        &mut self,
+        guest: u64,
+        len: usize,
+        mut each: impl FnMut(PeerSlice<'a>) -> Option<()>,
+    ) -> Option<()> {
+        if len == 0 {
+            return each(self.at(guest, len)?);
+        }
+        let (mut guest, mut len) = (guest, len);
+        while len > 0 {
+            self.turn_to(guest);
+            let rest = self.len.checked_sub(guest.wrapping_sub(self.guest)).filter(|rest| *rest > 0)?;
+            let part = len.min(usize::try_from(rest).unwrap_or(usize::MAX));
+            each(self.at(guest, part)?)?;
+            // No region reaches beyond the last address.
+            guest += part as u64;
+            len -= part;
+        }
+        Some(())
+    }
+
     /// Makes the region of `guest` the one that is looked at, if there is one.
     #[cold]
     #[inline(never)]
@@ -480,6 +506,41 @@ mod tests {
                 });
                 let wanted: Vec<_> = wanted.collect();
                 prop_assert!(slice.map_or(wanted.is_empty() || len == 0, |slice| wanted.contains(&slice)));
+            }
+        }
+
+        /// The model is a byte for each address that is in a region.
+        #[test]
+        fn a_buffer_in_regions_that_touch_is_all_of_its_parts(
+            lens in proptest::collection::vec((1..100_u64, prop_oneof![3 => Just(0), 1 => 1..9_u64]), 1..=8),
+            probes in proptest::collection::vec((0..1000_u64, 0..300_usize), 1..40),
+        ) {
+            let (mut guest, mut regions, mut bytes) = (PAGE, Vec::new(), std::collections::HashMap::new());
+            for (len, gap) in lens {
+                regions.push(PeerRegion { guest, user: guest, len, offset: guest % 100, fd: file(LEN) });
+                bytes.extend((guest..guest + len).map(|at| (at, (at % 251) as u8)));
+                guest += len + gap;
+            }
+            let memory = PeerMemory::map(&regions).unwrap();
+            let mut view = memory.view();
+            bytes.iter().for_each(|(at, byte)| view.at(*at, 1).unwrap().write(&[*byte]));
+            let (pool, at) = (pool(), PAGE - 10);
+            let mut cache = pool.cache();
+            for (offset, len) in probes {
+                let wanted: Option<Vec<u8>> =
+                    (at + offset..at + offset + len as u64).map(|at| bytes.get(&at).copied()).collect();
+                let (mut buffer, mut found) = (cache.allocate().unwrap(), 0);
+                let whole = view.parts(at + offset, len, |part| {
+                    cache.copy_from_peer(&mut buffer, found, part).unwrap();
+                    found += part.len();
+                    Some(())
+                });
+                let packet = Packet::new(buffer, found);
+                let mut read = vec![0; found];
+                cache.read(&packet, 0, &mut read);
+                cache.free(packet.into_buffer());
+                // No bytes are nowhere, or at an end.
+                prop_assert!(len == 0 || whole.map(|()| read) == wanted);
             }
         }
 

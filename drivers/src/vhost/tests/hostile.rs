@@ -106,6 +106,27 @@ fn chains_that_share_descriptors_stop_the_ring() {
     }
 }
 
+/// Each keeps the lcore for a look at every region.
+#[test]
+fn buffers_over_many_regions_stop_the_ring() {
+    for ring in [RECEIVE, TRANSMIT] {
+        let bench = Bench::new();
+        let mut guest = bench.guest();
+        guest.regions = 8;
+        guest.start(PLAIN);
+        let mut bench = bench;
+        let write = if ring == RECEIVE { DESC_WRITE } else { 0 };
+        guest.rings[ring].describe(0, GUEST, MEMORY as u32, write, 0);
+        (0..SIZE).for_each(|_| guest.rings[ring].offer(0));
+        while bench.device.link().up {
+            bench.receive();
+            bench.send(&vec![frame(1); MAX_BURST]);
+        }
+        guest.regions = 1;
+        check_stopped(bench, guest, ring, "borders");
+    }
+}
+
 #[test]
 fn an_index_that_jumps_stops_the_ring() {
     for jump in [SIZE + 1, 1000, u16::MAX] {
