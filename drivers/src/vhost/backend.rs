@@ -34,6 +34,7 @@ const MAX_SIZE: u32 = 1 << 15;
 struct Vring {
     size: u16,
     addresses: Option<Addresses>,
+    /// Position of the next chain while no lcore has the ring.
     base: u16,
     call: Option<Arc<PeerEvent>>,
     /// Since `SET_VRING_KICK`, until `GET_VRING_BASE`.
@@ -80,35 +81,39 @@ impl Backend {
         self.features & feature.bits() != 0
     }
 
-    /// The ring as it is to be now; none while something is missing or the frontend has it stopped.
-    fn ring(&self, at: usize) -> Result<Option<Box<Ring>>> {
+    /// The ring as it is to be now; stopped while something is missing or the frontend has not started it.
+    fn ring(&self, at: usize) -> Result<Slot> {
         let vring = &self.vrings[at];
-        // Without protocol features there is no SET_VRING_ENABLE, and a ring starts enabled (vhost-user, "Ring
-        // states").
-        let enabled = vring.enabled || !self.is_negotiated();
-        let (Some(memory), Some(addresses)) = (&self.memory, vring.addresses) else { return Ok(None) };
-        if !vring.started || !enabled || !self.accepted(Features::VERSION_1) {
-            return Ok(None);
+        let (Some(memory), Some(addresses)) = (&self.memory, vring.addresses) else {
+            return Ok(Slot::Stopped);
+        };
+        if !vring.started || !self.accepted(Features::VERSION_1) {
+            return Ok(Slot::Stopped);
         }
         let terms = Terms {
             event_idx: self.accepted(Features::EVENT_IDX),
             mergeable: self.accepted(Features::MRG_RXBUF),
         };
         let ring = Ring::new(memory, vring.size, addresses, terms, vring.call.clone()).map_err(failed)?;
-        Ok(Some(Box::new(ring)))
+        // Without protocol features there is no SET_VRING_ENABLE, and a ring starts enabled (vhost-user, "Ring
+        // states").
+        let enabled = vring.enabled || !self.is_negotiated();
+        Ok(if enabled { Slot::Running(Box::new(ring)) } else { Slot::Disabled(Box::new(ring)) })
     }
 
     /// Takes the ring from its lcore, and gives it back as it is to be now.
     fn update(&mut self, at: usize) -> Result<()> {
         let shared = Arc::clone(&self.rings[at]);
         let mut slot = shared.lock();
-        if let Slot::Broken(_) = *slot {
-            return Ok(());
+        match std::mem::replace(&mut *slot, Slot::Stopped) {
+            Slot::Running(ring) | Slot::Disabled(ring) => self.vrings[at].base = ring.next(),
+            Slot::Stopped => {}
+            broken @ Slot::Broken(_) => {
+                *slot = broken;
+                return Ok(());
+            }
         }
-        *slot = Slot::Stopped;
-        if let Some(ring) = self.ring(at)? {
-            *slot = Slot::Running(ring);
-        }
+        *slot = self.ring(at)?;
         Ok(())
     }
 
@@ -121,7 +126,7 @@ impl Backend {
     fn stop(&mut self, at: usize) -> u16 {
         let vring = &mut self.vrings[at];
         match std::mem::replace(&mut *self.rings[at].lock(), Slot::Stopped) {
-            Slot::Running(ring) => vring.base = ring.next(),
+            Slot::Running(ring) | Slot::Disabled(ring) => vring.base = ring.next(),
             Slot::Broken(next) => vring.base = next,
             Slot::Stopped => {}
         }

@@ -4,16 +4,19 @@ use std::sync::Arc;
 
 use vireo_eal::dma::{Burst, PoolCache};
 
-use super::ring::Lie;
+use super::ring::{Lie, Report};
 use super::shared::{Shared, Slot};
 use crate::port::{QueueStats, RxBurst, TxBurst};
+
+/// Rings by what the frontend does with them.
+const TRANSMIT: &str = "transmit";
+const RECEIVE: &str = "receive";
 
 /// What both queues are.
 #[derive(Debug)]
 struct Queue {
     shared: Arc<Shared>,
-    stats: QueueStats,
-    name: Arc<str>,
+    report: Report,
 }
 
 /// Receiving half: takes from the ring by which the frontend transmits.
@@ -26,17 +29,30 @@ pub struct TxQueue(Queue);
 
 impl Queue {
     fn new(shared: &Arc<Shared>, name: &Arc<str>) -> Self {
-        Self { shared: Arc::clone(shared), stats: QueueStats::default(), name: Arc::clone(name) }
+        Self { shared: Arc::clone(shared), report: Report::new(name) }
     }
 
     /// Ends the use of a ring whose frontend lied.
     #[cold]
     #[inline(never)]
-    fn end(slot: &mut Slot, lie: Lie, stats: &mut QueueStats, name: &str, direction: &str) {
-        if let Slot::Running(ring) = slot {
-            tracing::error!("{name}: {direction} ring stopped: {}", lie.reason());
-            stats.device_errors += 1;
+    fn end(slot: &mut Slot, lie: Lie, report: &mut Report, direction: &str) {
+        if let Slot::Running(ring) | Slot::Disabled(ring) = slot {
+            tracing::error!("{}: {direction} ring stopped: {}", report.name, lie.reason());
+            report.stats.device_errors += 1;
             *slot = Slot::Broken(ring.next());
+        }
+    }
+}
+
+impl RxQueue {
+    /// What there is to do for a ring that does not run.
+    #[cold]
+    #[inline(never)]
+    fn idle(slot: &mut Slot, report: &mut Report) {
+        if let Slot::Disabled(ring) = slot
+            && let Err(lie) = ring.discard(&mut report.stats)
+        {
+            Queue::end(slot, lie, report, TRANSMIT);
         }
     }
 }
@@ -64,16 +80,16 @@ impl TxQueue {
 impl RxBurst for RxQueue {
     #[inline(never)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
-        let Queue { shared, stats, name } = &mut self.0;
+        let Queue { shared, report } = &mut self.0;
         let Some(mut slot) = shared.try_lock() else { return };
-        let Slot::Running(ring) = &mut *slot else { return };
-        if let Err(lie) = ring.receive(cache, burst, stats) {
-            Queue::end(&mut slot, lie, stats, name, "transmit");
+        let Slot::Running(ring) = &mut *slot else { return Self::idle(&mut slot, report) };
+        if let Err(lie) = ring.receive(cache, burst, &mut report.stats) {
+            Queue::end(&mut slot, lie, report, TRANSMIT);
         }
     }
 
     fn stats(&self) -> QueueStats {
-        self.0.stats
+        self.0.report.stats
     }
 }
 
@@ -81,17 +97,17 @@ impl TxBurst for TxQueue {
     /// Packets for which the frontend has no room, or which come while none is there, stay in `burst`.
     #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        let Queue { shared, stats, name } = &mut self.0;
+        let Queue { shared, report } = &mut self.0;
         let Some(mut slot) = shared.try_lock() else { return 0 };
         let Slot::Running(ring) = &mut *slot else { return 0 };
         let before = burst.len();
-        if let Err(lie) = ring.send(cache, burst, stats) {
-            Queue::end(&mut slot, lie, stats, name, "receive");
+        if let Err(lie) = ring.send(cache, burst, report) {
+            Queue::end(&mut slot, lie, report, RECEIVE);
         }
         before - burst.len()
     }
 
     fn stats(&self) -> QueueStats {
-        self.0.stats
+        self.0.report.stats
     }
 }

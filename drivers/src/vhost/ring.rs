@@ -81,6 +81,34 @@ pub(super) struct Terms {
     pub(super) mergeable: bool,
 }
 
+/// What a queue counts and says of its ring.
+#[derive(Debug)]
+pub(super) struct Report {
+    pub(super) stats: QueueStats,
+    /// Of the port, for messages.
+    pub(super) name: Arc<str>,
+    /// A buffer that is too short was named.
+    warned: bool,
+}
+
+impl Report {
+    pub(super) fn new(name: &Arc<str>) -> Self {
+        Self { stats: QueueStats::default(), name: Arc::clone(name), warned: false }
+    }
+
+    /// Says once that the next buffer, of `room` bytes, is too short for a frame of `len`: it stays the next one.
+    fn too_short(&mut self, room: usize, len: usize) {
+        if !std::mem::replace(&mut self.warned, true) {
+            tracing::warn!(
+                "{}: frames are dropped: the frontend's next receive buffer has {room} bytes, a frame of {len} bytes \
+                 needs {}, and without VIRTIO_NET_F_MRG_RXBUF a frame takes one buffer",
+                self.name,
+                HEADER + len
+            );
+        }
+    }
+}
+
 /// What became of a packet that needs more than one descriptor.
 enum Spread {
     /// It took so many chains.
@@ -390,23 +418,39 @@ impl Ring {
         }
     }
 
+    /// Uses what the frontend sends by a disabled ring, without a look at it.
+    pub(super) fn discard(&mut self, stats: &mut QueueStats) -> Checked<()> {
+        let (old, pending) = (self.next, self.pending()?);
+        if pending == 0 {
+            return Ok(());
+        }
+        for _ in 0..pending {
+            let position = usize::from(self.next);
+            write_used(self.used.view().entry(position), self.avail.load::<0>(position), 0);
+            self.next = self.next.wrapping_add(1);
+        }
+        stats.errors += u64::from(pending);
+        self.publish(old, stats);
+        Ok(())
+    }
+
     /// Gives packets from the front of `burst` to the frontend.
     #[inline(always)]
     pub(super) fn send(
         &mut self,
         cache: &mut PoolCache,
         burst: &mut Burst,
-        stats: &mut QueueStats,
+        report: &mut Report,
     ) -> Checked<()> {
         let mut left = self.pending()?;
         if left == 0 {
             return Ok(());
         }
         let old = self.next;
-        left -= self.send_fast(left, cache, burst, stats);
-        let sent = if burst.is_empty() { Ok(()) } else { self.send_any(left, cache, burst, stats) };
+        left -= self.send_fast(left, cache, burst, &mut report.stats);
+        let sent = if burst.is_empty() { Ok(()) } else { self.send_any(left, cache, burst, report) };
         if self.next != old {
-            self.publish(old, stats);
+            self.publish(old, &mut report.stats);
         }
         sent
     }
@@ -451,7 +495,7 @@ impl Ring {
         mut left: u16,
         cache: &mut PoolCache,
         burst: &mut Burst,
-        stats: &mut QueueStats,
+        report: &mut Report,
     ) -> Checked<()> {
         // A chain is read twice when it is too short for one packet and then long enough for another.
         let mut budget = Budget::new(2 * self.desc.entries());
@@ -461,20 +505,21 @@ impl Ring {
             match self.spread(left, packet, cache, &mut budget)? {
                 Spread::Wait => break,
                 Spread::TooLong(room) => {
+                    report.too_short(room, packet.len());
                     while burst.first().is_some_and(|packet| HEADER + packet.len() > room) {
-                        stats.errors += 1;
+                        report.stats.errors += 1;
                         cache.free(burst.remove(0).into_buffer());
                     }
                 }
                 Spread::Taken(chains) => {
                     self.next = self.next.wrapping_add(chains);
                     left -= chains;
-                    stats.packets += 1;
-                    stats.bytes += packet.len() as u64;
+                    report.stats.packets += 1;
+                    report.stats.bytes += packet.len() as u64;
                     cache.free(burst.remove(0).into_buffer());
                 }
             }
-            left -= self.send_fast(left, cache, burst, stats);
+            left -= self.send_fast(left, cache, burst, &mut report.stats);
         }
         Ok(())
     }

@@ -14,10 +14,13 @@ mod models;
 /// What there is of a ring.
 #[derive(Debug)]
 pub(super) enum Slot {
-    /// The frontend has not started or not enabled it.
+    /// The frontend has not started it.
     Stopped,
     /// The lcore may use it.
     Running(Box<Ring>),
+    /// Started and not enabled: it receives nothing, and what it transmits is used and dropped (vhost-user, "Ring
+    /// states").
+    Disabled(Box<Ring>),
     /// The frontend lied; the ring ended at this position, until it is started anew.
     Broken(u16),
 }

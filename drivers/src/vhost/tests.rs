@@ -314,15 +314,57 @@ fn rings_that_are_not_enabled_receive_nothing_and_send_nothing() {
     let (mut bench, mut guest) = Bench::with(ALL);
     guest.provide_all();
     guest.enable(TRANSMIT, false);
+    assert!(!bench.device.link().up);
     guest.transmit(&frame(1));
-    assert!(bench.receive().is_empty() && !bench.device.link().up);
+    guest.transmit_chain(&frame(2), &[HEADER, 40]);
+    assert!(bench.receive().is_empty());
+    assert_eq!(guest.reap_transmitted(), 2, "what a disabled ring sends is used and dropped");
+    assert_eq!((bench.rx.stats().packets, bench.rx.stats().errors), (0, 2));
     guest.enable(TRANSMIT, true);
+    guest.transmit(&frame(1));
     assert_eq!(bench.receive(), [frame(1)]);
     guest.enable(RECEIVE, false);
     assert_eq!(bench.send(&[frame(2)]), 0);
     guest.enable(RECEIVE, true);
     assert_eq!(bench.send(&[frame(3)]), 1);
     assert_eq!(guest.received(), [frame(3)]);
+}
+
+/// The order in which cloud-hypervisor, crosvm and DPDK stop a device.
+#[test]
+fn a_disabled_ring_ends_where_it_was() {
+    for running in [true, false] {
+        let bench = Bench::new();
+        let mut guest = bench.guest();
+        guest.rings.iter_mut().for_each(|ring| ring.begin_at(65_400));
+        guest.start(ALL);
+        let mut bench = bench;
+        if running {
+            exchange(&mut bench, &mut guest, 300);
+        }
+        let end = 65_400_u16.wrapping_add(if running { 300 } else { 0 });
+        for ring in [RECEIVE, TRANSMIT] {
+            guest.enable(ring, false);
+        }
+        assert_eq!([RECEIVE, TRANSMIT].map(|ring| guest.frontend_base(ring)), [u32::from(end); 2]);
+        // Asked again, it has not moved.
+        assert_eq!([RECEIVE, TRANSMIT].map(|ring| guest.frontend_base(ring)), [u32::from(end); 2]);
+    }
+}
+
+/// A chain whose descriptors lie, on a ring that nobody looks at: it is not read.
+#[test]
+fn a_disabled_ring_is_drained_without_a_look_at_its_frames() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    guest.enable(TRANSMIT, false);
+    for round in 0..3 {
+        (0..SIZE).for_each(|_| guest.transmit(&frame(round)));
+        while guest.reap_transmitted() > 0 {}
+        assert!(bench.receive().is_empty());
+        assert_eq!(guest.reap_transmitted(), usize::from(SIZE));
+    }
+    assert_eq!(guest.frontend_base(TRANSMIT), 3 * u32::from(SIZE));
+    assert_eq!(bench.rx.stats().errors, 3 * u64::from(SIZE));
 }
 
 #[test]
@@ -466,4 +508,51 @@ fn the_keys_are_those_of_dpdk() {
         &[("dequeue-zero-copy", "1")],
     ];
     assert!(wrong.iter().all(|args| parse(args).unwrap_err().kind() == ErrorKind::Usage));
+}
+
+/// Lines that are logged by this thread while it lives.
+struct Logged(std::sync::Mutex<Vec<String>>);
+
+impl tracing::field::Visit for &Logged {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+        if field.name() == "message" {
+            self.0.lock().unwrap().push(format!("{value:?}"));
+        }
+    }
+}
+
+impl tracing::Subscriber for Logged {
+    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        event.record(&mut &*self);
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// Without mergeable buffers a frame has to fit into the buffer that is next, which stays there when none fits.
+#[test]
+fn a_buffer_that_is_too_short_is_named_once() {
+    let (mut bench, mut guest) = Bench::with(PLAIN);
+    guest.provide(&[13]);
+    (1..SIZE).for_each(|_| guest.provide(&[BUFFER as u32]));
+    let logged = Arc::new(Logged(std::sync::Mutex::default()));
+    tracing::subscriber::with_default(Arc::clone(&logged), || {
+        for _ in 0..3 {
+            assert_eq!(bench.send(&[frame(1), frame(2)]), 2);
+        }
+    });
+    assert_eq!((bench.tx.stats().errors, bench.tx.stats().packets), (6, 0));
+    let lines = logged.0.lock().unwrap();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    let line = "net_vhost0: frames are dropped: the frontend's next receive buffer has 13 bytes, a frame of 97 bytes \
+                needs 109, and without VIRTIO_NET_F_MRG_RXBUF a frame takes one buffer";
+    assert_eq!(lines[0], line);
 }
