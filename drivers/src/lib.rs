@@ -9,5 +9,6 @@ mod endurance;
 pub mod fakedev;
 pub mod port;
 pub mod ports;
+mod socket;
 pub mod vhost;
 pub mod virtio;

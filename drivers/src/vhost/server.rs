@@ -22,6 +22,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use super::backend::Backend;
 use super::shared::Shared;
+use crate::socket::try_connect;
 
 /// How soon to try again to accept, in milliseconds.
 const RETRY: u8 = 100;
@@ -123,12 +124,10 @@ fn make_way(path: &Path, name: &str) -> Result<()> {
     if !file.is_socket() {
         return Err(Error::new(ErrorKind::Usage, what(), "there is a file that is no socket"));
     }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == IoKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|error| Error::io(what(), &error))
-        }
-        Err(error) => Err(Error::io(what(), &error)),
-        Ok(_) => Err(Error::new(ErrorKind::Busy, what(), "another process listens there")
+    match try_connect(path) {
+        Err(Errno::ECONNREFUSED) => std::fs::remove_file(path).map_err(|error| Error::io(what(), &error)),
+        Err(errno) if errno != Errno::EAGAIN => Err(Error::os(what(), errno)),
+        _ => Err(Error::new(ErrorKind::Busy, what(), "another process listens there")
             .mend(format!("see which: ss -xlp src {}", path.display()))),
     }
 }

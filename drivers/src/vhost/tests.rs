@@ -283,6 +283,7 @@ fn memory_in_several_regions() {
     assert_eq!(bench.rx.stats().packets, 400);
 }
 
+/// Regions that touch in guest addresses.
 #[test]
 fn a_buffer_may_cross_from_one_region_into_the_next() {
     for features in [PLAIN, ALL] {
@@ -438,6 +439,25 @@ fn a_socket_that_is_in_use_is_left_alone() {
     assert!(path.exists());
     let nowhere = Device::listen("net_vhost0", &options(&path.join("below"))).unwrap_err();
     assert!(nowhere.errno().is_some(), "{nowhere}");
+}
+
+/// The socket of another process, whose queue of connections is full.
+#[test]
+fn a_socket_that_accepts_nobody_does_not_hang_the_start() {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    use std::os::fd::AsRawFd;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let busy = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None).unwrap();
+    bind(busy.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    listen(&busy, Backlog::new(0).unwrap()).unwrap();
+    let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    let (done, ended) = std::sync::mpsc::channel();
+    let start = std::thread::spawn(move || done.send(Device::listen("net_vhost0", &options(&path))));
+    let error = ended.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("another process listens there"), "{error}");
+    start.join().unwrap().unwrap();
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The socket of a vhost-user port, as client or as server.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::socket::try_connect;
 
 /// How long a wait for the peer takes to see that the program is to stop, in milliseconds.
 const LOOK_EVERY: u8 = 100;
@@ -32,20 +33,6 @@ pub(super) fn connect(name: &str, path: &Path) -> Result<UnixStream> {
         Errno::EAGAIN => Error::os(what(), errno).because("others wait for that socket already"),
         errno => Error::os(what(), errno),
     })
-}
-
-/// Connects without waiting for a place in the listener's queue.
-fn try_connect(path: &Path) -> nix::Result<UnixStream> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    let stream = UnixStream::from(fd);
-    stream.set_nonblocking(false).map_err(|error| errno_of(&error))?;
-    Ok(stream)
-}
-
-fn errno_of(error: &io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw)
 }
 
 /// A socket that we listen on; its name goes with it.
