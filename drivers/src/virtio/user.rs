@@ -37,6 +37,9 @@ use crate::ports::{flag, socket_path};
 const PEER_TIMEOUT: Duration = DEVICE_TIMEOUT.saturating_mul(3);
 use socket::Listening;
 
+/// Why a peer that was late is not asked again.
+const SILENT: &str = "nobody knows what the peer does with our memory: it left a request without answer";
+
 /// Descriptors of a ring, as in DPDK's virtio-user.
 const QUEUE_SIZE: u16 = 256;
 /// What of a peer's offer makes sense here. A peer filters nothing, has no link and no address, and sees our
@@ -238,8 +241,12 @@ impl User {
     }
 
     /// Sends a request and waits for the answer until the deadline: the crate would wait for ever, even with a
-    /// time limit on the socket. A peer that is late loses its connection.
+    /// time limit on the socket. To a peer that was late nothing is sent any more, and nothing is heard of it but the
+    /// end of its side of the connection.
     fn ask<T>(&mut self, request: &str, ask: impl FnOnce(&mut Frontend) -> vhost::Result<T>) -> Result<T> {
+        if self.silent {
+            return Err(self.error(ErrorKind::Protocol, SILENT));
+        }
         let (done, answered) = channel::<()>();
         let (peer, socket) = (&mut self.peer, &self.socket);
         let rest = self.deadline.saturating_duration_since(Instant::now());
@@ -247,8 +254,9 @@ impl User {
             let watchdog = Builder::new().name("vireo-watchdog".into()).spawn_scoped(scope, move || {
                 let late = answered.recv_timeout(rest) == Err(RecvTimeoutError::Timeout);
                 if late {
-                    // Fails only when the connection has ended by itself.
-                    let _ = socket.shutdown(std::net::Shutdown::Both);
+                    // Ends the wait. Not both ways: then the end of the peer's side would not be seen. Fails only when
+                    // the connection has ended by itself.
+                    let _ = socket.shutdown(std::net::Shutdown::Read);
                 }
                 late
             })?;
@@ -262,9 +270,6 @@ impl User {
         answer.map_err(|error| {
             let why = match error {
                 _ if late => format!("the peer did not answer all up to {request} within 3 s"),
-                _ if self.silent => {
-                    format!("{request} is not sent: the peer left an earlier one without answer")
-                }
                 _ if self.is_closed() => format!("the peer closed the connection during {request}"),
                 vhost::Error::VhostUserProtocol(PeerError::BackendInternalError) => {
                     format!("the peer refuses {request}")
@@ -276,15 +281,11 @@ impl User {
     }
 
     /// By `GET_VRING_BASE`, which a peer answers when it has stopped a ring ("Ring states"). The end of the
-    /// connection stops them too.
+    /// connection stops them too: a process that is killed loses its memory before its files.
     fn stop_rings(&mut self) -> Result<()> {
-        if self.silent && !self.kicks.is_empty() {
-            let why = "nobody knows what the peer does with our memory: it left a request without answer";
-            return Err(self.error(ErrorKind::Protocol, why));
-        }
         for ring in 0..self.kicks.len() {
             let stopped = self.ask("GET_VRING_BASE", |peer| peer.get_vring_base(ring));
-            if !self.silent && self.is_closed() {
+            if self.is_closed() {
                 break;
             }
             stopped?;
@@ -294,7 +295,7 @@ impl User {
         Ok(())
     }
 
-    /// Whether the peer has ended the connection, or we have.
+    /// Whether the peer has ended the connection: every process that had its side has closed it.
     fn is_closed(&self) -> bool {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLHUP)];
         poll(&mut fds, PollTimeout::ZERO).is_err() || fds[0].any().unwrap_or(true)
@@ -351,7 +352,8 @@ impl Transport for User {
     /// the memory.
     fn negotiate(&mut self, options: Options, several: bool) -> Result<Features> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
-        if self.is_closed() {
+        // One that is silent was told of no ring, or has ended: the last stop is done.
+        if self.silent || self.is_closed() {
             self.reconnect()?;
         }
         if !self.offered.contains(Features::VERSION_1) {
@@ -373,7 +375,7 @@ impl Transport for User {
     }
 
     fn link_up(&self) -> bool {
-        self.check_alive().is_ok()
+        !self.silent && self.check_alive().is_ok()
     }
 
     fn is_prompt(&self) -> bool {
@@ -439,7 +441,9 @@ impl Transport for User {
     fn stop(&mut self) -> Result<()> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
         self.stop_rings().map_err(|error| match self.silent {
-            true => error.mend("the memory that it had is kept until this program ends: start it again"),
+            true => {
+                error.mend("end the peer: until its connection is closed, the memory that it had is kept")
+            }
             false => error.mend(KEPT),
         })
     }

@@ -299,12 +299,55 @@ fn a_silent_peer_is_waited_for_a_second_and_its_memory_is_kept() {
     let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
     let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
     assert!(
-        error.contains("GET_VRING_BASE within 3 s") && error.contains("until this program ends"),
+        error.contains("GET_VRING_BASE within 3 s") && error.contains("; end the peer: until"),
         "{error}"
     );
     let weak = Arc::downgrade(&memory);
     drop((device, cache, memory));
     assert!(weak.upgrade().is_some());
+}
+
+/// As when it is killed: the end of its connection, which a process that lives may hold, says that it is gone.
+#[test]
+fn a_silent_peer_that_goes_gives_the_memory_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = path_in(&dir);
+    let listener = UnixListener::bind(&path).unwrap();
+    let (goes, may_go) = std::sync::mpsc::channel::<()>();
+    let peer = std::thread::spawn(move || {
+        let (first, _) = listener.accept().unwrap();
+        let end = first.try_clone().unwrap();
+        let first = std::thread::spawn(move || play(first, Script { silent_at: GET_VRING_BASE, ..HONEST }));
+        may_go.recv().unwrap();
+        end.shutdown(std::net::Shutdown::Both).unwrap();
+        first.join().unwrap();
+        play(listener.accept().unwrap().0, HONEST)
+    });
+    let mut device = connect(&path, "").unwrap();
+    let (memory, mut cache) = memory();
+    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
+    assert!(error.contains("GET_VRING_BASE within 3 s"), "{error}");
+    for _ in 0..2 {
+        let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+        assert!(error.contains("nobody knows what the peer does with our memory"), "{error}");
+        assert!(!device.link().up);
+    }
+    goes.send(()).unwrap();
+    let begin = Instant::now();
+    let (rx, tx) = loop {
+        match device.start(&memory, &mut cache, SIZES) {
+            Ok(queues) => break queues,
+            Err(error) => assert!(begin.elapsed() < Duration::from_secs(20), "{error}"),
+        }
+        std::thread::yield_now();
+    };
+    device.stop(rx, tx, &mut cache).unwrap();
+    drop(device);
+    assert!(!all(&peer.join().unwrap(), SET_VRING_ENABLE).is_empty());
+    let pool = Arc::clone(cache.pool());
+    drop(cache);
+    assert_eq!(pool.available(), BUFFERS);
 }
 
 #[test]
@@ -320,7 +363,7 @@ fn all_answers_of_a_start_or_a_stop_have_their_time_together() {
     assert!(error.contains("up to GET_VRING_BASE within 3 s"), "{error}");
     for _ in 0..2 {
         let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
-        assert!(error.ends_with("is kept until this program ends: start it again"), "{error}");
+        assert!(error.ends_with("until its connection is closed, the memory that it had is kept"), "{error}");
     }
     let pool = Arc::clone(cache.pool());
     drop(cache);
