@@ -72,6 +72,8 @@ pub struct Behaviour {
     pub refuse_features: bool,
     /// Sets `DEVICE_NEEDS_RESET` in every status but 0.
     pub needs_reset: bool,
+    /// Has lost `DRIVER_OK`, and does nothing.
+    pub halted: bool,
     /// Ignores a reset through the status register.
     pub ignore_reset: bool,
     /// Whether the function has a reset of its own.
@@ -103,6 +105,7 @@ impl Default for Behaviour {
             one_element: false,
             refuse_features: false,
             needs_reset: false,
+            halted: false,
             ignore_reset: false,
             function_reset: true,
             removed: false,
@@ -204,7 +207,8 @@ impl VirtioNet {
 
     /// Whether the driver has the device live, with DMA.
     pub fn is_live(&self) -> bool {
-        self.config.bus_master() && self.state().status & STATUS_DRIVER_OK != 0
+        let state = self.state();
+        self.config.bus_master() && state.status & STATUS_DRIVER_OK != 0 && !state.behaviour.halted
     }
 
     /// Whether the driver asked for every frame.
@@ -253,6 +257,15 @@ impl VirtioNet {
     /// As [`VirtioNet::receive`], by pair `pair`.
     pub fn receive_on(&self, pair: u16, frame: &[u8]) -> bool {
         self.is_live() && self.state().receive(RX + 2 * pair, frame).unwrap_or(false)
+    }
+
+    /// As [`VirtioNet::receive`] of each of `frames`, all of which the driver sees at once.
+    pub fn receive_together(&self, frames: &[Vec<u8>]) -> bool {
+        let mut state = self.state();
+        let mut used = Vec::new();
+        let all = frames.iter().all(|frame| state.fill(RX, frame, &mut used).unwrap_or(false));
+        state.push_used(RX, &used);
+        all
     }
 
     /// Sends everything the driver offered and gives the frames in their order.

@@ -107,6 +107,8 @@ pub(super) struct Pci {
     device: Window,
     /// As agreed on last.
     features: Features,
+    /// From `DRIVER_OK` to the reset.
+    live: bool,
     /// Goes after its registers.
     function: Box<dyn Function>,
 }
@@ -119,15 +121,18 @@ impl fmt::Debug for Pci {
 }
 
 impl Pci {
-    /// Finds the registers; the first capability of each kind counts (4.1.4.1). The ISR is left alone:
-    /// nothing here takes interrupts.
+    /// Finds the registers; of each kind, the first capability that can be used counts (4.1.4.1). The ISR is left
+    /// alone: nothing here takes interrupts.
     ///
     /// # Errors
-    /// `Unavailable` for a device with the legacy interface only, `Protocol` when a capability points outside
-    /// of its BAR.
+    /// `Unavailable` for a device with the legacy interface only, `Protocol` when all capabilities of a kind point
+    /// outside of their BARs.
     pub(super) fn new(function: Box<dyn Function>) -> Result<Self> {
         function.set_command(false)?;
         let (mut common, mut notify, mut device) = (None, None, None);
+        let mut refused = None;
+        let mut usable =
+            |window: Result<Window>| window.map_err(|error| refused.get_or_insert(error).kind()).ok();
         for capability in capabilities(&*function)?.into_iter().filter(|c| c.id == CAP_ID_VENDOR) {
             let at = capability.offset;
             // A reserved BAR number marks a capability to pass over (4.1.4).
@@ -136,30 +141,32 @@ impl Pci {
             }
             match function.config8(at + cap::CFG_TYPE) {
                 cap::TYPE_COMMON if common.is_none() => {
-                    common = Some(Window::new(&*function, at, 4, common::LEN)?);
+                    common = usable(Window::new(&*function, at, 4, common::LEN));
                 }
                 cap::TYPE_NOTIFY if notify.is_none() => {
                     let multiplier = function.config32(at + cap::NOTIFY_OFF_MULTIPLIER);
-                    notify = Some((Window::new(&*function, at, 2, 2)?, multiplier));
+                    notify = usable(Window::new(&*function, at, 2, 2)).map(|window| (window, multiplier));
                 }
                 cap::TYPE_DEVICE if device.is_none() => {
-                    device = Some(Window::new(&*function, at, 4, config::LEN)?);
+                    device = usable(Window::new(&*function, at, 4, config::LEN));
                 }
                 _ => {}
             }
         }
         let (Some(common), Some((notify, notify_off_multiplier)), Some(device)) = (common, notify, device)
         else {
-            return Err(Error::new(
-                ErrorKind::Unavailable,
-                format!("cannot use virtio NIC {}", function.address()),
-                "it has the legacy interface only (virtio 0.9), not that of virtio 1.0",
-            )
-            .mend(MODERN));
+            return Err(refused.unwrap_or_else(|| {
+                Error::new(
+                    ErrorKind::Unavailable,
+                    format!("cannot use virtio NIC {}", function.address()),
+                    "it has the legacy interface only (virtio 0.9), not that of virtio 1.0",
+                )
+                .mend(MODERN)
+            }));
         };
         let name = function.address().to_string().into();
         let features = Features::empty();
-        Ok(Self { name, common, notify, notify_off_multiplier, device, features, function })
+        Ok(Self { name, common, notify, notify_off_multiplier, device, features, live: false, function })
     }
 
     fn read8(&self, register: u64) -> u8 {
@@ -197,6 +204,11 @@ impl Pci {
     /// Writes `device_status`.
     fn set_status(&self, status: Status) {
         self.common.bar.write8(self.common.offset + common::DEVICE_STATUS, status.bits());
+    }
+
+    /// Sets bits of `device_status`; no driver clears one but by a reset (2.1.1).
+    fn add_status(&self, bits: Status) {
+        self.set_status(self.status().unwrap_or(Status::empty()) | bits);
     }
 
     /// Resets the device and waits until it says so (2.4).
@@ -288,9 +300,11 @@ impl Pci {
                  IOMMU away from the virtual machine and use --vfio-mode noiommu",
             ));
         }
-        let features = offered.wanted(options, several);
+        let mut features = offered.wanted(options, several);
+        // It needs the control queue (5.1.3.1), which sets the number of pairs.
+        features.set(Features::MQ, features.contains(Features::MQ | Features::CTRL_VQ));
         self.set_driver_features(features);
-        self.set_status(READY);
+        self.add_status(Status::FEATURES_OK);
         self.check_alive()?;
         if self.status() != Some(READY) {
             let why = format!("it refuses features that it offers: {features:?}");
@@ -306,16 +320,16 @@ impl Transport for Pci {
     }
 
     fn negotiate(&mut self, options: Options, several: bool) -> Result<Features> {
+        self.live = false;
         self.reset()?;
-        self.set_status(Status::ACKNOWLEDGE);
-        self.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
-        self.features = self.agree(options, several).inspect_err(|_| self.set_status(Status::FAILED))?;
+        self.add_status(Status::ACKNOWLEDGE);
+        self.add_status(Status::DRIVER);
+        self.features = self.agree(options, several).inspect_err(|_| self.add_status(Status::FAILED))?;
         Ok(self.features)
     }
 
     fn pairs(&self) -> Result<u16> {
-        let several = self.features.contains(Features::MQ | Features::CTRL_VQ);
-        if !several || self.device.len < config::MAX_PAIRS + 2 {
+        if !self.features.contains(Features::MQ) || self.device.len < config::MAX_PAIRS + 2 {
             return Ok(1);
         }
         match u16::from_le_bytes(self.config_bytes(config::MAX_PAIRS)?) {
@@ -398,12 +412,14 @@ impl Transport for Pci {
 
     fn go_live(&mut self) -> Result<()> {
         self.function.set_command(true)?;
-        self.set_status(READY | Status::DRIVER_OK);
+        self.add_status(Status::DRIVER_OK);
+        self.live = true;
         self.check_alive()
     }
 
     /// By the device's reset, or the function's where that fails.
     fn stop(&mut self) -> Result<()> {
+        self.live = false;
         let reset = self.reset().or_else(|error| match self.function.reset() {
             Ok(true) => Ok(()),
             _ => Err(error),
@@ -418,6 +434,12 @@ impl Transport for Pci {
                 ErrorKind::Protocol,
                 "go on with",
                 "it met an error and asks for a reset (DEVICE_NEEDS_RESET)",
+            )),
+            // So has QEMU's when its bus mastering was switched off, or somebody else reset it.
+            Some(status) if self.live && !status.contains(Status::DRIVER_OK) => Err(self.error(
+                ErrorKind::Protocol,
+                "go on with",
+                format!("it has left the state in which it was started: its status is {:#x}", status.bits()),
             )),
             Some(_) => Ok(()),
         }

@@ -98,6 +98,10 @@ impl RxQueue {
     #[inline(never)]
     fn refill(&mut self, cache: &mut PoolCache) {
         let queue = &mut self.queue;
+        // A ring that is filled goes the fast way, which looks at every element.
+        if queue.is_in_batch() {
+            return;
+        }
         for _ in 0..queue.room().min(MAX_BURST as u16) {
             let Some(buffer) = cache.allocate() else {
                 queue.stats.no_buffer += 1;
@@ -173,7 +177,7 @@ impl RxQueue {
         while self.queue.next != used_idx && !burst.is_full() {
             let pending = used_idx.wrapping_sub(self.queue.next);
             if self.in_order {
-                self.queue.spread(pending, *USED_LEN.end());
+                self.queue.expect_batch(pending, *USED_LEN.end());
             }
             let (buffer, len) = self.queue.complete(USED_LEN)?;
             let buffers = if self.mergeable { u16::from_le_bytes(cache.read_header(&buffer)) } else { 1 };

@@ -98,6 +98,18 @@ struct Rare {
     used_flags: DmaRing<u16>,
     name: Arc<str>,
     fault: Fault,
+    batch: Option<Batch>,
+}
+
+/// Completions for which a device that completes in order wrote one element, that of the last (2.7.9).
+#[derive(Clone, Copy, Debug)]
+struct Batch {
+    /// Position of the last.
+    last: u16,
+    id: u32,
+    len: u32,
+    /// Length of those before, whose buffers were used whole.
+    whole: u32,
 }
 
 /// How the device is woken.
@@ -180,6 +192,7 @@ impl Virtqueue {
                 used_flags,
                 name: Arc::clone(name),
                 fault: fault.clone(),
+                batch: None,
             }),
         })
     }
@@ -198,6 +211,7 @@ impl Virtqueue {
             word.store::<0>(0, 0);
         }
         self.used.fill(0);
+        self.rare.batch = None;
         (self.head, self.filled, self.tail, self.next) = (0, 0, 0, 0);
         self.stats = QueueStats::default();
         (self.index, self.event_idx, self.kick) = (index, event_idx, Kick::None);
@@ -322,9 +336,16 @@ impl Virtqueue {
         &mut self,
         len: std::ops::RangeInclusive<u32>,
     ) -> std::result::Result<(Buffer, usize), Lie> {
-        let position = usize::from(self.next);
+        let position = self.next;
         self.next = self.next.wrapping_add(1);
-        let (id, used) = (self.used.load::<0>(position), self.used.load::<1>(position));
+        let (id, used) = match self.rare.batch {
+            None => (self.used.load::<0>(position.into()), self.used.load::<1>(position.into())),
+            Some(batch) if batch.last == position => {
+                self.rare.batch = None;
+                (batch.id, batch.len)
+            }
+            Some(batch) => (u32::from(position & (self.size() - 1)), batch.whole),
+        };
         if id >= u32::from(self.size()) {
             return Err(Lie::Id);
         }
@@ -336,22 +357,23 @@ impl Virtqueue {
     }
 
     /// Where a device that completes in order wrote one element for several of the `pending` completions, with the
-    /// id of the last: writes all of theirs. The buffers before the last were used whole (2.7.9).
-    pub(super) fn spread(&mut self, pending: u16, whole: u32) {
+    /// id of the last: has [`Virtqueue::complete`] give all of theirs. The buffers before the last were used whole.
+    pub(super) fn expect_batch(&mut self, pending: u16, whole: u32) {
+        if self.is_in_batch() {
+            return;
+        }
         let next = usize::from(self.next);
         let (id, len) = (self.used.load::<0>(next), self.used.load::<1>(next));
         let mask = u32::from(self.size() - 1);
-        let left_out = id.wrapping_sub(u32::from(self.next)) & mask;
-        if left_out == 0 || left_out >= u32::from(pending) || id > mask {
-            return;
+        let left_out = (id.wrapping_sub(u32::from(self.next)) & mask) as u16;
+        if left_out > 0 && left_out < pending && id <= mask {
+            self.rare.batch = Some(Batch { last: self.next.wrapping_add(left_out), id, len, whole });
         }
-        for position in next..next + left_out as usize {
-            self.used.store::<0>(position, position as u32 & mask);
-            self.used.store::<1>(position, whole);
-        }
-        let last = next + left_out as usize;
-        self.used.store::<0>(last, id);
-        self.used.store::<1>(last, len);
+    }
+
+    /// Whether the elements of the next completions were left out: what the ring has in their places is old.
+    pub(super) fn is_in_batch(&self) -> bool {
+        self.rare.batch.is_some()
     }
 
     /// Checks that `used_idx` counts no more completions than there can be.

@@ -7,7 +7,9 @@ use vireo_eal::bdf::Bdf;
 use vireo_eal::mmio::{Bar, Registers};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::{BAR, DEVICE, NOT_RUNG, NOTIFY, NOTIFY_OFF_MULTIPLIER, PAGE, State, VirtioNet, feature};
+use super::{
+    BAR, DEVICE, NOT_RUNG, NOTIFY, NOTIFY_OFF_MULTIPLIER, PAGE, STATUS_DRIVER_OK, State, VirtioNet, feature,
+};
 
 const STATUS_FEATURES_OK: u8 = 8;
 const STATUS_NEEDS_RESET: u8 = 64;
@@ -124,6 +126,7 @@ impl State {
             0x10 | 0x1a => 0xffff,
             0x12 => self.queues.len() as u64,
             0x14 if behaviour.needs_reset && self.status != 0 => u64::from(self.status | STATUS_NEEDS_RESET),
+            0x14 if behaviour.halted => u64::from(self.status & !STATUS_DRIVER_OK),
             0x14 => u64::from(self.status),
             0x15 => {
                 self.generation = self.generation.wrapping_add(u8::from(behaviour.config_changes));
@@ -149,7 +152,14 @@ impl State {
                 // A device may insist on it (6.2).
                 let unordered =
                     self.behaviour.features & !self.driver_features & feature::ORDER_PLATFORM != 0;
-                let refused = self.behaviour.refuse_features || !known || unordered;
+                // One that needs another is not accepted without it (5.1.3.1).
+                let alone = self.driver_features & (feature::MQ | feature::CTRL_RX) != 0
+                    && self.driver_features & feature::CTRL_VQ == 0;
+                let refused = self.behaviour.refuse_features || !known || unordered || alone;
+                // A driver clears no bit (2.1.1).
+                if self.status & !(value as u8) != 0 {
+                    self.faults.push("a write of device_status clears bits");
+                }
                 self.status = value as u8 & if refused { !STATUS_FEATURES_OK } else { 0xff };
             }
             0x16 => self.queue_select = value as u16,

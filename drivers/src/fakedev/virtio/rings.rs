@@ -1,6 +1,6 @@
 //! Work on the rings: what the device does with memory.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use vireo_eal::dma::Word;
 
@@ -32,6 +32,8 @@ pub(super) struct Queue {
     /// Descriptors read from the avail ring and not used yet.
     held: VecDeque<u16>,
     used: u16,
+    /// Used elements by slot, as the device has written them.
+    elements: HashMap<u16, (u32, u32)>,
 }
 
 impl State {
@@ -156,16 +158,31 @@ impl State {
         chain
     }
 
+    /// The used ring is the device's: no driver writes it (2.7.8).
+    fn check_used(&mut self, index: u16) {
+        let queue = &self.queues[usize::from(index)];
+        let (used, elements) = (queue.addresses[2], queue.elements.clone());
+        for (slot, written) in elements {
+            let at = used + 4 + 8 * u64::from(slot);
+            if (self.load(at), self.load(at + 4)) != written {
+                self.fault("the driver wrote to the used ring");
+            }
+        }
+    }
+
     /// Completes descriptors, all of them visible at once, and interrupts if the driver wants that.
     pub(super) fn push_used(&mut self, index: u16, elements: &[(u32, u32)]) {
         let (queue, size) = self.queue(index);
         let ([_, avail, used], old) = (queue.addresses, queue.used);
         let one_element = self.in_order() && self.behaviour.one_element;
         let left_out = if one_element { elements.len().saturating_sub(1) } else { 0 };
+        self.check_used(index);
         for (i, (id, len)) in elements[left_out..].iter().enumerate() {
-            let at = used + 4 + 8 * u64::from(old.wrapping_add(i as u16) & (size - 1));
+            let slot = old.wrapping_add(i as u16) & (size - 1);
+            let at = used + 4 + 8 * u64::from(slot);
             self.store(at, *id);
             self.store(at + 4, *len);
+            self.queues[usize::from(index)].elements.insert(slot, (*id, *len));
         }
         let new = old.wrapping_add(elements.len() as u16);
         self.store(used + 2, new);
@@ -183,6 +200,16 @@ impl State {
     }
 
     pub(super) fn receive(&mut self, rx: u16, frame: &[u8]) -> Option<bool> {
+        let mut used = Vec::new();
+        let enough = self.fill(rx, frame, &mut used)?;
+        if enough {
+            self.push_used(rx, &used);
+        }
+        Some(enough)
+    }
+
+    /// Writes `frame` to RX buffers, which are appended to `used`; false when there are too few.
+    pub(super) fn fill(&mut self, rx: u16, frame: &[u8], used: &mut Vec<(u32, u32)>) -> Option<bool> {
         let mergeable = self.driver_features & feature::MRG_RXBUF != 0;
         let mut bytes = vec![0; HEADER];
         bytes.extend_from_slice(frame);
@@ -205,7 +232,6 @@ impl State {
         }
         let buffers = self.behaviour.num_buffers.unwrap_or(taken.len() as u16);
         bytes[HEADER - 2..HEADER].copy_from_slice(&buffers.to_le_bytes());
-        let mut used = Vec::new();
         let mut rest = &bytes[..];
         for (id, descriptor) in taken {
             let (part, behind) = rest.split_at(rest.len().min(descriptor.len as usize));
@@ -213,7 +239,6 @@ impl State {
             used.push((u32::from(id), part.len() as u32));
             rest = behind;
         }
-        self.push_used(rx, &used);
         Some(true)
     }
 
