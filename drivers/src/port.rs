@@ -137,25 +137,40 @@ impl Fault {
 /// Sees a TX ring that stays full: asked only when it is, so that packets cost nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Watchdog {
-    /// Progress of the ring when it was first found full, and when that was in TSC ticks.
-    stuck: Option<(usize, u64)>,
+    stuck: Option<Stuck>,
+}
+
+#[derive(Debug)]
+struct Stuck {
+    /// Of the ring, when it was first found full.
+    progress: usize,
+    /// When it was last looked at, and how long it was watched, in TSC ticks.
+    looked: u64,
+    watched: u64,
 }
 
 impl Watchdog {
     /// Whether the ring is full and has completed nothing for a second; then not again for the next one.
     /// `progress` grows with each completion and never wraps.
     pub(crate) fn is_late(&mut self, progress: usize) -> bool {
-        let now = Tsc::now();
-        match self.stuck {
-            Some((at, since)) if at == progress => {
-                let late = now.wrapping_sub(since) > Tsc::hz();
+        self.is_late_at(progress, Tsc::now(), Tsc::hz())
+    }
+
+    /// As [`Watchdog::is_late`] at `now`, of a clock with `second` ticks in a second. A longer time between two looks
+    /// counts as a tenth of a second: where a machine was paused, the clock ran on and the device did not.
+    fn is_late_at(&mut self, progress: usize, now: u64, second: u64) -> bool {
+        match &mut self.stuck {
+            Some(stuck) if stuck.progress == progress => {
+                stuck.watched += now.wrapping_sub(stuck.looked).min(second / 10);
+                stuck.looked = now;
+                let late = stuck.watched > second;
                 if late {
                     self.stuck = None;
                 }
                 late
             }
             _ => {
-                self.stuck = Some((progress, now));
+                self.stuck = Some(Stuck { progress, looked: now, watched: 0 });
                 false
             }
         }
@@ -388,3 +403,29 @@ macro_rules! any_driver {
     };
 }
 any_driver!(Virtio(virtio), E1000(e1000), Vhost(vhost));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1000;
+
+    #[test]
+    fn a_ring_that_stays_full_for_a_second_is_late_once() {
+        let mut watchdog = Watchdog::default();
+        let late: Vec<u64> = (0..3 * SECOND).filter(|now| watchdog.is_late_at(7, *now, SECOND)).collect();
+        assert!(matches!(late[..], [first, _] if first > SECOND && first < SECOND + 10), "{late:?}");
+        let mut watchdog = Watchdog::default();
+        assert!(!(0..3 * SECOND).any(|now| watchdog.is_late_at(now as usize / 900, now, SECOND)));
+    }
+
+    /// A machine that is stopped, or whose memory goes to another host: its clock runs on, its devices do not.
+    #[test]
+    fn time_in_which_nobody_looked_does_not_count() {
+        let mut watchdog = Watchdog::default();
+        for pause in 0..5 {
+            let begin = pause * 100 * SECOND;
+            assert!(!(begin..begin + SECOND / 10).any(|now| watchdog.is_late_at(7, now, SECOND)), "{pause}");
+        }
+    }
+}

@@ -320,6 +320,18 @@ impl Virtqueue {
         }
     }
 
+    /// Rings though the device did not ask for it, and says why if that is to be `said`.
+    pub(super) fn ring_late(&mut self, said: bool) {
+        if said {
+            tracing::warn!(
+                "virtio NIC {}: virtqueue {} is full and was not served for a second: it is rung again",
+                self.rare.name,
+                self.index
+            );
+        }
+        self.ring();
+    }
+
     /// Apart from the packet path, which it would cost registers for a call that most devices never need.
     #[cold]
     #[inline(never)]

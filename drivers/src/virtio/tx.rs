@@ -19,8 +19,10 @@ pub struct TxQueue {
     mergeable: bool,
     /// Buffers are taken back when fewer descriptors than this can be filled.
     reclaim_below: u16,
-    /// Of a device that must complete what it was given.
+    /// Of a device that is hardware.
     watchdog: Option<Watchdog>,
+    /// Packets that were completed when the device was last found late.
+    late_at: Option<usize>,
 }
 
 impl TxQueue {
@@ -30,6 +32,7 @@ impl TxQueue {
             mergeable: features.contains(Features::MRG_RXBUF),
             reclaim_below: queue.size() / 2,
             watchdog: watched.then(Watchdog::default),
+            late_at: None,
             queue,
         }
     }
@@ -53,13 +56,15 @@ impl TxQueue {
         self.queue
     }
 
-    /// Whether the device broke the rules of the ring, or sends nothing. The queue then sends nothing until the
-    /// port is stopped and started.
+    /// Whether the device broke the rules of the ring. The queue then sends nothing until the port is stopped and
+    /// started.
     pub fn is_broken(&self) -> bool {
         self.queue.is_broken()
     }
 
-    /// Finds no room for a burst; gives up after a second of it.
+    /// Finds no room for a burst. A device has no time limit: its host may pause it, or restart the switch behind it,
+    /// and it goes on as if nothing had been. So it is rung once more and kept, for a restart would lose what it has
+    /// received; one that is broken says so (`DEVICE_NEEDS_RESET`).
     #[cold]
     #[inline(never)]
     fn full(&mut self) -> usize {
@@ -67,7 +72,8 @@ impl TxQueue {
         // Not `next`, which comes to the same number again.
         let completed = (queue.stats.packets as usize).wrapping_sub(queue.in_flight().into());
         if !queue.is_broken() && self.watchdog.as_mut().is_some_and(|watchdog| watchdog.is_late(completed)) {
-            queue.give_up("nothing was sent for a second though the ring is full");
+            queue.ring_late(self.late_at != Some(completed));
+            self.late_at = Some(completed);
         }
         0
     }

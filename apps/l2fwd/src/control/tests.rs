@@ -262,27 +262,21 @@ fn every_lie_of_virtio_is_counted_and_mended() {
     }
 }
 
+/// A virtio port is not: its device may wait for a switch that is restarted.
 #[test]
-fn a_ring_that_sends_nothing_is_reset() {
-    for virtio in [true, false] {
-        let counted = while_forwarding(virtio, |devices| {
-            let device = &devices[0];
-            if !virtio {
-                device.e1000().set_faults(Faults { never_done: true, ..Faults::default() });
-            }
-            let (before, since) = (device.resets(), Instant::now());
-            // Nothing is taken out of the TX ring of a virtio port 0.
-            while device.resets() == before {
-                devices[1].receive(&frame(0));
-                assert!(since.elapsed() < PATIENCE, "no reset");
-                std::thread::yield_now();
-            }
-            if !virtio {
-                device.e1000().set_faults(Faults::default());
-            }
-        });
-        assert_eq!((counted.device_errors.0, counted.restarts), (0, 1));
-    }
+fn an_e1000_that_sends_nothing_is_reset() {
+    let counted = while_forwarding(false, |devices| {
+        let device = &devices[0];
+        device.e1000().set_faults(Faults { never_done: true, ..Faults::default() });
+        let (before, since) = (device.resets(), Instant::now());
+        while device.resets() == before {
+            devices[1].receive(&frame(0));
+            assert!(since.elapsed() < PATIENCE, "no reset");
+            std::thread::yield_now();
+        }
+        device.e1000().set_faults(Faults::default());
+    });
+    assert_eq!((counted.device_errors.0, counted.restarts), (0, 1));
 }
 
 #[test]
