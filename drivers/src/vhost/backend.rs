@@ -15,7 +15,7 @@ use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
     VhostUserVirtioFeatures,
 };
-use vireo_eal::dma::{PeerEvent, PeerMemory, PeerRegion};
+use vireo_eal::dma::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion};
 
 use super::RINGS_PER_PAIR;
 use super::ring::{Addresses, Ring, Terms};
@@ -51,6 +51,16 @@ pub(super) struct Backend {
     /// What the frontend accepted.
     features: u64,
     memory: Option<Arc<PeerMemory>>,
+}
+
+fn region(region: &VhostUserMemoryRegion, file: File) -> PeerRegion {
+    PeerRegion {
+        guest: region.guest_phys_addr,
+        user: region.user_addr,
+        len: region.memory_size,
+        offset: region.mmap_offset,
+        fd: file.into(),
+    }
 }
 
 fn failed(error: vireo_eal::Error) -> Error {
@@ -134,6 +144,24 @@ impl Backend {
         vring.base
     }
 
+    /// Changes the memory by one region. A ring that has no place in it then waits for one that has.
+    fn change_memory(&mut self, memory: Option<Arc<PeerMemory>>) {
+        let _old = std::mem::replace(&mut self.memory, memory);
+        if let Err(error) = self.update_all() {
+            tracing::warn!("{}: a ring waits for its memory: {error}", self.name);
+        }
+    }
+
+    /// Whether regions were taken away that can still be reached.
+    pub(super) fn is_settled(&self) -> bool {
+        self.memory.as_ref().is_none_or(|memory| memory.is_settled())
+    }
+
+    /// Unmaps what was taken away.
+    pub(super) fn settle(&mut self) {
+        self.change_memory(self.memory.as_ref().and_then(|memory| memory.settled()));
+    }
+
     fn stop_all(&mut self) {
         for at in 0..self.rings.len() {
             self.stop(at);
@@ -183,17 +211,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        let regions: Vec<PeerRegion> = regions
-            .iter()
-            .zip(files)
-            .map(|(region, file)| PeerRegion {
-                guest: region.guest_phys_addr,
-                user: region.user_addr,
-                len: region.memory_size,
-                offset: region.mmap_offset,
-                fd: file.into(),
-            })
-            .collect();
+        let regions: Vec<PeerRegion> =
+            regions.iter().zip(files).map(|(described, file)| region(described, file)).collect();
         // Unmapping takes long: no ring of an lcore that ends it may be the last to hold the memory.
         let _old = self.memory.replace(PeerMemory::map(&regions).map_err(failed)?);
         self.update_all().map(|()| None)
@@ -257,8 +276,13 @@ impl VhostUserBackendReqHandlerMut for Backend {
         self.vring(index.into()).map(drop)
     }
 
+    /// MQ only with several pairs: whether GET_QUEUE_NUM counts pairs, as in QEMU and DPDK, or queues, as in
+    /// cloud-hypervisor and crosvm, frontends do not agree. Without it all take one pair.
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK)
+        let mut offered =
+            VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        offered.set(VhostUserProtocolFeatures::MQ, self.pairs() > 1);
+        Ok(offered)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
@@ -277,6 +301,32 @@ impl VhostUserBackendReqHandlerMut for Backend {
         let (at, vring) = self.vring(index)?;
         vring.enabled = enable;
         self.update(at)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_PEER_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        described: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<u64>> {
+        let region = region(described, file);
+        let memory = match &self.memory {
+            Some(memory) => memory.with(&region),
+            None => PeerMemory::map(&[region]),
+        };
+        self.change_memory(Some(memory.map_err(failed)?));
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let memory = self.memory.as_ref().ok_or(Error::InvalidParam)?;
+        let memory = memory.without(region.guest_phys_addr, region.user_addr, region.memory_size);
+        self.change_memory(Some(memory.map_err(failed)?));
+        Ok(())
     }
 
     // What follows belongs to protocol features that are not offered.
@@ -307,23 +357,6 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
         Err(Error::InvalidOperation("INFLIGHT_SHMFD was not offered"))
-    }
-
-    fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Err(Error::InvalidOperation("CONFIGURE_MEM_SLOTS was not offered"))
-    }
-
-    fn add_mem_region(
-        &mut self,
-        _: &VhostUserSingleMemoryRegion,
-        _: File,
-        _: Option<bool>,
-    ) -> Result<Option<u64>> {
-        Err(Error::InvalidOperation("CONFIGURE_MEM_SLOTS was not offered"))
-    }
-
-    fn remove_mem_region(&mut self, _: &VhostUserSingleMemoryRegion) -> Result<()> {
-        Err(Error::InvalidOperation("CONFIGURE_MEM_SLOTS was not offered"))
     }
 
     fn set_device_state_fd(

@@ -27,6 +27,9 @@ use crate::socket::try_connect;
 /// How soon to try again to accept, in milliseconds.
 const RETRY: u8 = 100;
 
+/// How long a frontend that changes its memory is silent when it is done, in milliseconds.
+const SETTLED: u8 = 100;
+
 /// What the thread and the owner of the port have in common.
 #[derive(Debug, Default)]
 struct Session {
@@ -190,10 +193,26 @@ fn converse(stream: UnixStream, session: &Session, name: &Arc<str>, rings: &[Arc
     let backend = Arc::new(Mutex::new(Backend::new(name, rings.to_vec())));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&backend));
     loop {
+        settle(&handler, &backend);
         let handled = early::handle(&handler, &backend).unwrap_or_else(|| handler.handle_request());
         match handled {
             Ok(()) | Err(VhostError::SocketRetry(_)) => {}
             Err(error) => return error,
         }
+    }
+}
+
+/// While regions of memory are on their way out, waits until the frontend has said nothing for [`SETTLED`], or has
+/// more to say.
+fn settle(handler: &BackendReqHandler<Mutex<Backend>>, backend: &Mutex<Backend>) {
+    let lock = || backend.lock().unwrap_or_else(PoisonError::into_inner);
+    if lock().is_settled() {
+        return;
+    }
+    // The next request fails by the same error.
+    let Ok(socket) = handler.try_clone_connection() else { return };
+    let mut heard = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut heard, PollTimeout::from(SETTLED)) == Ok(0) {
+        lock().settle();
     }
 }

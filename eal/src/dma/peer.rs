@@ -26,11 +26,10 @@ use super::ring::{RingView, Word, prefetch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::page_size;
 
-/// Most regions of a [`PeerMemory`]: what one vhost-user message carries (vhost-user, "Memory region
-/// description").
-pub const MAX_PEER_REGIONS: usize = 8;
+/// Most regions of a [`PeerMemory`]: as many as libvhost-user takes, and as KVM has memory slots for a guest.
+pub const MAX_PEER_REGIONS: usize = 509;
 
-/// A part of a peer's memory, as `VHOST_USER_SET_MEM_TABLE` describes it.
+/// A part of a peer's memory, as `VHOST_USER_SET_MEM_TABLE` and `VHOST_USER_ADD_MEM_REG` describe it.
 #[derive(Debug)]
 pub struct PeerRegion {
     /// Address in descriptors ("guest physical").
@@ -45,14 +44,14 @@ pub struct PeerRegion {
     pub fd: OwnedFd,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Area {
     guest: u64,
     user: u64,
     len: u64,
     /// First byte, valid for `len` bytes while `_mapping` lives.
     base: NonNull<u8>,
-    _mapping: Mapping,
+    _mapping: Arc<Mapping>,
 }
 
 #[derive(Debug)]
@@ -99,14 +98,15 @@ impl Area {
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
         let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &region.fd, offset) }
             .map_err(|errno| Error::os(what(), errno))?;
-        let mapping = Mapping { address, len: length.get() };
+        let mapping = Arc::new(Mapping { address, len: length.get() });
         // SAFETY: `start` is not above `offset`, and the mapping reaches from `start` to `end` or beyond.
         let base = unsafe { address.cast::<u8>().add((region.offset - start) as usize) };
         Ok(Self { guest: region.guest, user: region.user, len: region.len, base, _mapping: mapping })
     }
 }
 
-/// The memory of one peer: up to [`MAX_PEER_REGIONS`] regions of files, mapped shared, and unmapped on drop.
+/// The memory of one peer: up to [`MAX_PEER_REGIONS`] regions of files, mapped shared, and unmapped with the last
+/// value that has them.
 ///
 /// Files are checked to be long enough when they are mapped. A peer that truncates one later makes the next
 /// access end this process by SIGBUS, as it does DPDK and QEMU. Vireo's own packet memory is sealed against
@@ -114,8 +114,11 @@ impl Area {
 /// trusted that far.
 #[derive(Debug)]
 pub struct PeerMemory {
-    /// At least one.
+    /// In the order of their guest addresses, none of which two have.
     areas: Box<[Area]>,
+    /// Regions that the peer has taken away, as long as it may not be done: see [`PeerMemory::without`]. With `areas`
+    /// at least one.
+    leaving: Box<[Area]>,
 }
 
 // SAFETY: the mappings belong to the process, not to a thread, and are reached by atomics and raw copies only, whose
@@ -128,14 +131,82 @@ impl PeerMemory {
     /// Maps all of `regions`; their descriptors can be closed then.
     ///
     /// # Errors
-    /// `Protocol` when there are none or too many, or one is not within its file; else what `mmap` says.
+    /// `Protocol` when there are none or too many, or one is not within its file or overlaps another; else what `mmap`
+    /// says.
     pub fn map(regions: &[PeerRegion]) -> Result<Arc<Self>> {
-        if !(1..=MAX_PEER_REGIONS).contains(&regions.len()) {
-            let why = format!("it has {} regions, not 1 to {MAX_PEER_REGIONS}", regions.len());
-            return Err(Error::new(ErrorKind::Protocol, "cannot map a frontend's memory", why));
+        Self::check_number(regions.len())?;
+        let areas: Result<Vec<Area>> = regions.iter().map(Area::map).collect();
+        Self::of(areas?, Box::default())
+    }
+
+    fn check_number(regions: usize) -> Result<()> {
+        match regions {
+            1..=MAX_PEER_REGIONS => Ok(()),
+            _ => Err(Self::refused(format!("it has {regions} regions, not 1 to {MAX_PEER_REGIONS}"))),
         }
-        let areas: Result<Box<[Area]>> = regions.iter().map(Area::map).collect();
-        Ok(Arc::new(Self { areas: areas? }))
+    }
+
+    fn refused(why: impl Into<String>) -> Error {
+        Error::new(ErrorKind::Protocol, "cannot use a frontend's memory", why)
+    }
+
+    fn of(mut areas: Vec<Area>, leaving: Box<[Area]>) -> Result<Arc<Self>> {
+        areas.sort_by_key(|area| area.guest);
+        // No region reaches beyond the last address.
+        if areas.windows(2).any(|pair| pair[0].guest + pair[0].len > pair[1].guest) {
+            return Err(Self::refused("two of its regions overlap in guest addresses"));
+        }
+        Ok(Arc::new(Self { areas: areas.into(), leaving }))
+    }
+
+    /// This memory and `region`.
+    ///
+    /// # Errors
+    /// As for [`PeerMemory::map`].
+    pub fn with(&self, region: &PeerRegion) -> Result<Arc<Self>> {
+        Self::check_number(self.areas.len() + 1)?;
+        let mut areas = self.areas.to_vec();
+        areas.push(Area::map(region)?);
+        Self::of(areas, self.leaving.clone())
+    }
+
+    /// This memory without the region of `len` bytes at these addresses. It can still be reached, where no other one
+    /// has its addresses, until [`PeerMemory::settled`]: a peer that moves the border between two regions takes both
+    /// away before it adds others, and its rings run on.
+    ///
+    /// # Errors
+    /// `Protocol` when there is no such region.
+    pub fn without(&self, guest: u64, user: u64, len: u64) -> Result<Arc<Self>> {
+        let (mut areas, mut leaving) = (self.areas.to_vec(), self.leaving.to_vec());
+        let at = areas.iter().position(|area| (area.guest, area.user, area.len) == (guest, user, len));
+        let at =
+            at.ok_or_else(|| Self::refused(format!("it has no region of {len:#x} bytes at {guest:#x}")))?;
+        // The newest first, and no more than there can be regions.
+        leaving.insert(0, areas.remove(at));
+        leaving.truncate(MAX_PEER_REGIONS);
+        Self::of(areas, leaving.into())
+    }
+
+    /// Whether a region was taken away and can still be reached.
+    pub fn is_settled(&self) -> bool {
+        self.leaving.is_empty()
+    }
+
+    /// This memory without what was taken away; none if nothing is left.
+    pub fn settled(&self) -> Option<Arc<Self>> {
+        let areas = Some(&self.areas).filter(|areas| !areas.is_empty())?;
+        Some(Arc::new(Self { areas: areas.clone(), leaving: Box::default() }))
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Area> {
+        self.areas.iter().chain(&self.leaving)
+    }
+
+    /// The region that has the byte at `guest`.
+    fn find(&self, guest: u64) -> Option<&Area> {
+        let has = |area: &&Area| guest.wrapping_sub(area.guest) < area.len;
+        let up_to = self.areas.partition_point(|area| area.guest <= guest);
+        self.areas[..up_to].last().filter(has).or_else(|| self.leaving.iter().find(has))
     }
 
     /// The ring of `entries` entries at `user`, an address of the peer's own address space.
@@ -155,7 +226,7 @@ impl PeerMemory {
             return Err(refused(ErrorKind::Usage, "the number is no power of two"));
         }
         let len = entries.saturating_mul(N * size_of::<W>());
-        let at = self.areas.iter().find_map(|area| {
+        let at = self.all().find_map(|area| {
             let offset = user.wrapping_sub(area.user);
             let fits = offset <= area.len && len as u64 <= area.len - offset;
             // SAFETY: the offset is not beyond the area, as just checked.
@@ -172,7 +243,10 @@ impl PeerMemory {
     /// The regions by guest address, for the length of a loop.
     #[inline(always)]
     pub fn view(&self) -> PeerView<'_> {
-        PeerView::of(&self.areas, &self.areas[0])
+        match self.areas.first() {
+            Some(area) => PeerView::of(self, area),
+            None => PeerView::of(self, &self.leaving[0]),
+        }
     }
 }
 
@@ -219,19 +293,19 @@ impl<W: Word, const N: usize> PeerRing<W, N> {
     }
 }
 
-/// [`PeerMemory`] in registers: the region that was last used, and the others behind it.
+/// [`PeerMemory`] in registers: the region that was last used, and all of them behind it.
 #[derive(Clone, Copy, Debug)]
 pub struct PeerView<'a> {
     guest: u64,
     len: u64,
     base: NonNull<u8>,
-    areas: &'a [Area],
+    memory: &'a PeerMemory,
 }
 
 impl<'a> PeerView<'a> {
     #[inline(always)]
-    fn of(areas: &'a [Area], area: &Area) -> Self {
-        Self { guest: area.guest, len: area.len, base: area.base, areas }
+    fn of(memory: &'a PeerMemory, area: &Area) -> Self {
+        Self { guest: area.guest, len: area.len, base: area.base, memory }
     }
 
     /// The `len` bytes at the guest address `guest`; none when they are not within one region.
@@ -248,7 +322,7 @@ impl<'a> PeerView<'a> {
                 covers(self)?
             }
         };
-        // SAFETY: the offset is not beyond the region, which `areas` keeps mapped.
+        // SAFETY: the offset is not beyond the region, which `memory` keeps mapped.
         Some(PeerSlice { at: unsafe { self.base.add(offset) }, len, _memory: PhantomData })
     }
 
@@ -281,8 +355,8 @@ impl<'a> PeerView<'a> {
     #[cold]
     #[inline(never)]
     fn turn_to(&mut self, guest: u64) {
-        if let Some(area) = self.areas.iter().find(|area| guest.wrapping_sub(area.guest) < area.len) {
-            *self = Self::of(self.areas, area);
+        if let Some(area) = self.memory.find(guest) {
+            *self = Self::of(self.memory, area);
         }
     }
 }
@@ -419,12 +493,53 @@ mod tests {
             assert_eq!(PeerMemory::map(&[bad]).unwrap_err().kind(), ErrorKind::Protocol);
         }
         assert_eq!(PeerMemory::map(&[]).unwrap_err().kind(), ErrorKind::Protocol);
-        let nine: Vec<PeerRegion> = (0..9).map(|i| region(i * LEN, 0, 0)).collect();
-        assert_eq!(PeerMemory::map(&nine).unwrap_err().kind(), ErrorKind::Protocol);
+        for (first, second) in [(0, LEN - 1), (LEN - 1, 0), (0, 0)] {
+            let error = PeerMemory::map(&[region(first, 0, 0), region(second, 0, 0)]).unwrap_err();
+            assert!(error.to_string().contains("overlap"), "{error}");
+        }
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let fd = socket.into();
         let error = PeerMemory::map(&[PeerRegion { guest: 0, user: 0, len: 1, offset: 0, fd }]).unwrap_err();
         assert!(error.to_string().contains("no file"), "{error}");
+    }
+
+    #[test]
+    fn regions_come_and_go_one_by_one() {
+        let at = |i: u64| region(i * LEN, 0x7000_0000 + i * LEN, 0);
+        // From the highest down: they are in order all the same.
+        let mut memory = PeerMemory::map(&[at(508)]).unwrap();
+        for i in (0..508).rev() {
+            memory = memory.with(&at(i)).unwrap();
+            memory.view().at(i * LEN, 1).unwrap().write(&[i as u8]);
+        }
+        let error = memory.with(&at(600)).unwrap_err().to_string();
+        assert!(error.contains("510 regions, not 1 to 509"), "{error}");
+        let mut view = memory.view();
+        assert!((0..509).all(|i| view.at(i * LEN + 5, LEN as usize - 5).is_some()));
+        assert!(view.at(509 * LEN, 1).is_none());
+
+        // What was taken away is there until the memory is settled, and behind what has its addresses.
+        for wrong in [(LEN, 0, LEN), (LEN, 0x7000_0000 + LEN, LEN - 1), (1, 0x7000_0000, LEN)] {
+            assert_eq!(memory.without(wrong.0, wrong.1, wrong.2).unwrap_err().kind(), ErrorKind::Protocol);
+        }
+        let memory = memory.without(LEN, 0x7000_0000 + LEN, LEN).unwrap();
+        assert!(!memory.is_settled() && memory.without(LEN, 0x7000_0000 + LEN, LEN).is_err());
+        memory.ring::<u64, 1>(0x7000_0000 + LEN, 1).unwrap();
+        let half = PeerRegion { guest: LEN, user: 0x9000_0000, len: LEN / 2, offset: 0, fd: file(LEN) };
+        let memory = memory.with(&half).unwrap();
+        let mut view = memory.view();
+        let mut found = Vec::new();
+        view.parts(LEN - 1, LEN as usize + 2, |part| {
+            found.push(part.len());
+            Some(())
+        });
+        assert_eq!(found, [1, LEN as usize / 2, LEN as usize / 2, 1]);
+        let settled = memory.settled().unwrap();
+        assert!(settled.is_settled() && settled.view().at(LEN + LEN / 2, 1).is_none());
+        assert!(settled.view().at(LEN, 1).is_some());
+        assert!(settled.ring::<u64, 1>(0x7000_0000 + LEN, 1).is_err());
+        let none = PeerMemory::map(&[at(0)]).unwrap().without(0, 0x7000_0000, LEN).unwrap();
+        assert!(none.view().at(0, 1).is_some() && none.settled().is_none());
     }
 
     #[test]
@@ -475,7 +590,7 @@ mod tests {
         #[test]
         fn an_address_leads_into_its_region_or_nowhere(
             cuts in proptest::collection::btree_set(
-                prop_oneof![0..4 * PAGE, u64::MAX - 4 * PAGE..u64::MAX], 2..=2 * MAX_PEER_REGIONS,
+                prop_oneof![0..4 * PAGE, u64::MAX - 4 * PAGE..u64::MAX], 2..=16,
             ),
             probes in proptest::collection::vec((any::<prop::sample::Index>(), -3..3_i64, prop_oneof![
                 0..5_usize, 0..LEN as usize, any::<usize>(),

@@ -114,12 +114,12 @@ impl GuestRing {
 }
 
 pub(super) struct Guest {
-    memory: Arc<DmaMemory>,
+    pub(super) memory: Arc<DmaMemory>,
     pub(super) view: DeviceView,
     pub(super) frontend: Frontend,
-    socket: UnixStream,
+    pub(super) socket: UnixStream,
     pub(super) rings: [GuestRing; RINGS],
-    calls: [EventFd; RINGS],
+    pub(super) calls: [EventFd; RINGS],
     pub(super) regions: u64,
     introduced: bool,
     pub(super) last_num_buffers: Vec<u16>,
@@ -157,16 +157,8 @@ impl Guest {
         let offered = frontend.get_features().unwrap();
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         assert_eq!(offered & (features.bits() | protocol), features.bits() | protocol);
-        let known = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        let known = VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS | VhostUserProtocolFeatures::REPLY_ACK;
         assert_eq!(frontend.get_protocol_features().unwrap(), known);
-        frontend.set_protocol_features(known).unwrap();
-        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        assert_eq!(frontend.get_queue_num().unwrap(), 1);
-        // The crate takes the number of pairs for that of rings.
-        let again = Frontend::from_stream(self.socket.try_clone().unwrap(), RINGS as u64);
-        let _ = std::mem::replace(frontend, again);
-        frontend.get_features().unwrap();
-        frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(known).unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_features(features.bits() | protocol).unwrap();
