@@ -1,5 +1,6 @@
 //! The port against a frontend in the test: an honest driver here, what lies in `hostile`.
 
+mod conformance;
 mod guest;
 mod hostile;
 

@@ -1,0 +1,492 @@
+//! The orders in which frontends send their messages, byte by byte, with each reply checked. Read in QEMU 10
+//! (hw/virtio/vhost-user.c, vhost.c, net/vhost-user.c), cloud-hypervisor (virtio-devices/src/vhost_user), crosvm
+//! (devices/src/virtio/vhost_user_frontend) and DPDK 22.11 (drivers/net/virtio/virtio_user).
+
+use std::io::{IoSlice, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
+use vhost::VringConfigData;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::guest::{GUEST, Guest, MEMORY, SIZE, USER};
+use super::*;
+
+/// Requests (vhost-user, "Front-end message types").
+const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+const SET_OWNER: u32 = 3;
+const RESET_OWNER: u32 = 4;
+const SET_MEM_TABLE: u32 = 5;
+const SET_VRING_NUM: u32 = 8;
+const SET_VRING_ADDR: u32 = 9;
+const SET_VRING_BASE: u32 = 10;
+const GET_VRING_BASE: u32 = 11;
+const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
+const SET_VRING_ERR: u32 = 14;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const SET_PROTOCOL_FEATURES: u32 = 16;
+const GET_QUEUE_NUM: u32 = 17;
+const SET_VRING_ENABLE: u32 = 18;
+const GET_MAX_MEM_SLOTS: u32 = 36;
+const ADD_MEM_REG: u32 = 37;
+const REM_MEM_REG: u32 = 38;
+
+/// Flags of a message.
+const VERSION: u32 = 1;
+const REPLY: u32 = 1 << 2;
+const NEED_REPLY: u32 = 1 << 3;
+
+/// `VHOST_USER_F_PROTOCOL_FEATURES`, and features of the protocol.
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+const MQ: u64 = 1 << 0;
+const REPLY_ACK: u64 = 1 << 3;
+const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+
+/// What the port offers.
+const OFFERED: u64 = ALL.bits() | PROTOCOL_FEATURES;
+const PROTOCOL_OFFERED: u64 = REPLY_ACK | CONFIGURE_MEM_SLOTS;
+
+/// Whether a frontend asks for an answer to a request that has none.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ack {
+    No,
+    Yes,
+}
+
+/// A region of the guest's memory: its number, and that of equal regions.
+#[derive(Clone, Copy)]
+struct Part(u64, u64);
+
+impl Part {
+    fn words(self) -> [u64; 4] {
+        let len = MEMORY / self.1;
+        [GUEST + self.0 * len, len, USER + self.0 * len, self.0 * len]
+    }
+}
+
+fn bytes(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+fn state(ring: usize, number: u32) -> Vec<u8> {
+    bytes(&[ring as u64 | u64::from(number) << 32])
+}
+
+impl Guest {
+    fn say(&mut self, request: u32, flags: u32, payload: &[u8], fds: &[RawFd]) {
+        self.socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let header = [request, VERSION | flags, payload.len() as u32].map(u32::to_le_bytes).concat();
+        let rights = [ControlMessage::ScmRights(fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+        let parts = [IoSlice::new(&header), IoSlice::new(payload)];
+        let sent = sendmsg::<()>(self.socket.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None);
+        assert_eq!(sent, Ok(header.len() + payload.len()), "request {request}");
+    }
+
+    /// The payload of the answer to `request`, of which `words` 64-bit words are expected.
+    fn hear(&mut self, request: u32, words: usize) -> Vec<u64> {
+        let mut header = [0; 12];
+        let heard = self.socket.read_exact(&mut header);
+        assert!(heard.is_ok(), "no answer to request {request}: {heard:?}");
+        let expected = [request, VERSION | REPLY, 8 * words as u32].map(u32::to_le_bytes).concat();
+        assert_eq!(header[..], expected[..], "header of the answer to request {request}");
+        let mut payload = vec![0; 8 * words];
+        self.socket.read_exact(&mut payload).unwrap();
+        payload.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect()
+    }
+
+    /// A request that is answered by a number.
+    fn get(&mut self, request: u32) -> u64 {
+        self.say(request, 0, &[], &[]);
+        self.hear(request, 1)[0]
+    }
+
+    /// A request that is answered only where that is asked for, and then by 0.
+    fn set(&mut self, request: u32, payload: &[u8], fds: &[RawFd], ack: Ack) {
+        self.say(request, if ack == Ack::Yes { NEED_REPLY } else { 0 }, payload, fds);
+        if ack == Ack::Yes {
+            assert_eq!(self.hear(request, 1), [0], "request {request} is refused");
+        }
+    }
+
+    /// All before is done, and was answered by no more than was heard.
+    fn settle(&mut self) {
+        assert_eq!(self.get(GET_FEATURES), OFFERED);
+        let more = recv(self.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
+        assert_eq!(more, Err(Errno::EAGAIN), "an answer that nobody asked for");
+    }
+
+    fn memory_fd(&self) -> RawFd {
+        self.memory.region().fd().unwrap().as_raw_fd()
+    }
+
+    fn send_mem_table(&mut self, parts: &[Part], ack: Ack) {
+        let fds = vec![self.memory_fd(); parts.len()];
+        let mut payload = bytes(&[parts.len() as u64]);
+        parts.iter().for_each(|part| payload.extend(bytes(&part.words())));
+        self.set(SET_MEM_TABLE, &payload, &fds, ack);
+    }
+
+    /// `ADD_MEM_REG`, which comes with a descriptor, or `REM_MEM_REG`.
+    fn change_memory(&mut self, request: u32, part: Part, ack: Ack) {
+        let fds = [self.memory_fd()];
+        let payload = [bytes(&[0]), bytes(&part.words())].concat();
+        self.set(request, &payload, if request == ADD_MEM_REG { &fds } else { &[] }, ack);
+    }
+
+    fn send_num(&mut self, ring: usize, ack: Ack) {
+        self.set(SET_VRING_NUM, &state(ring, SIZE.into()), &[], ack);
+    }
+
+    fn send_base(&mut self, ring: usize, base: u32, ack: Ack) {
+        self.set(SET_VRING_BASE, &state(ring, base), &[], ack);
+    }
+
+    fn send_addr(&mut self, ring: usize, ack: Ack) {
+        let VringConfigData { desc_table_addr, used_ring_addr, avail_ring_addr, .. } = Self::addresses(ring);
+        let payload = bytes(&[ring as u64, desc_table_addr, used_ring_addr, avail_ring_addr, 0]);
+        self.set(SET_VRING_ADDR, &payload, &[], ack);
+    }
+
+    /// A message with an eventfd: `SET_VRING_KICK`, `SET_VRING_CALL`, `SET_VRING_ERR`.
+    fn send_event(&mut self, request: u32, ring: usize, ack: Ack) {
+        let other = EventFd::new(0).unwrap();
+        let fd = if request == SET_VRING_CALL { self.calls[ring].as_raw_fd() } else { other.as_raw_fd() };
+        self.set(request, &bytes(&[ring as u64]), &[fd], ack);
+    }
+
+    fn send_enable(&mut self, ring: usize, on: bool, ack: Ack) {
+        self.set(SET_VRING_ENABLE, &state(ring, on.into()), &[], ack);
+    }
+
+    fn ask_base(&mut self, ring: usize) -> u32 {
+        self.say(GET_VRING_BASE, 0, &state(ring, 0), &[]);
+        let answer = self.hear(GET_VRING_BASE, 1)[0];
+        assert_eq!(answer as u32, ring as u32, "the answer is of another ring");
+        (answer >> 32) as u32
+    }
+
+    /// Rings of a driver that was loaded again.
+    fn reboot(&mut self) {
+        self.rings.iter_mut().for_each(|ring| ring.begin_at(0));
+    }
+}
+
+const BOTH: [usize; 2] = [RECEIVE, TRANSMIT];
+
+/// Passes `count` frames in each direction.
+fn traffic(bench: &mut Bench, guest: &mut Guest, count: usize) {
+    assert!(bench.device.link().up);
+    exchange(bench, guest, count);
+}
+
+/// A connection; `introduce` agrees on features of the protocol.
+fn meet(introduce: impl FnOnce(&mut Guest)) -> (Bench, Guest) {
+    let bench = Bench::new();
+    let mut guest = bench.guest();
+    introduce(&mut guest);
+    guest.settle();
+    assert!(!bench.device.link().up);
+    (bench, guest)
+}
+
+/// When QEMU makes the device: the rings are enabled before there is a driver.
+fn qemu_makes_the_device(guest: &mut Guest, protocol: u64) {
+    assert_eq!(guest.get(GET_FEATURES), OFFERED);
+    assert_eq!(guest.get(GET_PROTOCOL_FEATURES), PROTOCOL_OFFERED);
+    guest.set(SET_PROTOCOL_FEATURES, &bytes(&[protocol]), &[], Ack::No);
+    if protocol & CONFIGURE_MEM_SLOTS != 0 {
+        assert_eq!(guest.get(GET_MAX_MEM_SLOTS), 509);
+    }
+    guest.set(SET_OWNER, &[], &[], Ack::No);
+    assert_eq!(guest.get(GET_FEATURES), OFFERED);
+    for ring in BOTH {
+        guest.send_event(SET_VRING_CALL, ring, Ack::No);
+        guest.send_event(SET_VRING_ERR, ring, Ack::No);
+    }
+    let ack = if protocol & REPLY_ACK != 0 { Ack::Yes } else { Ack::No };
+    BOTH.into_iter().for_each(|ring| guest.send_enable(ring, true, ack));
+}
+
+/// When the driver sets `DRIVER_OK`, from position `base` on.
+fn qemu_starts(guest: &mut Guest, protocol: u64, base: u32, memory: &[Part]) {
+    let ack = if protocol & REPLY_ACK != 0 { Ack::Yes } else { Ack::No };
+    guest.set(SET_FEATURES, &bytes(&[OFFERED]), &[], Ack::No);
+    match protocol & CONFIGURE_MEM_SLOTS {
+        0 => guest.send_mem_table(memory, ack),
+        _ => memory.iter().for_each(|part| guest.change_memory(ADD_MEM_REG, *part, ack)),
+    }
+    for ring in BOTH {
+        guest.send_num(ring, Ack::No);
+        guest.send_base(ring, base, Ack::No);
+        guest.send_addr(ring, Ack::No);
+        guest.send_event(SET_VRING_KICK, ring, Ack::No);
+        guest.send_event(SET_VRING_CALL, ring, Ack::No);
+    }
+    BOTH.into_iter().for_each(|ring| guest.send_enable(ring, true, ack));
+    guest.settle();
+}
+
+fn qemu(protocol: u64) {
+    let slots = protocol & CONFIGURE_MEM_SLOTS != 0;
+    let ack = if protocol & REPLY_ACK != 0 { Ack::Yes } else { Ack::No };
+    let (halves, whole) = ([Part(0, 2), Part(1, 2)], [Part(0, 1)]);
+    // What has changed, or everything.
+    let again = if slots { &[][..] } else { &whole };
+    let mut done = 300;
+    let (mut bench, mut guest) = meet(|guest| qemu_makes_the_device(guest, protocol));
+    qemu_starts(&mut guest, protocol, 0, &halves);
+    traffic(&mut bench, &mut guest, 300);
+    // The guest masks an interrupt, and takes it again.
+    for _ in 0..2 {
+        guest.send_event(SET_VRING_CALL, RECEIVE, Ack::No);
+    }
+    // Memory is plugged in, or two regions become one; the rings run on.
+    if slots {
+        halves.iter().for_each(|part| guest.change_memory(REM_MEM_REG, *part, ack));
+        traffic(&mut bench, &mut guest, 10);
+        done += 10;
+        guest.change_memory(ADD_MEM_REG, whole[0], ack);
+    } else {
+        guest.send_mem_table(&whole, ack);
+    }
+    guest.settle();
+    traffic(&mut bench, &mut guest, 100);
+    done += 100;
+    // The machine stops, and goes on: it does not disable the rings.
+    assert_eq!(BOTH.map(|ring| guest.ask_base(ring)), [done; 2]);
+    assert!(!bench.device.link().up);
+    qemu_starts(&mut guest, protocol, done, again);
+    traffic(&mut bench, &mut guest, 100);
+    // The guest starts anew.
+    assert_eq!(BOTH.map(|ring| guest.ask_base(ring)), [done + 100; 2]);
+    guest.reboot();
+    qemu_starts(&mut guest, protocol, 0, again);
+    traffic(&mut bench, &mut guest, 100);
+    assert_eq!(BOTH.map(|ring| guest.ask_base(ring)), [100; 2]);
+    guest.settle();
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+#[test]
+fn conformance_qemu() {
+    qemu(REPLY_ACK);
+}
+
+#[test]
+fn conformance_qemu_with_memory_slots() {
+    qemu(REPLY_ACK | CONFIGURE_MEM_SLOTS);
+}
+
+/// As when a memory module is unplugged: its pages go back when the frontend has no more to say.
+#[test]
+fn conformance_memory_that_is_taken_away_is_unmapped() {
+    let protocol = REPLY_ACK | CONFIGURE_MEM_SLOTS;
+    let (mut bench, mut guest) = meet(|guest| qemu_makes_the_device(guest, protocol));
+    qemu_starts(&mut guest, protocol, 0, &[Part(0, 1)]);
+    traffic(&mut bench, &mut guest, 50);
+    guest.say(REM_MEM_REG, NEED_REPLY, &[bytes(&[0]), bytes(&Part(1, 2).words())].concat(), &[]);
+    assert_eq!(guest.hear(REM_MEM_REG, 1), [1], "there is no such region");
+    // Such a frontend is hung up on, as for any request that fails.
+    drop(guest);
+    let mut guest = bench.guest();
+    qemu_makes_the_device(&mut guest, protocol);
+    qemu_starts(&mut guest, protocol, 0, &[Part(0, 1)]);
+    traffic(&mut bench, &mut guest, 50);
+    guest.change_memory(REM_MEM_REG, Part(0, 1), Ack::Yes);
+    let begin = std::time::Instant::now();
+    while bench.device.link().up {
+        assert!(begin.elapsed() < Duration::from_secs(20), "the rings are still mapped");
+        std::thread::yield_now();
+    }
+    guest.change_memory(ADD_MEM_REG, Part(0, 1), Ack::Yes);
+    traffic(&mut bench, &mut guest, 50);
+    assert_eq!(BOTH.map(|ring| guest.ask_base(ring)), [100; 2]);
+}
+
+#[test]
+fn conformance_qemu_without_replies() {
+    qemu(0);
+    qemu(CONFIGURE_MEM_SLOTS);
+}
+
+fn cloud_hypervisor_starts(guest: &mut Guest, avail_idx: [u16; 2]) {
+    guest.set(SET_FEATURES, &bytes(&[OFFERED]), &[], Ack::Yes);
+    let low: Vec<Part> = (0..5).map(|number| Part(number, 8)).collect();
+    guest.send_mem_table(&low, Ack::Yes);
+    BOTH.into_iter().for_each(|ring| guest.send_num(ring, Ack::Yes));
+    for ring in BOTH {
+        guest.send_addr(ring, Ack::Yes);
+        // How far the driver is, which may have made buffers available already.
+        guest.send_base(ring, avail_idx[ring].into(), Ack::Yes);
+        guest.send_event(SET_VRING_CALL, ring, Ack::Yes);
+        guest.send_event(SET_VRING_KICK, ring, Ack::Yes);
+    }
+    BOTH.into_iter().for_each(|ring| guest.send_enable(ring, true, Ack::Yes));
+    guest.settle();
+}
+
+#[test]
+fn conformance_cloud_hypervisor() {
+    let (mut bench, mut guest) = meet(|guest| {
+        guest.set(SET_OWNER, &[], &[], Ack::No);
+        assert_eq!(guest.get(GET_FEATURES), OFFERED);
+        // It takes two queues for granted, and counts queues where there are more.
+        assert_eq!(guest.get(GET_PROTOCOL_FEATURES), PROTOCOL_OFFERED);
+        guest.set(SET_PROTOCOL_FEATURES, &bytes(&[PROTOCOL_OFFERED]), &[], Ack::No);
+    });
+    guest.provide_all();
+    let avail = [guest.rings[RECEIVE].avail_idx, guest.rings[TRANSMIT].avail_idx];
+    cloud_hypervisor_starts(&mut guest, avail);
+    traffic(&mut bench, &mut guest, 200);
+    // Memory is plugged in: a table first, single regions then.
+    guest.change_memory(ADD_MEM_REG, Part(7, 8), Ack::Yes);
+    traffic(&mut bench, &mut guest, 100);
+    // The machine is paused and goes on.
+    BOTH.into_iter().for_each(|ring| guest.send_enable(ring, false, Ack::Yes));
+    assert!(!bench.device.link().up);
+    assert_eq!((bench.receive().len(), bench.send(&[frame(1)])), (0, 0));
+    BOTH.into_iter().for_each(|ring| guest.send_enable(ring, true, Ack::Yes));
+    traffic(&mut bench, &mut guest, 100);
+    // The guest resets the device.
+    BOTH.into_iter().for_each(|ring| guest.send_enable(ring, false, Ack::Yes));
+    assert_eq!(BOTH.map(|ring| guest.ask_base(ring)), [400; 2]);
+    guest.reboot();
+    cloud_hypervisor_starts(&mut guest, [0; 2]);
+    traffic(&mut bench, &mut guest, 100);
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+fn crosvm_starts(guest: &mut Guest, base: [u32; 2]) {
+    guest.send_mem_table(&[Part(0, 2), Part(1, 2)], Ack::No);
+    for ring in BOTH {
+        guest.send_num(ring, Ack::No);
+        guest.send_addr(ring, Ack::No);
+        guest.send_base(ring, base[ring], Ack::No);
+        guest.send_event(SET_VRING_CALL, ring, Ack::No);
+        guest.send_event(SET_VRING_KICK, ring, Ack::No);
+        guest.send_enable(ring, true, Ack::No);
+    }
+    guest.settle();
+}
+
+/// Disables a ring and asks where it is, one ring after the other.
+fn crosvm_stops(guest: &mut Guest) -> [u32; 2] {
+    BOTH.map(|ring| {
+        guest.send_enable(ring, false, Ack::No);
+        guest.ask_base(ring)
+    })
+}
+
+#[test]
+fn conformance_crosvm() {
+    let (mut bench, mut guest) = meet(|guest| {
+        guest.set(SET_OWNER, &[], &[], Ack::No);
+        assert_eq!(guest.get(GET_FEATURES), OFFERED);
+        assert_eq!(guest.get(GET_PROTOCOL_FEATURES), PROTOCOL_OFFERED);
+        guest.set(SET_PROTOCOL_FEATURES, &bytes(&[REPLY_ACK]), &[], Ack::No);
+    });
+    guest.set(SET_FEATURES, &bytes(&[OFFERED]), &[], Ack::No);
+    crosvm_starts(&mut guest, [0; 2]);
+    let mut done = 0;
+    for round in 0..3 {
+        traffic(&mut bench, &mut guest, 150 + round);
+        done += 150 + round as u32;
+        // It sleeps and wakes.
+        let base = crosvm_stops(&mut guest);
+        assert_eq!(base, [done; 2]);
+        assert!(!bench.device.link().up);
+        crosvm_starts(&mut guest, base);
+    }
+    // The guest resets the device.
+    assert_eq!(crosvm_stops(&mut guest), [done; 2]);
+    guest.reboot();
+    guest.set(SET_FEATURES, &bytes(&[OFFERED]), &[], Ack::No);
+    crosvm_starts(&mut guest, [0; 2]);
+    traffic(&mut bench, &mut guest, 100);
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+fn dpdk_starts(guest: &mut Guest, protocol: bool) {
+    let features = if protocol { OFFERED } else { ALL.bits() };
+    BOTH.into_iter().for_each(|ring| guest.send_event(SET_VRING_CALL, ring, Ack::No));
+    guest.set(SET_FEATURES, &bytes(&[features]), &[], Ack::No);
+    // A region for each hugepage.
+    let parts: Vec<Part> = (0..8).map(|number| Part(number, 8)).collect();
+    guest.send_mem_table(&parts, if protocol { Ack::Yes } else { Ack::No });
+    for ring in BOTH {
+        guest.send_num(ring, Ack::No);
+        guest.send_base(ring, 0, Ack::No);
+        guest.send_addr(ring, Ack::No);
+        guest.send_event(SET_VRING_KICK, ring, Ack::No);
+    }
+    if protocol {
+        BOTH.into_iter().for_each(|ring| guest.send_enable(ring, true, Ack::No));
+    }
+    guest.settle();
+}
+
+#[test]
+fn conformance_dpdk_virtio_user() {
+    let (mut bench, mut guest) = meet(|guest| {
+        guest.set(SET_OWNER, &[], &[], Ack::No);
+        assert_eq!(guest.get(GET_FEATURES), OFFERED);
+        assert_eq!(guest.get(GET_PROTOCOL_FEATURES), PROTOCOL_OFFERED);
+        guest.set(SET_PROTOCOL_FEATURES, &bytes(&[REPLY_ACK]), &[], Ack::No);
+    });
+    dpdk_starts(&mut guest, true);
+    traffic(&mut bench, &mut guest, 300);
+    // It takes more memory while the port runs.
+    BOTH.into_iter().for_each(|ring| guest.send_enable(ring, false, Ack::No));
+    guest.send_mem_table(&[Part(0, 1)], Ack::Yes);
+    BOTH.into_iter().for_each(|ring| guest.send_enable(ring, true, Ack::No));
+    guest.settle();
+    traffic(&mut bench, &mut guest, 100);
+    // The port is stopped and started.
+    BOTH.into_iter().for_each(|ring| guest.send_enable(ring, false, Ack::No));
+    assert_eq!(BOTH.map(|ring| guest.ask_base(ring)), [400; 2]);
+    guest.reboot();
+    dpdk_starts(&mut guest, true);
+    traffic(&mut bench, &mut guest, 100);
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+/// DPDK before 18.05: it knows of no features of the protocol, and stops a device by `RESET_OWNER`.
+#[test]
+fn conformance_dpdk_virtio_user_without_protocol_features() {
+    let (mut bench, mut guest) = meet(|guest| {
+        guest.set(SET_OWNER, &[], &[], Ack::No);
+        assert_eq!(guest.get(GET_FEATURES), OFFERED);
+    });
+    for _ in 0..2 {
+        guest.set(SET_OWNER, &[], &[], Ack::No);
+        dpdk_starts(&mut guest, false);
+        traffic(&mut bench, &mut guest, 100);
+        guest.set(RESET_OWNER, &[], &[], Ack::No);
+        guest.settle();
+        assert!(!bench.device.link().up);
+        guest.reboot();
+    }
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
+/// The rest is for a port of several pairs.
+#[test]
+fn conformance_number_of_pairs() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let _device = Device::listen("net_vhost0", &Options { queues: 4, ..options(&path) }).unwrap();
+    let mut guest = Guest::connect(&path);
+    guest.set(SET_OWNER, &[], &[], Ack::No);
+    assert_eq!(guest.get(GET_FEATURES), OFFERED | Features::MQ.bits());
+    assert_eq!(guest.get(GET_PROTOCOL_FEATURES), PROTOCOL_OFFERED | MQ);
+    guest.set(SET_PROTOCOL_FEATURES, &bytes(&[PROTOCOL_OFFERED | MQ]), &[], Ack::No);
+    assert_eq!(guest.get(GET_QUEUE_NUM), 4);
+    (0..8).for_each(|ring| guest.send_num(ring, Ack::Yes));
+    guest.say(SET_VRING_NUM, NEED_REPLY, &state(8, SIZE.into()), &[]);
+    assert_eq!(guest.hear(SET_VRING_NUM, 1), [1], "there is no such ring");
+}
