@@ -139,7 +139,7 @@ impl Virtual {
     fn listens_at(&self) -> Option<&Path> {
         match self {
             Self::User(options) => options.server.then_some(&options.path),
-            Self::Vhost(options) => Some(&options.path),
+            Self::Vhost(options) => (!options.client).then_some(&options.path),
         }
     }
 
@@ -151,7 +151,7 @@ impl Virtual {
                 (port, format!("(virtio-net, vhost-user) at {}", options.path.display()))
             }
             Self::Vhost(options) => {
-                let port = vhost::Device::listen(name, options).map(Port::Vhost)?;
+                let port = vhost::Device::open(name, options).map(Port::Vhost)?;
                 (port, format!("(vhost-user back-end) at {}", options.path.display()))
             }
         };

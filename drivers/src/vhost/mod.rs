@@ -1,6 +1,7 @@
 //! net_vhost: the device's side of virtio-net over vhost-user (virtio 1.2, 5.1; the
 //! [vhost-user protocol](https://qemu-project.gitlab.io/qemu/interop/vhost-user.html), back-end). The port
-//! listens at a socket; a QEMU guest, DPDK's virtio-user or another Vireo connects to it.
+//! listens at a socket, to which a QEMU guest, DPDK's virtio-user or another Vireo connects; or it connects to theirs
+//! (`client=1`), again and again.
 //!
 //! A thread of the port talks with the frontend. It maps the frontend's memory and puts the rings where the
 //! lcores find them; the lcores copy between the frontend's buffers and their own. A frontend that comes, goes, or
@@ -42,6 +43,8 @@ pub struct Options {
     pub mac: Option<MacAddr>,
     /// Pairs of rings that a frontend may use (`queues`).
     pub queues: u16,
+    /// Connect to the frontend's socket, and again when that ends, instead of making one (`client`).
+    pub client: bool,
 }
 
 impl Options {
@@ -53,25 +56,21 @@ impl Options {
     /// # Errors
     /// `Usage` for a value that none of the keys has, or without `iface`.
     pub fn parse(name: &str, args: &[(String, String)]) -> Result<Self> {
-        let mut options = Self { path: PathBuf::new(), mac: None, queues: 1 };
+        let mut options = Self { path: PathBuf::new(), mac: None, queues: 1, client: false };
         for (key, value) in args {
             let wrong =
                 |why| Error::new(ErrorKind::Usage, format!("cannot use {key}={value} of {name}"), why);
             match key.as_str() {
                 "iface" => options.path = socket_path(value).map_err(wrong)?,
                 "mac" => options.mac = Some(value.parse()?),
-                "client" if !flag(key, value)? => {}
-                "client" => {
-                    return Err(wrong("the port makes the socket, the frontend connects to it")
-                        .mend("start QEMU's chardev without server=on"));
-                }
+                "client" => options.client = flag(key, value)?,
                 "queues" => options.queues = virtio::pairs(value).map_err(wrong)?,
                 _ => return Err(wrong("there is no such key")),
             }
         }
         if options.path.as_os_str().is_empty() {
             return Err(Error::new(ErrorKind::Usage, format!("cannot use {name}"), "it has no socket")
-                .mend(format!("say where to make it: --vdev {name},iface=SOCKET")));
+                .mend(format!("say where it is: --vdev {name},iface=SOCKET")));
         }
         Ok(options)
     }
@@ -88,15 +87,18 @@ pub struct Device {
 }
 
 impl Device {
-    /// Listens for a frontend. `name` is that of the port, for messages.
+    /// Listens for a frontend, or begins to look for one (`client`). `name` is that of the port, for messages.
     ///
     /// # Errors
     /// `Busy` when somebody listens there, else when the socket cannot be made.
-    pub fn listen(name: &str, options: &Options) -> Result<Self> {
+    pub fn open(name: &str, options: &Options) -> Result<Self> {
         let name: Arc<str> = name.into();
         let rings: Vec<Arc<Shared>> =
             (0..RINGS_PER_PAIR * usize::from(options.queues)).map(|_| Arc::default()).collect();
-        let server = Server::listen(&options.path, &name, &rings)?;
+        let server = match options.client {
+            true => Server::connect(&options.path, &name, &rings)?,
+            false => Server::listen(&options.path, &name, &rings)?,
+        };
         Ok(Self { name, mac: options.mac.unwrap_or_else(random_mac), rings, started: false, _server: server })
     }
 

@@ -1,4 +1,4 @@
-//! The socket of a port, and the thread that serves one frontend after the other on it.
+//! The socket of a port, or the frontend's, and the thread that serves one frontend after the other on it.
 
 mod early;
 #[cfg(test)]
@@ -24,7 +24,7 @@ use super::backend::Backend;
 use super::shared::Shared;
 use crate::socket::try_connect;
 
-/// How soon to try again to accept, in milliseconds.
+/// How soon to try again to accept or to connect, in milliseconds.
 const RETRY: u8 = 100;
 
 /// How long a frontend that changes its memory is silent when it is done, in milliseconds.
@@ -52,14 +52,15 @@ impl Session {
 #[derive(Debug)]
 struct Name(PathBuf);
 
-/// Listens at a path; on drop it hangs up, ends its thread and removes the socket file.
+/// Serves the frontends at a path; on drop it hangs up, ends its thread and removes the socket file that it made.
 #[derive(Debug)]
 pub(super) struct Server {
-    name: Name,
     session: Arc<Session>,
-    /// The listener once more: shut down, it accepts no more and wakes whoever waits in it.
-    listener: UnixStream,
+    /// The listener once more, or the other end of what a client polls while it waits: shut down, it accepts no more
+    /// and wakes whoever waits in it.
+    waker: UnixStream,
     thread: Option<JoinHandle<()>>,
+    _name: Option<Name>,
 }
 
 impl Server {
@@ -73,28 +74,49 @@ impl Server {
             |error: std::io::Error| Error::io(format!("{name}: cannot listen at {}", path.display()), &error);
         let (listener, socket) = bind(path).map_err(|errno| failed(errno.into()))?;
         let waker = UnixStream::from(OwnedFd::from(listener.try_clone().map_err(failed)?));
-        let session = Arc::new(Session::default());
-        let thread = std::thread::Builder::new().name(format!("vireo-{name}"));
-        let body = {
-            let (session, name, rings) = (Arc::clone(&session), Arc::clone(name), rings.to_vec());
-            move || serve(&listener, &session, &name, &rings)
-        };
-        let thread = thread.spawn(body).map_err(failed)?;
-        Ok(Self { name: socket, session, listener: waker, thread: Some(thread) })
+        let port = Port { name: Arc::clone(name), rings: rings.to_vec(), session: Arc::default() };
+        let serve = move |port: &Port| port.accept(&listener);
+        Self::start(port, waker, Some(socket), serve).map_err(failed)
+    }
+
+    /// Connects to the frontends that listen at `path`, one after the other, as long as there is a port.
+    ///
+    /// # Errors
+    /// When no socket can have that path, or the process has run out of something.
+    pub(super) fn connect(path: &Path, name: &Arc<str>, rings: &[Arc<Shared>]) -> Result<Self> {
+        let failed =
+            |error: std::io::Error| Error::io(format!("{name}: cannot use {}", path.display()), &error);
+        UnixAddr::new(path).map_err(|errno| failed(errno.into()))?;
+        let (waker, ends) = UnixStream::pair().map_err(failed)?;
+        let port = Port { name: Arc::clone(name), rings: rings.to_vec(), session: Arc::default() };
+        let path = path.to_owned();
+        Self::start(port, waker, None, move |port: &Port| port.seek(&path, &ends)).map_err(failed)
+    }
+
+    fn start(
+        port: Port,
+        waker: UnixStream,
+        name: Option<Name>,
+        serve: impl FnOnce(&Port) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let session = Arc::clone(&port.session);
+        let thread = std::thread::Builder::new().name(format!("vireo-{}", port.name));
+        let thread = thread.spawn(move || serve(&port))?;
+        Ok(Self { session, waker, thread: Some(thread), _name: name })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.session.ending.store(true, Ordering::SeqCst);
-        let _ = self.listener.shutdown(Shutdown::Both);
+        let _ = self.waker.shutdown(Shutdown::Both);
         if let Some(stream) = &*self.session.connection.lock().unwrap_or_else(PoisonError::into_inner) {
             let _ = stream.shutdown(Shutdown::Both);
         }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            tracing::error!("the thread that serves {} panicked", self.name.0.display());
+            tracing::error!("a thread that serves vhost-user frontends panicked");
         }
     }
 }
@@ -135,32 +157,81 @@ fn make_way(path: &Path, name: &str) -> Result<()> {
     }
 }
 
-/// Accepts frontends until the port ends. That the process or the system has run out of something does not last:
-/// it is said once, and tried again.
-fn serve(listener: &UnixListener, session: &Session, name: &Arc<str>, rings: &[Arc<Shared>]) {
-    let mut said = false;
-    loop {
-        let accepted = listener.accept();
-        if session.is_ending() {
-            return;
-        }
-        match accepted {
-            Ok((stream, _)) => {
-                said = false;
-                tracing::info!("{name}: a frontend has connected");
-                let why = converse(stream, session, name, rings);
-                session.set(None);
-                tracing::info!("{name}: the frontend is gone: {why}");
+/// What the thread of a port needs.
+struct Port {
+    name: Arc<str>,
+    rings: Vec<Arc<Shared>>,
+    session: Arc<Session>,
+}
+
+impl Port {
+    /// Accepts frontends until the port ends. That the process or the system has run out of something does not last:
+    /// it is said once, and tried again.
+    fn accept(&self, listener: &UnixListener) {
+        let mut said = false;
+        loop {
+            let accepted = listener.accept();
+            if self.session.is_ending() {
+                return;
             }
-            Err(error) => {
-                if !std::mem::replace(&mut said, true) {
-                    tracing::error!("{}", refusal(name, &error));
+            match accepted {
+                Ok((stream, _)) => {
+                    said = false;
+                    self.serve(stream);
                 }
-                if ends_soon(listener) {
-                    return;
+                Err(error) => {
+                    if !std::mem::replace(&mut said, true) {
+                        tracing::error!("{}", refusal(&self.name, &error));
+                    }
+                    if ends_soon(listener) {
+                        return;
+                    }
                 }
             }
         }
+    }
+
+    /// Connects to the frontend at `path`, and to the next one when it is gone, until `ends` is hung up. What keeps it
+    /// from that is said once.
+    fn seek(&self, path: &Path, ends: &UnixStream) {
+        let mut said = None;
+        loop {
+            match try_connect(path) {
+                Ok(stream) => {
+                    said = None;
+                    self.serve(stream);
+                }
+                Err(errno) => {
+                    if said.replace(errno) != Some(errno) {
+                        self.tell(path, errno);
+                    }
+                }
+            }
+            // Also after a connection: a frontend that hangs up at once is not asked again at once.
+            if self.session.is_ending() || ends_soon(ends) {
+                return;
+            }
+        }
+    }
+
+    fn tell(&self, path: &Path, errno: Errno) {
+        let (name, path) = (&self.name, path.display());
+        match errno {
+            Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN => {
+                tracing::info!("{name}: no frontend listens at {path}; it is tried ten times a second");
+            }
+            errno => tracing::warn!(
+                "{}",
+                Error::os(format!("{name}: cannot connect to {path}, and tries on"), errno)
+            ),
+        }
+    }
+
+    fn serve(&self, stream: UnixStream) {
+        tracing::info!("{}: a frontend has connected", self.name);
+        let why = converse(stream, &self.session, &self.name, &self.rings);
+        self.session.set(None);
+        tracing::info!("{}: the frontend is gone: {why}", self.name);
     }
 }
 
@@ -174,9 +245,9 @@ fn refusal(name: &str, error: &std::io::Error) -> Error {
     }
 }
 
-/// Waits for [`RETRY`], whoever connects; whether the port ends meanwhile, which is when `listener` is shut down.
-fn ends_soon(listener: &UnixListener) -> bool {
-    let mut hung_up = [PollFd::new(listener.as_fd(), PollFlags::empty())];
+/// Waits for [`RETRY`], whoever connects; whether the port ends meanwhile, which is when `socket` is shut down.
+fn ends_soon(socket: &impl AsFd) -> bool {
+    let mut hung_up = [PollFd::new(socket.as_fd(), PollFlags::empty())];
     poll(&mut hung_up, PollTimeout::from(RETRY)).is_ok_and(|ready| ready > 0)
 }
 

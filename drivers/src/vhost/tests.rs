@@ -23,7 +23,7 @@ const ALL: Features = super::backend::FEATURES;
 const PLAIN: Features = Features::VERSION_1;
 
 fn options(path: &Path) -> Options {
-    Options { path: path.to_owned(), mac: None, queues: 1 }
+    Options { path: path.to_owned(), mac: None, queues: 1, client: false }
 }
 
 /// A started port.
@@ -38,8 +38,13 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::with_socket(false)
+    }
+
+    fn with_socket(client: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut device = Device::listen("net_vhost0", &options(&dir.path().join("socket"))).unwrap();
+        let options = Options { client, ..options(&dir.path().join("socket")) };
+        let mut device = Device::open("net_vhost0", &options).unwrap();
         let region = Region::new(Pool::bytes(BUFFERS), Backing::SmallPages).unwrap();
         let memory = DmaMemory::map(region, &[]).unwrap();
         let mut cache = Pool::new(&memory, BUFFERS).unwrap().cache();
@@ -404,6 +409,39 @@ fn a_frontend_may_go_and_another_come() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
+/// As Open vSwitch recommends it: whichever end is started anew, the other one stays.
+#[test]
+fn a_client_connects_to_each_frontend_that_listens() {
+    let mut bench = Bench::with_socket(true);
+    let path = bench.dir.path().join("socket");
+    for features in [ALL, PLAIN, ALL] {
+        assert!(!bench.device.link().up && !path.exists());
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let mut guest = Guest::on(listener.accept().unwrap().0);
+        guest.start(features);
+        exchange(&mut bench, &mut guest, 50);
+        // The machine ends, and leaves its socket as a killed one does.
+        drop((guest, listener));
+        while bench.device.link().up {
+            std::thread::yield_now();
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+    assert_eq!(bench.rx.stats().packets, 150);
+    // A port that looks for a frontend ends all the same, and one that has one; the socket is the frontend's.
+    assert_eq!(bench.stop(), BUFFERS);
+    let bench = Bench::with_socket(true);
+    let path = bench.dir.path().join("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let mut guest = Guest::on(listener.accept().unwrap().0);
+    guest.start(ALL);
+    drop(bench.device);
+    assert!(guest.is_disconnected() && path.exists());
+    let long = "x".repeat(200);
+    let error = Device::open("net_vhost0", &Options { client: true, ..options(Path::new(&long)) });
+    assert!(error.unwrap_err().errno().is_some());
+}
+
 #[test]
 fn the_port_may_stop_and_start_while_a_frontend_is_there() {
     let (mut bench, mut guest) = Bench::with(ALL);
@@ -428,7 +466,7 @@ fn the_port_may_stop_and_start_while_a_frontend_is_there() {
 fn a_socket_that_is_in_use_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
-    let listen = || Device::listen("net_vhost0", &options(&path));
+    let listen = || Device::open("net_vhost0", &options(&path));
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let device = listen().unwrap();
     let error = listen().unwrap_err();
@@ -438,7 +476,7 @@ fn a_socket_that_is_in_use_is_left_alone() {
     std::fs::write(&path, "precious").unwrap();
     assert_eq!(listen().unwrap_err().kind(), ErrorKind::Usage);
     assert!(path.exists());
-    let nowhere = Device::listen("net_vhost0", &options(&path.join("below"))).unwrap_err();
+    let nowhere = Device::open("net_vhost0", &options(&path.join("below"))).unwrap_err();
     assert!(nowhere.errno().is_some(), "{nowhere}");
 }
 
@@ -454,7 +492,7 @@ fn a_socket_that_accepts_nobody_does_not_hang_the_start() {
     listen(&busy, Backlog::new(0).unwrap()).unwrap();
     let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
     let (done, ended) = std::sync::mpsc::channel();
-    let start = std::thread::spawn(move || done.send(Device::listen("net_vhost0", &options(&path))));
+    let start = std::thread::spawn(move || done.send(Device::open("net_vhost0", &options(&path))));
     let error = ended.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.to_string().contains("another process listens there"), "{error}");
@@ -478,7 +516,7 @@ fn an_empty_pool_receives_later() {
 fn a_virtio_user_port_uses_several_pairs() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
-    let mut server = Device::listen("net_vhost0", &Options { queues: 2, ..options(&path) }).unwrap();
+    let mut server = Device::open("net_vhost0", &Options { queues: 2, ..options(&path) }).unwrap();
     let args = [("path", path.to_str().unwrap()), ("queues", "4")].map(|(k, v)| (k.to_owned(), v.to_owned()));
     let user = virtio::UserOptions::parse("net_virtio_user0", &args).unwrap();
     let mut client = virtio::Device::connect("net_virtio_user0", &user, &StopFlag::new()).unwrap();
@@ -519,15 +557,11 @@ fn the_keys_are_those_of_dpdk() {
     };
     let full = [("iface", "/tmp/a"), ("queues", "4"), ("client", "0"), ("mac", "02:00:00:00:00:09")];
     let mac = Some(MacAddr([2, 0, 0, 0, 0, 9]));
-    assert_eq!(parse(&full).unwrap(), Options { path: "/tmp/a".into(), mac, queues: 4 });
-    let wrong: [&[(&str, &str)]; 6] = [
-        &[],
-        &[("iface", "a"), ("client", "1")],
-        &[("client", "yes")],
-        &[("queues", "129")],
-        &[("mac", "2")],
-        &[("dequeue-zero-copy", "1")],
-    ];
+    let expected = Options { path: "/tmp/a".into(), mac, queues: 4, client: false };
+    assert_eq!(parse(&full).unwrap(), expected);
+    assert!(parse(&[("iface", "/tmp/a"), ("client", "1")]).unwrap().client);
+    let wrong: [&[(&str, &str)]; 5] =
+        [&[], &[("client", "yes")], &[("queues", "129")], &[("mac", "2")], &[("dequeue-zero-copy", "1")]];
     assert!(wrong.iter().all(|args| parse(args).unwrap_err().kind() == ErrorKind::Usage));
 }
 

@@ -479,7 +479,7 @@ fn conformance_dpdk_virtio_user_without_protocol_features() {
 fn conformance_number_of_pairs() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
-    let _device = Device::listen("net_vhost0", &Options { queues: 4, ..options(&path) }).unwrap();
+    let _device = Device::open("net_vhost0", &Options { queues: 4, ..options(&path) }).unwrap();
     let mut guest = Guest::connect(&path);
     guest.set(SET_OWNER, &[], &[], Ack::No);
     assert_eq!(guest.get(GET_FEATURES), OFFERED | Features::MQ.bits());

@@ -127,10 +127,14 @@ pub(super) struct Guest {
 
 impl Guest {
     pub(super) fn connect(path: &Path) -> Self {
+        Self::on(UnixStream::connect(path).unwrap())
+    }
+
+    /// A guest whose port is at the other end of `socket`.
+    pub(super) fn on(socket: UnixStream) -> Self {
         let region = Region::new(MEMORY as usize, Backing::SmallPages).unwrap();
         let memory = DmaMemory::with_addresses(region, MEMORY as usize, &[GUEST]);
         let view = memory.device_view();
-        let socket = UnixStream::connect(path).unwrap();
         Self {
             frontend: Frontend::from_stream(socket.try_clone().unwrap(), RINGS as u64),
             socket,

@@ -85,6 +85,7 @@ pub(super) fn cases(cases: &mut Cases) {
         let name = format!("two pairs of queues: l2fwd on {}, testpmd on {}", end.name(), end.other().name());
         cases.add(name, move |context| two_pairs(context, end));
     }
+    cases.add("l2fwd on vhost connects to each pktgen that listens", as_client);
     let name = "a machine that is paused under traffic goes on without a storm of statistics";
     cases.add(name, paused);
 }
@@ -137,6 +138,25 @@ fn through_l2fwd(context: &Context, end: End) -> Result<()> {
     let stream = pktgen.wait(PATIENCE)?;
     stream.came_back(FRAMES, FRAMES)?;
     // A vhost port logs when a frontend comes and goes.
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    no_socket_left(context)
+}
+
+/// Whichever program comes second, and is started again: the vhost port looks for the sockets of the others.
+fn as_client(context: &Context) -> Result<()> {
+    let devices = End::Vhost.devices(&context.dir, 2, ",client=1");
+    let l2fwd =
+        Start::new(format!("-l 1 {} {devices} -- -p 3 -q 2 -T 0", prefix("rings-fwd"))).spawn(context)?;
+    let devices = End::VirtioUser.devices(&context.dir, 2, ",server=1");
+    let arguments = format!(
+        "-l 0 {} {devices} -- --dst-mac 02:00:00:00:00:99 --count {FRAMES} --expect-dst 02:00:00:00:00:01 \
+         --await-path {}",
+        prefix("rings-gen"),
+        PATIENCE.as_secs() / 2
+    );
+    for _ in 0..2 {
+        Pktgen::spawn(context, &arguments)?.wait(PATIENCE)?.came_back(FRAMES, FRAMES)?;
+    }
     l2fwd.stop_complaining(Signal::SIGINT)?;
     no_socket_left(context)
 }
