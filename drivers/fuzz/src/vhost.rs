@@ -1,4 +1,4 @@
-//! A vhost-user frontend that is the input's: its messages, its descriptors, and its memory.
+//! A vhost-user frontend that is the input's: its messages, its descriptors, and its memory. Each reply is checked.
 
 use std::cell::RefCell;
 use std::io::{IoSlice, Read};
@@ -37,12 +37,25 @@ const SET_VRING_NUM: u32 = 8;
 const SET_VRING_ADDR: u32 = 9;
 const SET_VRING_KICK: u32 = 12;
 const SET_VRING_CALL: u32 = 13;
-/// Flags of a message: the version of the protocol.
+const GET_VRING_BASE: u32 = 11;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const GET_QUEUE_NUM: u32 = 17;
+const GET_MAX_MEM_SLOTS: u32 = 36;
+const SET_DEVICE_STATE_FD: u32 = 42;
+const CHECK_DEVICE_STATE: u32 = 43;
+/// Flags of a message: the version of the protocol, and an answer.
 const VERSION: u32 = 1;
+const REPLY: u32 = 1 << 2;
 
 const MRG_RXBUF: u64 = 1 << 15;
 const EVENT_IDX: u64 = 1 << 29;
+const PROTOCOL_FEATURES: u64 = 1 << 30;
 const VERSION_1: u64 = 1 << 32;
+const IN_ORDER: u64 = 1 << 35;
+/// `REPLY_ACK` and `CONFIGURE_MEM_SLOTS`.
+const PROTOCOL_OFFERED: u64 = 1 << 3 | 1 << 15;
+/// Most bytes behind a header.
+const MOST_BYTES: u32 = 0x1000;
 
 /// Descriptors that come with a message.
 #[derive(Arbitrary, Debug, Clone, Copy)]
@@ -69,6 +82,8 @@ enum Payload {
     },
     /// Offset in the memory and in the file, and length.
     Regions(Vec<(Word, Word, Word)>),
+    /// Of `ADD_MEM_REG` and `REM_MEM_REG`.
+    Region(Word, Word, Word),
 }
 
 #[derive(Arbitrary, Debug)]
@@ -134,6 +149,9 @@ impl Payload {
                 }
                 bytes
             }
+            Self::Region(at, offset, len) => {
+                doubles(&[0, place(*at), len.get().into(), place(*at), offset.get().into()])
+            }
         }
     }
 }
@@ -158,7 +176,7 @@ impl Port {
         let socket = dir.path().join("socket");
         let args = [("iface".to_owned(), socket.display().to_string())];
         let options = Options::parse("net_vhost0", &args).expect("a path");
-        let mut device = Device::listen("net_vhost0", &options).expect("a socket");
+        let mut device = Device::open("net_vhost0", &options).expect("a socket");
         let (memory, pool) = memory();
         let mut cache = pool.cache();
         let sizes = QueueSizes { rx: 64, tx: 64 };
@@ -229,23 +247,47 @@ impl Frontend {
     fn ask(&mut self, request: u32, flags: u32, payload: &[u8], fds: &[Fd]) -> bool {
         self.send(request, flags, payload.len() as u32, payload, fds)
             && self.send(GET_FEATURES, VERSION, 0, &[], &[])
-            && self.answered()
+            && self.answered(request, payload)
     }
 
-    /// Reads up to the answer to `GET_FEATURES`.
-    fn answered(&mut self) -> bool {
+    /// Reads the answer to `request`, if there is one, and that to `GET_FEATURES`, which was sent behind it.
+    fn answered(&mut self, request: u32, payload: &[u8]) -> bool {
+        let (mut answers, mut refused) = (0, false);
         loop {
             let mut header = [0; 12];
             if !self.read(&mut header) {
                 return false;
             }
-            let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| header[at + i]));
-            let mut body = vec![0; word(8) as usize];
+            let [code, flags, size] = [0, 4, 8].map(|at| word(&header, at));
+            assert!(flags == VERSION | REPLY && size <= MOST_BYTES, "an answer has a header: {header:?}");
+            let mut body = vec![0; size as usize];
             if !self.read(&mut body) {
                 return false;
             }
-            if word(0) == GET_FEATURES {
+            let number = || {
+                assert!(size == 8, "the answer to {code} has 8 bytes and not {size}");
+                u64::from(word(&body, 0)) | u64::from(word(&body, 4)) << 32
+            };
+            if code == GET_FEATURES {
+                let offered = MRG_RXBUF | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1 | IN_ORDER;
+                assert!(number() == offered && !refused, "a frontend whose request failed is hung up on");
+                let asks = [GET_PROTOCOL_FEATURES, GET_VRING_BASE, GET_QUEUE_NUM, GET_MAX_MEM_SLOTS];
+                assert!(answers == 1 || !asks.contains(&request), "a question {request} has an answer");
                 return true;
+            }
+            answers += 1;
+            assert!(code == request && answers == 1, "there is one answer, to what was asked");
+            match code {
+                GET_PROTOCOL_FEATURES => assert!(number() == PROTOCOL_OFFERED),
+                GET_MAX_MEM_SLOTS => assert!(number() == 509),
+                GET_VRING_BASE => {
+                    number();
+                    let position = word(&body, 4);
+                    assert!(word(&body, 0) == word(payload, 0) && position <= u16::MAX.into());
+                }
+                // Not offered: answered with an error, without a feature that would allow the question.
+                SET_DEVICE_STATE_FD | CHECK_DEVICE_STATE => assert!(number() & 0xff != 0),
+                _ => refused = number() != 0,
             }
         }
     }
@@ -329,6 +371,10 @@ impl Frontend {
         let mut rest = [0; 256];
         while self.socket.read(&mut rest).is_ok_and(|len| len > 0) {}
     }
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([0, 1, 2, 3].map(|i| bytes[at + i]))
 }
 
 fn with_port(run: impl FnOnce(&mut Port)) {
