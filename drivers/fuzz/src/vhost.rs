@@ -33,6 +33,7 @@ const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
 const SET_OWNER: u32 = 3;
 const SET_MEM_TABLE: u32 = 5;
+const SET_LOG_BASE: u32 = 6;
 const SET_VRING_NUM: u32 = 8;
 const SET_VRING_ADDR: u32 = 9;
 const SET_VRING_KICK: u32 = 12;
@@ -49,11 +50,12 @@ const REPLY: u32 = 1 << 2;
 
 const MRG_RXBUF: u64 = 1 << 15;
 const EVENT_IDX: u64 = 1 << 29;
+const LOG_ALL: u64 = 1 << 26;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const VERSION_1: u64 = 1 << 32;
 const IN_ORDER: u64 = 1 << 35;
-/// `REPLY_ACK` and `CONFIGURE_MEM_SLOTS`.
-const PROTOCOL_OFFERED: u64 = 1 << 3 | 1 << 15;
+/// `LOG_SHMFD`, `REPLY_ACK` and `CONFIGURE_MEM_SLOTS`.
+const PROTOCOL_OFFERED: u64 = 1 << 1 | 1 << 3 | 1 << 15;
 /// Most bytes behind a header.
 const MOST_BYTES: u32 = 0x1000;
 
@@ -269,7 +271,7 @@ impl Frontend {
                 u64::from(word(&body, 0)) | u64::from(word(&body, 4)) << 32
             };
             if code == GET_FEATURES {
-                let offered = MRG_RXBUF | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1 | IN_ORDER;
+                let offered = MRG_RXBUF | LOG_ALL | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1 | IN_ORDER;
                 assert!(number() == offered && !refused, "a frontend whose request failed is hung up on");
                 let asks = [GET_PROTOCOL_FEATURES, GET_VRING_BASE, GET_QUEUE_NUM, GET_MAX_MEM_SLOTS];
                 assert!(answers == 1 || !asks.contains(&request), "a question {request} has an answer");
@@ -285,6 +287,8 @@ impl Frontend {
                     let position = word(&body, 4);
                     assert!(word(&body, 0) == word(payload, 0) && position <= u16::MAX.into());
                 }
+                // The place of the log, as it was sent.
+                SET_LOG_BASE => assert!(body[..] == *payload),
                 // Not offered: answered with an error, without a feature that would allow the question.
                 SET_DEVICE_STATE_FD | CHECK_DEVICE_STATE => assert!(number() & 0xff != 0),
                 _ => refused = number() != 0,

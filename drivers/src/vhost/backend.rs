@@ -15,16 +15,19 @@ use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
     VhostUserVirtioFeatures,
 };
-use vireo_eal::dma::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion};
+use vireo_eal::dma::{MAX_PEER_REGIONS, PeerEvent, PeerLog, PeerMemory, PeerRegion};
 
 use super::RINGS_PER_PAIR;
-use super::ring::{Addresses, Ring, Terms};
+use super::ring::{Addresses, Marks, Ring, Terms};
 use super::shared::{Shared, Slot};
 use crate::virtio::Features;
 
 /// What the port offers. Indirect descriptors are not: they cost the device a read for each packet.
 pub(super) const FEATURES: Features =
     Features::VERSION_1.union(Features::MRG_RXBUF).union(Features::EVENT_IDX).union(Features::IN_ORDER);
+
+/// `VHOST_F_LOG_ALL`: what is written is marked in a log.
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 /// Largest queue that the specification allows, in descriptors (virtio 1.2, 2.7).
 const MAX_SIZE: u32 = 1 << 15;
@@ -34,6 +37,8 @@ const MAX_SIZE: u32 = 1 << 15;
 struct Vring {
     size: u16,
     addresses: Option<Addresses>,
+    /// Guest address of the used ring, where it is to be marked in the log (`VHOST_VRING_F_LOG`).
+    logged: Option<u64>,
     /// Position of the next chain while no lcore has the ring.
     base: u16,
     call: Option<Arc<PeerEvent>>,
@@ -51,6 +56,7 @@ pub(super) struct Backend {
     /// What the frontend accepted.
     features: u64,
     memory: Option<Arc<PeerMemory>>,
+    log: Option<Arc<PeerLog>>,
 }
 
 fn region(region: &VhostUserMemoryRegion, file: File) -> PeerRegion {
@@ -70,7 +76,7 @@ fn failed(error: vireo_eal::Error) -> Error {
 impl Backend {
     pub(super) fn new(name: &Arc<str>, rings: Vec<Arc<Shared>>) -> Self {
         let vrings = rings.iter().map(|_| Vring::default()).collect();
-        Self { name: Arc::clone(name), rings, vrings, features: 0, memory: None }
+        Self { name: Arc::clone(name), rings, vrings, features: 0, memory: None, log: None }
     }
 
     fn pairs(&self) -> usize {
@@ -104,11 +110,19 @@ impl Backend {
             event_idx: self.accepted(Features::EVENT_IDX),
             mergeable: self.accepted(Features::MRG_RXBUF),
         };
-        let ring = Ring::new(memory, vring.size, addresses, terms, vring.call.clone()).map_err(failed)?;
+        let log = self.log.as_ref().filter(|_| self.features & LOG_ALL != 0);
+        let marks = log.map(|log| Marks { log: Arc::clone(log), used: vring.logged });
+        let is_logged = marks.is_some();
+        let call = vring.call.clone();
+        let ring = Ring::new(memory, vring.size, addresses, terms, call, marks).map_err(failed)?;
         // Without protocol features there is no SET_VRING_ENABLE, and a ring starts enabled (vhost-user, "Ring
         // states").
         let enabled = vring.enabled || !self.is_negotiated();
-        Ok(if enabled { Slot::Running(Box::new(ring)) } else { Slot::Disabled(Box::new(ring)) })
+        Ok(match Box::new(ring) {
+            ring if !enabled => Slot::Disabled(ring),
+            ring if is_logged => Slot::Logged(ring),
+            ring => Slot::Running(ring),
+        })
     }
 
     /// Takes the ring from its lcore, and gives it back as it is to be now.
@@ -116,7 +130,9 @@ impl Backend {
         let shared = Arc::clone(&self.rings[at]);
         let mut slot = shared.lock();
         match std::mem::replace(&mut *slot, Slot::Stopped) {
-            Slot::Running(ring) | Slot::Disabled(ring) => self.vrings[at].base = ring.next(),
+            Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => {
+                self.vrings[at].base = ring.next();
+            }
             Slot::Stopped => {}
             broken @ Slot::Broken(_) => {
                 *slot = broken;
@@ -136,7 +152,7 @@ impl Backend {
     fn stop(&mut self, at: usize) -> u16 {
         let vring = &mut self.vrings[at];
         match std::mem::replace(&mut *self.rings[at].lock(), Slot::Stopped) {
-            Slot::Running(ring) | Slot::Disabled(ring) => vring.base = ring.next(),
+            Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => vring.base = ring.next(),
             Slot::Broken(next) => vring.base = next,
             Slot::Stopped => {}
         }
@@ -188,7 +204,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn get_features(&mut self) -> Result<u64> {
         let mut offered = FEATURES;
         offered.set(Features::MQ, self.pairs() > 1);
-        Ok(offered.bits() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+        Ok(offered.bits() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | LOG_ALL)
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
@@ -196,6 +212,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
             return Err(Error::FeatureMismatch);
         }
         self.features = features;
+        if features & LOG_ALL == 0 {
+            self.log = None;
+        }
         if !self.accepted(Features::VERSION_1) {
             tracing::warn!(
                 "{}: the frontend does not accept VIRTIO_F_VERSION_1: it is not served until it does",
@@ -230,13 +249,14 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         desc: u64,
         used: u64,
         avail: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let (at, vring) = self.vring(index)?;
+        vring.logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
         vring.addresses = Some(Addresses { desc, avail, used });
         self.update(at)
     }
@@ -279,8 +299,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
     /// MQ only with several pairs: whether GET_QUEUE_NUM counts pairs, as in QEMU and DPDK, or queues, as in
     /// cloud-hypervisor and crosvm, frontends do not agree. Without it all take one pair.
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        let mut offered =
-            VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        let mut offered = VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::LOG_SHMFD;
         offered.set(VhostUserProtocolFeatures::MQ, self.pairs() > 1);
         Ok(offered)
     }
@@ -329,6 +350,12 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Ok(())
     }
 
+    /// Replaces the log in which the rings mark what they write.
+    fn set_log_base(&mut self, place: &VhostUserLog, file: File) -> Result<()> {
+        self.log = Some(PeerLog::map(file, place.mmap_offset, place.mmap_size).map_err(failed)?);
+        self.update_all()
+    }
+
     // What follows belongs to protocol features that are not offered.
 
     fn reset_device(&mut self) -> Result<()> {
@@ -374,9 +401,5 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         Err(Error::InvalidOperation("SHMEM was not offered"))
-    }
-
-    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
-        Err(Error::InvalidOperation("LOG_SHMFD was not offered"))
     }
 }

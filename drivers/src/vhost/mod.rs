@@ -155,7 +155,11 @@ impl Nic for Device {
 
     /// Up while a frontend has both rings of the first pair started and enabled.
     fn link(&self) -> Link {
-        let up = self.rings.iter().take(RINGS_PER_PAIR).all(|ring| matches!(*ring.lock(), Slot::Running(_)));
+        let up = self
+            .rings
+            .iter()
+            .take(RINGS_PER_PAIR)
+            .all(|ring| matches!(*ring.lock(), Slot::Running(_) | Slot::Logged(_)));
         Link { up, speed: None, full_duplex: true, autoneg: false }
     }
 

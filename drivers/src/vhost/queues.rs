@@ -36,23 +36,10 @@ impl Queue {
     #[cold]
     #[inline(never)]
     fn end(slot: &mut Slot, lie: Lie, report: &mut Report, direction: &str) {
-        if let Slot::Running(ring) | Slot::Disabled(ring) = slot {
+        if let Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) = slot {
             tracing::error!("{}: {direction} ring stopped: {}", report.name, lie.reason());
             report.stats.device_errors += 1;
             *slot = Slot::Broken(ring.next());
-        }
-    }
-}
-
-impl RxQueue {
-    /// What there is to do for a ring that does not run.
-    #[cold]
-    #[inline(never)]
-    fn idle(slot: &mut Slot, report: &mut Report) {
-        if let Slot::Disabled(ring) = slot
-            && let Err(lie) = ring.discard(&mut report.stats)
-        {
-            Queue::end(slot, lie, report, TRANSMIT);
         }
     }
 }
@@ -64,6 +51,20 @@ impl RxQueue {
 
     pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
         Arc::ptr_eq(&self.0.shared, shared)
+    }
+
+    /// What there is to do for a ring that does not just run.
+    #[cold]
+    #[inline(never)]
+    fn otherwise(slot: &mut Slot, cache: &mut PoolCache, burst: &mut Burst, report: &mut Report) {
+        let done = match slot {
+            Slot::Logged(ring) => ring.receive_logged(cache, burst, &mut report.stats),
+            Slot::Disabled(ring) => ring.discard(&mut report.stats),
+            Slot::Running(_) | Slot::Stopped | Slot::Broken(_) => Ok(()),
+        };
+        if let Err(lie) = done {
+            Queue::end(slot, lie, report, TRANSMIT);
+        }
     }
 }
 
@@ -75,6 +76,18 @@ impl TxQueue {
     pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
         Arc::ptr_eq(&self.0.shared, shared)
     }
+
+    /// As of [`RxQueue`]; gives the number of packets that were taken.
+    #[cold]
+    #[inline(never)]
+    fn otherwise(slot: &mut Slot, cache: &mut PoolCache, burst: &mut Burst, report: &mut Report) -> usize {
+        let Slot::Logged(ring) = slot else { return 0 };
+        let before = burst.len();
+        if let Err(lie) = ring.send_logged(cache, burst, report) {
+            Queue::end(slot, lie, report, RECEIVE);
+        }
+        before - burst.len()
+    }
 }
 
 impl RxBurst for RxQueue {
@@ -82,7 +95,9 @@ impl RxBurst for RxQueue {
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
         let Queue { shared, report } = &mut self.0;
         let Some(mut slot) = shared.try_lock() else { return };
-        let Slot::Running(ring) = &mut *slot else { return Self::idle(&mut slot, report) };
+        let Slot::Running(ring) = &mut *slot else {
+            return Self::otherwise(&mut slot, cache, burst, report);
+        };
         if let Err(lie) = ring.receive(cache, burst, &mut report.stats) {
             Queue::end(&mut slot, lie, report, TRANSMIT);
         }
@@ -99,7 +114,9 @@ impl TxBurst for TxQueue {
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let Queue { shared, report } = &mut self.0;
         let Some(mut slot) = shared.try_lock() else { return 0 };
-        let Slot::Running(ring) = &mut *slot else { return 0 };
+        let Slot::Running(ring) = &mut *slot else {
+            return Self::otherwise(&mut slot, cache, burst, report);
+        };
         let before = burst.len();
         if let Err(lie) = ring.send(cache, burst, report) {
             Queue::end(&mut slot, lie, report, RECEIVE);

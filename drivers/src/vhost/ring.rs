@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use vireo_eal::Result;
 use vireo_eal::dma::{
-    Buffer, Burst, DATA_ROOM, Packet, PeerEvent, PeerMemory, PeerRing, PeerSlice, PeerView, PoolCache,
-    RingEntry, RingView, dma_rmb, dma_wmb, full_mb,
+    Buffer, Burst, DATA_ROOM, Packet, PeerEvent, PeerLog, PeerMemory, PeerRing, PeerSlice, PeerView,
+    PoolCache, RingEntry, RingView, dma_rmb, dma_wmb, full_mb,
 };
 
 use crate::port::QueueStats;
@@ -79,6 +79,14 @@ pub(super) struct Terms {
     pub(super) event_idx: bool,
     /// `VIRTIO_NET_F_MRG_RXBUF`.
     pub(super) mergeable: bool,
+}
+
+/// Where a ring marks what it writes, of a guest that migrates.
+#[derive(Debug)]
+pub(super) struct Marks {
+    pub(super) log: Arc<PeerLog>,
+    /// Guest address of the used ring, if that is marked too.
+    pub(super) used: Option<u64>,
 }
 
 /// What a queue counts and says of its ring.
@@ -177,6 +185,7 @@ pub(super) struct Ring {
     terms: Terms,
     /// None while the frontend polls.
     call: Option<Arc<PeerEvent>>,
+    marks: Option<Marks>,
 }
 
 /// A descriptor, read at once.
@@ -217,6 +226,7 @@ impl Ring {
         at: Addresses,
         terms: Terms,
         call: Option<Arc<PeerEvent>>,
+        marks: Option<Marks>,
     ) -> Result<Self> {
         let entries = usize::from(size);
         let used_idx: PeerRing<u16> = memory.ring(at.used.wrapping_add(2), 1)?;
@@ -233,11 +243,13 @@ impl Ring {
             avail_event: memory.ring(at.used.wrapping_add(4 + 8 * u64::from(size)), 1)?,
             terms,
             call,
+            marks,
         };
         // With EVENT_IDX the flags stay 0 (2.7.10.1) and `avail_event` does the same.
         let flags: PeerRing<u16> = memory.ring(at.used, 1)?;
         flags.store::<0>(0, if terms.event_idx { 0 } else { USED_NO_NOTIFY });
         ring.ask_for_no_kick();
+        ring.mark_used(ring.next);
         Ok(ring)
     }
 
@@ -431,7 +443,71 @@ impl Ring {
         }
         stats.errors += u64::from(pending);
         self.publish(old, stats);
+        self.mark_used(old);
         Ok(())
+    }
+
+    /// As [`Ring::receive`], and marks what it wrote.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn receive_logged(
+        &mut self,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+        stats: &mut QueueStats,
+    ) -> Checked<()> {
+        let old = self.next;
+        let received = self.receive(cache, burst, stats);
+        self.mark_used(old);
+        received
+    }
+
+    /// As [`Ring::send`], and marks what it wrote.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn send_logged(
+        &mut self,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+        report: &mut Report,
+    ) -> Checked<()> {
+        let old = self.next;
+        // Before the chains are the guest's again, which then uses the descriptors for others.
+        let sent = self.send_and(cache, burst, report, |ring| ring.mark_buffers(old));
+        self.mark_used(old);
+        sent
+    }
+
+    /// Marks the used elements from position `old` on, and what is written with them.
+    fn mark_used(&self, old: u16) {
+        let Some(Marks { log, used: Some(used) }) = &self.marks else { return };
+        let at = |offset: u64| used.wrapping_add(offset);
+        let entries = self.desc.entries() as u64;
+        // Flags and index; behind the elements `avail_event`.
+        log.mark(at(0), 4);
+        log.mark(at(4 + 8 * entries), 2);
+        for i in 0..self.next.wrapping_sub(old) {
+            log.mark(at(4 + 8 * (u64::from(old.wrapping_add(i)) % entries)), 8);
+        }
+    }
+
+    /// Marks what was written to the chains from position `old` on.
+    fn mark_buffers(&self, old: u16) {
+        let Some(Marks { log, .. }) = &self.marks else { return };
+        let (table, mut budget) = (self.table(), Budget::new(2 * self.desc.entries()));
+        for i in 0..self.next.wrapping_sub(old) {
+            let element = self.used.view().entry(old.wrapping_add(i).into());
+            let (mut index, mut written) = (element.load::<0>() as u16, element.load::<1>() as usize);
+            while written > 0
+                && budget.spend().is_ok()
+                && let Some(descriptor) = table.get(index)
+            {
+                let part = written.min(descriptor.len);
+                log.mark(descriptor.address, part);
+                written -= part;
+                index = descriptor.next;
+            }
+        }
     }
 
     /// Gives packets from the front of `burst` to the frontend.
@@ -442,6 +518,18 @@ impl Ring {
         burst: &mut Burst,
         report: &mut Report,
     ) -> Checked<()> {
+        self.send_and(cache, burst, report, |_| {})
+    }
+
+    /// Calls `written` when packets were written and the frontend does not have them yet.
+    #[inline(always)]
+    fn send_and(
+        &mut self,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+        report: &mut Report,
+        written: impl FnOnce(&Self),
+    ) -> Checked<()> {
         let mut left = self.pending()?;
         if left == 0 {
             return Ok(());
@@ -450,6 +538,7 @@ impl Ring {
         left -= self.send_fast(left, cache, burst, &mut report.stats);
         let sent = if burst.is_empty() { Ok(()) } else { self.send_any(left, cache, burst, report) };
         if self.next != old {
+            written(self);
             self.publish(old, &mut report.stats);
         }
         sent

@@ -18,6 +18,8 @@ pub(super) enum Slot {
     Stopped,
     /// The lcore may use it.
     Running(Box<Ring>),
+    /// As `Running`, of a guest that migrates: what is written is marked.
+    Logged(Box<Ring>),
     /// Started and not enabled: it receives nothing, and what it transmits is used and dropped (vhost-user, "Ring
     /// states").
     Disabled(Box<Ring>),

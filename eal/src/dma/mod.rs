@@ -6,6 +6,7 @@ mod copies;
 mod iova;
 mod memory;
 mod peer;
+mod peer_log;
 mod pool;
 mod ring;
 
@@ -13,6 +14,7 @@ pub use buffer_ring::{BufferRing, Slot};
 pub use iova::IovaRanges;
 pub use memory::{DeviceView, DmaMemory, Part};
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
+pub use peer_log::PeerLog;
 pub use pool::{BUFFER_SIZE, Buffer, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
 

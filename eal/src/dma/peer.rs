@@ -55,10 +55,15 @@ struct Area {
 }
 
 #[derive(Debug)]
-struct Mapping {
+pub(super) struct Mapping {
     address: NonNull<c_void>,
     len: usize,
 }
+
+// SAFETY: a mapping belongs to the process, not to a thread; the value gives no access to it and only unmaps it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
@@ -70,38 +75,46 @@ impl Drop for Mapping {
     }
 }
 
-impl Area {
-    fn map(region: &PeerRegion) -> Result<Self> {
-        let what = || format!("cannot map {} KiB of a frontend's memory", region.len >> 10);
+impl Mapping {
+    /// Maps `len` bytes of a file from `offset` on, shared; gives where they are.
+    pub(super) fn shared(fd: &OwnedFd, offset: u64, len: u64) -> Result<(Self, NonNull<u8>)> {
+        let what = || format!("cannot map {} KiB of a frontend's memory", len >> 10);
         let refused = |why: &str| Error::new(ErrorKind::Protocol, what(), why);
-        let stat = fstat(&region.fd).map_err(|errno| Error::os(what(), errno))?;
+        let stat = fstat(fd).map_err(|errno| Error::os(what(), errno))?;
         if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
             return Err(refused("its descriptor is no file"));
         }
-        let end = region.offset.checked_add(region.len).filter(|_| region.len > 0);
+        let end = offset.checked_add(len).filter(|_| len > 0);
         let end = end.filter(|end| *end <= stat.st_size as u64).ok_or_else(|| {
             refused("its file is shorter than the region: an access behind the end would be SIGBUS")
         })?;
-        let wraps = |start: u64| start.checked_add(region.len).is_none();
-        if wraps(region.guest) || wraps(region.user) {
-            return Err(refused("its addresses wrap"));
-        }
         // A hugetlb file is mapped by whole pages of its own size, which is its block size.
         let small = page_size() as u64;
         let page =
             Some(stat.st_blksize as u64).filter(|size| size.is_power_of_two()).unwrap_or(small).max(small);
-        let start = region.offset & !(page - 1);
+        let start = offset & !(page - 1);
         let length = end.checked_next_multiple_of(page).and_then(|end| usize::try_from(end - start).ok());
         let length = length.and_then(NonZeroUsize::new).ok_or_else(|| refused("it is too large"))?;
-        let offset = i64::try_from(start).map_err(|_| refused("its offset is too large"))?;
+        let from = i64::try_from(start).map_err(|_| refused("its offset is too large"))?;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
-        let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &region.fd, offset) }
+        let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, fd, from) }
             .map_err(|errno| Error::os(what(), errno))?;
-        let mapping = Arc::new(Mapping { address, len: length.get() });
         // SAFETY: `start` is not above `offset`, and the mapping reaches from `start` to `end` or beyond.
-        let base = unsafe { address.cast::<u8>().add((region.offset - start) as usize) };
-        Ok(Self { guest: region.guest, user: region.user, len: region.len, base, _mapping: mapping })
+        let base = unsafe { address.cast::<u8>().add((offset - start) as usize) };
+        Ok((Self { address, len: length.get() }, base))
+    }
+}
+
+impl Area {
+    fn map(region: &PeerRegion) -> Result<Self> {
+        let wraps = |start: u64| start.checked_add(region.len).is_none();
+        if wraps(region.guest) || wraps(region.user) {
+            return Err(PeerMemory::refused("the addresses of a region wrap"));
+        }
+        let (mapping, base) = Mapping::shared(&region.fd, region.offset, region.len)?;
+        let (guest, user, len) = (region.guest, region.user, region.len);
+        Ok(Self { guest, user, len, base, _mapping: Arc::new(mapping) })
     }
 }
 

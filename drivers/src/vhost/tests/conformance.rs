@@ -11,7 +11,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use vhost::VringConfigData;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::guest::{GUEST, Guest, MEMORY, SIZE, USER};
+use super::guest::{BUFFER, BUFFERS as DATA, GUEST, Guest, MEMORY, RING, SIZE, USED, USER};
 use super::*;
 
 /// Requests (vhost-user, "Front-end message types").
@@ -20,6 +20,7 @@ const SET_FEATURES: u32 = 2;
 const SET_OWNER: u32 = 3;
 const RESET_OWNER: u32 = 4;
 const SET_MEM_TABLE: u32 = 5;
+const SET_LOG_BASE: u32 = 6;
 const SET_VRING_NUM: u32 = 8;
 const SET_VRING_ADDR: u32 = 9;
 const SET_VRING_BASE: u32 = 10;
@@ -42,13 +43,18 @@ const NEED_REPLY: u32 = 1 << 3;
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, and features of the protocol.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// `VHOST_F_LOG_ALL`, and the same of a ring (`VHOST_VRING_F_LOG`).
+const LOG_ALL: u64 = 1 << 26;
+const RING_LOG: u64 = 1;
 const MQ: u64 = 1 << 0;
+const LOG_SHMFD: u64 = 1 << 1;
 const REPLY_ACK: u64 = 1 << 3;
 const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 
 /// What the port offers.
-const OFFERED: u64 = ALL.bits() | PROTOCOL_FEATURES;
-const PROTOCOL_OFFERED: u64 = REPLY_ACK | CONFIGURE_MEM_SLOTS;
+const AGREED: u64 = ALL.bits() | PROTOCOL_FEATURES;
+const OFFERED: u64 = AGREED | LOG_ALL;
+const PROTOCOL_OFFERED: u64 = REPLY_ACK | CONFIGURE_MEM_SLOTS | LOG_SHMFD;
 
 /// Whether a frontend asks for an answer to a request that has none.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -147,8 +153,15 @@ impl Guest {
     }
 
     fn send_addr(&mut self, ring: usize, ack: Ack) {
+        self.send_logged_addr(ring, false, ack);
+    }
+
+    /// Addresses of a ring whose used ring is to be marked in the log, or not.
+    fn send_logged_addr(&mut self, ring: usize, is_logged: bool, ack: Ack) {
         let VringConfigData { desc_table_addr, used_ring_addr, avail_ring_addr, .. } = Self::addresses(ring);
-        let payload = bytes(&[ring as u64, desc_table_addr, used_ring_addr, avail_ring_addr, 0]);
+        let index = ring as u64 | if is_logged { RING_LOG << 32 } else { 0 };
+        let log = if is_logged { used_ring_addr - USER + GUEST } else { 0 };
+        let payload = bytes(&[index, desc_table_addr, used_ring_addr, avail_ring_addr, log]);
         self.set(SET_VRING_ADDR, &payload, &[], ack);
     }
 
@@ -215,7 +228,7 @@ fn qemu_makes_the_device(guest: &mut Guest, protocol: u64) {
 /// When the driver sets `DRIVER_OK`, from position `base` on.
 fn qemu_starts(guest: &mut Guest, protocol: u64, base: u32, memory: &[Part]) {
     let ack = if protocol & REPLY_ACK != 0 { Ack::Yes } else { Ack::No };
-    guest.set(SET_FEATURES, &bytes(&[OFFERED]), &[], Ack::No);
+    guest.set(SET_FEATURES, &bytes(&[AGREED]), &[], Ack::No);
     match protocol & CONFIGURE_MEM_SLOTS {
         0 => guest.send_mem_table(memory, ack),
         _ => memory.iter().for_each(|part| guest.change_memory(ADD_MEM_REG, *part, ack)),
@@ -282,6 +295,86 @@ fn conformance_qemu_with_memory_slots() {
     qemu(REPLY_ACK | CONFIGURE_MEM_SLOTS);
 }
 
+/// Bytes of the guest's memory, and the pages in the log, by their numbers in it. The log is cleared.
+fn take_pages(guest: &Guest, log: &std::fs::File) -> (Vec<u8>, Vec<bool>) {
+    use std::os::unix::fs::FileExt;
+    let mut memory = vec![0; MEMORY as usize];
+    guest.view.read(GUEST, &mut memory).unwrap();
+    let mut bits = vec![0; log.metadata().unwrap().len() as usize];
+    log.read_exact_at(&mut bits, 0).unwrap();
+    log.write_all_at(&vec![0; bits.len()], 0).unwrap();
+    let is_marked = |page: u64| bits[(page / 8) as usize] >> (page % 8) & 1 == 1;
+    let pages = (GUEST >> 12)..(GUEST + MEMORY) >> 12;
+    let elsewhere = (0..8 * bits.len() as u64).filter(|page| !pages.contains(page) && is_marked(*page));
+    assert_eq!(elsewhere.count(), 0, "pages that the guest does not have");
+    (memory, pages.clone().map(is_marked).collect())
+}
+
+/// The guest moves to another machine while it runs: QEMU copies the pages that the port says it has written.
+#[test]
+fn conformance_qemu_migration() {
+    let protocol = REPLY_ACK | LOG_SHMFD;
+    let (mut bench, mut guest) = meet(|guest| qemu_makes_the_device(guest, protocol));
+    qemu_starts(&mut guest, protocol, 0, &[Part(0, 2), Part(1, 2)]);
+    let log = tempfile::tempfile().unwrap();
+    let len = (GUEST + MEMORY) >> 15;
+    log.set_len(len).unwrap();
+    guest.say(SET_LOG_BASE, 0, &bytes(&[len, 0]), &[log.as_raw_fd()]);
+    assert_eq!(guest.hear(SET_LOG_BASE, 2), [len, 0]);
+    guest.set(SET_FEATURES, &bytes(&[AGREED | LOG_ALL]), &[], Ack::Yes);
+    BOTH.into_iter().for_each(|ring| guest.send_logged_addr(ring, true, Ack::Yes));
+    guest.settle();
+    // A buffer of three descriptors, each with a page of its own.
+    guest.provide(&[20, 30, BUFFER as u32]);
+    assert_eq!((bench.send(&[frame(3)]), guest.received()), (1, vec![frame(3)]));
+    let data = (DATA >> 12) as usize;
+    assert_eq!(take_pages(&guest, &log).1[data..data + 4], [true, true, true, false]);
+    for round in 0..20 {
+        let (before, _) = take_pages(&guest, &log);
+        if round % 2 == 0 {
+            traffic(&mut bench, &mut guest, 1 + round);
+        } else {
+            // Of several descriptors.
+            guest.transmit_chain(&frame(round), &[HEADER, 50]);
+            assert_eq!((bench.receive().len(), guest.reap_transmitted()), (1, 1));
+            assert_eq!(bench.send(&[frame(round), vec![5; DATA_ROOM]]), 2);
+            guest.received();
+        }
+        let (after, marked) = take_pages(&guest, &log);
+        let changed = |page: usize| before[page << 12..][..1 << 12] != after[page << 12..][..1 << 12];
+        let used = |ring: usize| ((ring as u64 * RING + USED) >> 12) as usize;
+        for (page, is_marked) in marked.iter().copied().enumerate() {
+            let is_the_ports = page == used(RECEIVE)
+                || page == used(TRANSMIT)
+                || (data..data + usize::from(SIZE) * BUFFER / (1 << 12)).contains(&page);
+            assert!(!changed(page) || !is_the_ports || is_marked, "page {page} was written unmarked");
+            assert!(is_the_ports || !is_marked, "page {page} is the guest's own");
+        }
+        assert!(marked[used(RECEIVE)] && marked[used(TRANSMIT)]);
+    }
+    // It is cancelled: nothing is marked any more.
+    guest.set(SET_FEATURES, &bytes(&[AGREED]), &[], Ack::Yes);
+    BOTH.into_iter().for_each(|ring| guest.send_addr(ring, Ack::Yes));
+    take_pages(&guest, &log);
+    traffic(&mut bench, &mut guest, 100);
+    assert!(take_pages(&guest, &log).1.iter().all(|marked| !marked));
+    // It is tried again, and the machine stops here: what its rings hold then is complete.
+    guest.say(SET_LOG_BASE, 0, &bytes(&[len, 0]), &[log.as_raw_fd()]);
+    guest.hear(SET_LOG_BASE, 2);
+    guest.set(SET_FEATURES, &bytes(&[AGREED | LOG_ALL]), &[], Ack::Yes);
+    BOTH.into_iter().for_each(|ring| guest.send_logged_addr(ring, true, Ack::Yes));
+    guest.send_enable(TRANSMIT, false, Ack::Yes);
+    guest.transmit(&frame(1));
+    bench.receive();
+    assert!(
+        take_pages(&guest, &log).1[((RING + USED) >> 12) as usize],
+        "a disabled ring is drained and marked"
+    );
+    let base = BOTH.map(|ring| guest.ask_base(ring));
+    assert_eq!(base[RECEIVE], base[TRANSMIT] + 10);
+    assert_eq!(bench.stop(), BUFFERS);
+}
+
 /// As when a memory module is unplugged: its pages go back when the frontend has no more to say.
 #[test]
 fn conformance_memory_that_is_taken_away_is_unmapped() {
@@ -315,7 +408,7 @@ fn conformance_qemu_without_replies() {
 }
 
 fn cloud_hypervisor_starts(guest: &mut Guest, avail_idx: [u16; 2]) {
-    guest.set(SET_FEATURES, &bytes(&[OFFERED]), &[], Ack::Yes);
+    guest.set(SET_FEATURES, &bytes(&[AGREED]), &[], Ack::Yes);
     let low: Vec<Part> = (0..5).map(|number| Part(number, 8)).collect();
     guest.send_mem_table(&low, Ack::Yes);
     BOTH.into_iter().for_each(|ring| guest.send_num(ring, Ack::Yes));
@@ -390,7 +483,7 @@ fn conformance_crosvm() {
         assert_eq!(guest.get(GET_PROTOCOL_FEATURES), PROTOCOL_OFFERED);
         guest.set(SET_PROTOCOL_FEATURES, &bytes(&[REPLY_ACK]), &[], Ack::No);
     });
-    guest.set(SET_FEATURES, &bytes(&[OFFERED]), &[], Ack::No);
+    guest.set(SET_FEATURES, &bytes(&[AGREED]), &[], Ack::No);
     crosvm_starts(&mut guest, [0; 2]);
     let mut done = 0;
     for round in 0..3 {
@@ -405,14 +498,14 @@ fn conformance_crosvm() {
     // The guest resets the device.
     assert_eq!(crosvm_stops(&mut guest), [done; 2]);
     guest.reboot();
-    guest.set(SET_FEATURES, &bytes(&[OFFERED]), &[], Ack::No);
+    guest.set(SET_FEATURES, &bytes(&[AGREED]), &[], Ack::No);
     crosvm_starts(&mut guest, [0; 2]);
     traffic(&mut bench, &mut guest, 100);
     assert_eq!(bench.stop(), BUFFERS);
 }
 
 fn dpdk_starts(guest: &mut Guest, protocol: bool) {
-    let features = if protocol { OFFERED } else { ALL.bits() };
+    let features = if protocol { AGREED } else { ALL.bits() };
     BOTH.into_iter().for_each(|ring| guest.send_event(SET_VRING_CALL, ring, Ack::No));
     guest.set(SET_FEATURES, &bytes(&[features]), &[], Ack::No);
     // A region for each hugepage.

@@ -25,10 +25,10 @@ pub(super) const USER: u64 = 0x7f00_0000_0000;
 /// Bytes of a buffer; each descriptor has one of its own.
 pub(super) const BUFFER: usize = 4096;
 /// Distance of the rings' memory, and of the parts in it.
-const RING: u64 = 0x4000;
+pub(super) const RING: u64 = 0x4000;
 const AVAIL: u64 = 0x1000;
-const USED: u64 = 0x2000;
-const BUFFERS: u64 = 0x8000;
+pub(super) const USED: u64 = 0x2000;
+pub(super) const BUFFERS: u64 = 0x8000;
 
 /// The driver's side of a ring.
 pub(super) struct GuestRing {
@@ -162,7 +162,8 @@ impl Guest {
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         assert_eq!(offered & (features.bits() | protocol), features.bits() | protocol);
         let known = VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS | VhostUserProtocolFeatures::REPLY_ACK;
-        assert_eq!(frontend.get_protocol_features().unwrap(), known);
+        let offered = known | VhostUserProtocolFeatures::LOG_SHMFD;
+        assert_eq!(frontend.get_protocol_features().unwrap(), offered);
         frontend.set_protocol_features(known).unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_features(features.bits() | protocol).unwrap();
