@@ -160,7 +160,7 @@ impl Backend {
         vring.base
     }
 
-    /// Changes the memory by one region. A ring that has no place in it then waits for one that has.
+    /// Replaces the memory by one that differs in single regions. A ring outside of it waits for a region to come.
     fn change_memory(&mut self, memory: Option<Arc<PeerMemory>>) {
         let _old = std::mem::replace(&mut self.memory, memory);
         if let Err(error) = self.update_all() {
@@ -168,12 +168,12 @@ impl Backend {
         }
     }
 
-    /// Whether regions were taken away that can still be reached.
+    /// Whether no removed region is still mapped.
     pub(super) fn is_settled(&self) -> bool {
         self.memory.as_ref().is_none_or(|memory| memory.is_settled())
     }
 
-    /// Unmaps what was taken away.
+    /// Unmaps the removed regions.
     pub(super) fn settle(&mut self) {
         self.change_memory(self.memory.as_ref().and_then(|memory| memory.settled()));
     }
@@ -296,8 +296,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
         self.vring(index.into()).map(drop)
     }
 
-    /// MQ only with several pairs: whether GET_QUEUE_NUM counts pairs, as in QEMU and DPDK, or queues, as in
-    /// cloud-hypervisor and crosvm, frontends do not agree. Without it all take one pair.
+    /// MQ is offered with several pairs only. QEMU and DPDK take the answer to GET_QUEUE_NUM for a number of pairs,
+    /// cloud-hypervisor and crosvm for one of queues; without MQ all of them take one pair.
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         let mut offered = VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS

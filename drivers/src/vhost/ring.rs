@@ -131,7 +131,7 @@ enum Spread {
 /// lie, which would keep the lcore for a table's length by each chain.
 struct Budget {
     descriptors: usize,
-    /// Borders of memory regions inside of buffers: one for each descriptor, since regions are larger than buffers.
+    /// Borders of memory regions inside of buffers. One for each descriptor is enough: regions are larger than buffers.
     borders: usize,
 }
 

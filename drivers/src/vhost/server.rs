@@ -27,7 +27,7 @@ use crate::socket::try_connect;
 /// How soon to try again to accept or to connect, in milliseconds.
 const RETRY: u8 = 100;
 
-/// How long a frontend that changes its memory is silent when it is done, in milliseconds.
+/// How long a frontend must be silent before a change of its memory counts as complete, in milliseconds.
 const SETTLED: u8 = 100;
 
 /// What the thread and the owner of the port have in common.
@@ -191,8 +191,8 @@ impl Port {
         }
     }
 
-    /// Connects to the frontend at `path`, and to the next one when it is gone, until `ends` is hung up. What keeps it
-    /// from that is said once.
+    /// Connects to the frontend at `path`, and to the next one when it is gone, until the other end of `ends` is closed.
+    /// Each reason why it cannot connect is logged once.
     fn seek(&self, path: &Path, ends: &UnixStream) {
         let mut said = None;
         loop {
@@ -207,7 +207,7 @@ impl Port {
                     }
                 }
             }
-            // Also after a connection: a frontend that hangs up at once is not asked again at once.
+            // Also after a connection, for a frontend that hangs up at once.
             if self.session.is_ending() || ends_soon(ends) {
                 return;
             }
@@ -218,11 +218,11 @@ impl Port {
         let (name, path) = (&self.name, path.display());
         match errno {
             Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN => {
-                tracing::info!("{name}: no frontend listens at {path}; it is tried ten times a second");
+                tracing::info!("{name}: no frontend listens at {path} yet; trying ten times a second");
             }
             errno => tracing::warn!(
                 "{}",
-                Error::os(format!("{name}: cannot connect to {path}, and tries on"), errno)
+                Error::os(format!("{name}: cannot connect to {path}, and keeps trying"), errno)
             ),
         }
     }
@@ -273,8 +273,8 @@ fn converse(stream: UnixStream, session: &Session, name: &Arc<str>, rings: &[Arc
     }
 }
 
-/// While regions of memory are on their way out, waits until the frontend has said nothing for [`SETTLED`], or has
-/// more to say.
+/// Unmaps the memory regions that the frontend has removed, once it has sent nothing for [`SETTLED`]. Returns when
+/// there is a request, or nothing to unmap.
 fn settle(handler: &BackendReqHandler<Mutex<Backend>>, backend: &Mutex<Backend>) {
     let lock = || backend.lock().unwrap_or_else(PoisonError::into_inner);
     if lock().is_settled() {

@@ -435,11 +435,11 @@ impl Transport for Pci {
                 "go on with",
                 "it met an error and asks for a reset (DEVICE_NEEDS_RESET)",
             )),
-            // So has QEMU's when its bus mastering was switched off, or somebody else reset it.
+            // QEMU clears the bit when bus mastering is switched off; a reset by somebody else clears it too.
             Some(status) if self.live && !status.contains(Status::DRIVER_OK) => Err(self.error(
                 ErrorKind::Protocol,
                 "go on with",
-                format!("it has left the state in which it was started: its status is {:#x}", status.bits()),
+                format!("its status {:#x} has lost DRIVER_OK", status.bits()),
             )),
             Some(_) => Ok(()),
         }

@@ -112,7 +112,7 @@ struct Batch {
     whole: u32,
 }
 
-/// Bytes that belong to one writer: two cache lines, because a processor fetches them in pairs.
+/// Bytes of two cache lines, which processors fetch together.
 const LINES: usize = 128;
 
 /// How far the avail index may run before `used_event` has to follow: a part of 2^16 that leaves room for a ring.
@@ -165,7 +165,7 @@ impl Virtqueue {
     /// layout and alignment after virtio 1.2, 2.7.
     pub(super) fn new(memory: &Arc<DmaMemory>, size: u16, name: &Arc<str>, fault: &Fault) -> Result<Self> {
         let entries = usize::from(size);
-        // Queues of two lcores are neighbours in memory: each begins, and so ends, on cache lines of its own.
+        // Queues of two lcores are neighbours in memory: each has cache lines of its own.
         let whole = |len: usize| len.next_multiple_of(LINES);
         // What the driver writes the device only reads.
         let mut driver = DmaBlock::read_only(memory, whole(16 * entries + 2 * (3 + entries)), LINES)?;
@@ -226,8 +226,8 @@ impl Virtqueue {
         self.ask_for_no_interrupt();
     }
 
-    /// The device interrupts when the used index passes `used_event`, which is behind it: before it comes there, it has
-    /// run around 2^16 with the avail index.
+    /// The device interrupts when the used index passes `used_event`. The driver puts that word behind the used index,
+    /// which reaches it only after 2^16 completions, and moves it every [`USED_EVENT_STRIDE`].
     #[inline(always)]
     fn ask_for_no_interrupt(&self) {
         self.used_event.store::<0>(0, self.next.wrapping_sub(1));
@@ -337,11 +337,11 @@ impl Virtqueue {
         }
     }
 
-    /// Rings though the device did not ask for it, and says why if that is to be `said`.
-    pub(super) fn ring_late(&mut self, said: bool) {
-        if said {
+    /// Rings although the device did not ask for it, with a warning if `warn`.
+    pub(super) fn ring_late(&mut self, warn: bool) {
+        if warn {
             tracing::warn!(
-                "virtio NIC {}: virtqueue {} is full and was not served for a second: it is rung again",
+                "virtio NIC {}: virtqueue {} is full and the device has used nothing for a second; ringing it again",
                 self.rare.name,
                 self.index
             );
@@ -385,8 +385,9 @@ impl Virtqueue {
         Ok((buffer, used as usize))
     }
 
-    /// Where a device that completes in order wrote one element for several of the `pending` completions, with the
-    /// id of the last: has [`Virtqueue::complete`] give all of theirs. The buffers before the last were used whole.
+    /// Looks whether the next element stands for several of the `pending` completions, as a device that completes in
+    /// order may write it, with the id of the last. [`Virtqueue::complete`] then gives each of them; the buffers before
+    /// the last were used whole.
     pub(super) fn expect_batch(&mut self, pending: u16, whole: u32) {
         if self.is_in_batch() {
             return;
@@ -400,7 +401,7 @@ impl Virtqueue {
         }
     }
 
-    /// Whether the elements of the next completions were left out: what the ring has in their places is old.
+    /// Whether the device left out the elements of the next completions: the ring has old ones in their places.
     pub(super) fn is_in_batch(&self) -> bool {
         self.rare.batch.is_some()
     }

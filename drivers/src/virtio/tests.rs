@@ -210,7 +210,7 @@ fn a_ring_that_is_full_again_is_not_stuck() {
     }
 }
 
-/// As when its host was paused, or what is behind it on the host is started anew.
+/// A device does so while its host is paused, or the switch behind it is restarted.
 #[test]
 fn a_device_that_sends_nothing_for_long_is_rung_again_and_kept() {
     let mut bench = Bench::new(Behaviour::default());
@@ -234,14 +234,14 @@ fn a_device_that_sends_nothing_for_long_is_rung_again_and_kept() {
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
-/// As QEMU's when its bus mastering was switched off.
+/// QEMU's device does so when its bus mastering is switched off.
 #[test]
 fn a_device_that_was_stopped_by_somebody_else_is_started_again() {
     let mut bench = Bench::new(Behaviour::default());
     bench.device.check().unwrap();
     bench.nic.behave(|behaviour| behaviour.halted = true);
     let error = bench.device.check().unwrap_err().to_string();
-    assert!(error.contains("it has left the state in which it was started: its status is 0xb"), "{error}");
+    assert!(error.contains("its status 0xb has lost DRIVER_OK"), "{error}");
     bench.nic.behave(|behaviour| behaviour.halted = false);
     let Bench { nic, mut device, rx, tx, mut cache, memory } = bench;
     device.stop(rx, tx, &mut cache).unwrap();

@@ -62,9 +62,9 @@ impl TxQueue {
         self.queue.is_broken()
     }
 
-    /// Finds no room for a burst. A device has no time limit: its host may pause it, or restart the switch behind it,
-    /// and it goes on as if nothing had been. So it is rung once more and kept, for a restart would lose what it has
-    /// received; one that is broken says so (`DEVICE_NEEDS_RESET`).
+    /// Finds no room for a burst. The specification sets a device no time limit: a healthy device stands still while its
+    /// host is paused or the switch behind it is restarted, and a restart of the port would lose what it has received.
+    /// The driver rings once more, in case a doorbell was lost. A broken device says so (`DEVICE_NEEDS_RESET`).
     #[cold]
     #[inline(never)]
     fn full(&mut self) -> usize {

@@ -241,8 +241,8 @@ impl User {
     }
 
     /// Sends a request and waits for the answer until the deadline: the crate would wait for ever, even with a
-    /// time limit on the socket. To a peer that was late nothing is sent any more, and nothing is heard of it but the
-    /// end of its side of the connection.
+    /// time limit on the socket. A peer that was late gets no further request, and the driver looks only whether the
+    /// peer has closed the connection.
     fn ask<T>(&mut self, request: &str, ask: impl FnOnce(&mut Frontend) -> vhost::Result<T>) -> Result<T> {
         if self.silent {
             return Err(self.error(ErrorKind::Protocol, SILENT));
@@ -254,8 +254,8 @@ impl User {
             let watchdog = Builder::new().name("vireo-watchdog".into()).spawn_scoped(scope, move || {
                 let late = answered.recv_timeout(rest) == Err(RecvTimeoutError::Timeout);
                 if late {
-                    // Ends the wait. Not both ways: then the end of the peer's side would not be seen. Fails only when
-                    // the connection has ended by itself.
+                    // Ends the wait. A shutdown of both directions would hide the end of the peer's side. Fails only
+                    // when the connection has ended by itself.
                     let _ = socket.shutdown(std::net::Shutdown::Read);
                 }
                 late
@@ -352,7 +352,7 @@ impl Transport for User {
     /// the memory.
     fn negotiate(&mut self, options: Options, several: bool) -> Result<Features> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
-        // One that is silent was told of no ring, or has ended: the last stop is done.
+        // The last stop is done, so a silent peer was told of no ring, or has ended.
         if self.silent || self.is_closed() {
             self.reconnect()?;
         }
@@ -441,9 +441,7 @@ impl Transport for User {
     fn stop(&mut self) -> Result<()> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
         self.stop_rings().map_err(|error| match self.silent {
-            true => {
-                error.mend("end the peer: until its connection is closed, the memory that it had is kept")
-            }
+            true => error.mend("end the peer: the memory that it had is kept until its connection closes"),
             false => error.mend(KEPT),
         })
     }

@@ -129,8 +129,8 @@ impl Area {
 pub struct PeerMemory {
     /// In the order of their guest addresses, none of which two have.
     areas: Box<[Area]>,
-    /// Regions that the peer has taken away, as long as it may not be done: see [`PeerMemory::without`]. With `areas`
-    /// at least one.
+    /// Regions that the peer has removed, until the change is complete: see [`PeerMemory::without`]. `areas` and
+    /// `leaving` have at least one region together.
     leaving: Box<[Area]>,
 }
 
@@ -183,9 +183,9 @@ impl PeerMemory {
         Self::of(areas, self.leaving.clone())
     }
 
-    /// This memory without the region of `len` bytes at these addresses. It can still be reached, where no other one
-    /// has its addresses, until [`PeerMemory::settled`]: a peer that moves the border between two regions takes both
-    /// away before it adds others, and its rings run on.
+    /// This memory without the region of `len` bytes at these addresses. The region can still be reached, where no other
+    /// one has its addresses, until [`PeerMemory::settled`]: a peer that moves the border between two regions removes
+    /// both before it adds others, while its rings run.
     ///
     /// # Errors
     /// `Protocol` when there is no such region.
@@ -200,12 +200,12 @@ impl PeerMemory {
         Self::of(areas, leaving.into())
     }
 
-    /// Whether a region was taken away and can still be reached.
+    /// Whether no removed region can still be reached.
     pub fn is_settled(&self) -> bool {
         self.leaving.is_empty()
     }
 
-    /// This memory without what was taken away; none if nothing is left.
+    /// This memory without the removed regions; none if no other is left.
     pub fn settled(&self) -> Option<Arc<Self>> {
         let areas = Some(&self.areas).filter(|areas| !areas.is_empty())?;
         Some(Arc::new(Self { areas: areas.clone(), leaving: Box::default() }))
@@ -339,9 +339,9 @@ impl<'a> PeerView<'a> {
         Some(PeerSlice { at: unsafe { self.base.add(offset) }, len, _memory: PhantomData })
     }
 
-    /// Calls `each` for the `len` bytes at the guest address `guest`, in one part for each region that has some of them:
-    /// a buffer may cross from one region into another that begins where the first ends. None, after the parts in
-    /// front of it, when a byte is in no region or `each` has enough and says so by none.
+    /// Calls `each` for the `len` bytes at the guest address `guest`, once for each region that has some of them: a buffer
+    /// may cross from one region into the next. Ends with none at the first byte that is in no region, or when `each`
+    /// gives none.
     pub fn parts(
         &mut self,
         guest: u64,

@@ -299,7 +299,7 @@ fn a_silent_peer_is_waited_for_a_second_and_its_memory_is_kept() {
     let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
     let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
     assert!(
-        error.contains("GET_VRING_BASE within 3 s") && error.contains("; end the peer: until"),
+        error.contains("GET_VRING_BASE within 3 s") && error.contains("; end the peer: the memory"),
         "{error}"
     );
     let weak = Arc::downgrade(&memory);
@@ -307,7 +307,7 @@ fn a_silent_peer_is_waited_for_a_second_and_its_memory_is_kept() {
     assert!(weak.upgrade().is_some());
 }
 
-/// As when it is killed: the end of its connection, which a process that lives may hold, says that it is gone.
+/// A killed peer's connection closes.
 #[test]
 fn a_silent_peer_that_goes_gives_the_memory_back() {
     let dir = tempfile::tempdir().unwrap();
@@ -363,7 +363,7 @@ fn all_answers_of_a_start_or_a_stop_have_their_time_together() {
     assert!(error.contains("up to GET_VRING_BASE within 3 s"), "{error}");
     for _ in 0..2 {
         let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
-        assert!(error.ends_with("until its connection is closed, the memory that it had is kept"), "{error}");
+        assert!(error.ends_with("the memory that it had is kept until its connection closes"), "{error}");
     }
     let pool = Arc::clone(cache.pool());
     drop(cache);
