@@ -1,5 +1,6 @@
 //! A region with device addresses.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -203,10 +204,12 @@ impl DmaMemory {
     /// as without an IOMMU, for tests and counts that need no VFIO.
     ///
     /// # Panics
-    /// When `page_size` is no power of two or less than a page, or as many pages are not the region.
+    /// When `page_size` is no power of two or less than a page, as many pages are not the region, or an address is no
+    /// multiple of it.
     pub fn with_addresses(region: Region, page_size: usize, addresses: &[u64]) -> Arc<Self> {
         assert!(page_size.is_power_of_two() && page_size >= region.page_size());
         assert_eq!(addresses.len() * page_size, region.len());
+        assert!(addresses.iter().all(|address| address.is_multiple_of(page_size as u64)));
         let translation = Translation::paged(page_size, addresses);
         Self::whole(Vec::new(), Arc::new(region), translation)
     }
@@ -310,7 +313,15 @@ impl DmaMemory {
 
     /// The memory as a device sees it, for device halves in tests.
     pub fn device_view(self: &Arc<Self>) -> DeviceView {
-        DeviceView { memory: Arc::clone(self) }
+        let translation = self.translation();
+        let page = |(page, delta): (usize, &u64)| {
+            (delta.wrapping_add((page as u64) << translation.page_shift) >> translation.page_shift, page)
+        };
+        let pages = match translation.is_contiguous() {
+            true => HashMap::new(),
+            false => translation.deltas.iter().enumerate().map(page).collect(),
+        };
+        DeviceView { memory: Arc::clone(self), pages: Arc::new(pages) }
     }
 }
 
@@ -396,17 +407,22 @@ fn fit(spaces: &[Arc<AddressSpace>], len: u64) -> Result<u64> {
 #[derive(Clone, Debug)]
 pub struct DeviceView {
     memory: Arc<DmaMemory>,
+    /// Page in the region by the number of its device address, where pages have addresses of their own: a search of all
+    /// pages for each access would take most of the time of whoever plays a device.
+    pages: Arc<HashMap<u64, usize>>,
 }
 
 impl DeviceView {
     fn offset(&self, iova: u64, len: usize) -> Option<usize> {
         let translation = self.memory.translation();
         let page_len = self.memory.region().len().min(1 << translation.page_shift);
-        translation.deltas.iter().enumerate().find_map(|(page, delta)| {
-            let offset = usize::try_from(iova.wrapping_sub(*delta)).ok()?;
-            let start = page.checked_mul(page_len)?;
-            (offset >= start && offset.checked_add(len)? <= start + page_len).then_some(offset)
-        })
+        let page = match translation.is_contiguous() {
+            true => 0,
+            false => *self.pages.get(&(iova >> translation.page_shift))?,
+        };
+        let offset = usize::try_from(iova.wrapping_sub(translation.deltas[page])).ok()?;
+        let start = page.checked_mul(page_len)?;
+        (offset >= start && offset.checked_add(len)? <= start + page_len).then_some(offset)
     }
 
     /// Reads one word; none when the address is unmapped or odd.
