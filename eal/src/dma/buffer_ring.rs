@@ -12,7 +12,7 @@ pub struct BufferRing {
 }
 
 impl BufferRing {
-    /// Beyond the end of every pool. Not all ones, which the compiler would write by a call of memset.
+    /// No handle: no pool has its tag. Not all ones, which the compiler would write by a call of memset.
     const EMPTY: u32 = u32::MAX - 1;
 
     /// A record for `entries` descriptors, all empty; rounded up to a power of two.
@@ -77,7 +77,7 @@ impl BufferRing {
         most: usize,
         cache: &mut PoolCache,
         burst: &mut Burst,
-        mut done: impl FnMut(&Slot<'_, W, N>, RingEntry<'_, C, M>) -> Option<usize>,
+        mut done: impl FnMut(&Filled<'_, W, N>, RingEntry<'_, C, M>) -> Option<usize>,
         mut arm: impl FnMut(&Slot<'_, W, N>),
     ) -> usize {
         let before = burst.len();
@@ -100,12 +100,14 @@ impl BufferRing {
                 unsafe { (slots.get_unchecked_mut(count), ring.ahead(count), completions.ahead(count)) };
             let index = first + count;
             debug_assert!(*place != Self::EMPTY, "there is no buffer to give out");
-            let old = Slot { index, entry, buffers: fresh.buffers, buffer: Buffer(*place) };
+            let old = Filled { index, entry, buffers: fresh.buffers, buffer: Buffer(*place) };
             let Some(len) = done(&old, completion) else { break };
             // SAFETY: no more buffers are taken than `burst` has room for.
             unsafe { packets.add(before + count).write(Packet::new(old.buffer, len)) };
             let Some(buffer) = fresh.next() else { break };
-            let new = Slot { index, entry, buffers: fresh.buffers, buffer };
+            // The cache has this pool's only.
+            let iova = fresh.buffers.iova_of_any(&buffer);
+            let new = Slot { index, entry, iova, buffers: fresh.buffers, buffer };
             arm(&new);
             *place = new.buffer.0;
             count += 1;
@@ -121,7 +123,8 @@ impl BufferRing {
     /// its pool.
     ///
     /// # Panics
-    /// When there are fewer packets.
+    /// When there are fewer packets. When one is of another pool, which is found at the end, so that it costs one
+    /// instruction: `send` has seen an address for it that means nothing, and the device must not be told.
     #[inline(always)]
     pub fn keep<W: Word, const N: usize>(
         &mut self,
@@ -143,7 +146,7 @@ impl BufferRing {
         unsafe { burst.set_len(0) };
         // After that call, which borrows all of the burst and would end what was borrowed before.
         let packets = burst.as_mut_ptr();
-        let mut kept = 0;
+        let (mut kept, mut iovas) = (0, 0);
         // Twice where the ring ends in between, so that no index wraps in the loop.
         while kept < count {
             let first = start.wrapping_add(kept) & mask;
@@ -156,7 +159,10 @@ impl BufferRing {
                 let (index, len) = (first + i, packet.len());
                 // SAFETY: the run ends where the smaller ring does.
                 let (place, entry) = unsafe { (slots.get_unchecked_mut(i), entries.ahead(i)) };
-                let mut slot = Slot { index, entry, buffers, buffer: packet.into_buffer() };
+                let buffer = packet.into_buffer();
+                let iova = buffers.iova_of_any(&buffer);
+                iovas |= iova;
+                let mut slot = Slot { index, entry, iova, buffers, buffer };
                 send(&mut slot, len);
                 debug_assert!(*place == Self::EMPTY, "the buffer that is there would be lost");
                 *place = slot.buffer.0;
@@ -170,6 +176,7 @@ impl BufferRing {
                 burst.set_len(len - count);
             }
         }
+        assert!(!Buffers::is_foreign(iovas), "a packet of another pool");
     }
 
     /// Gives the buffers of `count` descriptors from `start` on, which wraps, to `cache`.
@@ -180,13 +187,10 @@ impl BufferRing {
         while rest > 0 {
             let len = rest.min(self.slots.len() - index).min(MAX_FREE);
             let run = &mut self.slots[index..index + len];
-            // Without an early end, so that the test costs less than one instruction for each buffer.
-            if run.iter().fold(false, |any, slot| any | (*slot == Self::EMPTY)) {
+            if !cache.free_all(run) {
                 for slot in run.iter().filter(|slot| **slot != Self::EMPTY) {
                     cache.free(Buffer(*slot));
                 }
-            } else {
-                cache.free_all(run);
             }
             run.fill(Self::EMPTY);
             index = (index + len) & mask;
@@ -200,9 +204,9 @@ impl BufferRing {
     }
 }
 
-/// A descriptor of a ring, and the buffer that it owns.
+/// A descriptor of a ring, and the buffer that it owns and that the device may have filled.
 #[derive(Debug)]
-pub struct Slot<'a, W: Word, const N: usize> {
+pub struct Filled<'a, W: Word, const N: usize> {
     /// Its index in the ring.
     pub index: usize,
     /// The descriptor itself.
@@ -211,11 +215,31 @@ pub struct Slot<'a, W: Word, const N: usize> {
     buffer: Buffer,
 }
 
+impl<W: Word, const N: usize> Filled<'_, W, N> {
+    /// As [`PoolCache::read_header`], of its buffer.
+    #[inline(always)]
+    pub fn read_header<const LEN: usize>(&self) -> [u8; LEN] {
+        self.buffers.read_header(&self.buffer)
+    }
+}
+
+/// A descriptor of a ring, and the buffer that it gets.
+#[derive(Debug)]
+pub struct Slot<'a, W: Word, const N: usize> {
+    /// Its index in the ring.
+    pub index: usize,
+    /// The descriptor itself.
+    pub entry: RingEntry<'a, W, N>,
+    iova: u64,
+    buffers: Buffers<'a>,
+    buffer: Buffer,
+}
+
 impl<W: Word, const N: usize> Slot<'_, W, N> {
-    /// As [`PoolCache::iova`], of its buffer.
+    /// Device address of the packet data in its buffer, as [`PoolCache::iova`] gives it.
     #[inline(always)]
     pub fn iova(&self) -> u64 {
-        self.buffers.iova(&self.buffer)
+        self.iova
     }
 
     /// As [`PoolCache::read_header`], of its buffer.
@@ -369,7 +393,7 @@ mod tests {
             let (mut next, mut burst) = (0, Burst::new());
             for (asked, done, freed) in steps {
                 let (before, mut left, mut fresh) = (burst.len(), done, Vec::new());
-                let good = |_: &Slot<'_, u64, 2>, _: RingEntry<'_, u64, 2>| {
+                let good = |_: &Filled<'_, u64, 2>, _: RingEntry<'_, u64, 2>| {
                     left = left.checked_sub(1)?;
                     Some(done)
                 };

@@ -64,7 +64,7 @@ impl PoolCache {
             let slice = unsafe { slice.assume_init() };
             let len = slice.len.min(DATA_ROOM);
             // SAFETY: a slice is valid for its length and a buffer's data for `DATA_ROOM` bytes; the buffer's only
-            // handle, as `free` asks for, is here. There are no more packets than `burst` has room for.
+            // handle is here. There are no more packets than `burst` has room for.
             unsafe {
                 copy(slice.at.as_ptr(), fresh.buffers.data(&buffer).as_ptr(), len);
                 packets.add(before + i).write(Packet::new(buffer, len));
@@ -130,8 +130,7 @@ impl PoolCache {
         if offset.checked_add(from.len)? > DATA_ROOM {
             return None;
         }
-        // SAFETY: the copy ends within the buffer, as just checked; the buffer's only handle, as `free` asks for, is
-        // borrowed.
+        // SAFETY: the copy ends within the buffer, as just checked; the buffer's only handle is borrowed.
         unsafe { copy(from.at.as_ptr(), self.buffers().data(buffer).as_ptr().add(offset), from.len) };
         Some(())
     }

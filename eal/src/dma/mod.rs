@@ -10,7 +10,7 @@ mod peer_log;
 mod pool;
 mod ring;
 
-pub use buffer_ring::{BufferRing, Slot};
+pub use buffer_ring::{BufferRing, Filled, Slot};
 pub use iova::IovaRanges;
 pub use memory::{DeviceView, DmaMemory, Part};
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};

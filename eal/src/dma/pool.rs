@@ -15,6 +15,7 @@ mod free;
 #[cfg(all(test, loom))]
 mod models;
 mod place;
+mod tag;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +23,7 @@ pub(super) use cache::MAX_FREE;
 pub use cache::PoolCache;
 use free::{Chunk, FreeList};
 pub(super) use place::Buffers;
+use tag::Tag;
 
 /// Distance of two buffers in bytes; a power of two, so that no buffer crosses a page.
 pub const BUFFER_SIZE: usize = 2048;
@@ -44,9 +46,10 @@ pub type Burst = ArrayVec<Packet, MAX_BURST>;
 /// Most buffers of a pool: their distances from the first fit into 32 bits.
 const MAX_BUFFERS: u32 = u32::MAX / BUFFER_SIZE as u32;
 
-/// Ownership of one packet buffer, by its distance from the pool's first in bytes. There is exactly one handle
-/// of each buffer: it is moved, never copied, into a descriptor ring, a packet, or the pool that it came from
-/// ([`PoolCache::free`]). Losing it loses the buffer.
+/// Ownership of one packet buffer, by its distance from the pool's first in bytes plus the pool's tag. There is
+/// exactly one handle of each buffer: it is moved, never copied, into a descriptor ring, a packet, or the pool that it
+/// came from ([`PoolCache::free`]). Losing it loses the buffer. A cache of another pool gives no access by it: it
+/// panics, or in [`PoolCache::free`] refuses the buffer.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a buffer that is dropped is lost to its pool"]
 pub struct Buffer(pub(super) u32);
@@ -92,6 +95,8 @@ impl Packet {
 #[derive(Debug)]
 pub struct Pool {
     memory: Arc<DmaMemory>,
+    /// In each handle of this pool's buffers, and of no other's.
+    tag: Tag,
     /// Offset of buffer 0 in the memory.
     offset: usize,
     count: u32,
@@ -106,13 +111,13 @@ impl Pool {
     /// Takes `count` buffers of `memory`.
     ///
     /// # Errors
-    /// `Os` when the memory is too small, `Usage` when a pool cannot be so large.
+    /// `Os` when the memory is too small, or there are 127 pools, `Usage` when a pool cannot be so large.
+    /// A pool counts until its buffers have all come back and it is dropped.
     pub fn new(memory: &Arc<DmaMemory>, count: u32) -> Result<Arc<Self>> {
         Self::with_access(memory, count, Access::ReadWrite)
     }
 
-    /// As [`Pool::new`], of buffers that devices only read: packets that are sent and never received into. They go
-    /// back to this pool only ([`PoolCache::free`] cannot tell whose they are).
+    /// As [`Pool::new`], of buffers that devices only read: packets that are sent and never received into.
     ///
     /// # Errors
     /// As for [`Pool::new`].
@@ -125,15 +130,18 @@ impl Pool {
             let what = format!("cannot make a pool of {count} packet buffers");
             return Err(Error::new(ErrorKind::Usage, what, format!("there can be at most {MAX_BUFFERS}")));
         }
-        let offset = memory.allocate_buffers(count as usize, BUFFER_SIZE, access)?;
+        let tag = Tag::take()?;
+        let offset =
+            memory.allocate_buffers(count as usize, BUFFER_SIZE, access).inspect_err(|_| tag.release())?;
         let free = FreeList::new(count as usize);
         for first in (0..count).step_by(CHUNK) {
             let chunk = first..count.min(first + CHUNK as u32);
-            free.push(chunk.map(|index| index * BUFFER_SIZE as u32).collect());
+            free.push(chunk.map(|index| index * BUFFER_SIZE as u32 + tag.get()).collect());
         }
-        let bases = place::bases(memory.translation(), offset, count);
+        let bases = place::bases(memory.translation(), offset, count, tag.get());
         Ok(Arc::new(Self {
             memory: Arc::clone(memory),
+            tag,
             offset,
             count,
             bases,
@@ -158,22 +166,16 @@ impl Pool {
         self.free.len() as u32
     }
 
-    /// Whether a buffer of this pool may be at this distance.
-    fn covers(&self, distance: u32) -> bool {
-        (distance as usize) < self.count as usize * BUFFER_SIZE
+    /// Takes back what a cache gives: buffers of this pool, so that there is room for them.
+    fn take_back(&self, chunk: Chunk) {
+        self.free.push(chunk);
     }
 
-    /// Takes back what a cache gives, without what can be told to be of another pool: what is beyond the end, and
-    /// chunks that are more than the pool can fill.
-    fn take_back(&self, mut chunk: Chunk) {
-        let len = chunk.len();
-        // Without an early end, so that the test costs about one instruction for each buffer.
-        if !chunk.iter().fold(true, |all, distance| all & self.covers(*distance)) {
-            chunk.retain(|distance| self.covers(*distance));
-        }
-        let foreign = len - chunk.len();
-        let is_full = !chunk.is_empty() && !self.free.push(chunk);
-        if (foreign > 0 || is_full) && self.is_to_warn(Tsc::now()) {
+    /// Says that a buffer of another pool came to this one, which is lost to its own.
+    #[cold]
+    #[inline(never)]
+    fn refuse(&self, _: Buffer) {
+        if self.is_to_warn(Tsc::now()) {
             tracing::error!("packet buffers of another pool came back to this one: a driver mixes pools up");
         }
     }
@@ -189,5 +191,14 @@ impl Pool {
     /// A cache for one lcore.
     pub fn cache(self: &Arc<Self>) -> PoolCache {
         PoolCache::new(self)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // A handle that is still somewhere would be one of the next pool with this tag.
+        if self.available() == self.count {
+            self.tag.release();
+        }
     }
 }

@@ -23,7 +23,7 @@ pub(in crate::dma) const MAX_FREE: usize = CACHE / 2;
 pub struct PoolCache {
     place: Place,
     stack: Box<[MaybeUninit<u32>; CACHE]>,
-    /// The first `len` entries of `stack` are initialised.
+    /// The first `len` entries of `stack` are initialised, each by a handle of this pool that is nowhere else.
     len: usize,
     pool: Arc<Pool>,
 }
@@ -76,15 +76,13 @@ impl PoolCache {
         }
     }
 
-    /// Takes a buffer back that came from this pool, by whichever cache.
-    ///
-    /// Only debug builds check that here, as it would cost each packet. A buffer of another pool becomes one of
-    /// this pool in its stead: two handles own the bytes of one buffer, and two lcores may write them at once. One
-    /// that would be beyond this pool's end is refused when its data is reached, and told and left out when the
-    /// cache gives it to the pool; but until then [`PoolCache::iova`] gives a device an address behind the pool.
+    /// Takes a buffer back that came from this pool, by whichever cache. One of another pool is refused: it is lost to
+    /// its own, and an error says so, at most once in a second.
     #[inline(always)]
     pub fn free(&mut self, buffer: Buffer) {
-        debug_assert!(self.pool.covers(buffer.0), "a buffer of another pool");
+        if !self.place.owns(&[buffer.0]) {
+            return self.pool.refuse(buffer);
+        }
         if self.len == CACHE {
             self.spill();
         }
@@ -92,19 +90,23 @@ impl PoolCache {
         self.len += 1;
     }
 
-    /// Takes back at most [`MAX_FREE`] indices at once, each as [`PoolCache::free`] does.
+    /// Takes back at most [`MAX_FREE`] handles at once; false, and none, when not all are of this pool.
     #[inline(always)]
-    pub(in crate::dma) fn free_all(&mut self, indices: &[u32]) {
-        debug_assert!(indices.len() <= MAX_FREE);
-        debug_assert!(indices.iter().all(|index| self.pool.covers(*index)), "a buffer of another pool");
-        if indices.len() > CACHE - self.len {
+    #[must_use]
+    pub(in crate::dma) fn free_all(&mut self, handles: &[u32]) -> bool {
+        debug_assert!(handles.len() <= MAX_FREE);
+        if !self.place.owns(handles) {
+            return false;
+        }
+        if handles.len() > CACHE - self.len {
             self.spill();
         }
-        let to = &mut self.stack[self.len..self.len + indices.len()];
-        for (to, index) in to.iter_mut().zip(indices) {
-            *to = MaybeUninit::new(*index);
+        let to = &mut self.stack[self.len..self.len + handles.len()];
+        for (to, handle) in to.iter_mut().zip(handles) {
+            *to = MaybeUninit::new(*handle);
         }
-        self.len += indices.len();
+        self.len += handles.len();
+        true
     }
 
     /// Gives chunks back to the pool until half of the cache is empty.
@@ -150,7 +152,9 @@ impl PoolCache {
     }
 
     /// Device address of the packet data in `buffer`; [`HEADROOM`](super::HEADROOM) bytes in front of it belong to the buffer.
-    /// For a buffer of another pool it is any address.
+    ///
+    /// # Panics
+    /// When the buffer is of another pool.
     #[inline(always)]
     pub fn iova(&self, buffer: &Buffer) -> u64 {
         self.buffers().iova(buffer)
@@ -162,10 +166,10 @@ impl PoolCache {
     /// When they do not fit into [`DATA_ROOM`], or the packet is of another pool.
     #[inline(always)]
     pub fn write(&mut self, packet: &mut Packet, offset: usize, bytes: &[u8]) {
-        assert!(offset + bytes.len() <= DATA_ROOM);
+        assert!(bytes.len() <= DATA_ROOM && offset <= DATA_ROOM - bytes.len());
         // SAFETY: `data` gives the start of `DATA_ROOM` bytes and the copy ends within them; the source is a
         // slice of the caller's and cannot overlap memory that hands out no slices. The packet's handle is the
-        // buffer's only one, as `free` asks for, and borrowed mutably, so no other thread of ours touches the buffer.
+        // buffer's only one and borrowed mutably, so no other thread of ours touches the buffer.
         unsafe {
             self.buffers()
                 .data(&packet.buffer)
@@ -205,7 +209,7 @@ impl PoolCache {
     /// When they are not within [`DATA_ROOM`], or the packet is of another pool.
     #[inline(always)]
     pub fn read(&self, packet: &Packet, offset: usize, bytes: &mut [u8]) {
-        assert!(offset + bytes.len() <= DATA_ROOM);
+        assert!(bytes.len() <= DATA_ROOM && offset <= DATA_ROOM - bytes.len());
         // SAFETY: as in `write`, the other way; nobody of ours writes while the only handle is borrowed.
         unsafe {
             self.buffers()

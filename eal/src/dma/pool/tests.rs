@@ -1,4 +1,5 @@
 use std::collections::HashSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
@@ -6,6 +7,7 @@ use proptest::prelude::*;
 use super::cache::CACHE;
 use super::*;
 use crate::dma::memory::Translation;
+use crate::dma::{BufferRing, DmaRing};
 use crate::mem::{Backing, Region};
 
 fn pool(count: u32) -> Arc<Pool> {
@@ -32,10 +34,10 @@ fn device_addresses_follow_the_pages() {
     let pages: Vec<u64> = (0..9).map(|page| 0x10_0000 + (page * 7 % 9) * 0x3000).collect();
     let translation = Translation::paged(4096, &pages);
     for offset in [0, 2048, 4096, 3 * 2048] {
-        let bases = place::bases(&translation, offset, 10);
+        let bases = place::bases(&translation, offset, 10, 3);
         for index in 0..10_usize {
             let wanted = translation.iova(offset + index * BUFFER_SIZE + HEADROOM);
-            assert_eq!(bases[index].wrapping_add((index * BUFFER_SIZE) as u64), wanted);
+            assert_eq!(bases[index].wrapping_add((index * BUFFER_SIZE + 3) as u64), wanted);
         }
     }
     let memory = DmaMemory::map(Region::new(1 << 20, Backing::SmallPages).unwrap(), &[]).unwrap();
@@ -62,18 +64,6 @@ fn what_is_not_taken_stays() {
     drop(taking);
     let mut taking = cache.take(32);
     assert_eq!(std::iter::from_fn(|| taking.next()).count(), 6);
-}
-
-#[test]
-fn what_cannot_be_of_the_pool_does_not_come_back() {
-    let pool = pool(3);
-    let chunk = |distances: &[usize]| distances.iter().map(|index| (index * BUFFER_SIZE) as u32).collect();
-    assert_eq!(pool.free.pop().unwrap(), chunk(&[0, 1, 2]));
-    pool.take_back(chunk(&[5, 2, 3]));
-    pool.take_back(chunk(&[3]));
-    assert_eq!((pool.free.len(), pool.free.pop()), (1, Some(chunk(&[2]))));
-    (0..2 * CHUNK).for_each(|_| pool.take_back(chunk(&[1])));
-    assert_eq!(pool.available(), CHUNK as u32, "there is room for one chunk");
 }
 
 #[test]
@@ -111,15 +101,88 @@ fn chunks_that_are_not_whole_become_whole() {
     assert_eq!((free.len(), free.pop()), (0, None));
 }
 
+/// Two pools of `count` buffers each, in memory of their own.
+fn two_caches(count: u32) -> [PoolCache; 2] {
+    [(); 2].map(|()| pool(count).cache())
+}
+
 #[test]
-#[cfg(debug_assertions)]
-#[should_panic(expected = "a buffer of another pool")]
-fn a_buffer_beyond_the_end_is_not_freed() {
-    let (large, small) = (pool(9), pool(3));
-    let mut cache = large.cache();
-    let mut buffers: Vec<Buffer> = std::iter::from_fn(|| cache.allocate()).collect();
-    buffers.sort_by_key(|buffer| buffer.0);
-    small.cache().free(buffers.pop().unwrap());
+fn a_buffer_of_another_pool_is_never_given_out() {
+    let [mut own, mut other] = two_caches(40);
+    for _ in 0..3 {
+        own.free(other.allocate().unwrap());
+    }
+    let mut record = BufferRing::new(8);
+    (0..6).for_each(|index| {
+        record.put(index, if index % 2 == 0 { &mut own } else { &mut other }.allocate().unwrap())
+    });
+    record.release_all(&mut own);
+    let held: Vec<Buffer> = std::iter::from_fn(|| own.allocate()).collect();
+    let places: HashSet<u64> = held.iter().map(|buffer| own.iova(buffer)).collect();
+    assert_eq!((held.len(), places.len()), (40, 40));
+    held.into_iter().for_each(|buffer| own.free(buffer));
+}
+
+#[test]
+fn data_of_another_pool_is_out_of_reach() {
+    let [mut own, mut other] = two_caches(4);
+    let mut packet = Packet::new(other.allocate().unwrap(), 60);
+    let mut refused = |access: &mut dyn FnMut(&mut PoolCache, &mut Packet)| {
+        catch_unwind(AssertUnwindSafe(|| access(&mut own, &mut packet))).is_err()
+    };
+    assert!(refused(&mut |own, packet| own.write(packet, 0, &[1])));
+    assert!(refused(&mut |own, packet| own.read(packet, 0, &mut [1])));
+    assert!(refused(&mut |own, packet| own.write_each(std::slice::from_mut(packet), [1], [2])));
+    assert!(refused(&mut |own, packet| {
+        own.iova(packet.buffer());
+    }));
+    assert!(refused(&mut |own, packet| {
+        own.read_header::<12>(packet.buffer());
+    }));
+    other.free(packet.into_buffer());
+}
+
+#[test]
+fn a_packet_of_another_pool_is_not_sent() {
+    let [mut own, mut other] = two_caches(4);
+    let memory = DmaMemory::map(Region::new(4096, Backing::SmallPages).unwrap(), &[]).unwrap();
+    let (mut record, ring) = (BufferRing::new(4), DmaRing::<u64, 2>::new(&memory, 4, 16).unwrap());
+    let mut burst: Burst =
+        [&mut own, &mut other].map(|cache| Packet::new(cache.allocate().unwrap(), 60)).into_iter().collect();
+    let kept = catch_unwind(AssertUnwindSafe(|| record.keep(&ring, 0, 2, &own, &mut burst, |_, _| {})));
+    assert!(kept.is_err());
+    record.release_all(&mut own);
+    assert_eq!(own.len(), 4);
+}
+
+#[test]
+fn an_offset_that_wraps_is_refused() {
+    let mut cache = pool(1).cache();
+    let mut packet = Packet::new(cache.allocate().unwrap(), 60);
+    let mut bytes = [0; 8];
+    for offset in [usize::MAX - 3, usize::MAX, DATA_ROOM + 1, DATA_ROOM - 7] {
+        assert!(catch_unwind(AssertUnwindSafe(|| cache.write(&mut packet, offset, &bytes))).is_err());
+        assert!(catch_unwind(AssertUnwindSafe(|| cache.read(&packet, offset, &mut bytes))).is_err());
+    }
+    cache.free(packet.into_buffer());
+}
+
+#[test]
+fn a_tag_is_used_again_when_all_buffers_are_home() {
+    let tags = |lost: usize| {
+        let tag_of = |_| {
+            let pool = pool(2);
+            let mut cache = pool.cache();
+            let buffers: Vec<Buffer> = std::iter::from_fn(|| cache.allocate()).collect();
+            buffers.into_iter().skip(lost).for_each(|buffer| cache.free(buffer));
+            pool.tag.get()
+        };
+        (0..40).map(tag_of).collect::<HashSet<u32>>()
+    };
+    // Other tests make pools at the same time.
+    assert_eq!(tags(1).len(), 40, "a handle that is somewhere is of a pool that is gone");
+    (0..300).for_each(|_| drop(pool(1)));
+    assert!(tags(0).iter().all(|tag| *tag != 0 && tag & HEADROOM as u32 == 0));
 }
 
 #[test]
@@ -185,11 +248,12 @@ proptest! {
                 Step::Free(most) => {
                     some(&mut held, most).into_iter().for_each(|index| cache.free(Buffer(index)));
                 }
-                Step::FreeAll(most) => cache.free_all(&some(&mut held, most)),
+                Step::FreeAll(most) => assert!(cache.free_all(&some(&mut held, most))),
                 Step::Renew => caches[lcore] = pool.cache(),
             }
             let cached: usize = caches.iter().map(PoolCache::len).sum();
             prop_assert_eq!(held.len() + cached + pool.available() as usize, count as usize);
         }
+        held.into_iter().for_each(|handle| caches[0].free(Buffer(handle)));
     }
 }
