@@ -10,6 +10,7 @@ use caps::CapSet;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Group, Uid, getresgid, getresuid, setgroups, setresgid, setresuid};
@@ -151,45 +152,59 @@ fn clear(set: CapSet) -> Result<()> {
 }
 
 /// Replaces this process by `program` run as `user`, with any amount of memory to lock and with `fds` passed as
-/// systemd does it (`LISTEN_FDS`, sd_listen_fds(3)). Returns only to say why it could not, and then the process
-/// is of no use any more.
+/// systemd does it (`LISTEN_FDS`, sd_listen_fds(3)). Returns only to say why it could not. The process then has
+/// the descriptors that it had, but may have become `user` already.
 pub fn exec(program: &OsString, args: &[OsString], user: User, fds: Vec<OwnedFd>) -> Error {
-    let what = || format!("cannot start {}", quoted(&program.to_string_lossy()));
     if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, libc::RLIM_INFINITY, libc::RLIM_INFINITY) {
         return Error::os("cannot raise the limit of locked memory", errno).mend("start as root");
     }
-    // Above all their future places, so that no move overwrites one that is still to be moved.
-    let above = LISTEN_FDS_START + fds.len() as RawFd;
-    let moved: nix::Result<Vec<RawFd>> =
-        fds.iter().map(|fd| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(above))).collect();
-    let moved = match moved {
-        Ok(moved) => moved,
-        Err(errno) => return Error::os(what(), errno),
-    };
     if let Err(error) = user.become_it() {
         return error;
     }
-    let mut command = Command::new(program);
-    command
-        .args(args)
-        .env("LISTEN_PID", std::process::id().to_string())
-        .env("LISTEN_FDS", fds.len().to_string())
-        .env_remove("LISTEN_FDNAMES")
-        // Root's, in which the user can do nothing.
-        .env_remove("XDG_RUNTIME_DIR");
-    let place = move || {
-        moved.iter().zip(LISTEN_FDS_START..).try_for_each(|(from, to)| {
-            // SAFETY: both are numbers; what was open at `to` is closed. Nothing uses it after this: the process
-            // is about to become another.
-            Errno::result(unsafe { libc::dup2(*from, to) }).map(drop).map_err(std::io::Error::from)
-        })
+    replace(program, args, &fds)
+}
+
+/// Replaces this process by `program`, which gets `fds`, or says why it could not. A thread does it that has a copy of
+/// the descriptor table to itself: what it moves over 3, 4, … are other threads' descriptors in their own.
+fn replace(program: &OsString, args: &[OsString], fds: &[OwnedFd]) -> Error {
+    let what = || format!("cannot start {}", quoted(&program.to_string_lossy()));
+    let start = || {
+        if let Err(errno) = unshare(CloneFlags::CLONE_FILES) {
+            return Error::os(what(), errno);
+        }
+        // Above all their future places, so that no move overwrites one that is still to be moved.
+        let above = LISTEN_FDS_START + fds.len() as RawFd;
+        let moved: nix::Result<Vec<RawFd>> =
+            fds.iter().map(|fd| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(above))).collect();
+        let moved = match moved {
+            Ok(moved) => moved,
+            Err(errno) => return Error::os(what(), errno),
+        };
+        let mut command = Command::new(program);
+        command
+            .args(args)
+            .env("LISTEN_PID", std::process::id().to_string())
+            .env("LISTEN_FDS", fds.len().to_string())
+            .env_remove("LISTEN_FDNAMES")
+            // Root's, in which the user can do nothing.
+            .env_remove("XDG_RUNTIME_DIR");
+        let place = move || {
+            moved.iter().zip(LISTEN_FDS_START..).try_for_each(|(from, to)| {
+                // SAFETY: what was open at `to` is closed in the table of this thread only, which owns none of it and
+                // either becomes the program or ends.
+                Errno::result(unsafe { libc::dup2(*from, to) }).map(drop).map_err(std::io::Error::from)
+            })
+        };
+        // SAFETY: it makes system calls only, in this very process and thread.
+        unsafe { command.pre_exec(place) };
+        Error::io(what(), &command.exec())
     };
-    // SAFETY: it makes system calls only, in this very process and thread.
-    unsafe { command.pre_exec(place) };
-    let error = Error::io(what(), &command.exec());
-    // Their numbers may belong to others by now.
-    std::mem::forget(fds);
-    error
+    std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, start) {
+        Ok(thread) => thread
+            .join()
+            .unwrap_or_else(|_| Error::new(ErrorKind::Os, what(), "the thread that does it panicked")),
+        Err(error) => Error::io(what(), &error),
+    })
 }
 
 #[cfg(test)]
@@ -223,6 +238,19 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Usage);
             assert!(error.to_string().contains(why), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_program_that_does_not_start_leaves_descriptors_as_they_were() {
+        use std::os::fd::AsRawFd;
+        use std::os::unix::fs::MetadataExt;
+        let file = tempfile::tempfile().unwrap();
+        let before = file.metadata().unwrap().ino();
+        let null = || std::fs::File::open("/dev/null").unwrap().into();
+        let over_it: Vec<OwnedFd> = (LISTEN_FDS_START..=file.as_raw_fd()).map(|_| null()).collect();
+        let error = replace(&"/no/such/program".into(), &[], &over_it);
+        assert_eq!(error.errno(), Some(Errno::ENOENT), "{error}");
+        assert_eq!(file.metadata().unwrap().ino(), before);
     }
 
     #[test]
