@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::dma::{dma_rmb, dma_wmb};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::page_size;
+use crate::vfio::AddressSpace;
 
 /// Registers that a program plays instead of a device, for tests without hardware.
 ///
@@ -37,7 +38,7 @@ struct Inner {
 }
 
 enum Backing {
-    Device { mapped: Vec<MappedRange>, file: File, file_offset: u64 },
+    Device { mapped: Vec<MappedRange>, file: RegionFile },
     Emulated { registers: Arc<dyn Registers>, doorbells: Arc<DoorbellPage> },
 }
 
@@ -47,6 +48,46 @@ impl fmt::Debug for Backing {
             Self::Device { mapped, .. } => f.debug_list().entries(mapped.iter().map(|m| &m.range)).finish(),
             Self::Emulated { .. } => f.write_str("emulated"),
         }
+    }
+}
+
+/// A device's open file. It holds the device in its address space, which goes after it: a device that is attached to an
+/// address space, or uses physical addresses, may reach memory as long as its file is open.
+#[derive(Debug)]
+pub(crate) struct DeviceFile {
+    pub(crate) file: File,
+    pub(crate) space: Arc<AddressSpace>,
+}
+
+/// One region of a device's file, by `pread` and `pwrite`, which reach nothing of the other regions.
+#[derive(Debug)]
+pub(crate) struct RegionFile {
+    device: Arc<DeviceFile>,
+    start: u64,
+    size: u64,
+}
+
+impl RegionFile {
+    /// The `size` bytes that begin at `start` of the file.
+    pub(crate) fn new(device: &Arc<DeviceFile>, start: u64, size: u64) -> Self {
+        Self { device: Arc::clone(device), start, size }
+    }
+
+    /// Where in the file `len` bytes at `offset` of the region are.
+    fn at(&self, offset: u64, len: usize) -> std::io::Result<u64> {
+        let end = offset.checked_add(len as u64).filter(|end| *end <= self.size);
+        let at = end.and_then(|_| self.start.checked_add(offset));
+        at.ok_or_else(|| std::io::Error::other(format!("the region has {:#x} bytes", self.size)))
+    }
+
+    pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        let at = self.at(offset, bytes.len())?;
+        self.device.file.read_exact_at(bytes, at)
+    }
+
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+        let at = self.at(offset, bytes.len())?;
+        self.device.file.write_all_at(bytes, at)
     }
 }
 
@@ -104,8 +145,9 @@ macro_rules! access {
         pub fn $read(&self, offset: u64) -> $type {
             const SIZE: usize = size_of::<$type>();
             match &self.0.backing {
+                _ if !self.holds(offset, SIZE) => <$type>::MAX,
                 Backing::Emulated { registers, .. } => registers.read(offset, SIZE) as $type,
-                Backing::Device { mapped, file, file_offset } => {
+                Backing::Device { mapped, file } => {
                     if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
                         // SAFETY: `pointer` gives an aligned address inside a live mapping of registers.
                         let value = unsafe { at.cast::<$type>().read_volatile() };
@@ -114,7 +156,7 @@ macro_rules! access {
                         return <$type>::from_le(value);
                     }
                     let mut bytes = [0; SIZE];
-                    match file.read_exact_at(&mut bytes, file_offset + offset) {
+                    match file.read(offset, &mut bytes) {
                         Ok(()) => <$type>::from_le_bytes(bytes),
                         Err(_) => <$type>::MAX,
                     }
@@ -122,17 +164,20 @@ macro_rules! access {
             }
         }
 
-        #[doc = concat!("Writes a `", stringify!($type), "` at `offset` bytes.")]
+        #[doc = concat!("Writes a `", stringify!($type), "` at `offset` bytes; nothing beyond the end of the BAR.")]
         pub fn $write(&self, offset: u64, value: $type) {
             const SIZE: usize = size_of::<$type>();
             match &self.0.backing {
+                _ if !self.holds(offset, SIZE) => {
+                    tracing::debug!("register {offset:#x} is beyond the BAR of {:#x} bytes", self.size());
+                }
                 Backing::Emulated { registers, .. } => registers.write(offset, SIZE, value as u64),
-                Backing::Device { mapped, file, file_offset } => {
+                Backing::Device { mapped, file } => {
                     dma_wmb();
                     if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
                         // SAFETY: as in the read.
                         unsafe { at.cast::<$type>().write_volatile(value.to_le()) };
-                    } else if let Err(error) = file.write_all_at(&value.to_le_bytes(), file_offset + offset) {
+                    } else if let Err(error) = file.write(offset, &value.to_le_bytes()) {
                         tracing::debug!("register {offset:#x} took no write: {error}");
                     }
                 }
@@ -142,8 +187,13 @@ macro_rules! access {
 }
 
 impl Bar {
-    pub(crate) fn device(size: u64, mapped: Vec<MappedRange>, file: File, file_offset: u64) -> Self {
-        Self(Arc::new(Inner { size, backing: Backing::Device { mapped, file, file_offset } }))
+    pub(crate) fn device(mapped: Vec<MappedRange>, file: RegionFile) -> Self {
+        Self(Arc::new(Inner { size: file.size, backing: Backing::Device { mapped, file } }))
+    }
+
+    /// Whether `size` bytes at `offset` are within the BAR.
+    fn holds(&self, offset: u64, size: usize) -> bool {
+        offset.checked_add(size as u64).is_some_and(|end| end <= self.0.size)
     }
 
     /// A BAR of `doorbells`' size whose registers a program plays.
@@ -297,8 +347,48 @@ mod tests {
     fn a_file_answers_where_nothing_is_mapped() {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[1, 2, 3, 4], 16).unwrap();
-        let bar = Bar::device(8, Vec::new(), file, 16);
+        let bar = Bar::device(Vec::new(), RegionFile::new(&device(file), 16, 8));
         assert_eq!((bar.read32(0), bar.read32(4)), (0x0403_0201, u32::MAX));
         assert!(bar.doorbell32(0).is_err());
+    }
+
+    fn device(file: File) -> Arc<DeviceFile> {
+        Arc::new(DeviceFile { file, space: Arc::new(AddressSpace::nowhere()) })
+    }
+
+    #[test]
+    fn no_offset_reaches_another_region() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 64], 0).unwrap();
+        let bar = Bar::device(Vec::new(), RegionFile::new(&device(file.try_clone().unwrap()), 16, 8));
+        for offset in [5, 8, 32, u64::MAX - 15, u64::MAX - 3, u64::MAX] {
+            assert_eq!(bar.read32(offset), u32::MAX, "{offset:#x}");
+            bar.write32(offset, 0);
+        }
+        bar.write32(4, 0);
+        let mut bytes = [0; 64];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes.iter().filter(|byte| **byte == 7).count(), 60);
+        assert_eq!(bytes[20..24], [0; 4]);
+    }
+
+    #[test]
+    fn a_played_device_is_asked_for_its_own_registers_only() {
+        let bar = Bar::emulated(Arc::new(Echo), DoorbellPage::new(64));
+        assert_eq!([60, 61, 64, u64::MAX].map(|at| bar.read32(at) == u32::MAX), [false, true, true, true]);
+    }
+
+    #[test]
+    fn registers_keep_the_address_space() {
+        let device = device(tempfile::tempfile().unwrap());
+        let space = Arc::downgrade(&device.space);
+        let doorbells = DoorbellPage::new(64);
+        let mut kept = vec![Bar::device(Vec::new(), RegionFile::new(&device, 0, 8))];
+        drop(device);
+        kept.push(kept[0].clone());
+        kept.remove(0);
+        assert!(space.upgrade().is_some());
+        kept[0] = Bar::emulated(Arc::new(Echo), doorbells);
+        assert!(space.upgrade().is_none());
     }
 }

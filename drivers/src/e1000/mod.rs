@@ -57,11 +57,12 @@ const DROPS: [(&str, u64); 4] = [
 /// A port of one of these chips.
 #[derive(Debug)]
 pub struct Device {
-    function: OpaqueFunction,
     chip: Chip,
     bar: Bar,
     /// I/O ports, of the chips that are reset through them.
     io: Option<Bar>,
+    /// Goes after its registers.
+    function: OpaqueFunction,
     dma_mask: u64,
     /// Whether the driver pads short frames.
     pads: bool,

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -13,18 +12,16 @@ use super::space::AddressSpace;
 use super::{info, sys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
-use crate::mmio::{Bar, MappedRange};
+use crate::mmio::{Bar, DeviceFile, MappedRange, RegionFile};
 
 /// A VFIO device. Closing it makes the kernel disable its DMA and reset it where it can, so drop it before
-/// the memory that it was given.
-///
-/// `space` comes last: the device leaves its container or address space before that can go.
+/// the memory that it was given. It closes when this, its config space and its BARs with their doorbells have all
+/// gone, and leaves its container or address space, which goes last.
 #[derive(Debug)]
 pub struct Device {
     pub(super) name: String,
-    pub(super) file: File,
+    pub(super) open: Arc<DeviceFile>,
     flags: u32,
-    space: Arc<AddressSpace>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -69,7 +66,8 @@ impl Device {
         // SAFETY: the structure is complete; the kernel writes at most `argsz` bytes.
         counted(|| unsafe { sys::device_get_info(fd.as_raw_fd(), &mut device_info) })
             .map_err(|errno| Error::os(format!("cannot examine {name}"), errno))?;
-        Ok(Self { name, file: File::from(fd), flags: device_info.flags, space })
+        let open = Arc::new(DeviceFile { file: File::from(fd), space });
+        Ok(Self { name, open, flags: device_info.flags })
     }
 
     /// Name on its bus.
@@ -79,7 +77,7 @@ impl Device {
 
     /// What the device can reach.
     pub fn space(&self) -> &Arc<AddressSpace> {
-        &self.space
+        &self.open.space
     }
 
     fn region(&self, index: u32) -> Result<Region> {
@@ -92,7 +90,8 @@ impl Device {
             |at| {
                 // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
                 // set to its length.
-                counted(|| unsafe { sys::device_get_region_info(self.file.as_raw_fd(), at.cast()) }).map(drop)
+                counted(|| unsafe { sys::device_get_region_info(self.open.file.as_raw_fd(), at.cast()) })
+                    .map(drop)
             },
         )
         .map_err(fail)?;
@@ -119,11 +118,10 @@ impl Device {
         };
         let mapped = parts
             .into_iter()
-            .map(|part| MappedRange::new(&self.file, region.file_offset, part))
+            .map(|part| MappedRange::new(&self.open.file, region.file_offset, part))
             .collect::<nix::Result<Vec<_>>>()
             .map_err(|errno| Error::os(what(), errno))?;
-        let file = self.file.try_clone().map_err(|error| Error::io(what(), &error))?;
-        Ok(Bar::device(region.size, mapped, file, region.file_offset))
+        Ok(Bar::device(mapped, RegionFile::new(&self.open, region.file_offset, region.size)))
     }
 
     /// The device's PCI config space.
@@ -136,8 +134,7 @@ impl Device {
             return Err(Error::new(ErrorKind::Unavailable, what(), "it is no PCI device"));
         }
         let region = self.region(uapi::VFIO_PCI_CONFIG_REGION_INDEX)?;
-        let file = self.file.try_clone().map_err(|error| Error::io(what(), &error))?;
-        Ok(ConfigSpace { file, offset: region.file_offset, size: region.size })
+        Ok(ConfigSpace(RegionFile::new(&self.open, region.file_offset, region.size)))
     }
 
     /// Resets the device (`VFIO_DEVICE_RESET`); false when it has no reset of its own.
@@ -149,7 +146,7 @@ impl Device {
             return Ok(false);
         }
         // SAFETY: this ioctl has no argument.
-        match counted(|| unsafe { sys::device_reset(self.file.as_raw_fd()) }) {
+        match counted(|| unsafe { sys::device_reset(self.open.file.as_raw_fd()) }) {
             Ok(_) => Ok(true),
             Err(Errno::EINVAL | Errno::ENOTTY) => Ok(false),
             Err(errno) => Err(Error::os(format!("cannot reset {}", self.name), errno)),
@@ -159,17 +156,12 @@ impl Device {
 
 /// PCI config space of a [`Device`], by `pread` and `pwrite` on its descriptor.
 #[derive(Debug)]
-pub struct ConfigSpace {
-    file: File,
-    offset: u64,
-    size: u64,
-}
+pub struct ConfigSpace(RegionFile);
 
 impl ConfigSpace {
     /// Reads at `offset`. What lies beyond the end, or does not answer, reads as all ones.
     pub fn read(&self, offset: u16, bytes: &mut [u8]) {
-        let inside = u64::from(offset) + bytes.len() as u64 <= self.size;
-        if !inside || self.file.read_exact_at(bytes, self.offset + u64::from(offset)).is_err() {
+        if self.0.read(offset.into(), bytes).is_err() {
             bytes.fill(0xff);
         }
     }
@@ -177,17 +169,40 @@ impl ConfigSpace {
     /// Writes at `offset`.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses, or not all of it is within config space.
     pub fn write(&self, offset: u16, bytes: &[u8]) -> Result<()> {
-        self.file
-            .write_all_at(bytes, self.offset + u64::from(offset))
+        self.0
+            .write(offset.into(), bytes)
             .map_err(|error| Error::io(format!("cannot write config space at {offset:#x}"), &error))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
+
+    #[test]
+    fn config_space_ends_where_it_ends() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 64], 0).unwrap();
+        let space = Arc::new(AddressSpace::nowhere());
+        let open = Arc::new(DeviceFile { file: file.try_clone().unwrap(), space });
+        let config = ConfigSpace(RegionFile::new(&open, 16, 32));
+        let mut bytes = [0; 4];
+        config.read(28, &mut bytes);
+        assert_eq!(bytes, [7; 4]);
+        for offset in [29, 32, u16::MAX] {
+            config.read(offset, &mut bytes);
+            assert_eq!(bytes, [0xff; 4]);
+            assert!(config.write(offset, &[0; 4]).is_err());
+        }
+        config.write(28, &[0; 4]).unwrap();
+        let mut all = [0; 64];
+        file.read_exact_at(&mut all, 0).unwrap();
+        assert_eq!(all.iter().filter(|byte| **byte == 7).count(), 60);
+    }
 
     #[test]
     fn the_parts_that_may_be_mapped_are_within_the_region() {

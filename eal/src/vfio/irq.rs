@@ -76,7 +76,7 @@ impl Device {
             count: 0,
         };
         // SAFETY: the structure is complete.
-        counted(|| unsafe { sys::device_get_irq_info(self.file.as_raw_fd(), &mut info) }).map_err(
+        counted(|| unsafe { sys::device_get_irq_info(self.open.file.as_raw_fd(), &mut info) }).map_err(
             |errno| Error::os(format!("cannot examine the {irq:?} interrupts of {}", self.name), errno),
         )?;
         Ok(IrqInfo {
@@ -149,7 +149,7 @@ impl Device {
         set[0] = (set.len() * size_of::<u32>()) as u32;
         // SAFETY: the words are a `vfio_irq_set` of `argsz` bytes with its data behind it; descriptors in it
         // are open for the call.
-        counted(|| unsafe { sys::device_set_irqs(self.file.as_raw_fd(), set.as_ptr().cast()) })
+        counted(|| unsafe { sys::device_set_irqs(self.open.file.as_raw_fd(), set.as_ptr().cast()) })
             .map(drop)
             .map_err(|errno| Error::os(format!("cannot set the {irq:?} interrupts of {}", self.name), errno))
     }

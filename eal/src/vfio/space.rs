@@ -63,6 +63,13 @@ impl AddressSpace {
         Self::of(Tables::Ioas { ioas, physical })
     }
 
+    /// A space without devices, for tests of what holds one.
+    #[cfg(test)]
+    pub(crate) fn nowhere() -> Self {
+        let fd = File::open("/dev/null").expect("it is everywhere").into();
+        Self::none(Container { groups: Mutex::default(), iommufd: false, fd })
+    }
+
     pub(super) fn container(&self) -> Option<&Container> {
         match &self.tables {
             Tables::Type1(container) | Tables::None(container) => Some(container),
