@@ -148,6 +148,7 @@ impl DmaMemory {
             Some(addresses) => {
                 let mask = spaces.iter().map(|space| space.dma_mask()).min().unwrap_or(u64::MAX);
                 check_reach(&addresses, region.page_size(), mask)?;
+                spaces.iter().for_each(|space| space.keep(&region));
                 Translation::paged(region.page_size(), &addresses)
             }
             None => Translation::linear(fit(spaces, region.len() as u64)?),
@@ -515,6 +516,22 @@ mod tests {
         assert_eq!(unsafe { memory.pointer(8200, 4).cast::<u32>().read() }, 7);
         assert_eq!(view.load::<u32>(0x10_2000), None);
         assert_eq!(view.load::<u32>(0x40_2000), None);
+    }
+
+    #[test]
+    fn without_an_iommu_pages_stay_until_the_devices_are_closed() {
+        let space = Arc::new(AddressSpace::nowhere());
+        let memory = Region::new(2 << 20, Backing::HugeMemfd)
+            .and_then(|region| DmaMemory::map(region, &[Arc::clone(&space)]));
+        let memory = match memory {
+            Ok(memory) => memory,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let region = Arc::downgrade(&memory.shared.region);
+        drop(memory);
+        assert!(region.upgrade().is_some());
+        drop(space);
+        assert!(region.upgrade().is_none());
     }
 
     #[test]

@@ -25,6 +25,9 @@ pub struct AddressSpace {
     free: Mutex<IovaRanges>,
     /// Highest address that every device gives out.
     dma_mask: AtomicU64,
+    /// What devices without an IOMMU were told the physical addresses of. They hold the space while they are open, and
+    /// may write there until they are closed.
+    kept: Mutex<Vec<Arc<Region>>>,
 }
 
 #[derive(Debug)]
@@ -48,7 +51,12 @@ pub(super) struct Container {
 
 impl AddressSpace {
     fn of(tables: Tables) -> Self {
-        Self { tables, free: Mutex::new(IovaRanges::all()), dma_mask: AtomicU64::new(u64::MAX) }
+        Self {
+            tables,
+            free: Mutex::new(IovaRanges::all()),
+            dma_mask: AtomicU64::new(u64::MAX),
+            kept: Mutex::default(),
+        }
     }
 
     pub(super) fn type1(container: Container) -> Self {
@@ -88,6 +96,11 @@ impl AddressSpace {
     /// Whether the devices use physical addresses, so that nothing keeps them from any memory.
     pub fn is_physical(&self) -> bool {
         matches!(self.tables, Tables::None(_) | Tables::Ioas { physical: true, .. })
+    }
+
+    /// Keeps `region` until the last device is closed.
+    pub(crate) fn keep(&self, region: &Arc<Region>) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(region));
     }
 
     /// Addresses that every attached device can use and that nothing of ours is mapped at.
