@@ -198,7 +198,7 @@ impl Bar {
 
     /// A BAR of `doorbells`' size whose registers a program plays.
     pub fn emulated(registers: Arc<dyn Registers>, doorbells: Arc<DoorbellPage>) -> Self {
-        let size = (doorbells.0.len() * 4) as u64;
+        let size = (doorbells.words.len() * 4) as u64;
         Self(Arc::new(Inner { size, backing: Backing::Emulated { registers, doorbells } }))
     }
 
@@ -226,7 +226,7 @@ impl Bar {
     /// # Errors
     /// `Protocol` when it is not in a mapped part of the BAR.
     pub fn doorbell32(&self, offset: u64) -> Result<Doorbell<u32>> {
-        self.doorbell(offset)
+        self.doorbell(offset, |page| page.word(offset).map(AtomicU32::as_ptr))
     }
 
     /// A 16-bit register at `offset` bytes that is written on the packet path.
@@ -234,19 +234,23 @@ impl Bar {
     /// # Errors
     /// As for [`Bar::doorbell32`].
     pub fn doorbell16(&self, offset: u64) -> Result<Doorbell<u16>> {
-        self.doorbell(offset)
+        self.doorbell(offset, |page| page.half(offset).map(AtomicU16::as_ptr))
     }
 
-    fn doorbell<T>(&self, offset: u64) -> Result<Doorbell<T>> {
+    fn doorbell<T>(
+        &self,
+        offset: u64,
+        emulated: impl FnOnce(&DoorbellPage) -> Option<*mut T>,
+    ) -> Result<Doorbell<T>> {
         let at = match &self.0.backing {
-            Backing::Device { mapped, .. } => mapped.iter().find_map(|m| m.pointer(offset, size_of::<T>())),
-            Backing::Emulated { doorbells, .. } => usize::try_from(offset / 4)
-                .ok()
+            Backing::Device { mapped, .. } => {
+                mapped.iter().find_map(|m| m.pointer(offset, size_of::<T>())).map(<*mut u8>::cast)
+            }
+            Backing::Emulated { doorbells, .. } => Some(doorbells)
                 .filter(|_| offset.is_multiple_of(size_of::<T>() as u64))
-                .and_then(|word| doorbells.0.get(word))
-                .map(|word| word.as_ptr().cast::<u8>().wrapping_add((offset % 4) as usize)),
+                .and_then(|page| emulated(page)),
         };
-        at.and_then(NonNull::new).map(|at| Doorbell { at: at.cast(), _bar: self.clone() }).ok_or_else(|| {
+        at.and_then(NonNull::new).map(|at| Doorbell { at, _bar: self.clone() }).ok_or_else(|| {
             let error = Error::new(
                 ErrorKind::Protocol,
                 format!("cannot map the doorbell at {offset:#x}"),
@@ -264,28 +268,53 @@ impl Bar {
     }
 }
 
-/// Doorbells of an emulated BAR: plain memory, so that the packet path is the same as on a device.
+/// Doorbells of an emulated BAR: plain memory, so that the packet path is the same as on a device. Those of 16 and of
+/// 32 bits are apart, because atomic accesses of two sizes to the same bytes are not defined.
 #[derive(Debug)]
-pub struct DoorbellPage(Box<[AtomicU32]>);
+pub struct DoorbellPage {
+    words: Box<[AtomicU32]>,
+    halves: Box<[AtomicU16]>,
+}
 
 impl DoorbellPage {
     /// Zeroed doorbells for a BAR of `size` bytes.
     pub fn new(size: usize) -> Arc<Self> {
-        Arc::new(Self((0..size.div_ceil(4)).map(|_| AtomicU32::new(0)).collect()))
+        let words = size.div_ceil(4);
+        Arc::new(Self {
+            words: (0..words).map(|_| AtomicU32::new(0)).collect(),
+            halves: (0..2 * words).map(|_| AtomicU16::new(0)).collect(),
+        })
     }
 
-    /// What was last written at `offset` bytes; all ones beyond the end.
+    fn word(&self, offset: u64) -> Option<&AtomicU32> {
+        self.words.get(usize::try_from(offset / 4).ok()?)
+    }
+
+    fn half(&self, offset: u64) -> Option<&AtomicU16> {
+        self.halves.get(usize::try_from(offset / 2).ok()?)
+    }
+
+    /// What was last written to the 32-bit doorbell at `offset` bytes; all ones beyond the end.
     pub fn load(&self, offset: u64) -> u32 {
-        usize::try_from(offset / 4)
-            .ok()
-            .and_then(|word| self.0.get(word))
-            .map_or(u32::MAX, |word| word.load(Ordering::Acquire))
+        self.word(offset).map_or(u32::MAX, |word| word.load(Ordering::Acquire))
     }
 
-    /// Writes at `offset` bytes, as the device's reset would.
+    /// Writes to the 32-bit doorbell at `offset` bytes, as the device's reset would.
     pub fn store(&self, offset: u64, value: u32) {
-        if let Some(word) = usize::try_from(offset / 4).ok().and_then(|word| self.0.get(word)) {
+        if let Some(word) = self.word(offset) {
             word.store(value, Ordering::Release);
+        }
+    }
+
+    /// As [`DoorbellPage::load`], of a 16-bit doorbell.
+    pub fn load16(&self, offset: u64) -> u16 {
+        self.half(offset).map_or(u16::MAX, |half| half.load(Ordering::Acquire))
+    }
+
+    /// As [`DoorbellPage::store`], of a 16-bit doorbell.
+    pub fn store16(&self, offset: u64, value: u16) {
+        if let Some(half) = self.half(offset) {
+            half.store(value, Ordering::Release);
         }
     }
 }
@@ -341,6 +370,8 @@ mod tests {
         assert_eq!(page.load(8), 5);
         assert!(bar.doorbell32(64).is_err());
         assert!(bar.doorbell16(9).is_err());
+        bar.doorbell16(10).unwrap().ring(7);
+        assert_eq!((page.load16(10), page.load16(8), page.load(8)), (7, 0, 5));
     }
 
     #[test]

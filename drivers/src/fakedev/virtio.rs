@@ -45,7 +45,7 @@ const NOTIFY: u64 = 0x2000;
 const PAGE: u64 = 0x1000;
 const NOTIFY_OFF_MULTIPLIER: u32 = 4;
 /// No queue has this index, so a doorbell that still holds it was not rung.
-const NOT_RUNG: u32 = u32::MAX;
+const NOT_RUNG: u16 = u16::MAX;
 
 const STATUS_DRIVER_OK: u8 = 4;
 
@@ -239,8 +239,8 @@ impl VirtioNet {
     /// Whether `queue` was rung since the last call.
     pub fn take_doorbell(&self, queue: u16) -> bool {
         let at = NOTIFY + u64::from(queue) * u64::from(NOTIFY_OFF_MULTIPLIER);
-        let rung = self.doorbells.load(at) as u16 == queue;
-        self.doorbells.store(at, NOT_RUNG);
+        let rung = self.doorbells.load16(at) == queue;
+        self.doorbells.store16(at, NOT_RUNG);
         rung
     }
 

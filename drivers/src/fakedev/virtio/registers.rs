@@ -68,7 +68,7 @@ impl VirtioNet {
         state.promiscuous = true;
         state.pairs = 1;
         for queue in 0..state.queues.len() as u64 {
-            self.doorbells.store(NOTIFY + queue * u64::from(NOTIFY_OFF_MULTIPLIER), NOT_RUNG);
+            self.doorbells.store16(NOTIFY + queue * u64::from(NOTIFY_OFF_MULTIPLIER), NOT_RUNG);
         }
     }
 }
