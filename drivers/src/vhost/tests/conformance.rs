@@ -261,6 +261,8 @@ fn qemu(protocol: u64) {
     // Memory is plugged in, or two regions become one; the rings run on.
     if slots {
         halves.iter().for_each(|part| guest.change_memory(REM_MEM_REG, *part, ack));
+        // While its memory changes, a ring stands still for a moment.
+        guest.settle();
         traffic(&mut bench, &mut guest, 10);
         done += 10;
         guest.change_memory(ADD_MEM_REG, whole[0], ack);
