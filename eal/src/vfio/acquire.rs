@@ -185,9 +185,9 @@ impl Vfio {
                 self.complete_cdev(node, mode, fds, &mut phases).map_err(|refusal| refusal.error)?
             }
             (VfioMode::Container | VfioMode::Compat | VfioMode::Noiommu, DeviceFds::Group(fds)) => {
-                let (name, path) = self.group_path(node, mode)?;
-                if let Some(number) = self.group_number(&name) {
-                    nodes::check(&fds.group, &path, &number, &format!("group {name}"))?;
+                let (group, path, number) = self.group_path(node, mode)?;
+                if let Some(number) = number {
+                    nodes::check(&fds.group, &path, &number, &format!("IOMMU group {group}"))?;
                 }
                 self.complete_group(node, mode, fds, lock(&self.opening), &mut phases)?
             }

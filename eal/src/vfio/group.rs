@@ -25,29 +25,26 @@ impl Vfio {
         if mode == VfioMode::Compat { self.iommufd_path() } else { self.dev.join("vfio/vfio") }
     }
 
-    /// Name and node of the device's group.
-    pub(super) fn group_path(&self, node: &Node, mode: VfioMode) -> Result<(String, PathBuf)> {
+    /// Number of the device's group, its node, and the node's device number if the kernel tells.
+    pub(super) fn group_path(&self, node: &Node, mode: VfioMode) -> Result<(u32, PathBuf, Option<String>)> {
         let what = || format!("cannot use {} in mode {mode}", node.name);
         let group = group_of(node).map_err(|_| no_group(what()))?;
         let (wanted, other) = match mode {
             VfioMode::Noiommu => (NOIOMMU_PREFIX, ""),
             _ => ("", NOIOMMU_PREFIX),
         };
-        match self.group_node(wanted, group) {
-            Some(path) => Ok((format!("{wanted}{group}"), path)),
-            None if self.group_node(other, group).is_none() => {
-                let name = format!("{wanted}{group}");
-                let path = self.dev.join("vfio").join(&name);
-                Ok((name, path))
-            }
-            None if mode == VfioMode::Noiommu => Err(has_iommu(what())),
-            None => Err(needs_noiommu(what(), VfioMode::Noiommu)),
-        }
+        let name = format!("{wanted}{group}");
+        let path = match self.group_node(wanted, group) {
+            Some(path) => path,
+            None if self.group_node(other, group).is_none() => self.dev.join("vfio").join(&name),
+            None if mode == VfioMode::Noiommu => return Err(has_iommu(what())),
+            None => return Err(needs_noiommu(what(), VfioMode::Noiommu)),
+        };
+        Ok((group, path, self.group_number(&name)))
     }
 
     pub(super) fn open_group(&self, node: &Node, mode: VfioMode) -> Result<GroupFds> {
-        let (name, path) = self.group_path(node, mode)?;
-        let group = group_of(node).map_err(|_| no_group(format!("cannot use {}", node.name)))?;
+        let (group, path, number) = self.group_path(node, mode)?;
         let existing = self.existing(self.space_key(node, mode));
         let kept = existing.as_ref().and_then(|space| space.container());
         let container = match kept {
@@ -58,7 +55,6 @@ impl Vfio {
         {
             Some(file) => file.map_err(cannot_duplicate)?,
             None => {
-                let number = self.group_number(&name);
                 let file = self.nodes.open(&path).map_err(|error| match (&number, error.errno()) {
                     (Some(number), Some(Errno::ENOENT)) => nodes::absent(error, &path, number),
                     _ => diagnose::group_open(error, node, &self.dev),

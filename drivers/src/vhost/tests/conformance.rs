@@ -1,6 +1,7 @@
-//! The orders in which frontends send their messages, byte by byte, with each reply checked. Read in QEMU 10
+//! The orders in which frontends send their messages, byte by byte, with each reply checked. They follow QEMU
 //! (hw/virtio/vhost-user.c, vhost.c, net/vhost-user.c), cloud-hypervisor (virtio-devices/src/vhost_user), crosvm
-//! (devices/src/virtio/vhost_user_frontend) and DPDK 22.11 (drivers/net/virtio/virtio_user).
+//! (devices/src/virtio/vhost_user_frontend) and DPDK (drivers/net/virtio/virtio_user). No frontend runs here, so a release
+//! that changes its order is not noticed.
 
 use std::io::{IoSlice, Read};
 use std::os::fd::{AsRawFd, RawFd};
