@@ -125,13 +125,7 @@ impl Host {
             .map(|name| self.vfio.join("devices").join(name))
             .chain(groups.map(|name| self.vfio.join(name)))
             .collect();
-        names(&self.proc).into_iter().find_map(|pid| {
-            let fds = self.proc.join(&pid).join("fd");
-            let holds = |fd: &String| fs::read_link(fds.join(fd)).is_ok_and(|target| paths.contains(&target));
-            let number = pid.parse().ok().filter(|_| names(&fds).iter().any(holds))?;
-            let name = fs::read_to_string(self.proc.join(&pid).join("comm")).unwrap_or_default();
-            Some((number, name.trim().to_owned()))
-        })
+        vireo_eal::vfio::holder(&self.proc, &paths)
     }
 }
 

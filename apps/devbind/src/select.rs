@@ -41,7 +41,7 @@ impl Host {
     fn matching(&self, word: &str) -> Result<Vec<Bdf>> {
         let what = || format!("cannot find {}", quoted(word));
         let pattern = Pattern::new(word).map_err(|error| {
-            Error::new(ErrorKind::Usage, what(), format!("it is no pattern: {}", error.msg)).mend(HINT)
+            Error::new(ErrorKind::Usage, what(), format!("it is not a pattern: {}", error.msg)).mend(HINT)
         })?;
         let matches = |info: &PciInfo| {
             let full = info.address.to_string();

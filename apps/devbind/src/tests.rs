@@ -82,7 +82,7 @@ fn nics_are_chosen_by_address_interface_and_pattern() {
     for (word, kind, text) in [
         ("eth70", ErrorKind::Unavailable, "no PCI device has a network interface of that name"),
         ("00:1f.*", ErrorKind::Unavailable, "no Ethernet controller has such an address"),
-        ("00:0[3.0", ErrorKind::Usage, "it is no pattern"),
+        ("00:0[3.0", ErrorKind::Usage, "it is not a pattern"),
         ("00:03", ErrorKind::Usage, "PCI address"),
     ] {
         let error = select(&host, word).unwrap_err();

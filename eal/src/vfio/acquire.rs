@@ -366,7 +366,7 @@ fn iommu_on_of(cpuinfo: &str) -> &'static str {
         cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default().split_whitespace();
     match flags.any(|flag| flag == "hypervisor") {
         true => {
-            "give this virtual machine an IOMMU (in QEMU: -device intel-iommu; clouds have none, but on bare metal)"
+            "give this virtual machine an IOMMU (in QEMU: -device intel-iommu; in a cloud, take a bare-metal instance)"
         }
         false => "turn on VT-d or AMD-Vi in the firmware, and on Intel boot with intel_iommu=on",
     }

@@ -11,6 +11,8 @@ use super::acquire::{NOIOMMU_PREFIX, Node, cdev_name, group_of};
 use crate::error::{Error, ErrorKind};
 use crate::iommufd::Accounting;
 
+const PROC: &str = "/proc";
+
 /// A pin was refused: says what is needed, what the limit is and whose.
 pub(super) fn memlock(error: Error, len: usize, whose: Accounting) -> Error {
     match getrlimit(Resource::RLIMIT_MEMLOCK) {
@@ -101,7 +103,7 @@ fn group_busy(error: Error, node: &Node, dev: &Path) -> Error {
     );
     let here = holds(Path::new("/proc/self"), &paths);
     paths.extend(own);
-    if !here || holder(&paths).is_some() {
+    if !here || holder(Path::new(PROC), &paths).is_some() {
         return in_use(error, &paths);
     }
     error
@@ -195,7 +197,7 @@ fn not_permitted(error: Error, node: &Node, dev: &Path, all_seen: bool, remapped
     let paths: Vec<PathBuf> = others.iter().filter_map(|member| cdev_path(member, dev)).collect();
     let named: Vec<&str> = others.iter().map(|member| &*member.name).collect();
     let shared = format!("IOMMU group {group} also has {}", named.join(", "));
-    match holder(&paths) {
+    match holder(Path::new(PROC), &paths) {
         Some((pid, name)) => error
             .because(format!("{shared}, in use by pid {pid} ({name})"))
             .mend(format!("stop it: kill {pid}"))
@@ -231,7 +233,7 @@ pub(super) fn unsafe_interrupts(error: Error, module: &str) -> Error {
 
 /// Names the process that has one of `paths` open, if it is one that we may look into.
 pub(super) fn in_use(error: Error, paths: &[PathBuf]) -> Error {
-    match holder(paths) {
+    match holder(Path::new(PROC), paths) {
         Some((pid, name)) => error
             .because(format!("in use by pid {pid} ({name})"))
             .mend(format!("stop it: kill {pid}"))
@@ -253,8 +255,9 @@ fn may_look() -> bool {
     fs::read_dir("/proc/1/fd").is_ok()
 }
 
-fn holder(paths: &[PathBuf]) -> Option<(u32, String)> {
-    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+/// Another process that has one of the device nodes `paths` open, and its name. `proc` is `/proc` on a real machine.
+pub fn holder(proc: &Path, paths: &[PathBuf]) -> Option<(u32, String)> {
+    fs::read_dir(proc).ok()?.flatten().find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok().filter(|pid| *pid != std::process::id())?;
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
         holds(&entry.path(), paths).then(|| (pid, name.trim().to_owned()))
@@ -470,7 +473,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut child =
             std::process::Command::new("sleep").arg("1000").stdin(file.reopen().unwrap()).spawn().unwrap();
-        let found = holder(&[file.path().to_owned()]);
+        let found = holder(Path::new(PROC), &[file.path().to_owned()]);
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(found.map(|(pid, _)| pid), Some(child.id()));

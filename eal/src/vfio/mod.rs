@@ -20,6 +20,7 @@ mod sys;
 
 pub use acquire::{Acquired, Node, Phase, Vfio, iommu_on, no_group, noiommu_allowed};
 pub use device::{ConfigSpace, Device};
+pub use diagnose::holder;
 pub use fds::{CdevFds, DeviceFds, GroupFds};
 pub use irq::{Irq, IrqInfo, Request};
 pub use mode::VfioMode;
