@@ -11,6 +11,10 @@ use crate::error::{Error, ErrorKind};
 /// Bytes that a start takes besides packet memory: stacks, rings' bookkeeping, kernel objects.
 const START: u64 = 8 << 20;
 
+/// By how many bytes what a group holds may differ from one start to the next: the kernel charges it in batches for each
+/// CPU, and frees some of it late.
+const VARIATION: u64 = 8 << 20;
+
 /// Returns the error for a mapping of `len` bytes of ordinary pages that the machine or a control group has no
 /// room for. `root` is `/` on a real machine; a limit that cannot be read there does not count.
 pub(super) fn check(root: &Path, what: impl Fn() -> String, len: u64) -> Result<(), Error> {
@@ -25,7 +29,7 @@ pub(super) fn check(root: &Path, what: impl Fn() -> String, len: u64) -> Result<
         return Err(refuse(format!("the control group /{dir} has {left} of its {limit} MiB left ({file})"))
             .mend(format!(
                 "run: echo {} > /{dir}/{file}; or ask for fewer packet buffers",
-                need.saturating_add(group.held())
+                need.saturating_add(group.held()).saturating_add(VARIATION)
             )));
     }
     match available(root) {
@@ -198,8 +202,26 @@ mod tests {
         assert_eq!(
             checked(&root, 64).unwrap_err(),
             "cannot reserve: 72 MiB are needed and the control group /sys/fs/cgroup/a has 48 of its 64 MiB left \
-             (memory.max); run: echo 92798976 > /sys/fs/cgroup/a/memory.max; or ask for fewer packet buffers"
+             (memory.max); run: echo 101187584 > /sys/fs/cgroup/a/memory.max; or ask for fewer packet buffers"
         );
+    }
+
+    #[test]
+    fn the_limit_that_is_named_leaves_room_for_what_differs_between_starts() {
+        let group = |limit: u64, held: u64| {
+            machine(&[
+                ("proc/self/cgroup", "0::/a\n"),
+                ("proc/self/mountinfo", V2_MOUNT),
+                ("sys/fs/cgroup/a/memory.max", &limit.to_string()),
+                ("sys/fs/cgroup/a/memory.current", &held.to_string()),
+            ])
+        };
+        let refused = checked(&group(64 << 20, 100 << 10), 200).unwrap_err();
+        let (_, command) = refused.split_once("run: echo ").unwrap();
+        let limit = command.split_once(' ').unwrap().0.parse().unwrap();
+        for held in [0, 400 << 10, 4 << 20] {
+            assert_eq!(checked(&group(limit, held), 200), Ok(()));
+        }
     }
 
     #[test]
