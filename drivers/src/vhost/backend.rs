@@ -17,9 +17,9 @@ use vhost::vhost_user::{
 };
 use vireo_eal::dma::{MAX_PEER_REGIONS, PeerEvent, PeerLog, PeerMemory, PeerRegion};
 
-use super::RINGS_PER_PAIR;
 use super::ring::{Addresses, Marks, Ring, Terms};
 use super::shared::{Shared, Slot};
+use super::{RINGS_PER_PAIR, TRANSMIT};
 use crate::virtio::Features;
 
 /// What the port offers. Indirect descriptors are not: they cost the device a read for each packet.
@@ -175,7 +175,23 @@ impl Backend {
 
     /// Unmaps the removed regions.
     pub(super) fn settle(&mut self) {
-        self.change_memory(self.memory.as_ref().and_then(|memory| memory.settled()));
+        if !self.is_settled() {
+            self.change_memory(self.memory.as_ref().and_then(|memory| memory.settled()));
+        }
+    }
+
+    /// Disabled rings by which the frontend transmits, and where what they hold now ends; none if no ring is disabled.
+    pub(super) fn disabled(&self) -> Option<Vec<(Arc<Shared>, u16)>> {
+        let transmit = self.rings.iter().skip(TRANSMIT).step_by(RINGS_PER_PAIR);
+        let mut disabled = None;
+        for shared in transmit {
+            if let Slot::Disabled(ring) = &*shared.lock() {
+                // A lie is told to whoever uses the ring once it is enabled.
+                let end = ring.end().ok().map(|end| (Arc::clone(shared), end));
+                disabled.get_or_insert_with(Vec::new).extend(end);
+            }
+        }
+        disabled
     }
 
     fn stop_all(&mut self) {

@@ -57,12 +57,8 @@ impl RxQueue {
     #[cold]
     #[inline(never)]
     fn otherwise(slot: &mut Slot, cache: &mut PoolCache, burst: &mut Burst, report: &mut Report) {
-        let done = match slot {
-            Slot::Logged(ring) => ring.receive_logged(cache, burst, &mut report.stats),
-            Slot::Disabled(ring) => ring.discard(&mut report.stats),
-            Slot::Running(_) | Slot::Stopped | Slot::Broken(_) => Ok(()),
-        };
-        if let Err(lie) = done {
+        let Slot::Logged(ring) = slot else { return };
+        if let Err(lie) = ring.receive_logged(cache, burst, &mut report.stats) {
             Queue::end(slot, lie, report, TRANSMIT);
         }
     }
@@ -104,7 +100,8 @@ impl RxBurst for RxQueue {
     }
 
     fn stats(&self) -> QueueStats {
-        self.0.report.stats
+        let Queue { shared, report } = &self.0;
+        QueueStats { errors: report.stats.errors + shared.discarded(), ..report.stats }
     }
 }
 

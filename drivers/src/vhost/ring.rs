@@ -430,21 +430,25 @@ impl Ring {
         }
     }
 
-    /// Uses what the frontend sends by a disabled ring, without a look at it.
-    pub(super) fn discard(&mut self, stats: &mut QueueStats) -> Checked<()> {
-        let (old, pending) = (self.next, self.pending()?);
-        if pending == 0 {
-            return Ok(());
-        }
-        for _ in 0..pending {
+    /// Position behind the last chain that the frontend has made available.
+    pub(super) fn end(&self) -> Checked<u16> {
+        self.pending().map(|pending| self.next.wrapping_add(pending))
+    }
+
+    /// Uses what the frontend sends by a disabled ring, without a look at it: chains before `end`, as [`Ring::end`] gave it.
+    /// Returns their number.
+    pub(super) fn discard(&mut self, end: u16) -> u16 {
+        let old = self.next;
+        while self.next != end {
             let position = usize::from(self.next);
             write_used(self.used.view().entry(position), self.avail.load::<0>(position), 0);
             self.next = self.next.wrapping_add(1);
         }
-        stats.errors += u64::from(pending);
-        self.publish(old, stats);
-        self.mark_used(old);
-        Ok(())
+        if self.next != old {
+            self.publish(old, &mut QueueStats::default());
+            self.mark_used(old);
+        }
+        self.next.wrapping_sub(old)
     }
 
     /// As [`Ring::receive`], and marks what it wrote.

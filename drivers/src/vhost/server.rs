@@ -28,7 +28,7 @@ use crate::socket::try_connect;
 const RETRY: u8 = 100;
 
 /// How long a frontend must be silent before a change of its memory counts as complete, in milliseconds.
-const SETTLED: u8 = 100;
+const SILENCE: u8 = 100;
 
 /// What the thread and the owner of the port have in common.
 #[derive(Debug, Default)]
@@ -264,7 +264,7 @@ fn converse(stream: UnixStream, session: &Session, name: &Arc<str>, rings: &[Arc
     let backend = Arc::new(Mutex::new(Backend::new(name, rings.to_vec())));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&backend));
     loop {
-        settle(&handler, &backend);
+        await_request(&handler, &backend);
         let handled = early::handle(&handler, &backend).unwrap_or_else(|| handler.handle_request());
         match handled {
             Ok(()) | Err(VhostError::SocketRetry(_)) => {}
@@ -273,17 +273,26 @@ fn converse(stream: UnixStream, session: &Session, name: &Arc<str>, rings: &[Arc
     }
 }
 
-/// Unmaps the memory regions that the frontend has removed, once it has sent nothing for [`SETTLED`]. Returns when
-/// there is a request, or nothing to unmap.
-fn settle(handler: &BackendReqHandler<Mutex<Backend>>, backend: &Mutex<Backend>) {
+/// While the frontend is silent for [`SILENCE`], unmaps the memory regions that it has removed, and drops what it
+/// transmits by disabled rings. Returns when there is a request, or no such region and ring.
+fn await_request(handler: &BackendReqHandler<Mutex<Backend>>, backend: &Mutex<Backend>) {
     let lock = || backend.lock().unwrap_or_else(PoisonError::into_inner);
-    if lock().is_settled() {
-        return;
-    }
-    // The next request fails by the same error.
-    let Ok(socket) = handler.try_clone_connection() else { return };
-    let mut heard = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    if poll(&mut heard, PollTimeout::from(SETTLED)) == Ok(0) {
-        lock().settle();
+    loop {
+        // What a ring holds is looked at first: of what comes later, a request that enables it may already be on its way.
+        let disabled = lock().disabled();
+        if disabled.is_none() && lock().is_settled() {
+            return;
+        }
+        // The next request fails by the same error.
+        let Ok(socket) = handler.try_clone_connection() else { return };
+        let mut heard = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut heard, PollTimeout::from(SILENCE)) {
+            Ok(0) => {
+                disabled.into_iter().flatten().for_each(|(ring, end)| ring.discard(end));
+                lock().settle();
+            }
+            Err(Errno::EINTR) => {}
+            _ => return,
+        }
     }
 }

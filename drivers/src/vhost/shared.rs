@@ -2,7 +2,7 @@
 
 use std::sync::{PoisonError, TryLockError};
 
-use vireo_eal::sync::atomic::{AtomicU32, Ordering};
+use vireo_eal::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use vireo_eal::sync::{Mutex, MutexGuard};
 
 use super::ring::Ring;
@@ -21,7 +21,7 @@ pub(super) enum Slot {
     /// As `Running`, of a guest that migrates: what is written is marked.
     Logged(Box<Ring>),
     /// Started and not enabled: it receives nothing, and what it transmits is used and dropped (vhost-user, "Ring
-    /// states").
+    /// states"). No lcore does that: the request that enables the ring may be there and not answered yet.
     Disabled(Box<Ring>),
     /// The frontend lied; the ring ended at this position, until it is started anew.
     Broken(u16),
@@ -34,12 +34,14 @@ pub(super) enum Slot {
 pub(super) struct Shared {
     /// How many wait for the slot: the lcore then leaves it, or it could hold it nearly all of the time.
     waiting: AtomicU32,
+    /// Frames that were dropped while the ring was disabled.
+    discarded: AtomicU64,
     slot: Mutex<Slot>,
 }
 
 impl Default for Shared {
     fn default() -> Self {
-        Self { waiting: AtomicU32::new(0), slot: Mutex::new(Slot::Stopped) }
+        Self { waiting: AtomicU32::new(0), discarded: AtomicU64::new(0), slot: Mutex::new(Slot::Stopped) }
     }
 }
 
@@ -69,5 +71,17 @@ impl Shared {
         let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         slot
+    }
+
+    /// Frames that the frontend transmitted while the ring was disabled, and that were dropped.
+    pub(super) fn discarded(&self) -> u64 {
+        self.discarded.load(Ordering::Relaxed)
+    }
+
+    /// Drops what the frontend transmits by a disabled ring, before position `end`.
+    pub(super) fn discard(&self, end: u16) {
+        if let Slot::Disabled(ring) = &mut *self.lock() {
+            self.discarded.fetch_add(ring.discard(end).into(), Ordering::Relaxed);
+        }
     }
 }

@@ -368,7 +368,7 @@ fn conformance_qemu_migration() {
     BOTH.into_iter().for_each(|ring| guest.send_logged_addr(ring, true, Ack::Yes));
     guest.send_enable(TRANSMIT, false, Ack::Yes);
     guest.transmit(&frame(1));
-    bench.receive();
+    guest.await_transmitted(1);
     assert!(
         take_pages(&guest, &log).1[((RING + USED) >> 12) as usize],
         "a disabled ring is drained and marked"

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -221,11 +222,22 @@ impl Guest {
         self.frontend.set_vring_enable(ring, on).unwrap();
     }
 
+    /// `VHOST_USER_SET_VRING_ENABLE`.
+    fn enabling(ring: u32, on: u32, ask: bool) -> Vec<u8> {
+        [18, 1 | u32::from(ask) << 3, 8, ring, on].into_iter().flat_map(u32::to_ne_bytes).collect()
+    }
+
+    /// Enables a ring by a request of which the backend has only the first `sent` bytes while `meanwhile` runs.
+    pub(super) fn begin_to_enable(&mut self, ring: usize, sent: usize, meanwhile: impl FnOnce(&mut Self)) {
+        let request = Self::enabling(ring as u32, 1, false);
+        self.socket.write_all(&request[..sent]).unwrap();
+        meanwhile(self);
+        self.socket.write_all(&request[sent..]).unwrap();
+    }
+
     /// Enables or disables a ring as QEMU does at first: before the features. Gives the answer if it is asked for.
     pub(super) fn enable_early(&mut self, ring: u32, on: u32, ask: bool) -> Option<u64> {
-        let words = [18, 1 | u32::from(ask) << 3, 8, ring, on];
-        let bytes: Vec<u8> = words.iter().flat_map(|word: &u32| word.to_ne_bytes()).collect();
-        self.socket.write_all(&bytes).unwrap();
+        self.socket.write_all(&Self::enabling(ring, on, ask)).unwrap();
         let mut answer = [0; 20];
         ask.then(|| self.socket.read_exact(&mut answer).unwrap())?;
         assert_eq!(answer[..12], [18, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0]);
@@ -277,6 +289,17 @@ impl Guest {
 
     pub(super) fn reap_transmitted(&mut self) -> usize {
         std::iter::from_fn(|| self.rings[TRANSMIT].used()).inspect(|(_, len)| assert_eq!(*len, 0)).count()
+    }
+
+    /// Waits until `count` frames have been transmitted; gives how many have.
+    pub(super) fn await_transmitted(&mut self, count: usize) -> usize {
+        let begin = Instant::now();
+        let mut transmitted = 0;
+        while transmitted < count && begin.elapsed() < Duration::from_secs(20) {
+            transmitted += self.reap_transmitted();
+            std::thread::yield_now();
+        }
+        transmitted
     }
 
     /// Offers a chain of buffers of these lengths to receive into.
