@@ -436,8 +436,7 @@ impl Ring {
     }
 
     /// Uses what the frontend sends by a disabled ring, without a look at it: chains before `end`, as [`Ring::end`] gave it.
-    /// Returns their number.
-    pub(super) fn discard(&mut self, end: u16) -> u16 {
+    pub(super) fn discard(&mut self, end: u16) {
         let old = self.next;
         while self.next != end {
             let position = usize::from(self.next);
@@ -448,7 +447,6 @@ impl Ring {
             self.publish(old, &mut QueueStats::default());
             self.mark_used(old);
         }
-        self.next.wrapping_sub(old)
     }
 
     /// As [`Ring::receive`], and marks what it wrote.

@@ -75,13 +75,15 @@ impl Shared {
 
     /// Frames that the frontend transmitted while the ring was disabled, and that were dropped.
     pub(super) fn discarded(&self) -> u64 {
-        self.discarded.load(Ordering::Relaxed)
+        self.discarded.load(Ordering::Acquire)
     }
 
     /// Drops what the frontend transmits by a disabled ring, before position `end`.
     pub(super) fn discard(&self, end: u16) {
         if let Slot::Disabled(ring) = &mut *self.lock() {
-            self.discarded.fetch_add(ring.discard(end).into(), Ordering::Relaxed);
+            // Counted when the frontend sees that they are used.
+            self.discarded.fetch_add(end.wrapping_sub(ring.next()).into(), Ordering::Release);
+            ring.discard(end);
         }
     }
 }

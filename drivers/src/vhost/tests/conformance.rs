@@ -369,11 +369,11 @@ fn conformance_qemu_migration() {
     guest.send_enable(TRANSMIT, false, Ack::Yes);
     guest.transmit(&frame(1));
     guest.await_transmitted(1);
+    let base = BOTH.map(|ring| guest.ask_base(ring));
     assert!(
         take_pages(&guest, &log).1[((RING + USED) >> 12) as usize],
         "a disabled ring is drained and marked"
     );
-    let base = BOTH.map(|ring| guest.ask_base(ring));
     assert_eq!(base[RECEIVE], base[TRANSMIT] + 10);
     assert_eq!(bench.stop(), BUFFERS);
 }
