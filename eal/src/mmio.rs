@@ -56,6 +56,9 @@ impl fmt::Debug for Backing {
 #[derive(Debug)]
 pub(crate) struct DeviceFile {
     pub(crate) file: File,
+    /// Its group, in the modes that have one. The last device of a group closes it: it leaves its container then, and
+    /// others can open it.
+    pub(crate) _group: Option<Arc<File>>,
     pub(crate) space: Arc<AddressSpace>,
 }
 
@@ -384,7 +387,7 @@ mod tests {
     }
 
     fn device(file: File) -> Arc<DeviceFile> {
-        Arc::new(DeviceFile { file, space: Arc::new(AddressSpace::nowhere()) })
+        Arc::new(DeviceFile { file, _group: None, space: Arc::new(AddressSpace::nowhere()) })
     }
 
     #[test]

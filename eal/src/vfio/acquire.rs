@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -15,6 +14,7 @@ use super::{Device, DeviceFds, VfioMode};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::WeakIommufd;
+use crate::mmio::DeviceFile;
 
 /// A device by its name on its bus (`0000:00:04.0`) and its directory in sysfs.
 #[derive(Clone, Debug)]
@@ -128,7 +128,7 @@ impl Vfio {
 
     fn acquire_in(&self, node: &Node, mode: VfioMode, why: String) -> std::result::Result<Acquired, Refusal> {
         let mut phases = Phases::start();
-        let (device, space) = match mode {
+        let open = match mode {
             VfioMode::Cdev | VfioMode::NoiommuCdev => {
                 let fds = self.open_cdev(node, mode)?;
                 phases.end("open");
@@ -141,7 +141,7 @@ impl Vfio {
                 self.complete_group(node, mode, fds, opening, &mut phases)?
             }
         };
-        Ok(self.finish(node, mode, why, device, space, phases)?)
+        Ok(Self::finish(node, mode, why, open, phases)?)
     }
 
     /// Opens the descriptors of `node` to pass them to another process, which will [`adopt`](Self::adopt)
@@ -178,7 +178,7 @@ impl Vfio {
     /// As for [`Vfio::acquire`]; `Usage` when the descriptors do not fit the mode.
     pub fn adopt(&self, node: &Node, mode: VfioMode, fds: DeviceFds) -> Result<Acquired> {
         let mut phases = Phases::start();
-        let (device, space) = match (mode, fds) {
+        let open = match (mode, fds) {
             (VfioMode::Cdev | VfioMode::NoiommuCdev, DeviceFds::Cdev(fds)) => {
                 let (number, path) = self.cdev_path(node, mode)?;
                 nodes::check(&fds.device, &path, &number, &node.name)?;
@@ -199,19 +199,18 @@ impl Vfio {
                 ));
             }
         };
-        self.finish(node, mode, "by descriptors from another process".to_owned(), device, space, phases)
+        Self::finish(node, mode, "by descriptors from another process".to_owned(), open, phases)
     }
 
     fn finish(
-        &self,
         node: &Node,
         mode: VfioMode,
         why: String,
-        device: OwnedFd,
-        space: Arc<AddressSpace>,
+        open: DeviceFile,
         mut phases: Phases,
     ) -> Result<Acquired> {
-        let device = Device::new(node.name.clone(), device, Arc::clone(&space))?;
+        let space = Arc::clone(&open.space);
+        let device = Device::new(node.name.clone(), open)?;
         phases.end("attach");
         space.refresh_ranges()?;
         Ok(Acquired { device, space, mode, why, phases: phases.done })
@@ -299,7 +298,7 @@ impl Vfio {
     }
 
     pub(super) fn existing(&self, key: SpaceKey) -> Option<Arc<AddressSpace>> {
-        lock(&self.spaces).get(&key).and_then(Weak::upgrade)
+        lock(&self.spaces).get(&key).and_then(usable)
     }
 
     /// The address space of `key`, made by `make` if no port has it yet.
@@ -309,13 +308,13 @@ impl Vfio {
         make: impl FnOnce() -> Result<AddressSpace>,
     ) -> Result<Arc<AddressSpace>> {
         let mut spaces = lock(&self.spaces);
-        if let Some(space) = spaces.get(&key).and_then(Weak::upgrade) {
+        if let Some(space) = spaces.get(&key).and_then(usable) {
             return Ok(space);
         }
         let mode = key.0;
         let mixed = |other: &VfioMode| other.has_iommu() != mode.has_iommu();
         if let Some(((other, _), _)) =
-            spaces.iter().find(|((other, _), space)| mixed(other) && space.strong_count() > 0)
+            spaces.iter().find(|((other, _), space)| mixed(other) && usable(space).is_some())
         {
             return Err(Error::new(
                 ErrorKind::Usage,
@@ -328,6 +327,11 @@ impl Vfio {
         spaces.insert(key, Arc::downgrade(&space));
         Ok(space)
     }
+}
+
+/// The space, if there is one and devices can still be added to it.
+fn usable(space: &Weak<AddressSpace>) -> Option<Arc<AddressSpace>> {
+    space.upgrade().filter(|space| !space.is_abandoned())
 }
 
 /// Prefix of the nodes of devices without an IOMMU, groups and cdevs.
@@ -439,13 +443,14 @@ mod tests {
     use super::*;
     use crate::iommufd::Iommufd;
     use crate::vfio::fds::{CdevFds, GroupFds};
+    use crate::vfio::space::Container;
     use std::os::unix::fs::symlink;
 
     #[test]
     fn descriptors_of_another_device_are_not_adopted() {
         let root = tempfile::tempdir().unwrap();
         let (node, groups) = (root.path().join("device"), root.path().join("sys/class/vfio"));
-        let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
+        let null = || fs::File::open("/dev/null").unwrap();
         let zero = "1:5";
         fs::create_dir_all(node.join("vfio-dev/vfio0")).unwrap();
         fs::create_dir_all(groups.join("3")).unwrap();
@@ -456,13 +461,41 @@ mod tests {
         let vfio = Vfio::new(None).below(root.path());
         fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
         fs::write(root.path().join("dev/vfio/3"), "").unwrap();
-        let cdev = CdevFds { iommufd: Iommufd::from_fd(null()), device: null() };
-        let group = GroupFds { container: null(), group: null() };
+        let cdev = CdevFds { iommufd: Iommufd::from_fd(null().into()), device: null().into() };
+        let group = GroupFds { container: null().into(), group: Arc::new(null()) };
         for (mode, fds) in [(VfioMode::Cdev, cdev.into()), (VfioMode::Container, group.into())] {
             let error = vfio.adopt(&node, mode, fds).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unavailable);
             assert!(error.why().starts_with("it is device 1:3 and "), "{error}");
             assert!(error.to_string().ends_with(" c 1 5"), "{error}");
+        }
+    }
+
+    /// A container that no group is in has no mappings and takes no device: the next one gets another.
+    #[test]
+    fn a_container_without_groups_is_not_used_again() {
+        let null = || fs::File::open("/dev/null").unwrap();
+        let vfio = Vfio::new(None);
+        for iommufd in [false, true] {
+            let key = (if iommufd { VfioMode::Compat } else { VfioMode::Container }, None);
+            let group = Arc::new(null());
+            let made = |group: &Arc<fs::File>| {
+                let container = Container::new(null().into(), iommufd, 3, group);
+                vfio.space(key, || Ok(AddressSpace::type1(container))).unwrap()
+            };
+            let space = made(&group);
+            assert!(Arc::ptr_eq(&made(&Arc::new(null())), &space));
+            let container = space.container().unwrap();
+            assert!(Arc::ptr_eq(&container.group(3).unwrap(), &group));
+            let other = Arc::new(null());
+            container.add(4, &other);
+            drop(group);
+            assert!(container.group(3).is_none() && vfio.existing(key).is_some());
+            drop(other);
+            // iommufd keeps the mappings of its container.
+            assert_eq!(vfio.existing(key).is_some(), iommufd);
+            let group = Arc::new(null());
+            assert_eq!(Arc::ptr_eq(&made(&group), &space), iommufd);
         }
     }
 

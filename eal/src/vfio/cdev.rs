@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use nix::errno::Errno;
 use vfio_bindings::bindings::vfio as uapi;
@@ -18,6 +17,7 @@ use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 use crate::iommufd::Iommufd;
+use crate::mmio::DeviceFile;
 
 impl Vfio {
     /// Number and path of the device's own node.
@@ -76,7 +76,7 @@ impl Vfio {
         mode: VfioMode,
         fds: CdevFds,
         phases: &mut Phases,
-    ) -> std::result::Result<(OwnedFd, Arc<AddressSpace>), Refusal> {
+    ) -> std::result::Result<DeviceFile, Refusal> {
         let CdevFds { iommufd, device } = fds;
         let key = self.space_key(node, mode);
         let others =
@@ -116,7 +116,7 @@ impl Vfio {
             let error = Error::os(format!("cannot attach {} to its address space", node.name), errno);
             Refusal { error: diagnose::attach(error, node), container_may: errno == Errno::EINVAL }
         })?;
-        Ok((device, space))
+        Ok(DeviceFile { file: device.into(), _group: None, space })
     }
 }
 

@@ -1,8 +1,7 @@
 //! A device that the kernel handed over: regions, config space, interrupts and reset, the same in every mode.
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -54,7 +53,7 @@ impl Region {
 }
 
 impl Device {
-    pub(super) fn new(name: String, fd: OwnedFd, space: Arc<AddressSpace>) -> Result<Self> {
+    pub(super) fn new(name: String, open: DeviceFile) -> Result<Self> {
         let mut device_info = uapi::vfio_device_info {
             argsz: size_of::<uapi::vfio_device_info>() as u32,
             flags: 0,
@@ -64,10 +63,9 @@ impl Device {
             pad: 0,
         };
         // SAFETY: the structure is complete; the kernel writes at most `argsz` bytes.
-        counted(|| unsafe { sys::device_get_info(fd.as_raw_fd(), &mut device_info) })
+        counted(|| unsafe { sys::device_get_info(open.file.as_raw_fd(), &mut device_info) })
             .map_err(|errno| Error::os(format!("cannot examine {name}"), errno))?;
-        let open = Arc::new(DeviceFile { file: File::from(fd), space });
-        Ok(Self { name, open, flags: device_info.flags })
+        Ok(Self { name, open: Arc::new(open), flags: device_info.flags })
     }
 
     /// Name on its bus.
@@ -188,7 +186,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[7; 64], 0).unwrap();
         let space = Arc::new(AddressSpace::nowhere());
-        let open = Arc::new(DeviceFile { file: file.try_clone().unwrap(), space });
+        let open = Arc::new(DeviceFile { file: file.try_clone().unwrap(), _group: None, space });
         let config = ConfigSpace(RegionFile::new(&open, 16, 32));
         let mut bytes = [0; 4];
         config.read(28, &mut bytes);

@@ -1,9 +1,11 @@
 //! A device's descriptors as a value: opened here, or received from a launcher that may open what this
 //! process may not.
 
+use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use nix::libc;
 use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
@@ -34,8 +36,8 @@ pub struct CdevFds {
 pub struct GroupFds {
     /// `/dev/vfio/vfio`, or `/dev/iommu` in mode `compat`.
     pub(super) container: OwnedFd,
-    /// `/dev/vfio/N` or `/dev/vfio/noiommu-N`.
-    pub(super) group: OwnedFd,
+    /// `/dev/vfio/N` or `/dev/vfio/noiommu-N`, which opens once: devices of one group share it.
+    pub(super) group: Arc<File>,
 }
 
 impl From<CdevFds> for DeviceFds {
@@ -87,7 +89,9 @@ impl DeviceFds {
             (Some(CDEV), Ok([iommufd, device])) => {
                 Ok(CdevFds { iommufd: Iommufd::from_fd(iommufd), device }.into())
             }
-            (Some(GROUP), Ok([container, group])) => Ok(GroupFds { container, group }.into()),
+            (Some(GROUP), Ok([container, group])) => {
+                Ok(GroupFds { container, group: Arc::new(group.into()) }.into())
+            }
             _ => Err(Error::new(ErrorKind::Protocol, what, "the message is not one of Vireo's")),
         }
     }
@@ -140,11 +144,13 @@ mod tests {
         let (here, there) = UnixStream::pair().unwrap();
         let (container, group) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         let inodes = [&container, &group].map(|file| file.metadata().unwrap().ino());
-        DeviceFds::from(GroupFds { container: container.into(), group: group.into() }).send(&here).unwrap();
+        DeviceFds::from(GroupFds { container: container.into(), group: Arc::new(group) })
+            .send(&here)
+            .unwrap();
         let Ok(DeviceFds::Group(GroupFds { container, group })) = DeviceFds::receive(&there) else {
             panic!("no group")
         };
-        assert_eq!([container, group].map(|fd| File::from(fd).metadata().unwrap().ino()), inodes);
+        assert_eq!([&File::from(container), &*group].map(|file| file.metadata().unwrap().ino()), inodes);
     }
 
     /// Those that are too many too, or a hostile sender could use up all that this process may have open.

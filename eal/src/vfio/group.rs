@@ -4,20 +4,19 @@ use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use vfio_bindings::bindings::vfio as uapi;
 
-use super::acquire::{
-    NOIOMMU_PREFIX, Node, Phases, Vfio, group_of, has_iommu, lock, needs_noiommu, no_group,
-};
+use super::acquire::{NOIOMMU_PREFIX, Node, Phases, Vfio, group_of, has_iommu, needs_noiommu, no_group};
 use super::fds::GroupFds;
 use super::space::{AddressSpace, Container};
 use super::{VfioMode, diagnose, nodes, sys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
+use crate::mmio::DeviceFile;
 
 impl Vfio {
     /// Node of the containers of `mode`.
@@ -51,9 +50,8 @@ impl Vfio {
             Some(container) => container.fd.try_clone().map_err(cannot_duplicate)?,
             None => self.open_container(mode)?,
         };
-        let group = match kept.and_then(|container| lock(&container.groups).get(&group).map(File::try_clone))
-        {
-            Some(file) => file.map_err(cannot_duplicate)?,
+        let group = match kept.and_then(|container| container.group(group)) {
+            Some(file) => file,
             None => {
                 let file = self.nodes.open(&path).map_err(|error| match (&number, error.errno()) {
                     (Some(number), Some(Errno::ENOENT)) => nodes::absent(error, &path, number),
@@ -62,10 +60,10 @@ impl Vfio {
                 if let Some(number) = number {
                     nodes::check(&file, &path, &number, &format!("IOMMU group {group}"))?;
                 }
-                file
+                Arc::new(file)
             }
         };
-        Ok(GroupFds { container, group: group.into() })
+        Ok(GroupFds { container, group })
     }
 
     pub(super) fn open_container(&self, mode: VfioMode) -> Result<OwnedFd> {
@@ -86,20 +84,22 @@ impl Vfio {
         fds: GroupFds,
         opening: MutexGuard<'_, ()>,
         phases: &mut Phases,
-    ) -> Result<(OwnedFd, Arc<AddressSpace>)> {
+    ) -> Result<DeviceFile> {
         let what = || format!("cannot use {}", node.name);
         let number = group_of(node).map_err(|_| no_group(what()))?;
+        let key = self.space_key(node, mode);
         let GroupFds { container, group } = fds;
-        let group = File::from(group);
+        // Nobody abandons the container meanwhile.
+        let _held = self.existing(key).and_then(|space| space.container()?.any());
         let in_container = status(&group, number, node)? & uapi::VFIO_GROUP_FLAGS_CONTAINER_SET != 0;
         let mut container = Some(container);
-        let space = self.space(self.space_key(node, mode), || {
+        let space = self.space(key, || {
             let fd = container.take().ok_or_else(|| Error::os(what(), Errno::EBADF))?;
             if !in_container {
                 set_container(&group, number, &fd, mode)?;
                 set_iommu(&fd, mode)?;
             }
-            let container = Container { groups: Mutex::default(), iommufd: mode == VfioMode::Compat, fd };
+            let container = Container::new(fd, mode == VfioMode::Compat, number, &group);
             Ok(match mode {
                 VfioMode::Noiommu => AddressSpace::none(container),
                 _ => AddressSpace::type1(container),
@@ -112,11 +112,13 @@ impl Vfio {
         if joins && !in_container {
             set_container(&group, number, &shared.fd, mode)?;
         }
-        lock(&shared.groups).entry(number).or_insert(group.try_clone().map_err(cannot_duplicate)?);
+        let group = shared.group(number).unwrap_or(group);
+        shared.add(number, &group);
         drop(opening);
         phases.end("bind");
         let device = self.device_fd(node, &group)?;
-        Ok((if mode == VfioMode::Noiommu { above_memory(device) } else { device }, space))
+        let device = if mode == VfioMode::Noiommu { above_memory(device) } else { device };
+        Ok(DeviceFile { file: device.into(), _group: Some(group), space })
     }
 
     fn device_fd(&self, node: &Node, group: &File) -> Result<OwnedFd> {

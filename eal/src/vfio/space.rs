@@ -5,11 +5,12 @@ use std::fs::File;
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nix::errno::Errno;
 use vfio_bindings::bindings::vfio as uapi;
 
+use super::acquire::lock;
 use super::{diagnose, info, sys};
 use crate::dma::IovaRanges;
 use crate::error::{Error, ErrorKind, Result};
@@ -40,12 +41,12 @@ enum Tables {
     None(Container),
 }
 
-/// A container and the groups in it. The groups close first: a container without groups forgets its mappings.
+/// A container and the groups in it, which their devices hold.
 #[derive(Debug)]
 pub(super) struct Container {
-    pub(super) groups: Mutex<BTreeMap<u32, File>>,
+    groups: Mutex<BTreeMap<u32, Weak<File>>>,
     /// Whether `/dev/iommu` stands in for the container.
-    pub(super) iommufd: bool,
+    iommufd: bool,
     pub(super) fd: OwnedFd,
 }
 
@@ -76,6 +77,12 @@ impl AddressSpace {
     pub(crate) fn nowhere() -> Self {
         let fd = File::open("/dev/null").expect("it is everywhere").into();
         Self::none(Container { groups: Mutex::default(), iommufd: false, fd })
+    }
+
+    /// Whether the last of its groups has left its container, which has then forgotten its mappings
+    /// (`vfio_container_detach_group`) and takes no device.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.container().is_some_and(|container| !container.iommufd && container.any().is_none())
     }
 
     pub(super) fn container(&self) -> Option<&Container> {
@@ -233,6 +240,25 @@ impl AddressSpace {
 }
 
 impl Container {
+    /// A container with its first group.
+    pub(super) fn new(fd: OwnedFd, iommufd: bool, number: u32, group: &Arc<File>) -> Self {
+        Self { groups: Mutex::new([(number, Arc::downgrade(group))].into()), iommufd, fd }
+    }
+
+    /// The group, if it is open.
+    pub(super) fn group(&self, number: u32) -> Option<Arc<File>> {
+        lock(&self.groups).get(&number).and_then(Weak::upgrade)
+    }
+
+    /// One of its groups: while that is held, the container stays as it is.
+    pub(super) fn any(&self) -> Option<Arc<File>> {
+        lock(&self.groups).values().find_map(Weak::upgrade)
+    }
+
+    pub(super) fn add(&self, number: u32, group: &Arc<File>) {
+        lock(&self.groups).insert(number, Arc::downgrade(group));
+    }
+
     /// Addresses that every attached device can use, and the smallest page in bytes that can be mapped: 1 when the
     /// kernel does not tell.
     fn iova_ranges(&self) -> Result<(IovaRanges, u64)> {
@@ -352,7 +378,9 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         let Some(mapped) = self.mapped.take() else { return };
         let range = mapped.range();
-        if let (Mapped::Type1 { iova, len, .. }, Tables::Type1(container)) = (&mapped, &self.space.tables) {
+        if let (Mapped::Type1 { iova, len, .. }, Tables::Type1(container)) = (&mapped, &self.space.tables)
+            && !self.space.is_abandoned()
+        {
             match container.unmap(*iova, *len) {
                 Ok(unmapped) if unmapped == *len => {}
                 Ok(unmapped) => tracing::error!("unmapped {unmapped} of {len} bytes at {iova:#x}"),

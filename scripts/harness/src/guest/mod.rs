@@ -147,6 +147,7 @@ fn iommu(cases: &mut Cases) {
     for mode in MAPPED {
         opens::by_other_names(cases, mode);
         opens::hands_over(cases, mode);
+        opens::leaves(cases, mode);
         interrupts::of_each_nic(cases, mode);
         let first = cases.0.len();
         signals::end_in_order(cases, boot, mode);
@@ -205,6 +206,7 @@ fn noiommu(cases: &mut Cases) {
     opens::opens(cases, name, "noiommu", &[Node::Container, Node::Group]);
     for mode in PHYSICAL {
         opens::by_other_names(cases, mode);
+        opens::leaves(cases, mode);
         interrupts::of_each_nic(cases, mode);
         signals::survive_kills(cases, boot, mode);
         isolation::without_iommu(cases, mode);

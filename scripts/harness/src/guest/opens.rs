@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::ensure;
 
-use super::machine::{NICS, Nic, Role, moved, need_mode, nodes_of};
+use super::machine::{NICS, Nic, Role, moved, need_mode, nodes_of, program};
 use super::traffic::forwarder;
 use crate::case::{Cases, Context, read};
 use crate::process::run;
@@ -76,6 +76,18 @@ pub(super) fn by_other_names(cases: &mut Cases, mode: &'static str) {
 pub(super) fn strace(context: &Context, calls: &str) -> Vec<String> {
     let trace = context.path("trace").to_string_lossy().into_owned();
     ["strace", "-D", "-f", "-e", &format!("trace={calls}"), "-o", &trace].map(Into::into).into()
+}
+
+/// A group can be opened once: who keeps one without a device keeps everybody from it.
+pub(super) fn leaves(cases: &mut Cases, mode: &'static str) {
+    cases.add(format!("a closed device leaves its group to others, {mode}"), move |context| {
+        need_mode(mode)?;
+        let devices = [Nic::E1000e, Nic::VirtioNet].map(|nic| nic.bdf(Role::FwdRx));
+        let ended = program(context, "leave", &format!("{} {mode}", devices.join(" ")))?.expect(0)?;
+        ensure!(ended.stdout.lines().count() == 3, "{}", ended.stdout);
+        ensure!(ended.stderr.is_empty(), "it complained");
+        Ok(())
+    });
 }
 
 /// The process that is given the descriptors opens no node, and drives the device.
