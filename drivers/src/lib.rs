@@ -7,6 +7,7 @@ pub mod e1000;
 #[cfg(test)]
 mod endurance;
 pub mod fakedev;
+pub mod memory;
 pub mod port;
 pub mod ports;
 mod socket;

@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, DeviceId, Function, PciDevice, PciInfo, Report};
 use vireo_eal::args::VdevArgs;
-use vireo_eal::dma::{DmaMemory, Part, Pool};
 use vireo_eal::lcore::StopFlag;
-use vireo_eal::mem::Region;
 use vireo_eal::vfio::{AddressSpace, Request, Vfio, VfioMode};
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
@@ -53,6 +51,8 @@ pub struct OpenPort {
     pub report: Option<Report>,
     /// What its DMA goes through; none of a virtual port.
     pub space: Option<Arc<AddressSpace>>,
+    /// NUMA node of its function, where the machine has several.
+    pub node: Option<u32>,
     /// Hears that the kernel wants the function back.
     request: Option<Request>,
 }
@@ -209,7 +209,7 @@ fn take(device: PciDevice, info: PciInfo, args: &[(String, String)]) -> Result<O
     let driver = driver_of(info.id).unwrap_or("none");
     let kind = format!("({driver}, {}) in mode {}: {}", info.id, report.mode, report.why);
     let name = info.address.to_string();
-    Ok(OpenPort { port, name, kind, report: Some(report), space: Some(space), request })
+    Ok(OpenPort { port, name, kind, report: Some(report), space: Some(space), node: info.numa_node, request })
 }
 
 /// Gives a function to its driver.
@@ -291,127 +291,10 @@ pub fn buffers_needed(ports: usize, lcores: usize, sizes: QueueSizes) -> u32 {
     ports.saturating_mul(each).clamp(8192, 1 << 22) as u32
 }
 
-/// What the ports of a program need of DMA memory.
-#[derive(Clone, Copy, Debug)]
-pub struct MemoryNeed {
-    /// Packet buffers that devices receive into and send from.
-    pub buffers: u32,
-    /// Packet buffers that they only send from.
-    pub send_only: u32,
-    /// Sizes of each port's queues.
-    pub sizes: QueueSizes,
-    /// Pairs of queues of each port.
-    pub pairs: u16,
-}
-
-impl MemoryNeed {
-    /// Bytes for these and for the rings of `ports`.
-    pub fn bytes(&self, ports: &[&OpenPort]) -> usize {
-        self.parts(ports).iter().map(Part::bytes).sum()
-    }
-
-    /// What a port's rings take: bytes that its device writes, and bytes that it only reads.
-    fn rings(&self, port: &Port) -> [usize; 2] {
-        /// Room for the alignment of each of a port's parts, and for what is small.
-        const REST: usize = 32 << 10;
-        let entries = usize::from(self.sizes.rx) + usize::from(self.sizes.tx);
-        let pair = match port {
-            // Of a split ring the device writes the used ring, and reads descriptors and avail ring (virtio 1.2, 2.7).
-            Port::Virtio(_) => [entries * 8 + REST, entries * 18 + REST],
-            // Completions are written into the descriptors. A ring is aligned to its size, which may cost as much again.
-            Port::E1000(_) => [entries * 16 * 2 + REST, 0],
-            Port::Vhost(_) => [0, 0],
-        };
-        pair.map(|bytes| bytes * usize::from(self.pairs))
-    }
-
-    /// Where everything goes. Buffers are in the first part. Rings are there too if there is one address space;
-    /// else in a part for the address space of their port.
-    fn parts(&self, ports: &[&OpenPort]) -> Vec<Part> {
-        let bytes = |buffers| if buffers > 0 { Pool::bytes(buffers) } else { 0 };
-        let spaces = spaces(ports);
-        let mut parts = vec![Part {
-            read_write: bytes(self.buffers),
-            read_only: bytes(self.send_only),
-            spaces: spaces.clone(),
-        }];
-        if spaces.len() > 1 {
-            parts.extend(
-                spaces.iter().map(|space| Part { spaces: vec![Arc::clone(space)], ..Part::default() }),
-            );
-        }
-        for open in ports {
-            let [read_write, read_only] = self.rings(&open.port);
-            let own = open.space.as_ref().filter(|_| spaces.len() > 1);
-            let own = own.and_then(|own| spaces.iter().position(|space| Arc::ptr_eq(space, own)));
-            let part = &mut parts[own.map_or(0, |index| index + 1)];
-            part.read_write += read_write;
-            part.read_only += read_only;
-        }
-        parts
-    }
-}
-
-/// The address spaces of `ports`, each once.
-fn spaces(ports: &[&OpenPort]) -> Vec<Arc<AddressSpace>> {
-    let mut spaces: Vec<Arc<AddressSpace>> = Vec::new();
-    for space in ports.iter().filter_map(|port| port.space.as_ref()) {
-        if !spaces.iter().any(|known| Arc::ptr_eq(known, space)) {
-            spaces.push(Arc::clone(space));
-        }
-    }
-    spaces
-}
-
-/// Memory of a program's ports.
-#[derive(Debug)]
-pub struct PortMemory {
-    /// For packet buffers: every port reaches it.
-    pub buffers: Arc<DmaMemory>,
-    /// For rings, where there are several address spaces.
-    rings: Vec<(Arc<AddressSpace>, Arc<DmaMemory>)>,
-    /// Address spaces that it is mapped in.
-    pub spaces: usize,
-}
-
-impl PortMemory {
-    /// What to start `port` with: no port in another address space reaches the rings in it.
-    pub fn of(&self, port: &OpenPort) -> &Arc<DmaMemory> {
-        let own =
-            port.space.as_ref().and_then(|own| self.rings.iter().find(|(space, _)| Arc::ptr_eq(space, own)));
-        own.map_or(&self.buffers, |(_, memory)| memory)
-    }
-}
-
-impl From<Arc<DmaMemory>> for PortMemory {
-    /// One memory for all, as of ports without an address space.
-    fn from(buffers: Arc<DmaMemory>) -> Self {
-        Self { buffers, rings: Vec::new(), spaces: 0 }
-    }
-}
-
-/// Maps `region` for all of `ports`: packet buffers in each address space, rings in that of their port.
-///
-/// # Errors
-/// As for [`DmaMemory::map_parts`].
-pub fn map(region: Region, need: &MemoryNeed, ports: &[&OpenPort]) -> Result<PortMemory> {
-    let spaces = spaces(ports);
-    let mut parts = DmaMemory::map_parts(region, &need.parts(ports))?.into_iter();
-    let buffers = parts.next().ok_or_else(|| {
-        Error::new(
-            ErrorKind::Protocol,
-            "cannot map memory for the ports",
-            "there is no part for packet buffers",
-        )
-    })?;
-    let count = spaces.len();
-    Ok(PortMemory { buffers, rings: spaces.into_iter().zip(parts).collect(), spaces: count })
-}
-
 impl OpenPort {
     /// A port that is behind no bus.
     pub fn virtual_port(port: Port, name: &str, kind: String) -> Self {
-        Self { port, name: name.to_owned(), kind, report: None, space: None, request: None }
+        Self { port, name: name.to_owned(), kind, report: None, space: None, node: None, request: None }
     }
 
     /// Whether the kernel has asked for the function since the last call, to unplug it or to unbind it. It waits
@@ -434,8 +317,8 @@ impl OpenPort {
 #[cfg(test)]
 mod tests {
     use vireo_eal::bdf::Bdf;
-    use vireo_eal::dma::{Burst, Packet};
-    use vireo_eal::mem::Backing;
+    use vireo_eal::dma::{Burst, DmaMemory, Packet, Pool};
+    use vireo_eal::mem::{Backing, Region};
 
     use super::*;
     use crate::fakedev::e1000::{FakeE1000, ID_82574L};

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use crate::args::{EalArgs, IovaMode, ranges};
+use crate::dma::{Part, nodes_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lcore::Lcores;
-use crate::mem::{Backing, Region, hugepages};
+use crate::mem::{Backing, Placement, Region, hugepages};
 use crate::runtime::RuntimeDir;
 use crate::sandbox::Sandbox;
 use crate::user::{User, UserName};
@@ -88,12 +89,16 @@ impl Eal {
         }
     }
 
-    /// Reserves packet memory: `-m` megabytes, or the `need` bytes that the program works out.
+    /// Reserves packet memory for [`DmaMemory::map_parts`](crate::dma::DmaMemory::map_parts): `-m` megabytes, or what `parts`
+    /// take. Parts that have NUMA nodes take what `--numa-mem` gives.
     ///
     /// # Errors
-    /// `Usage` when `-m` is less than `need`, `Os` when the pages are not there.
-    pub fn reserve(&self, need: usize) -> Result<Region> {
-        let asked = self.args.memory.megabytes.map(|megabytes| megabytes as usize * (1 << 20));
+    /// `Usage` when `-m` is less than `parts` take, `Os` when the pages are not there.
+    pub fn reserve(&self, parts: &[Part]) -> Result<Region> {
+        let memory = &self.args.memory;
+        let need = parts.iter().map(Part::bytes).sum();
+        let by_node = !memory.socket_mem.is_empty() && parts.iter().any(|part| !part.nodes.is_empty());
+        let asked = memory.megabytes.filter(|_| !by_node).map(|megabytes| megabytes as usize * (1 << 20));
         if asked.is_some_and(|asked| asked < need) {
             return Err(Error::new(
                 ErrorKind::Usage,
@@ -102,7 +107,10 @@ impl Eal {
             )
             .mend(format!("give -m {} or leave it out", need.div_ceil(1 << 20))));
         }
-        Region::new(asked.unwrap_or(need), self.backing())
+        let backing = self.backing();
+        let len = asked.unwrap_or(need).next_multiple_of(backing.page_size()?);
+        let placement = if by_node { Placement::Required } else { Placement::Preferred };
+        Region::on_nodes(len, backing, &nodes_of(parts, len)?, placement)
     }
 
     /// One line on the IOVA mode, given whether the ports use physical addresses.

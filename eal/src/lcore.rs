@@ -96,6 +96,12 @@ impl Lcores {
         ids
     }
 
+    /// Cpus that lcore `id` is pinned to; none when there is no such lcore.
+    pub fn cpus(&self, id: u32) -> &[usize] {
+        let worker = self.workers.iter().map(|worker| &worker.spec);
+        worker.chain([&self.main]).find(|spec| spec.id == id).map_or(&[], |spec| &spec.cpus)
+    }
+
     /// Runs `function` on the main lcore: in the calling thread, which stays pinned.
     ///
     /// # Errors

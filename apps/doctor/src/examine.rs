@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use vireo_bus_pci::{Bus, DeviceId, PciInfo, VFIO_DRIVER};
-use vireo_drivers::ports::{self, MemoryNeed, driver_of};
+use vireo_drivers::memory::{self, MemoryNeed};
+use vireo_drivers::ports::{self, driver_of};
 use vireo_eal::args::VfToken;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::mem::{Backing, Region};
@@ -115,6 +116,6 @@ impl Host {
             MemoryNeed { buffers: ports::buffers_needed(1, 1, SIZES), send_only: 0, sizes: SIZES, pairs: 1 };
         let region = Region::new(need.bytes(&[&port]), Backing::HugeMemfd)?;
         // Unmapped at once; the port goes after it, as at the end of any program.
-        ports::map(region, &need, &[&port]).map(drop)
+        memory::map(region, &need, &[&port]).map(drop)
     }
 }

@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use serde_json::json;
 use vireo_bus_pci::Bus;
+use vireo_drivers::memory::{self, MemoryNeed, PortMemory};
 use vireo_drivers::port::{Nic, QueueSizes, counters};
-use vireo_drivers::ports::{self, MemoryNeed, OpenPort, PortMemory};
+use vireo_drivers::ports::{self, OpenPort};
 use vireo_eal::dma::{Pool, PoolCache};
 use vireo_eal::ioctl;
 use vireo_eal::lcore::StopFlag;
@@ -17,8 +18,8 @@ use vireo_eal::{Eal, Error, ErrorKind, Result};
 use crate::args::Args;
 use crate::balance::Balance;
 use crate::control::{Managed, Queues};
-use crate::forward::{AnyLane, PairCounts, ethernet};
-use crate::launch::{Shared, forward_on_lcores};
+use crate::forward::{PairCounts, ethernet};
+use crate::launch::{Share, Shared, forward_on_lcores};
 use crate::plan::{Planned, plan};
 use crate::report::{Reporter, Style, Totals, announce, link_text, mac_text};
 
@@ -53,8 +54,10 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     let buffers = args.buffers.unwrap_or(needed);
     let opened: Vec<_> = enabled.iter().map(|port| &all[*port]).collect();
     let memory = map(eal, &reporter, buffers, args.queues, &opened)?;
+    let served = planned.iter().flat_map(|lane| [lane.from, lane.to].map(|port| (lane.lcore, &all[port])));
+    memory::warn_of_distance(&eal.lcores, &memory, served);
     let pool = Pool::new(&memory.buffers, buffers)?;
-    let mut cache = pool.cache();
+    let cache = pool.cache();
     let mut queues = Queues::new(args.queues.into());
     for (number, open) in all.iter_mut().enumerate() {
         if !enabled.contains(&number) {
@@ -62,10 +65,10 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
             continue;
         }
         reporter.chat(&format!("Initializing port {number}... "))?;
-        let rings = memory.of(open);
+        let (rings, mut near) = (memory.of(open), pool.cache_near(memory.node_of(open)));
         let port = &mut open.port;
         port.set_promiscuous(args.promiscuous)?;
-        queues.put_port(number, port.start_pairs(rings, &mut cache, SIZES, args.queues)?);
+        queues.put_port(number, port.start_pairs(rings, &mut near, SIZES, args.queues)?);
         reporter.chat("done: \n")?;
         reporter.say(
             &mac_text(number, port.mac()),
@@ -77,13 +80,15 @@ pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
     let routes: BTreeSet<(usize, usize)> = planned.iter().map(|lane| (lane.from, lane.to)).collect();
     let mut polled: Vec<(u32, usize)> = planned.iter().map(|lane| (lane.lcore, lane.from)).collect();
     polled.sort_unstable();
-    let mut shares: BTreeMap<u32, Vec<AnyLane>> = BTreeMap::new();
+    let mut shares: BTreeMap<u32, Share> = BTreeMap::new();
     for Planned { lcore, from, to, pair } in planned {
         let ethernet = args.mac_updating.then(|| ethernet(to, all[to].port.mac()));
         let number = |port| queues.numbers(port).start + pair;
         // A plan has each pair once as source and once as destination, so no queue is asked for twice.
         let Some(lane) = queues.join(number(from), number(to), ethernet) else { continue };
-        shares.entry(lcore).or_default().push(lane);
+        let share = shares.entry(lcore).or_default();
+        share.node = share.node.or(memory.node_of(&all[from]));
+        share.lanes.push(lane);
     }
     let mut all: Vec<Managed> = all.into_iter().map(Managed::new).collect();
     let counts: Vec<PairCounts> =
@@ -161,9 +166,16 @@ fn describe(eal: &Eal, reporter: &Reporter, all: &[OpenPort], enabled: &[usize])
 /// Memory for `buffers` packet buffers and the rings of `ports`; says what it took when they are isolated.
 fn map(eal: &Eal, reporter: &Reporter, buffers: u32, pairs: u16, ports: &[&OpenPort]) -> Result<PortMemory> {
     let need = MemoryNeed { buffers, send_only: 0, sizes: SIZES, pairs };
-    let region = eal.reserve(need.bytes(ports))?;
     let before = ioctl::calls();
-    let memory = ports::map(region, &need, ports)?;
+    let memory = memory::reserve(eal, &need, ports)?;
+    if !memory.nodes.is_empty() {
+        let text = memory.nodes.iter().map(|(node, bytes)| format!(" {} MiB on node {node}", bytes >> 20));
+        let nodes = memory.nodes.iter().map(|(node, bytes)| json!({ "node": node, "mib": bytes >> 20 }));
+        reporter.note(
+            &format!("NUMA:{}\n", text.collect::<Vec<_>>().join(",")),
+            &json!({ "event": "numa", "nodes": nodes.collect::<Vec<_>>() }),
+        )?;
+    }
     if eal.args.isolate_ports {
         let (spaces, calls) = (memory.spaces, ioctl::calls() - before);
         reporter.note(

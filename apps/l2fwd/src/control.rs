@@ -9,8 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use vireo_drivers::memory::PortMemory;
 use vireo_drivers::port::{Leftover, Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
-use vireo_drivers::ports::{OpenPort, PortMemory};
+use vireo_drivers::ports::OpenPort;
 use vireo_eal::Error;
 use vireo_eal::dma::PoolCache;
 use vireo_eal::lcore::StopFlag;

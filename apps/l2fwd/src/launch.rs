@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::Duration;
 
+use vireo_drivers::memory::PortMemory;
 use vireo_drivers::port::QueueSizes;
-use vireo_drivers::ports::PortMemory;
 use vireo_eal::dma::Pool;
 use vireo_eal::lcore::{Lcores, StopFlag};
 use vireo_eal::{Error, ErrorKind, Result};
@@ -40,6 +40,15 @@ pub struct Shared<'a> {
     pub busy_ticks: Option<&'a AtomicU64>,
 }
 
+/// What an lcore has to do.
+#[derive(Debug, Default)]
+pub struct Share {
+    /// NUMA node that it takes packet buffers from, where that makes a difference.
+    pub node: Option<u32>,
+    /// What it polls and sends to.
+    pub lanes: Vec<AnyLane>,
+}
+
 /// Forwards the lanes of `shares` (by lcore) until the run is to stop, and calls `tick` now and then on the main
 /// lcore. `ports`, of which those with numbers in `enabled` are started, are looked after meanwhile, and `announce` is called
 /// with what becomes of them. Gives the queues of the ports that work at the end.
@@ -50,7 +59,7 @@ pub fn forward_on_lcores(
     shared: Shared<'_>,
     ports: &mut [Managed],
     enabled: &[usize],
-    mut shares: BTreeMap<u32, Vec<AnyLane>>,
+    mut shares: BTreeMap<u32, Share>,
     announce: &(dyn Fn(usize, PortState) + Sync),
     mut tick: impl FnMut(),
 ) -> Result<Queues> {
@@ -73,7 +82,7 @@ pub fn forward_on_lcores(
             let worker = lcores.launch_in(scope, id, move |_| run_lanes(shared, recall, id, share, || ()));
             workers.push(worker.inspect_err(|_| stop.set())?);
         }
-        let idle = own.is_empty();
+        let idle = own.lanes.is_empty();
         let mut round = 0_u32;
         let lanes = lcores.run_main(|_| {
             run_lanes(shared, recall, main, own, || {
@@ -106,10 +115,10 @@ fn run_lanes(
     shared: Shared<'_>,
     recall: &Recall,
     id: u32,
-    mut lanes: Vec<AnyLane>,
+    Share { node, mut lanes }: Share,
     mut tick: impl FnMut(),
 ) -> Vec<AnyLane> {
-    let mut cache = shared.pool.cache();
+    let mut cache = shared.pool.cache_near(node);
     loop {
         lanes = forward_any(lanes, &mut cache, shared.counts, shared.busy_ticks, shared.stop, &mut tick);
         if shared.stop.is_set() {

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use serde_json::json;
 use vireo_bus_pci::Bus;
+use vireo_drivers::memory::{self, MemoryNeed};
 use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst, counters};
-use vireo_drivers::ports::{self, DEVICE_KEYS, MemoryNeed, OpenPort, VDEV_KEYS};
+use vireo_drivers::ports::{self, DEVICE_KEYS, OpenPort, VDEV_KEYS};
 use vireo_eal::args::{self as eal_args, Outcome as Parsed, Program};
 use vireo_eal::dma::Pool;
 use vireo_eal::lcore::StopFlag;
@@ -53,7 +54,7 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
     // Frames to send have buffers of their own, which no device can write to.
     let need = MemoryNeed { buffers: buffers - SEND_ONLY, send_only: SEND_ONLY, sizes: SIZES, pairs: 1 };
     let opened: Vec<&OpenPort> = all.iter().collect();
-    let memory = ports::map(eal.reserve(need.bytes(&opened))?, &need, &opened)?;
+    let memory = memory::reserve(eal, &need, &opened)?;
     let mut cache = Pool::new(&memory.buffers, need.buffers)?.cache();
     let mut to_send = Pool::send_only(&memory.buffers, need.send_only)?.cache();
 

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, PciInfo};
+use vireo_drivers::memory::{self, MemoryNeed, PortMemory};
 use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue, counters};
-use vireo_drivers::ports::{self, MemoryNeed, OpenPort, PortMemory};
+use vireo_drivers::ports::{self, OpenPort};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Pool, PoolCache};
 use vireo_eal::ioctl;
@@ -90,7 +91,7 @@ impl Side {
         let opened: Vec<&OpenPort> = ports.iter().collect();
         let region = Region::new(need.bytes(&opened), Backing::HugeMemfd)?;
         let since = Instant::now();
-        let memory = ports::map(region, &need, &opened)?;
+        let memory = memory::map(region, &need, &opened)?;
         let mapped = since.elapsed();
         let pool = Pool::new(&memory.buffers, BUFFERS)?;
         let (mut cache, to_send) = (pool.cache(), pool.cache());

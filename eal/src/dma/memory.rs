@@ -9,7 +9,7 @@ use super::iova::IovaRanges;
 use super::ring::Word;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
-use crate::mem::{Region, page_size};
+use crate::mem::{OnNode, Region, page_size};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::vfio::{AddressSpace, Mapping};
 
@@ -27,6 +27,8 @@ pub struct DmaMemory {
     read_write: Arena,
     /// What devices only read; none where that makes no difference to them.
     read_only: Option<Arena>,
+    /// NUMA nodes that its pages were asked of.
+    nodes: Vec<OnNode>,
 }
 
 /// Memory that outlives its owners. In a list rather than forgotten, so that leak checkers reach it.
@@ -63,6 +65,9 @@ pub struct Part {
     pub read_only: usize,
     /// The address spaces that map it.
     pub spaces: Vec<Arc<AddressSpace>>,
+    /// NUMA nodes, and for how many bytes each, from the part's first byte on. Where a part has any, all of its numbers of
+    /// bytes, and `bytes()` of all parts, are multiples of the region's page size.
+    pub nodes: Vec<(u32, usize)>,
 }
 
 impl Part {
@@ -76,6 +81,24 @@ impl Part {
         // `AddressSpace` refuses an IOMMU that allows only coarser ones.
         [self.read_write, self.read_only].map(|len| len.next_multiple_of(page_size()))
     }
+}
+
+/// Where the nodes of `part` lie, whose first byte is at `start`.
+fn nodes_from(start: usize, part: &Part) -> impl Iterator<Item = OnNode> {
+    part.nodes.iter().filter(|(_, bytes)| *bytes > 0).scan(start, |next, (node, bytes)| {
+        *next += bytes;
+        Some(OnNode { node: *node, bytes: *next - bytes..*next })
+    })
+}
+
+/// The nodes of `parts`, in a region of `len` bytes that [`DmaMemory::map_parts`] will be given.
+///
+/// # Errors
+/// `Os` when the region would be too small.
+pub fn nodes_of(parts: &[Part], len: usize) -> Result<Vec<OnNode>> {
+    let layout = layout(parts, len)?;
+    let starts = layout.iter().map(|[read_write, _]| read_write.start);
+    Ok(starts.zip(parts).flat_map(|(start, part)| nodes_from(start, part)).collect())
 }
 
 /// Where each of `parts` lies in a region of `len` bytes: first what devices write, then what they only read.
@@ -134,7 +157,7 @@ impl DmaMemory {
     /// when spaces with and without IOMMU are mixed; `Os` when a map call is refused.
     pub fn map(region: Region, spaces: &[Arc<AddressSpace>]) -> Result<Arc<Self>> {
         if !spaces.is_empty() && !is_physical(spaces)? {
-            let part = Part { read_write: region.len(), read_only: 0, spaces: spaces.to_vec() };
+            let part = Part { read_write: region.len(), spaces: spaces.to_vec(), ..Part::default() };
             return Self::map_parts(region, &[part]).map(|mut parts| parts.swap_remove(0));
         }
         let region = Arc::new(region);
@@ -162,13 +185,14 @@ impl DmaMemory {
             shared: Arc::new(Shared { _mappings: mappings, region, translation }),
             read_write,
             read_only: None,
+            nodes: Vec::new(),
         })
     }
 
     /// Maps each of `parts` of `region` in the spaces that it names, and gives them in that order. An address
     /// means the same byte in every space, or none; what several spaces of one `/dev/iommu` map is pinned once.
-    /// What is left of the region goes to the first part. One memory for all of them when nothing translates:
-    /// there are no spaces, or they are without IOMMU.
+    /// What is left of the region goes to the first part. One memory for all of them when nothing tells them apart:
+    /// there are no spaces, or they are without IOMMU, and there are no NUMA nodes.
     ///
     /// # Errors
     /// As for [`DmaMemory::map`]; `Os` when the region is too small.
@@ -179,11 +203,14 @@ impl DmaMemory {
                 spaces.push(Arc::clone(space));
             }
         }
+        let layout = layout(parts, region.len())?;
         if spaces.is_empty() || is_physical(&spaces)? {
             let whole = Self::map(region, &spaces)?;
-            return Ok(vec![whole; parts.len()]);
+            if parts.iter().all(|part| part.nodes.is_empty()) {
+                return Ok(vec![whole; parts.len()]);
+            }
+            return Ok(Self::divided(&whole.shared, parts, layout));
         }
-        let layout = layout(parts, region.len())?;
         let region = Arc::new(region);
         let iova = fit(&spaces, region.len() as u64)?;
         let mut mappings = Vec::new();
@@ -194,11 +221,21 @@ impl DmaMemory {
         }
         let translation = Translation::linear(iova);
         let shared = Arc::new(Shared { _mappings: mappings, region, translation });
-        let memory = layout.into_iter().map(|[read_write, read_only]| {
+        Ok(Self::divided(&shared, parts, layout))
+    }
+
+    fn divided(shared: &Arc<Shared>, parts: &[Part], layout: Vec<[Range<usize>; 2]>) -> Vec<Arc<Self>> {
+        let memory = parts.iter().zip(layout).map(|(part, [read_write, read_only])| {
+            let nodes = nodes_from(read_write.start, part).collect();
             let read_only = Some(read_only).filter(|bytes| !bytes.is_empty()).map(Arena::new);
-            Arc::new(Self { shared: Arc::clone(&shared), read_write: Arena::new(read_write), read_only })
+            Arc::new(Self {
+                shared: Arc::clone(shared),
+                read_write: Arena::new(read_write),
+                read_only,
+                nodes,
+            })
         });
-        Ok(memory.collect())
+        memory.collect()
     }
 
     /// `region` for devices of this process that see each `page_size` bytes of it at the next of `addresses`:
@@ -232,6 +269,11 @@ impl DmaMemory {
     pub fn linear_iova(&self) -> Option<u64> {
         let translation = self.translation();
         translation.is_contiguous().then(|| translation.iova(0))
+    }
+
+    /// NUMA nodes that its pages were asked of; none where nobody asked.
+    pub(super) fn nodes(&self) -> &[OnNode] {
+        &self.nodes
     }
 
     fn arena(&self, access: Access) -> &Arena {
@@ -472,7 +514,7 @@ mod tests {
 
     #[test]
     fn parts_lie_behind_each_other_and_the_first_gets_the_rest() {
-        let part = |read_write, read_only| Part { read_write, read_only, spaces: Vec::new() };
+        let part = |read_write, read_only| Part { read_write, read_only, ..Part::default() };
         let page = page_size();
         let parts = [part(2 * page + 1, 1), part(0, 0), part(page, page + 1)];
         assert_eq!(parts.iter().map(Part::bytes).sum::<usize>(), 7 * page);
@@ -498,7 +540,7 @@ mod tests {
     #[test]
     fn without_an_iommu_parts_are_one_memory() {
         let region = Region::new(8 * 4096, Backing::SmallPages).unwrap();
-        let part = Part { read_write: 4096, read_only: 4096, spaces: Vec::new() };
+        let part = Part { read_write: 4096, read_only: 4096, ..Part::default() };
         let parts = DmaMemory::map_parts(region, &[part.clone(), part]).unwrap();
         assert!(Arc::ptr_eq(&parts[0], &parts[1]));
         assert_eq!(parts[1].allocate(8, 8, Access::Read).unwrap(), 0);

@@ -12,7 +12,7 @@ mod ring;
 
 pub use buffer_ring::{BufferRing, Filled, Slot};
 pub use iova::IovaRanges;
-pub use memory::{DeviceView, DmaMemory, Part};
+pub use memory::{DeviceView, DmaMemory, Part, nodes_of};
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
 pub use peer_log::PeerLog;
 pub use pool::{BUFFER_SIZE, Buffer, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache};

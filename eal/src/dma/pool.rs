@@ -1,5 +1,6 @@
 //! Packet buffers: the pool that all lcores share, and the 8-byte handles that own a buffer.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
@@ -8,6 +9,7 @@ use super::DmaMemory;
 use crate::clock::Tsc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
+use crate::mem::OnNode;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
 mod cache;
@@ -102,9 +104,38 @@ pub struct Pool {
     count: u32,
     /// See [`place::bases`].
     bases: Box<[u64]>,
-    free: FreeList,
+    /// In the order of their buffers.
+    free: Box<[NodeList]>,
     /// TSC from which on it may be said again what is wrong with the pool.
     warn_from: AtomicU64,
+}
+
+/// The free buffers of one NUMA node, or all of them where there are no nodes.
+#[derive(Debug)]
+struct NodeList {
+    node: Option<u32>,
+    /// Number of the first buffer behind its own.
+    end: u32,
+    list: FreeList,
+}
+
+/// Buffers `0..count`, at `offset` of a memory with these `nodes`, by the node that they are on.
+fn by_node(nodes: &[OnNode], offset: usize, count: u32) -> Vec<(Option<u32>, Range<u32>)> {
+    let mut next = 0;
+    let mut ranges = Vec::new();
+    for OnNode { node, bytes } in nodes {
+        let end = (bytes.end.saturating_sub(offset) / BUFFER_SIZE).min(count as usize) as u32;
+        if end > next {
+            ranges.push((Some(*node), next..end));
+            next = end;
+        }
+    }
+    match ranges.last_mut() {
+        // No node was asked for these; they belong to some list.
+        Some((_, last)) => last.end = count,
+        None => ranges.push((None, 0..count)),
+    }
+    ranges
 }
 
 impl Pool {
@@ -133,11 +164,15 @@ impl Pool {
         let tag = Tag::take()?;
         let offset =
             memory.allocate_buffers(count as usize, BUFFER_SIZE, access).inspect_err(|_| tag.release())?;
-        let free = FreeList::new(count as usize);
-        for first in (0..count).step_by(CHUNK) {
-            let chunk = first..count.min(first + CHUNK as u32);
-            free.push(chunk.map(|index| index * BUFFER_SIZE as u32 + tag.get()).collect());
-        }
+        let free = by_node(memory.nodes(), offset, count).into_iter().map(|(node, own)| {
+            let list = FreeList::new(own.len());
+            for first in own.clone().step_by(CHUNK) {
+                let chunk = first..own.end.min(first + CHUNK as u32);
+                list.push(chunk.map(|index| index * BUFFER_SIZE as u32 + tag.get()).collect());
+            }
+            NodeList { node, end: own.end, list }
+        });
+        let free = free.collect();
         let bases = place::bases(memory.translation(), offset, count, tag.get());
         Ok(Arc::new(Self {
             memory: Arc::clone(memory),
@@ -163,12 +198,27 @@ impl Pool {
     /// Buffers that are neither in a cache, a ring nor a packet, as DPDK's `rte_mempool_avail_count` without caches.
     /// Exact while no cache moves. Counting takes none of them.
     pub fn available(&self) -> u32 {
-        self.free.len() as u32
+        self.free.iter().map(|own| own.list.len()).sum::<usize>() as u32
+    }
+
+    /// Takes free buffers, if there are any from list `first`.
+    fn take_out(&self, first: usize) -> Option<Chunk> {
+        let others = (0..self.free.len()).filter(|list| *list != first);
+        std::iter::once(first).chain(others).find_map(|list| self.free[list].list.pop())
     }
 
     /// Takes back what a cache gives: buffers of this pool, so that there is room for them.
-    fn take_back(&self, chunk: Chunk) {
-        self.free.push(chunk);
+    fn take_back(&self, mut chunk: Chunk) {
+        if let [all] = &self.free[..] {
+            all.list.push(chunk);
+            return;
+        }
+        for own in &self.free {
+            let is_own = |handle: &u32| (*handle / BUFFER_SIZE as u32) < own.end;
+            let (own_ones, others) = chunk.into_iter().partition(is_own);
+            chunk = others;
+            own.list.push(own_ones);
+        }
     }
 
     /// Says that a buffer of another pool came to this one, which is lost to its own.
@@ -190,7 +240,13 @@ impl Pool {
 
     /// A cache for one lcore.
     pub fn cache(self: &Arc<Self>) -> PoolCache {
-        PoolCache::new(self)
+        self.cache_near(None)
+    }
+
+    /// A cache for one lcore whose ports are on NUMA `node`: it takes buffers of other nodes only when there are no others.
+    pub fn cache_near(self: &Arc<Self>, node: Option<u32>) -> PoolCache {
+        let near = self.free.iter().position(|own| own.node == node).unwrap_or(0);
+        PoolCache::new(self, near)
     }
 }
 

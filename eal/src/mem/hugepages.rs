@@ -58,11 +58,16 @@ pub fn hugepages(sysfs: &Path) -> Vec<HugePages> {
 pub(super) fn allowed_nodes(root: &Path) -> Vec<usize> {
     let text = fs::read_to_string(root.join("proc/self/status")).unwrap_or_default();
     let list = text.lines().find_map(|line| line.strip_prefix("Mems_allowed_list:")).unwrap_or_default();
-    let numbers = |part: &str| {
+    numbers(list).collect()
+}
+
+/// Numbers of the kernel's list of them, such as `0-1,3`.
+pub(super) fn numbers(list: &str) -> impl Iterator<Item = usize> {
+    let range = |part: &str| {
         let (low, high) = part.split_once('-').unwrap_or((part, part));
         Some(low.trim().parse::<usize>().ok()?..=high.trim().parse::<usize>().ok()?)
     };
-    list.split(',').filter_map(numbers).flatten().collect()
+    list.split(',').filter_map(range).flatten()
 }
 
 /// Free pages of `page_size` on `nodes`; none on a kernel without nodes.

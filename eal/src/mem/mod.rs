@@ -2,11 +2,13 @@
 
 mod hugepages;
 mod limits;
+mod numa;
 mod pin;
 mod region;
 mod shortage;
 
 pub use hugepages::{HugePages, hugepages};
+pub use numa::{OnNode, Placement, cpus_of_node, node_of_cpu, nodes};
 pub(crate) use pin::Pin;
 pub use region::{Backing, Region};
 

@@ -17,6 +17,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonym
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 use nix::unistd::ftruncate;
 
+use super::numa::{self, OnNode, Placement};
 use super::shortage::{self, default_hugepage_size};
 use super::{limits, page_size as cpu_page_size};
 use crate::error::{Error, ErrorKind, Result};
@@ -56,6 +57,19 @@ impl Backing {
             Self::SmallPages => "memfd of ordinary pages",
         }
     }
+
+    /// Size of its pages in bytes.
+    ///
+    /// # Errors
+    /// `Unavailable` when the kernel has no hugepages, `Io` when `dir` is no hugetlbfs mount.
+    pub fn page_size(&self) -> Result<usize> {
+        match self {
+            Self::SmallPages => Ok(cpu_page_size()),
+            Self::GiantMemfd => Ok(GIANT_PAGE),
+            Self::HugeFile { dir } => mounted_page_size(dir),
+            Self::HugeMemfd | Self::HugeAnonymous => default_hugepage_size(),
+        }
+    }
 }
 
 /// Contiguous virtual memory that a device may reach.
@@ -83,12 +97,23 @@ impl Region {
     /// # Errors
     /// `Os` when the pages are not there, with what is free and the command that reserves more.
     pub fn new(len: usize, backing: Backing) -> Result<Self> {
-        let page_size = page_size(&backing)?;
+        Self::on_nodes(len, backing, &[], Placement::Preferred)
+    }
+
+    /// As [`Region::new`], with parts of it on chosen NUMA nodes; the rest comes from where the kernel likes.
+    ///
+    /// # Errors
+    /// As for [`Region::new`]; also when a node does not have its pages and [`Placement::Required`] asks for them.
+    pub fn on_nodes(len: usize, backing: Backing, nodes: &[OnNode], placement: Placement) -> Result<Self> {
+        let page_size = backing.page_size()?;
         let len = len
             .max(1)
             .checked_next_multiple_of(page_size)
             .filter(|len| isize::try_from(*len).is_ok())
             .ok_or_else(|| Error::new(ErrorKind::Usage, "cannot reserve memory", "the size is too large"))?;
+        if placement == Placement::Required {
+            shortage::check_nodes(Path::new(ROOT), nodes, page_size)?;
+        }
         match backing {
             // Miri reads no files.
             Backing::SmallPages if cfg!(miri) => {}
@@ -102,9 +127,9 @@ impl Region {
                 .map_err(|errno| Error::os(format!("cannot create a {}", backing.name()), errno))?;
             Self::from_fd(fd, len, page_size, backing.clone())
         };
-        match &backing {
+        let region = match &backing {
             // Miri has no memfd and takes no advice.
-            Backing::SmallPages if cfg!(miri) => Self::private(len, page_size),
+            Backing::SmallPages if cfg!(miri) => return Self::private(len, page_size),
             Backing::HugeAnonymous => Self::anonymous(len, page_size),
             Backing::HugeMemfd => memfd(MFdFlags::MFD_HUGETLB),
             Backing::GiantMemfd => memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB),
@@ -112,6 +137,38 @@ impl Region {
             Backing::HugeFile { dir } => {
                 check_mount(dir, len, page_size)?;
                 Self::from_fd(huge_file(dir)?.into(), len, page_size, backing.clone())
+            }
+        }?;
+        region.bind(nodes, placement)?;
+        let region = region.populated()?;
+        region.tell_what_is_elsewhere(nodes);
+        Ok(region)
+    }
+
+    fn bind(&self, nodes: &[OnNode], placement: Placement) -> Result<()> {
+        let what = || cannot_reserve(self.len, &self.backing);
+        for on in nodes {
+            self.address_of(&on.bytes)?;
+            // SAFETY: the bytes are within this region's own mapping, as just checked.
+            unsafe { numa::bind(self.address, on, placement) }
+                .map_err(|errno| Error::os(format!("{} on NUMA node {}", what(), on.node), errno))?;
+        }
+        Ok(())
+    }
+
+    /// Logs which parts did not get their node.
+    fn tell_what_is_elsewhere(&self, nodes: &[OnNode]) {
+        for on in nodes {
+            // SAFETY: the bytes are within this region's own mapping: `bind` has checked them.
+            match unsafe { numa::elsewhere(self.address, on, self.page_size) } {
+                Some(0) | None => {}
+                Some(pages) => tracing::warn!(
+                    "{} of {} KiB of packet memory are not on NUMA node {}, where the NICs are that use it; {}",
+                    (pages * self.page_size) >> 10,
+                    on.bytes.len() >> 10,
+                    on.node,
+                    shortage::more_on_node(Path::new(ROOT), on.node, self.page_size, pages)
+                ),
             }
         }
     }
@@ -129,7 +186,7 @@ impl Region {
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
         let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &fd, 0) }
             .map_err(|errno| no_pages(Error::os(what(), errno), len, page_size))?;
-        Self { address: address.cast(), len, page_size, fd: Some(fd), backing }.populated()
+        Ok(Self { address: address.cast(), len, page_size, fd: Some(fd), backing })
     }
 
     /// Memory that nobody else can map, of ordinary pages.
@@ -151,7 +208,7 @@ impl Region {
         let pointer = unsafe { hugepage_rs::alloc(layout) };
         let address =
             NonNull::new(pointer).ok_or_else(|| no_pages(Error::os(what, Errno::ENOMEM), len, page_size))?;
-        Self { address, len, page_size, fd: None, backing: Backing::HugeAnonymous }.populated()
+        Ok(Self { address, len, page_size, fd: None, backing: Backing::HugeAnonymous })
     }
 
     /// Takes the pages, which only a write does: a fault later on that finds none is SIGBUS. `MAP_POPULATE` does not
@@ -259,15 +316,6 @@ impl Drop for Region {
 
 fn cannot_reserve(len: usize, backing: &Backing) -> String {
     format!("cannot reserve {} MiB as {}", len.div_ceil(1 << 20), backing.name())
-}
-
-fn page_size(backing: &Backing) -> Result<usize> {
-    match backing {
-        Backing::SmallPages => Ok(cpu_page_size()),
-        Backing::GiantMemfd => Ok(GIANT_PAGE),
-        Backing::HugeFile { dir, .. } => mounted_page_size(dir),
-        Backing::HugeMemfd | Backing::HugeAnonymous => default_hugepage_size(),
-    }
 }
 
 /// Pages of a hugetlbfs mount are its blocks.

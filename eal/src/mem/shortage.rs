@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::hugepages::{HugePages, allowed_nodes, free_in_nodes, hugepages};
 use super::limits;
+use super::numa::OnNode;
 use crate::args::ranges;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -43,6 +44,40 @@ pub(super) fn check_free(root: &Path, len: usize, page_size: usize) -> Result<()
         )
         .mend("free memory, or ask for fewer packet buffers")),
         _ => Ok(()),
+    }
+}
+
+/// Refuses parts of a region that are to be on nodes which do not have the pages.
+pub(super) fn check_nodes(root: &Path, nodes: &[OnNode], page_size: usize) -> Result<()> {
+    if page_size == super::page_size() {
+        return Ok(());
+    }
+    for OnNode { node, bytes } in nodes {
+        let (need, kib) = (bytes.len() / page_size, page_size >> 10);
+        let Some(free) = free_in_nodes(&root.join("sys"), &[*node as usize], page_size) else { continue };
+        if free < need {
+            let what = format!("cannot reserve {} MiB of hugepages on NUMA node {node}", bytes.len() >> 20);
+            let why = format!("{need} pages of {kib} KiB are needed and {free} are free there");
+            return Err(Error::new(ErrorKind::Os, what, why).mend(more_on_node(
+                root,
+                *node,
+                page_size,
+                need - free,
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// What gives a node so many `pages` more than it has.
+pub(super) fn more_on_node(root: &Path, node: u32, page_size: usize, pages: usize) -> String {
+    let file =
+        format!("sys/devices/system/node/node{node}/hugepages/hugepages-{}kB/nr_hugepages", page_size >> 10);
+    let total =
+        std::fs::read_to_string(root.join(&file)).ok().and_then(|text| text.trim().parse::<usize>().ok());
+    match total {
+        Some(total) => format!("run: echo {} > /{file}", total + pages),
+        None => format!("free memory on node {node}"),
     }
 }
 

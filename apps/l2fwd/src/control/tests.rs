@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use vireo_drivers::fakedev::e1000::{FakeE1000, Faults, ID_82540EM};
 use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet};
+use vireo_drivers::memory::PortMemory;
 use vireo_drivers::port::{MacAddr, Nic, Port, QueueSizes};
-use vireo_drivers::ports::{OpenPort, PortMemory};
+use vireo_drivers::ports::OpenPort;
 use vireo_drivers::{e1000, virtio};
 use vireo_eal::args::{Outcome, Program, allowed_cpus, parse};
 use vireo_eal::bdf::Bdf;
@@ -19,7 +20,7 @@ use vireo_eal::mem::{Backing, Region};
 use super::{Managed, PortState, Queues};
 use crate::balance::Balance;
 use crate::forward::PairCounts;
-use crate::launch::{Shared, forward_on_lcores};
+use crate::launch::{Share, Shared, forward_on_lcores};
 use crate::report::Totals;
 
 const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
@@ -155,7 +156,9 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
         queues.put_port(number, started.unwrap());
     }
     let mut lane = |from, to| queues.join(from, to, None).unwrap();
-    let shares = BTreeMap::from([(1, vec![lane(0, 1), lane(1, 0)]), (0, vec![lane(2, 3), lane(3, 2)])]);
+    let share = |lanes| Share { node: None, lanes };
+    let shares =
+        BTreeMap::from([(1, share(vec![lane(0, 1), lane(1, 0)])), (0, share(vec![lane(2, 3), lane(3, 2)]))]);
     let (stop, lcores) = (StopFlag::new(), lcores());
     let counts: Vec<PairCounts> = (0..4).map(|_| PairCounts::default()).collect();
     let shared = Shared {

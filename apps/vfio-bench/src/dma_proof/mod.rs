@@ -198,6 +198,7 @@ impl Rig {
             read_write: LoopNic::MEMORY,
             read_only: PAGE_WORDS * 8,
             spaces: vec![space],
+            nodes: Vec::new(),
         };
         let parts: Vec<Part> =
             std::iter::once(&device).chain(&other).map(|device| part(space(device))).collect();

@@ -25,6 +25,8 @@ pub struct PoolCache {
     stack: Box<[MaybeUninit<u32>; CACHE]>,
     /// The first `len` entries of `stack` are initialised, each by a handle of this pool that is nowhere else.
     len: usize,
+    /// Which of the pool's lists it takes from.
+    near: usize,
     pool: Arc<Pool>,
 }
 
@@ -32,11 +34,13 @@ pub struct PoolCache {
 unsafe impl Send for PoolCache {}
 
 impl PoolCache {
-    pub(super) fn new(pool: &Arc<Pool>) -> Self {
+    /// A cache that takes buffers from the list `near` first.
+    pub(super) fn new(pool: &Arc<Pool>, near: usize) -> Self {
         Self {
             place: Place::of(pool),
             stack: Box::new([MaybeUninit::uninit(); CACHE]),
             len: 0,
+            near,
             pool: Arc::clone(pool),
         }
     }
@@ -63,7 +67,7 @@ impl PoolCache {
     #[inline(never)]
     fn refill(&mut self) {
         while self.len < MAX_BURST {
-            let Some(chunk) = self.pool.free.pop() else {
+            let Some(chunk) = self.pool.take_out(self.near) else {
                 if self.len == 0 && self.pool.is_to_warn(Tsc::now()) {
                     tracing::warn!("no packet buffer is free: all {} are in use", self.pool.count);
                 }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::cache::CACHE;
 use super::*;
 use crate::dma::memory::Translation;
-use crate::dma::{BufferRing, DmaRing};
+use crate::dma::{BufferRing, DmaRing, Part};
 use crate::mem::{Backing, Region};
 
 fn pool(count: u32) -> Arc<Pool> {
@@ -256,4 +256,34 @@ proptest! {
         }
         held.into_iter().for_each(|handle| caches[0].free(Buffer(handle)));
     }
+}
+
+#[test]
+fn a_cache_takes_buffers_of_its_node_first() {
+    const EACH: usize = 64 * BUFFER_SIZE;
+    let region = Region::new(2 * EACH, Backing::SmallPages).unwrap();
+    let part = Part { read_write: 2 * EACH, nodes: vec![(4, EACH), (7, EACH)], ..Part::default() };
+    let memory = DmaMemory::map_parts(region, &[part]).unwrap().swap_remove(0);
+    let (pool, count) = (Pool::new(&memory, 100).unwrap(), 100);
+    let node_of = |buffer: &Buffer| if buffer.0 / (BUFFER_SIZE as u32) < 64 { 4 } else { 7 };
+    for round in 0..3 {
+        let mut near = pool.cache_near(Some(7));
+        let taken: Vec<Buffer> = std::iter::from_fn(|| near.allocate()).collect();
+        assert_eq!(taken.len(), count);
+        let nodes: Vec<i32> = taken.iter().map(node_of).collect();
+        // What the two lists have is taken by chunks, of which the last is of both.
+        assert!(nodes[..32].iter().all(|node| *node == 7), "{round}: {nodes:?}");
+        assert_eq!(nodes.iter().filter(|node| **node == 7).count(), 36);
+        // They come back by a cache of the other node.
+        let mut other = pool.cache_near(Some(4));
+        taken.into_iter().rev().for_each(|buffer| other.free(buffer));
+        drop((near, other));
+        assert_eq!(pool.available() as usize, count);
+        let own: Vec<usize> = pool.free.iter().map(|own| own.list.len()).collect();
+        assert_eq!(own, [64, 36]);
+    }
+    let mut nowhere = pool.cache_near(Some(1));
+    let first = nowhere.allocate().unwrap();
+    assert_eq!(node_of(&first), 4);
+    nowhere.free(first);
 }

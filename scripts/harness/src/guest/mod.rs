@@ -9,6 +9,7 @@ mod interrupts;
 mod isolation;
 mod limits;
 pub(crate) mod machine;
+mod numa;
 mod opens;
 mod privilege;
 mod recover;
@@ -38,11 +39,13 @@ pub(crate) enum Boot {
     UnsafeMsi,
     /// Two functions of one slot, and so of one IOMMU group.
     SharedGroup,
+    /// Two NUMA nodes, with half of the memory and a cpu each.
+    Numa,
 }
 
 /// All of them, in the order in which they run.
-pub(crate) const BOOTS: [Boot; 6] =
-    [Boot::Iommu, Boot::Noiommu, Boot::Narrow, Boot::Bypass, Boot::UnsafeMsi, Boot::SharedGroup];
+pub(crate) const BOOTS: [Boot; 7] =
+    [Boot::Iommu, Boot::Noiommu, Boot::Narrow, Boot::Bypass, Boot::UnsafeMsi, Boot::SharedGroup, Boot::Numa];
 
 impl Boot {
     /// Its name.
@@ -54,6 +57,7 @@ impl Boot {
             Self::Bypass => "bypass",
             Self::UnsafeMsi => "unsafe-msi",
             Self::SharedGroup => "shared-group",
+            Self::Numa => "numa",
         }
     }
 
@@ -86,6 +90,30 @@ impl Boot {
                 "--qemu-arg",
                 "e1000,addr=0x10.1,romfile=",
             ],
+            Self::Numa => &[
+                "--nics",
+                "e1000e",
+                "--cpus",
+                "2",
+                "--mem",
+                "2048",
+                "--qemu-arg",
+                "-object",
+                "--qemu-arg",
+                "memory-backend-ram,id=m0,size=1024M",
+                "--qemu-arg",
+                "-object",
+                "--qemu-arg",
+                "memory-backend-ram,id=m1,size=1024M",
+                "--qemu-arg",
+                "-numa",
+                "--qemu-arg",
+                "node,memdev=m0,cpus=0",
+                "--qemu-arg",
+                "-numa",
+                "--qemu-arg",
+                "node,memdev=m1,cpus=1",
+            ],
         }
     }
 
@@ -107,6 +135,7 @@ impl Boot {
             Self::Bypass => bypass(&mut cases),
             Self::UnsafeMsi => unsafe_msi(&mut cases),
             Self::SharedGroup => group::cases(&mut cases, self),
+            Self::Numa => numa::cases(&mut cases),
         }
         cases
     }
