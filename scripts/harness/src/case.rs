@@ -33,6 +33,8 @@ pub(crate) struct Case {
     pub(crate) tier: Tier,
     /// Time after which it counts as hung.
     pub(crate) limit: Duration,
+    /// Whether its neighbours may run at the same time, because it takes one cpu and minds no company.
+    pub(crate) side_by_side: bool,
     run: Run,
 }
 
@@ -58,6 +60,12 @@ impl Case {
     /// As [`Case::in_full`], if `condition`.
     pub(crate) fn in_full_if(&mut self, condition: bool) -> &mut Self {
         if condition { self.in_full() } else { self }
+    }
+
+    /// Runs at the same time as its neighbours that do, too; on the host only.
+    pub(crate) fn side_by_side(&mut self) -> &mut Self {
+        self.side_by_side = true;
+        self
     }
 
     /// May take so many seconds.
@@ -135,6 +143,7 @@ impl Cases {
             name: name.into(),
             tier: Tier::Default,
             limit: Duration::from_secs(LIMIT),
+            side_by_side: false,
             run: Box::new(run),
         });
         &mut self.0[index]

@@ -1,7 +1,9 @@
 //! Selects cases, runs them in order on the host and in guests, and deals with those that hang.
 
 use std::collections::VecDeque;
+use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -120,13 +122,17 @@ pub(crate) fn run(
     let groups = groups(choice, environment)?;
     let tap = Tap::default();
     let mut boots = VecDeque::new();
+    let host = Host { full: choice.full, programs, tap: &tap, kills: AtomicUsize::new(0) };
     for Group { guest, mut cases } in groups {
         let Some((kernel, boot)) = guest else {
-            for (_, case) in cases {
-                if stop::exit_code().is_some() {
-                    break;
+            while let Some((_, case)) = cases.pop_front() {
+                let mut together = vec![case];
+                while together[0].side_by_side
+                    && let Some((_, case)) = cases.pop_front_if(|(_, case)| case.side_by_side)
+                {
+                    together.push(case);
                 }
-                run_on_host(&case, choice.full, programs, &tap);
+                host.run_all(together.into());
             }
             continue;
         };
@@ -153,35 +159,75 @@ pub(crate) fn run(
     Ok(tap.end())
 }
 
-/// Runs a case in a thread. If it exceeds its limit, its programs' stacks are reported and the programs killed.
-fn run_on_host(case: &Arc<Case>, full: bool, programs: &Path, tap: &Tap) {
-    let mut progress = Progress::new(&case.name);
-    let (to_report, reports) = channel();
-    let (of_case, programs) = (Arc::clone(case), programs.to_owned());
-    std::thread::spawn(move || to_report.send(of_case.run(full, &programs)));
-    let mut hung = None;
-    let report = loop {
-        match reports.recv_timeout(LOOK) {
-            Ok(report) => break report,
-            Err(RecvTimeoutError::Disconnected) => break Report::failed("its thread ended".into()),
-            Err(RecvTimeoutError::Timeout) => progress.tick(String::new),
+/// Runs cases on the host.
+struct Host<'a> {
+    full: bool,
+    programs: &'a Path,
+    tap: &'a Tap,
+    /// How often the programs of a case that hung were killed, and those of its neighbours with them.
+    kills: AtomicUsize,
+}
+
+impl Host<'_> {
+    /// Runs `cases`, one on each cpu at a time. Those that were killed with another run once more, alone.
+    fn run_all(&self, cases: VecDeque<Arc<Case>>) {
+        let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let jobs = cpus.min(cases.len());
+        let (waiting, killed) = (Mutex::new(cases), Mutex::new(Vec::new()));
+        let next = || waiting.lock().ok()?.pop_front().filter(|_| stop::exit_code().is_none());
+        std::thread::scope(|scope| {
+            for _ in 0..jobs {
+                scope.spawn(|| {
+                    while let Some(case) = next() {
+                        if !self.run(&case)
+                            && let Ok(mut killed) = killed.lock()
+                        {
+                            killed.push(case);
+                        }
+                    }
+                });
+            }
+        });
+        for case in killed.into_inner().unwrap_or_default() {
+            self.run(&case);
         }
-        if progress.elapsed() > case.limit && hung.is_none() {
-            hung = Some((Instant::now(), stacks::of_descendants()));
-            stacks::kill_descendants();
-        }
-        if hung.as_ref().is_some_and(|(since, _)| since.elapsed() > PATIENCE) {
-            break Report::failed("it went on without its programs".into());
-        }
-    };
-    let report = match hung {
-        None => report,
-        Some((_, stacks)) => {
-            let after = if let Outcome::Failed(why) = &report.outcome { why.as_str() } else { "" };
-            Report::failed(format!("it took more than {} s\n{stacks}\n{after}", case.limit.as_secs()))
-        }
-    };
-    tap.report(&Report { name: case.name.clone(), ..report }, progress.elapsed());
+    }
+
+    /// Runs a case in a thread, and reports it; false, and no report, if it was killed with another. If it exceeds its
+    /// limit, its programs' stacks are reported and the programs killed.
+    fn run(&self, case: &Arc<Case>) -> bool {
+        let kills = || self.kills.load(Ordering::Relaxed);
+        let (before, mut progress) = (kills(), Progress::new(&case.name));
+        let (to_report, reports) = channel();
+        let (of_case, full, programs) = (Arc::clone(case), self.full, self.programs.to_owned());
+        std::thread::spawn(move || to_report.send(of_case.run(full, &programs)));
+        let mut hung = None;
+        let report = loop {
+            match reports.recv_timeout(LOOK) {
+                Ok(report) => break report,
+                Err(RecvTimeoutError::Disconnected) => break Report::failed("its thread ended".into()),
+                Err(RecvTimeoutError::Timeout) => progress.tick(String::new),
+            }
+            if progress.elapsed() > case.limit && hung.is_none() {
+                hung = Some((Instant::now(), stacks::of_descendants()));
+                self.kills.fetch_add(1, Ordering::Relaxed);
+                stacks::kill_descendants();
+            }
+            if hung.as_ref().is_some_and(|(since, _)| since.elapsed() > PATIENCE) {
+                break Report::failed("it went on without its programs".into());
+            }
+        };
+        let report = match (hung, &report.outcome) {
+            (None, Outcome::Failed(_)) if kills() != before => return false,
+            (None, _) => report,
+            (Some((_, stacks)), outcome) => {
+                let after = if let Outcome::Failed(why) = outcome { why.as_str() } else { "" };
+                Report::failed(format!("it took more than {} s\n{stacks}\n{after}", case.limit.as_secs()))
+            }
+        };
+        self.tap.report(&Report { name: case.name.clone(), ..report }, progress.elapsed());
+        true
+    }
 }
 
 /// Runs cases in a guest. If a case takes the guest with it, the rest runs in a new one.

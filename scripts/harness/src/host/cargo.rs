@@ -207,17 +207,21 @@ fn test_programs(repo: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
 /// Fuzzing, Miri, loom and the count of instructions, each a script of its own.
 pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
     let yes = if environment.yes { "--yes" } else { "" };
+    // The longest first.
     let table: [(&str, &[&str], &'static [&'static str], bool); 8] = [
-        ("fuzz corpus with stable Rust", &["scripts/fuzz", "--replay"], &[], false),
-        ("Miri, without its slowest tests", &["scripts/sanitize", "miri", "--short", yes], &[], false),
-        ("Miri, all its tests", &["scripts/sanitize", "miri", yes], &[], true),
-        ("loom", &["scripts/sanitize", "loom"], &[], false),
         ("instructions per packet", &["scripts/bench", "insn", "--check", yes], &["valgrind", "jq"], false),
+        ("Miri, without its slowest tests", &["scripts/sanitize", "miri", "--short", yes], &[], false),
+        ("loom", &["scripts/sanitize", "loom"], &[], false),
+        ("fuzz corpus with stable Rust", &["scripts/fuzz", "--replay"], &[], false),
+        ("Miri, all its tests", &["scripts/sanitize", "miri", yes], &[], true),
         ("fuzz targets", &["scripts/fuzz", "--seconds", "60", "--jobs", "2", yes], &["g++"], true),
         ("AddressSanitizer", &["scripts/sanitize", "asan"], &[], true),
         ("ThreadSanitizer", &["scripts/sanitize", "tsan", yes], &[], true),
     ];
     for (name, words, needs, is_long) in table {
-        Line { name, words, needs }.add(cases, environment).in_full_if(is_long);
+        let case = Line { name, words, needs }.add(cases, environment).in_full_if(is_long);
+        if !is_long {
+            case.side_by_side();
+        }
     }
 }
