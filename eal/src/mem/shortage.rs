@@ -1,5 +1,6 @@
 //! Hugepages that are not there: which limit it was, and the command that raises it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::hugepages::{HugePages, allowed_nodes, free_in_nodes, hugepages};
@@ -52,15 +53,19 @@ pub(super) fn check_nodes(root: &Path, nodes: &[OnNode], page_size: usize) -> Re
     if page_size == super::page_size() {
         return Ok(());
     }
-    for OnNode { node, bytes } in nodes {
-        let (need, kib) = (bytes.len() / page_size, page_size >> 10);
-        let Some(free) = free_in_nodes(&root.join("sys"), &[*node as usize], page_size) else { continue };
+    let mut bytes_of: BTreeMap<u32, usize> = BTreeMap::new();
+    for on in nodes {
+        *bytes_of.entry(on.node).or_default() += on.bytes.len();
+    }
+    for (node, bytes) in bytes_of {
+        let (need, kib) = (bytes / page_size, page_size >> 10);
+        let Some(free) = free_in_nodes(&root.join("sys"), &[node as usize], page_size) else { continue };
         if free < need {
-            let what = format!("cannot reserve {} MiB of hugepages on NUMA node {node}", bytes.len() >> 20);
+            let what = format!("cannot reserve {} MiB of hugepages on NUMA node {node}", bytes >> 20);
             let why = format!("{need} pages of {kib} KiB are needed and {free} are free there");
             return Err(Error::new(ErrorKind::Os, what, why).mend(more_on_node(
                 root,
-                *node,
+                node,
                 page_size,
                 need - free,
             )));
@@ -132,6 +137,7 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::ops::Range;
 
     use nix::errno::Errno;
 
@@ -214,5 +220,27 @@ mod tests {
         assert!(few.contains("8 of 64 are free; run: ") && few.contains("65"), "{few}");
         let limited = too_few(root, error(), 9, pages(9)).to_string();
         assert!(limited.contains("hugetlb.*.max") && !limited.contains("nr_hugepages"), "{limited}");
+    }
+
+    #[test]
+    fn a_node_that_lacks_pages_is_named_with_what_all_parts_need() {
+        let root = machine([4, 9], 0, 1 << 20);
+        let part = |node, pages: Range<usize>| OnNode { node, bytes: pages.start * SIZE..pages.end * SIZE };
+        let parts = |pages: usize| [part(0, 0..4), part(1, 4..4 + pages), part(1, 20..22)];
+        check_nodes(root.path(), &parts(7), SIZE).unwrap();
+        let error = check_nodes(root.path(), &parts(8), SIZE).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Os);
+        assert_eq!(
+            error.to_string(),
+            "cannot reserve 20 MiB of hugepages on NUMA node 1: 10 pages of 2048 KiB are needed and 9 are free there; \
+             free memory on node 1"
+        );
+        let total = root.path().join("sys/devices/system/node/node1/hugepages/hugepages-2048kB/nr_hugepages");
+        fs::write(total, "12\n").unwrap();
+        let error = check_nodes(root.path(), &parts(8), SIZE).unwrap_err().to_string();
+        let command = "run: echo 13 > /sys/devices/system/node/node1/hugepages/hugepages-2048kB/nr_hugepages";
+        assert!(error.ends_with(command), "{error}");
+        // Ordinary pages are not counted by node.
+        check_nodes(root.path(), &parts(8), crate::mem::page_size()).unwrap();
     }
 }

@@ -37,10 +37,12 @@ fn start(mode: &str, lcore: u32, memory: &str) -> Start {
 /// Hugepages of packet memory by node, as the kernel counts them.
 fn pages(l2fwd: &L2fwd) -> Result<BTreeMap<u32, u64>> {
     let maps = read(format!("/proc/{}/numa_maps", l2fwd.process.pid()))?;
-    let line = maps.lines().find(|line| line.contains("/memfd:vireo") || line.contains(" huge "));
-    let words = line.context("no packet memory in numa_maps")?.split_whitespace();
-    let on_node = words.filter_map(|word| word.strip_prefix('N')?.split_once('='));
-    on_node.map(|(node, pages)| Ok((node.parse()?, pages.parse()?))).collect()
+    let words = maps.lines().filter(|line| line.contains("/memfd:vireo")).flat_map(str::split_whitespace);
+    let mut found = BTreeMap::new();
+    for (node, pages) in words.filter_map(|word| word.strip_prefix('N')?.split_once('=')) {
+        *found.entry(node.parse()?).or_default() += pages.parse::<u64>()?;
+    }
+    Ok(found)
 }
 
 pub(super) fn cases(cases: &mut Cases) {
@@ -88,7 +90,7 @@ pub(super) fn cases(cases: &mut Cases) {
     });
     cases.add("refused: --numa-mem with too little for a node, until what it names", |context| {
         let _nodes = on_nodes(1, 1)?;
-        let arguments = |memory: &str| format!("-l 1 --numa-mem {memory} {} -- -p 3", ports(NIC, NIC));
+        let arguments = |memory: &str| format!("-l 1 --numa-mem {memory} {} -- -p 3 -q 2", ports(NIC, NIC));
         let line =
             refused_as(context, ("root", ""), &arguments("16,2"), (64, "need 20 MiB on node 1; give "))?;
         let (_, enough) = line.split_once("give --numa-mem ").context("no cure")?;
@@ -102,7 +104,7 @@ pub(super) fn cases(cases: &mut Cases) {
         |context| {
             let _nodes = on_nodes(1, 1)?;
             let _pages = set(hugepages_of(1), "4")?;
-            let arguments = format!("-l 1 --numa-mem 0,32 {} -- -p 3", ports(NIC, NIC));
+            let arguments = format!("-l 1 --numa-mem 0,32 {} -- -p 3 -q 2", ports(NIC, NIC));
             let text = "on NUMA node 1: 16 pages of 2048 KiB are needed and 4 are free there; run: ";
             let line = refused_as(context, ("root", ""), &arguments, (71, text))?;
             let (_, command) = line.split_once("run: ").context("no command")?;
