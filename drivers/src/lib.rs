@@ -10,6 +10,5 @@ pub mod fakedev;
 pub mod memory;
 pub mod port;
 pub mod ports;
-mod socket;
 pub mod vhost;
 pub mod virtio;

@@ -8,6 +8,7 @@
 //! | [`dma`] | device addresses, descriptor rings, packet buffers | IOVA |
 //! | [`iommufd`] | I/O page tables, without VFIO or PCI | `/dev/iommu` |
 //! | [`vfio`] | devices, in any of the modes | `/dev/vfio` |
+//! | [`socket`] | unix sockets by path | `connect` |
 //! | [`sync`] | locks and atomics that models can replace | – |
 //! | [`user`] | giving up root | `setresuid`, capabilities |
 //! | [`mmio`] | registers and doorbells | BAR |
@@ -31,6 +32,7 @@ mod node;
 pub mod program;
 pub mod runtime;
 mod sandbox;
+pub mod socket;
 pub mod sync;
 pub mod user;
 pub mod vfio;

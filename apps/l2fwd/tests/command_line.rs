@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::net::UnixListener;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -256,4 +257,21 @@ fn sockets_and_rings_of_virtual_ports_are_checked_first() {
         assert!(line.contains(&why), "{devices:?}: {line}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "{devices:?}");
     }
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_device_nodes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut command = l2fwd();
+    command.args(["--in-memory", "--no-huge", "--vfio-fds"]).arg(&path).args(["--", "-p", "1"]);
+    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let _silent = listener.accept().unwrap();
+    // The connection is there; the wait for its answer comes next.
+    std::thread::sleep(Duration::from_millis(300));
+    let since = Instant::now();
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let line = refused(&child.wait_with_output().unwrap(), 69);
+    assert!(line.contains("stopped by a signal") && since.elapsed() < Duration::from_secs(5), "{line}");
 }

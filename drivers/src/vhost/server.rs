@@ -18,11 +18,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vireo_eal::socket::try_connect;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::backend::Backend;
 use super::shared::Shared;
-use crate::socket::try_connect;
 
 /// How soon to try again to accept or to connect, in milliseconds.
 const RETRY: u8 = 100;

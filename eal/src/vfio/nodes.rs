@@ -8,9 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 
@@ -20,11 +22,14 @@ use super::fds::{self, MOST};
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
 use crate::node::open;
+use crate::socket;
 
 /// First descriptor that is passed (`SD_LISTEN_FDS_START`, sd_listen_fds(3)).
 pub(crate) const LISTEN_FDS_START: RawFd = 3;
 /// The one byte that carries them, so that a message of something else is told apart.
 const MESSAGE: u8 = b'n';
+/// How long a listener may take to pass its descriptors: it has opened them already.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Who opened the descriptors (`--vfio-fds`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,11 +76,12 @@ impl Nodes {
     ///
     /// # Errors
     /// `Usage` when the environment promises descriptors that are not there or are for another process,
-    /// `Permission` when one is no node of VFIO or iommufd, else why the socket gave none.
+    /// `Permission` when one is no node of VFIO or iommufd, else why the socket gave none: `Unavailable` when it sends
+    /// nothing for 10 s, or a signal that the process handles comes first.
     pub fn of(source: &FdSource) -> Result<Self> {
         let fds = match source {
             FdSource::Listen => listen_fds()?,
-            FdSource::Socket(path) => receive(path)?,
+            FdSource::Socket(path) => receive(path, PATIENCE)?,
         };
         let named = fds.into_iter().map(|fd| Ok((node_name(fd.as_fd())?, fd)));
         Ok(Self::passed(named.collect::<Result<_>>()?))
@@ -207,11 +213,22 @@ pub fn send(fds: &[OwnedFd], socket: &UnixStream) -> Result<()> {
         .map_err(|errno| Error::os("cannot pass device descriptors on", errno))
 }
 
-fn receive(path: &Path) -> Result<Vec<OwnedFd>> {
+fn receive(path: &Path, patience: Duration) -> Result<Vec<OwnedFd>> {
     let what = || format!("cannot receive device descriptors from {}", path.display());
-    let socket = UnixStream::connect(path).map_err(|error| {
-        Error::io(what(), &error).mend(format!("as root, first: vireo-launch --socket {} …", path.display()))
-    })?;
+    let cure = format!("as root, first: vireo-launch --socket {} …", path.display());
+    let socket = socket::connect(path, what(), cure)?;
+    let mut answer = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut answer, PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX)) {
+        Ok(0) => {
+            let why = format!("the listener has sent nothing for {patience:?}");
+            return Err(Error::new(ErrorKind::Unavailable, what(), why).mend(socket::see_listener(path)));
+        }
+        Ok(_) => {}
+        Err(Errno::EINTR) => {
+            return Err(Error::new(ErrorKind::Unavailable, what(), "stopped by a signal"));
+        }
+        Err(errno) => return Err(Error::os(what(), errno)),
+    }
     match fds::receive(&socket, &what())? {
         (Some(MESSAGE), fds) if !fds.is_empty() => Ok(fds),
         (None, _) => Err(Error::new(ErrorKind::Permission, what(), "it hung up: they are for another user")),
@@ -327,10 +344,13 @@ mod tests {
         for (message, kind) in [(&b""[..], ErrorKind::Permission), (b"n", ErrorKind::Protocol)] {
             let sent = std::thread::scope(|scope| {
                 scope.spawn(|| listener.accept().unwrap().0.write_all(message).unwrap());
-                receive(&path)
+                receive(&path, PATIENCE)
             });
             assert_eq!(sent.unwrap_err().kind(), kind);
         }
+        let error = receive(&path, Duration::from_millis(50)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(error.to_string().contains("has sent nothing for 50ms; see which process"), "{error}");
         drop(listener);
         let error = Nodes::of(&FdSource::Socket(path)).unwrap_err().to_string();
         assert!(error.contains("vireo-launch --socket"), "{error}");

@@ -10,9 +10,8 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vireo_eal::lcore::StopFlag;
+use vireo_eal::socket;
 use vireo_eal::{Error, ErrorKind, Result};
-
-use crate::socket::try_connect;
 
 /// How long a wait for the peer takes to see that the program is to stop, in milliseconds.
 const LOOK_EVERY: u8 = 100;
@@ -22,17 +21,8 @@ const LOOK_EVERY: u8 = 100;
 /// # Errors
 /// `Unavailable` when nobody listens there.
 pub(super) fn connect(name: &str, path: &Path) -> Result<UnixStream> {
-    let what = || format!("cannot connect {name} to {}", path.display());
-    let cure = "start the vhost side first, or give server=1";
-    try_connect(path).map_err(|errno| match errno {
-        Errno::ENOENT => Error::os(what(), errno).because("there is no such socket").mend(cure),
-        Errno::ECONNREFUSED => Error::os(what(), errno)
-            .kind_is(ErrorKind::Unavailable)
-            .because("nobody listens on that socket")
-            .mend(cure),
-        Errno::EAGAIN => Error::os(what(), errno).because("others wait for that socket already"),
-        errno => Error::os(what(), errno),
-    })
+    let what = format!("cannot connect {name} to {}", path.display());
+    socket::connect(path, what, "start the vhost side first, or give server=1")
 }
 
 /// A socket that we listen on; its name goes with it.
@@ -112,7 +102,7 @@ fn remove_stale(path: &Path) -> std::result::Result<(), &'static str> {
         Ok(found) if !found.file_type().is_socket() => return Err("there is a file that is no socket"),
         Ok(_) => {}
     }
-    match try_connect(path) {
+    match socket::try_connect(path) {
         Err(Errno::ECONNREFUSED) => {
             // What cannot be removed is named by the bind that follows.
             let _ = std::fs::remove_file(path);

@@ -1,0 +1,75 @@
+//! Unix sockets by their path.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect as connect_to, socket};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Connects to the listener at `path` without waiting.
+///
+/// # Errors
+/// `EAGAIN` when the listener's queue is full.
+pub fn try_connect(path: &Path) -> nix::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect_to(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let stream = UnixStream::from(fd);
+    let blocking = stream.set_nonblocking(false);
+    blocking.map_err(|error| error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw))?;
+    Ok(stream)
+}
+
+/// As [`try_connect`]; `what` fails without the connection, and `cure` starts a listener.
+///
+/// # Errors
+/// `Unavailable` when nothing listens at `path`, `Busy` when the listener's queue is full.
+pub fn connect(path: &Path, what: impl Into<String>, cure: impl Into<String>) -> Result<UnixStream> {
+    try_connect(path).map_err(|errno| {
+        let error = Error::os(what, errno);
+        match errno {
+            Errno::ENOENT => error.because("there is no such socket").mend(cure),
+            Errno::ECONNREFUSED => {
+                error.kind_is(ErrorKind::Unavailable).because("nobody listens on that socket").mend(cure)
+            }
+            Errno::EAGAIN => error.because("others wait for that socket already").mend(see_listener(path)),
+            _ => error,
+        }
+    })
+}
+
+/// Command that shows which process listens at `path`.
+pub fn see_listener(path: &Path) -> String {
+    format!("see which process listens: ss -xlp src {}", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn no_connection_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let refused = || connect(&path, "cannot connect", "start it").unwrap_err();
+        assert_eq!(refused().to_string(), "cannot connect: ENOENT: there is no such socket; start it");
+        let listener = UnixListener::bind(&path).unwrap();
+        let waiting: Vec<_> = std::iter::from_fn(|| try_connect(&path).ok()).collect();
+        assert!(!waiting.is_empty());
+        let error = refused();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Busy, Some(Errno::EAGAIN)));
+        assert!(error.cure().is_some_and(|cure| cure.contains("ss -xlp src /")), "{error}");
+        drop(listener);
+        let error = refused();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(
+            error.to_string().ends_with("ECONNREFUSED: nobody listens on that socket; start it"),
+            "{error}"
+        );
+    }
+}
