@@ -8,8 +8,9 @@ use std::thread::{Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, DeviceId, Function, PciDevice, PciInfo, Report};
-use vireo_eal::args::VdevArgs;
+use vireo_eal::args::{VdevArgs, quoted};
 use vireo_eal::lcore::StopFlag;
+use vireo_eal::socket::check_path;
 use vireo_eal::vfio::{AddressSpace, Request, Vfio, VfioMode};
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
@@ -179,11 +180,9 @@ fn check_listeners(vdevs: &[(&str, Virtual)]) -> Result<()> {
     Ok(())
 }
 
-/// Reads the path of a socket, which has to fit into `sun_path` with its NUL (unix(7)).
-pub(crate) fn socket_path(value: &str) -> std::result::Result<PathBuf, &'static str> {
-    if value.len() > 107 {
-        return Err("the path of a socket has at most 107 bytes");
-    }
+/// Reads the socket of device `name`, which its `key` gives.
+pub(crate) fn socket_path(name: &str, key: &str, value: &str) -> Result<PathBuf> {
+    check_path(format!("cannot use {key}={} of {name}", quoted(value)), value.as_ref())?;
     Ok(value.into())
 }
 

@@ -1,5 +1,6 @@
 //! Unix sockets by their path.
 
+use std::fmt::Display;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -8,6 +9,22 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect as connect_to, socket};
 
 use crate::error::{Error, ErrorKind, Result};
+
+/// Longest name of a unix socket, in bytes: `sun_path` holds 108 with the NUL behind it (unix(7)).
+pub const MAX_PATH: usize = 107;
+
+/// Checks that a socket can have the name `path`; `what` is the argument that gives it.
+///
+/// # Errors
+/// `Usage` when it is longer than [`MAX_PATH`].
+pub fn check_path(what: impl Display, path: &Path) -> Result<()> {
+    let len = path.as_os_str().len();
+    if len <= MAX_PATH {
+        return Ok(());
+    }
+    let why = format!("it is {len} bytes long, a socket's name has at most {MAX_PATH}");
+    Err(Error::new(ErrorKind::Usage, what.to_string(), why).mend("give a shorter path"))
+}
 
 /// Connects to the listener at `path` without waiting.
 ///
@@ -70,6 +87,21 @@ mod tests {
         assert!(
             error.to_string().ends_with("ECONNREFUSED: nobody listens on that socket; start it"),
             "{error}"
+        );
+    }
+
+    #[test]
+    fn a_path_fits_or_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let of_length = |len: usize| dir.path().join("x".repeat(len - dir.path().as_os_str().len() - 1));
+        let longest = of_length(MAX_PATH);
+        assert_eq!(check_path("--socket", &longest), Ok(()));
+        UnixListener::bind(&longest).unwrap();
+        assert!(UnixListener::bind(of_length(MAX_PATH + 1)).is_err());
+        let error = check_path("--socket", &of_length(MAX_PATH + 1)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        assert!(
+            error.to_string().starts_with("--socket: it is 108 bytes long, a socket's name has at most 107")
         );
     }
 }

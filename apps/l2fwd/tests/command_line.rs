@@ -50,6 +50,7 @@ fn a_wrong_word_is_named_with_what_would_be_right() {
         (&["--no-pci", "--", "-p", "3", "-q", "99"], "'99'", "1..=15"),
         (&["--no-pci", "--", "-p", "3", "--portmp", "(0,1)"], "'--portmp'", "did you mean --portmap?"),
         (&["--no-pci", "--", "-p", "3", "-T", "soon"], "'soon'", "from 0 to 86399"),
+        (&["--vfio-fds", &*huge], "\"9999", "it is 10000 bytes long, a socket's name has at most 107"),
         (&["--no-pci", "--"], "-p", "see: vireo-l2fwd --help"),
     ] {
         let line = refused(&l2fwd().args(words).output().unwrap(), 64);
@@ -233,6 +234,7 @@ fn sockets_and_rings_of_virtual_ports_are_checked_first() {
     let socket = |name: &str| dir.path().join(name).display().to_string();
     let first = socket("socket");
     let long = socket(&"x".repeat(120));
+    let too_long = format!("it is {} bytes long, a socket's name has at most 107", long.len());
     let ring = "no power of two from 1 to 32768";
     let wrong = |device: &str, why: &str| (vec![device.to_owned()], why.to_owned());
     let both = |other: &str| {
@@ -240,9 +242,9 @@ fn sockets_and_rings_of_virtual_ports_are_checked_first() {
         (devices, format!("net_vhost0 of this command line listens at {first}, too"))
     };
     for (devices, why) in [
-        wrong(&format!("net_vhost0,iface={long}"), "107 bytes"),
-        wrong(&format!("net_virtio_user0,path={long}"), "107 bytes"),
-        wrong(&format!("net_virtio_user0,path={long},server=1"), "107 bytes"),
+        wrong(&format!("net_vhost0,iface={long}"), &too_long),
+        wrong(&format!("net_virtio_user0,path={long}"), &too_long),
+        wrong(&format!("net_virtio_user0,path={long},server=1"), &too_long),
         wrong(&format!("net_virtio_user0,path={first},queue_size=65536"), ring),
         wrong(&format!("net_virtio_user0,path={first},queue_size=3"), ring),
         wrong(&format!("net_virtio_user0,path={first},queue_size=0"), ring),

@@ -19,7 +19,7 @@ use vireo_drivers::ports::{DEVICE_KEYS, VDEV_KEYS, driver_of};
 use vireo_eal::args::{self as eal_args, EalArgs, Outcome, Program};
 use vireo_eal::user::{User, UserName, exec};
 use vireo_eal::vfio::{FdSource, Vfio, nodes};
-use vireo_eal::{Error, ErrorKind, Result, program};
+use vireo_eal::{Error, ErrorKind, Result, program, socket};
 
 /// Starts a program of Vireo as an ordinary user, with the device nodes that it needs.
 ///
@@ -46,6 +46,10 @@ struct Cli {
 
 fn run() -> Result<ExitCode> {
     let Some(cli) = eal_args::parse_plain::<Cli>(std::env::args_os())? else { return Ok(ExitCode::SUCCESS) };
+    if let Some(path) = &cli.socket {
+        let argument = format!("--socket {}", eal_args::quoted(&path.to_string_lossy()));
+        socket::check_path(argument, path)?;
+    }
     let user = cli.user.find()?;
     let program = Program { usage: "", device_keys: DEVICE_KEYS, vdev_keys: VDEV_KEYS };
     let parsed = match eal_args::parse(cli.command.iter().cloned(), &program)? {

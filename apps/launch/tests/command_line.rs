@@ -26,3 +26,14 @@ fn help_that_nobody_takes_is_an_error() {
     }
     refused(&launch(&[]).output().unwrap(), 64);
 }
+
+/// Before a node is opened, which an ordinary user may not do.
+#[test]
+fn a_path_that_no_socket_can_have_is_told_first() {
+    let long = "x".repeat(120);
+    let words = ["--user", "65534:65534", "--socket", &long, "l2fwd", "-a", "00:00.0", "--", "-p", "1"];
+    let output = launch(&words).output().unwrap();
+    refused(&output, 64);
+    let why = "it is 120 bytes long, a socket's name has at most 107; give a shorter path";
+    assert!(String::from_utf8_lossy(&output.stderr).contains(why), "{output:?}");
+}

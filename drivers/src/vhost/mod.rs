@@ -61,7 +61,7 @@ impl Options {
             let wrong =
                 |why| Error::new(ErrorKind::Usage, format!("cannot use {key}={value} of {name}"), why);
             match key.as_str() {
-                "iface" => options.path = socket_path(value).map_err(wrong)?,
+                "iface" => options.path = socket_path(name, key, value)?,
                 "mac" => options.mac = Some(value.parse()?),
                 "client" => options.client = flag(key, value)?,
                 "queues" => options.queues = virtio::pairs(value).map_err(wrong)?,

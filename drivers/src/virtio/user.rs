@@ -89,7 +89,7 @@ impl UserOptions {
             let wrong =
                 |why| Error::new(ErrorKind::Usage, format!("cannot use {key}={value} of {name}"), why);
             match key.as_str() {
-                "path" => options.path = socket_path(value).map_err(wrong)?,
+                "path" => options.path = socket_path(name, key, value)?,
                 "queue_size" => {
                     let size = value.parse().ok().filter(|size| is_size(*size));
                     options.queue_size = size.ok_or_else(|| wrong(NOT_A_SIZE))?;

@@ -19,6 +19,7 @@ use nix::sys::stat::{SFlag, fstat, major, minor};
 use super::acquire::lock;
 use super::diagnose;
 use super::fds::{self, MOST};
+use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
 use crate::node::open;
@@ -48,7 +49,10 @@ impl std::str::FromStr for FdSource {
             "" => Err(Error::new(ErrorKind::Usage, "--vfio-fds \"\"", "the source is missing")
                 .mend("give listen, or the path of a socket")),
             "listen" => Ok(Self::Listen),
-            path => Ok(Self::Socket(path.into())),
+            path => {
+                socket::check_path(format!("--vfio-fds {}", quoted(path)), path.as_ref())?;
+                Ok(Self::Socket(path.into()))
+            }
         }
     }
 }
@@ -274,8 +278,8 @@ fn promised(pid: Option<&str>, fds: Option<&str>, own: u32) -> Result<RawFd> {
             wrong(format!("they are for pid {pid} (LISTEN_PID), and this is {own}"))
         }
         (Ok(_), Ok(count)) if (1..=MOST as RawFd).contains(&count) => Ok(count),
-        (Ok(_), _) => wrong(format!("LISTEN_FDS is {}, not 1 to {MOST}", crate::args::quoted(fds))),
-        (Err(_), _) => wrong(format!("LISTEN_PID is {}, no pid", crate::args::quoted(pid))),
+        (Ok(_), _) => wrong(format!("LISTEN_FDS is {}, not 1 to {MOST}", quoted(fds))),
+        (Err(_), _) => wrong(format!("LISTEN_PID is {}, no pid", quoted(pid))),
     }
 }
 
