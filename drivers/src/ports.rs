@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, DeviceId, Function, PciDevice, PciInfo, Report};
 use vireo_eal::args::{VdevArgs, quoted};
+use vireo_eal::dma::MAX_BUFFERS;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::socket::check_path;
 use vireo_eal::vfio::{AddressSpace, Request, Vfio, VfioMode};
@@ -284,10 +285,10 @@ pub fn wait_for_links<'a>(
 }
 
 /// Packet buffers for `ports` ports and `lcores` lcores, as DPDK's l2fwd works them out: rings, bursts and
-/// caches full at once, and never less than 8192.
+/// caches full at once, never less than 8192, and no more than a pool can have.
 pub fn buffers_needed(ports: usize, lcores: usize, sizes: QueueSizes) -> u32 {
     let each = usize::from(sizes.rx) + usize::from(sizes.tx) + 32 + lcores * 256;
-    ports.saturating_mul(each).clamp(8192, 1 << 22) as u32
+    ports.saturating_mul(each).clamp(8192, MAX_BUFFERS as usize) as u32
 }
 
 impl OpenPort {
@@ -323,6 +324,13 @@ mod tests {
     use crate::fakedev::e1000::{FakeE1000, ID_82574L};
     use crate::fakedev::virtio::{Behaviour, VirtioNet};
     use crate::port::{MacAddr, TxBurst};
+
+    #[test]
+    fn no_more_buffers_are_asked_for_than_a_pool_can_have() {
+        let sizes = QueueSizes { rx: 1024, tx: 1024 };
+        assert_eq!(buffers_needed(1, 1, sizes), 8192);
+        assert_eq!(buffers_needed(64 * 128, 128, sizes), MAX_BUFFERS);
+    }
 
     #[test]
     fn what_comes_from_a_virtio_peer_is_padded_before_an_82574_sends_it() {

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use clap::{CommandFactory, Parser};
 use vireo_eal::Result;
 use vireo_eal::args::parse_app;
+use vireo_eal::dma::MAX_BUFFERS;
 
 use crate::report::Style;
 
@@ -46,8 +47,8 @@ struct Cli {
     /// Pairs of ports that forward to each other, such as "(0,3)(1,2)"; by default neighbours
     #[arg(long, value_name = "PAIRS", value_parser = port_map)]
     portmap: Option<PortMap>,
-    /// Packet buffers in all (testpmd's argument); by default enough for rings, bursts and caches at once
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Packet buffers in all, up to 2097151 (testpmd's argument); by default enough for rings, bursts and caches at once
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_BUFFERS)))]
     total_num_mbufs: Option<u32>,
     /// Time the polls that move packets, and print ticks per packet at the end (testpmd's argument)
     #[arg(long)]

@@ -50,6 +50,7 @@ fn a_wrong_word_is_named_with_what_would_be_right() {
         (&["--no-pci", "--", "-p", "3", "-q", "99"], "'99'", "1..=15"),
         (&["--no-pci", "--", "-p", "3", "--portmp", "(0,1)"], "'--portmp'", "did you mean --portmap?"),
         (&["--no-pci", "--", "-p", "3", "-T", "soon"], "'soon'", "from 0 to 86399"),
+        (&["--no-pci", "--", "-p", "3", "--total-num-mbufs", "2097152"], "'2097152'", "1..=2097151"),
         (&["--vfio-fds", &*huge], "\"9999", "it is 10000 bytes long, a socket's name has at most 107"),
         (&["--no-pci", "--"], "-p", "see: vireo-l2fwd --help"),
     ] {

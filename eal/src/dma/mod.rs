@@ -15,7 +15,9 @@ pub use iova::IovaRanges;
 pub use memory::{DeviceView, DmaMemory, Part, nodes_of};
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
 pub use peer_log::PeerLog;
-pub use pool::{BUFFER_SIZE, Buffer, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet, Pool, PoolCache};
+pub use pool::{
+    BUFFER_SIZE, Buffer, Burst, DATA_ROOM, HEADROOM, MAX_BUFFERS, MAX_BURST, Packet, Pool, PoolCache,
+};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
 
 // Rust's fences order accesses among the CPUs that run threads. For x86 that includes devices; for Arm it is the inner

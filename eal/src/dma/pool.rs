@@ -46,7 +46,7 @@ const CHUNK: usize = 32;
 pub type Burst = ArrayVec<Packet, MAX_BURST>;
 
 /// Most buffers of a pool: their distances from the first fit into 32 bits.
-const MAX_BUFFERS: u32 = u32::MAX / BUFFER_SIZE as u32;
+pub const MAX_BUFFERS: u32 = u32::MAX / BUFFER_SIZE as u32;
 
 /// Ownership of one packet buffer, by its distance from the pool's first in bytes plus the pool's tag. There is
 /// exactly one handle of each buffer: it is moved, never copied, into a descriptor ring, a packet, or the pool that it

@@ -63,7 +63,7 @@ fn in_a_group(context: &Context) -> Result<()> {
     };
     let limit = group.limit.display().to_string();
     let mut command = String::new();
-    for (eal, app) in [("", "--total-num-mbufs 4294967295"), ("-m 200", "")] {
+    for (eal, app) in [("", "--total-num-mbufs 2097151"), ("-m 200", "")] {
         let ended = start(eal, app).spawn(context)?.wait()?;
         let lines = ended.complaints();
         ensure!(ended.code == 71 && lines.len() == 1, "exit code {}: {lines:?}", ended.code);
