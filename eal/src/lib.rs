@@ -9,6 +9,7 @@
 //! | [`iommufd`] | I/O page tables, without VFIO or PCI | `/dev/iommu` |
 //! | [`vfio`] | devices, in any of the modes | `/dev/vfio` |
 //! | [`socket`] | unix sockets by path | `connect` |
+//! | [`rlimit`] | limits that are too low | `RLIMIT_NOFILE` |
 //! | [`sync`] | locks and atomics that models can replace | – |
 //! | [`user`] | giving up root | `setresuid`, capabilities |
 //! | [`mmio`] | registers and doorbells | BAR |
@@ -30,6 +31,7 @@ pub mod mem;
 pub mod mmio;
 mod node;
 pub mod program;
+pub mod rlimit;
 pub mod runtime;
 mod sandbox;
 pub mod socket;

@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vireo_eal::rlimit::more_files;
 use vireo_eal::socket::try_connect;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -26,6 +27,9 @@ use super::shared::Shared;
 
 /// How soon to try again to accept or to connect, in milliseconds.
 const RETRY: u8 = 100;
+
+/// Descriptors that a process is told to have more of: a frontend's are two for each ring, and one for each region of memory.
+const MORE_FILES: u64 = 1024;
 
 /// How long a frontend must be silent before a change of its memory counts as complete, in milliseconds.
 const SILENCE: u8 = 100;
@@ -74,7 +78,7 @@ impl Server {
             |error: std::io::Error| Error::io(format!("{name}: cannot listen at {}", path.display()), &error);
         let (listener, socket) = bind(path).map_err(|errno| failed(errno.into()))?;
         let waker = UnixStream::from(OwnedFd::from(listener.try_clone().map_err(failed)?));
-        let port = Port { name: Arc::clone(name), rings: rings.to_vec(), session: Arc::default() };
+        let port = Port::new(name, rings);
         let serve = move |port: &Port| port.accept(&listener);
         Self::start(port, waker, Some(socket), serve).map_err(failed)
     }
@@ -88,7 +92,7 @@ impl Server {
             |error: std::io::Error| Error::io(format!("{name}: cannot use {}", path.display()), &error);
         UnixAddr::new(path).map_err(|errno| failed(errno.into()))?;
         let (waker, ends) = UnixStream::pair().map_err(failed)?;
-        let port = Port { name: Arc::clone(name), rings: rings.to_vec(), session: Arc::default() };
+        let port = Port::new(name, rings);
         let path = path.to_owned();
         Self::start(port, waker, None, move |port: &Port| port.seek(&path, &ends)).map_err(failed)
     }
@@ -162,9 +166,20 @@ struct Port {
     name: Arc<str>,
     rings: Vec<Arc<Shared>>,
     session: Arc<Session>,
+    /// Command for when the process has no descriptor left; the sandbox does not let the thread read the limit.
+    more_files: String,
 }
 
 impl Port {
+    fn new(name: &Arc<str>, rings: &[Arc<Shared>]) -> Self {
+        Self {
+            name: Arc::clone(name),
+            rings: rings.to_vec(),
+            session: Arc::default(),
+            more_files: more_files(MORE_FILES),
+        }
+    }
+
     /// Accepts frontends until the port ends. That the process or the system has run out of something does not last:
     /// it is said once, and tried again.
     fn accept(&self, listener: &UnixListener) {
@@ -181,7 +196,7 @@ impl Port {
                 }
                 Err(error) => {
                     if !std::mem::replace(&mut said, true) {
-                        tracing::error!("{}", refusal(&self.name, &error));
+                        tracing::error!("{}", self.refusal(&error));
                     }
                     if ends_soon(listener) {
                         return;
@@ -227,21 +242,23 @@ impl Port {
         }
     }
 
+    fn refusal(&self, error: &std::io::Error) -> Error {
+        let error = Error::io(format!("{}: cannot accept a frontend, and tries on", self.name), error);
+        match error.errno() {
+            Some(Errno::EMFILE) => error.mend(&*self.more_files),
+            Some(Errno::ENFILE) => {
+                error.mend("run: sysctl fs.file-max=$(($(cat /proc/sys/fs/file-max) + 1024))")
+            }
+            Some(Errno::ENOMEM | Errno::ENOBUFS) => error.mend("see what takes the memory: free -m"),
+            _ => error,
+        }
+    }
+
     fn serve(&self, stream: UnixStream) {
         tracing::info!("{}: a frontend has connected", self.name);
         let why = converse(stream, &self.session, &self.name, &self.rings);
         self.session.set(None);
         tracing::info!("{}: the frontend is gone: {why}", self.name);
-    }
-}
-
-fn refusal(name: &str, error: &std::io::Error) -> Error {
-    let error = Error::io(format!("{name}: cannot accept a frontend, and tries on"), error);
-    match error.errno() {
-        Some(Errno::EMFILE) => error.mend("give this process more open files: ulimit -n NUMBER"),
-        Some(Errno::ENFILE) => error.mend("give the system more open files: sysctl fs.file-max=NUMBER"),
-        Some(Errno::ENOMEM | Errno::ENOBUFS) => error.mend("see what takes the memory: free -m"),
-        _ => error,
     }
 }
 

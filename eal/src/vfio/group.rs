@@ -17,6 +17,7 @@ use super::{VfioMode, diagnose, nodes, sys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::counted;
 use crate::mmio::DeviceFile;
+use crate::rlimit;
 
 impl Vfio {
     /// Node of the containers of `mode`.
@@ -149,7 +150,8 @@ fn above_memory(device: OwnedFd) -> OwnedFd {
         Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
         Err(errno) => {
             tracing::warn!(
-                "pages may go before the NIC stops if this process is killed: {errno}; run: ulimit -n 1024"
+                "pages may go before the NIC stops if this process is killed: {errno}; {}",
+                rlimit::more_files(ABOVE as u64)
             );
             device
         }
