@@ -26,6 +26,10 @@ fn beyond(error: Error, need: u64, limit: u64, whose: Accounting) -> Error {
     let (available, total) = match whose {
         Accounting::PerProcess => {
             let locked = locked_kib().unwrap_or(0);
+            // Then it was not the limit, and a command would lower that.
+            if locked + need <= limit {
+                return error;
+            }
             (format!("{limit} KiB for this process, which has {locked} KiB locked"), locked + need)
         }
         // The kernel does not tell what the user has locked already; it is no more than the limit.
@@ -360,6 +364,13 @@ mod tests {
     fn the_limit_that_is_asked_for_has_room_for_what_is_locked() {
         let error = beyond(Error::os("cannot map", Errno::ENOMEM), 18432, 24576, Accounting::PerUser);
         assert!(error.to_string().contains("run: ulimit -l 43008,"), "{error}");
+    }
+
+    #[test]
+    fn a_limit_that_was_not_reached_is_not_named() {
+        let error = || Error::os("cannot map", Errno::ENOMEM);
+        assert_eq!(beyond(error(), 1024, u64::MAX / 1024, Accounting::PerProcess), error());
+        assert!(beyond(error(), 1024, 1023, Accounting::PerProcess).cure().is_some());
     }
 
     #[test]
