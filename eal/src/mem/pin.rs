@@ -1,5 +1,6 @@
 //! Pages that the kernel may not move.
 
+use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -37,9 +38,7 @@ impl Pin {
         fcntl(&pipe.1, FcntlArg::F_SETPIPE_SZ(i32::try_from(size).unwrap_or(i32::MAX))).map_err(|errno| {
             let error = Error::os(what(), errno);
             match errno {
-                Errno::EPERM => error
-                    .because("the pipe that holds them would be larger than fs.pipe-max-size")
-                    .mend(format!("run as root (CAP_SYS_RESOURCE), or: sysctl fs.pipe-max-size={size}")),
+                Errno::EPERM => refused(error, size, largest_pipe().unwrap_or(0)),
                 _ => error,
             }
         })?;
@@ -66,9 +65,26 @@ impl Pin {
     }
 }
 
+/// Bytes that a user's pipe may have (pipe(7)).
+fn largest_pipe() -> Option<usize> {
+    fs::read_to_string("/proc/sys/fs/pipe-max-size").ok()?.trim().parse().ok()
+}
+
+/// A pipe of `size` bytes, which the kernel rounds up to a power of two, was refused where `largest` may be had.
+fn refused(error: Error, size: usize, largest: usize) -> Error {
+    let (why, setting) = if size.checked_next_power_of_two().is_none_or(|size| size > largest) {
+        ("the pipe that holds them would be larger than fs.pipe-max-size", format!("pipe-max-size={size}"))
+    } else {
+        (
+            "the pipes of this user would hold more pages than fs.pipe-user-pages-soft",
+            "pipe-user-pages-soft=0".into(),
+        )
+    };
+    error.because(why).mend(format!("run as root (CAP_SYS_RESOURCE), or: sysctl fs.{setting}"))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::fs;
 
     use super::*;
     use crate::mem::{Backing, page_size};
@@ -94,11 +110,20 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "there is no vmsplice")]
     fn a_pin_beyond_the_limit_is_refused_or_whole() {
-        let most: usize = fs::read_to_string("/proc/sys/fs/pipe-max-size").unwrap().trim().parse().unwrap();
-        let pages = 2 * most / page_size() + 1;
+        let pages = 2 * largest_pipe().unwrap() / page_size() + 1;
         match Pin::new(&Region::new(pages * page_size(), Backing::SmallPages).unwrap()) {
             Ok(pin) => assert_eq!(held(&pin), pages as i32),
             Err(error) => assert!(error.to_string().contains("sysctl fs.pipe-max-size="), "{error}"),
         }
+    }
+
+    #[test]
+    fn the_limit_that_refused_is_named() {
+        let refused =
+            |size, largest| refused(Error::os("cannot pin", Errno::EPERM), size, largest).to_string();
+        assert!(refused(5 << 20, 1 << 20).ends_with("or: sysctl fs.pipe-max-size=5242880"));
+        assert!(refused((1 << 20) + 1, 1 << 20).contains("pipe-max-size=1048577"));
+        assert!(refused(1 << 20, 1 << 20).ends_with("or: sysctl fs.pipe-user-pages-soft=0"));
+        assert!(refused(usize::MAX, 1 << 20).contains("pipe-max-size="));
     }
 }
