@@ -17,7 +17,7 @@ use nix::unistd::{Gid, Group, Uid, getresgid, getresuid, setgroups, setresgid, s
 
 use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
-use crate::vfio::nodes::LISTEN_FDS_START;
+use crate::vfio::listen::LISTEN_FDS_START;
 
 /// An id of which setresuid(2) and setresgid(2) say that it changes nothing.
 const KEEP: u32 = u32::MAX;

@@ -278,3 +278,18 @@ fn a_signal_ends_the_wait_for_device_nodes() {
     let line = refused(&child.wait_with_output().unwrap(), 69);
     assert!(line.contains("stopped by a signal") && since.elapsed() < Duration::from_secs(5), "{line}");
 }
+
+#[test]
+fn only_descriptors_from_before_the_start_are_taken() {
+    let program = env!("CARGO_BIN_EXE_vireo-l2fwd");
+    for (descriptor, code, why) in [
+        ("3</dev/null", 77, "it is no node of VFIO or iommufd"),
+        ("3<&-", 64, "LISTEN_FDS is 1 and descriptor 3 was not open at the start"),
+    ] {
+        let line = format!(
+            "export LISTEN_PID=$$ LISTEN_FDS=1; exec {program} --in-memory --vfio-fds listen -- -p 1 {descriptor}"
+        );
+        let line = refused(&Command::new("sh").args(["-c", &line]).output().unwrap(), code);
+        assert!(line.contains(why), "{line}");
+    }
+}

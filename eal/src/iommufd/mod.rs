@@ -116,11 +116,24 @@ impl Iommufd {
                 .mend("run: modprobe iommufd, or choose --vfio-mode container"),
             _ => error,
         })?;
-        Ok(Self::from_fd(file.into()))
+        Ok(Self::of_node(file.into()))
     }
 
     /// Takes a descriptor of `/dev/iommu` that somebody else opened.
-    pub fn from_fd(fd: OwnedFd) -> Self {
+    ///
+    /// # Errors
+    /// `Permission` when it is of something else, as far as sysfs tells.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        let what = || format!("cannot use descriptor {} as {PATH}", fd.as_raw_fd());
+        match node::class_and_name(&fd).map_err(|errno| Error::os(what(), errno))? {
+            Some((class, name)) if class == "misc" && name == "iommu" => Ok(Self::of_node(fd)),
+            // What another device makes of these ioctls nobody knows.
+            _ => Err(Error::new(ErrorKind::Permission, what(), "it is no iommufd")),
+        }
+    }
+
+    /// As [`Iommufd::from_fd`], for a descriptor that was opened as the node, or looked at already.
+    pub(crate) fn of_node(fd: OwnedFd) -> Self {
         Self(Arc::new(fd))
     }
 
@@ -473,13 +486,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_an_iommufd_is_taken_for_one() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        for fd in [null.into(), tempfile::tempfile().unwrap().into()] {
+            let error = Iommufd::from_fd(fd).unwrap_err();
+            assert_eq!((error.kind(), error.why()), (ErrorKind::Permission, "it is no iommufd"));
+        }
+    }
+
+    #[test]
     fn a_descriptor_that_was_duplicated_is_the_same_file() {
         let open = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let (one, other) = (open(), open());
         let again = one.try_clone().unwrap();
         // A kernel without CONFIG_KCMP, or a sandbox, does not tell.
         let tells = is_same_file(&one, &one);
-        let [one, again, other] = [one, again, other].map(Iommufd::from_fd);
+        let [one, again, other] = [one, again, other].map(Iommufd::of_node);
         assert!(one.is_same(&one.clone()));
         assert_eq!(one.is_same(&again), tells);
         assert!(!one.is_same(&other));

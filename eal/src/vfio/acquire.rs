@@ -15,6 +15,7 @@ use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::WeakIommufd;
 use crate::mmio::DeviceFile;
+use crate::node::class_and_name;
 
 /// A device by its name on its bus (`0000:00:04.0`) and its directory in sysfs.
 #[derive(Clone, Debug)]
@@ -175,8 +176,10 @@ impl Vfio {
     /// Completes descriptors that another process opened: no device node is opened here.
     ///
     /// # Errors
-    /// As for [`Vfio::acquire`]; `Usage` when the descriptors do not fit the mode.
+    /// As for [`Vfio::acquire`]; `Usage` when the descriptors do not fit the mode, `Unavailable` or `Permission` when one is
+    /// of another device.
     pub fn adopt(&self, node: &Node, mode: VfioMode, fds: DeviceFds) -> Result<Acquired> {
+        let what = || format!("cannot adopt {} in mode {mode}", node.name);
         let mut phases = Phases::start();
         let open = match (mode, fds) {
             (VfioMode::Cdev | VfioMode::NoiommuCdev, DeviceFds::Cdev(fds)) => {
@@ -186,17 +189,21 @@ impl Vfio {
             }
             (VfioMode::Container | VfioMode::Compat | VfioMode::Noiommu, DeviceFds::Group(fds)) => {
                 let (group, path, number) = self.group_path(node, mode)?;
-                if let Some(number) = number {
-                    nodes::check(&fds.group, &path, &number, &format!("IOMMU group {group}"))?;
+                let number = number.ok_or_else(|| {
+                    let why = format!("the kernel has no node for IOMMU group {group}");
+                    Error::new(ErrorKind::Unavailable, what(), why)
+                })?;
+                nodes::check(&fds.group, &path, &number, &format!("IOMMU group {group}"))?;
+                let container = if mode == VfioMode::Compat { "iommu" } else { "vfio" };
+                let found = class_and_name(&fds.container).map_err(|errno| Error::os(what(), errno))?;
+                if found.is_none_or(|(class, name)| class != "misc" || name != container) {
+                    let why = format!("its container is not {}", self.container_path(mode).display());
+                    return Err(Error::new(ErrorKind::Permission, what(), why));
                 }
                 self.complete_group(node, mode, fds, lock(&self.opening), &mut phases)?
             }
             _ => {
-                return Err(Error::new(
-                    ErrorKind::Usage,
-                    format!("cannot adopt {} in mode {mode}", node.name),
-                    "its descriptors are of another mode",
-                ));
+                return Err(Error::new(ErrorKind::Usage, what(), "its descriptors are of another mode"));
             }
         };
         Self::finish(node, mode, "by descriptors from another process".to_owned(), open, phases)
@@ -461,7 +468,7 @@ mod tests {
         let vfio = Vfio::new(None).below(root.path());
         fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
         fs::write(root.path().join("dev/vfio/3"), "").unwrap();
-        let cdev = CdevFds { iommufd: Iommufd::from_fd(null().into()), device: null().into() };
+        let cdev = CdevFds { iommufd: Iommufd::of_node(null().into()), device: null().into() };
         let group = GroupFds { container: null().into(), group: Arc::new(null()) };
         for (mode, fds) in [(VfioMode::Cdev, cdev.into()), (VfioMode::Container, group.into())] {
             let error = vfio.adopt(&node, mode, fds).unwrap_err();
@@ -469,6 +476,26 @@ mod tests {
             assert!(error.why().starts_with("it is device 1:3 and "), "{error}");
             assert!(error.to_string().ends_with(" c 1 5"), "{error}");
         }
+        // The group's number is right, and its container is something else.
+        fs::write(groups.join("3/dev"), "1:3").unwrap();
+        for mode in [VfioMode::Container, VfioMode::Compat] {
+            let fds = GroupFds { container: null().into(), group: Arc::new(null()) };
+            let error = vfio.adopt(&node, mode, fds.into()).unwrap_err();
+            assert!(
+                error.kind() == ErrorKind::Permission && error.why().contains("its container is not"),
+                "{error}"
+            );
+        }
+        let files = || {
+            let file = || tempfile::tempfile().unwrap();
+            GroupFds { container: file().into(), group: Arc::new(file()) }
+        };
+        fs::write(groups.join("3/dev"), "0:0").unwrap();
+        let error = vfio.adopt(&node, VfioMode::Container, files().into());
+        assert!(error.unwrap_err().why().starts_with("it is no character device, and "));
+        fs::remove_dir_all(&groups).unwrap();
+        let error = vfio.adopt(&node, VfioMode::Container, files().into());
+        assert!(error.unwrap_err().why().contains("has no node for IOMMU group 3"));
     }
 
     /// A container that no group is in has no mappings and takes no device: the next one gets another.
@@ -536,15 +563,15 @@ mod tests {
     fn every_port_finds_the_one_iommufd_that_was_passed() {
         let root = tempfile::tempdir().unwrap();
         let names = ["iommu", "vfio0", "vfio1"];
-        let nodes =
-            Nodes::passed(names.map(|name| (name.into(), tempfile::tempfile().unwrap().into())).into());
+        let nodes = Nodes::passed(
+            names.map(|name| (name.into(), fs::File::open("/dev/null").unwrap().into())).into(),
+        );
         let vfio = Vfio::with_nodes(None, nodes);
         let ports = ["vfio0", "vfio1"].map(|name| {
             let node = Node { name: name.into(), sysfs: root.path().join(name) };
             let cdev = node.sysfs.join("vfio-dev").join(name);
             fs::create_dir_all(&cdev).unwrap();
-            // The number of what is no device node.
-            fs::write(cdev.join("dev"), "0:0\n").unwrap();
+            fs::write(cdev.join("dev"), "1:3\n").unwrap();
             node
         });
         let opened = ports.map(|node| vfio.open(&node, VfioMode::Auto).unwrap());

@@ -81,14 +81,15 @@ impl DeviceFds {
     /// Takes descriptors that [`DeviceFds::send`] passed.
     ///
     /// # Errors
-    /// `Protocol` when the message is not one of ours; whatever descriptors it carried are closed.
+    /// `Protocol` when the message is not one of ours, `Permission` when its `/dev/iommu` is something else; whatever
+    /// descriptors it carried are closed.
     pub fn receive(socket: &UnixStream) -> Result<Self> {
         let what = "cannot receive the device's descriptors";
         let (kind, fds) = receive(socket, what)?;
         let pair: std::result::Result<[OwnedFd; 2], _> = fds.try_into();
         match (kind, pair) {
             (Some(CDEV), Ok([iommufd, device])) => {
-                Ok(CdevFds { iommufd: Iommufd::from_fd(iommufd), device }.into())
+                Ok(CdevFds { iommufd: Iommufd::from_fd(iommufd)?, device }.into())
             }
             (Some(GROUP), Ok([container, group])) => {
                 Ok(GroupFds { container, group: Arc::new(group.into()) }.into())

@@ -13,6 +13,7 @@ mod foresee;
 mod group;
 mod info;
 mod irq;
+pub(crate) mod listen;
 pub mod mode;
 pub mod nodes;
 mod space;

@@ -2,31 +2,28 @@
 
 use std::fs::{self, File};
 use std::io::IoSlice;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use nix::sys::stat::{SFlag, fstat, major, minor};
+use nix::sys::stat::fstat;
 
 use super::acquire::lock;
 use super::diagnose;
-use super::fds::{self, MOST};
+use super::fds;
+use super::listen::listen_fds;
 use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
-use crate::node::open;
+use crate::node::{self, is_char_device, number_of, open};
 use crate::socket;
 
-/// First descriptor that is passed (`SD_LISTEN_FDS_START`, sd_listen_fds(3)).
-pub(crate) const LISTEN_FDS_START: RawFd = 3;
 /// The one byte that carries them, so that a message of something else is told apart.
 const MESSAGE: u8 = b'n';
 /// How long a listener may take to pass its descriptors: it has opened them already.
@@ -127,8 +124,11 @@ impl Nodes {
     /// may have it. If none is, or nobody knows the number, `name` if something has that name.
     pub(super) fn find(&self, dir: &Path, name: &str, number: Option<&str>) -> Option<PathBuf> {
         let udev = dir.join(name);
-        let is_it =
-            |path: &PathBuf| fs::metadata(path).is_ok_and(|found| number == Some(&*number_of(found.rdev())));
+        let is_it = |path: &PathBuf| {
+            fs::metadata(path).is_ok_and(|found| {
+                found.file_type().is_char_device() && number == Some(&*number_of(found.rdev()))
+            })
+        };
         match &self.0 {
             Kind::Files if !is_it(&udev) => {
                 let others = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -143,7 +143,7 @@ impl Nodes {
     pub(super) fn iommufd(&self, path: &Path) -> Result<Iommufd> {
         match &self.0 {
             Kind::Files => Iommufd::open_at(path).map_err(|error| diagnose::forbidden(error, path)),
-            Kind::Passed(_) => self.open(path).map(|file| Iommufd::from_fd(file.into())),
+            Kind::Passed(_) => self.open(path).map(|file| Iommufd::of_node(file.into())),
         }
     }
 
@@ -158,20 +158,15 @@ impl Nodes {
     }
 }
 
-/// Device number as sysfs has it.
-fn number_of(rdev: u64) -> String {
-    format!("{}:{}", major(rdev), minor(rdev))
-}
-
 /// Checks that the node at `path`, which is open, has the number that sysfs says for `whose` (`major:minor`).
 pub(super) fn check(node: impl AsFd, path: &Path, number: &str, whose: &str) -> Result<()> {
     let found =
         fstat(node).map_err(|errno| Error::os(format!("cannot examine {}", path.display()), errno))?;
-    let found = number_of(found.st_rdev);
-    if found == number {
-        return Ok(());
-    }
-    let why = format!("it is device {found} and {whose} is {number}");
+    let why = match number_of(found.st_rdev) {
+        _ if !is_char_device(&found) => format!("it is no character device, and {whose} is {number}"),
+        found if found == number => return Ok(()),
+        found => format!("it is device {found} and {whose} is {number}"),
+    };
     let error = Error::new(ErrorKind::Unavailable, format!("cannot use {}", path.display()), why);
     Err(error.mend(format!("run: rm -f {} && {}", path.display(), make(path, number))))
 }
@@ -240,67 +235,15 @@ fn receive(path: &Path, patience: Duration) -> Result<Vec<OwnedFd>> {
     }
 }
 
-/// The descriptors that the environment names.
-fn listen_fds() -> Result<Vec<OwnedFd>> {
-    static TAKEN: AtomicBool = AtomicBool::new(false);
-    let variable = |name: &str| std::env::var(name).ok();
-    let count =
-        promised(variable("LISTEN_PID").as_deref(), variable("LISTEN_FDS").as_deref(), std::process::id())?;
-    let wrong = |why: String| Error::new(ErrorKind::Usage, WHAT, why).mend(CURE);
-    for fd in LISTEN_FDS_START..LISTEN_FDS_START + count {
-        // SAFETY: borrowed for the look only, and the kernel answers EBADF for what is not open.
-        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|errno| {
-            wrong(format!("LISTEN_FDS is {count} and descriptor {fd} is not open ({errno:?})"))
-        })?;
-        // Also what makes it safe to own: nothing of this process has a node open before its first device.
-        node_name(borrowed)?;
-    }
-    if TAKEN.swap(true, Ordering::Relaxed) {
-        return Err(wrong("they were taken already".into()));
-    }
-    // SAFETY: LISTEN_PID says that they are this process's to own, the loop above that each is an open device node,
-    // and `TAKEN` that this happens once.
-    Ok((LISTEN_FDS_START..LISTEN_FDS_START + count).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect())
-}
-
-const WHAT: &str = "cannot take the descriptors of --vfio-fds listen";
-const CURE: &str = "start by: vireo-launch --user USER COMMAND, or by systemd with OpenFile=";
-
-/// How many descriptors `LISTEN_PID` and `LISTEN_FDS` promise to process `own`.
-fn promised(pid: Option<&str>, fds: Option<&str>, own: u32) -> Result<RawFd> {
-    let wrong = |why: String| Err(Error::new(ErrorKind::Usage, WHAT, why).mend(CURE));
-    let (Some(pid), Some(fds)) = (pid, fds) else {
-        return wrong("LISTEN_PID and LISTEN_FDS are not set".into());
-    };
-    match (pid.parse::<u32>(), fds.parse::<RawFd>()) {
-        (Ok(pid), _) if pid != own => {
-            wrong(format!("they are for pid {pid} (LISTEN_PID), and this is {own}"))
-        }
-        (Ok(_), Ok(count)) if (1..=MOST as RawFd).contains(&count) => Ok(count),
-        (Ok(_), _) => wrong(format!("LISTEN_FDS is {}, not 1 to {MOST}", quoted(fds))),
-        (Err(_), _) => wrong(format!("LISTEN_PID is {}, no pid", quoted(pid))),
-    }
-}
-
 /// File name of the VFIO or iommufd node behind `fd`, which is also its name in sysfs.
-fn node_name(fd: BorrowedFd<'_>) -> Result<String> {
+pub(super) fn node_name(fd: BorrowedFd<'_>) -> Result<String> {
     let what = || format!("cannot use descriptor {} of --vfio-fds", fd.as_raw_fd());
-    let status = fstat(fd).map_err(|errno| Error::os(what(), errno))?;
-    let is_char = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR;
-    let number = number_of(status.st_rdev);
-    let known = |link: PathBuf| {
-        let name = link.file_name()?.to_str()?;
-        let class = link.parent()?.file_name()?;
-        let is_node =
-            class == "vfio" || class == "vfio-dev" || (class == "misc" && matches!(name, "vfio" | "iommu"));
-        is_node.then(|| name.to_owned())
-    };
-    fs::read_link(format!("/sys/dev/char/{number}"))
-        .ok()
-        .filter(|_| is_char)
-        .and_then(known)
-        .ok_or_else(|| Error::new(ErrorKind::Permission, what(), "it is no node of VFIO or iommufd"))
+    let found = node::class_and_name(fd).map_err(|errno| Error::os(what(), errno))?;
+    match found.as_ref().map(|(class, name)| (&**class, name)) {
+        Some(("vfio" | "vfio-dev", name)) => Ok(name.clone()),
+        Some(("misc", name)) if matches!(&**name, "vfio" | "iommu") => Ok(name.clone()),
+        _ => Err(Error::new(ErrorKind::Permission, what(), "it is no node of VFIO or iommufd")),
+    }
 }
 
 #[cfg(test)]
@@ -308,26 +251,6 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::os::unix::net::UnixListener;
-
-    #[test]
-    fn the_environment_is_checked() {
-        assert_eq!(promised(Some("7"), Some("2"), 7).unwrap(), 2);
-        let cases = [
-            (None, Some("2"), "are not set"),
-            (Some("7"), None, "are not set"),
-            (Some("8"), Some("2"), "they are for pid 8 (LISTEN_PID), and this is 7"),
-            (Some("x"), Some("2"), "LISTEN_PID is \"x\", no pid"),
-            (Some("7"), Some("0"), "not 1 to 253"),
-            (Some("7"), Some("-1"), "not 1 to 253"),
-            (Some("7"), Some("254"), "not 1 to 253"),
-            (Some("7"), Some("two\n"), "LISTEN_FDS is \"two\\n\", not"),
-        ];
-        for (pid, fds, why) in cases {
-            let error = promised(pid, fds, 7).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Usage);
-            assert!(error.to_string().contains(why), "{error}");
-        }
-    }
 
     #[test]
     fn what_is_no_device_node_is_refused() {

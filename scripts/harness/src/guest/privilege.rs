@@ -214,7 +214,14 @@ fn passed_descriptors(cases: &mut Cases) {
     for (name, pid, fds, file, code, text) in [
         ("LISTEN_FDS of another process", "1", "1", "/dev/null", 64, "they are for pid 1 "),
         ("LISTEN_FDS that is no number", "$$", "two", "/dev/null", 64, "not 1 to 253"),
-        ("fewer descriptors than LISTEN_FDS", "$$", "9", "/dev/iommu", 64, "is not open (EBADF)"),
+        (
+            "fewer descriptors than LISTEN_FDS",
+            "$$",
+            "9",
+            "/dev/iommu",
+            64,
+            "descriptor 4 was not open at the start",
+        ),
         ("a descriptor that is no node", "$$", "1", "/dev/null", 77, "no node of VFIO or iommufd"),
         ("the wrong node", "$$", "1", "/dev/iommu", 77, "not among the descriptors of --vfio-fds"),
     ] {
