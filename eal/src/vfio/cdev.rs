@@ -79,17 +79,16 @@ impl Vfio {
     ) -> std::result::Result<DeviceFile, Refusal> {
         let CdevFds { iommufd, device } = fds;
         let key = self.space_key(node, mode);
-        let others =
-            |space: &AddressSpace| space.ioas().is_some_and(|ioas| !ioas.iommufd().is_same(&iommufd));
-        if self.existing(key).is_some_and(|space| others(&space)) {
-            return Err(Error::new(
+        let check = |space: &AddressSpace| match space.ioas() {
+            Some(ioas) if !ioas.iommufd().is_same(&iommufd) => Err(Error::new(
                 ErrorKind::Usage,
                 format!("cannot bind {} to iommufd", node.name),
                 "its /dev/iommu is not the one that the ports before it have",
             )
-            .mend("pass the same open /dev/iommu with each device")
-            .into());
-        }
+            .mend("pass the same open /dev/iommu with each device")),
+            _ => Ok(()),
+        };
+        self.existing(key).map_or(Ok(()), |space| check(&space))?;
         bind(self.token_of(node), |token| bind_iommufd(&device, &iommufd, token)).map_err(|refused| {
             let error = Error::os(format!("cannot bind {} to iommufd", node.name), refused.errno());
             match refused {
@@ -105,6 +104,8 @@ impl Vfio {
         phases.end("bind");
         let space = self
             .space(key, || Ok(AddressSpace::iommufd(iommufd.ioas_alloc()?, mode == VfioMode::NoiommuCdev)))?;
+        // Another thread may have made it meanwhile, and the id below would be of something else.
+        check(&space)?;
         let mut attach = uapi::vfio_device_attach_iommufd_pt {
             argsz: size_of::<uapi::vfio_device_attach_iommufd_pt>() as u32,
             flags: 0,

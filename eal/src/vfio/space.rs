@@ -177,16 +177,17 @@ impl AddressSpace {
         iova: Option<u64>,
         access: Access,
     ) -> Result<Mapping> {
-        let len = range.len();
-        let iova = match iova {
+        let (address, len) = (region.address_of(&range)?, range.len());
+        let placed = match iova {
             None if !self.is_physical() => Some(self.place(len)?),
-            chosen => chosen,
+            _ => None,
         };
+        let iova = iova.or(placed.as_ref().map(|range| *range.start()));
         let mapped = match &self.tables {
             Tables::Type1(container) => {
                 let iova = iova.unwrap_or_default();
                 let region = Arc::clone(region);
-                container.map(region.address_of(&range)?, len, iova, access).map(|()| Mapped::Type1 {
+                container.map(address, len, iova, access).map(|()| Mapped::Type1 {
                     iova,
                     len: len as u64,
                     _region: region,
@@ -195,18 +196,33 @@ impl AddressSpace {
             Tables::Ioas { ioas, .. } => ioas.map_range(region, range, iova, access).map(Mapped::Ioas),
             Tables::None(_) => pin(region).map(|pin| Mapped::None { region: Arc::clone(region), _pin: pin }),
         };
-        self.mapped(mapped, region)
+        self.mapped(mapped, region).inspect_err(|_| {
+            if let Some(range) = placed {
+                self.release(range);
+            }
+        })
     }
 
-    /// The addresses that our own policy takes, so that it does not depend on the mode.
-    fn place(&self, len: usize) -> Result<u64> {
-        self.lock().fit(len as u64).ok_or_else(|| {
+    /// Takes the addresses that our own policy chooses, so that it does not depend on the mode.
+    fn place(&self, len: usize) -> Result<RangeInclusive<u64>> {
+        let mut free = self.lock();
+        let start = free.fit(len as u64).ok_or_else(|| {
             Error::new(
                 ErrorKind::Unavailable,
                 format!("cannot map {} MiB for DMA", len.div_ceil(1 << 20)),
                 "the address space has no such gap",
             )
-        })
+        })?;
+        let range = start..=start + (len as u64 - 1);
+        *free = free.without(&range);
+        Ok(range)
+    }
+
+    /// Lets addresses be used again that every device gives out.
+    fn release(&self, range: RangeInclusive<u64>) {
+        let mut free = self.lock();
+        let reachable = IovaRanges::new([0..=self.dma_mask()]);
+        *free = IovaRanges::new(free.iter().cloned().chain([range])).intersection(&reachable);
     }
 
     /// Maps at the same IOVA what `source` maps in another space, sharing its pinned pages
@@ -389,8 +405,7 @@ impl Drop for Mapping {
         }
         drop(mapped);
         if let Some(range) = range {
-            let mut free = self.space.lock();
-            *free = IovaRanges::new(free.iter().cloned().chain([range]));
+            self.space.release(range);
         }
     }
 }
@@ -434,6 +449,37 @@ mod tests {
         space.set_dma_mask(u32::MAX.into());
         space.set_dma_mask(u64::MAX);
         assert_eq!((space.dma_mask(), space.free_ranges().fit(4096)), (u32::MAX.into(), Some(2 << 20)));
+    }
+
+    #[test]
+    fn two_threads_are_given_different_places() {
+        let space = AddressSpace::nowhere();
+        let (one, other) = (space.place(4096).unwrap(), space.place(4096).unwrap());
+        assert!(one.end() < other.start(), "{one:?} {other:?}");
+        space.release(one.clone());
+        assert_eq!(space.place(4096), Ok(one));
+        assert!(space.place(0).is_err());
+    }
+
+    #[test]
+    fn a_place_that_a_device_does_not_reach_is_not_used_again() {
+        let space = AddressSpace::nowhere();
+        let high = space.place(4096).unwrap();
+        space.set_dma_mask(u32::MAX.into());
+        space.release(high);
+        assert_eq!(space.free_ranges().fit(4096), Some(2 << 20));
+    }
+
+    #[test]
+    fn what_could_not_be_mapped_is_free_again() {
+        let fd = File::open("/dev/null").unwrap().into();
+        let container = Container { groups: Mutex::default(), iommufd: false, fd };
+        let space = Arc::new(AddressSpace::type1(container));
+        let before = space.free_ranges();
+        let region = Arc::new(Region::new(4096, crate::mem::Backing::SmallPages).unwrap());
+        assert!(space.map(&region, None).is_err());
+        assert!(space.map_range(&region, 0..1 << 30, None, Access::Read).is_err());
+        assert_eq!(space.free_ranges(), before);
     }
 
     #[test]
