@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs, statfs};
 use nix::unistd::ftruncate;
 
 use super::numa::{self, OnNode, Placement};
@@ -135,8 +135,9 @@ impl Region {
             Backing::GiantMemfd => memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB),
             Backing::SmallPages => memfd(MFdFlags::empty()),
             Backing::HugeFile { dir } => {
-                check_mount(dir, len, page_size)?;
-                Self::from_fd(huge_file(dir)?.into(), len, page_size, backing.clone())
+                let file = huge_file(dir)?;
+                check_mount(&file, dir, len, page_size)?;
+                Self::from_fd(file.into(), len, page_size, backing.clone())
             }
         }?;
         region.bind(nodes, placement)?;
@@ -335,10 +336,14 @@ fn mounted_page_size(dir: &Path) -> Result<usize> {
 
 const NO_MOUNT: &str = "leave --huge-dir out: no mount is needed";
 
-/// A mount may have less than the machine: its `size=`.
-fn check_mount(dir: &Path, len: usize, page_size: usize) -> Result<()> {
+/// A mount may have less than the machine: its `size=`. That `file` has the pages that were found in `dir` decides what is
+/// contiguous in physical memory.
+fn check_mount(file: &File, dir: &Path, len: usize, page_size: usize) -> Result<()> {
     let what = || format!("cannot use --huge-dir {}", dir.display());
-    let found = statfs(dir).map_err(|errno| Error::os(what(), errno).kind_is(ErrorKind::Io))?;
+    let found = fstatfs(file).map_err(|errno| Error::os(what(), errno).kind_is(ErrorKind::Io))?;
+    if found.filesystem_type() != HUGETLBFS_MAGIC || found.block_size() as usize != page_size {
+        return Err(Error::new(ErrorKind::Io, what(), "something else was mounted there meanwhile"));
+    }
     let (total, free) = (found.blocks(), found.blocks_free());
     // A mount without a size of its own has no count of blocks.
     if total == 0 || free as usize >= len / page_size {
@@ -432,6 +437,13 @@ mod tests {
         std::os::unix::fs::symlink(dir.path().join("victim"), &link).unwrap();
         assert!(huge_file(&link).is_err());
         assert_eq!(std::fs::read_to_string(&link).unwrap(), "kept");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "there is no fstatfs")]
+    fn pages_of_another_size_are_not_taken_for_hugepages() {
+        let error = check_mount(&tempfile::tempfile().unwrap(), Path::new("/mnt/huge"), 1, 4096).unwrap_err();
+        assert_eq!(error.why(), "something else was mounted there meanwhile");
     }
 
     #[test]
