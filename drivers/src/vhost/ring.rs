@@ -166,6 +166,13 @@ impl Budget {
     }
 }
 
+/// The words behind the rings, which a driver that did not accept `VIRTIO_F_EVENT_IDX` may use for something else.
+#[derive(Debug)]
+struct Events {
+    used_event: PeerRing<u16>,
+    avail_event: PeerRing<u16>,
+}
+
 /// A started ring.
 #[derive(Debug)]
 pub(super) struct Ring {
@@ -175,11 +182,10 @@ pub(super) struct Ring {
     avail_flags: PeerRing<u16>,
     avail_idx: PeerRing<u16>,
     avail: PeerRing<u16>,
-    used_event: PeerRing<u16>,
     used_idx: PeerRing<u16>,
     /// Elements of `id` and `len`.
     used: PeerRing<u32, 2>,
-    avail_event: PeerRing<u16>,
+    events: Option<Events>,
     /// Position of the next chain, modulo 2^16.
     next: u16,
     terms: Terms,
@@ -230,17 +236,21 @@ impl Ring {
     ) -> Result<Self> {
         let entries = usize::from(size);
         let used_idx: PeerRing<u16> = memory.ring(at.used.wrapping_add(2), 1)?;
+        let events = || {
+            let used_event = memory.ring(at.avail.wrapping_add(4 + 2 * u64::from(size)), 1)?;
+            let avail_event = memory.ring(at.used.wrapping_add(4 + 8 * u64::from(size)), 1)?;
+            Ok(Events { used_event, avail_event })
+        };
         let ring = Self {
             memory: Arc::clone(memory),
             desc: memory.ring(at.desc, entries)?,
             avail_flags: memory.ring(at.avail, 1)?,
             avail_idx: memory.ring(at.avail.wrapping_add(2), 1)?,
             avail: memory.ring(at.avail.wrapping_add(4), entries)?,
-            used_event: memory.ring(at.avail.wrapping_add(4 + 2 * u64::from(size)), 1)?,
             next: used_idx.load::<0>(0),
             used_idx,
             used: memory.ring(at.used.wrapping_add(4), entries)?,
-            avail_event: memory.ring(at.used.wrapping_add(4 + 8 * u64::from(size)), 1)?,
+            events: terms.event_idx.then(events).transpose()?,
             terms,
             call,
             marks,
@@ -260,7 +270,9 @@ impl Ring {
 
     /// The driver kicks when its index passes `avail_event`, which is behind it.
     fn ask_for_no_kick(&self) {
-        self.avail_event.store::<0>(0, self.next.wrapping_sub(1));
+        if let Some(events) = &self.events {
+            events.avail_event.store::<0>(0, self.next.wrapping_sub(1));
+        }
     }
 
     fn table(&self) -> Table<'_> {
@@ -293,16 +305,15 @@ impl Ring {
     fn publish(&mut self, old: u16, stats: &mut QueueStats) {
         dma_wmb();
         self.used_idx.store::<0>(0, self.next);
-        if self.terms.event_idx && (old ^ self.next) & !(AVAIL_EVENT_STRIDE - 1) != 0 {
+        if (old ^ self.next) & !(AVAIL_EVENT_STRIDE - 1) != 0 {
             self.ask_for_no_kick();
         }
         if let Some(call) = &self.call {
             // Without it the driver could go to sleep between our read of its wish and our write of the index.
             full_mb();
-            let wanted = if self.terms.event_idx {
-                need_event(self.used_event.load::<0>(0), old, self.next)
-            } else {
-                self.avail_flags.load::<0>(0) & AVAIL_NO_INTERRUPT == 0
+            let wanted = match &self.events {
+                Some(events) => need_event(events.used_event.load::<0>(0), old, self.next),
+                None => self.avail_flags.load::<0>(0) & AVAIL_NO_INTERRUPT == 0,
             };
             if wanted {
                 stats.doorbells += 1;
@@ -487,7 +498,9 @@ impl Ring {
         let entries = self.desc.entries() as u64;
         // Flags and index; behind the elements `avail_event`.
         log.mark(at(0), 4);
-        log.mark(at(4 + 8 * entries), 2);
+        if self.events.is_some() {
+            log.mark(at(4 + 8 * entries), 2);
+        }
         for i in 0..self.next.wrapping_sub(old) {
             log.mark(at(4 + 8 * (u64::from(old.wrapping_add(i)) % entries)), 8);
         }

@@ -1,11 +1,17 @@
 use super::*;
 
 const LEN: u64 = 1 << 16;
+/// Distance of the rings.
+const RING: u64 = 0x4000;
 
 fn set_memory(backend: &mut Backend, len: u64) -> Result<Option<Vec<u64>>> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(len).unwrap();
     backend.set_mem_table(&[VhostUserMemoryRegion::new(0, len, 0, 0)], vec![file], None)
+}
+
+fn set_addresses(backend: &mut Backend, at: u32, desc: u64) -> Result<()> {
+    backend.set_vring_addr(at, VhostUserVringAddrFlags::empty(), desc, desc + 0x2000, desc + 0x1000, 0)
 }
 
 /// A backend whose rings run.
@@ -16,7 +22,7 @@ fn running() -> (Backend, Vec<Arc<Shared>>) {
     set_memory(&mut backend, LEN).unwrap();
     for at in 0..RINGS_PER_PAIR as u32 {
         backend.set_vring_num(at, 64).unwrap();
-        backend.set_vring_addr(at, VhostUserVringAddrFlags::empty(), 0, 0x2000, 0x1000, 0).unwrap();
+        set_addresses(&mut backend, at, u64::from(at) * RING).unwrap();
         backend.set_vring_kick(at as u8, None).unwrap();
     }
     assert!(rings.iter().all(|ring| matches!(*ring.lock(), Slot::Running(_))));
@@ -47,4 +53,18 @@ fn no_ring_stays_in_memory_that_was_replaced() {
     let (mut backend, rings) = running();
     assert!(set_memory(&mut backend, 0x1000).is_err(), "the rings are beyond its end");
     assert!(rings.iter().all(|ring| matches!(*ring.lock(), Slot::Stopped)));
+}
+
+/// 4 and 8 bytes for each of 64 descriptors, behind them 2 that are there with `VIRTIO_F_EVENT_IDX`.
+#[test]
+fn without_events_a_ring_ends_before_their_words() {
+    let (mut backend, rings) = running();
+    let used = LEN - (4 + 64 * 8);
+    let place = |backend: &mut Backend| {
+        backend.set_vring_addr(0, VhostUserVringAddrFlags::empty(), 0, used, 0x1000, 0)
+    };
+    place(&mut backend).unwrap();
+    assert!(matches!(*rings[0].lock(), Slot::Running(_)));
+    assert!(backend.set_features((Features::VERSION_1 | Features::EVENT_IDX).bits()).is_err());
+    assert!(place(&mut backend).is_err());
 }
