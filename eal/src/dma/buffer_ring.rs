@@ -16,8 +16,13 @@ impl BufferRing {
     const EMPTY: u32 = u32::MAX - 1;
 
     /// A record for `entries` descriptors, all empty; rounded up to a power of two.
+    ///
+    /// # Panics
+    /// When there is no memory for as many.
     pub fn new(entries: usize) -> Self {
-        Self { slots: vec![Self::EMPTY; entries.next_power_of_two()].into() }
+        // Without debug assertions what overflows there would be 0, and no index within the record.
+        let slots = entries.checked_next_power_of_two().unwrap_or(usize::MAX);
+        Self { slots: vec![Self::EMPTY; slots].into() }
     }
 
     #[inline(always)]
@@ -326,6 +331,12 @@ mod tests {
         ring.release_all(&mut cache);
         drop(cache);
         assert_eq!(pool.available(), 40);
+    }
+
+    #[test]
+    #[should_panic(expected = "capacity overflow")]
+    fn a_record_that_is_too_large_is_not_an_empty_one() {
+        BufferRing::new(usize::MAX);
     }
 
     #[test]

@@ -14,9 +14,10 @@ use std::fs::File;
 use std::io::Write;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -49,18 +50,21 @@ struct Area {
     guest: u64,
     user: u64,
     len: u64,
-    /// First byte, valid for `len` bytes while `_mapping` lives.
+    /// First byte, valid for `len` bytes while `mapping` lives.
     base: NonNull<u8>,
-    _mapping: Arc<Mapping>,
+    mapping: Arc<Mapping>,
 }
 
 #[derive(Debug)]
 pub(super) struct Mapping {
     address: NonNull<c_void>,
     len: usize,
+    /// Addresses of the bytes that a ring has.
+    rings: Mutex<Vec<Range<usize>>>,
 }
 
-// SAFETY: a mapping belongs to the process, not to a thread; the value gives no access to it and only unmaps it.
+// SAFETY: a mapping belongs to the process, not to a thread; the value gives no access to it and only unmaps it. A mutex
+// has the rest.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -102,7 +106,22 @@ impl Mapping {
             .map_err(|errno| Error::os(what(), errno))?;
         // SAFETY: `start` is not above `offset`, and the mapping reaches from `start` to `end` or beyond.
         let base = unsafe { address.cast::<u8>().add((offset - start) as usize) };
-        Ok((Self { address, len: length.get() }, base))
+        Ok((Self { address, len: length.get(), rings: Mutex::default() }, base))
+    }
+
+    /// Takes `bytes` for a ring; false if another one has some of them.
+    fn take(&self, bytes: Range<usize>) -> bool {
+        let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_free = rings.iter().all(|ring| ring.end <= bytes.start || bytes.end <= ring.start);
+        if is_free {
+            rings.push(bytes);
+        }
+        is_free
+    }
+
+    /// Gives back what [`Mapping::take`] took.
+    fn release(&self, bytes: &Range<usize>) {
+        self.rings.lock().unwrap_or_else(PoisonError::into_inner).retain(|ring| ring != bytes);
     }
 }
 
@@ -114,7 +133,7 @@ impl Area {
         }
         let (mapping, base) = Mapping::shared(&region.fd, region.offset, region.len)?;
         let (guest, user, len) = (region.guest, region.user, region.len);
-        Ok(Self { guest, user, len, base, _mapping: Arc::new(mapping) })
+        Ok(Self { guest, user, len, base, mapping: Arc::new(mapping) })
     }
 }
 
@@ -225,32 +244,32 @@ impl PeerMemory {
     /// The ring of `entries` entries at `user`, an address of the peer's own address space.
     ///
     /// # Errors
-    /// `Usage` when `entries` is no power of two, `Protocol` when the ring is not aligned to its words or not
-    /// within one region.
-    pub fn ring<W: Word, const N: usize>(
-        self: &Arc<Self>,
-        user: u64,
-        entries: usize,
-    ) -> Result<PeerRing<W, N>> {
+    /// `Usage` when `entries` is no power of two, `Protocol` when the ring is not aligned to its words, not within one
+    /// region, or has bytes that another ring has, as long as that exists.
+    pub fn ring<W: Word, const N: usize>(&self, user: u64, entries: usize) -> Result<PeerRing<W, N>> {
         let refused = |kind, why: &str| {
             Error::new(kind, format!("cannot use a frontend's ring of {entries} entries at {user:#x}"), why)
         };
         if !entries.is_power_of_two() {
             return Err(refused(ErrorKind::Usage, "the number is no power of two"));
         }
-        let len = entries.saturating_mul(N * size_of::<W>());
+        let len = N.saturating_mul(size_of::<W>()).saturating_mul(entries);
         let at = self.all().find_map(|area| {
             let offset = user.wrapping_sub(area.user);
             let fits = offset <= area.len && len as u64 <= area.len - offset;
             // SAFETY: the offset is not beyond the area, as just checked.
-            fits.then(|| unsafe { area.base.add(offset as usize) })
+            fits.then(|| (unsafe { area.base.add(offset as usize) }, &area.mapping))
         });
-        let at = at.ok_or_else(|| refused(ErrorKind::Protocol, "it is not within one memory region"))?;
+        let (at, mapping) =
+            at.ok_or_else(|| refused(ErrorKind::Protocol, "it is not within one memory region"))?;
         let words = at.cast::<W>();
         if !words.is_aligned() {
             return Err(refused(ErrorKind::Protocol, "its address is not aligned"));
         }
-        Ok(PeerRing { words, mask: entries - 1, _memory: Arc::clone(self) })
+        if !mapping.take(bytes_of(words, entries * N)) {
+            return Err(refused(ErrorKind::Protocol, "it overlaps another ring"));
+        }
+        Ok(PeerRing { words, mask: entries - 1, mapping: Arc::clone(mapping) })
     }
 
     /// The regions by guest address, for the length of a loop.
@@ -263,20 +282,32 @@ impl PeerMemory {
     }
 }
 
+/// Addresses of the bytes of `number` words, which are mapped.
+fn bytes_of<W>(words: NonNull<W>, number: usize) -> Range<usize> {
+    let start = words.addr().get();
+    start..start + number * size_of::<W>()
+}
+
 /// A ring of entries of `N` words each in a peer's memory, which it keeps mapped; as
 /// [`DmaRing`](super::DmaRing).
 #[derive(Debug)]
 pub struct PeerRing<W: Word, const N: usize = 1> {
     words: NonNull<W>,
     mask: usize,
-    _memory: Arc<PeerMemory>,
+    mapping: Arc<Mapping>,
 }
 
-// SAFETY: `_memory` keeps the words mapped; they are reached by atomic operations, and by copies of packets when the
-// peer's descriptors lead here: then they may be torn, and each that is loaded is checked as input.
+// SAFETY: `mapping` keeps the words mapped and gives them to no other ring, so all accesses of ours are atomics of their
+// size, and copies when the peer's descriptors lead here: then words may be torn, and each that is loaded is checked as input.
 unsafe impl<W: Word, const N: usize> Send for PeerRing<W, N> {}
 // SAFETY: as above.
 unsafe impl<W: Word, const N: usize> Sync for PeerRing<W, N> {}
+
+impl<W: Word, const N: usize> Drop for PeerRing<W, N> {
+    fn drop(&mut self) {
+        self.mapping.release(&bytes_of(self.words, self.entries() * N));
+    }
+}
 
 impl<W: Word, const N: usize> PeerRing<W, N> {
     /// Number of entries.
@@ -288,8 +319,8 @@ impl<W: Word, const N: usize> PeerRing<W, N> {
     /// The ring by value, for the length of a loop.
     #[inline(always)]
     pub fn view(&self) -> RingView<'_, W, N> {
-        // SAFETY: the words of all entries were checked to be mapped and aligned; the borrow keeps them. Besides
-        // atomic operations only copies reach them that this peer asks for.
+        // SAFETY: the words of all entries were checked to be mapped and aligned; the borrow keeps them, and keeps other
+        // rings away from them.
         unsafe { RingView::over(self.words, self.mask) }
     }
 
@@ -584,6 +615,48 @@ mod tests {
             assert_eq!(refused(memory.ring(user, entries)), ErrorKind::Protocol);
         }
         memory.ring::<u64, 1>(0x7000_0000 + LEN - 8, 1).unwrap();
+    }
+
+    #[test]
+    fn a_byte_is_given_to_one_ring_at_a_time() {
+        let memory = PeerMemory::map(&[region(0, 0x7000_0000, 0)]).unwrap();
+        let ring: PeerRing<u32, 2> = memory.ring(0x7000_0010, 4).unwrap();
+        let refused = |user, entries| {
+            let error = memory.ring::<u16, 1>(user, entries).unwrap_err();
+            assert!(
+                error.kind() == ErrorKind::Protocol && error.why() == "it overlaps another ring",
+                "{error}"
+            );
+        };
+        for (user, entries) in
+            [(0x7000_0010, 1), (0x7000_0000, 16), (0x7000_002e, 1), (0x7000_002e, 32), (0x7000_0000, 64)]
+        {
+            refused(user, entries);
+        }
+        // What touches it does not overlap it, nor does a ring without a word.
+        let around =
+            [(0x7000_000e, 1), (0x7000_0030, 2)].map(|(user, n)| memory.ring::<u16, 1>(user, n).unwrap());
+        drop(memory.ring::<u32, 0>(0x7000_0010, 4).unwrap());
+        refused(0x7000_0010, 1);
+        // A region that stays is the same mapping in other memory, and one that is mapped again another.
+        let grown = memory.with(&region(LEN, 0x8000_0000, 0)).unwrap();
+        assert!(grown.ring::<u64, 1>(0x7000_0010, 1).is_err());
+        let again = memory.without(0, 0x7000_0000, LEN).unwrap();
+        assert!(again.ring::<u64, 1>(0x7000_0010, 1).is_err());
+        PeerMemory::map(&[region(0, 0x7000_0000, 0)]).unwrap().ring::<u64, 1>(0x7000_0010, 1).unwrap();
+
+        drop(ring);
+        let ring: PeerRing<u64> = grown.ring(0x7000_0010, 4).unwrap();
+        refused(0x7000_0028, 1);
+        drop((ring, around));
+        memory.ring::<u16, 1>(0x7000_0000, 64).unwrap();
+    }
+
+    #[test]
+    fn a_ring_whose_size_overflows_is_in_no_region() {
+        let memory = PeerMemory::map(&[region(0, 0x7000_0000, 0)]).unwrap();
+        let error = memory.ring::<u64, { 1 << 61 }>(0x7000_0000, 1).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Protocol);
     }
 
     #[test]

@@ -79,7 +79,9 @@ impl<W: Word, const N: usize> DmaRing<W, N> {
         if !entries.is_power_of_two() {
             return Err(refused("the number is no power of two"));
         }
-        entries.checked_mul(N * size_of::<W>()).ok_or_else(|| refused("too many"))
+        N.checked_mul(size_of::<W>())
+            .and_then(|len| entries.checked_mul(len))
+            .ok_or_else(|| refused("too many"))
     }
 
     /// Device address of entry 0.
@@ -312,6 +314,7 @@ mod tests {
         assert_eq!((ring.load::<0>(1), ring.load::<1>(1)), (11, 12));
         assert_eq!(memory.device_view().load::<u64>(ring.iova() + 24).unwrap(), 12);
         assert!(DmaRing::<u16>::new(&memory, 3, 2).is_err());
+        assert!(DmaRing::<u64, { 1 << 61 }>::new(&memory, 1, 8).is_err());
         assert!(DmaRing::<u16>::new(&memory, 1 << 20, 2).unwrap_err().to_string().contains("-m"));
     }
 

@@ -55,6 +55,17 @@ fn no_ring_stays_in_memory_that_was_replaced() {
     assert!(rings.iter().all(|ring| matches!(*ring.lock(), Slot::Stopped)));
 }
 
+#[test]
+fn a_ring_that_overlaps_another_is_refused_until_that_stops() {
+    let (mut backend, rings) = running();
+    let error = set_addresses(&mut backend, 1, 8).unwrap_err().to_string();
+    assert!(error.contains("overlaps another ring"), "{error}");
+    assert!(matches!(*rings[0].lock(), Slot::Running(_)) && matches!(*rings[1].lock(), Slot::Stopped));
+    backend.get_vring_base(0).unwrap();
+    set_addresses(&mut backend, 1, 8).unwrap();
+    assert!(matches!(*rings[1].lock(), Slot::Running(_)));
+}
+
 /// 4 and 8 bytes for each of 64 descriptors, behind them 2 that are there with `VIRTIO_F_EVENT_IDX`.
 #[test]
 fn without_events_a_ring_ends_before_their_words() {
