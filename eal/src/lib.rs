@@ -30,6 +30,7 @@ pub mod log;
 pub mod mem;
 pub mod mmio;
 mod node;
+mod opaque;
 pub mod program;
 pub mod rlimit;
 pub mod runtime;

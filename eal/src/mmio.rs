@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::dma::{dma_rmb, dma_wmb};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::page_size;
+use crate::opaque::Whole;
 use crate::vfio::AddressSpace;
 
 /// Registers that a program plays instead of a device, for tests without hardware.
@@ -101,7 +102,8 @@ pub(crate) struct MappedRange {
     address: NonNull<u8>,
 }
 
-// SAFETY: device registers belong to the process; access to them is volatile, whole words only.
+// SAFETY: device registers belong to the process, and are accessed by single instructions only that the compiler does not
+// see: those of two threads, to words of any size, do not race.
 unsafe impl Send for MappedRange {}
 // SAFETY: as above; the device orders concurrent accesses.
 unsafe impl Sync for MappedRange {}
@@ -153,10 +155,10 @@ macro_rules! access {
                 Backing::Device { mapped, file } => {
                     if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
                         // SAFETY: `pointer` gives an aligned address inside a live mapping of registers.
-                        let value = unsafe { at.cast::<$type>().read_volatile() };
+                        let value = unsafe { <$type>::peek(at.cast()) };
                         // What a register says of memory (a reset that is done) is true of reads after it.
                         dma_rmb();
-                        return <$type>::from_le(value);
+                        return value;
                     }
                     let mut bytes = [0; SIZE];
                     match file.read(offset, &mut bytes) {
@@ -179,7 +181,7 @@ macro_rules! access {
                     dma_wmb();
                     if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
                         // SAFETY: as in the read.
-                        unsafe { at.cast::<$type>().write_volatile(value.to_le()) };
+                        unsafe { <$type>::poke(at.cast(), value) };
                     } else if let Err(error) = file.write(offset, &value.to_le_bytes()) {
                         tracing::debug!("register {offset:#x} took no write: {error}");
                     }
@@ -329,7 +331,8 @@ pub struct Doorbell<T> {
     _bar: Bar,
 }
 
-// SAFETY: the register stays mapped while `_bar` lives, and is reached by one relaxed atomic store of its whole word.
+// SAFETY: the register stays mapped while `_bar` lives, and is reached by one store of its whole word that the
+// compiler does not see.
 unsafe impl<T: Send> Send for Doorbell<T> {}
 
 impl Doorbell<u32> {
@@ -338,7 +341,7 @@ impl Doorbell<u32> {
     pub fn ring(&self, value: u32) {
         dma_wmb();
         // SAFETY: `at` is aligned and inside a part of the BAR that `_bar` keeps mapped.
-        unsafe { AtomicU32::from_ptr(self.at.as_ptr()) }.store(value.to_le(), Ordering::Relaxed);
+        unsafe { u32::poke(self.at.as_ptr(), value) };
     }
 }
 
@@ -348,7 +351,7 @@ impl Doorbell<u16> {
     pub fn ring(&self, value: u16) {
         dma_wmb();
         // SAFETY: as for the 32-bit doorbell.
-        unsafe { AtomicU16::from_ptr(self.at.as_ptr()) }.store(value.to_le(), Ordering::Relaxed);
+        unsafe { u16::poke(self.at.as_ptr(), value) };
     }
 }
 

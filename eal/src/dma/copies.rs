@@ -4,35 +4,7 @@ use std::mem::MaybeUninit;
 
 use super::peer::PeerSlice;
 use super::pool::{Buffer, Burst, DATA_ROOM, MAX_BURST, Packet, PoolCache};
-
-/// Copies `len` bytes. Packets are mostly short, and a call of memcpy costs as much as they do: two blocks of
-/// a fixed size that overlap in the middle need no loop and no byte beyond the end. None of it goes by way of the
-/// stack: stores are done in order, so one to the stack between two to a peer's lines has these come one by one.
-///
-/// # Safety
-/// `from` and `to` are valid for `len` bytes and do not overlap.
-#[inline(always)]
-unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-    /// # Safety
-    /// As for `copy`; `len` is from `N` to `2 * N`.
-    #[inline(always)]
-    unsafe fn ends<const N: usize>(from: *const u8, to: *mut u8, len: usize) {
-        // SAFETY: both blocks are within the `len` bytes.
-        unsafe {
-            from.copy_to_nonoverlapping(to, N);
-            from.add(len - N).copy_to_nonoverlapping(to.add(len - N), N);
-        }
-    }
-    // SAFETY: the caller's contract, and the lengths as each arm has them.
-    unsafe {
-        match len {
-            32..=64 => ends::<32>(from, to, len),
-            16..32 => ends::<16>(from, to, len),
-            65..=128 => ends::<64>(from, to, len),
-            _ => from.copy_to_nonoverlapping(to, len),
-        }
-    }
-}
+use crate::opaque;
 
 impl PoolCache {
     /// Receives by copy: appends up to `wanted` packets to `burst`, each a copy of what `find` gives for its
@@ -66,7 +38,7 @@ impl PoolCache {
             // SAFETY: a slice is valid for its length and a buffer's data for `DATA_ROOM` bytes; the buffer's only
             // handle is here. There are no more packets than `burst` has room for.
             unsafe {
-                copy(slice.at.as_ptr(), fresh.buffers.data(&buffer).as_ptr(), len);
+                opaque::read(slice.at.as_ptr(), fresh.buffers.data(&buffer).as_ptr(), len);
                 packets.add(before + i).write(Packet::new(buffer, len));
             }
         }
@@ -75,8 +47,8 @@ impl PoolCache {
         count
     }
 
-    /// Sends by copy: takes up to `most` packets from the front of `burst` and writes `header` and the packet to
-    /// what `find` gives for its number and length; their buffers go back to the cache. `find` is called for
+    /// Sends by copy: takes up to `most` packets from the front of `burst` and writes `header`, of 8 to 16 bytes, and
+    /// the packet to what `find` gives for its number and length; their buffers go back to the cache. `find` is called for
     /// all packets before the first is copied.
     ///
     /// Ends where `find` gives none or too little; gives the number of packets.
@@ -106,14 +78,12 @@ impl PoolCache {
             // SAFETY: the first `count` slices were written.
             let to = unsafe { slice.assume_init() }.at.as_ptr();
             // SAFETY: the slice has room for the header and the packet, as just checked, and the packet's data is
-            // valid for its length. The peer's mapping does not overlap the pool's.
+            // valid for its length. The peer's mapping does not overlap the pool's, and is copied or atomic wherever it is
+            // accessed.
             unsafe {
-                let front = to.cast::<[u8; H]>();
                 // A header that stays the same stays in the peer's cache too.
-                if front.read() != header {
-                    front.write(header);
-                }
-                copy(buffers.data(packet.buffer()).as_ptr(), to.add(H), packet.len());
+                opaque::write_changed(header, to);
+                opaque::write(buffers.data(packet.buffer()).as_ptr(), to.add(H), packet.len());
             }
         }
         for packet in burst.drain(..count) {
@@ -131,7 +101,7 @@ impl PoolCache {
             return None;
         }
         // SAFETY: the copy ends within the buffer, as just checked; the buffer's only handle is borrowed.
-        unsafe { copy(from.at.as_ptr(), self.buffers().data(buffer).as_ptr().add(offset), from.len) };
+        unsafe { opaque::read(from.at.as_ptr(), self.buffers().data(buffer).as_ptr().add(offset), from.len) };
         Some(())
     }
 
@@ -142,9 +112,49 @@ impl PoolCache {
     pub fn copy_to_peer(&self, packet: &Packet, offset: usize, to: PeerSlice<'_>) -> usize {
         let len = packet.len().saturating_sub(offset).min(to.len);
         if len > 0 {
-            // SAFETY: `offset + len` is not beyond the packet, and `to` has room for `len`.
-            unsafe { copy(self.buffers().data(packet.buffer()).as_ptr().add(offset), to.at.as_ptr(), len) };
+            // SAFETY: `offset + len` is not beyond the packet, and `to` has room for `len`. Its mapping is copied or atomic
+            // wherever it is accessed.
+            unsafe {
+                opaque::write(self.buffers().data(packet.buffer()).as_ptr().add(offset), to.at.as_ptr(), len);
+            }
         }
         len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dma::{DmaMemory, PeerMemory, Pool};
+    use crate::mem::{Backing, Region};
+
+    /// Before copies were opaque, Miri called this a data race.
+    #[test]
+    fn threads_that_a_peer_leads_to_the_same_bytes_do_not_race() {
+        let peer = PeerMemory::anonymous(4096);
+        let memory = DmaMemory::map(Region::new(Pool::bytes(64), Backing::SmallPages).unwrap(), &[]).unwrap();
+        let pool = Pool::new(&memory, 64).unwrap();
+        let copy = |fill: u8| {
+            let (mut cache, mut view) = (pool.cache(), peer.view());
+            let mut at = |len| view.at(8, len);
+            for len in [3, 60, 200] {
+                let mut packet = Packet::new(cache.allocate().unwrap(), len);
+                cache.write(&mut packet, 0, &vec![fill; len]);
+                assert_eq!(cache.copy_to_peer(&packet, 0, at(len).unwrap()), len);
+                let mut burst: Burst = [packet].into_iter().collect();
+                assert_eq!(cache.send_copies(1, &mut burst, [fill; 12], |_, len| at(12 + len)), 1);
+                assert_eq!(cache.receive_copies(1, &mut burst, |_| at(12 + len)), 1);
+                let mut bytes = vec![0; 12 + len];
+                cache.read(&burst[0], 0, &mut bytes);
+                assert!(bytes.iter().all(|byte| matches!(byte, 1 | 2)), "{bytes:?}");
+                at(len).unwrap().write(&[fill; 5]);
+                let mut buffer = burst.remove(0).into_buffer();
+                cache.copy_from_peer(&mut buffer, 1, at(len).unwrap()).unwrap();
+                cache.free(buffer);
+            }
+        };
+        std::thread::scope(|scope| {
+            [1, 2].map(|fill| scope.spawn(move || copy(fill))).map(|thread| thread.join().unwrap())
+        });
     }
 }

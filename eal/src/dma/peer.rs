@@ -4,10 +4,13 @@
 //! [`PeerView::parts`], which check it and its length against the regions; an index into a ring wraps; data is
 //! copied, once.
 //!
-//! The copies are plain ones and race with whatever the peer does to its memory, which is outside of what the
-//! language defines, as all memory is that another process may write at any time. A peer whose descriptors lead to
-//! its own rings, or twice to the same bytes, makes them race with our own accesses too. Nothing relies on what is
-//! read being whole: a ring's words are checked as they were loaded, and packets are bytes.
+//! The peer may write its memory at any time, and its descriptors may lead two of our threads to the same bytes, or to the
+//! words of a ring. No access of ours then races with another: copies are [opaque](crate::opaque) to the compiler, and a
+//! mapping gives each byte to one ring at most, whose words are atomics. Where a peer has us map the same file twice, what
+//! we write by one mapping is for the language another process's at the other. That is also so for the
+//! [log](super::PeerLog), which has a mapping of its own.
+//!
+//! Nothing relies on what is read being whole: a ring's words are checked as they were loaded, and packets are bytes.
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -26,6 +29,7 @@ use nix::sys::stat::{SFlag, fstat};
 use super::ring::{RingView, Word, prefetch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::page_size;
+use crate::opaque;
 
 /// Most regions of a [`PeerMemory`]: as many as libvhost-user takes, and as KVM has memory slots for a guest.
 pub const MAX_PEER_REGIONS: usize = 509;
@@ -153,10 +157,10 @@ pub struct PeerMemory {
     leaving: Box<[Area]>,
 }
 
-// SAFETY: the mappings belong to the process, not to a thread, and are reached by atomics and raw copies only, whose
-// races are those of the module's text.
+// SAFETY: the mappings belong to the process, not to a thread, and are reached by opaque copies and by the atomics of rings,
+// which have no byte in common.
 unsafe impl Send for PeerMemory {}
-// SAFETY: as above; `&PeerMemory` gives no access that is not an atomic or a raw copy.
+// SAFETY: as above; `&PeerMemory` gives no other access.
 unsafe impl Sync for PeerMemory {}
 
 impl PeerMemory {
@@ -169,6 +173,19 @@ impl PeerMemory {
         Self::check_number(regions.len())?;
         let areas: Result<Vec<Area>> = regions.iter().map(Area::map).collect();
         Self::of(areas?, Box::default())
+    }
+
+    /// One region of `len` bytes at address 0 that are no file's: Miri maps none.
+    #[cfg(test)]
+    pub(super) fn anonymous(len: u64) -> Arc<Self> {
+        let length = NonZeroUsize::new(len as usize).unwrap();
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let address =
+            unsafe { nix::sys::mman::mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }.unwrap();
+        let mapping = Arc::new(Mapping { address, len: length.get(), rings: Mutex::default() });
+        Self::of(vec![Area { guest: 0, user: 0, len, base: address.cast(), mapping }], Box::default())
+            .unwrap()
     }
 
     fn check_number(regions: usize) -> Result<()> {
@@ -298,7 +315,7 @@ pub struct PeerRing<W: Word, const N: usize = 1> {
 }
 
 // SAFETY: `mapping` keeps the words mapped and gives them to no other ring, so all accesses of ours are atomics of their
-// size, and copies when the peer's descriptors lead here: then words may be torn, and each that is loaded is checked as input.
+// size, or copies into which the compiler does not look. Each word that is loaded is checked as input.
 unsafe impl<W: Word, const N: usize> Send for PeerRing<W, N> {}
 // SAFETY: as above.
 unsafe impl<W: Word, const N: usize> Sync for PeerRing<W, N> {}
@@ -439,15 +456,16 @@ impl PeerSlice<'_> {
     /// Copies `bytes` to the front, as far as there is room.
     pub fn write(self, bytes: &[u8]) {
         let len = bytes.len().min(self.len);
-        // SAFETY: both have `len` bytes, and a slice of ours does not overlap a mapping that hands out none.
-        unsafe { self.at.as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), len) }
+        // SAFETY: both have `len` bytes, and a slice of ours does not overlap a mapping that hands out none. The mapping is
+        // copied or atomic wherever it is accessed.
+        unsafe { opaque::write(bytes.as_ptr(), self.at.as_ptr(), len) }
     }
 
     /// Asks for the first cache line, to be written.
     #[inline(always)]
     pub(super) fn prefetch_write(self) {
         // The compiler's hint becomes a prefetch to read where PREFETCHW is no part of the target, as in x86-64.
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         // SAFETY: a prefetch reads nothing and faults nowhere; a processor that does not have this one takes it
         // for a NOP (AMD64 manual, volume 3, and Intel SDM, volume 2: PREFETCHW).
         unsafe {

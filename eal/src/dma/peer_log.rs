@@ -20,7 +20,7 @@ pub struct PeerLog {
     _mapping: Mapping,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread, and is reached by atomics only.
+// SAFETY: the mapping belongs to the process, not to a thread. It is the log's own, and is reached by atomics of bytes only.
 unsafe impl Send for PeerLog {}
 // SAFETY: as above.
 unsafe impl Sync for PeerLog {}

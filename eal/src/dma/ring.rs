@@ -11,10 +11,10 @@ use crate::iommufd::Access;
 
 mod sealed {
     /// Access to one word of shared memory.
-    pub trait Shared: Copy {
+    pub trait Shared: crate::opaque::Whole {
         /// # Safety
-        /// `at` is aligned and valid for the life of the call; all access to it by this process is atomic, or may be
-        /// torn: see [`RingView::over`](super::RingView::over).
+        /// `at` is aligned and valid for the life of the call; all access to it by this process is by atomics of this size
+        /// or [opaque](crate::opaque).
         unsafe fn load(at: *const Self) -> Self;
         /// # Safety
         /// As for `load`.
@@ -137,8 +137,9 @@ impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
     ///
     /// # Safety
     /// Their number is a power of two; `words` is aligned and valid for all their words during `'a`. Nothing of ours
-    /// reaches them but by atomic operations, except that a peer may have us copy packets over its own ring. Whoever
-    /// loads a word of a peer checks it as input, so one that is torn by that does no more than one that lies.
+    /// reaches them but by atomic operations of this size, except that a peer may have us copy packets over its own ring,
+    /// [opaquely](crate::opaque). Whoever loads a word of a peer checks it as input, so one that is torn by that does no
+    /// more than one that lies.
     #[inline(always)]
     pub(super) unsafe fn over(words: NonNull<W>, mask: usize) -> Self {
         Self { words, mask, _ring: PhantomData }
