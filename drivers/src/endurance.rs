@@ -26,12 +26,12 @@ impl Device {
         let address = Bdf::new(0, 0, 3, 0).unwrap();
         if virtio {
             let device = VirtioNet::at(address, Behaviour::default());
-            device.attach(memory.device_view());
+            device.attach(memory.device_view().unwrap());
             let port = virtio::Device::probe(device.function()).unwrap();
             return (Self::Virtio(device), Port::Virtio(port));
         }
         let (function, device) = FakeE1000::new(address, ID_82540EM, MAC);
-        device.attach(memory.device_view());
+        device.attach(memory.device_view().unwrap());
         (Self::E1000(device), Port::E1000(e1000::Device::probe(function).unwrap()))
     }
 

@@ -348,7 +348,7 @@ mod tests {
 
             let region = Region::new(Pool::bytes(256) + (64 << 10), Backing::SmallPages).unwrap();
             let memory = DmaMemory::map(region, &[]).unwrap();
-            nic.attach(memory.device_view());
+            nic.attach(memory.device_view().unwrap());
             let mut cache = Pool::new(&memory, 256).unwrap().cache();
             let sizes = QueueSizes { rx: 64, tx: 64 };
             let (rx, mut tx) = ports[1].port.start(&memory, &mut cache, sizes).unwrap();

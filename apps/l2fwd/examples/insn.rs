@@ -132,7 +132,7 @@ fn main() -> Result<()> {
             for burst in bursts() {
                 let memory = memory(physical)?;
                 let (function, device) = FakeE1000::new(ADDRESS, id, MAC);
-                device.attach(memory.device_view());
+                device.attach(memory.device_view()?);
                 let mut port = e1000::Device::probe(function)?;
                 let (receive, transmit) =
                     (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
@@ -150,7 +150,7 @@ fn main() -> Result<()> {
                 let mut behaviour = Behaviour::default();
                 behaviour.features |= feature::IN_ORDER;
                 let device = VirtioNet::new(behaviour);
-                device.attach(memory.device_view());
+                device.attach(memory.device_view()?);
                 let mut port =
                     virtio::Device::probe_with(device.function(), virtio::Options { mrg_rxbuf, in_order })?;
                 let (receive, transmit) =

@@ -6,7 +6,7 @@ use vireo_drivers::port::{Nic, QueueSizes};
 use vireo_drivers::virtio::Device;
 
 use crate::decode;
-use crate::port::{count, memory};
+use crate::port::{count, memory, view};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -41,7 +41,7 @@ pub fn virtio_capabilities(data: &[u8]) {
         nic.config().set((*at).into(), bytes);
     }
     let (memory, pool) = memory();
-    nic.attach(memory.device_view());
+    nic.attach(view(&memory));
     let one_line = |error: vireo_eal::Error| assert!(!error.to_string().contains('\n'));
     let mut device = match Device::probe(nic.function()) {
         Ok(device) => device,

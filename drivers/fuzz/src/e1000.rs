@@ -7,7 +7,7 @@ use vireo_drivers::port::MacAddr;
 use vireo_eal::bdf::Bdf;
 
 use crate::decode;
-use crate::port::{Poke, Poll, Port, memory};
+use crate::port::{Poke, Poll, Port, memory, view};
 
 #[derive(Arbitrary, Debug)]
 enum Step {
@@ -28,7 +28,7 @@ pub fn e1000_rings(data: &[u8]) {
     let address = Bdf::new(0, 0, 3, 0).expect("a device number below 32");
     let (function, nic) = FakeE1000::new(address, ID_82574L, MacAddr([2, 0, 0, 0, 0, 1]));
     let (memory, pool) = memory();
-    nic.attach(memory.device_view());
+    nic.attach(view(&memory));
     let mut port = Port::start(Device::probe(function).expect("an honest device"), memory, &pool);
     for step in steps {
         match step {

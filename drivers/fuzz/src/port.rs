@@ -42,10 +42,16 @@ pub(crate) fn memory() -> (Arc<DmaMemory>, Arc<Pool>) {
     (memory, pool)
 }
 
+/// `memory` as a device has it.
+pub(crate) fn view(memory: &Arc<DmaMemory>) -> DeviceView {
+    memory.device_view().expect("a memfd can be mapped twice")
+}
+
 pub(crate) struct Port<N: Nic> {
     nic: N,
     queues: (N::Rx, N::Tx),
     memory: Arc<DmaMemory>,
+    view: DeviceView,
     cache: PoolCache,
 }
 
@@ -54,7 +60,8 @@ impl<N: Nic> Port<N> {
     pub(crate) fn start(mut nic: N, memory: Arc<DmaMemory>, pool: &Arc<Pool>) -> Self {
         let mut cache = pool.cache();
         let queues = nic.start(&memory, &mut cache, SIZES).expect("an honest device starts");
-        Self { nic, queues, memory, cache }
+        let view = view(&memory);
+        Self { nic, queues, memory, view, cache }
     }
 
     pub(crate) fn poll(&mut self, poll: Poll) {
@@ -97,11 +104,7 @@ impl<N: Nic> Port<N> {
         let start = if poke.rings { len - RINGS } else { 0 };
         let at = (start + poke.at as usize % (len - start)).min(len - poke.bytes.len());
         let iova = self.memory.linear_iova().expect("one region") + at as u64;
-        self.view().write(iova, &poke.bytes).expect("within the region");
-    }
-
-    fn view(&self) -> DeviceView {
-        self.memory.device_view()
+        self.view.write(iova, &poke.bytes).expect("within the region");
     }
 
     /// Stops the port: every buffer must be there again, once.

@@ -17,7 +17,7 @@ use vireo_drivers::vhost::{Device, Options, RxQueue, TxQueue};
 use vireo_eal::dma::{Burst, DATA_ROOM, DeviceView, DmaMemory, Packet, PoolCache};
 use vireo_eal::mem::{Backing, Region};
 
-use crate::port::{Poll, count, memory};
+use crate::port::{Poll, count, memory, view};
 use crate::{Word, decode};
 
 /// The frontend's memory: length in bytes, and its address for descriptors and for the frontend itself.
@@ -222,7 +222,7 @@ impl Frontend {
         socket.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout that is not 0");
         let region = Region::new(LEN as usize, Backing::SmallPages).expect("pages of 4 KiB");
         let memory = DmaMemory::with_addresses(region, LEN as usize, &[BASE]);
-        let view = memory.device_view();
+        let view = view(&memory);
         let event = EventFd::new().expect("an eventfd");
         Self { socket, memory, view, event, avail_idx: [0; 2] }
     }

@@ -4,7 +4,7 @@ use arbitrary::Arbitrary;
 use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
 use vireo_drivers::virtio::Device;
 
-use crate::port::{Poke, Poll, Port, memory};
+use crate::port::{Poke, Poll, Port, memory, view};
 use crate::{Word, decode};
 
 #[derive(Arbitrary, Debug)]
@@ -52,7 +52,7 @@ pub fn virtio_rings(data: &[u8]) {
     }
     let nic = VirtioNet::new(behaviour);
     let (memory, pool) = memory();
-    nic.attach(memory.device_view());
+    nic.attach(view(&memory));
     let device = Device::probe(nic.function()).expect("an honest device");
     let mut port = Port::start(device, memory, &pool);
     // The fake device believes the rings, so it works no more on those that it has overwritten.

@@ -65,7 +65,7 @@ impl Rig {
     fn new(id: DeviceId, sizes: QueueSizes, buffers: u32) -> Self {
         let (function, device) = fake(id, MAC);
         let (memory, pool) = memory(buffers);
-        device.attach(memory.device_view());
+        device.attach(memory.device_view().unwrap());
         let mut cache = pool.cache();
         let mut port = Device::probe(function).unwrap();
         let queues = Some(port.start(&memory, &mut cache, sizes).unwrap());
@@ -468,7 +468,7 @@ fn memory_outlives_all_that_a_program_can_drop_while_the_nic_runs() {
     let Rig { device, port, queues, memory, pool, cache } = Rig::standard();
     let weak = Arc::downgrade(&memory);
     // The test's device holds what it is attached to, which a NIC does not.
-    device.attach(self::memory(1).0.device_view());
+    device.attach(self::memory(1).0.device_view().unwrap());
     drop((queues, memory, pool, cache));
     assert!(device.config().bus_master() && weak.upgrade().is_some());
     drop(port);
@@ -565,7 +565,7 @@ fn rings_of_every_size_are_within_64_kib() {
                 let (function, device) = fake(id, MAC);
                 let region = Region::new(16 << 20, Backing::SmallPages).unwrap();
                 let memory = DmaMemory::with_addresses(region, 16 << 20, &[IOVA]);
-                device.attach(memory.device_view());
+                device.attach(memory.device_view().unwrap());
                 let pool = Pool::new(&memory, 4500).unwrap();
                 let mut cache = pool.cache();
                 let mut port = Device::probe(function).unwrap();

@@ -45,7 +45,7 @@ impl Bench {
     fn with(behaviour: Behaviour, options: Options, buffers: u32) -> Self {
         let nic = VirtioNet::new(behaviour);
         let (memory, mut cache) = memory(buffers);
-        nic.attach(memory.device_view());
+        nic.attach(memory.device_view().unwrap());
         let mut device = Device::probe_with(nic.function(), options).unwrap();
         let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
         assert!(nic.is_live());
@@ -290,7 +290,7 @@ fn an_exhausted_pool_is_counted_and_recovers() {
 fn too_few_buffers_to_start_are_an_error_that_loses_none() {
     let nic = VirtioNet::default();
     let (memory, mut cache) = memory(40);
-    nic.attach(memory.device_view());
+    nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
     assert!(error.to_string().contains("24 of 64 packet buffers are missing"), "{error}");
@@ -379,7 +379,7 @@ fn several_pairs_need_a_control_queue() {
     let features = (Behaviour::default().features | feature::MQ) & !(feature::CTRL_VQ | feature::CTRL_RX);
     let nic = VirtioNet::new(Behaviour { pairs: 2, features, ..Behaviour::default() });
     let (memory, mut cache) = memory(BUFFERS);
-    nic.attach(memory.device_view());
+    nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     let error = device.start_pairs(&memory, &mut cache, SIZES, 2).unwrap_err().to_string();
     assert!(error.contains("2 pairs of queues are asked for, and it has 1"), "{error}");
@@ -476,7 +476,7 @@ fn rings_of_other_sizes_and_numbers_are_kept_for_later() {
     let features = Behaviour::default().features | feature::MQ;
     let nic = VirtioNet::new(Behaviour { pairs: 2, features, ..Behaviour::default() });
     let (memory, mut cache) = memory(BUFFERS);
-    nic.attach(memory.device_view());
+    nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     for round in 0..2000 {
         nic.behave(|behaviour| behaviour.queue_size = 16 << (round % 3));
@@ -491,7 +491,7 @@ fn each_pair_carries_its_own_frames() {
         Behaviour { pairs: 2, features: Behaviour::default().features | feature::MQ, ..Behaviour::default() };
     let nic = VirtioNet::new(behaviour);
     let (memory, mut cache) = memory(BUFFERS);
-    nic.attach(memory.device_view());
+    nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     let error = device.start_pairs(&memory, &mut cache, SIZES, 3).unwrap_err();
     assert!(error.to_string().contains("3 pairs of queues are asked for, and it has 2"), "{error}");
@@ -557,7 +557,7 @@ fn a_dropped_device_is_reset() {
     drop(device);
     assert!(!nic.is_live());
     let weak = Arc::downgrade(&memory);
-    nic.attach(self::memory(1).0.device_view());
+    nic.attach(self::memory(1).0.device_view().unwrap());
     drop((rx, tx, cache, memory));
     assert!(weak.upgrade().is_none());
 }
@@ -566,7 +566,7 @@ fn a_dropped_device_is_reset() {
 fn memory_outlives_all_that_a_program_can_drop_while_the_nic_runs() {
     let Bench { nic, device, rx, tx, cache, memory } = Bench::new(Behaviour::default());
     let weak = Arc::downgrade(&memory);
-    nic.attach(self::memory(1).0.device_view());
+    nic.attach(self::memory(1).0.device_view().unwrap());
     drop((rx, tx, cache, memory));
     assert!(nic.is_live() && weak.upgrade().is_some());
     drop(device);
@@ -610,7 +610,7 @@ fn address_link_and_filter() {
 fn a_fixed_receive_filter_is_the_same_before_and_after_the_start() {
     let nic = VirtioNet::new(without(feature::CTRL_RX));
     let (memory, mut cache) = memory(BUFFERS);
-    nic.attach(memory.device_view());
+    nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     let asked = |device: &mut Device| {
         device.set_promiscuous(false).unwrap();
@@ -645,7 +645,7 @@ fn control_commands_keep_the_rules_of_the_ring() {
 fn what_was_asked_before_start_holds_after_it() {
     let nic = VirtioNet::default();
     let (memory, mut cache) = memory(BUFFERS);
-    nic.attach(memory.device_view());
+    nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     device.set_promiscuous(true).unwrap();
     let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();

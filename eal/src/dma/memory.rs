@@ -10,6 +10,7 @@ use super::ring::Word;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
 use crate::mem::{OnNode, Region, page_size};
+use crate::opaque;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::vfio::{AddressSpace, Mapping};
 
@@ -354,8 +355,11 @@ impl DmaMemory {
         unsafe { self.shared.region.as_ptr().add(offset) }
     }
 
-    /// The memory as a device sees it, for device halves in tests.
-    pub fn device_view(self: &Arc<Self>) -> DeviceView {
+    /// The memory as a device sees it, for device halves in tests. It is mapped a second time for that.
+    ///
+    /// # Errors
+    /// `Unavailable` when the region has no file; `Os` when the map call is refused.
+    pub fn device_view(self: &Arc<Self>) -> Result<DeviceView> {
         let translation = self.translation();
         let page = |(page, delta): (usize, &u64)| {
             (delta.wrapping_add((page as u64) << translation.page_shift) >> translation.page_shift, page)
@@ -364,7 +368,9 @@ impl DmaMemory {
             true => HashMap::new(),
             false => translation.deltas.iter().enumerate().map(page).collect(),
         };
-        DeviceView { memory: Arc::clone(self), pages: Arc::new(pages) }
+        // Miri has no file to map. It finds accesses that race with those of the driver.
+        let again = if cfg!(miri) { None } else { Some(Arc::new(self.region().mapped_again()?)) };
+        Ok(DeviceView { memory: Arc::clone(self), again, pages: Arc::new(pages) })
     }
 }
 
@@ -447,9 +453,15 @@ fn fit(spaces: &[Arc<AddressSpace>], len: u64) -> Result<u64> {
 
 /// Memory by device address, as a device reads and writes it. What no mapping covers is refused, like an
 /// IOMMU would.
+///
+/// A device writes whenever it wants, also where the driver has plain access. So the view has the pages at addresses of its
+/// own and accesses them by instructions that the compiler does not look into, as another process would. Words are read and
+/// written whole and without order, as by [`DmaRing`](super::DmaRing).
 #[derive(Clone, Debug)]
 pub struct DeviceView {
     memory: Arc<DmaMemory>,
+    /// The region's pages once more; none under Miri.
+    again: Option<Arc<Region>>,
     /// Page in the region by the number of its device address, where pages have addresses of their own: a search of all
     /// pages for each access would take most of the time of whoever plays a device.
     pages: Arc<HashMap<u64, usize>>,
@@ -468,35 +480,41 @@ impl DeviceView {
         (offset >= start && offset.checked_add(len)? <= start + page_len).then_some(offset)
     }
 
+    /// Where the `len` bytes at a device address are; none when not all of them are mapped.
+    fn at(&self, iova: u64, len: usize) -> Option<*mut u8> {
+        let region = self.again.as_deref().unwrap_or(self.memory.region());
+        // SAFETY: the offset is inside the region's mapping, and both mappings have its length.
+        Some(unsafe { region.as_ptr().add(self.offset(iova, len)?) }.as_ptr())
+    }
+
     /// Reads one word; none when the address is unmapped or odd.
     pub fn load<W: Word>(&self, iova: u64) -> Option<W> {
-        let offset = self.offset(iova, size_of::<W>()).filter(|o| o.is_multiple_of(align_of::<W>()))?;
-        // SAFETY: `offset` is inside the region with room for the word, and aligned.
-        Some(unsafe { W::load(self.memory.pointer(offset, size_of::<W>()).as_ptr().cast()) })
+        let at = self.at(iova, size_of::<W>())?.cast::<W>();
+        // SAFETY: the word is inside the region, and aligned.
+        at.is_aligned().then(|| unsafe { W::peek(at) })
     }
 
     /// Writes one word; none when the address is unmapped or odd.
     pub fn store<W: Word>(&self, iova: u64, value: W) -> Option<()> {
-        let offset = self.offset(iova, size_of::<W>()).filter(|o| o.is_multiple_of(align_of::<W>()))?;
-        // SAFETY: as in `load`.
-        unsafe { W::store(self.memory.pointer(offset, size_of::<W>()).as_ptr().cast(), value) };
-        Some(())
+        let at = self.at(iova, size_of::<W>())?.cast::<W>();
+        // SAFETY: as in `load`; what is mapped a second time is accessed by this view's copies only.
+        at.is_aligned().then(|| unsafe { W::poke(at, value) })
     }
 
     /// Copies memory out; none when not all of it is mapped.
     pub fn read(&self, iova: u64, bytes: &mut [u8]) -> Option<()> {
-        let from = self.memory.pointer(self.offset(iova, bytes.len())?, bytes.len());
+        let from = self.at(iova, bytes.len())?;
         // SAFETY: the source is inside the region, the destination is a slice of the caller's, and the two
         // cannot overlap because the region hands out no slices.
-        unsafe { from.as_ptr().copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        unsafe { opaque::read(from, bytes.as_mut_ptr(), bytes.len()) };
         Some(())
     }
 
     /// Copies `bytes` in; none when not all of the target is mapped.
     pub fn write(&self, iova: u64, bytes: &[u8]) -> Option<()> {
-        let to = self.memory.pointer(self.offset(iova, bytes.len())?, bytes.len());
-        // SAFETY: as in `read`, the other way.
-        unsafe { to.as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        let to = self.at(iova, bytes.len())?;
+        // SAFETY: as in `read`, the other way; what is mapped a second time is accessed by this view's copies only.
+        unsafe { opaque::write(bytes.as_ptr(), to, bytes.len()) };
         Some(())
     }
 }
@@ -552,7 +570,7 @@ mod tests {
         let region = Region::new(4 * 4096, Backing::SmallPages).unwrap();
         let memory = DmaMemory::with_addresses(region, 8192, &[0x40_0000, 0x10_0000]);
         assert_eq!([0, 8191, 8192].map(|offset| memory.iova(offset)), [0x40_0000, 0x40_1fff, 0x10_0000]);
-        let view = memory.device_view();
+        let view = memory.device_view().unwrap();
         assert_eq!(view.store(0x10_0008, 7_u32), Some(()));
         // SAFETY: the word is inside the region, and nothing else writes there.
         assert_eq!(unsafe { memory.pointer(8200, 4).cast::<u32>().read() }, 7);
@@ -577,9 +595,42 @@ mod tests {
     }
 
     #[test]
+    fn devices_that_write_the_same_bytes_do_not_race() {
+        let memory = DmaMemory::map(Region::new(4096, Backing::SmallPages).unwrap(), &[]).unwrap();
+        let (view, base) = (memory.device_view().unwrap(), memory.iova(0));
+        let write = |fill: u8| {
+            for len in [3, 60, 200] {
+                view.write(base, &vec![fill; len]).unwrap();
+                let mut bytes = vec![0; len];
+                view.read(base, &mut bytes).unwrap();
+                assert!(bytes.iter().all(|byte| matches!(byte, 1 | 2)), "{bytes:?}");
+            }
+        };
+        std::thread::scope(|scope| {
+            [1, 2].map(|fill| scope.spawn(move || write(fill))).map(|thread| thread.join().unwrap())
+        });
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri maps no file")]
+    fn a_device_has_the_pages_at_addresses_of_its_own() {
+        let memory = DmaMemory::map(Region::new(1, Backing::SmallPages).unwrap(), &[]).unwrap();
+        let view = memory.device_view().unwrap();
+        assert_ne!(view.at(memory.iova(0), 1), Some(memory.pointer(0, 1).as_ptr()));
+        let Ok(region) = Region::new(1, Backing::HugeAnonymous) else {
+            return println!("skipped: no hugepage");
+        };
+        let error = DmaMemory::map(region, &[]).unwrap().device_view().unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::Unavailable && error.to_string().contains("--in-memory"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn device_view_refuses_what_is_not_mapped() {
         let memory = DmaMemory::map(Region::new(4096, Backing::SmallPages).unwrap(), &[]).unwrap();
-        let view = memory.device_view();
+        let view = memory.device_view().unwrap();
         let base = memory.iova(0);
         assert_eq!(view.write(base + 4094, &[1, 2]), Some(()));
         assert_eq!(view.write(base + 4095, &[1, 2]), None);

@@ -313,7 +313,7 @@ mod tests {
         ring.store::<0>(5, 11);
         ring.store::<1>(5, 12);
         assert_eq!((ring.load::<0>(1), ring.load::<1>(1)), (11, 12));
-        assert_eq!(memory.device_view().load::<u64>(ring.iova() + 24).unwrap(), 12);
+        assert_eq!(memory.device_view().unwrap().load::<u64>(ring.iova() + 24).unwrap(), 12);
         assert!(DmaRing::<u16>::new(&memory, 3, 2).is_err());
         assert!(DmaRing::<u64, { 1 << 61 }>::new(&memory, 1, 8).is_err());
         assert!(DmaRing::<u16>::new(&memory, 1 << 20, 2).unwrap_err().to_string().contains("-m"));

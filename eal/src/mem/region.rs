@@ -85,10 +85,10 @@ pub struct Region {
     backing: Backing,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread, and is reached through atomics and raw
-// copies only.
+// SAFETY: the mapping belongs to the process, not to a thread. Rings have bytes of their own and reach them by atomics, and
+// a packet buffer is reached by whoever has its only handle.
 unsafe impl Send for Region {}
-// SAFETY: as above; `&Region` gives no access that is not an atomic or a raw copy.
+// SAFETY: as above; `&Region` gives no other access.
 unsafe impl Sync for Region {}
 
 impl Region {
@@ -182,12 +182,23 @@ impl Region {
             let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
             fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(|errno| Error::os(what(), errno))?;
         }
-        let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what(), Errno::EINVAL))?;
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
-        let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &fd, 0) }
-            .map_err(|errno| no_pages(Error::os(what(), errno), len, page_size))?;
-        Ok(Self { address: address.cast(), len, page_size, fd: Some(fd), backing })
+        let address =
+            map_shared(&fd, len).map_err(|errno| no_pages(Error::os(what(), errno), len, page_size))?;
+        Ok(Self { address, len, page_size, fd: Some(fd), backing })
+    }
+
+    /// The same pages at other addresses, as another process maps them.
+    pub(crate) fn mapped_again(&self) -> Result<Self> {
+        let what = "cannot map packet memory a second time";
+        let fd = self.fd.as_ref().ok_or_else(|| {
+            Error::new(ErrorKind::Unavailable, what, format!("{} are no file", self.backing.name()))
+                .mend("leave --in-memory out")
+        })?;
+        let address = map_shared(fd, self.len).map_err(|errno| Error::os(what, errno))?;
+        let (len, page_size, backing) = (self.len, self.page_size, self.backing.clone());
+        let again = Self { address, len, page_size, fd: None, backing };
+        again.keep_out_of_core_dumps();
+        Ok(again)
     }
 
     /// Memory that nobody else can map, of ordinary pages.
@@ -313,6 +324,14 @@ impl Drop for Region {
             tracing::error!("cannot unmap {} bytes of packet memory: {errno}", self.len);
         }
     }
+}
+
+/// Maps the first `len` bytes of a file.
+fn map_shared(fd: &OwnedFd, len: usize) -> nix::Result<NonNull<u8>> {
+    let length = NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
+    let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+    unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, fd, 0) }.map(NonNull::cast)
 }
 
 fn cannot_reserve(len: usize, backing: &Backing) -> String {

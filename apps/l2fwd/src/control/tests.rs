@@ -40,13 +40,13 @@ impl Device {
         let address = Bdf::new(0, 0, number, 0).unwrap();
         let (device, port) = if virtio {
             let device = VirtioNet::at(address, Behaviour::default());
-            device.attach(memory.device_view());
+            device.attach(memory.device_view().unwrap());
             let port = virtio::Device::probe(device.function()).unwrap();
             (Self::Virtio(device), Port::Virtio(port))
         } else {
             let mac = MacAddr([0x52, 0x54, 0, 0, 0, number]);
             let (function, device) = FakeE1000::new(address, ID_82540EM, mac);
-            device.attach(memory.device_view());
+            device.attach(memory.device_view().unwrap());
             (Self::E1000(device), Port::E1000(e1000::Device::probe(function).unwrap()))
         };
         (device, OpenPort::virtual_port(port, &address.to_string(), "(played)".to_owned()))

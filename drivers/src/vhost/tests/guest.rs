@@ -135,7 +135,7 @@ impl Guest {
     pub(super) fn on(socket: UnixStream) -> Self {
         let region = Region::new(MEMORY as usize, Backing::SmallPages).unwrap();
         let memory = DmaMemory::with_addresses(region, MEMORY as usize, &[GUEST]);
-        let view = memory.device_view();
+        let view = memory.device_view().unwrap();
         Self {
             frontend: Frontend::from_stream(socket.try_clone().unwrap(), RINGS as u64),
             socket,

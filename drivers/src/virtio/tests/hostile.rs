@@ -195,7 +195,7 @@ fn a_device_that_breaks_the_rules_of_start_up_is_refused() {
     for (behaviour, why) in cases {
         let nic = VirtioNet::new(behaviour);
         let (memory, mut cache) = memory(BUFFERS);
-        nic.attach(memory.device_view());
+        nic.attach(memory.device_view().unwrap());
         let mut device = Device::probe(nic.function()).unwrap();
         let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
@@ -209,7 +209,7 @@ fn a_device_that_breaks_the_rules_of_start_up_is_refused() {
 fn a_device_that_fails_after_probe_does_not_start() {
     let nic = VirtioNet::default();
     let (memory, mut cache) = memory(BUFFERS);
-    nic.attach(memory.device_view());
+    nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     nic.behave(|behaviour| behaviour.control_answer = None);
     let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
