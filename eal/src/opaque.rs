@@ -239,7 +239,7 @@ mod access {
     /// As for [`Whole::poke`].
     #[inline(always)]
     pub(super) unsafe fn poke_unaligned(at: *mut u8, value: u64) {
-        // SAFETY: as in `peek_unaligned`.
+        // SAFETY: the caller's contract.
         unsafe { u64::poke(at.cast(), value) }
     }
 }
