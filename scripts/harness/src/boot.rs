@@ -1,7 +1,7 @@
 //! The host's side of a boot: starts the guest with the agent, sends it cases, and extracts stacks from a guest that hangs.
 
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader, Lines, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::agent::{Answer, PORT, Request};
 use crate::case::Report;
 use crate::guest::Boot;
 use crate::host::stacks;
+use crate::qmp::Qmp;
 use crate::tap::Progress;
 
 /// For the build of the guest's programs, and for a kernel that is not in the cache.
@@ -29,8 +29,6 @@ const START: Duration = Duration::from_secs(180);
 const END: Duration = Duration::from_secs(60);
 /// How long a console is silent after its last line.
 const SILENCE: Duration = Duration::from_secs(2);
-/// For QEMU to answer a command.
-const QMP_ANSWER: Duration = Duration::from_secs(10);
 /// Lines of the kernel's log that are worth reading after a hang.
 const LOG_LINES: usize = 60;
 
@@ -134,7 +132,7 @@ impl Session {
     /// Sends sysrqs to the kernel, each a BREAK and a key on the serial console: print all messages (9), the processors'
     /// stacks (l), timers (q), every task's stack (t). Returns the registers.
     fn ask(&self) -> Result<String> {
-        let mut qemu = Qmp::connect(&self.dir.path().join("monitor"))?;
+        let mut qemu = Qmp::new(UnixStream::connect(self.dir.path().join("monitor"))?)?;
         let mut console = UnixStream::connect(self.dir.path().join("console"))?;
         console.set_read_timeout(Some(SILENCE))?;
         for key in [b'9', b'l', b'q', b't'] {
@@ -230,46 +228,8 @@ fn connect(
     }
 }
 
-/// QEMU's monitor for programs, which answers every command (docs/interop/qmp-spec.rst).
-struct Qmp {
-    stream: UnixStream,
-    lines: Lines<BufReader<UnixStream>>,
-}
-
-impl Qmp {
-    fn connect(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(QMP_ANSWER))?;
-        let lines = BufReader::new(stream.try_clone()?).lines();
-        let mut qmp = Self { stream, lines };
-        qmp.execute(&json!({ "execute": "qmp_capabilities" }))?;
-        Ok(qmp)
-    }
-
-    /// A command of the monitor for people; gives what it prints.
-    fn command(&mut self, line: &str) -> Result<String> {
-        let arguments = json!({ "command-line": line });
-        let answer = self.execute(&json!({ "execute": "human-monitor-command", "arguments": arguments }))?;
-        Ok(answer.as_str().unwrap_or_default().replace('\r', ""))
-    }
-
-    fn execute(&mut self, command: &Value) -> Result<Value> {
-        writeln!(self.stream, "{command}")?;
-        for line in self.lines.by_ref() {
-            let answer: Value = serde_json::from_str(&line?)?;
-            match (answer.get("return"), answer.get("error")) {
-                (Some(value), _) => return Ok(value.clone()),
-                (_, Some(error)) => bail!("{command}: {error}"),
-                // The greeting, or an event.
-                _ => {}
-            }
-        }
-        bail!("QEMU has gone")
-    }
-}
-
 /// The last lines of a file.
-fn tail(file: &Path, count: usize) -> String {
+pub(crate) fn tail(file: &Path, count: usize) -> String {
     last_lines(&String::from_utf8_lossy(&fs::read(file).unwrap_or_default()), count)
 }
 

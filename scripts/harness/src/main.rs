@@ -10,6 +10,7 @@ mod inject;
 mod l2fwd;
 mod pktgen;
 mod process;
+mod qmp;
 mod runner;
 mod soak;
 mod stop;
@@ -45,6 +46,9 @@ enum Task {
         #[arg(long)]
         full: bool,
     },
+    /// Send numbered frames from the guest to a port that sends them back
+    #[command(hide = true)]
+    Echo { interface: String },
 }
 
 #[derive(Debug, clap::Args)]
@@ -94,6 +98,7 @@ fn run() -> Result<u8> {
     let programs: PathBuf = programs.parent().context("this program has no directory")?.into();
     match Cli::parse().command {
         Task::Agent { boot, full } => agent::serve(boot, full, &programs).map(|()| 0),
+        Task::Echo { interface } => guest::echo::run(&interface).map(|()| 0),
         Task::Soak(args) => {
             stop::watch()?;
             host::soak::run(&args, &programs)

@@ -2,6 +2,7 @@
 
 mod devbind;
 mod doctor;
+pub(crate) mod echo;
 mod forward;
 mod group;
 mod inject;

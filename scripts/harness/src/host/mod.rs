@@ -4,6 +4,7 @@ mod cargo;
 mod fresh;
 mod inject;
 mod limits;
+mod migration;
 mod rings;
 mod setup;
 pub(crate) mod soak;
@@ -44,6 +45,7 @@ pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: boo
     if with_guest {
         wire::cases(&mut cases, environment);
         vhost::cases(&mut cases, environment);
+        migration::cases(&mut cases, environment);
         fresh::cases(&mut cases, environment);
     }
     Ok(cases.0)

@@ -16,8 +16,8 @@ use crate::process::Process;
 const FRAMES: u64 = 20_000;
 /// For the guest to boot and the frames to pass, on a busy machine.
 const GUEST: Duration = Duration::from_secs(300);
-/// Memory of the guest in MiB, which QEMU shares with l2fwd.
-const MEMORY: u32 = 1024;
+/// Memory of the guest in KiB, which QEMU shares with l2fwd.
+const MEMORY: u32 = 1 << 20;
 
 pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     let repo = environment.repo.clone();
@@ -26,27 +26,42 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
         .limit(900);
 }
 
+fn qemu(lab: &mut Command, words: [&str; 2]) {
+    for word in words {
+        lab.args(["--qemu-arg", word]);
+    }
+}
+
+/// Gives a guest memory that vhost-user backends can map, in KiB, and no NICs of the lab's. QEMU passes them no IOTLB, so no
+/// IOMMU can be in between.
+pub(super) fn share_memory(lab: &mut Command, kib: u32) {
+    lab.args(["--no-iommu", "--nics", "none"]);
+    qemu(lab, ["-m", &format!("{kib}K")]);
+    qemu(lab, ["-object", &format!("memory-backend-memfd,id=ram,size={kib}K,share=on")]);
+    qemu(lab, ["-machine", "memory-backend=ram"]);
+}
+
+/// Gives the guest a virtio-net in `slot` that the backend at `socket` serves; `properties` begin with a comma.
+pub(super) fn add_nic(lab: &mut Command, slot: usize, socket: &Path, properties: &str) {
+    qemu(lab, ["-chardev", &format!("socket,id=v{slot},path={}", socket.display())]);
+    qemu(lab, ["-netdev", &format!("vhost-user,id=n{slot},chardev=v{slot}")]);
+    // Without MSI-X: QEMU 7.2 under TCG crashes in it, with any vhost backend.
+    let nic = "virtio-net-pci,disable-legacy=on,vectors=0,romfile=";
+    qemu(
+        lab,
+        ["-device", &format!("{nic},netdev=n{slot},addr=0x{slot},mac=52:54:00:00:00:0{slot}{properties}")],
+    );
+}
+
 fn circle(context: &Context, repo: &Path) -> Result<()> {
     let devices = End::Vhost.devices(&context.dir, 2, "");
     let l2fwd = Start::new(format!("-l 1 {} {devices} -- -p 3 -q 2 -T 0", prefix("vhost"))).spawn(context)?;
     await_sockets(&context.dir, 2)?;
     let mut lab = Command::new(repo.join("scripts/lab"));
-    // QEMU passes vhost-user's memory and no IOTLB, so the guest's IOMMU cannot be in between.
-    lab.args(["run", "--timeout", "0", "--no-iommu", "--nics", "none", "--mem", &MEMORY.to_string()]);
-    let mut qemu = |words: [&str; 2]| {
-        for word in words {
-            lab.args(["--qemu-arg", word]);
-        }
-    };
-    qemu(["-object", &format!("memory-backend-memfd,id=ram,size={MEMORY}M,share=on")]);
-    qemu(["-machine", "memory-backend=ram"]);
+    lab.args(["run", "--timeout", "0"]);
+    share_memory(&mut lab, MEMORY);
     for port in 0..2 {
-        let slot = port + 4;
-        qemu(["-chardev", &format!("socket,id=v{port},path={}", context.path(&port.to_string()).display())]);
-        qemu(["-netdev", &format!("vhost-user,id=n{port},chardev=v{port}")]);
-        // Without MSI-X: QEMU 7.2 under TCG crashes in it, with any vhost backend.
-        let nic = "virtio-net-pci,disable-legacy=on,vectors=0,romfile=";
-        qemu(["-device", &format!("{nic},netdev=n{port},addr=0x{slot},mac=52:54:00:00:00:0{slot}")]);
+        add_nic(&mut lab, port + 4, &context.path(&port.to_string()), "");
     }
     let pktgen = format!(
         "pktgen -l 1 --vfio-mode noiommu -a 00:04.0 -a 00:05.0 -- --count {FRAMES} --size 60-1514 \
