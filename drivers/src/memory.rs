@@ -61,7 +61,7 @@ struct Layout {
     buffers: Part,
     rings: Vec<(Place, Part)>,
     /// Node of what belongs to a port, by the port's own node.
-    near: BTreeMap<u32, u32>,
+    near: BTreeMap<Option<u32>, u32>,
 }
 
 impl<'a> Nodes<'a> {
@@ -85,12 +85,16 @@ impl<'a> Nodes<'a> {
         Ok(Some(Self { numbers, given, page }))
     }
 
-    /// Node of what belongs to a port on `node`: its own, unless `--numa-mem` leaves that out.
+    /// Node of what belongs to a port on `node`: its own, unless `--numa-mem` leaves that out. That has to give all that
+    /// there is, so a port without a node gets one, too.
     fn near(&self, node: Option<u32>) -> Option<u32> {
-        let has =
-            |node: &u32| self.given.is_empty() || self.given.get(*node as usize).is_some_and(|of| *of > 0);
-        let node = node.filter(|node| self.numbers.contains(node))?;
-        if has(&node) { Some(node) } else { self.numbers.iter().copied().find(has) }
+        let node = node.filter(|node| self.numbers.contains(node));
+        let gives = |node: &u32| self.given.get(*node as usize).is_some_and(|of| *of > 0);
+        match node {
+            _ if self.given.is_empty() => node,
+            Some(own) if gives(&own) => node,
+            _ => self.numbers.iter().copied().find(gives),
+        }
     }
 }
 
@@ -133,7 +137,7 @@ impl MemoryNeed {
         let mut layout = Layout { spaces, buffers, rings: Vec::new(), near: BTreeMap::new() };
         for open in ports {
             let node = near(open);
-            layout.near.extend(open.node.zip(node));
+            layout.near.extend(node.map(|node| (open.node, node)));
             let space = open.space.clone().filter(|_| layout.spaces.len() > 1);
             let [read_write, read_only] = self.rings(&open.port);
             let part = layout.part(Place { space, node });
@@ -250,7 +254,7 @@ pub struct PortMemory {
     /// Bytes of each NUMA node, where the machine has several.
     pub nodes: BTreeMap<u32, usize>,
     /// As in [`Layout`].
-    near: BTreeMap<u32, u32>,
+    near: BTreeMap<Option<u32>, u32>,
 }
 
 impl PortMemory {
@@ -262,9 +266,9 @@ impl PortMemory {
         own.map_or(&self.buffers, |(_, memory)| memory)
     }
 
-    /// NUMA node of the memory that is for `port`; none where that makes no difference.
+    /// NUMA node of the memory that is for `port`; none where that makes no difference or nobody asked.
     pub fn node_of(&self, port: &OpenPort) -> Option<u32> {
-        self.near.get(&port.node?).copied()
+        self.near.get(&port.node).copied()
     }
 
     fn map(region: Region, layout: Layout) -> Result<Self> {
@@ -391,7 +395,7 @@ mod tests {
         let one = layout(&[Some(1), Some(1)], &[]).unwrap();
         assert_eq!((by_node(&one), &one.buffers.nodes[..]), ([0, 10], &[(1, 9 * PAGE)][..]));
         let both = layout(&[Some(0), Some(1)], &[]).unwrap();
-        assert_eq!((by_node(&both), both.near), ([6, 6], [(0, 0), (1, 1)].into()));
+        assert_eq!((by_node(&both), both.near), ([6, 6], [(Some(0), 0), (Some(1), 1)].into()));
         let uneven = layout(&[Some(1), Some(0), Some(1), None], &[]).unwrap();
         assert_eq!(uneven.buffers.nodes, [(0, 3 * PAGE), (1, 6 * PAGE)]);
         // The rings of a port without a node are among the buffers.
@@ -405,7 +409,9 @@ mod tests {
         let given = layout(&[Some(1), Some(1)], &[16, 64]).unwrap();
         assert_eq!(by_node(&given), [8, 32]);
         let elsewhere = layout(&[Some(1), Some(1)], &[64, 0]).unwrap();
-        assert_eq!((by_node(&elsewhere), elsewhere.near), ([32, 0], [(1, 0)].into()));
+        assert_eq!((by_node(&elsewhere), elsewhere.near), ([32, 0], [(Some(1), 0)].into()));
+        let virtual_port = layout(&[None], &[0, 64]).unwrap();
+        assert_eq!((by_node(&virtual_port), virtual_port.near), ([0, 32], [(None, 1)].into()));
         let error = layout(&[Some(1), Some(1)], &[16, 2]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert_eq!(
