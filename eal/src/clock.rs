@@ -1,10 +1,16 @@
 //! Time for the packet path: the time stamp counter, and what a tick of it lasts.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
+
+/// Time that the calling thread has had on a CPU (`CLOCK_THREAD_CPUTIME_ID`); 0 where the kernel does not tell.
+pub fn thread_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
 
 /// The time stamp counter of the cpu; elsewhere than on `x86_64`, the kernel's raw clock in nanoseconds.
 ///

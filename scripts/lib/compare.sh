@@ -3,8 +3,31 @@
 
 lab_compare() {
     local report=()
+    compare_boots compare run
+    [[ -z $OPT_JSON ]] || report+=(--json "$OPT_JSON")
+    [[ -z $OPT_HTML ]] || report+=(--html "$OPT_HTML")
+    "$(programs_find vireo-vfio-bench)" report "$OPT_SHARE/iommu.json" "$OPT_SHARE/noiommu.json" "${report[@]}"
+}
+
+# The same boots with a clock that counts instructions and jumps over waiting: QEMU's -icount, which only software emulation
+# has. Two virtual CPUs would take turns, and each count the other's.
+lab_count() {
+    local report=()
+    [[ -z $OPT_HTML ]] || fail "lab count writes no HTML" "lab count --json FILE"
+    OPT_CPUS=1
+    OPT_ACCEL=tcg
+    OPT_ICOUNT=1
+    QEMU_EXTRA+=(-icount 'shift=0,sleep=off')
+    compare_boots count count run
+    [[ -z $OPT_JSON ]] || report+=(--json "$OPT_JSON")
+    "$(programs_find vireo-vfio-bench)" count report "$OPT_SHARE/iommu.json" "$OPT_SHARE/noiommu.json" "${report[@]}"
+}
+
+# compare_boots NAME WORD...: vfio-bench WORD... with and without an IOMMU; recordings are in OPT_SHARE.
+compare_boots() {
     OPT_TIMEOUT=${OPT_TIMEOUT:-1800}
-    guest_prepare compare
+    guest_prepare "$1"
+    shift
     if [[ -z $OPT_SHARE ]]; then
         OPT_SHARE="$WORK/share"
         mkdir "$OPT_SHARE"
@@ -12,13 +35,9 @@ lab_compare() {
     [[ -z $OPT_NICS_GIVEN ]] || COMMAND+=(--nics "$OPT_NICS")
 
     OPT_IOMMU=1
-    compare_boot iommu container,cdev,compat
+    compare_boot iommu container,cdev,compat "$@"
     OPT_IOMMU=
-    compare_boot noiommu "$(compare_noiommu_modes)"
-
-    [[ -z $OPT_JSON ]] || report+=(--json "$OPT_JSON")
-    [[ -z $OPT_HTML ]] || report+=(--html "$OPT_HTML")
-    "$(programs_find vireo-vfio-bench)" report "$OPT_SHARE/iommu.json" "$OPT_SHARE/noiommu.json" "${report[@]}"
+    compare_boot noiommu "$(compare_noiommu_modes)" "$@"
 }
 
 compare_noiommu_modes() {
@@ -29,13 +48,16 @@ compare_noiommu_modes() {
     fi
 }
 
-# What the benchmark prints on the way is progress; the only thing on our stdout is the table at the end.
+# compare_boot BOOT MODES WORD...: what the benchmark prints on the way is progress; the only thing on our stdout is the
+# table at the end.
 compare_boot() {
-    local machine="--kernel $OPT_KERNEL --timeout $OPT_TIMEOUT"
+    local boot=$1 modes=$2 machine="--kernel $OPT_KERNEL --timeout $OPT_TIMEOUT"
+    shift 2
     [[ -n $OPT_IOMMU ]] || machine+=" --no-iommu"
-    say "boot '$1': $2"
-    guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench run --json "/share/$1.json" --modes "$2" "${COMMAND[@]}" >&2
+    [[ -z $OPT_ICOUNT ]] || machine+=" --cpus 1 --accel tcg --qemu-arg -icount --qemu-arg shift=0,sleep=off"
+    say "boot '$boot': $modes"
+    guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench "$@" --json "/share/$boot.json" --modes "$modes" "${COMMAND[@]}" >&2
     ((GUEST_STATUS == 0)) ||
-        fail "boot '$1': $GUEST_ERROR (guest kernel's log: $GUEST_LOG)" \
-            "lab run $machine -- vfio-bench run --json /dev/stdout --modes $2${COMMAND[*]:+ ${COMMAND[*]}}"
+        fail "boot '$boot': $GUEST_ERROR (guest kernel's log: $GUEST_LOG)" \
+            "lab run $machine -- vfio-bench $* --json /dev/stdout --modes $modes${COMMAND[*]:+ ${COMMAND[*]}}"
 }

@@ -8,7 +8,7 @@ GUEST_LOG=
 GUEST_QEMU=
 GUEST_TAIL=
 
-# guest_estimate [compare]: says how long it takes, where that is minutes; measured on two cpus, quiet and busy.
+# guest_estimate [compare|count]: says how long it takes, where that is minutes; measured on two cpus, quiet and busy.
 guest_estimate() {
     local least=0 most=0 parts=()
     if [[ -n $OPT_BUILD && ! -d $REPO/target/guest ]]; then
@@ -19,6 +19,10 @@ guest_estimate() {
         ((least += 5, most += 16))
         parts+=("kernel 5 to 16")
     fi
+    if [[ ${1:-} == count ]]; then
+        ((least += 1, most += 3))
+        parts+=("counts 1 to 3")
+    fi
     if [[ ${1:-} == compare ]]; then
         ((least += 6, most += 9))
         parts+=("comparison 6 to 9")
@@ -28,7 +32,7 @@ guest_estimate() {
     say "about $least to $most minutes on two cpus (${parts%, }), and the downloads"
 }
 
-# guest_prepare [compare]: everything that can fail or take long before the first boot; what the user mistyped first.
+# guest_prepare [compare|count]: everything that can fail or take long before the first boot; what the user mistyped first.
 guest_prepare() {
     local packages=(busybox-static cpio strace)
     command -v qemu-system-x86_64 >/dev/null || packages+=(qemu-system-x86)

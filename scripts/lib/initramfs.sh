@@ -55,6 +55,7 @@ initramfs_environment() {
     echo "export VIREO_LAB_QEMU=$(shell_quote "$(qemu_version)")"
     echo "export VIREO_LAB_HOST_CPU=$(shell_quote "$(sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo)")"
     echo "export VIREO_LAB_HOST_CPUS=$(nproc)"
+    [[ -z $OPT_ICOUNT ]] || echo 'export VIREO_LAB_ICOUNT=1'
     echo "export VIREO_LAB_DATE=$(date -u +%FT%TZ)"
     echo "export VIREO_LAB_COMMIT=$(shell_quote "$(git -C "$REPO" describe --always --dirty 2>/dev/null || echo unknown)")"
 }

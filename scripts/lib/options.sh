@@ -6,6 +6,7 @@ usage() {
 scripts/lab: VFIO and IOMMUFD in a QEMU guest, for machines without an IOMMU or NICs to give away
 
   lab compare [--json FILE] [--html FILE] [-- ARGS]  run the same forwarder in every VFIO mode and compare them
+  lab count [--json FILE] [-- ARGS]                  count the instructions that each mode takes to open, map and close
   lab run [options] -- COMMAND...                    run COMMAND in the guest; its exit code is passed on
   lab shell [options]                                a busybox shell in the guest
   lab test [options]                                 the guest's tests: scripts/test without the host's, and its options
@@ -30,7 +31,7 @@ Programs of this repository go by their short names: lab run -- l2fwd --help
   --share DIR                 DIR of the host, writable, at /share
   --coverage DIR              build the programs to count the lines that they reach; each boot leaves a directory of
                               .profraw files in DIR, and sanitize coverage --guest makes a report of them
-  --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare; 0: none)
+  --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare and count; 0: none)
   --accel auto|kvm|tcg        auto: KVM if a probe boot shows that it works
   --no-build                  do not build the repository's programs; the guest has busybox and strace
   --qemu-arg ARG              one more argument for QEMU (repeatable)
@@ -60,6 +61,7 @@ OPT_HARNESS=
 OPT_TIMEOUT=
 OPT_ACCEL=auto
 OPT_BUILD=1
+OPT_ICOUNT=
 OPT_VERBOSE=
 OPT_JSON=
 OPT_HTML=

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod compare;
+mod count;
 mod dma_proof;
 mod environment;
 mod findings;
@@ -41,6 +42,9 @@ enum Command {
     Report(report::ReportArgs),
     Native(native::NativeArgs),
     DmaProof(dma_proof::DmaProofArgs),
+    /// Count the instructions that each mode takes, in a guest whose clock counts them
+    #[command(subcommand, arg_required_else_help = false)]
+    Count(count::Command),
     /// Time the phases from a forwarder's start to its first packet, beside DPDK's testpmd
     #[command(subcommand, arg_required_else_help = false)]
     Start(start::Command),
@@ -53,6 +57,7 @@ fn run() -> Result<()> {
         Command::Report(args) => report::report(&args),
         Command::Native(args) => native::native(&args),
         Command::DmaProof(args) => dma_proof::dma_proof(&args),
+        Command::Count(command) => count::count(&command),
         Command::Start(command) => start::start(&command),
     }
 }

@@ -180,7 +180,9 @@ pub(crate) fn measure(
     let Forwarded { stopped: forwarder, phases } = forwarded;
     drops.extend(forwarder.drops);
     let map = match forwarder.ports.first().and_then(|open| open.space.as_ref()) {
-        Some(space) => time_map(space, limits.map_bytes, Backing::HugeMemfd, Call::Map)?,
+        Some(space) => {
+            time_map(space, &Arc::new(Region::new(limits.map_bytes, Backing::HugeMemfd)?), Call::Map)?
+        }
         None => None,
     };
     drop((generator_ports, forwarder.ports));
@@ -371,17 +373,11 @@ impl Call {
     }
 }
 
-/// Maps and unmaps a region of `bytes` while the device is attached; none where the mode maps nothing.
-fn time_map(
-    space: &Arc<AddressSpace>,
-    bytes: usize,
-    backing: Backing,
-    call: Call,
-) -> Result<Option<MapTime>> {
+/// Maps and unmaps a region while the device is attached; none where the mode maps nothing.
+fn time_map(space: &Arc<AddressSpace>, region: &Arc<Region>, call: Call) -> Result<Option<MapTime>> {
     if space.is_physical() && space.ioas().is_none() {
         return Ok(None);
     }
-    let region = Arc::new(Region::new(bytes, backing)?);
     let iova = if space.is_physical() { None } else { space.free_ranges().fit(region.len() as u64) };
     if let (Call::MapSmall, Some(ioas)) = (call, space.ioas()) {
         ioas.set_huge_pages(false)?;
@@ -391,13 +387,13 @@ fn time_map(
     let elapsed = |since: u64| Duration::from_nanos(Tsc::to_nanos(Tsc::now().saturating_sub(since)));
     let (before, in_kernel, since) = (ioctl::calls(), ioctl::time(), Tsc::now());
     let mapping: Box<dyn std::fmt::Debug> = match (call, space.ioas()) {
-        (Call::MapFile, Some(ioas)) => match ioas.map_file(&region, iova, Access::ReadWrite) {
+        (Call::MapFile, Some(ioas)) => match ioas.map_file(region, iova, Access::ReadWrite) {
             Ok(mapping) => Box::new(mapping),
             Err(error) if error.errno() == Some(nix::errno::Errno::ENOTTY) => return Ok(None),
             Err(error) => return Err(error),
         },
         (Call::MapFile | Call::MapSmall, None) => return Ok(None),
-        (Call::Map | Call::MapSmall, _) => Box::new(space.map(&region, iova)?),
+        (Call::Map | Call::MapSmall, _) => Box::new(space.map(region, iova)?),
     };
     let (mapped, map_ioctls) = (elapsed(since), ioctl::calls() - before);
     let in_kernel = ioctl::time().saturating_sub(in_kernel);
@@ -428,25 +424,30 @@ pub(crate) fn map_times(
 ) -> Result<Vec<MapTime>> {
     let vfio = Vfio::new(None);
     let device = bus.open(&wiring.inner[0], &vfio, mode)?;
+    let times = map_table(device.vfio().space(), &regions(limits.map_bytes)?)?;
+    Ok(times.into_iter().map(|time| MapTime { mode: mode.name().to_owned(), round, ..time }).collect())
+}
+
+/// A region of `bytes` for each size of page that this machine has, with its name.
+pub(crate) fn regions(bytes: usize) -> Result<Vec<(&'static str, Arc<Region>)>> {
+    let mut regions = vec![("4 KiB", Backing::SmallPages), ("2 MiB", Backing::HugeMemfd)];
+    if hugepages(Path::new("/sys")).iter().any(|pages| pages.page_size == 1 << 30 && pages.free > 0) {
+        regions.push(("1 GiB", Backing::GiantMemfd));
+    }
+    regions.into_iter().map(|(name, backing)| Ok((name, Arc::new(Region::new(bytes, backing)?)))).collect()
+}
+
+/// Each call on each of `regions`. The last row changes the address space for good.
+pub(crate) fn map_table(
+    space: &Arc<AddressSpace>,
+    regions: &[(&'static str, Arc<Region>)],
+) -> Result<Vec<MapTime>> {
+    let by_size = regions.iter().flat_map(|region| [Call::Map, Call::MapFile].map(|call| (region, call)));
+    let large = regions.iter().filter(|(_, region)| region.page_size() == 2 << 20);
     let mut times = Vec::new();
-    let small = ("4 KiB", Backing::SmallPages);
-    let large = ("2 MiB", Backing::HugeMemfd);
-    let giant = ("1 GiB", Backing::GiantMemfd);
-    let has_giant =
-        hugepages(Path::new("/sys")).iter().any(|pages| pages.page_size == 1 << 30 && pages.free > 0);
-    // The last one changes the address space for good.
-    let table = [
-        (&small, Call::Map),
-        (&small, Call::MapFile),
-        (&large, Call::Map),
-        (&large, Call::MapFile),
-        (&giant, Call::Map),
-        (&giant, Call::MapFile),
-        (&large, Call::MapSmall),
-    ];
-    for ((memory, backing), call) in table.into_iter().filter(|row| *row.0 != giant || has_giant) {
-        if let Some(time) = time_map(device.vfio().space(), limits.map_bytes, backing.clone(), call)? {
-            times.push(MapTime { mode: mode.name().to_owned(), memory: (*memory).to_owned(), round, ..time });
+    for ((memory, region), call) in by_size.chain(large.map(|region| (region, Call::MapSmall))) {
+        if let Some(time) = time_map(space, region, call)? {
+            times.push(MapTime { memory: (*memory).to_owned(), ..time });
         }
     }
     Ok(times)

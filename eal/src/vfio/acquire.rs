@@ -12,6 +12,7 @@ use super::nodes::{self, Nodes};
 use super::space::AddressSpace;
 use super::{Device, DeviceFds, VfioMode};
 use crate::args::VfToken;
+use crate::clock::thread_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::WeakIommufd;
 use crate::mmio::DeviceFile;
@@ -33,6 +34,8 @@ pub struct Phase {
     pub name: &'static str,
     /// Time in the kernel and around it.
     pub took: Duration,
+    /// Of that, what the thread had on a CPU; the rest it waited.
+    pub worked: Duration,
 }
 
 /// A device that this process owns.
@@ -430,18 +433,20 @@ impl From<Error> for Refusal {
 /// Stop-watch of the acquisition.
 pub(super) struct Phases {
     since: Instant,
+    /// [`thread_time`] of that moment.
+    worked: Duration,
     done: Vec<Phase>,
 }
 
 impl Phases {
     fn start() -> Self {
-        Self { since: Instant::now(), done: Vec::with_capacity(3) }
+        Self { since: Instant::now(), worked: thread_time(), done: Vec::with_capacity(3) }
     }
 
     pub(super) fn end(&mut self, name: &'static str) {
-        let now = Instant::now();
-        self.done.push(Phase { name, took: now - self.since });
-        self.since = now;
+        let (now, worked) = (Instant::now(), thread_time());
+        self.done.push(Phase { name, took: now - self.since, worked: worked.saturating_sub(self.worked) });
+        (self.since, self.worked) = (now, worked);
     }
 }
 

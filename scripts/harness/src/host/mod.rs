@@ -1,6 +1,7 @@
 //! The host's cases.
 
 mod cargo;
+mod count;
 mod fresh;
 mod inject;
 mod limits;
@@ -46,6 +47,7 @@ pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: boo
         wire::cases(&mut cases, environment);
         vhost::cases(&mut cases, environment);
         migration::cases(&mut cases, environment);
+        count::cases(&mut cases, environment);
         fresh::cases(&mut cases, environment);
     }
     Ok(cases.0)

@@ -1,0 +1,91 @@
+//! `count`: what each mode costs in instructions, in a guest whose clock counts them (`scripts/lab count`).
+
+mod run;
+mod text;
+
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use serde::{Deserialize, Serialize};
+use vireo_eal::{Error, Result};
+
+use crate::record::Environment;
+use crate::report::{read, write_json};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Run(run::RunArgs),
+    Report(ReportArgs),
+}
+
+/// Merge recordings and print them
+#[derive(Args, Debug)]
+pub(crate) struct ReportArgs {
+    /// Recordings of `count run`
+    #[arg(required = true, value_name = "IN.json")]
+    recordings: Vec<PathBuf>,
+    /// Also write rows and environments as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// What was counted in one boot.
+#[derive(Debug, Deserialize, Serialize)]
+struct Recording {
+    environment: Environment,
+    rows: Vec<Row>,
+}
+
+/// One step in one mode.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+struct Row {
+    /// `virtio-net`, `e1000` or `e1000e`.
+    nic: String,
+    /// Name of the VFIO mode.
+    mode: String,
+    /// `open`, `bind`, `attach`, `reset`, `map`, `unmap` or `close`.
+    step: String,
+    /// Pages and call of `map` and `unmap`, such as `2 MiB, map-file`.
+    #[serde(default)]
+    memory: Option<String>,
+    /// Size of the region of `map` and `unmap`.
+    #[serde(default)]
+    bytes: Option<u64>,
+    /// Instructions of the thread, of ours and of the kernel: the median over the rounds. An interrupt adds some, and takes
+    /// some away from a loop in which the kernel waits.
+    instructions: u64,
+    /// Difference of the quartiles.
+    spread: u64,
+    /// Instructions that would have fitted into the time in which the thread waited, in the same round.
+    waiting: u64,
+    /// Of the instructions, those of ioctls; none where that was not counted.
+    #[serde(default)]
+    in_ioctls: Option<u64>,
+}
+
+/// What is written as JSON.
+#[derive(Debug, Serialize)]
+struct Figures {
+    /// Of each boot.
+    environment: Vec<Environment>,
+    counted: Vec<Row>,
+}
+
+pub(crate) fn count(command: &Command) -> Result<()> {
+    match command {
+        Command::Run(args) => run::run(args),
+        Command::Report(args) => report(args),
+    }
+}
+
+fn report(args: &ReportArgs) -> Result<()> {
+    let recordings = args.recordings.iter().map(|path| read(path)).collect::<Result<Vec<Recording>>>()?;
+    let (environment, counted): (_, Vec<_>) =
+        recordings.into_iter().map(|recording| (recording.environment, recording.rows)).unzip();
+    let counted = counted.concat();
+    stdout()
+        .write_all(text::text(&counted).as_bytes())
+        .map_err(|error| Error::io("cannot write to standard output", &error))?;
+    args.json.as_ref().map_or(Ok(()), |path| write_json(path, &Figures { environment, counted }))
+}

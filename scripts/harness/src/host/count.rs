@@ -1,0 +1,70 @@
+//! What `scripts/lab count` counts: the same in every boot.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use super::Environment;
+use super::cargo::need;
+use crate::case::{Cases, Context, read, skip};
+use crate::process::run_for;
+
+/// Part of a count by which two boots may differ.
+const MARGIN: f64 = 0.001;
+/// Instructions by which they may in any case: short steps consist of little else than what the kernel keeps for later.
+const FEW: f64 = 1000.0;
+
+pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
+    const LIMIT: u64 = 1800;
+    let repo = environment.repo.clone();
+    cases
+        .add("each mode takes the same instructions in two boots", move |context| {
+            need(&["qemu-system-x86_64"])?;
+            let lab = || {
+                let mut lab = Command::new("scripts/lab");
+                lab.current_dir(&repo);
+                lab
+            };
+            if !lab().args(["kernel", "--show"]).output()?.status.success() {
+                return skip("the guest's kernel is not built: scripts/lab kernel");
+            }
+            let mut counted = Vec::new();
+            for boot in ["first", "second"] {
+                let file = context.path(&format!("{boot}.json"));
+                let mut lab = lab();
+                lab.args(["count", "--nics", "e1000e", "--json"]).arg(&file);
+                run_for(context, boot, &mut lab, Duration::from_secs(LIMIT / 2))?.expect(0)?;
+                counted.push(rows(&read(file)?)?);
+            }
+            compare(context, &counted[0], &counted[1])
+        })
+        .in_full()
+        .limit(LIMIT);
+}
+
+/// Each step of each mode, with its instructions.
+fn rows(text: &str) -> Result<Vec<(String, f64)>> {
+    let figures: Value = serde_json::from_str(text)?;
+    let rows = figures["counted"].as_array().context("nothing was counted")?;
+    let row = |row: &Value| {
+        let words = ["mode", "step", "memory"].map(|key| row[key].as_str().unwrap_or_default());
+        Ok((words.join(" "), row["instructions"].as_f64().context("a row without a count")?))
+    };
+    rows.iter().map(row).collect()
+}
+
+fn compare(context: &Context, first: &[(String, f64)], second: &[(String, f64)]) -> Result<()> {
+    ensure!(first.len() > 20 && first.len() == second.len(), "{} and {} rows", first.len(), second.len());
+    for ((name, one), (other_name, other)) in first.iter().zip(second) {
+        ensure!(name == other_name, "{name} where the other boot has {other_name}");
+        let difference = (one - other).abs();
+        ensure!(difference <= (MARGIN * one.max(*other)).max(FEW), "{name}: {one} and {other} instructions");
+    }
+    let of = |wanted: &str| first.iter().find(|(name, _)| name == wanted).map(|(_, count)| *count);
+    let map = |mode: &str| of(&format!("{mode} map 2 MiB, map")).context("no map of 2 MiB pages");
+    let ratio = map("cdev")? / map("container")?;
+    context.note(format!("cdev maps 2 MiB pages in {ratio:.3} of container's instructions"));
+    Ok(())
+}
