@@ -277,7 +277,8 @@ impl<'a> Control<'a> {
         let Some(open) = &mut port.open else { return };
         port.tried = Instant::now();
         let (memory, sizes, pairs) = self.rings;
-        match open.port.start_pairs(memory.of(open), &mut self.cache, sizes, pairs) {
+        let mut near = self.cache.pool().cache_near(memory.node_of(open));
+        match open.port.start_pairs(memory.of(open), &mut near, sizes, pairs) {
             Ok(queues) => self.queues.put_port(number, queues),
             Err(error) => return tracing::debug!("port {number} stays down: {error}"),
         }
