@@ -27,6 +27,17 @@ pub(crate) struct ReportArgs {
     html: Option<PathBuf>,
 }
 
+/// Merge recordings and print them
+#[derive(clap::Args, Debug)]
+pub(crate) struct MergeArgs {
+    /// Recordings of the other subcommands
+    #[arg(required = true, value_name = "IN.json")]
+    pub(crate) recordings: Vec<PathBuf>,
+    /// Also write rows and environments as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+}
+
 /// Prints and writes the report; packets that do not add up are an error, after everything is written.
 pub(crate) fn report(args: &ReportArgs) -> Result<()> {
     report_to(args, &mut stdout(), stdout().is_terminal())

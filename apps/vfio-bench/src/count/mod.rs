@@ -4,30 +4,18 @@ mod run;
 mod text;
 
 use std::io::{Write, stdout};
-use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 use vireo_eal::{Error, Result};
 
 use crate::record::Environment;
-use crate::report::{read, write_json};
+use crate::report::{MergeArgs, read, write_json};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Run(run::RunArgs),
-    Report(ReportArgs),
-}
-
-/// Merge recordings and print them
-#[derive(Args, Debug)]
-pub(crate) struct ReportArgs {
-    /// Recordings of `count run`
-    #[arg(required = true, value_name = "IN.json")]
-    recordings: Vec<PathBuf>,
-    /// Also write rows and environments as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    Report(MergeArgs),
 }
 
 /// What was counted in one boot.
@@ -79,7 +67,7 @@ pub(crate) fn count(command: &Command) -> Result<()> {
     }
 }
 
-fn report(args: &ReportArgs) -> Result<()> {
+fn report(args: &MergeArgs) -> Result<()> {
     let recordings = args.recordings.iter().map(|path| read(path)).collect::<Result<Vec<Recording>>>()?;
     let (environment, counted): (_, Vec<_>) =
         recordings.into_iter().map(|recording| (recording.environment, recording.rows)).unzip();

@@ -6,32 +6,20 @@ mod run;
 mod waterfall;
 
 use std::io::{Write, stdout};
-use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 use serde::Serialize;
 use vireo_eal::{Error, Result};
 
 use crate::record::Environment;
-use crate::report::{read, write_json};
+use crate::report::{MergeArgs, read, write_json};
 use phases::{Recording, Row};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Run(run::RunArgs),
     Eal(eal::EalArgs),
-    Report(ReportArgs),
-}
-
-/// Merge recordings and print them
-#[derive(Args, Debug)]
-pub(crate) struct ReportArgs {
-    /// Recordings of `start run` and `start eal`
-    #[arg(required = true, value_name = "IN.json")]
-    recordings: Vec<PathBuf>,
-    /// Also write rows and environments as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    Report(MergeArgs),
 }
 
 /// What is written as JSON.
@@ -50,7 +38,7 @@ pub(crate) fn start(command: &Command) -> Result<()> {
     }
 }
 
-fn report(args: &ReportArgs) -> Result<()> {
+fn report(args: &MergeArgs) -> Result<()> {
     let recordings = args.recordings.iter().map(|path| read(path)).collect::<Result<Vec<Recording>>>()?;
     stdout()
         .write_all(waterfall::text(&recordings).as_bytes())
