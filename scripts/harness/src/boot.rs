@@ -92,9 +92,10 @@ impl Session {
         limit: Duration,
         mut say: impl FnMut(String),
     ) -> std::result::Result<Report, Lost> {
-        let ended = |error: &dyn std::fmt::Display| Lost::Ended(error.to_string());
-        let line = serde_json::to_string(request).map_err(|error| ended(&error))? + "\n";
-        self.host.write_all(line.as_bytes()).map_err(|error| ended(&error))?;
+        let line = serde_json::to_string(request).map_err(|error| Lost::Ended(error.to_string()))? + "\n";
+        if let Err(error) = self.host.write_all(line.as_bytes()) {
+            return Err(Lost::Ended(format!("{error}\n{}", self.last_words())));
+        }
         let until = Instant::now() + limit;
         loop {
             match self.answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
@@ -102,11 +103,15 @@ impl Session {
                 Ok(Answer::Progress(line)) => say(line),
                 Ok(Answer::Ready(_)) => {}
                 Err(RecvTimeoutError::Timeout) => return Err(Lost::Hung),
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Lost::Ended(tail(&self.dir.path().join("lab.log"), 10)));
-                }
+                Err(RecvTimeoutError::Disconnected) => return Err(Lost::Ended(self.last_words())),
             }
         }
+    }
+
+    /// What the lab says of a guest that ended.
+    fn last_words(&mut self) -> String {
+        await_end(&mut self.lab);
+        tail(&self.dir.path().join("lab.log"), 10)
     }
 
     /// Reports what a guest that hangs is doing: the processors' registers from QEMU, the end of the kernel's log, the
@@ -183,6 +188,15 @@ fn end(lab: &mut Child) {
     let _ = lab.wait();
 }
 
+/// Gives a lab whose guest is gone the time to end, because its message is complete then. The caller ends a lab that runs
+/// on.
+fn await_end(lab: &mut Child) {
+    let until = Instant::now() + SILENCE;
+    while matches!(lab.try_wait(), Ok(None)) && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Waits for QEMU's socket, which comes after the build of the programs and of the kernel, and then for the agent's first
 /// word.
 fn connect(
@@ -218,11 +232,7 @@ fn connect(
         Ok(other) => Err(anyhow!("the agent began with {other:?}")),
         Err(RecvTimeoutError::Timeout) => Err(anyhow!("the agent did not answer in {} s", START.as_secs())),
         Err(RecvTimeoutError::Disconnected) => {
-            // The lab's message is complete when the lab has ended. The caller ends a lab that runs on.
-            let until = Instant::now() + SILENCE;
-            while matches!(lab.try_wait(), Ok(None)) && Instant::now() < until {
-                std::thread::sleep(Duration::from_millis(20));
-            }
+            await_end(lab);
             Err(anyhow!("the guest ended before its first word"))
         }
     }

@@ -22,12 +22,9 @@ fn interrupts(context: &Context, mode: &str, nic: Nic) -> Result<()> {
         Nic::E1000e => &["Intx", "Msi", "Msix"],
     };
     let said = program(context, "interrupts", &format!("{} {mode}", nic.bdf(Role::FwdRx)))?.expect(0)?.stdout;
-    let mut found: Vec<&str> =
-        said.lines().filter_map(|line| line.split_once(':')).map(|(kind, _)| kind).collect();
-    found.dedup();
+    let found: Vec<&str> = said.lines().filter_map(|line| line.strip_suffix(": by software")).collect();
     ensure!(found == kinds, "{found:?}, not {kinds:?}");
     for kind in kinds {
-        ensure!(said.contains(&format!("{kind}: by software")), "no {kind} by software");
         ensure!(*kind != "Msix" || said.contains("Msix: fewer vectors"), "vectors were not replaced");
         // QEMU 7.2 does not survive an MSI-X interrupt of an e1000e that is switched off soon after.
         if nic != Nic::VirtioNet && *kind != "Msix" {
