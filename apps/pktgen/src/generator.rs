@@ -78,7 +78,8 @@ pub struct Outcome {
     pub first: Option<u64>,
     /// From the first frame sent to the last one received.
     pub elapsed: Duration,
-    /// Nanoseconds from sending to receiving.
+    /// Nanoseconds from when a frame was due to its arrival. With a rate, frame *n* is due *n* ÷ rate after the start, also if
+    /// the window, the queue or this process kept it back; without one, it is due when it is written.
     pub latency: Histogram<u64>,
 }
 
@@ -243,11 +244,21 @@ impl State<'_> {
         due as usize
     }
 
+    /// When a frame was to be sent, in ticks of the TSC.
+    fn due_at(&self, sequence: u64) -> u64 {
+        let now = Tsc::now();
+        self.stream.rate.map_or(now, |rate| {
+            let nanos = sequence as f64 / rate * 1e9;
+            (self.start + Tsc::from_nanos(nanos as u64)).min(now)
+        })
+    }
+
     fn send<T: TxBurst>(&mut self, due: usize, tx: &mut T, cache: &mut PoolCache) -> usize {
         while self.burst.len() < due {
             let Some(buffer) = cache.allocate() else { break };
             let Stream { run, destination, source, ref sizes, .. } = *self.stream;
-            let tag = Tag { run, sequence: self.sent + self.burst.len() as u64, ticks: Tsc::now() };
+            let sequence = self.sent + self.burst.len() as u64;
+            let tag = Tag { run, sequence, ticks: self.due_at(sequence) };
             let bytes = &mut self.bytes[..frame::length(sizes, tag.sequence)];
             frame::write(bytes, destination, source, tag);
             let mut packet = Packet::new(buffer, bytes.len());

@@ -6,16 +6,25 @@ use vireo_eal::mem::{Backing, Region};
 
 use super::*;
 
-/// A wire that loses its first frames.
+/// A wire that refuses its first bursts, and loses the first frames that it takes.
 struct Into {
     wire: Sender<Vec<u8>>,
     to_lose: usize,
+    to_refuse: usize,
+    /// When it refused the first time, and the last, in ticks of the TSC.
+    refused: Option<(u64, u64)>,
 }
 
 struct Out(Receiver<Vec<u8>>);
 
 impl TxBurst for Into {
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        if let Some(left) = self.to_refuse.checked_sub(1) {
+            self.to_refuse = left;
+            let now = Tsc::now();
+            self.refused = Some((self.refused.map_or(now, |(first, _)| first), now));
+            return 0;
+        }
         let sent = burst.len();
         for packet in burst.drain(..) {
             let mut frame = vec![0; packet.len()];
@@ -50,28 +59,54 @@ impl RxBurst for Out {
     }
 }
 
-/// Waits for the path for `patience`, then sends 1000 frames.
-fn send(to_lose: usize, patience: Duration) -> Result<Outcome> {
+/// Runs `body` with the two ends of a wire that refuses bursts at first and then loses frames.
+fn on_a_wire<T>(
+    to_lose: usize,
+    to_refuse: usize,
+    body: impl FnOnce((&mut Into, &mut PoolCache), (&mut Out, &mut PoolCache), &StopFlag) -> Result<T>,
+) -> Result<T> {
     const BUFFERS: u32 = 1024;
     let region = Region::new(2 * Pool::bytes(BUFFERS), Backing::SmallPages)?;
     let memory = DmaMemory::map(region, &[])?;
     let (to_send, back) = (Pool::new(&memory, BUFFERS)?, Pool::new(&memory, BUFFERS)?);
-    let (mut to_send, mut back) = (to_send.cache(), back.cache());
     let (wire, end) = channel();
-    let (mut tx, mut rx) = (Into { wire, to_lose }, Out(end));
-    let stream = Stream {
+    let (mut tx, mut rx) = (Into { wire, to_lose, to_refuse, refused: None }, Out(end));
+    body((&mut tx, &mut to_send.cache()), (&mut rx, &mut back.cache()), &StopFlag::new())
+}
+
+fn stream(rate: Option<f64>, count: u64) -> Stream {
+    Stream {
         run: 7,
         destination: MacAddr([2, 0, 0, 0, 0, 1]),
         source: MacAddr([2, 0, 0, 0, 0, 2]),
         expect: None,
         sizes: 60..=60,
-        rate: None,
+        rate,
         window: 128,
-        end: End::Count(1000),
-    };
-    let stop = StopFlag::new();
-    await_path(&stream, patience, (&mut tx, &mut to_send), (&mut rx, &mut back), &stop)?;
-    run(&stream, (&mut tx, &mut to_send), (&mut rx, &mut back), &stop)
+        end: End::Count(count),
+    }
+}
+
+/// Waits for the path for `patience`, then sends 1000 frames.
+fn send(to_lose: usize, patience: Duration) -> Result<Outcome> {
+    let stream = stream(None, 1000);
+    on_a_wire(to_lose, 0, |tx, rx, stop| {
+        await_path(&stream, patience, (tx.0, tx.1), (rx.0, rx.1), stop)?;
+        run(&stream, tx, rx, stop)
+    })
+}
+
+#[test]
+fn latency_is_measured_from_when_a_frame_was_due() {
+    let (outcome, waited) = on_a_wire(0, 10_000, |tx, rx, stop| {
+        let outcome = run(&stream(Some(1e6), 10), (&mut *tx.0, tx.1), rx, stop)?;
+        Ok((outcome, tx.0.refused.map(|(first, last)| Tsc::to_nanos(last - first))))
+    })
+    .unwrap();
+    assert!(outcome.is_clean());
+    // The histogram has three digits.
+    let (most, waited) = (outcome.latency.max(), waited.unwrap());
+    assert!(most * 100 >= waited * 99, "{most} and {waited} ns");
 }
 
 #[test]
