@@ -1,43 +1,57 @@
 # shellcheck shell=bash
-# The main job: one benchmark in two boots, because a device is offered without an IOMMU only where there is none.
+# The main job: each benchmark in two boots, because a device is offered without an IOMMU only where there is none.
+
+# What disturbed the machine, as arguments of the report.
+COMPARE_DISTURBANCES=()
 
 lab_compare() {
     local report=()
-    compare_boots compare run
+    compare_prepare compare
+    compare_counted
+    compare_boots timed run "${COMMAND[@]}"
     [[ -z $OPT_JSON ]] || report+=(--json "$OPT_JSON")
     [[ -z $OPT_HTML ]] || report+=(--html "$OPT_HTML")
-    "$(programs_find vireo-vfio-bench)" report "$OPT_SHARE/iommu.json" "$OPT_SHARE/noiommu.json" "${report[@]}"
+    "$(programs_find vireo-vfio-bench)" report "$OPT_SHARE"/timed-{iommu,noiommu}.json \
+        --counted "$OPT_SHARE/counted-iommu.json" --counted "$OPT_SHARE/counted-noiommu.json" \
+        "${COMPARE_DISTURBANCES[@]}" "${report[@]}"
 }
 
-# The same boots with a clock that counts instructions and jumps over waiting: QEMU's -icount, which only software emulation
-# has. Two virtual CPUs would take turns, and each count the other's.
 lab_count() {
     local report=()
-    [[ -z $OPT_HTML ]] || fail "lab count writes no HTML" "lab count --json FILE"
-    OPT_CPUS=1
-    OPT_ACCEL=tcg
-    OPT_ICOUNT=1
-    QEMU_EXTRA+=(-icount 'shift=0,sleep=off')
-    compare_boots count count run
+    [[ -z $OPT_HTML ]] || fail "lab count writes no HTML" "lab compare --html FILE"
+    compare_prepare count
+    compare_counted "${COMMAND[@]}"
     [[ -z $OPT_JSON ]] || report+=(--json "$OPT_JSON")
-    "$(programs_find vireo-vfio-bench)" count report "$OPT_SHARE/iommu.json" "$OPT_SHARE/noiommu.json" "${report[@]}"
+    "$(programs_find vireo-vfio-bench)" count report "$OPT_SHARE"/counted-{iommu,noiommu}.json "${report[@]}"
 }
 
-# compare_boots NAME WORD...: vfio-bench WORD... with and without an IOMMU; recordings are in OPT_SHARE.
-compare_boots() {
+compare_prepare() {
     OPT_TIMEOUT=${OPT_TIMEOUT:-1800}
     guest_prepare "$1"
-    shift
     if [[ -z $OPT_SHARE ]]; then
         OPT_SHARE="$WORK/share"
         mkdir "$OPT_SHARE"
     fi
-    [[ -z $OPT_NICS_GIVEN ]] || COMMAND+=(--nics "$OPT_NICS")
+}
+
+# A clock that counts instructions and jumps over waiting: QEMU's -icount, which only software emulation has. Two virtual
+# CPUs would take turns, and each count the other's.
+compare_counted() {
+    # shellcheck disable=SC2034 # read by what compare_boots calls
+    local OPT_CPUS=1 OPT_ICOUNT=1 ACCEL=tcg QEMU_EXTRA=("${QEMU_EXTRA[@]}" -icount 'shift=0,sleep=off')
+    compare_boots counted count run "$@"
+}
+
+# compare_boots NAME WORD...: vfio-bench WORD... with and without an IOMMU; the recordings are NAME-* in OPT_SHARE.
+compare_boots() {
+    local name=$1
+    shift
+    [[ -z $OPT_NICS_GIVEN ]] || set -- "$@" --nics "$OPT_NICS"
 
     OPT_IOMMU=1
-    compare_boot iommu container,cdev,compat "$@"
+    compare_boot "$name-iommu" container,cdev,compat "$@"
     OPT_IOMMU=
-    compare_boot noiommu "$(compare_noiommu_modes)" "$@"
+    compare_boot "$name-noiommu" "$(compare_noiommu_modes)" "$@"
 }
 
 compare_noiommu_modes() {
@@ -51,13 +65,31 @@ compare_noiommu_modes() {
 # compare_boot BOOT MODES WORD...: what the benchmark prints on the way is progress; the only thing on our stdout is the
 # table at the end.
 compare_boot() {
-    local boot=$1 modes=$2 machine="--kernel $OPT_KERNEL --timeout $OPT_TIMEOUT"
+    local boot=$1 modes=$2 machine="--kernel $OPT_KERNEL --timeout $OPT_TIMEOUT" since=$SECONDS before
     shift 2
     [[ -n $OPT_IOMMU ]] || machine+=" --no-iommu"
     [[ -z $OPT_ICOUNT ]] || machine+=" --cpus 1 --accel tcg --qemu-arg -icount --qemu-arg shift=0,sleep=off"
     say "boot '$boot': $modes"
-    guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench "$@" --json "/share/$boot.json" --modes "$modes" "${COMMAND[@]}" >&2
+    before=$(compare_ticks_of_others)
+    guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench "$@" --json "/share/$boot.json" --modes "$modes" >&2
     ((GUEST_STATUS == 0)) ||
         fail "boot '$boot': $GUEST_ERROR (guest kernel's log: $GUEST_LOG)" \
-            "lab run $machine -- vfio-bench $* --json /dev/stdout --modes $modes${COMMAND[*]:+ ${COMMAND[*]}}"
+            "lab run $machine -- vfio-bench $* --json /dev/stdout --modes $modes"
+    [[ -n $OPT_ICOUNT ]] || compare_disturbance "$boot" $((SECONDS - since)) $(($(compare_ticks_of_others) - before))
+}
+
+# Clock ticks of all CPUs that went to programs other than this one and what it has run.
+compare_ticks_of_others() {
+    local all own
+    read -r -a all </proc/stat
+    read -r -a own </proc/$$/stat
+    # user, nice, system, irq, softirq, steal; of our children, user and system.
+    echo $((all[1] + all[2] + all[3] + all[6] + all[7] + all[8] - own[15] - own[16]))
+}
+
+# compare_disturbance BOOT SECONDS TICKS: notes what other programs took, if it was a third of a CPU or more.
+compare_disturbance() {
+    local tenths=$((10 * $3 / ($(getconf CLK_TCK) * ($2 + 1))))
+    ((tenths >= 3)) || return 0
+    COMPARE_DISTURBANCES+=(--disturbance "boot '$1': other programs of the host used $((tenths / 10)).$((tenths % 10)) of its $(nproc) CPUs")
 }

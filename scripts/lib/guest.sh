@@ -19,13 +19,13 @@ guest_estimate() {
         ((least += 5, most += 16))
         parts+=("kernel 5 to 16")
     fi
-    if [[ ${1:-} == count ]]; then
+    if [[ ${1:-} == @(count|compare) ]]; then
         ((least += 1, most += 3))
         parts+=("counts 1 to 3")
     fi
     if [[ ${1:-} == compare ]]; then
-        ((least += 6, most += 9))
-        parts+=("comparison 6 to 9")
+        ((least += 8, most += 12))
+        parts+=("times 8 to 12")
     fi
     ((${#parts[@]})) || return 0
     printf -v parts '%s, ' "${parts[@]}"

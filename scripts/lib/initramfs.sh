@@ -52,6 +52,7 @@ initramfs_add_programs() {
 # A measurement says where it was made; the guest cannot know.
 initramfs_environment() {
     echo "export VIREO_LAB_ACCEL=$(shell_quote "$ACCEL")"
+    echo "export VIREO_LAB_COMMAND=$(shell_quote "$LAB_COMMAND")"
     echo "export VIREO_LAB_QEMU=$(shell_quote "$(qemu_version)")"
     echo "export VIREO_LAB_HOST_CPU=$(shell_quote "$(sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo)")"
     echo "export VIREO_LAB_HOST_CPUS=$(nproc)"

@@ -42,7 +42,7 @@ pub(crate) fn environment(rounds: u32) -> Result<Environment> {
         ("host cpus", lab("HOST_CPUS")),
         ("date", lab("DATE").or_else(|| now.map(|date| date.trim().to_owned()))),
         ("rounds", Some(rounds.to_string())),
-        ("command", Some(std::env::args().collect::<Vec<_>>().join(" "))),
+        ("command", lab("COMMAND").or_else(|| Some(std::env::args().collect::<Vec<_>>().join(" ")))),
     ];
     Ok(Environment(facts.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()))
 }

@@ -8,6 +8,7 @@ mod dma_proof;
 mod environment;
 mod findings;
 mod html;
+mod machine;
 mod measure;
 mod native;
 mod plot;
@@ -15,6 +16,7 @@ mod process;
 mod record;
 mod report;
 mod run;
+mod selftest;
 mod start;
 mod stats;
 mod table;
@@ -40,6 +42,7 @@ struct Cli {
 enum Command {
     Run(run::RunArgs),
     Report(report::ReportArgs),
+    Selftest(selftest::SelftestArgs),
     Native(native::NativeArgs),
     DmaProof(dma_proof::DmaProofArgs),
     /// Count the instructions that each mode takes, in a guest whose clock counts them
@@ -55,6 +58,7 @@ fn run() -> Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => report::report(&args),
+        Command::Selftest(args) => selftest::selftest(&args),
         Command::Native(args) => native::native(&args),
         Command::DmaProof(args) => dma_proof::dma_proof(&args),
         Command::Count(command) => count::count(&command),

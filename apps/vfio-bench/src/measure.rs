@@ -22,6 +22,7 @@ use vireo_l2fwd::forward::{AnyLane, Lane, PairCounts, ethernet, forward_any};
 use vireo_pktgen::frame::SHORTEST;
 use vireo_pktgen::generator::{self, End, Expect, KNOCKS, Outcome, Stream};
 
+use crate::machine::Watch;
 use crate::record::{Latency, MapTime, Run};
 use crate::run::kind;
 
@@ -170,6 +171,7 @@ pub(crate) fn measure(
     stop: &StopFlag,
 ) -> Result<Run> {
     pin_to(limits.generator)?;
+    let watch = Watch::begin();
     let mut side = Side::start(bus, [&wiring.sender, &wiring.receiver], mode, true)?;
     let began = Tsc::now();
     let (forwarded, streams) = beside(
@@ -179,42 +181,30 @@ pub(crate) fn measure(
     let Stopped { ports: generator_ports, mut drops, .. } = side.stop("generator")?;
     let Forwarded { stopped: forwarder, phases } = forwarded;
     drops.extend(forwarder.drops);
-    let map = match forwarder.ports.first().and_then(|open| open.space.as_ref()) {
-        Some(space) => {
-            time_map(space, &Arc::new(Region::new(limits.map_bytes, Backing::HugeMemfd)?), Call::Map)?
-        }
-        None => None,
-    };
     drop((generator_ports, forwarder.ports));
     let ms = |name: &str| phases.get(name).map_or(0.0, |took| took.as_secs_f64() * 1e3);
     let [first, rate, latency] = &streams;
-    let at = |quantile| latency.latency.value_at_quantile(quantile);
+    let counts = latency.latency.iter_recorded();
     Ok(Run {
         nic: wiring.nic.to_owned(),
         mode: mode.name().to_owned(),
         round: 0,
         pair: String::new(),
         forward_pps: rate.rate(),
-        latency_ns: Latency {
-            p50: at(0.5),
-            p99: at(0.99),
-            p999: at(0.999),
-            max: latency.latency.max(),
-            count: latency.latency.len(),
-        },
+        latency_ns: Latency::from(&latency.latency),
+        latency_counts: counts
+            .map(|step| (step.value_iterated_to(), step.count_since_last_iteration()))
+            .collect(),
         open_ms: ms("open"),
         bind_ms: ms("bind"),
         attach_ms: ms("attach"),
         start_map_ms: ms("map"),
-        map_ms: map.as_ref().map_or(0.0, |map| map.map_ms),
-        map_bytes: map.as_ref().map_or(0, |map| map.bytes),
-        map_ioctls: map.as_ref().map_or(0, |map| map.map_ioctls),
-        unmap_ms: map.as_ref().map_or(0.0, |map| map.unmap_ms),
         first_packet_ms: first.first.map_or(0.0, |at| Tsc::to_nanos(at.saturating_sub(began)) as f64 / 1e6),
         sent: streams.iter().map(|stream| stream.sent).sum(),
         received: streams.iter().map(|stream| stream.received).sum(),
         doorbells: forwarder.doorbells,
         drops,
+        machine: Some(watch.end()),
     })
 }
 
@@ -419,12 +409,12 @@ pub(crate) fn map_times(
     bus: &Bus,
     wiring: &Wiring,
     mode: VfioMode,
-    limits: &Limits,
+    regions: &[(&'static str, Arc<Region>)],
     round: u32,
 ) -> Result<Vec<MapTime>> {
     let vfio = Vfio::new(None);
     let device = bus.open(&wiring.inner[0], &vfio, mode)?;
-    let times = map_table(device.vfio().space(), &regions(limits.map_bytes)?)?;
+    let times = map_table(device.vfio().space(), regions)?;
     Ok(times.into_iter().map(|time| MapTime { mode: mode.name().to_owned(), round, ..time }).collect())
 }
 

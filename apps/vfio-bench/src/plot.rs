@@ -8,6 +8,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::compare::{Comparison, MODES, MapRow, Metric, Pair, Row, Verdict};
+use crate::stats::{Interval, median};
 use crate::words::{change, rate_unit, three};
 
 const INK: RGBColor = RGBColor(0x1F, 0x29, 0x33);
@@ -159,71 +160,103 @@ fn layout<T>(rows: &[T], group: impl Fn(&T) -> &str) -> (Vec<i32>, i32) {
     (places, y + ROW / 2 + 2)
 }
 
-/// Bars per NIC and mode, with the interval of the median.
+/// Powers of ten, their doubles and fives, from `low` to `high`, as logarithms with names.
+fn decades(low: f64, high: f64) -> Vec<(f64, String)> {
+    let all = (-9..12).flat_map(|power| [1.0, 2.0, 5.0].map(|times| times * 10f64.powi(power)));
+    let inside = all.filter(|value| (low..=high).contains(&value.log10()));
+    inside.map(|value| (value.log10(), short(value))).collect()
+}
+
+/// A logarithmic scale for positive `values`.
+fn logarithmic(values: impl Iterator<Item = f64> + Clone) -> Scale {
+    let logs = values.filter(|value| *value > 0.0).map(f64::log10);
+    let (low, high) =
+        logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), log| (low.min(log), high.max(log)));
+    let (low, high) = if low > high { (0.0, 1.0) } else { (low, high.max(low + 0.3)) };
+    let edge = (high - low) * 0.04;
+    Scale { from: low - edge, to: high + edge, pixels: (LEFT, RIGHT) }
+}
+
+/// A point for each sample and a bar at their median.
+fn samples(
+    f: &mut Figure<'_>,
+    scale: &Scale,
+    y: i32,
+    (samples, median): (&[f64], f64),
+    ink: RGBColor,
+    strength: f64,
+) {
+    for sample in samples.iter().filter(|sample| **sample > 0.0) {
+        f.draw(&Circle::new((scale.at(sample.log10()), y), 3, ink.mix(strength * 0.5).filled()));
+    }
+    if median > 0.0 {
+        let x = scale.at(median.log10());
+        f.bar((x - 1, x + 2), (y - 7, y + 7), ink.mix(strength));
+    }
+    f.text((WIDTH, y), &three(median), HPos::Right, 12, INK);
+}
+
+/// Every round's rate by NIC and mode.
 pub(crate) fn forwarding(rows: &[Row]) -> Result<String> {
-    let top = rows.iter().map(|r| r.forward_pps_interval.high).fold(0.0, f64::max);
-    let (unit, name) = rate_unit(top);
-    let scale = Scale { from: 0.0, to: top * 1.08 / unit, pixels: (300, 8) };
-    let nics: Vec<&[Row]> = rows.chunk_by(|a, b| a.nic == b.nic).collect();
-    let left = 56;
-    figure(334, |f| {
-        for (tick, name) in scale.ticks(5.0) {
-            f.line((left, scale.at(tick)), (WIDTH, scale.at(tick)), GRID, 1);
-            f.text((left - 10, scale.at(tick)), &name, HPos::Right, 12, MUTED);
+    let (unit, name) = rate_unit(rows.iter().map(|row| row.forward_pps).fold(0.0, f64::max));
+    let scale = logarithmic(rows.iter().flat_map(|row| &row.forward_samples).map(|pps| pps / unit));
+    let (places, bottom) = layout(rows, |row| &row.nic);
+    figure(bottom + 28, |f| {
+        f.grid(&scale, &decades(scale.from, scale.to), (0, bottom), name);
+        let mut last = String::new();
+        for (row, y) in rows.iter().zip(&places) {
+            f.names(*y, &row.nic, &row.label, &mut last);
+            let scaled: Vec<f64> = row.forward_samples.iter().map(|pps| pps / unit).collect();
+            samples(f, &scale, *y, (&scaled, row.forward_pps / unit), color(&row.mode), 1.0);
         }
-        f.text((0, 14), name, HPos::Left, 12, MUTED);
-        let room = (WIDTH - left) / nics.len().max(1) as i32;
-        for (i, of_nic) in (0..).zip(&nics) {
-            let middle = left + room * i + room / 2;
-            let step = (room - 40).min(74 * of_nic.len() as i32) / of_nic.len() as i32;
-            let start = middle - step * of_nic.len() as i32 / 2;
-            f.text((middle, 320), &of_nic[0].nic, HPos::Center, 14, INK);
-            for (j, row) in (0..).zip(of_nic.iter()) {
-                let x = (start + step * j + 4, start + step * (j + 1) - 4);
-                let y = |pps: f64| scale.at(pps / unit);
-                f.bar(x, (y(row.forward_pps), scale.at(0.0)), color(&row.mode));
-                let (middle, ends) = ((x.0 + x.1) / 2, row.forward_pps_interval);
-                f.line((middle, y(ends.low)), (middle, y(ends.high)), INK, 1);
-                for end in [ends.low, ends.high] {
-                    f.line((middle - 4, y(end)), (middle + 4, y(end)), INK, 1);
-                }
-                f.text((middle, y(ends.high) - 10), &three(row.forward_pps / unit), HPos::Center, 12, INK);
-            }
-        }
-        f.line((left, scale.at(0.0)), (WIDTH, scale.at(0.0)), MUTED, 1);
     })
 }
 
-/// Ratio of forwarding rates of every pair, its interval, and the noise floor as a band.
-pub(crate) fn differences(comparison: &Comparison) -> Result<String> {
-    let pairs: Vec<&Pair> = comparison.pairs.iter().filter(|p| p.metric == Metric::ForwardPps).collect();
-    let reach = |p: &&Pair| p.ratio.reach().max(p.noise.unwrap_or(0.0));
-    let widest = pairs.iter().map(reach).fold(0.005, f64::max) * 1.08;
-    let from = if widest < 1.0 { 1.0 - widest } else { 0.0 };
-    let scale = Scale { from, to: 1.0 + widest, pixels: (LEFT + 30, RIGHT) };
-    let (places, bottom) = layout(&pairs, |p| &p.nic);
+/// Farthest ratio up and down that the figure of ratios shows: one wide interval leaves the others readable.
+const FARTHEST: f64 = 2.0;
+
+/// Ratio of every pair with its interval, and the margin as a band.
+pub(crate) fn ratios(comparison: &Comparison, metric: Metric) -> Result<String> {
+    let pairs: Vec<&Pair> = comparison.pairs.iter().filter(|pair| pair.metric == metric).collect();
+    let margin = 1.0 + comparison.family.margin;
+    let ends = |pair: &Pair| {
+        let interval = pair.interval.unwrap_or(Interval { low: pair.ratio, high: pair.ratio });
+        [interval.low, pair.ratio, interval.high].map(f64::ln)
+    };
+    let reach =
+        pairs.iter().flat_map(|pair| ends(pair)).fold(margin.ln() * 1.5, |reach, end| reach.max(end.abs()));
+    let reach = reach.min(FARTHEST.ln()) * 1.04;
+    let scale = Scale { from: -reach, to: reach, pixels: (LEFT + 30, RIGHT) };
+    let (places, bottom) = layout(&pairs, |pair| &pair.subject);
     figure(bottom + 28, |f| {
-        for (p, y) in pairs.iter().zip(&places) {
-            if let Some(noise) = p.noise {
-                f.bar((scale.at(1.0 - noise), scale.at(1.0 + noise)), (y - ROW / 2, y + ROW / 2), BAND);
+        f.bar((scale.at(-margin.ln()), scale.at(margin.ln())), (0, bottom), BAND);
+        let round = [-50, -40, -30, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 30, 50, 75, 100];
+        let ticks = round.map(|percent| (f64::from(percent) / 100.0).ln_1p());
+        let mut shown: Vec<(f64, String)> = Vec::new();
+        for tick in ticks.into_iter().filter(|tick| tick.abs() <= reach) {
+            let far = shown.last().is_none_or(|(last, _)| scale.at(tick) - scale.at(*last) > 36);
+            if far {
+                shown.push((tick, change(tick.exp())));
             }
         }
-        let percents =
-            Scale { from: (scale.from - 1.0) * 100.0, to: (scale.to - 1.0) * 100.0, pixels: scale.pixels };
-        let signed = |(t, name): (f64, String)| match t {
-            t if t > 0.0 => (t, format!("+{name}")),
-            t => (t, name.replace('-', "−")),
-        };
-        let ticks: Vec<_> = percents.ticks(12.0).into_iter().map(signed).collect();
-        f.grid(&percents, &ticks, (0, bottom), "%");
-        f.line((scale.at(1.0), 0), (scale.at(1.0), bottom), MUTED, 1);
+        f.grid(&scale, &shown, (0, bottom), "%");
+        f.line((scale.at(0.0), 0), (scale.at(0.0), bottom), MUTED, 1);
         let mut last = String::new();
-        for (p, y) in pairs.iter().zip(&places) {
-            f.names(*y, &p.nic, &format!("{} / {}", p.mode, p.baseline), &mut last);
-            let ink = if p.verdict == Verdict::Differs { color_of(comparison, p) } else { MUTED };
-            f.line((scale.at(p.ratio.low), *y), (scale.at(p.ratio.high), *y), ink, 2);
-            f.dot((scale.at(p.ratio.median), *y), 4, ink, p.verdict == Verdict::NotInterleaved);
-            f.text((WIDTH, *y), &format!("{} %", change(p.ratio.median)), HPos::Right, 12, ink);
+        for (pair, y) in pairs.iter().zip(&places) {
+            f.names(*y, &pair.subject, &format!("{} / {}", pair.mode, pair.baseline), &mut last);
+            let ink = if pair.verdict == Verdict::Differs { color_of(comparison, pair) } else { MUTED };
+            let [low, ratio, high] = ends(pair);
+            let clipped = |end: f64| scale.at(end.clamp(-reach, reach));
+            f.line((clipped(low), *y), (clipped(high), *y), ink, 2);
+            for (end, to) in [(low, -5), (high, 5)].into_iter().filter(|(end, _)| end.abs() > reach) {
+                let tip = clipped(end);
+                f.line((tip - to, y - 4), (tip, *y), ink, 2);
+                f.line((tip - to, y + 4), (tip, *y), ink, 2);
+            }
+            if ratio.abs() <= reach {
+                f.dot((scale.at(ratio), *y), 4, ink, pair.verdict == Verdict::NotInterleaved);
+            }
+            f.text((WIDTH, *y), &format!("{} %", change(pair.ratio)), HPos::Right, 12, ink);
         }
     })
 }
@@ -239,9 +272,7 @@ pub(crate) fn latency(rows: &[Row]) -> Result<String> {
     let low = rows.iter().map(|r| us(r.latency_ns.p50)).fold(f64::INFINITY, f64::min);
     let high = rows.iter().map(|r| us(r.latency_ns.max)).fold(low + 0.5, f64::max);
     let scale = Scale { from: low - 0.1, to: high + 0.1, pixels: (LEFT, RIGHT) };
-    let decades = (-3..8).flat_map(|d| [1.0, 2.0, 5.0].map(|m| m * 10f64.powi(d)));
-    let inside = decades.filter(|t| (scale.from..=scale.to).contains(&t.log10()));
-    let ticks: Vec<(f64, String)> = inside.map(|t| (t.log10(), short(t))).collect();
+    let ticks = decades(scale.from, scale.to);
     let (places, bottom) = layout(rows, |r| &r.nic);
     figure(bottom + 28, |f| {
         f.grid(&scale, &ticks, (0, bottom), "µs");
@@ -261,8 +292,10 @@ pub(crate) fn latency(rows: &[Row]) -> Result<String> {
 
 /// Phases of the start, end to end.
 pub(crate) fn start(rows: &[Row]) -> Result<String> {
-    let longest = rows.iter().map(|r| r.first_packet_ms).fold(1e-3, f64::max);
-    let scale = Scale { from: 0.0, to: longest, pixels: (LEFT, RIGHT) };
+    // One slow row must not squeeze the others.
+    let all: Vec<f64> = rows.iter().map(|row| row.first_packet_ms).collect();
+    let longest = all.iter().copied().fold(1e-3, f64::max).min(3.0 * median(&all).unwrap_or(1.0).max(1e-3));
+    let scale = Scale { from: 0.0, to: longest, pixels: (LEFT, RIGHT - 60) };
     let ticks = scale.ticks(6.0);
     let (places, bottom) = layout(rows, |r| &r.nic);
     figure(bottom + 28, |f| {
@@ -274,8 +307,13 @@ pub(crate) fn start(rows: &[Row]) -> Result<String> {
             let steps = [row.open_ms, row.bind_ms, row.attach_step_ms, row.start_map_ms];
             let rest = (row.first_packet_ms - steps.iter().sum::<f64>()).max(0.0);
             for (ms, (_, ink)) in steps.into_iter().chain([rest]).zip(PHASES) {
-                f.bar((scale.at(done), scale.at(done + ms)), (y - 8, y + 8), ink);
+                let [from, to] = [done, done + ms].map(|end| scale.at(end.min(longest)));
+                f.bar((from, to), (y - 8, y + 8), ink);
                 done += ms;
+            }
+            if done > longest {
+                f.bar((scale.at(longest) - 10, scale.at(longest) - 6), (y - 8, y + 8), PAPER);
+                done = longest;
             }
             let total = format!("{} ms", three(row.first_packet_ms));
             f.text((scale.at(done) + 8, *y), &total, HPos::Left, 12, INK);
@@ -285,24 +323,20 @@ pub(crate) fn start(rows: &[Row]) -> Result<String> {
 
 /// Map above unmap for every mode and call; all rows are of one page size.
 pub(crate) fn maps(rows: &[&MapRow]) -> Result<String> {
-    let longest =
-        rows.iter().map(|r| r.map_ms_per_gib.high.max(r.unmap_ms_per_gib.high)).fold(1e-6, f64::max);
-    let scale = Scale { from: 0.0, to: longest, pixels: (LEFT, RIGHT) };
-    let ticks = scale.ticks(6.0);
+    let scale = logarithmic(rows.iter().flat_map(|row| row.samples.iter().flatten()).copied());
     let height = 2 * ROW - 10;
     let bottom = rows.len() as i32 * height + 4;
     figure(bottom + 28, |f| {
-        f.grid(&scale, &ticks, (0, bottom), "ms/GiB");
+        f.grid(&scale, &decades(scale.from, scale.to), (0, bottom), "ms/GiB");
         for (top, row) in (0..).step_by(height as usize).zip(rows) {
             f.text((0, top + height / 2), &row.call, HPos::Left, 13, INK);
             f.text((NAMES, top + height / 2), &row.label, HPos::Left, 13, INK);
             let ink = color(&row.mode);
-            for (y, time, strength) in
-                [(top + 5, row.map_ms_per_gib, 1.0), (top + 20, row.unmap_ms_per_gib, 0.45)]
+            let times = [row.map_ms_per_gib, row.unmap_ms_per_gib];
+            for (((y, time), of), strength) in
+                [top + 10, top + 27].into_iter().zip(times).zip(&row.samples).zip([1.0, 0.55])
             {
-                f.bar((LEFT, scale.at(time.median)), (y, y + 13), ink.mix(strength));
-                f.line((scale.at(time.low), y + 6), (scale.at(time.high), y + 6), INK, 1);
-                f.text((scale.at(time.high) + 8, y + 6), &three(time.median), HPos::Left, 12, INK);
+                samples(f, &scale, y, (of, time), ink, strength);
             }
         }
     })

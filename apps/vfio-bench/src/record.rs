@@ -1,24 +1,54 @@
 //! What `run` writes and `report` reads: one recording per boot.
 
+mod file;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
+use hdrhistogram::Histogram;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+pub(crate) use file::{Recorder, read};
+
 /// Everything measured in one boot.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Recording {
     /// Where it was measured.
     pub(crate) environment: Environment,
-    /// In the order in which they were run; the pairing relies on it.
+    /// How; none in recordings of Vireo before 0.2, whose rounds had a fixed order.
+    #[serde(default)]
+    pub(crate) plan: Option<Plan>,
+    /// In the order in which they were run.
     pub(crate) runs: Vec<Run>,
-    /// The DMA-map table.
+    /// DMA map and unmap of a region.
     #[serde(default)]
     pub(crate) maps: Vec<MapTime>,
     /// What the NICs do without a forwarder.
     #[serde(default)]
     pub(crate) ceilings: Vec<Ceiling>,
+    /// Why it ended after the rounds that it has; none if it did not end in order.
+    #[serde(default)]
+    pub(crate) end: Option<String>,
+}
+
+/// What a recording was asked to do.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct Plan {
+    /// Names of the modes.
+    pub(crate) modes: Vec<String>,
+    /// The order of each round is drawn from it.
+    pub(crate) seed: u64,
+    /// Rounds at least.
+    pub(crate) rounds: u32,
+    /// After these, rounds are added until each interval is as narrow as this: 0.05 reads "5 % up and down".
+    pub(crate) width: f64,
+    /// Or until the recording has taken so many seconds.
+    pub(crate) limit: f64,
+    /// Length of a stream, in seconds.
+    pub(crate) stream: f64,
+    /// Size of the region that is mapped, in MiB.
+    pub(crate) map_mib: u32,
 }
 
 /// One stream from a sender straight to the NIC that its wire ends at.
@@ -26,6 +56,9 @@ pub(crate) struct Recording {
 pub(crate) struct Ceiling {
     /// `virtio-net`, `e1000` or `e1000e`.
     pub(crate) nic: String,
+    /// Number of the round, from 0.
+    #[serde(default)]
+    pub(crate) round: u32,
     /// Packets received per second.
     pub(crate) pps: f64,
 }
@@ -38,6 +71,14 @@ impl Environment {
     /// Value of a key, if it was recorded.
     pub(crate) fn get(&self, key: &str) -> Option<&str> {
         self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+    }
+
+    /// The first fact that tells that `other` is of another machine.
+    pub(crate) fn other_machine(&self, other: &Self) -> Option<String> {
+        let differs = |key: &&str| self.get(key) != other.get(key);
+        let key = ["host cpu", "host cpus", "cpu", "cpus", "accelerator"].into_iter().find(differs)?;
+        let value = |of: &Self| of.get(key).unwrap_or("unknown").to_owned();
+        Some(format!("{key} {} and {}", value(self), value(other)))
     }
 }
 
@@ -68,7 +109,7 @@ impl<'de> Deserialize<'de> for Environment {
 }
 
 /// One start, stream and stop of the forwarder on one NIC in one mode.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Run {
     /// `virtio-net`, `e1000` or `e1000e`.
     pub(crate) nic: String,
@@ -76,12 +117,15 @@ pub(crate) struct Run {
     pub(crate) mode: String,
     /// Number of the round, from 0.
     pub(crate) round: u32,
-    /// Interleaved comparison that the run belongs to; [`Run::NOISE`] when one mode runs against itself.
+    /// [`Run::COMPARED`], or [`Run::TWIN`] for a second run of a mode in the round, which is compared with the first.
     pub(crate) pair: String,
     /// Packets forwarded per second.
     pub(crate) forward_pps: f64,
     /// Latency from sender to receiver.
     pub(crate) latency_ns: Latency,
+    /// All of its values, each with its count; none in recordings of Vireo before 0.2.
+    #[serde(default)]
+    pub(crate) latency_counts: Vec<(u64, u64)>,
     /// Opening group and container, or cdev and iommufd.
     pub(crate) open_ms: f64,
     /// `VFIO_DEVICE_BIND_IOMMUFD`; 0 where the mode has no such step.
@@ -93,14 +137,6 @@ pub(crate) struct Run {
     pub(crate) start_map_ms: f64,
     /// From the start of `open` to the first packet forwarded: the phases above are part of it.
     pub(crate) first_packet_ms: f64,
-    /// Mapping a region by itself, for the cost per GiB.
-    pub(crate) map_ms: f64,
-    /// Size of this region; 0 where the mode maps nothing.
-    pub(crate) map_bytes: u64,
-    /// Calls that the mapping took.
-    pub(crate) map_ioctls: u64,
-    /// Unmapping it.
-    pub(crate) unmap_ms: f64,
     /// Packets that the generator sent.
     pub(crate) sent: u64,
     /// Packets that came back.
@@ -110,11 +146,16 @@ pub(crate) struct Run {
     pub(crate) doorbells: u64,
     /// Counters of lost packets by name, each counted where the packet was lost.
     pub(crate) drops: BTreeMap<String, u64>,
+    /// What the machine did besides.
+    #[serde(default)]
+    pub(crate) machine: Option<Machine>,
 }
 
 impl Run {
-    /// [`Run::pair`] of the runs that measure the noise floor.
-    pub(crate) const NOISE: &str = "A/A";
+    /// [`Run::pair`] of the run of each mode in each round.
+    pub(crate) const COMPARED: &str = "modes";
+    /// [`Run::pair`] of the one that is more.
+    pub(crate) const TWIN: &str = "A/A";
 
     /// Sum of the named counters.
     pub(crate) fn dropped(&self) -> u64 {
@@ -152,6 +193,19 @@ impl Run {
     }
 }
 
+/// How much of itself the machine gave to a run.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub(crate) struct Machine {
+    /// Steps per microsecond of a loop of additions, just before the run.
+    pub(crate) speed: f64,
+    /// Time that a hypervisor gave to others (`steal` of `/proc/stat`), in milliseconds, on all CPUs.
+    pub(crate) steal_ms: f64,
+    /// Time in which some thread waited for a CPU (`/proc/pressure/cpu`), in milliseconds.
+    pub(crate) pressure_ms: f64,
+    /// How often a thread of this process lost its CPU to another.
+    pub(crate) preemptions: u64,
+}
+
 /// Percentiles of one run's latency, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Latency {
@@ -167,8 +221,15 @@ pub(crate) struct Latency {
     pub(crate) count: u64,
 }
 
+impl From<&Histogram<u64>> for Latency {
+    fn from(histogram: &Histogram<u64>) -> Self {
+        let at = |quantile| histogram.value_at_quantile(quantile);
+        Self { p50: at(0.5), p99: at(0.99), p999: at(0.999), max: histogram.max(), count: histogram.len() }
+    }
+}
+
 /// One map and unmap of a region of memory, without a NIC's traffic.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct MapTime {
     /// Name of the VFIO mode.
     pub(crate) mode: String,

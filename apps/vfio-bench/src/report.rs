@@ -5,13 +5,20 @@ use std::io::{BufReader, ErrorKind as IoKind, IsTerminal, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process;
 
+use clap::ArgAction;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::compare::Comparison;
-use crate::record::Recording;
-use crate::{html, table};
+use crate::record::{self, Environment, Recording};
+use crate::run::percent;
+use crate::{count, html, table};
+
+/// Modes whose ratio is certain to be within this of 1 are called the same, unless an argument says otherwise.
+pub(crate) const MARGIN: f64 = 0.05;
+/// Version of the JSON report.
+const SCHEMA: u32 = 2;
 
 /// Merges recordings of several boots and prints what they say about the modes.
 #[derive(clap::Args, Debug)]
@@ -19,12 +26,60 @@ pub(crate) struct ReportArgs {
     /// Recordings that `run` wrote, one per boot
     #[arg(required = true, value_name = "IN.json")]
     recordings: Vec<PathBuf>,
-    /// Also writes rows, pairs, maps, environment and noise floor as JSON
+    /// What `count run` wrote, one per boot: instructions beside the times
+    #[arg(long, value_name = "FILE", action = ArgAction::Append)]
+    counted: Vec<PathBuf>,
+    /// Modes that differ by less than this, up and down, are called the same
+    #[arg(long, value_name = "PERCENT", default_value_t = MARGIN * 100.0, value_parser = percent)]
+    margin: f64,
+    /// What else disturbed the recording, as whoever started it knows
+    #[arg(long, value_name = "TEXT", action = ArgAction::Append)]
+    disturbance: Vec<String>,
+    /// Takes recordings that do not end in order, as far as they go
+    #[arg(long)]
+    partial: bool,
+    /// Also writes everything as JSON: environment, counted, timed, raw, disturbances
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Also writes a page with plots that needs nothing else, not even a network
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+}
+
+/// Everything that a report knows.
+#[derive(Serialize)]
+pub(crate) struct Report {
+    schema: u32,
+    /// Of the timed boots, then of the counted ones.
+    pub(crate) environment: Vec<Environment>,
+    pub(crate) counted: Vec<count::Row>,
+    pub(crate) timed: Comparison,
+    /// The recordings, whole.
+    raw: Vec<Recording>,
+    /// What the machine did besides while it was timed.
+    disturbances: Vec<String>,
+}
+
+impl Report {
+    pub(crate) fn of(
+        raw: Vec<Recording>,
+        counted: Vec<count::Recording>,
+        margin: f64,
+        disturbances: &[String],
+    ) -> Self {
+        let mut timed = Comparison::of(&raw, margin);
+        timed.disturbances.extend_from_slice(disturbances);
+        let timed_boots = raw.iter().map(|recording| recording.environment.clone());
+        let counted_boots = counted.iter().map(|recording| recording.environment.clone());
+        Self {
+            schema: SCHEMA,
+            environment: timed_boots.chain(counted_boots).collect(),
+            counted: counted.into_iter().flat_map(|recording| recording.rows).collect(),
+            disturbances: timed.disturbances.clone(),
+            timed,
+            raw,
+        }
+    }
 }
 
 /// Merge recordings and print them
@@ -45,29 +100,43 @@ pub(crate) fn report(args: &ReportArgs) -> Result<()> {
 
 /// [`report`], printing to `out`, with rules around the tables if that is a terminal.
 pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool) -> Result<()> {
-    let recordings = args.recordings.iter().map(|path| read(path)).collect::<Result<Vec<Recording>>>()?;
-    if recordings.iter().all(|r| r.runs.is_empty() && r.maps.is_empty()) {
+    let raw =
+        args.recordings.iter().map(|path| record::read(path, args.partial)).collect::<Result<Vec<_>>>()?;
+    if raw.iter().all(|r| r.runs.is_empty() && r.maps.is_empty()) {
         let why = "the recordings hold no runs";
         return Err(
             Error::new(ErrorKind::Usage, "nothing to report", why).mend("record with: run --json FILE")
         );
     }
-    let comparison = Comparison::of(&recordings);
+    for (path, recording) in args.recordings.iter().zip(&raw).skip(1) {
+        if let Some(difference) = raw[0].environment.other_machine(&recording.environment) {
+            let what =
+                format!("cannot report {} and {} together", args.recordings[0].display(), path.display());
+            return Err(Error::new(
+                ErrorKind::Usage,
+                what,
+                format!("they are of two machines: {difference}"),
+            )
+            .mend("make a report of each"));
+        }
+    }
+    let counted = args.counted.iter().map(|path| read(path)).collect::<Result<_>>()?;
+    let report = Report::of(raw, counted, args.margin / 100.0, &args.disturbance);
     if let Some(path) = &args.json {
-        write_json(path, &comparison)?;
+        write_json(path, &report)?;
     }
     if let Some(path) = &args.html {
-        write(path, &html::page(&comparison)?)?;
+        write(path, &html::page(&report)?)?;
     }
-    match out.write_all(table::text(&comparison, terminal).as_bytes()) {
+    match out.write_all(table::text(&report, terminal).as_bytes()) {
         // `report … | head` has seen enough.
         Err(e) if e.kind() != IoKind::BrokenPipe => return Err(Error::io("cannot print the report", &e)),
         _ => {}
     }
-    match comparison.problems.as_slice() {
+    match report.timed.problems.as_slice() {
         [] => Ok(()),
         [first, ..] => {
-            let what = format!("packets do not add up in {} run(s)", comparison.problems.len());
+            let what = format!("packets do not add up in {} run(s)", report.timed.problems.len());
             Err(Error::new(ErrorKind::Protocol, what, first)
                 .mend("the rows marked ! prove nothing; run again"))
         }

@@ -1,6 +1,7 @@
 //! `vfio-bench run`: measures every mode on every NIC of this machine, interleaved.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -8,14 +9,19 @@ use vireo_bus_pci::{Bus, PciInfo};
 use vireo_drivers::ports::driver_of;
 use vireo_eal::args::allowed_cpus;
 use vireo_eal::bdf::Bdf;
+use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::StopFlag;
+use vireo_eal::mem::Region;
 use vireo_eal::program::note;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
 
+use crate::compare::Comparison;
 use crate::environment::environment;
-use crate::measure::{Limits, Wiring, map_times, measure, null_forwarder};
-use crate::record::{Ceiling, Recording, Run};
+use crate::measure::{Limits, Wiring, map_times, measure, null_forwarder, regions};
+use crate::record::{Ceiling, Plan, Recorder, Recording, Run};
+use crate::report::MARGIN;
+use crate::stats::Random;
 
 /// Measure VFIO modes on this machine's NICs and write a recording
 #[derive(Debug, Args)]
@@ -33,12 +39,24 @@ pub(crate) struct RunArgs {
     /// first two and the last two are connected
     #[arg(long, value_name = "A,B,C,D", conflicts_with = "nics")]
     ports: Vec<String>,
-    /// Rounds; each runs every mode once
-    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Rounds at least; each runs every mode once, in an order drawn at random, and one of them twice
+    #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+    /// Add rounds until every interval is as narrow as this, up and down
+    #[arg(long, value_name = "PERCENT", default_value_t = 5.0, value_parser = percent)]
+    width: f64,
+    /// Or until so many seconds have gone by
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = seconds)]
+    limit: Duration,
     /// Seconds that each stream lasts; there are two in a run
-    #[arg(long, value_name = "SECONDS", default_value = "0.4", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "0.2", value_parser = seconds)]
     seconds: Duration,
+    /// Seed of the random orders; by default another one each time
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Go on with the recording in FILE after its last whole round
+    #[arg(long)]
+    resume: bool,
     /// Size of the region whose mapping is timed, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     map_mib: u32,
@@ -51,6 +69,14 @@ pub(crate) fn seconds(text: &str) -> std::result::Result<Duration, String> {
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
         .filter(|time| !time.is_zero())
         .ok_or_else(|| "it is no number of seconds above 0".into())
+}
+
+/// A part above 0, which an argument gives in per cent.
+pub(crate) fn percent(text: &str) -> std::result::Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|percent: &f64| percent.is_finite() && *percent > 0.0)
+        .ok_or_else(|| "it is no number of per cent above 0".into())
 }
 
 /// Who runs where.
@@ -86,53 +112,118 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let Cores { generator, forwarder, .. } = Cores::of_this_process()?;
     let limits =
         Limits { generator, forwarder, stream: args.seconds, map_bytes: (args.map_mib as usize) << 20 };
-    let mut recording = Recording {
-        environment: environment(args.rounds)?,
-        runs: Vec::new(),
-        maps: Vec::new(),
-        ceilings: Vec::new(),
+    let plan = Plan {
+        modes: args.modes.iter().map(|mode| mode.name().to_owned()).collect(),
+        seed: args.seed.unwrap_or_else(Tsc::now),
+        rounds: args.rounds,
+        width: args.width / 100.0,
+        limit: args.limit.as_secs_f64(),
+        stream: args.seconds.as_secs_f64(),
+        map_mib: args.map_mib,
     };
-    let total = args.rounds as usize * wirings.len() * (args.modes.len() + 2);
+    let here = environment(args.rounds)?;
+    let mut recorder = if args.resume {
+        Recorder::resume(&args.json, &here, &plan)?
+    } else {
+        Recorder::begin(&args.json, here, plan)?
+    };
+    // The same pages in all modes: how far they are scattered decides what they cost.
+    let regions = regions(limits.map_bytes)?;
+    let bench = Bench { bus: &bus, wirings, modes: &args.modes, limits, regions, stop };
     let begin = Instant::now();
-    for round in 0..args.rounds {
-        for wiring in &wirings {
-            for (pair, mode) in schedule(&args.modes, round) {
-                let mut run = measure(&bus, wiring, mode, &limits, &stop)?;
+    let first = recorder.recording.runs.iter().map(|run| run.round + 1).max().unwrap_or(0);
+    for round in first.. {
+        bench.record(round, &mut recorder)?;
+        let seconds = begin.elapsed().as_secs_f64();
+        let (end, so_far) = enough(&recorder.recording, round + 1, seconds);
+        note(&format!("round {} {seconds:.0} s: {so_far}", round + 1));
+        if let Some(end) = end {
+            return recorder.end(end);
+        }
+    }
+    Ok(())
+}
+
+/// What rounds are made of.
+struct Bench<'a> {
+    bus: &'a Bus,
+    wirings: Vec<Wiring>,
+    modes: &'a [VfioMode],
+    limits: Limits,
+    regions: Vec<(&'static str, Arc<Region>)>,
+    stop: StopFlag,
+}
+
+impl Bench<'_> {
+    /// Every NIC in every mode, and every mode's mapping, each in an order of this round.
+    fn record(&self, round: u32, recorder: &mut Recorder) -> Result<()> {
+        let Self { bus, wirings, modes, limits, regions, stop } = self;
+        let mut random = order_of(&recorder.recording, round);
+        for wiring in wirings {
+            for (pair, mode) in schedule(modes, round, &mut random) {
+                let run = measure(bus, wiring, mode, limits, stop)?;
                 if stop.is_set() {
-                    return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came"));
+                    return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
+                        .mend("go on with the same arguments and --resume"));
                 }
-                (run.round, run.pair) = (round, pair.to_owned());
-                recording.runs.push(run);
-                let (number, seconds) = (recording.runs.len(), begin.elapsed().as_secs_f64());
-                let noise = if pair == Run::NOISE { " (noise)" } else { "" };
-                note(&format!("{number}/{total} {} {mode}{noise} {seconds:.0} s", wiring.nic));
+                recorder.run(Run { round, pair: pair.to_owned(), ..run })?;
             }
-            if let Some(&mode) = args.modes.first() {
-                let pps = null_forwarder(&bus, wiring, mode, &limits, &stop)?;
-                recording.ceilings.push(Ceiling { nic: wiring.nic.to_owned(), pps });
+            if let Some(&mode) = modes.first() {
+                let pps = null_forwarder(bus, wiring, mode, limits, stop)?;
+                recorder.ceiling(Ceiling { nic: wiring.nic.to_owned(), round, pps })?;
             }
         }
         if let Some(wiring) = wirings.first() {
-            for &mode in &args.modes {
-                recording.maps.extend(map_times(&bus, wiring, mode, &limits, round)?);
+            let mut modes = modes.to_vec();
+            random.shuffle(&mut modes);
+            for mode in modes {
+                map_times(bus, wiring, mode, regions, round)?
+                    .into_iter()
+                    .try_for_each(|map| recorder.map(map))?;
             }
         }
+        Ok(())
     }
-    let text = serde_json::to_vec(&recording)
-        .map_err(|error| Error::new(ErrorKind::Protocol, "cannot encode the recording", error.to_string()))?;
-    std::fs::write(&args.json, text)
-        .map_err(|error| Error::io(format!("cannot write {}", args.json.display()), &error))
 }
 
-/// The order of one round: forwards and backwards in turn (A B, B A), so that a drift of the machine's
-/// speed touches all modes alike; and one mode twice, for the noise.
-fn schedule(modes: &[VfioMode], round: u32) -> Vec<(&'static str, VfioMode)> {
-    let mut order: Vec<_> = modes.iter().map(|mode| ("modes", *mode)).collect();
-    if !round.is_multiple_of(2) {
-        order.reverse();
-    }
-    let noise = modes.iter().cycle().nth(round as usize).map(|mode| (Run::NOISE, *mode));
-    noise.into_iter().chain(noise).chain(order).collect()
+/// Random numbers of a round, which do not depend on what was done before it.
+fn order_of(recording: &Recording, round: u32) -> Random {
+    let seed = recording.plan.as_ref().map_or(0, |plan| plan.seed);
+    Random(seed.wrapping_add(u64::from(round).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+}
+
+/// Whether `rounds` in so many seconds are enough, and why; and how far they have come. The width of the intervals decides,
+/// and never what they show.
+pub(crate) fn enough(recording: &Recording, rounds: u32, seconds: f64) -> (Option<String>, String) {
+    let Some(plan) = &recording.plan else { return (None, String::new()) };
+    let widest = Comparison::of(std::slice::from_ref(recording), MARGIN).widest();
+    let so_far = if widest.is_finite() {
+        format!("the widest interval is ±{} %", crate::words::percent(widest))
+    } else {
+        "too few for an interval".to_owned()
+    };
+    let end = match rounds {
+        _ if rounds < plan.rounds => None,
+        _ if widest <= plan.width => Some(format!(
+            "after {rounds} rounds, every interval within ±{} %",
+            crate::words::round(plan.width)
+        )),
+        _ if seconds >= plan.limit => {
+            Some(format!("after {rounds} rounds, at the limit of {} s; {so_far}", plan.limit))
+        }
+        _ => None,
+    };
+    (end, so_far)
+}
+
+/// One round: every mode once, and one of them twice for the comparison of a mode with itself, in random order. A pair of
+/// modes then stands either way round with the same probability, whatever the machine does, which is all that the intervals
+/// assume.
+pub(crate) fn schedule<T: Copy>(modes: &[T], round: u32, random: &mut Random) -> Vec<(&'static str, T)> {
+    let twin = modes.iter().cycle().nth(round as usize).map(|mode| (Run::TWIN, *mode));
+    let mut order: Vec<_> = modes.iter().map(|mode| (Run::COMPARED, *mode)).chain(twin).collect();
+    random.shuffle(&mut order);
+    order
 }
 
 /// The four NICs named in `ports`, or those of each kind in `nics`, or of every kind of which there are four;
@@ -207,13 +298,18 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn rounds_run_forwards_and_backwards() {
+    fn a_round_has_every_mode_once_and_each_mode_has_a_twin_in_turn() {
         let modes = [VfioMode::Container, VfioMode::Cdev];
-        let order = |round| schedule(&modes, round).into_iter().map(|(_, mode)| mode).collect::<Vec<_>>();
-        use VfioMode::{Cdev, Container};
-        assert_eq!(order(0), [Container, Container, Container, Cdev]);
-        assert_eq!(order(1), [Cdev, Cdev, Cdev, Container]);
-        assert_eq!(schedule(&modes, 0)[0].0, Run::NOISE);
+        let (mut random, mut orders) = (Random(1), std::collections::BTreeMap::new());
+        for round in 0..3000 {
+            let order = schedule(&modes, round, &mut random);
+            let of = |kind| order.iter().filter(move |(pair, _)| *pair == kind).map(|(_, mode)| *mode);
+            assert_eq!(of(Run::TWIN).collect::<Vec<_>>(), [modes[round as usize % 2]]);
+            let compared: Vec<_> = of(Run::COMPARED).collect();
+            assert_eq!(compared.len(), 2);
+            *orders.entry(compared[0].name()).or_insert(0) += 1;
+        }
+        assert!(orders.len() == 2 && orders.values().all(|count| (1400..1600).contains(count)), "{orders:?}");
     }
 
     const E1000: &str = "100e";

@@ -1,18 +1,13 @@
-//! Medians and their uncertainty.
+//! Medians, ratios of paired values, and intervals that assume nothing of how values are distributed.
 
 use serde::Serialize;
 
-/// Fewest pairs that can carry a 95 % interval of a median: the whole range of *n* values covers it with
-/// probability 1 - 2^(1-n), and that passes 95 % at six.
-pub(crate) const FEWEST_PAIRS: usize = 6;
+/// Probability that every interval of a report holds the true value, all of them together.
+pub(crate) const CONFIDENCE: f64 = 0.95;
 
-const RESAMPLES: usize = 2000;
-
-/// A median and its bootstrap 95 % interval.
+/// Ends of an interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Interval {
-    /// Median of the values.
-    pub(crate) median: f64,
     /// Lower end.
     pub(crate) low: f64,
     /// Upper end.
@@ -20,50 +15,102 @@ pub(crate) struct Interval {
 }
 
 impl Interval {
-    /// Interval of the median of `values`; `None` without values.
-    pub(crate) fn of(values: &[f64]) -> Option<Self> {
-        let mut rng = SplitMix64(SEED);
-        Some(Self::between(median(values)?, || rng.median_of_resample(values)))
+    /// Order-statistic interval of the median of `values`, which fails with probability `1 - CONFIDENCE` at most; none if
+    /// there are fewer than six.
+    pub(crate) fn of_median(values: &[f64]) -> Option<Self> {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        // Of n values, the number below the median is binomial.
+        let halves = 0.5_f64.powi(i32::try_from(sorted.len()).ok()?);
+        let mut binomial = halves;
+        let chances = (0..sorted.len()).map(|below| {
+            let chance = binomial;
+            binomial *= (sorted.len() - below) as f64 / (below + 1) as f64;
+            chance
+        });
+        Self::between(&sorted, cut(chances, 1.0 - CONFIDENCE)?)
     }
 
-    /// Interval of the ratio of the medians of two unpaired samples.
-    pub(crate) fn of_unpaired(a: &[f64], b: &[f64]) -> Option<Self> {
-        let mut rng = SplitMix64(SEED);
-        let ratio = median(b)? / median(a)?;
-        Some(Self::between(ratio, || rng.median_of_resample(b) / rng.median_of_resample(a)))
+    /// Leaves out `cut` values at each end.
+    fn between(sorted: &[f64], cut: usize) -> Option<Self> {
+        let high = sorted.len().checked_sub(cut + 1)?;
+        Some(Self { low: *sorted.get(cut)?, high: sorted[high] })
     }
 
-    fn between(median: f64, mut resample: impl FnMut() -> f64) -> Self {
-        let mut medians: Vec<f64> = (0..RESAMPLES).map(|_| resample()).collect();
-        medians.sort_by(f64::total_cmp);
-        Self { median, low: medians[RESAMPLES / 40], high: medians[RESAMPLES - 1 - RESAMPLES / 40] }
+    /// Whether all of it lies within `margin` of 1, up and down by the same factor.
+    pub(crate) fn is_within(&self, margin: f64) -> bool {
+        self.low >= 1.0 / (1.0 + margin) && self.high <= 1.0 + margin
     }
 
-    /// How far the interval reaches from "no change".
-    pub(crate) fn reach(&self) -> f64 {
-        (self.low - 1.0).abs().max((self.high - 1.0).abs())
-    }
-
-    /// Whether "no change" is outside of the interval.
+    /// Whether 1 is outside of it.
     pub(crate) fn excludes_one(&self) -> bool {
         self.low > 1.0 || self.high < 1.0
     }
+}
+
+/// Ratio of paired values, from their logarithms: the Hodges-Lehmann estimate, and the interval of Wilcoxon's signed-rank
+/// test at level `alpha`; 1 and none if there is no pair, and no interval if there are fewer than [`fewest_pairs`].
+///
+/// The interval is exact if a pair's logarithm is as likely to be `d + x` as `d - x` around the true `d`. A schedule that
+/// draws the order of each round at random makes that so, whatever the machine does meanwhile.
+pub(crate) fn ratio(logs: &[f64], alpha: f64) -> (f64, Option<Interval>) {
+    let mut averages: Vec<f64> = Vec::with_capacity(logs.len() * (logs.len() + 1) / 2);
+    for (at, one) in logs.iter().enumerate() {
+        averages.extend(logs[at..].iter().map(|other| f64::midpoint(*one, *other)));
+    }
+    averages.sort_by(f64::total_cmp);
+    let interval = cut(signed_rank(logs.len()).into_iter(), alpha)
+        .and_then(|cut| Interval::between(&averages, cut))
+        .map(|ends| Interval { low: ends.low.exp(), high: ends.high.exp() });
+    (median_of_sorted(&averages).unwrap_or(0.0).exp(), interval)
+}
+
+/// Fewest pairs that carry an interval at level `alpha`: all of *n* pairs lie on one side with probability 2^(1-n).
+pub(crate) fn fewest_pairs(alpha: f64) -> usize {
+    (1.0 - alpha.log2()).ceil() as usize
+}
+
+/// Values that can be left out at each end at level `alpha`, where `chances` are the probabilities of 0, 1, … of them; none
+/// if even the whole range is too narrow.
+fn cut(chances: impl Iterator<Item = f64>, alpha: f64) -> Option<usize> {
+    let mut sum = 0.0;
+    let fitting = chances.take_while(|chance| {
+        sum += chance;
+        sum <= alpha / 2.0
+    });
+    fitting.count().checked_sub(1)
+}
+
+/// Probabilities of the rank sums 0, 1, … of `pairs` pairs, of which each counts or not by the toss of a coin.
+fn signed_rank(pairs: usize) -> Vec<f64> {
+    let mut chances = vec![0.0; pairs * (pairs + 1) / 2 + 1];
+    chances[0] = 1.0;
+    for rank in 1..=pairs {
+        for sum in (0..chances.len()).rev() {
+            let with = if sum >= rank { chances[sum - rank] } else { 0.0 };
+            chances[sum] = f64::midpoint(chances[sum], with);
+        }
+    }
+    chances
 }
 
 /// Median; `None` without values.
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
+    median_of_sorted(&sorted)
+}
+
+fn median_of_sorted(sorted: &[f64]) -> Option<f64> {
     let high = *sorted.get(sorted.len() / 2)?;
     Some(if sorted.len() % 2 == 1 { high } else { f64::midpoint(sorted[sorted.len() / 2 - 1], high) })
 }
 
-// Fixed, so that the same recordings give the same report.
-const SEED: u64 = 0x5eed_0f5a_fe0f_5eed;
+/// Random numbers from a seed that is kept with what was made of them (`SplitMix64`).
+#[derive(Clone, Debug)]
+pub(crate) struct Random(pub(crate) u64);
 
-struct SplitMix64(u64);
-
-impl SplitMix64 {
+impl Random {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -71,10 +118,16 @@ impl SplitMix64 {
         z ^ (z >> 31)
     }
 
-    fn median_of_resample(&mut self, values: &[f64]) -> f64 {
-        let n = values.len() as u64;
-        let picked: Vec<f64> = values.iter().map(|_| values[(self.next() % n) as usize]).collect();
-        median(&picked).unwrap_or(f64::NAN)
+    /// From 0 to 1, without 1.
+    pub(crate) fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// Puts `items` in an order of which each is equally likely.
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            items.swap(last, (self.unit() * (last + 1) as f64) as usize);
+        }
     }
 }
 
@@ -89,27 +142,51 @@ mod tests {
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
     }
 
+    /// Tables of the binomial distribution: the 95 % interval of six values is their range, that of nine leaves out one
+    /// at each end, that of 20 five.
     #[test]
-    fn the_interval_holds_the_median_and_is_the_same_every_time() {
-        let values: Vec<f64> = (0..15).map(|i| 1.0 + f64::from(i) / 100.0).collect();
-        let interval = Interval::of(&values).unwrap();
-        assert_eq!(interval.median, 1.07);
-        assert!(interval.low > 1.0 && interval.low < 1.07, "{interval:?}");
-        assert!(interval.high < 1.14 && interval.high > 1.07, "{interval:?}");
-        assert_eq!(Interval::of(&values), Some(interval));
+    fn the_interval_of_a_median_is_between_two_of_the_values() {
+        let values = |n: u32| (1..=n).map(f64::from).collect::<Vec<_>>();
+        assert_eq!(Interval::of_median(&values(5)), None);
+        assert_eq!(Interval::of_median(&values(6)), Some(Interval { low: 1.0, high: 6.0 }));
+        assert_eq!(Interval::of_median(&values(9)), Some(Interval { low: 2.0, high: 8.0 }));
+        assert_eq!(Interval::of_median(&values(20)), Some(Interval { low: 6.0, high: 15.0 }));
+    }
+
+    /// Tables of the signed-rank test: at 5 %, two-sided, the critical value of 6 pairs is 0, of 10 it is 8, of 20 it is 52.
+    #[test]
+    fn the_interval_of_a_ratio_is_that_of_the_signed_rank_test() {
+        for (pairs, critical) in [(6, 0), (10, 8), (20, 52)] {
+            assert_eq!(cut(signed_rank(pairs).into_iter(), 0.05), Some(critical), "{pairs}");
+        }
+        assert_eq!(cut(signed_rank(5).into_iter(), 0.05), None);
+        assert_eq!((fewest_pairs(0.05), fewest_pairs(0.05 / 60.0)), (6, 12));
+        let six = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6];
+        let (estimate, interval) = ratio(&six, 0.05);
+        assert!((estimate.ln() - 0.35).abs() < 1e-12);
+        let interval = interval.unwrap();
+        assert!((interval.low.ln() - 0.1).abs() < 1e-12 && (interval.high.ln() - 0.6).abs() < 1e-12);
+        assert_eq!(ratio(&six, 0.01).1, None);
+        assert_eq!(ratio(&[], 0.05), (1.0, None));
     }
 
     #[test]
-    fn an_interval_of_one_value_is_that_value() {
-        assert_eq!(Interval::of(&[2.0]), Some(Interval { median: 2.0, low: 2.0, high: 2.0 }));
-        assert_eq!(Interval::of_unpaired(&[2.0], &[3.0]).unwrap().median, 1.5);
-        assert_eq!(Interval::of(&[]), None);
+    fn margins_reach_as_far_down_as_up() {
+        let within = |low, high| Interval { low, high }.is_within(0.25);
+        assert!(within(0.8, 1.25) && !within(0.79, 1.0) && !within(1.0, 1.26));
+        assert!(Interval { low: 1.01, high: 2.0 }.excludes_one());
+        assert!(!Interval { low: 1.0, high: 2.0 }.excludes_one());
     }
 
     #[test]
-    fn reach_is_the_farther_end() {
-        let interval = Interval { median: 1.0, low: 0.97, high: 1.02 };
-        assert!((interval.reach() - 0.03).abs() < 1e-12 && !interval.excludes_one());
-        assert!(Interval { median: 1.1, low: 1.01, high: 1.2 }.excludes_one());
+    fn each_order_comes_equally_often() {
+        let (mut random, mut seen) = (Random(7), std::collections::BTreeMap::new());
+        for _ in 0..60_000 {
+            let mut order = [0, 1, 2, 3];
+            random.shuffle(&mut order);
+            *seen.entry(order).or_insert(0) += 1;
+        }
+        assert_eq!(seen.len(), 24);
+        assert!(seen.values().all(|count| (2300..2700).contains(count)), "{seen:?}");
     }
 }

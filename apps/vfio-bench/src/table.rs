@@ -5,15 +5,18 @@ use std::fmt::Write;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use crate::compare::{Comparison, Metric, Row};
+use crate::count;
 use crate::findings::headlines;
 use crate::record::Environment;
+use crate::report::Report;
 use crate::stats::Interval;
-use crate::words::{percent, rate_unit, shared_facts, size, thousands, three};
+use crate::words::{changes, rate_unit, round, shared_facts, size, thousands, three};
 
 const WIDTH: usize = 100;
 
 /// All of it as text; `lines` draws the tables with rules, which only a terminal wants.
-pub(crate) fn text(comparison: &Comparison, lines: bool) -> String {
+pub(crate) fn text(report: &Report, lines: bool) -> String {
+    let comparison = &report.timed;
     let mut out = String::new();
     let mut section = |title: &str, body: String| {
         if !body.trim().is_empty() {
@@ -21,26 +24,53 @@ pub(crate) fn text(comparison: &Comparison, lines: bool) -> String {
         }
     };
     section("Environment", environment(&comparison.environment));
+    if !report.counted.is_empty() {
+        section("Counted", count::text(&report.counted));
+    }
+    section("THE MACHINE WAS DISTURBED", bullets("  ! ", &comparison.disturbances));
+    for (title, sentences) in headlines(comparison) {
+        section(title, bullets("  ", &sentences));
+    }
+    section("What these claims rest on", basis(comparison));
     section(
-        "Noise floor (A/A: one mode against itself, 95 % interval of the median)",
-        noise(comparison, lines),
-    );
-    section(
-        "Forwarding and latency (median over rounds; doorbells for each packet; packets are sums)",
+        "Forwarding and latency (medians of rounds; latency and packets of all rounds; doorbells per packet)",
         forwarding(comparison, lines),
     );
     section(
         "Null forwarder (sender straight to the NIC at the end of its wire: the devices' own ceiling)",
         ceilings(comparison, lines),
     );
-    section("Start-up and DMA map (median over rounds)", start(comparison, lines));
-    section("DMA map and unmap alone (median over rounds)", maps(comparison, lines));
+    section("Start-up (medians of rounds)", start(comparison, lines));
+    section("DMA map and unmap (medians of rounds)", maps(comparison, lines));
+    section("Each mode against itself (intervals that should all hold 0)", self_checks(comparison, lines));
     section("Lost packets by counter", drops(comparison));
-    for (title, sentences) in headlines(comparison) {
-        section(title, sentences.iter().map(|s| wrap("  ", s)).collect());
-    }
-    section("PACKETS DO NOT ADD UP", comparison.problems.iter().map(|p| wrap("  ! ", p)).collect());
+    section("PACKETS DO NOT ADD UP", bullets("  ! ", &comparison.problems));
     out
+}
+
+fn bullets(head: &str, sentences: &[String]) -> String {
+    sentences.iter().map(|sentence| wrap(head, sentence)).collect()
+}
+
+fn basis(comparison: &Comparison) -> String {
+    let family = &comparison.family;
+    if family.comparisons == 0 {
+        return String::new();
+    }
+    let mut said = wrap(
+        "  ",
+        &format!(
+            "The {} intervals hold all together with {} % confidence. Modes are called the same if their interval is within \
+             ±{} %.",
+            family.comparisons,
+            round(family.confidence),
+            round(family.margin)
+        ),
+    );
+    for (boot, end) in (1..).zip(&comparison.ends) {
+        said += &wrap("  ", &format!("Recording of boot {boot} ended: {end}."));
+    }
+    said
 }
 
 /// Numbers to the right, the first `names` columns to the left.
@@ -114,15 +144,15 @@ fn forwarding(comparison: &Comparison, lines: bool) -> String {
 }
 
 fn ceilings(comparison: &Comparison, lines: bool) -> String {
-    let (scale, unit) = rate_unit(comparison.null_forwarder.iter().map(|c| c.pps.median).fold(0.0, f64::max));
+    let (scale, unit) = rate_unit(comparison.null_forwarder.iter().map(|c| c.pps).fold(0.0, f64::max));
     let mut last = String::new();
     let rows = comparison.null_forwarder.iter().map(|ceiling| {
-        let Interval { median, low, high } = ceiling.pps;
+        let ends = |ends: Interval| format!("{} to {}", three(ends.low / scale), three(ends.high / scale));
         [
             once(&ceiling.nic, &mut last),
             ceiling.boot.to_string(),
-            three(median / scale),
-            format!("{} to {}", three(low / scale), three(high / scale)),
+            three(ceiling.pps / scale),
+            ceiling.pps_interval.map_or("–".to_owned(), ends),
         ]
     });
     table(["NIC", "boot", unit, "95 % interval"], 1, rows.collect(), lines)
@@ -131,7 +161,6 @@ fn ceilings(comparison: &Comparison, lines: bool) -> String {
 fn start(comparison: &Comparison, lines: bool) -> String {
     let mut last = String::new();
     let rows = comparison.rows.iter().map(|row| {
-        let mapped = |text: String| if row.map_bytes == 0 { "–".to_owned() } else { text };
         let step = |ms: f64| if ms == 0.0 { "–".to_owned() } else { three(ms) };
         [
             once(&row.nic, &mut last),
@@ -139,23 +168,11 @@ fn start(comparison: &Comparison, lines: bool) -> String {
             step(row.open_ms),
             step(row.bind_ms),
             step(row.attach_step_ms),
-            mapped(three(row.map_ms_per_gib)),
-            mapped(thousands(row.map_ioctls)),
-            mapped(three(row.unmap_ms_per_gib)),
+            step(row.start_map_ms),
             three(row.first_packet_ms),
         ]
     });
-    let heads = [
-        "NIC",
-        "mode",
-        "open ms",
-        "bind ms",
-        "attach ms",
-        "map ms\nper GiB",
-        "map\nioctls",
-        "unmap ms\nper GiB",
-        "first\npacket ms",
-    ];
+    let heads = ["NIC", "mode", "open ms", "bind ms", "attach ms", "map ms", "first packet ms"];
     table(heads, 2, rows.collect(), lines)
 }
 
@@ -170,10 +187,10 @@ fn maps(comparison: &Comparison, lines: bool) -> String {
             page,
             once(&row.call, &mut call),
             row.label.clone(),
-            three(row.map_ms_per_gib.median),
+            three(row.map_ms_per_gib),
             thousands(row.map_ioctls),
-            row.map_over_ioctl.map_or("–".to_owned(), |ratio| format!("{:.4}", ratio.median)),
-            three(row.unmap_ms_per_gib.median),
+            row.map_over_ioctl.map_or("–".to_owned(), |ratio| format!("{ratio:.4}")),
+            three(row.unmap_ms_per_gib),
             thousands(row.unmap_ioctls),
             size(row.bytes),
             row.rounds.to_string(),
@@ -204,29 +221,27 @@ fn drops(comparison: &Comparison) -> String {
     .collect()
 }
 
-fn noise(comparison: &Comparison, lines: bool) -> String {
-    let groups = comparison.noise_floor.chunk_by(|a, b| a.boot == b.boot && a.nic == b.nic);
+fn self_checks(comparison: &Comparison, lines: bool) -> String {
+    let groups = comparison.self_checks.chunk_by(|a, b| (a.boot, &a.subject) == (b.boot, &b.subject));
     let rows = groups.map(|group| {
-        let floor = |metric| {
-            let found = group.iter().find(|n| n.metric == metric);
-            found.map_or("–".to_owned(), |n| format!("±{} %", percent(n.floor)))
+        let ends = |metric| {
+            let found = group.iter().find(|check| check.metric == metric);
+            found.and_then(|check| check.interval).map_or("–".to_owned(), changes)
         };
-        let [forward, latency, doorbells, attach, map, first] = Metric::ALL.map(floor);
-        let (nic, boot, pairs) =
-            (group[0].nic.clone(), group[0].boot.to_string(), group[0].pairs.to_string());
-        [nic, boot, forward, latency, doorbells, attach, map, first, pairs]
+        let [forward, latency, doorbells, attach, first] = Metric::OF_RUNS.map(ends);
+        let rounds = group[0].rounds.to_string();
+        [
+            group[0].subject.clone(),
+            group[0].boot.to_string(),
+            forward,
+            latency,
+            doorbells,
+            attach,
+            first,
+            rounds,
+        ]
     });
-    let heads = [
-        "NIC",
-        "boot",
-        "forwarding",
-        "latency p50",
-        "doorbells",
-        "attach",
-        "map",
-        "first packet",
-        "A/A pairs",
-    ];
+    let heads = ["NIC", "boot", "forwarding", "latency p50", "doorbells", "attach", "first packet", "rounds"];
     table(heads, 1, rows.collect(), lines)
 }
 
@@ -248,7 +263,7 @@ pub(crate) fn environment(boots: &[Environment]) -> String {
 }
 
 /// `text` in lines of at most [`WIDTH`] columns, the first after `head`, the others indented as far.
-fn wrap(head: &str, text: &str) -> String {
+pub(crate) fn wrap(head: &str, text: &str) -> String {
     let indent = head.chars().count();
     let (mut out, mut column) = (head.to_owned(), indent);
     // A number stays with its sign of per cent.

@@ -1,8 +1,8 @@
 //! The comparison in plain English, and numbers as a reader wants them.
 
-use crate::compare::{Metric, Pair, Verdict};
+use crate::compare::{Family, Metric, Pair, Verdict};
 use crate::record::Environment;
-use crate::stats::{FEWEST_PAIRS, Interval};
+use crate::stats::Interval;
 
 /// Three significant digits.
 pub(crate) fn three(x: f64) -> String {
@@ -54,6 +54,11 @@ pub(crate) fn percent(share: f64) -> String {
     }
 }
 
+/// A share that somebody chose, as percentage: "5", "2.5".
+pub(crate) fn round(share: f64) -> f64 {
+    (share * 1e4).round() / 100.0
+}
+
 /// A ratio as signed change: "+1.3", "−0.4", "0".
 pub(crate) fn change(ratio: f64) -> String {
     match ratio - 1.0 {
@@ -88,10 +93,11 @@ impl Metric {
         match self {
             Self::ForwardPps => "Forwarding",
             Self::LatencyP50 => "Latency",
-            Self::Attach => "Attach",
-            Self::Map => "DMA map",
-            Self::FirstPacket => "First packet",
             Self::Doorbells => "Doorbells",
+            Self::Attach => "Attach",
+            Self::FirstPacket => "First packet",
+            Self::Map => "DMA map",
+            Self::Unmap => "DMA unmap",
         }
     }
 
@@ -100,128 +106,93 @@ impl Metric {
         match self {
             Self::ForwardPps => "forwarding rate",
             Self::LatencyP50 => "median latency",
+            Self::Doorbells => "number of doorbells per packet",
             Self::Attach => "time to open, bind and attach",
-            Self::Map => "DMA-map time",
             Self::FirstPacket => "time to the first packet",
-            Self::Doorbells => "doorbells per packet",
+            Self::Map => "time to map memory",
+            Self::Unmap => "time to unmap memory",
         }
     }
 
-    fn differs(self, mode: &str, baseline: &str, ratio: &Interval) -> String {
-        let (by, interval) = (amount(ratio.median), bounds(ratio));
-        let clause = match (self, ratio.median >= 2.0) {
-            (Self::ForwardPps, true) => format!("{mode} forwards {by} as fast as {baseline}"),
-            (Self::LatencyP50, true) => format!("the median latency of {mode} is {by} that of {baseline}"),
-            (Self::Doorbells, true) => format!("{mode} rings {by} as often for a packet as {baseline}"),
-            (_, true) => format!("{mode} takes {by} as long {} as {baseline}", self.task()),
-            _ => self.comparative(mode, baseline, &by, ratio.median > 1.0),
-        };
-        format!("{clause} (95 % interval {interval})")
-    }
-
-    fn task(self) -> &'static str {
-        match self {
-            Self::ForwardPps => "to forward",
-            Self::LatencyP50 => "to answer",
-            Self::Attach => "to open, bind and attach",
-            Self::Map => "to map memory",
-            Self::FirstPacket => "to forward its first packet",
-            Self::Doorbells => "to ring",
-        }
-    }
-
-    /// "cdev forwards 2 % faster than container", or without `by`.
-    fn comparative(self, mode: &str, baseline: &str, by: &str, up: bool) -> String {
-        let by = if by.is_empty() { String::new() } else { format!("{by} ") };
-        let word = |more, less| if up { more } else { less };
-        match self {
-            Self::ForwardPps => {
-                format!("{mode} forwards {by}{} than {baseline}", word("faster", "slower"))
-            }
-            Self::LatencyP50 => {
-                let word = word("higher", "lower");
-                format!("the median latency of {mode} is {by}{word} than that of {baseline}")
-            }
-            Self::Doorbells => {
-                format!("{mode} rings {by}{} often for a packet than {baseline}", word("more", "less"))
-            }
-            _ => {
-                format!("{mode} takes {by}{} time {} than {baseline}", word("more", "less"), self.task())
-            }
-        }
+    /// Whether more of it is better.
+    pub(crate) fn is_gain(self) -> bool {
+        self == Self::ForwardPps
     }
 }
 
-/// A change without its direction: "2.7 %", "5.6 times".
-fn amount(ratio: f64) -> String {
-    if ratio >= 2.0 { format!("{ratio:.1} times") } else { format!("{} %", percent(ratio - 1.0)) }
+/// A ratio as a share: "53.1 %", "7.02 times".
+fn share(ratio: f64) -> String {
+    if ratio >= 2.0 { format!("{} times", three(ratio)) } else { format!("{} %", three(ratio * 100.0)) }
 }
 
-/// The interval in the unit of [`amount`].
-fn bounds(ratio: &Interval) -> String {
-    if ratio.median >= 2.0 {
-        return format!("{:.1} to {:.1} times", ratio.low, ratio.high);
+/// The interval of a share, in the share's unit.
+fn shares(ratio: f64, Interval { low, high }: Interval) -> String {
+    if ratio >= 2.0 {
+        format!("{} to {} times", three(low), three(high))
+    } else {
+        format!("{} to {} %", three(low * 100.0), three(high * 100.0))
     }
-    let (near, far) = if ratio.median > 1.0 { (ratio.low, ratio.high) } else { (ratio.high, ratio.low) };
-    format!("{} to {} %", percent(near - 1.0), percent(far - 1.0))
 }
 
-/// One sentence over several NICs on which the same modes differ in the same direction.
-pub(crate) fn differ(pairs: &[&Pair]) -> String {
-    let Pair { metric, mode, baseline, ratio, .. } = pairs[0];
-    let each = pairs.iter().enumerate().map(|(i, p)| {
-        let (by, interval) = (amount(p.ratio.median), bounds(&p.ratio));
-        let (by, interval) = (by.replace(" times", "-fold"), interval.replace(" times", ""));
-        format!("{by} on {} ({}{interval})", p.nic, if i == 0 { "95 % interval " } else { "" })
-    });
-    let clause = metric.comparative(mode, baseline, "", ratio.median > 1.0);
-    format!("{clause}: {}", list(&each.collect::<Vec<_>>()))
+/// An interval as the changes that it allows: "−3.1 to +4.0 %".
+pub(crate) fn changes(Interval { low, high }: Interval) -> String {
+    format!("{} to {} %", change(low), change(high))
 }
 
 /// What may be said of one pair.
-pub(crate) fn sentence(pair: &Pair) -> String {
-    let Pair { nic, baseline, mode, metric, ratio, .. } = pair;
-    if pair.verdict == Verdict::Differs {
-        return format!("{nic}: {}", metric.differs(mode, baseline, ratio));
-    }
-    let measured = format!(
-        "{} was {:.3} times that of {baseline} (95 % interval {:.3} to {:.3})",
-        metric.noun(),
-        ratio.median,
-        ratio.low,
-        ratio.high
-    );
-    match pair.verdict {
-        Verdict::NotInterleaved => {
+pub(crate) fn sentence(pair: &Pair, family: &Family) -> String {
+    let Pair { subject, baseline, mode, metric, ratio, .. } = pair;
+    let noun = metric.noun();
+    match (pair.verdict, pair.interval) {
+        (Verdict::NotInterleaved, _) => {
             let apart = if pair.boots[0] == pair.boots[1] { "in other rounds" } else { "in another boot" };
+            let share = share(*ratio);
             format!(
-                "{nic}: {mode} ran {apart}, not interleaved with {baseline}, so this is no verdict: its {measured}"
+                "{subject}: {mode} ran {apart} than {baseline}, so this is no verdict: its {noun} was {share} of {baseline}'s"
             )
         }
-        verdict => format!("{nic}: {}", undecided(verdict, *metric, &[baseline, mode], &[pair])),
+        (Verdict::Differs, Some(_)) => format!("{subject}: {mode}'s {noun} is {}", of_baseline(pair, "")),
+        (verdict, _) => format!("{subject}: {noun} {}", not_different(verdict, &[pair], family)),
     }
 }
 
-/// One sentence over several pairs that got the same verdict.
-pub(crate) fn undecided(verdict: Verdict, metric: Metric, modes: &[&str], pairs: &[&Pair]) -> String {
-    let (noun, modes) = (metric.noun(), list(modes));
+/// "53.1 % of container's (52.0 to 54.2 %)".
+fn of_baseline(pair: &Pair, on: &str) -> String {
+    let interval =
+        pair.interval.map_or(String::new(), |interval| format!(" ({})", shares(pair.ratio, interval)));
+    format!("{} of {}'s{on}{interval}", share(pair.ratio), pair.baseline)
+}
+
+/// One sentence over several subjects on which the same modes differ in the same direction.
+pub(crate) fn differ(pairs: &[&Pair]) -> String {
+    let each = pairs.iter().map(|pair| of_baseline(pair, &format!(" on {}", pair.subject)));
+    let said = list(&each.collect::<Vec<_>>());
+    pairs.first().map_or(String::new(), |pair| format!("{}'s {} is {said}", pair.mode, pair.metric.noun()))
+}
+
+/// What is said of pairs that got the same verdict, and none that they differ.
+pub(crate) fn not_different(verdict: Verdict, pairs: &[&Pair], family: &Family) -> String {
+    let modes = list(&distinct(pairs.iter().flat_map(|pair| [&pair.baseline, &pair.mode])));
+    let ends = pairs.iter().filter_map(|pair| pair.interval);
+    let widest = Interval {
+        low: ends.clone().map(|interval| interval.low).fold(f64::INFINITY, f64::min),
+        high: ends.map(|interval| interval.high).fold(0.0, f64::max),
+    };
     match verdict {
-        Verdict::TooFewPairs => {
-            let n = pairs.iter().map(|p| p.pairs).min().unwrap_or(0);
-            let (s, verb) = if n == 1 { ("", "is") } else { ("s", "are") };
-            format!(
-                "{noun} of {modes} not judged: {n} pair{s} {verb} too few for a 95 % interval, which needs {FEWEST_PAIRS}"
-            )
+        Verdict::Equivalent => {
+            format!("of {modes} is the same within ±{} % ({})", round(family.margin), changes(widest))
         }
-        Verdict::NoNoiseFloor => {
-            format!("{noun} of {modes} not judged: no noise floor, which needs {FEWEST_PAIRS} A/A pairs")
+        Verdict::Undecided => format!("of {modes} is undecided ({} is possible)", changes(widest)),
+        Verdict::NotComparable => {
+            format!("of {modes} is not judged: in these rounds a mode also differed from itself")
         }
         _ => {
-            let floors = pairs.iter().filter_map(|pair| pair.noise);
-            let low = percent(floors.clone().fold(f64::INFINITY, f64::min));
-            let high = percent(floors.fold(0.0, f64::max));
-            let noise = if low == high { format!("±{high}") } else { format!("±{low} to ±{high}") };
-            format!("no difference in {noun} seen between {modes} at this noise (A/A {noise} %)")
+            let rounds = pairs.iter().map(|pair| pair.rounds).min().unwrap_or(0);
+            let Family { comparisons, fewest_rounds, .. } = family;
+            format!(
+                "of {modes} is not judged: {rounds} round{}, and {comparisons} comparisons take {fewest_rounds}",
+                if rounds == 1 { "" } else { "s" }
+            )
         }
     }
 }

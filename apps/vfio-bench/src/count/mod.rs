@@ -12,6 +12,8 @@ use vireo_eal::{Error, Result};
 use crate::record::Environment;
 use crate::report::{MergeArgs, read, write_json};
 
+pub(crate) use self::text::{LEGEND, cells, text};
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Run(run::RunArgs),
@@ -20,18 +22,18 @@ pub(crate) enum Command {
 
 /// What was counted in one boot.
 #[derive(Debug, Deserialize, Serialize)]
-struct Recording {
-    environment: Environment,
-    rows: Vec<Row>,
+pub(crate) struct Recording {
+    pub(crate) environment: Environment,
+    pub(crate) rows: Vec<Row>,
 }
 
 /// One step in one mode.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-struct Row {
+pub(crate) struct Row {
     /// `virtio-net`, `e1000` or `e1000e`.
-    nic: String,
+    pub(crate) nic: String,
     /// Name of the VFIO mode.
-    mode: String,
+    pub(crate) mode: String,
     /// `open`, `bind`, `attach`, `reset`, `map`, `unmap` or `close`.
     step: String,
     /// Pages and call of `map` and `unmap`, such as `2 MiB, map-file`.
@@ -73,7 +75,7 @@ fn report(args: &MergeArgs) -> Result<()> {
         recordings.into_iter().map(|recording| (recording.environment, recording.rows)).unzip();
     let counted = counted.concat();
     stdout()
-        .write_all(text::text(&counted).as_bytes())
+        .write_all(text(&counted).as_bytes())
         .map_err(|error| Error::io("cannot write to standard output", &error))?;
     args.json.as_ref().map_or(Ok(()), |path| write_json(path, &Figures { environment, counted }))
 }

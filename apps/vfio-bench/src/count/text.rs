@@ -5,15 +5,17 @@ use std::fmt::Write as _;
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::Row;
+use crate::table::wrap;
 use crate::words::{distinct, thousands, three};
 
-/// All of it.
-pub(super) fn text(rows: &[Row]) -> String {
-    let mut text = String::from(
-        "Thousands of instructions of the thread, ours and the kernel's; map and unmap for each GiB.\n\
-         (ratio to the first mode)  ~ the quartiles of the rounds differ by more than 0.1 %\n\
-         + instructions that would have fitted into the time in which the thread waited\n",
-    );
+/// What the cells mean.
+pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, ours and the kernel's; map and unmap per GiB. In \
+    brackets: the ratio to the first mode. ~ the quartiles of the rounds differ by more than 0.1 %. + instructions that would \
+    have fitted into the time in which the thread waited.";
+
+/// A table for each NIC.
+pub(crate) fn text(rows: &[Row]) -> String {
+    let mut text = wrap("", LEGEND);
     for nic in distinct(rows.iter().map(|row| &row.nic)) {
         let of_nic: Vec<&Row> = rows.iter().filter(|row| row.nic == *nic).collect();
         let _ = write!(text, "\n{nic}\n{}", table(&of_nic));
@@ -23,17 +25,11 @@ pub(super) fn text(rows: &[Row]) -> String {
 
 fn table(rows: &[&Row]) -> String {
     let modes = distinct(rows.iter().map(|row| &row.mode));
-    let steps = distinct(rows.iter().map(|row| (&row.step, &row.memory)));
     let mut table = Table::new();
     let heads = ["step", "memory"].into_iter().chain(modes.iter().map(|mode| mode.as_str()));
     table.load_style(presets::NOTHING).set_header(heads);
-    for (step, memory) in steps {
-        let of_mode = |mode: &&String| {
-            rows.iter().find(|row| row.mode == **mode && (&row.step, &row.memory) == (step, memory))
-        };
-        let first = modes.first().and_then(of_mode);
-        let cells = modes.iter().map(|mode| of_mode(mode).map_or_else(String::new, |row| cell(row, first)));
-        table.add_row([step.clone(), memory.clone().unwrap_or_default()].into_iter().chain(cells));
+    for (step, memory, cells) in cells(rows, &modes) {
+        table.add_row([step.to_owned(), memory.to_owned()].into_iter().chain(cells));
     }
     for column in table.column_iter_mut().skip(2) {
         column.set_cell_alignment(CellAlignment::Right);
@@ -41,12 +37,30 @@ fn table(rows: &[&Row]) -> String {
     table.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
+/// Each step of the rows of one NIC, its memory, and a cell for each of `modes`.
+pub(crate) fn cells<'a>(rows: &[&'a Row], modes: &[&String]) -> Vec<(&'a str, &'a str, Vec<String>)> {
+    let steps =
+        distinct(rows.iter().map(|row| (row.step.as_str(), row.memory.as_deref().unwrap_or_default())));
+    let of_step = |(step, memory): (&'a str, &'a str)| {
+        let of_mode = |mode: &&String| {
+            let fits = |row: &&&Row| {
+                row.mode == **mode && row.step == step && row.memory.as_deref().unwrap_or_default() == memory
+            };
+            rows.iter().copied().find(|row| fits(&row))
+        };
+        let first = modes.first().and_then(of_mode);
+        let cells = modes.iter().map(|mode| of_mode(mode).map_or_else(String::new, |row| cell(row, first)));
+        (step, memory, cells.collect())
+    };
+    steps.into_iter().map(of_step).collect()
+}
+
 /// What a GiB takes, or the step.
 fn cost(row: &Row) -> f64 {
     row.bytes.map_or(1.0, |bytes| (1_u64 << 30) as f64 / bytes as f64) * row.instructions as f64
 }
 
-fn cell(row: &Row, first: Option<&&Row>) -> String {
+fn cell(row: &Row, first: Option<&Row>) -> String {
     let kilo = |count: f64| {
         let count = count / 1e3;
         if count < 99.95 { format!("{count:.1}") } else { thousands(count.round() as u64) }
@@ -92,7 +106,8 @@ mod tests {
             row("cdev", "map", Some("2 MiB, map-file"), (3_700_000, 0, 0)),
         ];
         let text = text(&rows);
-        let lines: Vec<&str> = text.lines().skip(4).map(str::trim).collect();
+        let lines: Vec<&str> =
+            text.lines().skip_while(|line| !line.is_empty()).skip(1).map(str::trim).collect();
         let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(
             lines.into_iter().map(words).collect::<Vec<_>>(),

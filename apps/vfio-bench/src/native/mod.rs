@@ -17,7 +17,7 @@ use crate::process::l2fwd;
 use crate::record::Environment;
 use crate::report::write_json;
 use crate::run::{Cores, seconds};
-use crate::stats::{Interval, median};
+use crate::stats::{CONFIDENCE, Interval, median};
 use distance::{ByDistance, Group, Range, round_trip};
 use forwarder::{Program, Rig, Sample};
 
@@ -81,11 +81,11 @@ struct Figures {
 struct Comparison {
     replaced: &'static str,
     pairs: usize,
-    rate_ratio: Interval,
-    ticks_ratio: Interval,
+    rate_ratio: Ratio,
+    ticks_ratio: Ratio,
     /// DPDK against itself.
-    noise: Interval,
-    noise_ticks: Interval,
+    noise: Ratio,
+    noise_ticks: Ratio,
     dpdk: Medians,
     vireo: Medians,
     /// Nanoseconds in which a cache line went from one cpu to the other and back, before and after each run.
@@ -101,6 +101,29 @@ struct Pair {
     other: Sample,
     /// Of a cache line's way there and back, in nanoseconds: before, between and after the runs.
     line: [f64; 3],
+}
+
+/// An estimate, and its own 95 % interval if there are pairs enough.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Ratio {
+    estimate: f64,
+    #[serde(flatten)]
+    interval: Option<Interval>,
+}
+
+impl Ratio {
+    fn of(pairs: &[Pair], of: fn(&Sample) -> f64) -> Result<Self> {
+        let logs: Vec<f64> = ratios(pairs, of).map(f64::ln).collect();
+        if logs.iter().all(|log| log.is_finite()) {
+            let (estimate, interval) = crate::stats::ratio(&logs, 1.0 - CONFIDENCE);
+            return Ok(Self { estimate, interval });
+        }
+        Err(Error::new(ErrorKind::Protocol, "cannot compare the runs", "in one of them no packet came round"))
+    }
+
+    fn ends(&self) -> String {
+        self.interval.map_or("none".to_owned(), |ends| format!("{:.2} to {:.2}", ends.low, ends.high))
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -143,10 +166,10 @@ fn compare(rig: &Rig, side: Side, pairs: u32) -> Result<Comparison> {
     Ok(Comparison {
         replaced: side.name(),
         pairs: runs.len(),
-        rate_ratio: ratio(&runs, |sample| sample.pps)?,
-        ticks_ratio: ratio(&runs, |sample| sample.ticks)?,
-        noise: ratio(&noise, |sample| sample.pps)?,
-        noise_ticks: ratio(&noise, |sample| sample.ticks)?,
+        rate_ratio: Ratio::of(&runs, |sample| sample.pps)?,
+        ticks_ratio: Ratio::of(&runs, |sample| sample.ticks)?,
+        noise: Ratio::of(&noise, |sample| sample.pps)?,
+        noise_ticks: Ratio::of(&noise, |sample| sample.ticks)?,
         dpdk: medians(|pair| pair.dpdk),
         vireo: medians(|pair| pair.other),
         line_ns,
@@ -186,14 +209,6 @@ fn ratios(pairs: &[Pair], of: fn(&Sample) -> f64) -> impl Iterator<Item = f64> {
     pairs.iter().map(move |pair| of(&pair.other) / of(&pair.dpdk))
 }
 
-fn ratio(pairs: &[Pair], of: fn(&Sample) -> f64) -> Result<Interval> {
-    Interval::of(&ratios(pairs, of).collect::<Vec<_>>())
-        .filter(|interval| interval.median.is_finite())
-        .ok_or_else(|| {
-            Error::new(ErrorKind::Protocol, "cannot compare the runs", "in one of them no packet came round")
-        })
-}
-
 fn print(comparison: &Comparison) -> Result<()> {
     program::print(&text(comparison))
 }
@@ -216,8 +231,10 @@ fn text(comparison: &Comparison) -> String {
     ] {
         let _ = writeln!(
             text,
-            "  {name}  {:.2} × DPDK (95 % interval {:.2} to {:.2}; DPDK against itself {:.2} to {:.2})",
-            ratio.median, ratio.low, ratio.high, noise.low, noise.high
+            "  {name}  {:.2} × DPDK (95 % interval {}; DPDK against itself {})",
+            ratio.estimate,
+            ratio.ends(),
+            noise.ends()
         );
     }
     let Range { low, high } = comparison.line_ns;
@@ -248,17 +265,18 @@ mod tests {
         let sample = |pps, ticks| Sample { pps, ticks };
         let pair = Pair { dpdk: sample(2e6, 100.0), other: sample(3e6, 50.0), line: [60.0, 80.0, 70.0] };
         let pairs = [pair; 6];
-        let rate = ratio(&pairs, |sample| sample.pps).unwrap();
-        let ticks = ratio(&pairs, |sample| sample.ticks).unwrap();
-        assert_eq!((rate.median, ticks.median), (1.5, 0.5));
+        let rate = Ratio::of(&pairs, |sample| sample.pps).unwrap();
+        let ticks = Ratio::of(&pairs, |sample| sample.ticks).unwrap();
+        assert!((rate.estimate - 1.5).abs() < 1e-12 && (ticks.estimate - 0.5).abs() < 1e-12);
+        let noise = |low, high| Ratio { estimate: 1.0, interval: Some(Interval { low, high }) };
         let medians = |pps, ticks_per_packet| Medians { pps, ticks_per_packet };
         let comparison = Comparison {
             replaced: "vhost",
             pairs: 6,
             rate_ratio: rate,
             ticks_ratio: ticks,
-            noise: Interval { median: 1.0, low: 0.98, high: 1.02 },
-            noise_ticks: Interval { median: 1.0, low: 0.9, high: 1.1 },
+            noise: noise(0.98, 1.02),
+            noise_ticks: noise(0.9, 1.1),
             dpdk: medians(2e6, 100.0),
             vireo: medians(3e6, 50.0),
             line_ns: Range { low: 60.0, high: 340.0 },
@@ -280,6 +298,6 @@ mod tests {
         let distance = "back in 60 to 340 ns\n    less than 143 ns in 4 of them: rate 1.50 × DPDK, ticks 0.40 ×\n    now";
         assert!(text.contains(distance), "{text}");
         let still = Pair { dpdk: sample(0.0, 1.0), other: sample(0.0, 1.0), ..pair };
-        assert!(ratio(&[still], |sample| sample.pps).is_err());
+        assert!(Ratio::of(&[still], |sample| sample.pps).is_err());
     }
 }

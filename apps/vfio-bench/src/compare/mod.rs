@@ -1,0 +1,302 @@
+//! Recordings of several boots merged: rows, pairs of modes, DMA-map table.
+
+mod disturbances;
+mod pairs;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+use crate::record::{Ceiling, Environment, Latency, MapTime, Recording, Run};
+use crate::stats::{Interval, median};
+
+pub(crate) use pairs::{Family, Metric, Pair, SelfCheck, Verdict};
+
+const NICS: [&str; 3] = ["virtio-net", "e1000", "e1000e"];
+const PAGES: [&str; 3] = ["4 KiB", "2 MiB", "1 GiB"];
+/// Every mode, in the order of the tables; of two modes the earlier is the baseline.
+pub(crate) const MODES: [&str; 5] = ["container", "cdev", "compat", "noiommu", "noiommu-cdev"];
+
+/// Place of a NIC or mode in tables; unknown ones come last, by name.
+fn place<'a>(known: &[&str], name: &'a str) -> (usize, &'a str) {
+    (known.iter().position(|k| *k == name).unwrap_or(known.len()), name)
+}
+
+/// The whole comparison.
+#[derive(Debug, Serialize)]
+pub(crate) struct Comparison {
+    /// One per boot; `boot` elsewhere counts from 1.
+    #[serde(skip)]
+    pub(crate) environment: Vec<Environment>,
+    /// Why each recording ended after the rounds that it has.
+    pub(crate) ends: Vec<String>,
+    pub(crate) family: Family,
+    pub(crate) rows: Vec<Row>,
+    pub(crate) pairs: Vec<Pair>,
+    pub(crate) self_checks: Vec<SelfCheck>,
+    pub(crate) maps: Vec<MapRow>,
+    pub(crate) null_forwarder: Vec<CeilingRow>,
+    /// What the machine did besides; written beside the comparison.
+    #[serde(skip)]
+    pub(crate) disturbances: Vec<String>,
+    /// Runs whose packets do not add up; empty in a sound comparison.
+    pub(crate) problems: Vec<String>,
+}
+
+/// One NIC in one mode: medians over the rounds, sums of the packet counts.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    pub(crate) mode: String,
+    pub(crate) nic: String,
+    pub(crate) boot: usize,
+    /// The mode, and the boot where the same mode ran in several.
+    #[serde(skip)]
+    pub(crate) label: String,
+    pub(crate) rounds: usize,
+    pub(crate) forward_pps: f64,
+    /// Of the median; of this row alone.
+    pub(crate) forward_pps_interval: Option<Interval>,
+    /// Each round's rate.
+    #[serde(skip)]
+    pub(crate) forward_samples: Vec<f64>,
+    /// Of all rounds' packets together.
+    pub(crate) latency_ns: Latency,
+    pub(crate) open_ms: f64,
+    pub(crate) bind_ms: f64,
+    pub(crate) attach_step_ms: f64,
+    /// Open, bind and attach together.
+    pub(crate) attach_ms: f64,
+    /// Of the forwarder's own memory; 0 where the mode maps nothing.
+    pub(crate) start_map_ms: f64,
+    pub(crate) first_packet_ms: f64,
+    pub(crate) doorbells_per_packet: f64,
+    pub(crate) sent: u64,
+    pub(crate) received: u64,
+    /// Sum of `drops`, never a difference.
+    pub(crate) dropped: u64,
+    pub(crate) drops: BTreeMap<String, u64>,
+    /// Whether sent = received + dropped, and received > 0, in every single run of this row.
+    pub(crate) balanced: bool,
+}
+
+/// Rate of one kind of NIC without a forwarder: no mode can pass it on that machine.
+#[derive(Debug, Serialize)]
+pub(crate) struct CeilingRow {
+    pub(crate) nic: String,
+    pub(crate) boot: usize,
+    pub(crate) rounds: usize,
+    pub(crate) pps: f64,
+    pub(crate) pps_interval: Option<Interval>,
+}
+
+/// DMA map and unmap of a region, medians over the rounds.
+#[derive(Debug, Serialize)]
+pub(crate) struct MapRow {
+    pub(crate) mode: String,
+    pub(crate) boot: usize,
+    #[serde(skip)]
+    pub(crate) label: String,
+    pub(crate) memory: String,
+    pub(crate) call: String,
+    pub(crate) bytes: u64,
+    pub(crate) rounds: usize,
+    pub(crate) map_ms_per_gib: f64,
+    /// Each round's map and unmap.
+    #[serde(skip)]
+    pub(crate) samples: [Vec<f64>; 2],
+    pub(crate) unmap_ms_per_gib: f64,
+    pub(crate) map_ioctls: u64,
+    /// Our map call ÷ its bare ioctls; none in recordings that did not time them.
+    pub(crate) map_over_ioctl: Option<f64>,
+    pub(crate) unmap_ioctls: u64,
+}
+
+impl Comparison {
+    /// Merges recordings, one per boot; modes whose ratio is certain to be within `margin` of 1 are called the same.
+    pub(crate) fn of(recordings: &[Recording], margin: f64) -> Self {
+        let (family, pairs, self_checks) = pairs::judge(recordings, margin);
+        let end = |recording: &Recording| recording.end.clone().unwrap_or_else(|| "not known".to_owned());
+        Self {
+            environment: recordings.iter().map(|r| r.environment.clone()).collect(),
+            ends: recordings.iter().map(end).collect(),
+            family,
+            rows: rows(recordings),
+            pairs,
+            self_checks,
+            maps: map_rows(recordings),
+            null_forwarder: ceiling_rows(recordings),
+            disturbances: disturbances::of(recordings),
+            problems: problems(recordings),
+        }
+    }
+
+    /// How far the widest interval reaches up or down from its ratio, as a part of it; infinite if one has none.
+    pub(crate) fn widest(&self) -> f64 {
+        let reach = |pair: &Pair| {
+            pair.interval.map_or(f64::INFINITY, |Interval { low, high }| (high / low).sqrt() - 1.0)
+        };
+        let judged = self.pairs.iter().filter(|pair| pair.verdict != Verdict::NotInterleaved);
+        judged.map(reach).fold(0.0, f64::max)
+    }
+}
+
+fn ceiling_rows(recordings: &[Recording]) -> Vec<CeilingRow> {
+    let mut groups: BTreeMap<_, Vec<&Ceiling>> = BTreeMap::new();
+    for (boot, recording) in numbered(recordings) {
+        for ceiling in &recording.ceilings {
+            groups.entry((place(&NICS, &ceiling.nic), boot)).or_default().push(ceiling);
+        }
+    }
+    groups
+        .into_iter()
+        .map(|(((_, nic), boot), ceilings)| CeilingRow {
+            nic: nic.to_owned(),
+            boot,
+            rounds: ceilings.len(),
+            pps: mid(&ceilings, |ceiling| ceiling.pps),
+            pps_interval: Interval::of_median(&values(&ceilings, |ceiling| ceiling.pps)),
+        })
+        .collect()
+}
+
+fn per_gib(ms: f64, bytes: u64) -> f64 {
+    if bytes == 0 { 0.0 } else { ms * (1u64 << 30) as f64 / bytes as f64 }
+}
+
+fn values<T>(of: &[&T], value: impl Fn(&T) -> f64) -> Vec<f64> {
+    of.iter().map(|one| value(one)).collect()
+}
+
+fn mid<T>(of: &[&T], value: impl Fn(&T) -> f64) -> f64 {
+    median(&values(of, value)).unwrap_or(0.0)
+}
+
+/// Tells modes of several boots apart.
+struct Labels<'a>(BTreeSet<(&'a str, usize)>);
+
+impl<'a> Labels<'a> {
+    fn of(modes: impl Iterator<Item = (&'a str, usize)>) -> Self {
+        Self(modes.collect())
+    }
+
+    /// The mode, with its boot where others have it, too.
+    fn label(&self, mode: &str, boot: usize) -> String {
+        let several = self.0.iter().any(|(m, b)| *m == mode && *b != boot);
+        if several { format!("{mode} (boot {boot})") } else { mode.to_owned() }
+    }
+}
+
+fn numbered(recordings: &[Recording]) -> impl Iterator<Item = (usize, &Recording)> {
+    (1..).zip(recordings)
+}
+
+fn rows(recordings: &[Recording]) -> Vec<Row> {
+    let mut groups: BTreeMap<_, Vec<&Run>> = BTreeMap::new();
+    for (boot, recording) in numbered(recordings) {
+        for run in &recording.runs {
+            let key = (place(&NICS, &run.nic), place(&MODES, &run.mode), boot);
+            groups.entry(key).or_default().push(run);
+        }
+    }
+    let labels = Labels::of(groups.keys().map(|(_, mode, boot)| (mode.1, *boot)));
+    groups.iter().map(|((_, mode, boot), runs)| row(runs, *boot, labels.label(mode.1, *boot))).collect()
+}
+
+fn row(all: &[&Run], boot: usize, label: String) -> Row {
+    let compared: Vec<&Run> = all.iter().copied().filter(|run| run.pair != Run::TWIN).collect();
+    let runs = if compared.is_empty() { all } else { &compared };
+    let sum = |value: fn(&Run) -> u64| runs.iter().fold(0u64, |sum, run| sum.saturating_add(value(run)));
+    let mut drops = BTreeMap::<String, u64>::new();
+    for (name, n) in runs.iter().flat_map(|run| &run.drops) {
+        let total = drops.entry(name.clone()).or_default();
+        *total = total.saturating_add(*n);
+    }
+    let forward = values(runs, |r| r.forward_pps);
+    Row {
+        mode: runs[0].mode.clone(),
+        nic: runs[0].nic.clone(),
+        boot,
+        label,
+        rounds: runs.len(),
+        forward_pps: median(&forward).unwrap_or(0.0),
+        forward_pps_interval: Interval::of_median(&forward),
+        forward_samples: forward,
+        latency_ns: merged(runs).unwrap_or_else(|| Latency {
+            p50: mid(runs, |r| r.latency_ns.p50 as f64) as u64,
+            p99: mid(runs, |r| r.latency_ns.p99 as f64) as u64,
+            p999: mid(runs, |r| r.latency_ns.p999 as f64) as u64,
+            max: runs.iter().map(|run| run.latency_ns.max).max().unwrap_or(0),
+            count: sum(|r| r.latency_ns.count),
+        }),
+        open_ms: mid(runs, |r| r.open_ms),
+        bind_ms: mid(runs, |r| r.bind_ms),
+        attach_step_ms: mid(runs, |r| r.attach_ms),
+        attach_ms: mid(runs, Run::acquire_ms),
+        start_map_ms: mid(runs, |r| r.start_map_ms),
+        first_packet_ms: mid(runs, |r| r.first_packet_ms),
+        doorbells_per_packet: mid(runs, Run::doorbells_per_packet),
+        sent: sum(|r| r.sent),
+        received: sum(|r| r.received),
+        dropped: sum(Run::dropped),
+        drops,
+        balanced: all.iter().all(|run| run.imbalance().is_none()),
+    }
+}
+
+/// Percentiles of the packets of all `runs` together; none if one did not keep its histogram.
+fn merged(runs: &[&Run]) -> Option<Latency> {
+    let mut all = Histogram::<u64>::new(3).ok()?;
+    for run in runs {
+        if run.latency_counts.is_empty() {
+            return None;
+        }
+        for (value, count) in &run.latency_counts {
+            all.record_n(*value, *count).ok()?;
+        }
+    }
+    Some(Latency::from(&all))
+}
+
+fn problems(recordings: &[Recording]) -> Vec<String> {
+    let runs = numbered(recordings).flat_map(|(boot, r)| r.runs.iter().map(move |run| (boot, run)));
+    runs.filter_map(|(boot, run)| {
+        let Run { nic, mode, round, pair, .. } = run;
+        Some(format!("{nic}, {mode}, boot {boot}, {pair}, round {round}: {}", run.imbalance()?))
+    })
+    .collect()
+}
+
+fn map_rows(recordings: &[Recording]) -> Vec<MapRow> {
+    let mut groups: BTreeMap<_, Vec<&MapTime>> = BTreeMap::new();
+    for (boot, recording) in numbered(recordings) {
+        for map in &recording.maps {
+            let memory = place(&PAGES, &map.memory);
+            let key = (memory, &map.call, place(&MODES, &map.mode), boot, map.bytes);
+            groups.entry(key).or_default().push(map);
+        }
+    }
+    let labels = Labels::of(groups.keys().map(|key| (key.2.1, key.3)));
+    let row = |maps: &[&MapTime], boot| {
+        let samples =
+            [values(maps, |m| per_gib(m.map_ms, m.bytes)), values(maps, |m| per_gib(m.unmap_ms, m.bytes))];
+        let [map_ms_per_gib, unmap_ms_per_gib] = [0, 1].map(|at| median(&samples[at]).unwrap_or(0.0));
+        MapRow {
+            mode: maps[0].mode.clone(),
+            boot,
+            label: labels.label(&maps[0].mode, boot),
+            memory: maps[0].memory.clone(),
+            call: maps[0].call.clone(),
+            bytes: maps[0].bytes,
+            rounds: maps.len(),
+            map_ms_per_gib,
+            samples,
+            unmap_ms_per_gib,
+            map_ioctls: maps.iter().map(|m| m.map_ioctls).max().unwrap_or(0),
+            map_over_ioctl: (maps.iter().all(|m| m.map_ioctl_ms > 0.0))
+                .then(|| mid(maps, |m| m.map_ms / m.map_ioctl_ms)),
+            unmap_ioctls: maps.iter().map(|m| m.unmap_ioctls).max().unwrap_or(0),
+        }
+    };
+    groups.iter().map(|(key, maps)| row(maps, key.3)).collect()
+}

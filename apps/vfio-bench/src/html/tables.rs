@@ -1,0 +1,181 @@
+//! The tables of the page.
+
+use maud::{Markup, html};
+
+use super::unbroken;
+use crate::compare::{Comparison, Metric, Row};
+use crate::stats::Interval;
+use crate::words::{changes, rate_unit, size, thousands, three};
+
+/// Cells of a row, of which the first `names` are text, with whether it begins a group and whether it is sound.
+struct Line {
+    begins: bool,
+    sound: bool,
+    cells: Vec<String>,
+}
+
+fn table(heads: &[&str], names: usize, lines: &[Line]) -> Markup {
+    let name = |at: usize| (at < names).then_some("name");
+    html! {
+        div.scroll {
+            table {
+                thead { tr { @for (at, head) in heads.iter().enumerate() { th class=[name(at)] { (head) } } } }
+                tbody {
+                    @for line in lines {
+                        tr.group[line.begins].bad[!line.sound] {
+                            @for (at, cell) in line.cells.iter().enumerate() {
+                                td class=[name(at)] { (unbroken(cell)) }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A line for each row of the comparison: its NIC where that changes, its mode, and `cells`.
+fn by_row(rows: &[Row], cells: impl Fn(&Row) -> Vec<String>) -> Vec<Line> {
+    let mut nic = "";
+    let line = |row: &'_ Row, begins: bool| {
+        let mut all = vec![if begins { row.nic.clone() } else { String::new() }, row.label.clone()];
+        all.extend(cells(row));
+        Line { begins, sound: row.balanced, cells: all }
+    };
+    let mut lines = Vec::new();
+    for row in rows {
+        lines.push(line(row, nic != row.nic));
+        nic = &row.nic;
+    }
+    lines
+}
+
+fn ends(interval: Option<Interval>, unit: f64) -> String {
+    interval
+        .map_or("–".to_owned(), |ends| format!("{} – {}", three(ends.low / unit), three(ends.high / unit)))
+}
+
+pub(super) fn forwarding(comparison: &Comparison) -> Markup {
+    let rows = &comparison.rows;
+    let (unit, name) = rate_unit(rows.iter().map(|r| r.forward_pps).fold(0.0, f64::max));
+    let lines = by_row(rows, |r| {
+        vec![
+            three(r.forward_pps / unit),
+            ends(r.forward_pps_interval, unit),
+            three(r.doorbells_per_packet),
+            thousands(r.sent),
+            thousands(r.received),
+            thousands(r.dropped),
+            lost(r),
+            r.rounds.to_string(),
+        ]
+    });
+    let heads = [
+        "NIC",
+        "mode",
+        name,
+        "95 % interval of the median",
+        "doorbells per packet",
+        "sent",
+        "received",
+        "dropped",
+        "counted as",
+        "rounds",
+    ];
+    let ceilings: Vec<Line> = (comparison.null_forwarder.iter())
+        .map(|ceiling| Line {
+            begins: false,
+            sound: true,
+            cells: vec![
+                ceiling.nic.clone(),
+                format!("boot {}", ceiling.boot),
+                three(ceiling.pps / unit),
+                ends(ceiling.pps_interval, unit),
+            ],
+        })
+        .collect();
+    html! {
+        (table(&heads, 2, &lines))
+        @if !ceilings.is_empty() {
+            h3 { "Null forwarder" }
+            p.note {
+                "From the sender straight to the NIC at the end of its wire: what the devices themselves can do, with half of \
+                 a forwarded packet's hops."
+            }
+            (table(&["NIC", "boot", name, "95 % interval of the median"], 2, &ceilings))
+        }
+    }
+}
+
+fn lost(row: &Row) -> String {
+    let counted = row.drops.iter().filter(|(_, n)| **n > 0);
+    counted.map(|(name, n)| format!("{name} {}", thousands(*n))).collect::<Vec<_>>().join(", ")
+}
+
+pub(super) fn latency(comparison: &Comparison) -> Markup {
+    let lines = by_row(&comparison.rows, |row| {
+        let l = row.latency_ns;
+        let mut cells: Vec<String> = [l.p50, l.p99, l.p999, l.max].map(|ns| three(ns as f64 / 1e3)).into();
+        cells.push(thousands(l.count));
+        cells
+    });
+    table(&["NIC", "mode", "p50 µs", "p99 µs", "p99.9 µs", "max µs", "packets"], 2, &lines)
+}
+
+pub(super) fn start(comparison: &Comparison) -> Markup {
+    let step = |ms: f64| if ms == 0.0 { "–".to_owned() } else { three(ms) };
+    let lines = by_row(&comparison.rows, |r| {
+        [r.open_ms, r.bind_ms, r.attach_step_ms, r.start_map_ms, r.first_packet_ms].map(step).into()
+    });
+    table(&["NIC", "mode", "open ms", "bind ms", "attach ms", "map ms", "first packet ms"], 2, &lines)
+}
+
+pub(super) fn maps(comparison: &Comparison) -> Markup {
+    let mut group = ("", "");
+    let mut lines = Vec::new();
+    for map in &comparison.maps {
+        let begins = group != (map.memory.as_str(), map.call.as_str());
+        group = (&map.memory, &map.call);
+        let name = |text: &str| if begins { text.to_owned() } else { String::new() };
+        let mut cells = vec![name(&map.memory), name(&map.call), map.label.clone()];
+        let times = [map.map_ms_per_gib, map.unmap_ms_per_gib];
+        for ((time, samples), ioctls) in
+            times.iter().zip(&map.samples).zip([map.map_ioctls, map.unmap_ioctls])
+        {
+            cells.extend([three(*time), ends(Interval::of_median(samples), 1.0), thousands(ioctls)]);
+        }
+        cells.extend([size(map.bytes), map.rounds.to_string()]);
+        lines.push(Line { begins, sound: true, cells });
+    }
+    let heads = [
+        "pages",
+        "call",
+        "mode",
+        "map ms per GiB",
+        "95 % interval of the median",
+        "ioctls",
+        "unmap ms per GiB",
+        "95 % interval of the median",
+        "ioctls",
+        "region",
+        "rounds",
+    ];
+    table(&heads, 3, &lines)
+}
+
+pub(super) fn self_checks(comparison: &Comparison) -> Markup {
+    let groups = comparison.self_checks.chunk_by(|a, b| (a.boot, &a.subject) == (b.boot, &b.subject));
+    let lines: Vec<Line> = groups
+        .map(|group| {
+            let mut cells = vec![group[0].subject.clone(), group[0].boot.to_string()];
+            let found = |metric| group.iter().find(|check| check.metric == metric)?.interval.map(changes);
+            cells.extend(Metric::OF_RUNS.map(|metric| found(metric).unwrap_or("–".to_owned())));
+            cells.push(group[0].rounds.to_string());
+            Line { begins: false, sound: true, cells }
+        })
+        .collect();
+    let mut heads = vec!["NIC", "boot"];
+    heads.extend(Metric::OF_RUNS.map(Metric::title));
+    heads.push("rounds");
+    table(&heads, 1, &lines)
+}
