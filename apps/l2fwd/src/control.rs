@@ -5,6 +5,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use vireo_drivers::memory::PortMemory;
 use vireo_drivers::port::{Leftover, Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
 use vireo_drivers::ports::OpenPort;
 use vireo_eal::Error;
-use vireo_eal::dma::PoolCache;
+use vireo_eal::dma::{Pool, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
 use crate::forward::{AnyLane, Lane};
@@ -190,7 +191,8 @@ pub struct Control<'a> {
     enabled: &'a [usize],
     lcores: &'a [u32],
     rings: (&'a PortMemory, QueueSizes, u16),
-    cache: PoolCache,
+    /// No cache of it is kept here: a port that starts needs what another port gave back.
+    pool: &'a Arc<Pool>,
     recall: &'a Recall,
     announce: &'a (dyn Fn(usize, PortState) + Sync),
     /// Queues that no lcore has, because their port is down or the one that they forward to or from.
@@ -208,12 +210,12 @@ impl<'a> Control<'a> {
         enabled: &'a [usize],
         lcores: &'a [u32],
         rings: (&'a PortMemory, QueueSizes, u16),
-        cache: PoolCache,
+        pool: &'a Arc<Pool>,
         recall: &'a Recall,
         announce: &'a (dyn Fn(usize, PortState) + Sync),
     ) -> Self {
         let queues = Queues::new(rings.2.into());
-        Self { ports, enabled, lcores, rings, cache, recall, announce, queues, routes: Vec::new() }
+        Self { ports, enabled, lcores, rings, pool, recall, announce, queues, routes: Vec::new() }
     }
 
     /// Looks after the ports until `stop`; [`thread::Thread::unpark`] makes it look at once. Gives the queues
@@ -232,7 +234,7 @@ impl<'a> Control<'a> {
         if open.is_asked_back() {
             tracing::warn!("port {number}: the kernel wants {} back; it is closed", open.name);
             if *down {
-                self.ports[number].stop(None, &mut self.cache);
+                self.ports[number].stop(None, &mut self.pool.cache());
             } else if !self.stop(number) {
                 return;
             }
@@ -264,7 +266,7 @@ impl<'a> Control<'a> {
         let Some(queues) = self.queues.take_port(number) else { return false };
         let port = &mut self.ports[number];
         port.down = true;
-        port.stop(Some(queues), &mut self.cache);
+        port.stop(Some(queues), &mut self.pool.cache());
         if let Some(error) = &port.unconfirmed {
             tracing::error!("port {number}: {error}");
         }
@@ -277,7 +279,7 @@ impl<'a> Control<'a> {
         let Some(open) = &mut port.open else { return };
         port.tried = Instant::now();
         let (memory, sizes, pairs) = self.rings;
-        let mut near = self.cache.pool().cache_near(memory.node_of(open));
+        let mut near = self.pool.cache_near(memory.node_of(open));
         match open.port.start_pairs(memory.of(open), &mut near, sizes, pairs) {
             Ok(queues) => self.queues.put_port(number, queues),
             Err(error) => return tracing::debug!("port {number} stays down: {error}"),

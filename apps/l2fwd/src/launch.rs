@@ -69,8 +69,7 @@ pub fn forward_on_lcores(
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
     let (mut queues, lanes) = thread::scope(|scope| {
-        let control =
-            Control::new(ports, enabled, &ids, (memory, sizes, pairs), pool.cache(), &recall, announce);
+        let control = Control::new(ports, enabled, &ids, (memory, sizes, pairs), pool, &recall, announce);
         let control = thread::Builder::new()
             .name("vireo-control".into())
             .spawn_scoped(scope, move || control.run(stop))
@@ -118,9 +117,11 @@ fn run_lanes(
     Share { node, mut lanes }: Share,
     mut tick: impl FnMut(),
 ) -> Vec<AnyLane> {
-    let mut cache = shared.pool.cache_near(node);
     loop {
+        let mut cache = shared.pool.cache_near(node);
         lanes = forward_any(lanes, &mut cache, shared.counts, shared.busy_ticks, shared.stop, &mut tick);
+        // A port that starts again may need the buffers that are left in it.
+        drop(cache);
         if shared.stop.is_set() {
             return lanes;
         }

@@ -144,17 +144,27 @@ struct Counted {
 
 /// Forwards between ports 0 and 1 on a worker, and between 2 and 3 on the main lcore; `act` gets the devices.
 fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted {
-    let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
+    while_forwarding_with(virtio, SIZES, BUFFERS, act)
+}
+
+fn while_forwarding_with(
+    virtio: bool,
+    sizes: QueueSizes,
+    buffers: u32,
+    act: impl FnOnce(&[Device]) + Send,
+) -> Counted {
+    let region = Region::new(Pool::bytes(buffers) + (1 << 20), Backing::SmallPages).unwrap();
     let memory = DmaMemory::map(region, &[]).unwrap();
-    let pool = Pool::new(&memory, BUFFERS).unwrap();
+    let pool = Pool::new(&memory, buffers).unwrap();
     let mut cache = pool.cache();
     let (devices, open): (Vec<_>, Vec<_>) = (0..4).map(|number| Device::new(virtio, number, &memory)).unzip();
     let mut ports: Vec<Managed> = open.into_iter().map(Managed::new).collect();
     let mut queues = Queues::new(1);
     for (number, port) in ports.iter_mut().enumerate() {
-        let started = port.open.as_mut().unwrap().port.start_pairs(&memory, &mut cache, SIZES, 1);
+        let started = port.open.as_mut().unwrap().port.start_pairs(&memory, &mut cache, sizes, 1);
         queues.put_port(number, started.unwrap());
     }
+    drop(cache);
     let mut lane = |from, to| queues.join(from, to, None).unwrap();
     let share = |lanes| Share { node: None, lanes };
     let shares =
@@ -166,7 +176,7 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
         stop: &stop,
         memory: &PortMemory::from(memory),
         pool: &pool,
-        sizes: SIZES,
+        sizes,
         pairs: 1,
         counts: &counts,
         busy_ticks: None,
@@ -201,12 +211,13 @@ fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted
     });
     let restarts = [(0, PortState::Restarting), (0, PortState::Running)].repeat(ports[0].restarts as usize);
     assert_eq!(announced.into_inner().unwrap(), restarts);
+    let mut cache = pool.cache();
     for (number, port) in ports.iter_mut().enumerate() {
         port.stop(queues.take_port(number), &mut cache);
         assert!(port.unconfirmed.is_none());
     }
     drop(cache);
-    assert_eq!(pool.available(), BUFFERS);
+    assert_eq!(pool.available(), buffers);
     for (from, to) in [(0, 1), (1, 0), (2, 3), (3, 2)] {
         let totals = |port: usize| Totals::of(&counts[port..=port]);
         Balance::of(from, to, &ports, totals).check().unwrap();
@@ -308,6 +319,24 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
             });
             assert!(counted.restarts >= 1);
         }
+    }
+}
+
+/// A pool with less to spare than a ring takes: what a port had, and what lies in the lcores' caches, is there for it again.
+#[test]
+fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
+    let sizes = QueueSizes { rx: 256, tx: 256 };
+    for virtio in [true, false] {
+        let counted = while_forwarding_with(virtio, sizes, 4 * 256 + 192, |devices| {
+            devices[0].vanish(true);
+            let (reads, since) = (devices[0].reads(), Instant::now());
+            while devices[0].reads() == reads {
+                assert!(since.elapsed() < PATIENCE, "nobody looks at the port");
+                std::thread::yield_now();
+            }
+            devices[0].vanish(false);
+        });
+        assert!(counted.restarts >= 1);
     }
 }
 
