@@ -96,8 +96,21 @@ fn inside(context: &Context, root: &Path, line: &str) -> Result<()> {
         "sh",
     ]);
     command.arg(root).arg(kernels).arg(format!("cd {CHECKOUT} && {line}"));
-    run_for(context, "inside", &mut command, COMMAND)?.expect(0).with_context(|| line.to_owned())?;
+    let ended = run_for(context, "inside", &mut command, COMMAND)?;
+    let failed = failed(&ended.stdout);
+    ended.expect(0).with_context(|| format!("{line}\n{failed}"))?;
     Ok(())
+}
+
+/// The failed cases of a suite's output, each with what it said.
+fn failed(tap: &str) -> String {
+    let mut is_failed = false;
+    let lines = tap.lines().filter(|line| {
+        let comment = line.starts_with('#');
+        is_failed = line.starts_with("not ok") || (comment && is_failed);
+        is_failed
+    });
+    lines.map(|line| format!("{line}\n")).collect()
 }
 
 /// The lab's cache.
@@ -152,5 +165,16 @@ impl Mirrors {
             let _ = std::fs::copy(Path::new("/").join(file), root.join(file));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_suite_the_failed_cases_are_told() {
+        let tap = "ok 1 - a\n# note\nnot ok 2 - b\n#   why\n#   where\nok 3 - c\n# Linux 7.3.4\n1..3\n";
+        assert_eq!(failed(tap), "not ok 2 - b\n#   why\n#   where\n");
     }
 }
