@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod compare;
+mod costs;
 mod count;
 mod dma_proof;
 mod environment;
@@ -43,6 +44,7 @@ enum Command {
     Run(run::RunArgs),
     Report(report::ReportArgs),
     Selftest(selftest::SelftestArgs),
+    Costs(costs::CostsArgs),
     Native(native::NativeArgs),
     DmaProof(dma_proof::DmaProofArgs),
     /// Count the instructions that each mode takes, in a guest whose clock counts them
@@ -59,6 +61,7 @@ fn run() -> Result<()> {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => report::report(&args),
         Command::Selftest(args) => selftest::selftest(&args),
+        Command::Costs(args) => costs::costs(&args),
         Command::Native(args) => native::native(&args),
         Command::DmaProof(args) => dma_proof::dma_proof(&args),
         Command::Count(command) => count::count(&command),

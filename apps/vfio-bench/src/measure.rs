@@ -11,7 +11,7 @@ use vireo_drivers::memory::{self, MemoryNeed, PortMemory};
 use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue, counters};
 use vireo_drivers::ports::{self, OpenPort};
 use vireo_eal::clock::Tsc;
-use vireo_eal::dma::{Pool, PoolCache};
+use vireo_eal::dma::{Burst, Packet, Pool, PoolCache};
 use vireo_eal::ioctl;
 use vireo_eal::iommufd::Access;
 use vireo_eal::lcore::{StopFlag, pin_to};
@@ -19,7 +19,7 @@ use vireo_eal::mem::{Backing, Region, hugepages};
 use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 use vireo_l2fwd::forward::{AnyLane, Lane, PairCounts, ethernet, forward_any};
-use vireo_pktgen::frame::SHORTEST;
+use vireo_pktgen::frame::{self, SHORTEST, Tag};
 use vireo_pktgen::generator::{self, End, Expect, KNOCKS, Outcome, Stream};
 
 use crate::machine::Watch;
@@ -66,6 +66,8 @@ pub(crate) struct Limits {
     pub(crate) stream: Duration,
     /// Size of the region whose mapping is timed.
     pub(crate) map_bytes: usize,
+    /// Part by which the forwarder is made to take longer; 0 except where the method is tested.
+    pub(crate) slower: f64,
 }
 
 /// Ports of one side, with memory of their own.
@@ -124,6 +126,58 @@ impl Side {
         let (first, rest) = self.queues.split_at_mut(1);
         let tx = (&mut first[0].1, &mut self.to_send);
         generator::run(stream, tx, (&mut rest[0].0, &mut self.cache), stop)
+    }
+
+    /// The lanes between the two ports, in both directions. They take the queues; [`Self::take_back`] returns these.
+    pub(crate) fn lanes(&mut self) -> Vec<AnyLane> {
+        let (rx, tx): (Vec<_>, Vec<_>) = std::mem::take(&mut self.queues).into_iter().unzip();
+        let pairs = rx.into_iter().enumerate().zip(tx.into_iter().rev());
+        pairs
+            .map(|((from, rx), tx)| {
+                let to = 1 - from;
+                Lane { rx, from, tx, to, ethernet: Some(ethernet(to, self.ports[to].port.mac())) }
+            })
+            .collect()
+    }
+
+    /// Takes the queues of [`Self::lanes`] back.
+    pub(crate) fn take_back(&mut self, mut lanes: Vec<AnyLane>) {
+        lanes.sort_by_key(|lane| lane.from);
+        let (rx, tx): (Vec<_>, Vec<_>) = lanes.into_iter().map(|lane| (lane.rx, lane.tx)).unzip();
+        self.queues = rx.into_iter().zip(tx.into_iter().rev()).collect();
+    }
+
+    /// A cache of its own for the lanes.
+    pub(crate) fn cache(&self) -> PoolCache {
+        self.cache.pool().cache()
+    }
+
+    /// Sends a full burst of shortest frames on the first port.
+    pub(crate) fn send_burst(&mut self) {
+        let mut burst = Burst::new();
+        let mut bytes = [0; SHORTEST];
+        let tag = Tag { run: 0, sequence: 0, ticks: 0 };
+        frame::write(&mut bytes, MacAddr([0xff; 6]), self.ports[0].port.mac(), tag);
+        while !burst.is_full()
+            && let Some(buffer) = self.to_send.allocate()
+        {
+            let mut packet = Packet::new(buffer, bytes.len());
+            self.to_send.write(&mut packet, 0, &bytes);
+            burst.push(packet);
+        }
+        self.queues[0].1.tx_burst(&mut self.to_send, &mut burst);
+        for packet in burst.drain(..) {
+            self.to_send.free(packet.into_buffer());
+        }
+    }
+
+    /// Throws away what has come on the second port.
+    pub(crate) fn drain(&mut self) {
+        let mut burst = Burst::new();
+        self.queues[1].0.rx_burst(&mut self.cache, &mut burst);
+        for packet in burst.drain(..) {
+            self.cache.free(packet.into_buffer());
+        }
     }
 
     /// Stops the ports, and counts; `side` is the name that lost packets are counted under.
@@ -254,30 +308,36 @@ fn forward(
     let mut side = Side::start(bus, [&wiring.inner[0], &wiring.inner[1]], mode, false)?;
     let mut phases = BTreeMap::from([("map", side.mapped)]);
     for phase in side.ports.iter().filter_map(|open| open.report.as_ref()).flat_map(|report| &report.phases) {
-        *phases.entry(phase.name).or_default() += phase.took;
+        let longer = phase.took.mul_f64(limits.slower);
+        spin_until(Tsc::now() + Tsc::from_nanos(longer.as_nanos() as u64));
+        *phases.entry(phase.name).or_default() += phase.took + longer;
     }
-    let mut lanes: Vec<AnyLane> = Vec::new();
-    let (rx, tx): (Vec<_>, Vec<_>) = std::mem::take(&mut side.queues).into_iter().unzip();
-    for ((from, rx), tx) in rx.into_iter().enumerate().zip(tx.into_iter().rev()) {
-        let to = 1 - from;
-        lanes.push(Lane { rx, from, tx, to, ethernet: Some(ethernet(to, side.ports[to].port.mac())) });
-    }
+    let lanes = side.lanes();
     let counts: [PairCounts; 2] = Default::default();
-    let mut cache = side.cache.pool().cache();
-    let mut polled = false;
-    let mut lanes = forward_any(lanes, &mut cache, &counts, None, done, || {
+    let mut cache = side.cache();
+    let (mut polled, mut since) = (false, Tsc::now());
+    let lanes = forward_any(lanes, &mut cache, &counts, None, done, || {
         if !polled {
             polling.store(Tsc::now(), Ordering::Release);
             polled = true;
         }
+        if limits.slower > 0.0 {
+            let now = Tsc::now();
+            spin_until(now + ((now - since) as f64 * limits.slower) as u64);
+            since = Tsc::now();
+        }
     });
     drop(cache);
-    lanes.sort_by_key(|lane| lane.from);
-    let (rx, tx): (Vec<_>, Vec<_>) = lanes.into_iter().map(|lane| (lane.rx, lane.tx)).unzip();
-    side.queues = rx.into_iter().zip(tx.into_iter().rev()).collect();
+    side.take_back(lanes);
     let mut stopped = side.stop("forwarder")?;
     stopped.drops.insert("forwarder_tx_full".into(), counts.iter().map(|count| count.dropped.get()).sum());
     Ok(Forwarded { stopped, phases })
+}
+
+fn spin_until(ticks: u64) {
+    while Tsc::now() < ticks {
+        std::hint::spin_loop();
+    }
 }
 
 /// Three streams: until the first packet is back, as fast as it goes, and at a load that queues nothing.

@@ -341,3 +341,46 @@ pub(crate) fn maps(rows: &[&MapRow]) -> Result<String> {
         }
     })
 }
+
+/// A bar of [`costs`].
+pub(crate) struct Bar {
+    /// Bars of a group have one colour.
+    pub(crate) group: String,
+    pub(crate) name: String,
+    pub(crate) value: f64,
+    /// What stands beside it.
+    pub(crate) text: String,
+}
+
+/// Instructions per packet above instructions per mapped GiB, on paper of its own: the page that shows it may be dark.
+pub(crate) fn costs(packets: &[Bar], maps: &[Bar]) -> Result<String> {
+    const TOP: i32 = 34;
+    const STEP: i32 = 26;
+    let panels = [
+        ("Instructions per forwarded packet, 32 per poll", packets),
+        ("Million instructions to map a GiB for DMA, 2 MiB pages", maps),
+    ];
+    let height = |bars: &[Bar]| TOP + STEP * bars.len() as i32 + 18;
+    figure(panels.iter().map(|(_, bars)| height(bars)).sum::<i32>() + 8, |f| {
+        f.bar((0, WIDTH), (0, 4096), PAPER);
+        let mut top = 8;
+        for (title, bars) in panels {
+            let longest = bars.iter().map(|bar| bar.value).fold(f64::MIN_POSITIVE, f64::max);
+            let scale = Scale { from: 0.0, to: longest, pixels: (LEFT, RIGHT - 40) };
+            f.text((16, top + 14), title, HPos::Left, 16, INK);
+            let mut last = "";
+            for (y, bar) in (top + TOP + STEP / 2..).step_by(STEP as usize).zip(bars) {
+                if last != bar.group {
+                    f.text((16, y), &bar.group, HPos::Left, 14, INK);
+                }
+                last = &bar.group;
+                f.text((NAMES + 16, y), &bar.name, HPos::Left, 14, INK);
+                // Vireo and the modes in their colours; DPDK is what they are measured by.
+                let ink = if bar.name == "Vireo" { color(MODES[2]) } else { color(&bar.name) };
+                f.bar((LEFT, scale.at(bar.value)), (y - 9, y + 9), ink);
+                f.text((scale.at(bar.value) + 8, y), &bar.text, HPos::Left, 14, INK);
+            }
+            top += height(bars);
+        }
+    })
+}

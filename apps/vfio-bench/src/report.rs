@@ -160,7 +160,7 @@ pub(crate) fn write_json(path: &Path, figures: &impl Serialize) -> Result<()> {
 }
 
 /// A reader never sees half a file; what is not a regular file (`/dev/stdout`) cannot be replaced.
-fn write(path: &Path, text: &str) -> Result<()> {
+pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     let failed = |e: &std::io::Error| Error::io(format!("cannot write {}", path.display()), e);
     if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
         return fs::write(path, text).map_err(|e| failed(&e));

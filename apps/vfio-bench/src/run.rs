@@ -19,7 +19,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::compare::Comparison;
 use crate::environment::environment;
 use crate::measure::{Limits, Wiring, map_times, measure, null_forwarder, regions};
-use crate::record::{Ceiling, Plan, Recorder, Recording, Run};
+use crate::record::{Ceiling, MapTime, Plan, Recorder, Recording, Run};
 use crate::report::MARGIN;
 use crate::stats::Random;
 
@@ -57,6 +57,15 @@ pub(crate) struct RunArgs {
     /// Go on with the recording in FILE after its last whole round
     #[arg(long)]
     resume: bool,
+    /// To test the method: run the first mode under the names of all
+    #[arg(long, hide = true)]
+    null: bool,
+    /// To test the method: in this mode, make the forwarder take as much longer as `--slower` says
+    #[arg(long, hide = true, value_name = "MODE", requires = "slower")]
+    slow: Option<VfioMode>,
+    /// Part by which the slow mode is slower: 0.2 reads "20 %"
+    #[arg(long, hide = true, value_name = "PART")]
+    slower: Option<f64>,
     /// Size of the region whose mapping is timed, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     map_mib: u32,
@@ -110,8 +119,13 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let stop = StopFlag::on_signals()?;
     let wirings = wirings(&args.ports, &args.nics, &bus, note)?;
     let Cores { generator, forwarder, .. } = Cores::of_this_process()?;
-    let limits =
-        Limits { generator, forwarder, stream: args.seconds, map_bytes: (args.map_mib as usize) << 20 };
+    let limits = Limits {
+        generator,
+        forwarder,
+        stream: args.seconds,
+        map_bytes: (args.map_mib as usize) << 20,
+        slower: 0.0,
+    };
     let plan = Plan {
         modes: args.modes.iter().map(|mode| mode.name().to_owned()).collect(),
         seed: args.seed.unwrap_or_else(Tsc::now),
@@ -129,7 +143,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     };
     // The same pages in all modes: how far they are scattered decides what they cost.
     let regions = regions(limits.map_bytes)?;
-    let bench = Bench { bus: &bus, wirings, modes: &args.modes, limits, regions, stop };
+    let bench = Bench { bus: &bus, wirings, args, limits, regions, stop };
     let begin = Instant::now();
     let first = recorder.recording.runs.iter().map(|run| run.round + 1).max().unwrap_or(0);
     for round in first.. {
@@ -148,7 +162,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
 struct Bench<'a> {
     bus: &'a Bus,
     wirings: Vec<Wiring>,
-    modes: &'a [VfioMode],
+    args: &'a RunArgs,
     limits: Limits,
     regions: Vec<(&'static str, Arc<Region>)>,
     stop: StopFlag,
@@ -157,16 +171,19 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// Every NIC in every mode, and every mode's mapping, each in an order of this round.
     fn record(&self, round: u32, recorder: &mut Recorder) -> Result<()> {
-        let Self { bus, wirings, modes, limits, regions, stop } = self;
+        let Self { bus, wirings, args, limits, regions, stop } = self;
+        let modes = &args.modes;
+        let runs_as = |mode| if args.null { modes[0] } else { mode };
         let mut random = order_of(&recorder.recording, round);
         for wiring in wirings {
             for (pair, mode) in schedule(modes, round, &mut random) {
-                let run = measure(bus, wiring, mode, limits, stop)?;
+                let slower = args.slower.filter(|_| args.slow == Some(mode)).unwrap_or_default();
+                let run = measure(bus, wiring, runs_as(mode), &Limits { slower, ..*limits }, stop)?;
                 if stop.is_set() {
                     return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
                         .mend("go on with the same arguments and --resume"));
                 }
-                recorder.run(Run { round, pair: pair.to_owned(), ..run })?;
+                recorder.run(Run { round, pair: pair.to_owned(), mode: mode.name().to_owned(), ..run })?;
             }
             if let Some(&mode) = modes.first() {
                 let pps = null_forwarder(bus, wiring, mode, limits, stop)?;
@@ -174,12 +191,12 @@ impl Bench<'_> {
             }
         }
         if let Some(wiring) = wirings.first() {
-            let mut modes = modes.to_vec();
+            let mut modes = modes.clone();
             random.shuffle(&mut modes);
             for mode in modes {
-                map_times(bus, wiring, mode, regions, round)?
-                    .into_iter()
-                    .try_for_each(|map| recorder.map(map))?;
+                for map in map_times(bus, wiring, runs_as(mode), regions, round)? {
+                    recorder.map(MapTime { mode: mode.name().to_owned(), ..map })?;
+                }
             }
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! `count`: what each mode costs in instructions, in a guest whose clock counts them (`scripts/lab count`).
 
+mod forward;
 mod run;
 mod text;
 
@@ -12,7 +13,7 @@ use vireo_eal::{Error, Result};
 use crate::record::Environment;
 use crate::report::{MergeArgs, read, write_json};
 
-pub(crate) use self::text::{LEGEND, cells, text};
+pub(crate) use self::text::{LEGEND, cells, cost, text};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -34,14 +35,18 @@ pub(crate) struct Row {
     pub(crate) nic: String,
     /// Name of the VFIO mode.
     pub(crate) mode: String,
-    /// `open`, `bind`, `attach`, `reset`, `map`, `unmap` or `close`.
-    step: String,
+    /// Of one NIC `open`, `bind`, `attach`, `reset`, `map`, `unmap` and `close`; of a forwarder between two of them `start`,
+    /// which is all of its way to the first poll, and `forward`, a poll that moves a burst.
+    pub(crate) step: String,
     /// Pages and call of `map` and `unmap`, such as `2 MiB, map-file`.
     #[serde(default)]
-    memory: Option<String>,
+    pub(crate) memory: Option<String>,
     /// Size of the region of `map` and `unmap`.
     #[serde(default)]
     bytes: Option<u64>,
+    /// Packets that `forward` moves in one poll.
+    #[serde(default)]
+    packets: Option<u64>,
     /// Instructions of the thread, of ours and of the kernel: the median over the rounds. An interrupt adds some, and takes
     /// some away from a loop in which the kernel waits.
     instructions: u64,

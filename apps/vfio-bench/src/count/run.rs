@@ -5,19 +5,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use vireo_bus_pci::{Bus, PciInfo};
+use vireo_bus_pci::Bus;
 use vireo_eal::clock::thread_time;
 use vireo_eal::mem::Region;
 use vireo_eal::program::note;
 use vireo_eal::vfio::{Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::{Recording, Row};
+use super::{Recording, Row, forward};
 use crate::environment::environment;
-use crate::measure::{map_table, regions};
+use crate::measure::{Wiring, map_table, regions};
 use crate::record::MapTime;
 use crate::report::write_json;
-use crate::run::kind;
+use crate::run::wirings;
 
 /// Count the instructions that each VFIO mode takes, and write a recording
 #[derive(Args, Debug)]
@@ -28,7 +28,7 @@ pub(crate) struct RunArgs {
     /// Modes to compare
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "container,cdev,compat")]
     modes: Vec<VfioMode>,
-    /// Kinds of NIC; by default the first of every kind that is bound to vfio-pci
+    /// Kinds of NIC; by default every kind of which four are bound to vfio-pci
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     nics: Vec<String>,
     /// Rounds; one more comes before them, whose counts are left out because the kernel then makes what it keeps
@@ -40,13 +40,21 @@ pub(crate) struct RunArgs {
 }
 
 /// A step of one round.
-struct Step {
-    name: &'static str,
-    memory: Option<String>,
-    bytes: Option<u64>,
-    instructions: u64,
-    waiting: u64,
-    in_ioctls: Option<u64>,
+#[derive(Default)]
+pub(super) struct Step {
+    pub(super) name: &'static str,
+    pub(super) memory: Option<String>,
+    pub(super) bytes: Option<u64>,
+    pub(super) packets: Option<u64>,
+    pub(super) instructions: u64,
+    pub(super) waiting: u64,
+    pub(super) in_ioctls: Option<u64>,
+}
+
+impl Step {
+    pub(super) fn named(name: &'static str) -> Self {
+        Self { name, ..Self::default() }
+    }
 }
 
 pub(super) fn run(args: &RunArgs) -> Result<()> {
@@ -54,12 +62,13 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let (bus, mut rows) = (Bus::default(), Vec::new());
     // The same pages in all modes: how far they are scattered decides what they cost.
     let regions = regions((args.map_mib as usize) << 20)?;
-    for (nic, info) in chosen(&bus, &args.nics)? {
+    for wiring in wirings(&[], &args.nics, &bus, note)? {
         for &mode in &args.modes {
-            let rounds =
-                (0..=args.rounds).map(|_| round(&bus, &info, mode, &regions)).collect::<Result<Vec<_>>>()?;
-            rows.extend(merge(nic, mode.name(), &rounds[1..]));
-            note(&format!("{nic} {mode}"));
+            let rounds = (0..=args.rounds)
+                .map(|_| round(&bus, &wiring, mode, &regions))
+                .collect::<Result<Vec<_>>>()?;
+            rows.extend(merge(wiring.nic, mode.name(), &rounds[1..]));
+            note(&format!("{} {mode}", wiring.nic));
         }
     }
     write_json(&args.json, &Recording { environment: environment(args.rounds)?, rows })
@@ -92,37 +101,15 @@ fn check_clock() -> Result<()> {
     wrong("a loop did not take the same time twice")
 }
 
-/// One NIC of each kind.
-fn chosen(bus: &Bus, nics: &[String]) -> Result<Vec<(&'static str, PciInfo)>> {
-    let mut chosen: Vec<(&'static str, PciInfo)> = Vec::new();
-    for info in bus.scan()?.into_iter().filter(|info| bus.is_on_vfio(info)) {
-        let Some(kind) = kind(&info) else { continue };
-        let wanted = nics.is_empty() || nics.iter().any(|nic| nic == kind);
-        if wanted && chosen.iter().all(|(known, _)| *known != kind) {
-            chosen.push((kind, info));
-        }
-    }
-    match nics.iter().find(|nic| chosen.iter().all(|(kind, _)| kind != nic)) {
-        Some(nic) => Err(missing(nic)),
-        None if chosen.is_empty() => Err(missing("a NIC")),
-        None => Ok(chosen),
-    }
-}
-
-fn missing(nic: &str) -> Error {
-    Error::new(ErrorKind::Usage, format!("cannot count for {nic}"), "none is bound to vfio-pci")
-        .mend("run: vireo-devbind --status")
-}
-
-/// One life of a device.
+/// One life of a device, and of a forwarder.
 fn round(
     bus: &Bus,
-    info: &PciInfo,
+    wiring: &Wiring,
     mode: VfioMode,
     regions: &[(&'static str, Arc<Region>)],
 ) -> Result<Vec<Step>> {
     let vfio = Vfio::new(None);
-    let device = bus.open(info, &vfio, mode)?;
+    let device = bus.open(&wiring.inner[0], &vfio, mode)?;
     let phases = device.report.phases.iter();
     let mut steps: Vec<Step> = phases.map(|phase| step(phase.name, phase.worked, phase.took)).collect();
     let (_, reset) = measured("reset", || device.vfio().reset());
@@ -132,16 +119,17 @@ fn round(
     }
     let ((), close) = measured("close", || drop((device, vfio)));
     steps.push(close);
+    steps.extend(forward::steps(bus, wiring, mode)?);
     Ok(steps)
 }
 
 fn step(name: &'static str, worked: Duration, took: Duration) -> Step {
     let nanos = |time: Duration| time.as_nanos() as u64;
     let waiting = nanos(took.saturating_sub(worked));
-    Step { name, memory: None, bytes: None, instructions: nanos(worked), waiting, in_ioctls: None }
+    Step { instructions: nanos(worked), waiting, ..Step::named(name) }
 }
 
-fn measured<T>(name: &'static str, body: impl FnOnce() -> T) -> (T, Step) {
+pub(super) fn measured<T>(name: &'static str, body: impl FnOnce() -> T) -> (T, Step) {
     let (since, before) = (Instant::now(), thread_time());
     let result = body();
     (result, step(name, thread_time() - before, since.elapsed()))
@@ -151,12 +139,11 @@ fn of_mapping(time: &MapTime) -> [Step; 2] {
     let memory = format!("{}, {}", time.memory, time.call);
     let nanos = |ms: f64| (ms * 1e6).round() as u64;
     let of = |name, ms, in_ioctls| Step {
-        name,
         memory: Some(memory.clone()),
         bytes: Some(time.bytes),
         instructions: nanos(ms),
-        waiting: 0,
         in_ioctls,
+        ..Step::named(name)
     };
     [of("map", time.map_ms, Some(nanos(time.map_ioctl_ms))), of("unmap", time.unmap_ms, None)]
 }
@@ -175,6 +162,7 @@ fn merge(nic: &str, mode: &str, rounds: &[Vec<Step>]) -> Vec<Row> {
             step: step.name.to_owned(),
             memory: step.memory.clone(),
             bytes: step.bytes,
+            packets: step.packets,
             instructions: median.instructions,
             spread: at(3).instructions - at(1).instructions,
             waiting: median.waiting,
@@ -211,6 +199,7 @@ mod tests {
             step: name.into(),
             memory: None,
             bytes: None,
+            packets: None,
             instructions,
             spread,
             waiting,

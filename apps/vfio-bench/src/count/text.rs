@@ -9,8 +9,8 @@ use crate::table::wrap;
 use crate::words::{distinct, thousands, three};
 
 /// What the cells mean.
-pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, ours and the kernel's; map and unmap per GiB. In \
-    brackets: the ratio to the first mode. ~ the quartiles of the rounds differ by more than 0.1 %. + instructions that would \
+pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, ours and the kernel's; map and unmap per GiB; \
+    start and forward are of a forwarder between two NICs, forward in single instructions per packet. In brackets: the ratio to the first mode. ~ the quartiles of the rounds differ by more than 0.1 %. + instructions that would \
     have fitted into the time in which the thread waited.";
 
 /// A table for each NIC.
@@ -55,9 +55,10 @@ pub(crate) fn cells<'a>(rows: &[&'a Row], modes: &[&String]) -> Vec<(&'a str, &'
     steps.into_iter().map(of_step).collect()
 }
 
-/// What a GiB takes, or the step.
-fn cost(row: &Row) -> f64 {
-    row.bytes.map_or(1.0, |bytes| (1_u64 << 30) as f64 / bytes as f64) * row.instructions as f64
+/// What a GiB takes, or a packet, or the step.
+pub(crate) fn cost(row: &Row) -> f64 {
+    let parts = row.packets.unwrap_or(1) as f64;
+    row.bytes.map_or(1.0, |bytes| (1_u64 << 30) as f64 / bytes as f64) * row.instructions as f64 / parts
 }
 
 fn cell(row: &Row, first: Option<&Row>) -> String {
@@ -65,6 +66,9 @@ fn cell(row: &Row, first: Option<&Row>) -> String {
         let count = count / 1e3;
         if count < 99.95 { format!("{count:.1}") } else { thousands(count.round() as u64) }
     };
+    if row.packets.is_some() {
+        return format!("{:.1} each", cost(row));
+    }
     let unsure = if row.spread * 1000 > row.instructions { "~" } else { "" };
     let waiting = if row.waiting * 1000 > row.instructions {
         format!(" +{}", kilo(row.waiting as f64))
@@ -92,6 +96,7 @@ mod tests {
             step: step.into(),
             memory: memory.map(str::to_owned),
             bytes: memory.map(|_| 128 << 20),
+            packets: (step == "forward").then_some(32),
             instructions,
             spread,
             waiting,
@@ -104,6 +109,7 @@ mod tests {
             row("cdev", "open", None, (199_000, 5000, 49_000_000)),
             row("cdev", "map", memory, (3_729_000, 0, 0)),
             row("cdev", "map", Some("2 MiB, map-file"), (3_700_000, 0, 0)),
+            row("cdev", "forward", None, (2010, 0, 0)),
         ];
         let text = text(&rows);
         let lines: Vec<&str> =
@@ -117,6 +123,7 @@ mod tests {
                 "open 80.0 ~199 +49,000 (2.49)",
                 "map 2 MiB, map 56,720 29,832 (0.53)",
                 "map 2 MiB, map-file 29,600",
+                "forward 62.8 each",
             ]
         );
     }

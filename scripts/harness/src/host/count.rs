@@ -62,6 +62,13 @@ fn compare(context: &Context, first: &[(String, f64)], second: &[(String, f64)])
         let difference = (one - other).abs();
         ensure!(difference <= (MARGIN * one.max(*other)).max(FEW), "{name}: {one} and {other} instructions");
     }
+    // No instruction of the packet path depends on the mode.
+    let forward: Vec<f64> =
+        first.iter().filter(|(name, _)| name.contains(" forward ")).map(|(_, count)| *count).collect();
+    ensure!(
+        forward.len() > 3 && forward.iter().all(|count| *count == forward[0]),
+        "forwarding takes {forward:?}"
+    );
     let of = |wanted: &str| first.iter().find(|(name, _)| name == wanted).map(|(_, count)| *count);
     let map = |mode: &str| of(&format!("{mode} map 2 MiB, map")).context("no map of 2 MiB pages");
     let ratio = map("cdev")? / map("container")?;

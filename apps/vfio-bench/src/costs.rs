@@ -1,0 +1,112 @@
+//! `costs`: the figure on README's first screen, from counts that are kept in the repository.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Deserialize;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::count;
+use crate::plot::{self, Bar};
+use crate::report::{read, write};
+use crate::words::three;
+
+/// Packets per poll that the figure is about, and the pages that are mapped.
+const BURST: u32 = 32;
+const MEMORY: &str = "2 MiB, map";
+
+/// Draw instructions per packet beside DPDK's, and per mapped GiB in each VFIO mode
+#[derive(Args, Debug)]
+pub(crate) struct CostsArgs {
+    /// What scripts/bench insn --update wrote
+    #[arg(long, value_name = "FILE")]
+    insn: PathBuf,
+    /// What lab count --json wrote
+    #[arg(long, value_name = "FILE")]
+    counted: PathBuf,
+    /// File for the drawing
+    #[arg(long, value_name = "FILE")]
+    svg: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Insn {
+    rows: Vec<InsnRow>,
+}
+
+#[derive(Deserialize)]
+struct InsnRow {
+    driver: String,
+    path: String,
+    burst: u32,
+    insn_per_packet: f64,
+    dpdk: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct Counted {
+    counted: Vec<count::Row>,
+}
+
+pub(crate) fn costs(args: &CostsArgs) -> Result<()> {
+    let (insn, counted): (Insn, Counted) = (read(&args.insn)?, read(&args.counted)?);
+    write(&args.svg, &plot::costs(&packets(&insn)?, &maps(&counted)?)?)
+}
+
+/// Vireo's and DPDK's bar of each of two NICs.
+fn packets(insn: &Insn) -> Result<Vec<Bar>> {
+    let mut bars = Vec::new();
+    for (driver, path) in [("e1000", "82574L"), ("virtio-net", "split mergeable")] {
+        let fits = |row: &&InsnRow| row.driver == driver && row.path == path && row.burst == BURST;
+        let row = insn.rows.iter().find(fits).ok_or_else(|| missing(&format!("{driver}, {path}")))?;
+        let bar = |who: &str, value: f64| Bar {
+            group: driver.to_owned(),
+            name: who.to_owned(),
+            value,
+            text: three(value),
+        };
+        bars.push(bar("Vireo", row.insn_per_packet));
+        bars.push(bar("DPDK", row.dpdk.ok_or_else(|| missing(&format!("DPDK's {driver}")))?));
+    }
+    Ok(bars)
+}
+
+/// A bar for each mode that maps, of the first NIC.
+fn maps(counted: &Counted) -> Result<Vec<Bar>> {
+    let of_memory = |row: &&count::Row| row.step == "map" && row.memory.as_deref() == Some(MEMORY);
+    let first = counted.counted.iter().find(of_memory).ok_or_else(|| missing(MEMORY))?;
+    let rows = counted.counted.iter().filter(|row| of_memory(row) && row.nic == first.nic);
+    let bars = rows.map(|row| {
+        let value = count::cost(row) / 1e6;
+        let ratio = count::cost(row) / count::cost(first);
+        let text =
+            if row.mode == first.mode { three(value) } else { format!("{} ({ratio:.2})", three(value)) };
+        Bar { group: String::new(), name: row.mode.clone(), value, text }
+    });
+    Ok(bars.collect())
+}
+
+fn missing(what: &str) -> Error {
+    Error::new(ErrorKind::Usage, "cannot draw the costs", format!("{what} was not counted"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_committed_counts_are_drawn() {
+        let file = |name: &str| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..").join(name);
+        let dir = tempfile::tempdir().unwrap();
+        let svg = dir.path().join("costs.svg");
+        let args = CostsArgs {
+            insn: file("scripts/insn.json"),
+            counted: file("docs/counted-6.12.json"),
+            svg: svg.clone(),
+        };
+        costs(&args).unwrap();
+        // Whoever commits other counts draws them.
+        let drawn = std::fs::read_to_string(svg).unwrap();
+        assert!(drawn == std::fs::read_to_string(file("docs/costs.svg")).unwrap(), "docs/costs.svg is old");
+    }
+}
