@@ -43,6 +43,8 @@ struct Cli {
 enum Command {
     Run(run::RunArgs),
     Report(report::ReportArgs),
+    /// Print the JSON schema of what report --json writes
+    Schema,
     Selftest(selftest::SelftestArgs),
     Costs(costs::CostsArgs),
     Native(native::NativeArgs),
@@ -60,6 +62,7 @@ fn run() -> Result<()> {
     match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => report::report(&args),
+        Command::Schema => report::schema(),
         Command::Selftest(args) => selftest::selftest(&args),
         Command::Costs(args) => costs::costs(&args),
         Command::Native(args) => native::native(&args),

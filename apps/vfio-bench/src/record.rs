@@ -6,13 +6,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub(crate) use file::{Recorder, read};
 
 /// Everything measured in one boot.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Recording {
     /// Where it was measured.
     pub(crate) environment: Environment,
@@ -33,7 +34,7 @@ pub(crate) struct Recording {
 }
 
 /// What a recording was asked to do.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Plan {
     /// Names of the modes.
     pub(crate) modes: Vec<String>,
@@ -52,7 +53,7 @@ pub(crate) struct Plan {
 }
 
 /// One stream from a sender straight to the NIC that its wire ends at.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Ceiling {
     /// `virtio-net`, `e1000` or `e1000e`.
     pub(crate) nic: String,
@@ -64,7 +65,8 @@ pub(crate) struct Ceiling {
 }
 
 /// Facts about machine, kernel and command, in the order in which a reader wants them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, JsonSchema)]
+#[schemars(with = "BTreeMap<String, String>")]
 pub(crate) struct Environment(pub(crate) Vec<(String, String)>);
 
 impl Environment {
@@ -109,7 +111,7 @@ impl<'de> Deserialize<'de> for Environment {
 }
 
 /// One start, stream and stop of the forwarder on one NIC in one mode.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Run {
     /// `virtio-net`, `e1000` or `e1000e`.
     pub(crate) nic: String,
@@ -194,7 +196,7 @@ impl Run {
 }
 
 /// How much of itself the machine gave to a run.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Machine {
     /// Steps per microsecond of a loop of additions, just before the run.
     pub(crate) speed: f64,
@@ -207,7 +209,7 @@ pub(crate) struct Machine {
 }
 
 /// Percentiles of one run's latency, in nanoseconds.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Latency {
     /// Median.
     pub(crate) p50: u64,
@@ -229,7 +231,7 @@ impl From<&Histogram<u64>> for Latency {
 }
 
 /// One map and unmap of a region of memory, without a NIC's traffic.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct MapTime {
     /// Name of the VFIO mode.
     pub(crate) mode: String,

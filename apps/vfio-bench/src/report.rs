@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 use clap::ArgAction;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use vireo_eal::{Error, ErrorKind, Result};
+use vireo_eal::{Error, ErrorKind, Result, program};
 
 use crate::compare::Comparison;
 use crate::record::{self, Environment, Recording};
@@ -47,7 +48,7 @@ pub(crate) struct ReportArgs {
 }
 
 /// Everything that a report knows.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub(crate) struct Report {
     schema: u32,
     /// Of the timed boots, then of the counted ones.
@@ -123,7 +124,8 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
     let counted = args.counted.iter().map(|path| read(path)).collect::<Result<_>>()?;
     let report = Report::of(raw, counted, args.margin / 100.0, &args.disturbance);
     if let Some(path) = &args.json {
-        write_json(path, &report)?;
+        // Not in lines of its own for each value: there are hundreds of thousands.
+        write(path, &(json(serde_json::to_string(&report))? + "\n"))?;
     }
     if let Some(path) = &args.html {
         write(path, &html::page(&report)?)?;
@@ -143,6 +145,11 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
     }
 }
 
+/// Prints the JSON schema of `report --json`, whose descriptions say what each value is.
+pub(crate) fn schema() -> Result<()> {
+    program::print(&(json(serde_json::to_string_pretty(&schemars::schema_for!(Report)))? + "\n"))
+}
+
 pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let what = format!("cannot read recording {}", path.display());
     let file = File::open(path).map_err(|e| Error::io(&what, &e))?;
@@ -154,9 +161,11 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
 }
 
 pub(crate) fn write_json(path: &Path, figures: &impl Serialize) -> Result<()> {
-    let json = serde_json::to_string_pretty(figures)
-        .map_err(|e| Error::new(ErrorKind::Protocol, "cannot write JSON", e.to_string()))?;
-    write(path, &(json + "\n"))
+    write(path, &(json(serde_json::to_string_pretty(figures))? + "\n"))
+}
+
+fn json(text: serde_json::Result<String>) -> Result<String> {
+    text.map_err(|error| Error::new(ErrorKind::Protocol, "cannot write JSON", error.to_string()))
 }
 
 /// A reader never sees half a file; what is not a regular file (`/dev/stdout`) cannot be replaced.

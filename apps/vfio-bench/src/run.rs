@@ -214,17 +214,20 @@ fn order_of(recording: &Recording, round: u32) -> Random {
 pub(crate) fn enough(recording: &Recording, rounds: u32, seconds: f64) -> (Option<String>, String) {
     let Some(plan) = &recording.plan else { return (None, String::new()) };
     let widest = Comparison::of(std::slice::from_ref(recording), MARGIN).widest();
-    let so_far = if widest.is_finite() {
-        format!("the widest interval is ±{} %", crate::words::percent(widest))
-    } else {
-        "too few for an interval".to_owned()
+    let so_far = match widest {
+        None => "there is nothing to compare".to_owned(),
+        Some(widest) if widest.is_finite() => {
+            format!("the widest interval is ±{} %", crate::words::percent(widest))
+        }
+        Some(_) => "too few for an interval".to_owned(),
     };
-    let end = match rounds {
+    let end = match (rounds, widest) {
         _ if rounds < plan.rounds => None,
-        _ if widest <= plan.width => Some(format!(
-            "after {rounds} rounds, every interval within ±{} %",
-            crate::words::round(plan.width)
-        )),
+        (_, None) => Some(format!("after {rounds} rounds; {so_far}")),
+        (_, Some(widest)) if widest <= plan.width => {
+            let width = crate::words::round(plan.width);
+            Some(format!("after {rounds} rounds, every interval within ±{width} %"))
+        }
         _ if seconds >= plan.limit => {
             Some(format!("after {rounds} rounds, at the limit of {} s; {so_far}", plan.limit))
         }

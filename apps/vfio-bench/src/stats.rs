@@ -1,12 +1,13 @@
 //! Medians, ratios of paired values, and intervals that assume nothing of how values are distributed.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Probability that every interval of a report holds the true value, all of them together.
 pub(crate) const CONFIDENCE: f64 = 0.95;
 
 /// Ends of an interval.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Interval {
     /// Lower end.
     pub(crate) low: f64,

@@ -26,7 +26,7 @@ pub(super) fn of(recordings: &[Recording]) -> Vec<String> {
         say(
             slow.count(),
             &format!(
-                "the CPU had less than {} % of its best speed ({} % at least)",
+                "the CPU had less than {} % of its best speed (down to {} %)",
                 round(SLOW),
                 percent(slowest)
             ),

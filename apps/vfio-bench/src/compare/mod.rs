@@ -6,6 +6,7 @@ mod pairs;
 use std::collections::{BTreeMap, BTreeSet};
 
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::record::{Ceiling, Environment, Latency, MapTime, Recording, Run};
@@ -24,7 +25,7 @@ fn place<'a>(known: &[&str], name: &'a str) -> (usize, &'a str) {
 }
 
 /// The whole comparison.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Comparison {
     /// One per boot; `boot` elsewhere counts from 1.
     #[serde(skip)]
@@ -45,7 +46,7 @@ pub(crate) struct Comparison {
 }
 
 /// One NIC in one mode: medians over the rounds, sums of the packet counts.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Row {
     pub(crate) mode: String,
     pub(crate) nic: String,
@@ -81,7 +82,7 @@ pub(crate) struct Row {
 }
 
 /// Rate of one kind of NIC without a forwarder: no mode can pass it on that machine.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct CeilingRow {
     pub(crate) nic: String,
     pub(crate) boot: usize,
@@ -91,7 +92,7 @@ pub(crate) struct CeilingRow {
 }
 
 /// DMA map and unmap of a region, medians over the rounds.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct MapRow {
     pub(crate) mode: String,
     pub(crate) boot: usize,
@@ -131,13 +132,14 @@ impl Comparison {
         }
     }
 
-    /// How far the widest interval reaches up or down from its ratio, as a part of it; infinite if one has none.
-    pub(crate) fn widest(&self) -> f64 {
+    /// How far the widest interval reaches up or down from its ratio, as a part of it: infinite if a pair has none, and none
+    /// if no modes are compared.
+    pub(crate) fn widest(&self) -> Option<f64> {
         let reach = |pair: &Pair| {
             pair.interval.map_or(f64::INFINITY, |Interval { low, high }| (high / low).sqrt() - 1.0)
         };
         let judged = self.pairs.iter().filter(|pair| pair.verdict != Verdict::NotInterleaved);
-        judged.map(reach).fold(0.0, f64::max)
+        judged.map(reach).max_by(f64::total_cmp)
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{Labels, MODES, NICS, PAGES, numbered, per_gib, place};
@@ -13,7 +14,7 @@ use crate::record::{MapTime, Recording, Run};
 use crate::stats::{CONFIDENCE, Interval, fewest_pairs, median, ratio};
 
 /// What pairs of modes are compared by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Metric {
     ForwardPps,
@@ -54,7 +55,7 @@ fn positive(value: f64) -> Option<f64> {
 }
 
 /// What may be said of a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {
     /// The interval excludes 1.
@@ -71,7 +72,7 @@ pub(crate) enum Verdict {
 }
 
 /// `mode` against `baseline`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct Pair {
     /// The NIC, or the memory and the call.
     pub(crate) subject: String,
@@ -91,7 +92,7 @@ pub(crate) struct Pair {
 }
 
 /// One mode against itself: what a report without any difference to find would say.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct SelfCheck {
     pub(crate) boot: usize,
     pub(crate) subject: String,
@@ -108,7 +109,7 @@ impl SelfCheck {
 }
 
 /// What the claims of a report rest on.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub(crate) struct Family {
     /// Number of comparisons.
     pub(crate) comparisons: usize,

@@ -21,6 +21,8 @@ const PATIENCE: usize = 100_000;
 const RESEND: usize = 1000;
 /// Packets of a full burst.
 const BURST: u64 = MAX_BURST as u64;
+/// A device may bring a burst in parts, and a poll that only ends it is none that moves it.
+const ARRIVAL: Duration = Duration::from_millis(1);
 /// QEMU's e1000 receives nothing for a second after a write of RCTL.
 const DEAF: Duration = Duration::from_millis(1200);
 
@@ -58,6 +60,7 @@ fn full_polls(generator: &mut Side, forwarder: &mut Side) -> Result<u64> {
         if received == sent || polls % RESEND == 0 {
             generator.send_burst();
             sent = received + BURST;
+            std::thread::sleep(ARRIVAL);
         }
         before = received;
         since = Some(Tsc::now());

@@ -7,6 +7,7 @@ mod text;
 use std::io::{Write, stdout};
 
 use clap::Subcommand;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::{Error, Result};
 
@@ -29,7 +30,7 @@ pub(crate) struct Recording {
 }
 
 /// One step in one mode.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Row {
     /// `virtio-net`, `e1000` or `e1000e`.
     pub(crate) nic: String,

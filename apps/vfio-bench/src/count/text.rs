@@ -10,8 +10,9 @@ use crate::words::{distinct, thousands, three};
 
 /// What the cells mean.
 pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, ours and the kernel's; map and unmap per GiB; \
-    start and forward are of a forwarder between two NICs, forward in single instructions per packet. In brackets: the ratio to the first mode. ~ the quartiles of the rounds differ by more than 0.1 %. + instructions that would \
-    have fitted into the time in which the thread waited.";
+    start and forward are of a forwarder between two NICs, forward in single instructions per packet. In brackets: the ratio \
+    to the first mode. ~ the quartiles of the rounds differ by more than 0.1 %. + instructions that would have fitted into \
+    the time in which the thread waited.";
 
 /// A table for each NIC.
 pub(crate) fn text(rows: &[Row]) -> String {

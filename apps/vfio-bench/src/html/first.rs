@@ -118,29 +118,39 @@ fn ratio(pair: &Pair) -> Markup {
     }
 }
 
-/// A row for each step, a column for each mode; the first mode's count is what the others are compared with.
+/// The counts of one NIC, and folded away, of the others.
 fn counted(rows: &[count::Row]) -> Markup {
-    let nics = distinct(rows.iter().map(|row| &row.nic));
+    let nics = distinct(rows.iter().map(|row| row.nic.as_str()));
     html! {
-        @for nic in nics {
-            @let of_nic: Vec<&count::Row> = rows.iter().filter(|row| row.nic == *nic).collect();
-            @let modes = distinct(of_nic.iter().map(|row| &row.mode));
-            h3 { (nic) }
-            div.scroll {
-                table {
-                    thead { tr { th.name { "step" } th.name {} @for mode in &modes { th { (mode) } } } }
-                    tbody {
-                        @for (step, memory, cells) in count::cells(&of_nic, &modes) {
-                            tr {
-                                td.name { (step) } td.name { (memory) }
-                                @for cell in cells { td { (cell) } }
-                            }
+        @if let Some((first, others)) = nics.split_first() {
+            h3 { (first) }
+            (counted_on(rows, first))
+            @for nic in others {
+                details { summary { (nic) } (counted_on(rows, nic)) }
+            }
+        }
+        p.note { (unbroken(count::LEGEND)) }
+    }
+}
+
+/// A row for each step, a column for each mode; the first mode's count is what the others are compared with.
+fn counted_on(rows: &[count::Row], nic: &str) -> Markup {
+    let of_nic: Vec<&count::Row> = rows.iter().filter(|row| row.nic == nic).collect();
+    let modes = distinct(of_nic.iter().map(|row| &row.mode));
+    html! {
+        div.scroll {
+            table {
+                thead { tr { th.name { "step" } th.name {} @for mode in &modes { th { (mode) } } } }
+                tbody {
+                    @for (step, memory, cells) in count::cells(&of_nic, &modes) {
+                        tr {
+                            td.name { (step) } td.name { (memory) }
+                            @for cell in cells { td { (cell) } }
                         }
                     }
                 }
             }
         }
-        p.note { (unbroken(count::LEGEND)) }
     }
 }
 
