@@ -6,8 +6,11 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixListener;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 fn l2fwd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vireo-l2fwd"));
@@ -212,8 +215,7 @@ fn the_table_form_is_dpdks_output() {
         assert!(count > 0, "{text}");
         text += std::str::from_utf8(&buffer[..count]).unwrap();
     }
-    let pid = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    interrupt(&child);
     stdout.read_to_string(&mut text).unwrap();
     let output = child.wait_with_output().unwrap();
     let log = String::from_utf8(output.stderr).unwrap();
@@ -262,6 +264,10 @@ fn sockets_and_rings_of_virtual_ports_are_checked_first() {
     }
 }
 
+fn interrupt(child: &Child) {
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+}
+
 #[test]
 fn a_signal_ends_the_wait_for_device_nodes() {
     let dir = tempfile::tempdir().unwrap();
@@ -274,7 +280,7 @@ fn a_signal_ends_the_wait_for_device_nodes() {
     // The connection is there; the wait for its answer comes next.
     std::thread::sleep(Duration::from_millis(300));
     let since = Instant::now();
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    interrupt(&child);
     let line = refused(&child.wait_with_output().unwrap(), 69);
     assert!(line.contains("stopped by a signal") && since.elapsed() < Duration::from_secs(5), "{line}");
 }

@@ -435,6 +435,11 @@ mod tests {
             .stdin(fs::File::open(&node).unwrap())
             .spawn()
             .unwrap();
+        // The kernel closes what is to be closed on exec, which is what `spawn` waits for, before it changes the name.
+        let comm = format!("/proc/{}/comm", child.id());
+        while fs::read_to_string(&comm).unwrap() != "sleep\n" {
+            std::thread::yield_now();
+        }
         let held = refused(true, false);
         child.kill().unwrap();
         child.wait().unwrap();
