@@ -66,6 +66,7 @@ need_cargo() {
         "install rustup (package rustup, or rustup.rs), then: rustup default stable"
     need_packages "${package/cargo/rustc}" "$package"
     hash -r
+    [[ -n $(cargo_version) ]] || fail "the package $package is installed, and there is no cargo in PATH" "PATH=/usr/bin:\$PATH $0"
 }
 
 # cargo_package VERSION: apt's package of a cargo at least that new, if there is one. Debian keeps a current Rust for its
