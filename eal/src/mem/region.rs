@@ -1,6 +1,7 @@
 //! Pages for DMA: one mapping per region, in one of four backings.
 
 use std::alloc::Layout;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroUsize;
@@ -157,20 +158,23 @@ impl Region {
         Ok(())
     }
 
-    /// Logs which parts did not get their node.
+    /// Logs how much of each node's parts is elsewhere: the command that gives a node more pages is for all of them.
     fn tell_what_is_elsewhere(&self, nodes: &[OnNode]) {
+        let mut of_node: BTreeMap<u32, (usize, usize)> = BTreeMap::new();
         for on in nodes {
             // SAFETY: the bytes are within this region's own mapping: `bind` has checked them.
-            match unsafe { numa::elsewhere(self.address, on, self.page_size) } {
-                Some(0) | None => {}
-                Some(pages) => tracing::warn!(
-                    "{} of {} KiB of packet memory are not on NUMA node {}, where the NICs are that use it; {}",
-                    (pages * self.page_size) >> 10,
-                    on.bytes.len() >> 10,
-                    on.node,
-                    shortage::more_on_node(Path::new(ROOT), on.node, self.page_size, pages)
-                ),
-            }
+            let pages = unsafe { numa::elsewhere(self.address, on, self.page_size) }.unwrap_or(0);
+            let (elsewhere, bytes) = of_node.entry(on.node).or_default();
+            *elsewhere += pages;
+            *bytes += on.bytes.len();
+        }
+        for (node, (pages, bytes)) in of_node.into_iter().filter(|(_, (pages, _))| *pages > 0) {
+            tracing::warn!(
+                "{} of {} KiB of packet memory are not on NUMA node {node}, where the NICs are that use it; {}",
+                (pages * self.page_size) >> 10,
+                bytes >> 10,
+                shortage::more_on_node(Path::new(ROOT), node, self.page_size, pages)
+            );
         }
     }
 
