@@ -409,6 +409,58 @@ fn a_bad_recording_is_named_with_the_place() {
 }
 
 #[test]
+fn recordings_of_two_machines_are_refused_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut paths = Vec::new();
+    for (name, mut boot) in ["a.json", "b.json"].into_iter().zip(boots()) {
+        for (key, value) in &mut boot.environment.0 {
+            if name == "b.json" && key == "cpu" {
+                *value = "another".to_owned();
+            }
+        }
+        let path = dir.path().join(name);
+        fs::write(&path, serde_json::to_string(&boot).unwrap()).unwrap();
+        paths.push(path.to_str().unwrap().to_owned());
+    }
+    let error = report(&[&paths[0], &paths[1]]).unwrap_err();
+    assert_eq!(error.kind(), vireo_eal::ErrorKind::Usage);
+    let text = error.to_string();
+    assert!(
+        text.contains("b.json together: they are of two machines: cpu AMD EPYC 7B13 and another"),
+        "{text}"
+    );
+}
+
+/// Vireo before 0.2 wrote one object, ran modes in a fixed order, each twice in a round, and one against itself before.
+#[test]
+fn an_older_recording_is_read_and_claims_nothing() {
+    let run = |mode: &str, pair: &str, round: u32| {
+        serde_json::json!({
+            "nic": "e1000", "mode": mode, "round": round, "pair": pair, "forward_pps": 1e5,
+            "latency_ns": {"p50": 4000, "p99": 9000, "p999": 20_000, "max": 50_000, "count": 1000},
+            "open_ms": 1.0, "bind_ms": 1.0, "attach_ms": 1.0, "first_packet_ms": 9.0,
+            "map_ms": 8.0, "map_bytes": 1 << 27, "map_ioctls": 1, "unmap_ms": 4.0,
+            "sent": 1000, "received": 1000, "drops": {}
+        })
+    };
+    let rounds = (0..6).flat_map(|round| {
+        let order = ["container", "cdev", "cdev", "container"].map(|mode| run(mode, "modes", round));
+        [run("container", "A/A", round), run("container", "A/A", round)].into_iter().chain(order)
+    });
+    let old = serde_json::json!({ "environment": { "cpu": "AMD" }, "runs": rounds.collect::<Vec<_>>() });
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("old.json");
+    fs::write(&path, old.to_string()).unwrap();
+    let recording = crate::record::read(&path, false).unwrap();
+    let comparison = compare(&[recording]);
+    assert_eq!((comparison.rows.len(), comparison.rows[0].latency_ns.p99), (2, 9000));
+    let p = pair(&comparison, "e1000", ["container", "cdev"], Metric::ForwardPps);
+    assert_eq!((p.rounds, p.verdict), (6, Verdict::TooFewRounds));
+    assert!(p.sentence.ends_with("is not judged: 6 rounds, and 4 comparisons take 8"), "{}", p.sentence);
+    assert_eq!(comparison.self_checks[0].rounds, 6);
+}
+
+#[test]
 fn the_environment_keeps_its_order() {
     let text = r#"{"zeta":"1","alpha":"2"}"#;
     let environment: Environment = serde_json::from_str(text).unwrap();
