@@ -8,9 +8,10 @@ CLAIMS_BUSY=()
 bench_claims() {
     need_packages jq stress-ng
     need_cargo
-    cargo build --manifest-path "$REPO/Cargo.toml" --release --locked -p vireo-vfio-bench ||
+    cargo build --manifest-path "$REPO/Cargo.toml" --profile lab --locked -p vireo-vfio-bench ||
         fail "cargo could not build (its message is above)"
     mkdir "$WORK/share"
+    trap 'claims_host 1; rm -rf "$WORK"' EXIT
     claims_reports null --null
     claims_reports slow --null --slow cdev --slower "$CLAIMS_SLOWER"
     claims_say
@@ -47,7 +48,7 @@ claims_report() {
     "$SCRIPTS/lab" run --timeout 900 --share "$WORK/share" -- vfio-bench run --nics e1000e --modes "$CLAIMS_MODES" \
         --seconds 0.1 --map-mib 32 --limit 40 --json "/share/$name.json" "$@" >"$WORK/lab.log" 2>&1 ||
         fail "the recording failed: $(tail -n1 "$WORK/lab.log")"
-    "$REPO/target/release/vireo-vfio-bench" report "$json" --json "$WORK/$name.json" >/dev/null ||
+    "$REPO/target/lab/vireo-vfio-bench" report "$json" --json "$WORK/$name.json" >/dev/null ||
         fail "report failed (its message is above)"
     say "$name: $(jq -r '"\([.timed.pairs[] | select(.verdict == "differs")] | length) of \(.timed.family.comparisons) differ"' "$WORK/$name.json")"
 }

@@ -24,8 +24,8 @@ guest_estimate() {
         parts+=("counts 1 to 3")
     fi
     if [[ ${1:-} == compare ]]; then
-        ((least += 8, most += 12))
-        parts+=("times 8 to 12")
+        ((least += 6, most += 10))
+        parts+=("times 6 to 10")
     fi
     ((${#parts[@]})) || return 0
     printf -v parts '%s, ' "${parts[@]}"

@@ -46,7 +46,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 5.0, value_parser = percent)]
     width: f64,
     /// Or until so many seconds have gone by
-    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
     limit: Duration,
     /// Seconds that each stream lasts; there are two in a run
     #[arg(long, value_name = "SECONDS", default_value = "0.2", value_parser = seconds)]
