@@ -215,7 +215,7 @@ fn the_table_form_is_dpdks_output() {
         assert!(count > 0, "{text}");
         text += std::str::from_utf8(&buffer[..count]).unwrap();
     }
-    interrupt(&child);
+    interrupt(&child).unwrap();
     stdout.read_to_string(&mut text).unwrap();
     let output = child.wait_with_output().unwrap();
     let log = String::from_utf8(output.stderr).unwrap();
@@ -264,8 +264,8 @@ fn sockets_and_rings_of_virtual_ports_are_checked_first() {
     }
 }
 
-fn interrupt(child: &Child) {
-    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+fn interrupt(child: &Child) -> nix::Result<()> {
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT)
 }
 
 #[test]
@@ -280,7 +280,7 @@ fn a_signal_ends_the_wait_for_device_nodes() {
     // The connection is there; the wait for its answer comes next.
     std::thread::sleep(Duration::from_millis(300));
     let since = Instant::now();
-    interrupt(&child);
+    interrupt(&child).unwrap();
     let line = refused(&child.wait_with_output().unwrap(), 69);
     assert!(line.contains("stopped by a signal") && since.elapsed() < Duration::from_secs(5), "{line}");
 }
