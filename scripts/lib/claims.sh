@@ -50,7 +50,9 @@ claims_report() {
         fail "the recording failed: $(tail -n1 "$WORK/lab.log")"
     "$REPO/target/lab/vireo-vfio-bench" report "$json" --json "$WORK/$name.json" >/dev/null ||
         fail "report failed (its message is above)"
-    say "$name: $(jq -r '"\([.timed.pairs[] | select(.verdict == "differs")] | length) of \(.timed.family.comparisons) differ"' "$WORK/$name.json")"
+    say "$name: $(jq -r '
+        [.timed.pairs[] | select(.verdict == "differs") | "\(.subject) \(.metric) \(.ratio * 100 | round / 100)"] |
+        if . == [] then "no difference" else join(", ") end' "$WORK/$name.json")"
 }
 
 claims_say() {
