@@ -33,7 +33,7 @@ pub(crate) struct ReportArgs {
     /// Modes that differ by less than this, up and down, are called the same
     #[arg(long, value_name = "PERCENT", default_value_t = MARGIN * 100.0, value_parser = percent)]
     margin: f64,
-    /// What else disturbed the recording, as whoever started it knows
+    /// A disturbance that the caller observed; the report begins with it
     #[arg(long, value_name = "TEXT", action = ArgAction::Append)]
     disturbance: Vec<String>,
     /// Takes recordings that do not end in order, as far as they go

@@ -52,8 +52,8 @@ impl Interval {
 /// Ratio of paired values, from their logarithms: the Hodges-Lehmann estimate, and the interval of Wilcoxon's signed-rank
 /// test at level `alpha`; 1 and none if there is no pair, and no interval if there are fewer than [`fewest_pairs`].
 ///
-/// The interval is exact if a pair's logarithm is as likely to be `d + x` as `d - x` around the true `d`. A schedule that
-/// draws the order of each round at random makes that so, whatever the machine does meanwhile.
+/// The interval is exact if pairs are independent and a pair's logarithm is as likely to be `d + x` as `d - x` around the true
+/// `d`. Where modes do not differ, a schedule that draws the order of each round at random makes that so.
 pub(crate) fn ratio(logs: &[f64], alpha: f64) -> (f64, Option<Interval>) {
     let mut averages: Vec<f64> = Vec::with_capacity(logs.len() * (logs.len() + 1) / 2);
     for (at, one) in logs.iter().enumerate() {

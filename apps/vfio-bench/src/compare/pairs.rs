@@ -1,8 +1,8 @@
 //! Modes against each other: which pairs there are, their ratios, and what may be said of them.
 //!
 //! All claims of a report are one family: each interval is as wide as it takes for all of them together to hold with
-//! [`CONFIDENCE`]. A mode is also compared with itself, in the same rounds; where that finds a difference, runs are not
-//! comparable, and nothing is claimed.
+//! [`CONFIDENCE`]. A mode is also compared with itself, in the same rounds; where that finds a difference on a NIC,
+//! nothing is claimed of that metric there.
 
 use std::collections::BTreeMap;
 

@@ -154,8 +154,8 @@ fn method(report: &Report) -> Markup {
         p {
             "Each round runs every mode once, and one of them twice, in an order drawn at random. A pair of modes is \
              compared within rounds; the estimate of their ratio is the Hodges-Lehmann estimate of its logarithm, and the \
-             interval is that of Wilcoxon's signed-rank test, which the random order makes exact whatever the machine does \
-             meanwhile. Rounds are added until every interval is narrow enough or the time is up."
+             interval is that of Wilcoxon's signed-rank test. Between modes that do not differ, the random order makes a round \
+             favour either with the same probability, whatever the machine does meanwhile. Rounds are added until every interval is narrow enough or the time is up."
         }
         @if family.comparisons > 0 {
             p {
