@@ -1,8 +1,47 @@
 # shellcheck shell=bash
-# Packages of the machine itself: installed only with the user's consent.
+# Packages of the machine itself: installed only with the user's consent, and only by apt. Where there is none, the user
+# installs what is missing.
 
 SUDO=()
 ((EUID == 0)) || SUDO=(sudo)
+
+# What has to be there if apt is not: programs, and files of libraries. A package that is not named here is a program of the
+# same name.
+declare -A PACKAGE_HAS=(
+    [busybox-static]=busybox
+    [qemu-system-x86]=qemu-system-x86_64
+    [libc6-dev]=/usr/include/stdio.h
+    [libelf-dev]=/usr/include/libelf.h
+    [xz-utils]=xz
+    [kmod]=modprobe
+    [dpdk-dev]=dpdk-testpmd
+    [libdpdk-dev]=/usr/include/dpdk/rte_eal.h
+    [libbsd-dev]=/usr/include/bsd/bsd.h
+    [libnuma-dev]=/usr/include/numa.h
+)
+
+apt_available() { command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; }
+
+# The name of this machine's distribution.
+distribution() {
+    # shellcheck disable=SC1091
+    (. /etc/os-release 2>/dev/null && echo "${PRETTY_NAME:-$NAME}") || echo "a system without /etc/os-release"
+}
+
+# packages_elsewhere PACKAGE...: fails if something that one of these has is missing.
+packages_elsewhere() {
+    local package has missing=() packages=()
+    for package; do
+        has=${PACKAGE_HAS[$package]:-$package}
+        [[ $has == /* && -e $has ]] || command -v "$has" >/dev/null || {
+            missing+=("$has")
+            packages+=("$package")
+        }
+    done
+    ((${#missing[@]} == 0)) ||
+        fail "this machine has no ${missing[*]}, and no apt to install it with ($(distribution))" \
+            "install the packages that Debian calls ${packages[*]}"
+}
 
 package_installed() {
     [[ $(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null) == installed ]]
@@ -27,6 +66,10 @@ apt_consent() {
 # Packages that are here under another roof (rustup's cargo, a hand-built QEMU) are the caller's to rule out first.
 need_packages() {
     local package missing=()
+    if ! apt_available; then
+        packages_elsewhere "$@"
+        return
+    fi
     for package; do
         package_installed "$package" || missing+=("$package")
     done

@@ -60,6 +60,8 @@ kernel_chosen() {
 
 # kernel_source default|edge [newest]: prints "PACKAGE VERSION".
 kernel_source() {
+    apt_available || fail "the guest's kernel is built from Debian's source package, and there is no apt ($(distribution))" \
+        "--kernel PATH, of a bzImage that was built with the options of scripts/kernel.config"
     if [[ $1 == edge ]]; then
         if [[ ${2:-} == newest ]]; then edge_newest; else edge_source; fi
         return

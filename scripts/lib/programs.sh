@@ -57,7 +57,7 @@ need_cargo() {
         fail "cargo $wanted or newer is needed, here is ${version:-none}" "rustup update stable && rustup default stable"
     fi
     package=$(cargo_package "$wanted")
-    if [[ -z $package ]]; then
+    if [[ -z $package ]] && apt_available; then
         apt_consent "read apt's package lists to find cargo $wanted" "${SUDO[*]:+${SUDO[*]} }apt-get update"
         refresh_lists
         package=$(cargo_package "$wanted")

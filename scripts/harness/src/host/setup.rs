@@ -28,6 +28,22 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
             Ok(())
         });
     }
+    for (name, missing, arguments, words) in [
+        ("a tool", Some("cpio"), &["run", "--no-build", "--", "true"][..], "has no cpio"),
+        ("a kernel", None, &["kernel", "--kernel", "default"], "--kernel PATH"),
+    ] {
+        let lab = environment.repo.join("scripts/lab");
+        cases.add(format!("scripts/lab without apt and without {name} says what to do"), move |context| {
+            let apt = ["apt-get", "apt-cache", "dpkg", "dpkg-query"];
+            let bin = path_without(context, &[&apt[..], missing.as_slice()].concat())?;
+            let mut command = Command::new(&lab);
+            command.args(arguments).env_clear().env("PATH", bin).env("HOME", &context.dir).current_dir("/");
+            let ended = run(context, "script", &mut command)?.expect(125)?;
+            let last = ended.stderr.lines().last().unwrap_or_default();
+            ensure!(last.contains(words) && last.contains("; try: "), "it says: {last}");
+            Ok(())
+        });
+    }
     let ui = environment.repo.join("scripts/lib/ui.sh");
     cases.add("a script that errexit stops says where", move |context| {
         let script = format!(
