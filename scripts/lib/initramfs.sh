@@ -21,7 +21,7 @@ initramfs_build() {
     printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n' >"$root/etc/passwd"
     printf 'root:x:0:\nnogroup:x:65534:\n' >"$root/etc/group"
     {
-        initramfs_environment
+        initramfs_environment "$image"
         echo "exec $(shell_quote "$@")"
     } >"$root/etc/command"
     (cd "$root" && find . -print0 | cpio --null --quiet --create --format=newc --owner=+0:+0) >"$run/initrd"
@@ -51,12 +51,14 @@ initramfs_add_programs() {
 
 # A measurement says where it was made; the guest cannot know.
 initramfs_environment() {
+    local config="${1%/*}/config"
     echo "export VIREO_LAB_ACCEL=$(shell_quote "$ACCEL")"
     echo "export VIREO_LAB_COMMAND=$(shell_quote "$LAB_COMMAND")"
     echo "export VIREO_LAB_QEMU=$(shell_quote "$(qemu_version)")"
     echo "export VIREO_LAB_HOST_CPU=$(shell_quote "$(sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo)")"
     echo "export VIREO_LAB_HOST_CPUS=$(nproc)"
     [[ -z $OPT_ICOUNT ]] || echo 'export VIREO_LAB_ICOUNT=1'
+    [[ ! -f $config ]] || echo "export VIREO_LAB_KERNEL_CONFIG=$(sha256sum <"$config" | cut -c1-12)"
     echo "export VIREO_LAB_DATE=$(date -u +%FT%TZ)"
     echo "export VIREO_LAB_COMMIT=$(shell_quote "$(git -C "$REPO" describe --always --dirty 2>/dev/null || echo unknown)")"
 }

@@ -81,7 +81,9 @@ pub fn length(sizes: &RangeInclusive<usize>, sequence: u64) -> usize {
 /// Why a frame is not counted as one that came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wrong {
-    /// It is not of this run.
+    /// It is of the run with this number.
+    OtherRun(u32),
+    /// It is not one of these frames.
     Stray,
     /// It is of this run, and not as it was sent.
     Corrupt,
@@ -110,8 +112,12 @@ pub fn read(bytes: &[u8], run: u32) -> Result<(MacAddr, MacAddr, Tag), Wrong> {
     let word = |at: usize| array(at).map(u64::from_le_bytes).ok_or(Wrong::Stray);
     let mac =
         |at: usize| array(at).map(|[a, b, c, d, e, f, ..]| MacAddr([a, b, c, d, e, f])).ok_or(Wrong::Stray);
-    if len < SHORTEST || bytes[12..14] != ETHERTYPE || word(14)? as u32 != run {
+    if len < SHORTEST || bytes[12..14] != ETHERTYPE {
         return Err(Wrong::Stray);
+    }
+    let of = word(14)? as u32;
+    if of != run {
+        return Err(Wrong::OtherRun(of));
     }
     let tag = Tag { run, sequence: word(18)?, ticks: word(26)? };
     if len > LONGEST
@@ -205,7 +211,7 @@ mod tests {
             prop_assert_eq!(read(&bytes[..len - 1], 7), Err(Wrong::Corrupt));
             bytes.push(0);
             prop_assert_eq!(read(&bytes, 7), Err(Wrong::Corrupt));
-            prop_assert_eq!(read(&bytes, 8), Err(Wrong::Stray));
+            prop_assert_eq!(read(&bytes, 8), Err(Wrong::OtherRun(7)));
         }
 
         #[test]

@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
@@ -20,6 +20,8 @@ use crate::frame::{self, Arrivals, Tag, Wrong};
 pub struct Stream {
     /// Number of the run; frames of other runs are strays.
     pub run: u32,
+    /// Numbers of runs that ended before all of their frames had come back: those that come now are late.
+    pub earlier: Range<u32>,
     /// Destination of the frames: the first port of whoever forwards them.
     pub destination: MacAddr,
     /// Their source: the sending port.
@@ -35,6 +37,8 @@ pub struct Stream {
     pub window: u64,
     /// When to stop.
     pub end: End,
+    /// When nothing is sent or received for this time, frames on their way are given up.
+    pub patience: Duration,
 }
 
 /// End of a stream.
@@ -72,7 +76,9 @@ pub struct Outcome {
     pub wrong_address: u64,
     /// Frames of this run that came back damaged; none of them is counted as received.
     pub corrupt: u64,
-    /// Frames that are not of this run.
+    /// Frames of [`Stream::earlier`] runs.
+    pub late: u64,
+    /// Other frames that are not of this run.
     pub strays: u64,
     /// When the first frame came back, in ticks of the TSC.
     pub first: Option<u64>,
@@ -96,9 +102,8 @@ impl Outcome {
     }
 }
 
-/// When nothing is sent or received for this time, frames on their way are given up. It is longer than the
-/// second for which QEMU's e1000 holds frames back after a write of RCTL.
-const GIVE_UP: Duration = Duration::from_secs(2);
+/// A [`Stream::patience`] that is longer than the second for which QEMU's e1000 holds frames back after a write of RCTL.
+pub const PATIENCE: Duration = Duration::from_secs(2);
 /// Frames per second while the first one to come back is waited for.
 pub const KNOCKS: f64 = 1000.0;
 /// Longest latency that the histogram holds, in nanoseconds: a minute.
@@ -159,13 +164,14 @@ pub fn run<T: TxBurst, R: RxBurst>(
         given_up_below: 0,
         wrong_address: 0,
         corrupt: 0,
+        late: 0,
         strays: 0,
         bytes: [0; DATA_ROOM],
         arrivals: Arrivals::default(),
         latency,
         burst: Burst::new(),
     };
-    let give_up = Tsc::from_nanos(GIVE_UP.as_nanos() as u64);
+    let give_up = Tsc::from_nanos(stream.patience.as_nanos() as u64);
     state.last = state.start;
     let mut progress = state.start;
     loop {
@@ -211,6 +217,7 @@ struct State<'a> {
     given_up_below: u64,
     wrong_address: u64,
     corrupt: u64,
+    late: u64,
     strays: u64,
     /// The frame that is written or read.
     bytes: [u8; DATA_ROOM],
@@ -285,7 +292,8 @@ impl State<'_> {
                 Ok((destination, source, tag)) if tag.sequence < self.sent => {
                     self.note(destination, source, tag);
                 }
-                Err(Wrong::Stray) => self.strays += 1,
+                Err(Wrong::OtherRun(run)) if self.stream.earlier.contains(&run) => self.late += 1,
+                Err(Wrong::OtherRun(_) | Wrong::Stray) => self.strays += 1,
                 _ => self.corrupt += 1,
             }
         }
@@ -316,6 +324,7 @@ impl State<'_> {
             reordered: self.arrivals.reordered,
             wrong_address: self.wrong_address,
             corrupt: self.corrupt,
+            late: self.late,
             strays: self.strays,
             first: self.first,
             elapsed: Duration::from_nanos(Tsc::to_nanos(self.last.wrapping_sub(self.start))),

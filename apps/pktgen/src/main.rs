@@ -71,6 +71,7 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
     ports::confine(eal)?;
     let stream = Stream {
         run: std::process::id(),
+        earlier: 0..0,
         destination: args.dst_mac,
         source: all[args.tx_port].port.mac(),
         expect: Some(Expect { destination: args.expect_dst, source: args.expect_src }),
@@ -78,6 +79,7 @@ fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Cou
         rate: args.rate,
         window: args.window,
         end: args.end(),
+        patience: generator::PATIENCE,
     };
     let (mut rx_queues, mut tx_queues): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
     let (tx, rx) = (&mut tx_queues[args.tx_port], &mut rx_queues[args.rx_port]);

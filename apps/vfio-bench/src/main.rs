@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod compare;
+mod cores;
 mod costs;
 mod count;
 mod dma_proof;
@@ -12,6 +13,7 @@ mod html;
 mod machine;
 mod measure;
 mod native;
+mod perf;
 mod plot;
 mod process;
 mod record;

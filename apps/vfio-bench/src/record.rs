@@ -34,7 +34,7 @@ pub(crate) struct Recording {
 }
 
 /// What a recording was asked to do.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Plan {
     /// Names of the modes.
     pub(crate) modes: Vec<String>,
@@ -48,6 +48,18 @@ pub(crate) struct Plan {
     pub(crate) limit: f64,
     /// Length of a stream, in seconds.
     pub(crate) stream: f64,
+    /// Length of a trial of the search for the throughput, in seconds.
+    #[serde(default)]
+    pub(crate) trial: f64,
+    /// Bytes of the frames; rate and latency are of the first size, the throughput of each.
+    #[serde(default)]
+    pub(crate) frames: Vec<usize>,
+    /// Loss at which the throughput is stated, as a part of the frames sent.
+    #[serde(default)]
+    pub(crate) loss: f64,
+    /// Load at which latency is measured, as a part of the rate.
+    #[serde(default)]
+    pub(crate) load: f64,
     /// Size of the region that is mapped, in MiB.
     pub(crate) map_mib: u32,
 }
@@ -123,7 +135,10 @@ pub(crate) struct Run {
     pub(crate) pair: String,
     /// Packets forwarded per second.
     pub(crate) forward_pps: f64,
-    /// Latency from sender to receiver.
+    /// Highest loads at the plan's loss, one for each size of frame; none in recordings of Vireo before 0.2.
+    #[serde(default)]
+    pub(crate) throughput: Vec<Throughput>,
+    /// Latency from sender to receiver; without values where an external generator measures it.
     pub(crate) latency_ns: Latency,
     /// All of its values, each with its count; none in recordings of Vireo before 0.2.
     #[serde(default)]
@@ -146,6 +161,12 @@ pub(crate) struct Run {
     /// Doorbell writes of the forwarder: a count, where rates drown in noise.
     #[serde(default)]
     pub(crate) doorbells: u64,
+    /// What the forwarder's CPU and the IOMMU counted while `forward_pps` was measured, by event; none where they do not count.
+    #[serde(default)]
+    pub(crate) counters: BTreeMap<String, u64>,
+    /// Packets forwarded meanwhile.
+    #[serde(default)]
+    pub(crate) counted_packets: u64,
     /// Counters of lost packets by name, each counted where the packet was lost.
     pub(crate) drops: BTreeMap<String, u64>,
     /// What the machine did besides.
@@ -192,6 +213,39 @@ impl Run {
             n if self.sent > accounted => Some(format!("{counts}: {n} unaccounted for")),
             n => Some(format!("{counts}: {n} too many")),
         }
+    }
+}
+
+/// Highest load of which no more than a stated part was lost.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+pub(crate) struct Throughput {
+    /// Bytes of a frame without frame check sequence.
+    pub(crate) frame: usize,
+    /// Frames sent per second; 0 if every load lost more.
+    pub(crate) pps: f64,
+    /// Whether the generator could not send more, so that the throughput may be higher.
+    pub(crate) at_least: bool,
+    /// In the order in which they were tried.
+    pub(crate) trials: Vec<Trial>,
+}
+
+/// A load that was offered for some time.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, JsonSchema)]
+pub(crate) struct Trial {
+    /// Frames that were to be sent per second.
+    pub(crate) load: f64,
+    /// Frames sent per second.
+    pub(crate) pps: f64,
+    /// Frames sent.
+    pub(crate) sent: u64,
+    /// Frames that came back in time.
+    pub(crate) received: u64,
+}
+
+impl Trial {
+    /// Part of the frames that did not come back.
+    pub(crate) fn loss(&self) -> f64 {
+        if self.sent == 0 { 0.0 } else { 1.0 - self.received as f64 / self.sent as f64 }
     }
 }
 

@@ -1,13 +1,12 @@
 //! `vfio-bench run`: measures every mode on every NIC of this machine, interleaved.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use vireo_bus_pci::{Bus, PciInfo};
 use vireo_drivers::ports::driver_of;
-use vireo_eal::args::allowed_cpus;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::StopFlag;
@@ -15,13 +14,19 @@ use vireo_eal::mem::Region;
 use vireo_eal::program::note;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
+use vireo_pktgen::frame::{LONGEST, SHORTEST};
 
 use crate::compare::Comparison;
+use crate::cores::Cores;
 use crate::environment::environment;
-use crate::measure::{Limits, Wiring, map_times, measure, null_forwarder, regions};
+use crate::measure::{Limits, Setup, Wiring, map_times, regions, straight};
+use crate::perf::Counters;
 use crate::record::{Ceiling, MapTime, Plan, Recorder, Recording, Run};
 use crate::report::MARGIN;
 use crate::stats::Random;
+
+/// Length of the stream that shows that a wire carries packets.
+const WIRE_CHECK: Duration = Duration::from_millis(20);
 
 /// Measure VFIO modes on this machine's NICs and write a recording
 #[derive(Debug, Args)]
@@ -35,10 +40,13 @@ pub(crate) struct RunArgs {
     /// Kinds of NIC; by default every kind of which four are bound to vfio-pci
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     nics: Vec<String>,
-    /// The four NICs of one comparison: sender, forwarder's receiver, forwarder's sender, receiver; the
-    /// first two and the last two are connected
-    #[arg(long, value_name = "A,B,C,D", conflicts_with = "nics")]
+    /// The four NICs of one comparison: sender, forwarder's receiver, forwarder's sender, receiver, of which the first two
+    /// and the last two are connected; or the forwarder's two, and an external generator sends to one of them
+    #[arg(long, value_name = "A,B[,C,D]", value_delimiter = ',', conflicts_with = "nics")]
     ports: Vec<String>,
+    /// Cores that poll; by default the first two that this process may use. With an external generator, the forwarder's
+    #[arg(long, value_name = "GENERATOR,FORWARDER", value_delimiter = ',')]
+    cores: Vec<usize>,
     /// Rounds at least; each runs every mode once, in an order drawn at random, and one of them twice
     #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -51,6 +59,19 @@ pub(crate) struct RunArgs {
     /// Seconds that each stream lasts; there are two in a run
     #[arg(long, value_name = "SECONDS", default_value = "0.2", value_parser = seconds)]
     seconds: Duration,
+    /// Bytes of the frames, 60 to 1514 without frame check sequence. Rate and latency are measured with the first size, the
+    /// throughput with each
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "60,1514", value_parser = frame_size)]
+    frame_sizes: Vec<usize>,
+    /// Loss up to which a load counts as throughput; 0 is RFC 2544's
+    #[arg(long, value_name = "PERCENT", default_value_t = 0.1, value_parser = loss)]
+    loss: f64,
+    /// Seconds that each trial of the search for the throughput lasts
+    #[arg(long, value_name = "SECONDS", default_value = "0.1", value_parser = seconds)]
+    trial: Duration,
+    /// Load at which latency is measured, as a part of the rate
+    #[arg(long, value_name = "PERCENT", default_value_t = 10.0, value_parser = percent)]
+    load: f64,
     /// Seed of the random orders; by default another one each time
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -80,6 +101,20 @@ pub(crate) fn seconds(text: &str) -> std::result::Result<Duration, String> {
         .ok_or_else(|| "it is no number of seconds above 0".into())
 }
 
+fn frame_size(text: &str) -> std::result::Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|size| (SHORTEST..=LONGEST).contains(size))
+        .ok_or_else(|| format!("it is no size from {SHORTEST} to {LONGEST}"))
+}
+
+fn loss(text: &str) -> std::result::Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|percent| (0.0..100.0).contains(percent))
+        .ok_or_else(|| "it is no number of per cent from 0 to below 100".into())
+}
+
 /// A part above 0, which an argument gives in per cent.
 pub(crate) fn percent(text: &str) -> std::result::Result<f64, String> {
     text.parse()
@@ -88,62 +123,38 @@ pub(crate) fn percent(text: &str) -> std::result::Result<f64, String> {
         .ok_or_else(|| "it is no number of per cent above 0".into())
 }
 
-/// Who runs where.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Cores {
-    pub(crate) generator: usize,
-    pub(crate) forwarder: usize,
-    /// One that nobody polls on.
-    pub(crate) idle: Option<usize>,
-}
-
-impl Cores {
-    /// The first ones that this process may use.
-    pub(crate) fn of_this_process() -> Result<Self> {
-        match allowed_cpus()?[..] {
-            [generator, forwarder, ref rest @ ..] => {
-                Ok(Self { generator, forwarder, idle: rest.first().copied() })
-            }
-            _ => Err(Error::new(
-                ErrorKind::Unavailable,
-                "cannot measure on one core",
-                "generator and forwarder poll a core each",
-            )
-            .mend("give the machine or the container a second one")),
-        }
-    }
-}
-
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let bus = Bus::default();
     let stop = StopFlag::on_signals()?;
-    let wirings = wirings(&args.ports, &args.nics, &bus, note)?;
-    let Cores { generator, forwarder, .. } = Cores::of_this_process()?;
+    let setups = setups(args, &bus)?;
+    let external = setups.iter().any(|setup| matches!(setup, Setup::External { .. }));
+    let cores = if external { Cores::of_forwarder(&args.cores)? } else { Cores::choose(&args.cores)? };
+    let plan = args.plan();
     let limits = Limits {
-        generator,
-        forwarder,
+        generator: cores.generator,
+        forwarder: cores.forwarder,
         stream: args.seconds,
-        map_bytes: (args.map_mib as usize) << 20,
+        trial: args.trial,
+        frames: &args.frame_sizes,
+        loss: plan.loss,
+        load: plan.load,
         slower: 0.0,
     };
-    let plan = Plan {
-        modes: args.modes.iter().map(|mode| mode.name().to_owned()).collect(),
-        seed: args.seed.unwrap_or_else(Tsc::now),
-        rounds: args.rounds,
-        width: args.width / 100.0,
-        limit: args.limit.as_secs_f64(),
-        stream: args.seconds.as_secs_f64(),
-        map_mib: args.map_mib,
-    };
-    let here = environment(args.rounds)?;
+    let mut here = environment(args.rounds)?;
+    here.0.push(("cores".into(), cores.fact(Path::new(SYSFS))));
+    here.0.push(("perf counters".into(), Counters::fact()));
+    for warning in cores.warnings(Path::new(SYSFS), setups.iter().flat_map(Setup::inner)) {
+        note(&format!("vireo-vfio-bench: {warning}"));
+    }
     let mut recorder = if args.resume {
         Recorder::resume(&args.json, &here, &plan)?
     } else {
         Recorder::begin(&args.json, here, plan)?
     };
     // The same pages in all modes: how far they are scattered decides what they cost.
-    let regions = regions(limits.map_bytes)?;
-    let bench = Bench { bus: &bus, wirings, args, limits, regions, stop };
+    let regions = regions((args.map_mib as usize) << 20)?;
+    let bench = Bench { bus: &bus, setups, args, limits, regions, stop };
+    bench.check_wires()?;
     let begin = Instant::now();
     let first = recorder.recording.runs.iter().map(|run| run.round + 1).max().unwrap_or(0);
     for round in first.. {
@@ -158,43 +169,80 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     Ok(())
 }
 
+impl RunArgs {
+    fn plan(&self) -> Plan {
+        Plan {
+            modes: self.modes.iter().map(|mode| mode.name().to_owned()).collect(),
+            seed: self.seed.unwrap_or_else(Tsc::now),
+            rounds: self.rounds,
+            width: self.width / 100.0,
+            limit: self.limit.as_secs_f64(),
+            stream: self.seconds.as_secs_f64(),
+            trial: self.trial.as_secs_f64(),
+            frames: self.frame_sizes.clone(),
+            loss: self.loss / 100.0,
+            load: self.load / 100.0,
+            map_mib: self.map_mib,
+        }
+    }
+}
+
+/// Where the kernel describes the machine.
+const SYSFS: &str = "/sys";
+
 /// What rounds are made of.
 struct Bench<'a> {
     bus: &'a Bus,
-    wirings: Vec<Wiring>,
+    setups: Vec<Setup>,
     args: &'a RunArgs,
-    limits: Limits,
+    limits: Limits<'a>,
     regions: Vec<(&'static str, Arc<Region>)>,
     stop: StopFlag,
 }
 
 impl Bench<'_> {
+    /// Sees that both wires of each setup carry packets, before anything is recorded.
+    fn check_wires(&self) -> Result<()> {
+        let Some(&mode) = self.args.modes.first() else { return Ok(()) };
+        let limits = Limits { stream: WIRE_CHECK, ..self.limits };
+        for setup in &self.setups {
+            if let Setup::Wired(Wiring { sender, inner: [inside, outside], receiver, .. }) = setup {
+                for wire in [[sender, inside], [outside, receiver]] {
+                    straight(self.bus, wire, mode, &limits, &self.stop)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Every NIC in every mode, and every mode's mapping, each in an order of this round.
     fn record(&self, round: u32, recorder: &mut Recorder) -> Result<()> {
-        let Self { bus, wirings, args, limits, regions, stop } = self;
+        let Self { bus, setups, args, limits, regions, stop } = self;
         let modes = &args.modes;
         let runs_as = |mode| if args.null { modes[0] } else { mode };
         let mut random = order_of(&recorder.recording, round);
-        for wiring in wirings {
+        for setup in setups {
             for (pair, mode) in schedule(modes, round, &mut random) {
                 let slower = args.slower.filter(|_| args.slow == Some(mode)).unwrap_or_default();
-                let run = measure(bus, wiring, runs_as(mode), &Limits { slower, ..*limits }, stop)?;
+                let run = setup.measure(bus, runs_as(mode), &Limits { slower, ..*limits }, stop)?;
                 if stop.is_set() {
                     return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
                         .mend("go on with the same arguments and --resume"));
                 }
                 recorder.run(Run { round, pair: pair.to_owned(), mode: mode.name().to_owned(), ..run })?;
             }
-            if let Some(&mode) = modes.first() {
-                let pps = null_forwarder(bus, wiring, mode, limits, stop)?;
-                recorder.ceiling(Ceiling { nic: wiring.nic.to_owned(), round, pps })?;
+            if let (Some(&mode), Setup::Wired(Wiring { nic, sender, inner: [inside, _], .. })) =
+                (modes.first(), setup)
+            {
+                let pps = straight(bus, [sender, inside], mode, limits, stop)?;
+                recorder.ceiling(Ceiling { nic: (*nic).to_owned(), round, pps })?;
             }
         }
-        if let Some(wiring) = wirings.first() {
+        if let Some(setup) = setups.first() {
             let mut modes = modes.clone();
             random.shuffle(&mut modes);
             for mode in modes {
-                for map in map_times(bus, wiring, runs_as(mode), regions, round)? {
+                for map in map_times(bus, &setup.inner()[0], runs_as(mode), regions, round)? {
                     recorder.map(MapTime { mode: mode.name().to_owned(), ..map })?;
                 }
             }
@@ -246,19 +294,17 @@ pub(crate) fn schedule<T: Copy>(modes: &[T], round: u32, random: &mut Random) ->
     order
 }
 
-/// The four NICs named in `ports`, or those of each kind in `nics`, or of every kind of which there are four;
-/// then `say` gets a line for each other kind.
-pub(crate) fn wirings(
-    ports: &[String],
-    nics: &[String],
-    bus: &Bus,
-    mut say: impl FnMut(&str),
-) -> Result<Vec<Wiring>> {
-    if !ports.is_empty() {
-        let addresses = ports.iter().flat_map(|list| list.split(','));
-        let infos = addresses.map(|text| bus.find(text.parse::<Bdf>()?)).collect::<Result<Vec<_>>>()?;
-        return Ok(vec![Wiring::new(infos)?]);
+/// The NICs that the arguments name, or what [`wirings`] finds.
+fn setups(args: &RunArgs, bus: &Bus) -> Result<Vec<Setup>> {
+    if args.ports.is_empty() {
+        return Ok(wirings(&args.nics, bus, note)?.into_iter().map(Setup::Wired).collect());
     }
+    let infos = args.ports.iter().map(|text| bus.find(text.parse::<Bdf>()?)).collect::<Result<Vec<_>>>()?;
+    Ok(vec![Setup::new(infos)?])
+}
+
+/// Four NICs of each kind in `nics`, or of every kind of which there are four; then `say` gets a line for each other kind.
+pub(crate) fn wirings(nics: &[String], bus: &Bus, mut say: impl FnMut(&str)) -> Result<Vec<Wiring>> {
     let mut kinds: Vec<(&'static str, Vec<PciInfo>)> = Vec::new();
     for info in bus.scan()?.into_iter().filter(|info| bus.is_on_vfio(info)) {
         let Some(kind) = kind(&info) else { continue };
@@ -354,12 +400,12 @@ mod tests {
         for (bound, cure) in [(0, "vireo-devbind --status"), (3, "vireo-devbind --status"), (5, "--ports")] {
             let (_dir, bus) = bus(&[vec![E1000; 4], vec![E1000E; bound]].concat());
             let nics = ["e1000".to_owned(), "e1000e".to_owned()];
-            let error = wirings(&[], &nics, &bus, |_| ()).unwrap_err();
+            let error = wirings(&nics, &bus, |_| ()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage);
             let text = error.to_string();
             assert!(text.starts_with(&format!("cannot measure e1000e: {bound} on vfio-pci")), "{text}");
             assert!(text.contains(cure), "{text}");
-            let chosen = wirings(&[], &nics[..1], &bus, |_| ()).unwrap();
+            let chosen = wirings(&nics[..1], &bus, |_| ()).unwrap();
             assert_eq!(chosen.iter().map(|wiring| wiring.nic).collect::<Vec<_>>(), ["e1000"]);
         }
     }
@@ -369,7 +415,7 @@ mod tests {
         let (_dir, bus) = bus(&[vec![E1000; 4], vec![E1000E; 5]].concat());
         let said = |nics: &[String]| {
             let mut said = Vec::new();
-            assert_eq!(wirings(&[], nics, &bus, |line| said.push(line.to_owned())).unwrap().len(), 1);
+            assert_eq!(wirings(nics, &bus, |line| said.push(line.to_owned())).unwrap().len(), 1);
             said.join("\n")
         };
         let text = said(&[]);

@@ -4,13 +4,13 @@ use std::fmt::Write;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
-use crate::compare::{Comparison, Metric, Row};
+use crate::compare::{Comparison, Row};
 use crate::count;
 use crate::findings::headlines;
 use crate::record::Environment;
 use crate::report::Report;
 use crate::stats::Interval;
-use crate::words::{changes, rate_unit, round, shared_facts, size, thousands, three};
+use crate::words::{self, changes, rate_unit, round, shared_facts, size, thousands, three};
 
 const WIDTH: usize = 100;
 
@@ -28,6 +28,7 @@ pub(crate) fn text(report: &Report, lines: bool) -> String {
         section("Counted", count::text(&report.counted));
     }
     section("THE MACHINE WAS DISTURBED", bullets("  ! ", &comparison.disturbances));
+    section("THE GENERATOR MAY BE THE LIMIT", bullets("  ! ", &comparison.generator_limits));
     for (title, sentences) in headlines(comparison) {
         section(title, bullets("  ", &sentences));
     }
@@ -35,6 +36,11 @@ pub(crate) fn text(report: &Report, lines: bool) -> String {
     section(
         "Forwarding and latency (medians of rounds; latency and packets of all rounds; doorbells per packet)",
         forwarding(comparison, lines),
+    );
+    section("Throughput (highest load at the stated loss; medians of rounds)", throughput(comparison, lines));
+    section(
+        "Counters per packet of CPU and IOMMU (at the forwarding rate, with idle polls; medians of rounds)",
+        counters(comparison, lines),
     );
     section(
         "Null forwarder (sender straight to the NIC at the end of its wire: the devices' own ceiling)",
@@ -143,6 +149,43 @@ fn forwarding(comparison: &Comparison, lines: bool) -> String {
     table(heads, 2, rows.collect(), lines)
 }
 
+fn throughput(comparison: &Comparison, lines: bool) -> String {
+    let frames = comparison.frames();
+    let all = comparison.rows.iter().flat_map(|row| &row.throughput);
+    let (scale, unit) = rate_unit(all.map(|found| found.pps).fold(0.0, f64::max));
+    let (mut last, mut rows) = (String::new(), Vec::new());
+    for row in &comparison.rows {
+        for (frame, loss) in &frames {
+            let found = row.throughput.iter().find(|found| (found.frame, found.loss) == (*frame, *loss));
+            if let Some(found) = found {
+                rows.push([
+                    once(&row.nic, &mut last),
+                    row.label.clone(),
+                    format!("{frame} B"),
+                    words::throughput(found, scale),
+                    format!("{} %", round(*loss)),
+                ]);
+            }
+        }
+    }
+    table(["NIC", "mode", "frame", unit, "loss up to"], 2, rows, lines)
+}
+
+fn counters(comparison: &Comparison, lines: bool) -> String {
+    let (mut nic, mut mode) = (String::new(), String::new());
+    let mut rows = Vec::new();
+    for row in &comparison.rows {
+        for (event, count) in &row.counters_per_packet {
+            let name = once(&row.nic, &mut nic);
+            if !name.is_empty() {
+                mode.clear();
+            }
+            rows.push([name, once(&row.label, &mut mode), event.clone(), three(*count)]);
+        }
+    }
+    table(["NIC", "mode", "event", "per packet"], 3, rows, lines)
+}
+
 fn ceilings(comparison: &Comparison, lines: bool) -> String {
     let (scale, unit) = rate_unit(comparison.null_forwarder.iter().map(|c| c.pps).fold(0.0, f64::max));
     let mut last = String::new();
@@ -222,27 +265,17 @@ fn drops(comparison: &Comparison) -> String {
 }
 
 fn self_checks(comparison: &Comparison, lines: bool) -> String {
-    let groups = comparison.self_checks.chunk_by(|a, b| (a.boot, &a.subject) == (b.boot, &b.subject));
-    let rows = groups.map(|group| {
-        let ends = |metric| {
-            let found = group.iter().find(|check| check.metric == metric);
-            found.and_then(|check| check.interval).map_or("–".to_owned(), changes)
-        };
-        let [forward, latency, doorbells, attach, first] = Metric::OF_RUNS.map(ends);
-        let rounds = group[0].rounds.to_string();
+    let mut last = String::new();
+    let rows = comparison.self_checks.iter().map(|check| {
         [
-            group[0].subject.clone(),
-            group[0].boot.to_string(),
-            forward,
-            latency,
-            doorbells,
-            attach,
-            first,
-            rounds,
+            once(check.metric.title(), &mut last),
+            check.subject.clone(),
+            check.boot.to_string(),
+            check.interval.map_or("–".to_owned(), changes),
+            check.rounds.to_string(),
         ]
     });
-    let heads = ["NIC", "boot", "forwarding", "latency p50", "doorbells", "attach", "first packet", "rounds"];
-    table(heads, 1, rows.collect(), lines)
+    table(["metric", "NIC", "boot", "interval", "rounds"], 2, rows.collect(), lines)
 }
 
 /// Facts of all boots, a line for each.

@@ -1,6 +1,6 @@
 //! The comparison in plain English, and numbers as a reader wants them.
 
-use crate::compare::{Family, Metric, Pair, Verdict};
+use crate::compare::{Family, Metric, Pair, ThroughputRow, Verdict};
 use crate::record::Environment;
 use crate::stats::Interval;
 
@@ -43,6 +43,11 @@ pub(crate) fn rate_unit(max: f64) -> (f64, &'static str) {
         m if m >= 2e3 => (1e3, "kpps"),
         _ => (1.0, "pps"),
     }
+}
+
+/// Throughput in units of `scale` per second, with a sign where some rounds know only that it is no less.
+pub(crate) fn throughput(row: &ThroughputRow, scale: f64) -> String {
+    format!("{}{}", if row.at_least > 0 { "≥ " } else { "" }, three(row.pps / scale))
 }
 
 /// A share as percentage without the sign of per cent.
@@ -92,6 +97,7 @@ impl Metric {
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::ForwardPps => "Forwarding",
+            Self::Throughput => "Throughput",
             Self::LatencyP50 => "Latency",
             Self::Doorbells => "Doorbells",
             Self::Attach => "Attach",
@@ -105,6 +111,7 @@ impl Metric {
     pub(crate) fn noun(self) -> &'static str {
         match self {
             Self::ForwardPps => "forwarding rate",
+            Self::Throughput => "throughput",
             Self::LatencyP50 => "median latency",
             Self::Doorbells => "number of doorbells per packet",
             Self::Attach => "time to open, bind and attach",
@@ -116,7 +123,7 @@ impl Metric {
 
     /// Whether more of it is better.
     pub(crate) fn is_gain(self) -> bool {
-        self == Self::ForwardPps
+        matches!(self, Self::ForwardPps | Self::Throughput)
     }
 }
 
@@ -186,6 +193,9 @@ pub(crate) fn not_different(verdict: Verdict, pairs: &[&Pair], family: &Family) 
         Verdict::NotComparable => {
             format!("of {modes} is not judged: in these rounds a mode also differed from itself")
         }
+        Verdict::Censored => format!(
+            "of {modes} is not judged: in some round the generator could not send more, or every load lost too much"
+        ),
         _ => {
             let rounds = pairs.iter().map(|pair| pair.rounds).min().unwrap_or(0);
             let Family { comparisons, fewest_rounds, .. } = family;

@@ -54,16 +54,21 @@ pub fn allowed_cpus() -> Result<Vec<usize>> {
     affinity::get().map_err(|errno| Error::os("cannot read the affinity", errno))
 }
 
+/// CPUs that are threads of the same core as `cpu`, itself included, in the kernel's form (`0,4`), as `sysfs` (`/sys` on a
+/// real machine) has it.
+pub fn core_siblings(sysfs: &Path, cpu: usize) -> Option<String> {
+    let path = sysfs.join(format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"));
+    std::fs::read_to_string(path).ok().map(|list| list.trim().to_owned())
+}
+
 /// What two of `lcores` lose when they are threads of one core, as `sysfs` has it; only the first two are named.
 pub(super) fn shared_core(lcores: &[LcoreSpec], sysfs: &Path) -> Option<String> {
     let mut seen: BTreeMap<String, &LcoreSpec> = BTreeMap::new();
     lcores.iter().find_map(|lcore| {
         // An lcore on several cpus can move away from the other's.
         let [cpu] = lcore.cpus[..] else { return None };
-        let path = format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
-        let siblings = std::fs::read_to_string(sysfs.join(path)).ok()?;
-        let siblings = siblings.trim();
-        let other = seen.insert(siblings.to_owned(), lcore).filter(|other| other.cpus != [cpu])?;
+        let siblings = core_siblings(sysfs, cpu)?;
+        let other = seen.insert(siblings.clone(), lcore).filter(|other| other.cpus != [cpu])?;
         Some(format!(
             "lcores {} and {} run on threads of one core (cpus {siblings}), and each gets a part of it; \
              give them cores of their own with -l (lscpu -e)",

@@ -12,7 +12,7 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 pub use devargs::DeviceArgs;
-pub use lcores::{LcoreSpec, MAX_CORES, allowed_cpus, ranges};
+pub use lcores::{LcoreSpec, MAX_CORES, allowed_cpus, core_siblings, ranges};
 pub use token::VfToken;
 pub use vdev::VdevArgs;
 

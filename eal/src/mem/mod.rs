@@ -8,7 +8,7 @@ mod region;
 mod shortage;
 
 pub use hugepages::{HugePages, hugepages};
-pub use numa::{OnNode, Placement, cpus_of_node, node_of_cpu, nodes};
+pub use numa::{OnNode, Placement, cpus_of_node, distance, node_of_cpu, nodes};
 pub(crate) use pin::Pin;
 pub use region::{Backing, Region};
 

@@ -43,6 +43,12 @@ pub fn node_of_cpu(sysfs: &Path, cpu: usize) -> Option<u32> {
         .find_map(|entry| entry.file_name().to_str()?.strip_prefix("node")?.parse().ok())
 }
 
+/// Distance of two nodes as the firmware states it, where 10 is a node's own (ACPI's SLIT).
+pub fn distance(sysfs: &Path, from: u32, to: u32) -> Option<u32> {
+    let row = fs::read_to_string(sysfs.join(format!("devices/system/node/node{from}/distance"))).ok()?;
+    row.split_whitespace().nth(to as usize)?.parse().ok()
+}
+
 /// CPUs of a node, in the kernel's form: `0-3,8`.
 pub fn cpus_of_node(sysfs: &Path, node: u32) -> Option<String> {
     let list = fs::read_to_string(sysfs.join(format!("devices/system/node/node{node}/cpulist"))).ok()?;

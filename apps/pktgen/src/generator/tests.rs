@@ -77,6 +77,7 @@ fn on_a_wire<T>(
 fn stream(rate: Option<f64>, count: u64) -> Stream {
     Stream {
         run: 7,
+        earlier: 0..0,
         destination: MacAddr([2, 0, 0, 0, 0, 1]),
         source: MacAddr([2, 0, 0, 0, 0, 2]),
         expect: None,
@@ -84,6 +85,7 @@ fn stream(rate: Option<f64>, count: u64) -> Stream {
         rate,
         window: 128,
         end: End::Count(count),
+        patience: PATIENCE,
     }
 }
 
@@ -107,6 +109,23 @@ fn latency_is_measured_from_when_a_frame_was_due() {
     // The histogram has three digits.
     let (most, waited) = (outcome.latency.max(), waited.unwrap());
     assert!(most * 100 >= waited * 99, "{most} and {waited} ns");
+}
+
+#[test]
+fn frames_that_come_after_their_run_are_late() {
+    let (first, second) = on_a_wire(0, 0, |(tx, to_send), rx, stop| {
+        // Nothing comes back in time: the first run receives from a wire that is not the one it sends on.
+        let (_wire, end) = channel();
+        let mut nothing = Out(end);
+        let hasty = Stream { patience: Duration::from_millis(1), ..stream(None, 3) };
+        let first = run(&hasty, (&mut *tx, &mut *to_send), (&mut nothing, &mut *rx.1), stop)?;
+        let next = Stream { run: 8, earlier: 7..8, ..stream(None, 2) };
+        Ok((first, run(&next, (tx, to_send), rx, stop)?))
+    })
+    .unwrap();
+    assert_eq!((first.sent, first.received), (3, 0));
+    assert_eq!((second.received, second.late, second.strays), (2, 3, 0));
+    assert!(second.is_clean());
 }
 
 #[test]

@@ -9,8 +9,9 @@ use hdrhistogram::Histogram;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::record::{Ceiling, Environment, Latency, MapTime, Recording, Run};
+use crate::record::{Ceiling, Environment, Latency, MapTime, Recording, Run, Throughput};
 use crate::stats::{Interval, median};
+use crate::words::{distinct, list, round};
 
 pub(crate) use pairs::{Family, Metric, Pair, SelfCheck, Verdict};
 
@@ -38,6 +39,8 @@ pub(crate) struct Comparison {
     pub(crate) self_checks: Vec<SelfCheck>,
     pub(crate) maps: Vec<MapRow>,
     pub(crate) null_forwarder: Vec<CeilingRow>,
+    /// Where the generator may have been the limit, in words.
+    pub(crate) generator_limits: Vec<String>,
     /// What the machine did besides; written beside the comparison.
     #[serde(skip)]
     pub(crate) disturbances: Vec<String>,
@@ -61,6 +64,7 @@ pub(crate) struct Row {
     /// Each round's rate.
     #[serde(skip)]
     pub(crate) forward_samples: Vec<f64>,
+    pub(crate) throughput: Vec<ThroughputRow>,
     /// Of all rounds' packets together.
     pub(crate) latency_ns: Latency,
     pub(crate) open_ms: f64,
@@ -72,6 +76,8 @@ pub(crate) struct Row {
     pub(crate) start_map_ms: f64,
     pub(crate) first_packet_ms: f64,
     pub(crate) doorbells_per_packet: f64,
+    /// Of the CPU's and the IOMMU's counters, by event: medians of the rounds.
+    pub(crate) counters_per_packet: BTreeMap<String, f64>,
     pub(crate) sent: u64,
     pub(crate) received: u64,
     /// Sum of `drops`, never a difference.
@@ -79,6 +85,19 @@ pub(crate) struct Row {
     pub(crate) drops: BTreeMap<String, u64>,
     /// Whether sent = received + dropped, and received > 0, in every single run of this row.
     pub(crate) balanced: bool,
+}
+
+/// Highest load with frames of one size at a stated loss.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct ThroughputRow {
+    /// Bytes of a frame without frame check sequence.
+    pub(crate) frame: usize,
+    /// Loss up to which a load counts, as a part of the frames sent.
+    pub(crate) loss: f64,
+    /// Median over the rounds, in frames per second.
+    pub(crate) pps: f64,
+    /// Rounds in which the generator could not send more.
+    pub(crate) at_least: usize,
 }
 
 /// Rate of one kind of NIC without a forwarder: no mode can pass it on that machine.
@@ -117,19 +136,26 @@ impl Comparison {
     /// Merges recordings, one per boot; modes whose ratio is certain to be within `margin` of 1 are called the same.
     pub(crate) fn of(recordings: &[Recording], margin: f64) -> Self {
         let (family, pairs, self_checks) = pairs::judge(recordings, margin);
+        let (rows, null_forwarder) = (rows(recordings), ceiling_rows(recordings));
         let end = |recording: &Recording| recording.end.clone().unwrap_or_else(|| "not known".to_owned());
         Self {
             environment: recordings.iter().map(|r| r.environment.clone()).collect(),
             ends: recordings.iter().map(end).collect(),
             family,
-            rows: rows(recordings),
+            generator_limits: generator_limits(&rows, &null_forwarder),
+            rows,
             pairs,
             self_checks,
             maps: map_rows(recordings),
-            null_forwarder: ceiling_rows(recordings),
+            null_forwarder,
             disturbances: disturbances::of(recordings),
             problems: problems(recordings),
         }
+    }
+
+    /// Sizes of frames with which the throughput was searched for, with the loss at which it is stated.
+    pub(crate) fn frames(&self) -> Vec<(usize, f64)> {
+        distinct(self.rows.iter().flat_map(|row| &row.throughput).map(|found| (found.frame, found.loss)))
     }
 
     /// How far the widest interval reaches up or down from its ratio, as a part of it: infinite if a pair has none, and none
@@ -138,7 +164,8 @@ impl Comparison {
         let reach = |pair: &Pair| {
             pair.interval.map_or(f64::INFINITY, |Interval { low, high }| (high / low).sqrt() - 1.0)
         };
-        let judged = self.pairs.iter().filter(|pair| pair.verdict != Verdict::NotInterleaved);
+        let unpaired = [Verdict::NotInterleaved, Verdict::Censored];
+        let judged = self.pairs.iter().filter(|pair| !unpaired.contains(&pair.verdict));
         judged.map(reach).max_by(f64::total_cmp)
     }
 }
@@ -160,6 +187,29 @@ fn ceiling_rows(recordings: &[Recording]) -> Vec<CeilingRow> {
             pps_interval: Interval::of_median(&values(&ceilings, |ceiling| ceiling.pps)),
         })
         .collect()
+}
+
+/// A forwarder that reaches this part of what sender and receiver do without it may be faster than they are.
+const NEAR_CEILING: f64 = 0.9;
+
+/// A sentence for each NIC on which modes are as fast as the generator.
+fn generator_limits(rows: &[Row], ceilings: &[CeilingRow]) -> Vec<String> {
+    let limit = |ceiling: &CeilingRow| {
+        let near = rows.iter().filter(|row| {
+            (row.boot, &row.nic) == (ceiling.boot, &ceiling.nic)
+                && row.forward_pps >= NEAR_CEILING * ceiling.pps
+        });
+        let modes: Vec<&str> = near.map(|row| row.label.as_str()).collect();
+        (!modes.is_empty()).then(|| {
+            format!(
+                "{}: the rate of {} is at least {} % of what sender and receiver do without a forwarder, and may be theirs",
+                ceiling.nic,
+                list(&modes),
+                round(NEAR_CEILING)
+            )
+        })
+    };
+    ceilings.iter().filter_map(limit).collect()
 }
 
 fn per_gib(ms: f64, bytes: u64) -> f64 {
@@ -202,10 +252,14 @@ fn rows(recordings: &[Recording]) -> Vec<Row> {
         }
     }
     let labels = Labels::of(groups.keys().map(|(_, mode, boot)| (mode.1, *boot)));
-    groups.iter().map(|((_, mode, boot), runs)| row(runs, *boot, labels.label(mode.1, *boot))).collect()
+    let plan = |boot: usize| recordings[boot - 1].plan.as_ref();
+    let row = |((_, mode, boot), runs): (&(_, (usize, &str), usize), &Vec<&Run>)| {
+        row(runs, *boot, labels.label(mode.1, *boot), plan(*boot).map_or(0.0, |plan| plan.loss))
+    };
+    groups.iter().map(row).collect()
 }
 
-fn row(all: &[&Run], boot: usize, label: String) -> Row {
+fn row(all: &[&Run], boot: usize, label: String, loss: f64) -> Row {
     let compared: Vec<&Run> = all.iter().copied().filter(|run| run.pair != Run::TWIN).collect();
     let runs = if compared.is_empty() { all } else { &compared };
     let sum = |value: fn(&Run) -> u64| runs.iter().fold(0u64, |sum, run| sum.saturating_add(value(run)));
@@ -224,6 +278,7 @@ fn row(all: &[&Run], boot: usize, label: String) -> Row {
         forward_pps: median(&forward).unwrap_or(0.0),
         forward_pps_interval: Interval::of_median(&forward),
         forward_samples: forward,
+        throughput: throughput_rows(runs, loss),
         latency_ns: merged(runs).unwrap_or_else(|| Latency {
             p50: mid(runs, |r| r.latency_ns.p50 as f64) as u64,
             p99: mid(runs, |r| r.latency_ns.p99 as f64) as u64,
@@ -238,12 +293,35 @@ fn row(all: &[&Run], boot: usize, label: String) -> Row {
         start_map_ms: mid(runs, |r| r.start_map_ms),
         first_packet_ms: mid(runs, |r| r.first_packet_ms),
         doorbells_per_packet: mid(runs, Run::doorbells_per_packet),
+        counters_per_packet: counters(runs),
         sent: sum(|r| r.sent),
         received: sum(|r| r.received),
         dropped: sum(Run::dropped),
         drops,
         balanced: all.iter().all(|run| run.imbalance().is_none()),
     }
+}
+
+fn counters(runs: &[&Run]) -> BTreeMap<String, f64> {
+    let names: BTreeSet<&String> = runs.iter().flat_map(|run| run.counters.keys()).collect();
+    let per_packet = |run: &Run, name| {
+        run.counters.get(name).copied().unwrap_or_default() as f64 / run.counted_packets.max(1) as f64
+    };
+    names.into_iter().map(|name| (name.clone(), mid(runs, |run| per_packet(run, name)))).collect()
+}
+
+fn throughput_rows(runs: &[&Run], loss: f64) -> Vec<ThroughputRow> {
+    let mut frames: BTreeMap<usize, Vec<&Throughput>> = BTreeMap::new();
+    for found in runs.iter().flat_map(|run| &run.throughput) {
+        frames.entry(found.frame).or_default().push(found);
+    }
+    let row = |(frame, found): (usize, Vec<&Throughput>)| ThroughputRow {
+        frame,
+        loss,
+        pps: mid(&found, |found| found.pps),
+        at_least: found.iter().filter(|found| found.at_least).count(),
+    };
+    frames.into_iter().map(row).collect()
 }
 
 /// Percentiles of the packets of all `runs` together; none if one did not keep its histogram.

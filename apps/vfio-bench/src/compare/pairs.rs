@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{Labels, MODES, NICS, PAGES, numbered, per_gib, place};
-use crate::record::{MapTime, Recording, Run};
+use crate::record::{MapTime, Recording, Run, Throughput};
 use crate::stats::{CONFIDENCE, Interval, fewest_pairs, median, ratio};
 
 /// What pairs of modes are compared by.
@@ -18,6 +18,7 @@ use crate::stats::{CONFIDENCE, Interval, fewest_pairs, median, ratio};
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Metric {
     ForwardPps,
+    Throughput,
     LatencyP50,
     Doorbells,
     Attach,
@@ -28,26 +29,67 @@ pub(crate) enum Metric {
 
 impl Metric {
     /// Of the forwarder on a NIC.
-    pub(crate) const OF_RUNS: [Self; 5] =
-        [Self::ForwardPps, Self::LatencyP50, Self::Doorbells, Self::Attach, Self::FirstPacket];
+    pub(crate) const OF_RUNS: [Self; 6] = [
+        Self::ForwardPps,
+        Self::Throughput,
+        Self::LatencyP50,
+        Self::Doorbells,
+        Self::Attach,
+        Self::FirstPacket,
+    ];
     /// Of a region of memory.
     pub(crate) const OF_MAPS: [Self; 2] = [Self::Map, Self::Unmap];
 
-    /// The value of one run; `None` where there is nothing to measure.
-    fn of_run(self, run: &Run) -> Option<f64> {
-        positive(match self {
-            Self::ForwardPps => run.forward_pps,
-            Self::LatencyP50 => run.latency_ns.p50 as f64,
-            Self::Attach => run.acquire_ms(),
-            Self::FirstPacket => run.first_packet_ms,
-            Self::Doorbells => run.doorbells_per_packet(),
-            Self::Map | Self::Unmap => return None,
-        })
+    /// The values of one run, each with its subject; none where there is nothing to measure.
+    fn of_run(self, run: &Run) -> Vec<(Subject, Value)> {
+        let subject = |detail, name| Subject { metric: self, place: place(&NICS, &run.nic).0, detail, name };
+        let one = |value: f64| {
+            let value = positive(value).map(Value::Measured);
+            value.map(|value| (subject(0, run.nic.clone()), value)).into_iter().collect()
+        };
+        match self {
+            Self::ForwardPps => one(run.forward_pps),
+            Self::Throughput => {
+                let of_frame = |found: &Throughput| {
+                    let name = format!("{}, {}-byte frames", run.nic, found.frame);
+                    let value = positive(found.pps).filter(|_| !found.at_least);
+                    (subject(found.frame, name), value.map_or(Value::Censored(found.pps), Value::Measured))
+                };
+                run.throughput.iter().map(of_frame).collect()
+            }
+            Self::LatencyP50 => one(run.latency_ns.p50 as f64),
+            Self::Attach => one(run.acquire_ms()),
+            Self::FirstPacket => one(run.first_packet_ms),
+            Self::Doorbells => one(run.doorbells_per_packet()),
+            Self::Map | Self::Unmap => Vec::new(),
+        }
     }
 
-    fn of_map(self, map: &MapTime) -> Option<f64> {
-        positive(per_gib(if self == Self::Map { map.map_ms } else { map.unmap_ms }, map.bytes))
+    fn of_map(self, map: &MapTime) -> Option<(Subject, Value)> {
+        let value = positive(per_gib(if self == Self::Map { map.map_ms } else { map.unmap_ms }, map.bytes))?;
+        let name = format!("{} pages, {}", map.memory, map.call);
+        let subject = Subject { metric: self, place: place(&PAGES, &map.memory).0, detail: 0, name };
+        Some((subject, Value::Measured(value)))
     }
+}
+
+/// What modes are compared on, in the order of the report.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Subject {
+    metric: Metric,
+    /// Of the NIC, or of the pages.
+    place: usize,
+    /// Bytes of a frame where that makes a difference.
+    detail: usize,
+    name: String,
+}
+
+/// A figure of one run.
+#[derive(Clone, Copy, Debug)]
+enum Value {
+    Measured(f64),
+    /// It lies beyond what could be measured, such as above the load that the generator can offer.
+    Censored(f64),
 }
 
 fn positive(value: f64) -> Option<f64> {
@@ -67,6 +109,9 @@ pub(crate) enum Verdict {
     TooFewRounds,
     /// A mode differs from itself.
     NotComparable,
+    /// In some round a value was beyond what could be measured. To compare the other rounds would favour the mode that was
+    /// out of range in its best ones.
+    Censored,
     /// From different boots, or from rounds that have nothing in common.
     NotInterleaved,
 }
@@ -134,16 +179,32 @@ impl Family {
 }
 
 /// Values of one mode by round.
-type Rounds = BTreeMap<u32, Vec<f64>>;
+#[derive(Debug, Default)]
+struct Rounds {
+    values: BTreeMap<u32, Vec<f64>>,
+    censored: bool,
+}
 
-/// Values of every mode, by what was measured.
-type Values<'a> = BTreeMap<(Metric, (usize, &'a str), &'a str), BTreeMap<((usize, &'a str), usize), Rounds>>;
+impl Rounds {
+    fn add(&mut self, round: u32, value: Value) {
+        let (Value::Measured(number) | Value::Censored(number)) = value;
+        self.censored |= matches!(value, Value::Censored(_));
+        self.values.entry(round).or_default().push(number);
+    }
+
+    fn middle(&self) -> f64 {
+        median(&self.values.values().flatten().copied().collect::<Vec<_>>()).unwrap_or(f64::NAN)
+    }
+}
+
+/// A mode, in its place, and its boot.
+type Mode<'a> = ((usize, &'a str), usize);
 
 /// Every comparison that the recordings allow, judged, and each mode's with itself.
 pub(super) fn judge(recordings: &[Recording], margin: f64) -> (Family, Vec<Pair>, Vec<SelfCheck>) {
     let values = values(recordings);
     let mut compared: Vec<(Pair, Vec<f64>)> = Vec::new();
-    for ((metric, (_, subject), call), modes) in &values {
+    for (subject, modes) in &values {
         let labels = Labels::of(modes.keys().map(|((_, mode), boot)| (*mode, *boot)));
         for (at, (a, of_a)) in modes.iter().enumerate() {
             for (b, of_b) in modes.iter().skip(at + 1).filter(|(b, _)| b.0 != a.0) {
@@ -153,23 +214,20 @@ pub(super) fn judge(recordings: &[Recording], margin: f64) -> (Family, Vec<Pair>
                     continue;
                 }
                 let logs = if a.1 == b.1 { paired(of_a, of_b) } else { Vec::new() };
+                let censored = !logs.is_empty() && (of_a.censored || of_b.censored);
                 let pair = Pair {
-                    subject: if call.is_empty() {
-                        (*subject).to_owned()
-                    } else {
-                        format!("{subject} pages, {call}")
-                    },
+                    subject: subject.name.clone(),
                     baseline: labels.label(a.0.1, a.1),
                     mode: labels.label(b.0.1, b.1),
                     boots: [a.1, b.1],
-                    metric: *metric,
+                    metric: subject.metric,
                     rounds: logs.len(),
-                    ratio: middle(of_b) / middle(of_a),
+                    ratio: of_b.middle() / of_a.middle(),
                     interval: None,
-                    verdict: Verdict::NotInterleaved,
+                    verdict: if censored { Verdict::Censored } else { Verdict::NotInterleaved },
                     sentence: String::new(),
                 };
-                compared.push((pair, logs));
+                compared.push((pair, if censored { Vec::new() } else { logs }));
             }
         }
     }
@@ -199,25 +257,20 @@ fn judged(mut pair: Pair, logs: &[f64], family: &Family, checks: &[SelfCheck]) -
     pair
 }
 
-fn values(recordings: &[Recording]) -> Values<'_> {
-    let mut values = Values::new();
+fn values(recordings: &[Recording]) -> BTreeMap<Subject, BTreeMap<Mode<'_>, Rounds>> {
+    let mut values = BTreeMap::<Subject, BTreeMap<Mode<'_>, Rounds>>::new();
     for (boot, recording) in numbered(recordings) {
+        let mut add = |(subject, value), mode, round| {
+            let modes = values.entry(subject).or_default();
+            modes.entry((place(&MODES, mode), boot)).or_default().add(round, value);
+        };
         for run in recording.runs.iter().filter(|run| run.pair != Run::TWIN) {
-            for metric in Metric::OF_RUNS {
-                let Some(value) = metric.of_run(run) else { continue };
-                let modes = values.entry((metric, place(&NICS, &run.nic), "")).or_default();
-                let rounds = modes.entry((place(&MODES, &run.mode), boot)).or_default();
-                rounds.entry(run.round).or_default().push(value);
-            }
+            let found = Metric::OF_RUNS.into_iter().flat_map(|metric| metric.of_run(run));
+            found.for_each(|found| add(found, &run.mode, run.round));
         }
         for map in &recording.maps {
-            for metric in Metric::OF_MAPS {
-                let Some(value) = metric.of_map(map) else { continue };
-                let modes =
-                    values.entry((metric, place(&PAGES, &map.memory), map.call.as_str())).or_default();
-                let rounds = modes.entry((place(&MODES, &map.mode), boot)).or_default();
-                rounds.entry(map.round).or_default().push(value);
-            }
+            let found = Metric::OF_MAPS.into_iter().filter_map(|metric| metric.of_map(map));
+            found.for_each(|found| add(found, &map.mode, map.round));
         }
     }
     values
@@ -226,43 +279,36 @@ fn values(recordings: &[Recording]) -> Values<'_> {
 /// Logarithms of b ÷ a, a value for each round in which both ran. In old recordings a mode ran twice in a round.
 fn paired(a: &Rounds, b: &Rounds) -> Vec<f64> {
     let mean = |values: &[f64]| values.iter().map(|value| value.ln()).sum::<f64>() / values.len() as f64;
-    a.iter().filter_map(|(round, a)| Some(mean(b.get(round)?) - mean(a))).collect()
+    a.values.iter().filter_map(|(round, a)| Some(mean(b.values.get(round)?) - mean(a))).collect()
 }
-
-fn middle(rounds: &Rounds) -> f64 {
-    median(&rounds.values().flatten().copied().collect::<Vec<_>>()).unwrap_or(f64::NAN)
-}
-
-/// Runs of a mode in a round, and its twins.
-type Sides<'a> = [Vec<&'a Run>; 2];
 
 /// The twin of each round against the run whose twin it is; in old recordings, two twins against each other.
 fn self_checks(recordings: &[Recording], family: &Family) -> Vec<SelfCheck> {
     let mut checks = Vec::new();
     for (boot, recording) in numbered(recordings) {
-        let mut groups: BTreeMap<_, BTreeMap<(u32, &str), Sides<'_>>> = BTreeMap::new();
+        // Of each round and mode, the run and its twin.
+        let mut subjects = BTreeMap::<Subject, BTreeMap<(u32, &str), [Vec<Value>; 2]>>::new();
         for run in &recording.runs {
-            let rounds = groups.entry(place(&NICS, &run.nic)).or_default();
-            let sides = rounds.entry((run.round, &run.mode)).or_default();
-            sides[usize::from(run.pair == Run::TWIN)].push(run);
+            for (subject, value) in Metric::OF_RUNS.into_iter().flat_map(|metric| metric.of_run(run)) {
+                let sides = subjects.entry(subject).or_default().entry((run.round, &run.mode)).or_default();
+                sides[usize::from(run.pair == Run::TWIN)].push(value);
+            }
         }
-        for ((_, nic), rounds) in &groups {
-            for metric in Metric::OF_RUNS {
-                let logs = rounds.values().filter_map(|[runs, twins]| {
-                    let (first, second) = match twins.as_slice() {
-                        [twin] => (runs.first()?, twin),
-                        [first, second] => (first, second),
-                        _ => return None,
-                    };
-                    Some((metric.of_run(second)? / metric.of_run(first)?).ln())
-                });
-                let logs: Vec<f64> = logs.collect();
-                if logs.is_empty() {
-                    continue;
-                }
+        for (Subject { metric, name, .. }, rounds) in subjects {
+            let twins = rounds.values().filter_map(|[runs, twins]| match twins.as_slice() {
+                [twin] => Some((*runs.first()?, *twin)),
+                [first, second] => Some((*first, *second)),
+                _ => None,
+            });
+            let logs: Option<Vec<f64>> = twins
+                .map(|twins| match twins {
+                    (Value::Measured(first), Value::Measured(second)) => Some((second / first).ln()),
+                    _ => None,
+                })
+                .collect();
+            if let Some(logs) = logs.filter(|logs| !logs.is_empty()) {
                 let (ratio, interval) = ratio(&logs, family.alpha());
-                let (subject, rounds) = ((*nic).to_owned(), logs.len());
-                checks.push(SelfCheck { boot, subject, metric, rounds, ratio, interval });
+                checks.push(SelfCheck { boot, subject: name, metric, rounds: logs.len(), ratio, interval });
             }
         }
     }

@@ -62,7 +62,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let (bus, mut rows) = (Bus::default(), Vec::new());
     // The same pages in all modes: how far they are scattered decides what they cost.
     let regions = regions((args.map_mib as usize) << 20)?;
-    for wiring in wirings(&[], &args.nics, &bus, note)? {
+    for wiring in wirings(&args.nics, &bus, note)? {
         for &mode in &args.modes {
             let rounds = (0..=args.rounds)
                 .map(|_| round(&bus, &wiring, mode, &regions))

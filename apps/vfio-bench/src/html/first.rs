@@ -25,6 +25,12 @@ pub(super) fn screen(report: &Report) -> Markup {
                 @for disturbance in &comparison.disturbances { p { (unbroken(disturbance)) } }
             }
         }
+        @if !comparison.generator_limits.is_empty() {
+            section.warn {
+                strong { "The generator may be the limit, and not the forwarder." }
+                @for limit in &comparison.generator_limits { p { (unbroken(limit)) } }
+            }
+        }
         div.answer {
             @if comparison.pairs.iter().any(|pair| pair.verdict != Verdict::NotInterleaved) {
                 section { h2 { "Times, mode against mode" } (matrix(comparison)) }

@@ -19,6 +19,7 @@ pub(crate) fn page(report: &Report) -> Result<String> {
         (first::screen(report))
         @if !comparison.rows.is_empty() {
             (forwarding(comparison)?)
+            (throughput(comparison)?)
             (latency(comparison)?)
             (start(comparison)?)
         }
@@ -95,6 +96,27 @@ fn forwarding(comparison: &Comparison) -> Result<Markup> {
             ))
         }
         (tables::forwarding(comparison))
+        (tables::counters(comparison))
+    })
+}
+
+fn throughput(comparison: &Comparison) -> Result<Markup> {
+    Ok(html! {
+        @if !comparison.frames().is_empty() {
+            h2 { "Throughput" }
+            p.note {
+                "The highest load of which no more than the stated part was lost (RFC 2544), found by trials in each run, to \
+                 5 %; medians of the rounds. ≥: the generator could not send more in some round, so modes are not compared."
+            }
+            @if comparison.pairs.iter().any(|pair| pair.metric == Metric::Throughput) {
+                (figure(
+                    &plot::ratios(comparison, Metric::Throughput)?,
+                    "Ratio of the throughputs of every pair of modes",
+                    "",
+                ))
+            }
+            (tables::throughput(comparison))
+        }
     })
 }
 

@@ -3,9 +3,9 @@
 use maud::{Markup, html};
 
 use super::unbroken;
-use crate::compare::{Comparison, Metric, Row};
+use crate::compare::{Comparison, Row};
 use crate::stats::Interval;
-use crate::words::{changes, rate_unit, size, thousands, three};
+use crate::words::{self, changes, distinct, rate_unit, size, thousands, three};
 
 /// Cells of a row, of which the first `names` are text, with whether it begins a group and whether it is sound.
 struct Line {
@@ -163,19 +163,64 @@ pub(super) fn maps(comparison: &Comparison) -> Markup {
     table(&heads, 3, &lines)
 }
 
+pub(super) fn throughput(comparison: &Comparison) -> Markup {
+    let frames = comparison.frames();
+    let all = comparison.rows.iter().flat_map(|row| &row.throughput);
+    let (unit, name) = rate_unit(all.map(|found| found.pps).fold(0.0, f64::max));
+    let lines = by_row(&comparison.rows, |row| {
+        let cell = |(frame, loss): &(usize, f64)| {
+            let found = row.throughput.iter().find(|found| (found.frame, found.loss) == (*frame, *loss));
+            found.map_or("–".to_owned(), |found| words::throughput(found, unit))
+        };
+        frames.iter().map(cell).collect()
+    });
+    let heads: Vec<String> = ["NIC".to_owned(), "mode".to_owned()]
+        .into_iter()
+        .chain(frames.iter().map(|(frame, loss)| {
+            format!("{name}, {frame}-byte frames, up to {} % lost", words::round(*loss))
+        }))
+        .collect();
+    table(&heads.iter().map(String::as_str).collect::<Vec<_>>(), 2, &lines)
+}
+
+/// Counters per packet; nothing where no machine has any.
+pub(super) fn counters(comparison: &Comparison) -> Markup {
+    let rows = &comparison.rows;
+    let events: Vec<&String> = distinct(rows.iter().flat_map(|row| row.counters_per_packet.keys()));
+    let lines = by_row(rows, |row| {
+        let cell = |event: &&String| {
+            row.counters_per_packet.get(*event).map_or("–".to_owned(), |count| three(*count))
+        };
+        events.iter().map(cell).collect()
+    });
+    let heads: Vec<&str> =
+        ["NIC", "mode"].into_iter().chain(events.iter().map(|event| event.as_str())).collect();
+    html! {
+        @if !events.is_empty() {
+            h3 { "Counters per packet" }
+            p.note {
+                "Of the forwarder's CPU in user space and of the IOMMU, at the forwarding rate, idle polls included; medians \
+                 of the rounds. An IOMMU counts what other devices do, too."
+            }
+            (table(&heads, 2, &lines))
+        }
+    }
+}
+
 pub(super) fn self_checks(comparison: &Comparison) -> Markup {
-    let groups = comparison.self_checks.chunk_by(|a, b| (a.boot, &a.subject) == (b.boot, &b.subject));
-    let lines: Vec<Line> = groups
-        .map(|group| {
-            let mut cells = vec![group[0].subject.clone(), group[0].boot.to_string()];
-            let found = |metric| group.iter().find(|check| check.metric == metric)?.interval.map(changes);
-            cells.extend(Metric::OF_RUNS.map(|metric| found(metric).unwrap_or("–".to_owned())));
-            cells.push(group[0].rounds.to_string());
-            Line { begins: false, sound: true, cells }
+    let mut metric = None;
+    let lines: Vec<Line> = (comparison.self_checks.iter())
+        .map(|check| {
+            let begins = metric.replace(check.metric) != Some(check.metric);
+            let cells = vec![
+                if begins { check.metric.title().to_owned() } else { String::new() },
+                check.subject.clone(),
+                check.boot.to_string(),
+                check.interval.map_or("–".to_owned(), changes),
+                check.rounds.to_string(),
+            ];
+            Line { begins, sound: true, cells }
         })
         .collect();
-    let mut heads = vec!["NIC", "boot"];
-    heads.extend(Metric::OF_RUNS.map(Metric::title));
-    heads.push("rounds");
-    table(&heads, 1, &lines)
+    table(&["metric", "NIC", "boot", "interval", "rounds"], 2, &lines)
 }

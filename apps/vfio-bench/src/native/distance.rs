@@ -14,7 +14,7 @@ use vireo_eal::Result;
 use vireo_eal::lcore::pin_to;
 
 use super::{Pair, median_of, ratios};
-use crate::run::Cores;
+use crate::cores::Cores;
 use crate::stats::median;
 
 /// Round trips that are timed together.

@@ -9,8 +9,8 @@ use std::time::Duration;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::Side;
+use crate::cores::Cores;
 use crate::process::Process;
-use crate::run::Cores;
 
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

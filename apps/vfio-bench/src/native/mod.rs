@@ -12,11 +12,12 @@ use serde::Serialize;
 use vireo_eal::program::{self, note};
 use vireo_eal::{Error, ErrorKind, Result};
 
+use crate::cores::Cores;
 use crate::environment::environment;
 use crate::process::l2fwd;
 use crate::record::Environment;
 use crate::report::write_json;
-use crate::run::{Cores, seconds};
+use crate::run::seconds;
 use crate::stats::{CONFIDENCE, Interval, median};
 use distance::{ByDistance, Group, Range, round_trip};
 use forwarder::{Program, Rig, Sample};

@@ -212,6 +212,7 @@ mod tests {
             limit: 60.0,
             stream: 0.2,
             map_mib: 128,
+            ..Plan::default()
         }
     }
 

@@ -3,7 +3,7 @@
 use std::f64::consts::TAU;
 
 use crate::compare::{Comparison, Metric, Pair};
-use crate::record::{Latency, MapTime, Plan, Recording, Run};
+use crate::record::{Latency, MapTime, Plan, Recording, Run, Throughput};
 use crate::report::MARGIN;
 use crate::run::{enough, schedule};
 use crate::stats::Random;
@@ -64,7 +64,7 @@ impl World {
         let ratio = self.times(&pair.mode) / self.times(&pair.baseline);
         match pair.metric {
             Metric::Doorbells => 1.0,
-            Metric::ForwardPps => 1.0 / ratio,
+            Metric::ForwardPps | Metric::Throughput => 1.0 / ratio,
             _ => ratio,
         }
     }
@@ -83,6 +83,7 @@ impl World {
             limit: 300.0,
             stream: 0.2,
             map_mib: 128,
+            ..Plan::default()
         };
         let mut recording = Recording { plan: Some(plan), ..Recording::default() };
         for round in 0.. {
@@ -103,6 +104,13 @@ impl World {
                 let mut time = |of: f64| of * times * self.value();
                 let (latency, open, first) = (time(4000.0), time(50.0), time(100.0));
                 let forward_pps = 1e6 / time(5.0);
+                // The search knows it to one step.
+                let steps = (1e6 / time(4.5) / forward_pps).ln() / 1.05_f64.ln();
+                let throughput = Throughput {
+                    frame: 60,
+                    pps: forward_pps * 1.05_f64.powf(steps.floor()),
+                    ..Throughput::default()
+                };
                 let received = 100_000;
                 recording.runs.push(Run {
                     nic: nic.to_owned(),
@@ -110,6 +118,7 @@ impl World {
                     round,
                     pair: pair.to_owned(),
                     forward_pps,
+                    throughput: vec![throughput],
                     latency_ns: Latency { p50: latency as u64, ..Latency::default() },
                     open_ms: open,
                     first_packet_ms: first,

@@ -16,11 +16,12 @@ use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::phases::{L2FWD, Mark, Phases, Recording, TESTPMD, phases, rows};
+use crate::cores::Cores;
 use crate::environment::environment;
 use crate::measure::{Side, Wiring};
 use crate::process::{Process, l2fwd};
 use crate::report::write_json;
-use crate::run::{Cores, wirings};
+use crate::run::wirings;
 
 /// Longest wait for the first packet.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -81,7 +82,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     // Its search for the frequency would otherwise fall into the first start.
     Tsc::hz();
     pin_to(rig.cores.generator)?;
-    for wiring in wirings(&[], &args.nics, &rig.bus, note)? {
+    for wiring in wirings(&args.nics, &rig.bus, note)? {
         let mut starts = vec![(Vec::new(), Vec::new()); args.modes.len()];
         for round in 0..args.rounds {
             for (mode, (vireo, dpdk)) in args.modes.iter().zip(&mut starts) {
