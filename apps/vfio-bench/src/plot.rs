@@ -115,16 +115,22 @@ impl<'a> Figure<'a> {
 
     /// Vertical grid lines with their values beneath.
     fn grid(&mut self, scale: &Scale, ticks: &[(f64, String)], y: (i32, i32), unit: &str) {
+        // A digit is about 7 pixels wide; a value that would touch the one before it is left out.
+        let half = |name: &str| 7 * name.chars().count() as i32 / 2;
+        let mut end = i32::MIN;
         for (value, name) in ticks {
             let x = scale.at(*value);
             self.line((x, y.0), (x, y.1), GRID, 1);
-            self.text((x, y.1 + 14), name, HPos::Center, 12, MUTED);
+            if x - half(name) > end {
+                self.text((x, y.1 + 14), name, HPos::Center, 12, MUTED);
+                end = x + half(name) + 4;
+            }
         }
         self.text((RIGHT + 14, y.1 + 14), unit, HPos::Left, 12, MUTED);
     }
 
     /// Names at the left of a row; the group's only where it changes, with a rule above.
-    fn names(&mut self, y: i32, group: &str, name: &str, last: &mut String) {
+    fn names(&mut self, y: i32, group: &str, name: &str, at: i32, last: &mut String) {
         if group != last {
             self.text((0, y), group, HPos::Left, 14, INK);
             if !last.is_empty() {
@@ -132,7 +138,7 @@ impl<'a> Figure<'a> {
             }
             group.clone_into(last);
         }
-        self.text((NAMES, y), name, HPos::Left, 13, INK);
+        self.text((at, y), name, HPos::Left, 13, INK);
     }
 }
 
@@ -205,7 +211,7 @@ pub(crate) fn forwarding(rows: &[Row]) -> Result<String> {
         f.grid(&scale, &decades(scale.from, scale.to), (0, bottom), name);
         let mut last = String::new();
         for (row, y) in rows.iter().zip(&places) {
-            f.names(*y, &row.nic, &row.label, &mut last);
+            f.names(*y, &row.nic, &row.label, NAMES, &mut last);
             let scaled: Vec<f64> = row.forward_samples.iter().map(|pps| pps / unit).collect();
             samples(f, &scale, *y, (&scaled, row.forward_pps / unit), color(&row.mode), 1.0);
         }
@@ -226,24 +232,31 @@ pub(crate) fn ratios(comparison: &Comparison, metric: Metric) -> Result<String> 
     let reach =
         pairs.iter().flat_map(|pair| ends(pair)).fold(margin.ln() * 1.5, |reach, end| reach.max(end.abs()));
     let reach = reach.min(FARTHEST.ln()) * 1.04;
-    let scale = Scale { from: -reach, to: reach, pixels: (LEFT + 30, RIGHT) };
+    // Subjects that name their frames, too, take more room.
+    let longest = pairs.iter().map(|pair| pair.subject.chars().count()).max().unwrap_or(0) as i32;
+    let indent = (7 * longest - NAMES + 12).max(0);
+    let scale = Scale { from: -reach, to: reach, pixels: (LEFT + 30 + indent, RIGHT) };
     let (places, bottom) = layout(&pairs, |pair| &pair.subject);
     figure(bottom + 28, |f| {
         f.bar((scale.at(-margin.ln()), scale.at(margin.ln())), (0, bottom), BAND);
         let round = [-50, -40, -30, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 30, 50, 75, 100];
         let ticks = round.map(|percent| (f64::from(percent) / 100.0).ln_1p());
+        let mut ticks: Vec<f64> = ticks.into_iter().filter(|tick| tick.abs() <= reach).collect();
+        // From the middle outwards: 0 is always among them.
+        ticks.sort_by(|a, b| a.abs().total_cmp(&b.abs()));
         let mut shown: Vec<(f64, String)> = Vec::new();
-        for tick in ticks.into_iter().filter(|tick| tick.abs() <= reach) {
-            let far = shown.last().is_none_or(|(last, _)| scale.at(tick) - scale.at(*last) > 36);
-            if far {
+        for tick in ticks {
+            if shown.iter().all(|(other, _)| (scale.at(tick) - scale.at(*other)).abs() > 36) {
                 shown.push((tick, change(tick.exp())));
             }
         }
+        shown.sort_by(|(a, _), (b, _)| a.total_cmp(b));
         f.grid(&scale, &shown, (0, bottom), "%");
         f.line((scale.at(0.0), 0), (scale.at(0.0), bottom), MUTED, 1);
         let mut last = String::new();
         for (pair, y) in pairs.iter().zip(&places) {
-            f.names(*y, &pair.subject, &format!("{} / {}", pair.mode, pair.baseline), &mut last);
+            let modes = format!("{} / {}", pair.mode, pair.baseline);
+            f.names(*y, &pair.subject, &modes, NAMES + indent, &mut last);
             let ink = if pair.verdict == Verdict::Differs { color_of(comparison, pair) } else { MUTED };
             let [low, ratio, high] = ends(pair);
             let clipped = |end: f64| scale.at(end.clamp(-reach, reach));
@@ -254,7 +267,8 @@ pub(crate) fn ratios(comparison: &Comparison, metric: Metric) -> Result<String> 
                 f.line((tip - to, y + 4), (tip, *y), ink, 2);
             }
             if ratio.abs() <= reach {
-                f.dot((scale.at(ratio), *y), 4, ink, pair.verdict == Verdict::NotInterleaved);
+                let unjudged = matches!(pair.verdict, Verdict::NotInterleaved | Verdict::Censored);
+                f.dot((scale.at(ratio), *y), 4, ink, unjudged);
             }
             f.text((WIDTH, *y), &format!("{} %", change(pair.ratio)), HPos::Right, 12, ink);
         }
@@ -278,7 +292,7 @@ pub(crate) fn latency(rows: &[Row]) -> Result<String> {
         f.grid(&scale, &ticks, (0, bottom), "µs");
         let mut last = String::new();
         for (row, y) in rows.iter().zip(&places) {
-            f.names(*y, &row.nic, &row.label, &mut last);
+            f.names(*y, &row.nic, &row.label, NAMES, &mut last);
             let (l, ink) = (row.latency_ns, color(&row.mode));
             f.line((scale.at(us(l.p50)), *y), (scale.at(us(l.max)), *y), ink.mix(0.45), 2);
             for (ns, radius, hollow) in
@@ -302,7 +316,7 @@ pub(crate) fn start(rows: &[Row]) -> Result<String> {
         f.grid(&scale, &ticks, (0, bottom), "ms");
         let mut last = String::new();
         for (row, y) in rows.iter().zip(&places) {
-            f.names(*y, &row.nic, &row.label, &mut last);
+            f.names(*y, &row.nic, &row.label, NAMES, &mut last);
             let mut done = 0.0;
             let steps = [row.open_ms, row.bind_ms, row.attach_step_ms, row.start_map_ms];
             let rest = (row.first_packet_ms - steps.iter().sum::<f64>()).max(0.0);

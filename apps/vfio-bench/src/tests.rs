@@ -249,21 +249,21 @@ fn a_verdict_takes_rounds_enough_and_a_mode_that_does_not_differ_from_itself() {
 #[test]
 fn a_throughput_beyond_the_generator_is_a_lower_bound_and_never_compared() {
     let comparison = compare(&boots());
-    let p = pair(&comparison, "virtio-net, 1514-byte frames", ["container", "cdev"], Metric::Throughput);
+    let p = pair(&comparison, "virtio-net with 1514-byte frames", ["container", "cdev"], Metric::Throughput);
     assert_eq!((p.verdict, p.interval.is_none()), (Verdict::Censored, true));
     assert!(p.sentence.ends_with(
         "is not judged: in some round the generator could not send more, or every load lost too much"
     ));
-    let p = pair(&comparison, "virtio-net, 60-byte frames", ["container", "cdev"], Metric::Throughput);
+    let p = pair(&comparison, "virtio-net with 60-byte frames", ["container", "cdev"], Metric::Throughput);
     assert_eq!((p.verdict, p.rounds), (Verdict::Differs, 16));
     assert!(comparison.widest().unwrap().is_finite());
-    assert!(!comparison.self_checks.iter().any(|check| check.subject.starts_with("virtio-net, 1514")));
+    assert!(!comparison.self_checks.iter().any(|check| check.subject.starts_with("virtio-net with 1514")));
     // One such round is enough: without it, the others would favour the mode.
     let mut boot = recording(&["container", "cdev"], 12);
     let found = boot.runs.iter_mut().find(|run| run.nic == "e1000" && run.pair == Run::COMPARED).unwrap();
     found.throughput[0].at_least = true;
     let comparison = compare(&[boot]);
-    let p = pair(&comparison, "e1000, 60-byte frames", ["container", "cdev"], Metric::Throughput);
+    let p = pair(&comparison, "e1000 with 60-byte frames", ["container", "cdev"], Metric::Throughput);
     assert_eq!(p.verdict, Verdict::Censored);
     let text = crate::table::text(&as_report(boots()), false);
     let line = |mode: &str| {

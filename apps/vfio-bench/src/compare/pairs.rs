@@ -51,7 +51,7 @@ impl Metric {
             Self::ForwardPps => one(run.forward_pps),
             Self::Throughput => {
                 let of_frame = |found: &Throughput| {
-                    let name = format!("{}, {}-byte frames", run.nic, found.frame);
+                    let name = format!("{} with {}-byte frames", run.nic, found.frame);
                     let value = positive(found.pps).filter(|_| !found.at_least);
                     (subject(found.frame, name), value.map_or(Value::Censored(found.pps), Value::Measured))
                 };

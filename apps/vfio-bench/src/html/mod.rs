@@ -90,7 +90,7 @@ fn forwarding(comparison: &Comparison) -> Result<Markup> {
                 "Ratio of the forwarding rates of every pair of modes",
                 &format!(
                     "The ratio's interval, and the margin of ±{} % (shaded). In colour: a difference. Grey: none found. \
-                     Hollow: another boot, no verdict. An arrow: the interval goes on.",
+                     Hollow: no verdict. An arrow: the interval goes on.",
                     round(comparison.family.margin)
                 ),
             ))
