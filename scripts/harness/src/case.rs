@@ -21,6 +21,8 @@ pub(crate) enum Tier {
     BothKernels,
     /// With `--full` only.
     Full,
+    /// With `--full` only, and in the guest on the first kernel only, because it takes minutes and the kernel is nothing to it.
+    FullOnce,
 }
 
 type Run = Box<dyn Fn(&Context) -> Result<()> + Send + Sync>;
@@ -54,6 +56,12 @@ impl Case {
     /// Runs with `--full` only.
     pub(crate) fn in_full(&mut self) -> &mut Self {
         self.tier = Tier::Full;
+        self
+    }
+
+    /// Runs with `--full` only, in the guest on the first kernel.
+    pub(crate) fn in_full_once(&mut self) -> &mut Self {
+        self.tier = Tier::FullOnce;
         self
     }
 

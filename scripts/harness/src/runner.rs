@@ -62,6 +62,7 @@ fn chosen(choice: &Choice, host: Vec<Case>) -> Vec<Group> {
         Tier::BothKernels => true,
         Tier::Default => first || choice.full,
         Tier::Full => choice.full,
+        Tier::FullOnce => first && choice.full,
     };
     let cases = host.into_iter().filter(|case| runs(case, true) && choice.wants(&case.name));
     groups
