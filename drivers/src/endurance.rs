@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::fakedev::e1000::{FakeE1000, ID_82540EM};
 use crate::fakedev::virtio::{Behaviour, VirtioNet};
-use crate::port::{Leftover, MacAddr, Nic, Port, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue};
+use crate::port::{Leftover, MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
+use crate::table::{Port, RxQueue, TxQueue};
 use crate::{e1000, virtio};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{Burst, DmaMemory, Pool, PoolCache};

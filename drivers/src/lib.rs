@@ -1,8 +1,9 @@
 //! NIC drivers of Vireo: [`virtio`], [`e1000`] and [`vhost`], each a control plane ([`port::Nic`]) and two
-//! queues that move to lcores ([`port::RxBurst`], [`port::TxBurst`]). [`ports`] takes an application from its
-//! EAL arguments to started ports; [`fakedev`] plays the devices in tests.
+//! queues that move to lcores ([`port::RxBurst`], [`port::TxBurst`]). [`table`] is the list of them; [`ports`] takes an
+//! application from its EAL arguments to started ports; [`fakedev`] plays the devices in tests.
 #![forbid(unsafe_code)]
 
+pub mod driver;
 pub mod e1000;
 #[cfg(test)]
 mod endurance;
@@ -10,5 +11,6 @@ pub mod fakedev;
 pub mod memory;
 pub mod port;
 pub mod ports;
+pub mod table;
 pub mod vhost;
 pub mod virtio;

@@ -10,8 +10,9 @@ use vireo_eal::mem::{self, Region};
 use vireo_eal::vfio::AddressSpace;
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
-use crate::port::{Port, QueueSizes};
+use crate::port::{Nic, QueueSizes};
 use crate::ports::OpenPort;
+use crate::table::Port;
 
 /// What the ports of a program need of DMA memory.
 #[derive(Clone, Copy, Debug)]
@@ -112,14 +113,8 @@ impl MemoryNeed {
     fn rings(&self, port: &Port) -> [usize; 2] {
         /// Room for the alignment of each of a port's parts, and for what is small.
         const REST: usize = 32 << 10;
-        let entries = usize::from(self.sizes.rx) + usize::from(self.sizes.tx);
-        let pair = match port {
-            // Of a split ring the device writes the used ring, and reads descriptors and avail ring (virtio 1.2, 2.7).
-            Port::Virtio(_) => [entries * 8 + REST, entries * 18 + REST],
-            // Completions are written into the descriptors. A ring is aligned to its size, which may cost as much again.
-            Port::E1000(_) => [entries * 16 * 2 + REST, 0],
-            Port::Vhost(_) => [0, 0],
-        };
+        let with_rest = |bytes| if bytes > 0 { bytes + REST } else { 0 };
+        let pair = (port.capabilities().ring_bytes)(self.sizes).map(with_rest);
         pair.map(|bytes| bytes * usize::from(self.pairs))
     }
 

@@ -1,4 +1,4 @@
-//! Ports and their queues: what an application drives, whichever NIC is behind it.
+//! Ports and their queues: what every driver implements, and what it counts.
 
 use std::fmt;
 use std::ops::AddAssign;
@@ -8,8 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
 use vireo_eal::{Error, ErrorKind, Result};
-
-use crate::{e1000, vhost, virtio};
 
 /// Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,6 +47,25 @@ impl FromStr for MacAddr {
             "cannot read an Ethernet address",
             "it is not of the form 52:54:00:12:34:56",
         ))
+    }
+}
+
+/// What a device can do, and what it needs, as far as that concerns others than its driver.
+#[derive(Clone, Copy, Debug)]
+pub struct Capabilities {
+    /// Highest device address that it can use: all of its memory must be below. A chip cuts off what is above, and says
+    /// nothing.
+    pub dma_mask: u64,
+    /// Whether it may bring frames shorter than Ethernet's 60 bytes.
+    pub receives_short_frames: bool,
+    /// What a pair of its rings takes of DMA memory: bytes that the device writes, and bytes that it only reads.
+    pub ring_bytes: fn(QueueSizes) -> [usize; 2],
+}
+
+impl Default for Capabilities {
+    /// All addresses, no short frames, and no rings of its own.
+    fn default() -> Self {
+        Self { dma_mask: u64::MAX, receives_short_frames: false, ring_bytes: |_| [0, 0] }
     }
 }
 
@@ -284,11 +301,12 @@ pub trait Nic {
     /// The station address.
     fn mac(&self) -> MacAddr;
 
-    /// Highest device address that the NIC can use: all of its memory must be below. A chip cuts off what is above,
-    /// and says nothing.
-    fn dma_mask(&self) -> u64 {
-        u64::MAX
-    }
+    /// What the device can do and needs.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Pads short frames from the next start on, because a port of the application brings such: a driver whose device
+    /// does it anyway has nothing to do.
+    fn pad_short_frames(&mut self) {}
 
     /// State of the link now.
     fn link(&self) -> Link;
@@ -312,97 +330,6 @@ pub trait Nic {
     /// What stops threw away so far.
     fn leftover(&self) -> Leftover;
 }
-
-macro_rules! any_driver {
-    ($($variant:ident($driver:ident)),*) => {
-        /// RX queue of any driver, for lcores that poll ports of several.
-        #[derive(Debug)]
-        pub enum RxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::RxQueue)),* }
-
-        /// TX queue of any driver.
-        #[derive(Debug)]
-        pub enum TxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::TxQueue)),* }
-
-        /// Port of any driver.
-        #[derive(Debug)]
-        pub enum Port { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::Device)),* }
-
-        impl RxBurst for RxQueue {
-            #[inline(always)]
-            fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
-                match self { $(Self::$variant(queue) => queue.rx_burst(cache, burst)),* }
-            }
-            fn stats(&self) -> QueueStats {
-                match self { $(Self::$variant(queue) => queue.stats()),* }
-            }
-        }
-
-        impl TxBurst for TxQueue {
-            #[inline(always)]
-            fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-                match self { $(Self::$variant(queue) => queue.tx_burst(cache, burst)),* }
-            }
-            fn stats(&self) -> QueueStats {
-                match self { $(Self::$variant(queue) => queue.stats()),* }
-            }
-        }
-
-        impl Nic for Port {
-            type Rx = RxQueue;
-            type Tx = TxQueue;
-
-            fn start_pairs(
-                &mut self, memory: &Arc<DmaMemory>, cache: &mut PoolCache, sizes: QueueSizes, pairs: u16,
-            ) -> Result<Vec<(RxQueue, TxQueue)>> {
-                match self { $(Self::$variant(device) => {
-                    let queues = device.start_pairs(memory, cache, sizes, pairs)?;
-                    Ok(queues.into_iter().map(|(rx, tx)| (RxQueue::$variant(rx), TxQueue::$variant(tx))).collect())
-                }),* }
-            }
-            fn stop_pairs(
-                &mut self, queues: Vec<(RxQueue, TxQueue)>, cache: &mut PoolCache, sent: Option<&mut PoolCache>,
-            ) -> Result<()> {
-                let foreign = || Error::new(
-                    ErrorKind::Usage,
-                    "cannot stop the port",
-                    "the queues belong to another driver",
-                );
-                match self { $(Self::$variant(device) => {
-                    let own = queues.into_iter().map(|pair| match pair {
-                        (RxQueue::$variant(rx), TxQueue::$variant(tx)) => Ok((rx, tx)),
-                        _ => Err(foreign()),
-                    });
-                    device.stop_pairs(own.collect::<Result<_>>()?, cache, sent)
-                }),* }
-            }
-            fn mac(&self) -> MacAddr {
-                match self { $(Self::$variant(device) => device.mac()),* }
-            }
-            fn dma_mask(&self) -> u64 {
-                match self { $(Self::$variant(device) => device.dma_mask()),* }
-            }
-            fn link(&self) -> Link {
-                match self { $(Self::$variant(device) => device.link()),* }
-            }
-            fn check(&mut self) -> Result<()> {
-                match self { $(Self::$variant(device) => device.check()),* }
-            }
-            fn set_promiscuous(&mut self, on: bool) -> Result<()> {
-                match self { $(Self::$variant(device) => device.set_promiscuous(on)),* }
-            }
-            fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
-                match self { $(Self::$variant(device) => device.device_drops()),* }
-            }
-            fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
-                match self { $(Self::$variant(device) => device.retry_stop(cache)),* }
-            }
-            fn leftover(&self) -> Leftover {
-                match self { $(Self::$variant(device) => device.leftover()),* }
-            }
-        }
-    };
-}
-any_driver!(Virtio(virtio), E1000(e1000), Vhost(vhost));
 
 #[cfg(test)]
 mod tests {

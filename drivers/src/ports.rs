@@ -1,5 +1,4 @@
-//! From EAL arguments to started ports: which driver takes which function or virtual device, and the order of
-//! set-up.
+//! From EAL arguments to started ports: the order of set-up.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,38 +6,18 @@ use std::sync::Arc;
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use vireo_bus_pci::{Bus, DeviceId, Function, PciDevice, PciInfo, Report};
-use vireo_eal::args::{VdevArgs, quoted};
+use vireo_bus_pci::{Bus, PciDevice, PciInfo, Report};
 use vireo_eal::dma::MAX_BUFFERS;
 use vireo_eal::lcore::StopFlag;
-use vireo_eal::socket::check_path;
 use vireo_eal::vfio::{AddressSpace, Request, Vfio, VfioMode};
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
-use crate::port::{Nic, Port, QueueSizes};
-use crate::{e1000, vhost, virtio};
+use crate::driver::Args;
+use crate::port::{Nic, QueueSizes};
+use crate::table::{AnyVdev, Port, driver_of, parse_vdev, probe};
 
 /// Longest wait for links to come up.
 const LINK_WAIT: Duration = Duration::from_secs(9);
-
-/// Devargs that the drivers know.
-pub const DEVICE_KEYS: &[&str] = &["mrg_rxbuf", "in_order"];
-
-/// Drivers of virtual devices with their keys; each has DPDK's name and DPDK's alias.
-pub const VDEV_KEYS: &[(&str, &[&str])] = &[
-    ("net_virtio_user", virtio::UserOptions::KEYS),
-    ("virtio_user", virtio::UserOptions::KEYS),
-    ("net_vhost", vhost::Options::KEYS),
-    ("eth_vhost", vhost::Options::KEYS),
-];
-
-/// Name of the driver for a function: the table of all that Vireo drives.
-pub fn driver_of(id: DeviceId) -> Option<&'static str> {
-    [("virtio-net", virtio::IDS), ("e1000", e1000::IDS)]
-        .into_iter()
-        .find(|(_, ids)| ids.iter().any(|(known, _)| *known == id))
-        .map(|(driver, _)| driver)
-}
 
 /// A port that is open and not started, with how it was acquired.
 #[derive(Debug)]
@@ -73,12 +52,12 @@ pub fn open(eal: &Eal, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
         let mode = eal.args.mode_of(info.address);
         open_one(bus, &eal.vfio, info, mode, args)
     };
-    let vdevs = eal.args.vdevs.iter().map(|vdev| Ok((&*vdev.name, Virtual::parse(vdev)?)));
+    let vdevs = eal.args.vdevs.iter().map(|vdev| Ok((&*vdev.name, parse_vdev(vdev)?)));
     let vdevs = vdevs.collect::<Result<Vec<_>>>()?;
     check_listeners(&vdevs)?;
     let mut ports = std::thread::scope(|scope| -> Result<Vec<OpenPort>> {
         let functions = chosen.into_iter().map(|info| start(scope, || open(info)));
-        let virtuals = vdevs.iter().map(|(name, device)| start(scope, || device.open(name, stop)));
+        let virtuals = vdevs.iter().map(|(name, device)| start(scope, || open_vdev(&**device, name, stop)));
         let threads: Vec<_> = functions.chain(virtuals).collect();
         threads
             .into_iter()
@@ -97,15 +76,10 @@ pub fn open(eal: &Eal, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
     Ok(ports)
 }
 
-/// A virtio peer's memory may hold frames of 0 to 16 bytes, which an 82574L does not pad: its driver does it where such a
-/// peer is among the ports. net_vhost drops them.
+/// Where a port brings frames that no wire carries, the drivers of the others pad them.
 fn pad_where_needed(ports: &mut [OpenPort]) {
-    if ports.iter().any(|open| matches!(open.port, Port::Virtio(_))) {
-        for open in ports {
-            if let Port::E1000(device) = &mut open.port {
-                device.pad_short_frames();
-            }
-        }
+    if ports.iter().any(|open| open.port.capabilities().receives_short_frames) {
+        ports.iter_mut().for_each(|open| open.port.pad_short_frames());
     }
 }
 
@@ -118,51 +92,13 @@ fn start<'scope>(
     thread.spawn_scoped(scope, body).map_err(|error| Error::io("cannot start a thread", &error))
 }
 
-/// A virtual device, as its arguments have it.
-enum Virtual {
-    User(virtio::UserOptions),
-    Vhost(vhost::Options),
-}
-
-impl Virtual {
-    fn parse(VdevArgs { name, driver, args }: &VdevArgs) -> Result<Self> {
-        match driver.as_str() {
-            "net_virtio_user" | "virtio_user" => virtio::UserOptions::parse(name, args).map(Self::User),
-            "net_vhost" | "eth_vhost" => vhost::Options::parse(name, args).map(Self::Vhost),
-            driver => Err(Error::new(
-                ErrorKind::Unavailable,
-                format!("cannot use {name}"),
-                format!("there is no driver {driver} here"),
-            )),
-        }
-    }
-
-    /// The socket that it makes, if it makes one.
-    fn listens_at(&self) -> Option<&Path> {
-        match self {
-            Self::User(options) => options.server.then_some(&options.path),
-            Self::Vhost(options) => (!options.client).then_some(&options.path),
-        }
-    }
-
-    /// Gives it to its driver.
-    fn open(&self, name: &str, stop: &StopFlag) -> Result<OpenPort> {
-        let (port, kind) = match self {
-            Self::User(options) => {
-                let port = virtio::Device::connect(name, options, stop).map(Port::Virtio)?;
-                (port, format!("(virtio-net, vhost-user) at {}", options.path.display()))
-            }
-            Self::Vhost(options) => {
-                let port = vhost::Device::open(name, options).map(Port::Vhost)?;
-                (port, format!("(vhost-user back-end) at {}", options.path.display()))
-            }
-        };
-        Ok(OpenPort::virtual_port(port, name, kind))
-    }
+fn open_vdev(device: &dyn AnyVdev, name: &str, stop: &StopFlag) -> Result<OpenPort> {
+    let (port, kind) = device.open(name, stop)?;
+    Ok(OpenPort::virtual_port(port, name, kind))
 }
 
 /// Looks for two devices that make one socket; another process would be blamed for the first one's.
-fn check_listeners(vdevs: &[(&str, Virtual)]) -> Result<()> {
+fn check_listeners(vdevs: &[(&str, Box<dyn AnyVdev>)]) -> Result<()> {
     let mut seen: BTreeMap<PathBuf, (&str, &Path)> = BTreeMap::new();
     for (name, device) in vdevs {
         let Some(path) = device.listens_at() else { continue };
@@ -181,74 +117,23 @@ fn check_listeners(vdevs: &[(&str, Virtual)]) -> Result<()> {
     Ok(())
 }
 
-/// Reads the socket of device `name`, which its `key` gives.
-pub(crate) fn socket_path(name: &str, key: &str, value: &str) -> Result<PathBuf> {
-    check_path(format!("cannot use {key}={} of {name}", quoted(value)), value.as_ref())?;
-    Ok(value.into())
-}
-
 /// Opens one port in `mode`, with its devargs.
 ///
 /// # Errors
 /// When the kernel or the device refuses, or a devarg is wrong.
-pub fn open_one(
-    bus: &Bus,
-    vfio: &Vfio,
-    info: PciInfo,
-    mode: VfioMode,
-    args: &[(String, String)],
-) -> Result<OpenPort> {
+pub fn open_one(bus: &Bus, vfio: &Vfio, info: PciInfo, mode: VfioMode, args: Args<'_>) -> Result<OpenPort> {
     take(bus.open(&info, vfio, mode)?, info, args)
 }
 
-fn take(device: PciDevice, info: PciInfo, args: &[(String, String)]) -> Result<OpenPort> {
+fn take(device: PciDevice, info: PciInfo, args: Args<'_>) -> Result<OpenPort> {
     let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
     let request = device.vfio().hear_request().inspect_err(|error| tracing::debug!("{error}")).ok();
     let port = probe(Box::new(device), args)?;
-    space.set_dma_mask(port.dma_mask());
+    space.set_dma_mask(port.capabilities().dma_mask);
     let driver = driver_of(info.id).unwrap_or("none");
     let kind = format!("({driver}, {}) in mode {}: {}", info.id, report.mode, report.why);
     let name = info.address.to_string();
     Ok(OpenPort { port, name, kind, report: Some(report), space: Some(space), node: info.numa_node, request })
-}
-
-/// Gives a function to its driver.
-///
-/// # Errors
-/// `Unavailable` when no driver knows it, `Usage` for a wrong devarg, else what the driver says.
-pub fn probe(function: Box<dyn Function>, args: &[(String, String)]) -> Result<Port> {
-    let id = function.id();
-    match driver_of(id) {
-        Some("virtio-net") => {
-            let mut options = virtio::Options::default();
-            for (key, value) in args {
-                let option = if key == "in_order" { &mut options.in_order } else { &mut options.mrg_rxbuf };
-                *option = flag(key, value)?;
-            }
-            virtio::Device::probe_with(function, options).map(Port::Virtio)
-        }
-        Some(_) => match args.first() {
-            Some((key, _)) => Err(Error::new(
-                ErrorKind::Usage,
-                format!("cannot use {key} for {}", function.address()),
-                "only virtio-net knows it",
-            )),
-            None => e1000::Device::probe(function).map(Port::E1000),
-        },
-        None => Err(Error::new(
-            ErrorKind::Unavailable,
-            format!("cannot use {}", function.address()),
-            format!("no driver here knows {id}"),
-        )),
-    }
-}
-
-pub(crate) fn flag(key: &str, value: &str) -> Result<bool> {
-    match value {
-        "0" => Ok(false),
-        "1" => Ok(true),
-        _ => Err(Error::new(ErrorKind::Usage, format!("cannot read {key}={value}"), "it is 0 or 1")),
-    }
 }
 
 /// Gives up what only set-up needed; see [`Eal::confine`].
@@ -324,6 +209,7 @@ mod tests {
     use crate::fakedev::e1000::{FakeE1000, ID_82574L};
     use crate::fakedev::virtio::{Behaviour, VirtioNet};
     use crate::port::{MacAddr, TxBurst};
+    use crate::{e1000, virtio};
 
     #[test]
     fn no_more_buffers_are_asked_for_than_a_pool_can_have() {

@@ -3,7 +3,7 @@
 use comfy_table::{Table, presets};
 use serde::Serialize;
 use vireo_bus_pci::PciInfo;
-use vireo_drivers::ports::driver_of;
+use vireo_drivers::table::driver_of;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::host::Host;

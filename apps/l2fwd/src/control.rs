@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vireo_drivers::memory::PortMemory;
-use vireo_drivers::port::{Leftover, Nic, QueueSizes, QueueStats, RxBurst, RxQueue, TxBurst, TxQueue};
+use vireo_drivers::port::{Leftover, Nic, QueueSizes, QueueStats, RxBurst, TxBurst};
 use vireo_drivers::ports::OpenPort;
+use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_eal::Error;
 use vireo_eal::dma::{Pool, PoolCache};
 use vireo_eal::lcore::StopFlag;

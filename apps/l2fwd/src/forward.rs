@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
-use vireo_drivers::port::{MacAddr, RxBurst, RxQueue, TxBurst, TxQueue};
+use vireo_drivers::port::{MacAddr, RxBurst, TxBurst};
+use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_drivers::{e1000, vhost, virtio};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, PoolCache};

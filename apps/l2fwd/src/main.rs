@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use vireo_drivers::ports::{DEVICE_KEYS, VDEV_KEYS};
+use vireo_drivers::table::{VDEV_KEYS, device_keys};
 use vireo_eal::args::{self as eal_args, Outcome, Program};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Eal, Result, program};
@@ -11,7 +11,7 @@ use vireo_l2fwd::{app, args};
 
 fn run() -> Result<ExitCode> {
     let usage = args::usage();
-    let program = Program { usage: &usage, device_keys: DEVICE_KEYS, vdev_keys: VDEV_KEYS };
+    let program = Program { usage: &usage, device_keys: &device_keys(), vdev_keys: VDEV_KEYS };
     let parsed = match eal_args::parse(std::env::args_os(), &program)? {
         Outcome::Print(text) => {
             program::print(&text)?;

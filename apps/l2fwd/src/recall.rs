@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use vireo_drivers::port::{RxQueue, TxQueue};
+use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::sync::{Condvar, Mutex, MutexGuard};
 

@@ -15,7 +15,7 @@ use std::str::FromStr;
 use clap::Parser;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use vireo_bus_pci::Bus;
-use vireo_drivers::ports::{DEVICE_KEYS, VDEV_KEYS, driver_of};
+use vireo_drivers::table::{VDEV_KEYS, device_keys, driver_of};
 use vireo_eal::args::{self as eal_args, EalArgs, Outcome, Program};
 use vireo_eal::user::{User, UserName, exec};
 use vireo_eal::vfio::{FdSource, Vfio, nodes};
@@ -51,7 +51,7 @@ fn run() -> Result<ExitCode> {
         socket::check_path(argument, path)?;
     }
     let user = cli.user.find()?;
-    let program = Program { usage: "", device_keys: DEVICE_KEYS, vdev_keys: VDEV_KEYS };
+    let program = Program { usage: "", device_keys: &device_keys(), vdev_keys: VDEV_KEYS };
     let parsed = match eal_args::parse(cli.command.iter().cloned(), &program)? {
         Outcome::Run(parsed) => parsed,
         Outcome::Print(text) => {

@@ -7,7 +7,8 @@ use serde_json::json;
 use vireo_bus_pci::Bus;
 use vireo_drivers::memory::{self, MemoryNeed};
 use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst, counters};
-use vireo_drivers::ports::{self, DEVICE_KEYS, OpenPort, VDEV_KEYS};
+use vireo_drivers::ports::{self, OpenPort};
+use vireo_drivers::table::{VDEV_KEYS, device_keys};
 use vireo_eal::args::{self as eal_args, Outcome as Parsed, Program};
 use vireo_eal::dma::Pool;
 use vireo_eal::lcore::StopFlag;
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode> {
     let usage = args::usage();
-    let program = Program { usage: &usage, device_keys: DEVICE_KEYS, vdev_keys: VDEV_KEYS };
+    let program = Program { usage: &usage, device_keys: &device_keys(), vdev_keys: VDEV_KEYS };
     let parsed = match eal_args::parse(std::env::args_os(), &program)? {
         Parsed::Print(text) => {
             program::print(&text)?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use vireo_bus_pci::{Bus, PciInfo};
-use vireo_drivers::ports::driver_of;
+use vireo_drivers::table::driver_of;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::StopFlag;

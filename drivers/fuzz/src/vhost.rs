@@ -12,6 +12,7 @@ use std::time::Duration;
 use arbitrary::Arbitrary;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use vireo_drivers::driver::Vdev;
 use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst};
 use vireo_drivers::vhost::{Device, Options, RxQueue, TxQueue};
 use vireo_eal::dma::{Burst, DATA_ROOM, DeviceView, DmaMemory, Packet, PoolCache};

@@ -18,7 +18,7 @@ pub(super) enum Chip {
 macro_rules! chips {
     ($($device:literal $chip:ident $name:literal)*) => {
         /// Devices that this driver knows, with Intel's names.
-        pub const IDS: &[(DeviceId, &str)] = &[
+        pub(super) const IDS: &[(DeviceId, &str)] = &[
             $((DeviceId { vendor: 0x8086, device: $device }, concat!("Intel ", $name))),*
         ];
 

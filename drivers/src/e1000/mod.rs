@@ -21,17 +21,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use vireo_bus_pci::{CAP_ID_EXPRESS, Function, capabilities};
+use vireo_bus_pci::{CAP_ID_EXPRESS, DeviceId, Function, capabilities};
 use vireo_eal::dma::{DmaMemory, DmaRing, PoolCache};
 use vireo_eal::mmio::Bar;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use self::chip::Chip;
-pub use self::chip::IDS;
+use self::chip::{Chip, IDS};
 use self::regs::*;
 pub use self::rx::RxQueue;
 pub use self::tx::TxQueue;
-use crate::port::{Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
+use crate::driver::{Args, PciDriver};
+use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
 
 /// Fewest descriptors of a ring: two batches that TX reclaims.
 const FEWEST: u16 = 2 * tx::RECLAIM as u16;
@@ -136,12 +136,6 @@ impl Device {
         }
         device.mac = device.station_address()?;
         Ok(device)
-    }
-
-    /// Pads short frames from the next start on, whatever the chip does: for frames of any length, which a wire does not
-    /// carry but a peer's memory may.
-    pub fn pad_short_frames(&mut self) {
-        self.pads = true;
     }
 
     /// Highest address that the chip gives out. On conventional PCI the 8254x have 32 address lines that work: Linux
@@ -282,6 +276,16 @@ impl Device {
     }
 }
 
+impl PciDriver for Device {
+    const NAME: &'static str = "e1000";
+    const IDS: &'static [(DeviceId, &'static str)] = IDS;
+    const KEYS: &'static [&'static str] = &[];
+
+    fn open(function: Box<dyn Function>, _args: Args<'_>) -> Result<Self> {
+        Self::probe(function)
+    }
+}
+
 impl Nic for Device {
     type Rx = RxQueue;
     type Tx = TxQueue;
@@ -372,8 +376,15 @@ impl Nic for Device {
         self.mac
     }
 
-    fn dma_mask(&self) -> u64 {
-        self.dma_mask
+    /// Completions are written into the descriptors. A ring is aligned to its size, which may cost as much again.
+    fn capabilities(&self) -> Capabilities {
+        let ring_bytes = |QueueSizes { rx, tx }| [(usize::from(rx) + usize::from(tx)) * DESCRIPTOR * 2, 0];
+        Capabilities { dma_mask: self.dma_mask, ring_bytes, ..Capabilities::default() }
+    }
+
+    /// An 82574 does not pad frames of less than 17 bytes.
+    fn pad_short_frames(&mut self) {
+        self.pads = true;
     }
 
     /// Sets flow control, too, if the link has just come up.

@@ -598,7 +598,7 @@ fn chips_on_conventional_pci_state_32_address_bits() {
         if pcix {
             device.set_pcix();
         }
-        assert_eq!(Device::probe(function).unwrap().dma_mask(), mask, "{id}");
+        assert_eq!(Device::probe(function).unwrap().capabilities().dma_mask, mask, "{id}");
     }
     let (function, device) = fake(ID_82544GC, MAC);
     device.set_pcix();

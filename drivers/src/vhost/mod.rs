@@ -16,14 +16,15 @@ mod shared;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vireo_eal::dma::{DmaMemory, PoolCache};
+use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::port::{Leftover, Link, MacAddr, Nic, QueueSizes};
-use crate::ports::{flag, socket_path};
+use crate::driver::{Args, Vdev, flag, socket_path};
+use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes};
 use crate::virtio::{self, random_mac};
 pub use queues::{RxQueue, TxQueue};
 use server::Server;
@@ -47,15 +48,12 @@ pub struct Options {
     pub client: bool,
 }
 
-impl Options {
-    /// The keys that [`Options::parse`] knows.
-    pub const KEYS: &[&str] = &["iface", "queues", "client", "mac"];
+impl Vdev for Options {
+    type Device = Device;
+    const NAMES: [&'static str; 2] = ["net_vhost", "eth_vhost"];
+    const KEYS: &'static [&'static str] = &["iface", "queues", "client", "mac"];
 
-    /// Reads the arguments of device `name`.
-    ///
-    /// # Errors
-    /// `Usage` for a value that none of the keys has, or without `iface`.
-    pub fn parse(name: &str, args: &[(String, String)]) -> Result<Self> {
+    fn parse(name: &str, args: Args<'_>) -> Result<Self> {
         let mut options = Self { path: PathBuf::new(), mac: None, queues: 1, client: false };
         for (key, value) in args {
             let wrong =
@@ -73,6 +71,18 @@ impl Options {
                 .mend(format!("say where it is: --vdev {name},iface=SOCKET")));
         }
         Ok(options)
+    }
+
+    fn listens_at(&self) -> Option<&Path> {
+        (!self.client).then_some(&self.path)
+    }
+
+    fn describe(&self) -> String {
+        format!("(vhost-user back-end) at {}", self.path.display())
+    }
+
+    fn open(&self, name: &str, _stop: &StopFlag) -> Result<Device> {
+        Device::open(name, self)
     }
 }
 
@@ -151,6 +161,11 @@ impl Nic for Device {
 
     fn mac(&self) -> MacAddr {
         self.mac
+    }
+
+    /// Rings and buffers are the frontend's. It receives no short frames: those are dropped.
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
     }
 
     /// Up while a frontend has both rings of the first pair started and enabled.

@@ -13,6 +13,7 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 
 use super::{Device, Options, RECEIVE, RxQueue, TRANSMIT, TxQueue};
+use crate::driver::Vdev;
 use crate::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
 use crate::virtio::{self, DESC_NEXT, DESC_WRITE, Features, HEADER};
 use guest::{BUFFER, GUEST, Guest, MEMORY, SIZE};

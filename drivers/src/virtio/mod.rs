@@ -21,7 +21,8 @@ use vireo_eal::dma::{DmaMemory, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::port::{Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
+use crate::driver::{Args, PciDriver, flag};
+use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
 use ctrl::Control;
 pub(crate) use features::Features;
 use pci::Pci;
@@ -32,12 +33,6 @@ use transport::Transport;
 pub use tx::TxQueue;
 use user::User;
 pub use user::UserOptions;
-
-/// What this driver drives. The transitional `1af4:1000` needs its modern interface.
-pub const IDS: &[(DeviceId, &str)] = &[
-    (DeviceId { vendor: 0x1af4, device: 0x1041 }, "virtio-net"),
-    (DeviceId { vendor: 0x1af4, device: 0x1000 }, "virtio-net (transitional)"),
-];
 
 /// Virtqueues: the pairs, the receiving queue of each first, then the control queue (5.1.2).
 const RX_QUEUE: u16 = 0;
@@ -242,6 +237,25 @@ impl Device {
     }
 }
 
+impl PciDriver for Device {
+    const NAME: &'static str = "virtio-net";
+    /// The transitional `1af4:1000` needs its modern interface.
+    const IDS: &'static [(DeviceId, &'static str)] = &[
+        (DeviceId { vendor: 0x1af4, device: 0x1041 }, "virtio-net"),
+        (DeviceId { vendor: 0x1af4, device: 0x1000 }, "virtio-net (transitional)"),
+    ];
+    const KEYS: &'static [&'static str] = &["mrg_rxbuf", "in_order"];
+
+    fn open(function: Box<dyn Function>, args: Args<'_>) -> Result<Self> {
+        let mut options = Options::default();
+        for (key, value) in args {
+            let option = if key == "in_order" { &mut options.in_order } else { &mut options.mrg_rxbuf };
+            *option = flag(key, value)?;
+        }
+        Self::probe_with(function, options)
+    }
+}
+
 impl Nic for Device {
     type Rx = RxQueue;
     type Tx = TxQueue;
@@ -328,6 +342,16 @@ impl Nic for Device {
             parked if parked.is_empty() => Ok(()),
             parked => self.stop_pairs(parked, cache, None),
         }
+    }
+
+    /// A peer's memory may hold frames of 0 to 16 bytes. Of a split ring the device writes the used ring, and reads
+    /// descriptors and avail ring (2.7).
+    fn capabilities(&self) -> Capabilities {
+        let ring_bytes = |QueueSizes { rx, tx }| {
+            let entries = usize::from(rx) + usize::from(tx);
+            [entries * 8, entries * 18]
+        };
+        Capabilities { receives_short_frames: true, ring_bytes, ..Capabilities::default() }
     }
 
     fn mac(&self) -> MacAddr {

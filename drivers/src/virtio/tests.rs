@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use vireo_bus_pci::DeviceId;
 use vireo_eal::ErrorKind;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, MAX_BURST, Packet, Pool, PoolCache};
@@ -651,11 +650,6 @@ fn what_was_asked_before_start_holds_after_it() {
     let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
     assert!(nic.is_promiscuous());
     device.stop(rx, tx, &mut cache).unwrap();
-}
-
-#[test]
-fn transitional_devices_are_in_the_table() {
-    assert!(super::IDS.iter().any(|(id, _)| *id == DeviceId { vendor: 0x1af4, device: 0x1000 }));
 }
 
 proptest! {

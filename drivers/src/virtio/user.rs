@@ -8,7 +8,7 @@ mod tests;
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::Builder;
@@ -24,13 +24,12 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Options;
 use super::features::Features;
 use super::split::{Kick, NOT_A_SIZE, Virtqueue, is_size, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
-use super::{RINGS_PER_PAIR, pairs};
+use super::{Device, Options, RINGS_PER_PAIR, pairs};
+use crate::driver::{Args, Vdev, flag, socket_path};
 use crate::port::MacAddr;
-use crate::ports::{flag, socket_path};
 
 /// How long a peer may take for its answers to a start or a stop together. They are some 18 for a pair of queues, of a
 /// process that may have to wait for its core.
@@ -68,15 +67,13 @@ pub struct UserOptions {
     pub features: Options,
 }
 
-impl UserOptions {
-    /// The keys that [`UserOptions::parse`] knows.
-    pub const KEYS: &[&str] = &["path", "queues", "queue_size", "mac", "server", "mrg_rxbuf", "in_order"];
+impl Vdev for UserOptions {
+    type Device = Device;
+    const NAMES: [&'static str; 2] = ["net_virtio_user", "virtio_user"];
+    const KEYS: &'static [&'static str] =
+        &["path", "queues", "queue_size", "mac", "server", "mrg_rxbuf", "in_order"];
 
-    /// Reads the arguments of device `name`.
-    ///
-    /// # Errors
-    /// `Usage` for a value that none of the keys has, or without `path`.
-    pub fn parse(name: &str, args: &[(String, String)]) -> Result<Self> {
+    fn parse(name: &str, args: Args<'_>) -> Result<Self> {
         let mut options = Self {
             path: PathBuf::new(),
             queues: 1,
@@ -114,6 +111,18 @@ impl UserOptions {
                 .mend(format!("give the peer's: --vdev {name},path=SOCKET")));
         }
         Ok(options)
+    }
+
+    fn listens_at(&self) -> Option<&Path> {
+        self.server.then_some(&self.path)
+    }
+
+    fn describe(&self) -> String {
+        format!("(virtio-net, vhost-user) at {}", self.path.display())
+    }
+
+    fn open(&self, name: &str, stop: &StopFlag) -> Result<Device> {
+        Device::connect(name, self, stop)
     }
 }
 

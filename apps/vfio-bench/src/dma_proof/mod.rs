@@ -15,7 +15,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 use vireo_bus_pci::{Bus, PciDevice, PciInfo};
-use vireo_drivers::ports::driver_of;
+use vireo_drivers::table::driver_of;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{DmaBlock, DmaMemory, DmaRing, Part};
 use vireo_eal::mem::{Backing, Region};

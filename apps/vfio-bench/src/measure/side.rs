@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, PciInfo};
 use vireo_drivers::memory::{self, MemoryNeed, PortMemory};
-use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, RxQueue, TxBurst, TxQueue, counters};
+use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst, counters};
 use vireo_drivers::ports::{self, OpenPort};
+use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_eal::Result;
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, Packet, Pool, PoolCache};

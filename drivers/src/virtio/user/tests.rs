@@ -13,6 +13,7 @@ use vireo_eal::mem::{Backing, Region};
 use vireo_eal::{ErrorKind, Result};
 
 use super::{Options, PEER_TIMEOUT, UserOptions};
+use crate::driver::Vdev;
 use crate::port::{Nic, QueueSizes};
 use crate::virtio::Device;
 

@@ -1,0 +1,289 @@
+//! Every driver that Vireo has, in one place, and the types that stand for any of them. What is above asks here; drivers know
+//! nothing of each other and nothing of this.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use vireo_bus_pci::{DeviceId, Function};
+use vireo_eal::args::VdevArgs;
+use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::driver::{Args, PciDriver, Vdev};
+use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst};
+use crate::{e1000, vhost, virtio};
+
+macro_rules! drivers {
+    ($($variant:ident: $driver:ident, pci: [$($pci:ident)?], vdev: [$($vdev:ident)?];)*) => {
+        /// RX queue of any driver, for lcores that poll ports of several.
+        #[derive(Debug)]
+        pub enum RxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::RxQueue)),* }
+
+        /// TX queue of any driver.
+        #[derive(Debug)]
+        pub enum TxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::TxQueue)),* }
+
+        /// Port of any driver.
+        #[derive(Debug)]
+        pub enum Port { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::Device)),* }
+
+        impl RxBurst for RxQueue {
+            #[inline(always)]
+            fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
+                match self { $(Self::$variant(queue) => queue.rx_burst(cache, burst)),* }
+            }
+            fn stats(&self) -> QueueStats {
+                match self { $(Self::$variant(queue) => queue.stats()),* }
+            }
+        }
+
+        impl TxBurst for TxQueue {
+            #[inline(always)]
+            fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+                match self { $(Self::$variant(queue) => queue.tx_burst(cache, burst)),* }
+            }
+            fn stats(&self) -> QueueStats {
+                match self { $(Self::$variant(queue) => queue.stats()),* }
+            }
+        }
+
+        impl Nic for Port {
+            type Rx = RxQueue;
+            type Tx = TxQueue;
+
+            fn start_pairs(
+                &mut self, memory: &Arc<DmaMemory>, cache: &mut PoolCache, sizes: QueueSizes, pairs: u16,
+            ) -> Result<Vec<(RxQueue, TxQueue)>> {
+                match self { $(Self::$variant(device) => {
+                    let queues = device.start_pairs(memory, cache, sizes, pairs)?;
+                    Ok(queues.into_iter().map(|(rx, tx)| (RxQueue::$variant(rx), TxQueue::$variant(tx))).collect())
+                }),* }
+            }
+            fn stop_pairs(
+                &mut self, queues: Vec<(RxQueue, TxQueue)>, cache: &mut PoolCache, sent: Option<&mut PoolCache>,
+            ) -> Result<()> {
+                let foreign = || Error::new(
+                    ErrorKind::Usage,
+                    "cannot stop the port",
+                    "the queues belong to another driver",
+                );
+                match self { $(Self::$variant(device) => {
+                    let own = queues.into_iter().map(|pair| match pair {
+                        (RxQueue::$variant(rx), TxQueue::$variant(tx)) => Ok((rx, tx)),
+                        _ => Err(foreign()),
+                    });
+                    device.stop_pairs(own.collect::<Result<_>>()?, cache, sent)
+                }),* }
+            }
+            fn mac(&self) -> MacAddr {
+                match self { $(Self::$variant(device) => device.mac()),* }
+            }
+            fn capabilities(&self) -> Capabilities {
+                match self { $(Self::$variant(device) => device.capabilities()),* }
+            }
+            fn pad_short_frames(&mut self) {
+                match self { $(Self::$variant(device) => device.pad_short_frames()),* }
+            }
+            fn link(&self) -> Link {
+                match self { $(Self::$variant(device) => device.link()),* }
+            }
+            fn check(&mut self) -> Result<()> {
+                match self { $(Self::$variant(device) => device.check()),* }
+            }
+            fn set_promiscuous(&mut self, on: bool) -> Result<()> {
+                match self { $(Self::$variant(device) => device.set_promiscuous(on)),* }
+            }
+            fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
+                match self { $(Self::$variant(device) => device.device_drops()),* }
+            }
+            fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
+                match self { $(Self::$variant(device) => device.retry_stop(cache)),* }
+            }
+            fn leftover(&self) -> Leftover {
+                match self { $(Self::$variant(device) => device.leftover()),* }
+            }
+        }
+
+        $(impl From<$driver::Device> for Port {
+            fn from(device: $driver::Device) -> Self {
+                Self::$variant(device)
+            }
+        })*
+
+        /// Drivers of PCI functions.
+        static PCI: &[PciEntry] = &[$($(PciEntry::of::<$driver::$pci>(),)?)*];
+        /// Drivers of virtual devices.
+        static VDEVS: &[VdevEntry] = &[$($(VdevEntry::of::<$driver::$vdev>(),)?)*];
+        /// Names of the drivers of virtual devices, DPDK's and DPDK's alias, and the keys of each.
+        pub const VDEV_KEYS: &[(&str, &[&str])] = &[$($(
+            ($driver::$vdev::NAMES[0], $driver::$vdev::KEYS), ($driver::$vdev::NAMES[1], $driver::$vdev::KEYS),
+        )?)*];
+    };
+}
+
+// A driver is a line: its variant, its module, and there the types that take a PCI function or a virtual device.
+drivers! {
+    Virtio: virtio, pci: [Device], vdev: [UserOptions];
+    E1000: e1000, pci: [Device], vdev: [];
+    Vhost: vhost, pci: [], vdev: [Options];
+}
+
+/// A driver of PCI functions, whatever its type.
+struct PciEntry {
+    name: &'static str,
+    ids: &'static [(DeviceId, &'static str)],
+    keys: &'static [&'static str],
+    open: fn(Box<dyn Function>, Args<'_>) -> Result<Port>,
+}
+
+impl PciEntry {
+    const fn of<D: PciDriver + Into<Port>>() -> Self {
+        Self {
+            name: D::NAME,
+            ids: D::IDS,
+            keys: D::KEYS,
+            open: |function, args| D::open(function, args).map(Into::into),
+        }
+    }
+
+    fn for_id(id: DeviceId) -> Option<&'static Self> {
+        PCI.iter().find(|driver| driver.ids.iter().any(|(known, _)| *known == id))
+    }
+}
+
+/// Name of the driver for a function.
+pub fn driver_of(id: DeviceId) -> Option<&'static str> {
+    PciEntry::for_id(id).map(|driver| driver.name)
+}
+
+/// Devargs that the drivers of PCI functions know.
+pub fn device_keys() -> Vec<&'static str> {
+    PCI.iter().flat_map(|driver| driver.keys).copied().collect()
+}
+
+/// Gives a function to its driver.
+///
+/// # Errors
+/// `Unavailable` when no driver knows it, `Usage` for a devarg that its driver does not know, else what the driver says.
+pub fn probe(function: Box<dyn Function>, args: Args<'_>) -> Result<Port> {
+    let cannot = |kind, what: &str, why| Error::new(kind, format!("cannot use {what}"), why);
+    let (id, address) = (function.id(), function.address());
+    let Some(driver) = PciEntry::for_id(id) else {
+        let why = format!("no driver here knows {id}");
+        return Err(cannot(ErrorKind::Unavailable, &address.to_string(), why));
+    };
+    if let Some((key, _)) = args.iter().find(|(key, _)| !driver.keys.contains(&key.as_str())) {
+        let knows = |other: &&PciEntry| other.keys.contains(&key.as_str());
+        let others: Vec<&str> = PCI.iter().filter(knows).map(|other| other.name).collect();
+        let why = match others.as_slice() {
+            [] => "there is no such key".to_owned(),
+            others => format!("only {} knows it", others.join(" or ")),
+        };
+        return Err(cannot(ErrorKind::Usage, &format!("{key} for {address}"), why));
+    }
+    (driver.open)(function, args)
+}
+
+/// A driver of virtual devices, whatever its type.
+struct VdevEntry {
+    names: [&'static str; 2],
+    parse: fn(&str, Args<'_>) -> Result<Box<dyn AnyVdev>>,
+}
+
+impl VdevEntry {
+    const fn of<V: Vdev<Device: Into<Port>> + 'static>() -> Self {
+        Self { names: V::NAMES, parse: |name, args| Ok(Box::new(V::parse(name, args)?)) }
+    }
+}
+
+/// A virtual device of any driver, as its arguments have it.
+pub(crate) trait AnyVdev: Send + Sync {
+    /// The socket that it makes, if it makes one.
+    fn listens_at(&self) -> Option<&Path>;
+    /// Gives it to its driver, and says what it is.
+    fn open(&self, name: &str, stop: &StopFlag) -> Result<(Port, String)>;
+}
+
+impl<V: Vdev<Device: Into<Port>>> AnyVdev for V {
+    fn listens_at(&self) -> Option<&Path> {
+        Vdev::listens_at(self)
+    }
+
+    fn open(&self, name: &str, stop: &StopFlag) -> Result<(Port, String)> {
+        Ok((Vdev::open(self, name, stop)?.into(), self.describe()))
+    }
+}
+
+/// Reads the arguments of a virtual device.
+///
+/// # Errors
+/// `Unavailable` when there is no such driver, `Usage` for a wrong argument.
+pub(crate) fn parse_vdev(VdevArgs { name, driver, args }: &VdevArgs) -> Result<Box<dyn AnyVdev>> {
+    let Some(entry) = VDEVS.iter().find(|entry| entry.names.contains(&driver.as_str())) else {
+        return Err(Error::new(
+            ErrorKind::Unavailable,
+            format!("cannot use {name}"),
+            format!("there is no driver {driver} here"),
+        ));
+    };
+    (entry.parse)(name, args)
+}
+
+#[cfg(test)]
+mod tests {
+    use vireo_eal::bdf::Bdf;
+
+    use super::*;
+    use crate::fakedev::e1000::{FakeE1000, ID_82574L};
+    use crate::fakedev::virtio::{Behaviour, VirtioNet};
+
+    fn args(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn each_id_has_one_driver_and_each_key_of_a_device_one_meaning() {
+        assert_eq!(driver_of(DeviceId { vendor: 0x1af4, device: 0x1000 }), Some("virtio-net"));
+        assert_eq!(driver_of(ID_82574L), Some("e1000"));
+        assert_eq!(driver_of(DeviceId { vendor: 0x8086, device: 0x10c9 }), None);
+        let mut ids: Vec<DeviceId> = PCI.iter().flat_map(|driver| driver.ids).map(|(id, _)| *id).collect();
+        let all = ids.len();
+        ids.sort_by_key(|id| (id.vendor, id.device));
+        ids.dedup();
+        assert_eq!(ids.len(), all);
+        let mut keys = device_keys();
+        keys.sort_unstable();
+        keys.dedup();
+        assert_eq!(keys.len(), device_keys().len());
+    }
+
+    #[test]
+    fn a_devarg_is_for_its_driver() {
+        let address = Bdf::new(0, 0, 3, 0).unwrap();
+        let (function, _nic) = FakeE1000::new(address, ID_82574L, MacAddr([2, 0, 0, 0, 0, 1]));
+        let error = probe(function, &args(&[("in_order", "1")])).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        assert_eq!(error.to_string(), "cannot use in_order for 0000:00:03.0: only virtio-net knows it");
+        let nic = VirtioNet::at(address, Behaviour::default());
+        let wrong = probe(nic.function(), &args(&[("mrg_rxbuf", "yes")])).unwrap_err();
+        assert!(wrong.to_string().contains("mrg_rxbuf=yes"), "{wrong}");
+        assert!(matches!(probe(nic.function(), &args(&[("mrg_rxbuf", "0")])), Ok(Port::Virtio(_))));
+    }
+
+    #[test]
+    fn a_virtual_device_has_two_names() {
+        let vdev = |driver: &str| VdevArgs {
+            name: format!("{driver}0"),
+            driver: driver.to_owned(),
+            args: args(&[("iface", "/tmp/socket"), ("client", "0")]),
+        };
+        for driver in ["net_vhost", "eth_vhost"] {
+            let device = parse_vdev(&vdev(driver)).ok().unwrap();
+            assert_eq!(device.listens_at(), Some(Path::new("/tmp/socket")));
+        }
+        let unknown = parse_vdev(&vdev("net_ring")).err().unwrap();
+        assert!(unknown.to_string().contains("there is no driver net_ring here"), "{unknown}");
+        assert_eq!(VDEV_KEYS.len(), 2 * VDEVS.len());
+    }
+}
