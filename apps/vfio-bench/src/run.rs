@@ -209,8 +209,18 @@ impl Bench<'_> {
             if let Setup::Wired(Wiring { sender, inner: [inside, outside], receiver, .. }) = setup {
                 for wire in [[sender, inside], [outside, receiver]] {
                     straight(self.bus, wire, mode, &limits, &self.stop)?;
+                    self.go_on()?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// A run that a signal ended has figures of nothing, or an error that is none.
+    fn go_on(&self) -> Result<()> {
+        if self.stop.is_set() {
+            return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
+                .mend("go on with the same arguments and --resume"));
         }
         Ok(())
     }
@@ -224,17 +234,16 @@ impl Bench<'_> {
         for setup in setups {
             for (pair, mode) in schedule(modes, round, &mut random) {
                 let slower = args.slower.filter(|_| args.slow == Some(mode)).unwrap_or_default();
-                let run = setup.measure(bus, runs_as(mode), &Limits { slower, ..*limits }, stop)?;
-                if stop.is_set() {
-                    return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
-                        .mend("go on with the same arguments and --resume"));
-                }
+                let run = setup.measure(bus, runs_as(mode), &Limits { slower, ..*limits }, stop);
+                self.go_on()?;
+                let run = run?;
                 recorder.run(Run { round, pair: pair.to_owned(), mode: mode.name().to_owned(), ..run })?;
             }
             if let (Some(&mode), Setup::Wired(Wiring { nic, sender, inner: [inside, _], .. })) =
                 (modes.first(), setup)
             {
                 let pps = straight(bus, [sender, inside], mode, limits, stop)?;
+                self.go_on()?;
                 recorder.ceiling(Ceiling { nic: (*nic).to_owned(), round, pps })?;
             }
         }

@@ -1,5 +1,6 @@
 //! The guest's cases, by the boots that make their machines.
 
+mod bench;
 mod devbind;
 mod doctor;
 pub(crate) mod echo;
@@ -201,6 +202,7 @@ fn iommu(cases: &mut Cases) {
         refuse::mode_refused(cases, boot, name, (mode, e1000e()), "use --vfio-mode cdev or container");
     }
     devbind::cases(cases);
+    bench::cases(cases, boot, "cdev");
     doctor::cases(cases, boot, "container");
     refuse::bound_to_the_kernel(cases, boot, "cdev");
     refuse::not_loaded(cases, boot);
