@@ -8,6 +8,7 @@ pub mod e1000;
 #[cfg(test)]
 mod endurance;
 pub mod fakedev;
+pub mod foreign;
 pub mod memory;
 pub mod port;
 pub mod ports;

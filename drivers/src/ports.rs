@@ -14,7 +14,7 @@ use vireo_eal::{Eal, Error, ErrorKind, Result};
 
 use crate::driver::Args;
 use crate::port::{Nic, QueueSizes};
-use crate::table::{AnyVdev, Port, driver_of, parse_vdev, probe};
+use crate::table::{AnyVdev, Drivers, Port};
 
 /// Longest wait for links to come up.
 const LINK_WAIT: Duration = Duration::from_secs(9);
@@ -44,15 +44,15 @@ pub struct OpenPort {
 ///
 /// # Errors
 /// At the first port that cannot be had.
-pub fn open(eal: &Eal, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
-    let chosen = bus.select(&eal.args, |id| driver_of(id).is_some())?;
+pub fn open(eal: &Eal, drivers: &Drivers, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
+    let chosen = bus.select(&eal.args, |id| drivers.driver_of(id).is_some())?;
     let open = |info: PciInfo| {
         let allowed = eal.args.allow.iter().find(|allowed| allowed.address == info.address);
         let args = allowed.map_or(&[][..], |allowed| &allowed.args);
         let mode = eal.args.mode_of(info.address);
-        open_one(bus, &eal.vfio, info, mode, args)
+        take(drivers, bus.open(&info, &eal.vfio, mode)?, info, args)
     };
-    let vdevs = eal.args.vdevs.iter().map(|vdev| Ok((&*vdev.name, parse_vdev(vdev)?)));
+    let vdevs = eal.args.vdevs.iter().map(|vdev| Ok((&*vdev.name, drivers.parse_vdev(vdev)?)));
     let vdevs = vdevs.collect::<Result<Vec<_>>>()?;
     check_listeners(&vdevs)?;
     let mut ports = std::thread::scope(|scope| -> Result<Vec<OpenPort>> {
@@ -117,20 +117,20 @@ fn check_listeners(vdevs: &[(&str, Box<dyn AnyVdev>)]) -> Result<()> {
     Ok(())
 }
 
-/// Opens one port in `mode`, with its devargs.
+/// Opens one port in `mode`, with its devargs, by a driver of this crate.
 ///
 /// # Errors
 /// When the kernel or the device refuses, or a devarg is wrong.
 pub fn open_one(bus: &Bus, vfio: &Vfio, info: PciInfo, mode: VfioMode, args: Args<'_>) -> Result<OpenPort> {
-    take(bus.open(&info, vfio, mode)?, info, args)
+    take(&Drivers::default(), bus.open(&info, vfio, mode)?, info, args)
 }
 
-fn take(device: PciDevice, info: PciInfo, args: Args<'_>) -> Result<OpenPort> {
+fn take(drivers: &Drivers, device: PciDevice, info: PciInfo, args: Args<'_>) -> Result<OpenPort> {
     let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
     let request = device.vfio().hear_request().inspect_err(|error| tracing::debug!("{error}")).ok();
-    let port = probe(Box::new(device), args)?;
+    let port = drivers.probe(Box::new(device), args)?;
     space.set_dma_mask(port.capabilities().dma_mask);
-    let driver = driver_of(info.id).unwrap_or("none");
+    let driver = drivers.driver_of(info.id).unwrap_or("none");
     let kind = format!("({driver}, {}) in mode {}: {}", info.id, report.mode, report.why);
     let name = info.address.to_string();
     Ok(OpenPort { port, name, kind, report: Some(report), space: Some(space), node: info.numa_node, request })

@@ -1,5 +1,5 @@
-//! Every driver that Vireo has, in one place, and the types that stand for any of them. What is above asks here; drivers know
-//! nothing of each other and nothing of this.
+//! Every driver that Vireo has, in one place, the types that stand for any of them, and what an application adds. What is above
+//! asks here; drivers know nothing of each other and nothing of this.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,8 +11,9 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::driver::{Args, PciDriver, Vdev};
+use crate::foreign::ForeignNic;
 use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst};
-use crate::{e1000, vhost, virtio};
+use crate::{e1000, foreign, vhost, virtio};
 
 macro_rules! drivers {
     ($($variant:ident: $driver:ident, pci: [$($pci:ident)?], vdev: [$($vdev:ident)?];)*) => {
@@ -115,10 +116,6 @@ macro_rules! drivers {
         static PCI: &[PciEntry] = &[$($(PciEntry::of::<$driver::$pci>(),)?)*];
         /// Drivers of virtual devices.
         static VDEVS: &[VdevEntry] = &[$($(VdevEntry::of::<$driver::$vdev>(),)?)*];
-        /// Names of the drivers of virtual devices, DPDK's and DPDK's alias, and the keys of each.
-        pub const VDEV_KEYS: &[(&str, &[&str])] = &[$($(
-            ($driver::$vdev::NAMES[0], $driver::$vdev::KEYS), ($driver::$vdev::NAMES[1], $driver::$vdev::KEYS),
-        )?)*];
     };
 }
 
@@ -127,9 +124,12 @@ drivers! {
     Virtio: virtio, pci: [Device], vdev: [UserOptions];
     E1000: e1000, pci: [Device], vdev: [];
     Vhost: vhost, pci: [], vdev: [Options];
+    // Of other crates: see `Drivers`.
+    Foreign: foreign, pci: [], vdev: [];
 }
 
 /// A driver of PCI functions, whatever its type.
+#[derive(Clone, Copy)]
 struct PciEntry {
     name: &'static str,
     ids: &'static [(DeviceId, &'static str)],
@@ -139,61 +139,25 @@ struct PciEntry {
 
 impl PciEntry {
     const fn of<D: PciDriver + Into<Port>>() -> Self {
-        Self {
-            name: D::NAME,
-            ids: D::IDS,
-            keys: D::KEYS,
-            open: |function, args| D::open(function, args).map(Into::into),
-        }
+        Self::with::<D>(|function, args| D::open(function, args).map(Into::into))
     }
 
-    fn for_id(id: DeviceId) -> Option<&'static Self> {
-        PCI.iter().find(|driver| driver.ids.iter().any(|(known, _)| *known == id))
+    const fn with<D: PciDriver>(open: fn(Box<dyn Function>, Args<'_>) -> Result<Port>) -> Self {
+        Self { name: D::NAME, ids: D::IDS, keys: D::KEYS, open }
     }
-}
-
-/// Name of the driver for a function.
-pub fn driver_of(id: DeviceId) -> Option<&'static str> {
-    PciEntry::for_id(id).map(|driver| driver.name)
-}
-
-/// Devargs that the drivers of PCI functions know.
-pub fn device_keys() -> Vec<&'static str> {
-    PCI.iter().flat_map(|driver| driver.keys).copied().collect()
-}
-
-/// Gives a function to its driver.
-///
-/// # Errors
-/// `Unavailable` when no driver knows it, `Usage` for a devarg that its driver does not know, else what the driver says.
-pub fn probe(function: Box<dyn Function>, args: Args<'_>) -> Result<Port> {
-    let cannot = |kind, what: &str, why| Error::new(kind, format!("cannot use {what}"), why);
-    let (id, address) = (function.id(), function.address());
-    let Some(driver) = PciEntry::for_id(id) else {
-        let why = format!("no driver here knows {id}");
-        return Err(cannot(ErrorKind::Unavailable, &address.to_string(), why));
-    };
-    if let Some((key, _)) = args.iter().find(|(key, _)| !driver.keys.contains(&key.as_str())) {
-        let knows = |other: &&PciEntry| other.keys.contains(&key.as_str());
-        let others: Vec<&str> = PCI.iter().filter(knows).map(|other| other.name).collect();
-        let why = match others.as_slice() {
-            [] => "there is no such key".to_owned(),
-            others => format!("only {} knows it", others.join(" or ")),
-        };
-        return Err(cannot(ErrorKind::Usage, &format!("{key} for {address}"), why));
-    }
-    (driver.open)(function, args)
 }
 
 /// A driver of virtual devices, whatever its type.
+#[derive(Clone, Copy)]
 struct VdevEntry {
     names: [&'static str; 2],
+    keys: &'static [&'static str],
     parse: fn(&str, Args<'_>) -> Result<Box<dyn AnyVdev>>,
 }
 
 impl VdevEntry {
     const fn of<V: Vdev<Device: Into<Port>> + 'static>() -> Self {
-        Self { names: V::NAMES, parse: |name, args| Ok(Box::new(V::parse(name, args)?)) }
+        Self { names: V::NAMES, keys: V::KEYS, parse: |name, args| Ok(Box::new(V::parse(name, args)?)) }
     }
 }
 
@@ -215,19 +179,112 @@ impl<V: Vdev<Device: Into<Port>>> AnyVdev for V {
     }
 }
 
-/// Reads the arguments of a virtual device.
-///
-/// # Errors
-/// `Unavailable` when there is no such driver, `Usage` for a wrong argument.
-pub(crate) fn parse_vdev(VdevArgs { name, driver, args }: &VdevArgs) -> Result<Box<dyn AnyVdev>> {
-    let Some(entry) = VDEVS.iter().find(|entry| entry.names.contains(&driver.as_str())) else {
-        return Err(Error::new(
-            ErrorKind::Unavailable,
-            format!("cannot use {name}"),
-            format!("there is no driver {driver} here"),
-        ));
-    };
-    (entry.parse)(name, args)
+/// A virtual device of another crate.
+struct ForeignVdev<V>(V);
+
+impl<V: Vdev<Device: ForeignNic>> AnyVdev for ForeignVdev<V> {
+    fn listens_at(&self) -> Option<&Path> {
+        self.0.listens_at()
+    }
+
+    fn open(&self, name: &str, stop: &StopFlag) -> Result<(Port, String)> {
+        Ok((foreign::erase(self.0.open(name, stop)?).into(), self.0.describe()))
+    }
+}
+
+/// The drivers of an application: those of this crate, to which it may add its own.
+pub struct Drivers {
+    pci: Vec<PciEntry>,
+    vdevs: Vec<VdevEntry>,
+}
+
+impl Default for Drivers {
+    /// Those of this crate.
+    fn default() -> Self {
+        Self { pci: PCI.into(), vdevs: VDEVS.into() }
+    }
+}
+
+impl Drivers {
+    /// Adds a driver of PCI functions. Ids that others have are theirs.
+    #[must_use]
+    pub fn with_pci<D: PciDriver + ForeignNic>(mut self) -> Self {
+        self.pci
+            .push(PciEntry::with::<D>(|function, args| Ok(foreign::erase(D::open(function, args)?).into())));
+        self
+    }
+
+    /// Adds a driver of virtual devices. Names that others have are theirs.
+    #[must_use]
+    pub fn with_vdev<V: Vdev<Device: ForeignNic> + 'static>(mut self) -> Self {
+        let parse: fn(&str, Args<'_>) -> Result<Box<dyn AnyVdev>> =
+            |name, args| Ok(Box::new(ForeignVdev(V::parse(name, args)?)));
+        self.vdevs.push(VdevEntry { names: V::NAMES, keys: V::KEYS, parse });
+        self
+    }
+
+    /// Name of the driver for a function.
+    pub fn driver_of(&self, id: DeviceId) -> Option<&'static str> {
+        self.for_id(id).map(|driver| driver.name)
+    }
+
+    /// Devargs that the drivers of PCI functions know, for [`vireo_eal::args::Program`].
+    pub fn device_keys(&self) -> Vec<&'static str> {
+        self.pci.iter().flat_map(|driver| driver.keys).copied().collect()
+    }
+
+    /// Names of the drivers of virtual devices, DPDK's and DPDK's alias, and the keys of each, for
+    /// [`vireo_eal::args::Program`].
+    pub fn vdev_keys(&self) -> Vec<(&'static str, &'static [&'static str])> {
+        self.vdevs.iter().flat_map(|driver| driver.names.map(|name| (name, driver.keys))).collect()
+    }
+
+    fn for_id(&self, id: DeviceId) -> Option<&PciEntry> {
+        self.pci.iter().find(|driver| driver.ids.iter().any(|(known, _)| *known == id))
+    }
+
+    /// Gives a function to its driver.
+    ///
+    /// # Errors
+    /// `Unavailable` when no driver knows it, `Usage` for a devarg that its driver does not know, else what the driver says.
+    pub fn probe(&self, function: Box<dyn Function>, args: Args<'_>) -> Result<Port> {
+        let cannot = |kind, what: &str, why| Error::new(kind, format!("cannot use {what}"), why);
+        let (id, address) = (function.id(), function.address());
+        let Some(driver) = self.for_id(id) else {
+            let why = format!("no driver here knows {id}");
+            return Err(cannot(ErrorKind::Unavailable, &address.to_string(), why));
+        };
+        if let Some((key, _)) = args.iter().find(|(key, _)| !driver.keys.contains(&key.as_str())) {
+            let knows = |other: &&PciEntry| other.keys.contains(&key.as_str());
+            let others: Vec<&str> = self.pci.iter().filter(knows).map(|other| other.name).collect();
+            let why = match others.as_slice() {
+                [] => "there is no such key".to_owned(),
+                others => format!("only {} knows it", others.join(" or ")),
+            };
+            return Err(cannot(ErrorKind::Usage, &format!("{key} for {address}"), why));
+        }
+        (driver.open)(function, args)
+    }
+
+    /// Reads the arguments of a virtual device.
+    ///
+    /// # Errors
+    /// `Unavailable` when there is no such driver, `Usage` for a wrong argument.
+    pub(crate) fn parse_vdev(&self, VdevArgs { name, driver, args }: &VdevArgs) -> Result<Box<dyn AnyVdev>> {
+        let Some(entry) = self.vdevs.iter().find(|entry| entry.names.contains(&driver.as_str())) else {
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                format!("cannot use {name}"),
+                format!("there is no driver {driver} here"),
+            ));
+        };
+        (entry.parse)(name, args)
+    }
+}
+
+/// Name of this crate's driver for a function.
+pub fn driver_of(id: DeviceId) -> Option<&'static str> {
+    Drivers::default().driver_of(id)
 }
 
 #[cfg(test)]
@@ -252,23 +309,25 @@ mod tests {
         ids.sort_by_key(|id| (id.vendor, id.device));
         ids.dedup();
         assert_eq!(ids.len(), all);
-        let mut keys = device_keys();
+        let drivers = Drivers::default();
+        let mut keys = drivers.device_keys();
         keys.sort_unstable();
         keys.dedup();
-        assert_eq!(keys.len(), device_keys().len());
+        assert_eq!(keys.len(), drivers.device_keys().len());
     }
 
     #[test]
     fn a_devarg_is_for_its_driver() {
         let address = Bdf::new(0, 0, 3, 0).unwrap();
         let (function, _nic) = FakeE1000::new(address, ID_82574L, MacAddr([2, 0, 0, 0, 0, 1]));
-        let error = probe(function, &args(&[("in_order", "1")])).unwrap_err();
+        let drivers = Drivers::default();
+        let error = drivers.probe(function, &args(&[("in_order", "1")])).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert_eq!(error.to_string(), "cannot use in_order for 0000:00:03.0: only virtio-net knows it");
         let nic = VirtioNet::at(address, Behaviour::default());
-        let wrong = probe(nic.function(), &args(&[("mrg_rxbuf", "yes")])).unwrap_err();
+        let wrong = drivers.probe(nic.function(), &args(&[("mrg_rxbuf", "yes")])).unwrap_err();
         assert!(wrong.to_string().contains("mrg_rxbuf=yes"), "{wrong}");
-        assert!(matches!(probe(nic.function(), &args(&[("mrg_rxbuf", "0")])), Ok(Port::Virtio(_))));
+        assert!(matches!(drivers.probe(nic.function(), &args(&[("mrg_rxbuf", "0")])), Ok(Port::Virtio(_))));
     }
 
     #[test]
@@ -278,12 +337,13 @@ mod tests {
             driver: driver.to_owned(),
             args: args(&[("iface", "/tmp/socket"), ("client", "0")]),
         };
+        let drivers = Drivers::default();
         for driver in ["net_vhost", "eth_vhost"] {
-            let device = parse_vdev(&vdev(driver)).ok().unwrap();
+            let device = drivers.parse_vdev(&vdev(driver)).ok().unwrap();
             assert_eq!(device.listens_at(), Some(Path::new("/tmp/socket")));
         }
-        let unknown = parse_vdev(&vdev("net_ring")).err().unwrap();
+        let unknown = drivers.parse_vdev(&vdev("net_ring")).err().unwrap();
         assert!(unknown.to_string().contains("there is no driver net_ring here"), "{unknown}");
-        assert_eq!(VDEV_KEYS.len(), 2 * VDEVS.len());
+        assert_eq!(drivers.vdev_keys().len(), 2 * VDEVS.len());
     }
 }

@@ -10,6 +10,7 @@ use vireo_bus_pci::Bus;
 use vireo_drivers::memory::{self, MemoryNeed, PortMemory};
 use vireo_drivers::port::{Nic, QueueSizes, counters};
 use vireo_drivers::ports::{self, OpenPort};
+use vireo_drivers::table::Drivers;
 use vireo_eal::dma::{Pool, PoolCache};
 use vireo_eal::ioctl;
 use vireo_eal::lcore::StopFlag;
@@ -30,8 +31,8 @@ pub const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
 ///
 /// # Errors
 /// With what failed; the NICs are reset and the memory is given back in any case.
-pub fn run(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<()> {
-    let mut all = ports::open(eal, &Bus::default(), stop)?;
+pub fn run(eal: &Eal, drivers: &Drivers, args: &Args, stop: &StopFlag) -> Result<()> {
+    let mut all = ports::open(eal, drivers, &Bus::default(), stop)?;
     let planned = plan(args, all.len(), &eal.lcores.ids())?;
     let mut enabled: Vec<usize> = planned.iter().map(|lane| lane.from).collect();
     enabled.sort_unstable();

@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use vireo_drivers::table::{VDEV_KEYS, device_keys};
+use vireo_drivers::table::Drivers;
 use vireo_eal::args::{self as eal_args, Outcome, Program};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Eal, Result, program};
@@ -11,7 +11,9 @@ use vireo_l2fwd::{app, args};
 
 fn run() -> Result<ExitCode> {
     let usage = args::usage();
-    let program = Program { usage: &usage, device_keys: &device_keys(), vdev_keys: VDEV_KEYS };
+    let drivers = Drivers::default();
+    let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
+    let program = Program { usage: &usage, device_keys: &device_keys, vdev_keys: &vdev_keys };
     let parsed = match eal_args::parse(std::env::args_os(), &program)? {
         Outcome::Print(text) => {
             program::print(&text)?;
@@ -21,7 +23,7 @@ fn run() -> Result<ExitCode> {
     };
     let args = args::parse(parsed.app)?;
     let stop = StopFlag::on_signals()?;
-    app::run(&Eal::init(parsed.eal)?, &args, &stop)?;
+    app::run(&Eal::init(parsed.eal)?, &drivers, &args, &stop)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -15,7 +15,7 @@ use std::str::FromStr;
 use clap::Parser;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use vireo_bus_pci::Bus;
-use vireo_drivers::table::{VDEV_KEYS, device_keys, driver_of};
+use vireo_drivers::table::Drivers;
 use vireo_eal::args::{self as eal_args, EalArgs, Outcome, Program};
 use vireo_eal::user::{User, UserName, exec};
 use vireo_eal::vfio::{FdSource, Vfio, nodes};
@@ -51,7 +51,9 @@ fn run() -> Result<ExitCode> {
         socket::check_path(argument, path)?;
     }
     let user = cli.user.find()?;
-    let program = Program { usage: "", device_keys: &device_keys(), vdev_keys: VDEV_KEYS };
+    let drivers = Drivers::default();
+    let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
+    let program = Program { usage: "", device_keys: &device_keys, vdev_keys: &vdev_keys };
     let parsed = match eal_args::parse(cli.command.iter().cloned(), &program)? {
         Outcome::Run(parsed) => parsed,
         Outcome::Print(text) => {
@@ -59,7 +61,7 @@ fn run() -> Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
     };
-    let fds = open(&parsed.eal)?;
+    let fds = open(&parsed.eal, &drivers)?;
     if let Some(path) = &cli.socket {
         return serve(path, user, &fds);
     }
@@ -72,7 +74,7 @@ fn run() -> Result<ExitCode> {
 }
 
 /// Opens what the program would open if it could.
-fn open(eal: &EalArgs) -> Result<Vec<OwnedFd>> {
+fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
     if matches!(eal.vfio_fds, Some(FdSource::Listen)) {
         return Err(
             Error::new(ErrorKind::Usage, "--vfio-fds=listen", "it is added here").mend("leave it out")
@@ -81,7 +83,7 @@ fn open(eal: &EalArgs) -> Result<Vec<OwnedFd>> {
     let (bus, vfio) = (Bus::default(), Vfio::new(None));
     // A container or iommufd for each mode, or with --isolate-ports for each device; a group's node opens only once.
     let (mut shared, mut own) = (BTreeSet::new(), BTreeSet::new());
-    for info in bus.select(eal, |id| driver_of(id).is_some())? {
+    for info in bus.select(eal, |id| drivers.driver_of(id).is_some())? {
         let mode = eal.mode_of(info.address);
         if !mode.has_iommu() {
             return Err(Error::new(

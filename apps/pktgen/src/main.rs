@@ -8,7 +8,7 @@ use vireo_bus_pci::Bus;
 use vireo_drivers::memory::{self, MemoryNeed};
 use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst, counters};
 use vireo_drivers::ports::{self, OpenPort};
-use vireo_drivers::table::{VDEV_KEYS, device_keys};
+use vireo_drivers::table::Drivers;
 use vireo_eal::args::{self as eal_args, Outcome as Parsed, Program};
 use vireo_eal::dma::Pool;
 use vireo_eal::lcore::StopFlag;
@@ -29,7 +29,9 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode> {
     let usage = args::usage();
-    let program = Program { usage: &usage, device_keys: &device_keys(), vdev_keys: VDEV_KEYS };
+    let drivers = Drivers::default();
+    let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
+    let program = Program { usage: &usage, device_keys: &device_keys, vdev_keys: &vdev_keys };
     let parsed = match eal_args::parse(std::env::args_os(), &program)? {
         Parsed::Print(text) => {
             program::print(&text)?;
@@ -40,14 +42,14 @@ fn run() -> Result<ExitCode> {
     let args: Args = eal_args::parse_app(parsed.app)?;
     let stop = StopFlag::on_signals()?;
     let eal = Eal::init(parsed.eal)?;
-    let (outcome, counted) = generate(&eal, &args, &stop)?;
+    let (outcome, counted) = generate(&eal, &drivers, &args, &stop)?;
     print(&args, &outcome, &counted)?;
     Ok(if outcome.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Runs the stream; gives what came of it, and what each port counted by name.
-fn generate(eal: &Eal, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Counters>)> {
-    let mut all = ports::open(eal, &Bus::default(), stop)?;
+fn generate(eal: &Eal, drivers: &Drivers, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Counters>)> {
+    let mut all = ports::open(eal, drivers, &Bus::default(), stop)?;
     args::check_port(args.tx_port, all.len())?;
     args::check_port(args.rx_port, all.len())?;
     eal.iova_mode(all.iter().any(OpenPort::is_physical))?;

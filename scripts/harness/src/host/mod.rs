@@ -6,6 +6,7 @@ mod fresh;
 mod inject;
 mod limits;
 mod migration;
+mod outside;
 mod rings;
 mod setup;
 pub(crate) mod soak;
@@ -42,6 +43,7 @@ pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: boo
     inject::cases(&mut cases);
     limits::cases(&mut cases);
     cargo::scripts(&mut cases, environment);
+    outside::cases(&mut cases, environment);
     soak::cases(&mut cases);
     if with_guest {
         wire::cases(&mut cases, environment);

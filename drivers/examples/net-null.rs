@@ -1,0 +1,204 @@
+//! An application with a driver of its own: `net_null`, as DPDK has it, receives frames that nobody sent, and throws away what
+//! is sent. Nothing of Vireo's crates has to change for it.
+//!
+//! ```console
+//! cargo run --release -p vireo-drivers --example net-null -- --no-huge --no-pci -l 0 --vdev net_null0,size=64
+//! ```
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use vireo_bus_pci::Bus;
+use vireo_drivers::driver::{Args, Vdev};
+use vireo_drivers::memory::{self, MemoryNeed};
+use vireo_drivers::port::{
+    Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst,
+};
+use vireo_drivers::ports::{self, OpenPort};
+use vireo_drivers::table::Drivers;
+use vireo_eal::args::{self, Outcome, Program};
+use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, Packet, Pool, PoolCache};
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::{Eal, Error, ErrorKind, Result, program};
+
+const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const BUFFERS: u32 = 1024;
+const POLLS: u32 = 1000;
+
+/// The arguments of `--vdev net_null0`.
+#[derive(Clone, Copy, Debug)]
+struct Options {
+    /// Bytes of a frame (`size`).
+    size: usize,
+}
+
+impl Vdev for Options {
+    type Device = Null;
+    const NAMES: [&'static str; 2] = ["net_null", "eth_null"];
+    const KEYS: &'static [&'static str] = &["size"];
+
+    fn parse(name: &str, args: Args<'_>) -> Result<Self> {
+        let mut options = Self { size: 64 };
+        for (_, value) in args {
+            let size = value.parse().ok().filter(|size| (1..=DATA_ROOM).contains(size));
+            options.size = size.ok_or_else(|| {
+                let why = format!("it is no number from 1 to {DATA_ROOM}");
+                Error::new(ErrorKind::Usage, format!("cannot use size={value} of {name}"), why)
+            })?;
+        }
+        Ok(options)
+    }
+
+    fn listens_at(&self) -> Option<&Path> {
+        None
+    }
+
+    fn describe(&self) -> String {
+        format!("(null) with frames of {} bytes", self.size)
+    }
+
+    fn open(&self, _name: &str, _stop: &StopFlag) -> Result<Null> {
+        Ok(Null { size: self.size })
+    }
+}
+
+/// The device.
+#[derive(Debug)]
+struct Null {
+    size: usize,
+}
+
+#[derive(Debug)]
+struct NullRx {
+    size: usize,
+    stats: QueueStats,
+}
+
+#[derive(Debug)]
+struct NullTx(QueueStats);
+
+impl RxBurst for NullRx {
+    fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
+        while !burst.is_full() {
+            let Some(buffer) = cache.allocate() else {
+                self.stats.no_buffer += 1;
+                return;
+            };
+            burst.push(Packet::new(buffer, self.size));
+            self.stats.packets += 1;
+            self.stats.bytes += self.size as u64;
+        }
+    }
+
+    fn stats(&self) -> QueueStats {
+        self.stats
+    }
+}
+
+impl TxBurst for NullTx {
+    fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        let sent = burst.len();
+        for packet in burst.drain(..) {
+            self.0.packets += 1;
+            self.0.bytes += packet.len() as u64;
+            cache.free(packet.into_buffer());
+        }
+        sent
+    }
+
+    fn stats(&self) -> QueueStats {
+        self.0
+    }
+}
+
+impl Nic for Null {
+    type Rx = NullRx;
+    type Tx = NullTx;
+
+    fn start_pairs(
+        &mut self,
+        _memory: &Arc<DmaMemory>,
+        _cache: &mut PoolCache,
+        _sizes: QueueSizes,
+        pairs: u16,
+    ) -> Result<Vec<(NullRx, NullTx)>> {
+        let pair =
+            |_| (NullRx { size: self.size, stats: QueueStats::default() }, NullTx(QueueStats::default()));
+        Ok((0..pairs).map(pair).collect())
+    }
+
+    fn stop_pairs(
+        &mut self,
+        _queues: Vec<(NullRx, NullTx)>,
+        _cache: &mut PoolCache,
+        _sent: Option<&mut PoolCache>,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    fn mac(&self) -> MacAddr {
+        MacAddr([2, 0, 0, 0, 0, 0])
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    fn link(&self) -> Link {
+        Link { up: true, speed: None, full_duplex: true, autoneg: false }
+    }
+
+    fn check(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn set_promiscuous(&mut self, _on: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
+    fn leftover(&self) -> Leftover {
+        Leftover::default()
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    let drivers = Drivers::default().with_vdev::<Options>();
+    let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
+    let program = Program { usage: "", device_keys: &device_keys, vdev_keys: &vdev_keys };
+    let parsed = match args::parse(std::env::args_os(), &program)? {
+        Outcome::Print(text) => {
+            program::print(&text)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Outcome::Run(parsed) => parsed,
+    };
+    let stop = StopFlag::on_signals()?;
+    let eal = Eal::init(parsed.eal)?;
+    let mut all = ports::open(&eal, &drivers, &Bus::default(), &stop)?;
+    let need = MemoryNeed { buffers: BUFFERS, send_only: 0, sizes: SIZES, pairs: 1 };
+    let opened: Vec<&OpenPort> = all.iter().collect();
+    let memory = memory::reserve(&eal, &need, &opened)?;
+    let mut cache = Pool::new(&memory.buffers, BUFFERS)?.cache();
+    for open in &mut all {
+        let (mut rx, mut tx) = open.port.start(memory.of(open), &mut cache, SIZES)?;
+        let mut burst = Burst::new();
+        for _ in 0..POLLS {
+            rx.rx_burst(&mut cache, &mut burst);
+            tx.tx_burst(&mut cache, &mut burst);
+        }
+        let (received, sent) = (rx.stats().packets, tx.stats().packets);
+        open.port.stop(rx, tx, &mut cache)?;
+        program::print(&format!("{}: received {received} sent {sent}\n", open.describe()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn main() -> ExitCode {
+    program::exit_code("net-null", run())
+}

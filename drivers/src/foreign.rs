@@ -1,0 +1,196 @@
+//! Ports of drivers that are in other crates. Each call goes through a pointer, one for a burst; apart from that they are like the
+//! others.
+
+use std::any::Any;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst};
+
+/// What a port of another crate has to be.
+pub trait ForeignNic: Nic<Rx: Debug + 'static, Tx: Debug + 'static> + Debug + Send + 'static {}
+
+impl<N: Nic<Rx: Debug + 'static, Tx: Debug + 'static> + Debug + Send + 'static> ForeignNic for N {}
+
+/// A port of any such driver.
+pub type Device = Box<dyn AnyNic>;
+
+/// A port whose queues are any.
+pub trait AnyNic: Nic<Rx = RxQueue, Tx = TxQueue> + Debug + Send {}
+
+impl<N: ForeignNic> AnyNic for Erased<N> {}
+
+/// Forgets which driver a port is of.
+pub fn erase<N: ForeignNic>(nic: N) -> Device {
+    Box::new(Erased(nic))
+}
+
+/// RX queue of any such driver.
+#[derive(Debug)]
+pub struct RxQueue(Box<dyn AnyRx>);
+
+/// TX queue of any such driver.
+#[derive(Debug)]
+pub struct TxQueue(Box<dyn AnyTx>);
+
+trait AnyRx: RxBurst + Debug {
+    fn into_any(self: Box<Self>) -> Box<dyn Any>;
+}
+
+impl<R: RxBurst + Debug + 'static> AnyRx for R {
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+trait AnyTx: TxBurst + Debug {
+    fn into_any(self: Box<Self>) -> Box<dyn Any>;
+}
+
+impl<T: TxBurst + Debug + 'static> AnyTx for T {
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+impl RxBurst for RxQueue {
+    #[inline]
+    fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
+        self.0.rx_burst(cache, burst);
+    }
+
+    fn stats(&self) -> QueueStats {
+        self.0.stats()
+    }
+}
+
+impl TxBurst for TxQueue {
+    #[inline]
+    fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        self.0.tx_burst(cache, burst)
+    }
+
+    fn stats(&self) -> QueueStats {
+        self.0.stats()
+    }
+}
+
+#[derive(Debug)]
+struct Erased<N>(N);
+
+impl<N: ForeignNic> Nic for Erased<N> {
+    type Rx = RxQueue;
+    type Tx = TxQueue;
+
+    fn start_pairs(
+        &mut self,
+        memory: &Arc<DmaMemory>,
+        cache: &mut PoolCache,
+        sizes: QueueSizes,
+        pairs: u16,
+    ) -> Result<Vec<(RxQueue, TxQueue)>> {
+        let queues = self.0.start_pairs(memory, cache, sizes, pairs)?;
+        Ok(queues.into_iter().map(|(rx, tx)| (RxQueue(Box::new(rx)), TxQueue(Box::new(tx)))).collect())
+    }
+
+    fn stop_pairs(
+        &mut self,
+        queues: Vec<(RxQueue, TxQueue)>,
+        cache: &mut PoolCache,
+        sent: Option<&mut PoolCache>,
+    ) -> Result<()> {
+        let own =
+            |(rx, tx): (RxQueue, TxQueue)| match (rx.0.into_any().downcast(), tx.0.into_any().downcast()) {
+                (Ok(rx), Ok(tx)) => Ok((*rx, *tx)),
+                _ => Err(Error::new(
+                    ErrorKind::Usage,
+                    "cannot stop the port",
+                    "the queues belong to another driver",
+                )),
+            };
+        self.0.stop_pairs(queues.into_iter().map(own).collect::<Result<_>>()?, cache, sent)
+    }
+
+    fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
+        self.0.retry_stop(cache)
+    }
+
+    fn mac(&self) -> MacAddr {
+        self.0.mac()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    fn pad_short_frames(&mut self) {
+        self.0.pad_short_frames();
+    }
+
+    fn link(&self) -> Link {
+        self.0.link()
+    }
+
+    fn check(&mut self) -> Result<()> {
+        self.0.check()
+    }
+
+    fn set_promiscuous(&mut self, on: bool) -> Result<()> {
+        self.0.set_promiscuous(on)
+    }
+
+    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
+        self.0.device_drops()
+    }
+
+    fn leftover(&self) -> Leftover {
+        self.0.leftover()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vireo_eal::bdf::Bdf;
+    use vireo_eal::dma::{Packet, Pool};
+    use vireo_eal::mem::{Backing, Region};
+
+    use super::*;
+    use crate::e1000;
+    use crate::fakedev::e1000::{FakeE1000, ID_82574L};
+
+    const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+    const OWN: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
+
+    #[test]
+    fn a_port_whose_driver_is_forgotten_sends_and_takes_only_its_own_queues_back() {
+        let (function, nic) = FakeE1000::new(Bdf::new(0, 0, 3, 0).unwrap(), ID_82574L, OWN);
+        let mut port = erase(e1000::Device::probe(function).unwrap());
+        assert_eq!(port.mac(), OWN);
+        let region = Region::new(Pool::bytes(256) + (64 << 10), Backing::SmallPages).unwrap();
+        let memory = DmaMemory::map(region, &[]).unwrap();
+        nic.attach(memory.device_view().unwrap());
+        let mut cache = Pool::new(&memory, 256).unwrap().cache();
+        let (rx, mut tx) = port.start(&memory, &mut cache, SIZES).unwrap();
+        let mut packet = Packet::new(cache.allocate().unwrap(), 60);
+        cache.write(&mut packet, 0, &[7; 60]);
+        let mut burst: Burst = [packet].into_iter().collect();
+        assert_eq!((tx.tx_burst(&mut cache, &mut burst), tx.stats().packets), (1, 1));
+        assert_eq!(nic.transmitted(), [vec![7; 60]]);
+
+        /// A queue of no driver.
+        #[derive(Debug)]
+        struct Other;
+        impl RxBurst for Other {
+            fn rx_burst(&mut self, _cache: &mut PoolCache, _burst: &mut Burst) {}
+            fn stats(&self) -> QueueStats {
+                QueueStats::default()
+            }
+        }
+        let error = port.stop(RxQueue(Box::new(Other)), tx, &mut cache).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        drop(rx);
+    }
+}

@@ -1,0 +1,53 @@
+//! A crate outside of the workspace that adds a driver.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::Environment;
+use crate::case::{Cases, Context, read};
+use crate::process::run_for;
+
+/// Seconds for the build of what it depends on.
+const BUILD: u64 = 1800;
+
+pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
+    let repo = environment.repo.clone();
+    cases
+        .add("a crate outside of the workspace adds a driver", move |context| {
+            let manifest = write_crate(context, &repo)?;
+            let mut cargo = Command::new("cargo");
+            cargo.args(["run", "--quiet", "--offline", "--manifest-path"]).arg(manifest);
+            cargo.arg("--target-dir").arg(repo.join("target/outside")).arg("--");
+            cargo.args(["--no-huge", "--no-pci", "--in-memory", "-l", "0", "--vdev", "net_null0,size=64"]);
+            let ended = run_for(context, "cargo", &mut cargo, Duration::from_secs(BUILD))?.expect(0)?;
+            let wanted = "net_null0 (null) with frames of 64 bytes: received 32000 sent 32000";
+            ensure!(ended.stdout.trim() == wanted, "it says: {}", ended.stdout);
+            Ok(())
+        })
+        .in_full()
+        .limit(BUILD);
+}
+
+/// A package that has the example's text and its own manifest; gives the path of that.
+fn write_crate(context: &Context, repo: &Path) -> Result<std::path::PathBuf> {
+    fs::create_dir(context.path("src"))?;
+    fs::write(context.path("src/main.rs"), read(repo.join("drivers/examples/net-null.rs"))?)?;
+    // The versions that the workspace has are on this machine.
+    fs::copy(repo.join("Cargo.lock"), context.path("Cargo.lock"))?;
+    let crates = [("vireo-bus-pci", "bus-pci"), ("vireo-drivers", "drivers"), ("vireo-eal", "eal")];
+    let line =
+        |(name, folder): (&str, &str)| format!("{name} = {{ path = '{}' }}\n", repo.join(folder).display());
+    let manifest = context.path("Cargo.toml");
+    fs::write(
+        &manifest,
+        format!(
+            "[package]\nname = \"outside\"\nedition = \"2024\"\n[workspace]\n[dependencies]\n{}",
+            crates.map(line).concat()
+        ),
+    )?;
+    Ok(manifest)
+}
