@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use crate::dma::{dma_rmb, dma_wmb};
 use crate::error::{Error, ErrorKind, Result};
+use crate::ioctl::counted;
 use crate::mem::page_size;
 use crate::opaque::Whole;
 use crate::vfio::AddressSpace;
@@ -56,11 +58,19 @@ impl fmt::Debug for Backing {
 /// address space, or uses physical addresses, may reach memory as long as its file is open.
 #[derive(Debug)]
 pub(crate) struct DeviceFile {
-    pub(crate) file: File,
+    pub(crate) file: ManuallyDrop<File>,
     /// Its group, in the modes that have one. The last device of a group closes it: it leaves its container then, and
     /// others can open it.
     pub(crate) _group: Option<Arc<File>>,
     pub(crate) space: Arc<AddressSpace>,
+}
+
+impl Drop for DeviceFile {
+    fn drop(&mut self) {
+        // The kernel resets the device in it, which is most of what giving a device up costs.
+        // SAFETY: this is the only place that drops the file, and nothing uses it behind this.
+        counted("close", || unsafe { ManuallyDrop::drop(&mut self.file) });
+    }
 }
 
 /// One region of a device's file, by `pread` and `pwrite`, which reach nothing of the other regions.
@@ -390,7 +400,11 @@ mod tests {
     }
 
     fn device(file: File) -> Arc<DeviceFile> {
-        Arc::new(DeviceFile { file, _group: None, space: Arc::new(AddressSpace::nowhere()) })
+        Arc::new(DeviceFile {
+            file: ManuallyDrop::new(file),
+            _group: None,
+            space: Arc::new(AddressSpace::nowhere()),
+        })
     }
 
     #[test]

@@ -10,10 +10,11 @@ use nix::sys::stat::{FileStat, SFlag, fstat, major, minor};
 use nix::unistd::geteuid;
 
 use crate::error::{Error, Result};
+use crate::ioctl::counted;
 
 /// Opens `path` to read and write.
 pub(crate) fn open(path: &Path) -> Result<File> {
-    OpenOptions::new().read(true).write(true).open(path).map_err(|error| {
+    counted("open", || OpenOptions::new().read(true).write(true).open(path)).map_err(|error| {
         let error = Error::io(format!("cannot open {}", path.display()), &error);
         match error.errno() {
             Some(Errno::EACCES) => permission(error, path),

@@ -93,10 +93,10 @@ impl WeakIommufd {
 }
 
 macro_rules! call {
-    ($fd:expr, $ioctl:ident, $arg:expr) => {
+    ($name:literal, $fd:expr, $ioctl:ident, $arg:expr) => {
         // SAFETY: the argument is the structure of this ioctl, `size` filled in, and lives for the call;
         // addresses inside it are valid by the invariants named at the call.
-        counted(|| unsafe { sys::$ioctl($fd.as_raw_fd(), $arg) })
+        counted($name, || unsafe { sys::$ioctl($fd.as_raw_fd(), $arg) })
     };
 }
 
@@ -167,7 +167,7 @@ impl Iommufd {
             object_id,
             val64: value,
         };
-        call!(self.0, option, &mut option)
+        call!("IOMMU_OPTION", self.0, option, &mut option)
             .map(drop)
             .map_err(|errno| Error::os(format!("cannot set iommufd option {option_id}"), errno))
     }
@@ -182,7 +182,7 @@ impl Iommufd {
             flags: 0,
             out_ioas_id: 0,
         };
-        call!(self.0, ioas_alloc, &mut alloc)
+        call!("IOMMU_IOAS_ALLOC", self.0, ioas_alloc, &mut alloc)
             .map_err(|errno| Error::os("cannot allocate an I/O address space", errno))?;
         Ok(Arc::new(Ioas { id: alloc.out_ioas_id, iommufd: self.clone() }))
     }
@@ -228,7 +228,7 @@ impl Ioas {
                 out_iova_alignment: 0,
             };
             // The kernel writes at most `num_iovas` ranges, which is the length of the vector behind the address.
-            match call!(self.iommufd.0, ioas_iova_ranges, &mut query) {
+            match call!("IOMMU_IOAS_IOVA_RANGES", self.iommufd.0, ioas_iova_ranges, &mut query) {
                 Ok(_) => {
                     ranges.truncate(query.num_iovas as usize);
                     let ranges = IovaRanges::new(ranges.iter().map(|range| range.start..=range.last));
@@ -261,7 +261,7 @@ impl Ioas {
             allowed_iovas: ranges.as_ptr() as u64,
         };
         // The kernel reads `num_iovas` ranges, which is the length of the vector behind the address.
-        call!(self.iommufd.0, ioas_allow_iovas, &mut allow)
+        call!("IOMMU_IOAS_ALLOW_IOVAS", self.iommufd.0, ioas_allow_iovas, &mut allow)
             .map(drop)
             .map_err(|errno| Error::os("cannot reserve IOVA ranges", errno))
     }
@@ -307,7 +307,8 @@ impl Ioas {
             iova: iova.unwrap_or(0),
         };
         // The pages stay mapped: the `Mapping` holds an `Arc` of the region.
-        call!(self.iommufd.0, ioas_map, &mut map).map_err(|errno| Error::os(map_what(len, iova), errno))?;
+        call!("IOMMU_IOAS_MAP", self.iommufd.0, ioas_map, &mut map)
+            .map_err(|errno| Error::os(map_what(len, iova), errno))?;
         Ok(Mapping { ioas: Arc::clone(self), iova: map.iova, len, region: Arc::clone(region) })
     }
 
@@ -335,12 +336,14 @@ impl Ioas {
             length: region.len() as u64,
             iova: iova.unwrap_or(0),
         };
-        call!(self.iommufd.0, ioas_map_file, &mut map).map_err(|errno| match errno {
-            Errno::ENOTTY => {
-                Error::os(what(), errno).because("IOMMU_IOAS_MAP_FILE needs kernel 6.13 or newer")
-            }
-            _ => Error::os(what(), errno),
-        })?;
+        call!("IOMMU_IOAS_MAP_FILE", self.iommufd.0, ioas_map_file, &mut map).map_err(
+            |errno| match errno {
+                Errno::ENOTTY => {
+                    Error::os(what(), errno).because("IOMMU_IOAS_MAP_FILE needs kernel 6.13 or newer")
+                }
+                _ => Error::os(what(), errno),
+            },
+        )?;
         Ok(Mapping { ioas: Arc::clone(self), iova: map.iova, len: map.length, region: Arc::clone(region) })
     }
 
@@ -366,7 +369,8 @@ impl Ioas {
             dst_iova: iova.unwrap_or(0),
             src_iova: source.iova,
         };
-        call!(self.iommufd.0, ioas_copy, &mut copy).map_err(|errno| Error::os(what(), errno))?;
+        call!("IOMMU_IOAS_COPY", self.iommufd.0, ioas_copy, &mut copy)
+            .map_err(|errno| Error::os(what(), errno))?;
         Ok(Mapping {
             ioas: Arc::clone(self),
             iova: copy.dst_iova,
@@ -382,7 +386,7 @@ impl Ioas {
             iova,
             length,
         };
-        call!(self.iommufd.0, ioas_unmap, &mut unmap)?;
+        call!("IOMMU_IOAS_UNMAP", self.iommufd.0, ioas_unmap, &mut unmap)?;
         Ok(unmap.length)
     }
 }
@@ -390,7 +394,7 @@ impl Ioas {
 impl Drop for Ioas {
     fn drop(&mut self) {
         let mut destroy = uapi::iommu_destroy { size: size_of::<uapi::iommu_destroy>() as u32, id: self.id };
-        if let Err(errno) = call!(self.iommufd.0, destroy, &mut destroy) {
+        if let Err(errno) = call!("IOMMU_DESTROY", self.iommufd.0, destroy, &mut destroy) {
             tracing::error!("cannot destroy I/O address space {}: {errno}", self.id);
         }
     }
@@ -444,7 +448,7 @@ impl Mapping {
                     ..Default::default()
                 };
                 let what = "cannot read physical addresses from iommufd";
-                call!(self.ioas.iommufd.0, ioas_noiommu_get_pa, &mut query)
+                call!("IOMMU_IOAS_NOIOMMU_GET_PA", self.ioas.iommufd.0, ioas_noiommu_get_pa, &mut query)
                     .map_err(|errno| Error::os(what, errno).mend("run as root (CAP_SYS_RAWIO)"))?;
                 if query.length < page_size {
                     return Err(Error::new(

@@ -14,6 +14,7 @@ use super::{Device, DeviceFds, VfioMode};
 use crate::args::VfToken;
 use crate::clock::thread_time;
 use crate::error::{Error, ErrorKind, Result};
+use crate::ioctl::{self, Calls};
 use crate::iommufd::WeakIommufd;
 use crate::mmio::DeviceFile;
 use crate::node::class_and_name;
@@ -28,7 +29,7 @@ pub struct Node {
 }
 
 /// A step of the acquisition and how long it took.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Phase {
     /// `open`, `bind` or `attach`.
     pub name: &'static str,
@@ -36,6 +37,8 @@ pub struct Phase {
     pub took: Duration,
     /// Of that, what the thread had on a CPU; the rest it waited.
     pub worked: Duration,
+    /// Calls to VFIO and iommufd meanwhile, those of other threads too.
+    pub calls: Vec<Calls>,
 }
 
 /// A device that this process owns.
@@ -435,18 +438,23 @@ pub(super) struct Phases {
     since: Instant,
     /// [`thread_time`] of that moment.
     worked: Duration,
+    /// [`ioctl::table`] of that moment.
+    calls: Vec<Calls>,
     done: Vec<Phase>,
 }
 
 impl Phases {
     fn start() -> Self {
-        Self { since: Instant::now(), worked: thread_time(), done: Vec::with_capacity(3) }
+        let (done, calls) = (Vec::with_capacity(3), ioctl::table());
+        Self { since: Instant::now(), worked: thread_time(), calls, done }
     }
 
     pub(super) fn end(&mut self, name: &'static str) {
-        let (now, worked) = (Instant::now(), thread_time());
-        self.done.push(Phase { name, took: now - self.since, worked: worked.saturating_sub(self.worked) });
-        (self.since, self.worked) = (now, worked);
+        let (took, worked) = (self.since.elapsed(), thread_time().saturating_sub(self.worked));
+        let calls = ioctl::since(&self.calls);
+        self.done.push(Phase { name, took, worked, calls });
+        self.calls = ioctl::table();
+        (self.since, self.worked) = (Instant::now(), thread_time());
     }
 }
 

@@ -1,6 +1,7 @@
 //! A device by its own character device and iommufd (modes `cdev` and `noiommu-cdev`).
 
 use std::fs;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -113,11 +114,14 @@ impl Vfio {
             pasid: 0,
         };
         // SAFETY: the structure is complete.
-        counted(|| unsafe { sys::attach_iommufd_pt(device.as_raw_fd(), &mut attach) }).map_err(|errno| {
+        counted("VFIO_DEVICE_ATTACH_IOMMUFD_PT", || unsafe {
+            sys::attach_iommufd_pt(device.as_raw_fd(), &mut attach)
+        })
+        .map_err(|errno| {
             let error = Error::os(format!("cannot attach {} to its address space", node.name), errno);
             Refusal { error: diagnose::attach(error, node), container_may: errno == Errno::EINVAL }
         })?;
-        Ok(DeviceFile { file: device.into(), _group: None, space })
+        Ok(DeviceFile { file: ManuallyDrop::new(device.into()), _group: None, space })
     }
 }
 
@@ -130,7 +134,8 @@ fn bind_iommufd(device: &OwnedFd, iommufd: &Iommufd, token: Option<&[u8; 16]>) -
         token_uuid_ptr: token.map_or(0, |token| token.as_ptr() as u64),
     };
     // SAFETY: the structure is complete; the token's 16 bytes are borrowed until after the call.
-    counted(|| unsafe { sys::bind_iommufd(device.as_raw_fd(), &mut bind) }).map(drop)
+    counted("VFIO_DEVICE_BIND_IOMMUFD", || unsafe { sys::bind_iommufd(device.as_raw_fd(), &mut bind) })
+        .map(drop)
 }
 
 /// How a bind failed.

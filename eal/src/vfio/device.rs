@@ -63,8 +63,10 @@ impl Device {
             pad: 0,
         };
         // SAFETY: the structure is complete; the kernel writes at most `argsz` bytes.
-        counted(|| unsafe { sys::device_get_info(open.file.as_raw_fd(), &mut device_info) })
-            .map_err(|errno| Error::os(format!("cannot examine {name}"), errno))?;
+        counted("VFIO_DEVICE_GET_INFO", || unsafe {
+            sys::device_get_info(open.file.as_raw_fd(), &mut device_info)
+        })
+        .map_err(|errno| Error::os(format!("cannot examine {name}"), errno))?;
         Ok(Self { name, open: Arc::new(open), flags: device_info.flags })
     }
 
@@ -88,8 +90,10 @@ impl Device {
             |at| {
                 // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
                 // set to its length.
-                counted(|| unsafe { sys::device_get_region_info(self.open.file.as_raw_fd(), at.cast()) })
-                    .map(drop)
+                counted("VFIO_DEVICE_GET_REGION_INFO", || unsafe {
+                    sys::device_get_region_info(self.open.file.as_raw_fd(), at.cast())
+                })
+                .map(drop)
             },
         )
         .map_err(fail)?;
@@ -144,7 +148,7 @@ impl Device {
             return Ok(false);
         }
         // SAFETY: this ioctl has no argument.
-        match counted(|| unsafe { sys::device_reset(self.open.file.as_raw_fd()) }) {
+        match counted("VFIO_DEVICE_RESET", || unsafe { sys::device_reset(self.open.file.as_raw_fd()) }) {
             Ok(_) => Ok(true),
             Err(Errno::EINVAL | Errno::ENOTTY) => Ok(false),
             Err(errno) => Err(Error::os(format!("cannot reset {}", self.name), errno)),
@@ -177,6 +181,7 @@ impl ConfigSpace {
 
 #[cfg(test)]
 mod tests {
+    use std::mem::ManuallyDrop;
     use std::os::unix::fs::FileExt;
 
     use super::*;
@@ -186,7 +191,8 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[7; 64], 0).unwrap();
         let space = Arc::new(AddressSpace::nowhere());
-        let open = Arc::new(DeviceFile { file: file.try_clone().unwrap(), _group: None, space });
+        let open =
+            Arc::new(DeviceFile { file: ManuallyDrop::new(file.try_clone().unwrap()), _group: None, space });
         let config = ConfigSpace(RegionFile::new(&open, 16, 32));
         let mut bytes = [0; 4];
         config.read(28, &mut bytes);

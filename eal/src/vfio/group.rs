@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
@@ -119,7 +120,7 @@ impl Vfio {
         phases.end("bind");
         let device = self.device_fd(node, &group)?;
         let device = if mode == VfioMode::Noiommu { above_memory(device) } else { device };
-        Ok(DeviceFile { file: device.into(), _group: Some(group), space })
+        Ok(DeviceFile { file: ManuallyDrop::new(device.into()), _group: Some(group), space })
     }
 
     fn device_fd(&self, node: &Node, group: &File) -> Result<OwnedFd> {
@@ -131,8 +132,10 @@ impl Vfio {
         let name = CString::new(name)
             .map_err(|_| Error::new(ErrorKind::Usage, what(), "the name has a NUL byte in it"))?;
         // SAFETY: the argument is a string that ends in NUL and lives for the call.
-        let fd = counted(|| unsafe { sys::group_get_device_fd(group.as_raw_fd(), name.as_ptr()) })
-            .map_err(|errno| diagnose::bind(Error::os(what(), errno), node, &self.dev))?;
+        let fd = counted("VFIO_GROUP_GET_DEVICE_FD", || unsafe {
+            sys::group_get_device_fd(group.as_raw_fd(), name.as_ptr())
+        })
+        .map_err(|errno| diagnose::bind(Error::os(what(), errno), node, &self.dev))?;
         // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
@@ -174,7 +177,7 @@ fn cannot_duplicate(error: std::io::Error) -> Error {
 fn status(group: &File, number: u32, node: &Node) -> Result<u32> {
     let mut status = uapi::vfio_group_status { argsz: size_of::<uapi::vfio_group_status>() as u32, flags: 0 };
     // SAFETY: the structure is complete.
-    counted(|| unsafe { sys::group_get_status(group.as_raw_fd(), &mut status) })
+    counted("VFIO_GROUP_GET_STATUS", || unsafe { sys::group_get_status(group.as_raw_fd(), &mut status) })
         .map_err(|errno| Error::os(format!("cannot read the state of IOMMU group {number}"), errno))?;
     if status.flags & uapi::VFIO_GROUP_FLAGS_VIABLE == 0 {
         return Err(diagnose::not_viable(node, number));
@@ -184,12 +187,14 @@ fn status(group: &File, number: u32, node: &Node) -> Result<u32> {
 
 fn set_container(group: &File, number: u32, container: &OwnedFd, mode: VfioMode) -> Result<()> {
     // SAFETY: the argument is a descriptor that is open for the call.
-    counted(|| unsafe { sys::group_set_container(group.as_raw_fd(), &container.as_raw_fd()) })
-        .map(drop)
-        .map_err(|errno| {
-            let error = Error::os(format!("cannot put IOMMU group {number} into its container"), errno);
-            if errno == Errno::EPERM && mode == VfioMode::Noiommu { diagnose::raw_io(error) } else { error }
-        })
+    counted("VFIO_GROUP_SET_CONTAINER", || unsafe {
+        sys::group_set_container(group.as_raw_fd(), &container.as_raw_fd())
+    })
+    .map(drop)
+    .map_err(|errno| {
+        let error = Error::os(format!("cannot put IOMMU group {number} into its container"), errno);
+        if errno == Errno::EPERM && mode == VfioMode::Noiommu { diagnose::raw_io(error) } else { error }
+    })
 }
 
 fn set_iommu(container: &OwnedFd, mode: VfioMode) -> Result<()> {
@@ -200,7 +205,7 @@ fn set_iommu(container: &OwnedFd, mode: VfioMode) -> Result<()> {
     };
     let what = "cannot give the container an IOMMU";
     // SAFETY: this ioctl has no argument.
-    let version = counted(|| unsafe { sys::get_api_version(container.as_raw_fd()) })
+    let version = counted("VFIO_GET_API_VERSION", || unsafe { sys::get_api_version(container.as_raw_fd()) })
         .map_err(|errno| Error::os(what, errno))?;
     if version != uapi::VFIO_API_VERSION as i32 {
         return Err(Error::new(
@@ -210,14 +215,16 @@ fn set_iommu(container: &OwnedFd, mode: VfioMode) -> Result<()> {
         ));
     }
     // SAFETY: the argument is an integer.
-    counted(|| unsafe { sys::set_iommu(container.as_raw_fd(), iommu as i32) }).map(drop).map_err(|errno| {
-        let error = Error::os(what, errno);
-        match errno {
-            Errno::ENODEV => error
-                .because("the kernel has no driver for this IOMMU type (CONFIG_VFIO_IOMMU_TYPE1)")
-                .mend("run: modprobe vfio_iommu_type1, or choose --vfio-mode cdev"),
-            Errno::EPERM => diagnose::unsafe_interrupts(error, module),
-            _ => error,
-        }
-    })
+    counted("VFIO_SET_IOMMU", || unsafe { sys::set_iommu(container.as_raw_fd(), iommu as i32) })
+        .map(drop)
+        .map_err(|errno| {
+            let error = Error::os(what, errno);
+            match errno {
+                Errno::ENODEV => error
+                    .because("the kernel has no driver for this IOMMU type (CONFIG_VFIO_IOMMU_TYPE1)")
+                    .mend("run: modprobe vfio_iommu_type1, or choose --vfio-mode cdev"),
+                Errno::EPERM => diagnose::unsafe_interrupts(error, module),
+                _ => error,
+            }
+        })
 }

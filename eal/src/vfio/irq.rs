@@ -76,9 +76,12 @@ impl Device {
             count: 0,
         };
         // SAFETY: the structure is complete.
-        counted(|| unsafe { sys::device_get_irq_info(self.open.file.as_raw_fd(), &mut info) }).map_err(
-            |errno| Error::os(format!("cannot examine the {irq:?} interrupts of {}", self.name), errno),
-        )?;
+        counted("VFIO_DEVICE_GET_IRQ_INFO", || unsafe {
+            sys::device_get_irq_info(self.open.file.as_raw_fd(), &mut info)
+        })
+        .map_err(|errno| {
+            Error::os(format!("cannot examine the {irq:?} interrupts of {}", self.name), errno)
+        })?;
         Ok(IrqInfo {
             count: info.count,
             eventfd: info.flags & uapi::VFIO_IRQ_INFO_EVENTFD != 0,
@@ -149,8 +152,10 @@ impl Device {
         set[0] = (set.len() * size_of::<u32>()) as u32;
         // SAFETY: the words are a `vfio_irq_set` of `argsz` bytes with its data behind it; descriptors in it
         // are open for the call.
-        counted(|| unsafe { sys::device_set_irqs(self.open.file.as_raw_fd(), set.as_ptr().cast()) })
-            .map(drop)
-            .map_err(|errno| Error::os(format!("cannot set the {irq:?} interrupts of {}", self.name), errno))
+        counted("VFIO_DEVICE_SET_IRQS", || unsafe {
+            sys::device_set_irqs(self.open.file.as_raw_fd(), set.as_ptr().cast())
+        })
+        .map(drop)
+        .map_err(|errno| Error::os(format!("cannot set the {irq:?} interrupts of {}", self.name), errno))
     }
 }

@@ -281,9 +281,12 @@ impl Container {
         let answer = info::query(
             size_of::<uapi::vfio_iommu_type1_info>(),
             |_| (),
-            // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
-            // set to its length.
-            |at| counted(|| unsafe { sys::iommu_get_info(self.fd.as_raw_fd(), at.cast()) }).map(drop),
+            |at| {
+                let fd = self.fd.as_raw_fd();
+                // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
+                // set to its length.
+                counted("VFIO_IOMMU_GET_INFO", || unsafe { sys::iommu_get_info(fd, at.cast()) }).map(drop)
+            },
         )
         .map_err(|errno| Error::os("cannot read the container's IOVA ranges", errno))?;
         let ranges = info::iova_ranges(&answer).ok_or_else(|| {
@@ -311,9 +314,11 @@ impl Container {
             size: len as u64,
         };
         // SAFETY: the structure is complete, and the caller keeps the pages until it has unmapped them.
-        counted(|| unsafe { sys::iommu_map_dma(self.fd.as_raw_fd(), &map) }).map(drop).map_err(|errno| {
-            Error::os(format!("cannot map {} MiB for DMA at {iova:#x}", len.div_ceil(1 << 20)), errno)
-        })
+        counted("VFIO_IOMMU_MAP_DMA", || unsafe { sys::iommu_map_dma(self.fd.as_raw_fd(), &map) })
+            .map(drop)
+            .map_err(|errno| {
+                Error::os(format!("cannot map {} MiB for DMA at {iova:#x}", len.div_ceil(1 << 20)), errno)
+            })
     }
 
     fn unmap(&self, iova: u64, size: u64) -> nix::Result<u64> {
@@ -325,7 +330,7 @@ impl Container {
             data: Default::default(),
         };
         // SAFETY: the structure is complete and asks for no dirty bitmap, so `data` is not used.
-        counted(|| unsafe { sys::iommu_unmap_dma(self.fd.as_raw_fd(), &mut unmap) })?;
+        counted("VFIO_IOMMU_UNMAP_DMA", || unsafe { sys::iommu_unmap_dma(self.fd.as_raw_fd(), &mut unmap) })?;
         Ok(unmap.size)
     }
 }
