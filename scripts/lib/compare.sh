@@ -4,6 +4,9 @@
 # What disturbed the machine, as arguments of the report.
 COMPARE_DISTURBANCES=()
 
+# MiB of memory in which the kernel finds an aligned GiB for a page.
+COMPARE_GIANT_MEM=4096
+
 lab_compare() {
     local report=()
     compare_prepare compare
@@ -69,6 +72,13 @@ compare_boot() {
     shift 2
     [[ -n $OPT_IOMMU ]] || machine+=" --no-iommu"
     [[ -z $OPT_ICOUNT ]] || machine+=" --cpus 1 --accel tcg --qemu-arg -icount --qemu-arg shift=0,sleep=off"
+    # Without an IOMMU all memory has to be within reach of a NIC that has 32 address bits.
+    if [[ -n $OPT_ICOUNT && -n $OPT_IOMMU ]]; then
+        # shellcheck disable=SC2034 # read by what guest_boot calls
+        local KERNEL_EXTRA=("${KERNEL_EXTRA[@]}" hugepagesz=1G hugepages=1) \
+            OPT_MEM=$((OPT_MEM > COMPARE_GIANT_MEM ? OPT_MEM : COMPARE_GIANT_MEM))
+        machine+=" --mem $OPT_MEM --kernel-arg hugepagesz=1G --kernel-arg hugepages=1"
+    fi
     say "boot '$boot': $modes"
     before=$(compare_ticks_of_others)
     guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench "$@" --json "/share/$boot.json" --modes "$modes" >&2

@@ -20,8 +20,8 @@ guest_estimate() {
         parts+=("kernel 5 to 16")
     fi
     if [[ ${1:-} == @(count|compare) ]]; then
-        ((least += 1, most += 3))
-        parts+=("counts 1 to 3")
+        ((least += 2, most += 5))
+        parts+=("counts 2 to 5")
     fi
     if [[ ${1:-} == compare ]]; then
         ((least += 6, most += 10))

@@ -1,9 +1,9 @@
 //! What forwarding takes on a real NIC: one thread is generator and forwarder in turn, so that no clock runs for the other.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vireo_bus_pci::Bus;
-use vireo_eal::clock::Tsc;
+use vireo_eal::clock::{Tsc, thread_time};
 use vireo_eal::dma::MAX_BURST;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::vfio::VfioMode;
@@ -15,71 +15,111 @@ use crate::measure::{Side, Wiring};
 
 /// Polls whose median counts.
 const SAMPLES: usize = 64;
-/// Polls after which a NIC that brings no full burst is given up.
+/// Polls after which a NIC that brings nothing, or no full burst, is given up.
 const PATIENCE: usize = 100_000;
 /// Polls after which frames that have not come are lost.
 const RESEND: usize = 1000;
+/// Polls for each frame that is sent until the first is forwarded: it may take one to receive and one to send it.
+const KNOCK: usize = 4;
 /// Packets of a full burst.
 const BURST: u64 = MAX_BURST as u64;
 /// A device may bring a burst in parts, and a poll that only ends it is none that moves it.
 const ARRIVAL: Duration = Duration::from_millis(1);
-/// QEMU's e1000 receives nothing for a second after a write of RCTL.
-const DEAF: Duration = Duration::from_millis(1200);
 
-/// The forwarder's start, and a poll of both its lanes that moves a full burst on one.
+/// The forwarder's start, its first packet, and a poll of both its lanes that moves a full burst on one.
 pub(super) fn steps(bus: &Bus, wiring: &Wiring, mode: VfioMode) -> Result<Vec<Step>> {
     let mut generator = Side::start(bus, [&wiring.sender, &wiring.receiver], mode, true)?;
     let (forwarder, start) =
         measured("start", || Side::start(bus, [&wiring.inner[0], &wiring.inner[1]], mode, false));
     let mut forwarder = forwarder?;
-    std::thread::sleep(DEAF);
-    let ticks = full_polls(&mut generator, &mut forwarder)?;
+    let (first, waited) = first_packet(&mut generator, &mut forwarder)?;
+    let poll = full_poll(&mut generator, &mut forwarder)?;
     forwarder.stop("forwarder")?;
     generator.stop("generator")?;
-    let instructions = Tsc::to_nanos(ticks);
-    Ok(vec![start, Step { instructions, packets: Some(BURST), ..Step::named("forward") }])
+    let first = Step {
+        instructions: start.instructions + Tsc::to_nanos(first),
+        waiting: start.waiting + waited.as_nanos() as u64,
+        ..Step::named("first packet")
+    };
+    let instructions = Tsc::to_nanos(poll);
+    Ok(vec![start, first, Step { instructions, packets: Some(BURST), ..Step::named("forward") }])
+}
+
+/// Ticks of the polls that forward the first packet, and how long the thread waited for it, to [`ARRIVAL`].
+fn first_packet(generator: &mut Side, forwarder: &mut Side) -> Result<(u64, Duration)> {
+    let (began, worked) = (Instant::now(), thread_time());
+    let (mut first, mut spent, mut polls) = (None, 0, 0);
+    let (mut quiet, mut before) = (0, 0);
+    polls_of(forwarder, |received, ticks| {
+        generator.drain();
+        spent += ticks;
+        polls += 1;
+        if received > 0 && first.is_none() {
+            first = Some((spent, began.elapsed().saturating_sub(thread_time() - worked)));
+        }
+        if first.is_none() && polls % KNOCK == 1 {
+            generator.send_burst(1);
+            std::thread::sleep(ARRIVAL);
+            spent = 0;
+        }
+        quiet = if received == before { quiet + 1 } else { 0 };
+        before = received;
+        // Frames that were held back come at once, and are not to come later.
+        if first.is_none() { polls < PATIENCE } else { quiet < RESEND }
+    });
+    first.ok_or_else(|| nothing_came("no frame"))
 }
 
 /// Median ticks of a poll that moves a full burst in one direction.
-fn full_polls(generator: &mut Side, forwarder: &mut Side) -> Result<u64> {
-    let (stop, counts) = (StopFlag::new(), <[PairCounts; 2]>::default());
+fn full_poll(generator: &mut Side, forwarder: &mut Side) -> Result<u64> {
     let (mut full, mut polls) = (Vec::new(), 0);
-    let (mut since, mut before, mut sent) = (None, 0, 0);
-    let mut cache = forwarder.cache();
-    let lanes = forward_any(forwarder.lanes(), &mut cache, &counts, None, &stop, || {
-        let now = Tsc::now();
-        let received = counts[0].received.get();
-        if let Some(since) = since.filter(|_| received - before == BURST) {
-            full.push(now - since);
+    let (mut before, mut sent) = (0, 0);
+    polls_of(forwarder, |received, ticks| {
+        if received - before == BURST {
+            full.push(ticks);
         }
         polls += 1;
-        if full.len() >= SAMPLES || polls >= PATIENCE {
-            stop.set();
-        }
         generator.drain();
         if received == sent || polls % RESEND == 0 {
-            generator.send_burst();
+            generator.send_burst(MAX_BURST);
             sent = received + BURST;
             std::thread::sleep(ARRIVAL);
         }
         before = received;
-        since = Some(Tsc::now());
+        full.len() < SAMPLES && polls < PATIENCE
+    });
+    // An interrupt falls into some polls.
+    median(full).ok_or_else(|| nothing_came("no full burst"))
+}
+
+/// Polls both lanes of `forwarder` until `after` says no. It hears after each poll how many packets the first lane has
+/// forwarded, and how many ticks the poll took.
+fn polls_of(forwarder: &mut Side, mut after: impl FnMut(u64, u64) -> bool) {
+    let (stop, counts) = (StopFlag::new(), <[PairCounts; 2]>::default());
+    let reading = median((0..SAMPLES).map(|_| Tsc::now().abs_diff(Tsc::now())).collect()).unwrap_or_default();
+    let mut cache = forwarder.cache();
+    let mut since = Tsc::now();
+    let lanes = forward_any(forwarder.lanes(), &mut cache, &counts, None, &stop, || {
+        let ticks = (Tsc::now() - since).saturating_sub(reading);
+        if !after(counts[0].received.get(), ticks) {
+            stop.set();
+        }
+        since = Tsc::now();
     });
     drop(cache);
     forwarder.take_back(lanes);
-    let reading = (0..SAMPLES).map(|_| Tsc::now().abs_diff(Tsc::now())).collect();
-    match (median(full), median(reading)) {
-        (Some(full), Some(reading)) => Ok(full.saturating_sub(reading)),
-        _ => Err(Error::new(
-            ErrorKind::Unavailable,
-            "cannot count the instructions of forwarding",
-            format!("no full burst came in {PATIENCE} polls"),
-        )
-        .mend("see that the first two and the last two NICs are connected")),
-    }
 }
 
-/// The value in the middle: an interrupt falls into some polls.
+fn nothing_came(what: &str) -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        "cannot count the instructions of forwarding",
+        format!("{what} came in {PATIENCE} polls"),
+    )
+    .mend("see that the first two and the last two NICs are connected")
+}
+
+/// The value in the middle.
 fn median(mut ticks: Vec<u64>) -> Option<u64> {
     ticks.sort_unstable();
     ticks.get(ticks.len() / 2).copied()

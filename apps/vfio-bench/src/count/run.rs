@@ -5,19 +5,29 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use vireo_bus_pci::Bus;
+use nix::time::{ClockId, clock_gettime};
+use vireo_bus_pci::{Bus, PciDevice};
 use vireo_eal::clock::thread_time;
+use vireo_eal::ioctl::{self, Calls};
 use vireo_eal::mem::Region;
 use vireo_eal::program::note;
-use vireo_eal::vfio::{Vfio, VfioMode};
+use vireo_eal::vfio::{Phase, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::{Recording, Row, forward};
+use super::{Call, Recording, Round, Row, forward};
 use crate::environment::environment;
-use crate::measure::{Wiring, map_table, regions};
-use crate::record::MapTime;
+use crate::measure::{Wiring, each_map, regions};
 use crate::report::write_json;
 use crate::run::wirings;
+
+/// Rounds that only open a device: how much of the kernel's memory a walk through sysfs finds allocated differs from one to
+/// the next, and the median of few would differ from boot to boot.
+const OPENS: u32 = 32;
+/// Steps whose least round counts. In them a virtio-net is polled until it has taken a command, which QEMU does in another
+/// thread: how long that takes the host, is polls of the guest that come on top.
+const LATE: [&str; 2] = ["start", "first packet"];
+/// Rounds that tell what each call takes.
+const SPLIT_ROUNDS: u32 = 3;
 
 /// Count the instructions that each VFIO mode takes, and write a recording
 #[derive(Args, Debug)]
@@ -40,7 +50,7 @@ pub(crate) struct RunArgs {
 }
 
 /// A step of one round.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Step {
     pub(super) name: &'static str,
     pub(super) memory: Option<String>,
@@ -48,13 +58,44 @@ pub(super) struct Step {
     pub(super) packets: Option<u64>,
     pub(super) instructions: u64,
     pub(super) waiting: u64,
-    pub(super) in_ioctls: Option<u64>,
+    pub(super) calls: Vec<Calls>,
 }
 
 impl Step {
     pub(super) fn named(name: &'static str) -> Self {
         Self { name, ..Self::default() }
     }
+}
+
+/// What a body took by both clocks.
+#[derive(Clone, Copy)]
+struct Taken {
+    worked: Duration,
+    took: Duration,
+}
+
+impl Taken {
+    fn by<T>(body: impl FnOnce() -> T) -> (T, Self) {
+        let (since, before) = (Instant::now(), thread_time());
+        let result = body();
+        let (took, worked) = (since.elapsed(), thread_time().saturating_sub(before));
+        (result, Self { worked, took })
+    }
+
+    /// What reading the clocks takes is none of the step's.
+    fn step(self, name: &'static str, reading: Self, calls: Vec<Calls>) -> Step {
+        let waiting = |taken: Self| taken.took.saturating_sub(taken.worked);
+        Step {
+            instructions: nanos(self.worked.saturating_sub(reading.worked)),
+            waiting: nanos(waiting(self).saturating_sub(waiting(reading))),
+            calls,
+            ..Step::named(name)
+        }
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    time.as_nanos() as u64
 }
 
 pub(super) fn run(args: &RunArgs) -> Result<()> {
@@ -64,10 +105,17 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     let regions = regions((args.map_mib as usize) << 20)?;
     for wiring in wirings(&args.nics, &bus, note)? {
         for &mode in &args.modes {
-            let rounds = (0..=args.rounds)
-                .map(|_| round(&bus, &wiring, mode, &regions))
-                .collect::<Result<Vec<_>>>()?;
-            rows.extend(merge(wiring.nic, mode.name(), &rounds[1..]));
+            let counted = |rounds: u32| {
+                (0..rounds).map(|_| round(&bus, &wiring, mode, &regions)).collect::<Result<Vec<_>>>()
+            };
+            let mut rounds = counted(args.rounds + 1)?.split_off(1);
+            for _ in 0..OPENS {
+                rounds.push(open(&bus, &wiring, mode)?.steps);
+            }
+            ioctl::split_waiting(true);
+            let split = counted(SPLIT_ROUNDS)?;
+            ioctl::split_waiting(false);
+            rows.extend(merge(wiring.nic, mode.name(), &rounds, &split));
             note(&format!("{} {mode}", wiring.nic));
         }
     }
@@ -108,54 +156,76 @@ fn round(
     mode: VfioMode,
     regions: &[(&'static str, Arc<Region>)],
 ) -> Result<Vec<Step>> {
-    let vfio = Vfio::new(None);
-    let device = bus.open(&wiring.inner[0], &vfio, mode)?;
-    let phases = device.report.phases.iter();
-    let mut steps: Vec<Step> = phases.map(|phase| step(phase.name, phase.worked, phase.took)).collect();
-    let (_, reset) = measured("reset", || device.vfio().reset());
-    steps.push(reset);
-    for time in map_table(device.vfio().space(), regions)? {
-        steps.extend(of_mapping(&time));
+    let Opened { device, vfio, mut steps } = open(bus, wiring, mode)?;
+    let (done, reset) = measured("reset", || device.vfio().reset());
+    if done? {
+        steps.push(reset);
     }
+    each_map(device.vfio().space(), regions, |map| {
+        let (mapping, step) = measured("map", || map.make());
+        if let Some(mapping) = mapping? {
+            let ((), unmap) = measured("unmap", || drop(mapping));
+            let of = |step| Step { memory: Some(map.name()), bytes: Some(map.bytes()), ..step };
+            steps.extend([step, unmap].map(of));
+        }
+        Ok(())
+    })?;
     let ((), close) = measured("close", || drop((device, vfio)));
     steps.push(close);
     steps.extend(forward::steps(bus, wiring, mode)?);
     Ok(steps)
 }
 
-fn step(name: &'static str, worked: Duration, took: Duration) -> Step {
-    let nanos = |time: Duration| time.as_nanos() as u64;
-    let waiting = nanos(took.saturating_sub(worked));
-    Step { instructions: nanos(worked), waiting, ..Step::named(name) }
+/// A device that was opened, and the steps to there.
+struct Opened {
+    device: PciDevice,
+    vfio: Vfio,
+    steps: Vec<Step>,
 }
 
-pub(super) fn measured<T>(name: &'static str, body: impl FnOnce() -> T) -> (T, Step) {
-    let (since, before) = (Instant::now(), thread_time());
-    let result = body();
-    (result, step(name, thread_time() - before, since.elapsed()))
-}
-
-fn of_mapping(time: &MapTime) -> [Step; 2] {
-    let memory = format!("{}, {}", time.memory, time.call);
-    let nanos = |ms: f64| (ms * 1e6).round() as u64;
-    let of = |name, ms, in_ioctls| Step {
-        memory: Some(memory.clone()),
-        bytes: Some(time.bytes),
-        instructions: nanos(ms),
-        in_ioctls,
-        ..Step::named(name)
+fn open(bus: &Bus, wiring: &Wiring, mode: VfioMode) -> Result<Opened> {
+    let vfio = Vfio::new(None);
+    settle();
+    let ((), reading) = Taken::by(|| ());
+    let device = bus.open(&wiring.inner[0], &vfio, mode)?;
+    let phase = |phase: &Phase| {
+        let taken = Taken { worked: phase.worked, took: phase.took };
+        taken.step(phase.name, reading, phase.calls.clone())
     };
-    [of("map", time.map_ms, Some(nanos(time.map_ioctl_ms))), of("unmap", time.unmap_ms, None)]
+    let steps = device.report.phases.iter().map(phase).collect();
+    Ok(Opened { device, vfio, steps })
 }
 
-/// The median of each step over the rounds, which all have the same steps.
-fn merge(nic: &str, mode: &str, rounds: &[Vec<Step>]) -> Vec<Row> {
+/// Counts `body`, which begins just behind a timer interrupt.
+pub(super) fn measured<T>(name: &'static str, body: impl FnOnce() -> T) -> (T, Step) {
+    settle();
+    let ((), reading) = Taken::by(|| ());
+    let calls = ioctl::table();
+    let (result, taken) = Taken::by(body);
+    (result, taken.step(name, reading, ioctl::since(&calls)))
+}
+
+/// Sleeps until the kernel has nothing left to do, and then until just behind a timer interrupt. Steps that begin anywhere
+/// would have one more or one less by chance, which is 0.3 % of a million instructions.
+fn settle() {
+    /// A multiple of the period for HZ of 100, 250 and 1000. Since Linux 6.5 the interrupt comes at multiples of the period
+    /// of the monotonic clock; before, at the same distance from these until the next boot.
+    const GRID: u64 = 20_000_000;
+    const BEHIND: u64 = 1_000_000;
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    std::thread::sleep(Duration::from_nanos(2 * GRID + BEHIND - nanos(now) % GRID));
+}
+
+/// The median, or the least, of each step over the rounds, which all have the same steps, and of its calls over those that tell them.
+fn merge(nic: &str, mode: &str, rounds: &[Vec<Step>], split: &[Vec<Step>]) -> Vec<Row> {
     let Some(first) = rounds.first() else { return Vec::new() };
     let row = |(at, step): (usize, &Step)| {
-        let mut all: Vec<&Step> = rounds.iter().filter_map(|steps| steps.get(at)).collect();
-        all.sort_by_key(|step| step.instructions);
-        let at = |quarter: usize| all[(all.len() * quarter / 4).min(all.len() - 1)];
-        let median = at(2);
+        let all: Vec<&Step> = rounds.iter().filter_map(|steps| steps.get(at)).collect();
+        let split: Vec<&Step> = split.iter().filter_map(|steps| steps.get(at)).collect();
+        let round = |step: &&Step| Round { instructions: step.instructions, waiting: step.waiting };
+        let each = all.iter().map(round).collect();
+        let sorted = sorted(all, |step| step.instructions);
+        let chosen = quartile(&sorted, if LATE.contains(&step.name) { 0 } else { 2 });
         Row {
             nic: nic.to_owned(),
             mode: mode.to_owned(),
@@ -163,37 +233,64 @@ fn merge(nic: &str, mode: &str, rounds: &[Vec<Step>]) -> Vec<Row> {
             memory: step.memory.clone(),
             bytes: step.bytes,
             packets: step.packets,
-            instructions: median.instructions,
-            spread: at(3).instructions - at(1).instructions,
-            waiting: median.waiting,
-            in_ioctls: median.in_ioctls,
+            instructions: chosen.instructions,
+            spread: quartile(&sorted, 3).instructions - quartile(&sorted, 1).instructions,
+            waiting: chosen.waiting,
+            rounds: each,
+            calls: calls(&split),
         }
     };
     first.iter().enumerate().map(row).collect()
+}
+
+/// The median of the calls of each name.
+fn calls(rounds: &[&Step]) -> Vec<Call> {
+    let Some(first) = rounds.first() else { return Vec::new() };
+    let of_name = |call: &Calls| {
+        let same = |step: &&Step| step.calls.iter().find(|other| other.name == call.name).copied();
+        let sorted = sorted(rounds.iter().filter_map(same).collect(), |call| call.worked);
+        let median = quartile(&sorted, 2);
+        Call {
+            name: call.name.to_owned(),
+            calls: median.calls,
+            instructions: nanos(median.worked),
+            waiting: nanos(median.time.saturating_sub(median.worked)),
+        }
+    };
+    first.calls.iter().map(of_name).collect()
+}
+
+fn sorted<T, K: Ord>(mut all: Vec<T>, by: impl Fn(&T) -> K) -> Vec<T> {
+    all.sort_by_key(by);
+    all
+}
+
+/// Quarter 0 is the least, 2 the median.
+fn quartile<T>(sorted: &[T], quarter: usize) -> &T {
+    &sorted[(sorted.len() * quarter / 4).min(sorted.len() - 1)]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const NONE: Taken = Taken { worked: Duration::ZERO, took: Duration::ZERO };
+
+    fn taken(worked: u64, waited: u64) -> Taken {
+        Taken { worked: Duration::from_nanos(worked), took: Duration::from_nanos(worked + waited) }
+    }
+
     #[test]
-    fn a_row_is_the_median_and_the_distance_of_the_quartiles() {
+    fn a_row_is_the_median_or_the_least_and_the_distance_of_the_quartiles() {
         let round = |instructions, waiting| {
-            vec![
-                step(
-                    "open",
-                    Duration::from_nanos(instructions),
-                    Duration::from_nanos(instructions + waiting),
-                ),
-                step("close", Duration::from_nanos(7), Duration::from_nanos(7)),
-            ]
+            let open = taken(instructions, waiting).step("open", NONE, Vec::new());
+            vec![open, taken(instructions, 0).step("start", NONE, Vec::new())]
         };
-        let rows = merge(
-            "e1000e",
-            "cdev",
-            &[round(500, 3), round(100, 1), round(300, 2), round(9000, 4), round(200, 5)],
-        );
-        let row = |name: &str, instructions, spread, waiting| Row {
+        let mut rounds = [round(500, 3), round(100, 1), round(300, 2), round(9000, 4), round(200, 5)];
+        // A round that only opens.
+        rounds[4].truncate(1);
+        let rows = merge("e1000e", "cdev", &rounds, &[]);
+        let row = |name: &str, instructions, spread, waiting, rounds: &[(u64, u64)]| Row {
             nic: "e1000e".into(),
             mode: "cdev".into(),
             step: name.into(),
@@ -203,9 +300,33 @@ mod tests {
             instructions,
             spread,
             waiting,
-            in_ioctls: None,
+            rounds: rounds.iter().map(|&(instructions, waiting)| Round { instructions, waiting }).collect(),
+            calls: Vec::new(),
         };
-        assert_eq!(rows, [row("open", 300, 300, 2), row("close", 7, 0, 0)]);
+        let open = row("open", 300, 300, 2, &[(500, 3), (100, 1), (300, 2), (9000, 4), (200, 5)]);
+        let start = row("start", 100, 8700, 0, &[(500, 0), (100, 0), (300, 0), (9000, 0)]);
+        assert_eq!(rows, [open, start]);
+    }
+
+    #[test]
+    fn what_reading_the_clocks_takes_is_left_out() {
+        let step = taken(1500, 900).step("reset", taken(900, 20), Vec::new());
+        assert_eq!((step.instructions, step.waiting), (600, 880));
+        let nothing = taken(890, 15).step("reset", taken(900, 20), Vec::new());
+        assert_eq!((nothing.instructions, nothing.waiting), (0, 0));
+    }
+
+    #[test]
+    fn a_call_is_the_median_of_the_rounds_that_tell() {
+        let round = |worked, waited, calls| {
+            let Taken { worked, took: time } = taken(worked, waited);
+            let call = Calls { name: "VFIO_DEVICE_RESET", calls, time, worked };
+            vec![taken(1, 0).step("reset", NONE, vec![call])]
+        };
+        let rows =
+            merge("e1000e", "cdev", &[round(0, 9, 1)], &[round(30, 2, 1), round(10, 1, 1), round(20, 3, 1)]);
+        let call = Call { name: "VFIO_DEVICE_RESET".into(), calls: 1, instructions: 20, waiting: 3 };
+        assert_eq!(rows[0].calls, [call]);
     }
 
     #[test]

@@ -4,35 +4,68 @@ use std::fmt::Write as _;
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use super::Row;
+use super::{Call, Row};
 use crate::table::wrap;
 use crate::words::{distinct, thousands, three};
 
 /// What the cells mean.
 pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, ours and the kernel's; map and unmap per GiB; \
-    start and forward are of a forwarder between two NICs, forward in single instructions per packet. In brackets: the ratio \
-    to the first mode. ~ the quartiles of the rounds differ by more than 0.1 %. + instructions that would have fitted into \
-    the time in which the thread waited.";
+    start, first packet (start included) and forward are of a forwarder between two NICs, forward in single instructions \
+    per packet. Medians of rounds; of start and first packet the least. In brackets: the ratio to the first mode. ~ the \
+    quartiles of the rounds differ by more than 0.1 %. + instructions that would have fitted into the time in which the \
+    thread waited.";
+
+/// What the cells of [`parts`] mean.
+pub(crate) const PARTS_LEGEND: &str = "Calls to VFIO and iommufd in these steps, in the same units: ioctls by name, open of a \
+    device node, close of a device; N× where a step makes N of them. Those below 1 % of the step in every mode are summed \
+    up. Outside: our own code, other system calls (sysfs, config space, memory), page faults and interrupts.";
+
+/// Part of a step below which a call has no line of its own.
+const SMALL: f64 = 0.01;
 
 /// A table for each NIC.
 pub(crate) fn text(rows: &[Row]) -> String {
     let mut text = wrap("", LEGEND);
     for nic in distinct(rows.iter().map(|row| &row.nic)) {
         let of_nic: Vec<&Row> = rows.iter().filter(|row| row.nic == *nic).collect();
-        let _ = write!(text, "\n{nic}\n{}", table(&of_nic));
+        let modes = distinct(of_nic.iter().map(|row| &row.mode));
+        let lines = cells(&of_nic, &modes)
+            .into_iter()
+            .map(|(step, memory, cells)| (vec![step.to_owned(), memory.to_owned()], cells));
+        let _ = write!(text, "\n{nic}\n{}", table(&["step", "memory"], &modes, lines));
     }
     text
 }
 
-fn table(rows: &[&Row]) -> String {
-    let modes = distinct(rows.iter().map(|row| &row.mode));
-    let mut table = Table::new();
-    let heads = ["step", "memory"].into_iter().chain(modes.iter().map(|mode| mode.as_str()));
-    table.load_style(presets::NOTHING).set_header(heads);
-    for (step, memory, cells) in cells(rows, &modes) {
-        table.add_row([step.to_owned(), memory.to_owned()].into_iter().chain(cells));
+/// The same of the calls, for the NICs of which they were counted.
+pub(crate) fn parts_text(rows: &[Row]) -> String {
+    let rows: Vec<&Row> = rows.iter().filter(|row| !row.calls.is_empty()).collect();
+    let mut text = String::new();
+    for nic in distinct(rows.iter().map(|row| &row.nic)) {
+        let of_nic: Vec<&Row> = rows.iter().copied().filter(|row| row.nic == *nic).collect();
+        let modes = distinct(of_nic.iter().map(|row| &row.mode));
+        let lines = parts(&of_nic, &modes).into_iter().map(|part| {
+            let indent = if part.is_step { "" } else { "  " };
+            (vec![format!("{indent}{}", part.name)], part.cells)
+        });
+        let _ = write!(text, "\n{nic}, calls\n{}", table(&["step"], &modes, lines));
     }
-    for column in table.column_iter_mut().skip(2) {
+    if text.is_empty() { text } else { format!("\n{}{text}", wrap("", PARTS_LEGEND)) }
+}
+
+fn table(
+    heads: &[&str],
+    modes: &[&String],
+    lines: impl Iterator<Item = (Vec<String>, Vec<String>)>,
+) -> String {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_header(heads.iter().copied().chain(modes.iter().map(|mode| mode.as_str())));
+    for (names, cells) in lines {
+        table.add_row(names.into_iter().chain(cells));
+    }
+    for column in table.column_iter_mut().skip(heads.len()) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table.lines().map(|line| format!("{}\n", line.trim_end())).collect()
@@ -40,49 +73,117 @@ fn table(rows: &[&Row]) -> String {
 
 /// Each step of the rows of one NIC, its memory, and a cell for each of `modes`.
 pub(crate) fn cells<'a>(rows: &[&'a Row], modes: &[&String]) -> Vec<(&'a str, &'a str, Vec<String>)> {
-    let steps =
-        distinct(rows.iter().map(|row| (row.step.as_str(), row.memory.as_deref().unwrap_or_default())));
-    let of_step = |(step, memory): (&'a str, &'a str)| {
-        let of_mode = |mode: &&String| {
-            let fits = |row: &&&Row| {
-                row.mode == **mode && row.step == step && row.memory.as_deref().unwrap_or_default() == memory
-            };
-            rows.iter().copied().find(|row| fits(&row))
-        };
-        let first = modes.first().and_then(of_mode);
-        let cells = modes.iter().map(|mode| of_mode(mode).map_or_else(String::new, |row| cell(row, first)));
+    let of_step = |(step, memory, rows): (&'a str, &'a str, Vec<Option<&'a Row>>)| {
+        let first = rows.first().copied().flatten();
+        let cells = rows.iter().map(|row| row.map_or_else(String::new, |row| cell(row, first)));
         (step, memory, cells.collect())
     };
-    steps.into_iter().map(of_step).collect()
+    steps(rows, modes).into_iter().map(of_step).collect()
+}
+
+/// Each step of `rows`, its memory, and its row for each of `modes`.
+fn steps<'a>(rows: &[&'a Row], modes: &[&String]) -> Vec<(&'a str, &'a str, Vec<Option<&'a Row>>)> {
+    let named = |row: &'a Row| (row.step.as_str(), row.memory.as_deref().unwrap_or_default());
+    let of_step = |step: (&'a str, &'a str)| {
+        let of_mode =
+            |mode: &&String| rows.iter().copied().find(|row| row.mode == **mode && named(row) == step);
+        (step.0, step.1, modes.iter().map(of_mode).collect())
+    };
+    distinct(rows.iter().map(|row| named(row))).into_iter().map(of_step).collect()
+}
+
+/// A line of the table of calls.
+pub(crate) struct Part {
+    /// The step with its memory, or the call.
+    pub(crate) name: String,
+    pub(crate) is_step: bool,
+    /// For each mode.
+    pub(crate) cells: Vec<String>,
+}
+
+/// Each step of the rows of one NIC, then its calls.
+pub(crate) fn parts(rows: &[&Row], modes: &[&String]) -> Vec<Part> {
+    let with_calls: Vec<&Row> = rows.iter().copied().filter(|row| !row.calls.is_empty()).collect();
+    let of_step = |(step, memory, rows): (&str, &str, Vec<Option<&Row>>)| {
+        let line = |name: &str, is_step, of_row: &dyn Fn(&Row) -> String| {
+            let cells = rows.iter().map(|row| row.map_or_else(String::new, of_row)).collect();
+            Part { name: name.to_owned(), is_step, cells }
+        };
+        let is_small = |row: &Row, call: &Call| {
+            ((call.instructions + call.waiting) as f64) < SMALL * (row.instructions + row.waiting) as f64
+        };
+        let all = || rows.iter().flatten().flat_map(|row| row.calls.iter().map(move |call| (*row, call)));
+        let large = distinct(all().filter(|(row, call)| !is_small(row, call)).map(|(_, call)| &call.name));
+        let mut lines = vec![line(format!("{step} {memory}").trim_end(), true, &|row| cell(row, None))];
+        for name in &large {
+            lines.push(line(name, false, &|row| {
+                sum(row, row.calls.iter().filter(|call| call.name == **name))
+            }));
+        }
+        if all().any(|(_, call)| !large.contains(&&call.name)) {
+            lines.push(line("other calls", false, &|row| {
+                sum(row, row.calls.iter().filter(|call| !large.contains(&&call.name)))
+            }));
+        }
+        lines.push(line("outside", false, &outside));
+        lines
+    };
+    steps(&with_calls, modes).into_iter().flat_map(of_step).collect()
+}
+
+/// `calls` of `row` in one cell.
+fn sum<'a>(row: &Row, calls: impl Iterator<Item = &'a Call> + Clone) -> String {
+    let of = |value: fn(&Call) -> u64| calls.clone().map(value).sum::<u64>();
+    match of(|call| call.calls) {
+        0 => String::new(),
+        count => {
+            let count = if count > 1 { format!("{count}× ") } else { String::new() };
+            format!("{count}{}", amount(row, of(|call| call.instructions), of(|call| call.waiting)))
+        }
+    }
+}
+
+/// What of `row` is in no call. Rounds that tell calls wait a little longer or shorter than the others.
+fn outside(row: &Row) -> String {
+    let in_calls = |value: fn(&Call) -> u64| row.calls.iter().map(value).sum::<u64>();
+    let instructions = row.instructions.saturating_sub(in_calls(|call| call.instructions));
+    amount(row, instructions, row.waiting.saturating_sub(in_calls(|call| call.waiting)))
 }
 
 /// What a GiB takes, or a packet, or the step.
 pub(crate) fn cost(row: &Row) -> f64 {
+    row.instructions as f64 * scale(row)
+}
+
+fn scale(row: &Row) -> f64 {
     let parts = row.packets.unwrap_or(1) as f64;
-    row.bytes.map_or(1.0, |bytes| (1_u64 << 30) as f64 / bytes as f64) * row.instructions as f64 / parts
+    row.bytes.map_or(1.0, |bytes| (1_u64 << 30) as f64 / bytes as f64) / parts
+}
+
+fn kilo(count: f64) -> String {
+    let count = count / 1e3;
+    if count < 99.95 { format!("{count:.1}") } else { thousands(count.round() as u64) }
+}
+
+/// Of `row`, so many instructions, and so many that would have fitted into waiting if that is anything beside the row.
+fn amount(row: &Row, instructions: u64, waiting: u64) -> String {
+    let waits =
+        if waiting * 1000 > row.instructions { format!(" +{}", kilo(waiting as f64)) } else { String::new() };
+    format!("{}{waits}", kilo(instructions as f64 * scale(row)))
 }
 
 fn cell(row: &Row, first: Option<&Row>) -> String {
-    let kilo = |count: f64| {
-        let count = count / 1e3;
-        if count < 99.95 { format!("{count:.1}") } else { thousands(count.round() as u64) }
-    };
     if row.packets.is_some() {
         return format!("{:.1} each", cost(row));
     }
     let unsure = if row.spread * 1000 > row.instructions { "~" } else { "" };
-    let waiting = if row.waiting * 1000 > row.instructions {
-        format!(" +{}", kilo(row.waiting as f64))
-    } else {
-        String::new()
-    };
     let ratio = match first {
         Some(first) if first.mode != row.mode && first.instructions > 0 => {
             format!(" ({})", three(cost(row) / cost(first)))
         }
         _ => String::new(),
     };
-    format!("{unsure}{}{waiting}{ratio}", kilo(cost(row)))
+    format!("{unsure}{}{ratio}", amount(row, row.instructions, row.waiting))
 }
 
 #[cfg(test)]
@@ -101,7 +202,8 @@ mod tests {
             instructions,
             spread,
             waiting,
-            in_ioctls: None,
+            rounds: Vec::new(),
+            calls: Vec::new(),
         };
         let memory = Some("2 MiB, map");
         let rows = [
@@ -127,5 +229,66 @@ mod tests {
                 "forward 62.8 each",
             ]
         );
+    }
+
+    #[test]
+    fn calls_stand_below_their_step_and_add_up_to_it() {
+        let call = |name: &str, calls, instructions, waiting| Call {
+            name: name.into(),
+            calls,
+            instructions,
+            waiting,
+        };
+        let row = |mode: &str, step: &str, (instructions, waiting), calls| Row {
+            nic: "e1000e".into(),
+            mode: mode.into(),
+            step: step.into(),
+            memory: None,
+            bytes: None,
+            packets: None,
+            instructions,
+            spread: 0,
+            waiting,
+            rounds: Vec::new(),
+            calls,
+        };
+        let rows = [
+            row(
+                "container",
+                "bind",
+                (70_000, 0),
+                vec![
+                    call("VFIO_GROUP_GET_STATUS", 2, 500, 0),
+                    call("VFIO_GET_API_VERSION", 1, 100, 0),
+                    call("VFIO_SET_IOMMU", 1, 60_000, 0),
+                ],
+            ),
+            row(
+                "cdev",
+                "bind",
+                (1_000_000, 24_000_000),
+                vec![call("VFIO_DEVICE_BIND_IOMMUFD", 2, 990_000, 23_999_000)],
+            ),
+            row("cdev", "forward", (1, 0), Vec::new()),
+        ];
+        let text = parts_text(&rows);
+        let lines: Vec<String> = text
+            .lines()
+            .skip_while(|line| !line.ends_with(", calls"))
+            .skip(1)
+            .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                "step container cdev",
+                "bind 70.0 1,000 +24,000",
+                "VFIO_SET_IOMMU 60.0",
+                "VFIO_DEVICE_BIND_IOMMUFD 2× 990 +23,999",
+                "other calls 3× 0.6",
+                "outside 9.4 10.0",
+            ]
+        );
+        assert_eq!(parts_text(&rows[2..]), "");
     }
 }

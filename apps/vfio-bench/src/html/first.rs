@@ -157,6 +157,33 @@ fn counted_on(rows: &[count::Row], nic: &str) -> Markup {
                 }
             }
         }
+        (calls_on(&of_nic, &modes))
+    }
+}
+
+/// What of each step is in which call, folded away.
+fn calls_on(rows: &[&count::Row], modes: &[&String]) -> Markup {
+    let parts = count::parts(rows, modes);
+    html! {
+        @if !parts.is_empty() {
+            details {
+                summary { "Which calls to the kernel" }
+                div.scroll {
+                    table {
+                        thead { tr { th.name { "step" } @for mode in modes { th { (mode) } } } }
+                        tbody {
+                            @for part in &parts {
+                                tr.group[part.is_step] {
+                                    td.name { @if !part.is_step { "\u{a0}\u{a0}" } (part.name) }
+                                    @for cell in &part.cells { td { (cell) } }
+                                }
+                            }
+                        }
+                    }
+                }
+                p.note { (unbroken(count::PARTS_LEGEND)) }
+            }
+        }
     }
 }
 

@@ -34,28 +34,65 @@ impl Call {
     }
 }
 
-/// Maps and unmaps a region while the device is attached; none where the mode maps nothing.
-fn time_map(space: &Arc<AddressSpace>, region: &Arc<Region>, call: Call) -> Result<Option<MapTime>> {
-    if space.is_physical() && space.ioas().is_none() {
-        return Ok(None);
+/// A mapping of which nothing but the call is left to do.
+pub(crate) struct Map<'a> {
+    space: &'a Arc<AddressSpace>,
+    region: &'a Arc<Region>,
+    /// Size of its pages.
+    memory: &'static str,
+    call: Call,
+    iova: Option<u64>,
+}
+
+impl<'a> Map<'a> {
+    /// None where the mode maps nothing, or not so.
+    fn prepare(
+        space: &'a Arc<AddressSpace>,
+        (memory, region): &'a (&'static str, Arc<Region>),
+        call: Call,
+    ) -> Result<Option<Self>> {
+        let iova = match (call, space.ioas()) {
+            (Call::MapFile | Call::MapSmall, None) => return Ok(None),
+            (Call::Map, None) if space.is_physical() => return Ok(None),
+            _ if space.is_physical() => None,
+            _ => space.free_ranges().fit(region.len() as u64),
+        };
+        if let (Call::MapSmall, Some(ioas)) = (call, space.ioas()) {
+            ioas.set_huge_pages(false)?;
+        }
+        Ok(Some(Self { space, region, memory, call, iova }))
     }
-    let iova = if space.is_physical() { None } else { space.free_ranges().fit(region.len() as u64) };
-    if let (Call::MapSmall, Some(ioas)) = (call, space.ioas()) {
-        ioas.set_huge_pages(false)?;
+
+    /// Makes the call; none where the kernel does not have it. What it gives unmaps when it is dropped.
+    pub(crate) fn make(&self) -> Result<Option<Box<dyn std::fmt::Debug>>> {
+        Ok(Some(match (self.call, self.space.ioas()) {
+            (Call::MapFile, Some(ioas)) => match ioas.map_file(self.region, self.iova, Access::ReadWrite) {
+                Ok(mapping) => Box::new(mapping),
+                Err(error) if error.errno() == Some(nix::errno::Errno::ENOTTY) => return Ok(None),
+                Err(error) => return Err(error),
+            },
+            _ => Box::new(self.space.map(self.region, self.iova)?),
+        }))
     }
+
+    /// Size of the region.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.region.len() as u64
+    }
+
+    /// Pages and call, such as `2 MiB, map-file`.
+    pub(crate) fn name(&self) -> String {
+        format!("{}, {}", self.memory, self.call.name())
+    }
+}
+
+/// Maps and unmaps a region while the device is attached; none where the kernel has no such call.
+fn time_map(map: &Map) -> Result<Option<MapTime>> {
     // By the clock of `ioctl::time`: where the kernel's is slow to read, as in an emulator, the difference of the two
     // would be its cost.
     let elapsed = |since: u64| Duration::from_nanos(Tsc::to_nanos(Tsc::now().saturating_sub(since)));
     let (before, in_kernel, since) = (ioctl::calls(), ioctl::time(), Tsc::now());
-    let mapping: Box<dyn std::fmt::Debug> = match (call, space.ioas()) {
-        (Call::MapFile, Some(ioas)) => match ioas.map_file(region, iova, Access::ReadWrite) {
-            Ok(mapping) => Box::new(mapping),
-            Err(error) if error.errno() == Some(nix::errno::Errno::ENOTTY) => return Ok(None),
-            Err(error) => return Err(error),
-        },
-        (Call::MapFile | Call::MapSmall, None) => return Ok(None),
-        (Call::Map | Call::MapSmall, _) => Box::new(space.map(region, iova)?),
-    };
+    let Some(mapping) = map.make()? else { return Ok(None) };
     let (mapped, map_ioctls) = (elapsed(since), ioctl::calls() - before);
     let in_kernel = ioctl::time().saturating_sub(in_kernel);
     let (before, since) = (ioctl::calls(), Tsc::now());
@@ -63,9 +100,9 @@ fn time_map(space: &Arc<AddressSpace>, region: &Arc<Region>, call: Call) -> Resu
     let (unmapped, unmap_ioctls) = (elapsed(since), ioctl::calls() - before);
     Ok(Some(MapTime {
         mode: String::new(),
-        memory: String::new(),
-        call: call.name().to_owned(),
-        bytes: region.len() as u64,
+        memory: map.memory.to_owned(),
+        call: map.call.name().to_owned(),
+        bytes: map.bytes(),
         round: 0,
         map_ms: mapped.as_secs_f64() * 1e3,
         map_ioctl_ms: in_kernel.as_secs_f64() * 1e3,
@@ -85,8 +122,12 @@ pub(crate) fn map_times(
 ) -> Result<Vec<MapTime>> {
     let vfio = Vfio::new(None);
     let device = bus.open(info, &vfio, mode)?;
-    let times = map_table(device.vfio().space(), regions)?;
-    Ok(times.into_iter().map(|time| MapTime { mode: mode.name().to_owned(), round, ..time }).collect())
+    let mut times = Vec::new();
+    each_map(device.vfio().space(), regions, |map| {
+        times.extend(time_map(map)?.map(|time| MapTime { mode: mode.name().to_owned(), round, ..time }));
+        Ok(())
+    })?;
+    Ok(times)
 }
 
 /// A region of `bytes` for each size of page that this machine has, with its name.
@@ -98,18 +139,18 @@ pub(crate) fn regions(bytes: usize) -> Result<Vec<(&'static str, Arc<Region>)>> 
     regions.into_iter().map(|(name, backing)| Ok((name, Arc::new(Region::new(bytes, backing)?)))).collect()
 }
 
-/// Each call on each of `regions`. The last row changes the address space for good.
-pub(crate) fn map_table(
+/// Gives `measure` each call on each of `regions`. The last one changes the address space for good.
+pub(crate) fn each_map(
     space: &Arc<AddressSpace>,
     regions: &[(&'static str, Arc<Region>)],
-) -> Result<Vec<MapTime>> {
+    mut measure: impl FnMut(&Map) -> Result<()>,
+) -> Result<()> {
     let by_size = regions.iter().flat_map(|region| [Call::Map, Call::MapFile].map(|call| (region, call)));
     let large = regions.iter().filter(|(_, region)| region.page_size() == 2 << 20);
-    let mut times = Vec::new();
-    for ((memory, region), call) in by_size.chain(large.map(|region| (region, Call::MapSmall))) {
-        if let Some(time) = time_map(space, region, call)? {
-            times.push(MapTime { memory: (*memory).to_owned(), ..time });
+    for (region, call) in by_size.chain(large.map(|region| (region, Call::MapSmall))) {
+        if let Some(map) = Map::prepare(space, region, call)? {
+            measure(&map)?;
         }
     }
-    Ok(times)
+    Ok(())
 }

@@ -24,7 +24,7 @@ use crate::perf::{self, Counters, Counts};
 use crate::record::{Latency, Run, Throughput};
 use crate::run::kind;
 
-pub(crate) use maps::{map_table, map_times, regions};
+pub(crate) use maps::{each_map, map_times, regions};
 pub(crate) use side::Side;
 use side::Stopped;
 

@@ -107,13 +107,13 @@ impl Side {
         self.cache.pool().cache()
     }
 
-    /// Sends a full burst of shortest frames on the first port.
-    pub(crate) fn send_burst(&mut self) {
+    /// Sends a burst of `count` shortest frames on the first port.
+    pub(crate) fn send_burst(&mut self, count: usize) {
         let mut burst = Burst::new();
         let mut bytes = [0; SHORTEST];
         let tag = Tag { run: 0, sequence: 0, ticks: 0 };
         frame::write(&mut bytes, MacAddr([0xff; 6]), self.ports[0].port.mac(), tag);
-        while !burst.is_full()
+        while burst.len() < count
             && let Some(buffer) = self.to_send.allocate()
         {
             let mut packet = Packet::new(buffer, bytes.len());

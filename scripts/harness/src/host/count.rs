@@ -36,7 +36,9 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
                 let mut lab = lab();
                 lab.args(["count", "--nics", "e1000e", "--json"]).arg(&file);
                 run_for(context, boot, &mut lab, Duration::from_secs(LIMIT / 2))?.expect(0)?;
-                counted.push(rows(&read(file)?)?);
+                let figures = serde_json::from_str(&read(file)?)?;
+                calls(&figures)?;
+                counted.push(rows(&figures)?);
             }
             compare(context, &counted[0], &counted[1])
         })
@@ -45,14 +47,40 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
 }
 
 /// Each step of each mode, with its instructions.
-fn rows(text: &str) -> Result<Vec<(String, f64)>> {
-    let figures: Value = serde_json::from_str(text)?;
+fn rows(figures: &Value) -> Result<Vec<(String, f64)>> {
     let rows = figures["counted"].as_array().context("nothing was counted")?;
     let row = |row: &Value| {
         let words = ["mode", "step", "memory"].map(|key| row[key].as_str().unwrap_or_default());
         Ok((words.join(" "), row["instructions"].as_f64().context("a row without a count")?))
     };
     rows.iter().map(row).collect()
+}
+
+/// The call that a step is about is nearly all of it, and no step has more in its calls than it has.
+fn calls(figures: &Value) -> Result<()> {
+    let rows = figures["counted"].as_array().context("nothing was counted")?;
+    for row in rows {
+        let calls = row["calls"].as_array().context("a row without calls")?;
+        let sum: f64 = calls.iter().filter_map(|call| call["instructions"].as_f64()).sum();
+        let all = row["instructions"].as_f64().context("a row without a count")?;
+        ensure!(sum <= (1.0 + MARGIN) * all + FEW, "{sum} instructions in the calls of {row}");
+    }
+    for (mode, step, memory, name) in [
+        ("container", "map", Some("1 GiB, map"), "VFIO_IOMMU_MAP_DMA"),
+        ("cdev", "map", Some("1 GiB, map"), "IOMMU_IOAS_MAP"),
+        ("cdev", "unmap", Some("4 KiB, map"), "IOMMU_IOAS_UNMAP"),
+        ("cdev", "bind", None, "VFIO_DEVICE_BIND_IOMMUFD"),
+        ("container", "close", None, "close"),
+    ] {
+        let fits =
+            |row: &&Value| row["mode"] == mode && row["step"] == step && row["memory"].as_str() == memory;
+        let row = rows.iter().find(fits).with_context(|| format!("no {step} in {mode}"))?;
+        let call = row["calls"].as_array().into_iter().flatten().find(|call| call["name"] == name);
+        let part = call.and_then(|call| call["instructions"].as_f64()).unwrap_or_default()
+            / row["instructions"].as_f64().unwrap_or(f64::INFINITY);
+        ensure!(part > 0.8, "{name} is {part:.3} of {row}");
+    }
+    Ok(())
 }
 
 fn compare(context: &Context, first: &[(String, f64)], second: &[(String, f64)]) -> Result<()> {
