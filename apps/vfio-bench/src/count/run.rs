@@ -82,6 +82,13 @@ impl Taken {
         (result, Self { worked, took })
     }
 
+    /// What reading the clocks takes, the second time as for a step: the first has a sleep before it.
+    fn reading() -> Self {
+        let ((), _) = Self::by(|| ());
+        let ((), reading) = Self::by(|| ());
+        reading
+    }
+
     /// What reading the clocks takes is none of the step's.
     fn step(self, name: &'static str, reading: Self, calls: Vec<Calls>) -> Step {
         let waiting = |taken: Self| taken.took.saturating_sub(taken.worked);
@@ -186,7 +193,7 @@ struct Opened {
 fn open(bus: &Bus, wiring: &Wiring, mode: VfioMode) -> Result<Opened> {
     let vfio = Vfio::new(None);
     settle();
-    let ((), reading) = Taken::by(|| ());
+    let reading = Taken::reading();
     let device = bus.open(&wiring.inner[0], &vfio, mode)?;
     let phase = |phase: &Phase| {
         let taken = Taken { worked: phase.worked, took: phase.took };
@@ -199,7 +206,7 @@ fn open(bus: &Bus, wiring: &Wiring, mode: VfioMode) -> Result<Opened> {
 /// Counts `body`, which begins just behind a timer interrupt.
 pub(super) fn measured<T>(name: &'static str, body: impl FnOnce() -> T) -> (T, Step) {
     settle();
-    let ((), reading) = Taken::by(|| ());
+    let reading = Taken::reading();
     let calls = ioctl::table();
     let (result, taken) = Taken::by(body);
     (result, taken.step(name, reading, ioctl::since(&calls)))
