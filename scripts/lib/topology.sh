@@ -22,7 +22,11 @@ nic_add() {
     local kind=$1 slot netdev=$3 device
     slot=$(printf '%02x' "$2")
     case $kind in
-        virtio-net) device="virtio-net-pci,disable-legacy=on,iommu_platform=$OPT_IOMMU_PLATFORM,rx_queue_size=1024" ;;
+        virtio-net)
+            device="virtio-net-pci,disable-legacy=on,iommu_platform=$OPT_IOMMU_PLATFORM,rx_queue_size=1024"
+            # Where instructions are counted, those of a guest that waits for another thread of QEMU are the host's speed.
+            [[ -z $OPT_ICOUNT ]] || device+=",ioeventfd=off"
+            ;;
         *) device=$kind ;;
     esac
     NIC_ARGS+=(-netdev "$netdev,id=n$slot" -device "$device,netdev=n$slot,addr=0x$slot,mac=52:54:00:00:00:$slot,romfile=")

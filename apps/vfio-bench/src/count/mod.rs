@@ -49,8 +49,7 @@ pub(crate) struct Row {
     /// Packets that `forward` moves in one poll.
     #[serde(default)]
     packets: Option<u64>,
-    /// Instructions of the thread, of ours and of the kernel: the median over the rounds; of `start` and `first packet` the
-    /// least, because they poll for what QEMU does in another thread. Each step but `forward` begins just
+    /// Instructions of the thread, of ours and of the kernel: the median over the rounds. Each step but `forward` begins just
     /// behind a timer interrupt, so that as many of these fall into it as it is long, each time, and none into one that is
     /// shorter than their period.
     instructions: u64,

@@ -11,9 +11,8 @@ use crate::words::{distinct, thousands, three};
 /// What the cells mean.
 pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, ours and the kernel's; map and unmap per GiB; \
     start, first packet (start included) and forward are of a forwarder between two NICs, forward in single instructions \
-    per packet. Medians of rounds; of start and first packet the least. In brackets: the ratio to the first mode. ~ the \
-    quartiles of the rounds differ by more than 0.1 %. + instructions that would have fitted into the time in which the \
-    thread waited.";
+    per packet. Medians of rounds. In brackets: the ratio to the first mode. ~ the quartiles of the rounds differ by more \
+    than 0.1 %. + instructions that would have fitted into the time in which the thread waited.";
 
 /// What the cells of [`parts`] mean.
 pub(crate) const PARTS_LEGEND: &str = "Calls to VFIO and iommufd in these steps, in the same units: ioctls by name, open of a \

@@ -14,7 +14,7 @@ use crate::process::run_for;
 /// Part of a count by which two boots may differ.
 const MARGIN: f64 = 0.001;
 /// Instructions by which they may in any case: short steps consist of little else than what the kernel keeps for later.
-const FEW: f64 = 500.0;
+const FEW: f64 = 200.0;
 
 pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     const LIMIT: u64 = 1800;
