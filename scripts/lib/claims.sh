@@ -12,16 +12,16 @@ bench_claims() {
         fail "cargo could not build (its message is above)"
     mkdir "$WORK/share"
     trap 'claims_host 1; rm -rf "$WORK"' EXIT
-    claims_reports null --null
-    claims_reports slow --null --slow cdev --slower "$CLAIMS_SLOWER"
+    claims_reports null "$OPT_REPORTS" --null
+    claims_reports slow $(((OPT_REPORTS + 1) / 2)) --null --slow cdev --slower "$CLAIMS_SLOWER"
     claims_say
 }
 
-# claims_reports KIND OPTION...: every second one with a busy host.
+# claims_reports KIND COUNT OPTION...: every second one with a busy host.
 claims_reports() {
-    local kind=$1 number
-    shift
-    for ((number = 1; number <= OPT_REPORTS; number++)); do
+    local kind=$1 count=$2 number
+    shift 2
+    for ((number = 1; number <= count; number++)); do
         claims_host $((number % 2))
         claims_report "$kind-$number" "$@"
     done
@@ -46,7 +46,7 @@ claims_report() {
     local name=$1 json="$WORK/share/$1.json"
     shift
     "$SCRIPTS/lab" run --timeout 900 --share "$WORK/share" -- vfio-bench run --nics e1000e --modes "$CLAIMS_MODES" \
-        --seconds 0.1 --map-mib 32 --limit 40 --json "/share/$name.json" "$@" >"$WORK/lab.log" 2>&1 ||
+        --seconds 0.1 --frame-sizes 60 --trial 0.05 --map-mib 32 --limit 40 --json "/share/$name.json" "$@" >"$WORK/lab.log" 2>&1 ||
         fail "the recording failed: $(tail -n1 "$WORK/lab.log")"
     "$REPO/target/lab/vireo-vfio-bench" report "$json" --json "$WORK/$name.json" >/dev/null ||
         fail "report failed (its message is above)"
