@@ -7,7 +7,7 @@ KERNEL_PACKAGES=(make gcc libc6-dev flex bison bc libelf-dev xz-utils)
 
 # A source that silently drops one of these would make every test of it meaningless.
 KERNEL_MUST_HAVE=(IOMMUFD VFIO_DEVICE_CDEV VFIO_GROUP VFIO_CONTAINER VFIO_NOIOMMU VFIO_PCI INTEL_IOMMU
-    E1000 E1000E VIRTIO_NET VIRTIO_CONSOLE 9P_FS HUGETLBFS NUMA ACPI_NUMA)
+    E1000 E1000E VIRTIO_NET VIRTIO_CONSOLE BRIDGE 9P_FS HUGETLBFS NUMA ACPI_NUMA)
 
 # What the build prints, counted once on 6.12 and 7.3: make does not know beforehand how much it has to do.
 KERNEL_STEPS=1950

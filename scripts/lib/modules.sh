@@ -2,7 +2,8 @@
 # A distribution's kernel (--kernel PATH) has as modules what ours has built in. They are looked for where its package
 # puts them: beside the image (also of an unpacked package), else in /lib/modules.
 
-MODULES_WANTED=(virtio_pci virtio_console 9p 9pnet_virtio virtio_net e1000 e1000e iommufd vfio vfio_iommu_type1 vfio_pci)
+MODULES_WANTED=(virtio_pci virtio_console 9p 9pnet_virtio virtio_net e1000 e1000e bridge iommufd vfio vfio_iommu_type1
+    vfio_pci)
 
 # Files in load order in /modules of the guest, since insmod resolves nothing.
 modules_add() {
