@@ -17,12 +17,14 @@ mod perf;
 mod plot;
 mod process;
 mod record;
+mod reference;
 mod report;
 mod run;
 mod selftest;
 mod start;
 mod stats;
 mod table;
+mod testpmd;
 #[cfg(test)]
 mod tests;
 mod words;

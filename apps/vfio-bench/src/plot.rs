@@ -203,7 +203,7 @@ fn samples(
 }
 
 /// Every round's rate by NIC and mode.
-pub(crate) fn forwarding(rows: &[Row]) -> Result<String> {
+pub(crate) fn forwarding(rows: &[&Row]) -> Result<String> {
     let (unit, name) = rate_unit(rows.iter().map(|row| row.forward_pps).fold(0.0, f64::max));
     let scale = logarithmic(rows.iter().flat_map(|row| &row.forward_samples).map(|pps| pps / unit));
     let (places, bottom) = layout(rows, |row| &row.nic);
@@ -281,7 +281,7 @@ fn color_of(comparison: &Comparison, pair: &Pair) -> RGBColor {
 }
 
 /// p50, p99, p99.9 and the largest latency, on a logarithmic scale.
-pub(crate) fn latency(rows: &[Row]) -> Result<String> {
+pub(crate) fn latency(rows: &[&Row]) -> Result<String> {
     let us = |ns: u64| (ns.max(1) as f64 / 1e3).log10();
     let low = rows.iter().map(|r| us(r.latency_ns.p50)).fold(f64::INFINITY, f64::min);
     let high = rows.iter().map(|r| us(r.latency_ns.max)).fold(low + 0.5, f64::max);

@@ -38,6 +38,9 @@ pub(crate) struct Recording {
 pub(crate) struct Plan {
     /// Names of the modes.
     pub(crate) modes: Vec<String>,
+    /// Names of the references; none in recordings of Vireo before 0.2.
+    #[serde(default)]
+    pub(crate) references: Vec<String>,
     /// The order of each round is drawn from it.
     pub(crate) seed: u64,
     /// Rounds at least.
@@ -127,11 +130,12 @@ impl<'de> Deserialize<'de> for Environment {
 pub(crate) struct Run {
     /// `virtio-net`, `e1000` or `e1000e`.
     pub(crate) nic: String,
-    /// Name of the VFIO mode, as `--vfio-mode` takes it.
+    /// Name of the VFIO mode, as `--vfio-mode` takes it, or of the reference.
     pub(crate) mode: String,
     /// Number of the round, from 0.
     pub(crate) round: u32,
-    /// [`Run::COMPARED`], or [`Run::TWIN`] for a second run of a mode in the round, which is compared with the first.
+    /// [`Run::COMPARED`]; [`Run::TWIN`] for a second run of a mode in the round, which is compared with the first; or
+    /// [`Run::REFERENCE`] for a forwarder that is not Vireo's, which is compared with nothing.
     pub(crate) pair: String,
     /// Packets forwarded per second.
     pub(crate) forward_pps: f64,
@@ -179,6 +183,13 @@ impl Run {
     pub(crate) const COMPARED: &str = "modes";
     /// [`Run::pair`] of the one that is more.
     pub(crate) const TWIN: &str = "A/A";
+    /// [`Run::pair`] of a forwarder that is not Vireo's.
+    pub(crate) const REFERENCE: &str = "reference";
+
+    /// Whether the forwarder was not Vireo's.
+    pub(crate) fn is_reference(&self) -> bool {
+        self.pair == Self::REFERENCE
+    }
 
     /// Sum of the named counters.
     pub(crate) fn dropped(&self) -> u64 {

@@ -19,11 +19,13 @@ use vireo_pktgen::frame::{LONGEST, SHORTEST};
 use crate::compare::Comparison;
 use crate::cores::Cores;
 use crate::environment::environment;
-use crate::measure::{Limits, Setup, Wiring, map_times, regions, straight};
+use crate::measure::{Limits, Setup, Wiring, map_times, measure_reference, regions, straight};
 use crate::perf::Counters;
 use crate::record::{Ceiling, MapTime, Plan, Recorder, Recording, Run};
+use crate::reference::Reference;
 use crate::report::MARGIN;
 use crate::stats::Random;
+use crate::testpmd::TestpmdArgs;
 
 /// Length of the stream that shows that a wire carries packets.
 const WIRE_CHECK: Duration = Duration::from_millis(20);
@@ -44,6 +46,11 @@ pub(crate) struct RunArgs {
     /// and the last two are connected; or the forwarder's two, and an external generator sends to one of them
     #[arg(long, value_name = "A,B[,C,D]", value_delimiter = ',', conflicts_with = "nics")]
     ports: Vec<String>,
+    /// Forwarders in place of Vireo's, once in each round on the same NICs, to compare with; their start is not measured
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    references: Vec<Reference>,
+    #[command(flatten)]
+    testpmd: TestpmdArgs,
     /// Cores that poll; by default the first two that this process may use. With an external generator, the forwarder's
     #[arg(long, value_name = "GENERATOR,FORWARDER", value_delimiter = ',')]
     cores: Vec<usize>,
@@ -153,13 +160,16 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     };
     // The same pages in all modes: how far they are scattered decides what they cost.
     let regions = regions((args.map_mib as usize) << 20)?;
-    let bench = Bench { bus: &bus, setups, args, limits, regions, stop };
+    let references = references(args, &setups, note)?;
+    let mut bench = Bench { bus: &bus, setups, references, args, limits, regions, stop };
     bench.check_wires()?;
+    // Time in which modes were measured: references must not take rounds from them.
     let begin = Instant::now();
+    let mut with_references = Duration::ZERO;
     let first = recorder.recording.runs.iter().map(|run| run.round + 1).max().unwrap_or(0);
     for round in first.. {
-        bench.record(round, &mut recorder)?;
-        let seconds = begin.elapsed().as_secs_f64();
+        with_references += bench.record(round, &mut recorder)?;
+        let seconds = begin.elapsed().saturating_sub(with_references).as_secs_f64();
         let (end, so_far) = enough(&recorder.recording, round + 1, seconds);
         note(&format!("round {} {seconds:.0} s: {so_far}", round + 1));
         if let Some(end) = end {
@@ -173,6 +183,7 @@ impl RunArgs {
     fn plan(&self) -> Plan {
         Plan {
             modes: self.modes.iter().map(|mode| mode.name().to_owned()).collect(),
+            references: self.references.iter().map(|reference| reference.name().to_owned()).collect(),
             seed: self.seed.unwrap_or_else(Tsc::now),
             rounds: self.rounds,
             width: self.width / 100.0,
@@ -194,6 +205,8 @@ const SYSFS: &str = "/sys";
 struct Bench<'a> {
     bus: &'a Bus,
     setups: Vec<Setup>,
+    /// With the place of the setup on which each is measured.
+    references: Vec<(usize, Reference)>,
     args: &'a RunArgs,
     limits: Limits<'a>,
     regions: Vec<(&'static str, Arc<Region>)>,
@@ -209,41 +222,59 @@ impl Bench<'_> {
             if let Setup::Wired(Wiring { sender, inner: [inside, outside], receiver, .. }) = setup {
                 for wire in [[sender, inside], [outside, receiver]] {
                     straight(self.bus, wire, mode, &limits, &self.stop)?;
-                    self.go_on()?;
+                    go_on(&self.stop)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// A run that a signal ended has figures of nothing, or an error that is none.
-    fn go_on(&self) -> Result<()> {
-        if self.stop.is_set() {
-            return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
-                .mend("go on with the same arguments and --resume"));
-        }
-        Ok(())
-    }
-
-    /// Every NIC in every mode, and every mode's mapping, each in an order of this round.
-    fn record(&self, round: u32, recorder: &mut Recorder) -> Result<()> {
-        let Self { bus, setups, args, limits, regions, stop } = self;
+    /// Every NIC in every mode and with every reference, and every mode's mapping, each in an order of this round. Gives the
+    /// time that the references took.
+    fn record(&mut self, round: u32, recorder: &mut Recorder) -> Result<Duration> {
+        let Self { bus, setups, references, args, limits, regions, stop } = self;
         let modes = &args.modes;
         let runs_as = |mode| if args.null { modes[0] } else { mode };
         let mut random = order_of(&recorder.recording, round);
-        for setup in setups {
-            for (pair, mode) in schedule(modes, round, &mut random) {
-                let slower = args.slower.filter(|_| args.slow == Some(mode)).unwrap_or_default();
-                let run = setup.measure(bus, runs_as(mode), &Limits { slower, ..*limits }, stop);
-                self.go_on()?;
-                let run = run?;
-                recorder.run(Run { round, pair: pair.to_owned(), mode: mode.name().to_owned(), ..run })?;
+        let mut with_references = Duration::ZERO;
+        for (place, setup) in setups.iter().enumerate() {
+            let of_modes = schedule(modes, round, &mut random).into_iter().map(Turn::Mode);
+            let of_references = references.iter().filter(|(at, _)| *at == place);
+            let mut turns: Vec<Turn> =
+                of_modes.chain(of_references.map(|turn| Turn::Reference(turn.1))).collect();
+            random.shuffle(&mut turns);
+            for turn in turns {
+                let began = Instant::now();
+                let run = match (turn, setup) {
+                    (Turn::Mode((pair, mode)), _) => {
+                        let slower = args.slower.filter(|_| args.slow == Some(mode)).unwrap_or_default();
+                        let run = setup.measure(bus, runs_as(mode), &Limits { slower, ..*limits }, stop);
+                        run.map(|run| Run { pair: pair.to_owned(), mode: mode.name().to_owned(), ..run })
+                    }
+                    (Turn::Reference(reference), Setup::Wired(wiring)) => {
+                        let with = (reference, &args.testpmd);
+                        let run = measure_reference(bus, wiring, with, runs_as(modes[0]), limits, stop);
+                        with_references += began.elapsed();
+                        run
+                    }
+                    (Turn::Reference(_), Setup::External { .. }) => continue,
+                };
+                go_on(stop)?;
+                match (run, turn) {
+                    (Ok(run), _) => recorder.run(Run { round, ..run })?,
+                    // The modes are what the recording is about.
+                    (Err(error), Turn::Reference(reference)) => {
+                        note(&left_out(reference, setup.nic(), error));
+                        references.retain(|known| *known != (place, reference));
+                    }
+                    (Err(error), Turn::Mode(_)) => return Err(error),
+                }
             }
             if let (Some(&mode), Setup::Wired(Wiring { nic, sender, inner: [inside, _], .. })) =
                 (modes.first(), setup)
             {
                 let pps = straight(bus, [sender, inside], mode, limits, stop)?;
-                self.go_on()?;
+                go_on(stop)?;
                 recorder.ceiling(Ceiling { nic: (*nic).to_owned(), round, pps })?;
             }
         }
@@ -256,8 +287,25 @@ impl Bench<'_> {
                 }
             }
         }
-        Ok(())
+        Ok(with_references)
     }
+}
+
+/// A run of a round.
+#[derive(Clone, Copy)]
+enum Turn {
+    /// With its pair.
+    Mode((&'static str, VfioMode)),
+    Reference(Reference),
+}
+
+/// A run that a signal ended has figures of nothing, or an error that is none.
+fn go_on(stop: &StopFlag) -> Result<()> {
+    if stop.is_set() {
+        return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
+            .mend("go on with the same arguments and --resume"));
+    }
+    Ok(())
 }
 
 /// Random numbers of a round, which do not depend on what was done before it.
@@ -310,6 +358,35 @@ fn setups(args: &RunArgs, bus: &Bus) -> Result<Vec<Setup>> {
     }
     let infos = args.ports.iter().map(|text| bus.find(text.parse::<Bdf>()?)).collect::<Result<Vec<_>>>()?;
     Ok(vec![Setup::new(infos)?])
+}
+
+/// The references that the arguments name, with the places of the setups on which they can be measured; `say` gets a line
+/// for each other place.
+fn references(
+    args: &RunArgs,
+    setups: &[Setup],
+    mut say: impl FnMut(&str),
+) -> Result<Vec<(usize, Reference)>> {
+    let mut found = Vec::new();
+    for &reference in &args.references {
+        reference.check(&args.testpmd)?;
+        for (place, setup) in setups.iter().enumerate() {
+            let Setup::Wired(Wiring { nic, inner: [inside, _], .. }) = setup else {
+                let what = format!("cannot measure {}", reference.name());
+                let why = "references take four NICs, and no external generator";
+                return Err(Error::new(ErrorKind::Usage, what, why).mend("leave out --references"));
+            };
+            match reference.unfit(inside) {
+                Some(why) => say(&left_out(reference, nic, why)),
+                None => found.push((place, reference)),
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn left_out(reference: Reference, nic: &str, why: impl std::fmt::Display) -> String {
+    format!("vireo-vfio-bench: {} is left out on {nic}: {why}", reference.name())
 }
 
 /// Four NICs of each kind in `nics`, or of every kind of which there are four; then `say` gets a line for each other kind.
@@ -369,6 +446,7 @@ pub(crate) fn kind(info: &PciInfo) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::FromArgMatches as _;
     use std::fs;
     use std::os::unix::fs::symlink;
 
@@ -417,6 +495,28 @@ mod tests {
             let chosen = wirings(&nics[..1], &bus, |_| ()).unwrap();
             assert_eq!(chosen.iter().map(|wiring| wiring.nic).collect::<Vec<_>>(), ["e1000"]);
         }
+    }
+
+    #[test]
+    fn references_are_left_out_where_they_cannot_forward_and_refused_without_a_generator() {
+        let command = RunArgs::augment_args(clap::Command::new("run").no_binary_name(true));
+        let words = ["--json", "x", "--references", "bridge,testpmd", "--testpmd", "sh"];
+        let args = RunArgs::from_arg_matches(&command.get_matches_from(words)).unwrap();
+        assert_eq!(args.plan().references, ["linux-bridge", "testpmd"]);
+        let (_dir, bus) = bus(&[[E1000; 4], [E1000E; 4]].concat());
+        let wired: Vec<Setup> = wirings(&[], &bus, |_| ()).unwrap().into_iter().map(Setup::Wired).collect();
+        let mut said = Vec::new();
+        let found = references(&args, &wired, |line| said.push(line.to_owned())).unwrap();
+        let expected = [(0, Reference::Bridge), (1, Reference::Bridge), (1, Reference::Testpmd)];
+        assert_eq!(found, expected);
+        assert_eq!(said.len(), 1);
+        assert!(said[0].starts_with("vireo-vfio-bench: testpmd is left out on e1000: "), "{said:?}");
+        let external = [Setup::new(bus.scan().unwrap()[..2].to_vec()).unwrap()];
+        let error = references(&args, &external, |_| ()).unwrap_err();
+        assert!(
+            error.to_string().contains("cannot measure linux-bridge: references take four NICs"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -37,6 +37,7 @@ pub(crate) fn text(report: &Report, lines: bool) -> String {
         "Forwarding and latency (medians of rounds; latency and packets of all rounds; doorbells per packet)",
         forwarding(comparison, lines),
     );
+    section("References (in no comparison)", bullets("  ", &comparison.of_references()));
     section("Throughput (highest load at the stated loss; medians of rounds)", throughput(comparison, lines));
     section(
         "Counters per packet of CPU and IOMMU (at the forwarding rate, with idle polls; medians of rounds)",
@@ -110,14 +111,15 @@ fn once(name: &str, last: &mut String) -> String {
 }
 
 fn mark(row: &Row) -> String {
-    if row.balanced { row.label.clone() } else { format!("{} !", row.label) }
+    if row.is_sound() { row.label.clone() } else { format!("{} !", row.label) }
 }
 
 fn forwarding(comparison: &Comparison, lines: bool) -> String {
-    let (scale, unit) = rate_unit(comparison.rows.iter().map(|r| r.forward_pps).fold(0.0, f64::max));
+    let rows = comparison.forwarders();
+    let (scale, unit) = rate_unit(rows.iter().map(|r| r.forward_pps).fold(0.0, f64::max));
     let us = |ns: u64| three(ns as f64 / 1e3);
     let mut last = String::new();
-    let rows = comparison.rows.iter().map(|row| {
+    let rows = rows.into_iter().map(|row| {
         let l = row.latency_ns;
         [
             once(&row.nic, &mut last),
@@ -127,7 +129,7 @@ fn forwarding(comparison: &Comparison, lines: bool) -> String {
             us(l.p99),
             us(l.p999),
             us(l.max),
-            three(row.doorbells_per_packet),
+            words::doorbells(row),
             thousands(row.sent),
             thousands(row.received),
             thousands(row.dropped),
@@ -151,10 +153,11 @@ fn forwarding(comparison: &Comparison, lines: bool) -> String {
 
 fn throughput(comparison: &Comparison, lines: bool) -> String {
     let frames = comparison.frames();
-    let all = comparison.rows.iter().flat_map(|row| &row.throughput);
+    let forwarders = comparison.forwarders();
+    let all = forwarders.iter().flat_map(|row| &row.throughput);
     let (scale, unit) = rate_unit(all.map(|found| found.pps).fold(0.0, f64::max));
     let (mut last, mut rows) = (String::new(), Vec::new());
-    for row in &comparison.rows {
+    for row in forwarders {
         for (frame, loss) in &frames {
             let found = row.throughput.iter().find(|found| (found.frame, found.loss) == (*frame, *loss));
             if let Some(found) = found {
@@ -255,7 +258,7 @@ fn maps(comparison: &Comparison, lines: bool) -> String {
 }
 
 fn drops(comparison: &Comparison) -> String {
-    let lost = comparison.rows.iter().filter(|row| row.dropped > 0);
+    let lost = comparison.forwarders().into_iter().filter(|row| row.dropped > 0);
     lost.map(|row| {
         let counted = row.drops.iter().filter(|(_, n)| **n > 0);
         let names: Vec<String> = counted.map(|(name, n)| format!("{name} {}", thousands(*n))).collect();

@@ -7,7 +7,7 @@ use clap::{Args, FromArgMatches};
 use crate::compare::{Comparison, Metric, Pair, Verdict};
 use crate::record::{Ceiling, Environment, Latency, Machine, MapTime, Plan, Recording, Run, Throughput};
 use crate::report::{MARGIN, Report, ReportArgs, report_to};
-use crate::run::schedule;
+use crate::run::{enough, schedule};
 use crate::stats::Random;
 
 /// A stretch of numbers in `-1.0..1.0` that looks random and is the same every time.
@@ -285,6 +285,56 @@ fn a_forwarder_as_fast_as_the_generator_is_said() {
     assert!(
         said.contains("! e1000: the rate of container and cdev is at least 90 % of what sender"),
         "{said}"
+    );
+}
+
+/// As [`boots`], with two references in the first. One loses packets that nothing counts.
+fn boots_with_references() -> Vec<Recording> {
+    let (mut boots, mut seed) = (boots(), 7);
+    let modes = std::mem::take(&mut boots[0].runs);
+    for at in 0..modes.len() {
+        let Run { nic, round, .. } = &modes[at];
+        if at == 0 || modes[at - 1].round != *round {
+            for (name, uncounted) in [("testpmd", 0), ("linux-bridge", 5)] {
+                let run = run(nic, name, Run::REFERENCE, *round, &mut seed);
+                boots[0].runs.push(Run { sent: run.sent + uncounted, first_packet_ms: 0.0, ..run });
+            }
+        }
+        boots[0].runs.push(modes[at].clone());
+    }
+    boots
+}
+
+#[test]
+fn references_are_shown_and_change_nothing_that_is_said_of_modes() {
+    let (without, with) = (boots(), boots_with_references());
+    let comparison = compare(&with);
+    let rest = |comparison: &Comparison| {
+        let mut value = serde_json::to_value(comparison).unwrap();
+        assert!(value.as_object_mut().unwrap().remove("references").is_some());
+        value
+    };
+    assert_eq!(rest(&compare(&without)), rest(&comparison));
+    assert_eq!(crate::findings::headlines(&compare(&without)), crate::findings::headlines(&comparison));
+    assert_eq!(enough(&without[0], 16, 10.0), enough(&with[0], 16, 10.0));
+    let of_nic = |nic: &str| comparison.references.iter().filter(|row| row.nic == nic).count();
+    assert_eq!(["virtio-net", "e1000", "e1000e"].map(of_nic), [2, 2, 2]);
+    let order: Vec<_> = comparison.forwarders().iter().map(|row| row.mode.clone()).collect();
+    assert_eq!(order[3..8], ["noiommu", "noiommu-cdev", "linux-bridge", "testpmd", "container"]);
+
+    let report = as_report(with);
+    let text = crate::table::text(&report, false);
+    let table = |title: &str| text.split(title).nth(1).unwrap().split("\n\n").next().unwrap().to_owned();
+    for (title, shown) in [("Forwarding and latency", true), ("Throughput (", true), ("Start-up", false)] {
+        assert_eq!(table(title).contains("testpmd"), shown, "{title}");
+    }
+    let said = table("References").split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(said.contains("e1000, linux-bridge: ") && said.contains("does not count all"), "{said}");
+    assert!(!text.contains("PACKETS DO NOT ADD UP") && !text.contains("linux-bridge !"), "{text}");
+    let page = crate::html::page(&report).unwrap();
+    assert!(
+        page.contains("80 not counted")
+            && !page.contains("bad\"><td class=\"name\"></td><td class=\"name\">linux")
     );
 }
 

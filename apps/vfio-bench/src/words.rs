@@ -1,7 +1,8 @@
 //! The comparison in plain English, and numbers as a reader wants them.
 
-use crate::compare::{Family, Metric, Pair, ThroughputRow, Verdict};
+use crate::compare::{Comparison, Family, Metric, Pair, Row, ThroughputRow, Verdict};
 use crate::record::Environment;
+use crate::reference::Reference;
 use crate::stats::Interval;
 
 /// Three significant digits.
@@ -48,6 +49,31 @@ pub(crate) fn rate_unit(max: f64) -> (f64, &'static str) {
 /// Throughput in units of `scale` per second, with a sign where some rounds know only that it is no less.
 pub(crate) fn throughput(row: &ThroughputRow, scale: f64) -> String {
     format!("{}{}", if row.at_least > 0 { "≥ " } else { "" }, three(row.pps / scale))
+}
+
+/// Doorbells per packet; nothing for a reference, which does not count them.
+pub(crate) fn doorbells(row: &Row) -> String {
+    if row.reference { "–".to_owned() } else { three(row.doorbells_per_packet) }
+}
+
+impl Comparison {
+    /// What the references are, and which of them lose packets without counting them.
+    pub(crate) fn of_references(&self) -> Vec<String> {
+        let described = distinct(self.references.iter().map(|row| row.mode.as_str())).into_iter();
+        let described = described.map(|name| format!("{name}: {}", Reference::describe(name)));
+        let uncounted = self.references.iter().filter(|row| !row.balanced).map(|row| {
+            format!(
+                "{}, {}: {} sent, {} received, {} dropped, so {} does not count all that it loses",
+                row.nic,
+                row.label,
+                thousands(row.sent),
+                thousands(row.received),
+                thousands(row.dropped),
+                row.mode
+            )
+        });
+        described.chain(uncounted).collect()
+    }
 }
 
 /// A share as percentage without the sign of per cent.

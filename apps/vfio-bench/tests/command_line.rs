@@ -31,6 +31,7 @@ fn a_wrong_word_is_named_with_what_would_be_right() {
         (&run, &["--map-mib", "0"], "'0'", "not in 1.."),
         (&run, &["--round", "1"], "'--round'", "did you mean --rounds?"),
         (&run, &["--modes", "vfio"], "vfio", "container"),
+        (&run, &["--references", "ovs"], "'ovs'", "bridge"),
         (&["native"], &["--seconds=-1"], "'-1'", "no number of seconds above 0"),
         (&["repot"], &[], "'repot'", "see: vireo-vfio-bench --help"),
         (&[], &[], "subcommand", "see: vireo-vfio-bench --help"),

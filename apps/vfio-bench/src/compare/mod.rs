@@ -35,6 +35,8 @@ pub(crate) struct Comparison {
     pub(crate) ends: Vec<String>,
     pub(crate) family: Family,
     pub(crate) rows: Vec<Row>,
+    /// Forwarders that are not Vireo's, on the same NICs; in no pair.
+    pub(crate) references: Vec<Row>,
     pub(crate) pairs: Vec<Pair>,
     pub(crate) self_checks: Vec<SelfCheck>,
     pub(crate) maps: Vec<MapRow>,
@@ -48,7 +50,7 @@ pub(crate) struct Comparison {
     pub(crate) problems: Vec<String>,
 }
 
-/// One NIC in one mode: medians over the rounds, sums of the packet counts.
+/// One NIC in one mode, or with one reference: medians over the rounds, sums of the packet counts.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Row {
     pub(crate) mode: String,
@@ -57,6 +59,9 @@ pub(crate) struct Row {
     /// The mode, and the boot where the same mode ran in several.
     #[serde(skip)]
     pub(crate) label: String,
+    /// Whether the forwarder was not Vireo's.
+    #[serde(skip)]
+    pub(crate) reference: bool,
     pub(crate) rounds: usize,
     pub(crate) forward_pps: f64,
     /// Of the median; of this row alone.
@@ -85,6 +90,18 @@ pub(crate) struct Row {
     pub(crate) drops: BTreeMap<String, u64>,
     /// Whether sent = received + dropped, and received > 0, in every single run of this row.
     pub(crate) balanced: bool,
+}
+
+impl Row {
+    /// Whether the packets add up as far as they must: what others do not count, Vireo cannot.
+    pub(crate) fn is_sound(&self) -> bool {
+        self.balanced || self.reference
+    }
+
+    /// Packets that a reference lost where it does not count them.
+    pub(crate) fn uncounted(&self) -> u64 {
+        self.sent.saturating_sub(self.received.saturating_add(self.dropped))
+    }
 }
 
 /// Highest load with frames of one size at a stated loss.
@@ -136,14 +153,17 @@ impl Comparison {
     /// Merges recordings, one per boot; modes whose ratio is certain to be within `margin` of 1 are called the same.
     pub(crate) fn of(recordings: &[Recording], margin: f64) -> Self {
         let (family, pairs, self_checks) = pairs::judge(recordings, margin);
-        let (rows, null_forwarder) = (rows(recordings), ceiling_rows(recordings));
+        let null_forwarder = ceiling_rows(recordings);
+        let (rows, references) =
+            (rows(recordings, |run| !run.is_reference()), rows(recordings, Run::is_reference));
         let end = |recording: &Recording| recording.end.clone().unwrap_or_else(|| "not known".to_owned());
         Self {
             environment: recordings.iter().map(|r| r.environment.clone()).collect(),
             ends: recordings.iter().map(end).collect(),
             family,
-            generator_limits: generator_limits(&rows, &null_forwarder),
+            generator_limits: generator_limits(rows.iter().chain(&references), &null_forwarder),
             rows,
+            references,
             pairs,
             self_checks,
             maps: map_rows(recordings),
@@ -151,6 +171,13 @@ impl Comparison {
             disturbances: disturbances::of(recordings),
             problems: problems(recordings),
         }
+    }
+
+    /// Rows of modes and references together, by NIC.
+    pub(crate) fn forwarders(&self) -> Vec<&Row> {
+        let mut all: Vec<&Row> = self.rows.iter().chain(&self.references).collect();
+        all.sort_by_key(|row| place(&NICS, &row.nic));
+        all
     }
 
     /// Sizes of frames with which the throughput was searched for, with the loss at which it is stated.
@@ -193,9 +220,9 @@ fn ceiling_rows(recordings: &[Recording]) -> Vec<CeilingRow> {
 const NEAR_CEILING: f64 = 0.9;
 
 /// A sentence for each NIC on which modes are as fast as the generator.
-fn generator_limits(rows: &[Row], ceilings: &[CeilingRow]) -> Vec<String> {
+fn generator_limits<'a>(rows: impl Iterator<Item = &'a Row> + Clone, ceilings: &[CeilingRow]) -> Vec<String> {
     let limit = |ceiling: &CeilingRow| {
-        let near = rows.iter().filter(|row| {
+        let near = rows.clone().filter(|row| {
             (row.boot, &row.nic) == (ceiling.boot, &ceiling.nic)
                 && row.forward_pps >= NEAR_CEILING * ceiling.pps
         });
@@ -243,10 +270,10 @@ fn numbered(recordings: &[Recording]) -> impl Iterator<Item = (usize, &Recording
     (1..).zip(recordings)
 }
 
-fn rows(recordings: &[Recording]) -> Vec<Row> {
+fn rows(recordings: &[Recording], wanted: impl Fn(&Run) -> bool) -> Vec<Row> {
     let mut groups: BTreeMap<_, Vec<&Run>> = BTreeMap::new();
     for (boot, recording) in numbered(recordings) {
-        for run in &recording.runs {
+        for run in recording.runs.iter().filter(|run| wanted(run)) {
             let key = (place(&NICS, &run.nic), place(&MODES, &run.mode), boot);
             groups.entry(key).or_default().push(run);
         }
@@ -274,6 +301,7 @@ fn row(all: &[&Run], boot: usize, label: String, loss: f64) -> Row {
         nic: runs[0].nic.clone(),
         boot,
         label,
+        reference: runs[0].is_reference(),
         rounds: runs.len(),
         forward_pps: median(&forward).unwrap_or(0.0),
         forward_pps_interval: Interval::of_median(&forward),
@@ -340,11 +368,13 @@ fn merged(runs: &[&Run]) -> Option<Latency> {
 
 fn problems(recordings: &[Recording]) -> Vec<String> {
     let runs = numbered(recordings).flat_map(|(boot, r)| r.runs.iter().map(move |run| (boot, run)));
-    runs.filter_map(|(boot, run)| {
-        let Run { nic, mode, round, pair, .. } = run;
-        Some(format!("{nic}, {mode}, boot {boot}, {pair}, round {round}: {}", run.imbalance()?))
-    })
-    .collect()
+    // What others do not count is no fault of the comparison.
+    runs.filter(|(_, run)| !run.is_reference())
+        .filter_map(|(boot, run)| {
+            let Run { nic, mode, round, pair, .. } = run;
+            Some(format!("{nic}, {mode}, boot {boot}, {pair}, round {round}: {}", run.imbalance()?))
+        })
+        .collect()
 }
 
 fn map_rows(recordings: &[Recording]) -> Vec<MapRow> {

@@ -264,7 +264,7 @@ fn values(recordings: &[Recording]) -> BTreeMap<Subject, BTreeMap<Mode<'_>, Roun
             let modes = values.entry(subject).or_default();
             modes.entry((place(&MODES, mode), boot)).or_default().add(round, value);
         };
-        for run in recording.runs.iter().filter(|run| run.pair != Run::TWIN) {
+        for run in recording.runs.iter().filter(|run| run.pair != Run::TWIN && !run.is_reference()) {
             let found = Metric::OF_RUNS.into_iter().flat_map(|metric| metric.of_run(run));
             found.for_each(|found| add(found, &run.mode, run.round));
         }
@@ -288,7 +288,7 @@ fn self_checks(recordings: &[Recording], family: &Family) -> Vec<SelfCheck> {
     for (boot, recording) in numbered(recordings) {
         // Of each round and mode, the run and its twin.
         let mut subjects = BTreeMap::<Subject, BTreeMap<(u32, &str), [Vec<Value>; 2]>>::new();
-        for run in &recording.runs {
+        for run in recording.runs.iter().filter(|run| !run.is_reference()) {
             for (subject, value) in Metric::OF_RUNS.into_iter().flat_map(|metric| metric.of_run(run)) {
                 let sides = subjects.entry(subject).or_default().entry((run.round, &run.mode)).or_default();
                 sides[usize::from(run.pair == Run::TWIN)].push(value);

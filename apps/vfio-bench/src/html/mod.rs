@@ -79,7 +79,7 @@ fn forwarding(comparison: &Comparison) -> Result<Markup> {
         h2 { "Forwarding rate" }
         (modes_legend(rows.iter().map(|row| row.mode.as_str())))
         (figure(
-            &plot::forwarding(rows)?,
+            &plot::forwarding(&comparison.forwarders())?,
             "Forwarding rate by NIC and mode",
             "A point for each round, a bar at their median. Logarithmic scale.",
         ))
@@ -124,7 +124,7 @@ fn latency(comparison: &Comparison) -> Result<Markup> {
     Ok(html! {
         h2 { "Latency" }
         (figure(
-            &plot::latency(&comparison.rows)?,
+            &plot::latency(&comparison.forwarders())?,
             "Latency percentiles by NIC and mode",
             "Of all rounds' packets, from left to right: median (large), p99, p99.9, and the largest (hollow). \
              Logarithmic scale.",

@@ -35,12 +35,12 @@ fn table(heads: &[&str], names: usize, lines: &[Line]) -> Markup {
 }
 
 /// A line for each row of the comparison: its NIC where that changes, its mode, and `cells`.
-fn by_row(rows: &[Row], cells: impl Fn(&Row) -> Vec<String>) -> Vec<Line> {
+fn by_row<'a>(rows: impl IntoIterator<Item = &'a Row>, cells: impl Fn(&Row) -> Vec<String>) -> Vec<Line> {
     let mut nic = "";
-    let line = |row: &'_ Row, begins: bool| {
+    let line = |row: &Row, begins: bool| {
         let mut all = vec![if begins { row.nic.clone() } else { String::new() }, row.label.clone()];
         all.extend(cells(row));
-        Line { begins, sound: row.balanced, cells: all }
+        Line { begins, sound: row.is_sound(), cells: all }
     };
     let mut lines = Vec::new();
     for row in rows {
@@ -56,13 +56,13 @@ fn ends(interval: Option<Interval>, unit: f64) -> String {
 }
 
 pub(super) fn forwarding(comparison: &Comparison) -> Markup {
-    let rows = &comparison.rows;
+    let rows = comparison.forwarders();
     let (unit, name) = rate_unit(rows.iter().map(|r| r.forward_pps).fold(0.0, f64::max));
     let lines = by_row(rows, |r| {
         vec![
             three(r.forward_pps / unit),
             ends(r.forward_pps_interval, unit),
-            three(r.doorbells_per_packet),
+            words::doorbells(r),
             thousands(r.sent),
             thousands(r.received),
             thousands(r.dropped),
@@ -96,6 +96,7 @@ pub(super) fn forwarding(comparison: &Comparison) -> Markup {
         .collect();
     html! {
         (table(&heads, 2, &lines))
+        @for said in comparison.of_references() { p.note { (unbroken(&said)) } }
         @if !ceilings.is_empty() {
             h3 { "Null forwarder" }
             p.note {
@@ -109,11 +110,14 @@ pub(super) fn forwarding(comparison: &Comparison) -> Markup {
 
 fn lost(row: &Row) -> String {
     let counted = row.drops.iter().filter(|(_, n)| **n > 0);
-    counted.map(|(name, n)| format!("{name} {}", thousands(*n))).collect::<Vec<_>>().join(", ")
+    let uncounted = Some(row.uncounted()).filter(|n| row.is_sound() && *n > 0);
+    let counted = counted.map(|(name, n)| format!("{name} {}", thousands(*n)));
+    let uncounted = uncounted.map(|n| format!("{} not counted", thousands(n)));
+    counted.chain(uncounted).collect::<Vec<_>>().join(", ")
 }
 
 pub(super) fn latency(comparison: &Comparison) -> Markup {
-    let lines = by_row(&comparison.rows, |row| {
+    let lines = by_row(comparison.forwarders(), |row| {
         let l = row.latency_ns;
         let mut cells: Vec<String> = [l.p50, l.p99, l.p999, l.max].map(|ns| three(ns as f64 / 1e3)).into();
         cells.push(thousands(l.count));
@@ -165,9 +169,10 @@ pub(super) fn maps(comparison: &Comparison) -> Markup {
 
 pub(super) fn throughput(comparison: &Comparison) -> Markup {
     let frames = comparison.frames();
-    let all = comparison.rows.iter().flat_map(|row| &row.throughput);
+    let rows = comparison.forwarders();
+    let all = rows.iter().flat_map(|row| &row.throughput);
     let (unit, name) = rate_unit(all.map(|found| found.pps).fold(0.0, f64::max));
-    let lines = by_row(&comparison.rows, |row| {
+    let lines = by_row(rows, |row| {
         let cell = |(frame, loss): &(usize, f64)| {
             let found = row.throughput.iter().find(|found| (found.frame, found.loss) == (*frame, *loss));
             found.map_or("–".to_owned(), |found| words::throughput(found, unit))

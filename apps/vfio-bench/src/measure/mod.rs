@@ -2,6 +2,7 @@
 
 mod external;
 mod maps;
+mod reference;
 mod side;
 mod throughput;
 
@@ -25,6 +26,7 @@ use crate::record::{Latency, Run, Throughput};
 use crate::run::kind;
 
 pub(crate) use maps::{each_map, map_times, regions};
+pub(crate) use reference::measure_reference;
 pub(crate) use side::Side;
 use side::Stopped;
 
@@ -67,6 +69,12 @@ impl Setup {
         match <[PciInfo; 2]>::try_from(infos) {
             Ok(inner) => Ok(Self::External { nic, inner }),
             Err(infos) => Wiring::new(infos).map(Self::Wired),
+        }
+    }
+
+    pub(crate) fn nic(&self) -> &'static str {
+        match self {
+            Self::Wired(Wiring { nic, .. }) | Self::External { nic, .. } => nic,
         }
     }
 
@@ -175,23 +183,23 @@ fn measure(bus: &Bus, wiring: &Wiring, mode: VfioMode, limits: &Limits<'_>, stop
                 }
             })
         },
-        |polling| generate(wiring, &mut side, limits, stop, polling, &counters),
+        |polling| {
+            let first = side.knocks(WINDOW, FIRST_PACKET);
+            generate(wiring, &mut side, first, limits, stop, polling, &counters)
+        },
     )?;
     let Stopped { ports, drops, .. } = side.stop("generator")?;
     drop(ports);
     let run = forwarded.into_run(wiring.nic, mode);
     let Generated { sent, received, first, forward_pps, counters, counted_packets, throughput, latency } =
         generated;
-    let counts = latency.iter_recorded();
     Ok(Run {
         forward_pps,
         counters,
         counted_packets,
         throughput,
         latency_ns: Latency::from(&latency),
-        latency_counts: counts
-            .map(|step| (step.value_iterated_to(), step.count_since_last_iteration()))
-            .collect(),
+        latency_counts: counts(&latency),
         first_packet_ms: millis(first.saturating_sub(began)),
         sent,
         received,
@@ -199,6 +207,12 @@ fn measure(bus: &Bus, wiring: &Wiring, mode: VfioMode, limits: &Limits<'_>, stop
         machine: Some(watch.end()),
         ..run
     })
+}
+
+/// Every value with its count.
+fn counts(latency: &Histogram<u64>) -> Vec<(u64, u64)> {
+    let steps = latency.iter_recorded();
+    steps.map(|step| (step.value_iterated_to(), step.count_since_last_iteration())).collect()
 }
 
 fn millis(ticks: u64) -> f64 {
@@ -282,16 +296,16 @@ fn spin_until(ticks: u64) {
     }
 }
 
-/// Until the first packet is back, as fast as it goes, in search of the throughput, and at a load that queues nothing.
+/// Sends `first` until the first packet is back, then streams like it: as fast as it goes, in search of the throughput, and at a load that queues nothing.
 fn generate(
     wiring: &Wiring,
     side: &mut Side,
+    first: Stream,
     limits: &Limits<'_>,
     stop: &StopFlag,
     polling: &AtomicU64,
     counters: &OnceLock<Mutex<Counters>>,
 ) -> Result<Generated> {
-    let first = side.knocks(WINDOW, FIRST_PACKET);
     while polling.load(Ordering::Acquire) == 0 {
         std::hint::spin_loop();
     }

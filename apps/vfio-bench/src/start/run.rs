@@ -1,9 +1,7 @@
 //! `start run`: l2fwd and testpmd as child processes, started in turn while frames come in.
 
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
-use std::thread;
 use std::time::Duration;
 
 use clap::Args;
@@ -19,14 +17,13 @@ use super::phases::{L2FWD, Mark, Phases, Recording, TESTPMD, phases, rows};
 use crate::cores::Cores;
 use crate::environment::environment;
 use crate::measure::{Side, Wiring};
-use crate::process::{Process, l2fwd};
+use crate::process::l2fwd;
 use crate::report::write_json;
 use crate::run::wirings;
+use crate::testpmd::{TestpmdArgs, allow, start_on};
 
 /// Longest wait for the first packet.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// What coreutils' `stdbuf` preloads: without it testpmd keeps its output until it has a page of it.
-const LINE_BUFFERED: &str = "/usr/libexec/coreutils/libstdbuf.so";
 
 /// Time the starts of l2fwd and testpmd on this machine's NICs and write a recording
 #[derive(Args, Debug)]
@@ -47,12 +44,8 @@ pub(crate) struct RunArgs {
     /// Vireo's l2fwd; default: the one beside this program
     #[arg(long, value_name = "FILE")]
     l2fwd: Option<PathBuf>,
-    /// DPDK's testpmd
-    #[arg(long, value_name = "FILE", default_value = "dpdk-testpmd")]
-    testpmd: PathBuf,
-    /// Plug-ins that testpmd is to load; default: all that it finds
-    #[arg(long, value_name = "LIST", value_delimiter = ',')]
-    plugins: Vec<String>,
+    #[command(flatten)]
+    testpmd: TestpmdArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,11 +113,11 @@ impl Rig<'_> {
         let addresses = wiring.inner.each_ref().map(|info| info.address);
         let (command, marks): (_, &[Mark]) = match program {
             Program::Vireo => (self.l2fwd(addresses, mode), &L2FWD),
-            Program::Dpdk => (self.testpmd(addresses), &TESTPMD),
+            Program::Dpdk => (self.args.testpmd.command(self.cores.forwarder, addresses), &TESTPMD),
         };
         // There is no limit to what is on its way, because nothing comes back for most of the time.
         let stream = side.knocks(u64::MAX, PATIENCE);
-        let mut process = self.spawn(command)?;
+        let mut process = start_on(self.cores.forwarder, command, self.cores.idle)?;
         let outcome = side.send(&stream, &self.stop)?;
         if self.stop.is_set() {
             return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came"));
@@ -145,17 +138,6 @@ impl Rig<'_> {
         Ok(phases)
     }
 
-    /// Starts `command` from a thread that is pinned to the forwarder's core, which the child inherits.
-    fn spawn(&self, command: Command) -> Result<Process> {
-        let start = || {
-            pin_to(self.cores.forwarder)?;
-            Process::start_read_on(command, self.cores.idle)
-        };
-        thread::scope(|scope| scope.spawn(start).join()).map_err(|_| {
-            Error::new(ErrorKind::Protocol, "cannot start a forwarder", "a thread panicked; see above")
-        })?
-    }
-
     fn l2fwd(&self, addresses: [Bdf; 2], mode: VfioMode) -> Command {
         let mut command = Command::new(&self.l2fwd);
         command.args(["-l", &self.cores.forwarder.to_string(), "--log-level", "lib.eal.init:debug"]);
@@ -163,24 +145,6 @@ impl Rig<'_> {
         command.args(allow(addresses)).args(["--", "-p", "3", "-q", "2", "-T", "0"]);
         command
     }
-
-    fn testpmd(&self, addresses: [Bdf; 2]) -> Command {
-        let mut command = Command::new(&self.args.testpmd);
-        if Path::new(LINE_BUFFERED).exists() {
-            command.env("LD_PRELOAD", LINE_BUFFERED).env("_STDBUF_O", "L");
-        }
-        let cpu = self.cores.forwarder;
-        command.args(["--lcores", &format!("0@{cpu},1@{cpu}"), "--no-telemetry", "--file-prefix", "start"]);
-        command.args(self.args.plugins.iter().flat_map(|plugin| ["-d", plugin]));
-        command.args(allow(addresses));
-        command.args(["--", "--auto-start", "--forward-mode=mac", "--nb-cores=1", "--no-mlockall"]);
-        command.args(["--total-num-mbufs=8192", "--rxd=1024", "--txd=1024"]);
-        command
-    }
-}
-
-fn allow(addresses: [Bdf; 2]) -> impl Iterator<Item = OsString> {
-    addresses.into_iter().flat_map(|address| ["-a".into(), address.to_string().into()])
 }
 
 #[cfg(test)]
