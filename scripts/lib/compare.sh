@@ -9,6 +9,7 @@ COMPARE_GIANT_MEM=4096
 
 lab_compare() {
     local report=()
+    compare_choose_references
     compare_prepare compare
     compare_counted
     compare_boots timed run "${COMMAND[@]}"
@@ -37,6 +38,20 @@ compare_prepare() {
     fi
 }
 
+# Debian's DPDK is not installed only to be compared with.
+compare_choose_references() {
+    if [[ -z $OPT_REFERENCES ]]; then
+        OPT_REFERENCES=bridge
+        if testpmd_installed; then
+            OPT_REFERENCES+=,testpmd
+        else
+            say "DPDK's testpmd is left out, because dpdk-testpmd is not installed; to compare with it: apt-get install dpdk-dev"
+        fi
+    elif [[ $OPT_REFERENCES == *testpmd* ]] && ! testpmd_installed; then
+        fail "dpdk-testpmd is not installed" "${SUDO[*]:+${SUDO[*]} }apt-get install dpdk-dev"
+    fi
+}
+
 # A clock that counts instructions and jumps over waiting: QEMU's -icount, which only software emulation has. Two virtual
 # CPUs would take turns, and each count the other's.
 compare_counted() {
@@ -52,9 +67,29 @@ compare_boots() {
     [[ -z $OPT_NICS_GIVEN ]] || set -- "$@" --nics "$OPT_NICS"
 
     OPT_IOMMU=1
-    compare_boot "$name-iommu" container,cdev,compat "$@"
+    if [[ $name == timed ]]; then
+        compare_boot_with_references "$name-iommu" container,cdev,compat "$@"
+    else
+        compare_boot "$name-iommu" container,cdev,compat "$@"
+    fi
     OPT_IOMMU=
     compare_boot "$name-noiommu" "$(compare_noiommu_modes)" "$@"
+}
+
+# compare_boot_with_references BOOT MODES WORD...
+compare_boot_with_references() {
+    local ADDED=("${ADDED[@]}") TESTPMD_VERSION='' references=()
+    if [[ $OPT_REFERENCES != none ]]; then
+        references=(--references "$OPT_REFERENCES")
+    fi
+    if [[ $OPT_REFERENCES == *testpmd* ]]; then
+        testpmd_find
+        ADDED+=("${TESTPMD_FILES[@]}")
+        # shellcheck disable=SC2034 # read by initramfs_environment
+        TESTPMD_VERSION=$(testpmd_version)
+        references+=(--plugins "$(IFS=,; echo "${TESTPMD_PLUGINS[*]}")")
+    fi
+    compare_boot "$@" "${references[@]}"
 }
 
 compare_noiommu_modes() {

@@ -57,6 +57,7 @@ initramfs_environment() {
     echo "export VIREO_LAB_QEMU=$(shell_quote "$(qemu_version)")"
     echo "export VIREO_LAB_HOST_CPU=$(shell_quote "$(sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo)")"
     echo "export VIREO_LAB_HOST_CPUS=$(nproc)"
+    [[ -z $TESTPMD_VERSION ]] || echo "export VIREO_LAB_DPDK=$(shell_quote "$TESTPMD_VERSION")"
     [[ -z $OPT_ICOUNT ]] || echo 'export VIREO_LAB_ICOUNT=1'
     [[ ! -f $config ]] || echo "export VIREO_LAB_KERNEL_CONFIG=$(sha256sum <"$config" | cut -c1-12)"
     echo "export VIREO_LAB_DATE=$(date -u +%FT%TZ)"

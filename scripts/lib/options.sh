@@ -28,6 +28,8 @@ Programs of this repository go by their short names: lab run -- l2fwd --help
   --harness DIR               sockets in DIR for the tests: a port of the guest, QEMU's monitor and the console
   --add FILE                  a program or library of the host, at its own path, with the libraries that it needs; a
                               program goes by its name (repeatable)
+  --references LIST|none      forwarders that compare times beside Vireo's: bridge (Linux's own), testpmd (DPDK's);
+                              default: both, testpmd if dpdk-testpmd is installed
   --share DIR                 DIR of the host, writable, at /share
   --coverage DIR              build the programs to count the lines that they reach; each boot leaves a directory of
                               .profraw files in DIR, and sanitize coverage --guest makes a report of them
@@ -65,6 +67,7 @@ OPT_ICOUNT=
 OPT_VERBOSE=
 OPT_JSON=
 OPT_HTML=
+OPT_REFERENCES=
 ADDED=()
 QEMU_EXTRA=()
 KERNEL_EXTRA=()
@@ -87,6 +90,7 @@ options_parse() {
             --accel) OPT_ACCEL=$(option_value "$@"); shift ;;
             --json) OPT_JSON=$(option_value "$@"); shift ;;
             --html) OPT_HTML=$(option_value "$@"); shift ;;
+            --references) OPT_REFERENCES=$(option_references "$@"); shift ;;
             --qemu-arg) QEMU_EXTRA+=("$(option_value "$@")"); shift ;;
             --kernel-arg) KERNEL_EXTRA+=("$(option_value "$@")"); shift ;;
             --monitor) OPT_MONITOR=1 ;;
@@ -114,6 +118,12 @@ option_value() {
 
 option_number() {
     [[ ${2:-} =~ ^[0-9]+$ ]] || fail "$1 needs a number, not '${2:-}'" "lab --help"
+    printf '%s' "$2"
+}
+
+option_references() {
+    [[ ${2:-} =~ ^(none|(bridge|testpmd)(,(bridge|testpmd))*)$ ]] ||
+        fail "$1 needs a list of bridge and testpmd, or none, not '${2:-}'" "lab --help"
     printf '%s' "$2"
 }
 

@@ -3,11 +3,6 @@
 # because a device is offered without an IOMMU only where there is none, and as a cdev then only by Linux 7.3. The start
 # of the EAL alone needs no guest.
 
-# What testpmd needs for the guest's NICs. It would load Debian's whole plug-in directory; in the guest that has only
-# what testpmd is linked to.
-START_PLUGINS=(bus_pci bus_vdev mempool_ring net_virtio net_e1000)
-START_STDBUF=/usr/libexec/coreutils/libstdbuf.so
-
 bench_start() {
     need_cargo
     need_packages dpdk-dev libdpdk-dev libbsd-dev libnuma-dev
@@ -49,31 +44,18 @@ start_compile() {
         fail "cc could not build $SCRIPTS/eal-start.c against DPDK (its message is above)"
 }
 
-# Where the dynamic linker finds it, also for other plug-ins: two copies of a bus would be two buses.
-start_library() {
-    local path
-    path=$(PATH=$PATH:/sbin ldconfig -p | awk -v name="$1" '$1 == name && !path {path = $NF} END {print path}')
-    [[ -n $path ]] || fail "the dynamic linker knows no $1" "${SUDO[*]:+${SUDO[*]} }ldconfig"
-    echo "$path"
-}
-
 # start_boot NAME MODES [LAB OPTION...]
 start_boot() {
-    local name=$1 modes=$2 abi plugin library add=() plugins=()
+    local name=$1 modes=$2 file add=()
     shift 2
-    abi=$(ldd "$(command -v dpdk-testpmd)" | sed -n 's/^\s*librte_eal\.so\.\([^ ]*\) .*/\1/p')
-    for plugin in "${START_PLUGINS[@]}"; do
-        plugins+=("librte_$plugin.so.$abi")
+    testpmd_find
+    for file in "${TESTPMD_FILES[@]}"; do
+        add+=(--add "$file")
     done
-    # glibc loads libgcc_s when testpmd cancels a thread.
-    for library in "${plugins[@]}" libgcc_s.so.1; do
-        add+=(--add "$(start_library "$library")")
-    done
-    add+=(--add "$START_STDBUF" --add "$(command -v dpdk-testpmd)")
     say "boot '$name': $modes"
     "$SCRIPTS/lab" run ${OPT_YES:+--yes} --cpus 3 --nics virtio-net,e1000e --timeout 1800 --share "$WORK/share" \
         "${add[@]}" "$@" -- env "VIREO_LAB_DPDK=$(start_version)" \
         vireo-vfio-bench start run --json "/share/$name.json" --modes "$modes" \
-        --rounds "$OPT_ROUNDS" --plugins "$(IFS=,; echo "${plugins[*]}")" >&2 ||
+        --rounds "$OPT_ROUNDS" --plugins "$(IFS=,; echo "${TESTPMD_PLUGINS[*]}")" >&2 ||
         fail "boot '$name' failed (see above)"
 }
