@@ -37,7 +37,10 @@ pub(crate) fn text(report: &Report, lines: bool) -> String {
         "Forwarding and latency (medians of rounds; latency and packets of all rounds; doorbells per packet)",
         forwarding(comparison, lines),
     );
-    section("References (in no comparison)", bullets("  ", &comparison.of_references()));
+    section(
+        "References (in no comparison; * counts its losses wrongly)",
+        bullets("  ", &comparison.of_references()),
+    );
     section("Throughput (highest load at the stated loss; medians of rounds)", throughput(comparison, lines));
     section(
         "Counters per packet of CPU and IOMMU (at the forwarding rate, with idle polls; medians of rounds)",
@@ -111,7 +114,12 @@ fn once(name: &str, last: &mut String) -> String {
 }
 
 fn mark(row: &Row) -> String {
-    if row.is_sound() { row.label.clone() } else { format!("{} !", row.label) }
+    let sign = match (row.balanced, row.reference) {
+        (true, _) => "",
+        (false, true) => " *",
+        (false, false) => " !",
+    };
+    format!("{}{sign}", row.label)
 }
 
 fn forwarding(comparison: &Comparison, lines: bool) -> String {

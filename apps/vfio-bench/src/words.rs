@@ -57,13 +57,17 @@ pub(crate) fn doorbells(row: &Row) -> String {
 }
 
 impl Comparison {
-    /// What the references are, and which of them lose packets without counting them.
+    /// What the references are, and which of them count their losses wrongly.
     pub(crate) fn of_references(&self) -> Vec<String> {
         let described = distinct(self.references.iter().map(|row| row.mode.as_str())).into_iter();
         let described = described.map(|name| format!("{name}: {}", Reference::describe(name)));
         let uncounted = self.references.iter().filter(|row| !row.balanced).map(|row| {
+            let counts = match row.uncounted() {
+                0 => "counts more than was lost",
+                _ => "does not count all that it loses",
+            };
             format!(
-                "{}, {}: {} sent, {} received, {} dropped, so {} does not count all that it loses",
+                "{}, {}: {} sent, {} received, {} dropped, so {} {counts}",
                 row.nic,
                 row.label,
                 thousands(row.sent),
