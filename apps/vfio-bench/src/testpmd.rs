@@ -43,15 +43,15 @@ impl TestpmdArgs {
     }
 
     /// Forwards between the two NICs by itself. Its main lcore waits for its input without polling, so both of its lcores
-    /// are on `cpu`.
-    pub(crate) fn command(&self, cpu: usize, addresses: [Bdf; 2]) -> Command {
+    /// are on `cpu`. `eal` are more arguments of DPDK's EAL.
+    pub(crate) fn command(&self, cpu: usize, addresses: [Bdf; 2], eal: &[&str]) -> Command {
         let mut command = Command::new(&self.testpmd);
         if Path::new(LINE_BUFFERED).exists() {
             command.env("LD_PRELOAD", LINE_BUFFERED).env("_STDBUF_O", "L");
         }
         command.args(["--lcores", &format!("0@{cpu},1@{cpu}"), "--no-telemetry", "--file-prefix", "start"]);
         command.args(self.plugins.iter().flat_map(|plugin| ["-d", plugin]));
-        command.args(allow(addresses));
+        command.args(allow(addresses)).args(eal);
         command.args(["--", "--auto-start", "--forward-mode=mac", "--nb-cores=1", "--no-mlockall"]);
         command.args(["--total-num-mbufs=8192", "--rxd=1024", "--txd=1024"]);
         command

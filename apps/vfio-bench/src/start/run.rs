@@ -113,7 +113,7 @@ impl Rig<'_> {
         let addresses = wiring.inner.each_ref().map(|info| info.address);
         let (command, marks): (_, &[Mark]) = match program {
             Program::Vireo => (self.l2fwd(addresses, mode), &L2FWD),
-            Program::Dpdk => (self.args.testpmd.command(self.cores.forwarder, addresses), &TESTPMD),
+            Program::Dpdk => (self.args.testpmd.command(self.cores.forwarder, addresses, &[]), &TESTPMD),
         };
         // There is no limit to what is on its way, because nothing comes back for most of the time.
         let stream = side.knocks(u64::MAX, PATIENCE);
