@@ -15,6 +15,7 @@ mod numa;
 mod opens;
 mod privilege;
 mod recover;
+mod reference;
 mod refuse;
 mod signals;
 pub(crate) mod soak;
@@ -203,6 +204,7 @@ fn iommu(cases: &mut Cases) {
     }
     devbind::cases(cases);
     bench::cases(cases, boot, "cdev");
+    reference::cases(cases);
     doctor::cases(cases, boot, "container");
     refuse::bound_to_the_kernel(cases, boot, "cdev");
     refuse::not_loaded(cases, boot);
