@@ -72,7 +72,7 @@ impl Reference {
         match self {
             Self::Bridge => Bridge::start(bus, inner, cpu).map(Forwarder::Bridge),
             Self::Testpmd => {
-                // Without it, its memory stays behind as files on hugetlbfs.
+                // Without --in-memory, testpmd leaves its memory behind, as files on hugetlbfs.
                 let addresses = inner.each_ref().map(|info| info.address);
                 let command = testpmd.command(cpu, addresses, &["--in-memory"]);
                 testpmd::start_on(cpu, command, None).map(Forwarder::Testpmd)
