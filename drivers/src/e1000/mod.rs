@@ -9,6 +9,7 @@
 //! and a link that is up stays up. Every wait ends after a second. What is done for QEMU's models alone says so.
 
 mod chip;
+mod counter;
 mod phy;
 pub mod regs;
 mod reset;
@@ -27,6 +28,7 @@ use vireo_eal::mmio::Bar;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use self::chip::{Chip, IDS};
+use self::counter::Counter;
 use self::regs::*;
 pub use self::rx::RxQueue;
 pub use self::tx::TxQueue;
@@ -70,7 +72,7 @@ pub struct Device {
     linked: AtomicBool,
     mac: MacAddr,
     promiscuous: bool,
-    drops: [u64; DROPS.len()],
+    drops: [Counter; DROPS.len()],
     fault: Fault,
     /// What the device may write to: kept from `start` to a reset that the device confirmed.
     running: Option<Arc<DmaMemory>>,
@@ -122,7 +124,7 @@ impl Device {
             linked: AtomicBool::new(false),
             mac: MacAddr([0; 6]),
             promiscuous: false,
-            drops: [0; DROPS.len()],
+            drops: Default::default(),
             fault: Fault::default(),
             running: None,
             parked: None,
@@ -319,8 +321,9 @@ impl Nic for Device {
                 return Err(error);
             }
         };
-        self.device_drops();
-        self.drops = [0; DROPS.len()];
+        for ((_, register), counter) in DROPS.iter().zip(&mut self.drops) {
+            counter.begin(|| self.bar.read32(*register));
+        }
         let mut rx = RxQueue::new(rings.rx, buffers, tails.0, cache);
         self.fault.take();
         let tx = TxQueue::new(rings.tx, tails.1, self.pads, self.fault.clone());
@@ -424,12 +427,7 @@ impl Nic for Device {
         DROPS
             .iter()
             .zip(&mut self.drops)
-            .map(|((name, register), sum)| {
-                let count = self.bar.read32(*register);
-                // All ones: the device is gone and counts no more.
-                *sum += if count == u32::MAX { 0 } else { u64::from(count) };
-                (*name, *sum)
-            })
+            .map(|((name, register), counter)| (*name, counter.read(|| self.bar.read32(*register))))
             .collect()
     }
 

@@ -218,6 +218,25 @@ fn a_full_receive_ring_makes_the_device_drop() {
     });
 }
 
+/// QEMU's 82540EM keeps what it has counted, for the next process too.
+#[test]
+fn a_frame_that_was_dropped_counts_once() {
+    in_both_modes(|| {
+        for id in [ID_82540EM, ID_82574L] {
+            let mut rig = Rig::new(id, SIZES, 512);
+            for dropped in [37, 36] {
+                (0..63 + dropped).for_each(|number| _ = rig.device.receive(&frame(number)));
+                let (rx, tx) = rig.queues.take().unwrap();
+                rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+                assert_eq!(rig.port.device_drops()[0], ("rx_missed_errors", dropped as u64), "{id}");
+                rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+                assert_eq!(rig.port.device_drops()[0].1, 0, "{id}");
+            }
+            rig.stop();
+        }
+    });
+}
+
 #[test]
 fn a_full_transmit_ring_takes_what_fits() {
     in_both_modes(|| {

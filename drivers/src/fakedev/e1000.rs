@@ -26,6 +26,8 @@ const BAR_SIZE: usize = 0x20000;
 const BSIZE: usize = 2048;
 /// First and last statistics register (SDM 13.7); reads clear them.
 const STATISTICS: std::ops::RangeInclusive<u64> = CRCERRS..=0x40FC;
+/// Those which QEMU's 8254x keep at a read and a reset (hw/net/e1000.c, `macreg_readops`).
+const KEPT: std::ops::RangeInclusive<u64> = CRCERRS..=MPC;
 /// BAR of the I/O ports IOADDR and IODATA (SDM 13.2.2), and its size in bytes.
 const IO_BAR: u8 = 1;
 const IO_SIZE: usize = 8;
@@ -85,6 +87,8 @@ struct State {
     /// What is in IOADDR.
     io_address: u32,
     silicon: Option<Silicon>,
+    /// Whether it is one of QEMU's 8254x.
+    keeps_statistics: bool,
     memory: Option<DeviceView>,
     faults: Faults,
     /// Bytes of a frame whose last descriptor is still to come.
@@ -108,7 +112,12 @@ impl State {
     }
 
     fn reset(&mut self) {
-        self.registers.fill(0);
+        let kept = *KEPT.start() as usize / 4..=*KEPT.end() as usize / 4;
+        for (number, word) in self.registers.iter_mut().enumerate() {
+            if !(self.keeps_statistics && kept.contains(&number)) {
+                *word = 0;
+            }
+        }
         // As QEMU's models leave them.
         self.set(EECD, EECD_AUTO_RD);
         self.set(PBA, 0x0010_0030);
@@ -204,6 +213,7 @@ impl FakeE1000 {
             partner: 0,
             cable: true,
             io_address: 0,
+            keeps_statistics: silicon.is_none() && id != ID_82574L,
             silicon,
             memory: None,
             faults: Faults::default(),
@@ -502,7 +512,7 @@ impl Registers for FakeE1000 {
             }
             value |= if offset == STATUS { silicon.status() } else { 0 };
         }
-        if STATISTICS.contains(&offset) {
+        if STATISTICS.contains(&offset) && !(state.keeps_statistics && KEPT.contains(&offset)) {
             state.set(offset, 0);
         }
         u64::from(value)

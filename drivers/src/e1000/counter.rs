@@ -1,0 +1,97 @@
+//! Statistics registers. A read clears them (SDM 13.7), but not all of QEMU's 8254x, which count on for ever, over resets too.
+
+/// What a statistics register counted since a start.
+#[derive(Debug, Default)]
+pub(super) struct Counter {
+    /// What the register had at the last read, and has still because that did not clear it.
+    kept: u32,
+    sum: u64,
+}
+
+impl Counter {
+    /// Counts from 0 on.
+    pub(super) fn begin(&mut self, register: impl Fn() -> u32) {
+        self.read(register);
+        self.sum = 0;
+    }
+
+    /// Adds what was counted since the last read, and gives the sum.
+    pub(super) fn read(&mut self, register: impl Fn() -> u32) -> u64 {
+        // All ones: the device is gone and counts no more.
+        let present = || Some(register()).filter(|count| *count != u32::MAX);
+        let Some(count) = present() else { return self.sum };
+        self.sum += u64::from(count.checked_sub(self.kept).unwrap_or(count));
+        self.kept = 0;
+        // Less than a microsecond later a register that was cleared has next to nothing.
+        if let Some(again) = present() {
+            let is_kept = count != 0 && again >= count;
+            self.sum += u64::from(if is_kept { again - count } else { again });
+            self.kept = if is_kept { again } else { 0 };
+        }
+        self.sum
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// A register; `clears` when it is read.
+    struct Register {
+        count: Cell<u32>,
+        clears: bool,
+    }
+
+    impl Register {
+        fn new(count: u32, clears: bool) -> Self {
+            Self { count: Cell::new(count), clears }
+        }
+
+        fn add(&self, more: u32) {
+            self.count.set(self.count.get() + more);
+        }
+
+        fn read(&self) -> u32 {
+            let count = self.count.get();
+            if self.clears {
+                self.count.set(0);
+            }
+            count
+        }
+    }
+
+    #[test]
+    fn what_is_counted_is_the_same_whether_reads_clear_the_register_or_not() {
+        for clears in [false, true] {
+            let (register, mut counter) = (Register::new(7, clears), Counter::default());
+            counter.begin(|| register.read());
+            assert_eq!(counter.read(|| register.read()), 0, "{clears}");
+            register.add(5);
+            assert_eq!(counter.read(|| register.read()), 5, "{clears}");
+            assert_eq!(counter.read(|| register.read()), 5, "{clears}");
+            register.add(2);
+            assert_eq!(counter.read(|| register.read()), 7, "{clears}");
+            register.add(1);
+            counter.begin(|| register.read());
+            register.add(3);
+            assert_eq!(counter.read(|| register.read()), 3, "{clears}");
+        }
+    }
+
+    #[test]
+    fn a_register_that_a_reset_cleared_counts_from_0_again() {
+        let (register, mut counter) = (Register::new(9, false), Counter::default());
+        counter.begin(|| register.read());
+        register.count.set(4);
+        assert_eq!(counter.read(|| register.read()), 4);
+    }
+
+    #[test]
+    fn a_device_that_is_gone_counts_nothing() {
+        let (register, mut counter) = (Register::new(3, true), Counter::default());
+        assert_eq!(counter.read(|| register.read()), 3);
+        assert_eq!(counter.read(|| u32::MAX), 3);
+    }
+}
