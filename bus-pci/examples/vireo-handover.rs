@@ -20,7 +20,7 @@ fn run() -> Result<()> {
         [address, mode, last] if last == TAKE => (address.parse()?, mode.parse()?, true),
         _ => {
             return Err(Error::new(ErrorKind::Usage, "cannot start", "the arguments are not ADDRESS MODE")
-                .mend("such as: vireo-handover 0000:00:0c.0 cdev"));
+                .with_hint("such as: vireo-handover 0000:00:0c.0 cdev"));
         }
     };
     let bus = Bus::default();

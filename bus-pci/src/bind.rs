@@ -31,14 +31,14 @@ impl Bus {
         if let Some(driver) = driver.filter(|driver| !is_name(driver)) {
             let what = format!("cannot bind {address} to {}", quoted(driver));
             return Err(Error::new(ErrorKind::Usage, what, "no driver can have that name")
-                .mend("list the drivers: ls /sys/bus/pci/drivers"));
+                .with_hint("list the drivers: ls /sys/bus/pci/drivers"));
         }
         if let Some(driver) = driver
             && !self.has_driver(driver)
         {
             let what = format!("cannot bind {address} to {driver}");
             return Err(Error::new(ErrorKind::Unavailable, what, "the kernel has no such driver loaded")
-                .mend(format!("run: modprobe {driver}")));
+                .with_hint(format!("run: modprobe {driver}")));
         }
         self.rebind(address, driver).inspect_err(|_| {
             if let Err(error) = self.rebind(address, old.as_deref()) {
@@ -71,7 +71,7 @@ impl Bus {
             // VFIO's condition for every device (`vfio_group_find_or_alloc` of the kernel).
             _ if driver == VFIO_DRIVER && !device.join("iommu_group").exists() => Err(no_group(what())),
             _ => Err(Error::new(ErrorKind::Unavailable, what(), "the driver did not take it")
-                .mend("see why: dmesg | tail")),
+                .with_hint("see why: dmesg | tail")),
         }
     }
 }
@@ -79,7 +79,7 @@ impl Bus {
 fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).map_err(|error| {
         let error = Error::io(format!("cannot write {}", path.display()), &error);
-        if error.kind() == ErrorKind::Permission { error.mend("run as root") } else { error }
+        if error.kind() == ErrorKind::Permission { error.with_hint("run as root") } else { error }
     })
 }
 

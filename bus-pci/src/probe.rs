@@ -87,9 +87,9 @@ impl Bus {
         };
         let bind = format!("vireo-devbind --bind {VFIO_DRIVER} {}", info.address);
         Err(match self.has_driver(VFIO_DRIVER) {
-            true => refuse(why).mend(format!("run: {bind}")),
+            true => refuse(why).with_hint(format!("run: {bind}")),
             false => refuse(format!("{why}, and {VFIO_DRIVER} is not loaded"))
-                .mend(format!("run: modprobe {VFIO_DRIVER} && {bind}")),
+                .with_hint(format!("run: modprobe {VFIO_DRIVER} && {bind}")),
         })
     }
 

@@ -85,7 +85,7 @@ impl Bus {
         match self.root.parent().is_some_and(Path::exists) {
             true => Err(error(format!("{} is not there: this machine has no PCI bus", devices.display()))),
             false => Err(error(format!("{} is not there: sysfs is not mounted", devices.display()))
-                .mend("run: mount -t sysfs sysfs /sys")),
+                .with_hint("run: mount -t sysfs sysfs /sys")),
         }
     }
 
@@ -128,7 +128,7 @@ impl Bus {
             self.require()?;
             let what = format!("cannot find {address}");
             return Err(Error::new(ErrorKind::Unavailable, what, "there is no such PCI device")
-                .mend("list them: vireo-devbind --status; or: ls /sys/bus/pci/devices"));
+                .with_hint("list them: vireo-devbind --status; or: ls /sys/bus/pci/devices"));
         };
         Ok(PciInfo {
             address,

@@ -81,7 +81,7 @@ impl<'a> Nodes<'a> {
                 format!("cannot use --numa-mem {}", list(given)),
                 format!("node {missing} has no memory"),
             )
-            .mend("see which have: cat /sys/devices/system/node/has_memory"));
+            .with_hint("see which have: cat /sys/devices/system/node/has_memory"));
         }
         Ok(Some(Self { numbers, given, page }))
     }
@@ -223,7 +223,7 @@ fn too_little(given: &[u64], node: usize, need: usize) -> Error {
         format!("cannot work with --numa-mem {}", list(given)),
         format!("ports and packet buffers need {need} MiB on node {node}"),
     )
-    .mend(format!("give --numa-mem {} or leave it out", list(&enough)))
+    .with_hint(format!("give --numa-mem {} or leave it out", list(&enough)))
 }
 
 /// The address spaces of `ports`, each once.

@@ -111,7 +111,7 @@ fn check_listeners(vdevs: &[(&str, Box<dyn AnyVdev>)]) -> Result<()> {
                 format!("cannot use {name}"),
                 format!("{other} of this command line listens at {}, too", at.display()),
             )
-            .mend("give each port a socket of its own"));
+            .with_hint("give each port a socket of its own"));
         }
     }
     Ok(())
@@ -127,7 +127,7 @@ pub fn open_one(bus: &Bus, vfio: &Vfio, info: PciInfo, mode: VfioMode, args: Arg
 
 fn take(drivers: &Drivers, device: PciDevice, info: PciInfo, args: Args<'_>) -> Result<OpenPort> {
     let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
-    let request = device.vfio().hear_request().inspect_err(|error| tracing::debug!("{error}")).ok();
+    let request = device.vfio().watch_release_request().inspect_err(|error| tracing::debug!("{error}")).ok();
     let port = drivers.probe(Box::new(device), args)?;
     space.set_dma_mask(port.capabilities().dma_mask);
     let driver = drivers.driver_of(info.id).unwrap_or("none");
@@ -185,7 +185,7 @@ impl OpenPort {
     /// Whether the kernel has asked for the function since the last call, to unplug it or to unbind it. It waits
     /// until the port is dropped.
     pub fn is_asked_back(&self) -> bool {
-        self.request.as_ref().is_some_and(Request::came)
+        self.request.as_ref().is_some_and(Request::take)
     }
 
     /// Whether the NIC uses physical addresses.

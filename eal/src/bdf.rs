@@ -83,7 +83,7 @@ impl FromStr for Bdf {
                 format!("PCI address {}", quoted(text)),
                 "not of the form 0000:00:03.0 or 00:03.0",
             )
-            .mend("list addresses with: ls /sys/bus/pci/devices")
+            .with_hint("list addresses with: ls /sys/bus/pci/devices")
         })
     }
 }

@@ -1,4 +1,4 @@
-//! One error type for the whole program: what failed, why, and the command that mends it.
+//! One error type for the whole program: what failed, why, and the command that fixes it.
 
 use nix::errno::Errno;
 
@@ -49,21 +49,21 @@ impl ErrorKind {
     }
 }
 
-/// What failed, why, and the command that mends it, printed on one line.
+/// What failed, why, and the command that fixes it, printed on one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what}: {why}{}", .cure.as_ref().map(|cure| format!("; {cure}")).unwrap_or_default())]
+#[error("{what}: {why}{}", .hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default())]
 pub struct Error {
     kind: ErrorKind,
     what: String,
     why: String,
     errno: Option<Errno>,
-    cure: Option<String>,
+    hint: Option<String>,
 }
 
 impl Error {
     /// An error that no system call reported.
     pub fn new(kind: ErrorKind, what: impl Into<String>, why: impl Into<String>) -> Self {
-        Self { kind, what: what.into(), why: why.into(), errno: None, cure: None }
+        Self { kind, what: what.into(), why: why.into(), errno: None, hint: None }
     }
 
     /// An error that a system call reported; the kind follows from `errno`.
@@ -73,7 +73,7 @@ impl Error {
             what: what.into(),
             why: format!("{errno:?} ({})", errno.desc()),
             errno: Some(errno),
-            cure: None,
+            hint: None,
         }
     }
 
@@ -97,14 +97,14 @@ impl Error {
 
     /// Adds what the user should do, best as a command to type.
     #[must_use]
-    pub fn mend(mut self, cure: impl Into<String>) -> Self {
-        self.cure = Some(cure.into());
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
         self
     }
 
     /// The same error as another kind.
     #[must_use]
-    pub fn kind_is(mut self, kind: ErrorKind) -> Self {
+    pub fn with_kind(mut self, kind: ErrorKind) -> Self {
         self.kind = kind;
         self
     }
@@ -125,8 +125,8 @@ impl Error {
     }
 
     /// What the user should do, if anything helps.
-    pub fn cure(&self) -> Option<&str> {
-        self.cure.as_deref()
+    pub fn hint(&self) -> Option<&str> {
+        self.hint.as_deref()
     }
 
     /// What the kernel answered, if it was the kernel.
@@ -141,14 +141,15 @@ mod tests {
 
     #[test]
     fn one_line_with_what_why_and_cure() {
-        let error = Error::os("cannot open /dev/vfio/5", Errno::EACCES).mend("run: chown you /dev/vfio/5");
+        let error =
+            Error::os("cannot open /dev/vfio/5", Errno::EACCES).with_hint("run: chown you /dev/vfio/5");
         assert_eq!(
             error.to_string(),
             "cannot open /dev/vfio/5: EACCES (Permission denied); run: chown you /dev/vfio/5"
         );
         assert_eq!(error.kind().exit_code(), 77);
         assert_eq!((error.what(), error.why()), ("cannot open /dev/vfio/5", "EACCES (Permission denied)"));
-        assert_eq!(error.cure(), Some("run: chown you /dev/vfio/5"));
+        assert_eq!(error.hint(), Some("run: chown you /dev/vfio/5"));
     }
 
     #[test]

@@ -71,7 +71,7 @@ impl Eal {
         let removable: Vec<&Path> = runtime.into_iter().chain(runtime.and_then(Path::parent)).collect();
         // Root opens them, for the user may not be able to.
         let sandbox = if self.args.no_sandbox { None } else { Some(Sandbox::new(&removable, sockets)?) };
-        self.user.map_or(Ok(()), User::become_it)?;
+        self.user.map_or(Ok(()), User::drop_privileges)?;
         sandbox.map_or(Ok(()), Sandbox::close)
     }
 
@@ -105,7 +105,7 @@ impl Eal {
                 format!("cannot work with -m {}", self.args.memory.megabytes.unwrap_or(0)),
                 format!("ports and packet buffers need {} MiB", need.div_ceil(1 << 20)),
             )
-            .mend(format!("give -m {} or leave it out", need.div_ceil(1 << 20))));
+            .with_hint(format!("give -m {} or leave it out", need.div_ceil(1 << 20))));
         }
         let backing = self.backing();
         let len = asked.unwrap_or(need).next_multiple_of(backing.page_size()?);
@@ -130,7 +130,7 @@ impl Eal {
                     "NICs behind an IOMMU use IOVAs"
                 },
             )
-            .mend("leave --iova-mode out")),
+            .with_hint("leave --iova-mode out")),
         }
     }
 

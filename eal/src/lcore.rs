@@ -246,7 +246,7 @@ fn pin(spec: &LcoreSpec) -> Result<()> {
     };
     pinned.map_err(|errno| {
         Error::os(format!("cannot pin lcore {} to cpus {}", spec.id, ranges(&spec.cpus)), errno)
-            .mend("compare -l with: taskset -cp $$")
+            .with_hint("compare -l with: taskset -cp $$")
     })
 }
 

@@ -36,7 +36,9 @@ impl FromStr for LogLevel {
     fn from_str(text: &str) -> Result<Self> {
         let wrong = |why: &str| Error::new(ErrorKind::Usage, format!("--log-level {}", quoted(text)), why);
         if text.contains(',') {
-            return Err(wrong("regular expressions are not supported").mend("write TYPE:LEVEL with * and ?"));
+            return Err(
+                wrong("regular expressions are not supported").with_hint("write TYPE:LEVEL with * and ?")
+            );
         }
         let (pattern, name) = match text.rsplit_once(':') {
             Some((pattern, name)) => (Some(pattern.to_owned()), name),
@@ -46,10 +48,8 @@ impl FromStr for LogLevel {
         let number = name.parse().ok().or_else(|| by_name().map(|index| index as u8 + 1));
         match number.filter(|level| (1..=8).contains(level)) {
             Some(level) => Ok(Self { pattern, level }),
-            None => {
-                Err(wrong("there is no such level")
-                    .mend(format!("use 1 to 8 or one of {}", NAMES.join(", "))))
-            }
+            None => Err(wrong("there is no such level")
+                .with_hint(format!("use 1 to 8 or one of {}", NAMES.join(", ")))),
         }
     }
 }

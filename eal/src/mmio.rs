@@ -274,7 +274,7 @@ impl Bar {
             // Doorbells share a page of the CPU with the MSI-X table, or the BAR has less than a page of its own.
             match page_size() {
                 ..=4096 => error,
-                page => error.mend(format!(
+                page => error.with_hint(format!(
                     "boot a kernel with pages of 4 KiB: VFIO maps BARs by the kernel's, which are of {} KiB",
                     page >> 10
                 )),

@@ -51,7 +51,7 @@ fn permission(error: Error, path: &Path) -> Error {
     let mode = found.mode() & 0o7777;
     error
         .because(format!("it belongs to uid {}, gid {} with mode {mode:04o}", found.uid(), found.gid()))
-        .mend(format!(
+        .with_hint(format!(
             "run as root, or: setfacl -m u:{me}:rw {}; for good by a udev rule: {}, OWNER=\"{me}\"",
             path.display(),
             udev_match(path)

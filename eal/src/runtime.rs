@@ -54,7 +54,8 @@ impl RuntimeDir {
                 return Ok(dir);
             }
         }
-        Err(Error::new(ErrorKind::Busy, what(&path), "other processes come and go there").mend(OTHER_PREFIX))
+        Err(Error::new(ErrorKind::Busy, what(&path), "other processes come and go there")
+            .with_hint(OTHER_PREFIX))
     }
 
     /// Replaces the pid of the process that had it before, which did not end well, by ours.
@@ -108,8 +109,8 @@ fn base(user: Uid, variable: impl Fn(&str) -> Option<PathBuf>) -> PathBuf {
 
 /// Makes `path` with mode 0700, or sees to it that it is a directory of ours that nobody else writes to.
 fn private_dir(path: &Path) -> Result<()> {
-    let cure = "set RUNTIME_DIRECTORY to a directory of your own, or use --in-memory";
-    let failed = |error: &std::io::Error| Error::io(what(path), error).mend(cure);
+    let hint = "set RUNTIME_DIRECTORY to a directory of your own, or use --in-memory";
+    let failed = |error: &std::io::Error| Error::io(what(path), error).with_hint(hint);
     match DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => return Ok(()),
         Err(error) if error.raw_os_error() == Some(Errno::EEXIST as i32) => {}
@@ -130,7 +131,7 @@ fn private_dir(path: &Path) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::new(ErrorKind::Permission, what(path), why).mend(cure))
+    Err(Error::new(ErrorKind::Permission, what(path), why).with_hint(hint))
 }
 
 /// Locks `dir`; `None` when it was removed meanwhile.
@@ -165,7 +166,7 @@ fn busy(dir: &Path, lock: &File) -> Error {
             "in use by a process that cannot be seen from here, such as one in another PID namespace".into()
         }
     };
-    Error::new(ErrorKind::Busy, what(dir), why).mend(OTHER_PREFIX)
+    Error::new(ErrorKind::Busy, what(dir), why).with_hint(OTHER_PREFIX)
 }
 
 /// Who holds the lock, by the kernel's own list (proc_locks(5)): a pid that was written to the file may be that of another

@@ -80,7 +80,8 @@ impl Sandbox {
 }
 
 fn failed(error: &dyn std::error::Error) -> Error {
-    Error::new(ErrorKind::Os, "cannot close the sandbox", error.to_string()).mend("start with --no-sandbox")
+    Error::new(ErrorKind::Os, "cannot close the sandbox", error.to_string())
+        .with_hint("start with --no-sandbox")
 }
 
 /// glibc tries `clone3` first, whose flags are in memory, where no filter sees them; without it, it takes `clone`.

@@ -23,7 +23,7 @@ pub fn check_path(what: impl Display, path: &Path) -> Result<()> {
         return Ok(());
     }
     let why = format!("it is {len} bytes long, a socket's name has at most {MAX_PATH}");
-    Err(Error::new(ErrorKind::Usage, what.to_string(), why).mend("give a shorter path"))
+    Err(Error::new(ErrorKind::Usage, what.to_string(), why).with_hint("give a shorter path"))
 }
 
 /// Connects to the listener at `path` without waiting.
@@ -40,19 +40,22 @@ pub fn try_connect(path: &Path) -> nix::Result<UnixStream> {
     Ok(stream)
 }
 
-/// As [`try_connect`]; `what` fails without the connection, and `cure` starts a listener.
+/// As [`try_connect`]; `what` fails without the connection, and `hint` starts a listener.
 ///
 /// # Errors
 /// `Unavailable` when nothing listens at `path`, `Busy` when the listener's queue is full.
-pub fn connect(path: &Path, what: impl Into<String>, cure: impl Into<String>) -> Result<UnixStream> {
+pub fn connect(path: &Path, what: impl Into<String>, hint: impl Into<String>) -> Result<UnixStream> {
     try_connect(path).map_err(|errno| {
         let error = Error::os(what, errno);
         match errno {
-            Errno::ENOENT => error.because("there is no such socket").mend(cure),
-            Errno::ECONNREFUSED => {
-                error.kind_is(ErrorKind::Unavailable).because("nobody listens on that socket").mend(cure)
+            Errno::ENOENT => error.because("there is no such socket").with_hint(hint),
+            Errno::ECONNREFUSED => error
+                .with_kind(ErrorKind::Unavailable)
+                .because("nobody listens on that socket")
+                .with_hint(hint),
+            Errno::EAGAIN => {
+                error.because("others wait for that socket already").with_hint(see_listener(path))
             }
-            Errno::EAGAIN => error.because("others wait for that socket already").mend(see_listener(path)),
             _ => error,
         }
     })
@@ -80,7 +83,7 @@ mod tests {
         assert!(!waiting.is_empty());
         let error = refused();
         assert_eq!((error.kind(), error.errno()), (ErrorKind::Busy, Some(Errno::EAGAIN)));
-        assert!(error.cure().is_some_and(|cure| cure.contains("ss -xlp src /")), "{error}");
+        assert!(error.hint().is_some_and(|hint| hint.contains("ss -xlp src /")), "{error}");
         drop(listener);
         let error = refused();
         assert_eq!(error.kind(), ErrorKind::Unavailable);

@@ -37,7 +37,7 @@ impl FromStr for UserName {
         if user.is_empty() || group.is_some_and(str::is_empty) || text.contains(char::is_whitespace) {
             let what = format!("--user {}", quoted(text));
             return Err(Error::new(ErrorKind::Usage, what, "it is not of the form USER or USER:GROUP")
-                .mend("such as nobody, or 65534:65534"));
+                .with_hint("such as nobody, or 65534:65534"));
         }
         Ok(Self { user: user.to_owned(), group: group.map(str::to_owned) })
     }
@@ -57,7 +57,7 @@ impl UserName {
     /// `Usage` when there is no such user or group, it is root, or the number is no id.
     pub fn find(&self) -> Result<User> {
         let what = || format!("--user {}", quoted(&self.user));
-        let wrong = |why: &str, cure: &str| Error::new(ErrorKind::Usage, what(), why).mend(cure);
+        let wrong = |why: &str, hint: &str| Error::new(ErrorKind::Usage, what(), why).with_hint(hint);
         let number: Option<u32> = self.user.parse().ok();
         let entry = match number {
             Some(uid) => nix::unistd::User::from_uid(Uid::from_raw(uid)),
@@ -90,7 +90,7 @@ fn group_id(group: &str) -> Result<Gid> {
         .map_err(|errno| Error::os(format!("cannot look up group {}", quoted(group)), errno))?;
     found.map(|group| group.gid).ok_or_else(|| {
         Error::new(ErrorKind::Usage, format!("--user …:{}", quoted(group)), "there is no such group")
-            .mend("list them: getent group")
+            .with_hint("list them: getent group")
     })
 }
 
@@ -115,11 +115,11 @@ impl User {
     ///
     /// # Errors
     /// `Permission` when the process is not root, and another user; or when it has not become this one.
-    pub fn become_it(self) -> Result<()> {
+    pub fn drop_privileges(self) -> Result<()> {
         let what = || format!("cannot become user {} with group {}", self.uid, self.gid);
         let failed = |errno| {
             let error = Error::os(what(), errno);
-            if errno == Errno::EPERM { error.mend("start as root, or leave --user out") } else { error }
+            if errno == Errno::EPERM { error.with_hint("start as root, or leave --user out") } else { error }
         };
         if !self.is_current() {
             // While it can still be changed, which takes CAP_SETPCAP.
@@ -147,7 +147,7 @@ impl User {
 fn clear(set: CapSet) -> Result<()> {
     caps::clear(None, set).map_err(|error| {
         Error::new(ErrorKind::Permission, "cannot give up capabilities", error.to_string())
-            .mend("start as root, or leave --user out")
+            .with_hint("start as root, or leave --user out")
     })
 }
 
@@ -156,9 +156,9 @@ fn clear(set: CapSet) -> Result<()> {
 /// the descriptors that it had, but may have become `user` already.
 pub fn exec(program: &OsString, args: &[OsString], user: User, fds: Vec<OwnedFd>) -> Error {
     if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, libc::RLIM_INFINITY, libc::RLIM_INFINITY) {
-        return Error::os("cannot raise the limit of locked memory", errno).mend("start as root");
+        return Error::os("cannot raise the limit of locked memory", errno).with_hint("start as root");
     }
-    if let Err(error) = user.become_it() {
+    if let Err(error) = user.drop_privileges() {
         return error;
     }
     replace(program, args, &fds)

@@ -75,8 +75,8 @@ impl Host {
         match error.kind() {
             ErrorKind::Unavailable => error
                 .because("VFIO is not loaded, or this kernel has no CONFIG_VFIO_NOIOMMU")
-                .mend("run: modprobe vfio-pci"),
-            ErrorKind::Permission => error.mend("run as root"),
+                .with_hint("run: modprobe vfio-pci"),
+            ErrorKind::Permission => error.with_hint("run as root"),
             _ => error,
         }
     }
@@ -87,7 +87,7 @@ impl Host {
             let driver = self.recorded(*address)?.ok_or_else(|| {
                 let what = format!("cannot restore the driver of {address}");
                 Error::new(ErrorKind::Unavailable, what, "none is recorded")
-                    .mend(format!("name it: vireo-devbind --bind DRIVER {address}"))
+                    .with_hint(format!("name it: vireo-devbind --bind DRIVER {address}"))
             })?;
             Ok((*address, Some(driver).filter(|driver| !driver.is_empty())))
         };
@@ -181,7 +181,7 @@ impl Host {
             .and_then(|()| fs::write(&path, format!("{}\n", driver.unwrap_or(""))))
             .map_err(|error| {
                 let error = Error::io(format!("cannot write {}", path.display()), &error);
-                if error.kind() == ErrorKind::Permission { error.mend("run as root") } else { error }
+                if error.kind() == ErrorKind::Permission { error.with_hint("run as root") } else { error }
             })
     }
 

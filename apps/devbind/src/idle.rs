@@ -44,7 +44,7 @@ impl Host {
         };
         if let Some(Need { why, hint }) = (!force).then(need).flatten() {
             let hint = format!("{hint}; or, if nobody needs it: --force");
-            return Err(Error::new(ErrorKind::Busy, what(), why).mend(hint));
+            return Err(Error::new(ErrorKind::Busy, what(), why).with_hint(hint));
         }
         for info in functions.iter().chain([info]) {
             if self.bus.is_on_vfio(info)
@@ -59,7 +59,7 @@ impl Host {
                     what(),
                     format!("{its}in use by pid {pid} ({name})"),
                 )
-                .mend(format!("stop it: kill {pid}")));
+                .with_hint(format!("stop it: kill {pid}")));
             }
         }
         Ok(())

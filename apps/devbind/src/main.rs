@@ -93,7 +93,7 @@ impl Cli {
             return Ok(());
         }
         let (what, why) = ("cannot act on the NICs", "nothing says what to do");
-        Err(Error::new(ErrorKind::Usage, what, why).mend("give --bind DRIVER, --unbind or --restore"))
+        Err(Error::new(ErrorKind::Usage, what, why).with_hint("give --bind DRIVER, --unbind or --restore"))
     }
 }
 

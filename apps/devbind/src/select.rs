@@ -41,7 +41,8 @@ impl Host {
     fn matching(&self, word: &str) -> Result<Vec<Bdf>> {
         let what = || format!("cannot find {}", quoted(word));
         let pattern = Pattern::new(word).map_err(|error| {
-            Error::new(ErrorKind::Usage, what(), format!("it is not a pattern: {}", error.msg)).mend(HINT)
+            Error::new(ErrorKind::Usage, what(), format!("it is not a pattern: {}", error.msg))
+                .with_hint(HINT)
         })?;
         let matches = |info: &PciInfo| {
             let full = info.address.to_string();
@@ -56,7 +57,7 @@ impl Host {
             .collect();
         if found.is_empty() {
             let why = "no Ethernet controller has such an address";
-            return Err(Error::new(ErrorKind::Unavailable, what(), why).mend(HINT));
+            return Err(Error::new(ErrorKind::Unavailable, what(), why).with_hint(HINT));
         }
         Ok(found)
     }
@@ -67,7 +68,7 @@ impl Host {
         self.bus.scan()?.into_iter().find(has).map(|info| info.address).ok_or_else(|| {
             let what = format!("cannot find {}", quoted(name));
             let why = "it is no PCI address, and no PCI device has a network interface of that name";
-            Error::new(ErrorKind::Unavailable, what, why).mend(HINT)
+            Error::new(ErrorKind::Unavailable, what, why).with_hint(HINT)
         })
     }
 }

@@ -87,7 +87,7 @@ fn nics_are_chosen_by_address_interface_and_pattern() {
     ] {
         let error = select(&host, word).unwrap_err();
         assert_eq!(error.kind(), kind, "{error}");
-        assert!(error.to_string().contains(text) && error.cure().is_some(), "{error}");
+        assert!(error.to_string().contains(text) && error.hint().is_some(), "{error}");
     }
 }
 

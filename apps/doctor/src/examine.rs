@@ -53,7 +53,7 @@ pub(crate) struct Refusal {
     pub(crate) what: String,
     pub(crate) why: String,
     /// What the user should do; none when nothing helps.
-    pub(crate) mend: Option<String>,
+    pub(crate) hint: Option<String>,
     /// What the kernel answered, by its name, if it was the kernel.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) errno: Option<String>,
@@ -64,7 +64,7 @@ impl From<Error> for Refusal {
         Self {
             what: error.what().to_owned(),
             why: error.why().to_owned(),
-            mend: error.cure().map(str::to_owned),
+            hint: error.hint().map(str::to_owned),
             errno: error.errno().map(|errno| format!("{errno:?}")),
         }
     }
@@ -104,11 +104,11 @@ impl Host {
     /// Does what a start does with one NIC, and releases it.
     fn attempt(&self, info: &PciInfo, mode: VfioMode) -> Result<()> {
         // Each time anew: the kernel gives a device to one owner at a time, and modes are other owners.
-        let vfio = Vfio::new(self.vf_token).below(&self.root);
+        let vfio = Vfio::new(self.vf_token).with_dev_dir(&self.root);
         let known = |id: DeviceId| driver_of(id).is_some();
         if known(info.id) && !self.bus.is_on_vfio(info) {
             // Faults that a bind would not fix come first: for them the command that binds is the wrong advice.
-            vfio.foresee(&self.bus.node(info.address), mode, self.bus.has_driver(VFIO_DRIVER))?;
+            vfio.preflight(&self.bus.node(info.address), mode, self.bus.has_driver(VFIO_DRIVER))?;
         }
         self.bus.usable(info, known)?;
         let port = ports::open_one(&self.bus, &vfio, info.clone(), mode, &[])?;

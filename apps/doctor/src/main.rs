@@ -48,10 +48,10 @@ struct Cli {
 
 /// Any mode except `auto`.
 fn explicit(text: &str) -> Result<VfioMode> {
-    let mend = |error: Error| error.mend("use some of container, cdev, compat, noiommu, noiommu-cdev");
-    match text.parse().map_err(mend)? {
+    let hint = |error: Error| error.with_hint("use some of container, cdev, compat, noiommu, noiommu-cdev");
+    match text.parse().map_err(hint)? {
         VfioMode::Auto => {
-            Err(mend(Error::new(ErrorKind::Usage, "VFIO mode auto", "it chooses among the others")))
+            Err(hint(Error::new(ErrorKind::Usage, "VFIO mode auto", "it chooses among the others")))
         }
         mode => Ok(mode),
     }

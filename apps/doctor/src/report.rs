@@ -58,8 +58,8 @@ impl Report {
 fn row(Verdict { mode, refusal, .. }: &Verdict) -> String {
     let Some(refusal) = refusal else { return format!("  {mode:<14}usable\n") };
     let mut row = format!("  {mode:<14}no: {}: {}\n", refusal.what, refusal.why);
-    if let Some(mend) = &refusal.mend {
-        row += &format!("{:16}{mend}\n", "");
+    if let Some(hint) = &refusal.hint {
+        row += &format!("{:16}{hint}\n", "");
     }
     row
 }

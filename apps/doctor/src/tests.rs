@@ -54,7 +54,7 @@ fn refusal(host: &Host, mode: VfioMode) -> String {
     let verdict = nics.remove(0).modes.remove(0);
     assert!(!verdict.usable);
     let refusal = verdict.refusal.unwrap();
-    format!("{}: {}; {}", refusal.what, refusal.why, refusal.mend.unwrap_or_default())
+    format!("{}: {}; {}", refusal.what, refusal.why, refusal.hint.unwrap_or_default())
 }
 
 fn report(nics: Vec<Nic>) -> Report {
@@ -176,7 +176,7 @@ user            uid 1000
     assert_eq!((&nic["driver"], &nic["kernel_driver"]), (&"e1000".into(), &"e1000e".into()));
     let [container, cdev] = [&nic["modes"][0], &nic["modes"][1]];
     assert_eq!(container["why"], "it is bound to the kernel driver e1000e");
-    assert_eq!(container["mend"], format!("run: vireo-devbind --bind vfio-pci {NIC}"));
+    assert_eq!(container["hint"], format!("run: vireo-devbind --bind vfio-pci {NIC}"));
     assert_eq!(cdev, &serde_json::json!({ "mode": "cdev", "usable": true }));
     report.nics.clear();
     assert!(report.text().ends_with("\nno Ethernet controllers on the PCI bus\n"));

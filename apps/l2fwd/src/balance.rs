@@ -66,7 +66,7 @@ impl Balance {
         }
         let what = "the packets of the run do not add up";
         Err(Error::new(ErrorKind::Protocol, what, self.text().trim_end())
-            .mend("report it, with the whole output"))
+            .with_hint("report it, with the whole output"))
     }
 }
 

@@ -31,7 +31,7 @@ pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Planned>> {
             format!("cannot poll {count} RX queues"),
             format!("{} lcores with {} queues each are too few", lcores.len(), args.queues_per_lcore),
         )
-        .mend(format!("give -q {}, or more lcores with -l", count.div_ceil(lcores.len().max(1)))));
+        .with_hint(format!("give -q {}, or more lcores with -l", count.div_ceil(lcores.len().max(1)))));
     }
     let each = (0..args.queues.into()).flat_map(|pair| ways.iter().map(move |way| (pair, *way)));
     let lcores = lcores.iter().flat_map(|lcore| std::iter::repeat_n(*lcore, args.queues_per_lcore));
@@ -43,7 +43,7 @@ fn enabled(mask: u64, ports: usize) -> Result<Vec<usize>> {
     let what = format!("cannot use port mask {mask:#x}");
     let last = ports.checked_sub(1).ok_or_else(|| {
         Error::new(ErrorKind::Unavailable, what.clone(), "there are no ports")
-            .mend("bind NICs to VFIO: vireo-devbind --status, vireo-devbind --bind vfio-pci ADDRESS")
+            .with_hint("bind NICs to VFIO: vireo-devbind --status, vireo-devbind --bind vfio-pci ADDRESS")
     })?;
     let enabled: Vec<usize> = (0..64).filter(|port| mask >> port & 1 == 1).collect();
     let why = match enabled.iter().find(|port| **port > last) {
@@ -51,7 +51,7 @@ fn enabled(mask: u64, ports: usize) -> Result<Vec<usize>> {
         None if enabled.is_empty() => "it selects no port".into(),
         None => return Ok(enabled),
     };
-    Err(Error::new(ErrorKind::Usage, what, why).mend(format!(
+    Err(Error::new(ErrorKind::Usage, what, why).with_hint(format!(
         "ports are 0 to {last}; for all of them give -p {:x}",
         u64::MAX >> (63 - last.min(63))
     )))

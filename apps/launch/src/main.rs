@@ -77,7 +77,7 @@ fn run() -> Result<ExitCode> {
 fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
     if matches!(eal.vfio_fds, Some(FdSource::Listen)) {
         return Err(
-            Error::new(ErrorKind::Usage, "--vfio-fds=listen", "it is added here").mend("leave it out")
+            Error::new(ErrorKind::Usage, "--vfio-fds=listen", "it is added here").with_hint("leave it out")
         );
     }
     let (bus, vfio) = (Bus::default(), Vfio::new(None));
@@ -91,7 +91,7 @@ fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
                 format!("cannot pass {} on in mode {mode}", info.address),
                 "without an IOMMU the program itself needs CAP_SYS_RAWIO",
             )
-            .mend("start the program as root, with --user instead"));
+            .with_hint("start the program as root, with --user instead"));
         }
         let [first, second] = vfio.paths(&bus.node(info.address), mode)?;
         shared.insert((mode, eal.isolate_ports.then(|| second.clone()), first));
@@ -103,7 +103,7 @@ fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
             "nothing to pass on",
             "the arguments choose no device",
         )
-        .mend("name some by -a; bound ones are shown by: vireo-devbind"));
+        .with_hint("name some by -a; bound ones are shown by: vireo-devbind"));
     }
     nodes::open_all(shared.iter().map(|(.., path)| path).chain(&own).map(PathBuf::as_path))
 }

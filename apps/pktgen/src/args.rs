@@ -106,7 +106,7 @@ pub fn check_port(number: usize, ports: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Usage, format!("cannot use port {number}"), format!("there are {ports} ports"))
-        .mend("bind NICs with vireo-devbind, or name them with -a"))
+        .with_hint("bind NICs with vireo-devbind, or name them with -a"))
 }
 
 #[cfg(test)]

@@ -130,7 +130,7 @@ pub fn await_path<T: TxBurst, R: RxBurst>(
     let seconds = patience.as_secs_f64();
     let why = format!("of {} frames in {seconds} s none came back", outcome.sent);
     Err(Error::new(ErrorKind::Unavailable, "cannot begin", why)
-        .mend("see that a forwarder is between the two ports, and that --dst-mac is its address"))
+        .with_hint("see that a forwarder is between the two ports, and that --dst-mac is its address"))
 }
 
 /// Runs `stream` until its end or until `stop`; waits for frames on their way. Each queue comes with the cache that

@@ -42,7 +42,7 @@ impl Cores {
                         chosen.len()
                     ),
                 )
-                .mend("--cores FORWARDER"));
+                .with_hint("--cores FORWARDER"));
             }
         };
         Ok(Self { generator: forwarder, forwarder, idle: None })
@@ -58,7 +58,7 @@ impl Cores {
                         "cannot measure on one core",
                         "generator and forwarder poll a core each",
                     )
-                    .mend("give the machine or the container a second one"));
+                    .with_hint("give the machine or the container a second one"));
                 }
             },
             [generator, forwarder] if generator != forwarder => {
@@ -70,7 +70,7 @@ impl Cores {
                     "cannot use these cores",
                     "generator and forwarder poll a core each",
                 )
-                .mend("--cores GENERATOR,FORWARDER"));
+                .with_hint("--cores GENERATOR,FORWARDER"));
             }
         };
         let idle = allowed.iter().copied().find(|core| *core != generator && *core != forwarder);

@@ -106,7 +106,7 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
     if raw.iter().all(|r| r.runs.is_empty() && r.maps.is_empty()) {
         let why = "the recordings hold no runs";
         return Err(
-            Error::new(ErrorKind::Usage, "nothing to report", why).mend("record with: run --json FILE")
+            Error::new(ErrorKind::Usage, "nothing to report", why).with_hint("record with: run --json FILE")
         );
     }
     for (path, recording) in args.recordings.iter().zip(&raw).skip(1) {
@@ -118,7 +118,7 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
                 what,
                 format!("they are of two machines: {difference}"),
             )
-            .mend("make a report of each"));
+            .with_hint("make a report of each"));
         }
     }
     let counted = args.counted.iter().map(|path| read(path)).collect::<Result<_>>()?;
@@ -140,7 +140,7 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
         [first, ..] => {
             let what = format!("packets do not add up in {} run(s)", report.timed.problems.len());
             Err(Error::new(ErrorKind::Protocol, what, first)
-                .mend("the rows marked ! prove nothing; run again"))
+                .with_hint("the rows marked ! prove nothing; run again"))
         }
     }
 }

@@ -303,7 +303,7 @@ enum Turn {
 fn go_on(stop: &StopFlag) -> Result<()> {
     if stop.is_set() {
         return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
-            .mend("go on with the same arguments and --resume"));
+            .with_hint("go on with the same arguments and --resume"));
     }
     Ok(())
 }
@@ -374,7 +374,7 @@ fn references(
             let Setup::Wired(Wiring { nic, inner: [inside, _], .. }) = setup else {
                 let what = format!("cannot measure {}", reference.name());
                 let why = "references take four NICs, and no external generator";
-                return Err(Error::new(ErrorKind::Usage, what, why).mend("leave out --references"));
+                return Err(Error::new(ErrorKind::Usage, what, why).with_hint("leave out --references"));
             };
             match reference.unfit(inside) {
                 Some(why) => say(&left_out(reference, nic, why)),
@@ -420,7 +420,9 @@ pub(crate) fn wirings(nics: &[String], bus: &Bus, mut say: impl FnMut(&str)) -> 
             "cannot measure",
             "a comparison takes four NICs of one kind on vfio-pci, connected in pairs",
         )
-        .mend("name them: --ports SENDER,FORWARDER_IN,FORWARDER_OUT,RECEIVER; or run: scripts/lab compare"));
+        .with_hint(
+            "name them: --ports SENDER,FORWARDER_IN,FORWARDER_OUT,RECEIVER; or run: scripts/lab compare",
+        ));
     }
     Ok(wirings)
 }
@@ -428,7 +430,7 @@ pub(crate) fn wirings(nics: &[String], bus: &Bus, mut say: impl FnMut(&str)) -> 
 /// Why `kind`, with `bound` NICs on vfio-pci, is not measured.
 fn not_four(kind: &str, bound: usize) -> Error {
     let why = format!("{bound} on vfio-pci, and a comparison takes 4");
-    Error::new(ErrorKind::Usage, format!("cannot measure {kind}"), why).mend(if bound < 4 {
+    Error::new(ErrorKind::Usage, format!("cannot measure {kind}"), why).with_hint(if bound < 4 {
         "run: vireo-devbind --status"
     } else {
         "name four: run --ports A,B,C,D; or give the others back: vireo-devbind --restore ADDRESS"
@@ -484,14 +486,14 @@ mod tests {
 
     #[test]
     fn a_kind_that_was_named_has_four_nics_or_is_refused() {
-        for (bound, cure) in [(0, "vireo-devbind --status"), (3, "vireo-devbind --status"), (5, "--ports")] {
+        for (bound, hint) in [(0, "vireo-devbind --status"), (3, "vireo-devbind --status"), (5, "--ports")] {
             let (_dir, bus) = bus(&[vec![E1000; 4], vec![E1000E; bound]].concat());
             let nics = ["e1000".to_owned(), "e1000e".to_owned()];
             let error = wirings(&nics, &bus, |_| ()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage);
             let text = error.to_string();
             assert!(text.starts_with(&format!("cannot measure e1000e: {bound} on vfio-pci")), "{text}");
-            assert!(text.contains(cure), "{text}");
+            assert!(text.contains(hint), "{text}");
             let chosen = wirings(&nics[..1], &bus, |_| ()).unwrap();
             assert_eq!(chosen.iter().map(|wiring| wiring.nic).collect::<Vec<_>>(), ["e1000"]);
         }

@@ -39,7 +39,7 @@ impl TestpmdArgs {
         }
         let what = format!("cannot find {}", self.testpmd.display());
         Err(Error::new(ErrorKind::Unavailable, what, "it is not in PATH")
-            .mend("apt-get install dpdk-dev; or name it: --testpmd FILE"))
+            .with_hint("apt-get install dpdk-dev; or name it: --testpmd FILE"))
     }
 
     /// Forwards between the two NICs by itself. Its main lcore waits for its input without polling, so both of its lcores

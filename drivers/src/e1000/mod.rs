@@ -168,7 +168,7 @@ impl Device {
             if value == u32::MAX {
                 return Err(self
                     .error(ErrorKind::Unavailable, what, "its registers read all ones")
-                    .mend("see whether it is still there: lspci"));
+                    .with_hint("see whether it is still there: lspci"));
             }
             if done(value) {
                 return Ok(value);

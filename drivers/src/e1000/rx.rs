@@ -28,7 +28,7 @@ pub struct RxQueue {
     /// What `next` was at the last write of RDT.
     announced: usize,
     /// Refilled descriptors that are worth a write of RDT.
-    worthwhile: usize,
+    refill_threshold: usize,
     /// Inside a frame of several descriptors, which is dropped up to its end.
     skipping: bool,
     stats: QueueStats,
@@ -42,7 +42,7 @@ pub(super) fn filled(entries: usize, cache: &mut PoolCache) -> Result<BufferRing
             buffers.release_all(cache);
             let what = format!("cannot fill an RX ring of {entries} descriptors");
             return Err(Error::new(ErrorKind::Os, what, format!("only {index} buffers are free"))
-                .mend("ask for more memory with -m MB, or for a smaller ring"));
+                .with_hint("ask for more memory with -m MB, or for a smaller ring"));
         };
         let _ = buffers.replace(index, buffer);
     }
@@ -58,10 +58,10 @@ impl RxQueue {
         cache: &PoolCache,
     ) -> Self {
         // At most three quarters of the ring wait for a write of RDT, whatever its size.
-        let worthwhile = MAX_BURST.min(ring.entries() / 4 * 3);
+        let refill_threshold = MAX_BURST.min(ring.entries() / 4 * 3);
         let stats = QueueStats::default();
         let mut queue =
-            Self { ring, buffers, tail, next: 0, announced: 0, worthwhile, skipping: false, stats };
+            Self { ring, buffers, tail, next: 0, announced: 0, refill_threshold, skipping: false, stats };
         for index in 0..queue.ring.entries() {
             queue.arm(index, cache);
         }
@@ -107,7 +107,7 @@ impl RxQueue {
         self.next = start.wrapping_add(received);
         self.stats.packets += received as u64;
         self.stats.bytes += bytes as u64;
-        if self.next.wrapping_sub(self.announced) >= self.worthwhile {
+        if self.next.wrapping_sub(self.announced) >= self.refill_threshold {
             self.announce();
         }
         received
@@ -127,7 +127,7 @@ impl RxQueue {
         self.skipping = !last;
         self.arm(self.next, cache);
         self.next = self.next.wrapping_add(1);
-        if self.next.wrapping_sub(self.announced) >= self.worthwhile {
+        if self.next.wrapping_sub(self.announced) >= self.refill_threshold {
             self.announce();
         }
     }

@@ -68,7 +68,7 @@ impl Vdev for Options {
         }
         if options.path.as_os_str().is_empty() {
             return Err(Error::new(ErrorKind::Usage, format!("cannot use {name}"), "it has no socket")
-                .mend(format!("say where it is: --vdev {name},iface=SOCKET")));
+                .with_hint(format!("say where it is: --vdev {name},iface=SOCKET")));
         }
         Ok(options)
     }
@@ -132,7 +132,7 @@ impl Nic for Device {
         if usize::from(pairs) * RINGS_PER_PAIR > self.rings.len() {
             return Err(self
                 .refuse(&format!("it has {} pairs of queues", self.rings.len() / RINGS_PER_PAIR))
-                .mend(format!("give it more: --vdev {},iface=SOCKET,queues={pairs}", self.name)));
+                .with_hint(format!("give it more: --vdev {},iface=SOCKET,queues={pairs}", self.name)));
         }
         if std::mem::replace(&mut self.started, true) {
             return Err(self.refuse("it is started already"));

@@ -157,7 +157,7 @@ fn make_way(path: &Path, name: &str) -> Result<()> {
         Err(Errno::ECONNREFUSED) => std::fs::remove_file(path).map_err(|error| Error::io(what(), &error)),
         Err(errno) if errno != Errno::EAGAIN => Err(Error::os(what(), errno)),
         _ => Err(Error::new(ErrorKind::Busy, what(), "another process listens there")
-            .mend(format!("see which: ss -xlp src {}", path.display()))),
+            .with_hint(format!("see which: ss -xlp src {}", path.display()))),
     }
 }
 
@@ -245,11 +245,11 @@ impl Port {
     fn refusal(&self, error: &std::io::Error) -> Error {
         let error = Error::io(format!("{}: cannot accept a frontend, and tries on", self.name), error);
         match error.errno() {
-            Some(Errno::EMFILE) => error.mend(&*self.more_files),
+            Some(Errno::EMFILE) => error.with_hint(&*self.more_files),
             Some(Errno::ENFILE) => {
-                error.mend("run: sysctl fs.file-max=$(($(cat /proc/sys/fs/file-max) + 1024))")
+                error.with_hint("run: sysctl fs.file-max=$(($(cat /proc/sys/fs/file-max) + 1024))")
             }
-            Some(Errno::ENOMEM | Errno::ENOBUFS) => error.mend("see what takes the memory: free -m"),
+            Some(Errno::ENOMEM | Errno::ENOBUFS) => error.with_hint("see what takes the memory: free -m"),
             _ => error,
         }
     }

@@ -275,7 +275,7 @@ impl Nic for Device {
         let most = self.transport.pairs()?;
         if pairs > most {
             let why = format!("{pairs} pairs of queues are asked for, and it has {most}");
-            return Err(self.refuse(ErrorKind::Usage, &why).mend(
+            return Err(self.refuse(ErrorKind::Usage, &why).with_hint(
                 "give it more: queues=N of a --vdev and of its peer, -device virtio-net-pci,mq=on of QEMU",
             ));
         }
@@ -287,7 +287,7 @@ impl Nic for Device {
             || self.features.contains(Features::CTRL_VQ | Features::MQ);
         let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);
         let (pairs, mut control) = self.queues(memory, sizes, pairs, control)?;
-        let (features, prompt) = (self.features, self.transport.is_prompt());
+        let (features, prompt) = (self.features, self.transport.owes_completions());
         let mut queues: Vec<_> = pairs
             .into_iter()
             .map(|(rx, tx)| (RxQueue::new(rx, features), TxQueue::new(tx, features, prompt)))
@@ -410,7 +410,7 @@ impl Drop for Device {
     fn drop(&mut self) {
         let Some(started) = self.started.take() else { return };
         if let Err(error) = self.transport.stop() {
-            tracing::error!("{}", error.mend("its DMA memory is kept until the process ends"));
+            tracing::error!("{}", error.with_hint("its DMA memory is kept until the process ends"));
             started.memory.keep();
         }
     }

@@ -161,7 +161,7 @@ impl Pci {
                     format!("cannot use virtio NIC {}", function.address()),
                     "it has the legacy interface only (virtio 0.9), not that of virtio 1.0",
                 )
-                .mend(MODERN)
+                .with_hint(MODERN)
             }));
         };
         let name = function.address().to_string().into();
@@ -291,11 +291,11 @@ impl Pci {
         if !offered.contains(Features::VERSION_1) {
             return Err(self
                 .error(ErrorKind::Unavailable, "use", "it does not offer VIRTIO_F_VERSION_1")
-                .mend(MODERN));
+                .with_hint(MODERN));
         }
         if self.function.has_iommu() && !offered.contains(Features::ACCESS_PLATFORM) {
             let why = "it bypasses the IOMMU: VIRTIO_F_ACCESS_PLATFORM is not offered";
-            return Err(self.error(ErrorKind::Unavailable, "use", why).mend(
+            return Err(self.error(ErrorKind::Unavailable, "use", why).with_hint(
                 "in QEMU: -device virtio-net-pci,iommu_platform=on; in libvirt: <driver iommu='on'/>; or take the \
                  IOMMU away from the virtual machine and use --vfio-mode noiommu",
             ));
@@ -354,14 +354,14 @@ impl Transport for Pci {
         up && self.check_alive().is_ok()
     }
 
-    fn is_prompt(&self) -> bool {
+    fn owes_completions(&self) -> bool {
         true
     }
 
     fn receive_all(&self) -> Result<()> {
         let why = "its receive filter is fixed: VIRTIO_NET_F_CTRL_RX is not offered";
         let error = self.error(ErrorKind::Unavailable, "receive every frame on", why);
-        Err(error.mend(
+        Err(error.with_hint(
             "leave out -P, and send to its own address; in QEMU: -device virtio-net-pci,ctrl_vq=on,ctrl_rx=on",
         ))
     }
@@ -424,7 +424,7 @@ impl Transport for Pci {
             Ok(true) => Ok(()),
             _ => Err(error),
         });
-        reset.and(self.function.set_command(false)).map_err(|error| error.mend(KEPT))
+        reset.and(self.function.set_command(false)).map_err(|error| error.with_hint(KEPT))
     }
 
     fn check_alive(&self) -> Result<()> {

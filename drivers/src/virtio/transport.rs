@@ -37,7 +37,7 @@ pub(super) trait Transport: fmt::Debug + Send {
     fn link_up(&self) -> bool;
 
     /// Whether the device is hardware, which sends at once. A peer may take its time.
-    fn is_prompt(&self) -> bool;
+    fn owes_completions(&self) -> bool;
 
     /// Fails where a device without control queue does not receive every frame anyway.
     fn receive_all(&self) -> Result<()>;

@@ -95,7 +95,7 @@ impl Vdev for UserOptions {
                     let mac: MacAddr = value.parse()?;
                     if !mac.is_valid_station() {
                         return Err(wrong("it is a group's or zero, and no station has such an address")
-                            .mend("use one such as 02:00:00:00:00:01"));
+                            .with_hint("use one such as 02:00:00:00:00:01"));
                     }
                     options.mac = Some(mac);
                 }
@@ -108,7 +108,7 @@ impl Vdev for UserOptions {
         }
         if options.path.as_os_str().is_empty() {
             return Err(Error::new(ErrorKind::Usage, format!("cannot use {name}"), "it has no socket")
-                .mend(format!("give the peer's: --vdev {name},path=SOCKET")));
+                .with_hint(format!("give the peer's: --vdev {name},path=SOCKET")));
         }
         Ok(options)
     }
@@ -285,7 +285,8 @@ impl User {
                 }
                 error => format!("{request}: {error}"),
             };
-            self.error(ErrorKind::Protocol, why).mend("look at the peer's messages, and start both again")
+            self.error(ErrorKind::Protocol, why)
+                .with_hint("look at the peer's messages, and start both again")
         })
     }
 
@@ -329,7 +330,7 @@ impl User {
 
     /// `memory` as one range, whose device addresses are also the user addresses in messages.
     fn range(&self, memory: &DmaMemory) -> Result<VhostUserMemoryRegionInfo> {
-        let refuse = |why: &str, cure: &str| Err(self.error(ErrorKind::Usage, why).mend(cure));
+        let refuse = |why: &str, hint: &str| Err(self.error(ErrorKind::Usage, why).with_hint(hint));
         let Some(iova) = memory.linear_iova() else {
             return refuse(
                 "a port without IOMMU makes all ports use physical addresses, which the peer cannot map",
@@ -369,7 +370,7 @@ impl Transport for User {
             let why = "the peer does not offer VIRTIO_F_VERSION_1";
             return Err(self
                 .error(ErrorKind::Unavailable, why)
-                .mend("start one that does, such as dpdk-testpmd --vdev net_vhost0,iface=SOCKET"));
+                .with_hint("start one that does, such as dpdk-testpmd --vdev net_vhost0,iface=SOCKET"));
         }
         self.features = self.offered.wanted(options, several);
         Ok(self.features)
@@ -387,7 +388,7 @@ impl Transport for User {
         !self.silent && self.check_alive().is_ok()
     }
 
-    fn is_prompt(&self) -> bool {
+    fn owes_completions(&self) -> bool {
         false
     }
 
@@ -450,8 +451,10 @@ impl Transport for User {
     fn stop(&mut self) -> Result<()> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
         self.stop_rings().map_err(|error| match self.silent {
-            true => error.mend("end the peer: the memory that it had is kept until its connection closes"),
-            false => error.mend(KEPT),
+            true => {
+                error.with_hint("end the peer: the memory that it had is kept until its connection closes")
+            }
+            false => error.with_hint(KEPT),
         })
     }
 

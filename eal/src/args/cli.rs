@@ -220,7 +220,7 @@ pub(super) fn one_line(error: &clap::Error, what: &str, program: &str) -> Error 
         .filter(|line| !line.is_empty() && !line.starts_with("tip:"))
         .collect::<Vec<_>>()
         .join(" ");
-    let cure = match (error.get(ContextKind::SuggestedArg), error.kind()) {
+    let hint = match (error.get(ContextKind::SuggestedArg), error.kind()) {
         (Some(ContextValue::String(name)), _) => format!("did you mean {name}?"),
         (Some(ContextValue::Strings(names)), _) => format!("did you mean {}?", names.join(" or ")),
         (_, ClapKind::UnknownArgument) if what != PLAIN => {
@@ -228,5 +228,5 @@ pub(super) fn one_line(error: &clap::Error, what: &str, program: &str) -> Error 
         }
         _ => format!("see: {program} --help"),
     };
-    Error::new(ErrorKind::Usage, what, super::printable(&why, 200)).mend(cure)
+    Error::new(ErrorKind::Usage, what, super::printable(&why, 200)).with_hint(hint)
 }

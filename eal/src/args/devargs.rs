@@ -62,7 +62,7 @@ pub(super) fn key_values(
         }
         if !known.contains(&key) {
             let known = known.join(", ");
-            return Err(wrong("there is no such key").mend(format!("known keys: {known}")));
+            return Err(wrong("there is no such key").with_hint(format!("known keys: {known}")));
         }
         if args.iter().any(|(other, _)| other == key) {
             return Err(wrong("the key is given twice"));

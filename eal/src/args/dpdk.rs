@@ -113,7 +113,7 @@ pub(super) fn notes(matches: &ArgMatches) -> Result<Vec<String>> {
     let given = |argument: &&Argument| matches.value_source(argument.long) == Some(ValueSource::CommandLine);
     let note = |argument: &Argument| match argument.fate {
         NoEffect(why) => Ok(no_effect(&format!("--{}", argument.long), why)),
-        Refused(cure) => Err(refusal(&format!("--{}", argument.long), cure)),
+        Refused(hint) => Err(refusal(&format!("--{}", argument.long), hint)),
     };
     ARGUMENTS.iter().filter(given).map(note).collect()
 }
@@ -124,8 +124,8 @@ pub(super) fn no_effect(argument: &str, why: &str) -> String {
 }
 
 /// Refusal of an argument of DPDK's.
-pub(super) fn refusal(argument: &str, cure: &str) -> Error {
-    Error::new(ErrorKind::Usage, argument, "a DPDK argument that Vireo does not have").mend(cure)
+pub(super) fn refusal(argument: &str, hint: &str) -> Error {
+    Error::new(ErrorKind::Usage, argument, "a DPDK argument that Vireo does not have").with_hint(hint)
 }
 
 /// Lines for the help.

@@ -113,8 +113,8 @@ pub(super) fn parse_mask(text: &str, allowed: &[usize]) -> Result<Vec<LcoreSpec>
 /// # Errors
 /// `Usage` when they have cpus of their own, or ids would be [`MAX_CORES`] or more.
 pub(super) fn remap(lcores: &mut [LcoreSpec], first: u32) -> Result<()> {
-    let wrong = |why: String, cure: &str| {
-        Err(Error::new(ErrorKind::Usage, format!("--remap-lcore-ids={first}"), why).mend(cure))
+    let wrong = |why: String, hint: &str| {
+        Err(Error::new(ErrorKind::Usage, format!("--remap-lcore-ids={first}"), why).with_hint(hint))
     };
     if let Some(lcore) = lcores.iter().find(|lcore| lcore.cpus != [lcore.id as usize]) {
         return wrong(format!("-l gives lcore {lcore} an id of its own"), "leave --remap-lcore-ids out");
@@ -130,7 +130,7 @@ pub(super) fn remap(lcores: &mut [LcoreSpec], first: u32) -> Result<()> {
 
 fn wrong(argument: &str, text: &str, why: String, allowed: &[usize]) -> Error {
     Error::new(ErrorKind::Usage, format!("{argument} {}", quoted(text)), why)
-        .mend(format!("use cores {}", ranges(allowed)))
+        .with_hint(format!("use cores {}", ranges(allowed)))
 }
 
 fn check(cores: BTreeMap<usize, BTreeSet<usize>>, allowed: &[usize]) -> Read<Vec<LcoreSpec>> {

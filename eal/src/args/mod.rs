@@ -292,8 +292,8 @@ fn resolve(cli: Cli, mut notes: Vec<String>, program: &Program<'_>, cpus: &[usiz
     };
     match cli.huge_unlink {
         Some(Some(HugeUnlink::Never)) => {
-            let cure = "leave it out: no file of a hugepage stays behind";
-            return Err(dpdk::refusal("--huge-unlink=never", cure));
+            let hint = "leave it out: no file of a hugepage stays behind";
+            return Err(dpdk::refusal("--huge-unlink=never", hint));
         }
         Some(_) => {
             notes.push(dpdk::no_effect("--huge-unlink", "files are unlinked as soon as they are open"))
@@ -347,7 +347,7 @@ fn main_lcore(asked: Option<u32>, lcores: &[LcoreSpec]) -> Result<u32> {
     found.ok_or_else(|| {
         let what = format!("--main-lcore {}", asked.unwrap_or_default());
         Error::new(ErrorKind::Usage, what, "not one of the lcores")
-            .mend(format!("use one of {}", ids(lcores)))
+            .with_hint(format!("use one of {}", ids(lcores)))
     })
 }
 
@@ -387,8 +387,8 @@ fn check_twice<'a, T: Ord + Display + 'a>(
     Ok(())
 }
 
-fn conflict(what: &str, why: &str, cure: &str) -> Error {
-    Error::new(ErrorKind::Usage, what, why).mend(cure)
+fn conflict(what: &str, why: &str, hint: &str) -> Error {
+    Error::new(ErrorKind::Usage, what, why).with_hint(hint)
 }
 
 /// `text` for an error message: on one line, in quotes, not too long.

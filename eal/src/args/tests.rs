@@ -320,11 +320,11 @@ fn every_eal_argument_of_dpdk() {
                         "{what}: {notes:?}"
                     );
                 }
-                (Refused(cure), Err(error)) => {
+                (Refused(hint), Err(error)) => {
                     let text = error.to_string();
                     assert_eq!(error.kind(), ErrorKind::Usage, "{what}");
                     let named = text.contains("a DPDK argument that Vireo does not have; ");
-                    assert!(named && text.contains(cure), "{what}: {text}");
+                    assert!(named && text.contains(hint), "{what}: {text}");
                 }
                 (_, other) => panic!("{what}: {other:?}"),
             }

@@ -48,7 +48,7 @@ impl FromStr for VfToken {
             .map(|uuid| Self(uuid.to_be_bytes()))
             .ok_or_else(|| {
                 let what = format!("VF token {}", quoted(text));
-                Error::new(ErrorKind::Usage, what, "not a UUID").mend("make one with: uuidgen")
+                Error::new(ErrorKind::Usage, what, "not a UUID").with_hint("make one with: uuidgen")
             })
     }
 }

@@ -31,14 +31,14 @@ impl VdevArgs {
         let wrong = |why: &str| Error::new(ErrorKind::Usage, format!("--vdev {}", quoted(name)), why);
         let Some((_, keys)) = drivers.iter().find(|(known, _)| *known == driver) else {
             let known: Vec<String> = drivers.iter().map(|(known, _)| format!("{known}0")).collect();
-            return Err(wrong("no driver has that name").mend(match known.is_empty() {
+            return Err(wrong("no driver has that name").with_hint(match known.is_empty() {
                 true => "leave --vdev out: this program has no virtual devices".to_owned(),
                 false => format!("names are like {}", known.join(", ")),
             }));
         };
         if !(1..=MAX_DIGITS).contains(&(name.len() - driver.len())) {
             return Err(wrong("the driver's name is not followed by a number of 1 to 4 digits")
-                .mend(format!("the first one is {driver}0")));
+                .with_hint(format!("the first one is {driver}0")));
         }
         let args = key_values(rest, &name, keys)?;
         Ok(Self { name: name.to_owned(), driver: driver.to_owned(), args })

@@ -298,7 +298,7 @@ impl DmaMemory {
                 what(),
                 format!("without an IOMMU at most one page of {} KiB is contiguous", page >> 10),
             )
-            .mend("use larger pages: leave --no-huge out, or ask for smaller rings"));
+            .with_hint("use larger pages: leave --no-huge out, or ask for smaller rings"));
         }
         let place = |allocated: usize| {
             let mut start = allocated.checked_next_multiple_of(align)?;
@@ -318,7 +318,7 @@ impl DmaMemory {
             .map(|(start, _)| start)
             .ok_or_else(|| {
                 Error::new(ErrorKind::Os, what(), format!("all {} KiB are used", arena.bytes.len() >> 10))
-                    .mend("ask for more with -m MB")
+                    .with_hint("ask for more with -m MB")
             })
     }
 
@@ -376,7 +376,7 @@ impl DmaMemory {
 
 fn too_small(what: &str, need: usize, left: usize) -> Error {
     let why = format!("{} KiB are needed and {} KiB are left", need >> 10, left >> 10);
-    Error::new(ErrorKind::Os, format!("cannot {what}"), why).mend("ask for more with -m MB")
+    Error::new(ErrorKind::Os, format!("cannot {what}"), why).with_hint("ask for more with -m MB")
 }
 
 /// Whether devices of `spaces` use physical addresses.
@@ -388,7 +388,7 @@ fn is_physical(spaces: &[Arc<AddressSpace>]) -> Result<bool> {
             "cannot mix no-IOMMU ports with other modes",
             "a NIC without IOMMU needs physical addresses, the others reach only mapped IOVAs",
         )
-        .mend("give every port the same kind of --vfio-mode"));
+        .with_hint("give every port the same kind of --vfio-mode"));
     }
     Ok(physical > 0)
 }
@@ -402,7 +402,7 @@ fn check_reach(addresses: &[u64], page_size: usize, mask: u64) -> Result<()> {
         u64::BITS - mask.leading_zeros()
     );
     Err(Error::new(ErrorKind::Unavailable, "cannot use this memory without an IOMMU", why)
-        .mend("boot with an IOMMU (intel_iommu=on or amd_iommu=on), or with mem=3G"))
+        .with_hint("boot with an IOMMU (intel_iommu=on or amd_iommu=on), or with mem=3G"))
 }
 
 /// Maps `bytes` of `region`, whose first byte is at `iova`, in each of `spaces`.
@@ -447,7 +447,7 @@ fn fit(spaces: &[Arc<AddressSpace>], len: u64) -> Result<u64> {
                 if ranges.is_empty() { "nothing".into() } else { ranges.join(", ") }
             ),
         )
-        .mend("ask for less with -m MB")
+        .with_hint("ask for less with -m MB")
     })
 }
 

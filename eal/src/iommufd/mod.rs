@@ -113,7 +113,7 @@ impl Iommufd {
         let file = node::open(path).map_err(|error| match error.errno() {
             Some(Errno::ENOENT | Errno::ENODEV) => error
                 .because("this kernel has no iommufd (CONFIG_IOMMUFD)")
-                .mend("run: modprobe iommufd, or choose --vfio-mode container"),
+                .with_hint("run: modprobe iommufd, or choose --vfio-mode container"),
             _ => error,
         })?;
         Ok(Self::of_node(file.into()))
@@ -325,7 +325,7 @@ impl Ioas {
         let what = || map_what(region.len() as u64, iova);
         let fd = region.fd().ok_or_else(|| {
             Error::new(ErrorKind::Unavailable, what(), "the memory has no file")
-                .mend("run without --in-memory")
+                .with_hint("run without --in-memory")
         })?;
         let mut map = uapi::iommu_ioas_map_file {
             size: size_of::<uapi::iommu_ioas_map_file>() as u32,
@@ -449,7 +449,7 @@ impl Mapping {
                 };
                 let what = "cannot read physical addresses from iommufd";
                 call!("IOMMU_IOAS_NOIOMMU_GET_PA", self.ioas.iommufd.0, ioas_noiommu_get_pa, &mut query)
-                    .map_err(|errno| Error::os(what, errno).mend("run as root (CAP_SYS_RAWIO)"))?;
+                    .map_err(|errno| Error::os(what, errno).with_hint("run as root (CAP_SYS_RAWIO)"))?;
                 if query.length < page_size {
                     return Err(Error::new(
                         ErrorKind::Os,

@@ -27,7 +27,7 @@ pub(super) fn check(root: &Path, what: impl Fn() -> String, len: u64) -> Result<
         let (left, limit) = (mib(group.left()), mib(group.limit));
         let dir = path.strip_prefix(root).unwrap_or(path).display();
         return Err(refuse(format!("the control group /{dir} has {left} of its {limit} MiB left ({file})"))
-            .mend(format!(
+            .with_hint(format!(
                 "run: echo {} > /{dir}/{file}; or ask for fewer packet buffers",
                 need.saturating_add(group.held()).saturating_add(VARIATION)
             )));
@@ -35,7 +35,7 @@ pub(super) fn check(root: &Path, what: impl Fn() -> String, len: u64) -> Result<
     match available(root) {
         Some(left) if left < need => {
             Err(refuse(format!("the machine has {} MiB available (MemAvailable)", mib(left)))
-                .mend("free memory, or ask for fewer packet buffers"))
+                .with_hint("free memory, or ask for fewer packet buffers"))
         }
         _ => Ok(()),
     }

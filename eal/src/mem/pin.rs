@@ -80,7 +80,7 @@ fn refused(error: Error, size: usize, largest: usize) -> Error {
             "pipe-user-pages-soft=0".into(),
         )
     };
-    error.because(why).mend(format!("run as root (CAP_SYS_RESOURCE), or: sysctl fs.{setting}"))
+    error.because(why).with_hint(format!("run as root (CAP_SYS_RESOURCE), or: sysctl fs.{setting}"))
 }
 
 #[cfg(test)]

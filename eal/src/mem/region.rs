@@ -196,7 +196,7 @@ impl Region {
         let what = "cannot map packet memory a second time";
         let fd = self.fd.as_ref().ok_or_else(|| {
             Error::new(ErrorKind::Unavailable, what, format!("{} are no file", self.backing.name()))
-                .mend("leave --in-memory out")
+                .with_hint("leave --in-memory out")
         })?;
         let address = map_shared(fd, self.len).map_err(|errno| Error::os(what, errno))?;
         let (len, page_size, backing) = (self.len, self.page_size, self.backing.clone());
@@ -298,7 +298,7 @@ impl Region {
                 if entry & PRESENT == 0 || entry & FRAME == 0 {
                     return Err(Error::os(what, Errno::EPERM)
                         .because("the kernel hides them from this process")
-                        .mend("run as root (CAP_SYS_ADMIN)"));
+                        .with_hint("run as root (CAP_SYS_ADMIN)"));
                 }
                 Ok((entry & FRAME) * page_size)
             })
@@ -346,14 +346,15 @@ fn cannot_reserve(len: usize, backing: &Backing) -> String {
 fn mounted_page_size(dir: &Path) -> Result<usize> {
     let what = || format!("cannot use --huge-dir {}", dir.display());
     let found = statfs(dir).map_err(|errno| {
-        Error::os(what(), errno)
-            .kind_is(ErrorKind::Io)
-            .mend(format!("run: mkdir -p {0} && mount -t hugetlbfs none {0}; or {NO_MOUNT}", dir.display()))
+        Error::os(what(), errno).with_kind(ErrorKind::Io).with_hint(format!(
+            "run: mkdir -p {0} && mount -t hugetlbfs none {0}; or {NO_MOUNT}",
+            dir.display()
+        ))
     })?;
     match usize::try_from(found.block_size()) {
         Ok(size) if found.filesystem_type() == HUGETLBFS_MAGIC => Ok(size),
         _ => Err(Error::new(ErrorKind::Io, what(), "it is not a hugetlbfs mount")
-            .mend(format!("run: mount -t hugetlbfs none {}; or {NO_MOUNT}", dir.display()))),
+            .with_hint(format!("run: mount -t hugetlbfs none {}; or {NO_MOUNT}", dir.display()))),
     }
 }
 
@@ -363,7 +364,7 @@ const NO_MOUNT: &str = "leave --huge-dir out: no mount is needed";
 /// contiguous in physical memory.
 fn check_mount(file: &File, dir: &Path, len: usize, page_size: usize) -> Result<()> {
     let what = || format!("cannot use --huge-dir {}", dir.display());
-    let found = fstatfs(file).map_err(|errno| Error::os(what(), errno).kind_is(ErrorKind::Io))?;
+    let found = fstatfs(file).map_err(|errno| Error::os(what(), errno).with_kind(ErrorKind::Io))?;
     if found.filesystem_type() != HUGETLBFS_MAGIC || found.block_size() as usize != page_size {
         return Err(Error::new(ErrorKind::Io, what(), "something else was mounted there meanwhile"));
     }
@@ -374,7 +375,7 @@ fn check_mount(file: &File, dir: &Path, len: usize, page_size: usize) -> Result<
     }
     let why = format!("{} pages are needed and the mount has {free} of {total} free", len / page_size);
     let wanted = total.saturating_sub(free) as usize + len / page_size;
-    Err(Error::new(ErrorKind::Io, what(), why).mend(mount_again(dir, wanted, page_size)))
+    Err(Error::new(ErrorKind::Io, what(), why).with_hint(mount_again(dir, wanted, page_size)))
 }
 
 /// A mount's size stays what it was: hugetlbfs takes `-o remount` and does nothing.
@@ -388,7 +389,7 @@ fn mount_again(dir: &Path, pages: usize, page_size: usize) -> String {
 
 fn no_pages(error: Error, len: usize, page_size: usize) -> Error {
     if page_size == cpu_page_size() {
-        return error.mend("free memory, or ask for fewer packet buffers");
+        return error.with_hint("free memory, or ask for fewer packet buffers");
     }
     shortage::no_pages(Path::new(ROOT), error, len, page_size)
 }
@@ -404,7 +405,7 @@ fn huge_file(dir: &Path) -> Result<File> {
         .mode(0o600)
         .open(dir)
         .map_err(|error| {
-            Error::io(format!("cannot create a file in {}", dir.display()), &error).mend(NO_MOUNT)
+            Error::io(format!("cannot create a file in {}", dir.display()), &error).with_hint(NO_MOUNT)
         })
 }
 
@@ -501,6 +502,6 @@ mod tests {
         let error = region.populated().unwrap_err();
         assert_eq!(error.errno(), Some(Errno::EFAULT));
         assert_eq!(error.what(), "cannot reserve 1 MiB as memfd of ordinary pages");
-        assert!(error.cure().unwrap().contains("fewer packet buffers"));
+        assert!(error.hint().unwrap().contains("fewer packet buffers"));
     }
 }

@@ -20,7 +20,7 @@ pub(super) fn default_hugepage_size() -> Result<usize> {
         .map(|kilobytes| kilobytes * 1024)
         .ok_or_else(|| {
             Error::new(ErrorKind::Unavailable, "no hugepages", "this kernel has no hugetlb support")
-                .mend("run with --no-huge")
+                .with_hint("run with --no-huge")
         })
 }
 
@@ -43,7 +43,7 @@ pub(super) fn check_free(root: &Path, len: usize, page_size: usize) -> Result<()
                 left >> 20
             ),
         )
-        .mend("free memory, or ask for fewer packet buffers")),
+        .with_hint("free memory, or ask for fewer packet buffers")),
         _ => Ok(()),
     }
 }
@@ -63,7 +63,7 @@ pub(super) fn check_nodes(root: &Path, nodes: &[OnNode], page_size: usize) -> Re
         if free < need {
             let what = format!("cannot reserve {} MiB of hugepages on NUMA node {node}", bytes >> 20);
             let why = format!("{need} pages of {kib} KiB are needed and {free} are free there");
-            return Err(Error::new(ErrorKind::Os, what, why).mend(more_on_node(
+            return Err(Error::new(ErrorKind::Os, what, why).with_hint(more_on_node(
                 root,
                 node,
                 page_size,
@@ -112,12 +112,12 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
                 let node = nodes.first().copied().unwrap_or(0);
                 let at = format!("/sys/devices/system/node/node{node}/hugepages/hugepages-{kib}kB/nr_hugepages");
                 // All that a node has, and what is missing.
-                error.because(why).mend(format!(
+                error.because(why).with_hint(format!(
                     "run: echo $(($(cat {at}) + {})) > {at}; or allow more nodes in cpuset.mems",
                     need - here
                 ))
             }
-            _ => error.mend(
+            _ => error.with_hint(
                 "check the limit of the control group (hugetlb.*.max) and the memory policy (numactl), or run with \
                  --no-huge",
             ),
@@ -131,7 +131,7 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
     let more = if surplus > 0 { format!(", {surplus} more by overcommit") } else { String::new() };
     error
         .because(format!("{need} pages of {kib} KiB are needed and {free} of {total} are free{more}"))
-        .mend(format!("run: {reserve}, or run with --no-huge"))
+        .with_hint(format!("run: {reserve}, or run with --no-huge"))
 }
 
 #[cfg(test)]

@@ -101,7 +101,7 @@ impl Vfio {
 
     /// The same, with `/dev` and `/sys/class` below `root`.
     #[must_use]
-    pub fn below(self, root: &Path) -> Self {
+    pub fn with_dev_dir(self, root: &Path) -> Self {
         Self { dev: root.join("dev"), groups: root.join("sys/class/vfio"), ..self }
     }
 
@@ -114,7 +114,7 @@ impl Vfio {
     /// Acquires `node` in `mode`.
     ///
     /// # Errors
-    /// With the reason why this device cannot be had in this mode and the command that mends it. An explicit
+    /// With the reason why this device cannot be had in this mode and the command that fixes it. An explicit
     /// mode never falls back to another.
     pub fn acquire(&self, node: &Node, mode: VfioMode) -> Result<Acquired> {
         let (chosen, why) = match mode {
@@ -242,7 +242,7 @@ impl Vfio {
                 what(),
                 "the device has no IOMMU and auto never goes without",
             )
-            .mend(format!(
+            .with_hint(format!(
                 "{}; or accept that the NIC can reach all memory: --vfio-mode noiommu",
                 iommu_on()
             )));
@@ -334,7 +334,7 @@ impl Vfio {
                 format!("cannot mix --vfio-mode {mode} with {other}"),
                 "a NIC without IOMMU uses physical addresses, the others reach only what is mapped for them",
             )
-            .mend("give every port a mode with an IOMMU, or every port one without"));
+            .with_hint("give every port a mode with an IOMMU, or every port one without"));
         }
         let space = Arc::new(make()?);
         spaces.insert(key, Arc::downgrade(&space));
@@ -395,9 +395,9 @@ pub fn no_group(what: String) -> Error {
     let switch = match noiommu_allowed() {
         Some(false) => "echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
         None if !Path::new("/sys/module/vfio").exists() => "modprobe vfio enable_unsafe_noiommu_mode=1",
-        _ => return error.mend(iommu_on()),
+        _ => return error.with_hint(iommu_on()),
     };
-    error.mend(format!("{}; or, unsafe: {switch}, bind again, --vfio-mode noiommu", iommu_on()))
+    error.with_hint(format!("{}; or, unsafe: {switch}, bind again, --vfio-mode noiommu", iommu_on()))
 }
 
 /// Whether VFIO hands devices over that have no IOMMU; none when it has no such switch, or is not loaded.
@@ -408,7 +408,7 @@ pub fn noiommu_allowed() -> Option<bool> {
 
 pub(super) fn needs_noiommu(what: String, mode: VfioMode) -> Error {
     Error::new(ErrorKind::Unavailable, what, "the device has no IOMMU")
-        .mend(format!("{}; or accept that the NIC can reach all memory: --vfio-mode {mode}", iommu_on()))
+        .with_hint(format!("{}; or accept that the NIC can reach all memory: --vfio-mode {mode}", iommu_on()))
 }
 
 pub(super) fn has_iommu(what: String) -> Error {
@@ -417,7 +417,7 @@ pub(super) fn has_iommu(what: String) -> Error {
         what,
         "the device has an IOMMU, and the kernel then offers no other way",
     )
-    .mend("use --vfio-mode cdev or container")
+    .with_hint("use --vfio-mode cdev or container")
 }
 
 /// Why a device was not acquired.
@@ -478,7 +478,7 @@ mod tests {
         fs::write(groups.join("3/dev"), zero).unwrap();
         symlink("/sys/kernel/iommu_groups/3", node.join("iommu_group")).unwrap();
         let node = Node { name: "0000:00:0d.0".into(), sysfs: node };
-        let vfio = Vfio::new(None).below(root.path());
+        let vfio = Vfio::new(None).with_dev_dir(root.path());
         fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
         fs::write(root.path().join("dev/vfio/3"), "").unwrap();
         let cdev = CdevFds { iommufd: Iommufd::of_node(null().into()), device: null().into() };

@@ -62,12 +62,12 @@ impl Vfio {
         let what = format!("cannot use {} in mode {mode}", node.name);
         let without_iommu =
             group_of(node).is_ok_and(|group| self.group_node(NOIOMMU_PREFIX, group).is_some());
-        let (why, cure) = match (mode, without_iommu) {
+        let (why, hint) = match (mode, without_iommu) {
             (VfioMode::Cdev, true) => return needs_noiommu(what, VfioMode::Noiommu),
             (_, true) => ("this kernel gives devices without IOMMU no VFIO cdev (7.3)", "noiommu"),
             (_, false) => ("the kernel gives it no VFIO cdev (CONFIG_VFIO_DEVICE_CDEV, 6.6)", "container"),
         };
-        Error::new(ErrorKind::Unavailable, what, why).mend(format!("use --vfio-mode {cure}"))
+        Error::new(ErrorKind::Unavailable, what, why).with_hint(format!("use --vfio-mode {hint}"))
     }
 
     /// Bind, allocate, attach: the order in which a map fails where it is made.
@@ -86,7 +86,7 @@ impl Vfio {
                 format!("cannot bind {} to iommufd", node.name),
                 "its /dev/iommu is not the one that the ports before it have",
             )
-            .mend("pass the same open /dev/iommu with each device")),
+            .with_hint("pass the same open /dev/iommu with each device")),
             _ => Ok(()),
         };
         self.existing(key).map_or(Ok(()), |space| check(&space))?;
@@ -96,7 +96,7 @@ impl Vfio {
                 Refused::TokenUnknown => Refusal {
                     error: error
                         .because("this kernel takes no VF token for a cdev (6.17 does)")
-                        .mend("use --vfio-mode container"),
+                        .with_hint("use --vfio-mode container"),
                     container_may: true,
                 },
                 Refused::For(_) => diagnose::bind_cdev(error, node, &self.dev).into(),
@@ -201,7 +201,7 @@ mod tests {
         let node = Node { name: "0000:00:0d.0".into(), sysfs: root.path().join("device") };
         std::fs::create_dir_all(node.sysfs.join("vfio-dev/vfio9")).unwrap();
         symlink("/sys/kernel/iommu_groups/3", node.sysfs.join("iommu_group")).unwrap();
-        let vfio = Vfio::new(None).below(root.path());
+        let vfio = Vfio::new(None).with_dev_dir(root.path());
         let refusal = |mode| vfio.open_cdev(&node, mode).unwrap_err().to_string();
 
         assert!(refusal(VfioMode::Cdev).ends_with("use --vfio-mode container"));

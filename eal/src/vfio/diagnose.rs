@@ -1,4 +1,4 @@
-//! From an errno to the reason and the command that mends it. Nothing here runs unless something failed.
+//! From an errno to the reason and the command that fixes it. Nothing here runs unless something failed.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -37,8 +37,8 @@ fn beyond(error: Error, need: u64, limit: u64, whose: Accounting) -> Error {
     };
     error
         .because(format!("{need} KiB must be locked and RLIMIT_MEMLOCK is {available}"))
-        .mend(format!("run: ulimit -l {total}, or as root: prlimit --memlock=unlimited -- COMMAND"))
-        .kind_is(ErrorKind::Os)
+        .with_hint(format!("run: ulimit -l {total}, or as root: prlimit --memlock=unlimited -- COMMAND"))
+        .with_kind(ErrorKind::Os)
 }
 
 /// What the process has locked already, which type1 counts (`Documentation/filesystems/proc.rst`).
@@ -55,8 +55,8 @@ pub(super) fn entry_limit(error: Error) -> Error {
         fs::read_to_string(PARAMETER).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(65535);
     error
         .because(format!("the container has all the mappings that dma_entry_limit allows, {limit}"))
-        .mend(format!("run: echo {} > {PARAMETER}; or choose --vfio-mode cdev", more_entries(limit)))
-        .kind_is(ErrorKind::Os)
+        .with_hint(format!("run: echo {} > {PARAMETER}; or choose --vfio-mode cdev", more_entries(limit)))
+        .with_kind(ErrorKind::Os)
 }
 
 /// A limit above `limit`: the kernel's own, or twice as many.
@@ -70,7 +70,7 @@ pub(super) fn forbidden(error: Error, path: &Path) -> Error {
     match error.errno() {
         Some(Errno::EPERM) if physical => raw_io(error),
         Some(Errno::EPERM) => {
-            error.because("the device cgroup of this container or service forbids it").mend(format!(
+            error.because("the device cgroup of this container or service forbids it").with_hint(format!(
                 "start the container with --device {path}, or the service with DeviceAllow={path} rw",
                 path = path.display()
             ))
@@ -83,7 +83,7 @@ pub(super) fn forbidden(error: Error, path: &Path) -> Error {
 pub(super) fn raw_io(error: Error) -> Error {
     error
         .because("devices without IOMMU are only for who has CAP_SYS_RAWIO, whatever the node's mode is")
-        .mend("start as root, and be rid of it with --user")
+        .with_hint("start as root, and be rid of it with --user")
 }
 
 /// A group node did not open: it opens only once, and not at all while its devices are open as cdevs.
@@ -92,7 +92,7 @@ pub(super) fn group_open(error: Error, node: &Node, dev: &Path) -> Error {
         Some(Errno::EBUSY) => group_busy(error, node, dev),
         Some(Errno::ENOENT) => error
             .because("the group has no device on vfio-pci")
-            .mend("bind every device of the group to vfio-pci"),
+            .with_hint("bind every device of the group to vfio-pci"),
         _ => error,
     }
 }
@@ -112,8 +112,8 @@ fn group_busy(error: Error, node: &Node, dev: &Path) -> Error {
     }
     error
         .because(format!("IOMMU group {group} is open here already, in another way"))
-        .mend("give all its devices the same vfio-mode")
-        .kind_is(ErrorKind::Usage)
+        .with_hint("give all its devices the same vfio-mode")
+        .with_kind(ErrorKind::Usage)
 }
 
 /// The devices of the group.
@@ -154,7 +154,7 @@ pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
             } else {
                 "its virtual functions are in use, and it wants their token"
             })
-            .mend("give the one that the physical function was opened with: --vfio-vf-token UUID"),
+            .with_hint("give the one that the physical function was opened with: --vfio-vf-token UUID"),
         Some(Errno::EBUSY | Errno::EINVAL) => match in_use(error, &nodes_of(node, dev)) {
             busy if busy.kind() == ErrorKind::Busy => busy,
             // In compat the device is attached at once.
@@ -169,7 +169,7 @@ pub(super) fn attach(error: Error, node: &Node) -> Error {
     if error.errno() != Some(Errno::EINVAL) {
         return error;
     }
-    let error = error.kind_is(ErrorKind::Unavailable).mend("use --vfio-mode container");
+    let error = error.with_kind(ErrorKind::Unavailable).with_hint("use --vfio-mode container");
     match has_first_stage_only(node) {
         true => error.because(
             "its IOMMU has first-stage tables only, and this kernel's iommufd makes second-stage ones",
@@ -204,17 +204,17 @@ fn not_permitted(error: Error, node: &Node, dev: &Path, all_seen: bool, remapped
     match holder(Path::new(PROC), &paths) {
         Some((pid, name)) => error
             .because(format!("{shared}, in use by pid {pid} ({name})"))
-            .mend(format!("stop it: kill {pid}"))
-            .kind_is(ErrorKind::Busy),
+            .with_hint(format!("stop it: kill {pid}"))
+            .with_kind(ErrorKind::Busy),
         None if holds(Path::new("/proc/self"), &paths) => error
             .because(format!("{shared}, open here already by another /dev/iommu"))
-            .mend("open all its devices by one /dev/iommu")
-            .kind_is(ErrorKind::Usage),
+            .with_hint("open all its devices by one /dev/iommu")
+            .with_kind(ErrorKind::Usage),
         None if others.is_empty() && remapped => error,
         None if !others.is_empty() && (remapped || !all_seen) => error
             .because(format!("{shared}, most likely in use by a process that cannot be seen from here"))
-            .mend("as root, outside of containers, find it: fuser -v /dev/vfio/* /dev/vfio/devices/*")
-            .kind_is(ErrorKind::Busy),
+            .with_hint("as root, outside of containers, find it: fuser -v /dev/vfio/* /dev/vfio/devices/*")
+            .with_kind(ErrorKind::Busy),
         None => unsafe_interrupts(error, "iommufd"),
     }
 }
@@ -229,10 +229,10 @@ fn remaps_interrupts() -> bool {
 pub(super) fn unsafe_interrupts(error: Error, module: &str) -> Error {
     error
         .because("the platform does not isolate MSI interrupts")
-        .mend(format!(
+        .with_hint(format!(
             "boot with interrupt remapping (intremap=on); or, unsafe: echo 1 > /sys/module/{module}/parameters/allow_unsafe_interrupts"
         ))
-        .kind_is(ErrorKind::Unavailable)
+        .with_kind(ErrorKind::Unavailable)
 }
 
 /// Names the process that has one of `paths` open, if it is one that we may look into.
@@ -240,16 +240,16 @@ pub(super) fn in_use(error: Error, paths: &[PathBuf]) -> Error {
     match holder(Path::new(PROC), paths) {
         Some((pid, name)) => error
             .because(format!("in use by pid {pid} ({name})"))
-            .mend(format!("stop it: kill {pid}"))
-            .kind_is(ErrorKind::Busy),
+            .with_hint(format!("stop it: kill {pid}"))
+            .with_kind(ErrorKind::Busy),
         None if error.errno() == Some(Errno::EBUSY) => error
             .because("in use by another process")
-            .mend("find it: fuser -v /dev/vfio/* /dev/vfio/devices/*"),
+            .with_hint("find it: fuser -v /dev/vfio/* /dev/vfio/devices/*"),
         // The kernel's answer for a cdev that is bound, which it also has for other mistakes.
         None if error.errno() == Some(Errno::EINVAL) && !may_look() => error
             .because("most likely in use by a process of another user")
-            .mend("as root, find it: fuser -v /dev/vfio/* /dev/vfio/devices/*")
-            .kind_is(ErrorKind::Busy),
+            .with_hint("as root, find it: fuser -v /dev/vfio/* /dev/vfio/devices/*")
+            .with_kind(ErrorKind::Busy),
         None => error,
     }
 }
@@ -307,7 +307,7 @@ pub(super) fn not_viable(node: &Node, group: u32) -> Error {
         format!("cannot use {}", node.name),
         format!("IOMMU group {group} is not viable: bound to kernel drivers are {}", named.join(", ")),
     )
-    .mend(match others.as_slice() {
+    .with_hint(match others.as_slice() {
         [] => "unbind every other device of the group".to_owned(),
         others => {
             let names: Vec<&str> = others.iter().map(|(name, _)| name.as_str()).collect();
@@ -370,7 +370,7 @@ mod tests {
     fn a_limit_that_was_not_reached_is_not_named() {
         let error = || Error::os("cannot map", Errno::ENOMEM);
         assert_eq!(beyond(error(), 1024, u64::MAX / 1024, Accounting::PerProcess), error());
-        assert!(beyond(error(), 1024, 1023, Accounting::PerProcess).cure().is_some());
+        assert!(beyond(error(), 1024, 1023, Accounting::PerProcess).hint().is_some());
     }
 
     #[test]
@@ -401,7 +401,7 @@ mod tests {
                 assert_eq!(error.why().contains("first-stage tables only"), names_it, "{ecap}: {error}");
             }
         }
-        assert!(attach(Error::os("cannot attach it", Errno::ENOMEM), &node).cure().is_none());
+        assert!(attach(Error::os("cannot attach it", Errno::ENOMEM), &node).hint().is_none());
     }
 
     /// Two functions that share group 7, with cdevs `vfio0` and `vfio1`, and an empty `/dev`.

@@ -118,7 +118,7 @@ pub(super) fn receive(socket: &UnixStream, what: &str) -> Result<(Option<u8>, Ve
     let fds = rights(&control).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
     if flags.contains(MsgFlags::MSG_CTRUNC) {
         return Err(Error::new(ErrorKind::Os, what, "the kernel could not install all of them")
-            .mend(rlimit::more_files(MOST as u64)));
+            .with_hint(rlimit::more_files(MOST as u64)));
     }
     Ok(((bytes == 1).then_some(byte[0]), fds))
 }

@@ -161,10 +161,10 @@ fn above_memory(device: OwnedFd) -> OwnedFd {
     }
 }
 
-/// `cure` is for a node that is not there; another error has its own.
-fn missing(error: Error, cure: &str) -> Error {
+/// `hint` is for a node that is not there; another error has its own.
+fn missing(error: Error, hint: &str) -> Error {
     match error.errno() {
-        Some(Errno::ENOENT | Errno::ENODEV) => error.mend(cure),
+        Some(Errno::ENOENT | Errno::ENODEV) => error.with_hint(hint),
         _ => error,
     }
 }
@@ -222,7 +222,7 @@ fn set_iommu(container: &OwnedFd, mode: VfioMode) -> Result<()> {
             match errno {
                 Errno::ENODEV => error
                     .because("the kernel has no driver for this IOMMU type (CONFIG_VFIO_IOMMU_TYPE1)")
-                    .mend("run: modprobe vfio_iommu_type1, or choose --vfio-mode cdev"),
+                    .with_hint("run: modprobe vfio_iommu_type1, or choose --vfio-mode cdev"),
                 Errno::EPERM => diagnose::unsafe_interrupts(error, module),
                 _ => error,
             }

@@ -55,7 +55,7 @@ pub struct Request(EventFd);
 
 impl Request {
     /// Whether it asked since the last call; does not wait.
-    pub fn came(&self) -> bool {
+    pub fn take(&self) -> bool {
         self.0.read().is_ok()
     }
 }
@@ -114,7 +114,7 @@ impl Device {
     ///
     /// # Errors
     /// When the kernel has no such interrupt, or no eventfd.
-    pub fn hear_request(&self) -> Result<Request> {
+    pub fn watch_release_request(&self) -> Result<Request> {
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno: Errno| Error::os(format!("cannot make an eventfd for {}", self.name), errno))?;
         self.enable_irq(Irq::Request, &[event.as_fd()])?;

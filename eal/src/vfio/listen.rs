@@ -40,7 +40,7 @@ pub(super) fn listen_fds() -> Result<Vec<OwnedFd>> {
     let variable = |name: &str| std::env::var(name).ok();
     let count =
         promised(variable("LISTEN_PID").as_deref(), variable("LISTEN_FDS").as_deref(), std::process::id())?;
-    let wrong = |why: String| Error::new(ErrorKind::Usage, WHAT, why).mend(CURE);
+    let wrong = |why: String| Error::new(ErrorKind::Usage, WHAT, why).with_hint(CURE);
     let mut taken = lock(&TAKEN);
     if *taken {
         return Err(wrong("they were taken already".into()));
@@ -71,7 +71,7 @@ const CURE: &str = "start by: vireo-launch --user USER COMMAND, or by systemd wi
 
 /// How many descriptors `LISTEN_PID` and `LISTEN_FDS` promise to process `own`.
 fn promised(pid: Option<&str>, fds: Option<&str>, own: u32) -> Result<RawFd> {
-    let wrong = |why: String| Err(Error::new(ErrorKind::Usage, WHAT, why).mend(CURE));
+    let wrong = |why: String| Err(Error::new(ErrorKind::Usage, WHAT, why).with_hint(CURE));
     let (Some(pid), Some(fds)) = (pid, fds) else {
         return wrong("LISTEN_PID and LISTEN_FDS are not set".into());
     };

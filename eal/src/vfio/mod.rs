@@ -9,13 +9,13 @@ mod cdev;
 mod device;
 mod diagnose;
 mod fds;
-mod foresee;
 mod group;
 mod info;
 mod irq;
 pub(crate) mod listen;
 pub mod mode;
 pub mod nodes;
+mod preflight;
 mod space;
 mod sys;
 

@@ -75,7 +75,7 @@ impl FromStr for VfioMode {
         }
         Self::ALL.into_iter().find(|mode| mode.name() == text).ok_or_else(|| {
             Error::new(ErrorKind::Usage, format!("VFIO mode {}", quoted(text)), "there is no such mode")
-                .mend("use one of auto, container (or group), cdev, compat, noiommu, noiommu-cdev")
+                .with_hint("use one of auto, container (or group), cdev, compat, noiommu, noiommu-cdev")
         })
     }
 }

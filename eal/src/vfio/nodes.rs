@@ -44,7 +44,7 @@ impl std::str::FromStr for FdSource {
     fn from_str(text: &str) -> Result<Self> {
         match text {
             "" => Err(Error::new(ErrorKind::Usage, "--vfio-fds \"\"", "the source is missing")
-                .mend("give listen, or the path of a socket")),
+                .with_hint("give listen, or the path of a socket")),
             "listen" => Ok(Self::Listen),
             path => {
                 socket::check_path(format!("--vfio-fds {}", quoted(path)), path.as_ref())?;
@@ -115,7 +115,7 @@ impl Nodes {
                     format!("cannot open {}", path.display()),
                     format!("it is not among the descriptors of --vfio-fds ({left})"),
                 )
-                .mend("give the launcher the same -a and --vfio-mode"))
+                .with_hint("give the launcher the same -a and --vfio-mode"))
             }
         }
     }
@@ -168,12 +168,12 @@ pub(super) fn check(node: impl AsFd, path: &Path, number: &str, whose: &str) -> 
         found => format!("it is device {found} and {whose} is {number}"),
     };
     let error = Error::new(ErrorKind::Unavailable, format!("cannot use {}", path.display()), why);
-    Err(error.mend(format!("run: rm -f {} && {}", path.display(), make(path, number))))
+    Err(error.with_hint(format!("run: rm -f {} && {}", path.display(), make(path, number))))
 }
 
 /// There is no node at `path`: says how to make the one with this number.
 pub(super) fn absent(error: Error, path: &Path, number: &str) -> Error {
-    error.mend(format!(
+    error.with_hint(format!(
         "run: {}; or start the container with --device {}",
         make(path, number),
         path.display()
@@ -214,13 +214,13 @@ pub fn send(fds: &[OwnedFd], socket: &UnixStream) -> Result<()> {
 
 fn receive(path: &Path, patience: Duration) -> Result<Vec<OwnedFd>> {
     let what = || format!("cannot receive device descriptors from {}", path.display());
-    let cure = format!("as root, first: vireo-launch --socket {} …", path.display());
-    let socket = socket::connect(path, what(), cure)?;
+    let hint = format!("as root, first: vireo-launch --socket {} …", path.display());
+    let socket = socket::connect(path, what(), hint)?;
     let mut answer = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     match poll(&mut answer, PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX)) {
         Ok(0) => {
             let why = format!("the listener has sent nothing for {patience:?}");
-            return Err(Error::new(ErrorKind::Unavailable, what(), why).mend(socket::see_listener(path)));
+            return Err(Error::new(ErrorKind::Unavailable, what(), why).with_hint(socket::see_listener(path)));
         }
         Ok(_) => {}
         Err(Errno::EINTR) => {

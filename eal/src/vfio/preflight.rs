@@ -12,11 +12,17 @@ impl Vfio {
     ///
     /// # Errors
     /// As [`Vfio::acquire`] or, where the kernel would refuse the bind, as that.
-    pub fn foresee(&self, node: &Node, mode: VfioMode, loaded: bool) -> Result<()> {
-        self.foresee_where(node, mode, loaded, noiommu_allowed())
+    pub fn preflight(&self, node: &Node, mode: VfioMode, loaded: bool) -> Result<()> {
+        self.preflight_where(node, mode, loaded, noiommu_allowed())
     }
 
-    fn foresee_where(&self, node: &Node, mode: VfioMode, loaded: bool, noiommu: Option<bool>) -> Result<()> {
+    fn preflight_where(
+        &self,
+        node: &Node,
+        mode: VfioMode,
+        loaded: bool,
+        noiommu: Option<bool>,
+    ) -> Result<()> {
         let what = || format!("cannot use {} in mode {mode}", node.name);
         // A group without an IOMMU is made at the bind, so one that is there now has one.
         match (group_of(node).is_ok(), mode.has_iommu()) {
@@ -52,7 +58,7 @@ mod tests {
         if group {
             symlink("/sys/kernel/iommu_groups/3", node.sysfs.join("iommu_group")).unwrap();
         }
-        let vfio = Vfio::new(None).below(root.path());
+        let vfio = Vfio::new(None).with_dev_dir(root.path());
         (root, vfio, node)
     }
 
@@ -60,34 +66,35 @@ mod tests {
     fn the_iommu_decides_which_modes_there_are() {
         let (root, vfio, node) = machine(true);
         fs::write(root.path().join("dev/vfio/vfio"), "").unwrap();
-        let refusal = |mode| vfio.foresee(&node, mode, true).unwrap_err().to_string();
-        assert!(vfio.foresee(&node, VfioMode::Container, true).is_ok());
+        let refusal = |mode| vfio.preflight(&node, mode, true).unwrap_err().to_string();
+        assert!(vfio.preflight(&node, VfioMode::Container, true).is_ok());
         assert!(refusal(VfioMode::Noiommu).ends_with("use --vfio-mode cdev or container"));
         assert!(refusal(VfioMode::NoiommuCdev).contains("the device has an IOMMU"));
 
         let (root, vfio, node) = machine(false);
         fs::write(root.path().join("dev/vfio/vfio"), "").unwrap();
-        let refusal = |mode, noiommu| vfio.foresee_where(&node, mode, true, noiommu).unwrap_err().to_string();
+        let refusal =
+            |mode, noiommu| vfio.preflight_where(&node, mode, true, noiommu).unwrap_err().to_string();
         for noiommu in [Some(false), None] {
             for mode in [VfioMode::Container, VfioMode::Cdev, VfioMode::Compat, VfioMode::Noiommu] {
                 assert!(refusal(mode, noiommu).contains("it is in no IOMMU group"), "{mode}");
             }
         }
         assert!(refusal(VfioMode::Cdev, Some(true)).ends_with("--vfio-mode noiommu"));
-        assert!(vfio.foresee_where(&node, VfioMode::Noiommu, true, Some(true)).is_ok());
+        assert!(vfio.preflight_where(&node, VfioMode::Noiommu, true, Some(true)).is_ok());
         // Whether a module that is not loaded has the switch nobody knows.
-        assert!(vfio.foresee_where(&node, VfioMode::Noiommu, false, None).is_ok());
+        assert!(vfio.preflight_where(&node, VfioMode::Noiommu, false, None).is_ok());
     }
 
     #[test]
     fn what_the_kernel_lacks_is_named() {
         let (_root, vfio, node) = machine(true);
-        let refusal = |mode| vfio.foresee(&node, mode, true).unwrap_err().to_string();
+        let refusal = |mode| vfio.preflight(&node, mode, true).unwrap_err().to_string();
         assert!(refusal(VfioMode::Container).ends_with("run: modprobe vfio-pci"));
         for mode in [VfioMode::Cdev, VfioMode::Compat] {
             assert!(refusal(mode).contains("modprobe iommufd, or choose --vfio-mode container"), "{mode}");
         }
         // Not loaded, it is loaded by the command that binds the device.
-        assert!(vfio.foresee(&node, VfioMode::Container, false).is_ok());
+        assert!(vfio.preflight(&node, VfioMode::Container, false).is_ok());
     }
 }

@@ -425,7 +425,7 @@ fn pin(region: &Region) -> Result<Pin> {
         "cannot use ordinary pages without an IOMMU",
         "each packet buffer and ring must be contiguous in physical memory",
     )
-    .mend("leave out --no-huge"))
+    .with_hint("leave out --no-huge"))
 }
 
 /// Refuses an IOMMU whose `smallest` page is larger than the `cpu`'s.
@@ -439,7 +439,7 @@ fn check_page(smallest: u64, cpu: u64) -> Result<()> {
         cpu >> 10
     );
     Err(Error::new(ErrorKind::Unavailable, "cannot map memory for the device", why)
-        .mend(format!("boot a kernel with pages of {} KiB", smallest >> 10)))
+        .with_hint(format!("boot a kernel with pages of {} KiB", smallest >> 10)))
 }
 
 #[cfg(test)]

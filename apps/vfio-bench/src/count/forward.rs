@@ -116,7 +116,7 @@ fn nothing_came(what: &str) -> Error {
         "cannot count the instructions of forwarding",
         format!("{what} came in {PATIENCE} polls"),
     )
-    .mend("see that the first two and the last two NICs are connected")
+    .with_hint("see that the first two and the last two NICs are connected")
 }
 
 /// The value in the middle.

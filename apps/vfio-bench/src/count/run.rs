@@ -131,7 +131,7 @@ fn check_clock() -> Result<()> {
     const STEPS: u64 = 1 << 18;
     let wrong = |why: &str| {
         Err(Error::new(ErrorKind::Unavailable, "cannot count instructions", why)
-            .mend("run: scripts/lab count"))
+            .with_hint("run: scripts/lab count"))
     };
     if std::env::var_os("VIREO_LAB_ICOUNT").is_none() {
         return wrong("this machine's clock does not");

@@ -156,7 +156,7 @@ fn choose(args: &DmaProofArgs, bus: &Bus) -> Result<(PciInfo, Option<PciInfo>)> 
             "cannot aim a NIC",
             "none of the e1000 family is bound to vfio-pci",
         )
-        .mend("run: vireo-devbind --status")
+        .with_hint("run: vireo-devbind --status")
     })?;
     let neighbour = pick(args.neighbour, Some(nic.address))?;
     Ok((nic, neighbour))
@@ -214,7 +214,7 @@ impl Rig {
                 "cannot aim outside of what is mapped",
                 format!("the page's physical address {physical:#x} is by chance an IOVA of ours"),
             )
-            .mend("run it again"));
+            .with_hint("run it again"));
         }
         Ok(Self {
             address: nic.address,

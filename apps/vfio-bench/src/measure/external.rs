@@ -53,7 +53,7 @@ pub(super) fn measure(
             format!("no packet came to {} or {}", inner[0].address, inner[1].address),
             format!("the external generator sent none within {} s", FIRST_PACKET.as_secs()),
         )
-        .mend("start the generator first, and let it send until the recording has ended"));
+        .with_hint("start the generator first, and let it send until the recording has ended"));
     };
     let (received, sent) = (forwarded.received, forwarded.sent);
     let run = forwarded.into_run(nic, mode);

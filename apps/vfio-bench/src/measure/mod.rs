@@ -359,7 +359,7 @@ fn silent([inside, outside]: &[PciInfo; 2], sent: u64) -> Error {
         format!("nothing came back through {} and {}", inside.address, outside.address),
         format!("{sent} frames were sent in {} s", FIRST_PACKET.as_secs()),
     )
-    .mend("see that the first two and the last two NICs are connected")
+    .with_hint("see that the first two and the last two NICs are connected")
 }
 
 /// Packets per second from a NIC to the one that its wire ends at: the devices' own ceiling, with half of the hops that a
@@ -384,7 +384,7 @@ pub(crate) fn straight(
             format!("nothing of what {} sends arrives at {}", from.address, to.address),
             format!("{} frames were sent in {} s", knocks.sent, FIRST_PACKET.as_secs()),
         )
-        .mend("connect them, or name the NICs in another order: --ports SENDER,FORWARDER_IN,FORWARDER_OUT,RECEIVER"));
+        .with_hint("connect them, or name the NICs in another order: --ports SENDER,FORWARDER_IN,FORWARDER_OUT,RECEIVER"));
     }
     let rate = side.send(after(&mut stream, None, limits.stream), stop)?.rate();
     side.stop("generator")?;

@@ -102,7 +102,7 @@ impl Rig {
         command.args(["--total-num-mbufs=4096", "--no-mlockall"]);
         let mut testpmd = Process::start(command)?;
         testpmd.wait_for(PROMPT).map_err(|error| {
-            error.mend(format!("see whether {} runs: apt-get install dpdk-dev", self.testpmd.display()))
+            error.with_hint(format!("see whether {} runs: apt-get install dpdk-dev", self.testpmd.display()))
         })?;
         Ok(testpmd)
     }

@@ -67,7 +67,7 @@ impl Recorder {
         let mut recording = read_part(path)?.recording;
         let refused = |why: String| {
             Error::new(ErrorKind::Usage, format!("cannot resume {}", path.display()), why)
-                .mend("begin another: run --json FILE without --resume")
+                .with_hint("begin another: run --json FILE without --resume")
         };
         let Some(recorded) = recording.plan.clone() else {
             return Err(refused("it is of an older Vireo".into()));
@@ -153,7 +153,7 @@ pub(crate) fn read(path: &Path, partial: bool) -> Result<Recording> {
         Some(fault) if !partial => {
             let kept = format!("{fault}; {} runs before that can be read", recording.runs.len());
             Err(Error::new(ErrorKind::Io, format!("cannot read recording {}", path.display()), kept)
-                .mend("go on with it: run --resume; or report that part: report --partial"))
+                .with_hint("go on with it: run --resume; or report that part: report --partial"))
         }
         _ => Ok(recording),
     }

@@ -70,7 +70,7 @@ impl<'a> Bridge<'a> {
         let (name, interface) = interface(&device).ok_or_else(|| {
             let what = format!("cannot make a bridge of {}", info.address);
             Error::new(ErrorKind::Unavailable, what, "the kernel's driver gave it no network interface")
-                .mend("see why: dmesg | tail")
+                .with_hint("see why: dmesg | tail")
         })?;
         self.interfaces.push(interface);
         ip(&["link", "set", &name, "master", NAME])?;
@@ -169,7 +169,7 @@ fn ip(words: &[&str]) -> Result<()> {
     let output = Command::new("ip")
         .args(words)
         .output()
-        .map_err(|error| Error::io(what(), &error).mend("install it: apt-get install iproute2"))?;
+        .map_err(|error| Error::io(what(), &error).with_hint("install it: apt-get install iproute2"))?;
     if output.status.success() {
         return Ok(());
     }
@@ -181,9 +181,9 @@ fn ip(words: &[&str]) -> Result<()> {
     );
     Err(match words {
         ["link", "add", ..] if Path::new("/sys/class/net").join(NAME).exists() => {
-            error.mend(format!("remove what is left of an earlier run: ip link del {NAME}"))
+            error.with_hint(format!("remove what is left of an earlier run: ip link del {NAME}"))
         }
-        ["link", "add", ..] => error.mend("the kernel needs CONFIG_BRIDGE: modprobe bridge"),
+        ["link", "add", ..] => error.with_hint("the kernel needs CONFIG_BRIDGE: modprobe bridge"),
         _ => error,
     })
 }

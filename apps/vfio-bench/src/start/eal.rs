@@ -82,7 +82,7 @@ fn time(program: &Path) -> Result<Sample> {
             let last = complaints.lines().last().unwrap_or("nothing");
             let why = format!("{}; its last line was: {last}", output.status);
             let what = format!("cannot time {}", program.display());
-            Err(Error::new(ErrorKind::Protocol, what, why).mend(format!("run: {command:?}")))
+            Err(Error::new(ErrorKind::Protocol, what, why).with_hint(format!("run: {command:?}")))
         }
     }
 }

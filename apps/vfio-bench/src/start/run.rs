@@ -133,7 +133,7 @@ impl Rig<'_> {
                 format!("nothing came back through {} and {}", addresses[0], addresses[1]),
                 format!("{program:?} was sent {} frames in {} s", outcome.sent, PATIENCE.as_secs()),
             )
-            .mend("see that the first two and the last two NICs are connected"));
+            .with_hint("see that the first two and the last two NICs are connected"));
         }
         Ok(phases)
     }

@@ -41,7 +41,7 @@ fn offer_lie(guest: &mut Guest, ring: usize, table: Table) {
     guest.rings[ring].offer(0);
 }
 
-/// Whether the ring stopped for the lie, the other works, and a new start mends it.
+/// Whether the ring stopped for the lie, the other works, and a new start repairs it.
 fn check_stopped(mut bench: Bench, mut guest: Guest, ring: usize, why: &str) {
     let errors = |bench: &Bench| [bench.tx.stats().device_errors, bench.rx.stats().device_errors];
     let mut expected = [0, 0];

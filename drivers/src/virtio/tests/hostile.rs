@@ -33,7 +33,7 @@ fn rx_lie_of(honest: Behaviour, what: &str, lie: &impl Fn(&VirtioNet)) {
     assert_eq!((stats.device_errors, bench.rx.is_broken()), (1, true), "{what}");
     bench.nic.receive(&frame(0));
     assert!(bench.receive().is_empty(), "{what}");
-    // The other direction goes on, and a restart mends the queue without loss of a buffer.
+    // The other direction goes on, and a restart repairs the queue without loss of a buffer.
     assert_eq!(bench.send([frame(3)]), 1);
     assert_eq!(bench.nic.transmitted(), [frame(3)]);
     bench.nic.behave(|behaviour| *behaviour = honest.clone());

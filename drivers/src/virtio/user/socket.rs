@@ -48,7 +48,7 @@ impl Listening {
     pub(super) fn at(name: &Arc<str>, path: &Path) -> Result<Self> {
         let what = || format!("cannot listen for {name} at {}", path.display());
         remove_stale(path)
-            .map_err(|why| Error::new(ErrorKind::Busy, what(), why).mend("give another path"))?;
+            .map_err(|why| Error::new(ErrorKind::Busy, what(), why).with_hint("give another path"))?;
         let listener = UnixListener::bind(path).map_err(|error| Error::io(what(), &error))?;
         let listening = Self { listener, name: Arc::clone(name), path: path.to_owned() };
         listening.listener.set_nonblocking(true).map_err(|error| listening.failed(&error))?;

@@ -226,16 +226,16 @@ fn what_is_not_there_is_named_with_the_cure() {
     let dir = tempfile::tempdir().unwrap();
     let path = path_in(&dir);
     let error = connect(&path, "").unwrap_err();
-    let cure = "start the vhost side first, or give server=1";
+    let hint = "start the vhost side first, or give server=1";
     let line = format!(
-        "cannot connect net_virtio_user0 to {}: ENOENT: there is no such socket; {cure}",
+        "cannot connect net_virtio_user0 to {}: ENOENT: there is no such socket; {hint}",
         path.display()
     );
     assert_eq!((error.to_string(), error.kind()), (line, ErrorKind::Unavailable));
 
     drop(UnixListener::bind(&path).unwrap());
     let error = connect(&path, "").unwrap_err().to_string();
-    assert!(error.contains("ECONNREFUSED: nobody listens") && error.ends_with(cure), "{error}");
+    assert!(error.contains("ECONNREFUSED: nobody listens") && error.ends_with(hint), "{error}");
 
     let peer = Peer::new(Script { features: OFFERED & !(1 << 32), ..HONEST });
     let error = peer.connect().unwrap_err().to_string();

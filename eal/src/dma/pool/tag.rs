@@ -28,7 +28,8 @@ impl Tag {
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let free = (1..=BITS).find(|tag| tag & NEVER == 0 && !taken[*tag as usize]).ok_or_else(|| {
             let why = format!("{TAGS} pools exist, or were dropped before all of their buffers came back");
-            Error::new(ErrorKind::Os, "cannot make a pool of packet buffers", why).mend("restart the program")
+            Error::new(ErrorKind::Os, "cannot make a pool of packet buffers", why)
+                .with_hint("restart the program")
         })?;
         taken[free as usize] = true;
         Ok(Self(free))

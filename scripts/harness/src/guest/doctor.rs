@@ -31,7 +31,7 @@ pub(super) fn diagnose(
         return Ok(None);
     }
     let text = |name: &str| verdict[name].as_str().unwrap_or_default();
-    let hint = verdict["mend"].as_str().map(|hint| format!("; {hint}")).unwrap_or_default();
+    let hint = verdict["hint"].as_str().map(|hint| format!("; {hint}")).unwrap_or_default();
     Ok(Some(format!("{}: {}{hint}", text("what"), text("why"))))
 }
 

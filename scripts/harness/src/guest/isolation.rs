@@ -116,7 +116,7 @@ pub(super) fn pins(cases: &mut Cases) {
                 let line = refused_as(context, ("nobody", LIMIT), &arguments(mode), (71, "run: ulimit -l"))?;
                 let (_, limit) = line.split_once("run: ulimit -l ").context("no command")?;
                 let digits: String = limit.chars().take_while(char::is_ascii_digit).collect();
-                ensure!(digits.parse::<u64>()? > 24576, "the cure is no higher limit");
+                ensure!(digits.parse::<u64>()? > 24576, "the hint is no higher limit");
                 Ok(())
             })
             .on_both_kernels();

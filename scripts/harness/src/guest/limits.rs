@@ -74,7 +74,7 @@ pub(super) fn huge_dirs(cases: &mut Cases, boot: Boot) {
         let line = huge_dir(context, boot, &at, (74, &text))?;
         let command = line.split_once("; run: ").map(|(_, command)| command).context("no command")?;
         let command = command.split_once("; or ").map_or(command, |(command, _)| command);
-        run(context, "cure", Command::new("sh").args(["-c", command]))?.expect(0)?;
+        run(context, "hint", Command::new("sh").args(["-c", command]))?.expect(0)?;
         let arguments = format!(
             "-l 1 --huge-dir {} --vfio-mode {} -a {} -- -p 1 -T 0",
             at.display(),

@@ -300,10 +300,10 @@ fn bypass(cases: &mut Cases) {
 fn unsafe_msi(cases: &mut Cases) {
     for (mode, module) in [("container", "vfio_iommu_type1"), ("cdev", "iommufd"), ("compat", "iommufd")] {
         let parameter = format!("/sys/module/{module}/parameters/allow_unsafe_interrupts");
-        let (consent, cure) = (parameter.clone(), format!("echo 1 > {parameter}"));
+        let (consent, hint) = (parameter.clone(), format!("echo 1 > {parameter}"));
         cases
             .add(format!("refused: no isolated MSI, {mode}"), move |context| {
-                doctor::unusable(context, mode, &Nic::E1000e.bdf(Role::FwdRx), (69, &cure)).map(drop)
+                doctor::unusable(context, mode, &Nic::E1000e.bdf(Role::FwdRx), (69, &hint)).map(drop)
             })
             .on_both_kernels();
         cases.add(format!("no isolated MSI and the user's consent, {mode}"), move |context| {

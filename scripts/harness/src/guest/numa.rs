@@ -93,8 +93,8 @@ pub(super) fn cases(cases: &mut Cases) {
         let arguments = |memory: &str| format!("-l 1 --numa-mem {memory} {} -- -p 3 -q 2", ports(NIC, NIC));
         let line =
             refused_as(context, ("root", ""), &arguments("16,2"), (64, "need 20 MiB on node 1; give "))?;
-        let (_, enough) = line.split_once("give --numa-mem ").context("no cure")?;
-        let enough = enough.split_whitespace().next().context("no cure")?;
+        let (_, enough) = line.split_once("give --numa-mem ").context("no hint")?;
+        let enough = enough.split_whitespace().next().context("no hint")?;
         start("cdev", 1, &format!("--numa-mem {enough}")).forwarding(context)?.stop()?;
         let text = "cannot use --numa-mem 0,0,64: node 2 has no memory";
         refused_as(context, ("root", ""), &arguments("0,0,64"), (64, text)).map(drop)
@@ -108,7 +108,7 @@ pub(super) fn cases(cases: &mut Cases) {
             let text = "on NUMA node 1: 16 pages of 2048 KiB are needed and 4 are free there; run: ";
             let line = refused_as(context, ("root", ""), &arguments, (71, text))?;
             let (_, command) = line.split_once("run: ").context("no command")?;
-            run(context, "cure", Command::new("sh").args(["-c", command]))?.expect(0)?;
+            run(context, "hint", Command::new("sh").args(["-c", command]))?.expect(0)?;
             start("cdev", 1, "--numa-mem 0,32").forwarding(context)?.stop()?;
             Ok(())
         },
@@ -132,7 +132,7 @@ pub(super) fn cases(cases: &mut Cases) {
             ensure!(found.get(&1) == Some(&4), "pages by node: {found:?}");
             let said: Vec<String> = warnings(&l2fwd.stop_complaining(Signal::SIGINT)?.stderr);
             ensure!(said.len() == 1, "not one warning: {said:?}");
-            run(context, "cure", Command::new("sh").args(["-c", &said[0]]))?.expect(0)?;
+            run(context, "hint", Command::new("sh").args(["-c", &said[0]]))?.expect(0)?;
             let said: Vec<String> =
                 warnings(&start("cdev", 1, "").forwarding(context)?.stop_complaining(Signal::SIGINT)?.stderr);
             ensure!(said.is_empty(), "the command is not enough: {said:?}");

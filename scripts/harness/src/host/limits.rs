@@ -71,7 +71,7 @@ fn in_a_group(context: &Context) -> Result<()> {
         command = end.split_once("; or ").map_or(end, |(command, _)| command).to_owned();
         ensure!(command.contains(&limit), "it names another limit: {}", lines[0]);
     }
-    run(context, "cure", Command::new("sh").args(["-c", &command]))?.expect(0)?;
+    run(context, "hint", Command::new("sh").args(["-c", &command]))?.expect(0)?;
     start("-m 200", "").forwarding(context)?.stop()?;
     Ok(())
 }
