@@ -266,13 +266,10 @@ fn maps(comparison: &Comparison, lines: bool) -> String {
 }
 
 fn drops(comparison: &Comparison) -> String {
-    let lost = comparison.forwarders().into_iter().filter(|row| row.dropped > 0);
-    lost.map(|row| {
-        let counted = row.drops.iter().filter(|(_, n)| **n > 0);
-        let names: Vec<String> = counted.map(|(name, n)| format!("{name} {}", thousands(*n))).collect();
-        wrap("  ", &format!("{}, {}: {}", row.nic, row.label, names.join(", ")))
-    })
-    .collect()
+    let lost = comparison.forwarders().into_iter().map(|row| (row, words::lost(row)));
+    lost.filter(|(_, lost)| !lost.is_empty())
+        .map(|(row, lost)| wrap("  ", &format!("{}, {}: {lost}", row.nic, row.label)))
+        .collect()
 }
 
 fn self_checks(comparison: &Comparison, lines: bool) -> String {

@@ -5,7 +5,9 @@ use std::fs;
 use clap::{Args, FromArgMatches};
 
 use crate::compare::{Comparison, Metric, Pair, Verdict};
-use crate::record::{Ceiling, Environment, Latency, Machine, MapTime, Plan, Recording, Run, Throughput};
+use crate::record::{
+    Ceiling, Environment, Latency, Machine, MapTime, Plan, Recording, Run, Throughput, Trial,
+};
 use crate::report::{MARGIN, Report, ReportArgs, report_to};
 use crate::run::{enough, schedule};
 use crate::stats::Random;
@@ -271,6 +273,20 @@ fn a_throughput_beyond_the_generator_is_a_lower_bound_and_never_compared() {
         after.lines().find(|line| line.contains(mode) && line.contains("1514 B")).unwrap().to_owned()
     };
     assert!(line("container").contains("≥ ") && line("container").ends_with("0.1 %"), "{text}");
+}
+
+#[test]
+fn what_a_trial_loses_between_the_nics_is_listed_and_nothing_more_is_allowed() {
+    let mut boot = recording(&["container"], 1);
+    boot.runs.retain(|run| run.nic == "e1000e" && run.pair == Run::COMPARED);
+    let run = &mut boot.runs[0];
+    run.throughput[0].trials.push(Trial { load: 1e5, pps: 1e5, sent: 100, received: 90 });
+    run.sent += 10;
+    assert_eq!(compare(std::slice::from_ref(&boot)).problems, Vec::<String>::new());
+    let text = crate::table::text(&as_report(vec![boot.clone()]), false);
+    assert!(text.contains("e1000e, container: 10 not counted"), "{text}");
+    boot.runs[0].sent += 1;
+    assert!(compare(&[boot]).problems[0].ends_with(": 11 unaccounted for"));
 }
 
 #[test]

@@ -80,6 +80,15 @@ impl Comparison {
     }
 }
 
+/// What a row lost, by counter, and what no counter has.
+pub(crate) fn lost(row: &Row) -> String {
+    let counted = row.drops.iter().filter(|(_, n)| **n > 0);
+    let uncounted = Some(row.uncounted()).filter(|n| row.is_sound() && *n > 0);
+    let counted = counted.map(|(name, n)| format!("{name} {}", thousands(*n)));
+    let uncounted = uncounted.map(|n| format!("{} not counted", thousands(n)));
+    counted.chain(uncounted).collect::<Vec<_>>().join(", ")
+}
+
 /// A share as percentage without the sign of per cent.
 pub(crate) fn percent(share: f64) -> String {
     match share.abs() * 100.0 {

@@ -98,7 +98,7 @@ impl Row {
         self.balanced || self.reference
     }
 
-    /// Packets that a reference lost where it does not count them.
+    /// Packets that were lost where no counter sees them: between the NICs in the search for the throughput, or in a reference.
     pub(crate) fn uncounted(&self) -> u64 {
         self.sent.saturating_sub(self.received.saturating_add(self.dropped))
     }

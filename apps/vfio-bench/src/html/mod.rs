@@ -196,7 +196,8 @@ fn method(report: &Report) -> Markup {
         p {
             "Modes that need a boot of their own cannot take turns with the others: their numbers stand here without a \
              verdict. Every packet is accounted for: sent = received + dropped, where dropped is the sum of counters with \
-             names, never a difference."
+             names, never a difference. Only the search for the throughput loses frames between the NICs, in no NIC's \
+             counter: they are listed as not counted, and never more than its trials lost."
         }
         @if !comparison.self_checks.is_empty() {
             h3 { "Each mode against itself" }

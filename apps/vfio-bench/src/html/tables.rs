@@ -66,7 +66,7 @@ pub(super) fn forwarding(comparison: &Comparison) -> Markup {
             thousands(r.sent),
             thousands(r.received),
             thousands(r.dropped),
-            lost(r),
+            words::lost(r),
             r.rounds.to_string(),
         ]
     });
@@ -106,14 +106,6 @@ pub(super) fn forwarding(comparison: &Comparison) -> Markup {
             (table(&["NIC", "boot", name, "95 % interval of the median"], 2, &ceilings))
         }
     }
-}
-
-fn lost(row: &Row) -> String {
-    let counted = row.drops.iter().filter(|(_, n)| **n > 0);
-    let uncounted = Some(row.uncounted()).filter(|n| row.is_sound() && *n > 0);
-    let counted = counted.map(|(name, n)| format!("{name} {}", thousands(*n)));
-    let uncounted = uncounted.map(|n| format!("{} not counted", thousands(n)));
-    counted.chain(uncounted).collect::<Vec<_>>().join(", ")
 }
 
 pub(super) fn latency(comparison: &Comparison) -> Markup {
