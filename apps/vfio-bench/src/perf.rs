@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use nix::errno::Errno;
 use perf_event::events::{Dynamic, Hardware};
 use perf_event::{Builder, Counter};
 
@@ -59,7 +60,9 @@ impl Counters {
         let mut names: Vec<String> = Self::begin().0.into_iter().map(|(name, _)| name).collect();
         names.dedup();
         match (names.as_slice(), of_thread(Hardware::INSTRUCTIONS)) {
-            ([], Err(error)) => format!("none ({error})"),
+            ([], Err(error)) => {
+                format!("none ({:?})", Errno::from_raw(error.raw_os_error().unwrap_or_default()))
+            }
             _ => names.join(", "),
         }
     }
@@ -125,9 +128,7 @@ mod tests {
             Ok(_) => {
                 assert!(counts["instructions"] > 100_000 && fact.starts_with("instructions"), "{counts:?}")
             }
-            Err(error) => {
-                assert!(counts.is_empty() && fact == format!("none ({error})"), "{counts:?} {fact}")
-            }
+            Err(_) => assert!(counts.is_empty() && fact.starts_with("none (E"), "{counts:?} {fact}"),
         }
     }
 

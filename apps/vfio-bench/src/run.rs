@@ -504,7 +504,7 @@ mod tests {
         let command = RunArgs::augment_args(clap::Command::new("run").no_binary_name(true));
         let words = ["--json", "x", "--references", "bridge,testpmd", "--testpmd", "sh"];
         let args = RunArgs::from_arg_matches(&command.get_matches_from(words)).unwrap();
-        assert_eq!(args.plan().references, ["linux-bridge", "testpmd"]);
+        assert_eq!(args.plan().references, ["bridge", "testpmd"]);
         let (_dir, bus) = bus(&[[E1000; 4], [E1000E; 4]].concat());
         let wired: Vec<Setup> = wirings(&[], &bus, |_| ()).unwrap().into_iter().map(Setup::Wired).collect();
         let mut said = Vec::new();
@@ -515,10 +515,7 @@ mod tests {
         assert!(said[0].starts_with("vireo-vfio-bench: testpmd is left out on e1000: "), "{said:?}");
         let external = [Setup::new(bus.scan().unwrap()[..2].to_vec()).unwrap()];
         let error = references(&args, &external, |_| ()).unwrap_err();
-        assert!(
-            error.to_string().contains("cannot measure linux-bridge: references take four NICs"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("cannot measure bridge: references take four NICs"), "{error}");
     }
 
     #[test]

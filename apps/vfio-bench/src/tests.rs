@@ -311,7 +311,7 @@ fn boots_with_references() -> Vec<Recording> {
     for at in 0..modes.len() {
         let Run { nic, round, .. } = &modes[at];
         if at == 0 || modes[at - 1].round != *round {
-            for (name, uncounted) in [("testpmd", 0), ("linux-bridge", 5)] {
+            for (name, uncounted) in [("testpmd", 0), ("bridge", 5)] {
                 let run = run(nic, name, Run::REFERENCE, *round, &mut seed);
                 boots[0].runs.push(Run { sent: run.sent + uncounted, first_packet_ms: 0.0, ..run });
             }
@@ -336,7 +336,7 @@ fn references_are_shown_and_change_nothing_that_is_said_of_modes() {
     let of_nic = |nic: &str| comparison.references.iter().filter(|row| row.nic == nic).count();
     assert_eq!(["virtio-net", "e1000", "e1000e"].map(of_nic), [2, 2, 2]);
     let order: Vec<_> = comparison.forwarders().iter().map(|row| row.mode.clone()).collect();
-    assert_eq!(order[3..8], ["noiommu", "noiommu-cdev", "linux-bridge", "testpmd", "container"]);
+    assert_eq!(order[3..8], ["noiommu", "noiommu-cdev", "bridge", "testpmd", "container"]);
 
     let report = as_report(with);
     let text = crate::table::text(&report, false);
@@ -345,8 +345,8 @@ fn references_are_shown_and_change_nothing_that_is_said_of_modes() {
         assert_eq!(table(title).contains("testpmd"), shown, "{title}");
     }
     let said = table("References").split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(said.contains("e1000, linux-bridge: ") && said.contains("does not count all"), "{said}");
-    assert!(!text.contains("PACKETS DO NOT ADD UP") && text.contains("linux-bridge *"), "{text}");
+    assert!(said.contains("e1000, bridge: ") && said.contains("does not count all"), "{said}");
+    assert!(!text.contains("PACKETS DO NOT ADD UP") && text.contains("bridge *"), "{text}");
     let page = crate::html::page(&report).unwrap();
     assert!(
         page.contains("80 not counted")

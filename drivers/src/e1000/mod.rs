@@ -103,7 +103,7 @@ impl Device {
     /// Takes the function, resets it and reads its station address. It may not start DMA before `start`.
     ///
     /// # Errors
-    /// `Unavailable` when it is none of [`IDS`], has no BAR 0, or its registers read all ones; `Protocol` when
+    /// `Unavailable` when it is none of [`PciDriver::IDS`], has no BAR 0, or its registers read all ones; `Protocol` when
     /// it does not finish its reset or has no station address.
     pub fn probe(function: Box<dyn Function>) -> Result<Self> {
         let id = function.id();

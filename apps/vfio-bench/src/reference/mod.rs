@@ -21,7 +21,7 @@ pub(crate) enum Reference {
     Testpmd,
 }
 
-const BRIDGE: &str = "linux-bridge";
+const BRIDGE: &str = "bridge";
 const TESTPMD: &str = "testpmd";
 
 impl Reference {

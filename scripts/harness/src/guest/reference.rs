@@ -20,7 +20,7 @@ const BRIDGE: &str = "/sys/class/net/vireo-bridge";
 const LIBRARIES: [&str; 2] = ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu"];
 
 pub(super) fn cases(cases: &mut Cases) {
-    for (reference, name) in [("bridge", "linux-bridge"), ("testpmd", "testpmd")] {
+    for (reference, name) in [("bridge", "bridge"), ("testpmd", "testpmd")] {
         cases
             .add(format!("reference: {name} forwards, and the NICs are on vfio-pci again"), move |context| {
                 forwards(context, reference, name)
