@@ -53,7 +53,7 @@ pub trait Vdev: Send + Sync + Sized {
     /// Makes the device, named `name` in messages; may wait for a peer, until `stop`.
     ///
     /// # Errors
-    /// When the device cannot be had.
+    /// When the device is unavailable.
     fn open(&self, name: &str, stop: &StopFlag) -> Result<Self::Device>;
 }
 

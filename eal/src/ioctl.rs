@@ -24,7 +24,7 @@ static TABLE: Mutex<Vec<Calls>> = Mutex::new(Vec::new());
 static READING: AtomicU64 = AtomicU64::new(0);
 
 fn lock() -> MutexGuard<'static, Vec<Calls>> {
-    // No entry is ever half changed, whoever panicked.
+    // A panic cannot leave an entry half changed.
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

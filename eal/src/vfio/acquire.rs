@@ -114,7 +114,7 @@ impl Vfio {
     /// Acquires `node` in `mode`.
     ///
     /// # Errors
-    /// With the reason why this device cannot be had in this mode and the command that fixes it. An explicit
+    /// With the reason why this device is unavailable in this mode, and the command that fixes it. An explicit
     /// mode never falls back to another.
     pub fn acquire(&self, node: &Node, mode: VfioMode) -> Result<Acquired> {
         let (chosen, why) = match mode {
