@@ -40,7 +40,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
         let pktgen = start_steady_stream(context, boot.generator_mode(), nic)?;
         let ports = [Role::FwdRx, Role::FwdTx].map(|role| nic.bdf(role)).join(",");
         let runs = record(context, &["--ports", &ports, "--cores", "1", "--modes", mode])?;
-        pktgen.stop()?.unharmed()?;
+        pktgen.stop()?.intact()?;
         for run in runs {
             ensure!(run["forward_pps"].as_f64().unwrap_or_default() > 0.0, "{run}");
             ensure!(run["received"].as_u64() > Some(0) && run["latency_ns"]["count"] == 0, "{run}");

@@ -104,6 +104,11 @@ impl World for NicWorld {
     fn may_lose(&self, _: u64) -> Option<u64> {
         self.quiet.then_some(0)
     }
+
+    /// QEMU lets frames overtake others while a NIC starts: see [`crate::pktgen::Stream::intact`].
+    fn keeps_order(&self) -> bool {
+        self.quiet
+    }
 }
 
 /// Soaks, and reports the figures as a note in JSON.

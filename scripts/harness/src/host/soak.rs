@@ -196,6 +196,10 @@ impl World for Rings {
     fn may_lose(&self, named: u64) -> Option<u64> {
         Some(named)
     }
+
+    fn keeps_order(&self) -> bool {
+        true
+    }
 }
 
 impl Rings {
