@@ -97,6 +97,11 @@ impl Backend {
         self.features & feature.bits() != 0
     }
 
+    /// Without protocol features there is no SET_VRING_ENABLE, and a ring starts enabled (vhost-user, "Ring states").
+    fn is_enabled(&self, vring: &Vring) -> bool {
+        vring.enabled || !self.is_negotiated()
+    }
+
     /// The ring as it is to be now; stopped while something is missing or the frontend has not started it.
     fn ring(&self, at: usize) -> Result<Slot> {
         let vring = &self.vrings[at];
@@ -115,11 +120,8 @@ impl Backend {
         let is_logged = marks.is_some();
         let call = vring.call.clone();
         let ring = Ring::new(memory, vring.size, addresses, terms, call, marks).map_err(failed)?;
-        // Without protocol features there is no SET_VRING_ENABLE, and a ring starts enabled (vhost-user, "Ring
-        // states").
-        let enabled = vring.enabled || !self.is_negotiated();
         Ok(match Box::new(ring) {
-            ring if !enabled => Slot::Disabled(ring),
+            ring if !self.is_enabled(vring) => Slot::Disabled(ring),
             ring if is_logged => Slot::Logged(ring),
             ring => Slot::Running(ring),
         })
@@ -181,10 +183,11 @@ impl Backend {
     }
 
     /// Disabled rings by which the frontend transmits, and where what they hold now ends; none if no ring is disabled.
+    /// Leaves the slots of enabled rings alone: an lcore that found one taken would miss a burst after each request.
     pub(super) fn disabled(&self) -> Option<Vec<(Arc<Shared>, u16)>> {
-        let transmit = self.rings.iter().skip(TRANSMIT).step_by(RINGS_PER_PAIR);
+        let transmit = self.rings.iter().zip(&self.vrings).skip(TRANSMIT).step_by(RINGS_PER_PAIR);
         let mut disabled = None;
-        for shared in transmit {
+        for (shared, _) in transmit.filter(|(_, vring)| vring.started && !self.is_enabled(vring)) {
             if let Slot::Disabled(ring) = &*shared.lock() {
                 // A lie is told to whoever uses the ring once it is enabled.
                 let end = ring.end().ok().map(|end| (Arc::clone(shared), end));

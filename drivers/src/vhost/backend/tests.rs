@@ -48,6 +48,22 @@ fn an_lcore_that_ends_its_ring_unmaps_nothing() {
     assert!(old.upgrade().is_none());
 }
 
+/// The server asks after each request; the lcore never waits, so it would miss a burst.
+#[test]
+fn a_ring_that_runs_is_not_taken_to_find_disabled_ones() {
+    let (backend, rings) = running();
+    let slots: Vec<_> = rings.iter().map(|ring| ring.try_lock().unwrap()).collect();
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| backend.disabled().is_none());
+        while !server.is_finished() && !rings.iter().any(|ring| ring.is_wanted()) {
+            std::thread::yield_now();
+        }
+        let is_wanted = rings.iter().any(|ring| ring.is_wanted());
+        drop(slots);
+        assert!(!is_wanted && server.join().unwrap());
+    });
+}
+
 #[test]
 fn no_ring_stays_in_memory_that_was_replaced() {
     let (mut backend, rings) = running();
