@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::LazyLock;
 
 use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::filter::{FilterFn, LevelFilter};
@@ -16,6 +18,9 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// DPDK's level names; the first has number 1.
 const NAMES: [&str; 8] = ["emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"];
+
+/// The application frame's crate.
+const FRAME: &str = "vireo_frame";
 
 /// Level of types that no `--log-level` names: info.
 const DEFAULT_LEVEL: u8 = 7;
@@ -115,14 +120,27 @@ fn verbosity(level: u8) -> Level {
 }
 
 fn enabled(levels: &[LogLevel], metadata: &Metadata<'_>) -> bool {
-    let name = log_type(metadata.target());
+    let name = log_type(metadata.target(), program());
     let holds = |level: &&LogLevel| level.pattern.as_ref().is_none_or(|pattern| covers(pattern, &name));
     let level = levels.iter().rev().find(holds).map_or(DEFAULT_LEVEL, |level| level.level);
     *metadata.level() <= verbosity(level)
 }
 
-/// DPDK-like name of a module: `vireo_eal::vfio` is `lib.eal.vfio`.
-fn log_type(target: &str) -> String {
+/// Name of the program, for which the application frame speaks: that of its file, without `vireo-`.
+fn program() -> &'static str {
+    static NAME: LazyLock<String> = LazyLock::new(|| {
+        let path = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.strip_prefix("vireo-").unwrap_or(&name).to_owned()
+    });
+    &NAME
+}
+
+/// DPDK-like name of a module: `vireo_eal::vfio` is `lib.eal.vfio`, and the frame of an application is `user.PROGRAM`.
+fn log_type(target: &str, program: &str) -> String {
+    if target.starts_with(FRAME) {
+        return format!("user.{program}");
+    }
     let dotted = target.replace("::", ".");
     let rest = dotted.strip_prefix("vireo_").unwrap_or(&dotted);
     for (krate, name) in [("eal", "lib.eal"), ("bus_pci", "bus.pci"), ("drivers", "pmd.net")] {
@@ -162,12 +180,13 @@ fn glob(pattern: &[u8], text: &[u8]) -> bool {
 }
 
 /// Who speaks, for the start of a line.
-fn speaker(target: &str) -> String {
+fn speaker(target: &str, program: &str) -> String {
     let mut parts = target.split("::");
     let krate = parts.next().unwrap_or_default();
     match krate {
         "vireo_bus_pci" => "PCI".into(),
         "vireo_drivers" => parts.next().unwrap_or("net").to_uppercase(),
+        FRAME => program.to_uppercase(),
         _ => krate.strip_prefix("vireo_").unwrap_or(krate).to_uppercase(),
     }
 }
@@ -185,7 +204,7 @@ where
         mut out: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
-        write!(out, "{}: ", speaker(event.metadata().target()))?;
+        write!(out, "{}: ", speaker(event.metadata().target(), program()))?;
         let (word, colour) = match *event.metadata().level() {
             Level::ERROR => ("error: ", "\x1b[1;31m"),
             Level::WARN => ("warning: ", "\x1b[33m"),
@@ -223,14 +242,16 @@ mod tests {
 
     #[test]
     fn modules_have_names_like_those_of_dpdk() {
-        assert_eq!(log_type("vireo_eal::vfio::group"), "lib.eal.vfio.group");
-        assert_eq!(log_type("vireo_bus_pci"), "bus.pci");
-        assert_eq!(log_type("vireo_drivers::virtio"), "pmd.net.virtio");
-        assert_eq!(log_type("vireo_l2fwd"), "user.l2fwd");
-        assert_eq!(log_type("vireo_ealing"), "user.ealing");
-        assert_eq!(speaker("vireo_eal::vfio"), "EAL");
-        assert_eq!(speaker("vireo_drivers::e1000::rx"), "E1000");
-        assert_eq!(speaker("vireo_l2fwd"), "L2FWD");
+        assert_eq!(log_type("vireo_eal::vfio::group", "x"), "lib.eal.vfio.group");
+        assert_eq!(log_type("vireo_bus_pci", "x"), "bus.pci");
+        assert_eq!(log_type("vireo_drivers::virtio", "x"), "pmd.net.virtio");
+        assert_eq!(log_type("vireo_l2fwd", "x"), "user.l2fwd");
+        assert_eq!(log_type("vireo_ealing", "x"), "user.ealing");
+        assert_eq!(speaker("vireo_eal::vfio", "x"), "EAL");
+        assert_eq!(speaker("vireo_drivers::e1000::rx", "x"), "E1000");
+        assert_eq!(speaker("vireo_l2fwd", "x"), "L2FWD");
+        assert_eq!(log_type("vireo_frame::control", "l2fwd"), "user.l2fwd");
+        assert_eq!(speaker("vireo_frame::control", "l2fwd"), "L2FWD");
     }
 
     #[test]

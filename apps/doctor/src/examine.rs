@@ -5,15 +5,14 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use vireo_bus_pci::{Bus, DeviceId, PciInfo, VFIO_DRIVER};
-use vireo_drivers::memory::{self, MemoryNeed};
-use vireo_drivers::ports;
 use vireo_drivers::table::driver_of;
+use vireo_drivers::{memory, ports};
 use vireo_eal::args::VfToken;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::mem::{Backing, Region};
 use vireo_eal::vfio::{Vfio, VfioMode};
 use vireo_eal::{Error, Result};
-use vireo_l2fwd::app::SIZES;
+use vireo_frame::Config;
 
 /// Where NICs and their nodes are.
 #[derive(Debug)]
@@ -113,8 +112,7 @@ impl Host {
         self.bus.usable(info, known)?;
         let port = ports::open_one(&self.bus, &vfio, info.clone(), mode, &[])?;
         // What l2fwd takes for this port alone, with one pair of queues on one lcore.
-        let need =
-            MemoryNeed { buffers: ports::buffers_needed(1, 1, SIZES), send_only: 0, sizes: SIZES, pairs: 1 };
+        let need = Config::default().need(1, 1);
         let region = Region::new(need.bytes(&[&port]), Backing::HugeMemfd)?;
         // Unmapped at once; the port goes after it, as at the end of any program.
         memory::map(region, &need, &[&port]).map(drop)

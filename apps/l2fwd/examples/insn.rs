@@ -16,7 +16,9 @@ use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{Burst, DmaMemory, Pool};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
-use vireo_l2fwd::forward::{Lane, PairCounts, ethernet, forward};
+use vireo_frame::PairCounts;
+use vireo_frame::forward::{Lane, forward};
+use vireo_l2fwd::rewrite::Rewrite;
 
 /// As DPDK's figures were counted.
 const RING: u16 = 256;
@@ -92,7 +94,7 @@ fn whole_case<N: Nic>(
 ) -> Result<()> {
     let mut cache = Pool::new(memory, BUFFERS)?.cache();
     let (rx, tx) = nic.start(memory, &mut cache, QueueSizes { rx: RING, tx: RING })?;
-    let mut lanes = [Lane { rx, from: 0, tx, to: 0, ethernet: Some(ethernet(0, nic.mac())) }];
+    let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Rewrite::of(0, nic.mac()) }];
     let mut bursts = [Burst::new()];
     let counts = [PairCounts::default()];
     let rounds = COUNT / burst.max(1);

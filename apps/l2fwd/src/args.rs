@@ -1,10 +1,6 @@
 //! Arguments behind `--`: DPDK l2fwd's own, and `--output`.
 
-use std::ffi::OsString;
-
-use clap::{CommandFactory, Parser};
-use vireo_eal::Result;
-use vireo_eal::args::parse_app;
+use clap::Parser;
 use vireo_eal::dma::MAX_BUFFERS;
 
 use crate::report::Style;
@@ -16,43 +12,45 @@ const MOST_QUEUES: u16 = 128;
 /// Longest time between two tables: a day.
 const LONGEST_PERIOD: f64 = 86_400.0;
 
-#[derive(Debug, Parser)]
+/// What the arguments ask for.
+#[derive(Clone, Debug, PartialEq, Parser)]
 #[command(
     name = "vireo-l2fwd",
     override_usage = "vireo-l2fwd [EAL ARGUMENTS] -- -p PORTMASK [-P] [-q NQ] [-T PERIOD]",
+    about = None::<&str>,
     disable_help_flag = true
 )]
-struct Cli {
+pub struct Args {
     /// Ports to use, hexadecimal: bit N is port N
     #[arg(short = 'p', value_name = "PORTMASK", value_parser = port_mask)]
-    mask: u64,
+    pub mask: u64,
     /// Receive every frame, not only those for the port's address
     #[arg(short = 'P')]
-    promiscuous: bool,
+    pub promiscuous: bool,
     /// RX queues that one lcore polls, 1 to 15
     #[arg(short = 'q', value_name = "NQ", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_QUEUES_PER_LCORE)))]
-    queues_per_lcore: u32,
+    pub queues_per_lcore: u32,
     /// Pairs of queues of each port, 1 to 128
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MOST_QUEUES)))]
-    queues: u16,
+    pub queues: u16,
     /// Seconds between two tables, such as 0.5; 0 for none
     #[arg(short = 'T', value_name = "PERIOD", default_value = "10", value_parser = period)]
-    period: f64,
+    pub period: f64,
     /// Rewrite the addresses of every packet (the default)
     #[arg(long, overrides_with = "no_mac_updating")]
     mac_updating: bool,
     /// Leave the addresses of packets as they are
     #[arg(long)]
-    no_mac_updating: bool,
+    pub no_mac_updating: bool,
     /// Pairs of ports that forward to each other, such as "(0,3)(1,2)"; by default neighbours
     #[arg(long, value_name = "PAIRS", value_parser = port_map)]
-    portmap: Option<PortMap>,
+    pub portmap: Option<PortMap>,
     /// Packet buffers in all, up to 2097151 (testpmd's argument); by default enough for rings, bursts and caches at once
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_BUFFERS)))]
-    total_num_mbufs: Option<u32>,
+    pub total_num_mbufs: Option<u32>,
     /// Time the polls that move packets, and print ticks per packet at the end (testpmd's argument)
     #[arg(long)]
-    record_core_cycles: bool,
+    pub record_core_cycles: bool,
     /// DPDK's text and table, lines with rates, or a JSON object per line; default: table on a terminal, else lines
     #[arg(long, value_name = "FORM", conflicts_with = "json")]
     output: Option<Style>,
@@ -64,57 +62,15 @@ struct Cli {
 /// Pairs of port numbers.
 pub type Pairs = Vec<(usize, usize)>;
 
-#[derive(Clone, Debug)]
-struct PortMap(Pairs);
-
-/// What the arguments ask for.
+/// The value of `--portmap`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Args {
-    /// Bit N is port N.
-    pub mask: u64,
-    /// Receive every frame.
-    pub promiscuous: bool,
-    /// RX queues that one lcore polls.
-    pub queues_per_lcore: usize,
-    /// Pairs of queues of each port.
-    pub queues: u16,
-    /// Seconds between two tables; none for no tables.
-    pub period: Option<f64>,
-    /// Rewrite addresses.
-    pub mac_updating: bool,
-    /// Pairs that the user chose.
-    pub portmap: Option<Pairs>,
-    /// Packet buffers in all, if the user says how many.
-    pub buffers: Option<u32>,
-    /// Time the polls that move packets.
-    pub record_core_cycles: bool,
+pub struct PortMap(pub Pairs);
+
+impl Args {
     /// How the output looks; by default as standard output suits.
-    pub output: Option<Style>,
-}
-
-/// Help text, printed below the EAL's.
-pub fn usage() -> String {
-    Cli::command().render_help().to_string()
-}
-
-/// Reads the arguments behind `--`, `argv[0]` first.
-///
-/// # Errors
-/// `Usage`, on one line.
-pub fn parse(argv: Vec<OsString>) -> Result<Args> {
-    let cli: Cli = parse_app(argv)?;
-    Ok(Args {
-        mask: cli.mask,
-        promiscuous: cli.promiscuous,
-        queues_per_lcore: cli.queues_per_lcore as usize,
-        queues: cli.queues,
-        period: Some(cli.period).filter(|period| *period > 0.0),
-        mac_updating: !cli.no_mac_updating,
-        portmap: cli.portmap.map(|map| map.0),
-        buffers: cli.total_num_mbufs,
-        record_core_cycles: cli.record_core_cycles,
-        output: if cli.json { Some(Style::Json) } else { cli.output },
-    })
+    pub fn style(&self) -> Style {
+        if self.json { Style::Json } else { self.output.unwrap_or_else(Style::of_stdout) }
+    }
 }
 
 fn port_mask(text: &str) -> std::result::Result<u64, String> {
@@ -151,34 +107,35 @@ fn port_map(text: &str) -> std::result::Result<PortMap, String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use vireo_eal::ErrorKind;
+    use vireo_eal::args::parse_app;
+    use vireo_eal::{ErrorKind, Result};
 
     fn read(line: &str) -> Result<Args> {
-        parse(["l2fwd"].into_iter().chain(line.split_whitespace()).map(Into::into).collect())
+        parse_app(["l2fwd"].into_iter().chain(line.split_whitespace()).map(Into::into).collect())
     }
 
     #[test]
     fn dpdk_arguments() {
         let args = read("-p 0x3 -q 2 -T 0.5 -P --no-mac-updating --portmap (0,1)").unwrap();
         assert_eq!(args.mask, 3);
-        assert_eq!((args.queues_per_lcore, args.period), (2, Some(0.5)));
-        assert!(args.promiscuous && !args.mac_updating);
-        assert_eq!(args.portmap, Some(vec![(0, 1)]));
-        assert_eq!(args.buffers, None);
-        assert_eq!(read("-p f -T 0").unwrap().period, None);
-        let four = Some(vec![(0, 1), (2, 3)]);
+        assert_eq!((args.queues_per_lcore, args.period), (2, 0.5));
+        assert!(args.promiscuous && args.no_mac_updating);
+        assert_eq!(args.portmap, Some(PortMap(vec![(0, 1)])));
+        assert_eq!(args.total_num_mbufs, None);
+        assert!(!read("-p f --no-mac-updating --mac-updating").unwrap().no_mac_updating);
+        let four = Some(PortMap(vec![(0, 1), (2, 3)]));
         assert_eq!(read("-p f --portmap (0,1),(2,3)").unwrap().portmap, four);
         assert_eq!(read("-p f --portmap=(0,1)(2,3)").unwrap().portmap, four);
-        assert_eq!(read("-p f --total-num-mbufs 600").unwrap().buffers, Some(600));
+        assert_eq!(read("-p f --total-num-mbufs 600").unwrap().total_num_mbufs, Some(600));
     }
 
     #[test]
     fn forms_of_output() {
-        let output = |line: &str| read(line).unwrap().output;
-        assert_eq!(output("-p 1"), None);
-        assert_eq!(output("-p 1 --json"), Some(Style::Json));
-        for (name, style) in [("table", Style::Table), ("lines", Style::Lines), ("json", Style::Json)] {
-            assert_eq!(output(&format!("-p 1 --output {name}")), Some(style));
+        let style = |line: &str| read(line).unwrap().style();
+        assert_eq!(style("-p 1"), Style::of_stdout());
+        assert_eq!(style("-p 1 --json"), Style::Json);
+        for (name, form) in [("table", Style::Table), ("lines", Style::Lines), ("json", Style::Json)] {
+            assert_eq!(style(&format!("-p 1 --output {name}")), form);
         }
         for line in ["-p 1 --json --output lines", "-p 1 --output xml", "-p 1 --output", "-p 0x0x1"] {
             assert_eq!(read(line).unwrap_err().kind(), ErrorKind::Usage);

@@ -1,16 +1,11 @@
-//! l2fwd: receives on one port, rewrites the Ethernet addresses and sends on another.
+//! l2fwd on the application frame ([`vireo_frame`]): DPDK's arguments, the rewrite of the Ethernet addresses, the output.
 //!
-//! A packet's way is in [`forward`]; [`app`] sets up and ends, [`plan`] shares ports out to lcores, [`launch`]
-//! runs them, [`control`] restarts a port whose device broke a rule, [`report`] prints, [`args`] reads what
-//! stands behind `--`.
+//! [`args`] reads what stands behind `--`, [`plan`] turns it into routes, [`rewrite`] is what happens to packets, [`report`]
+//! prints, and [`app`] joins them.
 #![forbid(unsafe_code)]
 
 pub mod app;
 pub mod args;
-pub mod balance;
-pub mod control;
-pub mod forward;
-pub mod launch;
 pub mod plan;
-pub mod recall;
 pub mod report;
+pub mod rewrite;

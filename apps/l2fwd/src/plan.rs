@@ -1,50 +1,26 @@
-//! Which lcore polls which port, and where its packets go.
+//! Which port forwards to which, and on which lcore, as the arguments have it.
 
 use vireo_eal::{Error, ErrorKind, Result};
+use vireo_frame::{Route, neighbours, no_ports, share_out};
 
-use crate::args::{Args, Pairs};
+use crate::args::{Args, Pairs, PortMap};
 
-/// One direction of forwarding, and the lcore that does it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Planned {
-    /// Id of the lcore.
-    pub lcore: u32,
-    /// Port that it polls.
-    pub from: usize,
-    /// Port that it sends on.
-    pub to: usize,
-    /// Which pair of queues of both ports.
-    pub pair: usize,
-}
-
-/// Shares the queues of the ports of `args` out to `lcores` (ids, ascending), of `ports` ports that there are: first
-/// the first queue of each port, then the second.
+/// Shares the queues of the ports of `args` out to `lcores` (ids, ascending), of `ports` ports that there are.
 ///
 /// # Errors
 /// `Unavailable` when there are no ports, `Usage` when mask, pairs or lcores do not fit them.
-pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Planned>> {
+pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Route>> {
     let ways = destinations(&enabled(args.mask, ports)?, args.portmap.as_ref())?;
-    let count = ways.len() * usize::from(args.queues);
-    if lcores.len() * args.queues_per_lcore < count {
-        return Err(Error::new(
-            ErrorKind::Usage,
-            format!("cannot poll {count} RX queues"),
-            format!("{} lcores with {} queues each are too few", lcores.len(), args.queues_per_lcore),
-        )
-        .with_hint(format!("give -q {}, or more lcores with -l", count.div_ceil(lcores.len().max(1)))));
-    }
-    let each = (0..args.queues.into()).flat_map(|pair| ways.iter().map(move |way| (pair, *way)));
-    let lcores = lcores.iter().flat_map(|lcore| std::iter::repeat_n(*lcore, args.queues_per_lcore));
-    Ok(each.zip(lcores).map(|((pair, (from, to)), lcore)| Planned { lcore, from, to, pair }).collect())
+    share_out(&ways, args.queues, lcores, Some(args.queues_per_lcore as usize)).map_err(|error| {
+        let count = ways.len() * usize::from(args.queues);
+        error.with_hint(format!("give -q {}, or more lcores with -l", count.div_ceil(lcores.len().max(1))))
+    })
 }
 
 /// Numbers of the ports in `mask`.
 fn enabled(mask: u64, ports: usize) -> Result<Vec<usize>> {
     let what = format!("cannot use port mask {mask:#x}");
-    let last = ports.checked_sub(1).ok_or_else(|| {
-        Error::new(ErrorKind::Unavailable, what.clone(), "there are no ports")
-            .with_hint("bind NICs to VFIO: vireo-devbind --status, vireo-devbind --bind vfio-pci ADDRESS")
-    })?;
+    let last = ports.checked_sub(1).ok_or_else(|| no_ports(&what))?;
     let enabled: Vec<usize> = (0..64).filter(|port| mask >> port & 1 == 1).collect();
     let why = match enabled.iter().find(|port| **port > last) {
         Some(port) => format!("there is no port {port}"),
@@ -61,17 +37,9 @@ fn enabled(mask: u64, ports: usize) -> Result<Vec<usize>> {
 ///
 /// # Errors
 /// `Usage` when a pair of `portmap` names a port that is not there, or one twice.
-fn destinations(ports: &[usize], portmap: Option<&Pairs>) -> Result<Vec<(usize, usize)>> {
-    let Some(pairs) = portmap else {
-        return Ok(ports
-            .chunks(2)
-            .flat_map(|pair| match *pair {
-                [a, b] => vec![(a, b), (b, a)],
-                _ => pair.iter().map(|a| (*a, *a)).collect(),
-            })
-            .collect());
-    };
-    let mut all: Vec<(usize, usize)> = Vec::new();
+fn destinations(ports: &[usize], portmap: Option<&PortMap>) -> Result<Pairs> {
+    let Some(PortMap(pairs)) = portmap else { return Ok(neighbours(ports.iter().copied())) };
+    let mut all = Pairs::new();
     for (a, b) in pairs {
         for port in [a, b] {
             let why = if !ports.contains(port) {
@@ -94,53 +62,38 @@ fn destinations(ports: &[usize], portmap: Option<&Pairs>) -> Result<Vec<(usize, 
 
 #[cfg(test)]
 mod tests {
+    use vireo_eal::args::parse_app;
+
     use super::*;
 
-    fn args(mask: u64, queues_per_lcore: usize) -> Args {
-        Args {
-            mask,
-            promiscuous: false,
-            queues_per_lcore,
-            queues: 1,
-            period: None,
-            mac_updating: true,
-            portmap: None,
-            buffers: None,
-            record_core_cycles: false,
-            output: None,
-        }
-    }
-
     #[test]
-    fn neighbours_are_paired_and_the_odd_one_echoes() {
+    fn a_map_has_each_port_once() {
+        let to =
+            |ports: &[usize], pairs: &[(usize, usize)]| destinations(ports, Some(&PortMap(pairs.into())));
+        assert_eq!(to(&[0, 1, 2, 3], &[(0, 3)]).unwrap(), [(0, 3), (3, 0)]);
         assert_eq!(destinations(&[0, 2, 5], None).unwrap(), [(0, 2), (2, 0), (5, 5)]);
-        assert_eq!(destinations(&[0, 1, 2, 3], Some(&vec![(0, 3)])).unwrap(), [(0, 3), (3, 0)]);
-        assert!(destinations(&[0, 1], Some(&vec![(0, 2)])).is_err());
-        assert!(destinations(&[0, 1, 2], Some(&vec![(0, 1), (1, 2)])).is_err());
-    }
-
-    #[test]
-    fn lcores_take_their_ports_in_turn() {
-        let lanes = plan(&args(0xf, 2), 4, &[1, 3]).unwrap();
-        let lanes: Vec<_> = lanes.iter().map(|lane| (lane.lcore, lane.from, lane.to)).collect();
-        assert_eq!(lanes, [(1, 0, 1), (1, 1, 0), (3, 2, 3), (3, 3, 2)]);
-    }
-
-    #[test]
-    fn an_lcore_has_the_same_queue_of_both_ports() {
-        let args = Args { queues: 2, ..args(0x3, 2) };
-        let lanes = plan(&args, 2, &[0, 1]).unwrap();
-        let lanes: Vec<_> = lanes.iter().map(|lane| (lane.lcore, lane.from, lane.to, lane.pair)).collect();
-        assert_eq!(lanes, [(0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 1, 1), (1, 1, 0, 1)]);
-        assert!(plan(&args, 2, &[0]).unwrap_err().to_string().contains("cannot poll 4 RX queues"));
+        assert!(to(&[0, 1], &[(0, 2)]).is_err());
+        assert!(to(&[0, 1, 2], &[(0, 1), (1, 2)]).is_err());
     }
 
     #[test]
     fn what_does_not_fit_says_what_would() {
-        let text = |mask, queue, ports| plan(&args(mask, queue), ports, &[0]).unwrap_err().to_string();
-        assert!(text(0x3, 1, 2).ends_with("give -q 2, or more lcores with -l"));
-        assert!(text(0x6, 2, 2).contains("there is no port 2; ports are 0 to 1; for all of them give -p 3"));
-        assert!(text(0, 2, 2).contains("it selects no port; ports are 0 to 1; for all of them give -p 3"));
-        assert!(text(0x1, 1, 0).contains("there are no ports"));
+        let text = |line: &str, ports| {
+            let words = line.split(' ').map(Into::into).collect();
+            plan(&parse_app(words).unwrap(), ports, &[0]).unwrap_err().to_string()
+        };
+        assert_eq!(
+            text("l2fwd -p 3", 2),
+            "cannot poll 2 RX queues: 1 lcores with 1 queues each are too few; give -q 2, or more lcores with -l"
+        );
+        assert!(
+            text("l2fwd -p 6 -q 2", 2)
+                .contains("there is no port 2; ports are 0 to 1; for all of them give -p 3")
+        );
+        assert!(
+            text("l2fwd -p 0 -q 2", 2)
+                .contains("it selects no port; ports are 0 to 1; for all of them give -p 3")
+        );
+        assert!(text("l2fwd -p 1", 0).contains("there are no ports"));
     }
 }

@@ -5,14 +5,11 @@ use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use serde::Serialize;
 use serde_json::json;
 use vireo_drivers::port::{Link, MacAddr};
 use vireo_eal::clock::Tsc;
 use vireo_eal::{Result, program};
-
-use crate::control::PortState;
-use crate::forward::{Count, PairCounts};
+use vireo_frame::{PortState, Totals};
 
 /// How the output looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -30,29 +27,6 @@ impl Style {
     /// The default: by what standard output is.
     pub fn of_stdout() -> Self {
         if io::stdout().is_terminal() { Self::Table } else { Self::Lines }
-    }
-}
-
-/// Counts of one port at one time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Totals {
-    /// Packets sent.
-    pub sent: u64,
-    /// Packets received.
-    pub received: u64,
-    /// Packets dropped because the TX queue was full.
-    pub dropped: u64,
-}
-
-impl Totals {
-    /// Of the pairs of one port.
-    pub fn of(pairs: &[PairCounts]) -> Self {
-        let sum = |of: fn(&PairCounts) -> &Count| pairs.iter().map(|pair| of(pair).get()).sum();
-        Self {
-            sent: sum(|pair| &pair.sent),
-            received: sum(|pair| &pair.received),
-            dropped: sum(|pair| &pair.dropped),
-        }
     }
 }
 
@@ -269,10 +243,13 @@ pub fn mac_text(port: usize, mac: MacAddr) -> String {
 mod tests {
     use super::*;
 
+    fn totals(sent: u64, received: u64, dropped: u64) -> Totals {
+        Totals { sent, received, dropped, consumed: 0 }
+    }
+
     #[test]
     fn the_table_is_dpdks() {
-        let now =
-            [Totals { sent: 12, received: 34, dropped: 5 }, Totals { sent: 30, received: 12, dropped: 0 }];
+        let now = [totals(12, 34, 5), totals(30, 12, 0)];
         let expected = concat!(
             "\x1b[2J\x1b[1;1H",
             "\nPort statistics ====================================",
@@ -295,8 +272,8 @@ mod tests {
 
     #[test]
     fn lines_have_rates_and_no_escapes() {
-        let last = [Totals { sent: 100, received: 0, dropped: 0 }];
-        let now = [Totals { sent: 300, received: 50, dropped: 1 }];
+        let last = [totals(100, 0, 0)];
+        let now = [totals(300, 50, 1)];
         assert_eq!(
             lines(&[1], &last, &now, Duration::from_secs(2)),
             "port 1: sent 300 (100/s) received 50 (25/s) dropped 1\n"

@@ -105,7 +105,7 @@ impl Outcome {
 /// A [`Stream::patience`] that is longer than the second for which QEMU's e1000 holds frames back after a write of RCTL.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 /// Frames per second while the first one to come back is waited for.
-pub const KNOCKS: f64 = 1000.0;
+pub const PROBE_RATE: f64 = 1000.0;
 /// Longest latency that the histogram holds, in nanoseconds: a minute.
 const LONGEST: u64 = 60_000_000_000;
 
@@ -122,8 +122,8 @@ pub fn await_path<T: TxBurst, R: RxBurst>(
     stop: &StopFlag,
 ) -> Result<()> {
     let end = End::FirstArrival(patience);
-    let knocks = Stream { run: !stream.run, rate: Some(KNOCKS), end, ..stream.clone() };
-    let outcome = run(&knocks, tx, rx, stop)?;
+    let probes = Stream { run: !stream.run, rate: Some(PROBE_RATE), end, ..stream.clone() };
+    let outcome = run(&probes, tx, rx, stop)?;
     if outcome.received > 0 || stop.is_set() {
         return Ok(());
     }

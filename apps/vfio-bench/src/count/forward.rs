@@ -8,7 +8,8 @@ use vireo_eal::dma::MAX_BURST;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_l2fwd::forward::{PairCounts, forward_any};
+use vireo_frame::PairCounts;
+use vireo_frame::forward::forward_any;
 
 use super::run::{Step, measured};
 use crate::measure::{Side, Wiring};
@@ -20,7 +21,7 @@ const PATIENCE: usize = 100_000;
 /// Polls after which frames that have not come are lost.
 const RESEND: usize = 1000;
 /// Polls for each frame that is sent until the first is forwarded: it may take one to receive and one to send it.
-const KNOCK: usize = 4;
+const POLLS_PER_PROBE: usize = 4;
 /// Packets of a full burst.
 const BURST: u64 = MAX_BURST as u64;
 /// A device may bring a burst in parts, and a poll that only ends it is none that moves it.
@@ -57,7 +58,7 @@ fn first_packet(generator: &mut Side, forwarder: &mut Side) -> Result<(u64, Dura
         if received > 0 && first.is_none() {
             first = Some((spent, began.elapsed().saturating_sub(thread_time() - worked)));
         }
-        if first.is_none() && polls % KNOCK == 1 {
+        if first.is_none() && polls % POLLS_PER_PROBE == 1 {
             generator.send_burst(1);
             std::thread::sleep(ARRIVAL);
             spent = 0;
@@ -66,7 +67,7 @@ fn first_packet(generator: &mut Side, forwarder: &mut Side) -> Result<(u64, Dura
         before = received;
         // Frames that were held back come at once, and are not to come later.
         if first.is_none() { polls < PATIENCE } else { quiet < RESEND }
-    });
+    })?;
     first.ok_or_else(|| nothing_came("no frame"))
 }
 
@@ -87,19 +88,19 @@ fn full_poll(generator: &mut Side, forwarder: &mut Side) -> Result<u64> {
         }
         before = received;
         full.len() < SAMPLES && polls < PATIENCE
-    });
+    })?;
     // An interrupt falls into some polls.
     median(full).ok_or_else(|| nothing_came("no full burst"))
 }
 
 /// Polls both lanes of `forwarder` until `after` says no. It hears after each poll how many packets the first lane has
 /// forwarded, and how many ticks the poll took.
-fn polls_of(forwarder: &mut Side, mut after: impl FnMut(u64, u64) -> bool) {
+fn polls_of(forwarder: &mut Side, mut after: impl FnMut(u64, u64) -> bool) -> Result<()> {
     let (stop, counts) = (StopFlag::new(), <[PairCounts; 2]>::default());
     let reading = median((0..SAMPLES).map(|_| Tsc::now().abs_diff(Tsc::now())).collect()).unwrap_or_default();
     let mut cache = forwarder.cache();
     let mut since = Tsc::now();
-    let lanes = forward_any(forwarder.lanes(), &mut cache, &counts, None, &stop, || {
+    let lanes = forward_any(forwarder.lanes()?, &mut cache, &counts, None, &stop, || {
         let ticks = (Tsc::now() - since).saturating_sub(reading);
         if !after(counts[0].received.get(), ticks) {
             stop.set();
@@ -108,6 +109,7 @@ fn polls_of(forwarder: &mut Side, mut after: impl FnMut(u64, u64) -> bool) {
     });
     drop(cache);
     forwarder.take_back(lanes);
+    Ok(())
 }
 
 fn nothing_came(what: &str) -> Error {

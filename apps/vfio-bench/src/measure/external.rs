@@ -5,7 +5,7 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_l2fwd::forward::PairCounts;
+use vireo_frame::PairCounts;
 
 use super::{FIRST_PACKET, Limits, forward, millis};
 use crate::machine::Watch;

@@ -17,7 +17,8 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::{StopFlag, pin_to};
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_l2fwd::forward::{Count, PairCounts, forward_any};
+use vireo_frame::forward::forward_any;
+use vireo_frame::{Count, PairCounts};
 use vireo_pktgen::generator::{End, Stream};
 
 use crate::machine::Watch;
@@ -184,7 +185,7 @@ fn measure(bus: &Bus, wiring: &Wiring, mode: VfioMode, limits: &Limits<'_>, stop
             })
         },
         |polling| {
-            let first = side.knocks(WINDOW, FIRST_PACKET);
+            let first = side.probes(WINDOW, FIRST_PACKET);
             generate(wiring, &mut side, first, limits, stop, polling, &counters)
         },
     )?;
@@ -264,12 +265,12 @@ fn forward(
     pin_to(limits.forwarder)?;
     let mut side = Side::start(bus, [inside, outside], mode, false)?;
     let mut phases = BTreeMap::from([("map", side.mapped)]);
-    for phase in side.ports.iter().filter_map(|open| open.report.as_ref()).flat_map(|report| &report.phases) {
+    for phase in side.reports().flat_map(|report| &report.phases) {
         let longer = phase.took.mul_f64(limits.slower);
         spin_until(Tsc::now() + Tsc::from_nanos(longer.as_nanos() as u64));
         *phases.entry(phase.name).or_default() += phase.took + longer;
     }
-    let lanes = side.lanes();
+    let lanes = side.lanes()?;
     let counts: [PairCounts; 2] = Default::default();
     let mut cache = side.cache();
     let mut since = Tsc::now();
@@ -320,9 +321,9 @@ fn generate(
         Ok(outcome)
     };
     let mut stream = Stream { sizes: limits.frames[0]..=limits.frames[0], ..first };
-    let knocks = send(&stream)?;
-    let Some(first) = knocks.first else {
-        return Err(silent(&wiring.inner, knocks.sent));
+    let probes = send(&stream)?;
+    let Some(first) = probes.first else {
+        return Err(silent(&wiring.inner, probes.sent));
     };
     let read = || {
         let counters = counters.get().map(|counters| counters.lock().unwrap_or_else(PoisonError::into_inner));
@@ -376,13 +377,13 @@ pub(crate) fn straight(
 ) -> Result<f64> {
     pin_to(limits.generator)?;
     let mut side = Side::start(bus, [from, to], mode, true)?;
-    let mut stream = Stream { expect: None, ..side.knocks(WINDOW, FIRST_PACKET) };
-    let knocks = side.send(&stream, stop)?;
-    if knocks.received == 0 && !stop.is_set() {
+    let mut stream = Stream { expect: None, ..side.probes(WINDOW, FIRST_PACKET) };
+    let probes = side.send(&stream, stop)?;
+    if probes.received == 0 && !stop.is_set() {
         return Err(Error::new(
             ErrorKind::Unavailable,
             format!("nothing of what {} sends arrives at {}", from.address, to.address),
-            format!("{} frames were sent in {} s", knocks.sent, FIRST_PACKET.as_secs()),
+            format!("{} frames were sent in {} s", probes.sent, FIRST_PACKET.as_secs()),
         )
         .with_hint("connect them, or name the NICs in another order: --ports SENDER,FORWARDER_IN,FORWARDER_OUT,RECEIVER"));
     }

@@ -5,7 +5,6 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use vireo_bus_pci::Bus;
-use vireo_drivers::port::Nic;
 use vireo_eal::Result;
 use vireo_eal::lcore::{StopFlag, pin_to};
 use vireo_eal::vfio::VfioMode;
@@ -34,7 +33,7 @@ pub(crate) fn measure_reference(
     let mut forwarder = reference.start(bus, &wiring.inner, limits.forwarder, testpmd)?;
     let mut side = Side::start(bus, [&wiring.sender, &wiring.receiver], mode, true)?;
     forwarder.await_forwarding()?;
-    let receiver = side.ports[1].port.mac();
+    let receiver = side.macs[1];
     let addressed = |stream: Stream| {
         // A bridge also takes in what is for everybody, and forwards only what is for another.
         if forwarder.keeps_addresses() {
@@ -44,9 +43,9 @@ pub(crate) fn measure_reference(
         }
     };
     // What is lost before it forwards is no loss, and nothing limits how much that is.
-    let knocks = addressed(side.knocks(u64::MAX, PATIENCE));
-    let first = addressed(side.knocks(WINDOW, FIRST_PACKET));
-    let outcome = side.send(&knocks, stop)?;
+    let probes = addressed(side.probes(u64::MAX, PATIENCE));
+    let first = addressed(side.probes(WINDOW, FIRST_PACKET));
+    let outcome = side.send(&probes, stop)?;
     if outcome.first.is_none() {
         return Err(silent(&wiring.inner, outcome.sent));
     }

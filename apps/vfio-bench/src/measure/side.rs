@@ -3,32 +3,35 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use vireo_bus_pci::{Bus, PciInfo};
-use vireo_drivers::memory::{self, MemoryNeed, PortMemory};
-use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst, counters};
+use vireo_bus_pci::{Bus, PciInfo, Report};
+use vireo_drivers::memory;
+use vireo_drivers::port::{MacAddr, RxBurst, TxBurst};
 use vireo_drivers::ports::{self, OpenPort};
 use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_eal::Result;
 use vireo_eal::clock::Tsc;
-use vireo_eal::dma::{Burst, Packet, Pool, PoolCache};
+use vireo_eal::dma::{Burst, Packet, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 use vireo_eal::vfio::{Vfio, VfioMode};
-use vireo_l2fwd::forward::{AnyLane, Lane, ethernet};
+use vireo_frame::forward::AnyLane;
+use vireo_frame::{Config, Ports, Route};
+use vireo_l2fwd::rewrite::Rewrite;
 use vireo_pktgen::frame::{self, SHORTEST, Tag};
-use vireo_pktgen::generator::{self, End, Expect, KNOCKS, Outcome, PATIENCE, Stream};
+use vireo_pktgen::generator::{self, End, Expect, Outcome, PATIENCE, PROBE_RATE, Stream};
 
-const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
 const BUFFERS: u32 = 8192;
 
 /// Ports of one side, with memory of their own.
 pub(crate) struct Side {
-    pub(super) ports: Vec<OpenPort>,
+    ports: Ports,
+    /// Station addresses of the ports.
+    pub(super) macs: [MacAddr; 2],
+    /// Queues of the ports, while no lane has them.
     queues: Vec<(RxQueue, TxQueue)>,
     cache: PoolCache,
     /// A cache of the same pool: the generator's two queues have one each.
     to_send: PoolCache,
-    memory: PortMemory,
     /// What mapping the memory took.
     pub(super) mapped: Duration,
 }
@@ -37,28 +40,43 @@ impl Side {
     /// Opens and starts both.
     pub(crate) fn start(bus: &Bus, infos: [&PciInfo; 2], mode: VfioMode, promiscuous: bool) -> Result<Self> {
         let vfio = Vfio::new(None);
-        let mut ports = infos
+        let open = infos
             .into_iter()
             .map(|info| ports::open_one(bus, &vfio, info.clone(), mode, &[]))
             .collect::<Result<Vec<_>>>()?;
-        let need = MemoryNeed { buffers: BUFFERS, send_only: 0, sizes: SIZES, pairs: 1 };
-        let opened: Vec<&OpenPort> = ports.iter().collect();
+        let need = Config { buffers: Some(BUFFERS), ..Config::default() }.need(open.len(), 1);
+        let opened: Vec<&OpenPort> = open.iter().collect();
         let region = Region::new(need.bytes(&opened), Backing::HugeMemfd)?;
         let since = Instant::now();
         let memory = memory::map(region, &need, &opened)?;
         let mapped = since.elapsed();
-        let pool = Pool::new(&memory.buffers, BUFFERS)?;
-        let (mut cache, to_send) = (pool.cache(), pool.cache());
-        let mut queues = Vec::with_capacity(ports.len());
-        for open in &mut ports {
-            open.port.set_promiscuous(promiscuous)?;
-            queues.push(open.port.start(memory.of(open), &mut cache, SIZES)?);
+        let routes = [(0, 1), (1, 0)].map(|(from, to)| Route { lcore: 0, from, to, pair: 0 });
+        let mut ports = Ports::new(open, routes.into(), memory, &need)?;
+        ports.start_all(promiscuous)?;
+        let macs = [ports.mac(0)?, ports.mac(1)?];
+        let (cache, to_send) = (ports.cache(), ports.cache());
+        let mut side = Self { ports, macs, queues: Vec::new(), cache, to_send, mapped };
+        side.take_queues();
+        Ok(side)
+    }
+
+    fn take_queues(&mut self) {
+        self.queues = [0, 1].into_iter().filter_map(|port| self.ports.take_queues(port)).flatten().collect();
+    }
+
+    fn put_queues(&mut self) {
+        for (port, queues) in std::mem::take(&mut self.queues).into_iter().enumerate() {
+            self.ports.put_queues(port, vec![queues]);
         }
-        Ok(Self { ports, queues, cache, to_send, memory, mapped })
+    }
+
+    /// How the ports were opened.
+    pub(super) fn reports(&self) -> impl Iterator<Item = &Report> {
+        [0, 1].into_iter().filter_map(|port| self.ports.get(port)?.report.as_ref())
     }
 
     /// Frames from the first port to the second, until one arrives or for `patience`.
-    pub(crate) fn knocks(&self, window: u64, patience: Duration) -> Stream {
+    pub(crate) fn probes(&self, window: u64, patience: Duration) -> Stream {
         // The streams that follow count on from it.
         let run = Tsc::now() as u32 >> 1;
         Stream {
@@ -66,10 +84,10 @@ impl Side {
             earlier: run..run,
             // Every NIC's filter lets the broadcast address pass, whatever the forwarder's own address is.
             destination: MacAddr([0xff; 6]),
-            source: self.ports[0].port.mac(),
+            source: self.macs[0],
             expect: Some(Expect { destination: Some(MacAddr([2, 0, 0, 0, 0, 1])), source: None }),
             sizes: SHORTEST..=SHORTEST,
-            rate: Some(KNOCKS),
+            rate: Some(PROBE_RATE),
             window,
             end: End::FirstArrival(patience),
             patience: PATIENCE,
@@ -84,22 +102,16 @@ impl Side {
     }
 
     /// The lanes between the two ports, in both directions. They take the queues; [`Self::take_back`] returns these.
-    pub(crate) fn lanes(&mut self) -> Vec<AnyLane> {
-        let (rx, tx): (Vec<_>, Vec<_>) = std::mem::take(&mut self.queues).into_iter().unzip();
-        let pairs = rx.into_iter().enumerate().zip(tx.into_iter().rev());
-        pairs
-            .map(|((from, rx), tx)| {
-                let to = 1 - from;
-                Lane { rx, from, tx, to, ethernet: Some(ethernet(to, self.ports[to].port.mac())) }
-            })
-            .collect()
+    pub(crate) fn lanes(&mut self) -> Result<Vec<AnyLane<Rewrite>>> {
+        self.put_queues();
+        let macs = self.macs;
+        self.ports.lanes(|route| Rewrite::of(route.to, macs[route.to]))
     }
 
     /// Takes the queues of [`Self::lanes`] back.
-    pub(crate) fn take_back(&mut self, mut lanes: Vec<AnyLane>) {
-        lanes.sort_by_key(|lane| lane.from);
-        let (rx, tx): (Vec<_>, Vec<_>) = lanes.into_iter().map(|lane| (lane.rx, lane.tx)).unzip();
-        self.queues = rx.into_iter().zip(tx.into_iter().rev()).collect();
+    pub(crate) fn take_back(&mut self, lanes: Vec<AnyLane<Rewrite>>) {
+        self.ports.put_lanes(lanes);
+        self.take_queues();
     }
 
     /// A cache of its own for the lanes.
@@ -112,7 +124,7 @@ impl Side {
         let mut burst = Burst::new();
         let mut bytes = [0; SHORTEST];
         let tag = Tag { run: 0, sequence: 0, ticks: 0 };
-        frame::write(&mut bytes, MacAddr([0xff; 6]), self.ports[0].port.mac(), tag);
+        frame::write(&mut bytes, MacAddr([0xff; 6]), self.macs[0], tag);
         while burst.len() < count
             && let Some(buffer) = self.to_send.allocate()
         {
@@ -137,28 +149,27 @@ impl Side {
 
     /// Stops the ports, and counts; `side` is the name that lost packets are counted under.
     pub(crate) fn stop(mut self, side: &str) -> Result<Stopped> {
+        self.put_queues();
+        let Self { mut ports, cache, to_send, .. } = self;
+        drop((cache, to_send));
         let (mut drops, mut doorbells) = (BTreeMap::new(), 0);
-        for (open, (rx, tx)) in self.ports.iter_mut().zip(self.queues) {
-            let (rx_stats, tx_stats) = (rx.stats(), tx.stats());
-            doorbells += rx_stats.doorbells + tx_stats.doorbells;
-            open.port.stop(rx, tx, &mut self.cache)?;
-            let device = open.port.device_drops();
-            let lost: Vec<&str> =
-                device.iter().map(|(name, _)| *name).chain(["rx_errors", "tx_errors"]).collect();
-            for (name, count) in counters(rx_stats, tx_stats, device.clone()) {
-                if lost.contains(&name) {
-                    *drops.entry(format!("{side}_{name}")).or_default() += count;
-                }
+        for number in [0, 1] {
+            let port = ports.stop(number, None);
+            doorbells += port.rx.doorbells + port.tx.doorbells;
+            let errors = [("rx_errors", port.rx.errors), ("tx_errors", port.tx.errors)];
+            for (name, count) in port.drops.into_iter().chain(errors) {
+                *drops.entry(format!("{side}_{name}")).or_default() += count;
             }
         }
-        drop(self.memory);
-        Ok(Stopped { ports: self.ports, drops, doorbells })
+        ports.check_buffers()?;
+        Ok(Stopped { ports, drops, doorbells })
     }
 }
 
 /// A side that has stopped.
 pub(crate) struct Stopped {
-    pub(super) ports: Vec<OpenPort>,
+    /// The ports, still open.
+    pub(super) ports: Ports,
     /// What each port counted as lost, by name.
     pub(super) drops: BTreeMap<String, u64>,
     /// Doorbell writes of all queues.

@@ -116,7 +116,7 @@ impl Rig<'_> {
             Program::Dpdk => (self.args.testpmd.command(self.cores.forwarder, addresses, &[]), &TESTPMD),
         };
         // There is no limit to what is on its way, because nothing comes back for most of the time.
-        let stream = side.knocks(u64::MAX, PATIENCE);
+        let stream = side.probes(u64::MAX, PATIENCE);
         let mut process = start_on(self.cores.forwarder, command, self.cores.idle)?;
         let outcome = side.send(&stream, &self.stop)?;
         if self.stop.is_set() {

@@ -1,28 +1,28 @@
-//! Devices that lie to a running l2fwd: counted, port restarted, forwarding goes on, the others untouched, no buffer
+//! Devices that lie to a running application: counted, port restarted, forwarding goes on, the others untouched, no buffer
 //! lost.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vireo_drivers::fakedev::e1000::{FakeE1000, Faults, ID_82540EM};
 use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet};
-use vireo_drivers::memory::PortMemory;
+use vireo_drivers::memory::{MemoryNeed, PortMemory};
 use vireo_drivers::port::{MacAddr, Nic, QueueSizes};
 use vireo_drivers::ports::OpenPort;
-use vireo_drivers::table::Port;
+use vireo_drivers::table::{Drivers, Port};
 use vireo_drivers::{e1000, virtio};
+use vireo_eal::Eal;
 use vireo_eal::args::{Outcome, Program, allowed_cpus, parse};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{DATA_ROOM, DmaMemory, Pool};
-use vireo_eal::lcore::{Lcores, StopFlag};
+use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 
-use super::{Managed, PortState, Queues};
+use super::{PortState, SupervisedPort};
+use crate::app::App;
 use crate::balance::Balance;
-use crate::forward::PairCounts;
-use crate::launch::{Share, Shared, forward_on_lcores};
-use crate::report::Totals;
+use crate::ports::Ports;
+use crate::route::Route;
 
 const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
 const BUFFERS: u32 = 1024;
@@ -125,12 +125,14 @@ fn passes(from: &Device, to: &Device, what: &str) {
     }
 }
 
-/// Main lcore 0 and worker 1, on all cpus.
-fn lcores() -> Lcores {
+/// An application with main lcore 0 and worker 1, on all cpus.
+fn app() -> App {
     let cpus: Vec<String> = allowed_cpus().unwrap().iter().map(ToString::to_string).collect();
     let list = format!("0@({cpus}),1@({cpus})", cpus = cpus.join(","));
-    match parse(["test", "--lcores", &list].map(Into::into), &Program::default()).unwrap() {
-        Outcome::Run(parsed) => Lcores::new(&parsed.eal).unwrap(),
+    match parse(["test", "--in-memory", "--lcores", &list].map(Into::into), &Program::default()).unwrap() {
+        Outcome::Run(parsed) => {
+            App { eal: Eal::init(parsed.eal).unwrap(), drivers: Drivers::default(), stop: StopFlag::new() }
+        }
         Outcome::Print(text) => panic!("{text}"),
     }
 }
@@ -156,34 +158,16 @@ fn while_forwarding_with(
 ) -> Counted {
     let region = Region::new(Pool::bytes(buffers) + (1 << 20), Backing::SmallPages).unwrap();
     let memory = DmaMemory::map(region, &[]).unwrap();
-    let pool = Pool::new(&memory, buffers).unwrap();
-    let mut cache = pool.cache();
     let (devices, open): (Vec<_>, Vec<_>) = (0..4).map(|number| Device::new(virtio, number, &memory)).unzip();
-    let mut ports: Vec<Managed> = open.into_iter().map(Managed::new).collect();
-    let mut queues = Queues::new(1);
-    for (number, port) in ports.iter_mut().enumerate() {
-        let started = port.open.as_mut().unwrap().port.start_pairs(&memory, &mut cache, sizes, 1);
-        queues.put_port(number, started.unwrap());
-    }
-    drop(cache);
-    let mut lane = |from, to| queues.join(from, to, None).unwrap();
-    let share = |lanes| Share { node: None, lanes };
-    let shares =
-        BTreeMap::from([(1, share(vec![lane(0, 1), lane(1, 0)])), (0, share(vec![lane(2, 3), lane(3, 2)]))]);
-    let (stop, lcores) = (StopFlag::new(), lcores());
-    let counts: Vec<PairCounts> = (0..4).map(|_| PairCounts::default()).collect();
-    let shared = Shared {
-        lcores: &lcores,
-        stop: &stop,
-        memory: &PortMemory::from(memory),
-        pool: &pool,
-        sizes,
-        pairs: 1,
-        counts: &counts,
-        busy_ticks: None,
-    };
+    let route = |lcore, from, to| Route { lcore, from, to, pair: 0 };
+    let routes = vec![route(1, 0, 1), route(1, 1, 0), route(0, 2, 3), route(0, 3, 2)];
+    let need = MemoryNeed { buffers, send_only: 0, sizes, pairs: 1 };
+    let mut ports = Ports::new(open, routes, PortMemory::from(memory), &need).unwrap();
+    ports.start_all(false).unwrap();
+    let app = app();
+    let stop = &app.stop;
     let announced = Mutex::new(Vec::new());
-    let mut queues = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let acting = scope.spawn(|| {
             // Also when it panics, or the test would not end.
             struct Stop<'a>(&'a StopFlag);
@@ -192,7 +176,7 @@ fn while_forwarding_with(
                     self.0.set();
                 }
             }
-            let _stop = Stop(&stop);
+            let _stop = Stop(stop);
             passes(&devices[0], &devices[1], "before");
             let others: Vec<u64> = devices[1..].iter().map(Device::resets).collect();
             act(&devices);
@@ -206,32 +190,25 @@ fn while_forwarding_with(
             );
         });
         let announce = |port, state| announced.lock().unwrap().push((port, state));
-        let queues = forward_on_lcores(shared, &mut ports, &[0, 1, 2, 3], shares, &announce, || ()).unwrap();
+        ports.forward(&app, |_| (), &announce, |_| ()).unwrap();
         acting.join().unwrap();
-        queues
     });
-    let restarts = [(0, PortState::Restarting), (0, PortState::Running)].repeat(ports[0].restarts as usize);
+    let closed: Vec<_> = (0..4).map(|number| ports.close(number)).collect();
+    ports.check_buffers().unwrap();
+    let balances = ports.balances();
+    assert_eq!(balances.len(), 4);
+    balances.iter().for_each(|balance| Balance::check(balance).unwrap());
+    let restarts = [(0, PortState::Restarting), (0, PortState::Running)].repeat(closed[0].restarts as usize);
     assert_eq!(announced.into_inner().unwrap(), restarts);
-    let mut cache = pool.cache();
-    for (number, port) in ports.iter_mut().enumerate() {
-        port.stop(queues.take_port(number), &mut cache);
-        assert!(port.unconfirmed.is_none());
-    }
-    drop(cache);
-    assert_eq!(pool.available(), buffers);
-    for (from, to) in [(0, 1), (1, 0), (2, 3), (3, 2)] {
-        let totals = |port: usize| Totals::of(&counts[port..=port]);
-        Balance::of(from, to, &ports, totals).check().unwrap();
-    }
     Counted {
-        device_errors: (ports[0].rx.device_errors, ports[0].tx.device_errors),
-        errors: ports[0].rx.errors,
-        restarts: ports[0].restarts,
+        device_errors: (closed[0].rx.device_errors, closed[0].tx.device_errors),
+        errors: closed[0].rx.errors,
+        restarts: closed[0].restarts,
     }
 }
 
 #[test]
-fn every_lie_of_virtio_is_counted_and_mended() {
+fn every_lie_of_virtio_is_counted_and_its_port_restarted() {
     type Lie = (&'static str, fn(&VirtioNet));
     let lies: [Lie; 12] = [
         ("id far beyond the ring", |nic| nic.push_used(RX, 40_000, 72)),
@@ -367,16 +344,16 @@ fn a_stop_that_is_not_confirmed_is_tried_again() {
         let pool = Pool::new(&memory, BUFFERS).unwrap();
         let mut cache = pool.cache();
         let (device, open) = Device::new(virtio, 0, &memory);
-        let mut port = Managed::new(open);
+        let mut port = SupervisedPort::new(open);
         let queues = port.open.as_mut().unwrap().port.start_pairs(&memory, &mut cache, SIZES, 1).unwrap();
         device.vanish(true);
-        port.stop(Some(queues), &mut cache);
+        port.stop(Some(queues), &mut cache, None);
         let told = port.unconfirmed.as_ref().unwrap().to_string();
         assert!(told.contains("reset"), "{told}");
-        port.stop(None, &mut cache);
+        port.stop(None, &mut cache, None);
         assert!(port.unconfirmed.is_some());
         device.vanish(false);
-        port.stop(None, &mut cache);
+        port.stop(None, &mut cache, None);
         assert!(port.unconfirmed.is_none());
         drop(cache);
         assert_eq!(pool.available(), BUFFERS);

@@ -7,14 +7,14 @@ use vireo_eal::sync::{model, skip_branch, thread};
 
 use super::*;
 
-type Lanes = Vec<Lane<(), ()>>;
+type Lanes = Vec<Lane<(), (), ()>>;
 
-fn lane(from: usize, to: usize) -> Lane<(), ()> {
-    Lane { rx: (), from, tx: (), to, ethernet: None }
+fn lane(from: usize, to: usize) -> Lane<(), (), ()> {
+    Lane { rx: (), from, tx: (), to, hook: () }
 }
 
 /// Where `lanes` begin and end, in order.
-fn ends(lanes: &[Lane<(), ()>]) -> Vec<(usize, usize)> {
+fn ends(lanes: &[Lane<(), (), ()>]) -> Vec<(usize, usize)> {
     let mut ends: Vec<_> = lanes.iter().map(|lane| (lane.from, lane.to)).collect();
     ends.sort_unstable();
     ends
@@ -24,7 +24,7 @@ fn ends(lanes: &[Lane<(), ()>]) -> Vec<(usize, usize)> {
 const ROUNDS: usize = 4;
 
 /// An lcore without its packets: as `run_lanes` of `launch`.
-fn run(recall: &Recall<(), ()>, lcore: u32, mut lanes: Lanes) -> Lanes {
+fn run(recall: &Recall<(), (), ()>, lcore: u32, mut lanes: Lanes) -> Lanes {
     for round in 0.. {
         if round == ROUNDS {
             skip_branch();
@@ -36,21 +36,21 @@ fn run(recall: &Recall<(), ()>, lcore: u32, mut lanes: Lanes) -> Lanes {
         if recall.stop.is_set() {
             return lanes;
         }
-        recall.look(lcore, &mut lanes);
+        recall.visit(lcore, &mut lanes);
     }
     lanes
 }
 
-fn start(recall: &Arc<Recall<(), ()>>, lcore: u32, lanes: Lanes) -> thread::JoinHandle<Lanes> {
+fn start(recall: &Arc<Recall<(), (), ()>>, lcore: u32, lanes: Lanes) -> thread::JoinHandle<Lanes> {
     let recall = Arc::clone(recall);
     thread::spawn(move || run(&recall, lcore, lanes))
 }
 
 /// Stops, and plays the limit of the control thread's wait, which is over some time after it began.
-fn stop(recall: &Recall<(), ()>) {
+fn stop(recall: &Recall<(), (), ()>) {
     recall.stop.set();
     drop(recall.state());
-    recall.all_looked.notify_all();
+    recall.all_came.notify_all();
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn lanes_leave_and_come_back() {
         ];
         let mut taken = recall.take(0..1, &[0, 1]);
         taken.sort_by_key(|(lcore, _)| *lcore);
-        let from = |(lcore, lane): &(u32, Lane<(), ()>)| (*lcore, lane.from, lane.to);
+        let from = |(lcore, lane): &(u32, Lane<(), (), ()>)| (*lcore, lane.from, lane.to);
         assert_eq!(taken.iter().map(from).collect::<Vec<_>>(), [(0, 0, 1), (1, 1, 0)]);
         recall.give(taken, &[0, 1]);
         assert!(!recall.stop.is_raised(), "lcores are still called");
@@ -75,7 +75,7 @@ fn lanes_leave_and_come_back() {
 }
 
 /// What the control thread does for port 0, and the lanes that it has in the end.
-fn restart(recall: &Recall<(), ()>, lcores: &[u32]) -> Lanes {
+fn restart(recall: &Recall<(), (), ()>, lcores: &[u32]) -> Lanes {
     let taken = recall.take(0..1, lcores);
     if taken.len() < lcores.len() {
         return taken.into_iter().map(|(_, lane)| lane).collect();
@@ -108,7 +108,7 @@ fn an_lcore_that_stops_leaves_each_lane_in_one_place() {
         let stopping = thread::spawn(move || {
             let mut lanes = vec![lane(1, 0)];
             if stopping.stop.is_raised() {
-                stopping.look(1, &mut lanes);
+                stopping.visit(1, &mut lanes);
             }
             stop(&stopping);
             lanes

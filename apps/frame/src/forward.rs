@@ -1,66 +1,30 @@
-//! The packet path: receive, rewrite the addresses, send.
+//! The packet path: receive, let the application process, send.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crossbeam::utils::CachePadded;
-use vireo_drivers::port::{MacAddr, RxBurst, TxBurst};
+use vireo_drivers::port::{RxBurst, TxBurst};
 use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_drivers::{e1000, vhost, virtio};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
-/// A count with one writer and any readers.
-#[derive(Debug, Default)]
-pub struct Count(CachePadded<AtomicU64>);
-
-impl Count {
-    /// Adds without a locked instruction: there is one writer.
-    #[inline(always)]
-    fn add(&self, n: usize) {
-        self.0.store(self.0.load(Ordering::Relaxed) + n as u64, Ordering::Relaxed);
-    }
-
-    /// The count so far.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// What a queue pair did, as DPDK's l2fwd counts it for a port. Each count is written by one lcore.
-#[derive(Debug, Default)]
-pub struct PairCounts {
-    /// Packets handed to the TX queue.
-    pub sent: Count,
-    /// Packets taken from the RX queue.
-    pub received: Count,
-    /// Packets that found the TX queue full.
-    pub dropped: Count,
-}
+use crate::counts::PairCounts;
+use crate::hook::{Hook, Packets};
 
 /// One direction: packets received on `rx` leave on `tx`. Owned by the lcore that polls it.
 #[derive(Debug)]
-pub struct Lane<R, T> {
+pub struct Lane<R, T, H> {
     /// Where packets come from.
     pub rx: R,
-    /// Number of its pair, counted over all ports.
+    /// Number of the RX queue's pair, counted over all ports.
     pub from: usize,
     /// Where they go.
     pub tx: T,
-    /// Number of its pair.
+    /// Number of the TX queue's pair.
     pub to: usize,
-    /// The first bytes of every packet sent, unless addresses stay as they are.
-    pub ethernet: Option<[u8; 12]>,
-}
-
-/// Destination and source that l2fwd gives to packets leaving by port `tx_port` with address `source`:
-/// `02:00:00:00:00:PORT` and the port's own.
-pub fn ethernet(tx_port: usize, source: MacAddr) -> [u8; 12] {
-    let mut bytes = [0; 12];
-    bytes[0] = 2;
-    bytes[5] = tx_port as u8;
-    bytes[6..].copy_from_slice(&source.0);
-    bytes
+    /// What happens to them in between.
+    pub hook: H,
 }
 
 /// Times polls, or does not: `()`.
@@ -98,8 +62,8 @@ impl Meter for BusyTicks {
 /// Polls `lanes` until `stop` is raised, for one round at least; calls `tick` once in each. `bursts` has an empty one
 /// for each lane.
 #[inline(never)]
-pub fn forward<R: RxBurst, T: TxBurst>(
-    lanes: &mut [Lane<R, T>],
+pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
+    lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
     cache: &mut PoolCache,
     counts: &[PairCounts],
@@ -126,8 +90,8 @@ pub fn forward<R: RxBurst, T: TxBurst>(
 /// Receives into `burst`, and sends it when it is full or nothing more came: packets that come one by one share
 /// a doorbell and the rest that a burst costs, and none waits for others that may not come. Whether any came or went.
 #[inline(always)]
-pub fn poll<R: RxBurst, T: TxBurst>(
-    lane: &mut Lane<R, T>,
+fn poll<R: RxBurst, T: TxBurst, H: Hook>(
+    lane: &mut Lane<R, T, H>,
     cache: &mut PoolCache,
     counts: &[PairCounts],
     burst: &mut Burst,
@@ -141,35 +105,37 @@ pub fn poll<R: RxBurst, T: TxBurst>(
     busy
 }
 
-/// Rewrites the addresses of the packets in `burst` and sends them; leaves `burst` empty.
+/// Lets the hook process the packets in `burst` and sends what it leaves; leaves `burst` empty.
 #[inline(always)]
-fn send<R, T: TxBurst>(
-    lane: &mut Lane<R, T>,
+fn send<R, T: TxBurst, H: Hook>(
+    lane: &mut Lane<R, T, H>,
     cache: &mut PoolCache,
     counts: &[PairCounts],
     burst: &mut Burst,
 ) {
-    let count = burst.len();
-    if let Some([a, b, c, d, e, f, g, h, last @ ..]) = lane.ethernet {
-        cache.write_each(burst, [a, b, c, d, e, f, g, h], last);
-    }
+    let received = burst.len();
+    let mut packets = Packets::new(burst, cache);
+    lane.hook.process(&mut packets);
+    let consumed = packets.consumed();
+    let left = received - consumed;
     let sent = lane.tx.tx_burst(cache, burst);
-    counts[lane.from].received.add(count);
+    counts[lane.from].received.add(received);
     counts[lane.to].sent.add(sent);
-    if sent < count {
-        counts[lane.to].dropped.add(count - sent);
-        for packet in burst.drain(..) {
-            cache.free(packet.into_buffer());
-        }
+    if consumed > 0 {
+        counts[lane.from].consumed.add(consumed);
+    }
+    if sent < left {
+        counts[lane.to].dropped.add(left - sent);
+        Packets::new(burst, cache).free();
     }
 }
 
 /// Lanes of any drivers.
-pub type AnyLane = Lane<RxQueue, TxQueue>;
+pub type AnyLane<H> = Lane<RxQueue, TxQueue, H>;
 
 /// Runs [`forward`], and adds the ticks of busy polls to `busy_ticks` if there is such a sum.
-fn measured<R: RxBurst, T: TxBurst>(
-    lanes: &mut [Lane<R, T>],
+fn measured<R: RxBurst, T: TxBurst, H: Hook>(
+    lanes: &mut [Lane<R, T, H>],
     cache: &mut PoolCache,
     counts: &[PairCounts],
     busy_ticks: Option<&AtomicU64>,
@@ -187,33 +153,33 @@ fn measured<R: RxBurst, T: TxBurst>(
 /// Runs [`forward`] in the version for the drivers of `lanes`: chosen here, once, so that the loop itself
 /// knows its queue types. Lanes of several drivers share the version that looks at each burst. `busy_ticks`
 /// gets the ticks of the polls that moved packets.
-pub fn forward_any(
-    lanes: Vec<AnyLane>,
+pub fn forward_any<H: Hook>(
+    lanes: Vec<AnyLane<H>>,
     cache: &mut PoolCache,
     counts: &[PairCounts],
     busy_ticks: Option<&AtomicU64>,
     stop: &StopFlag,
     tick: impl FnMut(),
-) -> Vec<AnyLane> {
+) -> Vec<AnyLane<H>> {
     macro_rules! of {
         ($rx:ident($rx_queue:ty), $tx:ident($tx_queue:ty)) => {
             if lanes.iter().all(|l| matches!((&l.rx, &l.tx), (RxQueue::$rx(_), TxQueue::$tx(_)))) {
-                let mut lanes: Vec<Lane<$rx_queue, $tx_queue>> = lanes
+                let mut lanes: Vec<Lane<$rx_queue, $tx_queue, H>> = lanes
                     .into_iter()
-                    .filter_map(|Lane { rx, from, tx, to, ethernet }| match (rx, tx) {
-                        (RxQueue::$rx(rx), TxQueue::$tx(tx)) => Some(Lane { rx, from, tx, to, ethernet }),
+                    .filter_map(|Lane { rx, from, tx, to, hook }| match (rx, tx) {
+                        (RxQueue::$rx(rx), TxQueue::$tx(tx)) => Some(Lane { rx, from, tx, to, hook }),
                         _ => None,
                     })
                     .collect();
                 measured(&mut lanes, cache, counts, busy_ticks, stop, tick);
                 return lanes
                     .into_iter()
-                    .map(|Lane { rx, from, tx, to, ethernet }| Lane {
+                    .map(|Lane { rx, from, tx, to, hook }| Lane {
                         rx: RxQueue::$rx(rx),
                         from,
                         tx: TxQueue::$tx(tx),
                         to,
-                        ethernet,
+                        hook,
                     })
                     .collect();
             }
@@ -236,6 +202,7 @@ mod tests {
     use vireo_eal::mem::{Backing, Region};
 
     use super::*;
+    use crate::counts::Totals;
 
     /// Gives so many packets in each poll.
     struct Source(Vec<usize>);
@@ -262,9 +229,9 @@ mod tests {
             self.bursts.push(burst.len());
             let count = burst.len().min(self.room);
             for packet in burst.drain(..count) {
-                let mut bytes = [0; 12];
+                let mut bytes = [0; 3];
                 cache.read(&packet, 0, &mut bytes);
-                assert_eq!(bytes, ethernet(0, MacAddr([2; 6])));
+                assert_eq!(bytes, [1, 2, 3]);
                 cache.free(packet.into_buffer());
             }
             count
@@ -272,6 +239,21 @@ mod tests {
 
         fn stats(&self) -> QueueStats {
             QueueStats::default()
+        }
+    }
+
+    /// Marks packets, and takes every eighth out.
+    #[derive(Default)]
+    struct Mark(usize);
+
+    impl Hook for Mark {
+        fn process(&mut self, packets: &mut Packets<'_>) {
+            packets.write_each([1], [2, 3]);
+            packets.retain(|packet| {
+                assert_eq!(packet.len(), 60);
+                self.0 += 1;
+                !self.0.is_multiple_of(8)
+            });
         }
     }
 
@@ -284,8 +266,8 @@ mod tests {
         let mut polls = vec![0, 20, 20, 0, 0, 1, 1, 1, 0, 5];
         polls.reverse();
         let mut rounds = polls.len();
-        let (rx, tx) = (Source(polls), Sink { room: 30, bursts: Vec::new() });
-        let mut lanes = [Lane { rx, from: 0, tx, to: 0, ethernet: Some(ethernet(0, MacAddr([2; 6]))) }];
+        let (rx, tx) = (Source(polls), Sink { room: 27, bursts: Vec::new() });
+        let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Mark::default() }];
         let stop = StopFlag::new();
         let mut busy = BusyTicks::default();
         forward(&mut lanes, &mut [Burst::new()], &mut cache, &counts, &stop, &mut busy, || {
@@ -295,9 +277,9 @@ mod tests {
             }
         });
         assert!(busy.ticks > 0);
-        // The second 20 find room for 12. The last 5 are sent by the end.
-        assert_eq!(lanes[0].tx.bursts, [32, 3, 5]);
-        assert_eq!([&counts[0].received, &counts[0].sent, &counts[0].dropped].map(Count::get), [40, 38, 2]);
+        // Of 40, the second 20 find room for 12. The hook takes 4, 0 and 1 out. The last 5 are sent by the end.
+        assert_eq!(lanes[0].tx.bursts, [28, 3, 4]);
+        assert_eq!(Totals::of(&counts), Totals { sent: 34, received: 40, dropped: 1, consumed: 5 });
         drop(cache);
         assert_eq!(pool.available(), 64);
     }

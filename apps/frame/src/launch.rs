@@ -1,75 +1,69 @@
 //! Forwarding on all lcores at once, with the control thread beside them.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
 use std::time::Duration;
 
-use vireo_drivers::memory::PortMemory;
-use vireo_drivers::port::QueueSizes;
-use vireo_eal::dma::Pool;
-use vireo_eal::lcore::{Lcores, StopFlag};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::control::{Control, Managed, PortState, Queues};
-use crate::forward::{AnyLane, PairCounts, forward_any};
+use crate::app::App;
+use crate::control::{Control, PortState};
+use crate::counts::Counts;
+use crate::forward::{AnyLane, forward_any};
+use crate::hook::Hook;
+use crate::idle::IdleQueues;
+use crate::ports::Supply;
 use crate::recall::Recall;
+use crate::supervised::SupervisedPort;
 
-/// The clock is read once in so many rounds of polling.
-const ROUNDS_PER_LOOK: u32 = 64;
+/// The clock of the application's `tick` is read once in so many rounds of polling.
+const ROUNDS_PER_TICK: u32 = 64;
 
 /// What all lcores share.
-#[derive(Clone, Copy, Debug)]
-pub struct Shared<'a> {
-    /// The lcores there are.
-    pub lcores: &'a Lcores,
-    /// Ends the run.
-    pub stop: &'a StopFlag,
-    /// For rings.
-    pub memory: &'a PortMemory,
-    /// For packets.
-    pub pool: &'a Arc<Pool>,
-    /// Descriptors of each queue.
-    pub sizes: QueueSizes,
-    /// Pairs of queues of each port.
-    pub pairs: u16,
-    /// Of each pair, by number.
-    pub counts: &'a [PairCounts],
-    /// Gets the ticks of polls that moved packets, if they are wanted.
-    pub busy_ticks: Option<&'a AtomicU64>,
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<'a> {
+    pub(crate) app: &'a App,
+    pub(crate) supply: &'a Supply,
+    pub(crate) counts: &'a Counts,
 }
 
-/// What an lcore has to do.
-#[derive(Debug, Default)]
-pub struct Share {
+/// Work of one lcore.
+#[derive(Debug)]
+pub(crate) struct Share<H> {
     /// NUMA node that it takes packet buffers from, where that makes a difference.
-    pub node: Option<u32>,
-    /// What it polls and sends to.
-    pub lanes: Vec<AnyLane>,
+    pub(crate) node: Option<u32>,
+    /// Lanes that it polls.
+    pub(crate) lanes: Vec<AnyLane<H>>,
 }
 
-/// Forwards the lanes of `shares` (by lcore) until the run is to stop, and calls `tick` now and then on the main
-/// lcore. `ports`, of which those with numbers in `enabled` are started, are looked after meanwhile, and `announce` is called
-/// with what becomes of them. Gives the queues of the ports that work at the end.
+impl<H> Default for Share<H> {
+    fn default() -> Self {
+        Self { node: None, lanes: Vec::new() }
+    }
+}
+
+/// Forwards the lanes of `shares` (by lcore) until the run is to stop, and calls `tick` now and then on the main lcore. Of
+/// `ports`, those with numbers in `used` are started and supervised meanwhile; `announce` is called with each state that
+/// one enters. Gives the queues of the ports that work at the end.
 ///
 /// # Errors
 /// When an lcore cannot be pinned, or panicked.
-pub fn forward_on_lcores(
+pub(crate) fn forward_on_lcores<H: Hook>(
     shared: Shared<'_>,
-    ports: &mut [Managed],
-    enabled: &[usize],
-    mut shares: BTreeMap<u32, Share>,
+    ports: &mut [SupervisedPort],
+    used: &BTreeSet<usize>,
+    mut shares: BTreeMap<u32, Share<H>>,
     announce: &(dyn Fn(usize, PortState) + Sync),
     mut tick: impl FnMut(),
-) -> Result<Queues> {
-    let Shared { lcores, stop, memory, pool, sizes, pairs, .. } = shared;
+) -> Result<IdleQueues> {
+    let Shared { app: App { eal, stop, .. }, supply, .. } = shared;
+    let lcores = &eal.lcores;
     let main = lcores.main_id();
     let own = shares.remove(&main).unwrap_or_default();
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
     let (mut queues, lanes) = thread::scope(|scope| {
-        let control = Control::new(ports, enabled, &ids, (memory, sizes, pairs), pool, &recall, announce);
+        let control = Control { ports, used, lcores: &ids, supply, recall: &recall, announce };
         let control = thread::Builder::new()
             .name("vireo-control".into())
             .spawn_scoped(scope, move || control.run(stop))
@@ -87,9 +81,9 @@ pub fn forward_on_lcores(
             run_lanes(shared, recall, main, own, || {
                 round = round.wrapping_add(1);
                 if idle {
-                    // A main lcore without ports only prints: it leaves its core to others.
+                    // A main lcore without lanes only ticks: it leaves its core to others.
                     thread::sleep(Duration::from_millis(1));
-                } else if !round.is_multiple_of(ROUNDS_PER_LOOK) {
+                } else if !round.is_multiple_of(ROUNDS_PER_TICK) {
                     return;
                 }
                 tick();
@@ -105,26 +99,28 @@ pub fn forward_on_lcores(
         })?;
         Ok::<_, Error>((queues, lanes))
     })?;
-    lanes.into_iter().chain(recall.into_lanes()).for_each(|lane| queues.put(lane));
+    for lane in lanes.into_iter().chain(recall.into_lanes()) {
+        queues.put(lane);
+    }
     Ok(queues)
 }
 
 /// Forwards `lanes` on lcore `id`, and those that it gets later, until the run is to stop.
-fn run_lanes(
-    shared: Shared<'_>,
-    recall: &Recall,
+fn run_lanes<H: Hook>(
+    Shared { app: App { stop, .. }, supply, counts }: Shared<'_>,
+    recall: &Recall<H>,
     id: u32,
-    Share { node, mut lanes }: Share,
+    Share { node, mut lanes }: Share<H>,
     mut tick: impl FnMut(),
-) -> Vec<AnyLane> {
+) -> Vec<AnyLane<H>> {
     loop {
-        let mut cache = shared.pool.cache_near(node);
-        lanes = forward_any(lanes, &mut cache, shared.counts, shared.busy_ticks, shared.stop, &mut tick);
+        let mut cache = supply.pool.cache_near(node);
+        lanes = forward_any(lanes, &mut cache, &counts.pairs, counts.busy_ticks.as_ref(), stop, &mut tick);
         // A port that starts again may need the buffers that are left in it.
         drop(cache);
-        if shared.stop.is_set() {
+        if stop.is_set() {
             return lanes;
         }
-        recall.look(id, &mut lanes);
+        recall.visit(id, &mut lanes);
     }
 }

@@ -4,8 +4,8 @@
 use serde::Serialize;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::control::Managed;
-use crate::report::Totals;
+use crate::counts::Counts;
+use crate::supervised::SupervisedPort;
 
 /// One direction of forwarding at the end of a run. The counts are of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -14,42 +14,51 @@ pub struct Balance {
     pub from: usize,
     /// Port that sent.
     pub to: usize,
-    /// What the RX queues of `from` gave, by their drivers' count.
+    /// Packets that the RX queues of `from` gave, by their drivers' count.
     pub rx_packets: u64,
-    /// What l2fwd took from them.
+    /// Packets that lcores took from these.
     pub received: u64,
-    /// What l2fwd handed to the TX queues of `to`.
+    /// Packets that the application took out.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub consumed: u64,
+    /// Packets that lcores handed to the TX queues of `to`.
     pub sent: u64,
-    /// What found no room there.
+    /// Packets that found no room there.
     pub dropped: u64,
-    /// What the TX queues took, by their drivers' count.
+    /// Packets that the TX queues took, by their drivers' count.
     pub tx_packets: u64,
-    /// What their drivers dropped because it does not fit.
+    /// Packets that these drivers dropped because they do not fit.
     pub tx_errors: u64,
 }
 
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
 impl Balance {
-    /// Between two of `ports`, which are stopped; `totals` gives what lcores counted of a port.
-    pub fn of(from: usize, to: usize, ports: &[Managed], totals: impl Fn(usize) -> Totals) -> Self {
-        let Totals { sent, dropped, .. } = totals(to);
+    /// Between two of `ports`, which are stopped.
+    pub(crate) fn of(from: usize, to: usize, ports: &[SupervisedPort], counts: &Counts) -> Self {
+        let (received, sent) = (counts.of(from), counts.of(to));
         Self {
             from,
             to,
             rx_packets: ports[from].rx.packets,
-            received: totals(from).received,
-            sent,
-            dropped,
+            received: received.received,
+            consumed: received.consumed,
+            sent: sent.sent,
+            dropped: sent.dropped,
             tx_packets: ports[to].tx.packets,
             tx_errors: ports[to].tx.errors,
         }
     }
 
-    /// Both sums in words.
+    /// Both sums in words, and a line feed.
     pub fn text(&self) -> String {
-        let Self { from, to, rx_packets, received, sent, dropped, tx_packets, tx_errors } = self;
+        let Self { from, to, rx_packets, received, consumed, sent, dropped, tx_packets, tx_errors } = self;
+        let consumed = if *consumed > 0 { format!(" + consumed {consumed}") } else { String::new() };
         format!(
             "Port {from} to port {to}: received {received} of rx_packets {rx_packets}, \
-             sent {sent} + dropped {dropped}; sent as tx_packets {tx_packets} + tx_errors {tx_errors}\n"
+             sent {sent} + dropped {dropped}{consumed}; sent as tx_packets {tx_packets} + tx_errors {tx_errors}\n"
         )
     }
 
@@ -59,7 +68,7 @@ impl Balance {
     /// `Protocol`, with the sums.
     pub fn check(&self) -> Result<()> {
         if self.rx_packets == self.received
-            && self.received == self.sent + self.dropped
+            && self.received == self.sent + self.dropped + self.consumed
             && self.sent == self.tx_packets + self.tx_errors
         {
             return Ok(());
@@ -81,16 +90,19 @@ mod tests {
             to: 1,
             rx_packets: 10,
             received: 10,
+            consumed: 1,
             sent: 8,
-            dropped: 2,
+            dropped: 1,
             tx_packets: 7,
             tx_errors: 1,
         };
         good.check().unwrap();
+        assert!(good.text().contains("sent 8 + dropped 1 + consumed 1; sent as"), "{}", good.text());
         for bad in [
             Balance { rx_packets: 11, ..good },
             Balance { rx_packets: 11, received: 11, ..good },
-            Balance { dropped: 1, ..good },
+            Balance { dropped: 2, ..good },
+            Balance { consumed: 0, ..good },
             Balance { tx_packets: 6, ..good },
         ] {
             let error = bad.check().unwrap_err();

@@ -1,0 +1,158 @@
+//! The control thread: inspects the ports while lcores forward, and restarts a port whose device misbehaves.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use vireo_drivers::port::Nic;
+use vireo_eal::lcore::StopFlag;
+
+use crate::idle::IdleQueues;
+use crate::ports::Supply;
+use crate::recall::Recall;
+use crate::supervised::SupervisedPort;
+
+/// Time between two inspections of the ports.
+const INSPECTION_PERIOD: Duration = Duration::from_millis(100);
+/// Shortest time between two starts of a port: a device that misbehaves forever must not keep the thread busy.
+const RESTART_PERIOD: Duration = Duration::from_millis(500);
+
+/// State that a port enters while the lcores forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PortState {
+    /// Its device broke a rule or completes nothing: it is stopped and started again.
+    Restarting,
+    /// It is up again after a restart.
+    Running,
+    /// The kernel wanted it back, and has it.
+    Closed,
+    /// Its link came up.
+    LinkUp,
+    /// Its link went down.
+    LinkDown,
+}
+
+/// A lane without its queues.
+#[derive(Debug)]
+struct ParkedLane<H> {
+    lcore: u32,
+    from: usize,
+    to: usize,
+    hook: H,
+}
+
+/// The control thread's view of a run.
+pub(crate) struct Control<'a, H> {
+    /// All ports.
+    pub(crate) ports: &'a mut [SupervisedPort],
+    /// Numbers of those that are started.
+    pub(crate) used: &'a BTreeSet<usize>,
+    /// Lcores that forward.
+    pub(crate) lcores: &'a [u32],
+    /// What a start takes. No cache of the pool is kept here: a port that starts needs the buffers that another gave back.
+    pub(crate) supply: &'a Supply,
+    /// Where lcores hand lanes over.
+    pub(crate) recall: &'a Recall<H>,
+    /// Called with each state that a port enters.
+    pub(crate) announce: &'a (dyn Fn(usize, PortState) + Sync),
+}
+
+/// A control thread at work.
+struct Supervisor<'a, H> {
+    control: Control<'a, H>,
+    /// Queues that no lcore has, because their port is down or the one that they forward to or from.
+    queues: IdleQueues,
+    /// The lanes that these queues were in.
+    parked: Vec<ParkedLane<H>>,
+}
+
+impl<H> Control<'_, H> {
+    /// Inspects the ports until `stop`; [`thread::Thread::unpark`] makes it do so at once. Gives the queues that no lcore
+    /// had then.
+    pub(crate) fn run(self, stop: &StopFlag) -> IdleQueues {
+        let used = self.used;
+        let queues = self.supply.idle_queues();
+        let mut supervisor = Supervisor { control: self, queues, parked: Vec::new() };
+        while !stop.is_set() {
+            used.iter().for_each(|number| supervisor.inspect(*number));
+            thread::park_timeout(INSPECTION_PERIOD);
+        }
+        supervisor.queues
+    }
+}
+
+impl<H> Supervisor<'_, H> {
+    fn inspect(&mut self, number: usize) {
+        let announce = self.control.announce;
+        let SupervisedPort { open, is_down, last_start, restarts, .. } = &mut self.control.ports[number];
+        let Some(open) = open else { return };
+        if open.is_asked_back() {
+            tracing::warn!("port {number}: the kernel wants {} back; it is closed", open.name);
+            if *is_down {
+                self.control.ports[number].stop(None, &mut self.control.supply.pool.cache(), None);
+            } else if !self.stop(number) {
+                return;
+            }
+            self.control.ports[number].open = None;
+            announce(number, PortState::Closed);
+        } else if last_start.elapsed() < RESTART_PERIOD {
+            // Soon.
+        } else if *is_down {
+            self.bring_up(number);
+        } else if let Err(error) = open.port.check() {
+            tracing::warn!("port {number}: {error}; it is restarted");
+            *restarts += 1;
+            announce(number, PortState::Restarting);
+            if self.stop(number) {
+                self.bring_up(number);
+            }
+        } else if let Some(state) = self.control.ports[number].link_change(number) {
+            announce(number, state);
+        }
+    }
+
+    /// Stops port `number`, whose lanes leave their lcores; false when the program is to stop before they came.
+    fn stop(&mut self, number: usize) -> bool {
+        let Control { recall, lcores, supply, .. } = self.control;
+        for (lcore, lane) in recall.take(self.queues.numbers(number), lcores) {
+            let (from, to) = (lane.from, lane.to);
+            let hook = self.queues.put(lane);
+            self.parked.push(ParkedLane { lcore, from, to, hook });
+        }
+        let Some(queues) = self.queues.take_port(number) else { return false };
+        let port = &mut self.control.ports[number];
+        port.is_down = true;
+        port.stop(Some(queues), &mut supply.pool.cache(), None);
+        if let Some(error) = &port.unconfirmed {
+            tracing::error!("port {number}: {error}");
+        }
+        true
+    }
+
+    /// Starts port `number`, which is down, and gives back the lanes of which both ends are there.
+    fn bring_up(&mut self, number: usize) {
+        let port = &mut self.control.ports[number];
+        let Some(open) = &mut port.open else { return };
+        port.last_start = Instant::now();
+        match self.control.supply.start(open) {
+            Ok(queues) => self.queues.put_port(number, queues),
+            Err(error) => return tracing::debug!("port {number} stays down: {error}"),
+        }
+        tracing::info!("port {number} is up again");
+        (port.is_down, port.unconfirmed) = (false, None);
+        let mut lanes = Vec::new();
+        for ParkedLane { lcore, from, to, hook } in std::mem::take(&mut self.parked) {
+            match self.queues.join(from, to, hook) {
+                Ok(lane) => lanes.push((lcore, lane)),
+                Err(hook) => self.parked.push(ParkedLane { lcore, from, to, hook }),
+            }
+        }
+        self.control.recall.give(lanes, self.control.lcores);
+        (self.control.announce)(number, PortState::Running);
+    }
+}

@@ -1,0 +1,186 @@
+//! What an application does with packets between receiving and sending.
+//!
+//! Packet data is copied in and out and never borrowed, because a device that breaks its rules may write a buffer that it
+//! has given back.
+
+use std::ops::Range;
+
+use vireo_eal::dma::{Burst, Packet, PoolCache};
+
+/// The application's part of a lane. [`forward`](crate::forward::forward) is compiled for each type, so that a call costs
+/// nothing.
+pub trait Hook: Send {
+    /// Processes packets that were received together, in place. What stays in `packets` is sent.
+    fn process(&mut self, packets: &mut Packets<'_>);
+}
+
+/// Sends every packet as it is.
+impl Hook for () {
+    #[inline(always)]
+    fn process(&mut self, _packets: &mut Packets<'_>) {}
+}
+
+/// Packets that were received together.
+#[derive(Debug)]
+pub struct Packets<'a> {
+    burst: &'a mut Burst,
+    cache: &'a mut PoolCache,
+    consumed: usize,
+}
+
+impl<'a> Packets<'a> {
+    #[inline(always)]
+    pub(crate) fn new(burst: &'a mut Burst, cache: &'a mut PoolCache) -> Self {
+        Self { burst, cache, consumed: 0 }
+    }
+
+    /// Packets that were taken out.
+    #[inline(always)]
+    pub(crate) fn consumed(&self) -> usize {
+        self.consumed
+    }
+
+    /// Copies `first` and then `second` to the front of each packet, in one step for all of them.
+    #[inline(always)]
+    pub fn write_each<const N: usize, const M: usize>(&mut self, first: [u8; N], second: [u8; M]) {
+        self.cache.write_each(self.burst, first, second);
+    }
+
+    /// Takes out the packets for which `keep` returns false. `keep` may change each packet.
+    #[inline]
+    pub fn retain(&mut self, mut keep: impl FnMut(&mut PacketMut<'_>) -> bool) {
+        for mut packet in std::mem::take(self.burst) {
+            if keep(&mut PacketMut { packet: &mut packet, cache: self.cache }) {
+                self.burst.push(packet);
+            } else {
+                self.consumed += 1;
+                self.cache.free(packet.into_buffer());
+            }
+        }
+    }
+
+    /// Frees all packets.
+    #[inline(always)]
+    pub(crate) fn free(self) {
+        for packet in self.burst.drain(..) {
+            self.cache.free(packet.into_buffer());
+        }
+    }
+}
+
+/// One packet, and access to its bytes. Offsets and lengths are in bytes, from the start of the Ethernet header.
+#[derive(Debug)]
+pub struct PacketMut<'a> {
+    packet: &'a mut Packet,
+    cache: &'a mut PoolCache,
+}
+
+impl PacketMut<'_> {
+    /// Length without the frame check sequence.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.packet.len()
+    }
+
+    /// Copies the `N` bytes at `at` out; `None` when the packet ends before.
+    #[inline]
+    pub fn read<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        self.read_into(at, &mut bytes)?;
+        Some(bytes)
+    }
+
+    /// Copies the bytes at `at` into `bytes`; `None`, and no byte, when the packet ends before.
+    #[inline]
+    pub fn read_into(&self, at: usize, bytes: &mut [u8]) -> Option<()> {
+        self.contains(at, bytes.len())?;
+        self.cache.read(self.packet, at, bytes);
+        Some(())
+    }
+
+    /// Copies `bytes` into the packet at `at`; `None`, and no byte, when the packet ends before.
+    #[inline]
+    pub fn write(&mut self, at: usize, bytes: &[u8]) -> Option<()> {
+        self.contains(at, bytes.len())?;
+        self.cache.write(self.packet, at, bytes);
+        Some(())
+    }
+
+    #[inline]
+    fn contains(&self, at: usize, count: usize) -> Option<()> {
+        (at.checked_add(count)? <= self.len()).then_some(())
+    }
+
+    /// The Internet checksum (RFC 1071) of `bytes`: what belongs into a checksum field that is 0, or 0 for bytes with their
+    /// checksum. `None` when the packet ends before.
+    pub fn checksum(&self, bytes: Range<usize>) -> Option<u16> {
+        self.contains(bytes.start, bytes.end.checked_sub(bytes.start)?)?;
+        let mut chunk = [0; 64];
+        let mut sum = 0_u64;
+        for at in bytes.clone().step_by(chunk.len()) {
+            let part = &mut chunk[..(bytes.end - at).min(64)];
+            self.cache.read(self.packet, at, part);
+            let words =
+                part.chunks(2).map(|word| u16::from_be_bytes([word[0], word.get(1).copied().unwrap_or(0)]));
+            sum += words.map(u64::from).sum::<u64>();
+        }
+        while sum > u64::from(u16::MAX) {
+            sum = (sum & u64::from(u16::MAX)) + (sum >> 16);
+        }
+        Some(!(sum as u16))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+    use vireo_eal::dma::{DmaMemory, Pool};
+    use vireo_eal::mem::{Backing, Region};
+
+    use super::*;
+
+    /// Calls `test` with a packet of `bytes`.
+    pub(crate) fn with_packet<T>(bytes: &[u8], test: impl FnOnce(&mut PacketMut<'_>) -> T) -> T {
+        let region = Region::new(Pool::bytes(32), Backing::SmallPages).unwrap();
+        let pool = Pool::new(&DmaMemory::map(region, &[]).unwrap(), 32).unwrap();
+        let mut cache = pool.cache();
+        let mut packet = Packet::new(cache.allocate().unwrap(), bytes.len());
+        cache.write(&mut packet, 0, bytes);
+        let result = test(&mut PacketMut { packet: &mut packet, cache: &mut cache });
+        cache.free(packet.into_buffer());
+        result
+    }
+
+    #[test]
+    fn no_byte_behind_the_end_is_reached() {
+        with_packet(&[1, 2, 3, 4], |packet| {
+            assert_eq!(packet.read(1), Some([2, 3, 4]));
+            assert_eq!(packet.read::<4>(1), None);
+            assert_eq!(packet.read::<1>(usize::MAX), None);
+            assert_eq!(packet.write(3, &[5, 6]), None);
+            assert_eq!(packet.write(2, &[5, 6]), Some(()));
+            assert_eq!(packet.read(0), Some([1, 2, 5, 6]));
+            assert_eq!(packet.checksum(0..5), None);
+            assert_eq!(packet.checksum(2..usize::MAX), None);
+            assert_eq!(packet.checksum(4..4), Some(0xffff));
+        });
+    }
+
+    #[test]
+    fn the_checksum_is_that_of_rfc_1071() {
+        let bytes = [0, 1, 0xf2, 3, 0xf4, 0xf5, 0xf6, 0xf7];
+        assert_eq!(with_packet(&bytes, |packet| packet.checksum(0..8)), Some(!0xddf2));
+        assert_eq!(with_packet(&bytes, |packet| packet.checksum(0..7)), Some(!0xdcfb));
+    }
+
+    proptest! {
+        #[test]
+        fn bytes_with_their_checksum_sum_to_nothing(mut bytes in proptest::collection::vec(any::<u8>(), 4..1500)) {
+            bytes[2..4].fill(0);
+            let end = bytes.len();
+            let sum = with_packet(&bytes, |packet| packet.checksum(0..end)).unwrap();
+            bytes[2..4].copy_from_slice(&sum.to_be_bytes());
+            prop_assert_eq!(with_packet(&bytes, |packet| packet.checksum(0..end)), Some(0));
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Queues of started ports while no lcore has them.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use vireo_drivers::table::{RxQueue, TxQueue};
+
+use crate::forward::{AnyLane, Lane};
+
+/// Pairs of queues of a port.
+pub(crate) type Pairs = Vec<(RxQueue, TxQueue)>;
+
+/// Queues of started ports while no lcore has them, by number: pairs are counted over all ports, as many for each.
+#[derive(Debug)]
+pub(crate) struct IdleQueues {
+    /// Pairs of a port.
+    pairs: usize,
+    rx: BTreeMap<usize, RxQueue>,
+    tx: BTreeMap<usize, TxQueue>,
+}
+
+impl IdleQueues {
+    /// No queues, of ports with `pairs` pairs each.
+    pub(crate) fn new(pairs: u16) -> Self {
+        Self { pairs: pairs.into(), rx: BTreeMap::new(), tx: BTreeMap::new() }
+    }
+
+    /// Numbers of the pairs of `port`.
+    pub(crate) fn numbers(&self, port: usize) -> Range<usize> {
+        port * self.pairs..(port + 1) * self.pairs
+    }
+
+    /// Keeps the queues of `port`.
+    pub(crate) fn put_port(&mut self, port: usize, queues: Pairs) {
+        for (number, (rx, tx)) in self.numbers(port).zip(queues) {
+            self.rx.insert(number, rx);
+            self.tx.insert(number, tx);
+        }
+    }
+
+    /// Gives the queues of `port`, if all are here.
+    pub(crate) fn take_port(&mut self, port: usize) -> Option<Pairs> {
+        let numbers = self.numbers(port);
+        if !numbers.clone().all(|number| self.rx.contains_key(&number) && self.tx.contains_key(&number)) {
+            return None;
+        }
+        numbers.map(|number| Some((self.rx.remove(&number)?, self.tx.remove(&number)?))).collect()
+    }
+
+    /// Makes a lane from the receiving half of one pair to the sending half of another; gives the hook back when one of
+    /// them is not here.
+    pub(crate) fn join<H>(&mut self, from: usize, to: usize, hook: H) -> Result<AnyLane<H>, H> {
+        let both = (self.rx.remove(&from), self.tx.remove(&to));
+        match both {
+            (Some(rx), Some(tx)) => Ok(Lane { rx, from, tx, to, hook }),
+            (rx, tx) => {
+                self.rx.extend(rx.map(|rx| (from, rx)));
+                self.tx.extend(tx.map(|tx| (to, tx)));
+                Err(hook)
+            }
+        }
+    }
+
+    /// Takes `lane` apart; gives its hook.
+    pub(crate) fn put<H>(&mut self, lane: AnyLane<H>) -> H {
+        self.rx.insert(lane.from, lane.rx);
+        self.tx.insert(lane.to, lane.tx);
+        lane.hook
+    }
+
+    /// Takes the queues of `other`.
+    pub(crate) fn extend(&mut self, other: Self) {
+        self.rx.extend(other.rx);
+        self.tx.extend(other.tx);
+    }
+}

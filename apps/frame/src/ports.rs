@@ -1,0 +1,382 @@
+//! The ports of a run, from their memory to the check that every buffer and packet is accounted for.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use vireo_drivers::memory::{MemoryNeed, PortMemory};
+use vireo_drivers::port::{Leftover, MacAddr, Nic, QueueSizes, QueueStats, counters};
+use vireo_drivers::ports::{OpenPort, buffers_needed, wait_for_links};
+use vireo_drivers::table::{RxQueue, TxQueue};
+use vireo_eal::dma::{Pool, PoolCache};
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::app::App;
+use crate::balance::Balance;
+use crate::control::PortState;
+use crate::counts::Counts;
+use crate::forward::AnyLane;
+use crate::hook::Hook;
+use crate::idle::{IdleQueues, Pairs};
+use crate::launch::{Share, Shared, forward_on_lcores};
+use crate::route::Route;
+use crate::supervised::SupervisedPort;
+
+/// Queues and packet buffers that an application asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Descriptors of each queue.
+    pub sizes: QueueSizes,
+    /// Pairs of queues of each port.
+    pub pairs: u16,
+    /// Packet buffers in all; without it as many as rings, bursts and caches hold at once.
+    pub buffers: Option<u32>,
+    /// Packet buffers of these that devices only send from: see [`Ports::send_only`].
+    pub send_only: u32,
+}
+
+impl Default for Config {
+    /// One pair of queues with 1024 descriptors each, as in DPDK's l2fwd.
+    fn default() -> Self {
+        Self { sizes: QueueSizes { rx: 1024, tx: 1024 }, pairs: 1, buffers: None, send_only: 0 }
+    }
+}
+
+impl Config {
+    /// The memory that this takes, for so many ports and lcores.
+    pub fn need(&self, ports: usize, lcores: usize) -> MemoryNeed {
+        let Self { sizes, pairs, send_only, .. } = *self;
+        let needed = || buffers_needed(ports * usize::from(pairs), lcores, sizes);
+        let buffers = self.buffers.unwrap_or_else(needed).saturating_sub(send_only);
+        MemoryNeed { buffers, send_only, sizes, pairs }
+    }
+}
+
+/// What a port takes when it starts.
+#[derive(Debug)]
+pub(crate) struct Supply {
+    pub(crate) pool: Arc<Pool>,
+    memory: PortMemory,
+    sizes: QueueSizes,
+    pairs: u16,
+}
+
+impl Supply {
+    /// Starts a port.
+    pub(crate) fn start(&self, open: &mut OpenPort) -> Result<Pairs> {
+        let (rings, mut near) = (self.memory.of(open), self.pool.cache_near(self.memory.node_of(open)));
+        open.port.start_pairs(rings, &mut near, self.sizes, self.pairs)
+    }
+
+    /// No queues of such ports.
+    pub(crate) fn idle_queues(&self) -> IdleQueues {
+        IdleQueues::new(self.pairs)
+    }
+}
+
+/// The ports of a run, with their memory. Dropped before its time, it resets the devices and then releases the memory.
+#[derive(Debug)]
+pub struct Ports {
+    queues: IdleQueues,
+    ports: Vec<SupervisedPort>,
+    /// Numbers of the ports that the routes name.
+    used: BTreeSet<usize>,
+    routes: Vec<Route>,
+    counts: Counts,
+    send_only: Option<Arc<Pool>>,
+    supply: Supply,
+}
+
+/// What a port counted, when it has stopped.
+#[derive(Debug)]
+pub struct PortSummary {
+    /// Whether the device confirmed that it stopped. If not, [`Ports::check_buffers`] says why.
+    pub is_confirmed: bool,
+    /// Counts of the RX queues.
+    pub rx: QueueStats,
+    /// Counts of the TX queues.
+    pub tx: QueueStats,
+    /// Frames that the device dropped, by name.
+    pub drops: BTreeMap<&'static str, u64>,
+    /// Packets that were on their way when queues were stopped.
+    pub leftover: Leftover,
+    /// Times that the port was restarted.
+    pub restarts: u64,
+    /// Changes of the link that were seen.
+    pub link_changes: u64,
+}
+
+impl PortSummary {
+    /// Counts of queues and device, by name.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut named = counters(self.rx, self.tx, self.drops.clone().into_iter().collect());
+        named.extend(self.leftover.named());
+        named
+    }
+}
+
+impl Ports {
+    /// The ports of `routes`, which are in `open`, with `memory` for them.
+    ///
+    /// # Errors
+    /// As for [`Pool::new`].
+    pub fn new(
+        open: Vec<OpenPort>,
+        routes: Vec<Route>,
+        memory: PortMemory,
+        need: &MemoryNeed,
+    ) -> Result<Self> {
+        let pool = Pool::new(&memory.buffers, need.buffers)?;
+        let send_only = match need.send_only {
+            0 => None,
+            count => Some(Pool::send_only(&memory.buffers, count)?),
+        };
+        let supply = Supply { pool, memory, sizes: need.sizes, pairs: need.pairs };
+        Ok(Self {
+            queues: supply.idle_queues(),
+            used: Route::ports(&routes),
+            counts: Counts::new(open.len(), need.pairs.into()),
+            ports: open.into_iter().map(SupervisedPort::new).collect(),
+            routes,
+            send_only,
+            supply,
+        })
+    }
+
+    /// Numbers of the ports that the routes name, ascending.
+    pub fn used(&self) -> impl Iterator<Item = usize> + '_ {
+        self.used.iter().copied()
+    }
+
+    /// Number of ports that are open, with those that no route names.
+    pub fn count(&self) -> usize {
+        self.ports.len()
+    }
+
+    /// Port `number`, unless it is closed.
+    pub fn get(&self, number: usize) -> Option<&OpenPort> {
+        self.ports.get(number)?.open.as_ref()
+    }
+
+    /// Station address of port `number`.
+    ///
+    /// # Errors
+    /// `Unavailable` when the port is closed.
+    pub fn mac(&self, number: usize) -> Result<MacAddr> {
+        self.get(number).map(|open| open.port.mac()).ok_or_else(|| is_closed(number))
+    }
+
+    /// Memory of the ports.
+    pub fn memory(&self) -> &PortMemory {
+        &self.supply.memory
+    }
+
+    /// A cache of the packet buffers.
+    pub fn cache(&self) -> PoolCache {
+        self.supply.pool.cache()
+    }
+
+    /// A cache of the [`Config::send_only`] buffers, which no device can write to.
+    ///
+    /// # Errors
+    /// `Usage` when there are none.
+    pub fn send_only(&self) -> Result<PoolCache> {
+        let none = || {
+            Error::new(ErrorKind::Usage, "cannot take packet buffers that are only sent", "there are none")
+        };
+        self.send_only.as_ref().map(Pool::cache).ok_or_else(none)
+    }
+
+    /// Counts of the packets.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// Asks for [`Counts::busy_ticks`].
+    pub fn measure_busy_ticks(&mut self) {
+        self.counts.busy_ticks = Some(Default::default());
+    }
+
+    /// Receives every frame on port `number`, or only those for its station.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn set_promiscuous(&mut self, number: usize, on: bool) -> Result<()> {
+        open_in(&mut self.ports, number)?.port.set_promiscuous(on)
+    }
+
+    /// Starts port `number`.
+    ///
+    /// # Errors
+    /// When the device refuses, or memory or buffers are short.
+    pub fn start(&mut self, number: usize) -> Result<()> {
+        let Self { ports, supply, queues, .. } = self;
+        queues.put_port(number, supply.start(open_in(ports, number)?)?);
+        Ok(())
+    }
+
+    /// Starts all ports that the routes name, which then receive every frame if `promiscuous`.
+    ///
+    /// # Errors
+    /// As for [`Ports::start`] and [`Ports::set_promiscuous`].
+    pub fn start_all(&mut self, promiscuous: bool) -> Result<()> {
+        for number in self.used.clone() {
+            self.set_promiscuous(number, promiscuous)?;
+            self.start(number)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until all links are up, for 9 s at most or until `stop`; calls `waiting` every 100 ms.
+    ///
+    /// # Errors
+    /// Those of `waiting`.
+    pub fn wait_for_links(&self, stop: &StopFlag, waiting: impl FnMut() -> Result<()>) -> Result<()> {
+        wait_for_links(self.used.iter().filter_map(|number| self.get(*number)), stop, waiting)
+    }
+
+    /// Forwards on all lcores until the run is to stop. `hook` makes the application's part of each lane. A port whose
+    /// device misbehaves is restarted meanwhile; `announce` is called with each state that a port enters, on another
+    /// thread. `tick` is called now and then on the main lcore.
+    ///
+    /// # Errors
+    /// When an lcore cannot be pinned, or panicked; as for [`Ports::lanes`].
+    pub fn forward<H: Hook>(
+        &mut self,
+        app: &App,
+        hook: impl FnMut(&Route) -> H,
+        announce: &(dyn Fn(usize, PortState) + Sync),
+        mut tick: impl FnMut(&Counts),
+    ) -> Result<()> {
+        let mut shares: BTreeMap<u32, Share<H>> = BTreeMap::new();
+        let lanes = self.lanes(hook)?;
+        for (route, lane) in self.routes.iter().zip(lanes) {
+            let share = shares.entry(route.lcore).or_default();
+            let node = self.get(route.from).and_then(|open| self.memory().node_of(open));
+            share.node = share.node.or(node);
+            share.lanes.push(lane);
+        }
+        self.used.iter().for_each(|number| self.ports[*number].begin());
+        let shared = Shared { app, supply: &self.supply, counts: &self.counts };
+        let queues =
+            forward_on_lcores(shared, &mut self.ports, &self.used, shares, announce, || tick(&self.counts))?;
+        self.queues.extend(queues);
+        Ok(())
+    }
+
+    /// The lanes of all routes, in their order and with their queues; for an application that polls them itself.
+    /// [`Ports::put_lanes`] takes them back.
+    ///
+    /// # Errors
+    /// `Usage` when a queue is not started, or in two routes.
+    pub fn lanes<H>(&mut self, mut hook: impl FnMut(&Route) -> H) -> Result<Vec<AnyLane<H>>> {
+        let queues = &mut self.queues;
+        let lanes = self.routes.iter().map(|route| {
+            let [from, to] = [route.from, route.to].map(|port| queues.numbers(port).start + route.pair);
+            queues.join(from, to, hook(route)).map_err(|_| {
+                let what = format!("cannot forward from port {} to port {}", route.from, route.to);
+                Error::new(ErrorKind::Usage, what, "a queue is not started, or in two routes")
+            })
+        });
+        lanes.collect()
+    }
+
+    /// Takes lanes back.
+    pub fn put_lanes<H>(&mut self, lanes: Vec<AnyLane<H>>) {
+        for lane in lanes {
+            self.queues.put(lane);
+        }
+    }
+
+    /// The queues of port `number`, for an application that polls them itself; `None` when they are not here.
+    /// [`Ports::put_queues`] takes them back.
+    pub fn take_queues(&mut self, number: usize) -> Option<Vec<(RxQueue, TxQueue)>> {
+        self.queues.take_port(number)
+    }
+
+    /// Takes the queues of port `number` back.
+    pub fn put_queues(&mut self, number: usize, queues: Vec<(RxQueue, TxQueue)>) {
+        self.queues.put_port(number, queues);
+    }
+
+    /// Stops port `number`, which stays open. TX rings give their buffers to `sent`, if they are of another pool.
+    ///
+    /// # Panics
+    /// When there is no such port.
+    pub fn stop(&mut self, number: usize, sent: Option<&mut PoolCache>) -> PortSummary {
+        let (queues, mut cache) = (self.queues.take_port(number), self.cache());
+        let port = &mut self.ports[number];
+        port.stop(queues, &mut cache, sent);
+        PortSummary {
+            is_confirmed: port.unconfirmed.is_none(),
+            rx: port.rx,
+            tx: port.tx,
+            drops: port.drops.clone(),
+            leftover: port.leftover,
+            restarts: port.restarts,
+            link_changes: port.link_changes,
+        }
+    }
+
+    /// Stops port `number` and closes it.
+    ///
+    /// # Panics
+    /// When there is no such port.
+    pub fn close(&mut self, number: usize) -> PortSummary {
+        let summary = self.stop(number, None);
+        self.ports[number].open = None;
+        summary
+    }
+
+    /// Checks that each device confirmed its stop, and that each packet buffer came back. To be called when all ports have
+    /// stopped and no cache is left.
+    ///
+    /// # Errors
+    /// Why a port did not stop; `Protocol` when buffers are lost.
+    pub fn check_buffers(&mut self) -> Result<()> {
+        if let Some(error) = self.ports.iter_mut().find_map(|port| port.unconfirmed.take()) {
+            return Err(error);
+        }
+        for pool in [&self.supply.pool].into_iter().chain(&self.send_only) {
+            let lost = pool.count() - pool.available();
+            if lost > 0 {
+                return Err(Error::new(
+                    ErrorKind::Protocol,
+                    format!("{lost} of {} packet buffers did not come back", pool.count()),
+                    "a driver lost them",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The sums of what was forwarded between each two ports, when they have stopped.
+    pub fn balances(&self) -> Vec<Balance> {
+        let ways: BTreeSet<_> = self.routes.iter().map(|route| (route.from, route.to)).collect();
+        ways.into_iter().map(|(from, to)| Balance::of(from, to, &self.ports, &self.counts)).collect()
+    }
+
+    /// Closes all ports, gives `each` what a port counted, and checks that every buffer came back and every packet is
+    /// accounted for.
+    ///
+    /// # Errors
+    /// As for [`Ports::check_buffers`] and [`Balance::check`]; those of `each`.
+    pub fn finish(mut self, mut each: impl FnMut(usize, &PortSummary) -> Result<()>) -> Result<()> {
+        let mut told = Ok(());
+        for number in self.used.clone() {
+            let summary = self.close(number);
+            told = told.and_then(|()| each(number, &summary));
+        }
+        self.check_buffers()?;
+        self.balances().iter().try_for_each(Balance::check)?;
+        told
+    }
+}
+
+fn open_in(ports: &mut [SupervisedPort], number: usize) -> Result<&mut OpenPort> {
+    ports.get_mut(number).and_then(|port| port.open.as_mut()).ok_or_else(|| is_closed(number))
+}
+
+fn is_closed(number: usize) -> Error {
+    Error::new(ErrorKind::Unavailable, format!("cannot use port {number}"), "it is not open")
+}

@@ -1,0 +1,112 @@
+//! How lanes leave their lcores and come back while a port restarts, at no cost to the packets of the others.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use vireo_drivers::table::{RxQueue, TxQueue};
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::sync::{Condvar, Mutex, MutexGuard};
+
+use crate::forward::Lane;
+
+#[cfg(test)]
+#[cfg(loom)]
+mod models;
+
+/// Time in which a wait for lcores sees that the program is to stop.
+const STOP_CHECK_PERIOD: Duration = Duration::from_millis(10);
+
+/// A place where lanes change hands: lcores come when the [`StopFlag`] is raised and no stop.
+#[derive(Debug)]
+pub(crate) struct Recall<H, R = RxQueue, T = TxQueue> {
+    stop: StopFlag,
+    state: Mutex<State<H, R, T>>,
+    all_came: Condvar,
+}
+
+#[derive(Debug)]
+struct State<H, R, T> {
+    /// Pairs whose lanes are wanted; none when lanes are given back.
+    wanted: Option<Range<usize>>,
+    /// Lanes that no lcore has, each with the lcore that polls it.
+    lanes: Vec<(u32, Lane<R, T, H>)>,
+    /// Lcores that have not come since the last call.
+    awaited: BTreeSet<u32>,
+}
+
+impl<H, R, T> Recall<H, R, T> {
+    /// A place without lanes, until `stop`.
+    pub(crate) fn new(stop: &StopFlag) -> Self {
+        let state = State { wanted: None, lanes: Vec::new(), awaited: BTreeSet::new() };
+        Self { stop: stop.clone(), state: Mutex::new(state), all_came: Condvar::new() }
+    }
+
+    /// The state, also after a panic of an lcore that had it: lanes are moved whole.
+    fn state(&self) -> MutexGuard<'_, State<H, R, T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands over the lanes that are asked of `lcore`, or takes those that are there for it. To be called when the flag is
+    /// raised; does not wait for other lcores.
+    pub(crate) fn visit(&self, lcore: u32, lanes: &mut Vec<Lane<R, T, H>>) {
+        let mut state = self.state();
+        if !state.awaited.remove(&lcore) {
+            return;
+        }
+        match state.wanted.clone() {
+            Some(pairs) => {
+                let recalled =
+                    lanes.extract_if(.., |lane| pairs.contains(&lane.from) || pairs.contains(&lane.to));
+                state.lanes.extend(recalled.map(|lane| (lcore, lane)));
+            }
+            None => {
+                lanes.extend(state.lanes.extract_if(.., |(home, _)| *home == lcore).map(|(_, lane)| lane))
+            }
+        }
+        if state.awaited.is_empty() {
+            self.stop.dismiss();
+            self.all_came.notify_all();
+        }
+    }
+
+    /// Takes the lanes from and to `pairs` from `lcores`. If the program stops, it takes only what they have handed over.
+    pub(crate) fn take(&self, pairs: Range<usize>, lcores: &[u32]) -> Vec<(u32, Lane<R, T, H>)> {
+        std::mem::take(&mut self.call(Some(pairs), Vec::new(), lcores).lanes)
+    }
+
+    /// Gives `lanes` to their lcores. If the program stops before they come, [`Recall::into_lanes`] has them.
+    pub(crate) fn give(&self, lanes: Vec<(u32, Lane<R, T, H>)>, lcores: &[u32]) {
+        drop(self.call(None, lanes, lcores));
+    }
+
+    /// Waits until all of `lcores` have come, or are to stop.
+    fn call(
+        &self,
+        wanted: Option<Range<usize>>,
+        lanes: Vec<(u32, Lane<R, T, H>)>,
+        lcores: &[u32],
+    ) -> MutexGuard<'_, State<H, R, T>> {
+        let mut state = self.state();
+        state.wanted = wanted;
+        state.lanes.extend(lanes);
+        state.awaited = lcores.iter().copied().collect();
+        self.stop.call();
+        while !state.awaited.is_empty() && !self.stop.is_set() {
+            let waited = self.all_came.wait_timeout(state, STOP_CHECK_PERIOD);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state
+    }
+
+    /// Lanes that no lcore has taken, when all lcores have ended.
+    pub(crate) fn into_lanes(self) -> impl Iterator<Item = Lane<R, T, H>> {
+        self.state
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .lanes
+            .into_iter()
+            .map(|(_, lane)| lane)
+    }
+}

@@ -1,0 +1,102 @@
+//! Which lcore polls which port, and where its packets go.
+
+use std::collections::BTreeSet;
+
+use vireo_eal::{Error, ErrorKind, Result};
+
+/// One direction of forwarding, and the lcore that does it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Id of the lcore.
+    pub lcore: u32,
+    /// Port that the lcore polls.
+    pub from: usize,
+    /// Port that the lcore sends on.
+    pub to: usize,
+    /// Number of the pair of queues, the same on both ports.
+    pub pair: usize,
+}
+
+impl Route {
+    /// Numbers of the ports of `routes`.
+    pub fn ports(routes: &[Self]) -> BTreeSet<usize> {
+        routes.iter().flat_map(|route| [route.from, route.to]).collect()
+    }
+}
+
+/// Ways between each two of `ports`, in both directions; if their number is odd, the last one sends to itself.
+pub fn neighbours(ports: impl IntoIterator<Item = usize>) -> Vec<(usize, usize)> {
+    let ports: Vec<usize> = ports.into_iter().collect();
+    let both = |pair: &[usize]| match *pair {
+        [a, b] => vec![(a, b), (b, a)],
+        _ => pair.iter().map(|port| (*port, *port)).collect(),
+    };
+    ports.chunks(2).flat_map(both).collect()
+}
+
+/// Shares `ways`, each with `pairs` pairs of queues, out to `lcores`, of which each gets `most` queues to poll, or without it
+/// an equal share: first the first queue of each way, then the second.
+///
+/// # Errors
+/// `Unavailable` when there are no ways, `Usage` when the lcores are too few.
+pub fn share_out(
+    ways: &[(usize, usize)],
+    pairs: u16,
+    lcores: &[u32],
+    most: Option<usize>,
+) -> Result<Vec<Route>> {
+    let count = ways.len() * usize::from(pairs);
+    let what = format!("cannot poll {count} RX queues");
+    if count == 0 {
+        return Err(no_ports(what));
+    }
+    let each = most.unwrap_or(count.div_ceil(lcores.len().max(1)));
+    if lcores.len() * each < count {
+        let why = format!("{} lcores with {each} queues each are too few", lcores.len());
+        return Err(Error::new(ErrorKind::Usage, what, why));
+    }
+    let queues = (0..pairs.into()).flat_map(|pair| ways.iter().map(move |way| (pair, *way)));
+    let lcores = lcores.iter().flat_map(|lcore| std::iter::repeat_n(*lcore, each));
+    Ok(queues.zip(lcores).map(|((pair, (from, to)), lcore)| Route { lcore, from, to, pair }).collect())
+}
+
+/// The error of a program that cannot do `what` because it finds no ports.
+pub fn no_ports(what: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Unavailable, what, "there are no ports")
+        .with_hint("bind NICs to VFIO: vireo-devbind --status, vireo-devbind --bind vfio-pci ADDRESS")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_paired_and_the_odd_one_echoes() {
+        assert_eq!(neighbours([0, 2, 5]), [(0, 2), (2, 0), (5, 5)]);
+        assert_eq!(neighbours([]), []);
+    }
+
+    fn shared(ways: &[(usize, usize)], pairs: u16, lcores: &[u32], most: Option<usize>) -> Vec<[usize; 4]> {
+        let routes = share_out(ways, pairs, lcores, most).unwrap();
+        routes.iter().map(|route| [route.lcore as usize, route.from, route.to, route.pair]).collect()
+    }
+
+    #[test]
+    fn lcores_take_their_queues_in_turn() {
+        let ways = neighbours(0..4);
+        let two_each = [[1, 0, 1, 0], [1, 1, 0, 0], [3, 2, 3, 0], [3, 3, 2, 0]];
+        assert_eq!(shared(&ways, 1, &[1, 3], Some(2)), two_each);
+        assert_eq!(shared(&ways, 1, &[1, 3], None), two_each);
+        assert_eq!(shared(&ways, 1, &[1, 3, 4, 5, 6], None).len(), 4);
+    }
+
+    #[test]
+    fn an_lcore_has_the_same_queue_of_both_ports() {
+        let ways = neighbours(0..2);
+        let lanes = [[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 1], [1, 1, 0, 1]];
+        assert_eq!(shared(&ways, 2, &[0, 1], Some(2)), lanes);
+        let error = share_out(&ways, 2, &[0], Some(2)).unwrap_err();
+        assert!(error.to_string().starts_with("cannot poll 4 RX queues: 1 lcores with 2 queues each"));
+        assert_eq!(share_out(&[], 1, &[0], None).unwrap_err().kind(), ErrorKind::Unavailable);
+    }
+}
