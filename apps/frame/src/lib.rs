@@ -16,9 +16,10 @@
 //! | [`Ports::forward`] | polls on all lcores, restarts ports whose devices misbehave, returns when [`App::stop`] is set |
 //! | [`Ports::finish`] | stops and closes the ports, checks that every buffer came back and every packet is accounted for |
 //!
-//! A hook gets the packets that were received together ([`Packets`]), looks at each ([`PacketMut`]),
-//! changes it, and keeps it or takes it out. The loop around the hook,
-//! [`forward::forward`], is compiled for its type. //! What an application does in its own order, it does by the parts: `vireo-l2fwd` prints between the steps, `vireo-pktgen` polls
+//! A hook gets the packets that were received together ([`Packets`]), looks at each ([`PacketMut`]) through the headers that it
+//! knows ([`EthernetHeader`], [`Ipv4Header`], [`IcmpEcho`]), changes it, and keeps it or takes it out. The loop around the hook,
+//! [`forward::forward`], is compiled for its type. The example `ping-responder` is such an application; `net-null` adds a driver.
+//! What an application does in its own order, it does by the parts: `vireo-l2fwd` prints between the steps, `vireo-pktgen` polls
 //! the queues itself ([`Ports::take_queues`]).
 #![forbid(unsafe_code)]
 
@@ -27,6 +28,7 @@ mod balance;
 mod control;
 mod counts;
 pub mod forward;
+mod headers;
 mod hook;
 mod idle;
 mod launch;
@@ -39,6 +41,7 @@ pub use app::{App, main};
 pub use balance::Balance;
 pub use control::PortState;
 pub use counts::{Count, Counts, PairCounts, Totals};
+pub use headers::{EthernetHeader, IcmpEcho, Ipv4Header};
 pub use hook::{Hook, PacketMut, Packets};
 pub use ports::{Config, PortSummary, Ports};
 pub use route::{Route, neighbours, no_ports, share_out};
