@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 use vireo_drivers::port::MacAddr;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -64,11 +64,6 @@ impl Args {
     pub fn end(&self) -> End {
         self.count.map_or(End::After(self.duration), End::Count)
     }
-}
-
-/// Help text, printed below the EAL's.
-pub fn usage() -> String {
-    Args::command().render_help().to_string()
 }
 
 fn mac(text: &str) -> std::result::Result<MacAddr, String> {

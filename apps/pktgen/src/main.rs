@@ -4,79 +4,52 @@
 use std::process::ExitCode;
 
 use serde_json::json;
-use vireo_bus_pci::Bus;
-use vireo_drivers::memory::{self, MemoryNeed};
-use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst, counters};
-use vireo_drivers::ports::{self, OpenPort};
 use vireo_drivers::table::Drivers;
-use vireo_eal::args::{self as eal_args, Outcome as Parsed, Program};
-use vireo_eal::dma::Pool;
-use vireo_eal::lcore::StopFlag;
-use vireo_eal::{Eal, Result, program};
+use vireo_eal::{Result, program};
+use vireo_frame::{App, Config, Route};
 use vireo_pktgen::args::{self, Args};
 use vireo_pktgen::generator::{self, Expect, Outcome, Stream};
 
 /// What a port counted, by name.
 type Counters = Vec<(&'static str, u64)>;
 
-const SIZES: QueueSizes = QueueSizes { rx: 1024, tx: 1024 };
 /// Buffers of frames to send: a full ring, a burst and a full cache, rounded up.
 const SEND_ONLY: u32 = 2048;
 
 fn main() -> ExitCode {
-    program::exit_code("vireo-pktgen", run())
+    vireo_frame::main(Drivers::default(), run)
 }
 
-fn run() -> Result<ExitCode> {
-    let usage = args::usage();
-    let drivers = Drivers::default();
-    let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
-    let program = Program { usage: &usage, device_keys: &device_keys, vdev_keys: &vdev_keys };
-    let parsed = match eal_args::parse(std::env::args_os(), &program)? {
-        Parsed::Print(text) => {
-            program::print(&text)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        Parsed::Run(parsed) => parsed,
-    };
-    let args: Args = eal_args::parse_app(parsed.app)?;
-    let stop = StopFlag::on_signals()?;
-    let eal = Eal::init(parsed.eal)?;
-    let (outcome, counted) = generate(&eal, &drivers, &args, &stop)?;
+fn run(app: &App, args: Args) -> Result<ExitCode> {
+    let (outcome, counted) = generate(app, &args)?;
     print(&args, &outcome, &counted)?;
     Ok(if outcome.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Runs the stream; gives what came of it, and what each port counted by name.
-fn generate(eal: &Eal, drivers: &Drivers, args: &Args, stop: &StopFlag) -> Result<(Outcome, Vec<Counters>)> {
-    let mut all = ports::open(eal, drivers, &Bus::default(), stop)?;
-    args::check_port(args.tx_port, all.len())?;
-    args::check_port(args.rx_port, all.len())?;
-    eal.iova_mode(all.iter().any(OpenPort::is_physical))?;
-    let buffers = ports::buffers_needed(all.len(), 1, SIZES);
+fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<Counters>)> {
+    let open = app.open_ports()?;
+    args::check_port(args.tx_port, open.len())?;
+    args::check_port(args.rx_port, open.len())?;
+    let lcore = app.eal.lcores.main_id();
+    let routes = (0..open.len()).map(|port| Route { lcore, from: port, to: port, pair: 0 }).collect();
     // Frames to send have buffers of their own, which no device can write to.
-    let need = MemoryNeed { buffers: buffers - SEND_ONLY, send_only: SEND_ONLY, sizes: SIZES, pairs: 1 };
-    let opened: Vec<&OpenPort> = all.iter().collect();
-    let memory = memory::reserve(eal, &need, &opened)?;
-    let mut cache = Pool::new(&memory.buffers, need.buffers)?.cache();
-    let mut to_send = Pool::send_only(&memory.buffers, need.send_only)?.cache();
-
-    let mut queues = Vec::with_capacity(all.len());
-    for (number, open) in all.iter_mut().enumerate() {
+    let mut ports = app.reserve(open, routes, &Config { send_only: SEND_ONLY, ..Config::default() })?;
+    for number in 0..ports.count() {
         // A forwarder gives frames an address of its own choice.
-        if let Err(error) = open.port.set_promiscuous(number == args.rx_port) {
+        if let Err(error) = ports.set_promiscuous(number, number == args.rx_port) {
             // Some clouds' NICs cannot; what is sent to their own address comes back all the same.
             program::note(&format!("vireo-pktgen: {error}"));
         }
-        queues.push(open.port.start(memory.of(open), &mut cache, SIZES)?);
+        ports.start(number)?;
     }
-    ports::wait_for_links(all.iter(), stop, || Ok(()))?;
-    ports::confine(eal)?;
+    ports.wait_for_links(&app.stop, || Ok(()))?;
+    app.confine()?;
     let stream = Stream {
         run: std::process::id(),
         earlier: 0..0,
         destination: args.dst_mac,
-        source: all[args.tx_port].port.mac(),
+        source: ports.mac(args.tx_port)?,
         expect: Some(Expect { destination: args.expect_dst, source: args.expect_src }),
         sizes: args.size.clone(),
         rate: args.rate,
@@ -84,22 +57,23 @@ fn generate(eal: &Eal, drivers: &Drivers, args: &Args, stop: &StopFlag) -> Resul
         end: args.end(),
         patience: generator::PATIENCE,
     };
-    let (mut rx_queues, mut tx_queues): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
+    let (mut cache, mut to_send) = (ports.cache(), ports.send_only()?);
+    let queues = (0..ports.count()).filter_map(|number| ports.take_queues(number)).flatten();
+    let (mut rx_queues, mut tx_queues): (Vec<_>, Vec<_>) = queues.unzip();
     let (tx, rx) = (&mut tx_queues[args.tx_port], &mut rx_queues[args.rx_port]);
-    let outcome = eal.lcores.run_main(|_| {
+    let outcome = app.eal.lcores.run_main(|_| {
         if let Some(patience) = args.await_path {
-            generator::await_path(&stream, patience, (tx, &mut to_send), (rx, &mut cache), stop)?;
+            generator::await_path(&stream, patience, (tx, &mut to_send), (rx, &mut cache), &app.stop)?;
         }
-        generator::run(&stream, (tx, &mut to_send), (rx, &mut cache), stop)
+        generator::run(&stream, (tx, &mut to_send), (rx, &mut cache), &app.stop)
     })??;
-    let mut counted = Vec::with_capacity(all.len());
-    for ((open, rx), tx) in all.iter_mut().zip(rx_queues).zip(tx_queues) {
-        let stats = (rx.stats(), tx.stats());
-        open.port.stop_pairs(vec![(rx, tx)], &mut cache, Some(&mut to_send))?;
-        let mut named = counters(stats.0, stats.1, open.port.device_drops());
-        named.extend(open.port.leftover().named());
-        counted.push(named);
+    let mut counted = Vec::with_capacity(ports.count());
+    for (number, queues) in rx_queues.into_iter().zip(tx_queues).enumerate() {
+        ports.put_queues(number, vec![queues]);
+        counted.push(ports.stop(number, Some(&mut to_send)).counters());
     }
+    drop((cache, to_send));
+    ports.check_buffers()?;
     Ok((outcome, counted))
 }
 
