@@ -2,7 +2,7 @@
 //! is sent. Nothing of Vireo's crates has to change for it.
 //!
 //! ```console
-//! cargo run --release -p vireo-drivers --example net-null -- --no-huge --no-pci -l 0 --vdev net_null0,size=64
+//! cargo run --release -p vireo-frame --example net-null -- --no-huge --no-pci -l 0 --vdev net_null0,size=64
 //! ```
 #![forbid(unsafe_code)]
 
@@ -10,22 +10,25 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use vireo_bus_pci::Bus;
-use vireo_drivers::driver::{Args, Vdev};
-use vireo_drivers::memory::{self, MemoryNeed};
-use vireo_drivers::port::{
+use clap::Parser;
+use vireo_frame::drivers::driver::{Args, Vdev};
+use vireo_frame::drivers::port::{
     Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst,
 };
-use vireo_drivers::ports::{self, OpenPort};
-use vireo_drivers::table::Drivers;
-use vireo_eal::args::{self, Outcome, Program};
-use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, Packet, Pool, PoolCache};
-use vireo_eal::lcore::StopFlag;
-use vireo_eal::{Eal, Error, ErrorKind, Result, program};
+use vireo_frame::drivers::ports::OpenPort;
+use vireo_frame::drivers::table::Drivers;
+use vireo_frame::eal::dma::{Burst, DATA_ROOM, DmaMemory, Packet, PoolCache};
+use vireo_frame::eal::lcore::StopFlag;
+use vireo_frame::eal::{Error, ErrorKind, Result, program};
+use vireo_frame::{App, Config};
 
-const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
-const BUFFERS: u32 = 1024;
-const POLLS: u32 = 1000;
+/// Packets that the first port receives before the application ends.
+const PACKETS: u64 = 32_000;
+
+/// Arguments behind `--`: none
+#[derive(Parser)]
+#[command(name = "net-null", disable_help_flag = true)]
+struct Nothing;
 
 /// The arguments of `--vdev net_null0`.
 #[derive(Clone, Copy, Debug)]
@@ -167,38 +170,25 @@ impl Nic for Null {
     }
 }
 
-fn run() -> Result<ExitCode> {
-    let drivers = Drivers::default().with_vdev::<Options>();
-    let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
-    let program = Program { usage: "", device_keys: &device_keys, vdev_keys: &vdev_keys };
-    let parsed = match args::parse(std::env::args_os(), &program)? {
-        Outcome::Print(text) => {
-            program::print(&text)?;
-            return Ok(ExitCode::SUCCESS);
+fn run(app: &App, _: Nothing) -> Result<()> {
+    let open = app.open_ports()?;
+    let described: Vec<String> = open.iter().map(OpenPort::describe).collect();
+    let back: Vec<(usize, usize)> = (0..open.len()).map(|port| (port, port)).collect();
+    let mut ports = app.reserve(open, app.share_out(&back, 1)?, &Config::default())?;
+    ports.start_all(false)?;
+    app.confine()?;
+    let stop_when_done = |received| {
+        if received >= PACKETS {
+            app.stop.set()
         }
-        Outcome::Run(parsed) => parsed,
     };
-    let stop = StopFlag::on_signals()?;
-    let eal = Eal::init(parsed.eal)?;
-    let mut all = ports::open(&eal, &drivers, &Bus::default(), &stop)?;
-    let need = MemoryNeed { buffers: BUFFERS, send_only: 0, sizes: SIZES, pairs: 1 };
-    let opened: Vec<&OpenPort> = all.iter().collect();
-    let memory = memory::reserve(&eal, &need, &opened)?;
-    let mut cache = Pool::new(&memory.buffers, BUFFERS)?.cache();
-    for open in &mut all {
-        let (mut rx, mut tx) = open.port.start(memory.of(open), &mut cache, SIZES)?;
-        let mut burst = Burst::new();
-        for _ in 0..POLLS {
-            rx.rx_burst(&mut cache, &mut burst);
-            tx.tx_burst(&mut cache, &mut burst);
-        }
-        let (received, sent) = (rx.stats().packets, tx.stats().packets);
-        open.port.stop(rx, tx, &mut cache)?;
-        program::print(&format!("{}: received {received} sent {sent}\n", open.describe()))?;
-    }
-    Ok(ExitCode::SUCCESS)
+    ports.forward(app, |_| (), &|_, _| (), |counts| stop_when_done(counts.of(0).received))?;
+    ports.finish(|port, summary| {
+        let (received, sent) = (summary.rx.packets, summary.tx.packets);
+        program::print(&format!("{}: received {received} sent {sent}\n", described[port]))
+    })
 }
 
 fn main() -> ExitCode {
-    program::exit_code("net-null", run())
+    vireo_frame::main(Drivers::default().with_vdev::<Options>(), run)
 }
