@@ -1,14 +1,17 @@
 //! Whether every packet of a run is accounted for: what was received is what was sent and what was dropped, and the
 //! drivers counted the same.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counts::Counts;
+use crate::route::Route;
 use crate::supervised::SupervisedPort;
 
-/// One direction of forwarding at the end of a run. The counts are of packets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// What was forwarded from one port to another, at the end of a run. The counts are of packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Balance {
     /// Port that received.
     pub from: usize,
@@ -36,20 +39,22 @@ fn is_zero(count: &u64) -> bool {
 }
 
 impl Balance {
-    /// Between two of `ports`, which are stopped.
-    pub(crate) fn of(from: usize, to: usize, ports: &[SupervisedPort], counts: &Counts) -> Self {
-        let (received, sent) = (counts.of(from), counts.of(to));
-        Self {
-            from,
-            to,
-            rx_packets: ports[from].rx.packets,
-            received: received.received,
-            consumed: received.consumed,
-            sent: sent.sent,
-            dropped: sent.dropped,
-            tx_packets: ports[to].tx.packets,
-            tx_errors: ports[to].tx.errors,
+    /// The sums of `routes` between ports that have stopped, one for each two ports.
+    pub(crate) fn of(routes: &[Route], ports: &[SupervisedPort], counts: &Counts) -> Vec<Self> {
+        let mut all: BTreeMap<(usize, usize), Self> = BTreeMap::new();
+        for &Route { from, to, pair, .. } in routes {
+            let sum = all.entry((from, to)).or_insert(Self { from, to, ..Self::default() });
+            let ((rx, _), (_, tx)) = (ports[from].pairs[pair], ports[to].pairs[pair]);
+            let (received, sent) = (counts.of_pair(from, pair), counts.of_pair(to, pair));
+            sum.rx_packets += rx.packets;
+            sum.received += received.received.get();
+            sum.consumed += received.consumed.get();
+            sum.sent += sent.sent.get();
+            sum.dropped += sent.dropped.get();
+            sum.tx_packets += tx.packets;
+            sum.tx_errors += tx.errors;
         }
+        all.into_values().collect()
     }
 
     /// Both sums in words, and a line feed.

@@ -89,7 +89,7 @@ impl<H> Control<'_, H> {
 impl<H> Supervisor<'_, H> {
     fn inspect(&mut self, number: usize) {
         let announce = self.control.announce;
-        let SupervisedPort { open, is_down, last_start, restarts, .. } = &mut self.control.ports[number];
+        let SupervisedPort { open, is_down, last_start, counted, .. } = &mut self.control.ports[number];
         let Some(open) = open else { return };
         if open.is_asked_back() {
             tracing::warn!("port {number}: the kernel wants {} back; it is closed", open.name);
@@ -106,7 +106,7 @@ impl<H> Supervisor<'_, H> {
             self.bring_up(number);
         } else if let Err(error) = open.port.check() {
             tracing::warn!("port {number}: {error}; it is restarted");
-            *restarts += 1;
+            counted.restarts += 1;
             announce(number, PortState::Restarting);
             if self.stop(number) {
                 self.bring_up(number);

@@ -77,6 +77,10 @@ impl Counts {
         Self { pairs, per_port: per_port.max(1), busy_ticks: None }
     }
 
+    pub(crate) fn of_pair(&self, port: usize, pair: usize) -> &PairCounts {
+        &self.pairs[port * self.per_port + pair]
+    }
+
     /// Packets of port `number` so far.
     pub fn of(&self, number: usize) -> Totals {
         Totals::of(self.pairs.chunks(self.per_port).nth(number).unwrap_or_default())

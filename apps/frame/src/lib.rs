@@ -43,6 +43,7 @@ pub use control::PortState;
 pub use counts::{Count, Counts, PairCounts, Totals};
 pub use headers::{EthernetHeader, IcmpEcho, Ipv4Header};
 pub use hook::{Hook, PacketMut, Packets};
-pub use ports::{Config, PortSummary, Ports};
+pub use ports::{Config, Ports};
 pub use route::{Route, neighbours, no_ports, share_out};
+pub use supervised::PortSummary;
 pub use {vireo_drivers as drivers, vireo_eal as eal};

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use vireo_drivers::memory::{MemoryNeed, PortMemory};
-use vireo_drivers::port::{Leftover, MacAddr, Nic, QueueSizes, QueueStats, counters};
+use vireo_drivers::port::{MacAddr, Nic, QueueSizes};
 use vireo_drivers::ports::{OpenPort, buffers_needed, wait_for_links};
 use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_eal::dma::{Pool, PoolCache};
@@ -20,7 +20,7 @@ use crate::hook::Hook;
 use crate::idle::{IdleQueues, Pairs};
 use crate::launch::{Share, Shared, forward_on_lcores};
 use crate::route::Route;
-use crate::supervised::SupervisedPort;
+use crate::supervised::{PortSummary, SupervisedPort};
 
 /// Queues and packet buffers that an application asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,45 +87,24 @@ pub struct Ports {
     supply: Supply,
 }
 
-/// What a port counted, when it has stopped.
-#[derive(Debug)]
-pub struct PortSummary {
-    /// Whether the device confirmed that it stopped. If not, [`Ports::check_buffers`] says why.
-    pub is_confirmed: bool,
-    /// Counts of the RX queues.
-    pub rx: QueueStats,
-    /// Counts of the TX queues.
-    pub tx: QueueStats,
-    /// Frames that the device dropped, by name.
-    pub drops: BTreeMap<&'static str, u64>,
-    /// Packets that were on their way when queues were stopped.
-    pub leftover: Leftover,
-    /// Times that the port was restarted.
-    pub restarts: u64,
-    /// Changes of the link that were seen.
-    pub link_changes: u64,
-}
-
-impl PortSummary {
-    /// Counts of queues and device, by name.
-    pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        let mut named = counters(self.rx, self.tx, self.drops.clone().into_iter().collect());
-        named.extend(self.leftover.named());
-        named
-    }
-}
-
 impl Ports {
     /// The ports of `routes`, which are in `open`, with `memory` for them.
     ///
     /// # Errors
-    /// As for [`Pool::new`].
+    /// `Usage` when there is no such port or pair of queues; as for [`Pool::new`].
     pub fn new(
         open: Vec<OpenPort>,
         routes: Vec<Route>,
         memory: PortMemory,
         need: &MemoryNeed,
     ) -> Result<Self> {
+        let is_there =
+            |route: &&Route| route.from.max(route.to) < open.len() && route.pair < usize::from(need.pairs);
+        if let Some(route) = routes.iter().find(|route| !is_there(route)) {
+            let what = format!("cannot forward from port {} to port {}", route.from, route.to);
+            let why = format!("there are {} ports with {} pairs of queues each", open.len(), need.pairs);
+            return Err(Error::new(ErrorKind::Usage, what, why));
+        }
         let pool = Pool::new(&memory.buffers, need.buffers)?;
         let send_only = match need.send_only {
             0 => None,
@@ -136,7 +115,7 @@ impl Ports {
             queues: supply.idle_queues(),
             used: Route::ports(&routes),
             counts: Counts::new(open.len(), need.pairs.into()),
-            ports: open.into_iter().map(SupervisedPort::new).collect(),
+            ports: open.into_iter().map(|open| SupervisedPort::new(open, need.pairs)).collect(),
             routes,
             send_only,
             supply,
@@ -307,15 +286,7 @@ impl Ports {
         let (queues, mut cache) = (self.queues.take_port(number), self.cache());
         let port = &mut self.ports[number];
         port.stop(queues, &mut cache, sent);
-        PortSummary {
-            is_confirmed: port.unconfirmed.is_none(),
-            rx: port.rx,
-            tx: port.tx,
-            drops: port.drops.clone(),
-            leftover: port.leftover,
-            restarts: port.restarts,
-            link_changes: port.link_changes,
-        }
+        port.counted.clone()
     }
 
     /// Stops port `number` and closes it.
@@ -352,8 +323,7 @@ impl Ports {
 
     /// The sums of what was forwarded between each two ports, when they have stopped.
     pub fn balances(&self) -> Vec<Balance> {
-        let ways: BTreeSet<_> = self.routes.iter().map(|route| (route.from, route.to)).collect();
-        ways.into_iter().map(|(from, to)| Balance::of(from, to, &self.ports, &self.counts)).collect()
+        Balance::of(&self.routes, &self.ports, &self.counts)
     }
 
     /// Closes all ports, gives `each` what a port counted, and checks that every buffer came back and every packet is
@@ -379,4 +349,59 @@ fn open_in(ports: &mut [SupervisedPort], number: usize) -> Result<&mut OpenPort>
 
 fn is_closed(number: usize) -> Error {
     Error::new(ErrorKind::Unavailable, format!("cannot use port {number}"), "it is not open")
+}
+
+#[cfg(test)]
+mod tests {
+    use vireo_drivers::e1000;
+    use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM};
+    use vireo_eal::bdf::Bdf;
+    use vireo_eal::dma::DmaMemory;
+    use vireo_eal::mem::{Backing, Region};
+
+    use super::*;
+
+    /// Three ports with two pairs of queues each, and routes as `(from, to, pair)`.
+    fn ports(routes: &[(usize, usize, usize)]) -> Result<Ports> {
+        let open = |device| {
+            let address = Bdf::new(0, 0, device, 0).unwrap();
+            let (function, _) = FakeE1000::new(address, ID_82540EM, MacAddr([2, 0, 0, 0, 0, device]));
+            OpenPort::virtual_port(e1000::Device::probe(function).unwrap().into(), "port", String::new())
+        };
+        let route = |&(from, to, pair): &(usize, usize, usize)| Route { lcore: 0, from, to, pair };
+        let need = MemoryNeed { buffers: 32, send_only: 0, sizes: QueueSizes { rx: 64, tx: 64 }, pairs: 2 };
+        let region = Region::new(Pool::bytes(32), Backing::SmallPages).unwrap();
+        let memory = PortMemory::from(DmaMemory::map(region, &[]).unwrap());
+        Ports::new((0..3).map(open).collect(), routes.iter().map(route).collect(), memory, &need)
+    }
+
+    #[test]
+    fn routes_without_queues_are_refused() {
+        for route in [(0, 3, 0), (3, 0, 0), (0, 1, 2)] {
+            let error = ports(&[(0, 1, 0), route]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage, "{route:?}");
+            assert!(error.to_string().contains("there are 3 ports with 2 pairs of queues each"), "{error}");
+        }
+        let mut unstarted = ports(&[(0, 1, 0)]).unwrap();
+        assert_eq!(unstarted.used().collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(unstarted.lanes(|_| ()).unwrap_err().kind(), ErrorKind::Usage);
+    }
+
+    #[test]
+    fn ways_that_meet_in_a_port_have_sums_of_their_own() {
+        let mut ports = ports(&[(0, 2, 0), (1, 2, 1), (2, 0, 0), (2, 0, 1)]).unwrap();
+        for (from, pair, packets) in [(0, 0, 5), (1, 1, 7)] {
+            ports.ports[from].pairs[pair].0.packets = packets as u64;
+            ports.ports[2].pairs[pair].1.packets = packets as u64;
+            ports.counts.of_pair(from, pair).received.add(packets);
+            ports.counts.of_pair(2, pair).sent.add(packets);
+        }
+        let balances = ports.balances();
+        let received: Vec<_> = balances.iter().map(|way| (way.from, way.to, way.received)).collect();
+        assert_eq!(received, [(0, 2, 5), (1, 2, 7), (2, 0, 0)]);
+        balances.iter().for_each(|balance| balance.check().unwrap());
+        ports.ports[1].pairs[1].0.packets += 1;
+        let wrong: Vec<bool> = ports.balances().iter().map(|balance| balance.check().is_err()).collect();
+        assert_eq!(wrong, [false, true, false]);
+    }
 }

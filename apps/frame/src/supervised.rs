@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use vireo_drivers::port::{Leftover, Nic, QueueStats, RxBurst, TxBurst};
+use vireo_drivers::port::{Leftover, Nic, QueueStats, RxBurst, TxBurst, counters};
 use vireo_drivers::ports::OpenPort;
 use vireo_eal::Error;
 use vireo_eal::dma::PoolCache;
@@ -11,23 +11,43 @@ use vireo_eal::dma::PoolCache;
 use crate::control::PortState;
 use crate::idle::Pairs;
 
-/// A port that the control thread looks after, and what it counted before its last stop.
+/// What a port counted, when it has stopped.
+#[derive(Clone, Debug, Default)]
+pub struct PortSummary {
+    /// Whether the device confirmed its last stop. If not, [`Ports::check_buffers`](crate::Ports::check_buffers) says why.
+    pub is_confirmed: bool,
+    /// Counts of the RX queues.
+    pub rx: QueueStats,
+    /// Counts of the TX queues.
+    pub tx: QueueStats,
+    /// Frames that the device dropped, by name.
+    pub drops: BTreeMap<&'static str, u64>,
+    /// Packets that were on their way when queues were stopped.
+    pub leftover: Leftover,
+    /// Times that the port was restarted.
+    pub restarts: u64,
+    /// Changes of the link that were seen; of NICs.
+    pub link_changes: u64,
+}
+
+impl PortSummary {
+    /// Counts of queues and device, by name.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut named = counters(self.rx, self.tx, self.drops.clone().into_iter().collect());
+        named.extend(self.leftover.named());
+        named
+    }
+}
+
+/// A port that the control thread looks after.
 #[derive(Debug)]
 pub(crate) struct SupervisedPort {
     /// The port, until it is closed.
     pub(crate) open: Option<OpenPort>,
-    /// Counts of RX queues that are stopped.
-    pub(crate) rx: QueueStats,
-    /// Counts of TX queues that are stopped.
-    pub(crate) tx: QueueStats,
-    /// Frames that the device dropped before, by name.
-    pub(crate) drops: BTreeMap<&'static str, u64>,
-    /// Packets that stops threw away.
-    pub(crate) leftover: Leftover,
-    /// Times that it was restarted.
-    pub(crate) restarts: u64,
-    /// Changes of its link that were seen; of NICs.
-    pub(crate) link_changes: u64,
+    /// Counts of queues that are stopped, and of restarts.
+    pub(crate) counted: PortSummary,
+    /// Counts of each pair of queues that is stopped, RX and TX.
+    pub(crate) pairs: Vec<(QueueStats, QueueStats)>,
     /// Whether its link was up at the last inspection; `None` for a virtual port, which has a peer instead of a link.
     link_up: Option<bool>,
     /// Whether it is stopped, and waits for its next start.
@@ -39,17 +59,12 @@ pub(crate) struct SupervisedPort {
 }
 
 impl SupervisedPort {
-    /// A port that has counted nothing.
-    pub(crate) fn new(open: OpenPort) -> Self {
-        let (rx, tx, drops, leftover) = Default::default();
+    /// A port of `pairs` pairs of queues that has counted nothing.
+    pub(crate) fn new(open: OpenPort, pairs: u16) -> Self {
         Self {
             open: Some(open),
-            rx,
-            tx,
-            drops,
-            leftover,
-            restarts: 0,
-            link_changes: 0,
+            counted: PortSummary::default(),
+            pairs: vec![Default::default(); pairs.into()],
             link_up: None,
             is_down: false,
             last_start: Instant::now(),
@@ -72,23 +87,26 @@ impl SupervisedPort {
         cache: &mut PoolCache,
         sent: Option<&mut PoolCache>,
     ) {
-        let Some(OpenPort { port, .. }) = &mut self.open else { return };
+        let Self { open: Some(OpenPort { port, .. }), counted, pairs, .. } = self else { return };
         self.unconfirmed = match queues {
             None => port.retry_stop(cache),
             Some(queues) => {
-                for (rx, tx) in &queues {
-                    self.rx += rx.stats();
-                    self.tx += tx.stats();
+                for ((rx, tx), pair) in queues.iter().zip(pairs) {
+                    pair.0 += rx.stats();
+                    pair.1 += tx.stats();
+                    counted.rx += rx.stats();
+                    counted.tx += tx.stats();
                 }
                 let stopped = port.stop_pairs(queues, cache, sent);
                 for (name, count) in port.device_drops() {
-                    *self.drops.entry(name).or_default() += count;
+                    *counted.drops.entry(name).or_default() += count;
                 }
                 stopped
             }
         }
         .err();
-        self.leftover = port.leftover();
+        counted.leftover = port.leftover();
+        counted.is_confirmed = self.unconfirmed.is_none();
     }
 
     /// Notes a change of the link, and gives it.
@@ -98,7 +116,7 @@ impl SupervisedPort {
         if std::mem::replace(link_up, up) == up {
             return None;
         }
-        self.link_changes += 1;
+        self.counted.link_changes += 1;
         tracing::info!("port {number}: link {}", if up { "up" } else { "down" });
         Some(if up { PortState::LinkUp } else { PortState::LinkDown })
     }

@@ -344,7 +344,7 @@ fn a_stop_that_is_not_confirmed_is_tried_again() {
         let pool = Pool::new(&memory, BUFFERS).unwrap();
         let mut cache = pool.cache();
         let (device, open) = Device::new(virtio, 0, &memory);
-        let mut port = SupervisedPort::new(open);
+        let mut port = SupervisedPort::new(open, 1);
         let queues = port.open.as_mut().unwrap().port.start_pairs(&memory, &mut cache, SIZES, 1).unwrap();
         device.vanish(true);
         port.stop(Some(queues), &mut cache, None);
