@@ -1,6 +1,6 @@
 //! Answers ICMP echo requests to one IPv4 address: `ping-responder [EAL ARGUMENTS] -- --address 192.0.2.1`
 //!
-//! It speaks no ARP, so that who asks has to know the port's Ethernet address: `ip neighbour add 192.0.2.1 lladdr MAC dev DEV`.
+//! It speaks no ARP. Tell the host that pings the port's Ethernet address: `ip neighbour add 192.0.2.1 lladdr MAC dev DEV`.
 #![forbid(unsafe_code)]
 
 use std::net::Ipv4Addr;
@@ -39,7 +39,10 @@ impl Responder {
         let echo = IcmpEcho::read(packet, message.clone())?;
         let is_for_us = (ethernet.destination, ethernet.ether_type) == (self.mac, EthernetHeader::IPV4)
             && (ip.destination, ip.protocol) == (self.address, Ipv4Header::ICMP);
-        if !is_for_us || ip.is_fragment() || echo.is_reply {
+        // RFC 1122, 3.2.1.3: other sources are those of no host.
+        let is_from_a_host = ethernet.source.is_valid_station()
+            && !(ip.source.is_multicast() || ip.source.is_broadcast() || ip.source.is_unspecified());
+        if !is_for_us || !is_from_a_host || ip.is_fragment() || echo.is_reply {
             return None;
         }
         EthernetHeader { destination: ethernet.source, source: self.mac, ..ethernet }.write(packet)?;

@@ -65,18 +65,17 @@ pub(crate) struct Control<'a, H> {
 /// A control thread at work.
 struct Supervisor<'a, H> {
     control: Control<'a, H>,
-    /// Queues that no lcore has, because their port is down or the one that they forward to or from.
+    /// Queues that no lcore has: they are in no lane, or their port is down, or the one that they forward to or from.
     queues: IdleQueues,
     /// The lanes that these queues were in.
     parked: Vec<ParkedLane<H>>,
 }
 
 impl<H> Control<'_, H> {
-    /// Inspects the ports until `stop`; [`thread::Thread::unpark`] makes it do so at once. Gives the queues that no lcore
-    /// had then.
-    pub(crate) fn run(self, stop: &StopFlag) -> IdleQueues {
+    /// Inspects the ports until `stop`; [`thread::Thread::unpark`] makes it do so at once. No lcore has `queues`; gives those
+    /// that none had in the end.
+    pub(crate) fn run(self, queues: IdleQueues, stop: &StopFlag) -> IdleQueues {
         let used = self.used;
-        let queues = self.supply.idle_queues();
         let mut supervisor = Supervisor { control: self, queues, parked: Vec::new() };
         while !stop.is_set() {
             used.iter().for_each(|number| supervisor.inspect(*number));

@@ -1,7 +1,7 @@
-//! Headers of packets as values: each is copied out of a packet by `read`, and into one by `write`.
+//! Headers of packets as values: `read` copies a header out of a packet, `write` copies it into one.
 //!
-//! What `read` gives is checked: the packet holds the whole header, its lengths fit the packet, and its checksum is right.
-//! `write` sets the checksum. Both give `None` where that is not so, so that an application joins them by `?`.
+//! `read` gives `None` unless the packet holds the whole header, the header's lengths fit the packet, and its checksum is
+//! right. `write` sets the checksum, and gives `None` when the packet is too short.
 
 use std::net::Ipv4Addr;
 use std::ops::Range;

@@ -67,10 +67,4 @@ impl IdleQueues {
         self.tx.insert(lane.to, lane.tx);
         lane.hook
     }
-
-    /// Takes the queues of `other`.
-    pub(crate) fn extend(&mut self, other: Self) {
-        self.rx.extend(other.rx);
-        self.tx.extend(other.tx);
-    }
 }

@@ -43,15 +43,14 @@ impl<H> Default for Share<H> {
 }
 
 /// Forwards the lanes of `shares` (by lcore) until the run is to stop, and calls `tick` now and then on the main lcore. Of
-/// `ports`, those with numbers in `used` are started and supervised meanwhile; `announce` is called with each state that
-/// one enters. Gives the queues of the ports that work at the end.
+/// `ports`, those with numbers in `used` are started, with `idle` queues that are in no lane, and supervised meanwhile;
+/// `announce` is called with each state that one enters. Gives the queues of the ports that work at the end.
 ///
 /// # Errors
 /// When an lcore cannot be pinned, or panicked.
 pub(crate) fn forward_on_lcores<H: Hook>(
     shared: Shared<'_>,
-    ports: &mut [SupervisedPort],
-    used: &BTreeSet<usize>,
+    (ports, used, idle): (&mut [SupervisedPort], &BTreeSet<usize>, IdleQueues),
     mut shares: BTreeMap<u32, Share<H>>,
     announce: &(dyn Fn(usize, PortState) + Sync),
     mut tick: impl FnMut(),
@@ -66,7 +65,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
         let control = Control { ports, used, lcores: &ids, supply, recall: &recall, announce };
         let control = thread::Builder::new()
             .name("vireo-control".into())
-            .spawn_scoped(scope, move || control.run(stop))
+            .spawn_scoped(scope, move || control.run(idle, stop))
             .map_err(|error| Error::io("cannot start the control thread", &error))
             .inspect_err(|_| stop.set())?;
         let recall = &recall;
@@ -75,12 +74,12 @@ pub(crate) fn forward_on_lcores<H: Hook>(
             let worker = lcores.launch_in(scope, id, move |_| run_lanes(shared, recall, id, share, || ()));
             workers.push(worker.inspect_err(|_| stop.set())?);
         }
-        let idle = own.lanes.is_empty();
+        let only_ticks = own.lanes.is_empty();
         let mut round = 0_u32;
         let lanes = lcores.run_main(|_| {
             run_lanes(shared, recall, main, own, || {
                 round = round.wrapping_add(1);
-                if idle {
+                if only_ticks {
                     // A main lcore without lanes only ticks: it leaves its core to others.
                     thread::sleep(Duration::from_millis(1));
                 } else if !round.is_multiple_of(ROUNDS_PER_TICK) {

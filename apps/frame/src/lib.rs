@@ -1,5 +1,5 @@
-//! The frame of an application on Vireo. An application says what happens to packets, by a [`Hook`]; the frame has the rest.
-//! This is a complete one, without a hook of its own:
+//! The frame of an application on Vireo. An application says what happens to packets, by a [`Hook`]; the frame does everything
+//! else. This application is complete, and forwards packets as they are:
 //!
 //! ```no_run
 #![doc = include_str!("../examples/forwarder.rs")]
@@ -16,11 +16,13 @@
 //! | [`Ports::forward`] | polls on all lcores, restarts ports whose devices misbehave, returns when [`App::stop`] is set |
 //! | [`Ports::finish`] | stops and closes the ports, checks that every buffer came back and every packet is accounted for |
 //!
-//! A hook gets the packets that were received together ([`Packets`]), looks at each ([`PacketMut`]) through the headers that it
-//! knows ([`EthernetHeader`], [`Ipv4Header`], [`IcmpEcho`]), changes it, and keeps it or takes it out. The loop around the hook,
-//! [`forward::forward`], is compiled for its type. The example `ping-responder` is such an application; `net-null` adds a driver.
-//! What an application does in its own order, it does by the parts: `vireo-l2fwd` prints between the steps, `vireo-pktgen` polls
-//! the queues itself ([`Ports::take_queues`]).
+//! A hook gets the packets that were received together ([`Packets`]). It reads headers of each packet ([`PacketMut`],
+//! [`EthernetHeader`], [`Ipv4Header`], [`IcmpEcho`]), changes the packet, and keeps it or takes it out. The loop around the hook,
+//! [`forward::forward`], is compiled for the hook's type. The example `ping-responder` has a hook, the example `net-null` a
+//! driver of its own.
+//!
+//! Each step is a call of its own, so that an application may do more between them: `vireo-l2fwd` prints, and `vireo-pktgen`
+//! polls the queues itself ([`Ports::take_queues`]).
 #![forbid(unsafe_code)]
 
 mod app;

@@ -235,11 +235,11 @@ impl Ports {
             share.node = share.node.or(node);
             share.lanes.push(lane);
         }
-        self.used.iter().for_each(|number| self.ports[*number].begin());
-        let shared = Shared { app, supply: &self.supply, counts: &self.counts };
-        let queues =
-            forward_on_lcores(shared, &mut self.ports, &self.used, shares, announce, || tick(&self.counts))?;
-        self.queues.extend(queues);
+        let Self { ports, used, queues, supply, counts, .. } = self;
+        used.iter().for_each(|number| ports[*number].begin());
+        let shared = Shared { app, supply, counts };
+        let idle = std::mem::replace(queues, supply.idle_queues());
+        *queues = forward_on_lcores(shared, (ports, used, idle), shares, announce, || tick(counts))?;
         Ok(())
     }
 

@@ -147,20 +147,23 @@ struct Counted {
 
 /// Forwards between ports 0 and 1 on a worker, and between 2 and 3 on the main lcore; `act` gets the devices.
 fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted {
-    while_forwarding_with(virtio, SIZES, BUFFERS, act)
+    while_forwarding_with(virtio, SIZES, BUFFERS, &WAYS, act)
 }
+
+/// Lcore, and the ports that it forwards from and to.
+const WAYS: [(u32, usize, usize); 4] = [(1, 0, 1), (1, 1, 0), (0, 2, 3), (0, 3, 2)];
 
 fn while_forwarding_with(
     virtio: bool,
     sizes: QueueSizes,
     buffers: u32,
+    ways: &[(u32, usize, usize)],
     act: impl FnOnce(&[Device]) + Send,
 ) -> Counted {
     let region = Region::new(Pool::bytes(buffers) + (1 << 20), Backing::SmallPages).unwrap();
     let memory = DmaMemory::map(region, &[]).unwrap();
     let (devices, open): (Vec<_>, Vec<_>) = (0..4).map(|number| Device::new(virtio, number, &memory)).unzip();
-    let route = |lcore, from, to| Route { lcore, from, to, pair: 0 };
-    let routes = vec![route(1, 0, 1), route(1, 1, 0), route(0, 2, 3), route(0, 3, 2)];
+    let routes = ways.iter().map(|&(lcore, from, to)| Route { lcore, from, to, pair: 0 }).collect();
     let need = MemoryNeed { buffers, send_only: 0, sizes, pairs: 1 };
     let mut ports = Ports::new(open, routes, PortMemory::from(memory), &need).unwrap();
     ports.start_all(false).unwrap();
@@ -180,8 +183,8 @@ fn while_forwarding_with(
             passes(&devices[0], &devices[1], "before");
             let others: Vec<u64> = devices[1..].iter().map(Device::resets).collect();
             act(&devices);
-            for (from, to) in [(0, 1), (1, 0), (2, 3), (3, 2)] {
-                passes(&devices[from], &devices[to], "after");
+            for (_, from, to) in ways {
+                passes(&devices[*from], &devices[*to], "after");
             }
             assert_eq!(
                 devices[1..].iter().map(Device::resets).collect::<Vec<_>>(),
@@ -196,7 +199,7 @@ fn while_forwarding_with(
     let closed: Vec<_> = (0..4).map(|number| ports.close(number)).collect();
     ports.check_buffers().unwrap();
     let balances = ports.balances();
-    assert_eq!(balances.len(), 4);
+    assert_eq!(balances.len(), ways.len());
     balances.iter().for_each(|balance| Balance::check(balance).unwrap());
     let restarts = [(0, PortState::Restarting), (0, PortState::Running)].repeat(closed[0].restarts as usize);
     assert_eq!(announced.into_inner().unwrap(), restarts);
@@ -306,7 +309,7 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
 fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
     let sizes = QueueSizes { rx: 256, tx: 64 };
     for virtio in [true, false] {
-        let counted = while_forwarding_with(virtio, sizes, 4 * 256 + 240, |devices| {
+        let counted = while_forwarding_with(virtio, sizes, 4 * 256 + 240, &WAYS, |devices| {
             devices[0].vanish(true);
             let (reads, since) = (devices[0].reads(), Instant::now());
             while devices[0].reads() == reads {
@@ -314,6 +317,28 @@ fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
                 std::thread::yield_now();
             }
             devices[0].vanish(false);
+        });
+        assert!(counted.restarts >= 1);
+    }
+}
+
+/// Its other queue is on no lcore.
+#[test]
+fn a_port_that_forwards_one_way_is_restarted() {
+    for virtio in [true, false] {
+        let counted = while_forwarding_with(virtio, SIZES, BUFFERS, &[(1, 0, 1)], |devices| {
+            let before = devices[0].resets();
+            devices[0].vanish(true);
+            let (reads, since) = (devices[0].reads(), Instant::now());
+            while devices[0].reads() == reads {
+                assert!(since.elapsed() < PATIENCE, "nobody looks at the port");
+                std::thread::yield_now();
+            }
+            devices[0].vanish(false);
+            while devices[0].resets() == before {
+                assert!(since.elapsed() < PATIENCE, "no reset");
+                std::thread::yield_now();
+            }
         });
         assert!(counted.restarts >= 1);
     }
