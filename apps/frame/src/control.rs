@@ -25,15 +25,15 @@ const RESTART_PERIOD: Duration = Duration::from_millis(500);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PortState {
-    /// Its device broke a rule or completes nothing: it is stopped and started again.
+    /// The device misbehaves or completes nothing: the port is stopped and started again.
     Restarting,
-    /// It is up again after a restart.
+    /// The port is up again after a restart.
     Running,
-    /// The kernel wanted it back, and has it.
+    /// The kernel asked for the device, and the port is closed.
     Closed,
-    /// Its link came up.
+    /// The link came up.
     LinkUp,
-    /// Its link went down.
+    /// The link went down.
     LinkDown,
 }
 
@@ -133,7 +133,7 @@ impl<H> Supervisor<'_, H> {
         true
     }
 
-    /// Starts port `number`, which is down, and gives back the lanes of which both ends are there.
+    /// Starts port `number`, which is down, and gives the lanes whose two ends work back to their lcores.
     fn bring_up(&mut self, number: usize) {
         let port = &mut self.control.ports[number];
         let Some(open) = &mut port.open else { return };

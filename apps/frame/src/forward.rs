@@ -15,15 +15,15 @@ use crate::hook::{Hook, Packets};
 /// One direction: packets received on `rx` leave on `tx`. Owned by the lcore that polls it.
 #[derive(Debug)]
 pub struct Lane<R, T, H> {
-    /// Where packets come from.
+    /// Queue that packets come from.
     pub rx: R,
     /// Number of the RX queue's pair, counted over all ports.
     pub from: usize,
-    /// Where they go.
+    /// Queue that they go to.
     pub tx: T,
     /// Number of the TX queue's pair.
     pub to: usize,
-    /// What happens to them in between.
+    /// The application's processing in between.
     pub hook: H,
 }
 

@@ -40,7 +40,8 @@ impl<'a> Packets<'a> {
         self.consumed
     }
 
-    /// Copies `first` and then `second` to the front of each packet, in one step for all of them.
+    /// Copies `first` and then `second` to the front of each packet. They are values, so that they stay in registers for the
+    /// whole burst.
     #[inline(always)]
     pub fn write_each<const N: usize, const M: usize>(&mut self, first: [u8; N], second: [u8; M]) {
         self.cache.write_each(self.burst, first, second);
