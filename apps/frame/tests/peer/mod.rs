@@ -50,7 +50,7 @@ impl Example {
     /// Connects to its ports.
     pub(crate) fn connect(&self) -> Peer {
         let since = Instant::now();
-        while (0..self.ports).any(|port| !self.socket(port).exists()) {
+        while !(0..self.ports).all(|port| self.listens(port)) {
             assert!(since.elapsed() < PATIENCE, "the example makes no sockets");
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -58,6 +58,12 @@ impl Example {
             ["--vdev".into(), format!("net_virtio_user{port},path={}", self.socket(port).display())]
         });
         Peer::new(devices.flatten().collect())
+    }
+
+    /// Whether it listens on a port's socket, as `00010000` in the kernel's list says: the file is there a moment earlier.
+    fn listens(&self, port: usize) -> bool {
+        let (sockets, path) = (std::fs::read_to_string("/proc/net/unix").unwrap(), self.socket(port));
+        sockets.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(&*path.to_string_lossy()))
     }
 
     fn socket(&self, port: usize) -> PathBuf {
