@@ -9,6 +9,7 @@ pub mod e1000;
 mod endurance;
 pub mod fakedev;
 pub mod foreign;
+mod intel;
 pub mod memory;
 pub mod port;
 pub mod ports;

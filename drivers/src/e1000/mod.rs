@@ -9,7 +9,6 @@
 //! and a link that is up stays up. Every wait ends after a second. What is done for QEMU's models alone says so.
 
 mod chip;
-mod counter;
 mod phy;
 pub mod regs;
 mod reset;
@@ -20,7 +19,6 @@ mod tx;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{CAP_ID_EXPRESS, DeviceId, Function, capabilities};
 use vireo_eal::dma::{DmaMemory, DmaRing, PoolCache};
@@ -28,11 +26,11 @@ use vireo_eal::mmio::Bar;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use self::chip::{Chip, IDS};
-use self::counter::Counter;
 use self::regs::*;
 pub use self::rx::RxQueue;
 pub use self::tx::TxQueue;
 use crate::driver::{Args, PciDriver};
+use crate::intel::{self, Drops, Hardware, OpaqueFunction, watermarks};
 use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
 
 /// Fewest descriptors of a ring: two batches that TX reclaims.
@@ -44,17 +42,8 @@ const DESCRIPTOR: usize = 16;
 /// Link control, in the PCI Express capability, and its bits for ASPM's L0s and L1 (PCI Express 4.0, 7.5.3.7).
 const LINK_CONTROL: u16 = 0x10;
 const LINK_CONTROL_ASPM: u16 = 3;
-/// Longest wait for the device.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Counters of frames that the device dropped. RNBC is none of them: its frames wait in the FIFO and may still
-/// be received (SDM 13.7); nor is RUC, which QEMU counts for frames that it pads and delivers.
-const DROPS: [(&str, u64); 4] = [
-    ("rx_missed_errors", MPC),
-    ("rx_crc_errors", CRCERRS),
-    ("rx_align_errors", ALGNERRC),
-    ("rx_long_length_errors", ROC),
-];
+/// Bytes of a step of FCRTL and FCRTH.
+const WATERMARK_STEP: u32 = 8;
 
 /// A port of one of these chips.
 #[derive(Debug)]
@@ -72,7 +61,7 @@ pub struct Device {
     linked: AtomicBool,
     mac: MacAddr,
     promiscuous: bool,
-    drops: [Counter; DROPS.len()],
+    drops: Drops,
     fault: Fault,
     /// What the device may write to: kept from `start` to a reset that the device confirmed.
     running: Option<Arc<DmaMemory>>,
@@ -88,15 +77,6 @@ struct Rings {
     memory: Arc<DmaMemory>,
     rx: DmaRing<u64, 2>,
     tx: DmaRing<u64, 2>,
-}
-
-/// Shows a function by its address.
-struct OpaqueFunction(Box<dyn Function>);
-
-impl std::fmt::Debug for OpaqueFunction {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0.address())
-    }
 }
 
 impl Device {
@@ -124,7 +104,7 @@ impl Device {
             linked: AtomicBool::new(false),
             mac: MacAddr([0; 6]),
             promiscuous: false,
-            drops: Default::default(),
+            drops: Drops::default(),
             fault: Fault::default(),
             running: None,
             parked: None,
@@ -136,7 +116,7 @@ impl Device {
         if chip.is_82574() {
             device.disable_aspm()?;
         }
-        device.mac = device.station_address()?;
+        device.mac = device.hardware().station_address()?;
         Ok(device)
     }
 
@@ -155,43 +135,12 @@ impl Device {
         Ok(if pcix || self.chip.is_82574() { u64::MAX } else { u32::MAX.into() })
     }
 
-    /// An error about this device.
+    fn hardware(&self) -> Hardware<'_> {
+        Hardware { bar: &self.bar, address: self.function.0.address() }
+    }
+
     fn error(&self, kind: ErrorKind, what: &str, why: &str) -> Error {
-        Error::new(kind, format!("cannot {what} {}", self.function.0.address()), why)
-    }
-
-    /// Polls until `done`, a second at most. A device that is gone reads all ones, which is an error at once.
-    fn wait(&self, what: &str, register: u64, done: impl Fn(u32) -> bool) -> Result<u32> {
-        let start = Instant::now();
-        loop {
-            let value = self.bar.read32(register);
-            if value == u32::MAX {
-                return Err(self
-                    .error(ErrorKind::Unavailable, what, "its registers read all ones")
-                    .with_hint("see whether it is still there: lspci"));
-            }
-            if done(value) {
-                return Ok(value);
-            }
-            if start.elapsed() > PATIENCE {
-                let why = format!("register {register:#x} stays {value:#x} for a second");
-                return Err(self.error(ErrorKind::Protocol, what, &why));
-            }
-            self.bar.pause(Duration::from_micros(20));
-        }
-    }
-
-    /// What the chip loaded from its EEPROM, a moment after the reset.
-    fn station_address(&self) -> Result<MacAddr> {
-        let what = "read the station address of";
-        let high = self.wait(what, RAH0, |high| high & RAH_AV != 0)?.to_le_bytes();
-        let low = self.bar.read32(RAL0).to_le_bytes();
-        let mac = [low[0], low[1], low[2], low[3], high[0], high[1]];
-        if mac[0] & 1 != 0 || mac == [0; 6] {
-            let why = format!("{} is no address of a station", MacAddr(mac));
-            return Err(self.error(ErrorKind::Protocol, what, &why));
-        }
-        Ok(MacAddr(mac))
+        self.hardware().error(kind, what, why)
     }
 
     /// Rings of these sizes: those of the last run if they fit.
@@ -231,7 +180,7 @@ impl Device {
             self.set_up_82574();
         }
         bar.write32(CTRL, bar.read32(CTRL) & !cleared | CTRL_SLU);
-        self.prepare_flow_control();
+        self.hardware().prepare_flow_control(watermarks(bar.read32(PBA) & PBA_RXA, WATERMARK_STEP));
     }
 
     /// What is the 82574's alone.
@@ -241,8 +190,7 @@ impl Device {
         bar.write32(RFCTL, 0);
         bar.write32(MRQC, 0);
         // Bits that the manual reserves and the errata want, each with its source in `regs`.
-        let change =
-            |register, set: u32, clear: u32| bar.write32(register, bar.read32(register) & !clear | set);
+        let change = |register, set, clear| self.hardware().change(register, set, clear);
         change(TXDCTL, TXDCTL_COUNT_DESC, 0);
         change(TARC0, TARC0_82574_SET, TARC0_82574_CLEAR);
         change(CTRL_EXT, CTRL_EXT_82574_SET, CTRL_EXT_82574_CLEAR);
@@ -321,9 +269,7 @@ impl Nic for Device {
                 return Err(error);
             }
         };
-        for ((_, register), counter) in DROPS.iter().zip(&mut self.drops) {
-            counter.begin(|| self.bar.read32(*register));
-        }
+        self.drops.begin(&self.bar);
         let mut rx = RxQueue::new(rings.rx, buffers, tails.0, cache);
         self.fault.take();
         let tx = TxQueue::new(rings.tx, tails.1, self.pads, self.fault.clone());
@@ -393,16 +339,15 @@ impl Nic for Device {
     /// Sets flow control, too, if the link has just come up.
     fn link(&self) -> Link {
         let status = self.bar.read32(STATUS);
-        let up = status != u32::MAX && status & STATUS_LU != 0;
-        if self.running.is_some() && self.linked.swap(up, Ordering::Relaxed) != up && up {
-            self.follow_link(status);
+        let link = intel::link(status);
+        if self.running.is_some() && self.linked.swap(link.up, Ordering::Relaxed) != link.up && link.up {
+            self.hardware().follow_link(self.negotiated(status));
         }
-        let speed = [10, 100, 1000, 1000][(status >> STATUS_SPEED_SHIFT & 3) as usize];
-        Link { up, speed: up.then_some(speed), full_duplex: up && status & STATUS_FD != 0, autoneg: true }
+        link
     }
 
     fn check(&mut self) -> Result<()> {
-        self.wait("reach", STATUS, |_| true)?;
+        self.hardware().wait("reach", STATUS, |_| true)?;
         let link = self.link();
         match self.fault.take() {
             // Without a link the chip keeps what it has to send.
@@ -424,11 +369,7 @@ impl Nic for Device {
     }
 
     fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
-        DROPS
-            .iter()
-            .zip(&mut self.drops)
-            .map(|((name, register), counter)| (*name, counter.read(|| self.bar.read32(*register))))
-            .collect()
+        self.drops.read(&self.bar)
     }
 
     fn leftover(&self) -> Leftover {

@@ -40,14 +40,14 @@ impl Device {
     pub(super) fn quiesce(&self) -> Result<()> {
         let (function, bar) = (&self.function.0, &self.bar);
         function.set_command(false)?;
-        self.wait("reset", STATUS, |_| true)?;
+        self.hardware().wait("reset", STATUS, |_| true)?;
         bar.write32(IMC, u32::MAX);
         bar.write32(RCTL, 0);
         bar.write32(TCTL, 0);
         if self.chip.is_82574() {
             // Requests that are under way when CTRL.RST comes can hang PCI Express (DS 10.2.2, CTRL).
             bar.write32(CTRL, bar.read32(CTRL) | CTRL_GIO_MASTER_DISABLE);
-            if let Err(error) = self.wait("pause", STATUS, |status| status & STATUS_GIO_MASTER_ENABLE == 0) {
+            if let Err(error) = self.hardware().wait("pause", STATUS, |status| status & STATUS_GIO_MASTER_ENABLE == 0) {
                 tracing::warn!("{error}");
             }
         }
@@ -55,7 +55,7 @@ impl Device {
         let mdio = self.own_mdio();
         self.write_reset()?;
         bar.pause(REST);
-        let reset = self.wait("reset", CTRL, |ctrl| ctrl & CTRL_RST == 0).and_then(|_| self.reload());
+        let reset = self.hardware().wait("reset", CTRL, |ctrl| ctrl & CTRL_RST == 0).and_then(|_| self.reload());
         if let Err(error) = reset {
             // The function's own reset takes 100 ms, so it is for a chip that does not answer.
             if !function.reset()? {
@@ -113,7 +113,7 @@ impl Device {
             Chip::I82540 | Chip::I82545 | Chip::I82545Gm => bar.pause(RELOAD),
             Chip::I82574 => {
                 // DS 10.2.2, EECD.
-                self.wait("load the registers of", EECD, |eecd| eecd & EECD_AUTO_RD != 0)?;
+                self.hardware().wait("load the registers of", EECD, |eecd| eecd & EECD_AUTO_RD != 0)?;
                 bar.pause(PHY_SETUP);
             }
         }

@@ -1,4 +1,4 @@
-//! Statistics registers. A read clears them (SDM 13.7), but not all of QEMU's 8254x, which count on for ever, over resets too.
+//! Statistics registers. A read clears them (SDM 13.7), but not all of QEMU's, of which the 8254x count on over resets too.
 
 /// What a statistics register counted since a start.
 #[derive(Debug, Default)]

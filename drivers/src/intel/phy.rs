@@ -1,0 +1,114 @@
+//! The PHY, and the flow control that it and its partner agreed on.
+
+use vireo_eal::Result;
+
+use super::Hardware;
+use super::regs::*;
+
+/// Bytes that the FIFO has room for above the high watermark: a frame of 1522 bytes, in steps of 8.
+const HEADROOM: u32 = 1528;
+/// Time that the partner pauses, in units of 512 bit times; XON ends it before (Linux, `E1000_FC_PAUSE_TIME`).
+const PAUSE_TIME: u32 = 0x0680;
+
+/// FCRTL and FCRTH (SDM 13.4, DS 10.2.2, 82576 8.5) for a receive FIFO of `kib`, which the chip compares in steps of `step`
+/// bytes: XOFF is sent at nine tenths of it, and while there is room for one more frame. Zeroes send none.
+pub(crate) fn watermarks(kib: u32, step: u32) -> [u32; 2] {
+    let bytes = kib.saturating_mul(1024);
+    let high = (bytes / 10 * 9).min(bytes.saturating_sub(HEADROOM)).min(0xFFFF) & !(step - 1);
+    match high.checked_sub(step) {
+        Some(low) if low > 0 => [low | FCRTL_XONE, high],
+        _ => [0, 0],
+    }
+}
+
+/// Whether PAUSE frames are obeyed and sent, by what both ends advertise (IEEE 802.3, table 28B-3).
+fn resolve(own: u16, partner: u16) -> (bool, bool) {
+    let bits = |ability: u16| (ability & PHY_PAUSE != 0, ability & PHY_ASM_DIR != 0);
+    match (bits(own), bits(partner)) {
+        ((true, _), (true, _)) => (true, true),
+        ((true, true), (false, true)) => (true, false),
+        ((false, true), (true, true)) => (false, true),
+        _ => (false, false),
+    }
+}
+
+impl Hardware<'_> {
+    /// Does `operation` with PHY register `register`; returns what was read, or none where the PHY refused.
+    pub(crate) fn mdic(self, operation: u32, register: u32) -> Result<Option<u16>> {
+        self.bar.write32(MDIC, operation | register << MDIC_REG_SHIFT | MDIC_PHY);
+        let mdic = self.wait("reach the PHY of", MDIC, |mdic| mdic & (MDIC_READY | MDIC_ERROR) != 0)?;
+        Ok((mdic & MDIC_ERROR == 0).then_some(mdic as u16))
+    }
+
+    /// Whether PAUSE frames are obeyed and sent, as the ends of the link agreed; neither where they did not negotiate. The
+    /// caller owns the PHY.
+    pub(crate) fn agreed_flow_control(self) -> Result<(bool, bool)> {
+        let mut values = [0; 3];
+        for (value, register) in values.iter_mut().zip([PHY_STATUS, PHY_ADVERTISED, PHY_PARTNER]) {
+            *value = self.mdic(MDIC_OP_READ, register)?.unwrap_or(0);
+        }
+        let [status, own, partner] = values;
+        Ok(if status & PHY_STATUS_AUTONEG_COMPLETE != 0 { resolve(own, partner) } else { (false, false) })
+    }
+
+    /// Writes what makes the chip know PAUSE frames, so that they are never received as others are, and when to
+    /// send some (SDM 13.4, DS 10.2.2, 82576 8.5). Whether it obeys and sends them is CTRL's, once there is a link.
+    pub(crate) fn prepare_flow_control(self, [low, high]: [u32; 2]) {
+        let bar = self.bar;
+        bar.write32(FCAL, FLOW_CONTROL_ADDRESS_LOW);
+        bar.write32(FCAH, FLOW_CONTROL_ADDRESS_HIGH);
+        bar.write32(FCT, FLOW_CONTROL_TYPE);
+        bar.write32(FCTTV, PAUSE_TIME);
+        bar.write32(FCRTL, low);
+        bar.write32(FCRTH, high);
+    }
+
+    /// Sets CTRL.RFCE and TFCE for a link that has come up, as its ends `agreed`.
+    pub(crate) fn follow_link(self, agreed: Result<(bool, bool)>) {
+        let (obeys, sends) = agreed.unwrap_or_else(|error| {
+            tracing::warn!("{error}; it runs without flow control");
+            (false, false)
+        });
+        let flags = if obeys { CTRL_RFCE } else { 0 } | if sends { CTRL_TFCE } else { 0 };
+        let old = self.bar.read32(CTRL);
+        // All ones: the device is gone.
+        if old != u32::MAX {
+            self.bar.write32(CTRL, old & !(CTRL_RFCE | CTRL_TFCE) | flags);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pause_is_resolved_as_the_standard_has_it() {
+        let (none, pause, both, asm) = (0, PHY_PAUSE, PHY_PAUSE | PHY_ASM_DIR, PHY_ASM_DIR);
+        for (own, partner, wanted) in [
+            (none, both, (false, false)),
+            (asm, pause, (false, false)),
+            (asm, both, (false, true)),
+            (pause, asm, (false, false)),
+            (pause, pause, (true, true)),
+            (both, pause, (true, true)),
+            (both, none, (false, false)),
+            (both, asm, (true, false)),
+        ] {
+            assert_eq!(resolve(own, partner), wanted, "{own:#x} {partner:#x}");
+        }
+    }
+
+    #[test]
+    fn watermarks_leave_room_for_a_frame() {
+        assert_eq!(watermarks(20, 8), [0x47F8 | FCRTL_XONE, 0x4800]);
+        assert_eq!(watermarks(48, 8), [0xACC0 | FCRTL_XONE, 0xACC8]);
+        assert_eq!(watermarks(64, 16), [0xE650 | FCRTL_XONE, 0xE660]);
+        assert_eq!([watermarks(0, 8), watermarks(1, 8)], [[0, 0]; 2]);
+        for (kib, step) in (2..256).flat_map(|kib| [(kib, 8), (kib, 16)]) {
+            let [low, high] = watermarks(kib, step);
+            assert!(high + 1522 <= kib * 1024 && low & !FCRTL_XONE < high, "{kib}");
+            assert!(high % step == 0 && high <= 0xFFFF, "{kib}");
+        }
+    }
+}
