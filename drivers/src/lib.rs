@@ -1,4 +1,4 @@
-//! NIC drivers of Vireo: [`virtio`], [`e1000`] and [`vhost`], each a control plane ([`port::Nic`]) and two
+//! NIC drivers of Vireo: [`virtio`], [`e1000`], [`igb`] and [`vhost`], each a control plane ([`port::Nic`]) and two
 //! queues that move to lcores ([`port::RxBurst`], [`port::TxBurst`]). [`table`] is the list of them; [`ports`] takes an
 //! application from its EAL arguments to started ports; [`fakedev`] plays the devices in tests.
 #![forbid(unsafe_code)]
@@ -9,6 +9,7 @@ pub mod e1000;
 mod endurance;
 pub mod fakedev;
 pub mod foreign;
+pub mod igb;
 mod intel;
 pub mod memory;
 pub mod port;

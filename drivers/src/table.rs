@@ -13,7 +13,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::driver::{Args, PciDriver, Vdev};
 use crate::foreign::ForeignNic;
 use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst};
-use crate::{e1000, foreign, vhost, virtio};
+use crate::{e1000, foreign, igb, vhost, virtio};
 
 macro_rules! drivers {
     ($($variant:ident: $driver:ident, pci: [$($pci:ident)?], vdev: [$($vdev:ident)?];)*) => {
@@ -123,6 +123,7 @@ macro_rules! drivers {
 drivers! {
     Virtio: virtio, pci: [Device], vdev: [UserOptions];
     E1000: e1000, pci: [Device], vdev: [];
+    Igb: igb, pci: [Device], vdev: [];
     Vhost: vhost, pci: [], vdev: [Options];
     // Of other crates: see `Drivers`.
     Foreign: foreign, pci: [], vdev: [];
@@ -293,6 +294,7 @@ mod tests {
 
     use super::*;
     use crate::fakedev::e1000::{FakeE1000, ID_82574L};
+    use crate::fakedev::igb::ID_82576;
     use crate::fakedev::virtio::{Behaviour, VirtioNet};
 
     fn args(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -303,7 +305,8 @@ mod tests {
     fn each_id_has_one_driver_and_each_key_of_a_device_one_meaning() {
         assert_eq!(driver_of(DeviceId { vendor: 0x1af4, device: 0x1000 }), Some("virtio-net"));
         assert_eq!(driver_of(ID_82574L), Some("e1000"));
-        assert_eq!(driver_of(DeviceId { vendor: 0x8086, device: 0x10c9 }), None);
+        assert_eq!(driver_of(ID_82576), Some("igb"));
+        assert_eq!(driver_of(DeviceId { vendor: 0x8086, device: 0x10ca }), None);
         let mut ids: Vec<DeviceId> = PCI.iter().flat_map(|driver| driver.ids).map(|(id, _)| *id).collect();
         let all = ids.len();
         ids.sort_by_key(|id| (id.vendor, id.device));

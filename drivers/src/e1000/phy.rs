@@ -29,7 +29,11 @@ impl Device {
             self.bar.pause(MDIO_RETRY);
         }
         self.disown_mdio();
-        Err(self.hardware().error(ErrorKind::Protocol, "reach the PHY of", "the firmware does not give it away"))
+        Err(self.hardware().error(
+            ErrorKind::Protocol,
+            "reach the PHY of",
+            "the firmware does not give it away",
+        ))
     }
 
     /// Gives the PHY back to the firmware.
@@ -48,9 +52,9 @@ impl Device {
         self.own_mdio()?;
         let hardware = self.hardware();
         let woken = hardware.mdic(MDIC_OP_READ, PHY_CONTROL).and_then(|control| match control {
-            Some(control) if control & PHY_CONTROL_POWER_DOWN != 0 => {
-                hardware.mdic(MDIC_OP_WRITE | u32::from(control & !PHY_CONTROL_POWER_DOWN), PHY_CONTROL).map(drop)
-            }
+            Some(control) if control & PHY_CONTROL_POWER_DOWN != 0 => hardware
+                .mdic(MDIC_OP_WRITE | u32::from(control & !PHY_CONTROL_POWER_DOWN), PHY_CONTROL)
+                .map(drop),
             _ => Ok(()),
         });
         self.disown_mdio();

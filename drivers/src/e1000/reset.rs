@@ -47,7 +47,9 @@ impl Device {
         if self.chip.is_82574() {
             // Requests that are under way when CTRL.RST comes can hang PCI Express (DS 10.2.2, CTRL).
             bar.write32(CTRL, bar.read32(CTRL) | CTRL_GIO_MASTER_DISABLE);
-            if let Err(error) = self.hardware().wait("pause", STATUS, |status| status & STATUS_GIO_MASTER_ENABLE == 0) {
+            if let Err(error) =
+                self.hardware().wait("pause", STATUS, |status| status & STATUS_GIO_MASTER_ENABLE == 0)
+            {
                 tracing::warn!("{error}");
             }
         }
@@ -55,7 +57,8 @@ impl Device {
         let mdio = self.own_mdio();
         self.write_reset()?;
         bar.pause(REST);
-        let reset = self.hardware().wait("reset", CTRL, |ctrl| ctrl & CTRL_RST == 0).and_then(|_| self.reload());
+        let reset =
+            self.hardware().wait("reset", CTRL, |ctrl| ctrl & CTRL_RST == 0).and_then(|_| self.reload());
         if let Err(error) = reset {
             // The function's own reset takes 100 ms, so it is for a chip that does not answer.
             if !function.reset()? {

@@ -2,6 +2,7 @@
 //! tests and for counting the drivers' instructions. They keep no rule that a real device could break.
 
 pub mod e1000;
+pub mod igb;
 pub mod virtio;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,0 +1,96 @@
+//! What the chips do and QEMU's model does not: a rest behind the reset, reloads from the NVM, firmware that shares the PHY.
+//! Time passes only where the driver waits ([`Registers::elapse`](vireo_eal::mmio::Registers::elapse)), so that a wait that is
+//! too short fails on every machine.
+
+use std::time::Duration;
+
+use super::registers::*;
+
+/// From CTRL.RST to the first access that the chip survives (DS 4.2.1.6.1).
+const REST: Duration = Duration::from_millis(1);
+/// From CTRL.RST to EEC.AUTO_RD.
+const RELOAD: Duration = Duration::from_millis(4);
+/// Reads of STATUS until the last request on PCI Express is done.
+const DRAIN: u8 = 2;
+/// Tries for SWESMBI that firmware refuses first, and looks at SW_FW_SYNC in which it uses the PHY.
+const REFUSALS: u8 = 2;
+
+/// State of a chip beside its registers.
+#[derive(Debug)]
+pub(super) struct Silicon {
+    /// Time since the reset, while it matters.
+    reset: Option<Duration>,
+    /// Nothing answers any more.
+    pub(super) hung: bool,
+    draining: u8,
+    refusals: [u8; 2],
+}
+
+impl Silicon {
+    pub(super) fn new() -> Self {
+        Self { reset: None, hung: false, draining: DRAIN, refusals: [REFUSALS; 2] }
+    }
+
+    /// Begins a reset.
+    pub(super) fn reset(&mut self) {
+        self.hung |= self.draining > 0;
+        *self = Self { reset: Some(Duration::ZERO), hung: self.hung, ..Self::new() };
+    }
+
+    pub(super) fn elapse(&mut self, time: Duration) {
+        self.reset = self.reset.map(|since| since + time).filter(|since| *since < RELOAD);
+    }
+
+    /// What a read of `offset` gives where it is not what the register holds; `value` is that.
+    pub(super) fn read(&mut self, offset: u64, value: u32, bus_master: bool, ctrl: u32) -> Option<u32> {
+        self.hung |= self.reset.is_some_and(|since| since < REST);
+        if self.hung {
+            return Some(u32::MAX);
+        }
+        match offset {
+            EEC if self.reset.is_none() => Some(value | EEC_AUTO_RD),
+            RAL0 | RAH0 | MDIC if self.reset.is_some() => Some(0x5EAD_BEEF),
+            STATUS => {
+                if ctrl & CTRL_GIO_MASTER_DISABLE != 0 {
+                    self.draining = self.draining.saturating_sub(1);
+                } else {
+                    self.draining = if bus_master { DRAIN } else { 0 };
+                }
+                let draining = if self.draining > 0 { STATUS_GIO_MASTER_ENABLE } else { 0 };
+                Some(value & !STATUS_GIO_MASTER_ENABLE | draining)
+            }
+            SW_FW_SYNC if self.refusals[1] > 0 => {
+                self.refusals[1] -= 1;
+                Some(value | SYNC_FW_PHY1)
+            }
+            _ => None,
+        }
+    }
+
+    /// What the register at `offset` takes of `value`; nothing while it is loaded.
+    pub(super) fn write(&mut self, offset: u64, value: u32) -> Option<u32> {
+        self.hung |= self.reset.is_some_and(|since| since < REST);
+        if self.hung || self.reset.is_some() {
+            return None;
+        }
+        match offset {
+            SWSM if value & SWSM_SWESMBI != 0 && self.refusals[0] > 0 => {
+                self.refusals[0] -= 1;
+                Some(value & !SWSM_SWESMBI)
+            }
+            _ => Some(value),
+        }
+    }
+
+    /// Whether the PHY answers: software has to own it.
+    pub(super) fn phy_answers(&self, sync: u32) -> bool {
+        sync & SYNC_SW_PHY1 != 0
+    }
+
+    /// Pads a short frame, from 17 bytes on.
+    pub(super) fn pad(&self, frame: &mut Vec<u8>) {
+        if (17..60).contains(&frame.len()) {
+            frame.resize(60, 0);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! Registers and descriptor bits of the 82576 and the I350, named as their manuals name them. Those that the older chips
+//! have too are in `intel::regs`.
+//!
+//! DS is Intel's *82576EB Gigabit Ethernet Controller Datasheet* (320961), by chapters; Linux's names are those of
+//! drivers/net/ethernet/intel/igb.
+
+use crate::intel::registers;
+pub use crate::intel::regs::*;
+
+// RW is read and write. Rings are those of queue 0.
+registers! {
+    PHPM       0x00E14 RW "PHY power management"                "Linux, `E1000_82580_PHY_POWER_MGMT`"
+    EIMC       0x01528 RW "Extended interrupt mask clear"       "DS 8.8"
+    RXPBS      0x02404 RW "RX packet buffer size"               "DS 8.3"
+    VT_CTL     0x0581C RW "Virtualization control"              "DS 8.14"
+    SWSM       0x05B50 RW "Software semaphore"                  "DS 8.7"
+    SW_FW_SYNC 0x05B5C RW "Who uses what, firmware or software" "DS 8.7"
+    RDBAL      0x0C000 RW "RX descriptor base address low"      "DS 8.10"
+    RDBAH      0x0C004 RW "RX descriptor base address high"     "DS 8.10"
+    RDLEN      0x0C008 RW "RX descriptor ring length in bytes"  "DS 8.10"
+    SRRCTL     0x0C00C RW "Split and replication RX control"    "DS 8.10"
+    RDH        0x0C010 RW "RX descriptor head"                  "DS 8.10"
+    RDT        0x0C018 RW "RX descriptor tail"                  "DS 8.10"
+    RXDCTL     0x0C028 RW "RX descriptor control"               "DS 8.10"
+    TDBAL      0x0E000 RW "TX descriptor base address low"      "DS 8.12"
+    TDBAH      0x0E004 RW "TX descriptor base address high"     "DS 8.12"
+    TDLEN      0x0E008 RW "TX descriptor ring length in bytes"  "DS 8.12"
+    TDH        0x0E010 RW "TX descriptor head"                  "DS 8.12"
+    TDT        0x0E018 RW "TX descriptor tail"                  "DS 8.12"
+    TXDCTL     0x0E028 RW "TX descriptor control"               "DS 8.12"
+}
+
+/// Which port of the chip this function is: 0 to 3. It names the port's semaphore in [`SW_FW_SYNC`].
+pub const STATUS_LAN_ID_SHIFT: u32 = 2;
+/// Mask of the port.
+pub const STATUS_LAN_ID: u32 = 3;
+
+/// A driver is loaded: management firmware leaves the link to it. A reset clears it.
+pub const CTRL_EXT_DRV_LOAD: u32 = 1 << 28;
+
+/// The link is cut for the PHY's power management; I350 only.
+pub const PHPM_GO_LINKD: u32 = 1 << 5;
+
+/// One of the drivers uses the semaphore. A read takes it: who reads 0 has it.
+pub const SWSM_SMBI: u32 = 1 << 0;
+/// Software has the semaphore, and firmware has not.
+pub const SWSM_SWESMBI: u32 = 1 << 1;
+
+/// Software uses the PHY of port 0, 1, 2 or 3.
+pub const SW_FW_SYNC_PHY: [u32; 4] = [1 << 1, 1 << 2, 1 << 5, 1 << 6];
+/// From the bit of a resource that software uses, to that for firmware.
+pub const SW_FW_SYNC_FIRMWARE_SHIFT: u32 = 16;
+
+/// Sends a request that got no completion once more.
+pub const GCR_COMPLETION_RESEND: u32 = 1 << 16;
+/// Longest wait for a completion; 0: 500 µs to 1 ms.
+pub const GCR_COMPLETION_TIMEOUT: u32 = 0xF << 12;
+/// 10 ms to 200 ms.
+pub const GCR_COMPLETION_TIMEOUT_10MS: u32 = 1 << 12;
+/// The timeout is in the PCI Express capability's Device Control 2, not here.
+pub const GCR_CAP_VER2: u32 = 1 << 18;
+
+/// Receive FIFO of the 82576 in KiB.
+pub const RXPBS_SIZE: u32 = 0x7F;
+
+/// Size of a packet buffer in KiB.
+pub const SRRCTL_BSIZEPACKET_2K: u32 = 2;
+/// Advanced descriptors with one buffer. Bit 31, Drop_En, is 0: frames that find no descriptor wait in the FIFO.
+pub const SRRCTL_DESCTYPE_ADVANCED: u32 = 1 << 25;
+
+/// Enables a queue; reads 0 until the receiver or transmitter is enabled, too. In RXDCTL and TXDCTL.
+pub const QUEUE_ENABLE: u32 = 1 << 25;
+/// Descriptors are fetched when the chip has fewer than 8, and the ring 1 or more; a write-back does not wait for others. In
+/// RXDCTL and TXDCTL (Linux, `IGB_RX_PTHRESH` and others; there write-backs wait, for the sake of interrupts).
+pub const QUEUE_THRESHOLDS: u32 = 8 | 1 << 8;
+
+/// Second word of an advanced receive descriptor that was written back (DS 7.1.5): status and errors in bits 31:0, length in
+/// 47:32, VLAN tag in 63:48. Descriptor done.
+pub const RXD_DD: u64 = 1 << 0;
+/// End of packet.
+pub const RXD_EOP: u64 = 1 << 1;
+/// Errors of the frame itself (Linux, `E1000_RXDEXT_ERR_FRAME_ERR_MASK`). Wrong IP and TCP checksums are the receiver's
+/// matter.
+pub const RXD_ERRORS: u64 = 0x97 << 24;
+/// First bit of the length.
+pub const RXD_LEN_SHIFT: u32 = 32;
+
+/// Second word of an advanced transmit data descriptor (DS 7.2.2): length in bits 15:0, type in 23:20, command in 31:24, status
+/// in 35:32, length of the packet in 63:46. Type: data.
+pub const TXD_DTYP_DATA: u64 = 3 << 20;
+/// End of packet.
+pub const TXD_EOP: u64 = 1 << 24;
+/// Insert frame check sequence.
+pub const TXD_IFCS: u64 = 1 << 25;
+/// Report status.
+pub const TXD_RS: u64 = 1 << 27;
+/// The descriptor is an advanced one.
+pub const TXD_DEXT: u64 = 1 << 29;
+/// Descriptor done; written where RS asked for it.
+pub const TXD_DD: u64 = 1 << 32;
+/// First bit of the length of the packet.
+pub const TXD_PAYLEN_SHIFT: u32 = 46;
