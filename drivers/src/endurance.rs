@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use crate::fakedev::e1000::{FakeE1000, ID_82540EM};
+use crate::fakedev::igb::{FakeIgb, ID_82576};
 use crate::fakedev::virtio::{Behaviour, VirtioNet};
 use crate::port::{Leftover, MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
 use crate::table::{Port, RxQueue, TxQueue};
-use crate::{e1000, virtio};
+use crate::{e1000, igb, virtio};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{Burst, DmaMemory, Pool, PoolCache};
 use vireo_eal::mem::{Backing, Region};
@@ -15,25 +16,45 @@ const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
 const BUFFERS: u32 = 256;
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0, 0, 3]);
 
-/// A device of either kind, as the wire sees it.
+#[derive(Clone, Copy)]
+enum Kind {
+    Virtio,
+    E1000,
+    Igb,
+}
+
+const KINDS: [Kind; 3] = [Kind::Virtio, Kind::E1000, Kind::Igb];
+
+/// A device of any kind, as the wire sees it.
 enum Device {
     Virtio(VirtioNet),
     E1000(FakeE1000),
+    Igb(FakeIgb),
 }
 
 impl Device {
     /// The device, and its port that is not started.
-    fn new(virtio: bool, memory: &Arc<DmaMemory>) -> (Self, Port) {
+    fn new(kind: Kind, memory: &Arc<DmaMemory>) -> (Self, Port) {
         let address = Bdf::new(0, 0, 3, 0).unwrap();
-        if virtio {
-            let device = VirtioNet::at(address, Behaviour::default());
-            device.attach(memory.device_view().unwrap());
-            let port = virtio::Device::probe(device.function()).unwrap();
-            return (Self::Virtio(device), Port::Virtio(port));
+        let view = memory.device_view().unwrap();
+        match kind {
+            Kind::Virtio => {
+                let device = VirtioNet::at(address, Behaviour::default());
+                device.attach(view);
+                let port = virtio::Device::probe(device.function()).unwrap();
+                (Self::Virtio(device), Port::Virtio(port))
+            }
+            Kind::E1000 => {
+                let (function, device) = FakeE1000::new(address, ID_82540EM, MAC);
+                device.attach(view);
+                (Self::E1000(device), Port::E1000(e1000::Device::probe(function).unwrap()))
+            }
+            Kind::Igb => {
+                let (function, device) = FakeIgb::new(address, ID_82576, MAC);
+                device.attach(view);
+                (Self::Igb(device), Port::Igb(igb::Device::probe(function).unwrap()))
+            }
         }
-        let (function, device) = FakeE1000::new(address, ID_82540EM, MAC);
-        device.attach(memory.device_view().unwrap());
-        (Self::E1000(device), Port::E1000(e1000::Device::probe(function).unwrap()))
     }
 
     fn receive(&self, number: usize) -> bool {
@@ -41,6 +62,7 @@ impl Device {
         match self {
             Self::Virtio(device) => device.receive(&frame),
             Self::E1000(device) => device.receive(&frame),
+            Self::Igb(device) => device.receive(&frame),
         }
     }
 
@@ -49,6 +71,7 @@ impl Device {
         match self {
             Self::Virtio(device) => device.transmitted().len(),
             Self::E1000(device) => device.transmitted().len(),
+            Self::Igb(device) => device.transmitted().len(),
         }
     }
 }
@@ -76,9 +99,9 @@ fn open_descriptors() -> usize {
 
 #[test]
 fn queues_may_be_stopped_and_started_ten_thousand_times() {
-    for virtio in [true, false] {
+    for kind in KINDS {
         let (memory, pool) = memory();
-        let (device, mut port) = Device::new(virtio, &memory);
+        let (device, mut port) = Device::new(kind, &memory);
         let mut cache = pool.cache();
         let mut sum = Leftover::default();
         for round in 0..10_000 {
@@ -101,10 +124,10 @@ fn queues_may_be_stopped_and_started_ten_thousand_times() {
 
 #[test]
 fn ports_may_be_closed_and_opened_a_thousand_times() {
-    for virtio in [true, false] {
+    for kind in KINDS {
         let once = || {
             let (memory, pool) = memory();
-            let (device, mut port) = Device::new(virtio, &memory);
+            let (device, mut port) = Device::new(kind, &memory);
             let mut cache = pool.cache();
             let mut queues = port.start(&memory, &mut cache, SIZES).unwrap();
             echo(&device, &mut queues, &mut cache, 5);
@@ -122,9 +145,9 @@ fn ports_may_be_closed_and_opened_a_thousand_times() {
 
 #[test]
 fn a_port_without_buffers_receives_again_when_one_comes_back() {
-    for virtio in [true, false] {
+    for kind in KINDS {
         let (memory, pool) = memory();
-        let (device, mut port) = Device::new(virtio, &memory);
+        let (device, mut port) = Device::new(kind, &memory);
         let mut cache = pool.cache();
         let (mut rx, tx) = port.start(&memory, &mut cache, SIZES).unwrap();
         let mut held: Vec<_> = std::iter::from_fn(|| cache.allocate()).collect();

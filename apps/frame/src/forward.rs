@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vireo_drivers::port::{RxBurst, TxBurst};
 use vireo_drivers::table::{RxQueue, TxQueue};
-use vireo_drivers::{e1000, vhost, virtio};
+use vireo_drivers::{e1000, igb, vhost, virtio};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
@@ -189,6 +189,7 @@ pub fn forward_any<H: Hook>(
     of!(Virtio(virtio::RxQueue), E1000(e1000::TxQueue));
     of!(E1000(e1000::RxQueue), Virtio(virtio::TxQueue));
     of!(E1000(e1000::RxQueue), E1000(e1000::TxQueue));
+    of!(Igb(igb::RxQueue), Igb(igb::TxQueue));
     of!(Vhost(vhost::RxQueue), Vhost(vhost::TxQueue));
     let mut lanes = lanes;
     measured(&mut lanes, cache, counts, busy_ticks, stop, tick);

@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use serde_json::json;
 use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM, ID_82574L};
+use vireo_drivers::fakedev::igb::{FakeIgb, ID_82576};
 use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet, feature};
 use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
-use vireo_drivers::{e1000, virtio};
+use vireo_drivers::{e1000, igb, virtio};
 use vireo_eal::Result;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{Burst, DmaMemory, Pool};
@@ -140,6 +141,14 @@ fn main() -> Result<()> {
                     (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
                 whole_case(("e1000", path, addresses), &mut port, &memory, burst, &receive, &transmit)?;
             }
+        }
+        for burst in bursts() {
+            let memory = memory(physical)?;
+            let (function, device) = FakeIgb::new(ADDRESS, ID_82576, MAC);
+            device.attach(memory.device_view()?);
+            let mut port = igb::Device::probe(function)?;
+            let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
+            whole_case(("igb", "82576", addresses), &mut port, &memory, burst, &receive, &transmit)?;
         }
         let paths = [
             (true, false, "split mergeable"),

@@ -1,5 +1,7 @@
 //! What a device may say of frames that are none.
 
+use std::time::Duration;
+
 use super::*;
 
 const DONE: u64 = RXD_DD | RXD_EOP;
@@ -97,6 +99,32 @@ fn a_descriptor_that_is_completed_out_of_its_turn_waits_for_it() {
         }
         rig.stop();
     });
+}
+
+#[test]
+fn a_port_that_sends_nothing_for_a_second_is_restarted() {
+    let mut rig = Rig::standard();
+    rig.device.set_faults(Faults { never_done: true, ..Faults::default() });
+    let mut sent = 0;
+    let mut check = |rig: &mut Rig| {
+        sent += rig.send(&frames(0..32));
+        std::thread::sleep(Duration::from_millis(50));
+        rig.port.check()
+    };
+    // Without a link the chip may keep what it has; the reason is gone with it.
+    rig.device.plug(false, 0);
+    assert!((0..40).all(|_| check(&mut rig).is_ok()));
+    rig.device.plug(true, 0);
+    let error = (0..200).find_map(|_| check(&mut rig).err()).unwrap();
+    assert!(error.to_string().contains("nothing was sent for a second"), "{error}");
+    assert_eq!(sent, 63);
+    rig.device.set_faults(Faults::default());
+    rig.restart();
+    assert_eq!(rig.port.leftover().tx_unfinished, 63);
+    rig.port.check().unwrap();
+    assert_eq!(rig.send(&frames(0..32)), 32);
+    assert_eq!(rig.device.transmitted(), frames(0..32));
+    rig.stop();
 }
 
 #[test]
