@@ -4,7 +4,7 @@
 
 mod arguments;
 mod capabilities;
-mod e1000;
+mod intel;
 mod port;
 mod vhost;
 mod virtio;
@@ -13,7 +13,7 @@ use arbitrary::{Arbitrary, Unstructured};
 
 pub use arguments::{device_arguments, eal_arguments};
 pub use capabilities::virtio_capabilities;
-pub use e1000::e1000_rings;
+pub use intel::{e1000_rings, igb_rings};
 pub use vhost::{vhost_messages, vhost_rings};
 pub use virtio::virtio_rings;
 
@@ -30,6 +30,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("device_arguments", device_arguments),
     ("e1000_rings", e1000_rings),
     ("eal_arguments", eal_arguments),
+    ("igb_rings", igb_rings),
     ("vfio_info", vfio_info),
     ("vhost_messages", vhost_messages),
     ("vhost_rings", vhost_rings),
