@@ -5,8 +5,6 @@
 ACCEL=
 KVM_PROBE_SECONDS=15
 
-qemu_version() { qemu-system-x86_64 --version | awk 'NR == 1 {print $4}'; }
-
 accel_choose() {
     local image=$1
     case $OPT_ACCEL in

@@ -109,3 +109,44 @@ refresh_lists() {
         fail "apt-get update failed (log: $CACHE/apt.log)" "${SUDO[*]:+${SUDO[*]} }apt-get update"
     progress_end
 }
+
+release_codename() {
+    # shellcheck disable=SC1091
+    (. /etc/os-release && echo "${VERSION_CODENAME:-}")
+}
+
+# What is newer than the machine's release comes through an apt of our own: the machine's sources, lists and pins are
+# neither read nor written, only its keyring and the mirror that it already uses.
+DEBIAN_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
+
+# The mirror is what the machine's own sources name for its release itself (the security archive has no other suites).
+debian_mirror() {
+    local codename mirror
+    codename=$(release_codename)
+    [[ -n $codename ]] || fail "no Debian release named in /etc/os-release, so the mirror is unknown" "--kernel PATH"
+    # shellcheck disable=SC2016  # the parentheses are apt's
+    mirror=$(LC_ALL=C apt-get indextargets --format '$(SITE) $(RELEASE) $(CODENAME)' 'Created-By: Packages' |
+        awk -v suite="$codename" '$2 == suite || $3 == suite {mirror = $1} END {print mirror}')
+    [[ -n $mirror ]] || fail "no Debian mirror in this machine's apt sources" "apt-get update, or --kernel PATH"
+    echo "$mirror"
+}
+
+# apt_private DIR TOOL ARGUMENT...
+apt_private() {
+    local dir=$1 tool=$2
+    shift 2
+    "$tool" -o Dir::Etc::sourcelist="$dir/sources.list" -o Dir::Etc::sourceparts=/dev/null \
+        -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null \
+        -o Dir::State="$dir/state" -o Dir::State::status=/dev/null -o Dir::Cache="$dir/cache" \
+        -o APT::Architecture=amd64 -o APT::Sandbox::User=root -o Debug::NoLocking=1 "$@"
+}
+
+# apt_private_lists DIR MIRROR SUITE LOG: begins anew in DIR, and reads the lists of SUITE.
+apt_private_lists() {
+    local dir=$1 mirror=$2 suite=$3 log=$4
+    [[ -r $DEBIAN_KEYRING ]] || need_packages debian-archive-keyring
+    rm -rf "$dir"
+    mkdir -p "$dir/state/lists/partial" "$dir/cache/archives/partial"
+    echo "deb [signed-by=$DEBIAN_KEYRING] $mirror $suite main" >"$dir/sources.list"
+    apt_private "$dir" apt-get update >"$log" 2>&1
+}

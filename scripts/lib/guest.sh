@@ -39,6 +39,7 @@ guest_prepare() {
     topology_build
     guest_estimate "${1:-}"
     need_packages "${packages[@]}"
+    emulator_choose
     programs_build
     guest_use_kernel "$OPT_KERNEL"
 }
@@ -81,7 +82,7 @@ guest_attach_pipe() {
     readers=("$!")
     cat "$run/stderr" >&2 &
     readers+=("$!")
-    timeout --kill-after=5 "$2" qemu-system-x86_64 "${QEMU_ARGS[@]}" </dev/null >"$run/qemu" 2>&1 &
+    timeout --kill-after=5 "$2" "${QEMU[@]}" "${QEMU_ARGS[@]}" </dev/null >"$run/qemu" 2>&1 &
     GUEST_QEMU=$!
     wait "$GUEST_QEMU" 2>/dev/null || status=$?
     GUEST_QEMU=
@@ -94,7 +95,7 @@ guest_attach_pipe() {
 guest_attach_terminal() {
     local modes status=0
     modes=$(stty -g)
-    timeout --foreground --kill-after=5 "$2" qemu-system-x86_64 "${QEMU_ARGS[@]}" 2>"$1/qemu" || status=$?
+    timeout --foreground --kill-after=5 "$2" "${QEMU[@]}" "${QEMU_ARGS[@]}" 2>"$1/qemu" || status=$?
     # A killed QEMU leaves the terminal raw.
     stty "$modes"
     return "$status"

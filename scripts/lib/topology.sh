@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# The guest's NICs. Each sits alone on pcie.0, and so alone in its IOMMU group; fixed slots make the addresses known:
+# The guest's NICs. Each sits alone in its slot, and so alone in its IOMMU group; fixed slots make the addresses known:
 #
-#   virtio-net 00:04.0-00:07.0    e1000 00:08.0-00:0b.0    e1000e 00:0c.0-00:0f.0
+#   virtio-net 00:04.0-00:07.0    e1000 00:08.0-00:0b.0    e1000e 00:0c.0-00:0f.0    igb 01:00.0-04:00.0
 #   in the order gen_tx, fwd_rx, fwd_tx, gen_rx; one wire joins the first two, another the last two
 #
-# The last byte of a MAC address (52:54:00:00:00:XX) is the slot.
+# An igb is behind a root port, 00:10.0 to 00:13.0, because its virtual functions have addresses that the root bus has no room
+# for. The last byte of a MAC address (52:54:00:00:00:XX) is the slot, of an igb that of its root port.
 
 NIC_ARGS=()
 
@@ -13,13 +14,14 @@ nic_first_slot() {
         virtio-net) echo 4 ;;
         e1000) echo 8 ;;
         e1000e) echo 12 ;;
-        *) fail "unknown NIC kind '$1' in --nics" "--nics virtio-net,e1000,e1000e" ;;
+        igb) echo 16 ;;
+        *) fail "unknown NIC kind '$1' in --nics" "--nics virtio-net,e1000,e1000e,igb" ;;
     esac
 }
 
 # nic_add KIND SLOT NETDEV: an empty romfile saves the seconds of an option ROM's boot.
 nic_add() {
-    local kind=$1 slot netdev=$3 device
+    local kind=$1 slot netdev=$3 device place
     slot=$(printf '%02x' "$2")
     case $kind in
         virtio-net)
@@ -29,7 +31,12 @@ nic_add() {
             ;;
         *) device=$kind ;;
     esac
-    NIC_ARGS+=(-netdev "$netdev,id=n$slot" -device "$device,netdev=n$slot,addr=0x$slot,mac=52:54:00:00:00:$slot,romfile=")
+    place="addr=0x$slot"
+    if [[ $kind == igb ]]; then
+        NIC_ARGS+=(-device "pcie-root-port,id=port$slot,slot=$2,addr=0x$slot")
+        place="bus=port$slot"
+    fi
+    NIC_ARGS+=(-netdev "$netdev,id=n$slot" -device "$device,netdev=n$slot,$place,mac=52:54:00:00:00:$slot,romfile=")
 }
 
 topology_build() {

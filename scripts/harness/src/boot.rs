@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::agent::{Answer, PORT, Request};
-use crate::case::Report;
+use crate::case::{Report, skip, skipped_by};
 use crate::guest::Boot;
 use crate::host::stacks;
 use crate::qmp::Qmp;
@@ -65,6 +65,9 @@ pub(crate) enum Lost {
 
 impl Session {
     /// Boots the guest.
+    ///
+    /// # Errors
+    /// That of [`skip`] where this machine has not what the boot needs, and says so.
     pub(crate) fn start(lab: &Lab, kernel: &str, boot: Boot) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vireo-boot.").tempdir()?;
         let mut command = Command::new(lab.repo.join("scripts/lab"));
@@ -80,6 +83,9 @@ impl Session {
             Err(error) => {
                 let said = tail(&dir.path().join("lab.log"), 20);
                 end(&mut child);
+                if let Some(reason) = skipped_by(&said) {
+                    return skip(reason);
+                }
                 Err(error.context(format!("boot '{}' failed\n{said}", boot.name())))
             }
         }

@@ -106,9 +106,9 @@ pub(crate) fn run_once(
     let result = catch_unwind(AssertUnwindSafe(|| body(&context)));
     let outcome = match result {
         Ok(Ok(())) => Outcome::Passed,
-        Ok(Err(error)) => match error.downcast_ref::<Skip>() {
-            Some(Skip(reason)) => Outcome::Skipped(reason.clone()),
-            None => Outcome::Failed(format!("{error:#}\n{}", output_of(dir.path()))),
+        Ok(Err(error)) => match Outcome::of(&error) {
+            Outcome::Failed(why) => Outcome::Failed(format!("{why}\n{}", output_of(dir.path()))),
+            skipped => skipped,
         },
         Err(_) => Outcome::Failed(format!("the case panicked\n{}", output_of(dir.path()))),
     };
@@ -198,6 +198,16 @@ pub(crate) enum Outcome {
     Skipped(String),
 }
 
+impl Outcome {
+    /// That of a case that ended with `error`: failed, unless it is the one of [`skip`].
+    pub(crate) fn of(error: &anyhow::Error) -> Self {
+        match error.downcast_ref::<Skip>() {
+            Some(Skip(reason)) => Self::Skipped(reason.clone()),
+            None => Self::Failed(format!("{error:#}")),
+        }
+    }
+}
+
 /// How a case ended, and what it noted.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Report {
@@ -214,6 +224,14 @@ impl Report {
     pub(crate) fn failed(why: String) -> Self {
         Self { outcome: Outcome::Failed(why), ..Self::default() }
     }
+}
+
+/// What a script prints, before the reason, when it cannot do here what a case needs.
+const SKIPPED: &str = "SKIPPED: ";
+
+/// The reason for which a script skips, if it said one.
+pub(crate) fn skipped_by(output: &str) -> Option<&str> {
+    output.lines().find_map(|line| line.split_once(SKIPPED).map(|(_, reason)| reason))
 }
 
 /// The error that skips a case.

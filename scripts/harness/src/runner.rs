@@ -238,7 +238,8 @@ fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String
             Ok(session) => session,
             Err(error) => {
                 for (name, _) in cases {
-                    tap.report(&Report { name, ..Report::failed(format!("{error:#}")) }, Duration::ZERO);
+                    let outcome = Outcome::of(&error);
+                    tap.report(&Report { name, outcome, ..Report::default() }, Duration::ZERO);
                 }
                 return;
             }

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use super::Boot;
 use super::doctor::usable;
-use super::machine::{NICS, Nic, Role, hidden, need_mode};
+use super::machine::{Nic, Role, hidden, need_mode};
 use super::traffic::{forwarder, forwards, ports, stream};
 use crate::case::{Cases, Context};
 use crate::l2fwd::Start;
@@ -13,7 +13,7 @@ use crate::pktgen::Stream;
 /// Each kind of NIC in each mode, and from each kind to another.
 pub(super) fn each_nic_in_each_mode(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     for &mode in modes {
-        for nic in NICS {
+        for &nic in boot.nics() {
             let case = cases.add(format!("{}, {mode}", nic.name()), move |context| {
                 in_mode(context, boot, mode, nic, nic)
             });
@@ -22,14 +22,18 @@ pub(super) fn each_nic_in_each_mode(cases: &mut Cases, boot: Boot, modes: &[&'st
                 case.on_both_kernels();
             }
         }
-        for (rx, tx) in
-            [(Nic::VirtioNet, Nic::E1000), (Nic::VirtioNet, Nic::E1000e), (Nic::E1000, Nic::E1000e)]
-        {
+        let pairs = [(Nic::VirtioNet, Nic::E1000), (Nic::VirtioNet, Nic::E1000e), (Nic::E1000, Nic::E1000e)];
+        for (rx, tx) in pairs.into_iter().filter(|pair| are_in(boot, *pair)) {
             cases.add(format!("{} to {}, {mode}", rx.name(), tx.name()), move |context| {
                 in_mode(context, boot, mode, rx, tx)
             });
         }
     }
+}
+
+/// Whether a boot has both kinds.
+fn are_in(boot: Boot, (rx, tx): (Nic, Nic)) -> bool {
+    boot.nics().contains(&rx) && boot.nics().contains(&tx)
 }
 
 /// Between two NICs in a mode; the doctor says beforehand that it works.
@@ -45,8 +49,8 @@ pub(super) fn in_mode(context: &Context, boot: Boot, mode: &str, rx: Nic, tx: Ni
 
 /// Each port in a mode of its own, in one process.
 pub(super) fn mixed_modes(cases: &mut Cases, boot: Boot, first: &'static str, second: &'static str) {
-    let pairs = NICS.map(|nic| (nic, nic)).into_iter().chain([(Nic::VirtioNet, Nic::E1000e)]);
-    for (rx, tx) in pairs {
+    let pairs = boot.nics().iter().map(|nic| (*nic, *nic)).chain([(Nic::VirtioNet, Nic::E1000e)]);
+    for (rx, tx) in pairs.filter(|pair| are_in(boot, *pair)) {
         let name = match rx == tx {
             true => format!("{}, port 0 {first} and port 1 {second}", rx.name()),
             false => format!("{} {first} and {} {second}", rx.name(), tx.name()),
@@ -70,7 +74,7 @@ pub(super) fn mixed_modes(cases: &mut Cases, boot: Boot, first: &'static str, se
 
 /// What else changes the way of a packet: name, NICs, their devargs, EAL and l2fwd arguments.
 #[rustfmt::skip]
-const VARIANTS: [(&str, Nic, Nic, &str, &str, &str, &str); 11] = [
+const VARIANTS: [(&str, Nic, Nic, &str, &str, &str, &str); 13] = [
     ("virtio-net without mergeable buffers", Nic::VirtioNet, Nic::VirtioNet, ",mrg_rxbuf=0", ",mrg_rxbuf=0", "-l 1", "-q 2"),
     ("virtio-net, mergeable to not mergeable", Nic::VirtioNet, Nic::VirtioNet, ",mrg_rxbuf=1", ",mrg_rxbuf=0", "-l 1", "-q 2"),
     ("--in-memory", Nic::E1000e, Nic::E1000e, "", "", "-l 1 --in-memory", "-q 2"),
@@ -79,13 +83,16 @@ const VARIANTS: [(&str, Nic, Nic, &str, &str, &str, &str); 11] = [
     ("two lcores, virtio-net", Nic::VirtioNet, Nic::VirtioNet, "", "", "-l 0-1", "-q 1"),
     ("two lcores, e1000", Nic::E1000, Nic::E1000, "", "", "-l 0-1", "-q 1"),
     ("two lcores, e1000e", Nic::E1000e, Nic::E1000e, "", "", "-l 0-1", "-q 1"),
+    ("two lcores, igb", Nic::Igb, Nic::Igb, "", "", "-l 0-1", "-q 1"),
     ("promiscuous, virtio-net", Nic::VirtioNet, Nic::VirtioNet, "", "", "-l 1", "-q 2 -P"),
     ("promiscuous, e1000e", Nic::E1000e, Nic::E1000e, "", "", "-l 1", "-q 2 -P"),
+    ("promiscuous, igb", Nic::Igb, Nic::Igb, "", "", "-l 1", "-q 2 -P"),
     ("ports paired by --portmap", Nic::VirtioNet, Nic::E1000e, "", "", "-l 1", "-q 2 --portmap (1,0)"),
 ];
 
 pub(super) fn variants(cases: &mut Cases, boot: Boot, mode: &'static str) {
-    for (name, rx, tx, rx_devargs, tx_devargs, eal, app) in VARIANTS {
+    let in_boot = VARIANTS.into_iter().filter(|(_, rx, tx, ..)| are_in(boot, (*rx, *tx)));
+    for (name, rx, tx, rx_devargs, tx_devargs, eal, app) in in_boot {
         cases
             .add(format!("{name}, {mode}"), move |context| {
                 let start = Start::new(format!(
@@ -133,7 +140,7 @@ pub(super) fn chosen_modes(cases: &mut Cases, boot: Boot) {
 /// Frames to somebody else's address pass only with `-P`.
 pub(super) fn address_filter(cases: &mut Cases, boot: Boot, mode: &'static str) {
     const FRAMES: u64 = 100;
-    for nic in NICS {
+    for &nic in boot.nics() {
         for (name, flag, expected) in
             [("ignores frames to others", "", 0), ("takes them with -P", "-P", FRAMES)]
         {

@@ -21,9 +21,14 @@ pub(crate) enum Nic {
     E1000,
     /// An 82574L.
     E1000e,
+    /// An 82576, behind a root port of its own. In boots of their own, because it needs a newer QEMU.
+    Igb,
 }
 
-/// All of them.
+/// Device number of the first root port.
+const FIRST_ROOT_PORT: u8 = 16;
+
+/// Those that are in one boot.
 pub(crate) const NICS: [Nic; 3] = [Nic::VirtioNet, Nic::E1000, Nic::E1000e];
 
 /// Use of a NIC: the generator sends on one and receives on another; the forwarder has the two in between.
@@ -41,21 +46,28 @@ impl Nic {
             Self::VirtioNet => "virtio-net",
             Self::E1000 => "e1000",
             Self::E1000e => "e1000e",
+            Self::Igb => "igb",
         }
     }
 
-    /// Its device number, which is the last byte of its MAC address.
+    /// Its device number, or that of its root port, which is the last byte of its MAC address.
     pub(crate) fn slot(self, role: Role) -> u8 {
         let first = match self {
             Self::VirtioNet => 4,
             Self::E1000 => 8,
             Self::E1000e => 12,
+            Self::Igb => FIRST_ROOT_PORT,
         };
         first + role as u8
     }
 
     pub(crate) fn bdf(self, role: Role) -> String {
-        format!("0000:00:{:02x}.0", self.slot(role))
+        let slot = self.slot(role);
+        match self {
+            // The buses of root ports have numbers from 1 on.
+            Self::Igb => format!("0000:{:02x}:00.0", slot - FIRST_ROOT_PORT + 1),
+            _ => format!("0000:00:{slot:02x}.0"),
+        }
     }
 
     pub(crate) fn mac(self, role: Role) -> String {

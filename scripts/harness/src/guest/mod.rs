@@ -23,7 +23,7 @@ mod traffic;
 
 use std::str::FromStr;
 
-use self::machine::{Nic, Role, set};
+use self::machine::{NICS, Nic, Role, set};
 use self::opens::Node;
 use crate::case::{Cases, Tier};
 
@@ -44,11 +44,24 @@ pub(crate) enum Boot {
     SharedGroup,
     /// Two NUMA nodes, with half of the memory and a cpu each.
     Numa,
+    /// igb behind root ports, which takes a newer QEMU than Debian 12 has.
+    Igb,
+    /// As `Igb`, without an IOMMU.
+    IgbNoiommu,
 }
 
 /// All of them, in the order in which they run.
-pub(crate) const BOOTS: [Boot; 7] =
-    [Boot::Iommu, Boot::Noiommu, Boot::Narrow, Boot::Bypass, Boot::UnsafeMsi, Boot::SharedGroup, Boot::Numa];
+pub(crate) const BOOTS: [Boot; 9] = [
+    Boot::Iommu,
+    Boot::Noiommu,
+    Boot::Narrow,
+    Boot::Bypass,
+    Boot::UnsafeMsi,
+    Boot::SharedGroup,
+    Boot::Numa,
+    Boot::Igb,
+    Boot::IgbNoiommu,
+];
 
 impl Boot {
     /// Its name.
@@ -61,6 +74,8 @@ impl Boot {
             Self::UnsafeMsi => "unsafe-msi",
             Self::SharedGroup => "shared-group",
             Self::Numa => "numa",
+            Self::Igb => "igb",
+            Self::IgbNoiommu => "igb-noiommu",
         }
     }
 
@@ -117,13 +132,23 @@ impl Boot {
                 "--qemu-arg",
                 "node,memdev=m1,cpus=1",
             ],
+            Self::Igb => &["--nics", "igb"],
+            Self::IgbNoiommu => &["--nics", "igb", "--no-iommu"],
+        }
+    }
+
+    /// Kinds of NIC for the cases that run on each.
+    fn nics(self) -> &'static [Nic] {
+        match self {
+            Self::Igb | Self::IgbNoiommu => &[Nic::Igb],
+            _ => &NICS,
         }
     }
 
     /// A mode that works in it, for the programs that a case is not about.
     fn generator_mode(self) -> &'static str {
         match self {
-            Self::Noiommu => "noiommu",
+            Self::Noiommu | Self::IgbNoiommu => "noiommu",
             _ => "auto",
         }
     }
@@ -139,6 +164,8 @@ impl Boot {
             Self::UnsafeMsi => unsafe_msi(&mut cases),
             Self::SharedGroup => group::cases(&mut cases, self),
             Self::Numa => numa::cases(&mut cases),
+            Self::Igb => igb(&mut cases, self, &MAPPED),
+            Self::IgbNoiommu => igb(&mut cases, self, &PHYSICAL),
         }
         cases
     }
@@ -180,7 +207,7 @@ fn iommu(cases: &mut Cases) {
         opens::by_other_names(cases, mode);
         opens::hands_over(cases, mode);
         opens::leaves(cases, mode);
-        interrupts::of_each_nic(cases, mode);
+        interrupts::of_each_nic(cases, boot, mode);
         let first = cases.0.len();
         signals::end_in_order(cases, boot, mode);
         signals::survive_kills(cases, boot, mode);
@@ -241,7 +268,7 @@ fn noiommu(cases: &mut Cases) {
     for mode in PHYSICAL {
         opens::by_other_names(cases, mode);
         opens::leaves(cases, mode);
-        interrupts::of_each_nic(cases, mode);
+        interrupts::of_each_nic(cases, boot, mode);
         signals::survive_kills(cases, boot, mode);
         isolation::without_iommu(cases, mode);
     }
@@ -271,12 +298,33 @@ fn noiommu(cases: &mut Cases) {
     limits::output_fails(cases, boot);
     refuse::in_use(cases, boot, "noiommu", "noiommu");
     inject::cases(cases, "noiommu");
-    // On the default kernel these are skipped.
+    noiommu_cdev_where_it_is(cases);
+}
+
+/// Runs cases of `noiommu-cdev` on both kernels: on the default one they are skipped.
+fn noiommu_cdev_where_it_is(cases: &mut Cases) {
     for case in &mut cases.0 {
         if case.name.contains("noiommu-cdev") && case.tier == Tier::Default {
             case.on_both_kernels();
         }
     }
+}
+
+/// The driver and its NIC. What is the same for each driver, the other boots show.
+fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
+    let [first, second, ..] = *modes else { return };
+    forward::each_nic_in_each_mode(cases, boot, modes);
+    forward::mixed_modes(cases, boot, first, second);
+    forward::variants(cases, boot, first);
+    forward::address_filter(cases, boot, first);
+    for &mode in modes {
+        interrupts::of_each_nic(cases, boot, mode);
+        signals::survive_kill(cases, boot, mode);
+    }
+    if boot == Boot::Igb {
+        recover::cases(cases, boot, "cdev");
+    }
+    noiommu_cdev_where_it_is(cases);
 }
 
 fn narrow(cases: &mut Cases) {

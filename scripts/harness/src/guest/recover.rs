@@ -7,13 +7,13 @@ use nix::sys::signal::Signal;
 use scopeguard::guard;
 
 use super::Boot;
-use super::machine::{NICS, Nic, Role, bound_again, device, monitor};
+use super::machine::{Nic, Role, bound_again, device, monitor};
 use super::traffic::{carries, under_steady_traffic, under_traffic};
 use crate::case::{Cases, Context, write};
 use crate::process::run;
 
 pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
-    for nic in NICS {
+    for &nic in boot.nics() {
         cases
             .add(format!("{} that may do no DMA is restarted, {mode}", nic.name()), move |context| {
                 let (mut l2fwd, pktgen) = under_steady_traffic(context, mode, boot.generator_mode(), nic)?;

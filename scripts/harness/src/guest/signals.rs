@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::Boot;
-use super::machine::{NICS, Nic, Role, hugepages, need_mode};
+use super::machine::{Nic, Role, hugepages, need_mode};
 use super::traffic::{forwards_after_kill, ports, start_steady_stream, under_traffic};
 use crate::case::{Cases, Context};
 use crate::l2fwd::Start;
@@ -54,8 +54,9 @@ pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
     });
 }
 
-pub(super) fn survive_kills(cases: &mut Cases, boot: Boot, mode: &'static str) {
-    for nic in NICS {
+/// Of each kind of NIC.
+pub(super) fn survive_kill(cases: &mut Cases, boot: Boot, mode: &'static str) {
+    for &nic in boot.nics() {
         let case = cases
             .add(format!("SIGKILL under traffic, then {} works, {mode}", nic.name()), move |context| {
                 need_mode(mode)?;
@@ -69,6 +70,10 @@ pub(super) fn survive_kills(cases: &mut Cases, boot: Boot, mode: &'static str) {
             case.on_both_kernels();
         }
     }
+}
+
+pub(super) fn survive_kills(cases: &mut Cases, boot: Boot, mode: &'static str) {
+    survive_kill(cases, boot, mode);
     cases.add(format!("SIGKILL at each step of the start, {mode}"), move |context| {
         need_mode(mode)?;
         let start = Start::new(format!(

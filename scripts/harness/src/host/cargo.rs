@@ -9,15 +9,13 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use super::Environment;
-use crate::case::{Case, Cases, Context, skip};
+use crate::case::{Case, Cases, Context, skip, skipped_by};
 use crate::process::run_for;
 
 /// Seconds that a build with its tests may take.
 const BUILD: u64 = 3600;
 /// Architecture whose barriers and page sizes are not x86's.
 const AARCH64: &str = "aarch64-unknown-linux-gnu";
-/// What a script prints when it cannot run here, with the reason.
-const SKIPPED: &str = "SKIPPED: ";
 
 /// A case that is a command in the checkout.
 struct Line<'a> {
@@ -51,11 +49,10 @@ pub(super) fn need(programs: &[&str]) -> Result<()> {
     }
 }
 
-/// Runs a command to its end: it skips the case by [`SKIPPED`], and fails it by its exit code.
+/// Runs a command to its end: it skips the case by [what it prints](skipped_by), and fails it by its exit code.
 fn finish(context: &Context, command: &mut Command) -> Result<()> {
     let ended = run_for(context, "command", command, Duration::from_secs(BUILD))?;
-    let mut lines = ended.stdout.lines().chain(ended.stderr.lines());
-    if let Some(reason) = lines.find_map(|line| line.split_once(SKIPPED).map(|(_, reason)| reason)) {
+    if let Some(reason) = [&ended.stdout, &ended.stderr].into_iter().find_map(|text| skipped_by(text)) {
         return skip(reason);
     }
     ended.expect(0).map(drop)
