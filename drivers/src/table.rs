@@ -11,23 +11,22 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::driver::{Args, PciDriver, Vdev};
-use crate::foreign::ForeignNic;
+use crate::foreign::{self, ForeignNic};
 use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst};
-use crate::{e1000, foreign, igb, vhost, virtio};
 
 macro_rules! drivers {
     ($($variant:ident: $driver:ident, pci: [$($pci:ident)?], vdev: [$($vdev:ident)?];)*) => {
         /// RX queue of any driver, for lcores that poll ports of several.
         #[derive(Debug)]
-        pub enum RxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::RxQueue)),* }
+        pub enum RxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant(crate::$driver::RxQueue)),* }
 
         /// TX queue of any driver.
         #[derive(Debug)]
-        pub enum TxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::TxQueue)),* }
+        pub enum TxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant(crate::$driver::TxQueue)),* }
 
         /// Port of any driver.
         #[derive(Debug)]
-        pub enum Port { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant($driver::Device)),* }
+        pub enum Port { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant(crate::$driver::Device)),* }
 
         impl RxBurst for RxQueue {
             #[inline(always)]
@@ -106,16 +105,16 @@ macro_rules! drivers {
             }
         }
 
-        $(impl From<$driver::Device> for Port {
-            fn from(device: $driver::Device) -> Self {
+        $(impl From<crate::$driver::Device> for Port {
+            fn from(device: crate::$driver::Device) -> Self {
                 Self::$variant(device)
             }
         })*
 
         /// Drivers of PCI functions.
-        static PCI: &[PciEntry] = &[$($(PciEntry::of::<$driver::$pci>(),)?)*];
+        static PCI: &[PciEntry] = &[$($(PciEntry::of::<crate::$driver::$pci>(),)?)*];
         /// Drivers of virtual devices.
-        static VDEVS: &[VdevEntry] = &[$($(VdevEntry::of::<$driver::$vdev>(),)?)*];
+        static VDEVS: &[VdevEntry] = &[$($(VdevEntry::of::<crate::$driver::$vdev>(),)?)*];
     };
 }
 

@@ -3,8 +3,8 @@
 use vireo_bus_pci::DeviceId;
 
 /// Chips that differ in what the driver does. Copper only: chips with fiber or SerDes have no PHY behind MDIC. The I210 and
-/// I211 are left out: without flash they need their PLL started anew by power states that VFIO keeps to the kernel (Linux,
-/// `igb_pll_workaround_i210`), and their semaphore is another.
+/// I211 are not among them: without flash they need a workaround for their PLL (Linux, `igb_pll_workaround_i210`), and their
+/// semaphore differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Chip {
     I82576,

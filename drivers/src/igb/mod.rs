@@ -110,7 +110,8 @@ impl Device {
             idle: None,
         };
         device.quiesce()?;
-        device.free_phy();
+        // A killed process may have left it taken; no other process may use this port.
+        device.disown_phy();
         device.mac = device.hardware().station_address()?;
         Ok(device)
     }
@@ -167,8 +168,8 @@ impl Device {
         Ok(())
     }
 
-    /// Waits for completions as long as PCI Express asks for, instead of a millisecond, and sends no request twice: one that
-    /// an IOMMU refuses would be sent for ever (Linux, `igb_set_pcie_completion_timeout`).
+    /// Sets the completion timeout that PCI Express recommends, instead of the chip's millisecond, and disables resending, which
+    /// repeats a request that the IOMMU refuses without end (Linux, `igb_set_pcie_completion_timeout`).
     fn lengthen_completion_timeout(&self) -> Result<()> {
         let gcr = self.bar.read32(GCR);
         let mut wanted = gcr & !GCR_COMPLETION_RESEND;
@@ -194,7 +195,7 @@ impl Device {
         RCTL_EN | RCTL_BAM | RCTL_DPF | RCTL_SECRC | all
     }
 
-    /// Lets the rings go, and waits until the chip says that they do.
+    /// Enables receiver and transmitter, and waits until the chip confirms that its queues are enabled.
     fn enable(&self) -> Result<()> {
         self.function.0.set_command(true)?;
         self.hardware().change(TCTL, TCTL_EN | TCTL_PSP, 0);

@@ -8,7 +8,7 @@ use super::Device;
 use super::chip::Chip;
 use super::regs::*;
 
-/// Between two tries for the semaphore, and their number (Linux, `igb_get_hw_semaphore`, tries for longer).
+/// Between two tries for the semaphore, and their number. Linux (`igb_get_hw_semaphore`) tries for longer.
 const SEMAPHORE_RETRY: Duration = Duration::from_micros(50);
 const SEMAPHORE_RETRIES: u32 = 2000;
 /// Between two looks at whether others are done with the PHY, and their number (Linux, `igb_acquire_swfw_sync_82575`).
@@ -16,7 +16,7 @@ const PHY_RETRY: Duration = Duration::from_millis(5);
 const PHY_RETRIES: u32 = 200;
 
 impl Device {
-    /// Polls SWSM until `done`, as long as others may have it.
+    /// Polls SWSM until `done`; false if it is not after a tenth of a second.
     fn poll_semaphore(&self, done: impl Fn(u32) -> bool) -> bool {
         (0..SEMAPHORE_RETRIES).any(|_| {
             done(self.bar.read32(SWSM)) || {
@@ -39,8 +39,8 @@ impl Device {
         taken
     }
 
-    /// Gives the semaphore up. A process that was killed may have left it taken, so that it is also given up for others after
-    /// a tenth of a second, which is a thousand times as long as anybody needs it (as DPDK's `igb_reset_swfw_lock` does).
+    /// Releases the semaphore. [`Device::lock`] also does where it fails, after a tenth of a second: a killed process may have
+    /// left the semaphore taken, and no owner needs it for so long (DPDK's igb, `igb_reset_swfw_lock`).
     fn unlock(&self) {
         self.hardware().change(SWSM, 0, SWSM_SMBI | SWSM_SWESMBI);
     }
@@ -75,19 +75,12 @@ impl Device {
         Err(self.error(ErrorKind::Protocol, "reach the PHY of", "the firmware does not give it away"))
     }
 
-    /// Gives the PHY back. Where the semaphore is not free for that either, the next who waits takes it.
-    fn disown_phy(&self) {
+    /// Gives the PHY back to firmware and the other ports, also where the semaphore cannot be taken.
+    pub(super) fn disown_phy(&self) {
         let bit = self.phy_bit();
         let _ = self.lock();
         self.hardware().change(SW_FW_SYNC, 0, bit);
         self.unlock();
-    }
-
-    /// Gives back what a process that was killed had of this port's PHY; nobody else may use this port.
-    pub(super) fn free_phy(&self) {
-        if self.bar.read32(SW_FW_SYNC) & self.phy_bit() != 0 {
-            self.disown_phy();
-        }
     }
 
     /// Wakes a PHY that the kernel's driver put to sleep, and has it negotiate where it has not; a link that is up stays up.
@@ -106,7 +99,8 @@ impl Device {
         woken
     }
 
-    /// Begins a negotiation, unless it is complete: STATUS is late then. QEMU's PHY does not begin by itself after a reset.
+    /// Restarts the negotiation unless it is complete, in which case STATUS.LU follows. QEMU's PHY does not negotiate by itself
+    /// after a reset.
     fn negotiate(&self) -> Result<()> {
         let hardware = self.hardware();
         let read = |register| hardware.mdic(MDIC_OP_READ, register);

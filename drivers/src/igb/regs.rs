@@ -14,7 +14,7 @@ registers! {
     RXPBS      0x02404 RW "RX packet buffer size"               "DS 8.3"
     VT_CTL     0x0581C RW "Virtualization control"              "DS 8.14"
     SWSM       0x05B50 RW "Software semaphore"                  "DS 8.7"
-    SW_FW_SYNC 0x05B5C RW "Who uses what, firmware or software" "DS 8.7"
+    SW_FW_SYNC 0x05B5C RW "Software-firmware synchronization"   "DS 8.7"
     RDBAL      0x0C000 RW "RX descriptor base address low"      "DS 8.10"
     RDBAH      0x0C004 RW "RX descriptor base address high"     "DS 8.10"
     RDLEN      0x0C008 RW "RX descriptor ring length in bytes"  "DS 8.10"
@@ -41,9 +41,9 @@ pub const CTRL_EXT_DRV_LOAD: u32 = 1 << 28;
 /// The link is cut for the PHY's power management; I350 only.
 pub const PHPM_GO_LINKD: u32 = 1 << 5;
 
-/// One of the drivers uses the semaphore. A read takes it: who reads 0 has it.
+/// A driver has the semaphore. A read that returns 0 takes it.
 pub const SWSM_SMBI: u32 = 1 << 0;
-/// Software has the semaphore, and firmware has not.
+/// Software has the semaphore, not firmware.
 pub const SWSM_SWESMBI: u32 = 1 << 1;
 
 /// Software uses the PHY of port 0, 1, 2 or 3.

@@ -9,8 +9,8 @@ use super::regs::*;
 
 /// Rest after CTRL.RST, before the chip may be asked anything (DS 4.2.1.6.1).
 const REST: Duration = Duration::from_millis(1);
-/// Longest wait for the reload from the NVM, and the time between two looks. Linux goes on, too, when it is over
-/// (`igb_get_auto_rd_done`): a chip without an NVM never says that it is done, nor does QEMU's.
+/// Longest wait for the reload from the NVM, and the interval of polls. The driver goes on after it, as Linux does
+/// (`igb_get_auto_rd_done`): a chip without an NVM never sets EEC.AUTO_RD, and QEMU's does not either.
 const RELOAD: Duration = Duration::from_millis(20);
 const RELOAD_STEP: Duration = Duration::from_millis(1);
 

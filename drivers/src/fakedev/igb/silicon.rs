@@ -34,7 +34,7 @@ impl Silicon {
     /// Begins a reset.
     pub(super) fn reset(&mut self) {
         self.hung |= self.draining > 0;
-        *self = Self { reset: Some(Duration::ZERO), hung: self.hung, ..Self::new() };
+        *self = Self { reset: Some(Duration::ZERO), hung: self.hung, draining: 0, ..Self::new() };
     }
 
     pub(super) fn elapse(&mut self, time: Duration) {
@@ -53,8 +53,8 @@ impl Silicon {
             STATUS => {
                 if ctrl & CTRL_GIO_MASTER_DISABLE != 0 {
                     self.draining = self.draining.saturating_sub(1);
-                } else {
-                    self.draining = if bus_master { DRAIN } else { 0 };
+                } else if bus_master {
+                    self.draining = DRAIN;
                 }
                 let draining = if self.draining > 0 { STATUS_GIO_MASTER_ENABLE } else { 0 };
                 Some(value & !STATUS_GIO_MASTER_ENABLE | draining)
@@ -78,6 +78,8 @@ impl Silicon {
                 self.refusals[0] -= 1;
                 Some(value & !SWSM_SWESMBI)
             }
+            // The firmware's bit is the firmware's, which is done with the PHY at some time.
+            SW_FW_SYNC => Some(value & !SYNC_FW_PHY1),
             _ => Some(value),
         }
     }
