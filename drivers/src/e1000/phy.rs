@@ -61,8 +61,17 @@ impl Device {
         woken
     }
 
+    /// Sets flow control for a link that has come up.
+    pub(super) fn follow_link(&self, status: u32) {
+        let agreed = self.negotiated(status).unwrap_or_else(|error| {
+            tracing::warn!("{error}; it runs without flow control");
+            (false, false)
+        });
+        self.hardware().set_flow_control(agreed);
+    }
+
     /// What the ends of the link agreed on; nothing for one direction at a time.
-    pub(super) fn negotiated(&self, status: u32) -> Result<(bool, bool)> {
+    fn negotiated(&self, status: u32) -> Result<(bool, bool)> {
         if status & STATUS_FD == 0 {
             return Ok((false, false));
         }

@@ -323,7 +323,7 @@ impl Nic for Device {
         let status = self.bar.read32(STATUS);
         let link = intel::link(status);
         if self.running.is_some() && self.linked.swap(link.up, Ordering::Relaxed) != link.up && link.up {
-            self.hardware().follow_link(self.negotiated(status));
+            self.follow_link(status);
         }
         link
     }

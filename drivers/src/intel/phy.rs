@@ -63,12 +63,8 @@ impl Hardware<'_> {
         bar.write32(FCRTH, high);
     }
 
-    /// Sets CTRL.RFCE and TFCE for a link that has come up, as its ends `agreed`.
-    pub(crate) fn follow_link(self, agreed: Result<(bool, bool)>) {
-        let (obeys, sends) = agreed.unwrap_or_else(|error| {
-            tracing::warn!("{error}; it runs without flow control");
-            (false, false)
-        });
+    /// Sets CTRL.RFCE and TFCE: whether PAUSE frames are obeyed and sent.
+    pub(crate) fn set_flow_control(self, (obeys, sends): (bool, bool)) {
         let flags = if obeys { CTRL_RFCE } else { 0 } | if sends { CTRL_TFCE } else { 0 };
         let old = self.bar.read32(CTRL);
         // All ones: the device is gone.
