@@ -154,7 +154,7 @@ impl<N: ForeignNic> Nic for Erased<N> {
 #[cfg(test)]
 mod tests {
     use vireo_eal::bdf::Bdf;
-    use vireo_eal::dma::{Packet, Pool};
+    use vireo_eal::dma::Pool;
     use vireo_eal::mem::{Backing, Region};
 
     use super::*;
@@ -174,7 +174,7 @@ mod tests {
         nic.attach(memory.device_view().unwrap());
         let mut cache = Pool::new(&memory, 256).unwrap().cache();
         let (rx, mut tx) = port.start(&memory, &mut cache, SIZES).unwrap();
-        let mut packet = Packet::new(cache.allocate().unwrap(), 60);
+        let mut packet = cache.allocate().unwrap().with_len(60);
         cache.write(&mut packet, 0, &[7; 60]);
         let mut burst: Burst = [packet].into_iter().collect();
         assert_eq!((tx.tx_burst(&mut cache, &mut burst), tx.stats().packets), (1, 1));

@@ -202,7 +202,7 @@ impl OpenPort {
 #[cfg(test)]
 mod tests {
     use vireo_eal::bdf::Bdf;
-    use vireo_eal::dma::{Burst, DmaMemory, Packet, Pool};
+    use vireo_eal::dma::{Burst, DmaMemory, Pool};
     use vireo_eal::mem::{Backing, Region};
 
     use super::*;
@@ -239,7 +239,7 @@ mod tests {
             let sizes = QueueSizes { rx: 64, tx: 64 };
             let (rx, mut tx) = ports[1].port.start(&memory, &mut cache, sizes).unwrap();
             for len in 0..20 {
-                let mut packet = Packet::new(cache.allocate().unwrap(), len);
+                let mut packet = cache.allocate().unwrap().with_len(len);
                 cache.write(&mut packet, 0, &vec![7; len]);
                 let mut burst: Burst = [packet].into_iter().collect();
                 assert_eq!(tx.tx_burst(&mut cache, &mut burst), 1);

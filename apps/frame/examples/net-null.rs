@@ -17,7 +17,7 @@ use vireo_frame::drivers::port::{
 };
 use vireo_frame::drivers::ports::OpenPort;
 use vireo_frame::drivers::table::Drivers;
-use vireo_frame::eal::dma::{Burst, DATA_ROOM, DmaMemory, Packet, PoolCache};
+use vireo_frame::eal::dma::{Burst, DATA_ROOM, DmaMemory, PoolCache};
 use vireo_frame::eal::lcore::StopFlag;
 use vireo_frame::eal::{Error, ErrorKind, Result, program};
 use vireo_frame::{App, Config};
@@ -89,7 +89,7 @@ impl RxBurst for NullRx {
                 self.stats.no_buffer += 1;
                 return;
             };
-            burst.push(Packet::new(buffer, self.size));
+            burst.push(buffer.with_len(self.size));
             self.stats.packets += 1;
             self.stats.bytes += self.size as u64;
         }
@@ -106,7 +106,7 @@ impl TxBurst for NullTx {
         for packet in burst.drain(..) {
             self.0.packets += 1;
             self.0.bytes += packet.len() as u64;
-            cache.free(packet.into_buffer());
+            cache.free(packet);
         }
         sent
     }

@@ -199,7 +199,7 @@ pub fn forward_any<H: Hook>(
 #[cfg(test)]
 mod tests {
     use vireo_drivers::port::QueueStats;
-    use vireo_eal::dma::{DmaMemory, Packet, Pool};
+    use vireo_eal::dma::{DmaMemory, Pool};
     use vireo_eal::mem::{Backing, Region};
 
     use super::*;
@@ -211,7 +211,7 @@ mod tests {
     impl RxBurst for Source {
         fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
             let count = self.0.pop().unwrap_or(0).min(burst.remaining_capacity());
-            burst.extend((0..count).map(|_| Packet::new(cache.allocate().unwrap(), 60)));
+            burst.extend((0..count).map(|_| cache.allocate().unwrap().with_len(60)));
         }
 
         fn stats(&self) -> QueueStats {
@@ -233,7 +233,7 @@ mod tests {
                 let mut bytes = [0; 3];
                 cache.read(&packet, 0, &mut bytes);
                 assert_eq!(bytes, [1, 2, 3]);
-                cache.free(packet.into_buffer());
+                cache.free(packet);
             }
             count
         }

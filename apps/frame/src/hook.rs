@@ -55,7 +55,7 @@ impl<'a> Packets<'a> {
                 self.burst.push(packet);
             } else {
                 self.consumed += 1;
-                self.cache.free(packet.into_buffer());
+                self.cache.free(packet);
             }
         }
     }
@@ -64,7 +64,7 @@ impl<'a> Packets<'a> {
     #[inline(always)]
     pub(crate) fn free(self) {
         for packet in self.burst.drain(..) {
-            self.cache.free(packet.into_buffer());
+            self.cache.free(packet);
         }
     }
 }
@@ -145,10 +145,10 @@ pub(crate) mod tests {
         let region = Region::new(Pool::bytes(32), Backing::SmallPages).unwrap();
         let pool = Pool::new(&DmaMemory::map(region, &[]).unwrap(), 32).unwrap();
         let mut cache = pool.cache();
-        let mut packet = Packet::new(cache.allocate().unwrap(), bytes.len());
+        let mut packet = cache.allocate().unwrap().with_len(bytes.len());
         cache.write(&mut packet, 0, bytes);
         let result = test(&mut PacketMut { packet: &mut packet, cache: &mut cache });
-        cache.free(packet.into_buffer());
+        cache.free(packet);
         result
     }
 

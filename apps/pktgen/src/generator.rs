@@ -9,7 +9,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use vireo_drivers::port::{MacAddr, RxBurst, TxBurst};
 use vireo_eal::clock::Tsc;
-use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, Packet, PoolCache};
+use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -268,7 +268,7 @@ impl State<'_> {
             let tag = Tag { run, sequence, ticks: self.due_at(sequence) };
             let bytes = &mut self.bytes[..frame::length(sizes, tag.sequence)];
             frame::write(bytes, destination, source, tag);
-            let mut packet = Packet::new(buffer, bytes.len());
+            let mut packet = buffer.with_len(bytes.len());
             cache.write(&mut packet, 0, bytes);
             self.burst.push(packet);
         }
@@ -276,7 +276,7 @@ impl State<'_> {
         self.sent += sent as u64;
         // What the queue did not take is written anew next time, with its own time of sending.
         for packet in self.burst.drain(..) {
-            cache.free(packet.into_buffer());
+            cache.free(packet);
         }
         sent
     }
@@ -287,7 +287,7 @@ impl State<'_> {
         for packet in std::mem::take(&mut self.burst) {
             let bytes = &mut self.bytes[..packet.len()];
             cache.read(&packet, 0, bytes);
-            cache.free(packet.into_buffer());
+            cache.free(packet);
             match frame::read(bytes, self.stream.run) {
                 Ok((destination, source, tag)) if tag.sequence < self.sent => {
                     self.note(destination, source, tag);

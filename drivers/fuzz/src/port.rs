@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use arbitrary::Arbitrary;
 use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst};
-use vireo_eal::dma::{Burst, DATA_ROOM, DeviceView, DmaMemory, Packet, Pool, PoolCache};
+use vireo_eal::dma::{Burst, DATA_ROOM, DeviceView, DmaMemory, Pool, PoolCache};
 use vireo_eal::mem::{Backing, Region};
 
 /// Packet buffers: two full rings, a burst, and some more.
@@ -76,12 +76,12 @@ impl<N: Nic> Port<N> {
                 while burst.len() < usize::from(count).min(burst.capacity())
                     && let Some(buffer) = self.cache.allocate()
                 {
-                    burst.push(Packet::new(buffer, usize::from(len) % (DATA_ROOM + 1)));
+                    burst.push(buffer.with_len(usize::from(len) % (DATA_ROOM + 1)));
                 }
                 self.send(&mut burst);
             }
         }
-        burst.into_iter().for_each(|packet| self.cache.free(packet.into_buffer()));
+        burst.into_iter().for_each(|packet| self.cache.free(packet));
     }
 
     /// Receives, and reads all that is said to be in the packets.

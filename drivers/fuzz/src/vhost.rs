@@ -191,7 +191,7 @@ impl Port {
         let mut burst = Burst::new();
         if let Poll::Send(count, len) = poll {
             let count = usize::from(count).min(burst.capacity());
-            let packet = |buffer| Packet::new(buffer, usize::from(len) % (DATA_ROOM + 1));
+            let packet = |packet: Packet| packet.with_len(usize::from(len) % (DATA_ROOM + 1));
             burst.extend(std::iter::from_fn(|| self.cache.allocate()).take(count).map(packet));
         } else {
             self.rx.rx_burst(&mut self.cache, &mut burst);
@@ -205,7 +205,7 @@ impl Port {
             let sent = self.tx.tx_burst(&mut self.cache, &mut burst);
             assert!(sent + burst.len() == before, "a packet is sent or stays");
         }
-        burst.into_iter().for_each(|packet| self.cache.free(packet.into_buffer()));
+        burst.into_iter().for_each(|packet| self.cache.free(packet));
     }
 }
 

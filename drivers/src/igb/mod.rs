@@ -10,32 +10,30 @@
 //! What is done for QEMU's model alone says so.
 
 mod chip;
+mod desc;
 mod phy;
 pub mod regs;
 mod reset;
-mod rx;
 #[cfg(test)]
 mod tests;
-mod tx;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vireo_bus_pci::{CAP_ID_EXPRESS, DeviceId, Function, capabilities};
-use vireo_eal::dma::{DmaMemory, DmaRing, PoolCache};
+use vireo_eal::dma::{DescRing, DmaMemory, DmaRing, PoolCache};
 use vireo_eal::mmio::Bar;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use self::chip::{Chip, IDS};
+use self::desc::Advanced;
 use self::regs::*;
-pub use self::rx::RxQueue;
-pub use self::tx::TxQueue;
 use crate::driver::{Args, PciDriver};
 use crate::intel::{self, Drops, Hardware, OpaqueFunction, watermarks};
 use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
 
 /// Fewest descriptors of a ring: two batches that TX reclaims.
-const FEWEST: u16 = 2 * tx::RECLAIM as u16;
+const FEWEST: u16 = 2 * intel::RECLAIM as u16;
 /// Most descriptors of a ring (Linux, `IGB_MAX_RXD`).
 const MOST: u16 = 4096;
 /// Bytes of a descriptor.
@@ -48,6 +46,11 @@ const WATERMARK_STEP: u32 = 16;
 /// 7.5.3.16).
 const DEVICE_CONTROL_2: u16 = 0x28;
 const COMPLETION_TIMEOUT_16MS: u16 = 5;
+
+/// Receive queue of a port.
+pub type RxQueue = intel::RxQueue<Advanced>;
+/// Transmit queue of a port.
+pub type TxQueue = intel::TxQueue<Advanced>;
 
 /// A port of one of these chips.
 #[derive(Debug)]
@@ -70,14 +73,14 @@ pub struct Device {
     parked: Option<Box<(RxQueue, TxQueue)>>,
     leftover: Leftover,
     /// Rings of the last run, because memory for rings is never given back.
-    idle: Option<Rings>,
+    idle: Option<Box<Rings>>,
 }
 
 #[derive(Debug)]
 struct Rings {
     memory: Arc<DmaMemory>,
-    rx: DmaRing<u64, 2>,
-    tx: DmaRing<u64, 2>,
+    rx: DescRing,
+    tx: DescRing,
 }
 
 impl Device {
@@ -125,19 +128,21 @@ impl Device {
     }
 
     /// Rings of these sizes: those of the last run if they fit.
-    fn rings(&mut self, memory: &Arc<DmaMemory>, sizes: QueueSizes) -> Result<Rings> {
+    fn rings(&mut self, memory: &Arc<DmaMemory>, sizes: QueueSizes) -> Result<Box<Rings>> {
         let (rx, tx) = (usize::from(sizes.rx), usize::from(sizes.tx));
         if let Some(idle) = self.idle.take_if(|idle| {
             Arc::ptr_eq(&idle.memory, memory) && idle.rx.entries() == rx && idle.tx.entries() == tx
         }) {
             return Ok(idle);
         }
-        let ring = |entries: usize| DmaRing::new(memory, entries, ALIGN);
-        Ok(Rings { memory: Arc::clone(memory), rx: ring(rx)?, tx: ring(tx)? })
+        let ring = |entries: usize| {
+            DmaRing::new(memory, entries, ALIGN).map(|words| DescRing::new(words, entries - 1))
+        };
+        Ok(Box::new(Rings { memory: Arc::clone(memory), rx: ring(rx)?, tx: ring(tx)? }))
     }
 
     /// Writes what the chip must know before it may start (DS 4.5).
-    fn set_up(&self, rx: &DmaRing<u64, 2>, tx: &DmaRing<u64, 2>) -> Result<()> {
+    fn set_up(&self, rx: &DescRing, tx: &DescRing) -> Result<()> {
         let (bar, hardware) = (&self.bar, self.hardware());
         for (ring, [low, high, len, head, tail]) in
             [(rx, [RDBAL, RDBAH, RDLEN, RDH, RDT]), (tx, [TDBAL, TDBAH, TDLEN, TDH, TDT])]
@@ -241,23 +246,20 @@ impl Nic for Device {
             return Err(self.error(ErrorKind::Usage, "start", &why));
         }
         let tails = (self.bar.doorbell32(RDT)?, self.bar.doorbell32(TDT)?);
-        let rings = self.rings(memory, sizes)?;
-        let buffers = self
+        let mut rings = self.rings(memory, sizes)?;
+        let set_up = self
             .set_up(&rings.rx, &rings.tx)
             .and_then(|()| self.wake_phy())
-            .and_then(|()| rx::filled(rings.rx.entries(), cache));
-        let buffers = match buffers {
-            Ok(buffers) => buffers,
-            Err(error) => {
-                self.idle = Some(rings);
-                return Err(error);
-            }
-        };
+            .and_then(|()| intel::fill::<Advanced>(&mut rings.rx, cache));
+        if let Err(error) = set_up {
+            self.idle = Some(rings);
+            return Err(error);
+        }
         self.drops.begin(&self.bar);
-        let mut rx = RxQueue::new(rings.rx, buffers, tails.0, cache);
         self.fault.take();
+        let mut rx = RxQueue::new(rings.rx, tails.0);
         let tx = TxQueue::new(rings.tx, tails.1, self.pads, self.fault.clone());
-        self.running = Some(Arc::clone(memory));
+        self.running = Some(rings.memory);
         self.linked.store(false, Ordering::Relaxed);
         if let Err(error) = self.enable() {
             self.stop(rx, tx, cache)?;
@@ -291,7 +293,7 @@ impl Nic for Device {
         self.leftover.tx_unfinished += tx.unfinished(head) as u64;
         self.running = None;
         let rx = rx.release(cache);
-        self.idle = Some(Rings { memory, rx, tx: tx.release(sent.unwrap_or(cache)) });
+        self.idle = Some(Box::new(Rings { memory, rx, tx: tx.release(sent.unwrap_or(cache)) }));
         Ok(())
     }
 

@@ -1,9 +1,12 @@
-//! What the drivers of Intel's Gigabit Ethernet controllers share: registers, waits that end, the PHY, flow control and
+//! What the drivers of Intel's Gigabit Ethernet controllers share: registers, queues, waits that end, the PHY, flow control and
 //! counters of dropped frames. It knows none of those drivers.
 
 mod counter;
+mod format;
 mod phy;
 pub(crate) mod regs;
+mod rx;
+mod tx;
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -14,9 +17,12 @@ use vireo_eal::mmio::Bar;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use self::counter::Counter;
+pub(crate) use self::format::Format;
 pub(crate) use self::phy::watermarks;
 pub(crate) use self::regs::registers;
 use self::regs::*;
+pub(crate) use self::rx::{RxQueue, fill};
+pub(crate) use self::tx::{RECLAIM, TxQueue};
 use crate::port::{Link, MacAddr};
 
 /// Longest wait for the device.

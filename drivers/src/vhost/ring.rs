@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use vireo_eal::Result;
 use vireo_eal::dma::{
-    Buffer, Burst, DATA_ROOM, Packet, PeerEvent, PeerLog, PeerMemory, PeerRing, PeerSlice, PeerView,
-    PoolCache, RingEntry, RingView, dma_rmb, dma_wmb, full_mb,
+    Burst, DATA_ROOM, Packet, PeerEvent, PeerLog, PeerMemory, PeerRing, PeerSlice, PeerView, PoolCache,
+    RingEntry, RingView, dma_rmb, dma_wmb, full_mb,
 };
 
 use crate::port::QueueStats;
@@ -377,23 +377,23 @@ impl Ring {
     ) -> Checked<()> {
         let mut budget = Budget::new(self.desc.entries());
         for _ in 0..wanted {
-            let Some(mut buffer) = cache.allocate() else {
+            let Some(mut packet) = cache.allocate() else {
                 stats.no_buffer += 1;
                 return Ok(());
             };
             let head = self.avail.load::<0>(self.next.into());
-            match self.gather(head, &mut buffer, cache, &mut budget) {
-                Ok(Some(len)) => {
+            match self.gather(head, &mut packet, cache, &mut budget) {
+                Ok(true) => {
                     stats.packets += 1;
-                    stats.bytes += len as u64;
-                    burst.push(Packet::new(buffer, len));
+                    stats.bytes += packet.len() as u64;
+                    burst.push(packet);
                 }
-                Ok(None) => {
+                Ok(false) => {
                     stats.errors += 1;
-                    cache.free(buffer);
+                    cache.free(packet);
                 }
                 Err(lie) => {
-                    cache.free(buffer);
+                    cache.free(packet);
                     return Err(lie);
                 }
             }
@@ -403,17 +403,17 @@ impl Ring {
         Ok(())
     }
 
-    /// Copies the frame in the chain that begins at `head` into `buffer`; gives its length, none when it is too
-    /// long or too short for a frame.
+    /// Copies the frame in the chain that begins at `head` into `packet`; false when it is too long or too short for a
+    /// frame.
     fn gather(
         &self,
         head: u16,
-        buffer: &mut Buffer,
+        packet: &mut Packet,
         cache: &mut PoolCache,
         budget: &mut Budget,
-    ) -> Checked<Option<usize>> {
+    ) -> Checked<bool> {
         let (table, mut view) = (self.table(), self.memory.view());
-        let (mut index, mut header, mut len) = (head, HEADER, 0);
+        let (mut index, mut header) = (head, HEADER);
         loop {
             budget.spend()?;
             let descriptor = table.get(index).ok_or(Lie::Index)?;
@@ -424,18 +424,13 @@ impl Ring {
             budget.parts(descriptor, &mut view, |data| {
                 let (skipped, data) = data.split_at(header);
                 header -= skipped.len();
-                fits = fits && cache.copy_from_peer(buffer, len, data).is_some();
-                len += data.len();
+                fits = fits && cache.append_from_peer(packet, data).is_some();
             })?;
             if !fits {
-                return Ok(None);
+                return Ok(false);
             }
             if descriptor.flags & DESC_NEXT == 0 {
-                return if header > 0 {
-                    Err(Lie::Header)
-                } else {
-                    Ok(Some(len).filter(|len| *len >= SHORTEST))
-                };
+                return if header > 0 { Err(Lie::Header) } else { Ok(packet.len() >= SHORTEST) };
             }
             index = descriptor.next;
         }
@@ -612,7 +607,7 @@ impl Ring {
                     report.too_short(room, packet.len());
                     while burst.first().is_some_and(|packet| HEADER + packet.len() > room) {
                         report.stats.errors += 1;
-                        cache.free(burst.remove(0).into_buffer());
+                        cache.free(burst.remove(0));
                     }
                 }
                 Spread::Taken(chains) => {
@@ -620,7 +615,7 @@ impl Ring {
                     left -= chains;
                     report.stats.packets += 1;
                     report.stats.bytes += packet.len() as u64;
-                    cache.free(burst.remove(0).into_buffer());
+                    cache.free(burst.remove(0));
                 }
             }
             left -= self.send_fast(left, cache, burst, &mut report.stats);

@@ -83,7 +83,7 @@ impl Bench {
     fn send(&mut self, frames: &[Vec<u8>]) -> usize {
         let mut burst = Burst::new();
         for frame in frames {
-            let mut packet = Packet::new(self.cache.allocate().unwrap(), frame.len());
+            let mut packet = self.cache.allocate().unwrap().with_len(frame.len());
             self.cache.write(&mut packet, 0, frame);
             burst.push(packet);
         }
@@ -93,7 +93,7 @@ impl Bench {
     }
 
     fn free(&mut self, burst: Burst) {
-        burst.into_iter().for_each(|packet| self.cache.free(packet.into_buffer()));
+        burst.into_iter().for_each(|packet| self.cache.free(packet));
     }
 
     /// Stops the port and counts the buffers.
@@ -557,11 +557,11 @@ fn a_virtio_user_port_uses_several_pairs() {
                 let ways: [(&mut dyn TxBurst, &mut dyn RxBurst); 2] = [(peer_tx, rx), (tx, peer_rx)];
                 for (tx, rx) in ways {
                     let mut burst: Burst =
-                        std::iter::once(Packet::new(cache.allocate().unwrap(), length)).collect();
+                        std::iter::once(cache.allocate().unwrap().with_len(length)).collect();
                     assert_eq!(tx.tx_burst(&mut cache, &mut burst), 1);
                     rx.rx_burst(&mut cache, &mut burst);
                     assert_eq!(burst.iter().map(Packet::len).collect::<Vec<_>>(), [length]);
-                    burst.drain(..).for_each(|packet| cache.free(packet.into_buffer()));
+                    burst.drain(..).for_each(|packet| cache.free(packet));
                 }
             }
         }

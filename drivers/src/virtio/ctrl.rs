@@ -69,14 +69,12 @@ impl Control {
         self.bytes.store::<0>(0, u64::from_le_bytes(word));
         self.bytes.store::<0>(1, u64::MAX);
         // Each command begins at the first descriptor: with IN_ORDER they are used in ring order (2.7.5).
-        let desc = &self.queue.desc;
-        desc.store::<0>(0, self.bytes.iova());
-        desc.store::<1>(0, shape(command.len() as u32, DESC_NEXT, 1));
-        desc.store::<0>(1, self.bytes.iova() + 8);
-        desc.store::<1>(1, shape(1, DESC_WRITE, 0));
-        let (before, after) = (self.queue.head, self.queue.head.wrapping_add(1));
-        self.queue.filled = after;
-        self.queue.publish();
+        let ring = &mut self.queue.ring;
+        ring.set(0, [self.bytes.iova(), shape(command.len() as u32, DESC_NEXT, 1)]);
+        ring.set(1, [self.bytes.iova() + 8, shape(1, DESC_WRITE, 0)]);
+        let before = self.queue.offered;
+        let after = before.wrapping_add(1);
+        self.queue.publish(after);
         transport.notify(self.index)?;
 
         let deadline = Instant::now() + DEVICE_TIMEOUT;
@@ -88,7 +86,7 @@ impl Control {
             std::thread::yield_now();
         }
         dma_rmb();
-        if self.queue.used_idx() != after || self.queue.used.load::<0>(before.into()) != 0 {
+        if self.queue.used_idx() != after || self.queue.used.load::<0>(before.into()) as u32 != 0 {
             return refused("the device completed another command than ours");
         }
         match self.bytes.load::<0>(1).to_le_bytes()[0] {

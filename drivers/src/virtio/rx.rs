@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, Packet, PoolCache, dma_rmb};
+use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, PoolCache, dma_rmb};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::HEADER;
@@ -23,7 +23,7 @@ pub struct RxQueue {
     mergeable: bool,
     in_order: bool,
     /// Descriptors are offered again when the device lacks so many.
-    offer_at: u16,
+    offer_at: usize,
     /// Position behind the lie that ended the use of the queue.
     behind_lie: Option<u16>,
 }
@@ -33,7 +33,7 @@ impl RxQueue {
         Self {
             mergeable: features.contains(Features::MRG_RXBUF),
             in_order: features.contains(Features::IN_ORDER),
-            offer_at: (queue.size() / 4).clamp(1, MAX_BURST as u16),
+            offer_at: (queue.ring.entries() / 4).clamp(1, MAX_BURST),
             behind_lie: None,
             queue,
         }
@@ -49,32 +49,26 @@ impl RxQueue {
 
     /// Buffers that the device has filled and nobody has received.
     pub(super) fn unread(&self) -> u16 {
-        self.queue.untaken(self.behind_lie.unwrap_or(self.queue.next))
+        self.queue.untaken(self.behind_lie.unwrap_or(self.queue.last_used))
     }
 
     /// Gives the buffers back; only after a reset of the device.
     pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> Virtqueue {
-        self.queue.release_all(cache);
+        self.queue.ring.reclaim_all(cache);
         self.queue
     }
 
-    /// Writes what never changes of the descriptors and offers all of them.
+    /// Offers all descriptors.
     pub(super) fn prepare(&mut self, cache: &mut PoolCache) -> Result<()> {
-        for slot in 0..self.queue.size() {
-            self.queue.desc.store::<1>(slot.into(), shape((HEADER + DATA_ROOM) as u32, DESC_WRITE, 0));
+        while self.refill(cache) > 0 {}
+        match self.queue.ring.room() {
+            0 => Ok(()),
+            room => Err(Error::new(
+                ErrorKind::Os,
+                format!("cannot fill the RX ring of virtio NIC {}", self.queue.name()),
+                format!("{room} of {} packet buffers are missing", self.queue.size()),
+            )),
         }
-        while self.queue.room() > 0 {
-            let room = self.queue.room();
-            self.offer(cache);
-            if self.queue.room() == room {
-                return Err(Error::new(
-                    ErrorKind::Os,
-                    format!("cannot fill the RX ring of virtio NIC {}", self.queue.name()),
-                    format!("{room} of {} packet buffers are missing", self.queue.size()),
-                ));
-            }
-        }
-        Ok(())
     }
 
     /// Whether the device broke the rules of the ring. The queue then receives nothing until the port is
@@ -83,67 +77,38 @@ impl RxQueue {
         self.queue.is_broken()
     }
 
-    /// Offers what was filled again, after up to a burst of descriptors that have no buffer.
-    #[inline]
-    fn offer(&mut self, cache: &mut PoolCache) {
-        if self.queue.room() > 0 {
-            self.refill(cache);
-        }
-        if self.queue.waiting() > 0 {
-            self.queue.publish();
-        }
-    }
-
-    #[cold]
+    /// Offers up to a burst of descriptors with fresh buffers; gives their number.
     #[inline(never)]
-    fn refill(&mut self, cache: &mut PoolCache) {
+    fn refill(&mut self, cache: &mut PoolCache) -> usize {
         let queue = &mut self.queue;
-        // A ring that is filled goes the fast way, which looks at every element.
-        if queue.is_in_batch() {
-            return;
+        let shape = shape((HEADER + DATA_ROOM) as u32, DESC_WRITE, 0);
+        let filled = queue.ring.refill(MAX_BURST, HEADER, shape, cache);
+        if filled > 0 {
+            queue.publish(queue.ring.head() as u16);
         }
-        for _ in 0..queue.room().min(MAX_BURST as u16) {
-            let Some(buffer) = cache.allocate() else {
-                queue.stats.no_buffer += 1;
-                return;
-            };
-            let position = usize::from(queue.filled);
-            queue.desc.store::<0>(position, cache.iova(&buffer) - HEADER as u64);
-            queue.slots.put(position, buffer);
-            queue.filled = queue.filled.wrapping_add(1);
-        }
+        filled
     }
 
-    /// Takes completions that are as expected: in order, one buffer each, of a ring whose descriptors are all
-    /// filled, so that fresh buffers go where the old ones were. Anything else is for [`RxQueue::receive_any`].
+    /// Takes completions that are as expected: in order, one buffer each. Anything else is for
+    /// [`RxQueue::receive_any`].
     #[inline(always)]
     fn receive<const MERGEABLE: bool>(&mut self, used_idx: u16, cache: &mut PoolCache, burst: &mut Burst) {
         let queue = &mut self.queue;
-        let pending = used_idx.wrapping_sub(queue.next);
-        if pending > queue.in_flight() || queue.filled.wrapping_sub(queue.next) != queue.size() {
+        let pending = used_idx.wrapping_sub(queue.last_used);
+        if pending > queue.in_flight() || queue.in_batch {
             return self.receive_any(used_idx, cache, burst);
         }
         dma_rmb();
         let mut bytes = 0;
-        let received = queue.slots.exchange(
-            &queue.desc,
-            &queue.used,
-            queue.next.into(),
-            pending.into(),
-            cache,
-            burst,
-            |slot, completion| {
-                let len = (completion.load::<1>() as usize).wrapping_sub(HEADER);
-                let good = completion.load::<0>() as usize == slot.index
-                    && len <= DATA_ROOM
-                    && (!MERGEABLE || u16::from_le_bytes(slot.read_header()) == 1);
+        let received =
+            queue.ring.take_completed(&queue.used, pending.into(), cache, burst, |filled, completion| {
+                // The length is in the upper half: it comes out small only if nothing of the id is left.
+                let rest = completion.load::<0>().wrapping_sub(filled.index as u64 + ((HEADER as u64) << 32));
+                let len = rest.rotate_left(32) as usize;
+                let good = len <= DATA_ROOM && (!MERGEABLE || u16::from_le_bytes(filled.read_header()) == 1);
                 good.then_some(len).inspect(|len| bytes += len)
-            },
-            |slot| slot.entry.store::<0>(slot.iova() - HEADER as u64),
-        );
-        queue.next = queue.next.wrapping_add(received as u16);
-        queue.tail = queue.next;
-        queue.filled = queue.filled.wrapping_add(received as u16);
+            });
+        queue.last_used = queue.last_used.wrapping_add(received as u16);
         queue.stats.packets += received as u64;
         queue.stats.bytes += bytes as u64;
         if received == 0 {
@@ -160,7 +125,7 @@ impl RxQueue {
         }
         let completed = self.try_receive_any(used_idx, cache, burst);
         if completed.is_err_and(|lie| lie != Lie::UsedIndex) {
-            self.behind_lie = Some(self.queue.next);
+            self.behind_lie = Some(self.queue.last_used);
         }
         self.queue.settle(completed);
     }
@@ -172,22 +137,21 @@ impl RxQueue {
         burst: &mut Burst,
     ) -> std::result::Result<(), Lie> {
         self.queue.check_used(used_idx)?;
-        self.queue.withdraw(cache);
         dma_rmb();
-        while self.queue.next != used_idx && !burst.is_full() {
-            let pending = used_idx.wrapping_sub(self.queue.next);
+        while self.queue.last_used != used_idx && !burst.is_full() {
+            let pending = used_idx.wrapping_sub(self.queue.last_used);
             if self.in_order {
                 self.queue.expect_batch(pending, *USED_LEN.end());
             }
-            let (buffer, len) = self.queue.complete(USED_LEN)?;
-            let buffers = if self.mergeable { u16::from_le_bytes(cache.read_header(&buffer)) } else { 1 };
+            let (packet, len) = self.queue.complete(USED_LEN)?;
+            let buffers = if self.mergeable { u16::from_le_bytes(cache.read_header(&packet)) } else { 1 };
             if buffers == 1 {
                 self.queue.stats.packets += 1;
                 self.queue.stats.bytes += (len - HEADER) as u64;
-                burst.push(Packet::new(buffer, len - HEADER));
+                burst.push(packet.with_len(len - HEADER));
                 continue;
             }
-            cache.free(buffer);
+            cache.free(packet);
             // A device shows all buffers of a frame at once (5.1.6.4).
             if buffers == 0 || buffers > pending {
                 return Err(Lie::NumBuffers);
@@ -205,15 +169,15 @@ impl RxBurst for RxQueue {
     #[inline(always)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
         let used_idx = self.queue.used_idx();
-        if used_idx != self.queue.next {
+        if used_idx != self.queue.last_used {
             if self.mergeable {
                 self.receive::<true>(used_idx, cache, burst);
             } else {
                 self.receive::<false>(used_idx, cache, burst);
             }
         }
-        if self.queue.size().wrapping_sub(self.queue.in_flight()) >= self.offer_at {
-            self.offer(cache);
+        if self.queue.ring.room() >= self.offer_at && self.refill(cache) == 0 {
+            self.queue.stats.no_buffer += 1;
         }
     }
 

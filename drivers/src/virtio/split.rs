@@ -1,12 +1,12 @@
 //! Split virtqueue (virtio 1.2, 2.7), as both packet queues use it.
 //!
 //! Slot i of the avail ring names descriptor i for ever, so that ring is written once. A descriptor is thus
-//! offered again only when those offered before it are back as well. A device that completes in order, as
-//! all known ones do, never notices; for the others `settle` finds out how far one may go.
+//! offered again only when those offered before it are back as well ([`DescRing::tail`]). A device that completes in
+//! order, as all known ones do, never notices.
 
 use std::sync::Arc;
 
-use vireo_eal::dma::{Buffer, BufferRing, DmaBlock, DmaMemory, DmaRing, PoolCache, dma_wmb, full_mb};
+use vireo_eal::dma::{DescRing, DmaBlock, DmaMemory, DmaRing, Packet, dma_wmb, full_mb};
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 use vmm_sys_util::eventfd::EventFd;
@@ -69,6 +69,11 @@ pub(crate) fn need_event(event: u16, old: u16, new: u16) -> bool {
 #[inline(always)]
 pub(super) fn shape(len: u32, flags: u16, next: u16) -> u64 {
     u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48
+}
+
+/// `id` and `len` of an element of the used ring.
+fn used_element(element: u64) -> (u32, u32) {
+    (element as u32, (element >> 32) as u32)
 }
 
 /// Rejects sizes that no split virtqueue has; gives the smaller one.
@@ -134,24 +139,20 @@ pub(super) enum Kick {
 /// Positions count descriptors since start, modulo 2^16; the low bits of a position are its descriptor.
 #[derive(Debug)]
 pub(super) struct Virtqueue {
-    /// Address, then [`shape`].
-    pub(super) desc: DmaRing<u64, 2>,
+    /// Of each descriptor the address, then [`shape`].
+    pub(super) ring: DescRing,
     avail_idx: DmaRing<u16>,
     used_event: DmaRing<u16>,
     used_idx: DmaRing<u16>,
-    /// Elements of `id` and `len`.
-    pub(super) used: DmaRing<u32, 2>,
+    /// Elements, each of which is an `id` and in its upper half a `len`.
+    pub(super) used: DmaRing<u64>,
     avail_event: DmaRing<u16>,
-    /// Filled exactly where the device has the descriptor, or will at the next [`Virtqueue::publish`].
-    pub(super) slots: BufferRing,
-    /// First position not yet offered.
-    pub(super) head: u16,
-    /// First position without a buffer; from `head` to there they are offered together.
-    pub(super) filled: u16,
-    /// First position not yet back. Behind `next` only while the device completes out of order.
-    pub(super) tail: u16,
+    /// First position that the device was not offered: what the avail index says.
+    pub(super) offered: u16,
     /// Position in the used ring of the next completion.
-    pub(super) next: u16,
+    pub(super) last_used: u16,
+    /// Inside a [`Batch`].
+    pub(super) in_batch: bool,
     index: u16,
     event_idx: bool,
     kick: Kick,
@@ -179,17 +180,15 @@ impl Virtqueue {
         let avail_idx = driver.carve(1)?;
         let avail = driver.carve(entries)?;
         Ok(Self {
-            desc,
+            ring: DescRing::new(desc, entries),
             avail_idx,
             used_event: driver.carve(1)?,
             used_idx: device.carve(1)?,
             used: device.carve(entries)?,
             avail_event: device.carve(1)?,
-            slots: BufferRing::new(entries),
-            head: 0,
-            filled: 0,
-            tail: 0,
-            next: 0,
+            offered: 0,
+            last_used: 0,
+            in_batch: false,
             index: 0,
             event_idx: false,
             kick: Kick::None,
@@ -207,7 +206,7 @@ impl Virtqueue {
 
     /// Makes the queue as new, for a device that was reset. The caller has taken the buffers out.
     pub(super) fn restart(&mut self, index: u16, event_idx: bool) {
-        self.desc.fill(0);
+        self.ring.restart(self.ring.entries(), [0; 2]);
         for slot in 0..self.size() {
             self.rare.avail.store::<0>(slot.into(), slot);
         }
@@ -219,8 +218,8 @@ impl Virtqueue {
             word.store::<0>(0, 0);
         }
         self.used.fill(0);
-        self.rare.batch = None;
-        (self.head, self.filled, self.tail, self.next) = (0, 0, 0, 0);
+        self.end_batch();
+        (self.offered, self.last_used) = (0, 0);
         self.stats = QueueStats::default();
         (self.index, self.event_idx, self.kick) = (index, event_idx, Kick::None);
         self.ask_for_no_interrupt();
@@ -230,7 +229,7 @@ impl Virtqueue {
     /// which reaches it only after 2^16 completions, and moves it every [`USED_EVENT_STRIDE`].
     #[inline(always)]
     fn ask_for_no_interrupt(&self) {
-        self.used_event.store::<0>(0, self.next.wrapping_sub(1));
+        self.used_event.store::<0>(0, self.last_used.wrapping_sub(1));
     }
 
     /// Has every slot of the avail ring name the first descriptor, for chains as long as the table.
@@ -241,7 +240,7 @@ impl Virtqueue {
     /// From now on the device may be rung (3.1.1: not before `DRIVER_OK`); is, if descriptors were offered.
     pub(super) fn connect(&mut self, kick: Kick) {
         self.kick = kick;
-        if self.head != self.next {
+        if self.offered != self.last_used {
             self.ring();
         }
     }
@@ -266,7 +265,7 @@ impl Virtqueue {
 
     /// Device addresses of descriptor table, avail ring and used ring.
     pub(super) fn addresses(&self) -> [u64; 3] {
-        [self.desc.iova(), self.rare.avail_flags.iova(), self.rare.used_flags.iova()]
+        [self.ring.iova(), self.rare.avail_flags.iova(), self.rare.used_flags.iova()]
     }
 
     /// Index that the device has written last.
@@ -278,38 +277,19 @@ impl Virtqueue {
     /// Descriptors with the device.
     #[inline(always)]
     pub(super) fn in_flight(&self) -> u16 {
-        self.head.wrapping_sub(self.next)
+        self.offered.wrapping_sub(self.last_used)
     }
 
     /// Completions from position `next` on, which nobody has looked at; none of an index that cannot be.
     pub(super) fn untaken(&self, next: u16) -> u16 {
         let untaken = self.used_idx().wrapping_sub(next);
-        if untaken > self.head.wrapping_sub(next) { 0 } else { untaken }
+        if untaken > self.offered.wrapping_sub(next) { 0 } else { untaken }
     }
 
-    /// Descriptors that can be filled.
+    /// Offers the descriptors up to position `new`, and rings if the device wants that.
     #[inline(always)]
-    pub(super) fn room(&self) -> u16 {
-        self.size().wrapping_sub(self.filled.wrapping_sub(self.tail))
-    }
-
-    /// Descriptors that are filled and not offered.
-    #[inline(always)]
-    pub(super) fn waiting(&self) -> u16 {
-        self.filled.wrapping_sub(self.head)
-    }
-
-    /// Empties the descriptors that are filled and not offered: a filled one is then one that the device has.
-    pub(super) fn withdraw(&mut self, cache: &mut PoolCache) {
-        self.slots.release(self.head.into(), self.waiting().into(), cache);
-        self.filled = self.head;
-    }
-
-    /// Offers the filled descriptors and rings if the device wants that.
-    #[inline(always)]
-    pub(super) fn publish(&mut self) {
-        let new = self.filled;
-        let old = std::mem::replace(&mut self.head, new);
+    pub(super) fn publish(&mut self, new: u16) {
+        let old = std::mem::replace(&mut self.offered, new);
         dma_wmb();
         self.avail_idx.store::<0>(0, new);
         // Without it the device could go to sleep between our read of its wish and our write of the index.
@@ -364,13 +344,13 @@ impl Virtqueue {
     pub(super) fn complete(
         &mut self,
         len: std::ops::RangeInclusive<u32>,
-    ) -> std::result::Result<(Buffer, usize), Lie> {
-        let position = self.next;
-        self.next = self.next.wrapping_add(1);
+    ) -> std::result::Result<(Packet, usize), Lie> {
+        let position = self.last_used;
+        self.last_used = position.wrapping_add(1);
         let (id, used) = match self.rare.batch {
-            None => (self.used.load::<0>(position.into()), self.used.load::<1>(position.into())),
+            None => used_element(self.used.load::<0>(position.into())),
             Some(batch) if batch.last == position => {
-                self.rare.batch = None;
+                self.end_batch();
                 (batch.id, batch.len)
             }
             Some(batch) => (u32::from(position & (self.size() - 1)), batch.whole),
@@ -381,62 +361,52 @@ impl Virtqueue {
         if !len.contains(&used) {
             return Err(Lie::Length);
         }
-        let buffer = self.slots.take(id as usize).ok_or(Lie::NotInFlight)?;
-        Ok((buffer, used as usize))
+        let packet = self.ring.take_at(id as usize).ok_or(Lie::NotInFlight)?;
+        Ok((packet, used as usize))
     }
 
     /// Looks whether the next element stands for several of the `pending` completions, as a device that completes in
     /// order may write it, with the id of the last. [`Virtqueue::complete`] then gives each of them; the buffers before
     /// the last were used whole.
     pub(super) fn expect_batch(&mut self, pending: u16, whole: u32) {
-        if self.is_in_batch() {
+        if self.in_batch {
             return;
         }
-        let next = usize::from(self.next);
-        let (id, len) = (self.used.load::<0>(next), self.used.load::<1>(next));
+        let next = usize::from(self.last_used);
+        let (id, len) = used_element(self.used.load::<0>(next));
         let mask = u32::from(self.size() - 1);
-        let left_out = (id.wrapping_sub(u32::from(self.next)) & mask) as u16;
+        let left_out = (id.wrapping_sub(u32::from(self.last_used)) & mask) as u16;
         if left_out > 0 && left_out < pending && id <= mask {
-            self.rare.batch = Some(Batch { last: self.next.wrapping_add(left_out), id, len, whole });
+            self.rare.batch = Some(Batch { last: self.last_used.wrapping_add(left_out), id, len, whole });
+            self.in_batch = true;
         }
     }
 
-    /// Whether the device left out the elements of the next completions: the ring has old ones in their places.
-    pub(super) fn is_in_batch(&self) -> bool {
-        self.rare.batch.is_some()
+    fn end_batch(&mut self) {
+        self.rare.batch = None;
+        self.in_batch = false;
     }
 
     /// Checks that `used_idx` counts no more completions than there can be.
     pub(super) fn check_used(&self, used_idx: u16) -> std::result::Result<(), Lie> {
-        if used_idx.wrapping_sub(self.next) > self.in_flight() { Err(Lie::UsedIndex) } else { Ok(()) }
+        if used_idx.wrapping_sub(self.last_used) > self.in_flight() { Err(Lie::UsedIndex) } else { Ok(()) }
     }
 
-    /// After completions in any order: moves `tail` over the descriptors that are back, or ends the use of the
-    /// queue because the device lied.
+    /// Ends the use of the queue if the device lied.
     ///
-    /// A queue that has ended has nothing in flight and nothing to offer, so that the packet path finds nothing
+    /// A queue that has ended has nothing in flight and no room, so that the packet path finds nothing
     /// to do without a test of its own. Its buffers stay until the reset: the device may still write to them.
     pub(super) fn settle(&mut self, completed: std::result::Result<(), Lie>) {
         if let Err(lie) = completed {
             self.give_up(lie.reason());
-            self.head = self.filled;
-            self.next = self.filled;
-            self.tail = self.filled.wrapping_sub(self.size());
-            return;
-        }
-        while self.tail != self.head && !self.slots.is_filled(self.tail.into()) {
-            self.tail = self.tail.wrapping_add(1);
+            self.last_used = self.offered;
+            self.ring.close();
         }
     }
 
     /// Whether the device lied.
     pub(super) fn is_broken(&self) -> bool {
         self.stats.device_errors > 0
-    }
-
-    /// Gives every buffer to `cache`; only after a reset of the device.
-    pub(super) fn release_all(&mut self, cache: &mut PoolCache) {
-        self.slots.release_all(cache);
     }
 }
 
@@ -492,19 +462,17 @@ mod tests {
             queue.restart(0, true);
             let (mut writes, mut event, mut used) = (0, queue.used_event.load::<0>(0), 0_u16);
             for step in 0..20_000_u16 {
-                let room = size - queue.head.wrapping_sub(queue.next);
-                queue.filled = queue.head.wrapping_add(room.min(1 + step % 40));
-                queue.publish();
+                let room = size - queue.in_flight();
+                queue.publish(queue.offered.wrapping_add(room.min(1 + step % 40)));
                 let now = queue.used_event.load::<0>(0);
                 writes += u32::from(now != event);
                 event = now;
                 // The device completes all of it, or some of it before the driver looks.
-                let new = used.wrapping_add(queue.head.wrapping_sub(used) / (1 + step % 3));
+                let new = used.wrapping_add(queue.offered.wrapping_sub(used) / (1 + step % 3));
                 assert!(!need_event(event, used, new), "{step}");
                 used = new;
                 if step % 7 == 0 {
-                    queue.next = used;
-                    queue.tail = used;
+                    queue.last_used = used;
                 }
             }
             assert!(writes < 40, "{writes}");

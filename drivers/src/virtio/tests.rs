@@ -68,7 +68,7 @@ impl Bench {
     fn send(&mut self, frames: impl IntoIterator<Item = Vec<u8>>) -> usize {
         let mut burst = Burst::new();
         for frame in frames {
-            let mut packet = Packet::new(self.cache.allocate().unwrap(), frame.len());
+            let mut packet = self.cache.allocate().unwrap().with_len(frame.len());
             self.cache.write(&mut packet, 0, &frame);
             burst.push(packet);
         }
@@ -78,7 +78,7 @@ impl Bench {
     }
 
     fn free(&mut self, burst: Burst) {
-        burst.into_iter().for_each(|packet| self.cache.free(packet.into_buffer()));
+        burst.into_iter().for_each(|packet| self.cache.free(packet));
     }
 
     /// Receives a burst and sends it again; gives the number of packets.
@@ -274,7 +274,7 @@ fn an_exhausted_pool_is_counted_and_recovers() {
     assert!(bench.receive().is_empty());
     bench.nic.take_doorbell(RX);
     for packet in held {
-        bench.cache.free(packet.into_buffer());
+        bench.cache.free(packet);
     }
     assert!(bench.receive().is_empty());
     assert!(bench.nic.take_doorbell(RX), "a dry device waits for the doorbell");

@@ -18,7 +18,7 @@ pub struct TxQueue {
     /// The device writes the header of each frame that it receives (5.1.6.4).
     mergeable: bool,
     /// Buffers are taken back when fewer descriptors than this can be filled.
-    reclaim_below: u16,
+    reclaim_below: usize,
     /// Of a device that is hardware.
     watchdog: Option<Watchdog>,
     /// Packets that were completed when the device was last found late.
@@ -30,7 +30,7 @@ impl TxQueue {
         Self {
             in_order: features.contains(Features::IN_ORDER),
             mergeable: features.contains(Features::MRG_RXBUF),
-            reclaim_below: queue.size() / 2,
+            reclaim_below: queue.ring.entries() / 2,
             watchdog: watched.then(Watchdog::default),
             late_at: None,
             queue,
@@ -47,12 +47,12 @@ impl TxQueue {
 
     /// Packets that the device was given and has not completed.
     pub(super) fn unfinished(&self) -> usize {
-        self.queue.slots.filled().saturating_sub(self.queue.untaken(self.queue.next).into())
+        self.queue.ring.owned().saturating_sub(self.queue.untaken(self.queue.last_used).into())
     }
 
     /// Gives the buffers back; only after a reset of the device.
     pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> Virtqueue {
-        self.queue.release_all(cache);
+        self.queue.ring.reclaim_all(cache);
         self.queue
     }
 
@@ -69,7 +69,7 @@ impl TxQueue {
     #[inline(never)]
     fn full(&mut self) -> usize {
         let queue = &mut self.queue;
-        // Not `next`, which comes to the same number again.
+        // Not `last_used`, which comes to the same number again.
         let completed = (queue.stats.packets as usize).wrapping_sub(queue.in_flight().into());
         if !queue.is_broken() && self.watchdog.as_mut().is_some_and(|watchdog| watchdog.is_late(completed)) {
             queue.ring_late(self.late_at != Some(completed));
@@ -83,25 +83,24 @@ impl TxQueue {
     fn reclaim(&mut self, cache: &mut PoolCache) {
         let queue = &mut self.queue;
         let used_idx = queue.used_idx();
-        let pending = used_idx.wrapping_sub(queue.next);
-        if pending > queue.in_flight() || queue.tail != queue.next {
+        let pending = used_idx.wrapping_sub(queue.last_used);
+        if pending > queue.in_flight() || queue.ring.has_holes() {
             return self.reclaim_any(used_idx, cache);
         }
         dma_rmb();
         if self.in_order {
             // It may leave out elements in between (2.7.9), and a promise that it breaks harms its own frames only.
-            queue.slots.release(queue.next.into(), pending.into(), cache);
-            (queue.next, queue.tail) = (used_idx, used_idx);
+            queue.ring.reclaim(pending.into(), cache);
+            queue.last_used = used_idx;
             return;
         }
-        while queue.next != used_idx {
-            let start = usize::from(queue.next);
-            let run = queue.used.view().run(start, used_idx.wrapping_sub(queue.next).into());
+        while queue.last_used != used_idx {
+            let rest = used_idx.wrapping_sub(queue.last_used);
+            let run = queue.used.view().run(queue.last_used.into(), rest.into());
             let wanted = run.len();
-            let count = run.take_while(|(index, used)| used.load::<0>() as usize == *index).count();
-            queue.slots.release(start, count, cache);
-            queue.next = queue.next.wrapping_add(count as u16);
-            queue.tail = queue.next;
+            let count = run.take_while(|(index, used)| used.load::<0>() as u32 == *index as u32).count();
+            queue.ring.reclaim(count, cache);
+            queue.last_used = queue.last_used.wrapping_add(count as u16);
             if count != wanted {
                 return self.reclaim_any(used_idx, cache);
             }
@@ -122,7 +121,7 @@ impl TxQueue {
     fn try_reclaim_any(&mut self, used_idx: u16, cache: &mut PoolCache) -> std::result::Result<(), Lie> {
         self.queue.check_used(used_idx)?;
         dma_rmb();
-        while self.queue.next != used_idx {
+        while self.queue.last_used != used_idx {
             // The device writes nothing, so its length says nothing (2.7.8.2).
             cache.free(self.queue.complete(0..=u32::MAX)?.0);
         }
@@ -135,29 +134,27 @@ impl TxBurst for TxQueue {
     // Apart from the forwarding loop, where too few registers are left for the loop in here.
     #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        if self.queue.room() < self.reclaim_below || burst.is_empty() {
+        if self.queue.ring.room() < self.reclaim_below || burst.is_empty() {
             self.reclaim(cache);
         }
-        let count = usize::from(self.queue.room()).min(burst.len());
+        let count = self.queue.ring.room().min(burst.len());
         if count == 0 {
             return if burst.is_empty() { 0 } else { self.full() };
         }
         let (queue, mergeable) = (&mut self.queue, self.mergeable);
         let mut bytes = 0;
-        queue.slots.keep(&queue.desc, queue.filled.into(), count, cache, burst, |slot, len| {
+        queue.ring.fill(count, HEADER, cache, burst, |slot, len| {
             const BLANK: u128 = 0;
             // A header that is not written stays in the cache of a device that is a process.
             if mergeable || u128::from_ne_bytes(slot.read_header()) != BLANK {
                 slot.write_header(&BLANK.to_ne_bytes());
             }
-            slot.entry.store::<0>(slot.iova() - HEADER as u64);
-            slot.entry.store::<1>(shape((HEADER + len) as u32, 0, 0));
             bytes += len;
+            shape((HEADER + len) as u32, 0, 0)
         });
-        queue.filled = queue.filled.wrapping_add(count as u16);
         queue.stats.packets += count as u64;
         queue.stats.bytes += bytes as u64;
-        queue.publish();
+        queue.publish(queue.ring.head() as u16);
         count
     }
 

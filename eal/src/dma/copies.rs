@@ -2,8 +2,9 @@
 
 use std::mem::MaybeUninit;
 
+use super::packet::{Burst, DATA_ROOM, MAX_BURST, Packet};
 use super::peer::PeerSlice;
-use super::pool::{Buffer, Burst, DATA_ROOM, MAX_BURST, Packet, PoolCache};
+use super::pool::PoolCache;
 use crate::opaque;
 
 impl PoolCache {
@@ -21,6 +22,7 @@ impl PoolCache {
     ) -> usize {
         let before = burst.len();
         let packets = burst.as_mut_ptr();
+        let fresh_bits = self.fresh_bits();
         let mut fresh = self.take(wanted.min(MAX_BURST - before));
         let mut found = [MaybeUninit::<PeerSlice<'a>>::uninit(); MAX_BURST];
         let mut count = 0;
@@ -31,15 +33,16 @@ impl PoolCache {
             count += 1;
         }
         for (i, slice) in found[..count].iter().enumerate() {
-            let Some(buffer) = fresh.next() else { break };
+            let Some(slot) = fresh.next() else { break };
             // SAFETY: the first `count` slices were written.
             let slice = unsafe { slice.assume_init() };
             let len = slice.len.min(DATA_ROOM);
-            // SAFETY: a slice is valid for its length and a buffer's data for `DATA_ROOM` bytes; the buffer's only
+            let packet = Packet::in_slot(slot, len, fresh_bits);
+            // SAFETY: a slice is valid for its length and a fresh packet's data for `DATA_ROOM` bytes; the buffer's only
             // handle is here. There are no more packets than `burst` has room for.
             unsafe {
-                opaque::read(slice.at.as_ptr(), fresh.buffers.data(&buffer).as_ptr(), len);
-                packets.add(before + i).write(Packet::new(buffer, len));
+                opaque::read(slice.at.as_ptr(), fresh.buffers.data(&packet).as_ptr(), len);
+                packets.add(before + i).write(packet);
             }
         }
         // SAFETY: as many packets were written: `count` is not above the number of buffers.
@@ -83,25 +86,24 @@ impl PoolCache {
             unsafe {
                 // A header that stays the same stays in the peer's cache too.
                 opaque::write_changed(header, to);
-                opaque::write(buffers.data(packet.buffer()).as_ptr(), to.add(H), packet.len());
+                opaque::write(buffers.data(packet).as_ptr(), to.add(H), packet.len());
             }
         }
         for packet in burst.drain(..count) {
-            self.free(packet.into_buffer());
+            self.free(packet);
         }
         count
     }
 
-    /// Copies `from` into `buffer` at `offset`; none when it does not fit into [`DATA_ROOM`].
+    /// Appends what `from` holds to the packet's data; none, and no change, when it does not fit into the buffer.
     ///
     /// # Panics
-    /// When the buffer is of another pool.
-    pub fn copy_from_peer(&mut self, buffer: &mut Buffer, offset: usize, from: PeerSlice<'_>) -> Option<()> {
-        if offset.checked_add(from.len)? > DATA_ROOM {
-            return None;
-        }
-        // SAFETY: the copy ends within the buffer, as just checked; the buffer's only handle is borrowed.
-        unsafe { opaque::read(from.at.as_ptr(), self.buffers().data(buffer).as_ptr().add(offset), from.len) };
+    /// When the packet is of another pool.
+    pub fn append_from_peer(&mut self, packet: &mut Packet, from: PeerSlice<'_>) -> Option<()> {
+        let offset = packet.len();
+        packet.append(from.len)?;
+        // SAFETY: the copy ends within the packet's data; the buffer's only handle is borrowed.
+        unsafe { opaque::read(from.at.as_ptr(), self.data(packet, offset, from.len), from.len) };
         Some(())
     }
 
@@ -115,7 +117,7 @@ impl PoolCache {
             // SAFETY: `offset + len` is not beyond the packet, and `to` has room for `len`. Its mapping is copied or atomic
             // wherever it is accessed.
             unsafe {
-                opaque::write(self.buffers().data(packet.buffer()).as_ptr().add(offset), to.at.as_ptr(), len);
+                opaque::write(self.data(packet, offset, len), to.at.as_ptr(), len);
             }
         }
         len
@@ -138,7 +140,7 @@ mod tests {
             let (mut cache, mut view) = (pool.cache(), peer.view());
             let mut at = |len| view.at(8, len);
             for len in [3, 60, 200] {
-                let mut packet = Packet::new(cache.allocate().unwrap(), len);
+                let mut packet = cache.allocate().unwrap().with_len(len);
                 cache.write(&mut packet, 0, &vec![fill; len]);
                 assert_eq!(cache.copy_to_peer(&packet, 0, at(len).unwrap()), len);
                 let mut burst: Burst = [packet].into_iter().collect();
@@ -148,9 +150,9 @@ mod tests {
                 cache.read(&burst[0], 0, &mut bytes);
                 assert!(bytes.iter().all(|byte| matches!(byte, 1 | 2)), "{bytes:?}");
                 at(len).unwrap().write(&[fill; 5]);
-                let mut buffer = burst.remove(0).into_buffer();
-                cache.copy_from_peer(&mut buffer, 1, at(len).unwrap()).unwrap();
-                cache.free(buffer);
+                let mut packet = burst.remove(0);
+                cache.append_from_peer(&mut packet, at(len).unwrap()).unwrap();
+                cache.free(packet);
             }
         };
         std::thread::scope(|scope| {

@@ -1,23 +1,24 @@
-//! Memory with device addresses: [`DmaMemory`], and what is made of it: descriptor rings ([`DmaRing`])
-//! and packet buffers ([`Pool`]). Memory of another process, for which we are the device: [`PeerMemory`].
+//! Memory with device addresses: [`DmaMemory`], and what is made of it: packet buffers ([`Pool`]), rings of descriptors that
+//! own such buffers ([`DescRing`]), and other rings ([`DmaRing`]). Memory of another process, for which we are the device:
+//! [`PeerMemory`].
 
-mod buffer_ring;
 mod copies;
+mod desc_ring;
 mod iova;
 mod memory;
+mod packet;
 mod peer;
 mod peer_log;
 mod pool;
 mod ring;
 
-pub use buffer_ring::{BufferRing, Filled, Slot};
+pub use desc_ring::{DescRing, Filled, GoodWord, Slot};
 pub use iova::IovaRanges;
 pub use memory::{DeviceView, DmaMemory, Part, nodes_of};
+pub use packet::{BUFFER_SIZE, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet};
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
 pub use peer_log::PeerLog;
-pub use pool::{
-    BUFFER_SIZE, Buffer, Burst, DATA_ROOM, HEADROOM, MAX_BUFFERS, MAX_BURST, Packet, Pool, PoolCache,
-};
+pub use pool::{MAX_BUFFERS, Pool, PoolCache};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
 
 // Rust's fences order accesses among the CPUs that run threads. For x86 that includes devices; for Arm it is the inner
@@ -32,6 +33,25 @@ macro_rules! dmb {
         // the compiler moves no access across it.
         unsafe { core::arch::asm!(concat!("dmb ", $option), options(nostack, preserves_flags)) }
     };
+}
+
+/// Calls `each` with the numbers below `count` in order, until it gives false; gives how often it gave true. Four calls
+/// follow each other without a jump, because for a packet the loop around them costs as much as a part of the work.
+#[inline(always)]
+fn in_fours(count: usize, mut each: impl FnMut(usize) -> bool) -> usize {
+    let mut done = 0;
+    while count - done >= 4 {
+        for _ in 0..4 {
+            if !each(done) {
+                return done;
+            }
+            done += 1;
+        }
+    }
+    while done < count && each(done) {
+        done += 1;
+    }
+    done
 }
 
 /// Orders the read of an ownership word (DD bit, used index) before the reads and writes of what it covers.

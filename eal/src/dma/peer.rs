@@ -520,7 +520,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::dma::{Burst, DATA_ROOM, DmaMemory, Packet, Pool};
+    use crate::dma::{Burst, DATA_ROOM, DmaMemory, Pool};
     use crate::mem::{Backing, Region};
     use proptest::prelude::*;
 
@@ -624,7 +624,7 @@ mod tests {
         let outside =
             [(LEN - 1, 2), (LEN, 1), (u64::MAX, 1), (end - 1, 2), (0x10_0000, usize::MAX), (end, 1)];
         assert!(outside.iter().all(|(guest, len)| view.at(*guest, *len).is_none()));
-        burst.into_iter().for_each(|packet| cache.free(packet.into_buffer()));
+        burst.into_iter().for_each(|packet| cache.free(packet));
 
         let refused = |ring: Result<PeerRing<u64>>| ring.unwrap_err().kind();
         assert_eq!(refused(memory.ring(0x7000_0000, 3)), ErrorKind::Usage);
@@ -748,16 +748,11 @@ mod tests {
             for (offset, len) in probes {
                 let wanted: Option<Vec<u8>> =
                     (at + offset..at + offset + len as u64).map(|at| bytes.get(&at).copied()).collect();
-                let (mut buffer, mut found) = (cache.allocate().unwrap(), 0);
-                let whole = view.parts(at + offset, len, |part| {
-                    cache.copy_from_peer(&mut buffer, found, part).unwrap();
-                    found += part.len();
-                    Some(())
-                });
-                let packet = Packet::new(buffer, found);
-                let mut read = vec![0; found];
+                let mut packet = cache.allocate().unwrap();
+                let whole = view.parts(at + offset, len, |part| cache.append_from_peer(&mut packet, part));
+                let mut read = vec![0; packet.len()];
                 cache.read(&packet, 0, &mut read);
-                cache.free(packet.into_buffer());
+                cache.free(packet);
                 // No bytes are nowhere, or at an end.
                 prop_assert!(len == 0 || whole.map(|()| read) == wanted);
             }
@@ -769,7 +764,7 @@ mod tests {
             let (pool, mut burst) = (pool(), Burst::new());
             let mut cache = pool.cache();
             for (i, len) in lens.iter().enumerate() {
-                let mut packet = Packet::new(cache.allocate().unwrap(), *len);
+                let mut packet = cache.allocate().unwrap().with_len(*len);
                 let bytes: Vec<u8> = (0..*len).map(|at| (at * 7 + i) as u8).collect();
                 cache.write(&mut packet, 0, &bytes);
                 burst.push(packet);
@@ -793,11 +788,11 @@ mod tests {
                     let mut byte = [0];
                     let guard = guard.remove(0);
                     cache.read(&guard, 0, &mut byte);
-                    cache.free(guard.into_buffer());
+                    cache.free(guard);
                     prop_assert_eq!(byte, [0xee]);
                 }
             }
-            round.into_iter().for_each(|packet| cache.free(packet.into_buffer()));
+            round.into_iter().for_each(|packet| cache.free(packet));
             drop(cache);
             prop_assert_eq!(pool.available(), 64);
         }

@@ -1,11 +1,10 @@
-//! Packet buffers: the pool that all lcores share, and the 8-byte handles that own a buffer.
+//! Packet buffers: the pool that all lcores share.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrayvec::ArrayVec;
-
 use super::DmaMemory;
+use super::packet::{BUFFER_SIZE, Packet};
 use crate::clock::Tsc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
@@ -27,77 +26,17 @@ use free::{Chunk, FreeList};
 pub(super) use place::Buffers;
 use tag::Tag;
 
-/// Distance of two buffers in bytes; a power of two, so that no buffer crosses a page.
-pub const BUFFER_SIZE: usize = 2048;
-
-/// Bytes in front of a packet's first byte: room for a virtio-net header, and the packet on a cache line.
-pub const HEADROOM: usize = 64;
-
-/// Longest packet that a buffer holds, in bytes.
-pub const DATA_ROOM: usize = BUFFER_SIZE - HEADROOM;
-
-/// Packets in a [`Burst`].
-pub const MAX_BURST: usize = 32;
-
 /// Buffers that move between the pool and a cache at a time.
 const CHUNK: usize = 32;
 
-/// Packets that move together.
-pub type Burst = ArrayVec<Packet, MAX_BURST>;
-
 /// Most buffers of a pool: their distances from the first fit into 32 bits.
 pub const MAX_BUFFERS: u32 = u32::MAX / BUFFER_SIZE as u32;
-
-/// Ownership of one packet buffer, by its distance from the pool's first in bytes plus the pool's tag. There is
-/// exactly one handle of each buffer: it is moved, never copied, into a descriptor ring, a packet, or the pool that it
-/// came from ([`PoolCache::free`]). Losing it loses the buffer. A cache of another pool gives no access by it: it
-/// panics, or in [`PoolCache::free`] refuses the buffer.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use = "a buffer that is dropped is lost to its pool"]
-pub struct Buffer(pub(super) u32);
-
-/// A packet: a buffer and how much of it is used. 8 bytes, moved by value.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use = "a packet that is dropped is lost to its pool; give it to PoolCache::free"]
-pub struct Packet {
-    buffer: Buffer,
-    len: u32,
-}
-
-const _: () = assert!(size_of::<Packet>() == 8);
-
-impl Packet {
-    /// A packet of `len` bytes in `buffer`; a `len` above [`DATA_ROOM`] becomes it.
-    #[inline(always)]
-    pub fn new(buffer: Buffer, len: usize) -> Self {
-        Self { buffer, len: len.min(DATA_ROOM) as u32 }
-    }
-
-    /// Length in bytes, without the frame check sequence.
-    #[inline(always)]
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> usize {
-        self.len as usize
-    }
-
-    /// The buffer that the packet is in.
-    #[inline(always)]
-    pub fn buffer(&self) -> &Buffer {
-        &self.buffer
-    }
-
-    /// Gives up the packet, keeps its buffer.
-    #[inline(always)]
-    pub fn into_buffer(self) -> Buffer {
-        self.buffer
-    }
-}
 
 /// All packet buffers of a process, at one linear range of offsets in a [`DmaMemory`].
 #[derive(Debug)]
 pub struct Pool {
     memory: Arc<DmaMemory>,
-    /// In each handle of this pool's buffers, and of no other's.
+    /// In each handle of a buffer of this pool, and of no other's.
     tag: Tag,
     /// Offset of buffer 0 in the memory.
     offset: usize,
@@ -142,7 +81,7 @@ impl Pool {
     /// Takes `count` buffers of `memory`.
     ///
     /// # Errors
-    /// `Os` when the memory is too small, or there are 127 pools, `Usage` when a pool cannot be so large.
+    /// `Os` when the memory is too small, or there are 70 pools, `Usage` when a pool cannot be so large.
     /// A pool counts until its buffers have all come back and it is dropped.
     pub fn new(memory: &Arc<DmaMemory>, count: u32) -> Result<Arc<Self>> {
         Self::with_access(memory, count, Access::ReadWrite)
@@ -168,12 +107,12 @@ impl Pool {
             let list = FreeList::new(own.len());
             for first in own.clone().step_by(CHUNK) {
                 let chunk = first..own.end.min(first + CHUNK as u32);
-                list.push(chunk.map(|index| index * BUFFER_SIZE as u32 + tag.get()).collect());
+                list.push(chunk.map(|index| index * BUFFER_SIZE as u32).collect());
             }
             NodeList { node, end: own.end, list }
         });
         let free = free.collect();
-        let bases = place::bases(memory.translation(), offset, count, tag.get());
+        let bases = place::bases(memory.translation(), offset, count);
         Ok(Arc::new(Self {
             memory: Arc::clone(memory),
             tag,
@@ -214,7 +153,7 @@ impl Pool {
             return;
         }
         for own in &self.free {
-            let is_own = |handle: &u32| (*handle / BUFFER_SIZE as u32) < own.end;
+            let is_own = |slot: &u32| (*slot / BUFFER_SIZE as u32) < own.end;
             let (own_ones, others) = chunk.into_iter().partition(is_own);
             chunk = others;
             own.list.push(own_ones);
@@ -224,7 +163,7 @@ impl Pool {
     /// Says that a buffer of another pool came to this one, which is lost to its own.
     #[cold]
     #[inline(never)]
-    fn refuse(&self, _: Buffer) {
+    fn refuse(&self, _: Packet) {
         if self.is_to_warn(Tsc::now()) {
             tracing::error!("packet buffers of another pool came back to this one: a driver mixes pools up");
         }

@@ -84,6 +84,11 @@ impl<W: Word, const N: usize> DmaRing<W, N> {
             .ok_or_else(|| refused("too many"))
     }
 
+    /// First word.
+    pub(super) fn start(&self) -> NonNull<W> {
+        self.words
+    }
+
     /// Device address of entry 0.
     pub fn iova(&self) -> u64 {
         self.iova
@@ -204,6 +209,12 @@ pub struct RingEntry<'a, W: Word, const N: usize> {
 }
 
 impl<W: Word, const N: usize> RingEntry<'_, W, N> {
+    /// The entry's first word.
+    #[inline(always)]
+    pub(super) fn start(self) -> NonNull<W> {
+        self.words
+    }
+
     /// The entry `count` behind this one.
     ///
     /// # Safety

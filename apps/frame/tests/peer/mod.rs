@@ -12,7 +12,7 @@ use vireo_drivers::port::{RxBurst, TxBurst};
 use vireo_drivers::table::{Drivers, RxQueue, TxQueue};
 use vireo_eal::Eal;
 use vireo_eal::args::{Outcome, Program, allowed_cpus, parse};
-use vireo_eal::dma::{Burst, Packet, PoolCache};
+use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_frame::{App, Config, Ports, Route};
 
@@ -121,7 +121,7 @@ impl Peer {
 
     /// Sends `frame` on a port.
     pub(crate) fn send(&mut self, port: usize, frame: &[u8]) {
-        let mut packet = Packet::new(self.cache.allocate().unwrap(), frame.len());
+        let mut packet = self.cache.allocate().unwrap().with_len(frame.len());
         self.cache.write(&mut packet, 0, frame);
         let mut burst: Burst = [packet].into_iter().collect();
         let since = Instant::now();
@@ -142,7 +142,7 @@ impl Peer {
             for packet in burst {
                 let mut frame = vec![0; packet.len()];
                 self.cache.read(&packet, 0, &mut frame);
-                self.cache.free(packet.into_buffer());
+                self.cache.free(packet);
                 frames.push(frame);
             }
             std::thread::yield_now();

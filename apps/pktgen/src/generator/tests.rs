@@ -29,7 +29,7 @@ impl TxBurst for Into {
         for packet in burst.drain(..) {
             let mut frame = vec![0; packet.len()];
             cache.read(&packet, 0, &mut frame);
-            cache.free(packet.into_buffer());
+            cache.free(packet);
             match self.to_lose.checked_sub(1) {
                 Some(left) => self.to_lose = left,
                 None => self.wire.send(frame).unwrap(),
@@ -48,7 +48,7 @@ impl RxBurst for Out {
         while !burst.is_full()
             && let Ok(frame) = self.0.try_recv()
         {
-            let mut packet = Packet::new(cache.allocate().unwrap(), frame.len());
+            let mut packet = cache.allocate().unwrap().with_len(frame.len());
             cache.write(&mut packet, 0, &frame);
             burst.push(packet);
         }

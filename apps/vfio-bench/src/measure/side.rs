@@ -10,7 +10,7 @@ use vireo_drivers::ports::{self, OpenPort};
 use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_eal::Result;
 use vireo_eal::clock::Tsc;
-use vireo_eal::dma::{Burst, Packet, PoolCache};
+use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 use vireo_eal::vfio::{Vfio, VfioMode};
@@ -128,13 +128,13 @@ impl Side {
         while burst.len() < count
             && let Some(buffer) = self.to_send.allocate()
         {
-            let mut packet = Packet::new(buffer, bytes.len());
+            let mut packet = buffer.with_len(bytes.len());
             self.to_send.write(&mut packet, 0, &bytes);
             burst.push(packet);
         }
         self.queues[0].1.tx_burst(&mut self.to_send, &mut burst);
         for packet in burst.drain(..) {
-            self.to_send.free(packet.into_buffer());
+            self.to_send.free(packet);
         }
     }
 
@@ -143,7 +143,7 @@ impl Side {
         let mut burst = Burst::new();
         self.queues[1].0.rx_burst(&mut self.cache, &mut burst);
         for packet in burst.drain(..) {
-            self.cache.free(packet.into_buffer());
+            self.cache.free(packet);
         }
     }
 

@@ -74,8 +74,8 @@ fn a_device_that_completes_without_end_does_not_hold_the_lcore() {
         let mut rig = Rig::standard();
         (0..64 * 3).for_each(|_| rig.device.receive_raw(DONE));
         assert!(rig.poll().is_empty());
-        // A poll of the rig receives twice.
-        assert_eq!(rig.rx_stats().device_errors, 2 * MAX_BURST as u64);
+        // A poll of the rig receives twice, and one descriptor has no buffer.
+        assert_eq!(rig.rx_stats().device_errors, 2 * MAX_BURST as u64 - 1);
         rig.stop();
     });
 }
@@ -90,12 +90,10 @@ fn a_descriptor_that_is_completed_out_of_its_turn_waits_for_it() {
             assert!(rig.device.receive(&frame(round)));
             let got = rig.poll();
             assert_eq!((&got[0], got[1].len(), got.len()), (&frame(round), 60, 2));
-            // The device fills that descriptor in its turn, too; the driver is behind it, and finds the frame a turn later.
-            assert!(rig.device.receive(&frame(round + 1)));
-            assert!(rig.poll().is_empty(), "{round}");
+            // That descriptor's turn is yet to come for the device, and over for the driver.
             rig.restart();
-            assert!(rig.device.receive(&frame(round + 2)));
-            assert_eq!(rig.poll(), [frame(round + 2)]);
+            assert!(rig.device.receive(&frame(round + 1)));
+            assert_eq!(rig.poll(), [frame(round + 1)]);
         }
         rig.stop();
     });

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 
 use super::place::{Buffers, Place};
-use super::{Buffer, CHUNK, DATA_ROOM, MAX_BURST, Packet, Pool};
+use super::{CHUNK, Pool};
 use crate::clock::Tsc;
+use crate::dma::in_fours;
+use crate::dma::packet::{MAX_BURST, Packet, SHORT};
 
 /// Buffers that a cache keeps; what is above goes back to the pool.
 pub(super) const CACHE: usize = 512;
@@ -23,7 +25,7 @@ pub(in crate::dma) const MAX_FREE: usize = CACHE / 2;
 pub struct PoolCache {
     place: Place,
     stack: Box<[MaybeUninit<u32>; CACHE]>,
-    /// The first `len` entries of `stack` are initialised, each by a handle of this pool that is nowhere else.
+    /// The first `len` entries of `stack` are initialised, each by the distance of a buffer of this pool that has no handle.
     len: usize,
     /// Which of the pool's lists it takes from.
     near: usize,
@@ -57,10 +59,23 @@ impl PoolCache {
         Taking { left: self.len, rest, stack: &self.stack, len: &mut self.len, buffers: self.place.buffers() }
     }
 
-    /// One free buffer, if the pool has one.
+    /// A packet without data in a free buffer, if the pool has one.
     #[inline(always)]
-    pub fn allocate(&mut self) -> Option<Buffer> {
-        self.take(1).next()
+    pub fn allocate(&mut self) -> Option<Packet> {
+        let fresh_bits = self.fresh_bits();
+        self.take(1).next().map(|slot| Packet::in_slot(slot, 0, fresh_bits))
+    }
+
+    /// The tag of the pool.
+    #[inline(always)]
+    pub(in crate::dma) fn tag(&self) -> u8 {
+        Packet::tag_in(self.fresh_bits())
+    }
+
+    /// As [`Packet::fresh_bits`] of the pool's tag.
+    #[inline(always)]
+    pub(in crate::dma) fn fresh_bits(&self) -> u64 {
+        self.place.fresh_bits
     }
 
     #[cold]
@@ -80,37 +95,35 @@ impl PoolCache {
         }
     }
 
-    /// Takes a buffer back that came from this pool, by whichever cache. One of another pool is refused: it is lost to
+    /// Takes back a packet that came from this pool, by whichever cache. One of another pool is refused: it is lost to
     /// its own, and an error says so, at most once in a second.
     #[inline(always)]
-    pub fn free(&mut self, buffer: Buffer) {
-        if !self.place.owns(&[buffer.0]) {
-            return self.pool.refuse(buffer);
+    pub fn free(&mut self, packet: Packet) {
+        if packet.tag() != self.tag() {
+            return self.pool.refuse(packet);
         }
         if self.len == CACHE {
             self.spill();
         }
-        self.stack[self.len] = MaybeUninit::new(buffer.0);
+        self.stack[self.len] = MaybeUninit::new(packet.slot());
         self.len += 1;
     }
 
-    /// Takes back at most [`MAX_FREE`] handles at once; false, and none, when not all are of this pool.
+    /// Takes back at most [`MAX_FREE`] buffers at once, by their distances.
+    ///
+    /// # Safety
+    /// They are of this pool, and no handle of them exists.
     #[inline(always)]
-    #[must_use]
-    pub(in crate::dma) fn free_all(&mut self, handles: &[u32]) -> bool {
-        debug_assert!(handles.len() <= MAX_FREE);
-        if !self.place.owns(handles) {
-            return false;
-        }
-        if handles.len() > CACHE - self.len {
+    pub(in crate::dma) unsafe fn free_slots(&mut self, slots: &[u32]) {
+        debug_assert!(slots.len() <= MAX_FREE);
+        if slots.len() > CACHE - self.len {
             self.spill();
         }
-        let to = &mut self.stack[self.len..self.len + handles.len()];
-        for (to, handle) in to.iter_mut().zip(handles) {
-            *to = MaybeUninit::new(*handle);
+        let to = &mut self.stack[self.len..self.len + slots.len()];
+        for (to, slot) in to.iter_mut().zip(slots) {
+            *to = MaybeUninit::new(*slot);
         }
-        self.len += handles.len();
-        true
+        self.len += slots.len();
     }
 
     /// Gives chunks back to the pool until half of the cache is empty.
@@ -155,35 +168,41 @@ impl PoolCache {
         self.place.buffers()
     }
 
-    /// Device address of the packet data in `buffer`; [`HEADROOM`](super::HEADROOM) bytes in front of it belong to the buffer.
+    /// Device address of the packet's first byte.
     ///
     /// # Panics
-    /// When the buffer is of another pool.
+    /// When the packet is of another pool.
     #[inline(always)]
-    pub fn iova(&self, buffer: &Buffer) -> u64 {
-        self.buffers().iova(buffer)
+    pub fn iova(&self, packet: &Packet) -> u64 {
+        self.buffers().iova(packet)
     }
 
-    /// Copies `bytes` into the packet at `offset`.
+    /// Where `len` bytes at `offset` of the packet's data are.
     ///
     /// # Panics
-    /// When they do not fit into [`DATA_ROOM`], or the packet is of another pool.
+    /// When they are not within the packet's buffer, or the packet is of another pool.
+    #[inline(always)]
+    pub(in crate::dma) fn data(&self, packet: &Packet, offset: usize, len: usize) -> *mut u8 {
+        let room = packet.len() + packet.tailroom();
+        assert!(len <= room && offset <= room - len, "access beyond the packet's buffer");
+        // SAFETY: the data and what is behind it are `room` bytes of the buffer.
+        unsafe { self.buffers().data(packet).as_ptr().add(offset) }
+    }
+
+    /// Copies `bytes` into the packet at `offset`. They may be behind its data, where [`Packet::append`] would put them.
+    ///
+    /// # Panics
+    /// When they do not fit into the packet's buffer, or the packet is of another pool.
     #[inline(always)]
     pub fn write(&mut self, packet: &mut Packet, offset: usize, bytes: &[u8]) {
-        assert!(bytes.len() <= DATA_ROOM && offset <= DATA_ROOM - bytes.len());
-        // SAFETY: `data` gives the start of `DATA_ROOM` bytes and the copy ends within them; the source is a
-        // slice of the caller's and cannot overlap memory that hands out no slices. The packet's handle is the
-        // buffer's only one and borrowed mutably, so no other thread of ours touches the buffer.
-        unsafe {
-            self.buffers()
-                .data(&packet.buffer)
-                .as_ptr()
-                .add(offset)
-                .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
-        }
+        let to = self.data(packet, offset, bytes.len());
+        // SAFETY: the copy ends within the buffer; the source is a slice of the caller's and cannot overlap memory that
+        // hands out no slices. The packet is the buffer's only handle and borrowed mutably, so no other thread of ours
+        // touches the buffer.
+        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
-    /// Copies `first` and then `second` to the front of each packet. They are values, so that they stay in
+    /// Copies `first` and then `second` to the front of each packet, at most 64 bytes. They are values, so that they stay in
     /// registers where a slice would be read again for each packet.
     ///
     /// # Panics
@@ -195,51 +214,90 @@ impl PoolCache {
         first: [u8; N],
         second: [u8; M],
     ) {
-        const { assert!(N + M <= DATA_ROOM) };
+        const { assert!(N + M <= SHORT) };
         let buffers = self.buffers();
-        for packet in packets {
-            let data = buffers.data(&packet.buffer).as_ptr();
-            // SAFETY: as in `write`; arrays of bytes need no alignment.
+        in_fours(packets.len(), |i| {
+            // SAFETY: as in `write`, because `data` gives the start of `SHORT` bytes; arrays of bytes need no alignment.
             unsafe {
+                let data = buffers.data(packets.get_unchecked(i)).as_ptr();
                 data.cast::<[u8; N]>().write(first);
                 data.add(N).cast::<[u8; M]>().write(second);
             }
-        }
+            true
+        });
+    }
+
+    /// Extends each packet that is shorter to `LEN` bytes, at most 64, with zeros, for a device that does not pad.
+    ///
+    /// # Panics
+    /// When such a packet is of another pool.
+    #[inline(always)]
+    pub fn pad_each<const LEN: usize>(&mut self, packets: &mut [Packet]) {
+        const { assert!(LEN <= SHORT) };
+        in_fours(packets.len(), |i| {
+            // SAFETY: `i` is below the number of packets.
+            let packet = unsafe { packets.get_unchecked_mut(i) };
+            if packet.len() < LEN {
+                self.pad(packet, LEN);
+            }
+            true
+        });
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn pad(&mut self, packet: &mut Packet, len: usize) {
+        const ZEROS: [u8; SHORT] = [0; SHORT];
+        let from = packet.len();
+        self.write(packet, from, &ZEROS[..len - from]);
+        // There are `SHORT` bytes behind the start of the data.
+        let _ = packet.append(len - from);
     }
 
     /// Copies bytes of the packet at `offset` out.
     ///
     /// # Panics
-    /// When they are not within [`DATA_ROOM`], or the packet is of another pool.
+    /// When they are not within the packet's buffer, or the packet is of another pool.
     #[inline(always)]
     pub fn read(&self, packet: &Packet, offset: usize, bytes: &mut [u8]) {
-        assert!(bytes.len() <= DATA_ROOM && offset <= DATA_ROOM - bytes.len());
+        let from = self.data(packet, offset, bytes.len());
         // SAFETY: as in `write`, the other way; nobody of ours writes while the only handle is borrowed.
-        unsafe {
-            self.buffers()
-                .data(&packet.buffer)
-                .as_ptr()
-                .add(offset)
-                .copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len());
+        unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+    }
+
+    /// Removes `count` bytes from the front of the packet's data. `None`, and no change, when there are fewer.
+    ///
+    /// # Panics
+    /// When the packet is of another pool.
+    #[must_use]
+    pub fn adj(&mut self, packet: &mut Packet, count: usize) -> Option<()> {
+        let rest = packet.len().checked_sub(count)?;
+        if packet.advance(count).is_none() {
+            let from = self.data(packet, count, rest);
+            packet.rewind(rest);
+            let to = self.data(packet, 0, rest);
+            // SAFETY: both ranges are within the buffer, whose only handle is borrowed mutably; they may overlap.
+            unsafe { to.copy_from(from, rest) };
         }
+        Some(())
     }
 
-    /// Writes `bytes` directly in front of the packet data.
+    /// Writes `bytes` directly in front of the packet's data.
     ///
     /// # Panics
-    /// When the buffer is of another pool.
+    /// When the packet is of another pool.
     #[inline(always)]
-    pub fn write_header<const N: usize>(&mut self, buffer: &mut Buffer, bytes: &[u8; N]) {
-        self.buffers().write_header(buffer, bytes);
+    pub fn write_header<const N: usize>(&mut self, packet: &mut Packet, bytes: &[u8; N]) {
+        self.buffers().write_header(packet, bytes);
     }
 
-    /// Reads the `N` bytes directly in front of the packet data.
+    /// Reads the `N` bytes directly in front of the packet's data.
     ///
     /// # Panics
-    /// When the buffer is of another pool.
+    /// When the packet is of another pool.
     #[inline(always)]
-    pub fn read_header<const N: usize>(&self, buffer: &Buffer) -> [u8; N] {
-        self.buffers().read_header(buffer)
+    pub fn read_header<const N: usize>(&self, packet: &Packet) -> [u8; N] {
+        self.buffers().read_header(packet)
     }
 }
 
@@ -263,7 +321,7 @@ pub(in crate::dma) struct Taking<'a> {
     pub(in crate::dma) buffers: Buffers<'a>,
 }
 
-impl Taking<'_> {
+impl<'a> Taking<'a> {
     #[inline(always)]
     pub(in crate::dma) fn is_empty(&self) -> bool {
         self.rest == 0
@@ -275,15 +333,26 @@ impl Taking<'_> {
         self.rest
     }
 
+    /// The distances of all that may still go, which have no handle.
     #[inline(always)]
-    pub(in crate::dma) fn next(&mut self) -> Option<Buffer> {
+    pub(in crate::dma) fn all(mut self) -> &'a [u32] {
+        let top = self.left;
+        self.left -= std::mem::take(&mut self.rest);
+        // SAFETY: `rest` was not above `left`, which was the stack's length, and entries below that are initialised. They stay:
+        // while they are borrowed, so is the cache.
+        unsafe { self.stack.get_unchecked(self.left..top).assume_init_ref() }
+    }
+
+    /// The distance of a buffer that has no handle.
+    #[inline(always)]
+    pub(in crate::dma) fn next(&mut self) -> Option<u32> {
         if self.is_empty() {
             return None;
         }
         self.rest -= 1;
         self.left -= 1;
         // SAFETY: `left` was above 0 because `rest` was, and entries below the stack's length are initialised.
-        Some(Buffer(unsafe { self.stack.get_unchecked(self.left).assume_init() }))
+        Some(unsafe { self.stack.get_unchecked(self.left).assume_init() })
     }
 }
 

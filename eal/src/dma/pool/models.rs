@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use super::cache::CACHE;
 use super::*;
+use crate::dma::MAX_BURST;
 use crate::mem::{Backing, Region};
 use crate::sync::{model, thread};
 
@@ -17,21 +18,20 @@ fn pool(count: u32) -> Arc<Pool> {
 /// there are more chunks, which are not full.
 fn work(pool: &Arc<Pool>, held: &Mutex<HashSet<u32>>, rounds: usize) -> usize {
     let mut cache = pool.cache();
-    let mut buffers = Vec::new();
+    let mut slots: Vec<u32> = Vec::new();
     for _ in 0..rounds {
-        let mut taking = cache.take(MAX_BURST);
-        buffers.extend(std::iter::from_fn(|| taking.next()));
+        slots.extend(cache.take(MAX_BURST).all());
     }
-    for buffer in &buffers {
-        assert!(held.lock().unwrap().insert(buffer.0), "it is given out twice");
+    for slot in &slots {
+        assert!(held.lock().unwrap().insert(*slot), "it is given out twice");
     }
-    let count = buffers.len();
-    for (number, buffer) in buffers.into_iter().enumerate() {
+    let count = slots.len();
+    for (number, slot) in slots.into_iter().enumerate() {
         if number == count / 2 {
             drop(std::mem::replace(&mut cache, pool.cache()));
         }
-        assert!(held.lock().unwrap().remove(&buffer.0));
-        cache.free(buffer);
+        assert!(held.lock().unwrap().remove(&slot));
+        cache.free(Packet::in_slot(slot, 0, Packet::fresh_bits(pool.tag.get())));
     }
     count
 }
@@ -57,7 +57,7 @@ fn a_full_cache_spills_what_another_lcore_gets() {
         let pool = pool(CACHE as u32 + 1);
         let held = Arc::new(Mutex::default());
         let mut cache = pool.cache();
-        let buffers: Vec<Buffer> = std::iter::from_fn(|| cache.allocate()).collect();
+        let buffers: Vec<Packet> = std::iter::from_fn(|| cache.allocate()).collect();
         let other = {
             let (pool, held) = (Arc::clone(&pool), Arc::clone(&held));
             thread::spawn(move || work(&pool, &held, 1))

@@ -1,22 +1,23 @@
-//! From a buffer to its addresses.
+//! From a packet to its addresses.
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-use super::{BUFFER_SIZE, Buffer, DATA_ROOM, HEADROOM, Pool, tag};
+use super::Pool;
 use crate::dma::memory::Translation;
+use crate::dma::packet::{BUFFER_SIZE, Packet, RESERVED};
 
-/// What is to be added to a buffer's handle to give the device address of its data: one entry when the buffers are
+/// What is to be added to the distance of a packet's data to give its device address: one entry when the buffers are
 /// contiguous for the device, else one for each, rounded up to a power of two.
 ///
 /// # Panics
 /// When the pages of the device are not aligned to buffers, as all are.
-pub(super) fn bases(translation: &Translation, offset: usize, count: u32, tag: u32) -> Box<[u64]> {
+pub(super) fn bases(translation: &Translation, offset: usize, count: u32) -> Box<[u64]> {
     let base = |index: usize| {
         let distance = index * BUFFER_SIZE;
         let start = translation.iova(offset + distance);
         assert!(start.is_multiple_of(BUFFER_SIZE as u64), "a page of the device that is not aligned");
-        start.wrapping_sub(distance as u64 + u64::from(tag)).wrapping_add(HEADROOM as u64)
+        start.wrapping_sub(distance as u64)
     };
     let entries = if translation.is_contiguous() { 1 } else { count.max(1) as usize };
     let mut bases: Vec<u64> = (0..entries).map(|index| if count == 0 { 0 } else { base(index) }).collect();
@@ -27,39 +28,29 @@ pub(super) fn bases(translation: &Translation, offset: usize, count: u32, tag: u
 /// Where the buffers of a pool are, for the CPU and for the device.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
-    /// First byte of the first buffer, minus the pool's tag.
+    /// First byte of the first buffer.
     base: *mut u8,
     bases: NonNull<u64>,
     /// Number of bases minus 1.
     mask: usize,
-    tag: u32,
+    /// As [`Packet::fresh_bits`] of the pool's tag.
+    pub(super) fresh_bits: u64,
 }
 
 impl Place {
     pub(super) fn of(pool: &Pool) -> Self {
-        let start = pool.memory.pointer(pool.offset, pool.count as usize * BUFFER_SIZE).as_ptr();
+        let base = pool.memory.pointer(pool.offset, pool.count as usize * BUFFER_SIZE).as_ptr();
         assert!(
-            start.addr().is_multiple_of(BUFFER_SIZE),
+            base.addr().is_multiple_of(BUFFER_SIZE),
             "the region and the pool's offset in it are aligned"
         );
-        let tag = pool.tag.get();
-        Self {
-            base: start.wrapping_sub(tag as usize),
-            bases: NonNull::from(&*pool.bases).cast(),
-            mask: pool.bases.len() - 1,
-            tag,
-        }
+        let (bases, fresh_bits) = (NonNull::from(&*pool.bases).cast(), Packet::fresh_bits(pool.tag.get()));
+        Self { base, bases, mask: pool.bases.len() - 1, fresh_bits }
     }
 
     #[inline(always)]
     pub(super) fn buffers<'a>(self) -> Buffers<'a> {
         Buffers { place: self, _pool: PhantomData }
-    }
-
-    /// Whether all of `handles` are of the pool.
-    #[inline(always)]
-    pub(super) fn owns(&self, handles: &[u32]) -> bool {
-        tag::are_of(handles, self.tag)
     }
 }
 
@@ -71,76 +62,47 @@ pub(in crate::dma) struct Buffers<'a> {
     _pool: PhantomData<&'a Pool>,
 }
 
-/// Sets what is behind the first `from` of `len` bytes to zero, and gives `len`. Apart from the packet path, which few
-/// packets leave for this.
-///
-/// # Safety
-/// `data` is the start of `len` bytes that nothing else of this process reaches meanwhile.
-#[cold]
-#[inline(never)]
-unsafe fn zero(data: NonNull<u8>, from: usize, len: usize) -> usize {
-    let from = from.min(len);
-    // SAFETY: these are the last of the bytes that the caller vouches for.
-    unsafe { data.as_ptr().add(from).write_bytes(0, len - from) };
-    len
-}
-
 impl Buffers<'_> {
+    /// First byte of the packet's data, behind which the rest of its buffer is: 64 bytes at least. In front there are
+    /// [`RESERVED`] bytes of the buffer at least.
     #[inline(always)]
-    pub(in crate::dma) fn data(&self, buffer: &Buffer) -> NonNull<u8> {
-        assert!(tag::is_of(buffer.0, self.place.tag), "a buffer of another pool");
+    pub(in crate::dma) fn data(&self, packet: &Packet) -> NonNull<u8> {
+        assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "a packet of another pool");
         // SAFETY: no other pool has this tag while handles with it exist, so the buffer is one of this pool's, which are
-        // inside its range of the memory; the tag that `base` lacks is in the handle.
-        unsafe { NonNull::new_unchecked(self.place.base.wrapping_add(buffer.0 as usize).add(HEADROOM)) }
+        // inside its range of the memory.
+        unsafe { NonNull::new_unchecked(self.place.base.add(packet.at() as usize)) }
     }
 
-    /// Device address of the packet data in `buffer`, for which [`Buffers::is_foreign`] tells whether it is of the pool.
+    /// Device address of what is `at` bytes from the start of a pool; of this pool, if that is a distance in it.
     #[inline(always)]
-    pub(in crate::dma) fn iova_of_any(&self, buffer: &Buffer) -> u64 {
-        let index = (buffer.0 as usize / BUFFER_SIZE) & self.place.mask;
+    pub(in crate::dma) fn iova_at(&self, at: u32) -> u64 {
+        let index = (at as usize / BUFFER_SIZE) & self.place.mask;
         // SAFETY: `mask` is the number of bases minus 1 and that number a power of two, so the masked index is
         // below it; the pool that is borrowed keeps them.
         let base = unsafe { self.place.bases.add(index).read() };
-        base.wrapping_add(u64::from(buffer.0))
-    }
-
-    /// Whether one of the addresses in `iovas`, each of [`Buffers::iova_of_any`] and all joined by OR, is that of a
-    /// buffer of another pool. Packet data of this pool is [`HEADROOM`] behind a multiple of a buffer's size. Tags
-    /// neither are 0 nor have the bit of `HEADROOM`, so that one other than the pool's shows in one of the other bits.
-    #[inline(always)]
-    pub(in crate::dma) fn is_foreign(iovas: u64) -> bool {
-        iovas & (BUFFER_SIZE - 1 - HEADROOM) as u64 != 0
+        base.wrapping_add(u64::from(at))
     }
 
     #[inline(always)]
-    pub(in crate::dma) fn iova(&self, buffer: &Buffer) -> u64 {
-        let iova = self.iova_of_any(buffer);
-        assert!(!Self::is_foreign(iova), "a buffer of another pool");
-        iova
+    pub(in crate::dma) fn iova(&self, packet: &Packet) -> u64 {
+        assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "a packet of another pool");
+        self.iova_at(packet.at())
     }
 
     #[inline(always)]
-    pub(in crate::dma) fn write_header<const N: usize>(&self, buffer: &mut Buffer, bytes: &[u8; N]) {
-        const { assert!(N <= HEADROOM) };
-        // SAFETY: `data` is `HEADROOM` bytes into the buffer, so the header starts inside it; the buffer has no
+    pub(in crate::dma) fn write_header<const N: usize>(&self, packet: &mut Packet, bytes: &[u8; N]) {
+        const { assert!(N <= RESERVED) };
+        // SAFETY: `data` is `RESERVED` bytes into the buffer or more, so the header starts inside it; the buffer has no
         // other handle, and this one is borrowed mutably.
-        unsafe { self.data(buffer).as_ptr().sub(N).copy_from_nonoverlapping(bytes.as_ptr(), N) }
+        unsafe { self.data(packet).as_ptr().sub(N).copy_from_nonoverlapping(bytes.as_ptr(), N) }
     }
 
     #[inline(always)]
-    pub(in crate::dma) fn pad<const LEN: usize>(&self, buffer: &mut Buffer, len: usize) -> usize {
-        const { assert!(LEN <= DATA_ROOM) };
-        // SAFETY: `data` gives the start of `DATA_ROOM` bytes; the buffer has no other handle, and this
-        // one is borrowed mutably.
-        unsafe { zero(self.data(buffer), len, LEN) }
-    }
-
-    #[inline(always)]
-    pub(in crate::dma) fn read_header<const N: usize>(&self, buffer: &Buffer) -> [u8; N] {
-        const { assert!(N <= HEADROOM) };
+    pub(in crate::dma) fn read_header<const N: usize>(&self, packet: &Packet) -> [u8; N] {
+        const { assert!(N <= RESERVED) };
         let mut bytes = [0; N];
         // SAFETY: as in `write_header`, the other way.
-        unsafe { self.data(buffer).as_ptr().sub(N).copy_to_nonoverlapping(bytes.as_mut_ptr(), N) };
+        unsafe { self.data(packet).as_ptr().sub(N).copy_to_nonoverlapping(bytes.as_mut_ptr(), N) };
         bytes
     }
 }

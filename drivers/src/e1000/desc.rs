@@ -1,0 +1,22 @@
+//! Legacy descriptors (SDM 3.2.3 and 3.3.3).
+
+use super::regs::*;
+use crate::intel::Format;
+
+/// The format of the descriptors that both kinds of chips know.
+#[derive(Debug)]
+pub struct Legacy;
+
+impl Format for Legacy {
+    const RXD_DD: u64 = RXD_DD;
+    const RXD_EOP: u64 = RXD_EOP;
+    const RXD_ERRORS: u64 = RXD_ERRORS;
+    const RXD_LEN_SHIFT: u32 = 0;
+    const TXD_RS: u64 = TXD_RS;
+    const TXD_DD: u64 = TXD_DD;
+
+    #[inline(always)]
+    fn data(len: u64) -> u64 {
+        len | TXD_EOP | TXD_IFCS
+    }
+}

@@ -1,0 +1,23 @@
+//! Advanced descriptors: with one buffer (DS 7.1.5), and of data (DS 7.2.2). A descriptor that was received is written over
+//! from its first word on, so a refill writes both words.
+
+use super::regs::*;
+use crate::intel::Format;
+
+/// The format of the descriptors.
+#[derive(Debug)]
+pub struct Advanced;
+
+impl Format for Advanced {
+    const RXD_DD: u64 = RXD_DD;
+    const RXD_EOP: u64 = RXD_EOP;
+    const RXD_ERRORS: u64 = RXD_ERRORS;
+    const RXD_LEN_SHIFT: u32 = RXD_LEN_SHIFT;
+    const TXD_RS: u64 = TXD_RS;
+    const TXD_DD: u64 = TXD_DD;
+
+    #[inline(always)]
+    fn data(len: u64) -> u64 {
+        len | TXD_DTYP_DATA | TXD_DEXT | TXD_EOP | TXD_IFCS | len << TXD_PAYLEN_SHIFT
+    }
+}

@@ -1,0 +1,31 @@
+//! What e1000's and igb's descriptors differ in. Both have two words, of which the first is a device address.
+
+use std::fmt::Debug;
+
+use vireo_eal::dma::GoodWord;
+
+/// A format of descriptors: what their second words say.
+pub trait Format: Debug + Send + Sync + 'static {
+    /// The device has filled the descriptor's buffer.
+    const RXD_DD: u64;
+    /// It is the frame's last.
+    const RXD_EOP: u64;
+    /// Any of these: the frame is damaged.
+    const RXD_ERRORS: u64;
+    /// Lowest of the 16 bits that are the length of what is in the buffer, in bytes.
+    const RXD_LEN_SHIFT: u32;
+    /// The device is to report the descriptor.
+    const TXD_RS: u64;
+    /// The device has reported it.
+    const TXD_DD: u64;
+
+    /// What a packet's only descriptor says once the packet is there, undamaged.
+    const GOOD: GoodWord = GoodWord {
+        bits: Self::RXD_DD | Self::RXD_EOP,
+        mask: Self::RXD_DD | Self::RXD_EOP | Self::RXD_ERRORS,
+        len_shift: Self::RXD_LEN_SHIFT,
+    };
+
+    /// To send a packet of `len` bytes by one descriptor, which is not reported.
+    fn data(len: u64) -> u64;
+}

@@ -1,0 +1,120 @@
+//! Transmit queue (SDM 3.3, DS 7.2): one descriptor for each packet.
+
+use std::marker::PhantomData;
+
+use vireo_eal::dma::{Burst, DescRing, MAX_BURST, PoolCache};
+use vireo_eal::mmio::Doorbell;
+
+use super::format::Format;
+use crate::port::{Fault, QueueStats, TxBurst, Watchdog};
+
+/// Every descriptor of this many reports its completion, and as many are reclaimed at a time. The smallest
+/// ring holds two of them, so that one is always under way when the ring is full.
+pub(crate) const RECLAIM: usize = 32;
+const _: () = assert!(MAX_BURST <= RECLAIM);
+
+/// Shortest frame, in bytes without its check sequence. The chips of PCI Express pad what has 17 bytes and more (82574 DS
+/// 10.2.6, TCTL.PSP; Linux, `igb_xmit_frame`), and so all that came from a wire; those of PCI may do it with garbage, so the
+/// driver does it for them (Linux, drivers/net/ethernet/intel/e1000/e1000_main.c).
+const SHORTEST: usize = 60;
+
+/// The transmit queue of a port.
+#[derive(Debug)]
+pub struct TxQueue<F> {
+    /// Its tail is a multiple of [`RECLAIM`].
+    ring: DescRing,
+    tail: Doorbell<u32>,
+    /// Whether short frames are padded by us.
+    pads: bool,
+    stats: QueueStats,
+    watchdog: Watchdog,
+    fault: Fault,
+    _format: PhantomData<F>,
+}
+
+impl<F: Format> TxQueue<F> {
+    pub(crate) fn new(mut ring: DescRing, tail: Doorbell<u32>, pads: bool, fault: Fault) -> Self {
+        // TDT = TDH means an empty ring, so one descriptor stays free (SDM 3.4).
+        ring.restart(ring.entries() - 1, [0; 2]);
+        let (stats, watchdog) = (QueueStats::default(), Watchdog::default());
+        Self { ring, tail, pads, stats, watchdog, fault, _format: PhantomData }
+    }
+
+    /// Finds no room for a burst; asks for a restart after a second of it.
+    #[cold]
+    #[inline(never)]
+    fn full(&mut self) -> usize {
+        if self.watchdog.is_late(self.ring.tail()) {
+            self.fault.raise("nothing was sent for a second though the ring is full");
+        }
+        0
+    }
+
+    /// Takes back the buffers of all descriptors that the device is done with.
+    #[inline(never)]
+    fn reclaim(&mut self, cache: &mut PoolCache) {
+        let start = self.ring.tail();
+        // A batch that is not full yet shows the state of its last turn.
+        let full = self.ring.owned() / RECLAIM;
+        let last = |batch: usize| start.wrapping_add(batch * RECLAIM + RECLAIM - 1);
+        let done = (0..full).take_while(|batch| self.ring.load::<1>(last(*batch)) & F::TXD_DD != 0);
+        self.ring.reclaim(done.count() * RECLAIM, cache);
+    }
+
+    /// Descriptors from `head` on, where the device says it is (TDH), to the last one that was filled; all that may
+    /// own a buffer when it says what cannot be.
+    pub(crate) fn unfinished(&self, head: u32) -> usize {
+        let behind = self.ring.head().wrapping_sub(head as usize) & (self.ring.entries() - 1);
+        behind.min(self.ring.owned())
+    }
+
+    /// Gives every buffer to `cache` and the ring back; the device was reset.
+    pub(crate) fn release(mut self, cache: &mut PoolCache) -> DescRing {
+        self.ring.reclaim_all(cache);
+        self.ring
+    }
+
+    // Apart from the forwarding loop, where too few registers are left for the loop in here.
+    #[inline(never)]
+    fn transmit<const PADS: bool>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        // Until half of the ring is in use a burst finds room.
+        if self.ring.room() < self.ring.entries() / 2 {
+            self.reclaim(cache);
+        }
+        let count = burst.len().min(self.ring.room());
+        if count == 0 {
+            return if burst.is_empty() { 0 } else { self.full() };
+        }
+        if PADS {
+            cache.pad_each::<SHORTEST>(&mut burst[..count]);
+        }
+        // A burst is no longer than RECLAIM, so at most one of its descriptors is the last of a batch.
+        let start = self.ring.head();
+        let reports = start | (RECLAIM - 1);
+        let reporting = burst[..count].get(reports - start).map(|packet| packet.len() as u64);
+        let mut bytes = 0;
+        self.ring.fill(count, 0, cache, burst, |_, len| {
+            bytes += len as u64;
+            F::data(len as u64)
+        });
+        if let Some(len) = reporting {
+            self.ring.set_word(reports, F::data(len) | F::TXD_RS);
+        }
+        self.stats.packets += count as u64;
+        self.stats.bytes += bytes;
+        self.stats.doorbells += 1;
+        self.tail.ring((self.ring.head() & (self.ring.entries() - 1)) as u32);
+        count
+    }
+}
+
+impl<F: Format> TxBurst for TxQueue<F> {
+    #[inline(always)]
+    fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        if self.pads { self.transmit::<true>(cache, burst) } else { self.transmit::<false>(cache, burst) }
+    }
+
+    fn stats(&self) -> QueueStats {
+        self.stats
+    }
+}

@@ -1,0 +1,253 @@
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use proptest::prelude::*;
+
+use super::*;
+use std::sync::Arc;
+
+use crate::dma::{DmaMemory, Pool};
+use crate::mem::{Backing, Region};
+
+fn pool(count: u32) -> Arc<Pool> {
+    let region = Region::new(Pool::bytes(count), Backing::SmallPages).unwrap();
+    Pool::new(&DmaMemory::map(region, &[]).unwrap(), count).unwrap()
+}
+
+fn ring(entries: usize) -> DescRing {
+    let region = Region::new(16 * entries, Backing::SmallPages).unwrap();
+    let memory = DmaMemory::map(region, &[]).unwrap();
+    DescRing::new(DmaRing::new(&memory, entries, 16).unwrap(), entries)
+}
+
+/// Takes up to `most`, each as long as its second word says, if that is not 0.
+fn take(ring: &mut DescRing, most: usize, burst: &mut Burst) -> usize {
+    let mut rest = Burst::new();
+    let room = MAX_BURST - most.min(burst.remaining_capacity());
+    // What fills the burst up owns nothing.
+    (0..room).for_each(|_| rest.push(Packet::in_slot(0, 0, 0)));
+    let (count, bytes) = ring.take_words(GoodWord { bits: 0, mask: 0, len_shift: 0 }, &mut rest);
+    assert_eq!(bytes, rest[room..].iter().map(|packet| packet.len() as u64).sum::<u64>());
+    burst.extend(rest.drain(room..));
+    count
+}
+
+fn packet(cache: &mut PoolCache, len: usize) -> Packet {
+    cache.allocate().unwrap().with_len(len)
+}
+
+#[test]
+fn a_ring_takes_no_more_than_there_is() {
+    let pool = pool(12);
+    let (mut cache, mut ring, mut burst) = (pool.cache(), ring(8), Burst::new());
+    assert_eq!(take(&mut ring, 8, &mut burst), 0, "no descriptor owns a buffer");
+    assert_eq!((ring.refill(5, 0, 7, &mut cache), ring.room()), (5, 3));
+    assert_eq!((ring.load::<1>(4), ring.load::<1>(5)), (7, 0));
+    ring.set_word(0, 3);
+    ring.set_word(1, DATA_ROOM as u64);
+    ring.set_word(2, DATA_ROOM as u64 + 1);
+    assert_eq!(take(&mut ring, 8, &mut burst), 2);
+    assert_eq!([0, 1].map(|i| burst[i].len()), [3, DATA_ROOM]);
+    ring.set_word(2, 1);
+    // The ring ends in between.
+    assert_eq!((ring.refill(9, 0, 7, &mut cache), ring.owned()), (5, 8));
+    assert_eq!((take(&mut ring, 9, &mut burst), take(&mut ring, 9, &mut burst)), (6, 2));
+    assert_eq!((ring.refill(9, 0, 7, &mut cache), burst.len()), (2, 10), "12 buffers are all");
+    burst.drain(..).for_each(|packet| cache.free(packet));
+    ring.reclaim_all(&mut cache);
+    drop(cache);
+    assert_eq!(pool.available(), 12);
+}
+
+#[test]
+fn what_is_sent_leaves_the_burst() {
+    let pool = pool(8);
+    let (mut cache, mut ring) = (pool.cache(), ring(4));
+    let mut burst: Burst = (1..4).map(|len| packet(&mut cache, len)).collect();
+    let wanted: Vec<u64> = burst.iter().map(|packet| cache.iova(packet) - 12).collect();
+    ring.fill(2, 12, &cache, &mut burst, |_, len| len as u64 + 100);
+    assert_eq!((burst.len(), burst[0].len()), (1, 3));
+    ring.fill(1, 12, &cache, &mut burst, |_, len| len as u64 + 100);
+    assert_eq!([0, 1, 2].map(|i| ring.load::<0>(i)).to_vec(), wanted);
+    assert_eq!([0, 1, 2, 3].map(|i| ring.load::<1>(i)), [101, 102, 103, 0]);
+    ring.reclaim(3, &mut cache);
+    assert_eq!((cache.len(), ring.owned()), (8, 0));
+}
+
+#[test]
+fn the_data_offset_is_part_of_the_address() {
+    let pool = pool(2);
+    let (mut cache, mut ring) = (pool.cache(), ring(2));
+    let mut packet = packet(&mut cache, 60);
+    let iova = cache.iova(&packet);
+    packet.prepend(14).unwrap();
+    let mut burst: Burst = [packet].into_iter().collect();
+    ring.fill(1, 0, &cache, &mut burst, |_, len| len as u64);
+    assert_eq!((ring.load::<0>(0), ring.load::<1>(0)), (iova - 14, 74));
+    ring.reclaim(1, &mut cache);
+    // What the ring gives back begins where a fresh packet does.
+    let held: Vec<Packet> = std::iter::from_fn(|| cache.allocate()).collect();
+    assert!(held.len() == 2 && held.iter().all(|packet| cache.iova(packet) % 2048 == HEADROOM as u64));
+}
+
+#[test]
+fn descriptors_that_are_emptied_out_of_order_are_given_back_in_order() {
+    let pool = pool(8);
+    let (mut cache, mut ring, mut burst) = (pool.cache(), ring(4), Burst::new());
+    ring.refill(4, 0, 60, &mut cache);
+    assert_eq!(take(&mut ring, 1, &mut burst), 1);
+    assert!(ring.take_at(0).is_none(), "its buffer is a packet");
+    burst.push(ring.take_at(2).unwrap());
+    assert!(ring.take_at(2).is_none() && ring.take_at(6).is_none());
+    assert_eq!((ring.room(), ring.owned(), ring.has_holes()), (1, 2, true));
+    assert_eq!(take(&mut ring, 4, &mut burst), 0, "the second of them is not there");
+    burst.push(ring.take_at(1).unwrap());
+    assert_eq!((ring.tail(), ring.room(), ring.has_holes()), (3, 3, false));
+    assert!(ring.take_one(&mut burst, 60));
+    assert_eq!(ring.refill(4, 0, 0, &mut cache), 4);
+    burst.push(ring.take_at(1).unwrap());
+    ring.reclaim_all(&mut cache);
+    burst.drain(..).for_each(|packet| cache.free(packet));
+    assert_eq!((cache.len(), ring.owned(), ring.room()), (8, 0, 4));
+}
+
+#[test]
+fn a_closed_ring_has_no_room() {
+    let pool = pool(8);
+    let (mut cache, mut ring) = (pool.cache(), ring(4));
+    ring.refill(2, 0, 0, &mut cache);
+    ring.close();
+    assert_eq!((ring.room(), ring.refill(4, 0, 0, &mut cache), ring.owned()), (0, 0, 2));
+    ring.reclaim_all(&mut cache);
+    ring.restart(3, [1, 2]);
+    assert_eq!((ring.room(), ring.load::<0>(3), ring.load::<1>(3)), (3, 1, 2));
+}
+
+#[test]
+fn completions_are_found_by_the_index_of_their_descriptors() {
+    let pool = pool(8);
+    let (mut cache, mut descriptors, mut burst) = (pool.cache(), ring(4), Burst::new());
+    let region = Region::new(64, Backing::SmallPages).unwrap();
+    let memory = DmaMemory::map(region, &[]).unwrap();
+    let used: DmaRing<u32, 2> = DmaRing::new(&memory, 4, 8).unwrap();
+    (0..4).for_each(|index| used.store::<0>(index, index as u32));
+    for round in 0..6 {
+        descriptors.refill(3, 0, 0, &mut cache);
+        let mut taken = 0;
+        while taken < 3 {
+            taken += descriptors.take_completed(&used, 3 - taken, &cache, &mut burst, |filled, entry| {
+                assert_eq!(entry.load::<0>() as usize, filled.index, "round {round}");
+                Some(filled.read_header::<2>().len())
+            });
+        }
+        burst.drain(..).for_each(|packet| cache.free(packet));
+    }
+    // A ring of completions that is smaller ends sooner.
+    let few: DmaRing<u32, 2> = DmaRing::new(&memory, 2, 8).unwrap();
+    descriptors.refill(4, 0, 0, &mut cache);
+    assert_eq!(descriptors.take_completed(&few, 4, &cache, &mut burst, |_, _| Some(1)), 2);
+    burst.drain(..).for_each(|packet| cache.free(packet));
+    descriptors.reclaim_all(&mut cache);
+}
+
+/// A pool that is not the ring's: what a safe caller may get wrong loses buffers at most.
+#[test]
+fn buffers_of_two_pools_do_not_meet() {
+    let [pool, other] = [pool(8), pool(8)];
+    let (mut cache, mut foreign, mut ring) = (pool.cache(), other.cache(), ring(4));
+    ring.refill(1, 0, 0, &mut cache);
+    assert!(catch_unwind(AssertUnwindSafe(|| ring.refill(1, 0, 0, &mut foreign))).is_err());
+    let mut burst: Burst = [packet(&mut cache, 1), packet(&mut foreign, 2)].into_iter().collect();
+    let sent = catch_unwind(AssertUnwindSafe(|| ring.fill(2, 0, &cache, &mut burst, |_, _| 0)));
+    assert!(sent.is_err() && ring.owned() == 1);
+    ring.reclaim(1, &mut foreign);
+    assert_eq!((foreign.len(), ring.owned()), (7, 0), "it is refused");
+    // An empty ring may be used by another pool.
+    assert_eq!(ring.refill(4, 0, 0, &mut foreign), 4);
+    ring.reclaim_all(&mut foreign);
+    assert_eq!(foreign.len(), 7);
+}
+
+proptest! {
+    /// The model is a queue: the ring gives buffers out in the order in which it was given them.
+    #[test]
+    fn a_ring_that_receives_is_a_queue(
+        shift in 0..7_u32,
+        spare in 0..40_u32,
+        steps in prop::collection::vec((0..MAX_BURST, 0..MAX_BURST, 0..40_usize, 0..=MAX_BURST), 1..40),
+    ) {
+        let entries = 1_usize << shift;
+        let pool = pool(entries as u32 + spare);
+        let (mut cache, mut ring, mut burst) = (pool.cache(), ring(entries), Burst::new());
+        let mut model: VecDeque<u64> = VecDeque::new();
+        for (asked, done, wanted, freed) in steps {
+            let head = ring.head();
+            let count = ring.refill(wanted, 0, 60, &mut cache);
+            prop_assert!(count == wanted.min(MAX_BURST).min(entries - model.len()) || cache.is_empty());
+            model.extend((head..head + count).map(|index| ring.load::<0>(index)));
+            let (before, tail) = (burst.len(), ring.tail());
+            // The first of these is the first that is not done.
+            (tail + done..ring.head()).for_each(|index| ring.set_word(index, 0));
+            let got = take(&mut ring, asked, &mut burst);
+            (tail + done..ring.head()).for_each(|index| ring.set_word(index, 60));
+            let room = (MAX_BURST - before).min(entries - tail % entries).min(model.len());
+            prop_assert_eq!(got, done.min(asked).min(room));
+            for packet in &burst[before..] {
+                prop_assert_eq!(Some(cache.iova(packet)), model.pop_front());
+            }
+            prop_assert_eq!((ring.owned(), ring.room()), (model.len(), entries - model.len()));
+            let freed = freed.min(burst.len());
+            burst.drain(..freed).for_each(|packet| cache.free(packet));
+        }
+        burst.drain(..).for_each(|packet| cache.free(packet));
+        ring.reclaim_all(&mut cache);
+        drop(cache);
+        prop_assert_eq!(pool.available(), pool.count());
+    }
+
+    /// The model is a queue here too, of what was sent and is not back; some of it comes back out of order.
+    #[test]
+    fn a_ring_that_sends_is_a_queue(
+        shift in 0..7_u32,
+        steps in prop::collection::vec((0..=MAX_BURST, 0..=300_usize, any::<usize>()), 1..60),
+    ) {
+        let entries = 1_usize << shift;
+        let pool = pool(entries as u32 + 40);
+        let (mut cache, mut ring) = (pool.cache(), ring(entries));
+        let mut model: VecDeque<u64> = VecDeque::new();
+        for (packets, back, odd) in steps {
+            let mut burst: Burst = (0..packets).map(|len| packet(&mut cache, len)).collect();
+            let iovas: Vec<u64> = burst.iter().map(|packet| cache.iova(packet)).collect();
+            let count = packets.min(ring.room());
+            let (head, mut number) = (ring.head(), 0);
+            ring.fill(count, 0, &cache, &mut burst, |_, len| {
+                number += 1;
+                (len << 8 | number) as u64
+            });
+            for (i, iova) in iovas[..count].iter().enumerate() {
+                prop_assert_eq!(ring.load::<0>(head + i), *iova);
+                prop_assert_eq!(ring.load::<1>(head + i), (i << 8 | (i + 1)) as u64);
+            }
+            let rest: Vec<u64> = burst.iter().map(|packet| cache.iova(packet)).collect();
+            prop_assert_eq!(&rest[..], &iovas[count..]);
+            burst.drain(..).for_each(|packet| cache.free(packet));
+            model.extend(&iovas[..count]);
+            if odd % 3 == 0 && !model.is_empty() {
+                let at = odd % model.len();
+                let packet = ring.take_at(ring.tail() + at).unwrap();
+                prop_assert_eq!(Some(cache.iova(&packet)), model.remove(at));
+                cache.free(packet);
+                while ring.has_holes() {
+                    cache.free(ring.take_at(ring.tail()).unwrap());
+                    model.pop_front();
+                }
+            }
+            let back = back.min(model.len());
+            ring.reclaim(back, &mut cache);
+            model.drain(..back);
+            prop_assert_eq!(ring.owned(), model.len());
+            prop_assert_eq!(cache.len() + pool.available() as usize + model.len(), pool.count() as usize);
+        }
+        ring.reclaim_all(&mut cache);
+    }
+}

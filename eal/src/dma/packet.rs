@@ -1,0 +1,208 @@
+//! The 8-byte handle that owns a packet buffer.
+
+use arrayvec::ArrayVec;
+
+/// Distance between two buffers in bytes; a power of two, so that no buffer crosses a page.
+pub const BUFFER_SIZE: usize = 2048;
+
+/// Bytes in front of a received packet's first byte: room to prepend headers, and the packet on a cache line.
+pub const HEADROOM: usize = 128;
+
+/// Longest packet that a fresh buffer holds, in bytes.
+pub const DATA_ROOM: usize = BUFFER_SIZE - HEADROOM;
+
+/// Packets in a [`Burst`].
+pub const MAX_BURST: usize = 32;
+
+/// Bytes at the start of a buffer that no application reaches: drivers put a virtio-net header in front of the packet.
+pub(super) const RESERVED: usize = 16;
+
+/// Greatest data offset. Up to [`SHORT`] bytes from the start of a packet's data are therefore within its buffer.
+const MAX_OFFSET: usize = BUFFER_SIZE - SHORT;
+
+/// Accesses of up to this many bytes at the start of a packet need no bounds check.
+pub(super) const SHORT: usize = 64;
+
+/// Packets that move together.
+pub type Burst = ArrayVec<Packet, MAX_BURST>;
+
+/// The bits of [`Packet::at`] that are the data offset.
+const OFFSET: u32 = BUFFER_SIZE as u32 - 1;
+
+/// A packet: one buffer of a [`Pool`](super::Pool), and the part of it that is in use. 8 bytes, moved by value.
+///
+/// Each buffer has exactly one handle, which is moved into a descriptor ring, or back to the pool that it came from
+/// ([`PoolCache::free`](super::PoolCache::free)). A dropped handle loses its buffer. A cache of another pool gives no
+/// access to the buffer: it panics, or in `free` refuses it.
+///
+/// The data begins at least 16 bytes behind the start of the buffer and at least 64 in front of its end, and ends within the
+/// buffer.
+#[derive(Debug, PartialEq, Eq)]
+#[repr(C, align(8))]
+#[must_use = "a packet that is dropped is lost to its pool; give it to PoolCache::free"]
+pub struct Packet {
+    /// Distance of the data from the pool's first byte: a multiple of [`BUFFER_SIZE`] plus the data offset.
+    at: u32,
+    /// Of the pool.
+    tag: u8,
+    _unused: u8,
+    len: u16,
+}
+
+const _: () = assert!(HEADROOM >= RESERVED && HEADROOM <= MAX_OFFSET && cfg!(target_endian = "little"));
+
+impl Packet {
+    /// All bits of a fresh packet without its buffer and length.
+    #[inline(always)]
+    pub(super) fn fresh_bits(tag: u8) -> u64 {
+        u64::from(tag) << 32 | HEADROOM as u64
+    }
+
+    /// The tag in what [`Packet::fresh_bits`] gave.
+    #[inline(always)]
+    pub(super) fn tag_in(fresh_bits: u64) -> u8 {
+        (fresh_bits >> 32) as u8
+    }
+
+    /// The packet of `len` bytes, at most [`DATA_ROOM`], in the buffer at distance `slot`, which is the buffer's only handle.
+    #[inline(always)]
+    pub(super) fn in_slot(slot: u32, len: usize, fresh_bits: u64) -> Self {
+        // SAFETY: both have 8 bytes, and a packet may have any bits: `at` is in the low half, the length in the top quarter.
+        // Made at once, it takes one store.
+        unsafe { std::mem::transmute(fresh_bits | (len as u64) << 48 | u64::from(slot)) }
+    }
+
+    /// The tag of the pool.
+    #[inline(always)]
+    pub(super) fn tag(&self) -> u8 {
+        self.tag
+    }
+
+    /// Distance of the data from the pool's first byte.
+    #[inline(always)]
+    pub(super) fn at(&self) -> u32 {
+        self.at
+    }
+
+    /// Distance of the buffer from the pool's first byte.
+    #[inline(always)]
+    pub(super) fn slot(&self) -> u32 {
+        self.at & !OFFSET
+    }
+
+    #[inline(always)]
+    fn offset(&self) -> usize {
+        (self.at & OFFSET) as usize
+    }
+
+    fn replace(&mut self, offset: usize, len: usize) {
+        debug_assert!((RESERVED..=MAX_OFFSET).contains(&offset) && offset + len <= BUFFER_SIZE);
+        self.at = self.slot() | offset as u32;
+        self.len = len as u16;
+    }
+
+    /// Length in bytes, without the frame check sequence.
+    #[inline(always)]
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.len.into()
+    }
+
+    /// Bytes in front of the data that [`Packet::prepend`] can take.
+    pub fn headroom(&self) -> usize {
+        self.offset() - RESERVED
+    }
+
+    /// Bytes behind the data that [`Packet::append`] can take.
+    pub fn tailroom(&self) -> usize {
+        BUFFER_SIZE - self.offset() - self.len()
+    }
+
+    /// The packet with `len` bytes of data from the same offset on; what does not fit into the buffer is cut.
+    #[inline(always)]
+    pub fn with_len(mut self, len: usize) -> Self {
+        self.len = len.min(BUFFER_SIZE - self.offset()) as u16;
+        self
+    }
+
+    /// Extends the data by `count` bytes in front, whose content is unspecified. `None`, and no change, when there is less
+    /// [`Packet::headroom`].
+    #[must_use]
+    pub fn prepend(&mut self, count: usize) -> Option<()> {
+        let offset = self.offset().checked_sub(count).filter(|offset| *offset >= RESERVED)?;
+        self.replace(offset, self.len() + count);
+        Some(())
+    }
+
+    /// Extends the data by `count` bytes at its end, whose content is unspecified. `None`, and no change, when there is less
+    /// [`Packet::tailroom`].
+    #[must_use]
+    pub fn append(&mut self, count: usize) -> Option<()> {
+        let len = self.len().checked_add(count).filter(|len| *len <= BUFFER_SIZE - self.offset())?;
+        self.replace(self.offset(), len);
+        Some(())
+    }
+
+    /// Removes `count` bytes from the end of the data. `None`, and no change, when there are fewer.
+    #[must_use]
+    pub fn trim(&mut self, count: usize) -> Option<()> {
+        self.replace(self.offset(), self.len().checked_sub(count)?);
+        Some(())
+    }
+
+    /// Removes `count` bytes from the front of the data. `None`, and no change, when there are fewer, or when the rest
+    /// would be too near to the end of the buffer, from where [`PoolCache::adj`](super::PoolCache::adj) moves it.
+    pub(super) fn advance(&mut self, count: usize) -> Option<()> {
+        let len = self.len().checked_sub(count)?;
+        let offset = Some(self.offset() + count).filter(|offset| *offset <= MAX_OFFSET)?;
+        self.replace(offset, len);
+        Some(())
+    }
+
+    /// The same buffer with its data as far in front as that of a fresh packet.
+    pub(super) fn rewind(&mut self, len: usize) {
+        self.replace(HEADROOM, len);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_handle_says_where_and_how_much() {
+        let packet = Packet::in_slot(5 * BUFFER_SIZE as u32, 60, Packet::fresh_bits(0xa5));
+        assert_eq!((packet.len(), packet.headroom(), packet.tailroom()), (60, HEADROOM - 16, DATA_ROOM - 60));
+        assert_eq!((packet.slot(), packet.at()), (5 * 2048, 5 * 2048 + HEADROOM as u32));
+        assert_eq!((packet.tag(), Packet::tag_in(Packet::fresh_bits(0xa5))), (0xa5, 0xa5));
+        assert_eq!(packet.with_len(usize::MAX).len(), DATA_ROOM);
+    }
+
+    proptest! {
+        /// The model is a range of bytes within a buffer.
+        #[test]
+        fn data_stays_within_its_buffer(
+            slot in 0..1_u32 << 21,
+            steps in prop::collection::vec((0..4, 0..2200_usize), 0..40),
+        ) {
+            let mut packet = Packet::in_slot(slot * BUFFER_SIZE as u32, 0, Packet::fresh_bits(0x0f));
+            let (mut start, mut end) = (HEADROOM, HEADROOM);
+            for (step, count) in steps {
+                let (to, done) = match step {
+                    0 => ((start.checked_sub(count), Some(end)), packet.prepend(count)),
+                    1 => ((Some(start), Some(end + count)), packet.append(count)),
+                    2 => ((Some(start), end.checked_sub(count)), packet.trim(count)),
+                    _ => ((Some(start + count), Some(end)), packet.advance(count)),
+                };
+                let allowed = |s: &usize, e: &usize| (RESERVED..=MAX_OFFSET).contains(s) && s <= e && *e <= BUFFER_SIZE;
+                let wanted = to.0.zip(to.1).filter(|(s, e)| allowed(s, e));
+                prop_assert_eq!(done.is_some(), wanted.is_some());
+                (start, end) = wanted.unwrap_or((start, end));
+                prop_assert_eq!((packet.offset(), packet.len()), (start, end - start));
+                prop_assert_eq!((packet.slot(), packet.tag()), (slot * 2048, 0x0f));
+            }
+        }
+    }
+}
