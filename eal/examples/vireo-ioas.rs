@@ -12,13 +12,14 @@ use vireo_eal::mem::{Backing, Region};
 fn run() -> Result<()> {
     let iommufd = Iommufd::open()?;
     let (first, second) = (iommufd.ioas_alloc()?, iommufd.ioas_alloc()?);
-    let (ranges, alignment) = first.iova_ranges()?;
-    for range in ranges.iter() {
+    let iovas = first.iova_ranges()?;
+    for range in &iovas.ranges {
         println!(
-            "ioas {}: {:#x}-{:#x} usable, in steps of {alignment}",
+            "ioas {}: {:#x}-{:#x} usable, in steps of {}",
             first.id(),
             range.start(),
-            range.end()
+            range.end(),
+            iovas.alignment
         );
     }
     second.allow_iovas(&[0..=(1 << 39) - 1])?;
@@ -30,9 +31,11 @@ fn run() -> Result<()> {
     println!("ioas {}: the same pages, read-only, at {:#x}", second.id(), copy.iova());
 
     drop(mapping);
-    match first.map_file(&region, Some(4 << 30), Access::ReadWrite) {
-        Ok(mapping) => println!("ioas {}: by file at {:#x}", first.id(), mapping.iova()),
-        Err(error) => println!("{error}"),
+    if let Some(file) = region.fd() {
+        match first.map_file(file, 0..region.len() as u64, Some(4 << 30), Access::ReadWrite) {
+            Ok(mapping) => println!("ioas {}: by file at {:#x}", first.id(), mapping.iova()),
+            Err(error) => println!("{error}"),
+        }
     }
     Ok(())
 }

@@ -1,6 +1,9 @@
 //! One error type for the whole program: what failed, why, and the command that fixes it.
 
 use nix::errno::Errno;
+use vireo_iommufd::{self as iommufd, Operation};
+
+use crate::node;
 
 /// Result of everything in Vireo that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -135,6 +138,34 @@ impl Error {
     }
 }
 
+/// The EAL's words for what to do, which name its arguments.
+impl From<iommufd::Error> for Error {
+    fn from(error: iommufd::Error) -> Self {
+        let kind = match error {
+            iommufd::Error::NotIommufd { .. } => ErrorKind::Permission,
+            iommufd::Error::OtherIommufd { .. } | iommufd::Error::Argument { .. } => ErrorKind::Usage,
+            iommufd::Error::Protocol { .. } => ErrorKind::Protocol,
+            _ => error.errno().map_or(ErrorKind::Os, ErrorKind::of),
+        };
+        let hint = match &error {
+            iommufd::Error::Open { errno: Errno::ENOENT | Errno::ENODEV, .. } => {
+                Some("run: modprobe iommufd, or choose --vfio-mode container".into())
+            }
+            iommufd::Error::Kernel { operation: Operation::PhysicalAddress, .. } => {
+                Some("run as root (CAP_SYS_RAWIO)".into())
+            }
+            // What must be locked, and whose limit it is, knows the address space.
+            iommufd::Error::Kernel { errno: Errno::ENOMEM, .. } => None,
+            other => other.hint(),
+        };
+        let converted = Self { kind, what: error.what(), why: error.why(), errno: error.errno(), hint };
+        match error {
+            iommufd::Error::Open { path, errno: Errno::EACCES } => node::permission(converted, &path),
+            _ => converted,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -157,5 +188,64 @@ mod tests {
         let error = Error::os("cannot bind", Errno::EPERM).because("no isolated MSI");
         assert_eq!(error.to_string(), "cannot bind: EPERM: no isolated MSI");
         assert_eq!(error.errno(), Some(Errno::EPERM));
+    }
+
+    #[test]
+    fn errors_of_iommufd_have_the_words_of_the_eal() {
+        let converted = |error: iommufd::Error| Error::from(error);
+        let open = |errno| iommufd::Error::Open { path: "/dev/iommu".into(), errno };
+        let kernel = |operation, errno| iommufd::Error::Kernel { operation, errno };
+        let map = Operation::Map { len: 2 << 20, iova: Some(4 << 30) };
+        for (error, kind, text) in [
+            (
+                open(Errno::ENOENT),
+                ErrorKind::Unavailable,
+                "cannot open /dev/iommu: ENOENT: this kernel has no iommufd (CONFIG_IOMMUFD); run: modprobe iommufd, or \
+                 choose --vfio-mode container",
+            ),
+            (open(Errno::EMFILE), ErrorKind::Os, "cannot open /dev/iommu: EMFILE (Too many open files)"),
+            (
+                iommufd::Error::NotIommufd { fd: 7 },
+                ErrorKind::Permission,
+                "cannot use descriptor 7 as /dev/iommu: it is no iommufd",
+            ),
+            (
+                kernel(map, Errno::ENOMEM),
+                ErrorKind::Os,
+                "cannot map 2 MiB for DMA at 0x100000000: ENOMEM (Out of memory)",
+            ),
+            (
+                kernel(Operation::MapFile { len: 1, iova: None }, Errno::ENOTTY),
+                ErrorKind::Unavailable,
+                "cannot map 1 MiB for DMA: ENOTTY: IOMMU_IOAS_MAP_FILE needs kernel 6.13 or newer",
+            ),
+            (
+                kernel(Operation::PhysicalAddress, Errno::ENOTTY),
+                ErrorKind::Unavailable,
+                "cannot read physical addresses from iommufd: ENOTTY (Not a typewriter); run as root \
+                 (CAP_SYS_RAWIO)",
+            ),
+            (
+                iommufd::Error::NotContiguous { page: 4096, contiguous: 1 },
+                ErrorKind::Os,
+                "cannot read physical addresses from iommufd: a page of 4096 bytes is contiguous for 1 bytes only",
+            ),
+            (
+                iommufd::Error::OtherIommufd { operation: Operation::Copy { len: 1, iova: None } },
+                ErrorKind::Usage,
+                "cannot map 1 MiB for DMA: the source belongs to another open /dev/iommu",
+            ),
+        ] {
+            let error = converted(error);
+            assert_eq!((error.kind(), error.to_string()), (kind, text.to_owned()));
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = converted(iommufd::Error::Open { path: file.path().into(), errno: Errno::EACCES });
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Permission, Some(Errno::EACCES)));
+        assert!(error.why().contains("with mode 0600"), "{error}");
+        assert!(
+            error.hint().is_some_and(|hint| hint.starts_with("run as root, or: setfacl -m u:")),
+            "{error}"
+        );
     }
 }

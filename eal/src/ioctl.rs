@@ -1,7 +1,7 @@
 //! Counts and times the calls to VFIO and iommufd, by name, because what a mode costs is shown by them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use crate::clock::{Tsc, thread_time};
@@ -23,7 +23,12 @@ static TABLE: Mutex<Vec<Calls>> = Mutex::new(Vec::new());
 /// What reading a thread's clock takes, in nanoseconds; 0 while waiting is not split off.
 static READING: AtomicU64 = AtomicU64::new(0);
 
+/// Those of iommufd are counted from the first look at the table on, which every count begins with.
 fn lock() -> MutexGuard<'static, Vec<Calls>> {
+    static OBSERVED: Once = Once::new();
+    OBSERVED.call_once(|| {
+        vireo_iommufd::observe(|name, call| counted(name, call));
+    });
     // A panic cannot leave an entry half changed.
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -118,5 +123,12 @@ mod tests {
         assert!(other.time >= nap && other.worked < nap / 2, "{other:?}");
         assert!(work.worked >= nap - nap / 10 && work.worked <= work.time, "{work:?}");
         assert!(calls() >= 4 && time() >= 3 * nap);
+    }
+
+    #[test]
+    fn calls_of_iommufd_are_in_the_table() {
+        let before = table();
+        assert!(vireo_iommufd::Iommufd::open_at("/dev/null/iommu".as_ref()).is_err());
+        assert!(since(&before).iter().any(|call| call.name == "open"));
     }
 }

@@ -6,7 +6,7 @@
 //! | [`lcore`] | pinned threads and the stop flag | `sched_setaffinity` |
 //! | [`mem`] | pages for DMA | hugetlb, memfd |
 //! | [`dma`] | device addresses, descriptor rings, packet buffers | IOVA |
-//! | [`iommufd`] | I/O page tables, without VFIO or PCI | `/dev/iommu` |
+//! | [`iommufd`] | I/O page tables, without VFIO or PCI: a crate of its own | `/dev/iommu` |
 //! | [`vfio`] | devices, in any of the modes | `/dev/vfio` |
 //! | [`socket`] | unix sockets by path | `connect` |
 //! | [`rlimit`] | limits that are too low | `RLIMIT_NOFILE` |
@@ -14,7 +14,7 @@
 //! | [`user`] | giving up root | `setresuid`, capabilities |
 //! | [`mmio`] | registers and doorbells | BAR |
 //!
-//! All `unsafe` of Vireo is in this crate; the others forbid it.
+//! All `unsafe` of Vireo is in this crate and in those that are folders beside its `src`; the others forbid it.
 
 mod affinity;
 pub mod args;
@@ -24,7 +24,6 @@ pub mod dma;
 pub mod error;
 mod init;
 pub mod ioctl;
-pub mod iommufd;
 pub mod lcore;
 pub mod log;
 pub mod mem;
@@ -42,3 +41,4 @@ pub mod vfio;
 
 pub use error::{Error, ErrorKind, Result};
 pub use init::Eal;
+pub use vireo_iommufd as iommufd;

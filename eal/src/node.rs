@@ -45,7 +45,7 @@ pub(crate) fn number_of(rdev: u64) -> String {
 }
 
 /// Says who may open `path`, and how to become one of them.
-fn permission(error: Error, path: &Path) -> Error {
+pub(crate) fn permission(error: Error, path: &Path) -> Error {
     let Ok(found) = fs::metadata(path) else { return error };
     let me = std::env::var("USER").unwrap_or_else(|_| geteuid().to_string());
     let mode = found.mode() & 0o7777;

@@ -236,7 +236,7 @@ impl Ring {
     ) -> Result<Self> {
         let entries = usize::from(size);
         let used_idx: PeerRing<u16> = memory.ring(at.used.wrapping_add(2), 1)?;
-        let events = || {
+        let events = || -> Result<Events> {
             let used_event = memory.ring(at.avail.wrapping_add(4 + 2 * u64::from(size)), 1)?;
             let avail_event = memory.ring(at.used.wrapping_add(4 + 8 * u64::from(size)), 1)?;
             Ok(Events { used_event, avail_event })

@@ -92,6 +92,18 @@ unsafe impl Send for Region {}
 // SAFETY: as above; `&Region` gives no other access.
 unsafe impl Sync for Region {}
 
+// SAFETY: the mapping is the region's own until it is dropped, and every access to it expects that a device may write: the
+// region hands out no references.
+unsafe impl vireo_iommufd::Memory for Region {
+    fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
 impl Region {
     /// Reserves and faults in at least `len` bytes, rounded up to whole pages of `backing`.
     ///

@@ -466,6 +466,12 @@ mod tests {
     use crate::vfio::space::Container;
     use std::os::unix::fs::symlink;
 
+    /// A descriptor that stands for iommufd.
+    fn iommufd(null: fs::File) -> Iommufd {
+        // SAFETY: the null device has no ioctls.
+        unsafe { Iommufd::from_fd_unchecked(null.into()) }
+    }
+
     #[test]
     fn descriptors_of_another_device_are_not_adopted() {
         let root = tempfile::tempdir().unwrap();
@@ -481,7 +487,7 @@ mod tests {
         let vfio = Vfio::new(None).with_dev_dir(root.path());
         fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
         fs::write(root.path().join("dev/vfio/3"), "").unwrap();
-        let cdev = CdevFds { iommufd: Iommufd::of_node(null().into()), device: null().into() };
+        let cdev = CdevFds { iommufd: iommufd(null()), device: null().into() };
         let group = GroupFds { container: null().into(), group: Arc::new(null()) };
         for (mode, fds) in [(VfioMode::Cdev, cdev.into()), (VfioMode::Container, group.into())] {
             let error = vfio.adopt(&node, mode, fds).unwrap_err();

@@ -142,8 +142,9 @@ impl Nodes {
     /// Opens iommufd, whose node is `path`.
     pub(super) fn iommufd(&self, path: &Path) -> Result<Iommufd> {
         match &self.0 {
-            Kind::Files => Iommufd::open_at(path).map_err(|error| diagnose::forbidden(error, path)),
-            Kind::Passed(_) => self.open(path).map(|file| Iommufd::of_node(file.into())),
+            Kind::Files => Iommufd::open_at(path).map_err(|error| diagnose::forbidden(error.into(), path)),
+            // SAFETY: `of` has asked the kernel which node each descriptor is of.
+            Kind::Passed(_) => self.open(path).map(|file| unsafe { Iommufd::from_fd_unchecked(file.into()) }),
         }
     }
 

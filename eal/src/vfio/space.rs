@@ -147,7 +147,10 @@ impl AddressSpace {
     pub(super) fn refresh_ranges(&self) -> Result<()> {
         let (allowed, smallest_page) = match &self.tables {
             Tables::Type1(container) => container.iova_ranges()?,
-            Tables::Ioas { ioas, physical: false } => ioas.iova_ranges()?,
+            Tables::Ioas { ioas, physical: false } => {
+                let iovas = ioas.iova_ranges()?;
+                (IovaRanges::new(iovas.ranges), iovas.alignment)
+            }
             Tables::None(_) | Tables::Ioas { .. } => return Ok(()),
         };
         check_page(smallest_page, page_size() as u64)?;
@@ -193,7 +196,9 @@ impl AddressSpace {
                     _region: region,
                 })
             }
-            Tables::Ioas { ioas, .. } => ioas.map_range(region, range, iova, access).map(Mapped::Ioas),
+            Tables::Ioas { ioas, .. } => {
+                ioas.map_range(region, range, iova, access).map(Mapped::Ioas).map_err(Error::from)
+            }
             Tables::None(_) => pin(region).map(|pin| Mapped::None { region: Arc::clone(region), _pin: pin }),
         };
         self.mapped(mapped, region).inspect_err(|_| {
@@ -237,8 +242,8 @@ impl AddressSpace {
         if !ioas.iommufd().is_same(source.ioas().iommufd()) {
             return Ok(None);
         }
-        let copy = ioas.copy(source, Some(source.iova()), access).map(Mapped::Ioas);
-        self.mapped(copy, source.region()).map(Some)
+        let copy = ioas.copy(source, Some(source.iova()), access).map(Mapped::Ioas).map_err(Error::from);
+        self.mapped(copy, source.memory()).map(Some)
     }
 
     fn mapped(self: &Arc<Self>, mapped: Result<Mapped>, region: &Region) -> Result<Mapping> {
@@ -356,7 +361,7 @@ enum Mapped {
         len: u64,
         _region: Arc<Region>,
     },
-    Ioas(iommufd::Mapping),
+    Ioas(iommufd::Mapping<Arc<Region>>),
     /// Of all the mappings, this one pins by itself.
     None {
         region: Arc<Region>,
@@ -389,7 +394,9 @@ impl Mapping {
     pub fn physical_addresses(&self) -> Result<Option<Vec<u64>>> {
         match &self.mapped {
             Some(Mapped::None { region, .. }) => region.physical_addresses().map(Some),
-            Some(Mapped::Ioas(mapping)) if self.space.is_physical() => mapping.physical_addresses().map(Some),
+            Some(Mapped::Ioas(mapping)) if self.space.is_physical() => {
+                Ok(Some(mapping.physical_pages(mapping.memory().page_size() as u64)?))
+            }
             _ => Ok(None),
         }
     }

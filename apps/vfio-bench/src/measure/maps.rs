@@ -53,6 +53,7 @@ impl<'a> Map<'a> {
     ) -> Result<Option<Self>> {
         let iova = match (call, space.ioas()) {
             (Call::MapFile | Call::MapSmall, None) => return Ok(None),
+            (Call::MapFile, Some(_)) if region.fd().is_none() => return Ok(None),
             (Call::Map, None) if space.is_physical() => return Ok(None),
             _ if space.is_physical() => None,
             _ => space.free_ranges().fit(region.len() as u64),
@@ -65,12 +66,14 @@ impl<'a> Map<'a> {
 
     /// Makes the call; none where the kernel does not have it. What it gives unmaps when it is dropped.
     pub(crate) fn make(&self) -> Result<Option<Box<dyn std::fmt::Debug>>> {
-        Ok(Some(match (self.call, self.space.ioas()) {
-            (Call::MapFile, Some(ioas)) => match ioas.map_file(self.region, self.iova, Access::ReadWrite) {
-                Ok(mapping) => Box::new(mapping),
-                Err(error) if error.errno() == Some(nix::errno::Errno::ENOTTY) => return Ok(None),
-                Err(error) => return Err(error),
-            },
+        Ok(Some(match (self.call, self.space.ioas(), self.region.fd()) {
+            (Call::MapFile, Some(ioas), Some(file)) => {
+                match ioas.map_file(file, 0..self.bytes(), self.iova, Access::ReadWrite) {
+                    Ok(mapping) => Box::new(mapping),
+                    Err(error) if error.errno() == Some(nix::errno::Errno::ENOTTY) => return Ok(None),
+                    Err(error) => return Err(error.into()),
+                }
+            }
             _ => Box::new(self.space.map(self.region, self.iova)?),
         }))
     }

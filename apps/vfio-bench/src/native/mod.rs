@@ -188,7 +188,7 @@ fn run_pairs(rig: &Rig, side: Side, pairs: u32, second: Program) -> Result<Vec<P
     let since = Instant::now();
     (0..pairs)
         .map(|pair| {
-            let run = |program| Ok((rig.run(side, program)?, round_trip(rig.cores)?));
+            let run = |program| Ok::<_, Error>((rig.run(side, program)?, round_trip(rig.cores)?));
             let before = last;
             let (dpdk, other, between);
             if pair % 2 == 0 {

@@ -1,0 +1,117 @@
+//! Which memory devices have written.
+
+use crate::error::{Error, Operation, Result};
+use crate::{Hwpt, sys};
+
+impl Hwpt {
+    /// Starts or stops to note what devices write (`IOMMU_HWPT_SET_DIRTY_TRACKING`). The table has
+    /// [`HwptFlags::DIRTY_TRACKING`](crate::HwptFlags::DIRTY_TRACKING).
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` when the table has not.
+    pub fn set_dirty_tracking(&self, on: bool) -> Result<()> {
+        const ENABLE: u32 = sys::iommufd_hwpt_set_dirty_tracking_flags_IOMMU_HWPT_DIRTY_TRACKING_ENABLE;
+        let mut argument = sys::iommu_hwpt_set_dirty_tracking {
+            flags: if on { ENABLE } else { 0 },
+            hwpt_id: self.id(),
+            ..Default::default()
+        };
+        // SAFETY: the argument has no addresses.
+        unsafe { self.iommufd().call(&mut argument) }.map_err(|errno| Operation::DirtyTracking.failed(errno))
+    }
+
+    /// Sets the bit of each page that devices have written among `len` bytes from `iova` on, and forgets that it was written
+    /// if `clear` (`IOMMU_HWPT_GET_DIRTY_BITMAP`). Bit `n % 64` of word `n / 64` is page `n`, of `page_size` bytes, counted
+    /// from `iova`. Other bits stay as they were. `clear` is false before an unmap of the same range, which forgets anyway.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `page_size` is no power of two or divides one of `iova` and `len` not, and when `bitmap` has
+    /// fewer words than [`bitmap_words`].
+    pub fn dirty_bitmap(
+        &self,
+        iova: u64,
+        len: u64,
+        page_size: u64,
+        clear: bool,
+        bitmap: &mut [u64],
+    ) -> Result<()> {
+        let operation = Operation::DirtyBitmap;
+        // The kernel writes as many bits as these numbers say, and older kernels check less of them.
+        let is_paged = page_size.is_power_of_two()
+            && len > 0
+            && iova.is_multiple_of(page_size)
+            && len.is_multiple_of(page_size)
+            && iova.checked_add(len - 1).is_some();
+        if !is_paged {
+            return Err(Error::Argument { operation, why: "the range is not one of whole pages" });
+        }
+        if (bitmap.len() as u64) < bitmap_words(len, page_size) {
+            return Err(Error::Argument { operation, why: "the bitmap is too short" });
+        }
+        const NO_CLEAR: u32 = sys::iommufd_hwpt_get_dirty_bitmap_flags_IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR;
+        let mut argument = sys::iommu_hwpt_get_dirty_bitmap {
+            hwpt_id: self.id(),
+            flags: if clear { 0 } else { NO_CLEAR },
+            iova,
+            length: len,
+            page_size,
+            data: bitmap.as_mut_ptr() as u64,
+            ..Default::default()
+        };
+        // SAFETY: the kernel sets bits of the pages in the range, for each of which the slice has one.
+        unsafe { self.iommufd().call(&mut argument) }.map_err(|errno| operation.failed(errno))
+    }
+}
+
+/// Words of a bitmap that has a bit for each page of `page_size` bytes in `len` bytes.
+pub const fn bitmap_words(len: u64, page_size: u64) -> u64 {
+    len.div_ceil(page_size).div_ceil(64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::{answers, read};
+    use crate::{DeviceId, HwptFlags, HwptOptions};
+
+    #[test]
+    fn the_kernel_gets_a_bit_for_each_page() {
+        let iommufd = answers(|name, bytes| {
+            match name {
+                "IOMMU_HWPT_SET_DIRTY_TRACKING" => {
+                    assert_eq!(read::<sys::iommu_hwpt_set_dirty_tracking>(bytes).flags, 1);
+                }
+                "IOMMU_HWPT_GET_DIRTY_BITMAP" => {
+                    let asked: sys::iommu_hwpt_get_dirty_bitmap = read(bytes);
+                    assert_eq!((asked.size, asked.flags, asked.iova), (48, 1, 0x10_0000));
+                    let last = asked.length / asked.page_size - 1;
+                    // SAFETY: the argument says that there is a bit for the last page.
+                    unsafe { *(asked.data as *mut u64).add(last as usize / 64) |= 1 << (last % 64) };
+                }
+                _ => {}
+            }
+            Ok(())
+        });
+        // SAFETY: no kernel is behind it.
+        let ioas = unsafe { iommufd.ioas_from_id(1) };
+        let options = HwptOptions::new(HwptFlags::DIRTY_TRACKING);
+        let hwpt = ioas.hwpt_alloc(DeviceId(1), &options).unwrap();
+        hwpt.set_dirty_tracking(true).unwrap();
+        let mut bitmap = [1, 0];
+        hwpt.dirty_bitmap(0x10_0000, 65 << 12, 4096, false, &mut bitmap).unwrap();
+        assert_eq!(bitmap, [1, 1]);
+        let refused =
+            [(0, 1 << 12, 4095), (1, 1 << 12, 4096), (0, 1, 4096), (0, 0, 4096), (0, 129 << 12, 4096)];
+        for (iova, len, page_size) in refused {
+            let error = hwpt.dirty_bitmap(iova, len, page_size, true, &mut bitmap).unwrap_err();
+            assert!(matches!(error, Error::Argument { .. }), "{error}");
+        }
+        let last = u64::MAX - 4095;
+        assert!(hwpt.dirty_bitmap(last, 2 << 12, 4096, true, &mut bitmap).is_err());
+    }
+
+    #[test]
+    fn a_bitmap_has_whole_words() {
+        assert_eq!([1, 64 << 12, (64 << 12) + 1].map(|len| bitmap_words(len, 4096)), [1, 1, 2]);
+    }
+}

@@ -1,0 +1,178 @@
+//! Events of a virtual IOMMU, for the virtual machine.
+
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use crate::error::{Error, Operation, Result};
+use crate::object::Object;
+use crate::queue::{read_all, word};
+use crate::{Viommu, sys};
+
+/// Type of events (`enum iommu_veventq_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum EventType {
+    /// Event records of an SMMUv3 (`struct iommu_vevent_arm_smmuv3`).
+    ArmSmmuv3,
+    /// Errors of NVIDIA's command queues (`struct iommu_vevent_tegra241_cmdqv`).
+    Tegra241Cmdqv,
+}
+
+impl EventType {
+    fn number(self) -> u32 {
+        match self {
+            Self::ArmSmmuv3 => sys::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3,
+            Self::Tegra241Cmdqv => sys::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_TEGRA241_CMDQV,
+        }
+    }
+
+    /// Bytes of the structure behind each header.
+    fn len(self) -> usize {
+        match self {
+            Self::ArmSmmuv3 => size_of::<sys::iommu_vevent_arm_smmuv3>(),
+            Self::Tegra241Cmdqv => size_of::<sys::iommu_vevent_tegra241_cmdqv>(),
+        }
+    }
+}
+
+/// An event, or a gap where there were some.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// An event.
+    Data {
+        /// Its number; a gap to the one before it is as many lost events. Behind `i32::MAX` comes 0.
+        sequence: u32,
+        /// The bytes of the type's structure.
+        data: Vec<u8>,
+    },
+    /// The queue was full, and events were lost.
+    Lost {
+        /// Number of the last one that was lost.
+        sequence: u32,
+    },
+}
+
+/// Queue of a virtual IOMMU's events. Its descriptor is readable while an event waits. Destroyed on drop.
+#[derive(Debug)]
+pub struct EventQueue {
+    /// Closed before the object is destroyed, which the kernel refuses while the file is open.
+    file: OwnedFd,
+    _object: Object,
+    kind: EventType,
+    _viommu: Arc<Viommu>,
+}
+
+/// Events for which there is room.
+const EVENTS: usize = 64;
+const HEADER: usize = size_of::<sys::iommufd_vevent_header>();
+
+impl EventQueue {
+    pub(crate) fn alloc(viommu: &Arc<Viommu>, kind: EventType, depth: u32) -> Result<Self> {
+        let mut alloc = sys::iommu_veventq_alloc {
+            viommu_id: viommu.id(),
+            type_: kind.number(),
+            veventq_depth: depth,
+            ..Default::default()
+        };
+        // SAFETY: the argument has no addresses.
+        unsafe { viommu.iommufd().call(&mut alloc) }
+            .map_err(|errno| Operation::AllocateEventQueue.failed(errno))?;
+        // SAFETY: the kernel has just installed this descriptor for us, nobody else owns it.
+        let file = unsafe { OwnedFd::from_raw_fd(alloc.out_veventq_fd as RawFd) };
+        let object = Object::new(viommu.iommufd(), alloc.out_veventq_id, "event queue");
+        Ok(Self { file, _object: object, kind, _viommu: Arc::clone(viommu) })
+    }
+
+    /// The events that wait; none when no event does. Returns at once: to wait, poll the descriptor.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or answers with half an event.
+    pub fn read(&self) -> Result<Vec<Event>> {
+        let operation = Operation::ReadEvents;
+        let bytes = read_all(&self.file, EVENTS * (HEADER + self.kind.len()), operation)?;
+        events(&bytes, self.kind.len())
+            .ok_or(Error::Protocol { operation, why: "the kernel wrote half an event" })
+    }
+}
+
+impl AsFd for EventQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// The events in `bytes`, each a header and `len` bytes; behind the header of lost ones there are none. None if the last
+/// event is not whole.
+fn events(mut bytes: &[u8], len: usize) -> Option<Vec<Event>> {
+    let mut events = Vec::new();
+    while !bytes.is_empty() {
+        let (header, rest) = bytes.split_at_checked(HEADER)?;
+        let sequence = word(header, 4);
+        if word(header, 0) & sys::iommu_veventq_flag_IOMMU_VEVENTQ_FLAG_LOST_EVENTS != 0 {
+            events.push(Event::Lost { sequence });
+            bytes = rest;
+            continue;
+        }
+        let (data, rest) = rest.split_at_checked(len)?;
+        events.push(Event::Data { sequence, data: data.into() });
+        bytes = rest;
+    }
+    Some(events)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::{answers, is_closed, read, write};
+    use crate::{DeviceId, HwptOptions, ViommuType};
+    use std::io::Write;
+    use std::os::fd::IntoRawFd;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn events_and_gaps_are_told_apart() {
+        let header = |flags: u32, sequence: u32| [flags, sequence].map(u32::to_ne_bytes).concat();
+        let bytes = [header(0, 3), vec![1; 16], header(1, 7), header(0, 8), vec![2; 16]].concat();
+        let wanted = [
+            Event::Data { sequence: 3, data: vec![1; 16] },
+            Event::Lost { sequence: 7 },
+            Event::Data { sequence: 8, data: vec![2; 16] },
+        ];
+        assert_eq!(events(&bytes, 16).unwrap(), wanted);
+        for short in [1, 7, 15, 16, 17, 23] {
+            assert_eq!(events(&bytes[..bytes.len() - short], 16), None, "{short}");
+        }
+        assert_eq!(events(&[], 16), Some(vec![]));
+    }
+
+    #[test]
+    fn a_queue_is_allocated_by_its_type_and_read() {
+        let (ours, mut kernel) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let (mut ours, other_end) = (Some(ours), kernel.try_clone().unwrap());
+        let iommufd = answers(move |name, bytes| {
+            if name == "IOMMU_VEVENTQ_ALLOC" {
+                let mut alloc: sys::iommu_veventq_alloc = read(bytes);
+                assert_eq!((alloc.size, alloc.type_, alloc.veventq_depth), (32, 2, 128));
+                alloc.out_veventq_fd = ours.take().unwrap().into_raw_fd() as u32;
+                alloc.out_veventq_id = 6;
+                write(bytes, &alloc);
+            }
+            if name == "IOMMU_DESTROY" && read::<sys::iommu_destroy>(bytes).id == 6 {
+                assert!(is_closed(&other_end));
+            }
+            Ok(())
+        });
+        // SAFETY: no kernel is behind it.
+        let ioas = unsafe { iommufd.ioas_from_id(1) };
+        let hwpt = ioas.hwpt_alloc(DeviceId(1), &HwptOptions::default()).unwrap();
+        let viommu = hwpt.viommu_alloc(DeviceId(1), ViommuType::TEGRA241_CMDQV, &mut []).unwrap();
+        let queue = viommu.event_queue_alloc(EventType::Tegra241Cmdqv, 128).unwrap();
+        assert_eq!(queue.read(), Ok(vec![]));
+        kernel.write_all(&[0; 24]).unwrap();
+        assert_eq!(queue.read(), Ok(vec![Event::Data { sequence: 0, data: vec![0; 16] }]));
+        kernel.write_all(&[0; 23]).unwrap();
+        assert!(matches!(queue.read(), Err(Error::Protocol { .. })));
+    }
+}
