@@ -166,6 +166,21 @@ impl From<iommufd::Error> for Error {
     }
 }
 
+/// Without a hint: who asked for the operation knows what the errno means for the device, and says it.
+impl From<vireo_vfio::Error> for Error {
+    fn from(error: vireo_vfio::Error) -> Self {
+        let kind = match error {
+            vireo_vfio::Error::OtherNode { .. } => ErrorKind::Permission,
+            vireo_vfio::Error::Argument { .. } => ErrorKind::Usage,
+            vireo_vfio::Error::ApiVersion(_) | vireo_vfio::Error::NotReported { .. } => {
+                ErrorKind::Unavailable
+            }
+            _ => error.errno().map_or(ErrorKind::Os, ErrorKind::of),
+        };
+        Self { kind, what: error.what(), why: error.why(), errno: error.errno(), hint: None }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -247,5 +262,42 @@ mod tests {
             error.hint().is_some_and(|hint| hint.starts_with("run as root, or: setfacl -m u:")),
             "{error}"
         );
+    }
+
+    #[test]
+    fn errors_of_vfio_keep_what_failed_and_why() {
+        use vireo_vfio::{Error as Vfio, Irq, Operation};
+        let kernel = |operation, errno| Vfio::Kernel { operation, errno };
+        let device = || "0000:00:04.0".to_owned();
+        for (error, kind, text) in [
+            (
+                kernel(Operation::Bind(device()), Errno::EBUSY),
+                ErrorKind::Busy,
+                "cannot bind 0000:00:04.0 to iommufd: EBUSY (Device or resource busy)",
+            ),
+            (
+                Vfio::TokenUnknown { operation: Operation::Bind(device()) },
+                ErrorKind::Permission,
+                "cannot bind 0000:00:04.0 to iommufd: EACCES: this kernel takes no VF token for a cdev (6.17 does)",
+            ),
+            (
+                kernel(Operation::IrqInfo { device: device(), irq: Irq::Msix }, Errno::EINVAL),
+                ErrorKind::Os,
+                "cannot examine the Msix interrupts of 0000:00:04.0: EINVAL (Invalid argument)",
+            ),
+            (
+                kernel(Operation::Map { len: 1, iova: 4 << 30 }, Errno::ENOMEM),
+                ErrorKind::Os,
+                "cannot map 1 MiB for DMA at 0x100000000: ENOMEM (Out of memory)",
+            ),
+            (
+                Vfio::ApiVersion(1),
+                ErrorKind::Unavailable,
+                "cannot give the container an IOMMU: the kernel speaks VFIO API 1, not 0",
+            ),
+        ] {
+            let error = Error::from(error);
+            assert_eq!((error.kind(), error.to_string()), (kind, text.to_owned()));
+        }
     }
 }

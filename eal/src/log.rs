@@ -143,7 +143,14 @@ fn log_type(target: &str, program: &str) -> String {
     }
     let dotted = target.replace("::", ".");
     let rest = dotted.strip_prefix("vireo_").unwrap_or(&dotted);
-    for (krate, name) in [("eal", "lib.eal"), ("bus_pci", "bus.pci"), ("drivers", "pmd.net")] {
+    let crates = [
+        ("eal", "lib.eal"),
+        ("iommufd", "lib.eal.iommufd"),
+        ("vfio", "lib.eal.vfio"),
+        ("bus_pci", "bus.pci"),
+        ("drivers", "pmd.net"),
+    ];
+    for (krate, name) in crates {
         if let Some(module) = rest.strip_prefix(krate)
             && (module.is_empty() || module.starts_with('.'))
         {
@@ -184,6 +191,7 @@ fn speaker(target: &str, program: &str) -> String {
     let mut parts = target.split("::");
     let krate = parts.next().unwrap_or_default();
     match krate {
+        "vireo_iommufd" | "vireo_vfio" => "EAL".into(),
         "vireo_bus_pci" => "PCI".into(),
         "vireo_drivers" => parts.next().unwrap_or("net").to_uppercase(),
         FRAME => program.to_uppercase(),
@@ -243,11 +251,14 @@ mod tests {
     #[test]
     fn modules_have_names_like_those_of_dpdk() {
         assert_eq!(log_type("vireo_eal::vfio::group", "x"), "lib.eal.vfio.group");
+        assert_eq!(log_type("vireo_vfio::region", "x"), "lib.eal.vfio.region");
+        assert_eq!(log_type("vireo_iommufd::mapping", "x"), "lib.eal.iommufd.mapping");
+        assert_eq!(log_type("vireo_vfio_bench", "x"), "user.vfio_bench");
         assert_eq!(log_type("vireo_bus_pci", "x"), "bus.pci");
         assert_eq!(log_type("vireo_drivers::virtio", "x"), "pmd.net.virtio");
         assert_eq!(log_type("vireo_l2fwd", "x"), "user.l2fwd");
         assert_eq!(log_type("vireo_ealing", "x"), "user.ealing");
-        assert_eq!(speaker("vireo_eal::vfio", "x"), "EAL");
+        assert_eq!([speaker("vireo_eal::vfio", "x"), speaker("vireo_iommufd::mapping", "x")], ["EAL", "EAL"]);
         assert_eq!(speaker("vireo_drivers::e1000::rx", "x"), "E1000");
         assert_eq!(speaker("vireo_l2fwd", "x"), "L2FWD");
         assert_eq!(log_type("vireo_frame::control", "l2fwd"), "user.l2fwd");

@@ -1,21 +1,18 @@
 //! Device registers: a [`Bar`] for set-up, a [`Doorbell`] for the packet path.
 
 use std::fmt;
-use std::fs::File;
-use std::mem::ManuallyDrop;
-use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::time::Duration;
 
+use vireo_vfio::{MappedRange, RegionFile};
+
 use crate::dma::{dma_rmb, dma_wmb};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ioctl::counted;
 use crate::mem::page_size;
 use crate::opaque::Whole;
-use crate::vfio::AddressSpace;
+use crate::vfio::Held;
 
 /// Registers that a program plays instead of a device, for tests without hardware.
 ///
@@ -41,115 +38,17 @@ struct Inner {
 }
 
 enum Backing {
-    Device { mapped: Vec<MappedRange>, file: RegionFile },
+    Device { mapped: Vec<MappedRange>, file: RegionFile<Held> },
     Emulated { registers: Arc<dyn Registers>, doorbells: Arc<DoorbellPage> },
 }
 
 impl fmt::Debug for Backing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Device { mapped, .. } => f.debug_list().entries(mapped.iter().map(|m| &m.range)).finish(),
+            Self::Device { mapped, .. } => {
+                f.debug_list().entries(mapped.iter().map(MappedRange::range)).finish()
+            }
             Self::Emulated { .. } => f.write_str("emulated"),
-        }
-    }
-}
-
-/// A device's open file. It holds the device in its address space, which goes after it: a device that is attached to an
-/// address space, or uses physical addresses, may reach memory as long as its file is open.
-#[derive(Debug)]
-pub(crate) struct DeviceFile {
-    pub(crate) file: ManuallyDrop<File>,
-    /// Its group, in the modes that have one. The last device of a group closes it: it leaves its container then, and
-    /// others can open it.
-    pub(crate) _group: Option<Arc<File>>,
-    pub(crate) space: Arc<AddressSpace>,
-}
-
-impl Drop for DeviceFile {
-    fn drop(&mut self) {
-        // The kernel resets the device in it, which is most of what giving a device up costs.
-        // SAFETY: this is the only place that drops the file, and nothing uses it behind this.
-        counted("close", || unsafe { ManuallyDrop::drop(&mut self.file) });
-    }
-}
-
-/// One region of a device's file, by `pread` and `pwrite`, which reach nothing of the other regions.
-#[derive(Debug)]
-pub(crate) struct RegionFile {
-    device: Arc<DeviceFile>,
-    start: u64,
-    size: u64,
-}
-
-impl RegionFile {
-    /// The `size` bytes that begin at `start` of the file.
-    pub(crate) fn new(device: &Arc<DeviceFile>, start: u64, size: u64) -> Self {
-        Self { device: Arc::clone(device), start, size }
-    }
-
-    /// Where in the file `len` bytes at `offset` of the region are.
-    fn at(&self, offset: u64, len: usize) -> std::io::Result<u64> {
-        let end = offset.checked_add(len as u64).filter(|end| *end <= self.size);
-        let at = end.and_then(|_| self.start.checked_add(offset));
-        at.ok_or_else(|| std::io::Error::other(format!("the region has {:#x} bytes", self.size)))
-    }
-
-    pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
-        let at = self.at(offset, bytes.len())?;
-        self.device.file.read_exact_at(bytes, at)
-    }
-
-    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
-        let at = self.at(offset, bytes.len())?;
-        self.device.file.write_all_at(bytes, at)
-    }
-}
-
-/// Part of a BAR that is mapped; unmapped on drop.
-#[derive(Debug)]
-pub(crate) struct MappedRange {
-    range: Range<u64>,
-    address: NonNull<u8>,
-}
-
-// SAFETY: device registers belong to the process, and are accessed by single instructions only that the compiler does not
-// see: those of two threads, to words of any size, do not race.
-unsafe impl Send for MappedRange {}
-// SAFETY: as above; the device orders concurrent accesses.
-unsafe impl Sync for MappedRange {}
-
-impl MappedRange {
-    /// Maps `range` of the region that starts at `file_offset` in the device's file.
-    pub(crate) fn new(file: &File, file_offset: u64, range: Range<u64>) -> nix::Result<Self> {
-        use nix::sys::mman::{MapFlags, ProtFlags, mmap};
-        let len = usize::try_from(range.end - range.start)
-            .ok()
-            .and_then(std::num::NonZeroUsize::new)
-            .ok_or(nix::errno::Errno::EINVAL)?;
-        let offset = i64::try_from(file_offset + range.start).map_err(|_| nix::errno::Errno::EOVERFLOW)?;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
-        let address = unsafe {
-            mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, file, offset)
-        }?;
-        Ok(Self { range, address: address.cast() })
-    }
-
-    /// Address of `size` bytes at `offset` of the BAR when they are in this part and aligned.
-    fn pointer(&self, offset: u64, size: usize) -> Option<*mut u8> {
-        let inside = offset >= self.range.start
-            && offset.checked_add(size as u64).is_some_and(|end| end <= self.range.end)
-            && offset.is_multiple_of(size as u64);
-        // SAFETY: the offset is inside the mapping, as just checked.
-        inside.then(|| unsafe { self.address.as_ptr().add((offset - self.range.start) as usize) })
-    }
-}
-
-impl Drop for MappedRange {
-    fn drop(&mut self) {
-        let len = (self.range.end - self.range.start) as usize;
-        // SAFETY: the mapping is this value's own; doorbells into it hold an `Arc` of the BAR.
-        if let Err(errno) = unsafe { nix::sys::mman::munmap(self.address.cast(), len) } {
-            tracing::error!("cannot unmap a BAR: {errno}");
         }
     }
 }
@@ -165,7 +64,7 @@ macro_rules! access {
                 Backing::Device { mapped, file } => {
                     if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
                         // SAFETY: `pointer` gives an aligned address inside a live mapping of registers.
-                        let value = unsafe { <$type>::peek(at.cast()) };
+                        let value = unsafe { <$type>::peek(at.cast().as_ptr()) };
                         // What a register says of memory (a reset that is done) is true of reads after it.
                         dma_rmb();
                         return value;
@@ -191,7 +90,7 @@ macro_rules! access {
                     dma_wmb();
                     if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
                         // SAFETY: as in the read.
-                        unsafe { <$type>::poke(at.cast(), value) };
+                        unsafe { <$type>::poke(at.cast().as_ptr(), value) };
                     } else if let Err(error) = file.write(offset, &value.to_le_bytes()) {
                         tracing::debug!("register {offset:#x} took no write: {error}");
                     }
@@ -202,8 +101,8 @@ macro_rules! access {
 }
 
 impl Bar {
-    pub(crate) fn device(mapped: Vec<MappedRange>, file: RegionFile) -> Self {
-        Self(Arc::new(Inner { size: file.size, backing: Backing::Device { mapped, file } }))
+    pub(crate) fn device(mapped: Vec<MappedRange>, file: RegionFile<Held>) -> Self {
+        Self(Arc::new(Inner { size: file.size(), backing: Backing::Device { mapped, file } }))
     }
 
     /// Whether `size` bytes at `offset` are within the BAR.
@@ -259,7 +158,7 @@ impl Bar {
     ) -> Result<Doorbell<T>> {
         let at = match &self.0.backing {
             Backing::Device { mapped, .. } => {
-                mapped.iter().find_map(|m| m.pointer(offset, size_of::<T>())).map(<*mut u8>::cast)
+                mapped.iter().find_map(|m| m.pointer(offset, size_of::<T>())).map(|at| at.cast().as_ptr())
             }
             Backing::Emulated { doorbells, .. } => Some(doorbells)
                 .filter(|_| offset.is_multiple_of(size_of::<T>() as u64))
@@ -367,7 +266,10 @@ impl Doorbell<u16> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
+    use crate::vfio::fake_file;
 
     struct Echo;
     impl Registers for Echo {
@@ -394,24 +296,16 @@ mod tests {
     fn a_file_answers_where_nothing_is_mapped() {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[1, 2, 3, 4], 16).unwrap();
-        let bar = Bar::device(Vec::new(), RegionFile::new(&device(file), 16, 8));
+        let bar = Bar::device(Vec::new(), RegionFile::new(&fake_file(file), 16, 8));
         assert_eq!((bar.read32(0), bar.read32(4)), (0x0403_0201, u32::MAX));
         assert!(bar.doorbell32(0).is_err());
-    }
-
-    fn device(file: File) -> Arc<DeviceFile> {
-        Arc::new(DeviceFile {
-            file: ManuallyDrop::new(file),
-            _group: None,
-            space: Arc::new(AddressSpace::nowhere()),
-        })
     }
 
     #[test]
     fn no_offset_reaches_another_region() {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[7; 64], 0).unwrap();
-        let bar = Bar::device(Vec::new(), RegionFile::new(&device(file.try_clone().unwrap()), 16, 8));
+        let bar = Bar::device(Vec::new(), RegionFile::new(&fake_file(file.try_clone().unwrap()), 16, 8));
         for offset in [5, 8, 32, u64::MAX - 15, u64::MAX - 3, u64::MAX] {
             assert_eq!(bar.read32(offset), u32::MAX, "{offset:#x}");
             bar.write32(offset, 0);
@@ -431,8 +325,8 @@ mod tests {
 
     #[test]
     fn registers_keep_the_address_space() {
-        let device = device(tempfile::tempfile().unwrap());
-        let space = Arc::downgrade(&device.space);
+        let device = fake_file(tempfile::tempfile().unwrap());
+        let space = Arc::downgrade(&device.kept().space);
         let doorbells = DoorbellPage::new(64);
         let mut kept = vec![Bar::device(Vec::new(), RegionFile::new(&device, 0, 8))];
         drop(device);

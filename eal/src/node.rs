@@ -1,12 +1,11 @@
 //! Device nodes: which device one is, and who may open it, said when we may not.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::sys::stat::{FileStat, SFlag, fstat, major, minor};
+use nix::sys::stat::{FileStat, SFlag, major, minor};
 use nix::unistd::geteuid;
 
 use crate::error::{Error, Result};
@@ -21,18 +20,6 @@ pub(crate) fn open(path: &Path) -> Result<File> {
             _ => error,
         }
     })
-}
-
-/// Class and name, as sysfs has them, of the device node behind `fd`: `("misc", "iommu")`. None when it is no character
-/// device, or sysfs does not know it. The kernel is asked: names in `/dev` do not matter.
-pub(crate) fn class_and_name(fd: impl AsFd) -> nix::Result<Option<(String, String)>> {
-    let found = fstat(fd)?;
-    let read = || {
-        let link = fs::read_link(format!("/sys/dev/char/{}", number_of(found.st_rdev))).ok()?;
-        let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
-        Some((name(link.parent()?)?, name(&link)?))
-    };
-    Ok(if is_char_device(&found) { read() } else { None })
 }
 
 pub(crate) fn is_char_device(found: &FileStat) -> bool {
@@ -83,13 +70,6 @@ mod tests {
         ] {
             assert_eq!(udev_match(path.as_ref()), rule);
         }
-    }
-
-    #[test]
-    fn a_node_is_known_by_the_kernel() {
-        let null = File::open("/dev/null").unwrap();
-        assert_eq!(class_and_name(&null), Ok(Some(("mem".into(), "null".into()))));
-        assert_eq!(class_and_name(tempfile::tempfile().unwrap()), Ok(None));
     }
 
     #[test]

@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use vireo_vfio::{NOIOMMU_PREFIX, class_and_name};
+
+use super::device::Open;
 use super::nodes::{self, Nodes};
 use super::space::AddressSpace;
 use super::{Device, DeviceFds, VfioMode};
@@ -16,8 +19,6 @@ use crate::clock::thread_time;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ioctl::{self, Calls};
 use crate::iommufd::WeakIommufd;
-use crate::mmio::DeviceFile;
-use crate::node::class_and_name;
 
 /// A device by its name on its bus (`0000:00:04.0`) and its directory in sysfs.
 #[derive(Clone, Debug)]
@@ -215,14 +216,8 @@ impl Vfio {
         Self::finish(node, mode, "by descriptors from another process".to_owned(), open, phases)
     }
 
-    fn finish(
-        node: &Node,
-        mode: VfioMode,
-        why: String,
-        open: DeviceFile,
-        mut phases: Phases,
-    ) -> Result<Acquired> {
-        let space = Arc::clone(&open.space);
+    fn finish(node: &Node, mode: VfioMode, why: String, open: Open, mut phases: Phases) -> Result<Acquired> {
+        let space = Arc::clone(&open.held.space);
         let device = Device::new(node.name.clone(), open)?;
         phases.end("attach");
         space.refresh_ranges()?;
@@ -347,9 +342,6 @@ fn usable(space: &Weak<AddressSpace>) -> Option<Arc<AddressSpace>> {
     space.upgrade().filter(|space| !space.is_abandoned())
 }
 
-/// Prefix of the nodes of devices without an IOMMU, groups and cdevs.
-pub(super) const NOIOMMU_PREFIX: &str = "noiommu-";
-
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What the locks guard changes by single insertions, so a panic elsewhere leaves nothing half done.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -357,20 +349,13 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Number of the device's IOMMU group.
 pub(super) fn group_of(node: &Node) -> std::io::Result<u32> {
-    let link = fs::read_link(node.sysfs.join("iommu_group"))?;
-    link.file_name()
-        .and_then(|name| name.to_str()?.parse().ok())
-        .ok_or_else(|| std::io::Error::other("the link ends in no number"))
+    vireo_vfio::group_of(&node.sysfs)
 }
 
 /// Name of the device's character device below `/dev/vfio/devices`. Before kernel 7.3 a device without IOMMU
 /// has the entry in sysfs but no number.
 pub(super) fn cdev_name(node: &Node) -> Option<String> {
-    fs::read_dir(node.sysfs.join("vfio-dev"))
-        .ok()?
-        .flatten()
-        .find(|entry| entry.path().join("dev").exists())
-        .and_then(|entry| entry.file_name().into_string().ok())
+    vireo_vfio::cdev_of(&node.sysfs)
 }
 
 /// What turns the IOMMU on, in a virtual machine or outside. Linux uses AMD's wherever the firmware offers it.
@@ -463,7 +448,7 @@ mod tests {
     use super::*;
     use crate::iommufd::Iommufd;
     use crate::vfio::fds::{CdevFds, GroupFds};
-    use crate::vfio::space::Container;
+    use crate::vfio::space::{self, Container};
     use std::os::unix::fs::symlink;
 
     /// A descriptor that stands for iommufd.
@@ -526,7 +511,7 @@ mod tests {
             let key = (if iommufd { VfioMode::Compat } else { VfioMode::Container }, None);
             let group = Arc::new(null());
             let made = |group: &Arc<fs::File>| {
-                let container = Container::new(null().into(), iommufd, 3, group);
+                let container = Container::new(space::null(), iommufd, 3, group);
                 vfio.space(key, || Ok(AddressSpace::type1(container))).unwrap()
             };
             let space = made(&group);

@@ -1,24 +1,18 @@
 //! A device by its own character device and iommufd (modes `cdev` and `noiommu-cdev`).
 
 use std::fs;
-use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use nix::errno::Errno;
-use vfio_bindings::bindings::vfio as uapi;
+use vireo_vfio::{Cdev, NOIOMMU_PREFIX};
 
-use super::acquire::{
-    NOIOMMU_PREFIX, Node, Phases, Refusal, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu,
-};
+use super::acquire::{Node, Phases, Refusal, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu};
+use super::device::{Held, Open};
 use super::fds::CdevFds;
 use super::space::AddressSpace;
-use super::{VfioMode, diagnose, nodes, sys};
+use super::{VfioMode, diagnose, nodes};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ioctl::counted;
-use crate::iommufd::Iommufd;
-use crate::mmio::DeviceFile;
 
 impl Vfio {
     /// Number and path of the device's own node.
@@ -77,7 +71,7 @@ impl Vfio {
         mode: VfioMode,
         fds: CdevFds,
         phases: &mut Phases,
-    ) -> std::result::Result<DeviceFile, Refusal> {
+    ) -> std::result::Result<Open, Refusal> {
         let CdevFds { iommufd, device } = fds;
         let key = self.space_key(node, mode);
         let check = |space: &AddressSpace| match space.ioas() {
@@ -90,84 +84,27 @@ impl Vfio {
             _ => Ok(()),
         };
         self.existing(key).map_or(Ok(()), |space| check(&space))?;
-        bind(self.token_of(node), |token| bind_iommufd(&device, &iommufd, token)).map_err(|refused| {
-            let error = Error::os(format!("cannot bind {} to iommufd", node.name), refused.errno());
-            match refused {
-                Refused::TokenUnknown => Refusal {
-                    error: error
-                        .because("this kernel takes no VF token for a cdev (6.17 does)")
-                        .with_hint("use --vfio-mode container"),
-                    container_may: true,
-                },
-                Refused::For(_) => diagnose::bind_cdev(error, node, &self.dev).into(),
-            }
+        // SAFETY: it is the device's node: `open_cdev` or `adopt` has compared its number with the one in sysfs.
+        let cdev = unsafe { Cdev::from_fd_unchecked(device, &node.name) };
+        let token = self.token_of(node).map(VfToken::bytes);
+        cdev.bind(&iommufd, token.as_ref()).map_err(|refused| match refused {
+            vireo_vfio::Error::TokenUnknown { .. } => Refusal {
+                error: Error::from(refused).with_hint("use --vfio-mode container"),
+                container_may: true,
+            },
+            refused => diagnose::bind_cdev(refused.into(), node, &self.dev).into(),
         })?;
         phases.end("bind");
         let space = self
             .space(key, || Ok(AddressSpace::iommufd(iommufd.ioas_alloc()?, mode == VfioMode::NoiommuCdev)))?;
         // Another thread may have made it meanwhile, and the id below would be of something else.
         check(&space)?;
-        let mut attach = uapi::vfio_device_attach_iommufd_pt {
-            argsz: size_of::<uapi::vfio_device_attach_iommufd_pt>() as u32,
-            flags: 0,
-            pt_id: space.ioas().map_or(0, |ioas| ioas.id()),
-            pasid: 0,
-        };
-        // SAFETY: the structure is complete.
-        counted("VFIO_DEVICE_ATTACH_IOMMUFD_PT", || unsafe {
-            sys::attach_iommufd_pt(device.as_raw_fd(), &mut attach)
-        })
-        .map_err(|errno| {
-            let error = Error::os(format!("cannot attach {} to its address space", node.name), errno);
-            Refusal { error: diagnose::attach(error, node), container_may: errno == Errno::EINVAL }
+        let id = space.ioas().map_or(0, |ioas| ioas.id());
+        cdev.attach(id).map_err(|refused| {
+            let container_may = refused.errno() == Some(Errno::EINVAL);
+            Refusal { error: diagnose::attach(refused.into(), node), container_may }
         })?;
-        Ok(DeviceFile { file: ManuallyDrop::new(device.into()), _group: None, space })
-    }
-}
-
-fn bind_iommufd(device: &OwnedFd, iommufd: &Iommufd, token: Option<&[u8; 16]>) -> nix::Result<()> {
-    let mut bind = uapi::vfio_device_bind_iommufd {
-        argsz: size_of::<uapi::vfio_device_bind_iommufd>() as u32,
-        flags: if token.is_some() { uapi::VFIO_DEVICE_BIND_FLAG_TOKEN } else { 0 },
-        iommufd: iommufd.as_fd().as_raw_fd(),
-        out_devid: 0,
-        token_uuid_ptr: token.map_or(0, |token| token.as_ptr() as u64),
-    };
-    // SAFETY: the structure is complete; the token's 16 bytes are borrowed until after the call.
-    counted("VFIO_DEVICE_BIND_IOMMUFD", || unsafe { sys::bind_iommufd(device.as_raw_fd(), &mut bind) })
-        .map(drop)
-}
-
-/// How a bind failed.
-#[derive(Debug, PartialEq, Eq)]
-enum Refused {
-    /// The device wants a token, and the kernel takes none here.
-    TokenUnknown,
-    For(Errno),
-}
-
-impl Refused {
-    fn errno(&self) -> Errno {
-        match self {
-            Self::TokenUnknown => Errno::EACCES,
-            Self::For(errno) => *errno,
-        }
-    }
-}
-
-/// Calls `ioctl` with the token, and without it if the kernel does not know the flag, as before 6.17: it may be that the
-/// device needs none.
-fn bind(
-    token: Option<VfToken>,
-    mut ioctl: impl FnMut(Option<&[u8; 16]>) -> nix::Result<()>,
-) -> std::result::Result<(), Refused> {
-    let bytes = token.map(VfToken::bytes);
-    match (ioctl(bytes.as_ref()), &bytes) {
-        (Err(Errno::EINVAL), Some(_)) => ioctl(None).map_err(|errno| match errno {
-            Errno::EACCES => Refused::TokenUnknown,
-            errno => Refused::For(errno),
-        }),
-        (result, _) => result.map_err(Refused::For),
+        Ok(Open { fd: cdev.into_fd(), held: Held { _group: None, space } })
     }
 }
 
@@ -175,24 +112,6 @@ fn bind(
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
-
-    #[test]
-    fn a_kernel_that_takes_no_token_is_asked_without() {
-        let token: VfToken = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3".parse().unwrap();
-        // What a kernel answers to a bind with a token, and without.
-        let kernel = |with, without| {
-            bind(
-                Some(token),
-                |token| if token.is_some_and(|bytes| bytes[0] == 0xbd) { with } else { without },
-            )
-        };
-        assert_eq!(kernel(Ok(()), Err(Errno::EACCES)), Ok(()));
-        assert_eq!(kernel(Err(Errno::EINVAL), Ok(())), Ok(()));
-        assert_eq!(kernel(Err(Errno::EINVAL), Err(Errno::EACCES)), Err(Refused::TokenUnknown));
-        assert_eq!(kernel(Err(Errno::EINVAL), Err(Errno::EINVAL)), Err(Refused::For(Errno::EINVAL)));
-        assert_eq!(kernel(Err(Errno::EACCES), Ok(())), Err(Refused::For(Errno::EACCES)));
-        assert_eq!(bind(None, |_| Err(Errno::EINVAL)), Err(Refused::For(Errno::EINVAL)));
-    }
 
     /// Before kernel 7.3 a device without IOMMU has an entry below `vfio-dev`, which has no number.
     #[test]

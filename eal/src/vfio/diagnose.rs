@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
+use vireo_vfio::NOIOMMU_PREFIX;
 
-use super::acquire::{NOIOMMU_PREFIX, Node, cdev_name, group_of};
+use super::acquire::{Node, cdev_name, group_of};
 use crate::error::{Error, ErrorKind};
 use crate::iommufd::Accounting;
 

@@ -1,23 +1,21 @@
 //! A device by its IOMMU group, in a container (modes `container`, `compat` and `noiommu`).
 
-use std::ffi::CString;
 use std::fs::File;
-use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
-use vfio_bindings::bindings::vfio as uapi;
+use vireo_vfio::{Group, IommuType, NOIOMMU_PREFIX};
 
-use super::acquire::{NOIOMMU_PREFIX, Node, Phases, Vfio, group_of, has_iommu, needs_noiommu, no_group};
+use super::acquire::{Node, Phases, Vfio, group_of, has_iommu, needs_noiommu, no_group};
+use super::device::{Held, Open};
 use super::fds::GroupFds;
 use super::space::{AddressSpace, Container};
-use super::{VfioMode, diagnose, nodes, sys};
+use super::{VfioMode, diagnose, nodes};
+use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ioctl::counted;
-use crate::mmio::DeviceFile;
 use crate::rlimit;
 
 impl Vfio {
@@ -49,7 +47,7 @@ impl Vfio {
         let existing = self.existing(self.space_key(node, mode));
         let kept = existing.as_ref().and_then(|space| space.container());
         let container = match kept {
-            Some(container) => container.fd.try_clone().map_err(cannot_duplicate)?,
+            Some(container) => container.as_fd().try_clone_to_owned().map_err(cannot_duplicate)?,
             None => self.open_container(mode)?,
         };
         let group = match kept.and_then(|container| container.group(group)) {
@@ -86,19 +84,27 @@ impl Vfio {
         fds: GroupFds,
         opening: MutexGuard<'_, ()>,
         phases: &mut Phases,
-    ) -> Result<DeviceFile> {
+    ) -> Result<Open> {
         let what = || format!("cannot use {}", node.name);
         let number = group_of(node).map_err(|_| no_group(what()))?;
         let key = self.space_key(node, mode);
         let GroupFds { container, group } = fds;
         // Nobody abandons the container meanwhile.
         let _held = self.existing(key).and_then(|space| space.container()?.any());
-        let in_container = status(&group, number, node)? & uapi::VFIO_GROUP_FLAGS_CONTAINER_SET != 0;
-        let mut container = Some(container);
+        // SAFETY: it is the group's node: `open_group` has opened it as such, or `adopt` has compared its number with the one
+        // in sysfs.
+        let handle = unsafe { Group::from_fd_unchecked(Arc::clone(&group), number) };
+        let status = handle.status()?;
+        if !status.is_viable {
+            return Err(diagnose::not_viable(node, number));
+        }
+        let in_container = status.has_container;
+        // SAFETY: it is a node of containers: `Nodes` has opened it as such, or `adopt` has asked the kernel.
+        let mut container = Some(unsafe { vireo_vfio::Container::from_fd_unchecked(container) });
         let space = self.space(key, || {
             let fd = container.take().ok_or_else(|| Error::os(what(), Errno::EBADF))?;
             if !in_container {
-                set_container(&group, number, &fd, mode)?;
+                set_container(&handle, &fd, mode)?;
                 set_iommu(&fd, mode)?;
             }
             let container = Container::new(fd, mode == VfioMode::Compat, number, &group);
@@ -112,32 +118,20 @@ impl Vfio {
         };
         let joins = container.is_some();
         if joins && !in_container {
-            set_container(&group, number, &shared.fd, mode)?;
+            set_container(&handle, &shared.fd, mode)?;
         }
         let group = shared.group(number).unwrap_or(group);
         shared.add(number, &group);
+        // SAFETY: as above; the node of a group opens once, so the two are one.
+        let handle = unsafe { Group::from_fd_unchecked(&*group, number) };
         drop(opening);
         phases.end("bind");
-        let device = self.device_fd(node, &group)?;
+        let token = self.token_of(node).map(VfToken::bytes);
+        let device = handle
+            .device(&node.name, token.as_ref())
+            .map_err(|refused| diagnose::bind(refused.into(), node, &self.dev))?;
         let device = if mode == VfioMode::Noiommu { above_memory(device) } else { device };
-        Ok(DeviceFile { file: ManuallyDrop::new(device.into()), _group: Some(group), space })
-    }
-
-    fn device_fd(&self, node: &Node, group: &File) -> Result<OwnedFd> {
-        let what = || format!("cannot open {} in its group", node.name);
-        let name = match self.token_of(node) {
-            Some(token) => format!("{} vf_token={token}", node.name),
-            None => node.name.clone(),
-        };
-        let name = CString::new(name)
-            .map_err(|_| Error::new(ErrorKind::Usage, what(), "the name has a NUL byte in it"))?;
-        // SAFETY: the argument is a string that ends in NUL and lives for the call.
-        let fd = counted("VFIO_GROUP_GET_DEVICE_FD", || unsafe {
-            sys::group_get_device_fd(group.as_raw_fd(), name.as_ptr())
-        })
-        .map_err(|errno| diagnose::bind(Error::os(what(), errno), node, &self.dev))?;
-        // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        Ok(Open { fd: device, held: Held { _group: Some(group), space } })
     }
 }
 
@@ -173,58 +167,24 @@ fn cannot_duplicate(error: std::io::Error) -> Error {
     Error::io("cannot duplicate a descriptor", &error)
 }
 
-/// Flags of a group that can be used.
-fn status(group: &File, number: u32, node: &Node) -> Result<u32> {
-    let mut status = uapi::vfio_group_status { argsz: size_of::<uapi::vfio_group_status>() as u32, flags: 0 };
-    // SAFETY: the structure is complete.
-    counted("VFIO_GROUP_GET_STATUS", || unsafe { sys::group_get_status(group.as_raw_fd(), &mut status) })
-        .map_err(|errno| Error::os(format!("cannot read the state of IOMMU group {number}"), errno))?;
-    if status.flags & uapi::VFIO_GROUP_FLAGS_VIABLE == 0 {
-        return Err(diagnose::not_viable(node, number));
-    }
-    Ok(status.flags)
-}
-
-fn set_container(group: &File, number: u32, container: &OwnedFd, mode: VfioMode) -> Result<()> {
-    // SAFETY: the argument is a descriptor that is open for the call.
-    counted("VFIO_GROUP_SET_CONTAINER", || unsafe {
-        sys::group_set_container(group.as_raw_fd(), &container.as_raw_fd())
-    })
-    .map(drop)
-    .map_err(|errno| {
-        let error = Error::os(format!("cannot put IOMMU group {number} into its container"), errno);
-        if errno == Errno::EPERM && mode == VfioMode::Noiommu { diagnose::raw_io(error) } else { error }
+fn set_container(group: &Group<Arc<File>>, container: &vireo_vfio::Container, mode: VfioMode) -> Result<()> {
+    group.set_container(container).map_err(|refused| match refused.errno() {
+        Some(Errno::EPERM) if mode == VfioMode::Noiommu => diagnose::raw_io(refused.into()),
+        _ => refused.into(),
     })
 }
 
-fn set_iommu(container: &OwnedFd, mode: VfioMode) -> Result<()> {
+fn set_iommu(container: &vireo_vfio::Container, mode: VfioMode) -> Result<()> {
     let (iommu, module) = match mode {
-        VfioMode::Noiommu => (uapi::VFIO_NOIOMMU_IOMMU, "vfio"),
-        VfioMode::Compat => (uapi::VFIO_TYPE1v2_IOMMU, "iommufd"),
-        _ => (uapi::VFIO_TYPE1v2_IOMMU, "vfio_iommu_type1"),
+        VfioMode::Noiommu => (IommuType::NoIommu, "vfio"),
+        VfioMode::Compat => (IommuType::Type1v2, "iommufd"),
+        _ => (IommuType::Type1v2, "vfio_iommu_type1"),
     };
-    let what = "cannot give the container an IOMMU";
-    // SAFETY: this ioctl has no argument.
-    let version = counted("VFIO_GET_API_VERSION", || unsafe { sys::get_api_version(container.as_raw_fd()) })
-        .map_err(|errno| Error::os(what, errno))?;
-    if version != uapi::VFIO_API_VERSION as i32 {
-        return Err(Error::new(
-            ErrorKind::Unavailable,
-            what,
-            format!("the kernel speaks VFIO API {version}, not 0"),
-        ));
-    }
-    // SAFETY: the argument is an integer.
-    counted("VFIO_SET_IOMMU", || unsafe { sys::set_iommu(container.as_raw_fd(), iommu as i32) })
-        .map(drop)
-        .map_err(|errno| {
-            let error = Error::os(what, errno);
-            match errno {
-                Errno::ENODEV => error
-                    .because("the kernel has no driver for this IOMMU type (CONFIG_VFIO_IOMMU_TYPE1)")
-                    .with_hint("run: modprobe vfio_iommu_type1, or choose --vfio-mode cdev"),
-                Errno::EPERM => diagnose::unsafe_interrupts(error, module),
-                _ => error,
-            }
-        })
+    container.set_iommu(iommu).map_err(|refused| match refused.errno() {
+        Some(Errno::ENODEV) => Error::from(refused)
+            .because("the kernel has no driver for this IOMMU type (CONFIG_VFIO_IOMMU_TYPE1)")
+            .with_hint("run: modprobe vfio_iommu_type1, or choose --vfio-mode cdev"),
+        Some(Errno::EPERM) => diagnose::unsafe_interrupts(refused.into(), module),
+        _ => refused.into(),
+    })
 }

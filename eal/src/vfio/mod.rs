@@ -1,5 +1,6 @@
 //! VFIO: how a process gets a device ([`Vfio::acquire`]), what the device can reach ([`AddressSpace`]),
-//! and the device itself ([`Device`]), which is the same in every [`VfioMode`].
+//! and the device itself ([`Device`]), which is the same in every [`VfioMode`]. The kernel's interface below is the crate
+//! `vireo-vfio`; here is which way to take, what devices share, and what to tell the user.
 //!
 //! Modes differ in two places only: `Vfio::acquire` has the one branch on how the descriptors are
 //! opened, [`AddressSpace`] the one on how memory is mapped.
@@ -10,26 +11,23 @@ mod device;
 mod diagnose;
 mod fds;
 mod group;
-mod info;
-mod irq;
 pub(crate) mod listen;
 pub mod mode;
 pub mod nodes;
 mod preflight;
 mod space;
-mod sys;
 
 pub use acquire::{Acquired, Node, Phase, Vfio, iommu_on, no_group, noiommu_allowed};
+pub(crate) use device::Held;
+#[cfg(test)]
+pub(crate) use device::fake_file;
 pub use device::{ConfigSpace, Device};
 pub use diagnose::holder;
 pub use fds::{CdevFds, DeviceFds, GroupFds};
-pub use irq::{Irq, IrqInfo, Request};
 pub use mode::VfioMode;
 pub use nodes::{FdSource, Nodes};
 pub use space::{AddressSpace, Mapping};
+pub use vireo_vfio::{Irq, IrqInfo, Request};
 
-/// Reads `answer` as each of the kernel's answers that has a chain of capabilities: what the fuzz target calls.
 #[cfg(fuzzing)]
-pub fn read_info(answer: &[u8]) {
-    let _ = (device::Region::read(answer), info::iova_ranges(answer));
-}
+pub use vireo_vfio::read_info;

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::fstat;
+use vireo_vfio::class_and_name;
 
 use super::acquire::lock;
 use super::diagnose;
@@ -21,7 +22,7 @@ use super::listen::listen_fds;
 use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
-use crate::node::{self, is_char_device, number_of, open};
+use crate::node::{is_char_device, number_of, open};
 use crate::socket;
 
 /// The one byte that carries them, so that a message of something else is told apart.
@@ -239,7 +240,7 @@ fn receive(path: &Path, patience: Duration) -> Result<Vec<OwnedFd>> {
 /// File name of the VFIO or iommufd node behind `fd`, which is also its name in sysfs.
 pub(super) fn node_name(fd: BorrowedFd<'_>) -> Result<String> {
     let what = || format!("cannot use descriptor {} of --vfio-fds", fd.as_raw_fd());
-    let found = node::class_and_name(fd).map_err(|errno| Error::os(what(), errno))?;
+    let found = class_and_name(fd).map_err(|errno| Error::os(what(), errno))?;
     match found.as_ref().map(|(class, name)| (&**class, name)) {
         Some(("vfio" | "vfio-dev", name)) => Ok(name.clone()),
         Some(("misc", name)) if matches!(&**name, "vfio" | "iommu") => Ok(name.clone()),

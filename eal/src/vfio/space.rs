@@ -3,18 +3,17 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::{Range, RangeInclusive};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nix::errno::Errno;
-use vfio_bindings::bindings::vfio as uapi;
 
 use super::acquire::lock;
-use super::{diagnose, info, sys};
+use super::diagnose;
 use crate::dma::IovaRanges;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ioctl::counted;
 use crate::iommufd::{self, Access, Accounting, Ioas};
 use crate::mem::{Pin, Region, page_size};
 
@@ -47,7 +46,7 @@ pub(super) struct Container {
     groups: Mutex<BTreeMap<u32, Weak<File>>>,
     /// Whether `/dev/iommu` stands in for the container.
     iommufd: bool,
-    pub(super) fd: OwnedFd,
+    pub(super) fd: vireo_vfio::Container,
 }
 
 impl AddressSpace {
@@ -75,7 +74,7 @@ impl AddressSpace {
     /// A space without devices, for tests of what holds one.
     #[cfg(test)]
     pub(crate) fn nowhere() -> Self {
-        let fd = File::open("/dev/null").expect("it is everywhere").into();
+        let fd = null();
         Self::none(Container { groups: Mutex::default(), iommufd: false, fd })
     }
 
@@ -180,7 +179,8 @@ impl AddressSpace {
         iova: Option<u64>,
         access: Access,
     ) -> Result<Mapping> {
-        let (address, len) = (region.address_of(&range)?, range.len());
+        region.address_of(&range)?;
+        let len = range.len();
         let placed = match iova {
             None if !self.is_physical() => Some(self.place(len)?),
             _ => None,
@@ -189,12 +189,8 @@ impl AddressSpace {
         let mapped = match &self.tables {
             Tables::Type1(container) => {
                 let iova = iova.unwrap_or_default();
-                let region = Arc::clone(region);
-                container.map(address, len, iova, access).map(|()| Mapped::Type1 {
-                    iova,
-                    len: len as u64,
-                    _region: region,
-                })
+                let mapped = |()| Mapped::Type1 { iova, len: len as u64, _region: Arc::clone(region) };
+                container.map(region, range, iova, access).map(mapped)
             }
             Tables::Ioas { ioas, .. } => {
                 ioas.map_range(region, range, iova, access).map(Mapped::Ioas).map_err(Error::from)
@@ -262,7 +258,7 @@ impl AddressSpace {
 
 impl Container {
     /// A container with its first group.
-    pub(super) fn new(fd: OwnedFd, iommufd: bool, number: u32, group: &Arc<File>) -> Self {
+    pub(super) fn new(fd: vireo_vfio::Container, iommufd: bool, number: u32, group: &Arc<File>) -> Self {
         Self { groups: Mutex::new([(number, Arc::downgrade(group))].into()), iommufd, fd }
     }
 
@@ -283,61 +279,26 @@ impl Container {
     /// Addresses that every attached device can use, and the smallest page in bytes that can be mapped: 1 when the
     /// kernel does not tell.
     fn iova_ranges(&self) -> Result<(IovaRanges, u64)> {
-        let answer = info::query(
-            size_of::<uapi::vfio_iommu_type1_info>(),
-            |_| (),
-            |at| {
-                let fd = self.fd.as_raw_fd();
-                // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz`
-                // set to its length.
-                counted("VFIO_IOMMU_GET_INFO", || unsafe { sys::iommu_get_info(fd, at.cast()) }).map(drop)
-            },
-        )
-        .map_err(|errno| Error::os("cannot read the container's IOVA ranges", errno))?;
-        let ranges = info::iova_ranges(&answer).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Unavailable,
-                "cannot read the container's IOVA ranges",
-                "the kernel does not report them; 5.4 or newer does",
-            )
-        })?;
-        Ok((ranges, info::smallest_page(&answer).unwrap_or(1)))
+        let iovas = self.fd.iova_ranges()?;
+        Ok((IovaRanges::new(iovas.ranges), iovas.smallest_page))
     }
 
-    /// The caller keeps the pages behind `address` until it has unmapped them.
-    fn map(&self, address: u64, len: usize, iova: u64, access: Access) -> Result<()> {
-        let flags = match access {
-            Access::Read => uapi::VFIO_DMA_MAP_FLAG_READ,
-            Access::Write => uapi::VFIO_DMA_MAP_FLAG_WRITE,
-            Access::ReadWrite => uapi::VFIO_DMA_MAP_FLAG_READ | uapi::VFIO_DMA_MAP_FLAG_WRITE,
-        };
-        let map = uapi::vfio_iommu_type1_dma_map {
-            argsz: size_of::<uapi::vfio_iommu_type1_dma_map>() as u32,
-            flags,
-            vaddr: address,
-            iova,
-            size: len as u64,
-        };
-        // SAFETY: the structure is complete, and the caller keeps the pages until it has unmapped them.
-        counted("VFIO_IOMMU_MAP_DMA", || unsafe { sys::iommu_map_dma(self.fd.as_raw_fd(), &map) })
-            .map(drop)
-            .map_err(|errno| {
-                Error::os(format!("cannot map {} MiB for DMA at {iova:#x}", len.div_ceil(1 << 20)), errno)
-            })
+    /// The caller keeps the bytes `range` of `region` until it has unmapped them.
+    fn map(&self, region: &Region, range: Range<usize>, iova: u64, access: Access) -> Result<()> {
+        // SAFETY: the region has these bytes, as the caller has checked.
+        let first = unsafe { region.as_ptr().add(range.start) };
+        let bytes = NonNull::slice_from_raw_parts(first, range.len());
+        // SAFETY: the caller keeps the region, which expects a device to write it.
+        Ok(unsafe { self.fd.map_user(bytes, iova, access) }?)
     }
+}
 
-    fn unmap(&self, iova: u64, size: u64) -> nix::Result<u64> {
-        let mut unmap = uapi::vfio_iommu_type1_dma_unmap {
-            argsz: size_of::<uapi::vfio_iommu_type1_dma_unmap>() as u32,
-            flags: 0,
-            iova,
-            size,
-            data: Default::default(),
-        };
-        // SAFETY: the structure is complete and asks for no dirty bitmap, so `data` is not used.
-        counted("VFIO_IOMMU_UNMAP_DMA", || unsafe { sys::iommu_unmap_dma(self.fd.as_raw_fd(), &mut unmap) })?;
-        Ok(unmap.size)
-    }
+/// A descriptor that stands for a container.
+#[cfg(test)]
+pub(super) fn null() -> vireo_vfio::Container {
+    let null = File::open("/dev/null").expect("it is everywhere");
+    // SAFETY: the null device has no ioctls.
+    unsafe { vireo_vfio::Container::from_fd_unchecked(null.into()) }
 }
 
 impl AsFd for Container {
@@ -409,10 +370,11 @@ impl Drop for Mapping {
         if let (Mapped::Type1 { iova, len, .. }, Tables::Type1(container)) = (&mapped, &self.space.tables)
             && !self.space.is_abandoned()
         {
-            match container.unmap(*iova, *len) {
+            // SAFETY: this is the mapping, which is used no more.
+            match unsafe { container.fd.unmap(*iova, *len) } {
                 Ok(unmapped) if unmapped == *len => {}
                 Ok(unmapped) => tracing::error!("unmapped {unmapped} of {len} bytes at {iova:#x}"),
-                Err(errno) => tracing::error!("cannot unmap {len} bytes at {iova:#x}: {errno}"),
+                Err(error) => tracing::error!("{error}"),
             }
         }
         drop(mapped);
@@ -455,7 +417,7 @@ mod tests {
 
     #[test]
     fn the_narrowest_device_decides_where_memory_is_mapped() {
-        let fd = File::open("/dev/null").unwrap().into();
+        let fd = null();
         let space = AddressSpace::none(Container { groups: Mutex::default(), iommufd: false, fd });
         assert_eq!(space.free_ranges().fit(4096), Some(4 << 30));
         space.set_dma_mask(u32::MAX.into());
@@ -484,7 +446,7 @@ mod tests {
 
     #[test]
     fn what_could_not_be_mapped_is_free_again() {
-        let fd = File::open("/dev/null").unwrap().into();
+        let fd = null();
         let container = Container { groups: Mutex::default(), iommufd: false, fd };
         let space = Arc::new(AddressSpace::type1(container));
         let before = space.free_ranges();

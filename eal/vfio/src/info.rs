@@ -1,20 +1,20 @@
 //! Answers of variable length: a structure followed by a chain of capabilities
 //! (`struct vfio_info_cap_header` in `include/uapi/linux/vfio.h`).
 
-use vfio_bindings::bindings::vfio as uapi;
+use std::ops::RangeInclusive;
 
-use crate::dma::IovaRanges;
+use crate::sys;
 
 /// One capability of a chain: id, version and the bytes after its header.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Capability<'a> {
-    pub(super) id: u16,
-    pub(super) body: &'a [u8],
+pub(crate) struct Capability<'a> {
+    pub(crate) id: u16,
+    pub(crate) body: &'a [u8],
 }
 
 /// Walks the chain that starts at `offset` of `answer`. Ends where an offset leaves the answer or turns
 /// back, so it is bounded whatever the bytes are.
-pub(super) fn capabilities(answer: &[u8], offset: u32) -> impl Iterator<Item = Capability<'_>> {
+pub(crate) fn capabilities(answer: &[u8], offset: u32) -> impl Iterator<Item = Capability<'_>> {
     const HEADER: usize = 8;
     let mut next = offset as usize;
     std::iter::from_fn(move || {
@@ -31,35 +31,34 @@ pub(super) fn capabilities(answer: &[u8], offset: u32) -> impl Iterator<Item = C
 }
 
 /// Reads the allowed IOVA ranges of a `struct vfio_iommu_type1_info`; none when it does not have them.
-pub(super) fn iova_ranges(answer: &[u8]) -> Option<IovaRanges> {
+pub(crate) fn iova_ranges(answer: &[u8]) -> Option<Vec<RangeInclusive<u64>>> {
     let flags = u32_at(answer, 4)?;
-    let offset = u32_at(answer, 16).filter(|_| flags & uapi::VFIO_IOMMU_INFO_CAPS != 0)?;
+    let offset = u32_at(answer, 16).filter(|_| flags & sys::VFIO_IOMMU_INFO_CAPS != 0)?;
     let ranges = capabilities(answer, offset)
-        .find(|cap| u32::from(cap.id) == uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE)?;
+        .find(|cap| u32::from(cap.id) == sys::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE)?;
     let count = u32_at(ranges.body, 0).unwrap_or(0);
-    Some(IovaRanges::new(u64_pairs(ranges.body, 8, count).map(|(start, end)| start..=end)))
+    Some(u64_pairs(ranges.body, 8, count).map(|(start, end)| start..=end).collect())
 }
 
 /// Smallest page in bytes that the IOMMU maps, of a `struct vfio_iommu_type1_info` that tells it.
-pub(super) fn smallest_page(answer: &[u8]) -> Option<u64> {
+pub(crate) fn smallest_page(answer: &[u8]) -> Option<u64> {
     let flags = u32_at(answer, 4)?;
-    let sizes =
-        u64_at(answer, 8).filter(|sizes| flags & uapi::VFIO_IOMMU_INFO_PGSIZES != 0 && *sizes != 0)?;
+    let sizes = u64_at(answer, 8).filter(|sizes| flags & sys::VFIO_IOMMU_INFO_PGSIZES != 0 && *sizes != 0)?;
     Some(1 << sizes.trailing_zeros())
 }
 
 /// Native-endian word at `offset`, if it is there.
-pub(super) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(offset..offset.checked_add(4)?)?.try_into().ok()?))
 }
 
 /// Native-endian double word at `offset`, if it is there.
-pub(super) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(bytes.get(offset..offset.checked_add(8)?)?.try_into().ok()?))
 }
 
 /// `count` pairs of double words that start at `offset` of `bytes`; fewer when the bytes end before.
-pub(super) fn u64_pairs(bytes: &[u8], offset: usize, count: u32) -> impl Iterator<Item = (u64, u64)> {
+pub(crate) fn u64_pairs(bytes: &[u8], offset: usize, count: u32) -> impl Iterator<Item = (u64, u64)> {
     (0..count as usize).map_while(move |i| {
         let at = offset.checked_add(i.checked_mul(16)?)?;
         Some((u64_at(bytes, at)?, u64_at(bytes, at + 8)?))
@@ -68,7 +67,7 @@ pub(super) fn u64_pairs(bytes: &[u8], offset: usize, count: u32) -> impl Iterato
 
 /// Asks twice when the first answer says in `argsz` (its first word) that it would be longer. `call` fills
 /// the buffer that it is given; the buffer is aligned for 8-byte words and holds at least `size` bytes.
-pub(super) fn query(
+pub(crate) fn query(
     size: usize,
     prepare: impl Fn(&mut [u64]),
     call: impl Fn(*mut u64) -> nix::Result<()>,
@@ -125,25 +124,25 @@ mod tests {
 
     #[test]
     fn ranges_are_found_among_other_capabilities() {
-        let id = uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE as u16;
+        let id = sys::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE as u16;
         // It says three ranges, and two are there.
         let body = words(&[3, 0, 0, 0, 0xfedf_ffff, 0, 0xfef0_0000, 0, u32::MAX, 0x7f]);
         let parts: [(u16, &[u8]); 2] = [(id + 1, &[1; 8]), (id, &body)];
         let answer = |flags| chain(words(&[0, flags, 0, 0, 24, 0]), &parts);
-        let ranges = IovaRanges::new([0..=0xfedf_ffff, 0xfef0_0000..=0x7f_ffff_ffff]);
-        assert_eq!(iova_ranges(&answer(uapi::VFIO_IOMMU_INFO_CAPS)), Some(ranges));
+        let ranges = vec![0..=0xfedf_ffff, 0xfef0_0000..=0x7f_ffff_ffff];
+        assert_eq!(iova_ranges(&answer(sys::VFIO_IOMMU_INFO_CAPS)), Some(ranges));
         assert_eq!(iova_ranges(&answer(0)), None);
-        assert_eq!(iova_ranges(&answer(uapi::VFIO_IOMMU_INFO_CAPS)[..24]), None);
+        assert_eq!(iova_ranges(&answer(sys::VFIO_IOMMU_INFO_CAPS)[..24]), None);
         assert_eq!(iova_ranges(&[]), None);
     }
 
     #[test]
     fn the_smallest_page_is_the_lowest_bit() {
         let answer = |flags| words(&[24, flags, 0x4020_0000, 1, 0, 0]);
-        assert_eq!(smallest_page(&answer(uapi::VFIO_IOMMU_INFO_PGSIZES)), Some(2 << 20));
+        assert_eq!(smallest_page(&answer(sys::VFIO_IOMMU_INFO_PGSIZES)), Some(2 << 20));
         assert_eq!(smallest_page(&answer(0)), None);
-        assert_eq!(smallest_page(&words(&[24, uapi::VFIO_IOMMU_INFO_PGSIZES, 0, 0])), None);
-        assert_eq!(smallest_page(&answer(uapi::VFIO_IOMMU_INFO_PGSIZES)[..12]), None);
+        assert_eq!(smallest_page(&words(&[24, sys::VFIO_IOMMU_INFO_PGSIZES, 0, 0])), None);
+        assert_eq!(smallest_page(&answer(sys::VFIO_IOMMU_INFO_PGSIZES)[..12]), None);
     }
 
     #[test]

@@ -4,14 +4,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vfio_bindings::bindings::vfio as uapi;
 
-use super::{Device, sys};
-use crate::error::{Error, Result};
-use crate::ioctl::counted;
+use crate::error::{Operation, Result};
+use crate::{Device, sys};
 
 /// Kinds of interrupt of a PCI device (`VFIO_PCI_*_IRQ_INDEX`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Irq {
     /// The legacy line. The kernel masks it when it fires; [`Device::unmask`] arms it again.
     Intx,
@@ -28,17 +27,18 @@ pub enum Irq {
 impl Irq {
     fn index(self) -> u32 {
         match self {
-            Self::Intx => uapi::VFIO_PCI_INTX_IRQ_INDEX,
-            Self::Msi => uapi::VFIO_PCI_MSI_IRQ_INDEX,
-            Self::Msix => uapi::VFIO_PCI_MSIX_IRQ_INDEX,
-            Self::Error => uapi::VFIO_PCI_ERR_IRQ_INDEX,
-            Self::Request => uapi::VFIO_PCI_REQ_IRQ_INDEX,
+            Self::Intx => sys::VFIO_PCI_INTX_IRQ_INDEX,
+            Self::Msi => sys::VFIO_PCI_MSI_IRQ_INDEX,
+            Self::Msix => sys::VFIO_PCI_MSIX_IRQ_INDEX,
+            Self::Error => sys::VFIO_PCI_ERR_IRQ_INDEX,
+            Self::Request => sys::VFIO_PCI_REQ_IRQ_INDEX,
         }
     }
 }
 
 /// What the device has of one kind of interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct IrqInfo {
     /// Number of interrupts; 0 when the device has none of this kind.
     pub count: u32,
@@ -63,29 +63,25 @@ impl Request {
 /// Header of `struct vfio_irq_set`, in 32-bit words.
 const HEADER: usize = 5;
 
-impl Device {
+impl<K> Device<K> {
     /// What the device has of `irq`.
     ///
     /// # Errors
     /// When the kernel does not know this kind for the device.
     pub fn irq_info(&self, irq: Irq) -> Result<IrqInfo> {
-        let mut info = uapi::vfio_irq_info {
-            argsz: size_of::<uapi::vfio_irq_info>() as u32,
+        let mut info = sys::vfio_irq_info {
+            argsz: size_of::<sys::vfio_irq_info>() as u32,
             flags: 0,
             index: irq.index(),
             count: 0,
         };
-        // SAFETY: the structure is complete.
-        counted("VFIO_DEVICE_GET_IRQ_INFO", || unsafe {
-            sys::device_get_irq_info(self.open.file.as_raw_fd(), &mut info)
-        })
-        .map_err(|errno| {
-            Error::os(format!("cannot examine the {irq:?} interrupts of {}", self.name), errno)
-        })?;
+        // SAFETY: the structure is complete and has no addresses.
+        unsafe { sys::call(self.as_fd(), sys::VFIO_DEVICE_GET_IRQ_INFO, &mut info) }
+            .map_err(|errno| Operation::IrqInfo { device: self.name.clone(), irq }.failed(errno))?;
         Ok(IrqInfo {
             count: info.count,
-            eventfd: info.flags & uapi::VFIO_IRQ_INFO_EVENTFD != 0,
-            automasked: info.flags & uapi::VFIO_IRQ_INFO_AUTOMASKED != 0,
+            eventfd: info.flags & sys::VFIO_IRQ_INFO_EVENTFD != 0,
+            automasked: info.flags & sys::VFIO_IRQ_INFO_AUTOMASKED != 0,
         })
     }
 
@@ -104,7 +100,7 @@ impl Device {
         let fds = eventfds.iter().map(|fd| fd.as_raw_fd() as u32);
         self.set_irqs(
             irq,
-            uapi::VFIO_IRQ_SET_DATA_EVENTFD | uapi::VFIO_IRQ_SET_ACTION_TRIGGER,
+            sys::VFIO_IRQ_SET_DATA_EVENTFD | sys::VFIO_IRQ_SET_ACTION_TRIGGER,
             eventfds.len() as u32,
             fds,
         )
@@ -116,7 +112,7 @@ impl Device {
     /// When the kernel has no such interrupt, or no eventfd.
     pub fn watch_release_request(&self) -> Result<Request> {
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno: Errno| Error::os(format!("cannot make an eventfd for {}", self.name), errno))?;
+            .map_err(|errno: Errno| Operation::Eventfd(self.name.clone()).failed(errno))?;
         self.enable_irq(Irq::Request, &[event.as_fd()])?;
         Ok(Request(event))
     }
@@ -126,7 +122,7 @@ impl Device {
     /// # Errors
     /// When the kernel refuses.
     pub fn disable_irq(&self, irq: Irq) -> Result<()> {
-        self.set_irqs(irq, uapi::VFIO_IRQ_SET_DATA_NONE | uapi::VFIO_IRQ_SET_ACTION_TRIGGER, 0, [])
+        self.set_irqs(irq, sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_TRIGGER, 0, [])
     }
 
     /// Arms an automasked interrupt again.
@@ -134,7 +130,7 @@ impl Device {
     /// # Errors
     /// When the kernel refuses.
     pub fn unmask(&self, irq: Irq) -> Result<()> {
-        self.set_irqs(irq, uapi::VFIO_IRQ_SET_DATA_NONE | uapi::VFIO_IRQ_SET_ACTION_UNMASK, 1, [])
+        self.set_irqs(irq, sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_UNMASK, 1, [])
     }
 
     /// Fires interrupt 0 of this kind by software, to see that it arrives.
@@ -142,7 +138,7 @@ impl Device {
     /// # Errors
     /// When the kernel refuses.
     pub fn trigger(&self, irq: Irq) -> Result<()> {
-        self.set_irqs(irq, uapi::VFIO_IRQ_SET_DATA_NONE | uapi::VFIO_IRQ_SET_ACTION_TRIGGER, 1, [])
+        self.set_irqs(irq, sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_TRIGGER, 1, [])
     }
 
     fn set_irqs(&self, irq: Irq, flags: u32, count: u32, data: impl IntoIterator<Item = u32>) -> Result<()> {
@@ -152,10 +148,8 @@ impl Device {
         set[0] = (set.len() * size_of::<u32>()) as u32;
         // SAFETY: the words are a `vfio_irq_set` of `argsz` bytes with its data behind it; descriptors in it
         // are open for the call.
-        counted("VFIO_DEVICE_SET_IRQS", || unsafe {
-            sys::device_set_irqs(self.open.file.as_raw_fd(), set.as_ptr().cast())
-        })
-        .map(drop)
-        .map_err(|errno| Error::os(format!("cannot set the {irq:?} interrupts of {}", self.name), errno))
+        unsafe { sys::ioctl(self.as_fd(), sys::VFIO_DEVICE_SET_IRQS, set.as_mut_ptr().cast()) }
+            .map(drop)
+            .map_err(|errno| Operation::SetIrqs { device: self.name.clone(), irq }.failed(errno))
     }
 }

@@ -1,0 +1,192 @@
+//! Character devices, which are bound to iommufd.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use vireo_iommufd::{DeviceId, Iommufd};
+
+use crate::error::{Error, Operation, Result};
+use crate::{node, sys};
+
+/// A device by its own node (`/dev/vfio/devices/vfioN`, or `noiommu-vfioN` without an IOMMU): it is in no group's way. Before
+/// [`bind`](Self::bind) it gives access to nothing.
+#[derive(Debug)]
+pub struct Cdev {
+    fd: OwnedFd,
+    name: String,
+}
+
+impl Cdev {
+    /// Opens the node at `path` of the device that is `name` on its bus.
+    ///
+    /// # Errors
+    /// [`Error::Open`]: `EBUSY` or `EINVAL` when its group is open. [`Error::OtherNode`] when the node is of something else.
+    pub fn open(path: &Path, name: &str) -> Result<Self> {
+        Self::from_fd(node::open(path)?, name)
+    }
+
+    /// Takes a descriptor that somebody else opened.
+    ///
+    /// # Errors
+    /// [`Error::OtherNode`] when it is of something else, or sysfs does not tell.
+    pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self> {
+        node::name_of(&fd, "VFIO device", |class, _| class == "vfio-dev")?;
+        Ok(Self { fd, name: name.to_owned() })
+    }
+
+    /// As [`Cdev::from_fd`], without the look at sysfs.
+    ///
+    /// # Safety
+    /// `fd` is of a device's node: what another driver writes in answer to these ioctls, and where, nobody knows.
+    pub unsafe fn from_fd_unchecked(fd: OwnedFd, name: &str) -> Self {
+        Self { fd, name: name.to_owned() }
+    }
+
+    /// Binds the device to `iommufd`, once and for all. `token` is the VF token, most significant byte first; a kernel that
+    /// takes none here (before 6.17) is asked without it, because the device may need none.
+    ///
+    /// # Errors
+    /// `EINVAL` when it is bound, or its IOMMU is not coherent; `EPERM` when its group is in use or the platform does not
+    /// isolate interrupts; `EACCES` when it wants another token; [`Error::TokenUnknown`] when it wants one and the kernel
+    /// takes none.
+    pub fn bind(&self, iommufd: &Iommufd, token: Option<&[u8; 16]>) -> Result<DeviceId> {
+        let operation = Operation::Bind(self.name.clone());
+        match (self.bind_with(iommufd, token), token) {
+            (Err(Errno::EINVAL), Some(_)) => match self.bind_with(iommufd, None) {
+                Err(Errno::EACCES) => Err(Error::TokenUnknown { operation }),
+                result => result.map_err(|errno| operation.failed(errno)),
+            },
+            (result, _) => result.map_err(|errno| operation.failed(errno)),
+        }
+    }
+
+    fn bind_with(&self, iommufd: &Iommufd, token: Option<&[u8; 16]>) -> nix::Result<DeviceId> {
+        let mut bind = sys::vfio_device_bind_iommufd {
+            argsz: size_of::<sys::vfio_device_bind_iommufd>() as u32,
+            flags: if token.is_some() { sys::VFIO_DEVICE_BIND_FLAG_TOKEN } else { 0 },
+            iommufd: iommufd.as_fd().as_raw_fd(),
+            out_devid: 0,
+            token_uuid_ptr: token.map_or(0, |token| token.as_ptr() as u64),
+        };
+        // SAFETY: the structure is complete; the token's 16 bytes are borrowed until after the call.
+        unsafe { sys::call(self.as_fd(), sys::VFIO_DEVICE_BIND_IOMMUFD, &mut bind) }?;
+        Ok(DeviceId(bind.out_devid))
+    }
+
+    /// Attaches the device, which is bound, to the address space or hardware page table `table`, and returns the id of the
+    /// hardware page table that it has now. A second call replaces the first.
+    ///
+    /// # Errors
+    /// `EINVAL` when its IOMMU cannot be made to translate by that, `EADDRINUSE` when something is mapped that the device
+    /// cannot reach, `ENOMEM` when pages that had not been pinned so far cannot be.
+    pub fn attach(&self, table: u32) -> Result<u32> {
+        let mut attach = sys::vfio_device_attach_iommufd_pt {
+            argsz: size_of::<sys::vfio_device_attach_iommufd_pt>() as u32,
+            flags: 0,
+            pt_id: table,
+            pasid: 0,
+        };
+        // SAFETY: the structure is complete and has no addresses.
+        unsafe { sys::call(self.as_fd(), sys::VFIO_DEVICE_ATTACH_IOMMUFD_PT, &mut attach) }
+            .map_err(|errno| Operation::Attach(self.name.clone()).failed(errno))?;
+        Ok(attach.pt_id)
+    }
+
+    /// Detaches the device: it reaches nothing.
+    ///
+    /// # Errors
+    /// When it is not bound.
+    pub fn detach(&self) -> Result<()> {
+        let mut detach = sys::vfio_device_detach_iommufd_pt {
+            argsz: size_of::<sys::vfio_device_detach_iommufd_pt>() as u32,
+            flags: 0,
+            pasid: 0,
+        };
+        // SAFETY: the structure is complete and has no addresses.
+        unsafe { sys::call(self.as_fd(), sys::VFIO_DEVICE_DETACH_IOMMUFD_PT, &mut detach) }
+            .map(drop)
+            .map_err(|errno| Operation::Detach(self.name.clone()).failed(errno))
+    }
+
+    /// The descriptor, which is that of the device once it is bound.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+}
+
+impl AsFd for Cdev {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::{answers, at};
+    use std::fs::File;
+
+    fn cdev(fd: OwnedFd) -> Cdev {
+        // SAFETY: no kernel is behind it.
+        unsafe { Cdev::from_fd_unchecked(fd, "0000:00:04.0") }
+    }
+
+    /// Whose ioctls fail: nothing here calls any.
+    fn iommufd() -> Iommufd {
+        let null = File::open("/dev/null").unwrap();
+        // SAFETY: the null device has no ioctls.
+        unsafe { Iommufd::from_fd_unchecked(null.into()) }
+    }
+
+    #[test]
+    fn a_kernel_that_takes_no_token_is_asked_without() {
+        const TOKEN: [u8; 16] = [7; 16];
+        // What a kernel answers to a bind with a token, and without.
+        let kernel = |token: Option<&[u8; 16]>, with, without| {
+            let cdev = cdev(answers(move |name, argument| {
+                let bind: &mut sys::vfio_device_bind_iommufd = at(argument);
+                assert_eq!((name, bind.argsz), ("VFIO_DEVICE_BIND_IOMMUFD", 24));
+                bind.out_devid = 5;
+                if bind.flags == 0 {
+                    return without;
+                }
+                // SAFETY: the flag says that there is a token.
+                assert_eq!(unsafe { *(bind.token_uuid_ptr as *const [u8; 16]) }, TOKEN);
+                with
+            }));
+            cdev.bind(&iommufd(), token)
+        };
+        let kernel_for = |with, without| kernel(Some(&TOKEN), with, without);
+        let operation = || Operation::Bind("0000:00:04.0".into());
+        let failed = |errno| Err(operation().failed(errno));
+        assert_eq!(kernel_for(Ok(0), Err(Errno::EACCES)), Ok(DeviceId(5)));
+        assert_eq!(kernel_for(Err(Errno::EINVAL), Ok(0)), Ok(DeviceId(5)));
+        assert_eq!(
+            kernel_for(Err(Errno::EINVAL), Err(Errno::EACCES)),
+            Err(Error::TokenUnknown { operation: operation() })
+        );
+        assert_eq!(kernel_for(Err(Errno::EINVAL), Err(Errno::EBUSY)), failed(Errno::EBUSY));
+        assert_eq!(kernel_for(Err(Errno::EACCES), Ok(0)), failed(Errno::EACCES));
+        assert_eq!(kernel(None, Ok(0), Err(Errno::EINVAL)), failed(Errno::EINVAL));
+    }
+
+    #[test]
+    fn a_device_is_attached_and_detached() {
+        let cdev = cdev(answers(|name, argument| {
+            if name == "VFIO_DEVICE_ATTACH_IOMMUFD_PT" {
+                let attach: &mut sys::vfio_device_attach_iommufd_pt = at(argument);
+                assert_eq!((attach.flags, attach.pt_id), (0, 9));
+                attach.pt_id = 10;
+                return Ok(0);
+            }
+            let detach: &mut sys::vfio_device_detach_iommufd_pt = at(argument);
+            assert_eq!((name, detach.flags), ("VFIO_DEVICE_DETACH_IOMMUFD_PT", 0));
+            Err(Errno::EINVAL)
+        }));
+        assert_eq!(cdev.attach(9), Ok(10));
+        let error = cdev.detach().unwrap_err();
+        assert_eq!(error.what(), "cannot detach 0000:00:04.0 from its address space");
+        assert!(matches!(Cdev::open("/dev/null".as_ref(), "x"), Err(Error::OtherNode { .. })));
+    }
+}

@@ -1,0 +1,193 @@
+//! IOMMU groups.
+
+use std::ffi::CString;
+use std::fmt::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use crate::error::{Error, Operation, Result};
+use crate::node::{self, NOIOMMU_PREFIX};
+use crate::{Container, sys};
+
+/// State of a [`Group`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GroupStatus {
+    /// Whether no driver of the kernel has a device of it.
+    pub is_viable: bool,
+    /// Whether it is in a container.
+    pub has_container: bool,
+}
+
+/// An IOMMU group, by its node (`/dev/vfio/N`, or `/dev/vfio/noiommu-N` of a device without an IOMMU). The node opens once;
+/// its devices keep the group in its container.
+#[derive(Debug)]
+pub struct Group<F = OwnedFd> {
+    fd: F,
+    number: u32,
+}
+
+impl Group {
+    /// Opens the node at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Open`]: `EBUSY` when somebody has it open, or a device of it as a character device. [`Error::OtherNode`]
+    /// when it is of something else.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::from_fd(node::open(path)?)
+    }
+}
+
+impl<F: AsFd> Group<F> {
+    /// Takes a descriptor that somebody else opened.
+    ///
+    /// # Errors
+    /// [`Error::OtherNode`] when it is not of a group, or sysfs does not tell.
+    pub fn from_fd(fd: F) -> Result<Self> {
+        let wanted = "VFIO group";
+        let name = node::name_of(&fd, wanted, |class, _| class == "vfio")?;
+        let number = name.strip_prefix(NOIOMMU_PREFIX).unwrap_or(&name).parse();
+        let number = number.map_err(|_| Error::OtherNode { fd: fd.as_fd().as_raw_fd(), wanted })?;
+        Ok(Self { fd, number })
+    }
+
+    /// As [`Group::from_fd`], without the look at sysfs.
+    ///
+    /// # Safety
+    /// `fd` is of a group's node: what another driver writes in answer to these ioctls, and where, nobody knows.
+    pub unsafe fn from_fd_unchecked(fd: F, number: u32) -> Self {
+        Self { fd, number }
+    }
+
+    /// Number of the group, which is that of its node.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// State of the group.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn status(&self) -> Result<GroupStatus> {
+        let argsz = size_of::<sys::vfio_group_status>() as u32;
+        let mut status = sys::vfio_group_status { argsz, flags: 0 };
+        // SAFETY: the structure is complete and has no addresses.
+        unsafe { sys::call(self.as_fd(), sys::VFIO_GROUP_GET_STATUS, &mut status) }
+            .map_err(|errno| Operation::GroupStatus(self.number).failed(errno))?;
+        Ok(GroupStatus {
+            is_viable: status.flags & sys::VFIO_GROUP_FLAGS_VIABLE != 0,
+            has_container: status.flags & sys::VFIO_GROUP_FLAGS_CONTAINER_SET != 0,
+        })
+    }
+
+    /// Puts the group into `container`.
+    ///
+    /// # Errors
+    /// `EINVAL` when it is in one, `EPERM` for a group without an IOMMU and without `CAP_SYS_RAWIO`.
+    pub fn set_container(&self, container: &Container) -> Result<()> {
+        let mut fd = container.as_fd().as_raw_fd();
+        // SAFETY: the argument is a descriptor that is open for the call.
+        unsafe { sys::call(self.as_fd(), sys::VFIO_GROUP_SET_CONTAINER, &mut fd) }
+            .map(drop)
+            .map_err(|errno| Operation::SetContainer(self.number).failed(errno))
+    }
+
+    /// Takes the group out of its container, which forgets its mappings with its last group.
+    ///
+    /// # Errors
+    /// `EBUSY` while one of its devices is open.
+    pub fn unset_container(&self) -> Result<()> {
+        // SAFETY: this ioctl has no argument.
+        unsafe { sys::ioctl(self.as_fd(), sys::VFIO_GROUP_UNSET_CONTAINER, std::ptr::null_mut()) }
+            .map(drop)
+            .map_err(|errno| Operation::UnsetContainer(self.number).failed(errno))
+    }
+
+    /// Opens the device that is `name` on its bus (`0000:00:04.0`). The container has its IOMMU by then. `token` is the VF
+    /// token, most significant byte first, which a device has to be shown that has SR-IOV, and no other.
+    ///
+    /// # Errors
+    /// `EACCES` when the device wants another token, `EBUSY` when it is open.
+    pub fn device(&self, name: &str, token: Option<&[u8; 16]>) -> Result<OwnedFd> {
+        let operation = || Operation::OpenDevice(name.to_owned());
+        let mut argument = name.to_owned();
+        if let Some(token) = token {
+            argument += " vf_token=";
+            for (index, byte) in token.iter().enumerate() {
+                let hyphen = if matches!(index, 4 | 6 | 8 | 10) { "-" } else { "" };
+                // A string takes whatever is written.
+                let _ = write!(argument, "{hyphen}{byte:02x}");
+            }
+        }
+        let argument = CString::new(argument)
+            .map_err(|_| Error::Argument { operation: operation(), why: "the name has a NUL byte in it" })?;
+        let pointer = argument.as_ptr().cast_mut().cast();
+        // SAFETY: the kernel reads a string that ends in NUL and lives for the call.
+        let fd = unsafe { sys::ioctl(self.as_fd(), sys::VFIO_GROUP_GET_DEVICE_FD, pointer) }
+            .map_err(|errno| operation().failed(errno))?;
+        // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+}
+
+impl<F: AsFd> AsFd for Group<F> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::{answers, at};
+    use std::ffi::CStr;
+    use std::fs::File;
+    use std::os::fd::IntoRawFd;
+
+    #[test]
+    fn a_group_is_no_other_node() {
+        assert!(matches!(Group::open("/dev/null".as_ref()), Err(Error::OtherNode { .. })));
+        let error = Group::open("/dev/null/7".as_ref()).unwrap_err();
+        assert!(matches!(error, Error::Open { .. }), "{error}");
+    }
+
+    #[test]
+    fn the_state_is_that_of_the_flags_and_a_device_is_asked_for_with_its_token() {
+        let mut asked = 0;
+        let fd = answers(move |name, argument| match name {
+            "VFIO_GROUP_GET_STATUS" => {
+                let status: &mut sys::vfio_group_status = at(argument);
+                assert_eq!(status.argsz, 8);
+                (asked, status.flags) = (asked + 1, [1, 3][asked]);
+                Ok(0)
+            }
+            "VFIO_GROUP_GET_DEVICE_FD" => {
+                // SAFETY: the argument is a string that ends in NUL.
+                let name = unsafe { CStr::from_ptr(argument.cast()) }.to_str().unwrap();
+                match name.split_once(' ') {
+                    None => Err(nix::errno::Errno::EACCES),
+                    Some(("0000:00:04.0", "vf_token=bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3")) => {
+                        Ok(File::open("/dev/null").unwrap().into_raw_fd())
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+            "VFIO_GROUP_UNSET_CONTAINER" => Err(nix::errno::Errno::EBUSY),
+            other => panic!("{other}"),
+        });
+        // SAFETY: no kernel is behind it.
+        let group = unsafe { Group::from_fd_unchecked(fd, 7) };
+        assert_eq!(group.number(), 7);
+        assert_eq!(group.status(), Ok(GroupStatus { is_viable: true, has_container: false }));
+        assert_eq!(group.status(), Ok(GroupStatus { is_viable: true, has_container: true }));
+        let token = 0xbd8d_9d2b_5a5f_4f5a_a211_f591_514b_a1f3_u128.to_be_bytes();
+        assert!(group.device("0000:00:04.0", Some(&token)).is_ok());
+        let error = group.device("0000:00:04.0", None).unwrap_err();
+        assert_eq!(error.what(), "cannot open 0000:00:04.0 in its group");
+        assert!(matches!(group.device("a\0b", None), Err(Error::Argument { .. })));
+        assert_eq!(
+            group.unset_container().unwrap_err().what(),
+            "cannot take IOMMU group 7 out of its container"
+        );
+    }
+}

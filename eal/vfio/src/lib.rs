@@ -1,0 +1,82 @@
+//! Linux's VFIO, typed: a process gets a device, says what it can reach, and has its registers and interrupts. It is the
+//! kernel's interface and no more; which way to open a device, and what to tell a user whose device does not open, is for
+//! programs (in Vireo, for `vireo-eal`).
+//!
+//! | way | opened | the device reaches |
+//! |---|---|---|
+//! | container | [`Container::open`], [`Group`] | what is mapped in the container |
+//! | compatible | [`Container::open_at`] with `/dev/iommu`, [`Group`] | the same, by iommufd |
+//! | character device | [`Iommufd`], [`Cdev`] | what is mapped in an [`Ioas`](vireo_iommufd::Ioas) |
+//! | no IOMMU, by group | [`Container::open`], [`Group`] of `noiommu-N`, [`IommuType::NoIommu`] | all memory |
+//! | no IOMMU, by character device (Linux 7.3) | [`Iommufd`], [`Cdev`] of `noiommu-vfioN` | all memory; what is mapped is pinned |
+//!
+//! All end in one [`Device`], which keeps what the way needs.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use vireo_vfio::{Cdev, Container, Device, Group, IommuType, Iommufd};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let name = "0000:00:04.0";
+//! let sysfs = std::path::Path::new("/sys/bus/pci/devices").join(name);
+//!
+//! // By its own node:
+//! let ioas = Iommufd::open()?.ioas_alloc()?;
+//! let node = vireo_vfio::cdev_of(&sysfs).ok_or("no VFIO device")?;
+//! let cdev = Cdev::open(format!("/dev/vfio/devices/{node}").as_ref(), name)?;
+//! cdev.bind(ioas.iommufd(), None)?;
+//! cdev.attach(ioas.id())?;
+//! // SAFETY: the descriptor is of a device that is bound.
+//! let device = unsafe { Device::new(name.into(), cdev.into_fd(), ioas) }?;
+//! println!("BAR 0 has {} bytes", device.region(0)?.size);
+//! drop(device);
+//!
+//! // By its group:
+//! let group = vireo_vfio::group_of(&sysfs)?;
+//! let group = Group::open(format!("/dev/vfio/{group}").as_ref())?;
+//! let container = Arc::new(Container::open()?);
+//! group.set_container(&container)?;
+//! container.set_iommu(IommuType::Type1v2)?;
+//! let fd = group.device(name, None)?;
+//! // SAFETY: the descriptor is of a device.
+//! let device = unsafe { Device::new(name.into(), fd, (group, container)) }?;
+//! device.reset()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! It needs no argument and reads no environment. Calls can be [observed](vireo_iommufd::observe), together with those of
+//! `vireo-iommufd`.
+
+mod cdev;
+mod container;
+mod device;
+mod error;
+mod group;
+mod info;
+mod irq;
+#[cfg(test)]
+mod kernel;
+mod mapping;
+mod node;
+mod region;
+mod sys;
+
+pub use cdev::Cdev;
+pub use container::{Container, IommuType, Iovas, PATH};
+pub use device::{Device, PCI_CONFIG_REGION};
+pub use error::{Error, Operation, Result};
+pub use group::{Group, GroupStatus};
+pub use irq::{Irq, IrqInfo, Request};
+pub use mapping::Mapping;
+pub use node::{NOIOMMU_PREFIX, cdev_of, class_and_name, group_of};
+pub use region::{DeviceFile, MappedRange, RegionFile, RegionInfo};
+
+pub use nix::errno::Errno;
+pub use vireo_iommufd::{Access, DeviceId, Iommufd, Memory};
+
+/// Reads `answer` as each of the kernel's answers that has a chain of capabilities: what a fuzz target calls.
+#[cfg(fuzzing)]
+pub fn read_info(answer: &[u8]) {
+    let _ = (RegionInfo::read(answer), info::iova_ranges(answer), info::smallest_page(answer));
+}
