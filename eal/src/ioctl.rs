@@ -27,7 +27,11 @@ static READING: AtomicU64 = AtomicU64::new(0);
 fn lock() -> MutexGuard<'static, Vec<Calls>> {
     static OBSERVED: Once = Once::new();
     OBSERVED.call_once(|| {
-        vireo_iommufd::observe(|name, call| counted(name, call));
+        if !vireo_iommufd::observe(|name, call| counted(name, call)) {
+            tracing::warn!(
+                "calls to VFIO and iommufd are not counted: this process has another observer of them"
+            );
+        }
     });
     // A panic cannot leave an entry half changed.
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)

@@ -8,30 +8,29 @@ use crate::object::Object;
 use crate::queue::{read_all, word};
 use crate::{Viommu, sys};
 
-/// Type of events (`enum iommu_veventq_type`).
+/// Type of events (`enum iommu_veventq_type`), and how long the structure of one is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum EventType {
-    /// Event records of an SMMUv3 (`struct iommu_vevent_arm_smmuv3`).
-    ArmSmmuv3,
-    /// Errors of NVIDIA's command queues (`struct iommu_vevent_tegra241_cmdqv`).
-    Tegra241Cmdqv,
+pub struct EventType {
+    number: u32,
+    /// Bytes of the structure behind each header.
+    len: usize,
 }
 
 impl EventType {
-    fn number(self) -> u32 {
-        match self {
-            Self::ArmSmmuv3 => sys::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3,
-            Self::Tegra241Cmdqv => sys::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_TEGRA241_CMDQV,
-        }
-    }
+    /// Event records of an SMMUv3 (`struct iommu_vevent_arm_smmuv3`).
+    pub const ARM_SMMUV3: Self = Self::new(
+        sys::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3,
+        size_of::<sys::iommu_vevent_arm_smmuv3>(),
+    );
+    /// Errors of NVIDIA's command queues (`struct iommu_vevent_tegra241_cmdqv`).
+    pub const TEGRA241_CMDQV: Self = Self::new(
+        sys::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_TEGRA241_CMDQV,
+        size_of::<sys::iommu_vevent_tegra241_cmdqv>(),
+    );
 
-    /// Bytes of the structure behind each header.
-    fn len(self) -> usize {
-        match self {
-            Self::ArmSmmuv3 => size_of::<sys::iommu_vevent_arm_smmuv3>(),
-            Self::Tegra241Cmdqv => size_of::<sys::iommu_vevent_tegra241_cmdqv>(),
-        }
+    /// A type of a later kernel: its number, and the bytes of its structure.
+    pub const fn new(number: u32, len: usize) -> Self {
+        Self { number, len }
     }
 }
 
@@ -71,7 +70,7 @@ impl EventQueue {
     pub(crate) fn alloc(viommu: &Arc<Viommu>, kind: EventType, depth: u32) -> Result<Self> {
         let mut alloc = sys::iommu_veventq_alloc {
             viommu_id: viommu.id(),
-            type_: kind.number(),
+            type_: kind.number,
             veventq_depth: depth,
             ..Default::default()
         };
@@ -90,8 +89,8 @@ impl EventQueue {
     /// When the kernel refuses, or answers with half an event.
     pub fn read(&self) -> Result<Vec<Event>> {
         let operation = Operation::ReadEvents;
-        let bytes = read_all(&self.file, EVENTS * (HEADER + self.kind.len()), operation)?;
-        events(&bytes, self.kind.len())
+        let bytes = read_all(&self.file, EVENTS * (HEADER + self.kind.len), operation)?;
+        events(&bytes, self.kind.len)
             .ok_or(Error::Protocol { operation, why: "the kernel wrote half an event" })
     }
 }
@@ -168,7 +167,7 @@ mod tests {
         let ioas = unsafe { iommufd.ioas_from_id(1) };
         let hwpt = ioas.hwpt_alloc(DeviceId(1), &HwptOptions::default()).unwrap();
         let viommu = hwpt.viommu_alloc(DeviceId(1), ViommuType::TEGRA241_CMDQV, &mut []).unwrap();
-        let queue = viommu.event_queue_alloc(EventType::Tegra241Cmdqv, 128).unwrap();
+        let queue = viommu.event_queue_alloc(EventType::TEGRA241_CMDQV, 128).unwrap();
         assert_eq!(queue.read(), Ok(vec![]));
         kernel.write_all(&[0; 24]).unwrap();
         assert_eq!(queue.read(), Ok(vec![Event::Data { sequence: 0, data: vec![0; 16] }]));

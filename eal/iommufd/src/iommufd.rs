@@ -2,7 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
@@ -253,7 +253,7 @@ fn check(fd: BorrowedFd<'_>) -> Result<()> {
         SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR
             && fs::read_link(number).is_ok_and(|device| device.ends_with("misc/iommu"))
     });
-    if is_iommufd { Ok(()) } else { Err(Error::NotIommufd { fd: fd.as_raw_fd() as RawFd }) }
+    if is_iommufd { Ok(()) } else { Err(Error::NotIommufd { fd: fd.as_raw_fd() }) }
 }
 
 /// Whether two descriptors are of one open file, as a descriptor that was passed twice is (kcmp(2)).

@@ -10,6 +10,7 @@ static OBSERVER: OnceLock<Observer> = OnceLock::new();
 
 /// Has `observer` make all further ioctls of this crate, and open the node, in the whole process. False when there is another observer
 /// already, which then stays. Without one, a call costs the look whether there is one.
+#[must_use = "false when another observer gets the calls"]
 pub fn observe(observer: Observer) -> bool {
     OBSERVER.set(observer).is_ok()
 }

@@ -128,7 +128,7 @@ impl Vfio {
         phases.end("bind");
         let token = self.token_of(node).map(VfToken::bytes);
         let device = handle
-            .device(&node.name, token.as_ref())
+            .device_fd(&node.name, token.as_ref())
             .map_err(|refused| diagnose::bind(refused.into(), node, &self.dev))?;
         let device = if mode == VfioMode::Noiommu { above_memory(device) } else { device };
         Ok(Open { fd: device, held: Held { _group: Some(group), space } })

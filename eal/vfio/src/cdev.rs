@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use vireo_iommufd::{DeviceId, Iommufd};
 
 use crate::error::{Error, Operation, Result};
-use crate::{node, sys};
+use crate::{Device, node, sys};
 
 /// A device by its own node (`/dev/vfio/devices/vfioN`, or `noiommu-vfioN` without an IOMMU): it is in no group's way. Before
 /// [`bind`](Self::bind) it gives access to nothing.
@@ -107,6 +107,16 @@ impl Cdev {
         unsafe { sys::call(self.as_fd(), sys::VFIO_DEVICE_DETACH_IOMMUFD_PT, &mut detach) }
             .map(drop)
             .map_err(|errno| Operation::Detach(self.name.clone()).failed(errno))
+    }
+
+    /// The device, which is bound. `keep` is what it needs while it is open, such as the address space that it is attached
+    /// to.
+    ///
+    /// # Errors
+    /// `EINVAL` when it is not bound.
+    pub fn into_device<K>(self, keep: K) -> Result<Device<K>> {
+        // SAFETY: the descriptor is of a device's node; unless it is bound, the kernel refuses all that a device does.
+        unsafe { Device::new(self.name, self.fd, keep) }
     }
 
     /// The descriptor, which is that of the device once it is bound.

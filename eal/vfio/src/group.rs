@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::error::{Error, Operation, Result};
 use crate::node::{self, NOIOMMU_PREFIX};
-use crate::{Container, sys};
+use crate::{Container, Device, sys};
 
 /// State of a [`Group`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,11 +104,22 @@ impl<F: AsFd> Group<F> {
     }
 
     /// Opens the device that is `name` on its bus (`0000:00:04.0`). The container has its IOMMU by then. `token` is the VF
-    /// token, most significant byte first, which a device has to be shown that has SR-IOV, and no other.
+    /// token, most significant byte first: devices with SR-IOV want one, and the others none. `keep` is what the device needs
+    /// while it is open, such as its container.
     ///
     /// # Errors
     /// `EACCES` when the device wants another token, `EBUSY` when it is open.
-    pub fn device(&self, name: &str, token: Option<&[u8; 16]>) -> Result<OwnedFd> {
+    pub fn device<K>(&self, name: &str, token: Option<&[u8; 16]>, keep: K) -> Result<Device<K>> {
+        let fd = self.device_fd(name, token)?;
+        // SAFETY: the descriptor is of a device of this group.
+        unsafe { Device::new(name.to_owned(), fd, keep) }
+    }
+
+    /// As [`Group::device`], for the descriptor alone.
+    ///
+    /// # Errors
+    /// As for [`Group::device`].
+    pub fn device_fd(&self, name: &str, token: Option<&[u8; 16]>) -> Result<OwnedFd> {
         let operation = || Operation::OpenDevice(name.to_owned());
         let mut argument = name.to_owned();
         if let Some(token) = token {
@@ -172,6 +183,7 @@ mod tests {
                     other => panic!("{other:?}"),
                 }
             }
+            "VFIO_DEVICE_GET_INFO" => Ok(0),
             "VFIO_GROUP_UNSET_CONTAINER" => Err(nix::errno::Errno::EBUSY),
             other => panic!("{other}"),
         });
@@ -181,10 +193,11 @@ mod tests {
         assert_eq!(group.status(), Ok(GroupStatus { is_viable: true, has_container: false }));
         assert_eq!(group.status(), Ok(GroupStatus { is_viable: true, has_container: true }));
         let token = 0xbd8d_9d2b_5a5f_4f5a_a211_f591_514b_a1f3_u128.to_be_bytes();
-        assert!(group.device("0000:00:04.0", Some(&token)).is_ok());
-        let error = group.device("0000:00:04.0", None).unwrap_err();
+        let device = group.device("0000:00:04.0", Some(&token), 5).unwrap();
+        assert_eq!((device.name(), device.kept(), device.is_pci()), ("0000:00:04.0", &5, false));
+        let error = group.device("0000:00:04.0", None, ()).unwrap_err();
         assert_eq!(error.what(), "cannot open 0000:00:04.0 in its group");
-        assert!(matches!(group.device("a\0b", None), Err(Error::Argument { .. })));
+        assert!(matches!(group.device_fd("a\0b", None), Err(Error::Argument { .. })));
         assert_eq!(
             group.unset_container().unwrap_err().what(),
             "cannot take IOMMU group 7 out of its container"

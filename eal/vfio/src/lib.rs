@@ -14,7 +14,7 @@
 //!
 //! ```no_run
 //! use std::sync::Arc;
-//! use vireo_vfio::{Cdev, Container, Device, Group, IommuType, Iommufd};
+//! use vireo_vfio::{Cdev, Container, Group, IommuType, Iommufd};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let name = "0000:00:04.0";
@@ -26,8 +26,7 @@
 //! let cdev = Cdev::open(format!("/dev/vfio/devices/{node}").as_ref(), name)?;
 //! cdev.bind(ioas.iommufd(), None)?;
 //! cdev.attach(ioas.id())?;
-//! // SAFETY: the descriptor is of a device that is bound.
-//! let device = unsafe { Device::new(name.into(), cdev.into_fd(), ioas) }?;
+//! let device = cdev.into_device(ioas)?;
 //! println!("BAR 0 has {} bytes", device.region(0)?.size);
 //! drop(device);
 //!
@@ -37,9 +36,7 @@
 //! let container = Arc::new(Container::open()?);
 //! group.set_container(&container)?;
 //! container.set_iommu(IommuType::Type1v2)?;
-//! let fd = group.device(name, None)?;
-//! // SAFETY: the descriptor is of a device.
-//! let device = unsafe { Device::new(name.into(), fd, (group, container)) }?;
+//! let device = group.device(name, None, container)?;
 //! device.reset()?;
 //! # Ok(())
 //! # }

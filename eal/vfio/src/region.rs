@@ -63,7 +63,7 @@ impl<K> DeviceFile<K> {
     /// Takes a descriptor of a device, and what it needs.
     ///
     /// # Safety
-    /// `fd` is of a device of VFIO: of [`Group::device`](crate::Group::device), or of a [`Cdev`](crate::Cdev) that is bound.
+    /// `fd` is of a device of VFIO: of [`Group::device_fd`](crate::Group::device_fd), or of a [`Cdev`](crate::Cdev) that is bound.
     /// What another driver writes in answer to the ioctls of a device, and where, nobody knows.
     pub unsafe fn new(fd: OwnedFd, keep: K) -> Self {
         Self { file: ManuallyDrop::new(fd.into()), keep }
