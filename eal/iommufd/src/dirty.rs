@@ -3,6 +3,9 @@
 use crate::error::{Error, Operation, Result};
 use crate::{Hwpt, sys};
 
+/// Words in the CPU's largest ordinary page, of 64 KiB.
+const PAGE: usize = (64 << 10) / size_of::<u64>();
+
 impl Hwpt {
     /// Starts or stops to note what devices write (`IOMMU_HWPT_SET_DIRTY_TRACKING`). The table has
     /// [`HwptFlags::DIRTY_TRACKING`](crate::HwptFlags::DIRTY_TRACKING).
@@ -45,9 +48,17 @@ impl Hwpt {
         if !is_paged {
             return Err(Error::Argument { operation, why: "the range is not one of whole pages" });
         }
-        if (bitmap.len() as u64) < bitmap_words(len, page_size) {
+        let words = usize::try_from(bitmap_words(len, page_size)).unwrap_or(usize::MAX);
+        let Some(bitmap) = bitmap.get_mut(..words) else {
             return Err(Error::Argument { operation, why: "the bitmap is too short" });
-        }
+        };
+        // A large page of the IOMMU that is dirty has all its bits set, also those behind the range. The kernel keeps to the
+        // CPU's pages that the bitmap is in, so these have to be ours.
+        let room = words.next_multiple_of(PAGE);
+        let mut own = vec![0_u64; room + PAGE];
+        let address = own.as_ptr().addr();
+        let first = (address.next_multiple_of(PAGE * size_of::<u64>()) - address) / size_of::<u64>();
+        let own = &mut own[first..first + room];
         const NO_CLEAR: u32 = sys::iommufd_hwpt_get_dirty_bitmap_flags_IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR;
         let mut argument = sys::iommu_hwpt_get_dirty_bitmap {
             hwpt_id: self.id(),
@@ -55,11 +66,18 @@ impl Hwpt {
             iova,
             length: len,
             page_size,
-            data: bitmap.as_mut_ptr() as u64,
+            data: own.as_mut_ptr() as u64,
             ..Default::default()
         };
-        // SAFETY: the kernel sets bits of the pages in the range, for each of which the slice has one.
-        unsafe { self.iommufd().call(&mut argument) }.map_err(|errno| operation.failed(errno))
+        // SAFETY: the kernel sets bits of the range, for each page of which the slice has one, and at most of the rest of
+        // the CPU's page that the last one is in, which is the slice's too.
+        unsafe { self.iommufd().call(&mut argument) }.map_err(|errno| operation.failed(errno))?;
+        let bits_of_last = (len / page_size - 1) % 64 + 1;
+        own[words - 1] &= u64::MAX >> (64 - bits_of_last);
+        for (word, dirty) in bitmap.iter_mut().zip(own) {
+            *word |= *dirty;
+        }
+        Ok(())
     }
 }
 
@@ -84,9 +102,12 @@ mod tests {
                 "IOMMU_HWPT_GET_DIRTY_BITMAP" => {
                     let asked: sys::iommu_hwpt_get_dirty_bitmap = read(bytes);
                     assert_eq!((asked.size, asked.flags, asked.iova), (48, 1, 0x10_0000));
-                    let last = asked.length / asked.page_size - 1;
-                    // SAFETY: the argument says that there is a bit for the last page.
-                    unsafe { *(asked.data as *mut u64).add(last as usize / 64) |= 1 << (last % 64) };
+                    let last = (asked.length / asked.page_size - 1) as usize;
+                    // The last page is in a large one of the IOMMU.
+                    for page in last..last + 512 {
+                        // SAFETY: the rest of the page that the bit of the last one is in is the caller's.
+                        unsafe { *(asked.data as *mut u64).add(page / 64) |= 1 << (page % 64) };
+                    }
                 }
                 _ => {}
             }
@@ -97,11 +118,13 @@ mod tests {
         let options = HwptOptions::new(HwptFlags::DIRTY_TRACKING);
         let hwpt = ioas.hwpt_alloc(DeviceId(1), &options).unwrap();
         hwpt.set_dirty_tracking(true).unwrap();
-        let mut bitmap = [1, 0];
+        let mut bitmap = [1, 0, 0];
         hwpt.dirty_bitmap(0x10_0000, 65 << 12, 4096, false, &mut bitmap).unwrap();
-        assert_eq!(bitmap, [1, 1]);
+        assert_eq!(bitmap, [1, 1, 0]);
+        hwpt.dirty_bitmap(0x10_0000, 64 << 12, 4096, false, &mut bitmap).unwrap();
+        assert_eq!(bitmap, [1 | 1 << 63, 1, 0]);
         let refused =
-            [(0, 1 << 12, 4095), (1, 1 << 12, 4096), (0, 1, 4096), (0, 0, 4096), (0, 129 << 12, 4096)];
+            [(0, 1 << 12, 4095), (1, 1 << 12, 4096), (0, 1, 4096), (0, 0, 4096), (0, 193 << 12, 4096)];
         for (iova, len, page_size) in refused {
             let error = hwpt.dirty_bitmap(iova, len, page_size, true, &mut bitmap).unwrap_err();
             assert!(matches!(error, Error::Argument { .. }), "{error}");

@@ -193,7 +193,13 @@ pub(crate) fn invalidate<const LEN: usize>(
     };
     // SAFETY: the kernel reads `entry_num` entries of `entry_len` bytes, which is the slice behind the address.
     unsafe { object.iommufd().call(&mut invalidate) }
-        .map_err(|errno| Error::Invalidate { handled: invalidate.entry_num as usize, errno })
+        // A call that the kernel does not come to handle leaves the count as it was.
+        .map_err(|errno| Error::Invalidate {
+            handled: Some(invalidate.entry_num as usize)
+                .filter(|handled| *handled < requests.len())
+                .unwrap_or(0),
+            errno,
+        })
 }
 
 /// A length as the kernel takes it.
@@ -262,6 +268,9 @@ mod tests {
                 return Ok(());
             }
             let mut asked: sys::iommu_hwpt_invalidate = read(bytes);
+            if asked.data_type == 0 {
+                return Err(Errno::ENOTTY);
+            }
             assert_eq!((asked.size, asked.data_type, asked.entry_len), (32, 1, 16));
             let requests = behind(asked.data_uptr, asked.entry_num * asked.entry_len);
             asked.entry_num = requests.chunks(16).take_while(|request| request[0] != 0xff).count() as u32;
@@ -272,6 +281,8 @@ mod tests {
         let ioas = unsafe { iommufd.ioas_from_id(5) };
         let hwpt = ioas.hwpt_alloc(DeviceId(1), &HwptOptions::default()).unwrap();
         assert_eq!(hwpt.invalidate(InvalidationType::ARM_SMMUV3, &[[1; 16]; 2]), Ok(()));
+        let error = hwpt.invalidate(InvalidationType::VTD_S1, &[[1; 24]; 2]).unwrap_err();
+        assert_eq!(error, Error::Invalidate { handled: 0, errno: Errno::ENOTTY });
         let error =
             hwpt.invalidate(InvalidationType::ARM_SMMUV3, &[[1; 16], [2; 16], [0xff; 16]]).unwrap_err();
         assert_eq!(error, Error::Invalidate { handled: 2, errno: Errno::EIO });
