@@ -127,7 +127,8 @@ impl Session {
         let before = fs::metadata(&log).map(|log| log.len()).unwrap_or_default();
         let mut text = match self.ask() {
             Ok(registers) => {
-                let of_interest = |line: &&str| ["CPU#", "RIP="].iter().any(|word| line.contains(word));
+                const WORDS: [&str; 7] = ["CPU#", "RIP=", "local APIC", "LVTT", "Timer", "ISR", "IRR"];
+                let of_interest = |line: &&str| WORDS.iter().any(|word| line.contains(word));
                 registers.lines().filter(of_interest).map(|line| format!("{line}\n")).collect()
             }
             Err(error) => format!("QEMU cannot be asked: {error:#}\n"),
@@ -141,7 +142,7 @@ impl Session {
     }
 
     /// Sends sysrqs to the kernel, each a BREAK and a key on the serial console: print all messages (9), the processors'
-    /// stacks (l), timers (q), every task's stack (t). Returns the registers.
+    /// stacks (l), timers (q), every task's stack (t). Returns the registers, also those of the first two processors' timers.
     fn ask(&self) -> Result<String> {
         let mut qemu = Qmp::new(UnixStream::connect(self.dir.path().join("monitor"))?)?;
         let mut console = UnixStream::connect(self.dir.path().join("console"))?;
@@ -153,7 +154,8 @@ impl Session {
             let mut buffer = [0; 4096];
             while let Ok(1..) = console.read(&mut buffer) {}
         }
-        qemu.command("info registers -a")
+        let registers = ["info registers -a", "info lapic 0", "info lapic 1"];
+        Ok(registers.map(|ask| qemu.command(ask)).into_iter().collect::<Result<Vec<_>>>()?.join("\n"))
     }
 
     /// Ends the boot in order; the command's exit code must be 0.

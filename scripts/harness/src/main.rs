@@ -4,6 +4,7 @@
 mod agent;
 mod boot;
 mod case;
+mod clock;
 mod guest;
 mod host;
 mod inject;

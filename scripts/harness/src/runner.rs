@@ -1,6 +1,6 @@
 //! Selects cases, runs them in order on the host and in guests, and deals with those that hang.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,6 +13,7 @@ use anyhow::{Result, bail};
 use crate::agent::Request;
 use crate::boot::{Lab, Lost, Session};
 use crate::case::{Case, Outcome, Report, Tier};
+use crate::clock;
 use crate::guest::{BOOTS, Boot};
 use crate::host;
 use crate::host::stacks;
@@ -231,8 +232,10 @@ impl Host<'_> {
     }
 }
 
-/// Runs cases in a guest. If a case takes the guest with it, the rest runs in a new one.
+/// Runs cases in a guest. If a case takes the guest with it, the rest runs in a new one; and so does the case itself, once, if
+/// a clock of the guest stood still.
 fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String, Arc<Case>)>, tap: &Tap) {
+    let mut repeated = HashSet::new();
     while !cases.is_empty() && stop::exit_code().is_none() {
         let mut session = match Session::start(lab, kernel, boot) {
             Ok(session) => session,
@@ -249,13 +252,13 @@ fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String
         while let Some((name, case)) = cases.pop_front() {
             let progress = Progress::new(&name);
             let request = Request::Case(case.name.clone());
-            let report = match session.request(&request, case.limit, |_| ()) {
+            let (report, goes_on) = match session.request(&request, case.limit, |_| ()) {
                 Ok(Report { outcome: Outcome::Failed(why), notes, .. }) if progress.elapsed() > PATIENCE => {
                     // The case waited in vain, and the guest may be the reason.
                     let outcome = Outcome::Failed(format!("{why}\n{}", session.stacks()));
-                    Report { name: name.clone(), outcome, notes }
+                    (Report { name: name.clone(), outcome, notes }, true)
                 }
-                Ok(report) => Report { name: name.clone(), ..report },
+                Ok(report) => (Report { name: name.clone(), ..report }, true),
                 Err(lost) => {
                     let why = match lost {
                         Lost::Hung => {
@@ -263,11 +266,23 @@ fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String
                         }
                         Lost::Ended(said) => format!("the guest ended\n{said}"),
                     };
-                    tap.report(&Report { name: name.clone(), ..Report::failed(why) }, progress.elapsed());
-                    break;
+                    (Report { name: name.clone(), ..Report::failed(why) }, false)
                 }
             };
+            if let Outcome::Failed(why) = &report.outcome
+                && let Some(cpu) = clock::stopped(why)
+                && repeated.insert(name.clone())
+            {
+                tap.comment(&format!(
+                    "the clock of the guest's cpu {cpu} stands still, for which QEMU is the reason; again in a new guest: {name}"
+                ));
+                cases.push_front((name, case));
+                break;
+            }
             tap.report(&report, progress.elapsed());
+            if !goes_on {
+                break;
+            }
             if cases.is_empty() {
                 last = Some(name);
             }
