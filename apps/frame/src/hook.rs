@@ -107,6 +107,32 @@ impl PacketMut<'_> {
         Some(())
     }
 
+    /// Extends the packet by `count` bytes in front, whose content is unspecified: room for a header that is written next.
+    /// `None`, and no change, when its buffer has fewer in front; a received packet has 112.
+    #[must_use]
+    pub fn prepend(&mut self, count: usize) -> Option<()> {
+        self.packet.prepend(count)
+    }
+
+    /// Removes `count` bytes from the front. `None`, and no change, when the packet has fewer.
+    #[must_use]
+    pub fn adj(&mut self, count: usize) -> Option<()> {
+        self.cache.adj(self.packet, count)
+    }
+
+    /// Extends the packet by `count` bytes at its end, whose content is unspecified. `None`, and no change, when its buffer
+    /// has fewer behind.
+    #[must_use]
+    pub fn append(&mut self, count: usize) -> Option<()> {
+        self.packet.append(count)
+    }
+
+    /// Removes `count` bytes from the end. `None`, and no change, when the packet has fewer.
+    #[must_use]
+    pub fn trim(&mut self, count: usize) -> Option<()> {
+        self.packet.trim(count)
+    }
+
     #[inline]
     fn contains(&self, at: usize, count: usize) -> Option<()> {
         (at.checked_add(count)? <= self.len()).then_some(())
@@ -164,6 +190,30 @@ pub(crate) mod tests {
             assert_eq!(packet.checksum(0..5), None);
             assert_eq!(packet.checksum(2..usize::MAX), None);
             assert_eq!(packet.checksum(4..4), Some(0xffff));
+        });
+    }
+
+    #[test]
+    fn headers_come_and_go_in_front_of_the_data() {
+        with_packet(&[1, 2, 3, 4], |packet| {
+            packet.prepend(2).unwrap();
+            packet.write(0, &[8, 9]).unwrap();
+            assert_eq!((packet.len(), packet.read(0)), (6, Some([8, 9, 1, 2, 3, 4])));
+            packet.adj(3).unwrap();
+            packet.append(1).unwrap();
+            packet.write(3, &[7]).unwrap();
+            packet.trim(1).unwrap();
+            assert_eq!(packet.read(0), Some([2, 3, 4]));
+            // What was taken away is room in front again; a virtio-net header needs 16 bytes of it.
+            assert_eq!((packet.prepend(114), packet.prepend(113), packet.len()), (None, Some(()), 116));
+            assert_eq!((packet.adj(117), packet.trim(117), packet.append(2000)), (None, None, None));
+        });
+        // Near the end of the buffer the rest moves to its front.
+        with_packet(&[0; 1920], |packet| {
+            packet.write(1910, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]).unwrap();
+            packet.adj(1911).unwrap();
+            assert_eq!((packet.len(), packet.read(0)), (9, Some([2, 3, 4, 5, 6, 7, 8, 9, 10])));
+            packet.prepend(50).unwrap();
         });
     }
 
