@@ -233,7 +233,7 @@ impl Host<'_> {
 }
 
 /// Runs cases in a guest. If a case takes the guest with it, the rest runs in a new one; and so does the case itself, once, if
-/// a clock of the guest stood still.
+/// QEMU lost a timer of the guest.
 fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String, Arc<Case>)>, tap: &Tap) {
     let mut repeated = HashSet::new();
     while !cases.is_empty() && stop::exit_code().is_none() {
@@ -274,7 +274,7 @@ fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String
                 && repeated.insert(name.clone())
             {
                 tap.comment(&format!(
-                    "the clock of the guest's cpu {cpu} stands still, for which QEMU is the reason; again in a new guest: {name}"
+                    "QEMU lost the timer of the guest's cpu {cpu}; again in a new guest: {name}"
                 ));
                 cases.push_front((name, case));
                 break;
