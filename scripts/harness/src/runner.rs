@@ -1,6 +1,6 @@
 //! Selects cases, runs them in order on the host and in guests, and deals with those that hang.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,6 +23,8 @@ use crate::tap::{Progress, Tap};
 
 /// Cases that share a guest when several guests run at a time.
 const SHARD: usize = 50;
+/// How often a case runs again because QEMU lost a timer of its guest.
+const REPEATS: u32 = 2;
 /// How often a running case is checked against its limit.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -232,10 +234,15 @@ impl Host<'_> {
     }
 }
 
-/// Runs cases in a guest. If a case takes the guest with it, the rest runs in a new one; and so does the case itself, once, if
-/// QEMU lost a timer of the guest.
+/// Runs cases in a guest. If a case takes the guest with it, the rest runs in a new one; and so does the case itself, up to
+/// [`REPEATS`] times, if QEMU lost a timer of the guest.
 fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String, Arc<Case>)>, tap: &Tap) {
-    let mut repeated = HashSet::new();
+    let mut lost: HashMap<String, u32> = HashMap::new();
+    let mut again = |name: &str| {
+        let count = lost.entry(name.to_owned()).or_default();
+        *count += 1;
+        *count <= REPEATS
+    };
     while !cases.is_empty() && stop::exit_code().is_none() {
         let mut session = match Session::start(lab, kernel, boot) {
             Ok(session) => session,
@@ -271,7 +278,7 @@ fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String
             };
             if let Outcome::Failed(why) = &report.outcome
                 && let Some(cpu) = clock::stopped(why)
-                && repeated.insert(name.clone())
+                && again(&name)
             {
                 tap.comment(&format!(
                     "QEMU lost the timer of the guest's cpu {cpu}; again in a new guest: {name}"
