@@ -71,8 +71,8 @@ impl<F: Format> RxQueue<F> {
         }
     }
 
-    /// Receives the packet of the next descriptor, which says `word`, if it is a good one and there is room for it. Apart from
-    /// [`RxQueue::receive`], whose loop costs a lone packet as much as the packet itself.
+    /// Receives the packet of the next descriptor, which says `word`, if it is a good one and there is room for it. A path of its
+    /// own, because the loop of [`RxQueue::receive`] takes as many instructions to begin as a lone packet takes in all.
     #[inline(always)]
     fn receive_one(&mut self, word: u64, burst: &mut Burst) -> bool {
         let Some(len) = F::GOOD.len(word).filter(|_| !self.skipping) else { return false };

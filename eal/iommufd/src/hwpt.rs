@@ -133,7 +133,7 @@ impl Hwpt {
         Ok(Arc::new(Self { object, _parent: parent, _faults: options.faults.cloned() }))
     }
 
-    /// Object id, for whoever attaches devices.
+    /// Object id, to attach devices by.
     pub fn id(&self) -> u32 {
         self.object.id()
     }

@@ -73,7 +73,7 @@ impl Ioas {
         Self(Object::foreign(iommufd, id, "I/O address space"))
     }
 
-    /// Object id, for whoever attaches devices.
+    /// Object id, to attach devices by.
     pub fn id(&self) -> u32 {
         self.0.id()
     }

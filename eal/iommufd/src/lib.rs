@@ -23,8 +23,10 @@
 //!
 //! // Memory that the program never gives back, and reaches by raw pointers only.
 //! let layout = std::alloc::Layout::from_size_align(2 << 20, 2 << 20).expect("a power of two");
+//! // SAFETY: the layout has a size.
 //! let memory = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).expect("2 MiB");
 //! let memory = NonNull::slice_from_raw_parts(memory, layout.size());
+//! // SAFETY: the memory is never freed, and no reference to it exists.
 //! let mapping = unsafe { ioas.map_user(memory, (), Some(4 << 30), Access::ReadWrite) }?;
 //! assert_eq!(mapping.iova(), 4 << 30);
 //! # Ok(())
@@ -33,8 +35,8 @@
 //!
 //! Objects destroy themselves, in an order that the kernel accepts, because each holds an `Arc` of what it needs: a
 //! [`Mapping`] unmaps before its [`Ioas`] is destroyed, which is before the descriptor closes. Devices are not among the
-//! objects: whoever bound one by its own descriptor has its [`DeviceId`], and detaches and closes it before the page table
-//! that it is attached to is dropped. Otherwise the kernel refuses to destroy the table (`EBUSY`), and an error is logged.
+//! objects: a program that binds a device by the device's own descriptor gets a [`DeviceId`], and must detach and close the
+//! device before it drops the page table. Otherwise the kernel refuses to destroy the table (`EBUSY`), and an error is logged.
 
 mod dirty;
 mod error;

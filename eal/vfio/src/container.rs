@@ -213,7 +213,7 @@ impl AsFd for Container {
     }
 }
 
-/// An integer in the place of an address.
+/// An integer that the kernel takes where other ioctls take an address.
 fn integer(number: u32) -> *mut std::ffi::c_void {
     ptr::without_provenance_mut(number as usize)
 }

@@ -43,7 +43,7 @@ requests! {
     VFIO_DEVICE_DETACH_IOMMUFD_PT = 0x78,
 }
 
-/// Makes an ioctl whose argument is an address, or an integer in the place of one.
+/// Makes an ioctl whose argument is an address or an integer.
 ///
 /// # Safety
 /// `fd` is of a node of VFIO. `argument` is what `request` takes, and addresses in it are of memory that the kernel may read

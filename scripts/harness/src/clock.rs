@@ -1,9 +1,9 @@
 //! Whether a processor of a guest has lost its timer, by what QEMU shows of it.
 //!
-//! QEMU's software emulation (7.2 seldom, 10.0 in every second boot of some machines) loses an interrupt of a local APIC's timer
-//! now and then: the timer has run down, and the interrupt is neither pending nor in service, or in service for ever. In mode
-//! "one-shot" the kernel sets that timer anew whenever it has fired, so it never fires again: whatever sleeps on that
-//! processor sleeps on. No program is the reason.
+//! QEMU's software emulation sometimes loses an interrupt of a local APIC's timer (7.2 seldom, 10.0 in six of ten boots): the
+//! timer has run down, and the interrupt is neither pending nor in service, or in service for ever. In mode "one-shot" the
+//! kernel sets the timer anew when it fires, so the timer never fires again, and tasks that sleep on that processor never
+//! wake up. The programs under test are not the cause.
 
 /// The first processor that is halted although its timer has run down, in the answers to `info registers -a` and, for each
 /// processor, `info lapic`.
