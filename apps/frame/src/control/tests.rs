@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use vireo_drivers::fakedev::e1000::{FakeE1000, Faults, ID_82540EM};
 use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet};
 use vireo_drivers::memory::{MemoryNeed, PortMemory};
-use vireo_drivers::port::{MacAddr, Nic, QueueSizes};
+use vireo_drivers::port::{MacAddr, Nic, PortConfig};
 use vireo_drivers::ports::OpenPort;
 use vireo_drivers::table::{Drivers, Port};
 use vireo_drivers::{e1000, virtio};
@@ -24,7 +24,7 @@ use crate::balance::Balance;
 use crate::ports::Ports;
 use crate::route::Route;
 
-const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 const BUFFERS: u32 = 1024;
 /// Longest wait for something that happens within a second where nothing else runs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -108,16 +108,17 @@ impl Device {
 
 fn frame(number: u32) -> Vec<u8> {
     let mut frame = vec![0x5a; 64];
-    frame[..4].copy_from_slice(&number.to_le_bytes());
+    frame[..4].copy_from_slice(&number.to_be_bytes());
     frame
 }
 
-/// Sends new frames to `from` until one leaves by `to`.
-fn passes(from: &Device, to: &Device, what: &str) {
+/// Sends frames from number `first` on to `from` until one of them leaves by `to`.
+fn passes(from: &Device, to: &Device, first: u32, what: &str) {
     let since = Instant::now();
-    for number in 0.. {
+    for number in first.. {
         from.receive(&frame(number));
-        if !to.transmitted().is_empty() {
+        // What was sent earlier may leave now.
+        if to.transmitted().iter().any(|sent| sent[..4] >= first.to_be_bytes()[..]) {
             return;
         }
         assert!(since.elapsed() < PATIENCE, "{what}: nothing passes");
@@ -147,7 +148,7 @@ struct Counted {
 
 /// Forwards between ports 0 and 1 on a worker, and between 2 and 3 on the main lcore; `act` gets the devices.
 fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted {
-    while_forwarding_with(virtio, SIZES, BUFFERS, &WAYS, act)
+    while_forwarding_with(virtio, CONFIG, BUFFERS, &WAYS, act)
 }
 
 /// Lcore, and the ports that it forwards from and to.
@@ -155,7 +156,7 @@ const WAYS: [(u32, usize, usize); 4] = [(1, 0, 1), (1, 1, 0), (0, 2, 3), (0, 3, 
 
 fn while_forwarding_with(
     virtio: bool,
-    sizes: QueueSizes,
+    config: PortConfig,
     buffers: u32,
     ways: &[(u32, usize, usize)],
     act: impl FnOnce(&[Device]) + Send,
@@ -164,7 +165,7 @@ fn while_forwarding_with(
     let memory = DmaMemory::map(region, &[]).unwrap();
     let (devices, open): (Vec<_>, Vec<_>) = (0..4).map(|number| Device::new(virtio, number, &memory)).unzip();
     let routes = ways.iter().map(|&(lcore, from, to)| Route { lcore, from, to, pair: 0 }).collect();
-    let need = MemoryNeed { buffers, send_only: 0, sizes, pairs: 1 };
+    let need = MemoryNeed { buffers, send_only: 0, config };
     let mut ports = Ports::new(open, routes, PortMemory::from(memory), &need).unwrap();
     ports.start_all(false).unwrap();
     let app = app();
@@ -180,11 +181,11 @@ fn while_forwarding_with(
                 }
             }
             let _stop = Stop(stop);
-            passes(&devices[0], &devices[1], "before");
+            passes(&devices[0], &devices[1], 0, "before");
             let others: Vec<u64> = devices[1..].iter().map(Device::resets).collect();
             act(&devices);
             for (_, from, to) in ways {
-                passes(&devices[*from], &devices[*to], "after");
+                passes(&devices[*from], &devices[*to], 1 << 31, "after");
             }
             assert_eq!(
                 devices[1..].iter().map(Device::resets).collect::<Vec<_>>(),
@@ -287,8 +288,8 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
             let counted = while_forwarding(virtio, |devices| {
                 fault(&devices[0], true);
                 // Its partner is without it; the others go on.
-                for _ in 0..100 {
-                    passes(&devices[2], &devices[3], "others");
+                for round in 0..100 {
+                    passes(&devices[2], &devices[3], 1 << 30 | round << 16, "others");
                 }
                 // Nobody but the control thread reads registers now, to see whether the port works.
                 let (reads, since) = (devices[0].reads(), Instant::now());
@@ -307,9 +308,9 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
 /// the lcores' caches, is there for it again.
 #[test]
 fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
-    let sizes = QueueSizes { rx: 256, tx: 64 };
+    let config = PortConfig::with_descriptors(256, 64);
     for virtio in [true, false] {
-        let counted = while_forwarding_with(virtio, sizes, 4 * 256 + 240, &WAYS, |devices| {
+        let counted = while_forwarding_with(virtio, config, 4 * 256 + 240, &WAYS, |devices| {
             devices[0].vanish(true);
             let (reads, since) = (devices[0].reads(), Instant::now());
             while devices[0].reads() == reads {
@@ -326,7 +327,7 @@ fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
 #[test]
 fn a_port_that_forwards_one_way_is_restarted() {
     for virtio in [true, false] {
-        let counted = while_forwarding_with(virtio, SIZES, BUFFERS, &[(1, 0, 1)], |devices| {
+        let counted = while_forwarding_with(virtio, CONFIG, BUFFERS, &[(1, 0, 1)], |devices| {
             let before = devices[0].resets();
             devices[0].vanish(true);
             let (reads, since) = (devices[0].reads(), Instant::now());
@@ -370,7 +371,8 @@ fn a_stop_that_is_not_confirmed_is_tried_again() {
         let mut cache = pool.cache();
         let (device, open) = Device::new(virtio, 0, &memory);
         let mut port = SupervisedPort::new(open, 1);
-        let queues = port.open.as_mut().unwrap().port.start_pairs(&memory, &mut cache, SIZES, 1).unwrap();
+        let queues =
+            port.open.as_mut().unwrap().port.start(&CONFIG.with_pairs(1), &memory, &mut cache).unwrap();
         device.vanish(true);
         port.stop(Some(queues), &mut cache, None);
         let told = port.unconfirmed.as_ref().unwrap().to_string();
