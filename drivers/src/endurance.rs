@@ -5,14 +5,14 @@ use std::sync::Arc;
 use crate::fakedev::e1000::{FakeE1000, ID_82540EM};
 use crate::fakedev::igb::{FakeIgb, ID_82576};
 use crate::fakedev::virtio::{Behaviour, VirtioNet};
-use crate::port::{Leftover, MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
+use crate::port::{Leftover, MacAddr, Nic, PortConfig, RxBurst, TxBurst};
 use crate::table::{Port, RxQueue, TxQueue};
 use crate::{e1000, igb, virtio};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{Burst, DmaMemory, Pool, PoolCache};
 use vireo_eal::mem::{Backing, Region};
 
-const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 const BUFFERS: u32 = 256;
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0, 0, 3]);
 
@@ -105,13 +105,13 @@ fn queues_may_be_stopped_and_started_ten_thousand_times() {
         let mut cache = pool.cache();
         let mut sum = Leftover::default();
         for round in 0..10_000 {
-            let mut queues = port.start(&memory, &mut cache, SIZES).unwrap();
+            let mut queues = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
             let (sent, unsent, unread) = (round % 3, round / 3 % 4, round / 12 % 5);
             echo(&device, &mut queues, &mut cache, sent);
             assert_eq!(device.transmit(), sent);
             echo(&device, &mut queues, &mut cache, unsent);
             (0..unread).for_each(|number| assert!(device.receive(number)));
-            port.stop(queues.0, queues.1, &mut cache).unwrap();
+            port.stop_pair(queues.0, queues.1, &mut cache).unwrap();
             sum.tx_unfinished += unsent as u64;
             sum.rx_unread += unread as u64;
             assert_eq!(port.leftover(), sum, "round {round}");
@@ -129,9 +129,9 @@ fn ports_may_be_closed_and_opened_a_thousand_times() {
             let (memory, pool) = memory();
             let (device, mut port) = Device::new(kind, &memory);
             let mut cache = pool.cache();
-            let mut queues = port.start(&memory, &mut cache, SIZES).unwrap();
+            let mut queues = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
             echo(&device, &mut queues, &mut cache, 5);
-            port.stop(queues.0, queues.1, &mut cache).unwrap();
+            port.stop_pair(queues.0, queues.1, &mut cache).unwrap();
             drop((port, cache));
             assert_eq!((pool.available(), Arc::strong_count(&pool)), (BUFFERS, 1));
         };
@@ -149,7 +149,7 @@ fn a_port_without_buffers_receives_again_when_one_comes_back() {
         let (memory, pool) = memory();
         let (device, mut port) = Device::new(kind, &memory);
         let mut cache = pool.cache();
-        let (mut rx, tx) = port.start(&memory, &mut cache, SIZES).unwrap();
+        let (mut rx, tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         let mut held: Vec<_> = std::iter::from_fn(|| cache.allocate()).collect();
         let mut burst = Burst::new();
         // As many as the device has buffers for, and more than a fresh one could replace.
@@ -173,7 +173,7 @@ fn a_port_without_buffers_receives_again_when_one_comes_back() {
         }
         assert!(rx.stats().packets > 150, "{:?}", rx.stats());
         held.into_iter().for_each(|buffer| cache.free(buffer));
-        port.stop(rx, tx, &mut cache).unwrap();
+        port.stop_pair(rx, tx, &mut cache).unwrap();
         drop(cache);
         assert_eq!(pool.available(), BUFFERS);
     }

@@ -5,10 +5,13 @@ use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use vireo_eal::Result;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
-use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst};
+use crate::port::{
+    Capabilities, Leftover, Link, MacAddr, Nic, PortConfig, QueueStats, Queues, RxBurst, TxBurst,
+    queues_of_another,
+};
 
 /// What a port of another crate has to be.
 pub trait ForeignNic: Nic<Rx: Debug + 'static, Tx: Debug + 'static> + Debug + Send + 'static {}
@@ -85,33 +88,30 @@ impl<N: ForeignNic> Nic for Erased<N> {
     type Rx = RxQueue;
     type Tx = TxQueue;
 
-    fn start_pairs(
+    fn start(
         &mut self,
+        config: &PortConfig,
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
-        sizes: QueueSizes,
-        pairs: u16,
-    ) -> Result<Vec<(RxQueue, TxQueue)>> {
-        let queues = self.0.start_pairs(memory, cache, sizes, pairs)?;
-        Ok(queues.into_iter().map(|(rx, tx)| (RxQueue(Box::new(rx)), TxQueue(Box::new(tx)))).collect())
+    ) -> Result<Queues<RxQueue, TxQueue>> {
+        let Queues { rx, tx } = self.0.start(config, memory, cache)?;
+        Ok(Queues {
+            rx: rx.into_iter().map(|queue| RxQueue(Box::new(queue))).collect(),
+            tx: tx.into_iter().map(|queue| TxQueue(Box::new(queue))).collect(),
+        })
     }
 
-    fn stop_pairs(
+    fn stop(
         &mut self,
-        queues: Vec<(RxQueue, TxQueue)>,
+        queues: Queues<RxQueue, TxQueue>,
         cache: &mut PoolCache,
         sent: Option<&mut PoolCache>,
     ) -> Result<()> {
-        let own =
-            |(rx, tx): (RxQueue, TxQueue)| match (rx.0.into_any().downcast(), tx.0.into_any().downcast()) {
-                (Ok(rx), Ok(tx)) => Ok((*rx, *tx)),
-                _ => Err(Error::new(
-                    ErrorKind::Usage,
-                    "cannot stop the port",
-                    "the queues belong to another driver",
-                )),
-            };
-        self.0.stop_pairs(queues.into_iter().map(own).collect::<Result<_>>()?, cache, sent)
+        let own = queues.try_map(
+            |rx| Some(*rx.0.into_any().downcast().ok()?),
+            |tx| Some(*tx.0.into_any().downcast().ok()?),
+        );
+        self.0.stop(own.ok_or_else(queues_of_another)?, cache, sent)
     }
 
     fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
@@ -161,7 +161,7 @@ mod tests {
     use crate::e1000;
     use crate::fakedev::e1000::{FakeE1000, ID_82574L};
 
-    const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+    const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
     const OWN: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 
     #[test]
@@ -173,7 +173,7 @@ mod tests {
         let memory = DmaMemory::map(region, &[]).unwrap();
         nic.attach(memory.device_view().unwrap());
         let mut cache = Pool::new(&memory, 256).unwrap().cache();
-        let (rx, mut tx) = port.start(&memory, &mut cache, SIZES).unwrap();
+        let (rx, mut tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         let mut packet = cache.allocate().unwrap().with_len(60);
         cache.write(&mut packet, 0, &[7; 60]);
         let mut burst: Burst = [packet].into_iter().collect();
@@ -189,8 +189,8 @@ mod tests {
                 QueueStats::default()
             }
         }
-        let error = port.stop(RxQueue(Box::new(Other)), tx, &mut cache).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Usage);
+        let error = port.stop_pair(RxQueue(Box::new(Other)), tx, &mut cache).unwrap_err();
+        assert_eq!(error.kind(), vireo_eal::ErrorKind::Usage);
         drop(rx);
     }
 }

@@ -10,7 +10,7 @@ use vireo_eal::mem::{self, Region};
 use vireo_eal::vfio::AddressSpace;
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
-use crate::port::{Nic, QueueSizes};
+use crate::port::{Nic, PortConfig};
 use crate::ports::OpenPort;
 use crate::table::Port;
 
@@ -21,10 +21,8 @@ pub struct MemoryNeed {
     pub buffers: u32,
     /// Packet buffers that they only send from.
     pub send_only: u32,
-    /// Sizes of each port's queues.
-    pub sizes: QueueSizes,
-    /// Pairs of queues of each port.
-    pub pairs: u16,
+    /// How each port is started.
+    pub config: PortConfig,
 }
 
 /// The NUMA nodes of a machine that has several.
@@ -111,11 +109,11 @@ impl MemoryNeed {
 
     /// What a port's rings take: bytes that its device writes, and bytes that it only reads.
     fn rings(&self, port: &Port) -> [usize; 2] {
-        /// Room for the alignment of each of a port's parts, and for what is small.
+        /// Room for the alignment of each of a pair's parts, and for what is small.
         const REST: usize = 32 << 10;
-        let with_rest = |bytes| if bytes > 0 { bytes + REST } else { 0 };
-        let pair = (port.capabilities().ring_bytes)(self.sizes).map(with_rest);
-        pair.map(|bytes| bytes * usize::from(self.pairs))
+        let pairs = usize::from(self.config.rx_queues.max(self.config.tx_queues));
+        let with_rest = |bytes| if bytes > 0 { bytes + pairs * REST } else { 0 };
+        (port.capabilities().ring_bytes)(&self.config).map(with_rest)
     }
 
     /// Where everything goes: rings in a part for the address space of their port, where there are several, and for its node,
@@ -354,7 +352,7 @@ mod tests {
 
     const PAGE: usize = 2 << 20;
     const NEED: MemoryNeed =
-        MemoryNeed { buffers: 8192, send_only: 100, sizes: QueueSizes { rx: 1024, tx: 1024 }, pairs: 1 };
+        MemoryNeed { buffers: 8192, send_only: 100, config: PortConfig::with_descriptors(1024, 1024) };
 
     fn ports(nodes: &[Option<u32>]) -> Vec<OpenPort> {
         let port = |(device, node): (u8, &Option<u32>)| {

@@ -1,7 +1,7 @@
 //! Ports and their queues: what every driver implements, and what it counts.
 
 use std::fmt;
-use std::ops::AddAssign;
+use std::ops::{AddAssign, RangeInclusive};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -51,21 +51,35 @@ impl FromStr for MacAddr {
 }
 
 /// What a device can do, and what it needs, as far as that concerns others than its driver.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Capabilities {
     /// Highest device address that it can use: all of its memory must be below. A chip cuts off what is above, and says
     /// nothing.
     pub dma_mask: u64,
     /// Whether it may bring frames shorter than Ethernet's 60 bytes.
     pub receives_short_frames: bool,
-    /// What a pair of its rings takes of DMA memory: bytes that the device writes, and bytes that it only reads.
-    pub ring_bytes: fn(QueueSizes) -> [usize; 2],
+    /// Most RX queues that it can be started with.
+    pub rx_queues: u16,
+    /// Most TX queues.
+    pub tx_queues: u16,
+    /// Fewest and most descriptors of a queue.
+    pub descriptors: RangeInclusive<u16>,
+    /// What its rings take of DMA memory: bytes that the device writes, and bytes that it only reads. Room for their alignment
+    /// is not counted, unless it is more than a page for each ring.
+    pub ring_bytes: fn(&PortConfig) -> [usize; 2],
 }
 
 impl Default for Capabilities {
-    /// All addresses, no short frames, and no rings of its own.
+    /// All addresses, no short frames, a queue each way of any size, and no rings of its own.
     fn default() -> Self {
-        Self { dma_mask: u64::MAX, receives_short_frames: false, ring_bytes: |_| [0, 0] }
+        Self {
+            dma_mask: u64::MAX,
+            receives_short_frames: false,
+            rx_queues: 1,
+            tx_queues: 1,
+            descriptors: 1..=1 << 15,
+            ring_bytes: |_| [0, 0],
+        }
     }
 }
 
@@ -82,14 +96,99 @@ pub struct Link {
     pub autoneg: bool,
 }
 
-/// Sizes of a port's queues, in descriptors; powers of two.
+/// How a port is to run, from one start to the next stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueSizes {
-    /// Descriptors of the RX queue.
-    pub rx: u16,
-    /// Descriptors of the TX queue.
-    pub tx: u16,
+pub struct PortConfig {
+    /// RX queues, over which the device spreads what it receives.
+    pub rx_queues: u16,
+    /// TX queues.
+    pub tx_queues: u16,
+    /// Descriptors of each RX queue; a power of two.
+    pub rx_descriptors: u16,
+    /// Descriptors of each TX queue; a power of two.
+    pub tx_descriptors: u16,
 }
+
+impl Default for PortConfig {
+    /// A queue each way with 1024 descriptors, as in DPDK's l2fwd.
+    fn default() -> Self {
+        Self::with_descriptors(1024, 1024)
+    }
+}
+
+impl PortConfig {
+    /// A queue each way, with so many descriptors.
+    pub const fn with_descriptors(rx: u16, tx: u16) -> Self {
+        Self { rx_queues: 1, tx_queues: 1, rx_descriptors: rx, tx_descriptors: tx }
+    }
+
+    /// The same with so many queues each way.
+    #[must_use]
+    pub const fn with_pairs(self, pairs: u16) -> Self {
+        Self { rx_queues: pairs, tx_queues: pairs, ..self }
+    }
+
+    /// Descriptors of all queues.
+    pub fn descriptors(&self) -> usize {
+        let of = |queues: u16, descriptors: u16| usize::from(queues) * usize::from(descriptors);
+        of(self.rx_queues, self.rx_descriptors) + of(self.tx_queues, self.tx_descriptors)
+    }
+
+    /// Why a device with `capabilities` cannot run so; drivers refuse it with this.
+    pub(crate) fn unfit(&self, capabilities: &Capabilities) -> Option<String> {
+        let Capabilities { rx_queues, tx_queues, descriptors, .. } = capabilities;
+        let queues = [("RX", self.rx_queues, *rx_queues), ("TX", self.tx_queues, *tx_queues)];
+        if let Some((kind, asked, most)) =
+            queues.into_iter().find(|(_, asked, most)| !(1..=*most).contains(asked))
+        {
+            return Some(format!("{asked} {kind} queues are asked for, and it has {most}"));
+        }
+        let fits = |n: &u16| n.is_power_of_two() && descriptors.contains(n);
+        (![self.rx_descriptors, self.tx_descriptors].iter().all(fits)).then(|| {
+            let (fewest, most) = descriptors.clone().into_inner();
+            format!("its rings have {fewest} to {most} descriptors, a power of two")
+        })
+    }
+}
+
+/// The queues of a started port, which move to lcores one by one.
+#[derive(Debug)]
+pub struct Queues<R, T> {
+    /// RX queues, by number.
+    pub rx: Vec<R>,
+    /// TX queues, by number.
+    pub tx: Vec<T>,
+}
+
+impl<R, T> Queues<R, T> {
+    /// One queue each way.
+    pub fn pair(rx: R, tx: T) -> Self {
+        Self { rx: vec![rx], tx: vec![tx] }
+    }
+
+    /// The first queue each way, if there are both.
+    pub fn into_pair(mut self) -> Option<(R, T)> {
+        (!self.rx.is_empty() && !self.tx.is_empty()).then(|| (self.rx.swap_remove(0), self.tx.swap_remove(0)))
+    }
+
+    /// The same with other types of queues, as far as `rx` and `tx` give them.
+    pub(crate) fn try_map<S, U>(
+        self,
+        rx: impl FnMut(R) -> Option<S>,
+        tx: impl FnMut(T) -> Option<U>,
+    ) -> Option<Queues<S, U>> {
+        let rx = self.rx.into_iter().map(rx).collect::<Option<_>>()?;
+        Some(Queues { rx, tx: self.tx.into_iter().map(tx).collect::<Option<_>>()? })
+    }
+}
+
+/// The error of a port that is to stop queues of another driver.
+pub(crate) fn queues_of_another() -> Error {
+    Error::new(ErrorKind::Usage, "cannot stop the port", "the queues belong to another driver")
+}
+
+/// The queues of a driver's port.
+pub type QueuesOf<N> = Queues<<N as Nic>::Rx, <N as Nic>::Tx>;
 
 /// What a queue counted. The sums are the lcore's own; nothing here is shared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -241,52 +340,51 @@ pub trait Nic {
     /// The sending half.
     type Tx: TxBurst;
 
-    /// Sets up `pairs` pairs of rings in `memory`, fills the RX rings from `cache` and starts DMA. If the last stop
-    /// failed, that is made up for first. The device spreads what it receives over the pairs.
+    /// Sets up the rings of `config` in `memory`, fills the RX rings from `cache` and starts DMA. If the last stop failed,
+    /// that is made up for first.
     ///
     /// # Errors
-    /// When the device refuses or has fewer pairs, or memory or buffers are short.
-    fn start_pairs(
+    /// `Usage` when `config` is beyond [`Nic::capabilities`]; else when the device refuses, or memory or buffers are short.
+    fn start(
         &mut self,
+        config: &PortConfig,
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
-        sizes: QueueSizes,
-        pairs: u16,
-    ) -> Result<Vec<(Self::Rx, Self::Tx)>>;
+    ) -> Result<QueuesOf<Self>>;
 
     /// Ends DMA by a reset, then gives every buffer that the rings own to `cache`; what the TX rings own to `sent`,
     /// where a port sends from a pool of its own.
     ///
     /// # Errors
     /// When the device does not confirm the reset. The buffers and their memory are then kept until it does.
-    fn stop_pairs(
+    fn stop(
         &mut self,
-        queues: Vec<(Self::Rx, Self::Tx)>,
+        queues: QueuesOf<Self>,
         cache: &mut PoolCache,
         sent: Option<&mut PoolCache>,
     ) -> Result<()>;
 
-    /// As [`Nic::start_pairs`], with one pair.
+    /// As [`Nic::start`] with a queue each way, whatever `config` says of their number.
     ///
     /// # Errors
-    /// As for [`Nic::start_pairs`].
-    fn start(
+    /// As for [`Nic::start`].
+    fn start_pair(
         &mut self,
+        config: &PortConfig,
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
-        sizes: QueueSizes,
     ) -> Result<(Self::Rx, Self::Tx)> {
-        self.start_pairs(memory, cache, sizes, 1)?.pop().ok_or_else(|| {
+        self.start(&config.with_pairs(1), memory, cache)?.into_pair().ok_or_else(|| {
             Error::new(ErrorKind::Protocol, "cannot start a port", "its driver gave no pair of queues")
         })
     }
 
-    /// As [`Nic::stop_pairs`], with one pair and one pool.
+    /// As [`Nic::stop`], with a queue each way and one pool.
     ///
     /// # Errors
-    /// As for [`Nic::stop_pairs`].
-    fn stop(&mut self, rx: Self::Rx, tx: Self::Tx, cache: &mut PoolCache) -> Result<()> {
-        self.stop_pairs(vec![(rx, tx)], cache, None)
+    /// As for [`Nic::stop`].
+    fn stop_pair(&mut self, rx: Self::Rx, tx: Self::Tx, cache: &mut PoolCache) -> Result<()> {
+        self.stop(Queues::pair(rx, tx), cache, None)
     }
 
     /// Tries again a stop that the device did not confirm, and gives `cache` what it kept back; without one nothing

@@ -13,7 +13,7 @@ use vireo_eal::vfio::{AddressSpace, Request, Vfio, VfioMode};
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
 use crate::driver::Args;
-use crate::port::{Nic, QueueSizes};
+use crate::port::{Nic, PortConfig};
 use crate::table::{AnyVdev, Drivers, Port};
 
 /// Longest wait for links to come up.
@@ -171,8 +171,9 @@ pub fn wait_for_links<'a>(
 
 /// Packet buffers for `ports` ports and `lcores` lcores, as DPDK's l2fwd works them out: rings, bursts and
 /// caches full at once, never less than 8192, and no more than a pool can have.
-pub fn buffers_needed(ports: usize, lcores: usize, sizes: QueueSizes) -> u32 {
-    let each = usize::from(sizes.rx) + usize::from(sizes.tx) + 32 + lcores * 256;
+pub fn buffers_needed(ports: usize, lcores: usize, config: &PortConfig) -> u32 {
+    let queues = usize::from(config.rx_queues.max(config.tx_queues));
+    let each = config.descriptors() + queues * (32 + lcores * 256);
     ports.saturating_mul(each).clamp(8192, MAX_BUFFERS as usize) as u32
 }
 
@@ -213,9 +214,9 @@ mod tests {
 
     #[test]
     fn no_more_buffers_are_asked_for_than_a_pool_can_have() {
-        let sizes = QueueSizes { rx: 1024, tx: 1024 };
-        assert_eq!(buffers_needed(1, 1, sizes), 8192);
-        assert_eq!(buffers_needed(64 * 128, 128, sizes), MAX_BUFFERS);
+        let config = PortConfig::default();
+        assert_eq!(buffers_needed(1, 1, &config), 8192);
+        assert_eq!(buffers_needed(64, 128, &config.with_pairs(128)), MAX_BUFFERS);
     }
 
     #[test]
@@ -236,8 +237,8 @@ mod tests {
             let memory = DmaMemory::map(region, &[]).unwrap();
             nic.attach(memory.device_view().unwrap());
             let mut cache = Pool::new(&memory, 256).unwrap().cache();
-            let sizes = QueueSizes { rx: 64, tx: 64 };
-            let (rx, mut tx) = ports[1].port.start(&memory, &mut cache, sizes).unwrap();
+            let config = PortConfig::with_descriptors(64, 64);
+            let (rx, mut tx) = ports[1].port.start_pair(&config, &memory, &mut cache).unwrap();
             for len in 0..20 {
                 let mut packet = cache.allocate().unwrap().with_len(len);
                 cache.write(&mut packet, 0, &vec![7; len]);
@@ -247,7 +248,7 @@ mod tests {
                 wanted.resize(60, 0);
                 assert_eq!(nic.transmitted(), [wanted], "{len}");
             }
-            ports[1].port.stop(rx, tx, &mut cache).unwrap();
+            ports[1].port.stop_pair(rx, tx, &mut cache).unwrap();
         }
     }
 }

@@ -12,7 +12,10 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::driver::{Args, PciDriver, Vdev};
 use crate::foreign::{self, ForeignNic};
-use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst};
+use crate::port::{
+    Capabilities, Leftover, Link, MacAddr, Nic, PortConfig, QueueStats, Queues, RxBurst, TxBurst,
+    queues_of_another,
+};
 
 macro_rules! drivers {
     ($($variant:ident: $driver:ident, pci: [$($pci:ident)?], vdev: [$($vdev:ident)?];)*) => {
@@ -52,28 +55,26 @@ macro_rules! drivers {
             type Rx = RxQueue;
             type Tx = TxQueue;
 
-            fn start_pairs(
-                &mut self, memory: &Arc<DmaMemory>, cache: &mut PoolCache, sizes: QueueSizes, pairs: u16,
-            ) -> Result<Vec<(RxQueue, TxQueue)>> {
+            fn start(
+                &mut self, config: &PortConfig, memory: &Arc<DmaMemory>, cache: &mut PoolCache,
+            ) -> Result<Queues<RxQueue, TxQueue>> {
                 match self { $(Self::$variant(device) => {
-                    let queues = device.start_pairs(memory, cache, sizes, pairs)?;
-                    Ok(queues.into_iter().map(|(rx, tx)| (RxQueue::$variant(rx), TxQueue::$variant(tx))).collect())
+                    let Queues { rx, tx } = device.start(config, memory, cache)?;
+                    Ok(Queues {
+                        rx: rx.into_iter().map(RxQueue::$variant).collect(),
+                        tx: tx.into_iter().map(TxQueue::$variant).collect(),
+                    })
                 }),* }
             }
-            fn stop_pairs(
-                &mut self, queues: Vec<(RxQueue, TxQueue)>, cache: &mut PoolCache, sent: Option<&mut PoolCache>,
+            fn stop(
+                &mut self, queues: Queues<RxQueue, TxQueue>, cache: &mut PoolCache, sent: Option<&mut PoolCache>,
             ) -> Result<()> {
-                let foreign = || Error::new(
-                    ErrorKind::Usage,
-                    "cannot stop the port",
-                    "the queues belong to another driver",
-                );
                 match self { $(Self::$variant(device) => {
-                    let own = queues.into_iter().map(|pair| match pair {
-                        (RxQueue::$variant(rx), TxQueue::$variant(tx)) => Ok((rx, tx)),
-                        _ => Err(foreign()),
-                    });
-                    device.stop_pairs(own.collect::<Result<_>>()?, cache, sent)
+                    let own = queues.try_map(
+                        |rx| if let RxQueue::$variant(rx) = rx { Some(rx) } else { None },
+                        |tx| if let TxQueue::$variant(tx) = tx { Some(tx) } else { None },
+                    );
+                    device.stop(own.ok_or_else(queues_of_another)?, cache, sent)
                 }),* }
             }
             fn mac(&self) -> MacAddr {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use clap::Parser;
 use vireo_frame::drivers::driver::{Args, Vdev};
 use vireo_frame::drivers::port::{
-    Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes, QueueStats, RxBurst, TxBurst,
+    Capabilities, Leftover, Link, MacAddr, Nic, PortConfig, QueueStats, Queues, RxBurst, TxBurst,
 };
 use vireo_frame::drivers::ports::OpenPort;
 use vireo_frame::drivers::table::Drivers;
@@ -120,21 +120,22 @@ impl Nic for Null {
     type Rx = NullRx;
     type Tx = NullTx;
 
-    fn start_pairs(
+    fn start(
         &mut self,
+        config: &PortConfig,
         _memory: &Arc<DmaMemory>,
         _cache: &mut PoolCache,
-        _sizes: QueueSizes,
-        pairs: u16,
-    ) -> Result<Vec<(NullRx, NullTx)>> {
-        let pair =
-            |_| (NullRx { size: self.size, stats: QueueStats::default() }, NullTx(QueueStats::default()));
-        Ok((0..pairs).map(pair).collect())
+    ) -> Result<Queues<NullRx, NullTx>> {
+        let rx = |_| NullRx { size: self.size, stats: QueueStats::default() };
+        Ok(Queues {
+            rx: (0..config.rx_queues).map(rx).collect(),
+            tx: (0..config.tx_queues).map(|_| NullTx(QueueStats::default())).collect(),
+        })
     }
 
-    fn stop_pairs(
+    fn stop(
         &mut self,
-        _queues: Vec<(NullRx, NullTx)>,
+        _queues: Queues<NullRx, NullTx>,
         _cache: &mut PoolCache,
         _sent: Option<&mut PoolCache>,
     ) -> Result<()> {

@@ -3,12 +3,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use vireo_drivers::table::{RxQueue, TxQueue};
+use vireo_drivers::port::{Queues, QueuesOf};
+use vireo_drivers::table::{Port, RxQueue, TxQueue};
 
 use crate::forward::{AnyLane, Lane};
-
-/// Pairs of queues of a port.
-pub(crate) type Pairs = Vec<(RxQueue, TxQueue)>;
 
 /// Queues of started ports while no lcore has them, by number: pairs are counted over all ports, as many for each.
 #[derive(Debug)]
@@ -31,20 +29,19 @@ impl IdleQueues {
     }
 
     /// Keeps the queues of `port`.
-    pub(crate) fn put_port(&mut self, port: usize, queues: Pairs) {
-        for (number, (rx, tx)) in self.numbers(port).zip(queues) {
-            self.rx.insert(number, rx);
-            self.tx.insert(number, tx);
-        }
+    pub(crate) fn put_port(&mut self, port: usize, queues: QueuesOf<Port>) {
+        self.rx.extend(self.numbers(port).zip(queues.rx));
+        self.tx.extend(self.numbers(port).zip(queues.tx));
     }
 
     /// Gives the queues of `port`, if all are here.
-    pub(crate) fn take_port(&mut self, port: usize) -> Option<Pairs> {
+    pub(crate) fn take_port(&mut self, port: usize) -> Option<QueuesOf<Port>> {
         let numbers = self.numbers(port);
         if !numbers.clone().all(|number| self.rx.contains_key(&number) && self.tx.contains_key(&number)) {
             return None;
         }
-        numbers.map(|number| Some((self.rx.remove(&number)?, self.tx.remove(&number)?))).collect()
+        let rx = numbers.clone().filter_map(|number| self.rx.remove(&number)).collect();
+        Some(Queues { rx, tx: numbers.filter_map(|number| self.tx.remove(&number)).collect() })
     }
 
     /// Makes a lane from the receiving half of one pair to the sending half of another; gives the hook back when one of

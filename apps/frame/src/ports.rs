@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use vireo_drivers::memory::{MemoryNeed, PortMemory};
-use vireo_drivers::port::{MacAddr, Nic, QueueSizes};
+use vireo_drivers::port::{MacAddr, Nic, PortConfig, QueuesOf};
 use vireo_drivers::ports::{OpenPort, buffers_needed, wait_for_links};
-use vireo_drivers::table::{RxQueue, TxQueue};
+use vireo_drivers::table::Port;
 use vireo_eal::dma::{Pool, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
@@ -17,38 +17,29 @@ use crate::control::PortState;
 use crate::counts::Counts;
 use crate::forward::AnyLane;
 use crate::hook::Hook;
-use crate::idle::{IdleQueues, Pairs};
+use crate::idle::IdleQueues;
 use crate::launch::{Share, Shared, forward_on_lcores};
 use crate::route::Route;
 use crate::supervised::{PortSummary, SupervisedPort};
 
 /// Queues and packet buffers that an application asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
-    /// Descriptors of each queue.
-    pub sizes: QueueSizes,
-    /// Pairs of queues of each port.
-    pub pairs: u16,
+    /// How each port is started. A route has one number for its RX and its TX queue, so there are as many of both.
+    pub port: PortConfig,
     /// Packet buffers in all; without it as many as rings, bursts and caches hold at once.
     pub buffers: Option<u32>,
     /// Packet buffers of these that devices only send from: see [`Ports::send_only`].
     pub send_only: u32,
 }
 
-impl Default for Config {
-    /// One pair of queues with 1024 descriptors each, as in DPDK's l2fwd.
-    fn default() -> Self {
-        Self { sizes: QueueSizes { rx: 1024, tx: 1024 }, pairs: 1, buffers: None, send_only: 0 }
-    }
-}
-
 impl Config {
     /// The memory that this takes, for so many ports and lcores.
     pub fn need(&self, ports: usize, lcores: usize) -> MemoryNeed {
-        let Self { sizes, pairs, send_only, .. } = *self;
-        let needed = || buffers_needed(ports * usize::from(pairs), lcores, sizes);
+        let Self { port: config, send_only, .. } = *self;
+        let needed = || buffers_needed(ports, lcores, &config);
         let buffers = self.buffers.unwrap_or_else(needed).saturating_sub(send_only);
-        MemoryNeed { buffers, send_only, sizes, pairs }
+        MemoryNeed { buffers, send_only, config }
     }
 }
 
@@ -57,20 +48,19 @@ impl Config {
 pub(crate) struct Supply {
     pub(crate) pool: Arc<Pool>,
     memory: PortMemory,
-    sizes: QueueSizes,
-    pairs: u16,
+    config: PortConfig,
 }
 
 impl Supply {
     /// Starts a port.
-    pub(crate) fn start(&self, open: &mut OpenPort) -> Result<Pairs> {
+    pub(crate) fn start(&self, open: &mut OpenPort) -> Result<QueuesOf<Port>> {
         let (rings, mut near) = (self.memory.of(open), self.pool.cache_near(self.memory.node_of(open)));
-        open.port.start_pairs(rings, &mut near, self.sizes, self.pairs)
+        open.port.start(&self.config, rings, &mut near)
     }
 
     /// No queues of such ports.
     pub(crate) fn idle_queues(&self) -> IdleQueues {
-        IdleQueues::new(self.pairs)
+        IdleQueues::new(self.config.rx_queues)
     }
 }
 
@@ -98,11 +88,13 @@ impl Ports {
         memory: PortMemory,
         need: &MemoryNeed,
     ) -> Result<Self> {
-        let is_there =
-            |route: &&Route| route.from.max(route.to) < open.len() && route.pair < usize::from(need.pairs);
+        let is_there = |route: &&Route| {
+            route.from.max(route.to) < open.len() && route.pair < usize::from(need.config.rx_queues)
+        };
         if let Some(route) = routes.iter().find(|route| !is_there(route)) {
             let what = format!("cannot forward from port {} to port {}", route.from, route.to);
-            let why = format!("there are {} ports with {} pairs of queues each", open.len(), need.pairs);
+            let why =
+                format!("there are {} ports with {} pairs of queues each", open.len(), need.config.rx_queues);
             return Err(Error::new(ErrorKind::Usage, what, why));
         }
         let pool = Pool::new(&memory.buffers, need.buffers)?;
@@ -110,12 +102,12 @@ impl Ports {
             0 => None,
             count => Some(Pool::send_only(&memory.buffers, count)?),
         };
-        let supply = Supply { pool, memory, sizes: need.sizes, pairs: need.pairs };
+        let supply = Supply { pool, memory, config: need.config };
         Ok(Self {
             queues: supply.idle_queues(),
             used: Route::ports(&routes),
-            counts: Counts::new(open.len(), need.pairs.into()),
-            ports: open.into_iter().map(|open| SupervisedPort::new(open, need.pairs)).collect(),
+            counts: Counts::new(open.len(), need.config.rx_queues.into()),
+            ports: open.into_iter().map(|open| SupervisedPort::new(open, need.config.rx_queues)).collect(),
             routes,
             send_only,
             supply,
@@ -269,12 +261,12 @@ impl Ports {
 
     /// The queues of port `number`, for an application that polls them itself; `None` when they are not here.
     /// [`Ports::put_queues`] takes them back.
-    pub fn take_queues(&mut self, number: usize) -> Option<Vec<(RxQueue, TxQueue)>> {
+    pub fn take_queues(&mut self, number: usize) -> Option<QueuesOf<Port>> {
         self.queues.take_port(number)
     }
 
     /// Takes the queues of port `number` back.
-    pub fn put_queues(&mut self, number: usize, queues: Vec<(RxQueue, TxQueue)>) {
+    pub fn put_queues(&mut self, number: usize, queues: QueuesOf<Port>) {
         self.queues.put_port(number, queues);
     }
 
@@ -369,7 +361,11 @@ mod tests {
             OpenPort::virtual_port(e1000::Device::probe(function).unwrap().into(), "port", String::new())
         };
         let route = |&(from, to, pair): &(usize, usize, usize)| Route { lcore: 0, from, to, pair };
-        let need = MemoryNeed { buffers: 32, send_only: 0, sizes: QueueSizes { rx: 64, tx: 64 }, pairs: 2 };
+        let need = MemoryNeed {
+            buffers: 32,
+            send_only: 0,
+            config: PortConfig::with_descriptors(64, 64).with_pairs(2),
+        };
         let region = Region::new(Pool::bytes(32), Backing::SmallPages).unwrap();
         let memory = PortMemory::from(DmaMemory::map(region, &[]).unwrap());
         Ports::new((0..3).map(open).collect(), routes.iter().map(route).collect(), memory, &need)

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use vireo_drivers::port::{Leftover, Nic, QueueStats, RxBurst, TxBurst, counters};
+use vireo_drivers::port::{Leftover, Nic, QueueStats, QueuesOf, RxBurst, TxBurst, counters};
 use vireo_drivers::ports::OpenPort;
+use vireo_drivers::table::Port;
 use vireo_eal::Error;
 use vireo_eal::dma::PoolCache;
 
 use crate::control::PortState;
-use crate::idle::Pairs;
 
 /// What a port counted, when it has stopped.
 #[derive(Clone, Debug, Default)]
@@ -83,7 +83,7 @@ impl SupervisedPort {
     /// that is down has no queues: if it did not confirm its stop, that is tried again.
     pub(crate) fn stop(
         &mut self,
-        queues: Option<Pairs>,
+        queues: Option<QueuesOf<Port>>,
         cache: &mut PoolCache,
         sent: Option<&mut PoolCache>,
     ) {
@@ -91,13 +91,13 @@ impl SupervisedPort {
         self.unconfirmed = match queues {
             None => port.retry_stop(cache),
             Some(queues) => {
-                for ((rx, tx), pair) in queues.iter().zip(pairs) {
+                for ((rx, tx), pair) in queues.rx.iter().zip(&queues.tx).zip(pairs) {
                     pair.0 += rx.stats();
                     pair.1 += tx.stats();
                     counted.rx += rx.stats();
                     counted.tx += tx.stats();
                 }
-                let stopped = port.stop_pairs(queues, cache, sent);
+                let stopped = port.stop(queues, cache, sent);
                 for (name, count) in port.device_drops() {
                     *counted.drops.entry(name).or_default() += count;
                 }

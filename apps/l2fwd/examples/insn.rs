@@ -10,7 +10,7 @@ use serde_json::json;
 use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM, ID_82574L};
 use vireo_drivers::fakedev::igb::{FakeIgb, ID_82576};
 use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet, feature};
-use vireo_drivers::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
+use vireo_drivers::port::{MacAddr, Nic, PortConfig, RxBurst, TxBurst};
 use vireo_drivers::{e1000, igb, virtio};
 use vireo_eal::Result;
 use vireo_eal::bdf::Bdf;
@@ -94,7 +94,7 @@ fn whole_case<N: Nic>(
     transmit: &dyn Fn(),
 ) -> Result<()> {
     let mut cache = Pool::new(memory, BUFFERS)?.cache();
-    let (rx, tx) = nic.start(memory, &mut cache, QueueSizes { rx: RING, tx: RING })?;
+    let (rx, tx) = nic.start_pair(&PortConfig::with_descriptors(RING, RING), memory, &mut cache)?;
     let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Rewrite::of(0, nic.mac()) }];
     let mut bursts = [Burst::new()];
     let counts = [PairCounts::default()];
@@ -125,7 +125,7 @@ fn whole_case<N: Nic>(
             "tx_doorbells": tx.stats().doorbells - before.1.doorbells,
         })
     );
-    nic.stop(rx, tx, &mut cache)
+    nic.stop_pair(rx, tx, &mut cache)
 }
 
 fn main() -> Result<()> {

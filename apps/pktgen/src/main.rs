@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 
 use serde_json::json;
+use vireo_drivers::port::Queues;
 use vireo_drivers::table::Drivers;
 use vireo_eal::{Result, program};
 use vireo_frame::{App, Config, Route};
@@ -58,7 +59,7 @@ fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<Counters>)> {
         patience: generator::PATIENCE,
     };
     let (mut cache, mut to_send) = (ports.cache(), ports.send_only()?);
-    let queues = (0..ports.count()).filter_map(|number| ports.take_queues(number)).flatten();
+    let queues = (0..ports.count()).filter_map(|number| ports.take_queues(number)?.into_pair());
     let (mut rx_queues, mut tx_queues): (Vec<_>, Vec<_>) = queues.unzip();
     let (tx, rx) = (&mut tx_queues[args.tx_port], &mut rx_queues[args.rx_port]);
     let outcome = app.eal.lcores.run_main(|_| {
@@ -68,8 +69,8 @@ fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<Counters>)> {
         generator::run(&stream, (tx, &mut to_send), (rx, &mut cache), &app.stop)
     })??;
     let mut counted = Vec::with_capacity(ports.count());
-    for (number, queues) in rx_queues.into_iter().zip(tx_queues).enumerate() {
-        ports.put_queues(number, vec![queues]);
+    for (number, (rx, tx)) in rx_queues.into_iter().zip(tx_queues).enumerate() {
+        ports.put_queues(number, Queues::pair(rx, tx));
         counted.push(ports.stop(number, Some(&mut to_send)).counters());
     }
     drop((cache, to_send));

@@ -2,7 +2,7 @@
 
 use arbitrary::Arbitrary;
 use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet};
-use vireo_drivers::port::{Nic, QueueSizes};
+use vireo_drivers::port::{Nic, PortConfig};
 use vireo_drivers::virtio::Device;
 
 use crate::decode;
@@ -48,8 +48,8 @@ pub fn virtio_capabilities(data: &[u8]) {
         Err(error) => return one_line(error),
     };
     let mut cache = pool.cache();
-    match device.start(&memory, &mut cache, QueueSizes { rx: input.rx, tx: input.tx }) {
-        Ok((rx, tx)) => match device.stop(rx, tx, &mut cache) {
+    match device.start_pair(&PortConfig::with_descriptors(input.rx, input.tx), &memory, &mut cache) {
+        Ok((rx, tx)) => match device.stop_pair(rx, tx, &mut cache) {
             Ok(()) => count(cache),
             Err(error) => one_line(error),
         },

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use arbitrary::Arbitrary;
-use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst};
+use vireo_drivers::port::{Nic, PortConfig, RxBurst, TxBurst};
 use vireo_eal::dma::{Burst, DATA_ROOM, DeviceView, DmaMemory, Pool, PoolCache};
 use vireo_eal::mem::{Backing, Region};
 
@@ -12,7 +12,7 @@ use vireo_eal::mem::{Backing, Region};
 const BUFFERS: u32 = 176;
 /// Bytes behind the buffers, where the rings are.
 const RINGS: usize = 16 << 10;
-const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 
 /// What the lcore does.
 #[derive(Arbitrary, Debug, Clone, Copy)]
@@ -59,7 +59,7 @@ impl<N: Nic> Port<N> {
     /// Starts `nic`, whose device was given `memory`.
     pub(crate) fn start(mut nic: N, memory: Arc<DmaMemory>, pool: &Arc<Pool>) -> Self {
         let mut cache = pool.cache();
-        let queues = nic.start(&memory, &mut cache, SIZES).expect("an honest device starts");
+        let queues = nic.start_pair(&CONFIG, &memory, &mut cache).expect("an honest device starts");
         let view = view(&memory);
         Self { nic, queues, memory, view, cache }
     }
@@ -110,7 +110,7 @@ impl<N: Nic> Port<N> {
     /// Stops the port: every buffer must be there again, once.
     pub(crate) fn stop(mut self) {
         let (rx, tx) = self.queues;
-        self.nic.stop(rx, tx, &mut self.cache).expect("the device confirms its reset");
+        self.nic.stop_pair(rx, tx, &mut self.cache).expect("the device confirms its reset");
         count(self.cache);
     }
 }

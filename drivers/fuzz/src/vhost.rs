@@ -13,7 +13,7 @@ use arbitrary::Arbitrary;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use vireo_drivers::driver::Vdev;
-use vireo_drivers::port::{Nic, QueueSizes, RxBurst, TxBurst};
+use vireo_drivers::port::{Nic, PortConfig, RxBurst, TxBurst};
 use vireo_drivers::vhost::{Device, Options, RxQueue, TxQueue};
 use vireo_eal::dma::{Burst, DATA_ROOM, DeviceView, DmaMemory, Packet, PoolCache};
 use vireo_eal::mem::{Backing, Region};
@@ -182,8 +182,8 @@ impl Port {
         let mut device = Device::open("net_vhost0", &options).expect("a socket");
         let (memory, pool) = memory();
         let mut cache = pool.cache();
-        let sizes = QueueSizes { rx: 64, tx: 64 };
-        let (rx, tx) = device.start(&memory, &mut cache, sizes).expect("a vhost port needs nothing");
+        let config = PortConfig::with_descriptors(64, 64);
+        let (rx, tx) = device.start_pair(&config, &memory, &mut cache).expect("a vhost port needs nothing");
         Self { socket, _dir: dir, _device: device, rx, tx, cache }
     }
 

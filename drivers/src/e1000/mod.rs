@@ -29,7 +29,7 @@ use self::desc::Legacy;
 use self::regs::*;
 use crate::driver::{Args, PciDriver};
 use crate::intel::{self, Drops, Hardware, OpaqueFunction, watermarks};
-use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
+use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, PortConfig, Queues};
 
 /// Fewest descriptors of a ring: two batches that TX reclaims.
 const FEWEST: u16 = 2 * intel::RECLAIM as u16;
@@ -147,8 +147,8 @@ impl Device {
     }
 
     /// Rings of these sizes: those of the last run if they fit.
-    fn rings(&mut self, memory: &Arc<DmaMemory>, sizes: QueueSizes) -> Result<Box<Rings>> {
-        let (rx, tx) = (usize::from(sizes.rx), usize::from(sizes.tx));
+    fn rings(&mut self, memory: &Arc<DmaMemory>, config: &PortConfig) -> Result<Box<Rings>> {
+        let (rx, tx) = (usize::from(config.rx_descriptors), usize::from(config.tx_descriptors));
         if let Some(idle) = self.idle.take_if(|idle| {
             Arc::ptr_eq(&idle.memory, memory) && idle.rx.entries() == rx && idle.tx.entries() == tx
         }) {
@@ -245,27 +245,21 @@ impl Nic for Device {
     type Rx = RxQueue;
     type Tx = TxQueue;
 
-    /// Ring sizes are 64 to 4096. There is one pair.
-    fn start_pairs(
+    fn start(
         &mut self,
+        config: &PortConfig,
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
-        sizes: QueueSizes,
-        pairs: u16,
-    ) -> Result<Vec<(RxQueue, TxQueue)>> {
+    ) -> Result<Queues<RxQueue, TxQueue>> {
         self.retry_stop(cache)?;
-        if pairs != 1 {
-            return Err(self.error(ErrorKind::Usage, "start", "e1000 has one pair of queues"));
-        }
         if self.running.is_some() {
             return Err(self.error(ErrorKind::Usage, "start", "it runs already"));
         }
-        if [sizes.rx, sizes.tx].iter().any(|n| !n.is_power_of_two() || !(FEWEST..=MOST).contains(n)) {
-            let why = format!("its rings have {FEWEST} to {MOST} descriptors, a power of two");
+        if let Some(why) = config.unfit(&self.capabilities()) {
             return Err(self.error(ErrorKind::Usage, "start", &why));
         }
         let tails = (self.bar.doorbell32(RDT)?, self.bar.doorbell32(TDT)?);
-        let mut rings = self.rings(memory, sizes)?;
+        let mut rings = self.rings(memory, config)?;
         self.set_up(&rings.rx, &rings.tx);
         if let Err(error) = self.wake_phy().and_then(|()| intel::fill::<Legacy>(&mut rings.rx, cache)) {
             self.idle = Some(rings);
@@ -278,7 +272,7 @@ impl Nic for Device {
         self.running = Some(rings.memory);
         self.linked.store(false, Ordering::Relaxed);
         if let Err(error) = self.function.0.set_command(true) {
-            self.stop(rx, tx, cache)?;
+            self.stop_pair(rx, tx, cache)?;
             return Err(error);
         }
         let mulr = if self.chip.is_82574() { TCTL_MULR } else { 0 };
@@ -287,16 +281,16 @@ impl Nic for Device {
         rx.announce();
         // Sets flow control for a link that is up already.
         self.link();
-        Ok(vec![(rx, tx)])
+        Ok(Queues::pair(rx, tx))
     }
 
-    fn stop_pairs(
+    fn stop(
         &mut self,
-        mut queues: Vec<(RxQueue, TxQueue)>,
+        queues: Queues<RxQueue, TxQueue>,
         cache: &mut PoolCache,
         sent: Option<&mut PoolCache>,
     ) -> Result<()> {
-        let Some((rx, tx)) = queues.pop() else { return Ok(()) };
+        let Some((rx, tx)) = queues.into_pair() else { return Ok(()) };
         let Some(memory) = self.running.clone() else {
             return Err(self.error(ErrorKind::Usage, "stop", "it does not run"));
         };
@@ -318,7 +312,7 @@ impl Nic for Device {
 
     fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
         match self.parked.take() {
-            Some(parked) => self.stop(parked.0, parked.1, cache),
+            Some(parked) => self.stop_pair(parked.0, parked.1, cache),
             None => Ok(()),
         }
     }
@@ -329,8 +323,9 @@ impl Nic for Device {
 
     /// Completions are written into the descriptors. A ring is aligned to its size, which may cost as much again.
     fn capabilities(&self) -> Capabilities {
-        let ring_bytes = |QueueSizes { rx, tx }| [(usize::from(rx) + usize::from(tx)) * DESCRIPTOR * 2, 0];
-        Capabilities { dma_mask: self.dma_mask, ring_bytes, ..Capabilities::default() }
+        let ring_bytes = |config: &PortConfig| [config.descriptors() * DESCRIPTOR * 2, 0];
+        let descriptors = FEWEST..=MOST;
+        Capabilities { dma_mask: self.dma_mask, descriptors, ring_bytes, ..Capabilities::default() }
     }
 
     /// An 82574 does not pad frames of less than 17 bytes.

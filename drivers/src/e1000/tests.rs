@@ -16,7 +16,7 @@ use crate::fakedev::e1000::{
 use crate::port::{QueueStats, RxBurst, TxBurst};
 
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
-const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 
 /// A started port with its device, and one lcore's pool cache.
 struct Rig {
@@ -62,18 +62,18 @@ fn memory(buffers: u32) -> (Arc<DmaMemory>, Arc<Pool>) {
 }
 
 impl Rig {
-    fn new(id: DeviceId, sizes: QueueSizes, buffers: u32) -> Self {
+    fn new(id: DeviceId, config: PortConfig, buffers: u32) -> Self {
         let (function, device) = fake(id, MAC);
         let (memory, pool) = memory(buffers);
         device.attach(memory.device_view().unwrap());
         let mut cache = pool.cache();
         let mut port = Device::probe(function).unwrap();
-        let queues = Some(port.start(&memory, &mut cache, sizes).unwrap());
+        let queues = Some(port.start_pair(&config, &memory, &mut cache).unwrap());
         Self { device, port, queues, memory, pool, cache }
     }
 
     fn standard() -> Self {
-        Self::new(ID_82574L, SIZES, 512)
+        Self::new(ID_82574L, CONFIG, 512)
     }
 
     /// Frames of one poll.
@@ -119,7 +119,7 @@ impl Rig {
     /// Stops the port; every buffer must be in the pool again.
     fn stop(mut self) {
         let (rx, tx) = self.queues.take().unwrap();
-        self.port.stop(rx, tx, &mut self.cache).unwrap();
+        self.port.stop_pair(rx, tx, &mut self.cache).unwrap();
         drop(self.cache);
         assert_eq!(self.pool.available(), self.pool.count());
         assert!(!self.device.config().bus_master());
@@ -141,7 +141,7 @@ fn frames(numbers: std::ops::Range<usize>) -> Vec<Vec<u8>> {
 fn packets_pass_in_order_over_many_turns_of_the_rings() {
     in_both_modes(|| {
         for id in [ID_82540EM, ID_82574L] {
-            let mut rig = Rig::new(id, QueueSizes { rx: 128, tx: 64 }, 512);
+            let mut rig = Rig::new(id, PortConfig::with_descriptors(128, 64), 512);
             for round in 0..1000 {
                 let wanted = frames(round * 31..round * 31 + 31);
                 assert!(wanted.iter().all(|frame| rig.device.receive(frame)));
@@ -164,7 +164,7 @@ fn short_frames_are_padded_where_the_chip_does_not_do_it_well() {
     in_both_modes(|| {
         // QEMU's 82574L does not pad.
         for (id, padded) in [(ID_82540EM, 60), (ID_82574L, if SILICON.get() { 60 } else { 17 })] {
-            let mut rig = Rig::new(id, SIZES, 512);
+            let mut rig = Rig::new(id, CONFIG, 512);
             for number in 0..200 {
                 // What was in the buffers before must not leave.
                 assert!(rig.device.receive(&[0xEE; 60]));
@@ -223,13 +223,13 @@ fn a_full_receive_ring_makes_the_device_drop() {
 fn a_frame_that_was_dropped_counts_once() {
     in_both_modes(|| {
         for id in [ID_82540EM, ID_82574L] {
-            let mut rig = Rig::new(id, SIZES, 512);
+            let mut rig = Rig::new(id, CONFIG, 512);
             for dropped in [37, 36] {
                 (0..63 + dropped).for_each(|number| _ = rig.device.receive(&frame(number)));
                 let (rx, tx) = rig.queues.take().unwrap();
-                rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+                rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
                 assert_eq!(rig.port.device_drops()[0], ("rx_missed_errors", dropped as u64), "{id}");
-                rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+                rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
                 assert_eq!(rig.port.device_drops()[0].1, 0, "{id}");
             }
             rig.stop();
@@ -264,7 +264,7 @@ fn a_device_that_never_completes_tx_gets_one_ring_full() {
 #[test]
 fn an_empty_pool_is_counted_and_recovered_from() {
     in_both_modes(|| {
-        let mut rig = Rig::new(ID_82574L, SIZES, 64 + 10);
+        let mut rig = Rig::new(ID_82574L, CONFIG, 64 + 10);
         let (mut held, mut arrived) = (Vec::new(), 0);
         while held.len() < 64 + 10 {
             while rig.device.receive(&frame(arrived)) {
@@ -377,9 +377,9 @@ fn promiscuous_mode_survives_a_restart_and_rings_keep_their_memory() {
         let base = rig.device.register(RDBAL);
         for round in 0..300 {
             let (rx, tx) = rig.queues.take().unwrap();
-            rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+            rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
             assert_eq!(rig.device.register(RCTL) & RCTL_EN, 0);
-            rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+            rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
             assert!(rig.device.receive(&frame(round)));
             assert_eq!(rig.poll(), [frame(round)]);
         }
@@ -397,10 +397,10 @@ fn a_start_without_buffers_leaves_the_pool_as_it_was() {
         let mut port = Device::probe(function).unwrap();
         let mut cache = pool.cache();
         for _ in 0..2000 {
-            let error = port.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+            let error = port.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
             assert!(error.contains("only 40 buffers are free"), "{error}");
         }
-        assert!(port.start(&memory, &mut cache, QueueSizes { rx: 48, tx: 64 }).is_err());
+        assert!(port.start_pair(&PortConfig::with_descriptors(48, 64), &memory, &mut cache).is_err());
         assert!(!device.config().bus_master());
         drop(cache);
         assert_eq!(pool.available(), 40);
@@ -416,9 +416,9 @@ fn a_sleeping_phy_is_woken() {
         device.sleep_phy();
         assert!(!port.link().up);
         let mut cache = pool.cache();
-        let (rx, tx) = port.start(&memory, &mut cache, SIZES).unwrap();
+        let (rx, tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         assert!(port.link().up);
-        port.stop(rx, tx, &mut cache).unwrap();
+        port.stop_pair(rx, tx, &mut cache).unwrap();
     });
 }
 
@@ -448,7 +448,7 @@ fn memory_is_kept_when_the_device_cannot_be_stopped() {
     assert!(!rig.port.link().up);
     let (rx, tx) = rig.queues.take().unwrap();
     let references = Arc::strong_count(&rig.memory);
-    assert!(rig.port.stop(rx, tx, &mut rig.cache).is_err());
+    assert!(rig.port.stop_pair(rx, tx, &mut rig.cache).is_err());
     assert_eq!(Arc::strong_count(&rig.memory), references);
     drop(rig.port);
     // The two rings are gone, the reference that the port had is left for ever.
@@ -462,10 +462,10 @@ fn a_stop_that_is_confirmed_later_gives_the_buffers_back() {
         rig.device.set_faults(Faults { gone: true, ..Faults::default() });
         assert_eq!(rig.port.check().unwrap_err().kind(), ErrorKind::Unavailable);
         let (rx, tx) = rig.queues.take().unwrap();
-        rig.port.stop(rx, tx, &mut rig.cache).unwrap_err();
-        rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap_err();
+        rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap_err();
+        rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap_err();
         rig.device.set_faults(Faults::default());
-        rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+        rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
         rig.port.check().unwrap();
         rig.stop();
     });
@@ -476,14 +476,14 @@ fn starts_that_fail_take_no_memory() {
     in_both_modes(|| {
         let mut rig = Rig::standard();
         let (rx, tx) = rig.queues.take().unwrap();
-        rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+        rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
         rig.device.set_faults(Faults { gone: true, ..Faults::default() });
         for _ in 0..100 {
-            let error = rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap_err();
+            let error = rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
         }
         rig.device.set_faults(Faults::default());
-        rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+        rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
         rig.stop();
     });
 }
@@ -510,7 +510,7 @@ fn sent_buffers_go_back_to_the_pool_that_they_came_from() {
         let mut burst: Burst = (0..8).map(|_| to_send.allocate().unwrap().with_len(60)).collect();
         let (rx, mut tx) = rig.queues.take().unwrap();
         assert_eq!(tx.tx_burst(&mut to_send, &mut burst), 8);
-        rig.port.stop_pairs(vec![(rx, tx)], &mut rig.cache, Some(&mut to_send)).unwrap();
+        rig.port.stop(Queues::pair(rx, tx), &mut rig.cache, Some(&mut to_send)).unwrap();
         let sent = Arc::clone(to_send.pool());
         drop((to_send, rig.cache));
         assert_eq!((sent.available(), rig.pool.available(), pool.available()), (8, 512, 64));
@@ -535,11 +535,11 @@ const KINDS: [DeviceId; 5] = [ID_82544GC, ID_82540EM, ID_82545EM, ID_82545GM, ID
 fn each_chip_is_reset_in_the_way_that_it_survives() {
     in_both_modes(|| {
         for id in KINDS {
-            let mut rig = Rig::new(id, SIZES, 512);
+            let mut rig = Rig::new(id, CONFIG, 512);
             for number in 0..10 {
                 let (rx, tx) = rig.queues.take().unwrap();
-                rig.port.stop(rx, tx, &mut rig.cache).unwrap();
-                rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+                rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
+                rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
                 assert!(rig.device.receive(&frame(number)), "{id}");
                 assert_eq!(rig.poll(), [frame(number)], "{id}");
                 assert_eq!(rig.send(&[frame(number)]), 1);
@@ -557,7 +557,7 @@ fn each_chip_is_reset_in_the_way_that_it_survives() {
 fn settings_survive_the_reload_behind_a_reset() {
     in_both_modes(|| {
         for id in KINDS {
-            let rig = Rig::new(id, SIZES, 512);
+            let rig = Rig::new(id, CONFIG, 512);
             let ctrl = rig.device.register(CTRL);
             assert_eq!(ctrl & (CTRL_SLU | CTRL_FRCSPD | CTRL_FRCDPX), CTRL_SLU, "{id}: {ctrl:#x}");
             assert_eq!(rig.device.register(MANC) & MANC_ARP_EN, 0, "{id}");
@@ -586,7 +586,7 @@ fn rings_of_every_size_are_within_64_kib() {
     in_both_modes(|| {
         for id in [ID_82545EM, ID_82544GC] {
             for entries in [64, 1024, 4096] {
-                let sizes = QueueSizes { rx: entries, tx: entries };
+                let config = PortConfig::with_descriptors(entries, entries);
                 let (function, device) = fake(id, MAC);
                 let region = Region::new(16 << 20, Backing::SmallPages).unwrap();
                 let memory = DmaMemory::with_addresses(region, 16 << 20, &[IOVA]);
@@ -594,7 +594,7 @@ fn rings_of_every_size_are_within_64_kib() {
                 let pool = Pool::new(&memory, 4500).unwrap();
                 let mut cache = pool.cache();
                 let mut port = Device::probe(function).unwrap();
-                let (mut rx, tx) = port.start(&memory, &mut cache, sizes).unwrap();
+                let (mut rx, tx) = port.start_pair(&config, &memory, &mut cache).unwrap();
                 for (low, len) in [(RDBAL, RDLEN), (TDBAL, TDLEN)] {
                     let (base, len) = (device.register(low), device.register(len));
                     assert_eq!((base ^ (base + len - 1)) >> 16, 0, "{base:#x}, {len:#x}");
@@ -604,7 +604,7 @@ fn rings_of_every_size_are_within_64_kib() {
                 rx.rx_burst(&mut cache, &mut burst);
                 assert_eq!(burst.len(), 1);
                 burst.drain(..).for_each(|packet| cache.free(packet));
-                port.stop(rx, tx, &mut cache).unwrap();
+                port.stop_pair(rx, tx, &mut cache).unwrap();
             }
         }
     });
@@ -656,7 +656,7 @@ fn flow_control_is_what_the_ends_of_the_link_agreed_on() {
     const ASM_DIR: u16 = 1 << 11;
     in_both_modes(|| {
         for id in [ID_82540EM, ID_82574L] {
-            let mut rig = Rig::new(id, SIZES, 512);
+            let mut rig = Rig::new(id, CONFIG, 512);
             let flags = |rig: &Rig| rig.device.register(CTRL) & (CTRL_RFCE | CTRL_TFCE);
             assert_eq!(flags(&rig), 0, "{id}: the partner knows no PAUSE");
             for (partner, wanted) in
@@ -669,8 +669,8 @@ fn flow_control_is_what_the_ends_of_the_link_agreed_on() {
                 assert_eq!(flags(&rig), wanted, "{id}: {partner:#x}");
             }
             let (rx, tx) = rig.queues.take().unwrap();
-            rig.port.stop(rx, tx, &mut rig.cache).unwrap();
-            rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+            rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
+            rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
             assert_eq!(flags(&rig), CTRL_RFCE | CTRL_TFCE, "{id}: of a link that was up at the start");
             rig.stop();
         }
@@ -681,7 +681,7 @@ fn flow_control_is_what_the_ends_of_the_link_agreed_on() {
 fn pause_frames_are_obeyed_and_never_received() {
     SILICON.set(true);
     for id in [ID_82540EM, ID_82574L] {
-        let mut rig = Rig::new(id, SIZES, 512);
+        let mut rig = Rig::new(id, CONFIG, 512);
         for promiscuous in [false, true] {
             rig.port.set_promiscuous(promiscuous).unwrap();
             for destination in [PAUSE_ADDRESS, MAC] {

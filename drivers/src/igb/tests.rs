@@ -17,7 +17,7 @@ use crate::fakedev::igb::{FakeIgb, Faults, ID_82576, ID_I350};
 use crate::port::{QueueStats, RxBurst, TxBurst};
 
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
-const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 const IDS_OF_CHIPS: [DeviceId; 2] = [ID_82576, ID_I350];
 
 /// A started port with its device, and one lcore's pool cache.
@@ -64,18 +64,18 @@ fn memory(buffers: u32) -> (Arc<DmaMemory>, Arc<Pool>) {
 }
 
 impl Rig {
-    fn new(id: DeviceId, sizes: QueueSizes, buffers: u32) -> Self {
+    fn new(id: DeviceId, config: PortConfig, buffers: u32) -> Self {
         let (function, device) = fake(id, MAC);
         let (memory, pool) = memory(buffers);
         device.attach(memory.device_view().unwrap());
         let mut cache = pool.cache();
         let mut port = Device::probe(function).unwrap();
-        let queues = Some(port.start(&memory, &mut cache, sizes).unwrap());
+        let queues = Some(port.start_pair(&config, &memory, &mut cache).unwrap());
         Self { device, port, queues, memory, pool, cache }
     }
 
     fn standard() -> Self {
-        Self::new(ID_82576, SIZES, 512)
+        Self::new(ID_82576, CONFIG, 512)
     }
 
     /// Frames of one poll. The second time is for what is behind the end of the ring.
@@ -119,14 +119,14 @@ impl Rig {
 
     fn restart(&mut self) {
         let (rx, tx) = self.queues.take().unwrap();
-        self.port.stop(rx, tx, &mut self.cache).unwrap();
-        self.queues = Some(self.port.start(&self.memory, &mut self.cache, SIZES).unwrap());
+        self.port.stop_pair(rx, tx, &mut self.cache).unwrap();
+        self.queues = Some(self.port.start_pair(&CONFIG, &self.memory, &mut self.cache).unwrap());
     }
 
     /// Stops the port; every buffer must be in the pool again.
     fn stop(mut self) {
         let (rx, tx) = self.queues.take().unwrap();
-        self.port.stop(rx, tx, &mut self.cache).unwrap();
+        self.port.stop_pair(rx, tx, &mut self.cache).unwrap();
         drop(self.cache);
         assert_eq!(self.pool.available(), self.pool.count());
         assert!(!self.device.config().bus_master());
@@ -148,7 +148,7 @@ fn frames(numbers: std::ops::Range<usize>) -> Vec<Vec<u8>> {
 fn packets_pass_in_order_over_many_turns_of_the_rings() {
     in_both_modes(|| {
         for id in IDS_OF_CHIPS {
-            let mut rig = Rig::new(id, QueueSizes { rx: 128, tx: 64 }, 512);
+            let mut rig = Rig::new(id, PortConfig::with_descriptors(128, 64), 512);
             for round in 0..1000 {
                 let wanted = frames(round * 31..round * 31 + 31);
                 assert!(wanted.iter().all(|frame| rig.device.receive(frame)));
@@ -225,7 +225,7 @@ fn a_device_that_never_completes_tx_gets_one_ring_full() {
 #[test]
 fn an_empty_pool_is_counted_and_recovered_from() {
     in_both_modes(|| {
-        let mut rig = Rig::new(ID_82576, SIZES, 64 + 10);
+        let mut rig = Rig::new(ID_82576, CONFIG, 64 + 10);
         let (mut held, mut arrived) = (Vec::new(), 0);
         while held.len() < 64 + 10 {
             while rig.device.receive(&frame(arrived)) {
@@ -256,9 +256,9 @@ fn promiscuous_mode_survives_a_restart_and_rings_keep_their_memory() {
         let base = rig.device.register(RDBAL);
         for round in 0..300 {
             let (rx, tx) = rig.queues.take().unwrap();
-            rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+            rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
             assert_eq!(rig.device.register(RCTL) & RCTL_EN, 0);
-            rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+            rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
             assert!(rig.device.receive(&frame(round)));
             assert_eq!(rig.poll(), [frame(round)]);
         }
@@ -276,10 +276,10 @@ fn a_start_without_buffers_leaves_the_pool_as_it_was() {
         let mut port = Device::probe(function).unwrap();
         let mut cache = pool.cache();
         for _ in 0..2000 {
-            let error = port.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+            let error = port.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
             assert!(error.contains("only 40 buffers are free"), "{error}");
         }
-        assert!(port.start(&memory, &mut cache, QueueSizes { rx: 48, tx: 64 }).is_err());
+        assert!(port.start_pair(&PortConfig::with_descriptors(48, 64), &memory, &mut cache).is_err());
         assert!(!device.config().bus_master());
         drop(cache);
         assert_eq!(pool.available(), 40);
@@ -293,7 +293,7 @@ fn memory_is_kept_when_the_device_cannot_be_stopped() {
     assert!(!rig.port.link().up);
     let (rx, tx) = rig.queues.take().unwrap();
     let references = Arc::strong_count(&rig.memory);
-    assert!(rig.port.stop(rx, tx, &mut rig.cache).is_err());
+    assert!(rig.port.stop_pair(rx, tx, &mut rig.cache).is_err());
     assert_eq!(Arc::strong_count(&rig.memory), references);
     drop(rig.port);
     // The two rings are gone, the reference that the port had is left for ever.
@@ -307,10 +307,10 @@ fn a_stop_that_is_confirmed_later_gives_the_buffers_back() {
         rig.device.set_faults(Faults { gone: true, ..Faults::default() });
         assert_eq!(rig.port.check().unwrap_err().kind(), ErrorKind::Unavailable);
         let (rx, tx) = rig.queues.take().unwrap();
-        rig.port.stop(rx, tx, &mut rig.cache).unwrap_err();
-        rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap_err();
+        rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap_err();
+        rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap_err();
         rig.device.set_faults(Faults::default());
-        rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+        rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
         rig.port.check().unwrap();
         rig.stop();
     });
@@ -321,14 +321,14 @@ fn starts_that_fail_take_no_memory() {
     in_both_modes(|| {
         let mut rig = Rig::standard();
         let (rx, tx) = rig.queues.take().unwrap();
-        rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+        rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
         rig.device.set_faults(Faults { gone: true, ..Faults::default() });
         for _ in 0..100 {
-            let error = rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap_err();
+            let error = rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
         }
         rig.device.set_faults(Faults::default());
-        rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+        rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
         rig.stop();
     });
 }
@@ -355,7 +355,7 @@ fn sent_buffers_go_back_to_the_pool_that_they_came_from() {
         let mut burst: Burst = (0..8).map(|_| to_send.allocate().unwrap().with_len(60)).collect();
         let (rx, mut tx) = rig.queues.take().unwrap();
         assert_eq!(tx.tx_burst(&mut to_send, &mut burst), 8);
-        rig.port.stop_pairs(vec![(rx, tx)], &mut rig.cache, Some(&mut to_send)).unwrap();
+        rig.port.stop(Queues::pair(rx, tx), &mut rig.cache, Some(&mut to_send)).unwrap();
         let sent = Arc::clone(to_send.pool());
         drop((to_send, rig.cache));
         assert_eq!((sent.available(), rig.pool.available(), pool.available()), (8, 512, 64));

@@ -24,7 +24,7 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::driver::{Args, Vdev, flag, socket_path};
-use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, QueueSizes};
+use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, PortConfig, Queues};
 use crate::virtio::{self, random_mac};
 pub use queues::{RxQueue, TxQueue};
 use server::Server;
@@ -112,6 +112,11 @@ impl Device {
         Ok(Self { name, mac: options.mac.unwrap_or_else(random_mac), rings, started: false, _server: server })
     }
 
+    /// Of each pair the ring [`RECEIVE`] or [`TRANSMIT`].
+    fn rings_of(&self, kind: usize) -> impl Iterator<Item = &Arc<Shared>> {
+        self.rings.iter().skip(kind).step_by(RINGS_PER_PAIR)
+    }
+
     fn refuse(&self, why: &str) -> Error {
         Error::new(ErrorKind::Usage, format!("cannot use vhost port {}", self.name), why)
     }
@@ -122,37 +127,39 @@ impl Nic for Device {
     type Tx = TxQueue;
 
     /// Waits for no frontend, and needs nothing of `memory`: rings and buffers are the frontend's.
-    fn start_pairs(
+    fn start(
         &mut self,
+        config: &PortConfig,
         _memory: &Arc<DmaMemory>,
         _cache: &mut PoolCache,
-        _sizes: QueueSizes,
-        pairs: u16,
-    ) -> Result<Vec<(RxQueue, TxQueue)>> {
-        if usize::from(pairs) * RINGS_PER_PAIR > self.rings.len() {
-            return Err(self
-                .refuse(&format!("it has {} pairs of queues", self.rings.len() / RINGS_PER_PAIR))
-                .with_hint(format!("give it more: --vdev {},iface=SOCKET,queues={pairs}", self.name)));
+    ) -> Result<Queues<RxQueue, TxQueue>> {
+        if let Some(why) = config.unfit(&self.capabilities()) {
+            let pairs = config.rx_queues.max(config.tx_queues);
+            let hint = format!("give it more: --vdev {},iface=SOCKET,queues={pairs}", self.name);
+            return Err(self.refuse(&why).with_hint(hint));
         }
         if std::mem::replace(&mut self.started, true) {
             return Err(self.refuse("it is started already"));
         }
-        let queues = |rings: &[Arc<Shared>]| {
-            (RxQueue::new(&rings[TRANSMIT], &self.name), TxQueue::new(&rings[RECEIVE], &self.name))
-        };
-        Ok(self.rings.chunks(RINGS_PER_PAIR).take(pairs.into()).map(queues).collect())
+        let rx = self.rings_of(TRANSMIT).take(config.rx_queues.into());
+        let tx = self.rings_of(RECEIVE).take(config.tx_queues.into());
+        Ok(Queues {
+            rx: rx.map(|ring| RxQueue::new(ring, &self.name)).collect(),
+            tx: tx.map(|ring| TxQueue::new(ring, &self.name)).collect(),
+        })
     }
 
     /// The frontend stays connected; its rings wait for the next start.
     /// The rings own no buffers of ours: packets were copied.
-    fn stop_pairs(
+    fn stop(
         &mut self,
-        queues: Vec<(RxQueue, TxQueue)>,
+        queues: Queues<RxQueue, TxQueue>,
         _cache: &mut PoolCache,
         _sent: Option<&mut PoolCache>,
     ) -> Result<()> {
-        let own = self.rings.chunks(RINGS_PER_PAIR).zip(&queues);
-        if !own.into_iter().all(|(rings, (rx, tx))| rx.is_of(&rings[TRANSMIT]) && tx.is_of(&rings[RECEIVE])) {
+        let own_rx = self.rings_of(TRANSMIT).zip(&queues.rx).all(|(ring, rx)| rx.is_of(ring));
+        let own_tx = self.rings_of(RECEIVE).zip(&queues.tx).all(|(ring, tx)| tx.is_of(ring));
+        if !(own_rx && own_tx) {
             return Err(self.refuse("the queues to stop are of another port"));
         }
         self.started = false;
@@ -165,7 +172,8 @@ impl Nic for Device {
 
     /// Rings and buffers are the frontend's. It receives no short frames: those are dropped.
     fn capabilities(&self) -> Capabilities {
-        Capabilities::default()
+        let pairs = (self.rings.len() / RINGS_PER_PAIR) as u16;
+        Capabilities { rx_queues: pairs, tx_queues: pairs, ..Capabilities::default() }
     }
 
     /// Up while a frontend has both rings of the first pair started and enabled.

@@ -14,11 +14,11 @@ use vireo_eal::mem::{Backing, Region};
 
 use super::{Device, Options, RECEIVE, RxQueue, TRANSMIT, TxQueue};
 use crate::driver::Vdev;
-use crate::port::{MacAddr, Nic, QueueSizes, RxBurst, TxBurst};
+use crate::port::{MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst};
 use crate::virtio::{self, DESC_NEXT, DESC_WRITE, Features, HEADER};
 use guest::{BUFFER, GUEST, Guest, MEMORY, SIZE};
 
-const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 const BUFFERS: u32 = 256;
 const ALL: Features = super::backend::FEATURES;
 const PLAIN: Features = Features::VERSION_1;
@@ -49,7 +49,7 @@ impl Bench {
         let region = Region::new(Pool::bytes(BUFFERS), Backing::SmallPages).unwrap();
         let memory = DmaMemory::map(region, &[]).unwrap();
         let mut cache = Pool::new(&memory, BUFFERS).unwrap().cache();
-        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         Self { dir, device, rx, tx, cache, memory }
     }
 
@@ -98,7 +98,7 @@ impl Bench {
 
     /// Stops the port and counts the buffers.
     fn stop(mut self) -> u32 {
-        self.device.stop(self.rx, self.tx, &mut self.cache).unwrap();
+        self.device.stop_pair(self.rx, self.tx, &mut self.cache).unwrap();
         let pool = Arc::clone(self.cache.pool());
         drop(self.cache);
         pool.available()
@@ -472,14 +472,14 @@ fn the_port_may_stop_and_start_while_a_frontend_is_there() {
     let (mut bench, mut guest) = Bench::with(ALL);
     exchange(&mut bench, &mut guest, 50);
     let Bench { dir, mut device, rx, tx, mut cache, memory } = bench;
-    assert_eq!(device.start(&memory, &mut cache, SIZES).unwrap_err().kind(), ErrorKind::Usage);
-    device.stop(rx, tx, &mut cache).unwrap();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    assert_eq!(device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().kind(), ErrorKind::Usage);
+    device.stop_pair(rx, tx, &mut cache).unwrap();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
     let mut bench = Bench { dir, device, rx, tx, cache, memory };
     exchange(&mut bench, &mut guest, 50);
     assert_eq!(bench.rx.stats().packets, 50);
     let other = Bench::new();
-    let error = bench.device.stop(other.rx, other.tx, &mut bench.cache).unwrap_err();
+    let error = bench.device.stop_pair(other.rx, other.tx, &mut bench.cache).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);
     let path = bench.dir.path().join("socket");
     assert!(path.exists());
@@ -536,6 +536,11 @@ fn an_empty_pool_receives_later() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
+/// RX and TX queues of the same number.
+fn pairs_of<R, T>(queues: &mut Queues<R, T>) -> impl Iterator<Item = (&mut R, &mut T)> {
+    queues.rx.iter_mut().zip(&mut queues.tx)
+}
+
 /// Both ends are Vireo's: each pair is a way of its own.
 #[test]
 fn a_virtio_user_port_uses_several_pairs() {
@@ -550,10 +555,10 @@ fn a_virtio_user_port_uses_several_pairs() {
     let pool = Pool::new(&memory, BUFFERS).unwrap();
     let mut cache = pool.cache();
     for pairs in [1, 2] {
-        let mut ours = server.start_pairs(&memory, &mut cache, SIZES, pairs).unwrap();
-        let mut theirs = client.start_pairs(&memory, &mut cache, SIZES, pairs).unwrap();
+        let mut ours = server.start(&CONFIG.with_pairs(pairs), &memory, &mut cache).unwrap();
+        let mut theirs = client.start(&CONFIG.with_pairs(pairs), &memory, &mut cache).unwrap();
         for length in 60..200 {
-            for ((rx, tx), (peer_rx, peer_tx)) in ours.iter_mut().zip(&mut theirs) {
+            for ((rx, tx), (peer_rx, peer_tx)) in pairs_of(&mut ours).zip(pairs_of(&mut theirs)) {
                 let ways: [(&mut dyn TxBurst, &mut dyn RxBurst); 2] = [(peer_tx, rx), (tx, peer_rx)];
                 for (tx, rx) in ways {
                     let mut burst: Burst =
@@ -565,11 +570,11 @@ fn a_virtio_user_port_uses_several_pairs() {
                 }
             }
         }
-        client.stop_pairs(theirs, &mut cache, None).unwrap();
-        server.stop_pairs(ours, &mut cache, None).unwrap();
+        client.stop(theirs, &mut cache, None).unwrap();
+        server.stop(ours, &mut cache, None).unwrap();
     }
-    let error = client.start_pairs(&memory, &mut cache, SIZES, 4).unwrap_err();
-    assert!(error.to_string().contains("4 pairs of queues are asked for, and it has 2"), "{error}");
+    let error = client.start(&CONFIG.with_pairs(4), &memory, &mut cache).unwrap_err();
+    assert!(error.to_string().contains("4 RX queues are asked for, and it has 2"), "{error}");
     drop(cache);
     assert_eq!(pool.available(), BUFFERS);
 }

@@ -22,7 +22,7 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::driver::{Args, PciDriver, flag};
-use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, QueueSizes};
+use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, PortConfig, Queues};
 use ctrl::Control;
 pub(crate) use features::Features;
 use pci::Pci;
@@ -78,8 +78,10 @@ pub struct Device {
     promiscuous: bool,
     fault: Fault,
     started: Option<Started>,
+    /// Most pairs of queues.
+    pairs: u16,
     /// Queues of a stop that the device did not confirm.
-    parked: Vec<(RxQueue, TxQueue)>,
+    parked: Option<Queues<RxQueue, TxQueue>>,
     /// Queues of earlier runs, used again where they fit: DMA memory is never given back one by one.
     spare: Option<Spare>,
     leftover: Leftover,
@@ -92,7 +94,7 @@ struct Started {
 }
 
 /// To receive and to send, and the control queue.
-type Queues = (Vec<(Virtqueue, Virtqueue)>, Option<Box<Control>>);
+type Rings = (Queues<Virtqueue, Virtqueue>, Option<Box<Control>>);
 
 #[derive(Debug)]
 struct Spare {
@@ -150,7 +152,9 @@ impl Device {
     }
 
     fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
-        let features = transport.negotiate(options, false)?;
+        let features = transport.negotiate(options, true)?;
+        // What it says of them is an error for who asks for several.
+        let pairs = transport.pairs().unwrap_or(1);
         let mac = transport.mac()?.unwrap_or_else(random_mac);
         Ok(Self {
             transport,
@@ -160,7 +164,8 @@ impl Device {
             promiscuous: false,
             fault: Fault::default(),
             started: None,
-            parked: Vec::new(),
+            pairs,
+            parked: None,
             spare: None,
             leftover: Leftover::default(),
         })
@@ -175,10 +180,9 @@ impl Device {
     fn queues(
         &mut self,
         memory: &Arc<DmaMemory>,
-        sizes: QueueSizes,
-        pairs: u16,
+        config: &PortConfig,
         control: Option<u16>,
-    ) -> Result<Queues> {
+    ) -> Result<Rings> {
         if self.spare.as_ref().is_some_and(|spare| !Arc::ptr_eq(&spare.memory, memory)) {
             self.spare = None;
         }
@@ -191,43 +195,45 @@ impl Device {
         if let (Some(index), None) = (control, &spare.control) {
             spare.control = Some(Box::new(Control::new(memory, index, name)?));
         }
-        let sizes = [sizes.rx, sizes.tx].repeat(pairs.into());
-        let rings = spare.take(&sizes, |size| Virtqueue::new(memory, size, name, &self.fault))?;
-        let mut rings = rings.into_iter();
-        let pairs = std::iter::from_fn(|| Some((rings.next()?, rings.next()?))).collect();
+        let of = |queues: u16, descriptors| std::iter::repeat_n(descriptors, queues.into());
+        let sizes: Vec<u16> = of(config.rx_queues, config.rx_descriptors)
+            .chain(of(config.tx_queues, config.tx_descriptors))
+            .collect();
+        let mut rx = spare.take(&sizes, |size| Virtqueue::new(memory, size, name, &self.fault))?;
+        let tx = rx.split_off(config.rx_queues.into());
         let control = control.and_then(|index| {
             let mut control = spare.control.take()?;
             control.index = index;
             Some(control)
         });
-        Ok((pairs, control))
+        Ok((Queues { rx, tx }, control))
     }
 
     /// Sets the queues up and goes live (3.1.1, steps 7 and 8).
     fn go_live(
         &mut self,
         memory: &DmaMemory,
-        pairs: &mut [(RxQueue, TxQueue)],
+        queues: &mut Queues<RxQueue, TxQueue>,
         mut control: Option<&mut Control>,
         cache: &mut PoolCache,
     ) -> Result<()> {
         let event_idx = self.features.contains(Features::EVENT_IDX);
         self.transport.share(memory)?;
-        for (index, queue) in numbered(pairs) {
+        for (index, queue) in numbered(queues) {
             queue.restart(index, event_idx);
             self.transport.enable_queue(index, queue)?;
         }
         if let Some(control) = &mut control {
             control.restart(&mut *self.transport, event_idx)?;
         }
-        pairs.iter_mut().try_for_each(|(rx, _)| rx.prepare(cache))?;
+        queues.rx.iter_mut().try_for_each(|rx| rx.prepare(cache))?;
         let kicks =
-            numbered(pairs).map(|(index, _)| self.transport.kick(index)).collect::<Result<Vec<_>>>()?;
+            numbered(queues).map(|(index, _)| self.transport.kick(index)).collect::<Result<Vec<_>>>()?;
         self.transport.go_live()?;
-        numbered(pairs).zip(kicks).for_each(|((_, queue), kick)| queue.connect(kick));
+        numbered(queues).zip(kicks).for_each(|((_, queue), kick)| queue.connect(kick));
         let Some(control) = control else { return Ok(()) };
         if self.features.contains(Features::MQ) {
-            control.set_pairs(&*self.transport, pairs.len() as u16)?;
+            control.set_pairs(&*self.transport, queues.rx.len() as u16)?;
         }
         // After a reset QEMU receives everything, other devices their own frames only: say which in any case.
         match self.features.contains(Features::CTRL_RX) {
@@ -260,45 +266,53 @@ impl Nic for Device {
     type Rx = RxQueue;
     type Tx = TxQueue;
 
-    fn start_pairs(
+    fn start(
         &mut self,
+        config: &PortConfig,
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
-        sizes: QueueSizes,
-        pairs: u16,
-    ) -> Result<Vec<(RxQueue, TxQueue)>> {
+    ) -> Result<Queues<RxQueue, TxQueue>> {
         self.retry_stop(cache)?;
         if self.started.is_some() {
             return Err(self.refuse(ErrorKind::Usage, "it is started already"));
         }
+        let pairs = config.rx_queues.max(config.tx_queues);
         self.features = self.transport.negotiate(self.options, pairs > 1)?;
         let most = self.transport.pairs()?;
-        if pairs > most {
-            let why = format!("{pairs} pairs of queues are asked for, and it has {most}");
+        self.pairs = self.pairs.max(most);
+        if let Some(why) =
+            config.unfit(&Capabilities { rx_queues: most, tx_queues: most, ..self.capabilities() })
+        {
             return Err(self.refuse(ErrorKind::Usage, &why).with_hint(
                 "give it more: queues=N of a --vdev and of its peer, -device virtio-net-pci,mq=on of QEMU",
             ));
         }
-        let sizes = QueueSizes {
-            rx: self.transport.queue_size(RX_QUEUE, sizes.rx)?,
-            tx: self.transport.queue_size(TX_QUEUE, sizes.tx)?,
+        if config.rx_queues < config.tx_queues {
+            let why = "it spreads what it receives over as many queues as it sends from (virtio 1.2, 5.1.6.5.5), so it needs \
+                       no fewer RX than TX queues";
+            return Err(self.refuse(ErrorKind::Usage, why));
+        }
+        let config = PortConfig {
+            rx_descriptors: self.transport.queue_size(RX_QUEUE, config.rx_descriptors)?,
+            tx_descriptors: self.transport.queue_size(TX_QUEUE, config.tx_descriptors)?,
+            ..*config
         };
         let controlled = self.features.intersects(Features::CTRL_RX)
             || self.features.contains(Features::CTRL_VQ | Features::MQ);
         let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);
-        let (pairs, mut control) = self.queues(memory, sizes, pairs, control)?;
+        let (rings, mut control) = self.queues(memory, &config, control)?;
         let (features, prompt) = (self.features, self.transport.owes_completions());
-        let mut queues: Vec<_> = pairs
-            .into_iter()
-            .map(|(rx, tx)| (RxQueue::new(rx, features), TxQueue::new(tx, features, prompt)))
-            .collect();
+        let mut queues = Queues {
+            rx: rings.rx.into_iter().map(|ring| RxQueue::new(ring, features)).collect(),
+            tx: rings.tx.into_iter().map(|ring| TxQueue::new(ring, features, prompt)).collect(),
+        };
         self.fault.take();
         let live = self.go_live(memory, &mut queues, control.as_deref_mut(), cache);
         self.started = Some(Started { memory: Arc::clone(memory), control });
         match live {
             Ok(()) => Ok(queues),
             Err(error) => {
-                if let Err(error) = self.stop_pairs(queues, cache, None) {
+                if let Err(error) = self.stop(queues, cache, None) {
                     tracing::error!("{error}");
                 }
                 Err(error)
@@ -306,27 +320,30 @@ impl Nic for Device {
         }
     }
 
-    fn stop_pairs(
+    fn stop(
         &mut self,
-        queues: Vec<(RxQueue, TxQueue)>,
+        queues: Queues<RxQueue, TxQueue>,
         cache: &mut PoolCache,
         mut sent: Option<&mut PoolCache>,
     ) -> Result<()> {
         // Buffers of a running device must not get into the pool.
-        if queues.iter().any(|(rx, tx)| [rx.name(), tx.name()] != [self.transport.name(); 2]) {
+        let mut names = queues.rx.iter().map(RxQueue::name).chain(queues.tx.iter().map(TxQueue::name));
+        if names.any(|name| name != self.transport.name()) {
             return Err(self.refuse(ErrorKind::Usage, "the queues to stop are of another device"));
         }
         if let Err(error) = self.transport.stop() {
             // A later start gets one cache, for buffers of one pool.
-            self.parked = if sent.is_none() { queues } else { Vec::new() };
+            self.parked = sent.is_none().then_some(queues);
             return Err(error);
         }
         let control = self.started.take().and_then(|started| started.control);
-        let mut rings = Vec::with_capacity(2 * queues.len());
-        for (rx, tx) in queues {
+        let mut rings = Vec::with_capacity(queues.rx.len() + queues.tx.len());
+        for rx in queues.rx {
             self.leftover.rx_unread += u64::from(rx.unread());
-            self.leftover.tx_unfinished += tx.unfinished() as u64;
             rings.push(rx.into_queue(cache));
+        }
+        for tx in queues.tx {
+            self.leftover.tx_unfinished += tx.unfinished() as u64;
             rings.push(tx.into_queue(sent.as_deref_mut().unwrap_or(cache)));
         }
         // Of the memory that the last start had.
@@ -338,20 +355,24 @@ impl Nic for Device {
     }
 
     fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
-        match std::mem::take(&mut self.parked) {
-            parked if parked.is_empty() => Ok(()),
-            parked => self.stop_pairs(parked, cache, None),
+        match self.parked.take() {
+            None => Ok(()),
+            Some(parked) => self.stop(parked, cache, None),
         }
     }
 
     /// A peer's memory may hold frames of 0 to 16 bytes. Of a split ring the device writes the used ring, and reads
     /// descriptors and avail ring (2.7).
     fn capabilities(&self) -> Capabilities {
-        let ring_bytes = |QueueSizes { rx, tx }| {
-            let entries = usize::from(rx) + usize::from(tx);
-            [entries * 8, entries * 18]
-        };
-        Capabilities { receives_short_frames: true, ring_bytes, ..Capabilities::default() }
+        let ring_bytes = |config: &PortConfig| [config.descriptors() * 8, config.descriptors() * 18];
+        let (rx_queues, tx_queues) = (self.pairs, self.pairs);
+        Capabilities {
+            receives_short_frames: true,
+            rx_queues,
+            tx_queues,
+            ring_bytes,
+            ..Capabilities::default()
+        }
     }
 
     fn mac(&self) -> MacAddr {
@@ -401,9 +422,11 @@ impl Nic for Device {
     }
 }
 
-/// The virtqueues of `pairs`, each with its index.
-fn numbered(pairs: &mut [(RxQueue, TxQueue)]) -> impl Iterator<Item = (u16, &mut Virtqueue)> {
-    (0..).zip(pairs.iter_mut().flat_map(|(rx, tx)| [rx.queue_mut(), tx.queue_mut()]))
+/// The virtqueues of a port, each with its index: those of a pair follow each other (5.1.2).
+fn numbered(queues: &mut Queues<RxQueue, TxQueue>) -> impl Iterator<Item = (u16, &mut Virtqueue)> {
+    let indices = |first: u16| (first..).step_by(RINGS_PER_PAIR as usize);
+    let rx = indices(RX_QUEUE).zip(queues.rx.iter_mut().map(RxQueue::queue_mut));
+    rx.chain(indices(TX_QUEUE).zip(queues.tx.iter_mut().map(TxQueue::queue_mut)))
 }
 
 impl Drop for Device {

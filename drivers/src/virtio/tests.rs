@@ -14,9 +14,9 @@ use vireo_eal::mem::{Backing, Region};
 
 use super::{Device, HEADER, Options, RxQueue, TxQueue};
 use crate::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
-use crate::port::{Nic, QueueSizes, RxBurst, TxBurst};
+use crate::port::{Nic, PortConfig, RxBurst, TxBurst};
 
-const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 64 };
+const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 const BUFFERS: u32 = 512;
 
 /// A started port with its device half and its memory.
@@ -46,7 +46,7 @@ impl Bench {
         let (memory, mut cache) = memory(buffers);
         nic.attach(memory.device_view().unwrap());
         let mut device = Device::probe_with(nic.function(), options).unwrap();
-        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         assert!(nic.is_live());
         Self { nic, device, rx, tx, cache, memory }
     }
@@ -93,7 +93,7 @@ impl Bench {
     /// Stops the port and counts the buffers.
     fn stop(mut self) -> (u32, VirtioNet) {
         assert_eq!(self.nic.faults(), [""; 0]);
-        self.device.stop(self.rx, self.tx, &mut self.cache).unwrap();
+        self.device.stop_pair(self.rx, self.tx, &mut self.cache).unwrap();
         assert!(!self.nic.is_live());
         let pool = Arc::clone(self.cache.pool());
         drop(self.cache);
@@ -243,9 +243,9 @@ fn a_device_that_was_stopped_by_somebody_else_is_started_again() {
     assert!(error.contains("its status 0xb has lost DRIVER_OK"), "{error}");
     bench.nic.behave(|behaviour| behaviour.halted = false);
     let Bench { nic, mut device, rx, tx, mut cache, memory } = bench;
-    device.stop(rx, tx, &mut cache).unwrap();
+    device.stop_pair(rx, tx, &mut cache).unwrap();
     device.check().unwrap();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
     device.check().unwrap();
     assert_eq!(Bench { nic, device, rx, tx, cache, memory }.stop().0, BUFFERS);
 }
@@ -291,7 +291,7 @@ fn too_few_buffers_to_start_are_an_error_that_loses_none() {
     let (memory, mut cache) = memory(40);
     nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
-    let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
+    let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err();
     assert!(error.to_string().contains("24 of 64 packet buffers are missing"), "{error}");
     let pool = Arc::clone(cache.pool());
     drop(cache);
@@ -380,8 +380,8 @@ fn several_pairs_need_a_control_queue() {
     let (memory, mut cache) = memory(BUFFERS);
     nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
-    let error = device.start_pairs(&memory, &mut cache, SIZES, 2).unwrap_err().to_string();
-    assert!(error.contains("2 pairs of queues are asked for, and it has 1"), "{error}");
+    let error = device.start(&CONFIG.with_pairs(2), &memory, &mut cache).unwrap_err().to_string();
+    assert!(error.contains("2 RX queues are asked for, and it has 1"), "{error}");
     assert_eq!(nic.faults(), [""; 0]);
 }
 
@@ -463,8 +463,8 @@ fn a_port_may_stop_and_start_any_number_of_times() {
         }
         bench.forward();
         let Bench { nic, mut device, rx, tx, mut cache, memory } = bench;
-        device.stop(rx, tx, &mut cache).unwrap();
-        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        device.stop_pair(rx, tx, &mut cache).unwrap();
+        let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         bench = Bench { nic, device, rx, tx, cache, memory };
     }
     assert_eq!(bench.stop().0, BUFFERS);
@@ -479,9 +479,35 @@ fn rings_of_other_sizes_and_numbers_are_kept_for_later() {
     let mut device = Device::probe(nic.function()).unwrap();
     for round in 0..2000 {
         nic.behave(|behaviour| behaviour.queue_size = 16 << (round % 3));
-        let queues = device.start_pairs(&memory, &mut cache, SIZES, 1 + round / 3 % 2).unwrap();
-        device.stop_pairs(queues, &mut cache, None).unwrap();
+        let queues = device.start(&CONFIG.with_pairs(1 + round / 3 % 2), &memory, &mut cache).unwrap();
+        device.stop(queues, &mut cache, None).unwrap();
     }
+}
+
+#[test]
+fn there_may_be_fewer_queues_to_send_from_than_to_receive_on() {
+    let behaviour =
+        Behaviour { pairs: 2, features: Behaviour::default().features | feature::MQ, ..Behaviour::default() };
+    let nic = VirtioNet::new(behaviour);
+    let (memory, mut cache) = memory(BUFFERS);
+    nic.attach(memory.device_view().unwrap());
+    let mut device = Device::probe(nic.function()).unwrap();
+    assert_eq!((device.capabilities().rx_queues, device.capabilities().tx_queues), (2, 2));
+    let more_tx = PortConfig { tx_queues: 2, ..CONFIG };
+    let error = device.start(&more_tx, &memory, &mut cache).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage);
+    let more_rx = PortConfig { rx_queues: 2, ..CONFIG };
+    let mut queues = device.start(&more_rx, &memory, &mut cache).unwrap();
+    assert_eq!((nic.pairs(), queues.rx.len(), queues.tx.len()), (2, 2, 1));
+    for (pair, rx) in (0..).zip(&mut queues.rx) {
+        assert!(nic.receive_on(pair, &frame(pair.into())));
+        let mut burst = Burst::new();
+        rx.rx_burst(&mut cache, &mut burst);
+        assert_eq!(queues.tx[0].tx_burst(&mut cache, &mut burst), 1);
+        assert_eq!(nic.transmitted_on(0), [frame(pair.into())]);
+    }
+    device.stop(queues, &mut cache, None).unwrap();
+    assert_eq!(nic.faults(), [""; 0]);
 }
 
 #[test]
@@ -492,13 +518,13 @@ fn each_pair_carries_its_own_frames() {
     let (memory, mut cache) = memory(BUFFERS);
     nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
-    let error = device.start_pairs(&memory, &mut cache, SIZES, 3).unwrap_err();
-    assert!(error.to_string().contains("3 pairs of queues are asked for, and it has 2"), "{error}");
+    let error = device.start(&CONFIG.with_pairs(3), &memory, &mut cache).unwrap_err();
+    assert!(error.to_string().contains("3 RX queues are asked for, and it has 2"), "{error}");
     for pairs in [1, 2, 1, 2] {
-        let mut queues = device.start_pairs(&memory, &mut cache, SIZES, pairs).unwrap();
-        assert_eq!((nic.pairs(), queues.len()), (pairs, usize::from(pairs)));
+        let mut queues = device.start(&CONFIG.with_pairs(pairs), &memory, &mut cache).unwrap();
+        assert_eq!((nic.pairs(), queues.rx.len(), queues.tx.len()), (pairs, pairs.into(), pairs.into()));
         for round in 0..200 {
-            for (pair, (rx, tx)) in (0..).zip(&mut queues) {
+            for (pair, (rx, tx)) in (0..).zip(queues.rx.iter_mut().zip(&mut queues.tx)) {
                 let number = 1000 * u32::from(pair) + round;
                 assert!(nic.receive_on(pair, &frame(number)));
                 let mut burst = Burst::new();
@@ -507,7 +533,7 @@ fn each_pair_carries_its_own_frames() {
                 assert_eq!(nic.transmitted_on(pair), [frame(number)]);
             }
         }
-        device.stop_pairs(queues, &mut cache, None).unwrap();
+        device.stop(queues, &mut cache, None).unwrap();
     }
     assert_eq!(nic.faults(), [""; 0]);
     let pool = Arc::clone(cache.pool());
@@ -522,7 +548,7 @@ fn a_stop_that_the_device_does_not_confirm_keeps_its_memory() {
         behaviour.ignore_reset = true;
         behaviour.function_reset = false;
     });
-    let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
+    let error = device.stop_pair(rx, tx, &mut cache).unwrap_err().to_string();
     assert!(error.contains("after 1 s") && error.contains("is kept"), "{error}");
     let weak = Arc::downgrade(&memory);
     drop((device, memory, cache));
@@ -534,10 +560,10 @@ fn a_stop_that_is_confirmed_later_gives_the_buffers_back() {
     let Bench { nic, mut device, rx, tx, mut cache, memory } = Bench::new(Behaviour::default());
     nic.behave(|behaviour| (behaviour.removed, behaviour.function_reset) = (true, false));
     assert_eq!(device.check().unwrap_err().kind(), ErrorKind::Unavailable);
-    device.stop(rx, tx, &mut cache).unwrap_err();
-    device.start(&memory, &mut cache, SIZES).unwrap_err();
+    device.stop_pair(rx, tx, &mut cache).unwrap_err();
+    device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err();
     nic.behave(|behaviour| behaviour.removed = false);
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
     device.check().unwrap();
     assert_eq!(Bench { nic, device, rx, tx, cache, memory }.stop().0, BUFFERS);
 }
@@ -546,7 +572,7 @@ fn a_stop_that_is_confirmed_later_gives_the_buffers_back() {
 fn a_stop_that_the_device_ignores_is_done_by_the_function() {
     let Bench { nic, mut device, rx, tx, mut cache, .. } = Bench::new(Behaviour::default());
     nic.behave(|behaviour| behaviour.ignore_reset = true);
-    device.stop(rx, tx, &mut cache).unwrap();
+    device.stop_pair(rx, tx, &mut cache).unwrap();
     assert!(!nic.is_live());
 }
 
@@ -577,7 +603,7 @@ fn queues_of_another_device_are_not_stopped() {
     let mut bench = Bench::new(Behaviour::default());
     let other = VirtioNet::at(Bdf::new(0, 0, 4, 0).unwrap(), Behaviour::default());
     let mut device = Device::probe(other.function()).unwrap();
-    assert_eq!(device.stop(bench.rx, bench.tx, &mut bench.cache).unwrap_err().kind(), ErrorKind::Usage);
+    assert_eq!(device.stop_pair(bench.rx, bench.tx, &mut bench.cache).unwrap_err().kind(), ErrorKind::Usage);
     assert!(bench.nic.is_live());
 }
 
@@ -619,9 +645,9 @@ fn a_fixed_receive_filter_is_the_same_before_and_after_the_start() {
     };
     asked(&mut device);
     for _ in 0..2 {
-        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         asked(&mut device);
-        device.stop(rx, tx, &mut cache).unwrap();
+        device.stop_pair(rx, tx, &mut cache).unwrap();
     }
 }
 
@@ -647,9 +673,9 @@ fn what_was_asked_before_start_holds_after_it() {
     nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     device.set_promiscuous(true).unwrap();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
     assert!(nic.is_promiscuous());
-    device.stop(rx, tx, &mut cache).unwrap();
+    device.stop_pair(rx, tx, &mut cache).unwrap();
 }
 
 proptest! {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
-use vireo_drivers::port::{RxBurst, TxBurst};
+use vireo_drivers::port::{Queues, RxBurst, TxBurst};
 use vireo_drivers::table::{Drivers, RxQueue, TxQueue};
 use vireo_eal::Eal;
 use vireo_eal::args::{Outcome, Program, allowed_cpus, parse};
@@ -115,7 +115,7 @@ impl Peer {
         let routes = (0..open.len()).map(|port| Route { lcore: 0, from: port, to: port, pair: 0 });
         let mut ports = app.reserve(open, routes.collect(), &Config::default()).unwrap();
         ports.start_all(true).unwrap();
-        let queues = (0..ports.count()).filter_map(|port| ports.take_queues(port)).flatten().collect();
+        let queues = (0..ports.count()).filter_map(|port| ports.take_queues(port)?.into_pair()).collect();
         Self { queues, cache: ports.cache(), ports }
     }
 
@@ -153,8 +153,8 @@ impl Peer {
     /// Stops the ports; every buffer must have come back.
     pub(crate) fn stop(self) {
         let Self { queues, cache, mut ports } = self;
-        for (port, pair) in queues.into_iter().enumerate() {
-            ports.put_queues(port, vec![pair]);
+        for (port, (rx, tx)) in queues.into_iter().enumerate() {
+            ports.put_queues(port, Queues::pair(rx, tx));
             ports.close(port);
         }
         drop(cache);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, PciInfo, Report};
 use vireo_drivers::memory;
-use vireo_drivers::port::{MacAddr, RxBurst, TxBurst};
+use vireo_drivers::port::{MacAddr, Queues, RxBurst, TxBurst};
 use vireo_drivers::ports::{self, OpenPort};
 use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_eal::Result;
@@ -61,12 +61,13 @@ impl Side {
     }
 
     fn take_queues(&mut self) {
-        self.queues = [0, 1].into_iter().filter_map(|port| self.ports.take_queues(port)).flatten().collect();
+        self.queues =
+            [0, 1].into_iter().filter_map(|port| self.ports.take_queues(port)?.into_pair()).collect();
     }
 
     fn put_queues(&mut self) {
-        for (port, queues) in std::mem::take(&mut self.queues).into_iter().enumerate() {
-            self.ports.put_queues(port, vec![queues]);
+        for (port, (rx, tx)) in std::mem::take(&mut self.queues).into_iter().enumerate() {
+            self.ports.put_queues(port, Queues::pair(rx, tx));
         }
     }
 

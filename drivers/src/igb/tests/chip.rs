@@ -31,7 +31,7 @@ fn the_chips_get_what_is_theirs() {
     in_both_modes(|| {
         // GCR sends requests again and has no timeout; PHPM cuts the link.
         for (id, gcr, control2, phpm) in [(ID_82576, 1 << 18, 5, 1 << 5), (ID_I350, 5 << 16, 0, 0)] {
-            let rig = Rig::new(id, SIZES, 512);
+            let rig = Rig::new(id, CONFIG, 512);
             let mut word = [0; 2];
             rig.device.config().read(0x40 + 0x28, &mut word);
             let got = (rig.device.register(GCR), u16::from_le_bytes(word), rig.device.register(PHPM));
@@ -41,9 +41,9 @@ fn the_chips_get_what_is_theirs() {
         // A chip with the first version of the capability has its timeout in GCR.
         let mut rig = Rig::standard();
         let (rx, tx) = rig.queues.take().unwrap();
-        rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+        rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
         rig.device.set_register(GCR, 1 << 16);
-        rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+        rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
         assert_eq!(rig.device.register(GCR), 1 << 12);
         rig.stop();
     });
@@ -53,7 +53,7 @@ fn the_chips_get_what_is_theirs() {
 fn a_reset_is_survived_and_begins_anew() {
     in_both_modes(|| {
         for id in IDS_OF_CHIPS {
-            let mut rig = Rig::new(id, SIZES, 512);
+            let mut rig = Rig::new(id, CONFIG, 512);
             for number in 0..10 {
                 rig.restart();
                 assert!(rig.device.receive(&frame(number)), "{id}");
@@ -105,13 +105,13 @@ fn a_queue_that_does_not_start_gives_its_buffers_back() {
     in_both_modes(|| {
         let mut rig = Rig::standard();
         let (rx, tx) = rig.queues.take().unwrap();
-        rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+        rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
         rig.device.set_faults(Faults { never_enabled: true, ..Faults::default() });
-        let error = rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap_err().to_string();
+        let error = rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap_err().to_string();
         assert!(error.contains("register 0xc028 stays"), "{error}");
         assert!(!rig.device.config().bus_master());
         rig.device.set_faults(Faults::default());
-        rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+        rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
         rig.stop();
     });
 }
@@ -125,9 +125,9 @@ fn a_sleeping_phy_is_woken() {
         device.sleep_phy();
         assert!(!port.link().up);
         let mut cache = pool.cache();
-        let (rx, tx) = port.start(&memory, &mut cache, SIZES).unwrap();
+        let (rx, tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         assert!(port.link().up);
-        port.stop(rx, tx, &mut cache).unwrap();
+        port.stop_pair(rx, tx, &mut cache).unwrap();
     });
 }
 
@@ -146,12 +146,12 @@ fn what_a_killed_process_held_is_taken_back() {
             // The probe does, of a function whose reset leaves them as they are.
             port.disown_phy();
             let mut cache = pool.cache();
-            let (rx, tx) = port.start(&memory, &mut cache, SIZES).unwrap();
+            let (rx, tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
             assert!(port.link().up, "{swsm:#x} {sync:#x}");
             // Another port's PHY stays its own.
             assert_eq!(device.register(SW_FW_SYNC), sync & !PORT_1);
             assert_eq!(device.register(SWSM) & (SWSM_SMBI | SWSM_SWESMBI), 0);
-            port.stop(rx, tx, &mut cache).unwrap();
+            port.stop_pair(rx, tx, &mut cache).unwrap();
         }
     });
 }
@@ -174,7 +174,7 @@ fn firmware_that_keeps_the_phy_leaves_the_port_without_flow_control() {
 fn flow_control_is_what_the_ends_of_the_link_agreed_on() {
     in_both_modes(|| {
         for id in IDS_OF_CHIPS {
-            let mut rig = Rig::new(id, SIZES, 512);
+            let mut rig = Rig::new(id, CONFIG, 512);
             let flags = |rig: &Rig| rig.device.register(CTRL) & (CTRL_RFCE | CTRL_TFCE);
             assert_eq!(flags(&rig), 0, "{id}: the partner knows no PAUSE");
             for (partner, wanted) in [
@@ -263,9 +263,9 @@ fn a_frame_that_was_dropped_counts_once() {
         for dropped in [37, 36] {
             (0..63 + dropped).for_each(|number| _ = rig.device.receive(&frame(number)));
             let (rx, tx) = rig.queues.take().unwrap();
-            rig.port.stop(rx, tx, &mut rig.cache).unwrap();
+            rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
             assert_eq!(rig.port.device_drops()[0], ("rx_missed_errors", dropped as u64));
-            rig.queues = Some(rig.port.start(&rig.memory, &mut rig.cache, SIZES).unwrap());
+            rig.queues = Some(rig.port.start_pair(&CONFIG, &rig.memory, &mut rig.cache).unwrap());
             assert_eq!(rig.port.device_drops()[0].1, 0);
         }
         rig.stop();
@@ -276,20 +276,20 @@ fn a_frame_that_was_dropped_counts_once() {
 fn rings_of_every_size_have_room_in_what_the_driver_asks_for() {
     in_both_modes(|| {
         for entries in [64, 1024, 4096] {
-            let sizes = QueueSizes { rx: entries, tx: entries };
+            let config = PortConfig::with_descriptors(entries, entries);
             let (function, device) = fake(ID_82576, MAC);
             let mut port = Device::probe(function).unwrap();
-            let [bytes, read_only] = (port.capabilities().ring_bytes)(sizes);
+            let [bytes, read_only] = (port.capabilities().ring_bytes)(&config);
             let buffers = u32::from(entries) + 64;
             let region = Region::new(Pool::bytes(buffers) + bytes + read_only, Backing::SmallPages).unwrap();
             let memory = DmaMemory::map(region, &[]).unwrap();
             let pool = Pool::new(&memory, buffers).unwrap();
             let mut cache = pool.cache();
-            let (rx, tx) = port.start(&memory, &mut cache, sizes).unwrap();
+            let (rx, tx) = port.start_pair(&config, &memory, &mut cache).unwrap();
             for base in [RDBAL, TDBAL] {
                 assert_eq!(device.register(base) % 128, 0);
             }
-            port.stop(rx, tx, &mut cache).unwrap();
+            port.stop_pair(rx, tx, &mut cache).unwrap();
         }
     });
 }

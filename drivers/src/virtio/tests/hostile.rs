@@ -6,9 +6,9 @@ use vireo_eal::ErrorKind;
 use vireo_eal::dma::DATA_ROOM;
 
 use super::super::Device;
-use super::{BUFFERS, Bench, SIZES, frame, in_order, memory, without};
+use super::{BUFFERS, Bench, CONFIG, frame, in_order, memory, without};
 use crate::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
-use crate::port::{Nic, QueueSizes, RxBurst, TxBurst};
+use crate::port::{Nic, PortConfig, RxBurst, TxBurst};
 
 /// Lets the device tell a lie in a receive queue that worked before, and checks what must follow.
 fn rx_lie(what: &str, lie: impl Fn(&VirtioNet)) {
@@ -38,8 +38,8 @@ fn rx_lie_of(honest: Behaviour, what: &str, lie: &impl Fn(&VirtioNet)) {
     assert_eq!(bench.nic.transmitted(), [frame(3)]);
     bench.nic.behave(|behaviour| *behaviour = honest.clone());
     let Bench { nic, mut device, rx, tx, mut cache, memory } = bench;
-    device.stop(rx, tx, &mut cache).unwrap();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    device.stop_pair(rx, tx, &mut cache).unwrap();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
     let mut bench = Bench { nic, device, rx, tx, cache, memory };
     assert!(bench.nic.receive(&frame(9)));
     assert_eq!((bench.forward(), bench.nic.transmitted()), (1, vec![frame(9)]), "{what}");
@@ -102,7 +102,7 @@ fn what_was_received_behind_a_lie_is_counted() {
         // These come until the port is stopped.
         (5..7).for_each(|number| assert!(bench.nic.receive(&frame(number))));
         assert!(bench.receive().is_empty(), "{what}");
-        bench.device.stop(bench.rx, bench.tx, &mut bench.cache).unwrap();
+        bench.device.stop_pair(bench.rx, bench.tx, &mut bench.cache).unwrap();
         assert_eq!(bench.device.leftover().rx_unread, unread, "{what}");
     }
 }
@@ -197,7 +197,7 @@ fn a_device_that_breaks_the_rules_of_start_up_is_refused() {
         let (memory, mut cache) = memory(BUFFERS);
         nic.attach(memory.device_view().unwrap());
         let mut device = Device::probe(nic.function()).unwrap();
-        let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+        let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
         let pool = Arc::clone(cache.pool());
         drop(cache);
@@ -212,18 +212,18 @@ fn a_device_that_fails_after_probe_does_not_start() {
     nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     nic.behave(|behaviour| behaviour.control_answer = None);
-    let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
+    let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err();
     assert!(error.to_string().contains("within 1 s"), "{error}");
-    let sizes = QueueSizes { rx: 100, tx: 64 };
-    assert_eq!(device.start(&memory, &mut cache, sizes).unwrap_err().kind(), ErrorKind::Usage);
+    let config = PortConfig::with_descriptors(100, 64);
+    assert_eq!(device.start_pair(&config, &memory, &mut cache).unwrap_err().kind(), ErrorKind::Usage);
     nic.behave(|behaviour| behaviour.control_answer = Some(0));
     nic.behave(|behaviour| behaviour.needs_reset = true);
-    let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
+    let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err();
     assert!(error.to_string().contains("DEVICE_NEEDS_RESET"), "{error}");
     nic.behave(|behaviour| behaviour.needs_reset = false);
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
-    assert_eq!(device.start(&memory, &mut cache, SIZES).unwrap_err().kind(), ErrorKind::Usage);
-    device.stop(rx, tx, &mut cache).unwrap();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    assert_eq!(device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().kind(), ErrorKind::Usage);
+    device.stop_pair(rx, tx, &mut cache).unwrap();
 }
 
 #[test]

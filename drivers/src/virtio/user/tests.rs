@@ -14,10 +14,10 @@ use vireo_eal::{ErrorKind, Result};
 
 use super::{Options, PEER_TIMEOUT, UserOptions};
 use crate::driver::Vdev;
-use crate::port::{Nic, QueueSizes};
+use crate::port::{Nic, PortConfig};
 use crate::virtio::Device;
 
-const SIZES: QueueSizes = QueueSizes { rx: 64, tx: 512 };
+const CONFIG: PortConfig = PortConfig::with_descriptors(64, 512);
 const BUFFERS: u32 = 1024;
 
 /// Requests ("Front-end message types").
@@ -172,11 +172,11 @@ fn a_port_starts_stops_and_starts_again_on_one_connection() {
     device.set_promiscuous(true).unwrap();
     let (memory, mut cache) = memory();
     for _ in 0..3 {
-        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+        let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         device.set_promiscuous(false).unwrap();
-        device.stop(rx, tx, &mut cache).unwrap();
+        device.stop_pair(rx, tx, &mut cache).unwrap();
     }
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
     drop(device);
     drop((rx, tx));
     let log = peer.log();
@@ -201,8 +201,8 @@ fn buffers_are_merged_and_order_is_free_when_the_user_says_so() {
         let peer = Peer::new(Script { features: 1 << 35 | 1 << 32 | 1 << 15, ..HONEST });
         let mut device = connect(&path_in(&peer.dir), more).unwrap();
         let (memory, mut cache) = memory();
-        let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
-        device.stop(rx, tx, &mut cache).unwrap();
+        let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+        device.stop_pair(rx, tx, &mut cache).unwrap();
         drop(device);
         assert_eq!(u64_at(all(&peer.log(), SET_FEATURES)[0], 0), agreed, "{more}");
     }
@@ -213,8 +213,8 @@ fn a_peer_without_protocol_features_is_not_asked_for_more() {
     let peer = Peer::new(Script { features: 1 << 32, ..HONEST });
     let mut device = peer.connect().unwrap();
     let (memory, mut cache) = memory();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
-    device.stop(rx, tx, &mut cache).unwrap();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    device.stop_pair(rx, tx, &mut cache).unwrap();
     drop(device);
     let log = peer.log();
     assert_eq!(u64_at(all(&log, SET_FEATURES)[0], 0), 1 << 32);
@@ -249,14 +249,14 @@ fn a_peer_that_goes_is_an_error_or_a_link_that_is_down() {
     assert!(error.contains("closed the connection during GET_FEATURES"), "{error}");
     for close_at in [SET_FEATURES, SET_MEM_TABLE, SET_VRING_ADDR, SET_VRING_KICK, SET_VRING_ENABLE] {
         let mut device = Peer::new(Script { close_at, ..HONEST }).connect().unwrap();
-        let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
+        let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Protocol);
         assert!(error.to_string().contains("the peer closed the connection during SET_"), "{error}");
         assert!(!device.link().up);
     }
     let mut device = Peer::new(Script { close_at: GET_VRING_BASE, ..HONEST }).connect().unwrap();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
-    device.stop(rx, tx, &mut cache).unwrap();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    device.stop_pair(rx, tx, &mut cache).unwrap();
     assert!(!device.link().up);
     let pool = Arc::clone(cache.pool());
     drop(cache);
@@ -267,7 +267,7 @@ fn a_peer_that_goes_is_an_error_or_a_link_that_is_down() {
 fn a_peer_that_refuses_is_named() {
     let (memory, mut cache) = memory();
     let mut device = Peer::new(Script { refuse: SET_MEM_TABLE, ..HONEST }).connect().unwrap();
-    let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+    let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
     assert!(error.contains("the peer refuses SET_MEM_TABLE; look at the peer's messages"), "{error}");
     assert!(device.link().up);
 }
@@ -277,15 +277,15 @@ fn a_peer_that_refuses_is_named() {
 fn a_peer_that_does_not_say_that_it_stopped_keeps_the_buffers() {
     let (memory, mut cache) = memory();
     let mut device = Peer::new(Script { refuse: GET_VRING_BASE, ..HONEST }).connect().unwrap();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
-    device.stop(rx, tx, &mut cache).unwrap_err();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    device.stop_pair(rx, tx, &mut cache).unwrap_err();
     for _ in 0..3 {
-        let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+        let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
         assert!(error.contains("GET_VRING_BASE"), "{error}");
     }
     let pool = Arc::clone(cache.pool());
     drop(cache);
-    assert_eq!(pool.available(), BUFFERS - u32::from(SIZES.rx));
+    assert_eq!(pool.available(), BUFFERS - u32::from(CONFIG.rx_descriptors));
 }
 
 #[test]
@@ -297,8 +297,8 @@ fn a_silent_peer_is_waited_for_a_second_and_its_memory_is_kept() {
 
     let (memory, mut cache) = memory();
     let mut device = Peer::new(Script { silent_at: GET_VRING_BASE, ..HONEST }).connect().unwrap();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
-    let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    let error = device.stop_pair(rx, tx, &mut cache).unwrap_err().to_string();
     assert!(
         error.contains("GET_VRING_BASE within 3 s") && error.contains("; end the peer: the memory"),
         "{error}"
@@ -326,24 +326,24 @@ fn a_silent_peer_that_goes_gives_the_memory_back() {
     });
     let mut device = connect(&path, "").unwrap();
     let (memory, mut cache) = memory();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
-    let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    let error = device.stop_pair(rx, tx, &mut cache).unwrap_err().to_string();
     assert!(error.contains("GET_VRING_BASE within 3 s"), "{error}");
     for _ in 0..2 {
-        let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+        let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
         assert!(error.contains("nobody knows what the peer does with our memory"), "{error}");
         assert!(!device.link().up);
     }
     goes.send(()).unwrap();
     let begin = Instant::now();
     let (rx, tx) = loop {
-        match device.start(&memory, &mut cache, SIZES) {
+        match device.start_pair(&CONFIG, &memory, &mut cache) {
             Ok(queues) => break queues,
             Err(error) => assert!(begin.elapsed() < Duration::from_secs(20), "{error}"),
         }
         std::thread::yield_now();
     };
-    device.stop(rx, tx, &mut cache).unwrap();
+    device.stop_pair(rx, tx, &mut cache).unwrap();
     drop(device);
     assert!(!all(&peer.join().unwrap(), SET_VRING_ENABLE).is_empty());
     let pool = Arc::clone(cache.pool());
@@ -355,20 +355,24 @@ fn a_silent_peer_that_goes_gives_the_memory_back() {
 fn all_answers_of_a_start_or_a_stop_have_their_time_together() {
     let (memory, mut cache) = memory();
     let mut device = Peer::new(Script { slow_at: SET_FEATURES, ..HONEST }).connect().unwrap();
-    let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+    let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
     assert!(error.contains("did not answer all up to SET_MEM_TABLE within 3 s"), "{error}");
 
     let mut device = Peer::new(Script { slow_at: GET_VRING_BASE, ..HONEST }).connect().unwrap();
-    let (rx, tx) = device.start(&memory, &mut cache, SIZES).unwrap();
-    let error = device.stop(rx, tx, &mut cache).unwrap_err().to_string();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    let error = device.stop_pair(rx, tx, &mut cache).unwrap_err().to_string();
     assert!(error.contains("up to GET_VRING_BASE within 3 s"), "{error}");
     for _ in 0..2 {
-        let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+        let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
         assert!(error.ends_with("the memory that it had is kept until its connection closes"), "{error}");
     }
     let pool = Arc::clone(cache.pool());
     drop(cache);
-    assert_eq!(pool.available(), BUFFERS - u32::from(SIZES.rx), "the first peer was told of no ring");
+    assert_eq!(
+        pool.available(),
+        BUFFERS - u32::from(CONFIG.rx_descriptors),
+        "the first peer was told of no ring"
+    );
 }
 
 #[test]
@@ -422,7 +426,7 @@ fn memory_that_cannot_be_shared_is_refused() {
     let memory = DmaMemory::with_addresses(region, half, &[0x4000_0000, 0x1000_0000]);
     let mut cache = Pool::new(&memory, BUFFERS).unwrap().cache();
     let mut device = Peer::new(HONEST).connect().unwrap();
-    let error = device.start(&memory, &mut cache, SIZES).unwrap_err().to_string();
+    let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
     assert!(error.contains("a port without IOMMU makes all ports use physical addresses"), "{error}");
 }
 
@@ -478,14 +482,14 @@ fn a_peer_that_comes_back_with_fewer_pairs_is_believed() {
     });
     let mut device = connect(&path, "queues=2").unwrap();
     let (memory, mut cache) = memory();
-    let queues = device.start_pairs(&memory, &mut cache, SIZES, 2).unwrap();
+    let queues = device.start(&CONFIG.with_pairs(2), &memory, &mut cache).unwrap();
     goes.send(()).unwrap();
     while device.check().is_ok() {
         std::thread::yield_now();
     }
-    device.stop_pairs(queues, &mut cache, None).unwrap();
-    let error = device.start_pairs(&memory, &mut cache, SIZES, 2).unwrap_err().to_string();
-    assert!(error.contains("2 pairs of queues are asked for, and it has 1"), "{error}");
+    device.stop(queues, &mut cache, None).unwrap();
+    let error = device.start(&CONFIG.with_pairs(2), &memory, &mut cache).unwrap_err().to_string();
+    assert!(error.contains("2 RX queues are asked for, and it has 1"), "{error}");
     drop(device);
     peer.join().unwrap();
 }
@@ -522,23 +526,23 @@ fn a_peer_that_comes_back_is_taken_again() {
         });
         let mut device = connect(&path, if server { "server=1" } else { "" }).unwrap();
         let (memory, mut cache) = memory();
-        device.start(&memory, &mut cache, SIZES).unwrap_err();
+        device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err();
         first.join().unwrap();
         drop(listener.take());
         assert_eq!(device.check().unwrap_err().kind(), ErrorKind::Unavailable);
-        let error = device.start(&memory, &mut cache, SIZES).unwrap_err();
+        let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
 
         let met = meet(&mut listener);
         let second = std::thread::spawn(move || play(met.join().unwrap(), HONEST));
         let (rx, tx) = loop {
-            if let Ok(queues) = device.start(&memory, &mut cache, SIZES) {
+            if let Ok(queues) = device.start_pair(&CONFIG, &memory, &mut cache) {
                 break queues;
             }
             std::thread::yield_now();
         };
         device.check().unwrap();
-        device.stop(rx, tx, &mut cache).unwrap();
+        device.stop_pair(rx, tx, &mut cache).unwrap();
         drop(device);
         assert!(!all(&second.join().unwrap(), SET_VRING_ENABLE).is_empty());
         let pool = Arc::clone(cache.pool());
