@@ -41,7 +41,7 @@ fn run() -> Result<()> {
         return Ok(());
     }
     let (here, there) = UnixStream::pair().map_err(io("cannot make a socket"))?;
-    let (mode, fds) = vfio.open(&bus.node(address), mode)?;
+    let (mode, fds) = vfio.open(&bus.device(address), mode)?;
     fds.send(&here)?;
     drop(fds);
     let program = std::env::current_exe().map_err(io("cannot find this program"))?;

@@ -98,7 +98,7 @@ impl Bus {
     /// # Errors
     /// As for [`Vfio::acquire`].
     pub fn open(&self, info: &PciInfo, vfio: &Vfio, mode: VfioMode) -> Result<PciDevice> {
-        PciDevice::new(info, vfio.acquire(&self.node(info.address), mode)?)
+        PciDevice::new(info, vfio.acquire(&self.device(info.address), mode)?)
     }
 
     /// Takes one function over by descriptors that another process opened.
@@ -106,7 +106,7 @@ impl Bus {
     /// # Errors
     /// As for [`Vfio::adopt`].
     pub fn adopt(&self, info: &PciInfo, vfio: &Vfio, mode: VfioMode, fds: DeviceFds) -> Result<PciDevice> {
-        PciDevice::new(info, vfio.adopt(&self.node(info.address), mode, fds)?)
+        PciDevice::new(info, vfio.adopt(&self.device(info.address), mode, fds)?)
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use vireo_eal::bdf::Bdf;
-use vireo_eal::vfio::Node;
+use vireo_eal::vfio::BusDevice;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::DeviceId;
@@ -61,8 +61,8 @@ impl Bus {
     }
 
     /// The function as the EAL's VFIO layer names it.
-    pub fn node(&self, address: Bdf) -> Node {
-        Node { name: address.to_string(), sysfs: self.path(address) }
+    pub fn device(&self, address: Bdf) -> BusDevice {
+        BusDevice { name: address.to_string(), sysfs: self.path(address) }
     }
 
     /// Number of the function's IOMMU group, if it is in one.

@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 use vireo_iommufd::{self as iommufd, Operation};
 
-use crate::node;
+use crate::device_node;
 
 /// Result of everything in Vireo that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -160,7 +160,7 @@ impl From<iommufd::Error> for Error {
         };
         let converted = Self { kind, what: error.what(), why: error.why(), errno: error.errno(), hint };
         match error {
-            iommufd::Error::Open { path, errno: Errno::EACCES } => node::permission(converted, &path),
+            iommufd::Error::Open { path, errno: Errno::EACCES } => device_node::permission(converted, &path),
             _ => converted,
         }
     }

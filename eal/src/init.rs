@@ -10,7 +10,7 @@ use crate::mem::{Backing, Placement, Region, hugepages};
 use crate::runtime::RuntimeDir;
 use crate::sandbox::Sandbox;
 use crate::user::{User, UserName};
-use crate::vfio::{Nodes, Vfio, VfioMode};
+use crate::vfio::{DeviceNodes, Vfio, VfioMode};
 
 /// What every program starts with. Opens no device and takes no memory yet.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ impl Eal {
         crate::log::init(&args.log_levels, args.log_color);
         args.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         args.notes.iter().for_each(|note| tracing::info!("{note}"));
-        let nodes = args.vfio_fds.as_ref().map_or(Ok(Nodes::default()), Nodes::of)?;
+        let nodes = args.vfio_fds.as_ref().map_or(Ok(DeviceNodes::default()), DeviceNodes::of)?;
         let eal = Self {
             lcores: Lcores::new(&args)?,
             vfio: Vfio::with_nodes(args.vf_token, nodes).isolate(args.isolate_ports),

@@ -144,7 +144,7 @@ impl Host {
 
     /// VFIO takes a group only when no driver of the kernel has a part of it.
     fn warn_of_group(&self, address: Bdf) {
-        for name in names(&self.bus.node(address).sysfs.join("iommu_group/devices")) {
+        for name in names(&self.bus.device(address).sysfs.join("iommu_group/devices")) {
             let Some(info) = name.parse().ok().and_then(|other| self.bus.find(other).ok()) else { continue };
             if self.bus.is_on_vfio(&info) {
                 continue;

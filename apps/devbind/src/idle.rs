@@ -88,14 +88,14 @@ impl Host {
 
     /// Where sysfs has the function's interfaces; those of virtio are one level deeper.
     fn net_dirs(&self, address: Bdf) -> Vec<PathBuf> {
-        let device = self.bus.node(address).sysfs;
+        let device = self.bus.device(address).sysfs;
         let deeper = names(&device).into_iter().filter(|name| name.starts_with("virtio"));
         deeper.map(|name| device.join(name)).chain([device.clone()]).map(|dir| dir.join("net")).collect()
     }
 
     /// The function's virtual functions (`virtfnN` in `Documentation/ABI/testing/sysfs-bus-pci`), by address.
     fn virtual_functions(&self, address: Bdf) -> Vec<PciInfo> {
-        let device = self.bus.node(address).sysfs;
+        let device = self.bus.device(address).sysfs;
         let links = names(&device).into_iter().filter(|name| name.starts_with("virtfn"));
         let mut found: Vec<PciInfo> = links
             .filter_map(|link| {
@@ -117,7 +117,7 @@ impl Host {
 
     /// Process that has the function's VFIO group or character device open.
     fn holder(&self, address: Bdf) -> Option<(u32, String)> {
-        let cdevs = names(&self.bus.node(address).sysfs.join("vfio-dev"));
+        let cdevs = names(&self.bus.device(address).sysfs.join("vfio-dev"));
         let groups =
             self.bus.iommu_group(address).into_iter().flat_map(|n| [n.to_string(), format!("noiommu-{n}")]);
         let paths: Vec<PathBuf> = cdevs

@@ -107,7 +107,7 @@ impl Host {
         let known = |id: DeviceId| driver_of(id).is_some();
         if known(info.id) && !self.bus.is_on_vfio(info) {
             // Faults that a bind would not fix come first: for them the command that binds is the wrong advice.
-            vfio.preflight(&self.bus.node(info.address), mode, self.bus.has_driver(VFIO_DRIVER))?;
+            vfio.preflight(&self.bus.device(info.address), mode, self.bus.has_driver(VFIO_DRIVER))?;
         }
         self.bus.usable(info, known)?;
         let port = ports::open_one(&self.bus, &vfio, info.clone(), mode, &[])?;

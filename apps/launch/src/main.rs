@@ -18,7 +18,7 @@ use vireo_bus_pci::Bus;
 use vireo_drivers::table::Drivers;
 use vireo_eal::args::{self as eal_args, EalArgs, Outcome, Program};
 use vireo_eal::user::{User, UserName, exec};
-use vireo_eal::vfio::{FdSource, Vfio, nodes};
+use vireo_eal::vfio::{FdSource, Vfio, device_nodes};
 use vireo_eal::{Error, ErrorKind, Result, program, socket};
 
 /// Starts a program of Vireo as an ordinary user, with the device nodes that it needs.
@@ -93,7 +93,7 @@ fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
             )
             .with_hint("start the program as root, with --user instead"));
         }
-        let [first, second] = vfio.paths(&bus.node(info.address), mode)?;
+        let [first, second] = vfio.paths(&bus.device(info.address), mode)?;
         shared.insert((mode, eal.isolate_ports.then(|| second.clone()), first));
         own.insert(second);
     }
@@ -105,7 +105,7 @@ fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
         )
         .with_hint("name some by -a; bound ones are shown by: vireo-devbind"));
     }
-    nodes::open_all(shared.iter().map(|(.., path)| path).chain(&own).map(PathBuf::as_path))
+    device_nodes::open_all(shared.iter().map(|(.., path)| path).chain(&own).map(PathBuf::as_path))
 }
 
 /// Gives `fds` to the first process of `user` that connects to `path`.
@@ -120,7 +120,7 @@ fn serve(path: &Path, user: User, fds: &[OwnedFd]) -> Result<ExitCode> {
             let peer = getsockopt(&stream, PeerCredentials)
                 .map_err(|errno| Error::os("cannot tell who connects", errno))?;
             if peer.uid() == user.uid() {
-                return nodes::send(fds, &stream);
+                return device_nodes::send(fds, &stream);
             }
         }
     })();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use vireo_vfio::{NOIOMMU_PREFIX, class_and_name};
 
 use super::device::Open;
-use super::nodes::{self, Nodes};
+use super::device_nodes::{self, DeviceNodes};
 use super::space::AddressSpace;
 use super::{Device, DeviceFds, VfioMode};
 use crate::args::VfToken;
@@ -22,7 +22,7 @@ use crate::iommufd::WeakIommufd;
 
 /// A device by its name on its bus (`0000:00:04.0`) and its directory in sysfs.
 #[derive(Clone, Debug)]
-pub struct Node {
+pub struct BusDevice {
     /// Name, as `VFIO_GROUP_GET_DEVICE_FD` takes it.
     pub name: String,
     /// Directory with `iommu_group` and `vfio-dev`.
@@ -65,7 +65,7 @@ pub struct Vfio {
     pub(super) dev: PathBuf,
     /// `/sys/class/vfio`: the groups that have a node, and its number.
     groups: PathBuf,
-    pub(super) nodes: Nodes,
+    pub(super) nodes: DeviceNodes,
     vf_token: Option<VfToken>,
     isolated: bool,
     spaces: Mutex<HashMap<SpaceKey, Weak<AddressSpace>>>,
@@ -83,11 +83,11 @@ impl Vfio {
     /// State with no device. `vf_token` is shown to the kernel for virtual functions whose physical
     /// function is a VFIO device too.
     pub fn new(vf_token: Option<VfToken>) -> Self {
-        Self::with_nodes(vf_token, Nodes::default())
+        Self::with_nodes(vf_token, DeviceNodes::default())
     }
 
     /// As [`Vfio::new`], with the device nodes from somebody else.
-    pub fn with_nodes(vf_token: Option<VfToken>, nodes: Nodes) -> Self {
+    pub fn with_nodes(vf_token: Option<VfToken>, nodes: DeviceNodes) -> Self {
         Self {
             dev: PathBuf::from("/dev"),
             groups: PathBuf::from("/sys/class/vfio"),
@@ -112,71 +112,76 @@ impl Vfio {
         Self { isolated, ..self }
     }
 
-    /// Acquires `node` in `mode`.
+    /// Acquires `device` in `mode`.
     ///
     /// # Errors
     /// With the reason why this device is unavailable in this mode, and the command that fixes it. An explicit
     /// mode never falls back to another.
-    pub fn acquire(&self, node: &Node, mode: VfioMode) -> Result<Acquired> {
+    pub fn acquire(&self, device: &BusDevice, mode: VfioMode) -> Result<Acquired> {
         let (chosen, why) = match mode {
-            VfioMode::Auto => self.choose(node)?,
+            VfioMode::Auto => self.choose(device)?,
             explicit => (explicit, "as asked".to_owned()),
         };
-        match self.acquire_in(node, chosen, why) {
+        match self.acquire_in(device, chosen, why) {
             Err(Refusal { error, container_may: true })
-                if mode == VfioMode::Auto && self.group_path(node, VfioMode::Container).is_ok() =>
+                if mode == VfioMode::Auto && self.group_path(device, VfioMode::Container).is_ok() =>
             {
                 let why = format!("auto: not cdev, {}", error.why());
-                self.acquire_in(node, VfioMode::Container, why)
+                self.acquire_in(device, VfioMode::Container, why)
             }
             other => other,
         }
         .map_err(|refusal| refusal.error)
     }
 
-    fn acquire_in(&self, node: &Node, mode: VfioMode, why: String) -> std::result::Result<Acquired, Refusal> {
+    fn acquire_in(
+        &self,
+        device: &BusDevice,
+        mode: VfioMode,
+        why: String,
+    ) -> std::result::Result<Acquired, Refusal> {
         let mut phases = Phases::start();
         let open = match mode {
             VfioMode::Cdev | VfioMode::NoiommuCdev => {
-                let fds = self.open_cdev(node, mode)?;
+                let fds = self.open_cdev(device, mode)?;
                 phases.end("open");
-                self.complete_cdev(node, mode, fds, &mut phases)?
+                self.complete_cdev(device, mode, fds, &mut phases)?
             }
             VfioMode::Auto | VfioMode::Container | VfioMode::Compat | VfioMode::Noiommu => {
                 let opening = lock(&self.opening);
-                let fds = self.open_group(node, mode)?;
+                let fds = self.open_group(device, mode)?;
                 phases.end("open");
-                self.complete_group(node, mode, fds, opening, &mut phases)?
+                self.complete_group(device, mode, fds, opening, &mut phases)?
             }
         };
-        Ok(Self::finish(node, mode, why, open, phases)?)
+        Ok(Self::finish(device, mode, why, open, phases)?)
     }
 
-    /// Opens the descriptors of `node` to pass them to another process, which will [`adopt`](Self::adopt)
+    /// Opens the descriptors of `device` to pass them to another process, which will [`adopt`](Self::adopt)
     /// them. `auto` is settled as in [`Vfio::acquire`].
     ///
     /// # Errors
     /// As for [`Vfio::acquire`].
-    pub fn open(&self, node: &Node, mode: VfioMode) -> Result<(VfioMode, DeviceFds)> {
-        let mode = if mode == VfioMode::Auto { self.choose(node)?.0 } else { mode };
+    pub fn open(&self, device: &BusDevice, mode: VfioMode) -> Result<(VfioMode, DeviceFds)> {
+        let mode = if mode == VfioMode::Auto { self.choose(device)?.0 } else { mode };
         let fds = match mode {
-            VfioMode::Cdev | VfioMode::NoiommuCdev => self.open_cdev(node, mode)?.into(),
-            _ => self.open_group(node, mode)?.into(),
+            VfioMode::Cdev | VfioMode::NoiommuCdev => self.open_cdev(device, mode)?.into(),
+            _ => self.open_group(device, mode)?.into(),
         };
         Ok((mode, fds))
     }
 
-    /// The nodes that [`Vfio::acquire`] would open for `node`.
+    /// The nodes that [`Vfio::acquire`] would open for `device`.
     ///
     /// # Errors
     /// As for [`Vfio::acquire`], as far as sysfs tells.
-    pub fn paths(&self, node: &Node, mode: VfioMode) -> Result<[PathBuf; 2]> {
-        let mode = if mode == VfioMode::Auto { self.choose(node)?.0 } else { mode };
+    pub fn paths(&self, device: &BusDevice, mode: VfioMode) -> Result<[PathBuf; 2]> {
+        let mode = if mode == VfioMode::Auto { self.choose(device)?.0 } else { mode };
         match mode {
             VfioMode::Cdev | VfioMode::NoiommuCdev => {
-                Ok([self.iommufd_path(), self.cdev_path(node, mode)?.1])
+                Ok([self.iommufd_path(), self.cdev_path(device, mode)?.1])
             }
-            _ => Ok([self.container_path(mode), self.group_path(node, mode)?.1]),
+            _ => Ok([self.container_path(mode), self.group_path(device, mode)?.1]),
         }
     }
 
@@ -185,50 +190,56 @@ impl Vfio {
     /// # Errors
     /// As for [`Vfio::acquire`]; `Usage` when the descriptors do not fit the mode, `Unavailable` or `Permission` when one is
     /// of another device.
-    pub fn adopt(&self, node: &Node, mode: VfioMode, fds: DeviceFds) -> Result<Acquired> {
-        let what = || format!("cannot adopt {} in mode {mode}", node.name);
+    pub fn adopt(&self, device: &BusDevice, mode: VfioMode, fds: DeviceFds) -> Result<Acquired> {
+        let what = || format!("cannot adopt {} in mode {mode}", device.name);
         let mut phases = Phases::start();
         let open = match (mode, fds) {
             (VfioMode::Cdev | VfioMode::NoiommuCdev, DeviceFds::Cdev(fds)) => {
-                let (number, path) = self.cdev_path(node, mode)?;
-                nodes::check(&fds.device, &path, &number, &node.name)?;
-                self.complete_cdev(node, mode, fds, &mut phases).map_err(|refusal| refusal.error)?
+                let (number, path) = self.cdev_path(device, mode)?;
+                device_nodes::check(&fds.device, &path, &number, &device.name)?;
+                self.complete_cdev(device, mode, fds, &mut phases).map_err(|refusal| refusal.error)?
             }
             (VfioMode::Container | VfioMode::Compat | VfioMode::Noiommu, DeviceFds::Group(fds)) => {
-                let (group, path, number) = self.group_path(node, mode)?;
+                let (group, path, number) = self.group_path(device, mode)?;
                 let number = number.ok_or_else(|| {
                     let why = format!("the kernel has no node for IOMMU group {group}");
                     Error::new(ErrorKind::Unavailable, what(), why)
                 })?;
-                nodes::check(&fds.group, &path, &number, &format!("IOMMU group {group}"))?;
+                device_nodes::check(&fds.group, &path, &number, &format!("IOMMU group {group}"))?;
                 let container = if mode == VfioMode::Compat { "iommu" } else { "vfio" };
                 let found = class_and_name(&fds.container).map_err(|errno| Error::os(what(), errno))?;
                 if found.is_none_or(|(class, name)| class != "misc" || name != container) {
                     let why = format!("its container is not {}", self.container_path(mode).display());
                     return Err(Error::new(ErrorKind::Permission, what(), why));
                 }
-                self.complete_group(node, mode, fds, lock(&self.opening), &mut phases)?
+                self.complete_group(device, mode, fds, lock(&self.opening), &mut phases)?
             }
             _ => {
                 return Err(Error::new(ErrorKind::Usage, what(), "its descriptors are of another mode"));
             }
         };
-        Self::finish(node, mode, "by descriptors from another process".to_owned(), open, phases)
+        Self::finish(device, mode, "by descriptors from another process".to_owned(), open, phases)
     }
 
-    fn finish(node: &Node, mode: VfioMode, why: String, open: Open, mut phases: Phases) -> Result<Acquired> {
+    fn finish(
+        device: &BusDevice,
+        mode: VfioMode,
+        why: String,
+        open: Open,
+        mut phases: Phases,
+    ) -> Result<Acquired> {
         let space = Arc::clone(&open.held.space);
-        let device = Device::new(node.name.clone(), open)?;
+        let device = Device::new(device.name.clone(), open)?;
         phases.end("attach");
         space.refresh_ranges()?;
         Ok(Acquired { device, space, mode, why, phases: phases.done })
     }
 
     /// `auto`: cdev where the kernel offers it, else the container.
-    fn choose(&self, node: &Node) -> Result<(VfioMode, String)> {
-        let what = || format!("cannot choose a VFIO mode for {}", node.name);
-        let cdev = cdev_name(node);
-        let group = group_of(node).ok();
+    fn choose(&self, device: &BusDevice) -> Result<(VfioMode, String)> {
+        let what = || format!("cannot choose a VFIO mode for {}", device.name);
+        let cdev = cdev_name(device);
+        let group = group_of(device).ok();
         if cdev.as_deref().is_some_and(|name| name.starts_with(NOIOMMU_PREFIX))
             || group.is_some_and(|group| self.group_node(NOIOMMU_PREFIX, group).is_some())
         {
@@ -245,7 +256,9 @@ impl Vfio {
         let reason = match cdev {
             Some(name)
                 if self.has_iommufd()
-                    && self.cdev_path(node, VfioMode::Cdev).is_ok_and(|(_, path)| self.nodes.has(&path)) =>
+                    && self
+                        .cdev_path(device, VfioMode::Cdev)
+                        .is_ok_and(|(_, path)| self.nodes.has(&path)) =>
             {
                 return Ok((VfioMode::Cdev, format!("auto: the kernel offers /dev/vfio/devices/{name}")));
             }
@@ -287,22 +300,22 @@ impl Vfio {
         Some(number.trim().to_owned())
     }
 
-    /// What is shown to the kernel for `node`. It refuses a token where none is wanted: of a device without SR-IOV, and
+    /// What is shown to the kernel for `device`. It refuses a token where none is wanted: of a device without SR-IOV, and
     /// of a virtual function whose physical function is not on VFIO's driver.
-    pub(super) fn token_of(&self, node: &Node) -> Option<VfToken> {
+    pub(super) fn token_of(&self, device: &BusDevice) -> Option<VfToken> {
         let driver =
             |device: PathBuf| fs::read_link(device.join("driver")).ok()?.file_name().map(OsString::from);
-        let physfn = node.sysfs.join("physfn");
+        let physfn = device.sysfs.join("physfn");
         let wanted = if physfn.exists() {
-            driver(physfn) == driver(node.sysfs.clone())
+            driver(physfn) == driver(device.sysfs.clone())
         } else {
-            node.sysfs.join("sriov_totalvfs").exists()
+            device.sysfs.join("sriov_totalvfs").exists()
         };
         self.vf_token.filter(|_| wanted)
     }
 
-    pub(super) fn space_key(&self, node: &Node, mode: VfioMode) -> SpaceKey {
-        (mode, if self.isolated { group_of(node).ok() } else { None })
+    pub(super) fn space_key(&self, device: &BusDevice, mode: VfioMode) -> SpaceKey {
+        (mode, if self.isolated { group_of(device).ok() } else { None })
     }
 
     pub(super) fn existing(&self, key: SpaceKey) -> Option<Arc<AddressSpace>> {
@@ -348,14 +361,14 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Number of the device's IOMMU group.
-pub(super) fn group_of(node: &Node) -> std::io::Result<u32> {
-    vireo_vfio::group_of(&node.sysfs)
+pub(super) fn group_of(device: &BusDevice) -> std::io::Result<u32> {
+    vireo_vfio::group_of(&device.sysfs)
 }
 
 /// Name of the device's character device below `/dev/vfio/devices`. Before kernel 7.3 a device without IOMMU
 /// has the entry in sysfs but no number.
-pub(super) fn cdev_name(node: &Node) -> Option<String> {
-    vireo_vfio::cdev_of(&node.sysfs)
+pub(super) fn cdev_name(device: &BusDevice) -> Option<String> {
+    vireo_vfio::cdev_of(&device.sysfs)
 }
 
 /// What turns the IOMMU on, in a virtual machine or outside. Linux uses AMD's wherever the firmware offers it.
@@ -460,22 +473,22 @@ mod tests {
     #[test]
     fn descriptors_of_another_device_are_not_adopted() {
         let root = tempfile::tempdir().unwrap();
-        let (node, groups) = (root.path().join("device"), root.path().join("sys/class/vfio"));
+        let (device, groups) = (root.path().join("device"), root.path().join("sys/class/vfio"));
         let null = || fs::File::open("/dev/null").unwrap();
         let zero = "1:5";
-        fs::create_dir_all(node.join("vfio-dev/vfio0")).unwrap();
+        fs::create_dir_all(device.join("vfio-dev/vfio0")).unwrap();
         fs::create_dir_all(groups.join("3")).unwrap();
-        fs::write(node.join("vfio-dev/vfio0/dev"), zero).unwrap();
+        fs::write(device.join("vfio-dev/vfio0/dev"), zero).unwrap();
         fs::write(groups.join("3/dev"), zero).unwrap();
-        symlink("/sys/kernel/iommu_groups/3", node.join("iommu_group")).unwrap();
-        let node = Node { name: "0000:00:0d.0".into(), sysfs: node };
+        symlink("/sys/kernel/iommu_groups/3", device.join("iommu_group")).unwrap();
+        let device = BusDevice { name: "0000:00:0d.0".into(), sysfs: device };
         let vfio = Vfio::new(None).with_dev_dir(root.path());
         fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
         fs::write(root.path().join("dev/vfio/3"), "").unwrap();
         let cdev = CdevFds { iommufd: iommufd(null()), device: null().into() };
         let group = GroupFds { container: null().into(), group: Arc::new(null()) };
         for (mode, fds) in [(VfioMode::Cdev, cdev.into()), (VfioMode::Container, group.into())] {
-            let error = vfio.adopt(&node, mode, fds).unwrap_err();
+            let error = vfio.adopt(&device, mode, fds).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unavailable);
             assert!(error.why().starts_with("it is device 1:3 and "), "{error}");
             assert!(error.to_string().ends_with(" c 1 5"), "{error}");
@@ -484,7 +497,7 @@ mod tests {
         fs::write(groups.join("3/dev"), "1:3").unwrap();
         for mode in [VfioMode::Container, VfioMode::Compat] {
             let fds = GroupFds { container: null().into(), group: Arc::new(null()) };
-            let error = vfio.adopt(&node, mode, fds.into()).unwrap_err();
+            let error = vfio.adopt(&device, mode, fds.into()).unwrap_err();
             assert!(
                 error.kind() == ErrorKind::Permission && error.why().contains("its container is not"),
                 "{error}"
@@ -495,10 +508,10 @@ mod tests {
             GroupFds { container: file().into(), group: Arc::new(file()) }
         };
         fs::write(groups.join("3/dev"), "0:0").unwrap();
-        let error = vfio.adopt(&node, VfioMode::Container, files().into());
+        let error = vfio.adopt(&device, VfioMode::Container, files().into());
         assert!(error.unwrap_err().why().starts_with("it is no character device, and "));
         fs::remove_dir_all(&groups).unwrap();
-        let error = vfio.adopt(&node, VfioMode::Container, files().into());
+        let error = vfio.adopt(&device, VfioMode::Container, files().into());
         assert!(error.unwrap_err().why().contains("has no node for IOMMU group 3"));
     }
 
@@ -535,20 +548,20 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let vfio = Vfio::new("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3".parse().ok());
         let device = |name: &str, driver: &str| {
-            let node = Node { name: name.into(), sysfs: root.path().join(name) };
-            fs::create_dir_all(&node.sysfs).unwrap();
-            symlink(format!("/sys/bus/pci/drivers/{driver}"), node.sysfs.join("driver")).unwrap();
-            node
+            let device = BusDevice { name: name.into(), sysfs: root.path().join(name) };
+            fs::create_dir_all(&device.sysfs).unwrap();
+            symlink(format!("/sys/bus/pci/drivers/{driver}"), device.sysfs.join("driver")).unwrap();
+            device
         };
-        let function_of = |name, pf: &Node| {
-            let node = device(name, "vfio-pci");
-            symlink(&pf.sysfs, node.sysfs.join("physfn")).unwrap();
-            node
+        let function_of = |name, pf: &BusDevice| {
+            let device = device(name, "vfio-pci");
+            symlink(&pf.sysfs, device.sysfs.join("physfn")).unwrap();
+            device
         };
         let (plain, ours, kernels) =
             (device("plain", "vfio-pci"), device("pf", "vfio-pci"), device("igb", "igb"));
         fs::write(ours.sysfs.join("sriov_totalvfs"), "7\n").unwrap();
-        let shown = |node: &Node| vfio.token_of(node).is_some();
+        let shown = |device: &BusDevice| vfio.token_of(device).is_some();
         assert!(shown(&ours) && shown(&function_of("vf0", &ours)));
         assert!(!shown(&plain) && !shown(&function_of("vf1", &kernels)));
     }
@@ -567,18 +580,18 @@ mod tests {
     fn every_port_finds_the_one_iommufd_that_was_passed() {
         let root = tempfile::tempdir().unwrap();
         let names = ["iommu", "vfio0", "vfio1"];
-        let nodes = Nodes::passed(
+        let nodes = DeviceNodes::passed(
             names.map(|name| (name.into(), fs::File::open("/dev/null").unwrap().into())).into(),
         );
         let vfio = Vfio::with_nodes(None, nodes);
         let ports = ["vfio0", "vfio1"].map(|name| {
-            let node = Node { name: name.into(), sysfs: root.path().join(name) };
-            let cdev = node.sysfs.join("vfio-dev").join(name);
+            let device = BusDevice { name: name.into(), sysfs: root.path().join(name) };
+            let cdev = device.sysfs.join("vfio-dev").join(name);
             fs::create_dir_all(&cdev).unwrap();
             fs::write(cdev.join("dev"), "1:3\n").unwrap();
-            node
+            device
         });
-        let opened = ports.map(|node| vfio.open(&node, VfioMode::Auto).unwrap());
+        let opened = ports.map(|device| vfio.open(&device, VfioMode::Auto).unwrap());
         assert!(opened.iter().all(|(mode, _)| *mode == VfioMode::Cdev), "{opened:?}");
     }
 }

@@ -6,33 +6,33 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 use vireo_vfio::{Cdev, NOIOMMU_PREFIX};
 
-use super::acquire::{Node, Phases, Refusal, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu};
+use super::acquire::{BusDevice, Phases, Refusal, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu};
 use super::device::{Held, Open};
 use super::fds::CdevFds;
 use super::space::AddressSpace;
-use super::{VfioMode, diagnose, nodes};
+use super::{VfioMode, device_nodes, diagnose};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 
 impl Vfio {
     /// Number and path of the device's own node.
-    pub(super) fn cdev_path(&self, node: &Node, mode: VfioMode) -> Result<(String, PathBuf)> {
-        let what = || format!("cannot use {} in mode {mode}", node.name);
-        let name = cdev_name(node).ok_or_else(|| self.no_cdev(node, mode))?;
+    pub(super) fn cdev_path(&self, device: &BusDevice, mode: VfioMode) -> Result<(String, PathBuf)> {
+        let what = || format!("cannot use {} in mode {mode}", device.name);
+        let name = cdev_name(device).ok_or_else(|| self.no_cdev(device, mode))?;
         match (name.starts_with(NOIOMMU_PREFIX), mode) {
             (true, VfioMode::Cdev) => return Err(needs_noiommu(what(), VfioMode::NoiommuCdev)),
             (false, VfioMode::NoiommuCdev) => return Err(has_iommu(what())),
             _ => {}
         }
-        let number = fs::read_to_string(node.sysfs.join("vfio-dev").join(&name).join("dev"))
+        let number = fs::read_to_string(device.sysfs.join("vfio-dev").join(&name).join("dev"))
             .map_err(|error| Error::io(format!("cannot read the device number of {name}"), &error))?;
         let (number, dir) = (number.trim().to_owned(), self.dev.join("vfio/devices"));
         let path = self.nodes.find(&dir, &name, Some(&number)).unwrap_or_else(|| dir.join(&name));
         Ok((number, path))
     }
 
-    pub(super) fn open_cdev(&self, node: &Node, mode: VfioMode) -> Result<CdevFds> {
-        let (number, path) = self.cdev_path(node, mode)?;
+    pub(super) fn open_cdev(&self, device: &BusDevice, mode: VfioMode) -> Result<CdevFds> {
+        let (number, path) = self.cdev_path(device, mode)?;
         let iommufd = {
             let mut kept = lock(&self.iommufd);
             match kept.upgrade() {
@@ -44,18 +44,18 @@ impl Vfio {
                 }
             }
         };
-        let device = self.nodes.open(&path).map_err(|error| match error.errno() {
-            Some(Errno::ENOENT) => nodes::absent(error, &path, &number),
+        let file = self.nodes.open(&path).map_err(|error| match error.errno() {
+            Some(Errno::ENOENT) => device_nodes::absent(error, &path, &number),
             _ => error,
         })?;
-        nodes::check(&device, &path, &number, &node.name)?;
-        Ok(CdevFds { iommufd, device: device.into() })
+        device_nodes::check(&file, &path, &number, &device.name)?;
+        Ok(CdevFds { iommufd, device: file.into() })
     }
 
-    fn no_cdev(&self, node: &Node, mode: VfioMode) -> Error {
-        let what = format!("cannot use {} in mode {mode}", node.name);
+    fn no_cdev(&self, device: &BusDevice, mode: VfioMode) -> Error {
+        let what = format!("cannot use {} in mode {mode}", device.name);
         let without_iommu =
-            group_of(node).is_ok_and(|group| self.group_node(NOIOMMU_PREFIX, group).is_some());
+            group_of(device).is_ok_and(|group| self.group_node(NOIOMMU_PREFIX, group).is_some());
         let (why, hint) = match (mode, without_iommu) {
             (VfioMode::Cdev, true) => return needs_noiommu(what, VfioMode::Noiommu),
             (_, true) => ("this kernel gives devices without IOMMU no VFIO cdev (7.3)", "noiommu"),
@@ -67,17 +67,17 @@ impl Vfio {
     /// Bind, allocate, attach: the order in which a map fails where it is made.
     pub(super) fn complete_cdev(
         &self,
-        node: &Node,
+        device: &BusDevice,
         mode: VfioMode,
         fds: CdevFds,
         phases: &mut Phases,
     ) -> std::result::Result<Open, Refusal> {
-        let CdevFds { iommufd, device } = fds;
-        let key = self.space_key(node, mode);
+        let CdevFds { iommufd, device: fd } = fds;
+        let key = self.space_key(device, mode);
         let check = |space: &AddressSpace| match space.ioas() {
             Some(ioas) if !ioas.iommufd().is_same(&iommufd) => Err(Error::new(
                 ErrorKind::Usage,
-                format!("cannot bind {} to iommufd", node.name),
+                format!("cannot bind {} to iommufd", device.name),
                 "its /dev/iommu is not the one that the ports before it have",
             )
             .with_hint("pass the same open /dev/iommu with each device")),
@@ -85,14 +85,14 @@ impl Vfio {
         };
         self.existing(key).map_or(Ok(()), |space| check(&space))?;
         // SAFETY: it is the device's node: `open_cdev` or `adopt` has compared its number with the one in sysfs.
-        let cdev = unsafe { Cdev::from_fd_unchecked(device, &node.name) };
-        let token = self.token_of(node).map(VfToken::bytes);
+        let cdev = unsafe { Cdev::from_fd_unchecked(fd, &device.name) };
+        let token = self.token_of(device).map(VfToken::bytes);
         cdev.bind(&iommufd, token.as_ref()).map_err(|refused| match refused {
             vireo_vfio::Error::TokenUnknown { .. } => Refusal {
                 error: Error::from(refused).with_hint("use --vfio-mode container"),
                 container_may: true,
             },
-            refused => diagnose::bind_cdev(refused.into(), node, &self.dev).into(),
+            refused => diagnose::bind_cdev(refused.into(), device, &self.dev).into(),
         })?;
         phases.end("bind");
         let space = self
@@ -102,7 +102,7 @@ impl Vfio {
         let id = space.ioas().map_or(0, |ioas| ioas.id());
         cdev.attach(id).map_err(|refused| {
             let container_may = refused.errno() == Some(Errno::EINVAL);
-            Refusal { error: diagnose::attach(refused.into(), node), container_may }
+            Refusal { error: diagnose::attach(refused.into(), device), container_may }
         })?;
         Ok(Open { fd: cdev.into_fd(), held: Held { _group: None, space } })
     }
@@ -117,11 +117,11 @@ mod tests {
     #[test]
     fn a_cdev_without_number_is_none() {
         let root = tempfile::tempdir().unwrap();
-        let node = Node { name: "0000:00:0d.0".into(), sysfs: root.path().join("device") };
-        std::fs::create_dir_all(node.sysfs.join("vfio-dev/vfio9")).unwrap();
-        symlink("/sys/kernel/iommu_groups/3", node.sysfs.join("iommu_group")).unwrap();
+        let device = BusDevice { name: "0000:00:0d.0".into(), sysfs: root.path().join("device") };
+        std::fs::create_dir_all(device.sysfs.join("vfio-dev/vfio9")).unwrap();
+        symlink("/sys/kernel/iommu_groups/3", device.sysfs.join("iommu_group")).unwrap();
         let vfio = Vfio::new(None).with_dev_dir(root.path());
-        let refusal = |mode| vfio.open_cdev(&node, mode).unwrap_err().to_string();
+        let refusal = |mode| vfio.open_cdev(&device, mode).unwrap_err().to_string();
 
         assert!(refusal(VfioMode::Cdev).ends_with("use --vfio-mode container"));
         std::fs::create_dir_all(root.path().join("dev/vfio/noiommu-3")).unwrap();

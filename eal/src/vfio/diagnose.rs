@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use vireo_vfio::NOIOMMU_PREFIX;
 
-use super::acquire::{Node, cdev_name, group_of};
+use super::acquire::{BusDevice, cdev_name, group_of};
 use crate::error::{Error, ErrorKind};
 use crate::iommufd::Accounting;
 
@@ -88,9 +88,9 @@ pub(super) fn raw_io(error: Error) -> Error {
 }
 
 /// A group node did not open: it opens only once, and not at all while its devices are open as cdevs.
-pub(super) fn group_open(error: Error, node: &Node, dev: &Path) -> Error {
+pub(super) fn group_open(error: Error, device: &BusDevice, dev: &Path) -> Error {
     match error.errno() {
-        Some(Errno::EBUSY) => group_busy(error, node, dev),
+        Some(Errno::EBUSY) => group_busy(error, device, dev),
         Some(Errno::ENOENT) => error
             .because("the group has no device on vfio-pci")
             .with_hint("bind every device of the group to vfio-pci"),
@@ -99,12 +99,14 @@ pub(super) fn group_open(error: Error, node: &Node, dev: &Path) -> Error {
 }
 
 /// A group is open by its own node or by the cdevs of its devices, never by both.
-fn group_busy(error: Error, node: &Node, dev: &Path) -> Error {
-    let Ok(group) = group_of(node) else { return in_use(error, &[]) };
-    let own = cdev_path(node, dev);
+fn group_busy(error: Error, device: &BusDevice, dev: &Path) -> Error {
+    let Ok(group) = group_of(device) else { return in_use(error, &[]) };
+    let own = cdev_path(device, dev);
     let mut paths = ["", NOIOMMU_PREFIX].map(|kind| dev.join(format!("vfio/{kind}{group}"))).to_vec();
     paths.extend(
-        members(node).filter_map(|member| cdev_path(&member, dev)).filter(|path| Some(path) != own.as_ref()),
+        members(device)
+            .filter_map(|member| cdev_path(&member, dev))
+            .filter(|path| Some(path) != own.as_ref()),
     );
     let here = holds(Path::new("/proc/self"), &paths);
     paths.extend(own);
@@ -118,60 +120,58 @@ fn group_busy(error: Error, node: &Node, dev: &Path) -> Error {
 }
 
 /// The devices of the group.
-fn members(node: &Node) -> impl Iterator<Item = Node> {
-    fs::read_dir(node.sysfs.join("iommu_group/devices"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| Node { name: entry.file_name().to_string_lossy().into_owned(), sysfs: entry.path() })
+fn members(device: &BusDevice) -> impl Iterator<Item = BusDevice> {
+    fs::read_dir(device.sysfs.join("iommu_group/devices")).into_iter().flatten().flatten().map(|entry| {
+        BusDevice { name: entry.file_name().to_string_lossy().into_owned(), sysfs: entry.path() }
+    })
 }
 
-fn cdev_path(node: &Node, dev: &Path) -> Option<PathBuf> {
-    cdev_name(node).map(|name| dev.join("vfio/devices").join(name))
+fn cdev_path(device: &BusDevice, dev: &Path) -> Option<PathBuf> {
+    cdev_name(device).map(|name| dev.join("vfio/devices").join(name))
 }
 
 /// The device's own node and its group's.
-fn nodes_of(node: &Node, dev: &Path) -> Vec<PathBuf> {
-    let group = group_of(node).ok().map(|group| dev.join(format!("vfio/{group}")));
-    cdev_path(node, dev).into_iter().chain(group).collect()
+fn nodes_of(device: &BusDevice, dev: &Path) -> Vec<PathBuf> {
+    let group = group_of(device).ok().map(|group| dev.join(format!("vfio/{group}")));
+    cdev_path(device, dev).into_iter().chain(group).collect()
 }
 
 /// A device was refused by iommufd.
-pub(super) fn bind_cdev(error: Error, node: &Node, dev: &Path) -> Error {
+pub(super) fn bind_cdev(error: Error, device: &BusDevice, dev: &Path) -> Error {
     match error.errno() {
-        Some(Errno::EBUSY) => group_busy(error, node, dev),
-        Some(Errno::EINVAL) => in_use(error, &nodes_of(node, dev)),
-        _ => bind(error, node, dev),
+        Some(Errno::EBUSY) => group_busy(error, device, dev),
+        Some(Errno::EINVAL) => in_use(error, &nodes_of(device, dev)),
+        _ => bind(error, device, dev),
     }
 }
 
 /// A device was refused by its group or by iommufd.
-pub(super) fn bind(error: Error, node: &Node, dev: &Path) -> Error {
+pub(super) fn bind(error: Error, device: &BusDevice, dev: &Path) -> Error {
     match error.errno() {
-        Some(Errno::EPERM) => not_permitted(error, node, dev, may_look(), remaps_interrupts()),
+        Some(Errno::EPERM) => not_permitted(error, device, dev, may_look(), remaps_interrupts()),
         Some(Errno::EACCES) => error
-            .because(if node.sysfs.join("physfn").exists() {
+            .because(if device.sysfs.join("physfn").exists() {
                 "it is a virtual function whose physical function is on VFIO's driver and wants its token"
             } else {
                 "its virtual functions are in use, and it wants their token"
             })
             .with_hint("give the one that the physical function was opened with: --vfio-vf-token UUID"),
-        Some(Errno::EBUSY | Errno::EINVAL) => match in_use(error, &nodes_of(node, dev)) {
+        Some(Errno::EBUSY | Errno::EINVAL) => match in_use(error, &nodes_of(device, dev)) {
             busy if busy.kind() == ErrorKind::Busy => busy,
             // In compat the device is attached at once.
-            refused => attach(refused, node),
+            refused => attach(refused, device),
         },
         _ => error,
     }
 }
 
 /// A device did not get the page tables of an address space.
-pub(super) fn attach(error: Error, node: &Node) -> Error {
+pub(super) fn attach(error: Error, device: &BusDevice) -> Error {
     if error.errno() != Some(Errno::EINVAL) {
         return error;
     }
     let error = error.with_kind(ErrorKind::Unavailable).with_hint("use --vfio-mode container");
-    match has_first_stage_only(node) {
+    match has_first_stage_only(device) {
         true => error.because(
             "its IOMMU has first-stage tables only, and this kernel's iommufd makes second-stage ones",
         ),
@@ -181,9 +181,9 @@ pub(super) fn attach(error: Error, node: &Node) -> Error {
 
 /// Whether an Intel IOMMU translates by first-stage tables only (VT-d specification, 11.4.3, Extended Capability Register:
 /// SMTS, SSTS, FSTS).
-fn has_first_stage_only(node: &Node) -> bool {
+fn has_first_stage_only(device: &BusDevice) -> bool {
     let bit = |capabilities: u64, bit: u32| capabilities >> bit & 1 == 1;
-    fs::read_to_string(node.sysfs.join("iommu/intel-iommu/ecap"))
+    fs::read_to_string(device.sysfs.join("iommu/intel-iommu/ecap"))
         .ok()
         .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
         .is_some_and(|ecap| bit(ecap, 43) && !bit(ecap, 46) && bit(ecap, 47))
@@ -193,12 +193,12 @@ fn has_first_stage_only(node: &Node) -> bool {
 /// (`iommufd_device_bind`, drivers/iommu/iommufd/device.c). Only a machine on which the second is certain is told how to do
 /// without. `all_seen` is whether the descriptors of every process can be seen, `remapped` whether the kernel remaps
 /// interrupts.
-fn not_permitted(error: Error, node: &Node, dev: &Path, all_seen: bool, remapped: bool) -> Error {
-    let Ok(group) = group_of(node) else { return unsafe_interrupts(error, "iommufd") };
-    if !kernel_owned(node).is_empty() {
-        return not_viable(node, group);
+fn not_permitted(error: Error, device: &BusDevice, dev: &Path, all_seen: bool, remapped: bool) -> Error {
+    let Ok(group) = group_of(device) else { return unsafe_interrupts(error, "iommufd") };
+    if !kernel_owned(device).is_empty() {
+        return not_viable(device, group);
     }
-    let others: Vec<Node> = members(node).filter(|member| member.name != node.name).collect();
+    let others: Vec<BusDevice> = members(device).filter(|member| member.name != device.name).collect();
     let paths: Vec<PathBuf> = others.iter().filter_map(|member| cdev_path(member, dev)).collect();
     let named: Vec<&str> = others.iter().map(|member| &*member.name).collect();
     let shared = format!("IOMMU group {group} also has {}", named.join(", "));
@@ -287,8 +287,8 @@ fn holds(process: &Path, paths: &[PathBuf]) -> bool {
 }
 
 /// Devices of the group, and their drivers, that keep it from user space.
-fn kernel_owned(node: &Node) -> Vec<(String, String)> {
-    members(node)
+fn kernel_owned(device: &BusDevice) -> Vec<(String, String)> {
+    members(device)
         .filter_map(|member| {
             let driver = fs::read_link(member.sysfs.join("driver")).ok()?;
             let driver = driver.file_name()?.to_str()?.to_owned();
@@ -300,12 +300,12 @@ fn kernel_owned(node: &Node) -> Vec<(String, String)> {
 }
 
 /// Names every device of the group that is bound to a driver of the kernel.
-pub(super) fn not_viable(node: &Node, group: u32) -> Error {
-    let others = kernel_owned(node);
+pub(super) fn not_viable(device: &BusDevice, group: u32) -> Error {
+    let others = kernel_owned(device);
     let named: Vec<String> = others.iter().map(|(name, driver)| format!("{name} ({driver})")).collect();
     Error::new(
         ErrorKind::Unavailable,
-        format!("cannot use {}", node.name),
+        format!("cannot use {}", device.name),
         format!("IOMMU group {group} is not viable: bound to kernel drivers are {}", named.join(", ")),
     )
     .with_hint(match others.as_slice() {
@@ -332,8 +332,8 @@ mod tests {
             fs::create_dir_all(&device).unwrap();
             symlink(format!("/sys/bus/pci/drivers/{driver}"), device.join("driver")).unwrap();
         }
-        let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
-        let text = not_viable(&node, 7).to_string();
+        let device = BusDevice { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
+        let text = not_viable(&device, 7).to_string();
         for address in ["0000:00:04.1", "0000:00:04.2"] {
             assert!(text.contains(&format!("{address} (e1000e)")), "{text}");
         }
@@ -351,9 +351,9 @@ mod tests {
     #[test]
     fn a_function_that_wants_a_token_is_not_in_use() {
         let dir = tempfile::tempdir().unwrap();
-        let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
+        let device = BusDevice { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
         let said =
-            || bind_cdev(Error::os("cannot bind", Errno::EACCES), &node, Path::new("/dev")).to_string();
+            || bind_cdev(Error::os("cannot bind", Errno::EACCES), &device, Path::new("/dev")).to_string();
         assert!(
             said().contains("its virtual functions are in use") && said().ends_with("--vfio-vf-token UUID")
         );
@@ -388,34 +388,34 @@ mod tests {
     #[test]
     fn an_iommu_without_second_stage_tables_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let node = Node { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
+        let device = BusDevice { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
         fs::create_dir_all(dir.path().join("iommu/intel-iommu")).unwrap();
         // With first-stage, second-stage and scalable-mode support, bits 47, 46 and 43.
         for (ecap, names_it) in [("880000f00f5e", true), ("c80000f00f5e", false), ("f00f5e", false)] {
             fs::write(dir.path().join("iommu/intel-iommu/ecap"), format!("{ecap}\n")).unwrap();
             for error in [
-                attach(Error::os("cannot attach it", Errno::EINVAL), &node),
-                bind(Error::os("cannot open it in its group", Errno::EINVAL), &node, Path::new("/dev")),
+                attach(Error::os("cannot attach it", Errno::EINVAL), &device),
+                bind(Error::os("cannot open it in its group", Errno::EINVAL), &device, Path::new("/dev")),
             ] {
                 assert_eq!(error.kind(), ErrorKind::Unavailable);
                 assert!(error.to_string().ends_with("use --vfio-mode container"), "{error}");
                 assert_eq!(error.why().contains("first-stage tables only"), names_it, "{ecap}: {error}");
             }
         }
-        assert!(attach(Error::os("cannot attach it", Errno::ENOMEM), &node).hint().is_none());
+        assert!(attach(Error::os("cannot attach it", Errno::ENOMEM), &device).hint().is_none());
     }
 
     /// Two functions that share group 7, with cdevs `vfio0` and `vfio1`, and an empty `/dev`.
-    fn shared_group(root: &Path) -> (PathBuf, [Node; 2]) {
+    fn shared_group(root: &Path) -> (PathBuf, [BusDevice; 2]) {
         let (dev, devices) = (root.join("dev"), root.join("iommu_groups/7/devices"));
         let nodes = ["vfio0", "vfio1"].map(|cdev| {
-            let node = Node { name: format!("0000:00:04.{}", &cdev[4..]), sysfs: root.join(cdev) };
-            fs::create_dir_all(node.sysfs.join("vfio-dev").join(cdev)).unwrap();
-            fs::write(node.sysfs.join("vfio-dev").join(cdev).join("dev"), "").unwrap();
+            let device = BusDevice { name: format!("0000:00:04.{}", &cdev[4..]), sysfs: root.join(cdev) };
+            fs::create_dir_all(device.sysfs.join("vfio-dev").join(cdev)).unwrap();
+            fs::write(device.sysfs.join("vfio-dev").join(cdev).join("dev"), "").unwrap();
             fs::create_dir_all(&devices).unwrap();
-            symlink(&node.sysfs, devices.join(&node.name)).unwrap();
-            symlink(root.join("iommu_groups/7"), node.sysfs.join("iommu_group")).unwrap();
-            node
+            symlink(&device.sysfs, devices.join(&device.name)).unwrap();
+            symlink(root.join("iommu_groups/7"), device.sysfs.join("iommu_group")).unwrap();
+            device
         });
         fs::create_dir_all(dev.join("vfio/devices")).unwrap();
         (dev, nodes)

@@ -9,11 +9,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use vireo_vfio::{Group, IommuType, NOIOMMU_PREFIX};
 
-use super::acquire::{Node, Phases, Vfio, group_of, has_iommu, needs_noiommu, no_group};
+use super::acquire::{BusDevice, Phases, Vfio, group_of, has_iommu, needs_noiommu, no_group};
 use super::device::{Held, Open};
 use super::fds::GroupFds;
 use super::space::{AddressSpace, Container};
-use super::{VfioMode, diagnose, nodes};
+use super::{VfioMode, device_nodes, diagnose};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::rlimit;
@@ -25,9 +25,13 @@ impl Vfio {
     }
 
     /// Number of the device's group, its node, and the node's device number if the kernel tells.
-    pub(super) fn group_path(&self, node: &Node, mode: VfioMode) -> Result<(u32, PathBuf, Option<String>)> {
-        let what = || format!("cannot use {} in mode {mode}", node.name);
-        let group = group_of(node).map_err(|_| no_group(what()))?;
+    pub(super) fn group_path(
+        &self,
+        device: &BusDevice,
+        mode: VfioMode,
+    ) -> Result<(u32, PathBuf, Option<String>)> {
+        let what = || format!("cannot use {} in mode {mode}", device.name);
+        let group = group_of(device).map_err(|_| no_group(what()))?;
         let (wanted, other) = match mode {
             VfioMode::Noiommu => (NOIOMMU_PREFIX, ""),
             _ => ("", NOIOMMU_PREFIX),
@@ -42,9 +46,9 @@ impl Vfio {
         Ok((group, path, self.group_number(&name)))
     }
 
-    pub(super) fn open_group(&self, node: &Node, mode: VfioMode) -> Result<GroupFds> {
-        let (group, path, number) = self.group_path(node, mode)?;
-        let existing = self.existing(self.space_key(node, mode));
+    pub(super) fn open_group(&self, device: &BusDevice, mode: VfioMode) -> Result<GroupFds> {
+        let (group, path, number) = self.group_path(device, mode)?;
+        let existing = self.existing(self.space_key(device, mode));
         let kept = existing.as_ref().and_then(|space| space.container());
         let container = match kept {
             Some(container) => container.as_fd().try_clone_to_owned().map_err(cannot_duplicate)?,
@@ -54,11 +58,11 @@ impl Vfio {
             Some(file) => file,
             None => {
                 let file = self.nodes.open(&path).map_err(|error| match (&number, error.errno()) {
-                    (Some(number), Some(Errno::ENOENT)) => nodes::absent(error, &path, number),
-                    _ => diagnose::group_open(error, node, &self.dev),
+                    (Some(number), Some(Errno::ENOENT)) => device_nodes::absent(error, &path, number),
+                    _ => diagnose::group_open(error, device, &self.dev),
                 })?;
                 if let Some(number) = number {
-                    nodes::check(&file, &path, &number, &format!("IOMMU group {group}"))?;
+                    device_nodes::check(&file, &path, &number, &format!("IOMMU group {group}"))?;
                 }
                 Arc::new(file)
             }
@@ -79,15 +83,15 @@ impl Vfio {
     /// released before the kernel resets the device.
     pub(super) fn complete_group(
         &self,
-        node: &Node,
+        device: &BusDevice,
         mode: VfioMode,
         fds: GroupFds,
         opening: MutexGuard<'_, ()>,
         phases: &mut Phases,
     ) -> Result<Open> {
-        let what = || format!("cannot use {}", node.name);
-        let number = group_of(node).map_err(|_| no_group(what()))?;
-        let key = self.space_key(node, mode);
+        let what = || format!("cannot use {}", device.name);
+        let number = group_of(device).map_err(|_| no_group(what()))?;
+        let key = self.space_key(device, mode);
         let GroupFds { container, group } = fds;
         // Nobody abandons the container meanwhile.
         let _held = self.existing(key).and_then(|space| space.container()?.any());
@@ -96,10 +100,10 @@ impl Vfio {
         let handle = unsafe { Group::from_fd_unchecked(Arc::clone(&group), number) };
         let status = handle.status()?;
         if !status.is_viable {
-            return Err(diagnose::not_viable(node, number));
+            return Err(diagnose::not_viable(device, number));
         }
         let in_container = status.has_container;
-        // SAFETY: it is a node of containers: `Nodes` has opened it as such, or `adopt` has asked the kernel.
+        // SAFETY: it is a node of containers: `DeviceNodes` has opened it as such, or `adopt` has asked the kernel.
         let mut container = Some(unsafe { vireo_vfio::Container::from_fd_unchecked(container) });
         let space = self.space(key, || {
             let fd = container.take().ok_or_else(|| Error::os(what(), Errno::EBADF))?;
@@ -126,10 +130,10 @@ impl Vfio {
         let handle = unsafe { Group::from_fd_unchecked(&*group, number) };
         drop(opening);
         phases.end("bind");
-        let token = self.token_of(node).map(VfToken::bytes);
+        let token = self.token_of(device).map(VfToken::bytes);
         let device = handle
-            .device_fd(&node.name, token.as_ref())
-            .map_err(|refused| diagnose::bind(refused.into(), node, &self.dev))?;
+            .device_fd(&device.name, token.as_ref())
+            .map_err(|refused| diagnose::bind(refused.into(), device, &self.dev))?;
         let device = if mode == VfioMode::Noiommu { above_memory(device) } else { device };
         Ok(Open { fd: device, held: Held { _group: Some(group), space } })
     }

@@ -8,8 +8,8 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::libc;
 
 use super::acquire::lock;
+use super::device_nodes::node_name;
 use super::fds::MOST;
-use super::nodes::node_name;
 use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
 

@@ -8,24 +8,24 @@
 mod acquire;
 mod cdev;
 mod device;
+pub mod device_nodes;
 mod diagnose;
 mod fds;
 mod group;
 pub(crate) mod listen;
 pub mod mode;
-pub mod nodes;
 mod preflight;
 mod space;
 
-pub use acquire::{Acquired, Node, Phase, Vfio, iommu_on, no_group, noiommu_allowed};
+pub use acquire::{Acquired, BusDevice, Phase, Vfio, iommu_on, no_group, noiommu_allowed};
 pub(crate) use device::Held;
 #[cfg(test)]
 pub(crate) use device::fake_file;
 pub use device::{ConfigSpace, Device};
+pub use device_nodes::{DeviceNodes, FdSource};
 pub use diagnose::holder;
 pub use fds::{CdevFds, DeviceFds, GroupFds};
 pub use mode::VfioMode;
-pub use nodes::{FdSource, Nodes};
 pub use space::{AddressSpace, Mapping};
 pub use vireo_vfio::{Irq, IrqInfo, Request};
 

@@ -1,31 +1,31 @@
 //! What can be said of a mode before the device is on VFIO's driver.
 
 use super::VfioMode;
-use super::acquire::{Node, Vfio, group_of, has_iommu, needs_noiommu, no_group, noiommu_allowed};
+use super::acquire::{BusDevice, Vfio, group_of, has_iommu, needs_noiommu, no_group, noiommu_allowed};
 use crate::error::{ErrorKind, Result};
 
 impl Vfio {
-    /// Says what would keep `node` from being had in `mode` after it is bound to VFIO's driver, as far as that can be
+    /// Says what would keep `device` from being had in `mode` after it is bound to VFIO's driver, as far as that can be
     /// known while another driver has it, or none. `loaded` is whether the kernel has VFIO's driver; if not, nothing
     /// is said about what comes with it. No device is opened, and of the nodes only `/dev/vfio/vfio` or `/dev/iommu`.
     /// Who may open them is not asked: that comes after the bind.
     ///
     /// # Errors
     /// As [`Vfio::acquire`] or, where the kernel would refuse the bind, as that.
-    pub fn preflight(&self, node: &Node, mode: VfioMode, loaded: bool) -> Result<()> {
-        self.preflight_where(node, mode, loaded, noiommu_allowed())
+    pub fn preflight(&self, device: &BusDevice, mode: VfioMode, loaded: bool) -> Result<()> {
+        self.preflight_where(device, mode, loaded, noiommu_allowed())
     }
 
     fn preflight_where(
         &self,
-        node: &Node,
+        device: &BusDevice,
         mode: VfioMode,
         loaded: bool,
         noiommu: Option<bool>,
     ) -> Result<()> {
-        let what = || format!("cannot use {} in mode {mode}", node.name);
+        let what = || format!("cannot use {} in mode {mode}", device.name);
         // A group without an IOMMU is made at the bind, so one that is there now has one.
-        match (group_of(node).is_ok(), mode.has_iommu()) {
+        match (group_of(device).is_ok(), mode.has_iommu()) {
             (true, false) => return Err(has_iommu(what())),
             // Every kernel has this one; whether it has the other one shows at the bind.
             (false, true) if noiommu == Some(true) => return Err(needs_noiommu(what(), VfioMode::Noiommu)),
@@ -50,51 +50,51 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    fn machine(group: bool) -> (tempfile::TempDir, Vfio, Node) {
+    fn machine(group: bool) -> (tempfile::TempDir, Vfio, BusDevice) {
         let root = tempfile::tempdir().unwrap();
-        let node = Node { name: "0000:00:0d.0".into(), sysfs: root.path().join("device") };
-        fs::create_dir_all(&node.sysfs).unwrap();
+        let device = BusDevice { name: "0000:00:0d.0".into(), sysfs: root.path().join("device") };
+        fs::create_dir_all(&device.sysfs).unwrap();
         fs::create_dir_all(root.path().join("dev/vfio")).unwrap();
         if group {
-            symlink("/sys/kernel/iommu_groups/3", node.sysfs.join("iommu_group")).unwrap();
+            symlink("/sys/kernel/iommu_groups/3", device.sysfs.join("iommu_group")).unwrap();
         }
         let vfio = Vfio::new(None).with_dev_dir(root.path());
-        (root, vfio, node)
+        (root, vfio, device)
     }
 
     #[test]
     fn the_iommu_decides_which_modes_there_are() {
-        let (root, vfio, node) = machine(true);
+        let (root, vfio, device) = machine(true);
         fs::write(root.path().join("dev/vfio/vfio"), "").unwrap();
-        let refusal = |mode| vfio.preflight(&node, mode, true).unwrap_err().to_string();
-        assert!(vfio.preflight(&node, VfioMode::Container, true).is_ok());
+        let refusal = |mode| vfio.preflight(&device, mode, true).unwrap_err().to_string();
+        assert!(vfio.preflight(&device, VfioMode::Container, true).is_ok());
         assert!(refusal(VfioMode::Noiommu).ends_with("use --vfio-mode cdev or container"));
         assert!(refusal(VfioMode::NoiommuCdev).contains("the device has an IOMMU"));
 
-        let (root, vfio, node) = machine(false);
+        let (root, vfio, device) = machine(false);
         fs::write(root.path().join("dev/vfio/vfio"), "").unwrap();
         let refusal =
-            |mode, noiommu| vfio.preflight_where(&node, mode, true, noiommu).unwrap_err().to_string();
+            |mode, noiommu| vfio.preflight_where(&device, mode, true, noiommu).unwrap_err().to_string();
         for noiommu in [Some(false), None] {
             for mode in [VfioMode::Container, VfioMode::Cdev, VfioMode::Compat, VfioMode::Noiommu] {
                 assert!(refusal(mode, noiommu).contains("it is in no IOMMU group"), "{mode}");
             }
         }
         assert!(refusal(VfioMode::Cdev, Some(true)).ends_with("--vfio-mode noiommu"));
-        assert!(vfio.preflight_where(&node, VfioMode::Noiommu, true, Some(true)).is_ok());
+        assert!(vfio.preflight_where(&device, VfioMode::Noiommu, true, Some(true)).is_ok());
         // Whether a module that is not loaded has the switch nobody knows.
-        assert!(vfio.preflight_where(&node, VfioMode::Noiommu, false, None).is_ok());
+        assert!(vfio.preflight_where(&device, VfioMode::Noiommu, false, None).is_ok());
     }
 
     #[test]
     fn what_the_kernel_lacks_is_named() {
-        let (_root, vfio, node) = machine(true);
-        let refusal = |mode| vfio.preflight(&node, mode, true).unwrap_err().to_string();
+        let (_root, vfio, device) = machine(true);
+        let refusal = |mode| vfio.preflight(&device, mode, true).unwrap_err().to_string();
         assert!(refusal(VfioMode::Container).ends_with("run: modprobe vfio-pci"));
         for mode in [VfioMode::Cdev, VfioMode::Compat] {
             assert!(refusal(mode).contains("modprobe iommufd, or choose --vfio-mode container"), "{mode}");
         }
         // Not loaded, it is loaded by the command that binds the device.
-        assert!(vfio.preflight(&node, VfioMode::Container, false).is_ok());
+        assert!(vfio.preflight(&device, VfioMode::Container, false).is_ok());
     }
 }

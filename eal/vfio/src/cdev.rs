@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use vireo_iommufd::{DeviceId, Iommufd};
 
 use crate::error::{Error, Operation, Result};
-use crate::{Device, node, sys};
+use crate::{Device, device_node, sys};
 
 /// A device by its own node (`/dev/vfio/devices/vfioN`, or `noiommu-vfioN` without an IOMMU): it is in no group's way. Before
 /// [`bind`](Self::bind) it gives access to nothing.
@@ -23,7 +23,7 @@ impl Cdev {
     /// # Errors
     /// [`Error::Open`]: `EBUSY` or `EINVAL` when its group is open. [`Error::OtherNode`] when the node is of something else.
     pub fn open(path: &Path, name: &str) -> Result<Self> {
-        Self::from_fd(node::open(path)?, name)
+        Self::from_fd(device_node::open(path)?, name)
     }
 
     /// Takes a descriptor that somebody else opened.
@@ -31,7 +31,7 @@ impl Cdev {
     /// # Errors
     /// [`Error::OtherNode`] when it is of something else, or sysfs does not tell.
     pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self> {
-        node::name_of(&fd, "VFIO device", |class, _| class == "vfio-dev")?;
+        device_node::name_of(&fd, "VFIO device", |class, _| class == "vfio-dev")?;
         Ok(Self { fd, name: name.to_owned() })
     }
 

@@ -10,7 +10,7 @@ use vireo_iommufd::{Access, Memory};
 
 use crate::error::{Error, Operation, Result};
 use crate::mapping::Mapping;
-use crate::{info, node, sys};
+use crate::{device_node, info, sys};
 
 /// Path of the node of containers.
 pub const PATH: &str = "/dev/vfio/vfio";
@@ -55,7 +55,7 @@ impl Container {
     /// # Errors
     /// [`Error::Open`]: `ENOENT` or `ENODEV` without VFIO, `EACCES` without access to the node.
     pub fn open() -> Result<Self> {
-        node::open(PATH.as_ref()).map(Self)
+        device_node::open(PATH.as_ref()).map(Self)
     }
 
     /// Opens the node at `path`: `/dev/iommu`, or where a container of another kind has the nodes.
@@ -63,7 +63,7 @@ impl Container {
     /// # Errors
     /// As for [`Container::open`]; [`Error::OtherNode`] when it is of something else.
     pub fn open_at(path: &Path) -> Result<Self> {
-        Self::from_fd(node::open(path)?)
+        Self::from_fd(device_node::open(path)?)
     }
 
     /// Takes a descriptor that somebody else opened.
@@ -72,7 +72,7 @@ impl Container {
     /// [`Error::OtherNode`] when it is of something else, or sysfs does not tell.
     pub fn from_fd(fd: OwnedFd) -> Result<Self> {
         let is_it = |class: &str, name: &str| class == "misc" && matches!(name, "vfio" | "iommu");
-        node::name_of(&fd, "VFIO container", is_it)?;
+        device_node::name_of(&fd, "VFIO container", is_it)?;
         Ok(Self(fd))
     }
 

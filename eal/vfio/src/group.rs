@@ -5,8 +5,8 @@ use std::fmt::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
+use crate::device_node::{self, NOIOMMU_PREFIX};
 use crate::error::{Error, Operation, Result};
-use crate::node::{self, NOIOMMU_PREFIX};
 use crate::{Container, Device, sys};
 
 /// State of a [`Group`].
@@ -34,7 +34,7 @@ impl Group {
     /// [`Error::Open`]: `EBUSY` when somebody has it open, or a device of it as a character device. [`Error::OtherNode`]
     /// when it is of something else.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::from_fd(node::open(path)?)
+        Self::from_fd(device_node::open(path)?)
     }
 }
 
@@ -45,7 +45,7 @@ impl<F: AsFd> Group<F> {
     /// [`Error::OtherNode`] when it is not of a group, or sysfs does not tell.
     pub fn from_fd(fd: F) -> Result<Self> {
         let wanted = "VFIO group";
-        let name = node::name_of(&fd, wanted, |class, _| class == "vfio")?;
+        let name = device_node::name_of(&fd, wanted, |class, _| class == "vfio")?;
         let number = name.strip_prefix(NOIOMMU_PREFIX).unwrap_or(&name).parse();
         let number = number.map_err(|_| Error::OtherNode { fd: fd.as_fd().as_raw_fd(), wanted })?;
         Ok(Self { fd, number })

@@ -48,6 +48,7 @@
 mod cdev;
 mod container;
 mod device;
+mod device_node;
 mod error;
 mod group;
 mod info;
@@ -55,18 +56,17 @@ mod irq;
 #[cfg(test)]
 mod kernel;
 mod mapping;
-mod node;
 mod region;
 mod sys;
 
 pub use cdev::Cdev;
 pub use container::{Container, IommuType, Iovas, PATH};
 pub use device::{Device, PCI_CONFIG_REGION};
+pub use device_node::{NOIOMMU_PREFIX, cdev_of, class_and_name, group_of};
 pub use error::{Error, Operation, Result};
 pub use group::{Group, GroupStatus};
 pub use irq::{Irq, IrqInfo, Request};
 pub use mapping::Mapping;
-pub use node::{NOIOMMU_PREFIX, cdev_of, class_and_name, group_of};
 pub use region::{DeviceFile, MappedRange, RegionFile, RegionInfo};
 
 pub use nix::errno::Errno;

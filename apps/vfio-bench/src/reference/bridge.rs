@@ -66,7 +66,7 @@ impl<'a> Bridge<'a> {
     }
 
     fn add(&mut self, info: &PciInfo, cpu: usize) -> Result<()> {
-        let device = self.bus.node(info.address).sysfs;
+        let device = self.bus.device(info.address).sysfs;
         let (name, interface) = interface(&device).ok_or_else(|| {
             let what = format!("cannot make a bridge of {}", info.address);
             Error::new(ErrorKind::Unavailable, what, "the kernel's driver gave it no network interface")

@@ -20,9 +20,9 @@ use super::diagnose;
 use super::fds;
 use super::listen::listen_fds;
 use crate::args::quoted;
+use crate::device_node::{is_char_device, number_of, open};
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
-use crate::node::{is_char_device, number_of, open};
 use crate::socket;
 
 /// The one byte that carries them, so that a message of something else is told apart.
@@ -57,7 +57,7 @@ impl std::str::FromStr for FdSource {
 
 /// The device nodes that a process can open.
 #[derive(Debug)]
-pub struct Nodes(Kind);
+pub struct DeviceNodes(Kind);
 
 #[derive(Debug)]
 enum Kind {
@@ -67,13 +67,13 @@ enum Kind {
     Passed(Mutex<Vec<(String, OwnedFd)>>),
 }
 
-impl Default for Nodes {
+impl Default for DeviceNodes {
     fn default() -> Self {
         Self(Kind::Files)
     }
 }
 
-impl Nodes {
+impl DeviceNodes {
     /// Takes the descriptors of `source`. Which node each one is, the kernel says, not who passed it.
     ///
     /// # Errors
@@ -281,14 +281,14 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Unavailable);
         assert!(error.to_string().contains("has sent nothing for 50ms; see which process"), "{error}");
         drop(listener);
-        let error = Nodes::of(&FdSource::Socket(path)).unwrap_err().to_string();
+        let error = DeviceNodes::of(&FdSource::Socket(path)).unwrap_err().to_string();
         assert!(error.contains("vireo-launch --socket"), "{error}");
     }
 
     #[test]
     fn descriptors_are_given_once_and_by_name() {
         let iommu = || ("iommu".to_owned(), tempfile::tempfile().unwrap().into());
-        let nodes = Nodes::passed(vec![iommu(), iommu()]);
+        let nodes = DeviceNodes::passed(vec![iommu(), iommu()]);
         let path = Path::new("/dev/iommu");
         assert!(nodes.has(path) && !nodes.has(Path::new("/dev/vfio/vfio")));
         assert!(nodes.open(path).is_ok() && nodes.open(path).is_ok());
