@@ -1,40 +1,24 @@
 //! Which chip a device id is, and what the chips differ in.
 
-use vireo_bus_pci::DeviceId;
+use crate::intel::chips;
 
-/// Chips that differ in what the driver does. Copper only: chips with fiber or SerDes have no PHY behind MDIC.
+/// Chips that differ in what the driver does, by the name that Linux has for it (`e1000_mac_type`). Copper only: chips with
+/// fiber or SerDes have no PHY behind MDIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Chip {
+pub(super) enum MacType {
     I82544,
     I82540,
     /// First 82545 and 82546.
     I82545,
     /// 82545GM and 82546GB.
     I82545Gm,
-    /// PCI Express.
+    /// 82574 and 82583, which DS describes: PCI Express.
     I82574,
-}
-
-macro_rules! chips {
-    ($($device:literal $chip:ident $name:literal)*) => {
-        /// Devices that this driver knows, with Intel's names.
-        pub(super) const IDS: &[(DeviceId, &str)] = &[
-            $((DeviceId { vendor: 0x8086, device: $device }, concat!("Intel ", $name))),*
-        ];
-
-        impl Chip {
-            pub(super) fn of(id: DeviceId) -> Option<Self> {
-                match (id.vendor, id.device) {
-                    $((0x8086, $device) => Some(Self::$chip),)*
-                    _ => None,
-                }
-            }
-        }
-    };
 }
 
 // Linux: drivers/net/ethernet/intel/e1000/e1000_hw.h and e1000e/hw.h.
 chips! {
+    MacType:
     0x1008 I82544   "82544EI"
     0x100C I82544   "82544GC"
     0x100D I82544   "82544GC (LOM)"
@@ -55,12 +39,7 @@ chips! {
     0x150C I82574   "82583V"
 }
 
-impl Chip {
-    /// Whether it is an 82574 or 82583: PCI Express, and what DS describes.
-    pub(super) fn is_82574(self) -> bool {
-        self == Self::I82574
-    }
-
+impl MacType {
     /// Whether CTRL.RST has to come through I/O space. These chips do not acknowledge that write in memory space
     /// (Linux, `e1000_reset_hw` in e1000_hw.c).
     pub(super) fn resets_through_io(self) -> bool {
@@ -75,6 +54,8 @@ impl Chip {
 
 #[cfg(test)]
 mod tests {
+    use vireo_bus_pci::DeviceId;
+
     use super::*;
 
     #[test]
@@ -82,7 +63,7 @@ mod tests {
         let name = |device| IDS.iter().filter(move |(id, _)| id.device == device).map(|(_, name)| *name);
         assert_eq!(name(0x1008).collect::<Vec<_>>(), ["Intel 82544EI"]);
         assert_eq!(name(0x100C).collect::<Vec<_>>(), ["Intel 82544GC"]);
-        assert!(IDS.iter().all(|(id, _)| name(id.device).count() == 1 && Chip::of(*id).is_some()));
-        assert_eq!(Chip::of(DeviceId { vendor: 0x8086, device: 0x10C9 }), None);
+        assert!(IDS.iter().all(|(id, _)| name(id.device).count() == 1 && MacType::of(*id).is_some()));
+        assert_eq!(MacType::of(DeviceId { vendor: 0x8086, device: 0x10C9 }), None);
     }
 }

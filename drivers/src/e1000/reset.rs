@@ -6,13 +6,12 @@ use vireo_bus_pci::Function;
 use vireo_eal::Result;
 use vireo_eal::mmio::Bar;
 
-use super::Device;
-use super::chip::Chip;
+use super::E1000;
+use super::chip::MacType;
 use super::regs::*;
+use crate::intel::{Hardware, Reset};
 
-/// Rest after CTRL.RST, before the next access (SDM 13.4, CTRL.RST).
-const REST: Duration = Duration::from_micros(1);
-/// The 82544 wants more of it before the reload is asked for (Linux, `e1000_reset_hw`).
+/// Rest of an 82544 after [`Reset::REST`], before it is asked for the reload (Linux, `e1000_reset_hw`).
 const REST_82544: Duration = Duration::from_micros(10);
 /// Reload of an 82544's registers from the EEPROM, from CTRL_EXT.EE_RST on (Linux, `e1000_reset_hw`).
 const RELOAD_82544: Duration = Duration::from_millis(2);
@@ -34,60 +33,23 @@ pub(super) fn io_bar(function: &dyn Function) -> Option<Bar> {
     function.bar(at).inspect_err(|error| tracing::debug!("{error}")).ok()
 }
 
-impl Device {
-    /// Ends all DMA and brings the registers that matter to their reset values. Once it succeeds, memory that
-    /// the device knew can be used for something else.
-    pub(super) fn quiesce(&self) -> Result<()> {
-        let (function, bar) = (&self.function.0, &self.bar);
-        function.set_command(false)?;
-        self.hardware().wait("reset", STATUS, |_| true)?;
-        bar.write32(IMC, u32::MAX);
-        bar.write32(RCTL, 0);
-        bar.write32(TCTL, 0);
-        if self.chip.is_82574() {
-            // Requests that are under way when CTRL.RST comes can hang PCI Express (DS 10.2.2, CTRL).
-            bar.write32(CTRL, bar.read32(CTRL) | CTRL_GIO_MASTER_DISABLE);
-            if let Err(error) =
-                self.hardware().wait("pause", STATUS, |status| status & STATUS_GIO_MASTER_ENABLE == 0)
-            {
-                tracing::warn!("{error}");
-            }
-        }
-        // The reset must not interrupt firmware that talks to the PHY (DS 10.2.2, EXTCNF_CTRL).
-        let mdio = self.own_mdio();
-        self.write_reset()?;
-        bar.pause(REST);
-        let reset =
-            self.hardware().wait("reset", CTRL, |ctrl| ctrl & CTRL_RST == 0).and_then(|_| self.reload());
-        if let Err(error) = reset {
-            // The function's own reset takes 100 ms, so it is for a chip that does not answer.
-            if !function.reset()? {
-                return Err(error);
-            }
-            function.set_command(false)?;
-            self.reload()?;
-        }
-        if mdio.is_ok() {
-            self.disown_mdio();
-        }
-        bar.write32(IMC, u32::MAX);
-        if self.chip.has_management() {
-            // On a board with ASF the firmware would keep ARP requests to itself (SDM 13.4, MANC).
-            bar.write32(MANC, bar.read32(MANC) & !MANC_ARP_EN);
-        }
-        // For QEMU, whose 82540EM clears CTRL.RST and nothing else.
-        for register in [RCTL, TCTL, RDH, RDT, TDH, TDT, RDLEN, TDLEN] {
-            bar.write32(register, 0);
-        }
-        Ok(())
+impl Reset for E1000 {
+    const INTERRUPT_MASKS: &'static [u64] = &[IMC];
+    /// It must not interrupt firmware that talks to the PHY (DS 10.2.2, EXTCNF_CTRL).
+    const RESET_NEEDS_PHY: bool = true;
+    /// SDM 13.4, CTRL.RST.
+    const REST: Duration = Duration::from_micros(1);
+
+    fn is_express(&self) -> bool {
+        self.mac == MacType::I82574
     }
 
-    fn write_reset(&self) -> Result<()> {
-        let ctrl = self.bar.read32(CTRL) | CTRL_RST;
+    fn write_reset(&self, hardware: &Hardware) -> Result<()> {
+        let ctrl = hardware.bar.read32(CTRL) | CTRL_RST;
         match &self.io {
-            _ if self.chip == Chip::I82545Gm => self.bar.write32(CTRL_DUP, ctrl),
+            _ if self.mac == MacType::I82545Gm => hardware.bar.write32(CTRL_DUP, ctrl),
             Some(io) => {
-                self.function.0.decode_io()?;
+                hardware.function.decode_io()?;
                 io.write32(IOADDR, STATUS as u32);
                 if io.read32(IOADDR) == STATUS as u32 {
                     // SDM 13.2.2.
@@ -95,31 +57,41 @@ impl Device {
                     io.write32(IODATA, ctrl);
                 } else {
                     // For QEMU, whose I/O ports lead nowhere.
-                    self.bar.write32(CTRL, ctrl);
+                    hardware.bar.write32(CTRL, ctrl);
                 }
             }
             // The 82574; and others without I/O ports, which are no masters of the bus now and may take it.
-            None => self.bar.write32(CTRL, ctrl),
+            None => hardware.bar.write32(CTRL, ctrl),
         }
         Ok(())
     }
 
-    /// Waits until the registers are loaded from the NVM. What is written before is lost.
-    fn reload(&self) -> Result<()> {
-        let bar = &self.bar;
-        match self.chip {
-            Chip::I82544 => {
+    fn reload(&self, hardware: &Hardware) -> Result<()> {
+        let bar = &hardware.bar;
+        match self.mac {
+            MacType::I82544 => {
                 bar.pause(REST_82544);
                 bar.write32(CTRL_EXT, bar.read32(CTRL_EXT) | CTRL_EXT_EE_RST);
                 bar.pause(RELOAD_82544);
             }
-            Chip::I82540 | Chip::I82545 | Chip::I82545Gm => bar.pause(RELOAD),
-            Chip::I82574 => {
+            MacType::I82540 | MacType::I82545 | MacType::I82545Gm => bar.pause(RELOAD),
+            MacType::I82574 => {
                 // DS 10.2.2, EECD.
-                self.hardware().wait("load the registers of", EECD, |eecd| eecd & EECD_AUTO_RD != 0)?;
+                hardware.wait("load the registers of", EECD, |eecd| eecd & EECD_AUTO_RD != 0)?;
                 bar.pause(PHY_SETUP);
             }
         }
         Ok(())
+    }
+
+    fn settle(&self, hardware: &Hardware) {
+        if self.mac.has_management() {
+            // On a board with ASF the firmware would keep ARP requests to itself (SDM 13.4, MANC).
+            hardware.change(MANC, 0, MANC_ARP_EN);
+        }
+        // For QEMU, whose 82540EM clears CTRL.RST and nothing else.
+        for register in [RCTL, TCTL, RDH, RDT, TDH, TDT, RDLEN, TDLEN] {
+            hardware.bar.write32(register, 0);
+        }
     }
 }

@@ -1,36 +1,19 @@
 //! Which chip a device id is, and what the chips differ in.
 
-use vireo_bus_pci::DeviceId;
+use crate::intel::chips;
 
-/// Chips that differ in what the driver does. Copper only: chips with fiber or SerDes have no PHY behind MDIC. The I210 and
-/// I211 are not among them: without flash they need a workaround for their PLL (Linux, `igb_pll_workaround_i210`), and their
-/// semaphore differs.
+/// Chips that differ in what the driver does, by the name that Linux has for it (`e1000_mac_type`). Copper only: chips with
+/// fiber or SerDes have no PHY behind MDIC. The I210 and I211 are not among them: without flash they need a workaround for
+/// their PLL (Linux, `igb_pll_workaround_i210`), and their semaphore differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Chip {
+pub(super) enum MacType {
     I82576,
     I350,
 }
 
-macro_rules! chips {
-    ($($device:literal $chip:ident $name:literal)*) => {
-        /// Devices that this driver knows, with Intel's names.
-        pub(super) const IDS: &[(DeviceId, &str)] = &[
-            $((DeviceId { vendor: 0x8086, device: $device }, concat!("Intel ", $name))),*
-        ];
-
-        impl Chip {
-            pub(super) fn of(id: DeviceId) -> Option<Self> {
-                match (id.vendor, id.device) {
-                    $((0x8086, $device) => Some(Self::$chip),)*
-                    _ => None,
-                }
-            }
-        }
-    };
-}
-
 // Linux: drivers/net/ethernet/intel/igb/e1000_hw.h.
 chips! {
+    MacType:
     0x10C9 I82576 "82576"
     0x10E8 I82576 "82576 (quad)"
     0x150A I82576 "82576NS"
@@ -38,7 +21,7 @@ chips! {
     0x1521 I350   "I350"
 }
 
-impl Chip {
+impl MacType {
     /// KiB of the receive FIFO, as `rxpbs`, the value of RXPBS, has it.
     pub(super) fn fifo_kib(self, rxpbs: u32) -> u32 {
         /// Linux, `e1000_82580_rxpbs_table`.
@@ -53,21 +36,23 @@ impl Chip {
 
 #[cfg(test)]
 mod tests {
+    use vireo_bus_pci::DeviceId;
+
     use super::*;
 
     #[test]
     fn each_id_is_once_in_the_table_and_has_a_chip() {
         let count = |device| IDS.iter().filter(|(id, _)| id.device == device).count();
-        assert!(IDS.iter().all(|(id, _)| count(id.device) == 1 && Chip::of(*id).is_some()));
+        assert!(IDS.iter().all(|(id, _)| count(id.device) == 1 && MacType::of(*id).is_some()));
         // A virtual function of the 82576, and an I210.
         for device in [0x10CA, 0x1533] {
-            assert_eq!(Chip::of(DeviceId { vendor: 0x8086, device }), None);
+            assert_eq!(MacType::of(DeviceId { vendor: 0x8086, device }), None);
         }
     }
 
     #[test]
     fn the_fifo_is_what_each_chip_says() {
-        assert_eq!(Chip::I82576.fifo_kib(0xFF40), 64);
-        assert_eq!([0, 2, 10, 11, u32::MAX].map(|rxpbs| Chip::I350.fifo_kib(rxpbs)), [36, 144, 140, 0, 0]);
+        assert_eq!(MacType::I82576.fifo_kib(0xFF40), 64);
+        assert_eq!([0, 2, 10, 11, u32::MAX].map(|rxpbs| MacType::I350.fifo_kib(rxpbs)), [36, 144, 140, 0, 0]);
     }
 }

@@ -5,16 +5,18 @@ mod hostile;
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use vireo_bus_pci::DeviceId;
+use vireo_eal::ErrorKind;
 use vireo_eal::bdf::Bdf;
-use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, Packet, Pool};
+use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, MAX_BURST, Packet, Pool, PoolCache};
 use vireo_eal::mem::{Backing, Region};
 
 use super::*;
 use crate::fakedev::igb::{FakeIgb, Faults, ID_82576, ID_I350};
-use crate::port::{QueueStats, RxBurst, TxBurst};
+use crate::port::{Link, MacAddr, Nic, PortConfig, QueueStats, Queues, RxBurst, TxBurst};
 
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);

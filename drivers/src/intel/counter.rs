@@ -1,8 +1,40 @@
 //! Statistics registers. A read clears them (SDM 13.7), but not all of QEMU's, of which the 8254x count on over resets too.
 
+use vireo_eal::mmio::Bar;
+
+use super::regs::*;
+
+/// Counters of frames that the device dropped. RNBC is none of them: its frames wait in the FIFO and may still
+/// be received (SDM 13.7); nor is RUC, which QEMU counts for frames that it pads and delivers.
+const DROPS: [(&str, u64); 4] = [
+    ("rx_missed_errors", MPC),
+    ("rx_crc_errors", CRCERRS),
+    ("rx_align_errors", ALGNERRC),
+    ("rx_long_length_errors", ROC),
+];
+
+/// Frames that the device dropped since a start.
+#[derive(Debug, Default)]
+pub(super) struct Drops([Counter; DROPS.len()]);
+
+impl Drops {
+    /// Counts from 0 on.
+    pub(super) fn begin(&mut self, bar: &Bar) {
+        for ((_, register), counter) in DROPS.iter().zip(&mut self.0) {
+            counter.begin(|| bar.read32(*register));
+        }
+    }
+
+    /// The sums by name, as [`Nic::device_drops`](crate::port::Nic::device_drops) gives them.
+    pub(super) fn read(&mut self, bar: &Bar) -> Vec<(&'static str, u64)> {
+        let counters = DROPS.iter().zip(&mut self.0);
+        counters.map(|((name, register), counter)| (*name, counter.read(|| bar.read32(*register)))).collect()
+    }
+}
+
 /// What a statistics register counted since a start.
 #[derive(Debug, Default)]
-pub(super) struct Counter {
+struct Counter {
     /// What the register had at the last read, and has still because that did not clear it.
     kept: u32,
     sum: u64,
@@ -10,13 +42,13 @@ pub(super) struct Counter {
 
 impl Counter {
     /// Counts from 0 on.
-    pub(super) fn begin(&mut self, register: impl Fn() -> u32) {
+    fn begin(&mut self, register: impl Fn() -> u32) {
         self.read(register);
         self.sum = 0;
     }
 
     /// Adds what was counted since the last read, and gives the sum.
-    pub(super) fn read(&mut self, register: impl Fn() -> u32) -> u64 {
+    fn read(&mut self, register: impl Fn() -> u32) -> u64 {
         // All ones: the device is gone and counts no more.
         let present = || Some(register()).filter(|count| *count != u32::MAX);
         let Some(count) = present() else { return self.sum };

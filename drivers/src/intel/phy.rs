@@ -10,9 +10,61 @@ const HEADROOM: u32 = 1528;
 /// Time that the partner pauses, in units of 512 bit times; XON ends it before (Linux, `E1000_FC_PAUSE_TIME`).
 const PAUSE_TIME: u32 = 0x0680;
 
+/// The way to a chip's PHY, which firmware may use too.
+pub trait Phy {
+    /// Makes firmware leave the PHY alone.
+    ///
+    /// # Errors
+    /// `Protocol` when the firmware does not give it away.
+    fn own_phy(&self, hardware: &Hardware) -> Result<()>;
+
+    /// Gives the PHY back to the firmware.
+    fn disown_phy(&self, hardware: &Hardware);
+
+    /// Wakes a PHY that the kernel's driver put to sleep, so that it negotiates. The caller owns the PHY.
+    ///
+    /// # Errors
+    /// `Protocol` when the PHY does not answer.
+    fn wake_phy(&self, hardware: &Hardware) -> Result<()>;
+}
+
+/// Wakes the PHY unless the link is up.
+///
+/// # Errors
+/// As for [`Phy::own_phy`] and [`Phy::wake_phy`]; `Unavailable` when the device is gone.
+pub(super) fn wake(chip: &impl Phy, hardware: &Hardware) -> Result<()> {
+    if hardware.wait("start", STATUS, |_| true)? & STATUS_LU != 0 {
+        return Ok(());
+    }
+    chip.own_phy(hardware)?;
+    let woken = chip.wake_phy(hardware);
+    chip.disown_phy(hardware);
+    woken
+}
+
+/// Sets flow control for a link that has come up, with `status`, the value of STATUS.
+pub(super) fn follow_link(chip: &impl Phy, hardware: &Hardware, status: u32) {
+    let agreed = negotiated(chip, hardware, status).unwrap_or_else(|error| {
+        tracing::warn!("{error}; it runs without flow control");
+        (false, false)
+    });
+    hardware.set_flow_control(agreed);
+}
+
+/// What the ends of the link agreed on; nothing for one direction at a time.
+fn negotiated(chip: &impl Phy, hardware: &Hardware, status: u32) -> Result<(bool, bool)> {
+    if status & STATUS_FD == 0 {
+        return Ok((false, false));
+    }
+    chip.own_phy(hardware)?;
+    let agreed = hardware.agreed_flow_control();
+    chip.disown_phy(hardware);
+    agreed
+}
+
 /// FCRTL and FCRTH (SDM 13.4, DS 10.2.2, 82576 8.5) for a receive FIFO of `kib`, which the chip compares in steps of `step`
 /// bytes: XOFF is sent at nine tenths of it, and while there is room for one more frame. Zeroes send none.
-pub(crate) fn watermarks(kib: u32, step: u32) -> [u32; 2] {
+fn watermarks(kib: u32, step: u32) -> [u32; 2] {
     let bytes = kib.saturating_mul(1024);
     let high = (bytes / 10 * 9).min(bytes.saturating_sub(HEADROOM)).min(0xFFFF) & !(step - 1);
     match high.checked_sub(step) {
@@ -32,9 +84,9 @@ fn resolve(own: u16, partner: u16) -> (bool, bool) {
     }
 }
 
-impl Hardware<'_> {
+impl Hardware {
     /// Does `operation` with PHY register `register`; returns what was read, or none where the PHY refused.
-    pub(crate) fn mdic(self, operation: u32, register: u32) -> Result<Option<u16>> {
+    pub(crate) fn mdic(&self, operation: u32, register: u32) -> Result<Option<u16>> {
         self.bar.write32(MDIC, operation | register << MDIC_REG_SHIFT | MDIC_PHY);
         let mdic = self.wait("reach the PHY of", MDIC, |mdic| mdic & (MDIC_READY | MDIC_ERROR) != 0)?;
         Ok((mdic & MDIC_ERROR == 0).then_some(mdic as u16))
@@ -42,7 +94,7 @@ impl Hardware<'_> {
 
     /// Whether PAUSE frames are obeyed and sent, as the ends of the link agreed; neither where they did not negotiate. The
     /// caller owns the PHY.
-    pub(crate) fn agreed_flow_control(self) -> Result<(bool, bool)> {
+    fn agreed_flow_control(&self) -> Result<(bool, bool)> {
         let mut values = [0; 3];
         for (value, register) in values.iter_mut().zip([PHY_STATUS, PHY_ADVERTISED, PHY_PARTNER]) {
             *value = self.mdic(MDIC_OP_READ, register)?.unwrap_or(0);
@@ -52,9 +104,10 @@ impl Hardware<'_> {
     }
 
     /// Writes what makes the chip know PAUSE frames, so that they are never received as others are, and when to
-    /// send some (SDM 13.4, DS 10.2.2, 82576 8.5). Whether it obeys and sends them is CTRL's, once there is a link.
-    pub(crate) fn prepare_flow_control(self, [low, high]: [u32; 2]) {
-        let bar = self.bar;
+    /// send some, by a receive FIFO of `kib` that it compares in steps of `step` bytes (SDM 13.4, DS 10.2.2, 82576 8.5).
+    /// Whether it obeys and sends them is CTRL's, once there is a link.
+    pub(crate) fn prepare_flow_control(&self, kib: u32, step: u32) {
+        let (bar, [low, high]) = (&self.bar, watermarks(kib, step));
         bar.write32(FCAL, FLOW_CONTROL_ADDRESS_LOW);
         bar.write32(FCAH, FLOW_CONTROL_ADDRESS_HIGH);
         bar.write32(FCT, FLOW_CONTROL_TYPE);
@@ -64,7 +117,7 @@ impl Hardware<'_> {
     }
 
     /// Sets CTRL.RFCE and TFCE: whether PAUSE frames are obeyed and sent.
-    pub(crate) fn set_flow_control(self, (obeys, sends): (bool, bool)) {
+    fn set_flow_control(&self, (obeys, sends): (bool, bool)) {
         let flags = if obeys { CTRL_RFCE } else { 0 } | if sends { CTRL_TFCE } else { 0 };
         let old = self.bar.read32(CTRL);
         // All ones: the device is gone.

@@ -28,7 +28,7 @@ pub struct RxQueue<F> {
 ///
 /// # Errors
 /// `Os` when there are too few buffers.
-pub(crate) fn fill<F: Format>(ring: &mut DescRing, cache: &mut PoolCache) -> Result<()> {
+pub(super) fn fill<F: Format>(ring: &mut DescRing, cache: &mut PoolCache) -> Result<()> {
     ring.restart(ring.entries() - 1, [0, F::RXD_DD]);
     while ring.refill(MAX_BURST, 0, 0, cache) > 0 {}
     if ring.room() == 0 {
@@ -43,7 +43,7 @@ pub(crate) fn fill<F: Format>(ring: &mut DescRing, cache: &mut PoolCache) -> Res
 
 impl<F: Format> RxQueue<F> {
     /// A queue on `ring`, which is filled and which the device may not write yet.
-    pub(crate) fn new(ring: DescRing, tail: Doorbell<u32>) -> Self {
+    pub(super) fn new(ring: DescRing, tail: Doorbell<u32>) -> Self {
         // At most three quarters of the ring wait for a refill, whatever its size.
         let refill_threshold = MAX_BURST.min(ring.entries() / 4 * 3);
         Self {
@@ -57,7 +57,7 @@ impl<F: Format> RxQueue<F> {
     }
 
     /// Tells the device which descriptors have a buffer.
-    pub(crate) fn announce(&mut self) {
+    pub(super) fn announce(&mut self) {
         self.tail.ring((self.ring.head() & (self.ring.entries() - 1)) as u32);
         self.stats.doorbells += 1;
     }
@@ -138,13 +138,13 @@ impl<F: Format> RxQueue<F> {
     }
 
     /// Descriptors that the device has filled and nobody has received.
-    pub(crate) fn unread(&self) -> usize {
+    pub(super) fn unread(&self) -> usize {
         let done = |i: &usize| self.ring.load::<1>(self.ring.tail().wrapping_add(*i)) & F::RXD_DD != 0;
         (0..self.ring.owned()).take_while(done).count()
     }
 
     /// Gives every buffer to `cache` and the ring back; the device was reset.
-    pub(crate) fn release(mut self, cache: &mut PoolCache) -> DescRing {
+    pub(super) fn release(mut self, cache: &mut PoolCache) -> DescRing {
         self.ring.reclaim_all(cache);
         self.ring
     }

@@ -10,7 +10,7 @@ use crate::port::{Fault, QueueStats, TxBurst, Watchdog};
 
 /// Every descriptor of this many reports its completion, and as many are reclaimed at a time. The smallest
 /// ring holds two of them, so that one is always under way when the ring is full.
-pub(crate) const RECLAIM: usize = 32;
+pub(super) const RECLAIM: usize = 32;
 const _: () = assert!(MAX_BURST <= RECLAIM);
 
 /// Shortest frame, in bytes without its check sequence. The chips of PCI Express pad what has 17 bytes and more (82574 DS
@@ -33,7 +33,7 @@ pub struct TxQueue<F> {
 }
 
 impl<F: Format> TxQueue<F> {
-    pub(crate) fn new(mut ring: DescRing, tail: Doorbell<u32>, pads: bool, fault: Fault) -> Self {
+    pub(super) fn new(mut ring: DescRing, tail: Doorbell<u32>, pads: bool, fault: Fault) -> Self {
         // TDT = TDH means an empty ring, so one descriptor stays free (SDM 3.4).
         ring.restart(ring.entries() - 1, [0; 2]);
         let (stats, watchdog) = (QueueStats::default(), Watchdog::default());
@@ -63,13 +63,13 @@ impl<F: Format> TxQueue<F> {
 
     /// Descriptors from `head` on, where the device says it is (TDH), to the last one that was filled; all that may
     /// own a buffer when it says what cannot be.
-    pub(crate) fn unfinished(&self, head: u32) -> usize {
+    pub(super) fn unfinished(&self, head: u32) -> usize {
         let behind = self.ring.head().wrapping_sub(head as usize) & (self.ring.entries() - 1);
         behind.min(self.ring.owned())
     }
 
     /// Gives every buffer to `cache` and the ring back; the device was reset.
-    pub(crate) fn release(mut self, cache: &mut PoolCache) -> DescRing {
+    pub(super) fn release(mut self, cache: &mut PoolCache) -> DescRing {
         self.ring.reclaim_all(cache);
         self.ring
     }

@@ -144,7 +144,7 @@ fn what_a_killed_process_held_is_taken_back() {
             device.set_register(SWSM, swsm);
             device.set_register(SW_FW_SYNC, sync);
             // The probe does, of a function whose reset leaves them as they are.
-            port.disown_phy();
+            port.chip.disown_phy(&port.hardware);
             let mut cache = pool.cache();
             let (rx, tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
             assert!(port.link().up, "{swsm:#x} {sync:#x}");

@@ -1,0 +1,296 @@
+//! A port of a controller: probe, start, stop and what is asked in between, for every family.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vireo_bus_pci::{DeviceId, Function};
+use vireo_eal::dma::{DescRing, DmaMemory, DmaRing, PoolCache};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use super::counter::Drops;
+use super::hardware::link;
+use super::phy::{follow_link, wake};
+use super::regs::*;
+use super::reset::quiesce;
+use super::rx::fill;
+use super::tx::RECLAIM;
+use super::{Chip, Hardware, RxQueue, TxQueue};
+use crate::driver::{Args, PciDriver};
+use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, PortConfig, Queues, QueuesOf};
+
+/// Fewest descriptors of a ring: two batches that TX reclaims.
+const FEWEST: u16 = 2 * RECLAIM as u16;
+/// Most descriptors of a ring: 64 KiB of RDLEN or TDLEN (SDM 13.4; Linux, `IGB_MAX_RXD`).
+const MOST: u16 = 4096;
+/// Bytes of a descriptor.
+const DESCRIPTOR: usize = 16;
+
+/// RX and TX queue of a port.
+type Pair<C> = (RxQueue<<C as Chip>::Format>, TxQueue<<C as Chip>::Format>);
+
+/// A port of a controller.
+#[derive(Debug)]
+pub struct Device<C: Chip> {
+    pub(crate) chip: C,
+    pub(crate) hardware: Hardware,
+    dma_mask: u64,
+    /// Whether the driver pads short frames.
+    pads: bool,
+    /// Whether flow control is set for the link that is up.
+    linked: AtomicBool,
+    mac: MacAddr,
+    promiscuous: bool,
+    drops: Drops,
+    fault: Fault,
+    /// What the device may write to: kept from `start` to a reset that the device confirmed.
+    running: Option<Arc<DmaMemory>>,
+    /// Queues of a stop whose reset the device did not confirm.
+    parked: Option<Box<Pair<C>>>,
+    leftover: Leftover,
+    /// Rings of the last run, because memory for rings is never given back.
+    idle: Option<Box<Rings>>,
+}
+
+#[derive(Debug)]
+struct Rings {
+    memory: Arc<DmaMemory>,
+    rx: DescRing,
+    tx: DescRing,
+}
+
+impl<C: Chip> Device<C> {
+    /// Takes the function, resets it and reads its station address. It may not start DMA before `start`.
+    ///
+    /// # Errors
+    /// `Unavailable` when it is none of [`PciDriver::IDS`], has no BAR 0, cannot work in its slot, or its registers read all
+    /// ones; `Protocol` when it does not finish its reset or has no station address.
+    pub fn probe(function: Box<dyn Function>) -> Result<Self> {
+        let Some(chip) = C::of(&*function) else {
+            let what = format!("cannot use {} as {}", function.address(), C::NAME);
+            return Err(Error::new(ErrorKind::Unavailable, what, format!("it is a {}", function.id())));
+        };
+        function.set_command(false)?;
+        let hardware = Hardware { bar: function.bar(0)?, function };
+        quiesce(&chip, &hardware)?;
+        let dma_mask = chip.prepare(&hardware)?;
+        Ok(Self {
+            dma_mask,
+            pads: !chip.is_express(),
+            linked: AtomicBool::new(false),
+            mac: hardware.station_address()?,
+            promiscuous: false,
+            drops: Drops::default(),
+            fault: Fault::default(),
+            running: None,
+            parked: None,
+            leftover: Leftover::default(),
+            idle: None,
+            chip,
+            hardware,
+        })
+    }
+
+    fn usage(&self, what: &str, why: &str) -> Error {
+        self.hardware.error(ErrorKind::Usage, what, why)
+    }
+
+    /// Rings of these sizes: those of the last run if they fit.
+    fn rings(&mut self, memory: &Arc<DmaMemory>, config: &PortConfig) -> Result<Box<Rings>> {
+        let (rx, tx) = (usize::from(config.rx_descriptors), usize::from(config.tx_descriptors));
+        if let Some(idle) = self.idle.take_if(|idle| {
+            Arc::ptr_eq(&idle.memory, memory) && idle.rx.entries() == rx && idle.tx.entries() == tx
+        }) {
+            return Ok(idle);
+        }
+        let ring = |entries: usize| {
+            DmaRing::new(memory, entries, C::ring_alignment(entries * DESCRIPTOR))
+                .map(|words| DescRing::new(words, entries - 1))
+        };
+        Ok(Box::new(Rings { memory: Arc::clone(memory), rx: ring(rx)?, tx: ring(tx)? }))
+    }
+
+    /// Writes what the chip must know before it may start (SDM 14.4 and 14.5, DS 4.6, 82576 4.5), and gives `rings` their
+    /// buffers.
+    fn set_up(&self, rings: &mut Rings, cache: &mut PoolCache) -> Result<()> {
+        let bar = &self.hardware.bar;
+        for (ring, registers) in [(&rings.rx, C::RX), (&rings.tx, C::TX)] {
+            bar.write32(registers.base_low, ring.iova() as u32);
+            bar.write32(registers.base_high, (ring.iova() >> 32) as u32);
+            bar.write32(registers.len, (ring.entries() * DESCRIPTOR) as u32);
+            bar.write32(registers.head, 0);
+            bar.write32(registers.tail, 0);
+        }
+        self.chip.set_up(&self.hardware)?;
+        wake(&self.chip, &self.hardware)?;
+        fill::<C::Format>(&mut rings.rx, cache)
+    }
+
+    /// Lets the chip start DMA.
+    fn enable(&self) -> Result<()> {
+        self.hardware.function.set_command(true)?;
+        self.chip.enable(&self.hardware, self.rctl())
+    }
+
+    fn rctl(&self) -> u32 {
+        let all = if self.promiscuous { RCTL_UPE | RCTL_MPE } else { 0 };
+        // A switch must not forward PAUSE frames, also if it receives all others (IEEE 802.1Q, 8.6.3).
+        RCTL_EN | RCTL_BAM | RCTL_DPF | RCTL_SECRC | all
+    }
+}
+
+impl<C: Chip> PciDriver for Device<C> {
+    const NAME: &'static str = C::NAME;
+    const IDS: &'static [(DeviceId, &'static str)] = C::IDS;
+    const KEYS: &'static [&'static str] = &[];
+
+    fn open(function: Box<dyn Function>, _args: Args<'_>) -> Result<Self> {
+        Self::probe(function)
+    }
+}
+
+impl<C: Chip> Nic for Device<C> {
+    type Rx = RxQueue<C::Format>;
+    type Tx = TxQueue<C::Format>;
+
+    fn start(
+        &mut self,
+        config: &PortConfig,
+        memory: &Arc<DmaMemory>,
+        cache: &mut PoolCache,
+    ) -> Result<QueuesOf<Self>> {
+        self.retry_stop(cache)?;
+        if self.running.is_some() {
+            return Err(self.usage("start", "it runs already"));
+        }
+        if let Some(why) = config.unfit(&self.capabilities()) {
+            return Err(self.usage("start", &why));
+        }
+        let bar = &self.hardware.bar;
+        let tails = (bar.doorbell32(C::RX.tail)?, bar.doorbell32(C::TX.tail)?);
+        let mut rings = self.rings(memory, config)?;
+        if let Err(error) = self.set_up(&mut rings, cache) {
+            self.idle = Some(rings);
+            return Err(error);
+        }
+        self.drops.begin(&self.hardware.bar);
+        self.fault.take();
+        let mut rx = RxQueue::new(rings.rx, tails.0);
+        let tx = TxQueue::new(rings.tx, tails.1, self.pads, self.fault.clone());
+        self.running = Some(rings.memory);
+        self.linked.store(false, Ordering::Relaxed);
+        if let Err(error) = self.enable() {
+            self.stop_pair(rx, tx, cache)?;
+            return Err(error);
+        }
+        rx.announce();
+        // Sets flow control for a link that is up already.
+        self.link();
+        Ok(Queues::pair(rx, tx))
+    }
+
+    fn stop(
+        &mut self,
+        queues: QueuesOf<Self>,
+        cache: &mut PoolCache,
+        sent: Option<&mut PoolCache>,
+    ) -> Result<()> {
+        let Some((rx, tx)) = queues.into_pair() else { return Ok(()) };
+        let Some(memory) = self.running.clone() else {
+            return Err(self.usage("stop", "it does not run"));
+        };
+        self.device_drops();
+        // The reset clears it.
+        let head = self.hardware.bar.read32(C::TX.head);
+        if let Err(error) = quiesce(&self.chip, &self.hardware) {
+            // A later start gets one cache, for buffers of one pool.
+            self.parked = sent.is_none().then(|| Box::new((rx, tx)));
+            return Err(error);
+        }
+        self.leftover.rx_unread += rx.unread() as u64;
+        self.leftover.tx_unfinished += tx.unfinished(head) as u64;
+        self.running = None;
+        let rx = rx.release(cache);
+        self.idle = Some(Box::new(Rings { memory, rx, tx: tx.release(sent.unwrap_or(cache)) }));
+        Ok(())
+    }
+
+    fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
+        match self.parked.take() {
+            Some(parked) => self.stop_pair(parked.0, parked.1, cache),
+            None => Ok(()),
+        }
+    }
+
+    fn mac(&self) -> MacAddr {
+        self.mac
+    }
+
+    /// Completions are written into the descriptors. What a ring's alignment skips counts, too.
+    fn capabilities(&self) -> Capabilities {
+        let ring_bytes = |config: &PortConfig| {
+            let of = |queues: u16, descriptors: u16| {
+                let len = usize::from(descriptors) * DESCRIPTOR;
+                usize::from(queues) * (len + C::ring_alignment(len))
+            };
+            let rx = of(config.rx_queues, config.rx_descriptors);
+            [rx + of(config.tx_queues, config.tx_descriptors), 0]
+        };
+        let descriptors = FEWEST..=MOST;
+        Capabilities { dma_mask: self.dma_mask, descriptors, ring_bytes, ..Capabilities::default() }
+    }
+
+    /// Chips on PCI Express do not pad frames of less than 17 bytes.
+    fn pad_short_frames(&mut self) {
+        self.pads = true;
+    }
+
+    /// Sets flow control, too, if the link has just come up.
+    fn link(&self) -> Link {
+        let status = self.hardware.bar.read32(STATUS);
+        let link = link(status);
+        if self.running.is_some() && self.linked.swap(link.up, Ordering::Relaxed) != link.up && link.up {
+            follow_link(&self.chip, &self.hardware, status);
+        }
+        link
+    }
+
+    fn check(&mut self) -> Result<()> {
+        self.hardware.wait("reach", STATUS, |_| true)?;
+        let link = self.link();
+        match self.fault.take() {
+            // Without a link the chip keeps what it has to send.
+            Some(why) if link.up => Err(self.hardware.error(ErrorKind::Protocol, "go on with", why)),
+            _ => Ok(()),
+        }
+    }
+
+    /// QEMU's 82540EM receives nothing for a second after each write of RCTL, so this is best called before
+    /// `start`, and writes only what changes.
+    fn set_promiscuous(&mut self, on: bool) -> Result<()> {
+        if self.promiscuous != on {
+            self.promiscuous = on;
+            if self.running.is_some() {
+                self.hardware.bar.write32(RCTL, self.rctl());
+            }
+        }
+        Ok(())
+    }
+
+    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
+        self.drops.read(&self.hardware.bar)
+    }
+
+    fn leftover(&self) -> Leftover {
+        self.leftover
+    }
+}
+
+impl<C: Chip> Drop for Device<C> {
+    fn drop(&mut self) {
+        let Some(memory) = self.running.take() else { return };
+        if let Err(error) = quiesce(&self.chip, &self.hardware) {
+            tracing::error!("{error}; its memory is kept");
+            memory.keep();
+        }
+    }
+}
