@@ -7,6 +7,7 @@ use std::time::Duration;
 use vireo_bus_pci::DeviceId;
 
 use super::registers::*;
+use crate::fakedev::intel::RegisterFile;
 
 /// From CTRL.RST to the end of the reload (SDM 14.3; e1000_main.c of Linux has the same 5 ms).
 const RELOAD_PCI: Duration = Duration::from_millis(5);
@@ -50,17 +51,10 @@ pub(super) struct Silicon {
     pub(super) phy_lost: bool,
     /// The slot is PCI-X.
     pub(super) pcix: bool,
+    /// What is in IOADDR.
+    pub(super) io_address: u32,
     refusals: u8,
     draining: u8,
-}
-
-/// What becomes of a write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Write {
-    /// The register takes it.
-    Taken,
-    Lost,
-    Reset,
 }
 
 impl Silicon {
@@ -79,6 +73,7 @@ impl Silicon {
             hung: false,
             phy_lost: false,
             pcix: false,
+            io_address: 0,
             refusals: REFUSALS,
             draining: DRAIN,
         }
@@ -157,40 +152,35 @@ impl Silicon {
         }
     }
 
-    /// A write through memory space.
-    pub(super) fn write(&mut self, offset: u64, value: u32) -> Write {
+    /// Whether the register at `offset` takes a write through memory space.
+    pub(super) fn takes(&mut self, offset: u64, value: u32) -> bool {
         let resets = value & CTRL_RST != 0;
         match (offset, self.kind) {
-            _ if self.hung => Write::Lost,
-            // These do not acknowledge the write (e1000_hw.c of Linux, e1000_reset_hw).
-            (CTRL, Kind::I82544 | Kind::I82540 | Kind::I82545 | Kind::Rev3) if resets => {
+            _ if self.hung => false,
+            (CTRL, Kind::I82574) | (CTRL_DUP, Kind::Rev3) if resets => true,
+            // The others do not acknowledge the write (e1000_hw.c of Linux, e1000_reset_hw).
+            (CTRL, _) if resets => {
                 self.hung = true;
-                Write::Lost
+                false
             }
-            (CTRL, Kind::I82574) if resets => Write::Reset,
-            (CTRL_DUP, Kind::Rev3) if resets => Write::Reset,
             (CTRL_EXT, Kind::I82544) if value & CTRL_EXT_EE_RST != 0 => {
                 self.blank = false;
                 self.reload = Some(RELOAD_82544);
-                Write::Taken
+                true
             }
             // Firmware gives the PHY up after a while.
             (EXTCNF_CTRL, _) if value & EXTCNF_SW_OWNS_MDIO != 0 && self.refusals > 0 => {
                 self.refusals -= 1;
-                Write::Lost
+                false
             }
-            _ if self.reload.is_some() || self.blank => Write::Lost,
-            _ => Write::Taken,
+            _ => self.reload.is_none() && !self.blank,
         }
     }
 
-    /// A write through I/O space: what IOADDR names is written by IODATA.
-    pub(super) fn write_io(&mut self, register: u64, value: u32) -> Write {
-        match (register, self.kind) {
-            _ if self.hung => Write::Lost,
-            (CTRL, Kind::I82544 | Kind::I82540 | Kind::I82545) if value & CTRL_RST != 0 => Write::Reset,
-            _ => Write::Lost,
-        }
+    /// Whether `value`, written through I/O space to what IOADDR names, resets the chip.
+    pub(super) fn resets_by_io(&self, value: u32) -> bool {
+        let by_io = matches!(self.kind, Kind::I82544 | Kind::I82540 | Kind::I82545);
+        !self.hung && by_io && u64::from(self.io_address) == CTRL && value & CTRL_RST != 0
     }
 
     /// Whether the chip survives an access to the ring of `len` bytes at `base`.
@@ -202,8 +192,8 @@ impl Silicon {
 
     /// Whether nothing is set that makes the 82574 lose completions on PCI Express, which ends in a ring that stays
     /// full (82574 specification update; e1000e's 82571.c in Linux).
-    pub(super) fn keeps_completions(&self, register: impl Fn(u64) -> u32, aspm: bool) -> bool {
-        let bits = |offset, set: u32, clear: u32| register(offset) & (set | clear) == set;
+    pub(super) fn keeps_completions(&self, registers: &RegisterFile, aspm: bool) -> bool {
+        let bits = |offset, set: u32, clear: u32| registers.get(offset) & (set | clear) == set;
         !self.is_82574()
             || !aspm
                 && bits(GCR, 1 << 22, 0)

@@ -84,11 +84,6 @@ impl Silicon {
         }
     }
 
-    /// Whether the PHY answers: software has to own it.
-    pub(super) fn phy_answers(&self, sync: u32) -> bool {
-        sync & SYNC_SW_PHY1 != 0
-    }
-
     /// Pads a short frame, from 17 bytes on.
     pub(super) fn pad(&self, frame: &mut Vec<u8>) {
         if (17..60).contains(&frame.len()) {
