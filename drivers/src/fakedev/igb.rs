@@ -27,6 +27,7 @@ pub type FakeIgb = Fake<Igb>;
 /// An 82576 or I350.
 #[derive(Debug)]
 pub struct Igb {
+    id: DeviceId,
     silicon: Option<Silicon>,
 }
 
@@ -39,8 +40,8 @@ impl Model for Igb {
     /// Packet type and RSS hash, for which the buffer's address goes.
     const WRITTEN_BACK: Option<u64> = Some(0x5EED_5EED_0000_0031);
 
-    fn new(_id: DeviceId, silicon: bool) -> Self {
-        Self { silicon: silicon.then(Silicon::new) }
+    fn new(id: DeviceId, silicon: bool) -> Self {
+        Self { id, silicon: silicon.then(Silicon::new) }
     }
 
     fn describe(&self, config: &ConfigSpace) {
@@ -76,12 +77,14 @@ impl Model for Igb {
 
     /// As QEMU's model and the manual have them; PHPM and CTRL_EXT as no driver wants them.
     fn defaults(&self) -> Vec<(u64, u32)> {
+        // 64 KiB; and the I350's number for 36 KiB (Linux, `e1000_82580_rxpbs_table`).
+        let rxpbs = if self.id == ID_I350 { 0 } else { 0x0000_0040 };
         vec![
             (CTRL, 0x0010_0A09),
             (CTRL_EXT, 0x0000_0C00),
             (PHPM, 0x0000_0020),
             (GCR, 0x0005_0000),
-            (RXPBS, 0x0000_0040),
+            (RXPBS, rxpbs),
             (RXDCTL, QUEUE_ENABLE | 1 << 16),
             (TXDCTL, QUEUE_ENABLE),
             (TCTL, 0xA400_00F8),

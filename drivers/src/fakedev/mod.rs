@@ -3,7 +3,7 @@
 
 pub mod e1000;
 pub mod igb;
-mod intel;
+pub(crate) mod intel;
 pub mod virtio;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

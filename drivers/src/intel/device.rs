@@ -26,7 +26,7 @@ const MOST: u16 = 4096;
 const DESCRIPTOR: usize = 16;
 
 /// RX and TX queue of a port.
-type Pair<C> = (RxQueue<<C as Chip>::Format>, TxQueue<<C as Chip>::Format>);
+pub(super) type Pair<C> = (RxQueue<<C as Chip>::Format>, TxQueue<<C as Chip>::Format>);
 
 /// A port of a controller.
 #[derive(Debug)]

@@ -10,6 +10,8 @@ mod phy;
 pub(crate) mod regs;
 mod reset;
 mod rx;
+#[cfg(test)]
+pub(crate) mod tests;
 mod tx;
 
 pub(crate) use self::chip::{Chip, RingRegisters, chips};
