@@ -8,9 +8,9 @@ use std::sync::Arc;
 use vireo_eal::Result;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
 
+use crate::counters::{PortCounters, QueueCounters};
 use crate::port::{
-    Capabilities, Leftover, Link, MacAddr, Nic, PortConfig, QueueStats, Queues, RxBurst, TxBurst,
-    queues_of_another,
+    Capabilities, Link, MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst, queues_of_another,
 };
 
 /// What a port of another crate has to be.
@@ -65,8 +65,8 @@ impl RxBurst for RxQueue {
         self.0.rx_burst(cache, burst);
     }
 
-    fn stats(&self) -> QueueStats {
-        self.0.stats()
+    fn counters(&self) -> &QueueCounters {
+        self.0.counters()
     }
 }
 
@@ -76,8 +76,8 @@ impl TxBurst for TxQueue {
         self.0.tx_burst(cache, burst)
     }
 
-    fn stats(&self) -> QueueStats {
-        self.0.stats()
+    fn counters(&self) -> &QueueCounters {
+        self.0.counters()
     }
 }
 
@@ -142,12 +142,8 @@ impl<N: ForeignNic> Nic for Erased<N> {
         self.0.set_promiscuous(on)
     }
 
-    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
-        self.0.device_drops()
-    }
-
-    fn leftover(&self) -> Leftover {
-        self.0.leftover()
+    fn counters(&self) -> &PortCounters {
+        self.0.counters()
     }
 }
 
@@ -177,19 +173,20 @@ mod tests {
         let mut packet = cache.allocate().unwrap().with_len(60);
         cache.write(&mut packet, 0, &[7; 60]);
         let mut burst: Burst = [packet].into_iter().collect();
-        assert_eq!((tx.tx_burst(&mut cache, &mut burst), tx.stats().packets), (1, 1));
+        assert_eq!((tx.tx_burst(&mut cache, &mut burst), tx.counters().packets.get()), (1, 1));
         assert_eq!(nic.transmitted(), [vec![7; 60]]);
 
         /// A queue of no driver.
         #[derive(Debug)]
-        struct Other;
+        struct Other(QueueCounters);
         impl RxBurst for Other {
             fn rx_burst(&mut self, _cache: &mut PoolCache, _burst: &mut Burst) {}
-            fn stats(&self) -> QueueStats {
-                QueueStats::default()
+            fn counters(&self) -> &QueueCounters {
+                &self.0
             }
         }
-        let error = port.stop_pair(RxQueue(Box::new(Other)), tx, &mut cache).unwrap_err();
+        let error =
+            port.stop_pair(RxQueue(Box::new(Other(QueueCounters::default()))), tx, &mut cache).unwrap_err();
         assert_eq!(error.kind(), vireo_eal::ErrorKind::Usage);
         drop(rx);
     }

@@ -3,6 +3,7 @@
 //! application from its EAL arguments to started ports; [`fakedev`] plays the devices in tests.
 #![forbid(unsafe_code)]
 
+pub mod counters;
 pub mod driver;
 pub mod e1000;
 #[cfg(test)]

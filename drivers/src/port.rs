@@ -1,13 +1,15 @@
-//! Ports and their queues: what every driver implements, and what it counts.
+//! Ports and their queues: what every driver implements.
 
 use std::fmt;
-use std::ops::{AddAssign, RangeInclusive};
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
 use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::counters::{PortCounters, QueueCounters};
 
 /// Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -190,50 +192,6 @@ pub(crate) fn queues_of_another() -> Error {
 /// The queues of a driver's port.
 pub type QueuesOf<N> = Queues<<N as Nic>::Rx, <N as Nic>::Tx>;
 
-/// What a queue counted. The sums are the lcore's own; nothing here is shared.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueStats {
-    /// Packets received, or handed to the device.
-    pub packets: u64,
-    /// Their bytes, without frame check sequence.
-    pub bytes: u64,
-    /// Packets that the device marked bad, or that do not fit into a buffer; dropped.
-    pub errors: u64,
-    /// Times that no free buffer was there to receive into.
-    pub no_buffer: u64,
-    /// Completions that contradict our own record of the ring.
-    pub device_errors: u64,
-    /// Doorbell writes.
-    pub doorbells: u64,
-}
-
-impl AddAssign for QueueStats {
-    fn add_assign(&mut self, more: Self) {
-        self.packets += more.packets;
-        self.bytes += more.bytes;
-        self.errors += more.errors;
-        self.no_buffer += more.no_buffer;
-        self.device_errors += more.device_errors;
-        self.doorbells += more.doorbells;
-    }
-}
-
-/// What was on its way when the queues of a port were stopped, and is lost: of all stops so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Leftover {
-    /// Buffers that the device had filled and nobody had received.
-    pub rx_unread: u64,
-    /// Packets handed to the device of which nothing says that it sent them.
-    pub tx_unfinished: u64,
-}
-
-impl Leftover {
-    /// The counts by name, as [`counters`] gives its own.
-    pub fn named(self) -> [(&'static str, u64); 2] {
-        [("rx_unread", self.rx_unread), ("tx_unfinished", self.tx_unfinished)]
-    }
-}
-
 /// Why a port must be stopped and started. Its queues, which are on lcores, tell its device, which is not.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Fault(Arc<Mutex<Option<&'static str>>>);
@@ -293,35 +251,13 @@ impl Watchdog {
     }
 }
 
-/// Everything that a port counted, by name: of its queues, and of the device itself.
-pub fn counters(
-    rx: QueueStats,
-    tx: QueueStats,
-    device: Vec<(&'static str, u64)>,
-) -> Vec<(&'static str, u64)> {
-    let queues = [
-        ("rx_packets", rx.packets),
-        ("rx_bytes", rx.bytes),
-        ("rx_errors", rx.errors),
-        ("rx_no_buffer", rx.no_buffer),
-        ("rx_device_errors", rx.device_errors),
-        ("rx_doorbells", rx.doorbells),
-        ("tx_packets", tx.packets),
-        ("tx_bytes", tx.bytes),
-        ("tx_errors", tx.errors),
-        ("tx_device_errors", tx.device_errors),
-        ("tx_doorbells", tx.doorbells),
-    ];
-    queues.into_iter().chain(device).collect()
-}
-
 /// The receiving half of a port, owned by one lcore.
 pub trait RxBurst: Send {
     /// Receives packets into `burst` until it is full or none is left, and refills the ring from `cache`. Packets
     /// behind a bad one, or behind the end of the ring, may come with a later call.
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst);
-    /// What was counted so far.
-    fn stats(&self) -> QueueStats;
+    /// Its counters, which are among those of [`Nic::counters`].
+    fn counters(&self) -> &QueueCounters;
 }
 
 /// The sending half of a port, owned by one lcore.
@@ -329,8 +265,8 @@ pub trait TxBurst: Send {
     /// Hands packets from the front of `burst` to the device and gives their number; those that find no
     /// descriptor stay in `burst`. Buffers of packets that were sent go to `cache`.
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize;
-    /// What was counted so far.
-    fn stats(&self) -> QueueStats;
+    /// Its counters, which are among those of [`Nic::counters`].
+    fn counters(&self) -> &QueueCounters;
 }
 
 /// What the control plane does with a NIC. Its queues are separate values that move to lcores.
@@ -409,7 +345,8 @@ pub trait Nic {
     /// State of the link now.
     fn link(&self) -> Link;
 
-    /// Whether the port works, asked now and then. It reads a register or two, and more of a link that has come up.
+    /// Whether the port works, asked now and then; adds what the device itself has counted since. It reads a few registers, and
+    /// more of a link that has come up.
     ///
     /// # Errors
     /// Why the port must be stopped and started: a queue met a lie or completes nothing, the device asks for a
@@ -422,11 +359,8 @@ pub trait Nic {
     /// When the device refuses.
     fn set_promiscuous(&mut self, on: bool) -> Result<()>;
 
-    /// Frames that the device itself dropped since start, by name.
-    fn device_drops(&mut self) -> Vec<(&'static str, u64)>;
-
-    /// What stops threw away so far.
-    fn leftover(&self) -> Leftover;
+    /// The port's counters, for any thread. They go on when the port is started again.
+    fn counters(&self) -> &PortCounters;
 }
 
 #[cfg(test)]

@@ -10,11 +10,11 @@ use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
+use crate::counters::{PortCounters, QueueCounters};
 use crate::driver::{Args, PciDriver, Vdev};
 use crate::foreign::{self, ForeignNic};
 use crate::port::{
-    Capabilities, Leftover, Link, MacAddr, Nic, PortConfig, QueueStats, Queues, RxBurst, TxBurst,
-    queues_of_another,
+    Capabilities, Link, MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst, queues_of_another,
 };
 
 macro_rules! drivers {
@@ -25,6 +25,7 @@ macro_rules! drivers {
 
         /// TX queue of any driver.
         #[derive(Debug)]
+        #[expect(clippy::large_enum_variant, reason = "there are few, and a box would cost each burst a load")]
         pub enum TxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant(crate::$driver::TxQueue)),* }
 
         /// Port of any driver.
@@ -36,8 +37,8 @@ macro_rules! drivers {
             fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
                 match self { $(Self::$variant(queue) => queue.rx_burst(cache, burst)),* }
             }
-            fn stats(&self) -> QueueStats {
-                match self { $(Self::$variant(queue) => queue.stats()),* }
+            fn counters(&self) -> &QueueCounters {
+                match self { $(Self::$variant(queue) => queue.counters()),* }
             }
         }
 
@@ -46,8 +47,8 @@ macro_rules! drivers {
             fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
                 match self { $(Self::$variant(queue) => queue.tx_burst(cache, burst)),* }
             }
-            fn stats(&self) -> QueueStats {
-                match self { $(Self::$variant(queue) => queue.stats()),* }
+            fn counters(&self) -> &QueueCounters {
+                match self { $(Self::$variant(queue) => queue.counters()),* }
             }
         }
 
@@ -95,14 +96,11 @@ macro_rules! drivers {
             fn set_promiscuous(&mut self, on: bool) -> Result<()> {
                 match self { $(Self::$variant(device) => device.set_promiscuous(on)),* }
             }
-            fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
-                match self { $(Self::$variant(device) => device.device_drops()),* }
-            }
             fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
                 match self { $(Self::$variant(device) => device.retry_stop(cache)),* }
             }
-            fn leftover(&self) -> Leftover {
-                match self { $(Self::$variant(device) => device.leftover()),* }
+            fn counters(&self) -> &PortCounters {
+                match self { $(Self::$variant(device) => device.counters()),* }
             }
         }
 

@@ -27,7 +27,7 @@ fn forward(app: &App, args: Args) -> Result<()> {
     let announce = |port, state| program::note(&format!("port {port}: {state:?}"));
     ports.forward(app, |_| (), &announce, |_| ())?;
     // Checks that every buffer came back, and that every packet is accounted for.
-    ports.finish(|port, summary| program::print(&format!("port {port}: {:?}\n", summary.counters())))
+    ports.finish(|port, summary| program::print(&format!("port {port}: {:?}\n", summary.stats.named())))
 }
 
 fn main() -> ExitCode {

@@ -11,10 +11,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
+use vireo_frame::drivers::counters::{PortCounters, QueueCounters};
 use vireo_frame::drivers::driver::{Args, Vdev};
-use vireo_frame::drivers::port::{
-    Capabilities, Leftover, Link, MacAddr, Nic, PortConfig, QueueStats, Queues, RxBurst, TxBurst,
-};
+use vireo_frame::drivers::port::{Capabilities, Link, MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst};
 use vireo_frame::drivers::ports::OpenPort;
 use vireo_frame::drivers::table::Drivers;
 use vireo_frame::eal::dma::{Burst, DATA_ROOM, DmaMemory, PoolCache};
@@ -63,7 +62,7 @@ impl Vdev for Options {
     }
 
     fn open(&self, _name: &str, _stop: &StopFlag) -> Result<Null> {
-        Ok(Null { size: self.size })
+        Ok(Null { size: self.size, counters: PortCounters::default() })
     }
 }
 
@@ -71,48 +70,52 @@ impl Vdev for Options {
 #[derive(Debug)]
 struct Null {
     size: usize,
+    counters: PortCounters,
 }
 
 #[derive(Debug)]
 struct NullRx {
     size: usize,
-    stats: QueueStats,
+    counters: Arc<QueueCounters>,
 }
 
 #[derive(Debug)]
-struct NullTx(QueueStats);
+struct NullTx(Arc<QueueCounters>);
 
 impl RxBurst for NullRx {
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
+        let before = burst.len();
         while !burst.is_full() {
             let Some(buffer) = cache.allocate() else {
-                self.stats.no_buffer += 1;
-                return;
+                self.counters.no_buffer.add(1);
+                break;
             };
             burst.push(buffer.with_len(self.size));
-            self.stats.packets += 1;
-            self.stats.bytes += self.size as u64;
         }
+        let received = burst.len() - before;
+        self.counters.packets.add(received as u64);
+        self.counters.bytes.add((received * self.size) as u64);
     }
 
-    fn stats(&self) -> QueueStats {
-        self.stats
+    fn counters(&self) -> &QueueCounters {
+        &self.counters
     }
 }
 
 impl TxBurst for NullTx {
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        let sent = burst.len();
+        let (sent, mut bytes) = (burst.len(), 0);
         for packet in burst.drain(..) {
-            self.0.packets += 1;
-            self.0.bytes += packet.len() as u64;
+            bytes += packet.len();
             cache.free(packet);
         }
+        self.0.packets.add(sent as u64);
+        self.0.bytes.add(bytes as u64);
         sent
     }
 
-    fn stats(&self) -> QueueStats {
-        self.0
+    fn counters(&self) -> &QueueCounters {
+        &self.0
     }
 }
 
@@ -126,10 +129,12 @@ impl Nic for Null {
         _memory: &Arc<DmaMemory>,
         _cache: &mut PoolCache,
     ) -> Result<Queues<NullRx, NullTx>> {
-        let rx = |_| NullRx { size: self.size, stats: QueueStats::default() };
+        let (size, counters) = (self.size, &self.counters);
         Ok(Queues {
-            rx: (0..config.rx_queues).map(rx).collect(),
-            tx: (0..config.tx_queues).map(|_| NullTx(QueueStats::default())).collect(),
+            rx: (0..config.rx_queues.into())
+                .map(|number| NullRx { size, counters: counters.rx(number) })
+                .collect(),
+            tx: (0..config.tx_queues.into()).map(|number| NullTx(counters.tx(number))).collect(),
         })
     }
 
@@ -162,12 +167,8 @@ impl Nic for Null {
         Ok(())
     }
 
-    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
-        Vec::new()
-    }
-
-    fn leftover(&self) -> Leftover {
-        Leftover::default()
+    fn counters(&self) -> &PortCounters {
+        &self.counters
     }
 }
 
@@ -185,7 +186,7 @@ fn run(app: &App, _: Nothing) -> Result<()> {
     };
     ports.forward(app, |_| (), &|_, _| (), |counts| stop_when_done(counts.of(0).received))?;
     ports.finish(|port, summary| {
-        let (received, sent) = (summary.rx.packets, summary.tx.packets);
+        let (received, sent) = (summary.stats.rx_sum().packets, summary.stats.tx_sum().packets);
         program::print(&format!("{}: received {received} sent {sent}\n", described[port]))
     })
 }

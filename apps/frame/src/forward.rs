@@ -9,7 +9,6 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
-use crate::counts::PairCounts;
 use crate::hook::{Hook, Packets};
 
 /// One direction: packets received on `rx` leave on `tx`. Owned by the lcore that polls it.
@@ -66,7 +65,6 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
     cache: &mut PoolCache,
-    counts: &[PairCounts],
     stop: &StopFlag,
     meter: &mut impl Meter,
     mut tick: impl FnMut(),
@@ -74,7 +72,7 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
     loop {
         for (lane, burst) in lanes.iter_mut().zip(&mut *bursts) {
             meter.begin();
-            let busy = poll(lane, cache, counts, burst);
+            let busy = poll(lane, cache, burst);
             meter.end(busy);
         }
         tick();
@@ -83,7 +81,7 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
         }
     }
     for (lane, burst) in lanes.iter_mut().zip(bursts) {
-        send(lane, cache, counts, burst);
+        send(lane, cache, burst);
     }
 }
 
@@ -93,39 +91,31 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
 fn poll<R: RxBurst, T: TxBurst, H: Hook>(
     lane: &mut Lane<R, T, H>,
     cache: &mut PoolCache,
-    counts: &[PairCounts],
     burst: &mut Burst,
 ) -> bool {
     let before = burst.len();
     lane.rx.rx_burst(cache, burst);
     let busy = !burst.is_empty();
     if busy && (burst.is_full() || burst.len() == before) {
-        send(lane, cache, counts, burst);
+        send(lane, cache, burst);
     }
     busy
 }
 
 /// Lets the hook process the packets in `burst` and sends what it leaves; leaves `burst` empty.
 #[inline(always)]
-fn send<R, T: TxBurst, H: Hook>(
-    lane: &mut Lane<R, T, H>,
-    cache: &mut PoolCache,
-    counts: &[PairCounts],
-    burst: &mut Burst,
-) {
+fn send<R: RxBurst, T: TxBurst, H: Hook>(lane: &mut Lane<R, T, H>, cache: &mut PoolCache, burst: &mut Burst) {
     let received = burst.len();
     let mut packets = Packets::new(burst, cache);
     lane.hook.process(&mut packets);
     let consumed = packets.consumed();
     let left = received - consumed;
     let sent = lane.tx.tx_burst(cache, burst);
-    counts[lane.from].received.add(received);
-    counts[lane.to].sent.add(sent);
     if consumed > 0 {
-        counts[lane.from].consumed.add(consumed);
+        lane.rx.counters().consumed.add(consumed as u64);
     }
     if sent < left {
-        counts[lane.to].dropped.add(left - sent);
+        lane.tx.counters().dropped.add((left - sent) as u64);
         Packets::new(burst, cache).free();
     }
 }
@@ -137,16 +127,15 @@ pub type AnyLane<H> = Lane<RxQueue, TxQueue, H>;
 fn measured<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     cache: &mut PoolCache,
-    counts: &[PairCounts],
     busy_ticks: Option<&AtomicU64>,
     stop: &StopFlag,
     tick: impl FnMut(),
 ) {
     let mut bursts: Vec<Burst> = lanes.iter().map(|_| Burst::new()).collect();
     let bursts = &mut bursts;
-    let Some(sum) = busy_ticks else { return forward(lanes, bursts, cache, counts, stop, &mut (), tick) };
+    let Some(sum) = busy_ticks else { return forward(lanes, bursts, cache, stop, &mut (), tick) };
     let mut busy = BusyTicks::default();
-    forward(lanes, bursts, cache, counts, stop, &mut busy, tick);
+    forward(lanes, bursts, cache, stop, &mut busy, tick);
     sum.fetch_add(busy.ticks, Ordering::Relaxed);
 }
 
@@ -156,7 +145,6 @@ fn measured<R: RxBurst, T: TxBurst, H: Hook>(
 pub fn forward_any<H: Hook>(
     lanes: Vec<AnyLane<H>>,
     cache: &mut PoolCache,
-    counts: &[PairCounts],
     busy_ticks: Option<&AtomicU64>,
     stop: &StopFlag,
     tick: impl FnMut(),
@@ -171,7 +159,7 @@ pub fn forward_any<H: Hook>(
                         _ => None,
                     })
                     .collect();
-                measured(&mut lanes, cache, counts, busy_ticks, stop, tick);
+                measured(&mut lanes, cache, busy_ticks, stop, tick);
                 return lanes
                     .into_iter()
                     .map(|Lane { rx, from, tx, to, hook }| Lane {
@@ -192,21 +180,20 @@ pub fn forward_any<H: Hook>(
     of!(Igb(igb::RxQueue), Igb(igb::TxQueue));
     of!(Vhost(vhost::RxQueue), Vhost(vhost::TxQueue));
     let mut lanes = lanes;
-    measured(&mut lanes, cache, counts, busy_ticks, stop, tick);
+    measured(&mut lanes, cache, busy_ticks, stop, tick);
     lanes
 }
 
 #[cfg(test)]
 mod tests {
-    use vireo_drivers::port::QueueStats;
+    use vireo_drivers::counters::QueueCounters;
     use vireo_eal::dma::{DmaMemory, Pool};
     use vireo_eal::mem::{Backing, Region};
 
     use super::*;
-    use crate::counts::Totals;
 
     /// Gives so many packets in each poll.
-    struct Source(Vec<usize>);
+    struct Source(Vec<usize>, QueueCounters);
 
     impl RxBurst for Source {
         fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
@@ -214,8 +201,8 @@ mod tests {
             burst.extend((0..count).map(|_| cache.allocate().unwrap().with_len(60)));
         }
 
-        fn stats(&self) -> QueueStats {
-            QueueStats::default()
+        fn counters(&self) -> &QueueCounters {
+            &self.1
         }
     }
 
@@ -223,6 +210,7 @@ mod tests {
     struct Sink {
         room: usize,
         bursts: Vec<usize>,
+        counters: QueueCounters,
     }
 
     impl TxBurst for Sink {
@@ -238,8 +226,8 @@ mod tests {
             count
         }
 
-        fn stats(&self) -> QueueStats {
-            QueueStats::default()
+        fn counters(&self) -> &QueueCounters {
+            &self.counters
         }
     }
 
@@ -263,15 +251,15 @@ mod tests {
         let region = Region::new(Pool::bytes(64), Backing::SmallPages).unwrap();
         let pool = Pool::new(&DmaMemory::map(region, &[]).unwrap(), 64).unwrap();
         let mut cache = pool.cache();
-        let counts = [PairCounts::default()];
         let mut polls = vec![0, 20, 20, 0, 0, 1, 1, 1, 0, 5];
         polls.reverse();
         let mut rounds = polls.len();
-        let (rx, tx) = (Source(polls), Sink { room: 27, bursts: Vec::new() });
+        let rx = Source(polls, QueueCounters::default());
+        let tx = Sink { room: 27, bursts: Vec::new(), counters: QueueCounters::default() };
         let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Mark::default() }];
         let stop = StopFlag::new();
         let mut busy = BusyTicks::default();
-        forward(&mut lanes, &mut [Burst::new()], &mut cache, &counts, &stop, &mut busy, || {
+        forward(&mut lanes, &mut [Burst::new()], &mut cache, &stop, &mut busy, || {
             rounds -= 1;
             if rounds == 0 {
                 stop.set();
@@ -280,7 +268,7 @@ mod tests {
         assert!(busy.ticks > 0);
         // Of 40, the second 20 find room for 12. The hook takes 4, 0 and 1 out. The last 5 are sent by the end.
         assert_eq!(lanes[0].tx.bursts, [28, 3, 4]);
-        assert_eq!(Totals::of(&counts), Totals { sent: 34, received: 40, dropped: 1, consumed: 5 });
+        assert_eq!((lanes[0].rx.counters().consumed.get(), lanes[0].tx.counters().dropped.get()), (5, 1));
         drop(cache);
         assert_eq!(pool.available(), 64);
     }

@@ -1,6 +1,7 @@
 //! Forwarding on all lcores at once, with the control thread beside them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::Duration;
 
@@ -8,7 +9,6 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
 use crate::control::{Control, PortState};
-use crate::counts::Counts;
 use crate::forward::{AnyLane, forward_any};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
@@ -24,7 +24,8 @@ const ROUNDS_PER_TICK: u32 = 64;
 pub(crate) struct Shared<'a> {
     pub(crate) app: &'a App,
     pub(crate) supply: &'a Supply,
-    pub(crate) counts: &'a Counts,
+    /// Where ticks of polls that moved packets are added, if they are measured.
+    pub(crate) busy_ticks: Option<&'a AtomicU64>,
 }
 
 /// Work of one lcore.
@@ -106,7 +107,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
 
 /// Forwards `lanes` on lcore `id`, and those that it gets later, until the run is to stop.
 fn run_lanes<H: Hook>(
-    Shared { app: App { stop, .. }, supply, counts }: Shared<'_>,
+    Shared { app: App { stop, .. }, supply, busy_ticks }: Shared<'_>,
     recall: &Recall<H>,
     id: u32,
     Share { node, mut lanes }: Share<H>,
@@ -114,7 +115,7 @@ fn run_lanes<H: Hook>(
 ) -> Vec<AnyLane<H>> {
     loop {
         let mut cache = supply.pool.cache_near(node);
-        lanes = forward_any(lanes, &mut cache, &counts.pairs, counts.busy_ticks.as_ref(), stop, &mut tick);
+        lanes = forward_any(lanes, &mut cache, busy_ticks, stop, &mut tick);
         // A port that starts again may need the buffers that are left in it.
         drop(cache);
         if stop.is_set() {

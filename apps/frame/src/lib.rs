@@ -42,7 +42,7 @@ mod supervised;
 pub use app::{App, main};
 pub use balance::Balance;
 pub use control::PortState;
-pub use counts::{Count, Counts, PairCounts, Totals};
+pub use counts::{Counts, Totals};
 pub use headers::{EthernetHeader, IcmpEcho, Ipv4Header};
 pub use hook::{Hook, PacketMut, Packets};
 pub use ports::{Config, Ports};

@@ -106,8 +106,8 @@ impl Ports {
         Ok(Self {
             queues: supply.idle_queues(),
             used: Route::ports(&routes),
-            counts: Counts::new(open.len(), need.config.rx_queues.into()),
-            ports: open.into_iter().map(|open| SupervisedPort::new(open, need.config.rx_queues)).collect(),
+            counts: Counts::new(open.iter().map(|open| open.port.counters().clone()).collect()),
+            ports: open.into_iter().map(SupervisedPort::new).collect(),
             routes,
             send_only,
             supply,
@@ -158,7 +158,7 @@ impl Ports {
         self.send_only.as_ref().map(Pool::cache).ok_or_else(none)
     }
 
-    /// Counts of the packets.
+    /// Counters of all ports.
     pub fn counts(&self) -> &Counts {
         &self.counts
     }
@@ -229,7 +229,7 @@ impl Ports {
         }
         let Self { ports, used, queues, supply, counts, .. } = self;
         used.iter().for_each(|number| ports[*number].begin());
-        let shared = Shared { app, supply, counts };
+        let shared = Shared { app, supply, busy_ticks: counts.busy_ticks.as_deref() };
         let idle = std::mem::replace(queues, supply.idle_queues());
         *queues = forward_on_lcores(shared, (ports, used, idle), shares, announce, || tick(counts))?;
         Ok(())
@@ -315,7 +315,7 @@ impl Ports {
 
     /// The sums of what was forwarded between each two ports, when they have stopped.
     pub fn balances(&self) -> Vec<Balance> {
-        Balance::of(&self.routes, &self.ports, &self.counts)
+        Balance::of(&self.routes, &self.counts)
     }
 
     /// Closes all ports, gives `each` what a port counted, and checks that every buffer came back and every packet is
@@ -385,18 +385,16 @@ mod tests {
 
     #[test]
     fn ways_that_meet_in_a_port_have_sums_of_their_own() {
-        let mut ports = ports(&[(0, 2, 0), (1, 2, 1), (2, 0, 0), (2, 0, 1)]).unwrap();
+        let ports = ports(&[(0, 2, 0), (1, 2, 1), (2, 0, 0), (2, 0, 1)]).unwrap();
         for (from, pair, packets) in [(0, 0, 5), (1, 1, 7)] {
-            ports.ports[from].pairs[pair].0.packets = packets as u64;
-            ports.ports[2].pairs[pair].1.packets = packets as u64;
-            ports.counts.of_pair(from, pair).received.add(packets);
-            ports.counts.of_pair(2, pair).sent.add(packets);
+            ports.counts.port(from).rx(pair).packets.add(packets);
+            ports.counts.port(2).tx(pair).packets.add(packets);
         }
         let balances = ports.balances();
-        let received: Vec<_> = balances.iter().map(|way| (way.from, way.to, way.received)).collect();
+        let received: Vec<_> = balances.iter().map(|way| (way.from, way.to, way.rx_packets)).collect();
         assert_eq!(received, [(0, 2, 5), (1, 2, 7), (2, 0, 0)]);
         balances.iter().for_each(|balance| balance.check().unwrap());
-        ports.ports[1].pairs[1].0.packets += 1;
+        ports.counts.port(1).rx(1).packets.add(1);
         let wrong: Vec<bool> = ports.balances().iter().map(|balance| balance.check().is_err()).collect();
         assert_eq!(wrong, [false, true, false]);
     }

@@ -1,9 +1,9 @@
-//! A port of a run, with what it counted over its restarts.
+//! A port of a run.
 
-use std::collections::BTreeMap;
 use std::time::Instant;
 
-use vireo_drivers::port::{Leftover, Nic, QueueStats, QueuesOf, RxBurst, TxBurst, counters};
+use vireo_drivers::counters::{PortCounters, PortStats};
+use vireo_drivers::port::{Nic, QueuesOf};
 use vireo_drivers::ports::OpenPort;
 use vireo_drivers::table::Port;
 use vireo_eal::Error;
@@ -16,27 +16,12 @@ use crate::control::PortState;
 pub struct PortSummary {
     /// Whether the device confirmed its last stop. If not, [`Ports::check_buffers`](crate::Ports::check_buffers) says why.
     pub is_confirmed: bool,
-    /// Counts of the RX queues.
-    pub rx: QueueStats,
-    /// Counts of the TX queues.
-    pub tx: QueueStats,
-    /// Frames that the device dropped, by name.
-    pub drops: BTreeMap<&'static str, u64>,
-    /// Packets that were on their way when queues were stopped.
-    pub leftover: Leftover,
+    /// What its queues and its device counted, over all starts.
+    pub stats: PortStats,
     /// Times that the port was restarted.
     pub restarts: u64,
     /// Changes of the link that were seen; of NICs.
     pub link_changes: u64,
-}
-
-impl PortSummary {
-    /// Counts of queues and device, by name.
-    pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        let mut named = counters(self.rx, self.tx, self.drops.clone().into_iter().collect());
-        named.extend(self.leftover.named());
-        named
-    }
 }
 
 /// A port that the control thread looks after.
@@ -44,10 +29,10 @@ impl PortSummary {
 pub(crate) struct SupervisedPort {
     /// The port, until it is closed.
     pub(crate) open: Option<OpenPort>,
-    /// Counts of queues that are stopped, and of restarts.
+    /// Its counters, which outlive it.
+    pub(crate) counters: PortCounters,
+    /// What it had counted when it was stopped last, and its restarts.
     pub(crate) counted: PortSummary,
-    /// Counts of each pair of queues that is stopped, RX and TX.
-    pub(crate) pairs: Vec<(QueueStats, QueueStats)>,
     /// Whether its link was up at the last inspection; `None` for a virtual port, which has a peer instead of a link.
     link_up: Option<bool>,
     /// Whether it is stopped, and waits for its next start.
@@ -59,12 +44,12 @@ pub(crate) struct SupervisedPort {
 }
 
 impl SupervisedPort {
-    /// A port of `pairs` pairs of queues that has counted nothing.
-    pub(crate) fn new(open: OpenPort, pairs: u16) -> Self {
+    /// A port that has counted nothing.
+    pub(crate) fn new(open: OpenPort) -> Self {
         Self {
+            counters: open.port.counters().clone(),
             open: Some(open),
             counted: PortSummary::default(),
-            pairs: vec![Default::default(); pairs.into()],
             link_up: None,
             is_down: false,
             last_start: Instant::now(),
@@ -79,7 +64,7 @@ impl SupervisedPort {
         self.last_start = Instant::now();
     }
 
-    /// Stops the port, and adds what it counted; TX rings give their buffers to `sent`, if they are of another pool. A port
+    /// Stops the port, and notes what it counted; TX rings give their buffers to `sent`, if they are of another pool. A port
     /// that is down has no queues: if it did not confirm its stop, that is tried again.
     pub(crate) fn stop(
         &mut self,
@@ -87,25 +72,13 @@ impl SupervisedPort {
         cache: &mut PoolCache,
         sent: Option<&mut PoolCache>,
     ) {
-        let Self { open: Some(OpenPort { port, .. }), counted, pairs, .. } = self else { return };
+        let Self { open: Some(OpenPort { port, .. }), counters, counted, .. } = self else { return };
         self.unconfirmed = match queues {
             None => port.retry_stop(cache),
-            Some(queues) => {
-                for ((rx, tx), pair) in queues.rx.iter().zip(&queues.tx).zip(pairs) {
-                    pair.0 += rx.stats();
-                    pair.1 += tx.stats();
-                    counted.rx += rx.stats();
-                    counted.tx += tx.stats();
-                }
-                let stopped = port.stop(queues, cache, sent);
-                for (name, count) in port.device_drops() {
-                    *counted.drops.entry(name).or_default() += count;
-                }
-                stopped
-            }
+            Some(queues) => port.stop(queues, cache, sent),
         }
         .err();
-        counted.leftover = port.leftover();
+        counted.stats = counters.read();
         counted.is_confirmed = self.unconfirmed.is_none();
     }
 

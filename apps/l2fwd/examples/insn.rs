@@ -10,14 +10,13 @@ use serde_json::json;
 use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM, ID_82574L};
 use vireo_drivers::fakedev::igb::{FakeIgb, ID_82576};
 use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet, feature};
-use vireo_drivers::port::{MacAddr, Nic, PortConfig, RxBurst, TxBurst};
+use vireo_drivers::port::{MacAddr, Nic, PortConfig};
 use vireo_drivers::{e1000, igb, virtio};
 use vireo_eal::Result;
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{Burst, DmaMemory, Pool};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
-use vireo_frame::PairCounts;
 use vireo_frame::forward::{Lane, forward};
 use vireo_l2fwd::rewrite::Rewrite;
 
@@ -97,23 +96,24 @@ fn whole_case<N: Nic>(
     let (rx, tx) = nic.start_pair(&PortConfig::with_descriptors(RING, RING), memory, &mut cache)?;
     let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Rewrite::of(0, nic.mac()) }];
     let mut bursts = [Burst::new()];
-    let counts = [PairCounts::default()];
+    let counters = (nic.counters().rx(0), nic.counters().tx(0));
     let rounds = COUNT / burst.max(1);
     let wire = || Wire { receive, transmit, burst, rounds, stop: StopFlag::new() };
 
     let mut warm = wire();
     let stop = warm.stop.clone();
-    forward(&mut lanes, &mut bursts, &mut cache, &counts, &stop, &mut (), || warm.step());
-    let before = (lanes[0].rx.stats(), lanes[0].tx.stats());
+    forward(&mut lanes, &mut bursts, &mut cache, &stop, &mut (), || warm.step());
+    let before = (counters.0.read(), counters.1.read());
 
     let mut hot = wire();
     let stop = hot.stop.clone();
     counted_loop(|| {
-        forward(&mut lanes, &mut bursts, &mut cache, &counts, &stop, &mut (), || device_half(&mut hot));
+        forward(&mut lanes, &mut bursts, &mut cache, &stop, &mut (), || device_half(&mut hot));
     });
 
     let [Lane { rx, tx, .. }] = lanes;
-    let (received, sent) = (rx.stats().packets - before.0.packets, tx.stats().packets - before.1.packets);
+    let after = (counters.0.read(), counters.1.read());
+    let (received, sent) = (after.0.packets - before.0.packets, after.1.packets - before.1.packets);
     assert_eq!((received, sent), ((rounds * burst) as u64, (rounds * burst) as u64), "packets got lost");
     let (driver, path, addresses) = names;
     println!(
@@ -121,8 +121,8 @@ fn whole_case<N: Nic>(
         json!({
             "driver": driver, "path": path, "burst": burst, "addresses": addresses,
             "count": COUNT,
-            "rx_doorbells": rx.stats().doorbells - before.0.doorbells,
-            "tx_doorbells": tx.stats().doorbells - before.1.doorbells,
+            "rx_doorbells": after.0.doorbells - before.0.doorbells,
+            "tx_doorbells": after.1.doorbells - before.1.doorbells,
         })
     );
     nic.stop_pair(rx, tx, &mut cache)

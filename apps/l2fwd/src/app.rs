@@ -170,15 +170,16 @@ fn close(reporter: &Reporter, ports: &mut Ports) -> Result<()> {
         reporter.chat(&format!("Closing port {number}..."))?;
         let closed = ports.close(number);
         reporter.chat(if closed.is_confirmed { " Done\n" } else { " it does not stop\n" })?;
-        let mut named = closed.counters();
-        named.extend([("restarts", closed.restarts), ("link_changes", closed.link_changes)]);
+        let of_port = [("restarts", closed.restarts), ("link_changes", closed.link_changes)];
+        let mut named = closed.stats.named();
+        named.extend(of_port.map(|(name, count)| (name.to_owned(), count)));
         let counted: Vec<String> = named
             .iter()
             .filter(|(_, count)| *count > 0)
             .map(|(name, count)| format!("{name} {count}"))
             .collect();
         let map: serde_json::Map<_, _> =
-            named.into_iter().map(|(name, count)| (name.to_owned(), json!(count))).collect();
+            named.into_iter().map(|(name, count)| (name, json!(count))).collect();
         reporter.note(
             &format!(
                 "Port {number} counted: {}\n",

@@ -4,15 +4,13 @@
 use std::process::ExitCode;
 
 use serde_json::json;
+use vireo_drivers::counters::PortStats;
 use vireo_drivers::port::Queues;
 use vireo_drivers::table::Drivers;
 use vireo_eal::{Result, program};
 use vireo_frame::{App, Config, Route};
 use vireo_pktgen::args::{self, Args};
 use vireo_pktgen::generator::{self, Expect, Outcome, Stream};
-
-/// What a port counted, by name.
-type Counters = Vec<(&'static str, u64)>;
 
 /// Buffers of frames to send: a full ring, a burst and a full cache, rounded up.
 const SEND_ONLY: u32 = 2048;
@@ -27,8 +25,8 @@ fn run(app: &App, args: Args) -> Result<ExitCode> {
     Ok(if outcome.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Runs the stream; gives what came of it, and what each port counted by name.
-fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<Counters>)> {
+/// Runs the stream; gives what came of it, and what each port counted.
+fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<PortStats>)> {
     let open = app.open_ports()?;
     args::check_port(args.tx_port, open.len())?;
     args::check_port(args.rx_port, open.len())?;
@@ -71,14 +69,14 @@ fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<Counters>)> {
     let mut counted = Vec::with_capacity(ports.count());
     for (number, (rx, tx)) in rx_queues.into_iter().zip(tx_queues).enumerate() {
         ports.put_queues(number, Queues::pair(rx, tx));
-        counted.push(ports.stop(number, Some(&mut to_send)).counters());
+        counted.push(ports.stop(number, Some(&mut to_send)).stats);
     }
     drop((cache, to_send));
     ports.check_buffers()?;
     Ok((outcome, counted))
 }
 
-fn print(args: &Args, outcome: &Outcome, counted: &[Counters]) -> Result<()> {
+fn print(args: &Args, outcome: &Outcome, counted: &[PortStats]) -> Result<()> {
     let at = |quantile| outcome.latency.value_at_quantile(quantile);
     let text = if args.json {
         let latency = json!({
@@ -111,8 +109,8 @@ fn print(args: &Args, outcome: &Outcome, counted: &[Counters]) -> Result<()> {
             at(0.999),
             outcome.latency.max()
         );
-        for (port, counters) in counted.iter().enumerate() {
-            let named = counters.iter().filter(|(_, count)| *count > 0);
+        for (port, stats) in counted.iter().enumerate() {
+            let named = stats.summary().into_iter().filter(|(_, count)| *count > 0);
             let named: Vec<String> = named.map(|(name, count)| format!("{name} {count}")).collect();
             text += &format!("\nport {port} counted: {}", named.join(", "));
         }
@@ -121,10 +119,7 @@ fn print(args: &Args, outcome: &Outcome, counted: &[Counters]) -> Result<()> {
     program::print(&(text + "\n"))
 }
 
-fn as_json(counters: &Counters) -> serde_json::Value {
-    counters
-        .iter()
-        .map(|(name, count)| ((*name).to_owned(), json!(count)))
-        .collect::<serde_json::Map<_, _>>()
-        .into()
+fn as_json(stats: &PortStats) -> serde_json::Value {
+    let named = stats.named().into_iter().map(|(name, count)| (name, json!(count)));
+    named.collect::<serde_json::Map<_, _>>().into()
 }

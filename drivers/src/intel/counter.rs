@@ -3,6 +3,7 @@
 use vireo_eal::mmio::Bar;
 
 use super::regs::*;
+use crate::counters::PortCounters;
 
 /// Counters of frames that the device dropped. RNBC is none of them: its frames wait in the FIFO and may still
 /// be received (SDM 13.7); nor is RUC, which QEMU counts for frames that it pads and delivers.
@@ -13,54 +14,54 @@ const DROPS: [(&str, u64); 4] = [
     ("rx_long_length_errors", ROC),
 ];
 
-/// Frames that the device dropped since a start.
+/// Frames that the device dropped.
 #[derive(Debug, Default)]
-pub(super) struct Drops([Counter; DROPS.len()]);
+pub(crate) struct Drops([Counter; DROPS.len()]);
 
 impl Drops {
-    /// Counts from 0 on.
-    pub(super) fn begin(&mut self, bar: &Bar) {
-        for ((_, register), counter) in DROPS.iter().zip(&mut self.0) {
-            counter.begin(|| bar.read32(*register));
-        }
+    /// Counters of a port that has these.
+    pub(crate) fn port_counters() -> PortCounters {
+        PortCounters::with_device(DROPS.map(|(name, _)| name))
     }
 
-    /// The sums by name, as [`Nic::device_drops`](crate::port::Nic::device_drops) gives them.
-    pub(super) fn read(&mut self, bar: &Bar) -> Vec<(&'static str, u64)> {
+    /// Forgets what the registers have now.
+    pub(super) fn begin(&mut self, bar: &Bar) {
+        self.read(bar).for_each(drop);
+    }
+
+    /// Adds what was counted since the last read to `counters`.
+    pub(super) fn add_to(&mut self, counters: &PortCounters, bar: &Bar) {
+        counters.device().zip(self.read(bar)).for_each(|(counter, more)| counter.add(more));
+    }
+
+    fn read(&mut self, bar: &Bar) -> impl Iterator<Item = u64> {
         let counters = DROPS.iter().zip(&mut self.0);
-        counters.map(|((name, register), counter)| (*name, counter.read(|| bar.read32(*register)))).collect()
+        counters.map(|((_, register), counter)| counter.read(|| bar.read32(*register)))
     }
 }
 
-/// What a statistics register counted since a start.
+/// Reader of a statistics register.
 #[derive(Debug, Default)]
 struct Counter {
     /// What the register had at the last read, and has still because that did not clear it.
     kept: u32,
-    sum: u64,
 }
 
 impl Counter {
-    /// Counts from 0 on.
-    fn begin(&mut self, register: impl Fn() -> u32) {
-        self.read(register);
-        self.sum = 0;
-    }
-
-    /// Adds what was counted since the last read, and gives the sum.
+    /// What was counted since the last read.
     fn read(&mut self, register: impl Fn() -> u32) -> u64 {
         // All ones: the device is gone and counts no more.
         let present = || Some(register()).filter(|count| *count != u32::MAX);
-        let Some(count) = present() else { return self.sum };
-        self.sum += u64::from(count.checked_sub(self.kept).unwrap_or(count));
+        let Some(count) = present() else { return 0 };
+        let mut more = u64::from(count.checked_sub(self.kept).unwrap_or(count));
         self.kept = 0;
         // Less than a microsecond later a register that was cleared has next to nothing.
         if let Some(again) = present() {
             let is_kept = count != 0 && again >= count;
-            self.sum += u64::from(if is_kept { again - count } else { again });
+            more += u64::from(if is_kept { again - count } else { again });
             self.kept = if is_kept { again } else { 0 };
         }
-        self.sum
+        more
     }
 }
 
@@ -98,16 +99,13 @@ mod tests {
     fn what_is_counted_is_the_same_whether_reads_clear_the_register_or_not() {
         for clears in [false, true] {
             let (register, mut counter) = (Register::new(7, clears), Counter::default());
-            counter.begin(|| register.read());
+            assert_eq!(counter.read(|| register.read()), 7, "{clears}");
             assert_eq!(counter.read(|| register.read()), 0, "{clears}");
             register.add(5);
             assert_eq!(counter.read(|| register.read()), 5, "{clears}");
-            assert_eq!(counter.read(|| register.read()), 5, "{clears}");
+            assert_eq!(counter.read(|| register.read()), 0, "{clears}");
             register.add(2);
-            assert_eq!(counter.read(|| register.read()), 7, "{clears}");
             register.add(1);
-            counter.begin(|| register.read());
-            register.add(3);
             assert_eq!(counter.read(|| register.read()), 3, "{clears}");
         }
     }
@@ -115,15 +113,17 @@ mod tests {
     #[test]
     fn a_register_that_a_reset_cleared_counts_from_0_again() {
         let (register, mut counter) = (Register::new(9, false), Counter::default());
-        counter.begin(|| register.read());
+        counter.read(|| register.read());
         register.count.set(4);
         assert_eq!(counter.read(|| register.read()), 4);
     }
 
     #[test]
     fn a_device_that_is_gone_counts_nothing() {
-        let (register, mut counter) = (Register::new(3, true), Counter::default());
+        let (register, mut counter) = (Register::new(3, false), Counter::default());
         assert_eq!(counter.read(|| register.read()), 3);
-        assert_eq!(counter.read(|| u32::MAX), 3);
+        assert_eq!(counter.read(|| u32::MAX), 0);
+        register.add(1);
+        assert_eq!(counter.read(|| register.read()), 1);
     }
 }

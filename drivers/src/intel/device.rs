@@ -15,8 +15,9 @@ use super::reset::quiesce;
 use super::rx::fill;
 use super::tx::RECLAIM;
 use super::{Chip, Hardware, RxQueue, TxQueue};
+use crate::counters::PortCounters;
 use crate::driver::{Args, PciDriver};
-use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, PortConfig, Queues, QueuesOf};
+use crate::port::{Capabilities, Fault, Link, MacAddr, Nic, PortConfig, Queues, QueuesOf, RxBurst, TxBurst};
 
 /// Fewest descriptors of a ring: two batches that TX reclaims.
 const FEWEST: u16 = 2 * RECLAIM as u16;
@@ -46,7 +47,7 @@ pub struct Device<C: Chip> {
     running: Option<Arc<DmaMemory>>,
     /// Queues of a stop whose reset the device did not confirm.
     parked: Option<Box<Pair<C>>>,
-    leftover: Leftover,
+    counters: PortCounters,
     /// Rings of the last run, because memory for rings is never given back.
     idle: Option<Box<Rings>>,
 }
@@ -83,7 +84,7 @@ impl<C: Chip> Device<C> {
             fault: Fault::default(),
             running: None,
             parked: None,
-            leftover: Leftover::default(),
+            counters: Drops::port_counters(),
             idle: None,
             chip,
             hardware,
@@ -174,8 +175,8 @@ impl<C: Chip> Nic for Device<C> {
         }
         self.drops.begin(&self.hardware.bar);
         self.fault.take();
-        let mut rx = RxQueue::new(rings.rx, tails.0);
-        let tx = TxQueue::new(rings.tx, tails.1, self.pads, self.fault.clone());
+        let mut rx = RxQueue::new(rings.rx, tails.0, self.counters.rx(0));
+        let tx = TxQueue::new(rings.tx, tails.1, self.counters.tx(0), self.pads, self.fault.clone());
         self.running = Some(rings.memory);
         self.linked.store(false, Ordering::Relaxed);
         if let Err(error) = self.enable() {
@@ -198,7 +199,7 @@ impl<C: Chip> Nic for Device<C> {
         let Some(memory) = self.running.clone() else {
             return Err(self.usage("stop", "it does not run"));
         };
-        self.device_drops();
+        self.drops.add_to(&self.counters, &self.hardware.bar);
         // The reset clears it.
         let head = self.hardware.bar.read32(C::TX.head);
         if let Err(error) = quiesce(&self.chip, &self.hardware) {
@@ -206,8 +207,8 @@ impl<C: Chip> Nic for Device<C> {
             self.parked = sent.is_none().then(|| Box::new((rx, tx)));
             return Err(error);
         }
-        self.leftover.rx_unread += rx.unread() as u64;
-        self.leftover.tx_unfinished += tx.unfinished(head) as u64;
+        rx.counters().unread.add(rx.unread() as u64);
+        tx.counters().unfinished.add(tx.unfinished(head) as u64);
         self.running = None;
         let rx = rx.release(cache);
         self.idle = Some(Box::new(Rings { memory, rx, tx: tx.release(sent.unwrap_or(cache)) }));
@@ -256,6 +257,7 @@ impl<C: Chip> Nic for Device<C> {
 
     fn check(&mut self) -> Result<()> {
         self.hardware.wait("reach", STATUS, |_| true)?;
+        self.drops.add_to(&self.counters, &self.hardware.bar);
         let link = self.link();
         match self.fault.take() {
             // Without a link the chip keeps what it has to send.
@@ -276,12 +278,8 @@ impl<C: Chip> Nic for Device<C> {
         Ok(())
     }
 
-    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
-        self.drops.read(&self.hardware.bar)
-    }
-
-    fn leftover(&self) -> Leftover {
-        self.leftover
+    fn counters(&self) -> &PortCounters {
+        &self.counters
     }
 }
 

@@ -15,6 +15,8 @@ pub(crate) mod tests;
 mod tx;
 
 pub(crate) use self::chip::{Chip, RingRegisters, chips};
+#[cfg(test)]
+pub(crate) use self::counter::Drops;
 pub(crate) use self::device::Device;
 pub(crate) use self::format::Format;
 pub(crate) use self::hardware::Hardware;

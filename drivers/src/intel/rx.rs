@@ -1,13 +1,15 @@
 //! Receive queue (SDM 3.2, DS 7.1).
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use vireo_eal::dma::{Burst, DescRing, MAX_BURST, PoolCache, dma_rmb};
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::format::Format;
-use crate::port::{QueueStats, RxBurst};
+use crate::counters::QueueCounters;
+use crate::port::RxBurst;
 
 /// The receive queue of a port.
 ///
@@ -20,7 +22,7 @@ pub struct RxQueue<F> {
     refill_threshold: usize,
     /// Inside a frame of several descriptors, which is dropped up to its end.
     skipping: bool,
-    stats: QueueStats,
+    counters: Arc<QueueCounters>,
     _format: PhantomData<F>,
 }
 
@@ -43,23 +45,16 @@ pub(super) fn fill<F: Format>(ring: &mut DescRing, cache: &mut PoolCache) -> Res
 
 impl<F: Format> RxQueue<F> {
     /// A queue on `ring`, which is filled and which the device may not write yet.
-    pub(super) fn new(ring: DescRing, tail: Doorbell<u32>) -> Self {
+    pub(super) fn new(ring: DescRing, tail: Doorbell<u32>, counters: Arc<QueueCounters>) -> Self {
         // At most three quarters of the ring wait for a refill, whatever its size.
         let refill_threshold = MAX_BURST.min(ring.entries() / 4 * 3);
-        Self {
-            ring,
-            tail,
-            refill_threshold,
-            skipping: false,
-            stats: QueueStats::default(),
-            _format: PhantomData,
-        }
+        Self { ring, tail, refill_threshold, skipping: false, counters, _format: PhantomData }
     }
 
     /// Tells the device which descriptors have a buffer.
     pub(super) fn announce(&mut self) {
         self.tail.ring((self.ring.head() & (self.ring.entries() - 1)) as u32);
-        self.stats.doorbells += 1;
+        self.counters.doorbells.add(1);
     }
 
     #[inline(never)]
@@ -67,7 +62,7 @@ impl<F: Format> RxQueue<F> {
         if self.ring.refill(MAX_BURST, 0, 0, cache) > 0 {
             self.announce();
         } else {
-            self.stats.no_buffer += 1;
+            self.counters.no_buffer.add(1);
         }
     }
 
@@ -80,8 +75,8 @@ impl<F: Format> RxQueue<F> {
             return false;
         }
         dma_rmb();
-        self.stats.packets += 1;
-        self.stats.bytes += len as u64;
+        self.counters.packets.add(1);
+        self.counters.bytes.add(len as u64);
         true
     }
 
@@ -100,8 +95,8 @@ impl<F: Format> RxQueue<F> {
         let (received, bytes) = self.ring.take_words(F::GOOD, burst);
         // Each length came with its DD in one load; packet data is read after this.
         dma_rmb();
-        self.stats.packets += received as u64;
-        self.stats.bytes += bytes;
+        self.counters.packets.add(received as u64);
+        self.counters.bytes.add(bytes);
         received
     }
 
@@ -110,9 +105,9 @@ impl<F: Format> RxQueue<F> {
         let last = word & F::RXD_EOP != 0;
         if !self.skipping {
             if last && word & F::RXD_ERRORS == 0 {
-                self.stats.device_errors += 1;
+                self.counters.device_errors.add(1);
             } else {
-                self.stats.errors += 1;
+                self.counters.errors.add(1);
             }
         }
         self.skipping = !last;
@@ -167,7 +162,7 @@ impl<F: Format> RxBurst for RxQueue<F> {
         }
     }
 
-    fn stats(&self) -> QueueStats {
-        self.stats
+    fn counters(&self) -> &QueueCounters {
+        &self.counters
     }
 }

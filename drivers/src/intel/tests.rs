@@ -17,8 +17,9 @@ pub(crate) use self::life::*;
 pub(crate) use self::queues::*;
 use super::device::Pair;
 use super::{Chip, Device};
+use crate::counters::QueueStats;
 use crate::fakedev::intel::{Fake, Model};
-use crate::port::{MacAddr, Nic, PortConfig, QueueStats, RxBurst, TxBurst};
+use crate::port::{MacAddr, Nic, PortConfig, RxBurst, TxBurst};
 
 pub(crate) const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 pub(crate) const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
@@ -138,8 +139,13 @@ impl<F: Family> Rig<F> {
         self.device.transmitted()
     }
 
+    /// Frames that the port says its device dropped.
+    pub(crate) fn missed(&self) -> (&'static str, u64) {
+        self.port.counters().read().device[0]
+    }
+
     pub(crate) fn rx_stats(&self) -> QueueStats {
-        self.queues.as_ref().unwrap().0.stats()
+        self.queues.as_ref().unwrap().0.counters().read()
     }
 
     /// Stops the port, which can be started again.

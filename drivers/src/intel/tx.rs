@@ -1,12 +1,14 @@
 //! Transmit queue (SDM 3.3, DS 7.2): one descriptor for each packet.
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use vireo_eal::dma::{Burst, DescRing, MAX_BURST, PoolCache};
 use vireo_eal::mmio::Doorbell;
 
 use super::format::Format;
-use crate::port::{Fault, QueueStats, TxBurst, Watchdog};
+use crate::counters::QueueCounters;
+use crate::port::{Fault, TxBurst, Watchdog};
 
 /// Every descriptor of this many reports its completion, and as many are reclaimed at a time. The smallest
 /// ring holds two of them, so that one is always under way when the ring is full.
@@ -26,18 +28,23 @@ pub struct TxQueue<F> {
     tail: Doorbell<u32>,
     /// Whether short frames are padded by us.
     pads: bool,
-    stats: QueueStats,
+    counters: Arc<QueueCounters>,
     watchdog: Watchdog,
     fault: Fault,
     _format: PhantomData<F>,
 }
 
 impl<F: Format> TxQueue<F> {
-    pub(super) fn new(mut ring: DescRing, tail: Doorbell<u32>, pads: bool, fault: Fault) -> Self {
+    pub(super) fn new(
+        mut ring: DescRing,
+        tail: Doorbell<u32>,
+        counters: Arc<QueueCounters>,
+        pads: bool,
+        fault: Fault,
+    ) -> Self {
         // TDT = TDH means an empty ring, so one descriptor stays free (SDM 3.4).
         ring.restart(ring.entries() - 1, [0; 2]);
-        let (stats, watchdog) = (QueueStats::default(), Watchdog::default());
-        Self { ring, tail, pads, stats, watchdog, fault, _format: PhantomData }
+        Self { ring, tail, pads, counters, watchdog: Watchdog::default(), fault, _format: PhantomData }
     }
 
     /// Finds no room for a burst; asks for a restart after a second of it.
@@ -100,9 +107,9 @@ impl<F: Format> TxQueue<F> {
         if let Some(len) = reporting {
             self.ring.set_word(reports, F::data(len) | F::TXD_RS);
         }
-        self.stats.packets += count as u64;
-        self.stats.bytes += bytes;
-        self.stats.doorbells += 1;
+        self.counters.packets.add(count as u64);
+        self.counters.bytes.add(bytes);
+        self.counters.doorbells.add(1);
         self.tail.ring((self.ring.head() & (self.ring.entries() - 1)) as u32);
         count
     }
@@ -114,7 +121,7 @@ impl<F: Format> TxBurst for TxQueue<F> {
         if self.pads { self.transmit::<true>(cache, burst) } else { self.transmit::<false>(cache, burst) }
     }
 
-    fn stats(&self) -> QueueStats {
-        self.stats
+    fn counters(&self) -> &QueueCounters {
+        &self.counters
     }
 }

@@ -130,8 +130,8 @@ impl Backend {
     /// Takes the ring from its lcore, and gives it back as it is to be now.
     fn update(&mut self, at: usize) -> Result<()> {
         let shared = Arc::clone(&self.rings[at]);
-        let mut slot = shared.lock();
-        match std::mem::replace(&mut *slot, Slot::Stopped) {
+        let slot = &mut shared.lock().slot;
+        match std::mem::take(slot) {
             Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => {
                 self.vrings[at].base = ring.next();
             }
@@ -153,7 +153,7 @@ impl Backend {
     /// Takes the ring from its lcore for good; gives the position where it ended.
     fn stop(&mut self, at: usize) -> u16 {
         let vring = &mut self.vrings[at];
-        match std::mem::replace(&mut *self.rings[at].lock(), Slot::Stopped) {
+        match std::mem::take(&mut self.rings[at].lock().slot) {
             Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => vring.base = ring.next(),
             Slot::Broken(next) => vring.base = next,
             Slot::Stopped => {}
@@ -188,7 +188,7 @@ impl Backend {
         let transmit = self.rings.iter().zip(&self.vrings).skip(TRANSMIT).step_by(RINGS_PER_PAIR);
         let mut disabled = None;
         for (shared, _) in transmit.filter(|(_, vring)| vring.started && !self.is_enabled(vring)) {
-            if let Slot::Disabled(ring) = &*shared.lock() {
+            if let Slot::Disabled(ring) = &shared.lock().slot {
                 // A lie is told to whoever uses the ring once it is enabled.
                 let end = ring.end().ok().map(|end| (Arc::clone(shared), end));
                 disabled.get_or_insert_with(Vec::new).extend(end);

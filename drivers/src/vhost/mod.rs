@@ -23,10 +23,12 @@ use vireo_eal::dma::{DmaMemory, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
+use crate::counters::PortCounters;
 use crate::driver::{Args, Vdev, flag, socket_path};
-use crate::port::{Capabilities, Leftover, Link, MacAddr, Nic, PortConfig, Queues};
+use crate::port::{Capabilities, Link, MacAddr, Nic, PortConfig, Queues};
 use crate::virtio::{self, random_mac};
 pub use queues::{RxQueue, TxQueue};
+use ring::Report;
 use server::Server;
 use shared::{Shared, Slot};
 
@@ -92,6 +94,7 @@ pub struct Device {
     name: Arc<str>,
     mac: MacAddr,
     rings: Vec<Arc<Shared>>,
+    counters: PortCounters,
     started: bool,
     _server: Server,
 }
@@ -103,13 +106,18 @@ impl Device {
     /// `Busy` when somebody listens there, else when the socket cannot be made.
     pub fn open(name: &str, options: &Options) -> Result<Self> {
         let name: Arc<str> = name.into();
-        let rings: Vec<Arc<Shared>> =
-            (0..RINGS_PER_PAIR * usize::from(options.queues)).map(|_| Arc::default()).collect();
+        let counters = PortCounters::default();
+        // `RECEIVE` and `TRANSMIT` of each pair, by the frontend's names.
+        let rings: Vec<Arc<Shared>> = (0..options.queues.into())
+            .flat_map(|number| [counters.tx(number), counters.rx(number)])
+            .map(|counters| Arc::new(Shared::new(Report::new(&name, counters))))
+            .collect();
         let server = match options.client {
             true => Server::connect(&options.path, &name, &rings)?,
             false => Server::listen(&options.path, &name, &rings)?,
         };
-        Ok(Self { name, mac: options.mac.unwrap_or_else(random_mac), rings, started: false, _server: server })
+        let mac = options.mac.unwrap_or_else(random_mac);
+        Ok(Self { name, mac, rings, counters, started: false, _server: server })
     }
 
     /// Of each pair the ring [`RECEIVE`] or [`TRANSMIT`].
@@ -143,10 +151,7 @@ impl Nic for Device {
         }
         let rx = self.rings_of(TRANSMIT).take(config.rx_queues.into());
         let tx = self.rings_of(RECEIVE).take(config.tx_queues.into());
-        Ok(Queues {
-            rx: rx.map(|ring| RxQueue::new(ring, &self.name)).collect(),
-            tx: tx.map(|ring| TxQueue::new(ring, &self.name)).collect(),
-        })
+        Ok(Queues { rx: rx.map(RxQueue::new).collect(), tx: tx.map(TxQueue::new).collect() })
     }
 
     /// The frontend stays connected; its rings wait for the next start.
@@ -182,7 +187,7 @@ impl Nic for Device {
             .rings
             .iter()
             .take(RINGS_PER_PAIR)
-            .all(|ring| matches!(*ring.lock(), Slot::Running(_) | Slot::Logged(_)));
+            .all(|ring| matches!(ring.lock().slot, Slot::Running(_) | Slot::Logged(_)));
         Link { up, speed: None, full_duplex: true, autoneg: false }
     }
 
@@ -196,13 +201,8 @@ impl Nic for Device {
         Ok(())
     }
 
-    /// None: what finds no room stays with the application.
-    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
-        Vec::new()
-    }
-
-    /// Nothing: what is in a ring stays with the frontend.
-    fn leftover(&self) -> Leftover {
-        Leftover::default()
+    /// Nothing is unread or unfinished: what is in a ring stays with the frontend.
+    fn counters(&self) -> &PortCounters {
+        &self.counters
     }
 }

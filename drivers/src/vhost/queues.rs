@@ -5,8 +5,9 @@ use std::sync::Arc;
 use vireo_eal::dma::{Burst, PoolCache};
 
 use super::ring::{Lie, Report};
-use super::shared::{Shared, Slot};
-use crate::port::{QueueStats, RxBurst, TxBurst};
+use super::shared::{Place, Shared, Slot};
+use crate::counters::QueueCounters;
+use crate::port::{RxBurst, TxBurst};
 
 /// Rings by what the frontend does with them.
 const TRANSMIT: &str = "transmit";
@@ -16,7 +17,8 @@ const RECEIVE: &str = "receive";
 #[derive(Debug)]
 struct Queue {
     shared: Arc<Shared>,
-    report: Report,
+    /// Those of the ring, for whoever does not hold its place.
+    counters: Arc<QueueCounters>,
 }
 
 /// Receiving half: takes from the ring by which the frontend transmits.
@@ -28,25 +30,26 @@ pub struct RxQueue(Queue);
 pub struct TxQueue(Queue);
 
 impl Queue {
-    fn new(shared: &Arc<Shared>, name: &Arc<str>) -> Self {
-        Self { shared: Arc::clone(shared), report: Report::new(name) }
+    fn new(shared: &Arc<Shared>) -> Self {
+        let counters = Arc::clone(&shared.lock().report.counters);
+        Self { shared: Arc::clone(shared), counters }
     }
 
     /// Ends the use of a ring whose frontend lied.
     #[cold]
     #[inline(never)]
-    fn end(slot: &mut Slot, lie: Lie, report: &mut Report, direction: &str) {
+    fn end(slot: &mut Slot, lie: Lie, report: &Report, direction: &str) {
         if let Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) = slot {
             tracing::error!("{}: {direction} ring stopped: {}", report.name, lie.reason());
-            report.stats.device_errors += 1;
+            report.counters.device_errors.add(1);
             *slot = Slot::Broken(ring.next());
         }
     }
 }
 
 impl RxQueue {
-    pub(super) fn new(shared: &Arc<Shared>, name: &Arc<str>) -> Self {
-        Self(Queue::new(shared, name))
+    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+        Self(Queue::new(shared))
     }
 
     pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
@@ -56,17 +59,17 @@ impl RxQueue {
     /// What there is to do for a ring that does not just run.
     #[cold]
     #[inline(never)]
-    fn otherwise(slot: &mut Slot, cache: &mut PoolCache, burst: &mut Burst, report: &mut Report) {
+    fn otherwise(Place { slot, report }: &mut Place, cache: &mut PoolCache, burst: &mut Burst) {
         let Slot::Logged(ring) = slot else { return };
-        if let Err(lie) = ring.receive_logged(cache, burst, &mut report.stats) {
+        if let Err(lie) = ring.receive_logged(cache, burst, &report.counters) {
             Queue::end(slot, lie, report, TRANSMIT);
         }
     }
 }
 
 impl TxQueue {
-    pub(super) fn new(shared: &Arc<Shared>, name: &Arc<str>) -> Self {
-        Self(Queue::new(shared, name))
+    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+        Self(Queue::new(shared))
     }
 
     pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
@@ -76,7 +79,7 @@ impl TxQueue {
     /// As of [`RxQueue`]; gives the number of packets that were taken.
     #[cold]
     #[inline(never)]
-    fn otherwise(slot: &mut Slot, cache: &mut PoolCache, burst: &mut Burst, report: &mut Report) -> usize {
+    fn otherwise(Place { slot, report }: &mut Place, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let Slot::Logged(ring) = slot else { return 0 };
         let before = burst.len();
         if let Err(lie) = ring.send_logged(cache, burst, report) {
@@ -89,19 +92,18 @@ impl TxQueue {
 impl RxBurst for RxQueue {
     #[inline(never)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
-        let Queue { shared, report } = &mut self.0;
-        let Some(mut slot) = shared.try_lock() else { return };
-        let Slot::Running(ring) = &mut *slot else {
-            return Self::otherwise(&mut slot, cache, burst, report);
+        let Some(mut place) = self.0.shared.try_lock() else { return };
+        let Place { slot: Slot::Running(ring), report } = &mut *place else {
+            return Self::otherwise(&mut place, cache, burst);
         };
-        if let Err(lie) = ring.receive(cache, burst, &mut report.stats) {
-            Queue::end(&mut slot, lie, report, TRANSMIT);
+        if let Err(lie) = ring.receive(cache, burst, &report.counters) {
+            let Place { slot, report } = &mut *place;
+            Queue::end(slot, lie, report, TRANSMIT);
         }
     }
 
-    fn stats(&self) -> QueueStats {
-        let Queue { shared, report } = &self.0;
-        QueueStats { errors: report.stats.errors + shared.discarded(), ..report.stats }
+    fn counters(&self) -> &QueueCounters {
+        &self.0.counters
     }
 }
 
@@ -109,19 +111,19 @@ impl TxBurst for TxQueue {
     /// Packets for which the frontend has no room, or which come while none is there, stay in `burst`.
     #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        let Queue { shared, report } = &mut self.0;
-        let Some(mut slot) = shared.try_lock() else { return 0 };
-        let Slot::Running(ring) = &mut *slot else {
-            return Self::otherwise(&mut slot, cache, burst, report);
+        let Some(mut place) = self.0.shared.try_lock() else { return 0 };
+        let Place { slot: Slot::Running(ring), report } = &mut *place else {
+            return Self::otherwise(&mut place, cache, burst);
         };
         let before = burst.len();
         if let Err(lie) = ring.send(cache, burst, report) {
-            Queue::end(&mut slot, lie, report, RECEIVE);
+            let Place { slot, report } = &mut *place;
+            Queue::end(slot, lie, report, RECEIVE);
         }
         before - burst.len()
     }
 
-    fn stats(&self) -> QueueStats {
-        self.0.report.stats
+    fn counters(&self) -> &QueueCounters {
+        &self.0.counters
     }
 }

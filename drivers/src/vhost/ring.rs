@@ -11,7 +11,7 @@ use vireo_eal::dma::{
     RingEntry, RingView, dma_rmb, dma_wmb, full_mb,
 };
 
-use crate::port::QueueStats;
+use crate::counters::QueueCounters;
 use crate::virtio::{DESC_NEXT, DESC_WRITE, HEADER, need_event};
 
 /// The driver wants no interrupt (`VIRTQ_AVAIL_F_NO_INTERRUPT`).
@@ -89,10 +89,10 @@ pub(super) struct Marks {
     pub(super) used: Option<u64>,
 }
 
-/// What a queue counts and says of its ring.
-#[derive(Debug)]
+/// What is counted and said of a ring, by whoever holds its slot.
+#[derive(Debug, Default)]
 pub(super) struct Report {
-    pub(super) stats: QueueStats,
+    pub(super) counters: Arc<QueueCounters>,
     /// Of the port, for messages.
     pub(super) name: Arc<str>,
     /// A buffer that is too short was named.
@@ -100,8 +100,8 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn new(name: &Arc<str>) -> Self {
-        Self { stats: QueueStats::default(), name: Arc::clone(name), warned: false }
+    pub(super) fn new(name: &Arc<str>, counters: Arc<QueueCounters>) -> Self {
+        Self { counters, name: Arc::clone(name), warned: false }
     }
 
     /// Says once that the next buffer, of `room` bytes, is too short for a frame of `len`: it stays the next one.
@@ -302,7 +302,7 @@ impl Ring {
 
     /// Gives the frontend its chains from `old` on back, and wakes it if it wants that.
     #[inline(always)]
-    fn publish(&mut self, old: u16, stats: &mut QueueStats) {
+    fn publish(&mut self, old: u16, counters: &QueueCounters) {
         dma_wmb();
         self.used_idx.store::<0>(0, self.next);
         if (old ^ self.next) & !(AVAIL_EVENT_STRIDE - 1) != 0 {
@@ -316,7 +316,7 @@ impl Ring {
                 None => self.avail_flags.load::<0>(0) & AVAIL_NO_INTERRUPT == 0,
             };
             if wanted {
-                stats.doorbells += 1;
+                counters.doorbells.add(1);
                 call.signal();
             }
         }
@@ -328,7 +328,7 @@ impl Ring {
         &mut self,
         cache: &mut PoolCache,
         burst: &mut Burst,
-        stats: &mut QueueStats,
+        counters: &QueueCounters,
     ) -> Checked<()> {
         let pending = self.pending()?;
         if pending == 0 {
@@ -355,12 +355,12 @@ impl Ring {
             Some(slice)
         });
         self.next = old.wrapping_add(taken as u16);
-        stats.packets += taken as u64;
-        stats.bytes += bytes as u64;
+        counters.packets.add(taken as u64);
+        counters.bytes.add(bytes as u64);
         let received =
-            if taken == wanted { Ok(()) } else { self.receive_any(wanted - taken, cache, burst, stats) };
+            if taken == wanted { Ok(()) } else { self.receive_any(wanted - taken, cache, burst, counters) };
         if self.next != old {
-            self.publish(old, stats);
+            self.publish(old, counters);
         }
         received
     }
@@ -373,23 +373,23 @@ impl Ring {
         wanted: usize,
         cache: &mut PoolCache,
         burst: &mut Burst,
-        stats: &mut QueueStats,
+        counters: &QueueCounters,
     ) -> Checked<()> {
         let mut budget = Budget::new(self.desc.entries());
         for _ in 0..wanted {
             let Some(mut packet) = cache.allocate() else {
-                stats.no_buffer += 1;
+                counters.no_buffer.add(1);
                 return Ok(());
             };
             let head = self.avail.load::<0>(self.next.into());
             match self.gather(head, &mut packet, cache, &mut budget) {
                 Ok(true) => {
-                    stats.packets += 1;
-                    stats.bytes += packet.len() as u64;
+                    counters.packets.add(1);
+                    counters.bytes.add(packet.len() as u64);
                     burst.push(packet);
                 }
                 Ok(false) => {
-                    stats.errors += 1;
+                    counters.errors.add(1);
                     cache.free(packet);
                 }
                 Err(lie) => {
@@ -442,15 +442,17 @@ impl Ring {
     }
 
     /// Uses what the frontend sends by a disabled ring, without a look at it: chains before `end`, as [`Ring::end`] gave it.
-    pub(super) fn discard(&mut self, end: u16) {
+    pub(super) fn discard(&mut self, end: u16, counters: &QueueCounters) {
         let old = self.next;
+        // Counted when the frontend sees that they are used.
+        counters.errors.add(end.wrapping_sub(old).into());
         while self.next != end {
             let position = usize::from(self.next);
             write_used(self.used.view().entry(position), self.avail.load::<0>(position), 0);
             self.next = self.next.wrapping_add(1);
         }
         if self.next != old {
-            self.publish(old, &mut QueueStats::default());
+            self.publish(old, counters);
             self.mark_used(old);
         }
     }
@@ -462,10 +464,10 @@ impl Ring {
         &mut self,
         cache: &mut PoolCache,
         burst: &mut Burst,
-        stats: &mut QueueStats,
+        counters: &QueueCounters,
     ) -> Checked<()> {
         let old = self.next;
-        let received = self.receive(cache, burst, stats);
+        let received = self.receive(cache, burst, counters);
         self.mark_used(old);
         received
     }
@@ -545,11 +547,11 @@ impl Ring {
             return Ok(());
         }
         let old = self.next;
-        left -= self.send_fast(left, cache, burst, &mut report.stats);
+        left -= self.send_fast(left, cache, burst, &report.counters);
         let sent = if burst.is_empty() { Ok(()) } else { self.send_any(left, cache, burst, report) };
         if self.next != old {
             written(self);
-            self.publish(old, &mut report.stats);
+            self.publish(old, &report.counters);
         }
         sent
     }
@@ -561,7 +563,7 @@ impl Ring {
         left: u16,
         cache: &mut PoolCache,
         burst: &mut Burst,
-        stats: &mut QueueStats,
+        counters: &QueueCounters,
     ) -> u16 {
         let (table, avail, used) = (self.table(), self.avail.view(), self.used.view());
         let mut view = self.memory.view();
@@ -581,8 +583,8 @@ impl Ring {
             Some(slice)
         });
         self.next = self.next.wrapping_add(sent as u16);
-        stats.packets += sent as u64;
-        stats.bytes += bytes as u64;
+        counters.packets.add(sent as u64);
+        counters.bytes.add(bytes as u64);
         sent as u16
     }
 
@@ -606,19 +608,19 @@ impl Ring {
                 Spread::TooLong(room) => {
                     report.too_short(room, packet.len());
                     while burst.first().is_some_and(|packet| HEADER + packet.len() > room) {
-                        report.stats.errors += 1;
+                        report.counters.errors.add(1);
                         cache.free(burst.remove(0));
                     }
                 }
                 Spread::Taken(chains) => {
                     self.next = self.next.wrapping_add(chains);
                     left -= chains;
-                    report.stats.packets += 1;
-                    report.stats.bytes += packet.len() as u64;
+                    report.counters.packets.add(1);
+                    report.counters.bytes.add(packet.len() as u64);
                     cache.free(burst.remove(0));
                 }
             }
-            left -= self.send_fast(left, cache, burst, &mut report.stats);
+            left -= self.send_fast(left, cache, burst, &report.counters);
         }
         Ok(())
     }

@@ -2,19 +2,20 @@
 
 use std::sync::{PoisonError, TryLockError};
 
-use vireo_eal::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use vireo_eal::sync::atomic::{AtomicU32, Ordering};
 use vireo_eal::sync::{Mutex, MutexGuard};
 
-use super::ring::Ring;
+use super::ring::{Report, Ring};
 
 #[cfg(test)]
 #[cfg(loom)]
 mod models;
 
 /// What there is of a ring.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) enum Slot {
     /// The frontend has not started it.
+    #[default]
     Stopped,
     /// The lcore may use it.
     Running(Box<Ring>),
@@ -27,63 +28,60 @@ pub(super) enum Slot {
     Broken(u16),
 }
 
-/// A ring's slot. The lcore takes it once for each burst and never waits; everybody else may. Each has cache lines
-/// of its own, for the rings of a port may belong to two lcores.
-#[derive(Debug)]
-#[repr(align(128))]
-pub(super) struct Shared {
-    /// How many wait for the slot: the lcore then leaves it, or it could hold it nearly all of the time.
-    waiting: AtomicU32,
-    /// Frames that were dropped while the ring was disabled.
-    discarded: AtomicU64,
-    slot: Mutex<Slot>,
+/// A ring's slot and what is counted of the ring. Whoever uses the ring holds both, so a count has one writer at a time.
+#[derive(Debug, Default)]
+pub(super) struct Place {
+    pub(super) slot: Slot,
+    pub(super) report: Report,
 }
 
-impl Default for Shared {
-    fn default() -> Self {
-        Self { waiting: AtomicU32::new(0), discarded: AtomicU64::new(0), slot: Mutex::new(Slot::Stopped) }
-    }
+/// A ring's place. The lcore takes it once for each burst and never waits; everybody else may. Each has cache lines
+/// of its own, for the rings of a port may belong to two lcores.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct Shared {
+    /// How many wait for the place: the lcore then leaves it, or it could hold it nearly all of the time.
+    waiting: AtomicU32,
+    place: Mutex<Place>,
 }
 
 impl Shared {
-    /// Whether somebody waits for the slot.
+    /// A place without a ring.
+    pub(super) fn new(report: Report) -> Self {
+        Self { waiting: AtomicU32::new(0), place: Mutex::new(Place { report, ..Place::default() }) }
+    }
+
+    /// Whether somebody waits for the place.
     #[inline(always)]
     pub(super) fn is_wanted(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
-    /// The slot, unless somebody else has or wants it.
+    /// The place, unless somebody else has or wants it.
     #[inline(always)]
-    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Slot>> {
+    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Place>> {
         if self.is_wanted() {
             return None;
         }
-        match self.slot.try_lock() {
-            Ok(slot) => Some(slot),
-            Err(TryLockError::Poisoned(slot)) => Some(slot.into_inner()),
+        match self.place.try_lock() {
+            Ok(place) => Some(place),
+            Err(TryLockError::Poisoned(place)) => Some(place.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
     }
 
-    /// The slot, after at most one burst of the lcore.
-    pub(super) fn lock(&self) -> MutexGuard<'_, Slot> {
+    /// The place, after at most one burst of the lcore.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Place> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         self.waiting.fetch_sub(1, Ordering::Relaxed);
-        slot
+        place
     }
 
-    /// Frames that the frontend transmitted while the ring was disabled, and that were dropped.
-    pub(super) fn discarded(&self) -> u64 {
-        self.discarded.load(Ordering::Acquire)
-    }
-
-    /// Drops what the frontend transmits by a disabled ring, before position `end`.
+    /// Drops what the frontend transmits by a disabled ring, before position `end`, and counts it as errors.
     pub(super) fn discard(&self, end: u16) {
-        if let Slot::Disabled(ring) = &mut *self.lock() {
-            // Counted when the frontend sees that they are used.
-            self.discarded.fetch_add(end.wrapping_sub(ring.next()).into(), Ordering::Release);
-            ring.discard(end);
+        if let Place { slot: Slot::Disabled(ring), report } = &mut *self.lock() {
+            ring.discard(end, &report.counters);
         }
     }
 }

@@ -135,7 +135,7 @@ fn frames_pass_both_ways_and_indices_wrap() {
         guest.start(features);
         let mut bench = bench;
         exchange(&mut bench, &mut guest, 1000);
-        let (rx, tx) = (bench.rx.stats(), bench.tx.stats());
+        let (rx, tx) = (bench.rx.counters().read(), bench.tx.counters().read());
         assert_eq!((rx.packets, rx.errors, tx.packets, tx.errors), (1000, 0, 1000, 0));
         assert_eq!(rx.bytes, (0..1000).map(|number| frame(number).len() as u64).sum::<u64>());
         assert_eq!(rx.bytes, tx.bytes);
@@ -155,7 +155,7 @@ fn a_frame_may_be_spread_over_a_chain_in_any_way() {
         guest.transmit(&frame);
         assert_eq!(bench.receive(), [frame.clone(), frame.clone()], "{cuts:?}");
     }
-    assert_eq!(bench.rx.stats().errors, 0);
+    assert_eq!(bench.rx.counters().errors.get(), 0);
     assert_eq!(bench.stop(), BUFFERS);
 }
 
@@ -169,7 +169,7 @@ fn frames_that_fit_into_no_buffer_or_are_none_are_dropped() {
     let lens: Vec<usize> = bench.receive().iter().map(Vec::len).collect();
     assert_eq!(lens, [17, 17, DATA_ROOM, DATA_ROOM]);
     assert_eq!(guest.reap_transmitted(), 12);
-    assert_eq!((bench.rx.stats().errors, bench.rx.stats().device_errors), (8, 0));
+    assert_eq!((bench.rx.counters().errors.get(), bench.rx.counters().device_errors.get()), (8, 0));
     assert_eq!(bench.stop(), BUFFERS);
 }
 
@@ -185,7 +185,7 @@ fn mergeable_buffers_are_merged() {
     assert_eq!(bench.send(&[frame.clone(), frame.clone()]), 2);
     assert_eq!(guest.received(), [frame.clone(), frame.clone()]);
     assert_eq!(guest.last_num_buffers, [chains as u16, 1]);
-    assert_eq!((bench.tx.stats().packets, bench.tx.stats().errors), (2, 0));
+    assert_eq!((bench.tx.counters().packets.get(), bench.tx.counters().errors.get()), (2, 0));
     assert_eq!(bench.stop(), BUFFERS);
 }
 
@@ -199,9 +199,9 @@ fn without_mergeable_buffers_a_frame_needs_one_chain() {
     guest.provide(&[100]);
     assert_eq!(bench.send(&frames), 3, "one is dropped");
     assert_eq!(guest.received(), &frames[1..]);
-    assert_eq!((bench.tx.stats().packets, bench.tx.stats().errors), (2, 2));
+    assert_eq!((bench.tx.counters().packets.get(), bench.tx.counters().errors.get()), (2, 2));
     assert_eq!(bench.send(&[frame(20)]), 1, "it is dropped while a chain is there to say so");
-    assert_eq!((bench.tx.stats().packets, bench.tx.stats().errors), (2, 3));
+    assert_eq!((bench.tx.counters().packets.get(), bench.tx.counters().errors.get()), (2, 3));
     assert_eq!(bench.stop(), BUFFERS);
 }
 
@@ -224,8 +224,8 @@ fn chains_may_fill_the_table() {
     let frames: Vec<Vec<u8>> = [&frame, &frame, &fits].into_iter().cycle().take(6).cloned().collect();
     assert_eq!(plain.send(&frames), 6);
     assert_eq!(guest.received(), [fits.clone(), fits]);
-    assert_eq!((plain.tx.stats().errors, plain.tx.stats().device_errors), (4, 0));
-    assert_eq!((bench.rx.stats().device_errors, bench.tx.stats().device_errors), (0, 0));
+    assert_eq!((plain.tx.counters().errors.get(), plain.tx.counters().device_errors.get()), (4, 0));
+    assert_eq!((bench.rx.counters().device_errors.get(), bench.tx.counters().device_errors.get()), (0, 0));
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn the_driver_is_woken_only_when_it_wants() {
     guest.transmit(&frame(0));
     bench.receive();
     assert_eq!([RECEIVE, TRANSMIT].map(|ring| guest.take_call(ring)), [true, true]);
-    assert_eq!(bench.rx.stats().doorbells + bench.tx.stats().doorbells, 2);
+    assert_eq!(bench.rx.counters().doorbells.get() + bench.tx.counters().doorbells.get(), 2);
     guest.rings.iter().for_each(|ring| ring.set_no_interrupt());
     bench.send(&[frame(0)]);
     guest.transmit(&frame(0));
@@ -271,7 +271,7 @@ fn no_kick_is_asked_for_however_far_the_index_runs() {
         while bench.send(&vec![vec![0; 60]; MAX_BURST]) > 0 {}
         guest.received();
     }
-    assert_eq!(bench.tx.stats().packets, 1 << 17);
+    assert_eq!(bench.tx.counters().packets.get(), 1 << 17);
 }
 
 #[test]
@@ -287,7 +287,7 @@ fn memory_in_several_regions() {
     guest.set_mem_table();
     assert!(bench.device.link().up);
     exchange(&mut bench, &mut guest, 200);
-    assert_eq!(bench.rx.stats().packets, 400);
+    assert_eq!(bench.rx.counters().packets.get(), 400);
 }
 
 /// Regions that touch in guest addresses.
@@ -312,7 +312,10 @@ fn a_buffer_may_cross_from_one_region_into_the_next() {
             guest.rings[RECEIVE].offer(0);
             assert_eq!(bench.send(&[frame(12)]), 1, "{before}");
             assert_eq!(guest.received(), [frame(12)]);
-            assert_eq!((bench.rx.stats().device_errors, bench.tx.stats().device_errors), (0, 0));
+            assert_eq!(
+                (bench.rx.counters().device_errors.get(), bench.tx.counters().device_errors.get()),
+                (0, 0)
+            );
         }
     }
 }
@@ -327,7 +330,7 @@ fn rings_that_are_not_enabled_receive_nothing_and_send_nothing() {
     guest.transmit_chain(&frame(2), &[HEADER, 40]);
     assert!(bench.receive().is_empty());
     assert_eq!(guest.await_transmitted(2), 2, "what a disabled ring sends is used and dropped");
-    assert_eq!((bench.rx.stats().packets, bench.rx.stats().errors), (0, 2));
+    assert_eq!((bench.rx.counters().packets.get(), bench.rx.counters().errors.get()), (0, 2));
     guest.enable(TRANSMIT, true);
     guest.transmit(&frame(1));
     assert_eq!(bench.receive(), [frame(1)]);
@@ -371,7 +374,7 @@ fn a_disabled_ring_is_drained_without_a_look_at_its_frames() {
         assert_eq!(guest.await_transmitted(SIZE.into()), usize::from(SIZE));
     }
     assert_eq!(guest.frontend_base(TRANSMIT), 3 * u32::from(SIZE));
-    assert_eq!(bench.rx.stats().errors, 3 * u64::from(SIZE));
+    assert_eq!(bench.rx.counters().errors.get(), 3 * u64::from(SIZE));
 }
 
 /// The port may read a request late: what a frontend transmits after a request that enables the ring is not dropped.
@@ -396,7 +399,7 @@ fn nothing_is_dropped_behind_a_request_that_enables_the_ring() {
         assert_eq!(frames, [number - 2, number - 1, number].map(frame));
         guest.enable(TRANSMIT, false);
     }
-    assert_eq!(bench.rx.stats().errors, 0);
+    assert_eq!(bench.rx.counters().errors.get(), 0);
 }
 
 #[test]
@@ -430,7 +433,7 @@ fn a_frontend_may_go_and_another_come() {
     assert!(!bench.device.link().up);
     guest.start(PLAIN);
     exchange(&mut bench, &mut guest, 50);
-    assert_eq!(bench.rx.stats().packets, 150);
+    assert_eq!(bench.rx.counters().packets.get(), 150);
     assert_eq!(bench.stop(), BUFFERS);
 }
 
@@ -452,7 +455,7 @@ fn a_client_connects_to_each_frontend_that_listens() {
         }
         std::fs::remove_file(&path).unwrap();
     }
-    assert_eq!(bench.rx.stats().packets, 150);
+    assert_eq!(bench.rx.counters().packets.get(), 150);
     // A port that looks for a frontend ends all the same, and one that has one; the socket is the frontend's.
     assert_eq!(bench.stop(), BUFFERS);
     let bench = Bench::with_socket(true);
@@ -477,7 +480,7 @@ fn the_port_may_stop_and_start_while_a_frontend_is_there() {
     let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
     let mut bench = Bench { dir, device, rx, tx, cache, memory };
     exchange(&mut bench, &mut guest, 50);
-    assert_eq!(bench.rx.stats().packets, 50);
+    assert_eq!(bench.rx.counters().packets.get(), 100);
     let other = Bench::new();
     let error = bench.device.stop_pair(other.rx, other.tx, &mut bench.cache).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);
@@ -530,7 +533,7 @@ fn an_empty_pool_receives_later() {
     let held: Vec<_> = std::iter::from_fn(|| bench.cache.allocate()).collect();
     guest.transmit(&frame(1));
     assert!(bench.receive().is_empty());
-    assert_eq!(bench.rx.stats().no_buffer, 1);
+    assert_eq!(bench.rx.counters().no_buffer.get(), 1);
     held.into_iter().for_each(|buffer| bench.cache.free(buffer));
     assert_eq!(bench.receive(), [frame(1)]);
     assert_eq!(bench.stop(), BUFFERS);
@@ -634,7 +637,7 @@ fn a_buffer_that_is_too_short_is_named_once() {
             assert_eq!(bench.send(&[frame(1), frame(2)]), 2);
         }
     });
-    assert_eq!((bench.tx.stats().errors, bench.tx.stats().packets), (6, 0));
+    assert_eq!((bench.tx.counters().errors.get(), bench.tx.counters().packets.get()), (6, 0));
     let lines = logged.0.lock().unwrap();
     assert_eq!(lines.len(), 1, "{lines:?}");
     let line = "net_vhost0: frames are dropped: the frontend's next receive buffer has 13 bytes, a frame of 97 bytes \

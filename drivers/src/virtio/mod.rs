@@ -21,8 +21,9 @@ use vireo_eal::dma::{DmaMemory, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
+use crate::counters::PortCounters;
 use crate::driver::{Args, PciDriver, flag};
-use crate::port::{Capabilities, Fault, Leftover, Link, MacAddr, Nic, PortConfig, Queues};
+use crate::port::{Capabilities, Fault, Link, MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst};
 use ctrl::Control;
 pub(crate) use features::Features;
 use pci::Pci;
@@ -84,7 +85,7 @@ pub struct Device {
     parked: Option<Queues<RxQueue, TxQueue>>,
     /// Queues of earlier runs, used again where they fit: DMA memory is never given back one by one.
     spare: Option<Spare>,
-    leftover: Leftover,
+    counters: PortCounters,
 }
 
 #[derive(Debug)]
@@ -167,7 +168,7 @@ impl Device {
             pairs,
             parked: None,
             spare: None,
-            leftover: Leftover::default(),
+            counters: PortCounters::default(),
         })
     }
 
@@ -302,9 +303,12 @@ impl Nic for Device {
         let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);
         let (rings, mut control) = self.queues(memory, &config, control)?;
         let (features, prompt) = (self.features, self.transport.owes_completions());
+        let counters = &self.counters;
+        let rx = |(number, ring)| RxQueue::new(ring, counters.rx(number), features);
+        let tx = |(number, ring)| TxQueue::new(ring, counters.tx(number), features, prompt);
         let mut queues = Queues {
-            rx: rings.rx.into_iter().map(|ring| RxQueue::new(ring, features)).collect(),
-            tx: rings.tx.into_iter().map(|ring| TxQueue::new(ring, features, prompt)).collect(),
+            rx: rings.rx.into_iter().enumerate().map(rx).collect(),
+            tx: rings.tx.into_iter().enumerate().map(tx).collect(),
         };
         self.fault.take();
         let live = self.go_live(memory, &mut queues, control.as_deref_mut(), cache);
@@ -339,11 +343,11 @@ impl Nic for Device {
         let control = self.started.take().and_then(|started| started.control);
         let mut rings = Vec::with_capacity(queues.rx.len() + queues.tx.len());
         for rx in queues.rx {
-            self.leftover.rx_unread += u64::from(rx.unread());
+            rx.counters().unread.add(rx.unread().into());
             rings.push(rx.into_queue(cache));
         }
         for tx in queues.tx {
-            self.leftover.tx_unfinished += tx.unfinished() as u64;
+            tx.counters().unfinished.add(tx.unfinished() as u64);
             rings.push(tx.into_queue(sent.as_deref_mut().unwrap_or(cache)));
         }
         // Of the memory that the last start had.
@@ -412,13 +416,8 @@ impl Nic for Device {
         }
     }
 
-    /// None: virtio-net has no such counters.
-    fn device_drops(&mut self) -> Vec<(&'static str, u64)> {
-        Vec::new()
-    }
-
-    fn leftover(&self) -> Leftover {
-        self.leftover
+    fn counters(&self) -> &PortCounters {
+        &self.counters
     }
 }
 

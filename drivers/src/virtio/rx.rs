@@ -9,7 +9,8 @@ use vireo_eal::{Error, ErrorKind, Result};
 use super::HEADER;
 use super::features::Features;
 use super::split::{DESC_WRITE, Lie, Virtqueue, shape};
-use crate::port::{QueueStats, RxBurst};
+use crate::counters::QueueCounters;
+use crate::port::RxBurst;
 
 /// What a used length may be: of a frame's first buffer, which begins with the header.
 const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u32;
@@ -29,7 +30,8 @@ pub struct RxQueue {
 }
 
 impl RxQueue {
-    pub(super) fn new(queue: Virtqueue, features: Features) -> Self {
+    pub(super) fn new(mut queue: Virtqueue, counters: Arc<QueueCounters>, features: Features) -> Self {
+        queue.counters = counters;
         Self {
             mergeable: features.contains(Features::MRG_RXBUF),
             in_order: features.contains(Features::IN_ORDER),
@@ -109,8 +111,8 @@ impl RxQueue {
                 good.then_some(len).inspect(|len| bytes += len)
             });
         queue.last_used = queue.last_used.wrapping_add(received as u16);
-        queue.stats.packets += received as u64;
-        queue.stats.bytes += bytes as u64;
+        queue.counters.packets.add(received as u64);
+        queue.counters.bytes.add(bytes as u64);
         if received == 0 {
             self.receive_any(used_idx, cache, burst);
         }
@@ -146,8 +148,8 @@ impl RxQueue {
             let (packet, len) = self.queue.complete(USED_LEN)?;
             let buffers = if self.mergeable { u16::from_le_bytes(cache.read_header(&packet)) } else { 1 };
             if buffers == 1 {
-                self.queue.stats.packets += 1;
-                self.queue.stats.bytes += (len - HEADER) as u64;
+                self.queue.counters.packets.add(1);
+                self.queue.counters.bytes.add((len - HEADER) as u64);
                 burst.push(packet.with_len(len - HEADER));
                 continue;
             }
@@ -159,7 +161,7 @@ impl RxQueue {
             for _ in 1..buffers {
                 cache.free(self.queue.complete(REST_LEN)?.0);
             }
-            self.queue.stats.errors += 1;
+            self.queue.counters.errors.add(1);
         }
         Ok(())
     }
@@ -177,11 +179,11 @@ impl RxBurst for RxQueue {
             }
         }
         if self.queue.ring.room() >= self.offer_at && self.refill(cache) == 0 {
-            self.queue.stats.no_buffer += 1;
+            self.queue.counters.no_buffer.add(1);
         }
     }
 
-    fn stats(&self) -> QueueStats {
-        self.queue.stats
+    fn counters(&self) -> &QueueCounters {
+        &self.queue.counters
     }
 }

@@ -11,7 +11,8 @@ use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::port::{Fault, QueueStats};
+use crate::counters::QueueCounters;
+use crate::port::Fault;
 
 /// Largest queue that the specification allows, in descriptors.
 const MAX_SIZE: u16 = 1 << 15;
@@ -156,8 +157,9 @@ pub(super) struct Virtqueue {
     index: u16,
     event_idx: bool,
     kick: Kick,
-    /// The first device error ends the use of the queue.
-    pub(super) stats: QueueStats,
+    /// The device lied, which ends the use of the queue.
+    is_broken: bool,
+    pub(super) counters: Arc<QueueCounters>,
     rare: Box<Rare>,
 }
 
@@ -192,7 +194,8 @@ impl Virtqueue {
             index: 0,
             event_idx: false,
             kick: Kick::None,
-            stats: QueueStats::default(),
+            is_broken: false,
+            counters: Arc::default(),
             rare: Box::new(Rare {
                 avail_flags,
                 avail,
@@ -220,7 +223,7 @@ impl Virtqueue {
         self.used.fill(0);
         self.end_batch();
         (self.offered, self.last_used) = (0, 0);
-        self.stats = QueueStats::default();
+        self.is_broken = false;
         (self.index, self.event_idx, self.kick) = (index, event_idx, Kick::None);
         self.ask_for_no_interrupt();
     }
@@ -248,7 +251,8 @@ impl Virtqueue {
     /// Asks for a restart of the port.
     pub(super) fn give_up(&mut self, why: &'static str) {
         tracing::error!("virtio NIC {}: virtqueue {} stopped: {why}", self.rare.name, self.index);
-        self.stats.device_errors += 1;
+        self.is_broken = true;
+        self.counters.device_errors.add(1);
         self.rare.fault.raise(why);
     }
 
@@ -311,7 +315,7 @@ impl Virtqueue {
     fn ring(&mut self) {
         if let Kick::Register(doorbell) = &self.kick {
             doorbell.ring(self.index);
-            self.stats.doorbells += 1;
+            self.counters.doorbells.add(1);
         } else {
             self.ring_event();
         }
@@ -336,7 +340,7 @@ impl Virtqueue {
         if let Kick::Event(event) = &self.kick {
             // A count that cannot grow is one that the peer has not read: it is awake or will be.
             let _ = event.write(1);
-            self.stats.doorbells += 1;
+            self.counters.doorbells.add(1);
         }
     }
 
@@ -406,7 +410,7 @@ impl Virtqueue {
 
     /// Whether the device lied.
     pub(super) fn is_broken(&self) -> bool {
-        self.stats.device_errors > 0
+        self.is_broken
     }
 }
 

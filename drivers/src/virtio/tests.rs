@@ -129,7 +129,7 @@ fn round_trip(mut bench: Bench, count: u32, group: u32) -> VirtioNet {
         }
         assert!(expected.is_empty());
     }
-    let (rx, tx) = (bench.rx.stats(), bench.tx.stats());
+    let (rx, tx) = (bench.rx.counters().read(), bench.tx.counters().read());
     assert_eq!((rx.packets, tx.packets), (number.into(), number.into()));
     assert_eq!((rx.bytes, rx.errors, rx.device_errors, tx.device_errors), (tx.bytes, 0, 0, 0));
     let (free, nic) = bench.stop();
@@ -173,7 +173,7 @@ fn completions_may_come_in_any_order() {
         }
         assert_eq!(bench.nic.transmitted(), frames[..received]);
     }
-    assert_eq!((bench.rx.stats().device_errors, bench.tx.stats().device_errors), (0, 0));
+    assert_eq!((bench.rx.counters().device_errors.get(), bench.tx.counters().device_errors.get()), (0, 0));
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
@@ -186,7 +186,7 @@ fn a_full_ring_keeps_what_it_cannot_send() {
     assert_eq!(bench.nic.transmitted().len(), 64);
     assert_eq!(bench.send((70..76).map(frame)), 6);
     assert_eq!(bench.nic.transmitted(), (70..76).map(frame).collect::<Vec<_>>());
-    assert_eq!(bench.tx.stats().packets, 70);
+    assert_eq!(bench.tx.counters().packets.get(), 70);
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
@@ -229,7 +229,7 @@ fn a_device_that_sends_nothing_for_long_is_rung_again_and_kept() {
     assert_eq!(bench.nic.transmitted(), (0..32).chain(0..32).map(frame).collect::<Vec<_>>());
     assert_eq!(bench.send([frame(1)]), 1);
     assert_eq!(bench.nic.transmitted(), [frame(1)]);
-    assert_eq!((bench.rx.stats().device_errors, bench.tx.stats().device_errors), (0, 0));
+    assert_eq!((bench.rx.counters().device_errors.get(), bench.tx.counters().device_errors.get()), (0, 0));
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
@@ -270,7 +270,7 @@ fn an_exhausted_pool_is_counted_and_recovers() {
         held.extend(bench.receive());
     }
     assert_eq!((held.len(), number), (96, 96));
-    assert!(bench.rx.stats().no_buffer > 0);
+    assert!(bench.rx.counters().no_buffer.get() > 0);
     assert!(bench.receive().is_empty());
     bench.nic.take_doorbell(RX);
     for packet in held {
@@ -304,7 +304,7 @@ fn the_device_is_rung_when_it_asks_and_only_then() {
         let event_idx = behaviour.features & feature::EVENT_IDX != 0;
         let mut bench = Bench::new(behaviour);
         assert!(bench.nic.take_doorbell(RX), "the first buffers are announced");
-        assert_eq!(bench.rx.stats().doorbells, 1);
+        assert_eq!(bench.rx.counters().doorbells.get(), 1);
         // The device sleeps: the first burst wakes it; with an event index later ones do not.
         bench.send([frame(1)]);
         assert!(bench.nic.take_doorbell(TX));
@@ -313,7 +313,7 @@ fn the_device_is_rung_when_it_asks_and_only_then() {
         assert_eq!(bench.nic.transmitted().len(), 21);
         bench.send((0..20).map(frame));
         assert!(bench.nic.take_doorbell(TX));
-        assert_eq!(bench.tx.stats().doorbells, if event_idx { 2 } else { 3 });
+        assert_eq!(bench.tx.counters().doorbells.get(), if event_idx { 2 } else { 3 });
         // Buffers are put back while the device has others: it does not ask.
         for number in 0..200 {
             assert!(bench.nic.receive(&frame(number)));
@@ -321,7 +321,7 @@ fn the_device_is_rung_when_it_asks_and_only_then() {
             bench.free(burst);
         }
         assert!(!bench.nic.take_doorbell(RX));
-        assert_eq!((bench.rx.stats().doorbells, bench.nic.interrupts()), (1, 0));
+        assert_eq!((bench.rx.counters().doorbells.get(), bench.nic.interrupts()), (1, 0));
     }
 }
 
@@ -341,7 +341,7 @@ fn a_device_in_order_may_leave_used_elements_out() {
         assert!(frames.iter().all(|frame| bench.nic.receive(frame)));
         assert_eq!((bench.forward(), bench.nic.transmitted()), (frames.len(), frames));
     }
-    assert_eq!((bench.rx.stats().device_errors, bench.tx.stats().device_errors), (0, 0));
+    assert_eq!((bench.rx.counters().device_errors.get(), bench.tx.counters().device_errors.get()), (0, 0));
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
@@ -368,7 +368,7 @@ fn one_element_for_many_frames_is_taken_burst_by_burst() {
             }
             assert_eq!(received, frames);
         }
-        assert_eq!(bench.rx.stats().device_errors, 0);
+        assert_eq!(bench.rx.counters().device_errors.get(), 0);
         assert_eq!(bench.stop().0, BUFFERS);
     }
 }
@@ -420,7 +420,7 @@ fn the_promise_of_order_is_taken_only_if_the_user_wants_it() {
     assert_eq!(bench.send((0..32).map(frame)), 32);
     bench.nic.transmitted();
     assert_eq!(bench.send([]), 0);
-    assert_eq!((bench.tx.stats().device_errors, bench.stop().0), (0, BUFFERS));
+    assert_eq!((bench.tx.counters().device_errors.get(), bench.stop().0), (0, BUFFERS));
 }
 
 #[test]
@@ -448,7 +448,7 @@ fn large_frames(behaviour: Behaviour, len: usize) {
         assert_eq!(frames, [frame(round), frame(round + 1)]);
         bench.free(burst);
     }
-    let stats = bench.rx.stats();
+    let stats = bench.rx.counters().read();
     assert_eq!((stats.packets, stats.errors, stats.device_errors), (400, 200, 0));
     assert!(!bench.rx.is_broken());
     assert_eq!(bench.stop().0, BUFFERS);
@@ -457,15 +457,18 @@ fn large_frames(behaviour: Behaviour, len: usize) {
 #[test]
 fn a_port_may_stop_and_start_any_number_of_times() {
     let mut bench = Bench::new(Behaviour::default());
+    let counters = bench.device.counters().clone();
+    let mut forwarded = 0;
     for round in 0..2000 {
         for number in 0..round % 50 {
             assert!(bench.nic.receive(&frame(number)));
         }
-        bench.forward();
+        forwarded += bench.forward();
         let Bench { nic, mut device, rx, tx, mut cache, memory } = bench;
         device.stop_pair(rx, tx, &mut cache).unwrap();
         let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         bench = Bench { nic, device, rx, tx, cache, memory };
+        assert_eq!(counters.read().rx_sum().packets, forwarded as u64, "{round}");
     }
     assert_eq!(bench.stop().0, BUFFERS);
 }
@@ -535,6 +538,9 @@ fn each_pair_carries_its_own_frames() {
         }
         device.stop(queues, &mut cache, None).unwrap();
     }
+    let counted =
+        |number| (device.counters().rx(number).packets.get(), device.counters().tx(number).packets.get());
+    assert_eq!([0, 1].map(counted), [(800, 800), (400, 400)]);
     assert_eq!(nic.faults(), [""; 0]);
     let pool = Arc::clone(cache.pool());
     drop(cache);

@@ -7,7 +7,8 @@ use vireo_eal::dma::{Burst, PoolCache, dma_rmb};
 use super::HEADER;
 use super::features::Features;
 use super::split::{Lie, Virtqueue, shape};
-use crate::port::{QueueStats, TxBurst, Watchdog};
+use crate::counters::QueueCounters;
+use crate::port::{TxBurst, Watchdog};
 
 /// Sending half of a virtio-net device.
 #[derive(Debug)]
@@ -26,7 +27,13 @@ pub struct TxQueue {
 }
 
 impl TxQueue {
-    pub(super) fn new(queue: Virtqueue, features: Features, watched: bool) -> Self {
+    pub(super) fn new(
+        mut queue: Virtqueue,
+        counters: Arc<QueueCounters>,
+        features: Features,
+        watched: bool,
+    ) -> Self {
+        queue.counters = counters;
         Self {
             in_order: features.contains(Features::IN_ORDER),
             mergeable: features.contains(Features::MRG_RXBUF),
@@ -70,7 +77,7 @@ impl TxQueue {
     fn full(&mut self) -> usize {
         let queue = &mut self.queue;
         // Not `last_used`, which comes to the same number again.
-        let completed = (queue.stats.packets as usize).wrapping_sub(queue.in_flight().into());
+        let completed = (queue.counters.packets.get() as usize).wrapping_sub(queue.in_flight().into());
         if !queue.is_broken() && self.watchdog.as_mut().is_some_and(|watchdog| watchdog.is_late(completed)) {
             queue.ring_late(self.late_at != Some(completed));
             self.late_at = Some(completed);
@@ -152,13 +159,13 @@ impl TxBurst for TxQueue {
             bytes += len;
             shape((HEADER + len) as u32, 0, 0)
         });
-        queue.stats.packets += count as u64;
-        queue.stats.bytes += bytes as u64;
+        queue.counters.packets.add(count as u64);
+        queue.counters.bytes.add(bytes as u64);
         queue.publish(queue.ring.head() as u16);
         count
     }
 
-    fn stats(&self) -> QueueStats {
-        self.queue.stats
+    fn counters(&self) -> &QueueCounters {
+        &self.queue.counters
     }
 }

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use vireo_drivers::counters::PortStats;
 use vireo_drivers::fakedev::e1000::{FakeE1000, Faults, ID_82540EM};
 use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet};
 use vireo_drivers::memory::{MemoryNeed, PortMemory};
@@ -170,6 +171,7 @@ fn while_forwarding_with(
     ports.start_all(false).unwrap();
     let app = app();
     let stop = &app.stop;
+    let counts = ports.counts().clone();
     let announced = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         let acting = scope.spawn(|| {
@@ -193,6 +195,22 @@ fn while_forwarding_with(
                 "others were reset"
             );
         });
+        scope.spawn(|| {
+            let read = || [0, 1, 2, 3].map(|port| counts.port(port).read());
+            let mut last = read();
+            while !stop.is_set() {
+                let now = read();
+                for (last, now) in last.iter().zip(&now) {
+                    let grows = |of: fn(&PortStats) -> u64| of(now) >= of(last);
+                    assert!(
+                        grows(|stats| stats.rx_sum().packets) && grows(|stats| stats.tx_sum().bytes),
+                        "a counter went back: {last:?} {now:?}"
+                    );
+                }
+                last = now;
+                std::thread::yield_now();
+            }
+        });
         let announce = |port, state| announced.lock().unwrap().push((port, state));
         ports.forward(&app, |_| (), &announce, |_| ()).unwrap();
         acting.join().unwrap();
@@ -204,9 +222,10 @@ fn while_forwarding_with(
     balances.iter().for_each(|balance| Balance::check(balance).unwrap());
     let restarts = [(0, PortState::Restarting), (0, PortState::Running)].repeat(closed[0].restarts as usize);
     assert_eq!(announced.into_inner().unwrap(), restarts);
+    let stats = &closed[0].stats;
     Counted {
-        device_errors: (closed[0].rx.device_errors, closed[0].tx.device_errors),
-        errors: closed[0].rx.errors,
+        device_errors: (stats.rx_sum().device_errors, stats.tx_sum().device_errors),
+        errors: stats.rx_sum().errors,
         restarts: closed[0].restarts,
     }
 }
@@ -370,7 +389,7 @@ fn a_stop_that_is_not_confirmed_is_tried_again() {
         let pool = Pool::new(&memory, BUFFERS).unwrap();
         let mut cache = pool.cache();
         let (device, open) = Device::new(virtio, 0, &memory);
-        let mut port = SupervisedPort::new(open, 1);
+        let mut port = SupervisedPort::new(open);
         let queues =
             port.open.as_mut().unwrap().port.start(&CONFIG.with_pairs(1), &memory, &mut cache).unwrap();
         device.vanish(true);

@@ -1,6 +1,6 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use vireo_drivers::port::QueueStats;
+use vireo_drivers::counters::QueueCounters;
 use vireo_eal::dma::{DmaMemory, Pool};
 use vireo_eal::mem::{Backing, Region};
 
@@ -13,9 +13,14 @@ struct Into {
     to_refuse: usize,
     /// When it refused the first time, and the last, in ticks of the TSC.
     refused: Option<(u64, u64)>,
+    counters: QueueCounters,
 }
 
-struct Out(Receiver<Vec<u8>>);
+struct Out(Receiver<Vec<u8>>, QueueCounters);
+
+fn out(end: Receiver<Vec<u8>>) -> Out {
+    Out(end, QueueCounters::default())
+}
 
 impl TxBurst for Into {
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
@@ -38,8 +43,8 @@ impl TxBurst for Into {
         sent
     }
 
-    fn stats(&self) -> QueueStats {
-        QueueStats::default()
+    fn counters(&self) -> &QueueCounters {
+        &self.counters
     }
 }
 
@@ -54,8 +59,8 @@ impl RxBurst for Out {
         }
     }
 
-    fn stats(&self) -> QueueStats {
-        QueueStats::default()
+    fn counters(&self) -> &QueueCounters {
+        &self.1
     }
 }
 
@@ -70,7 +75,8 @@ fn on_a_wire<T>(
     let memory = DmaMemory::map(region, &[])?;
     let (to_send, back) = (Pool::new(&memory, BUFFERS)?, Pool::new(&memory, BUFFERS)?);
     let (wire, end) = channel();
-    let (mut tx, mut rx) = (Into { wire, to_lose, to_refuse, refused: None }, Out(end));
+    let counters = QueueCounters::default();
+    let (mut tx, mut rx) = (Into { wire, to_lose, to_refuse, refused: None, counters }, out(end));
     body((&mut tx, &mut to_send.cache()), (&mut rx, &mut back.cache()), &StopFlag::new())
 }
 
@@ -116,7 +122,7 @@ fn frames_that_come_after_their_run_are_late() {
     let (first, second) = on_a_wire(0, 0, |(tx, to_send), rx, stop| {
         // Nothing comes back in time: the first run receives from a wire that is not the one it sends on.
         let (_wire, end) = channel();
-        let mut nothing = Out(end);
+        let mut nothing = out(end);
         let hasty = Stream { patience: Duration::from_millis(1), ..stream(None, 3) };
         let first = run(&hasty, (&mut *tx, &mut *to_send), (&mut nothing, &mut *rx.1), stop)?;
         let next = Stream { run: 8, earlier: 7..8, ..stream(None, 2) };

@@ -8,7 +8,6 @@ use vireo_eal::dma::MAX_BURST;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_frame::PairCounts;
 use vireo_frame::forward::forward_any;
 
 use super::run::{Step, measured};
@@ -96,13 +95,14 @@ fn full_poll(generator: &mut Side, forwarder: &mut Side) -> Result<u64> {
 /// Polls both lanes of `forwarder` until `after` says no. It hears after each poll how many packets the first lane has
 /// forwarded, and how many ticks the poll took.
 fn polls_of(forwarder: &mut Side, mut after: impl FnMut(u64, u64) -> bool) -> Result<()> {
-    let (stop, counts) = (StopFlag::new(), <[PairCounts; 2]>::default());
+    let (stop, [_, tx]) = (StopFlag::new(), forwarder.counters().tx);
+    let earlier = tx.packets.get();
     let reading = median((0..SAMPLES).map(|_| Tsc::now().abs_diff(Tsc::now())).collect()).unwrap_or_default();
     let mut cache = forwarder.cache();
     let mut since = Tsc::now();
-    let lanes = forward_any(forwarder.lanes()?, &mut cache, &counts, None, &stop, || {
+    let lanes = forward_any(forwarder.lanes()?, &mut cache, None, &stop, || {
         let ticks = (Tsc::now() - since).saturating_sub(reading);
-        if !after(counts[0].received.get(), ticks) {
+        if !after(tx.packets.get() - earlier, ticks) {
             stop.set();
         }
         since = Tsc::now();

@@ -5,8 +5,8 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_frame::PairCounts;
 
+use super::side::Counters;
 use super::{FIRST_PACKET, Limits, forward, millis};
 use crate::machine::Watch;
 use crate::record::Run;
@@ -34,8 +34,9 @@ pub(super) fn measure(
     let patience = Tsc::from_nanos(FIRST_PACKET.as_nanos() as u64);
     let began = Tsc::now();
     let (mut polling, mut first, mut last) = (None, None::<Mark>, None::<Mark>);
-    let mut each_poll = |counts: &[PairCounts; 2]| {
-        let mark = Mark { ticks: Tsc::now(), sent: counts.iter().map(|count| count.sent.get()).sum() };
+    let mut each_poll = |counters: &Counters| {
+        let mark =
+            Mark { ticks: Tsc::now(), sent: counters.tx.iter().map(|queue| queue.packets.get()).sum() };
         let since = *polling.get_or_insert(mark.ticks);
         if mark.sent > 0 {
             first.get_or_insert(mark);

@@ -8,17 +8,17 @@ mod throughput;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use vireo_bus_pci::{Bus, PciInfo};
+use vireo_drivers::counters::{Count, QueueCounters};
 use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::{StopFlag, pin_to};
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
 use vireo_frame::forward::forward_any;
-use vireo_frame::{Count, PairCounts};
 use vireo_pktgen::generator::{End, Stream};
 
 use crate::machine::Watch;
@@ -133,7 +133,7 @@ struct Forwarded {
     phases: BTreeMap<&'static str, Duration>,
     /// Packets that it received.
     received: u64,
-    /// Packets that it handed to a TX queue.
+    /// Packets that its TX queues took.
     sent: u64,
 }
 
@@ -260,7 +260,7 @@ fn forward(
     mode: VfioMode,
     limits: &Limits<'_>,
     done: &StopFlag,
-    mut each_poll: impl FnMut(&[PairCounts; 2]),
+    mut each_poll: impl FnMut(&side::Counters),
 ) -> Result<Forwarded> {
     pin_to(limits.forwarder)?;
     let mut side = Side::start(bus, [inside, outside], mode, false)?;
@@ -271,11 +271,11 @@ fn forward(
         *phases.entry(phase.name).or_default() += phase.took + longer;
     }
     let lanes = side.lanes()?;
-    let counts: [PairCounts; 2] = Default::default();
+    let counters = side.counters();
     let mut cache = side.cache();
     let mut since = Tsc::now();
-    let lanes = forward_any(lanes, &mut cache, &counts, None, done, || {
-        each_poll(&counts);
+    let lanes = forward_any(lanes, &mut cache, None, done, || {
+        each_poll(&counters);
         if limits.slower > 0.0 {
             let now = Tsc::now();
             spin_until(now + ((now - since) as f64 * limits.slower) as u64);
@@ -285,9 +285,12 @@ fn forward(
     drop(cache);
     side.take_back(lanes);
     let mut stopped = side.stop("forwarder")?;
-    let sum = |of: fn(&PairCounts) -> &Count| counts.iter().map(|count| of(count).get()).sum();
-    stopped.drops.insert("forwarder_tx_full".into(), sum(|count| &count.dropped));
-    let (received, sent) = (sum(|count| &count.received), sum(|count| &count.sent));
+    let sum = |queues: &[Arc<QueueCounters>], of: fn(&QueueCounters) -> &Count| -> u64 {
+        queues.iter().map(|queue| of(queue).get()).sum()
+    };
+    stopped.drops.insert("forwarder_tx_full".into(), sum(&counters.tx, |queue| &queue.dropped));
+    let received = sum(&counters.rx, |queue| &queue.packets);
+    let sent = sum(&counters.tx, |queue| &queue.packets) + sum(&counters.tx, |queue| &queue.errors);
     Ok(Forwarded { stopped, phases, received, sent })
 }
 

@@ -1,9 +1,11 @@
 //! Two ports and their memory: the generator's ends, or the forwarder's.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vireo_bus_pci::{Bus, PciInfo, Report};
+use vireo_drivers::counters::QueueCounters;
 use vireo_drivers::memory;
 use vireo_drivers::port::{MacAddr, Queues, RxBurst, TxBurst};
 use vireo_drivers::ports::{self, OpenPort};
@@ -115,6 +117,12 @@ impl Side {
         self.take_queues();
     }
 
+    /// Counters of the two ports' queues.
+    pub(crate) fn counters(&self) -> Counters {
+        let of = |port| self.ports.counts().port(port);
+        Counters { rx: [0, 1].map(|port| of(port).rx(0)), tx: [0, 1].map(|port| of(port).tx(0)) }
+    }
+
     /// A cache of its own for the lanes.
     pub(crate) fn cache(&self) -> PoolCache {
         self.cache.pool().cache()
@@ -155,16 +163,24 @@ impl Side {
         drop((cache, to_send));
         let (mut drops, mut doorbells) = (BTreeMap::new(), 0);
         for number in [0, 1] {
-            let port = ports.stop(number, None);
-            doorbells += port.rx.doorbells + port.tx.doorbells;
-            let errors = [("rx_errors", port.rx.errors), ("tx_errors", port.tx.errors)];
-            for (name, count) in port.drops.into_iter().chain(errors) {
+            let stats = ports.stop(number, None).stats;
+            let (rx, tx) = (stats.rx_sum(), stats.tx_sum());
+            doorbells += rx.doorbells + tx.doorbells;
+            for (name, count) in
+                stats.device.into_iter().chain([("rx_errors", rx.errors), ("tx_errors", tx.errors)])
+            {
                 *drops.entry(format!("{side}_{name}")).or_default() += count;
             }
         }
         ports.check_buffers()?;
         Ok(Stopped { ports, drops, doorbells })
     }
+}
+
+/// Counters of the queues of two ports.
+pub(crate) struct Counters {
+    pub(crate) rx: [Arc<QueueCounters>; 2],
+    pub(crate) tx: [Arc<QueueCounters>; 2],
 }
 
 /// A side that has stopped.

@@ -25,7 +25,7 @@ fn running() -> (Backend, Vec<Arc<Shared>>) {
         set_addresses(&mut backend, at, u64::from(at) * RING).unwrap();
         backend.set_vring_kick(at as u8, None).unwrap();
     }
-    assert!(rings.iter().all(|ring| matches!(*ring.lock(), Slot::Running(_))));
+    assert!(rings.iter().all(|ring| matches!(ring.lock().slot, Slot::Running(_))));
     (backend, rings)
 }
 
@@ -35,14 +35,14 @@ fn an_lcore_that_ends_its_ring_unmaps_nothing() {
     let (mut backend, rings) = running();
     let old = Arc::downgrade(backend.memory.as_ref().unwrap());
     std::thread::scope(|scope| {
-        let mut slot = rings[1].try_lock().unwrap();
+        let mut place = rings[1].try_lock().unwrap();
         let server = scope.spawn(|| set_memory(&mut backend, LEN));
         while !rings[1].is_wanted() {
             std::thread::yield_now();
         }
-        *slot = Slot::Broken(0);
+        place.slot = Slot::Broken(0);
         assert!(old.upgrade().is_some(), "it is the server's to unmap");
-        drop(slot);
+        drop(place);
         server.join().unwrap().unwrap();
     });
     assert!(old.upgrade().is_none());
@@ -68,7 +68,7 @@ fn a_ring_that_runs_is_not_taken_to_find_disabled_ones() {
 fn no_ring_stays_in_memory_that_was_replaced() {
     let (mut backend, rings) = running();
     assert!(set_memory(&mut backend, 0x1000).is_err(), "the rings are beyond its end");
-    assert!(rings.iter().all(|ring| matches!(*ring.lock(), Slot::Stopped)));
+    assert!(rings.iter().all(|ring| matches!(ring.lock().slot, Slot::Stopped)));
 }
 
 #[test]
@@ -76,10 +76,12 @@ fn a_ring_that_overlaps_another_is_refused_until_that_stops() {
     let (mut backend, rings) = running();
     let error = set_addresses(&mut backend, 1, 8).unwrap_err().to_string();
     assert!(error.contains("overlaps another ring"), "{error}");
-    assert!(matches!(*rings[0].lock(), Slot::Running(_)) && matches!(*rings[1].lock(), Slot::Stopped));
+    assert!(
+        matches!(rings[0].lock().slot, Slot::Running(_)) && matches!(rings[1].lock().slot, Slot::Stopped)
+    );
     backend.get_vring_base(0).unwrap();
     set_addresses(&mut backend, 1, 8).unwrap();
-    assert!(matches!(*rings[1].lock(), Slot::Running(_)));
+    assert!(matches!(rings[1].lock().slot, Slot::Running(_)));
 }
 
 /// 4 and 8 bytes for each of 64 descriptors, behind them 2 that are there with `VIRTIO_F_EVENT_IDX`.
@@ -91,7 +93,7 @@ fn without_events_a_ring_ends_before_their_words() {
         backend.set_vring_addr(0, VhostUserVringAddrFlags::empty(), 0, used, 0x1000, 0)
     };
     place(&mut backend).unwrap();
-    assert!(matches!(*rings[0].lock(), Slot::Running(_)));
+    assert!(matches!(rings[0].lock().slot, Slot::Running(_)));
     assert!(backend.set_features((Features::VERSION_1 | Features::EVENT_IDX).bits()).is_err());
     assert!(place(&mut backend).is_err());
 }

@@ -16,7 +16,7 @@ fn number(slot: &Slot) -> Option<u16> {
 /// A ring that starts at 0.
 fn shared() -> Arc<Shared> {
     let shared = Shared::default();
-    *shared.lock() = Slot::Broken(0);
+    shared.lock().slot = Slot::Broken(0);
     Arc::new(shared)
 }
 
@@ -29,8 +29,8 @@ fn a_ring_is_taken_away_once_and_whole() {
             thread::spawn(move || {
                 let mut bursts = 0;
                 for _ in 0..2 {
-                    let Some(mut slot) = shared.try_lock() else { continue };
-                    let Slot::Broken(next) = &mut *slot else { continue };
+                    let Some(mut place) = shared.try_lock() else { continue };
+                    let Slot::Broken(next) = &mut place.slot else { continue };
                     *next += 1;
                     bursts += 1;
                 }
@@ -39,14 +39,14 @@ fn a_ring_is_taken_away_once_and_whole() {
         };
         let other = {
             let shared = Arc::clone(&shared);
-            thread::spawn(move || number(&shared.lock()))
+            thread::spawn(move || number(&shared.lock().slot))
         };
-        let taken = std::mem::replace(&mut *shared.lock(), Slot::Stopped);
+        let taken = std::mem::take(&mut shared.lock().slot);
         let bursts = lcore.join().unwrap();
         other.join().unwrap();
         assert_eq!(number(&taken), Some(bursts));
         // Nobody waits any more.
-        assert!(matches!(shared.try_lock().as_deref(), Some(Slot::Stopped)));
+        assert!(matches!(shared.try_lock().as_deref(), Some(Place { slot: Slot::Stopped, .. })));
     });
 }
 
@@ -54,11 +54,11 @@ fn a_ring_is_taken_away_once_and_whole() {
 fn an_lcore_does_not_wait() {
     model(None, || {
         let shared = shared();
-        let slot = shared.lock();
+        let place = shared.lock();
         let lcore = Arc::clone(&shared);
         let lcore = thread::spawn(move || lcore.try_lock().is_none());
         assert!(lcore.join().unwrap());
-        drop(slot);
+        drop(place);
     });
 }
 
@@ -68,18 +68,50 @@ fn who_waits_comes_before_the_next_burst() {
         let shared = shared();
         let lcore = Arc::clone(&shared);
         let lcore = thread::spawn(move || {
-            let Some(slot) = lcore.try_lock() else { return };
-            if number(&slot) != Some(0) {
+            let Some(place) = lcore.try_lock() else { return };
+            if number(&place.slot) != Some(0) {
                 return;
             }
             while lcore.waiting.load(Ordering::Relaxed) == 0 {
                 thread::yield_now();
             }
-            drop(slot);
-            let next = lcore.try_lock().and_then(|slot| number(&slot));
+            drop(place);
+            let next = lcore.try_lock().and_then(|place| number(&place.slot));
             assert_ne!(next, Some(0), "the lcore came first again");
         });
-        *shared.lock() = Slot::Broken(1);
+        shared.lock().slot = Slot::Broken(1);
         lcore.join().unwrap();
+    });
+}
+
+/// The lcore counts what it receives by the ring, and the port's thread what it discards.
+#[test]
+fn a_count_is_neither_lost_nor_doubled_when_a_ring_changes_hands() {
+    model(None, || {
+        let shared = shared();
+        let counters = Arc::clone(&shared.lock().report.counters);
+        let lcore = {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let mut bursts = 0;
+                for _ in 0..2 {
+                    let Some(place) = shared.try_lock() else { continue };
+                    place.report.counters.errors.add(1);
+                    bursts += 1;
+                }
+                bursts
+            })
+        };
+        let reader = {
+            let counters = Arc::clone(&counters);
+            thread::spawn(move || {
+                let first = counters.errors.get();
+                assert!(counters.errors.get() >= first, "a count went back");
+            })
+        };
+        shared.lock().report.counters.errors.add(1);
+        let bursts: u64 = lcore.join().unwrap();
+        reader.join().unwrap();
+        assert_eq!(counters.errors.get(), bursts + 1);
     });
 }

@@ -43,7 +43,8 @@ fn offer_lie(guest: &mut Guest, ring: usize, table: Table) {
 
 /// Whether the ring stopped for the lie, the other works, and a new start repairs it.
 fn check_stopped(mut bench: Bench, mut guest: Guest, ring: usize, why: &str) {
-    let errors = |bench: &Bench| [bench.tx.stats().device_errors, bench.rx.stats().device_errors];
+    let errors =
+        |bench: &Bench| [bench.tx.counters().device_errors.get(), bench.rx.counters().device_errors.get()];
     let mut expected = [0, 0];
     expected[ring] = 1;
     assert_eq!(errors(&bench), expected, "{why}");

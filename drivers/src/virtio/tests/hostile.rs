@@ -29,7 +29,7 @@ fn rx_lie_of(honest: Behaviour, what: &str, lie: &impl Fn(&VirtioNet)) {
         let burst = bench.receive();
         bench.free(burst);
     }
-    let stats = bench.rx.stats();
+    let stats = bench.rx.counters().read();
     assert_eq!((stats.device_errors, bench.rx.is_broken()), (1, true), "{what}");
     bench.nic.receive(&frame(0));
     assert!(bench.receive().is_empty(), "{what}");
@@ -103,7 +103,7 @@ fn what_was_received_behind_a_lie_is_counted() {
         (5..7).for_each(|number| assert!(bench.nic.receive(&frame(number))));
         assert!(bench.receive().is_empty(), "{what}");
         bench.device.stop_pair(bench.rx, bench.tx, &mut bench.cache).unwrap();
-        assert_eq!(bench.device.leftover().rx_unread, unread, "{what}");
+        assert_eq!(bench.device.counters().read().rx_sum().unread, unread, "{what}");
     }
 }
 
@@ -124,11 +124,11 @@ fn every_lie_about_sent_frames_is_counted_and_stops_the_queue() {
         assert_eq!(bench.send((0..10).map(frame)), 10);
         lie(&bench.nic);
         assert_eq!(bench.send([]), 0);
-        assert_eq!((bench.tx.stats().device_errors, bench.tx.is_broken()), (1, true), "{what}");
+        assert_eq!((bench.tx.counters().device_errors.get(), bench.tx.is_broken()), (1, true), "{what}");
         for _ in 0..3 {
             assert_eq!(bench.send([frame(1)]), 0, "{what}");
         }
-        assert_eq!(bench.tx.stats().device_errors, 1, "{what}");
+        assert_eq!(bench.tx.counters().device_errors.get(), 1, "{what}");
         assert!(bench.nic.receive(&frame(1)));
         assert_eq!(bench.receive().len(), 1, "the other direction goes on");
         let lost = 1;
@@ -144,7 +144,7 @@ fn a_used_index_that_cannot_be_stops_the_queue_of_a_device_in_order() {
         assert_eq!(bench.send((0..10).map(frame)), 10);
         bench.nic.jump_used(TX, count);
         assert_eq!(bench.send([]), 0);
-        assert_eq!((bench.tx.stats().device_errors, bench.tx.is_broken()), (1, true), "{count}");
+        assert_eq!((bench.tx.counters().device_errors.get(), bench.tx.is_broken()), (1, true), "{count}");
         assert_eq!(bench.stop().0, BUFFERS, "{count}");
     }
 }
