@@ -3,14 +3,15 @@
 use std::time::Instant;
 
 use serde_json::json;
+use vireo_drivers::counters::PortStats;
 use vireo_drivers::port::{Nic, PortConfig};
 use vireo_drivers::ports::OpenPort;
 use vireo_eal::{Eal, Result, ioctl};
-use vireo_frame::{App, Config, Counts, Ports, Totals};
+use vireo_frame::{App, Config, Counts, Ports};
 
 use crate::args::Args;
 use crate::plan::plan;
-use crate::report::{Reporter, announce, link_text, mac_text};
+use crate::report::{Reporter, announce, counters_json, counters_text, link_text, mac_text};
 use crate::rewrite::Rewrite;
 
 /// Everything between the arguments and the exit code.
@@ -71,7 +72,8 @@ pub fn run(app: &App, args: Args) -> Result<()> {
         _ => Rewrite::NONE,
     };
     let rewrites: Vec<Rewrite> = (0..ports.count()).map(rewrite).collect();
-    let totals = |counts: &Counts| used.iter().map(|port| counts.of(*port)).collect::<Vec<Totals>>();
+    let read =
+        |counts: &Counts| used.iter().map(|port| counts.port(*port).read()).collect::<Vec<PortStats>>();
     let (mut last, mut printed) = (Instant::now(), Ok(()));
     ports.forward(
         app,
@@ -81,7 +83,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
             let due = args.period > 0.0 && last.elapsed().as_secs_f64() >= args.period;
             if due && printed.is_ok() {
                 last = Instant::now();
-                printed = reporter.statistics(&totals(counts)).inspect_err(|_| app.stop.set());
+                printed = reporter.statistics(&read(counts)).inspect_err(|_| app.stop.set());
             }
         },
     )?;
@@ -91,9 +93,9 @@ pub fn run(app: &App, args: Args) -> Result<()> {
             &json!({ "event": "signal", "signal": signal }),
         )?;
     }
-    reporter.summary(&totals(ports.counts()))?;
+    reporter.summary(&read(ports.counts()))?;
     if let Some(ticks) = ports.counts().busy_ticks() {
-        reporter.core_cycles(ticks, &totals(ports.counts()))?;
+        reporter.core_cycles(ticks, &read(ports.counts()))?;
     }
     let closed = close(&reporter, &mut ports);
     let mut checked = Ok(());
@@ -171,21 +173,12 @@ fn close(reporter: &Reporter, ports: &mut Ports) -> Result<()> {
         let closed = ports.close(number);
         reporter.chat(if closed.is_confirmed { " Done\n" } else { " it does not stop\n" })?;
         let of_port = [("restarts", closed.restarts), ("link_changes", closed.link_changes)];
-        let mut named = closed.stats.named();
-        named.extend(of_port.map(|(name, count)| (name.to_owned(), count)));
-        let counted: Vec<String> = named
-            .iter()
-            .filter(|(_, count)| *count > 0)
-            .map(|(name, count)| format!("{name} {count}"))
-            .collect();
-        let map: serde_json::Map<_, _> =
-            named.into_iter().map(|(name, count)| (name, json!(count))).collect();
+        let of_port = of_port.map(|(name, count)| (name.to_owned(), count));
+        let text = [closed.stats.summary(), of_port.to_vec()].concat();
+        let all = [closed.stats.named(), of_port.to_vec()].concat();
         reporter.note(
-            &format!(
-                "Port {number} counted: {}\n",
-                if counted.is_empty() { "nothing".into() } else { counted.join(", ") }
-            ),
-            &json!({ "event": "counters", "port": number, "counters": map }),
+            &format!("Port {number} counted: {}\n", counters_text(&text).unwrap_or("nothing".into())),
+            &counters_json(number, &all),
         )?;
     }
     ports.check_buffers()

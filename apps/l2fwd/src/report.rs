@@ -6,10 +6,14 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use serde_json::json;
+use vireo_drivers::counters::PortStats;
 use vireo_drivers::port::{Link, MacAddr};
 use vireo_eal::clock::Tsc;
 use vireo_eal::{Result, program};
 use vireo_frame::{PortState, Totals};
+
+/// Most counters in a line: a page of text is what standard output is known to take without waiting for its reader.
+const COUNTERS_PER_LINE: usize = 80;
 
 /// How the output looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -101,34 +105,42 @@ impl Reporter {
         }
     }
 
-    /// Prints totals, and rates since the last time; nothing while the reader stands still, because the lcore that
+    /// Prints totals, rates since the last time, and counters; nothing while the reader stands still, because the lcore that
     /// prints also forwards.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
-    pub fn statistics(&mut self, now: &[Totals]) -> Result<()> {
+    pub fn statistics(&mut self, now: &[PortStats]) -> Result<()> {
         if !program::is_output_ready() {
             return Ok(());
         }
         let elapsed = self.since.elapsed();
-        let text = match self.style {
-            Style::Table => table(&self.ports, now),
+        let pieces = match self.style {
+            Style::Table => vec![table(&self.ports, &totals(now))],
             Style::Lines => lines(&self.ports, &self.last, now, elapsed),
-            Style::Json => format!("{}\n", statistics_json(&self.ports, &self.last, now, elapsed)),
+            Style::Json => json_lines(&self.ports, &self.last, now, elapsed),
         };
-        self.last = now.to_vec();
+        self.last = totals(now);
         self.since = Instant::now();
-        program::print(&text)
+        for (number, piece) in pieces.iter().enumerate() {
+            if number > 0 && !program::is_output_ready() {
+                break;
+            }
+            program::print(piece)?;
+        }
+        Ok(())
     }
 
     /// Prints totals once more, at the end; with the table, which DPDK does not repeat, to the log.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
-    pub fn summary(&mut self, now: &[Totals]) -> Result<()> {
+    pub fn summary(&mut self, now: &[PortStats]) -> Result<()> {
         match self.style {
-            Style::Table => self
-                .note(&lines(&self.ports, &self.last, now, self.since.elapsed()), &serde_json::Value::Null),
+            Style::Table => self.note(
+                &lines(&self.ports, &self.last, now, self.since.elapsed()).concat(),
+                &serde_json::Value::Null,
+            ),
             _ => self.statistics(now),
         }
     }
@@ -137,8 +149,8 @@ impl Reporter {
     ///
     /// # Errors
     /// As for [`Reporter::say`].
-    pub fn core_cycles(&self, ticks: u64, now: &[Totals]) -> Result<()> {
-        let packets: u64 = now.iter().map(|totals| totals.received).sum();
+    pub fn core_cycles(&self, ticks: u64, now: &[PortStats]) -> Result<()> {
+        let packets: u64 = now.iter().map(|stats| stats.rx_sum().packets).sum();
         let each = ticks as f64 / packets.max(1) as f64;
         let mhz = Tsc::hz() / 1_000_000;
         self.note(
@@ -156,6 +168,24 @@ pub fn announce(style: Style, port: usize, state: PortState) {
         let _ =
             program::print(&format!("{}\n", json!({ "event": "port_state", "port": port, "state": state })));
     }
+}
+
+fn totals(ports: &[PortStats]) -> Vec<Totals> {
+    ports.iter().map(Totals::from).collect()
+}
+
+/// Counters that are not 0, if there are any.
+pub fn counters_text(counters: &[(String, u64)]) -> Option<String> {
+    let counted = counters.iter().filter(|(_, count)| *count > 0);
+    let counted: Vec<String> = counted.map(|(name, count)| format!("{name} {count}")).collect();
+    (!counted.is_empty()).then(|| counted.join(", "))
+}
+
+/// The event that gives counters of a port by name.
+pub fn counters_json(port: usize, counters: &[(String, u64)]) -> serde_json::Value {
+    let counters: serde_json::Map<_, _> =
+        counters.iter().map(|(name, count)| (name.clone(), json!(count))).collect();
+    json!({ "event": "counters", "port": port, "counters": counters })
 }
 
 /// DPDK l2fwd's table, byte for byte.
@@ -187,28 +217,52 @@ fn rate(last: u64, now: u64, elapsed: Duration) -> f64 {
     now.saturating_sub(last) as f64 / elapsed.as_secs_f64().max(1e-9)
 }
 
-fn lines(ports: &[usize], last: &[Totals], now: &[Totals], elapsed: Duration) -> String {
-    let mut text = String::new();
-    for ((port, last), now) in ports.iter().zip(last).zip(now) {
-        let _ = writeln!(
-            text,
-            "port {port}: sent {} ({:.0}/s) received {} ({:.0}/s) dropped {}",
+/// A line for each port, and lines for its queues behind it where it has several.
+fn lines(ports: &[usize], last: &[Totals], now: &[PortStats], elapsed: Duration) -> Vec<String> {
+    let mut lines = Vec::new();
+    for ((port, last), stats) in ports.iter().zip(last).zip(now) {
+        let now = Totals::from(stats);
+        lines.push(format!(
+            "port {port}: sent {} ({:.0}/s) received {} ({:.0}/s) dropped {}\n",
             now.sent,
             rate(last.sent, now.sent, elapsed),
             now.received,
             rate(last.received, now.received, elapsed),
             now.dropped
-        );
+        ));
+        if stats.has_several_queues() {
+            let of_queues = stats.of_queues();
+            let counted = of_queues.chunks(COUNTERS_PER_LINE).filter_map(counters_text);
+            lines.extend(counted.map(|counted| format!("port {port}: {counted}\n")));
+        }
     }
-    text
+    lines
 }
 
-fn statistics_json(ports: &[usize], last: &[Totals], now: &[Totals], elapsed: Duration) -> serde_json::Value {
+/// An event with the totals of all ports, and for each port events with its counters. A port of many queues has several of
+/// these.
+fn json_lines(ports: &[usize], last: &[Totals], now: &[PortStats], elapsed: Duration) -> Vec<String> {
+    let statistics = statistics_json(ports, last, now, elapsed);
+    let counters = ports.iter().zip(now).flat_map(|(port, stats)| {
+        let named = stats.named();
+        let lines = named.chunks(COUNTERS_PER_LINE).map(|part| counters_json(*port, part));
+        lines.collect::<Vec<_>>()
+    });
+    [statistics].into_iter().chain(counters).map(|event| format!("{event}\n")).collect()
+}
+
+fn statistics_json(
+    ports: &[usize],
+    last: &[Totals],
+    now: &[PortStats],
+    elapsed: Duration,
+) -> serde_json::Value {
     let ports: Vec<_> = ports
         .iter()
         .zip(last)
         .zip(now)
-        .map(|((port, last), now)| {
+        .map(|((port, last), stats)| {
+            let now = Totals::from(stats);
             json!({
                 "port": port, "sent": now.sent, "received": now.received, "dropped": now.dropped,
                 "sent_pps": rate(last.sent, now.sent, elapsed).round(),
@@ -241,6 +295,13 @@ pub fn mac_text(port: usize, mac: MacAddr) -> String {
 
 #[cfg(test)]
 mod tests {
+    use vireo_drivers::counters::QueueStats;
+    use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet, feature};
+    use vireo_drivers::port::{Nic, PortConfig, RxBurst, TxBurst};
+    use vireo_drivers::virtio;
+    use vireo_eal::dma::{Burst, DmaMemory, Pool};
+    use vireo_eal::mem::{Backing, Region};
+
     use super::*;
 
     fn totals(sent: u64, received: u64, dropped: u64) -> Totals {
@@ -273,11 +334,76 @@ mod tests {
     #[test]
     fn lines_have_rates_and_no_escapes() {
         let last = [totals(100, 0, 0)];
-        let now = [totals(300, 50, 1)];
+        let tx = QueueStats { packets: 300, dropped: 1, ..QueueStats::default() };
+        let rx = |packets| QueueStats { packets, ..QueueStats::default() };
+        let mut now = PortStats { rx: vec![rx(50)], tx: vec![tx], ..PortStats::default() };
+        let text =
+            |now: &PortStats| lines(&[1], &last, std::slice::from_ref(now), Duration::from_secs(2)).concat();
+        assert_eq!(text(&now), "port 1: sent 300 (100/s) received 50 (25/s) dropped 1\n");
+        now.rx.push(rx(20));
         assert_eq!(
-            lines(&[1], &last, &now, Duration::from_secs(2)),
-            "port 1: sent 300 (100/s) received 50 (25/s) dropped 1\n"
+            text(&now),
+            "port 1: sent 300 (100/s) received 70 (35/s) dropped 1\n\
+             port 1: rx_q0_packets 50, rx_q1_packets 20, tx_q0_packets 300, tx_q0_dropped 1\n"
         );
+    }
+
+    /// A port of two pairs of queues, through which frames have gone.
+    fn port_of_two_pairs() -> PortStats {
+        let config = PortConfig::with_descriptors(64, 64).with_pairs(2);
+        let features = Behaviour::default().features | feature::MQ;
+        let nic = VirtioNet::new(Behaviour { pairs: 2, features, ..Behaviour::default() });
+        let region = Region::new(Pool::bytes(512) + (1 << 20), Backing::SmallPages).unwrap();
+        let memory = DmaMemory::map(region, &[]).unwrap();
+        nic.attach(memory.device_view().unwrap());
+        let mut cache = Pool::new(&memory, 512).unwrap().cache();
+        let mut device = virtio::Device::probe(nic.function()).unwrap();
+        let mut queues = device.start(&config, &memory, &mut cache).unwrap();
+        for (pair, (rx, tx)) in (0..).zip(queues.rx.iter_mut().zip(&mut queues.tx)) {
+            for _ in 0..10 + pair {
+                assert!(nic.receive_on(pair, &[7; 64]));
+            }
+            let mut burst = Burst::new();
+            rx.rx_burst(&mut cache, &mut burst);
+            tx.tx_burst(&mut cache, &mut burst);
+        }
+        let stats = device.counters().read();
+        device.stop(queues, &mut cache, None).unwrap();
+        stats
+    }
+
+    #[test]
+    fn the_sum_over_queues_in_json_is_the_ports() {
+        let stats = port_of_two_pairs();
+        let text = json_lines(&[3], &[totals(0, 0, 0)], &[stats], Duration::from_secs(1));
+        let events: Vec<serde_json::Value> =
+            text.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(
+            (events.len(), &events[0]["event"], &events[1]["port"]),
+            (2, &json!("statistics"), &json!(3))
+        );
+        let counters = events[1]["counters"].as_object().unwrap();
+        let count = |name: &str| counters[name].as_u64().unwrap();
+        assert_eq!([count("rx_q0_packets"), count("rx_q1_packets"), count("rx_packets")], [10, 11, 21]);
+        assert_eq!([count("tx_q0_bytes"), count("tx_q1_bytes"), count("tx_bytes")], [640, 704, 1344]);
+        assert_eq!(events[0]["ports"][0]["received"], 21);
+        for name in counters.keys().filter(|name| !name.contains("_q")) {
+            let (direction, rest) = name.split_once('_').unwrap();
+            let queues = [0, 1].map(|queue| count(&format!("{direction}_q{queue}_{rest}")));
+            assert_eq!(count(name), queues.iter().sum::<u64>(), "{name}");
+        }
+    }
+
+    /// An lcore prints them.
+    #[test]
+    fn no_line_is_longer_than_a_page() {
+        let mut full = QueueStats::default();
+        (full.packets, full.bytes, full.errors) = (u64::MAX >> 8, u64::MAX >> 8, u64::MAX >> 8);
+        let now = [PortStats { rx: vec![full; 128], tx: vec![full; 128], ..PortStats::default() }];
+        for lines in [lines, json_lines] {
+            let lines = lines(&[0], &[totals(0, 0, 0)], &now, Duration::from_secs(1));
+            assert!(lines.len() > 10 && lines.iter().all(|line| line.len() < 4096));
+        }
     }
 
     #[test]

@@ -105,14 +105,15 @@ impl L2fwd {
         bail!("l2fwd ended and did not say {what}")
     }
 
-    /// Keeps an event. Of consecutive statistics only the latest is kept, because a soak prints them for hours.
+    /// Keeps an event. Of periods without another event only the latest is kept, because a soak prints them for hours.
     fn keep(&mut self, line: &str) -> serde_json::Result<()> {
         let event: Value = serde_json::from_str(line)?;
-        let is_statistics = |event: &Value| event["event"] == "statistics";
-        match self.events.last_mut() {
-            Some(last) if is_statistics(last) && is_statistics(&event) => *last = event,
-            _ => self.events.push(event),
+        let is_periodic = |event: &Value| event["event"] == "statistics" || event["event"] == "counters";
+        // Statistics begin a period, and counters follow.
+        if event["event"] == "statistics" {
+            while self.events.pop_if(|last| is_periodic(last)).is_some() {}
         }
+        self.events.push(event);
         Ok(())
     }
 
@@ -252,10 +253,10 @@ impl Ended {
         Ok(())
     }
 
-    /// A counter of `port`, by its name.
+    /// A counter of `port` at the end, by its name.
     pub(crate) fn counter(&self, port: usize, name: &str) -> Result<u64> {
         let of_port = |event: &&Value| event["event"] == "counters" && event["port"] == port;
-        let counters = self.events.iter().find(of_port).context("the port counted nothing")?;
+        let counters = self.events.iter().rfind(of_port).context("the port counted nothing")?;
         counters["counters"][name].as_u64().with_context(|| format!("no counter {name}"))
     }
 }
