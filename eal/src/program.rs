@@ -1,22 +1,26 @@
 //! Both ends of what a program says: text on standard output, and the line that it fails with.
 
-use std::io::Write;
-use std::os::fd::AsFd;
+use std::io::{StdoutLock, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc::{self, PIPE_BUF};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mem::page_size;
+
+const NO_OUTPUT: &str = "cannot write to standard output";
 
 /// Prints `text`, and says so when nobody takes it: `print!` would panic when standard output is a closed pipe.
 ///
 /// # Errors
 /// `Io` when standard output does not take it.
 pub fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(|error| Error::io("cannot write to standard output", &error))
+    write(&mut std::io::stdout().lock(), text.as_bytes())
 }
 
 /// Says one line on standard error; whoever closed that does not want it.
@@ -24,12 +28,83 @@ pub fn note(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// Whether standard output takes a page of text without waiting for its reader. One that has an error does: the write
-/// will say which.
-pub fn is_output_ready() -> bool {
-    let stdout = std::io::stdout();
-    let mut output = [PollFd::new(stdout.as_fd(), PollFlags::POLLOUT)];
-    !matches!(poll(&mut output, PollTimeout::ZERO), Ok(0))
+/// Prints `text` if standard output takes all of it without waiting for its reader, and nothing otherwise; returns which. For
+/// a thread that has packets to forward.
+///
+/// # Errors
+/// As for [`print`].
+pub fn print_if_room(text: &str) -> Result<bool> {
+    // Held from the look to the write: another thread's text could take the room.
+    let mut out = std::io::stdout().lock();
+    let has_room = has_room(out.as_fd(), text.len());
+    if has_room {
+        write(&mut out, text.as_bytes())?;
+    }
+    Ok(has_room)
+}
+
+/// Prints `text`, but does not wait longer than `patience` for a reader that reads nothing.
+///
+/// # Errors
+/// As for [`print`], and for a reader that read nothing for so long. A part of `text` may have been printed.
+pub fn print_within(text: &str, patience: Duration) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for part in text.as_bytes().chunks(PIPE_BUF) {
+        await_room(out.as_fd(), patience)?;
+        write(&mut out, part)?;
+    }
+    Ok(())
+}
+
+fn write(out: &mut StdoutLock<'_>, bytes: &[u8]) -> Result<()> {
+    out.write_all(bytes).and_then(|()| out.flush()).map_err(|error| Error::io(NO_OUTPUT, &error))
+}
+
+/// Waits until `output` is ready: a pipe then has room for [`PIPE_BUF`] bytes (pipe(7)).
+fn await_room(output: BorrowedFd<'_>, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(output, PollFlags::POLLOUT)], timeout) {
+            Ok(0) if left.is_zero() => {
+                let why = format!("its reader has read nothing for {} s", patience.as_secs_f64());
+                return Err(Error::new(ErrorKind::Io, NO_OUTPUT, why));
+            }
+            Ok(0) | Err(Errno::EINTR) => {}
+            // If the output has an error, the write reports it.
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// Whether `output` takes `len` bytes at once. An output that has an error does, for the write to report.
+fn has_room(output: BorrowedFd<'_>, len: usize) -> bool {
+    let mut polled = [PollFd::new(output, PollFlags::POLLOUT)];
+    match poll(&mut polled, PollTimeout::ZERO) {
+        Ok(0) => return false,
+        Ok(_) if polled[0].revents() == Some(PollFlags::POLLOUT) => {}
+        _ => return true,
+    }
+    // Only a pipe has a size. A file always has room, and a socket that is ready has room for most of its buffer.
+    let Ok(size) = fcntl(output, FcntlArg::F_GETPIPE_SZ) else { return true };
+    len <= PIPE_BUF || unread(output).is_some_and(|unread| fits(size as usize, unread, len, page_size()))
+}
+
+/// Bytes in a pipe; `None` if the kernel does not say.
+fn unread(pipe: BorrowedFd<'_>) -> Option<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one `int`, which lives for the call.
+    Errno::result(unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &mut bytes) }).ok()?;
+    usize::try_from(bytes).ok()
+}
+
+/// Whether a pipe of `size` bytes with `unread` bytes in it has room for `len` more. May say no although it has.
+///
+/// A pipe is a ring of pages. A write begins a new page unless its odd bytes fit into the last one (Linux, `pipe_write`), so any
+/// two neighbours hold at least a page's bytes together; only the first may have been read in part.
+fn fits(size: usize, unread: usize, len: usize, page: usize) -> bool {
+    2 * unread.div_ceil(page) + len.div_ceil(page) <= size / page
 }
 
 /// The exit code for `result`; an error is one line on standard error first, after the program's name.
@@ -38,4 +113,76 @@ pub fn exit_code(name: &str, result: Result<ExitCode>) -> ExitCode {
         note(&format!("{name}: {error}"));
         error.kind().exit_code().into()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{PipeReader, PipeWriter, Read, pipe};
+    use std::os::fd::OwnedFd;
+
+    use nix::fcntl::OFlag;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A pipe of so many pages that never blocks.
+    fn pipe_of(pages: usize) -> (PipeReader, PipeWriter) {
+        let (reader, writer) = pipe().unwrap();
+        let size = fcntl(&writer, FcntlArg::F_SETPIPE_SZ((pages * page_size()) as i32)).unwrap();
+        assert_eq!(size as usize, pages * page_size());
+        for end in [reader.as_fd(), writer.as_fd()] {
+            fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        }
+        (reader, writer)
+    }
+
+    #[test]
+    fn an_empty_pipe_takes_what_it_can_hold() {
+        let (_reader, mut writer) = pipe_of(4);
+        let size = 4 * page_size();
+        assert!(has_room(writer.as_fd(), size) && !has_room(writer.as_fd(), size + 1));
+        writer.write_all(&vec![0; size - PIPE_BUF]).unwrap();
+        assert!(has_room(writer.as_fd(), PIPE_BUF) && !has_room(writer.as_fd(), PIPE_BUF + 1));
+        writer.write_all(&[0; PIPE_BUF]).unwrap();
+        assert!(!has_room(writer.as_fd(), 1));
+    }
+
+    #[test]
+    fn outputs_other_than_pipes_and_broken_ones_are_written() {
+        let (reader, writer) = pipe_of(1);
+        drop(reader);
+        assert!(has_room(writer.as_fd(), 1 << 20));
+        assert!(has_room(OwnedFd::from(tempfile::tempfile().unwrap()).as_fd(), 1 << 20));
+    }
+
+    #[test]
+    fn a_reader_that_reads_nothing_is_not_awaited() {
+        let (reader, mut writer) = pipe_of(1);
+        await_room(writer.as_fd(), Duration::ZERO).unwrap();
+        writer.write_all(&vec![0; page_size()]).unwrap();
+        let error = await_room(writer.as_fd(), Duration::from_millis(20)).unwrap_err().to_string();
+        assert_eq!(error, "cannot write to standard output: its reader has read nothing for 0.02 s");
+        drop(reader);
+        await_room(writer.as_fd(), Duration::ZERO).unwrap();
+    }
+
+    proptest! {
+        /// Whatever was written and read before, a text for which there is room goes into the pipe whole.
+        #[test]
+        fn what_has_room_is_not_torn(
+            steps in prop::collection::vec((1_usize..12_000, any::<bool>()), 1..60),
+        ) {
+            let (mut reader, mut writer) = pipe_of(8);
+            for (len, read) in steps {
+                if read {
+                    let _ = reader.read(&mut vec![0; len]);
+                } else if has_room(writer.as_fd(), len) {
+                    prop_assert_eq!(writer.write(&vec![0; len]).unwrap(), len);
+                } else {
+                    // As another program that writes to the same pipe.
+                    let _ = writer.write(&vec![0; len % 3000]);
+                }
+            }
+        }
+    }
 }

@@ -134,9 +134,10 @@ fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> seccompiler::Result
 }
 
 /// Requests that are made after set-up: `VFIO_DEVICE_SET_IRQS`, `VFIO_DEVICE_RESET`, `VFIO_IOMMU_UNMAP_DMA`,
-/// `VFIO_DEVICE_DETACH_IOMMUFD_PT`, `IOMMU_DESTROY`, `IOMMU_IOAS_UNMAP`, and the standard library's for terminals
-/// and sockets.
-const IOCTLS: &[u64] = &[0x3b6e, 0x3b6f, 0x3b72, 0x3b78, 0x3b80, 0x3b86, libc::TCGETS, libc::FIONBIO];
+/// `VFIO_DEVICE_DETACH_IOMMUFD_PT`, `IOMMU_DESTROY`, `IOMMU_IOAS_UNMAP`, the room in standard output, and the standard
+/// library's for terminals and sockets.
+const IOCTLS: &[u64] =
+    &[0x3b6e, 0x3b6f, 0x3b72, 0x3b78, 0x3b80, 0x3b86, libc::FIONREAD, libc::TCGETS, libc::FIONBIO];
 
 /// Names of threads, and of the C library's memory.
 const PRCTLS: &[u64] = &[libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64];

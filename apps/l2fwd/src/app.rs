@@ -87,6 +87,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
             }
         },
     )?;
+    reporter.begin_end();
     if let Some(signal) = app.stop.signal() {
         reporter.say(
             &format!("\n\nSignal {signal} received, preparing to exit...\n"),

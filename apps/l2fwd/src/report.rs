@@ -12,8 +12,8 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::{Result, program};
 use vireo_frame::{PortState, Totals};
 
-/// Most counters in a line: a page of text is what standard output is known to take without waiting for its reader.
-const COUNTERS_PER_LINE: usize = 80;
+/// How long the end of a run waits for a reader of its output that reads nothing.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// How the output looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -38,6 +38,8 @@ impl Style {
 #[derive(Debug)]
 pub struct Reporter {
     style: Style,
+    /// Longest wait for a reader that reads nothing; without one, as long as it takes.
+    patience: Option<Duration>,
     /// Port numbers, in the order of the counts.
     ports: Vec<usize>,
     last: Vec<Totals>,
@@ -47,7 +49,20 @@ pub struct Reporter {
 impl Reporter {
     /// A reporter for `ports` (port numbers).
     pub fn new(style: Style, ports: Vec<usize>) -> Self {
-        Self { style, last: vec![Totals::default(); ports.len()], ports, since: Instant::now() }
+        let last = vec![Totals::default(); ports.len()];
+        Self { style, patience: None, last, ports, since: Instant::now() }
+    }
+
+    /// From now on, a reader that reads nothing holds up the end of the run for [`PATIENCE`] at most.
+    pub fn begin_end(&mut self) {
+        self.patience = Some(PATIENCE);
+    }
+
+    fn print(&self, text: &str) -> Result<()> {
+        match self.patience {
+            Some(patience) => program::print_within(text, patience),
+            None => program::print(text),
+        }
     }
 
     /// Prints `text` to people, or `event` to programs.
@@ -56,8 +71,8 @@ impl Reporter {
     /// `Io` when standard output does not take it.
     pub fn say(&self, text: &str, event: &serde_json::Value) -> Result<()> {
         match self.style {
-            Style::Json => program::print(&format!("{event}\n")),
-            _ => program::print(text),
+            Style::Json => self.print(&format!("{event}\n")),
+            _ => self.print(text),
         }
     }
 
@@ -66,7 +81,7 @@ impl Reporter {
     /// # Errors
     /// As for [`Reporter::say`].
     pub fn chat(&self, text: &str) -> Result<()> {
-        if self.style == Style::Json { Ok(()) } else { program::print(text) }
+        if self.style == Style::Json { Ok(()) } else { self.print(text) }
     }
 
     /// Prints `text` of ours, which DPDK does not have, to people, or `event` to programs.
@@ -105,28 +120,20 @@ impl Reporter {
         }
     }
 
-    /// Prints totals, rates since the last time, and counters; nothing while the reader stands still, because the lcore that
-    /// prints also forwards.
+    /// Prints totals, rates since the last time, and counters. What standard output has no room for is left out, because the
+    /// lcore that prints also forwards; without the totals, the next rates span both periods.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
     pub fn statistics(&mut self, now: &[PortStats]) -> Result<()> {
-        if !program::is_output_ready() {
-            return Ok(());
-        }
-        let elapsed = self.since.elapsed();
-        let pieces = match self.style {
-            Style::Table => vec![table(&self.ports, &totals(now))],
-            Style::Lines => lines(&self.ports, &self.last, now, elapsed),
-            Style::Json => json_lines(&self.ports, &self.last, now, elapsed),
-        };
-        self.last = totals(now);
-        self.since = Instant::now();
-        for (number, piece) in pieces.iter().enumerate() {
-            if number > 0 && !program::is_output_ready() {
+        for (number, piece) in self.pieces(now).iter().enumerate() {
+            if !program::print_if_room(piece)? {
                 break;
             }
-            program::print(piece)?;
+            if number == 0 {
+                self.last = totals(now);
+                self.since = Instant::now();
+            }
         }
         Ok(())
     }
@@ -135,13 +142,23 @@ impl Reporter {
     ///
     /// # Errors
     /// As for [`Reporter::say`].
-    pub fn summary(&mut self, now: &[PortStats]) -> Result<()> {
+    pub fn summary(&self, now: &[PortStats]) -> Result<()> {
         match self.style {
             Style::Table => self.note(
                 &lines(&self.ports, &self.last, now, self.since.elapsed()).concat(),
                 &serde_json::Value::Null,
             ),
-            _ => self.statistics(now),
+            _ => self.print(&self.pieces(now).concat()),
+        }
+    }
+
+    /// What may be printed without the rest: totals first.
+    fn pieces(&self, now: &[PortStats]) -> Vec<String> {
+        let elapsed = self.since.elapsed();
+        match self.style {
+            Style::Table => vec![table(&self.ports, &totals(now))],
+            Style::Lines => lines(&self.ports, &self.last, now, elapsed),
+            Style::Json => json_lines(&self.ports, &self.last, now, elapsed),
         }
     }
 
@@ -160,13 +177,12 @@ impl Reporter {
     }
 }
 
-/// Prints what became of a port, to programs: the log has it for people. As with statistics, nobody waits for a reader that
-/// stands still.
+/// Prints what became of a port, to programs: the log has it for people. As for statistics, nobody waits for the reader.
 pub fn announce(style: Style, port: usize, state: PortState) {
-    if style == Style::Json && program::is_output_ready() {
-        // The next statistics find the same output, and end the run.
-        let _ =
-            program::print(&format!("{}\n", json!({ "event": "port_state", "port": port, "state": state })));
+    if style == Style::Json {
+        let event = json!({ "event": "port_state", "port": port, "state": state });
+        // An error is the next statistics', too, and ends the run there.
+        let _ = program::print_if_room(&format!("{event}\n"));
     }
 }
 
@@ -231,23 +247,17 @@ fn lines(ports: &[usize], last: &[Totals], now: &[PortStats], elapsed: Duration)
             now.dropped
         ));
         if stats.has_several_queues() {
-            let of_queues = stats.of_queues();
-            let counted = of_queues.chunks(COUNTERS_PER_LINE).filter_map(counters_text);
+            let counted = counters_text(&stats.of_queues());
             lines.extend(counted.map(|counted| format!("port {port}: {counted}\n")));
         }
     }
     lines
 }
 
-/// An event with the totals of all ports, and for each port events with its counters. A port of many queues has several of
-/// these.
+/// An event with the totals of all ports, and for each port one with its counters.
 fn json_lines(ports: &[usize], last: &[Totals], now: &[PortStats], elapsed: Duration) -> Vec<String> {
     let statistics = statistics_json(ports, last, now, elapsed);
-    let counters = ports.iter().zip(now).flat_map(|(port, stats)| {
-        let named = stats.named();
-        let lines = named.chunks(COUNTERS_PER_LINE).map(|part| counters_json(*port, part));
-        lines.collect::<Vec<_>>()
-    });
+    let counters = ports.iter().zip(now).map(|(port, stats)| counters_json(*port, &stats.named()));
     [statistics].into_iter().chain(counters).map(|event| format!("{event}\n")).collect()
 }
 

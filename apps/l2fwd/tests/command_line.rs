@@ -3,9 +3,10 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -112,34 +113,91 @@ fn output_that_nobody_takes_ends_it() {
     }
 }
 
-#[test]
-fn a_reader_that_stands_still_stops_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    let vdev = format!("net_vhost0,iface={}", dir.path().join("socket").display());
-    let words = ["--no-pci", "--no-huge", "--in-memory", "--vdev", &vdev, "--", "-p", "1", "-T", "0.001"];
-    let mut child = l2fwd().args(words).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    let (proc, pid) = (format!("/proc/{}", child.id()), child.id());
-    let word = |file: &str, nth: usize| -> u64 {
-        let text = std::fs::read_to_string(format!("{proc}/{file}")).unwrap();
-        text.split_whitespace().nth(nth).unwrap().parse().unwrap()
-    };
-    // `wchar`, and the user time of the main thread.
-    let written = || word("io", 3);
-    let ticks = || word(&format!("task/{pid}/stat"), 13);
-    let deadline = Instant::now() + Duration::from_secs(60);
-    let wait = |what: &str, until: &dyn Fn() -> bool| {
-        while !until() {
-            assert!(Instant::now() < deadline, "{what}; it wrote {} bytes", written());
+/// A reader that reads and stops.
+#[cfg(test)]
+mod reader {
+    use super::*;
+
+    /// l2fwd on so many vhost ports, with a report each millisecond.
+    fn reporting(dir: &Path, ports: u32) -> Child {
+        let mut command = l2fwd();
+        let cpu = vireo_eal::args::allowed_cpus().unwrap()[0];
+        let lcores: Vec<String> = (0..ports.div_ceil(15)).map(|lcore| format!("{lcore}@{cpu}")).collect();
+        command.args(["--lcores", &lcores.join(","), "--no-pci", "--no-huge", "--in-memory"]);
+        for port in 0..ports {
+            let socket = dir.join(format!("socket{port}"));
+            command.args(["--vdev", &format!("net_vhost{port},iface={}", socket.display())]);
+        }
+        let mask = format!("{:x}", u64::MAX >> (64 - ports));
+        command.args(["--", "-p", &mask, "-q", "15", "--json", "-T", "0.001"]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Bytes that `child` has written, and the user time of its main thread in ticks.
+    fn progress(child: &Child) -> (u64, u64) {
+        let word = |file: &str, nth: usize| -> u64 {
+            let text = std::fs::read_to_string(format!("/proc/{}/{file}", child.id())).unwrap();
+            text.split_whitespace().nth(nth).unwrap().parse().unwrap()
+        };
+        (word("io", 3), word(&format!("task/{}/stat", child.id()), 13))
+    }
+
+    /// Waits until the main lcore of `child` has polled for as long as two hundred reports take, and printed none of them.
+    fn await_full_pipe(child: &Child) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut last = progress(child);
+        loop {
+            let (written, ticks) = progress(child);
+            if written != last.0 {
+                last = (written, ticks);
+            } else if ticks > last.1 + 20 {
+                return;
+            }
+            assert!(Instant::now() < deadline, "it polls no more, or finds room for ever: {last:?}");
             std::thread::yield_now();
         }
-    };
-    // A pipe has room for 64 KiB (pipe(7)).
-    wait("it does not fill the pipe", &|| written() > 50_000);
-    // For a second of the main lcore's time, a hundred ticks: so much is not left to print.
-    let then = ticks() + 100;
-    wait("it polls no more", &|| ticks() > then);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    }
+
+    /// Has l2fwd on so many ports fill the pipe, reads some of it and lets it fill the rest. Gives the process and all lines that
+    /// come, each of which is whole.
+    pub(super) fn stands_still(dir: &Path, ports: u32) -> (Child, impl Iterator<Item = serde_json::Value>) {
+        let mut child = reporting(dir, ports);
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let mut lines = lines.map(|line| {
+            serde_json::from_str::<serde_json::Value>(&line).unwrap_or_else(|error| panic!("{error}: {line}"))
+        });
+        let is_report = |line: &serde_json::Value| line["event"] == "statistics";
+        let report = lines.find(is_report).unwrap();
+        assert_eq!(report.to_string().len() > 4096, ports > 1);
+        await_full_pipe(&child);
+        let (full, _) = progress(&child);
+        // A fourth of what a pipe holds (pipe(7)).
+        for _ in 0..(16 << 10) / report.to_string().len() {
+            assert!(is_report(&lines.next().unwrap()));
+        }
+        await_full_pipe(&child);
+        assert!(progress(&child).0 > full, "it found no room that was there");
+        (child, lines)
+    }
+}
+
+#[test]
+fn a_reader_that_stands_still_stops_neither_packets_nor_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let (child, lines) = reader::stands_still(dir.path(), 1);
+    interrupt(&child).unwrap();
+    let line = refused(&child.wait_with_output().unwrap(), 74);
+    assert_eq!(line, "cannot write to standard output: its reader has read nothing for 3 s");
+    assert!(lines.last().unwrap()["event"] == "statistics");
+}
+
+#[test]
+fn reports_longer_than_a_page_are_whole_or_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (child, lines) = reader::stands_still(dir.path(), 60);
+    interrupt(&child).unwrap();
+    assert!(lines.last().unwrap()["event"] == "end");
+    assert!(child.wait_with_output().unwrap().status.success());
 }
 
 /// What DPDK's l2fwd (26.11) prints on standard output for these ports, from its first line after the EAL's to the end; the
