@@ -38,7 +38,8 @@ struct Insn {
 struct InsnRow {
     driver: String,
     path: String,
-    burst: u32,
+    /// A number, or `1+0`.
+    burst: serde_json::Value,
     insn_per_packet: f64,
     dpdk: Option<f64>,
 }
