@@ -310,7 +310,8 @@ fn noiommu_cdev_where_it_is(cases: &mut Cases) {
     }
 }
 
-/// The driver and its NIC. What is the same for each driver, the other boots show.
+/// The driver and its NIC. What is the same for each driver, the other boots show: a mode's path through another kernel, a kill
+/// in each mode. So without `--full` these boots take one kernel, and a kill in one mode.
 fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     let [first, second, ..] = *modes else { return };
     forward::each_nic_in_each_mode(cases, boot, modes);
@@ -319,12 +320,20 @@ fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     forward::address_filter(cases, boot, first);
     for &mode in modes {
         interrupts::of_each_nic(cases, boot, mode);
+        let kills = cases.0.len();
         signals::survive_kill(cases, boot, mode);
+        for case in &mut cases.0[kills..] {
+            case.in_full_if(mode != first);
+        }
     }
     if boot == Boot::Igb {
         recover::cases(cases, boot, "cdev");
     }
-    noiommu_cdev_where_it_is(cases);
+    // The default kernel has no such mode.
+    for case in &mut cases.0 {
+        let is_skipped = case.name.contains("noiommu-cdev");
+        case.in_full_if(is_skipped);
+    }
 }
 
 fn narrow(cases: &mut Cases) {
