@@ -1,5 +1,5 @@
 //! Every driver that Vireo has, in one place, the types that stand for any of them, and what an application adds. What is above
-//! asks here; drivers know nothing of each other and nothing of this.
+//! asks here; drivers know nothing of this.
 
 use std::path::Path;
 use std::sync::Arc;
