@@ -65,7 +65,11 @@ pub fn help() -> String {
         NAMES.iter().enumerate().map(|(index, name)| format!("  {} {name}\n", index + 1)).collect();
     format!(
         "Levels (first letters suffice):\n{names}\
-         Types: lib.eal, lib.eal.vfio, lib.eal.iommufd, bus.pci, pmd.net.virtio, pmd.net.e1000, user.PROGRAM\n\
+         Types, by the word that lines of the log begin with:\n  \
+           EAL      lib.eal, of which lib.eal.vfio and lib.eal.iommufd are parts\n  \
+           PCI      bus.pci\n  \
+           DRIVER   pmd.net.driver, such as pmd.net.virtio\n  \
+           PROGRAM  user.program, such as user.l2fwd\n\
          A type holds for those below it: --log-level lib.eal:debug --log-level 'pmd.*:warning'\n\
          Of several that match, the last one counts.\n"
     )
@@ -263,6 +267,25 @@ mod tests {
         assert_eq!(speaker("vireo_l2fwd", "x"), "L2FWD");
         assert_eq!(log_type("vireo_frame::control", "l2fwd"), "user.l2fwd");
         assert_eq!(speaker("vireo_frame::control", "l2fwd"), "L2FWD");
+    }
+
+    /// Help names no list, which a new driver would have to be added to.
+    #[test]
+    fn the_type_of_a_line_is_read_off_its_first_word() {
+        let text = help();
+        for (word, named, target) in [
+            ("EAL", "lib.eal", "vireo_eal::init"),
+            ("EAL", "lib.eal.vfio", "vireo_vfio::device"),
+            ("EAL", "lib.eal.iommufd", "vireo_iommufd::ioas"),
+            ("PCI", "bus.pci", "vireo_bus_pci::scan"),
+            ("DRIVER", "pmd.net.driver", "vireo_drivers::driver"),
+            ("PROGRAM", "user.program", "vireo_frame::control"),
+        ] {
+            assert_eq!(speaker(target, "program"), word);
+            assert!(covers(named, &log_type(target, "program")), "{target}");
+            let line = text.lines().find(|line| line.trim_start().starts_with(word)).unwrap();
+            assert!(line.contains(named), "{line}");
+        }
     }
 
     #[test]
