@@ -21,7 +21,7 @@ use crate::cores::Cores;
 use crate::environment::environment;
 use crate::measure::{Limits, Setup, Wiring, map_times, measure_reference, regions, straight};
 use crate::perf::Counters;
-use crate::record::{Ceiling, MapTime, Plan, Recorder, Recording, Run};
+use crate::record::{Ceiling, Environment, MapTime, Plan, Recorder, Recording, Run};
 use crate::reference::Reference;
 use crate::report::MARGIN;
 use crate::stats::Random;
@@ -153,16 +153,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     for warning in cores.warnings(Path::new(SYSFS), setups.iter().flat_map(Setup::inner)) {
         note(&format!("vireo-vfio-bench: {warning}"));
     }
-    let mut recorder = if args.resume {
-        Recorder::resume(&args.json, &here, &plan)?
-    } else {
-        Recorder::begin(&args.json, here, plan)?
-    };
     // The same pages in all modes: how far they are scattered decides what they cost.
     let regions = regions((args.map_mib as usize) << 20)?;
     let references = references(args, &setups, note)?;
     let mut bench = Bench { bus: &bus, setups, references, args, limits, regions, stop };
-    bench.check_wires()?;
+    let mut recorder = bench.begin(here, plan)?;
     // Time in which modes were measured: references must not take rounds from them.
     let begin = Instant::now();
     let mut with_references = Duration::ZERO;
@@ -214,6 +209,17 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
+    /// Begins the recording, or goes on with it. The wires are tried first: what can fail for a wrong argument or a loose cable
+    /// fails before an older recording is replaced.
+    fn begin(&self, here: Environment, plan: Plan) -> Result<Recorder> {
+        self.check_wires()?;
+        if self.args.resume {
+            Recorder::resume(&self.args.json, &here, &plan)
+        } else {
+            Recorder::begin(&self.args.json, here, plan)
+        }
+    }
+
     /// Sees that both wires of each setup carry packets, before anything is recorded.
     fn check_wires(&self) -> Result<()> {
         let Some(&mode) = self.args.modes.first() else { return Ok(()) };
@@ -516,6 +522,38 @@ mod tests {
         let external = [Setup::new(bus.scan().unwrap()[..2].to_vec()).unwrap()];
         let error = references(&args, &external, |_| ()).unwrap_err();
         assert!(error.to_string().contains("cannot measure bridge: references take four NICs"), "{error}");
+    }
+
+    #[test]
+    fn a_start_that_fails_leaves_the_older_recording() {
+        let (dir, bus) = bus(&[E1000; 4]);
+        let json = dir.path().join("run.json");
+        std::fs::write(&json, "older").unwrap();
+        let command = RunArgs::augment_args(clap::Command::new("run").no_binary_name(true));
+        let words = ["--json", json.to_str().unwrap()];
+        let args = RunArgs::from_arg_matches(&command.get_matches_from(words)).unwrap();
+        let plan = args.plan();
+        let cpu = vireo_eal::args::allowed_cpus().unwrap()[0];
+        let limits = Limits {
+            generator: cpu,
+            forwarder: cpu,
+            stream: args.seconds,
+            trial: args.trial,
+            frames: &args.frame_sizes,
+            loss: plan.loss,
+            load: plan.load,
+            slower: 0.0,
+        };
+        let setups = wirings(&[], &bus, |_| ()).unwrap().into_iter().map(Setup::Wired).collect();
+        let (references, regions) = (Vec::new(), Vec::new());
+        let bench =
+            Bench { bus: &bus, setups, references, args: &args, limits, regions, stop: StopFlag::new() };
+        // Nobody has a NIC that is a directory.
+        bench.begin(Environment::default(), plan.clone()).unwrap_err();
+        assert_eq!(std::fs::read_to_string(&json).unwrap(), "older");
+        let bench = Bench { setups: Vec::new(), ..bench };
+        drop(bench.begin(Environment::default(), plan).unwrap());
+        assert!(std::fs::read_to_string(&json).unwrap().starts_with("{\"begin\":"));
     }
 
     #[test]
