@@ -173,16 +173,18 @@ fn measure(bus: &Bus, wiring: &Wiring, mode: VfioMode, limits: &Limits<'_>, stop
     pin_to(limits.generator)?;
     let watch = Watch::begin();
     let mut side = Side::start(bus, [&wiring.sender, &wiring.receiver], mode, true)?;
-    let began = Tsc::now();
     let counters = OnceLock::new();
-    let (forwarded, generated) = beside(
+    let ((began, forwarded), generated) = beside(
         |done, polling| {
-            forward(bus, &wiring.inner, mode, limits, done, |_| {
+            // To open them takes time, which is no mode's.
+            counters.get_or_init(|| Mutex::new(Counters::begin()));
+            let began = Tsc::now();
+            let forwarded = forward(bus, &wiring.inner, mode, limits, done, |_| {
                 if polling.load(Ordering::Relaxed) == 0 {
-                    counters.get_or_init(|| Mutex::new(Counters::begin()));
                     polling.store(Tsc::now(), Ordering::Release);
                 }
-            })
+            });
+            Ok((began, forwarded?))
         },
         |polling| {
             let first = side.probes(WINDOW, FIRST_PACKET);
