@@ -12,7 +12,8 @@ use crate::report::Report;
 use crate::stats::Interval;
 use crate::words::{self, changes, rate_unit, round, shared_facts, size, thousands, three};
 
-const WIDTH: usize = 100;
+/// Columns of text and tables.
+pub(crate) const WIDTH: usize = 100;
 
 /// All of it as text; `lines` draws the tables with rules, which only a terminal wants.
 pub(crate) fn text(report: &Report, lines: bool) -> String {

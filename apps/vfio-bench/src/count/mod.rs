@@ -14,7 +14,7 @@ use vireo_eal::{Error, Result};
 use crate::record::Environment;
 use crate::report::{MergeArgs, read, write_json};
 
-pub(crate) use self::text::{LEGEND, PARTS_LEGEND, cells, cost, parts, text};
+pub(crate) use self::text::{LEGEND, PARTS_LEGEND, Part, compared, cost, parts, text};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {

@@ -12,7 +12,7 @@ use crate::words::{distinct, thousands, three};
 pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, ours and the kernel's; map and unmap per GiB; \
     start, first packet (start included) and forward are of a forwarder between two NICs, forward in single instructions \
     per packet. Medians of rounds. In brackets: the ratio to the first mode. ~ the quartiles of the rounds differ by more \
-    than 0.1 %. + instructions that would have fitted into the time in which the thread waited.";
+    than 0.1 %. + M: millions of instructions that would have fitted into the time in which the thread waited.";
 
 /// What the cells of [`parts`] mean.
 pub(crate) const PARTS_LEGEND: &str = "Calls to VFIO and iommufd in these steps, in the same units: ioctls by name, open of a \
@@ -28,10 +28,7 @@ pub(crate) fn text(rows: &[Row]) -> String {
     for nic in distinct(rows.iter().map(|row| &row.nic)) {
         let of_nic: Vec<&Row> = rows.iter().filter(|row| row.nic == *nic).collect();
         let modes = distinct(of_nic.iter().map(|row| &row.mode));
-        let lines = cells(&of_nic, &modes)
-            .into_iter()
-            .map(|(step, memory, cells)| (vec![step.to_owned(), memory.to_owned()], cells));
-        let _ = write!(text, "\n{nic}\n{}", table(&["step", "memory"], &modes, lines));
+        let _ = write!(text, "\n{nic}\n{}", table(&modes, &compared(&of_nic, &modes)));
     }
     text
 }
@@ -43,41 +40,41 @@ pub(crate) fn parts_text(rows: &[Row]) -> String {
     for nic in distinct(rows.iter().map(|row| &row.nic)) {
         let of_nic: Vec<&Row> = rows.iter().copied().filter(|row| row.nic == *nic).collect();
         let modes = distinct(of_nic.iter().map(|row| &row.mode));
-        let lines = parts(&of_nic, &modes).into_iter().map(|part| {
-            let indent = if part.is_step { "" } else { "  " };
-            (vec![format!("{indent}{}", part.name)], part.cells)
-        });
-        let _ = write!(text, "\n{nic}, calls\n{}", table(&["step"], &modes, lines));
+        let _ = write!(text, "\n{nic}, calls\n{}", table(&modes, &parts(&of_nic, &modes)));
     }
     if text.is_empty() { text } else { format!("\n{}{text}", wrap("", PARTS_LEGEND)) }
 }
 
-fn table(
-    heads: &[&str],
-    modes: &[&String],
-    lines: impl Iterator<Item = (Vec<String>, Vec<String>)>,
-) -> String {
+fn table(modes: &[&String], lines: &[Part]) -> String {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
-        .set_header(heads.iter().copied().chain(modes.iter().map(|mode| mode.as_str())));
-    for (names, cells) in lines {
-        table.add_row(names.into_iter().chain(cells));
+        .set_header(["step"].into_iter().chain(modes.iter().map(|mode| mode.as_str())));
+    for Part { name, is_step, cells } in lines {
+        let indent = if *is_step { "" } else { "  " };
+        table.add_row([format!("{indent}{name}")].iter().chain(cells));
     }
-    for column in table.column_iter_mut().skip(heads.len()) {
-        column.set_cell_alignment(CellAlignment::Right);
+    for (number, column) in table.column_iter_mut().enumerate() {
+        if number == 0 {
+            column.set_padding((0, 1));
+        } else {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
     }
     table.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
-/// Each step of the rows of one NIC, its memory, and a cell for each of `modes`.
-pub(crate) fn cells<'a>(rows: &[&'a Row], modes: &[&String]) -> Vec<(&'a str, &'a str, Vec<String>)> {
-    let of_step = |(step, memory, rows): (&'a str, &'a str, Vec<Option<&'a Row>>)| {
+/// Each step of the rows of one NIC, with the ratios to the first mode, and below it the waiting, if there is some.
+pub(crate) fn compared(rows: &[&Row], modes: &[&String]) -> Vec<Part> {
+    let of_step = |(step, memory, rows): (&str, &str, Vec<Option<&Row>>)| {
         let first = rows.first().copied().flatten();
-        let cells = rows.iter().map(|row| row.map_or_else(String::new, |row| cell(row, first)));
-        (step, memory, cells.collect())
+        let line = |name: &str, is_step, of_row: &dyn Fn(&Row) -> String| line(name, is_step, &rows, of_row);
+        let counts = line(format!("{step} {memory}").trim_end(), true, &|row| cell(row, first));
+        let waiting = line("waiting", false, &|row| waited(row, row.waiting));
+        let has_waited = waiting.cells.iter().any(|cell| !cell.is_empty());
+        [counts].into_iter().chain(has_waited.then_some(waiting))
     };
-    steps(rows, modes).into_iter().map(of_step).collect()
+    steps(rows, modes).into_iter().flat_map(of_step).collect()
 }
 
 /// Each step of `rows`, its memory, and its row for each of `modes`.
@@ -91,29 +88,33 @@ fn steps<'a>(rows: &[&'a Row], modes: &[&String]) -> Vec<(&'a str, &'a str, Vec<
     distinct(rows.iter().map(|row| named(row))).into_iter().map(of_step).collect()
 }
 
-/// A line of the table of calls.
+/// A line of a table.
 pub(crate) struct Part {
-    /// The step with its memory, or the call.
+    /// The step with its memory, or what of it the line is about.
     pub(crate) name: String,
     pub(crate) is_step: bool,
     /// For each mode.
     pub(crate) cells: Vec<String>,
 }
 
+fn line(name: &str, is_step: bool, rows: &[Option<&Row>], of_row: &dyn Fn(&Row) -> String) -> Part {
+    let cells = rows.iter().map(|row| row.map_or_else(String::new, of_row)).collect();
+    Part { name: name.to_owned(), is_step, cells }
+}
+
 /// Each step of the rows of one NIC, then its calls.
 pub(crate) fn parts(rows: &[&Row], modes: &[&String]) -> Vec<Part> {
     let with_calls: Vec<&Row> = rows.iter().copied().filter(|row| !row.calls.is_empty()).collect();
     let of_step = |(step, memory, rows): (&str, &str, Vec<Option<&Row>>)| {
-        let line = |name: &str, is_step, of_row: &dyn Fn(&Row) -> String| {
-            let cells = rows.iter().map(|row| row.map_or_else(String::new, of_row)).collect();
-            Part { name: name.to_owned(), is_step, cells }
-        };
+        let line = |name: &str, is_step, of_row: &dyn Fn(&Row) -> String| line(name, is_step, &rows, of_row);
         let is_small = |row: &Row, call: &Call| {
             ((call.instructions + call.waiting) as f64) < SMALL * (row.instructions + row.waiting) as f64
         };
         let all = || rows.iter().flatten().flat_map(|row| row.calls.iter().map(move |call| (*row, call)));
         let large = distinct(all().filter(|(row, call)| !is_small(row, call)).map(|(_, call)| &call.name));
-        let mut lines = vec![line(format!("{step} {memory}").trim_end(), true, &|row| cell(row, None))];
+        let mut lines = vec![line(format!("{step} {memory}").trim_end(), true, &|row| {
+            cell(row, None) + &and_waited(row, row.waiting)
+        })];
         for name in &large {
             lines.push(line(name, false, &|row| {
                 sum(row, row.calls.iter().filter(|call| call.name == **name))
@@ -164,11 +165,25 @@ fn kilo(count: f64) -> String {
     if count < 99.95 { format!("{count:.1}") } else { thousands(count.round() as u64) }
 }
 
-/// Of `row`, so many instructions, and so many that would have fitted into waiting if that is anything beside the row.
+/// Of `row`, so many instructions, and so many that would have fitted into waiting.
 fn amount(row: &Row, instructions: u64, waiting: u64) -> String {
-    let waits =
-        if waiting * 1000 > row.instructions { format!(" +{}", kilo(waiting as f64)) } else { String::new() };
-    format!("{}{waits}", kilo(instructions as f64 * scale(row)))
+    kilo(instructions as f64 * scale(row)) + &and_waited(row, waiting)
+}
+
+/// Instructions of `row` that would have fitted into waiting, in millions, if they are anything beside the row.
+fn waited(row: &Row, waiting: u64) -> String {
+    if row.packets.is_none() && waiting * 1000 > row.instructions {
+        format!("+{}M", kilo(waiting as f64 / 1e3))
+    } else {
+        String::new()
+    }
+}
+
+fn and_waited(row: &Row, waiting: u64) -> String {
+    match waited(row, waiting) {
+        text if text.is_empty() => text,
+        text => format!(" {text}"),
+    }
 }
 
 fn cell(row: &Row, first: Option<&Row>) -> String {
@@ -182,12 +197,13 @@ fn cell(row: &Row, first: Option<&Row>) -> String {
         }
         _ => String::new(),
     };
-    format!("{unsure}{}{ratio}", amount(row, row.instructions, row.waiting))
+    format!("{unsure}{}{ratio}", kilo(cost(row)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::WIDTH;
 
     #[test]
     fn a_column_for_each_mode_and_ratios_to_the_first() {
@@ -221,8 +237,9 @@ mod tests {
             lines.into_iter().map(words).collect::<Vec<_>>(),
             [
                 "e1000e",
-                "step memory container cdev",
-                "open 80.0 ~199 +49,000 (2.49)",
+                "step container cdev",
+                "open 80.0 ~199 (2.49)",
+                "waiting +49.0M",
                 "map 2 MiB, map 56,720 29,832 (0.53)",
                 "map 2 MiB, map-file 29,600",
                 "forward 62.8 each",
@@ -281,13 +298,30 @@ mod tests {
             lines,
             [
                 "step container cdev",
-                "bind 70.0 1,000 +24,000",
+                "bind 70.0 1,000 +24.0M",
                 "VFIO_SET_IOMMU 60.0",
-                "VFIO_DEVICE_BIND_IOMMUFD 2× 990 +23,999",
+                "VFIO_DEVICE_BIND_IOMMUFD 2× 990 +24.0M",
                 "other calls 3× 0.6",
                 "outside 9.4 10.0",
             ]
         );
         assert_eq!(parts_text(&rows[2..]), "");
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Counted {
+        counted: Vec<Row>,
+    }
+
+    /// The counts that are committed, which have every step, mode and page size.
+    #[test]
+    fn no_table_is_wider_than_the_text_around_it() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/counted-6.12.json");
+        let Counted { counted } = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let text = text(&counted) + &parts_text(&counted);
+        assert!(text.lines().count() > 100);
+        for line in text.lines() {
+            assert!(line.chars().count() <= WIDTH, "{} columns: {line}", line.chars().count());
+        }
     }
 }

@@ -144,19 +144,7 @@ fn counted_on(rows: &[count::Row], nic: &str) -> Markup {
     let of_nic: Vec<&count::Row> = rows.iter().filter(|row| row.nic == nic).collect();
     let modes = distinct(of_nic.iter().map(|row| &row.mode));
     html! {
-        div.scroll {
-            table {
-                thead { tr { th.name { "step" } th.name {} @for mode in &modes { th { (mode) } } } }
-                tbody {
-                    @for (step, memory, cells) in count::cells(&of_nic, &modes) {
-                        tr {
-                            td.name { (step) } td.name { (memory) }
-                            @for cell in cells { td { (cell) } }
-                        }
-                    }
-                }
-            }
-        }
+        (lines(&modes, &count::compared(&of_nic, &modes)))
         (calls_on(&of_nic, &modes))
     }
 }
@@ -168,20 +156,26 @@ fn calls_on(rows: &[&count::Row], modes: &[&String]) -> Markup {
         @if !parts.is_empty() {
             details {
                 summary { "Which calls to the kernel" }
-                div.scroll {
-                    table {
-                        thead { tr { th.name { "step" } @for mode in modes { th { (mode) } } } }
-                        tbody {
-                            @for part in &parts {
-                                tr.group[part.is_step] {
-                                    td.name { @if !part.is_step { "\u{a0}\u{a0}" } (part.name) }
-                                    @for cell in &part.cells { td { (cell) } }
-                                }
-                            }
+                (lines(modes, &parts))
+                p.note { (unbroken(count::PARTS_LEGEND)) }
+            }
+        }
+    }
+}
+
+fn lines(modes: &[&String], parts: &[count::Part]) -> Markup {
+    html! {
+        div.scroll {
+            table {
+                thead { tr { th.name { "step" } @for mode in modes { th { (mode) } } } }
+                tbody {
+                    @for part in parts {
+                        tr.group[part.is_step] {
+                            td.name { @if !part.is_step { "\u{a0}\u{a0}" } (part.name) }
+                            @for cell in &part.cells { td { (cell) } }
                         }
                     }
                 }
-                p.note { (unbroken(count::PARTS_LEGEND)) }
             }
         }
     }
