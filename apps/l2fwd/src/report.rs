@@ -346,8 +346,7 @@ mod tests {
         let tx = QueueStats { packets: 300, dropped: 1, ..QueueStats::default() };
         let rx = |packets| QueueStats { packets, ..QueueStats::default() };
         let mut now = PortStats { rx: vec![rx(50)], tx: vec![tx], ..PortStats::default() };
-        let text =
-            |now: &PortStats| lines(&[1], &last, std::slice::from_ref(now), Duration::from_secs(2));
+        let text = |now: &PortStats| lines(&[1], &last, std::slice::from_ref(now), Duration::from_secs(2));
         assert_eq!(text(&now), "port 1: sent 300 (100/s) received 50 (25/s) dropped 1\n");
         now.rx.push(rx(20));
         assert_eq!(
