@@ -193,6 +193,24 @@ impl DescRing {
         true
     }
 
+    /// Takes the buffers at the tail, one for each of `lens`, as the segments of one frame with so many bytes each, cut to
+    /// [`DATA_ROOM`]. Gives false, and takes nothing, when `burst` has less room, or fewer descriptors up to the first empty
+    /// one own a buffer.
+    #[inline(never)]
+    pub fn take_frame(&mut self, burst: &mut Burst, lens: &[usize]) -> bool {
+        if lens.len() > burst.remaining_capacity() || lens.len() > self.owned() || self.has_holes() {
+            return false;
+        }
+        let first = burst.len();
+        for len in lens {
+            self.take_one(burst, *len);
+        }
+        if let [segments @ .., _] = &mut burst[first..] {
+            segments.iter_mut().for_each(|packet| packet.set_more(true));
+        }
+        true
+    }
+
     /// Takes up to `most` buffers from the tail on, in order, as packets, where the completions are in a ring of their own:
     /// those for which `done` gives a length, up to the first for which it gives none. `done` gets the buffer and the entry
     /// of `completions` with the descriptor's index. What is longer than [`DATA_ROOM`] is cut to it.

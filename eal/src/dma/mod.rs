@@ -15,7 +15,9 @@ mod ring;
 pub use desc_ring::{DescRing, Filled, GoodWord, Slot};
 pub use iova::IovaRanges;
 pub use memory::{DeviceView, DmaMemory, Part, nodes_of};
-pub use packet::{BUFFER_SIZE, Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet};
+pub use packet::{
+    BUFFER_SIZE, Burst, DATA_ROOM, HEADROOM, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Packet, first_frame, frames,
+};
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
 pub use peer_log::PeerLog;
 pub use pool::{MAX_BUFFERS, Pool, PoolCache};

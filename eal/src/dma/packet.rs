@@ -14,6 +14,13 @@ pub const DATA_ROOM: usize = BUFFER_SIZE - HEADROOM;
 /// Packets in a [`Burst`].
 pub const MAX_BURST: usize = 32;
 
+/// Most packets that are one frame: 9724 bytes in buffers that a device fills with 1024 bytes each. A burst has room for
+/// three such frames.
+pub const MAX_SEGMENTS: usize = 10;
+
+/// Longest frame in bytes, without frame check sequence: 9728 with it, which is the most that the 82576 takes.
+pub const MAX_FRAME: usize = 9724;
+
 /// Bytes at the start of a buffer that no application reaches: drivers put a virtio-net header in front of the packet.
 pub(super) const RESERVED: usize = 16;
 
@@ -29,6 +36,9 @@ pub type Burst = ArrayVec<Packet, MAX_BURST>;
 /// The bits of [`Packet::at`] that are the data offset.
 const OFFSET: u32 = BUFFER_SIZE as u32 - 1;
 
+/// Bit of [`Packet::flags`]: the frame goes on in the next packet.
+const MORE: u8 = 1 << 0;
+
 /// A packet: one buffer of a [`Pool`](super::Pool), and the part of it that is in use. 8 bytes, moved by value.
 ///
 /// Each buffer has exactly one handle, which is moved into a descriptor ring, or back to the pool that it came from
@@ -37,6 +47,9 @@ const OFFSET: u32 = BUFFER_SIZE as u32 - 1;
 ///
 /// The data begins at least 16 bytes behind the start of the buffer and at least 64 in front of its end, and ends within the
 /// buffer.
+///
+/// A frame that is longer than a buffer is several packets, its segments, which follow each other in one burst. All but the
+/// last have [`Packet::has_more`]. Only ports that were started for long frames receive and send such.
 #[derive(Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
 #[must_use = "a packet that is dropped is lost to its pool; give it to PoolCache::free"]
@@ -45,11 +58,21 @@ pub struct Packet {
     at: u32,
     /// Of the pool.
     tag: u8,
-    _unused: u8,
+    flags: u8,
     len: u16,
 }
 
 const _: () = assert!(HEADROOM >= RESERVED && HEADROOM <= MAX_OFFSET && cfg!(target_endian = "little"));
+
+/// Packets of the first frame of `packets`; 0 where there are none. A frame whose last packet is missing is all that is left.
+pub fn first_frame(packets: &[Packet]) -> usize {
+    frames(packets).next().map_or(0, <[_]>::len)
+}
+
+/// The frames of `packets`, in order. The last may miss packets, as in [`first_frame`].
+pub fn frames(packets: &[Packet]) -> impl Iterator<Item = &[Packet]> {
+    packets.split_inclusive(|packet| !packet.has_more())
+}
 
 impl Packet {
     /// All bits of a fresh packet without its buffer and length.
@@ -106,6 +129,17 @@ impl Packet {
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len.into()
+    }
+
+    /// Whether the frame goes on in the next packet of the burst.
+    #[inline(always)]
+    pub fn has_more(&self) -> bool {
+        self.flags & MORE != 0
+    }
+
+    /// Says whether the frame goes on in the next packet of the burst.
+    pub fn set_more(&mut self, more: bool) {
+        self.flags = if more { self.flags | MORE } else { self.flags & !MORE };
     }
 
     /// Bytes in front of the data that [`Packet::prepend`] can take.
@@ -178,6 +212,34 @@ mod tests {
         assert_eq!((packet.slot(), packet.at()), (5 * 2048, 5 * 2048 + HEADROOM as u32));
         assert_eq!((packet.tag(), Packet::tag_in(Packet::fresh_bits(0xa5))), (0xa5, 0xa5));
         assert_eq!(packet.with_len(usize::MAX).len(), DATA_ROOM);
+    }
+
+    fn burst(more: &[bool]) -> Vec<Packet> {
+        let segment = |(i, more): (usize, &bool)| {
+            let mut packet = Packet::in_slot((i * BUFFER_SIZE) as u32, i + 1, Packet::fresh_bits(0x0f));
+            packet.set_more(*more);
+            packet
+        };
+        more.iter().enumerate().map(segment).collect()
+    }
+
+    #[test]
+    fn frames_end_with_the_packet_that_has_no_more() {
+        let lens = |more: &[bool]| frames(&burst(more)).map(<[_]>::len).collect::<Vec<_>>();
+        assert_eq!(lens(&[false, true, true, false, false]), [1, 3, 1]);
+        assert_eq!((lens(&[]), first_frame(&[])), (vec![], 0));
+        assert_eq!((lens(&[false, true, true]), first_frame(&burst(&[true, true]))), (vec![1, 2], 2));
+    }
+
+    #[test]
+    fn what_moves_the_data_leaves_the_rest() {
+        let mut packet = burst(&[true]).remove(0);
+        packet.prepend(3).unwrap();
+        packet = packet.with_len(900);
+        packet.rewind(5);
+        assert!(packet.has_more());
+        packet.set_more(false);
+        assert_eq!((packet.has_more(), packet.tag(), packet.len(), packet.slot()), (false, 0x0f, 5, 0));
     }
 
     proptest! {

@@ -112,6 +112,31 @@ fn descriptors_that_are_emptied_out_of_order_are_given_back_in_order() {
 }
 
 #[test]
+fn a_frame_of_several_descriptors_is_taken_whole_or_not() {
+    let pool = pool(40);
+    let (mut cache, mut ring, mut burst) = (pool.cache(), ring(4), Burst::new());
+    ring.refill(3, 0, 60, &mut cache);
+    assert!(!ring.take_frame(&mut burst, &[1; 4]), "three descriptors own a buffer");
+    assert!(ring.take_frame(&mut burst, &[1024, DATA_ROOM + 1, 7]));
+    assert!(ring.take_frame(&mut burst, &[]));
+    let taken: Vec<_> = burst.iter().map(|packet| (packet.len(), packet.has_more())).collect();
+    assert_eq!(taken, [(1024, true), (DATA_ROOM, true), (7, false)]);
+    // Across the end of the ring; behind a hole; into a burst that is nearly full.
+    ring.refill(4, 0, 60, &mut cache);
+    burst.push(ring.take_at(4).unwrap());
+    assert!(ring.has_holes() && !ring.take_frame(&mut burst, &[9; 2]));
+    assert!(ring.take_one(&mut burst, 60) && !ring.has_holes());
+    burst.extend((0..MAX_BURST - 6).map(|_| packet(&mut cache, 1)));
+    assert_eq!((burst.remaining_capacity(), ring.owned()), (1, 2));
+    assert!(!ring.take_frame(&mut burst, &[9; 2]) && ring.take_frame(&mut burst, &[9]));
+    assert!(!burst[MAX_BURST - 1].has_more());
+    burst.drain(..).for_each(|packet| cache.free(packet));
+    ring.reclaim_all(&mut cache);
+    drop(cache);
+    assert_eq!(pool.available(), 40);
+}
+
+#[test]
 fn a_closed_ring_has_no_room() {
     let pool = pool(8);
     let (mut cache, mut ring) = (pool.cache(), ring(4));
