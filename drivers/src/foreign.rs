@@ -5,8 +5,8 @@ use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use vireo_eal::Result;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
+use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::{PortCounters, QueueCounters};
 use crate::port::{
@@ -94,6 +94,13 @@ impl<N: ForeignNic> Nic for Erased<N> {
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
     ) -> Result<Queues<RxQueue, TxQueue>> {
+        // A driver that knows nothing of segments would take each for a frame.
+        let most = self.0.capabilities().max_frame;
+        if config.max_frame > most {
+            let why =
+                format!("frames of {} bytes are asked for, and it takes {most} at most", config.max_frame);
+            return Err(Error::new(ErrorKind::Usage, "cannot start the port", why));
+        }
         let Queues { rx, tx } = self.0.start(config, memory, cache)?;
         Ok(Queues {
             rx: rx.into_iter().map(|queue| RxQueue(Box::new(queue))).collect(),
@@ -169,6 +176,9 @@ mod tests {
         let memory = DmaMemory::map(region, &[]).unwrap();
         nic.attach(memory.device_view().unwrap());
         let mut cache = Pool::new(&memory, 256).unwrap().cache();
+        let longer = CONFIG.with_max_frame(port.capabilities().max_frame + 1);
+        let error = port.start_pair(&longer, &memory, &mut cache).unwrap_err();
+        assert!(error.to_string().starts_with("cannot start the port: frames of"), "{error}");
         let (rx, mut tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         let mut packet = cache.allocate().unwrap().with_len(60);
         cache.write(&mut packet, 0, &[7; 60]);

@@ -10,6 +10,7 @@ pub mod e1000;
 mod endurance;
 pub mod fakedev;
 pub mod foreign;
+mod frames;
 pub mod igb;
 mod intel;
 pub mod memory;

@@ -52,12 +52,18 @@ impl FromStr for MacAddr {
     }
 }
 
+/// Longest frame in bytes, without frame check sequence, that is one packet on every port: of an MTU of 1500 bytes, with a VLAN
+/// tag. Network cards take it without being told (SDM 13.4, RCTL.LPE).
+pub const STANDARD_FRAME: usize = 1518;
+
 /// What a device can do, and what it needs, as far as that concerns others than its driver.
 #[derive(Clone, Debug)]
 pub struct Capabilities {
     /// Highest device address that it can use: all of its memory must be below. A chip cuts off what is above, and says
     /// nothing.
     pub dma_mask: u64,
+    /// Longest frame in bytes, without frame check sequence, that it can be started for; at least [`STANDARD_FRAME`].
+    pub max_frame: usize,
     /// Whether it may bring frames shorter than Ethernet's 60 bytes.
     pub receives_short_frames: bool,
     /// Most RX queues that it can be started with.
@@ -72,10 +78,11 @@ pub struct Capabilities {
 }
 
 impl Default for Capabilities {
-    /// All addresses, no short frames, a queue each way of any size, and no rings of its own.
+    /// All addresses, frames of one buffer, no short ones, a queue each way of any size, and no rings of its own.
     fn default() -> Self {
         Self {
             dma_mask: u64::MAX,
+            max_frame: STANDARD_FRAME,
             receives_short_frames: false,
             rx_queues: 1,
             tx_queues: 1,
@@ -109,10 +116,13 @@ pub struct PortConfig {
     pub rx_descriptors: u16,
     /// Descriptors of each TX queue; a power of two.
     pub tx_descriptors: u16,
+    /// Longest frame in bytes, without frame check sequence. Above [`STANDARD_FRAME`] a frame may be several packets, and the
+    /// application has to expect [`Packet::has_more`](vireo_eal::dma::Packet::has_more).
+    pub max_frame: usize,
 }
 
 impl Default for PortConfig {
-    /// A queue each way with 1024 descriptors, as in DPDK's l2fwd.
+    /// A queue each way with 1024 descriptors, as in DPDK's l2fwd, for frames of an MTU of 1500 bytes.
     fn default() -> Self {
         Self::with_descriptors(1024, 1024)
     }
@@ -121,7 +131,18 @@ impl Default for PortConfig {
 impl PortConfig {
     /// A queue each way, with so many descriptors.
     pub const fn with_descriptors(rx: u16, tx: u16) -> Self {
-        Self { rx_queues: 1, tx_queues: 1, rx_descriptors: rx, tx_descriptors: tx }
+        Self { rx_queues: 1, tx_queues: 1, rx_descriptors: rx, tx_descriptors: tx, max_frame: 1514 }
+    }
+
+    /// The same for frames of up to `max_frame` bytes.
+    #[must_use]
+    pub const fn with_max_frame(self, max_frame: usize) -> Self {
+        Self { max_frame, ..self }
+    }
+
+    /// Whether frames may be several packets.
+    pub const fn is_scattered(&self) -> bool {
+        self.max_frame > STANDARD_FRAME
     }
 
     /// The same with so many queues each way.
@@ -144,6 +165,10 @@ impl PortConfig {
             queues.into_iter().find(|(_, asked, most)| !(1..=*most).contains(asked))
         {
             return Some(format!("{asked} {kind} queues are asked for, and it has {most}"));
+        }
+        if self.max_frame > capabilities.max_frame {
+            let (asked, most) = (self.max_frame, capabilities.max_frame);
+            return Some(format!("frames of {asked} bytes are asked for, and it takes {most} at most"));
         }
         let fits = |n: &u16| n.is_power_of_two() && descriptors.contains(n);
         (![self.rx_descriptors, self.tx_descriptors].iter().all(fits)).then(|| {

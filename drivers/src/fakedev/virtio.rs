@@ -24,12 +24,14 @@ const MOST_PAIRS: u16 = 2;
 /// Feature bits for [`Behaviour::features`], by their names in the specification.
 #[allow(missing_docs)]
 pub mod feature {
+    pub const MTU: u64 = 1 << 3;
     pub const MAC: u64 = 1 << 5;
     pub const MRG_RXBUF: u64 = 1 << 15;
     pub const STATUS: u64 = 1 << 16;
     pub const CTRL_VQ: u64 = 1 << 17;
     pub const CTRL_RX: u64 = 1 << 18;
     pub const MQ: u64 = 1 << 22;
+    pub const INDIRECT_DESC: u64 = 1 << 28;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const VERSION_1: u64 = 1 << 32;
     pub const ACCESS_PLATFORM: u64 = 1 << 33;
@@ -56,6 +58,8 @@ pub struct Behaviour {
     pub features: u64,
     /// `max_virtqueue_pairs`; the device has two at most.
     pub pairs: u16,
+    /// `mtu` in config space.
+    pub mtu: u16,
     /// Largest size of every queue, in descriptors.
     pub queue_size: u16,
     /// Station address.
@@ -97,6 +101,7 @@ impl Default for Behaviour {
         Self {
             features: MAC | MRG_RXBUF | STATUS | CTRL_VQ | CTRL_RX | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM,
             pairs: 1,
+            mtu: 1500,
             queue_size: 256,
             mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56],
             link_up: true,

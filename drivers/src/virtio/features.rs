@@ -6,6 +6,8 @@ bitflags::bitflags! {
     /// What device and driver agree on (virtio 1.2, 5.1.3 and 6); only the bits that this driver knows.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) struct Features: u64 {
+        /// `VIRTIO_NET_F_MTU`: config space holds the longest frame, without Ethernet header.
+        const MTU = 1 << 3;
         /// `VIRTIO_NET_F_MAC`: config space holds the station address.
         const MAC = 1 << 5;
         /// `VIRTIO_NET_F_MRG_RXBUF`: a frame may fill several RX buffers; the header counts them.
@@ -18,6 +20,8 @@ bitflags::bitflags! {
         const CTRL_RX = 1 << 18;
         /// `VIRTIO_NET_F_MQ`: there are several pairs of queues; config space says how many.
         const MQ = 1 << 22;
+        /// `VIRTIO_F_INDIRECT_DESC`: a descriptor may lead to a table of others.
+        const INDIRECT_DESC = 1 << 28;
         /// `VIRTIO_F_EVENT_IDX`: each side says at which index it wants to be woken.
         const EVENT_IDX = 1 << 29;
         /// `VIRTIO_F_VERSION_1`: the interface of virtio 1.0 and later.
@@ -51,12 +55,19 @@ bitflags::bitflags! {
 }
 
 impl Features {
+    /// What frames of several buffers need: merged ones to receive into, and indirect tables to send from.
+    pub(super) const LONG: Self = Self::MRG_RXBUF.union(Self::INDIRECT_DESC);
+
     /// What the driver uses of these offered features, as far as the user lets it; several pairs of queues only if
-    /// there are to be `several`.
-    pub(super) fn wanted(self, options: Options, several: bool) -> Self {
+    /// there are to be `several`, and what only long frames need only if there are to be `long` ones.
+    pub(super) fn wanted(self, options: Options, several: bool, long: bool) -> Self {
         let mut wanted = self;
         wanted.set(Self::IN_ORDER, options.in_order && self.contains(Self::IN_ORDER));
         wanted.set(Self::MRG_RXBUF, options.mrg_rxbuf && self.contains(Self::MRG_RXBUF));
+        let long = long && wanted.contains(Self::LONG);
+        wanted.set(Self::INDIRECT_DESC, long);
+        // A driver that agrees sends nothing longer (5.1.4.2), and one that asks nobody sends what it received.
+        wanted.set(Self::MTU, long && self.contains(Self::MTU));
         wanted.set(Self::MQ, several && self.contains(Self::MQ));
         wanted.set(Self::CTRL_RX, self.contains(Self::CTRL_VQ | Self::CTRL_RX));
         wanted

@@ -1,6 +1,7 @@
 //! virtio-net (virtio 1.2): split virtqueues, mergeable RX buffers or not, event index. The device is behind
 //! modern PCI (`pci`), or is another process that speaks vhost-user (`user`).
 
+mod chains;
 mod ctrl;
 mod features;
 mod pci;
@@ -17,13 +18,16 @@ use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
 use vireo_bus_pci::{DeviceId, Function};
-use vireo_eal::dma::{DmaMemory, PoolCache};
+use vireo_eal::dma::{DmaMemory, MAX_FRAME, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::PortCounters;
 use crate::driver::{Args, PciDriver, flag};
-use crate::port::{Capabilities, Fault, Link, MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst};
+use crate::port::{
+    Capabilities, Fault, Link, MacAddr, Nic, PortConfig, Queues, RxBurst, STANDARD_FRAME, TxBurst,
+};
+use chains::{Chains, TABLE_BYTES};
 use ctrl::Control;
 pub(crate) use features::Features;
 use pci::Pci;
@@ -52,6 +56,10 @@ pub(crate) fn pairs(value: &str) -> std::result::Result<u16, &'static str> {
 /// Bytes of `struct virtio_net_hdr` with `num_buffers`, which every packet has in front (5.1.6).
 pub(crate) const HEADER: usize = 12;
 
+/// What gives a device long frames.
+const LONG_HINT: &str = "they need VIRTIO_NET_F_MRG_RXBUF, which mrg_rxbuf=1 asks for, and VIRTIO_F_INDIRECT_DESC; in QEMU: \
+                         -device virtio-net-pci,mrg_rxbuf=on,indirect_desc=on, and host_mtu not less than the frame's";
+
 /// What the user may ask of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -75,6 +83,8 @@ pub struct Device {
     transport: Box<dyn Transport>,
     options: Options,
     features: Features,
+    /// Longest frame in bytes that it can be started for.
+    max_frame: usize,
     mac: MacAddr,
     promiscuous: bool,
     fault: Fault,
@@ -94,17 +104,37 @@ struct Started {
     control: Option<Box<Control>>,
 }
 
-/// To receive and to send, and the control queue.
-type Rings = (Queues<Virtqueue, Virtqueue>, Option<Box<Control>>);
+/// To receive and to send, where frames may be long with tables for them, and the control queue.
+type Rings = (Queues<Virtqueue, (Virtqueue, Option<Chains>)>, Option<Box<Control>>);
 
 #[derive(Debug)]
 struct Spare {
     memory: Arc<DmaMemory>,
     rings: Vec<Virtqueue>,
+    chains: Vec<Chains>,
     control: Option<Box<Control>>,
 }
 
 impl Spare {
+    /// Takes tables for `count` rings of `size` descriptors, as [`Spare::take`] takes rings.
+    fn take_chains(&mut self, count: u16, size: u16) -> Result<Vec<Chains>> {
+        let mut taken = Vec::new();
+        for _ in 0..count {
+            let chains = match self.chains.iter().position(|chains| chains.size() == usize::from(size)) {
+                Some(at) => Ok(self.chains.swap_remove(at)),
+                None => Chains::new(&self.memory, size),
+            };
+            match chains {
+                Ok(chains) => taken.push(chains),
+                Err(error) => {
+                    self.chains.append(&mut taken);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(taken)
+    }
+
     /// Takes a ring of each of `sizes`, by `make` where none is left. If that fails, those that were taken stay.
     fn take(&mut self, sizes: &[u16], make: impl Fn(u16) -> Result<Virtqueue>) -> Result<Vec<Virtqueue>> {
         let mut taken = Vec::new();
@@ -153,7 +183,9 @@ impl Device {
     }
 
     fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
-        let features = transport.negotiate(options, true)?;
+        let features = transport.negotiate(options, true, true)?;
+        let longest = if features.contains(Features::LONG) { MAX_FRAME } else { STANDARD_FRAME };
+        let max_frame = longest.min(transport.longest_frame().unwrap_or(longest)).max(STANDARD_FRAME);
         // What it says of them is an error for who asks for several.
         let pairs = transport.pairs().unwrap_or(1);
         let mac = transport.mac()?.unwrap_or_else(random_mac);
@@ -161,6 +193,7 @@ impl Device {
             transport,
             options,
             features,
+            max_frame,
             mac,
             promiscuous: false,
             fault: Fault::default(),
@@ -190,6 +223,7 @@ impl Device {
         let spare = self.spare.get_or_insert_with(|| Spare {
             memory: Arc::clone(memory),
             rings: Vec::new(),
+            chains: Vec::new(),
             control: None,
         });
         let name = self.transport.name();
@@ -200,8 +234,16 @@ impl Device {
         let sizes: Vec<u16> = of(config.rx_queues, config.rx_descriptors)
             .chain(of(config.tx_queues, config.tx_descriptors))
             .collect();
-        let mut rx = spare.take(&sizes, |size| Virtqueue::new(memory, size, name, &self.fault))?;
-        let tx = rx.split_off(config.rx_queues.into());
+        let long = if config.is_scattered() { config.tx_queues } else { 0 };
+        let mut chains = spare.take_chains(long, config.tx_descriptors)?;
+        let mut rx = match spare.take(&sizes, |size| Virtqueue::new(memory, size, name, &self.fault)) {
+            Ok(rings) => rings,
+            Err(error) => {
+                spare.chains.append(&mut chains);
+                return Err(error);
+            }
+        };
+        let tx = rx.split_off(config.rx_queues.into()).into_iter().map(|ring| (ring, chains.pop())).collect();
         let control = control.and_then(|index| {
             let mut control = spare.control.take()?;
             control.index = index;
@@ -278,9 +320,15 @@ impl Nic for Device {
             return Err(self.refuse(ErrorKind::Usage, "it is started already"));
         }
         let pairs = config.rx_queues.max(config.tx_queues);
-        self.features = self.transport.negotiate(self.options, pairs > 1)?;
+        self.features = self.transport.negotiate(self.options, pairs > 1, config.is_scattered())?;
         let most = self.transport.pairs()?;
         self.pairs = self.pairs.max(most);
+        if config.is_scattered()
+            && (config.max_frame > self.max_frame || !self.features.contains(Features::LONG))
+        {
+            let why = format!("frames of {} bytes are asked for, and it takes fewer", config.max_frame);
+            return Err(self.refuse(ErrorKind::Unavailable, &why).with_hint(LONG_HINT));
+        }
         if let Some(why) =
             config.unfit(&Capabilities { rx_queues: most, tx_queues: most, ..self.capabilities() })
         {
@@ -304,8 +352,13 @@ impl Nic for Device {
         let (rings, mut control) = self.queues(memory, &config, control)?;
         let (features, prompt) = (self.features, self.transport.owes_completions());
         let counters = &self.counters;
-        let rx = |(number, ring)| RxQueue::new(ring, counters.rx(number), features);
-        let tx = |(number, ring)| TxQueue::new(ring, counters.tx(number), features, prompt);
+        let longest = config.max_frame;
+        let rx = |(number, ring)| RxQueue::new(ring, counters.rx(number), features, longest);
+        let tx = |(number, (ring, chains))| {
+            let chains: Option<Chains> = chains;
+            let chains = chains.map(|chains| chains.for_frames(longest));
+            TxQueue::new(ring, counters.tx(number), features, prompt, chains)
+        };
         let mut queues = Queues {
             rx: rings.rx.into_iter().enumerate().map(rx).collect(),
             tx: rings.tx.into_iter().enumerate().map(tx).collect(),
@@ -342,17 +395,21 @@ impl Nic for Device {
         }
         let control = self.started.take().and_then(|started| started.control);
         let mut rings = Vec::with_capacity(queues.rx.len() + queues.tx.len());
+        let mut chains = Vec::new();
         for rx in queues.rx {
             rx.counters().unread.add(rx.unread().into());
             rings.push(rx.into_queue(cache));
         }
         for tx in queues.tx {
             tx.counters().unfinished.add(tx.unfinished() as u64);
-            rings.push(tx.into_queue(sent.as_deref_mut().unwrap_or(cache)));
+            let (ring, own) = tx.into_queue(sent.as_deref_mut().unwrap_or(cache));
+            rings.push(ring);
+            chains.extend(own);
         }
         // Of the memory that the last start had.
         if let Some(spare) = &mut self.spare {
             spare.rings.append(&mut rings);
+            spare.chains.append(&mut chains);
             spare.control = control.or(spare.control.take());
         }
         Ok(())
@@ -366,11 +423,16 @@ impl Nic for Device {
     }
 
     /// A peer's memory may hold frames of 0 to 16 bytes. Of a split ring the device writes the used ring, and reads
-    /// descriptors and avail ring (2.7).
+    /// descriptors, indirect ones too, and avail ring (2.7).
     fn capabilities(&self) -> Capabilities {
-        let ring_bytes = |config: &PortConfig| [config.descriptors() * 8, config.descriptors() * 18];
+        let ring_bytes = |config: &PortConfig| {
+            let tables = if config.is_scattered() { TABLE_BYTES } else { 0 };
+            let sent = usize::from(config.tx_queues) * usize::from(config.tx_descriptors);
+            [config.descriptors() * 8, config.descriptors() * 18 + sent * tables]
+        };
         let (rx_queues, tx_queues) = (self.pairs, self.pairs);
         Capabilities {
+            max_frame: self.max_frame,
             receives_short_frames: true,
             rx_queues,
             tx_queues,

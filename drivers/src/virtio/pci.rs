@@ -13,6 +13,7 @@ use super::Options;
 use super::features::{Features, Status};
 use super::split::{Kick, Virtqueue, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
+use crate::frames::ETHERNET;
 use crate::port::MacAddr;
 
 /// Reads of config space that may meet a change by the device before the driver gives up.
@@ -35,6 +36,8 @@ mod config {
     pub(super) const LEN: u64 = 8;
     /// `max_virtqueue_pairs`, with `VIRTIO_NET_F_MQ` only.
     pub(super) const MAX_PAIRS: u64 = 8;
+    /// `mtu`, with `VIRTIO_NET_F_MTU` only.
+    pub(super) const MTU: u64 = 10;
     pub(super) const STATUS_LINK_UP: u16 = 1;
 }
 
@@ -286,7 +289,7 @@ impl Pci {
     }
 
     /// Agrees on features with a device that was just reset.
-    fn agree(&self, options: Options, several: bool) -> Result<Features> {
+    fn agree(&self, options: Options, several: bool, long: bool) -> Result<Features> {
         let offered = self.device_features();
         if !offered.contains(Features::VERSION_1) {
             return Err(self
@@ -300,7 +303,8 @@ impl Pci {
                  IOMMU away from the virtual machine and use --vfio-mode noiommu",
             ));
         }
-        let mut features = offered.wanted(options, several);
+        let mut features = offered.wanted(options, several, long);
+        features.set(Features::MTU, features.contains(Features::MTU) && self.device.len >= config::MTU + 2);
         // It needs the control queue (5.1.3.1), which sets the number of pairs.
         features.set(Features::MQ, features.contains(Features::MQ | Features::CTRL_VQ));
         self.set_driver_features(features);
@@ -319,12 +323,13 @@ impl Transport for Pci {
         &self.name
     }
 
-    fn negotiate(&mut self, options: Options, several: bool) -> Result<Features> {
+    fn negotiate(&mut self, options: Options, several: bool, long: bool) -> Result<Features> {
         self.live = false;
         self.reset()?;
         self.add_status(Status::ACKNOWLEDGE);
         self.add_status(Status::DRIVER);
-        self.features = self.agree(options, several).inspect_err(|_| self.add_status(Status::FAILED))?;
+        let agreed = self.agree(options, several, long);
+        self.features = agreed.inspect_err(|_| self.add_status(Status::FAILED))?;
         Ok(self.features)
     }
 
@@ -346,6 +351,11 @@ impl Transport for Pci {
             true => self.config_bytes(config::MAC).map(|bytes| Some(MacAddr(bytes))),
             false => Ok(None),
         }
+    }
+
+    fn longest_frame(&self) -> Option<usize> {
+        let reported = self.features.contains(Features::MTU);
+        reported.then(|| ETHERNET + usize::from(self.config16(config::MTU)))
     }
 
     fn link_up(&self) -> bool {

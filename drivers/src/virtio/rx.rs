@@ -3,40 +3,51 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, PoolCache, dma_rmb};
+use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, MAX_SEGMENTS, PoolCache, dma_rmb};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::HEADER;
 use super::features::Features;
 use super::split::{DESC_WRITE, Lie, Virtqueue, shape};
 use crate::counters::QueueCounters;
-use crate::port::RxBurst;
+use crate::port::{RxBurst, STANDARD_FRAME};
 
 /// What a used length may be: of a frame's first buffer, which begins with the header.
-const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u32;
+pub(super) const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u32;
 /// Of a later buffer of the same frame.
-const REST_LEN: RangeInclusive<u32> = 1..=*USED_LEN.end();
+pub(super) const REST_LEN: RangeInclusive<u32> = 1..=*USED_LEN.end();
 
 /// Receiving half of a virtio-net device.
 #[derive(Debug)]
 pub struct RxQueue {
-    queue: Virtqueue,
+    pub(super) queue: Virtqueue,
     mergeable: bool,
-    in_order: bool,
+    pub(super) in_order: bool,
     /// Descriptors are offered again when the device lacks so many.
     offer_at: usize,
     /// Position behind the lie that ended the use of the queue.
     behind_lie: Option<u16>,
+    /// Most buffers of a frame, and its most bytes: 1, unless the port was started for long frames.
+    pub(super) segments: usize,
+    pub(super) longest: usize,
 }
 
 impl RxQueue {
-    pub(super) fn new(mut queue: Virtqueue, counters: Arc<QueueCounters>, features: Features) -> Self {
+    /// For frames of up to `longest` bytes.
+    pub(super) fn new(
+        mut queue: Virtqueue,
+        counters: Arc<QueueCounters>,
+        features: Features,
+        longest: usize,
+    ) -> Self {
         queue.counters = counters;
         Self {
             mergeable: features.contains(Features::MRG_RXBUF),
             in_order: features.contains(Features::IN_ORDER),
             offer_at: (queue.ring.entries() / 4).clamp(1, MAX_BURST),
             behind_lie: None,
+            segments: if longest > STANDARD_FRAME { MAX_SEGMENTS } else { 1 },
+            longest,
             queue,
         }
     }
@@ -118,7 +129,7 @@ impl RxQueue {
         }
     }
 
-    /// Takes completions in any order and drops frames that fill several buffers.
+    /// Takes completions in any order, and frames that fill several buffers.
     #[cold]
     #[inline(never)]
     fn receive_any(&mut self, used_idx: u16, cache: &mut PoolCache, burst: &mut Burst) {
@@ -140,28 +151,22 @@ impl RxQueue {
     ) -> std::result::Result<(), Lie> {
         self.queue.check_used(used_idx)?;
         dma_rmb();
-        while self.queue.last_used != used_idx && !burst.is_full() {
+        // A frame is never split over two bursts; an empty one has room for any.
+        while self.queue.last_used != used_idx && burst.remaining_capacity() >= self.segments {
             let pending = used_idx.wrapping_sub(self.queue.last_used);
             if self.in_order {
                 self.queue.expect_batch(pending, *USED_LEN.end());
             }
             let (packet, len) = self.queue.complete(USED_LEN)?;
             let buffers = if self.mergeable { u16::from_le_bytes(cache.read_header(&packet)) } else { 1 };
+            let packet = packet.with_len(len - HEADER);
             if buffers == 1 {
                 self.queue.counters.packets.add(1);
-                self.queue.counters.bytes.add((len - HEADER) as u64);
-                burst.push(packet.with_len(len - HEADER));
-                continue;
+                self.queue.counters.bytes.add(packet.len() as u64);
+                burst.push(packet);
+            } else {
+                self.complete_frame(packet, buffers, used_idx, cache, burst)?;
             }
-            cache.free(packet);
-            // A device shows all buffers of a frame at once (5.1.6.4).
-            if buffers == 0 || buffers > pending {
-                return Err(Lie::NumBuffers);
-            }
-            for _ in 1..buffers {
-                cache.free(self.queue.complete(REST_LEN)?.0);
-            }
-            self.queue.counters.errors.add(1);
         }
         Ok(())
     }

@@ -27,6 +27,8 @@ pub(super) fn is_size(size: u16) -> bool {
 pub(crate) const DESC_WRITE: u16 = 2;
 /// The descriptor goes on in the one that `next` names (`VIRTQ_DESC_F_NEXT`).
 pub(crate) const DESC_NEXT: u16 = 1;
+/// The descriptor leads to a table of others (`VIRTQ_DESC_F_INDIRECT`).
+pub(super) const DESC_INDIRECT: u16 = 4;
 /// The driver wants no interrupt (`VIRTQ_AVAIL_F_NO_INTERRUPT`).
 const AVAIL_NO_INTERRUPT: u16 = 1;
 /// The device wants no doorbell (`VIRTQ_USED_F_NO_NOTIFY`).

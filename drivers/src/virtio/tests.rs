@@ -1,6 +1,7 @@
 //! The driver against the device half in `fakedev`: honest ones here, poor and lying ones in `hostile`.
 
 mod hostile;
+mod long;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -24,14 +24,17 @@ pub(super) trait Transport: fmt::Debug + Send {
     fn name(&self) -> &Arc<str>;
 
     /// Begins anew and agrees with the device on features (3.1.1, steps 1 to 6), several pairs of queues
-    /// among them only if `several`.
-    fn negotiate(&mut self, options: Options, several: bool) -> Result<Features>;
+    /// among them only if `several`, and what long frames need only if `long`.
+    fn negotiate(&mut self, options: Options, several: bool, long: bool) -> Result<Features>;
 
     /// Pairs of queues that the device has; one where it did not agree on several.
     fn pairs(&self) -> Result<u16>;
 
     /// The station address, where the device has one.
     fn mac(&self) -> Result<Option<MacAddr>>;
+
+    /// Longest frame in bytes, without frame check sequence, where the device agreed on one.
+    fn longest_frame(&self) -> Option<usize>;
 
     /// Whether the device answers and says that its link is up.
     fn link_up(&self) -> bool;

@@ -2,28 +2,41 @@
 
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, PoolCache, dma_rmb};
+use vireo_eal::dma::{Burst, PoolCache, Slot, dma_rmb};
 
 use super::HEADER;
+use super::chains::Chains;
 use super::features::Features;
 use super::split::{Lie, Virtqueue, shape};
 use crate::counters::QueueCounters;
 use crate::port::{TxBurst, Watchdog};
 
+/// Writes a header that asks for nothing in front of a packet, if it is not there. One that is not written stays in the cache
+/// of a device that is a process.
+#[inline(always)]
+pub(super) fn blank(slot: &mut Slot<'_>, mergeable: bool) {
+    const BLANK: u128 = 0;
+    if mergeable || u128::from_ne_bytes(slot.read_header()) != BLANK {
+        slot.write_header(&BLANK.to_ne_bytes());
+    }
+}
+
 /// Sending half of a virtio-net device.
 #[derive(Debug)]
 pub struct TxQueue {
-    queue: Virtqueue,
+    pub(super) queue: Virtqueue,
     /// The device uses descriptors in order, so that the used index alone tells which are back.
     in_order: bool,
     /// The device writes the header of each frame that it receives (5.1.6.4).
-    mergeable: bool,
-    /// Buffers are taken back when fewer descriptors than this can be filled.
+    pub(super) mergeable: bool,
+    /// Buffers are taken back when fewer descriptors than this can be filled; always, where frames are for [`Self::chains`].
     reclaim_below: usize,
     /// Of a device that is hardware.
     watchdog: Option<Watchdog>,
     /// Packets that were completed when the device was last found late.
     late_at: Option<usize>,
+    /// Of a port that was started for frames that are longer than a buffer.
+    pub(super) chains: Option<Box<Chains>>,
 }
 
 impl TxQueue {
@@ -32,14 +45,16 @@ impl TxQueue {
         counters: Arc<QueueCounters>,
         features: Features,
         watched: bool,
+        chains: Option<Chains>,
     ) -> Self {
         queue.counters = counters;
         Self {
             in_order: features.contains(Features::IN_ORDER),
             mergeable: features.contains(Features::MRG_RXBUF),
-            reclaim_below: queue.ring.entries() / 2,
+            reclaim_below: if chains.is_some() { usize::MAX } else { queue.ring.entries() / 2 },
             watchdog: watched.then(Watchdog::default),
             late_at: None,
+            chains: chains.map(Box::new),
             queue,
         }
     }
@@ -58,9 +73,12 @@ impl TxQueue {
     }
 
     /// Gives the buffers back; only after a reset of the device.
-    pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> Virtqueue {
+    pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> (Virtqueue, Option<Chains>) {
         self.queue.ring.reclaim_all(cache);
-        self.queue
+        if let Some(chains) = &mut self.chains {
+            chains.free(0..chains.size(), cache);
+        }
+        (self.queue, self.chains.map(|chains| *chains))
     }
 
     /// Whether the device broke the rules of the ring. The queue then sends nothing until the port is stopped and
@@ -74,7 +92,7 @@ impl TxQueue {
     /// The driver rings once more, in case a doorbell was lost. A broken device says so (`DEVICE_NEEDS_RESET`).
     #[cold]
     #[inline(never)]
-    fn full(&mut self) -> usize {
+    pub(super) fn full(&mut self) -> usize {
         let queue = &mut self.queue;
         // Not `last_used`, which comes to the same number again.
         let completed = (queue.counters.packets.get() as usize).wrapping_sub(queue.in_flight().into());
@@ -87,7 +105,7 @@ impl TxQueue {
 
     /// Takes back the buffers of completed descriptors.
     #[inline(never)]
-    fn reclaim(&mut self, cache: &mut PoolCache) {
+    pub(super) fn reclaim(&mut self, cache: &mut PoolCache) {
         let queue = &mut self.queue;
         let used_idx = queue.used_idx();
         let pending = used_idx.wrapping_sub(queue.last_used);
@@ -142,6 +160,9 @@ impl TxBurst for TxQueue {
     #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         if self.queue.ring.room() < self.reclaim_below || burst.is_empty() {
+            if self.chains.is_some() {
+                return self.send_frames(cache, burst);
+            }
             self.reclaim(cache);
         }
         let count = self.queue.ring.room().min(burst.len());
@@ -151,11 +172,7 @@ impl TxBurst for TxQueue {
         let (queue, mergeable) = (&mut self.queue, self.mergeable);
         let mut bytes = 0;
         queue.ring.fill(count, HEADER, cache, burst, |slot, len| {
-            const BLANK: u128 = 0;
-            // A header that is not written stays in the cache of a device that is a process.
-            if mergeable || u128::from_ne_bytes(slot.read_header()) != BLANK {
-                slot.write_header(&BLANK.to_ne_bytes());
-            }
+            blank(slot, mergeable);
             bytes += len;
             shape((HEADER + len) as u32, 0, 0)
         });

@@ -45,6 +45,7 @@ const QUEUE_SIZE: u16 = 256;
 /// memory without an IOMMU between.
 const KNOWN: Features = Features::VERSION_1
     .union(Features::MRG_RXBUF)
+    .union(Features::INDIRECT_DESC)
     .union(Features::EVENT_IDX)
     .union(Features::MQ)
     .union(Features::IN_ORDER);
@@ -360,7 +361,7 @@ impl Transport for User {
 
     /// Asks nothing of a connected peer: the offer holds as long as the connection, and the choice is sent with
     /// the memory.
-    fn negotiate(&mut self, options: Options, several: bool) -> Result<Features> {
+    fn negotiate(&mut self, options: Options, several: bool, long: bool) -> Result<Features> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
         // The last stop is done, so a silent peer was told of no ring, or has ended.
         if self.silent || self.is_closed() {
@@ -372,7 +373,7 @@ impl Transport for User {
                 .error(ErrorKind::Unavailable, why)
                 .with_hint("start one that does, such as dpdk-testpmd --vdev net_vhost0,iface=SOCKET"));
         }
-        self.features = self.offered.wanted(options, several);
+        self.features = self.offered.wanted(options, several, long);
         Ok(self.features)
     }
 
@@ -382,6 +383,10 @@ impl Transport for User {
 
     fn mac(&self) -> Result<Option<MacAddr>> {
         Ok(self.options.mac)
+    }
+
+    fn longest_frame(&self) -> Option<usize> {
+        None
     }
 
     fn link_up(&self) -> bool {

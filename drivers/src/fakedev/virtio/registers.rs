@@ -88,6 +88,7 @@ impl Registers for VirtioNet {
                 bytes[..6].copy_from_slice(&state.behaviour.mac);
                 bytes[6] = u8::from(state.behaviour.link_up);
                 bytes[8..10].copy_from_slice(&state.behaviour.pairs.to_le_bytes());
+                bytes[10..12].copy_from_slice(&state.behaviour.mtu.to_le_bytes());
                 (u128::from_le_bytes(bytes) >> (8 * (offset - DEVICE).min(15))) as u64
             }
             _ => 0,

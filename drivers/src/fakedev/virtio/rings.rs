@@ -8,6 +8,7 @@ use super::{State, feature};
 
 const DESC_NEXT: u16 = 1;
 const DESC_WRITE: u16 = 2;
+const DESC_INDIRECT: u16 = 4;
 /// Bytes of `struct virtio_net_hdr` (5.1.6).
 const HEADER: usize = 12;
 
@@ -129,7 +130,10 @@ impl State {
 
     /// With `IN_ORDER` the chains lie one behind the other in the table, so that a device needs no avail ring (2.7.5).
     fn check_order(&mut self, index: u16, head: u16) {
-        let len = self.chain(index, head).len() as u16;
+        let table = self.queue(index).0.addresses[0];
+        let shape: u64 = self.load(table + 16 * u64::from(head) + 8);
+        let indirect = (shape >> 32) as u16 & DESC_INDIRECT != 0;
+        let len = if indirect { 1 } else { self.chain(index, head).len() as u16 };
         let (queue, size) = self.queue(index);
         let wrong = queue.next_head != head;
         self.queues[usize::from(index)].next_head = head.wrapping_add(len) % size;
@@ -141,13 +145,32 @@ impl State {
     /// The descriptors of a chain.
     fn chain(&mut self, index: u16, head: u16) -> Vec<Descriptor> {
         let (queue, size) = self.queue(index);
-        let table = queue.addresses[0];
+        let (ring, mut table, mut size) = (queue.addresses[0], queue.addresses[0], size);
         let mut chain = Vec::new();
         let mut id = head;
         while chain.len() < usize::from(size) {
             let address = self.load(table + 16 * u64::from(id));
             let shape: u64 = self.load(table + 16 * u64::from(id) + 8);
             let (len, flags, next) = (shape as u32, (shape >> 32) as u16, (shape >> 48) as u16);
+            if flags & DESC_INDIRECT != 0 {
+                let offered = self.driver_features & feature::INDIRECT_DESC != 0;
+                if !offered
+                    || table != ring
+                    || flags != DESC_INDIRECT
+                    || !chain.is_empty()
+                    || len == 0
+                    || len % 16 != 0
+                {
+                    self.fault("a descriptor must not lead to a table, or not to this one");
+                    return chain;
+                }
+                (table, size, id) = (address, (len / 16) as u16, 0);
+                continue;
+            }
+            if flags & DESC_NEXT != 0 && next >= size {
+                self.fault("a chain leads out of its table");
+                return chain;
+            }
             chain.push(Descriptor { address, len, flags });
             if flags & DESC_NEXT == 0 {
                 return chain;

@@ -1,0 +1,205 @@
+//! Frames of several segments (virtio 1.2, 5.1.6): merged RX buffers, and indirect descriptors for TX. Only ports that were
+//! started for long frames come here.
+//!
+//! A sent frame takes one descriptor of the ring, whatever its number of segments, so that everything else about the ring
+//! stays as it is for short frames: a slot of the avail ring names its own descriptor for ever, and one descriptor is one
+//! completion. A chain within the ring would need both to be written and recorded for each frame. QEMU, the kernel's vhost
+//! and DPDK's offer `VIRTIO_F_INDIRECT_DESC`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use arrayvec::ArrayVec;
+use vireo_eal::Result;
+use vireo_eal::dma::{
+    Burst, DescRing, DmaBlock, DmaMemory, DmaRing, MAX_SEGMENTS, Packet, PoolCache, first_frame,
+};
+
+use super::HEADER;
+use super::rx::{REST_LEN, RxQueue, USED_LEN};
+use super::split::{DESC_INDIRECT, DESC_NEXT, Lie, shape};
+use super::tx::{TxQueue, blank};
+use crate::frames::{ETHERNET, bytes, drop_long};
+
+/// Descriptors of an indirect table.
+const TABLE: usize = MAX_SEGMENTS.next_power_of_two();
+/// Bytes of a descriptor.
+const DESCRIPTOR: usize = 16;
+/// Bytes of an indirect table: one for each descriptor of the ring.
+pub(super) const TABLE_BYTES: usize = TABLE * DESCRIPTOR;
+
+/// Indirect tables for a TX ring, and the packets that they lead to.
+#[derive(Debug)]
+pub(super) struct Chains {
+    /// Of each descriptor of the ring [`TABLE`] descriptors, which the device only reads.
+    tables: DmaRing<u64, 2>,
+    /// Of each descriptor of the ring the segments behind the first, which the ring has.
+    rest: Box<[ArrayVec<Packet, MAX_SEGMENTS>]>,
+    /// Number of packets in `rest`.
+    held: usize,
+    /// Most bytes of a frame.
+    longest: usize,
+}
+
+impl Chains {
+    /// Takes memory for the tables of a ring of `size` descriptors.
+    pub(super) fn new(memory: &Arc<DmaMemory>, size: u16) -> Result<Self> {
+        let entries = usize::from(size);
+        let tables =
+            DmaBlock::read_only(memory, entries * TABLE_BYTES, DESCRIPTOR)?.carve(entries * TABLE)?;
+        let rest = std::iter::repeat_with(ArrayVec::new).take(entries).collect();
+        Ok(Self { tables, rest, held: 0, longest: 0 })
+    }
+
+    /// The same for frames of up to `longest` bytes.
+    pub(super) fn for_frames(self, longest: usize) -> Self {
+        Self { longest, ..self }
+    }
+
+    /// Size of the ring.
+    pub(super) fn size(&self) -> usize {
+        self.rest.len()
+    }
+
+    /// Segments for which there is room: a ring holds no more packets than it has descriptors, as one of single packets, for
+    /// which the pool has buffers enough.
+    fn room(&self, ring: &DescRing) -> usize {
+        let most = ring.entries().max(MAX_SEGMENTS);
+        let room = most.saturating_sub(ring.entries() - ring.room() + self.held);
+        if ring.room() > 0 { room } else { 0 }
+    }
+
+    /// Makes the descriptor at `position` of `ring`, which was filled with the first `len` bytes of a frame, header included,
+    /// at device address `iova`, lead to these and to `rest`.
+    fn link(
+        &mut self,
+        ring: &mut DescRing,
+        position: usize,
+        (iova, len): (u64, usize),
+        rest: ArrayVec<Packet, MAX_SEGMENTS>,
+        cache: &PoolCache,
+    ) {
+        let slot = position & (self.size() - 1);
+        let parts = rest.iter().map(|packet| (cache.iova(packet), packet.len()));
+        for (i, (iova, len)) in std::iter::once((iova, len)).chain(parts).enumerate() {
+            let (flags, next) = if i < rest.len() { (DESC_NEXT, i as u16 + 1) } else { (0, 0) };
+            self.tables.store::<0>(slot * TABLE + i, iova);
+            self.tables.store::<1>(slot * TABLE + i, shape(len as u32, flags, next));
+        }
+        let table = self.tables.iova() + (slot * TABLE_BYTES) as u64;
+        let bytes = (rest.len() + 1) * DESCRIPTOR;
+        ring.set(position, [table, shape(bytes as u32, DESC_INDIRECT, 0)]);
+        self.held += rest.len();
+        self.rest[slot] = rest;
+    }
+
+    /// Frees what the descriptors at `positions` had behind the first segment.
+    pub(super) fn free(&mut self, positions: Range<usize>, cache: &mut PoolCache) {
+        for position in positions {
+            let slot = position & (self.size() - 1);
+            self.held -= self.rest[slot].len();
+            self.rest[slot].drain(..).for_each(|packet| cache.free(packet));
+        }
+    }
+}
+
+impl TxQueue {
+    /// As [`TxBurst::tx_burst`](crate::port::TxBurst::tx_burst), of a port that was started for long frames.
+    #[inline(never)]
+    pub(super) fn send_frames(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        let Some(chains) = &self.chains else { return 0 };
+        let longest = chains.longest;
+        if chains.room(&self.queue.ring) < self.queue.ring.entries() / 2 || burst.is_empty() {
+            let tail = self.queue.ring.tail();
+            self.reclaim(cache);
+            let reclaimed = tail..self.queue.ring.tail();
+            if let Some(chains) = &mut self.chains {
+                chains.free(reclaimed, cache);
+            }
+        }
+        let before = burst.len();
+        self.queue.counters.errors.add(drop_long(burst, longest, MAX_SEGMENTS, cache) as u64);
+        let (queue, mergeable) = (&mut self.queue, self.mergeable);
+        let Some(chains) = &mut self.chains else { return 0 };
+        let begin = queue.ring.head();
+        while !burst.is_empty() && first_frame(burst) <= chains.room(&queue.ring) {
+            let rest: ArrayVec<Packet, MAX_SEGMENTS> = burst.drain(1..first_frame(burst)).collect();
+            let (position, iova) = (queue.ring.head(), cache.iova(&burst[0]) - HEADER as u64);
+            let mut first = 0;
+            queue.ring.fill(1, HEADER, cache, burst, |slot, len| {
+                blank(slot, mergeable);
+                first = len;
+                shape((HEADER + len) as u32, 0, 0)
+            });
+            queue.counters.packets.add(1);
+            queue.counters.bytes.add((first + bytes(&rest)) as u64);
+            if !rest.is_empty() {
+                chains.link(&mut queue.ring, position, (iova, HEADER + first), rest, cache);
+            }
+        }
+        if queue.ring.head() != begin {
+            queue.publish(queue.ring.head() as u16);
+        } else if !burst.is_empty() {
+            self.full();
+        }
+        before - burst.len()
+    }
+}
+
+impl RxQueue {
+    /// Takes the rest of a frame that fills `buffers`, of which `last` is the first and `used_idx` says how many there are. A
+    /// frame that is too long, or for which the port was not started, is dropped.
+    pub(super) fn complete_frame(
+        &mut self,
+        mut last: Packet,
+        buffers: u16,
+        used_idx: u16,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+    ) -> std::result::Result<(), Lie> {
+        let begin = burst.len();
+        let mut taken = Ok(());
+        // A device shows all buffers of a frame at once (5.1.6.4).
+        if buffers == 0 || buffers - 1 > used_idx.wrapping_sub(self.queue.last_used) {
+            taken = Err(Lie::NumBuffers);
+        }
+        // Each call finds room for so many.
+        let mut fits = usize::from(buffers) <= self.segments && last.len() >= ETHERNET;
+        let mut bytes = last.len();
+        for _ in 1..if taken.is_ok() { buffers } else { 0 } {
+            if self.in_order {
+                let pending = used_idx.wrapping_sub(self.queue.last_used);
+                self.queue.expect_batch(pending, *USED_LEN.end());
+            }
+            let (mut packet, len) = match self.queue.complete(REST_LEN) {
+                Ok(completed) => completed,
+                Err(lie) => {
+                    taken = Err(lie);
+                    break;
+                }
+            };
+            bytes += len;
+            // Data begins where a first buffer has its header.
+            fits &= packet.prepend(HEADER).is_some();
+            let before = std::mem::replace(&mut last, packet.with_len(len));
+            if fits {
+                burst.push(before);
+            } else {
+                cache.free(before);
+            }
+        }
+        if taken.is_ok() && fits && bytes <= self.longest {
+            burst.push(last);
+            if let [segments @ .., _] = &mut burst[begin..] {
+                segments.iter_mut().for_each(|packet| packet.set_more(true));
+            }
+            self.queue.counters.packets.add(1);
+            self.queue.counters.bytes.add(bytes as u64);
+            return Ok(());
+        }
+        cache.free(last);
+        burst.drain(begin..).for_each(|packet| cache.free(packet));
+        self.queue.counters.errors.add(u64::from(taken.is_ok()));
+        taken
+    }
+}
