@@ -9,6 +9,7 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
+use crate::frames::{Frames, Scattered, Single};
 use crate::hook::{Hook, Packets};
 
 /// One direction: packets received on `rx` leave on `tx`. Owned by the lcore that polls it.
@@ -59,9 +60,34 @@ impl Meter for BusyTicks {
 }
 
 /// Polls `lanes` until `stop` is raised, for one round at least; calls `tick` once in each. `bursts` has an empty one
-/// for each lane.
+/// for each lane. Each packet is a frame.
 #[inline(never)]
 pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
+    lanes: &mut [Lane<R, T, H>],
+    bursts: &mut [Burst],
+    cache: &mut PoolCache,
+    stop: &StopFlag,
+    meter: &mut impl Meter,
+    tick: impl FnMut(),
+) {
+    poll_all::<Single, _, _, _>(lanes, bursts, cache, stop, meter, tick);
+}
+
+/// As [`forward`], between ports that were started for long frames: packets may be segments, and the counts are of frames.
+#[inline(never)]
+pub fn forward_scattered<R: RxBurst, T: TxBurst, H: Hook>(
+    lanes: &mut [Lane<R, T, H>],
+    bursts: &mut [Burst],
+    cache: &mut PoolCache,
+    stop: &StopFlag,
+    meter: &mut impl Meter,
+    tick: impl FnMut(),
+) {
+    poll_all::<Scattered, _, _, _>(lanes, bursts, cache, stop, meter, tick);
+}
+
+#[inline(always)]
+fn poll_all<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
     cache: &mut PoolCache,
@@ -72,7 +98,7 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
     loop {
         for (lane, burst) in lanes.iter_mut().zip(&mut *bursts) {
             meter.begin();
-            let busy = poll(lane, cache, burst);
+            let busy = poll::<F, _, _, _>(lane, cache, burst);
             meter.end(busy);
         }
         tick();
@@ -81,14 +107,14 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
         }
     }
     for (lane, burst) in lanes.iter_mut().zip(bursts) {
-        send(lane, cache, burst);
+        send::<F, _, _, _>(lane, cache, burst);
     }
 }
 
 /// Receives into `burst`, and sends it when it is full or nothing more came: packets that come one by one share
 /// a doorbell and the rest that a burst costs, and none waits for others that may not come. Whether any came or went.
 #[inline(always)]
-fn poll<R: RxBurst, T: TxBurst, H: Hook>(
+fn poll<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
     lane: &mut Lane<R, T, H>,
     cache: &mut PoolCache,
     burst: &mut Burst,
@@ -97,34 +123,39 @@ fn poll<R: RxBurst, T: TxBurst, H: Hook>(
     lane.rx.rx_burst(cache, burst);
     let busy = !burst.is_empty();
     if busy && (burst.is_full() || burst.len() == before) {
-        send(lane, cache, burst);
+        send::<F, _, _, _>(lane, cache, burst);
     }
     busy
 }
 
 /// Lets the hook process the packets in `burst` and sends what it leaves; leaves `burst` empty.
 #[inline(always)]
-fn send<R: RxBurst, T: TxBurst, H: Hook>(lane: &mut Lane<R, T, H>, cache: &mut PoolCache, burst: &mut Burst) {
-    let received = burst.len();
-    let mut packets = Packets::new(burst, cache);
+fn send<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
+    lane: &mut Lane<R, T, H>,
+    cache: &mut PoolCache,
+    burst: &mut Burst,
+) {
+    let received = F::count(burst);
+    let mut packets = Packets::new(burst, cache, F::SCATTERED);
     lane.hook.process(&mut packets);
     let consumed = packets.consumed();
     let left = received - consumed;
-    let sent = lane.tx.tx_burst(cache, burst);
+    let taken = lane.tx.tx_burst(cache, burst);
+    let sent = if F::SCATTERED { left - F::count(burst) } else { taken };
     if consumed > 0 {
         lane.rx.counters().consumed.add(consumed as u64);
     }
     if sent < left {
         lane.tx.counters().dropped.add((left - sent) as u64);
-        Packets::new(burst, cache).free();
+        Packets::new(burst, cache, F::SCATTERED).free();
     }
 }
 
 /// Lanes of any drivers.
 pub type AnyLane<H> = Lane<RxQueue, TxQueue, H>;
 
-/// Runs [`forward`], and adds the ticks of busy polls to `busy_ticks` if there is such a sum.
-fn measured<R: RxBurst, T: TxBurst, H: Hook>(
+/// Runs [`forward`], or [`forward_scattered`], and adds the ticks of busy polls to `busy_ticks` if there is such a sum.
+fn measured<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     cache: &mut PoolCache,
     busy_ticks: Option<&AtomicU64>,
@@ -133,10 +164,30 @@ fn measured<R: RxBurst, T: TxBurst, H: Hook>(
 ) {
     let mut bursts: Vec<Burst> = lanes.iter().map(|_| Burst::new()).collect();
     let bursts = &mut bursts;
-    let Some(sum) = busy_ticks else { return forward(lanes, bursts, cache, stop, &mut (), tick) };
+    let Some(sum) = busy_ticks else {
+        return match F::SCATTERED {
+            false => forward(lanes, bursts, cache, stop, &mut (), tick),
+            true => forward_scattered(lanes, bursts, cache, stop, &mut (), tick),
+        };
+    };
     let mut busy = BusyTicks::default();
-    forward(lanes, bursts, cache, stop, &mut busy, tick);
+    match F::SCATTERED {
+        false => forward(lanes, bursts, cache, stop, &mut busy, tick),
+        true => forward_scattered(lanes, bursts, cache, stop, &mut busy, tick),
+    }
     sum.fetch_add(busy.ticks, Ordering::Relaxed);
+}
+
+/// Runs [`forward_scattered`], in one version for all drivers; else as [`forward_any`].
+pub(crate) fn forward_any_scattered<H: Hook>(
+    mut lanes: Vec<AnyLane<H>>,
+    cache: &mut PoolCache,
+    busy_ticks: Option<&AtomicU64>,
+    stop: &StopFlag,
+    tick: impl FnMut(),
+) -> Vec<AnyLane<H>> {
+    measured::<Scattered, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
+    lanes
 }
 
 /// Runs [`forward`] in the version for the drivers of `lanes`: chosen here, once, so that the loop itself
@@ -159,7 +210,7 @@ pub fn forward_any<H: Hook>(
                         _ => None,
                     })
                     .collect();
-                measured(&mut lanes, cache, busy_ticks, stop, tick);
+                measured::<Single, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
                 return lanes
                     .into_iter()
                     .map(|Lane { rx, from, tx, to, hook }| Lane {
@@ -180,14 +231,14 @@ pub fn forward_any<H: Hook>(
     of!(Igb(igb::RxQueue), Igb(igb::TxQueue));
     of!(Vhost(vhost::RxQueue), Vhost(vhost::TxQueue));
     let mut lanes = lanes;
-    measured(&mut lanes, cache, busy_ticks, stop, tick);
+    measured::<Single, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
     lanes
 }
 
 #[cfg(test)]
 mod tests {
     use vireo_drivers::counters::QueueCounters;
-    use vireo_eal::dma::{DmaMemory, Pool};
+    use vireo_eal::dma::{DmaMemory, Pool, first_frame};
     use vireo_eal::mem::{Backing, Region};
 
     use super::*;
@@ -269,6 +320,81 @@ mod tests {
         // Of 40, the second 20 find room for 12. The hook takes 4, 0 and 1 out. The last 5 are sent by the end.
         assert_eq!(lanes[0].tx.bursts, [28, 3, 4]);
         assert_eq!((lanes[0].rx.counters().consumed.get(), lanes[0].tx.counters().dropped.get()), (5, 1));
+        drop(cache);
+        assert_eq!(pool.available(), 64);
+    }
+
+    /// Gives frames of so many segments, one in each poll.
+    struct Segments(Vec<usize>, QueueCounters);
+
+    impl RxBurst for Segments {
+        fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
+            let Some(count) = self.0.pop() else { return };
+            if count > burst.remaining_capacity() {
+                return self.0.push(count);
+            }
+            for i in 0..count {
+                let mut packet = cache.allocate().unwrap().with_len(60);
+                cache.write(&mut packet, 0, &[9, 9, 9]);
+                packet.set_more(i + 1 < count);
+                burst.push(packet);
+            }
+        }
+
+        fn counters(&self) -> &QueueCounters {
+            &self.1
+        }
+    }
+
+    /// Takes up to `room` packets of each burst, by whole frames, and notes the frames' numbers of segments.
+    struct Frames {
+        room: usize,
+        sent: Vec<usize>,
+        counters: QueueCounters,
+    }
+
+    impl TxBurst for Frames {
+        fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+            let before = burst.len();
+            while !burst.is_empty() && first_frame(burst) <= self.room + burst.len() - before {
+                let frame: Vec<_> = burst.drain(..first_frame(burst)).collect();
+                self.sent.push(frame.len());
+                for (i, packet) in frame.into_iter().enumerate() {
+                    let mut bytes = [0; 3];
+                    cache.read(&packet, 0, &mut bytes);
+                    assert_eq!(bytes, if i == 0 { [1, 2, 3] } else { [9, 9, 9] });
+                    cache.free(packet);
+                }
+            }
+            before - burst.len()
+        }
+
+        fn counters(&self) -> &QueueCounters {
+            &self.counters
+        }
+    }
+
+    #[test]
+    fn frames_of_several_segments_are_sent_dropped_and_taken_out_whole() {
+        let region = Region::new(Pool::bytes(64), Backing::SmallPages).unwrap();
+        let pool = Pool::new(&DmaMemory::map(region, &[]).unwrap(), 64).unwrap();
+        let mut cache = pool.cache();
+        // The eleventh finds no room in its burst, and waits for the next. The hook takes the eighth out.
+        let mut segments = vec![1, 5, 1, 1, 9, 1, 1, 3, 2, 2, 10, 4, 8, 1];
+        segments.reverse();
+        let rx = Segments(segments, QueueCounters::default());
+        let tx = Frames { room: 20, sent: Vec::new(), counters: QueueCounters::default() };
+        let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Mark::default() }];
+        let (stop, mut rounds) = (StopFlag::new(), 20);
+        forward_scattered(&mut lanes, &mut [Burst::new()], &mut cache, &stop, &mut (), || {
+            rounds -= 1;
+            if rounds == 0 {
+                stop.set();
+            }
+        });
+        // Of both bursts 23 segments are left for 20 places: the last two frames find none.
+        assert_eq!(lanes[0].tx.sent, [1, 5, 1, 1, 9, 1, 1, 10, 4]);
+        assert_eq!((lanes[0].rx.counters().consumed.get(), lanes[0].tx.counters().dropped.get()), (1, 4));
         drop(cache);
         assert_eq!(pool.available(), 64);
     }

@@ -5,12 +5,15 @@
 
 use std::ops::Range;
 
-use vireo_eal::dma::{Burst, Packet, PoolCache};
+use vireo_eal::dma::{Burst, Packet, PoolCache, first_frame};
 
 /// The application's part of a lane. [`forward`](crate::forward::forward) is compiled for each type, so that a call costs
 /// nothing.
 pub trait Hook: Send {
     /// Processes packets that were received together, in place. What stays in `packets` is sent.
+    ///
+    /// Of a frame that is longer than a buffer, only the first segment is seen, which has all headers; the others are sent or
+    /// freed with it. Only an application that asks for longer ones by [`Config::port`](crate::Config::port) has such frames.
     fn process(&mut self, packets: &mut Packets<'_>);
 }
 
@@ -25,16 +28,19 @@ impl Hook for () {
 pub struct Packets<'a> {
     burst: &'a mut Burst,
     cache: &'a mut PoolCache,
+    /// Whether frames may have several packets. Where a hook is compiled into its lane this is a constant.
+    scattered: bool,
+    /// Frames that were taken out.
     consumed: usize,
 }
 
 impl<'a> Packets<'a> {
     #[inline(always)]
-    pub(crate) fn new(burst: &'a mut Burst, cache: &'a mut PoolCache) -> Self {
-        Self { burst, cache, consumed: 0 }
+    pub(crate) fn new(burst: &'a mut Burst, cache: &'a mut PoolCache, scattered: bool) -> Self {
+        Self { burst, cache, scattered, consumed: 0 }
     }
 
-    /// Packets that were taken out.
+    /// Frames that were taken out.
     #[inline(always)]
     pub(crate) fn consumed(&self) -> usize {
         self.consumed
@@ -44,17 +50,50 @@ impl<'a> Packets<'a> {
     /// whole burst.
     #[inline(always)]
     pub fn write_each<const N: usize, const M: usize>(&mut self, first: [u8; N], second: [u8; M]) {
+        if self.scattered {
+            return self.write_first(first, second);
+        }
         self.cache.write_each(self.burst, first, second);
+    }
+
+    /// Does it for the first segment of each frame.
+    #[inline(never)]
+    fn write_first<const N: usize, const M: usize>(&mut self, first: [u8; N], second: [u8; M]) {
+        let mut at = 0;
+        while at < self.burst.len() {
+            self.cache.write_each(&mut self.burst[at..at + 1], first, second);
+            at += first_frame(&self.burst[at..]);
+        }
     }
 
     /// Takes out the packets for which `keep` returns false. `keep` may change each packet.
     #[inline]
     pub fn retain(&mut self, mut keep: impl FnMut(&mut PacketMut<'_>) -> bool) {
+        if self.scattered {
+            return self.retain_frames(keep);
+        }
         for mut packet in std::mem::take(self.burst) {
             if keep(&mut PacketMut { packet: &mut packet, cache: self.cache }) {
                 self.burst.push(packet);
             } else {
                 self.consumed += 1;
+                self.cache.free(packet);
+            }
+        }
+    }
+
+    /// Asks `keep` of the first segment of each frame.
+    fn retain_frames(&mut self, mut keep: impl FnMut(&mut PacketMut<'_>) -> bool) {
+        let (mut is_first, mut keeps) = (true, true);
+        for mut packet in std::mem::take(self.burst) {
+            if is_first {
+                keeps = keep(&mut PacketMut { packet: &mut packet, cache: self.cache });
+                self.consumed += usize::from(!keeps);
+            }
+            is_first = !packet.has_more();
+            if keeps {
+                self.burst.push(packet);
+            } else {
                 self.cache.free(packet);
             }
         }
@@ -77,10 +116,15 @@ pub struct PacketMut<'a> {
 }
 
 impl PacketMut<'_> {
-    /// Length without the frame check sequence.
+    /// Length without the frame check sequence; of a frame of several segments, that of the first.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.packet.len()
+    }
+
+    /// Whether the frame goes on behind the packet, in a segment that the hook does not see.
+    pub fn has_more(&self) -> bool {
+        self.packet.has_more()
     }
 
     /// Copies the `N` bytes at `at` out; `None` when the packet ends before.
@@ -121,16 +165,16 @@ impl PacketMut<'_> {
     }
 
     /// Extends the packet by `count` bytes at its end, whose content is unspecified. `None`, and no change, when its buffer
-    /// has fewer behind.
+    /// has fewer behind, or the frame goes on.
     #[must_use]
     pub fn append(&mut self, count: usize) -> Option<()> {
-        self.packet.append(count)
+        if self.has_more() { None } else { self.packet.append(count) }
     }
 
-    /// Removes `count` bytes from the end. `None`, and no change, when the packet has fewer.
+    /// Removes `count` bytes from the end. `None`, and no change, when the packet has fewer, or the frame goes on.
     #[must_use]
     pub fn trim(&mut self, count: usize) -> Option<()> {
-        self.packet.trim(count)
+        if self.has_more() { None } else { self.packet.trim(count) }
     }
 
     #[inline]
@@ -214,6 +258,17 @@ pub(crate) mod tests {
             packet.adj(1911).unwrap();
             assert_eq!((packet.len(), packet.read(0)), (9, Some([2, 3, 4, 5, 6, 7, 8, 9, 10])));
             packet.prepend(50).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_frame_that_goes_on_is_changed_in_front_only() {
+        with_packet(&[1, 2, 3, 4], |packet| {
+            packet.packet.set_more(true);
+            assert_eq!((packet.has_more(), packet.append(1), packet.trim(1)), (true, None, None));
+            packet.prepend(2).unwrap();
+            packet.adj(3).unwrap();
+            assert_eq!((packet.len(), packet.read(0), packet.has_more()), (3, Some([2, 3, 4]), true));
         });
     }
 

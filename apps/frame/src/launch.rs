@@ -9,7 +9,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
 use crate::control::{Control, PortState};
-use crate::forward::{AnyLane, forward_any};
+use crate::forward::{AnyLane, forward_any, forward_any_scattered};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::ports::Supply;
@@ -115,7 +115,10 @@ fn run_lanes<H: Hook>(
 ) -> Vec<AnyLane<H>> {
     loop {
         let mut cache = supply.pool.cache_near(node);
-        lanes = forward_any(lanes, &mut cache, busy_ticks, stop, &mut tick);
+        lanes = match supply.is_scattered() {
+            false => forward_any(lanes, &mut cache, busy_ticks, stop, &mut tick),
+            true => forward_any_scattered(lanes, &mut cache, busy_ticks, stop, &mut tick),
+        };
         // A port that starts again may need the buffers that are left in it.
         drop(cache);
         if stop.is_set() {

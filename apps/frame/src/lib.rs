@@ -30,6 +30,7 @@ mod balance;
 mod control;
 mod counts;
 pub mod forward;
+mod frames;
 mod headers;
 mod hook;
 mod idle;

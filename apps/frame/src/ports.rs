@@ -58,6 +58,11 @@ impl Supply {
         open.port.start(&self.config, rings, &mut near)
     }
 
+    /// Whether frames may be several packets.
+    pub(crate) fn is_scattered(&self) -> bool {
+        self.config.is_scattered()
+    }
+
     /// No queues of such ports.
     pub(crate) fn idle_queues(&self) -> IdleQueues {
         IdleQueues::new(self.config.rx_queues)

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde_json::json;
 use vireo_drivers::counters::PortStats;
-use vireo_drivers::port::{Nic, PortConfig};
+use vireo_drivers::port::Nic;
 use vireo_drivers::ports::OpenPort;
 use vireo_eal::{Eal, Result, ioctl};
 use vireo_frame::{App, Config, Counts, Ports};
@@ -40,8 +40,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     }
 
     let before = ioctl::calls();
-    let port = PortConfig::default().with_pairs(args.queues);
-    let config = Config { port, buffers: args.total_num_mbufs, ..Config::default() };
+    let config = Config { port: args.port(), buffers: args.total_num_mbufs, ..Config::default() };
     let mut ports = app.reserve(open, routes, &config)?;
     describe_memory(&app.eal, &reporter, &ports, ioctl::calls() - before)?;
     for number in 0..ports.count() {

@@ -1,7 +1,8 @@
 //! Arguments behind `--`: DPDK l2fwd's own, and `--output`.
 
 use clap::Parser;
-use vireo_eal::dma::MAX_BUFFERS;
+use vireo_drivers::port::PortConfig;
+use vireo_eal::dma::{MAX_BUFFERS, MAX_FRAME};
 
 use crate::report::Style;
 
@@ -11,6 +12,12 @@ const MOST_QUEUES_PER_LCORE: u32 = 15;
 const MOST_QUEUES: u16 = 128;
 /// Longest time between two tables: a day.
 const LONGEST_PERIOD: f64 = 86_400.0;
+
+/// Bytes of a frame check sequence.
+const FCS: u16 = 4;
+/// Least value of `--max-pkt-len`, which every port takes, and the greatest.
+const SHORTEST_LIMIT: u16 = 1518;
+const LONGEST_LIMIT: u16 = MAX_FRAME as u16 + FCS;
 
 /// What the arguments ask for.
 #[derive(Clone, Debug, PartialEq, Parser)]
@@ -48,6 +55,10 @@ pub struct Args {
     /// Packet buffers in all, up to 2097151 (testpmd's argument); by default enough for rings, bursts and caches at once
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_BUFFERS)))]
     pub total_num_mbufs: Option<u32>,
+    /// Longest frame in bytes with its check sequence (l3fwd's argument), 1518 to 9728. Above 1522 every port must be able to
+    /// take long frames; a vhost port drops them
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(i64::from(SHORTEST_LIMIT)..=i64::from(LONGEST_LIMIT)))]
+    pub max_pkt_len: Option<u16>,
     /// Time the polls that move packets, and print ticks per packet at the end (testpmd's argument)
     #[arg(long)]
     pub record_core_cycles: bool,
@@ -67,6 +78,12 @@ pub type Pairs = Vec<(usize, usize)>;
 pub struct PortMap(pub Pairs);
 
 impl Args {
+    /// How each port is to run.
+    pub fn port(&self) -> PortConfig {
+        let port = PortConfig::default().with_pairs(self.queues);
+        self.max_pkt_len.map_or(port, |len| port.with_max_frame((len - FCS).into()))
+    }
+
     /// How the output looks; by default as standard output suits.
     pub fn style(&self) -> Style {
         if self.json { Style::Json } else { self.output.unwrap_or_else(Style::of_stdout) }
@@ -126,6 +143,10 @@ mod tests {
         let four = Some(PortMap(vec![(0, 1), (2, 3)]));
         assert_eq!(read("-p f --portmap (0,1),(2,3)").unwrap().portmap, four);
         assert_eq!(read("-p f --portmap=(0,1)(2,3)").unwrap().portmap, four);
+        assert_eq!(read("-p f --queues 2").unwrap().port(), PortConfig::default().with_pairs(2));
+        let long = read("-p f --max-pkt-len 9728").unwrap().port();
+        assert_eq!((long.max_frame, long.is_scattered()), (MAX_FRAME, true));
+        assert!(!read("-p f --max-pkt-len 1522").unwrap().port().is_scattered());
         assert_eq!(read("-p f --total-num-mbufs 600").unwrap().total_num_mbufs, Some(600));
     }
 
@@ -144,7 +165,16 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_said_on_one_line() {
-        for line in ["", "-p xyz", "-p 3 -q 16", "-p 3 -T 86400", "-p 3 --portmap 0,1", "-p 3 --nope"] {
+        for line in [
+            "",
+            "-p xyz",
+            "-p 3 -q 16",
+            "-p 3 -T 86400",
+            "-p 3 --portmap 0,1",
+            "-p 3 --nope",
+            "-p 3 --max-pkt-len 1517",
+            "-p 3 --max-pkt-len 9729",
+        ] {
             let error = read(line).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage);
             assert!(!error.to_string().contains('\n'), "{error}");

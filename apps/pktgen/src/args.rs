@@ -48,7 +48,8 @@ pub struct Args {
     /// Stop after so many seconds
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub duration: Duration,
-    /// Bytes of a frame, 60 to 1514 without frame check sequence: one number, or the least and the most
+    /// Bytes of a frame, 60 to 9724 without frame check sequence: one number, or the least and the most. Above 1514 the ports
+    /// must take long frames
     #[arg(long, value_name = "BYTES[-BYTES]", default_value = "60", value_parser = sizes)]
     pub size: Sizes,
     /// Most frames on their way at once
@@ -74,7 +75,7 @@ fn sizes(text: &str) -> std::result::Result<Sizes, String> {
     let (least, most) = text.split_once('-').unwrap_or((text, text));
     match (least.parse(), most.parse()) {
         (Ok(least), Ok(most)) if SHORTEST <= least && least <= most && most <= LONGEST => Ok(least..=most),
-        _ => Err(format!("it is no size from {SHORTEST} to {LONGEST}, such as 60 or 60-1514")),
+        _ => Err(format!("it is no size from {SHORTEST} to {LONGEST}, such as 60 or 60-9000")),
     }
 }
 
@@ -118,7 +119,7 @@ mod tests {
         let args = read("--dst-mac 52:54:00:00:00:05 --rate 1e5 --count 10").unwrap();
         assert_eq!(args.dst_mac, MacAddr([0x52, 0x54, 0, 0, 0, 5]));
         assert_eq!((args.rate, args.end(), args.size), (Some(1e5), End::Count(10), 60..=60));
-        assert_eq!(read("--dst-mac 52:54:00:00:00:05 --size 64-1514").unwrap().size, 64..=1514);
+        assert_eq!(read("--dst-mac 52:54:00:00:00:05 --size 64-9724").unwrap().size, 64..=9724);
         assert_eq!(
             read("--dst-mac 52:54:00:00:00:05 --duration 0.5").unwrap().end(),
             End::After(Duration::from_millis(500))
@@ -135,7 +136,7 @@ mod tests {
             "--dst-mac 52:54:00:00:00:05 --await-path soon",
             "--dst-mac 52:54:00:00:00:05 --size 59",
             "--dst-mac 52:54:00:00:00:05 --size 100-60",
-            "--dst-mac 52:54:00:00:00:05 --size 60-1515",
+            "--dst-mac 52:54:00:00:00:05 --size 60-9725",
         ] {
             let error = read(line).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage);

@@ -17,11 +17,12 @@
 use std::ops::RangeInclusive;
 
 use vireo_drivers::port::MacAddr;
+use vireo_eal::dma::MAX_FRAME;
 
 /// Shortest frame, without frame check sequence.
 pub const SHORTEST: usize = 60;
 /// Longest frame, without frame check sequence.
-pub const LONGEST: usize = 1514;
+pub const LONGEST: usize = MAX_FRAME;
 
 /// Bytes in front of the filler.
 const HEADER: usize = 34;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use vireo_drivers::port::{MacAddr, RxBurst, TxBurst};
 use vireo_eal::clock::Tsc;
-use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, PoolCache};
+use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, PoolCache, frames};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -166,7 +166,7 @@ pub fn run<T: TxBurst, R: RxBurst>(
         corrupt: 0,
         late: 0,
         strays: 0,
-        bytes: [0; DATA_ROOM],
+        bytes: [0; frame::LONGEST],
         arrivals: Arrivals::default(),
         latency,
         burst: Burst::new(),
@@ -220,7 +220,7 @@ struct State<'a> {
     late: u64,
     strays: u64,
     /// The frame that is written or read.
-    bytes: [u8; DATA_ROOM],
+    bytes: [u8; frame::LONGEST],
     arrivals: Arrivals,
     latency: Histogram<u64>,
     burst: Burst,
@@ -261,18 +261,25 @@ impl State<'_> {
     }
 
     fn send<T: TxBurst>(&mut self, due: usize, tx: &mut T, cache: &mut PoolCache) -> usize {
-        while self.burst.len() < due {
-            let Some(buffer) = cache.allocate() else { break };
+        let mut written = 0;
+        while written < due {
             let Stream { run, destination, source, ref sizes, .. } = *self.stream;
-            let sequence = self.sent + self.burst.len() as u64;
+            let sequence = self.sent + written as u64;
+            let len = frame::length(sizes, sequence);
+            if len.div_ceil(DATA_ROOM) > self.burst.remaining_capacity() {
+                break;
+            }
             let tag = Tag { run, sequence, ticks: self.due_at(sequence) };
-            let bytes = &mut self.bytes[..frame::length(sizes, tag.sequence)];
-            frame::write(bytes, destination, source, tag);
-            let mut packet = buffer.with_len(bytes.len());
-            cache.write(&mut packet, 0, bytes);
-            self.burst.push(packet);
+            frame::write(&mut self.bytes[..len], destination, source, tag);
+            if self.put(len, cache).is_none() {
+                break;
+            }
+            written += 1;
         }
-        let sent = if self.burst.is_empty() { 0 } else { tx.tx_burst(cache, &mut self.burst) };
+        if written > 0 {
+            tx.tx_burst(cache, &mut self.burst);
+        }
+        let sent = written - frames(&self.burst).count();
         self.sent += sent as u64;
         // What the queue did not take is written anew next time, with its own time of sending.
         for packet in self.burst.drain(..) {
@@ -281,14 +288,42 @@ impl State<'_> {
         sent
     }
 
+    /// Appends the frame in the first `len` bytes to the burst, in as few packets as can be; none where too few buffers are
+    /// free.
+    fn put(&mut self, len: usize, cache: &mut PoolCache) -> Option<()> {
+        let before = self.burst.len();
+        for part in self.bytes[..len].chunks(DATA_ROOM) {
+            let Some(buffer) = cache.allocate() else {
+                self.burst.drain(before..).for_each(|packet| cache.free(packet));
+                return None;
+            };
+            let mut packet = buffer.with_len(part.len());
+            cache.write(&mut packet, 0, part);
+            self.burst.push(packet);
+        }
+        if let [segments @ .., _] = &mut self.burst[before..] {
+            segments.iter_mut().for_each(|packet| packet.set_more(true));
+        }
+        Some(())
+    }
+
     fn receive<R: RxBurst>(&mut self, rx: &mut R, cache: &mut PoolCache) -> usize {
         rx.rx_burst(cache, &mut self.burst);
-        let received = self.burst.len();
+        let (mut received, mut len) = (0, 0);
         for packet in std::mem::take(&mut self.burst) {
-            let bytes = &mut self.bytes[..packet.len()];
-            cache.read(&packet, 0, bytes);
+            let begin = len;
+            len += packet.len();
+            if let Some(part) = self.bytes.get_mut(begin..len) {
+                cache.read(&packet, 0, part);
+            }
+            let has_more = packet.has_more();
             cache.free(packet);
-            match frame::read(bytes, self.stream.run) {
+            if has_more {
+                continue;
+            }
+            received += 1;
+            let bytes = self.bytes.get(..std::mem::take(&mut len));
+            match bytes.map_or(Err(Wrong::Stray), |bytes| frame::read(bytes, self.stream.run)) {
                 Ok((destination, source, tag)) if tag.sequence < self.sent => {
                     self.note(destination, source, tag);
                 }

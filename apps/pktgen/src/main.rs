@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 use vireo_drivers::counters::PortStats;
-use vireo_drivers::port::Queues;
+use vireo_drivers::port::{PortConfig, Queues};
 use vireo_drivers::table::Drivers;
 use vireo_eal::{Result, program};
 use vireo_frame::{App, Config, Route};
@@ -33,7 +33,9 @@ fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<PortStats>)> {
     let lcore = app.eal.lcores.main_id();
     let routes = (0..open.len()).map(|port| Route { lcore, from: port, to: port, pair: 0 }).collect();
     // Frames to send have buffers of their own, which no device can write to.
-    let mut ports = app.reserve(open, routes, &Config { send_only: SEND_ONLY, ..Config::default() })?;
+    let port = PortConfig::default();
+    let port = port.with_max_frame(port.max_frame.max(*args.size.end()));
+    let mut ports = app.reserve(open, routes, &Config { port, send_only: SEND_ONLY, ..Config::default() })?;
     for number in 0..ports.count() {
         // A forwarder gives frames an address of its own choice.
         if let Err(error) = ports.set_promiscuous(number, number == args.rx_port) {

@@ -14,7 +14,7 @@ use vireo_eal::mem::Region;
 use vireo_eal::program::note;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_pktgen::frame::{LONGEST, SHORTEST};
+use vireo_pktgen::frame::SHORTEST;
 
 use crate::compare::Comparison;
 use crate::cores::Cores;
@@ -29,6 +29,9 @@ use crate::testpmd::TestpmdArgs;
 
 /// Length of the stream that shows that a wire carries packets.
 const WIRE_CHECK: Duration = Duration::from_millis(20);
+
+/// Longest frame of a port that is not started for longer ones.
+const LONGEST: usize = 1514;
 
 /// Measure VFIO modes on this machine's NICs and write a recording
 #[derive(Debug, Args)]

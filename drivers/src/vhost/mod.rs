@@ -19,7 +19,7 @@ mod tests;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vireo_eal::dma::{DmaMemory, PoolCache};
+use vireo_eal::dma::{DmaMemory, MAX_FRAME, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -151,7 +151,8 @@ impl Nic for Device {
         }
         let rx = self.rings_of(TRANSMIT).take(config.rx_queues.into());
         let tx = self.rings_of(RECEIVE).take(config.tx_queues.into());
-        Ok(Queues { rx: rx.map(RxQueue::new).collect(), tx: tx.map(TxQueue::new).collect() })
+        let tx = tx.map(|ring| TxQueue::new(ring, config.is_scattered()));
+        Ok(Queues { rx: rx.map(RxQueue::new).collect(), tx: tx.collect() })
     }
 
     /// The frontend stays connected; its rings wait for the next start.
@@ -175,10 +176,11 @@ impl Nic for Device {
         self.mac
     }
 
-    /// Rings and buffers are the frontend's. It receives no short frames: those are dropped.
+    /// Rings and buffers are the frontend's. It receives no short frames, and sends none of several packets: those are
+    /// dropped.
     fn capabilities(&self) -> Capabilities {
         let pairs = (self.rings.len() / RINGS_PER_PAIR) as u16;
-        Capabilities { rx_queues: pairs, tx_queues: pairs, ..Capabilities::default() }
+        Capabilities { max_frame: MAX_FRAME, rx_queues: pairs, tx_queues: pairs, ..Capabilities::default() }
     }
 
     /// Up while a frontend has both rings of the first pair started and enabled.

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, PoolCache};
+use vireo_eal::dma::{Burst, DATA_ROOM, PoolCache};
 
 use super::ring::{Lie, Report};
 use super::shared::{Place, Shared, Slot};
 use crate::counters::QueueCounters;
+use crate::frames::drop_long;
 use crate::port::{RxBurst, TxBurst};
 
 /// Rings by what the frontend does with them.
@@ -27,7 +28,11 @@ pub struct RxQueue(Queue);
 
 /// Sending half: fills the ring by which the frontend receives.
 #[derive(Debug)]
-pub struct TxQueue(Queue);
+pub struct TxQueue {
+    queue: Queue,
+    /// Frames may be several packets.
+    scattered: bool,
+}
 
 impl Queue {
     fn new(shared: &Arc<Shared>) -> Self {
@@ -68,12 +73,13 @@ impl RxQueue {
 }
 
 impl TxQueue {
-    pub(super) fn new(shared: &Arc<Shared>) -> Self {
-        Self(Queue::new(shared))
+    /// Of a port that is `scattered`, frames may be several packets, and such are dropped.
+    pub(super) fn new(shared: &Arc<Shared>, scattered: bool) -> Self {
+        Self { queue: Queue::new(shared), scattered }
     }
 
     pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
-        Arc::ptr_eq(&self.0.shared, shared)
+        Arc::ptr_eq(&self.queue.shared, shared)
     }
 
     /// As of [`RxQueue`]; gives the number of packets that were taken.
@@ -86,6 +92,32 @@ impl TxQueue {
             Queue::end(slot, lie, report, RECEIVE);
         }
         before - burst.len()
+    }
+
+    #[inline(always)]
+    fn send(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        let Some(mut place) = self.queue.shared.try_lock() else { return 0 };
+        let Place { slot: Slot::Running(ring), report } = &mut *place else {
+            return Self::otherwise(&mut place, cache, burst);
+        };
+        let before = burst.len();
+        if let Err(lie) = ring.send(cache, burst, report) {
+            let Place { slot, report } = &mut *place;
+            Queue::end(slot, lie, report, RECEIVE);
+        }
+        before - burst.len()
+    }
+
+    /// As [`TxQueue::send`], without the frames of several packets.
+    #[cold]
+    #[inline(never)]
+    fn send_single(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        let before = burst.len();
+        match self.queue.shared.try_lock() {
+            None => return 0,
+            Some(place) => place.report.counters.errors.add(drop_long(burst, DATA_ROOM, 1, cache) as u64),
+        }
+        before - burst.len() + self.send(cache, burst)
     }
 }
 
@@ -111,19 +143,10 @@ impl TxBurst for TxQueue {
     /// Packets for which the frontend has no room, or which come while none is there, stay in `burst`.
     #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        let Some(mut place) = self.0.shared.try_lock() else { return 0 };
-        let Place { slot: Slot::Running(ring), report } = &mut *place else {
-            return Self::otherwise(&mut place, cache, burst);
-        };
-        let before = burst.len();
-        if let Err(lie) = ring.send(cache, burst, report) {
-            let Place { slot, report } = &mut *place;
-            Queue::end(slot, lie, report, RECEIVE);
-        }
-        before - burst.len()
+        if self.scattered { self.send_single(cache, burst) } else { self.send(cache, burst) }
     }
 
     fn counters(&self) -> &QueueCounters {
-        &self.0.counters
+        &self.queue.counters
     }
 }

@@ -14,6 +14,7 @@ use vireo_eal::mem::{Backing, Region};
 
 use super::{Device, Options, RECEIVE, RxQueue, TRANSMIT, TxQueue};
 use crate::driver::Vdev;
+use crate::frames::tests::append;
 use crate::port::{MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst};
 use crate::virtio::{self, DESC_NEXT, DESC_WRITE, Features, HEADER};
 use guest::{BUFFER, GUEST, Guest, MEMORY, SIZE};
@@ -124,6 +125,31 @@ fn exchange(bench: &mut Bench, guest: &mut Guest, count: usize) {
         assert_eq!(guest.received(), group);
         number += group.len();
     }
+}
+
+/// There is no long frame for a frontend yet: such are dropped whole, whether the frontend has room or not.
+#[test]
+fn frames_of_several_packets_are_dropped_and_counted() {
+    let (mut bench, mut guest) = Bench::with(ALL);
+    bench.device.stop_pair(bench.rx, bench.tx, &mut bench.cache).unwrap();
+    let config = CONFIG.with_max_frame(9000);
+    (bench.rx, bench.tx) = bench.device.start_pair(&config, &bench.memory, &mut bench.cache).unwrap();
+    for room in [false, true] {
+        if room {
+            guest.provide_all();
+        }
+        let mut burst = Burst::new();
+        for (number, len) in [(1, 60), (2, 9000), (3, DATA_ROOM), (4, 2000)] {
+            append(&mut burst, &mut bench.cache, &crate::frames::tests::frame(number, len), DATA_ROOM);
+        }
+        let sent = bench.tx.tx_burst(&mut bench.cache, &mut burst);
+        assert_eq!((sent, burst.len()), if room { (9, 0) } else { (7, 2) });
+        bench.free(burst);
+    }
+    let wanted = [(1, 60), (3, DATA_ROOM)].map(|(number, len)| crate::frames::tests::frame(number, len));
+    assert_eq!(guest.received(), wanted);
+    assert_eq!((bench.tx.counters().packets.get(), bench.tx.counters().errors.get()), (2, 4));
+    assert_eq!(bench.stop(), BUFFERS);
 }
 
 #[test]

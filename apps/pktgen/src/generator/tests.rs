@@ -1,7 +1,7 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use vireo_drivers::counters::QueueCounters;
-use vireo_eal::dma::{DmaMemory, Pool};
+use vireo_eal::dma::{DmaMemory, MAX_FRAME, MAX_SEGMENTS, Pool};
 use vireo_eal::mem::{Backing, Region};
 
 use super::*;
@@ -31,10 +31,17 @@ impl TxBurst for Into {
             return 0;
         }
         let sent = burst.len();
+        let mut frame = Vec::new();
         for packet in burst.drain(..) {
-            let mut frame = vec![0; packet.len()];
-            cache.read(&packet, 0, &mut frame);
+            let begin = frame.len();
+            frame.resize(begin + packet.len(), 0);
+            cache.read(&packet, 0, &mut frame[begin..]);
+            let has_more = packet.has_more();
             cache.free(packet);
+            if has_more {
+                continue;
+            }
+            let frame = std::mem::take(&mut frame);
             match self.to_lose.checked_sub(1) {
                 Some(left) => self.to_lose = left,
                 None => self.wire.send(frame).unwrap(),
@@ -50,12 +57,17 @@ impl TxBurst for Into {
 
 impl RxBurst for Out {
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
-        while !burst.is_full()
+        while burst.remaining_capacity() >= MAX_SEGMENTS
             && let Ok(frame) = self.0.try_recv()
         {
-            let mut packet = cache.allocate().unwrap().with_len(frame.len());
-            cache.write(&mut packet, 0, &frame);
-            burst.push(packet);
+            // Other segments than those that were sent.
+            let mut parts = frame.chunks(1000).peekable();
+            while let Some(part) = parts.next() {
+                let mut packet = cache.allocate().unwrap().with_len(part.len());
+                cache.write(&mut packet, 0, part);
+                packet.set_more(parts.peek().is_some());
+                burst.push(packet);
+            }
         }
     }
 
@@ -115,6 +127,19 @@ fn latency_is_measured_from_when_a_frame_was_due() {
     // The histogram has three digits.
     let (most, waited) = (outcome.latency.max(), waited.unwrap());
     assert!(most * 100 >= waited * 99, "{most} and {waited} ns");
+}
+
+#[test]
+fn frames_of_several_packets_are_compared_whole() {
+    let long = |run_of, to_lose| {
+        let sizes = frame::SHORTEST..=MAX_FRAME;
+        let stream = Stream { sizes, patience: Duration::from_millis(50), ..stream(None, run_of) };
+        on_a_wire(to_lose, 3, |tx, rx, stop| run(&stream, tx, rx, stop)).unwrap()
+    };
+    let outcome = long(3000, 0);
+    assert!(outcome.is_clean() && outcome.sent == 3000, "{outcome:?}");
+    let outcome = long(300, 7);
+    assert_eq!((outcome.sent, outcome.received, outcome.corrupt), (300, 293, 0));
 }
 
 #[test]
