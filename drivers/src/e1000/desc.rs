@@ -16,7 +16,7 @@ impl Format for Legacy {
     const TXD_DD: u64 = TXD_DD;
 
     #[inline(always)]
-    fn data(len: u64) -> u64 {
-        len | TXD_EOP | TXD_IFCS
+    fn segment(len: u64, _whole: u64, is_last: bool) -> u64 {
+        len | TXD_IFCS | if is_last { TXD_EOP } else { 0 }
     }
 }

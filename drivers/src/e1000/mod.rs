@@ -17,6 +17,7 @@ mod reset;
 mod tests;
 
 use vireo_bus_pci::{CAP_ID_EXPRESS, DeviceId, Function, capabilities};
+use vireo_eal::dma::MAX_FRAME;
 use vireo_eal::mmio::Bar;
 use vireo_eal::{ErrorKind, Result};
 
@@ -24,12 +25,20 @@ use self::chip::{IDS, MacType};
 use self::desc::Legacy;
 use self::regs::*;
 use crate::intel::{self, Chip, Hardware, Reset, RingRegisters};
+use crate::port::PortConfig;
 
 /// Link control, in the PCI Express capability, and its bits for ASPM's L0s and L1 (PCI Express 4.0, 7.5.3.7).
 const LINK_CONTROL: u16 = 0x10;
 const LINK_CONTROL_ASPM: u16 = 3;
 /// Bytes of a step of FCRTL and FCRTH.
 const WATERMARK_STEP: u32 = 8;
+
+/// Longest frame of an 82574 in bytes, without check sequence (Linux, `DEFAULT_JUMBO`).
+const MAX_FRAME_82574: usize = 9230;
+/// Bytes that a frame takes in a FIFO beside its own: check sequence and descriptor.
+const FIFO_OVERHEAD: usize = 20;
+/// KiB in steps of which the FIFOs are divided, as Linux does it on the 8254x.
+const FIFO_STEP: u32 = 8;
 
 /// A port of one of these chips.
 pub type Device = intel::Device<E1000>;
@@ -76,7 +85,28 @@ impl Chip for E1000 {
         Ok(dma_mask)
     }
 
-    fn set_up(&self, hardware: &Hardware) -> Result<()> {
+    /// Linux, `E1000_MAX_JUMBO_FRAME_SIZE` and `DEFAULT_JUMBO`, which have the check sequence with them.
+    fn max_frame(&self) -> usize {
+        if self.is_express() { MAX_FRAME_82574 } else { MAX_FRAME }
+    }
+
+    /// One frame to receive, and two to send (SDM 13.4, PBA; Linux, `e1000_reset`). A new size counts from the next reset on,
+    /// which leaves it.
+    fn make_room(&self, hardware: &Hardware, max_frame: usize) -> bool {
+        let pba = hardware.bar.read32(PBA);
+        let (rx, tx) = (pba & PBA_RXA, pba >> PBA_TXA_SHIFT);
+        let [least, wanted] =
+            [1, 2].map(|frames| (frames * (max_frame + FIFO_OVERHEAD)).div_ceil(1024) as u32);
+        if rx >= least && tx >= wanted {
+            return false;
+        }
+        let tx = wanted.next_multiple_of(FIFO_STEP).min((rx + tx).saturating_sub(least));
+        let rx = (pba & PBA_RXA) + (pba >> PBA_TXA_SHIFT) - tx;
+        hardware.bar.write32(PBA, tx << PBA_TXA_SHIFT | rx);
+        true
+    }
+
+    fn set_up(&self, hardware: &Hardware, config: &PortConfig) -> Result<()> {
         let bar = &hardware.bar;
         hardware.clear_multicast_table();
         bar.write32(RXCSUM, 0);
@@ -87,7 +117,7 @@ impl Chip for E1000 {
             Self::set_up_82574(hardware);
         }
         hardware.change(CTRL, CTRL_SLU, cleared);
-        hardware.prepare_flow_control(bar.read32(PBA) & PBA_RXA, WATERMARK_STEP);
+        hardware.prepare_flow_control(bar.read32(PBA) & PBA_RXA, WATERMARK_STEP, config.max_frame);
         Ok(())
     }
 

@@ -61,6 +61,8 @@ pub const MANC_ARP_EN: u32 = 1 << 13;
 
 /// Receive FIFO in KiB.
 pub const PBA_RXA: u32 = 0xFFFF;
+/// First bit of the transmit FIFO in KiB, which is what the other leaves.
+pub const PBA_TXA_SHIFT: u32 = 16;
 
 /// Collision threshold 15 and collision distance 64 for full duplex, as both manuals recommend.
 pub const TCTL_COLLISION: u32 = 0x0F << 4 | 0x40 << 12;

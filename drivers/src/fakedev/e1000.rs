@@ -15,7 +15,7 @@ use super::ConfigSpace;
 use super::intel::{Fake, Model, RegisterFile};
 pub use super::intel::{Faults, PAUSE_ADDRESS};
 
-/// Buffer size that RCTL.BSIZE 0 means, in bytes.
+/// Buffer size that RCTL.BSIZE 0 means, in bytes; 1, 2 and 3 are each half of the one before.
 const BSIZE: usize = 2048;
 /// BAR of the I/O ports IOADDR and IODATA (SDM 13.2.2), and its size in bytes.
 const IO_BAR: u8 = 1;
@@ -45,6 +45,8 @@ pub type FakeE1000 = Fake<E1000>;
 pub struct E1000 {
     id: DeviceId,
     silicon: Option<Silicon>,
+    /// PBA as the last reset found it, which a chip leaves.
+    pba: Option<u32>,
 }
 
 impl FakeE1000 {
@@ -67,7 +69,7 @@ impl Model for E1000 {
     const WRITTEN_BACK: Option<u64> = None;
 
     fn new(id: DeviceId, silicon: bool) -> Self {
-        Self { id, silicon: silicon.then(|| Silicon::new(id)) }
+        Self { id, silicon: silicon.then(|| Silicon::new(id)), pba: None }
     }
 
     fn describe(&self, config: &ConfigSpace) {
@@ -101,6 +103,7 @@ impl Model for E1000 {
 
     fn begin_reset(&mut self, registers: &RegisterFile, bus_master: bool, _of_function: bool) {
         if let Some(silicon) = &mut self.silicon {
+            self.pba = Some(registers.get(PBA));
             silicon.reset(registers.get(EXTCNF_CTRL) & EXTCNF_SW_OWNS_MDIO != 0, bus_master);
         }
     }
@@ -112,7 +115,8 @@ impl Model for E1000 {
     /// As QEMU's models leave them, and as the NVM sets them.
     fn defaults(&self) -> Vec<(u64, u32)> {
         let of_chip = self.silicon.as_ref().map_or(&[][..], Silicon::defaults);
-        [&[(EECD, EECD_AUTO_RD), (PBA, 0x0010_0030)], of_chip].concat()
+        let pba = self.pba.map(|pba| (PBA, pba));
+        [&[(EECD, EECD_AUTO_RD), (PBA, 0x0010_0030)], of_chip, pba.as_slice()].concat()
     }
 
     /// QEMU's 8254x do.
@@ -148,8 +152,8 @@ impl Model for E1000 {
         is_taken.then_some(value)
     }
 
-    fn buffer_size(&self, _registers: &RegisterFile) -> usize {
-        BSIZE
+    fn buffer_size(&self, registers: &RegisterFile) -> usize {
+        BSIZE >> ((registers.get(RCTL) & RCTL_BSIZE) >> RCTL_BSIZE.trailing_zeros())
     }
 
     fn sends(&self, registers: &RegisterFile, config: &ConfigSpace) -> bool {

@@ -153,8 +153,9 @@ impl Model for Igb {
         (len as u64) << 32 | RXD_DD | if is_last { RXD_EOP } else { 0 }
     }
 
-    fn is_frame(word: u64, len: usize) -> bool {
-        word & TXD_KIND == TXD_DATA && word & TXD_IFCS != 0 && word >> 46 == len as u64
+    fn is_frame(first: u64, last: u64, len: usize) -> bool {
+        [first, last].iter().all(|word| word & TXD_KIND == TXD_DATA && word & TXD_IFCS != 0)
+            && first >> 46 == len as u64
     }
 
     fn reported(word: u64) -> u64 {

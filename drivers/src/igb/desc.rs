@@ -17,7 +17,8 @@ impl Format for Advanced {
     const TXD_DD: u64 = TXD_DD;
 
     #[inline(always)]
-    fn data(len: u64) -> u64 {
-        len | TXD_DTYP_DATA | TXD_DEXT | TXD_EOP | TXD_IFCS | len << TXD_PAYLEN_SHIFT
+    fn segment(len: u64, whole: u64, is_last: bool) -> u64 {
+        let last = if is_last { TXD_EOP } else { 0 };
+        len | TXD_DTYP_DATA | TXD_DEXT | TXD_IFCS | last | whole << TXD_PAYLEN_SHIFT
     }
 }

@@ -6,7 +6,8 @@
 //! | I350 with copper | 8086:1521 | | the same |
 //!
 //! Nothing is read from the EEPROM: the station address is where the chip puts it. A link that is up stays up. RSS, VMDq and
-//! SR-IOV are off, and frames are those of Ethernet: up to 1518 bytes, or 1522 with a VLAN tag. Every wait ends after a second.
+//! SR-IOV are off. Frames are those of Ethernet, up to 1518 bytes, or 1522 with a VLAN tag, unless the port is started for longer
+//! ones. Every wait ends after a second.
 //! What is done for QEMU's model alone says so.
 
 mod chip;
@@ -19,11 +20,13 @@ mod tests;
 
 use vireo_bus_pci::{CAP_ID_EXPRESS, DeviceId, Function, capabilities};
 use vireo_eal::Result;
+use vireo_eal::dma::MAX_FRAME;
 
 use self::chip::{IDS, MacType};
 use self::desc::Advanced;
 use self::regs::*;
 use crate::intel::{self, Chip, Hardware, Phy, RingRegisters};
+use crate::port::PortConfig;
 
 /// A ring's address and size are multiples of so many bytes (DS 8.10, RDBAL and RDLEN).
 const ALIGN: usize = 128;
@@ -33,6 +36,9 @@ const WATERMARK_STEP: u32 = 16;
 /// 7.5.3.16).
 const DEVICE_CONTROL_2: u16 = 0x28;
 const COMPLETION_TIMEOUT_16MS: u16 = 5;
+
+/// Bytes of a frame check sequence.
+const FCS: usize = 4;
 
 /// A port of one of these chips.
 pub type Device = intel::Device<Igb>;
@@ -71,9 +77,17 @@ impl Chip for Igb {
         Ok(u64::MAX)
     }
 
-    fn set_up(&self, hardware: &Hardware) -> Result<()> {
+    /// Linux, `MAX_JUMBO_FRAME_SIZE`. The FIFOs have room for it as they are.
+    fn max_frame(&self) -> usize {
+        MAX_FRAME
+    }
+
+    fn set_up(&self, hardware: &Hardware, config: &PortConfig) -> Result<()> {
         let bar = &hardware.bar;
-        bar.write32(SRRCTL, SRRCTL_BSIZEPACKET_2K | SRRCTL_DESCTYPE_ADVANCED);
+        let size = if config.is_scattered() { SRRCTL_BSIZEPACKET_1K } else { SRRCTL_BSIZEPACKET_2K };
+        bar.write32(SRRCTL, size | SRRCTL_DESCTYPE_ADVANCED);
+        // Counts where RCTL.LPE is set.
+        bar.write32(RLPML, (config.max_frame + FCS) as u32);
         bar.write32(RXDCTL, QUEUE_THRESHOLDS | QUEUE_ENABLE);
         bar.write32(TXDCTL, QUEUE_THRESHOLDS | QUEUE_ENABLE);
         hardware.clear_multicast_table();
@@ -87,7 +101,8 @@ impl Chip for Igb {
         let cleared = CTRL_FRCSPD | CTRL_FRCDPX | CTRL_VME | CTRL_RFCE | CTRL_TFCE | CTRL_GIO_MASTER_DISABLE;
         hardware.change(CTRL, CTRL_SLU, cleared);
         hardware.change(CTRL_EXT, CTRL_EXT_DRV_LOAD, 0);
-        hardware.prepare_flow_control(self.mac.fifo_kib(bar.read32(RXPBS)), WATERMARK_STEP);
+        let fifo = self.mac.fifo_kib(bar.read32(RXPBS));
+        hardware.prepare_flow_control(fifo, WATERMARK_STEP, config.max_frame);
         if self.mac == MacType::I350 {
             // Linux, `igb_setup_copper_link_82575`.
             hardware.change(PHPM, 0, PHPM_GO_LINKD);

@@ -12,6 +12,7 @@ registers! {
     PHPM       0x00E14 RW "PHY power management"                "Linux, `E1000_82580_PHY_POWER_MGMT`"
     EIMC       0x01528 RW "Extended interrupt mask clear"       "DS 8.8"
     RXPBS      0x02404 RW "RX packet buffer size"               "DS 8.3"
+    RLPML      0x05004 RW "Longest frame received, in bytes"    "DS 8.10"
     VT_CTL     0x0581C RW "Virtualization control"              "DS 8.14"
     SWSM       0x05B50 RW "Software semaphore"                  "DS 8.7"
     SW_FW_SYNC 0x05B5C RW "Software-firmware synchronization"   "DS 8.7"
@@ -65,6 +66,8 @@ pub const RXPBS_SIZE: u32 = 0x7F;
 
 /// Size of a packet buffer in KiB.
 pub const SRRCTL_BSIZEPACKET_2K: u32 = 2;
+/// As [`SRRCTL_BSIZEPACKET_2K`].
+pub const SRRCTL_BSIZEPACKET_1K: u32 = 1;
 /// Advanced descriptors with one buffer. Bit 31, Drop_En, is 0: frames that find no descriptor wait in the FIFO.
 pub const SRRCTL_DESCTYPE_ADVANCED: u32 = 1 << 25;
 

@@ -43,6 +43,17 @@ fn short_frames_are_padded_where_the_chip_does_not_do_it() {
 }
 
 #[test]
+fn long_frames_have_their_limit_in_the_chip() {
+    in_both_modes(|| {
+        let rig = Rig::new(ID_82576, CONFIG.with_max_frame(9000), 512);
+        let of = |register| rig.device.register(register);
+        assert_eq!((of(SRRCTL), of(RLPML)), (0x0200_0001, 9004));
+        assert_eq!(of(FCRTH), 0xDCD0, "64 KiB less a frame");
+        rig.stop();
+    });
+}
+
+#[test]
 fn start_brings_up_what_the_manual_asks_for() {
     in_both_modes(|| {
         let rig = Rig::standard();

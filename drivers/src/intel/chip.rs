@@ -6,6 +6,7 @@ use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::Result;
 
 use super::{Format, Hardware, Phy, Reset};
+use crate::port::PortConfig;
 
 /// Offsets of a ring's registers.
 #[derive(Clone, Copy, Debug)]
@@ -48,11 +49,19 @@ pub trait Chip: Reset + Phy + Debug + Send + Sized + 'static {
     /// `Unavailable` when the chip cannot work where it is.
     fn prepare(&self, hardware: &Hardware) -> Result<u64>;
 
+    /// Longest frame in bytes, without frame check sequence.
+    fn max_frame(&self) -> usize;
+
+    /// Sees that both FIFOs have room for frames of `max_frame` bytes. Returns whether that takes a reset.
+    fn make_room(&self, _hardware: &Hardware, _max_frame: usize) -> bool {
+        false
+    }
+
     /// Writes what the chip must know before it may start, except its rings.
     ///
     /// # Errors
     /// When the kernel refuses a write to config space.
-    fn set_up(&self, hardware: &Hardware) -> Result<()>;
+    fn set_up(&self, hardware: &Hardware, config: &PortConfig) -> Result<()>;
 
     /// Enables the transmitter, and the receiver by writing `rctl` to RCTL.
     ///

@@ -41,6 +41,8 @@ pub struct Device<C: Chip> {
     linked: AtomicBool,
     mac: MacAddr,
     promiscuous: bool,
+    /// Whether frames may have several descriptors.
+    scattered: bool,
     drops: Drops,
     fault: Fault,
     /// What the device may write to: kept from `start` to a reset that the device confirmed.
@@ -80,6 +82,7 @@ impl<C: Chip> Device<C> {
             linked: AtomicBool::new(false),
             mac: hardware.station_address()?,
             promiscuous: false,
+            scattered: false,
             drops: Drops::default(),
             fault: Fault::default(),
             running: None,
@@ -112,7 +115,7 @@ impl<C: Chip> Device<C> {
 
     /// Writes what the chip must know before it may start (SDM 14.4 and 14.5, DS 4.6, 82576 4.5), and gives `rings` their
     /// buffers.
-    fn set_up(&self, rings: &mut Rings, cache: &mut PoolCache) -> Result<()> {
+    fn set_up(&self, config: &PortConfig, rings: &mut Rings, cache: &mut PoolCache) -> Result<()> {
         let bar = &self.hardware.bar;
         for (ring, registers) in [(&rings.rx, C::RX), (&rings.tx, C::TX)] {
             bar.write32(registers.base_low, ring.iova() as u32);
@@ -121,7 +124,7 @@ impl<C: Chip> Device<C> {
             bar.write32(registers.head, 0);
             bar.write32(registers.tail, 0);
         }
-        self.chip.set_up(&self.hardware)?;
+        self.chip.set_up(&self.hardware, config)?;
         wake(&self.chip, &self.hardware)?;
         fill::<C::Format>(&mut rings.rx, cache)
     }
@@ -135,7 +138,8 @@ impl<C: Chip> Device<C> {
     fn rctl(&self) -> u32 {
         let all = if self.promiscuous { RCTL_UPE | RCTL_MPE } else { 0 };
         // A switch must not forward PAUSE frames, also if it receives all others (IEEE 802.1Q, 8.6.3).
-        RCTL_EN | RCTL_BAM | RCTL_DPF | RCTL_SECRC | all
+        let long = if self.scattered { RCTL_LPE | RCTL_BSIZE_1024 } else { 0 };
+        RCTL_EN | RCTL_BAM | RCTL_DPF | RCTL_SECRC | all | long
     }
 }
 
@@ -166,17 +170,22 @@ impl<C: Chip> Nic for Device<C> {
         if let Some(why) = config.unfit(&self.capabilities()) {
             return Err(self.usage("start", &why));
         }
+        self.scattered = config.is_scattered();
+        if self.scattered && self.chip.make_room(&self.hardware, config.max_frame) {
+            quiesce(&self.chip, &self.hardware)?;
+        }
         let bar = &self.hardware.bar;
         let tails = (bar.doorbell32(C::RX.tail)?, bar.doorbell32(C::TX.tail)?);
         let mut rings = self.rings(memory, config)?;
-        if let Err(error) = self.set_up(&mut rings, cache) {
+        if let Err(error) = self.set_up(config, &mut rings, cache) {
             self.idle = Some(rings);
             return Err(error);
         }
         self.drops.begin(&self.hardware.bar);
         self.fault.take();
-        let mut rx = RxQueue::new(rings.rx, tails.0, self.counters.rx(0));
-        let tx = TxQueue::new(rings.tx, tails.1, self.counters.tx(0), self.pads, self.fault.clone());
+        let long = self.scattered.then_some(config.max_frame);
+        let mut rx = RxQueue::new(rings.rx, tails.0, self.counters.rx(0), long);
+        let tx = TxQueue::new(rings.tx, tails.1, self.counters.tx(0), self.pads, long, self.fault.clone());
         self.running = Some(rings.memory);
         self.linked.store(false, Ordering::Relaxed);
         if let Err(error) = self.enable() {
@@ -237,7 +246,8 @@ impl<C: Chip> Nic for Device<C> {
             [rx + of(config.tx_queues, config.tx_descriptors), 0]
         };
         let descriptors = FEWEST..=MOST;
-        Capabilities { dma_mask: self.dma_mask, descriptors, ring_bytes, ..Capabilities::default() }
+        let (dma_mask, max_frame) = (self.dma_mask, self.chip.max_frame());
+        Capabilities { dma_mask, max_frame, descriptors, ring_bytes, ..Capabilities::default() }
     }
 
     /// Chips on PCI Express do not pad frames of less than 17 bytes.

@@ -10,7 +10,7 @@ pub trait Format: Debug + Send + Sync + 'static {
     const RXD_DD: u64;
     /// It is the frame's last.
     const RXD_EOP: u64;
-    /// Any of these: the frame is damaged.
+    /// Any of these, in a frame's last descriptor: the frame is damaged.
     const RXD_ERRORS: u64;
     /// Lowest of the 16 bits that are the length of what is in the buffer, in bytes.
     const RXD_LEN_SHIFT: u32;
@@ -26,6 +26,18 @@ pub trait Format: Debug + Send + Sync + 'static {
         len_shift: Self::RXD_LEN_SHIFT,
     };
 
+    /// To send `len` bytes of a frame by a descriptor, which is not reported; `whole` is the length of the frame in its first
+    /// descriptor, and 0 in others.
+    fn segment(len: u64, whole: u64, is_last: bool) -> u64;
+
     /// To send a packet of `len` bytes by one descriptor, which is not reported.
-    fn data(len: u64) -> u64;
+    #[inline(always)]
+    fn data(len: u64) -> u64 {
+        Self::segment(len, len, true)
+    }
+
+    /// Bytes in the buffer of a descriptor that was received.
+    fn len(word: u64) -> usize {
+        usize::from((word >> Self::RXD_LEN_SHIFT) as u16)
+    }
 }

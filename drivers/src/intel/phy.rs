@@ -4,9 +4,10 @@ use vireo_eal::Result;
 
 use super::Hardware;
 use super::regs::*;
+use crate::port::STANDARD_FRAME;
 
-/// Bytes that the FIFO has room for above the high watermark: a frame of 1522 bytes, in steps of 8.
-const HEADROOM: u32 = 1528;
+/// Bytes of a frame check sequence.
+const FCS: usize = 4;
 /// Time that the partner pauses, in units of 512 bit times; XON ends it before (Linux, `E1000_FC_PAUSE_TIME`).
 const PAUSE_TIME: u32 = 0x0680;
 
@@ -63,10 +64,11 @@ fn negotiated(chip: &impl Phy, hardware: &Hardware, status: u32) -> Result<(bool
 }
 
 /// FCRTL and FCRTH (SDM 13.4, DS 10.2.2, 82576 8.5) for a receive FIFO of `kib`, which the chip compares in steps of `step`
-/// bytes: XOFF is sent at nine tenths of it, and while there is room for one more frame. Zeroes send none.
-fn watermarks(kib: u32, step: u32) -> [u32; 2] {
+/// bytes: XOFF is sent at nine tenths of it, and while there is room for one more frame of `max_frame` bytes. Zeroes send none.
+fn watermarks(kib: u32, step: u32, max_frame: usize) -> [u32; 2] {
+    let headroom = (max_frame.max(STANDARD_FRAME) + FCS).next_multiple_of(8) as u32;
     let bytes = kib.saturating_mul(1024);
-    let high = (bytes / 10 * 9).min(bytes.saturating_sub(HEADROOM)).min(0xFFFF) & !(step - 1);
+    let high = (bytes / 10 * 9).min(bytes.saturating_sub(headroom)).min(0xFFFF) & !(step - 1);
     match high.checked_sub(step) {
         Some(low) if low > 0 => [low | FCRTL_XONE, high],
         _ => [0, 0],
@@ -104,10 +106,11 @@ impl Hardware {
     }
 
     /// Writes what makes the chip know PAUSE frames, so that they are never received as others are, and when to
-    /// send some, by a receive FIFO of `kib` that it compares in steps of `step` bytes (SDM 13.4, DS 10.2.2, 82576 8.5).
+    /// send some, by a receive FIFO of `kib` that it compares in steps of `step` bytes, for frames of up to `max_frame` (SDM
+    /// 13.4, DS 10.2.2, 82576 8.5).
     /// Whether it obeys and sends them is CTRL's, once there is a link.
-    pub(crate) fn prepare_flow_control(&self, kib: u32, step: u32) {
-        let (bar, [low, high]) = (&self.bar, watermarks(kib, step));
+    pub(crate) fn prepare_flow_control(&self, kib: u32, step: u32, max_frame: usize) {
+        let (bar, [low, high]) = (&self.bar, watermarks(kib, step, max_frame));
         bar.write32(FCAL, FLOW_CONTROL_ADDRESS_LOW);
         bar.write32(FCAH, FLOW_CONTROL_ADDRESS_HIGH);
         bar.write32(FCT, FLOW_CONTROL_TYPE);
@@ -150,14 +153,18 @@ mod tests {
 
     #[test]
     fn watermarks_leave_room_for_a_frame() {
-        assert_eq!(watermarks(20, 8), [0x47F8 | FCRTL_XONE, 0x4800]);
-        assert_eq!(watermarks(48, 8), [0xACC0 | FCRTL_XONE, 0xACC8]);
-        assert_eq!(watermarks(64, 16), [0xE650 | FCRTL_XONE, 0xE660]);
-        assert_eq!([watermarks(0, 8), watermarks(1, 8)], [[0, 0]; 2]);
+        assert_eq!(watermarks(20, 8, 1514), [0x47F8 | FCRTL_XONE, 0x4800]);
+        assert_eq!(watermarks(48, 8, 1514), [0xACC0 | FCRTL_XONE, 0xACC8]);
+        assert_eq!(watermarks(64, 16, 1514), [0xE650 | FCRTL_XONE, 0xE660]);
+        // What Linux has for an 82574 with frames of 9018 bytes: 21 KiB less one of them.
+        assert_eq!(watermarks(21, 8, 9014), [0x30B8 | FCRTL_XONE, 0x30C0]);
+        assert_eq!([watermarks(0, 8, 1514), watermarks(1, 8, 1514)], [[0, 0]; 2]);
         for (kib, step) in (2..256).flat_map(|kib| [(kib, 8), (kib, 16)]) {
-            let [low, high] = watermarks(kib, step);
-            assert!(high + 1522 <= kib * 1024 && low & !FCRTL_XONE < high, "{kib}");
-            assert!(high % step == 0 && high <= 0xFFFF, "{kib}");
+            for (max_frame, on_wire) in [(1514, 1522), (9724, 9728)] {
+                let [low, high] = watermarks(kib, step, max_frame);
+                assert!(high == 0 || high + on_wire <= kib * 1024 && low & !FCRTL_XONE < high, "{kib}");
+                assert!(high % step == 0 && high <= 0xFFFF && (high > 0 || on_wire > 1522), "{kib}");
+            }
         }
     }
 }

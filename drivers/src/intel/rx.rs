@@ -3,13 +3,18 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DescRing, MAX_BURST, PoolCache, dma_rmb};
+use vireo_eal::dma::{Burst, DATA_ROOM, DescRing, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, PoolCache, dma_rmb};
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::format::Format;
 use crate::counters::QueueCounters;
 use crate::port::RxBurst;
+
+/// Bytes of a buffer that the device fills on a port for long frames: the most that it can be told and that fit behind the
+/// headroom (RCTL.BSIZE, SRRCTL.BSIZEPACKET).
+const SEGMENT: usize = 1024;
+const _: () = assert!(SEGMENT <= DATA_ROOM && MAX_FRAME <= MAX_SEGMENTS * SEGMENT);
 
 /// The receive queue of a port.
 ///
@@ -22,6 +27,8 @@ pub struct RxQueue<F> {
     refill_threshold: usize,
     /// Inside a frame of several descriptors, which is dropped up to its end.
     skipping: bool,
+    /// Most bytes of a frame of several descriptors; 0 where each is dropped.
+    longest: usize,
     counters: Arc<QueueCounters>,
     _format: PhantomData<F>,
 }
@@ -44,11 +51,18 @@ pub(super) fn fill<F: Format>(ring: &mut DescRing, cache: &mut PoolCache) -> Res
 }
 
 impl<F: Format> RxQueue<F> {
-    /// A queue on `ring`, which is filled and which the device may not write yet.
-    pub(super) fn new(ring: DescRing, tail: Doorbell<u32>, counters: Arc<QueueCounters>) -> Self {
+    /// A queue on `ring`, which is filled and which the device may not write yet. The device fills [`SEGMENT`] bytes of a
+    /// buffer if `long` frames are to be received, which have up to so many bytes.
+    pub(super) fn new(
+        ring: DescRing,
+        tail: Doorbell<u32>,
+        counters: Arc<QueueCounters>,
+        long: Option<usize>,
+    ) -> Self {
         // At most three quarters of the ring wait for a refill, whatever its size.
         let refill_threshold = MAX_BURST.min(ring.entries() / 4 * 3);
-        Self { ring, tail, refill_threshold, skipping: false, counters, _format: PhantomData }
+        let longest = long.unwrap_or(0);
+        Self { ring, tail, refill_threshold, skipping: false, longest, counters, _format: PhantomData }
     }
 
     /// Tells the device which descriptors have a buffer.
@@ -114,6 +128,39 @@ impl<F: Format> RxQueue<F> {
         self.ring.reclaim(1, cache);
     }
 
+    /// Receives the frame whose first descriptor is next. It stays in the ring until its last descriptor is there, too, and
+    /// until a burst has room for all; then false. If it is damaged or too long, true, and it is for [`RxQueue::discard`].
+    fn receive_frame(&mut self, burst: &mut Burst) -> bool {
+        let (mut lens, mut bytes) = ([0; MAX_SEGMENTS], 0);
+        for segments in 1..=MAX_SEGMENTS {
+            let word = self.ring.load::<1>(self.ring.tail().wrapping_add(segments - 1));
+            if word & F::RXD_DD == 0 || self.ring.owned() < segments {
+                return false;
+            }
+            let (len, is_last) = (F::len(word), word & F::RXD_EOP != 0);
+            lens[segments - 1] = len;
+            bytes += len;
+            // All buffers but the last are full.
+            if len == 0 || len > SEGMENT || len < SEGMENT && !is_last {
+                self.counters.device_errors.add(1);
+                break;
+            }
+            if bytes > self.longest || is_last && word & F::RXD_ERRORS != 0 {
+                self.counters.errors.add(1);
+                break;
+            }
+            if is_last {
+                let taken = self.ring.take_frame(burst, &lens[..segments]);
+                dma_rmb();
+                self.counters.packets.add(u64::from(taken));
+                self.counters.bytes.add(if taken { bytes as u64 } else { 0 });
+                return taken;
+            }
+        }
+        self.skipping = true;
+        true
+    }
+
     /// Drops what is bad, up to the next good descriptors, and receives those. The bound keeps a device that
     /// completes bad ones without end from holding the lcore.
     #[cold]
@@ -127,6 +174,14 @@ impl<F: Format> RxQueue<F> {
             if !self.skipping && F::GOOD.len(word).is_some() {
                 self.receive(burst);
                 return;
+            }
+            if self.longest > 0 && !self.skipping && word & F::RXD_EOP == 0 {
+                if !self.receive_frame(burst) {
+                    return;
+                }
+                if !self.skipping {
+                    continue;
+                }
             }
             self.discard(cache, word);
         }

@@ -2,6 +2,7 @@
 //! tests by [`tests_of_every_chip!`].
 
 mod life;
+mod long;
 mod queues;
 
 use std::cell::Cell;
@@ -14,6 +15,7 @@ use vireo_eal::dma::{Burst, DmaMemory, Packet, Pool, PoolCache};
 use vireo_eal::mem::{Backing, Region};
 
 pub(crate) use self::life::*;
+pub(crate) use self::long::*;
 pub(crate) use self::queues::*;
 use super::device::Pair;
 use super::{Chip, Device};
@@ -206,6 +208,13 @@ macro_rules! tests_of_every_chip {
             a_descriptor_that_is_completed_out_of_its_turn_waits_for_it
             a_port_that_sends_nothing_for_a_second_is_restarted
             frames_of_several_buffers_are_dropped_whole
+            long_frames_pass_between_short_ones
+            a_frame_waits_for_its_end_and_for_room
+            lies_about_long_frames_are_dropped_and_counted
+            a_full_transmit_ring_keeps_whole_frames
+            frames_that_no_fifo_holds_are_not_sent
+            a_device_that_reports_nothing_gets_one_ring_full_of_segments
+            frames_beyond_what_the_chip_takes_are_refused
             promiscuous_mode_survives_a_restart_and_rings_keep_their_memory
             a_start_without_buffers_leaves_the_pool_as_it_was
             a_sleeping_phy_is_woken
@@ -241,6 +250,14 @@ macro_rules! tests_of_every_chip {
                 silicon in proptest::prelude::any::<bool>(),
             ) {
                 $crate::intel::tests::order_and_number_are_kept::<$family>(steps, silicon)?;
+            }
+
+            #[test]
+            fn lengths_are_kept(
+                steps in $crate::intel::tests::long_steps(),
+                silicon in proptest::prelude::any::<bool>(),
+            ) {
+                $crate::intel::tests::lengths_are_kept::<$family>(steps, silicon)?;
             }
         }
     };

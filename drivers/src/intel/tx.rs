@@ -1,13 +1,15 @@
 //! Transmit queue (SDM 3.3, DS 7.2): one descriptor for each packet.
 
+use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DescRing, MAX_BURST, PoolCache};
+use vireo_eal::dma::{Burst, DescRing, MAX_BURST, MAX_SEGMENTS, PoolCache, first_frame};
 use vireo_eal::mmio::Doorbell;
 
 use super::format::Format;
 use crate::counters::QueueCounters;
+use crate::frames::{bytes, drop_long};
 use crate::port::{Fault, TxBurst, Watchdog};
 
 /// Every descriptor of this many reports its completion, and as many are reclaimed at a time. The smallest
@@ -23,28 +25,48 @@ const SHORTEST: usize = 60;
 /// The transmit queue of a port.
 #[derive(Debug)]
 pub struct TxQueue<F> {
-    /// Its tail is a multiple of [`RECLAIM`].
+    /// Its tail is a multiple of [`RECLAIM`], if frames are packets.
     ring: DescRing,
     tail: Doorbell<u32>,
+    /// Sent buffers are taken back when fewer descriptors than this are free; always, where frames are for [`Reports`].
+    reclaim_below: usize,
     /// Whether short frames are padded by us.
     pads: bool,
     counters: Arc<QueueCounters>,
     watchdog: Watchdog,
     fault: Fault,
+    /// Of a port for long frames.
+    reports: Option<Box<Reports>>,
     _format: PhantomData<F>,
 }
 
+/// What a queue keeps where a frame may take several descriptors. Only the last one of a frame may report (82576 DS 7.2.2), so
+/// that these are not every 32nd: the last one of a burst does.
+#[derive(Debug)]
+struct Reports {
+    /// Positions of the descriptors that report, which have not been found done.
+    positions: VecDeque<usize>,
+    /// Most bytes of a frame.
+    longest: usize,
+}
+
 impl<F: Format> TxQueue<F> {
+    /// A queue on `ring`. If frames may be several packets, `long` is the most bytes that one has.
     pub(super) fn new(
         mut ring: DescRing,
         tail: Doorbell<u32>,
         counters: Arc<QueueCounters>,
         pads: bool,
+        long: Option<usize>,
         fault: Fault,
     ) -> Self {
         // TDT = TDH means an empty ring, so one descriptor stays free (SDM 3.4).
         ring.restart(ring.entries() - 1, [0; 2]);
-        Self { ring, tail, pads, counters, watchdog: Watchdog::default(), fault, _format: PhantomData }
+        let positions = || VecDeque::with_capacity(ring.entries());
+        let reports = long.map(|longest| Box::new(Reports { positions: positions(), longest }));
+        let reclaim_below = if reports.is_some() { usize::MAX } else { ring.entries() / 2 };
+        let watchdog = Watchdog::default();
+        Self { ring, tail, reclaim_below, pads, counters, watchdog, fault, reports, _format: PhantomData }
     }
 
     /// Finds no room for a burst; asks for a restart after a second of it.
@@ -85,7 +107,10 @@ impl<F: Format> TxQueue<F> {
     #[inline(never)]
     fn transmit<const PADS: bool>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         // Until half of the ring is in use a burst finds room.
-        if self.ring.room() < self.ring.entries() / 2 {
+        if self.ring.room() < self.reclaim_below {
+            if self.reports.is_some() {
+                return self.transmit_frames(cache, burst);
+            }
             self.reclaim(cache);
         }
         let count = burst.len().min(self.ring.room());
@@ -109,9 +134,66 @@ impl<F: Format> TxQueue<F> {
         }
         self.counters.packets.add(count as u64);
         self.counters.bytes.add(bytes);
+        self.announce();
+        count
+    }
+
+    /// Tells the device which descriptors it may send.
+    #[inline(always)]
+    fn announce(&mut self) {
         self.counters.doorbells.add(1);
         self.tail.ring((self.ring.head() & (self.ring.entries() - 1)) as u32);
-        count
+    }
+
+    /// As [`TxQueue::transmit`], of a port for long frames.
+    #[inline(never)]
+    fn transmit_frames(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        let Some(reports) = &mut self.reports else { return 0 };
+        if self.ring.room() < self.ring.entries() / 2 {
+            let tail = self.ring.tail();
+            let mut end = tail;
+            while let Some(last) =
+                reports.positions.pop_front_if(|last| self.ring.load::<1>(*last) & F::TXD_DD != 0)
+            {
+                end = last.wrapping_add(1);
+            }
+            self.ring.reclaim(end.wrapping_sub(tail), cache);
+        }
+        let before = burst.len();
+        // The transmit FIFO must hold all of a frame.
+        self.counters.errors.add(drop_long(burst, reports.longest, MAX_SEGMENTS, cache) as u64);
+        let (mut words, mut frames, mut sum) = ([0; MAX_BURST], 0, 0);
+        let mut count = 0;
+        while count < burst.len() {
+            let segments = first_frame(&burst[count..]);
+            if segments > self.ring.room() - count {
+                break;
+            }
+            let frame = &mut burst[count..count + segments];
+            if self.pads && segments == 1 {
+                cache.pad_each::<SHORTEST>(frame);
+            }
+            let whole = bytes(frame) as u64;
+            for (i, packet) in frame.iter().enumerate() {
+                let is_last = i + 1 == segments;
+                words[count + i] = F::segment(packet.len() as u64, if i == 0 { whole } else { 0 }, is_last);
+            }
+            count += segments;
+            frames += 1;
+            sum += whole;
+        }
+        if count == 0 {
+            let left = if burst.is_empty() { 0 } else { self.full() };
+            return before - burst.len() + left;
+        }
+        words[count - 1] |= F::TXD_RS;
+        reports.positions.push_back(self.ring.head().wrapping_add(count - 1));
+        let mut words = words.into_iter();
+        self.ring.fill(count, 0, cache, burst, |_, _| words.next().unwrap_or_default());
+        self.counters.packets.add(frames);
+        self.counters.bytes.add(sum);
+        self.announce();
+        before - burst.len()
     }
 }
 

@@ -106,8 +106,8 @@ pub trait Model: Debug + Send + Sized + 'static {
     }
     /// Second word of a descriptor that `len` bytes were received into.
     fn received(len: usize, is_last: bool) -> u64;
-    /// Whether a partner takes a frame of `len` bytes whose last descriptor says `word`.
-    fn is_frame(_word: u64, _len: usize) -> bool {
+    /// Whether a partner takes a frame of `len` bytes whose first descriptor says `first` and whose last one `last`.
+    fn is_frame(_first: u64, _last: u64, _len: usize) -> bool {
         true
     }
     /// Second word of a descriptor that said `word` and is reported.

@@ -38,6 +38,7 @@ pub(crate) const STATUS_LU: u32 = 0x0000_0002;
 pub(crate) const STATUS_SPEED_1000: u32 = 0x0000_0080;
 pub(crate) const STATUS_GIO_MASTER_ENABLE: u32 = 0x0008_0000;
 pub(crate) const RCTL_EN: u32 = 0x0000_0002;
+pub(crate) const RCTL_BSIZE: u32 = 0x0003_0000;
 pub(crate) const RCTL_MPE: u32 = 0x0000_0010;
 pub(crate) const RCTL_DPF: u32 = 0x0040_0000;
 pub(crate) const RCTL_PMCF: u32 = 0x0080_0000;

@@ -28,8 +28,9 @@ pub(super) struct State<M> {
     cable: bool,
     pub(super) memory: Option<DeviceView>,
     faults: Faults,
-    /// Bytes of a frame whose last descriptor is still to come.
+    /// Bytes of a frame whose last descriptor is still to come, and what its first one says.
     partial: Vec<u8>,
+    first: Option<u64>,
     pub(super) sent: Vec<Vec<u8>>,
     /// PAUSE frames that stopped the transmitter.
     pub(super) pauses: u64,
@@ -50,6 +51,7 @@ impl<M: Model> State<M> {
             memory: None,
             faults: Faults::default(),
             partial: Vec::new(),
+            first: None,
             sent: Vec::new(),
             pauses: 0,
             resets: 0,
@@ -89,6 +91,7 @@ impl<M: Model> State<M> {
             self.set(register, value);
         }
         self.partial.clear();
+        self.first = None;
         let [a, b, c, d, e, f] = self.mac.0;
         self.set(RAL0, u32::from_le_bytes([a, b, c, d]));
         self.set(RAH0, u32::from_le_bytes([e, f, 0, 0]));
@@ -202,12 +205,14 @@ impl<M: Model> State<M> {
         let memory = self.memory.clone()?;
         let descriptor = self.descriptor(M::TDBAL)?;
         let word = memory.load::<u64>(descriptor + 8)?;
+        let first = *self.first.get_or_insert(word);
         let old = self.partial.len();
         self.partial.resize(old + (word & 0xFFFF) as usize, 0);
         memory.read(self.model.address(memory.load::<u64>(descriptor)?), &mut self.partial[old..])?;
         if word & TXD_EOP != 0 {
             let mut frame = std::mem::take(&mut self.partial);
-            let is_frame = M::is_frame(word, frame.len());
+            self.first = None;
+            let is_frame = M::is_frame(first, word, frame.len());
             if self.get(TCTL) & TCTL_PSP != 0 {
                 self.model.pad(&mut frame);
             }
