@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use super::Boot;
 use super::doctor::usable;
 use super::machine::{Nic, Role, hidden, need_mode};
-use super::traffic::{forwarder, forwards, ports, stream};
+use super::traffic::{forwarder, forwards, forwards_as, ports, stream};
 use crate::case::{Cases, Context};
 use crate::l2fwd::Start;
 use crate::pktgen::Stream;
@@ -136,6 +136,29 @@ pub(super) fn chosen_modes(cases: &mut Cases, boot: Boot) {
         let ended = forwards(context, boot.generator_mode(), &container, nic, nic)?;
         ended.opened(0, "container", "there is no /dev/iommu")
     });
+}
+
+/// Frames of 60 to 9000 bytes, which are several packets in l2fwd, each way and between NICs that cut them differently.
+pub(super) fn long_frames(cases: &mut Cases, boot: Boot, mode: &'static str) {
+    let pairs = [
+        (Nic::VirtioNet, Nic::VirtioNet),
+        (Nic::VirtioNet, Nic::E1000),
+        (Nic::VirtioNet, Nic::E1000e),
+        (Nic::E1000e, Nic::E1000e),
+        (Nic::Igb, Nic::Igb),
+    ];
+    for (rx, tx) in pairs.into_iter().filter(|pair| are_in(boot, *pair)) {
+        let name = format!("frames of up to 9000 bytes, {} to {}, {mode}", rx.name(), tx.name());
+        cases.add(name, move |context| {
+            let start = Start::new(format!(
+                "-l 1 --vfio-mode {mode} {} -- -p 3 -q 2 -T 0 --max-pkt-len 9018",
+                ports(rx, tx)
+            ));
+            // A frame takes nine of an e1000's 1024 descriptors.
+            forwards_as(context, boot.generator_mode(), &start, rx, tx, "--size 60-9000 --window 64")
+                .map(drop)
+        });
+    }
 }
 
 /// Frames to somebody else's address pass only with `-P`.

@@ -192,6 +192,7 @@ fn iommu(cases: &mut Cases) {
     forward::mixed_modes(cases, boot, "container", "compat");
     forward::mixed_modes(cases, boot, "cdev", "compat");
     forward::variants(cases, boot, "cdev");
+    forward::long_frames(cases, boot, "cdev");
     forward::small_pages(cases, boot);
     forward::address_filter(cases, boot, "cdev");
     forward::chosen_modes(cases, boot);
@@ -262,6 +263,7 @@ fn noiommu(cases: &mut Cases) {
     forward::each_nic_in_each_mode(cases, boot, &PHYSICAL);
     forward::mixed_modes(cases, boot, "noiommu", "noiommu-cdev");
     forward::variants(cases, boot, "noiommu");
+    forward::long_frames(cases, boot, "noiommu");
     forward::address_filter(cases, boot, "noiommu");
     let name = "noiommu opens no iommufd and no cdev";
     opens::opens(cases, name, "noiommu", &[Node::Container, Node::Group]);
@@ -317,6 +319,7 @@ fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     forward::each_nic_in_each_mode(cases, boot, modes);
     forward::mixed_modes(cases, boot, first, second);
     forward::variants(cases, boot, first);
+    forward::long_frames(cases, boot, first);
     forward::address_filter(cases, boot, first);
     for &mode in modes {
         interrupts::of_each_nic(cases, boot, mode);

@@ -74,6 +74,8 @@ pub(super) const BAD_ARGUMENTS: &[(i32, &str, &str)] = &[
     (64, "is not of the form", "--vfio-mode MODE FORWARDERS -- -p 3 --portmap 0-1"),
     (64, "or leave it out", "-m 1 --vfio-mode MODE FORWARDERS -- -p 3"),
     (64, "without an IOMMU", "-a 00:0d.0,vfio-mode=noiommu -a 00:0e.0,vfio-mode=cdev -- -p 3"),
+    (64, "takes 9230 at most", "--vfio-mode MODE FORWARDERS -- -p 3 -q 2 --max-pkt-len 9728"),
+    (69, "which mrg_rxbuf=1 asks for", "--vfio-mode MODE -a 00:05.0,mrg_rxbuf=0 -- -p 1 --max-pkt-len 9018"),
     (69, "no such PCI device", "-a 00:1e.0 -- -p 1"),
     (69, "no driver here knows", "-a 00:02.0 -- -p 1"),
 ];

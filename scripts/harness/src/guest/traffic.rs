@@ -60,6 +60,11 @@ pub(crate) fn stream(context: &Context, mode: &str, rx: Nic, tx: Nic, arguments:
 /// once, in order, and with the addresses that the forwarder gives them. The ports of both have the same numbers, those of
 /// the order of their addresses.
 pub(crate) fn carries(context: &Context, mode: &str, rx: Nic, tx: Nic) -> Result<()> {
+    carries_as(context, mode, rx, tx, "")
+}
+
+/// As [`carries`], with more arguments of pktgen.
+fn carries_as(context: &Context, mode: &str, rx: Nic, tx: Nic, arguments: &str) -> Result<()> {
     let (rx_mac, tx_mac) = (rx.mac(Role::FwdRx), tx.mac(Role::FwdTx));
     for (from, to, dst, src) in [(0, 1, &rx_mac, &tx_mac), (1, 0, &tx_mac, &rx_mac)] {
         let stream = stream(
@@ -69,7 +74,7 @@ pub(crate) fn carries(context: &Context, mode: &str, rx: Nic, tx: Nic) -> Result
             tx,
             &format!(
                 "--tx-port {from} --dst-mac {dst} --rx-port {to} --expect-dst 02:00:00:00:00:0{to} --expect-src {src} \
-                 --count {COUNT}"
+                 --count {COUNT} {arguments}"
             ),
         )?;
         stream.came_back(COUNT, COUNT)?;
@@ -80,8 +85,20 @@ pub(crate) fn carries(context: &Context, mode: &str, rx: Nic, tx: Nic) -> Result
 
 /// What `start` stands for carries frames both ways, and counts them.
 pub(crate) fn forwards(context: &Context, mode: &str, start: &Start, rx: Nic, tx: Nic) -> Result<Ended> {
+    forwards_as(context, mode, start, rx, tx, "")
+}
+
+/// As [`forwards`], with more arguments of pktgen.
+pub(crate) fn forwards_as(
+    context: &Context,
+    mode: &str,
+    start: &Start,
+    rx: Nic,
+    tx: Nic,
+    arguments: &str,
+) -> Result<Ended> {
     let l2fwd = start.forwarding(context)?;
-    carries(context, mode, rx, tx)?;
+    carries_as(context, mode, rx, tx, arguments)?;
     let ended = l2fwd.stop()?;
     ended.counted(0, COUNT, COUNT)?;
     ended.counted(1, COUNT, COUNT)?;
