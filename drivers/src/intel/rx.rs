@@ -25,6 +25,8 @@ pub struct RxQueue<F> {
     tail: Doorbell<u32>,
     /// Descriptors without a buffer that are worth a refill and a write of RDT.
     refill_threshold: usize,
+    /// Position of the tail with room for so many.
+    refill_at: usize,
     /// Inside a frame of several descriptors, which is dropped up to its end.
     skipping: bool,
     /// Most bytes of a frame of several descriptors; 0 where each is dropped.
@@ -61,8 +63,16 @@ impl<F: Format> RxQueue<F> {
     ) -> Self {
         // At most three quarters of the ring wait for a refill, whatever its size.
         let refill_threshold = MAX_BURST.min(ring.entries() / 4 * 3);
-        let longest = long.unwrap_or(0);
-        Self { ring, tail, refill_threshold, skipping: false, longest, counters, _format: PhantomData }
+        Self {
+            refill_at: ring.tail_with_room(refill_threshold),
+            ring,
+            tail,
+            refill_threshold,
+            skipping: false,
+            longest: long.unwrap_or(0),
+            counters,
+            _format: PhantomData,
+        }
     }
 
     /// Tells the device which descriptors have a buffer.
@@ -74,6 +84,7 @@ impl<F: Format> RxQueue<F> {
     #[inline(never)]
     fn refill(&mut self, cache: &mut PoolCache) {
         if self.ring.refill(MAX_BURST, 0, 0, cache) > 0 {
+            self.refill_at = self.ring.tail_with_room(self.refill_threshold);
             self.announce();
         } else {
             self.counters.no_buffer.add(1);
@@ -212,7 +223,7 @@ impl<F: Format> RxBurst for RxQueue<F> {
         if !(is_lone && self.receive_one(word, burst)) {
             self.receive_many(cache, burst);
         }
-        if self.ring.room() >= self.refill_threshold {
+        if self.ring.has_reached(self.refill_at) {
             self.refill(cache);
         }
     }

@@ -24,7 +24,9 @@ pub struct RxQueue {
     mergeable: bool,
     pub(super) in_order: bool,
     /// Descriptors are offered again when the device lacks so many.
-    offer_at: usize,
+    refill_threshold: usize,
+    /// Position of the tail with room for so many.
+    refill_at: usize,
     /// Position behind the lie that ended the use of the queue.
     behind_lie: Option<u16>,
     /// Most buffers of a frame, and its most bytes: 1, unless the port was started for long frames.
@@ -41,10 +43,12 @@ impl RxQueue {
         longest: usize,
     ) -> Self {
         queue.counters = counters;
+        let refill_threshold = (queue.ring.entries() / 4).clamp(1, MAX_BURST);
         Self {
             mergeable: features.contains(Features::MRG_RXBUF),
             in_order: features.contains(Features::IN_ORDER),
-            offer_at: (queue.ring.entries() / 4).clamp(1, MAX_BURST),
+            refill_threshold,
+            refill_at: queue.ring.tail_with_room(refill_threshold),
             behind_lie: None,
             segments: if longest > STANDARD_FRAME { MAX_SEGMENTS } else { 1 },
             longest,
@@ -97,6 +101,7 @@ impl RxQueue {
         let shape = shape((HEADER + DATA_ROOM) as u32, DESC_WRITE, 0);
         let filled = queue.ring.refill(MAX_BURST, HEADER, shape, cache);
         if filled > 0 {
+            self.refill_at = queue.ring.tail_with_room(self.refill_threshold);
             queue.publish(queue.ring.head() as u16);
         }
         filled
@@ -141,6 +146,8 @@ impl RxQueue {
             self.behind_lie = Some(self.queue.last_used);
         }
         self.queue.settle(completed);
+        // A lie has closed the ring.
+        self.refill_at = self.queue.ring.tail_with_room(self.refill_threshold);
     }
 
     fn try_receive_any(
@@ -183,7 +190,7 @@ impl RxBurst for RxQueue {
                 self.receive::<false>(used_idx, cache, burst);
             }
         }
-        if self.queue.ring.room() >= self.offer_at && self.refill(cache) == 0 {
+        if self.queue.ring.has_reached(self.refill_at) && self.refill(cache) == 0 {
             self.queue.counters.no_buffer.add(1);
         }
     }

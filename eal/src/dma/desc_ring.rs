@@ -99,6 +99,18 @@ impl DescRing {
         self.capacity.wrapping_sub(self.head.wrapping_sub(self.tail))
     }
 
+    /// Position from which on the tail leaves room for `room` descriptors, until the head moves or the ring is closed.
+    pub fn tail_with_room(&self, room: usize) -> usize {
+        self.head.wrapping_sub(self.capacity).wrapping_add(room)
+    }
+
+    /// Whether the tail has reached `position`, which is less than half of all positions away. With
+    /// [`DescRing::tail_with_room`], a poll sees whether there is room without a look at head and capacity.
+    #[inline(always)]
+    pub fn has_reached(&self, position: usize) -> bool {
+        self.tail.wrapping_sub(position) as isize >= 0
+    }
+
     /// Descriptors that own a buffer.
     #[inline(always)]
     pub fn owned(&self) -> usize {

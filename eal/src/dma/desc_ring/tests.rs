@@ -149,6 +149,32 @@ fn a_closed_ring_has_no_room() {
 }
 
 #[test]
+fn the_tail_shows_the_room_where_positions_wrap() {
+    let pool = pool(8);
+    let (mut cache, mut ring, mut burst) = (pool.cache(), ring(8), Burst::new());
+    for capacity in [8, 7] {
+        ring.restart(capacity, [0; 2]);
+        let start = usize::MAX - 20;
+        (ring.head, ring.tail) = (start, start);
+        for _ in 0..40 {
+            ring.refill(3, 0, 60, &mut cache);
+            let positions: Vec<usize> = (0..=8).map(|room| ring.tail_with_room(room)).collect();
+            for _ in 0..4 {
+                for (room, position) in positions.iter().enumerate() {
+                    assert_eq!(ring.has_reached(*position), ring.room() >= room, "{room} at {}", ring.tail);
+                }
+                ring.take_one(&mut burst, 60);
+            }
+            burst.drain(..).for_each(|packet| cache.free(packet));
+        }
+        assert!(ring.tail < start, "it did not wrap");
+        ring.close();
+        assert!(!ring.has_reached(ring.tail_with_room(1)));
+        ring.reclaim_all(&mut cache);
+    }
+}
+
+#[test]
 fn completions_are_found_by_the_index_of_their_descriptors() {
     let pool = pool(8);
     let (mut cache, mut descriptors, mut burst) = (pool.cache(), ring(4), Burst::new());
