@@ -25,7 +25,6 @@ macro_rules! drivers {
 
         /// TX queue of any driver.
         #[derive(Debug)]
-        #[expect(clippy::large_enum_variant, reason = "there are few, and a box would cost each burst a load")]
         pub enum TxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant(crate::$driver::TxQueue)),* }
 
         /// Port of any driver.
