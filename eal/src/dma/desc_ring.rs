@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 
 use super::in_fours;
 use super::packet::{Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet};
-use super::pool::{Buffers, MAX_FREE, PoolCache};
+use super::pool::{Buffers, MAX_FREE, PoolCache, send_home};
 use super::ring::{DmaRing, RingEntry, RingView, Word};
 
 #[cfg(test)]
@@ -384,8 +384,8 @@ impl DescRing {
         self.head = self.head.wrapping_add(count);
     }
 
-    /// Gives the buffers of `count` descriptors from the tail on, in order, to `cache`. A cache of another pool refuses
-    /// them, with an error, and they are lost to their own.
+    /// Gives the buffers of `count` descriptors from the tail on, in order, to `cache`, or to their own pool if `cache` is
+    /// of another one.
     ///
     /// # Panics
     /// When fewer own one.
@@ -404,17 +404,10 @@ impl DescRing {
                 if cache.fresh_bits() == self.fresh_bits {
                     cache.free_slots(slots);
                 } else {
-                    self.refused(slots, cache);
+                    send_home(Packet::tag_in(self.fresh_bits), slots);
                 }
             }
         }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn refused(&self, slots: &[u32], cache: &mut PoolCache) {
-        let fresh_bits = self.fresh_bits;
-        slots.iter().for_each(|slot| cache.free(Packet::in_slot(*slot, 0, fresh_bits)));
     }
 
     /// Gives every buffer to `cache`; for a ring whose device was reset.

@@ -41,9 +41,9 @@ const MORE: u8 = 1 << 0;
 
 /// A packet: one buffer of a [`Pool`](super::Pool), and the part of it that is in use. 8 bytes, moved by value.
 ///
-/// Each buffer has exactly one handle, which is moved into a descriptor ring, or back to the pool that it came from
-/// ([`PoolCache::free`](super::PoolCache::free)). A dropped handle loses its buffer. A cache of another pool gives no
-/// access to the buffer: it panics, or in `free` refuses it.
+/// Each buffer has exactly one handle, which is moved into a descriptor ring, or back to its pool by the cache of any
+/// pool ([`PoolCache::free`](super::PoolCache::free)). A dropped handle loses its buffer. A cache of another pool gives no
+/// access to the buffer: it panics.
 ///
 /// The data begins at least 16 bytes behind the start of the buffer and at least 64 in front of its end, and ends within the
 /// buffer.

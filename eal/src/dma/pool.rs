@@ -25,6 +25,7 @@ pub use cache::PoolCache;
 use free::{Chunk, FreeList};
 pub(super) use place::Buffers;
 use tag::Tag;
+pub(super) use tag::send_home;
 
 /// Buffers that move between the pool and a cache at a time.
 const CHUNK: usize = 32;
@@ -102,7 +103,7 @@ impl Pool {
         }
         let tag = Tag::take()?;
         let offset =
-            memory.allocate_buffers(count as usize, BUFFER_SIZE, access).inspect_err(|_| tag.release())?;
+            memory.allocate_buffers(count as usize, BUFFER_SIZE, access).inspect_err(|_| tag.retire(0))?;
         let free = by_node(memory.nodes(), offset, count).into_iter().map(|(node, own)| {
             let list = FreeList::new(own.len());
             for first in own.clone().step_by(CHUNK) {
@@ -113,7 +114,7 @@ impl Pool {
         });
         let free = free.collect();
         let bases = place::bases(memory.translation(), offset, count);
-        Ok(Arc::new(Self {
+        let pool = Arc::new(Self {
             memory: Arc::clone(memory),
             tag,
             offset,
@@ -121,7 +122,9 @@ impl Pool {
             bases,
             free,
             warn_from: AtomicU64::new(0),
-        }))
+        });
+        pool.tag.assign(&pool);
+        Ok(pool)
     }
 
     /// Bytes of memory that a pool of `count` buffers takes.
@@ -160,15 +163,6 @@ impl Pool {
         }
     }
 
-    /// Says that a buffer of another pool came to this one, which is lost to its own.
-    #[cold]
-    #[inline(never)]
-    fn refuse(&self, _: Packet) {
-        if self.is_to_warn(Tsc::now()) {
-            tracing::error!("packet buffers of another pool came back to this one: a driver mixes pools up");
-        }
-    }
-
     /// Whether it is to be said at `now`, in TSC ticks, what is wrong with the pool: once in a second.
     fn is_to_warn(&self, now: u64) -> bool {
         let from = self.warn_from.load(Ordering::Relaxed);
@@ -191,9 +185,6 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        // A handle that is still somewhere would be one of the next pool with this tag.
-        if self.available() == self.count {
-            self.tag.release();
-        }
+        self.tag.retire(self.count - self.available());
     }
 }

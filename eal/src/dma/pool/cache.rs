@@ -6,6 +6,7 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 
 use super::place::{Buffers, Place};
+use super::tag::send_home;
 use super::{CHUNK, Pool};
 use crate::clock::Tsc;
 use crate::dma::in_fours;
@@ -95,12 +96,12 @@ impl PoolCache {
         }
     }
 
-    /// Takes back a packet that came from this pool, by whichever cache. One of another pool is refused: it is lost to
-    /// its own, and an error says so, at most once in a second.
+    /// Takes back a packet of this pool, whichever cache allocated it. A packet of another pool goes home: to the free
+    /// buffers of its own pool, which takes a lock.
     #[inline(always)]
     pub fn free(&mut self, packet: Packet) {
         if packet.tag() != self.tag() {
-            return self.pool.refuse(packet);
+            return send_home(packet.tag(), &[packet.slot()]);
         }
         if self.len == CACHE {
             self.spill();

@@ -107,15 +107,41 @@ fn two_caches(count: u32) -> [PoolCache; 2] {
 }
 
 #[test]
-fn a_buffer_of_another_pool_is_never_given_out() {
+fn a_buffer_that_another_pool_frees_goes_home() {
     let [mut own, mut other] = two_caches(40);
     for _ in 0..3 {
         own.free(other.allocate().unwrap());
     }
+    // Also from a thread whose cache is not theirs.
+    let sent: Vec<Packet> = (0..20).map(|_| other.allocate().unwrap()).collect();
+    let foreign = own.pool().cache();
+    let freed = std::thread::spawn(move || {
+        let mut foreign = foreign;
+        sent.into_iter().for_each(|packet| foreign.free(packet));
+        foreign.len()
+    });
+    assert_eq!(freed.join().unwrap(), 0);
     let held: Vec<Packet> = std::iter::from_fn(|| own.allocate()).collect();
     let places: HashSet<u64> = held.iter().map(|packet| own.iova(packet)).collect();
-    assert_eq!((held.len(), places.len()), (40, 40));
+    assert_eq!((held.len(), places.len()), (40, 40), "none of the other pool is given out");
     held.into_iter().for_each(|packet| own.free(packet));
+    let pools = [own, other].map(|cache| Arc::clone(cache.pool()));
+    assert_eq!(pools.map(|pool| pool.available()), [40, 40]);
+}
+
+#[test]
+fn handles_that_outlive_their_pool_keep_its_tag_until_they_are_freed() {
+    let mut own = pool(1).cache();
+    // More often than there are tags.
+    for _ in 0..100 {
+        let mut cache = pool(40).cache();
+        let strays: Vec<Packet> = std::iter::from_fn(|| cache.allocate()).collect();
+        let tag = cache.tag();
+        drop(cache);
+        assert_ne!(pool(1).tag.get(), tag);
+        strays.into_iter().for_each(|packet| own.free(packet));
+    }
+    assert!(own.is_empty());
 }
 
 #[test]
