@@ -125,6 +125,10 @@ impl<N: ForeignNic> Nic for Erased<N> {
         self.0.retry_stop(cache)
     }
 
+    fn update_memory(&mut self, memory: &DmaMemory) -> Result<()> {
+        self.0.update_memory(memory)
+    }
+
     fn mac(&self) -> MacAddr {
         self.0.mac()
     }

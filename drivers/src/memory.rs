@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use vireo_eal::dma::{DmaMemory, Part, Pool};
+use vireo_eal::dma::{DmaMemory, MemoryMap, Part, Pool};
 use vireo_eal::lcore::Lcores;
 use vireo_eal::mem::{self, Region};
 use vireo_eal::vfio::AddressSpace;
@@ -35,32 +35,48 @@ struct Nodes<'a> {
     page: usize,
 }
 
-/// Which ports have their rings in a part of their own; all others have them among the buffers.
-#[derive(Clone, Debug, Default)]
-struct Place {
-    /// Those of this address space, where there are several.
-    space: Option<Arc<AddressSpace>>,
-    /// Those of this node, where there are several.
-    node: Option<u32>,
-}
-
-impl Place {
-    fn is(&self, other: &Self) -> bool {
-        let address = |place: &Self| place.space.as_ref().map(Arc::as_ptr);
-        address(self) == address(other) && self.node == other.node
-    }
-}
-
 /// Where everything goes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Layout {
     /// The address spaces of all ports.
     spaces: Vec<Arc<AddressSpace>>,
-    /// The first part, which every port reaches.
-    buffers: Part,
-    rings: Vec<(Place, Part)>,
+    /// A region for each NUMA node, or one without a node.
+    regions: BTreeMap<Option<u32>, Contents>,
     /// Node of what belongs to a port, by the port's own node.
-    near: BTreeMap<Option<u32>, u32>,
+    near: BTreeMap<Option<u32>, Option<u32>>,
+}
+
+/// What is in one region.
+#[derive(Debug, Default)]
+struct Contents {
+    /// Packet buffers, and the rings of ports that share their address space with all others.
+    buffers: Part,
+    /// Rings that only their port reaches, by its address space.
+    rings: Vec<(Arc<AddressSpace>, Part)>,
+    /// Ports whose packet buffers are here.
+    ports: u32,
+    /// Bytes that are reserved, though nothing needs them.
+    spare: usize,
+}
+
+impl Contents {
+    fn parts(&self) -> Vec<Part> {
+        std::iter::once(&self.buffers).chain(self.rings.iter().map(|(_, part)| part)).cloned().collect()
+    }
+
+    fn bytes(&self) -> usize {
+        self.parts().iter().map(Part::bytes).sum()
+    }
+
+    /// The part for rings of a port whose address space is `own`; that of the buffers if it shares the space.
+    fn rings_of(&mut self, own: Option<&Arc<AddressSpace>>) -> &mut Part {
+        let Some(own) = own else { return &mut self.buffers };
+        let at = self.rings.iter().position(|(space, _)| Arc::ptr_eq(space, own)).unwrap_or_else(|| {
+            self.rings.push((Arc::clone(own), Part { spaces: vec![Arc::clone(own)], ..Part::default() }));
+            self.rings.len() - 1
+        });
+        &mut self.rings[at].1
+    }
 }
 
 impl<'a> Nodes<'a> {
@@ -104,7 +120,7 @@ fn list(numbers: &[u64]) -> String {
 impl MemoryNeed {
     /// Bytes for these and for the rings of `ports`, on a machine without NUMA nodes.
     pub fn bytes(&self, ports: &[&OpenPort]) -> usize {
-        self.layout(ports, |_| None).parts().iter().map(Part::bytes).sum()
+        self.layout(ports, |_| None).regions.values().map(Contents::bytes).sum()
     }
 
     /// What a port's rings take: bytes that its device writes, and bytes that it only reads.
@@ -116,100 +132,78 @@ impl MemoryNeed {
         (port.capabilities().ring_bytes)(&self.config).map(with_rest)
     }
 
-    /// Where everything goes: rings in a part for the address space of their port, where there are several, and for its node,
-    /// which `near` gives.
+    /// Where everything goes: rings and packet buffers in the region of the node that `near` gives for their port. The more
+    /// ports a node has, the more buffers. Those that devices only send from are in the first region that has others.
     fn layout(&self, ports: &[&OpenPort], near: impl Fn(&OpenPort) -> Option<u32>) -> Layout {
-        let bytes = |buffers| if buffers > 0 { Pool::bytes(buffers) } else { 0 };
-        let spaces = spaces(ports);
-        let buffers = Part {
-            read_write: bytes(self.buffers),
-            read_only: bytes(self.send_only),
-            spaces: spaces.clone(),
-            nodes: Vec::new(),
-        };
-        let mut layout = Layout { spaces, buffers, rings: Vec::new(), near: BTreeMap::new() };
+        let mut layout = Layout { spaces: spaces(ports), ..Layout::default() };
+        // A port without a node has its rings where others are.
+        let elsewhere = ports.iter().find_map(|open| near(open));
         for open in ports {
-            let node = near(open);
-            layout.near.extend(node.map(|node| (open.node, node)));
-            let space = open.space.clone().filter(|_| layout.spaces.len() > 1);
-            let [read_write, read_only] = self.rings(&open.port);
-            let part = layout.part(Place { space, node });
+            let node = near(open).or(elsewhere);
+            layout.near.insert(open.node, node);
+            let own = open.space.as_ref().filter(|_| layout.spaces.len() > 1);
+            let contents = layout.regions.entry(node).or_default();
+            contents.ports += 1;
+            let ([read_write, read_only], part) = (self.rings(&open.port), contents.rings_of(own));
             part.read_write += read_write;
             part.read_only += read_only;
+        }
+        if layout.regions.is_empty() {
+            layout.regions.insert(None, Contents { ports: 1, ..Contents::default() });
+        }
+        let ports: Vec<u32> = layout.regions.values().map(|contents| contents.ports).collect();
+        let shares = shares(self.buffers, &ports);
+        let send_only = std::iter::once(self.send_only).chain(std::iter::repeat(0));
+        let bytes = |buffers| if buffers > 0 { Pool::bytes(buffers) } else { 0 };
+        for ((contents, buffers), send_only) in layout.regions.values_mut().zip(shares).zip(send_only) {
+            contents.buffers.spaces = layout.spaces.clone();
+            contents.buffers.read_write += bytes(buffers);
+            contents.buffers.read_only += bytes(send_only);
         }
         layout
     }
 
-    /// Where everything goes, on a machine of several nodes: of the buffers, which stay one range, each node has the more
-    /// the more ports it has; rings are on the node of their port. Nothing shares a page with what is on another node.
+    /// As [`MemoryNeed::layout`], on a machine of several nodes.
     ///
     /// # Errors
     /// `Usage` when `--numa-mem` gives a node less than its ports need.
     fn layout_on(&self, nodes: &Nodes<'_>, ports: &[&OpenPort]) -> Result<Layout> {
         let pages = |bytes: usize| bytes.next_multiple_of(nodes.page);
         let mut layout = self.layout(ports, |open| nodes.near(open.node));
-        let mut ports_on: BTreeMap<u32, usize> = BTreeMap::new();
-        for node in ports.iter().filter_map(|open| nodes.near(open.node)) {
-            *ports_on.entry(node).or_default() += 1;
-        }
-        let shared = &mut layout.buffers;
-        let count: usize = ports_on.values().sum();
-        let each = Pool::bytes(self.buffers).div_ceil(count.max(1));
-        shared.nodes = ports_on.iter().map(|(node, ports)| (*node, pages(each * ports))).collect();
-        // What is beside the buffers is not the first node's, but all of a part is by whole pages.
-        let buffers: usize = shared.nodes.iter().map(|(_, bytes)| bytes).sum();
-        shared.read_write = buffers.max(shared.read_write);
-        to_pages(shared, nodes.page);
-        for (place, part) in &mut layout.rings {
-            to_pages(part, nodes.page);
-            part.nodes = place.node.map(|node| (node, part.bytes())).into_iter().collect();
-        }
         for (node, megabytes) in (0..).zip(nodes.given) {
             let given = pages((*megabytes as usize) << 20);
-            let used = layout.on_node(node);
+            let used = layout.regions.get(&Some(node)).map_or(0, |contents| pages(contents.bytes()));
             if used > given {
                 return Err(too_little(nodes.given, node as usize, used.div_ceil(1 << 20)));
             }
-            if used < given {
-                // Reserved as asked, though nobody needs it.
-                let part = layout.part(Place { space: None, node: Some(node) });
-                part.read_write += given - used;
-                part.nodes = vec![(node, part.bytes())];
+            if given > 0 {
+                let contents = layout.regions.entry(Some(node)).or_default();
+                contents.buffers.spaces = layout.spaces.clone();
+                contents.spare = given - contents.bytes();
             }
         }
         Ok(layout)
     }
 }
 
-/// Makes a part's length a multiple of `page`.
-fn to_pages(part: &mut Part, page: usize) {
-    let all = part.bytes().next_multiple_of(page);
-    part.read_only = part.read_only.next_multiple_of(mem::page_size());
-    part.read_write = all - part.read_only;
+/// Shares `count` buffers out to nodes by the number of the ports of each.
+fn shares(count: u32, ports: &[u32]) -> Vec<u32> {
+    let all: u64 = ports.iter().copied().map(u64::from).sum();
+    // What rounding takes from one share goes to a later one, so that all together are `count`.
+    let end = |ports: u64| (u64::from(count) * ports).checked_div(all).unwrap_or(0) as u32;
+    let mut before = 0;
+    let share = |own: &u32| {
+        let start = end(before);
+        before += u64::from(*own);
+        end(before) - start
+    };
+    ports.iter().map(share).collect()
 }
 
 impl Layout {
-    /// The part of `place`; made if there is none.
-    fn part(&mut self, place: Place) -> &mut Part {
-        if place.is(&Place::default()) {
-            return &mut self.buffers;
-        }
-        let at = self.rings.iter().position(|(known, _)| known.is(&place)).unwrap_or_else(|| {
-            let spaces = place.space.clone().map_or_else(|| self.spaces.clone(), |own| vec![own]);
-            self.rings.push((place, Part { spaces, ..Part::default() }));
-            self.rings.len() - 1
-        });
-        &mut self.rings[at].1
-    }
-
-    fn parts(&self) -> Vec<Part> {
-        std::iter::once(&self.buffers).chain(self.rings.iter().map(|(_, part)| part)).cloned().collect()
-    }
-
-    /// Bytes of node `node`.
-    fn on_node(&self, node: u32) -> usize {
-        let parts = self.parts();
-        parts.iter().flat_map(|part| &part.nodes).filter(|(on, _)| *on == node).map(|(_, bytes)| bytes).sum()
+    /// Bytes of each region, by its node.
+    fn sizes(&self) -> Vec<(Option<u32>, usize)> {
+        self.regions.iter().map(|(node, contents)| (*node, contents.bytes() + contents.spare)).collect()
     }
 }
 
@@ -238,55 +232,115 @@ fn spaces(ports: &[&OpenPort]) -> Vec<Arc<AddressSpace>> {
 /// Memory of a program's ports.
 #[derive(Debug)]
 pub struct PortMemory {
-    /// For packet buffers: every port reaches it.
-    pub buffers: Arc<DmaMemory>,
-    /// For rings, if they are not among the buffers.
-    rings: Vec<(Place, Arc<DmaMemory>)>,
-    /// Address spaces that it is mapped in.
-    pub spaces: usize,
-    /// Bytes of each NUMA node, where the machine has several.
-    pub nodes: BTreeMap<u32, usize>,
+    map: Arc<MemoryMap>,
+    /// By NUMA node; one without a node where that makes no difference.
+    regions: BTreeMap<Option<u32>, Own>,
     /// As in [`Layout`].
-    near: BTreeMap<Option<u32>, u32>,
+    near: BTreeMap<Option<u32>, Option<u32>>,
+}
+
+/// Memory on one region.
+#[derive(Debug)]
+struct Own {
+    /// For packet buffers: every port reaches it.
+    buffers: Arc<DmaMemory>,
+    /// For rings that are not there, by the address space of their port.
+    rings: Vec<(Arc<AddressSpace>, Arc<DmaMemory>)>,
+    /// As in [`Contents`].
+    ports: u32,
 }
 
 impl PortMemory {
     /// What to start `port` with: no port in another address space reaches the rings in it.
-    pub fn of(&self, port: &OpenPort) -> &Arc<DmaMemory> {
-        let space = port.space.clone().filter(|_| self.spaces > 1);
-        let place = Place { space, node: self.node_of(port) };
-        let own = self.rings.iter().find(|(known, _)| known.is(&place));
-        own.map_or(&self.buffers, |(_, memory)| memory)
+    ///
+    /// # Errors
+    /// `Usage` when the memory is not for this port.
+    pub fn of(&self, port: &OpenPort) -> Result<&Arc<DmaMemory>> {
+        let own = self.regions.get(&self.node_of(port)).or_else(|| self.regions.values().next());
+        let own = own.ok_or_else(|| {
+            let what = format!("cannot start port {}", port.name);
+            Error::new(ErrorKind::Usage, what, "its memory was reserved for other ports")
+        })?;
+        let is_its = |space: &&(Arc<AddressSpace>, _)| {
+            port.space.as_ref().is_some_and(|its| Arc::ptr_eq(its, &space.0))
+        };
+        Ok(own.rings.iter().find(is_its).map_or(&own.buffers, |(_, rings)| rings))
     }
 
     /// NUMA node of the memory that is for `port`; none where that makes no difference or nobody asked.
     pub fn node_of(&self, port: &OpenPort) -> Option<u32> {
-        self.near.get(&port.node).copied()
+        self.near.get(&port.node).copied().flatten()
     }
 
-    fn map(region: Region, layout: Layout) -> Result<Self> {
-        let parts = layout.parts();
-        let mut nodes: BTreeMap<u32, usize> = BTreeMap::new();
-        for (node, bytes) in parts.iter().flat_map(|part| &part.nodes) {
-            *nodes.entry(*node).or_default() += bytes;
-        }
-        let mut memory = DmaMemory::map_parts(region, &parts)?.into_iter();
-        let buffers = memory.next().ok_or_else(|| {
-            Error::new(
-                ErrorKind::Protocol,
-                "cannot map memory for the ports",
-                "there is no part for packet buffers",
-            )
-        })?;
-        let rings = layout.rings.into_iter().map(|(place, _)| place).zip(memory).collect();
-        Ok(Self { buffers, rings, spaces: layout.spaces.len(), nodes, near: layout.near })
+    /// Address spaces that it is mapped in.
+    pub fn spaces(&self) -> usize {
+        self.map.spaces().len()
     }
+
+    /// Bytes of each NUMA node, where the machine has several.
+    pub fn nodes(&self) -> BTreeMap<u32, usize> {
+        let bytes = |(node, own): (&Option<u32>, &Own)| Some(((*node)?, own.buffers.region().len()));
+        self.regions.iter().filter_map(bytes).collect()
+    }
+
+    /// A pool of `count` packet buffers, of which each node has a share by the number of its ports.
+    ///
+    /// # Errors
+    /// As for [`Pool::on_nodes`].
+    pub fn pool(&self, count: u32) -> Result<Arc<Pool>> {
+        let used: Vec<&Own> = self.regions.values().filter(|own| own.ports > 0).collect();
+        let shares = shares(count, &used.iter().map(|own| own.ports).collect::<Vec<_>>());
+        let shares: Vec<_> = used.iter().map(|own| Arc::clone(&own.buffers)).zip(shares).collect();
+        Pool::on_nodes(&shares)
+    }
+
+    /// A pool of `count` packet buffers that devices only send from.
+    ///
+    /// # Errors
+    /// As for [`Pool::send_only`].
+    pub fn send_only(&self, count: u32) -> Result<Arc<Pool>> {
+        let first = self.regions.values().find(|own| own.ports > 0);
+        let none =
+            || Error::new(ErrorKind::Usage, "cannot make a pool of packet buffers", "there are no ports");
+        Pool::send_only(&first.ok_or_else(none)?.buffers, count)
+    }
+
+    /// Maps `region` for every port, also while ports run; it stays as long as the memory of the ports. What shares memory by messages does not know of it before
+    /// [`Nic::update_memory`].
+    ///
+    /// # Errors
+    /// As for [`MemoryMap::add`].
+    pub fn add(&self, region: Region) -> Result<Arc<DmaMemory>> {
+        let part = Part { read_write: region.len(), spaces: self.map.spaces().to_vec(), ..Part::default() };
+        self.map.add(region, &[part])?.pop().ok_or_else(no_part)
+    }
+
+    /// Maps `regions` for the layout that gave their sizes.
+    fn map(regions: Vec<Region>, layout: Layout) -> Result<Self> {
+        let map = MemoryMap::new(&layout.spaces)?;
+        let parts = layout.regions.values().map(Contents::parts);
+        let memory = map.add_all(regions.into_iter().zip(parts).collect())?;
+        let own = |((node, contents), memory): ((Option<u32>, Contents), Vec<Arc<DmaMemory>>)| {
+            let mut memory = memory.into_iter();
+            let buffers = memory.next().ok_or_else(no_part)?;
+            let rings = contents.rings.into_iter().map(|(space, _)| space).zip(memory).collect();
+            Ok((node, Own { buffers, rings, ports: contents.ports }))
+        };
+        let regions = layout.regions.into_iter().zip(memory).map(own).collect::<Result<_>>()?;
+        Ok(Self { map, regions, near: layout.near })
+    }
+}
+
+fn no_part() -> Error {
+    Error::new(ErrorKind::Protocol, "cannot map memory for the ports", "there is no part for packet buffers")
 }
 
 impl From<Arc<DmaMemory>> for PortMemory {
     /// One memory for all, as of ports without an address space.
     fn from(buffers: Arc<DmaMemory>) -> Self {
-        Self { buffers, rings: Vec::new(), spaces: 0, nodes: BTreeMap::new(), near: BTreeMap::new() }
+        let map = Arc::clone(buffers.memory_map());
+        let own = Own { buffers, rings: Vec::new(), ports: 1 };
+        Self { map, regions: [(None, own)].into(), near: BTreeMap::new() }
     }
 }
 
@@ -320,30 +374,32 @@ pub fn warn_of_distance<'a>(
     );
 }
 
-/// Reserves memory for `ports` as the arguments ask for it, on the NUMA node of each of them, and maps it: packet buffers in
-/// each address space, rings in that of their port.
+/// Reserves memory for `ports` as the arguments ask for it, a region on the NUMA node of each of them, and maps it: packet
+/// buffers in each address space, rings in that of their port.
 ///
 /// # Errors
-/// As for [`Eal::reserve`] and [`DmaMemory::map_parts`]; `Usage` when `--numa-mem` gives a node less than its ports need.
+/// As for [`Eal::reserve`] and [`MemoryMap::add`]; `Usage` when `--numa-mem` gives a node less than its ports need.
 pub fn reserve(eal: &Eal, need: &MemoryNeed, ports: &[&OpenPort]) -> Result<PortMemory> {
     let layout = match Nodes::of_machine(&eal.args.memory.socket_mem, eal.backing().page_size()?)? {
         Some(nodes) => need.layout_on(&nodes, ports)?,
         None => need.layout(ports, |_| None),
     };
-    PortMemory::map(eal.reserve(&layout.parts())?, layout)
+    PortMemory::map(eal.reserve(&layout.sizes())?, layout)
 }
 
 /// Maps `region` for all of `ports`, as [`reserve`] does on a machine without NUMA nodes.
 ///
 /// # Errors
-/// As for [`DmaMemory::map_parts`].
+/// As for [`MemoryMap::add`].
 pub fn map(region: Region, need: &MemoryNeed, ports: &[&OpenPort]) -> Result<PortMemory> {
-    PortMemory::map(region, need.layout(ports, |_| None))
+    PortMemory::map(vec![region], need.layout(ports, |_| None))
 }
 
 #[cfg(test)]
 mod tests {
     use vireo_eal::bdf::Bdf;
+    use vireo_eal::dma::{MAX_BUFFERS, Segment};
+    use vireo_eal::mem::{Backing, Placement};
 
     use super::*;
     use crate::e1000;
@@ -370,48 +426,113 @@ mod tests {
         let ports = ports(nodes);
         let machine = Nodes { numbers: vec![0, 1], given, page: PAGE };
         let layout = NEED.layout_on(&machine, &ports.iter().collect::<Vec<_>>())?;
-        for part in layout.parts() {
-            assert!(part.bytes().is_multiple_of(PAGE), "{part:?}");
-            assert!(part.nodes.iter().all(|(_, bytes)| bytes.is_multiple_of(PAGE)), "{part:?}");
-            assert!(part.nodes.iter().map(|(_, bytes)| bytes).sum::<usize>() <= part.bytes(), "{part:?}");
-        }
+        let bytes = |contents: &Contents| contents.buffers.read_write / Pool::bytes(1);
+        assert!(layout.regions.values().all(|contents| (contents.ports > 0) == (bytes(contents) > 2)));
         Ok(layout)
     }
 
-    fn by_node(layout: &Layout) -> [usize; 2] {
-        [0, 1].map(|node| layout.on_node(node) / PAGE)
+    /// Pages on no node, on node 0 and on node 1.
+    fn pages(layout: &Layout) -> [usize; 3] {
+        let sizes: BTreeMap<Option<u32>, usize> = layout.sizes().into_iter().collect();
+        [None, Some(0), Some(1)].map(|node| sizes.get(&node).copied().unwrap_or(0).div_ceil(PAGE))
     }
 
     #[test]
     fn memory_is_on_the_nodes_of_the_ports() {
-        // 16 MiB of buffers and one more for their alignment; the ports' rings have a page for each node.
+        // 16 MiB of buffers, and a page for the ports' rings and for the buffers that are only sent.
         let one = layout(&[Some(1), Some(1)], &[]).unwrap();
-        assert_eq!((by_node(&one), &one.buffers.nodes[..]), ([0, 10], &[(1, 9 * PAGE)][..]));
+        assert_eq!((pages(&one), one.near), ([0, 0, 9], [(Some(1), Some(1))].into()));
         let both = layout(&[Some(0), Some(1)], &[]).unwrap();
-        assert_eq!((by_node(&both), both.near), ([6, 6], [(Some(0), 0), (Some(1), 1)].into()));
-        let uneven = layout(&[Some(1), Some(0), Some(1), None], &[]).unwrap();
-        assert_eq!(uneven.buffers.nodes, [(0, 3 * PAGE), (1, 6 * PAGE)]);
-        // The rings of a port without a node are among the buffers.
-        assert_eq!((uneven.rings.len(), uneven.buffers.bytes() > Pool::bytes(8192)), (2, true));
+        assert_eq!(
+            (pages(&both), both.near),
+            ([0, 5, 5], [0, 1].map(|node| (Some(node), Some(node))).into())
+        );
+        let uneven = layout(&[Some(1), Some(0), Some(1)], &[]).unwrap();
+        assert_eq!(pages(&uneven), [0, 3, 6]);
+        // A port without a node has its rings and buffers with those of the first one that has a node.
+        let mixed = layout(&[Some(1), None, Some(0)], &[]).unwrap();
+        assert_eq!((pages(&mixed), mixed.near[&None]), ([0, 3, 6], Some(1)));
         let nowhere = layout(&[None], &[]).unwrap();
-        assert_eq!((by_node(&nowhere), nowhere.rings.len()), ([0, 0], 0));
+        assert_eq!((pages(&nowhere), nowhere.near), ([9, 0, 0], [(None, None)].into()));
+        assert_eq!(pages(&layout(&[], &[]).unwrap()), [9, 0, 0]);
     }
 
     #[test]
     fn numa_mem_is_all_that_a_node_gives() {
         let given = layout(&[Some(1), Some(1)], &[16, 64]).unwrap();
-        assert_eq!(by_node(&given), [8, 32]);
+        assert_eq!(pages(&given), [0, 8, 32]);
         let elsewhere = layout(&[Some(1), Some(1)], &[64, 0]).unwrap();
-        assert_eq!((by_node(&elsewhere), elsewhere.near), ([32, 0], [(Some(1), 0)].into()));
+        assert_eq!((pages(&elsewhere), elsewhere.near), ([0, 32, 0], [(Some(1), Some(0))].into()));
         let virtual_port = layout(&[None], &[0, 64]).unwrap();
-        assert_eq!((by_node(&virtual_port), virtual_port.near), ([0, 32], [(None, 1)].into()));
+        assert_eq!((pages(&virtual_port), virtual_port.near), ([0, 0, 32], [(None, Some(1))].into()));
         let error = layout(&[Some(1), Some(1)], &[16, 2]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert_eq!(
             error.to_string(),
-            "cannot work with --numa-mem 16,2: ports and packet buffers need 20 MiB on node 1; give --numa-mem 16,20 \
+            "cannot work with --numa-mem 16,2: ports and packet buffers need 18 MiB on node 1; give --numa-mem 16,18 \
              or leave it out"
         );
-        layout(&[Some(1), Some(1)], &[16, 20]).unwrap();
+        layout(&[Some(1), Some(1)], &[16, 18]).unwrap();
+    }
+
+    #[test]
+    fn no_buffer_is_lost_where_they_are_shared_out() {
+        for (count, ports, expected) in [
+            (10, &[1, 1, 1][..], &[3, 3, 4][..]),
+            (8192, &[1, 2], &[2730, 5462]),
+            (7, &[3, 0, 4], &[3, 0, 4]),
+            (MAX_BUFFERS, &[1], &[MAX_BUFFERS]),
+            (5, &[0], &[0]),
+        ] {
+            assert_eq!(shares(count, ports), expected);
+        }
+    }
+
+    #[test]
+    fn ports_of_two_nodes_have_one_pool_with_buffers_near_each() {
+        let ports = ports(&[Some(0), Some(1), Some(1)]);
+        let ports: Vec<&OpenPort> = ports.iter().collect();
+        let layout = NEED.layout(&ports, |open| open.node);
+        // Whether the machine has such nodes or not: where pages come from is a preference.
+        let regions = Region::adjoining(&layout.sizes(), Backing::SmallPages, Placement::Preferred);
+        let regions = match regions {
+            Ok(regions) => regions,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let memory = PortMemory::map(regions, layout).unwrap();
+        assert_eq!(memory.nodes().keys().copied().collect::<Vec<_>>(), [0, 1]);
+        assert!(!Arc::ptr_eq(memory.of(ports[0]).unwrap(), memory.of(ports[1]).unwrap()));
+        assert!(Arc::ptr_eq(memory.of(ports[1]).unwrap(), memory.of(ports[2]).unwrap()));
+        let (pool, send_only) =
+            (memory.pool(NEED.buffers).unwrap(), memory.send_only(NEED.send_only).unwrap());
+        assert_eq!((pool.available(), send_only.available()), (8192, 100));
+        let mut caches = [0, 1].map(|node| pool.cache_near(Some(node)));
+        let [iovas, others] = [0, 1].map(|node: usize| {
+            let packet = caches[node].allocate().unwrap();
+            let iova = caches[node].iova(&packet);
+            caches[1 - node].free(packet);
+            iova
+        });
+        let of = |iova: u64| {
+            let segments = memory.map.segments();
+            let has = |segment: &Arc<Segment>| {
+                let start = segment.linear_iova().unwrap();
+                (start..start + segment.region().len() as u64).contains(&iova)
+            };
+            segments.iter().find(|segment| has(segment)).unwrap().region().node()
+        };
+        assert_eq!([of(iovas), of(others)], [Some(0), Some(1)]);
+        drop(caches);
+        assert_eq!(pool.available(), 8192);
+    }
+
+    #[test]
+    fn a_region_that_is_added_is_in_the_map_of_the_others() {
+        let region = || Region::new(1 << 20, Backing::SmallPages).unwrap();
+        let memory = PortMemory::from(DmaMemory::map(region(), &[]).unwrap());
+        let added = memory.add(region()).unwrap();
+        assert_eq!(memory.map.segments().len(), 2);
+        assert!(Arc::ptr_eq(added.memory_map(), &memory.map));
+        assert_ne!(added.linear_iova(), memory.regions[&None].buffers.linear_iova());
     }
 }

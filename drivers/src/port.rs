@@ -357,6 +357,15 @@ pub trait Nic {
         Ok(())
     }
 
+    /// Tells the device of `memory`, whose region was added to the [map](vireo_eal::dma::MemoryMap) of the port's memory. A
+    /// device that finds the region mapped needs to be told nothing; one that runs in another process has to map it first.
+    ///
+    /// # Errors
+    /// When the device refuses, or cannot share such memory. It does not reach the memory then.
+    fn update_memory(&mut self, _memory: &DmaMemory) -> Result<()> {
+        Ok(())
+    }
+
     /// The station address.
     fn mac(&self) -> MacAddr;
 

@@ -77,6 +77,9 @@ macro_rules! drivers {
                     device.stop(own.ok_or_else(queues_of_another)?, cache, sent)
                 }),* }
             }
+            fn update_memory(&mut self, memory: &DmaMemory) -> Result<()> {
+                match self { $(Self::$variant(device) => device.update_memory(memory)),* }
+            }
             fn mac(&self) -> MacAddr {
                 match self { $(Self::$variant(device) => device.mac()),* }
             }

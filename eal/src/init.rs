@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use crate::args::{EalArgs, IovaMode, ranges};
-use crate::dma::{Part, nodes_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lcore::Lcores;
 use crate::mem::{Backing, Placement, Region, hugepages};
@@ -89,15 +88,22 @@ impl Eal {
         }
     }
 
-    /// Reserves packet memory for [`DmaMemory::map_parts`](crate::dma::DmaMemory::map_parts): `-m` megabytes, or what `parts`
-    /// take. Parts that have NUMA nodes take what `--numa-mem` gives.
+    /// Reserves packet memory: a region for each of `parts`, of so many bytes and on that NUMA node, as
+    /// [`Region::adjoining`] does. With `-m` the first one gets what the others leave of so many megabytes. Where
+    /// `--numa-mem` is given, pages come from their node or not at all.
     ///
     /// # Errors
     /// `Usage` when `-m` is less than `parts` take, `Os` when the pages are not there.
-    pub fn reserve(&self, parts: &[Part]) -> Result<Region> {
-        let memory = &self.args.memory;
-        let need = parts.iter().map(Part::bytes).sum();
-        let by_node = !memory.socket_mem.is_empty() && parts.iter().any(|part| !part.nodes.is_empty());
+    pub fn reserve(&self, parts: &[(Option<u32>, usize)]) -> Result<Vec<Region>> {
+        let (memory, backing) = (&self.args.memory, self.backing());
+        let mut parts = parts.to_vec();
+        if parts.len() > 1 {
+            // Each region has whole pages.
+            let page = backing.page_size()?;
+            parts.iter_mut().for_each(|(_, len)| *len = len.next_multiple_of(page));
+        }
+        let need: usize = parts.iter().map(|(_, len)| len).sum();
+        let by_node = !memory.socket_mem.is_empty() && parts.iter().any(|(node, _)| node.is_some());
         let asked = memory.megabytes.filter(|_| !by_node).map(|megabytes| megabytes as usize * (1 << 20));
         if asked.is_some_and(|asked| asked < need) {
             return Err(Error::new(
@@ -107,10 +113,11 @@ impl Eal {
             )
             .with_hint(format!("give -m {} or leave it out", need.div_ceil(1 << 20))));
         }
-        let backing = self.backing();
-        let len = asked.unwrap_or(need).next_multiple_of(backing.page_size()?);
+        if let (Some(asked), Some((_, first))) = (asked, parts.first_mut()) {
+            *first += asked - need;
+        }
         let placement = if by_node { Placement::Required } else { Placement::Preferred };
-        Region::on_nodes(len, backing, &nodes_of(parts, len)?, placement)
+        Region::adjoining(&parts, backing, placement)
     }
 
     /// One line on the IOVA mode, given whether the ports use physical addresses.

@@ -7,8 +7,9 @@ use vireo_drivers::memory::{MemoryNeed, PortMemory};
 use vireo_drivers::port::{MacAddr, Nic, PortConfig, QueuesOf};
 use vireo_drivers::ports::{OpenPort, buffers_needed, wait_for_links};
 use vireo_drivers::table::Port;
-use vireo_eal::dma::{Pool, PoolCache};
+use vireo_eal::dma::{DmaMemory, Pool, PoolCache};
 use vireo_eal::lcore::StopFlag;
+use vireo_eal::mem::Region;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
@@ -54,7 +55,7 @@ pub(crate) struct Supply {
 impl Supply {
     /// Starts a port.
     pub(crate) fn start(&self, open: &mut OpenPort) -> Result<QueuesOf<Port>> {
-        let (rings, mut near) = (self.memory.of(open), self.pool.cache_near(self.memory.node_of(open)));
+        let (rings, mut near) = (self.memory.of(open)?, self.pool.cache_near(self.memory.node_of(open)));
         open.port.start(&self.config, rings, &mut near)
     }
 
@@ -86,7 +87,7 @@ impl Ports {
     /// The ports of `routes`, which are in `open`, with `memory` for them.
     ///
     /// # Errors
-    /// `Usage` when there is no such port or pair of queues; as for [`Pool::new`].
+    /// `Usage` when there is no such port or pair of queues; as for [`Pool::on_nodes`].
     pub fn new(
         open: Vec<OpenPort>,
         routes: Vec<Route>,
@@ -102,10 +103,10 @@ impl Ports {
                 format!("there are {} ports with {} pairs of queues each", open.len(), need.config.rx_queues);
             return Err(Error::new(ErrorKind::Usage, what, why));
         }
-        let pool = Pool::new(&memory.buffers, need.buffers)?;
+        let pool = memory.pool(need.buffers)?;
         let send_only = match need.send_only {
             0 => None,
-            count => Some(Pool::send_only(&memory.buffers, count)?),
+            count => Some(memory.send_only(count)?),
         };
         let supply = Supply { pool, memory, config: need.config };
         Ok(Self {
@@ -145,6 +146,19 @@ impl Ports {
     /// Memory of the ports.
     pub fn memory(&self) -> &PortMemory {
         &self.supply.memory
+    }
+
+    /// Adds `region` to the memory of the ports, also after they started, and maps it for all of them. It stays as long as
+    /// they do. To be called before [`App::confine`], which forbids what mapping takes.
+    ///
+    /// # Errors
+    /// As for [`PortMemory::add`] and [`Nic::update_memory`]; some ports may reach the memory then.
+    pub fn add_memory(&mut self, region: Region) -> Result<Arc<DmaMemory>> {
+        let memory = self.supply.memory.add(region)?;
+        for open in self.ports.iter_mut().filter_map(|port| port.open.as_mut()) {
+            open.port.update_memory(&memory)?;
+        }
+        Ok(memory)
     }
 
     /// A cache of the packet buffers.
@@ -353,8 +367,7 @@ mod tests {
     use vireo_drivers::e1000;
     use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM};
     use vireo_eal::bdf::Bdf;
-    use vireo_eal::dma::DmaMemory;
-    use vireo_eal::mem::{Backing, Region};
+    use vireo_eal::mem::Backing;
 
     use super::*;
 

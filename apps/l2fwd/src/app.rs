@@ -133,16 +133,17 @@ fn describe(eal: &Eal, reporter: &Reporter, open: &[OpenPort], used: &[usize]) -
 /// Memory of each NUMA node, where there are several, and what it took to map it when the ports are isolated.
 fn describe_memory(eal: &Eal, reporter: &Reporter, ports: &Ports, calls: u64) -> Result<()> {
     let memory = ports.memory();
-    if !memory.nodes.is_empty() {
-        let text = memory.nodes.iter().map(|(node, bytes)| format!(" {} MiB on node {node}", bytes >> 20));
-        let nodes = memory.nodes.iter().map(|(node, bytes)| json!({ "node": node, "mib": bytes >> 20 }));
+    let nodes = memory.nodes();
+    if !nodes.is_empty() {
+        let text = nodes.iter().map(|(node, bytes)| format!(" {} MiB on node {node}", bytes >> 20));
+        let nodes = nodes.iter().map(|(node, bytes)| json!({ "node": node, "mib": bytes >> 20 }));
         reporter.note(
             &format!("NUMA:{}\n", text.collect::<Vec<_>>().join(",")),
             &json!({ "event": "numa", "nodes": nodes.collect::<Vec<_>>() }),
         )?;
     }
     if eal.args.isolate_ports {
-        let (spaces, used) = (memory.spaces, ports.used().count());
+        let (spaces, used) = (memory.spaces(), ports.used().count());
         reporter.note(
             &format!("Isolated: {used} ports in {spaces} address spaces, {calls} map calls\n"),
             &json!({ "event": "isolation", "ports": used, "spaces": spaces, "map_calls": calls }),

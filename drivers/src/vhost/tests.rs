@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vireo_eal::ErrorKind;
-use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, MAX_BURST, Packet, Pool, PoolCache};
+use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, MAX_BURST, Packet, Part, Pool, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 
@@ -606,6 +606,47 @@ fn a_virtio_user_port_uses_several_pairs() {
     assert!(error.to_string().contains("4 RX queues are asked for, and it has 2"), "{error}");
     drop(cache);
     assert_eq!(pool.available(), BUFFERS);
+}
+
+/// A pool in memory that was added while a virtio-user port runs: its peer finds the packets, and the TX ring gives them
+/// back to that pool.
+#[test]
+fn a_virtio_user_port_sends_from_memory_that_was_added() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let mut server = Device::open("net_vhost0", &options(&path)).unwrap();
+    let args = [("path".to_owned(), path.to_str().unwrap().to_owned())];
+    let user = virtio::UserOptions::parse("net_virtio_user0", &args).unwrap();
+    let mut client = virtio::Device::connect("net_virtio_user0", &user, &StopFlag::new()).unwrap();
+    let region = |bytes| Region::new(Pool::bytes(BUFFERS) + bytes, Backing::SmallPages).unwrap();
+    let memory = DmaMemory::map(region(1 << 20), &[]).unwrap();
+    let pool = Pool::new(&memory, BUFFERS).unwrap();
+    let mut cache = pool.cache();
+    let (mut rx, server_tx) = server.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    let (client_rx, mut tx) = client.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    let added = memory.memory_map().add(region(0), &[Part::default()]).unwrap().swap_remove(0);
+    client.update_memory(&added).unwrap();
+    let more = Pool::new(&added, BUFFERS).unwrap();
+    let mut to_send = more.cache();
+    let mut burst = Burst::new();
+    for number in 0..20 {
+        let mut packet = to_send.allocate().unwrap().with_len(frame(number).len());
+        to_send.write(&mut packet, 0, &frame(number));
+        burst.push(packet);
+    }
+    assert_eq!(tx.tx_burst(&mut to_send, &mut burst), 20);
+    rx.rx_burst(&mut cache, &mut burst);
+    assert_eq!(burst.len(), 20);
+    for (number, packet) in burst.drain(..).enumerate() {
+        let mut bytes = vec![0; packet.len()];
+        cache.read(&packet, 0, &mut bytes);
+        assert_eq!(bytes, frame(number));
+        cache.free(packet);
+    }
+    client.stop_pair(client_rx, tx, &mut cache).unwrap();
+    server.stop_pair(rx, server_tx, &mut cache).unwrap();
+    drop((cache, to_send));
+    assert_eq!((pool.available(), more.available()), (BUFFERS, BUFFERS));
 }
 
 #[test]

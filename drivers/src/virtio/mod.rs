@@ -415,6 +415,14 @@ impl Nic for Device {
         Ok(())
     }
 
+    /// A port that is stopped shares all memory when it starts.
+    fn update_memory(&mut self, memory: &DmaMemory) -> Result<()> {
+        match self.started {
+            Some(_) => self.transport.share_more(memory),
+            None => Ok(()),
+        }
+    }
+
     fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
         match self.parked.take() {
             None => Ok(()),

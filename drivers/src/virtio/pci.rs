@@ -392,6 +392,11 @@ impl Transport for Pci {
         Ok(())
     }
 
+    /// Nothing, as for `share`.
+    fn share_more(&mut self, _memory: &DmaMemory) -> Result<()> {
+        Ok(())
+    }
+
     /// As 4.1.5.1.3 says; without interrupt.
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {
         self.write16(common::CONFIG_MSIX_VECTOR, NO_VECTOR);

@@ -48,8 +48,11 @@ pub(super) trait Transport: fmt::Debug + Send {
     /// Size of queue `index`: what was asked, or the device's maximum if that is less.
     fn queue_size(&self, index: u16, asked: u16) -> Result<u16>;
 
-    /// Lets the device reach `memory`, before it is told of queues in there.
+    /// Lets the device reach the regions in the map of `memory`, before it is told of queues in there.
     fn share(&mut self, memory: &DmaMemory) -> Result<()>;
+
+    /// Lets the device, which runs, reach `memory`, whose region was added to its map.
+    fn share_more(&mut self, memory: &DmaMemory) -> Result<()>;
 
     /// Gives queue `index` its memory.
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()>;

@@ -19,7 +19,7 @@ use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as PeerError, Frontend};
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vireo_eal::dma::DmaMemory;
+use vireo_eal::dma::{DmaMemory, Segment};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -139,6 +139,8 @@ pub(super) struct User {
     pairs: u16,
     /// Whether rings are enabled one by one (`VHOST_USER_F_PROTOCOL_FEATURES`).
     protocol_features: bool,
+    /// Whether memory is added region by region (`VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`).
+    memory_slots: bool,
     features: Features,
     /// What wakes the peer, by ring; of each ring that it was told to start.
     kicks: Vec<EventFd>,
@@ -176,6 +178,7 @@ impl User {
             offered: Features::empty(),
             pairs: 1,
             protocol_features: false,
+            memory_slots: false,
             features: Features::empty(),
             kicks: Vec::new(),
             deadline: Instant::now() + PEER_TIMEOUT,
@@ -237,11 +240,16 @@ impl User {
         let offered = self.ask("GET_FEATURES", |peer| peer.get_features())?;
         self.offered = Features::from_bits_truncate(offered) & KNOWN;
         self.protocol_features = offered & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        self.memory_slots = false;
         if !self.protocol_features {
             return Ok(VhostUserProtocolFeatures::empty());
         }
         let offered = self.ask("GET_PROTOCOL_FEATURES", |peer| peer.get_protocol_features())?;
-        let used = offered & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK);
+        let used = offered
+            & (VhostUserProtocolFeatures::MQ
+                | VhostUserProtocolFeatures::REPLY_ACK
+                | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+        self.memory_slots = used.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
         self.ask("SET_PROTOCOL_FEATURES", |peer| peer.set_protocol_features(used))?;
         Ok(used)
     }
@@ -329,8 +337,14 @@ impl User {
         })
     }
 
-    /// `memory` as one range, whose device addresses are also the user addresses in messages.
-    fn range(&self, memory: &DmaMemory) -> Result<VhostUserMemoryRegionInfo> {
+    /// Sends the table of all `segments`, which takes the place of the peer's.
+    fn set_mem_table(&mut self, segments: &[Arc<Segment>]) -> Result<()> {
+        let ranges = segments.iter().map(|segment| self.range(segment)).collect::<Result<Vec<_>>>()?;
+        self.ask("SET_MEM_TABLE", |peer| peer.set_mem_table(&ranges)).map(drop)
+    }
+
+    /// A segment as one range, whose device addresses are also the user addresses in messages.
+    fn range(&self, memory: &Segment) -> Result<VhostUserMemoryRegionInfo> {
         let refuse = |why: &str, hint: &str| Err(self.error(ErrorKind::Usage, why).with_hint(hint));
         let Some(iova) = memory.linear_iova() else {
             return refuse(
@@ -407,14 +421,24 @@ impl Transport for User {
     }
 
     fn share(&mut self, memory: &DmaMemory) -> Result<()> {
-        let range = self.range(memory)?;
+        let segments = memory.memory_map().segments();
+        // Before the first message: the peer is left as it is when memory cannot be shared.
+        segments.iter().try_for_each(|segment| self.range(segment).map(drop))?;
         let mut features = self.features.bits();
         if self.protocol_features {
             features |= VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         }
         self.ask("SET_FEATURES", |peer| peer.set_features(features))?;
-        self.ask("SET_MEM_TABLE", |peer| peer.set_mem_table(&[range]))?;
-        Ok(())
+        self.set_mem_table(&segments)
+    }
+
+    fn share_more(&mut self, memory: &DmaMemory) -> Result<()> {
+        self.deadline = Instant::now() + PEER_TIMEOUT;
+        if !self.memory_slots {
+            return self.set_mem_table(&memory.memory_map().segments());
+        }
+        let range = self.range(memory.segment())?;
+        self.ask("ADD_MEM_REG", |peer| peer.add_mem_region(&range)).map(drop)
     }
 
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {

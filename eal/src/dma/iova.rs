@@ -1,8 +1,9 @@
-//! One IOVA policy for every mode with an IOMMU: first fit, 2 MiB-aligned, above 4 GiB where that is allowed.
+//! One IOVA policy for every mode with an IOMMU: first fit, aligned to 2 MiB or larger pages, above 4 GiB where that is
+//! allowed.
 
 use std::ops::RangeInclusive;
 
-/// Alignment of every region's IOVA in bytes, so that the IOMMU can use 2 MiB pages.
+/// Least alignment of a region's IOVA in bytes, so that the IOMMU can use 2 MiB pages.
 const ALIGNMENT: u64 = 2 << 20;
 
 /// Regions start here where they can: clear of the x86 MSI window and of holes for 32-bit devices, and
@@ -62,16 +63,18 @@ impl IovaRanges {
     }
 
     /// Lowest aligned address with room for `len` bytes, above 4 GiB if there is one. Never 0, which some devices take
-    /// for no address (82574 datasheet, 3.2.1).
-    pub fn fit(&self, len: u64) -> Option<u64> {
+    /// for no address (82574 datasheet, 3.2.1). `page_size` is that of the memory, in bytes: the IOMMU can use entries of
+    /// 1 GiB for pages of 1 GiB.
+    pub fn fit(&self, len: u64, page_size: u64) -> Option<u64> {
+        let alignment = page_size.max(ALIGNMENT);
         let first_from = |minimum: u64| {
             self.0.iter().find_map(|range| {
-                let start = (*range.start()).max(minimum).checked_next_multiple_of(ALIGNMENT)?;
+                let start = (*range.start()).max(minimum).checked_next_multiple_of(alignment)?;
                 let last = start.checked_add(len.checked_sub(1)?)?;
                 (last <= *range.end()).then_some(start)
             })
         };
-        first_from(PREFERRED).or_else(|| first_from(ALIGNMENT))
+        first_from(PREFERRED).or_else(|| first_from(alignment))
     }
 }
 
@@ -87,17 +90,26 @@ mod tests {
 
     #[test]
     fn prefers_addresses_above_four_gibibytes() {
-        assert_eq!(x86().fit(2 << 20), Some(4 << 30));
-        assert_eq!(IovaRanges::new([0x1000..=0xffff_ffff]).fit(4096), Some(2 << 20));
-        assert_eq!(x86().fit(1 << 40), None);
-        assert_eq!(x86().fit(0), None);
+        assert_eq!(x86().fit(2 << 20, 4096), Some(4 << 30));
+        assert_eq!(IovaRanges::new([0x1000..=0xffff_ffff]).fit(4096, 4096), Some(2 << 20));
+        assert_eq!(x86().fit(1 << 40, 4096), None);
+        assert_eq!(x86().fit(0, 4096), None);
+    }
+
+    #[test]
+    fn giant_pages_are_at_multiples_of_their_size() {
+        const GIB: u64 = 1 << 30;
+        let free = x86().without(&(4 * GIB..=4 * GIB));
+        assert_eq!((free.fit(GIB, 4096), free.fit(GIB, GIB)), (Some(4 * GIB + (2 << 20)), Some(5 * GIB)));
+        let low = IovaRanges::new([0..=u32::MAX.into()]);
+        assert_eq!((low.fit(2 * GIB, GIB), low.fit(4 * GIB, GIB)), (Some(GIB), None));
     }
 
     #[test]
     fn a_device_with_32_address_bits_gets_what_is_below_four_gibibytes_and_not_0() {
         let reachable = x86().intersection(&IovaRanges::new([0..=u32::MAX.into()]));
-        assert_eq!(reachable.fit(1 << 30), Some(2 << 20));
-        assert_eq!(reachable.fit(4 << 30), None);
+        assert_eq!(reachable.fit(1 << 30, 4096), Some(2 << 20));
+        assert_eq!(reachable.fit(4 << 30, 4096), None);
     }
 
     proptest! {
@@ -112,7 +124,7 @@ mod tests {
             let mut free = allowed.clone();
             let mut taken: Vec<RangeInclusive<u64>> = Vec::new();
             for len in lens {
-                let Some(start) = free.fit(len) else { continue };
+                let Some(start) = free.fit(len, 4096) else { continue };
                 let range = start..=start + (len - 1);
                 prop_assert_eq!(start % ALIGNMENT, 0);
                 prop_assert!(allowed.iter().any(|a| a.contains(range.start()) && a.contains(range.end())));

@@ -1,27 +1,34 @@
-//! Memory with device addresses: [`DmaMemory`], and what is made of it: packet buffers ([`Pool`]), rings of descriptors that
-//! own such buffers ([`DescRing`]), and other rings ([`DmaRing`]). Memory of another process, for which we are the device:
+//! Memory with device addresses: the regions that devices reach ([`MemoryMap`]), what is given out of them ([`DmaMemory`]),
+//! and what is made of that: packet buffers ([`Pool`]), rings of descriptors that own such buffers ([`DescRing`]), and other
+//! rings ([`DmaRing`]). Memory of another process, for which we are the device:
 //! [`PeerMemory`].
 
 mod copies;
 mod desc_ring;
 mod iova;
+mod map;
 mod memory;
 mod packet;
+mod part;
 mod peer;
 mod peer_log;
 mod pool;
 mod ring;
+mod view;
 
 pub use desc_ring::{DescRing, Filled, GoodWord, Slot};
 pub use iova::IovaRanges;
-pub use memory::{DeviceView, DmaMemory, Part, nodes_of};
+pub use map::{MemoryMap, Segment};
+pub use memory::DmaMemory;
 pub use packet::{
     BUFFER_SIZE, Burst, DATA_ROOM, HEADROOM, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Packet, first_frame, frames,
 };
+pub use part::Part;
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
 pub use peer_log::PeerLog;
 pub use pool::{MAX_BUFFERS, Pool, PoolCache};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
+pub use view::DeviceView;
 
 // Rust's fences order accesses among the CPUs that run threads. For x86 that includes devices; for Arm it is the inner
 // shareable domain (`dmb ish`), and devices that are coherent with the CPUs may be in the outer one (Arm ARM, B2.3), which

@@ -1,14 +1,14 @@
 //! Packet buffers: the pool that all lcores share.
 
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::DmaMemory;
-use super::packet::{BUFFER_SIZE, Packet};
+use super::packet::BUFFER_SIZE;
 use crate::clock::Tsc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
-use crate::mem::OnNode;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
 mod cache;
@@ -33,49 +33,44 @@ const CHUNK: usize = 32;
 /// Most buffers of a pool: their distances from the first fit into 32 bits.
 pub const MAX_BUFFERS: u32 = u32::MAX / BUFFER_SIZE as u32;
 
-/// All packet buffers of a process, at one linear range of offsets in a [`DmaMemory`].
+/// Packet buffers of one kind: a free list for each NUMA node, whose buffers are in that node's [`DmaMemory`].
+///
+/// The nodes share a tag, one space of distances, and one table of device addresses. So a ring records a buffer by its
+/// distance alone, and sends the packets of every node.
 #[derive(Debug)]
 pub struct Pool {
-    memory: Arc<DmaMemory>,
     /// In each handle of a buffer of this pool, and of no other's.
     tag: Tag,
-    /// Offset of buffer 0 in the memory.
-    offset: usize,
+    /// Buffers of all nodes.
     count: u32,
     /// See [`place::bases`].
     bases: Box<[u64]>,
-    /// In the order of their buffers.
-    free: Box<[NodeList]>,
+    /// At least one, by ascending distance; the first begins at distance 0.
+    nodes: Box<[NodeBuffers]>,
     /// TSC from which on it may be said again what is wrong with the pool.
     warn_from: AtomicU64,
 }
 
-/// The free buffers of one NUMA node, or all of them where there are no nodes.
+/// The buffers of one NUMA node, or all of them where there are no nodes.
 #[derive(Debug)]
-struct NodeList {
-    node: Option<u32>,
-    /// Number of the first buffer behind its own.
-    end: u32,
-    list: FreeList,
+struct NodeBuffers {
+    memory: Arc<DmaMemory>,
+    /// Offset of the first one in the memory.
+    offset: usize,
+    /// Numbers of the buffers. A buffer's number is its distance by [`BUFFER_SIZE`].
+    numbers: Range<u32>,
+    free: FreeList,
 }
 
-/// Buffers `0..count`, at `offset` of a memory with these `nodes`, by the node that they are on.
-fn by_node(nodes: &[OnNode], offset: usize, count: u32) -> Vec<(Option<u32>, Range<u32>)> {
-    let mut next = 0;
-    let mut ranges = Vec::new();
-    for OnNode { node, bytes } in nodes {
-        let end = (bytes.end.saturating_sub(offset) / BUFFER_SIZE).min(count as usize) as u32;
-        if end > next {
-            ranges.push((Some(*node), next..end));
-            next = end;
-        }
+impl NodeBuffers {
+    /// First byte of the first buffer.
+    fn start(&self) -> NonNull<u8> {
+        self.memory.pointer(self.offset, self.numbers.len() * BUFFER_SIZE)
     }
-    match ranges.last_mut() {
-        // No node was asked for these; they belong to some list.
-        Some((_, last)) => last.end = count,
-        None => ranges.push((None, 0..count)),
+
+    fn node(&self) -> Option<u32> {
+        self.memory.region().node()
     }
-    ranges
 }
 
 impl Pool {
@@ -85,7 +80,17 @@ impl Pool {
     /// `Os` when the memory is too small, or there are 70 pools, `Usage` when a pool cannot be so large.
     /// A pool counts until its buffers have all come back and it is dropped.
     pub fn new(memory: &Arc<DmaMemory>, count: u32) -> Result<Arc<Self>> {
-        Self::with_access(memory, count, Access::ReadWrite)
+        Self::with_access(&[(Arc::clone(memory), count)], Access::ReadWrite)
+    }
+
+    /// Takes so many buffers of each memory, whose regions [adjoin](crate::mem::Region::adjoining) or are near each other:
+    /// usually one for each NUMA node.
+    ///
+    /// # Errors
+    /// As for [`Pool::new`]; `Usage` also when there is no memory, or more than 4 GiB are between the first buffer and the
+    /// last.
+    pub fn on_nodes(shares: &[(Arc<DmaMemory>, u32)]) -> Result<Arc<Self>> {
+        Self::with_access(shares, Access::ReadWrite)
     }
 
     /// As [`Pool::new`], of buffers that devices only read: packets that are sent and never received into.
@@ -93,34 +98,44 @@ impl Pool {
     /// # Errors
     /// As for [`Pool::new`].
     pub fn send_only(memory: &Arc<DmaMemory>, count: u32) -> Result<Arc<Self>> {
-        Self::with_access(memory, count, Access::Read)
+        Self::with_access(&[(Arc::clone(memory), count)], Access::Read)
     }
 
-    fn with_access(memory: &Arc<DmaMemory>, count: u32, access: Access) -> Result<Arc<Self>> {
-        if count > MAX_BUFFERS {
-            let what = format!("cannot make a pool of {count} packet buffers");
-            return Err(Error::new(ErrorKind::Usage, what, format!("there can be at most {MAX_BUFFERS}")));
+    fn with_access(shares: &[(Arc<DmaMemory>, u32)], access: Access) -> Result<Arc<Self>> {
+        let sum = shares.iter().fold(0_u32, |sum, (_, count)| sum.saturating_add(*count));
+        let refuse = |why: String| {
+            Error::new(ErrorKind::Usage, format!("cannot make a pool of {sum} packet buffers"), why)
+        };
+        if sum > MAX_BUFFERS {
+            return Err(refuse(format!("there can be at most {MAX_BUFFERS}")));
         }
-        let tag = Tag::take()?;
-        let offset =
-            memory.allocate_buffers(count as usize, BUFFER_SIZE, access).inspect_err(|_| tag.retire(0))?;
-        let free = by_node(memory.nodes(), offset, count).into_iter().map(|(node, own)| {
-            let list = FreeList::new(own.len());
-            for first in own.clone().step_by(CHUNK) {
-                let chunk = first..own.end.min(first + CHUNK as u32);
-                list.push(chunk.map(|index| index * BUFFER_SIZE as u32).collect());
+        let mut nodes = Vec::with_capacity(shares.len());
+        for (memory, count) in shares {
+            let offset = memory.allocate_buffers(*count as usize, BUFFER_SIZE, access)?;
+            let (memory, free) = (Arc::clone(memory), FreeList::new(*count as usize));
+            nodes.push(NodeBuffers { memory, offset, numbers: 0..*count, free });
+        }
+        nodes.sort_by_key(NodeBuffers::start);
+        let Some(base) = nodes.first().map(NodeBuffers::start) else {
+            return Err(refuse("there is no memory for them".into()));
+        };
+        for node in &mut nodes {
+            let first = (node.start().addr().get() - base.addr().get()) / BUFFER_SIZE;
+            let end = first + node.numbers.len();
+            if end > MAX_BUFFERS as usize {
+                return Err(refuse("their memory is more than 4 GiB apart".into()));
             }
-            NodeList { node, end: own.end, list }
-        });
-        let free = free.collect();
-        let bases = place::bases(memory.translation(), offset, count);
+            node.numbers = first as u32..end as u32;
+            for first in node.numbers.clone().step_by(CHUNK) {
+                let chunk = first..node.numbers.end.min(first + CHUNK as u32);
+                node.free.push(chunk.map(|number| number * BUFFER_SIZE as u32).collect());
+            }
+        }
         let pool = Arc::new(Self {
-            memory: Arc::clone(memory),
-            tag,
-            offset,
-            count,
-            bases,
-            free,
+            tag: Tag::take()?,
+            count: sum,
+            bases: place::bases(&nodes),
+            nodes: nodes.into(),
             warn_from: AtomicU64::new(0),
         });
         pool.tag.assign(&pool);
@@ -140,26 +155,26 @@ impl Pool {
     /// Buffers that are neither in a cache, a ring nor a packet, as DPDK's `rte_mempool_avail_count` without caches.
     /// Exact while no cache moves. Counting takes none of them.
     pub fn available(&self) -> u32 {
-        self.free.iter().map(|own| own.list.len()).sum::<usize>() as u32
+        self.nodes.iter().map(|node| node.free.len()).sum::<usize>() as u32
     }
 
-    /// Takes free buffers, if there are any from list `first`.
-    fn take_out(&self, first: usize) -> Option<Chunk> {
-        let others = (0..self.free.len()).filter(|list| *list != first);
-        std::iter::once(first).chain(others).find_map(|list| self.free[list].list.pop())
+    /// Takes free buffers, those of the node at index `near` first.
+    fn take_out(&self, near: usize) -> Option<Chunk> {
+        let others = (0..self.nodes.len()).filter(|node| *node != near);
+        std::iter::once(near).chain(others).find_map(|node| self.nodes[node].free.pop())
     }
 
     /// Takes back what a cache gives: buffers of this pool, so that there is room for them.
     fn take_back(&self, mut chunk: Chunk) {
-        if let [all] = &self.free[..] {
-            all.list.push(chunk);
+        if let [all] = &self.nodes[..] {
+            all.free.push(chunk);
             return;
         }
-        for own in &self.free {
-            let is_own = |slot: &u32| (*slot / BUFFER_SIZE as u32) < own.end;
+        for node in &self.nodes {
+            let is_own = |slot: &u32| node.numbers.contains(&(*slot / BUFFER_SIZE as u32));
             let (own_ones, others) = chunk.into_iter().partition(is_own);
             chunk = others;
-            own.list.push(own_ones);
+            node.free.push(own_ones);
         }
     }
 
@@ -178,7 +193,7 @@ impl Pool {
 
     /// A cache for one lcore whose ports are on NUMA `node`: it takes buffers of other nodes only when there are no others.
     pub fn cache_near(self: &Arc<Self>, node: Option<u32>) -> PoolCache {
-        let near = self.free.iter().position(|own| own.node == node).unwrap_or(0);
+        let near = self.nodes.iter().position(|own| own.node() == node).unwrap_or(0);
         PoolCache::new(self, near)
     }
 }

@@ -8,9 +8,12 @@ mod region;
 mod shortage;
 
 pub use hugepages::{HugePages, hugepages};
-pub use numa::{OnNode, Placement, cpus_of_node, distance, node_of_cpu, nodes};
+pub use numa::{Placement, cpus_of_node, distance, node_of_cpu, nodes};
 pub(crate) use pin::Pin;
 pub use region::{Backing, Region};
+
+/// Size in bytes of the largest pages that packet memory is made of.
+const GIANT_PAGE: usize = 1 << 30;
 
 /// Size in bytes of the CPU's ordinary pages: 4 KiB on x86, 4 to 64 KiB on other processors, as the kernel is built.
 pub fn page_size() -> usize {

@@ -2,7 +2,6 @@
 //! (`Documentation/admin-guide/mm/numa_memory_policy.rst`, mbind(2), move_pages(2)).
 
 use std::fs;
-use std::ops::Range;
 use std::path::Path;
 use std::ptr::{NonNull, null};
 
@@ -10,15 +9,6 @@ use nix::errno::Errno;
 use nix::libc::{self, c_long, c_ulong, c_void};
 
 use super::hugepages::numbers;
-
-/// A part of a region and the node that its pages are to be on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OnNode {
-    /// Number of the node.
-    pub node: u32,
-    /// Bytes of the region; both ends are multiples of its page size.
-    pub bytes: Range<usize>,
-}
 
 /// What becomes of pages that their node does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,13 +45,14 @@ pub fn cpus_of_node(sysfs: &Path, node: u32) -> Option<String> {
     Some(list.trim().to_owned()).filter(|list| !list.is_empty())
 }
 
-/// Has the pages of `bytes`, which nobody has touched yet, come from `node`.
+/// Has the pages of the `len` bytes from `start` on, which nobody has touched yet, come from `node`.
 ///
 /// # Safety
-/// The range of `bytes` from `start` on belongs to one mapping of the caller's.
+/// The bytes belong to one mapping of the caller's.
 pub(super) unsafe fn bind(
     start: NonNull<u8>,
-    OnNode { node, bytes }: &OnNode,
+    len: usize,
+    node: u32,
     placement: Placement,
 ) -> nix::Result<()> {
     const MPOL_PREFERRED: c_long = 1;
@@ -76,34 +67,19 @@ pub(super) unsafe fn bind(
     // The kernel reads one bit less than it is told of (get_nodes in mm/mempolicy.c).
     let most = mask.len() * bits as usize + 1;
     // SAFETY: the caller's contract; the policy changes no content, and the mask has as many bits as are read.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_mbind,
-            start.as_ptr().wrapping_add(bytes.start),
-            bytes.len(),
-            mode,
-            mask.as_ptr(),
-            most,
-            0_u32,
-        )
-    };
+    let done =
+        unsafe { libc::syscall(libc::SYS_mbind, start.as_ptr(), len, mode, mask.as_ptr(), most, 0_u32) };
     Errno::result(done).map(drop)
 }
 
-/// How many of the pages of `bytes`, by `page_size`, are not on `node`; none when the kernel does not tell.
+/// How many of the pages of `page_size` bytes, of the `len` bytes from `start` on, are not on `node`; none when the kernel
+/// does not tell.
 ///
 /// # Safety
 /// As for [`bind`].
-pub(super) unsafe fn elsewhere(
-    start: NonNull<u8>,
-    OnNode { node, bytes }: &OnNode,
-    page_size: usize,
-) -> Option<usize> {
-    let pages: Vec<*const c_void> = bytes
-        .clone()
-        .step_by(page_size)
-        .map(|at| start.as_ptr().wrapping_add(at).cast_const().cast())
-        .collect();
+pub(super) unsafe fn elsewhere(start: NonNull<u8>, len: usize, node: u32, page_size: usize) -> Option<usize> {
+    let pages: Vec<*const c_void> =
+        (0..len).step_by(page_size).map(|at| start.as_ptr().wrapping_add(at).cast_const().cast()).collect();
     let mut found = vec![-1_i32; pages.len()];
     // SAFETY: without a list of nodes nothing is moved; the kernel writes a number for each page.
     let done = unsafe {
@@ -118,7 +94,7 @@ pub(super) unsafe fn elsewhere(
         )
     };
     Errno::result(done).ok()?;
-    Some(found.into_iter().filter(|found| u32::try_from(*found) != Ok(*node)).count())
+    Some(found.into_iter().filter(|found| u32::try_from(*found) != Ok(node)).count())
 }
 
 #[cfg(test)]

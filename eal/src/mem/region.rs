@@ -1,7 +1,6 @@
 //! Pages for DMA: one mapping per region, in one of four backings.
 
 use std::alloc::Layout;
-use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroUsize;
@@ -18,14 +17,13 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonym
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs, statfs};
 use nix::unistd::ftruncate;
 
-use super::numa::{self, OnNode, Placement};
+use super::numa::{self, Placement};
 use super::shortage::{self, default_hugepage_size};
-use super::{limits, page_size as cpu_page_size};
+use super::{GIANT_PAGE, limits, page_size as cpu_page_size};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Below which the limits of the machine are read.
 const ROOT: &str = "/";
-const GIANT_PAGE: usize = 1 << 30;
 /// Of every memfd: closed on exec, and of a size that can be fixed.
 const MEMFD: MFdFlags = MFdFlags::MFD_CLOEXEC.union(MFdFlags::MFD_ALLOW_SEALING);
 
@@ -71,6 +69,26 @@ impl Backing {
             Self::HugeMemfd | Self::HugeAnonymous => default_hugepage_size(),
         }
     }
+
+    /// A new file for a part of `len` bytes; none for pages that nobody else can map.
+    fn file(&self, len: usize, page_size: usize) -> Result<Option<OwnedFd>> {
+        let pages = match self {
+            Self::HugeAnonymous => return Ok(None),
+            // Miri has no memfd.
+            Self::SmallPages if cfg!(miri) => return Ok(None),
+            Self::HugeFile { dir } => {
+                let file = huge_file(dir)?;
+                check_mount(&file, dir, len, page_size)?;
+                return Ok(Some(file.into()));
+            }
+            Self::HugeMemfd => MFdFlags::MFD_HUGETLB,
+            Self::GiantMemfd => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
+            Self::SmallPages => MFdFlags::empty(),
+        };
+        memfd_create(c"vireo", MEMFD | pages)
+            .map(Some)
+            .map_err(|errno| Error::os(format!("cannot create a {}", self.name()), errno))
+    }
 }
 
 /// Contiguous virtual memory that a device may reach.
@@ -84,6 +102,7 @@ pub struct Region {
     page_size: usize,
     fd: Option<OwnedFd>,
     backing: Backing,
+    node: Option<u32>,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread. Rings have bytes of their own and reach them by atomics, and
@@ -110,22 +129,35 @@ impl Region {
     /// # Errors
     /// `Os` when the pages are not there, with what is free and the command that reserves more.
     pub fn new(len: usize, backing: Backing) -> Result<Self> {
-        Self::on_nodes(len, backing, &[], Placement::Preferred)
+        let mut regions = Self::adjoining(&[(None, len)], backing, Placement::Preferred)?;
+        regions.pop().ok_or_else(|| Error::os("cannot reserve memory", Errno::EINVAL))
     }
 
-    /// As [`Region::new`], with parts of it on chosen NUMA nodes; the rest comes from where the kernel likes.
+    /// A region for each of `parts`, as for [`Region::new`]: of so many bytes, with its pages on the NUMA node if there is
+    /// one, else from where the kernel likes. Each begins in this process where the one before it ends, so that one pool
+    /// can have packet buffers of all.
     ///
     /// # Errors
     /// As for [`Region::new`]; also when a node does not have its pages and [`Placement::Required`] asks for them.
-    pub fn on_nodes(len: usize, backing: Backing, nodes: &[OnNode], placement: Placement) -> Result<Self> {
+    pub fn adjoining(
+        parts: &[(Option<u32>, usize)],
+        backing: Backing,
+        placement: Placement,
+    ) -> Result<Vec<Self>> {
         let page_size = backing.page_size()?;
-        let len = len
-            .max(1)
-            .checked_next_multiple_of(page_size)
-            .filter(|len| isize::try_from(*len).is_ok())
+        let whole = |(node, len): &(Option<u32>, usize)| {
+            Some((*node, (*len).max(1).checked_next_multiple_of(page_size)?))
+        };
+        let sum = |parts: &[(Option<u32>, usize)]| {
+            parts.iter().try_fold(0_usize, |sum, (_, len)| sum.checked_add(*len))
+        };
+        let parts = parts.iter().map(whole).collect::<Option<Vec<_>>>();
+        let (parts, len) = parts
+            .and_then(|parts| sum(&parts).map(|len| (parts, len)))
+            .filter(|(_, len)| isize::try_from(*len).is_ok())
             .ok_or_else(|| Error::new(ErrorKind::Usage, "cannot reserve memory", "the size is too large"))?;
         if placement == Placement::Required {
-            shortage::check_nodes(Path::new(ROOT), nodes, page_size)?;
+            shortage::check_nodes(Path::new(ROOT), &parts, page_size)?;
         }
         match backing {
             // Miri reads no files.
@@ -135,72 +167,87 @@ impl Region {
             }
             _ => shortage::check_free(Path::new(ROOT), len, page_size)?,
         }
-        let memfd = |pages: MFdFlags| {
-            let fd = memfd_create(c"vireo", MEMFD | pages)
-                .map_err(|errno| Error::os(format!("cannot create a {}", backing.name()), errno))?;
-            Self::from_fd(fd, len, page_size, backing.clone())
+        let mut addresses = match backing {
+            Backing::HugeAnonymous => Some(Addresses::of_anonymous(len, page_size)?),
+            Backing::SmallPages if cfg!(miri) => Some(Addresses::of_private(len)?),
+            // Where nothing has to follow, the kernel chooses.
+            _ if parts.len() == 1 => None,
+            _ => Some(Addresses::reserve(len, page_size)?),
         };
-        let region = match &backing {
-            // Miri has no memfd and takes no advice.
-            Backing::SmallPages if cfg!(miri) => return Self::private(len, page_size),
-            Backing::HugeAnonymous => Self::anonymous(len, page_size),
-            Backing::HugeMemfd => memfd(MFdFlags::MFD_HUGETLB),
-            Backing::GiantMemfd => memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB),
-            Backing::SmallPages => memfd(MFdFlags::empty()),
-            Backing::HugeFile { dir } => {
-                let file = huge_file(dir)?;
-                check_mount(&file, dir, len, page_size)?;
-                Self::from_fd(file.into(), len, page_size, backing.clone())
-            }
-        }?;
-        region.bind(nodes, placement)?;
-        let region = region.populated()?;
-        region.tell_what_is_elsewhere(nodes);
-        Ok(region)
+        let mut regions = Vec::with_capacity(parts.len());
+        for (node, part) in parts {
+            let address = addresses.as_mut().map(|addresses| addresses.take(part)).transpose()?;
+            let file = backing.file(part, page_size)?;
+            regions.push(Self::at(address, part, node, file, page_size, backing.clone())?);
+        }
+        // All pages have a policy before the first is taken.
+        regions.iter().try_for_each(|region| region.bind(placement))?;
+        let regions = regions.into_iter().map(Self::populated).collect::<Result<Vec<_>>>()?;
+        regions.iter().for_each(Self::tell_what_is_elsewhere);
+        Ok(regions)
     }
 
-    fn bind(&self, nodes: &[OnNode], placement: Placement) -> Result<()> {
-        let what = || cannot_reserve(self.len, &self.backing);
-        for on in nodes {
-            self.address_of(&on.bytes)?;
-            // SAFETY: the bytes are within this region's own mapping, as just checked.
-            unsafe { numa::bind(self.address, on, placement) }
-                .map_err(|errno| Error::os(format!("{} on NUMA node {}", what(), on.node), errno))?;
-        }
-        Ok(())
+    fn bind(&self, placement: Placement) -> Result<()> {
+        let Some(node) = self.node else { return Ok(()) };
+        // SAFETY: these are the bytes of this region's own mapping.
+        unsafe { numa::bind(self.address, self.len, node, placement) }.map_err(|errno| {
+            Error::os(format!("{} on NUMA node {node}", cannot_reserve(self.len, &self.backing)), errno)
+        })
     }
 
-    /// Logs how much of each node's parts is elsewhere: the command that gives a node more pages is for all of them.
-    fn tell_what_is_elsewhere(&self, nodes: &[OnNode]) {
-        let mut of_node: BTreeMap<u32, (usize, usize)> = BTreeMap::new();
-        for on in nodes {
-            // SAFETY: the bytes are within this region's own mapping: `bind` has checked them.
-            let pages = unsafe { numa::elsewhere(self.address, on, self.page_size) }.unwrap_or(0);
-            let (elsewhere, bytes) = of_node.entry(on.node).or_default();
-            *elsewhere += pages;
-            *bytes += on.bytes.len();
-        }
-        for (node, (pages, bytes)) in of_node.into_iter().filter(|(_, (pages, _))| *pages > 0) {
+    /// Logs how much of the region is not on its node.
+    fn tell_what_is_elsewhere(&self) {
+        let Some(node) = self.node else { return };
+        // SAFETY: these are the bytes of this region's own mapping.
+        let pages = unsafe { numa::elsewhere(self.address, self.len, node, self.page_size) }.unwrap_or(0);
+        if pages > 0 {
             tracing::warn!(
                 "{} of {} KiB of packet memory are not on NUMA node {node}, where the NICs are that use it; {}",
                 (pages * self.page_size) >> 10,
-                bytes >> 10,
+                self.len >> 10,
                 shortage::more_on_node(Path::new(ROOT), node, self.page_size, pages)
             );
         }
     }
 
-    fn from_fd(fd: OwnedFd, len: usize, page_size: usize, backing: Backing) -> Result<Self> {
+    /// A region of `len` bytes that are there at `address`, or of `file`, which then is mapped there.
+    fn at(
+        address: Option<NonNull<u8>>,
+        len: usize,
+        node: Option<u32>,
+        file: Option<OwnedFd>,
+        page_size: usize,
+        backing: Backing,
+    ) -> Result<Self> {
         let what = || cannot_reserve(len, &backing);
-        ftruncate(&fd, len as i64).map_err(|errno| Error::os(what(), errno))?;
-        if !matches!(backing, Backing::HugeFile { .. }) {
-            // Another process that is given the descriptor could else cut pages off under our feet.
-            let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-            fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(|errno| Error::os(what(), errno))?;
-        }
-        let address =
-            map_shared(&fd, len).map_err(|errno| no_pages(Error::os(what(), errno), len, page_size))?;
-        Ok(Self { address, len, page_size, fd: Some(fd), backing })
+        let address = match (&file, address) {
+            (None, Some(address)) => address,
+            (None, None) => return Err(Error::os(what(), Errno::EINVAL)),
+            (Some(fd), address) => {
+                ftruncate(fd, len as i64).map_err(|errno| Error::os(what(), errno))?;
+                if !matches!(backing, Backing::HugeFile { .. }) {
+                    // Another process that is given the descriptor could else cut pages off under our feet.
+                    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+                    fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).map_err(|errno| Error::os(what(), errno))?;
+                }
+                map_shared(fd, len, address)
+                    .map_err(|errno| no_pages(Error::os(what(), errno), len, page_size))?
+            }
+        };
+        Ok(Self { address, len, page_size, fd: file, backing, node })
+    }
+
+    /// Addresses that nothing else of the process gets while they are held.
+    #[cfg(test)]
+    pub(crate) fn gap(len: usize) -> impl Drop {
+        Addresses::reserve(len, 4096).unwrap()
+    }
+
+    /// The region, as if its pages were on `node`: a test's machine has one node.
+    #[cfg(test)]
+    pub(crate) fn said_to_be_on(mut self, node: Option<u32>) -> Self {
+        self.node = node;
+        self
     }
 
     /// The same pages at other addresses, as another process maps them.
@@ -210,38 +257,20 @@ impl Region {
             Error::new(ErrorKind::Unavailable, what, format!("{} are no file", self.backing.name()))
                 .with_hint("leave --in-memory out")
         })?;
-        let address = map_shared(fd, self.len).map_err(|errno| Error::os(what, errno))?;
+        let address = map_shared(fd, self.len, None).map_err(|errno| Error::os(what, errno))?;
         let (len, page_size, backing) = (self.len, self.page_size, self.backing.clone());
-        let again = Self { address, len, page_size, fd: None, backing };
+        let again = Self { address, len, page_size, fd: None, backing, node: self.node };
         again.keep_out_of_core_dumps();
         Ok(again)
-    }
-
-    /// Memory that nobody else can map, of ordinary pages.
-    fn private(len: usize, page_size: usize) -> Result<Self> {
-        let what = "cannot reserve private memory";
-        let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what, Errno::EINVAL))?;
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
-        let address = unsafe { mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }
-            .map_err(|errno| Error::os(what, errno))?;
-        Ok(Self { address: address.cast(), len, page_size, fd: None, backing: Backing::SmallPages })
-    }
-
-    fn anonymous(len: usize, page_size: usize) -> Result<Self> {
-        let what = "cannot reserve anonymous hugepages";
-        let layout = Layout::from_size_align(len, page_size)
-            .map_err(|_| Error::new(ErrorKind::Os, what, "the size is too large"))?;
-        // SAFETY: `len` is at least one page, so the layout's size is not zero.
-        let pointer = unsafe { hugepage_rs::alloc(layout) };
-        let address =
-            NonNull::new(pointer).ok_or_else(|| no_pages(Error::os(what, Errno::ENOMEM), len, page_size))?;
-        Ok(Self { address, len, page_size, fd: None, backing: Backing::HugeAnonymous })
     }
 
     /// Takes the pages, which only a write does: a fault later on that finds none is SIGBUS. `MAP_POPULATE` does not
     /// say that it failed.
     fn populated(self) -> Result<Self> {
+        // Miri takes no advice.
+        if cfg!(miri) {
+            return Ok(self);
+        }
         // SAFETY: the range is this region's own mapping, of read and write permission and not yet shared.
         let result = unsafe { madvise(self.address.cast(), self.len, MmapAdvise::MADV_POPULATE_WRITE) };
         if let Err(errno) = result {
@@ -275,6 +304,11 @@ impl Region {
     /// Bytes that are certainly contiguous in physical memory.
     pub fn page_size(&self) -> usize {
         self.page_size
+    }
+
+    /// NUMA node that the pages were asked of; none where nobody asked.
+    pub fn node(&self) -> Option<u32> {
+        self.node
     }
 
     /// Where the pages come from.
@@ -330,6 +364,12 @@ impl Region {
     pub(crate) fn as_ptr(&self) -> NonNull<u8> {
         self.address
     }
+
+    /// What is behind the last byte, where an adjoining region begins.
+    pub(crate) fn end(&self) -> NonNull<u8> {
+        // SAFETY: it is the end of this region's own mapping.
+        unsafe { self.address.add(self.len) }
+    }
 }
 
 impl Drop for Region {
@@ -342,12 +382,99 @@ impl Drop for Region {
     }
 }
 
-/// Maps the first `len` bytes of a file.
-fn map_shared(fd: &OwnedFd, len: usize) -> nix::Result<NonNull<u8>> {
+/// Addresses of this process that are given to one region after the other. What is left of them is unmapped on drop.
+#[derive(Debug)]
+struct Addresses {
+    next: NonNull<u8>,
+    left: usize,
+}
+
+impl Addresses {
+    /// Addresses without pages, the first of which is a multiple of `align`.
+    fn reserve(len: usize, align: usize) -> Result<Self> {
+        let what = "cannot reserve addresses for packet memory";
+        let all = len
+            .checked_add(align)
+            .and_then(NonZeroUsize::new)
+            .ok_or_else(|| Error::os(what, Errno::ENOMEM))?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let start = unsafe { mmap_anonymous(None, all, ProtFlags::PROT_NONE, flags) }
+            .map_err(|errno| Error::os(what, errno))?
+            .cast::<u8>();
+        let mut all = Self { next: start, left: all.get() };
+        drop(Self { next: start, left: all.skip(start.align_offset(align)) });
+        let behind = all.left - len;
+        all.left = len;
+        // SAFETY: the mapping has `behind` bytes more.
+        drop(Self { next: unsafe { all.next.add(len) }, left: behind });
+        Ok(all)
+    }
+
+    /// Hugepages that nobody else can map.
+    fn of_anonymous(len: usize, page_size: usize) -> Result<Self> {
+        let what = "cannot reserve anonymous hugepages";
+        let layout = Layout::from_size_align(len, page_size)
+            .map_err(|_| Error::new(ErrorKind::Os, what, "the size is too large"))?;
+        // SAFETY: `len` is at least one page, so the layout's size is not zero.
+        let pointer = unsafe { hugepage_rs::alloc(layout) };
+        let next =
+            NonNull::new(pointer).ok_or_else(|| no_pages(Error::os(what, Errno::ENOMEM), len, page_size))?;
+        Ok(Self { next, left: len })
+    }
+
+    /// Ordinary pages that nobody else can map.
+    fn of_private(len: usize) -> Result<Self> {
+        let what = "cannot reserve private memory";
+        let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what, Errno::EINVAL))?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let address = unsafe { mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }
+            .map_err(|errno| Error::os(what, errno))?;
+        Ok(Self { next: address.cast(), left: len })
+    }
+
+    /// Moves on by `len` bytes, at most to the end; gives how far.
+    fn skip(&mut self, len: usize) -> usize {
+        let len = len.min(self.left);
+        // SAFETY: the mapping has as many bytes left.
+        self.next = unsafe { self.next.add(len) };
+        self.left -= len;
+        len
+    }
+
+    /// The next `len` bytes, which the caller unmaps.
+    fn take(&mut self, len: usize) -> Result<NonNull<u8>> {
+        let start = self.next;
+        match self.skip(len) {
+            all if all == len => Ok(start),
+            _ => Err(Error::os("cannot reserve addresses for packet memory", Errno::ENOMEM)),
+        }
+    }
+}
+
+impl Drop for Addresses {
+    fn drop(&mut self) {
+        if self.left > 0 {
+            // SAFETY: these are what is left of a mapping of this value's, and nobody was given them.
+            let _ = unsafe { munmap(self.next.cast::<c_void>(), self.left) };
+        }
+    }
+}
+
+/// Maps the first `len` bytes of a file: where the kernel likes, or in place of the caller's `len` bytes at `address`.
+fn map_shared(fd: &OwnedFd, len: usize, address: Option<NonNull<u8>>) -> nix::Result<NonNull<u8>> {
     let length = NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
-    unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, fd, 0) }.map(NonNull::cast)
+    let (at, flags) = match address {
+        Some(address) => (Some(address.addr()), MapFlags::MAP_SHARED | MapFlags::MAP_FIXED),
+        None => (None, MapFlags::MAP_SHARED),
+    };
+    // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours, and `Addresses` gave the other
+    // address to this mapping alone.
+    let mapped = unsafe { mmap(at, length, access, flags, fd, 0) }?;
+    // Of those addresses, the pointer to all of them leads to the next region, too.
+    Ok(address.unwrap_or(mapped.cast()))
 }
 
 fn cannot_reserve(len: usize, backing: &Backing) -> String {
@@ -437,6 +564,34 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
+    fn adjoining_regions_follow_each_other_and_go_one_by_one() {
+        let page = cpu_page_size();
+        let parts = [(None, 2 * page), (None, page + 1), (None, 1)];
+        let mut regions = Region::adjoining(&parts, Backing::SmallPages, Placement::Preferred).unwrap();
+        let lens: Vec<usize> = regions.iter().map(|region| region.len() / page).collect();
+        assert_eq!(lens, [2, 2, 1]);
+        assert!(regions.windows(2).all(|two| two[0].end() == two[1].as_ptr()));
+        drop(regions.remove(1));
+        for region in &regions {
+            // SAFETY: the byte is the last of a region that is mapped.
+            unsafe { region.end().sub(1).write_volatile(1) };
+        }
+    }
+
+    #[test]
+    fn reserved_addresses_are_aligned_and_used_up() {
+        let mut addresses = Addresses::reserve(3 << 20, 1 << 20).unwrap();
+        let start = addresses.next;
+        assert!(start.addr().get().is_multiple_of(1 << 20));
+        let pages = [1, 2].map(|pages| addresses.take(pages << 20).unwrap());
+        assert_eq!(pages[1].addr().get() - start.addr().get(), 1 << 20);
+        assert!(addresses.take(1).is_err());
+        // SAFETY: what was taken is the test's.
+        unsafe { munmap(start.cast(), 3 << 20) }.unwrap();
+    }
+
+    #[test]
     fn giant_pages_are_reserved_by_their_own_file() {
         match Region::new(1, Backing::GiantMemfd) {
             Ok(region) => assert_eq!((region.len(), region.page_size()), (GIANT_PAGE, GIANT_PAGE)),
@@ -510,7 +665,7 @@ mod tests {
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
         let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &file, 0) }.unwrap().cast();
         let backing = Backing::SmallPages;
-        let region = Region { address, len: 2 * page_size, page_size, fd: None, backing };
+        let region = Region { address, len: 2 * page_size, page_size, fd: None, backing, node: None };
         let error = region.populated().unwrap_err();
         assert_eq!(error.errno(), Some(Errno::EFAULT));
         assert_eq!(error.what(), "cannot reserve 1 MiB as memfd of ordinary pages");

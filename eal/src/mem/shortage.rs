@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::hugepages::{HugePages, allowed_nodes, free_in_nodes, hugepages};
-use super::limits;
-use super::numa::OnNode;
+use super::{GIANT_PAGE, limits};
 use crate::args::ranges;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -48,14 +47,14 @@ pub(super) fn check_free(root: &Path, len: usize, page_size: usize) -> Result<()
     }
 }
 
-/// Refuses parts of a region that are to be on nodes which do not have the pages.
-pub(super) fn check_nodes(root: &Path, nodes: &[OnNode], page_size: usize) -> Result<()> {
+/// Refuses bytes that are to be on nodes which do not have the pages.
+pub(super) fn check_nodes(root: &Path, parts: &[(Option<u32>, usize)], page_size: usize) -> Result<()> {
     if page_size == super::page_size() {
         return Ok(());
     }
     let mut bytes_of: BTreeMap<u32, usize> = BTreeMap::new();
-    for on in nodes {
-        *bytes_of.entry(on.node).or_default() += on.bytes.len();
+    for (node, bytes) in parts.iter().filter_map(|(node, bytes)| Some(((*node)?, bytes))) {
+        *bytes_of.entry(node).or_default() += bytes;
     }
     for (node, bytes) in bytes_of {
         let (need, kib) = (bytes / page_size, page_size >> 10);
@@ -128,6 +127,11 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
         Ok(size) if size == page_size => format!("sysctl vm.nr_hugepages={wanted}"),
         _ => format!("echo {wanted} > /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"),
     };
+    // The kernel rarely finds a free GiB that is contiguous once it has run for a while.
+    let reserve = match page_size {
+        GIANT_PAGE => format!("{reserve}, or boot with hugepagesz=1G hugepages={wanted}"),
+        _ => reserve,
+    };
     let more = if surplus > 0 { format!(", {surplus} more by overcommit") } else { String::new() };
     error
         .because(format!("{need} pages of {kib} KiB are needed and {free} of {total} are free{more}"))
@@ -137,7 +141,6 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::ops::Range;
 
     use nix::errno::Errno;
 
@@ -223,10 +226,23 @@ mod tests {
     }
 
     #[test]
+    fn giant_pages_are_best_reserved_at_boot() {
+        let pages = HugePages { page_size: GIANT_PAGE, total: 2, free: 1, surplus: 0 };
+        let error = too_few(Path::new("/nonexistent"), Error::os("cannot reserve", Errno::ENOMEM), 3, pages);
+        assert_eq!(
+            error.to_string(),
+            "cannot reserve: ENOMEM: 3 pages of 1048576 KiB are needed and 1 of 2 are free; run: echo 4 > \
+             /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages, or boot with hugepagesz=1G hugepages=4, or run \
+             with --no-huge"
+        );
+    }
+
+    #[test]
     fn a_node_that_lacks_pages_is_named_with_what_all_parts_need() {
         let root = machine([4, 9], 0, 1 << 20);
-        let part = |node, pages: Range<usize>| OnNode { node, bytes: pages.start * SIZE..pages.end * SIZE };
-        let parts = |pages: usize| [part(0, 0..4), part(1, 4..4 + pages), part(1, 20..22)];
+        let parts = |pages: usize| {
+            [(Some(0), 4), (Some(1), pages), (None, 90), (Some(1), 2)].map(|(n, p)| (n, p * SIZE))
+        };
         check_nodes(root.path(), &parts(7), SIZE).unwrap();
         let error = check_nodes(root.path(), &parts(8), SIZE).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Os);

@@ -182,7 +182,7 @@ impl AddressSpace {
         region.address_of(&range)?;
         let len = range.len();
         let placed = match iova {
-            None if !self.is_physical() => Some(self.place(len)?),
+            None if !self.is_physical() => Some(self.place(len, region.page_size())?),
             _ => None,
         };
         let iova = iova.or(placed.as_ref().map(|range| *range.start()));
@@ -205,9 +205,9 @@ impl AddressSpace {
     }
 
     /// Takes the addresses that our own policy chooses, so that it does not depend on the mode.
-    fn place(&self, len: usize) -> Result<RangeInclusive<u64>> {
+    fn place(&self, len: usize, page_size: usize) -> Result<RangeInclusive<u64>> {
         let mut free = self.lock();
-        let start = free.fit(len as u64).ok_or_else(|| {
+        let start = free.fit(len as u64, page_size as u64).ok_or_else(|| {
             Error::new(
                 ErrorKind::Unavailable,
                 format!("cannot map {} MiB for DMA", len.div_ceil(1 << 20)),
@@ -419,29 +419,29 @@ mod tests {
     fn the_narrowest_device_decides_where_memory_is_mapped() {
         let fd = null();
         let space = AddressSpace::none(Container { groups: Mutex::default(), iommufd: false, fd });
-        assert_eq!(space.free_ranges().fit(4096), Some(4 << 30));
+        assert_eq!(space.free_ranges().fit(4096, 4096), Some(4 << 30));
         space.set_dma_mask(u32::MAX.into());
         space.set_dma_mask(u64::MAX);
-        assert_eq!((space.dma_mask(), space.free_ranges().fit(4096)), (u32::MAX.into(), Some(2 << 20)));
+        assert_eq!((space.dma_mask(), space.free_ranges().fit(4096, 4096)), (u32::MAX.into(), Some(2 << 20)));
     }
 
     #[test]
     fn two_threads_are_given_different_places() {
         let space = AddressSpace::nowhere();
-        let (one, other) = (space.place(4096).unwrap(), space.place(4096).unwrap());
+        let (one, other) = (space.place(4096, 4096).unwrap(), space.place(4096, 4096).unwrap());
         assert!(one.end() < other.start(), "{one:?} {other:?}");
         space.release(one.clone());
-        assert_eq!(space.place(4096), Ok(one));
-        assert!(space.place(0).is_err());
+        assert_eq!(space.place(4096, 4096), Ok(one));
+        assert!(space.place(0, 4096).is_err());
     }
 
     #[test]
     fn a_place_that_a_device_does_not_reach_is_not_used_again() {
         let space = AddressSpace::nowhere();
-        let high = space.place(4096).unwrap();
+        let high = space.place(4096, 4096).unwrap();
         space.set_dma_mask(u32::MAX.into());
         space.release(high);
-        assert_eq!(space.free_ranges().fit(4096), Some(2 << 20));
+        assert_eq!(space.free_ranges().fit(4096, 4096), Some(2 << 20));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use serde::Serialize;
 use vireo_bus_pci::{Bus, PciDevice, PciInfo};
 use vireo_drivers::table::driver_of;
 use vireo_eal::bdf::Bdf;
-use vireo_eal::dma::{DmaBlock, DmaMemory, DmaRing, Part};
+use vireo_eal::dma::{DmaBlock, DmaMemory, DmaRing, MemoryMap, Part};
 use vireo_eal::mem::{Backing, Region};
 use vireo_eal::vfio::{AddressSpace, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
@@ -198,12 +198,12 @@ impl Rig {
             read_write: LoopNic::MEMORY,
             read_only: PAGE_WORDS * 8,
             spaces: vec![space],
-            nodes: Vec::new(),
         };
         let parts: Vec<Part> =
             std::iter::once(&device).chain(&other).map(|device| part(space(device))).collect();
         let bytes = parts.iter().map(Part::bytes).sum();
-        let memory = DmaMemory::map_parts(Region::new(bytes, Backing::HugeMemfd)?, &parts)?;
+        let spaces: Vec<Arc<AddressSpace>> = parts.iter().flat_map(|part| part.spaces.clone()).collect();
+        let memory = MemoryMap::new(&spaces)?.add(Region::new(bytes, Backing::HugeMemfd)?, &parts)?;
 
         let region = Region::new(PAGE_WORDS * 8, Backing::HugeMemfd)?;
         let physical = region.physical_addresses()?.first().copied().unwrap_or_default();

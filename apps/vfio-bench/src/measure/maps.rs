@@ -56,7 +56,7 @@ impl<'a> Map<'a> {
             (Call::MapFile, Some(_)) if region.fd().is_none() => return Ok(None),
             (Call::Map, None) if space.is_physical() => return Ok(None),
             _ if space.is_physical() => None,
-            _ => space.free_ranges().fit(region.len() as u64),
+            _ => space.free_ranges().fit(region.len() as u64, region.page_size() as u64),
         };
         if let (Call::MapSmall, Some(ioas)) = (call, space.ioas()) {
             ioas.set_huge_pages(false)?;

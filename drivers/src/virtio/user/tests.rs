@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vireo_eal::dma::{DmaMemory, Pool, PoolCache};
+use vireo_eal::dma::{DmaMemory, Part, Pool, PoolCache, Segment};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 use vireo_eal::{ErrorKind, Result};
@@ -31,6 +31,7 @@ const SET_VRING_KICK: u32 = 12;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
+const ADD_MEM_REG: u32 = 37;
 
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
@@ -40,11 +41,14 @@ const NEED_REPLY: u32 = 1 << 3;
 const OFFERED: u64 = 1 << 33 | 1 << 32 | 1 << 30 | 1 << 29 | 1 << 18 | 1 << 17 | 1 << 16 | 1 << 15 | 1 << 5;
 /// MQ, REPLY_ACK, and CONFIG, which nobody here wants.
 const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 9;
+/// `VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`.
+const MEM_SLOTS: u64 = 1 << 15;
 
 /// What the peer does.
 #[derive(Clone, Copy)]
 struct Script {
     features: u64,
+    protocol_features: u64,
     /// Closes the connection when this request comes.
     close_at: u32,
     /// Answers neither this request nor those after it, and keeps the connection.
@@ -55,7 +59,14 @@ struct Script {
     refuse: u32,
 }
 
-const HONEST: Script = Script { features: OFFERED, close_at: 0, silent_at: 0, slow_at: 0, refuse: 0 };
+const HONEST: Script = Script {
+    features: OFFERED,
+    protocol_features: PROTOCOL_FEATURES,
+    close_at: 0,
+    silent_at: 0,
+    slow_at: 0,
+    refuse: 0,
+};
 
 /// Time enough for one answer, and not for two.
 const SLOW: Duration = Duration::from_millis(1700);
@@ -92,7 +103,7 @@ fn play(mut stream: UnixStream, script: Script) -> Log {
         }
         match request {
             GET_FEATURES => answer(&mut stream, request, &script.features.to_le_bytes()),
-            GET_PROTOCOL_FEATURES => answer(&mut stream, request, &PROTOCOL_FEATURES.to_le_bytes()),
+            GET_PROTOCOL_FEATURES => answer(&mut stream, request, &script.protocol_features.to_le_bytes()),
             GET_QUEUE_NUM => answer(&mut stream, request, &2_u64.to_le_bytes()),
             GET_VRING_BASE if script.refuse == request => answer(&mut stream, GET_FEATURES, &payload),
             GET_VRING_BASE => answer(&mut stream, request, &payload),
@@ -416,6 +427,72 @@ fn a_server_takes_nobody_elses_socket_and_can_be_stopped() {
     let _other = UnixListener::bind(&path).unwrap();
     let error = connect(&path, "server=1").unwrap_err().to_string();
     assert!(error.contains("another process listens there; give another path"), "{error}");
+}
+
+fn small() -> Region {
+    Region::new(1, Backing::SmallPages).unwrap()
+}
+
+#[test]
+fn memory_that_is_added_is_told_by_message_or_by_table() {
+    for slots in [MEM_SLOTS, 0] {
+        let script = Script { protocol_features: PROTOCOL_FEATURES | slots, ..HONEST };
+        let peer = Peer::new(script);
+        let mut device = peer.connect().unwrap();
+        let (memory, mut cache) = memory();
+        let add = || memory.memory_map().add(small(), &[Part::default()]).unwrap().swap_remove(0);
+        // The next start tells of this one.
+        device.update_memory(&add()).unwrap();
+        let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+        let added = add();
+        device.update_memory(&added).unwrap();
+        device.stop_pair(rx, tx, &mut cache).unwrap();
+        let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+        drop(device);
+        drop((rx, tx));
+        let log = peer.log();
+        let place = |payload: &[u8], at: usize| [0, 8, 16, 24].map(|word| u64_at(payload, at + word));
+        let segments = memory.memory_map().segments();
+        let row = |segment: &Arc<Segment>| {
+            let iova = segment.linear_iova().unwrap();
+            [iova, segment.region().len() as u64, iova, 0]
+        };
+        let expected: Vec<[u64; 4]> = segments.iter().map(row).collect();
+        assert_eq!(expected[2][0], added.linear_iova().unwrap());
+        let tables: Vec<Vec<[u64; 4]>> = all(&log, SET_MEM_TABLE)
+            .into_iter()
+            .map(|table| {
+                assert_eq!(u64_at(table, 0), (table.len() as u64 - 8) / 32);
+                (8..table.len()).step_by(32).map(|at| place(table, at)).collect()
+            })
+            .collect();
+        let ones: Vec<[u64; 4]> = all(&log, ADD_MEM_REG).into_iter().map(|one| place(one, 8)).collect();
+        match slots {
+            0 => {
+                assert_eq!((tables, ones), (vec![expected[..2].to_vec(), expected.clone(), expected], vec![]))
+            }
+            _ => assert_eq!(
+                (tables, ones),
+                (vec![expected[..2].to_vec(), expected.clone()], vec![expected[2]])
+            ),
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_refuses_more_memory_keeps_what_it_has() {
+    let script = Script { protocol_features: PROTOCOL_FEATURES | MEM_SLOTS, refuse: ADD_MEM_REG, ..HONEST };
+    let peer = Peer::new(script);
+    let mut device = peer.connect().unwrap();
+    let (memory, mut cache) = memory();
+    let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+    let added = memory.memory_map().add(small(), &[Part::default()]).unwrap().swap_remove(0);
+    let error = device.update_memory(&added).unwrap_err();
+    assert!(error.to_string().contains("the peer refuses ADD_MEM_REG"), "{error}");
+    device.check().unwrap();
+    device.stop_pair(rx, tx, &mut cache).unwrap();
+    drop(device);
+    assert_eq!(all(&peer.log(), ADD_MEM_REG).len(), 1);
 }
 
 #[test]

@@ -28,7 +28,7 @@ pub struct PoolCache {
     stack: Box<[MaybeUninit<u32>; CACHE]>,
     /// The first `len` entries of `stack` are initialised, each by the distance of a buffer of this pool that has no handle.
     len: usize,
-    /// Which of the pool's lists it takes from.
+    /// Index of the node whose buffers it takes first.
     near: usize,
     pool: Arc<Pool>,
 }
@@ -37,7 +37,7 @@ pub struct PoolCache {
 unsafe impl Send for PoolCache {}
 
 impl PoolCache {
-    /// A cache that takes buffers from the list `near` first.
+    /// A cache that takes buffers of the node at index `near` first.
     pub(super) fn new(pool: &Arc<Pool>, near: usize) -> Self {
         Self {
             place: Place::of(pool),

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use super::cache::CACHE;
 use super::*;
-use crate::dma::MAX_BURST;
+use crate::dma::{MAX_BURST, Packet};
 use crate::mem::{Backing, Region};
 use crate::sync::{model, thread};
 

@@ -3,25 +3,35 @@
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-use super::Pool;
-use crate::dma::memory::Translation;
+use super::{NodeBuffers, Pool};
 use crate::dma::packet::{BUFFER_SIZE, Packet, RESERVED};
 
-/// What is to be added to the distance of a packet's data to give its device address: one entry when the buffers are
-/// contiguous for the device, else one for each, rounded up to a power of two.
+/// What is to be added to the distance of a packet's data to give its device address: one entry when all buffers are
+/// contiguous for the device, else one for each distance of a buffer, rounded up to a power of two.
 ///
 /// # Panics
 /// When the pages of the device are not aligned to buffers, as all are.
-pub(super) fn bases(translation: &Translation, offset: usize, count: u32) -> Box<[u64]> {
-    let base = |index: usize| {
-        let distance = index * BUFFER_SIZE;
-        let start = translation.iova(offset + distance);
+pub(super) fn bases(nodes: &[NodeBuffers]) -> Box<[u64]> {
+    let base = |node: &NodeBuffers, number: u32| {
+        let behind = (number - node.numbers.start) as usize * BUFFER_SIZE;
+        let start = node.memory.iova(node.offset + behind);
         assert!(start.is_multiple_of(BUFFER_SIZE as u64), "a page of the device that is not aligned");
-        start.wrapping_sub(distance as u64)
+        start.wrapping_sub(u64::from(number) * BUFFER_SIZE as u64)
     };
-    let entries = if translation.is_contiguous() { 1 } else { count.max(1) as usize };
-    let mut bases: Vec<u64> = (0..entries).map(|index| if count == 0 { 0 } else { base(index) }).collect();
-    bases.resize(entries.next_power_of_two(), 0);
+    let in_use = || nodes.iter().filter(|node| !node.numbers.is_empty());
+    let mut firsts = in_use().map(|node| base(node, node.numbers.start));
+    let first = firsts.next().unwrap_or(0);
+    if firsts.all(|other| other == first) && in_use().all(|node| node.memory.translation().is_contiguous()) {
+        return Box::new([first]);
+    }
+    let end = nodes.iter().map(|node| node.numbers.end).max().unwrap_or(0);
+    // No buffer is between those of two nodes.
+    let mut bases = vec![0; (end as usize).next_power_of_two()];
+    for node in nodes {
+        for number in node.numbers.clone() {
+            bases[number as usize] = base(node, number);
+        }
+    }
     bases.into()
 }
 
@@ -39,7 +49,7 @@ pub(super) struct Place {
 
 impl Place {
     pub(super) fn of(pool: &Pool) -> Self {
-        let base = pool.memory.pointer(pool.offset, pool.count as usize * BUFFER_SIZE).as_ptr();
+        let base = pool.nodes[0].start().as_ptr();
         assert!(
             base.addr().is_multiple_of(BUFFER_SIZE),
             "the region and the pool's offset in it are aligned"
@@ -68,8 +78,8 @@ impl Buffers<'_> {
     #[inline(always)]
     pub(in crate::dma) fn data(&self, packet: &Packet) -> NonNull<u8> {
         assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "a packet of another pool");
-        // SAFETY: no other pool has this tag while handles with it exist, so the buffer is one of this pool's, which are
-        // inside its range of the memory.
+        // SAFETY: no other pool has this tag while handles with it exist, so the buffer is one of this pool's, whose distances
+        // are those of their addresses.
         unsafe { NonNull::new_unchecked(self.place.base.add(packet.at() as usize)) }
     }
 

@@ -6,9 +6,8 @@ use proptest::prelude::*;
 
 use super::cache::CACHE;
 use super::*;
-use crate::dma::memory::Translation;
-use crate::dma::{DATA_ROOM, Part};
-use crate::mem::{Backing, Region};
+use crate::dma::{DATA_ROOM, MemoryMap, Packet, Part};
+use crate::mem::{Backing, Placement, Region};
 
 fn pool(count: u32) -> Arc<Pool> {
     let memory = DmaMemory::map(Region::new(Pool::bytes(count), Backing::SmallPages).unwrap(), &[]).unwrap();
@@ -29,19 +28,36 @@ fn every_buffer_is_given_out_once_and_comes_back() {
     assert_eq!(pool.available(), 1000);
 }
 
+/// What the pool says of each buffer's device address, and what its memory says, by the address that the CPU has.
+fn check_addresses(pool: &Arc<Pool>) {
+    let mut cache = pool.cache();
+    let packets: Vec<Packet> = std::iter::from_fn(|| cache.allocate()).collect();
+    assert_eq!(packets.len(), pool.count() as usize);
+    for packet in packets {
+        let at = cache.data(&packet, 0, 1).addr();
+        let holds = |node: &&NodeBuffers| {
+            let start = node.start().addr().get();
+            (start..start + node.numbers.len() * BUFFER_SIZE).contains(&at)
+        };
+        let node = pool.nodes.iter().find(holds).unwrap();
+        let offset = at - node.memory.region().as_ptr().addr().get();
+        assert_eq!(cache.iova(&packet), node.memory.iova(offset));
+        cache.free(packet);
+    }
+}
+
 #[test]
 fn device_addresses_follow_the_pages() {
     let pages: Vec<u64> = (0..9).map(|page| 0x10_0000 + (page * 7 % 9) * 0x3000).collect();
-    let translation = Translation::paged(4096, &pages);
-    for offset in [0, 2048, 4096, 3 * 2048] {
-        let bases = place::bases(&translation, offset, 10);
-        for index in 0..10_usize {
-            let at = index * BUFFER_SIZE + 3;
-            assert_eq!(bases[index].wrapping_add(at as u64), translation.iova(offset + at));
-        }
+    let region = Region::new(9 * 4096, Backing::SmallPages).unwrap();
+    let memory = DmaMemory::with_addresses(region, 4096, &pages);
+    for count in [1, 5, 10] {
+        check_addresses(&Pool::new(&memory, count).unwrap());
     }
     let memory = DmaMemory::map(Region::new(1 << 20, Backing::SmallPages).unwrap(), &[]).unwrap();
-    assert_eq!(Pool::new(&memory, 100).unwrap().bases.len(), 1);
+    let pool = Pool::new(&memory, 100).unwrap();
+    check_addresses(&pool);
+    assert_eq!(pool.bases.len(), 1);
 }
 
 #[test]
@@ -267,32 +283,92 @@ proptest! {
     }
 }
 
+/// Memory for `EACH` buffers and a little more on node 4, on no node, and on node 7, as far as there are such nodes; each at
+/// the address that `at` gives for its number, if it gives one.
+fn three_nodes(at: impl Fn(u64) -> Option<u64>) -> Vec<Arc<DmaMemory>> {
+    // A node that the machine does not have refuses its pages, so all come from node 0.
+    let parts = [(); 3].map(|()| (None, EACH * BUFFER_SIZE + 4096));
+    let regions = Region::adjoining(&parts, Backing::SmallPages, Placement::Preferred).unwrap();
+    let regions =
+        [Some(4), None, Some(7)].into_iter().zip(regions).map(|(node, region)| region.said_to_be_on(node));
+    let map = MemoryMap::nowhere();
+    match at(0) {
+        None => {
+            let all = map.add_all(regions.map(|region| (region, vec![Part::default()])).collect()).unwrap();
+            all.into_iter().flatten().collect()
+        }
+        Some(_) => (0..)
+            .zip(regions)
+            .map(|(number, region)| {
+                let len = region.len();
+                let pages: Vec<u64> =
+                    (0..len as u64 / 4096).map(|page| at(number).unwrap() + page * 4096).collect();
+                map.add_at(region, 4096, &pages)
+            })
+            .collect(),
+    }
+}
+
+const EACH: usize = 64;
+
+fn on_three_nodes(memory: &[Arc<DmaMemory>]) -> Arc<Pool> {
+    // In an order that is not theirs.
+    let shares = [2, 0, 1].map(|index: usize| (Arc::clone(&memory[index]), EACH as u32 - 10 * index as u32));
+    Pool::on_nodes(&shares).unwrap()
+}
+
 #[test]
+#[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
 fn a_cache_takes_buffers_of_its_node_first() {
-    const EACH: usize = 64 * BUFFER_SIZE;
-    let region = Region::new(2 * EACH, Backing::SmallPages).unwrap();
-    let part = Part { read_write: 2 * EACH, nodes: vec![(4, EACH), (7, EACH)], ..Part::default() };
-    let memory = DmaMemory::map_parts(region, &[part]).unwrap().swap_remove(0);
-    let (pool, count) = (Pool::new(&memory, 100).unwrap(), 100);
-    let node_of = |packet: &Packet| if packet.slot() / (BUFFER_SIZE as u32) < 64 { 4 } else { 7 };
+    let memory = three_nodes(|_| None);
+    let (pool, count) = (on_three_nodes(&memory), 64 + 54 + 44);
+    assert_eq!((pool.count(), pool.bases.len()), (count as u32, 1));
+    let node_of = |packet: &Packet| {
+        let is_there = |node: &&NodeBuffers| node.numbers.contains(&(packet.slot() / BUFFER_SIZE as u32));
+        pool.nodes.iter().find(is_there).unwrap().node()
+    };
     for round in 0..3 {
         let mut near = pool.cache_near(Some(7));
         let taken: Vec<Packet> = std::iter::from_fn(|| near.allocate()).collect();
         assert_eq!(taken.len(), count);
-        let nodes: Vec<i32> = taken.iter().map(node_of).collect();
-        // What the two lists have is taken by chunks, of which the last is of both.
-        assert!(nodes[..32].iter().all(|node| *node == 7), "{round}: {nodes:?}");
-        assert_eq!(nodes.iter().filter(|node| **node == 7).count(), 36);
-        // They come back by a cache of the other node.
+        let nodes: Vec<Option<u32>> = taken.iter().map(node_of).collect();
+        // What the lists have is taken by chunks, of which the last is of two nodes.
+        assert!(nodes[..32].iter().all(|node| *node == Some(7)), "{round}: {nodes:?}");
+        assert_eq!(nodes.iter().filter(|node| **node == Some(7)).count(), 44);
+        // They come back by a cache of another node, on another thread.
         let mut other = pool.cache_near(Some(4));
-        taken.into_iter().rev().for_each(|packet| other.free(packet));
-        drop((near, other));
+        std::thread::scope(|scope| {
+            scope.spawn(move || taken.into_iter().rev().for_each(|packet| other.free(packet)));
+        });
+        drop(near);
         assert_eq!(pool.available() as usize, count);
-        let own: Vec<usize> = pool.free.iter().map(|own| own.list.len()).collect();
-        assert_eq!(own, [64, 36]);
+        let own: Vec<usize> = pool.nodes.iter().map(|node| node.free.len()).collect();
+        assert_eq!(own, [64, 54, 44]);
     }
     let mut nowhere = pool.cache_near(Some(1));
     let first = nowhere.allocate().unwrap();
-    assert_eq!(node_of(&first), 4);
+    assert_eq!(node_of(&first), Some(4));
     nowhere.free(first);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
+fn buffers_of_all_nodes_are_at_the_addresses_of_their_memory() {
+    check_addresses(&on_three_nodes(&three_nodes(|_| None)));
+    let apart = on_three_nodes(&three_nodes(|number| Some([9, 3, 70][number as usize] << 32)));
+    assert_eq!(apart.bases.len(), 256);
+    check_addresses(&apart);
+}
+
+#[test]
+fn memory_that_is_too_far_away_is_refused() {
+    let none: [(Arc<DmaMemory>, u32); 0] = [];
+    assert_eq!(Pool::on_nodes(&none).unwrap_err().kind(), ErrorKind::Usage);
+    let region = || Region::new(Pool::bytes(1), Backing::SmallPages).unwrap();
+    let first = DmaMemory::map(region(), &[]).unwrap();
+    let _between = Region::gap(8 << 30);
+    let second = DmaMemory::map(region(), &[]).unwrap();
+    let apart = first.region().as_ptr().addr().get().abs_diff(second.region().as_ptr().addr().get());
+    let pool = Pool::on_nodes(&[(first, 1), (second, 1)]);
+    assert_eq!(pool.is_err(), apart > 4 << 30);
 }

@@ -1,0 +1,391 @@
+//! The regions that a program's devices reach, and at which addresses.
+
+use std::ops::{Range, RangeInclusive};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::iova::IovaRanges;
+use super::memory::DmaMemory;
+use super::part::{Part, layout};
+use crate::error::{Error, ErrorKind, Result};
+use crate::iommufd::Access;
+use crate::mem::Region;
+use crate::vfio::{AddressSpace, Mapping};
+
+/// The set of regions that the devices of a program reach: its [`Segment`]s.
+///
+/// The map owns its segments, and each [`DmaMemory`] on one of them owns the map. So what any ring was told of stays until
+/// the last ring, pool and other user of any segment is gone. Then all are unmapped everywhere and their pages go back to
+/// the kernel.
+#[derive(Debug)]
+pub struct MemoryMap {
+    spaces: Vec<Arc<AddressSpace>>,
+    physical: bool,
+    segments: Mutex<Vec<Arc<Segment>>>,
+}
+
+/// A region with device addresses. Its NUMA node and its page size are the region's.
+///
+/// Fields drop in this order: the mappings end before the pages go back to the kernel.
+#[derive(Debug)]
+pub struct Segment {
+    _mappings: Vec<Mapping>,
+    region: Arc<Region>,
+    translation: Translation,
+}
+
+/// Offset in a region to device address. With an IOMMU there is one entry; without one there is an entry
+/// for each page, because physical addresses are not ours to choose. Both take the same instructions.
+#[derive(Debug)]
+pub(super) struct Translation {
+    pub(super) page_shift: u32,
+    /// Device address minus offset, for each page of `1 << page_shift` bytes.
+    pub(super) deltas: Box<[u64]>,
+}
+
+impl Translation {
+    fn linear(iova: u64) -> Self {
+        Self { page_shift: usize::BITS - 1, deltas: Box::new([iova]) }
+    }
+
+    pub(super) fn paged(page_size: usize, addresses: &[u64]) -> Self {
+        let deltas = addresses.iter().enumerate().map(|(i, a)| a.wrapping_sub((i * page_size) as u64));
+        Self { page_shift: page_size.trailing_zeros(), deltas: deltas.collect() }
+    }
+
+    /// Whether the whole region is contiguous for the device.
+    pub(super) fn is_contiguous(&self) -> bool {
+        self.deltas.len() == 1
+    }
+
+    pub(super) fn iova(&self, offset: usize) -> u64 {
+        self.deltas[offset >> self.page_shift].wrapping_add(offset as u64)
+    }
+}
+
+impl Segment {
+    /// The pages.
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Device address of the region's first byte when the rest follows in order; none where each page has a
+    /// physical address of its own.
+    pub fn linear_iova(&self) -> Option<u64> {
+        self.translation.is_contiguous().then(|| self.translation.iova(0))
+    }
+
+    pub(super) fn translation(&self) -> &Translation {
+        &self.translation
+    }
+
+    /// Its device addresses, when they are one range.
+    fn iovas(&self) -> Option<RangeInclusive<u64>> {
+        self.linear_iova().map(|start| start..=start + (self.region.len() as u64 - 1))
+    }
+}
+
+impl MemoryMap {
+    /// A map without segments, for the devices of `spaces`; virtual devices have no space.
+    ///
+    /// # Errors
+    /// `Usage` when spaces with and without IOMMU are mixed.
+    pub fn new(spaces: &[Arc<AddressSpace>]) -> Result<Arc<Self>> {
+        let mut own: Vec<Arc<AddressSpace>> = Vec::new();
+        for space in spaces {
+            if !own.iter().any(|known| Arc::ptr_eq(known, space)) {
+                own.push(Arc::clone(space));
+            }
+        }
+        let physical = is_physical(&own)?;
+        Ok(Arc::new(Self { spaces: own, physical, segments: Mutex::default() }))
+    }
+
+    /// A map for devices of this process, which have no address space.
+    pub fn nowhere() -> Arc<Self> {
+        Arc::new(Self { spaces: Vec::new(), physical: false, segments: Mutex::default() })
+    }
+
+    /// The address spaces, each once.
+    pub fn spaces(&self) -> &[Arc<AddressSpace>] {
+        &self.spaces
+    }
+
+    /// The segments, in the order in which they were added.
+    pub fn segments(&self) -> Vec<Arc<Segment>> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Segment>>> {
+        // No panic leaves the list half changed.
+        self.segments.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds `region`, also while devices run. Each of `parts` is mapped in the spaces that it names, and they are given in
+    /// that order. What is left of the region goes to the first part.
+    ///
+    /// An address means the same byte in every space, or nothing; what several spaces of one `/dev/iommu` map is pinned
+    /// once. Without an IOMMU the physical addresses of the pages are found. With no space at all the region gets an IOVA
+    /// that nobody maps. In these two cases nothing tells the parts apart, and they are one memory.
+    ///
+    /// # Errors
+    /// `Unavailable` when no IOVA is free in all spaces, or a device does not reach a page's physical address; `Os` when
+    /// the region is too small or a map call is refused.
+    pub fn add(self: &Arc<Self>, region: Region, parts: &[Part]) -> Result<Vec<Arc<DmaMemory>>> {
+        Ok(self.add_all(vec![(region, parts.to_vec())])?.pop().unwrap_or_default())
+    }
+
+    /// As [`MemoryMap::add`] for several regions. Those that adjoin in this process
+    /// ([`Region::adjoining`]) adjoin for the devices, too.
+    ///
+    /// # Errors
+    /// As for [`MemoryMap::add`].
+    pub fn add_all(self: &Arc<Self>, regions: Vec<(Region, Vec<Part>)>) -> Result<Vec<Vec<Arc<DmaMemory>>>> {
+        // Nobody else chooses addresses meanwhile.
+        let mut known = self.lock();
+        let iovas = match self.physical {
+            true => vec![0; regions.len()],
+            false => self.place(&known, &regions.iter().map(|(region, _)| region).collect::<Vec<_>>())?,
+        };
+        let (mut segments, mut memory) = (Vec::new(), Vec::with_capacity(regions.len()));
+        for ((region, parts), iova) in regions.into_iter().zip(iovas) {
+            let layout = layout(&parts, region.len())?;
+            let region = Arc::new(region);
+            let (mappings, translation) = match self.physical {
+                true => self.find_physical(&region)?,
+                false => (map_parts(&region, iova, &parts, &layout)?, Translation::linear(iova)),
+            };
+            let segment = Arc::new(Segment { _mappings: mappings, region, translation });
+            memory.push(match self.physical || self.spaces.is_empty() {
+                true => vec![DmaMemory::whole(self, &segment); parts.len()],
+                false => layout.into_iter().map(|part| DmaMemory::part(self, &segment, part)).collect(),
+            });
+            segments.push(segment);
+        }
+        // All of them, or none.
+        known.append(&mut segments);
+        Ok(memory)
+    }
+
+    /// Adds `region` for devices of this process that see each `page_size` bytes of it at the next of `addresses`: as
+    /// without an IOMMU, for tests and counts that need no VFIO.
+    ///
+    /// # Panics
+    /// When `page_size` is no power of two or less than a page, as many pages are not the region, or an address is no
+    /// multiple of it.
+    pub fn add_at(self: &Arc<Self>, region: Region, page_size: usize, addresses: &[u64]) -> Arc<DmaMemory> {
+        assert!(page_size.is_power_of_two() && page_size >= region.page_size());
+        assert_eq!(addresses.len() * page_size, region.len());
+        assert!(addresses.iter().all(|address| address.is_multiple_of(page_size as u64)));
+        let translation = Translation::paged(page_size, addresses);
+        let segment = Arc::new(Segment { _mappings: Vec::new(), region: Arc::new(region), translation });
+        self.lock().push(Arc::clone(&segment));
+        DmaMemory::whole(self, &segment)
+    }
+
+    /// Device addresses for `regions`, the first that are free in all spaces: one range for those that adjoin in this
+    /// process.
+    fn place(&self, known: &[Arc<Segment>], regions: &[&Region]) -> Result<Vec<u64>> {
+        let mut free =
+            self.spaces.iter().fold(IovaRanges::all(), |free, space| free.intersection(&space.free_ranges()));
+        for iovas in known.iter().filter_map(|segment| segment.iovas()) {
+            free = free.without(&iovas);
+        }
+        let mut found = Vec::with_capacity(regions.len());
+        for run in regions.chunk_by(|one, next| one.end() == next.as_ptr()) {
+            let len = run.iter().map(|region| region.len() as u64).sum();
+            let start = fit(&free, len, run[0].page_size() as u64)?;
+            free = free.without(&(start..=start + (len - 1)));
+            found.extend(run.iter().scan(start, |next, region| {
+                *next += region.len() as u64;
+                Some(*next - region.len() as u64)
+            }));
+        }
+        Ok(found)
+    }
+
+    /// Pins `region` for devices without IOMMU and finds the addresses of its pages.
+    fn find_physical(&self, region: &Arc<Region>) -> Result<(Vec<Mapping>, Translation)> {
+        let mappings =
+            self.spaces.iter().map(|space| space.map(region, None)).collect::<Result<Vec<Mapping>>>()?;
+        let mut addresses = Vec::new();
+        for mapping in &mappings {
+            addresses = mapping.physical_addresses()?.unwrap_or(addresses);
+        }
+        let mask = self.spaces.iter().map(|space| space.dma_mask()).min().unwrap_or(u64::MAX);
+        check_reach(&addresses, region.page_size(), mask)?;
+        self.spaces.iter().for_each(|space| space.keep(region));
+        Ok((mappings, Translation::paged(region.page_size(), &addresses)))
+    }
+}
+
+/// Whether devices of `spaces` use physical addresses.
+fn is_physical(spaces: &[Arc<AddressSpace>]) -> Result<bool> {
+    let physical = spaces.iter().filter(|space| space.is_physical()).count();
+    if physical > 0 && physical < spaces.len() {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            "cannot mix no-IOMMU ports with other modes",
+            "a NIC without IOMMU needs physical addresses, the others reach only mapped IOVAs",
+        )
+        .with_hint("give every port the same kind of --vfio-mode"));
+    }
+    Ok(physical > 0)
+}
+
+/// Whether devices that give out no address above `mask` reach every page of `page_size` bytes at `addresses`.
+fn check_reach(addresses: &[u64], page_size: usize, mask: u64) -> Result<()> {
+    let beyond = |address: &&u64| address.checked_add(page_size as u64 - 1).is_none_or(|last| last > mask);
+    let Some(beyond) = addresses.iter().find(beyond) else { return Ok(()) };
+    let why = format!(
+        "a page is at the physical address {beyond:#x}, and a NIC among them has {} address bits",
+        u64::BITS - mask.leading_zeros()
+    );
+    Err(Error::new(ErrorKind::Unavailable, "cannot use this memory without an IOMMU", why)
+        .with_hint("boot with an IOMMU (intel_iommu=on or amd_iommu=on), or with mem=3G"))
+}
+
+/// Maps each of `parts` of `region`, whose first byte is at `iova`, in the spaces that it names.
+fn map_parts(
+    region: &Arc<Region>,
+    iova: u64,
+    parts: &[Part],
+    layout: &[[Range<usize>; 2]],
+) -> Result<Vec<Mapping>> {
+    let mut mappings = Vec::new();
+    for (part, [read_write, read_only]) in parts.iter().zip(layout) {
+        for (bytes, access) in [(read_write, Access::ReadWrite), (read_only, Access::Read)] {
+            map_everywhere(region, bytes, iova, access, &part.spaces, &mut mappings)?;
+        }
+    }
+    Ok(mappings)
+}
+
+/// Maps `bytes` of `region`, whose first byte is at `iova`, in each of `spaces`.
+fn map_everywhere(
+    region: &Arc<Region>,
+    bytes: &Range<usize>,
+    iova: u64,
+    access: Access,
+    spaces: &[Arc<AddressSpace>],
+    mappings: &mut Vec<Mapping>,
+) -> Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let known = mappings.len();
+    for space in spaces {
+        let mut copy = None;
+        for source in &mappings[known..] {
+            copy = space.copy(source, access)?;
+            if copy.is_some() {
+                break;
+            }
+        }
+        mappings.push(match copy {
+            Some(copy) => copy,
+            None => space.map_range(region, bytes.clone(), Some(iova + bytes.start as u64), access)?,
+        });
+    }
+    Ok(())
+}
+
+/// First place for `len` bytes in `free`, aligned to pages of `page_size` bytes.
+fn fit(free: &IovaRanges, len: u64, page_size: u64) -> Result<u64> {
+    free.fit(len, page_size).ok_or_else(|| {
+        let ranges: Vec<String> = free.iter().map(|r| format!("{:#x}-{:#x}", r.start(), r.end())).collect();
+        Error::new(
+            ErrorKind::Unavailable,
+            format!("cannot place {} MiB in the devices' address space", len >> 20),
+            format!(
+                "the IOMMUs and the address bits of the NICs allow together {}",
+                if ranges.is_empty() { "nothing".into() } else { ranges.join(", ") }
+            ),
+        )
+        .with_hint("ask for less with -m MB")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mem::{Backing, Placement, page_size};
+
+    fn region(pages: usize) -> Region {
+        Region::new(pages * page_size(), Backing::SmallPages).unwrap()
+    }
+
+    fn iovas(map: &MemoryMap) -> Vec<u64> {
+        map.segments().iter().filter_map(|segment| segment.linear_iova()).collect()
+    }
+
+    #[test]
+    fn paged_translation_follows_the_pages() {
+        let translation = Translation::paged(4096, &[0x9000, 0x3000]);
+        assert_eq!([0, 4095, 4096, 5000].map(|o| translation.iova(o)), [0x9000, 0x9fff, 0x3000, 0x3388]);
+    }
+
+    #[test]
+    fn pages_beyond_the_reach_of_a_nic_are_refused_with_the_reason() {
+        let (low, high) = (0xffe0_0000, 0x1_0000_0000);
+        check_reach(&[low, high], 2 << 20, u64::MAX).unwrap();
+        check_reach(&[low], 2 << 20, u32::MAX.into()).unwrap();
+        for addresses in [[low, high], [low + 4096, low]] {
+            let error = check_reach(&addresses, 2 << 20, u32::MAX.into()).unwrap_err().to_string();
+            assert!(error.contains("32 address bits") && error.contains("intel_iommu=on"), "{error}");
+        }
+    }
+
+    #[test]
+    fn each_segment_has_addresses_of_its_own_and_stays_with_the_others() {
+        let map = MemoryMap::nowhere();
+        let add = |pages| map.add(region(pages), &[Part::default()]).unwrap().swap_remove(0);
+        let [first, second, third] = [add(1), add(600), add(1)];
+        let place = |number: u64| (4 << 30) + number * (2 << 20);
+        assert_eq!(iovas(&map), [place(0), place(1), place(3)]);
+        assert_eq!(third.segment().linear_iova(), Some(place(3)));
+        let pages = Arc::downgrade(&first.segment().region);
+        drop((map, first, second));
+        assert!(pages.upgrade().is_some(), "a ring in the third may hold a buffer of the first");
+        drop(third);
+        assert!(pages.upgrade().is_none());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
+    fn regions_that_adjoin_in_the_process_adjoin_for_devices() {
+        let page = page_size();
+        let parts = [(None, page), (None, 3 * page), (None, page)];
+        let regions = Region::adjoining(&parts, Backing::SmallPages, Placement::Preferred).unwrap();
+        let map = MemoryMap::nowhere();
+        let regions = regions.into_iter().map(|region| (region, vec![Part::default()]));
+        map.add_all(regions.collect()).unwrap();
+        map.add(region(1), &[Part::default()]).unwrap();
+        let offsets: Vec<u64> = iovas(&map).iter().map(|iova| iova - (4 << 30)).collect();
+        let page = page as u64;
+        assert_eq!(offsets, [0, page, 4 * page, 2 << 20]);
+    }
+
+    #[test]
+    fn a_region_that_is_added_is_refused_where_it_is_too_small_and_leaves_nothing() {
+        let map = MemoryMap::nowhere();
+        let part = Part { read_write: 2 * page_size(), ..Part::default() };
+        assert_eq!(map.add(region(1), &[part]).unwrap_err().kind(), ErrorKind::Os);
+        assert!(map.segments().is_empty());
+    }
+
+    #[test]
+    fn without_an_iommu_pages_stay_until_the_devices_are_closed() {
+        let space = Arc::new(AddressSpace::nowhere());
+        let memory = Region::new(2 << 20, Backing::HugeMemfd)
+            .and_then(|region| DmaMemory::map(region, &[Arc::clone(&space)]));
+        let memory = match memory {
+            Ok(memory) => memory,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let region = Arc::downgrade(&memory.segment().region);
+        drop(memory);
+        assert!(region.upgrade().is_some());
+        drop(space);
+        assert!(region.upgrade().is_none());
+    }
+}
