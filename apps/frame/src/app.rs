@@ -1,5 +1,6 @@
 //! The process: arguments, EAL, ports, memory, sandbox.
 
+use std::collections::BTreeSet;
 use std::process::{ExitCode, Termination};
 
 use clap::Parser;
@@ -85,7 +86,8 @@ impl App {
         let lcores = &self.eal.lcores;
         let used: Vec<&OpenPort> =
             Route::ports(&routes).into_iter().filter_map(|port| open.get(port)).collect();
-        let need = config.need(used.len(), lcores.ids().len());
+        let nodes: BTreeSet<u32> = used.iter().filter_map(|open| open.node).collect();
+        let need = config.need(used.len(), lcores.ids().len() * nodes.len().max(1));
         let memory = memory::reserve(&self.eal, &need, &used)?;
         let served = routes.iter().flat_map(|route| [route.from, route.to].map(|port| (route.lcore, port)));
         memory::warn_of_distance(

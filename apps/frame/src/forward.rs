@@ -1,12 +1,13 @@
 //! The packet path: receive, let the application process, send.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vireo_drivers::port::{RxBurst, TxBurst};
 use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_drivers::{e1000, igb, vhost, virtio};
 use vireo_eal::clock::Tsc;
-use vireo_eal::dma::{Burst, PoolCache};
+use vireo_eal::dma::{Burst, Pool, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
 use crate::frames::{Frames, Scattered, Single};
@@ -59,18 +60,63 @@ impl Meter for BusyTicks {
     }
 }
 
+/// The caches of packet buffers that an lcore has for its lanes.
+pub trait Caches {
+    /// That of the lane at index `lane`.
+    fn of_lane(&mut self, lane: usize) -> &mut PoolCache;
+}
+
+/// One for all lanes.
+impl Caches for PoolCache {
+    #[inline(always)]
+    fn of_lane(&mut self, _lane: usize) -> &mut PoolCache {
+        self
+    }
+}
+
+/// A cache for each NUMA node that an lcore receives from: what a lane sends comes back to where it receives into, so that
+/// buffers stay on their node.
+#[derive(Debug)]
+pub(crate) struct CachesByNode {
+    caches: Vec<PoolCache>,
+    /// Index of the cache of each lane.
+    of_lanes: Vec<usize>,
+}
+
+impl CachesByNode {
+    /// Caches of `pool` for lanes that receive on these `nodes`.
+    pub(crate) fn new(pool: &Arc<Pool>, nodes: &[Option<u32>]) -> Self {
+        let mut distinct: Vec<Option<u32>> = Vec::new();
+        let index = |node: &Option<u32>| {
+            distinct.iter().position(|known| known == node).unwrap_or_else(|| {
+                distinct.push(*node);
+                distinct.len() - 1
+            })
+        };
+        let of_lanes = nodes.iter().map(index).collect();
+        Self { caches: distinct.into_iter().map(|node| pool.cache_near(node)).collect(), of_lanes }
+    }
+}
+
+impl Caches for CachesByNode {
+    #[inline]
+    fn of_lane(&mut self, lane: usize) -> &mut PoolCache {
+        &mut self.caches[self.of_lanes[lane]]
+    }
+}
+
 /// Polls `lanes` until `stop` is raised, for one round at least; calls `tick` once in each. `bursts` has an empty one
 /// for each lane. Each packet is a frame.
 #[inline(never)]
 pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
-    cache: &mut PoolCache,
+    caches: &mut impl Caches,
     stop: &StopFlag,
     meter: &mut impl Meter,
     tick: impl FnMut(),
 ) {
-    poll_all::<Single, _, _, _>(lanes, bursts, cache, stop, meter, tick);
+    poll_all::<Single, _, _, _>(lanes, bursts, caches, stop, meter, tick);
 }
 
 /// As [`forward`], between ports that were started for long frames: packets may be segments, and the counts are of frames.
@@ -78,27 +124,27 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
 pub fn forward_scattered<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
-    cache: &mut PoolCache,
+    caches: &mut impl Caches,
     stop: &StopFlag,
     meter: &mut impl Meter,
     tick: impl FnMut(),
 ) {
-    poll_all::<Scattered, _, _, _>(lanes, bursts, cache, stop, meter, tick);
+    poll_all::<Scattered, _, _, _>(lanes, bursts, caches, stop, meter, tick);
 }
 
 #[inline(always)]
 fn poll_all<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
-    cache: &mut PoolCache,
+    caches: &mut impl Caches,
     stop: &StopFlag,
     meter: &mut impl Meter,
     mut tick: impl FnMut(),
 ) {
     loop {
-        for (lane, burst) in lanes.iter_mut().zip(&mut *bursts) {
+        for (index, (lane, burst)) in lanes.iter_mut().zip(&mut *bursts).enumerate() {
             meter.begin();
-            let busy = poll::<F, _, _, _>(lane, cache, burst);
+            let busy = poll::<F, _, _, _>(lane, caches.of_lane(index), burst);
             meter.end(busy);
         }
         tick();
@@ -106,8 +152,8 @@ fn poll_all<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
             break;
         }
     }
-    for (lane, burst) in lanes.iter_mut().zip(bursts) {
-        send::<F, _, _, _>(lane, cache, burst);
+    for (index, (lane, burst)) in lanes.iter_mut().zip(bursts).enumerate() {
+        send::<F, _, _, _>(lane, caches.of_lane(index), burst);
     }
 }
 
@@ -157,7 +203,7 @@ pub type AnyLane<H> = Lane<RxQueue, TxQueue, H>;
 /// Runs [`forward`], or [`forward_scattered`], and adds the ticks of busy polls to `busy_ticks` if there is such a sum.
 fn measured<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
-    cache: &mut PoolCache,
+    caches: &mut impl Caches,
     busy_ticks: Option<&AtomicU64>,
     stop: &StopFlag,
     tick: impl FnMut(),
@@ -166,14 +212,14 @@ fn measured<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
     let bursts = &mut bursts;
     let Some(sum) = busy_ticks else {
         return match F::SCATTERED {
-            false => forward(lanes, bursts, cache, stop, &mut (), tick),
-            true => forward_scattered(lanes, bursts, cache, stop, &mut (), tick),
+            false => forward(lanes, bursts, caches, stop, &mut (), tick),
+            true => forward_scattered(lanes, bursts, caches, stop, &mut (), tick),
         };
     };
     let mut busy = BusyTicks::default();
     match F::SCATTERED {
-        false => forward(lanes, bursts, cache, stop, &mut busy, tick),
-        true => forward_scattered(lanes, bursts, cache, stop, &mut busy, tick),
+        false => forward(lanes, bursts, caches, stop, &mut busy, tick),
+        true => forward_scattered(lanes, bursts, caches, stop, &mut busy, tick),
     }
     sum.fetch_add(busy.ticks, Ordering::Relaxed);
 }
@@ -181,12 +227,24 @@ fn measured<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
 /// Runs [`forward_scattered`], in one version for all drivers; else as [`forward_any`].
 pub(crate) fn forward_any_scattered<H: Hook>(
     mut lanes: Vec<AnyLane<H>>,
-    cache: &mut PoolCache,
+    caches: &mut impl Caches,
     busy_ticks: Option<&AtomicU64>,
     stop: &StopFlag,
     tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
-    measured::<Scattered, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
+    measured::<Scattered, _, _, _>(&mut lanes, caches, busy_ticks, stop, tick);
+    lanes
+}
+
+/// As [`forward_any`], for lanes that receive on several NUMA nodes. All drivers share one version.
+pub(crate) fn forward_by_node<H: Hook>(
+    mut lanes: Vec<AnyLane<H>>,
+    caches: &mut CachesByNode,
+    busy_ticks: Option<&AtomicU64>,
+    stop: &StopFlag,
+    tick: impl FnMut(),
+) -> Vec<AnyLane<H>> {
+    measured::<Single, _, _, _>(&mut lanes, caches, busy_ticks, stop, tick);
     lanes
 }
 
@@ -238,8 +296,8 @@ pub fn forward_any<H: Hook>(
 #[cfg(test)]
 mod tests {
     use vireo_drivers::counters::QueueCounters;
-    use vireo_eal::dma::{DmaMemory, Pool, first_frame};
-    use vireo_eal::mem::{Backing, Region};
+    use vireo_eal::dma::{DmaMemory, MemoryMap, Part, first_frame};
+    use vireo_eal::mem::{Backing, Placement, Region};
 
     use super::*;
 
@@ -397,5 +455,52 @@ mod tests {
         assert_eq!((lanes[0].rx.counters().consumed.get(), lanes[0].tx.counters().dropped.get()), (1, 4));
         drop(cache);
         assert_eq!(pool.available(), 64);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
+    fn each_lane_uses_the_cache_of_its_node() {
+        let bytes = Pool::bytes(64);
+        let regions =
+            Region::adjoining(&[(Some(0), bytes), (None, bytes)], Backing::SmallPages, Placement::Preferred);
+        let regions = match regions {
+            Ok(regions) => regions.into_iter().map(|region| (region, vec![Part::default()])).collect(),
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let memory = MemoryMap::nowhere().add_all(regions).unwrap();
+        let shares: Vec<_> = memory.into_iter().flatten().map(|memory| (memory, 64)).collect();
+        let pool = Pool::on_nodes(&shares).unwrap();
+        let nodes = [None, Some(0), None];
+        let mut caches = CachesByNode::new(&pool, &nodes);
+        assert_eq!(caches.of_lanes, [0, 1, 0]);
+        let lane = || Lane {
+            rx: Source(vec![8; 3], QueueCounters::default()),
+            from: 0,
+            tx: Sink { room: 32, bursts: Vec::new(), counters: QueueCounters::default() },
+            to: 0,
+            hook: Mark::default(),
+        };
+        let (mut lanes, mut bursts) = ([lane(), lane(), lane()], [Burst::new(), Burst::new(), Burst::new()]);
+        let stop = StopFlag::new();
+        let mut rounds = 0;
+        forward(&mut lanes, &mut bursts, &mut caches, &stop, &mut (), || {
+            rounds += 1;
+            if rounds == 10 {
+                stop.set();
+            }
+        });
+        // All came back to the cache from which they were taken.
+        for (cache, node) in caches.caches.iter_mut().zip([None, Some(0)]) {
+            let (own, _) = shares.iter().find(|(memory, _)| memory.region().node() == node).unwrap();
+            let first = own.linear_iova().unwrap();
+            let packets: Vec<_> = (0..cache.len()).map(|_| cache.allocate().unwrap()).collect();
+            assert!(!packets.is_empty());
+            for packet in packets {
+                assert!((first..first + bytes as u64).contains(&cache.iova(&packet)), "{node:?}");
+                cache.free(packet);
+            }
+        }
+        drop(caches);
+        assert_eq!(pool.available(), 128);
     }
 }

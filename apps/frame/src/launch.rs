@@ -9,7 +9,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
 use crate::control::{Control, PortState};
-use crate::forward::{AnyLane, forward_any, forward_any_scattered};
+use crate::forward::{AnyLane, CachesByNode, forward_any, forward_any_scattered, forward_by_node};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::ports::Supply;
@@ -26,21 +26,8 @@ pub(crate) struct Shared<'a> {
     pub(crate) supply: &'a Supply,
     /// Where ticks of polls that moved packets are added, if they are measured.
     pub(crate) busy_ticks: Option<&'a AtomicU64>,
-}
-
-/// Work of one lcore.
-#[derive(Debug)]
-pub(crate) struct Share<H> {
-    /// NUMA node that it takes packet buffers from, where that makes a difference.
-    pub(crate) node: Option<u32>,
-    /// Lanes that it polls.
-    pub(crate) lanes: Vec<AnyLane<H>>,
-}
-
-impl<H> Default for Share<H> {
-    fn default() -> Self {
-        Self { node: None, lanes: Vec::new() }
-    }
+    /// NUMA node of the packet buffers for each pair of queues, where that makes a difference.
+    pub(crate) nodes: &'a [Option<u32>],
 }
 
 /// Forwards the lanes of `shares` (by lcore) until the run is to stop, and calls `tick` now and then on the main lcore. Of
@@ -52,7 +39,7 @@ impl<H> Default for Share<H> {
 pub(crate) fn forward_on_lcores<H: Hook>(
     shared: Shared<'_>,
     (ports, used, idle): (&mut [SupervisedPort], &BTreeSet<usize>, IdleQueues),
-    mut shares: BTreeMap<u32, Share<H>>,
+    mut shares: BTreeMap<u32, Vec<AnyLane<H>>>,
     announce: &(dyn Fn(usize, PortState) + Sync),
     mut tick: impl FnMut(),
 ) -> Result<IdleQueues> {
@@ -75,7 +62,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
             let worker = lcores.launch_in(scope, id, move |_| run_lanes(shared, recall, id, share, || ()));
             workers.push(worker.inspect_err(|_| stop.set())?);
         }
-        let only_ticks = own.lanes.is_empty();
+        let only_ticks = own.is_empty();
         let mut round = 0_u32;
         let lanes = lcores.run_main(|_| {
             run_lanes(shared, recall, main, own, || {
@@ -107,20 +94,29 @@ pub(crate) fn forward_on_lcores<H: Hook>(
 
 /// Forwards `lanes` on lcore `id`, and those that it gets later, until the run is to stop.
 fn run_lanes<H: Hook>(
-    Shared { app: App { stop, .. }, supply, busy_ticks }: Shared<'_>,
+    Shared { app: App { stop, .. }, supply, busy_ticks, nodes }: Shared<'_>,
     recall: &Recall<H>,
     id: u32,
-    Share { node, mut lanes }: Share<H>,
+    mut lanes: Vec<AnyLane<H>>,
     mut tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
     loop {
-        let mut cache = supply.pool.cache_near(node);
-        lanes = match supply.is_scattered() {
-            false => forward_any(lanes, &mut cache, busy_ticks, stop, &mut tick),
-            true => forward_any_scattered(lanes, &mut cache, busy_ticks, stop, &mut tick),
+        // Caches end with each round: a port that starts again may need the buffers that are left in them.
+        let nodes: Vec<Option<u32>> =
+            lanes.iter().map(|lane| nodes.get(lane.from).copied().flatten()).collect();
+        lanes = if nodes.iter().any(|node| *node != nodes[0]) {
+            let mut caches = CachesByNode::new(&supply.pool, &nodes);
+            match supply.is_scattered() {
+                false => forward_by_node(lanes, &mut caches, busy_ticks, stop, &mut tick),
+                true => forward_any_scattered(lanes, &mut caches, busy_ticks, stop, &mut tick),
+            }
+        } else {
+            let mut cache = supply.pool.cache_near(nodes.first().copied().flatten());
+            match supply.is_scattered() {
+                false => forward_any(lanes, &mut cache, busy_ticks, stop, &mut tick),
+                true => forward_any_scattered(lanes, &mut cache, busy_ticks, stop, &mut tick),
+            }
         };
-        // A port that starts again may need the buffers that are left in it.
-        drop(cache);
         if stop.is_set() {
             return lanes;
         }

@@ -19,7 +19,7 @@ use crate::counts::Counts;
 use crate::forward::AnyLane;
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
-use crate::launch::{Share, Shared, forward_on_lcores};
+use crate::launch::{Shared, forward_on_lcores};
 use crate::route::Route;
 use crate::supervised::{PortSummary, SupervisedPort};
 
@@ -35,10 +35,11 @@ pub struct Config {
 }
 
 impl Config {
-    /// The memory that this takes, for so many ports and lcores.
-    pub fn need(&self, ports: usize, lcores: usize) -> MemoryNeed {
+    /// The memory that this takes, for so many ports, and so many caches of packet buffers: one for each lcore, and for
+    /// each NUMA node of which it has ports.
+    pub fn need(&self, ports: usize, caches: usize) -> MemoryNeed {
         let Self { port: config, send_only, .. } = *self;
-        let needed = || buffers_needed(ports, lcores, &config);
+        let needed = || buffers_needed(ports, caches, &config);
         let buffers = self.buffers.unwrap_or_else(needed).saturating_sub(send_only);
         MemoryNeed { buffers, send_only, config }
     }
@@ -238,17 +239,17 @@ impl Ports {
         announce: &(dyn Fn(usize, PortState) + Sync),
         mut tick: impl FnMut(&Counts),
     ) -> Result<()> {
-        let mut shares: BTreeMap<u32, Share<H>> = BTreeMap::new();
+        let mut shares: BTreeMap<u32, Vec<AnyLane<H>>> = BTreeMap::new();
         let lanes = self.lanes(hook)?;
         for (route, lane) in self.routes.iter().zip(lanes) {
-            let share = shares.entry(route.lcore).or_default();
-            let node = self.get(route.from).and_then(|open| self.memory().node_of(open));
-            share.node = share.node.or(node);
-            share.lanes.push(lane);
+            shares.entry(route.lcore).or_default().push(lane);
         }
+        let node = |number| self.get(number).and_then(|open| self.memory().node_of(open));
+        let of_port = |number| self.queues.numbers(number).map(move |_| node(number));
+        let nodes: Vec<Option<u32>> = (0..self.count()).flat_map(of_port).collect();
         let Self { ports, used, queues, supply, counts, .. } = self;
         used.iter().for_each(|number| ports[*number].begin());
-        let shared = Shared { app, supply, busy_ticks: counts.busy_ticks.as_deref() };
+        let shared = Shared { app, supply, busy_ticks: counts.busy_ticks.as_deref(), nodes: &nodes };
         let idle = std::mem::replace(queues, supply.idle_queues());
         *queues = forward_on_lcores(shared, (ports, used, idle), shares, announce, || tick(counts))?;
         Ok(())

@@ -107,12 +107,22 @@ impl<K> Mapping<K> {
     /// As for [`Mapping::physical`]; [`Error::NotContiguous`] when a page is not contiguous.
     pub fn physical_pages(&self, page_size: u64) -> Result<Vec<u64>> {
         let pages = self.len.checked_div(page_size).unwrap_or(0);
-        (0..pages)
-            .map(|page| match self.physical(page * page_size, page_size)? {
-                found if found.len >= page_size => Ok(found.address),
-                found => Err(Error::NotContiguous { page: page_size, contiguous: found.len }),
-            })
-            .collect()
+        (0..pages).map(|page| self.physical_page(page * page_size, page_size)).collect()
+    }
+
+    /// Physical address of the `page_size` bytes from `offset` on. The kernel may look no further than an entry of its
+    /// table, and give the address of a large page in pieces.
+    fn physical_page(&self, offset: u64, page_size: u64) -> Result<u64> {
+        let first = self.physical(offset, page_size)?;
+        let mut contiguous = first.len;
+        while contiguous < page_size {
+            let next = self.physical(offset + contiguous, page_size - contiguous)?;
+            if next.len == 0 || next.address != first.address + contiguous {
+                return Err(Error::NotContiguous { page: page_size, contiguous });
+            }
+            contiguous += next.len;
+        }
+        Ok(first.address)
     }
 }
 
@@ -146,6 +156,8 @@ mod tests {
                 if offset < 0x4000 {
                     query.length = query.length.min(0x4000 - offset);
                 }
+                // As an entry of 8 KiB gives it.
+                query.length = query.length.min(0x2000 - offset % 0x2000);
                 write(bytes, &query);
             }
             Ok(())
@@ -159,6 +171,7 @@ mod tests {
         assert_eq!(mapping.physical(0x3000, 0x3000), Ok(Physical { address: 0x8000_3000, len: 0x1000 }));
         let pages = mapping.physical_pages(0x2000).unwrap();
         assert_eq!(pages, [0x8000_0000, 0x8000_2000, 0x8000_5000, 0x8000_7000]);
+        assert_eq!(mapping.physical_pages(0x4000).unwrap(), [0x8000_0000, 0x8000_5000]);
         assert_eq!(
             mapping.physical_pages(0x8000),
             Err(Error::NotContiguous { page: 0x8000, contiguous: 0x4000 })
