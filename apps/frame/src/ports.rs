@@ -150,7 +150,8 @@ impl Ports {
     }
 
     /// Adds `region` to the memory of the ports, also after they started, and maps it for all of them. It stays as long as
-    /// they do. To be called before [`App::confine`], which forbids what mapping takes.
+    /// they do. To be called before [`App::confine`], which forbids what mapping takes. [`Eal::reserve`](vireo_eal::Eal::reserve)
+    /// makes a region of the pages that the arguments ask for, which also outlive a NIC without IOMMU when the process is killed.
     ///
     /// # Errors
     /// As for [`PortMemory::add`] and [`Nic::update_memory`]; some ports may reach the memory then.
@@ -400,6 +401,16 @@ mod tests {
         let mut unstarted = ports(&[(0, 1, 0)]).unwrap();
         assert_eq!(unstarted.used().collect::<Vec<_>>(), [0, 1]);
         assert_eq!(unstarted.lanes(|_| ()).unwrap_err().kind(), ErrorKind::Usage);
+    }
+
+    #[test]
+    fn memory_that_is_added_is_in_the_map_of_the_ports() {
+        let mut ports = ports(&[(0, 1, 0)]).unwrap();
+        let added = ports.add_memory(Region::new(Pool::bytes(8), Backing::SmallPages).unwrap()).unwrap();
+        let buffers = ports.memory().of(ports.get(0).unwrap()).unwrap();
+        assert!(Arc::ptr_eq(added.memory_map(), buffers.memory_map()) && !Arc::ptr_eq(&added, buffers));
+        assert_ne!(added.linear_iova(), buffers.linear_iova());
+        assert_eq!(Pool::new(&added, 8).unwrap().available(), 8);
     }
 
     #[test]

@@ -434,10 +434,18 @@ impl Transport for User {
 
     fn share_more(&mut self, memory: &DmaMemory) -> Result<()> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
+        let segments = memory.memory_map().segments();
         if !self.memory_slots {
-            return self.set_mem_table(&memory.memory_map().segments());
+            return self.set_mem_table(&segments);
         }
         let range = self.range(memory.segment())?;
+        let slots = self.ask("GET_MAX_MEM_SLOTS", |peer| peer.get_max_mem_slots())?;
+        if segments.len() as u64 > slots {
+            let why = format!("the peer maps {slots} regions of memory and {} are needed", segments.len());
+            return Err(self
+                .error(ErrorKind::Unavailable, why)
+                .with_hint("add memory in fewer, larger regions"));
+        }
         self.ask("ADD_MEM_REG", |peer| peer.add_mem_region(&range)).map(drop)
     }
 

@@ -31,6 +31,7 @@ const SET_VRING_KICK: u32 = 12;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
+const GET_MAX_MEM_SLOTS: u32 = 36;
 const ADD_MEM_REG: u32 = 37;
 
 const VERSION: u32 = 1;
@@ -104,6 +105,7 @@ fn play(mut stream: UnixStream, script: Script) -> Log {
         match request {
             GET_FEATURES => answer(&mut stream, request, &script.features.to_le_bytes()),
             GET_PROTOCOL_FEATURES => answer(&mut stream, request, &script.protocol_features.to_le_bytes()),
+            GET_MAX_MEM_SLOTS => answer(&mut stream, request, &4_u64.to_le_bytes()),
             GET_QUEUE_NUM => answer(&mut stream, request, &2_u64.to_le_bytes()),
             GET_VRING_BASE if script.refuse == request => answer(&mut stream, GET_FEATURES, &payload),
             GET_VRING_BASE => answer(&mut stream, request, &payload),
@@ -489,6 +491,9 @@ fn a_peer_that_refuses_more_memory_keeps_what_it_has() {
     let added = memory.memory_map().add(small(), &[Part::default()]).unwrap().swap_remove(0);
     let error = device.update_memory(&added).unwrap_err();
     assert!(error.to_string().contains("the peer refuses ADD_MEM_REG"), "{error}");
+    let more = (0..3).map(|_| memory.memory_map().add(small(), &[Part::default()]).unwrap().swap_remove(0));
+    let error = device.update_memory(&more.last().unwrap()).unwrap_err();
+    assert!(error.to_string().contains("the peer maps 4 regions of memory and 5 are needed"), "{error}");
     device.check().unwrap();
     device.stop_pair(rx, tx, &mut cache).unwrap();
     drop(device);
