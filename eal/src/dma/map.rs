@@ -134,8 +134,8 @@ impl MemoryMap {
         Ok(self.add_all(vec![(region, parts.to_vec())])?.pop().unwrap_or_default())
     }
 
-    /// As [`MemoryMap::add`] for several regions. Those that adjoin in this process
-    /// ([`Region::adjoining`]) adjoin for the devices, too.
+    /// As [`MemoryMap::add`] for several regions. Those of one call of
+    /// [`Region::adjoining`], in its order, adjoin for the devices, too.
     ///
     /// # Errors
     /// As for [`MemoryMap::add`].
@@ -191,7 +191,7 @@ impl MemoryMap {
             free = free.without(&iovas);
         }
         let mut found = Vec::with_capacity(regions.len());
-        for run in regions.chunk_by(|one, next| one.end() == next.as_ptr()) {
+        for run in regions.chunk_by(|one, next| one.is_with(next)) {
             let len = run.iter().map(|region| region.len() as u64).sum();
             let start = fit(&free, len, run[0].page_size() as u64)?;
             free = free.without(&(start..=start + (len - 1)));

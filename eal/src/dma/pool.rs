@@ -83,12 +83,12 @@ impl Pool {
         Self::with_access(&[(Arc::clone(memory), count)], Access::ReadWrite)
     }
 
-    /// Takes so many buffers of each memory, whose regions [adjoin](crate::mem::Region::adjoining) or are near each other:
-    /// usually one for each NUMA node.
+    /// Takes so many buffers of each memory, usually of one for each NUMA node. Their regions are of one call of
+    /// [`Region::adjoining`](crate::mem::Region::adjoining).
     ///
     /// # Errors
-    /// As for [`Pool::new`]; `Usage` also when there is no memory, or more than 4 GiB are between the first buffer and the
-    /// last.
+    /// As for [`Pool::new`]; `Usage` also when there is no memory, when regions do not adjoin, or when more than 4 GiB are
+    /// between the first buffer and the last.
     pub fn on_nodes(shares: &[(Arc<DmaMemory>, u32)]) -> Result<Arc<Self>> {
         Self::with_access(shares, Access::ReadWrite)
     }
@@ -110,6 +110,10 @@ impl Pool {
             return Err(refuse(format!("there can be at most {MAX_BUFFERS}")));
         }
         let mut nodes = Vec::with_capacity(shares.len());
+        let region = |index: usize| shares[index].0.region();
+        if (1..shares.len()).any(|index| !region(index).is_with(region(0))) {
+            return Err(refuse("their regions do not adjoin".into()));
+        }
         for (memory, count) in shares {
             let offset = memory.allocate_buffers(*count as usize, BUFFER_SIZE, access)?;
             let (memory, free) = (Arc::clone(memory), FreeList::new(*count as usize));

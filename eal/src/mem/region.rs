@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
@@ -103,6 +104,8 @@ pub struct Region {
     fd: Option<OwnedFd>,
     backing: Backing,
     node: Option<u32>,
+    /// The same for all regions whose addresses were reserved by one call.
+    run: Arc<()>,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread. Rings have bytes of their own and reach them by atomics, and
@@ -144,6 +147,9 @@ impl Region {
         backing: Backing,
         placement: Placement,
     ) -> Result<Vec<Self>> {
+        if parts.is_empty() {
+            return Ok(Vec::new());
+        }
         let page_size = backing.page_size()?;
         let whole = |(node, len): &(Option<u32>, usize)| {
             Some((*node, (*len).max(1).checked_next_multiple_of(page_size)?))
@@ -174,11 +180,21 @@ impl Region {
             _ if parts.len() == 1 => None,
             _ => Some(Addresses::reserve(len, page_size)?),
         };
-        let mut regions = Vec::with_capacity(parts.len());
+        let (mut regions, run) = (Vec::with_capacity(parts.len()), Arc::new(()));
         for (node, part) in parts {
             let address = addresses.as_mut().map(|addresses| addresses.take(part)).transpose()?;
             let file = backing.file(part, page_size)?;
-            regions.push(Self::at(address, part, node, file, page_size, backing.clone())?);
+            let (address, backing) =
+                (map_part(&backing, file.as_ref(), part, page_size, address)?, backing.clone());
+            regions.push(Self {
+                address,
+                len: part,
+                page_size,
+                fd: file,
+                backing,
+                node,
+                run: Arc::clone(&run),
+            });
         }
         // All pages have a policy before the first is taken.
         regions.iter().try_for_each(|region| region.bind(placement))?;
@@ -210,39 +226,6 @@ impl Region {
         }
     }
 
-    /// A region of `len` bytes that are there at `address`, or of `file`, which then is mapped there.
-    fn at(
-        address: Option<NonNull<u8>>,
-        len: usize,
-        node: Option<u32>,
-        file: Option<OwnedFd>,
-        page_size: usize,
-        backing: Backing,
-    ) -> Result<Self> {
-        let what = || cannot_reserve(len, &backing);
-        let address = match (&file, address) {
-            (None, Some(address)) => address,
-            (None, None) => return Err(Error::os(what(), Errno::EINVAL)),
-            (Some(fd), address) => {
-                ftruncate(fd, len as i64).map_err(|errno| Error::os(what(), errno))?;
-                if !matches!(backing, Backing::HugeFile { .. }) {
-                    // Another process that is given the descriptor could else cut pages off under our feet.
-                    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-                    fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).map_err(|errno| Error::os(what(), errno))?;
-                }
-                map_shared(fd, len, address)
-                    .map_err(|errno| no_pages(Error::os(what(), errno), len, page_size))?
-            }
-        };
-        Ok(Self { address, len, page_size, fd: file, backing, node })
-    }
-
-    /// Addresses that nothing else of the process gets while they are held.
-    #[cfg(test)]
-    pub(crate) fn gap(len: usize) -> impl Drop {
-        Addresses::reserve(len, 4096).unwrap()
-    }
-
     /// The region, as if its pages were on `node`: a test's machine has one node.
     #[cfg(test)]
     pub(crate) fn said_to_be_on(mut self, node: Option<u32>) -> Self {
@@ -259,7 +242,7 @@ impl Region {
         })?;
         let address = map_shared(fd, self.len, None).map_err(|errno| Error::os(what, errno))?;
         let (len, page_size, backing) = (self.len, self.page_size, self.backing.clone());
-        let again = Self { address, len, page_size, fd: None, backing, node: self.node };
+        let again = Self { address, len, page_size, fd: None, backing, node: self.node, run: Arc::default() };
         again.keep_out_of_core_dumps();
         Ok(again)
     }
@@ -365,10 +348,9 @@ impl Region {
         self.address
     }
 
-    /// What is behind the last byte, where an adjoining region begins.
-    pub(crate) fn end(&self) -> NonNull<u8> {
-        // SAFETY: it is the end of this region's own mapping.
-        unsafe { self.address.add(self.len) }
+    /// Whether one call of [`Region::adjoining`] made both, so that a pointer into one leads to the other, too.
+    pub(crate) fn is_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.run, &other.run)
     }
 }
 
@@ -460,6 +442,25 @@ impl Drop for Addresses {
             let _ = unsafe { munmap(self.next.cast::<c_void>(), self.left) };
         }
     }
+}
+
+/// First byte of `len` bytes of `backing`: of `file`, which is mapped for that, or what is at `address`.
+fn map_part(
+    backing: &Backing,
+    file: Option<&OwnedFd>,
+    len: usize,
+    page_size: usize,
+    address: Option<NonNull<u8>>,
+) -> Result<NonNull<u8>> {
+    let failed = |errno| Error::os(cannot_reserve(len, backing), errno);
+    let Some(fd) = file else { return address.ok_or_else(|| failed(Errno::EINVAL)) };
+    ftruncate(fd, len as i64).map_err(failed)?;
+    if !matches!(backing, Backing::HugeFile { .. }) {
+        // Another process that is given the descriptor could else cut pages off under our feet.
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
+    }
+    map_shared(fd, len, address).map_err(|errno| no_pages(failed(errno), len, page_size))
 }
 
 /// Maps the first `len` bytes of a file: where the kernel likes, or in place of the caller's `len` bytes at `address`.
@@ -571,11 +572,14 @@ mod tests {
         let mut regions = Region::adjoining(&parts, Backing::SmallPages, Placement::Preferred).unwrap();
         let lens: Vec<usize> = regions.iter().map(|region| region.len() / page).collect();
         assert_eq!(lens, [2, 2, 1]);
-        assert!(regions.windows(2).all(|two| two[0].end() == two[1].as_ptr()));
+        let end = |region: &Region| region.as_ptr().addr().get() + region.len();
+        assert!(regions.windows(2).all(|two| end(&two[0]) == two[1].as_ptr().addr().get()));
+        assert!(regions[0].is_with(&regions[2]));
+        assert!(!regions[0].is_with(&Region::new(1, Backing::SmallPages).unwrap()));
         drop(regions.remove(1));
         for region in &regions {
             // SAFETY: the byte is the last of a region that is mapped.
-            unsafe { region.end().sub(1).write_volatile(1) };
+            unsafe { region.as_ptr().add(region.len() - 1).write_volatile(1) };
         }
     }
 
@@ -665,7 +669,15 @@ mod tests {
         // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
         let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &file, 0) }.unwrap().cast();
         let backing = Backing::SmallPages;
-        let region = Region { address, len: 2 * page_size, page_size, fd: None, backing, node: None };
+        let region = Region {
+            address,
+            len: 2 * page_size,
+            page_size,
+            fd: None,
+            backing,
+            node: None,
+            run: Arc::default(),
+        };
         let error = region.populated().unwrap_err();
         assert_eq!(error.errno(), Some(Errno::EFAULT));
         assert_eq!(error.what(), "cannot reserve 1 MiB as memfd of ordinary pages");

@@ -491,8 +491,9 @@ fn a_peer_that_refuses_more_memory_keeps_what_it_has() {
     let added = memory.memory_map().add(small(), &[Part::default()]).unwrap().swap_remove(0);
     let error = device.update_memory(&added).unwrap_err();
     assert!(error.to_string().contains("the peer refuses ADD_MEM_REG"), "{error}");
-    let more = (0..3).map(|_| memory.memory_map().add(small(), &[Part::default()]).unwrap().swap_remove(0));
-    let error = device.update_memory(&more.last().unwrap()).unwrap_err();
+    let add = |_| memory.memory_map().add(small(), &[Part::default()]).unwrap().swap_remove(0);
+    let more = [(); 3].map(add);
+    let error = device.update_memory(&more[2]).unwrap_err();
     assert!(error.to_string().contains("the peer maps 4 regions of memory and 5 are needed"), "{error}");
     device.check().unwrap();
     device.stop_pair(rx, tx, &mut cache).unwrap();

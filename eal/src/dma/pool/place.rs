@@ -78,8 +78,8 @@ impl Buffers<'_> {
     #[inline(always)]
     pub(in crate::dma) fn data(&self, packet: &Packet) -> NonNull<u8> {
         assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "a packet of another pool");
-        // SAFETY: no other pool has this tag while handles with it exist, so the buffer is one of this pool's, whose distances
-        // are those of their addresses.
+        // SAFETY: no other pool has this tag while handles with it exist, so the buffer is one of this pool's. A distance is
+        // that of addresses, in regions that adjoin.
         unsafe { NonNull::new_unchecked(self.place.base.add(packet.at() as usize)) }
     }
 
