@@ -108,17 +108,12 @@ impl<N: ForeignNic> Nic for Erased<N> {
         })
     }
 
-    fn stop(
-        &mut self,
-        queues: Queues<RxQueue, TxQueue>,
-        cache: &mut PoolCache,
-        sent: Option<&mut PoolCache>,
-    ) -> Result<()> {
+    fn stop(&mut self, queues: Queues<RxQueue, TxQueue>, cache: &mut PoolCache) -> Result<()> {
         let own = queues.try_map(
             |rx| Some(*rx.0.into_any().downcast().ok()?),
             |tx| Some(*tx.0.into_any().downcast().ok()?),
         );
-        self.0.stop(own.ok_or_else(queues_of_another)?, cache, sent)
+        self.0.stop(own.ok_or_else(queues_of_another)?, cache)
     }
 
     fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {

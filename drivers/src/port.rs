@@ -313,17 +313,11 @@ pub trait Nic {
         cache: &mut PoolCache,
     ) -> Result<QueuesOf<Self>>;
 
-    /// Ends DMA by a reset, then gives every buffer that the rings own to `cache`; what the TX rings own to `sent`,
-    /// where a port sends from a pool of its own.
+    /// Ends DMA by a reset, then gives every buffer that the rings own to `cache`, or to the pool that it came from.
     ///
     /// # Errors
     /// When the device does not confirm the reset. The buffers and their memory are then kept until it does.
-    fn stop(
-        &mut self,
-        queues: QueuesOf<Self>,
-        cache: &mut PoolCache,
-        sent: Option<&mut PoolCache>,
-    ) -> Result<()>;
+    fn stop(&mut self, queues: QueuesOf<Self>, cache: &mut PoolCache) -> Result<()>;
 
     /// As [`Nic::start`] with a queue each way, whatever `config` says of their number.
     ///
@@ -345,7 +339,7 @@ pub trait Nic {
     /// # Errors
     /// As for [`Nic::stop`].
     fn stop_pair(&mut self, rx: Self::Rx, tx: Self::Tx, cache: &mut PoolCache) -> Result<()> {
-        self.stop(Queues::pair(rx, tx), cache, None)
+        self.stop(Queues::pair(rx, tx), cache)
     }
 
     /// Tries again a stop that the device did not confirm, and gives `cache` what it kept back; without one nothing

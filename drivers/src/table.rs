@@ -67,14 +67,14 @@ macro_rules! drivers {
                 }),* }
             }
             fn stop(
-                &mut self, queues: Queues<RxQueue, TxQueue>, cache: &mut PoolCache, sent: Option<&mut PoolCache>,
+                &mut self, queues: Queues<RxQueue, TxQueue>, cache: &mut PoolCache,
             ) -> Result<()> {
                 match self { $(Self::$variant(device) => {
                     let own = queues.try_map(
                         |rx| if let RxQueue::$variant(rx) = rx { Some(rx) } else { None },
                         |tx| if let TxQueue::$variant(tx) = tx { Some(tx) } else { None },
                     );
-                    device.stop(own.ok_or_else(queues_of_another)?, cache, sent)
+                    device.stop(own.ok_or_else(queues_of_another)?, cache)
                 }),* }
             }
             fn update_memory(&mut self, memory: &DmaMemory) -> Result<()> {

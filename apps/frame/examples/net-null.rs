@@ -138,12 +138,7 @@ impl Nic for Null {
         })
     }
 
-    fn stop(
-        &mut self,
-        _queues: Queues<NullRx, NullTx>,
-        _cache: &mut PoolCache,
-        _sent: Option<&mut PoolCache>,
-    ) -> Result<()> {
+    fn stop(&mut self, _queues: Queues<NullRx, NullTx>, _cache: &mut PoolCache) -> Result<()> {
         Ok(())
     }
 

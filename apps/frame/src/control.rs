@@ -93,7 +93,7 @@ impl<H> Supervisor<'_, H> {
         if open.is_asked_back() {
             tracing::warn!("port {number}: the kernel wants {} back; it is closed", open.name);
             if *is_down {
-                self.control.ports[number].stop(None, &mut self.control.supply.pool.cache(), None);
+                self.control.ports[number].stop(None, &mut self.control.supply.pool.cache());
             } else if !self.stop(number) {
                 return;
             }
@@ -126,7 +126,7 @@ impl<H> Supervisor<'_, H> {
         let Some(queues) = self.queues.take_port(number) else { return false };
         let port = &mut self.control.ports[number];
         port.is_down = true;
-        port.stop(Some(queues), &mut supply.pool.cache(), None);
+        port.stop(Some(queues), &mut supply.pool.cache());
         if let Some(error) = &port.unconfirmed {
             tracing::error!("port {number}: {error}");
         }

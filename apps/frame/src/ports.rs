@@ -291,14 +291,14 @@ impl Ports {
         self.queues.put_port(number, queues);
     }
 
-    /// Stops port `number`, which stays open. TX rings give their buffers to `sent`, if they are of another pool.
+    /// Stops port `number`, which stays open.
     ///
     /// # Panics
     /// When there is no such port.
-    pub fn stop(&mut self, number: usize, sent: Option<&mut PoolCache>) -> PortSummary {
+    pub fn stop(&mut self, number: usize) -> PortSummary {
         let (queues, mut cache) = (self.queues.take_port(number), self.cache());
         let port = &mut self.ports[number];
-        port.stop(queues, &mut cache, sent);
+        port.stop(queues, &mut cache);
         port.counted.clone()
     }
 
@@ -307,7 +307,7 @@ impl Ports {
     /// # Panics
     /// When there is no such port.
     pub fn close(&mut self, number: usize) -> PortSummary {
-        let summary = self.stop(number, None);
+        let summary = self.stop(number);
         self.ports[number].open = None;
         summary
     }

@@ -64,18 +64,13 @@ impl SupervisedPort {
         self.last_start = Instant::now();
     }
 
-    /// Stops the port, and notes what it counted; TX rings give their buffers to `sent`, if they are of another pool. A port
-    /// that is down has no queues: if it did not confirm its stop, that is tried again.
-    pub(crate) fn stop(
-        &mut self,
-        queues: Option<QueuesOf<Port>>,
-        cache: &mut PoolCache,
-        sent: Option<&mut PoolCache>,
-    ) {
+    /// Stops the port, and notes what it counted. A port that is down has no queues: if it did not confirm its stop, that is
+    /// tried again.
+    pub(crate) fn stop(&mut self, queues: Option<QueuesOf<Port>>, cache: &mut PoolCache) {
         let Self { open: Some(OpenPort { port, .. }), counters, counted, .. } = self else { return };
         self.unconfirmed = match queues {
             None => port.retry_stop(cache),
-            Some(queues) => port.stop(queues, cache, sent),
+            Some(queues) => port.stop(queues, cache),
         }
         .err();
         counted.stats = counters.read();

@@ -376,7 +376,7 @@ mod tests {
             tx.tx_burst(&mut cache, &mut burst);
         }
         let stats = device.counters().read();
-        device.stop(queues, &mut cache, None).unwrap();
+        device.stop(queues, &mut cache).unwrap();
         stats
     }
 

@@ -71,7 +71,7 @@ fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<PortStats>)> {
     let mut counted = Vec::with_capacity(ports.count());
     for (number, (rx, tx)) in rx_queues.into_iter().zip(tx_queues).enumerate() {
         ports.put_queues(number, Queues::pair(rx, tx));
-        counted.push(ports.stop(number, Some(&mut to_send)).stats);
+        counted.push(ports.stop(number).stats);
     }
     drop((cache, to_send));
     ports.check_buffers()?;

@@ -18,7 +18,7 @@ impl Format for Advanced {
 
     #[inline(always)]
     fn segment(len: u64, whole: u64, is_last: bool) -> u64 {
-        let last = if is_last { TXD_EOP } else { 0 };
-        len | TXD_DTYP_DATA | TXD_DEXT | TXD_IFCS | last | whole << TXD_PAYLEN_SHIFT
+        let flags = TXD_DTYP_DATA | TXD_DEXT | TXD_IFCS | if is_last { TXD_EOP } else { 0 };
+        len | flags | whole << TXD_PAYLEN_SHIFT
     }
 }

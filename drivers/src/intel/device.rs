@@ -198,12 +198,7 @@ impl<C: Chip> Nic for Device<C> {
         Ok(Queues::pair(rx, tx))
     }
 
-    fn stop(
-        &mut self,
-        queues: QueuesOf<Self>,
-        cache: &mut PoolCache,
-        sent: Option<&mut PoolCache>,
-    ) -> Result<()> {
+    fn stop(&mut self, queues: QueuesOf<Self>, cache: &mut PoolCache) -> Result<()> {
         let Some((rx, tx)) = queues.into_pair() else { return Ok(()) };
         let Some(memory) = self.running.clone() else {
             return Err(self.usage("stop", "it does not run"));
@@ -212,15 +207,14 @@ impl<C: Chip> Nic for Device<C> {
         // The reset clears it.
         let head = self.hardware.bar.read32(C::TX.head);
         if let Err(error) = quiesce(&self.chip, &self.hardware) {
-            // A later start gets one cache, for buffers of one pool.
-            self.parked = sent.is_none().then(|| Box::new((rx, tx)));
+            self.parked = Some(Box::new((rx, tx)));
             return Err(error);
         }
         rx.counters().unread.add(rx.unread() as u64);
         tx.counters().unfinished.add(tx.unfinished(head) as u64);
         self.running = None;
         let rx = rx.release(cache);
-        self.idle = Some(Box::new(Rings { memory, rx, tx: tx.release(sent.unwrap_or(cache)) }));
+        self.idle = Some(Box::new(Rings { memory, rx, tx: tx.release(cache) }));
         Ok(())
     }
 

@@ -157,12 +157,7 @@ impl Nic for Device {
 
     /// The frontend stays connected; its rings wait for the next start.
     /// The rings own no buffers of ours: packets were copied.
-    fn stop(
-        &mut self,
-        queues: Queues<RxQueue, TxQueue>,
-        _cache: &mut PoolCache,
-        _sent: Option<&mut PoolCache>,
-    ) -> Result<()> {
+    fn stop(&mut self, queues: Queues<RxQueue, TxQueue>, _cache: &mut PoolCache) -> Result<()> {
         let own_rx = self.rings_of(TRANSMIT).zip(&queues.rx).all(|(ring, rx)| rx.is_of(ring));
         let own_tx = self.rings_of(RECEIVE).zip(&queues.tx).all(|(ring, tx)| tx.is_of(ring));
         if !(own_rx && own_tx) {

@@ -599,8 +599,8 @@ fn a_virtio_user_port_uses_several_pairs() {
                 }
             }
         }
-        client.stop(theirs, &mut cache, None).unwrap();
-        server.stop(ours, &mut cache, None).unwrap();
+        client.stop(theirs, &mut cache).unwrap();
+        server.stop(ours, &mut cache).unwrap();
     }
     let error = client.start(&CONFIG.with_pairs(4), &memory, &mut cache).unwrap_err();
     assert!(error.to_string().contains("4 RX queues are asked for, and it has 2"), "{error}");

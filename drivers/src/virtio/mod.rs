@@ -369,7 +369,7 @@ impl Nic for Device {
         match live {
             Ok(()) => Ok(queues),
             Err(error) => {
-                if let Err(error) = self.stop(queues, cache, None) {
+                if let Err(error) = self.stop(queues, cache) {
                     tracing::error!("{error}");
                 }
                 Err(error)
@@ -377,20 +377,14 @@ impl Nic for Device {
         }
     }
 
-    fn stop(
-        &mut self,
-        queues: Queues<RxQueue, TxQueue>,
-        cache: &mut PoolCache,
-        mut sent: Option<&mut PoolCache>,
-    ) -> Result<()> {
+    fn stop(&mut self, queues: Queues<RxQueue, TxQueue>, cache: &mut PoolCache) -> Result<()> {
         // Buffers of a running device must not get into the pool.
         let mut names = queues.rx.iter().map(RxQueue::name).chain(queues.tx.iter().map(TxQueue::name));
         if names.any(|name| name != self.transport.name()) {
             return Err(self.refuse(ErrorKind::Usage, "the queues to stop are of another device"));
         }
         if let Err(error) = self.transport.stop() {
-            // A later start gets one cache, for buffers of one pool.
-            self.parked = sent.is_none().then_some(queues);
+            self.parked = Some(queues);
             return Err(error);
         }
         let control = self.started.take().and_then(|started| started.control);
@@ -402,7 +396,7 @@ impl Nic for Device {
         }
         for tx in queues.tx {
             tx.counters().unfinished.add(tx.unfinished() as u64);
-            let (ring, own) = tx.into_queue(sent.as_deref_mut().unwrap_or(cache));
+            let (ring, own) = tx.into_queue(cache);
             rings.push(ring);
             chains.extend(own);
         }
@@ -426,7 +420,7 @@ impl Nic for Device {
     fn retry_stop(&mut self, cache: &mut PoolCache) -> Result<()> {
         match self.parked.take() {
             None => Ok(()),
-            Some(parked) => self.stop(parked, cache, None),
+            Some(parked) => self.stop(parked, cache),
         }
     }
 

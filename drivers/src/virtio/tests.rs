@@ -484,7 +484,7 @@ fn rings_of_other_sizes_and_numbers_are_kept_for_later() {
     for round in 0..2000 {
         nic.behave(|behaviour| behaviour.queue_size = 16 << (round % 3));
         let queues = device.start(&CONFIG.with_pairs(1 + round / 3 % 2), &memory, &mut cache).unwrap();
-        device.stop(queues, &mut cache, None).unwrap();
+        device.stop(queues, &mut cache).unwrap();
     }
 }
 
@@ -510,7 +510,7 @@ fn there_may_be_fewer_queues_to_send_from_than_to_receive_on() {
         assert_eq!(queues.tx[0].tx_burst(&mut cache, &mut burst), 1);
         assert_eq!(nic.transmitted_on(0), [frame(pair.into())]);
     }
-    device.stop(queues, &mut cache, None).unwrap();
+    device.stop(queues, &mut cache).unwrap();
     assert_eq!(nic.faults(), [""; 0]);
 }
 
@@ -537,7 +537,7 @@ fn each_pair_carries_its_own_frames() {
                 assert_eq!(nic.transmitted_on(pair), [frame(number)]);
             }
         }
-        device.stop(queues, &mut cache, None).unwrap();
+        device.stop(queues, &mut cache).unwrap();
     }
     let counted =
         |number| (device.counters().rx(number).packets.get(), device.counters().tx(number).packets.get());

@@ -393,13 +393,13 @@ fn a_stop_that_is_not_confirmed_is_tried_again() {
         let queues =
             port.open.as_mut().unwrap().port.start(&CONFIG.with_pairs(1), &memory, &mut cache).unwrap();
         device.vanish(true);
-        port.stop(Some(queues), &mut cache, None);
+        port.stop(Some(queues), &mut cache);
         let told = port.unconfirmed.as_ref().unwrap().to_string();
         assert!(told.contains("reset"), "{told}");
-        port.stop(None, &mut cache, None);
+        port.stop(None, &mut cache);
         assert!(port.unconfirmed.is_some());
         device.vanish(false);
-        port.stop(None, &mut cache, None);
+        port.stop(None, &mut cache);
         assert!(port.unconfirmed.is_none());
         drop(cache);
         assert_eq!(pool.available(), BUFFERS);

@@ -163,7 +163,7 @@ impl Side {
         drop((cache, to_send));
         let (mut drops, mut doorbells) = (BTreeMap::new(), 0);
         for number in [0, 1] {
-            let stats = ports.stop(number, None).stats;
+            let stats = ports.stop(number).stats;
             let (rx, tx) = (stats.rx_sum(), stats.tx_sum());
             doorbells += rx.doorbells + tx.doorbells;
             for (name, count) in

@@ -178,7 +178,7 @@ pub(crate) fn sent_buffers_go_back_to_the_pool_that_they_came_from<F: Family>() 
         let mut burst: Burst = (0..8).map(|_| to_send.allocate().unwrap().with_len(60)).collect();
         let (rx, mut tx) = rig.queues.take().unwrap();
         assert_eq!(tx.tx_burst(&mut to_send, &mut burst), 8);
-        rig.port.stop(Queues::pair(rx, tx), &mut rig.cache, Some(&mut to_send)).unwrap();
+        rig.port.stop(Queues::pair(rx, tx), &mut rig.cache).unwrap();
         let sent = Arc::clone(to_send.pool());
         drop((to_send, rig.cache));
         assert_eq!((sent.available(), rig.pool.available(), pool.available()), (8, 512, 64));

@@ -570,7 +570,7 @@ fn a_peer_that_comes_back_with_fewer_pairs_is_believed() {
     while device.check().is_ok() {
         std::thread::yield_now();
     }
-    device.stop(queues, &mut cache, None).unwrap();
+    device.stop(queues, &mut cache).unwrap();
     let error = device.start(&CONFIG.with_pairs(2), &memory, &mut cache).unwrap_err().to_string();
     assert!(error.contains("2 RX queues are asked for, and it has 1"), "{error}");
     drop(device);
