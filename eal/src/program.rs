@@ -32,7 +32,7 @@ pub fn note(line: &str) {
 /// a thread that has packets to forward.
 ///
 /// # Errors
-/// As for [`print`].
+/// As for [`print()`].
 pub fn print_if_room(text: &str) -> Result<bool> {
     // Held from the look to the write: another thread's text could take the room.
     let mut out = std::io::stdout().lock();
@@ -46,7 +46,7 @@ pub fn print_if_room(text: &str) -> Result<bool> {
 /// Prints `text`, but does not wait longer than `patience` for a reader that reads nothing.
 ///
 /// # Errors
-/// As for [`print`], and for a reader that read nothing for so long. A part of `text` may have been printed.
+/// As for [`print()`], and for a reader that read nothing for so long. A part of `text` may have been printed.
 pub fn print_within(text: &str, patience: Duration) -> Result<()> {
     let mut out = std::io::stdout().lock();
     for part in text.as_bytes().chunks(PIPE_BUF) {

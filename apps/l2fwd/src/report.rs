@@ -53,7 +53,7 @@ impl Reporter {
         Self { style, patience: None, last, ports, since: Instant::now() }
     }
 
-    /// From now on, a reader that reads nothing holds up the end of the run for [`PATIENCE`] at most.
+    /// From now on, a reader that reads nothing holds up the end of the run for three seconds at most.
     pub fn begin_end(&mut self) {
         self.patience = Some(PATIENCE);
     }
