@@ -42,6 +42,8 @@ struct Layout {
     spaces: Vec<Arc<AddressSpace>>,
     /// A region for each NUMA node, or one without a node.
     regions: BTreeMap<Option<u32>, Contents>,
+    /// Bytes of each node that `--numa-mem` gives beyond that, in regions of their own.
+    spare: BTreeMap<u32, usize>,
     /// Node of what belongs to a port, by the port's own node.
     near: BTreeMap<Option<u32>, Option<u32>>,
 }
@@ -55,8 +57,6 @@ struct Contents {
     rings: Vec<(Arc<AddressSpace>, Part)>,
     /// Ports whose packet buffers are here.
     ports: u32,
-    /// Bytes that are reserved, though nothing needs them.
-    spare: usize,
 }
 
 impl Contents {
@@ -176,10 +176,8 @@ impl MemoryNeed {
             if used > given {
                 return Err(too_little(nodes.given, node as usize, used.div_ceil(1 << 20)));
             }
-            if given > 0 {
-                let contents = layout.regions.entry(Some(node)).or_default();
-                contents.buffers.spaces = layout.spaces.clone();
-                contents.spare = given - contents.bytes();
+            if given > used {
+                layout.spare.insert(node, given - used);
             }
         }
         Ok(layout)
@@ -201,9 +199,17 @@ fn shares(count: u32, ports: &[u32]) -> Vec<u32> {
 }
 
 impl Layout {
-    /// Bytes of each region, by its node.
+    /// Bytes of each region with its node, in the order of [`Layout::parts`].
     fn sizes(&self) -> Vec<(Option<u32>, usize)> {
-        self.regions.iter().map(|(node, contents)| (*node, contents.bytes() + contents.spare)).collect()
+        let used = self.regions.iter().map(|(node, contents)| (*node, contents.bytes()));
+        used.chain(self.spare.iter().map(|(node, bytes)| (Some(*node), *bytes))).collect()
+    }
+
+    /// What is in each region. Spare memory comes last: a pool has its buffers within 4 GiB of each other.
+    fn parts(&self) -> Vec<Vec<Part>> {
+        let spare =
+            self.spare.values().map(|_| vec![Part { spaces: self.spaces.clone(), ..Part::default() }]);
+        self.regions.values().map(Contents::parts).chain(spare).collect()
     }
 }
 
@@ -235,6 +241,8 @@ pub struct PortMemory {
     map: Arc<MemoryMap>,
     /// By NUMA node; one without a node where that makes no difference.
     regions: BTreeMap<Option<u32>, Own>,
+    /// As in [`Layout`].
+    spare: BTreeMap<u32, usize>,
     /// As in [`Layout`].
     near: BTreeMap<Option<u32>, Option<u32>>,
 }
@@ -279,8 +287,13 @@ impl PortMemory {
 
     /// Bytes of each NUMA node, where the machine has several.
     pub fn nodes(&self) -> BTreeMap<u32, usize> {
-        let bytes = |(node, own): (&Option<u32>, &Own)| Some(((*node)?, own.buffers.region().len()));
-        self.regions.iter().filter_map(bytes).collect()
+        let mut nodes = self.spare.clone();
+        for (node, own) in &self.regions {
+            if let Some(node) = node {
+                *nodes.entry(*node).or_default() += own.buffers.region().len();
+            }
+        }
+        nodes
     }
 
     /// A pool of `count` packet buffers, of which each node has a share by the number of its ports.
@@ -305,8 +318,8 @@ impl PortMemory {
         Pool::send_only(&first.ok_or_else(none)?.buffers, count)
     }
 
-    /// Maps `region` for every port, also while ports run; it stays as long as the memory of the ports. What shares memory by messages does not know of it before
-    /// [`Nic::update_memory`].
+    /// Maps `region` for every port, also while ports run. It stays as long as the ports' memory. A vhost-user peer reaches it
+    /// after [`Nic::update_memory`].
     ///
     /// # Errors
     /// As for [`MemoryMap::add`].
@@ -318,8 +331,7 @@ impl PortMemory {
     /// Maps `regions` for the layout that gave their sizes.
     fn map(regions: Vec<Region>, layout: Layout) -> Result<Self> {
         let map = MemoryMap::new(&layout.spaces)?;
-        let parts = layout.regions.values().map(Contents::parts);
-        let memory = map.add_all(regions.into_iter().zip(parts).collect())?;
+        let memory = map.add_all(regions.into_iter().zip(layout.parts()).collect())?;
         let own = |((node, contents), memory): ((Option<u32>, Contents), Vec<Arc<DmaMemory>>)| {
             let mut memory = memory.into_iter();
             let buffers = memory.next().ok_or_else(no_part)?;
@@ -327,7 +339,7 @@ impl PortMemory {
             Ok((node, Own { buffers, rings, ports: contents.ports }))
         };
         let regions = layout.regions.into_iter().zip(memory).map(own).collect::<Result<_>>()?;
-        Ok(Self { map, regions, near: layout.near })
+        Ok(Self { map, regions, spare: layout.spare, near: layout.near })
     }
 }
 
@@ -340,7 +352,7 @@ impl From<Arc<DmaMemory>> for PortMemory {
     fn from(buffers: Arc<DmaMemory>) -> Self {
         let map = Arc::clone(buffers.memory_map());
         let own = Own { buffers, rings: Vec::new(), ports: 1 };
-        Self { map, regions: [(None, own)].into(), near: BTreeMap::new() }
+        Self { map, regions: [(None, own)].into(), spare: BTreeMap::new(), near: BTreeMap::new() }
     }
 }
 
@@ -433,8 +445,10 @@ mod tests {
 
     /// Pages on no node, on node 0 and on node 1.
     fn pages(layout: &Layout) -> [usize; 3] {
-        let sizes: BTreeMap<Option<u32>, usize> = layout.sizes().into_iter().collect();
-        [None, Some(0), Some(1)].map(|node| sizes.get(&node).copied().unwrap_or(0).div_ceil(PAGE))
+        let sizes = layout.sizes();
+        let on =
+            |node| sizes.iter().filter(move |(of, _)| *of == node).map(|(_, bytes)| bytes.div_ceil(PAGE));
+        [None, Some(0), Some(1)].map(|node| on(node).sum())
     }
 
     #[test]
@@ -473,6 +487,16 @@ mod tests {
              or leave it out"
         );
         layout(&[Some(1), Some(1)], &[16, 18]).unwrap();
+    }
+
+    /// Packet buffers of one pool are within 4 GiB of each other.
+    #[test]
+    fn what_nobody_needs_is_behind_all_else() {
+        let layout = layout(&[Some(0), Some(1)], &[4096, 4096]).unwrap();
+        let sizes = layout.sizes();
+        assert_eq!(sizes.iter().map(|(node, _)| node.unwrap()).collect::<Vec<_>>(), [0, 1, 0, 1]);
+        assert!(sizes[..2].iter().all(|(_, bytes)| *bytes < 64 << 20), "{sizes:?}");
+        assert_eq!((pages(&layout), layout.parts().len()), ([0, 2048, 2048], sizes.len()));
     }
 
     #[test]

@@ -89,7 +89,7 @@ impl Eal {
     }
 
     /// Reserves packet memory: a region for each of `parts`, of so many bytes and on that NUMA node, as
-    /// [`Region::adjoining`] does. With `-m` the first one gets what the others leave of so many megabytes. Where
+    /// [`Region::adjoining`] does. With `-m` the last one gets what the others leave of so many megabytes. Where
     /// `--numa-mem` is given, pages come from their node or not at all.
     ///
     /// # Errors
@@ -113,8 +113,8 @@ impl Eal {
             )
             .with_hint(format!("give -m {} or leave it out", need.div_ceil(1 << 20))));
         }
-        if let (Some(asked), Some((_, first))) = (asked, parts.first_mut()) {
-            *first += asked - need;
+        if let (Some(asked), Some((_, last))) = (asked, parts.last_mut()) {
+            *last += asked - need;
         }
         let placement = if by_node { Placement::Required } else { Placement::Preferred };
         Region::adjoining(&parts, backing, placement)

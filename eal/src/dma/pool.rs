@@ -176,14 +176,17 @@ impl Pool {
         }
         for node in &self.nodes {
             let is_own = |slot: &u32| node.numbers.contains(&(*slot / BUFFER_SIZE as u32));
-            let (own_ones, others) = chunk.into_iter().partition(is_own);
+            let (own_ones, others): (Chunk, Chunk) = chunk.into_iter().partition(is_own);
             chunk = others;
-            node.free.push(own_ones);
+            // What is no whole chunk goes in under a lock, and so would nothing.
+            if !own_ones.is_empty() {
+                node.free.push(own_ones);
+            }
         }
     }
 
-    /// Whether it is to be said at `now`, in TSC ticks, what is wrong with the pool: once in a second.
-    fn is_to_warn(&self, now: u64) -> bool {
+    /// Rate limiter for warnings about the pool: one per second. `now` is in TSC ticks.
+    fn may_warn(&self, now: u64) -> bool {
         let from = self.warn_from.load(Ordering::Relaxed);
         let next = now + Tsc::hz();
         now >= from
