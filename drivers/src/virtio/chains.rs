@@ -64,8 +64,7 @@ impl Chains {
     /// Segments for which there is room: a ring holds no more packets than it has descriptors, as one of single packets, for
     /// which the pool has buffers enough.
     fn room(&self, ring: &DescRing) -> usize {
-        let most = ring.entries().max(MAX_SEGMENTS);
-        let room = most.saturating_sub(ring.entries() - ring.room() + self.held);
+        let room = ring.room().saturating_sub(self.held);
         if ring.room() > 0 { room } else { 0 }
     }
 

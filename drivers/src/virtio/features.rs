@@ -66,7 +66,8 @@ impl Features {
         wanted.set(Self::MRG_RXBUF, options.mrg_rxbuf && self.contains(Self::MRG_RXBUF));
         let long = long && wanted.contains(Self::LONG);
         wanted.set(Self::INDIRECT_DESC, long);
-        // A driver that agrees sends nothing longer (5.1.4.2), and one that asks nobody sends what it received.
+        // A driver that accepts MTU must send nothing longer (5.1.4.2). A port for short frames does not check lengths, so it does
+        // not accept it.
         wanted.set(Self::MTU, long && self.contains(Self::MTU));
         wanted.set(Self::MQ, several && self.contains(Self::MQ));
         wanted.set(Self::CTRL_RX, self.contains(Self::CTRL_VQ | Self::CTRL_RX));

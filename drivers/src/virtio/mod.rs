@@ -18,7 +18,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
 use vireo_bus_pci::{DeviceId, Function};
-use vireo_eal::dma::{DmaMemory, MAX_FRAME, PoolCache};
+use vireo_eal::dma::{DmaMemory, MAX_FRAME, MAX_SEGMENTS, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -52,6 +52,10 @@ pub(crate) fn pairs(value: &str) -> std::result::Result<u16, &'static str> {
     let pairs = value.parse().ok().filter(|pairs| (1..=MOST_PAIRS).contains(pairs));
     pairs.ok_or("it is no number from 1 to 128")
 }
+
+/// Fewest descriptors of a ring for frames of several buffers: half of it has room for the longest, so that one is always under
+/// way when the ring is full.
+const FEWEST_FOR_LONG: u16 = 2 * MAX_SEGMENTS.next_power_of_two() as u16;
 
 /// Bytes of `struct virtio_net_hdr` with `num_buffers`, which every packet has in front (5.1.6).
 pub(crate) const HEADER: usize = 12;
@@ -326,15 +330,22 @@ impl Nic for Device {
         if config.is_scattered()
             && (config.max_frame > self.max_frame || !self.features.contains(Features::LONG))
         {
-            let why = format!("frames of {} bytes are asked for, and it takes fewer", config.max_frame);
+            let (asked, most) = (config.max_frame, self.max_frame);
+            let why = format!(
+                "frames of {asked} bytes without check sequence are asked for, and it takes {most} at most"
+            );
             return Err(self.refuse(ErrorKind::Unavailable, &why).with_hint(LONG_HINT));
         }
         if let Some(why) =
             config.unfit(&Capabilities { rx_queues: most, tx_queues: most, ..self.capabilities() })
         {
-            return Err(self.refuse(ErrorKind::Usage, &why).with_hint(
-                "give it more: queues=N of a --vdev and of its peer, -device virtio-net-pci,mq=on of QEMU",
-            ));
+            let error = self.refuse(ErrorKind::Usage, &why);
+            return Err(match pairs > most {
+                true => error.with_hint(
+                    "give it more: queues=N of a --vdev and of its peer, -device virtio-net-pci,mq=on of QEMU",
+                ),
+                false => error,
+            });
         }
         if config.rx_queues < config.tx_queues {
             let why = "it spreads what it receives over as many queues as it sends from (virtio 1.2, 5.1.6.5.5), so it needs \
@@ -346,6 +357,13 @@ impl Nic for Device {
             tx_descriptors: self.transport.queue_size(TX_QUEUE, config.tx_descriptors)?,
             ..*config
         };
+        if config.is_scattered() && config.rx_descriptors.min(config.tx_descriptors) < FEWEST_FOR_LONG {
+            let why =
+                format!("frames of several buffers need rings of {FEWEST_FOR_LONG} descriptors or more");
+            return Err(self
+                .refuse(ErrorKind::Usage, &why)
+                .with_hint("give it longer ones: queue_size=256 of a --vdev"));
+        }
         let controlled = self.features.intersects(Features::CTRL_RX)
             || self.features.contains(Features::CTRL_VQ | Features::MQ);
         let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);

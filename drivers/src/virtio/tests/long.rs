@@ -188,6 +188,27 @@ fn a_port_for_short_frames_drops_long_ones() {
 }
 
 #[test]
+fn the_shortest_ring_for_long_frames_never_wedges() {
+    let nic = VirtioNet::new(long(Behaviour::default()));
+    let (memory, mut cache) = memory(BUFFERS);
+    nic.attach(memory.device_view().unwrap());
+    let mut device = Device::probe(nic.function()).unwrap();
+    for (rx, tx) in [(16, 64), (64, 16)] {
+        let config = PortConfig { rx_descriptors: rx, tx_descriptors: tx, ..LONG };
+        assert_eq!(device.start(&config, &memory, &mut cache).unwrap_err().kind(), ErrorKind::Usage);
+    }
+    let config = PortConfig { rx_descriptors: 32, tx_descriptors: 32, ..LONG };
+    let (rx, tx) = device.start_pair(&config, &memory, &mut cache).unwrap();
+    let mut bench = Bench { nic, device, rx, tx, cache, memory };
+    for number in 0..200 {
+        let frames = [frame(number, [60, 1024 * 7, 1024 * MAX_SEGMENTS - 600][number % 3])];
+        assert_eq!(send(&mut bench, &frames, 1024), 0, "{number}");
+        assert_eq!(bench.nic.transmitted(), frames);
+    }
+    bench.stop();
+}
+
+#[test]
 fn a_device_says_how_long_its_frames_may_be() {
     let limit = |behaviour: Behaviour| {
         let nic = VirtioNet::new(behaviour);
