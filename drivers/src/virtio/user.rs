@@ -39,6 +39,8 @@ use socket::Listening;
 /// Why a peer that was late is not asked again.
 const SILENT: &str = "nobody knows what the peer does with our memory: it left a request without answer";
 
+/// Most regions of a table where others can be added: as many as every back-end takes (QEMU, `VHOST_MEMORY_BASELINE_NREGIONS`).
+const IN_TABLE: usize = 8;
 /// Descriptors of a ring, as in DPDK's virtio-user.
 const QUEUE_SIZE: u16 = 256;
 /// What of a peer's offer makes sense here. A peer filters nothing, has no link and no address, and sees our
@@ -337,10 +339,25 @@ impl User {
         })
     }
 
-    /// Sends the table of all `segments`, which takes the place of the peer's.
+    /// Sends the table of all `segments`, which takes the place of the peer's. What cannot be shared is left out.
     fn set_mem_table(&mut self, segments: &[Arc<Segment>]) -> Result<()> {
-        let ranges = segments.iter().map(|segment| self.range(segment)).collect::<Result<Vec<_>>>()?;
-        self.ask("SET_MEM_TABLE", |peer| peer.set_mem_table(&ranges)).map(drop)
+        let mut ranges = Vec::with_capacity(segments.len());
+        for segment in segments {
+            match self.range(segment) {
+                Ok(range) => ranges.push(range),
+                Err(error) => {
+                    tracing::warn!("{error}; the peer cannot reach {} bytes", segment.region().len())
+                }
+            }
+        }
+        let rest = ranges.split_off(ranges.len().min(if self.memory_slots { IN_TABLE } else { usize::MAX }));
+        self.ask("SET_MEM_TABLE", |peer| peer.set_mem_table(&ranges))?;
+        rest.iter().try_for_each(|range| self.ask("ADD_MEM_REG", |peer| peer.add_mem_region(range)).map(drop))
+    }
+
+    /// Waits until the peer has read all messages so far: it answers them in their order.
+    fn settle(&mut self) -> Result<()> {
+        self.ask("GET_FEATURES", |peer| peer.get_features()).map(drop)
     }
 
     /// A segment as one range, whose device addresses are also the user addresses in messages.
@@ -422,8 +439,8 @@ impl Transport for User {
 
     fn share(&mut self, memory: &DmaMemory) -> Result<()> {
         let segments = memory.memory_map().segments();
-        // Before the first message: the peer is left as it is when memory cannot be shared.
-        segments.iter().try_for_each(|segment| self.range(segment).map(drop))?;
+        // Before the first message: the peer is left as it is when the memory of its rings cannot be shared.
+        self.range(memory.segment())?;
         let mut features = self.features.bits();
         if self.protocol_features {
             features |= VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -435,10 +452,11 @@ impl Transport for User {
     fn share_more(&mut self, memory: &DmaMemory) -> Result<()> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
         let segments = memory.memory_map().segments();
-        if !self.memory_slots {
-            return self.set_mem_table(&segments);
-        }
         let range = self.range(memory.segment())?;
+        if !self.memory_slots {
+            self.set_mem_table(&segments)?;
+            return self.settle();
+        }
         let slots = self.ask("GET_MAX_MEM_SLOTS", |peer| peer.get_max_mem_slots())?;
         if segments.len() as u64 > slots {
             let why = format!("the peer maps {slots} regions of memory and {} are needed", segments.len());
@@ -446,7 +464,9 @@ impl Transport for User {
                 .error(ErrorKind::Unavailable, why)
                 .with_hint("add memory in fewer, larger regions"));
         }
-        self.ask("ADD_MEM_REG", |peer| peer.add_mem_region(&range)).map(drop)
+        self.ask("ADD_MEM_REG", |peer| peer.add_mem_region(&range))?;
+        // The rings run, and a packet in that memory must not be there before the message.
+        self.settle()
     }
 
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {
