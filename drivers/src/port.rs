@@ -56,6 +56,9 @@ impl FromStr for MacAddr {
 /// tag. Network cards take it without being told (SDM 13.4, RCTL.LPE).
 pub const STANDARD_FRAME: usize = 1518;
 
+/// Bytes of a frame check sequence, which devices add and remove.
+pub const FCS: usize = 4;
+
 /// What a device can do, and what it needs, as far as that concerns others than its driver.
 #[derive(Clone, Debug)]
 pub struct Capabilities {
@@ -72,8 +75,8 @@ pub struct Capabilities {
     pub tx_queues: u16,
     /// Fewest and most descriptors of a queue.
     pub descriptors: RangeInclusive<u16>,
-    /// What its rings take of DMA memory: bytes that the device writes, and bytes that it only reads. Room for their alignment
-    /// is not counted, unless it is more than a page for each ring.
+    /// What its rings take of DMA memory: bytes that the device writes, and bytes that it only reads. An
+    /// alignment of more than a page has to be counted.
     pub ring_bytes: fn(&PortConfig) -> [usize; 2],
 }
 
@@ -168,7 +171,9 @@ impl PortConfig {
         }
         if self.max_frame > capabilities.max_frame {
             let (asked, most) = (self.max_frame, capabilities.max_frame);
-            return Some(format!("frames of {asked} bytes are asked for, and it takes {most} at most"));
+            return Some(format!(
+                "frames of {asked} bytes without check sequence are asked for, and it takes {most} at most"
+            ));
         }
         let fits = |n: &u16| n.is_power_of_two() && descriptors.contains(n);
         (![self.rx_descriptors, self.tx_descriptors].iter().all(fits)).then(|| {
@@ -287,8 +292,9 @@ pub trait RxBurst: Send {
 
 /// The sending half of a port, owned by one lcore.
 pub trait TxBurst: Send {
-    /// Hands packets from the front of `burst` to the device and gives their number; those that find no
-    /// descriptor stay in `burst`. Buffers of packets that were sent go to `cache`.
+    /// Hands packets from the front of `burst` to the device and gives the number of those that left it: sent, or dropped as
+    /// too long and counted as errors. Those that find no descriptor stay in `burst`. Buffers of packets that were sent go to
+    /// `cache`. Each packet must be a frame, unless the port was started for long frames: a segment would be sent as one.
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize;
     /// Its counters, which are among those of [`Nic::counters`].
     fn counters(&self) -> &QueueCounters;

@@ -90,8 +90,8 @@ impl Chip for E1000 {
         if self.is_express() { MAX_FRAME_82574 } else { MAX_FRAME }
     }
 
-    /// One frame to receive, and two to send (SDM 13.4, PBA; Linux, `e1000_reset`). A new size counts from the next reset on,
-    /// which leaves it.
+    /// The receive FIFO must hold one frame, the transmit FIFO two (SDM 13.4, PBA; Linux, `e1000_reset`). The chip uses a new size
+    /// after the next reset, which keeps it.
     fn make_room(&self, hardware: &Hardware, max_frame: usize) -> bool {
         let pba = hardware.bar.read32(PBA);
         let (rx, tx) = (pba & PBA_RXA, pba >> PBA_TXA_SHIFT);

@@ -26,7 +26,7 @@ use self::chip::{IDS, MacType};
 use self::desc::Advanced;
 use self::regs::*;
 use crate::intel::{self, Chip, Hardware, Phy, RingRegisters};
-use crate::port::PortConfig;
+use crate::port::{FCS, PortConfig};
 
 /// A ring's address and size are multiples of so many bytes (DS 8.10, RDBAL and RDLEN).
 const ALIGN: usize = 128;
@@ -36,9 +36,6 @@ const WATERMARK_STEP: u32 = 16;
 /// 7.5.3.16).
 const DEVICE_CONTROL_2: u16 = 0x28;
 const COMPLETION_TIMEOUT_16MS: u16 = 5;
-
-/// Bytes of a frame check sequence.
-const FCS: usize = 4;
 
 /// A port of one of these chips.
 pub type Device = intel::Device<Igb>;

@@ -1,5 +1,6 @@
 //! A port of a controller: probe, start, stop and what is asked in between, for every family.
 
+use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -137,8 +138,8 @@ impl<C: Chip> Device<C> {
 
     fn rctl(&self) -> u32 {
         let all = if self.promiscuous { RCTL_UPE | RCTL_MPE } else { 0 };
-        // A switch must not forward PAUSE frames, also if it receives all others (IEEE 802.1Q, 8.6.3).
         let long = if self.scattered { RCTL_LPE | RCTL_BSIZE_1024 } else { 0 };
+        // A switch must not forward PAUSE frames, also if it receives all others (IEEE 802.1Q, 8.6.3).
         RCTL_EN | RCTL_BAM | RCTL_DPF | RCTL_SECRC | all | long
     }
 }
@@ -199,9 +200,16 @@ impl<C: Chip> Nic for Device<C> {
     }
 
     fn stop(&mut self, queues: QueuesOf<Self>, cache: &mut PoolCache) -> Result<()> {
-        let Some((rx, tx)) = queues.into_pair() else { return Ok(()) };
         let Some(memory) = self.running.clone() else {
             return Err(self.usage("stop", "it does not run"));
+        };
+        // Buffers of a running device must not get into the pool.
+        let is_own = |(rx, tx): &Pair<C>| {
+            let own = (self.counters.rx(0), self.counters.tx(0));
+            ptr::eq(rx.counters(), &*own.0) && ptr::eq(tx.counters(), &*own.1)
+        };
+        let Some((rx, tx)) = queues.into_pair().filter(is_own) else {
+            return Err(self.usage("stop", "these are not its queues"));
         };
         self.drops.add_to(&self.counters, &self.hardware.bar);
         // The reset clears it.

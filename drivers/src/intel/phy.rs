@@ -4,10 +4,8 @@ use vireo_eal::Result;
 
 use super::Hardware;
 use super::regs::*;
-use crate::port::STANDARD_FRAME;
+use crate::port::{FCS, STANDARD_FRAME};
 
-/// Bytes of a frame check sequence.
-const FCS: usize = 4;
 /// Time that the partner pauses, in units of 512 bit times; XON ends it before (Linux, `E1000_FC_PAUSE_TIME`).
 const PAUSE_TIME: u32 = 0x0680;
 

@@ -227,6 +227,7 @@ macro_rules! tests_of_every_chip {
             memory_outlives_all_that_a_program_can_drop_while_the_nic_runs
             sent_buffers_go_back_to_the_pool_that_they_came_from
             a_port_that_is_dropped_stops_its_device
+            a_port_stops_with_its_own_queues_only
             rings_of_every_size_have_room_in_what_the_driver_asks_for
             an_interrupt_line_that_nobody_serves_stays_silent
             flow_control_is_what_the_ends_of_the_link_agreed_on

@@ -144,7 +144,8 @@ impl Nic for Device {
         if let Some(why) = config.unfit(&self.capabilities()) {
             let pairs = config.rx_queues.max(config.tx_queues);
             let hint = format!("give it more: --vdev {},iface=SOCKET,queues={pairs}", self.name);
-            return Err(self.refuse(&why).with_hint(hint));
+            let error = self.refuse(&why);
+            return Err(if pairs > self.capabilities().rx_queues { error.with_hint(hint) } else { error });
         }
         if std::mem::replace(&mut self.started, true) {
             return Err(self.refuse("it is started already"));

@@ -195,6 +195,18 @@ pub(crate) fn a_port_that_is_dropped_stops_its_device<F: Family>() {
     });
 }
 
+pub(crate) fn a_port_stops_with_its_own_queues_only<F: Family>() {
+    let (mut rig, mut other) = (Rig::<F>::standard(), Rig::<F>::standard());
+    let ((rx, tx), theirs) = (rig.queues.take().unwrap(), other.queues.take().unwrap());
+    let lone = Queues { rx: Vec::new(), tx: vec![tx] };
+    let error = rig.port.stop(lone, &mut rig.cache).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage);
+    let error = rig.port.stop_pair(theirs.0, theirs.1, &mut rig.cache).unwrap_err();
+    assert!(error.to_string().contains("these are not its queues"), "{error}");
+    assert!(rig.device.config().bus_master());
+    drop(rx);
+}
+
 pub(crate) fn rings_of_every_size_have_room_in_what_the_driver_asks_for<F: Family>() {
     in_both_modes(|| {
         for entries in [64, 1024, 4096] {
