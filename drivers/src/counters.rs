@@ -63,11 +63,11 @@ macro_rules! queue_counters {
 
 // The order is that of the names. The packet path writes the first six.
 queue_counters! {
-    /// Packets received, or handed to the device.
+    /// Packets received, or handed to the device: frames, where one may be several packets.
     packets: rx tx;
     /// Bytes of these packets, without frame check sequence.
     bytes: rx tx;
-    /// Packets that the device marked bad, or that do not fit into a buffer; dropped.
+    /// Packets that the device marked bad, or that are longer than the port was started for; dropped.
     errors: rx tx;
     /// Times that an RX queue found no free buffer to receive into.
     no_buffer: rx;
@@ -77,7 +77,8 @@ queue_counters! {
     doorbells: rx tx;
     /// Buffers that the device had filled and nobody had received when an RX queue was stopped; lost.
     unread: rx;
-    /// Packets that a TX queue had handed to the device when it was stopped, and of which nothing says that they were sent.
+    /// Packets that a TX queue had handed to the device when it was stopped, and of which nothing says that they were
+    /// sent. Where a frame may be several packets of an Intel NIC, each of them counts.
     unfinished: tx;
     /// Packets from an RX queue that the application kept instead of sending them.
     consumed: rx;

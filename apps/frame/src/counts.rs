@@ -8,11 +8,11 @@ use vireo_drivers::counters::{PortCounters, PortStats};
 /// Packets of one port at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Packets that TX queues took.
+    /// Packets handed to devices.
     pub sent: u64,
     /// Packets received.
     pub received: u64,
-    /// Packets dropped because a TX queue was full.
+    /// Packets dropped because a TX queue was full, or because its driver cannot send them.
     pub dropped: u64,
     /// Packets received that the application's [`Hook`](crate::Hook) took out.
     pub consumed: u64,
@@ -21,9 +21,8 @@ pub struct Totals {
 impl From<&PortStats> for Totals {
     fn from(stats: &PortStats) -> Self {
         let (rx, tx) = (stats.rx_sum(), stats.tx_sum());
-        // A driver takes what does not fit, and drops it.
-        let sent = tx.packets + tx.errors;
-        Self { sent, received: rx.packets, dropped: tx.dropped, consumed: rx.consumed }
+        let dropped = tx.dropped + tx.errors;
+        Self { sent: tx.packets, received: rx.packets, dropped, consumed: rx.consumed }
     }
 }
 

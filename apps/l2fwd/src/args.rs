@@ -1,7 +1,7 @@
 //! Arguments behind `--`: DPDK l2fwd's own, and `--output`.
 
 use clap::Parser;
-use vireo_drivers::port::PortConfig;
+use vireo_drivers::port::{FCS, PortConfig};
 use vireo_eal::dma::{MAX_BUFFERS, MAX_FRAME};
 
 use crate::report::Style;
@@ -13,11 +13,9 @@ const MOST_QUEUES: u16 = 128;
 /// Longest time between two tables: a day.
 const LONGEST_PERIOD: f64 = 86_400.0;
 
-/// Bytes of a frame check sequence.
-const FCS: u16 = 4;
 /// Least value of `--max-pkt-len`, which every port takes, and the greatest.
 const SHORTEST_LIMIT: u16 = 1518;
-const LONGEST_LIMIT: u16 = MAX_FRAME as u16 + FCS;
+const LONGEST_LIMIT: u16 = (MAX_FRAME + FCS) as u16;
 
 /// What the arguments ask for.
 #[derive(Clone, Debug, PartialEq, Parser)]
@@ -81,7 +79,7 @@ impl Args {
     /// How each port is to run.
     pub fn port(&self) -> PortConfig {
         let port = PortConfig::default().with_pairs(self.queues);
-        self.max_pkt_len.map_or(port, |len| port.with_max_frame((len - FCS).into()))
+        self.max_pkt_len.map_or(port, |len| port.with_max_frame(usize::from(len) - FCS))
     }
 
     /// How the output looks; by default as standard output suits.

@@ -15,6 +15,9 @@ use vireo_frame::{PortState, Totals};
 /// How long the end of a run waits for a reader of its output that reads nothing.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// Most counters in an event: a quarter of what a pipe holds (pipe(7)), so that there is room for it now and then.
+const COUNTERS_PER_EVENT: usize = 512;
+
 /// How the output looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Style {
@@ -253,10 +256,14 @@ fn lines(ports: &[usize], last: &[Totals], now: &[PortStats], elapsed: Duration)
     lines
 }
 
-/// An event with the totals of all ports, and for each port one with its counters.
+/// An event with the totals of all ports, and for each port one with its counters, or several where it has many queues.
 fn json_lines(ports: &[usize], last: &[Totals], now: &[PortStats], elapsed: Duration) -> Vec<String> {
     let statistics = statistics_json(ports, last, now, elapsed);
-    let counters = ports.iter().zip(now).map(|(port, stats)| counters_json(*port, &stats.named()));
+    let counters = ports.iter().zip(now).flat_map(|(port, stats)| {
+        let named = stats.named();
+        let events = named.chunks(COUNTERS_PER_EVENT).map(|part| counters_json(*port, part));
+        events.collect::<Vec<_>>()
+    });
     [statistics].into_iter().chain(counters).map(|event| format!("{event}\n")).collect()
 }
 

@@ -129,7 +129,7 @@ impl MemoryMap {
     ///
     /// # Errors
     /// `Unavailable` when no IOVA is free in all spaces, or a device does not reach a page's physical address; `Os` when
-    /// the region is too small or a map call is refused.
+    /// the region is too small or a map call is refused; `Usage` when a part names an address space that the map is not in.
     pub fn add(self: &Arc<Self>, region: Region, parts: &[Part]) -> Result<Vec<Arc<DmaMemory>>> {
         Ok(self.add_all(vec![(region, parts.to_vec())])?.pop().unwrap_or_default())
     }
@@ -140,6 +140,11 @@ impl MemoryMap {
     /// # Errors
     /// As for [`MemoryMap::add`].
     pub fn add_all(self: &Arc<Self>, regions: Vec<(Region, Vec<Part>)>) -> Result<Vec<Vec<Arc<DmaMemory>>>> {
+        let named = regions.iter().flat_map(|(_, parts)| parts).flat_map(|part| &part.spaces);
+        if named.into_iter().any(|space| !self.spaces.iter().any(|own| Arc::ptr_eq(own, space))) {
+            let why = "a part of it is for an address space that the map is not in";
+            return Err(Error::new(ErrorKind::Usage, "cannot map memory", why));
+        }
         // Nobody else chooses addresses meanwhile.
         let mut known = self.lock();
         let iovas = match self.physical {
@@ -166,14 +171,14 @@ impl MemoryMap {
         Ok(memory)
     }
 
-    /// Adds `region` for devices of this process that see each `page_size` bytes of it at the next of `addresses`: as
+    /// Adds `region`, to a map that is in no address space, for devices of this process that see each `page_size` bytes of it at the next of `addresses`: as
     /// without an IOMMU, for tests and counts that need no VFIO.
     ///
     /// # Panics
-    /// When `page_size` is no power of two or less than a page, as many pages are not the region, or an address is no
-    /// multiple of it.
+    /// When the map is in an address space, `page_size` is no power of two or less than a page, as many pages are not the
+    /// region, or an address is no multiple of it.
     pub fn add_at(self: &Arc<Self>, region: Region, page_size: usize, addresses: &[u64]) -> Arc<DmaMemory> {
-        assert!(page_size.is_power_of_two() && page_size >= region.page_size());
+        assert!(self.spaces.is_empty() && page_size.is_power_of_two() && page_size >= region.page_size());
         assert_eq!(addresses.len() * page_size, region.len());
         assert!(addresses.iter().all(|address| address.is_multiple_of(page_size as u64)));
         let translation = Translation::paged(page_size, addresses);

@@ -302,7 +302,8 @@ fn spin_until(ticks: u64) {
     }
 }
 
-/// Sends `first` until the first packet is back, then streams like it: as fast as it goes, in search of the throughput, and at a load that queues nothing.
+/// Sends `first` until the first packet is back, then streams like it: as fast as it goes, in search of the throughput, and at a
+/// load that queues nothing.
 fn generate(
     wiring: &Wiring,
     side: &mut Side,

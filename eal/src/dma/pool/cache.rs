@@ -84,7 +84,7 @@ impl PoolCache {
     fn refill(&mut self) {
         while self.len < MAX_BURST {
             let Some(chunk) = self.pool.take_out(self.near) else {
-                if self.len == 0 && self.pool.is_to_warn(Tsc::now()) {
+                if self.len == 0 && self.pool.may_warn(Tsc::now()) {
                     tracing::warn!("no packet buffer is free: all {} are in use", self.pool.count);
                 }
                 return;

@@ -75,9 +75,9 @@ fn one_lcore_says_that_the_pool_is_exhausted() {
         let (pool, now) = (pool(1), Tsc::hz());
         let others = [(); 2].map(|()| {
             let pool = Arc::clone(&pool);
-            thread::spawn(move || pool.is_to_warn(now))
+            thread::spawn(move || pool.may_warn(now))
         });
-        let own = pool.is_to_warn(now);
+        let own = pool.may_warn(now);
         let told = others.map(|other| other.join().unwrap());
         assert_eq!([own, told[0], told[1]].iter().filter(|told| **told).count(), 1);
     });

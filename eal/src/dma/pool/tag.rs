@@ -1,4 +1,4 @@
-//! Which pool a buffer is of, in the top bits of its handle, and the way back to that pool.
+//! The tag in a buffer's handle, which names its pool, and the way back to that pool.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 

@@ -63,7 +63,7 @@ fn device_addresses_follow_the_pages() {
 #[test]
 fn an_exhausted_pool_is_told_once_a_second() {
     let (pool, second) = (pool(1), Tsc::hz());
-    let told = [0, 1, second / 2, second, second + 1, 5 * second].map(|at| pool.is_to_warn(second + at));
+    let told = [0, 1, second / 2, second, second + 1, 5 * second].map(|at| pool.may_warn(second + at));
     assert_eq!(told, [true, false, false, true, false, true]);
 }
 
