@@ -1,5 +1,6 @@
 //! Pages: the hugepages of the machine and the [`Region`] that holds some of them.
 
+mod backing;
 mod hugepages;
 mod limits;
 mod numa;
@@ -7,10 +8,11 @@ mod pin;
 mod region;
 mod shortage;
 
+pub use backing::Backing;
 pub use hugepages::{HugePages, hugepages};
 pub use numa::{Placement, cpus_of_node, distance, node_of_cpu, nodes};
 pub(crate) use pin::Pin;
-pub use region::{Backing, Region};
+pub use region::Region;
 
 /// Size in bytes of the largest pages that packet memory is made of.
 const GIANT_PAGE: usize = 1 << 30;

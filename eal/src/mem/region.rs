@@ -1,96 +1,30 @@
 //! Pages for DMA: one mapping per region, in one of four backings.
 
-use std::alloc::Layout;
+mod addresses;
+
 use std::ffi::c_void;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs, statfs};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::unistd::ftruncate;
 
+use self::addresses::Addresses;
+use super::backing::Backing;
 use super::numa::{self, Placement};
-use super::shortage::{self, default_hugepage_size};
-use super::{GIANT_PAGE, limits, page_size as cpu_page_size};
+use super::{limits, page_size as cpu_page_size, shortage};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Below which the limits of the machine are read.
 const ROOT: &str = "/";
-/// Of every memfd: closed on exec, and of a size that can be fixed.
-const MEMFD: MFdFlags = MFdFlags::MFD_CLOEXEC.union(MFdFlags::MFD_ALLOW_SEALING);
-
-/// Where the pages of a [`Region`] come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Backing {
-    /// A hugetlb memfd: hugepages without a mount, that another process can map by its descriptor.
-    HugeMemfd,
-    /// As that, of 1 GiB pages.
-    GiantMemfd,
-    /// A file on a hugetlbfs mount (`--huge-dir`) that never has a name. hugetlbfs files cannot be sealed.
-    HugeFile {
-        /// The mount.
-        dir: PathBuf,
-    },
-    /// Private anonymous hugepages (`--in-memory`), by `hugepage-rs`.
-    HugeAnonymous,
-    /// A memfd of ordinary pages (`--no-huge`): of 4 KiB, or what the kernel is built with.
-    SmallPages,
-}
-
-impl Backing {
-    /// Name for the start-up report.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::HugeMemfd => "hugetlb memfd",
-            Self::GiantMemfd => "hugetlb memfd of 1 GiB pages",
-            Self::HugeFile { .. } => "hugetlbfs file",
-            Self::HugeAnonymous => "anonymous hugepages",
-            Self::SmallPages => "memfd of ordinary pages",
-        }
-    }
-
-    /// Size of its pages in bytes.
-    ///
-    /// # Errors
-    /// `Unavailable` when the kernel has no hugepages, `Io` when `dir` is no hugetlbfs mount.
-    pub fn page_size(&self) -> Result<usize> {
-        match self {
-            Self::SmallPages => Ok(cpu_page_size()),
-            Self::GiantMemfd => Ok(GIANT_PAGE),
-            Self::HugeFile { dir } => mounted_page_size(dir),
-            Self::HugeMemfd | Self::HugeAnonymous => default_hugepage_size(),
-        }
-    }
-
-    /// A new file for a part of `len` bytes; none for pages that nobody else can map.
-    fn file(&self, len: usize, page_size: usize) -> Result<Option<OwnedFd>> {
-        let pages = match self {
-            Self::HugeAnonymous => return Ok(None),
-            // Miri has no memfd.
-            Self::SmallPages if cfg!(miri) => return Ok(None),
-            Self::HugeFile { dir } => {
-                let file = huge_file(dir)?;
-                check_mount(&file, dir, len, page_size)?;
-                return Ok(Some(file.into()));
-            }
-            Self::HugeMemfd => MFdFlags::MFD_HUGETLB,
-            Self::GiantMemfd => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
-            Self::SmallPages => MFdFlags::empty(),
-        };
-        memfd_create(c"vireo", MEMFD | pages)
-            .map(Some)
-            .map_err(|errno| Error::os(format!("cannot create a {}", self.name()), errno))
-    }
-}
 
 /// Contiguous virtual memory that a device may reach.
 ///
@@ -364,86 +298,6 @@ impl Drop for Region {
     }
 }
 
-/// Addresses of this process that are given to one region after the other. What is left of them is unmapped on drop.
-#[derive(Debug)]
-struct Addresses {
-    next: NonNull<u8>,
-    left: usize,
-}
-
-impl Addresses {
-    /// Addresses without pages, the first of which is a multiple of `align`.
-    fn reserve(len: usize, align: usize) -> Result<Self> {
-        let what = "cannot reserve addresses for packet memory";
-        let all = len
-            .checked_add(align)
-            .and_then(NonZeroUsize::new)
-            .ok_or_else(|| Error::os(what, Errno::ENOMEM))?;
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
-        let start = unsafe { mmap_anonymous(None, all, ProtFlags::PROT_NONE, flags) }
-            .map_err(|errno| Error::os(what, errno))?
-            .cast::<u8>();
-        let mut all = Self { next: start, left: all.get() };
-        drop(Self { next: start, left: all.skip(start.align_offset(align)) });
-        let behind = all.left - len;
-        all.left = len;
-        // SAFETY: the mapping has `behind` bytes more.
-        drop(Self { next: unsafe { all.next.add(len) }, left: behind });
-        Ok(all)
-    }
-
-    /// Hugepages that nobody else can map.
-    fn of_anonymous(len: usize, page_size: usize) -> Result<Self> {
-        let what = "cannot reserve anonymous hugepages";
-        let layout = Layout::from_size_align(len, page_size)
-            .map_err(|_| Error::new(ErrorKind::Os, what, "the size is too large"))?;
-        // SAFETY: `len` is at least one page, so the layout's size is not zero.
-        let pointer = unsafe { hugepage_rs::alloc(layout) };
-        let next =
-            NonNull::new(pointer).ok_or_else(|| no_pages(Error::os(what, Errno::ENOMEM), len, page_size))?;
-        Ok(Self { next, left: len })
-    }
-
-    /// Ordinary pages that nobody else can map.
-    fn of_private(len: usize) -> Result<Self> {
-        let what = "cannot reserve private memory";
-        let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what, Errno::EINVAL))?;
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
-        let address = unsafe { mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }
-            .map_err(|errno| Error::os(what, errno))?;
-        Ok(Self { next: address.cast(), left: len })
-    }
-
-    /// Moves on by `len` bytes, at most to the end; gives how far.
-    fn skip(&mut self, len: usize) -> usize {
-        let len = len.min(self.left);
-        // SAFETY: the mapping has as many bytes left.
-        self.next = unsafe { self.next.add(len) };
-        self.left -= len;
-        len
-    }
-
-    /// The next `len` bytes, which the caller unmaps.
-    fn take(&mut self, len: usize) -> Result<NonNull<u8>> {
-        let start = self.next;
-        match self.skip(len) {
-            all if all == len => Ok(start),
-            _ => Err(Error::os("cannot reserve addresses for packet memory", Errno::ENOMEM)),
-        }
-    }
-}
-
-impl Drop for Addresses {
-    fn drop(&mut self) {
-        if self.left > 0 {
-            // SAFETY: these are what is left of a mapping of this value's, and nobody was given them.
-            let _ = unsafe { munmap(self.next.cast::<c_void>(), self.left) };
-        }
-    }
-}
-
 /// First byte of `len` bytes of `backing`: of `file`, which is mapped for that, or what is at `address`.
 fn map_part(
     backing: &Backing,
@@ -482,51 +336,6 @@ fn cannot_reserve(len: usize, backing: &Backing) -> String {
     format!("cannot reserve {} MiB as {}", len.div_ceil(1 << 20), backing.name())
 }
 
-/// Pages of a hugetlbfs mount are its blocks.
-fn mounted_page_size(dir: &Path) -> Result<usize> {
-    let what = || format!("cannot use --huge-dir {}", dir.display());
-    let found = statfs(dir).map_err(|errno| {
-        Error::os(what(), errno).with_kind(ErrorKind::Io).with_hint(format!(
-            "run: mkdir -p {0} && mount -t hugetlbfs none {0}; or {NO_MOUNT}",
-            dir.display()
-        ))
-    })?;
-    match usize::try_from(found.block_size()) {
-        Ok(size) if found.filesystem_type() == HUGETLBFS_MAGIC => Ok(size),
-        _ => Err(Error::new(ErrorKind::Io, what(), "it is not a hugetlbfs mount")
-            .with_hint(format!("run: mount -t hugetlbfs none {}; or {NO_MOUNT}", dir.display()))),
-    }
-}
-
-const NO_MOUNT: &str = "leave --huge-dir out: no mount is needed";
-
-/// A mount may have less than the machine: its `size=`. That `file` has the pages that were found in `dir` decides what is
-/// contiguous in physical memory.
-fn check_mount(file: &File, dir: &Path, len: usize, page_size: usize) -> Result<()> {
-    let what = || format!("cannot use --huge-dir {}", dir.display());
-    let found = fstatfs(file).map_err(|errno| Error::os(what(), errno).with_kind(ErrorKind::Io))?;
-    if found.filesystem_type() != HUGETLBFS_MAGIC || found.block_size() as usize != page_size {
-        return Err(Error::new(ErrorKind::Io, what(), "something else was mounted there meanwhile"));
-    }
-    let (total, free) = (found.blocks(), found.blocks_free());
-    // A mount without a size of its own has no count of blocks.
-    if total == 0 || free as usize >= len / page_size {
-        return Ok(());
-    }
-    let why = format!("{} pages are needed and the mount has {free} of {total} free", len / page_size);
-    let wanted = total.saturating_sub(free) as usize + len / page_size;
-    Err(Error::new(ErrorKind::Io, what(), why).with_hint(mount_again(dir, wanted, page_size)))
-}
-
-/// A mount's size stays what it was: hugetlbfs takes `-o remount` and does nothing.
-fn mount_again(dir: &Path, pages: usize, page_size: usize) -> String {
-    let (dir, page) = (dir.display(), page_size >> 10);
-    let size = pages.saturating_mul(page);
-    format!(
-        "run: umount {dir} && mount -t hugetlbfs -o pagesize={page}K,size={size}K none {dir}; or {NO_MOUNT}"
-    )
-}
-
 fn no_pages(error: Error, len: usize, page_size: usize) -> Error {
     if page_size == cpu_page_size() {
         return error.with_hint("free memory, or ask for fewer packet buffers");
@@ -534,26 +343,10 @@ fn no_pages(error: Error, len: usize, page_size: usize) -> Error {
     shortage::no_pages(Path::new(ROOT), error, len, page_size)
 }
 
-/// A file in `dir` that has no name: nobody else opens it, and a killed process leaves none behind. Two processes with
-/// one pid, in two containers, cannot meet in it.
-fn huge_file(dir: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        // O_EXCL: nor does it get a name later (`open(2)`).
-        .custom_flags((OFlag::O_TMPFILE | OFlag::O_EXCL).bits())
-        .mode(0o600)
-        .open(dir)
-        .map_err(|error| {
-            Error::io(format!("cannot create a file in {}", dir.display()), &error).with_hint(NO_MOUNT)
-        })
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
+    use crate::mem::GIANT_PAGE;
 
     #[test]
     fn small_pages_round_up() {
@@ -584,18 +377,6 @@ mod tests {
     }
 
     #[test]
-    fn reserved_addresses_are_aligned_and_used_up() {
-        let mut addresses = Addresses::reserve(3 << 20, 1 << 20).unwrap();
-        let start = addresses.next;
-        assert!(start.addr().get().is_multiple_of(1 << 20));
-        let pages = [1, 2].map(|pages| addresses.take(pages << 20).unwrap());
-        assert_eq!(pages[1].addr().get() - start.addr().get(), 1 << 20);
-        assert!(addresses.take(1).is_err());
-        // SAFETY: what was taken is the test's.
-        unsafe { munmap(start.cast(), 3 << 20) }.unwrap();
-    }
-
-    #[test]
     fn giant_pages_are_reserved_by_their_own_file() {
         match Region::new(1, Backing::GiantMemfd) {
             Ok(region) => assert_eq!((region.len(), region.page_size()), (GIANT_PAGE, GIANT_PAGE)),
@@ -615,47 +396,11 @@ mod tests {
     }
 
     #[test]
-    fn a_huge_file_has_no_name_and_is_its_owners() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = match huge_file(dir.path()) {
-            // Overlays of old kernels.
-            Err(error) if error.errno() == Some(Errno::EOPNOTSUPP) => return,
-            file => file.unwrap(),
-        };
-        let found = file.metadata().unwrap();
-        assert_eq!((found.mode() & 0o777, found.nlink()), (0o600, 0));
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        let other = huge_file(dir.path()).unwrap();
-        assert_ne!(other.metadata().unwrap().ino(), found.ino(), "two processes of one pid share nothing");
-        let link = dir.path().join("link");
-        std::fs::write(dir.path().join("victim"), "kept").unwrap();
-        std::os::unix::fs::symlink(dir.path().join("victim"), &link).unwrap();
-        assert!(huge_file(&link).is_err());
-        assert_eq!(std::fs::read_to_string(&link).unwrap(), "kept");
-    }
-
-    #[test]
-    #[cfg_attr(miri, ignore = "there is no fstatfs")]
-    fn pages_of_another_size_are_not_taken_for_hugepages() {
-        let error = check_mount(&tempfile::tempfile().unwrap(), Path::new("/mnt/huge"), 1, 4096).unwrap_err();
-        assert_eq!(error.why(), "something else was mounted there meanwhile");
-    }
-
-    #[test]
     #[cfg_attr(miri, ignore = "Miri has no memfd")]
     fn memory_beyond_the_machines_is_refused_before_it_is_taken() {
         let error = Region::new(1 << 46, Backing::SmallPages).unwrap_err();
         // The machine's memory or, in a container, a control group's.
         assert!(error.kind() == ErrorKind::Os && error.why().contains("MiB are needed and the"), "{error}");
-    }
-
-    #[test]
-    fn a_full_mount_is_made_again_with_room_for_both() {
-        assert_eq!(
-            mount_again(Path::new("/mnt/huge"), 11, 2 << 20),
-            "run: umount /mnt/huge && mount -t hugetlbfs -o pagesize=2048K,size=22528K none /mnt/huge; \
-             or leave --huge-dir out: no mount is needed"
-        );
     }
 
     #[test]

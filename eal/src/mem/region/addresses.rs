@@ -1,0 +1,109 @@
+//! Addresses of this process that regions are mapped at, reserved before.
+
+use std::alloc::Layout;
+use std::ffi::c_void;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+
+use nix::errno::Errno;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+use super::no_pages;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Addresses of this process that are given to one region after the other. What is left of them is unmapped on drop.
+#[derive(Debug)]
+pub(super) struct Addresses {
+    next: NonNull<u8>,
+    left: usize,
+}
+
+impl Addresses {
+    /// Addresses without pages, the first of which is a multiple of `align`.
+    pub(super) fn reserve(len: usize, align: usize) -> Result<Self> {
+        let what = "cannot reserve addresses for packet memory";
+        let all = len
+            .checked_add(align)
+            .and_then(NonZeroUsize::new)
+            .ok_or_else(|| Error::os(what, Errno::ENOMEM))?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let start = unsafe { mmap_anonymous(None, all, ProtFlags::PROT_NONE, flags) }
+            .map_err(|errno| Error::os(what, errno))?
+            .cast::<u8>();
+        let mut all = Self { next: start, left: all.get() };
+        drop(Self { next: start, left: all.skip(start.align_offset(align)) });
+        let behind = all.left - len;
+        all.left = len;
+        // SAFETY: the mapping has `behind` bytes more.
+        drop(Self { next: unsafe { all.next.add(len) }, left: behind });
+        Ok(all)
+    }
+
+    /// Hugepages that nobody else can map.
+    pub(super) fn of_anonymous(len: usize, page_size: usize) -> Result<Self> {
+        let what = "cannot reserve anonymous hugepages";
+        let layout = Layout::from_size_align(len, page_size)
+            .map_err(|_| Error::new(ErrorKind::Os, what, "the size is too large"))?;
+        // SAFETY: `len` is at least one page, so the layout's size is not zero.
+        let pointer = unsafe { hugepage_rs::alloc(layout) };
+        let next =
+            NonNull::new(pointer).ok_or_else(|| no_pages(Error::os(what, Errno::ENOMEM), len, page_size))?;
+        Ok(Self { next, left: len })
+    }
+
+    /// Ordinary pages that nobody else can map.
+    pub(super) fn of_private(len: usize) -> Result<Self> {
+        let what = "cannot reserve private memory";
+        let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what, Errno::EINVAL))?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        let address = unsafe { mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }
+            .map_err(|errno| Error::os(what, errno))?;
+        Ok(Self { next: address.cast(), left: len })
+    }
+
+    /// Moves on by `len` bytes, at most to the end; gives how far.
+    fn skip(&mut self, len: usize) -> usize {
+        let len = len.min(self.left);
+        // SAFETY: the mapping has as many bytes left.
+        self.next = unsafe { self.next.add(len) };
+        self.left -= len;
+        len
+    }
+
+    /// The next `len` bytes, which the caller unmaps.
+    pub(super) fn take(&mut self, len: usize) -> Result<NonNull<u8>> {
+        let start = self.next;
+        match self.skip(len) {
+            all if all == len => Ok(start),
+            _ => Err(Error::os("cannot reserve addresses for packet memory", Errno::ENOMEM)),
+        }
+    }
+}
+
+impl Drop for Addresses {
+    fn drop(&mut self) {
+        if self.left > 0 {
+            // SAFETY: these are what is left of a mapping of this value's, and nobody was given them.
+            let _ = unsafe { munmap(self.next.cast::<c_void>(), self.left) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reserved_addresses_are_aligned_and_used_up() {
+        let mut addresses = Addresses::reserve(3 << 20, 1 << 20).unwrap();
+        let start = addresses.next;
+        assert!(start.addr().get().is_multiple_of(1 << 20));
+        let pages = [1, 2].map(|pages| addresses.take(pages << 20).unwrap());
+        assert_eq!(pages[1].addr().get() - start.addr().get(), 1 << 20);
+        assert!(addresses.take(1).is_err());
+        // SAFETY: what was taken is the test's.
+        unsafe { munmap(start.cast(), 3 << 20) }.unwrap();
+    }
+}
