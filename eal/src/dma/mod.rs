@@ -11,7 +11,6 @@ mod memory;
 mod packet;
 mod part;
 mod peer;
-mod peer_log;
 mod pool;
 mod ring;
 mod view;
@@ -24,8 +23,7 @@ pub use packet::{
     BUFFER_SIZE, Burst, DATA_ROOM, HEADROOM, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Packet, first_frame, frames,
 };
 pub use part::Part;
-pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
-pub use peer_log::PeerLog;
+pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerLog, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
 pub use pool::{MAX_BUFFERS, Pool, PoolCache};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
 pub use view::DeviceView;

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::peer::Mapping;
+use super::mapping::Mapping;
 use crate::error::Result;
 
 /// What a bit stands for (vhost-user, "Migration": `VHOST_LOG_PAGE`).
