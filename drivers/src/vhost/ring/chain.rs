@@ -1,0 +1,106 @@
+//! Chains of descriptors, which are the frontend's input: their checks, and the limit on how many a burst reads.
+
+use vireo_eal::dma::{PeerSlice, PeerView, RingView};
+
+/// What a frontend did that breaks the rules of a virtqueue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::vhost) enum Lie {
+    /// `avail.idx` counts more chains than there are descriptors.
+    AvailIndex,
+    /// A descriptor's index is beyond the table.
+    Index,
+    /// A descriptor is of the wrong direction, or indirect, which was not offered.
+    Flags,
+    /// A descriptor's memory is not within a memory region.
+    Address,
+    /// A chain does not end, or chains share descriptors.
+    Loop,
+    /// Buffers cross from one memory region into the next more often than there are descriptors.
+    Borders,
+    /// A chain is too short for the header.
+    Header,
+}
+
+impl Lie {
+    pub(in crate::vhost) fn reason(self) -> &'static str {
+        match self {
+            Self::AvailIndex => "avail.idx runs ahead by more than the ring",
+            Self::Index => "a descriptor is beyond the table",
+            Self::Flags => "a descriptor has flags that do not fit",
+            Self::Address => "a descriptor's memory is outside of the memory regions",
+            Self::Loop => "a chain of descriptors does not end, or shares some with another",
+            Self::Borders => "buffers are scattered over too many memory regions",
+            Self::Header => "a chain is too short for the header",
+        }
+    }
+}
+
+pub(in crate::vhost) type Checked<T> = std::result::Result<T, Lie>;
+
+/// What may still be read in a burst. Chains that end and share nothing are as long as the table together; more is a
+/// lie, which would keep the lcore for a table's length by each chain.
+pub(super) struct Budget {
+    descriptors: usize,
+    /// Borders of memory regions inside of buffers. One for each descriptor is enough: regions are larger than buffers.
+    borders: usize,
+}
+
+impl Budget {
+    pub(super) fn new(descriptors: usize) -> Self {
+        Self { descriptors, borders: descriptors }
+    }
+
+    pub(super) fn spend(&mut self) -> Checked<()> {
+        self.descriptors = self.descriptors.checked_sub(1).ok_or(Lie::Loop)?;
+        Ok(())
+    }
+
+    /// Calls `each` for the parts of a descriptor's memory, which are in one region each.
+    pub(super) fn parts<'a>(
+        &mut self,
+        descriptor: Descriptor,
+        view: &mut PeerView<'a>,
+        mut each: impl FnMut(PeerSlice<'a>),
+    ) -> Checked<()> {
+        let mut lie = Lie::Address;
+        let mut borders = Some(self.borders + 1);
+        let within = view.parts(descriptor.address, descriptor.len, |part| {
+            borders = borders.and_then(|borders| borders.checked_sub(1));
+            if borders.is_none() {
+                lie = Lie::Borders;
+            }
+            borders.map(|_| each(part))
+        });
+        self.borders = borders.unwrap_or(0);
+        within.ok_or(lie)
+    }
+}
+
+/// A descriptor, read at once.
+#[derive(Clone, Copy)]
+pub(super) struct Descriptor {
+    pub(super) address: u64,
+    pub(super) len: usize,
+    pub(super) flags: u16,
+    pub(super) next: u16,
+}
+
+/// The descriptor table, checked.
+#[derive(Clone, Copy)]
+pub(super) struct Table<'a> {
+    pub(super) words: RingView<'a, u64, 2>,
+    pub(super) entries: usize,
+}
+
+impl Table<'_> {
+    #[inline(always)]
+    pub(super) fn get(self, index: u16) -> Option<Descriptor> {
+        if usize::from(index) >= self.entries {
+            return None;
+        }
+        let entry = self.words.entry(index.into());
+        let (address, shape) = (entry.load::<0>(), entry.load::<1>());
+        let (len, flags, next) = (shape as u32 as usize, (shape >> 32) as u16, (shape >> 48) as u16);
+        Some(Descriptor { address, len, flags, next })
+    }
+}
