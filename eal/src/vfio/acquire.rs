@@ -6,18 +6,17 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
 
 use vireo_vfio::{NOIOMMU_PREFIX, class_and_name};
 
 use super::device::Open;
 use super::device_nodes::{self, DeviceNodes};
+use super::noiommu::{iommu_on, no_group};
+use super::phases::{Phase, Phases};
 use super::space::AddressSpace;
 use super::{Device, DeviceFds, VfioMode};
 use crate::args::VfToken;
-use crate::clock::thread_time;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ioctl::{self, Calls};
 use crate::iommufd::WeakIommufd;
 
 /// A device by its name on its bus (`0000:00:04.0`) and its directory in sysfs.
@@ -27,19 +26,6 @@ pub struct BusDevice {
     pub name: String,
     /// Directory with `iommu_group` and `vfio-dev`.
     pub sysfs: PathBuf,
-}
-
-/// A step of the acquisition and how long it took.
-#[derive(Clone, Debug)]
-pub struct Phase {
-    /// `open`, `bind` or `attach`.
-    pub name: &'static str,
-    /// Time in the kernel and around it.
-    pub took: Duration,
-    /// Of that, what the thread had on a CPU; the rest it waited.
-    pub worked: Duration,
-    /// Calls to VFIO and iommufd meanwhile, those of other threads too.
-    pub calls: Vec<Calls>,
 }
 
 /// A device that this process owns.
@@ -371,53 +357,6 @@ pub(super) fn cdev_name(device: &BusDevice) -> Option<String> {
     vireo_vfio::cdev_of(&device.sysfs)
 }
 
-/// What turns the IOMMU on, in a virtual machine or outside. Linux uses AMD's wherever the firmware offers it.
-pub fn iommu_on() -> &'static str {
-    iommu_on_of(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
-}
-
-fn iommu_on_of(cpuinfo: &str) -> &'static str {
-    let mut flags =
-        cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default().split_whitespace();
-    match flags.any(|flag| flag == "hypervisor") {
-        true => {
-            "give this virtual machine an IOMMU (in QEMU: -device intel-iommu; in a cloud, take a bare-metal instance)"
-        }
-        false => "turn on VT-d or AMD-Vi in the firmware, and on Intel boot with intel_iommu=on",
-    }
-}
-
-/// `what` failed because VFIO takes no device that is in no IOMMU group, or has one no more.
-pub fn no_group(what: String) -> Error {
-    let error = Error::new(ErrorKind::Unavailable, what, "it is in no IOMMU group, so the IOMMU is off");
-    let switch = match noiommu_allowed() {
-        Some(false) => "echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
-        None if !Path::new("/sys/module/vfio").exists() => "modprobe vfio enable_unsafe_noiommu_mode=1",
-        _ => return error.with_hint(iommu_on()),
-    };
-    error.with_hint(format!("{}; or, unsafe: {switch}, bind again, --vfio-mode noiommu", iommu_on()))
-}
-
-/// Whether VFIO hands devices over that have no IOMMU; none when it has no such switch, or is not loaded.
-pub fn noiommu_allowed() -> Option<bool> {
-    let switch = fs::read_to_string("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode").ok()?;
-    Some(switch.trim() != "N")
-}
-
-pub(super) fn needs_noiommu(what: String, mode: VfioMode) -> Error {
-    Error::new(ErrorKind::Unavailable, what, "the device has no IOMMU")
-        .with_hint(format!("{}; or accept that the NIC can reach all memory: --vfio-mode {mode}", iommu_on()))
-}
-
-pub(super) fn has_iommu(what: String) -> Error {
-    Error::new(
-        ErrorKind::Unavailable,
-        what,
-        "the device has an IOMMU, and the kernel then offers no other way",
-    )
-    .with_hint("use --vfio-mode cdev or container")
-}
-
 /// Why a device was not acquired.
 pub(super) struct Refusal {
     pub(super) error: Error,
@@ -428,31 +367,6 @@ pub(super) struct Refusal {
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         Self { error, container_may: false }
-    }
-}
-
-/// Stop-watch of the acquisition.
-pub(super) struct Phases {
-    since: Instant,
-    /// [`thread_time`] of that moment.
-    worked: Duration,
-    /// [`ioctl::table`] of that moment.
-    calls: Vec<Calls>,
-    done: Vec<Phase>,
-}
-
-impl Phases {
-    fn start() -> Self {
-        let (done, calls) = (Vec::with_capacity(3), ioctl::table());
-        Self { since: Instant::now(), worked: thread_time(), calls, done }
-    }
-
-    pub(super) fn end(&mut self, name: &'static str) {
-        let (took, worked) = (self.since.elapsed(), thread_time().saturating_sub(self.worked));
-        let calls = ioctl::since(&self.calls);
-        self.done.push(Phase { name, took, worked, calls });
-        self.calls = ioctl::table();
-        (self.since, self.worked) = (Instant::now(), thread_time());
     }
 }
 
@@ -564,15 +478,6 @@ mod tests {
         let shown = |device: &BusDevice| vfio.token_of(device).is_some();
         assert!(shown(&ours) && shown(&function_of("vf0", &ours)));
         assert!(!shown(&plain) && !shown(&function_of("vf1", &kernels)));
-    }
-
-    #[test]
-    fn a_virtual_machine_is_told_how_it_gets_an_iommu() {
-        let cpu = "processor\t: 0\nflags\t\t: fpu vme hypervisor lahf_lm\n";
-        assert!(iommu_on_of(cpu).contains("-device intel-iommu"));
-        for host in ["", "flags\t\t: fpu vme\n", "model name\t: hypervisor\nflags\t\t: fpu\n"] {
-            assert!(iommu_on_of(host).contains("in the firmware"));
-        }
     }
 
     /// One `/dev/iommu` is passed for all ports: the first one takes it, and the next ones find it open.

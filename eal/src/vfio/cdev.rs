@@ -6,9 +6,11 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 use vireo_vfio::{Cdev, NOIOMMU_PREFIX};
 
-use super::acquire::{BusDevice, Phases, Refusal, Vfio, cdev_name, group_of, has_iommu, lock, needs_noiommu};
+use super::acquire::{BusDevice, Refusal, Vfio, cdev_name, group_of, lock};
 use super::device::{Held, Open};
 use super::fds::CdevFds;
+use super::noiommu::{has_iommu, needs_noiommu};
+use super::phases::Phases;
 use super::space::AddressSpace;
 use super::{VfioMode, device_nodes, diagnose};
 use crate::args::VfToken;

@@ -9,9 +9,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use vireo_vfio::{Group, IommuType, NOIOMMU_PREFIX};
 
-use super::acquire::{BusDevice, Phases, Vfio, group_of, has_iommu, needs_noiommu, no_group};
+use super::acquire::{BusDevice, Vfio, group_of};
 use super::device::{Held, Open};
 use super::fds::GroupFds;
+use super::noiommu::{has_iommu, needs_noiommu, no_group};
+use super::phases::Phases;
 use super::space::{AddressSpace, Container};
 use super::{VfioMode, device_nodes, diagnose};
 use crate::args::VfToken;

@@ -14,10 +14,12 @@ mod fds;
 mod group;
 pub(crate) mod listen;
 pub mod mode;
+mod noiommu;
+mod phases;
 mod preflight;
 mod space;
 
-pub use acquire::{Acquired, BusDevice, Phase, Vfio, iommu_on, no_group, noiommu_allowed};
+pub use acquire::{Acquired, BusDevice, Vfio};
 pub(crate) use device::Held;
 #[cfg(test)]
 pub(crate) use device::fake_file;
@@ -26,6 +28,8 @@ pub use device_nodes::{DeviceNodes, FdSource};
 pub use diagnose::holder;
 pub use fds::{CdevFds, DeviceFds, GroupFds};
 pub use mode::VfioMode;
+pub use noiommu::{iommu_on, no_group, noiommu_allowed};
+pub use phases::Phase;
 pub use space::{AddressSpace, Mapping};
 pub use vireo_vfio::{Irq, IrqInfo, Request};
 

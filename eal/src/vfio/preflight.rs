@@ -1,7 +1,8 @@
 //! What can be said of a mode before the device is on VFIO's driver.
 
 use super::VfioMode;
-use super::acquire::{BusDevice, Vfio, group_of, has_iommu, needs_noiommu, no_group, noiommu_allowed};
+use super::acquire::{BusDevice, Vfio, group_of};
+use super::noiommu::{has_iommu, needs_noiommu, no_group, noiommu_allowed};
 use crate::error::{ErrorKind, Result};
 
 impl Vfio {
