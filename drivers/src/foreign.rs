@@ -196,7 +196,7 @@ mod tests {
         }
         let error =
             port.stop_pair(RxQueue(Box::new(Other(QueueCounters::default()))), tx, &mut cache).unwrap_err();
-        assert_eq!(error.kind(), vireo_eal::ErrorKind::Usage);
+        assert_eq!(error.kind(), ErrorKind::Usage);
         drop(rx);
     }
 }

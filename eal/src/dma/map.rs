@@ -196,7 +196,7 @@ impl MemoryMap {
             free = free.without(&iovas);
         }
         let mut found = Vec::with_capacity(regions.len());
-        for run in regions.chunk_by(|one, next| one.is_with(next)) {
+        for run in regions.chunk_by(|one, next| one.adjoins(next)) {
             let len = run.iter().map(|region| region.len() as u64).sum();
             let start = fit(&free, len, run[0].page_size() as u64)?;
             free = free.without(&(start..=start + (len - 1)));

@@ -111,7 +111,7 @@ impl Pool {
         }
         let mut nodes = Vec::with_capacity(shares.len());
         let region = |index: usize| shares[index].0.region();
-        if (1..shares.len()).any(|index| !region(index).is_with(region(0))) {
+        if (1..shares.len()).any(|index| !region(index).adjoins(region(0))) {
             return Err(refuse("their regions do not adjoin".into()));
         }
         for (memory, count) in shares {

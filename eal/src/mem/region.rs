@@ -1,4 +1,4 @@
-//! Pages for DMA: one mapping per region, in one of four backings.
+//! Pages for DMA: one mapping per region, in one of five backings.
 
 mod addresses;
 
@@ -133,7 +133,7 @@ impl Region {
         // All pages have a policy before the first is taken.
         regions.iter().try_for_each(|region| region.bind(placement))?;
         let regions = regions.into_iter().map(Self::populated).collect::<Result<Vec<_>>>()?;
-        regions.iter().for_each(Self::tell_what_is_elsewhere);
+        regions.iter().for_each(Self::warn_of_other_nodes);
         Ok(regions)
     }
 
@@ -146,7 +146,7 @@ impl Region {
     }
 
     /// Logs how much of the region is not on its node.
-    fn tell_what_is_elsewhere(&self) {
+    fn warn_of_other_nodes(&self) {
         let Some(node) = self.node else { return };
         // SAFETY: these are the bytes of this region's own mapping.
         let pages = unsafe { numa::elsewhere(self.address, self.len, node, self.page_size) }.unwrap_or(0);
@@ -162,7 +162,7 @@ impl Region {
 
     /// The region, as if its pages were on `node`: a test's machine has one node.
     #[cfg(test)]
-    pub(crate) fn said_to_be_on(mut self, node: Option<u32>) -> Self {
+    pub(crate) fn with_node(mut self, node: Option<u32>) -> Self {
         self.node = node;
         self
     }
@@ -283,7 +283,7 @@ impl Region {
     }
 
     /// Whether one call of [`Region::adjoining`] made both, so that a pointer into one leads to the other, too.
-    pub(crate) fn is_with(&self, other: &Self) -> bool {
+    pub(crate) fn adjoins(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.run, &other.run)
     }
 }
@@ -367,8 +367,8 @@ mod tests {
         assert_eq!(lens, [2, 2, 1]);
         let end = |region: &Region| region.as_ptr().addr().get() + region.len();
         assert!(regions.windows(2).all(|two| end(&two[0]) == two[1].as_ptr().addr().get()));
-        assert!(regions[0].is_with(&regions[2]));
-        assert!(!regions[0].is_with(&Region::new(1, Backing::SmallPages).unwrap()));
+        assert!(regions[0].adjoins(&regions[2]));
+        assert!(!regions[0].adjoins(&Region::new(1, Backing::SmallPages).unwrap()));
         drop(regions.remove(1));
         for region in &regions {
             // SAFETY: the byte is the last of a region that is mapped.

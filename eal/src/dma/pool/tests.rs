@@ -290,7 +290,7 @@ fn three_nodes(at: impl Fn(u64) -> Option<u64>) -> Vec<Arc<DmaMemory>> {
     let parts = [(); 3].map(|()| (None, EACH * BUFFER_SIZE + 4096));
     let regions = Region::adjoining(&parts, Backing::SmallPages, Placement::Preferred).unwrap();
     let regions =
-        [Some(4), None, Some(7)].into_iter().zip(regions).map(|(node, region)| region.said_to_be_on(node));
+        [Some(4), None, Some(7)].into_iter().zip(regions).map(|(node, region)| region.with_node(node));
     let map = MemoryMap::nowhere();
     match at(0) {
         None => {
