@@ -37,6 +37,8 @@ pub(crate) struct Case {
     pub(crate) limit: Duration,
     /// Whether its neighbours may run at the same time, because it takes one cpu and minds no company.
     pub(crate) side_by_side: bool,
+    /// Whether it runs on the host while guests run, because it takes long and has all that it needs to itself.
+    pub(crate) beside_guests: bool,
     run: Run,
 }
 
@@ -73,6 +75,12 @@ impl Case {
     /// Runs at the same time as its neighbours that do, too; on the host only.
     pub(crate) fn side_by_side(&mut self) -> &mut Self {
         self.side_by_side = true;
+        self
+    }
+
+    /// Runs while guests run; on the host only.
+    pub(crate) fn beside_guests(&mut self) -> &mut Self {
+        self.beside_guests = true;
         self
     }
 
@@ -152,6 +160,7 @@ impl Cases {
             tier: Tier::Default,
             limit: Duration::from_secs(LIMIT),
             side_by_side: false,
+            beside_guests: false,
             run: Box::new(run),
         });
         &mut self.0[index]

@@ -127,8 +127,12 @@ pub(crate) fn run(
     let tap = Tap::default();
     let mut boots = VecDeque::new();
     let host = Host { full: choice.full, programs, tap: &tap, kills: AtomicUsize::new(0) };
+    let mut beside_guests = Vec::new();
     for Group { guest, mut cases } in groups {
         let Some((kernel, boot)) = guest else {
+            let (later, mut cases): (VecDeque<_>, VecDeque<_>) =
+                cases.into_iter().partition(|(_, case)| case.beside_guests);
+            beside_guests.extend(later.into_iter().map(|(_, case)| case));
             while let Some((_, case)) = cases.pop_front() {
                 let mut together = vec![case];
                 while together[0].side_by_side
@@ -147,6 +151,13 @@ pub(crate) fn run(
     }
     let boots = Mutex::new(boots);
     std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for case in beside_guests.iter().take_while(|_| stop::exit_code().is_none()) {
+                if !host.run(case) {
+                    host.run(case);
+                }
+            }
+        });
         for _ in 0..jobs {
             scope.spawn(|| {
                 let next = || boots.lock().ok()?.pop_front();

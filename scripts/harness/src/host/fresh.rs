@@ -29,7 +29,8 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
                 readme_on(context, &repo, name)
             })
             .limit(limit)
-            .in_full();
+            .in_full()
+            .beside_guests();
     }
 }
 
