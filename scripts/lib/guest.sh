@@ -24,8 +24,8 @@ guest_estimate() {
         parts+=("counts 2 to 5")
     fi
     if [[ ${1:-} == compare ]]; then
-        ((least += 8, most += 14))
-        parts+=("times 8 to 14")
+        ((least += 8, most += 19))
+        parts+=("times 8 to 19")
     fi
     ((${#parts[@]})) || return 0
     printf -v parts '%s, ' "${parts[@]}"

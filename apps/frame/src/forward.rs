@@ -1,15 +1,15 @@
 //! The packet path: receive, let the application process, send.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vireo_drivers::port::{RxBurst, TxBurst};
 use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_drivers::{e1000, igb, vhost, virtio};
 use vireo_eal::clock::Tsc;
-use vireo_eal::dma::{Burst, Pool, PoolCache};
+use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
+use crate::caches::{Caches, CachesByNode};
 use crate::frames::{Frames, Scattered, Single};
 use crate::hook::{Hook, Packets};
 
@@ -57,51 +57,6 @@ impl Meter for BusyTicks {
         if busy {
             self.ticks += Tsc::now().wrapping_sub(self.since);
         }
-    }
-}
-
-/// The caches of packet buffers that an lcore has for its lanes.
-pub trait Caches {
-    /// That of the lane at index `lane`.
-    fn of_lane(&mut self, lane: usize) -> &mut PoolCache;
-}
-
-/// One for all lanes.
-impl Caches for PoolCache {
-    #[inline(always)]
-    fn of_lane(&mut self, _lane: usize) -> &mut PoolCache {
-        self
-    }
-}
-
-/// A cache for each NUMA node that an lcore receives from: what a lane sends comes back to where it receives into, so that
-/// buffers stay on their node.
-#[derive(Debug)]
-pub(crate) struct CachesByNode {
-    caches: Vec<PoolCache>,
-    /// Index of the cache of each lane.
-    of_lanes: Vec<usize>,
-}
-
-impl CachesByNode {
-    /// Caches of `pool` for lanes that receive on these `nodes`.
-    pub(crate) fn new(pool: &Arc<Pool>, nodes: &[Option<u32>]) -> Self {
-        let mut distinct: Vec<Option<u32>> = Vec::new();
-        let index = |node: &Option<u32>| {
-            distinct.iter().position(|known| known == node).unwrap_or_else(|| {
-                distinct.push(*node);
-                distinct.len() - 1
-            })
-        };
-        let of_lanes = nodes.iter().map(index).collect();
-        Self { caches: distinct.into_iter().map(|node| pool.cache_near(node)).collect(), of_lanes }
-    }
-}
-
-impl Caches for CachesByNode {
-    #[inline]
-    fn of_lane(&mut self, lane: usize) -> &mut PoolCache {
-        &mut self.caches[self.of_lanes[lane]]
     }
 }
 
@@ -296,7 +251,7 @@ pub fn forward_any<H: Hook>(
 #[cfg(test)]
 mod tests {
     use vireo_drivers::counters::QueueCounters;
-    use vireo_eal::dma::{DmaMemory, MemoryMap, Part, first_frame};
+    use vireo_eal::dma::{DmaMemory, MemoryMap, Part, Pool, first_frame};
     use vireo_eal::mem::{Backing, Placement, Region};
 
     use super::*;

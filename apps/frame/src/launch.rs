@@ -8,8 +8,9 @@ use std::time::Duration;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
+use crate::caches::CachesByNode;
 use crate::control::{Control, PortState};
-use crate::forward::{AnyLane, CachesByNode, forward_any, forward_any_scattered, forward_by_node};
+use crate::forward::{AnyLane, forward_any, forward_any_scattered, forward_by_node};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::ports::Supply;

@@ -27,6 +27,7 @@
 
 mod app;
 mod balance;
+mod caches;
 mod control;
 mod counts;
 pub mod forward;
@@ -42,6 +43,7 @@ mod supervised;
 
 pub use app::{App, main};
 pub use balance::Balance;
+pub use caches::Caches;
 pub use control::PortState;
 pub use counts::{Counts, Totals};
 pub use headers::{EthernetHeader, IcmpEcho, Ipv4Header};

@@ -18,7 +18,7 @@ const RECEIVE: &str = "receive";
 #[derive(Debug)]
 struct Queue {
     shared: Arc<Shared>,
-    /// Those of the ring, for whoever does not hold its place.
+    /// The ring's counters, which are read without its place.
     counters: Arc<QueueCounters>,
 }
 

@@ -47,7 +47,7 @@ pub(super) struct Terms {
     pub(super) mergeable: bool,
 }
 
-/// What is counted and said of a ring, by whoever holds its slot.
+/// A ring's counters, and what its messages need. The thread that holds the ring's slot writes them.
 #[derive(Debug, Default)]
 pub(super) struct Report {
     pub(super) counters: Arc<QueueCounters>,

@@ -64,8 +64,7 @@ impl Chains {
     /// Segments for which there is room: a ring holds no more packets than it has descriptors, as one of single packets, for
     /// which the pool has buffers enough.
     fn room(&self, ring: &DescRing) -> usize {
-        let room = ring.room().saturating_sub(self.held);
-        if ring.room() > 0 { room } else { 0 }
+        ring.room().saturating_sub(self.held)
     }
 
     /// Makes the descriptor at `position` of `ring`, which was filled with the first `len` bytes of a frame, header included,

@@ -28,7 +28,7 @@ struct Seen {
     /// The region's pages once more; none under Miri.
     again: Option<Region>,
     /// Page in the region by the number of its device address, where pages have addresses of their own: a search of all
-    /// pages for each access would take most of the time of whoever plays a device.
+    /// pages for each access would take most of a played device's time.
     pages: HashMap<u64, usize>,
 }
 

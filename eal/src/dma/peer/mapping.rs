@@ -30,8 +30,8 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `address` and `len` describe a mapping that this value made and that nothing else unmaps; whoever
-        // points into it borrows or holds the `PeerMemory`.
+        // SAFETY: `address` and `len` describe a mapping that this value made and that nothing else unmaps; what points
+        // into it borrows or holds the `PeerMemory`.
         if let Err(errno) = unsafe { munmap(self.address, self.len) } {
             tracing::error!("cannot unmap {} bytes of a frontend's memory: {errno}", self.len);
         }
