@@ -146,7 +146,7 @@ impl DescRing {
     #[inline(always)]
     pub fn set(&mut self, index: usize, words: Descriptor) {
         // SAFETY: the masked index is below the number of descriptors.
-        unsafe { self.desc.add(index & self.mask).write(words.map(u64::to_le)) };
+        unsafe { self.desc.add(index & self.mask).write([words[0].to_le(), words[1].to_le()]) };
     }
 
     /// Writes the second word of the descriptor at `index`, which wraps.
@@ -316,7 +316,7 @@ impl DescRing {
                     let slot = *run.get_unchecked(i);
                     let iova = buffers.iova_at(slot).wrapping_add(HEADROOM as u64).wrapping_sub(front as u64);
                     record.add(i).write(slot);
-                    desc.add(i).write([iova, word].map(u64::to_le));
+                    desc.add(i).write([iova.to_le(), word.to_le()]);
                 }
                 true
             });
@@ -367,7 +367,7 @@ impl DescRing {
                 // SAFETY: the run ends with the ring at the latest.
                 unsafe {
                     record.add(first + i).write(slot);
-                    desc.add(first + i).write([iova, word].map(u64::to_le));
+                    desc.add(first + i).write([iova.to_le(), word.to_le()]);
                 }
                 true
             });
