@@ -7,7 +7,7 @@ use vireo_eal::dma::{MAX_BUFFERS, MAX_FRAME};
 use crate::report::Style;
 
 /// Most queues that one lcore may poll (`MAX_RX_QUEUE_PER_LCORE` of DPDK's l2fwd, less one).
-const MOST_QUEUES_PER_LCORE: u32 = 15;
+pub const MOST_QUEUES_PER_LCORE: u32 = 15;
 /// Most pairs of queues of a port: one for each lcore there can be (`RTE_MAX_LCORE` of DPDK).
 const MOST_QUEUES: u16 = 128;
 /// Longest time between two tables: a day.

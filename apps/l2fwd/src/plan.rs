@@ -3,7 +3,7 @@
 use vireo_eal::{Error, ErrorKind, Result};
 use vireo_frame::{Route, neighbours, no_ports, share_out};
 
-use crate::args::{Args, Pairs, PortMap};
+use crate::args::{Args, MOST_QUEUES_PER_LCORE, Pairs, PortMap};
 
 /// Shares the queues of the ports of `args` out to `lcores` (ids, ascending), of `ports` ports that there are.
 ///
@@ -13,7 +13,11 @@ pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Route>> {
     let ways = destinations(&enabled(args.mask, ports)?, args.portmap.as_ref())?;
     share_out(&ways, args.queues, lcores, Some(args.queues_per_lcore as usize)).map_err(|error| {
         let count = ways.len() * usize::from(args.queues);
-        error.with_hint(format!("give -q {}, or more lcores with -l", count.div_ceil(lcores.len().max(1))))
+        let most = MOST_QUEUES_PER_LCORE as usize;
+        error.with_hint(match count.div_ceil(lcores.len().max(1)) {
+            each if each <= most => format!("give -q {each}, or more lcores with -l"),
+            _ => format!("give -q {most}, and {} lcores with -l", count.div_ceil(most)),
+        })
     })
 }
 
@@ -86,6 +90,7 @@ mod tests {
             text("l2fwd -p 3", 2),
             "cannot poll 2 RX queues: 1 lcores with 1 queues each are too few; give -q 2, or more lcores with -l"
         );
+        assert!(text("l2fwd -p 3 --queues 8", 2).ends_with("give -q 15, and 2 lcores with -l"));
         assert!(
             text("l2fwd -p 6 -q 2", 2)
                 .contains("there is no port 2; ports are 0 to 1; for all of them give -p 3")
