@@ -116,10 +116,14 @@ impl Region {
         };
         let (mut regions, run) = (Vec::with_capacity(parts.len()), Arc::new(()));
         for (node, part) in parts {
-            let address = addresses.as_mut().map(|addresses| addresses.take(part)).transpose()?;
+            let address = addresses.as_ref().map(|addresses| addresses.next(part)).transpose()?;
             let file = backing.file(part, page_size)?;
             let (address, backing) =
                 (map_part(&backing, file.as_ref(), part, page_size, address)?, backing.clone());
+            // From here on the region unmaps them.
+            if let Some(addresses) = &mut addresses {
+                addresses.skip(part);
+            }
             regions.push(Self {
                 address,
                 len: part,

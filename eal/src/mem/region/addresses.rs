@@ -64,7 +64,7 @@ impl Addresses {
     }
 
     /// Moves on by `len` bytes, at most to the end; gives how far.
-    fn skip(&mut self, len: usize) -> usize {
+    pub(super) fn skip(&mut self, len: usize) -> usize {
         let len = len.min(self.left);
         // SAFETY: the mapping has as many bytes left.
         self.next = unsafe { self.next.add(len) };
@@ -72,13 +72,10 @@ impl Addresses {
         len
     }
 
-    /// The next `len` bytes, which the caller unmaps.
-    pub(super) fn take(&mut self, len: usize) -> Result<NonNull<u8>> {
-        let start = self.next;
-        match self.skip(len) {
-            all if all == len => Ok(start),
-            _ => Err(Error::os("cannot reserve addresses for packet memory", Errno::ENOMEM)),
-        }
+    /// Where the next `len` bytes are. They go to the caller, who then unmaps them, by [`Addresses::skip`].
+    pub(super) fn next(&self, len: usize) -> Result<NonNull<u8>> {
+        let fits = (len <= self.left).then_some(self.next);
+        fits.ok_or_else(|| Error::os("cannot reserve addresses for packet memory", Errno::ENOMEM))
     }
 }
 
@@ -100,9 +97,16 @@ mod tests {
         let mut addresses = Addresses::reserve(3 << 20, 1 << 20).unwrap();
         let start = addresses.next;
         assert!(start.addr().get().is_multiple_of(1 << 20));
-        let pages = [1, 2].map(|pages| addresses.take(pages << 20).unwrap());
+        let pages = [1, 2].map(|pages| {
+            let next = addresses.next(pages << 20).unwrap();
+            assert_eq!(
+                (addresses.next(pages << 20).unwrap(), addresses.skip(pages << 20)),
+                (next, pages << 20)
+            );
+            next
+        });
         assert_eq!(pages[1].addr().get() - start.addr().get(), 1 << 20);
-        assert!(addresses.take(1).is_err());
+        assert!(addresses.next(1).is_err());
         // SAFETY: what was taken is the test's.
         unsafe { munmap(start.cast(), 3 << 20) }.unwrap();
     }
