@@ -33,11 +33,12 @@ const LINK_CONTROL_ASPM: u16 = 3;
 /// Bytes of a step of FCRTL and FCRTH.
 const WATERMARK_STEP: u32 = 8;
 
-/// Longest frame of an 82574 in bytes, without check sequence (Linux, `DEFAULT_JUMBO`).
+/// Longest frame of an 82574 in bytes, with its VLAN tag and without check sequence (Linux, `DEFAULT_JUMBO`, which counts that).
 const MAX_FRAME_82574: usize = 9230;
-/// Bytes that a frame takes in a FIFO beside its own: check sequence and descriptor.
+/// Most bytes that a frame takes in a FIFO beside its own: its check sequence to receive, its descriptor to send (Linux,
+/// `e1000_reset`).
 const FIFO_OVERHEAD: usize = 20;
-/// KiB in steps of which the FIFOs are divided, as Linux does it on the 8254x.
+/// KiB in steps of which the FIFOs of an 8254x are divided (SDM 13.4, PBA); an 82574 takes any number.
 const FIFO_STEP: u32 = 8;
 
 /// A port of one of these chips.
@@ -85,13 +86,13 @@ impl Chip for E1000 {
         Ok(dma_mask)
     }
 
-    /// Linux, `E1000_MAX_JUMBO_FRAME_SIZE` and `DEFAULT_JUMBO`, which have the check sequence with them.
+    /// The 8254x take more than a frame can have here: they send up to 16288 bytes (SDM 3.3.3).
     fn max_frame(&self) -> usize {
         if self.is_express() { MAX_FRAME_82574 } else { MAX_FRAME }
     }
 
-    /// The receive FIFO must hold one frame, the transmit FIFO two (SDM 13.4, PBA; Linux, `e1000_reset`). The chip uses a new size
-    /// after the next reset, which keeps it.
+    /// The receive FIFO must hold one frame, the transmit FIFO two (Linux, `e1000_reset`). The chip uses a new size from the next
+    /// CTRL.RST on, which leaves PBA as it is: Linux and DPDK write it before that only.
     fn make_room(&self, hardware: &Hardware, max_frame: usize) -> bool {
         let pba = hardware.bar.read32(PBA);
         let (rx, tx) = (pba & PBA_RXA, pba >> PBA_TXA_SHIFT);

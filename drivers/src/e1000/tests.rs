@@ -68,19 +68,21 @@ fn start_brings_up_what_the_manual_asks_for() {
 /// Two frames have room in the FIFO that is sent from, one in the other, when the chip was reset with that.
 #[test]
 fn the_packet_buffer_is_divided_for_long_frames() {
-    for (id, max_frame, pba, resets) in [
+    let cases = [
         (ID_82540EM, 1514, 0x0010_0030, 1),
         (ID_82540EM, 4000, 0x0010_0030, 1),
         (ID_82540EM, 9724, 0x0018_0028, 2),
         (ID_82574L, 9230, 0x0014_0014, 1),
-    ] {
-        SILICON.set(true);
-        let rig = Rig::new(id, CONFIG.with_max_frame(max_frame), 512);
-        assert_eq!((rig.device.register(PBA), rig.device.resets()), (pba, resets), "{id} {max_frame}");
-        let bytes = (pba & 0xFFFF) * 1024;
-        assert!(rig.device.register(FCRTH) + max_frame as u32 + 4 <= bytes, "{id} {max_frame}");
-        rig.stop();
-    }
+    ];
+    in_both_modes(|| {
+        for (id, max_frame, pba, resets) in cases {
+            let rig = Rig::new(id, CONFIG.with_max_frame(max_frame), 512);
+            assert_eq!((rig.device.register(PBA), rig.device.resets()), (pba, resets), "{id} {max_frame}");
+            let bytes = (pba & 0xFFFF) * 1024;
+            assert!(rig.device.register(FCRTH) + max_frame as u32 + 4 <= bytes, "{id} {max_frame}");
+            rig.stop();
+        }
+    });
 }
 
 #[test]

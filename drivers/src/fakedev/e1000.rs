@@ -45,7 +45,7 @@ pub type FakeE1000 = Fake<E1000>;
 pub struct E1000 {
     id: DeviceId,
     silicon: Option<Silicon>,
-    /// PBA as the last reset found it, which a chip leaves.
+    /// PBA as CTRL.RST found it, which leaves it as it is.
     pba: Option<u32>,
 }
 
@@ -101,9 +101,9 @@ impl Model for E1000 {
         }
     }
 
-    fn begin_reset(&mut self, registers: &RegisterFile, bus_master: bool, _of_function: bool) {
+    fn begin_reset(&mut self, registers: &RegisterFile, bus_master: bool, of_function: bool) {
+        self.pba = (!of_function).then(|| registers.get(PBA));
         if let Some(silicon) = &mut self.silicon {
-            self.pba = Some(registers.get(PBA));
             silicon.reset(registers.get(EXTCNF_CTRL) & EXTCNF_SW_OWNS_MDIO != 0, bus_master);
         }
     }
@@ -115,8 +115,8 @@ impl Model for E1000 {
     /// As QEMU's models leave them, and as the NVM sets them.
     fn defaults(&self) -> Vec<(u64, u32)> {
         let of_chip = self.silicon.as_ref().map_or(&[][..], Silicon::defaults);
-        let pba = self.pba.map(|pba| (PBA, pba));
-        [&[(EECD, EECD_AUTO_RD), (PBA, 0x0010_0030)], of_chip, pba.as_slice()].concat()
+        let pba = self.pba.unwrap_or(if self.id == ID_82574L { 0x0014_0014 } else { 0x0010_0030 });
+        [&[(EECD, EECD_AUTO_RD), (PBA, pba)], of_chip].concat()
     }
 
     /// QEMU's 8254x do.

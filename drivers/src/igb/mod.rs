@@ -74,7 +74,7 @@ impl Chip for Igb {
         Ok(u64::MAX)
     }
 
-    /// Linux, `MAX_JUMBO_FRAME_SIZE`. The FIFOs have room for it as they are.
+    /// 9728 bytes with check sequence (Linux, `MAX_JUMBO_FRAME_SIZE`). The FIFOs have room for it as they are.
     fn max_frame(&self) -> usize {
         MAX_FRAME
     }

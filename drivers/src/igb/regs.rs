@@ -12,7 +12,7 @@ registers! {
     PHPM       0x00E14 RW "PHY power management"                "Linux, `E1000_82580_PHY_POWER_MGMT`"
     EIMC       0x01528 RW "Extended interrupt mask clear"       "DS 8.8"
     RXPBS      0x02404 RW "RX packet buffer size"               "DS 8.3"
-    RLPML      0x05004 RW "Longest frame received, in bytes"    "DS 8.10"
+    RLPML      0x05004 RW "Longest frame received, with FCS"     "DS 8.10"
     VT_CTL     0x0581C RW "Virtualization control"              "DS 8.14"
     SWSM       0x05B50 RW "Software semaphore"                  "DS 8.7"
     SW_FW_SYNC 0x05B5C RW "Software-firmware synchronization"   "DS 8.7"

@@ -12,7 +12,8 @@ pub trait Format: Debug + Send + Sync + 'static {
     const RXD_EOP: u64;
     /// Any of these, in a frame's last descriptor: the frame is damaged.
     const RXD_ERRORS: u64;
-    /// Lowest of the 16 bits that are the length of what is in the buffer, in bytes.
+    /// Lowest of the 16 bits that are the length of what is in the buffer, in bytes; without check sequence, which RCTL.SECRC
+    /// removes (SDM 3.2.3).
     const RXD_LEN_SHIFT: u32;
     /// The device is to report the descriptor.
     const TXD_RS: u64;

@@ -154,7 +154,7 @@ mod tests {
         assert_eq!(watermarks(20, 8, 1514), [0x47F8 | FCRTL_XONE, 0x4800]);
         assert_eq!(watermarks(48, 8, 1514), [0xACC0 | FCRTL_XONE, 0xACC8]);
         assert_eq!(watermarks(64, 16, 1514), [0xE650 | FCRTL_XONE, 0xE660]);
-        // What Linux has for an 82574 with frames of 9018 bytes: 21 KiB less one of them.
+        // 21 KiB less a frame of 9018 bytes.
         assert_eq!(watermarks(21, 8, 9014), [0x30B8 | FCRTL_XONE, 0x30C0]);
         assert_eq!([watermarks(0, 8, 1514), watermarks(1, 8, 1514)], [[0, 0]; 2]);
         for (kib, step) in (2..256).flat_map(|kib| [(kib, 8), (kib, 16)]) {

@@ -122,7 +122,7 @@ pub const PHY_ASM_DIR: u16 = 1 << 11;
 
 /// Receiver enable. The buffer size in bits 17:16 and 25 is 0: 2048 bytes, where no SRRCTL says otherwise.
 pub const RCTL_EN: u32 = 1 << 1;
-/// Receives frames of more than 1522 bytes, check sequence included.
+/// Receives frames of more than 1522 bytes, check sequence included; on igb of more than 1518 without a VLAN tag.
 pub const RCTL_LPE: u32 = 1 << 5;
 /// Buffers of 1024 bytes.
 pub const RCTL_BSIZE_1024: u32 = 1 << 16;

@@ -40,8 +40,8 @@ pub struct TxQueue<F> {
     _format: PhantomData<F>,
 }
 
-/// What a queue keeps where a frame may take several descriptors. Only the last one of a frame may report (82576 DS 7.2.2), so
-/// that these are not every 32nd: the last one of a burst does.
+/// What a queue keeps where a frame may take several descriptors. Buffers are taken back by whole frames, so the last descriptor of
+/// a frame has to report, which is not every 32nd: the last one of a burst does.
 #[derive(Debug)]
 struct Reports {
     /// Positions of the descriptors that report, which have not been found done.
@@ -160,7 +160,7 @@ impl<F: Format> TxQueue<F> {
             self.ring.reclaim(end.wrapping_sub(tail), cache);
         }
         let before = burst.len();
-        // The transmit FIFO must hold all of a frame.
+        // The transmit FIFO must hold all of a frame (SDM 3.3.7).
         self.counters.errors.add(drop_long(burst, reports.longest, MAX_SEGMENTS, cache) as u64);
         let (mut words, mut frames, mut sum) = ([0; MAX_BURST], 0, 0);
         let mut count = 0;

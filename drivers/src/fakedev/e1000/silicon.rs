@@ -92,13 +92,9 @@ impl Silicon {
     pub(super) fn defaults(&self) -> &'static [(u64, u32)] {
         match self.kind {
             Kind::I82544 => &[(CTRL, 0x0000_0941)],
-            Kind::I82574 => &[
-                (CTRL, 0x2010_0241),
-                (CTRL_EXT, 0x0080_0000),
-                (TARC0, 0x0800_0403),
-                (PBA, 0x0014_0014),
-                (MANC, MANC_ARP_EN),
-            ],
+            Kind::I82574 => {
+                &[(CTRL, 0x2010_0241), (CTRL_EXT, 0x0080_0000), (TARC0, 0x0800_0403), (MANC, MANC_ARP_EN)]
+            }
             _ => &[(CTRL, 0x0000_0A41), (MANC, MANC_ARP_EN)],
         }
     }
