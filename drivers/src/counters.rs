@@ -84,6 +84,16 @@ queue_counters! {
     consumed: rx;
     /// Packets for a TX queue that the application dropped because the queue was full.
     dropped: tx;
+    /// Packets whose TCP or UDP checksum the device found right; with
+    /// [`Offloads::RX_CHECKSUM`](crate::port::Offloads::RX_CHECKSUM).
+    checksum_good: rx;
+    /// Packets that came with a partial checksum; with the same.
+    checksum_partial: rx;
+    /// Packets whose checksum the device was told to make; with
+    /// [`Offloads::TX_CHECKSUM`](crate::port::Offloads::TX_CHECKSUM).
+    checksum_offloaded: tx;
+    /// Packets whose checksum the application made, because the device does not.
+    checksum_computed: tx;
 }
 
 const _: () =

@@ -10,7 +10,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::{PortCounters, QueueCounters};
 use crate::port::{
-    Capabilities, Link, MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst, queues_of_another,
+    Capabilities, Link, MacAddr, Nic, Offloads, PortConfig, Queues, RxBurst, TxBurst, queues_of_another,
 };
 
 /// What a port of another crate has to be.
@@ -79,6 +79,10 @@ impl TxBurst for TxQueue {
     fn counters(&self) -> &QueueCounters {
         self.0.counters()
     }
+
+    fn offloads(&self) -> Offloads {
+        self.0.offloads()
+    }
 }
 
 #[derive(Debug)]
@@ -94,11 +98,8 @@ impl<N: ForeignNic> Nic for Erased<N> {
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
     ) -> Result<Queues<RxQueue, TxQueue>> {
-        // A driver that knows nothing of segments would take each for a frame.
-        let most = self.0.capabilities().max_frame;
-        if config.max_frame > most {
-            let why =
-                format!("frames of {} bytes are asked for, and it takes {most} at most", config.max_frame);
+        // A driver that knows nothing of segments would take each for a frame, and of offloads, would not say so.
+        if let Some(why) = config.unfit(&self.0.capabilities()) {
             return Err(Error::new(ErrorKind::Usage, "cannot start the port", why));
         }
         let Queues { rx, tx } = self.0.start(config, memory, cache)?;

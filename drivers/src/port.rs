@@ -59,6 +59,30 @@ pub const STANDARD_FRAME: usize = 1518;
 /// Bytes of a frame check sequence, which devices add and remove.
 pub const FCS: usize = 4;
 
+bitflags::bitflags! {
+    /// Work on packets that a port leaves to its device, if it is asked to (`RTE_ETH_RX_OFFLOAD_*` and `RTE_ETH_TX_OFFLOAD_*` of
+    /// DPDK).
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Offloads: u8 {
+        /// The device says of a received packet whether the checksum of its TCP or UDP header is
+        /// [good](vireo_eal::dma::Packet::has_good_checksum), or [partial](vireo_eal::dma::Packet::has_partial_checksum), as a
+        /// frame of the same host may have it that never was on a wire.
+        const RX_CHECKSUM = 1 << 0;
+        /// The device makes the checksum of each sent packet that has a partial one.
+        const TX_CHECKSUM = 1 << 1;
+    }
+}
+
+impl Offloads {
+    /// The name of each, in lower case with hyphens.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        self.iter().map(|offload| match offload {
+            Self::RX_CHECKSUM => "rx-checksum",
+            _ => "tx-checksum",
+        })
+    }
+}
+
 /// What a device can do, and what it needs, as far as that concerns others than its driver.
 #[derive(Clone, Debug)]
 pub struct Capabilities {
@@ -75,13 +99,15 @@ pub struct Capabilities {
     pub tx_queues: u16,
     /// Fewest and most descriptors of a queue.
     pub descriptors: RangeInclusive<u16>,
+    /// What it can do with packets.
+    pub offloads: Offloads,
     /// What its rings take of DMA memory: bytes that the device writes, and bytes that it only reads. An
     /// alignment of more than a page has to be counted.
     pub ring_bytes: fn(&PortConfig) -> [usize; 2],
 }
 
 impl Default for Capabilities {
-    /// All addresses, frames of one buffer, no short ones, a queue each way of any size, and no rings of its own.
+    /// All addresses, frames of one buffer, no short ones, a queue each way of any size, no offloads, and no rings of its own.
     fn default() -> Self {
         Self {
             dma_mask: u64::MAX,
@@ -90,6 +116,7 @@ impl Default for Capabilities {
             rx_queues: 1,
             tx_queues: 1,
             descriptors: 1..=1 << 15,
+            offloads: Offloads::empty(),
             ring_bytes: |_| [0, 0],
         }
     }
@@ -122,6 +149,8 @@ pub struct PortConfig {
     /// Longest frame in bytes, without frame check sequence. Above [`STANDARD_FRAME`] a frame may be several packets, and the
     /// application has to expect [`Packet::has_more`](vireo_eal::dma::Packet::has_more).
     pub max_frame: usize,
+    /// What the device is to do with packets.
+    pub offloads: Offloads,
 }
 
 impl Default for PortConfig {
@@ -134,13 +163,26 @@ impl Default for PortConfig {
 impl PortConfig {
     /// A queue each way, with so many descriptors.
     pub const fn with_descriptors(rx: u16, tx: u16) -> Self {
-        Self { rx_queues: 1, tx_queues: 1, rx_descriptors: rx, tx_descriptors: tx, max_frame: 1514 }
+        Self {
+            rx_queues: 1,
+            tx_queues: 1,
+            rx_descriptors: rx,
+            tx_descriptors: tx,
+            max_frame: 1514,
+            offloads: Offloads::empty(),
+        }
     }
 
     /// The same for frames of up to `max_frame` bytes.
     #[must_use]
     pub const fn with_max_frame(self, max_frame: usize) -> Self {
         Self { max_frame, ..self }
+    }
+
+    /// The same with `offloads`.
+    #[must_use]
+    pub const fn with_offloads(self, offloads: Offloads) -> Self {
+        Self { offloads, ..self }
     }
 
     /// Whether frames may be several packets.
@@ -174,6 +216,11 @@ impl PortConfig {
             return Some(format!(
                 "frames of {asked} bytes without check sequence are asked for, and it takes {most} at most"
             ));
+        }
+        let missing = self.offloads - capabilities.offloads;
+        if !missing.is_empty() {
+            let missing: Vec<_> = missing.names().collect();
+            return Some(format!("it has no {}", missing.join(" and no ")));
         }
         let fits = |n: &u16| n.is_power_of_two() && descriptors.contains(n);
         (![self.rx_descriptors, self.tx_descriptors].iter().all(fits)).then(|| {
@@ -298,6 +345,10 @@ pub trait TxBurst: Send {
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize;
     /// Its counters, which are among those of [`Nic::counters`].
     fn counters(&self) -> &QueueCounters;
+    /// What the device does with the packets that it is given. A partial checksum that it does not make goes out as it is.
+    fn offloads(&self) -> Offloads {
+        Offloads::empty()
+    }
 }
 
 /// What the control plane does with a NIC. Its queues are separate values that move to lcores.

@@ -14,7 +14,7 @@ use crate::counters::{PortCounters, QueueCounters};
 use crate::driver::{Args, PciDriver, Vdev};
 use crate::foreign::{self, ForeignNic};
 use crate::port::{
-    Capabilities, Link, MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst, queues_of_another,
+    Capabilities, Link, MacAddr, Nic, Offloads, PortConfig, Queues, RxBurst, TxBurst, queues_of_another,
 };
 
 macro_rules! drivers {
@@ -48,6 +48,9 @@ macro_rules! drivers {
             }
             fn counters(&self) -> &QueueCounters {
                 match self { $(Self::$variant(queue) => queue.counters()),* }
+            }
+            fn offloads(&self) -> Offloads {
+                match self { $(Self::$variant(queue) => queue.offloads()),* }
             }
         }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vireo_drivers::port::{RxBurst, TxBurst};
+use vireo_drivers::port::{Offloads, RxBurst, TxBurst};
 use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_drivers::{e1000, igb, vhost, virtio};
 use vireo_eal::clock::Tsc;
@@ -10,8 +10,9 @@ use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
 use crate::caches::{Caches, CachesByNode};
-use crate::frames::{Frames, Scattered, Single};
+use crate::checksum;
 use crate::hook::{Hook, Packets};
+use crate::kind::{General, Kind, Plain};
 
 /// One direction: packets received on `rx` leave on `tx`. Owned by the lcore that polls it.
 #[derive(Debug)]
@@ -71,12 +72,13 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
     meter: &mut impl Meter,
     tick: impl FnMut(),
 ) {
-    poll_all::<Single, _, _, _>(lanes, bursts, caches, stop, meter, tick);
+    poll_all::<Plain, _, _, _>(lanes, bursts, caches, stop, meter, tick);
 }
 
-/// As [`forward`], between ports that were started for long frames: packets may be segments, and the counts are of frames.
+/// As [`forward`], between ports that were started for long frames or with offloads: packets may be segments, the counts are of
+/// frames, and a checksum that the sending device does not make is made here.
 #[inline(never)]
-pub fn forward_scattered<R: RxBurst, T: TxBurst, H: Hook>(
+pub fn forward_general<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
     caches: &mut impl Caches,
@@ -84,11 +86,11 @@ pub fn forward_scattered<R: RxBurst, T: TxBurst, H: Hook>(
     meter: &mut impl Meter,
     tick: impl FnMut(),
 ) {
-    poll_all::<Scattered, _, _, _>(lanes, bursts, caches, stop, meter, tick);
+    poll_all::<General, _, _, _>(lanes, bursts, caches, stop, meter, tick);
 }
 
 #[inline(always)]
-fn poll_all<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
+fn poll_all<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
     caches: &mut impl Caches,
@@ -99,7 +101,7 @@ fn poll_all<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
     loop {
         for (index, (lane, burst)) in lanes.iter_mut().zip(&mut *bursts).enumerate() {
             meter.begin();
-            let busy = poll::<F, _, _, _>(lane, caches.of_lane(index), burst);
+            let busy = poll::<K, _, _, _>(lane, caches.of_lane(index), burst);
             meter.end(busy);
         }
         tick();
@@ -108,14 +110,14 @@ fn poll_all<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
         }
     }
     for (index, (lane, burst)) in lanes.iter_mut().zip(bursts).enumerate() {
-        send::<F, _, _, _>(lane, caches.of_lane(index), burst);
+        send::<K, _, _, _>(lane, caches.of_lane(index), burst);
     }
 }
 
 /// Receives into `burst`, and sends it when it is full or nothing more came: packets that come one by one share
 /// a doorbell and the rest that a burst costs, and none waits for others that may not come. Whether any came or went.
 #[inline(always)]
-fn poll<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
+fn poll<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lane: &mut Lane<R, T, H>,
     cache: &mut PoolCache,
     burst: &mut Burst,
@@ -124,39 +126,42 @@ fn poll<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
     lane.rx.rx_burst(cache, burst);
     let busy = !burst.is_empty();
     if busy && (burst.is_full() || burst.len() == before) {
-        send::<F, _, _, _>(lane, cache, burst);
+        send::<K, _, _, _>(lane, cache, burst);
     }
     busy
 }
 
 /// Lets the hook process the packets in `burst` and sends what it leaves; leaves `burst` empty.
 #[inline(always)]
-fn send<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
+fn send<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lane: &mut Lane<R, T, H>,
     cache: &mut PoolCache,
     burst: &mut Burst,
 ) {
-    let received = F::count(burst);
-    let mut packets = Packets::new(burst, cache, F::SCATTERED);
+    let received = K::count(burst);
+    let mut packets = Packets::new(burst, cache, K::GENERAL);
     lane.hook.process(&mut packets);
     let consumed = packets.consumed();
     let left = received - consumed;
+    if K::GENERAL && !lane.tx.offloads().contains(Offloads::TX_CHECKSUM) {
+        lane.tx.counters().checksum_computed.add(checksum::complete(burst, cache) as u64);
+    }
     let taken = lane.tx.tx_burst(cache, burst);
-    let sent = if F::SCATTERED { left - F::count(burst) } else { taken };
+    let sent = if K::GENERAL { left - K::count(burst) } else { taken };
     if consumed > 0 {
         lane.rx.counters().consumed.add(consumed as u64);
     }
     if sent < left {
         lane.tx.counters().dropped.add((left - sent) as u64);
-        Packets::new(burst, cache, F::SCATTERED).free();
+        Packets::new(burst, cache, K::GENERAL).free();
     }
 }
 
 /// Lanes of any drivers.
 pub type AnyLane<H> = Lane<RxQueue, TxQueue, H>;
 
-/// Runs [`forward`], or [`forward_scattered`], and adds the ticks of busy polls to `busy_ticks` if there is such a sum.
-fn measured<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
+/// Runs [`forward`], or [`forward_general`], and adds the ticks of busy polls to `busy_ticks` if there is such a sum.
+fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     caches: &mut impl Caches,
     busy_ticks: Option<&AtomicU64>,
@@ -166,28 +171,28 @@ fn measured<F: Frames, R: RxBurst, T: TxBurst, H: Hook>(
     let mut bursts: Vec<Burst> = lanes.iter().map(|_| Burst::new()).collect();
     let bursts = &mut bursts;
     let Some(sum) = busy_ticks else {
-        return match F::SCATTERED {
+        return match K::GENERAL {
             false => forward(lanes, bursts, caches, stop, &mut (), tick),
-            true => forward_scattered(lanes, bursts, caches, stop, &mut (), tick),
+            true => forward_general(lanes, bursts, caches, stop, &mut (), tick),
         };
     };
     let mut busy = BusyTicks::default();
-    match F::SCATTERED {
+    match K::GENERAL {
         false => forward(lanes, bursts, caches, stop, &mut busy, tick),
-        true => forward_scattered(lanes, bursts, caches, stop, &mut busy, tick),
+        true => forward_general(lanes, bursts, caches, stop, &mut busy, tick),
     }
     sum.fetch_add(busy.ticks, Ordering::Relaxed);
 }
 
-/// Runs [`forward_scattered`], in one version for all drivers; else as [`forward_any`].
-pub(crate) fn forward_any_scattered<H: Hook>(
+/// Runs [`forward_general`], in one version for all drivers; else as [`forward_any`].
+pub(crate) fn forward_any_general<H: Hook>(
     mut lanes: Vec<AnyLane<H>>,
     caches: &mut impl Caches,
     busy_ticks: Option<&AtomicU64>,
     stop: &StopFlag,
     tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
-    measured::<Scattered, _, _, _>(&mut lanes, caches, busy_ticks, stop, tick);
+    measured::<General, _, _, _>(&mut lanes, caches, busy_ticks, stop, tick);
     lanes
 }
 
@@ -199,7 +204,7 @@ pub(crate) fn forward_by_node<H: Hook>(
     stop: &StopFlag,
     tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
-    measured::<Single, _, _, _>(&mut lanes, caches, busy_ticks, stop, tick);
+    measured::<Plain, _, _, _>(&mut lanes, caches, busy_ticks, stop, tick);
     lanes
 }
 
@@ -223,7 +228,7 @@ pub fn forward_any<H: Hook>(
                         _ => None,
                     })
                     .collect();
-                measured::<Single, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
+                measured::<Plain, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
                 return lanes
                     .into_iter()
                     .map(|Lane { rx, from, tx, to, hook }| Lane {
@@ -244,7 +249,7 @@ pub fn forward_any<H: Hook>(
     of!(Igb(igb::RxQueue), Igb(igb::TxQueue));
     of!(Vhost(vhost::RxQueue), Vhost(vhost::TxQueue));
     let mut lanes = lanes;
-    measured::<Single, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
+    measured::<Plain, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
     lanes
 }
 
@@ -399,7 +404,7 @@ mod tests {
         let tx = Frames { room: 20, sent: Vec::new(), counters: QueueCounters::default() };
         let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Mark::default() }];
         let (stop, mut rounds) = (StopFlag::new(), 20);
-        forward_scattered(&mut lanes, &mut [Burst::new()], &mut cache, &stop, &mut (), || {
+        forward_general(&mut lanes, &mut [Burst::new()], &mut cache, &stop, &mut (), || {
             rounds -= 1;
             if rounds == 0 {
                 stop.set();

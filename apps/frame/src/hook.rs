@@ -5,7 +5,9 @@
 
 use std::ops::Range;
 
-use vireo_eal::dma::{Burst, Packet, PoolCache, first_frame};
+use vireo_eal::dma::{Burst, Packet, PartialChecksum, PoolCache, first_frame};
+
+use crate::checksum::{Sum, complete};
 
 /// The application's part of a lane. [`forward`](crate::forward::forward) is compiled for each type, so that a call costs
 /// nothing.
@@ -28,16 +30,16 @@ impl Hook for () {
 pub struct Packets<'a> {
     burst: &'a mut Burst,
     cache: &'a mut PoolCache,
-    /// Whether frames may have several packets. Where a hook is compiled into its lane this is a constant.
-    scattered: bool,
+    /// Whether frames may have several packets, and partial checksums. Where a hook is compiled into its lane this is a constant.
+    is_general: bool,
     /// Frames that were taken out.
     consumed: usize,
 }
 
 impl<'a> Packets<'a> {
     #[inline(always)]
-    pub(crate) fn new(burst: &'a mut Burst, cache: &'a mut PoolCache, scattered: bool) -> Self {
-        Self { burst, cache, scattered, consumed: 0 }
+    pub(crate) fn new(burst: &'a mut Burst, cache: &'a mut PoolCache, is_general: bool) -> Self {
+        Self { burst, cache, is_general, consumed: 0 }
     }
 
     /// Frames that were taken out.
@@ -50,7 +52,7 @@ impl<'a> Packets<'a> {
     /// whole burst.
     #[inline(always)]
     pub fn write_each<const N: usize, const M: usize>(&mut self, first: [u8; N], second: [u8; M]) {
-        if self.scattered {
+        if self.is_general {
             return self.write_first(first, second);
         }
         self.cache.write_each(self.burst, first, second);
@@ -69,11 +71,11 @@ impl<'a> Packets<'a> {
     /// Takes out the packets for which `keep` returns false. `keep` may change each packet.
     #[inline]
     pub fn retain(&mut self, mut keep: impl FnMut(&mut PacketMut<'_>) -> bool) {
-        if self.scattered {
+        if self.is_general {
             return self.retain_frames(keep);
         }
         for mut packet in std::mem::take(self.burst) {
-            if keep(&mut PacketMut { packet: &mut packet, cache: self.cache }) {
+            if keep(&mut PacketMut { packet: &mut packet, cache: self.cache, is_general: self.is_general }) {
                 self.burst.push(packet);
             } else {
                 self.consumed += 1;
@@ -87,7 +89,11 @@ impl<'a> Packets<'a> {
         let (mut is_first, mut keeps) = (true, true);
         for mut packet in std::mem::take(self.burst) {
             if is_first {
-                keeps = keep(&mut PacketMut { packet: &mut packet, cache: self.cache });
+                keeps = keep(&mut PacketMut {
+                    packet: &mut packet,
+                    cache: self.cache,
+                    is_general: self.is_general,
+                });
                 self.consumed += usize::from(!keeps);
             }
             is_first = !packet.has_more();
@@ -113,6 +119,7 @@ impl<'a> Packets<'a> {
 pub struct PacketMut<'a> {
     packet: &'a mut Packet,
     cache: &'a mut PoolCache,
+    is_general: bool,
 }
 
 impl PacketMut<'_> {
@@ -152,7 +159,7 @@ impl PacketMut<'_> {
     }
 
     /// Extends the packet by `count` bytes in front, whose content is unspecified: room for a header that is written next.
-    /// `None`, and no change, when its buffer has fewer in front; a received packet has 112.
+    /// `None`, and no change, when its buffer has fewer in front; a received packet has 80.
     #[must_use]
     pub fn prepend(&mut self, count: usize) -> Option<()> {
         self.packet.prepend(count)
@@ -186,19 +193,33 @@ impl PacketMut<'_> {
     /// checksum. `None` when the packet ends before.
     pub fn checksum(&self, bytes: Range<usize>) -> Option<u16> {
         self.contains(bytes.start, bytes.end.checked_sub(bytes.start)?)?;
-        let mut chunk = [0; 64];
-        let mut sum = 0_u64;
-        for at in bytes.clone().step_by(chunk.len()) {
-            let part = &mut chunk[..(bytes.end - at).min(64)];
-            self.cache.read(self.packet, at, part);
-            let words =
-                part.chunks(2).map(|word| u16::from_be_bytes([word[0], word.get(1).copied().unwrap_or(0)]));
-            sum += words.map(u64::from).sum::<u64>();
+        let mut sum = Sum::default();
+        sum.add_packet(self.cache, self.packet, bytes);
+        Some(sum.checksum())
+    }
+
+    /// Whether the device that received the packet found the checksum of its TCP or UDP header right: `false` says nothing.
+    /// Ports that are started with [`Offloads::RX_CHECKSUM`](vireo_drivers::port::Offloads::RX_CHECKSUM) tell, where their devices can.
+    pub fn has_good_checksum(&self) -> bool {
+        self.packet.has_good_checksum()
+    }
+
+    /// Where the checksum of the TCP or UDP header is still to be made; `None` where it is made, if there is one. The lane
+    /// sees to it before the packet is sent.
+    pub fn partial_checksum(&self) -> Option<PartialChecksum> {
+        self.cache.partial_checksum(self.packet)
+    }
+
+    /// Has a checksum made: by the device that sends the packet, if its port was started with
+    /// [`Offloads::TX_CHECKSUM`](vireo_drivers::port::Offloads::TX_CHECKSUM), else by the lane; at once, where ports were started
+    /// without offloads. `None`, and no change, when its place is not in the packet.
+    #[must_use]
+    pub fn complete_checksum(&mut self, partial: PartialChecksum) -> Option<()> {
+        self.cache.set_partial_checksum(self.packet, Some(partial))?;
+        if !self.is_general {
+            complete(std::slice::from_mut(self.packet), self.cache);
         }
-        while sum > u64::from(u16::MAX) {
-            sum = (sum & u64::from(u16::MAX)) + (sum >> 16);
-        }
-        Some(!(sum as u16))
+        Some(())
     }
 }
 
@@ -217,7 +238,7 @@ pub(crate) mod tests {
         let mut cache = pool.cache();
         let mut packet = cache.allocate().unwrap().with_len(bytes.len());
         cache.write(&mut packet, 0, bytes);
-        let result = test(&mut PacketMut { packet: &mut packet, cache: &mut cache });
+        let result = test(&mut PacketMut { packet: &mut packet, cache: &mut cache, is_general: false });
         cache.free(packet);
         result
     }
@@ -248,9 +269,9 @@ pub(crate) mod tests {
             packet.write(3, &[7]).unwrap();
             packet.trim(1).unwrap();
             assert_eq!(packet.read(0), Some([2, 3, 4]));
-            // What was taken away is room in front again; a virtio-net header needs 16 bytes of it.
-            assert_eq!((packet.prepend(114), packet.prepend(113), packet.len()), (None, Some(()), 116));
-            assert_eq!((packet.adj(117), packet.trim(117), packet.append(2000)), (None, None, None));
+            // What was taken away is room in front again; metadata and a virtio-net header need 48 bytes of it.
+            assert_eq!((packet.prepend(82), packet.prepend(81), packet.len()), (None, Some(()), 84));
+            assert_eq!((packet.adj(85), packet.trim(85), packet.append(2000)), (None, None, None));
         });
         // Near the end of the buffer the rest moves to its front.
         with_packet(&[0; 1920], |packet| {
@@ -277,6 +298,22 @@ pub(crate) mod tests {
         let bytes = [0, 1, 0xf2, 3, 0xf4, 0xf5, 0xf6, 0xf7];
         assert_eq!(with_packet(&bytes, |packet| packet.checksum(0..8)), Some(!0xddf2));
         assert_eq!(with_packet(&bytes, |packet| packet.checksum(0..7)), Some(!0xdcfb));
+    }
+
+    #[test]
+    fn a_checksum_is_made_at_once_where_nobody_makes_it_later() {
+        let place = PartialChecksum { start: 4, offset: 2 };
+        for is_general in [false, true] {
+            with_packet(&[9, 9, 9, 9, 0, 1, 0xf2, 3, 0xf4, 0xf5], |packet| {
+                packet.is_general = is_general;
+                assert_eq!(packet.complete_checksum(PartialChecksum { offset: 5, ..place }), None);
+                assert_eq!((packet.partial_checksum(), packet.complete_checksum(place)), (None, Some(())));
+                let sum = !(0x0001_u32 + 0xf203 + 0xf4f5 - 0x1_0000 + 1) as u16;
+                let (left, bytes) = if is_general { (Some(place), 0xf203) } else { (None, sum) };
+                assert_eq!((packet.partial_checksum(), packet.read(6)), (left, Some(bytes.to_be_bytes())));
+                assert!(!packet.has_good_checksum());
+            });
+        }
     }
 
     proptest! {

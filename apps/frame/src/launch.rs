@@ -10,7 +10,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::app::App;
 use crate::caches::CachesByNode;
 use crate::control::{Control, PortState};
-use crate::forward::{AnyLane, forward_any, forward_any_scattered, forward_by_node};
+use crate::forward::{AnyLane, forward_any, forward_any_general, forward_by_node};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::ports::Supply;
@@ -107,15 +107,15 @@ fn run_lanes<H: Hook>(
             lanes.iter().map(|lane| nodes.get(lane.from).copied().flatten()).collect();
         lanes = if nodes.iter().any(|node| *node != nodes[0]) {
             let mut caches = CachesByNode::new(&supply.pool, &nodes);
-            match supply.is_scattered() {
+            match supply.is_general() {
                 false => forward_by_node(lanes, &mut caches, busy_ticks, stop, &mut tick),
-                true => forward_any_scattered(lanes, &mut caches, busy_ticks, stop, &mut tick),
+                true => forward_any_general(lanes, &mut caches, busy_ticks, stop, &mut tick),
             }
         } else {
             let mut cache = supply.pool.cache_near(nodes.first().copied().flatten());
-            match supply.is_scattered() {
+            match supply.is_general() {
                 false => forward_any(lanes, &mut cache, busy_ticks, stop, &mut tick),
-                true => forward_any_scattered(lanes, &mut cache, busy_ticks, stop, &mut tick),
+                true => forward_any_general(lanes, &mut cache, busy_ticks, stop, &mut tick),
             }
         };
         if stop.is_set() {

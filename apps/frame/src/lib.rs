@@ -28,13 +28,14 @@
 mod app;
 mod balance;
 mod caches;
+mod checksum;
 mod control;
 mod counts;
 pub mod forward;
-mod frames;
 mod headers;
 mod hook;
 mod idle;
+mod kind;
 mod launch;
 mod ports;
 mod recall;

@@ -26,7 +26,8 @@ use crate::supervised::{PortSummary, SupervisedPort};
 /// Queues and packet buffers that an application asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
-    /// How each port is started. A route has one number for its RX and its TX queue, so there are as many of both.
+    /// How each port is started. A route has one number for its RX and its TX queue, so there are as many of both. An offload
+    /// that a port does not have is left out, and lanes make the checksums that a port does not make.
     pub port: PortConfig,
     /// Packet buffers in all; without it as many as rings, bursts and caches hold at once.
     pub buffers: Option<u32>,
@@ -57,12 +58,13 @@ impl Supply {
     /// Starts a port.
     pub(crate) fn start(&self, open: &mut OpenPort) -> Result<QueuesOf<Port>> {
         let (rings, mut near) = (self.memory.of(open)?, self.pool.cache_near(self.memory.node_of(open)));
-        open.port.start(&self.config, rings, &mut near)
+        let offloads = self.config.offloads & open.port.capabilities().offloads;
+        open.port.start(&self.config.with_offloads(offloads), rings, &mut near)
     }
 
-    /// Whether frames may be several packets.
-    pub(crate) fn is_scattered(&self) -> bool {
-        self.config.is_scattered()
+    /// Whether frames may be several packets, or have partial checksums.
+    pub(crate) fn is_general(&self) -> bool {
+        self.config.is_scattered() || !self.config.offloads.is_empty()
     }
 
     /// No queues of such ports.

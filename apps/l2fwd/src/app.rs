@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde_json::json;
 use vireo_drivers::counters::PortStats;
-use vireo_drivers::port::Nic;
+use vireo_drivers::port::{Nic, Offloads};
 use vireo_drivers::ports::OpenPort;
 use vireo_eal::{Eal, Result, ioctl};
 use vireo_frame::{App, Config, Counts, Ports};
@@ -57,6 +57,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
             &mac_text(number, mac),
             &json!({ "event": "port", "port": number, "mac": mac.to_string() }),
         )?;
+        describe_offloads(&reporter, number, config.port.offloads, &ports)?;
     }
     check_links(app, &reporter, &ports)?;
 
@@ -150,6 +151,17 @@ fn describe_memory(eal: &Eal, reporter: &Reporter, ports: &Ports, calls: u64) ->
         )?;
     }
     Ok(())
+}
+
+/// What the device of a port does of the offloads that are asked for.
+fn describe_offloads(reporter: &Reporter, number: usize, asked: Offloads, ports: &Ports) -> Result<()> {
+    let Some(open) = ports.get(number).filter(|_| !asked.is_empty()) else { return Ok(()) };
+    let offloads: Vec<_> = (asked & open.port.capabilities().offloads).names().collect();
+    let text = if offloads.is_empty() { "none".to_owned() } else { offloads.join(", ") };
+    reporter.note(
+        &format!("Port {number} offloads: {text}\n"),
+        &json!({ "event": "offloads", "port": number, "offloads": offloads }),
+    )
 }
 
 fn check_links(app: &App, reporter: &Reporter, ports: &Ports) -> Result<()> {

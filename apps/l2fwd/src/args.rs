@@ -1,7 +1,7 @@
 //! Arguments behind `--`: DPDK l2fwd's own, and `--output`.
 
 use clap::Parser;
-use vireo_drivers::port::{FCS, PortConfig};
+use vireo_drivers::port::{FCS, Offloads, PortConfig};
 use vireo_eal::dma::{MAX_BUFFERS, MAX_FRAME};
 
 use crate::report::Style;
@@ -57,6 +57,10 @@ pub struct Args {
     /// take long frames; a vhost port drops them
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(i64::from(SHORTEST_LIMIT)..=i64::from(LONGEST_LIMIT)))]
     pub max_pkt_len: Option<u16>,
+    /// Leave TCP and UDP checksums to devices that make and check them. Frames with a checksum that is still to be made, as a
+    /// host gives its guest, are then received as they are; where the sending port has no such device, l2fwd makes it
+    #[arg(long)]
+    pub checksum_offload: bool,
     /// Time the polls that move packets, and print ticks per packet at the end (testpmd's argument)
     #[arg(long)]
     pub record_core_cycles: bool,
@@ -78,7 +82,8 @@ pub struct PortMap(pub Pairs);
 impl Args {
     /// How each port is to run.
     pub fn port(&self) -> PortConfig {
-        let port = PortConfig::default().with_pairs(self.queues);
+        let offloads = if self.checksum_offload { Offloads::all() } else { Offloads::empty() };
+        let port = PortConfig::default().with_pairs(self.queues).with_offloads(offloads);
         self.max_pkt_len.map_or(port, |len| port.with_max_frame(usize::from(len) - FCS))
     }
 
@@ -145,6 +150,8 @@ mod tests {
         let long = read("-p f --max-pkt-len 9728").unwrap().port();
         assert_eq!((long.max_frame, long.is_scattered()), (MAX_FRAME, true));
         assert!(!read("-p f --max-pkt-len 1522").unwrap().port().is_scattered());
+        assert_eq!(read("-p f").unwrap().port().offloads, Offloads::empty());
+        assert_eq!(read("-p f --checksum-offload").unwrap().port().offloads, Offloads::all());
         assert_eq!(read("-p f --total-num-mbufs 600").unwrap().total_num_mbufs, Some(600));
     }
 

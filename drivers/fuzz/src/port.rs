@@ -56,10 +56,11 @@ pub(crate) struct Port<N: Nic> {
 }
 
 impl<N: Nic> Port<N> {
-    /// Starts `nic`, whose device was given `memory`.
+    /// Starts `nic`, whose device was given `memory`, with all offloads that it has.
     pub(crate) fn start(mut nic: N, memory: Arc<DmaMemory>, pool: &Arc<Pool>) -> Self {
         let mut cache = pool.cache();
-        let queues = nic.start_pair(&CONFIG, &memory, &mut cache).expect("an honest device starts");
+        let config = CONFIG.with_offloads(nic.capabilities().offloads);
+        let queues = nic.start_pair(&config, &memory, &mut cache).expect("an honest device starts");
         let view = view(&memory);
         Self { nic, queues, memory, view, cache }
     }
@@ -90,6 +91,10 @@ impl<N: Nic> Port<N> {
         let mut bytes = [0; DATA_ROOM];
         for packet in &*burst {
             self.cache.read(packet, 0, &mut bytes[..packet.len()]);
+            if let Some(partial) = self.cache.partial_checksum(packet) {
+                let at = usize::from(partial.start) + usize::from(partial.offset);
+                bytes[..packet.len()][at..at + 2].fill(0);
+            }
         }
     }
 

@@ -12,6 +12,7 @@ struct Input {
     mergeable: bool,
     event_idx: bool,
     out_of_order: bool,
+    checksums: bool,
     steps: Vec<Step>,
 }
 
@@ -34,6 +35,8 @@ enum Step {
         count: u16,
     },
     NumBuffers(Option<u16>),
+    /// What headers say of checksums.
+    Checksum(u8, u16, u16),
     Poke(Poke),
 }
 
@@ -45,6 +48,9 @@ fn queue(rx: bool) -> u16 {
 pub fn virtio_rings(data: &[u8]) {
     let Some(input) = decode::<Input>(data) else { return };
     let mut behaviour = Behaviour { out_of_order: input.out_of_order, ..Behaviour::default() };
+    if input.checksums {
+        behaviour.features |= feature::CSUM | feature::GUEST_CSUM;
+    }
     for (wanted, bit) in [(input.mergeable, feature::MRG_RXBUF), (input.event_idx, feature::EVENT_IDX)] {
         if !wanted {
             behaviour.features &= !bit;
@@ -66,6 +72,9 @@ pub fn virtio_rings(data: &[u8]) {
             Step::Complete { rx, id, len } => nic.push_used(queue(rx), id.get(), len.get()),
             Step::Jump { rx, count } => nic.jump_used(queue(rx), count),
             Step::NumBuffers(num_buffers) => nic.behave(|behaviour| behaviour.num_buffers = num_buffers),
+            Step::Checksum(flags, start, offset) => {
+                nic.behave(|behaviour| behaviour.checksum = (flags, start, offset));
+            }
             Step::Poke(poke) => {
                 intact = false;
                 port.poke(poke);

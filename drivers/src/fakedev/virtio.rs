@@ -24,6 +24,8 @@ const MOST_PAIRS: u16 = 2;
 /// Feature bits for [`Behaviour::features`], by their names in the specification.
 #[allow(missing_docs)]
 pub mod feature {
+    pub const CSUM: u64 = 1 << 0;
+    pub const GUEST_CSUM: u64 = 1 << 1;
     pub const MTU: u64 = 1 << 3;
     pub const MAC: u64 = 1 << 5;
     pub const MRG_RXBUF: u64 = 1 << 15;
@@ -86,6 +88,8 @@ pub struct Behaviour {
     pub removed: bool,
     /// Changes `config_generation` on every read.
     pub config_changes: bool,
+    /// `flags`, `csum_start` and `csum_offset` in the headers of received frames, where `GUEST_CSUM` allows that.
+    pub checksum: (u8, u16, u16),
     /// `num_buffers` of received frames, in place of the right number.
     pub num_buffers: Option<u16>,
     /// `queue_notify_off` of every queue, in place of its index.
@@ -115,6 +119,7 @@ impl Default for Behaviour {
             function_reset: true,
             removed: false,
             config_changes: false,
+            checksum: (0, 0, 0),
             num_buffers: None,
             notify_off: None,
             control_answer: Some(0),
@@ -214,6 +219,11 @@ impl VirtioNet {
     pub fn is_live(&self) -> bool {
         let state = self.state();
         self.config.bus_master() && state.status & STATUS_DRIVER_OK != 0 && !state.behaviour.halted
+    }
+
+    /// Feature bits that the driver chose.
+    pub fn driver_features(&self) -> u64 {
+        self.state().driver_features
     }
 
     /// Whether the driver asked for every frame.

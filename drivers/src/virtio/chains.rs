@@ -16,6 +16,7 @@ use vireo_eal::dma::{
 };
 
 use super::HEADER;
+use super::checksum::ask;
 use super::rx::{REST_LEN, RxQueue, USED_LEN};
 use super::split::{DESC_INDIRECT, DESC_NEXT, Lie, shape};
 use super::tx::{TxQueue, blank};
@@ -117,15 +118,20 @@ impl TxQueue {
         }
         let before = burst.len();
         self.queue.counters.errors.add(drop_long(burst, longest, MAX_SEGMENTS, cache) as u64);
-        let (queue, mergeable) = (&mut self.queue, self.mergeable);
+        let (queue, mergeable, checksums) = (&mut self.queue, self.mergeable, self.checksums);
         let Some(chains) = &mut self.chains else { return 0 };
+        let mut asked = 0;
         let begin = queue.ring.head();
         while !burst.is_empty() && first_frame(burst) <= chains.room(&queue.ring) {
             let rest: ArrayVec<Packet, MAX_SEGMENTS> = burst.drain(1..first_frame(burst)).collect();
             let (position, iova) = (queue.ring.head(), cache.iova(&burst[0]) - HEADER as u64);
             let mut first = 0;
             queue.ring.fill(1, HEADER, cache, burst, |slot, len| {
-                blank(slot, mergeable);
+                if checksums {
+                    asked += u64::from(ask(slot, mergeable));
+                } else {
+                    blank(slot, mergeable);
+                }
                 first = len;
                 shape((HEADER + len) as u32, 0, 0)
             });
@@ -135,6 +141,7 @@ impl TxQueue {
                 chains.link(&mut queue.ring, position, (iova, HEADER + first), rest, cache);
             }
         }
+        queue.counters.checksum_offloaded.add(asked);
         if queue.ring.head() != begin {
             queue.publish(queue.ring.head() as u16);
         } else if !burst.is_empty() {
@@ -146,11 +153,12 @@ impl TxQueue {
 
 impl RxQueue {
     /// Takes the rest of a frame that fills `buffers`, of which `last` is the first and `used_idx` says how many there are. A
-    /// frame that is too long, or for which the port was not started, is dropped.
+    /// frame that is not `sound`, is too long, or for which the port was not started, is dropped.
     pub(super) fn complete_frame(
         &mut self,
         mut last: Packet,
         buffers: u16,
+        sound: bool,
         used_idx: u16,
         cache: &mut PoolCache,
         burst: &mut Burst,
@@ -162,7 +170,7 @@ impl RxQueue {
             taken = Err(Lie::NumBuffers);
         }
         // Each call finds room for so many.
-        let mut fits = usize::from(buffers) <= self.segments && last.len() >= ETHERNET;
+        let mut fits = sound && usize::from(buffers) <= self.segments && last.len() >= ETHERNET;
         let mut bytes = last.len();
         for _ in 1..if taken.is_ok() { buffers } else { 0 } {
             if self.in_order {

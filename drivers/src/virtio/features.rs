@@ -1,11 +1,16 @@
 //! Feature bits and device status.
 
 use super::Options;
+use crate::port::{Offloads, PortConfig};
 
 bitflags::bitflags! {
     /// What device and driver agree on (virtio 1.2, 5.1.3 and 6); only the bits that this driver knows.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) struct Features: u64 {
+        /// `VIRTIO_NET_F_CSUM`: the device makes the checksums of sent packets that have a partial one.
+        const CSUM = 1 << 0;
+        /// `VIRTIO_NET_F_GUEST_CSUM`: the driver takes packets with partial checksums, and is told of those that were found good.
+        const GUEST_CSUM = 1 << 1;
         /// `VIRTIO_NET_F_MTU`: config space holds the longest frame, without Ethernet header.
         const MTU = 1 << 3;
         /// `VIRTIO_NET_F_MAC`: config space holds the station address.
@@ -55,21 +60,35 @@ bitflags::bitflags! {
 }
 
 impl Features {
+    /// The feature that gives each offload.
+    const OFFLOADS: &[(Self, Offloads)] =
+        &[(Self::CSUM, Offloads::TX_CHECKSUM), (Self::GUEST_CSUM, Offloads::RX_CHECKSUM)];
+
+    /// The offloads that these give.
+    pub(super) fn offloads(self) -> Offloads {
+        let given = Self::OFFLOADS.iter().filter(|(feature, _)| self.contains(*feature));
+        given.map(|(_, offload)| *offload).collect()
+    }
+
     /// What frames of several buffers need: merged ones to receive into, and indirect tables to send from.
     pub(super) const LONG: Self = Self::MRG_RXBUF.union(Self::INDIRECT_DESC);
 
-    /// What the driver uses of these offered features, as far as the user lets it; several pairs of queues only if
-    /// there are to be `several`, and what only long frames need only if there are to be `long` ones.
-    pub(super) fn wanted(self, options: Options, several: bool, long: bool) -> Self {
+    /// What the driver uses of these offered features for a port of `config`, as far as the user lets it: several pairs of
+    /// queues, what long frames need and offloads only if they are asked for.
+    pub(super) fn wanted(self, options: Options, config: &PortConfig) -> Self {
         let mut wanted = self;
         wanted.set(Self::IN_ORDER, options.in_order && self.contains(Self::IN_ORDER));
         wanted.set(Self::MRG_RXBUF, options.mrg_rxbuf && self.contains(Self::MRG_RXBUF));
-        let long = long && wanted.contains(Self::LONG);
+        let long = config.is_scattered() && wanted.contains(Self::LONG);
         wanted.set(Self::INDIRECT_DESC, long);
         // A driver that accepts MTU must send nothing longer (5.1.4.2). A port for short frames does not check lengths, so it does
         // not accept it.
         wanted.set(Self::MTU, long && self.contains(Self::MTU));
+        let several = config.rx_queues.max(config.tx_queues) > 1;
         wanted.set(Self::MQ, several && self.contains(Self::MQ));
+        for (feature, offload) in Self::OFFLOADS {
+            wanted.set(*feature, config.offloads.contains(*offload) && self.contains(*feature));
+        }
         wanted.set(Self::CTRL_RX, self.contains(Self::CTRL_VQ | Self::CTRL_RX));
         wanted
     }

@@ -2,6 +2,7 @@
 //! modern PCI (`pci`), or is another process that speaks vhost-user (`user`).
 
 mod chains;
+mod checksum;
 mod ctrl;
 mod features;
 mod pci;
@@ -25,7 +26,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::counters::PortCounters;
 use crate::driver::{Args, PciDriver, flag};
 use crate::port::{
-    Capabilities, Fault, Link, MacAddr, Nic, PortConfig, Queues, RxBurst, STANDARD_FRAME, TxBurst,
+    Capabilities, Fault, Link, MacAddr, Nic, Offloads, PortConfig, Queues, RxBurst, STANDARD_FRAME, TxBurst,
 };
 use chains::{Chains, TABLE_BYTES};
 use ctrl::Control;
@@ -52,6 +53,12 @@ pub(crate) fn pairs(value: &str) -> std::result::Result<u16, &'static str> {
     let pairs = value.parse().ok().filter(|pairs| (1..=MOST_PAIRS).contains(pairs));
     pairs.ok_or("it is no number from 1 to 128")
 }
+
+/// All that a port may ask of its device, to learn what the device has.
+const MOST: PortConfig = PortConfig::with_descriptors(1024, 1024)
+    .with_pairs(MOST_PAIRS)
+    .with_max_frame(MAX_FRAME)
+    .with_offloads(Offloads::all());
 
 /// Fewest descriptors of a ring for frames of several buffers: half of it has room for the longest, so that one is always under
 /// way when the ring is full.
@@ -89,6 +96,8 @@ pub struct Device {
     features: Features,
     /// Longest frame in bytes that it can be started for.
     max_frame: usize,
+    /// Offloads that it can be started with.
+    offloads: Offloads,
     mac: MacAddr,
     promiscuous: bool,
     fault: Fault,
@@ -187,7 +196,7 @@ impl Device {
     }
 
     fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
-        let features = transport.negotiate(options, true, true)?;
+        let features = transport.negotiate(options, &MOST)?;
         let longest = if features.contains(Features::LONG) { MAX_FRAME } else { STANDARD_FRAME };
         let max_frame = longest.min(transport.longest_frame().unwrap_or(longest)).max(STANDARD_FRAME);
         // What it says of them is an error for who asks for several.
@@ -198,6 +207,7 @@ impl Device {
             options,
             features,
             max_frame,
+            offloads: features.offloads(),
             mac,
             promiscuous: false,
             fault: Fault::default(),
@@ -323,8 +333,7 @@ impl Nic for Device {
         if self.started.is_some() {
             return Err(self.refuse(ErrorKind::Usage, "it is started already"));
         }
-        let pairs = config.rx_queues.max(config.tx_queues);
-        self.features = self.transport.negotiate(self.options, pairs > 1, config.is_scattered())?;
+        self.features = self.transport.negotiate(self.options, config)?;
         let most = self.transport.pairs()?;
         self.pairs = self.pairs.max(most);
         if config.is_scattered()
@@ -336,11 +345,15 @@ impl Nic for Device {
             );
             return Err(self.refuse(ErrorKind::Unavailable, &why).with_hint(LONG_HINT));
         }
-        if let Some(why) =
-            config.unfit(&Capabilities { rx_queues: most, tx_queues: most, ..self.capabilities() })
-        {
+        let now = Capabilities {
+            rx_queues: most,
+            tx_queues: most,
+            offloads: self.features.offloads(),
+            ..self.capabilities()
+        };
+        if let Some(why) = config.unfit(&now) {
             let error = self.refuse(ErrorKind::Usage, &why);
-            return Err(match pairs > most {
+            return Err(match config.rx_queues.max(config.tx_queues) > most {
                 true => error.with_hint(
                     "give it more: queues=N of a --vdev and of its peer, -device virtio-net-pci,mq=on of QEMU",
                 ),
@@ -453,6 +466,7 @@ impl Nic for Device {
         let (rx_queues, tx_queues) = (self.pairs, self.pairs);
         Capabilities {
             max_frame: self.max_frame,
+            offloads: self.offloads,
             receives_short_frames: true,
             rx_queues,
             tx_queues,

@@ -14,7 +14,7 @@ use super::features::{Features, Status};
 use super::split::{Kick, Virtqueue, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use crate::frames::ETHERNET;
-use crate::port::MacAddr;
+use crate::port::{MacAddr, PortConfig};
 
 /// Reads of config space that may meet a change by the device before the driver gives up.
 const GENERATION_RETRIES: usize = 100;
@@ -289,7 +289,7 @@ impl Pci {
     }
 
     /// Agrees on features with a device that was just reset.
-    fn agree(&self, options: Options, several: bool, long: bool) -> Result<Features> {
+    fn agree(&self, options: Options, config: &PortConfig) -> Result<Features> {
         let offered = self.device_features();
         if !offered.contains(Features::VERSION_1) {
             return Err(self
@@ -303,7 +303,7 @@ impl Pci {
                  IOMMU away from the virtual machine and use --vfio-mode noiommu",
             ));
         }
-        let mut features = offered.wanted(options, several, long);
+        let mut features = offered.wanted(options, config);
         features.set(Features::MTU, features.contains(Features::MTU) && self.device.len >= config::MTU + 2);
         // It needs the control queue (5.1.3.1), which sets the number of pairs.
         features.set(Features::MQ, features.contains(Features::MQ | Features::CTRL_VQ));
@@ -323,12 +323,12 @@ impl Transport for Pci {
         &self.name
     }
 
-    fn negotiate(&mut self, options: Options, several: bool, long: bool) -> Result<Features> {
+    fn negotiate(&mut self, options: Options, config: &PortConfig) -> Result<Features> {
         self.live = false;
         self.reset()?;
         self.add_status(Status::ACKNOWLEDGE);
         self.add_status(Status::DRIVER);
-        let agreed = self.agree(options, several, long);
+        let agreed = self.agree(options, config);
         self.features = agreed.inspect_err(|_| self.add_status(Status::FAILED))?;
         Ok(self.features)
     }

@@ -7,6 +7,7 @@ use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, MAX_SEGMENTS, PoolCache, dma_r
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::HEADER;
+use super::checksum::is_sound;
 use super::features::Features;
 use super::split::{DESC_WRITE, Lie, Virtqueue, shape};
 use crate::counters::QueueCounters;
@@ -21,7 +22,11 @@ pub(super) const REST_LEN: RangeInclusive<u32> = 1..=*USED_LEN.end();
 #[derive(Debug)]
 pub struct RxQueue {
     pub(super) queue: Virtqueue,
-    mergeable: bool,
+    pub(super) mergeable: bool,
+    /// Whether headers are read for checksums.
+    pub(super) checksums: bool,
+    /// Whether completions are not for the fast path: see [`RxQueue::receive_aside`].
+    aside: bool,
     pub(super) in_order: bool,
     /// Descriptors are offered again when the device lacks so many.
     refill_threshold: usize,
@@ -43,9 +48,12 @@ impl RxQueue {
         longest: usize,
     ) -> Self {
         queue.counters = counters;
+        let checksums = features.contains(Features::GUEST_CSUM);
         let refill_threshold = (queue.ring.entries() / 4).clamp(1, MAX_BURST);
         Self {
             mergeable: features.contains(Features::MRG_RXBUF),
+            checksums,
+            aside: checksums,
             in_order: features.contains(Features::IN_ORDER),
             refill_threshold,
             refill_at: queue.ring.tail_with_room(refill_threshold),
@@ -110,11 +118,17 @@ impl RxQueue {
     /// Takes completions that are as expected: in order, one buffer each. Anything else is for
     /// [`RxQueue::receive_any`].
     #[inline(always)]
-    fn receive<const MERGEABLE: bool>(&mut self, used_idx: u16, cache: &mut PoolCache, burst: &mut Burst) {
+    pub(super) fn receive<const MERGEABLE: bool, const CHECKSUMS: bool>(
+        &mut self,
+        used_idx: u16,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+    ) {
         let queue = &mut self.queue;
         let pending = used_idx.wrapping_sub(queue.last_used);
-        if pending > queue.in_flight() || queue.in_batch {
-            return self.receive_any(used_idx, cache, burst);
+        let aside = if CHECKSUMS { queue.in_batch } else { self.aside };
+        if pending > queue.in_flight() || aside {
+            return self.receive_aside::<CHECKSUMS>(used_idx, cache, burst);
         }
         dma_rmb();
         let mut bytes = 0;
@@ -123,13 +137,31 @@ impl RxQueue {
                 // The length is in the upper half: it comes out small only if nothing of the id is left.
                 let rest = completion.load::<0>().wrapping_sub(filled.index as u64 + ((HEADER as u64) << 32));
                 let len = rest.rotate_left(32) as usize;
-                let good = len <= DATA_ROOM && (!MERGEABLE || u16::from_le_bytes(filled.read_header()) == 1);
+                let good = len <= DATA_ROOM
+                    && (!MERGEABLE || u16::from_le_bytes(filled.read_header()) == 1)
+                    && (!CHECKSUMS || is_sound(filled.read_header(), len));
                 good.then_some(len).inspect(|len| bytes += len)
             });
         queue.last_used = queue.last_used.wrapping_add(received as u16);
         queue.counters.packets.add(received as u64);
         queue.counters.bytes.add(bytes as u64);
         if received == 0 {
+            self.receive_any(used_idx, cache, burst);
+        }
+    }
+
+    /// Takes what [`RxQueue::receive`] does not.
+    #[cold]
+    #[inline(never)]
+    fn receive_aside<const CHECKSUMS: bool>(
+        &mut self,
+        used_idx: u16,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+    ) {
+        if self.checksums && !CHECKSUMS {
+            self.receive_checksums(used_idx, cache, burst);
+        } else {
             self.receive_any(used_idx, cache, burst);
         }
     }
@@ -146,6 +178,7 @@ impl RxQueue {
             self.behind_lie = Some(self.queue.last_used);
         }
         self.queue.settle(completed);
+        self.aside = self.checksums || self.queue.in_batch;
         // A lie has closed the ring.
         self.refill_at = self.queue.ring.tail_with_room(self.refill_threshold);
     }
@@ -167,12 +200,16 @@ impl RxQueue {
             let (packet, len) = self.queue.complete(USED_LEN)?;
             let buffers = if self.mergeable { u16::from_le_bytes(cache.read_header(&packet)) } else { 1 };
             let packet = packet.with_len(len - HEADER);
-            if buffers == 1 {
+            let sound = !self.checksums || is_sound(cache.read_header(&packet), packet.len());
+            if buffers != 1 {
+                self.complete_frame(packet, buffers, sound, used_idx, cache, burst)?;
+            } else if sound {
                 self.queue.counters.packets.add(1);
                 self.queue.counters.bytes.add(packet.len() as u64);
                 burst.push(packet);
             } else {
-                self.complete_frame(packet, buffers, used_idx, cache, burst)?;
+                self.queue.counters.errors.add(1);
+                cache.free(packet);
             }
         }
         Ok(())
@@ -185,9 +222,9 @@ impl RxBurst for RxQueue {
         let used_idx = self.queue.used_idx();
         if used_idx != self.queue.last_used {
             if self.mergeable {
-                self.receive::<true>(used_idx, cache, burst);
+                self.receive::<true, false>(used_idx, cache, burst);
             } else {
-                self.receive::<false>(used_idx, cache, burst);
+                self.receive::<false, false>(used_idx, cache, burst);
             }
         }
         if self.queue.ring.has_reached(self.refill_at) && self.refill(cache) == 0 {

@@ -1,5 +1,6 @@
 //! The driver against the device half in `fakedev`: honest ones here, poor and lying ones in `hostile`.
 
+mod checksum;
 mod hostile;
 mod long;
 
@@ -43,11 +44,15 @@ impl Bench {
     }
 
     fn with(behaviour: Behaviour, options: Options, buffers: u32) -> Self {
+        Self::started(behaviour, options, buffers, &CONFIG)
+    }
+
+    fn started(behaviour: Behaviour, options: Options, buffers: u32, config: &PortConfig) -> Self {
         let nic = VirtioNet::new(behaviour);
         let (memory, mut cache) = memory(buffers);
         nic.attach(memory.device_view().unwrap());
         let mut device = Device::probe_with(nic.function(), options).unwrap();
-        let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
+        let (rx, tx) = device.start_pair(config, &memory, &mut cache).unwrap();
         assert!(nic.is_live());
         Self { nic, device, rx, tx, cache, memory }
     }

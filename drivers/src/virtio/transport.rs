@@ -10,7 +10,7 @@ use vireo_eal::dma::DmaMemory;
 use super::Options;
 use super::features::Features;
 use super::split::{Kick, Virtqueue};
-use crate::port::MacAddr;
+use crate::port::{MacAddr, PortConfig};
 
 /// How long a device may take for a reset or a control command. A fuzzer has no time.
 pub(super) const DEVICE_TIMEOUT: Duration = Duration::from_millis(if cfg!(fuzzing) { 1 } else { 1000 });
@@ -23,9 +23,9 @@ pub(super) trait Transport: fmt::Debug + Send {
     /// Name of the device, for messages.
     fn name(&self) -> &Arc<str>;
 
-    /// Begins anew and agrees with the device on features (3.1.1, steps 1 to 6), several pairs of queues
-    /// among them only if `several`, and what long frames need only if `long`.
-    fn negotiate(&mut self, options: Options, several: bool, long: bool) -> Result<Features>;
+    /// Begins anew and agrees with the device on features for a port of `config` (3.1.1, steps 1 to 6): see
+    /// [`Features::wanted`].
+    fn negotiate(&mut self, options: Options, config: &PortConfig) -> Result<Features>;
 
     /// Pairs of queues that the device has; one where it did not agree on several.
     fn pairs(&self) -> Result<u16>;

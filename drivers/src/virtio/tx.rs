@@ -6,10 +6,11 @@ use vireo_eal::dma::{Burst, PoolCache, Slot, dma_rmb};
 
 use super::HEADER;
 use super::chains::Chains;
+use super::checksum::ask;
 use super::features::Features;
 use super::split::{Lie, Virtqueue, shape};
 use crate::counters::QueueCounters;
-use crate::port::{TxBurst, Watchdog};
+use crate::port::{Offloads, TxBurst, Watchdog};
 
 /// Writes a header that asks for nothing in front of a packet, if it is not there. One that is not written stays in the cache
 /// of a device that is a process.
@@ -29,7 +30,8 @@ pub struct TxQueue {
     in_order: bool,
     /// The device writes the header of each frame that it receives (5.1.6.4).
     pub(super) mergeable: bool,
-    /// Buffers are taken back when fewer descriptors than this can be filled; always, where frames are for [`Self::chains`].
+    /// Buffers are taken back when fewer descriptors than this can be filled. `usize::MAX` where packets are more than a buffer
+    /// with a blank header: they are for [`TxQueue::send_aside`].
     reclaim_below: usize,
     /// Of a device that is hardware.
     watchdog: Option<Watchdog>,
@@ -37,6 +39,8 @@ pub struct TxQueue {
     late_at: Option<usize>,
     /// Of a port that was started for frames that are longer than a buffer.
     pub(super) chains: Option<Box<Chains>>,
+    /// Whether the device makes checksums.
+    pub(super) checksums: bool,
 }
 
 impl TxQueue {
@@ -48,13 +52,16 @@ impl TxQueue {
         chains: Option<Chains>,
     ) -> Self {
         queue.counters = counters;
+        let checksums = features.contains(Features::CSUM);
+        let is_plain = chains.is_none() && !checksums;
         Self {
             in_order: features.contains(Features::IN_ORDER),
             mergeable: features.contains(Features::MRG_RXBUF),
-            reclaim_below: if chains.is_some() { usize::MAX } else { queue.ring.entries() / 2 },
+            reclaim_below: if is_plain { queue.ring.entries() / 2 } else { usize::MAX },
             watchdog: watched.then(Watchdog::default),
             late_at: None,
             chains: chains.map(Box::new),
+            checksums,
             queue,
         }
     }
@@ -101,6 +108,40 @@ impl TxQueue {
             self.late_at = Some(completed);
         }
         0
+    }
+
+    /// Hands packets of one buffer each to the device, as far as descriptors are free.
+    #[inline(always)]
+    pub(super) fn send<const CHECKSUMS: bool>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        let count = self.queue.ring.room().min(burst.len());
+        if count == 0 {
+            return if burst.is_empty() { 0 } else { self.full() };
+        }
+        let (queue, mergeable) = (&mut self.queue, self.mergeable);
+        let (mut bytes, mut asked) = (0, 0);
+        queue.ring.fill(count, HEADER, cache, burst, |slot, len| {
+            if CHECKSUMS {
+                asked += u64::from(ask(slot, mergeable));
+            } else {
+                blank(slot, mergeable);
+            }
+            bytes += len;
+            shape((HEADER + len) as u32, 0, 0)
+        });
+        queue.counters.packets.add(count as u64);
+        queue.counters.bytes.add(bytes as u64);
+        if CHECKSUMS {
+            queue.counters.checksum_offloaded.add(asked);
+        }
+        queue.publish(queue.ring.head() as u16);
+        count
+    }
+
+    /// Sends what has segments or checksums.
+    #[cold]
+    #[inline(never)]
+    fn send_aside(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        if self.chains.is_some() { self.send_frames(cache, burst) } else { self.send_checksums(cache, burst) }
     }
 
     /// Takes back the buffers of completed descriptors.
@@ -160,29 +201,20 @@ impl TxBurst for TxQueue {
     #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         if self.queue.ring.room() < self.reclaim_below || burst.is_empty() {
-            if self.chains.is_some() {
-                return self.send_frames(cache, burst);
+            // A field for it would take the loop below two instructions for each packet, by the registers it gets.
+            if self.reclaim_below == usize::MAX {
+                return self.send_aside(cache, burst);
             }
             self.reclaim(cache);
         }
-        let count = self.queue.ring.room().min(burst.len());
-        if count == 0 {
-            return if burst.is_empty() { 0 } else { self.full() };
-        }
-        let (queue, mergeable) = (&mut self.queue, self.mergeable);
-        let mut bytes = 0;
-        queue.ring.fill(count, HEADER, cache, burst, |slot, len| {
-            blank(slot, mergeable);
-            bytes += len;
-            shape((HEADER + len) as u32, 0, 0)
-        });
-        queue.counters.packets.add(count as u64);
-        queue.counters.bytes.add(bytes as u64);
-        queue.publish(queue.ring.head() as u16);
-        count
+        self.send::<false>(cache, burst)
     }
 
     fn counters(&self) -> &QueueCounters {
         &self.queue.counters
+    }
+
+    fn offloads(&self) -> Offloads {
+        if self.checksums { Offloads::TX_CHECKSUM } else { Offloads::empty() }
     }
 }

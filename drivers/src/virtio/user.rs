@@ -29,7 +29,7 @@ use super::split::{Kick, NOT_A_SIZE, Virtqueue, is_size, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use super::{Device, Options, RINGS_PER_PAIR, pairs};
 use crate::driver::{Args, Vdev, flag, socket_path};
-use crate::port::MacAddr;
+use crate::port::{MacAddr, PortConfig};
 
 /// How long a peer may take for its answers to a start or a stop together. They are some 18 for a pair of queues, of a
 /// process that may have to wait for its core.
@@ -392,7 +392,7 @@ impl Transport for User {
 
     /// Asks nothing of a connected peer: the offer holds as long as the connection, and the choice is sent with
     /// the memory.
-    fn negotiate(&mut self, options: Options, several: bool, long: bool) -> Result<Features> {
+    fn negotiate(&mut self, options: Options, config: &PortConfig) -> Result<Features> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
         // The last stop is done, so a silent peer was told of no ring, or has ended.
         if self.silent || self.is_closed() {
@@ -404,7 +404,7 @@ impl Transport for User {
                 .error(ErrorKind::Unavailable, why)
                 .with_hint("start one that does, such as dpdk-testpmd --vdev net_vhost0,iface=SOCKET"));
         }
-        self.features = self.offered.wanted(options, several, long);
+        self.features = self.offered.wanted(options, config);
         Ok(self.features)
     }
 

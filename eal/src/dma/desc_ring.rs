@@ -4,6 +4,7 @@ use std::hint::assert_unchecked;
 use std::ptr::NonNull;
 
 use super::in_fours;
+use super::metadata::PartialChecksum;
 use super::packet::{Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet};
 use super::pool::{Buffers, MAX_FREE, PoolCache, send_home};
 use super::ring::{DmaRing, RingEntry, RingView, Word};
@@ -456,5 +457,11 @@ impl Slot<'_> {
     #[inline(always)]
     pub fn write_header<const LEN: usize>(&mut self, bytes: &[u8; LEN]) {
         self.buffers.write_header(&mut self.packet, bytes);
+    }
+
+    /// As [`PoolCache::partial_checksum`].
+    #[inline(always)]
+    pub fn partial_checksum(&self) -> Option<PartialChecksum> {
+        self.buffers.partial_checksum(&self.packet)
     }
 }

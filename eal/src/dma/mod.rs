@@ -8,6 +8,7 @@ mod desc_ring;
 mod iova;
 mod map;
 mod memory;
+mod metadata;
 mod packet;
 mod part;
 mod peer;
@@ -19,6 +20,7 @@ pub use desc_ring::{DescRing, Filled, GoodWord, Slot};
 pub use iova::IovaRanges;
 pub use map::{MemoryMap, Segment};
 pub use memory::DmaMemory;
+pub use metadata::PartialChecksum;
 pub use packet::{
     BUFFER_SIZE, Burst, DATA_ROOM, HEADROOM, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Packet, first_frame, frames,
 };

@@ -21,8 +21,14 @@ pub const MAX_SEGMENTS: usize = 10;
 /// Longest frame in bytes, without frame check sequence: 9728 with it, which is the most that the 82576 takes.
 pub const MAX_FRAME: usize = 9724;
 
-/// Bytes at the start of a buffer that no application reaches: drivers put a virtio-net header in front of the packet.
-pub(super) const RESERVED: usize = 16;
+/// Bytes at the start of a buffer for what belongs to a packet and is not in its data: see [`metadata`](super::metadata).
+pub(super) const METADATA: usize = 32;
+
+/// Bytes that drivers can put in front of a packet's data: a virtio-net header.
+pub(super) const DEVICE_HEADER: usize = 16;
+
+/// Bytes at the start of a buffer that no application reaches.
+const RESERVED: usize = METADATA + DEVICE_HEADER;
 
 /// Greatest data offset. Up to [`SHORT`] bytes from the start of a packet's data are therefore within its buffer.
 const MAX_OFFSET: usize = BUFFER_SIZE - SHORT;
@@ -38,6 +44,10 @@ const OFFSET: u32 = BUFFER_SIZE as u32 - 1;
 
 /// Bit of [`Packet::flags`]: the frame goes on in the next packet.
 const MORE: u8 = 1 << 0;
+/// Bit of [`Packet::flags`]: a device found the checksum of the TCP or UDP header right.
+const CHECKSUM_GOOD: u8 = 1 << 1;
+/// Bit of [`Packet::flags`]: the checksum is partial, and the metadata say where it is.
+const CHECKSUM_PARTIAL: u8 = 1 << 2;
 
 /// A packet: one buffer of a [`Pool`](super::Pool), and the part of it that is in use. 8 bytes, moved by value.
 ///
@@ -45,7 +55,7 @@ const MORE: u8 = 1 << 0;
 /// pool ([`PoolCache::free`](super::PoolCache::free)). A dropped handle loses its buffer. A cache of another pool gives no
 /// access to the buffer: it panics.
 ///
-/// The data begins at least 16 bytes behind the start of the buffer and at least 64 in front of its end, and ends within the
+/// The data begins at least 48 bytes behind the start of the buffer and at least 64 in front of its end, and ends within the
 /// buffer.
 ///
 /// A frame that is longer than a buffer is several packets, its segments, which follow each other in one burst. All but the
@@ -113,8 +123,9 @@ impl Packet {
         self.at & !OFFSET
     }
 
+    /// Distance of the data from the buffer's first byte.
     #[inline(always)]
-    fn offset(&self) -> usize {
+    pub(super) fn offset(&self) -> usize {
         (self.at & OFFSET) as usize
     }
 
@@ -139,7 +150,34 @@ impl Packet {
 
     /// Says whether the frame goes on in the next packet of the burst.
     pub fn set_more(&mut self, more: bool) {
-        self.flags = if more { self.flags | MORE } else { self.flags & !MORE };
+        self.set_flag(MORE, more);
+    }
+
+    /// Whether the device that received the packet found the checksum of its TCP or UDP header right. It knows nothing of what
+    /// the application has changed since.
+    #[inline(always)]
+    pub fn has_good_checksum(&self) -> bool {
+        self.flags & CHECKSUM_GOOD != 0
+    }
+
+    /// Says whether the checksum of the TCP or UDP header was found right.
+    pub fn set_good_checksum(&mut self, good: bool) {
+        self.set_flag(CHECKSUM_GOOD, good);
+    }
+
+    /// Whether the checksum of the TCP or UDP header is still to be made:
+    /// [`PoolCache::partial_checksum`](super::PoolCache::partial_checksum) says where.
+    #[inline(always)]
+    pub fn has_partial_checksum(&self) -> bool {
+        self.flags & CHECKSUM_PARTIAL != 0
+    }
+
+    pub(super) fn set_partial(&mut self, partial: bool) {
+        self.set_flag(CHECKSUM_PARTIAL, partial);
+    }
+
+    fn set_flag(&mut self, flag: u8, on: bool) {
+        self.flags = if on { self.flags | flag } else { self.flags & !flag };
     }
 
     /// Bytes in front of the data that [`Packet::prepend`] can take.
@@ -208,7 +246,10 @@ mod tests {
     #[test]
     fn a_handle_says_where_and_how_much() {
         let packet = Packet::in_slot(5 * BUFFER_SIZE as u32, 60, Packet::fresh_bits(0xa5));
-        assert_eq!((packet.len(), packet.headroom(), packet.tailroom()), (60, HEADROOM - 16, DATA_ROOM - 60));
+        assert_eq!(
+            (packet.len(), packet.headroom(), packet.tailroom()),
+            (60, HEADROOM - RESERVED, DATA_ROOM - 60)
+        );
         assert_eq!((packet.slot(), packet.at()), (5 * 2048, 5 * 2048 + HEADROOM as u32));
         assert_eq!((packet.tag(), Packet::tag_in(Packet::fresh_bits(0xa5))), (0xa5, 0xa5));
         assert_eq!(packet.with_len(usize::MAX).len(), DATA_ROOM);
@@ -238,8 +279,16 @@ mod tests {
         packet = packet.with_len(900);
         packet.rewind(5);
         assert!(packet.has_more());
+        packet.set_good_checksum(true);
+        packet.set_partial(true);
         packet.set_more(false);
-        assert_eq!((packet.has_more(), packet.tag(), packet.len(), packet.slot()), (false, 0x0f, 5, 0));
+        assert_eq!(
+            (packet.has_more(), packet.has_good_checksum(), packet.has_partial_checksum()),
+            (false, true, true)
+        );
+        packet.set_good_checksum(false);
+        assert_eq!((packet.has_good_checksum(), packet.has_partial_checksum()), (false, true));
+        assert_eq!((packet.tag(), packet.len(), packet.slot()), (0x0f, 5, 0));
     }
 
     proptest! {

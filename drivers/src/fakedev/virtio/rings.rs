@@ -255,6 +255,12 @@ impl State {
         }
         let buffers = self.behaviour.num_buffers.unwrap_or(taken.len() as u16);
         bytes[HEADER - 2..HEADER].copy_from_slice(&buffers.to_le_bytes());
+        if self.driver_features & feature::GUEST_CSUM != 0 {
+            let (flags, start, offset) = self.behaviour.checksum;
+            bytes[0] = flags;
+            bytes[6..8].copy_from_slice(&start.to_le_bytes());
+            bytes[8..10].copy_from_slice(&offset.to_le_bytes());
+        }
         let mut rest = &bytes[..];
         for (id, descriptor) in taken {
             let (part, behind) = rest.split_at(rest.len().min(descriptor.len as usize));
@@ -292,10 +298,8 @@ impl State {
                 }
                 bytes.extend(self.read(descriptor.address, descriptor.len));
             }
-            if bytes.len() < HEADER || bytes[..HEADER] != [0; HEADER] {
-                self.fault("a TX header asks for offloads that were not negotiated");
-            }
-            frames.push(bytes.split_off(HEADER.min(bytes.len())));
+            let frame = bytes.split_off(HEADER.min(bytes.len()));
+            frames.push(self.offload(&bytes, frame));
             used.push((u32::from(id), 0));
         }
         if self.behaviour.out_of_order {
@@ -304,6 +308,30 @@ impl State {
         self.push_used(tx, &used);
         self.want_doorbell(tx, true);
         Some(frames)
+    }
+
+    /// What leaves the device of a frame with `header`: it makes the checksum that the header asks for.
+    fn offload(&mut self, header: &[u8], mut frame: Vec<u8>) -> Vec<u8> {
+        if header == [0; HEADER] {
+            return frame;
+        }
+        let [1, 0, 0, 0, 0, 0, s, t, o, p, 0, 0] = *header else {
+            self.fault("a TX header asks for offloads that are not negotiated");
+            return frame;
+        };
+        let start = usize::from(u16::from_le_bytes([s, t]));
+        let at = start + usize::from(u16::from_le_bytes([o, p]));
+        if self.driver_features & feature::CSUM == 0 || at + 2 > frame.len() {
+            self.fault("a TX header asks for a checksum that is not negotiated, or beyond the frame");
+            return frame;
+        }
+        let mut sum = 0;
+        for word in frame[start..].chunks(2) {
+            sum += u32::from(word[0]) << 8 | word.get(1).map_or(0, |low| u32::from(*low));
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        frame[at..at + 2].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+        frame
     }
 
     pub(super) fn control(&mut self) {

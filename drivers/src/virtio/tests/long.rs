@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use vireo_eal::ErrorKind;
 use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, first_frame};
 
-use super::super::Device;
+use super::super::{Device, Options};
 use super::{BUFFERS, Bench, CONFIG, in_order, memory, without};
 use crate::fakedev::virtio::{Behaviour, TX, VirtioNet, feature};
 use crate::frames::tests::{append, frame, take};
@@ -20,12 +20,7 @@ fn long(behaviour: Behaviour) -> Behaviour {
 
 /// A port that was started for the longest frames.
 fn bench(behaviour: Behaviour) -> Bench {
-    let nic = VirtioNet::new(behaviour);
-    let (memory, mut cache) = memory(BUFFERS);
-    nic.attach(memory.device_view().unwrap());
-    let mut device = Device::probe(nic.function()).unwrap();
-    let (rx, tx) = device.start_pair(&LONG, &memory, &mut cache).unwrap();
-    Bench { nic, device, rx, tx, cache, memory }
+    Bench::started(behaviour, Options::default(), BUFFERS, &LONG)
 }
 
 /// Sends frames in segments of `each` bytes; gives those that stay.

@@ -10,6 +10,7 @@ use super::tag::send_home;
 use super::{CHUNK, Pool};
 use crate::clock::Tsc;
 use crate::dma::in_fours;
+use crate::dma::metadata::PartialChecksum;
 use crate::dma::packet::{MAX_BURST, Packet, SHORT};
 
 /// Buffers that a cache keeps; what is above goes back to the pool.
@@ -273,14 +274,19 @@ impl PoolCache {
     #[must_use]
     pub fn adj(&mut self, packet: &mut Packet, count: usize) -> Option<()> {
         let rest = packet.len().checked_sub(count)?;
-        if packet.advance(count).is_none() {
-            let from = self.data(packet, count, rest);
-            packet.rewind(rest);
-            let to = self.data(packet, 0, rest);
-            // SAFETY: both ranges are within the buffer, whose only handle is borrowed mutably; they may overlap.
-            unsafe { to.copy_from(from, rest) };
+        if packet.advance(count).is_some() {
+            return Some(());
         }
-        Some(())
+        let partial = self.partial_checksum(packet);
+        let from = self.data(packet, count, rest);
+        packet.rewind(rest);
+        let to = self.data(packet, 0, rest);
+        // SAFETY: both ranges are within the buffer, whose only handle is borrowed mutably; they may overlap.
+        unsafe { to.copy_from(from, rest) };
+        let moved = partial.and_then(|partial| {
+            Some(PartialChecksum { start: partial.start.checked_sub(count as u16)?, ..partial })
+        });
+        self.set_partial_checksum(packet, moved)
     }
 
     /// Writes `bytes` directly in front of the packet's data.

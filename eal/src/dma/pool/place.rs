@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 
 use super::{NodeBuffers, Pool};
-use crate::dma::packet::{BUFFER_SIZE, Packet, RESERVED};
+use crate::dma::packet::{BUFFER_SIZE, DEVICE_HEADER, METADATA, Packet};
 
 /// What is to be added to the distance of a packet's data to give its device address: one entry when all buffers are
 /// contiguous for the device, else one for each distance of a buffer, rounded up to a power of two.
@@ -74,7 +74,7 @@ pub(in crate::dma) struct Buffers<'a> {
 
 impl Buffers<'_> {
     /// First byte of the packet's data, behind which the rest of its buffer is: 64 bytes at least. In front there are
-    /// [`RESERVED`] bytes of the buffer at least.
+    /// [`METADATA`] and [`DEVICE_HEADER`] bytes of the buffer at least.
     #[inline(always)]
     pub(in crate::dma) fn data(&self, packet: &Packet) -> NonNull<u8> {
         assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "a packet of another pool");
@@ -101,18 +101,37 @@ impl Buffers<'_> {
 
     #[inline(always)]
     pub(in crate::dma) fn write_header<const N: usize>(&self, packet: &mut Packet, bytes: &[u8; N]) {
-        const { assert!(N <= RESERVED) };
-        // SAFETY: `data` is `RESERVED` bytes into the buffer or more, so the header starts inside it; the buffer has no
+        const { assert!(N <= DEVICE_HEADER) };
+        // SAFETY: `data` is `DEVICE_HEADER` bytes into the buffer or more, so the header starts inside it; the buffer has no
         // other handle, and this one is borrowed mutably.
         unsafe { self.data(packet).as_ptr().sub(N).copy_from_nonoverlapping(bytes.as_ptr(), N) }
     }
 
     #[inline(always)]
     pub(in crate::dma) fn read_header<const N: usize>(&self, packet: &Packet) -> [u8; N] {
-        const { assert!(N <= RESERVED) };
+        const { assert!(N <= DEVICE_HEADER) };
         let mut bytes = [0; N];
         // SAFETY: as in `write_header`, the other way.
         unsafe { self.data(packet).as_ptr().sub(N).copy_to_nonoverlapping(bytes.as_mut_ptr(), N) };
         bytes
+    }
+
+    /// Writes the metadata of the packet from their byte `AT` on.
+    pub(in crate::dma) fn write_metadata<const AT: usize, const N: usize>(
+        &self,
+        packet: &mut Packet,
+        bytes: [u8; N],
+    ) {
+        const { assert!(AT + N <= METADATA) };
+        // SAFETY: `data` is `offset` bytes into the buffer, which begins with the metadata; the buffer has no other handle,
+        // and this one is borrowed mutably.
+        unsafe { self.data(packet).as_ptr().sub(packet.offset()).add(AT).cast::<[u8; N]>().write(bytes) }
+    }
+
+    /// Reads the metadata of the packet from their byte `AT` on.
+    pub(in crate::dma) fn read_metadata<const AT: usize, const N: usize>(&self, packet: &Packet) -> [u8; N] {
+        const { assert!(AT + N <= METADATA) };
+        // SAFETY: as in `write_metadata`, the other way.
+        unsafe { self.data(packet).as_ptr().sub(packet.offset()).add(AT).cast::<[u8; N]>().read() }
     }
 }
