@@ -18,9 +18,9 @@ Programs of this repository go by their short names: lab run -- l2fwd --help
   --kernel default|edge|PATH  Debian's 6.12, the newer one that scripts/kernel.edge pins, or a bzImage of your own
   --yes                       let apt install what is missing, and remove what conflicts with it, without asking
   --no-iommu                  boot without an IOMMU, with VFIO's unsafe no-IOMMU mode enabled
-  --nics KINDS|none|tap:A,B   KINDS: virtio-net,e1000,e1000e,igb (default: the first three, four NICs of each);
+  --nics KINDS|none|tap:A,B,… KINDS: virtio-net,e1000,e1000e,igb (default: the first three, four NICs of each);
                               igb needs QEMU 8.0: on Debian 12 that of its backports is fetched, beside the machine's;
-                              tap:A,B: an e1000e on host interface A and a virtio-net on B
+                              tap:A,B,…: an e1000e on host interface A, a virtio-net on B and on each that follows
   --no-bind                   leave the NICs to the guest kernel's own drivers
   --no-iommu-platform         virtio-net that bypasses the IOMMU (drivers must refuse it)
   --cpus N, --mem MIB         virtual CPUs (2) and memory (2048)

@@ -41,13 +41,17 @@ nic_add() {
 
 topology_build() {
     NIC_ARGS=()
-    local kind kinds first position
+    local kind kinds first position interface interfaces
     case $OPT_NICS in
         none) ;;
         tap:*,*)
-            local interfaces=${OPT_NICS#tap:}
-            nic_add e1000e 12 "tap,ifname=${interfaces%%,*},script=no,downscript=no"
-            nic_add virtio-net 4 "tap,ifname=${interfaces#*,},script=no,downscript=no"
+            IFS=, read -ra interfaces <<<"${OPT_NICS#tap:}"
+            position=$(nic_first_slot e1000e) kind=e1000e
+            for interface in "${interfaces[@]}"; do
+                nic_add "$kind" "$position" "tap,ifname=$interface,script=no,downscript=no"
+                [[ $kind == virtio-net ]] || position=$(($(nic_first_slot virtio-net) - 1))
+                kind=virtio-net position=$((position + 1))
+            done
             ;;
         *)
             IFS=, read -ra kinds <<<"$OPT_NICS"

@@ -1,5 +1,6 @@
 //! What a test case is: a name, a place in the suite, a time limit and a function.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -187,6 +188,12 @@ impl Context {
     /// A path in the case's directory.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// A short word for names outside the directory, which no other run on this machine has. The process id is not one: that of
+    /// another run may be in another pid namespace.
+    pub(crate) fn unique(&self) -> Cow<'_, str> {
+        self.dir.extension().unwrap_or_default().to_string_lossy()
     }
 
     /// Adds a line to the report.

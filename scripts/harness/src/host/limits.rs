@@ -19,8 +19,8 @@ struct Group {
 
 impl Group {
     /// A group of `megabytes`; an error says why there is none here.
-    fn new(megabytes: u64) -> Result<Self> {
-        let name = format!("vireo-case-{}", std::process::id());
+    fn new(context: &Context, megabytes: u64) -> Result<Self> {
+        let name = format!("vireo-case-{}", context.unique());
         let v1 = Path::new("/sys/fs/cgroup/memory");
         let (top, limit) = if v1.exists() {
             (v1, "memory.limit_in_bytes")
@@ -52,7 +52,7 @@ pub(super) fn cases(cases: &mut Cases) {
 }
 
 fn in_a_group(context: &Context) -> Result<()> {
-    let group = match Group::new(64) {
+    let group = match Group::new(context, 64) {
         Ok(group) => group,
         Err(error) => return skip(format!("no memory control group: {error:#}")),
     };

@@ -1,12 +1,12 @@
-//! Two Linux hosts talk through the guest: network namespaces of this machine, joined by l2fwd between an e1000e and a
-//! virtio-net. The addresses exist in these namespaces only.
+//! Linux hosts talk through the guest: network namespaces of this machine, joined in pairs by l2fwd, the first on an e1000e and the
+//! others on a virtio-net each. The addresses exist in these namespaces only.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use scopeguard::guard;
 use serde_json::Value;
 
 use super::Environment;
@@ -17,13 +17,39 @@ use crate::process::{Process, run, run_for};
 /// For the guest to boot on a busy machine.
 const BOOT: Duration = Duration::from_secs(300);
 
+/// How hosts are joined: arguments of l2fwd, whose ports are those of the virtio-nets and then that of the e1000e, and the pairs
+/// of hosts that follow from them.
+struct Wiring {
+    l2fwd: &'static str,
+    pairs: &'static [(usize, usize)],
+    /// Counters that are not 0 when all have talked, by port.
+    counters: &'static [(usize, &'static str)],
+}
+
+const PLAIN: Wiring = Wiring { l2fwd: "-p 3 -q 2", pairs: &[(0, 1)], counters: &[] };
+
+/// A host leaves the checksums of what it sends to its TAP, which shows them to a virtio-net as they are, partial.
+const CHECKSUMS: Wiring = Wiring {
+    l2fwd: "-p f -q 4 --portmap (0,3)(1,2) --checksum-offload",
+    pairs: &[(0, 1), (2, 3)],
+    counters: &[
+        (0, "rx_checksum_partial"),
+        (3, "tx_checksum_computed"),
+        (1, "rx_checksum_partial"),
+        (1, "tx_checksum_offloaded"),
+        (2, "rx_checksum_partial"),
+        (2, "tx_checksum_offloaded"),
+    ],
+};
+
 pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
-    let repo = environment.repo.clone();
-    cases
-        .add("two hosts talk through l2fwd, e1000e to virtio-net: ping and a TCP stream", move |context| {
-            talk(context, &repo)
-        })
-        .limit(900);
+    for (name, wiring) in [
+        ("two hosts talk through l2fwd, e1000e to virtio-net: ping and a TCP stream", &PLAIN),
+        ("hosts talk through l2fwd with checksum offload: by virtio-net, and to an e1000e", &CHECKSUMS),
+    ] {
+        let repo = environment.repo.clone();
+        cases.add(name, move |context| talk(context, &repo, wiring)).limit(900);
+    }
 }
 
 /// `ip`, with its words.
@@ -42,60 +68,102 @@ fn need_namespaces(context: &Context) -> Result<()> {
     if !Path::new("/dev/net/tun").exists() {
         return skip("there is no /dev/net/tun");
     }
-    let probe = format!("vireo-probe-{}", std::process::id());
-    if ip(context, &format!("netns add {probe}")).is_err() {
-        return skip("this machine makes no network namespaces");
+    let probe = Host::new(context, "p", 0);
+    let makes = ip(context, &format!("netns add {}", probe.namespace))
+        .and_then(|()| ip(context, &format!("-n {} link set lo up", probe.namespace)));
+    match makes {
+        Ok(()) => Ok(()),
+        Err(error) => skip(format!("this machine makes no network namespaces: {error:#}")),
     }
-    ip(context, &format!("netns del {probe}"))
 }
 
-fn talk(context: &Context, repo: &Path) -> Result<()> {
-    need_namespaces(context)?;
-    let id = std::process::id();
-    let (hosts, taps) =
-        ([format!("vireo-a-{id}"), format!("vireo-b-{id}")], [format!("vra{id}"), format!("vrb{id}")]);
-    let _namespaces = guard((hosts.clone(), taps.clone()), |(hosts, taps)| {
-        for words in hosts
-            .map(|host| format!("netns del {host}"))
-            .into_iter()
-            .chain(taps.map(|tap| format!("link del {tap}")))
-        {
+/// A network namespace with a TAP in it.
+struct Host {
+    namespace: String,
+    tap: String,
+    address: String,
+}
+
+impl Host {
+    /// Names only.
+    fn new(context: &Context, kind: &str, number: usize) -> Self {
+        let id = context.unique();
+        Self {
+            namespace: format!("vireo-{kind}{number}-{id}"),
+            tap: format!("vr{kind}{number}-{id}"),
+            address: format!("192.168.77.{}", number + 1),
+        }
+    }
+
+    fn run_in(&self, line: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.namespace]).args(line.split(' '));
+        command
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for words in [format!("netns del {}", self.namespace), format!("link del {}", self.tap)] {
             // What was not made, or went with its namespace, is not there.
             let _ = Command::new("ip").args(words.split(' ')).stderr(std::process::Stdio::null()).status();
         }
-    });
-    for (host, tap) in hosts.iter().zip(&taps) {
-        ip(context, &format!("netns add {host}"))?;
+    }
+}
+
+fn talk(context: &Context, repo: &Path, wiring: &Wiring) -> Result<()> {
+    need_namespaces(context)?;
+    let hosts: Vec<Host> =
+        (0..2 * wiring.pairs.len()).map(|number| Host::new(context, "h", number)).collect();
+    for Host { namespace, tap, .. } in &hosts {
+        ip(context, &format!("netns add {namespace}"))?;
         ip(context, &format!("tuntap add {tap} mode tap"))?;
         ip(context, &format!("link set {tap} up"))?;
     }
+    let taps: Vec<&str> = hosts.iter().map(|host| host.tap.as_str()).collect();
     let mut lab = Command::new(repo.join("scripts/lab"));
-    lab.args(["run", "--timeout", "0", "--nics", &format!("tap:{},{}", taps[0], taps[1]), "--"]);
-    lab.args("l2fwd -l 1 -- -p 3 -q 2 -P -T 0 --no-mac-updating --json".split(' '));
+    lab.args(["run", "--timeout", "0", "--nics", &format!("tap:{}", taps.join(",")), "--"]);
+    lab.args(format!("l2fwd -l 1 -- {} -P -T 1 --no-mac-updating --json", wiring.l2fwd).split(' '));
     let guest = Process::spawn(context, "lab", &mut lab)?.gracefully();
-    await_forwarding(&guest)?;
+    await_event(&guest, BOOT, |event| event["event"] == "forwarding").context("l2fwd in the guest")?;
     // The TAPs go to their namespaces when QEMU has them open, because QEMU itself stays outside.
-    for (number, (host, tap)) in hosts.iter().zip(&taps).enumerate() {
-        ip(context, &format!("link set {tap} netns {host}"))?;
-        ip(context, &format!("-n {host} address add 192.168.77.{}/24 dev {tap}", number + 1))?;
-        ip(context, &format!("-n {host} link set lo up"))?;
-        ip(context, &format!("-n {host} link set {tap} up"))?;
+    for Host { namespace, tap, address } in &hosts {
+        ip(context, &format!("link set {tap} netns {namespace}"))?;
+        ip(context, &format!("-n {namespace} address add {address}/24 dev {tap}"))?;
+        ip(context, &format!("-n {namespace} link set lo up"))?;
+        ip(context, &format!("-n {namespace} link set {tap} up"))?;
     }
-    let on = |host: &str, line: &str| {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", host]).args(line.split(' '));
-        command
-    };
-    let ping = on(&hosts[0], "ping -c 20 -i 0.2 -w 30 192.168.77.2");
-    run_for(context, "ping", &mut { ping }, Duration::from_secs(60))?.expect(0).context("ping")?;
+    for (one, other) in wiring.pairs {
+        exchange(context, &hosts[*one], &hosts[*other])?;
+    }
+    let mut missing: BTreeSet<_> = wiring.counters.iter().collect();
+    await_event(&guest, Duration::from_secs(60), |event| {
+        missing.retain(|(port, name)| {
+            event["port"] != *port || event["counters"][name].as_u64().is_none_or(|count| count == 0)
+        });
+        missing.is_empty()
+    })
+    .with_context(|| format!("counters that stay 0, by port: {missing:?}"))
+}
 
-    let (sent, received) = (context.path("sent"), context.path("received"));
+/// A ping and a stream each way.
+fn exchange(context: &Context, one: &Host, other: &Host) -> Result<()> {
+    let ping = one.run_in(&format!("ping -c 20 -i 0.2 -w 30 {}", other.address));
+    run_for(context, "ping", &mut { ping }, Duration::from_secs(60))?.expect(0).context("ping")?;
+    stream(context, one, other)?;
+    stream(context, other, one)
+}
+
+/// 4 MB from one host to the other by TCP.
+fn stream(context: &Context, from: &Host, to: &Host) -> Result<()> {
+    let (sent, received) =
+        (context.path(&format!("sent-{}", from.tap)), context.path(&format!("received-{}", to.tap)));
     let random = "head -c 4M /dev/urandom >".to_owned() + &sent.display().to_string();
     run(context, "random", Command::new("sh").args(["-c", &random]))?.expect(0)?;
     let listen = format!("socat -u TCP-LISTEN:7777,reuseaddr CREATE:{}", received.display());
-    let mut listener = Process::spawn(context, "listener", &mut on(&hosts[1], &listen))?;
-    let send = format!("socat -u FILE:{} TCP:192.168.77.2:7777,retry=100,interval=0.1", sent.display());
-    run_for(context, "sender", &mut on(&hosts[0], &send), Duration::from_secs(60))?
+    let mut listener = Process::spawn(context, "listener", &mut to.run_in(&listen))?;
+    let send = format!("socat -u FILE:{} TCP:{}:7777,retry=100,interval=0.1", sent.display(), to.address);
+    run_for(context, "sender", &mut from.run_in(&send), Duration::from_secs(60))?
         .expect(0)
         .context("the sender")?;
     ensure!(listener.wait(Duration::from_secs(60))? == 0, "the receiver failed");
@@ -103,13 +171,14 @@ fn talk(context: &Context, repo: &Path) -> Result<()> {
     Ok(())
 }
 
-fn await_forwarding(guest: &Process) -> Result<()> {
-    let until = Instant::now() + BOOT;
+/// Reads the events of l2fwd up to the first that `is_it`.
+fn await_event(guest: &Process, limit: Duration, mut is_it: impl FnMut(&Value) -> bool) -> Result<()> {
+    let until = Instant::now() + limit;
     while let Some(line) = guest.line(until.saturating_duration_since(Instant::now()))? {
         let event: Value = serde_json::from_str(&line).with_context(|| format!("l2fwd printed '{line}'"))?;
-        if event["event"] == "forwarding" {
+        if is_it(&event) {
             return Ok(());
         }
     }
-    bail!("l2fwd did not start in the guest")
+    bail!("it did not come")
 }
