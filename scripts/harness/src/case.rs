@@ -38,8 +38,9 @@ pub(crate) struct Case {
     pub(crate) limit: Duration,
     /// Whether its neighbours may run at the same time, because it takes one cpu and minds no company.
     pub(crate) side_by_side: bool,
-    /// Whether it runs on the host while guests run, because it takes long and has all that it needs to itself.
-    pub(crate) beside_guests: bool,
+    /// Whether it runs on the host beside guests and beside the host's long cases, because it takes longer than any of them and
+    /// has all that it needs to itself.
+    pub(crate) beside_others: bool,
     run: Run,
 }
 
@@ -79,9 +80,9 @@ impl Case {
         self
     }
 
-    /// Runs while guests run; on the host only.
-    pub(crate) fn beside_guests(&mut self) -> &mut Self {
-        self.beside_guests = true;
+    /// Runs beside guests and the host's long cases; on the host only.
+    pub(crate) fn beside_others(&mut self) -> &mut Self {
+        self.beside_others = true;
         self
     }
 
@@ -161,7 +162,7 @@ impl Cases {
             tier: Tier::Default,
             limit: Duration::from_secs(LIMIT),
             side_by_side: false,
-            beside_guests: false,
+            beside_others: false,
             run: Box::new(run),
         });
         &mut self.0[index]

@@ -127,20 +127,15 @@ pub(crate) fn run(
     let tap = Tap::default();
     let mut boots = VecDeque::new();
     let host = Host { full: choice.full, programs, tap: &tap, kills: AtomicUsize::new(0) };
-    let mut beside_guests = Vec::new();
+    let (mut on_host, mut long, mut beside) = (VecDeque::new(), VecDeque::new(), Vec::new());
     for Group { guest, mut cases } in groups {
         let Some((kernel, boot)) = guest else {
-            let (later, mut cases): (VecDeque<_>, VecDeque<_>) =
-                cases.into_iter().partition(|(_, case)| case.beside_guests);
-            beside_guests.extend(later.into_iter().map(|(_, case)| case));
-            while let Some((_, case)) = cases.pop_front() {
-                let mut together = vec![case];
-                while together[0].side_by_side
-                    && let Some((_, case)) = cases.pop_front_if(|(_, case)| case.side_by_side)
-                {
-                    together.push(case);
+            for (_, case) in cases {
+                match case.tier {
+                    _ if case.beside_others => beside.push(case),
+                    Tier::Default | Tier::BothKernels => on_host.push_back(case),
+                    Tier::Full | Tier::FullOnce => long.push_back(case),
                 }
-                host.run_all(together.into());
             }
             continue;
         };
@@ -150,14 +145,16 @@ pub(crate) fn run(
         }
     }
     let boots = Mutex::new(boots);
+    host.run_in_order(on_host);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            for case in beside_guests.iter().take_while(|_| stop::exit_code().is_none()) {
+            for case in beside.iter().take_while(|_| stop::exit_code().is_none()) {
                 if !host.run(case) {
                     host.run(case);
                 }
             }
         });
+        host.run_in_order(long);
         for _ in 0..jobs {
             scope.spawn(|| {
                 let next = || boots.lock().ok()?.pop_front();
@@ -184,6 +181,19 @@ struct Host<'a> {
 }
 
 impl Host<'_> {
+    /// Runs `cases` one after the other, but for neighbours that run side by side.
+    fn run_in_order(&self, mut cases: VecDeque<Arc<Case>>) {
+        while let Some(case) = cases.pop_front() {
+            let mut together = vec![case];
+            while together[0].side_by_side
+                && let Some(case) = cases.pop_front_if(|case| case.side_by_side)
+            {
+                together.push(case);
+            }
+            self.run_all(together.into());
+        }
+    }
+
     /// Runs `cases`, one on each cpu at a time. Those that were killed with another run once more, alone.
     fn run_all(&self, cases: VecDeque<Arc<Case>>) {
         let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);

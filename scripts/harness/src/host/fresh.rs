@@ -30,7 +30,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
             })
             .limit(limit)
             .in_full()
-            .beside_guests();
+            .beside_others();
     }
 }
 
@@ -75,7 +75,9 @@ fn readme_on(context: &Context, repo: &Path, suite: &str) -> Result<()> {
 fn inside(context: &Context, root: &Path, line: &str) -> Result<()> {
     let kernels = cache().join("kernel");
     std::fs::create_dir_all(&kernels)?;
+    // The root is a mount, as that of a machine is: `ip -n` changes how it propagates.
     let script = r#"
+        mount --bind "$1" "$1"
         mount -t proc proc "$1/proc"
         mount --rbind /sys "$1/sys"
         mount --rbind /dev "$1/dev"
