@@ -14,18 +14,11 @@ pub(crate) struct Sum {
 
 impl Sum {
     fn add(&mut self, bytes: &[u8]) {
-        let mut words = bytes;
-        if self.is_odd
-            && let [low, rest @ ..] = bytes
-        {
-            self.sum += u64::from(*low);
-            self.is_odd = false;
-            words = rest;
-        }
-        let words = words.chunks(2);
-        self.is_odd |= words.clone().next_back().is_some_and(|last| last.len() == 1);
+        let (low, words) = bytes.split_at(usize::from(self.is_odd).min(bytes.len()));
         let word = |word: &[u8]| u16::from_be_bytes([word[0], word.get(1).copied().unwrap_or(0)]);
-        self.sum += words.map(word).map(u64::from).sum::<u64>();
+        self.sum += low.iter().map(|byte| u64::from(*byte)).sum::<u64>();
+        self.sum += words.chunks(2).map(word).map(u64::from).sum::<u64>();
+        self.is_odd ^= bytes.len() % 2 == 1;
     }
 
     /// Adds `bytes` of the packet's data, in which they are.
