@@ -75,11 +75,8 @@ bitflags::bitflags! {
 
 impl Offloads {
     /// The name of each, in lower case with hyphens.
-    pub fn names(self) -> impl Iterator<Item = &'static str> {
-        self.iter().map(|offload| match offload {
-            Self::RX_CHECKSUM => "rx-checksum",
-            _ => "tx-checksum",
-        })
+    pub fn names(self) -> impl Iterator<Item = String> {
+        self.iter_names().map(|(name, _)| name.to_ascii_lowercase().replace('_', "-"))
     }
 }
 

@@ -46,11 +46,10 @@ topology_build() {
         none) ;;
         tap:*,*)
             IFS=, read -ra interfaces <<<"${OPT_NICS#tap:}"
-            position=$(nic_first_slot e1000e) kind=e1000e
-            for interface in "${interfaces[@]}"; do
-                nic_add "$kind" "$position" "tap,ifname=$interface,script=no,downscript=no"
-                [[ $kind == virtio-net ]] || position=$(($(nic_first_slot virtio-net) - 1))
-                kind=virtio-net position=$((position + 1))
+            nic_add e1000e "$(nic_first_slot e1000e)" "tap,ifname=${interfaces[0]},script=no,downscript=no"
+            position=$(nic_first_slot virtio-net)
+            for interface in "${interfaces[@]:1}"; do
+                nic_add virtio-net $((position++)) "tap,ifname=$interface,script=no,downscript=no"
             done
             ;;
         *)

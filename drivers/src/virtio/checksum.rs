@@ -36,11 +36,12 @@ pub(super) fn is_sound(header: [u8; HEADER], len: usize) -> bool {
 /// Writes the header in front of a packet, as [`blank`], or one that asks for the packet's checksum. Whether it does.
 #[inline(always)]
 pub(super) fn ask(slot: &mut Slot<'_>, mergeable: bool) -> bool {
-    match slot.partial_checksum() {
+    let partial = slot.partial_checksum();
+    match partial {
         Some(partial) => slot.write_header(&request(partial)),
         None => blank(slot, mergeable),
     }
-    slot.partial_checksum().is_some()
+    partial.is_some()
 }
 
 impl RxQueue {

@@ -25,7 +25,8 @@ pub struct RxQueue {
     pub(super) mergeable: bool,
     /// Whether headers are read for checksums.
     pub(super) checksums: bool,
-    /// Whether completions are not for the fast path: see [`RxQueue::receive_aside`].
+    /// Whether completions are not for the fast path: headers are read for checksums, or the queue is within a batch. One field,
+    /// so that a poll makes one test.
     aside: bool,
     pub(super) in_order: bool,
     /// Descriptors are offered again when the device lacks so many.
