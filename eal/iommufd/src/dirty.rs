@@ -1,17 +1,17 @@
-//! Which memory devices have written.
+//! Dirty tracking: which memory devices have written.
 
 use crate::error::{Error, Operation, Result};
 use crate::{Hwpt, sys};
 
-/// Words in the CPU's largest ordinary page, of 64 KiB.
+/// Number of words in a 64 KiB page, the CPU's largest base page.
 const PAGE: usize = (64 << 10) / size_of::<u64>();
 
 impl Hwpt {
-    /// Starts or stops to note what devices write (`IOMMU_HWPT_SET_DIRTY_TRACKING`). The table has
-    /// [`HwptFlags::DIRTY_TRACKING`](crate::HwptFlags::DIRTY_TRACKING).
+    /// Starts or stops tracking of the pages that devices write (`IOMMU_HWPT_SET_DIRTY_TRACKING`). The table
+    /// must have [`HwptFlags::DIRTY_TRACKING`](crate::HwptFlags::DIRTY_TRACKING).
     ///
     /// # Errors
-    /// `EOPNOTSUPP` when the table has not.
+    /// `EOPNOTSUPP` when the table does not have the flag.
     pub fn set_dirty_tracking(&self, on: bool) -> Result<()> {
         const ENABLE: u32 = sys::iommufd_hwpt_set_dirty_tracking_flags_IOMMU_HWPT_DIRTY_TRACKING_ENABLE;
         let mut argument = sys::iommu_hwpt_set_dirty_tracking {
@@ -23,13 +23,16 @@ impl Hwpt {
         unsafe { self.iommufd().call(&mut argument) }.map_err(|errno| Operation::DirtyTracking.failed(errno))
     }
 
-    /// Sets the bit of each page that devices have written among `len` bytes from `iova` on, and forgets that it was written
-    /// if `clear` (`IOMMU_HWPT_GET_DIRTY_BITMAP`). Bit `n % 64` of word `n / 64` is page `n`, of `page_size` bytes, counted
-    /// from `iova`. Other bits stay as they were. `clear` is false before an unmap of the same range, which forgets anyway.
+    /// Sets the bits of the pages that devices have written, among the `len` bytes at `iova`
+    /// (`IOMMU_HWPT_GET_DIRTY_BITMAP`). Bit `n % 64` of word `n / 64` stands for page `n`, counted from
+    /// `iova` in pages of `page_size` bytes. Other bits are unchanged.
+    ///
+    /// If `clear` is true, the kernel also clears the dirty state of the pages. Pass false before an unmap of
+    /// the same range, because the unmap discards the state anyway.
     ///
     /// # Errors
-    /// [`Error::Argument`] when `page_size` is no power of two or divides one of `iova` and `len` not, and when `bitmap` has
-    /// fewer words than [`bitmap_words`].
+    /// [`Error::Argument`] when `page_size` is not a power of two, when the range is empty, wraps around or
+    /// does not consist of whole pages, and when `bitmap` has fewer words than [`bitmap_words`].
     pub fn dirty_bitmap(
         &self,
         iova: u64,
@@ -39,7 +42,7 @@ impl Hwpt {
         bitmap: &mut [u64],
     ) -> Result<()> {
         let operation = Operation::DirtyBitmap;
-        // The kernel writes as many bits as these numbers say, and older kernels check less of them.
+        // These values determine how many bits the kernel writes, and older kernels check fewer of them.
         let is_paged = page_size.is_power_of_two()
             && len > 0
             && iova.is_multiple_of(page_size)
@@ -52,8 +55,9 @@ impl Hwpt {
         let Some(bitmap) = bitmap.get_mut(..words) else {
             return Err(Error::Argument { operation, why: "the bitmap is too short" });
         };
-        // A large page of the IOMMU that is dirty has all its bits set, also those behind the range. The kernel keeps to the
-        // CPU's pages that the bitmap is in, so these have to be ours.
+        // If a huge IOMMU page is dirty, the kernel sets all of its bits, including those past the end of the
+        // range. It writes only to CPU pages that contain the bitmap, so the buffer has to own these pages
+        // entirely.
         let room = words.next_multiple_of(PAGE);
         let mut own = vec![0_u64; room + PAGE];
         let address = own.as_ptr().addr();
@@ -69,8 +73,9 @@ impl Hwpt {
             data: own.as_mut_ptr() as u64,
             ..Default::default()
         };
-        // SAFETY: the kernel sets bits of the range, for each page of which the slice has one, and at most of the rest of
-        // the CPU's page that the last one is in, which is the slice's too.
+        // SAFETY: the slice has a bit for each page of the range. The kernel sets these bits, and beyond them
+        // at most the bits in the rest of the CPU page that contains the last one, which is also part of the
+        // slice.
         unsafe { self.iommufd().call(&mut argument) }.map_err(|errno| operation.failed(errno))?;
         let bits_of_last = (len / page_size - 1) % 64 + 1;
         own[words - 1] &= u64::MAX >> (64 - bits_of_last);
@@ -81,7 +86,7 @@ impl Hwpt {
     }
 }
 
-/// Words of a bitmap that has a bit for each page of `page_size` bytes in `len` bytes.
+/// Number of words in a bitmap with one bit per page of `page_size` bytes, for `len` bytes.
 pub const fn bitmap_words(len: u64, page_size: u64) -> u64 {
     len.div_ceil(page_size).div_ceil(64)
 }
@@ -103,9 +108,9 @@ mod tests {
                     let asked: sys::iommu_hwpt_get_dirty_bitmap = read(bytes);
                     assert_eq!((asked.size, asked.flags, asked.iova), (48, 1, 0x10_0000));
                     let last = (asked.length / asked.page_size - 1) as usize;
-                    // The last page is in a large one of the IOMMU.
+                    // The last page is part of a huge IOMMU page.
                     for page in last..last + 512 {
-                        // SAFETY: the rest of the page that the bit of the last one is in is the caller's.
+                        // SAFETY: the caller owns the whole CPU page that contains the bit of the last page.
                         unsafe { *(asked.data as *mut u64).add(page / 64) |= 1 << (page % 64) };
                     }
                 }
@@ -113,7 +118,7 @@ mod tests {
             }
             Ok(())
         });
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so no kernel object is involved.
         let ioas = unsafe { iommufd.ioas_from_id(1) };
         let options = HwptOptions::new(HwptFlags::DIRTY_TRACKING);
         let hwpt = ioas.hwpt_alloc(DeviceId(1), &options).unwrap();

@@ -1,4 +1,4 @@
-//! What can fail, with the kernel's errno where it has one.
+//! Errors, with the kernel's errno where there is one.
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -6,70 +6,70 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
-/// Result of everything in this crate that can fail.
+/// Result of this crate's fallible functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a call of this crate failed.
+/// Reason why a call of this crate failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}: {}", self.what(), self.why())]
 #[non_exhaustive]
 pub enum Error {
-    /// The device node did not open.
+    /// Opening the device node failed.
     Open {
-        /// The node.
+        /// Path of the node.
         path: PathBuf,
-        /// What the kernel answered.
+        /// Errno from the kernel.
         errno: Errno,
     },
-    /// The descriptor is not one of `/dev/iommu`.
+    /// Sysfs does not identify the descriptor as `/dev/iommu`.
     NotIommufd {
-        /// Its number.
+        /// Number of the descriptor.
         fd: RawFd,
     },
     /// The kernel refused an operation.
     Kernel {
-        /// What was asked for.
+        /// The requested operation.
         operation: Operation,
-        /// What the kernel answered.
+        /// Errno from the kernel.
         errno: Errno,
     },
-    /// The kernel took only some of the invalidation requests.
+    /// The kernel did not handle all invalidation requests.
     Invalidate {
-        /// How many it handled before the one that failed.
+        /// Number of requests that the kernel handled before the one that failed.
         handled: usize,
-        /// What the kernel answered.
+        /// Errno from the kernel.
         errno: Errno,
     },
-    /// The objects of one operation are of different open `/dev/iommu`.
+    /// The objects of one operation belong to different open files of `/dev/iommu`.
     OtherIommufd {
-        /// What was asked for.
+        /// The requested operation.
         operation: Operation,
     },
-    /// An argument has no meaning, and the kernel was not asked.
+    /// An argument is invalid. The kernel was not called.
     Argument {
-        /// What was asked for.
+        /// The requested operation.
         operation: Operation,
-        /// What is wrong with the argument.
+        /// Reason why the argument is invalid.
         why: &'static str,
     },
-    /// Memory that must be contiguous in physical memory is not.
+    /// Memory that must be physically contiguous is not.
     NotContiguous {
-        /// Bytes that must be contiguous.
+        /// Number of bytes that must be contiguous.
         page: u64,
-        /// Bytes that are.
+        /// Number of bytes that are contiguous.
         contiguous: u64,
     },
-    /// The kernel answered against its own interface.
+    /// The kernel's response violates its own interface.
     Protocol {
-        /// What was asked for.
+        /// The requested operation.
         operation: Operation,
-        /// What is wrong with the answer.
+        /// What is wrong with the response.
         why: &'static str,
     },
 }
 
 impl Error {
-    /// What failed, as the first half of the message: `cannot map 2 MiB for DMA`.
+    /// Returns what failed, as the first half of the message: `cannot map 2 MiB for DMA`.
     pub fn what(&self) -> String {
         match self {
             Self::Open { path, .. } => format!("cannot open {}", path.display()),
@@ -83,7 +83,7 @@ impl Error {
         }
     }
 
-    /// Why it failed, as the second half of the message: `EEXIST (File exists)`.
+    /// Returns why it failed, as the second half of the message: `EEXIST (File exists)`.
     pub fn why(&self) -> String {
         match self {
             Self::Open { errno, .. } | Self::Kernel { errno, .. } => match self.reason() {
@@ -102,7 +102,7 @@ impl Error {
         }
     }
 
-    /// What the kernel answered, if it was the kernel.
+    /// Returns the errno from the kernel, if the kernel reported the error.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Self::Open { errno, .. } | Self::Kernel { errno, .. } | Self::Invalidate { errno, .. } => {
@@ -112,7 +112,7 @@ impl Error {
         }
     }
 
-    /// What the errno means for this operation, where it means more than its name says.
+    /// Returns what the errno means for this operation, if that is more specific than its name.
     pub fn reason(&self) -> Option<&'static str> {
         match self {
             Self::Open { errno: Errno::ENOENT | Errno::ENODEV, .. } => {
@@ -127,7 +127,7 @@ impl Error {
         }
     }
 
-    /// What to do about it, best as a command to type, where something helps.
+    /// Returns how to fix the error, as a command where possible. `None` if there is no known fix.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Open { errno: Errno::ENOENT | Errno::ENODEV, .. } => Some("run: modprobe iommufd".into()),
@@ -140,7 +140,7 @@ impl Error {
     }
 }
 
-/// What was asked of the kernel. Its text follows "cannot".
+/// Operation requested from the kernel. Its `Display` text completes a sentence that starts with "cannot".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Operation {
@@ -150,45 +150,45 @@ pub enum Operation {
     ReadIovaRanges,
     /// Reserve IOVA ranges (`IOMMU_IOAS_ALLOW_IOVAS`).
     AllowIovas,
-    /// Map memory by its address (`IOMMU_IOAS_MAP`).
+    /// Map memory by address (`IOMMU_IOAS_MAP`).
     Map {
-        /// How much, in bytes.
+        /// Length in bytes.
         len: u64,
-        /// Where, if that was asked for.
+        /// Requested IOVA, if any.
         iova: Option<u64>,
     },
-    /// Map memory by its file (`IOMMU_IOAS_MAP_FILE`).
+    /// Map memory by file (`IOMMU_IOAS_MAP_FILE`).
     MapFile {
-        /// How much, in bytes.
+        /// Length in bytes.
         len: u64,
-        /// Where, if that was asked for.
+        /// Requested IOVA, if any.
         iova: Option<u64>,
     },
-    /// Map what another address space maps (`IOMMU_IOAS_COPY`).
+    /// Copy an existing mapping (`IOMMU_IOAS_COPY`).
     Copy {
-        /// How much, in bytes.
+        /// Length in bytes.
         len: u64,
-        /// Where, if that was asked for.
+        /// Requested IOVA, if any.
         iova: Option<u64>,
     },
-    /// Unmap (`IOMMU_IOAS_UNMAP`).
+    /// Unmap a range of IOVAs (`IOMMU_IOAS_UNMAP`).
     Unmap {
-        /// How much, in bytes.
+        /// Length in bytes.
         len: u64,
-        /// From where on.
+        /// First IOVA.
         iova: u64,
     },
-    /// Translate an IOVA of devices without an IOMMU (`IOMMU_IOAS_NOIOMMU_GET_PA`).
+    /// Translate an IOVA for devices without an IOMMU (`IOMMU_IOAS_NOIOMMU_GET_PA`).
     PhysicalAddress,
-    /// Set an option (`IOMMU_OPTION`), by its number.
+    /// Set the option with this number (`IOMMU_OPTION`).
     SetOption(u32),
-    /// Read an option (`IOMMU_OPTION`), by its number.
+    /// Read the option with this number (`IOMMU_OPTION`).
     GetOption(u32),
-    /// Read or change the address space of VFIO containers (`IOMMU_VFIO_IOAS`).
+    /// Read or change the address space that VFIO containers use (`IOMMU_VFIO_IOAS`).
     CompatIoas,
-    /// Move the accounts of pinned pages to this process (`IOMMU_IOAS_CHANGE_PROCESS`).
+    /// Move the accounting of pinned pages to this process (`IOMMU_IOAS_CHANGE_PROCESS`).
     ChangeProcess,
-    /// Read what the IOMMU behind a device can do (`IOMMU_GET_HW_INFO`).
+    /// Read the properties of the IOMMU behind a device (`IOMMU_GET_HW_INFO`).
     HwInfo,
     /// Allocate a hardware page table (`IOMMU_HWPT_ALLOC`).
     AllocateHwpt,
@@ -198,21 +198,21 @@ pub enum Operation {
     DirtyBitmap,
     /// Invalidate caches (`IOMMU_HWPT_INVALIDATE`).
     Invalidate,
-    /// Allocate a queue of page faults (`IOMMU_FAULT_QUEUE_ALLOC`).
+    /// Allocate a page fault queue (`IOMMU_FAULT_QUEUE_ALLOC`).
     AllocateFaultQueue,
     /// Read page faults.
     ReadFaults,
-    /// Answer a page fault.
+    /// Respond to a page fault.
     RespondToFault,
     /// Allocate a virtual IOMMU (`IOMMU_VIOMMU_ALLOC`).
     AllocateViommu,
     /// Allocate a virtual device (`IOMMU_VDEVICE_ALLOC`).
     AllocateVdevice,
-    /// Allocate a queue of a virtual IOMMU's events (`IOMMU_VEVENTQ_ALLOC`).
+    /// Allocate an event queue of a virtual IOMMU (`IOMMU_VEVENTQ_ALLOC`).
     AllocateEventQueue,
     /// Read events of a virtual IOMMU.
     ReadEvents,
-    /// Allocate a queue that the hardware serves (`IOMMU_HW_QUEUE_ALLOC`).
+    /// Allocate a hardware queue (`IOMMU_HW_QUEUE_ALLOC`).
     AllocateHwQueue,
     /// Duplicate the descriptor.
     Duplicate,

@@ -1,4 +1,4 @@
-//! Events of a virtual IOMMU, for the virtual machine.
+//! Events of a virtual IOMMU, to be delivered to the virtual machine.
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -8,11 +8,11 @@ use crate::object::Object;
 use crate::queue::{read_all, word};
 use crate::{Viommu, sys};
 
-/// Type of events (`enum iommu_veventq_type`), and how long the structure of one is.
+/// Type of events (`enum iommu_veventq_type`), with the size of its structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EventType {
     number: u32,
-    /// Bytes of the structure behind each header.
+    /// Size in bytes of the structure that follows each header.
     len: usize,
 }
 
@@ -22,47 +22,48 @@ impl EventType {
         sys::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3,
         size_of::<sys::iommu_vevent_arm_smmuv3>(),
     );
-    /// Errors of NVIDIA's command queues (`struct iommu_vevent_tegra241_cmdqv`).
+    /// Errors of NVIDIA Tegra241 command queues (`struct iommu_vevent_tegra241_cmdqv`).
     pub const TEGRA241_CMDQV: Self = Self::new(
         sys::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_TEGRA241_CMDQV,
         size_of::<sys::iommu_vevent_tegra241_cmdqv>(),
     );
 
-    /// A type of a later kernel: its number, and the bytes of its structure.
+    /// Creates the type with this `number`, whose structure has `len` bytes. Intended for types of later kernels.
     pub const fn new(number: u32, len: usize) -> Self {
         Self { number, len }
     }
 }
 
-/// An event, or a gap where there were some.
+/// An event, or a report that events were lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
     /// An event.
     Data {
-        /// Its number; a gap to the one before it is as many lost events. Behind `i32::MAX` comes 0.
+        /// Sequence number. A gap of `n` numbers after the previous event means that `n` events were lost.
+        /// The number wraps from `i32::MAX` to 0.
         sequence: u32,
-        /// The bytes of the type's structure.
+        /// Bytes of the event type's structure.
         data: Vec<u8>,
     },
-    /// The queue was full, and events were lost.
+    /// Events were lost because the queue was full.
     Lost {
-        /// Number of the last one that was lost.
+        /// Sequence number of the last lost event.
         sequence: u32,
     },
 }
 
-/// Queue of a virtual IOMMU's events. Its descriptor is readable while an event waits. Destroyed on drop.
+/// Event queue of a virtual IOMMU, destroyed on drop. Its descriptor is readable while events are pending.
 #[derive(Debug)]
 pub struct EventQueue {
-    /// Closed before the object is destroyed, which the kernel refuses while the file is open.
+    /// Closed before the object is destroyed: the kernel refuses to destroy it while the file is open.
     file: OwnedFd,
     _object: Object,
     kind: EventType,
     _viommu: Arc<Viommu>,
 }
 
-/// Events for which there is room.
+/// Number of events that fit into the initial buffer.
 const EVENTS: usize = 64;
 const HEADER: usize = size_of::<sys::iommufd_vevent_header>();
 
@@ -77,16 +78,16 @@ impl EventQueue {
         // SAFETY: the argument has no addresses.
         unsafe { viommu.iommufd().call(&mut alloc) }
             .map_err(|errno| Operation::AllocateEventQueue.failed(errno))?;
-        // SAFETY: the kernel has just installed this descriptor for us, nobody else owns it.
+        // SAFETY: the kernel has just installed this descriptor, and nothing else owns it.
         let file = unsafe { OwnedFd::from_raw_fd(alloc.out_veventq_fd as RawFd) };
         let object = Object::new(viommu.iommufd(), alloc.out_veventq_id, "event queue");
         Ok(Self { file, _object: object, kind, _viommu: Arc::clone(viommu) })
     }
 
-    /// The events that wait; none when no event does. Returns at once: to wait, poll the descriptor.
+    /// Reads the pending events, if any, and returns immediately. To wait for events, poll the descriptor.
     ///
     /// # Errors
-    /// When the kernel refuses, or answers with half an event.
+    /// When the read fails or returns an incomplete event.
     pub fn read(&self) -> Result<Vec<Event>> {
         let operation = Operation::ReadEvents;
         let bytes = read_all(&self.file, EVENTS * (HEADER + self.kind.len), operation)?;
@@ -101,8 +102,8 @@ impl AsFd for EventQueue {
     }
 }
 
-/// The events in `bytes`, each a header and `len` bytes; behind the header of lost ones there are none. None if the last
-/// event is not whole.
+/// Parses events, each a header and `len` bytes. The header of lost events is followed by no bytes. Returns
+/// `None` if the last event is incomplete.
 fn events(mut bytes: &[u8], len: usize) -> Option<Vec<Event>> {
     let mut events = Vec::new();
     while !bytes.is_empty() {
@@ -163,7 +164,7 @@ mod tests {
             }
             Ok(())
         });
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so no kernel object is involved.
         let ioas = unsafe { iommufd.ioas_from_id(1) };
         let hwpt = ioas.hwpt_alloc(DeviceId(1), &HwptOptions::default()).unwrap();
         let viommu = hwpt.viommu_alloc(DeviceId(1), ViommuType::TEGRA241_CMDQV, &mut []).unwrap();

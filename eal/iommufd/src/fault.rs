@@ -1,4 +1,4 @@
-//! Page faults of devices that wait for their memory (PCI's page request interface).
+//! Page faults of devices that wait for memory to be mapped (PCI page request interface).
 
 use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -13,16 +13,16 @@ use crate::queue::{read_all, word};
 use crate::{DeviceId, Iommufd, sys};
 
 bitflags! {
-    /// What a device wanted to do (`enum iommu_hwpt_pgfault_perm`).
+    /// Access that a device requested (`enum iommu_hwpt_pgfault_perm`).
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct FaultPermissions: u32 {
-        /// Read.
+        /// Read access.
         const READ = sys::iommu_hwpt_pgfault_perm_IOMMU_PGFAULT_PERM_READ;
-        /// Write.
+        /// Write access.
         const WRITE = sys::iommu_hwpt_pgfault_perm_IOMMU_PGFAULT_PERM_WRITE;
-        /// Execute.
+        /// Execute access.
         const EXEC = sys::iommu_hwpt_pgfault_perm_IOMMU_PGFAULT_PERM_EXEC;
-        /// In privileged mode.
+        /// Access in privileged mode.
         const PRIV = sys::iommu_hwpt_pgfault_perm_IOMMU_PGFAULT_PERM_PRIV;
         const _ = !0;
     }
@@ -32,50 +32,51 @@ bitflags! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Fault {
-    /// The device.
+    /// Device that caused the fault.
     pub device: DeviceId,
-    /// Its process address space, if the request had one.
+    /// Process address space ID (PASID), if the request had one.
     pub pasid: Option<u32>,
     /// Index of the page request group.
     pub group: u32,
-    /// What the device wanted to do.
+    /// Access that the device requested.
     pub permissions: FaultPermissions,
-    /// The IOVA.
+    /// IOVA of the access.
     pub address: u64,
-    /// How many bytes the device is about to access; 0 when it does not tell.
+    /// Number of bytes that the device is about to access; 0 if the device does not report it.
     pub len: u32,
 }
 
-/// Faults that wait for one response.
+/// Page faults that are answered by a single response.
 #[must_use = "the device waits until FaultQueue::respond"]
 #[derive(Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FaultGroup {
     cookie: u32,
-    /// The faults, in the order of the requests.
+    /// Faults of the group, in the order of the requests.
     pub faults: Vec<Fault>,
 }
 
 /// Response to a group of faults (`enum iommufd_page_response_code`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageResponse {
-    /// The memory is mapped now: the device tries again.
+    /// The memory is now mapped, and the device retries the access.
     Success,
-    /// The access is an error: the device gives up.
+    /// The access is invalid, and the device does not retry it.
     Invalid,
 }
 
-/// Queue of the page faults of every device whose page table has it ([`HwptOptions::faults`](crate::HwptOptions::faults)).
-/// Its descriptor is readable while a fault waits. The kernel answers what is left with [`PageResponse::Invalid`] when the
-/// queue is dropped.
+/// Queue for the page faults of devices whose page tables use it
+/// ([`HwptOptions::faults`](crate::HwptOptions::faults)). Its descriptor is readable while faults are
+/// pending. When the queue is dropped, the kernel answers the remaining faults with
+/// [`PageResponse::Invalid`].
 #[derive(Debug)]
 pub struct FaultQueue {
-    /// Closed before the object is destroyed, which the kernel refuses while the file is open.
+    /// Closed before the object is destroyed: the kernel refuses to destroy it while the file is open.
     file: OwnedFd,
     object: Object,
 }
 
-/// Faults for which there is room at first.
+/// Number of faults that fit into the initial buffer.
 const FAULTS: usize = 64;
 const FAULT: usize = size_of::<sys::iommu_hwpt_pgfault>();
 
@@ -84,7 +85,7 @@ impl FaultQueue {
         let mut alloc = sys::iommu_fault_alloc::default();
         // SAFETY: the argument has no addresses.
         unsafe { iommufd.call(&mut alloc) }.map_err(|errno| Operation::AllocateFaultQueue.failed(errno))?;
-        // SAFETY: the kernel has just installed this descriptor for us, nobody else owns it.
+        // SAFETY: the kernel has just installed this descriptor, and nothing else owns it.
         let file = unsafe { OwnedFd::from_raw_fd(alloc.out_fault_fd as RawFd) };
         Ok(Arc::new(Self { file, object: Object::new(iommufd, alloc.out_fault_id, "fault queue") }))
     }
@@ -97,10 +98,10 @@ impl FaultQueue {
         self.object.iommufd()
     }
 
-    /// The groups that wait; none when no fault does. Returns at once: to wait, poll the descriptor.
+    /// Reads the pending groups, if any, and returns immediately. To wait for faults, poll the descriptor.
     ///
     /// # Errors
-    /// When the kernel refuses, or answers with half a fault.
+    /// When the read fails or returns an incomplete fault.
     pub fn read(&self) -> Result<Vec<FaultGroup>> {
         let bytes = read_all(&self.file, FAULTS * FAULT, Operation::ReadFaults)?;
         if !bytes.len().is_multiple_of(FAULT) {
@@ -110,10 +111,10 @@ impl FaultQueue {
         Ok(groups(&bytes))
     }
 
-    /// Answers a group.
+    /// Responds to a group of faults.
     ///
     /// # Errors
-    /// `EINVAL` when the kernel has answered it already, because the device was detached.
+    /// `EINVAL` when the kernel has already responded because the device was detached.
     pub fn respond(&self, group: FaultGroup, response: PageResponse) -> Result<()> {
         let code = match response {
             PageResponse::Success => sys::iommufd_page_response_code_IOMMUFD_PAGE_RESP_SUCCESS,
@@ -135,7 +136,7 @@ impl AsFd for FaultQueue {
     }
 }
 
-/// The faults in `bytes`, which are whole ones. Those of a group follow each other and have one cookie.
+/// Parses `bytes`, which holds only whole faults. Faults of the same group are adjacent and have the same cookie.
 fn groups(bytes: &[u8]) -> Vec<FaultGroup> {
     let mut groups: Vec<FaultGroup> = Vec::new();
     for bytes in bytes.chunks_exact(FAULT) {
@@ -171,7 +172,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::rc::Rc;
 
-    /// A queue whose other end is a socket, and what the kernel is asked beside it.
+    /// Returns a queue whose descriptor is a socket, the other end of the socket, and a log of the other ioctls.
     fn queue() -> (Arc<FaultQueue>, UnixStream, Rc<RefCell<Vec<String>>>) {
         let (ours, kernels) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
@@ -247,7 +248,7 @@ mod tests {
     #[test]
     fn a_table_keeps_its_queue_and_the_descriptor_closes_first() {
         let (queue, _kernel, log) = queue();
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so no kernel object is involved.
         let ioas = unsafe { queue.iommufd().ioas_from_id(1) };
         let options = HwptOptions::new(HwptFlags::PASID).faults(&queue);
         let hwpt = ioas.hwpt_alloc(DeviceId(3), &options).unwrap();

@@ -1,4 +1,4 @@
-//! What the IOMMU behind a device can do.
+//! Properties of the IOMMU behind a device.
 
 use bitflags::bitflags;
 
@@ -6,25 +6,25 @@ use crate::error::{Operation, Result};
 use crate::{DeviceId, Iommufd, open_enum, sys};
 
 bitflags! {
-    /// What every type of IOMMU may be able to do (`enum iommufd_hw_capabilities`). Later kernels have more bits.
+    /// Capabilities that exist for all IOMMU types (`enum iommufd_hw_capabilities`). Later kernels have more bits.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct HwCapabilities: u64 {
-        /// It tracks what devices write.
+        /// The IOMMU tracks the pages that devices write.
         const DIRTY_TRACKING = sys::iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING as u64;
-        /// The device's PASIDs have a permission to execute.
+        /// The device's PASIDs support execute permission.
         const PASID_EXEC = sys::iommufd_hw_capabilities_IOMMU_HW_CAP_PCI_PASID_EXEC as u64;
-        /// The device's PASIDs have a privileged mode.
+        /// The device's PASIDs support privileged mode.
         const PASID_PRIV = sys::iommufd_hw_capabilities_IOMMU_HW_CAP_PCI_PASID_PRIV as u64;
-        /// The device has no ATS, or cannot use it.
+        /// The device does not support ATS or cannot use it.
         const NO_ATS = sys::iommufd_hw_capabilities_IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED as u64;
         const _ = !0;
     }
 }
 
 open_enum! {
-    /// Type of an IOMMU's properties (`enum iommu_hw_info_type`).
+    /// Type of the structure with an IOMMU's properties (`enum iommu_hw_info_type`).
     HwInfoType {
-        /// None: the IOMMU's driver reports no properties.
+        /// The IOMMU's driver reports no properties.
         NONE = iommu_hw_info_type_IOMMU_HW_INFO_TYPE_NONE,
         /// `struct iommu_hw_info_vtd`.
         INTEL_VTD = iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD,
@@ -41,13 +41,13 @@ open_enum! {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HwInfo {
-    /// Which structure [`data`](Self::data) is.
+    /// Type of the structure in [`data`](Self::data).
     pub kind: HwInfoType,
-    /// The bytes of that structure, as many as the kernel has.
+    /// Bytes of the structure. The kernel determines their number.
     pub data: Vec<u8>,
-    /// What it can do, whatever its type.
+    /// Capabilities that do not depend on the type of the IOMMU.
     pub capabilities: HwCapabilities,
-    /// Width of the device's PASIDs in bits; 0 when it has none.
+    /// Width of the device's PASIDs in bits; 0 if the device has no PASIDs.
     pub pasid_bits: u8,
 }
 
@@ -63,7 +63,7 @@ impl HwInfo {
                 ..Default::default()
             };
             info.__bindgen_anon_1.in_data_type = wanted.map_or(0, |wanted| wanted.0);
-            // SAFETY: the kernel writes at most `data_len` bytes, which is the length of the vector behind the address.
+            // SAFETY: the kernel writes at most `data_len` bytes, which is the length of the vector at that address.
             unsafe { iommufd.call(&mut info) }.map_err(|errno| Operation::HwInfo.failed(errno))?;
             let len = info.data_len as usize;
             if len > data.len() {
@@ -96,7 +96,7 @@ mod tests {
             let wanted = unsafe { info.__bindgen_anon_1.in_data_type };
             assert_eq!((info.size, info.flags, info.dev_id, wanted), (40, 1, 4, 2));
             let room = info.data_len.min(100) as usize;
-            // SAFETY: the argument says that there is room.
+            // SAFETY: the argument states that `data_len` bytes may be written at that address.
             unsafe { std::slice::from_raw_parts_mut(info.data_uptr as *mut u8, room) }.fill(7);
             (info.data_len, info.out_max_pasid_log2, info.out_capabilities) = (100, 20, 1 | 1 << 40);
             write(bytes, &info);

@@ -1,4 +1,5 @@
-//! Hardware page tables: those of an address space, which the kernel fills, and nested ones, which a virtual machine fills.
+//! Hardware page tables: tables of an address space, filled by the kernel, and nested tables, filled by a
+//! virtual machine.
 
 use std::sync::Arc;
 
@@ -9,14 +10,14 @@ use crate::object::Object;
 use crate::{DeviceId, FaultQueue, Ioas, Iommufd, Viommu, ViommuType, open_enum, sys};
 
 bitflags! {
-    /// What a hardware page table has to be able to do.
+    /// Features that a hardware page table must support.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct HwptFlags: u32 {
-        /// To be the parent of nested tables.
+        /// The table can be the parent of nested tables.
         const NEST_PARENT = sys::iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_NEST_PARENT;
-        /// To track what devices write.
+        /// The table tracks the pages that devices write.
         const DIRTY_TRACKING = sys::iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_DIRTY_TRACKING;
-        /// To be attached to a PASID of a device.
+        /// The table can be attached to a PASID of a device.
         const PASID = sys::iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_PASID;
     }
 }
@@ -43,7 +44,7 @@ open_enum! {
     }
 }
 
-/// How a hardware page table is allocated.
+/// Options for the allocation of a hardware page table.
 #[must_use]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HwptOptions<'a> {
@@ -53,23 +54,23 @@ pub struct HwptOptions<'a> {
 }
 
 impl<'a> HwptOptions<'a> {
-    /// A table that has to be able to do `flags`.
+    /// Creates options for a table that supports `flags`.
     pub fn new(flags: HwptFlags) -> Self {
         Self { flags, ..Self::default() }
     }
 
-    /// With the structure of type `kind` that describes a nested table.
+    /// Sets the structure of type `kind` that describes a nested table.
     pub fn data(self, kind: HwptDataType, data: &'a [u8]) -> Self {
         Self { data: Some((kind, data)), ..self }
     }
 
-    /// With page faults of its devices in `queue`.
+    /// Sets the queue for page faults of the table's devices.
     pub fn faults(self, queue: &'a Arc<FaultQueue>) -> Self {
         Self { faults: Some(queue), ..self }
     }
 }
 
-/// What a table translates into, or by.
+/// Object that a table was allocated from. It must outlive the table.
 #[derive(Debug)]
 enum Parent {
     Ioas { _ioas: Arc<Ioas> },
@@ -77,7 +78,7 @@ enum Parent {
     Viommu { _viommu: Arc<Viommu> },
 }
 
-/// A hardware page table, destroyed on drop. It keeps its parent and its fault queue.
+/// A hardware page table, destroyed on drop. It keeps its parent and its fault queue alive.
 #[derive(Debug)]
 pub struct Hwpt {
     object: Object,
@@ -127,37 +128,39 @@ impl Hwpt {
             fault_id: options.faults.map_or(0, |faults| faults.id()),
             ..Default::default()
         };
-        // SAFETY: the kernel reads `data_len` bytes, which is the length of the slice behind the address.
+        // SAFETY: the kernel reads `data_len` bytes, which is the length of the slice at that address.
         unsafe { iommufd.call(&mut alloc) }.map_err(|errno| operation.failed(errno))?;
         let object = Object::new(iommufd, alloc.out_hwpt_id, "hardware page table");
         Ok(Arc::new(Self { object, _parent: parent, _faults: options.faults.cloned() }))
     }
 
-    /// Object id, to attach devices by.
+    /// Returns the object id, by which devices are attached.
     pub fn id(&self) -> u32 {
         self.object.id()
     }
 
-    /// The descriptor that it lives in.
+    /// Returns the iommufd that the object belongs to.
     pub fn iommufd(&self) -> &Iommufd {
         self.object.iommufd()
     }
 
-    /// Allocates a nested table for `device` (`IOMMU_HWPT_ALLOC`): a virtual machine fills it, and this one translates what
-    /// it leads to. This one has [`HwptFlags::NEST_PARENT`]; `options` have [data](HwptOptions::data).
+    /// Allocates a nested table for `device` (`IOMMU_HWPT_ALLOC`). A virtual machine fills the nested table,
+    /// and this table translates the resulting addresses. This table must have [`HwptFlags::NEST_PARENT`],
+    /// and `options` must have [data](HwptOptions::data).
     ///
     /// # Errors
-    /// `EOPNOTSUPP` and `EINVAL` when the IOMMU does not nest or does not accept the data.
+    /// `EOPNOTSUPP` or `EINVAL` when the IOMMU does not support nesting or does not accept the data.
     pub fn nested_alloc(self: &Arc<Self>, device: DeviceId, options: &HwptOptions<'_>) -> Result<Arc<Self>> {
         let parent = Parent::Hwpt { _hwpt: Arc::clone(self) };
         Self::alloc(self.iommufd(), self.id(), parent, device, options)
     }
 
-    /// Allocates a virtual IOMMU on the IOMMU behind `device` (`IOMMU_VIOMMU_ALLOC`), whose tables this one translates.
-    /// `data` is the structure of type `kind`, empty where there is none; the kernel writes its answer into it.
+    /// Allocates a virtual IOMMU on the IOMMU behind `device` (`IOMMU_VIOMMU_ALLOC`). This table becomes the
+    /// parent of the virtual IOMMU's nested tables. `data` is the structure of type `kind`, or empty if the
+    /// type has none. The kernel writes its response into `data`.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` when the IOMMU has no virtualisation of that type.
+    /// `EOPNOTSUPP` when the IOMMU does not support virtualization of that type.
     pub fn viommu_alloc(
         self: &Arc<Self>,
         device: DeviceId,
@@ -167,17 +170,18 @@ impl Hwpt {
         Viommu::alloc(self, device, kind, data)
     }
 
-    /// Has the IOMMU forget what it has cached of a nested table, by requests of type `kind`, each the bytes of its
-    /// structure (`IOMMU_HWPT_INVALIDATE`). Without any request, asks whether the kernel knows the type.
+    /// Invalidates IOMMU cache entries of a nested table (`IOMMU_HWPT_INVALIDATE`). Each request holds the
+    /// bytes of a structure of type `kind`. Without requests, the call only checks that the kernel supports
+    /// the type.
     ///
     /// # Errors
-    /// [`Error::Invalidate`] tells how many requests the kernel handled before one failed.
+    /// [`Error::Invalidate`] with the number of requests that the kernel handled before one failed.
     pub fn invalidate<const LEN: usize>(&self, kind: InvalidationType, requests: &[[u8; LEN]]) -> Result<()> {
         invalidate(&self.object, kind, requests)
     }
 }
 
-/// As [`Hwpt::invalidate`], for a nested table or a virtual IOMMU.
+/// Implements [`Hwpt::invalidate`] for nested tables and virtual IOMMUs.
 pub(crate) fn invalidate<const LEN: usize>(
     object: &Object,
     kind: InvalidationType,
@@ -191,9 +195,10 @@ pub(crate) fn invalidate<const LEN: usize>(
         entry_num: length(requests.len(), Operation::Invalidate)?,
         ..Default::default()
     };
-    // SAFETY: the kernel reads `entry_num` entries of `entry_len` bytes, which is the slice behind the address.
+    // SAFETY: the kernel reads `entry_num` entries of `entry_len` bytes, which is the size of the slice at
+    // that address.
     unsafe { object.iommufd().call(&mut invalidate) }
-        // A call that the kernel does not come to handle leaves the count as it was.
+        // If the call fails before the kernel handles any request, the kernel leaves the count unchanged.
         .map_err(|errno| Error::Invalidate {
             handled: Some(invalidate.entry_num as usize)
                 .filter(|handled| *handled < requests.len())
@@ -202,7 +207,7 @@ pub(crate) fn invalidate<const LEN: usize>(
         })
 }
 
-/// A length as the kernel takes it.
+/// Converts a length to the kernel's type.
 pub(crate) fn length(len: usize, operation: Operation) -> Result<u32> {
     u32::try_from(len).map_err(|_| Error::Argument { operation, why: "the data is too long" })
 }
@@ -215,9 +220,9 @@ mod tests {
     use std::cell::RefCell;
     use std::rc::Rc;
 
-    /// The bytes behind an address that an argument has.
+    /// Returns the `len` bytes at `address`, both taken from an ioctl's argument.
     fn behind(address: u64, len: u32) -> Vec<u8> {
-        // SAFETY: the argument says so.
+        // SAFETY: the argument states that `len` bytes may be read at `address`.
         unsafe { std::slice::from_raw_parts(address as *const u8, len as usize) }.to_vec()
     }
 
@@ -245,7 +250,7 @@ mod tests {
             });
             Ok(())
         });
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so no kernel object is involved.
         let ioas = unsafe { iommufd.ioas_from_id(5) };
         let device = DeviceId(3);
         let flags = HwptFlags::NEST_PARENT | HwptFlags::DIRTY_TRACKING;
@@ -277,7 +282,7 @@ mod tests {
             write(bytes, &asked);
             if (asked.entry_num as usize) < requests.len() / 16 { Err(Errno::EIO) } else { Ok(()) }
         });
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so no kernel object is involved.
         let ioas = unsafe { iommufd.ioas_from_id(5) };
         let hwpt = ioas.hwpt_alloc(DeviceId(1), &HwptOptions::default()).unwrap();
         assert_eq!(hwpt.invalidate(InvalidationType::ARM_SMMUV3, &[[1; 16]; 2]), Ok(()));

@@ -11,19 +11,19 @@ use crate::error::{Error, Operation, Result};
 use crate::object::Object;
 use crate::{DeviceId, Hwpt, HwptOptions, Iommufd, Mapping, sys};
 
-/// What devices may do with a mapping.
+/// Access that devices have to a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Read only.
+    /// Read access only.
     Read,
-    /// Write only.
+    /// Write access only.
     Write,
-    /// Both.
+    /// Read and write access.
     ReadWrite,
 }
 
 impl Access {
-    /// Flags of a mapping, at `iova` if that is asked for.
+    /// Returns the flags of a mapping, including the one for a fixed address if there is an `iova`.
     fn flags(self, iova: Option<u64>) -> u32 {
         const READ: u32 = sys::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE;
         const WRITE: u32 = sys::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE;
@@ -39,28 +39,29 @@ impl Access {
 /// Memory that a device may read and write at any time, until the value is dropped.
 ///
 /// # Safety
-/// While the value lives, `len` bytes at `address` stay mapped in this process and belong to the value; neither changes. No
-/// reference into these bytes exists but to what may change at any time, such as atomics.
+/// While the value is alive, `address` and `len` do not change, and the `len` bytes at `address` stay mapped
+/// in this process and belong to the value. References into these bytes exist only as references to types
+/// whose contents may change at any time, such as atomics.
 #[allow(clippy::len_without_is_empty)]
 pub unsafe trait Memory {
-    /// The first byte.
+    /// Returns the address of the first byte.
     fn address(&self) -> NonNull<u8>;
 
-    /// How many bytes there are.
+    /// Returns the length in bytes.
     fn len(&self) -> usize;
 }
 
-/// Where memory can be mapped, as [`Ioas::iova_ranges`] reports it.
+/// IOVAs that can be mapped, as reported by [`Ioas::iova_ranges`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Iovas {
-    /// Addresses that every attached device can use.
+    /// Ranges that every attached device can use.
     pub ranges: Vec<RangeInclusive<u64>>,
-    /// What both ends of a mapping must be a multiple of, in bytes.
+    /// Alignment in bytes that both ends of a mapping must have.
     pub alignment: u64,
 }
 
-/// I/O address space: what devices that are attached to it can reach. Destroyed on drop.
+/// I/O address space: the memory that attached devices can access. It is destroyed on drop.
 #[derive(Debug)]
 pub struct Ioas(Object);
 
@@ -73,20 +74,20 @@ impl Ioas {
         Self(Object::foreign(iommufd, id, "I/O address space"))
     }
 
-    /// Object id, to attach devices by.
+    /// Returns the object id, by which devices are attached.
     pub fn id(&self) -> u32 {
         self.0.id()
     }
 
-    /// The descriptor that it lives in.
+    /// Returns the iommufd that the object belongs to.
     pub fn iommufd(&self) -> &Iommufd {
         self.0.iommufd()
     }
 
-    /// Addresses that can be mapped. Each device that is attached may take some away.
+    /// Reads the IOVA ranges that can be mapped. Each attached device may narrow them.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the ioctl fails.
     pub fn iova_ranges(&self) -> Result<Iovas> {
         let mut ranges: Vec<sys::iommu_iova_range> = Vec::new();
         loop {
@@ -96,7 +97,7 @@ impl Ioas {
                 allowed_iovas: ranges.as_mut_ptr() as u64,
                 ..Default::default()
             };
-            // SAFETY: the kernel writes at most `num_iovas` ranges, which is the length of the vector behind the address.
+            // SAFETY: the kernel writes at most `num_iovas` ranges, which is the length of the vector at that address.
             match unsafe { self.iommufd().call(&mut query) } {
                 Ok(()) => {
                     ranges.truncate(query.num_iovas as usize);
@@ -111,11 +112,11 @@ impl Ioas {
         }
     }
 
-    /// Keeps `ranges` usable: the kernel refuses a device that cannot reach them, instead of shrinking the space. Replaces
-    /// the ranges of the call before.
+    /// Keeps `ranges` usable: the kernel refuses to attach a device that cannot use them, instead of
+    /// narrowing the usable ranges. Each call replaces the ranges of the previous call.
     ///
     /// # Errors
-    /// `EADDRINUSE` when an attached device cannot reach them already.
+    /// `EADDRINUSE` when a device that is already attached cannot use the ranges.
     pub fn allow_iovas(&self, ranges: &[RangeInclusive<u64>]) -> Result<()> {
         let ranges: Vec<_> = ranges
             .iter()
@@ -127,32 +128,32 @@ impl Ioas {
             allowed_iovas: ranges.as_ptr() as u64,
             ..Default::default()
         };
-        // SAFETY: the kernel reads `num_iovas` ranges, which is the length of the vector behind the address.
+        // SAFETY: the kernel reads `num_iovas` ranges, which is the length of the vector at that address.
         unsafe { self.iommufd().call(&mut allow) }.map_err(|errno| Operation::AllowIovas.failed(errno))
     }
 
-    /// Whether the IOMMU may use large pages for mappings made from now on (`IOMMU_OPTION_HUGE_PAGES`).
+    /// Sets whether the IOMMU may use huge pages for future mappings (`IOMMU_OPTION_HUGE_PAGES`).
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the ioctl fails.
     pub fn set_huge_pages(&self, on: bool) -> Result<()> {
         let option = sys::iommufd_option_IOMMU_OPTION_HUGE_PAGES;
         self.iommufd().set_option(option, self.id(), u64::from(on))
     }
 
-    /// Whether the IOMMU may use large pages.
+    /// Returns whether the IOMMU may use huge pages.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the ioctl fails.
     pub fn huge_pages(&self) -> Result<bool> {
         self.iommufd().option(sys::iommufd_option_IOMMU_OPTION_HUGE_PAGES, self.id()).map(|value| value != 0)
     }
 
-    /// Maps all of `memory` with one call (`IOMMU_IOAS_MAP`), at `iova` or where the kernel likes.
+    /// Maps all of `memory` with one ioctl (`IOMMU_IOAS_MAP`), at `iova` or, if `None`, where the kernel chooses.
     ///
     /// # Errors
-    /// `EEXIST` when something is mapped there, `ENOMEM` at the limit of locked memory, `EINVAL`/`EADDRINUSE` outside of the
-    /// usable ranges.
+    /// `EEXIST` when the range overlaps an existing mapping, `ENOMEM` at the limit of locked memory, `EINVAL`
+    /// or `EADDRINUSE` outside of the usable ranges.
     pub fn map<M: Memory + ?Sized>(
         self: &Arc<Self>,
         memory: &Arc<M>,
@@ -162,11 +163,11 @@ impl Ioas {
         self.map_range(memory, 0..memory.len(), iova, access)
     }
 
-    /// Maps the bytes `range` of `memory` with one call. Its ends are multiples of [`Iovas::alignment`], also inside a
-    /// hugepage.
+    /// Maps the bytes `range` of `memory` with one ioctl. The ends of the range must be multiples of
+    /// [`Iovas::alignment`], and may be inside a hugepage.
     ///
     /// # Errors
-    /// As for [`Ioas::map`]; [`Error::Argument`] when the memory has no such bytes.
+    /// As for [`Ioas::map`]; [`Error::Argument`] when the range is empty or exceeds the memory.
     pub fn map_range<M: Memory + ?Sized>(
         self: &Arc<Self>,
         memory: &Arc<M>,
@@ -178,20 +179,21 @@ impl Ioas {
             let operation = Operation::Map { len: range.len() as u64, iova };
             return Err(Error::Argument { operation, why: "the memory has no such bytes" });
         }
-        // SAFETY: the bytes are inside the memory, as just checked.
+        // SAFETY: the bytes are inside the memory, as checked above.
         let first = unsafe { memory.address().add(range.start) };
         let bytes = NonNull::slice_from_raw_parts(first, range.len());
-        // SAFETY: the mapping keeps the memory, whose bytes a device may read and write until it is dropped.
+        // SAFETY: the mapping keeps `memory` alive, and `Memory` allows a device to access its bytes until it
+        // is dropped.
         unsafe { self.map_user(bytes, Arc::clone(memory), iova, access) }
     }
 
-    /// Maps `memory` of this process with one call (`IOMMU_IOAS_MAP`). `keep` is dropped after the unmap: it is the owner of
-    /// the memory, or `()` where the caller has another.
+    /// Maps `memory` of this process with one ioctl (`IOMMU_IOAS_MAP`). `keep` is dropped after the memory is
+    /// unmapped. It is the owner of the memory, or `()` if the caller manages the memory in another way.
     ///
     /// # Safety
-    /// Until the mapping and every [copy](Ioas::copy) of it has been unmapped, `memory` stays mapped in this process, and
-    /// nothing relies on what is in it: devices read it, and write it if `access` allows that, at any time. Memory that a
-    /// failed unmap leaves mapped is never given back.
+    /// `memory` must stay mapped in this process until the mapping and every [copy](Ioas::copy) of it have
+    /// been unmapped. Until then, nothing may rely on its contents: devices may read it at any time, and
+    /// write it if `access` permits. If an unmap fails, the memory must never be freed.
     ///
     /// # Errors
     /// As for [`Ioas::map`].
@@ -211,17 +213,17 @@ impl Ioas {
             iova: iova.unwrap_or(0),
             ..Default::default()
         };
-        // SAFETY: the caller keeps the memory until it is unmapped.
+        // SAFETY: the caller keeps the memory mapped in this process until the mapping is unmapped.
         unsafe { self.iommufd().call(&mut map) }
             .map_err(|errno| Operation::Map { len, iova }.failed(errno))?;
         Ok(Mapping::new(self, map.iova, len, keep))
     }
 
-    /// Maps the bytes `range` of a file (`IOMMU_IOAS_MAP_FILE`, Linux 6.13): a memfd or a file on hugetlbfs. The kernel keeps
-    /// the pages, and [`Iommufd::change_process`] accepts them.
+    /// Maps the bytes `range` of a file (`IOMMU_IOAS_MAP_FILE`, Linux 6.13). The file is a memfd or is on
+    /// hugetlbfs. The kernel holds the pages, and [`Iommufd::change_process`] supports such mappings.
     ///
     /// # Errors
-    /// As for [`Ioas::map`]; `ENOTTY` on an older kernel.
+    /// As for [`Ioas::map`]; `ENOTTY` on kernels before 6.13.
     pub fn map_file(
         self: &Arc<Self>,
         file: BorrowedFd<'_>,
@@ -239,16 +241,16 @@ impl Ioas {
             iova: iova.unwrap_or(0),
             ..Default::default()
         };
-        // SAFETY: the argument has no addresses of this process; the kernel keeps the file's pages.
+        // SAFETY: the argument has no addresses of this process, and the kernel holds the file's pages.
         unsafe { self.iommufd().call(&mut map) }
             .map_err(|errno| Operation::MapFile { len, iova }.failed(errno))?;
         Ok(Mapping::new(self, map.iova, len, ()))
     }
 
-    /// Maps here what `source` maps, sharing its pinned pages (`IOMMU_IOAS_COPY`).
+    /// Maps the memory of `source` in this address space, sharing its pinned pages (`IOMMU_IOAS_COPY`).
     ///
     /// # Errors
-    /// As for [`Ioas::map`]; [`Error::OtherIommufd`] when the two spaces are of different open files.
+    /// As for [`Ioas::map`]; [`Error::OtherIommufd`] when the two address spaces belong to different open files.
     pub fn copy<K: Clone>(
         self: &Arc<Self>,
         source: &Mapping<K>,
@@ -268,20 +270,21 @@ impl Ioas {
             src_iova: source.iova(),
             ..Default::default()
         };
-        // SAFETY: the argument has no addresses of this process; the copy keeps what the source keeps.
+        // SAFETY: the argument has no addresses of this process, and the copy keeps the same owner as the source.
         unsafe { self.iommufd().call(&mut copy) }.map_err(|errno| operation.failed(errno))?;
         Ok(Mapping::new(self, copy.dst_iova, source.len(), source.memory().clone()))
     }
 
-    /// Unmaps all mappings that lie in `len` bytes from `iova` on (`IOMMU_IOAS_UNMAP`), and returns how many bytes that were;
-    /// `0` and `u64::MAX` are everything. A [`Mapping`] unmaps itself: this is for mappings of other processes, and for
-    /// those that were forgotten.
+    /// Unmaps all mappings within the `len` bytes at `iova` (`IOMMU_IOAS_UNMAP`), and returns the number of
+    /// unmapped bytes. An `iova` of `0` with a `len` of `u64::MAX` unmaps everything. A [`Mapping`] unmaps
+    /// itself: this function is for mappings of other processes and for forgotten mappings.
     ///
     /// # Safety
-    /// No [`Mapping`] in the range is used any more; to forget it is right ([`std::mem::forget`]).
+    /// No [`Mapping`] in the range may be used afterwards. To keep it from being dropped, pass it to
+    /// [`std::mem::forget`].
     ///
     /// # Errors
-    /// `ENOENT` when nothing is mapped there, or a mapping lies in the range with a part of it only.
+    /// `ENOENT` when nothing is mapped in the range, or when the range covers only part of a mapping.
     pub unsafe fn unmap(&self, iova: u64, len: u64) -> Result<u64> {
         let mut unmap = sys::iommu_ioas_unmap { ioas_id: self.id(), iova, length: len, ..Default::default() };
         // SAFETY: the argument has no addresses of this process.
@@ -290,10 +293,10 @@ impl Ioas {
         Ok(unmap.length)
     }
 
-    /// Allocates a page table of `device`'s IOMMU that has the mappings of this address space (`IOMMU_HWPT_ALLOC`).
+    /// Allocates a page table for the IOMMU of `device`, with the mappings of this address space (`IOMMU_HWPT_ALLOC`).
     ///
     /// # Errors
-    /// `EOPNOTSUPP` when the IOMMU has not what `options` ask for.
+    /// `EOPNOTSUPP` when the IOMMU does not support `options`.
     pub fn hwpt_alloc(self: &Arc<Self>, device: DeviceId, options: &HwptOptions<'_>) -> Result<Arc<Hwpt>> {
         Hwpt::of_ioas(self, device, options)
     }
@@ -323,7 +326,8 @@ mod tests {
         Arc::new(Page(Box::new([const { std::sync::atomic::AtomicU8::new(0) }; 4096])))
     }
 
-    /// Gives ids from 1 on, notes what is asked, and places what has no IOVA at 16 MiB.
+    /// Returns an iommufd with a stand-in kernel, and a log of its ioctls. The kernel numbers objects from 1,
+    /// and maps memory without an IOVA at 16 MiB.
     fn plain() -> (Iommufd, Rc<RefCell<Vec<String>>>) {
         let (log, mut id) = (Rc::<RefCell<Vec<String>>>::default(), 0);
         let seen = Rc::clone(&log);
@@ -438,7 +442,7 @@ mod tests {
         });
         let ioas = iommufd.ioas_alloc().unwrap();
         let page = NonNull::slice_from_raw_parts(NonNull::dangling(), 4096);
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so no device accesses the memory.
         let map = || unsafe { ioas.map_user(page, Owner(&dropped), Some(0x1000), Access::Read) }.unwrap();
         drop(map());
         let error = map().unmap().map(drop).unwrap_err();
@@ -467,7 +471,7 @@ mod tests {
             if room < 2 {
                 return Err(Errno::EMSGSIZE);
             }
-            // SAFETY: the argument says that there is room for two.
+            // SAFETY: the argument states that there is room for `num_iovas` ranges.
             let ranges = unsafe {
                 std::slice::from_raw_parts_mut(query.allowed_iovas as *mut sys::iommu_iova_range, room)
             };
@@ -487,7 +491,7 @@ mod tests {
                 "IOMMU_IOAS_ALLOW_IOVAS" => {
                     let allow: sys::iommu_ioas_allow_iovas = read(bytes);
                     assert_eq!((allow.size, allow.ioas_id, allow.num_iovas), (24, 9, 1));
-                    // SAFETY: the argument says that there is one.
+                    // SAFETY: the argument states that there is one range.
                     let range = unsafe { *(allow.allowed_iovas as *const sys::iommu_iova_range) };
                     assert_eq!((range.start, range.last), (0x1000, 0x1fff));
                 }
@@ -500,7 +504,7 @@ mod tests {
             }
             Ok(())
         });
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so no kernel object is involved.
         let ioas = unsafe { iommufd.ioas_from_id(9) };
         ioas.allow_iovas(&[0x1000..=0x1fff]).unwrap();
         ioas.set_huge_pages(false).unwrap();

@@ -18,17 +18,17 @@ use crate::{FaultQueue, HwInfo, HwInfoType, Ioas};
 /// Path of the device node.
 pub const PATH: &str = "/dev/iommu";
 
-/// Whose `RLIMIT_MEMLOCK` pinned pages count against.
+/// Owner of the `RLIMIT_MEMLOCK` that pinned pages count against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accounting {
-    /// The user's, all processes together (the kernel's default).
+    /// The user, with all processes of the user counted together (the kernel's default).
     PerUser,
-    /// The process's, as a VFIO container accounts; needs `CAP_SYS_RESOURCE`.
+    /// The process, as in a VFIO container; needs `CAP_SYS_RESOURCE`.
     PerProcess,
 }
 
-/// Id of a device that was bound to an iommufd, as `VFIO_DEVICE_BIND_IOMMUFD` returns it in `out_devid`. The id is valid
-/// while the device's own descriptor is open.
+/// Id of a device that is bound to an iommufd, as returned by `VFIO_DEVICE_BIND_IOMMUFD` in `out_devid`. The
+/// id is valid while the device's own descriptor is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DeviceId(pub u32);
 
@@ -36,12 +36,12 @@ pub struct DeviceId(pub u32);
 #[derive(Clone, Debug)]
 pub struct Iommufd(Arc<OwnedFd>);
 
-/// An [`Iommufd`] that somebody else keeps open.
+/// Weak reference to an [`Iommufd`], which does not keep the descriptor open.
 #[derive(Clone, Debug, Default)]
 pub struct WeakIommufd(Weak<OwnedFd>);
 
 impl WeakIommufd {
-    /// The descriptor, if it is still open.
+    /// Returns the iommufd if its descriptor is still open.
     pub fn upgrade(&self) -> Option<Iommufd> {
         self.0.upgrade().map(Iommufd)
     }
@@ -51,33 +51,33 @@ impl Iommufd {
     /// Opens `/dev/iommu`.
     ///
     /// # Errors
-    /// [`Error::Open`]: `ENOENT` on a kernel without iommufd, `EACCES` without access to the node.
+    /// [`Error::Open`]: `ENOENT` on kernels without iommufd, `EACCES` without access to the node.
     pub fn open() -> Result<Self> {
         open(PATH.as_ref()).map(Self::of)
     }
 
-    /// Opens the node at `path`, where a container may have it.
+    /// Opens the node at `path`, for Linux containers in which it is not `/dev/iommu`.
     ///
     /// # Errors
-    /// As for [`Iommufd::open`]; [`Error::NotIommufd`] when `path` is another node, as far as sysfs tells.
+    /// As for [`Iommufd::open`]; [`Error::NotIommufd`] when sysfs does not identify the node as `/dev/iommu`.
     pub fn open_at(path: &Path) -> Result<Self> {
         if path == Path::new(PATH) { Self::open() } else { Self::from_fd(open(path)?) }
     }
 
-    /// Takes a descriptor of `/dev/iommu` that somebody else opened.
+    /// Takes ownership of an open descriptor of `/dev/iommu`.
     ///
     /// # Errors
-    /// [`Error::NotIommufd`] when it is of something else, or sysfs does not tell.
+    /// [`Error::NotIommufd`] when sysfs does not identify the descriptor as `/dev/iommu`.
     pub fn from_fd(fd: OwnedFd) -> Result<Self> {
         check(fd.as_fd())?;
         Ok(Self::of(fd))
     }
 
-    /// Shares a descriptor of `/dev/iommu` that somebody else keeps: both are of one open file, so objects and their ids are
-    /// the same.
+    /// Duplicates an open descriptor of `/dev/iommu`. Both descriptors refer to the same open file, so they
+    /// share objects and object ids.
     ///
     /// # Errors
-    /// As for [`Iommufd::from_fd`]; when the process has no descriptor left.
+    /// As for [`Iommufd::from_fd`], and when the process has no free descriptor.
     pub fn from_borrowed(fd: BorrowedFd<'_>) -> Result<Self> {
         check(fd)?;
         let duplicate =
@@ -85,10 +85,11 @@ impl Iommufd {
         Ok(Self::of(duplicate))
     }
 
-    /// As [`Iommufd::from_fd`], without the look at sysfs.
+    /// Takes ownership of a descriptor without the sysfs check of [`Iommufd::from_fd`].
     ///
     /// # Safety
-    /// `fd` is of `/dev/iommu`: what another driver writes in answer to these ioctls, and where, nobody knows.
+    /// `fd` must refer to `/dev/iommu`. Another driver may respond to these ioctls by writing arbitrary data
+    /// to arbitrary addresses.
     pub unsafe fn from_fd_unchecked(fd: OwnedFd) -> Self {
         Self::of(fd)
     }
@@ -97,30 +98,31 @@ impl Iommufd {
         Self(Arc::new(fd))
     }
 
-    /// A reference that does not keep the descriptor open.
+    /// Returns a reference that does not keep the descriptor open.
     pub fn downgrade(&self) -> WeakIommufd {
         WeakIommufd(Arc::downgrade(&self.0))
     }
 
-    /// Whether the two are the same open file, so that their address spaces can share pages. Two descriptors of one file
-    /// are different where the kernel does not tell (kcmp(2)).
+    /// Returns whether both are the same open file, so that their address spaces can share pages. If kcmp(2)
+    /// is not available, two descriptors of the same file are reported as different.
     pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0) || is_same_file(&self.0, &other.0)
     }
 
-    /// Chooses whose limit pinned pages count against; only before the first object is allocated.
+    /// Sets the owner of the limit that pinned pages count against. Must be called before the first object is
+    /// allocated.
     ///
     /// # Errors
-    /// `EBUSY` when there are objects, `EPERM` without `CAP_SYS_RESOURCE`.
+    /// `EBUSY` when objects exist, `EPERM` without `CAP_SYS_RESOURCE`.
     pub fn set_accounting(&self, accounting: Accounting) -> Result<()> {
         let value = u64::from(accounting == Accounting::PerProcess);
         self.set_option(sys::iommufd_option_IOMMU_OPTION_RLIMIT_MODE, 0, value)
     }
 
-    /// Whose limit pinned pages count against.
+    /// Returns the owner of the limit that pinned pages count against.
     ///
     /// # Errors
-    /// `EPERM` without `CAP_SYS_RESOURCE`.
+    /// When the ioctl fails.
     pub fn accounting(&self) -> Result<Accounting> {
         let value = self.option(sys::iommufd_option_IOMMU_OPTION_RLIMIT_MODE, 0)?;
         Ok(if value == 0 { Accounting::PerUser } else { Accounting::PerProcess })
@@ -152,17 +154,17 @@ impl Iommufd {
         Ok(Arc::new(Ioas::new(self, alloc.out_ioas_id)))
     }
 
-    /// An address space that somebody else allocated in this open file, such as the process that passed the descriptor. Drop
-    /// does not destroy it.
+    /// Returns an address space that was allocated elsewhere in this open file, such as by the process that
+    /// passed the descriptor. Dropping the value does not destroy the address space.
     ///
     /// # Safety
-    /// While the value and mappings through it live, nobody destroys the address space, or unmaps what is mapped through
-    /// this value.
+    /// While the value or a mapping made through it is alive, nothing else may destroy the address space or
+    /// unmap memory that was mapped through this value.
     pub unsafe fn ioas_from_id(&self, id: u32) -> Arc<Ioas> {
         Arc::new(Ioas::foreign(self, id))
     }
 
-    /// Allocates a queue for the page faults of devices (`IOMMU_FAULT_QUEUE_ALLOC`).
+    /// Allocates a queue for page faults of devices (`IOMMU_FAULT_QUEUE_ALLOC`).
     ///
     /// # Errors
     /// When the kernel is too old, out of memory or out of descriptors.
@@ -170,48 +172,52 @@ impl Iommufd {
         FaultQueue::alloc(self)
     }
 
-    /// Properties of the IOMMU behind `device` (`IOMMU_GET_HW_INFO`): those of type `wanted`, or those that the IOMMU's
-    /// driver reports by default.
+    /// Reads the properties of the IOMMU behind `device` (`IOMMU_GET_HW_INFO`). If `wanted` is `None`, the
+    /// IOMMU's driver chooses the type of the properties.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` when the IOMMU's driver does not report properties of that type.
+    /// `EOPNOTSUPP` when the IOMMU's driver does not report properties of type `wanted`.
     pub fn hw_info(&self, device: DeviceId, wanted: Option<HwInfoType>) -> Result<HwInfo> {
         HwInfo::read(self, device, wanted)
     }
 
-    /// Accounts the pinned pages of all address spaces to this process from now on (`IOMMU_IOAS_CHANGE_PROCESS`), which has
-    /// got the descriptor from another one.
+    /// Moves the accounting of all pinned pages, in all address spaces, to this process
+    /// (`IOMMU_IOAS_CHANGE_PROCESS`). Intended for a process that received the descriptor from another
+    /// process.
     ///
     /// # Errors
-    /// `EINVAL` when something is mapped by its address, not by its file; `ENOTTY` on a kernel before 6.13. Nothing has
-    /// changed then.
+    /// `EINVAL` when any memory is mapped by address instead of by file; `ENOTTY` on kernels before 6.13. In
+    /// both cases nothing changes.
     pub fn change_process(&self) -> Result<()> {
         // SAFETY: the argument has no addresses.
         unsafe { self.call(&mut sys::iommu_ioas_change_process::default()) }
             .map_err(|errno| Operation::ChangeProcess.failed(errno))
     }
 
-    /// Id of the address space that VFIO containers on this descriptor use (`IOMMU_VFIO_IOAS`). A device that is attached to
-    /// it shares their mappings.
+    /// Returns the id of the address space that VFIO containers on this descriptor use (`IOMMU_VFIO_IOAS`). A
+    /// device that is attached to this address space shares the mappings of the containers.
     ///
     /// # Errors
-    /// When there is none.
+    /// When no address space is set.
     pub fn compat_ioas(&self) -> Result<u32> {
         self.vfio_ioas(sys::iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_GET, 0)
     }
 
-    /// Has VFIO containers that join this descriptor from now on use `ioas`.
+    /// Makes `ioas` the address space of VFIO groups that use this descriptor as their container from now on.
+    ///
+    /// The kernel knows `ioas` only by its id, so `ioas` must belong to this open `/dev/iommu`.
     ///
     /// # Errors
-    /// `ENOENT` when `ioas` is of another open `/dev/iommu`.
+    /// `ENOENT` when this open `/dev/iommu` has no address space with the id of `ioas`.
     pub fn set_compat_ioas(&self, ioas: &Ioas) -> Result<()> {
         self.vfio_ioas(sys::iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET, ioas.id()).map(drop)
     }
 
-    /// Lets no VFIO container join this descriptor from now on, until an address space is set.
+    /// Clears the address space that VFIO containers on this descriptor use. When the next VFIO group joins,
+    /// the kernel allocates a new one.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the ioctl fails.
     pub fn clear_compat_ioas(&self) -> Result<()> {
         self.vfio_ioas(sys::iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_CLEAR, 0).map(drop)
     }
@@ -223,9 +229,10 @@ impl Iommufd {
         Ok(argument.ioas_id)
     }
 
-    /// As [`sys::call`], whose contract leaves the addresses in the argument to the caller: the descriptor is an iommufd.
+    /// Issues an ioctl on this iommufd. As in [`sys::call`], the caller must ensure that addresses in the
+    /// argument are valid.
     pub(crate) unsafe fn call<A: Argument>(&self, argument: &mut A) -> nix::Result<()> {
-        // SAFETY: every constructor takes an iommufd only; the caller answers for the addresses.
+        // SAFETY: every constructor takes only an iommufd, and the caller guarantees the addresses.
         unsafe { sys::call(self.as_fd(), argument) }
     }
 }
@@ -246,7 +253,7 @@ fn errno(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw)
 }
 
-/// The kernel is asked for the device behind the descriptor: names in `/dev` do not matter.
+/// Checks the descriptor by its device number in sysfs. Names in `/dev` are ignored.
 fn check(fd: BorrowedFd<'_>) -> Result<()> {
     let is_iommufd = fstat(fd).is_ok_and(|found| {
         let number = format!("/sys/dev/char/{}:{}", major(found.st_rdev), minor(found.st_rdev));
@@ -256,7 +263,7 @@ fn check(fd: BorrowedFd<'_>) -> Result<()> {
     if is_iommufd { Ok(()) } else { Err(Error::NotIommufd { fd: fd.as_raw_fd() }) }
 }
 
-/// Whether two descriptors are of one open file, as a descriptor that was passed twice is (kcmp(2)).
+/// Returns whether two descriptors refer to the same open file (kcmp(2)), as after a descriptor was passed twice.
 fn is_same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
     /// `enum kcmp_type` of linux/kcmp.h.
     const KCMP_FILE: c_int = 0;
@@ -295,7 +302,7 @@ mod tests {
         let open = || OwnedFd::from(File::open("/dev/null").unwrap());
         let (one, other) = (open(), open());
         let again = one.try_clone().unwrap();
-        // A kernel without CONFIG_KCMP, or a sandbox, does not tell.
+        // kcmp fails on kernels without CONFIG_KCMP and in some sandboxes.
         let tells = is_same_file(&one, &one);
         let [one, again, other] = [one, again, other].map(Iommufd::of);
         assert!(one.is_same(&one.clone()));
@@ -341,7 +348,7 @@ mod tests {
             write(bytes, &argument);
             Ok(())
         });
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so no kernel object is involved.
         let ioas = unsafe { iommufd.ioas_from_id(7) };
         assert_eq!(iommufd.compat_ioas(), Ok(5));
         assert_eq!((iommufd.set_compat_ioas(&ioas), iommufd.clear_compat_ioas()), (Ok(()), Ok(())));

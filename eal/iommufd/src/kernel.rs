@@ -1,4 +1,4 @@
-//! Stands in for the kernel in unit tests: a test says what each ioctl answers, and sees the argument.
+//! Stand-in for the kernel in unit tests. The test inspects the argument of each ioctl and supplies the result.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -17,15 +17,15 @@ thread_local! {
     static KERNEL: RefCell<Option<Answer>> = const { RefCell::new(None) };
 }
 
-/// A descriptor whose ioctls `answer` gets by name with their argument, on this thread.
+/// Returns a descriptor, and passes the name and argument of each ioctl of this thread to `answer`.
 pub(crate) fn answers(answer: impl FnMut(&'static str, &mut [u8]) -> nix::Result<()> + 'static) -> Iommufd {
     KERNEL.set(Some(Box::new(answer)));
     let null = File::open("/dev/null").unwrap();
-    // SAFETY: no ioctl of this thread reaches the descriptor, and the null device has none.
+    // SAFETY: no ioctl of this thread reaches the descriptor, and the null device has no ioctls.
     unsafe { Iommufd::from_fd_unchecked(null.into()) }
 }
 
-/// What the stand-in makes of an argument; none when there is no stand-in.
+/// Returns the stand-in's result for an ioctl, or `None` if this thread has no stand-in.
 pub(crate) fn answer<A: Argument>(argument: *mut A) -> Option<nix::Result<()>> {
     KERNEL.with_borrow_mut(|kernel| {
         // SAFETY: the caller owns the argument, and an `Argument` has no padding.
@@ -34,21 +34,21 @@ pub(crate) fn answer<A: Argument>(argument: *mut A) -> Option<nix::Result<()>> {
     })
 }
 
-/// The argument behind the bytes of one.
+/// Reads an ioctl's argument from its bytes.
 pub(crate) fn read<A: Argument>(bytes: &[u8]) -> A {
     assert_eq!(bytes.len(), size_of::<A>());
     // SAFETY: the bytes are those of an `A`, whose fields are integers.
     unsafe { ptr::read_unaligned(bytes.as_ptr().cast()) }
 }
 
-/// Writes an answer back.
+/// Writes the kernel's output into an ioctl's argument.
 pub(crate) fn write<A: Argument>(bytes: &mut [u8], argument: &A) {
     assert_eq!(bytes.len(), size_of::<A>());
     // SAFETY: as for `read`.
     unsafe { ptr::copy_nonoverlapping(ptr::from_ref(argument).cast(), bytes.as_mut_ptr(), bytes.len()) }
 }
 
-/// Whether the socket that stands for a queue's descriptor has been closed; `other_end` is the one that the kernel has.
+/// Returns whether the socket that stands for a queue's descriptor is closed. `other_end` is the kernel's end.
 pub(crate) fn is_closed(other_end: &UnixStream) -> bool {
     let mut found = [PollFd::new(other_end.as_fd(), PollFlags::POLLIN)];
     poll(&mut found, PollTimeout::ZERO).unwrap();

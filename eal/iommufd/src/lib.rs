@@ -1,16 +1,18 @@
-//! Linux's iommufd (`/dev/iommu`), typed: I/O address spaces and page tables that devices are attached to. Nothing in it
-//! knows VFIO or PCI: VFIO's character devices, vDPA and a test without any device need the id of an object only.
+//! Typed interface to Linux's iommufd (`/dev/iommu`): I/O address spaces and page tables that devices are attached to.
 //!
-//! | object | kernel's name | calls |
+//! The crate does not depend on VFIO or PCI. VFIO character devices, vDPA and tests without a device need
+//! only an object's id.
+//!
+//! | Type | Kernel object | Operations |
 //! |---|---|---|
 //! | [`Iommufd`] | the open `/dev/iommu` | open, options, [hardware properties](Iommufd::hw_info), [change of process](Iommufd::change_process) |
 //! | [`Ioas`] | `IOAS` | IOVA ranges, map, map by file, copy, unmap |
 //! | [`Mapping`] | part of an `IOAS` | unmap on drop, physical addresses without an IOMMU |
 //! | [`Hwpt`] | `HWPT_PAGING`, `HWPT_NESTED` | nesting, invalidation, dirty tracking |
-//! | [`FaultQueue`] | `FAULT` | page faults and their responses |
-//! | [`Viommu`], [`Vdevice`], [`EventQueue`], [`HwQueue`] | `VIOMMU`, `VDEVICE`, `VEVENTQ`, `HW_QUEUE` | what a virtual machine's IOMMU needs |
+//! | [`FaultQueue`] | `FAULT` | page faults and responses |
+//! | [`Viommu`], [`Vdevice`], [`EventQueue`], [`HwQueue`] | `VIOMMU`, `VDEVICE`, `VEVENTQ`, `HW_QUEUE` | IOMMU of a virtual machine |
 //!
-//! It covers `include/uapi/linux/iommufd.h` of Linux 7.1, and `IOMMU_IOAS_NOIOMMU_GET_PA` of 7.3.
+//! The crate covers `include/uapi/linux/iommufd.h` of Linux 7.1 and `IOMMU_IOAS_NOIOMMU_GET_PA` of Linux 7.3.
 //!
 //! ```no_run
 //! use std::ptr::NonNull;
@@ -33,10 +35,13 @@
 //! # }
 //! ```
 //!
-//! Objects destroy themselves, in an order that the kernel accepts, because each holds an `Arc` of what it needs: a
-//! [`Mapping`] unmaps before its [`Ioas`] is destroyed, which is before the descriptor closes. Devices are not among the
-//! objects: a program that binds a device by the device's own descriptor gets a [`DeviceId`], and must detach and close the
-//! device before it drops the page table. Otherwise the kernel refuses to destroy the table (`EBUSY`), and an error is logged.
+//! Objects are destroyed on drop. Each object holds an `Arc` of the objects it depends on, so the order of
+//! destruction is one that the kernel accepts: a [`Mapping`] is unmapped before its [`Ioas`] is destroyed,
+//! and the [`Ioas`] is destroyed before the descriptor closes.
+//!
+//! Devices are not among these objects. A program that binds a device through the device's own descriptor
+//! gets a [`DeviceId`], and must detach and close the device before it drops the page table. Otherwise the
+//! kernel refuses to destroy the table (`EBUSY`), and an error is logged.
 
 mod dirty;
 mod error;
@@ -69,7 +74,7 @@ pub use viommu::{HwQueue, HwQueueType, Vdevice, Viommu, ViommuType};
 
 pub use nix::errno::Errno;
 
-/// A number of the kernel's that later kernels have more values of.
+/// Defines a type for a kernel number that may have more values in later kernels.
 macro_rules! open_enum {
     ($(#[$doc:meta])* $name:ident { $($(#[$value_doc:meta])* $value:ident = $number:ident,)* }) => {
         $(#[$doc])*

@@ -1,4 +1,4 @@
-//! What is mapped in an address space.
+//! Mappings in an address space.
 
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
@@ -6,19 +6,20 @@ use std::sync::Arc;
 use crate::error::{Error, Operation, Result};
 use crate::{Ioas, sys};
 
-/// Bytes that follow each other in physical memory.
+/// Physically contiguous bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Physical {
-    /// Physical address of the first one.
+    /// Physical address of the first byte.
     pub address: u64,
-    /// How many there are.
+    /// Length in bytes.
     pub len: u64,
 }
 
-/// Memory that is mapped in an [`Ioas`]. Unmapped on drop, before `K`, the owner of the memory, is dropped.
+/// Memory that is mapped in an [`Ioas`]. On drop, the memory is unmapped, and then `K`, the owner of the
+/// memory, is dropped.
 ///
-/// If the kernel refuses to unmap, an error is logged and `K` is never dropped: a device may still reach the memory.
+/// If the unmap fails, an error is logged and `K` is never dropped, because a device may still access the memory.
 #[must_use = "dropping it unmaps the memory"]
 #[derive(Debug)]
 pub struct Mapping<K = ()> {
@@ -26,7 +27,7 @@ pub struct Mapping<K = ()> {
     iova: u64,
     len: u64,
     is_mapped: bool,
-    /// Dropped only when nothing maps its memory.
+    /// Dropped only after its memory is unmapped.
     keep: ManuallyDrop<K>,
 }
 
@@ -35,41 +36,41 @@ impl<K> Mapping<K> {
         Self { ioas: Arc::clone(ioas), iova, len, is_mapped: true, keep: ManuallyDrop::new(keep) }
     }
 
-    /// Device address of the first byte.
+    /// Returns the IOVA of the first byte.
     pub fn iova(&self) -> u64 {
         self.iova
     }
 
-    /// How many bytes there are.
+    /// Returns the length in bytes.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Where it is mapped.
+    /// Returns the address space that contains the mapping.
     pub fn ioas(&self) -> &Arc<Ioas> {
         &self.ioas
     }
 
-    /// The owner of the memory.
+    /// Returns the owner of the memory.
     pub fn memory(&self) -> &K {
         &self.keep
     }
 
-    /// Unmaps, and gives the owner of the memory back. Dropping does the same and logs what fails.
+    /// Unmaps the memory and returns its owner. Dropping the mapping also unmaps it, but only logs errors.
     ///
     /// # Errors
-    /// When the kernel refuses. The owner is never dropped then, so that the memory stays as it is.
+    /// When the kernel does not unmap the memory. Its owner is then never dropped, so that the memory stays valid.
     pub fn unmap(mut self) -> Result<K> {
         self.release()?;
-        // SAFETY: `is_mapped` is false, so drop leaves the owner alone.
+        // SAFETY: `is_mapped` is false, so drop does not use `keep`.
         Ok(unsafe { ManuallyDrop::take(&mut self.keep) })
     }
 
-    /// Tries once; whatever comes of it, drop does not try again.
+    /// Unmaps the memory. Drop does not try again, even if this fails.
     fn release(&mut self) -> Result<()> {
         self.is_mapped = false;
-        // SAFETY: the mapping is used no more.
+        // SAFETY: the mapping is not used afterwards.
         let unmapped = unsafe { self.ioas.unmap(self.iova, self.len) }?;
         if unmapped == self.len {
             return Ok(());
@@ -78,13 +79,13 @@ impl<K> Mapping<K> {
         Err(Error::Protocol { operation, why: "the kernel unmapped another number of bytes" })
     }
 
-    /// Physical address of the byte `offset` of the mapping, and how many of the following `len` bytes are contiguous with
-    /// it, for devices without an IOMMU (`IOMMU_IOAS_NOIOMMU_GET_PA`, Linux 7.3). The mapping pins the pages, so the address
-    /// stays right.
+    /// Returns the physical address of byte `offset` of the mapping, and how many of the `len` bytes from
+    /// there are contiguous. Intended for devices without an IOMMU (`IOMMU_IOAS_NOIOMMU_GET_PA`, Linux 7.3).
+    /// The mapping pins the pages, so the address remains valid.
     ///
     /// # Errors
-    /// `EPERM` without `CAP_SYS_RAWIO`; `EOPNOTSUPP` when no device without IOMMU is attached. [`Error::Argument`] when the
-    /// mapping has no such bytes.
+    /// `EPERM` without `CAP_SYS_RAWIO`; `EOPNOTSUPP` when no device without an IOMMU is attached.
+    /// [`Error::Argument`] when `len` is 0 or the bytes exceed the mapping.
     pub fn physical(&self, offset: u64, len: u64) -> Result<Physical> {
         let operation = Operation::PhysicalAddress;
         if len == 0 || offset.checked_add(len).is_none_or(|end| end > self.len) {
@@ -101,17 +102,17 @@ impl<K> Mapping<K> {
         Ok(Physical { address: query.out_phys, len: query.length })
     }
 
-    /// Physical address of each page of `page_size` bytes, for devices without an IOMMU.
+    /// Returns the physical address of each page of `page_size` bytes, for devices without an IOMMU.
     ///
     /// # Errors
-    /// As for [`Mapping::physical`]; [`Error::NotContiguous`] when a page is not contiguous.
+    /// As for [`Mapping::physical`]; [`Error::NotContiguous`] when a page is not physically contiguous.
     pub fn physical_pages(&self, page_size: u64) -> Result<Vec<u64>> {
         let pages = self.len.checked_div(page_size).unwrap_or(0);
         (0..pages).map(|page| self.physical_page(page * page_size, page_size)).collect()
     }
 
-    /// Physical address of the `page_size` bytes from `offset` on. The kernel may look no further than an entry of its
-    /// table, and give the address of a large page in pieces.
+    /// Returns the physical address of the `page_size` bytes at `offset`. The kernel may stop at the end of a
+    /// page table entry, so that the address of a huge page takes several calls.
     fn physical_page(&self, offset: u64, page_size: u64) -> Result<u64> {
         let first = self.physical(offset, page_size)?;
         let mut contiguous = first.len;
@@ -132,7 +133,7 @@ impl<K> Drop for Mapping<K> {
             return;
         }
         match self.release() {
-            // SAFETY: dropped once, here: the memory is unmapped.
+            // SAFETY: the memory is unmapped, and `keep` is dropped once, here.
             Ok(()) => unsafe { ManuallyDrop::drop(&mut self.keep) },
             Err(error) => tracing::error!("{error}"),
         }
@@ -145,7 +146,7 @@ mod tests {
     use crate::kernel::{answers, read, write};
     use nix::errno::Errno;
 
-    /// Pages of 4 KiB from 0x8000_0000 on, with a hole behind the fourth.
+    /// Returns a mapping of 4 KiB pages that start at 0x8000_0000, with a hole after the fourth page.
     fn mapping() -> Mapping {
         let iommufd = answers(|name, bytes| {
             if name == "IOMMU_IOAS_NOIOMMU_GET_PA" {
@@ -156,7 +157,7 @@ mod tests {
                 if offset < 0x4000 {
                     query.length = query.length.min(0x4000 - offset);
                 }
-                // As an entry of 8 KiB gives it.
+                // A page table entry covers 8 KiB.
                 query.length = query.length.min(0x2000 - offset % 0x2000);
                 write(bytes, &query);
             }

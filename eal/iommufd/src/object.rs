@@ -1,16 +1,16 @@
-//! An object of the kernel.
+//! Kernel objects.
 
 use crate::Iommufd;
 use crate::sys;
 
-/// An object by its id. Destroyed on drop, and its descriptor stays open until then.
+/// A kernel object, identified by its id and destroyed on drop. It keeps its iommufd open until then.
 #[derive(Debug)]
 pub(crate) struct Object {
     id: u32,
     iommufd: Iommufd,
-    /// What it is, for the log.
+    /// Kind of object, for log messages.
     kind: &'static str,
-    /// Whether somebody else destroys it.
+    /// Whether the object is destroyed elsewhere.
     foreign: bool,
 }
 
@@ -38,7 +38,7 @@ impl Drop for Object {
             return;
         }
         let mut destroy = sys::iommu_destroy { id: self.id, ..Default::default() };
-        // SAFETY: the argument has no addresses. What the kernel's object stands for has been given up with this value.
+        // SAFETY: the argument has no addresses. Nothing uses the kernel's object after this value is dropped.
         if let Err(errno) = unsafe { self.iommufd.call(&mut destroy) } {
             tracing::error!("cannot destroy {} {}: {errno}", self.kind, self.id);
         }

@@ -1,26 +1,27 @@
-//! A look at this crate's ioctls from outside, to count or time them.
+//! Hook to count or time the ioctls of this crate.
 
 use std::sync::OnceLock;
 
-/// Gets the name of an ioctl (`IOMMU_IOAS_MAP`), or `open` for the device node, and a closure that makes the call. An
-/// observer calls the closure once.
+/// Function that receives the name of an ioctl (`IOMMU_IOAS_MAP`), or `open` for the device node, and a
+/// closure that makes the call. The observer calls the closure once.
 pub type Observer = fn(name: &'static str, call: &mut dyn FnMut());
 
 static OBSERVER: OnceLock<Observer> = OnceLock::new();
 
-/// Has `observer` make all further ioctls of this crate, and open the node, in the whole process. False when there is another observer
-/// already, which then stays. Without one, a call costs the look whether there is one.
+/// Routes all further ioctls of this crate, and each open of the device node, through `observer`, for the
+/// whole process. Returns false if an observer is already set, in which case that observer remains. Without
+/// an observer, a call costs one check.
 #[must_use = "false when another observer gets the calls"]
 pub fn observe(observer: Observer) -> bool {
     OBSERVER.set(observer).is_ok()
 }
 
-/// Makes a call, by way of the observer if there is one: for crates beside this one, whose calls belong to the same count.
+/// Makes a call through the observer, if one is set. Intended for other crates whose calls belong to the same count.
 pub fn observed<T>(name: &'static str, mut call: impl FnMut() -> T) -> T {
     let Some(observer) = OBSERVER.get() else { return call() };
     let mut result = None;
     observer(name, &mut || result = Some(call()));
-    // An observer that does not make the call changes nothing but its own figures.
+    // An observer that does not make the call must not suppress it, so the call is made here.
     result.unwrap_or_else(call)
 }
 

@@ -1,4 +1,4 @@
-//! Reading of the queues that the kernel gives a descriptor of their own.
+//! Reads from kernel queues that have their own descriptor.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -8,11 +8,11 @@ use nix::unistd::read;
 
 use crate::error::{Error, Operation, Result};
 
-/// Most bytes of one record, beyond any device's or IOMMU's.
+/// Upper limit for the size of a record, larger than the records of any device or IOMMU.
 const LIMIT: usize = 1 << 20;
 
-/// What waits in a queue; nothing if nothing does. The kernel gives whole records only, and none when the first one has no
-/// room in `room` bytes: then there is more room the next time.
+/// Reads the pending records of a queue, if any. The kernel returns only whole records, and none if the first
+/// record does not fit into `room` bytes. The read is then repeated with a larger buffer.
 pub(crate) fn read_all(file: &OwnedFd, room: usize, operation: Operation) -> Result<Vec<u8>> {
     let mut bytes = vec![0; room];
     loop {
@@ -40,7 +40,7 @@ fn is_readable(file: &OwnedFd) -> bool {
     poll(&mut found, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-/// The `u32` at `offset`.
+/// Returns the `u32` at `offset`.
 pub(crate) fn word(bytes: &[u8], offset: usize) -> u32 {
     u32::from_ne_bytes(std::array::from_fn(|at| bytes[offset + at]))
 }
@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn a_queue_that_never_gives_what_it_announces_is_an_error() {
-        // A regular file is always readable and, at its end, gives nothing.
+        // A regular file is always readable, but returns no bytes at its end.
         let file = tempfile::tempfile().unwrap().into();
         let error = read_all(&file, 1 << 10, Operation::ReadEvents).unwrap_err();
         assert!(matches!(error, Error::Protocol { .. }), "{error}");

@@ -1,4 +1,5 @@
-//! Arguments of the ioctls of `/dev/iommu` (`include/uapi/linux/iommufd.h`), and the one place that makes them.
+//! Arguments of the ioctls of `/dev/iommu` (`include/uapi/linux/iommufd.h`), and the only function that
+//! issues these ioctls.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -9,22 +10,22 @@ use nix::sys::ioctl::ioctl_num_type;
 
 use crate::observe::observed;
 
-/// Argument of one ioctl.
+/// Argument of an ioctl.
 ///
 /// # Safety
-/// The kernel takes this structure for `NUMBER`. It has no padding, and its first field is its size, a `u32`.
+/// The structure is the argument of ioctl `NUMBER`. It has no padding, and its first field is its size, a `u32`.
 pub(crate) unsafe trait Argument {
-    /// Name in the header.
+    /// Name of the ioctl in the header.
     const NAME: &'static str;
-    /// Number of the command, without the type.
+    /// Command number, without the ioctl type.
     const NUMBER: u8;
 }
 
 macro_rules! arguments {
     ($($name:ident = $number:literal: $structure:ident ($size:literal),)*) => {
         $(
-            // SAFETY: name, number and structure are those of the header; the bindings and the line below assert the
-            // layout, which adds up without padding.
+            // SAFETY: name, number and structure are those of the header. The bindings and the line below
+            // assert the layout, whose fields add up without padding.
             unsafe impl Argument for $structure {
                 const NAME: &'static str = stringify!($name);
                 const NUMBER: u8 = $number;
@@ -33,7 +34,7 @@ macro_rules! arguments {
             const _: () = assert!(size_of::<$structure>() == $size && std::mem::offset_of!($structure, size) == 0);
         )*
 
-        /// Name and request code of every ioctl, as the calls use them.
+        /// Name and request code of every ioctl, as used by the calls.
         #[cfg(test)]
         pub(crate) const REQUESTS: &[(&str, ioctl_num_type)] =
             &[$((<$structure as Argument>::NAME, request::<$structure>()),)*];
@@ -83,10 +84,11 @@ const fn request<A: Argument>() -> ioctl_num_type {
     nix::request_code_none!(IOMMUFD_TYPE, A::NUMBER) as ioctl_num_type
 }
 
-/// Makes the ioctl whose argument is `argument`, and fills in its size.
+/// Issues the ioctl whose argument is `argument`, after filling in the argument's size.
 ///
 /// # Safety
-/// `fd` is of an iommufd. Addresses in `argument` are of memory that the kernel may read or write as this ioctl does.
+/// `fd` must be an iommufd. Each address in `argument` must refer to memory that the kernel may read or write
+/// as this ioctl does.
 pub(crate) unsafe fn call<A: Argument>(fd: BorrowedFd<'_>, argument: &mut A) -> nix::Result<()> {
     let pointer = std::ptr::from_mut(argument);
     // SAFETY: the first field is a `u32`, by the trait's contract.
@@ -96,7 +98,7 @@ pub(crate) unsafe fn call<A: Argument>(fd: BorrowedFd<'_>, argument: &mut A) -> 
         if let Some(answer) = crate::kernel::answer(pointer) {
             return answer;
         }
-        // SAFETY: the kernel reads and writes `size` bytes at `pointer`; the caller answers for the addresses inside.
+        // SAFETY: the kernel reads and writes `size` bytes at `pointer`. The caller guarantees the addresses in them.
         Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request::<A>(), pointer) }).map(drop)
     })
 }
@@ -105,7 +107,7 @@ pub(crate) unsafe fn call<A: Argument>(fd: BorrowedFd<'_>, argument: &mut A) -> 
 mod tests {
     use super::*;
 
-    /// The numbers of `include/uapi/linux/iommufd.h`: `_IO(';', 0x80)` and the ones that follow it.
+    /// Requests are numbered as in `include/uapi/linux/iommufd.h`, starting with `_IO(';', 0x80)`.
     #[test]
     fn requests_are_numbered_as_in_the_header() {
         for (index, (name, request)) in REQUESTS.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! The slice of a physical IOMMU that one virtual machine has.
+//! Virtual IOMMUs: slices of a physical IOMMU, one per virtual machine.
 
 use std::sync::Arc;
 
@@ -18,14 +18,14 @@ open_enum! {
 }
 
 open_enum! {
-    /// Type of a queue that the hardware serves (`enum iommu_hw_queue_type`).
+    /// Type of a hardware queue (`enum iommu_hw_queue_type`).
     HwQueueType {
-        /// A command queue of a [`ViommuType::TEGRA241_CMDQV`].
+        /// Command queue of a virtual IOMMU of type [`ViommuType::TEGRA241_CMDQV`].
         TEGRA241_CMDQV = iommu_hw_queue_type_IOMMU_HW_QUEUE_TYPE_TEGRA241_CMDQV,
     }
 }
 
-/// A virtual IOMMU, destroyed on drop. It keeps the table that translates for it.
+/// A virtual IOMMU, destroyed on drop. It keeps its parent page table alive.
 #[derive(Debug)]
 pub struct Viommu {
     object: Object,
@@ -48,18 +48,19 @@ impl Viommu {
             data_uptr: if data.is_empty() { 0 } else { data.as_mut_ptr() as u64 },
             ..Default::default()
         };
-        // SAFETY: the kernel reads and writes at most `data_len` bytes, which is the slice behind the address.
+        // SAFETY: the kernel reads and writes at most `data_len` bytes, which is the length of the slice at
+        // that address.
         unsafe { parent.iommufd().call(&mut alloc) }.map_err(|errno| operation.failed(errno))?;
         let object = Object::new(parent.iommufd(), alloc.out_viommu_id, "virtual IOMMU");
         Ok(Arc::new(Self { object, _parent: Arc::clone(parent) }))
     }
 
-    /// Object id.
+    /// Returns the object id.
     pub fn id(&self) -> u32 {
         self.object.id()
     }
 
-    /// The descriptor that it lives in.
+    /// Returns the iommufd that the object belongs to.
     pub fn iommufd(&self) -> &Iommufd {
         self.object.iommufd()
     }
@@ -72,7 +73,7 @@ impl Viommu {
         Hwpt::of_viommu(self, device, options)
     }
 
-    /// Has the IOMMU forget what it has cached for this virtual machine, as [`Hwpt::invalidate`] does.
+    /// Invalidates IOMMU cache entries of this virtual machine, as [`Hwpt::invalidate`] does.
     ///
     /// # Errors
     /// As for [`Hwpt::invalidate`].
@@ -80,12 +81,14 @@ impl Viommu {
         hwpt::invalidate(&self.object, kind, requests)
     }
 
-    /// Tells that `device` is `virtual_id` in the virtual machine: its stream id, device id or requester id, by the type of
-    /// the IOMMU (`IOMMU_VDEVICE_ALLOC`). Drop the value before the device's own descriptor: otherwise the id stays taken
-    /// until the iommufd closes.
+    /// Registers `virtual_id` as the id of `device` in the virtual machine (`IOMMU_VDEVICE_ALLOC`). Depending
+    /// on the type of the IOMMU, it is a stream id, device id or requester id.
+    ///
+    /// Drop the returned value before the device's own descriptor is closed. Otherwise its object id stays in
+    /// use until the iommufd closes.
     ///
     /// # Errors
-    /// `EEXIST` when the id or the device has one already.
+    /// `EEXIST` when `virtual_id` is in use or `device` already has a virtual id.
     pub fn vdevice_alloc(self: &Arc<Self>, device: DeviceId, virtual_id: u64) -> Result<Vdevice> {
         let mut alloc = sys::iommu_vdevice_alloc {
             viommu_id: self.id(),
@@ -100,20 +103,22 @@ impl Viommu {
         Ok(Vdevice { object, _viommu: Arc::clone(self) })
     }
 
-    /// Allocates a queue of at most `depth` events of the virtual IOMMU (`IOMMU_VEVENTQ_ALLOC`); there is one of each type.
+    /// Allocates a queue for at most `depth` events of the virtual IOMMU (`IOMMU_VEVENTQ_ALLOC`). A virtual
+    /// IOMMU has at most one queue of each type.
     ///
     /// # Errors
-    /// `EEXIST` when there is one of that type, `EOPNOTSUPP` when the IOMMU has none.
+    /// `EEXIST` when a queue of that type exists, `EOPNOTSUPP` when the IOMMU has no event queues.
     pub fn event_queue_alloc(self: &Arc<Self>, kind: EventType, depth: u32) -> Result<EventQueue> {
         EventQueue::alloc(self, kind, depth)
     }
 
-    /// Allocates queue `index` of type `kind`, which the hardware serves by itself, out of `len` bytes at `iova` in the
-    /// address space below (`IOMMU_HW_QUEUE_ALLOC`). Queues are allocated in the order of their indices and dropped in the
-    /// opposite one. The kernel keeps the memory pinned.
+    /// Allocates hardware queue `index` of type `kind`, which the hardware serves by itself
+    /// (`IOMMU_HW_QUEUE_ALLOC`). The queue consists of the `len` bytes at `iova` in the address space of the
+    /// parent page table. Queues must be allocated in ascending order of their indices and dropped in
+    /// descending order. The kernel keeps the memory pinned.
     ///
     /// # Errors
-    /// When the IOMMU has no such queues, or the memory is not mapped, aligned or contiguous as they need it.
+    /// When the IOMMU does not support such queues, or the memory is not mapped, aligned or contiguous as required.
     pub fn hw_queue_alloc(
         self: &Arc<Self>,
         kind: HwQueueType,
@@ -137,7 +142,7 @@ impl Viommu {
     }
 }
 
-/// What a device is in a virtual machine. Destroyed on drop.
+/// Registration of a device in a virtual machine, destroyed on drop.
 #[must_use = "dropping it takes the device's virtual id away"]
 #[derive(Debug)]
 pub struct Vdevice {
@@ -146,13 +151,13 @@ pub struct Vdevice {
 }
 
 impl Vdevice {
-    /// Object id.
+    /// Returns the object id.
     pub fn id(&self) -> u32 {
         self.object.id()
     }
 }
 
-/// A queue of a virtual machine that the hardware serves. Destroyed on drop.
+/// A virtual machine's queue that is served by the hardware, destroyed on drop.
 #[must_use = "dropping it stops the hardware from serving the queue"]
 #[derive(Debug)]
 pub struct HwQueue {
@@ -161,7 +166,7 @@ pub struct HwQueue {
 }
 
 impl HwQueue {
-    /// Object id.
+    /// Returns the object id.
     pub fn id(&self) -> u32 {
         self.object.id()
     }
@@ -190,7 +195,7 @@ mod tests {
                 "IOMMU_VIOMMU_ALLOC" => {
                     let alloc: sys::iommu_viommu_alloc = read(bytes);
                     write(bytes, &sys::iommu_viommu_alloc { out_viommu_id: id, ..alloc });
-                    // SAFETY: the argument says that there is room.
+                    // SAFETY: the argument states that `data_len` bytes may be written at that address.
                     unsafe { *(alloc.data_uptr as *mut u8).add(alloc.data_len as usize - 1) = 9 };
                     format!("viommu {id} of type {} in {} on {}", alloc.type_, alloc.hwpt_id, alloc.dev_id)
                 }
@@ -213,7 +218,7 @@ mod tests {
             });
             Ok(())
         });
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so no kernel object is involved.
         let ioas = unsafe { iommufd.ioas_from_id(5) };
         let device = DeviceId(3);
         let parent = ioas.hwpt_alloc(device, &HwptOptions::new(HwptFlags::NEST_PARENT)).unwrap();

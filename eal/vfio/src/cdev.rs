@@ -1,4 +1,4 @@
-//! Character devices, which are bound to iommufd.
+//! VFIO character devices, which are bound to an iommufd.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -9,8 +9,8 @@ use vireo_iommufd::{DeviceId, Iommufd};
 use crate::error::{Error, Operation, Result};
 use crate::{Device, device_node, sys};
 
-/// A device by its own node (`/dev/vfio/devices/vfioN`, or `noiommu-vfioN` without an IOMMU): it is in no group's way. Before
-/// [`bind`](Self::bind) it gives access to nothing.
+/// A device opened through its own node (`/dev/vfio/devices/vfioN`, or `noiommu-vfioN` without an IOMMU)
+/// instead of its group. The device is not accessible before [`bind`](Self::bind).
 #[derive(Debug)]
 pub struct Cdev {
     fd: OwnedFd,
@@ -18,38 +18,41 @@ pub struct Cdev {
 }
 
 impl Cdev {
-    /// Opens the node at `path` of the device that is `name` on its bus.
+    /// Opens the node at `path` of the device with this `name` on its bus.
     ///
     /// # Errors
-    /// [`Error::Open`]: `EBUSY` or `EINVAL` when its group is open. [`Error::OtherNode`] when the node is of something else.
+    /// [`Error::Open`]: `EBUSY` or `EINVAL` when the device's group is open. [`Error::OtherNode`] when sysfs
+    /// does not identify the node as that of a VFIO device.
     pub fn open(path: &Path, name: &str) -> Result<Self> {
         Self::from_fd(device_node::open(path)?, name)
     }
 
-    /// Takes a descriptor that somebody else opened.
+    /// Takes ownership of an open descriptor of the device with this `name` on its bus.
     ///
     /// # Errors
-    /// [`Error::OtherNode`] when it is of something else, or sysfs does not tell.
+    /// [`Error::OtherNode`] when sysfs does not identify the descriptor as that of a VFIO device.
     pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self> {
         device_node::name_of(&fd, "VFIO device", |class, _| class == "vfio-dev")?;
         Ok(Self { fd, name: name.to_owned() })
     }
 
-    /// As [`Cdev::from_fd`], without the look at sysfs.
+    /// Takes ownership of a descriptor without the sysfs check of [`Cdev::from_fd`].
     ///
     /// # Safety
-    /// `fd` is of a device's node: what another driver writes in answer to these ioctls, and where, nobody knows.
+    /// `fd` must refer to a VFIO device node. Another driver may respond to these ioctls by writing arbitrary
+    /// data to arbitrary addresses.
     pub unsafe fn from_fd_unchecked(fd: OwnedFd, name: &str) -> Self {
         Self { fd, name: name.to_owned() }
     }
 
-    /// Binds the device to `iommufd`, once and for all. `token` is the VF token, most significant byte first; a kernel that
-    /// takes none here (before 6.17) is asked without it, because the device may need none.
+    /// Binds the device to `iommufd` until the device's descriptor is closed. `token` is the VF token, most
+    /// significant byte first. Kernels before 6.17 accept no token here. In this case the device is bound
+    /// without the token, because it may not need one.
     ///
     /// # Errors
-    /// `EINVAL` when it is bound, or its IOMMU is not coherent; `EPERM` when its group is in use or the platform does not
-    /// isolate interrupts; `EACCES` when it wants another token; [`Error::TokenUnknown`] when it wants one and the kernel
-    /// takes none.
+    /// `EINVAL` when the device is already bound or its IOMMU is not cache-coherent; `EPERM` when its group
+    /// is in use or the platform does not isolate interrupts; `EACCES` when the device needs a different
+    /// token; [`Error::TokenUnknown`] when the device needs a token and the kernel accepts none.
     pub fn bind(&self, iommufd: &Iommufd, token: Option<&[u8; 16]>) -> Result<DeviceId> {
         let operation = Operation::Bind(self.name.clone());
         match (self.bind_with(iommufd, token), token) {
@@ -74,12 +77,12 @@ impl Cdev {
         Ok(DeviceId(bind.out_devid))
     }
 
-    /// Attaches the device, which is bound, to the address space or hardware page table `table`, and returns the id of the
-    /// hardware page table that it has now. A second call replaces the first.
+    /// Attaches the bound device to the address space or hardware page table with id `table`, and returns the
+    /// id of the hardware page table that the device now uses. A second call replaces the first.
     ///
     /// # Errors
-    /// `EINVAL` when its IOMMU cannot be made to translate by that, `EADDRINUSE` when something is mapped that the device
-    /// cannot reach, `ENOMEM` when pages that had not been pinned so far cannot be.
+    /// `EINVAL` when the device's IOMMU cannot use the table, `EADDRINUSE` when an existing mapping is out of
+    /// the device's reach, `ENOMEM` when pages that were not pinned so far cannot be pinned.
     pub fn attach(&self, table: u32) -> Result<u32> {
         let mut attach = sys::vfio_device_attach_iommufd_pt {
             argsz: size_of::<sys::vfio_device_attach_iommufd_pt>() as u32,
@@ -93,10 +96,10 @@ impl Cdev {
         Ok(attach.pt_id)
     }
 
-    /// Detaches the device: it reaches nothing.
+    /// Detaches the device, which can then access no memory.
     ///
     /// # Errors
-    /// When it is not bound.
+    /// When the device is not bound.
     pub fn detach(&self) -> Result<()> {
         let mut detach = sys::vfio_device_detach_iommufd_pt {
             argsz: size_of::<sys::vfio_device_detach_iommufd_pt>() as u32,
@@ -109,17 +112,18 @@ impl Cdev {
             .map_err(|errno| Operation::Detach(self.name.clone()).failed(errno))
     }
 
-    /// The device, which is bound. `keep` is what it needs while it is open, such as the address space that it is attached
-    /// to.
+    /// Converts the bound device into a [`Device`]. `keep` is what the device needs while it is open, such as
+    /// the address space it is attached to.
     ///
     /// # Errors
-    /// `EINVAL` when it is not bound.
+    /// `EINVAL` when the device is not bound.
     pub fn into_device<K>(self, keep: K) -> Result<Device<K>> {
-        // SAFETY: the descriptor is of a device's node; unless it is bound, the kernel refuses all that a device does.
+        // SAFETY: the descriptor is that of a VFIO device node. Until the device is bound, the kernel refuses
+        // all device operations.
         unsafe { Device::new(self.name, self.fd, keep) }
     }
 
-    /// The descriptor, which is that of the device once it is bound.
+    /// Returns the descriptor. Once the device is bound, it is the descriptor of a VFIO device.
     pub fn into_fd(self) -> OwnedFd {
         self.fd
     }
@@ -138,11 +142,11 @@ mod tests {
     use std::fs::File;
 
     fn cdev(fd: OwnedFd) -> Cdev {
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so the descriptor never reaches a driver.
         unsafe { Cdev::from_fd_unchecked(fd, "0000:00:04.0") }
     }
 
-    /// Whose ioctls fail: nothing here calls any.
+    /// Returns an iommufd on which no ioctl succeeds. The tests in this module issue none.
     fn iommufd() -> Iommufd {
         let null = File::open("/dev/null").unwrap();
         // SAFETY: the null device has no ioctls.
@@ -152,7 +156,7 @@ mod tests {
     #[test]
     fn a_kernel_that_takes_no_token_is_asked_without() {
         const TOKEN: [u8; 16] = [7; 16];
-        // What a kernel answers to a bind with a token, and without.
+        // `with` and `without` are the kernel's results for a bind with a token and without one.
         let kernel = |token: Option<&[u8; 16]>, with, without| {
             let cdev = cdev(answers(move |name, argument| {
                 let bind: &mut sys::vfio_device_bind_iommufd = at(argument);
@@ -161,7 +165,7 @@ mod tests {
                 if bind.flags == 0 {
                     return without;
                 }
-                // SAFETY: the flag says that there is a token.
+                // SAFETY: the flag states that there is a token.
                 assert_eq!(unsafe { *(bind.token_uuid_ptr as *const [u8; 16]) }, TOKEN);
                 with
             }));

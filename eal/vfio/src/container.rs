@@ -1,4 +1,4 @@
-//! Containers: the address space of groups.
+//! Containers: the I/O address space of groups.
 
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,16 +12,16 @@ use crate::error::{Error, Operation, Result};
 use crate::mapping::Mapping;
 use crate::{device_node, info, sys};
 
-/// Path of the node of containers.
+/// Path of the container node.
 pub const PATH: &str = "/dev/vfio/vfio";
 
-/// What translates for a [`Container`].
+/// IOMMU type of a [`Container`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum IommuType {
-    /// An IOMMU, whose mappings are unmapped as they were made.
+    /// An IOMMU whose mappings can only be unmapped as a whole.
     Type1v2,
-    /// None: devices use physical addresses.
+    /// No IOMMU: devices use physical addresses.
     NoIommu,
 }
 
@@ -34,18 +34,18 @@ impl IommuType {
     }
 }
 
-/// Where memory can be mapped, as [`Container::iova_ranges`] reports it.
+/// IOVAs that can be mapped, as reported by [`Container::iova_ranges`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Iovas {
-    /// Addresses that every device in the container can use.
+    /// Ranges that every device in the container can use.
     pub ranges: Vec<RangeInclusive<u64>>,
-    /// Size in bytes of the smallest page that the IOMMU maps; 1 when the kernel does not tell.
+    /// Size in bytes of the smallest page that the IOMMU maps; 1 if the kernel does not report it.
     pub smallest_page: u64,
 }
 
-/// A container: `/dev/vfio/vfio`, or `/dev/iommu`, which iommufd lets stand for it. When its last group leaves, a container
-/// of the former kind forgets its mappings.
+/// A container: `/dev/vfio/vfio`, or `/dev/iommu`, for which iommufd emulates a container. When the last
+/// group leaves a `/dev/vfio/vfio` container, the kernel removes its mappings.
 #[derive(Debug)]
 pub struct Container(OwnedFd);
 
@@ -58,37 +58,38 @@ impl Container {
         device_node::open(PATH.as_ref()).map(Self)
     }
 
-    /// Opens the node at `path`: `/dev/iommu`, or where a container of another kind has the nodes.
+    /// Opens the node at `path`: `/dev/iommu`, or the path of one of the two nodes in a Linux container.
     ///
     /// # Errors
-    /// As for [`Container::open`]; [`Error::OtherNode`] when it is of something else.
+    /// As for [`Container::open`]; [`Error::OtherNode`] when sysfs does not identify the node as
+    /// `/dev/vfio/vfio` or `/dev/iommu`.
     pub fn open_at(path: &Path) -> Result<Self> {
         Self::from_fd(device_node::open(path)?)
     }
 
-    /// Takes a descriptor that somebody else opened.
+    /// Takes ownership of an open descriptor of `/dev/vfio/vfio` or `/dev/iommu`.
     ///
     /// # Errors
-    /// [`Error::OtherNode`] when it is of something else, or sysfs does not tell.
+    /// [`Error::OtherNode`] when sysfs does not identify the descriptor as one of these nodes.
     pub fn from_fd(fd: OwnedFd) -> Result<Self> {
         let is_it = |class: &str, name: &str| class == "misc" && matches!(name, "vfio" | "iommu");
         device_node::name_of(&fd, "VFIO container", is_it)?;
         Ok(Self(fd))
     }
 
-    /// As [`Container::from_fd`], without the look at sysfs.
+    /// Takes ownership of a descriptor without the sysfs check of [`Container::from_fd`].
     ///
     /// # Safety
-    /// `fd` is of `/dev/vfio/vfio` or `/dev/iommu`: what another driver writes in answer to these ioctls, and where, nobody
-    /// knows.
+    /// `fd` must refer to `/dev/vfio/vfio` or `/dev/iommu`. Another driver may respond to these ioctls by
+    /// writing arbitrary data to arbitrary addresses.
     pub unsafe fn from_fd_unchecked(fd: OwnedFd) -> Self {
         Self(fd)
     }
 
-    /// Whether the container can have this type.
+    /// Returns whether the container supports this IOMMU type.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the ioctl fails.
     pub fn has(&self, iommu: IommuType) -> Result<bool> {
         // SAFETY: the argument is an integer.
         unsafe { sys::ioctl(self.as_fd(), sys::VFIO_CHECK_EXTENSION, integer(iommu.number())) }
@@ -96,10 +97,12 @@ impl Container {
             .map_err(|errno| Operation::CheckExtension.failed(errno))
     }
 
-    /// Gives the container its type, behind a look at the version of the kernel's API; there is a group in it by then.
+    /// Sets the container's IOMMU type, after checking the kernel's API version. The container must already
+    /// have a group.
     ///
     /// # Errors
-    /// `ENODEV` when the kernel has no driver for the type, `EPERM` when the platform does not isolate interrupts.
+    /// `ENODEV` when the kernel has no driver for the type, `EPERM` when the platform does not isolate
+    /// interrupts. [`Error::ApiVersion`] when the kernel has a different API version.
     pub fn set_iommu(&self, iommu: IommuType) -> Result<()> {
         // SAFETY: this ioctl has no argument.
         let version = unsafe { sys::ioctl(self.as_fd(), sys::VFIO_GET_API_VERSION, ptr::null_mut()) }
@@ -113,17 +116,17 @@ impl Container {
             .map_err(|errno| Operation::SetIommu.failed(errno))
     }
 
-    /// Addresses that can be mapped. Each group that joins may take some away.
+    /// Reads the IOVA ranges that can be mapped. Each group that joins may narrow them.
     ///
     /// # Errors
-    /// [`Error::NotReported`] on a kernel before 5.4.
+    /// [`Error::NotReported`] on kernels before 5.4.
     pub fn iova_ranges(&self) -> Result<Iovas> {
         let operation = Operation::ReadIovaRanges;
         let answer = info::query(
             size_of::<sys::vfio_iommu_type1_info>(),
             |_| (),
-            // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz` set to its
-            // length.
+            // SAFETY: `query` passes an 8-byte aligned buffer of at least the structure's size, with `argsz`
+            // set to its length.
             |at| unsafe { sys::ioctl(self.as_fd(), sys::VFIO_IOMMU_GET_INFO, at.cast()) }.map(drop),
         )
         .map_err(|errno| operation.clone().failed(errno))?;
@@ -132,12 +135,12 @@ impl Container {
         Ok(Iovas { ranges, smallest_page: info::smallest_page(&answer).unwrap_or(1) })
     }
 
-    /// Maps the bytes `range` of `memory` at `iova` with one call (`VFIO_IOMMU_MAP_DMA`). Drop the mapping while a group is
-    /// in the container.
+    /// Maps the bytes `range` of `memory` at `iova` with one ioctl (`VFIO_IOMMU_MAP_DMA`). Drop the mapping
+    /// before the last group leaves the container.
     ///
     /// # Errors
-    /// `EEXIST` when something is mapped there, `ENOMEM` at the limit of locked memory, `ENOSPC` at that of mappings.
-    /// [`Error::Argument`] when the memory has no such bytes.
+    /// `EEXIST` when the range overlaps an existing mapping, `ENOMEM` at the limit of locked memory, `ENOSPC`
+    /// at the limit of mappings. [`Error::Argument`] when the range is empty or exceeds the memory.
     pub fn map_range<M: Memory + ?Sized>(
         self: &Arc<Self>,
         memory: &Arc<M>,
@@ -149,19 +152,21 @@ impl Container {
             let operation = Operation::Map { len: range.len() as u64, iova };
             return Err(Error::Argument { operation, why: "the memory has no such bytes" });
         }
-        // SAFETY: the bytes are inside the memory, as just checked.
+        // SAFETY: the bytes are inside the memory, as checked above.
         let first = unsafe { memory.address().add(range.start) };
         let bytes = NonNull::slice_from_raw_parts(first, range.len());
-        // SAFETY: the mapping keeps the memory, whose bytes a device may read and write until it is dropped.
+        // SAFETY: the mapping keeps `memory` alive, and `Memory` allows a device to access its bytes until it
+        // is dropped.
         unsafe { self.map_user(bytes, iova, access) }?;
         Ok(Mapping::new(self, iova, range.len() as u64, Arc::clone(memory)))
     }
 
-    /// Maps `memory` of this process at `iova` with one call.
+    /// Maps `memory` of this process at `iova` with one ioctl (`VFIO_IOMMU_MAP_DMA`).
     ///
     /// # Safety
-    /// Until it has been unmapped, or the last group has left the container, `memory` stays mapped in this process, and
-    /// nothing relies on what is in it: devices read it, and write it if `access` allows that, at any time.
+    /// `memory` must stay mapped in this process until it is unmapped from the container or the last group
+    /// has left the container. Until then, nothing may rely on its contents: devices may read it at any time,
+    /// and write it if `access` permits.
     ///
     /// # Errors
     /// As for [`Container::map_range`].
@@ -179,19 +184,22 @@ impl Container {
             iova,
             size: len,
         };
-        // SAFETY: the structure is complete, and the caller keeps the memory until it is unmapped.
+        // SAFETY: the structure is complete, and the caller keeps the memory mapped in this process until it
+        // is unmapped.
         unsafe { sys::call(self.as_fd(), sys::VFIO_IOMMU_MAP_DMA, &mut map) }
             .map(drop)
             .map_err(|errno| Operation::Map { len, iova }.failed(errno))
     }
 
-    /// Unmaps what was mapped by `len` bytes at `iova`, and returns how many bytes that were.
+    /// Unmaps all mappings within the `len` bytes at `iova` (`VFIO_IOMMU_UNMAP_DMA`), and returns the number
+    /// of unmapped bytes.
     ///
     /// # Safety
-    /// No [`Mapping`] in the range is used any more; to forget it is right ([`std::mem::forget`]).
+    /// No [`Mapping`] in the range may be used afterwards. To keep it from being dropped, pass it to
+    /// [`std::mem::forget`].
     ///
     /// # Errors
-    /// `EINVAL` when the container has no type any more.
+    /// `EINVAL` when the container no longer has an IOMMU type.
     pub unsafe fn unmap(&self, iova: u64, len: u64) -> Result<u64> {
         let mut unmap = sys::vfio_iommu_type1_dma_unmap {
             argsz: size_of::<sys::vfio_iommu_type1_dma_unmap>() as u32,
@@ -213,7 +221,7 @@ impl AsFd for Container {
     }
 }
 
-/// An integer that the kernel takes where other ioctls take an address.
+/// Converts an integer to the argument of an ioctl that takes an integer instead of an address.
 fn integer(number: u32) -> *mut std::ffi::c_void {
     ptr::without_provenance_mut(number as usize)
 }
@@ -230,7 +238,7 @@ mod tests {
     use std::sync::atomic::AtomicU8;
 
     fn container(fd: OwnedFd) -> Arc<Container> {
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so the descriptor never reaches a driver.
         Arc::new(unsafe { Container::from_fd_unchecked(fd) })
     }
 
@@ -273,7 +281,7 @@ mod tests {
             Ok(i32::from(name == "VFIO_CHECK_EXTENSION"))
         });
         let container = container(fd);
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so the descriptor never reaches a driver.
         let group = unsafe { Group::from_fd_unchecked(File::open("/dev/null").unwrap(), 3) };
         group.set_container(&container).unwrap();
         assert_eq!(container.has(IommuType::NoIommu), Ok(true));

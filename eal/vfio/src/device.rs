@@ -1,4 +1,4 @@
-//! A device that the kernel handed over: regions, interrupts and reset, the same however it was opened.
+//! VFIO devices: regions, interrupts and reset, regardless of how the device was opened.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -9,10 +9,11 @@ use crate::error::{Operation, Result};
 use crate::region::{DeviceFile, MappedRange, RegionFile, RegionInfo};
 use crate::{info, sys};
 
-/// Index of PCI's config space among the regions of a device; its BARs are 0 to 5.
+/// Region index of PCI config space. BARs are regions 0 to 5.
 pub const PCI_CONFIG_REGION: u32 = sys::VFIO_PCI_CONFIG_REGION_INDEX;
 
-/// A VFIO device. It closes when this and its [`RegionFile`]s have gone, and `K` is dropped then.
+/// A VFIO device. When the device and its [`RegionFile`]s have been dropped, the device is closed, and then
+/// `K` is dropped.
 #[derive(Debug)]
 pub struct Device<K = ()> {
     pub(crate) name: String,
@@ -21,15 +22,16 @@ pub struct Device<K = ()> {
 }
 
 impl<K> Device<K> {
-    /// Takes the descriptor of the device that is `name` on its bus, and what it needs while it is open.
+    /// Takes the descriptor of the device with this `name` on its bus. `keep` is what the device needs while
+    /// it is open.
     ///
     /// # Safety
     /// As for [`DeviceFile::new`].
     ///
     /// # Errors
-    /// When the kernel refuses (`VFIO_DEVICE_GET_INFO`).
+    /// When `VFIO_DEVICE_GET_INFO` fails.
     pub unsafe fn new(name: String, fd: OwnedFd, keep: K) -> Result<Self> {
-        // SAFETY: the caller answers for the descriptor.
+        // SAFETY: the caller upholds the contract of `DeviceFile::new`.
         let file = unsafe { DeviceFile::new(fd, keep) };
         let mut device_info = sys::vfio_device_info {
             argsz: size_of::<sys::vfio_device_info>() as u32,
@@ -45,22 +47,22 @@ impl<K> Device<K> {
         Ok(Self { name, file: Arc::new(file), flags: device_info.flags })
     }
 
-    /// Name on its bus.
+    /// Returns the name of the device on its bus.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether it is a PCI device.
+    /// Returns whether the device is a PCI device.
     pub fn is_pci(&self) -> bool {
         self.flags & sys::VFIO_DEVICE_FLAGS_PCI != 0
     }
 
-    /// What the device needs.
+    /// Returns the `keep` value, which the device needs while it is open.
     pub fn kept(&self) -> &K {
         self.file.kept()
     }
 
-    /// What region `index` is.
+    /// Reads the properties of region `index` (`VFIO_DEVICE_GET_REGION_INFO`).
     ///
     /// # Errors
     /// `EINVAL` when the device's bus has no such region.
@@ -71,33 +73,33 @@ impl<K> Device<K> {
             |words| {
                 words[1] = if cfg!(target_endian = "little") { index.into() } else { u64::from(index) << 32 }
             },
-            // SAFETY: `query` gives a buffer of at least the structure's size, 8-byte aligned, with `argsz` set to its
-            // length.
+            // SAFETY: `query` passes an 8-byte aligned buffer of at least the structure's size, with `argsz`
+            // set to its length.
             |at| unsafe { sys::ioctl(self.as_fd(), sys::VFIO_DEVICE_GET_REGION_INFO, at.cast()) }.map(drop),
         )
         .map_err(fail)?;
         RegionInfo::read(&answer).ok_or_else(|| fail(Errno::EPROTO))
     }
 
-    /// A region by `pread` and `pwrite`.
+    /// Returns a handle to access a region with `pread` and `pwrite`.
     pub fn region_file(&self, region: &RegionInfo) -> RegionFile<K> {
         RegionFile::new(&self.file, region.file_offset, region.size)
     }
 
-    /// Maps the parts of region `index` that may be mapped.
+    /// Maps the mappable parts of region `index`.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When a part cannot be mapped.
     pub fn map_region(&self, index: u32, region: &RegionInfo) -> Result<Vec<MappedRange>> {
         let map = |part| MappedRange::new(self.as_fd(), region.file_offset, part);
         let fail = |errno| Operation::MapRegion { device: self.name.clone(), index }.failed(errno);
         region.mappable.iter().cloned().map(map).collect::<nix::Result<_>>().map_err(fail)
     }
 
-    /// Resets the device (`VFIO_DEVICE_RESET`); false when it has no reset of its own.
+    /// Resets the device (`VFIO_DEVICE_RESET`). Returns false if the device has no reset of its own.
     ///
     /// # Errors
-    /// When the kernel tried and failed.
+    /// When the reset fails.
     pub fn reset(&self) -> Result<bool> {
         if self.flags & sys::VFIO_DEVICE_FLAGS_RESET == 0 {
             return Ok(false);
@@ -126,7 +128,7 @@ mod tests {
     use std::fs::File;
     use std::rc::Rc;
 
-    /// A device with a region of 16 KiB, 3 MSI-X vectors, no MSI, and a reset that `reset` answers.
+    /// Returns a device with a 16 KiB region, 3 MSI-X vectors and no MSI, whose reset returns `reset`.
     fn device(reset: nix::Result<i32>) -> (Device, Rc<RefCell<Vec<Vec<u32>>>>) {
         let log = Rc::<RefCell<Vec<Vec<u32>>>>::default();
         let seen = Rc::clone(&log);
@@ -160,7 +162,7 @@ mod tests {
             }
             Ok(0)
         });
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so the descriptor never reaches a driver.
         (unsafe { Device::new("0000:00:04.0".into(), fd, ()) }.unwrap(), log)
     }
 
@@ -191,7 +193,7 @@ mod tests {
         assert_eq!((info.count, info.eventfd, info.automasked), (3, true, false));
         let null = File::open("/dev/null").unwrap();
         let fd = null.as_raw_fd() as u32;
-        // The one EINVAL of a kind that has none to disable is no error.
+        // EINVAL from disabling MSI, which is not enabled, is not an error.
         device.enable_irq(Irq::Msi, &[null.as_fd(), null.as_fd()]).unwrap();
         device.unmask(Irq::Intx).unwrap();
         device.trigger(Irq::Error).unwrap();

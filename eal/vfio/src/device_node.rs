@@ -1,4 +1,4 @@
-//! Which node a descriptor is of, and what sysfs has of a device.
+//! Identification of device nodes, and lookups of devices in sysfs.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -11,11 +11,11 @@ use vireo_iommufd::observed;
 
 use crate::error::{Error, Result};
 
-/// Prefix of the nodes of devices without an IOMMU, groups and character devices.
+/// Prefix of the node names of devices without an IOMMU, for groups and for character devices.
 pub const NOIOMMU_PREFIX: &str = "noiommu-";
 
-/// Class and name, as sysfs has them, of the device node behind `fd`: `("vfio", "12")`. None when it is no character
-/// device, or sysfs does not know it. The kernel is asked: names in `/dev` do not matter.
+/// Returns the class and name in sysfs of the device node that `fd` refers to, such as `("vfio", "12")`.
+/// Returns `None` if `fd` is not a character device or is unknown to sysfs. Names in `/dev` are ignored.
 ///
 /// # Errors
 /// When the descriptor is not open.
@@ -33,7 +33,7 @@ pub fn class_and_name(fd: impl AsFd) -> nix::Result<Option<(String, String)>> {
     Ok(read())
 }
 
-/// Number of the IOMMU group of the device whose directory in sysfs is `sysfs`.
+/// Returns the number of a device's IOMMU group. `sysfs` is the device's directory in sysfs.
 ///
 /// # Errors
 /// When the device is in no group.
@@ -44,8 +44,9 @@ pub fn group_of(sysfs: &Path) -> io::Result<u32> {
         .ok_or_else(|| io::Error::other("the link ends in no number"))
 }
 
-/// Name below `/dev/vfio/devices` of the character device of the device whose directory in sysfs is `sysfs`. Before Linux
-/// 7.3 a device without IOMMU has the entry in sysfs but no number.
+/// Returns the name in `/dev/vfio/devices` of a device's character device. `sysfs` is the device's directory
+/// in sysfs. Before Linux 7.3, a device without an IOMMU has an entry in sysfs but no device number, so the
+/// result is `None`.
 pub fn cdev_of(sysfs: &Path) -> Option<String> {
     fs::read_dir(sysfs.join("vfio-dev"))
         .ok()?
@@ -63,7 +64,7 @@ pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     )
 }
 
-/// Name of the node behind `fd`, if `is_it` accepts its class and name.
+/// Returns the name of the node that `fd` refers to, if `is_it` accepts its class and name.
 pub(crate) fn name_of(
     fd: &impl AsFd,
     wanted: &'static str,

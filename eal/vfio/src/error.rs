@@ -1,4 +1,4 @@
-//! What can fail, with the kernel's errno where it has one.
+//! Errors, with the kernel's errno where there is one.
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -8,60 +8,60 @@ use nix::errno::Errno;
 
 use crate::Irq;
 
-/// Result of everything in this crate that can fail.
+/// Result of this crate's fallible functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a call of this crate failed.
+/// Reason why a call of this crate failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}: {}", self.what(), self.why())]
 #[non_exhaustive]
 pub enum Error {
-    /// A device node did not open.
+    /// Opening a device node failed.
     Open {
-        /// The node.
+        /// Path of the node.
         path: PathBuf,
-        /// What the kernel answered.
+        /// Errno from the kernel.
         errno: Errno,
     },
-    /// The descriptor is of another node.
+    /// Sysfs does not identify the descriptor as the expected kind of node.
     OtherNode {
-        /// Its number.
+        /// Number of the descriptor.
         fd: RawFd,
-        /// What it is not.
+        /// Expected kind of node.
         wanted: &'static str,
     },
     /// The kernel refused an operation.
     Kernel {
-        /// What was asked for.
+        /// The requested operation.
         operation: Operation,
-        /// What the kernel answered.
+        /// Errno from the kernel.
         errno: Errno,
     },
-    /// The device wants a VF token, and a kernel before 6.17 takes none with a character device.
+    /// The device needs a VF token, but kernels before 6.17 accept no token for a character device.
     TokenUnknown {
-        /// What was asked for.
+        /// The requested operation.
         operation: Operation,
     },
-    /// The kernel has another API than this crate.
+    /// The kernel has a different API version than this crate.
     ApiVersion(i32),
-    /// The kernel does not report what was asked for.
+    /// The kernel does not report the expected information.
     NotReported {
-        /// What was asked for.
+        /// The requested operation.
         operation: Operation,
-        /// What does.
+        /// What is missing or wrong, and the kernel version that reports it, if any.
         why: &'static str,
     },
-    /// An argument has no meaning, and the kernel was not asked.
+    /// An argument is invalid. The kernel was not called.
     Argument {
-        /// What was asked for.
+        /// The requested operation.
         operation: Operation,
-        /// What is wrong with the argument.
+        /// Reason why the argument is invalid.
         why: &'static str,
     },
 }
 
 impl Error {
-    /// What failed, as the first half of the message: `cannot reset 0000:00:04.0`.
+    /// Returns what failed, as the first half of the message: `cannot reset 0000:00:04.0`.
     pub fn what(&self) -> String {
         match self {
             Self::Open { path, .. } => format!("cannot open {}", path.display()),
@@ -74,7 +74,7 @@ impl Error {
         }
     }
 
-    /// Why it failed, as the second half of the message: `EBUSY (Device or resource busy)`.
+    /// Returns why it failed, as the second half of the message: `EBUSY (Device or resource busy)`.
     pub fn why(&self) -> String {
         match self {
             Self::Open { errno, .. } | Self::Kernel { errno, .. } => format!("{errno:?} ({})", errno.desc()),
@@ -87,7 +87,7 @@ impl Error {
         }
     }
 
-    /// What the kernel answered, if it was the kernel.
+    /// Returns the errno from the kernel, if the kernel reported the error.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Self::Open { errno, .. } | Self::Kernel { errno, .. } => Some(*errno),
@@ -96,7 +96,7 @@ impl Error {
         }
     }
 
-    /// What to do about it, best as a command to type, where something helps.
+    /// Returns how to fix the error, as a command where possible. `None` if there is no known fix.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Open { errno: Errno::ENOENT | Errno::ENODEV, .. } => Some("run: modprobe vfio-pci".into()),
@@ -113,36 +113,36 @@ impl Error {
     }
 }
 
-/// What was asked of the kernel. Its text follows "cannot".
+/// Operation requested from the kernel. Its `Display` text completes a sentence that starts with "cannot".
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Operation {
     /// Read a group's state (`VFIO_GROUP_GET_STATUS`).
     GroupStatus(u32),
-    /// Put a group into a container (`VFIO_GROUP_SET_CONTAINER`).
+    /// Add a group to a container (`VFIO_GROUP_SET_CONTAINER`).
     SetContainer(u32),
-    /// Take a group out of its container (`VFIO_GROUP_UNSET_CONTAINER`).
+    /// Remove a group from its container (`VFIO_GROUP_UNSET_CONTAINER`).
     UnsetContainer(u32),
-    /// Take a device out of its group (`VFIO_GROUP_GET_DEVICE_FD`).
+    /// Open a device through its group (`VFIO_GROUP_GET_DEVICE_FD`).
     OpenDevice(String),
-    /// Give a container its type of IOMMU (`VFIO_SET_IOMMU`).
+    /// Set a container's IOMMU type (`VFIO_SET_IOMMU`).
     SetIommu,
-    /// Ask whether a container has a type of IOMMU (`VFIO_CHECK_EXTENSION`).
+    /// Check whether a container supports an IOMMU type (`VFIO_CHECK_EXTENSION`).
     CheckExtension,
     /// Read a container's IOVA ranges (`VFIO_IOMMU_GET_INFO`).
     ReadIovaRanges,
     /// Map memory (`VFIO_IOMMU_MAP_DMA`).
     Map {
-        /// How much, in bytes.
+        /// Length in bytes.
         len: u64,
-        /// Where.
+        /// First IOVA.
         iova: u64,
     },
-    /// Unmap (`VFIO_IOMMU_UNMAP_DMA`).
+    /// Unmap a range of IOVAs (`VFIO_IOMMU_UNMAP_DMA`).
     Unmap {
-        /// How much, in bytes.
+        /// Length in bytes.
         len: u64,
-        /// From where on.
+        /// First IOVA.
         iova: u64,
     },
     /// Bind a device to iommufd (`VFIO_DEVICE_BIND_IOMMUFD`).
@@ -151,37 +151,37 @@ pub enum Operation {
     Attach(String),
     /// Detach a device (`VFIO_DEVICE_DETACH_IOMMUFD_PT`).
     Detach(String),
-    /// Read what a device has (`VFIO_DEVICE_GET_INFO`).
+    /// Read the properties of a device (`VFIO_DEVICE_GET_INFO`).
     DeviceInfo(String),
-    /// Read what a region of a device is (`VFIO_DEVICE_GET_REGION_INFO`).
+    /// Read the properties of a device's region (`VFIO_DEVICE_GET_REGION_INFO`).
     RegionInfo {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// The region.
+        /// Index of the region.
         index: u32,
     },
     /// Map a region of a device.
     MapRegion {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// The region.
+        /// Index of the region.
         index: u32,
     },
-    /// Read what a device has of one kind of interrupt (`VFIO_DEVICE_GET_IRQ_INFO`).
+    /// Read the properties of one kind of interrupt of a device (`VFIO_DEVICE_GET_IRQ_INFO`).
     IrqInfo {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// The kind.
+        /// Kind of interrupt.
         irq: Irq,
     },
-    /// Deliver, mask, unmask or fire interrupts (`VFIO_DEVICE_SET_IRQS`).
+    /// Enable, disable, unmask or trigger interrupts (`VFIO_DEVICE_SET_IRQS`).
     SetIrqs {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// The kind.
+        /// Kind of interrupt.
         irq: Irq,
     },
-    /// Make the eventfd of a device's interrupt.
+    /// Create an eventfd for a device's interrupt.
     Eventfd(String),
     /// Reset a device (`VFIO_DEVICE_RESET`).
     Reset(String),

@@ -13,14 +13,15 @@ use crate::{Container, Device, sys};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GroupStatus {
-    /// Whether no driver of the kernel has a device of it.
+    /// Whether no kernel driver other than a VFIO driver uses a device of the group.
     pub is_viable: bool,
-    /// Whether it is in a container.
+    /// Whether the group is in a container.
     pub has_container: bool,
 }
 
-/// An IOMMU group, by its node (`/dev/vfio/N`, or `/dev/vfio/noiommu-N` of a device without an IOMMU). The node opens once;
-/// its devices keep the group in its container.
+/// An IOMMU group, opened through its node (`/dev/vfio/N`, or `/dev/vfio/noiommu-N` for a device without an
+/// IOMMU). The node can be opened only once at a time. While a device of the group is open, the group stays
+/// in its container.
 #[derive(Debug)]
 pub struct Group<F = OwnedFd> {
     fd: F,
@@ -28,21 +29,21 @@ pub struct Group<F = OwnedFd> {
 }
 
 impl Group {
-    /// Opens the node at `path`.
+    /// Opens the group's node at `path`.
     ///
     /// # Errors
-    /// [`Error::Open`]: `EBUSY` when somebody has it open, or a device of it as a character device. [`Error::OtherNode`]
-    /// when it is of something else.
+    /// [`Error::Open`]: `EBUSY` when the group is already open, or one of its devices is open as a character
+    /// device. [`Error::OtherNode`] when sysfs does not identify the node as that of a group.
     pub fn open(path: &Path) -> Result<Self> {
         Self::from_fd(device_node::open(path)?)
     }
 }
 
 impl<F: AsFd> Group<F> {
-    /// Takes a descriptor that somebody else opened.
+    /// Wraps an open descriptor of a group.
     ///
     /// # Errors
-    /// [`Error::OtherNode`] when it is not of a group, or sysfs does not tell.
+    /// [`Error::OtherNode`] when sysfs does not identify the descriptor as that of a group.
     pub fn from_fd(fd: F) -> Result<Self> {
         let wanted = "VFIO group";
         let name = device_node::name_of(&fd, wanted, |class, _| class == "vfio")?;
@@ -51,23 +52,24 @@ impl<F: AsFd> Group<F> {
         Ok(Self { fd, number })
     }
 
-    /// As [`Group::from_fd`], without the look at sysfs.
+    /// Wraps a descriptor without the sysfs check of [`Group::from_fd`].
     ///
     /// # Safety
-    /// `fd` is of a group's node: what another driver writes in answer to these ioctls, and where, nobody knows.
+    /// `fd` must refer to a group's node. Another driver may respond to these ioctls by writing arbitrary
+    /// data to arbitrary addresses.
     pub unsafe fn from_fd_unchecked(fd: F, number: u32) -> Self {
         Self { fd, number }
     }
 
-    /// Number of the group, which is that of its node.
+    /// Returns the number of the group, which is also in the name of its node.
     pub fn number(&self) -> u32 {
         self.number
     }
 
-    /// State of the group.
+    /// Reads the state of the group (`VFIO_GROUP_GET_STATUS`).
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the ioctl fails.
     pub fn status(&self) -> Result<GroupStatus> {
         let argsz = size_of::<sys::vfio_group_status>() as u32;
         let mut status = sys::vfio_group_status { argsz, flags: 0 };
@@ -80,22 +82,23 @@ impl<F: AsFd> Group<F> {
         })
     }
 
-    /// Puts the group into `container`.
+    /// Adds the group to `container`.
     ///
     /// # Errors
-    /// `EINVAL` when it is in one, `EPERM` for a group without an IOMMU and without `CAP_SYS_RAWIO`.
+    /// `EINVAL` when the group is already in a container; `EPERM` when it has no IOMMU and the process has no
+    /// `CAP_SYS_RAWIO`.
     pub fn set_container(&self, container: &Container) -> Result<()> {
         let mut fd = container.as_fd().as_raw_fd();
-        // SAFETY: the argument is a descriptor that is open for the call.
+        // SAFETY: the argument is a descriptor that stays open during the call.
         unsafe { sys::call(self.as_fd(), sys::VFIO_GROUP_SET_CONTAINER, &mut fd) }
             .map(drop)
             .map_err(|errno| Operation::SetContainer(self.number).failed(errno))
     }
 
-    /// Takes the group out of its container, which forgets its mappings with its last group.
+    /// Removes the group from its container. When the last group leaves a container, the container loses its mappings.
     ///
     /// # Errors
-    /// `EBUSY` while one of its devices is open.
+    /// `EBUSY` while a device of the group is open.
     pub fn unset_container(&self) -> Result<()> {
         // SAFETY: this ioctl has no argument.
         unsafe { sys::ioctl(self.as_fd(), sys::VFIO_GROUP_UNSET_CONTAINER, std::ptr::null_mut()) }
@@ -103,19 +106,20 @@ impl<F: AsFd> Group<F> {
             .map_err(|errno| Operation::UnsetContainer(self.number).failed(errno))
     }
 
-    /// Opens the device that is `name` on its bus (`0000:00:04.0`). The container has its IOMMU by then. `token` is the VF
-    /// token, most significant byte first: devices with SR-IOV want one, and the others none. `keep` is what the device needs
-    /// while it is open, such as its container.
+    /// Opens the device with this `name` on its bus, such as `0000:00:04.0`. The container's IOMMU type must
+    /// already be set. `token` is the VF token, most significant byte first. Devices that use SR-IOV need a
+    /// token, and other devices must not get one. `keep` is what the device needs while it is open, such as
+    /// its container.
     ///
     /// # Errors
-    /// `EACCES` when the device wants another token, `EBUSY` when it is open.
+    /// `EACCES` when the device needs a different token, `EBUSY` when the device is already open.
     pub fn device<K>(&self, name: &str, token: Option<&[u8; 16]>, keep: K) -> Result<Device<K>> {
         let fd = self.device_fd(name, token)?;
         // SAFETY: the descriptor is of a device of this group.
         unsafe { Device::new(name.to_owned(), fd, keep) }
     }
 
-    /// As [`Group::device`], for the descriptor alone.
+    /// Opens a device like [`Group::device`], but returns only its descriptor.
     ///
     /// # Errors
     /// As for [`Group::device`].
@@ -126,17 +130,17 @@ impl<F: AsFd> Group<F> {
             argument += " vf_token=";
             for (index, byte) in token.iter().enumerate() {
                 let hyphen = if matches!(index, 4 | 6 | 8 | 10) { "-" } else { "" };
-                // A string takes whatever is written.
+                // Writing to a string cannot fail.
                 let _ = write!(argument, "{hyphen}{byte:02x}");
             }
         }
         let argument = CString::new(argument)
             .map_err(|_| Error::Argument { operation: operation(), why: "the name has a NUL byte in it" })?;
         let pointer = argument.as_ptr().cast_mut().cast();
-        // SAFETY: the kernel reads a string that ends in NUL and lives for the call.
+        // SAFETY: the kernel reads a NUL-terminated string, which lives until after the call.
         let fd = unsafe { sys::ioctl(self.as_fd(), sys::VFIO_GROUP_GET_DEVICE_FD, pointer) }
             .map_err(|errno| operation().failed(errno))?;
-        // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
+        // SAFETY: the kernel has just installed this descriptor, and nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 }
@@ -173,7 +177,7 @@ mod tests {
                 Ok(0)
             }
             "VFIO_GROUP_GET_DEVICE_FD" => {
-                // SAFETY: the argument is a string that ends in NUL.
+                // SAFETY: the argument is a NUL-terminated string.
                 let name = unsafe { CStr::from_ptr(argument.cast()) }.to_str().unwrap();
                 match name.split_once(' ') {
                     None => Err(nix::errno::Errno::EACCES),
@@ -187,7 +191,7 @@ mod tests {
             "VFIO_GROUP_UNSET_CONTAINER" => Err(nix::errno::Errno::EBUSY),
             other => panic!("{other}"),
         });
-        // SAFETY: no kernel is behind it.
+        // SAFETY: the test answers the ioctls, so the descriptor never reaches a driver.
         let group = unsafe { Group::from_fd_unchecked(fd, 7) };
         assert_eq!(group.number(), 7);
         assert_eq!(group.status(), Ok(GroupStatus { is_viable: true, has_container: false }));

@@ -1,19 +1,19 @@
-//! Answers of variable length: a structure followed by a chain of capabilities
+//! Ioctl results of variable length: a structure followed by a chain of capabilities
 //! (`struct vfio_info_cap_header` in `include/uapi/linux/vfio.h`).
 
 use std::ops::RangeInclusive;
 
 use crate::sys;
 
-/// One capability of a chain: id, version and the bytes after its header.
+/// One capability of a chain: its id and the bytes after its header.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Capability<'a> {
     pub(crate) id: u16,
     pub(crate) body: &'a [u8],
 }
 
-/// Walks the chain that starts at `offset` of `answer`. Ends where an offset leaves the answer or turns
-/// back, so it is bounded whatever the bytes are.
+/// Iterates over the chain that starts at `offset` of `answer`. The chain ends at an offset that is outside
+/// of the answer or does not increase, so it is finite for any input.
 pub(crate) fn capabilities(answer: &[u8], offset: u32) -> impl Iterator<Item = Capability<'_>> {
     const HEADER: usize = 8;
     let mut next = offset as usize;
@@ -30,7 +30,7 @@ pub(crate) fn capabilities(answer: &[u8], offset: u32) -> impl Iterator<Item = C
     })
 }
 
-/// Reads the allowed IOVA ranges of a `struct vfio_iommu_type1_info`; none when it does not have them.
+/// Returns the allowed IOVA ranges in a `struct vfio_iommu_type1_info`, if it has any.
 pub(crate) fn iova_ranges(answer: &[u8]) -> Option<Vec<RangeInclusive<u64>>> {
     let flags = u32_at(answer, 4)?;
     let offset = u32_at(answer, 16).filter(|_| flags & sys::VFIO_IOMMU_INFO_CAPS != 0)?;
@@ -40,24 +40,24 @@ pub(crate) fn iova_ranges(answer: &[u8]) -> Option<Vec<RangeInclusive<u64>>> {
     Some(u64_pairs(ranges.body, 8, count).map(|(start, end)| start..=end).collect())
 }
 
-/// Smallest page in bytes that the IOMMU maps, of a `struct vfio_iommu_type1_info` that tells it.
+/// Returns the size in bytes of the smallest page that the IOMMU maps, if a `struct vfio_iommu_type1_info` reports it.
 pub(crate) fn smallest_page(answer: &[u8]) -> Option<u64> {
     let flags = u32_at(answer, 4)?;
     let sizes = u64_at(answer, 8).filter(|sizes| flags & sys::VFIO_IOMMU_INFO_PGSIZES != 0 && *sizes != 0)?;
     Some(1 << sizes.trailing_zeros())
 }
 
-/// Native-endian word at `offset`, if it is there.
+/// Returns the native-endian `u32` at `offset`, if `bytes` is long enough.
 pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(offset..offset.checked_add(4)?)?.try_into().ok()?))
 }
 
-/// Native-endian double word at `offset`, if it is there.
+/// Returns the native-endian `u64` at `offset`, if `bytes` is long enough.
 pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(bytes.get(offset..offset.checked_add(8)?)?.try_into().ok()?))
 }
 
-/// `count` pairs of double words that start at `offset` of `bytes`; fewer when the bytes end before.
+/// Iterates over `count` pairs of `u64` that start at `offset`, or fewer if `bytes` ends earlier.
 pub(crate) fn u64_pairs(bytes: &[u8], offset: usize, count: u32) -> impl Iterator<Item = (u64, u64)> {
     (0..count as usize).map_while(move |i| {
         let at = offset.checked_add(i.checked_mul(16)?)?;
@@ -65,14 +65,14 @@ pub(crate) fn u64_pairs(bytes: &[u8], offset: usize, count: u32) -> impl Iterato
     })
 }
 
-/// Asks twice when the first answer says in `argsz` (its first word) that it would be longer. `call` fills
-/// the buffer that it is given; the buffer is aligned for 8-byte words and holds at least `size` bytes.
+/// Issues a query, and repeats it with a larger buffer if the result's `argsz` (its first word) exceeds the
+/// buffer. `call` fills the buffer, which is aligned to 8 bytes and has at least `size` bytes.
 pub(crate) fn query(
     size: usize,
     prepare: impl Fn(&mut [u64]),
     call: impl Fn(*mut u64) -> nix::Result<()>,
 ) -> nix::Result<Vec<u8>> {
-    /// More than any answer of the kernel; a larger `argsz` is refused instead of allocated.
+    /// Larger than any result of the kernel. A larger `argsz` is an error, so that nothing that large is allocated.
     const MOST: usize = 1 << 20;
     let mut size = size;
     loop {
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn ranges_are_found_among_other_capabilities() {
         let id = sys::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE as u16;
-        // It says three ranges, and two are there.
+        // The capability announces three ranges, but contains only two.
         let body = words(&[3, 0, 0, 0, 0xfedf_ffff, 0, 0xfef0_0000, 0, u32::MAX, 0x7f]);
         let parts: [(u16, &[u8]); 2] = [(id + 1, &[1; 8]), (id, &body)];
         let answer = |flags| chain(words(&[0, flags, 0, 0, 24, 0]), &parts);
@@ -151,7 +151,7 @@ mod tests {
             16,
             |_| (),
             |at| {
-                // SAFETY: `query` gives a buffer of at least two words.
+                // SAFETY: `query` passes a buffer of at least two words.
                 let words = unsafe { std::slice::from_raw_parts_mut(at, 2) };
                 words[0] = words[0] & !0xffff_ffff | 40;
                 Ok(())

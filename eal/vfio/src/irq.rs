@@ -12,15 +12,15 @@ use crate::{Device, sys};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Irq {
-    /// The legacy line. The kernel masks it when it fires; [`Device::unmask`] arms it again.
+    /// Legacy interrupt line (INTx). The kernel masks it when it fires, and [`Device::unmask`] arms it again.
     Intx,
-    /// Message-signalled.
+    /// Message-signaled interrupts (MSI).
     Msi,
-    /// Message-signalled, by a table.
+    /// Message-signaled interrupts with a vector table (MSI-X).
     Msix,
-    /// An uncorrectable error was reported (AER).
+    /// Report of an uncorrectable error (AER).
     Error,
-    /// The kernel asks for the device back.
+    /// Request from the kernel to release the device.
     Request,
 }
 
@@ -36,38 +36,38 @@ impl Irq {
     }
 }
 
-/// What the device has of one kind of interrupt.
+/// Properties of one kind of interrupt of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct IrqInfo {
-    /// Number of interrupts; 0 when the device has none of this kind.
+    /// Number of interrupts; 0 if the device has none of this kind.
     pub count: u32,
-    /// Whether an eventfd can receive it.
+    /// Whether an eventfd can receive the interrupt.
     pub eventfd: bool,
-    /// Whether the kernel masks it when it fires.
+    /// Whether the kernel masks the interrupt when it fires.
     pub automasked: bool,
 }
 
-/// Hears that the kernel wants a device back, because it is to be unplugged or unbound. Until the device is closed
-/// the kernel waits, and asks again every ten seconds.
+/// Notification that the kernel wants a device to be released, because it is being unplugged or unbound. The
+/// kernel waits until the device is closed, and repeats the request every ten seconds.
 #[derive(Debug)]
 pub struct Request(EventFd);
 
 impl Request {
-    /// Whether it asked since the last call; does not wait.
+    /// Returns whether a request arrived since the last call, without waiting.
     pub fn take(&self) -> bool {
         self.0.read().is_ok()
     }
 }
 
-/// Header of `struct vfio_irq_set`, in 32-bit words.
+/// Length of the header of `struct vfio_irq_set`, in 32-bit words.
 const HEADER: usize = 5;
 
 impl<K> Device<K> {
-    /// What the device has of `irq`.
+    /// Reads the properties of the interrupts of kind `irq` (`VFIO_DEVICE_GET_IRQ_INFO`).
     ///
     /// # Errors
-    /// When the kernel does not know this kind for the device.
+    /// When the kernel does not support this kind for the device.
     pub fn irq_info(&self, irq: Irq) -> Result<IrqInfo> {
         let mut info = sys::vfio_irq_info {
             argsz: size_of::<sys::vfio_irq_info>() as u32,
@@ -85,13 +85,14 @@ impl<K> Device<K> {
         })
     }
 
-    /// Delivers interrupt `i` of this kind to `eventfds[i]`, replacing what was set before.
+    /// Delivers interrupt `i` of this kind to `eventfds[i]`, replacing the previous eventfds.
     ///
     /// # Errors
     /// When the device has fewer interrupts, or another kind is enabled.
     pub fn enable_irq(&self, irq: Irq, eventfds: &[BorrowedFd<'_>]) -> Result<()> {
         if matches!(irq, Irq::Msi | Irq::Msix) {
-            // The kernel leaves vectors beyond these as they were; EINVAL is its answer when there are none.
+            // The kernel keeps vectors beyond `eventfds` enabled, so disable all of them first. It returns
+            // EINVAL if none is enabled.
             match self.disable_irq(irq) {
                 Err(error) if error.errno() != Some(Errno::EINVAL) => return Err(error),
                 _ => {}
@@ -106,10 +107,10 @@ impl<K> Device<K> {
         )
     }
 
-    /// Listens for the kernel's wish to have the device back.
+    /// Starts to watch for requests from the kernel to release the device.
     ///
     /// # Errors
-    /// When the kernel has no such interrupt, or no eventfd.
+    /// When the device has no such interrupt, or no eventfd can be created.
     pub fn watch_release_request(&self) -> Result<Request> {
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno: Errno| Operation::Eventfd(self.name.clone()).failed(errno))?;
@@ -117,10 +118,10 @@ impl<K> Device<K> {
         Ok(Request(event))
     }
 
-    /// Ends delivery of this kind.
+    /// Disables interrupts of this kind.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the ioctl fails.
     pub fn disable_irq(&self, irq: Irq) -> Result<()> {
         self.set_irqs(irq, sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_TRIGGER, 0, [])
     }
@@ -128,15 +129,15 @@ impl<K> Device<K> {
     /// Arms an automasked interrupt again.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the ioctl fails.
     pub fn unmask(&self, irq: Irq) -> Result<()> {
         self.set_irqs(irq, sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_UNMASK, 1, [])
     }
 
-    /// Fires interrupt 0 of this kind by software, to see that it arrives.
+    /// Triggers interrupt 0 of this kind in software, to test its delivery.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the ioctl fails.
     pub fn trigger(&self, irq: Irq) -> Result<()> {
         self.set_irqs(irq, sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_TRIGGER, 1, [])
     }
@@ -146,8 +147,8 @@ impl<K> Device<K> {
         debug_assert_eq!(set.len(), HEADER);
         set.extend(data);
         set[0] = (set.len() * size_of::<u32>()) as u32;
-        // SAFETY: the words are a `vfio_irq_set` of `argsz` bytes with its data behind it; descriptors in it
-        // are open for the call.
+        // SAFETY: the words are a `vfio_irq_set` and its data, `argsz` bytes in total. Descriptors in the
+        // data stay open during the call.
         unsafe { sys::ioctl(self.as_fd(), sys::VFIO_DEVICE_SET_IRQS, set.as_mut_ptr().cast()) }
             .map(drop)
             .map_err(|errno| Operation::SetIrqs { device: self.name.clone(), irq }.failed(errno))

@@ -1,4 +1,4 @@
-//! Stands in for the kernel in unit tests: a test says what each ioctl answers, and sees the argument.
+//! Stand-in for the kernel in unit tests. The test inspects the argument of each ioctl and supplies the result.
 
 use std::cell::RefCell;
 use std::ffi::{c_int, c_void};
@@ -11,7 +11,7 @@ thread_local! {
     static KERNEL: RefCell<Option<Answer>> = const { RefCell::new(None) };
 }
 
-/// A descriptor whose ioctls `answer` gets by name with their argument, on this thread.
+/// Returns a descriptor, and passes the name and argument of each ioctl of this thread to `answer`.
 pub(crate) fn answers(
     answer: impl FnMut(&'static str, *mut c_void) -> nix::Result<c_int> + 'static,
 ) -> OwnedFd {
@@ -19,13 +19,13 @@ pub(crate) fn answers(
     File::open("/dev/null").unwrap().into()
 }
 
-/// What the stand-in makes of an argument; none when there is no stand-in.
+/// Returns the stand-in's result for an ioctl, or `None` if this thread has no stand-in.
 pub(crate) fn answer(name: &'static str, argument: *mut c_void) -> Option<nix::Result<c_int>> {
     KERNEL.with_borrow_mut(|kernel| kernel.as_mut().map(|kernel| kernel(name, argument)))
 }
 
-/// The structure that an argument is the address of.
+/// Returns the structure at the address in `argument`.
 pub(crate) fn at<'a, T>(argument: *mut c_void) -> &'a mut T {
-    // SAFETY: the test asks for the structure of the ioctl that it answers, while the caller waits for the answer.
+    // SAFETY: the test requests the structure of the ioctl that it answers, while the caller waits for the result.
     unsafe { &mut *argument.cast() }
 }

@@ -1,16 +1,18 @@
-//! Linux's VFIO, typed: a process gets a device, says what it can reach, and has its registers and interrupts. It is the
-//! kernel's interface and no more; which way to open a device, and what to tell a user whose device does not open, is for
-//! programs (in Vireo, for `vireo-eal`).
+//! Typed interface to Linux's VFIO: a process opens a device, defines the memory that the device can access,
+//! and uses the device's registers and interrupts.
 //!
-//! | way | opened | the device reaches |
+//! The crate wraps the kernel's interface and nothing more. How to open a device, and what to report if a
+//! device does not open, are left to the program (in Vireo, to `vireo-eal`).
+//!
+//! | Mode | Opened with | Memory that the device can access |
 //! |---|---|---|
-//! | container | [`Container::open`], [`Group`] | what is mapped in the container |
-//! | compatible | [`Container::open_at`] with `/dev/iommu`, [`Group`] | the same, by iommufd |
-//! | character device | [`Iommufd`], [`Cdev`] | what is mapped in an [`Ioas`](vireo_iommufd::Ioas) |
-//! | no IOMMU, by group | [`Container::open`], [`Group`] of `noiommu-N`, [`IommuType::NoIommu`] | all memory |
-//! | no IOMMU, by character device (Linux 7.3) | [`Iommufd`], [`Cdev`] of `noiommu-vfioN` | all memory; what is mapped is pinned |
+//! | container | [`Container::open`], [`Group`] | memory mapped in the container |
+//! | container on iommufd | [`Container::open_at`] with `/dev/iommu`, [`Group`] | memory mapped in the container |
+//! | character device | [`Iommufd`], [`Cdev`] | memory mapped in an [`Ioas`](vireo_iommufd::Ioas) |
+//! | group, no IOMMU | [`Container::open`], [`Group`] of `noiommu-N`, [`IommuType::NoIommu`] | all memory |
+//! | character device, no IOMMU (Linux 7.3) | [`Iommufd`], [`Cdev`] of `noiommu-vfioN` | all memory; mappings are pinned |
 //!
-//! All end in one [`Device`], which keeps what the way needs.
+//! Each mode results in a [`Device`], which keeps alive the objects that the mode needs.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -42,8 +44,8 @@
 //! # }
 //! ```
 //!
-//! It needs no argument and reads no environment. Calls can be [observed](vireo_iommufd::observe), together with those of
-//! `vireo-iommufd`.
+//! The crate reads no command line and no environment variables. Calls can be
+//! [observed](vireo_iommufd::observe), together with those of `vireo-iommufd`.
 
 mod cdev;
 mod container;
@@ -72,7 +74,7 @@ pub use region::{DeviceFile, MappedRange, RegionFile, RegionInfo};
 pub use nix::errno::Errno;
 pub use vireo_iommufd::{Access, DeviceId, Iommufd, Memory};
 
-/// Reads `answer` as each of the kernel's answers that has a chain of capabilities: what a fuzz target calls.
+/// Parses `answer` as each kernel structure that has a chain of capabilities, for fuzzing.
 #[cfg(fuzzing)]
 pub fn read_info(answer: &[u8]) {
     let _ = (RegionInfo::read(answer), info::iova_ranges(answer), info::smallest_page(answer));

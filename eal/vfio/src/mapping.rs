@@ -1,4 +1,4 @@
-//! What is mapped in a container.
+//! Mappings in a container.
 
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
@@ -6,9 +6,10 @@ use std::sync::Arc;
 use crate::Container;
 use crate::error::{Error, Operation, Result};
 
-/// Memory that is mapped in a [`Container`]. Unmapped on drop, before `K`, the owner of the memory, is dropped.
+/// Memory that is mapped in a [`Container`]. On drop, the memory is unmapped, and then `K`, the owner of the
+/// memory, is dropped.
 ///
-/// If the kernel refuses to unmap, an error is logged and `K` is never dropped: a device may still reach the memory.
+/// If the unmap fails, an error is logged and `K` is never dropped, because a device may still access the memory.
 #[must_use = "dropping it unmaps the memory"]
 #[derive(Debug)]
 pub struct Mapping<K> {
@@ -16,7 +17,7 @@ pub struct Mapping<K> {
     iova: u64,
     len: u64,
     is_mapped: bool,
-    /// Dropped only when nothing maps its memory.
+    /// Dropped only after its memory is unmapped.
     keep: ManuallyDrop<K>,
 }
 
@@ -25,31 +26,31 @@ impl<K> Mapping<K> {
         Self { container: Arc::clone(container), iova, len, is_mapped: true, keep: ManuallyDrop::new(keep) }
     }
 
-    /// Device address of the first byte.
+    /// Returns the IOVA of the first byte.
     pub fn iova(&self) -> u64 {
         self.iova
     }
 
-    /// How many bytes there are.
+    /// Returns the length in bytes.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Unmaps, and gives the owner of the memory back. Dropping does the same and logs what fails.
+    /// Unmaps the memory and returns its owner. Dropping the mapping also unmaps it, but only logs errors.
     ///
     /// # Errors
-    /// When the kernel refuses. The owner is never dropped then, so that the memory stays as it is.
+    /// When the kernel does not unmap the memory. Its owner is then never dropped, so that the memory stays valid.
     pub fn unmap(mut self) -> Result<K> {
         self.release()?;
-        // SAFETY: `is_mapped` is false, so drop leaves the owner alone.
+        // SAFETY: `is_mapped` is false, so drop does not use `keep`.
         Ok(unsafe { ManuallyDrop::take(&mut self.keep) })
     }
 
-    /// Tries once; whatever comes of it, drop does not try again.
+    /// Unmaps the memory. Drop does not try again, even if this fails.
     fn release(&mut self) -> Result<()> {
         self.is_mapped = false;
-        // SAFETY: the mapping is used no more.
+        // SAFETY: the mapping is not used afterwards.
         if unsafe { self.container.unmap(self.iova, self.len) }? == self.len {
             return Ok(());
         }
@@ -64,7 +65,7 @@ impl<K> Drop for Mapping<K> {
             return;
         }
         match self.release() {
-            // SAFETY: dropped once, here: the memory is unmapped.
+            // SAFETY: the memory is unmapped, and `keep` is dropped once, here.
             Ok(()) => unsafe { ManuallyDrop::drop(&mut self.keep) },
             Err(error) => tracing::error!("{error}"),
         }

@@ -16,20 +16,20 @@ use vireo_iommufd::observed;
 
 use crate::{info, sys};
 
-/// What a region is (`struct vfio_region_info`).
+/// Properties of a region (`struct vfio_region_info`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RegionInfo {
-    /// Its bytes; 0 when the device has no such region.
+    /// Size in bytes; 0 if the device has no such region.
     pub size: u64,
-    /// Where it begins in the device's file.
+    /// Offset of the region in the device's file.
     pub file_offset: u64,
-    /// Parts that may be mapped.
+    /// Parts of the region that can be mapped, as offsets in the region.
     pub mappable: Vec<Range<u64>>,
 }
 
 impl RegionInfo {
-    /// Reads a `struct vfio_region_info` and its capabilities; none when it is cut short.
+    /// Parses a `struct vfio_region_info` and its capabilities. Returns `None` if the structure is truncated.
     pub(crate) fn read(answer: &[u8]) -> Option<Self> {
         let flags = info::u32_at(answer, 4)?;
         let first = if flags & sys::VFIO_REGION_INFO_FLAG_CAPS != 0 { info::u32_at(answer, 12)? } else { 0 };
@@ -51,8 +51,9 @@ impl RegionInfo {
     }
 }
 
-/// A device's open file. Dropping it closes the file, which ends the device's DMA and resets it where the kernel can, and
-/// then drops `K`: what the device needs while it is open, such as its group, its address space and the memory in that.
+/// A device's open file. Dropping it closes the file and then drops `K`. Closing the file ends the device's
+/// DMA, and resets the device if the kernel can. `K` is what the device needs while it is open, such as its
+/// group, its address space and the memory mapped there.
 #[derive(Debug)]
 pub struct DeviceFile<K = ()> {
     file: ManuallyDrop<File>,
@@ -60,16 +61,17 @@ pub struct DeviceFile<K = ()> {
 }
 
 impl<K> DeviceFile<K> {
-    /// Takes a descriptor of a device, and what it needs.
+    /// Takes the descriptor of a device. `keep` is what the device needs while it is open.
     ///
     /// # Safety
-    /// `fd` is of a device of VFIO: of [`Group::device_fd`](crate::Group::device_fd), or of a [`Cdev`](crate::Cdev) that is bound.
-    /// What another driver writes in answer to the ioctls of a device, and where, nobody knows.
+    /// `fd` must be that of a VFIO device: from [`Group::device_fd`](crate::Group::device_fd), or from a
+    /// bound [`Cdev`](crate::Cdev). Another driver may respond to the ioctls of a device by writing arbitrary
+    /// data to arbitrary addresses.
     pub unsafe fn new(fd: OwnedFd, keep: K) -> Self {
         Self { file: ManuallyDrop::new(fd.into()), keep }
     }
 
-    /// What the device needs.
+    /// Returns the `keep` value, which the device needs while it is open.
     pub fn kept(&self) -> &K {
         &self.keep
     }
@@ -84,17 +86,18 @@ impl<K> AsFd for DeviceFile<K> {
 impl<K> Drop for DeviceFile<K> {
     fn drop(&mut self) {
         let mut is_open = true;
-        // The kernel resets the device in it, which is most of what giving a device up costs.
+        // Closing the file includes the device's reset, which is most of the cost of releasing a device.
         observed("close", || {
             if std::mem::take(&mut is_open) {
-                // SAFETY: this is the only place that drops the file, once, and nothing uses it behind this.
+                // SAFETY: `is_open` ensures that the file is dropped once. It is dropped only here, and not
+                // used afterwards.
                 unsafe { ManuallyDrop::drop(&mut self.file) };
             }
         });
     }
 }
 
-/// One region of a device's file, by `pread` and `pwrite`, which reach nothing of the other regions.
+/// One region of a device's file, accessed with `pread` and `pwrite`. No access reaches another region.
 #[derive(Debug)]
 pub struct RegionFile<K = ()> {
     device: Arc<DeviceFile<K>>,
@@ -103,27 +106,27 @@ pub struct RegionFile<K = ()> {
 }
 
 impl<K> RegionFile<K> {
-    /// The `size` bytes that begin at `start` of the file.
+    /// Creates a handle for the `size` bytes at `start` of the file.
     pub fn new(device: &Arc<DeviceFile<K>>, start: u64, size: u64) -> Self {
         Self { device: Arc::clone(device), start, size }
     }
 
-    /// Its bytes.
+    /// Returns the size of the region in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Where in the file `len` bytes at `offset` of the region are.
+    /// Returns the offset in the file of the `len` bytes at `offset` of the region.
     fn at(&self, offset: u64, len: usize) -> io::Result<u64> {
         let end = offset.checked_add(len as u64).filter(|end| *end <= self.size);
         let at = end.and_then(|_| self.start.checked_add(offset));
         at.ok_or_else(|| io::Error::other(format!("the region has {:#x} bytes", self.size)))
     }
 
-    /// Reads `bytes` at `offset` of the region.
+    /// Reads bytes at `offset` of the region into `bytes`.
     ///
     /// # Errors
-    /// When the region has fewer bytes, or the kernel refuses.
+    /// When the range exceeds the region, or the read fails.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let at = self.at(offset, bytes.len())?;
         self.device.file.read_exact_at(bytes, at)
@@ -132,23 +135,23 @@ impl<K> RegionFile<K> {
     /// Writes `bytes` at `offset` of the region.
     ///
     /// # Errors
-    /// As for [`RegionFile::read`].
+    /// When the range exceeds the region, or the write fails.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let at = self.at(offset, bytes.len())?;
         self.device.file.write_all_at(bytes, at)
     }
 }
 
-/// Part of a region that is mapped; unmapped on drop. It does not keep the device open.
+/// A mapped part of a region, unmapped on drop. It does not keep the device open.
 #[derive(Debug)]
 pub struct MappedRange {
     range: Range<u64>,
     address: NonNull<u8>,
 }
 
-// SAFETY: the mapping belongs to the process, and safe code gets nothing but its addresses.
+// SAFETY: the mapping belongs to the process, and safe code gets only its addresses.
 unsafe impl Send for MappedRange {}
-// SAFETY: as above.
+// SAFETY: as for `Send`.
 unsafe impl Sync for MappedRange {}
 
 impl MappedRange {
@@ -159,23 +162,24 @@ impl MappedRange {
         let offset = file_offset.checked_add(range.start).and_then(|offset| i64::try_from(offset).ok());
         let offset = offset.ok_or(Errno::EOVERFLOW)?;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        // SAFETY: the kernel chooses the address, so the new mapping overlaps no existing one.
         let address = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, offset) }?;
         Ok(Self { range, address: address.cast() })
     }
 
-    /// Which bytes of the region it is.
+    /// Returns the range of bytes in the region.
     pub fn range(&self) -> &Range<u64> {
         &self.range
     }
 
-    /// Address of `size` bytes at `offset` of the region when they are in this part and aligned to `size`. It is valid while
-    /// the value lives, for accesses that the compiler does not see through or take apart: a device answers them.
+    /// Returns the address of `size` bytes at `offset` of the region, if this part contains them and `offset`
+    /// is a multiple of `size`. The address is valid while the value is alive. A device responds to each
+    /// access, so use only accesses that the compiler can neither remove nor split.
     pub fn pointer(&self, offset: u64, size: usize) -> Option<NonNull<u8>> {
         let inside = offset >= self.range.start
             && offset.checked_add(size as u64).is_some_and(|end| end <= self.range.end)
             && offset.is_multiple_of(size as u64);
-        // SAFETY: the offset is inside the mapping, as just checked.
+        // SAFETY: the offset is inside the mapping, as checked above.
         inside.then(|| unsafe { self.address.add((offset - self.range.start) as usize) })
     }
 }
@@ -183,7 +187,7 @@ impl MappedRange {
 impl Drop for MappedRange {
     fn drop(&mut self) {
         let len = (self.range.end - self.range.start) as usize;
-        // SAFETY: the mapping is this value's own; who uses its addresses keeps the value.
+        // SAFETY: this value owns the mapping, and users of its addresses keep this value alive.
         if let Err(errno) = unsafe { munmap(self.address.cast(), len) } {
             tracing::error!("cannot unmap a region: {errno}");
         }
@@ -198,7 +202,7 @@ mod tests {
     #[test]
     fn the_parts_that_may_be_mapped_are_within_the_region() {
         let words = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
-        // argsz, flags, index, offset of the capabilities; size and offset in the file.
+        // argsz, flags, index, offset of the capabilities, then size and offset in the file.
         let head = |flags| words(&[0, flags, 0, 32, 0x4000, 0, 0, 0x100]);
         let (sparse, msix) =
             (sys::VFIO_REGION_INFO_CAP_SPARSE_MMAP | 1 << 16, sys::VFIO_REGION_INFO_CAP_MSIX_MAPPABLE);

@@ -1,4 +1,4 @@
-//! ioctls of VFIO (`include/uapi/linux/vfio.h`), and the one place that makes them.
+//! VFIO ioctls (`include/uapi/linux/vfio.h`), and the only functions that issue them.
 
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -9,7 +9,7 @@ use nix::sys::ioctl::ioctl_num_type;
 pub(crate) use vfio_bindings::bindings::vfio::*;
 use vireo_iommufd::observed;
 
-/// One ioctl: its name in the header, and its number.
+/// An ioctl: its name in the header and its number.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Request {
     pub(crate) name: &'static str,
@@ -43,11 +43,11 @@ requests! {
     VFIO_DEVICE_DETACH_IOMMUFD_PT = 0x78,
 }
 
-/// Makes an ioctl whose argument is an address or an integer.
+/// Issues an ioctl whose argument is an address or an integer.
 ///
 /// # Safety
-/// `fd` is of a node of VFIO. `argument` is what `request` takes, and addresses in it are of memory that the kernel may read
-/// or write as this ioctl does.
+/// `fd` must refer to a VFIO node. `argument` must be what `request` takes, and each address in it must refer
+/// to memory that the kernel may read or write as this ioctl does.
 pub(crate) unsafe fn ioctl(
     fd: BorrowedFd<'_>,
     request: Request,
@@ -59,16 +59,16 @@ pub(crate) unsafe fn ioctl(
             return answer;
         }
         let code = nix::request_code_none!(b';', request.number) as ioctl_num_type;
-        // SAFETY: the caller answers for the argument.
+        // SAFETY: the caller guarantees the argument.
         Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), code, argument) })
     })
 }
 
-/// As [`ioctl`], whose argument is a structure.
+/// Issues an ioctl whose argument is a structure.
 ///
 /// # Safety
-/// As for [`ioctl`]; `argument` is the structure that `request` takes, with its size in it.
+/// As for [`ioctl`]; `argument` must be the structure that `request` takes, with its size filled in.
 pub(crate) unsafe fn call<T>(fd: BorrowedFd<'_>, request: Request, argument: &mut T) -> nix::Result<c_int> {
-    // SAFETY: the caller answers for the structure, which lives for the call.
+    // SAFETY: the caller guarantees the structure, which lives until after the call.
     unsafe { ioctl(fd, request, std::ptr::from_mut(argument).cast()) }
 }
