@@ -1,4 +1,4 @@
-//! Packets copied between the pool and a peer's memory.
+//! Copies packets between the pool and a peer's memory.
 
 use std::mem::MaybeUninit;
 
@@ -8,11 +8,12 @@ use super::pool::PoolCache;
 use crate::opaque;
 
 impl PoolCache {
-    /// Receives by copy: appends up to `wanted` packets to `burst`, each a copy of what `find` gives for its
-    /// number. What is longer than [`DATA_ROOM`] is cut to it. `find` is called for all packets before the first
-    /// is copied, so that the peer's memory is on its way.
+    /// Receives by copy: appends up to `wanted` packets to `burst`. `find` is called with each packet's
+    /// number, starting at 0, and returns the bytes to copy. Bytes beyond [`DATA_ROOM`] are cut off. All
+    /// calls of `find` precede the first copy, so that the peer's memory is prefetched.
     ///
-    /// Ends where `find` gives none, when `burst` is full or the pool exhausted; gives the number of packets.
+    /// Stops when `find` returns `None`, `burst` is full or the pool is exhausted. Returns the number of
+    /// packets.
     #[inline(always)]
     pub fn receive_copies<'a>(
         &mut self,
@@ -38,23 +39,23 @@ impl PoolCache {
             let slice = unsafe { slice.assume_init() };
             let len = slice.len.min(DATA_ROOM);
             let packet = Packet::in_slot(slot, len, fresh_bits);
-            // SAFETY: a slice is valid for its length and a fresh packet's data for `DATA_ROOM` bytes; the buffer's only
-            // handle is here. There are no more packets than `burst` has room for.
+            // SAFETY: a slice is valid for its length, and a fresh packet's data for `DATA_ROOM` bytes.
+            // `packet` is the only handle of its buffer. `burst` has room for all of these packets.
             unsafe {
                 opaque::read(slice.at.as_ptr(), fresh.buffers.data(&packet).as_ptr(), len);
                 packets.add(before + i).write(packet);
             }
         }
-        // SAFETY: as many packets were written: `count` is not above the number of buffers.
+        // SAFETY: `count` packets were written, because `count` is at most the number of buffers.
         unsafe { burst.set_len(before + count) };
         count
     }
 
-    /// Sends by copy: takes up to `most` packets from the front of `burst` and writes `header`, of 8 to 16 bytes, and
-    /// the packet to what `find` gives for its number and length; their buffers go back to the cache. `find` is called for
-    /// all packets before the first is copied.
+    /// Sends by copy: takes up to `most` packets from the front of `burst`. `find` is called with each
+    /// packet's number and length, and returns where to write `header` (8 to 16 bytes) and the packet. The
+    /// buffers return to the cache. All calls of `find` precede the first copy.
     ///
-    /// Ends where `find` gives none or too little; gives the number of packets.
+    /// Stops when `find` returns `None` or too few bytes. Returns the number of packets.
     #[inline(always)]
     pub fn send_copies<'a, const H: usize>(
         &mut self,
@@ -80,11 +81,11 @@ impl PoolCache {
         for (packet, slice) in burst.iter().zip(&found[..count]) {
             // SAFETY: the first `count` slices were written.
             let to = unsafe { slice.assume_init() }.at.as_ptr();
-            // SAFETY: the slice has room for the header and the packet, as just checked, and the packet's data is
-            // valid for its length. The peer's mapping does not overlap the pool's, and is copied or atomic wherever it is
-            // accessed.
+            // SAFETY: the slice has room for the header and the packet, as just checked, and the packet's
+            // data is valid for its length. The peer's mapping does not overlap the pool's, and is only
+            // accessed by opaque copies and atomics.
             unsafe {
-                // A header that stays the same stays in the peer's cache too.
+                // A header that does not change is not written, so its cache line stays in the peer's cache.
                 opaque::write_changed(header, to);
                 opaque::write(buffers.data(packet).as_ptr(), to.add(H), packet.len());
             }
@@ -95,27 +96,29 @@ impl PoolCache {
         count
     }
 
-    /// Appends what `from` holds to the packet's data; none, and no change, when it does not fit into the buffer.
+    /// Appends the bytes of `from` to the packet's data. Returns `None`, and changes nothing, if they do not
+    /// fit into the buffer.
     ///
     /// # Panics
-    /// When the packet is of another pool.
+    /// Panics if `packet` belongs to another pool.
     pub fn append_from_peer(&mut self, packet: &mut Packet, from: PeerSlice<'_>) -> Option<()> {
         let offset = packet.len();
         packet.append(from.len)?;
-        // SAFETY: the copy ends within the packet's data; the buffer's only handle is borrowed.
+        // SAFETY: the copy ends within the packet's data, and the buffer's only handle is borrowed.
         unsafe { opaque::read(from.at.as_ptr(), self.data(packet, offset, from.len), from.len) };
         Some(())
     }
 
-    /// Copies the bytes of `packet` from `offset` on to `to`, as many as both have; gives their number.
+    /// Copies the bytes of `packet` from `offset` on to `to`, as many as both have. Returns the number of
+    /// bytes copied.
     ///
     /// # Panics
-    /// When the packet is of another pool.
+    /// Panics if `packet` belongs to another pool.
     pub fn copy_to_peer(&self, packet: &Packet, offset: usize, to: PeerSlice<'_>) -> usize {
         let len = packet.len().saturating_sub(offset).min(to.len);
         if len > 0 {
-            // SAFETY: `offset + len` is not beyond the packet, and `to` has room for `len`. Its mapping is copied or atomic
-            // wherever it is accessed.
+            // SAFETY: `offset + len` is not beyond the packet, and `to` has room for `len` bytes. The peer's
+            // mapping is only accessed by opaque copies and atomics.
             unsafe {
                 opaque::write(self.data(packet, offset, len), to.at.as_ptr(), len);
             }
@@ -130,7 +133,7 @@ mod tests {
     use crate::dma::{DmaMemory, PeerMemory, Pool};
     use crate::mem::{Backing, Region};
 
-    /// Before copies were opaque, Miri called this a data race.
+    /// Before copies were opaque, Miri reported a data race here.
     #[test]
     fn threads_that_a_peer_leads_to_the_same_bytes_do_not_race() {
         let peer = PeerMemory::anonymous(4096);

@@ -15,47 +15,52 @@ mod words;
 
 pub use words::GoodWord;
 
-/// A descriptor as the device has it: two little-endian words, the first of which is a device address.
+/// A descriptor as the device sees it: two little-endian words, the first of which is a device address.
 type Descriptor = [u64; 2];
 
-/// A ring of descriptors of two words, and our own record of the buffers that they own, which the device cannot write.
+/// A ring of two-word descriptors, with a record of the buffers that they own. The device cannot write the
+/// record.
 ///
-/// Descriptors get their buffers in order, at [`DescRing::head`], and in order they give them back, at [`DescRing::tail`]. In
-/// between all own a buffer, but for those that [`DescRing::take_at`] has emptied. Positions count descriptors since the
-/// start; the low bits of a position are the descriptor's index.
+/// Descriptors receive their buffers in order, at [`DescRing::head`], and return them in order, at
+/// [`DescRing::tail`]. Every descriptor from the tail to the head owns a buffer, except those that
+/// [`DescRing::take_at`] has emptied. A position counts descriptors since the start. Its low bits are the
+/// descriptor's index.
 ///
-/// Nobody else of this process writes the descriptors, so they are written plainly; a [`dma_wmb`](super::dma_wmb) orders
-/// that before the write that tells the device. What the device writes is read atomically.
+/// Nothing else in this process writes the descriptors, so plain stores are sufficient. A
+/// [`dma_wmb`](super::dma_wmb) orders them before the write that notifies the device. Words that the device
+/// writes are read atomically.
 #[derive(Debug)]
 pub struct DescRing {
     desc: NonNull<Descriptor>,
-    /// Of each descriptor from `tail` to `head`: the distance of its buffer in the pool of `fresh_bits`, where no handle of
-    /// that buffer exists; or [`EMPTY`]. Not in the memory that devices reach: a peer that is a process writes all of it.
+    /// For each descriptor from `tail` to `head`: the pool offset of its buffer in the pool of `fresh_bits`,
+    /// or [`EMPTY`]. No handle of a recorded buffer exists. The record is not in DMA memory, because a peer
+    /// process can write all of that.
     record: Box<[u32]>,
     /// Number of descriptors minus 1.
     mask: usize,
     head: usize,
     tail: usize,
-    /// Empty descriptors from `tail` to `head`. The one at `tail` is none of them.
+    /// Number of empty descriptors from `tail` to `head`. The descriptor at `tail` is never empty.
     holes: usize,
-    /// Most descriptors that own a buffer at a time.
+    /// Maximum number of descriptors that own a buffer at a time.
     capacity: usize,
-    /// As [`Packet::fresh_bits`] of the tag: in a loop the compiler has to take them as they are.
+    /// [`Packet::fresh_bits`] of the pool's tag. A field, so that the compiler does not compute the bits
+    /// again in loops.
     fresh_bits: u64,
-    /// What `desc` points into.
+    /// The ring that `desc` points into.
     words: DmaRing<u64, 2>,
 }
 
-// SAFETY: `words` keeps mapped what `desc` leads to, and nothing else of ours leads there.
+// SAFETY: `words` keeps the descriptors mapped, and nothing else in this process points to them.
 unsafe impl Send for DescRing {}
-// SAFETY: as above; by a shared reference words are only read.
+// SAFETY: as above. Through a shared reference, words are only read.
 unsafe impl Sync for DescRing {}
 
-/// No distance of a buffer.
+/// Marks an empty descriptor in the record. No buffer has this pool offset.
 const EMPTY: u32 = u32::MAX;
 
 impl DescRing {
-    /// A ring of the descriptors of `words` in which at most `capacity` own a buffer at a time.
+    /// Creates a ring of the descriptors in `words`. At most `capacity` of them own a buffer at a time.
     pub fn new(words: DmaRing<u64, 2>, capacity: usize) -> Self {
         let entries = words.entries();
         Self {
@@ -82,55 +87,57 @@ impl DescRing {
         self.words.iova()
     }
 
-    /// Position of the descriptor that gets the next buffer.
+    /// Position of the descriptor that receives the next buffer.
     #[inline(always)]
     pub fn head(&self) -> usize {
         self.head
     }
 
-    /// Position of the descriptor that gives back the next buffer, if it owns one.
+    /// Position of the descriptor that returns the next buffer, if it owns one.
     #[inline(always)]
     pub fn tail(&self) -> usize {
         self.tail
     }
 
-    /// Descriptors that can get a buffer.
+    /// Number of descriptors that can receive a buffer.
     #[inline(always)]
     pub fn room(&self) -> usize {
         self.capacity.wrapping_sub(self.head.wrapping_sub(self.tail))
     }
 
-    /// Position from which on the tail leaves room for `room` descriptors, until the head moves or the ring is closed.
+    /// Tail position from which the ring has room for `room` buffers. Valid until the head moves or the ring
+    /// is closed.
     pub fn tail_with_room(&self, room: usize) -> usize {
         self.head.wrapping_sub(self.capacity).wrapping_add(room)
     }
 
-    /// Whether the tail has reached `position`, which is less than half of all positions away. With
-    /// [`DescRing::tail_with_room`], a poll sees whether there is room without a look at head and capacity.
+    /// Returns whether the tail has reached `position`, which must be less than half of all positions away.
+    /// With [`DescRing::tail_with_room`], a poll checks for room without reading the head and the capacity.
     #[inline(always)]
     pub fn has_reached(&self, position: usize) -> bool {
         self.tail.wrapping_sub(position) as isize >= 0
     }
 
-    /// Descriptors that own a buffer.
+    /// Number of descriptors that own a buffer.
     #[inline(always)]
     pub fn owned(&self) -> usize {
         self.head.wrapping_sub(self.tail) - self.holes
     }
 
-    /// Whether descriptors between tail and head are empty, because [`DescRing::take_at`] took their buffers.
+    /// Returns whether [`DescRing::take_at`] has left empty descriptors between tail and head.
     #[inline(always)]
     pub fn has_holes(&self) -> bool {
         self.holes > 0
     }
 
-    /// Takes the room that is left, for a device that is to get nothing more before a [`DescRing::restart`].
+    /// Reduces the capacity to the descriptors between tail and head, which leaves no room. Used when the
+    /// device must receive no more buffers before a [`DescRing::restart`].
     pub fn close(&mut self) {
         self.capacity = self.head.wrapping_sub(self.tail);
     }
 
-    /// Begins anew at position 0, with `words` in each descriptor and at most `capacity` that own a buffer. Buffers that the
-    /// ring still owns are lost to their pool.
+    /// Restarts the ring at position 0, with `words` in each descriptor. At most `capacity` descriptors own a
+    /// buffer at a time. Buffers that the ring still owns are lost to their pool.
     pub fn restart(&mut self, capacity: usize, words: Descriptor) {
         (self.head, self.tail, self.holes) = (0, 0, 0);
         self.capacity = capacity.min(self.entries());
@@ -156,15 +163,16 @@ impl DescRing {
         self.view().store::<1>(index, word);
     }
 
-    /// Has no lifetime of `self`, which would forbid to change the record meanwhile.
+    /// Returns a view whose lifetime does not depend on `self`, because a borrow would forbid changes to the
+    /// record.
     #[inline(always)]
     fn view<'a>(&self) -> RingView<'a, u64, 2> {
-        // SAFETY: the words are valid as long as `self`, behind which no caller keeps the view. Nothing of ours writes them
-        // but by `&mut self`.
+        // SAFETY: the words are valid as long as `self`, and no caller keeps the view longer. This process
+        // writes them only through `&mut self`.
         unsafe { RingView::over(self.desc.cast(), self.mask) }
     }
 
-    /// Sees that all buffers of the ring are of the pool of `cache`.
+    /// Ensures that all buffers of the ring belong to the pool of `cache`.
     #[inline(always)]
     fn use_pool(&mut self, cache: &PoolCache) {
         if self.fresh_bits != cache.fresh_bits() {
@@ -179,20 +187,20 @@ impl DescRing {
         self.fresh_bits = cache.fresh_bits();
     }
 
-    /// Descriptors that own a buffer, from the tail on to the end of the ring or of another, whose number of entries is
-    /// `mask + 1`; none if one in between is empty.
+    /// Number of buffers that can be taken in order, from the tail to the end of this ring or of a ring of
+    /// `mask + 1` entries, whichever comes first. 0 if a descriptor between tail and head is empty.
     #[inline(always)]
     fn run(&self, mask: usize) -> usize {
-        // Powers of two minus 1, so this is the smaller.
+        // Both masks are powers of two minus 1, so this is the smaller one.
         let smaller = self.mask & mask;
         let in_order = if self.holes == 0 { self.head.wrapping_sub(self.tail) } else { 0 };
         in_order.min(smaller + 1 - (self.tail & smaller))
     }
 
-    /// Takes the buffer at the tail as a packet of `len` bytes, cut to [`DATA_ROOM`], if `burst` has room. Gives false when
-    /// nothing was taken.
+    /// Takes the buffer at the tail as a packet of `len` bytes, cut to [`DATA_ROOM`]. Returns false if the
+    /// ring owns no buffer or `burst` is full.
     ///
-    /// Takes fewer instructions than [`DescRing::take_words`] for one packet.
+    /// For a single packet, this takes fewer instructions than [`DescRing::take_words`].
     #[inline(always)]
     pub fn take_one(&mut self, burst: &mut Burst, len: usize) -> bool {
         if self.head == self.tail || burst.is_full() {
@@ -206,9 +214,9 @@ impl DescRing {
         true
     }
 
-    /// Takes the buffers at the tail, one for each of `lens`, as the segments of one frame with so many bytes each, cut to
-    /// [`DATA_ROOM`]. Gives false, and takes nothing, when `burst` has less room, or fewer descriptors up to the first empty
-    /// one own a buffer.
+    /// Takes one buffer from the tail for each of `lens`, as the segments of one frame. `lens` are the
+    /// segments' lengths in bytes, each cut to [`DATA_ROOM`]. Returns false, and takes nothing, if `burst`
+    /// has too little room, too few descriptors own a buffer, or a descriptor between tail and head is empty.
     #[inline(never)]
     pub fn take_frame(&mut self, burst: &mut Burst, lens: &[usize]) -> bool {
         if lens.len() > burst.remaining_capacity() || lens.len() > self.owned() || self.has_holes() {
@@ -224,15 +232,15 @@ impl DescRing {
         true
     }
 
-    /// Takes up to `most` buffers from the tail on, in order, as packets, where the completions are in a ring of their own:
-    /// those for which `done` gives a length, up to the first for which it gives none. `done` gets the buffer and the entry
-    /// of `completions` with the descriptor's index. What is longer than [`DATA_ROOM`] is cut to it.
+    /// Takes up to `most` buffers in order from the tail, as packets, when completions are in a separate
+    /// ring. `done` is called with each buffer and with the entry of `completions` at the descriptor's index.
+    /// It returns the packet's length, which is cut to [`DATA_ROOM`], or `None` to stop.
     ///
-    /// Ends at the end of a ring, too, so that no index wraps in the loop, and when `burst` is full. Takes nothing
-    /// while a descriptor in between is empty. Gives the number of packets.
+    /// Also stops at the end of either ring, so that no index wraps in the loop, and when `burst` is full.
+    /// Takes nothing while a descriptor between tail and head is empty. Returns the number of packets.
     ///
     /// # Panics
-    /// When `cache` is of another pool than the buffers, and `done` reads a header.
+    /// Panics if `done` reads a header and the buffers do not belong to the pool of `cache`.
     #[inline(always)]
     pub fn take_completed<C: Word, const M: usize>(
         &mut self,
@@ -252,22 +260,22 @@ impl DescRing {
         let (entries, record, fresh_bits) = (completions.entry(first), self.record.as_ptr(), self.fresh_bits);
         let count = in_fours(most, |i| {
             let index = first + i;
-            // SAFETY: a run of `most` entries crosses the end of neither ring.
+            // SAFETY: a run of `most` entries does not cross the end of either ring.
             let (slot, entry) = unsafe { (record.add(index).read(), entries.ahead(i)) };
             let filled = Filled { index, packet: Packet::in_slot(slot, 0, fresh_bits), buffers };
             let Some(len) = done(&filled, entry) else { return false };
-            // SAFETY: `burst` has room for `most` more.
+            // SAFETY: `burst` has room for `most` more packets.
             unsafe { packets.add(before + i).write(Packet::in_slot(slot, len.min(DATA_ROOM), fresh_bits)) };
             true
         });
         self.tail = self.tail.wrapping_add(count);
-        // SAFETY: the packets up to there were written.
+        // SAFETY: all packets up to the new length were written.
         unsafe { burst.set_len(before + count) };
         count
     }
 
-    /// Takes the buffer of the descriptor at `index`, which wraps, if it owns one, as a packet without data: for a device
-    /// that completes out of order.
+    /// Takes the buffer of the descriptor at `index`, which wraps, as a packet without data. Returns `None`
+    /// if the descriptor owns no buffer. Used for devices that complete out of order.
     pub fn take_at(&mut self, index: usize) -> Option<Packet> {
         let index = index & self.mask;
         if index.wrapping_sub(self.tail) & self.mask >= self.head.wrapping_sub(self.tail) {
@@ -283,7 +291,7 @@ impl DescRing {
         Some(Packet::in_slot(slot, 0, self.fresh_bits))
     }
 
-    /// Moves the tail over empty descriptors.
+    /// Moves the tail past empty descriptors.
     #[inline(always)]
     fn close_holes(&mut self) {
         // SAFETY: the masked index is below the number of descriptors.
@@ -293,26 +301,27 @@ impl DescRing {
         }
     }
 
-    /// Gives up to `most` descriptors, at most [`MAX_BURST`], a buffer of `cache` each, as far as there are room and
-    /// buffers. The first word becomes the device address of `front` bytes in front of where a packet's data begins, the
-    /// second `word`. Gives the number of descriptors.
+    /// Gives up to `most` descriptors a buffer from `cache` each. The number is limited by [`MAX_BURST`], by
+    /// the room in the ring and by the free buffers. A descriptor's first word becomes the device address
+    /// `front` bytes before the data of a fresh packet, its second word becomes `word`. Returns the number of
+    /// descriptors.
     ///
     /// # Panics
-    /// When the ring owns buffers of another pool.
+    /// Panics if the ring owns buffers of another pool.
     #[inline(always)]
     pub fn refill(&mut self, most: usize, front: usize, word: u64, cache: &mut PoolCache) -> usize {
         self.use_pool(cache);
         let taking = cache.take(most.min(self.room()).min(MAX_BURST));
         let (buffers, mut rest) = (taking.buffers, taking.all());
         let count = rest.len();
-        // Twice where the ring ends in between, so that no index wraps in the loop.
+        // Takes two iterations if the ring wraps, so that no index wraps in the inner loop.
         while !rest.is_empty() {
             let first = self.head & self.mask;
             let (run, next) = rest.split_at(rest.len().min(self.mask + 1 - first));
             // SAFETY: the masked index is below the number of descriptors.
             let (desc, record) = unsafe { (self.desc.add(first), self.record.as_mut_ptr().add(first)) };
             in_fours(run.len(), |i| {
-                // SAFETY: the run ends with the ring at the latest.
+                // SAFETY: the run does not go beyond the end of the ring.
                 unsafe {
                     let slot = *run.get_unchecked(i);
                     let iova = buffers.iova_at(slot).wrapping_add(HEADROOM as u64).wrapping_sub(front as u64);
@@ -327,14 +336,15 @@ impl DescRing {
         count
     }
 
-    /// Gives the buffers of the first `count` packets of `burst` to descriptors, in order. The first word becomes the device
-    /// address of `front` bytes in front of the packet's data, the second what `send` gives for the packet and its
-    /// length.
+    /// Gives the buffers of the first `count` packets of `burst` to descriptors, in order. A descriptor's
+    /// first word becomes the device address `front` bytes before the packet's data. Its second word becomes
+    /// what `send` returns for the packet and its length.
     ///
     /// # Panics
-    /// When there are fewer packets or less room, or the ring owns buffers of another pool. When a packet is of another
-    /// pool than `cache`; that is found at the end, so that it costs one instruction per packet, and the descriptors, which
-    /// mean nothing then, stay free.
+    /// Panics if `burst` has fewer than `count` packets, if the ring has no room for `count` packets, or if
+    /// the ring owns buffers of another pool. Also panics if a packet does not belong to the pool of `cache`.
+    /// That check is made once, at the end, and costs one instruction per packet. When it fails, the
+    /// descriptors stay free and their content is meaningless.
     #[inline(always)]
     pub fn fill(
         &mut self,
@@ -348,13 +358,14 @@ impl DescRing {
         let len = burst.len();
         assert!(count <= len && count <= self.room());
         self.use_pool(cache);
-        // SAFETY: 0 packets are initialised. A panic of `send` loses the others; none has two handles.
+        // SAFETY: zero packets need no initialization. If `send` panics, the other packets are lost, but no
+        // buffer has two handles.
         unsafe { burst.set_len(0) };
-        // After that call, which borrows all of the burst and would end what was borrowed before.
+        // Taken after `set_len`, which borrows the whole burst and would invalidate an earlier pointer.
         let packets = burst.as_mut_ptr();
         let (desc, record) = (self.desc, self.record.as_mut_ptr());
         let (mut filled, mut all) = (0, 0);
-        // Twice where the ring ends in between, as in `refill`.
+        // Takes two iterations if the ring wraps, as in `refill`.
         while filled < count {
             let first = self.head.wrapping_add(filled) & self.mask;
             let run = (count - filled).min(self.mask + 1 - first);
@@ -365,7 +376,7 @@ impl DescRing {
                 let iova = buffers.iova_at(packet.at()).wrapping_sub(front as u64);
                 let (slot, len) = (packet.slot(), packet.len());
                 let word = send(&mut Slot { buffers, packet }, len);
-                // SAFETY: the run ends with the ring at the latest.
+                // SAFETY: the run does not go beyond the end of the ring.
                 unsafe {
                     record.add(first + i).write(slot);
                     desc.add(first + i).write([iova.to_le(), word.to_le()]);
@@ -375,7 +386,8 @@ impl DescRing {
             filled += run;
         }
         if count < len {
-            // SAFETY: these packets are still there; they move to the front, and no more than them is counted.
+            // SAFETY: these packets were not moved out. They move to the front, and the new length counts
+            // only them.
             unsafe {
                 packets.add(count).copy_to(packets, len - count);
                 burst.set_len(len - count);
@@ -385,11 +397,11 @@ impl DescRing {
         self.head = self.head.wrapping_add(count);
     }
 
-    /// Gives the buffers of `count` descriptors from the tail on, in order, to `cache`, or to their own pool if `cache` is
-    /// of another one.
+    /// Returns the buffers of `count` descriptors, in order from the tail, to `cache`, or to their own pool
+    /// if `cache` belongs to another one.
     ///
     /// # Panics
-    /// When fewer own one.
+    /// Panics if there are fewer than `count` descriptors from tail to head, or one of them is empty.
     #[inline]
     pub fn reclaim(&mut self, count: usize, cache: &mut PoolCache) {
         assert!(count <= self.head.wrapping_sub(self.tail) && self.holes == 0);
@@ -399,7 +411,8 @@ impl DescRing {
             let run = rest.min(self.mask + 1 - first).min(MAX_FREE);
             self.tail = self.tail.wrapping_add(run);
             rest -= run;
-            // SAFETY: the run ends with the ring at the latest. Its buffers are no longer the ring's, and have no handle.
+            // SAFETY: the run does not go beyond the end of the ring. The ring no longer owns its buffers,
+            // and they have no handle.
             unsafe {
                 let slots = self.record.get_unchecked(first..first + run);
                 if cache.fresh_bits() == self.fresh_bits {
@@ -411,7 +424,7 @@ impl DescRing {
         }
     }
 
-    /// Gives every buffer to `cache`; for a ring whose device was reset.
+    /// Returns all buffers to `cache`. Used for a ring whose device was reset.
     pub fn reclaim_all(&mut self, cache: &mut PoolCache) {
         while self.holes > 0 {
             if let Some(packet) = self.take_at(self.tail) {
@@ -422,7 +435,7 @@ impl DescRing {
     }
 }
 
-/// The buffer of a descriptor that the device may have filled.
+/// Buffer of a descriptor that the device may have filled.
 #[derive(Debug)]
 pub struct Filled<'a> {
     /// The descriptor's index in the ring.
@@ -432,14 +445,14 @@ pub struct Filled<'a> {
 }
 
 impl Filled<'_> {
-    /// As [`PoolCache::read_header`].
+    /// Reads the bytes directly before the packet's data. See [`PoolCache::read_header`].
     #[inline(always)]
     pub fn read_header<const LEN: usize>(&self) -> [u8; LEN] {
         self.buffers.read_header(&self.packet)
     }
 }
 
-/// A packet that becomes a descriptor's.
+/// Packet whose buffer moves into a descriptor.
 #[derive(Debug)]
 pub struct Slot<'a> {
     packet: Packet,
@@ -447,19 +460,19 @@ pub struct Slot<'a> {
 }
 
 impl Slot<'_> {
-    /// As [`PoolCache::read_header`].
+    /// Reads the bytes directly before the packet's data. See [`PoolCache::read_header`].
     #[inline(always)]
     pub fn read_header<const LEN: usize>(&self) -> [u8; LEN] {
         self.buffers.read_header(&self.packet)
     }
 
-    /// As [`PoolCache::write_header`].
+    /// Writes `bytes` directly before the packet's data. See [`PoolCache::write_header`].
     #[inline(always)]
     pub fn write_header<const LEN: usize>(&mut self, bytes: &[u8; LEN]) {
         self.buffers.write_header(&mut self.packet, bytes);
     }
 
-    /// As [`PoolCache::partial_checksum`].
+    /// Place of a checksum that is still to be computed. See [`PoolCache::partial_checksum`].
     #[inline(always)]
     pub fn partial_checksum(&self) -> Option<PartialChecksum> {
         self.buffers.partial_checksum(&self.packet)

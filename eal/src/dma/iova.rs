@@ -1,13 +1,13 @@
-//! One IOVA policy for every mode with an IOMMU: first fit, aligned to 2 MiB or larger pages, above 4 GiB where that is
-//! allowed.
+//! IOVA allocation for every mode with an IOMMU: first fit, aligned to 2 MiB or larger pages, above 4 GiB if
+//! possible.
 
 use std::ops::RangeInclusive;
 
-/// Least alignment of a region's IOVA in bytes, so that the IOMMU can use 2 MiB pages.
+/// Minimum alignment of a region's IOVA in bytes, so that the IOMMU can use 2 MiB pages.
 const ALIGNMENT: u64 = 2 << 20;
 
-/// Regions start here where they can: clear of the x86 MSI window and of holes for 32-bit devices, and
-/// within reach of a 39-bit IOMMU.
+/// Preferred minimum IOVA of a region: above the x86 MSI window and the holes for 32-bit devices, and within
+/// reach of a 39-bit IOMMU.
 const PREFERRED: u64 = 4 << 30;
 
 /// Device addresses that may be mapped: sorted, disjoint, inclusive ranges.
@@ -15,7 +15,8 @@ const PREFERRED: u64 = 4 << 30;
 pub struct IovaRanges(Vec<RangeInclusive<u64>>);
 
 impl IovaRanges {
-    /// Normalises what a kernel reported: sorts, drops empty ranges, joins the ones that touch.
+    /// Normalizes the ranges that a kernel reports: sorts them, drops empty ones, and joins those that touch
+    /// or overlap.
     pub fn new(ranges: impl IntoIterator<Item = RangeInclusive<u64>>) -> Self {
         let mut sorted: Vec<_> = ranges.into_iter().filter(|range| !range.is_empty()).collect();
         sorted.sort_by_key(|range| *range.start());
@@ -31,17 +32,17 @@ impl IovaRanges {
         Self(joined)
     }
 
-    /// Every 64-bit address: what a device without an IOMMU, or a fake one, accepts.
+    /// All 64-bit addresses. A device without an IOMMU, or a fake device, accepts them.
     pub fn all() -> Self {
         Self(vec![0..=u64::MAX])
     }
 
-    /// The ranges, lowest first.
+    /// Ranges in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = &RangeInclusive<u64>> {
         self.0.iter()
     }
 
-    /// Addresses that are in both.
+    /// Addresses that are in both sets.
     #[must_use]
     pub fn intersection(&self, other: &Self) -> Self {
         Self::new(
@@ -62,9 +63,9 @@ impl IovaRanges {
         }))
     }
 
-    /// Lowest aligned address with room for `len` bytes, above 4 GiB if there is one. Never 0, which some devices take
-    /// for no address (82574 datasheet, 3.2.1). `page_size` is that of the memory, in bytes: the IOMMU can use entries of
-    /// 1 GiB for pages of 1 GiB.
+    /// Lowest aligned address with room for `len` bytes, above 4 GiB if possible. The address is never 0,
+    /// because some devices take 0 for no address (82574 datasheet, 3.2.1). `page_size` is the page size of
+    /// the memory in bytes: for pages of 1 GiB, the IOMMU can use 1 GiB entries.
     pub fn fit(&self, len: u64, page_size: u64) -> Option<u64> {
         let alignment = page_size.max(ALIGNMENT);
         let first_from = |minimum: u64| {
@@ -83,7 +84,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// What an x86 machine with a 39-bit IOMMU reports: the MSI window is missing.
+    /// Ranges that an x86 machine with a 39-bit IOMMU reports. They exclude the MSI window.
     fn x86() -> IovaRanges {
         IovaRanges::new([0xfef0_0000..=(1 << 39) - 1, 0..=0xfedf_ffff])
     }
@@ -134,7 +135,7 @@ mod tests {
             }
         }
 
-        /// The model of a set of ranges is what it says of each address; near the ends is where it could err.
+        /// The model tests single addresses, next to the ends of the ranges, where errors would be.
         #[test]
         fn ranges_are_sets(
             a in prop::collection::vec(range(), 0..6),

@@ -1,4 +1,4 @@
-//! The regions that a program's devices reach, and at which addresses.
+//! Regions that a program's devices can access, and their device addresses.
 
 use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,11 +11,11 @@ use crate::iommufd::Access;
 use crate::mem::Region;
 use crate::vfio::{AddressSpace, Mapping};
 
-/// The set of regions that the devices of a program reach: its [`Segment`]s.
+/// The set of regions that a program's devices can access: its [`Segment`]s.
 ///
-/// The map owns its segments, and each [`DmaMemory`] on one of them owns the map. So what any ring was told of stays until
-/// the last ring, pool and other user of any segment is gone. Then all are unmapped everywhere and their pages go back to
-/// the kernel.
+/// The map owns its segments, and each [`DmaMemory`] on a segment owns the map. Memory whose address was
+/// written to a ring therefore stays mapped until the last ring, pool and other user of any segment is gone.
+/// Then all segments are unmapped everywhere, and their pages return to the kernel.
 #[derive(Debug)]
 pub struct MemoryMap {
     spaces: Vec<Arc<AddressSpace>>,
@@ -23,9 +23,9 @@ pub struct MemoryMap {
     segments: Mutex<Vec<Arc<Segment>>>,
 }
 
-/// A region with device addresses. Its NUMA node and its page size are the region's.
+/// A region with device addresses. Its NUMA node and page size are those of the region.
 ///
-/// Fields drop in this order: the mappings end before the pages go back to the kernel.
+/// The fields drop in this order: the mappings end before the pages return to the kernel.
 #[derive(Debug)]
 pub struct Segment {
     _mappings: Vec<Mapping>,
@@ -33,8 +33,9 @@ pub struct Segment {
     translation: Translation,
 }
 
-/// Offset in a region to device address. With an IOMMU there is one entry; without one there is an entry
-/// for each page, because physical addresses are not ours to choose. Both take the same instructions.
+/// Translation of offsets in a region to device addresses. With an IOMMU there is one entry. Without an IOMMU
+/// there is one entry per page, because Vireo cannot choose physical addresses. Both take the same
+/// instructions.
 #[derive(Debug)]
 pub(super) struct Translation {
     pub(super) page_shift: u32,
@@ -52,7 +53,7 @@ impl Translation {
         Self { page_shift: page_size.trailing_zeros(), deltas: deltas.collect() }
     }
 
-    /// Whether the whole region is contiguous for the device.
+    /// Returns whether the whole region is contiguous for devices.
     pub(super) fn is_contiguous(&self) -> bool {
         self.deltas.len() == 1
     }
@@ -63,13 +64,13 @@ impl Translation {
 }
 
 impl Segment {
-    /// The pages.
+    /// The region that holds the pages.
     pub fn region(&self) -> &Region {
         &self.region
     }
 
-    /// Device address of the region's first byte when the rest follows in order; none where each page has a
-    /// physical address of its own.
+    /// Device address of the region's first byte, if the whole region is contiguous for devices. `None` if
+    /// each page has its own physical address.
     pub fn linear_iova(&self) -> Option<u64> {
         self.translation.is_contiguous().then(|| self.translation.iova(0))
     }
@@ -78,17 +79,17 @@ impl Segment {
         &self.translation
     }
 
-    /// Its device addresses, when they are one range.
+    /// Device addresses of the segment, if they are one range.
     fn iovas(&self) -> Option<RangeInclusive<u64>> {
         self.linear_iova().map(|start| start..=start + (self.region.len() as u64 - 1))
     }
 }
 
 impl MemoryMap {
-    /// A map without segments, for the devices of `spaces`; virtual devices have no space.
+    /// Creates a map without segments, for the devices of `spaces`. Virtual devices have no address space.
     ///
     /// # Errors
-    /// `Usage` when spaces with and without IOMMU are mixed.
+    /// `Usage` if only some of `spaces` have an IOMMU.
     pub fn new(spaces: &[Arc<AddressSpace>]) -> Result<Arc<Self>> {
         let mut own: Vec<Arc<AddressSpace>> = Vec::new();
         for space in spaces {
@@ -100,52 +101,54 @@ impl MemoryMap {
         Ok(Arc::new(Self { spaces: own, physical, segments: Mutex::default() }))
     }
 
-    /// A map for devices of this process, which have no address space.
+    /// Creates a map for devices of this process, which have no address space.
     pub fn nowhere() -> Arc<Self> {
         Arc::new(Self { spaces: Vec::new(), physical: false, segments: Mutex::default() })
     }
 
-    /// The address spaces, each once.
+    /// Address spaces of the map, without duplicates.
     pub fn spaces(&self) -> &[Arc<AddressSpace>] {
         &self.spaces
     }
 
-    /// The segments, in the order in which they were added.
+    /// Segments of the map, in the order in which they were added.
     pub fn segments(&self) -> Vec<Arc<Segment>> {
         self.lock().clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Segment>>> {
-        // No panic leaves the list half changed.
+        // No panic leaves the list half-changed.
         self.segments.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds `region`, also while devices run. Each of `parts` is mapped in the spaces that it names, and they are given in
-    /// that order. What is left of the region goes to the first part.
+    /// Adds `region`, even while devices run, and returns one memory per part, in the order of `parts`. Each
+    /// part is mapped in the spaces that it names. The rest of the region goes to the first part.
     ///
-    /// An address means the same byte in every space, or nothing; what several spaces of one `/dev/iommu` map is pinned
-    /// once. Without an IOMMU the physical addresses of the pages are found. With no space at all the region gets an IOVA
-    /// that nobody maps. In these two cases nothing tells the parts apart, and they are one memory.
+    /// An address refers to the same byte in every space that maps it. Memory that several spaces of one
+    /// `/dev/iommu` map is pinned once. Without an IOMMU, the device addresses are the physical addresses of
+    /// the pages. Without any space, the region gets an IOVA that is not mapped anywhere. In these two cases
+    /// nothing separates the parts, so they are one memory.
     ///
     /// # Errors
-    /// `Unavailable` when no IOVA is free in all spaces, or a device does not reach a page's physical address; `Os` when
-    /// the region is too small or a map call is refused; `Usage` when a part names an address space that the map is not in.
+    /// `Unavailable` if no IOVA is free in all spaces, or a device cannot reach the physical address of a
+    /// page. `Os` if the region is too small or a map call fails. `Usage` if a part names an address space
+    /// that is not in the map.
     pub fn add(self: &Arc<Self>, region: Region, parts: &[Part]) -> Result<Vec<Arc<DmaMemory>>> {
         Ok(self.add_all(vec![(region, parts.to_vec())])?.pop().unwrap_or_default())
     }
 
-    /// As [`MemoryMap::add`] for several regions. Those of one call of
-    /// [`Region::adjoining`], in its order, adjoin for the devices, too.
+    /// Adds several regions, each as [`MemoryMap::add`] does. Regions of one [`Region::adjoining`] call, in
+    /// its order, also adjoin in device addresses.
     ///
     /// # Errors
-    /// As for [`MemoryMap::add`].
+    /// Same as [`MemoryMap::add`].
     pub fn add_all(self: &Arc<Self>, regions: Vec<(Region, Vec<Part>)>) -> Result<Vec<Vec<Arc<DmaMemory>>>> {
         let named = regions.iter().flat_map(|(_, parts)| parts).flat_map(|part| &part.spaces);
         if named.into_iter().any(|space| !self.spaces.iter().any(|own| Arc::ptr_eq(own, space))) {
             let why = "a part of it is for an address space that the map is not in";
             return Err(Error::new(ErrorKind::Usage, "cannot map memory", why));
         }
-        // Nobody else chooses addresses meanwhile.
+        // The lock keeps other callers from choosing addresses at the same time.
         let mut known = self.lock();
         let iovas = match self.physical {
             true => vec![0; regions.len()],
@@ -166,17 +169,19 @@ impl MemoryMap {
             });
             segments.push(segment);
         }
-        // All of them, or none.
+        // The map receives all segments or none.
         known.append(&mut segments);
         Ok(memory)
     }
 
-    /// Adds `region`, to a map that is in no address space, for devices of this process that see each `page_size` bytes of it at the next of `addresses`: as
-    /// without an IOMMU, for tests and counts that need no VFIO.
+    /// Adds `region` to a map without address spaces, with the next of `addresses` as the device address of
+    /// each `page_size` bytes. This mimics a machine without an IOMMU, for tests and instruction counts that
+    /// need no VFIO.
     ///
     /// # Panics
-    /// When the map is in an address space, `page_size` is no power of two or less than a page, as many pages are not the
-    /// region, or an address is no multiple of it.
+    /// Panics if the map has an address space, if `page_size` is not a power of two or is smaller than a page
+    /// of the region, if `addresses` do not cover the region exactly, or if an address is not a multiple of
+    /// `page_size`.
     pub fn add_at(self: &Arc<Self>, region: Region, page_size: usize, addresses: &[u64]) -> Arc<DmaMemory> {
         assert!(self.spaces.is_empty() && page_size.is_power_of_two() && page_size >= region.page_size());
         assert_eq!(addresses.len() * page_size, region.len());
@@ -187,8 +192,8 @@ impl MemoryMap {
         DmaMemory::whole(self, &segment)
     }
 
-    /// Device addresses for `regions`, the first that are free in all spaces: one range for those that adjoin in this
-    /// process.
+    /// Chooses device addresses for `regions`, the first that are free in all spaces. Regions that adjoin in
+    /// this process get one range.
     fn place(&self, known: &[Arc<Segment>], regions: &[&Region]) -> Result<Vec<u64>> {
         let mut free =
             self.spaces.iter().fold(IovaRanges::all(), |free, space| free.intersection(&space.free_ranges()));
@@ -208,7 +213,7 @@ impl MemoryMap {
         Ok(found)
     }
 
-    /// Pins `region` for devices without IOMMU and finds the addresses of its pages.
+    /// Pins `region` for devices without an IOMMU and looks up the addresses of its pages.
     fn find_physical(&self, region: &Arc<Region>) -> Result<(Vec<Mapping>, Translation)> {
         let mappings =
             self.spaces.iter().map(|space| space.map(region, None)).collect::<Result<Vec<Mapping>>>()?;
@@ -223,7 +228,7 @@ impl MemoryMap {
     }
 }
 
-/// Whether devices of `spaces` use physical addresses.
+/// Returns whether the devices of `spaces` use physical addresses.
 fn is_physical(spaces: &[Arc<AddressSpace>]) -> Result<bool> {
     let physical = spaces.iter().filter(|space| space.is_physical()).count();
     if physical > 0 && physical < spaces.len() {
@@ -237,7 +242,8 @@ fn is_physical(spaces: &[Arc<AddressSpace>]) -> Result<bool> {
     Ok(physical > 0)
 }
 
-/// Whether devices that give out no address above `mask` reach every page of `page_size` bytes at `addresses`.
+/// Checks that devices that emit no address above `mask` reach every page of `page_size` bytes at
+/// `addresses`.
 fn check_reach(addresses: &[u64], page_size: usize, mask: u64) -> Result<()> {
     let beyond = |address: &&u64| address.checked_add(page_size as u64 - 1).is_none_or(|last| last > mask);
     let Some(beyond) = addresses.iter().find(beyond) else { return Ok(()) };
@@ -249,7 +255,7 @@ fn check_reach(addresses: &[u64], page_size: usize, mask: u64) -> Result<()> {
         .with_hint("boot with an IOMMU (intel_iommu=on or amd_iommu=on), or with mem=3G"))
 }
 
-/// Maps each of `parts` of `region`, whose first byte is at `iova`, in the spaces that it names.
+/// Maps each of `parts` of `region` in the spaces that it names. The first byte of `region` is at `iova`.
 fn map_parts(
     region: &Arc<Region>,
     iova: u64,
@@ -265,7 +271,7 @@ fn map_parts(
     Ok(mappings)
 }
 
-/// Maps `bytes` of `region`, whose first byte is at `iova`, in each of `spaces`.
+/// Maps `bytes` of `region` in each of `spaces`. The first byte of `region` is at `iova`.
 fn map_everywhere(
     region: &Arc<Region>,
     bytes: &Range<usize>,
@@ -294,7 +300,7 @@ fn map_everywhere(
     Ok(())
 }
 
-/// First place for `len` bytes in `free`, aligned to pages of `page_size` bytes.
+/// First address with `len` free bytes, aligned to pages of `page_size` bytes.
 fn fit(free: &IovaRanges, len: u64, page_size: u64) -> Result<u64> {
     free.fit(len, page_size).ok_or_else(|| {
         let ranges: Vec<String> = free.iter().map(|r| format!("{:#x}-{:#x}", r.start(), r.end())).collect();

@@ -1,4 +1,4 @@
-//! Memory with device addresses, and how it is given out.
+//! Memory with device addresses, and its allocation.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -19,22 +19,24 @@ mod models;
 
 /// Memory of one [`Segment`] with device addresses: all of it, or the part that some of the devices share.
 ///
-/// Devices are reset before it is unmapped, because every ring and pool that a device was told of holds an `Arc`
-/// of this.
+/// Devices are reset before the memory is unmapped, because every ring and pool that a device uses holds an
+/// `Arc` of the memory.
 #[derive(Debug)]
 pub struct DmaMemory {
     segment: Arc<Segment>,
     read_write: Arena,
-    /// What devices only read; none where that makes no difference to them.
+    /// Bytes that devices only read. `None` if `read_write` has all bytes, because the difference does not
+    /// matter to the devices.
     read_only: Option<Arena>,
-    /// Owns what a device may reach besides: rings here hold buffers of other segments.
+    /// Keeps the other segments alive, because rings in this memory hold buffers of other segments.
     map: Arc<MemoryMap>,
 }
 
-/// Memory that outlives its owners. In a list rather than forgotten, so that leak checkers reach it.
+/// Memory that outlives its owners. It is kept in a list rather than leaked, so that leak checkers can reach
+/// it.
 static KEPT: Mutex<Vec<Arc<DmaMemory>>> = Mutex::new(Vec::new());
 
-/// Bytes of the region that are given out from the first to the last.
+/// Bytes of the region that are allocated from first to last.
 #[derive(Debug)]
 struct Arena {
     next: AtomicUsize,
@@ -48,29 +50,29 @@ impl Arena {
 }
 
 impl DmaMemory {
-    /// `region` in a map of its own: mapped in each of `spaces`, see [`MemoryMap::add`].
+    /// Maps `region` in each of `spaces`, in a map of its own. See [`MemoryMap::add`].
     ///
     /// # Errors
-    /// As for [`MemoryMap::new`] and [`MemoryMap::add`].
+    /// Same as [`MemoryMap::new`] and [`MemoryMap::add`].
     pub fn map(region: Region, spaces: &[Arc<AddressSpace>]) -> Result<Arc<Self>> {
         let part = Part { read_write: region.len(), spaces: spaces.to_vec(), ..Part::default() };
         Ok(MemoryMap::new(spaces)?.add(region, &[part])?.swap_remove(0))
     }
 
-    /// `region` in a map of its own: see [`MemoryMap::add_at`].
+    /// Adds `region` to a map of its own at the device addresses `addresses`. See [`MemoryMap::add_at`].
     ///
     /// # Panics
-    /// As for [`MemoryMap::add_at`].
+    /// Same as [`MemoryMap::add_at`].
     pub fn with_addresses(region: Region, page_size: usize, addresses: &[u64]) -> Arc<Self> {
         MemoryMap::nowhere().add_at(region, page_size, addresses)
     }
 
-    /// All of `segment` in `map`.
+    /// All of `segment`, which is in `map`.
     pub(super) fn whole(map: &Arc<MemoryMap>, segment: &Arc<Segment>) -> Arc<Self> {
         Self::part(map, segment, [0..segment.region().len(), 0..0])
     }
 
-    /// The bytes of `segment` in `map` that devices write, and those that they only read.
+    /// Bytes of `segment`, which is in `map`: those that devices write, and those that they only read.
     pub(super) fn part(
         map: &Arc<MemoryMap>,
         segment: &Arc<Segment>,
@@ -84,29 +86,30 @@ impl DmaMemory {
         })
     }
 
-    /// Keeps the memory and all else in its map mapped and reserved until the process ends, because a device that could not
-    /// be reset may still write there.
+    /// Keeps the memory and everything else in its map mapped and reserved until the process ends, because a
+    /// device that could not be reset may still write to it.
     pub fn keep(self: Arc<Self>) {
-        // After a panic of another keeper the list is still whole.
+        // The list is intact even if another caller panicked.
         KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(self);
     }
 
-    /// The map that the segment is in.
+    /// Map that contains the segment.
     pub fn memory_map(&self) -> &Arc<MemoryMap> {
         &self.map
     }
 
-    /// The segment that it is on.
+    /// Segment that contains the memory.
     pub fn segment(&self) -> &Arc<Segment> {
         &self.segment
     }
 
-    /// The pages.
+    /// Region that holds the pages.
     pub fn region(&self) -> &Region {
         self.segment.region()
     }
 
-    /// As [`Segment::linear_iova`].
+    /// Device address of the segment's first byte, if it is contiguous for devices. See
+    /// [`Segment::linear_iova`].
     pub fn linear_iova(&self) -> Option<u64> {
         self.segment.linear_iova()
     }
@@ -118,9 +121,9 @@ impl DmaMemory {
         }
     }
 
-    /// Takes `len` bytes that are contiguous for the device and whose device address is a multiple of
-    /// `align`, for devices that need no more than `access`; gives their offset. They are never given back:
-    /// rings and pools live as long as the memory.
+    /// Allocates `len` bytes that are contiguous for the device and whose device address is a multiple of
+    /// `align`, for devices that need no more than `access`. Returns their offset. The bytes are never freed,
+    /// because rings and pools live as long as the memory.
     pub(super) fn allocate(&self, len: usize, align: usize, access: Access) -> Result<usize> {
         let arena = self.arena(access);
         let what = || format!("cannot take {} KiB of DMA memory", len.div_ceil(1024));
@@ -156,8 +159,8 @@ impl DmaMemory {
             })
     }
 
-    /// Takes whole buffers of `size` bytes until `count` of them are there; gives the offset of the first.
-    /// `size` divides the page size, so no buffer crosses a page.
+    /// Allocates `count` adjacent buffers of `size` bytes. Returns the offset of the first. `size` divides
+    /// the page size, so no buffer crosses a page.
     pub(super) fn allocate_buffers(&self, count: usize, size: usize, access: Access) -> Result<usize> {
         let need = count.saturating_mul(size);
         let arena = self.arena(access);
@@ -179,21 +182,21 @@ impl DmaMemory {
         self.segment.translation()
     }
 
-    /// First byte of `len` bytes at `offset`.
+    /// Address of the first of `len` bytes at `offset`.
     ///
     /// # Panics
-    /// When they are not inside the region.
+    /// Panics if the bytes are not inside the region.
     pub(super) fn pointer(&self, offset: usize, len: usize) -> NonNull<u8> {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.region().len()));
         // SAFETY: the offset is inside the region's mapping, as just checked.
         unsafe { self.region().as_ptr().add(offset) }
     }
 
-    /// The memory as a device sees it, with all that is in its map by now, for device halves in tests. It is mapped a
-    /// second time for that.
+    /// Returns the memory as a device sees it, with everything that is in its map by now. Used by emulated
+    /// devices in tests. The view maps the memory a second time.
     ///
     /// # Errors
-    /// `Unavailable` when a region has no file; `Os` when the map call is refused.
+    /// `Unavailable` if a region has no file, `Os` if the map call fails.
     pub fn device_view(&self) -> Result<DeviceView> {
         DeviceView::of(self)
     }

@@ -1,29 +1,31 @@
-//! What belongs to a packet and is not in its data. It is at the start of the packet's buffer, and valid if the packet has the flag
-//! for it, so that a packet without it costs nothing.
+//! Per-packet metadata that is not part of the packet's data. It is at the start of the packet's buffer, and
+//! is valid if the packet has the flag for it, so that packets without metadata pay nothing.
 //!
-//! A device that may write packet buffers may write there, too, so what is read is checked like all that a device says.
+//! A device that may write packet buffers may also write the metadata, so each value that is read is checked
+//! like any other input from the device.
 
 use super::packet::Packet;
 use super::pool::{Buffers, PoolCache};
 
-/// Where a checksum belongs that is still to be made, as the kernel's `CHECKSUM_PARTIAL` and virtio's
-/// `VIRTIO_NET_HDR_F_NEEDS_CSUM` have it (`include/linux/skbuff.h`; virtio 1.2, 5.1.6.2).
+/// Place of a checksum that is still to be computed, as in the kernel's `CHECKSUM_PARTIAL` and virtio's
+/// `VIRTIO_NET_HDR_F_NEEDS_CSUM` (`include/linux/skbuff.h`; virtio 1.2, 5.1.6.2).
 ///
-/// The two bytes at `start + offset` hold the sum over the pseudo-header, not complemented. The checksum is the complement of
-/// the sum over the bytes from `start` to the end of the frame, those two included.
+/// The two bytes at `start + offset` hold the sum over the pseudo-header, not complemented. The checksum is
+/// the complement of the sum over the bytes from `start` to the end of the frame, including these two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PartialChecksum {
-    /// First byte of the TCP or UDP header, in bytes from the start of the packet's data.
+    /// Offset of the TCP or UDP header from the start of the packet's data, in bytes.
     pub start: u16,
-    /// The checksum in that header, in bytes: 16 for TCP, 6 for UDP.
+    /// Offset of the checksum in that header, in bytes: 16 for TCP, 6 for UDP.
     pub offset: u16,
 }
 
-/// In the metadata: distance of `start` from the buffer's first byte, so that headers in front can come and go, then `offset`.
+/// Position of a partial checksum in the metadata: `start` as an offset from the buffer's first byte, so that
+/// it stays valid when headers are prepended or removed, then `offset`.
 const PARTIAL_CHECKSUM: usize = 0;
 
 impl PartialChecksum {
-    /// Whether the checksum is within the first `len` bytes of the data.
+    /// Returns whether the checksum is within the first `len` bytes of the data.
     pub fn fits(self, len: usize) -> bool {
         usize::from(self.start) + usize::from(self.offset) + 2 <= len
     }
@@ -44,21 +46,22 @@ impl Buffers<'_> {
 }
 
 impl PoolCache {
-    /// Where the checksum of the packet is still to be made. `None` where none is, also when its place is no longer in the
-    /// packet's data. Of a frame of several packets the first says it.
+    /// Returns the place of the packet's checksum if that is still to be computed. Returns `None` if it is
+    /// not, or if its place is no longer in the packet's data. In a frame of several packets, the first
+    /// packet has the place.
     ///
     /// # Panics
-    /// When the packet is of another pool.
+    /// Panics if `packet` belongs to another pool.
     #[inline(always)]
     pub fn partial_checksum(&self, packet: &Packet) -> Option<PartialChecksum> {
         self.buffers().partial_checksum(packet)
     }
 
-    /// Says that the checksum of the packet is still to be made, or with `None` that it need not be. `None`, and no change, when
-    /// its place is not in the packet's data.
+    /// Sets the place of the packet's checksum that is still to be computed. With `None`, no checksum is to
+    /// be computed. Returns `None`, and changes nothing, if the place is not in the packet's data.
     ///
     /// # Panics
-    /// When the packet is of another pool.
+    /// Panics if `packet` belongs to another pool.
     #[must_use]
     pub fn set_partial_checksum(
         &mut self,
@@ -110,7 +113,7 @@ mod tests {
         cache.free(packet);
     }
 
-    /// A device may write there, as everywhere in a buffer that it may write.
+    /// A device may write the metadata of each buffer that it may write.
     #[test]
     fn what_the_buffer_says_is_checked() {
         let mut cache = cache();
@@ -124,7 +127,7 @@ mod tests {
     }
 
     proptest! {
-        /// Headers that come and go in front move neither the sum nor its place in the bytes, and other metadata nothing.
+        /// Prepending and removing headers moves the place with its bytes and leaves `offset` unchanged.
         #[test]
         fn the_place_stays_with_its_bytes(
             start in 0..400_u16,

@@ -1,7 +1,7 @@
-//! Memory with device addresses: the regions that devices reach ([`MemoryMap`]), what is given out of them ([`DmaMemory`]),
-//! and what is made of that: packet buffers ([`Pool`]), rings of descriptors that own such buffers ([`DescRing`]), and other
-//! rings ([`DmaRing`]). Memory of another process, for which we are the device:
-//! [`PeerMemory`].
+//! Memory with device addresses: regions that devices access ([`MemoryMap`]), memory that is allocated from
+//! them ([`DmaMemory`]), packet buffers ([`Pool`]), rings of descriptors that own packet buffers
+//! ([`DescRing`]), and other rings ([`DmaRing`]). [`PeerMemory`] is memory of another process, for which
+//! Vireo is the device.
 
 mod copies;
 mod desc_ring;
@@ -30,11 +30,12 @@ pub use pool::{MAX_BUFFERS, Pool, PoolCache};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
 pub use view::DeviceView;
 
-// Rust's fences order accesses among the CPUs that run threads. For x86 that includes devices; for Arm it is the inner
-// shareable domain (`dmb ish`), and devices that are coherent with the CPUs may be in the outer one (Arm ARM, B2.3), which
-// is why Linux's `dma_rmb` and `dma_wmb` are `dmb oshld` and `dmb oshst` (`arch/arm64/include/asm/barrier.h`).
+// Rust's fences order accesses among the CPUs that run threads. On x86 that includes devices. On Arm it
+// covers the inner shareable domain (`dmb ish`), but devices that are coherent with the CPUs may be in the
+// outer shareable domain (Arm ARM, B2.3). Linux's `dma_rmb` and `dma_wmb` are therefore `dmb oshld` and
+// `dmb oshst` (`arch/arm64/include/asm/barrier.h`).
 
-/// The barrier `dmb` of an option, such as `oshld`. Miri knows no assembly.
+/// The `dmb` barrier with an option such as `oshld`. Miri does not support assembly.
 #[cfg(all(target_arch = "aarch64", not(miri)))]
 macro_rules! dmb {
     ($option:literal) => {
@@ -44,8 +45,8 @@ macro_rules! dmb {
     };
 }
 
-/// Calls `each` with the numbers below `count` in order, until it gives false; gives how often it gave true. Four calls
-/// follow each other without a jump, because for a packet the loop around them costs as much as a part of the work.
+/// Calls `each` with 0 to `count - 1`, until it returns false. Returns how many calls returned true. The loop
+/// is unrolled by four, because its overhead is part of the cost per packet.
 #[inline(always)]
 fn in_fours(count: usize, mut each: impl FnMut(usize) -> bool) -> usize {
     let mut done = 0;
@@ -63,7 +64,8 @@ fn in_fours(count: usize, mut each: impl FnMut(usize) -> bool) -> usize {
     done
 }
 
-/// Orders the read of an ownership word (DD bit, used index) before the reads and writes of what it covers.
+/// Orders the read of an ownership word (DD bit, used index) before reads and writes of the memory that it
+/// covers.
 #[inline(always)]
 pub fn dma_rmb() {
     #[cfg(all(target_arch = "aarch64", not(miri)))]
@@ -75,14 +77,16 @@ pub fn dma_rmb() {
 /// Orders the reads and writes of descriptors and buffers before the write that hands them to the device.
 #[inline(always)]
 pub fn dma_wmb() {
-    // Linux's `oshst` orders writes alone. Here a buffer that was read is given away behind this barrier, too.
+    // Linux's `oshst` orders only writes. Here, reads of a buffer must also complete before the device gets
+    // the buffer.
     #[cfg(all(target_arch = "aarch64", not(miri)))]
     dmb!("osh");
     #[cfg(not(all(target_arch = "aarch64", not(miri))))]
     std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
 }
 
-/// Orders a write before a later read of another word: publish an index, then read whether a doorbell is wanted.
+/// Orders a write before a later read of another word, such as the publication of an index before the check
+/// whether the device wants a doorbell.
 #[inline(always)]
 pub fn full_mb() {
     #[cfg(all(target_arch = "aarch64", not(miri)))]

@@ -2,71 +2,77 @@
 
 use arrayvec::ArrayVec;
 
-/// Distance between two buffers in bytes; a power of two, so that no buffer crosses a page.
+/// Size of a buffer in bytes: a power of two, so that no buffer crosses a page.
 pub const BUFFER_SIZE: usize = 2048;
 
-/// Bytes in front of a received packet's first byte: room to prepend headers, and the packet on a cache line.
+/// Bytes before the data of a received packet: room to prepend headers. It puts the data on a cache line
+/// boundary.
 pub const HEADROOM: usize = 128;
 
-/// Longest packet that a fresh buffer holds, in bytes.
+/// Maximum length of a packet in a fresh buffer, in bytes.
 pub const DATA_ROOM: usize = BUFFER_SIZE - HEADROOM;
 
-/// Packets in a [`Burst`].
+/// Maximum number of packets in a [`Burst`].
 pub const MAX_BURST: usize = 32;
 
-/// Most packets that are one frame: 9724 bytes in buffers that a device fills with 1024 bytes each. A burst has room for
-/// three such frames.
+/// Maximum number of packets in one frame: 9724 bytes in buffers that a device fills with 1024 bytes each. A
+/// burst has room for three such frames.
 pub const MAX_SEGMENTS: usize = 10;
 
-/// Longest frame in bytes, without frame check sequence: 9728 with it, which is the most that the 82576 takes.
+/// Maximum frame length in bytes, without the frame check sequence: 9728 with it, which is the maximum of the
+/// 82576.
 pub const MAX_FRAME: usize = 9724;
 
-/// Bytes at the start of a buffer for what belongs to a packet and is not in its data: see [`metadata`](super::metadata).
+/// Bytes at the start of a buffer for per-packet metadata. See [`metadata`](super::metadata).
 pub(super) const METADATA: usize = 32;
 
-/// Bytes that drivers can put in front of a packet's data: a virtio-net header.
+/// Bytes before a packet's data that drivers can write: room for a virtio-net header.
 pub(super) const DEVICE_HEADER: usize = 16;
 
-/// Bytes at the start of a buffer that no application reaches.
+/// Bytes at the start of a buffer that applications cannot access.
 const RESERVED: usize = METADATA + DEVICE_HEADER;
 
-/// Greatest data offset. Up to [`SHORT`] bytes from the start of a packet's data are therefore within its buffer.
+/// Maximum data offset. It leaves [`SHORT`] bytes between the start of a packet's data and the end of its
+/// buffer.
 const MAX_OFFSET: usize = BUFFER_SIZE - SHORT;
 
-/// Accesses of up to this many bytes at the start of a packet need no bounds check.
+/// Number of bytes at the start of a packet that can be accessed without a bounds check.
 pub(super) const SHORT: usize = 64;
 
 /// Packets that move together.
 pub type Burst = ArrayVec<Packet, MAX_BURST>;
 
-/// The bits of [`Packet::at`] that are the data offset.
+/// Bits of [`Packet::at`] that hold the data offset.
 const OFFSET: u32 = BUFFER_SIZE as u32 - 1;
 
-/// Bit of [`Packet::flags`]: the frame goes on in the next packet.
+/// Bit of [`Packet::flags`]: the frame continues in the next packet.
 const MORE: u8 = 1 << 0;
-/// Bit of [`Packet::flags`]: a device found the checksum of the TCP or UDP header right.
+/// Bit of [`Packet::flags`]: a device found the checksum of the TCP or UDP header to be correct.
 const CHECKSUM_GOOD: u8 = 1 << 1;
-/// Bit of [`Packet::flags`]: the checksum is partial, and the metadata say where it is.
+/// Bit of [`Packet::flags`]: the checksum is partial, and the metadata holds its place.
 const CHECKSUM_PARTIAL: u8 = 1 << 2;
 
-/// A packet: one buffer of a [`Pool`](super::Pool), and the part of it that is in use. 8 bytes, moved by value.
+/// A packet: one buffer of a [`Pool`](super::Pool), and the part of it that is in use. Takes 8 bytes and is
+/// moved by value.
 ///
-/// Each buffer has exactly one handle, which is moved into a descriptor ring, or back to its pool by the cache of any
-/// pool ([`PoolCache::free`](super::PoolCache::free)). A dropped handle loses its buffer. A cache of another pool gives no
-/// access to the buffer: it panics.
+/// Each buffer has exactly one handle. The handle moves into a descriptor ring, or returns to its pool
+/// through the cache of any pool ([`PoolCache::free`](super::PoolCache::free)). If a handle is dropped, its
+/// pool loses the buffer. A cache of another pool gives no access to the buffer: it panics.
 ///
-/// The data begins at least 48 bytes behind the start of the buffer and at least 64 in front of its end, and ends within the
-/// buffer.
+/// The data begins at least 48 bytes after the start of the buffer and at least 64 bytes before its end, and
+/// ends within the buffer.
 ///
-/// A frame that is longer than a buffer is several packets, its segments, which follow each other in one burst. All but the
-/// last have [`Packet::has_more`]. Only ports that were started for long frames receive and send such.
+/// A frame that is longer than a buffer consists of several packets, its segments, which follow each other in
+/// one burst. [`Packet::has_more`] is true for all but the last. Only ports that were started for long frames
+/// receive and send such frames.
 #[derive(Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
 #[must_use = "a packet that is dropped is lost to its pool; give it to PoolCache::free"]
 pub struct Packet {
-    /// Distance of the data from the pool's first byte: a multiple of [`BUFFER_SIZE`] plus the data offset.
+    /// Pool offset of the data: bytes from the pool's first byte, a multiple of [`BUFFER_SIZE`] plus the data
+    /// offset.
     at: u32,
-    /// Of the pool.
+    /// Tag of the pool.
     tag: u8,
     flags: u8,
     len: u16,
@@ -74,56 +80,58 @@ pub struct Packet {
 
 const _: () = assert!(HEADROOM >= RESERVED && HEADROOM <= MAX_OFFSET && cfg!(target_endian = "little"));
 
-/// Packets of the first frame of `packets`; 0 where there are none. A frame whose last packet is missing is all that is left.
+/// Number of packets in the first frame of `packets`, 0 if there are none. A frame whose last packet is
+/// missing extends to the end of `packets`.
 pub fn first_frame(packets: &[Packet]) -> usize {
     frames(packets).next().map_or(0, <[_]>::len)
 }
 
-/// The frames of `packets`, in order. The last may miss packets, as in [`first_frame`].
+/// Frames of `packets`, in order. The last frame may lack packets, as in [`first_frame`].
 pub fn frames(packets: &[Packet]) -> impl Iterator<Item = &[Packet]> {
     packets.split_inclusive(|packet| !packet.has_more())
 }
 
 impl Packet {
-    /// All bits of a fresh packet without its buffer and length.
+    /// All bits of a fresh packet except its buffer and length.
     #[inline(always)]
     pub(super) fn fresh_bits(tag: u8) -> u64 {
         u64::from(tag) << 32 | HEADROOM as u64
     }
 
-    /// The tag in what [`Packet::fresh_bits`] gave.
+    /// Tag in the result of [`Packet::fresh_bits`].
     #[inline(always)]
     pub(super) fn tag_in(fresh_bits: u64) -> u8 {
         (fresh_bits >> 32) as u8
     }
 
-    /// The packet of `len` bytes, at most [`DATA_ROOM`], in the buffer at distance `slot`, which is the buffer's only handle.
+    /// Creates a packet of `len` bytes, at most [`DATA_ROOM`], in the buffer at the pool offset `slot`. It
+    /// must be the buffer's only handle.
     #[inline(always)]
     pub(super) fn in_slot(slot: u32, len: usize, fresh_bits: u64) -> Self {
-        // SAFETY: both have 8 bytes, and a packet may have any bits: `at` is in the low half, the length in the top quarter.
-        // Made at once, it takes one store.
+        // SAFETY: both types have 8 bytes, and any bits are a valid packet: `at` is the low half, the length
+        // the top quarter. Built as one value, a packet takes one store.
         unsafe { std::mem::transmute(fresh_bits | (len as u64) << 48 | u64::from(slot)) }
     }
 
-    /// The tag of the pool.
+    /// Tag of the pool.
     #[inline(always)]
     pub(super) fn tag(&self) -> u8 {
         self.tag
     }
 
-    /// Distance of the data from the pool's first byte.
+    /// Pool offset of the data.
     #[inline(always)]
     pub(super) fn at(&self) -> u32 {
         self.at
     }
 
-    /// Distance of the buffer from the pool's first byte.
+    /// Pool offset of the buffer.
     #[inline(always)]
     pub(super) fn slot(&self) -> u32 {
         self.at & !OFFSET
     }
 
-    /// Distance of the data from the buffer's first byte.
+    /// Offset of the data in the buffer.
     #[inline(always)]
     pub(super) fn offset(&self) -> usize {
         (self.at & OFFSET) as usize
@@ -135,38 +143,38 @@ impl Packet {
         self.len = len as u16;
     }
 
-    /// Length in bytes, without the frame check sequence.
+    /// Length of the data in bytes, without the frame check sequence.
     #[inline(always)]
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len.into()
     }
 
-    /// Whether the frame goes on in the next packet of the burst.
+    /// Returns whether the frame continues in the next packet of the burst.
     #[inline(always)]
     pub fn has_more(&self) -> bool {
         self.flags & MORE != 0
     }
 
-    /// Says whether the frame goes on in the next packet of the burst.
+    /// Sets whether the frame continues in the next packet of the burst.
     pub fn set_more(&mut self, more: bool) {
         self.set_flag(MORE, more);
     }
 
-    /// Whether the device that received the packet found the checksum of its TCP or UDP header right. It knows nothing of what
-    /// the application has changed since.
+    /// Returns whether the device that received the packet found the checksum of its TCP or UDP header to be
+    /// correct. Later changes by the application do not affect the result.
     #[inline(always)]
     pub fn has_good_checksum(&self) -> bool {
         self.flags & CHECKSUM_GOOD != 0
     }
 
-    /// Says whether the checksum of the TCP or UDP header was found right.
+    /// Sets whether the checksum of the TCP or UDP header was found to be correct.
     pub fn set_good_checksum(&mut self, good: bool) {
         self.set_flag(CHECKSUM_GOOD, good);
     }
 
-    /// Whether the checksum of the TCP or UDP header is still to be made:
-    /// [`PoolCache::partial_checksum`](super::PoolCache::partial_checksum) says where.
+    /// Returns whether the checksum of the TCP or UDP header is still to be computed.
+    /// [`PoolCache::partial_checksum`](super::PoolCache::partial_checksum) returns its place.
     #[inline(always)]
     pub fn has_partial_checksum(&self) -> bool {
         self.flags & CHECKSUM_PARTIAL != 0
@@ -180,25 +188,25 @@ impl Packet {
         self.flags = if on { self.flags | flag } else { self.flags & !flag };
     }
 
-    /// Bytes in front of the data that [`Packet::prepend`] can take.
+    /// Number of bytes before the data that [`Packet::prepend`] can take.
     pub fn headroom(&self) -> usize {
         self.offset() - RESERVED
     }
 
-    /// Bytes behind the data that [`Packet::append`] can take.
+    /// Number of bytes after the data that [`Packet::append`] can take.
     pub fn tailroom(&self) -> usize {
         BUFFER_SIZE - self.offset() - self.len()
     }
 
-    /// The packet with `len` bytes of data from the same offset on; what does not fit into the buffer is cut.
+    /// Returns the packet with `len` bytes of data from the same offset on, cut to what fits into the buffer.
     #[inline(always)]
     pub fn with_len(mut self, len: usize) -> Self {
         self.len = len.min(BUFFER_SIZE - self.offset()) as u16;
         self
     }
 
-    /// Extends the data by `count` bytes in front, whose content is unspecified. `None`, and no change, when there is less
-    /// [`Packet::headroom`].
+    /// Extends the data by `count` bytes at the front, with unspecified content. Returns `None`, and changes
+    /// nothing, if [`Packet::headroom`] is less.
     #[must_use]
     pub fn prepend(&mut self, count: usize) -> Option<()> {
         let offset = self.offset().checked_sub(count).filter(|offset| *offset >= RESERVED)?;
@@ -206,8 +214,8 @@ impl Packet {
         Some(())
     }
 
-    /// Extends the data by `count` bytes at its end, whose content is unspecified. `None`, and no change, when there is less
-    /// [`Packet::tailroom`].
+    /// Extends the data by `count` bytes at the end, with unspecified content. Returns `None`, and changes
+    /// nothing, if [`Packet::tailroom`] is less.
     #[must_use]
     pub fn append(&mut self, count: usize) -> Option<()> {
         let len = self.len().checked_add(count).filter(|len| *len <= BUFFER_SIZE - self.offset())?;
@@ -215,15 +223,17 @@ impl Packet {
         Some(())
     }
 
-    /// Removes `count` bytes from the end of the data. `None`, and no change, when there are fewer.
+    /// Removes `count` bytes from the end of the data. Returns `None`, and changes nothing, if there are
+    /// fewer.
     #[must_use]
     pub fn trim(&mut self, count: usize) -> Option<()> {
         self.replace(self.offset(), self.len().checked_sub(count)?);
         Some(())
     }
 
-    /// Removes `count` bytes from the front of the data. `None`, and no change, when there are fewer, or when the rest
-    /// would be too near to the end of the buffer, from where [`PoolCache::adj`](super::PoolCache::adj) moves it.
+    /// Removes `count` bytes from the front of the data. Returns `None`, and changes nothing, if there are
+    /// fewer, or if the rest would be too close to the end of the buffer. In that case,
+    /// [`PoolCache::adj`](super::PoolCache::adj) moves the data.
     pub(super) fn advance(&mut self, count: usize) -> Option<()> {
         let len = self.len().checked_sub(count)?;
         let offset = Some(self.offset() + count).filter(|offset| *offset <= MAX_OFFSET)?;
@@ -231,7 +241,7 @@ impl Packet {
         Some(())
     }
 
-    /// The same buffer with its data as far in front as that of a fresh packet.
+    /// Moves the data offset back to that of a fresh packet, and sets the length to `len`.
     pub(super) fn rewind(&mut self, len: usize) {
         self.replace(HEADROOM, len);
     }
@@ -292,7 +302,7 @@ mod tests {
     }
 
     proptest! {
-        /// The model is a range of bytes within a buffer.
+        /// The model is a byte range within a buffer.
         #[test]
         fn data_stays_within_its_buffer(
             slot in 0..1_u32 << 21,

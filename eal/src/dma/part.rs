@@ -1,4 +1,4 @@
-//! How a region is divided: by what devices may do, and by which devices.
+//! Division of a region by device access rights and by devices.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,32 +8,32 @@ use crate::error::Result;
 use crate::mem::page_size;
 use crate::vfio::AddressSpace;
 
-/// What a part of a region is for, and which devices reach it.
+/// Size of a part of a region, and the devices that can access it.
 #[derive(Clone, Debug, Default)]
 pub struct Part {
     /// Bytes that devices read and write.
     pub read_write: usize,
     /// Bytes that devices only read.
     pub read_only: usize,
-    /// The address spaces that map it.
+    /// Address spaces that map the part.
     pub spaces: Vec<Arc<AddressSpace>>,
 }
 
 impl Part {
-    /// Bytes of a region that it takes.
+    /// Number of bytes that the part takes in a region.
     pub fn bytes(&self) -> usize {
         self.sizes().into_iter().sum()
     }
 
     fn sizes(&self) -> [usize; 2] {
-        // Parts may begin on any page of the CPU, also inside a hugepage: the kernel allows no finer mapping, and
-        // `AddressSpace` refuses an IOMMU that allows only coarser ones.
+        // Parts can begin on any page of the CPU, even inside a hugepage. The kernel allows no finer mapping,
+        // and `AddressSpace` refuses an IOMMU that allows only coarser ones.
         [self.read_write, self.read_only].map(|len| len.next_multiple_of(page_size()))
     }
 }
 
-/// Where each of `parts` lies in a region of `len` bytes: first what devices write, then what they only read. The first
-/// part gets what is left of the region.
+/// Byte ranges of each of `parts` in a region of `len` bytes: first those that devices write, then those that
+/// they only read. The first part gets the rest of the region.
 pub(super) fn layout(parts: &[Part], len: usize) -> Result<Vec<[Range<usize>; 2]>> {
     let need = parts.iter().map(Part::bytes).sum();
     let mut rest = len.checked_sub(need).ok_or_else(|| too_small("map memory for the ports", need, len))?;

@@ -1,16 +1,18 @@
-//! Memory of another process, by the descriptors that it sends: what the device's side of vhost-user works on.
+//! Memory of another process, mapped from the descriptors that it sends. The device side of vhost-user works
+//! on it.
 //!
-//! The peer is input. An address of it leads to memory only through [`PeerMemory::ring`], [`PeerView::at`] and
-//! [`PeerView::parts`], which check it and its length against the regions; an index into a ring wraps; data is
-//! copied, once.
+//! Everything from the peer is input. A peer's address leads to memory only through [`PeerMemory::ring`],
+//! [`PeerView::at`] and [`PeerView::parts`], which check the address and its length against the regions. An
+//! index into a ring wraps. Data is copied, once.
 //!
-//! The peer may write its memory at any time, and its descriptors may lead two of our threads to the same bytes, or to the
-//! words of a ring. No access of ours then races with another: copies are [opaque](crate::opaque) to the compiler, and a
-//! mapping gives each byte to one ring at most, whose words are atomics. Where a peer has us map the same file twice, what
-//! we write by one mapping is for the language another process's at the other. That is also so for the
+//! The peer may write its memory at any time, and its descriptors may lead two threads of this process to the
+//! same bytes, or to the words of a ring. The accesses of this process still do not race with each other:
+//! copies are [opaque](crate::opaque) to the compiler, and a mapping gives each byte to at most one ring,
+//! whose words are atomics. If a peer makes Vireo map the same file twice, the language treats a write
+//! through one mapping as another process's write at the other mapping. The same holds for the
 //! [log](PeerLog), which has a mapping of its own.
 //!
-//! Nothing relies on what is read being whole: a ring's words are checked as they were loaded, and packets are bytes.
+//! No code relies on untorn reads: a ring's word is checked after it was loaded, and packets are bytes.
 
 mod event;
 mod log;
@@ -31,21 +33,22 @@ pub use log::PeerLog;
 pub use ring::PeerRing;
 pub use view::{PeerSlice, PeerView};
 
-/// Most regions of a [`PeerMemory`]: as many as libvhost-user takes, and as KVM has memory slots for a guest.
+/// Maximum number of regions of a [`PeerMemory`]: as many as libvhost-user accepts, and as KVM has memory
+/// slots for a guest.
 pub const MAX_PEER_REGIONS: usize = 509;
 
-/// A part of a peer's memory, as `VHOST_USER_SET_MEM_TABLE` and `VHOST_USER_ADD_MEM_REG` describe it.
+/// A region of a peer's memory, as `VHOST_USER_SET_MEM_TABLE` and `VHOST_USER_ADD_MEM_REG` describe it.
 #[derive(Debug)]
 pub struct PeerRegion {
-    /// Address in descriptors ("guest physical").
+    /// Guest physical address, which descriptors use.
     pub guest: u64,
-    /// Address in the peer's own address space, by which rings are named.
+    /// Address in the peer's own address space, in which rings are located.
     pub user: u64,
     /// Length in bytes.
     pub len: u64,
-    /// Where the region begins in the file.
+    /// Offset of the region in the file, in bytes.
     pub offset: u64,
-    /// The file.
+    /// File that holds the region.
     pub fd: OwnedFd,
 }
 
@@ -71,41 +74,41 @@ impl Area {
     }
 }
 
-/// The memory of one peer: up to [`MAX_PEER_REGIONS`] regions of files, mapped shared, and unmapped with the last
-/// value that has them.
+/// The memory of one peer: up to [`MAX_PEER_REGIONS`] regions of files, mapped shared. A region is unmapped
+/// when the last value that has it is dropped.
 ///
-/// Files are checked to be long enough when they are mapped. A peer that truncates one later makes the next
-/// access end this process by SIGBUS, as it does DPDK and QEMU. Vireo's own packet memory is sealed against
-/// that (`F_SEAL_SHRINK`), and QEMU's memfd, but DPDK's is not, so no seal can be insisted on: a peer must be
-/// trusted that far.
+/// Files are checked to be long enough when they are mapped. If a peer truncates one later, the next access
+/// ends this process with SIGBUS, as it does DPDK and QEMU. Vireo's own packet memory and QEMU's memfd are
+/// sealed against that (`F_SEAL_SHRINK`), but DPDK's memory is not, so Vireo cannot insist on a seal. A peer
+/// must be trusted that far.
 #[derive(Debug)]
 pub struct PeerMemory {
-    /// In the order of their guest addresses, none of which two have.
+    /// Sorted by guest address, without overlaps.
     areas: Box<[Area]>,
-    /// Regions that the peer has removed, until the change is complete: see [`PeerMemory::without`]. `areas` and
-    /// `leaving` have at least one region together.
+    /// Regions that the peer has removed, until the change is complete. See [`PeerMemory::without`]. `areas`
+    /// and `leaving` together have at least one region.
     leaving: Box<[Area]>,
 }
 
-// SAFETY: the mappings belong to the process, not to a thread, and are reached by opaque copies and by the atomics of rings,
-// which have no byte in common.
+// SAFETY: the mappings belong to the process, not to a thread. They are accessed by opaque copies and by the
+// atomics of rings, and no two rings share a byte.
 unsafe impl Send for PeerMemory {}
-// SAFETY: as above; `&PeerMemory` gives no other access.
+// SAFETY: as above. `&PeerMemory` gives no other access.
 unsafe impl Sync for PeerMemory {}
 
 impl PeerMemory {
-    /// Maps all of `regions`; their descriptors can be closed then.
+    /// Maps all of `regions`. Their descriptors can be closed afterwards.
     ///
     /// # Errors
-    /// `Protocol` when there are none or too many, or one is not within its file or overlaps another; else what `mmap`
-    /// says.
+    /// `Protocol` if there are no regions or too many, or if a region is not within its file or overlaps
+    /// another. Otherwise the error of `mmap`.
     pub fn map(regions: &[PeerRegion]) -> Result<Arc<Self>> {
         Self::check_number(regions.len())?;
         let areas: Result<Vec<Area>> = regions.iter().map(Area::map).collect();
         Self::of(areas?, Box::default())
     }
 
-    /// One region of `len` bytes at address 0 that are no file's: Miri maps none.
+    /// Creates memory with one anonymous region of `len` bytes at address 0. Miri cannot map files.
     #[cfg(test)]
     pub(super) fn anonymous(len: u64) -> Arc<Self> {
         let (mapping, base) = Mapping::anonymous(len);
@@ -126,17 +129,17 @@ impl PeerMemory {
 
     fn of(mut areas: Vec<Area>, leaving: Box<[Area]>) -> Result<Arc<Self>> {
         areas.sort_by_key(|area| area.guest);
-        // No region reaches beyond the last address.
+        // The sum does not overflow, because no region extends beyond the last address.
         if areas.windows(2).any(|pair| pair[0].guest + pair[0].len > pair[1].guest) {
             return Err(Self::refused("two of its regions overlap in guest addresses"));
         }
         Ok(Arc::new(Self { areas: areas.into(), leaving }))
     }
 
-    /// This memory and `region`.
+    /// Returns this memory with `region` added.
     ///
     /// # Errors
-    /// As for [`PeerMemory::map`].
+    /// Same as [`PeerMemory::map`].
     pub fn with(&self, region: &PeerRegion) -> Result<Arc<Self>> {
         Self::check_number(self.areas.len() + 1)?;
         let mut areas = self.areas.to_vec();
@@ -144,29 +147,29 @@ impl PeerMemory {
         Self::of(areas, self.leaving.clone())
     }
 
-    /// This memory without the region of `len` bytes at these addresses. The region can still be reached, where no other
-    /// one has its addresses, until [`PeerMemory::settled`]: a peer that moves the border between two regions removes
-    /// both before it adds others, while its rings run.
+    /// Returns this memory without the region of `len` bytes at these addresses. Until
+    /// [`PeerMemory::settled`], the region stays accessible where no other region has its addresses: a peer
+    /// that moves the border between two regions removes both before it adds others, while its rings run.
     ///
     /// # Errors
-    /// `Protocol` when there is no such region.
+    /// `Protocol` if there is no such region.
     pub fn without(&self, guest: u64, user: u64, len: u64) -> Result<Arc<Self>> {
         let (mut areas, mut leaving) = (self.areas.to_vec(), self.leaving.to_vec());
         let at = areas.iter().position(|area| (area.guest, area.user, area.len) == (guest, user, len));
         let at =
             at.ok_or_else(|| Self::refused(format!("it has no region of {len:#x} bytes at {guest:#x}")))?;
-        // The newest first, and no more than there can be regions.
+        // The newest comes first, and there are at most as many as `PeerMemory` can have.
         leaving.insert(0, areas.remove(at));
         leaving.truncate(MAX_PEER_REGIONS);
         Self::of(areas, leaving.into())
     }
 
-    /// Whether no removed region can still be reached.
+    /// Returns whether no removed region is accessible any more.
     pub fn is_settled(&self) -> bool {
         self.leaving.is_empty()
     }
 
-    /// This memory without the removed regions; none if no other is left.
+    /// Returns this memory without the removed regions, or `None` if no other region is left.
     pub fn settled(&self) -> Option<Arc<Self>> {
         let areas = Some(&self.areas).filter(|areas| !areas.is_empty())?;
         Some(Arc::new(Self { areas: areas.clone(), leaving: Box::default() }))
@@ -176,7 +179,7 @@ impl PeerMemory {
         self.areas.iter().chain(&self.leaving)
     }
 
-    /// The region that has the byte at `guest`.
+    /// Finds the region that has the byte at `guest`.
     fn find(&self, guest: u64) -> Option<&Area> {
         let has = |area: &&Area| guest.wrapping_sub(area.guest) < area.len;
         let up_to = self.areas.partition_point(|area| area.guest <= guest);

@@ -1,4 +1,4 @@
-//! Packet buffers: the pool that all lcores share.
+//! Pool of packet buffers that all lcores share.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -27,37 +27,38 @@ pub(super) use place::Buffers;
 use tag::Tag;
 pub(super) use tag::send_home;
 
-/// Buffers that move between the pool and a cache at a time.
+/// Number of buffers that move between the pool and a cache at a time.
 const CHUNK: usize = 32;
 
-/// Most buffers of a pool: their distances from the first fit into 32 bits.
+/// Maximum number of buffers in a pool: their pool offsets fit into 32 bits.
 pub const MAX_BUFFERS: u32 = u32::MAX / BUFFER_SIZE as u32;
 
-/// Packet buffers of one kind: a free list for each NUMA node, whose buffers are in that node's [`DmaMemory`].
+/// Packet buffers of one kind: one free list per NUMA node. A node's buffers are in that node's
+/// [`DmaMemory`].
 ///
-/// The nodes share a tag, one space of distances, and one table of device addresses. So a ring records a buffer by its
-/// distance alone, and sends the packets of every node.
+/// The nodes share a tag, one range of pool offsets, and one table of device addresses. A ring can therefore
+/// record a buffer by its pool offset alone, and send packets of every node.
 #[derive(Debug)]
 pub struct Pool {
-    /// In each handle of a buffer of this pool, and of no other's.
+    /// Tag in each handle of this pool's buffers, and in no other pool's handles.
     tag: Tag,
-    /// Buffers of all nodes.
+    /// Number of buffers on all nodes.
     count: u32,
     /// See [`place::bases`].
     bases: Box<[u64]>,
-    /// At least one, by ascending distance; the first begins at distance 0.
+    /// At least one, by ascending pool offset. The first begins at pool offset 0.
     nodes: Box<[NodeBuffers]>,
-    /// TSC from which on it may be said again what is wrong with the pool.
+    /// TSC value from which the next warning about the pool may be logged.
     warn_from: AtomicU64,
 }
 
-/// The buffers of one NUMA node, or all of them where there are no nodes.
+/// Buffers of one NUMA node, or all buffers if there are no nodes.
 #[derive(Debug)]
 struct NodeBuffers {
     memory: Arc<DmaMemory>,
-    /// Offset of the first one in the memory.
+    /// Offset of the first buffer in the memory.
     offset: usize,
-    /// Numbers of the buffers. A buffer's number is its distance by [`BUFFER_SIZE`].
+    /// Numbers of the buffers. A buffer's number is its pool offset divided by [`BUFFER_SIZE`].
     numbers: Range<u32>,
     free: FreeList,
 }
@@ -74,29 +75,30 @@ impl NodeBuffers {
 }
 
 impl Pool {
-    /// Takes `count` buffers of `memory`.
+    /// Creates a pool of `count` buffers from `memory`.
     ///
     /// # Errors
-    /// `Os` when the memory is too small, or there are 70 pools, `Usage` when a pool cannot be so large.
-    /// A pool counts until its buffers have all come back and it is dropped.
+    /// `Os` if the memory is too small or 70 pools exist, `Usage` if a pool cannot be that large. A pool
+    /// exists until it is dropped and all of its buffers have come back.
     pub fn new(memory: &Arc<DmaMemory>, count: u32) -> Result<Arc<Self>> {
         Self::with_access(&[(Arc::clone(memory), count)], Access::ReadWrite)
     }
 
-    /// Takes so many buffers of each memory, usually of one for each NUMA node. Their regions are of one call of
+    /// Creates a pool from several memories, each with its number of buffers. Usually there is one memory per
+    /// NUMA node. Their regions must be from one call of
     /// [`Region::adjoining`](crate::mem::Region::adjoining).
     ///
     /// # Errors
-    /// As for [`Pool::new`]; `Usage` also when there is no memory, when regions do not adjoin, or when more than 4 GiB are
-    /// between the first buffer and the last.
+    /// Same as [`Pool::new`]. Also `Usage` if there is no memory, if regions do not adjoin, or if the first
+    /// and the last buffer are more than 4 GiB apart.
     pub fn on_nodes(shares: &[(Arc<DmaMemory>, u32)]) -> Result<Arc<Self>> {
         Self::with_access(shares, Access::ReadWrite)
     }
 
-    /// As [`Pool::new`], of buffers that devices only read: packets that are sent and never received into.
+    /// Creates a pool of buffers that devices only read: for packets that are sent and never received into.
     ///
     /// # Errors
-    /// As for [`Pool::new`].
+    /// Same as [`Pool::new`].
     pub fn send_only(memory: &Arc<DmaMemory>, count: u32) -> Result<Arc<Self>> {
         Self::with_access(&[(Arc::clone(memory), count)], Access::Read)
     }
@@ -151,24 +153,24 @@ impl Pool {
         (count as usize).saturating_add(1).saturating_mul(BUFFER_SIZE)
     }
 
-    /// Buffers in all.
+    /// Total number of buffers.
     pub fn count(&self) -> u32 {
         self.count
     }
 
-    /// Buffers that are neither in a cache, a ring nor a packet, as DPDK's `rte_mempool_avail_count` without caches.
-    /// Exact while no cache moves. Counting takes none of them.
+    /// Number of buffers that are in no cache, ring or packet, like DPDK's `rte_mempool_avail_count` without
+    /// caches. Exact while no cache exchanges buffers with the pool. Counting takes no buffers.
     pub fn available(&self) -> u32 {
         self.nodes.iter().map(|node| node.free.len()).sum::<usize>() as u32
     }
 
-    /// Takes free buffers, those of the node at index `near` first.
+    /// Takes a chunk of free buffers, from the node at index `near` first.
     fn take_out(&self, near: usize) -> Option<Chunk> {
         let others = (0..self.nodes.len()).filter(|node| *node != near);
         std::iter::once(near).chain(others).find_map(|node| self.nodes[node].free.pop())
     }
 
-    /// Takes back what a cache gives: buffers of this pool, so that there is room for them.
+    /// Returns buffers of this pool to the free lists, which therefore have room for them.
     fn take_back(&self, mut chunk: Chunk) {
         if let [all] = &self.nodes[..] {
             all.free.push(chunk);
@@ -178,7 +180,7 @@ impl Pool {
             let is_own = |slot: &u32| node.numbers.contains(&(*slot / BUFFER_SIZE as u32));
             let (own_ones, others): (Chunk, Chunk) = chunk.into_iter().partition(is_own);
             chunk = others;
-            // What is no whole chunk goes in under a lock, and so would nothing.
+            // A partial chunk takes a lock, and so would an empty one.
             if !own_ones.is_empty() {
                 node.free.push(own_ones);
             }
@@ -193,12 +195,13 @@ impl Pool {
             && self.warn_from.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// A cache for one lcore.
+    /// Creates a cache for one lcore.
     pub fn cache(self: &Arc<Self>) -> PoolCache {
         self.cache_near(None)
     }
 
-    /// A cache for one lcore whose ports are on NUMA `node`: it takes buffers of other nodes only when there are no others.
+    /// Creates a cache for one lcore whose ports are on NUMA node `node`. It takes buffers of other nodes
+    /// only when that node has none left.
     pub fn cache_near(self: &Arc<Self>, node: Option<u32>) -> PoolCache {
         let near = self.nodes.iter().position(|own| own.node() == node).unwrap_or(0);
         PoolCache::new(self, near)

@@ -1,4 +1,4 @@
-//! Rings of words that the device reads and writes too.
+//! Rings of words that both the CPU and the device read and write.
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -10,19 +10,20 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
 
 mod sealed {
-    /// Access to one word of shared memory.
+    /// Access to a word of shared memory.
     pub trait Shared: crate::opaque::Whole {
         /// # Safety
-        /// `at` is aligned and valid for the life of the call; all access to it by this process is by atomics of this size
-        /// or [opaque](crate::opaque).
+        /// `at` is aligned and valid for the duration of the call. All accesses to it by this process are
+        /// atomics of this size or [opaque](crate::opaque).
         unsafe fn load(at: *const Self) -> Self;
         /// # Safety
-        /// As for `load`.
+        /// Same as `load`.
         unsafe fn store(at: *const Self, value: Self);
     }
 }
 
-/// A word that a device and the CPU read and write whole: little-endian on the wire and in the host.
+/// A word that a device and the CPU read and write as a whole. It is little-endian both for the device and in
+/// the host.
 pub trait Word: sealed::Shared + Copy + Default + Send + Sync + 'static {}
 
 macro_rules! word {
@@ -30,7 +31,7 @@ macro_rules! word {
         impl sealed::Shared for $plain {
             #[inline(always)]
             unsafe fn load(at: *const Self) -> Self {
-                // SAFETY: aligned and valid by the caller's contract; the atomic has the plain type's layout.
+                // SAFETY: aligned and valid by the caller's contract. The atomic has the plain type's layout.
                 Self::from_le(unsafe { &*at.cast::<$atomic>() }.load(Relaxed))
             }
             #[inline(always)]
@@ -47,8 +48,8 @@ word!(u16 => AtomicU16, u32 => AtomicU32, u64 => AtomicU64);
 /// A ring of entries of `N` words each, shared with a device. The number of entries is a power of two and
 /// every index wraps, so no index is out of bounds and none is checked.
 ///
-/// Each word is read and written atomically and without order; [`dma_rmb`](super::dma_rmb) and its
-/// siblings give the order.
+/// Each word is read and written atomically, but without ordering. [`dma_rmb`](super::dma_rmb) and its
+/// siblings provide the order.
 #[derive(Debug)]
 pub struct DmaRing<W: Word, const N: usize = 1> {
     words: NonNull<W>,
@@ -58,16 +59,16 @@ pub struct DmaRing<W: Word, const N: usize = 1> {
     _word: PhantomData<W>,
 }
 
-// SAFETY: nothing of ours reaches the words but by atomic operations, and `_memory` keeps them mapped.
+// SAFETY: this process accesses the words only by atomic operations, and `_memory` keeps them mapped.
 unsafe impl<W: Word, const N: usize> Send for DmaRing<W, N> {}
 // SAFETY: as above.
 unsafe impl<W: Word, const N: usize> Sync for DmaRing<W, N> {}
 
 impl<W: Word, const N: usize> DmaRing<W, N> {
-    /// Takes zeroed memory for `entries` entries whose device address is a multiple of `align` bytes.
+    /// Allocates a zeroed ring of `entries` entries. Its device address is a multiple of `align` bytes.
     ///
     /// # Errors
-    /// `Usage` when `entries` is no power of two, `Os` when the memory is used up.
+    /// `Usage` if `entries` is not a power of two, `Os` if the memory is used up.
     pub fn new(memory: &Arc<DmaMemory>, entries: usize, align: usize) -> Result<Self> {
         let len = Self::bytes(entries)?;
         DmaBlock::new(memory, len, align.max(align_of::<W>()))?.carve(entries)
@@ -100,8 +101,8 @@ impl<W: Word, const N: usize> DmaRing<W, N> {
         self.mask + 1
     }
 
-    /// The ring's address and size by value. A loop over a view keeps them in registers; one over the ring
-    /// reads them again after each atomic access.
+    /// Returns the ring's address and size by value. A loop over a view keeps them in registers. A loop over
+    /// the ring reads them again after each atomic access.
     #[inline(always)]
     pub fn view(&self) -> RingView<'_, W, N> {
         RingView { words: self.words, mask: self.mask, _ring: PhantomData }
@@ -128,7 +129,7 @@ impl<W: Word, const N: usize> DmaRing<W, N> {
     }
 }
 
-/// A [`DmaRing`] in registers: in a loop the compiler has to read a ring's fields again after each store to
+/// A [`DmaRing`] in registers. In a loop, the compiler has to read a ring's fields again after each store to
 /// shared memory, but not those of a local copy.
 #[derive(Clone, Copy, Debug)]
 pub struct RingView<'a, W: Word, const N: usize = 1> {
@@ -138,13 +139,14 @@ pub struct RingView<'a, W: Word, const N: usize = 1> {
 }
 
 impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
-    /// The ring of `mask + 1` entries at `words`.
+    /// Creates a view of the ring of `mask + 1` entries at `words`.
     ///
     /// # Safety
-    /// Their number is a power of two; `words` is aligned and valid for all their words during `'a`. Nothing of ours
-    /// reaches them but by atomic operations of this size, except that a peer may have us copy packets over its own ring,
-    /// [opaquely](crate::opaque). Whoever loads a word of a peer checks it as input, so one that is torn by that does no
-    /// more than one that lies.
+    /// The number of entries is a power of two, and `words` is aligned and valid for all of their words
+    /// during `'a`. This process accesses them only by atomic operations of this size, except that a peer may
+    /// make Vireo copy packets over the peer's own ring, [opaquely](crate::opaque). Each word that is loaded
+    /// from a peer is checked as input, so a word that is torn by such a copy has no more effect than a wrong
+    /// word from a misbehaving peer.
     #[inline(always)]
     pub(super) unsafe fn over(words: NonNull<W>, mask: usize) -> Self {
         Self { words, mask, _ring: PhantomData }
@@ -157,8 +159,8 @@ impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
         RingEntry { words: unsafe { self.words.add((index & self.mask) * N) }, _ring: PhantomData }
     }
 
-    /// Up to `most` entries from the one at `start` on, which wraps, to the end of the ring; with their indices,
-    /// which do not wrap.
+    /// Iterates over up to `most` entries, from the one at `start`, which wraps, to the end of the ring. Each
+    /// entry comes with its index, which does not wrap.
     #[inline(always)]
     pub fn run(
         self,
@@ -167,7 +169,7 @@ impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
     ) -> impl ExactSizeIterator<Item = (usize, RingEntry<'a, W, N>)> {
         let first = start & self.mask;
         let start = self.entry(0);
-        // SAFETY: the run ends with the ring.
+        // SAFETY: the run does not go beyond the end of the ring.
         (first..first + most.min(self.mask + 1 - first))
             .map(move |index| (index, unsafe { start.ahead(index) }))
     }
@@ -191,11 +193,11 @@ impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
     }
 }
 
-/// Asks for the cache line at `at`, to be read.
+/// Prefetches the cache line at `at` for reading.
 #[inline(always)]
 pub(super) fn prefetch(at: NonNull<u8>) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing and faults nowhere.
+    // SAFETY: a prefetch reads nothing and never faults.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.as_ptr().cast());
     }
@@ -209,23 +211,23 @@ pub struct RingEntry<'a, W: Word, const N: usize> {
 }
 
 impl<W: Word, const N: usize> RingEntry<'_, W, N> {
-    /// The entry's first word.
+    /// Address of the entry's first word.
     #[inline(always)]
     pub(super) fn start(self) -> NonNull<W> {
         self.words
     }
 
-    /// The entry `count` behind this one.
+    /// The entry `count` positions after this one.
     ///
     /// # Safety
-    /// The ring does not end before it.
+    /// That entry is within the ring.
     #[inline(always)]
     pub(super) unsafe fn ahead(self, count: usize) -> Self {
         // SAFETY: within the ring by the caller's contract.
         Self { words: unsafe { self.words.add(count * N) }, ..self }
     }
 
-    /// Asks for the entry's first cache line, to be read.
+    /// Prefetches the entry's first cache line for reading.
     #[inline(always)]
     pub fn prefetch(self) {
         prefetch(self.words.cast());
@@ -235,8 +237,8 @@ impl<W: Word, const N: usize> RingEntry<'_, W, N> {
     #[inline(always)]
     pub fn load<const WORD: usize>(self) -> W {
         const { assert!(WORD < N) };
-        // SAFETY: the entry has `N` words inside the allocation, which the borrowed ring keeps mapped; they are
-        // aligned because the allocation is.
+        // SAFETY: the entry has `N` words inside the allocation, which the borrowed ring keeps mapped. They
+        // are aligned because the allocation is.
         unsafe { W::load(self.words.as_ptr().add(WORD)) }
     }
 
@@ -254,24 +256,24 @@ impl<W: Word, const N: usize> RingEntry<'_, W, N> {
 pub struct DmaBlock {
     offset: usize,
     len: usize,
-    /// Bytes that [`DmaBlock::carve`] has given out; nothing is given out twice.
+    /// Number of bytes that [`DmaBlock::carve`] has allocated. No byte is allocated twice.
     carved: usize,
     memory: Arc<DmaMemory>,
 }
 
 impl DmaBlock {
-    /// Takes `len` bytes whose device address is a multiple of `align` bytes.
+    /// Allocates `len` bytes whose device address is a multiple of `align` bytes.
     ///
     /// # Errors
-    /// `Os` when the memory is used up.
+    /// `Os` if the memory is used up.
     pub fn new(memory: &Arc<DmaMemory>, len: usize, align: usize) -> Result<Self> {
         Self::with_access(memory, len, align, Access::ReadWrite)
     }
 
-    /// As [`DmaBlock::new`], for structures that the device only reads.
+    /// Allocates a block that the device only reads. See [`DmaBlock::new`].
     ///
     /// # Errors
-    /// As for [`DmaBlock::new`].
+    /// Same as [`DmaBlock::new`].
     pub fn read_only(memory: &Arc<DmaMemory>, len: usize, align: usize) -> Result<Self> {
         Self::with_access(memory, len, align, Access::Read)
     }
@@ -286,10 +288,10 @@ impl DmaBlock {
         self.memory.iova(self.offset)
     }
 
-    /// Makes a ring of the bytes behind what was carved before, without a gap.
+    /// Makes a ring of the bytes directly after those that were carved before.
     ///
     /// # Errors
-    /// `Usage` when `entries` is no power of two, does not fit, or its words would not be aligned.
+    /// `Usage` if `entries` is not a power of two, the ring does not fit, or its words would not be aligned.
     pub fn carve<W: Word, const N: usize>(&mut self, entries: usize) -> Result<DmaRing<W, N>> {
         let len = DmaRing::<W, N>::bytes(entries)?;
         let offset = self.offset + self.carved;

@@ -10,25 +10,26 @@ use crate::error::Result;
 use crate::mem::Region;
 use crate::opaque;
 
-/// Memory by device address, as a device reads and writes it. What no mapping covers is refused, like an
-/// IOMMU would.
+/// Memory by device address, as a device reads and writes it. Like an IOMMU, the view refuses addresses
+/// without a mapping.
 ///
-/// A device writes whenever it wants, also where the driver has plain access. So the view has the pages at addresses of its
-/// own and accesses them by instructions that the compiler does not look into, as another process would. Words are read and
-/// written whole and without order, as by [`DmaRing`](super::DmaRing).
+/// A device writes at any time, even where the driver uses plain accesses. The view therefore maps the pages
+/// at addresses of its own and accesses them by instructions that are opaque to the compiler, as another
+/// process would. Words are read and written as a whole and without ordering, as by
+/// [`DmaRing`](super::DmaRing).
 #[derive(Clone, Debug)]
 pub struct DeviceView {
     segments: Arc<[Seen]>,
 }
 
-/// A segment, and how its bytes are found.
+/// A segment, and the lookup of its bytes by device address.
 #[derive(Debug)]
 struct Seen {
     segment: Arc<Segment>,
-    /// The region's pages once more; none under Miri.
+    /// Second mapping of the region's pages. `None` under Miri.
     again: Option<Region>,
-    /// Page in the region by the number of its device address, where pages have addresses of their own: a search of all
-    /// pages for each access would take most of a played device's time.
+    /// Page in the region, by the page number of its device address, if pages have addresses of their own. A
+    /// search of all pages for each access would take most of an emulated device's time.
     pages: HashMap<u64, usize>,
 }
 
@@ -42,7 +43,8 @@ impl Seen {
             true => HashMap::new(),
             false => translation.deltas.iter().enumerate().map(page).collect(),
         };
-        // Miri has no file to map. It finds accesses that race with those of the driver.
+        // Miri cannot map files. Without the second mapping, it finds accesses that race with those of the
+        // driver.
         let again = if cfg!(miri) { None } else { Some(segment.region().mapped_again()?) };
         Ok(Self { segment, again, pages })
     }
@@ -61,47 +63,48 @@ impl Seen {
 }
 
 impl DeviceView {
-    /// All segments of the map in which `memory` is.
+    /// Creates a view of all segments in the map of `memory`.
     pub(super) fn of(memory: &DmaMemory) -> Result<Self> {
         let segments = memory.memory_map().segments();
         Ok(Self { segments: segments.into_iter().map(Seen::new).collect::<Result<_>>()? })
     }
 
-    /// Where the `len` bytes at a device address are; none when not all of them are mapped.
+    /// Returns the address of the `len` bytes at a device address, or `None` if not all of them are mapped.
     fn at(&self, iova: u64, len: usize) -> Option<*mut u8> {
         let (seen, offset) = self.segments.iter().find_map(|seen| Some((seen, seen.offset(iova, len)?)))?;
         let region = seen.again.as_ref().unwrap_or(seen.segment.region());
-        // SAFETY: the offset is inside the region's mapping, and both mappings have its length.
+        // SAFETY: the offset is inside the region's mapping, and the second mapping has the same length.
         Some(unsafe { region.as_ptr().add(offset) }.as_ptr())
     }
 
-    /// Reads one word; none when the address is unmapped or odd.
+    /// Reads one word. Returns `None` if the address is unmapped or misaligned.
     pub fn load<W: Word>(&self, iova: u64) -> Option<W> {
         let at = self.at(iova, size_of::<W>())?.cast::<W>();
         // SAFETY: the word is inside the region, and aligned.
         at.is_aligned().then(|| unsafe { W::peek(at) })
     }
 
-    /// Writes one word; none when the address is unmapped or odd.
+    /// Writes one word. Returns `None` if the address is unmapped or misaligned.
     pub fn store<W: Word>(&self, iova: u64, value: W) -> Option<()> {
         let at = self.at(iova, size_of::<W>())?.cast::<W>();
-        // SAFETY: as in `load`; what is mapped a second time is accessed by this view's copies only.
+        // SAFETY: as in `load`. Only this view and its clones access the second mapping.
         at.is_aligned().then(|| unsafe { W::poke(at, value) })
     }
 
-    /// Copies memory out; none when not all of it is mapped.
+    /// Copies bytes from a device address into `bytes`. Returns `None` if not all of them are mapped.
     pub fn read(&self, iova: u64, bytes: &mut [u8]) -> Option<()> {
         let from = self.at(iova, bytes.len())?;
-        // SAFETY: the source is inside the region, the destination is a slice of the caller's, and the two
-        // cannot overlap because the region hands out no slices.
+        // SAFETY: the source is inside the region, and the destination is a slice of the caller. They cannot
+        // overlap, because the region hands out no slices.
         unsafe { opaque::read(from, bytes.as_mut_ptr(), bytes.len()) };
         Some(())
     }
 
-    /// Copies `bytes` in; none when not all of the target is mapped.
+    /// Copies `bytes` to a device address. Returns `None` if not all of the target is mapped.
     pub fn write(&self, iova: u64, bytes: &[u8]) -> Option<()> {
         let to = self.at(iova, bytes.len())?;
-        // SAFETY: as in `read`, the other way; what is mapped a second time is accessed by this view's copies only.
+        // SAFETY: as in `read`, in the other direction. Only this view and its clones access the second
+        // mapping.
         unsafe { opaque::write(bytes.as_ptr(), to, bytes.len()) };
         Some(())
     }
@@ -187,7 +190,7 @@ mod tests {
         assert_eq!((view.store(0x40_0008, 7_u32), view.store(0x10_0008, 8_u32)), (Some(()), Some(())));
         assert_eq!((view.load(0x40_0008), view.load(0x10_0008)), (Some(7_u32), Some(8_u32)));
         assert_eq!(view.load::<u32>(0x10_1000), None);
-        // What is added later, a device that was told earlier does not see.
+        // A view does not see segments that are added after it was created.
         let _third = first.memory_map().add_at(small(), 4096, &[0x20_0000]);
         assert_eq!(view.load::<u32>(0x20_0000), None);
         assert_eq!(first.device_view().unwrap().load(0x20_0000), Some(0_u32));

@@ -1,4 +1,4 @@
-//! Where pages come from, and what a hugetlbfs mount has.
+//! Sources of pages, and the free pages of a hugetlbfs mount.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
@@ -13,29 +13,29 @@ use super::shortage::default_hugepage_size;
 use super::{GIANT_PAGE, page_size as cpu_page_size};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Of every memfd: closed on exec, and of a size that can be fixed.
+/// Flags of every memfd: close on exec, and allow sealing of the size.
 const MEMFD: MFdFlags = MFdFlags::MFD_CLOEXEC.union(MFdFlags::MFD_ALLOW_SEALING);
 
-/// Where the pages of a [`Region`](super::Region) come from.
+/// Source of the pages of a [`Region`](super::Region).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// A hugetlb memfd: hugepages without a mount, that another process can map by its descriptor.
+    /// A hugetlb memfd: hugepages without a mount, which another process can map through the descriptor.
     HugeMemfd,
-    /// As that, of 1 GiB pages.
+    /// A hugetlb memfd of 1 GiB pages.
     GiantMemfd,
     /// A file on a hugetlbfs mount (`--huge-dir`) that never has a name. hugetlbfs files cannot be sealed.
     HugeFile {
-        /// The mount.
+        /// Mount point.
         dir: PathBuf,
     },
-    /// Private anonymous hugepages (`--in-memory`), by `hugepage-rs`.
+    /// Private anonymous hugepages (`--in-memory`), allocated by `hugepage-rs`.
     HugeAnonymous,
-    /// A memfd of ordinary pages (`--no-huge`): of 4 KiB, or what the kernel is built with.
+    /// A memfd of ordinary pages (`--no-huge`): 4 KiB, or the size that the kernel is built with.
     SmallPages,
 }
 
 impl Backing {
-    /// Name for the start-up report.
+    /// Name for the startup report.
     pub fn name(&self) -> &'static str {
         match self {
             Self::HugeMemfd => "hugetlb memfd",
@@ -46,10 +46,10 @@ impl Backing {
         }
     }
 
-    /// Size of its pages in bytes.
+    /// Size of the pages in bytes.
     ///
     /// # Errors
-    /// `Unavailable` when the kernel has no hugepages, `Io` when `dir` is no hugetlbfs mount.
+    /// `Unavailable` if the kernel has no hugepages, `Io` if `dir` is not a hugetlbfs mount.
     pub fn page_size(&self) -> Result<usize> {
         match self {
             Self::SmallPages => Ok(cpu_page_size()),
@@ -59,11 +59,11 @@ impl Backing {
         }
     }
 
-    /// A new file for a part of `len` bytes; none for pages that nobody else can map.
+    /// Creates a file for a part of `len` bytes. Returns `None` for pages that no other process can map.
     pub(super) fn file(&self, len: usize, page_size: usize) -> Result<Option<OwnedFd>> {
         let pages = match self {
             Self::HugeAnonymous => return Ok(None),
-            // Miri has no memfd.
+            // Miri does not support memfds.
             Self::SmallPages if cfg!(miri) => return Ok(None),
             Self::HugeFile { dir } => {
                 let file = huge_file(dir)?;
@@ -80,7 +80,7 @@ impl Backing {
     }
 }
 
-/// Pages of a hugetlbfs mount are its blocks.
+/// Page size of a hugetlbfs mount, which is its block size.
 fn mounted_page_size(dir: &Path) -> Result<usize> {
     let what = || format!("cannot use --huge-dir {}", dir.display());
     let found = statfs(dir).map_err(|errno| {
@@ -98,7 +98,8 @@ fn mounted_page_size(dir: &Path) -> Result<usize> {
 
 const NO_MOUNT: &str = "leave --huge-dir out: no mount is needed";
 
-/// A mount may have less than the machine: its `size=`. That `file` has the pages that were found in `dir` decides what is
+/// Checks that the mount has room for `len` bytes, because its `size=` may be less than the machine has. Also
+/// checks that `file` has the page size that was found in `dir`, because the page size decides what is
 /// contiguous in physical memory.
 fn check_mount(file: &File, dir: &Path, len: usize, page_size: usize) -> Result<()> {
     let what = || format!("cannot use --huge-dir {}", dir.display());
@@ -107,7 +108,7 @@ fn check_mount(file: &File, dir: &Path, len: usize, page_size: usize) -> Result<
         return Err(Error::new(ErrorKind::Io, what(), "something else was mounted there meanwhile"));
     }
     let (total, free) = (found.blocks(), found.blocks_free());
-    // A mount without a size of its own has no count of blocks.
+    // A mount without a size of its own reports 0 blocks.
     if total == 0 || free as usize >= len / page_size {
         return Ok(());
     }
@@ -116,7 +117,8 @@ fn check_mount(file: &File, dir: &Path, len: usize, page_size: usize) -> Result<
     Err(Error::new(ErrorKind::Io, what(), why).with_hint(mount_again(dir, wanted, page_size)))
 }
 
-/// A mount's size stays what it was: hugetlbfs takes `-o remount` and does nothing.
+/// Command that mounts `dir` again with room for `pages`. The size of a mount cannot change: hugetlbfs
+/// accepts `-o remount` and does nothing.
 fn mount_again(dir: &Path, pages: usize, page_size: usize) -> String {
     let (dir, page) = (dir.display(), page_size >> 10);
     let size = pages.saturating_mul(page);
@@ -125,13 +127,13 @@ fn mount_again(dir: &Path, pages: usize, page_size: usize) -> String {
     )
 }
 
-/// A file in `dir` that has no name: nobody else opens it, and a killed process leaves none behind. Two processes with
-/// one pid, in two containers, cannot meet in it.
+/// Creates a file without a name in `dir`. No other process can open it, and a killed process leaves none
+/// behind. Two processes with the same PID, in two containers, cannot get the same file.
 fn huge_file(dir: &Path) -> Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
-        // O_EXCL: nor does it get a name later (`open(2)`).
+        // O_EXCL: the file cannot get a name later either (`open(2)`).
         .custom_flags((OFlag::O_TMPFILE | OFlag::O_EXCL).bits())
         .mode(0o600)
         .open(dir)
@@ -152,7 +154,7 @@ mod tests {
     fn a_huge_file_has_no_name_and_is_its_owners() {
         let dir = tempfile::tempdir().unwrap();
         let file = match huge_file(dir.path()) {
-            // Overlays of old kernels.
+            // Overlay filesystems of old kernels.
             Err(error) if error.errno() == Some(Errno::EOPNOTSUPP) => return,
             file => file.unwrap(),
         };

@@ -3,29 +3,29 @@
 use std::fs;
 use std::path::Path;
 
-/// Pages of one size.
+/// Hugepages of one size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HugePages {
     /// Page size in bytes.
     pub page_size: usize,
-    /// Pages reserved on the machine.
+    /// Number of pages reserved on the machine.
     pub total: usize,
-    /// Pages that nobody uses and nobody has reserved.
+    /// Number of pages that are neither in use nor reserved by a mapping.
     pub free: usize,
-    /// Pages that the kernel adds when a mapping finds too few free ones (`nr_overcommit_hugepages`), as far as there is
-    /// memory.
+    /// Number of pages that the kernel can add when a mapping finds too few free ones
+    /// (`nr_overcommit_hugepages`), as far as memory is available.
     pub surplus: usize,
 }
 
 impl HugePages {
-    /// Pages that a new mapping can get.
+    /// Number of pages that a new mapping can get.
     pub fn available(&self) -> usize {
         self.free.saturating_add(self.surplus)
     }
 }
 
-/// Reads `/sys/kernel/mm/hugepages` below `sysfs` (`/sys` on a real machine), smallest pages first.
-/// A kernel without hugepages gives an empty list.
+/// Reads `/sys/kernel/mm/hugepages` under `sysfs` (`/sys` on a real machine), smallest pages first. Returns
+/// an empty list if the kernel has no hugepages.
 pub fn hugepages(sysfs: &Path) -> Vec<HugePages> {
     let number = |path: &Path, file: &str| {
         fs::read_to_string(path.join(file)).ok().and_then(|text| text.trim().parse::<usize>().ok())
@@ -37,7 +37,7 @@ pub fn hugepages(sysfs: &Path) -> Vec<HugePages> {
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
             let kilobytes: usize = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
-            // Pages that are reserved count as free until they are touched.
+            // The kernel counts reserved pages as free until they are touched.
             let reserved = number(&entry.path(), "resv_hugepages")?;
             Some(HugePages {
                 page_size: kilobytes.checked_mul(1024)?,
@@ -53,15 +53,15 @@ pub fn hugepages(sysfs: &Path) -> Vec<HugePages> {
     sizes
 }
 
-/// NUMA nodes that this process may use by its `cpuset.mems`; none when the kernel does not tell. `root` is `/` on a
-/// real machine.
+/// NUMA nodes that this process may use according to its `cpuset.mems`. Empty if the kernel does not report
+/// them. `root` is `/` on a real machine.
 pub(super) fn allowed_nodes(root: &Path) -> Vec<usize> {
     let text = fs::read_to_string(root.join("proc/self/status")).unwrap_or_default();
     let list = text.lines().find_map(|line| line.strip_prefix("Mems_allowed_list:")).unwrap_or_default();
     numbers(list).collect()
 }
 
-/// Numbers of the kernel's list of them, such as `0-1,3`.
+/// Numbers in a list in the kernel's format, such as `0-1,3`.
 pub(super) fn numbers(list: &str) -> impl Iterator<Item = usize> {
     let range = |part: &str| {
         let (low, high) = part.split_once('-').unwrap_or((part, part));
@@ -70,7 +70,7 @@ pub(super) fn numbers(list: &str) -> impl Iterator<Item = usize> {
     list.split(',').filter_map(range).flatten()
 }
 
-/// Free pages of `page_size` on `nodes`; none on a kernel without nodes.
+/// Number of free pages of `page_size` on `nodes`, or `None` on a kernel without nodes.
 pub(super) fn free_in_nodes(sysfs: &Path, nodes: &[usize], page_size: usize) -> Option<usize> {
     let free = |node: &usize| {
         let pages = format!("devices/system/node/node{node}/hugepages/hugepages-{}kB", page_size >> 10);

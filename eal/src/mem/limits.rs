@@ -1,24 +1,26 @@
 //! Limits on ordinary memory: `MemAvailable` of the machine, and the memory control groups of this process
 //! (`Documentation/admin-guide/cgroup-v2.rst`, `cgroup-v1/memory.rst`).
 //!
-//! Pages beyond either limit are not refused when they are populated: the OOM killer ends this process or another one.
+//! The kernel does not refuse to populate pages beyond either limit. The OOM killer ends this process or
+//! another one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind};
 
-/// Bytes that a start takes besides packet memory: stacks, rings' bookkeeping, kernel objects.
+/// Bytes that a start takes in addition to packet memory: stacks, ring bookkeeping, kernel objects.
 const START: u64 = 8 << 20;
 
-/// By how many bytes what a group holds may differ from one start to the next: the kernel charges it in batches for each
-/// CPU, and frees some of it late.
+/// Bytes by which a group's usage may differ from one start to the next: the kernel charges memory in batches
+/// per CPU, and frees some of it late.
 const VARIATION: u64 = 8 << 20;
 
-/// Returns the error for a mapping of `len` bytes of ordinary pages that the machine or a control group has no
-/// room for. `root` is `/` on a real machine; a limit that cannot be read there does not count.
+/// Returns an error if the machine or a control group has no room for a mapping of `len` bytes of ordinary
+/// pages. `root` is `/` on a real machine. A limit that cannot be read there is ignored.
 pub(super) fn check(root: &Path, what: impl Fn() -> String, len: u64) -> Result<(), Error> {
-    // Page tables of the CPU and of the IOMMU take 1/512 each, the pool's list of free buffers less than 1/256.
+    // The page tables of the CPU and of the IOMMU take 1/512 each, the pool's free list takes less than
+    // 1/256.
     let need = len.saturating_add(len / 128).saturating_add(START);
     let refuse =
         |why: String| Error::new(ErrorKind::Os, what(), format!("{} MiB are needed and {why}", mib(need)));
@@ -41,7 +43,7 @@ pub(super) fn check(root: &Path, what: impl Fn() -> String, len: u64) -> Result<
     }
 }
 
-/// Bytes that the machine can give without swapping.
+/// Bytes that the machine can provide without swapping.
 pub(super) fn available(root: &Path) -> Option<u64> {
     let text = fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
@@ -56,10 +58,11 @@ fn mib(bytes: u64) -> u64 {
 #[derive(Debug)]
 struct Group {
     path: PathBuf,
-    /// Name of the file with its limit.
+    /// Name of the file that holds the limit.
     file: &'static str,
     limit: u64,
-    /// Bytes that the group uses, and of these the page cache, which the kernel drops before it kills.
+    /// Bytes that the group uses. `cache` is the page cache among them, which the kernel drops before it
+    /// kills a process.
     used: u64,
     cache: u64,
 }
@@ -67,7 +70,7 @@ struct Group {
 impl Group {
     fn read(path: PathBuf, version: &Version) -> Option<Self> {
         let number = |file: &str| fs::read_to_string(path.join(file)).ok()?.trim().parse::<u64>().ok();
-        // "max" is no number: no limit.
+        // "max" is not a number and means that there is no limit.
         let (limit, used) = (number(version.limit)?, number(version.used)?);
         let stat = fs::read_to_string(path.join("memory.stat")).unwrap_or_default();
         let cache = stat.lines().filter_map(|line| {
@@ -90,7 +93,7 @@ impl Group {
     }
 }
 
-/// Names of the files in a version's hierarchy.
+/// File names in one version of the control group hierarchy.
 #[derive(Debug)]
 struct Version {
     limit: &'static str,
@@ -106,7 +109,7 @@ const V1: Version = Version {
 const V2: Version =
     Version { limit: "memory.max", used: "memory.current", cache: ["inactive_file", "active_file"] };
 
-/// The groups of this process that have a limit, innermost first.
+/// Control groups of this process that have a limit, innermost first.
 fn groups(root: &Path) -> Vec<Group> {
     let read = |file: &str| fs::read_to_string(root.join("proc/self").join(file)).unwrap_or_default();
     let (own, mounts) = (read("cgroup"), read("mountinfo"));
@@ -120,12 +123,12 @@ fn groups(root: &Path) -> Vec<Group> {
             _ => continue,
         };
         let Some((from, at)) = mounts.lines().find_map(|line| mount(line, version)) else { continue };
-        // A path outside of what is mounted, as seen from another cgroup namespace, says nothing here.
+        // A path outside of the mount, as seen from another cgroup namespace, does not locate a group here.
         let inner = Path::new(path).strip_prefix(from).ok().filter(|inner| !inner.starts_with(".."));
         let top = root.join(at.strip_prefix('/').unwrap_or(at));
         let inner = inner.unwrap_or(Path::new(""));
         groups.extend(inner.ancestors().filter_map(|inner| {
-            // `join("")` would end in a slash.
+            // `join("")` would add a trailing slash.
             let path = if inner.as_os_str().is_empty() { top.clone() } else { top.join(inner) };
             Group::read(path, version)
         }));
@@ -133,7 +136,7 @@ fn groups(root: &Path) -> Vec<Group> {
     groups
 }
 
-/// Root and mount point of a line of `mountinfo`, if that mounts the hierarchy (`proc_pid_mountinfo(5)`).
+/// Root and mount point in a line of `mountinfo`, if the line mounts the hierarchy (`proc_pid_mountinfo(5)`).
 fn mount<'a>(line: &'a str, version: &Version) -> Option<(&'a str, &'a str)> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut filesystem = filesystem.split(' ');

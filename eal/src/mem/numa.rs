@@ -1,4 +1,4 @@
-//! NUMA nodes: which have memory, which a CPU is on, and pages that are to be on one of them
+//! NUMA nodes: their memory, their CPUs, and the placement of pages on a node
 //! (`Documentation/admin-guide/mm/numa_memory_policy.rst`, mbind(2), move_pages(2)).
 
 use std::fs;
@@ -10,22 +10,23 @@ use nix::libc::{self, c_long, c_ulong, c_void};
 
 use super::hugepages::numbers;
 
-/// What becomes of pages that their node does not have.
+/// Policy for pages that are not available on their node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
-    /// They come from another node, which is logged.
+    /// Vireo uses pages of another node and logs this.
     Preferred,
-    /// There is no region then (`--numa-mem`).
+    /// The region is refused (`--numa-mem`).
     Required,
 }
 
-/// Nodes with memory, below `sysfs` (`/sys` on a real machine); none, or one, on a machine whose memory is all alike.
+/// Nodes with memory, under `sysfs` (`/sys` on a real machine). Empty, or a single node, on a machine with
+/// uniform memory.
 pub fn nodes(sysfs: &Path) -> Vec<u32> {
     let list = fs::read_to_string(sysfs.join("devices/system/node/has_memory")).unwrap_or_default();
     numbers(&list).filter_map(|node| u32::try_from(node).ok()).collect()
 }
 
-/// Node of a CPU; none on a kernel without nodes.
+/// Node of a CPU, or `None` on a kernel without nodes.
 pub fn node_of_cpu(sysfs: &Path, cpu: usize) -> Option<u32> {
     fs::read_dir(sysfs.join(format!("devices/system/cpu/cpu{cpu}")))
         .ok()?
@@ -33,22 +34,23 @@ pub fn node_of_cpu(sysfs: &Path, cpu: usize) -> Option<u32> {
         .find_map(|entry| entry.file_name().to_str()?.strip_prefix("node")?.parse().ok())
 }
 
-/// Distance of two nodes as the firmware states it, where 10 is a node's own (ACPI's SLIT).
+/// Distance between two nodes as the firmware reports it. A node's distance to itself is 10 (ACPI SLIT).
 pub fn distance(sysfs: &Path, from: u32, to: u32) -> Option<u32> {
     let row = fs::read_to_string(sysfs.join(format!("devices/system/node/node{from}/distance"))).ok()?;
     row.split_whitespace().nth(to as usize)?.parse().ok()
 }
 
-/// CPUs of a node, in the kernel's form: `0-3,8`.
+/// CPUs of a node in the kernel's format, such as `0-3,8`.
 pub fn cpus_of_node(sysfs: &Path, node: u32) -> Option<String> {
     let list = fs::read_to_string(sysfs.join(format!("devices/system/node/node{node}/cpulist"))).ok()?;
     Some(list.trim().to_owned()).filter(|list| !list.is_empty())
 }
 
-/// Has the pages of the `len` bytes from `start` on, which nobody has touched yet, come from `node`.
+/// Sets `node` as the source of the pages of the `len` bytes from `start` on. The bytes must not have been
+/// touched yet.
 ///
 /// # Safety
-/// The bytes belong to one mapping of the caller's.
+/// The bytes belong to one mapping of the caller.
 pub(super) unsafe fn bind(
     start: NonNull<u8>,
     len: usize,
@@ -64,24 +66,25 @@ pub(super) unsafe fn bind(
     let bits = c_ulong::BITS;
     let mut mask = vec![0 as c_ulong; (node / bits) as usize + 1];
     mask[(node / bits) as usize] = 1 << (node % bits);
-    // The kernel reads one bit less than it is told of (get_nodes in mm/mempolicy.c).
+    // The kernel reads one bit less than it is passed (get_nodes in mm/mempolicy.c).
     let most = mask.len() * bits as usize + 1;
-    // SAFETY: the caller's contract; the policy changes no content, and the mask has as many bits as are read.
+    // SAFETY: the caller owns the mapping. The policy changes no content, and the mask has as many bits as
+    // the kernel reads.
     let done =
         unsafe { libc::syscall(libc::SYS_mbind, start.as_ptr(), len, mode, mask.as_ptr(), most, 0_u32) };
     Errno::result(done).map(drop)
 }
 
-/// How many of the pages of `page_size` bytes, of the `len` bytes from `start` on, are not on `node`; none when the kernel
-/// does not tell.
+/// Number of pages of `page_size` bytes, among the `len` bytes from `start` on, that are not on `node`.
+/// `None` if the kernel does not report it.
 ///
 /// # Safety
-/// As for [`bind`].
+/// Same as [`bind`].
 pub(super) unsafe fn elsewhere(start: NonNull<u8>, len: usize, node: u32, page_size: usize) -> Option<usize> {
     let pages: Vec<*const c_void> =
         (0..len).step_by(page_size).map(|at| start.as_ptr().wrapping_add(at).cast_const().cast()).collect();
     let mut found = vec![-1_i32; pages.len()];
-    // SAFETY: without a list of nodes nothing is moved; the kernel writes a number for each page.
+    // SAFETY: without a list of nodes, no page is moved. The kernel writes one number per page.
     let done = unsafe {
         libc::syscall(
             libc::SYS_move_pages,

@@ -1,4 +1,4 @@
-//! Pages for DMA: one mapping per region, in one of five backings.
+//! Pages for DMA: one mapping per region, with one of five backings.
 
 mod addresses;
 
@@ -23,13 +23,13 @@ use super::numa::{self, Placement};
 use super::{limits, page_size as cpu_page_size, shortage};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Below which the limits of the machine are read.
+/// Directory under which the limits of the machine are read.
 const ROOT: &str = "/";
 
-/// Contiguous virtual memory that a device may reach.
+/// Contiguous virtual memory that a device may access.
 ///
-/// It hands out no references into itself: a device may write it at any time. Everything goes through
-/// [`DmaRing`](crate::dma::DmaRing) and [`PoolCache`](crate::dma::PoolCache).
+/// A region hands out no references into itself, because a device may write it at any time. All access goes
+/// through [`DmaRing`](crate::dma::DmaRing) and [`PoolCache`](crate::dma::PoolCache).
 #[derive(Debug)]
 pub struct Region {
     address: NonNull<u8>,
@@ -38,18 +38,18 @@ pub struct Region {
     fd: Option<OwnedFd>,
     backing: Backing,
     node: Option<u32>,
-    /// The same for all regions whose addresses were reserved by one call.
+    /// The same for all regions whose addresses one call has reserved.
     run: Arc<()>,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread. Rings have bytes of their own and reach them by atomics, and
-// a packet buffer is reached by whoever has its only handle.
+// SAFETY: the mapping belongs to the process, not to a thread. Rings have bytes of their own and access them
+// by atomics. A packet buffer is accessed only through its single handle.
 unsafe impl Send for Region {}
-// SAFETY: as above; `&Region` gives no other access.
+// SAFETY: as above. `&Region` gives no other access.
 unsafe impl Sync for Region {}
 
-// SAFETY: the mapping is the region's own until it is dropped, and every access to it expects that a device may write: the
-// region hands out no references.
+// SAFETY: the region owns the mapping until it is dropped. Every access to it expects that a device may
+// write, because the region hands out no references.
 unsafe impl vireo_iommufd::Memory for Region {
     fn address(&self) -> NonNull<u8> {
         self.address
@@ -64,18 +64,20 @@ impl Region {
     /// Reserves and faults in at least `len` bytes, rounded up to whole pages of `backing`.
     ///
     /// # Errors
-    /// `Os` when the pages are not there, with what is free and the command that reserves more.
+    /// `Os` if the pages are not available. The error reports the free pages and the command that reserves
+    /// more.
     pub fn new(len: usize, backing: Backing) -> Result<Self> {
         let mut regions = Self::adjoining(&[(None, len)], backing, Placement::Preferred)?;
         regions.pop().ok_or_else(|| Error::os("cannot reserve memory", Errno::EINVAL))
     }
 
-    /// A region for each of `parts`, as for [`Region::new`]: of so many bytes, with its pages on the NUMA node if there is
-    /// one, else from where the kernel likes. Each begins in this process where the one before it ends, so that one pool
-    /// can have packet buffers of all.
+    /// Creates one region per part, as [`Region::new`] does. Each of `parts` is the NUMA node that its pages
+    /// come from and a number of bytes. Without a node, the kernel chooses. In this process, each region
+    /// begins where the one before it ends, so that one pool can have packet buffers of all.
     ///
     /// # Errors
-    /// As for [`Region::new`]; also when a node does not have its pages and [`Placement::Required`] asks for them.
+    /// Same as [`Region::new`]. With [`Placement::Required`], it is also an error if a node does not have the
+    /// pages.
     pub fn adjoining(
         parts: &[(Option<u32>, usize)],
         backing: Backing,
@@ -100,7 +102,7 @@ impl Region {
             shortage::check_nodes(Path::new(ROOT), &parts, page_size)?;
         }
         match backing {
-            // Miri reads no files.
+            // Miri cannot read files.
             Backing::SmallPages if cfg!(miri) => {}
             Backing::SmallPages => {
                 limits::check(Path::new(ROOT), || cannot_reserve(len, &backing), len as u64)?
@@ -110,7 +112,7 @@ impl Region {
         let mut addresses = match backing {
             Backing::HugeAnonymous => Some(Addresses::of_anonymous(len, page_size)?),
             Backing::SmallPages if cfg!(miri) => Some(Addresses::of_private(len)?),
-            // Where nothing has to follow, the kernel chooses.
+            // The kernel chooses the address of a single region.
             _ if parts.len() == 1 => None,
             _ => Some(Addresses::reserve(len, page_size)?),
         };
@@ -120,7 +122,7 @@ impl Region {
             let file = backing.file(part, page_size)?;
             let (address, backing) =
                 (map_part(&backing, file.as_ref(), part, page_size, address)?, backing.clone());
-            // From here on the region unmaps them.
+            // From here on, the region unmaps these addresses.
             if let Some(addresses) = &mut addresses {
                 addresses.skip(part);
             }
@@ -134,7 +136,7 @@ impl Region {
                 run: Arc::clone(&run),
             });
         }
-        // All pages have a policy before the first is taken.
+        // All pages get a policy before the first is allocated.
         regions.iter().try_for_each(|region| region.bind(placement))?;
         let regions = regions.into_iter().map(Self::populated).collect::<Result<Vec<_>>>()?;
         regions.iter().for_each(Self::warn_of_other_nodes);
@@ -164,14 +166,14 @@ impl Region {
         }
     }
 
-    /// The region, as if its pages were on `node`: a test's machine has one node.
+    /// Returns the region with the label `node`. A test machine has only one node.
     #[cfg(test)]
     pub(crate) fn with_node(mut self, node: Option<u32>) -> Self {
         self.node = node;
         self
     }
 
-    /// The same pages at other addresses, as another process maps them.
+    /// Maps the same pages at other addresses, as another process would.
     pub(crate) fn mapped_again(&self) -> Result<Self> {
         let what = "cannot map packet memory a second time";
         let fd = self.fd.as_ref().ok_or_else(|| {
@@ -185,18 +187,18 @@ impl Region {
         Ok(again)
     }
 
-    /// Takes the pages, which only a write does: a fault later on that finds none is SIGBUS. `MAP_POPULATE` does not
-    /// say that it failed.
+    /// Allocates the pages, which takes a write: a later fault that finds no page is a SIGBUS. `MAP_POPULATE`
+    /// does not report its failure.
     fn populated(self) -> Result<Self> {
-        // Miri takes no advice.
+        // Miri does not support `madvise`.
         if cfg!(miri) {
             return Ok(self);
         }
-        // SAFETY: the range is this region's own mapping, of read and write permission and not yet shared.
+        // SAFETY: the range is this region's own mapping, is readable and writable, and is not yet shared.
         let result = unsafe { madvise(self.address.cast(), self.len, MmapAdvise::MADV_POPULATE_WRITE) };
         if let Err(errno) = result {
             let (len, page_size, what) = (self.len, self.page_size, cannot_reserve(self.len, &self.backing));
-            // Its own pages are not among those that others use.
+            // The region's own pages must not count as used when the error is written.
             drop(self);
             return Err(no_pages(Error::os(what, errno), len, page_size));
         }
@@ -217,37 +219,36 @@ impl Region {
         self.len
     }
 
-    /// False: a region has at least one page.
+    /// Returns false: a region has at least one page.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Bytes that are certainly contiguous in physical memory.
+    /// Page size in bytes. Each page is contiguous in physical memory.
     pub fn page_size(&self) -> usize {
         self.page_size
     }
 
-    /// NUMA node that the pages were asked of; none where nobody asked.
+    /// NUMA node that the pages were requested from, or `None` if no node was requested.
     pub fn node(&self) -> Option<u32> {
         self.node
     }
 
-    /// Where the pages come from.
+    /// Source of the pages.
     pub fn backing(&self) -> &Backing {
         &self.backing
     }
 
-    /// The file behind the pages, for `IOMMU_IOAS_MAP_FILE` and for other processes; none with `--in-memory`.
+    /// File behind the pages, for `IOMMU_IOAS_MAP_FILE` and for other processes. `None` with `--in-memory`.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.fd.as_ref().map(AsFd::as_fd)
     }
 
-    /// Physical address of each page, from `/proc/self/pagemap`
-    /// (`Documentation/admin-guide/mm/pagemap.rst`). They stay right as long as something keeps the pages in
-    /// place: hugetlb pages move, too.
+    /// Physical address of each page, from `/proc/self/pagemap` (`Documentation/admin-guide/mm/pagemap.rst`).
+    /// The addresses are valid only while something keeps the pages in place: hugetlb pages move, too.
     ///
     /// # Errors
-    /// `Permission` when the kernel hides them from this process.
+    /// `Permission` if the kernel hides the addresses from this process.
     pub fn physical_addresses(&self) -> Result<Vec<u64>> {
         const PRESENT: u64 = 1 << 63;
         const FRAME: u64 = (1 << 55) - 1;
@@ -272,7 +273,7 @@ impl Region {
             .collect()
     }
 
-    /// Virtual address of the bytes `range`, to be mapped for devices.
+    /// Virtual address of the bytes `range`, for mapping them to devices.
     pub(crate) fn address_of(&self, range: &Range<usize>) -> Result<u64> {
         if range.start < range.end && range.end <= self.len {
             return Ok(self.address.as_ptr() as u64 + range.start as u64);
@@ -281,12 +282,13 @@ impl Region {
         Err(Error::new(ErrorKind::Usage, what, format!("it has {}", self.len)))
     }
 
-    /// First byte, valid for [`Region::len`] bytes while the region lives.
+    /// Address of the first byte, valid for [`Region::len`] bytes while the region lives.
     pub(crate) fn as_ptr(&self) -> NonNull<u8> {
         self.address
     }
 
-    /// Whether one call of [`Region::adjoining`] made both, so that a pointer into one leads to the other, too.
+    /// Returns whether one call of [`Region::adjoining`] created both, so that a pointer into one also
+    /// reaches the other.
     pub(crate) fn adjoins(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.run, &other.run)
     }
@@ -294,15 +296,16 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: `address` and `len` describe a mapping that this value made and that nothing else unmaps;
-        // whoever points into the region holds an `Arc` of it.
+        // SAFETY: `address` and `len` describe a mapping that this value made and that nothing else unmaps.
+        // Everything that points into the region holds an `Arc` of it.
         if let Err(errno) = unsafe { munmap(self.address.cast::<c_void>(), self.len) } {
             tracing::error!("cannot unmap {} bytes of packet memory: {errno}", self.len);
         }
     }
 }
 
-/// First byte of `len` bytes of `backing`: of `file`, which is mapped for that, or what is at `address`.
+/// Returns the first byte of `len` bytes of `backing`. Maps `file` if there is one. Otherwise, the pages are
+/// already at `address`.
 fn map_part(
     backing: &Backing,
     file: Option<&OwnedFd>,
@@ -314,14 +317,15 @@ fn map_part(
     let Some(fd) = file else { return address.ok_or_else(|| failed(Errno::EINVAL)) };
     ftruncate(fd, len as i64).map_err(failed)?;
     if !matches!(backing, Backing::HugeFile { .. }) {
-        // Another process that is given the descriptor could else cut pages off under our feet.
+        // Otherwise, another process that has the descriptor could truncate the file in use.
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
     }
     map_shared(fd, len, address).map_err(|errno| no_pages(failed(errno), len, page_size))
 }
 
-/// Maps the first `len` bytes of a file: where the kernel likes, or in place of the caller's `len` bytes at `address`.
+/// Maps the first `len` bytes of a file, in place of the caller's `len` bytes at `address`. Without an
+/// `address`, the kernel chooses it.
 fn map_shared(fd: &OwnedFd, len: usize, address: Option<NonNull<u8>>) -> nix::Result<NonNull<u8>> {
     let length = NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -329,10 +333,10 @@ fn map_shared(fd: &OwnedFd, len: usize, address: Option<NonNull<u8>>) -> nix::Re
         Some(address) => (Some(address.addr()), MapFlags::MAP_SHARED | MapFlags::MAP_FIXED),
         None => (None, MapFlags::MAP_SHARED),
     };
-    // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours, and `Addresses` gave the other
-    // address to this mapping alone.
+    // SAFETY: a new mapping at an address that the kernel chooses overlaps no memory of this process, and
+    // `Addresses` gave the other address to this mapping alone.
     let mapped = unsafe { mmap(at, length, access, flags, fd, 0) }?;
-    // Of those addresses, the pointer to all of them leads to the next region, too.
+    // The pointer into the reserved addresses also reaches the next region.
     Ok(address.unwrap_or(mapped.cast()))
 }
 
@@ -375,7 +379,7 @@ mod tests {
         assert!(!regions[0].adjoins(&Region::new(1, Backing::SmallPages).unwrap()));
         drop(regions.remove(1));
         for region in &regions {
-            // SAFETY: the byte is the last of a region that is mapped.
+            // SAFETY: the byte is the last of a region that is still mapped.
             unsafe { region.as_ptr().add(region.len() - 1).write_volatile(1) };
         }
     }
@@ -403,19 +407,19 @@ mod tests {
     #[cfg_attr(miri, ignore = "Miri has no memfd")]
     fn memory_beyond_the_machines_is_refused_before_it_is_taken() {
         let error = Region::new(1 << 46, Backing::SmallPages).unwrap_err();
-        // The machine's memory or, in a container, a control group's.
+        // The limit is the machine's memory or, in a container, that of a control group.
         assert!(error.kind() == ErrorKind::Os && error.why().contains("MiB are needed and the"), "{error}");
     }
 
     #[test]
     fn pages_that_cannot_be_had_are_told_at_once() {
-        // The second page is beyond the end of the file, as one is for which nothing is left.
+        // The second page is beyond the end of the file. It fails like a page for which no memory is left.
         let file = tempfile::tempfile().unwrap();
         let page_size = cpu_page_size();
         file.set_len(page_size as u64).unwrap();
         let length = NonZeroUsize::new(2 * page_size).unwrap();
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps no memory of this process.
         let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, &file, 0) }.unwrap().cast();
         let backing = Backing::SmallPages;
         let region = Region {

@@ -1,4 +1,4 @@
-//! Hugepages that are not there: which limit it was, and the command that raises it.
+//! Errors for missing hugepages: the limit that was reached, and the command that raises it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,7 +8,7 @@ use super::{GIANT_PAGE, limits};
 use crate::args::ranges;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Size in bytes of the hugepages that a mapping gets unless it asks for others.
+/// Size in bytes of the hugepages that a mapping gets by default.
 pub(super) fn default_hugepage_size() -> Result<usize> {
     let text = std::fs::read_to_string("/proc/meminfo")
         .map_err(|error| Error::io("cannot read /proc/meminfo", &error))?;
@@ -23,14 +23,15 @@ pub(super) fn default_hugepage_size() -> Result<usize> {
         })
 }
 
-/// Hugepage mappings of a memfd are reserved at `mmap`, but the error does not say what was short.
+/// Checks that hugepages for `len` bytes are available. `mmap` of a memfd reserves its hugepages, but its
+/// error does not report what is missing.
 pub(super) fn check_free(root: &Path, len: usize, page_size: usize) -> Result<()> {
     let (pages, need) = (pages_of(root, page_size), len / page_size);
     let what = || format!("cannot reserve {} MiB of hugepages", len >> 20);
     if pages.available() < need {
         return Err(too_few(root, Error::new(ErrorKind::Os, what(), ""), need, pages));
     }
-    // Surplus pages come out of ordinary memory. The control group of memory does not count them.
+    // Surplus pages come out of ordinary memory. The memory control group does not count them.
     let surplus = need.saturating_sub(pages.free).saturating_mul(page_size);
     match limits::available(root) {
         Some(left) if left < surplus as u64 => Err(Error::new(
@@ -47,7 +48,7 @@ pub(super) fn check_free(root: &Path, len: usize, page_size: usize) -> Result<()
     }
 }
 
-/// Refuses bytes that are to be on nodes which do not have the pages.
+/// Checks that the NUMA nodes in `parts` have the hugepages that the parts request from them.
 pub(super) fn check_nodes(root: &Path, parts: &[(Option<u32>, usize)], page_size: usize) -> Result<()> {
     if page_size == super::page_size() {
         return Ok(());
@@ -73,7 +74,7 @@ pub(super) fn check_nodes(root: &Path, parts: &[(Option<u32>, usize)], page_size
     Ok(())
 }
 
-/// What gives a node so many `pages` more than it has.
+/// Hint that tells how `node` gets `pages` more hugepages than it has.
 pub(super) fn more_on_node(root: &Path, node: u32, page_size: usize, pages: usize) -> String {
     let file =
         format!("sys/devices/system/node/node{node}/hugepages/hugepages-{}kB/nr_hugepages", page_size >> 10);
@@ -99,7 +100,7 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
     let HugePages { page_size, total, free, surplus } = pages;
     let kib = page_size >> 10;
     if pages.available() >= need {
-        // Fewer pages than there are would only take some away.
+        // The machine has enough pages: a command that sets their number could only remove some.
         let nodes = allowed_nodes(root);
         return match free_in_nodes(&root.join("sys"), &nodes, page_size) {
             Some(here) if here + surplus < need => {
@@ -110,7 +111,7 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
                 );
                 let node = nodes.first().copied().unwrap_or(0);
                 let at = format!("/sys/devices/system/node/node{node}/hugepages/hugepages-{kib}kB/nr_hugepages");
-                // All that a node has, and what is missing.
+                // The pages that the node has, plus those that are missing.
                 error.because(why).with_hint(format!(
                     "run: echo $(($(cat {at}) + {})) > {at}; or allow more nodes in cpuset.mems",
                     need - here
@@ -127,7 +128,7 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
         Ok(size) if size == page_size => format!("sysctl vm.nr_hugepages={wanted}"),
         _ => format!("echo {wanted} > /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"),
     };
-    // The kernel rarely finds a free GiB that is contiguous once it has run for a while.
+    // The kernel rarely finds a contiguous free GiB after it has run for a while.
     let reserve = match page_size {
         GIANT_PAGE => format!("{reserve}, or boot with hugepagesz=1G hugepages={wanted}"),
         _ => reserve,
@@ -148,7 +149,7 @@ mod tests {
 
     const SIZE: usize = 2 << 20;
 
-    /// A machine with hugepages on two nodes, of which the process may use the first.
+    /// A machine with hugepages on two nodes. The process may use only the first.
     fn machine(nodes: [u32; 2], overcommit: u32, available_kb: u64) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         let free = nodes[0] + nodes[1];
@@ -256,7 +257,7 @@ mod tests {
         let error = check_nodes(root.path(), &parts(8), SIZE).unwrap_err().to_string();
         let command = "run: echo 13 > /sys/devices/system/node/node1/hugepages/hugepages-2048kB/nr_hugepages";
         assert!(error.ends_with(command), "{error}");
-        // Ordinary pages are not counted by node.
+        // Ordinary pages are not counted per node.
         check_nodes(root.path(), &parts(8), crate::mem::page_size()).unwrap();
     }
 }

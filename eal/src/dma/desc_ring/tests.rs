@@ -20,11 +20,12 @@ fn ring(entries: usize) -> DescRing {
     DescRing::new(DmaRing::new(&memory, entries, 16).unwrap(), entries)
 }
 
-/// Takes up to `most`, each as long as its second word says, if that is not 0.
+/// Takes up to `most` packets. The second word of a descriptor is the packet's length, and 0 if it is not
+/// complete.
 fn take(ring: &mut DescRing, most: usize, burst: &mut Burst) -> usize {
     let mut rest = Burst::new();
     let room = MAX_BURST - most.min(burst.remaining_capacity());
-    // What fills the burst up owns nothing.
+    // These packets only fill the burst and own no buffer.
     (0..room).for_each(|_| rest.push(Packet::in_slot(0, 0, 0)));
     let (count, bytes) = ring.take_words(GoodWord { bits: 0, mask: 0, len_shift: 0 }, &mut rest);
     assert_eq!(bytes, rest[room..].iter().map(|packet| packet.len() as u64).sum::<u64>());
@@ -49,7 +50,7 @@ fn a_ring_takes_no_more_than_there_is() {
     assert_eq!(take(&mut ring, 8, &mut burst), 2);
     assert_eq!([0, 1].map(|i| burst[i].len()), [3, DATA_ROOM]);
     ring.set_word(2, 1);
-    // The ring ends in between.
+    // The ring wraps within this refill.
     assert_eq!((ring.refill(9, 0, 7, &mut cache), ring.owned()), (5, 8));
     assert_eq!((take(&mut ring, 9, &mut burst), take(&mut ring, 9, &mut burst)), (6, 2));
     assert_eq!((ring.refill(9, 0, 7, &mut cache), burst.len()), (2, 10), "12 buffers are all");
@@ -85,7 +86,7 @@ fn the_data_offset_is_part_of_the_address() {
     ring.fill(1, 0, &cache, &mut burst, |_, len| len as u64);
     assert_eq!((ring.load::<0>(0), ring.load::<1>(0)), (iova - 14, 74));
     ring.reclaim(1, &mut cache);
-    // What the ring gives back begins where a fresh packet does.
+    // A buffer that comes back from the ring has its data at the offset of a fresh packet.
     let held: Vec<Packet> = std::iter::from_fn(|| cache.allocate()).collect();
     assert!(held.len() == 2 && held.iter().all(|packet| cache.iova(packet) % 2048 == HEADROOM as u64));
 }
@@ -121,7 +122,7 @@ fn a_frame_of_several_descriptors_is_taken_whole_or_not() {
     assert!(ring.take_frame(&mut burst, &[]));
     let taken: Vec<_> = burst.iter().map(|packet| (packet.len(), packet.has_more())).collect();
     assert_eq!(taken, [(1024, true), (DATA_ROOM, true), (7, false)]);
-    // Across the end of the ring; behind a hole; into a burst that is nearly full.
+    // Frames across the end of the ring, after an empty descriptor, and into a burst that is nearly full.
     ring.refill(4, 0, 60, &mut cache);
     burst.push(ring.take_at(4).unwrap());
     assert!(ring.has_holes() && !ring.take_frame(&mut burst, &[9; 2]));
@@ -193,7 +194,7 @@ fn completions_are_found_by_the_index_of_their_descriptors() {
         }
         burst.drain(..).for_each(|packet| cache.free(packet));
     }
-    // A ring of completions that is smaller ends sooner.
+    // A smaller completion ring ends the run earlier.
     let few: DmaRing<u32, 2> = DmaRing::new(&memory, 2, 8).unwrap();
     descriptors.refill(4, 0, 0, &mut cache);
     assert_eq!(descriptors.take_completed(&few, 4, &cache, &mut burst, |_, _| Some(1)), 2);
@@ -201,7 +202,7 @@ fn completions_are_found_by_the_index_of_their_descriptors() {
     descriptors.reclaim_all(&mut cache);
 }
 
-/// A pool that is not the ring's: a safe caller who sends its buffers loses them, and nothing else.
+/// A safe caller that sends buffers of another pool loses them, and has no other effect.
 #[test]
 fn buffers_of_two_pools_do_not_meet() {
     let [pool, other] = [pool(8), pool(8)];
@@ -213,14 +214,14 @@ fn buffers_of_two_pools_do_not_meet() {
     assert!(sent.is_err() && ring.owned() == 1);
     ring.reclaim(1, &mut foreign);
     assert_eq!((foreign.len(), ring.owned(), pool.available()), (7, 0, 1), "it goes home");
-    // An empty ring may be used by another pool.
+    // An empty ring accepts buffers of another pool.
     assert_eq!(ring.refill(4, 0, 0, &mut foreign), 4);
     ring.reclaim_all(&mut foreign);
     assert_eq!(foreign.len(), 7);
 }
 
 proptest! {
-    /// The model is a queue: the ring gives buffers out in the order in which it was given them.
+    /// The model is a queue: the ring returns buffers in the order in which it received them.
     #[test]
     fn a_ring_that_receives_is_a_queue(
         shift in 0..7_u32,
@@ -237,7 +238,7 @@ proptest! {
             prop_assert!(count == wanted.min(MAX_BURST).min(entries - model.len()) || cache.is_empty());
             model.extend((head..head + count).map(|index| ring.load::<0>(index)));
             let (before, tail) = (burst.len(), ring.tail());
-            // The first of these is the first that is not done.
+            // Descriptors from `tail + done` on are not complete.
             (tail + done..ring.head()).for_each(|index| ring.set_word(index, 0));
             let got = take(&mut ring, asked, &mut burst);
             (tail + done..ring.head()).for_each(|index| ring.set_word(index, 60));
@@ -256,7 +257,8 @@ proptest! {
         prop_assert_eq!(pool.available(), pool.count());
     }
 
-    /// The model is a queue here too, of what was sent and is not back; some of it comes back out of order.
+    /// The model is a queue of the packets that were sent and have not come back. Some of them come back out
+    /// of order.
     #[test]
     fn a_ring_that_sends_is_a_queue(
         shift in 0..7_u32,

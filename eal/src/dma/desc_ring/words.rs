@@ -1,31 +1,32 @@
-//! Completions that are in the descriptors' second words, four at a time where the processor can.
+//! Completions in the descriptors' second words, checked four at a time on x86-64.
 
 use std::hint::assert_unchecked;
 
 use super::DescRing;
 use crate::dma::packet::{Burst, DATA_ROOM, MAX_BURST, Packet};
 
-/// What a second word says of a packet that is complete, whole, free of errors, and no longer than a buffer.
+/// Pattern for a descriptor's second word: it matches if the packet is complete, in one piece, free of
+/// errors, and no longer than a buffer.
 #[derive(Clone, Copy, Debug)]
 pub struct GoodWord {
-    /// The bits that are set then. None of them is among those of the length.
+    /// Bits that must be set. They do not overlap the length.
     pub bits: u64,
-    /// The bits that count: those of `bits`, and those that must be 0.
+    /// Bits that are compared: those of `bits`, and those that must be 0.
     pub mask: u64,
-    /// Lowest of the 16 bits that are the length in bytes: 0, or 32.
+    /// Position of the lowest of the 16 bits that hold the length in bytes: 0 or 32.
     pub len_shift: u32,
 }
 
 impl GoodWord {
-    /// The packet's length, at least 1, if `word` is as it should be.
+    /// Returns the packet's length, at least 1, if `word` is good.
     #[inline(always)]
     pub fn len(self, word: u64) -> Option<usize> {
-        // Whatever is not as it should be makes the length too large: it goes above it.
+        // A bit that differs ends up above the 16 bits of the length, and so makes the length too large.
         let len = ((word ^ self.bits) & self.checked()).rotate_right(self.len_shift);
         (len.wrapping_sub(1) < DATA_ROOM as u64).then_some(len as usize)
     }
 
-    /// All bits that are looked at.
+    /// All bits that are checked, including the length.
     #[inline(always)]
     fn checked(self) -> u64 {
         self.mask | u64::from(u16::MAX) << self.len_shift
@@ -33,11 +34,11 @@ impl GoodWord {
 }
 
 impl DescRing {
-    /// Takes the buffers from the tail on, in order, as packets, up to the first whose second word is not `good`. Gives the
-    /// number of packets, and of their bytes.
+    /// Takes buffers in order from the tail, as packets, up to the first whose second word is not `good`.
+    /// Returns the number of packets and the sum of their lengths in bytes.
     ///
-    /// Ends at the end of the ring, too, so that no index wraps in the loop, and when `burst` is full. Takes nothing
-    /// while a descriptor in between is empty.
+    /// Also stops at the end of the ring, so that no index wraps in the loop, and when `burst` is full. Takes
+    /// nothing while a descriptor between tail and head is empty.
     #[inline(always)]
     pub fn take_words(&mut self, good: GoodWord, burst: &mut Burst) -> (usize, u64) {
         let before = burst.len();
@@ -46,7 +47,8 @@ impl DescRing {
         let most = self.run(self.mask).min(MAX_BURST - before);
         let first = self.tail & self.mask;
         let (view, fresh_bits) = (self.view(), self.fresh_bits);
-        // SAFETY: both are within their memory, the burst's if there is room.
+        // SAFETY: `first` is below the number of descriptors, and `before` is at most the capacity of the
+        // burst.
         let (record, packets) = unsafe { (self.record.as_ptr().add(first), burst.as_mut_ptr().add(before)) };
         let entries = view.entry(first);
         #[cfg(target_arch = "x86_64")]
@@ -66,7 +68,7 @@ impl DescRing {
             count += 1;
         }
         self.tail = self.tail.wrapping_add(count);
-        // SAFETY: the packets up to there were written.
+        // SAFETY: all packets up to the new length were written.
         unsafe { burst.set_len(before + count) };
         (count, bytes)
     }
@@ -79,11 +81,12 @@ mod x86 {
 
     use super::{DATA_ROOM, GoodWord, Packet};
 
-    /// Takes up to `most` times four buffers while four words are good. Gives how often, and the bytes of the packets.
+    /// Takes four buffers at a time, up to `most` times, while all four words are good. Returns how many
+    /// times, and the sum of the packets' lengths in bytes.
     ///
     /// # Safety
-    /// From `descriptors`, `record` and `packets` on there are as many descriptors of two words, records of buffers, and
-    /// places for packets. Nothing else of ours reaches the descriptors meanwhile.
+    /// `descriptors`, `record` and `packets` are valid for four times `most` descriptors of two words, record
+    /// entries, and packets. Nothing else in this process accesses the descriptors during the call.
     #[inline(always)]
     pub(super) unsafe fn take(
         most: usize,
@@ -93,14 +96,14 @@ mod x86 {
         record: *const u32,
         packets: *mut Packet,
     ) -> (usize, u64) {
-        // SAFETY: SSE2 is part of x86-64. All accesses are within what the caller vouches for. A device writes a word whole, and
-        // each word is loaded by one access of its size.
+        // SAFETY: SSE2 is part of x86-64. All accesses are within the memory that the caller guarantees. A
+        // device writes each word as a whole, and each word is loaded by one access of its size.
         unsafe {
             let mask = _mm_set1_epi64x(good.checked() as i64);
             let bits = _mm_set1_epi64x(good.bits as i64);
             let longest = _mm_set1_epi64x(DATA_ROOM as i64 - 1);
             let one = _mm_set1_epi64x(1);
-            // Halves of a fresh packet: where its data begins, and its tag.
+            // The two halves of a fresh packet: its data offset and its tag.
             let (begin, tag) = (_mm_set1_epi32(fresh_bits as i32), _mm_set1_epi32((fresh_bits >> 32) as i32));
             let zero = _mm_setzero_si128();
             let mut sum = zero;
@@ -110,11 +113,12 @@ mod x86 {
                     let low = _mm_castsi128_pd(_mm_loadl_epi64(word.add(4 * i).cast()));
                     let words = _mm_castpd_si128(_mm_loadh_pd(low, word.add(4 * i + 2).cast()));
                     let checked = _mm_and_si128(_mm_xor_si128(words, bits), mask);
-                    // As `GoodWord::len` rotates it.
+                    // The rotation of `GoodWord::len`.
                     if good.len_shift == 0 { checked } else { _mm_shuffle_epi32::<0b10_11_00_01>(checked) }
                 };
                 let (low, high) = (pair(0), pair(1));
-                // Of each 16 bits what is above the longest length in the lowest ones, and above 0 in the others.
+                // Per 16 bits: the excess over the longest length in the lowest 16 bits of a word, over 0 in
+                // its other bits.
                 let over = |lengths| _mm_subs_epu16(_mm_sub_epi64(lengths, one), longest);
                 let odd = _mm_or_si128(over(low), over(high));
                 if _mm_movemask_epi8(_mm_cmpeq_epi32(odd, zero)) != 0xffff {
@@ -135,7 +139,7 @@ mod x86 {
         }
     }
 
-    /// Sum of both halves.
+    /// Sum of the two 64-bit halves.
     #[inline(always)]
     fn total(sum: __m128i) -> u64 {
         // SAFETY: SSE2 is part of x86-64.

@@ -1,4 +1,4 @@
-//! Orders in which threads meet where memory is given out.
+//! Models of concurrent allocation, for loom.
 
 use super::*;
 use crate::mem::Backing;

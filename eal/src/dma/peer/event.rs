@@ -1,4 +1,4 @@
-//! The call descriptor of a peer.
+//! Call descriptor of a peer.
 
 use std::fs::File;
 use std::io::Write;
@@ -8,20 +8,21 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The eventfd by which a peer is woken.
+/// The eventfd that wakes a peer.
 ///
-/// The peer has the same open file and may take `O_NONBLOCK` from it at any time: a write then sleeps while the
-/// counter is full, until the peer reads it. Nothing helps against that: a look at the flag or at the room is old
-/// when the write comes, and an eventfd's write has no other way not to sleep (`RWF_NOWAIT` is not for it). So a
-/// peer must be trusted with the lcore that serves it.
+/// The peer has the same open file and may clear `O_NONBLOCK` at any time. A write then sleeps while the
+/// counter is full, until the peer reads it. Vireo cannot prevent that: a check of the flag or of the counter
+/// is outdated when the write happens, and a write to an eventfd has no other nonblocking mode (it does not
+/// support `RWF_NOWAIT`). A peer must therefore be trusted with the lcore that serves it.
 #[derive(Debug)]
 pub struct PeerEvent(File);
 
 impl PeerEvent {
-    /// Takes the descriptor, and makes its writes return at once, as long as the peer leaves them so.
+    /// Takes the descriptor and makes its writes nonblocking, which the peer can undo.
     ///
     /// # Errors
-    /// `Protocol` when it is no eventfd: a write to anything else could block though the peer does nothing wrong.
+    /// `Protocol` if the descriptor is not an eventfd: a write to anything else could block even if the peer
+    /// does nothing wrong.
     pub fn new(fd: OwnedFd) -> Result<Self> {
         let what = "cannot use a frontend's call descriptor";
         let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
@@ -35,7 +36,7 @@ impl PeerEvent {
         Ok(Self(fd.into()))
     }
 
-    /// Wakes the peer. A counter that is full has woken it, so the error of a write says nothing.
+    /// Wakes the peer. Write errors are ignored, because a full counter has already woken the peer.
     #[cold]
     #[inline(never)]
     pub fn signal(&self) {

@@ -1,4 +1,4 @@
-//! The log in which a device of a guest that migrates marks the pages that it has written.
+//! Log in which the device of a migrating guest marks the pages that it has written.
 
 use std::fs::File;
 use std::ptr::NonNull;
@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use super::mapping::Mapping;
 use crate::error::Result;
 
-/// What a bit stands for (vhost-user, "Migration": `VHOST_LOG_PAGE`).
+/// Bytes that a bit of the log covers (vhost-user, "Migration": `VHOST_LOG_PAGE`).
 const PAGE: u64 = 0x1000;
 
-/// A log in a frontend's file: a bit for each page of guest addresses, which the frontend clears as it takes it.
+/// A log in a frontend's file: one bit per page of guest addresses. The frontend clears each bit that it has
+/// read.
 #[derive(Debug)]
 pub struct PeerLog {
     /// First byte, valid for `len` bytes while `_mapping` lives.
@@ -20,31 +21,32 @@ pub struct PeerLog {
     _mapping: Mapping,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread. It is the log's own, and is reached by atomics of bytes only.
+// SAFETY: the mapping belongs to the process, not to a thread. Nothing but the log uses it, and only by byte
+// atomics.
 unsafe impl Send for PeerLog {}
 // SAFETY: as above.
 unsafe impl Sync for PeerLog {}
 
 impl PeerLog {
-    /// Maps the log of `len` bytes at `offset` of `file`, which can be closed then.
+    /// Maps the log of `len` bytes at `offset` of `file`. The mapping does not need the file to stay open.
     ///
     /// # Errors
-    /// `Protocol` when it is not within its file; else what `mmap` says.
+    /// `Protocol` if the log is not within its file. Otherwise the error of `mmap`.
     pub fn map(file: File, offset: u64, len: u64) -> Result<Arc<Self>> {
         let (mapping, bits) = Mapping::shared(&file.into(), offset, len)?;
         Ok(Arc::new(Self { bits, len, _mapping: mapping }))
     }
 
-    /// Marks the pages of the `len` bytes at the guest address `guest`, after they were written. Those beyond the log are
-    /// left out.
+    /// Marks the pages of the `len` bytes at the guest address `guest`, which the caller has already written.
+    /// Pages beyond the log are ignored.
     pub fn mark(&self, guest: u64, len: usize) {
         let Some(last) = (len as u64).checked_sub(1) else { return };
-        // The log is at most a file long.
+        // The length of the log bounds the loop.
         let end = (guest.saturating_add(last) / PAGE).min(self.len.saturating_mul(8).saturating_sub(1));
         for page in guest / PAGE..=end {
-            // SAFETY: the byte is within the log, since `page` is below its number of bits.
+            // SAFETY: the byte is within the log, because `page` is below the log's number of bits.
             let byte = unsafe { AtomicU8::from_ptr(self.bits.add((page / 8) as usize).as_ptr()) };
-            // The page was written before it is said to have been.
+            // The write of the page must be visible before its mark.
             byte.fetch_or(1 << (page % 8), Ordering::Release);
         }
     }

@@ -1,4 +1,4 @@
-//! One mapping of a file that a peer has sent.
+//! Mapping of a file that a peer has sent.
 
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
@@ -13,25 +13,25 @@ use nix::sys::stat::{SFlag, fstat};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::page_size;
 
-/// Some of a file, mapped until the value is dropped, and which of the bytes rings have.
+/// A part of a file, mapped until the value is dropped, and the bytes of it that belong to rings.
 #[derive(Debug)]
 pub(super) struct Mapping {
     address: NonNull<c_void>,
     len: usize,
-    /// Addresses of the bytes that a ring has.
+    /// Addresses of the bytes that belong to rings, one range per ring.
     rings: Mutex<Vec<Range<usize>>>,
 }
 
-// SAFETY: a mapping belongs to the process, not to a thread; the value gives no access to it and only unmaps it. A mutex
-// has the rest.
+// SAFETY: a mapping belongs to the process, not to a thread. The value gives no access to it and only unmaps
+// it. A mutex protects the rest.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `address` and `len` describe a mapping that this value made and that nothing else unmaps; what points
-        // into it borrows or holds the `PeerMemory`.
+        // SAFETY: `address` and `len` describe a mapping that this value made and that nothing else unmaps.
+        // Everything that points into the mapping holds this value, or borrows an owner of it.
         if let Err(errno) = unsafe { munmap(self.address, self.len) } {
             tracing::error!("cannot unmap {} bytes of a frontend's memory: {errno}", self.len);
         }
@@ -39,7 +39,8 @@ impl Drop for Mapping {
 }
 
 impl Mapping {
-    /// Maps `len` bytes of a file from `offset` on, shared; gives where they are.
+    /// Maps `len` bytes of a file from `offset` on, shared. Returns the mapping and the address of the first
+    /// byte.
     pub(super) fn shared(fd: &OwnedFd, offset: u64, len: u64) -> Result<(Self, NonNull<u8>)> {
         let what = || format!("cannot map {} KiB of a frontend's memory", len >> 10);
         let refused = |why: &str| Error::new(ErrorKind::Protocol, what(), why);
@@ -51,7 +52,7 @@ impl Mapping {
         let end = end.filter(|end| *end <= stat.st_size as u64).ok_or_else(|| {
             refused("its file is shorter than the region: an access behind the end would be SIGBUS")
         })?;
-        // A hugetlb file is mapped by whole pages of its own size, which is its block size.
+        // A hugetlb file is mapped in whole pages of its own size, which is its block size.
         let small = page_size() as u64;
         let page =
             Some(stat.st_blksize as u64).filter(|size| size.is_power_of_two()).unwrap_or(small).max(small);
@@ -60,26 +61,26 @@ impl Mapping {
         let length = length.and_then(NonZeroUsize::new).ok_or_else(|| refused("it is too large"))?;
         let from = i64::try_from(start).map_err(|_| refused("its offset is too large"))?;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps no memory of this process.
         let address = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, fd, from) }
             .map_err(|errno| Error::os(what(), errno))?;
-        // SAFETY: `start` is not above `offset`, and the mapping reaches from `start` to `end` or beyond.
+        // SAFETY: `start` is not above `offset`, and the mapping extends from `start` to `end` or beyond.
         let base = unsafe { address.cast::<u8>().add((offset - start) as usize) };
         Ok((Self { address, len: length.get(), rings: Mutex::default() }, base))
     }
 
-    /// As [`Mapping::shared`], of memory that is no file's: Miri maps none.
+    /// Anonymous counterpart of [`Mapping::shared`]. Miri cannot map files.
     #[cfg(test)]
     pub(super) fn anonymous(len: u64) -> (Self, NonNull<u8>) {
         let length = NonZeroUsize::new(len as usize).unwrap();
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps no memory of this process.
         let address =
             unsafe { nix::sys::mman::mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }.unwrap();
         (Self { address, len: length.get(), rings: Mutex::default() }, address.cast())
     }
 
-    /// Takes `bytes` for a ring; false if another one has some of them.
+    /// Reserves `bytes` for a ring. Returns false if another ring has some of them.
     pub(super) fn take(&self, bytes: Range<usize>) -> bool {
         let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
         let is_free = rings.iter().all(|ring| ring.end <= bytes.start || bytes.end <= ring.start);
@@ -89,7 +90,7 @@ impl Mapping {
         is_free
     }
 
-    /// Gives back what [`Mapping::take`] took.
+    /// Releases the bytes that [`Mapping::take`] has reserved.
     pub(super) fn release(&self, bytes: &Range<usize>) {
         self.rings.lock().unwrap_or_else(PoisonError::into_inner).retain(|ring| ring != bytes);
     }

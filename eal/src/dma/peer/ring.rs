@@ -1,4 +1,4 @@
-//! Rings in a peer's memory, each of which has its bytes alone.
+//! Rings in a peer's memory, which share no byte.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -10,11 +10,11 @@ use crate::dma::ring::{RingView, Word};
 use crate::error::{Error, ErrorKind, Result};
 
 impl PeerMemory {
-    /// The ring of `entries` entries at `user`, an address of the peer's own address space.
+    /// Returns the ring of `entries` entries at `user`, an address of the peer's own address space.
     ///
     /// # Errors
-    /// `Usage` when `entries` is no power of two, `Protocol` when the ring is not aligned to its words, not within one
-    /// region, or has bytes that another ring has, as long as that exists.
+    /// `Usage` if `entries` is not a power of two. `Protocol` if the ring is not aligned to its words, is not
+    /// within one region, or overlaps another ring that still exists.
     pub fn ring<W: Word, const N: usize>(&self, user: u64, entries: usize) -> Result<PeerRing<W, N>> {
         let refused = |kind, why: &str| {
             Error::new(kind, format!("cannot use a frontend's ring of {entries} entries at {user:#x}"), why)
@@ -42,14 +42,14 @@ impl PeerMemory {
     }
 }
 
-/// Addresses of the bytes of `number` words, which are mapped.
+/// Addresses of the bytes of `number` mapped words.
 fn bytes_of<W>(words: NonNull<W>, number: usize) -> Range<usize> {
     let start = words.addr().get();
     start..start + number * size_of::<W>()
 }
 
-/// A ring of entries of `N` words each in a peer's memory, which it keeps mapped; as
-/// [`DmaRing`](crate::dma::DmaRing).
+/// A ring of entries of `N` words each in a peer's memory, like [`DmaRing`](crate::dma::DmaRing). It keeps
+/// that memory mapped.
 #[derive(Debug)]
 pub struct PeerRing<W: Word, const N: usize = 1> {
     words: NonNull<W>,
@@ -57,8 +57,8 @@ pub struct PeerRing<W: Word, const N: usize = 1> {
     mapping: Arc<Mapping>,
 }
 
-// SAFETY: `mapping` keeps the words mapped and gives them to no other ring, so all accesses of ours are atomics of their
-// size, or copies into which the compiler does not look. Each word that is loaded is checked as input.
+// SAFETY: `mapping` keeps the words mapped and gives them to no other ring. All accesses by this process are
+// therefore atomics of the words' size, or opaque copies. Each word is checked as input after it was loaded.
 unsafe impl<W: Word, const N: usize> Send for PeerRing<W, N> {}
 // SAFETY: as above.
 unsafe impl<W: Word, const N: usize> Sync for PeerRing<W, N> {}
@@ -76,11 +76,11 @@ impl<W: Word, const N: usize> PeerRing<W, N> {
         self.mask + 1
     }
 
-    /// The ring by value, for the length of a loop.
+    /// The ring's address and size by value, for use in a loop.
     #[inline(always)]
     pub fn view(&self) -> RingView<'_, W, N> {
-        // SAFETY: the words of all entries were checked to be mapped and aligned; the borrow keeps them, and keeps other
-        // rings away from them.
+        // SAFETY: the words of all entries were checked to be mapped and aligned. The borrow keeps them
+        // mapped, and keeps other rings away from them.
         unsafe { RingView::over(self.words, self.mask) }
     }
 

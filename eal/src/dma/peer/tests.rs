@@ -47,7 +47,7 @@ fn regions_outside_of_their_file_are_refused() {
 #[test]
 fn regions_come_and_go_one_by_one() {
     let at = |i: u64| region(i * LEN, 0x7000_0000 + i * LEN, 0);
-    // From the highest down: they are in order all the same.
+    // Regions are in order even if they are added from the highest down.
     let mut memory = PeerMemory::map(&[at(508)]).unwrap();
     for i in (0..508).rev() {
         memory = memory.with(&at(i)).unwrap();
@@ -59,7 +59,7 @@ fn regions_come_and_go_one_by_one() {
     assert!((0..509).all(|i| view.at(i * LEN + 5, LEN as usize - 5).is_some()));
     assert!(view.at(509 * LEN, 1).is_none());
 
-    // What was taken away is there until the memory is settled, and behind what has its addresses.
+    // A removed region stays until the memory is settled, but yields to a region that has its addresses.
     for wrong in [(LEN, 0, LEN), (LEN, 0x7000_0000 + LEN, LEN - 1), (1, 0x7000_0000, LEN)] {
         assert_eq!(memory.without(wrong.0, wrong.1, wrong.2).unwrap_err().kind(), ErrorKind::Protocol);
     }
@@ -125,12 +125,13 @@ fn a_byte_is_given_to_one_ring_at_a_time() {
     {
         refused(user, entries);
     }
-    // What touches it does not overlap it, nor does a ring without a word.
+    // Rings that touch the ring do not overlap it, nor does a ring without words.
     let around =
         [(0x7000_000e, 1), (0x7000_0030, 2)].map(|(user, n)| memory.ring::<u16, 1>(user, n).unwrap());
     drop(memory.ring::<u32, 0>(0x7000_0010, 4).unwrap());
     refused(0x7000_0010, 1);
-    // A region that stays is the same mapping in other memory, and one that is mapped again another.
+    // A region that stays is the same mapping in another memory. A region that is mapped again is a different
+    // mapping.
     let grown = memory.with(&region(LEN, 0x8000_0000, 0)).unwrap();
     assert!(grown.ring::<u64, 1>(0x7000_0010, 1).is_err());
     let again = memory.without(0, 0x7000_0000, LEN).unwrap();
@@ -152,7 +153,7 @@ fn a_ring_whose_size_overflows_is_in_no_region() {
 }
 
 proptest! {
-    /// The model says of an address, without any modulus, in which region its bytes are.
+    /// The model finds the region of an address without wrapping arithmetic.
     #[test]
     fn an_address_leads_into_its_region_or_nowhere(
         cuts in proptest::collection::btree_set(
@@ -180,9 +181,9 @@ proptest! {
                     && at + len as u128 <= start + u128::from(area.len)
             };
             let slice = view.at(guest, len).map(|slice| (slice.at, slice.len));
-            // A slice of no bytes may be at the end of one region, where the next begins.
+            // An empty slice may be at the end of one region, where the next begins.
             let wanted = memory.areas.iter().filter(inside).map(|area| {
-                // SAFETY: the model says that it is inside.
+                // SAFETY: the model found the address inside the area.
                 (unsafe { area.base.add((guest - area.guest) as usize) }, len)
             });
             let wanted: Vec<_> = wanted.collect();
@@ -190,7 +191,7 @@ proptest! {
         }
     }
 
-    /// The model is a byte for each address that is in a region.
+    /// The model has one byte for each address that is in a region.
     #[test]
     fn a_buffer_in_regions_that_touch_is_all_of_its_parts(
         lens in proptest::collection::vec((1..100_u64, prop_oneof![3 => Just(0), 1 => 1..9_u64]), 1..=8),
@@ -215,7 +216,7 @@ proptest! {
             let mut read = vec![0; packet.len()];
             cache.read(&packet, 0, &mut read);
             cache.free(packet);
-            // No bytes are nowhere, or at an end.
+            // An empty range may be outside of all regions, or at an end.
             prop_assert!(len == 0 || whole.map(|()| read) == wanted);
         }
     }

@@ -1,4 +1,4 @@
-//! Bytes of a peer's memory by guest address, to be copied.
+//! Bytes of a peer's memory by guest address, for copies.
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -8,7 +8,7 @@ use crate::dma::ring::prefetch;
 use crate::opaque;
 
 impl PeerMemory {
-    /// The regions by guest address, for the length of a loop.
+    /// Returns the regions by guest address, for use in a loop.
     #[inline(always)]
     pub fn view(&self) -> PeerView<'_> {
         match self.areas.first() {
@@ -18,7 +18,7 @@ impl PeerMemory {
     }
 }
 
-/// [`PeerMemory`] in registers: the region that was last used, and all of them behind it.
+/// A [`PeerMemory`] in registers: the region that was used last, and a reference to all regions.
 #[derive(Clone, Copy, Debug)]
 pub struct PeerView<'a> {
     guest: u64,
@@ -33,7 +33,7 @@ impl<'a> PeerView<'a> {
         Self { guest: area.guest, len: area.len, base: area.base, memory }
     }
 
-    /// The `len` bytes at the guest address `guest`; none when they are not within one region.
+    /// Returns the `len` bytes at the guest address `guest`, or `None` if they are not within one region.
     #[inline(always)]
     pub fn at(&mut self, guest: u64, len: usize) -> Option<PeerSlice<'a>> {
         let covers = |view: &Self| {
@@ -51,9 +51,9 @@ impl<'a> PeerView<'a> {
         Some(PeerSlice { at: unsafe { self.base.add(offset) }, len, _memory: PhantomData })
     }
 
-    /// Calls `each` for the `len` bytes at the guest address `guest`, once for each region that has some of them: a buffer
-    /// may cross from one region into the next. Ends with none at the first byte that is in no region, or when `each`
-    /// gives none.
+    /// Calls `each` for the `len` bytes at the guest address `guest`, once per region that has some of them:
+    /// a buffer may cross from one region into the next. Returns `None` at the first byte that is in no
+    /// region, or when `each` returns `None`.
     pub fn parts(
         &mut self,
         guest: u64,
@@ -69,14 +69,14 @@ impl<'a> PeerView<'a> {
             let rest = self.len.checked_sub(guest.wrapping_sub(self.guest)).filter(|rest| *rest > 0)?;
             let part = len.min(usize::try_from(rest).unwrap_or(usize::MAX));
             each(self.at(guest, part)?)?;
-            // No region reaches beyond the last address.
+            // The sum does not overflow, because no region extends beyond the last address.
             guest += part as u64;
             len -= part;
         }
         Some(())
     }
 
-    /// Makes the region of `guest` the one that is looked at, if there is one.
+    /// Switches to the region that has the byte at `guest`, if there is one.
     #[cold]
     #[inline(never)]
     fn turn_to(&mut self, guest: u64) {
@@ -86,7 +86,7 @@ impl<'a> PeerView<'a> {
     }
 }
 
-/// Bytes of a peer's memory. They are copied and never borrowed: the peer may write at any time.
+/// Bytes of a peer's memory. They are copied and never borrowed, because the peer may write them at any time.
 #[derive(Clone, Copy, Debug)]
 pub struct PeerSlice<'a> {
     /// Valid for `len` bytes.
@@ -102,13 +102,13 @@ impl PeerSlice<'_> {
         self.len
     }
 
-    /// Whether there is no byte.
+    /// Returns whether the length is 0.
     #[inline(always)]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The bytes up to `middle` and those from it on; a `middle` beyond the end becomes it.
+    /// Splits the bytes at `middle`, or at the end if `middle` is beyond it.
     #[inline(always)]
     pub fn split_at(self, middle: usize) -> (Self, Self) {
         let middle = middle.min(self.len);
@@ -117,27 +117,28 @@ impl PeerSlice<'_> {
         (Self { len: middle, ..self }, Self { at, len: self.len - middle, ..self })
     }
 
-    /// Copies `bytes` to the front, as far as there is room.
+    /// Copies `bytes` to the front, as many as fit.
     pub fn write(self, bytes: &[u8]) {
         let len = bytes.len().min(self.len);
-        // SAFETY: both have `len` bytes, and a slice of ours does not overlap a mapping that hands out none. The mapping is
-        // copied or atomic wherever it is accessed.
+        // SAFETY: both have `len` bytes. They do not overlap, because nothing hands out slices of the peer's
+        // mapping. The mapping is only accessed by opaque copies and atomics.
         unsafe { opaque::write(bytes.as_ptr(), self.at.as_ptr(), len) }
     }
 
-    /// Asks for the first cache line, to be written.
+    /// Prefetches the first cache line for writing.
     #[inline(always)]
     pub(in crate::dma) fn prefetch_write(self) {
-        // The compiler's hint becomes a prefetch to read where PREFETCHW is no part of the target, as in x86-64.
+        // The compiler's intrinsic becomes a prefetch for reading if PREFETCHW is not part of the target, as
+        // on x86-64.
         #[cfg(all(target_arch = "x86_64", not(miri)))]
-        // SAFETY: a prefetch reads nothing and faults nowhere; a processor that does not have this one takes it
-        // for a NOP (AMD64 manual, volume 3, and Intel SDM, volume 2: PREFETCHW).
+        // SAFETY: a prefetch reads nothing and never faults. A processor without PREFETCHW takes it for a NOP
+        // (AMD64 manual, volume 3, and Intel SDM, volume 2: PREFETCHW).
         unsafe {
             std::arch::asm!("prefetchw [{}]", in(reg) self.at.as_ptr(), options(readonly, nostack, preserves_flags));
         }
     }
 
-    /// Asks for the first cache line, to be read.
+    /// Prefetches the first cache line for reading.
     #[inline(always)]
     pub(in crate::dma) fn prefetch(self) {
         prefetch(self.at);

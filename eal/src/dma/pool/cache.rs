@@ -1,4 +1,4 @@
-//! One lcore's cache of the pool, and its access to packet data.
+//! One lcore's cache of the pool, and access to packet data.
 
 use std::mem::MaybeUninit;
 use std::sync::Arc;
@@ -13,32 +13,34 @@ use crate::dma::in_fours;
 use crate::dma::metadata::PartialChecksum;
 use crate::dma::packet::{MAX_BURST, Packet, SHORT};
 
-/// Buffers that a cache keeps; what is above goes back to the pool.
+/// Maximum number of buffers in a cache. Excess buffers return to the pool.
 pub(super) const CACHE: usize = 512;
 
-/// Buffers that a cache takes back at once, at most.
+/// Maximum number of buffers that a cache takes back at once.
 pub(in crate::dma) const MAX_FREE: usize = CACHE / 2;
 
-/// One lcore's view of a [`Pool`]: a last-in first-out cache of free buffers, and access to packet data.
+/// One lcore's view of a [`Pool`]: a last-in, first-out cache of free buffers, and access to packet data.
 ///
-/// Packet data is copied in and out, never borrowed: a device that breaks its rules may still write a buffer
-/// that it has given back.
+/// Packet data is copied in and out, never borrowed, because a misbehaving device may still write a buffer
+/// that it has returned.
 #[derive(Debug)]
 pub struct PoolCache {
     place: Place,
     stack: Box<[MaybeUninit<u32>; CACHE]>,
-    /// The first `len` entries of `stack` are initialised, each by the distance of a buffer of this pool that has no handle.
+    /// The first `len` entries of `stack` are initialized. Each is the pool offset of a buffer of this pool
+    /// that has no handle.
     len: usize,
-    /// Index of the node whose buffers it takes first.
+    /// Index of the node whose buffers the cache takes first.
     near: usize,
     pool: Arc<Pool>,
 }
 
-// SAFETY: `place` points to memory that `pool` keeps mapped and that no thread owns, and to what never changes.
+// SAFETY: `place` points to memory that `pool` keeps mapped and that no thread owns, and to the table of
+// bases, which never changes.
 unsafe impl Send for PoolCache {}
 
 impl PoolCache {
-    /// A cache that takes buffers of the node at index `near` first.
+    /// Creates a cache that takes buffers of the node at index `near` first.
     pub(super) fn new(pool: &Arc<Pool>, near: usize) -> Self {
         Self {
             place: Place::of(pool),
@@ -49,7 +51,7 @@ impl PoolCache {
         }
     }
 
-    /// Takes up to `wanted` free buffers (at most [`MAX_BURST`]), fewer when the pool is exhausted.
+    /// Takes up to `wanted` free buffers (at most [`MAX_BURST`]), fewer if the pool is exhausted.
     #[inline(always)]
     pub(in crate::dma) fn take(&mut self, wanted: usize) -> Taking<'_> {
         debug_assert!(wanted <= MAX_BURST);
@@ -61,20 +63,20 @@ impl PoolCache {
         Taking { left: self.len, rest, stack: &self.stack, len: &mut self.len, buffers: self.place.buffers() }
     }
 
-    /// A packet without data in a free buffer, if the pool has one.
+    /// Allocates a packet without data. Returns `None` if the pool is exhausted.
     #[inline(always)]
     pub fn allocate(&mut self) -> Option<Packet> {
         let fresh_bits = self.fresh_bits();
         self.take(1).next().map(|slot| Packet::in_slot(slot, 0, fresh_bits))
     }
 
-    /// The tag of the pool.
+    /// Tag of the pool.
     #[inline(always)]
     pub(in crate::dma) fn tag(&self) -> u8 {
         Packet::tag_in(self.fresh_bits())
     }
 
-    /// As [`Packet::fresh_bits`] of the pool's tag.
+    /// [`Packet::fresh_bits`] of the pool's tag.
     #[inline(always)]
     pub(in crate::dma) fn fresh_bits(&self) -> u64 {
         self.place.fresh_bits
@@ -97,8 +99,8 @@ impl PoolCache {
         }
     }
 
-    /// Takes back a packet of this pool, whichever cache allocated it. A packet of another pool goes home: to the free
-    /// buffers of its own pool, which takes a lock.
+    /// Frees a packet of this pool, whichever cache allocated it. A packet of another pool returns to the
+    /// free buffers of its own pool, which takes a lock.
     #[inline(always)]
     pub fn free(&mut self, packet: Packet) {
         if packet.tag() != self.tag() {
@@ -111,10 +113,10 @@ impl PoolCache {
         self.len += 1;
     }
 
-    /// Takes back at most [`MAX_FREE`] buffers at once, by their distances.
+    /// Frees at most [`MAX_FREE`] buffers at once, by their pool offsets.
     ///
     /// # Safety
-    /// They are of this pool, and no handle of them exists.
+    /// The buffers belong to this pool, and no handle of them exists.
     #[inline(always)]
     pub(in crate::dma) unsafe fn free_slots(&mut self, slots: &[u32]) {
         debug_assert!(slots.len() <= MAX_FREE);
@@ -128,7 +130,7 @@ impl PoolCache {
         self.len += slots.len();
     }
 
-    /// Gives chunks back to the pool until half of the cache is empty.
+    /// Returns chunks to the pool until half of the cache is empty.
     #[cold]
     #[inline(never)]
     fn spill(&mut self) {
@@ -141,7 +143,7 @@ impl PoolCache {
         let mut chunk = ArrayVec::new();
         while self.len > 0 && chunk.len() < most {
             self.len -= 1;
-            // SAFETY: entries below the old `len` are initialised.
+            // SAFETY: entries below the old `len` are initialized.
             chunk.push(unsafe { self.stack[self.len].assume_init() });
         }
         if !chunk.is_empty() {
@@ -149,22 +151,22 @@ impl PoolCache {
         }
     }
 
-    /// Buffers in the cache.
+    /// Number of buffers in the cache.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether the cache holds no buffer; the pool may hold some.
+    /// Returns whether the cache holds no buffer. The pool may still have some.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The pool behind the cache.
+    /// Pool of the cache.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
 
-    /// Where the buffers are, for the length of a loop.
+    /// Returns the addresses of the buffers, for use in a loop.
     #[inline(always)]
     pub(in crate::dma) fn buffers(&self) -> Buffers<'_> {
         self.place.buffers()
@@ -173,42 +175,43 @@ impl PoolCache {
     /// Device address of the packet's first byte.
     ///
     /// # Panics
-    /// When the packet is of another pool.
+    /// Panics if `packet` belongs to another pool.
     #[inline(always)]
     pub fn iova(&self, packet: &Packet) -> u64 {
         self.buffers().iova(packet)
     }
 
-    /// Where `len` bytes at `offset` of the packet's data are.
+    /// Returns the address of the `len` bytes at `offset` of the packet's data.
     ///
     /// # Panics
-    /// When they are not within the packet's buffer, or the packet is of another pool.
+    /// Panics if the bytes are not within the packet's buffer, or `packet` belongs to another pool.
     #[inline(always)]
     pub(in crate::dma) fn data(&self, packet: &Packet, offset: usize, len: usize) -> *mut u8 {
         let room = packet.len() + packet.tailroom();
         assert!(len <= room && offset <= room - len, "access beyond the packet's buffer");
-        // SAFETY: the data and what is behind it are `room` bytes of the buffer.
+        // SAFETY: the data and what follows it are `room` bytes of the buffer.
         unsafe { self.buffers().data(packet).as_ptr().add(offset) }
     }
 
-    /// Copies `bytes` into the packet at `offset`. They may be behind its data, where [`Packet::append`] would put them.
+    /// Copies `bytes` into the packet at `offset`. They may be after the packet's data, where
+    /// [`Packet::append`] would put them.
     ///
     /// # Panics
-    /// When they do not fit into the packet's buffer, or the packet is of another pool.
+    /// Panics if the bytes do not fit into the packet's buffer, or `packet` belongs to another pool.
     #[inline(always)]
     pub fn write(&mut self, packet: &mut Packet, offset: usize, bytes: &[u8]) {
         let to = self.data(packet, offset, bytes.len());
-        // SAFETY: the copy ends within the buffer; the source is a slice of the caller's and cannot overlap memory that
-        // hands out no slices. The packet is the buffer's only handle and borrowed mutably, so no other thread of ours
-        // touches the buffer.
+        // SAFETY: the copy ends within the buffer. The source is a slice of the caller and cannot overlap
+        // memory that hands out no slices. The packet is the buffer's only handle and is borrowed mutably, so
+        // no other thread of this process accesses the buffer.
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
-    /// Copies `first` and then `second` to the front of each packet, at most 64 bytes. They are values, so that they stay in
-    /// registers where a slice would be read again for each packet.
+    /// Copies `first` and then `second`, together at most 64 bytes, to the front of each packet. Both are
+    /// passed by value, so that they stay in registers. A slice would be read again for each packet.
     ///
     /// # Panics
-    /// When a packet is of another pool.
+    /// Panics if a packet belongs to another pool.
     #[inline(always)]
     pub fn write_each<const N: usize, const M: usize>(
         &mut self,
@@ -219,7 +222,8 @@ impl PoolCache {
         const { assert!(N + M <= SHORT) };
         let buffers = self.buffers();
         in_fours(packets.len(), |i| {
-            // SAFETY: as in `write`, because `data` gives the start of `SHORT` bytes; arrays of bytes need no alignment.
+            // SAFETY: as in `write`, because `data` returns the start of `SHORT` bytes. Byte arrays need no
+            // alignment.
             unsafe {
                 let data = buffers.data(packets.get_unchecked(i)).as_ptr();
                 data.cast::<[u8; N]>().write(first);
@@ -229,10 +233,11 @@ impl PoolCache {
         });
     }
 
-    /// Extends each packet that is shorter to `LEN` bytes, at most 64, with zeros, for a device that does not pad.
+    /// Pads each packet with zeros to at least `LEN` bytes, which must not exceed 64. Used for a device that
+    /// does not pad.
     ///
     /// # Panics
-    /// When such a packet is of another pool.
+    /// Panics if a packet that needs padding belongs to another pool.
     #[inline(always)]
     pub fn pad_each<const LEN: usize>(&mut self, packets: &mut [Packet]) {
         const { assert!(LEN <= SHORT) };
@@ -252,25 +257,27 @@ impl PoolCache {
         const ZEROS: [u8; SHORT] = [0; SHORT];
         let from = packet.len();
         self.write(packet, from, &ZEROS[..len - from]);
-        // There are `SHORT` bytes behind the start of the data.
+        // This cannot fail: the `SHORT` bytes from the start of the data are within the buffer.
         let _ = packet.append(len - from);
     }
 
-    /// Copies bytes of the packet at `offset` out.
+    /// Copies bytes out of the packet, from `offset` on.
     ///
     /// # Panics
-    /// When they are not within the packet's buffer, or the packet is of another pool.
+    /// Panics if the bytes are not within the packet's buffer, or `packet` belongs to another pool.
     #[inline(always)]
     pub fn read(&self, packet: &Packet, offset: usize, bytes: &mut [u8]) {
         let from = self.data(packet, offset, bytes.len());
-        // SAFETY: as in `write`, the other way; nobody of ours writes while the only handle is borrowed.
+        // SAFETY: as in `write`, in the other direction. Nothing in this process writes while the only handle
+        // is borrowed.
         unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
     }
 
-    /// Removes `count` bytes from the front of the packet's data. `None`, and no change, when there are fewer.
+    /// Removes `count` bytes from the front of the packet's data. Returns `None`, and changes nothing, if
+    /// there are fewer.
     ///
     /// # Panics
-    /// When the packet is of another pool.
+    /// Panics if `packet` belongs to another pool.
     #[must_use]
     pub fn adj(&mut self, packet: &mut Packet, count: usize) -> Option<()> {
         let rest = packet.len().checked_sub(count)?;
@@ -281,7 +288,7 @@ impl PoolCache {
         let from = self.data(packet, count, rest);
         packet.rewind(rest);
         let to = self.data(packet, 0, rest);
-        // SAFETY: both ranges are within the buffer, whose only handle is borrowed mutably; they may overlap.
+        // SAFETY: both ranges are within the buffer, whose only handle is borrowed mutably. They may overlap.
         unsafe { to.copy_from(from, rest) };
         let moved = partial.and_then(|partial| {
             Some(PartialChecksum { start: partial.start.checked_sub(count as u16)?, ..partial })
@@ -289,19 +296,19 @@ impl PoolCache {
         self.set_partial_checksum(packet, moved)
     }
 
-    /// Writes `bytes` directly in front of the packet's data.
+    /// Writes `bytes` directly before the packet's data.
     ///
     /// # Panics
-    /// When the packet is of another pool.
+    /// Panics if `packet` belongs to another pool.
     #[inline(always)]
     pub fn write_header<const N: usize>(&mut self, packet: &mut Packet, bytes: &[u8; N]) {
         self.buffers().write_header(packet, bytes);
     }
 
-    /// Reads the `N` bytes directly in front of the packet's data.
+    /// Reads the `N` bytes directly before the packet's data.
     ///
     /// # Panics
-    /// When the packet is of another pool.
+    /// Panics if `packet` belongs to another pool.
     #[inline(always)]
     pub fn read_header<const N: usize>(&self, packet: &Packet) -> [u8; N] {
         self.buffers().read_header(packet)
@@ -316,14 +323,14 @@ impl Drop for PoolCache {
     }
 }
 
-/// Free buffers that go from the top of a cache's stack, one by one. The stack has its new length when this is
-/// dropped, by a panic too, so that no buffer gets two handles.
+/// Free buffers that are taken from the top of a cache's stack, one by one. Dropping this value, even in a
+/// panic, sets the stack's new length, so that no buffer gets two handles.
 pub(in crate::dma) struct Taking<'a> {
     stack: &'a [MaybeUninit<u32>; CACHE],
     len: &'a mut usize,
-    /// Length of the stack now.
+    /// Current length of the stack.
     left: usize,
-    /// How many may still go; not more than there are.
+    /// Number of buffers that can still be taken, at most `left`.
     rest: usize,
     pub(in crate::dma) buffers: Buffers<'a>,
 }
@@ -334,23 +341,23 @@ impl<'a> Taking<'a> {
         self.rest == 0
     }
 
-    /// How many may still go.
+    /// Number of buffers that can still be taken.
     #[inline(always)]
     pub(in crate::dma) fn remaining(&self) -> usize {
         self.rest
     }
 
-    /// The distances of all that may still go, which have no handle.
+    /// Takes all buffers that can still be taken. Returns their pool offsets. They have no handle.
     #[inline(always)]
     pub(in crate::dma) fn all(mut self) -> &'a [u32] {
         let top = self.left;
         self.left -= std::mem::take(&mut self.rest);
-        // SAFETY: `rest` was not above `left`, which was the stack's length, and entries below that are initialised. They stay:
-        // while they are borrowed, so is the cache.
+        // SAFETY: `rest` was not above `left`, the length of the stack, and entries below that are
+        // initialized. They do not change, because the cache is borrowed as long as they are.
         unsafe { self.stack.get_unchecked(self.left..top).assume_init_ref() }
     }
 
-    /// The distance of a buffer that has no handle.
+    /// Takes one buffer. Returns its pool offset. It has no handle.
     #[inline(always)]
     pub(in crate::dma) fn next(&mut self) -> Option<u32> {
         if self.is_empty() {
@@ -358,7 +365,8 @@ impl<'a> Taking<'a> {
         }
         self.rest -= 1;
         self.left -= 1;
-        // SAFETY: `left` was above 0 because `rest` was, and entries below the stack's length are initialised.
+        // SAFETY: `left` was above 0, because `rest` was, and entries below the stack's length are
+        // initialized.
         Some(unsafe { self.stack.get_unchecked(self.left).assume_init() })
     }
 }

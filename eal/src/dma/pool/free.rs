@@ -1,4 +1,4 @@
-//! Free buffers of a pool.
+//! Free list of a pool.
 
 use arrayvec::ArrayVec;
 
@@ -6,32 +6,34 @@ use super::CHUNK;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{ArrayQueue, Mutex, MutexGuard};
 
-/// Buffers that move together between the pool and a cache.
+/// Pool offsets of buffers that move together between the pool and a cache.
 pub(super) type Chunk = ArrayVec<u32, CHUNK>;
 
-/// Free buffers: whole chunks in a queue, and beside it those that make no whole chunk, so that the queue never has
-/// more chunks than the pool has buffers for.
+/// Free buffers: a queue of full chunks, and one partial chunk. Partial chunks do not enter the queue, so
+/// that it never has more chunks than the pool has buffers for.
 #[derive(Debug)]
 pub(super) struct FreeList {
     chunks: ArrayQueue<Chunk>,
     rest: Mutex<Chunk>,
-    /// Length of `rest`, to be read without the lock: neither a count nor an exhausted pool takes it.
+    /// Length of `rest`, readable without the lock, so that neither a count nor an exhausted pool takes the
+    /// lock.
     rest_len: AtomicUsize,
 }
 
 impl FreeList {
-    /// An empty list for `count` buffers.
+    /// Creates an empty list for `count` buffers.
     pub(super) fn new(count: usize) -> Self {
         let chunks = ArrayQueue::new((count / CHUNK).max(1));
         Self { chunks, rest: Mutex::default(), rest_len: AtomicUsize::new(0) }
     }
 
-    /// Buffers in the list. Exact while nothing moves; takes nothing, so that nobody finds less meanwhile.
+    /// Number of buffers in the list. Exact while no buffer moves. Counting takes no buffers, so that no
+    /// lcore finds fewer meanwhile.
     pub(super) fn len(&self) -> usize {
         self.chunks.len() * CHUNK + self.rest_len.load(Ordering::Relaxed)
     }
 
-    /// Takes a chunk; the last one may not be whole.
+    /// Takes a chunk. The last one may be partial.
     pub(super) fn pop(&self) -> Option<Chunk> {
         self.chunks.pop().or_else(|| {
             if self.rest_len.load(Ordering::Relaxed) == 0 {
@@ -43,7 +45,7 @@ impl FreeList {
         })
     }
 
-    /// Puts a chunk back; false when there are more chunks than the pool can fill.
+    /// Returns a chunk to the list. Returns false if there are more chunks than the pool can fill.
     pub(super) fn push(&self, chunk: Chunk) -> bool {
         if chunk.is_full() {
             return self.chunks.push(chunk).is_ok();
@@ -61,7 +63,7 @@ impl FreeList {
     }
 
     fn rest(&self) -> MutexGuard<'_, Chunk> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.rest.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }

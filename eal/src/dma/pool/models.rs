@@ -1,4 +1,4 @@
-//! Orders in which lcores meet at the pool. Its queue is [`crate::sync`]'s stand-in for crossbeam's.
+//! Models of lcores that share a pool, for loom. The queue is [`crate::sync`]'s stand-in for crossbeam's.
 
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -14,8 +14,8 @@ fn pool(count: u32) -> Arc<Pool> {
     Pool::new(&DmaMemory::map(region, &[]).unwrap(), count).unwrap()
 }
 
-/// Takes what it can get in `rounds`, notes it as held, and gives all back: half of it through a second cache, so that
-/// there are more chunks, which are not full.
+/// Takes buffers in `rounds` rounds, records them as held, and returns all of them. The second half returns
+/// through another cache, so that there are more chunks and they are not full.
 fn work(pool: &Arc<Pool>, held: &Mutex<HashSet<u32>>, rounds: usize) -> usize {
     let mut cache = pool.cache();
     let mut slots: Vec<u32> = Vec::new();

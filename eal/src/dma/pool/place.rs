@@ -1,4 +1,4 @@
-//! From a packet to its addresses.
+//! Translation of packets to addresses.
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -6,11 +6,12 @@ use std::ptr::NonNull;
 use super::{NodeBuffers, Pool};
 use crate::dma::packet::{BUFFER_SIZE, DEVICE_HEADER, METADATA, Packet};
 
-/// What is to be added to the distance of a packet's data to give its device address: one entry when all buffers are
-/// contiguous for the device, else one for each distance of a buffer, rounded up to a power of two.
+/// Values to add to the pool offset of a packet's data to get its device address. There is one entry if all
+/// buffers are contiguous for the device, else one per buffer number, with the number of entries rounded up
+/// to a power of two.
 ///
 /// # Panics
-/// When the pages of the device are not aligned to buffers, as all are.
+/// Panics if a page of the device is not aligned to the buffer size. All device pages are.
 pub(super) fn bases(nodes: &[NodeBuffers]) -> Box<[u64]> {
     let base = |node: &NodeBuffers, number: u32| {
         let behind = (number - node.numbers.start) as usize * BUFFER_SIZE;
@@ -25,7 +26,7 @@ pub(super) fn bases(nodes: &[NodeBuffers]) -> Box<[u64]> {
         return Box::new([first]);
     }
     let end = nodes.iter().map(|node| node.numbers.end).max().unwrap_or(0);
-    // No buffer is between those of two nodes.
+    // Numbers between those of two nodes belong to no buffer.
     let mut bases = vec![0; (end as usize).next_power_of_two()];
     for node in nodes {
         for number in node.numbers.clone() {
@@ -35,7 +36,7 @@ pub(super) fn bases(nodes: &[NodeBuffers]) -> Box<[u64]> {
     bases.into()
 }
 
-/// Where the buffers of a pool are, for the CPU and for the device.
+/// Addresses of a pool's buffers, for the CPU and for the device.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
     /// First byte of the first buffer.
@@ -43,7 +44,7 @@ pub(super) struct Place {
     bases: NonNull<u64>,
     /// Number of bases minus 1.
     mask: usize,
-    /// As [`Packet::fresh_bits`] of the pool's tag.
+    /// [`Packet::fresh_bits`] of the pool's tag.
     pub(super) fresh_bits: u64,
 }
 
@@ -64,8 +65,8 @@ impl Place {
     }
 }
 
-/// A local copy of where the buffers of a pool are: it stays in registers, where the compiler would have to read
-/// a cache's fields again after each store to shared memory.
+/// Local copy of the addresses of a pool's buffers. It stays in registers, whereas the compiler would have to
+/// read a cache's fields again after each store to shared memory.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::dma) struct Buffers<'a> {
     place: Place,
@@ -73,22 +74,22 @@ pub(in crate::dma) struct Buffers<'a> {
 }
 
 impl Buffers<'_> {
-    /// First byte of the packet's data, behind which the rest of its buffer is: 64 bytes at least. In front there are
-    /// [`METADATA`] and [`DEVICE_HEADER`] bytes of the buffer at least.
+    /// Address of the first byte of the packet's data. The buffer has at least 64 bytes from there on, and at
+    /// least [`METADATA`] plus [`DEVICE_HEADER`] bytes before it.
     #[inline(always)]
     pub(in crate::dma) fn data(&self, packet: &Packet) -> NonNull<u8> {
         assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "a packet of another pool");
-        // SAFETY: no other pool has this tag while handles with it exist, so the buffer is one of this pool's. A distance is
-        // that of addresses, in regions that adjoin.
+        // SAFETY: no other pool has this tag while handles with it exist, so the buffer belongs to this pool.
+        // Pool offsets are differences of addresses, because the regions adjoin.
         unsafe { NonNull::new_unchecked(self.place.base.add(packet.at() as usize)) }
     }
 
-    /// Device address of what is `at` bytes from the start of a pool; of this pool, if that is a distance in it.
+    /// Device address of the byte at the pool offset `at`. Only meaningful if this pool has that offset.
     #[inline(always)]
     pub(in crate::dma) fn iova_at(&self, at: u32) -> u64 {
         let index = (at as usize / BUFFER_SIZE) & self.place.mask;
-        // SAFETY: `mask` is the number of bases minus 1 and that number a power of two, so the masked index is
-        // below it; the pool that is borrowed keeps them.
+        // SAFETY: the number of bases is a power of two and `mask` is that number minus 1, so the masked
+        // index is below it. The borrowed pool keeps the bases.
         let base = unsafe { self.place.bases.add(index).read() };
         base.wrapping_add(u64::from(at))
     }
@@ -102,8 +103,8 @@ impl Buffers<'_> {
     #[inline(always)]
     pub(in crate::dma) fn write_header<const N: usize>(&self, packet: &mut Packet, bytes: &[u8; N]) {
         const { assert!(N <= DEVICE_HEADER) };
-        // SAFETY: `data` is `DEVICE_HEADER` bytes into the buffer or more, so the header starts inside it; the buffer has no
-        // other handle, and this one is borrowed mutably.
+        // SAFETY: `data` is at least `DEVICE_HEADER` bytes into the buffer, so the header starts inside it.
+        // The buffer has no other handle, and this one is borrowed mutably.
         unsafe { self.data(packet).as_ptr().sub(N).copy_from_nonoverlapping(bytes.as_ptr(), N) }
     }
 
@@ -111,27 +112,27 @@ impl Buffers<'_> {
     pub(in crate::dma) fn read_header<const N: usize>(&self, packet: &Packet) -> [u8; N] {
         const { assert!(N <= DEVICE_HEADER) };
         let mut bytes = [0; N];
-        // SAFETY: as in `write_header`, the other way.
+        // SAFETY: as in `write_header`, in the other direction.
         unsafe { self.data(packet).as_ptr().sub(N).copy_to_nonoverlapping(bytes.as_mut_ptr(), N) };
         bytes
     }
 
-    /// Writes the metadata of the packet from their byte `AT` on.
+    /// Writes the packet's metadata from its byte `AT` on.
     pub(in crate::dma) fn write_metadata<const AT: usize, const N: usize>(
         &self,
         packet: &mut Packet,
         bytes: [u8; N],
     ) {
         const { assert!(AT + N <= METADATA) };
-        // SAFETY: `data` is `offset` bytes into the buffer, which begins with the metadata; the buffer has no other handle,
-        // and this one is borrowed mutably.
+        // SAFETY: `data` is `offset` bytes into the buffer, which begins with the metadata. The buffer has no
+        // other handle, and this one is borrowed mutably.
         unsafe { self.data(packet).as_ptr().sub(packet.offset()).add(AT).cast::<[u8; N]>().write(bytes) }
     }
 
-    /// Reads the metadata of the packet from their byte `AT` on.
+    /// Reads the packet's metadata from its byte `AT` on.
     pub(in crate::dma) fn read_metadata<const AT: usize, const N: usize>(&self, packet: &Packet) -> [u8; N] {
         const { assert!(AT + N <= METADATA) };
-        // SAFETY: as in `write_metadata`, the other way.
+        // SAFETY: as in `write_metadata`, in the other direction.
         unsafe { self.data(packet).as_ptr().sub(packet.offset()).add(AT).cast::<[u8; N]>().read() }
     }
 }

@@ -1,4 +1,4 @@
-//! The tag in a buffer's handle, which names its pool, and the way back to that pool.
+//! Tags in handles, which identify the pool of a buffer, and the return of buffers to that pool.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -6,23 +6,23 @@ use super::free::Chunk;
 use super::{CHUNK, Pool};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Bits that are set in each tag. None of two tags has all bits of the other, so the OR of the handles of many packets has
-/// the tag of one pool exactly when all of the packets are of this pool.
+/// Number of bits that are set in each tag. No tag has all bits of another. So the OR of many packets' tags
+/// is the tag of one pool exactly if all of the packets belong to that pool.
 const WEIGHT: u32 = u8::BITS / 2;
 
-/// Number of tags: so many bytes have half of their bits set.
+/// Number of tags: the number of bytes in which half of the bits are set.
 const TAGS: usize = 70;
 
-/// Who has each tag.
+/// Owner of each tag.
 static OWNERS: Mutex<[Owner; 1 << u8::BITS]> = Mutex::new([const { Owner::none() }; 1 << u8::BITS]);
 
-/// Who has a tag.
+/// Owner of a tag, if there is one.
 #[derive(Debug)]
 struct Owner {
     is_taken: bool,
     pool: Weak<Pool>,
-    /// Buffers without a pool whose handles still exist. Negative while a pool is being dropped, by the buffers that come
-    /// back meanwhile.
+    /// Number of existing handles whose pool is gone. Negative while a pool is being dropped, by the number
+    /// of buffers that come back meanwhile.
     strays: i64,
 }
 
@@ -31,7 +31,7 @@ impl Owner {
         Self { is_taken: false, pool: Weak::new(), strays: 0 }
     }
 
-    /// Counts strays, and frees the tag when the last one is gone.
+    /// Adds `count` strays, and frees the tag when none are left.
     fn add_strays(&mut self, count: i64) {
         self.strays += count;
         if self.strays == 0 {
@@ -41,11 +41,11 @@ impl Owner {
 }
 
 fn owners() -> MutexGuard<'static, [Owner; 1 << u8::BITS]> {
-    // No panic leaves an entry half changed.
+    // No panic leaves an entry half-changed.
     OWNERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The tag of one pool, unlike that of every other whose handles exist.
+/// Tag of one pool. No other pool whose handles exist has the same tag.
 #[derive(Debug)]
 pub(super) struct Tag(u8);
 
@@ -63,25 +63,25 @@ impl Tag {
         Ok(Self(free))
     }
 
-    /// The value, which is neither 0 nor all ones.
+    /// Value of the tag, which is neither 0 nor all ones.
     pub(super) fn get(&self) -> u8 {
         self.0
     }
 
-    /// Names the pool to which buffers with this tag go back.
+    /// Sets the pool to which buffers with this tag return.
     pub(super) fn assign(&self, pool: &Arc<Pool>) {
         owners()[usize::from(self.0)].pool = Arc::downgrade(pool);
     }
 
-    /// Ends the use of the tag by its pool, of which `missing` buffers are somewhere else. Another pool gets the tag when
-    /// all of their handles have been freed.
+    /// Ends the pool's use of the tag. `missing` of the pool's buffers are somewhere else. Another pool can
+    /// get the tag when all of their handles have been freed.
     pub(super) fn retire(&self, missing: u32) {
         owners()[usize::from(self.0)].add_strays(missing.into());
     }
 }
 
-/// Gives the buffers at the distances `slots`, whose pool has `tag`, back to that pool. If the pool is gone, so is the
-/// memory of the buffers, and their handles are only counted.
+/// Returns the buffers at the pool offsets `slots` to their pool, which has the tag `tag`. If the pool is
+/// gone, so is the memory of the buffers, and their handles are only counted.
 ///
 /// No handle of the buffers may exist any more.
 #[cold]
@@ -96,7 +96,7 @@ pub(in crate::dma) fn send_home(tag: u8, slots: &[u32]) {
         }
         pool
     };
-    // The lock is free again: this may be the last use of the pool, whose drop takes it.
+    // The lock was released above, because this may be the last use of the pool, whose drop takes the lock.
     let Some(pool) = pool else { return };
     for chunk in slots.chunks(CHUNK) {
         pool.take_back(chunk.iter().copied().collect::<Chunk>());

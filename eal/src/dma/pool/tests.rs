@@ -28,7 +28,8 @@ fn every_buffer_is_given_out_once_and_comes_back() {
     assert_eq!(pool.available(), 1000);
 }
 
-/// What the pool says of each buffer's device address, and what its memory says, by the address that the CPU has.
+/// Compares the pool's device address of each buffer with that of its memory, which is found by the CPU's
+/// address.
 fn check_addresses(pool: &Arc<Pool>) {
     let mut cache = pool.cache();
     let packets: Vec<Packet> = std::iter::from_fn(|| cache.allocate()).collect();
@@ -117,7 +118,7 @@ fn chunks_that_are_not_whole_become_whole() {
     assert_eq!((free.len(), free.pop()), (0, None));
 }
 
-/// Two pools of `count` buffers each, in memory of their own.
+/// Caches of two pools with `count` buffers each, in separate memory.
 fn two_caches(count: u32) -> [PoolCache; 2] {
     [(); 2].map(|()| pool(count).cache())
 }
@@ -128,7 +129,7 @@ fn a_buffer_that_another_pool_frees_goes_home() {
     for _ in 0..3 {
         own.free(other.allocate().unwrap());
     }
-    // Also from a thread whose cache is not theirs.
+    // Also from a thread whose cache belongs to another pool.
     let sent: Vec<Packet> = (0..20).map(|_| other.allocate().unwrap()).collect();
     let foreign = own.pool().cache();
     let freed = std::thread::spawn(move || {
@@ -148,7 +149,7 @@ fn a_buffer_that_another_pool_frees_goes_home() {
 #[test]
 fn handles_that_outlive_their_pool_keep_its_tag_until_they_are_freed() {
     let mut own = pool(1).cache();
-    // More often than there are tags.
+    // More often than the number of tags.
     for _ in 0..100 {
         let mut cache = pool(40).cache();
         let strays: Vec<Packet> = std::iter::from_fn(|| cache.allocate()).collect();
@@ -203,7 +204,7 @@ fn a_tag_is_used_again_when_all_buffers_are_home() {
         };
         (0..10).map(tag_of).collect::<HashSet<u8>>()
     };
-    // Other tests make pools at the same time.
+    // Other tests create pools at the same time.
     assert_eq!(tags(1).len(), 10, "a handle that is somewhere is of a pool that is gone");
     (0..300).for_each(|_| drop(pool(1)));
     assert!(tags(0).iter().all(|tag| tag.count_ones() == 4), "the OR of two tags is neither of them");
@@ -222,13 +223,13 @@ fn data_and_header_do_not_touch() {
     assert_eq!((bytes[59], bytes[60]), (1, 0));
 }
 
-/// What an lcore does with its cache.
+/// One action of an lcore with its cache.
 #[derive(Clone, Debug)]
 enum Step {
     Allocate(usize),
     Free(usize),
     FreeAll(usize),
-    /// The lcore ends, and another begins.
+    /// The lcore ends, and another one begins.
     Renew,
 }
 
@@ -242,7 +243,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// The model is the set of buffers that the lcores hold: the others are free, wherever they are.
+    /// The model is the set of buffers that the lcores hold. All others are free, wherever they are.
     #[test]
     fn caches_agree_with_a_set_of_buffers(
         count in 0..1300_u32,
@@ -272,7 +273,7 @@ proptest! {
                 Step::Free(most) => {
                     some(&mut held, most).into_iter().for_each(|slot| cache.free(packet(slot)));
                 }
-                // SAFETY: each slot in `held` is that of a packet of this pool, which is gone.
+                // SAFETY: each slot in `held` was that of a packet of this pool, which no longer exists.
                 Step::FreeAll(most) => unsafe { cache.free_slots(&some(&mut held, most)) },
                 Step::Renew => caches[lcore] = pool.cache(),
             }
@@ -283,10 +284,10 @@ proptest! {
     }
 }
 
-/// Memory for `EACH` buffers and a little more on node 4, on no node, and on node 7, as far as there are such nodes; each at
-/// the address that `at` gives for its number, if it gives one.
+/// Memory for `EACH` buffers and a little more, labeled as node 4, no node, and node 7. Each is at the device
+/// address that `at` returns for its number, if it returns one.
 fn three_nodes(at: impl Fn(u64) -> Option<u64>) -> Vec<Arc<DmaMemory>> {
-    // A node that the machine does not have refuses its pages, so all come from node 0.
+    // The machine may lack these nodes and then refuses pages on them, so all pages come from node 0.
     let parts = [(); 3].map(|()| (None, EACH * BUFFER_SIZE + 4096));
     let regions = Region::adjoining(&parts, Backing::SmallPages, Placement::Preferred).unwrap();
     let regions =
@@ -312,7 +313,7 @@ fn three_nodes(at: impl Fn(u64) -> Option<u64>) -> Vec<Arc<DmaMemory>> {
 const EACH: usize = 64;
 
 fn on_three_nodes(memory: &[Arc<DmaMemory>]) -> Arc<Pool> {
-    // In an order that is not theirs.
+    // The order differs from that of the memory.
     let shares = [2, 0, 1].map(|index: usize| (Arc::clone(&memory[index]), EACH as u32 - 10 * index as u32));
     Pool::on_nodes(&shares).unwrap()
 }
@@ -332,10 +333,10 @@ fn a_cache_takes_buffers_of_its_node_first() {
         let taken: Vec<Packet> = std::iter::from_fn(|| near.allocate()).collect();
         assert_eq!(taken.len(), count);
         let nodes: Vec<Option<u32>> = taken.iter().map(node_of).collect();
-        // What the lists have is taken by chunks, of which the last is of two nodes.
+        // The second chunk of node 7 is partial, so the cache mixes its buffers with those of another node.
         assert!(nodes[..32].iter().all(|node| *node == Some(7)), "{round}: {nodes:?}");
         assert_eq!(nodes.iter().filter(|node| **node == Some(7)).count(), 44);
-        // They come back by a cache of another node, on another thread.
+        // The buffers return through a cache of another node, on another thread.
         let mut other = pool.cache_near(Some(4));
         std::thread::scope(|scope| {
             scope.spawn(move || taken.into_iter().rev().for_each(|packet| other.free(packet)));

@@ -1,4 +1,4 @@
-//! Addresses of this process that regions are mapped at, reserved before.
+//! Addresses of this process, reserved before regions are mapped there.
 
 use std::alloc::Layout;
 use std::ffi::c_void;
@@ -11,7 +11,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use super::no_pages;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Addresses of this process that are given to one region after the other. What is left of them is unmapped on drop.
+/// Addresses of this process that one region after the other receives. The rest is unmapped on drop.
 #[derive(Debug)]
 pub(super) struct Addresses {
     next: NonNull<u8>,
@@ -19,7 +19,7 @@ pub(super) struct Addresses {
 }
 
 impl Addresses {
-    /// Addresses without pages, the first of which is a multiple of `align`.
+    /// Reserves addresses without pages. The first address is a multiple of `align`.
     pub(super) fn reserve(len: usize, align: usize) -> Result<Self> {
         let what = "cannot reserve addresses for packet memory";
         let all = len
@@ -27,7 +27,7 @@ impl Addresses {
             .and_then(NonZeroUsize::new)
             .ok_or_else(|| Error::os(what, Errno::ENOMEM))?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps no memory of this process.
         let start = unsafe { mmap_anonymous(None, all, ProtFlags::PROT_NONE, flags) }
             .map_err(|errno| Error::os(what, errno))?
             .cast::<u8>();
@@ -35,12 +35,12 @@ impl Addresses {
         drop(Self { next: start, left: all.skip(start.align_offset(align)) });
         let behind = all.left - len;
         all.left = len;
-        // SAFETY: the mapping has `behind` bytes more.
+        // SAFETY: the mapping has `behind` more bytes.
         drop(Self { next: unsafe { all.next.add(len) }, left: behind });
         Ok(all)
     }
 
-    /// Hugepages that nobody else can map.
+    /// Allocates hugepages that no other process can map.
     pub(super) fn of_anonymous(len: usize, page_size: usize) -> Result<Self> {
         let what = "cannot reserve anonymous hugepages";
         let layout = Layout::from_size_align(len, page_size)
@@ -52,27 +52,28 @@ impl Addresses {
         Ok(Self { next, left: len })
     }
 
-    /// Ordinary pages that nobody else can map.
+    /// Allocates ordinary pages that no other process can map.
     pub(super) fn of_private(len: usize) -> Result<Self> {
         let what = "cannot reserve private memory";
         let length = NonZeroUsize::new(len).ok_or_else(|| Error::os(what, Errno::EINVAL))?;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing of ours.
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps no memory of this process.
         let address = unsafe { mmap_anonymous(None, length, access, MapFlags::MAP_PRIVATE) }
             .map_err(|errno| Error::os(what, errno))?;
         Ok(Self { next: address.cast(), left: len })
     }
 
-    /// Moves on by `len` bytes, at most to the end; gives how far.
+    /// Advances by `len` bytes, at most to the end. Returns how far.
     pub(super) fn skip(&mut self, len: usize) -> usize {
         let len = len.min(self.left);
-        // SAFETY: the mapping has as many bytes left.
+        // SAFETY: the mapping has at least `len` bytes left.
         self.next = unsafe { self.next.add(len) };
         self.left -= len;
         len
     }
 
-    /// Where the next `len` bytes are. They go to the caller, who then unmaps them, by [`Addresses::skip`].
+    /// Returns the address of the next `len` bytes. After [`Addresses::skip`], the caller owns them and
+    /// unmaps them.
     pub(super) fn next(&self, len: usize) -> Result<NonNull<u8>> {
         let fits = (len <= self.left).then_some(self.next);
         fits.ok_or_else(|| Error::os("cannot reserve addresses for packet memory", Errno::ENOMEM))
@@ -82,7 +83,7 @@ impl Addresses {
 impl Drop for Addresses {
     fn drop(&mut self) {
         if self.left > 0 {
-            // SAFETY: these are what is left of a mapping of this value's, and nobody was given them.
+            // SAFETY: these bytes are the rest of a mapping of this value, and no caller received them.
             let _ = unsafe { munmap(self.next.cast::<c_void>(), self.left) };
         }
     }
@@ -107,7 +108,7 @@ mod tests {
         });
         assert_eq!(pages[1].addr().get() - start.addr().get(), 1 << 20);
         assert!(addresses.next(1).is_err());
-        // SAFETY: what was taken is the test's.
+        // SAFETY: the test owns the addresses that it took.
         unsafe { munmap(start.cast(), 3 << 20) }.unwrap();
     }
 }
