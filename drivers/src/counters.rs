@@ -1,49 +1,51 @@
-//! What queues and ports count. Any thread may read the counters at any time, while lcores forward.
+//! Counters of queues and ports. Any thread may read them at any time, while lcores forward.
 //!
-//! A count has one writer at a time: the lcore that owns the queue, and of a vhost ring the thread that holds its place. So an
-//! addition needs no locked instruction, and a reader costs the writer a cache miss at most.
+//! A counter has one writer at a time: the lcore that owns the queue or, for a vhost ring, the thread that
+//! holds the ring. An addition therefore needs no locked instruction, and a reader costs the writer at most
+//! one cache miss.
 
 use std::ops::AddAssign;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vireo_eal::sync::atomic::{AtomicU64, Ordering};
 
-/// A count with one writer at a time and any readers.
+/// A counter with one writer at a time and any number of readers.
 #[derive(Debug, Default)]
 pub struct Count(AtomicU64);
 
 impl Count {
-    /// Adds `n`. Of two threads that add at the same time, one may lose its addition.
+    /// Adds `n`. If two threads add at the same time, one addition may be lost.
     #[inline(always)]
     pub fn add(&self, n: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
-    /// The count so far.
+    /// Returns the current count.
     #[inline(always)]
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// Directions of a queue, as names have them.
+/// Queue directions, as counter names spell them.
 const RX: &str = "rx";
 const TX: &str = "tx";
 
 macro_rules! queue_counters {
     ($($(#[$doc:meta])* $field:ident: $($direction:ident)+;)*) => {
-        /// Counters of a queue. They outlive the queue: those of a port's restarted queue go on.
-        // The counts of each burst share a cache line, which no other queue's counts are in.
+        /// Counters of a queue. They outlive the queue: when a port restarts, its queues continue to count in
+        /// them.
+        // The counters of each burst share a cache line, which holds no other queue's counters.
         #[derive(Debug, Default)]
         #[repr(C, align(64))]
         pub struct QueueCounters { $($(#[$doc])* pub $field: Count),* }
 
-        /// Values of [`QueueCounters`] at one time.
+        /// Values of [`QueueCounters`] at one point in time.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct QueueStats { $($(#[$doc])* pub $field: u64),* }
 
         impl QueueCounters {
-            /// The values now.
+            /// Returns the current values.
             pub fn read(&self) -> QueueStats {
                 QueueStats { $($field: self.$field.get()),* }
             }
@@ -55,19 +57,21 @@ macro_rules! queue_counters {
             }
         }
 
-        /// Each count with the direction of the queues that have it, and its name there.
+        /// Each counter, once per direction that has it: direction, name and accessor.
         const NAMES: &[(&str, &str, fn(&QueueStats) -> u64)] =
             &[$($((stringify!($direction), stringify!($field), |stats| stats.$field)),+),*];
     };
 }
 
-// The order is that of the names. The packet path writes the first six.
+// Counters are reported in this order. The packet path writes the first six counters.
 queue_counters! {
-    /// Packets received, or handed to the device: frames, where one may be several packets.
+    /// Packets received, or handed to the device. On ports started for frames of several packets, counts
+    /// frames.
     packets: rx tx;
-    /// Bytes of these packets, without frame check sequence.
+    /// Bytes of these packets, without the frame check sequence.
     bytes: rx tx;
-    /// Packets that the device marked bad, or that are longer than the port was started for; dropped.
+    /// Packets dropped because the device marked them bad, or because they exceed the port's maximum frame
+    /// length.
     errors: rx tx;
     /// Times that an RX queue found no free buffer to receive into.
     no_buffer: rx;
@@ -75,31 +79,32 @@ queue_counters! {
     device_errors: rx tx;
     /// Doorbell writes.
     doorbells: rx tx;
-    /// Buffers that the device had filled and nobody had received when an RX queue was stopped; lost.
+    /// Buffers that the device had filled but the application had not received when an RX queue stopped;
+    /// lost.
     unread: rx;
-    /// Packets that a TX queue had handed to the device when it was stopped, and of which nothing says that they were
-    /// sent. Where a frame may be several packets of an Intel NIC, each of them counts.
+    /// Packets that a TX queue had handed to the device when the queue stopped and whose transmission is
+    /// unconfirmed. On an Intel NIC started for frames of several packets, each packet of a frame counts.
     unfinished: tx;
     /// Packets from an RX queue that the application kept instead of sending them.
     consumed: rx;
     /// Packets for a TX queue that the application dropped because the queue was full.
     dropped: tx;
-    /// Packets whose TCP or UDP checksum the device found right; with
+    /// Packets whose TCP or UDP checksum the device verified as correct. Counted only with
     /// [`Offloads::RX_CHECKSUM`](crate::port::Offloads::RX_CHECKSUM).
     checksum_good: rx;
-    /// Packets that came with a partial checksum; with the same.
+    /// Packets received with a partial checksum. Counted only with `Offloads::RX_CHECKSUM`.
     checksum_partial: rx;
-    /// Packets whose checksum the device was told to make; with
+    /// Packets whose checksum the device was told to compute, with
     /// [`Offloads::TX_CHECKSUM`](crate::port::Offloads::TX_CHECKSUM).
     checksum_offloaded: tx;
-    /// Packets whose checksum the application made, because the device does not.
+    /// Packets whose checksum the application computed because the device does not.
     checksum_computed: tx;
 }
 
 const _: () =
     assert!(cfg!(loom) || std::mem::offset_of!(QueueCounters, doorbells) + size_of::<Count>() <= 64);
 
-/// Counters of a port: a handle, whose clones name the same counters. They outlive the port.
+/// Counters of a port: a handle, whose clones share the same counters. They outlive the port.
 #[derive(Clone, Debug, Default)]
 pub struct PortCounters(Arc<Inner>);
 
@@ -110,7 +115,7 @@ struct Inner {
     device: Vec<(&'static str, Count)>,
 }
 
-/// Counters of queues, by number. Locked to find those of a queue, and never while it counts.
+/// Counters of queues, by queue number. The lock is held to look up a queue's counters, never to count.
 #[derive(Debug, Default)]
 struct List(Mutex<Vec<Arc<QueueCounters>>>);
 
@@ -133,28 +138,31 @@ impl List {
 }
 
 impl PortCounters {
-    /// Counters of a port whose device has counters of its own with these names.
+    /// Creates the counters of a port whose device has counters of its own, with these names.
     pub fn with_device(names: impl IntoIterator<Item = &'static str>) -> Self {
         let device = names.into_iter().map(|name| (name, Count::default())).collect();
         Self(Arc::new(Inner { device, ..Inner::default() }))
     }
 
-    /// Counters of RX queue `number`, the same in each start of the port. A driver asks for those of each queue that it starts.
+    /// Returns the counters of RX queue `number`, the same at each start of the port. A driver requests them
+    /// for each queue that it starts.
     pub fn rx(&self, number: usize) -> Arc<QueueCounters> {
         self.0.rx.get(number)
     }
 
-    /// Counters of TX queue `number`, as [`PortCounters::rx`].
+    /// Returns the counters of TX queue `number`; see [`PortCounters::rx`].
     pub fn tx(&self, number: usize) -> Arc<QueueCounters> {
         self.0.tx.get(number)
     }
 
-    /// The device's own counters, in the order of [`PortCounters::with_device`]. The thread that owns the device writes them.
+    /// Returns the device's own counters, in the order of [`PortCounters::with_device`]. Only the thread that
+    /// owns the device writes them.
     pub fn device(&self) -> impl Iterator<Item = &Count> {
         self.0.device.iter().map(|(_, count)| count)
     }
 
-    /// The values now. Those of two queues, or of a queue's packets and bytes, may be a moment apart.
+    /// Returns the current values. Values of different queues, or a queue's packets and bytes, may be read at
+    /// slightly different times.
     pub fn read(&self) -> PortStats {
         let device = self.0.device.iter().map(|(name, count)| (*name, count.get())).collect();
         PortStats { rx: self.0.rx.read(), tx: self.0.tx.read(), device }
@@ -164,26 +172,27 @@ impl PortCounters {
 /// Values of [`PortCounters`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortStats {
-    /// Of the RX queues, by number.
+    /// Values of the RX queues, by queue number.
     pub rx: Vec<QueueStats>,
-    /// Of the TX queues, by number.
+    /// Values of the TX queues, by queue number.
     pub tx: Vec<QueueStats>,
-    /// The device's own, by name, as of the last [`Nic::check`](crate::port::Nic::check) or stop.
+    /// Values of the device's own counters, by name, as of the last [`Nic::check`](crate::port::Nic::check)
+    /// or stop.
     pub device: Vec<(&'static str, u64)>,
 }
 
 impl PortStats {
-    /// Sum over the RX queues.
+    /// Returns the sum over the RX queues.
     pub fn rx_sum(&self) -> QueueStats {
         sum(&self.rx)
     }
 
-    /// Sum over the TX queues.
+    /// Returns the sum over the TX queues.
     pub fn tx_sum(&self) -> QueueStats {
         sum(&self.tx)
     }
 
-    /// The port's sums by name (`rx_packets`): those of RX queues, those of TX queues, then the device's own.
+    /// Returns the port's sums by name (`rx_packets`): RX queues, TX queues, then the device's own counters.
     pub fn sums(&self) -> Vec<(String, u64)> {
         let queues = [(RX, self.rx_sum()), (TX, self.tx_sum())].into_iter().flat_map(|(direction, stats)| {
             named(direction, stats).map(move |(name, count)| (format!("{direction}_{name}"), count))
@@ -191,7 +200,8 @@ impl PortStats {
         queues.chain(self.device.iter().map(|(name, count)| ((*name).to_owned(), *count))).collect()
     }
 
-    /// The counts of each queue by name (`rx_q0_packets`, as DPDK has it): the RX queues by number, then the TX queues.
+    /// Returns the counters of each queue by name (`rx_q0_packets`, as in DPDK): RX queues by number, then TX
+    /// queues by number.
     pub fn of_queues(&self) -> Vec<(String, u64)> {
         let queues = [(RX, &self.rx), (TX, &self.tx)].into_iter().flat_map(|(direction, queues)| {
             queues.iter().enumerate().map(move |(number, stats)| (direction, number, *stats))
@@ -204,17 +214,20 @@ impl PortStats {
             .collect()
     }
 
-    /// [`PortStats::sums`], and [`PortStats::of_queues`] where these say more: what a person reads.
+    /// Returns the counters for human readers: [`PortStats::sums`], with [`PortStats::of_queues`] if there
+    /// are several queues.
     pub fn summary(&self) -> Vec<(String, u64)> {
         if self.has_several_queues() { self.named() } else { self.sums() }
     }
 
-    /// Whether there are several queues each way or one way. If not, what a queue counted is what the port did.
+    /// Whether the port has more than one RX queue or more than one TX queue. If not, the counters of its
+    /// queues equal its sums.
     pub fn has_several_queues(&self) -> bool {
         self.rx.len().max(self.tx.len()) > 1
     }
 
-    /// [`PortStats::sums`], then [`PortStats::of_queues`]. Each name is there once, and a sum is that of the queues beside it.
+    /// Returns [`PortStats::sums`], then [`PortStats::of_queues`]. Each name occurs once, and each sum covers
+    /// the queues listed after it.
     pub fn named(&self) -> Vec<(String, u64)> {
         let mut all = self.sums();
         all.append(&mut self.of_queues());
@@ -229,7 +242,7 @@ fn sum(queues: &[QueueStats]) -> QueueStats {
     })
 }
 
-/// What queues of `direction` count, by name.
+/// Returns the counters of a queue in `direction`, by name.
 fn named(direction: &'static str, stats: QueueStats) -> impl Iterator<Item = (&'static str, u64)> {
     let of_direction = NAMES.iter().filter(move |(other, ..)| *other == direction);
     of_direction.map(move |(_, name, of)| (*name, of(&stats)))
@@ -243,7 +256,7 @@ mod tests {
     use super::*;
     use crate::intel::Drops;
 
-    /// Two queues each way and a device.
+    /// Counters of a port with two queues in each direction and device counters.
     fn port() -> PortCounters {
         let port = Drops::port_counters();
         port.device().for_each(|count| count.add(7));

@@ -1,4 +1,4 @@
-//! What the table of drivers needs to know of each, and how drivers read their arguments.
+//! Traits through which the driver table uses each driver, and helpers to parse driver arguments.
 
 use std::path::{Path, PathBuf};
 
@@ -10,54 +10,55 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::port::Nic;
 
-/// Keys and values of `-a` or `--vdev`, in the order given.
+/// Keys and values of `-a` or `--vdev`, in command-line order.
 pub type Args<'a> = &'a [(String, String)];
 
 /// A driver of PCI functions.
 pub trait PciDriver: Nic + Sized {
-    /// Its name in messages.
+    /// Name of the driver in messages.
     const NAME: &'static str;
-    /// The functions that it drives, with what they are called.
+    /// Supported device IDs, each with the device's name.
     const IDS: &'static [(DeviceId, &'static str)];
-    /// The devargs that it knows.
+    /// Devargs that the driver accepts.
     const KEYS: &'static [&'static str];
 
-    /// Takes a function, which is one of [`PciDriver::IDS`], with devargs, which are of [`PciDriver::KEYS`].
+    /// Opens `function`, whose ID is one of [`PciDriver::IDS`], with devargs whose keys are in
+    /// [`PciDriver::KEYS`].
     ///
     /// # Errors
-    /// When the device refuses, or a value is wrong.
+    /// When the device refuses, or a value is invalid.
     fn open(function: Box<dyn Function>, args: Args<'_>) -> Result<Self>;
 }
 
-/// A virtual device, as its arguments have it.
+/// A virtual device, as parsed from its arguments.
 pub trait Vdev: Send + Sync + Sized {
-    /// What it becomes.
+    /// Type of the opened device.
     type Device: Nic;
-    /// DPDK's name of the driver, and DPDK's alias.
+    /// DPDK's name of the driver, and DPDK's alias for it.
     const NAMES: [&'static str; 2];
-    /// The keys that it knows.
+    /// Argument keys that the driver accepts.
     const KEYS: &'static [&'static str];
 
-    /// Reads the arguments of device `name`.
+    /// Parses the arguments of device `name`.
     ///
     /// # Errors
-    /// `Usage` for a value that none of the keys has, or without one that it needs.
+    /// `Usage` for an unknown key, an invalid value or a missing argument.
     fn parse(name: &str, args: Args<'_>) -> Result<Self>;
 
-    /// The socket that it makes, if it makes one.
+    /// Path of the socket that the device creates, if it creates one.
     fn listens_at(&self) -> Option<&Path>;
 
-    /// What it is and where, for the start-up report.
+    /// Kind of device and its location, for the start-up report.
     fn describe(&self) -> String;
 
-    /// Makes the device, named `name` in messages; may wait for a peer, until `stop`.
+    /// Opens the device, which messages call `name`. May wait for a peer until `stop` is set.
     ///
     /// # Errors
     /// When the device is unavailable.
     fn open(&self, name: &str, stop: &StopFlag) -> Result<Self::Device>;
 }
 
-/// Reads the socket of device `name`, which its `key` gives.
+/// Parses the value of `key`, the socket path of device `name`.
 pub(crate) fn socket_path(name: &str, key: &str, value: &str) -> Result<PathBuf> {
     check_path(format!("cannot use {key}={} of {name}", quoted(value)), value.as_ref())?;
     Ok(value.into())

@@ -1,4 +1,4 @@
-//! Ports that are stopped and started, and closed and opened, many times over; and pools that run dry.
+//! Tests that restart and reopen ports many times, and that exhaust pools.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ enum Kind {
 
 const KINDS: [Kind; 3] = [Kind::Virtio, Kind::E1000, Kind::Igb];
 
-/// A device of any kind, as the wire sees it.
+/// A fake device of any kind, seen from the wire.
 enum Device {
     Virtio(VirtioNet),
     E1000(FakeE1000),
@@ -33,7 +33,7 @@ enum Device {
 }
 
 impl Device {
-    /// The device, and its port that is not started.
+    /// Creates the device and its port, which is not started.
     fn new(kind: Kind, memory: &Arc<DmaMemory>) -> (Self, Port) {
         let address = Bdf::new(0, 0, 3, 0).unwrap();
         let view = memory.device_view().unwrap();
@@ -66,7 +66,7 @@ impl Device {
         }
     }
 
-    /// Sends what it was given; gives the number of frames.
+    /// Transmits the frames the driver handed over; returns their number.
     fn transmit(&self) -> usize {
         match self {
             Self::Virtio(device) => device.transmitted().len(),
@@ -83,7 +83,7 @@ fn memory() -> (Arc<DmaMemory>, Arc<Pool>) {
     (memory, pool)
 }
 
-/// Receives `count` frames and sends them again; the device keeps the sent ones.
+/// Receives `count` frames and sends them again; the device keeps the sent frames.
 fn echo(device: &Device, (rx, tx): &mut (RxQueue, TxQueue), cache: &mut PoolCache, count: usize) {
     let mut burst = Burst::new();
     for number in 0..count {
@@ -137,7 +137,7 @@ fn ports_may_be_closed_and_opened_a_thousand_times() {
             assert_eq!((pool.available(), Arc::strong_count(&pool)), (BUFFERS, 1));
         };
         once();
-        // Other tests of this process open a few of their own meanwhile.
+        // Other tests of this process open a few descriptors meanwhile.
         let before = open_descriptors();
         (0..1000).for_each(|_| once());
         assert!(open_descriptors() < before + 100);
@@ -153,7 +153,7 @@ fn a_port_without_buffers_receives_again_when_one_comes_back() {
         let (mut rx, tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         let mut held: Vec<_> = std::iter::from_fn(|| cache.allocate()).collect();
         let mut burst = Burst::new();
-        // As many as the device has buffers for, and more than a fresh one could replace.
+        // As many frames as the device has buffers for, and more than fresh buffers could replace.
         let mut arrived = 0;
         for _ in 0..10 {
             while device.receive(arrived) {
@@ -164,7 +164,7 @@ fn a_port_without_buffers_receives_again_when_one_comes_back() {
         }
         assert!(rx.counters().no_buffer.get() > 0);
         for _ in 0..200 {
-            // One buffer each time: as little as there can be.
+            // One buffer at a time: the minimum.
             cache.free(held.pop().unwrap());
             rx.rx_burst(&mut cache, &mut burst);
             held.extend(burst.drain(..));

@@ -1,5 +1,5 @@
-//! Ports of drivers that are in other crates. Each call goes through a pointer, one for a burst; apart from that they are like the
-//! others.
+//! Ports of drivers from other crates. Each call goes through a pointer, once per burst; otherwise these
+//! ports behave like those of this crate.
 
 use std::any::Any;
 use std::fmt::Debug;
@@ -13,29 +13,29 @@ use crate::port::{
     Capabilities, Link, MacAddr, Nic, Offloads, PortConfig, Queues, RxBurst, TxBurst, queues_of_another,
 };
 
-/// What a port of another crate has to be.
+/// Requirements on a port of a driver from another crate.
 pub trait ForeignNic: Nic<Rx: Debug + 'static, Tx: Debug + 'static> + Debug + Send + 'static {}
 
 impl<N: Nic<Rx: Debug + 'static, Tx: Debug + 'static> + Debug + Send + 'static> ForeignNic for N {}
 
-/// A port of any such driver.
+/// A port of any driver from another crate.
 pub type Device = Box<dyn AnyNic>;
 
-/// A port whose queues are any.
+/// A port with type-erased queues.
 pub trait AnyNic: Nic<Rx = RxQueue, Tx = TxQueue> + Debug + Send {}
 
 impl<N: ForeignNic> AnyNic for Erased<N> {}
 
-/// Forgets which driver a port is of.
+/// Erases the driver type of a port.
 pub fn erase<N: ForeignNic>(nic: N) -> Device {
     Box::new(Erased(nic))
 }
 
-/// RX queue of any such driver.
+/// RX queue of any driver from another crate.
 #[derive(Debug)]
 pub struct RxQueue(Box<dyn AnyRx>);
 
-/// TX queue of any such driver.
+/// TX queue of any driver from another crate.
 #[derive(Debug)]
 pub struct TxQueue(Box<dyn AnyTx>);
 
@@ -98,7 +98,8 @@ impl<N: ForeignNic> Nic for Erased<N> {
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
     ) -> Result<Queues<RxQueue, TxQueue>> {
-        // A driver that knows nothing of segments would take each for a frame, and of offloads, would not say so.
+        // A driver that does not know segments would send each one as a frame, and one that does not know
+        // offloads would ignore them silently.
         if let Some(why) = config.unfit(&self.0.capabilities()) {
             return Err(Error::new(ErrorKind::Usage, "cannot start the port", why));
         }
@@ -186,7 +187,7 @@ mod tests {
         assert_eq!((tx.tx_burst(&mut cache, &mut burst), tx.counters().packets.get()), (1, 1));
         assert_eq!(nic.transmitted(), [vec![7; 60]]);
 
-        /// A queue of no driver.
+        /// A queue that belongs to no driver.
         #[derive(Debug)]
         struct Other(QueueCounters);
         impl RxBurst for Other {

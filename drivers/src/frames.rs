@@ -2,15 +2,16 @@
 
 use vireo_eal::dma::{Burst, Packet, PoolCache, first_frame};
 
-/// Bytes of an Ethernet header. A frame whose first segment is shorter is none that a hook could work on.
+/// Length of an Ethernet header in bytes. Hooks cannot process a frame whose first segment is shorter.
 pub(crate) const ETHERNET: usize = 14;
 
-/// Bytes of a frame.
+/// Length of a frame in bytes.
 pub(crate) fn bytes(frame: &[Packet]) -> usize {
     frame.iter().map(Packet::len).sum()
 }
 
-/// Frees the frames of `burst` that have more than `longest` bytes, or more than `most` segments; gives their number.
+/// Frees the frames of `burst` that have more than `longest` bytes or more than `most` segments; returns the
+/// number of freed frames.
 pub(crate) fn drop_long(burst: &mut Burst, longest: usize, most: usize, cache: &mut PoolCache) -> usize {
     let (mut at, mut dropped) = (0, 0);
     while at < burst.len() {
@@ -44,7 +45,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// Takes the frames out of `burst`.
+    /// Removes all frames from `burst` and returns their bytes.
     pub(crate) fn take(burst: &mut Burst, cache: &mut PoolCache) -> Vec<Vec<u8>> {
         let (mut frames, mut open) = (Vec::<Vec<u8>>::new(), false);
         for packet in burst.drain(..) {
@@ -62,7 +63,7 @@ pub(crate) mod tests {
         frames
     }
 
-    /// A frame of `len` bytes, unlike others of another number.
+    /// Returns a frame of `len` bytes whose content depends on `number`.
     pub(crate) fn frame(number: usize, len: usize) -> Vec<u8> {
         (0..len).map(|i| (i * 31 + i / 256 + number * 7) as u8).collect()
     }

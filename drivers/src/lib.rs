@@ -1,6 +1,7 @@
-//! NIC drivers of Vireo: [`virtio`], [`e1000`], [`igb`] and [`vhost`], each a control plane ([`port::Nic`]) and two
-//! queues that move to lcores ([`port::RxBurst`], [`port::TxBurst`]). [`table`] is the list of them; [`ports`] takes an
-//! application from its EAL arguments to started ports; [`fakedev`] plays the devices in tests.
+//! NIC drivers of Vireo: [`virtio`], [`e1000`], [`igb`] and [`vhost`]. Each has a control plane
+//! ([`port::Nic`]) and queues that move to lcores ([`port::RxBurst`], [`port::TxBurst`]). [`table`] lists the
+//! drivers, [`ports`] takes an application from its EAL arguments to started ports, and [`fakedev`] simulates
+//! the devices in tests.
 #![forbid(unsafe_code)]
 
 pub mod counters;

@@ -1,4 +1,4 @@
-//! DMA memory of a program's ports: what they need, on which NUMA node it is, and which port reaches what.
+//! DMA memory of a program's ports: its size, its NUMA nodes, and which port reaches which part.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,14 +14,14 @@ use crate::port::{Nic, PortConfig};
 use crate::ports::OpenPort;
 use crate::table::Port;
 
-/// What the ports of a program need of DMA memory.
+/// DMA memory that the ports of a program need.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryNeed {
-    /// Packet buffers that devices receive into and send from.
+    /// Number of packet buffers that devices receive into and send from.
     pub buffers: u32,
-    /// Packet buffers that they only send from.
+    /// Number of packet buffers that devices only send from.
     pub send_only: u32,
-    /// How each port is started.
+    /// Configuration with which each port is started.
     pub config: PortConfig,
 }
 
@@ -29,33 +29,33 @@ pub struct MemoryNeed {
 #[derive(Debug)]
 struct Nodes<'a> {
     numbers: Vec<u32>,
-    /// MiB of each node, by its number, if `--numa-mem` gives them.
+    /// MiB per node, indexed by node number, if `--numa-mem` specifies them.
     given: &'a [u64],
-    /// Size in bytes of the pages that memory is made of.
+    /// Size in bytes of the pages that back the memory.
     page: usize,
 }
 
-/// Where everything goes.
+/// Placement of all memory.
 #[derive(Debug, Default)]
 struct Layout {
     /// The address spaces of all ports.
     spaces: Vec<Arc<AddressSpace>>,
-    /// A region for each NUMA node, or one without a node.
+    /// Contents of each region by NUMA node; `None` means any node.
     regions: BTreeMap<Option<u32>, Contents>,
-    /// Bytes of each node that `--numa-mem` gives beyond that, in regions of their own.
+    /// Bytes per node that `--numa-mem` requests beyond the ports' needs, in regions of their own.
     spare: BTreeMap<u32, usize>,
-    /// Node of what belongs to a port, by the port's own node.
+    /// Node of a port's memory, by the port's own node.
     near: BTreeMap<Option<u32>, Option<u32>>,
 }
 
-/// What is in one region.
+/// Contents of one region.
 #[derive(Debug, Default)]
 struct Contents {
-    /// Packet buffers, and the rings of ports that share their address space with all others.
+    /// Packet buffers, and the rings of ports that have no address space of their own.
     buffers: Part,
-    /// Rings that only their port reaches, by its address space.
+    /// Rings that only their own port's address space maps, by address space.
     rings: Vec<(Arc<AddressSpace>, Part)>,
-    /// Ports whose packet buffers are here.
+    /// Number of ports whose packet buffers are in this region.
     ports: u32,
 }
 
@@ -68,7 +68,8 @@ impl Contents {
         self.parts().iter().map(Part::bytes).sum()
     }
 
-    /// The part for rings of a port whose address space is `own`; that of the buffers if it shares the space.
+    /// Returns the part for the rings of a port whose address space is `own`, or the buffers' part if the
+    /// port has none of its own.
     fn rings_of(&mut self, own: Option<&Arc<AddressSpace>>) -> &mut Part {
         let Some(own) = own else { return &mut self.buffers };
         let at = self.rings.iter().position(|(space, _)| Arc::ptr_eq(space, own)).unwrap_or_else(|| {
@@ -80,7 +81,7 @@ impl Contents {
 }
 
 impl<'a> Nodes<'a> {
-    /// Those of this machine, for pages of `page` bytes; none when it has one.
+    /// Returns the nodes of this machine, for pages of `page` bytes; `None` if it has only one node.
     fn of_machine(given: &'a [u64], page: usize) -> Result<Option<Self>> {
         let numbers = mem::nodes(Path::new("/sys"));
         if numbers.len() < 2 {
@@ -100,8 +101,9 @@ impl<'a> Nodes<'a> {
         Ok(Some(Self { numbers, given, page }))
     }
 
-    /// Node of what belongs to a port on `node`: its own, unless `--numa-mem` leaves that out. That has to give all that
-    /// there is, so a port without a node gets one, too.
+    /// Returns the node for the memory of a port on `node`: that node, unless `--numa-mem` omits it. With
+    /// `--numa-mem`, all memory comes from the nodes it lists, so a port without a node is assigned one as
+    /// well.
     fn near(&self, node: Option<u32>) -> Option<u32> {
         let node = node.filter(|node| self.numbers.contains(node));
         let gives = |node: &u32| self.given.get(*node as usize).is_some_and(|of| *of > 0);
@@ -118,25 +120,26 @@ fn list(numbers: &[u64]) -> String {
 }
 
 impl MemoryNeed {
-    /// Bytes for these and for the rings of `ports`, on a machine without NUMA nodes.
+    /// Returns the number of bytes for these buffers and for the rings of `ports`, on a machine without NUMA
+    /// nodes.
     pub fn bytes(&self, ports: &[&OpenPort]) -> usize {
         self.layout(ports, |_| None).regions.values().map(Contents::bytes).sum()
     }
 
-    /// What a port's rings take: bytes that its device writes, and bytes that it only reads.
+    /// Returns the number of bytes of a port's rings: those its device writes, and those it only reads.
     fn rings(&self, port: &Port) -> [usize; 2] {
-        /// Room for the alignment of each of a pair's parts, and for what is small.
+        /// Allowance per queue pair for the alignment of each part and for small structures.
         const REST: usize = 32 << 10;
         let pairs = usize::from(self.config.rx_queues.max(self.config.tx_queues));
         let with_rest = |bytes| if bytes > 0 { bytes + pairs * REST } else { 0 };
         (port.capabilities().ring_bytes)(&self.config).map(with_rest)
     }
 
-    /// Where everything goes: rings and packet buffers in the region of the node that `near` gives for their port. The more
-    /// ports a node has, the more buffers. Those that devices only send from are in the first region that has others.
+    /// Places rings and packet buffers in the region of the node that `near` returns for their port. A node's
+    /// share of the buffers is proportional to its number of ports. Send-only buffers go to the first region.
     fn layout(&self, ports: &[&OpenPort], near: impl Fn(&OpenPort) -> Option<u32>) -> Layout {
         let mut layout = Layout { spaces: spaces(ports), ..Layout::default() };
-        // A port without a node has its rings where others are.
+        // Rings of a port without a node go to the first node that another port has.
         let elsewhere = ports.iter().find_map(|open| near(open));
         for open in ports {
             let node = near(open).or(elsewhere);
@@ -163,10 +166,10 @@ impl MemoryNeed {
         layout
     }
 
-    /// As [`MemoryNeed::layout`], on a machine of several nodes.
+    /// Places everything as [`MemoryNeed::layout`] does, on a machine with several nodes.
     ///
     /// # Errors
-    /// `Usage` when `--numa-mem` gives a node less than its ports need.
+    /// `Usage` when `--numa-mem` gives a node less memory than its ports need.
     fn layout_on(&self, nodes: &Nodes<'_>, ports: &[&OpenPort]) -> Result<Layout> {
         let pages = |bytes: usize| bytes.next_multiple_of(nodes.page);
         let mut layout = self.layout(ports, |open| nodes.near(open.node));
@@ -184,10 +187,10 @@ impl MemoryNeed {
     }
 }
 
-/// Shares `count` buffers out to nodes by the number of the ports of each.
+/// Divides `count` buffers among nodes in proportion to their numbers of ports.
 fn shares(count: u32, ports: &[u32]) -> Vec<u32> {
     let all: u64 = ports.iter().copied().map(u64::from).sum();
-    // What rounding takes from one share goes to a later one, so that all together are `count`.
+    // What rounding takes from one share goes to a later share, so that the shares add up to `count`.
     let end = |ports: u64| (u64::from(count) * ports).checked_div(all).unwrap_or(0) as u32;
     let mut before = 0;
     let share = |own: &u32| {
@@ -199,13 +202,14 @@ fn shares(count: u32, ports: &[u32]) -> Vec<u32> {
 }
 
 impl Layout {
-    /// Bytes of each region with its node, in the order of [`Layout::parts`].
+    /// Returns the size of each region in bytes with its node, in the order of [`Layout::parts`].
     fn sizes(&self) -> Vec<(Option<u32>, usize)> {
         let used = self.regions.iter().map(|(node, contents)| (*node, contents.bytes()));
         used.chain(self.spare.iter().map(|(node, bytes)| (Some(*node), *bytes))).collect()
     }
 
-    /// What is in each region. Spare memory comes last: a pool has its buffers within 4 GiB of each other.
+    /// Returns the parts of each region. Spare memory comes last because a pool's buffers must lie within 4
+    /// GiB of each other.
     fn parts(&self) -> Vec<Vec<Part>> {
         let spare =
             self.spare.values().map(|_| vec![Part { spaces: self.spaces.clone(), ..Part::default() }]);
@@ -224,7 +228,7 @@ fn too_little(given: &[u64], node: usize, need: usize) -> Error {
     .with_hint(format!("give --numa-mem {} or leave it out", list(&enough)))
 }
 
-/// The address spaces of `ports`, each once.
+/// Returns the address spaces of `ports`, each once.
 fn spaces(ports: &[&OpenPort]) -> Vec<Arc<AddressSpace>> {
     let mut spaces: Vec<Arc<AddressSpace>> = Vec::new();
     for space in ports.iter().filter_map(|port| port.space.as_ref()) {
@@ -239,30 +243,30 @@ fn spaces(ports: &[&OpenPort]) -> Vec<Arc<AddressSpace>> {
 #[derive(Debug)]
 pub struct PortMemory {
     map: Arc<MemoryMap>,
-    /// By NUMA node; one without a node where that makes no difference.
+    /// Memory of each region by NUMA node; `None` means any node.
     regions: BTreeMap<Option<u32>, Own>,
-    /// As in [`Layout`].
+    /// Spare bytes per node, as in [`Layout`].
     spare: BTreeMap<u32, usize>,
-    /// As in [`Layout`].
+    /// Node of a port's memory, as in [`Layout`].
     near: BTreeMap<Option<u32>, Option<u32>>,
 }
 
-/// Memory on one region.
+/// Memory in one region.
 #[derive(Debug)]
 struct Own {
-    /// For packet buffers: every port reaches it.
+    /// Memory for packet buffers, which every port reaches.
     buffers: Arc<DmaMemory>,
-    /// For rings that are not there, by the address space of their port.
+    /// Memory for rings that are not in `buffers`, by the address space of their port.
     rings: Vec<(Arc<AddressSpace>, Arc<DmaMemory>)>,
-    /// As in [`Contents`].
+    /// Number of ports, as in [`Contents`].
     ports: u32,
 }
 
 impl PortMemory {
-    /// What to start `port` with: no port in another address space reaches the rings in it.
+    /// Returns the memory to start `port` with. No port in another address space reaches the rings in it.
     ///
     /// # Errors
-    /// `Usage` when the memory is not for this port.
+    /// `Usage` when the memory was not reserved for this port.
     pub fn of(&self, port: &OpenPort) -> Result<&Arc<DmaMemory>> {
         let own = self.regions.get(&self.node_of(port)).or_else(|| self.regions.values().next());
         let own = own.ok_or_else(|| {
@@ -275,17 +279,17 @@ impl PortMemory {
         Ok(own.rings.iter().find(is_its).map_or(&own.buffers, |(_, rings)| rings))
     }
 
-    /// NUMA node of the memory that is for `port`; none where that makes no difference or nobody asked.
+    /// Returns the NUMA node of the memory for `port`; `None` means any node.
     pub fn node_of(&self, port: &OpenPort) -> Option<u32> {
         self.near.get(&port.node).copied().flatten()
     }
 
-    /// Address spaces that it is mapped in.
+    /// Returns the number of address spaces that map this memory.
     pub fn spaces(&self) -> usize {
         self.map.spaces().len()
     }
 
-    /// Bytes of each NUMA node, where the machine has several.
+    /// Returns the bytes on each NUMA node, if the machine has several.
     pub fn nodes(&self) -> BTreeMap<u32, usize> {
         let mut nodes = self.spare.clone();
         for (node, own) in &self.regions {
@@ -296,7 +300,7 @@ impl PortMemory {
         nodes
     }
 
-    /// A pool of `count` packet buffers, of which each node has a share by the number of its ports.
+    /// Creates a pool of `count` packet buffers, shared among nodes in proportion to their numbers of ports.
     ///
     /// # Errors
     /// As for [`Pool::on_nodes`].
@@ -307,7 +311,7 @@ impl PortMemory {
         Pool::on_nodes(&shares)
     }
 
-    /// A pool of `count` packet buffers that devices only send from.
+    /// Creates a pool of `count` packet buffers that devices only send from.
     ///
     /// # Errors
     /// As for [`Pool::send_only`].
@@ -318,8 +322,8 @@ impl PortMemory {
         Pool::send_only(&first.ok_or_else(none)?.buffers, count)
     }
 
-    /// Maps `region` for every port, also while ports run. It stays as long as the ports' memory. A vhost-user peer reaches it
-    /// after [`Nic::update_memory`].
+    /// Maps `region` for every port, even while ports run. The mapping lasts as long as the ports' memory. A
+    /// vhost-user peer reaches the region only after [`Nic::update_memory`].
     ///
     /// # Errors
     /// As for [`MemoryMap::add`].
@@ -328,7 +332,7 @@ impl PortMemory {
         self.map.add(region, &[part])?.pop().ok_or_else(no_part)
     }
 
-    /// Maps `regions` for the layout that gave their sizes.
+    /// Maps `regions`, whose sizes `layout` specified.
     fn map(regions: Vec<Region>, layout: Layout) -> Result<Self> {
         let map = MemoryMap::new(&layout.spaces)?;
         let memory = map.add_all(regions.into_iter().zip(layout.parts()).collect())?;
@@ -348,7 +352,7 @@ fn no_part() -> Error {
 }
 
 impl From<Arc<DmaMemory>> for PortMemory {
-    /// One memory for all, as of ports without an address space.
+    /// Wraps one memory for all ports, such as ports without an address space.
     fn from(buffers: Arc<DmaMemory>) -> Self {
         let map = Arc::clone(buffers.memory_map());
         let own = Own { buffers, rings: Vec::new(), ports: 1 };
@@ -356,7 +360,8 @@ impl From<Arc<DmaMemory>> for PortMemory {
     }
 }
 
-/// Warns once when an lcore, a port that it serves (`served`) and the port's memory are not on one NUMA node.
+/// Logs one warning if an lcore, a port that it serves (`served`) and the port's memory are not all on the
+/// same NUMA node.
 pub fn warn_of_distance<'a>(
     lcores: &Lcores,
     memory: &PortMemory,
@@ -365,7 +370,7 @@ pub fn warn_of_distance<'a>(
     let sysfs = Path::new("/sys");
     let node_of = |lcore| {
         let mut nodes = lcores.cpus(lcore).iter().map(|cpu| mem::node_of_cpu(sysfs, *cpu));
-        // Of an lcore that floats over several nodes nobody knows.
+        // An lcore that floats across several nodes has no node.
         nodes.next().flatten().filter(|first| nodes.all(|node| node == Some(*first)))
     };
     let mut distant = served.filter_map(|(lcore, open)| {
@@ -386,11 +391,12 @@ pub fn warn_of_distance<'a>(
     );
 }
 
-/// Reserves memory for `ports` as the arguments ask for it, a region on the NUMA node of each of them, and maps it: packet
-/// buffers in each address space, rings in that of their port.
+/// Reserves memory for `ports` as the EAL arguments specify, one region per NUMA node, and maps it: packet
+/// buffers in every address space, rings in the address space of their port.
 ///
 /// # Errors
-/// As for [`Eal::reserve`] and [`MemoryMap::add`]; `Usage` when `--numa-mem` gives a node less than its ports need.
+/// As for [`Eal::reserve`] and [`MemoryMap::add`]; `Usage` when `--numa-mem` gives a node less memory than
+/// its ports need.
 pub fn reserve(eal: &Eal, need: &MemoryNeed, ports: &[&OpenPort]) -> Result<PortMemory> {
     let layout = match Nodes::of_machine(&eal.args.memory.socket_mem, eal.backing().page_size()?)? {
         Some(nodes) => need.layout_on(&nodes, ports)?,
@@ -443,7 +449,7 @@ mod tests {
         Ok(layout)
     }
 
-    /// Pages on no node, on node 0 and on node 1.
+    /// Returns the numbers of pages on any node, on node 0 and on node 1.
     fn pages(layout: &Layout) -> [usize; 3] {
         let sizes = layout.sizes();
         let on =
@@ -453,7 +459,7 @@ mod tests {
 
     #[test]
     fn memory_is_on_the_nodes_of_the_ports() {
-        // 16 MiB of buffers, and a page for the ports' rings and for the buffers that are only sent.
+        // 16 MiB of buffers, and one page for the ports' rings and the send-only buffers.
         let one = layout(&[Some(1), Some(1)], &[]).unwrap();
         assert_eq!((pages(&one), one.near), ([0, 0, 9], [(Some(1), Some(1))].into()));
         let both = layout(&[Some(0), Some(1)], &[]).unwrap();
@@ -463,7 +469,7 @@ mod tests {
         );
         let uneven = layout(&[Some(1), Some(0), Some(1)], &[]).unwrap();
         assert_eq!(pages(&uneven), [0, 3, 6]);
-        // A port without a node has its rings and buffers with those of the first one that has a node.
+        // The rings and buffers of a port without a node go to the node of the first port that has one.
         let mixed = layout(&[Some(1), None, Some(0)], &[]).unwrap();
         assert_eq!((pages(&mixed), mixed.near[&None]), ([0, 3, 6], Some(1)));
         let nowhere = layout(&[None], &[]).unwrap();
@@ -489,7 +495,7 @@ mod tests {
         layout(&[Some(1), Some(1)], &[16, 18]).unwrap();
     }
 
-    /// Packet buffers of one pool are within 4 GiB of each other.
+    /// Buffers of one pool must lie within 4 GiB of each other.
     #[test]
     fn what_nobody_needs_is_behind_all_else() {
         let layout = layout(&[Some(0), Some(1)], &[4096, 4096]).unwrap();
@@ -517,7 +523,7 @@ mod tests {
         let ports = ports(&[Some(0), Some(1), Some(1)]);
         let ports: Vec<&OpenPort> = ports.iter().collect();
         let layout = NEED.layout(&ports, |open| open.node);
-        // From anywhere: the machine may have no such nodes.
+        // Any node will do: the machine may not have nodes 0 and 1.
         let sizes: Vec<_> = layout.sizes().into_iter().map(|(_, bytes)| (None, bytes)).collect();
         let regions = Region::adjoining(&sizes, Backing::SmallPages, Placement::Preferred).unwrap();
         let memory = PortMemory::map(regions, layout).unwrap();

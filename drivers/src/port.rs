@@ -1,4 +1,4 @@
-//! Ports and their queues: what every driver implements.
+//! Ports and their queues: the traits that every driver implements.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -16,14 +16,14 @@ use crate::counters::{PortCounters, QueueCounters};
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {
-    /// Whether a station can have it: neither a group's nor all zero (IEEE 802, 8.2).
+    /// Whether a station can have this address: it is neither a group address nor all zero (IEEE 802, 8.2).
     pub fn is_valid_station(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
 }
 
 impl fmt::Display for MacAddr {
-    /// As DPDK prints it: `52:54:00:12:34:56`, hexadecimal in capitals.
+    /// Formats the address as DPDK does: `52:54:00:12:34:56`, with uppercase hexadecimal digits.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
         write!(f, "{a:02X}:{b:02X}:{c:02X}:{d:02X}:{e:02X}:{g:02X}")
@@ -33,7 +33,7 @@ impl fmt::Display for MacAddr {
 impl FromStr for MacAddr {
     type Err = Error;
 
-    /// Reads six pairs of hexadecimal digits between colons.
+    /// Parses six pairs of hexadecimal digits separated by colons.
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(':');
         let mut bytes = [0; 6];
@@ -52,59 +52,63 @@ impl FromStr for MacAddr {
     }
 }
 
-/// Longest frame in bytes, without frame check sequence, that is one packet on every port: of an MTU of 1500 bytes, with a VLAN
-/// tag. Network cards take it without being told (SDM 13.4, RCTL.LPE).
+/// Longest frame in bytes, without the frame check sequence, that is one packet on every port: an MTU of 1500
+/// bytes plus an Ethernet header and a VLAN tag. NICs accept it without configuration (SDM 13.4, RCTL.LPE).
 pub const STANDARD_FRAME: usize = 1518;
 
-/// Bytes of a frame check sequence, which devices add and remove.
+/// Length in bytes of a frame check sequence, which devices add and remove.
 pub const FCS: usize = 4;
 
 bitflags::bitflags! {
-    /// Work on packets that a port leaves to its device, if it is asked to (`RTE_ETH_RX_OFFLOAD_*` and `RTE_ETH_TX_OFFLOAD_*` of
-    /// DPDK).
+    /// Packet processing that a port can leave to its device on request (DPDK's `RTE_ETH_RX_OFFLOAD_*` and
+    /// `RTE_ETH_TX_OFFLOAD_*`).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct Offloads: u8 {
-        /// The device says of a received packet whether the checksum of its TCP or UDP header is
-        /// [good](vireo_eal::dma::Packet::has_good_checksum), or [partial](vireo_eal::dma::Packet::has_partial_checksum), as a
-        /// frame of the same host may have it that never was on a wire.
+        /// The device reports whether the TCP or UDP checksum of a received packet is
+        /// [good](vireo_eal::dma::Packet::has_good_checksum) or
+        /// [partial](vireo_eal::dma::Packet::has_partial_checksum). A frame from the same host that was never
+        /// on a wire may have a partial checksum.
         const RX_CHECKSUM = 1 << 0;
-        /// The device makes the checksum of each sent packet that has a partial one.
+        /// The device computes the checksum of each sent packet that has a partial one.
         const TX_CHECKSUM = 1 << 1;
     }
 }
 
 impl Offloads {
-    /// The name of each, in lower case with hyphens.
+    /// Returns the name of each offload, in lower case with hyphens.
     pub fn names(self) -> impl Iterator<Item = String> {
         self.iter_names().map(|(name, _)| name.to_ascii_lowercase().replace('_', "-"))
     }
 }
 
-/// What a device can do, and what it needs, as far as that concerns others than its driver.
+/// Capabilities and requirements of a device, as far as they concern code outside its driver.
 #[derive(Clone, Debug)]
 pub struct Capabilities {
-    /// Highest device address that it can use: all of its memory must be below. A chip cuts off what is above, and says
-    /// nothing.
+    /// Highest DMA address that the device can use. None of its memory may lie above it: NICs truncate higher
+    /// addresses silently.
     pub dma_mask: u64,
-    /// Longest frame in bytes, without frame check sequence, that it can be started for; at least [`STANDARD_FRAME`].
+    /// Longest frame in bytes, without the frame check sequence, that the port can be started for; at least
+    /// [`STANDARD_FRAME`].
     pub max_frame: usize,
-    /// Whether it may bring frames shorter than Ethernet's 60 bytes.
+    /// Whether the device may deliver frames shorter than 17 bytes, which some NICs do not pad to Ethernet's
+    /// minimum of 60 bytes.
     pub receives_short_frames: bool,
-    /// Most RX queues that it can be started with.
+    /// Maximum number of RX queues.
     pub rx_queues: u16,
-    /// Most TX queues.
+    /// Maximum number of TX queues.
     pub tx_queues: u16,
-    /// Fewest and most descriptors of a queue.
+    /// Minimum and maximum number of descriptors per queue.
     pub descriptors: RangeInclusive<u16>,
-    /// What it can do with packets.
+    /// Offloads that the device supports.
     pub offloads: Offloads,
-    /// What its rings take of DMA memory: bytes that the device writes, and bytes that it only reads. An
-    /// alignment of more than a page has to be counted.
+    /// Bytes of DMA memory for the device's rings: those the device writes, and those it only reads. The
+    /// function must account for alignments larger than a page.
     pub ring_bytes: fn(&PortConfig) -> [usize; 2],
 }
 
 impl Default for Capabilities {
-    /// All addresses, frames of one buffer, no short ones, a queue each way of any size, no offloads, and no rings of its own.
+    /// Any DMA address, frames of one buffer, no short frames, one queue of any size in each direction, no
+    /// offloads, and no rings of its own.
     fn default() -> Self {
         Self {
             dma_mask: u64::MAX,
@@ -119,46 +123,47 @@ impl Default for Capabilities {
     }
 }
 
-/// State of the link.
+/// Link state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// Whether a partner answers.
+    /// Whether a link partner is present.
     pub up: bool,
-    /// Speed in Mbit/s, where the device tells.
+    /// Speed in Mbit/s, if the device reports it.
     pub speed: Option<u32>,
-    /// Whether both directions work at once.
+    /// Whether the link is full duplex.
     pub full_duplex: bool,
-    /// Whether both ends agree on speed and duplex by themselves.
+    /// Whether both ends autonegotiate speed and duplex.
     pub autoneg: bool,
 }
 
-/// How a port is to run, from one start to the next stop.
+/// Configuration of a port from one start to the next stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortConfig {
-    /// RX queues, over which the device spreads what it receives.
+    /// Number of RX queues; the device distributes received packets among them.
     pub rx_queues: u16,
-    /// TX queues.
+    /// Number of TX queues.
     pub tx_queues: u16,
-    /// Descriptors of each RX queue; a power of two.
+    /// Number of descriptors of each RX queue; a power of two.
     pub rx_descriptors: u16,
-    /// Descriptors of each TX queue; a power of two.
+    /// Number of descriptors of each TX queue; a power of two.
     pub tx_descriptors: u16,
-    /// Longest frame in bytes, without frame check sequence. Above [`STANDARD_FRAME`] a frame may be several packets, and the
-    /// application has to expect [`Packet::has_more`](vireo_eal::dma::Packet::has_more).
+    /// Longest frame in bytes, without the frame check sequence. Above [`STANDARD_FRAME`], a frame may span
+    /// several packets, and the application must handle
+    /// [`Packet::has_more`](vireo_eal::dma::Packet::has_more).
     pub max_frame: usize,
-    /// What the device is to do with packets.
+    /// Offloads to enable.
     pub offloads: Offloads,
 }
 
 impl Default for PortConfig {
-    /// A queue each way with 1024 descriptors, as in DPDK's l2fwd, for frames of an MTU of 1500 bytes.
+    /// One queue in each direction with 1024 descriptors, as in DPDK's l2fwd, for an MTU of 1500 bytes.
     fn default() -> Self {
         Self::with_descriptors(1024, 1024)
     }
 }
 
 impl PortConfig {
-    /// A queue each way, with so many descriptors.
+    /// Configures one queue in each direction, with `rx` and `tx` descriptors.
     pub const fn with_descriptors(rx: u16, tx: u16) -> Self {
         Self {
             rx_queues: 1,
@@ -170,36 +175,37 @@ impl PortConfig {
         }
     }
 
-    /// The same for frames of up to `max_frame` bytes.
+    /// Returns the configuration for frames of up to `max_frame` bytes.
     #[must_use]
     pub const fn with_max_frame(self, max_frame: usize) -> Self {
         Self { max_frame, ..self }
     }
 
-    /// The same with `offloads`.
+    /// Returns the configuration with `offloads`.
     #[must_use]
     pub const fn with_offloads(self, offloads: Offloads) -> Self {
         Self { offloads, ..self }
     }
 
-    /// Whether frames may be several packets.
+    /// Whether a frame may span several packets.
     pub const fn is_scattered(&self) -> bool {
         self.max_frame > STANDARD_FRAME
     }
 
-    /// The same with so many queues each way.
+    /// Returns the configuration with `pairs` queues in each direction.
     #[must_use]
     pub const fn with_pairs(self, pairs: u16) -> Self {
         Self { rx_queues: pairs, tx_queues: pairs, ..self }
     }
 
-    /// Descriptors of all queues.
+    /// Returns the number of descriptors of all queues.
     pub fn descriptors(&self) -> usize {
         let of = |queues: u16, descriptors: u16| usize::from(queues) * usize::from(descriptors);
         of(self.rx_queues, self.rx_descriptors) + of(self.tx_queues, self.tx_descriptors)
     }
 
-    /// Why a device with `capabilities` cannot run so; drivers refuse it with this.
+    /// Returns why a device with `capabilities` cannot run this configuration. Drivers put this text into
+    /// their error.
     pub(crate) fn unfit(&self, capabilities: &Capabilities) -> Option<String> {
         let Capabilities { rx_queues, tx_queues, descriptors, .. } = capabilities;
         let queues = [("RX", self.rx_queues, *rx_queues), ("TX", self.tx_queues, *tx_queues)];
@@ -227,7 +233,7 @@ impl PortConfig {
     }
 }
 
-/// The queues of a started port, which move to lcores one by one.
+/// Queues of a started port, which move to lcores individually.
 #[derive(Debug)]
 pub struct Queues<R, T> {
     /// RX queues, by number.
@@ -237,17 +243,17 @@ pub struct Queues<R, T> {
 }
 
 impl<R, T> Queues<R, T> {
-    /// One queue each way.
+    /// Creates a set of one queue in each direction.
     pub fn pair(rx: R, tx: T) -> Self {
         Self { rx: vec![rx], tx: vec![tx] }
     }
 
-    /// The first queue each way, if there are both.
+    /// Returns the first queue of each direction, or `None` if either direction has no queue.
     pub fn into_pair(mut self) -> Option<(R, T)> {
         (!self.rx.is_empty() && !self.tx.is_empty()).then(|| (self.rx.swap_remove(0), self.tx.swap_remove(0)))
     }
 
-    /// The same with other types of queues, as far as `rx` and `tx` give them.
+    /// Converts each queue with `rx` or `tx`; returns `None` if a conversion does.
     pub(crate) fn try_map<S, U>(
         self,
         rx: impl FnMut(R) -> Option<S>,
@@ -258,31 +264,33 @@ impl<R, T> Queues<R, T> {
     }
 }
 
-/// The error of a port that is to stop queues of another driver.
+/// Error of a port that is asked to stop queues of another driver.
 pub(crate) fn queues_of_another() -> Error {
     Error::new(ErrorKind::Usage, "cannot stop the port", "the queues belong to another driver")
 }
 
-/// The queues of a driver's port.
+/// Queues of a port of driver `N`.
 pub type QueuesOf<N> = Queues<<N as Nic>::Rx, <N as Nic>::Tx>;
 
-/// Why a port must be stopped and started. Its queues, which are on lcores, tell its device, which is not.
+/// Reason why a port must be restarted. Queues on lcores pass it to the port's device, which is not on an
+/// lcore.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Fault(Arc<Mutex<Option<&'static str>>>);
 
 impl Fault {
-    /// Notes a reason, unless there is one already.
+    /// Records a reason, unless one is already recorded.
     pub(crate) fn raise(&self, why: &'static str) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
     }
 
-    /// Takes the reason, if there is one.
+    /// Takes the recorded reason, if any.
     pub(crate) fn take(&self) -> Option<&'static str> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
-/// Sees a TX ring that stays full: asked only when it is, so that packets cost nothing.
+/// Detects a TX ring that stays full. It runs only while the ring is full, so the packet path pays nothing
+/// otherwise.
 #[derive(Debug, Default)]
 pub(crate) struct Watchdog {
     stuck: Option<Stuck>,
@@ -290,22 +298,23 @@ pub(crate) struct Watchdog {
 
 #[derive(Debug)]
 struct Stuck {
-    /// Of the ring, when it was first found full.
+    /// Progress of the ring when it was first found full.
     progress: usize,
-    /// When it was last looked at, and how long it was watched, in TSC ticks.
+    /// When the ring was last checked, and for how long it has been watched, in TSC ticks.
     looked: u64,
     watched: u64,
 }
 
 impl Watchdog {
-    /// Whether the ring is full and has completed nothing for a second; then not again for the next one.
-    /// `progress` grows with each completion and never wraps.
+    /// Returns whether the full ring has completed nothing for a second; a positive result restarts the
+    /// measurement. `progress` grows with each completion and never wraps.
     pub(crate) fn is_late(&mut self, progress: usize) -> bool {
         self.is_late_at(progress, Tsc::now(), Tsc::hz())
     }
 
-    /// As [`Watchdog::is_late`] at `now`, of a clock with `second` ticks in a second. A longer time between two looks
-    /// counts as a tenth of a second: where a machine was paused, the clock ran on and the device did not.
+    /// Implements [`Watchdog::is_late`] at `now`, with `second` clock ticks per second. A gap between two
+    /// checks counts as at most a tenth of a second: while a machine is paused, its clock runs but its device
+    /// does not.
     fn is_late_at(&mut self, progress: usize, now: u64, second: u64) -> bool {
         match &mut self.stuck {
             Some(stuck) if stuck.progress == progress => {
@@ -327,39 +336,42 @@ impl Watchdog {
 
 /// The receiving half of a port, owned by one lcore.
 pub trait RxBurst: Send {
-    /// Receives packets into `burst` until it is full or none is left, and refills the ring from `cache`. Packets
-    /// behind a bad one, or behind the end of the ring, may come with a later call.
+    /// Receives packets into `burst` until it is full or none is left, and refills the ring from `cache`.
+    /// Packets after a bad packet, or after the end of the ring, may be returned by a later call.
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst);
-    /// Its counters, which are among those of [`Nic::counters`].
+    /// Returns the queue's counters, which are part of [`Nic::counters`].
     fn counters(&self) -> &QueueCounters;
 }
 
 /// The sending half of a port, owned by one lcore.
 pub trait TxBurst: Send {
-    /// Hands packets from the front of `burst` to the device and gives the number of those that left it: sent, or dropped as
-    /// too long and counted as errors. Those that find no descriptor stay in `burst`. Buffers of packets that were sent go to
-    /// `cache`. Each packet must be a frame, unless the port was started for long frames: a segment would be sent as one.
+    /// Hands packets from the front of `burst` to the device. Returns the number of packets that left
+    /// `burst`: those sent, and those dropped as too long and counted as errors. Packets without a free
+    /// descriptor stay in `burst`. Buffers of sent packets return to `cache`. Each packet must be a whole
+    /// frame unless the port was started for long frames; otherwise each segment would be sent as a frame.
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize;
-    /// Its counters, which are among those of [`Nic::counters`].
+    /// Returns the queue's counters, which are part of [`Nic::counters`].
     fn counters(&self) -> &QueueCounters;
-    /// What the device does with the packets that it is given. A partial checksum that it does not make goes out as it is.
+    /// Returns the offloads that the device applies to sent packets. If it does not compute partial
+    /// checksums, they are sent as they are.
     fn offloads(&self) -> Offloads {
         Offloads::empty()
     }
 }
 
-/// What the control plane does with a NIC. Its queues are separate values that move to lcores.
+/// Control plane of a NIC. The queues are separate values that move to lcores.
 pub trait Nic {
-    /// The receiving half.
+    /// RX queue.
     type Rx: RxBurst;
-    /// The sending half.
+    /// TX queue.
     type Tx: TxBurst;
 
-    /// Sets up the rings of `config` in `memory`, fills the RX rings from `cache` and starts DMA. If the last stop failed,
-    /// that is made up for first.
+    /// Sets up the rings of `config` in `memory`, fills the RX rings from `cache` and starts DMA. If the last
+    /// stop failed, first retries it.
     ///
     /// # Errors
-    /// `Usage` when `config` is beyond [`Nic::capabilities`]; else when the device refuses, or memory or buffers are short.
+    /// `Usage` when `config` exceeds [`Nic::capabilities`]. Otherwise when the device refuses, or memory or
+    /// buffers are insufficient.
     fn start(
         &mut self,
         config: &PortConfig,
@@ -367,13 +379,15 @@ pub trait Nic {
         cache: &mut PoolCache,
     ) -> Result<QueuesOf<Self>>;
 
-    /// Ends DMA by a reset, then gives every buffer that the rings own to `cache`, or to the pool that it came from.
+    /// Ends DMA with a reset, then returns every buffer owned by the rings to `cache`, or to the pool that
+    /// the buffer came from.
     ///
     /// # Errors
     /// When the device does not confirm the reset. The buffers and their memory are then kept until it does.
     fn stop(&mut self, queues: QueuesOf<Self>, cache: &mut PoolCache) -> Result<()>;
 
-    /// As [`Nic::start`] with a queue each way, whatever `config` says of their number.
+    /// Starts the port as [`Nic::start`] does, with one queue in each direction, whatever numbers `config`
+    /// has.
     ///
     /// # Errors
     /// As for [`Nic::start`].
@@ -388,7 +402,7 @@ pub trait Nic {
         })
     }
 
-    /// As [`Nic::stop`], with a queue each way and one pool.
+    /// Stops the port as [`Nic::stop`] does, with one queue in each direction.
     ///
     /// # Errors
     /// As for [`Nic::stop`].
@@ -396,43 +410,44 @@ pub trait Nic {
         self.stop(Queues::pair(rx, tx), cache)
     }
 
-    /// Tries again a stop that the device did not confirm, and gives `cache` what it kept back; without one nothing
-    /// happens.
+    /// Retries a stop that the device did not confirm, and returns the retained buffers to `cache`. Does
+    /// nothing if there is no such stop.
     ///
     /// # Errors
-    /// When it does not confirm it now either.
+    /// When the device still does not confirm the stop.
     fn retry_stop(&mut self, _cache: &mut PoolCache) -> Result<()> {
         Ok(())
     }
 
-    /// Tells the device of `memory`, whose region was added to the [map](vireo_eal::dma::MemoryMap) of the port's memory. A
-    /// device that finds the region mapped needs to be told nothing; one that runs in another process has to map it first.
+    /// Informs the device of `memory`, whose region was added to the [map](vireo_eal::dma::MemoryMap) of the
+    /// port's memory. A device that already has the region mapped needs no notice; a device in another
+    /// process must map it first.
     ///
     /// # Errors
-    /// When the device refuses, or cannot share such memory. It does not reach the memory then.
+    /// When the device refuses the memory or cannot share it. The device then cannot reach it.
     fn update_memory(&mut self, _memory: &DmaMemory) -> Result<()> {
         Ok(())
     }
 
-    /// The station address.
+    /// Returns the station address.
     fn mac(&self) -> MacAddr;
 
-    /// What the device can do and needs.
+    /// Returns the capabilities and requirements of the device.
     fn capabilities(&self) -> Capabilities;
 
-    /// Pads short frames from the next start on, because a port of the application brings such: a driver whose device
-    /// does it anyway has nothing to do.
+    /// Pads short frames from the next start on, because another port of the application may deliver them. A
+    /// driver whose device always pads does nothing.
     fn pad_short_frames(&mut self) {}
 
-    /// State of the link now.
+    /// Returns the current state of the link.
     fn link(&self) -> Link;
 
-    /// Whether the port works, asked now and then; adds what the device itself has counted since. It reads a few registers, and
-    /// more of a link that has come up.
+    /// Checks whether the port works, and adds what the device itself has counted since the last call. Call
+    /// it periodically. It reads a few registers, and more if the link has come up.
     ///
     /// # Errors
-    /// Why the port must be stopped and started: a queue met a lie or completes nothing, the device asks for a
-    /// reset, or it is gone. A queue's reason is given once.
+    /// Why the port must be stopped and started: a queue detected device misbehavior or completes nothing,
+    /// the device requests a reset, or the device is gone. A queue's reason is returned once.
     fn check(&mut self) -> Result<()>;
 
     /// Receives every frame, or only those for this station.
@@ -441,7 +456,7 @@ pub trait Nic {
     /// When the device refuses.
     fn set_promiscuous(&mut self, on: bool) -> Result<()>;
 
-    /// The port's counters, for any thread. They go on when the port is started again.
+    /// Returns the port's counters, which any thread may read. They continue when the port is started again.
     fn counters(&self) -> &PortCounters;
 }
 
@@ -460,7 +475,8 @@ mod tests {
         assert!(!(0..3 * SECOND).any(|now| watchdog.is_late_at(now as usize / 900, now, SECOND)));
     }
 
-    /// A machine that is stopped, or whose memory goes to another host: its clock runs on, its devices do not.
+    /// While a machine is paused or its memory migrates to another host, its clock runs but its devices do
+    /// not.
     #[test]
     fn time_in_which_nobody_looked_does_not_count() {
         let mut watchdog = Watchdog::default();

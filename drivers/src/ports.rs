@@ -1,4 +1,4 @@
-//! From EAL arguments to started ports: the order of set-up.
+//! Port set-up, from EAL arguments to started ports.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,34 +16,34 @@ use crate::driver::Args;
 use crate::port::{Nic, PortConfig};
 use crate::table::{AnyVdev, Drivers, Port};
 
-/// Longest wait for links to come up.
+/// Longest time to wait for links to come up.
 const LINK_WAIT: Duration = Duration::from_secs(9);
 
-/// A port that is open and not started, with how it was acquired.
+/// An open port that is not started, and how it was acquired.
 #[derive(Debug)]
 pub struct OpenPort {
     /// The port.
     pub port: Port,
-    /// Address of its function, or name of its virtual device.
+    /// Address of the port's function, or name of its virtual device.
     pub name: String,
-    /// What it is and where: the rest of [`OpenPort::describe`].
+    /// Kind of device and its location: the rest of [`OpenPort::describe`].
     kind: String,
-    /// Mode, reason and times; none of a virtual port.
+    /// Mode, reason and times; `None` for a virtual port.
     pub report: Option<Report>,
-    /// What its DMA goes through; none of a virtual port.
+    /// Address space of the port's DMA; `None` for a virtual port.
     pub space: Option<Arc<AddressSpace>>,
-    /// NUMA node of its function, where the machine has several.
+    /// NUMA node of the port's function, if the machine has several nodes.
     pub node: Option<u32>,
-    /// Hears that the kernel wants the function back.
+    /// Reports that the kernel wants the function back.
     request: Option<Request>,
 }
 
-/// Opens the ports that the EAL arguments choose: PCI functions by address, then virtual devices in the order
-/// of the command line. All side by side: the kernel resets each function on the way, which takes up to 100
-/// ms, and a virtual device may wait for its peer, until `stop`.
+/// Opens the ports that the EAL arguments select: PCI functions by address, then virtual devices in
+/// command-line order. All open in parallel, because the kernel resets each function on the way, which takes
+/// up to 100 ms, and a virtual device may wait for its peer until `stop` is set.
 ///
 /// # Errors
-/// At the first port that cannot be had.
+/// The first failure to open a port.
 pub fn open(eal: &Eal, drivers: &Drivers, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
     let chosen = bus.select(&eal.args, |id| drivers.driver_of(id).is_some())?;
     let open = |info: PciInfo| {
@@ -76,14 +76,14 @@ pub fn open(eal: &Eal, drivers: &Drivers, bus: &Bus, stop: &StopFlag) -> Result<
     Ok(ports)
 }
 
-/// Where a port brings frames that no wire carries, the drivers of the others pad them.
+/// Makes the drivers of all ports pad frames if any port delivers frames that are too short for a wire.
 fn pad_where_needed(ports: &mut [OpenPort]) {
     if ports.iter().any(|open| open.port.capabilities().receives_short_frames) {
         ports.iter_mut().for_each(|open| open.port.pad_short_frames());
     }
 }
 
-/// `scope.spawn` would panic where there can be no thread.
+/// Returns an error if no thread can be created, where `scope.spawn` would panic.
 fn start<'scope>(
     scope: &'scope Scope<'scope, '_>,
     body: impl FnOnce() -> Result<OpenPort> + Send + 'scope,
@@ -97,7 +97,8 @@ fn open_vdev(device: &dyn AnyVdev, name: &str, stop: &StopFlag) -> Result<OpenPo
     Ok(OpenPort::virtual_port(port, name, kind))
 }
 
-/// Looks for two devices that make one socket; another process would be blamed for the first one's.
+/// Rejects two devices that create the same socket. Otherwise the error would blame another process for the
+/// first one's socket.
 fn check_listeners(vdevs: &[(&str, Box<dyn AnyVdev>)]) -> Result<()> {
     let mut seen: BTreeMap<PathBuf, (&str, &Path)> = BTreeMap::new();
     for (name, device) in vdevs {
@@ -117,10 +118,10 @@ fn check_listeners(vdevs: &[(&str, Box<dyn AnyVdev>)]) -> Result<()> {
     Ok(())
 }
 
-/// Opens one port in `mode`, with its devargs, by a driver of this crate.
+/// Opens one port in `mode` with its devargs, using a driver of this crate.
 ///
 /// # Errors
-/// When the kernel or the device refuses, or a devarg is wrong.
+/// When the kernel or the device refuses, or a devarg is invalid.
 pub fn open_one(bus: &Bus, vfio: &Vfio, info: PciInfo, mode: VfioMode, args: Args<'_>) -> Result<OpenPort> {
     take(&Drivers::default(), bus.open(&info, vfio, mode)?, info, args)
 }
@@ -136,12 +137,12 @@ fn take(drivers: &Drivers, device: PciDevice, info: PciInfo, args: Args<'_>) -> 
     Ok(OpenPort { port, name, kind, report: Some(report), space: Some(space), node: info.numa_node, request })
 }
 
-/// Gives up what only set-up needed; see [`Eal::confine`].
+/// Gives up the privileges that only set-up needed; see [`Eal::confine`].
 ///
 /// # Errors
 /// As for [`Eal::confine`].
 pub fn confine(eal: &Eal) -> Result<()> {
-    // Their ports remove them at the end, and make or connect to them again when a peer comes back.
+    // Ports remove their sockets at the end, and create or connect to them again when a peer returns.
     let sockets = eal.args.vdevs.iter().flat_map(|vdev| &vdev.args);
     let sockets = sockets.filter(|(key, _)| key == "iface" || key == "path");
     let directory = |(_, path): &(String, String)| match Path::new(path).parent() {
@@ -151,11 +152,11 @@ pub fn confine(eal: &Eal) -> Result<()> {
     eal.confine(&sockets.map(directory).collect::<Vec<_>>())
 }
 
-/// Waits until the links of all of `ports` are up, for 9 s at most, as DPDK's l2fwd does; calls `waiting` every
-/// 100 ms. There is no event to wait for: link changes are read from a register.
+/// Waits until the links of all `ports` are up, for at most 9 s as in DPDK's l2fwd, and calls `waiting` every
+/// 100 ms. It polls because link changes are read from a register and raise no event.
 ///
 /// # Errors
-/// Those of `waiting`.
+/// Errors of `waiting`.
 pub fn wait_for_links<'a>(
     ports: impl Iterator<Item = &'a OpenPort> + Clone,
     stop: &StopFlag,
@@ -169,8 +170,9 @@ pub fn wait_for_links<'a>(
     Ok(())
 }
 
-/// Packet buffers for `ports` ports and `lcores` lcores, as DPDK's l2fwd works them out: rings, bursts and
-/// caches full at once, never less than 8192, and no more than a pool can have.
+/// Returns the number of packet buffers for `ports` ports and `lcores` lcores, by the formula of DPDK's
+/// l2fwd: enough for full rings, bursts and caches at once, but at least 8192 and at most what a pool can
+/// hold.
 pub fn buffers_needed(ports: usize, lcores: usize, config: &PortConfig) -> u32 {
     let queues = usize::from(config.rx_queues.max(config.tx_queues));
     let each = config.descriptors() + queues * (32 + lcores * 256);
@@ -178,13 +180,13 @@ pub fn buffers_needed(ports: usize, lcores: usize, config: &PortConfig) -> u32 {
 }
 
 impl OpenPort {
-    /// A port that is behind no bus.
+    /// Creates a port that is not on a bus.
     pub fn virtual_port(port: Port, name: &str, kind: String) -> Self {
         Self { port, name: name.to_owned(), kind, report: None, space: None, node: None, request: None }
     }
 
-    /// Whether the kernel has asked for the function since the last call, to unplug it or to unbind it. It waits
-    /// until the port is dropped.
+    /// Whether the kernel has asked for the function since the last call, to unplug or unbind it. The kernel
+    /// waits until the port is dropped.
     pub fn is_asked_back(&self) -> bool {
         self.request.as_ref().is_some_and(Request::take)
     }
@@ -194,7 +196,7 @@ impl OpenPort {
         self.space.as_ref().is_some_and(|space| space.is_physical())
     }
 
-    /// One line for the start-up report.
+    /// Returns one line for the start-up report.
     pub fn describe(&self) -> String {
         format!("{} {}", self.name, self.kind)
     }

@@ -1,5 +1,5 @@
-//! Every driver that Vireo has, in one place, the types that stand for any of them, and what an application adds. What is above
-//! asks here; drivers know nothing of this.
+//! The table of all drivers in Vireo, the types that stand for any driver's ports and queues, and the drivers
+//! that an application adds. Higher layers look up drivers here; drivers do not depend on this module.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::port::{
 
 macro_rules! drivers {
     ($($variant:ident: $driver:ident, pci: [$($pci:ident)?], vdev: [$($vdev:ident)?];)*) => {
-        /// RX queue of any driver, for lcores that poll ports of several.
+        /// RX queue of any driver, for lcores that poll ports of several drivers.
         #[derive(Debug)]
         pub enum RxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant(crate::$driver::RxQueue)),* }
 
@@ -122,17 +122,18 @@ macro_rules! drivers {
     };
 }
 
-// A driver is a line: its variant, its module, and there the types that take a PCI function or a virtual device.
+// One line per driver: its variant, its module, and that module's types that open a PCI function or a virtual
+// device.
 drivers! {
     Virtio: virtio, pci: [Device], vdev: [UserOptions];
     E1000: e1000, pci: [Device], vdev: [];
     Igb: igb, pci: [Device], vdev: [];
     Vhost: vhost, pci: [], vdev: [Options];
-    // Of other crates: see `Drivers`.
+    // Drivers of other crates: see `Drivers`.
     Foreign: foreign, pci: [], vdev: [];
 }
 
-/// A driver of PCI functions, whatever its type.
+/// A driver of PCI functions, with its type erased.
 #[derive(Clone, Copy)]
 struct PciEntry {
     name: &'static str,
@@ -151,7 +152,7 @@ impl PciEntry {
     }
 }
 
-/// A driver of virtual devices, whatever its type.
+/// A driver of virtual devices, with its type erased.
 #[derive(Clone, Copy)]
 struct VdevEntry {
     names: [&'static str; 2],
@@ -165,11 +166,11 @@ impl VdevEntry {
     }
 }
 
-/// A virtual device of any driver, as its arguments have it.
+/// A virtual device of any driver, as parsed from its arguments.
 pub(crate) trait AnyVdev: Send + Sync {
-    /// The socket that it makes, if it makes one.
+    /// Path of the socket that the device creates, if it creates one.
     fn listens_at(&self) -> Option<&Path>;
-    /// Gives it to its driver, and says what it is.
+    /// Opens the device with its driver; returns the port and its description.
     fn open(&self, name: &str, stop: &StopFlag) -> Result<(Port, String)>;
 }
 
@@ -196,21 +197,21 @@ impl<V: Vdev<Device: ForeignNic>> AnyVdev for ForeignVdev<V> {
     }
 }
 
-/// The drivers of an application: those of this crate, to which it may add its own.
+/// The drivers of an application: those of this crate, and any that the application adds.
 pub struct Drivers {
     pci: Vec<PciEntry>,
     vdevs: Vec<VdevEntry>,
 }
 
 impl Default for Drivers {
-    /// Those of this crate.
+    /// The drivers of this crate.
     fn default() -> Self {
         Self { pci: PCI.into(), vdevs: VDEVS.into() }
     }
 }
 
 impl Drivers {
-    /// Adds a driver of PCI functions. Ids that others have are theirs.
+    /// Adds a driver of PCI functions. IDs that earlier drivers claim stay with those drivers.
     #[must_use]
     pub fn with_pci<D: PciDriver + ForeignNic>(mut self) -> Self {
         self.pci
@@ -218,7 +219,7 @@ impl Drivers {
         self
     }
 
-    /// Adds a driver of virtual devices. Names that others have are theirs.
+    /// Adds a driver of virtual devices. Names that earlier drivers claim stay with those drivers.
     #[must_use]
     pub fn with_vdev<V: Vdev<Device: ForeignNic> + 'static>(mut self) -> Self {
         let parse: fn(&str, Args<'_>) -> Result<Box<dyn AnyVdev>> =
@@ -227,18 +228,18 @@ impl Drivers {
         self
     }
 
-    /// Name of the driver for a function.
+    /// Returns the name of the driver for a function.
     pub fn driver_of(&self, id: DeviceId) -> Option<&'static str> {
         self.for_id(id).map(|driver| driver.name)
     }
 
-    /// Devargs that the drivers of PCI functions know, for [`vireo_eal::args::Program`].
+    /// Returns the devargs that the drivers of PCI functions accept, for [`vireo_eal::args::Program`].
     pub fn device_keys(&self) -> Vec<&'static str> {
         self.pci.iter().flat_map(|driver| driver.keys).copied().collect()
     }
 
-    /// Names of the drivers of virtual devices, DPDK's and DPDK's alias, and the keys of each, for
-    /// [`vireo_eal::args::Program`].
+    /// Returns the names of the drivers of virtual devices (DPDK's name and alias), each with its argument
+    /// keys, for [`vireo_eal::args::Program`].
     pub fn vdev_keys(&self) -> Vec<(&'static str, &'static [&'static str])> {
         self.vdevs.iter().flat_map(|driver| driver.names.map(|name| (name, driver.keys))).collect()
     }
@@ -247,10 +248,11 @@ impl Drivers {
         self.pci.iter().find(|driver| driver.ids.iter().any(|(known, _)| *known == id))
     }
 
-    /// Gives a function to its driver.
+    /// Opens a function with its driver.
     ///
     /// # Errors
-    /// `Unavailable` when no driver knows it, `Usage` for a devarg that its driver does not know, else what the driver says.
+    /// `Unavailable` when no driver supports the function, `Usage` for a devarg that its driver does not
+    /// accept. Otherwise the driver's error.
     pub fn probe(&self, function: Box<dyn Function>, args: Args<'_>) -> Result<Port> {
         let cannot = |kind, what: &str, why| Error::new(kind, format!("cannot use {what}"), why);
         let (id, address) = (function.id(), function.address());
@@ -270,10 +272,10 @@ impl Drivers {
         (driver.open)(function, args)
     }
 
-    /// Reads the arguments of a virtual device.
+    /// Parses the arguments of a virtual device.
     ///
     /// # Errors
-    /// `Unavailable` when there is no such driver, `Usage` for a wrong argument.
+    /// `Unavailable` when there is no such driver, `Usage` for an invalid argument.
     pub(crate) fn parse_vdev(&self, VdevArgs { name, driver, args }: &VdevArgs) -> Result<Box<dyn AnyVdev>> {
         let Some(entry) = self.vdevs.iter().find(|entry| entry.names.contains(&driver.as_str())) else {
             return Err(Error::new(
@@ -286,7 +288,7 @@ impl Drivers {
     }
 }
 
-/// Name of this crate's driver for a function.
+/// Returns the name of this crate's driver for a function.
 pub fn driver_of(id: DeviceId) -> Option<&'static str> {
     Drivers::default().driver_of(id)
 }

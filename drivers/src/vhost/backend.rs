@@ -1,4 +1,4 @@
-//! What a frontend asks for, one connection long (vhost-user, "Front-end message types").
+//! Handles the requests of one frontend connection (vhost-user, "Front-end message types").
 
 #[cfg(test)]
 mod tests;
@@ -22,38 +22,39 @@ use super::shared::{Shared, Slot};
 use super::{RINGS_PER_PAIR, TRANSMIT};
 use crate::virtio::Features;
 
-/// What the port offers. Indirect descriptors are not: they cost the device a read for each packet.
+/// Features that the port offers. Indirect descriptors are excluded because they cost the device a read per
+/// packet.
 pub(super) const FEATURES: Features =
     Features::VERSION_1.union(Features::MRG_RXBUF).union(Features::EVENT_IDX).union(Features::IN_ORDER);
 
-/// `VHOST_F_LOG_ALL`: what is written is marked in a log.
+/// `VHOST_F_LOG_ALL`: writes are marked in a log.
 const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
-/// Largest queue that the specification allows, in descriptors (virtio 1.2, 2.7).
+/// Maximum queue size that the specification allows, in descriptors (virtio 1.2, 2.7).
 const MAX_SIZE: u32 = 1 << 15;
 
-/// What the frontend said of one ring.
+/// State of one ring as the frontend set it.
 #[derive(Debug, Default)]
 struct Vring {
     size: u16,
     addresses: Option<Addresses>,
-    /// Guest address of the used ring, where it is to be marked in the log (`VHOST_VRING_F_LOG`).
+    /// Guest address of the used ring, if it is to be marked in the log (`VHOST_VRING_F_LOG`).
     logged: Option<u64>,
     /// Position of the next chain while no lcore has the ring.
     base: u16,
     call: Option<Arc<PeerEvent>>,
-    /// Since `SET_VRING_KICK`, until `GET_VRING_BASE`.
+    /// Whether the ring is started: from `SET_VRING_KICK` to `GET_VRING_BASE`.
     started: bool,
     enabled: bool,
 }
 
-/// The state of a connection. Dropping it takes the rings away from the lcores.
+/// State of a connection. Dropping it takes the rings away from the lcores.
 #[derive(Debug)]
 pub(super) struct Backend {
     name: Arc<str>,
     rings: Vec<Arc<Shared>>,
     vrings: Vec<Vring>,
-    /// What the frontend accepted.
+    /// Features that the frontend accepted.
     features: u64,
     memory: Option<Arc<PeerMemory>>,
     log: Option<Arc<PeerLog>>,
@@ -97,12 +98,14 @@ impl Backend {
         self.features & feature.bits() != 0
     }
 
-    /// Without protocol features there is no SET_VRING_ENABLE, and a ring starts enabled (vhost-user, "Ring states").
+    /// Whether a ring is enabled. Without protocol features there is no SET_VRING_ENABLE, and a ring starts
+    /// enabled (vhost-user, "Ring states").
     fn is_enabled(&self, vring: &Vring) -> bool {
         vring.enabled || !self.is_negotiated()
     }
 
-    /// The ring as it is to be now; stopped while something is missing or the frontend has not started it.
+    /// Builds a ring with its current settings; `Stopped` while a setting is missing or the frontend has not
+    /// started the ring.
     fn ring(&self, at: usize) -> Result<Slot> {
         let vring = &self.vrings[at];
         let (Some(memory), Some(addresses)) = (&self.memory, vring.addresses) else {
@@ -127,7 +130,7 @@ impl Backend {
         })
     }
 
-    /// Takes the ring from its lcore, and gives it back as it is to be now.
+    /// Takes the ring from its lcore, and returns it with its current settings.
     fn update(&mut self, at: usize) -> Result<()> {
         let shared = Arc::clone(&self.rings[at]);
         let slot = &mut shared.lock().slot;
@@ -145,12 +148,12 @@ impl Backend {
         Ok(())
     }
 
-    /// As [`Backend::update`] of each ring, whatever becomes of the others.
+    /// Updates each ring as [`Backend::update`] does, even if another one fails.
     fn update_all(&mut self) -> Result<()> {
         (0..self.rings.len()).map(|at| self.update(at)).fold(Ok(()), Result::and)
     }
 
-    /// Takes the ring from its lcore for good; gives the position where it ended.
+    /// Takes the ring from its lcore for good; returns the position where it ended.
     fn stop(&mut self, at: usize) -> u16 {
         let vring = &mut self.vrings[at];
         match std::mem::take(&mut self.rings[at].lock().slot) {
@@ -162,7 +165,8 @@ impl Backend {
         vring.base
     }
 
-    /// Replaces the memory by one that differs in single regions. A ring outside of it waits for a region to come.
+    /// Replaces the memory with one that differs in single regions. A ring outside the memory waits for its
+    /// region to be added.
     fn change_memory(&mut self, memory: Option<Arc<PeerMemory>>) {
         let _old = std::mem::replace(&mut self.memory, memory);
         if let Err(error) = self.update_all() {
@@ -182,14 +186,15 @@ impl Backend {
         }
     }
 
-    /// Disabled rings by which the frontend transmits, and where what they hold now ends; none if no ring is disabled.
-    /// Leaves the slots of enabled rings alone: an lcore that found one taken would miss a burst after each request.
+    /// Returns the disabled rings through which the frontend transmits, each with the end of its current
+    /// content; `None` if no ring is disabled. Does not lock enabled rings: an lcore that found its ring
+    /// locked would miss a burst after each request.
     pub(super) fn disabled(&self) -> Option<Vec<(Arc<Shared>, u16)>> {
         let transmit = self.rings.iter().zip(&self.vrings).skip(TRANSMIT).step_by(RINGS_PER_PAIR);
         let mut disabled = None;
         for (shared, _) in transmit.filter(|(_, vring)| vring.started && !self.is_enabled(vring)) {
             if let Slot::Disabled(ring) = &shared.lock().slot {
-                // A lie is told to whoever uses the ring once it is enabled.
+                // An invalid index is reported when the ring is used after it is enabled.
                 let end = ring.end().ok().map(|end| (Arc::clone(shared), end));
                 disabled.get_or_insert_with(Vec::new).extend(end);
             }
@@ -251,7 +256,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     ) -> Result<Option<Vec<u64>>> {
         let regions: Vec<PeerRegion> =
             regions.iter().zip(files).map(|(described, file)| region(described, file)).collect();
-        // Unmapping takes long: no ring of an lcore that ends it may be the last to hold the memory.
+        // Unmapping takes long, so no ring that an lcore ends may be the last owner of the memory.
         let _old = self.memory.replace(PeerMemory::map(&regions).map_err(failed)?);
         self.update_all().map(|()| None)
     }
@@ -290,8 +295,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Ok(VhostUserVringState::new(index, self.stop(at).into()))
     }
 
-    /// The ring starts with this message and not with the first kick: none is asked for. The descriptor is
-    /// not kept.
+    /// Starts the ring with this message instead of the first kick, because the port requests no kicks. The
+    /// file descriptor is not kept.
     fn set_vring_kick(&mut self, index: u8, _fd: Option<File>) -> Result<()> {
         let (at, _) = self.vring(index.into())?;
         self.stop(at);
@@ -304,7 +309,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         let call = fd.map(|fd| PeerEvent::new(fd.into()).map(Arc::new)).transpose().map_err(failed)?;
         vring.call = call.clone();
         self.update(at)?;
-        // What was given to a running ring before, it was not woken for.
+        // The frontend was not woken for what a running ring returned before.
         if let Some(call) = call {
             call.signal();
         }
@@ -315,8 +320,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
         self.vring(index.into()).map(drop)
     }
 
-    /// MQ is offered with several pairs only. QEMU and DPDK take the answer to GET_QUEUE_NUM for a number of pairs,
-    /// cloud-hypervisor and crosvm for one of queues; without MQ all of them take one pair.
+    /// Returns the protocol features. MQ is offered only with several pairs: QEMU and DPDK take the answer to
+    /// GET_QUEUE_NUM for a number of pairs, cloud-hypervisor and crosvm for a number of queues. Without MQ
+    /// all of them use one pair.
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         let mut offered = VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
@@ -332,7 +338,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         }
     }
 
-    /// Pairs of queues.
+    /// Returns the number of queue pairs.
     fn get_queue_num(&mut self) -> Result<u64> {
         Ok(self.pairs() as u64)
     }
@@ -375,7 +381,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         self.update_all()
     }
 
-    // What follows belongs to protocol features that are not offered.
+    // The following requests belong to protocol features that are not offered.
 
     fn reset_device(&mut self) -> Result<()> {
         Err(Error::InvalidOperation("RESET_DEVICE was not offered"))

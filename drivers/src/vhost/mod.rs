@@ -1,12 +1,13 @@
-//! net_vhost: the device's side of virtio-net over vhost-user (virtio 1.2, 5.1; the
-//! [vhost-user protocol](https://qemu-project.gitlab.io/qemu/interop/vhost-user.html), back-end). The port
-//! listens at a socket, to which a QEMU guest, DPDK's virtio-user or another Vireo connects; or it connects to theirs
-//! (`client=1`), again and again.
+//! net_vhost: the device side of virtio-net over vhost-user (virtio 1.2, 5.1; back-end of the
+//! [vhost-user protocol](https://qemu-project.gitlab.io/qemu/interop/vhost-user.html)). The port listens on a
+//! socket, to which a QEMU guest, DPDK's virtio-user or another Vireo connects. With `client=1` it connects
+//! to their socket instead, and connects again whenever the connection ends.
 //!
-//! A thread of the port talks with the frontend. It maps the frontend's memory and puts the rings where the
-//! lcores find them; the lcores copy between the frontend's buffers and their own. A frontend that comes, goes, or
-//! lies stops its own rings only, and no call waits for it, but for what it shares with us: one that makes its call
-//! eventfd block after we have seen to that, and fills it, stops the lcore that wakes it.
+//! A thread of the port communicates with the frontend. It maps the frontend's memory and places the rings
+//! where the lcores find them. The lcores copy between the frontend's buffers and their own. A frontend that
+//! connects, disconnects or misbehaves stops only its own rings, and no call waits for it. The exception is
+//! the call eventfd, which the frontend shares with Vireo: a frontend that makes it blocking again after
+//! Vireo made it nonblocking, and fills it, halts the lcore that wakes the frontend.
 
 mod backend;
 mod queues;
@@ -32,21 +33,22 @@ use ring::Report;
 use server::Server;
 use shared::{Shared, Slot};
 
-/// Rings of a pair (virtio 1.2, 5.1.2), named as the frontend sees them.
+/// Rings of a pair (virtio 1.2, 5.1.2), named from the frontend's view.
 const RINGS_PER_PAIR: usize = 2;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 
-/// What the user may ask of a port: the keys of `--vdev net_vhost0`, which are DPDK's, and `mac`.
+/// User options of a port: the keys of `--vdev net_vhost0`, which are DPDK's, and `mac`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// The socket (`iface`).
+    /// Path of the socket (`iface`).
     pub path: PathBuf,
-    /// Station address (`mac`); without it a random one.
+    /// Station address (`mac`); random if not given.
     pub mac: Option<MacAddr>,
-    /// Pairs of rings that a frontend may use (`queues`).
+    /// Number of queue pairs that a frontend may use (`queues`).
     pub queues: u16,
-    /// Connect to the frontend's socket, and again when that ends, instead of making one (`client`).
+    /// Whether to connect to the frontend's socket, and again when the connection ends, instead of creating a
+    /// socket (`client`).
     pub client: bool,
 }
 
@@ -88,7 +90,7 @@ impl Vdev for Options {
     }
 }
 
-/// A port whose other end is a frontend's virtio-net driver.
+/// A port whose other end is the virtio-net driver of a frontend.
 #[derive(Debug)]
 pub struct Device {
     name: Arc<str>,
@@ -100,14 +102,15 @@ pub struct Device {
 }
 
 impl Device {
-    /// Listens for a frontend, or begins to look for one (`client`). `name` is that of the port, for messages.
+    /// Listens for a frontend, or starts to connect to one (`client`). `name` is the name of the port in
+    /// messages.
     ///
     /// # Errors
-    /// `Busy` when somebody listens there, else when the socket cannot be made.
+    /// `Busy` when another process listens there, otherwise when the socket cannot be created.
     pub fn open(name: &str, options: &Options) -> Result<Self> {
         let name: Arc<str> = name.into();
         let counters = PortCounters::default();
-        // `RECEIVE` and `TRANSMIT` of each pair, by the frontend's names.
+        // Each pair has `RECEIVE`, which the port sends to, and `TRANSMIT`, named from the frontend's view.
         let rings: Vec<Arc<Shared>> = (0..options.queues.into())
             .flat_map(|number| [counters.tx(number), counters.rx(number)])
             .map(|counters| Arc::new(Shared::new(Report::new(&name, counters))))
@@ -120,7 +123,7 @@ impl Device {
         Ok(Self { name, mac, rings, counters, started: false, _server: server })
     }
 
-    /// Of each pair the ring [`RECEIVE`] or [`TRANSMIT`].
+    /// Returns the ring [`RECEIVE`] or [`TRANSMIT`] of each pair.
     fn rings_of(&self, kind: usize) -> impl Iterator<Item = &Arc<Shared>> {
         self.rings.iter().skip(kind).step_by(RINGS_PER_PAIR)
     }
@@ -134,7 +137,7 @@ impl Nic for Device {
     type Rx = RxQueue;
     type Tx = TxQueue;
 
-    /// Waits for no frontend, and needs nothing of `memory`: rings and buffers are the frontend's.
+    /// Does not wait for a frontend, and needs no DMA memory: rings and buffers are the frontend's.
     fn start(
         &mut self,
         config: &PortConfig,
@@ -156,8 +159,8 @@ impl Nic for Device {
         Ok(Queues { rx: rx.map(RxQueue::new).collect(), tx: tx.collect() })
     }
 
-    /// The frontend stays connected; its rings wait for the next start.
-    /// The rings own no buffers of ours: packets were copied.
+    /// Leaves the frontend connected; its rings wait for the next start. The rings own no buffers of the
+    /// port, because packets are copied.
     fn stop(&mut self, queues: Queues<RxQueue, TxQueue>, _cache: &mut PoolCache) -> Result<()> {
         let own_rx = self.rings_of(TRANSMIT).zip(&queues.rx).all(|(ring, rx)| rx.is_of(ring));
         let own_tx = self.rings_of(RECEIVE).zip(&queues.tx).all(|(ring, tx)| tx.is_of(ring));
@@ -172,14 +175,14 @@ impl Nic for Device {
         self.mac
     }
 
-    /// Rings and buffers are the frontend's. It receives no short frames, and sends none of several packets: those are
-    /// dropped.
+    /// Rings and buffers are the frontend's. The port drops short frames that it receives, and drops frames
+    /// of several packets instead of sending them.
     fn capabilities(&self) -> Capabilities {
         let pairs = (self.rings.len() / RINGS_PER_PAIR) as u16;
         Capabilities { max_frame: MAX_FRAME, rx_queues: pairs, tx_queues: pairs, ..Capabilities::default() }
     }
 
-    /// Up while a frontend has both rings of the first pair started and enabled.
+    /// Reports the link as up while a frontend has started and enabled both rings of the first pair.
     fn link(&self) -> Link {
         let up = self
             .rings
@@ -189,17 +192,17 @@ impl Nic for Device {
         Link { up, speed: None, full_duplex: true, autoneg: false }
     }
 
-    /// It does: a ring whose frontend lied waits for that frontend to start it anew.
+    /// Always succeeds: a ring whose frontend misbehaved waits for that frontend to start it again.
     fn check(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// There is no filter: whatever the frontend sends is received.
+    /// Has no effect: there is no filter, and whatever the frontend sends is received.
     fn set_promiscuous(&mut self, _on: bool) -> Result<()> {
         Ok(())
     }
 
-    /// Nothing is unread or unfinished: what is in a ring stays with the frontend.
+    /// Never counts unread or unfinished packets: what is in a ring stays with the frontend.
     fn counters(&self) -> &PortCounters {
         &self.counters
     }

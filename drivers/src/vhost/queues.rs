@@ -1,4 +1,4 @@
-//! The two queues of a port: a lock that is taken once for a burst, then the ring.
+//! RX and TX queues of a port: a lock that is taken once per burst, then the ring.
 
 use std::sync::Arc;
 
@@ -10,27 +10,27 @@ use crate::counters::QueueCounters;
 use crate::frames::drop_long;
 use crate::port::{RxBurst, TxBurst};
 
-/// Rings by what the frontend does with them.
+/// Names of the rings by what the frontend does with them.
 const TRANSMIT: &str = "transmit";
 const RECEIVE: &str = "receive";
 
-/// What both queues are.
+/// State that both queues have.
 #[derive(Debug)]
 struct Queue {
     shared: Arc<Shared>,
-    /// The ring's counters, which are read without its place.
+    /// The ring's counters, which are read without locking its place.
     counters: Arc<QueueCounters>,
 }
 
-/// Receiving half: takes from the ring by which the frontend transmits.
+/// RX queue: takes from the ring through which the frontend transmits.
 #[derive(Debug)]
 pub struct RxQueue(Queue);
 
-/// Sending half: fills the ring by which the frontend receives.
+/// TX queue: fills the ring through which the frontend receives.
 #[derive(Debug)]
 pub struct TxQueue {
     queue: Queue,
-    /// Frames may be several packets.
+    /// Whether frames may be several packets.
     scattered: bool,
 }
 
@@ -40,7 +40,7 @@ impl Queue {
         Self { shared: Arc::clone(shared), counters }
     }
 
-    /// Ends the use of a ring whose frontend lied.
+    /// Ends the use of a ring whose frontend misbehaved.
     #[cold]
     #[inline(never)]
     fn end(slot: &mut Slot, lie: Lie, report: &Report, direction: &str) {
@@ -61,7 +61,7 @@ impl RxQueue {
         Arc::ptr_eq(&self.0.shared, shared)
     }
 
-    /// What there is to do for a ring that does not just run.
+    /// Handles a ring that is in any state other than `Slot::Running`.
     #[cold]
     #[inline(never)]
     fn otherwise(Place { slot, report }: &mut Place, cache: &mut PoolCache, burst: &mut Burst) {
@@ -73,7 +73,7 @@ impl RxQueue {
 }
 
 impl TxQueue {
-    /// Of a port that is `scattered`, frames may be several packets, and such are dropped.
+    /// Creates the queue. If `scattered`, frames may be several packets; such frames are dropped.
     pub(super) fn new(shared: &Arc<Shared>, scattered: bool) -> Self {
         Self { queue: Queue::new(shared), scattered }
     }
@@ -82,7 +82,8 @@ impl TxQueue {
         Arc::ptr_eq(&self.queue.shared, shared)
     }
 
-    /// As of [`RxQueue`]; gives the number of packets that were taken.
+    /// Handles a ring that is in any state other than `Slot::Running`; returns the number of packets taken
+    /// from `burst`.
     #[cold]
     #[inline(never)]
     fn otherwise(Place { slot, report }: &mut Place, cache: &mut PoolCache, burst: &mut Burst) -> usize {
@@ -108,7 +109,7 @@ impl TxQueue {
         before - burst.len()
     }
 
-    /// As [`TxQueue::send`], without the frames of several packets.
+    /// Drops frames of several packets, then sends as [`TxQueue::send`] does.
     #[cold]
     #[inline(never)]
     fn send_single(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
@@ -140,7 +141,7 @@ impl RxBurst for RxQueue {
 }
 
 impl TxBurst for TxQueue {
-    /// Packets for which the frontend has no room, or which come while none is there, stay in `burst`.
+    /// Sends a burst. Packets stay in `burst` if the frontend has no room for them or is not connected.
     #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         if self.scattered { self.send_single(cache, burst) } else { self.send(cache, burst) }

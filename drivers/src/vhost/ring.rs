@@ -1,7 +1,8 @@
 //! The device's side of a split virtqueue (virtio 1.2, 2.7) in a frontend's memory.
 //!
-//! Chains are used up in the order in which they come, all of a burst before the next begins: the position of
-//! the next available chain is also that of the next used element. Every word is read once, and checked.
+//! Chains are used in the order in which they arrive, and all of a burst before the next burst begins. The
+//! position of the next available chain is therefore also that of the next used element. Every word is read
+//! once and checked.
 
 mod chain;
 mod marks;
@@ -24,13 +25,14 @@ const AVAIL_NO_INTERRUPT: u16 = 1;
 /// The device wants no kick (`VIRTQ_USED_F_NO_NOTIFY`).
 const USED_NO_NOTIFY: u16 = 1;
 
-/// Descriptors in a cache line.
+/// Number of descriptors in a cache line.
 const LINE: usize = 4;
 
-/// How far an index may run before `avail_event` has to follow: a part of 2^16 that leaves room for a ring.
+/// Distance that an index may advance before `avail_event` has to follow: a part of 2^16 that leaves room for
+/// a ring.
 const AVAIL_EVENT_STRIDE: u16 = 1 << 14;
 
-/// Where a ring is, in the frontend's own addresses (`VHOST_USER_SET_VRING_ADDR`).
+/// Location of a ring, in the frontend's own addresses (`VHOST_USER_SET_VRING_ADDR`).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Addresses {
     pub(super) desc: u64,
@@ -38,7 +40,7 @@ pub(super) struct Addresses {
     pub(super) used: u64,
 }
 
-/// What was agreed on for a ring.
+/// Features negotiated for a ring.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms {
     /// `VIRTIO_F_EVENT_IDX`.
@@ -47,13 +49,13 @@ pub(super) struct Terms {
     pub(super) mergeable: bool,
 }
 
-/// A ring's counters, and what its messages need. The thread that holds the ring's slot writes them.
+/// A ring's counters, and the state of its messages. The thread that holds the ring's slot writes them.
 #[derive(Debug, Default)]
 pub(super) struct Report {
     pub(super) counters: Arc<QueueCounters>,
-    /// Of the port, for messages.
+    /// Name of the port, for messages.
     pub(super) name: Arc<str>,
-    /// A buffer that is too short was named.
+    /// Whether a buffer that is too short was reported.
     warned: bool,
 }
 
@@ -62,7 +64,8 @@ impl Report {
         Self { counters, name: Arc::clone(name), warned: false }
     }
 
-    /// Says once that the next buffer, of `room` bytes, is too short for a frame of `len`: it stays the next one.
+    /// Logs once that the next buffer, of `room` bytes, is too short for a frame of `len` bytes. That buffer
+    /// remains the next one.
     fn too_short(&mut self, room: usize, len: usize) {
         if !std::mem::replace(&mut self.warned, true) {
             tracing::warn!(
@@ -75,7 +78,8 @@ impl Report {
     }
 }
 
-/// The words behind the rings, which a driver that did not accept `VIRTIO_F_EVENT_IDX` may use for something else.
+/// The event words after the rings. A driver that did not accept `VIRTIO_F_EVENT_IDX` may use them for
+/// something else.
 #[derive(Debug)]
 struct Events {
     used_event: PeerRing<u16>,
@@ -86,26 +90,26 @@ struct Events {
 #[derive(Debug)]
 pub(super) struct Ring {
     memory: Arc<PeerMemory>,
-    /// Address; then length, flags and next, as in [`chain::Descriptor`].
+    /// Descriptor table: address, then length, flags and next, as in [`chain::Descriptor`].
     desc: PeerRing<u64, 2>,
     avail_flags: PeerRing<u16>,
     avail_idx: PeerRing<u16>,
     avail: PeerRing<u16>,
     used_idx: PeerRing<u16>,
-    /// Elements of `id` and `len`.
+    /// Used ring elements: `id`, then `len`.
     used: PeerRing<u32, 2>,
     events: Option<Events>,
     /// Position of the next chain, modulo 2^16.
     next: u16,
     terms: Terms,
-    /// None while the frontend polls.
+    /// `None` while the frontend polls.
     call: Option<Arc<PeerEvent>>,
     marks: Option<Marks>,
 }
 
 impl Ring {
-    /// The ring of `size` descriptors at `at`, from where it was left: what is used is done (vhost-user, "Ring
-    /// states").
+    /// Creates the ring of `size` descriptors at `at`, which continues where it was left: used chains are
+    /// done (vhost-user, "Ring states").
     pub(super) fn new(
         memory: &Arc<PeerMemory>,
         size: u16,
@@ -135,7 +139,7 @@ impl Ring {
             call,
             marks,
         };
-        // With EVENT_IDX the flags stay 0 (2.7.10.1) and `avail_event` does the same.
+        // With EVENT_IDX the flags stay 0 (2.7.10.1), and `avail_event` suppresses kicks instead.
         let flags: PeerRing<u16> = memory.ring(at.used, 1)?;
         flags.store::<0>(0, if terms.event_idx { 0 } else { USED_NO_NOTIFY });
         ring.ask_for_no_kick();
@@ -148,7 +152,8 @@ impl Ring {
         self.next
     }
 
-    /// The driver kicks when its index passes `avail_event`, which is behind it.
+    /// Suppresses kicks. The driver kicks when its index passes `avail_event`, which is placed one behind the
+    /// next chain.
     fn ask_for_no_kick(&self) {
         if let Some(events) = &self.events {
             events.avail_event.store::<0>(0, self.next.wrapping_sub(1));
@@ -159,7 +164,7 @@ impl Ring {
         Table { words: self.desc.view(), entries: self.desc.entries() }
     }
 
-    /// Chains that the frontend has made available.
+    /// Number of chains that the frontend has made available.
     #[inline(always)]
     fn pending(&self) -> Checked<u16> {
         let pending = self.avail_idx.load::<0>(0).wrapping_sub(self.next);
@@ -170,8 +175,8 @@ impl Ring {
         Ok(pending)
     }
 
-    /// Asks for the descriptors of the next `chains` chains at once, not one cache line after the other, as far as
-    /// they are in order.
+    /// Prefetches the descriptors of the next `chains` chains together, instead of one cache line after the
+    /// other, as far as they are in order.
     #[inline(always)]
     fn prefetch(&self, chains: usize) {
         let (desc, avail) = (self.desc.view(), self.avail.view());
@@ -180,7 +185,7 @@ impl Ring {
         }
     }
 
-    /// Gives the frontend its chains from `old` on back, and wakes it if it wants that.
+    /// Returns the chains from position `old` on to the frontend, and wakes the frontend if it requests that.
     #[inline(always)]
     fn publish(&mut self, old: u16, counters: &QueueCounters) {
         dma_wmb();
@@ -189,7 +194,8 @@ impl Ring {
             self.ask_for_no_kick();
         }
         if let Some(call) = &self.call {
-            // Without it the driver could go to sleep between our read of its wish and our write of the index.
+            // Without the barrier, the device could read the driver's request before it writes the index, and
+            // the driver could go to sleep in between.
             full_mb();
             let wanted = match &self.events {
                 Some(events) => need_event(events.used_event.load::<0>(0), old, self.next),
@@ -202,15 +208,16 @@ impl Ring {
         }
     }
 
-    /// Position behind the last chain that the frontend has made available.
+    /// Position after the last chain that the frontend has made available.
     pub(super) fn end(&self) -> Checked<u16> {
         self.pending().map(|pending| self.next.wrapping_add(pending))
     }
 
-    /// Uses what the frontend sends by a disabled ring, without a look at it: chains before `end`, as [`Ring::end`] gave it.
+    /// Uses what the frontend transmits through a disabled ring, without reading it: the chains before `end`,
+    /// which [`Ring::end`] returned.
     pub(super) fn discard(&mut self, end: u16, counters: &QueueCounters) {
         let old = self.next;
-        // Counted when the frontend sees that they are used.
+        // Counted before the frontend sees that the chains are used.
         counters.errors.add(end.wrapping_sub(old).into());
         while self.next != end {
             let position = usize::from(self.next);
@@ -224,7 +231,8 @@ impl Ring {
     }
 }
 
-/// Writes a used element, unless it is the same as in the round before: then its cache line stays the frontend's too.
+/// Writes a used element, unless it is the same as in the previous round: then its cache line stays shared
+/// with the frontend.
 #[inline(always)]
 fn write_used(element: RingEntry<'_, u32, 2>, head: u16, len: usize) {
     let (id, len) = (u32::from(head), len as u32);

@@ -1,4 +1,5 @@
-//! The socket of a port, or the frontend's, and the thread that serves one frontend after the other on it.
+//! The socket of a port, or of its frontend, and the thread that serves the frontends on it one after the
+//! other.
 
 mod early;
 #[cfg(test)]
@@ -25,20 +26,21 @@ use vireo_eal::{Error, ErrorKind, Result};
 use super::backend::Backend;
 use super::shared::Shared;
 
-/// How soon to try again to accept or to connect, in milliseconds.
+/// Delay before the next attempt to accept or to connect, in milliseconds.
 const RETRY: u8 = 100;
 
-/// Descriptors that a process is told to have more of: a frontend's are two for each ring, and one for each region of memory.
+/// Number of file descriptors by which the hint raises the limit: a frontend takes two for each ring and one
+/// for each memory region.
 const MORE_FILES: u64 = 1024;
 
 /// How long a frontend must be silent before a change of its memory counts as complete, in milliseconds.
 const SILENCE: u8 = 100;
 
-/// What the thread and the owner of the port have in common.
+/// State that the thread and the owner of the port share.
 #[derive(Debug, Default)]
 struct Session {
     ending: AtomicBool,
-    /// The connection that is served now.
+    /// The connection that is being served.
     connection: Mutex<Option<UnixStream>>,
 }
 
@@ -52,16 +54,17 @@ impl Session {
     }
 }
 
-/// The name of a socket in the file system; removed on drop.
+/// Path of a socket in the file system; removed on drop.
 #[derive(Debug)]
 struct Name(PathBuf);
 
-/// Serves the frontends at a path; on drop it hangs up, ends its thread and removes the socket file that it made.
+/// Serves the frontends at a path. On drop it closes the connection, ends its thread and removes the socket
+/// file that it created.
 #[derive(Debug)]
 pub(super) struct Server {
     session: Arc<Session>,
-    /// The listener once more, or the other end of what a client polls while it waits: shut down, it accepts no more
-    /// and wakes whoever waits in it.
+    /// A duplicate of the listener, or the other end of the socket that a client polls while it waits.
+    /// Shutting it down ends accepting and wakes the thread that waits in it.
     waker: UnixStream,
     thread: Option<JoinHandle<()>>,
     _name: Option<Name>,
@@ -71,7 +74,8 @@ impl Server {
     /// Listens at `path` for frontends that will fill `rings`.
     ///
     /// # Errors
-    /// `Busy` when somebody listens there, else when the file is no socket or cannot be made.
+    /// `Busy` when another process listens there, otherwise when the file is not a socket or cannot be
+    /// created.
     pub(super) fn listen(path: &Path, name: &Arc<str>, rings: &[Arc<Shared>]) -> Result<Self> {
         make_way(path, name)?;
         let failed =
@@ -83,10 +87,10 @@ impl Server {
         Self::start(port, waker, Some(socket), serve).map_err(failed)
     }
 
-    /// Connects to the frontends that listen at `path`, one after the other, as long as there is a port.
+    /// Connects to the frontends that listen at `path`, one after the other, as long as the port exists.
     ///
     /// # Errors
-    /// When no socket can have that path, or the process has run out of something.
+    /// When a socket cannot have that path, or the process has run out of a resource.
     pub(super) fn connect(path: &Path, name: &Arc<str>, rings: &[Arc<Shared>]) -> Result<Self> {
         let failed =
             |error: std::io::Error| Error::io(format!("{name}: cannot use {}", path.display()), &error);
@@ -133,7 +137,7 @@ impl Drop for Name {
     }
 }
 
-/// As `UnixListener::bind`, which leaves the name behind when it cannot listen.
+/// Binds and listens like `UnixListener::bind`, but removes the path if it cannot listen.
 fn bind(path: &Path) -> nix::Result<(UnixListener, Name)> {
     let fd = socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     socket::bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
@@ -142,7 +146,7 @@ fn bind(path: &Path) -> nix::Result<(UnixListener, Name)> {
     Ok((UnixListener::from(fd), name))
 }
 
-/// Removes a socket that a process left when it was killed.
+/// Removes a socket that a killed process left behind.
 fn make_way(path: &Path, name: &str) -> Result<()> {
     let what = || format!("{name}: cannot listen at {}", path.display());
     let file = match std::fs::symlink_metadata(path) {
@@ -161,12 +165,13 @@ fn make_way(path: &Path, name: &str) -> Result<()> {
     }
 }
 
-/// What the thread of a port needs.
+/// State of a port's thread.
 struct Port {
     name: Arc<str>,
     rings: Vec<Arc<Shared>>,
     session: Arc<Session>,
-    /// Command for when the process has no descriptor left; the sandbox does not let the thread read the limit.
+    /// Command to suggest when the process has no descriptor left. The sandbox does not let the thread read
+    /// the limit.
     more_files: String,
 }
 
@@ -180,8 +185,8 @@ impl Port {
         }
     }
 
-    /// Accepts frontends until the port ends. That the process or the system has run out of something does not last:
-    /// it is said once, and tried again.
+    /// Accepts frontends until the port ends. A shortage of resources in the process or the system is
+    /// temporary: it is logged once, and accepting is retried.
     fn accept(&self, listener: &UnixListener) {
         let mut said = false;
         loop {
@@ -206,8 +211,8 @@ impl Port {
         }
     }
 
-    /// Connects to the frontend at `path`, and to the next one when it is gone, until the other end of `ends` is closed.
-    /// Each reason why it cannot connect is logged once.
+    /// Connects to the frontend at `path`, and to the next one when it is gone, until the other end of `ends`
+    /// is closed. A reason why it cannot connect is logged once, until the reason changes.
     fn seek(&self, path: &Path, ends: &UnixStream) {
         let mut said = None;
         loop {
@@ -222,7 +227,7 @@ impl Port {
                     }
                 }
             }
-            // Also after a connection, for a frontend that hangs up at once.
+            // Also wait after a connection, in case a frontend hangs up at once.
             if self.session.is_ending() || ends_soon(ends) {
                 return;
             }
@@ -262,19 +267,20 @@ impl Port {
     }
 }
 
-/// Waits for [`RETRY`], whoever connects; whether the port ends meanwhile, which is when `socket` is shut down.
+/// Waits for [`RETRY`], even if a frontend connects. Returns whether the port ends meanwhile, which shuts
+/// down `socket`.
 fn ends_soon(socket: &impl AsFd) -> bool {
     let mut hung_up = [PollFd::new(socket.as_fd(), PollFlags::empty())];
     poll(&mut hung_up, PollTimeout::from(RETRY)).is_ok_and(|ready| ready > 0)
 }
 
-/// Answers a frontend until it hangs up or breaks the protocol; gives the reason.
+/// Answers a frontend until it hangs up or breaks the protocol; returns the reason.
 fn converse(stream: UnixStream, session: &Session, name: &Arc<str>, rings: &[Arc<Shared>]) -> VhostError {
     match stream.try_clone() {
         Ok(clone) => session.set(Some(clone)),
         Err(error) => return VhostError::SocketError(error),
     }
-    // The port may have ended before it could see the connection.
+    // The port may have ended before the connection was visible to it.
     if session.is_ending() {
         return VhostError::Disconnected;
     }
@@ -290,17 +296,19 @@ fn converse(stream: UnixStream, session: &Session, name: &Arc<str>, rings: &[Arc
     }
 }
 
-/// While the frontend is silent for [`SILENCE`], unmaps the memory regions that it has removed, and drops what it
-/// transmits by disabled rings. Returns when there is a request, or no such region and ring.
+/// Each time the frontend is silent for [`SILENCE`], unmaps the memory regions that it has removed, and drops
+/// what it transmits through disabled rings. Returns when there is a request, or when no such region or ring
+/// is left.
 fn await_request(handler: &BackendReqHandler<Mutex<Backend>>, backend: &Mutex<Backend>) {
     let lock = || backend.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
-        // What a ring holds is looked at first: of what comes later, a request that enables it may already be on its way.
+        // The contents of the rings are determined first: for later contents, a request that enables the ring
+        // may already be on its way.
         let disabled = lock().disabled();
         if disabled.is_none() && lock().is_settled() {
             return;
         }
-        // The next request fails by the same error.
+        // The next request fails with the same error.
         let Ok(socket) = handler.try_clone_connection() else { return };
         let mut heard = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
         match poll(&mut heard, PollTimeout::from(SILENCE)) {

@@ -1,4 +1,4 @@
-//! A ring between the lcore that polls it and the thread that sets it up and takes it away.
+//! A ring shared between the lcore that polls it and the thread that sets it up and takes it away.
 
 use std::sync::{PoisonError, TryLockError};
 
@@ -11,53 +11,55 @@ use super::ring::{Report, Ring};
 #[cfg(loom)]
 mod models;
 
-/// What there is of a ring.
+/// State of a ring.
 #[derive(Debug, Default)]
 pub(super) enum Slot {
-    /// The frontend has not started it.
+    /// The frontend has not started the ring.
     #[default]
     Stopped,
-    /// The lcore may use it.
+    /// The lcore may use the ring.
     Running(Box<Ring>),
-    /// As `Running`, of a guest that migrates: what is written is marked.
+    /// As `Running`, for a guest that migrates: writes are marked in the log.
     Logged(Box<Ring>),
-    /// Started and not enabled: it receives nothing, and what it transmits is used and dropped (vhost-user, "Ring
-    /// states"). No lcore does that: the request that enables the ring may be there and not answered yet.
+    /// Started but not enabled. The ring receives nothing, and what the frontend transmits is used and
+    /// dropped (vhost-user, "Ring states"). No lcore does that, because the request that enables the ring may
+    /// have arrived without being answered yet.
     Disabled(Box<Ring>),
-    /// The frontend lied; the ring ended at this position, until it is started anew.
+    /// The frontend misbehaved. The ring ended at this position until it is started again.
     Broken(u16),
 }
 
-/// A ring's slot and what is counted of the ring. Whoever uses the ring holds both, so a count has one writer at a time.
+/// A ring's slot and its counters. The user of the ring holds both, so a counter has one writer at a time.
 #[derive(Debug, Default)]
 pub(super) struct Place {
     pub(super) slot: Slot,
     pub(super) report: Report,
 }
 
-/// A ring's place. The lcore takes it once for each burst and never waits; everybody else may. Each has cache lines
-/// of its own, for the rings of a port may belong to two lcores.
+/// The lock of a ring's place. The lcore takes it once per burst and never waits; all other threads may wait.
+/// Each lock has cache lines of its own, because the rings of a port may belong to two lcores.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(super) struct Shared {
-    /// How many wait for the place: the lcore then leaves it, or it could hold it nearly all of the time.
+    /// Number of threads that wait for the place. While there is one, the lcore leaves the place alone;
+    /// otherwise the lcore could hold it nearly all of the time.
     waiting: AtomicU32,
     place: Mutex<Place>,
 }
 
 impl Shared {
-    /// A place without a ring.
+    /// Creates a place without a ring.
     pub(super) fn new(report: Report) -> Self {
         Self { waiting: AtomicU32::new(0), place: Mutex::new(Place { report, ..Place::default() }) }
     }
 
-    /// Whether somebody waits for the place.
+    /// Whether a thread waits for the place.
     #[inline(always)]
     pub(super) fn is_wanted(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
-    /// The place, unless somebody else has or wants it.
+    /// Locks the place, unless another thread holds or wants it.
     #[inline(always)]
     pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Place>> {
         if self.is_wanted() {
@@ -70,7 +72,7 @@ impl Shared {
         }
     }
 
-    /// The place, after at most one burst of the lcore.
+    /// Locks the place, after at most one burst of the lcore.
     pub(super) fn lock(&self) -> MutexGuard<'_, Place> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
@@ -78,7 +80,8 @@ impl Shared {
         place
     }
 
-    /// Drops what the frontend transmits by a disabled ring, before position `end`, and counts it as errors.
+    /// Drops what the frontend transmits through a disabled ring before position `end`, and counts it as
+    /// errors.
     pub(super) fn discard(&self, end: u16) {
         if let Place { slot: Slot::Disabled(ring), report } = &mut *self.lock() {
             ring.discard(end, &report.counters);

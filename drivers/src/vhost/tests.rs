@@ -1,4 +1,4 @@
-//! The port against a frontend in the test: an honest driver here, what lies in `hostile`.
+//! Tests of the port against a frontend: a correct driver here, misbehaving ones in `hostile`.
 
 mod conformance;
 mod guest;
@@ -54,7 +54,7 @@ impl Bench {
         Self { dir, device, rx, tx, cache, memory }
     }
 
-    /// A port and a guest whose driver runs.
+    /// Creates a port, and a guest whose driver runs.
     fn with(features: Features) -> (Self, Guest) {
         let bench = Self::new();
         let mut guest = bench.guest();
@@ -97,7 +97,7 @@ impl Bench {
         burst.into_iter().for_each(|packet| self.cache.free(packet));
     }
 
-    /// Stops the port and counts the buffers.
+    /// Stops the port; returns the number of available buffers.
     fn stop(mut self) -> u32 {
         self.device.stop_pair(self.rx, self.tx, &mut self.cache).unwrap();
         let pool = Arc::clone(self.cache.pool());
@@ -127,7 +127,8 @@ fn exchange(bench: &mut Bench, guest: &mut Guest, count: usize) {
     }
 }
 
-/// There is no long frame for a frontend yet: such are dropped whole, whether the frontend has room or not.
+/// Frames of several packets are not sent to a frontend yet: they are dropped whole, whether or not the
+/// frontend has room.
 #[test]
 fn frames_of_several_packets_are_dropped_and_counted() {
     let (mut bench, mut guest) = Bench::with(ALL);
@@ -231,7 +232,7 @@ fn without_mergeable_buffers_a_frame_needs_one_chain() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
-/// Every descriptor is used, and a chain that is too short for one packet is read again for the next.
+/// Every descriptor is used, and a chain that is too short for one packet is read again for the next one.
 #[test]
 fn chains_may_fill_the_table() {
     let half = usize::from(SIZE) / 2;
@@ -308,7 +309,7 @@ fn memory_in_several_regions() {
     guest.start(ALL);
     let mut bench = bench;
     exchange(&mut bench, &mut guest, 200);
-    // As when memory is plugged in: the rings go on where they were.
+    // When memory is plugged in, the rings continue where they were.
     guest.regions = 2;
     guest.set_mem_table();
     assert!(bench.device.link().up);
@@ -316,7 +317,7 @@ fn memory_in_several_regions() {
     assert_eq!(bench.rx.counters().packets.get(), 400);
 }
 
-/// Regions that touch in guest addresses.
+/// The regions are adjacent in guest addresses.
 #[test]
 fn a_buffer_may_cross_from_one_region_into_the_next() {
     for features in [PLAIN, ALL] {
@@ -367,7 +368,7 @@ fn rings_that_are_not_enabled_receive_nothing_and_send_nothing() {
     assert_eq!(guest.received(), [frame(3)]);
 }
 
-/// The order in which cloud-hypervisor, crosvm and DPDK stop a device.
+/// cloud-hypervisor, crosvm and DPDK stop a device in this order.
 #[test]
 fn a_disabled_ring_ends_where_it_was() {
     for running in [true, false] {
@@ -384,12 +385,12 @@ fn a_disabled_ring_ends_where_it_was() {
             guest.enable(ring, false);
         }
         assert_eq!([RECEIVE, TRANSMIT].map(|ring| guest.frontend_base(ring)), [u32::from(end); 2]);
-        // Asked again, it has not moved.
+        // A second request returns the same position.
         assert_eq!([RECEIVE, TRANSMIT].map(|ring| guest.frontend_base(ring)), [u32::from(end); 2]);
     }
 }
 
-/// A chain whose descriptors lie, on a ring that nobody looks at: it is not read.
+/// The descriptors of a chain on a disabled ring are invalid, but they are not read.
 #[test]
 fn a_disabled_ring_is_drained_without_a_look_at_its_frames() {
     let (mut bench, mut guest) = Bench::with(ALL);
@@ -403,7 +404,8 @@ fn a_disabled_ring_is_drained_without_a_look_at_its_frames() {
     assert_eq!(bench.rx.counters().errors.get(), 3 * u64::from(SIZE));
 }
 
-/// The port may read a request late: what a frontend transmits after a request that enables the ring is not dropped.
+/// The port may read a request late: what a frontend transmits after a request that enables the ring is not
+/// dropped.
 #[test]
 fn nothing_is_dropped_behind_a_request_that_enables_the_ring() {
     let (mut bench, mut guest) = Bench::with(ALL);
@@ -449,7 +451,7 @@ fn a_frontend_may_go_and_another_come() {
     exchange(&mut bench, &mut guest, 50);
     drop(guest);
     let mut guest = bench.guest();
-    // An answer to the second means that the first is forgotten.
+    // An answer to the second guest means that the first one is forgotten.
     guest.introduce(PLAIN);
     assert!(!bench.device.link().up);
     assert_eq!((bench.receive().len(), bench.send(&[frame(1)])), (0, 0));
@@ -463,7 +465,7 @@ fn a_frontend_may_go_and_another_come() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
-/// As Open vSwitch recommends it: whichever end is started anew, the other one stays.
+/// Open vSwitch recommends this setup: whichever end restarts, the other one stays.
 #[test]
 fn a_client_connects_to_each_frontend_that_listens() {
     let mut bench = Bench::with_socket(true);
@@ -474,7 +476,7 @@ fn a_client_connects_to_each_frontend_that_listens() {
         let mut guest = Guest::on(listener.accept().unwrap().0);
         guest.start(features);
         exchange(&mut bench, &mut guest, 50);
-        // The machine ends, and leaves its socket as a killed one does.
+        // The machine ends and leaves its socket behind, as a killed one does.
         drop((guest, listener));
         while bench.device.link().up {
             std::thread::yield_now();
@@ -482,7 +484,7 @@ fn a_client_connects_to_each_frontend_that_listens() {
         std::fs::remove_file(&path).unwrap();
     }
     assert_eq!(bench.rx.counters().packets.get(), 150);
-    // A port that looks for a frontend ends all the same, and one that has one; the socket is the frontend's.
+    // A port ends whether it waits for a frontend or has one; the socket is the frontend's.
     assert_eq!(bench.stop(), BUFFERS);
     let bench = Bench::with_socket(true);
     let path = bench.dir.path().join("socket");
@@ -534,7 +536,7 @@ fn a_socket_that_is_in_use_is_left_alone() {
     assert!(nowhere.errno().is_some(), "{nowhere}");
 }
 
-/// The socket of another process, whose queue of connections is full.
+/// The socket belongs to another process, whose connection queue is full.
 #[test]
 fn a_socket_that_accepts_nobody_does_not_hang_the_start() {
     use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
@@ -565,12 +567,12 @@ fn an_empty_pool_receives_later() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
-/// RX and TX queues of the same number.
+/// Pairs the RX and TX queues of the same number.
 fn pairs_of<R, T>(queues: &mut Queues<R, T>) -> impl Iterator<Item = (&mut R, &mut T)> {
     queues.rx.iter_mut().zip(&mut queues.tx)
 }
 
-/// Both ends are Vireo's: each pair is a way of its own.
+/// Both ends are Vireo ports, and each queue pair is an independent path.
 #[test]
 fn a_virtio_user_port_uses_several_pairs() {
     let dir = tempfile::tempdir().unwrap();
@@ -608,8 +610,8 @@ fn a_virtio_user_port_uses_several_pairs() {
     assert_eq!(pool.available(), BUFFERS);
 }
 
-/// A pool in memory that was added while a virtio-user port runs: its peer finds the packets, and the TX ring gives them
-/// back to that pool.
+/// A pool is in memory that was added while a virtio-user port runs: the peer finds the packets, and the TX
+/// ring returns them to that pool.
 #[test]
 fn a_virtio_user_port_sends_from_memory_that_was_added() {
     let dir = tempfile::tempdir().unwrap();
@@ -665,7 +667,7 @@ fn the_keys_are_those_of_dpdk() {
     assert!(wrong.iter().all(|args| parse(args).unwrap_err().kind() == ErrorKind::Usage));
 }
 
-/// Lines that are logged by this thread while it lives.
+/// A subscriber that collects the lines logged by this thread.
 struct Logged(std::sync::Mutex<Vec<String>>);
 
 impl tracing::field::Visit for &Logged {
@@ -692,7 +694,8 @@ impl tracing::Subscriber for Logged {
     fn exit(&self, _: &tracing::span::Id) {}
 }
 
-/// Without mergeable buffers a frame has to fit into the buffer that is next, which stays there when none fits.
+/// Without mergeable buffers a frame must fit into the next buffer, which remains the next one when the frame
+/// does not fit.
 #[test]
 fn a_buffer_that_is_too_short_is_named_once() {
     let (mut bench, mut guest) = Bench::with(PLAIN);

@@ -1,10 +1,10 @@
-//! Frames of several segments (virtio 1.2, 5.1.6): merged RX buffers, and indirect descriptors for TX. Only ports that were
-//! started for long frames come here.
+//! Frames of several segments (virtio 1.2, 5.1.6): merged RX buffers, and indirect descriptors for TX. Used
+//! only by ports that were started for long frames.
 //!
-//! A sent frame takes one descriptor of the ring, whatever its number of segments, so that everything else about the ring
-//! stays as it is for short frames: a slot of the avail ring names its own descriptor for ever, and one descriptor is one
-//! completion. A chain within the ring would need both to be written and recorded for each frame. QEMU, the kernel's vhost
-//! and DPDK's offer `VIRTIO_F_INDIRECT_DESC`.
+//! A sent frame takes one descriptor of the ring, whatever its number of segments. Everything else about the
+//! ring thus stays as for short frames: a slot of the avail ring always names its own descriptor, and one
+//! descriptor is one completion. A chain within the ring would require both to be written and recorded per
+//! frame. QEMU, the kernel's vhost and DPDK's vhost offer `VIRTIO_F_INDIRECT_DESC`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,28 +22,28 @@ use super::split::{DESC_INDIRECT, DESC_NEXT, Lie, shape};
 use super::tx::{TxQueue, blank};
 use crate::frames::{ETHERNET, bytes, drop_long};
 
-/// Descriptors of an indirect table.
+/// Number of descriptors in an indirect table.
 const TABLE: usize = MAX_SEGMENTS.next_power_of_two();
-/// Bytes of a descriptor.
+/// Size of a descriptor in bytes.
 const DESCRIPTOR: usize = 16;
-/// Bytes of an indirect table: one for each descriptor of the ring.
+/// Size of an indirect table in bytes. Each descriptor of the ring has one table.
 pub(super) const TABLE_BYTES: usize = TABLE * DESCRIPTOR;
 
-/// Indirect tables for a TX ring, and the packets that they lead to.
+/// Indirect tables for a TX ring, and the packets that they point to.
 #[derive(Debug)]
 pub(super) struct Chains {
-    /// Of each descriptor of the ring [`TABLE`] descriptors, which the device only reads.
+    /// [`TABLE`] descriptors for each descriptor of the ring; the device only reads them.
     tables: DmaRing<u64, 2>,
-    /// Of each descriptor of the ring the segments behind the first, which the ring has.
+    /// Segments after the first for each descriptor of the ring; the ring owns the first.
     rest: Box<[ArrayVec<Packet, MAX_SEGMENTS>]>,
     /// Number of packets in `rest`.
     held: usize,
-    /// Most bytes of a frame.
+    /// Maximum length of a frame in bytes.
     longest: usize,
 }
 
 impl Chains {
-    /// Takes memory for the tables of a ring of `size` descriptors.
+    /// Allocates the tables for a ring of `size` descriptors.
     pub(super) fn new(memory: &Arc<DmaMemory>, size: u16) -> Result<Self> {
         let entries = usize::from(size);
         let tables =
@@ -52,24 +52,25 @@ impl Chains {
         Ok(Self { tables, rest, held: 0, longest: 0 })
     }
 
-    /// The same for frames of up to `longest` bytes.
+    /// Returns these tables for frames of up to `longest` bytes.
     pub(super) fn for_frames(self, longest: usize) -> Self {
         Self { longest, ..self }
     }
 
-    /// Size of the ring.
+    /// Number of descriptors in the ring.
     pub(super) fn size(&self) -> usize {
         self.rest.len()
     }
 
-    /// Segments for which there is room: a ring holds no more packets than it has descriptors, as one of single packets, for
-    /// which the pool has buffers enough.
+    /// Number of segments for which there is room. The ring holds no more packets than it has descriptors, as
+    /// a ring of single-packet frames does; the pool has enough buffers for that.
     fn room(&self, ring: &DescRing) -> usize {
         ring.room().saturating_sub(self.held)
     }
 
-    /// Makes the descriptor at `position` of `ring`, which was filled with the first `len` bytes of a frame, header included,
-    /// at device address `iova`, lead to these and to `rest`.
+    /// Makes the descriptor at `position` of `ring` indirect, so that it points to its buffer and to `rest`.
+    /// The descriptor was filled with the first `len` bytes of a frame, header included, at device address
+    /// `iova`.
     fn link(
         &mut self,
         ring: &mut DescRing,
@@ -92,7 +93,7 @@ impl Chains {
         self.rest[slot] = rest;
     }
 
-    /// Frees what the descriptors at `positions` had behind the first segment.
+    /// Frees the segments after the first of the descriptors at `positions`.
     pub(super) fn free(&mut self, positions: Range<usize>, cache: &mut PoolCache) {
         for position in positions {
             let slot = position & (self.size() - 1);
@@ -103,7 +104,8 @@ impl Chains {
 }
 
 impl TxQueue {
-    /// As [`TxBurst::tx_burst`](crate::port::TxBurst::tx_burst), of a port that was started for long frames.
+    /// Implements [`TxBurst::tx_burst`](crate::port::TxBurst::tx_burst) for a port that was started for long
+    /// frames.
     #[inline(never)]
     pub(super) fn send_frames(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let Some(chains) = &self.chains else { return 0 };
@@ -152,8 +154,9 @@ impl TxQueue {
 }
 
 impl RxQueue {
-    /// Takes the rest of a frame that fills `buffers`, of which `last` is the first and `used_idx` says how many there are. A
-    /// frame that is not `sound`, is too long, or for which the port was not started, is dropped.
+    /// Takes the remaining buffers of a frame that fills `buffers` buffers. `last` is the first of them, and
+    /// completions are available up to `used_idx`. Drops the frame if it is not `sound`, if it is too long,
+    /// or if the port was not started for it.
     pub(super) fn complete_frame(
         &mut self,
         mut last: Packet,
@@ -165,11 +168,11 @@ impl RxQueue {
     ) -> std::result::Result<(), Lie> {
         let begin = burst.len();
         let mut taken = Ok(());
-        // A device shows all buffers of a frame at once (5.1.6.4).
+        // A device makes all buffers of a frame visible at once (5.1.6.4).
         if buffers == 0 || buffers - 1 > used_idx.wrapping_sub(self.queue.last_used) {
             taken = Err(Lie::NumBuffers);
         }
-        // Each call finds room for so many.
+        // `burst` has room for this many segments at each call.
         let mut fits = sound && usize::from(buffers) <= self.segments && last.len() >= ETHERNET;
         let mut bytes = last.len();
         for _ in 1..if taken.is_ok() { buffers } else { 0 } {
@@ -185,7 +188,7 @@ impl RxQueue {
                 }
             };
             bytes += len;
-            // Data begins where a first buffer has its header.
+            // A later buffer has no header: its data begins where a first buffer has its header.
             fits &= packet.prepend(HEADER).is_some();
             let before = std::mem::replace(&mut last, packet.with_len(len));
             if fits {

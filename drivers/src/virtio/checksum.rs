@@ -1,5 +1,5 @@
-//! Checksums that driver and device leave to each other (virtio 1.2, 5.1.6.2 and 5.1.6.4). Only queues of ports that were started
-//! with these offloads come here.
+//! Checksums that driver and device leave to each other (virtio 1.2, 5.1.6.2 and 5.1.6.4). Used only by
+//! queues of ports that were started with these offloads.
 
 use vireo_eal::dma::{Burst, Packet, PartialChecksum, PoolCache, Slot};
 
@@ -7,33 +7,35 @@ use super::HEADER;
 use super::rx::RxQueue;
 use super::tx::{TxQueue, blank};
 
-/// `VIRTIO_NET_HDR_F_NEEDS_CSUM`: the checksum is partial, and `csum_start` and `csum_offset` say where.
+/// `VIRTIO_NET_HDR_F_NEEDS_CSUM`: the checksum is partial; `csum_start` and `csum_offset` locate it.
 const NEEDS_CSUM: u8 = 1;
-/// `VIRTIO_NET_HDR_F_DATA_VALID`: the device found the checksum right.
+/// `VIRTIO_NET_HDR_F_DATA_VALID`: the device verified the checksum as correct.
 const DATA_VALID: u8 = 2;
 
-/// What is in front of a packet that is sent: four bytes of the buffer, then the header.
+/// Number of bytes written in front of a sent packet: four bytes of the buffer, then the header.
 const SENT: usize = size_of::<u128>();
 
-/// What a header says of the checksum: `flags`, `csum_start` and `csum_offset` of `struct virtio_net_hdr`.
+/// Extracts the checksum fields from a header: `flags`, `csum_start` and `csum_offset` of `struct
+/// virtio_net_hdr`.
 fn read([flags, _, _, _, _, _, s, t, o, p, _, _]: [u8; HEADER]) -> (u8, PartialChecksum) {
     (flags, PartialChecksum { start: u16::from_le_bytes([s, t]), offset: u16::from_le_bytes([o, p]) })
 }
 
-/// A header that asks for `partial`.
+/// Returns a header that requests `partial`.
 fn request(partial: PartialChecksum) -> [u8; SENT] {
     let ([s, t], [o, p]) = (partial.start.to_le_bytes(), partial.offset.to_le_bytes());
     [0, 0, 0, 0, NEEDS_CSUM, 0, 0, 0, 0, 0, s, t, o, p, 0, 0]
 }
 
-/// Whether the header of a packet of `len` bytes leaves no checksum beyond them.
+/// Whether a partial checksum in the header, if any, lies within the packet's `len` bytes.
 #[inline(always)]
 pub(super) fn is_sound(header: [u8; HEADER], len: usize) -> bool {
     let (flags, partial) = read(header);
     flags & NEEDS_CSUM == 0 || partial.fits(len)
 }
 
-/// Writes the header in front of a packet, as [`blank`], or one that asks for the packet's checksum. Whether it does.
+/// Writes the header in front of a packet: one that requests the packet's checksum if it is partial,
+/// otherwise as [`blank`] does. Returns whether the header requests a checksum.
 #[inline(always)]
 pub(super) fn ask(slot: &mut Slot<'_>, mergeable: bool) -> bool {
     let partial = slot.partial_checksum();
@@ -45,7 +47,7 @@ pub(super) fn ask(slot: &mut Slot<'_>, mergeable: bool) -> bool {
 }
 
 impl RxQueue {
-    /// As [`RxQueue::receive`], and notes what the headers say of checksums.
+    /// Receives as [`RxQueue::receive`] does, and records the checksum information of the headers.
     #[inline(never)]
     pub(super) fn receive_checksums(&mut self, used_idx: u16, cache: &mut PoolCache, burst: &mut Burst) {
         let before = burst.len();
@@ -57,7 +59,7 @@ impl RxQueue {
         let (mut good, mut partial) = (0, 0);
         let mut is_first = true;
         for packet in &mut burst[before..] {
-            // The other segments of a frame have no header.
+            // The later segments of a frame have no header.
             if std::mem::replace(&mut is_first, !packet.has_more()) {
                 let (is_good, is_partial) = note(packet, cache);
                 good += u64::from(is_good);
@@ -69,7 +71,8 @@ impl RxQueue {
     }
 }
 
-/// Notes what the header of a packet says of its checksum: good, or partial.
+/// Records the checksum information of a packet's header; returns whether the checksum is good and whether it
+/// is partial.
 fn note(packet: &mut Packet, cache: &mut PoolCache) -> (bool, bool) {
     let (flags, partial) = read(cache.read_header(packet));
     let good = flags & DATA_VALID != 0;
@@ -79,7 +82,8 @@ fn note(packet: &mut Packet, cache: &mut PoolCache) -> (bool, bool) {
 }
 
 impl TxQueue {
-    /// As [`TxBurst::tx_burst`](crate::port::TxBurst::tx_burst), of a port that was started with the offload.
+    /// Implements [`TxBurst::tx_burst`](crate::port::TxBurst::tx_burst) for a port that was started with the
+    /// offload.
     #[inline(never)]
     pub(super) fn send_checksums(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         if self.queue.ring.room() < self.queue.ring.entries() / 2 || burst.is_empty() {

@@ -10,7 +10,7 @@ use super::split::{DESC_NEXT, DESC_WRITE, Virtqueue, shape};
 use super::transport::{DEVICE_TIMEOUT, Transport};
 use crate::port::Fault;
 
-/// A command and its answer are two descriptors.
+/// Number of descriptors: one for a command and one for its answer.
 const SIZE: u16 = 2;
 const ACK_OK: u8 = 0;
 const CLASS_RX: u8 = 0;
@@ -28,14 +28,14 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Takes memory for control queue `index` of the device `name`.
+    /// Allocates control queue `index` of the device `name`.
     pub(super) fn new(memory: &Arc<DmaMemory>, index: u16, name: &Arc<str>) -> Result<Self> {
-        // What it meets is told by the command that waits for it.
+        // The waiting command reports any error, so the port's fault is not needed here.
         let queue = Virtqueue::new(memory, SIZE, name, &Fault::default())?;
         Ok(Self { queue, index, bytes: DmaRing::new(memory, 2, 8)? })
     }
 
-    /// Makes the queue as new and enables it.
+    /// Reinitializes the queue and enables it.
     pub(super) fn restart(&mut self, transport: &mut dyn Transport, event_idx: bool) -> Result<()> {
         transport.queue_size(self.index, SIZE).and_then(|size| match size {
             SIZE => Ok(()),
@@ -55,20 +55,21 @@ impl Control {
         self.command(transport, "set the receive filter", &[CLASS_RX, RX_PROMISC, u8::from(on)])
     }
 
-    /// Spreads packets over so many pairs of queues (5.1.6.5.5).
+    /// Distributes packets over `pairs` queue pairs (5.1.6.5.5).
     pub(super) fn set_pairs(&mut self, transport: &dyn Transport, pairs: u16) -> Result<()> {
         let [low, high] = pairs.to_le_bytes();
         self.command(transport, "set the number of queues", &[CLASS_MQ, MQ_VQ_PAIRS_SET, low, high])
     }
 
-    /// Class, command and data: eight bytes at most.
+    /// Sends a command and waits for the answer. Class, command and data take at most eight bytes.
     fn command(&mut self, transport: &dyn Transport, what: &str, command: &[u8]) -> Result<()> {
         let refused = |why: &str| Err(Error::new(ErrorKind::Protocol, format!("cannot {what}"), why));
         let mut word = [0; 8];
         word.iter_mut().zip(command).for_each(|(to, from)| *to = *from);
         self.bytes.store::<0>(0, u64::from_le_bytes(word));
         self.bytes.store::<0>(1, u64::MAX);
-        // Each command begins at the first descriptor: with IN_ORDER they are used in ring order (2.7.5).
+        // Each command starts at the first descriptor: with IN_ORDER, descriptors are used in ring order
+        // (2.7.5).
         let ring = &mut self.queue.ring;
         ring.set(0, [self.bytes.iova(), shape(command.len() as u32, DESC_NEXT, 1)]);
         ring.set(1, [self.bytes.iova() + 8, shape(1, DESC_WRITE, 0)]);

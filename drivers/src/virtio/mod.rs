@@ -1,5 +1,5 @@
-//! virtio-net (virtio 1.2): split virtqueues, mergeable RX buffers or not, event index. The device is behind
-//! modern PCI (`pci`), or is another process that speaks vhost-user (`user`).
+//! virtio-net (virtio 1.2): split virtqueues, with or without mergeable RX buffers and event index. The
+//! device is on modern PCI (`pci`), or is another process that speaks vhost-user (`user`).
 
 mod chains;
 mod checksum;
@@ -40,43 +40,43 @@ pub use tx::TxQueue;
 use user::User;
 pub use user::UserOptions;
 
-/// Virtqueues: the pairs, the receiving queue of each first, then the control queue (5.1.2).
+/// Virtqueue numbers: the pairs, the RX queue of each first, then the control queue (5.1.2).
 const RX_QUEUE: u16 = 0;
 const TX_QUEUE: u16 = 1;
 const RINGS_PER_PAIR: u64 = 2;
 
-/// Most pairs that anybody asks for: as many as DPDK has lcores (`RTE_MAX_LCORE`).
+/// Maximum number of queue pairs to configure: as many as DPDK has lcores (`RTE_MAX_LCORE`).
 const MOST_PAIRS: u16 = 128;
 
-/// Reads the devarg `queues`.
+/// Parses the devarg `queues`.
 pub(crate) fn pairs(value: &str) -> std::result::Result<u16, &'static str> {
     let pairs = value.parse().ok().filter(|pairs| (1..=MOST_PAIRS).contains(pairs));
     pairs.ok_or("it is no number from 1 to 128")
 }
 
-/// All that a port may ask of its device, to learn what the device has.
+/// The largest configuration, negotiated at probe to learn what the device supports.
 const MOST: PortConfig = PortConfig::with_descriptors(1024, 1024)
     .with_pairs(MOST_PAIRS)
     .with_max_frame(MAX_FRAME)
     .with_offloads(Offloads::all());
 
-/// Fewest descriptors of a ring for frames of several buffers: half of it has room for the longest, so that one is always under
-/// way when the ring is full.
+/// Minimum number of descriptors of a ring for frames of several buffers. Half of the ring has room for the
+/// longest frame, so that one is always in flight when the ring is full.
 const FEWEST_FOR_LONG: u16 = 2 * MAX_SEGMENTS.next_power_of_two() as u16;
 
-/// Bytes of `struct virtio_net_hdr` with `num_buffers`, which every packet has in front (5.1.6).
+/// Size in bytes of `struct virtio_net_hdr` with `num_buffers`, which precedes every packet (5.1.6).
 pub(crate) const HEADER: usize = 12;
 
-/// What gives a device long frames.
+/// Hint on how to get a device that supports long frames.
 const LONG_HINT: &str = "they need VIRTIO_NET_F_MRG_RXBUF, which mrg_rxbuf=1 asks for, and VIRTIO_F_INDIRECT_DESC; in QEMU: \
                          -device virtio-net-pci,mrg_rxbuf=on,indirect_desc=on, and host_mtu not less than the frame's";
 
-/// What the user may ask of a port.
+/// User options of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Use mergeable RX buffers if the device offers them (devarg `mrg_rxbuf`).
+    /// Whether to use mergeable RX buffers if the device offers them (devarg `mrg_rxbuf`).
     pub mrg_rxbuf: bool,
-    /// Rely on the order of completions if the device promises it (devarg `in_order`).
+    /// Whether to rely on in-order completions if the device promises them (devarg `in_order`).
     pub in_order: bool,
 }
 
@@ -88,25 +88,25 @@ impl Default for Options {
 
 /// A virtio network device.
 ///
-/// The device is reset before memory that it was told of can go: on [`Nic::stop`], and on drop while started.
+/// The device is reset before memory that it knows can be freed: on [`Nic::stop`], and on drop while started.
 #[derive(Debug)]
 pub struct Device {
     transport: Box<dyn Transport>,
     options: Options,
     features: Features,
-    /// Longest frame in bytes that it can be started for.
+    /// Maximum frame length in bytes that the port can be started for.
     max_frame: usize,
-    /// Offloads that it can be started with.
+    /// Offloads that the port can be started with.
     offloads: Offloads,
     mac: MacAddr,
     promiscuous: bool,
     fault: Fault,
     started: Option<Started>,
-    /// Most pairs of queues.
+    /// Maximum number of queue pairs.
     pairs: u16,
-    /// Queues of a stop that the device did not confirm.
+    /// Queues from a stop that the device did not confirm.
     parked: Option<Queues<RxQueue, TxQueue>>,
-    /// Queues of earlier runs, used again where they fit: DMA memory is never given back one by one.
+    /// Queues of earlier runs, reused where they fit: DMA memory is never freed in parts.
     spare: Option<Spare>,
     counters: PortCounters,
 }
@@ -117,7 +117,7 @@ struct Started {
     control: Option<Box<Control>>,
 }
 
-/// To receive and to send, where frames may be long with tables for them, and the control queue.
+/// RX queues, TX queues (with indirect tables if frames may be long), and the control queue.
 type Rings = (Queues<Virtqueue, (Virtqueue, Option<Chains>)>, Option<Box<Control>>);
 
 #[derive(Debug)]
@@ -148,7 +148,8 @@ impl Spare {
         Ok(taken)
     }
 
-    /// Takes a ring of each of `sizes`, by `make` where none is left. If that fails, those that were taken stay.
+    /// Takes a spare ring for each of `sizes`, or creates it with `make`. On failure, the rings taken so far
+    /// become spare again.
     fn take(&mut self, sizes: &[u16], make: impl Fn(u16) -> Result<Virtqueue>) -> Result<Vec<Virtqueue>> {
         let mut taken = Vec::new();
         for size in sizes {
@@ -169,16 +170,16 @@ impl Spare {
 }
 
 impl Device {
-    /// Resets the function and agrees with the device on its features.
+    /// Resets the function and negotiates features with the device.
     ///
     /// # Errors
     /// `Unavailable` when the device lacks what the driver needs, with the QEMU flag that adds it; `Protocol`
-    /// when it breaks the specification.
+    /// when it violates the specification.
     pub fn probe(function: Box<dyn Function>) -> Result<Self> {
         Self::probe_with(function, Options::default())
     }
 
-    /// As [`Device::probe`], with the user's wishes.
+    /// Probes the device as [`Device::probe`] does, with the user's options.
     ///
     /// # Errors
     /// As for [`Device::probe`].
@@ -186,11 +187,11 @@ impl Device {
         Self::on(Box::new(Pci::new(function)?), options)
     }
 
-    /// Connects port `name` to a vhost-user peer, or waits for one until `stop`.
+    /// Connects port `name` to a vhost-user peer, or waits for one until `stop` is set.
     ///
     /// # Errors
-    /// `Unavailable` when nobody listens or the peer lacks what the driver needs; `Protocol` when it does not
-    /// answer as vhost-user has it.
+    /// `Unavailable` when no peer listens or the peer lacks what the driver needs; `Protocol` when the peer
+    /// does not answer according to vhost-user.
     pub fn connect(name: &str, options: &UserOptions, stop: &StopFlag) -> Result<Self> {
         Self::on(Box::new(User::new(name, options, stop)?), options.features)
     }
@@ -199,7 +200,7 @@ impl Device {
         let features = transport.negotiate(options, &MOST)?;
         let longest = if features.contains(Features::LONG) { MAX_FRAME } else { STANDARD_FRAME };
         let max_frame = longest.min(transport.longest_frame().unwrap_or(longest)).max(STANDARD_FRAME);
-        // What it says of them is an error for who asks for several.
+        // An invalid number of pairs is an error only for a start that requests several.
         let pairs = transport.pairs().unwrap_or(1);
         let mac = transport.mac()?.unwrap_or_else(random_mac);
         Ok(Self {
@@ -223,8 +224,8 @@ impl Device {
         Error::new(kind, format!("cannot use virtio NIC {}", self.transport.name()), why)
     }
 
-    /// Takes the queues of earlier runs, and makes those that are missing. `control` is the index of the control
-    /// queue, if there is one.
+    /// Reuses the queues of earlier runs and creates those that are missing. `control` is the index of the
+    /// control queue, if there is one.
     fn queues(
         &mut self,
         memory: &Arc<DmaMemory>,
@@ -266,7 +267,7 @@ impl Device {
         Ok((Queues { rx, tx }, control))
     }
 
-    /// Sets the queues up and goes live (3.1.1, steps 7 and 8).
+    /// Sets up the queues and starts the device (3.1.1, steps 7 and 8).
     fn go_live(
         &mut self,
         memory: &DmaMemory,
@@ -292,7 +293,7 @@ impl Device {
         if self.features.contains(Features::MQ) {
             control.set_pairs(&*self.transport, queues.rx.len() as u16)?;
         }
-        // After a reset QEMU receives everything, other devices their own frames only: say which in any case.
+        // After a reset QEMU receives every frame, other devices only their own: set the mode in any case.
         match self.features.contains(Features::CTRL_RX) {
             true => control.set_promiscuous(&*self.transport, self.promiscuous),
             false => Ok(()),
@@ -302,7 +303,7 @@ impl Device {
 
 impl PciDriver for Device {
     const NAME: &'static str = "virtio-net";
-    /// The transitional `1af4:1000` needs its modern interface.
+    /// Supported device IDs. The transitional `1af4:1000` must have the modern interface.
     const IDS: &'static [(DeviceId, &'static str)] = &[
         (DeviceId { vendor: 0x1af4, device: 0x1041 }, "virtio-net"),
         (DeviceId { vendor: 0x1af4, device: 0x1000 }, "virtio-net (transitional)"),
@@ -409,7 +410,7 @@ impl Nic for Device {
     }
 
     fn stop(&mut self, queues: Queues<RxQueue, TxQueue>, cache: &mut PoolCache) -> Result<()> {
-        // Buffers of a running device must not get into the pool.
+        // Buffers of a running device must not return to the pool.
         let mut names = queues.rx.iter().map(RxQueue::name).chain(queues.tx.iter().map(TxQueue::name));
         if names.any(|name| name != self.transport.name()) {
             return Err(self.refuse(ErrorKind::Usage, "the queues to stop are of another device"));
@@ -431,7 +432,7 @@ impl Nic for Device {
             rings.push(ring);
             chains.extend(own);
         }
-        // Of the memory that the last start had.
+        // `spare` and these rings belong to the memory of the last start.
         if let Some(spare) = &mut self.spare {
             spare.rings.append(&mut rings);
             spare.chains.append(&mut chains);
@@ -440,7 +441,7 @@ impl Nic for Device {
         Ok(())
     }
 
-    /// A port that is stopped shares all memory when it starts.
+    /// Shares `memory` with a started device. A stopped port shares all memory when it starts.
     fn update_memory(&mut self, memory: &DmaMemory) -> Result<()> {
         match self.started {
             Some(_) => self.transport.share_more(memory),
@@ -455,8 +456,8 @@ impl Nic for Device {
         }
     }
 
-    /// A peer's memory may hold frames of 0 to 16 bytes. Of a split ring the device writes the used ring, and reads
-    /// descriptors, indirect ones too, and avail ring (2.7).
+    /// A peer may deliver frames of 0 to 16 bytes. In a split ring the device writes the used ring, and reads
+    /// the descriptors, including indirect ones, and the avail ring (2.7).
     fn capabilities(&self) -> Capabilities {
         let ring_bytes = |config: &PortConfig| {
             let tables = if config.is_scattered() { TABLE_BYTES } else { 0 };
@@ -496,8 +497,9 @@ impl Nic for Device {
         }
     }
 
-    /// A device without `VIRTIO_NET_F_CTRL_RX` receives what it chooses: `true` is refused whether it is started or
-    /// not, `false` changes nothing.
+    /// A device without `VIRTIO_NET_F_CTRL_RX` chooses what it receives. `true` then fails unless the device
+    /// receives every frame anyway, as a vhost-user peer does; `false` changes nothing. Both hold whether or
+    /// not the port is started.
     fn set_promiscuous(&mut self, on: bool) -> Result<()> {
         let controlled = self.features.contains(Features::CTRL_RX);
         if on && !controlled {
@@ -517,7 +519,8 @@ impl Nic for Device {
     }
 }
 
-/// The virtqueues of a port, each with its index: those of a pair follow each other (5.1.2).
+/// Returns the virtqueues of a port with their indices; the queues of a pair have consecutive indices
+/// (5.1.2).
 fn numbered(queues: &mut Queues<RxQueue, TxQueue>) -> impl Iterator<Item = (u16, &mut Virtqueue)> {
     let indices = |first: u16| (first..).step_by(RINGS_PER_PAIR as usize);
     let rx = indices(RX_QUEUE).zip(queues.rx.iter_mut().map(RxQueue::queue_mut));
@@ -534,7 +537,7 @@ impl Drop for Device {
     }
 }
 
-/// A locally administered unicast address, for a device that has none.
+/// Returns a random, locally administered unicast address, for a device that has none.
 pub(crate) fn random_mac() -> MacAddr {
     let mut bytes = RandomState::new().build_hasher().finish().to_le_bytes();
     bytes[0] = bytes[0] & !1 | 2;

@@ -1,4 +1,4 @@
-//! Modern PCI transport (virtio 1.2, 4.1): the registers that the vendor capabilities point to.
+//! Modern PCI transport (virtio 1.2, 4.1): the registers that the vendor capabilities describe.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,27 +16,27 @@ use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use crate::frames::ETHERNET;
 use crate::port::{MacAddr, PortConfig};
 
-/// Reads of config space that may meet a change by the device before the driver gives up.
+/// Number of config space reads, each interrupted by a change, after which the driver gives up.
 const GENERATION_RETRIES: usize = 100;
-/// `queue_msix_vector` and `config_msix_vector` without interrupts.
+/// Value of `queue_msix_vector` and `config_msix_vector` without interrupts.
 const NO_VECTOR: u16 = 0xffff;
 
-/// What gives a legacy device its modern interface. Some clouds have legacy ones only.
+/// Hint on how to get a device with the modern interface. Some clouds offer only legacy devices.
 const MODERN: &str = "choose a NIC of virtio 1.0: in a cloud by machine or image type, in libvirt by model \
                       virtio-non-transitional, in QEMU by -device virtio-net-pci,disable-legacy=on";
 
-/// Status once the features are agreed on.
+/// Device status once the features are negotiated.
 const READY: Status = Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK);
 
-/// `struct virtio_net_config` (5.1.4).
+/// Offsets in `struct virtio_net_config` (5.1.4).
 mod config {
     pub(super) const MAC: u64 = 0;
     pub(super) const STATUS: u64 = 6;
-    /// Up to and with `status`.
+    /// Length up to and including `status`.
     pub(super) const LEN: u64 = 8;
-    /// `max_virtqueue_pairs`, with `VIRTIO_NET_F_MQ` only.
+    /// `max_virtqueue_pairs`, present only with `VIRTIO_NET_F_MQ`.
     pub(super) const MAX_PAIRS: u64 = 8;
-    /// `mtu`, with `VIRTIO_NET_F_MTU` only.
+    /// `mtu`, present only with `VIRTIO_NET_F_MTU`.
     pub(super) const MTU: u64 = 10;
     pub(super) const STATUS_LINK_UP: u16 = 1;
 }
@@ -67,12 +67,12 @@ mod common {
     pub(super) const QUEUE_MSIX_VECTOR: u64 = 0x1a;
     pub(super) const QUEUE_ENABLE: u64 = 0x1c;
     pub(super) const QUEUE_NOTIFY_OFF: u64 = 0x1e;
-    /// Descriptor table, avail ring, used ring.
+    /// Addresses of the descriptor table, the avail ring and the used ring.
     pub(super) const QUEUE_ADDRESSES: [u64; 3] = [0x20, 0x28, 0x30];
     pub(super) const LEN: u64 = 0x38;
 }
 
-/// Part of a BAR; every access is checked against its length when the window is made.
+/// Part of a BAR. The constructor checks that it has the length that register accesses need.
 #[derive(Debug)]
 struct Window {
     bar: Bar,
@@ -81,7 +81,8 @@ struct Window {
 }
 
 impl Window {
-    /// The structure that the capability at `at` of config space describes, of at least `least` bytes.
+    /// Opens the structure described by the capability at `at` in config space; it must have at least `least`
+    /// bytes.
     fn new(function: &dyn Function, at: u16, align: u64, least: u64) -> Result<Self> {
         let bar = function.bar(function.config8(at + cap::BAR))?;
         let offset = u64::from(function.config32(at + cap::OFFSET));
@@ -108,28 +109,28 @@ pub(super) struct Pci {
     notify: Window,
     notify_off_multiplier: u32,
     device: Window,
-    /// As agreed on last.
+    /// Features from the last negotiation.
     features: Features,
-    /// From `DRIVER_OK` to the reset.
+    /// Whether the device is live: from `DRIVER_OK` to the reset.
     live: bool,
-    /// Goes after its registers.
+    /// Dropped after the windows on its registers.
     function: Box<dyn Function>,
 }
 
 impl fmt::Debug for Pci {
-    /// Only the name: the trait of functions asks for no `Debug`.
+    /// Prints only the name, because `Function` does not require `Debug`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)
     }
 }
 
 impl Pci {
-    /// Finds the registers; of each kind, the first capability that can be used counts (4.1.4.1). The ISR is left
-    /// alone: nothing here takes interrupts.
+    /// Finds the registers. Of each kind, the first usable capability counts (4.1.4.1). The ISR register is
+    /// not used because the driver takes no interrupts.
     ///
     /// # Errors
-    /// `Unavailable` for a device with the legacy interface only, `Protocol` when all capabilities of a kind point
-    /// outside of their BARs.
+    /// `Unavailable` for a device that has only the legacy interface, `Protocol` when all capabilities of a
+    /// kind point outside their BARs.
     pub(super) fn new(function: Box<dyn Function>) -> Result<Self> {
         function.set_command(false)?;
         let (mut common, mut notify, mut device) = (None, None, None);
@@ -138,7 +139,7 @@ impl Pci {
             |window: Result<Window>| window.map_err(|error| refused.get_or_insert(error).kind()).ok();
         for capability in capabilities(&*function)?.into_iter().filter(|c| c.id == CAP_ID_VENDOR) {
             let at = capability.offset;
-            // A reserved BAR number marks a capability to pass over (4.1.4).
+            // A reserved BAR number marks a capability to skip (4.1.4).
             if function.config8(at + cap::BAR) > 5 {
                 continue;
             }
@@ -192,7 +193,7 @@ impl Pci {
         self.common.bar.write32(self.common.offset + register, value);
     }
 
-    /// `device_status`; none when the device does not answer.
+    /// Reads `device_status`; `None` when the device does not answer.
     fn status(&self) -> Option<Status> {
         match self.read8(common::DEVICE_STATUS) {
             0xff => None,
@@ -209,15 +210,15 @@ impl Pci {
         self.common.bar.write8(self.common.offset + common::DEVICE_STATUS, status.bits());
     }
 
-    /// Sets bits of `device_status`; no driver clears one but by a reset (2.1.1).
+    /// Sets bits of `device_status`. A driver clears bits only with a reset (2.1.1).
     fn add_status(&self, bits: Status) {
         self.set_status(self.status().unwrap_or(Status::empty()) | bits);
     }
 
-    /// Resets the device and waits until it says so (2.4).
+    /// Resets the device and waits until it confirms the reset (2.4).
     ///
     /// # Errors
-    /// `Protocol` when it does not answer, or is not done within a second.
+    /// `Protocol` when the device does not answer, or does not finish within a second.
     fn reset(&self) -> Result<()> {
         self.set_status(Status::empty());
         let deadline = Instant::now() + DEVICE_TIMEOUT;
@@ -235,7 +236,7 @@ impl Pci {
         }
     }
 
-    /// Features that the device offers.
+    /// Reads the features that the device offers.
     fn device_features(&self) -> Features {
         let half = |select| {
             self.write32(common::DEVICE_FEATURE_SELECT, select);
@@ -244,7 +245,7 @@ impl Pci {
         Features::from_bits_truncate(half(0) | half(1) << 32)
     }
 
-    /// Tells the device which features are used.
+    /// Writes the features that the driver uses.
     fn set_driver_features(&self, features: Features) {
         for select in 0..2 {
             self.write32(common::DRIVER_FEATURE_SELECT, select);
@@ -255,7 +256,7 @@ impl Pci {
     /// Reads `N` bytes of device config space at `offset`, all of one generation (2.5.3).
     ///
     /// # Errors
-    /// `Protocol` when the device never stops to change them.
+    /// `Protocol` when the device keeps changing them.
     fn config_bytes<const N: usize>(&self, offset: u64) -> Result<[u8; N]> {
         for _ in 0..GENERATION_RETRIES {
             let before = self.read8(common::CONFIG_GENERATION);
@@ -269,12 +270,12 @@ impl Pci {
         Err(self.error(ErrorKind::Protocol, "read the config space of", why))
     }
 
-    /// Reads a 16-bit field of device config space, which needs no generation.
+    /// Reads a 16-bit field of device config space, which needs no generation check.
     fn config16(&self, offset: u64) -> u16 {
         self.device.bar.read16(self.device.offset + offset)
     }
 
-    /// Offset in the notify BAR where queue `index` is rung (4.1.4.4).
+    /// Returns the offset in the notify BAR of the doorbell of queue `index` (4.1.4.4).
     fn notify_offset(&self, index: u16) -> Result<u64> {
         self.write16(common::QUEUE_SELECT, index);
         let offset = u64::from(self.read16(common::QUEUE_NOTIFY_OFF)) * u64::from(self.notify_off_multiplier);
@@ -288,7 +289,7 @@ impl Pci {
         Ok(self.notify.offset + offset)
     }
 
-    /// Agrees on features with a device that was just reset.
+    /// Negotiates features with a device that was just reset.
     fn agree(&self, options: Options, config: &PortConfig) -> Result<Features> {
         let offered = self.device_features();
         if !offered.contains(Features::VERSION_1) {
@@ -305,7 +306,7 @@ impl Pci {
         }
         let mut features = offered.wanted(options, config);
         features.set(Features::MTU, features.contains(Features::MTU) && self.device.len >= config::MTU + 2);
-        // It needs the control queue (5.1.3.1), which sets the number of pairs.
+        // MQ needs the control queue (5.1.3.1), which sets the number of pairs.
         features.set(Features::MQ, features.contains(Features::MQ | Features::CTRL_VQ));
         self.set_driver_features(features);
         self.add_status(Status::FEATURES_OK);
@@ -387,17 +388,17 @@ impl Transport for Pci {
         }
     }
 
-    /// Nothing: the memory is mapped by VFIO.
+    /// Does nothing: VFIO maps the memory.
     fn share(&mut self, _memory: &DmaMemory) -> Result<()> {
         Ok(())
     }
 
-    /// Nothing, as for `share`.
+    /// Does nothing, as `share`.
     fn share_more(&mut self, _memory: &DmaMemory) -> Result<()> {
         Ok(())
     }
 
-    /// As 4.1.5.1.3 says; without interrupt.
+    /// Follows 4.1.5.1.3, without an interrupt.
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {
         self.write16(common::CONFIG_MSIX_VECTOR, NO_VECTOR);
         self.write16(common::QUEUE_SELECT, index);
@@ -432,7 +433,7 @@ impl Transport for Pci {
         self.check_alive()
     }
 
-    /// By the device's reset, or the function's where that fails.
+    /// Resets the device, or its PCI function if that fails.
     fn stop(&mut self) -> Result<()> {
         self.live = false;
         let reset = self.reset().or_else(|error| match self.function.reset() {
@@ -450,7 +451,7 @@ impl Transport for Pci {
                 "go on with",
                 "it met an error and asks for a reset (DEVICE_NEEDS_RESET)",
             )),
-            // QEMU clears the bit when bus mastering is switched off; a reset by somebody else clears it too.
+            // QEMU clears the bit when bus mastering is switched off; so does a reset by another party.
             Some(status) if self.live && !status.contains(Status::DRIVER_OK) => Err(self.error(
                 ErrorKind::Protocol,
                 "go on with",

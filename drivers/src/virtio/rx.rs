@@ -1,4 +1,4 @@
-//! Receive queue (virtio 1.2, 5.1.6.3 and 5.1.6.4).
+//! RX queue (virtio 1.2, 5.1.6.3 and 5.1.6.4).
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -13,35 +13,36 @@ use super::split::{DESC_WRITE, Lie, Virtqueue, shape};
 use crate::counters::QueueCounters;
 use crate::port::{RxBurst, STANDARD_FRAME};
 
-/// What a used length may be: of a frame's first buffer, which begins with the header.
+/// Valid used lengths of a frame's first buffer, which begins with the header.
 pub(super) const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u32;
-/// Of a later buffer of the same frame.
+/// Valid used lengths of a frame's later buffers.
 pub(super) const REST_LEN: RangeInclusive<u32> = 1..=*USED_LEN.end();
 
-/// Receiving half of a virtio-net device.
+/// RX queue of a virtio-net device.
 #[derive(Debug)]
 pub struct RxQueue {
     pub(super) queue: Virtqueue,
     pub(super) mergeable: bool,
     /// Whether headers are read for checksums.
     pub(super) checksums: bool,
-    /// Whether completions are not for the fast path: headers are read for checksums, or the queue is within a batch. One field,
-    /// so that a poll makes one test.
+    /// Whether completions bypass the fast path: headers are read for checksums, or the queue is within a
+    /// batch. A single field, so that a poll makes one test.
     aside: bool,
     pub(super) in_order: bool,
-    /// Descriptors are offered again when the device lacks so many.
+    /// Refill threshold: number of descriptors that the device lacks when they are offered again.
     refill_threshold: usize,
-    /// Position of the tail with room for so many.
+    /// Tail position at which the ring has room for `refill_threshold` descriptors.
     refill_at: usize,
-    /// Position behind the lie that ended the use of the queue.
+    /// Position after the invalid completion that ended the use of the queue.
     behind_lie: Option<u16>,
-    /// Most buffers of a frame, and its most bytes: 1, unless the port was started for long frames.
+    /// Maximum number of buffers per frame: 1, unless the port was started for long frames.
     pub(super) segments: usize,
+    /// Maximum length of a frame in bytes.
     pub(super) longest: usize,
 }
 
 impl RxQueue {
-    /// For frames of up to `longest` bytes.
+    /// Creates the queue; frames have at most `longest` bytes.
     pub(super) fn new(
         mut queue: Virtqueue,
         counters: Arc<QueueCounters>,
@@ -73,12 +74,12 @@ impl RxQueue {
         &mut self.queue
     }
 
-    /// Buffers that the device has filled and nobody has received.
+    /// Number of buffers that the device has filled and the application has not received.
     pub(super) fn unread(&self) -> u16 {
         self.queue.untaken(self.behind_lie.unwrap_or(self.queue.last_used))
     }
 
-    /// Gives the buffers back; only after a reset of the device.
+    /// Returns the buffers to their pools. Call only after a reset of the device.
     pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> Virtqueue {
         self.queue.ring.reclaim_all(cache);
         self.queue
@@ -97,13 +98,13 @@ impl RxQueue {
         }
     }
 
-    /// Whether the device broke the rules of the ring. The queue then receives nothing until the port is
+    /// Whether the device violated the rules of the ring. The queue then receives nothing until the port is
     /// stopped and started.
     pub fn is_broken(&self) -> bool {
         self.queue.is_broken()
     }
 
-    /// Offers up to a burst of descriptors with fresh buffers; gives their number.
+    /// Offers up to a burst of descriptors with fresh buffers; returns their number.
     #[inline(never)]
     fn refill(&mut self, cache: &mut PoolCache) -> usize {
         let queue = &mut self.queue;
@@ -116,8 +117,7 @@ impl RxQueue {
         filled
     }
 
-    /// Takes completions that are as expected: in order, one buffer each. Anything else is for
-    /// [`RxQueue::receive_any`].
+    /// Takes the expected completions: in order, one buffer each. [`RxQueue::receive_any`] takes all others.
     #[inline(always)]
     pub(super) fn receive<const MERGEABLE: bool, const CHECKSUMS: bool>(
         &mut self,
@@ -135,7 +135,8 @@ impl RxQueue {
         let mut bytes = 0;
         let received =
             queue.ring.take_completed(&queue.used, pending.into(), cache, burst, |filled, completion| {
-                // The length is in the upper half: it comes out small only if nothing of the id is left.
+                // The length is in the upper half. The rotated value is small only if the id matches, because
+                // a difference in the id ends up above the length.
                 let rest = completion.load::<0>().wrapping_sub(filled.index as u64 + ((HEADER as u64) << 32));
                 let len = rest.rotate_left(32) as usize;
                 let good = len <= DATA_ROOM
@@ -151,7 +152,7 @@ impl RxQueue {
         }
     }
 
-    /// Takes what [`RxQueue::receive`] does not.
+    /// Takes the completions that [`RxQueue::receive`] does not.
     #[cold]
     #[inline(never)]
     fn receive_aside<const CHECKSUMS: bool>(
@@ -180,7 +181,7 @@ impl RxQueue {
         }
         self.queue.settle(completed);
         self.aside = self.checksums || self.queue.in_batch;
-        // A lie has closed the ring.
+        // The position changes when `settle` closes the ring of a misbehaving device.
         self.refill_at = self.queue.ring.tail_with_room(self.refill_threshold);
     }
 
@@ -192,7 +193,7 @@ impl RxQueue {
     ) -> std::result::Result<(), Lie> {
         self.queue.check_used(used_idx)?;
         dma_rmb();
-        // A frame is never split over two bursts; an empty one has room for any.
+        // A frame is never split over two bursts; an empty burst has room for any frame.
         while self.queue.last_used != used_idx && burst.remaining_capacity() >= self.segments {
             let pending = used_idx.wrapping_sub(self.queue.last_used);
             if self.in_order {

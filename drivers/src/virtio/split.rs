@@ -1,8 +1,8 @@
 //! Split virtqueue (virtio 1.2, 2.7), as both packet queues use it.
 //!
-//! Slot i of the avail ring names descriptor i for ever, so that ring is written once. A descriptor is thus
-//! offered again only when those offered before it are back as well ([`DescRing::tail`]). A device that completes in
-//! order, as all known ones do, never notices.
+//! Slot i of the avail ring always names descriptor i, so that ring is written only once. A descriptor is
+//! therefore offered again only when all descriptors offered before it have returned as well
+//! ([`DescRing::tail`]). Devices that complete in order, as all known ones do, are not affected.
 
 use std::sync::Arc;
 
@@ -14,9 +14,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::counters::QueueCounters;
 use crate::port::Fault;
 
-/// Largest queue that the specification allows, in descriptors.
+/// Maximum queue size that the specification allows, in descriptors.
 const MAX_SIZE: u16 = 1 << 15;
-/// What is wrong with a size that no ring has.
+/// Message for an invalid ring size.
 pub(super) const NOT_A_SIZE: &str = "it is no power of two from 1 to 32768";
 
 /// Whether a ring can have `size` descriptors.
@@ -25,27 +25,27 @@ pub(super) fn is_size(size: u16) -> bool {
 }
 /// The device writes the descriptor's buffer (`VIRTQ_DESC_F_WRITE`).
 pub(crate) const DESC_WRITE: u16 = 2;
-/// The descriptor goes on in the one that `next` names (`VIRTQ_DESC_F_NEXT`).
+/// The chain continues in the descriptor that `next` names (`VIRTQ_DESC_F_NEXT`).
 pub(crate) const DESC_NEXT: u16 = 1;
-/// The descriptor leads to a table of others (`VIRTQ_DESC_F_INDIRECT`).
+/// The descriptor refers to a table of descriptors (`VIRTQ_DESC_F_INDIRECT`).
 pub(super) const DESC_INDIRECT: u16 = 4;
 /// The driver wants no interrupt (`VIRTQ_AVAIL_F_NO_INTERRUPT`).
 const AVAIL_NO_INTERRUPT: u16 = 1;
 /// The device wants no doorbell (`VIRTQ_USED_F_NO_NOTIFY`).
 const USED_NO_NOTIFY: u16 = 1;
 
-/// What a device did that contradicts our record of its queue.
+/// Device behavior that contradicts the driver's record of the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lie {
     /// `used.idx` counts more completions than there are descriptors with the device.
     UsedIndex,
     /// `id` names no descriptor of the queue.
     Id,
-    /// `id` names a descriptor that the device does not have.
+    /// `id` names a descriptor that is not in flight.
     NotInFlight,
     /// `len` is shorter than the header or longer than the buffer.
     Length,
-    /// `num_buffers` is 0 or counts more buffers than the device gave back.
+    /// `num_buffers` is 0 or exceeds the number of buffers that the device returned.
     NumBuffers,
 }
 
@@ -61,25 +61,25 @@ impl Lie {
     }
 }
 
-/// Whether the move of an index from `old` to `new` passes `event`: one of `old..new` equals it, modulo 2^16
+/// Whether an index that moves from `old` to `new` passes `event`: one of `old..new` equals it, modulo 2^16
 /// (virtio 1.2, 2.7.7.2 and 2.7.10).
 #[inline(always)]
 pub(crate) fn need_event(event: u16, old: u16, new: u16) -> bool {
     event.wrapping_sub(old) < new.wrapping_sub(old)
 }
 
-/// Length in bytes, flags and next of a descriptor.
+/// Packs the length in bytes, the flags and the next index of a descriptor.
 #[inline(always)]
 pub(super) fn shape(len: u32, flags: u16, next: u16) -> u64 {
     u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48
 }
 
-/// `id` and `len` of an element of the used ring.
+/// Splits an element of the used ring into `id` and `len`.
 fn used_element(element: u64) -> (u32, u32) {
     (element as u32, (element >> 32) as u32)
 }
 
-/// Rejects sizes that no split virtqueue has; gives the smaller one.
+/// Returns the smaller size; rejects sizes that are invalid for a split virtqueue.
 pub(super) fn negotiate_size(asked: u16, most: u16) -> Result<u16> {
     if !is_size(asked) {
         return Err(Error::new(
@@ -98,7 +98,7 @@ pub(super) fn negotiate_size(asked: u16, most: u16) -> Result<u16> {
     Ok(asked.min(most))
 }
 
-/// What is rarely used; apart, so that the packet path's fields are close together.
+/// Rarely used fields, kept apart so that the fields of the packet path are close together.
 #[derive(Debug)]
 struct Rare {
     avail_flags: DmaRing<u16>,
@@ -109,74 +109,76 @@ struct Rare {
     batch: Option<Batch>,
 }
 
-/// Completions for which a device that completes in order wrote one element, that of the last (2.7.9).
+/// Completions for which an in-order device wrote only one element, that of the last (2.7.9).
 #[derive(Clone, Copy, Debug)]
 struct Batch {
-    /// Position of the last.
+    /// Position of the last completion.
     last: u16,
     id: u32,
     len: u32,
-    /// Length of those before, whose buffers were used whole.
+    /// Length of the completions before the last, whose buffers were used whole.
     whole: u32,
 }
 
-/// Bytes of two cache lines, which processors fetch together.
+/// Size in bytes of two cache lines, which processors fetch together.
 const LINES: usize = 128;
 
-/// How far the avail index may run before `used_event` has to follow: a part of 2^16 that leaves room for a ring.
+/// Distance that the avail index may advance before `used_event` has to follow: a part of 2^16 that leaves
+/// room for a ring.
 const USED_EVENT_STRIDE: u16 = 1 << 14;
 
-/// How the device is woken.
+/// How the driver wakes the device.
 #[derive(Debug)]
 pub(super) enum Kick {
-    /// Not at all: it is not live yet, or the control path does it.
+    /// No wake-up: the device is not live yet, or the control path wakes it.
     None,
-    /// By a write of the queue's index to a register.
+    /// Writes the queue's index to a register.
     Register(Doorbell<u16>),
-    /// By a count in an eventfd, a system call.
+    /// Adds to the count of an eventfd, which takes a system call.
     Event(EventFd),
 }
 
 /// The driver's side of a split virtqueue.
 ///
-/// Positions count descriptors since start, modulo 2^16; the low bits of a position are its descriptor.
+/// Positions count descriptors since start, modulo 2^16. The low bits of a position are the index of its
+/// descriptor.
 #[derive(Debug)]
 pub(super) struct Virtqueue {
-    /// Of each descriptor the address, then [`shape`].
+    /// Descriptor table: for each descriptor its address, then its [`shape`].
     pub(super) ring: DescRing,
     avail_idx: DmaRing<u16>,
     used_event: DmaRing<u16>,
     used_idx: DmaRing<u16>,
-    /// Elements, each of which is an `id` and in its upper half a `len`.
+    /// Used ring elements: `id` in the lower half, `len` in the upper half.
     pub(super) used: DmaRing<u64>,
     avail_event: DmaRing<u16>,
-    /// First position that the device was not offered: what the avail index says.
+    /// First position that was not offered to the device: the value of the avail index.
     pub(super) offered: u16,
     /// Position in the used ring of the next completion.
     pub(super) last_used: u16,
-    /// Inside a [`Batch`].
+    /// Whether the next completion is inside a [`Batch`].
     pub(super) in_batch: bool,
     index: u16,
     event_idx: bool,
     kick: Kick,
-    /// The device lied, which ends the use of the queue.
+    /// Whether the device misbehaved, which ends the use of the queue.
     is_broken: bool,
     pub(super) counters: Arc<QueueCounters>,
     rare: Box<Rare>,
 }
 
 impl Virtqueue {
-    /// Takes memory for a queue of `size` descriptors of the device `name`, which learns of lies by `fault`;
-    /// layout and alignment after virtio 1.2, 2.7.
+    /// Creates a queue of `size` descriptors in `memory` for the device `name`. `fault` receives the reason
+    /// when the queue detects misbehavior. Layout and alignment follow virtio 1.2, 2.7.
     pub(super) fn new(memory: &Arc<DmaMemory>, size: u16, name: &Arc<str>, fault: &Fault) -> Result<Self> {
         let entries = usize::from(size);
-        // Queues of two lcores are neighbours in memory: each has cache lines of its own.
+        // Queues of different lcores are neighbors in memory, so each one has cache lines of its own.
         let whole = |len: usize| len.next_multiple_of(LINES);
-        // What the driver writes the device only reads.
+        // The device only reads what the driver writes.
         let mut driver = DmaBlock::read_only(memory, whole(16 * entries + 2 * (3 + entries)), LINES)?;
         let desc = driver.carve(entries)?;
-        // Used elements are 4 bytes behind the ring's begin. QEMU 7.2 misplaces half of one that crosses a page of the
-        // IOMMU; on multiples of 8 none does.
+        // Used elements begin 4 bytes after the start of the ring. QEMU 7.2 misplaces half of an element that
+        // crosses a page of the IOMMU. Elements at multiples of 8 never cross one.
         let mut device = DmaBlock::new(memory, whole(4 + 2 * 3 + 8 * entries), LINES)?;
         let _: DmaRing<u16> = device.carve(2)?;
         let used_flags = device.carve(1)?;
@@ -209,13 +211,13 @@ impl Virtqueue {
         })
     }
 
-    /// Makes the queue as new, for a device that was reset. The caller has taken the buffers out.
+    /// Reinitializes the queue for a device that was reset. The caller has removed the buffers.
     pub(super) fn restart(&mut self, index: u16, event_idx: bool) {
         self.ring.restart(self.ring.entries(), [0; 2]);
         for slot in 0..self.size() {
             self.rare.avail.store::<0>(slot.into(), slot);
         }
-        // With EVENT_IDX the flags stay 0 (2.7.7.1) and `used_event` does the same.
+        // With EVENT_IDX the flags stay 0 (2.7.7.1), and `used_event` suppresses interrupts instead.
         self.rare.avail_flags.store::<0>(0, if event_idx { 0 } else { AVAIL_NO_INTERRUPT });
         for word in
             [&self.avail_idx, &self.used_event, &self.rare.used_flags, &self.used_idx, &self.avail_event]
@@ -230,19 +232,20 @@ impl Virtqueue {
         self.ask_for_no_interrupt();
     }
 
-    /// The device interrupts when the used index passes `used_event`. The driver puts that word behind the used index,
-    /// which reaches it only after 2^16 completions, and moves it every [`USED_EVENT_STRIDE`].
+    /// Suppresses interrupts. The device interrupts when the used index passes `used_event`. The driver
+    /// places that word one behind the last used index, so that the used index reaches it only after 2^16
+    /// completions, and moves it every [`USED_EVENT_STRIDE`].
     #[inline(always)]
     fn ask_for_no_interrupt(&self) {
         self.used_event.store::<0>(0, self.last_used.wrapping_sub(1));
     }
 
-    /// Has every slot of the avail ring name the first descriptor, for chains as long as the table.
+    /// Makes every slot of the avail ring name the first descriptor, for chains as long as the table.
     pub(super) fn name_first(&mut self) {
         self.rare.avail.fill(0);
     }
 
-    /// From now on the device may be rung (3.1.1: not before `DRIVER_OK`); is, if descriptors were offered.
+    /// Allows doorbells from now on (3.1.1: not before `DRIVER_OK`), and rings if descriptors were offered.
     pub(super) fn connect(&mut self, kick: Kick) {
         self.kick = kick;
         if self.offered != self.last_used {
@@ -250,7 +253,7 @@ impl Virtqueue {
         }
     }
 
-    /// Asks for a restart of the port.
+    /// Marks the queue as broken and requests a restart of the port.
     pub(super) fn give_up(&mut self, why: &'static str) {
         tracing::error!("virtio NIC {}: virtqueue {} stopped: {why}", self.rare.name, self.index);
         self.is_broken = true;
@@ -258,7 +261,7 @@ impl Virtqueue {
         self.rare.fault.raise(why);
     }
 
-    /// The device that the queue belongs to.
+    /// Name of the device that the queue belongs to.
     pub(super) fn name(&self) -> &Arc<str> {
         &self.rare.name
     }
@@ -269,36 +272,38 @@ impl Virtqueue {
         self.used.entries() as u16
     }
 
-    /// Device addresses of descriptor table, avail ring and used ring.
+    /// Device addresses of the descriptor table, the avail ring and the used ring.
     pub(super) fn addresses(&self) -> [u64; 3] {
         [self.ring.iova(), self.rare.avail_flags.iova(), self.rare.used_flags.iova()]
     }
 
-    /// Index that the device has written last.
+    /// Used index that the device wrote last.
     #[inline(always)]
     pub(super) fn used_idx(&self) -> u16 {
         self.used_idx.load::<0>(0)
     }
 
-    /// Descriptors with the device.
+    /// Number of descriptors that the device holds.
     #[inline(always)]
     pub(super) fn in_flight(&self) -> u16 {
         self.offered.wrapping_sub(self.last_used)
     }
 
-    /// Completions from position `next` on, which nobody has looked at; none of an index that cannot be.
+    /// Number of completions from position `next` on that are not processed yet; 0 if the used index is
+    /// impossible.
     pub(super) fn untaken(&self, next: u16) -> u16 {
         let untaken = self.used_idx().wrapping_sub(next);
         if untaken > self.offered.wrapping_sub(next) { 0 } else { untaken }
     }
 
-    /// Offers the descriptors up to position `new`, and rings if the device wants that.
+    /// Offers the descriptors up to position `new`, and rings if the device requests it.
     #[inline(always)]
     pub(super) fn publish(&mut self, new: u16) {
         let old = std::mem::replace(&mut self.offered, new);
         dma_wmb();
         self.avail_idx.store::<0>(0, new);
-        // Without it the device could go to sleep between our read of its wish and our write of the index.
+        // Without the barrier, the driver could read the device's request before it writes the index, and the
+        // device could go to sleep in between.
         full_mb();
         let wanted = if self.event_idx {
             if (old ^ new) & !(USED_EVENT_STRIDE - 1) != 0 {
@@ -323,7 +328,7 @@ impl Virtqueue {
         }
     }
 
-    /// Rings although the device did not ask for it, with a warning if `warn`.
+    /// Rings although the device did not request it; logs a warning if `warn` is set.
     pub(super) fn ring_late(&mut self, warn: bool) {
         if warn {
             tracing::warn!(
@@ -335,18 +340,19 @@ impl Virtqueue {
         self.ring();
     }
 
-    /// Apart from the packet path, which it would cost registers for a call that most devices never need.
+    /// Kept out of the packet path, where a call that most devices never need would cost registers.
     #[cold]
     #[inline(never)]
     fn ring_event(&mut self) {
         if let Kick::Event(event) = &self.kick {
-            // A count that cannot grow is one that the peer has not read: it is awake or will be.
+            // If the count cannot grow, the peer has not read it yet: it is awake or will be.
             let _ = event.write(1);
             self.counters.doorbells.add(1);
         }
     }
 
-    /// Takes the next completion, in whatever order, with its length in bytes. A lie is taken too.
+    /// Takes the next completion, in any order; returns its packet and length in bytes. An invalid completion
+    /// is consumed as well.
     pub(super) fn complete(
         &mut self,
         len: std::ops::RangeInclusive<u32>,
@@ -371,9 +377,9 @@ impl Virtqueue {
         Ok((packet, used as usize))
     }
 
-    /// Looks whether the next element stands for several of the `pending` completions, as a device that completes in
-    /// order may write it, with the id of the last. [`Virtqueue::complete`] then gives each of them; the buffers before
-    /// the last were used whole.
+    /// Checks whether the next element stands for several of the `pending` completions. A device that
+    /// completes in order may write one such element, with the id of the last. [`Virtqueue::complete`] then
+    /// returns each completion; the buffers before the last were used whole.
     pub(super) fn expect_batch(&mut self, pending: u16, whole: u32) {
         if self.in_batch {
             return;
@@ -393,15 +399,15 @@ impl Virtqueue {
         self.in_batch = false;
     }
 
-    /// Checks that `used_idx` counts no more completions than there can be.
+    /// Checks that `used_idx` counts no more completions than there are descriptors in flight.
     pub(super) fn check_used(&self, used_idx: u16) -> std::result::Result<(), Lie> {
         if used_idx.wrapping_sub(self.last_used) > self.in_flight() { Err(Lie::UsedIndex) } else { Ok(()) }
     }
 
-    /// Ends the use of the queue if the device lied.
+    /// Ends the use of the queue if the device misbehaved.
     ///
-    /// A queue that has ended has nothing in flight and no room, so that the packet path finds nothing
-    /// to do without a test of its own. Its buffers stay until the reset: the device may still write to them.
+    /// An ended queue has nothing in flight and no room, so that the packet path finds nothing to do without
+    /// a test of its own. Its buffers stay until the reset because the device may still write to them.
     pub(super) fn settle(&mut self, completed: std::result::Result<(), Lie>) {
         if let Err(lie) = completed {
             self.give_up(lie.reason());
@@ -410,7 +416,7 @@ impl Virtqueue {
         }
     }
 
-    /// Whether the device lied.
+    /// Whether the device misbehaved.
     pub(super) fn is_broken(&self) -> bool {
         self.is_broken
     }
@@ -432,7 +438,8 @@ mod tests {
         }
     }
 
-    /// What one lcore or one device writes shares no cache line, nor the one that is fetched with it, with another's.
+    /// Memory that one lcore or device writes shares no cache line, nor the adjacent line that is fetched
+    /// with it, with memory that another writes.
     #[test]
     fn queues_share_no_cache_lines() {
         let region = Region::new(1 << 18, Backing::SmallPages).unwrap();
@@ -450,7 +457,7 @@ mod tests {
             assert!((used..used + 4).contains(&idx));
             for (part, start, len) in parts {
                 for line in start / 128..(start + len).div_ceil(128) {
-                    // Of one queue the driver writes descriptors and avail ring, in turn.
+                    // The driver writes both the descriptors and the avail ring of a queue, in turn.
                     let owner = (number, part == "used");
                     assert_eq!(*taken.entry(line).or_insert(owner), owner, "{part} of queue {number}");
                 }
@@ -458,7 +465,8 @@ mod tests {
         }
     }
 
-    /// However far the index runs: no used index of the device passes it, and it is seldom written.
+    /// However far the index advances, no used index of the device passes `used_event`, which is rarely
+    /// written.
     #[test]
     fn the_device_is_asked_for_no_interrupt_without_a_write_for_each_burst() {
         let region = Region::new(1 << 20, Backing::SmallPages).unwrap();
@@ -473,7 +481,7 @@ mod tests {
                 let now = queue.used_event.load::<0>(0);
                 writes += u32::from(now != event);
                 event = now;
-                // The device completes all of it, or some of it before the driver looks.
+                // The device completes all offered descriptors, or some of them, before the driver checks.
                 let new = used.wrapping_add(queue.offered.wrapping_sub(used) / (1 + step % 3));
                 assert!(!need_event(event, used, new), "{step}");
                 used = new;

@@ -1,4 +1,5 @@
-//! The driver against the device half in `fakedev`: honest ones here, poor and lying ones in `hostile`.
+//! Tests of the driver against the device half in `fakedev`: correct devices here, poor and misbehaving ones
+//! in `hostile`.
 
 mod checksum;
 mod hostile;
@@ -57,7 +58,7 @@ impl Bench {
         Self { nic, device, rx, tx, cache, memory }
     }
 
-    /// The second time for what is behind a bad frame or the end of the ring.
+    /// Polls twice: the second poll returns packets after a bad frame or after the end of the ring.
     fn receive(&mut self) -> Burst {
         let mut burst = Burst::new();
         self.rx.rx_burst(&mut self.cache, &mut burst);
@@ -87,7 +88,7 @@ impl Bench {
         burst.into_iter().for_each(|packet| self.cache.free(packet));
     }
 
-    /// Receives a burst and sends it again; gives the number of packets.
+    /// Receives a burst and sends it again; returns the number of packets.
     fn forward(&mut self) -> usize {
         let mut burst = self.receive();
         let received = burst.len();
@@ -96,7 +97,7 @@ impl Bench {
         received
     }
 
-    /// Stops the port and counts the buffers.
+    /// Stops the port; returns the number of available buffers and the device.
     fn stop(mut self) -> (u32, VirtioNet) {
         assert_eq!(self.nic.faults(), [""; 0]);
         self.device.stop_pair(self.rx, self.tx, &mut self.cache).unwrap();
@@ -119,7 +120,7 @@ fn without(bits: u64) -> Behaviour {
     behaviour
 }
 
-/// Forwards `count` frames in groups of `group` and checks that each comes once, unchanged, in order.
+/// Forwards `count` frames in groups of `group` and checks that each arrives once, unchanged and in order.
 fn round_trip(mut bench: Bench, count: u32, group: u32) -> VirtioNet {
     let mut expected = VecDeque::new();
     let mut number = 0;
@@ -196,7 +197,8 @@ fn a_full_ring_keeps_what_it_cannot_send() {
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
-/// Found full twice, more than a second apart, and at the same used index: 2^16 packets went in between.
+/// The ring is found full twice, more than a second apart and at the same used index: 2^16 packets were sent
+/// in between.
 #[test]
 fn a_ring_that_is_full_again_is_not_stuck() {
     let mut bench = Bench::new(Behaviour::default());
@@ -215,7 +217,7 @@ fn a_ring_that_is_full_again_is_not_stuck() {
     }
 }
 
-/// A device does so while its host is paused, or the switch behind it is restarted.
+/// A device behaves like this while its host is paused or the switch behind it restarts.
 #[test]
 fn a_device_that_sends_nothing_for_long_is_rung_again_and_kept() {
     let mut bench = Bench::new(Behaviour::default());
@@ -239,7 +241,7 @@ fn a_device_that_sends_nothing_for_long_is_rung_again_and_kept() {
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
-/// QEMU's device does so when its bus mastering is switched off.
+/// QEMU's device behaves like this when its bus mastering is switched off.
 #[test]
 fn a_device_that_was_stopped_by_somebody_else_is_started_again() {
     let mut bench = Bench::new(Behaviour::default());
@@ -311,7 +313,7 @@ fn the_device_is_rung_when_it_asks_and_only_then() {
         let mut bench = Bench::new(behaviour);
         assert!(bench.nic.take_doorbell(RX), "the first buffers are announced");
         assert_eq!(bench.rx.counters().doorbells.get(), 1);
-        // The device sleeps: the first burst wakes it; with an event index later ones do not.
+        // The device sleeps. The first burst wakes it; with an event index, later bursts do not.
         bench.send([frame(1)]);
         assert!(bench.nic.take_doorbell(TX));
         bench.send((0..20).map(frame));
@@ -320,7 +322,7 @@ fn the_device_is_rung_when_it_asks_and_only_then() {
         bench.send((0..20).map(frame));
         assert!(bench.nic.take_doorbell(TX));
         assert_eq!(bench.tx.counters().doorbells.get(), if event_idx { 2 } else { 3 });
-        // Buffers are put back while the device has others: it does not ask.
+        // Buffers are offered again while the device has others, so it does not request a doorbell.
         for number in 0..200 {
             assert!(bench.nic.receive(&frame(number)));
             let burst = bench.receive();
@@ -351,7 +353,7 @@ fn a_device_in_order_may_leave_used_elements_out() {
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
-/// One element for more frames than a burst takes, of one buffer each and of several.
+/// One element covers more frames than a burst holds, with and without mergeable buffers.
 #[test]
 fn one_element_for_many_frames_is_taken_burst_by_burst() {
     for features in [0, feature::MRG_RXBUF] {
@@ -360,7 +362,7 @@ fn one_element_for_many_frames_is_taken_burst_by_burst() {
         let mut bench = Bench::new(behaviour);
         let mut number = 0;
         for round in 0..300 {
-            // The elements that are left out say that their buffers hold short frames.
+            // The elements that are left out later still contain the lengths of short frames.
             bench.nic.behave(|behaviour| behaviour.one_element = false);
             for number in 0..64 {
                 assert!(bench.nic.receive(&frame(number)));
@@ -370,7 +372,7 @@ fn one_element_for_many_frames_is_taken_burst_by_burst() {
             bench.nic.behave(|behaviour| behaviour.one_element = true);
             let mut frames: Vec<_> = (number..number + 1 + round % 46).map(frame).collect();
             number += 1 + round % 46;
-            // The bytes that are left of a buffer are not the frame's: a length that is not told is the buffer's.
+            // A buffer whose element is left out counts as full, so each frame must fill its buffer.
             frames.iter_mut().for_each(|frame| frame.resize(DATA_ROOM, 7));
             assert!(bench.nic.receive_together(&frames));
             let mut received = Vec::new();
@@ -406,11 +408,11 @@ fn a_driver_that_gives_up_clears_no_status() {
     assert_eq!(nic.faults(), [""; 0]);
 }
 
-/// 4.1.4.1: the first that the driver supports, not the first.
+/// The driver uses the first capability that it supports, not the first of all (4.1.4.1).
 #[test]
 fn a_capability_that_cannot_be_used_is_passed_over() {
     let nic = VirtioNet::default();
-    // The device's own are at 0x40, 0x54 and 0x68, with BAR and offset at 4 and 8.
+    // The device's own capabilities are at 0x40, 0x54 and 0x68, with BAR and offset at +4 and +8.
     for (number, (kind, offset)) in [(1, 0_u32), (4, 0x1000), (2, 0x2000)].into_iter().enumerate() {
         let own = 0x40 + 20 * number as u16;
         match number {
@@ -439,7 +441,7 @@ fn the_promise_of_order_is_taken_only_if_the_user_wants_it() {
 
 #[test]
 fn a_frame_larger_than_a_buffer_is_dropped_and_counted() {
-    // A last buffer has no header in front: any length from one byte on is right.
+    // The last buffer has no header in front, so any length from one byte on is valid.
     for len in (DATA_ROOM + 1..=DATA_ROOM + HEADER).chain([2 * DATA_ROOM]) {
         for behaviour in [Behaviour::default(), in_order()] {
             large_frames(behaviour, len);
@@ -701,8 +703,8 @@ fn what_was_asked_before_start_holds_after_it() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Whatever the sizes of bursts and the device's pace: every accepted frame is forwarded once and in
-    /// order, or dropped by us for want of a descriptor; and no buffer is lost.
+    /// For any burst sizes and any pace of the device, every accepted frame is forwarded once and in order,
+    /// or dropped by the driver for lack of a descriptor; no buffer is lost.
     #[test]
     fn bursts_of_any_size_conserve_frames(
         steps in prop::collection::vec((0_u32..80, 0..4_u32, any::<bool>()), 1..200),

@@ -1,4 +1,4 @@
-//! Transmit queue (virtio 1.2, 5.1.6.2).
+//! TX queue (virtio 1.2, 5.1.6.2).
 
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ use super::split::{Lie, Virtqueue, shape};
 use crate::counters::QueueCounters;
 use crate::port::{Offloads, TxBurst, Watchdog};
 
-/// Writes a header that asks for nothing in front of a packet, if it is not there. One that is not written stays in the cache
-/// of a device that is a process.
+/// Writes a header that requests nothing in front of a packet, unless the packet already has one. Without the
+/// write, the header stays in the cache of a device that is a process.
 #[inline(always)]
 pub(super) fn blank(slot: &mut Slot<'_>, mergeable: bool) {
     const BLANK: u128 = 0;
@@ -22,24 +22,25 @@ pub(super) fn blank(slot: &mut Slot<'_>, mergeable: bool) {
     }
 }
 
-/// Sending half of a virtio-net device.
+/// TX queue of a virtio-net device.
 #[derive(Debug)]
 pub struct TxQueue {
     pub(super) queue: Virtqueue,
-    /// The device uses descriptors in order, so that the used index alone tells which are back.
+    /// Whether the device uses descriptors in order, so that the used index alone identifies the returned
+    /// ones.
     in_order: bool,
-    /// The device writes the header of each frame that it receives (5.1.6.4).
+    /// Whether the device writes the header of each frame that it receives (5.1.6.4).
     pub(super) mergeable: bool,
-    /// Buffers are taken back when fewer descriptors than this can be filled. `usize::MAX` where packets are more than a buffer
-    /// with a blank header: they are for [`TxQueue::send_aside`].
+    /// Number of free descriptors below which buffers are reclaimed. `usize::MAX` if packets need more than
+    /// one buffer with a blank header; [`TxQueue::send_aside`] then sends them.
     reclaim_below: usize,
-    /// Of a device that is hardware.
+    /// Present if the device is hardware.
     watchdog: Option<Watchdog>,
-    /// Packets that were completed when the device was last found late.
+    /// Number of packets that were completed when the device was last found late.
     late_at: Option<usize>,
-    /// Of a port that was started for frames that are longer than a buffer.
+    /// Indirect tables, present if the port was started for frames longer than a buffer.
     pub(super) chains: Option<Box<Chains>>,
-    /// Whether the device makes checksums.
+    /// Whether the device computes checksums.
     pub(super) checksums: bool,
 }
 
@@ -74,12 +75,12 @@ impl TxQueue {
         &mut self.queue
     }
 
-    /// Packets that the device was given and has not completed.
+    /// Number of packets that the device was given and has not completed.
     pub(super) fn unfinished(&self) -> usize {
         self.queue.ring.owned().saturating_sub(self.queue.untaken(self.queue.last_used).into())
     }
 
-    /// Gives the buffers back; only after a reset of the device.
+    /// Returns the buffers to their pools. Call only after a reset of the device.
     pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> (Virtqueue, Option<Chains>) {
         self.queue.ring.reclaim_all(cache);
         if let Some(chains) = &mut self.chains {
@@ -88,20 +89,21 @@ impl TxQueue {
         (self.queue, self.chains.map(|chains| *chains))
     }
 
-    /// Whether the device broke the rules of the ring. The queue then sends nothing until the port is stopped and
-    /// started.
+    /// Whether the device violated the rules of the ring. The queue then sends nothing until the port is
+    /// stopped and started.
     pub fn is_broken(&self) -> bool {
         self.queue.is_broken()
     }
 
-    /// Finds no room for a burst. The specification sets a device no time limit: a healthy device stands still while its
-    /// host is paused or the switch behind it is restarted, and a restart of the port would lose what it has received.
-    /// The driver rings once more, in case a doorbell was lost. A broken device says so (`DEVICE_NEEDS_RESET`).
+    /// Handles a ring without room for a burst. The specification sets no time limit: a healthy device stands
+    /// still while its host is paused or the switch behind it restarts, and a restart of the port would lose
+    /// what the port has received. The driver rings once more in case a doorbell was lost. A broken device
+    /// reports that (`DEVICE_NEEDS_RESET`).
     #[cold]
     #[inline(never)]
     pub(super) fn full(&mut self) -> usize {
         let queue = &mut self.queue;
-        // Not `last_used`, which comes to the same number again.
+        // Not `last_used`, which wraps around to the same number.
         let completed = (queue.counters.packets.get() as usize).wrapping_sub(queue.in_flight().into());
         if !queue.is_broken() && self.watchdog.as_mut().is_some_and(|watchdog| watchdog.is_late(completed)) {
             queue.ring_late(self.late_at != Some(completed));
@@ -137,14 +139,14 @@ impl TxQueue {
         count
     }
 
-    /// Sends what has segments or checksums.
+    /// Sends packets that have segments or need checksums.
     #[cold]
     #[inline(never)]
     fn send_aside(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         if self.chains.is_some() { self.send_frames(cache, burst) } else { self.send_checksums(cache, burst) }
     }
 
-    /// Takes back the buffers of completed descriptors.
+    /// Reclaims the buffers of completed descriptors.
     #[inline(never)]
     pub(super) fn reclaim(&mut self, cache: &mut PoolCache) {
         let queue = &mut self.queue;
@@ -155,7 +157,8 @@ impl TxQueue {
         }
         dma_rmb();
         if self.in_order {
-            // It may leave out elements in between (2.7.9), and a promise that it breaks harms its own frames only.
+            // The device may skip elements in between (2.7.9). If it breaks its promise of order, only its
+            // own frames suffer.
             queue.ring.reclaim(pending.into(), cache);
             queue.last_used = used_idx;
             return;
@@ -173,7 +176,7 @@ impl TxQueue {
         }
     }
 
-    /// As [`TxQueue::reclaim`], with completions in any order.
+    /// Reclaims as [`TxQueue::reclaim`] does, with completions in any order.
     #[cold]
     #[inline(never)]
     fn reclaim_any(&mut self, used_idx: u16, cache: &mut PoolCache) {
@@ -188,7 +191,7 @@ impl TxQueue {
         self.queue.check_used(used_idx)?;
         dma_rmb();
         while self.queue.last_used != used_idx {
-            // The device writes nothing, so its length says nothing (2.7.8.2).
+            // The device writes no data, so the length has no meaning (2.7.8.2).
             cache.free(self.queue.complete(0..=u32::MAX)?.0);
         }
         Ok(())
@@ -196,12 +199,13 @@ impl TxQueue {
 }
 
 impl TxBurst for TxQueue {
-    /// An empty burst takes back every buffer that the device is done with.
-    // Apart from the forwarding loop, where too few registers are left for the loop in here.
+    /// Sends a burst. An empty burst reclaims every buffer that the device has completed.
+    // Not inlined: the forwarding loop leaves too few registers for the loop in here.
     #[inline(never)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         if self.queue.ring.room() < self.reclaim_below || burst.is_empty() {
-            // A field for it would take the loop below two instructions for each packet, by the registers it gets.
+            // A separate field would cost the loop below two instructions per packet through its register
+            // allocation.
             if self.reclaim_below == usize::MAX {
                 return self.send_aside(cache, burst);
             }

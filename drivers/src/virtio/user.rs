@@ -1,6 +1,6 @@
 //! vhost-user transport: the device is another process, which reads and writes our packet memory. Titles in
-//! quotes are sections of QEMU's "Vhost-user Protocol" (docs/interop/vhost-user.rst), where we are the
-//! front-end and the peer is the back-end.
+//! quotes are sections of QEMU's "Vhost-user Protocol" (docs/interop/vhost-user.rst). Vireo is the front-end
+//! and the peer is the back-end.
 
 mod socket;
 #[cfg(test)]
@@ -31,20 +31,21 @@ use super::{Device, Options, RINGS_PER_PAIR, pairs};
 use crate::driver::{Args, Vdev, flag, socket_path};
 use crate::port::{MacAddr, PortConfig};
 
-/// How long a peer may take for its answers to a start or a stop together. They are some 18 for a pair of queues, of a
-/// process that may have to wait for its core.
+/// Time limit for all of a peer's answers to a start or a stop together. A queue pair takes about 18 answers,
+/// from a process that may have to wait for its core.
 const PEER_TIMEOUT: Duration = DEVICE_TIMEOUT.saturating_mul(3);
 use socket::Listening;
 
-/// Why a peer that was late is not asked again.
+/// Reason why a peer that was late gets no further request.
 const SILENT: &str = "nobody knows what the peer does with our memory: it left a request without answer";
 
-/// Most regions of a table where others can be added: as many as every back-end takes (QEMU, `VHOST_MEMORY_BASELINE_NREGIONS`).
+/// Maximum number of regions in a table to which regions can be added: every back-end accepts this many
+/// (QEMU, `VHOST_MEMORY_BASELINE_NREGIONS`).
 const IN_TABLE: usize = 8;
-/// Descriptors of a ring, as in DPDK's virtio-user.
+/// Number of descriptors of a ring, as in DPDK's virtio-user.
 const QUEUE_SIZE: u16 = 256;
-/// What of a peer's offer makes sense here. A peer filters nothing, has no link and no address, and sees our
-/// memory without an IOMMU between.
+/// Features of a peer that are useful here. A peer filters nothing, has no link and no address, and accesses
+/// our memory without an IOMMU.
 const KNOWN: Features = Features::VERSION_1
     .union(Features::MRG_RXBUF)
     .union(Features::INDIRECT_DESC)
@@ -52,21 +53,22 @@ const KNOWN: Features = Features::VERSION_1
     .union(Features::MQ)
     .union(Features::IN_ORDER);
 
-/// What the user may ask of a vhost-user port: the keys of `--vdev net_virtio_user0`, which are DPDK's.
+/// Options of a vhost-user port: the keys of `--vdev net_virtio_user0`, which are DPDK's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserOptions {
-    /// The socket (`path`).
+    /// Path of the socket (`path`).
     pub path: PathBuf,
-    /// Most pairs of rings (`queues`).
+    /// Maximum number of queue pairs (`queues`).
     pub queues: u16,
-    /// Most descriptors of a ring (`queue_size`).
+    /// Maximum number of descriptors of a ring (`queue_size`).
     pub queue_size: u16,
-    /// Station address (`mac`); without it a random one.
+    /// Station address (`mac`); random if not given.
     pub mac: Option<MacAddr>,
-    /// Make the socket and wait for the peer, instead of connecting to the peer's (`server`).
+    /// Whether to create the socket and wait for the peer, instead of connecting to the peer's socket
+    /// (`server`).
     pub server: bool,
-    /// What to use of the peer's offer (`mrg_rxbuf`, `in_order`). Buffers are not merged unless that is asked for:
-    /// every frame fits into one, and without it nobody has to write or read headers.
+    /// Offered features to use (`mrg_rxbuf`, `in_order`). Buffers are merged only on request: every frame
+    /// fits into one buffer, and without merging neither side has to write or read headers.
     pub features: Options,
 }
 
@@ -133,24 +135,24 @@ impl Vdev for UserOptions {
 pub(super) struct User {
     name: Arc<str>,
     options: UserOptions,
-    /// A second descriptor of the connection, to look at it and to end it.
+    /// Second descriptor of the connection, to check and to end it.
     socket: UnixStream,
     peer: Frontend,
     offered: Features,
-    /// Pairs of rings that the peer has.
+    /// Number of queue pairs that the peer has.
     pairs: u16,
-    /// Whether rings are enabled one by one (`VHOST_USER_F_PROTOCOL_FEATURES`).
+    /// Whether rings are enabled individually (`VHOST_USER_F_PROTOCOL_FEATURES`).
     protocol_features: bool,
     /// Whether memory is added region by region (`VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`).
     memory_slots: bool,
     features: Features,
-    /// What wakes the peer, by ring; of each ring that it was told to start.
+    /// Eventfds that wake the peer, by ring, for each ring that the peer was told to start.
     kicks: Vec<EventFd>,
-    /// When the answers to a start or a stop must be there, all of them: a slow peer holds up every port.
+    /// Deadline for all answers to a start or a stop: a slow peer holds up every port.
     deadline: Instant,
-    /// The peer left a request without answer: nobody knows what it does with our memory.
+    /// Whether the peer left a request without an answer. What it does with our memory is then unknown.
     silent: bool,
-    /// What the next peer connects to, while there is none.
+    /// Socket for the next peer to connect to, while there is none.
     listening: Option<Listening>,
 }
 
@@ -161,10 +163,10 @@ impl std::fmt::Debug for User {
 }
 
 impl User {
-    /// Finds the peer of port `name` and asks what it can do.
+    /// Connects to the peer of port `name` and queries its features.
     ///
     /// # Errors
-    /// When there is none, or it does not answer, or lacks what the driver needs.
+    /// When there is no peer, or it does not answer, or lacks what the driver needs.
     pub(super) fn new(name: &str, options: &UserOptions, stop: &StopFlag) -> Result<Self> {
         let name: Arc<str> = name.into();
         let socket = match options.server {
@@ -191,7 +193,7 @@ impl User {
         Ok(user)
     }
 
-    /// Takes the place of a connection that has ended, if the peer is back.
+    /// Replaces a connection that has ended, if the peer is back.
     fn reconnect(&mut self) -> Result<()> {
         let (name, path) = (Arc::clone(&self.name), self.options.path.clone());
         let socket = match self.options.server {
@@ -217,7 +219,7 @@ impl User {
         self.introduce()
     }
 
-    /// The first requests of a connection ("Communication", "Feature negotiation").
+    /// Sends the first requests of a connection ("Communication", "Feature negotiation").
     fn introduce(&mut self) -> Result<()> {
         self.pairs = 1;
         self.ask("SET_OWNER", |peer| peer.set_owner())?;
@@ -225,7 +227,8 @@ impl User {
         if used.contains(VhostUserProtocolFeatures::MQ) && self.options.queues > 1 {
             let pairs = self.ask("GET_QUEUE_NUM", |peer| peer.get_queue_num())?;
             self.pairs = pairs.clamp(1, self.options.queues.into()) as u16;
-            // A peer counts pairs. The crate takes that for its number of rings, and must forget it.
+            // The peer reports pairs, but the `vhost` crate takes their number for that of rings. A new
+            // front-end discards it.
             let again = self.socket.try_clone();
             let again = again.map_err(|error| Error::io(format!("cannot use {}", self.name), &error))?;
             self.peer = Frontend::from_stream(again, RINGS_PER_PAIR * u64::from(self.pairs));
@@ -237,7 +240,7 @@ impl User {
         Ok(())
     }
 
-    /// Agrees on features of the protocol.
+    /// Reads the offered features and negotiates protocol features.
     fn agree(&mut self) -> Result<VhostUserProtocolFeatures> {
         let offered = self.ask("GET_FEATURES", |peer| peer.get_features())?;
         self.offered = Features::from_bits_truncate(offered) & KNOWN;
@@ -260,9 +263,9 @@ impl User {
         Error::new(kind, format!("cannot use {} at {}", self.name, self.options.path.display()), why)
     }
 
-    /// Sends a request and waits for the answer until the deadline: the crate would wait for ever, even with a
-    /// time limit on the socket. A peer that was late gets no further request, and the driver looks only whether the
-    /// peer has closed the connection.
+    /// Sends a request and waits for the answer until the deadline: the `vhost` crate would wait forever,
+    /// even with a timeout on the socket. A peer that was late gets no further request, and the driver only
+    /// checks whether the peer has closed the connection.
     fn ask<T>(&mut self, request: &str, ask: impl FnOnce(&mut Frontend) -> vhost::Result<T>) -> Result<T> {
         if self.silent {
             return Err(self.error(ErrorKind::Protocol, SILENT));
@@ -274,8 +277,8 @@ impl User {
             let watchdog = Builder::new().name("vireo-watchdog".into()).spawn_scoped(scope, move || {
                 let late = answered.recv_timeout(rest) == Err(RecvTimeoutError::Timeout);
                 if late {
-                    // Ends the wait. A shutdown of both directions would hide the end of the peer's side. Fails only
-                    // when the connection has ended by itself.
+                    // Ends the wait. A shutdown of both directions would hide that the peer closes its side.
+                    // Fails only when the connection has already ended.
                     let _ = socket.shutdown(std::net::Shutdown::Read);
                 }
                 late
@@ -301,8 +304,9 @@ impl User {
         })
     }
 
-    /// By `GET_VRING_BASE`, which a peer answers when it has stopped a ring ("Ring states"). The end of the
-    /// connection stops them too: a process that is killed loses its memory before its files.
+    /// Stops the rings with `GET_VRING_BASE`, which a peer answers when it has stopped a ring ("Ring
+    /// states"). The end of the connection stops them too: a killed process loses its memory before its
+    /// files.
     fn stop_rings(&mut self) -> Result<()> {
         for ring in 0..self.kicks.len() {
             let stopped = self.ask("GET_VRING_BASE", |peer| peer.get_vring_base(ring));
@@ -311,20 +315,20 @@ impl User {
             }
             stopped?;
         }
-        // Not before: what failed is asked again.
+        // Not earlier: a failed request is repeated.
         self.kicks.clear();
         Ok(())
     }
 
-    /// Whether the peer has ended the connection: every process that had its side has closed it.
+    /// Whether the peer has ended the connection: every process that had the peer's side has closed it.
     fn is_closed(&self) -> bool {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLHUP)];
         poll(&mut fds, PollTimeout::ZERO).is_err() || fds[0].any().unwrap_or(true)
     }
 
     fn new_event(&self) -> Result<EventFd> {
-        // Without blocking, for the peer may fill its count. The peer has the same open file and can also make it block
-        // again, by which it halts the lcore that rings: no write to an eventfd is safe from that.
+        // Nonblocking, because the peer may fill the count. The peer shares the open file and can also make
+        // it blocking again, which halts the lcore that rings: no write to an eventfd is safe from that.
         EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(|error| self.no_event(&error))
     }
 
@@ -332,14 +336,15 @@ impl User {
         Error::io(format!("cannot make or use an eventfd for {}", self.name), error)
     }
 
-    /// What wakes the peer for ring `index`.
+    /// Returns the eventfd that wakes the peer for ring `index`.
     fn event(&self, index: u16) -> Result<&EventFd> {
         self.kicks.get(usize::from(index)).ok_or_else(|| {
             self.error(ErrorKind::Usage, format!("the peer was not told of virtqueue {index}"))
         })
     }
 
-    /// Sends the table of all `segments`, which takes the place of the peer's. What cannot be shared is left out.
+    /// Sends the table of all `segments`, which replaces the peer's table. Segments that cannot be shared are
+    /// left out.
     fn set_mem_table(&mut self, segments: &[Arc<Segment>]) -> Result<()> {
         let mut ranges = Vec::with_capacity(segments.len());
         for segment in segments {
@@ -355,12 +360,12 @@ impl User {
         rest.iter().try_for_each(|range| self.ask("ADD_MEM_REG", |peer| peer.add_mem_region(range)).map(drop))
     }
 
-    /// Waits until the peer has read all messages so far: it answers them in their order.
+    /// Waits until the peer has read all messages so far: it answers them in order.
     fn settle(&mut self) -> Result<()> {
         self.ask("GET_FEATURES", |peer| peer.get_features()).map(drop)
     }
 
-    /// A segment as one range, whose device addresses are also the user addresses in messages.
+    /// Describes a segment as one range, whose device addresses are also the user addresses in messages.
     fn range(&self, memory: &Segment) -> Result<VhostUserMemoryRegionInfo> {
         let refuse = |why: &str, hint: &str| Err(self.error(ErrorKind::Usage, why).with_hint(hint));
         let Some(iova) = memory.linear_iova() else {
@@ -390,11 +395,11 @@ impl Transport for User {
         &self.name
     }
 
-    /// Asks nothing of a connected peer: the offer holds as long as the connection, and the choice is sent with
-    /// the memory.
+    /// Sends nothing to a connected peer: its offer holds as long as the connection, and the chosen features
+    /// are sent with the memory.
     fn negotiate(&mut self, options: Options, config: &PortConfig) -> Result<Features> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
-        // The last stop is done, so a silent peer was told of no ring, or has ended.
+        // The last stop is complete, so a silent peer was told of no ring or has ended.
         if self.silent || self.is_closed() {
             self.reconnect()?;
         }
@@ -428,7 +433,7 @@ impl Transport for User {
         false
     }
 
-    /// A peer filters nothing.
+    /// Succeeds because a peer filters nothing.
     fn receive_all(&self) -> Result<()> {
         Ok(())
     }
@@ -439,7 +444,8 @@ impl Transport for User {
 
     fn share(&mut self, memory: &DmaMemory) -> Result<()> {
         let segments = memory.memory_map().segments();
-        // Before the first message: the peer is left as it is when the memory of its rings cannot be shared.
+        // Checked before the first message: the peer stays unchanged if the memory of its rings cannot be
+        // shared.
         self.range(memory.segment())?;
         let mut features = self.features.bits();
         if self.protocol_features {
@@ -465,7 +471,7 @@ impl Transport for User {
                 .with_hint("add memory in fewer, larger regions"));
         }
         self.ask("ADD_MEM_REG", |peer| peer.add_mem_region(&range))?;
-        // The rings run, and a packet in that memory must not be there before the message.
+        // The rings run, and no packet in that memory may reach the peer before the message.
         self.settle()
     }
 
@@ -480,7 +486,8 @@ impl Transport for User {
             avail_ring_addr,
             ..VringConfigData::default()
         };
-        // Nobody reads what the peer calls: the rings want no interrupt. But DPDK does not begin without it.
+        // Nothing reads the peer's calls, because the rings request no interrupt. DPDK does not start without
+        // a call eventfd.
         let (call, kick) = (self.new_event()?, self.new_event()?);
         self.ask("SET_VRING_NUM", |peer| peer.set_vring_num(ring, queue.size()))?;
         self.ask("SET_VRING_BASE", |peer| peer.set_vring_base(ring, 0))?;
@@ -500,7 +507,7 @@ impl Transport for User {
     }
 
     fn go_live(&mut self) -> Result<()> {
-        // Without the protocol's features a ring is enabled from its kick on.
+        // Without protocol features, a ring is enabled from its first kick on.
         let rings = if self.protocol_features { self.kicks.len() } else { 0 };
         (0..rings).try_for_each(|ring| self.ask("SET_VRING_ENABLE", |peer| peer.set_vring_enable(ring, true)))
     }

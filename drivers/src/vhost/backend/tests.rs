@@ -1,7 +1,7 @@
 use super::*;
 
 const LEN: u64 = 1 << 16;
-/// Distance of the rings.
+/// Distance between the rings.
 const RING: u64 = 0x4000;
 
 fn set_memory(backend: &mut Backend, len: u64) -> Result<Option<Vec<u64>>> {
@@ -14,7 +14,7 @@ fn set_addresses(backend: &mut Backend, at: u32, desc: u64) -> Result<()> {
     backend.set_vring_addr(at, VhostUserVringAddrFlags::empty(), desc, desc + 0x2000, desc + 0x1000, 0)
 }
 
-/// A backend whose rings run.
+/// Creates a backend whose rings run.
 fn running() -> (Backend, Vec<Arc<Shared>>) {
     let rings: Vec<Arc<Shared>> = (0..RINGS_PER_PAIR).map(|_| Arc::default()).collect();
     let mut backend = Backend::new(&"net_vhost0".into(), rings.clone());
@@ -29,7 +29,8 @@ fn running() -> (Backend, Vec<Arc<Shared>>) {
     (backend, rings)
 }
 
-/// The lcore is in a burst when the memory changes, and then ends its ring, as for a lie.
+/// The memory changes while the lcore is in a burst. The lcore then ends its ring, as it does for
+/// misbehavior.
 #[test]
 fn an_lcore_that_ends_its_ring_unmaps_nothing() {
     let (mut backend, rings) = running();
@@ -48,7 +49,7 @@ fn an_lcore_that_ends_its_ring_unmaps_nothing() {
     assert!(old.upgrade().is_none());
 }
 
-/// The server asks after each request; the lcore never waits, so it would miss a burst.
+/// The server calls `disabled` after each request. The lcore never waits, so it would miss a burst.
 #[test]
 fn a_ring_that_runs_is_not_taken_to_find_disabled_ones() {
     let (backend, rings) = running();
@@ -84,7 +85,7 @@ fn a_ring_that_overlaps_another_is_refused_until_that_stops() {
     assert!(matches!(rings[1].lock().slot, Slot::Running(_)));
 }
 
-/// 4 and 8 bytes for each of 64 descriptors, behind them 2 that are there with `VIRTIO_F_EVENT_IDX`.
+/// A used ring has 4 bytes and 8 for each of 64 descriptors. With `VIRTIO_F_EVENT_IDX` another 2 follow.
 #[test]
 fn without_events_a_ring_ends_before_their_words() {
     let (mut backend, rings) = running();

@@ -1,15 +1,16 @@
-//! Chains of descriptors, which are the frontend's input: their checks, and the limit on how many a burst reads.
+//! Descriptor chains, which are input from the frontend: their checks, and the limit on how many a burst
+//! reads.
 
 use vireo_eal::dma::{PeerSlice, PeerView, RingView};
 
-/// What a frontend did that breaks the rules of a virtqueue.
+/// Frontend behavior that breaks the rules of a virtqueue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::vhost) enum Lie {
     /// `avail.idx` counts more chains than there are descriptors.
     AvailIndex,
     /// A descriptor's index is beyond the table.
     Index,
-    /// A descriptor is of the wrong direction, or indirect, which was not offered.
+    /// A descriptor has the wrong direction, or is indirect, which was not offered.
     Flags,
     /// A descriptor's memory is not within a memory region.
     Address,
@@ -37,11 +38,12 @@ impl Lie {
 
 pub(in crate::vhost) type Checked<T> = std::result::Result<T, Lie>;
 
-/// What may still be read in a burst. Chains that end and share nothing are as long as the table together; more is a
-/// lie, which would keep the lcore for a table's length by each chain.
+/// Number of reads left in a burst. Chains that end and share no descriptors are together at most as long as
+/// the table. More is misbehavior, which would occupy the lcore for the length of a table per chain.
 pub(super) struct Budget {
     descriptors: usize,
-    /// Borders of memory regions inside of buffers. One for each descriptor is enough: regions are larger than buffers.
+    /// Borders of memory regions inside buffers. One per descriptor is enough, because regions are larger
+    /// than buffers.
     borders: usize,
 }
 
@@ -55,7 +57,7 @@ impl Budget {
         Ok(())
     }
 
-    /// Calls `each` for the parts of a descriptor's memory, which are in one region each.
+    /// Calls `each` for the parts of a descriptor's memory, each of which lies in one region.
     pub(super) fn parts<'a>(
         &mut self,
         descriptor: Descriptor,
@@ -76,7 +78,7 @@ impl Budget {
     }
 }
 
-/// A descriptor, read at once.
+/// A descriptor, copied from the table.
 #[derive(Clone, Copy)]
 pub(super) struct Descriptor {
     pub(super) address: u64,
@@ -85,7 +87,7 @@ pub(super) struct Descriptor {
     pub(super) next: u16,
 }
 
-/// The descriptor table, checked.
+/// The descriptor table, with a check of each index.
 #[derive(Clone, Copy)]
 pub(super) struct Table<'a> {
     pub(super) words: RingView<'a, u64, 2>,

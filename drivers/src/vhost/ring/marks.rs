@@ -1,4 +1,4 @@
-//! The marks of a ring in the log of a guest that migrates.
+//! Marks of a ring in the log of a guest that migrates.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use super::chain::{Budget, Checked};
 use super::{Report, Ring};
 use crate::counters::QueueCounters;
 
-/// Where a ring marks what it writes, of a guest that migrates.
+/// Where a ring marks its writes while the guest migrates.
 #[derive(Debug)]
 pub(in crate::vhost) struct Marks {
     pub(in crate::vhost) log: Arc<PeerLog>,
@@ -17,7 +17,7 @@ pub(in crate::vhost) struct Marks {
 }
 
 impl Ring {
-    /// As [`Ring::receive`], and marks what it wrote.
+    /// Receives as [`Ring::receive`] does, and marks what was written.
     #[cold]
     #[inline(never)]
     pub(in crate::vhost) fn receive_logged(
@@ -32,7 +32,7 @@ impl Ring {
         received
     }
 
-    /// As [`Ring::send`], and marks what it wrote.
+    /// Sends as [`Ring::send`] does, and marks what was written.
     #[cold]
     #[inline(never)]
     pub(in crate::vhost) fn send_logged(
@@ -42,18 +42,18 @@ impl Ring {
         report: &mut Report,
     ) -> Checked<()> {
         let old = self.next;
-        // Before the chains are the guest's again, which then uses the descriptors for others.
+        // Marked before the chains return to the guest, which then reuses their descriptors.
         let sent = self.send_and(cache, burst, report, |ring| ring.mark_buffers(old));
         self.mark_used(old);
         sent
     }
 
-    /// Marks the used elements from position `old` on, and what is written with them.
+    /// Marks the used elements from position `old` on, and the words that are written with them.
     pub(super) fn mark_used(&self, old: u16) {
         let Some(Marks { log, used: Some(used) }) = &self.marks else { return };
         let at = |offset: u64| used.wrapping_add(offset);
         let entries = self.desc.entries() as u64;
-        // Flags and index; behind the elements `avail_event`.
+        // Flags and index, then `avail_event`, which follows the elements.
         log.mark(at(0), 4);
         if self.events.is_some() {
             log.mark(at(4 + 8 * entries), 2);
@@ -63,7 +63,7 @@ impl Ring {
         }
     }
 
-    /// Marks what was written to the chains from position `old` on.
+    /// Marks the buffers that were written in the chains from position `old` on.
     fn mark_buffers(&self, old: u16) {
         let Some(Marks { log, .. }) = &self.marks else { return };
         let (table, mut budget) = (self.table(), Budget::new(2 * self.desc.entries()));

@@ -7,12 +7,13 @@ use super::{Ring, write_used};
 use crate::counters::QueueCounters;
 use crate::virtio::{DESC_NEXT, HEADER};
 
-/// Shortest frame that is forwarded: two addresses, a length and an LLC header (IEEE 802.2). The 82574L, to which it may go,
-/// sends none that is shorter (Linux, drivers/net/ethernet/intel/e1000e/netdev.c).
+/// Minimum length of a frame that is forwarded: two addresses, a length and an LLC header (IEEE 802.2). The
+/// 82574L, which may have to send the frame, transmits none that is shorter (Linux,
+/// drivers/net/ethernet/intel/e1000e/netdev.c).
 const SHORTEST: usize = 17;
 
 impl Ring {
-    /// Takes what the frontend sends.
+    /// Receives the frames that the frontend transmits.
     #[inline(always)]
     pub(in crate::vhost) fn receive(
         &mut self,
@@ -30,7 +31,7 @@ impl Ring {
         let mut view = self.memory.view();
         let mut bytes = 0;
         self.prefetch(wanted);
-        // One descriptor for header and frame. Nothing in the header matters where no offload was offered.
+        // One descriptor holds header and frame. The header is ignored because no offload was offered.
         let taken = cache.receive_copies(wanted, burst, |i| {
             let position = usize::from(old) + i;
             let head = avail.load::<0>(position);
@@ -55,7 +56,7 @@ impl Ring {
         received
     }
 
-    /// Takes `wanted` chains of any shape, as long as there are buffers.
+    /// Takes `wanted` chains of any shape, as long as buffers are available.
     #[cold]
     #[inline(never)]
     fn receive_any(
@@ -93,8 +94,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Copies the frame in the chain that begins at `head` into `packet`; false when it is too long or too short for a
-    /// frame.
+    /// Copies the frame in the chain that begins at `head` into `packet`. Returns false if the frame is too
+    /// long or too short.
     fn gather(
         &self,
         head: u16,

@@ -7,18 +7,18 @@ use super::{Report, Ring, write_used};
 use crate::counters::QueueCounters;
 use crate::virtio::{DESC_NEXT, DESC_WRITE, HEADER};
 
-/// What became of a packet that needs more than one descriptor.
+/// Outcome for a packet that needs more than one descriptor.
 enum Spread {
-    /// It took so many chains.
+    /// The packet took this number of chains.
     Taken(u16),
-    /// The chains that it needs are not there yet.
+    /// The chains that the packet needs are not available yet.
     Wait,
-    /// It does not fit into a chain of so many bytes, and may not take another.
+    /// The packet does not fit into a chain of this many bytes, and may not take another one.
     TooLong(usize),
 }
 
 impl Ring {
-    /// Gives packets from the front of `burst` to the frontend.
+    /// Hands packets from the front of `burst` to the frontend.
     #[inline(always)]
     pub(in crate::vhost) fn send(
         &mut self,
@@ -29,7 +29,8 @@ impl Ring {
         self.send_and(cache, burst, report, |_| {})
     }
 
-    /// Calls `written` when packets were written and the frontend does not have them yet.
+    /// Sends as `Ring::send` does. Calls `written` when packets are written but not yet handed to the
+    /// frontend.
     #[inline(always)]
     pub(super) fn send_and(
         &mut self,
@@ -52,7 +53,7 @@ impl Ring {
         sent
     }
 
-    /// Sends while each packet fits into the first descriptor of a chain that has only one.
+    /// Sends packets as long as each fits into the only descriptor of its chain.
     #[inline(always)]
     fn send_fast(
         &mut self,
@@ -84,7 +85,7 @@ impl Ring {
         sent as u16
     }
 
-    /// Sends by up to `left` chains of any shape; drops what fits into none.
+    /// Sends through up to `left` chains of any shape; drops packets that fit into none.
     #[cold]
     #[inline(never)]
     fn send_any(
@@ -94,7 +95,7 @@ impl Ring {
         burst: &mut Burst,
         report: &mut Report,
     ) -> Checked<()> {
-        // A chain is read twice when it is too short for one packet and then long enough for another.
+        // A chain is read twice if it is too short for one packet and then long enough for another.
         let mut budget = Budget::new(2 * self.desc.entries());
         while left > 0
             && let Some(packet) = burst.first()
@@ -145,7 +146,8 @@ impl Ring {
         Ok(Spread::Taken(chains))
     }
 
-    /// Appends up to `need` bytes of the chain that begins at `head` to `room`; gives their number.
+    /// Appends up to `need` bytes of the chain that begins at `head` to `room`; returns the number of
+    /// appended bytes.
     fn writable_chain<'a>(
         &self,
         head: u16,
@@ -175,7 +177,7 @@ impl Ring {
     }
 }
 
-/// `struct virtio_net_hdr` of a frame in `buffers` buffers, without offloads (5.1.6).
+/// Returns `struct virtio_net_hdr` for a frame in `buffers` buffers, without offloads (5.1.6).
 #[inline(always)]
 fn header(buffers: u16) -> [u8; HEADER] {
     let mut header = [0; HEADER];

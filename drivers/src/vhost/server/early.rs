@@ -1,6 +1,6 @@
-//! `VHOST_USER_SET_VRING_ENABLE` before `VHOST_USER_SET_FEATURES`: QEMU enables the rings of a network device when
-//! it makes it, long before a driver accepts any feature. The `vhost` crate takes that for a breach of the
-//! protocol, so this one request is answered here.
+//! Handles `VHOST_USER_SET_VRING_ENABLE` before `VHOST_USER_SET_FEATURES`. QEMU enables the rings of a
+//! network device when it creates the device, long before a driver accepts any feature. The `vhost` crate
+//! treats that as a breach of the protocol, so this one request is answered here.
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
@@ -12,20 +12,20 @@ use vhost::vhost_user::{BackendReqHandler, Error, Result, VhostUserBackendReqHan
 
 use super::Backend;
 
-/// Request, flags, size (vhost-user, "Header"); then index and number (`vring state`).
+/// Request, flags and size (vhost-user, "Header"), then index and number (`vring state`).
 type Message = [u32; 5];
 const BYTES: usize = size_of::<Message>();
 
 const SET_VRING_ENABLE: u32 = 18;
-/// Size of the `vring state`, and of the answer.
+/// Size in bytes of the `vring state`, and of the answer.
 const BODY: u32 = 8;
-/// Lower two bits of the flags.
+/// Protocol version, in the lower two bits of the flags.
 const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 3;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 
-/// Answers the next request if it is that one; none leaves it to the crate.
+/// Answers the next request if it is `SET_VRING_ENABLE`; `None` leaves it to the crate.
 pub(super) fn handle(
     handler: &BackendReqHandler<Mutex<Backend>>,
     backend: &Mutex<Backend>,
@@ -60,7 +60,7 @@ fn words(bytes: &[u8; BYTES]) -> Message {
     words
 }
 
-/// As with `VHOST_USER_PROTOCOL_F_REPLY_ACK`: 0 is success.
+/// Answers as with `VHOST_USER_PROTOCOL_F_REPLY_ACK`: 0 is success.
 fn answer(stream: &mut UnixStream, status: u32) -> Result<()> {
     let message: Message = [SET_VRING_ENABLE, VERSION | REPLY, BODY, status, 0];
     let bytes: Vec<u8> = message.iter().flat_map(|word| word.to_ne_bytes()).collect();

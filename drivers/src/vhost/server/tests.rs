@@ -17,14 +17,14 @@ fn the_wait_before_another_try_ends_with_the_port() {
     assert!(ends_soon(&listener));
 }
 
-/// Asks for the features (`VHOST_USER_GET_FEATURES`), and waits for the answer.
+/// Requests the features (`VHOST_USER_GET_FEATURES`) and waits for the answer.
 fn ask(mut socket: &UnixStream) -> std::io::Result<()> {
     let request: Vec<u8> = [1_u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
     socket.write_all(&request)?;
     socket.read_exact(&mut [0; 20])
 }
 
-/// Runs in a process of its own, for the limit is the process's: see the test below.
+/// Runs in a process of its own, because the limit applies to the process: see the test below.
 #[test]
 #[ignore = "run by a_frontend_is_served_when_there_are_files_again"]
 fn child_that_runs_out_of_files() {
@@ -43,7 +43,7 @@ fn child_that_runs_out_of_files() {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, 1, hard).unwrap();
     drop(first);
-    // The parent has seen what is said, and then waited for more.
+    // The parent has seen the message, and then waited for further ones.
     std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
     ask(&second).unwrap();

@@ -1,4 +1,5 @@
-//! Orders in which an lcore and the port's thread meet at a ring. `Broken` with a number stands for a ring.
+//! Models of the orders in which an lcore and the port's thread access a ring. `Broken` with a number
+//! represents a ring.
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ fn number(slot: &Slot) -> Option<u16> {
     }
 }
 
-/// A ring that starts at 0.
+/// Returns a ring that starts at 0.
 fn shared() -> Arc<Shared> {
     let shared = Shared::default();
     shared.lock().slot = Slot::Broken(0);
@@ -45,7 +46,7 @@ fn a_ring_is_taken_away_once_and_whole() {
         let bursts = lcore.join().unwrap();
         other.join().unwrap();
         assert_eq!(number(&taken), Some(bursts));
-        // Nobody waits any more.
+        // No thread waits any more.
         assert!(matches!(shared.try_lock().as_deref(), Some(Place { slot: Slot::Stopped, .. })));
     });
 }
@@ -84,7 +85,7 @@ fn who_waits_comes_before_the_next_burst() {
     });
 }
 
-/// The lcore counts what it receives by the ring, and the port's thread what it discards.
+/// The lcore counts what it receives from the ring, and the port's thread counts what it discards.
 #[test]
 fn a_count_is_neither_lost_nor_doubled_when_a_ring_changes_hands() {
     model(None, || {

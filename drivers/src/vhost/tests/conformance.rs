@@ -1,7 +1,7 @@
-//! The orders in which frontends send their messages, byte by byte, with each reply checked. They follow QEMU
-//! (hw/virtio/vhost-user.c, vhost.c, net/vhost-user.c), cloud-hypervisor (virtio-devices/src/vhost_user), crosvm
-//! (devices/src/virtio/vhost_user_frontend) and DPDK (drivers/net/virtio/virtio_user). No frontend runs here, so a release
-//! that changes its order is not noticed.
+//! Message sequences of frontends, byte by byte, with each reply checked. They follow QEMU
+//! (hw/virtio/vhost-user.c, vhost.c, net/vhost-user.c), cloud-hypervisor (virtio-devices/src/vhost_user),
+//! crosvm (devices/src/virtio/vhost_user_frontend) and DPDK (drivers/net/virtio/virtio_user). No frontend
+//! runs here, so these tests do not notice a release that changes its sequence.
 
 use std::io::{IoSlice, Read};
 use std::os::fd::{AsRawFd, RawFd};
@@ -42,9 +42,9 @@ const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 
-/// `VHOST_USER_F_PROTOCOL_FEATURES`, and features of the protocol.
+/// `VHOST_USER_F_PROTOCOL_FEATURES`. `MQ` and the constants after it are protocol features.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
-/// `VHOST_F_LOG_ALL`, and the same of a ring (`VHOST_VRING_F_LOG`).
+/// `VHOST_F_LOG_ALL`, and the same for one ring (`VHOST_VRING_F_LOG`).
 const LOG_ALL: u64 = 1 << 26;
 const RING_LOG: u64 = 1;
 const MQ: u64 = 1 << 0;
@@ -52,19 +52,19 @@ const LOG_SHMFD: u64 = 1 << 1;
 const REPLY_ACK: u64 = 1 << 3;
 const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 
-/// What the port offers.
+/// Features that the port offers.
 const AGREED: u64 = ALL.bits() | PROTOCOL_FEATURES;
 const OFFERED: u64 = AGREED | LOG_ALL;
 const PROTOCOL_OFFERED: u64 = REPLY_ACK | CONFIGURE_MEM_SLOTS | LOG_SHMFD;
 
-/// Whether a frontend asks for an answer to a request that has none.
+/// Whether a frontend requests an answer to a request that otherwise has none.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ack {
     No,
     Yes,
 }
 
-/// A region of the guest's memory: its number, and that of equal regions.
+/// A region of the guest's memory: its index, and the number of equal regions.
 #[derive(Clone, Copy)]
 struct Part(u64, u64);
 
@@ -94,7 +94,7 @@ impl Guest {
         assert_eq!(sent, Ok(header.len() + payload.len()), "request {request}");
     }
 
-    /// The payload of the answer to `request`, of which `words` 64-bit words are expected.
+    /// Returns the payload of the answer to `request`, which must have `words` 64-bit words.
     fn hear(&mut self, request: u32, words: usize) -> Vec<u64> {
         let mut header = [0; 12];
         let heard = self.socket.read_exact(&mut header);
@@ -106,13 +106,13 @@ impl Guest {
         payload.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect()
     }
 
-    /// A request that is answered by a number.
+    /// Sends a request that is answered with a number; returns the number.
     fn get(&mut self, request: u32) -> u64 {
         self.say(request, 0, &[], &[]);
         self.hear(request, 1)[0]
     }
 
-    /// A request that is answered only where that is asked for, and then by 0.
+    /// Sends a request that is answered only if `ack` requests it, and then with 0.
     fn set(&mut self, request: u32, payload: &[u8], fds: &[RawFd], ack: Ack) {
         self.say(request, if ack == Ack::Yes { NEED_REPLY } else { 0 }, payload, fds);
         if ack == Ack::Yes {
@@ -120,7 +120,7 @@ impl Guest {
         }
     }
 
-    /// All before is done, and was answered by no more than was heard.
+    /// Waits until all earlier requests are done, and checks that they had no further answers.
     fn settle(&mut self) {
         assert_eq!(self.get(GET_FEATURES), OFFERED);
         let more = recv(self.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
@@ -138,7 +138,7 @@ impl Guest {
         self.set(SET_MEM_TABLE, &payload, &fds, ack);
     }
 
-    /// `ADD_MEM_REG`, which comes with a descriptor, or `REM_MEM_REG`.
+    /// Sends `ADD_MEM_REG`, which comes with a file descriptor, or `REM_MEM_REG`.
     fn change_memory(&mut self, request: u32, part: Part, ack: Ack) {
         let fds = [self.memory_fd()];
         let payload = [bytes(&[0]), bytes(&part.words())].concat();
@@ -157,7 +157,7 @@ impl Guest {
         self.send_logged_addr(ring, false, ack);
     }
 
-    /// Addresses of a ring whose used ring is to be marked in the log, or not.
+    /// Sends the addresses of a ring; its used ring is marked in the log if `is_logged` is set.
     fn send_logged_addr(&mut self, ring: usize, is_logged: bool, ack: Ack) {
         let VringConfigData { desc_table_addr, used_ring_addr, avail_ring_addr, .. } = Self::addresses(ring);
         let index = ring as u64 | if is_logged { RING_LOG << 32 } else { 0 };
@@ -166,7 +166,7 @@ impl Guest {
         self.set(SET_VRING_ADDR, &payload, &[], ack);
     }
 
-    /// A message with an eventfd: `SET_VRING_KICK`, `SET_VRING_CALL`, `SET_VRING_ERR`.
+    /// Sends a message with an eventfd: `SET_VRING_KICK`, `SET_VRING_CALL`, `SET_VRING_ERR`.
     fn send_event(&mut self, request: u32, ring: usize, ack: Ack) {
         let other = EventFd::new(0).unwrap();
         let fd = if request == SET_VRING_CALL { self.calls[ring].as_raw_fd() } else { other.as_raw_fd() };
@@ -184,7 +184,7 @@ impl Guest {
         (answer >> 32) as u32
     }
 
-    /// Rings of a driver that was loaded again.
+    /// Resets the rings, as a driver that is loaded again does.
     fn reboot(&mut self) {
         self.rings.iter_mut().for_each(|ring| ring.begin_at(0));
     }
@@ -198,7 +198,7 @@ fn traffic(bench: &mut Bench, guest: &mut Guest, count: usize) {
     exchange(bench, guest, count);
 }
 
-/// A connection; `introduce` agrees on features of the protocol.
+/// Opens a connection; `introduce` negotiates protocol features.
 fn meet(introduce: impl FnOnce(&mut Guest)) -> (Bench, Guest) {
     let bench = Bench::new();
     let mut guest = bench.guest();
@@ -208,7 +208,7 @@ fn meet(introduce: impl FnOnce(&mut Guest)) -> (Bench, Guest) {
     (bench, guest)
 }
 
-/// When QEMU makes the device: the rings are enabled before there is a driver.
+/// Sends what QEMU sends when it creates the device: the rings are enabled before there is a driver.
 fn qemu_makes_the_device(guest: &mut Guest, protocol: u64) {
     assert_eq!(guest.get(GET_FEATURES), OFFERED);
     assert_eq!(guest.get(GET_PROTOCOL_FEATURES), PROTOCOL_OFFERED);
@@ -226,7 +226,7 @@ fn qemu_makes_the_device(guest: &mut Guest, protocol: u64) {
     BOTH.into_iter().for_each(|ring| guest.send_enable(ring, true, ack));
 }
 
-/// When the driver sets `DRIVER_OK`, from position `base` on.
+/// Sends what QEMU sends when the driver sets `DRIVER_OK`, from position `base` on.
 fn qemu_starts(guest: &mut Guest, protocol: u64, base: u32, memory: &[Part]) {
     let ack = if protocol & REPLY_ACK != 0 { Ack::Yes } else { Ack::No };
     guest.set(SET_FEATURES, &bytes(&[AGREED]), &[], Ack::No);
@@ -249,20 +249,20 @@ fn qemu(protocol: u64) {
     let slots = protocol & CONFIGURE_MEM_SLOTS != 0;
     let ack = if protocol & REPLY_ACK != 0 { Ack::Yes } else { Ack::No };
     let (halves, whole) = ([Part(0, 2), Part(1, 2)], [Part(0, 1)]);
-    // What has changed, or everything.
+    // QEMU sends only the changed regions, or all of them.
     let again = if slots { &[][..] } else { &whole };
     let mut done = 300;
     let (mut bench, mut guest) = meet(|guest| qemu_makes_the_device(guest, protocol));
     qemu_starts(&mut guest, protocol, 0, &halves);
     traffic(&mut bench, &mut guest, 300);
-    // The guest masks an interrupt, and takes it again.
+    // The guest masks an interrupt and unmasks it.
     for _ in 0..2 {
         guest.send_event(SET_VRING_CALL, RECEIVE, Ack::No);
     }
-    // Memory is plugged in, or two regions become one; the rings run on.
+    // Memory is plugged in, or two regions become one. The rings continue to run.
     if slots {
         halves.iter().for_each(|part| guest.change_memory(REM_MEM_REG, *part, ack));
-        // While its memory changes, a ring stands still for a moment.
+        // A ring stands still for a moment while its memory changes.
         guest.settle();
         traffic(&mut bench, &mut guest, 10);
         done += 10;
@@ -273,12 +273,12 @@ fn qemu(protocol: u64) {
     guest.settle();
     traffic(&mut bench, &mut guest, 100);
     done += 100;
-    // The machine stops, and goes on: it does not disable the rings.
+    // The machine stops and continues, without disabling the rings.
     assert_eq!(BOTH.map(|ring| guest.ask_base(ring)), [done; 2]);
     assert!(!bench.device.link().up);
     qemu_starts(&mut guest, protocol, done, again);
     traffic(&mut bench, &mut guest, 100);
-    // The guest starts anew.
+    // The guest restarts.
     assert_eq!(BOTH.map(|ring| guest.ask_base(ring)), [done + 100; 2]);
     guest.reboot();
     qemu_starts(&mut guest, protocol, 0, again);
@@ -298,7 +298,8 @@ fn conformance_qemu_with_memory_slots() {
     qemu(REPLY_ACK | CONFIGURE_MEM_SLOTS);
 }
 
-/// Bytes of the guest's memory, and the pages in the log, by their numbers in it. The log is cleared.
+/// Returns the bytes of the guest's memory and, for each page, whether it is marked in the log. Clears the
+/// log.
 fn take_pages(guest: &Guest, log: &std::fs::File) -> (Vec<u8>, Vec<bool>) {
     use std::os::unix::fs::FileExt;
     let mut memory = vec![0; MEMORY as usize];
@@ -313,7 +314,7 @@ fn take_pages(guest: &Guest, log: &std::fs::File) -> (Vec<u8>, Vec<bool>) {
     (memory, pages.clone().map(is_marked).collect())
 }
 
-/// The guest moves to another machine while it runs: QEMU copies the pages that the port says it has written.
+/// The guest migrates to another machine while it runs: QEMU copies the pages that the port marks as written.
 #[test]
 fn conformance_qemu_migration() {
     let protocol = REPLY_ACK | LOG_SHMFD;
@@ -337,7 +338,7 @@ fn conformance_qemu_migration() {
         if round % 2 == 0 {
             traffic(&mut bench, &mut guest, 1 + round);
         } else {
-            // Of several descriptors.
+            // The frame spans several descriptors.
             guest.transmit_chain(&frame(round), &[HEADER, 50]);
             assert_eq!((bench.receive().len(), guest.reap_transmitted()), (1, 1));
             assert_eq!(bench.send(&[frame(round), vec![5; DATA_ROOM]]), 2);
@@ -355,13 +356,13 @@ fn conformance_qemu_migration() {
         }
         assert!(marked[used(RECEIVE)] && marked[used(TRANSMIT)]);
     }
-    // It is cancelled: nothing is marked any more.
+    // The migration is canceled: nothing is marked any more.
     guest.set(SET_FEATURES, &bytes(&[AGREED]), &[], Ack::Yes);
     BOTH.into_iter().for_each(|ring| guest.send_addr(ring, Ack::Yes));
     take_pages(&guest, &log);
     traffic(&mut bench, &mut guest, 100);
     assert!(take_pages(&guest, &log).1.iter().all(|marked| !marked));
-    // It is tried again, and the machine stops here: what its rings hold then is complete.
+    // The migration is tried again, and the machine stops here: the contents of its rings are then complete.
     guest.say(SET_LOG_BASE, 0, &bytes(&[len, 0]), &[log.as_raw_fd()]);
     guest.hear(SET_LOG_BASE, 2);
     guest.set(SET_FEATURES, &bytes(&[AGREED | LOG_ALL]), &[], Ack::Yes);
@@ -378,7 +379,7 @@ fn conformance_qemu_migration() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
-/// As when a memory module is unplugged: its pages go back when the frontend has no more to say.
+/// When a memory module is unplugged, its pages are unmapped once the frontend sends no more requests.
 #[test]
 fn conformance_memory_that_is_taken_away_is_unmapped() {
     let protocol = REPLY_ACK | CONFIGURE_MEM_SLOTS;
@@ -387,7 +388,7 @@ fn conformance_memory_that_is_taken_away_is_unmapped() {
     traffic(&mut bench, &mut guest, 50);
     guest.say(REM_MEM_REG, NEED_REPLY, &[bytes(&[0]), bytes(&Part(1, 2).words())].concat(), &[]);
     assert_eq!(guest.hear(REM_MEM_REG, 1), [1], "there is no such region");
-    // Such a frontend is hung up on, as for any request that fails.
+    // The port closes the connection of such a frontend, as for any request that fails.
     drop(guest);
     let mut guest = bench.guest();
     qemu_makes_the_device(&mut guest, protocol);
@@ -417,7 +418,7 @@ fn cloud_hypervisor_starts(guest: &mut Guest, avail_idx: [u16; 2]) {
     BOTH.into_iter().for_each(|ring| guest.send_num(ring, Ack::Yes));
     for ring in BOTH {
         guest.send_addr(ring, Ack::Yes);
-        // How far the driver is, which may have made buffers available already.
+        // The driver's position, at which it may already have made buffers available.
         guest.send_base(ring, avail_idx[ring].into(), Ack::Yes);
         guest.send_event(SET_VRING_CALL, ring, Ack::Yes);
         guest.send_event(SET_VRING_KICK, ring, Ack::Yes);
@@ -431,7 +432,7 @@ fn conformance_cloud_hypervisor() {
     let (mut bench, mut guest) = meet(|guest| {
         guest.set(SET_OWNER, &[], &[], Ack::No);
         assert_eq!(guest.get(GET_FEATURES), OFFERED);
-        // It takes two queues for granted, and counts queues where there are more.
+        // cloud-hypervisor takes two queues for granted, and counts queues if there are more.
         assert_eq!(guest.get(GET_PROTOCOL_FEATURES), PROTOCOL_OFFERED);
         guest.set(SET_PROTOCOL_FEATURES, &bytes(&[PROTOCOL_OFFERED]), &[], Ack::No);
     });
@@ -439,10 +440,10 @@ fn conformance_cloud_hypervisor() {
     let avail = [guest.rings[RECEIVE].avail_idx, guest.rings[TRANSMIT].avail_idx];
     cloud_hypervisor_starts(&mut guest, avail);
     traffic(&mut bench, &mut guest, 200);
-    // Memory is plugged in: a table first, single regions then.
+    // Memory is plugged in: the first message was a table, the following ones add single regions.
     guest.change_memory(ADD_MEM_REG, Part(7, 8), Ack::Yes);
     traffic(&mut bench, &mut guest, 100);
-    // The machine is paused and goes on.
+    // The machine is paused and resumed.
     BOTH.into_iter().for_each(|ring| guest.send_enable(ring, false, Ack::Yes));
     assert!(!bench.device.link().up);
     assert_eq!((bench.receive().len(), bench.send(&[frame(1)])), (0, 0));
@@ -470,7 +471,7 @@ fn crosvm_starts(guest: &mut Guest, base: [u32; 2]) {
     guest.settle();
 }
 
-/// Disables a ring and asks where it is, one ring after the other.
+/// Disables a ring and asks for its position, one ring after the other.
 fn crosvm_stops(guest: &mut Guest) -> [u32; 2] {
     BOTH.map(|ring| {
         guest.send_enable(ring, false, Ack::No);
@@ -492,7 +493,7 @@ fn conformance_crosvm() {
     for round in 0..3 {
         traffic(&mut bench, &mut guest, 150 + round);
         done += 150 + round as u32;
-        // It sleeps and wakes.
+        // The machine sleeps and wakes.
         let base = crosvm_stops(&mut guest);
         assert_eq!(base, [done; 2]);
         assert!(!bench.device.link().up);
@@ -511,7 +512,7 @@ fn dpdk_starts(guest: &mut Guest, protocol: bool) {
     let features = if protocol { AGREED } else { ALL.bits() };
     BOTH.into_iter().for_each(|ring| guest.send_event(SET_VRING_CALL, ring, Ack::No));
     guest.set(SET_FEATURES, &bytes(&[features]), &[], Ack::No);
-    // A region for each hugepage.
+    // DPDK sends a region for each hugepage.
     let parts: Vec<Part> = (0..8).map(|number| Part(number, 8)).collect();
     guest.send_mem_table(&parts, if protocol { Ack::Yes } else { Ack::No });
     for ring in BOTH {
@@ -536,7 +537,7 @@ fn conformance_dpdk_virtio_user() {
     });
     dpdk_starts(&mut guest, true);
     traffic(&mut bench, &mut guest, 300);
-    // It takes more memory while the port runs.
+    // DPDK adds memory while the port runs.
     BOTH.into_iter().for_each(|ring| guest.send_enable(ring, false, Ack::No));
     guest.send_mem_table(&[Part(0, 1)], Ack::Yes);
     BOTH.into_iter().for_each(|ring| guest.send_enable(ring, true, Ack::No));
@@ -551,7 +552,7 @@ fn conformance_dpdk_virtio_user() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
-/// DPDK before 18.05: it knows of no features of the protocol, and stops a device by `RESET_OWNER`.
+/// DPDK before 18.05 knows no protocol features, and stops a device with `RESET_OWNER`.
 #[test]
 fn conformance_dpdk_virtio_user_without_protocol_features() {
     let (mut bench, mut guest) = meet(|guest| {
@@ -570,7 +571,7 @@ fn conformance_dpdk_virtio_user_without_protocol_features() {
     assert_eq!(bench.stop(), BUFFERS);
 }
 
-/// The rest is for a port of several pairs.
+/// A port of several pairs also offers MQ and answers `GET_QUEUE_NUM`.
 #[test]
 fn conformance_number_of_pairs() {
     let dir = tempfile::tempdir().unwrap();

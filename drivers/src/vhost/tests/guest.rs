@@ -17,15 +17,15 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{DESC_NEXT, DESC_WRITE, Features, HEADER, RECEIVE, TRANSMIT};
 use crate::vhost::RINGS_PER_PAIR as RINGS;
 
-/// Descriptors of each ring.
+/// Number of descriptors of each ring.
 pub(super) const SIZE: u16 = 64;
-/// Bytes of memory, and where it is for descriptors and for the frontend itself.
+/// Size of the memory in bytes, and its address in descriptors and in the frontend's own addresses.
 pub(super) const MEMORY: u64 = 1 << 20;
 pub(super) const GUEST: u64 = 0x1_0000_0000;
 pub(super) const USER: u64 = 0x7f00_0000_0000;
-/// Bytes of a buffer; each descriptor has one of its own.
+/// Size of a buffer in bytes; each descriptor has a buffer of its own.
 pub(super) const BUFFER: usize = 4096;
-/// Distance of the rings' memory, and of the parts in it.
+/// Distance between the rings' memory, and offsets of the parts in it.
 pub(super) const RING: u64 = 0x4000;
 const AVAIL: u64 = 0x1000;
 pub(super) const USED: u64 = 0x2000;
@@ -45,7 +45,7 @@ impl GuestRing {
         GUEST + self.index * RING + part
     }
 
-    /// As a ring that has been in use for so long.
+    /// Sets the indices of a ring that has been used up to `position`.
     pub(super) fn begin_at(&mut self, position: u16) {
         (self.avail_idx, self.used_idx) = (position, position);
         self.view.store(self.at(AVAIL + 2), position).unwrap();
@@ -74,7 +74,8 @@ impl GuestRing {
         self.view.store(self.at(AVAIL + 2), self.avail_idx).unwrap();
     }
 
-    /// Makes a chain of `count` descriptors, each of which `describe` gives address, length and flags.
+    /// Builds and offers a chain of `count` descriptors; `part` returns the address, length and flags of
+    /// each.
     fn chain(&mut self, count: usize, mut part: impl FnMut(&Self, usize, u16) -> (u64, u32, u16)) {
         let descriptors: Vec<u16> =
             (0..count as u16).map(|i| self.next_descriptor.wrapping_add(i) % SIZE).collect();
@@ -131,7 +132,7 @@ impl Guest {
         Self::on(UnixStream::connect(path).unwrap())
     }
 
-    /// A guest whose port is at the other end of `socket`.
+    /// Creates a guest whose port is at the other end of `socket`.
     pub(super) fn on(socket: UnixStream) -> Self {
         let region = Region::new(MEMORY as usize, Backing::SmallPages).unwrap();
         let memory = DmaMemory::with_addresses(region, MEMORY as usize, &[GUEST]);
@@ -155,7 +156,7 @@ impl Guest {
         }
     }
 
-    /// The first requests of a connection.
+    /// Sends the first requests of a connection.
     pub(super) fn introduce(&mut self, features: Features) {
         let frontend = &mut self.frontend;
         frontend.set_owner().unwrap();
@@ -171,7 +172,7 @@ impl Guest {
         self.introduced = true;
     }
 
-    /// Everything up to running rings.
+    /// Sends all requests up to running rings.
     pub(super) fn start(&mut self, features: Features) {
         if !self.introduced {
             self.introduce(features);
@@ -222,12 +223,13 @@ impl Guest {
         self.frontend.set_vring_enable(ring, on).unwrap();
     }
 
-    /// `VHOST_USER_SET_VRING_ENABLE`.
+    /// Builds a `VHOST_USER_SET_VRING_ENABLE` request.
     fn enabling(ring: u32, on: u32, ask: bool) -> Vec<u8> {
         [18, 1 | u32::from(ask) << 3, 8, ring, on].into_iter().flat_map(u32::to_ne_bytes).collect()
     }
 
-    /// Enables a ring by a request of which the backend has only the first `sent` bytes while `meanwhile` runs.
+    /// Enables a ring with a request of which the backend has only the first `sent` bytes while `meanwhile`
+    /// runs.
     pub(super) fn begin_to_enable(&mut self, ring: usize, sent: usize, meanwhile: impl FnOnce(&mut Self)) {
         let request = Self::enabling(ring as u32, 1, false);
         self.socket.write_all(&request[..sent]).unwrap();
@@ -235,7 +237,8 @@ impl Guest {
         self.socket.write_all(&request[sent..]).unwrap();
     }
 
-    /// Enables or disables a ring as QEMU does at first: before the features. Gives the answer if it is asked for.
+    /// Enables or disables a ring before the features are set, as QEMU does at first. Returns the answer if
+    /// `ask` is set.
     pub(super) fn enable_early(&mut self, ring: u32, on: u32, ask: bool) -> Option<u64> {
         self.socket.write_all(&Self::enabling(ring, on, ask)).unwrap();
         let mut answer = [0; 20];
@@ -244,12 +247,12 @@ impl Guest {
         Some(u64::from_ne_bytes(*answer[12..].first_chunk().unwrap()))
     }
 
-    /// Stops `ring`; gives the position that the backend tells.
+    /// Stops `ring`; returns the position that the backend reports.
     pub(super) fn frontend_base(&self, ring: usize) -> u32 {
         self.frontend.get_vring_base(ring).unwrap()
     }
 
-    /// Stops the rings and makes them as new.
+    /// Stops the rings and resets them.
     pub(super) fn stop(&mut self) {
         for ring in [RECEIVE, TRANSMIT] {
             self.frontend_base(ring);
@@ -273,7 +276,7 @@ impl Guest {
         self.transmit_chain(frame, &[]);
     }
 
-    /// Sends a header and `frame`, cut into descriptors at `cuts`.
+    /// Transmits a header and `frame`, split into descriptors at `cuts`.
     pub(super) fn transmit_chain(&mut self, frame: &[u8], cuts: &[usize]) {
         let mut bytes = vec![0xa5; HEADER];
         bytes.extend(frame);
@@ -291,7 +294,7 @@ impl Guest {
         std::iter::from_fn(|| self.rings[TRANSMIT].used()).inspect(|(_, len)| assert_eq!(*len, 0)).count()
     }
 
-    /// Waits until `count` frames have been transmitted; gives how many have.
+    /// Waits until `count` frames have been transmitted; returns how many have.
     pub(super) fn await_transmitted(&mut self, count: usize) -> usize {
         let begin = Instant::now();
         let mut transmitted = 0;
@@ -302,20 +305,21 @@ impl Guest {
         transmitted
     }
 
-    /// Offers a chain of buffers of these lengths to receive into.
+    /// Offers a chain of buffers with these lengths to receive into.
     pub(super) fn provide(&mut self, lens: &[u32]) {
         self.rings[RECEIVE]
             .chain(lens.len(), |ring, i, descriptor| (ring.buffer(descriptor), lens[i], DESC_WRITE));
     }
 
-    /// Offers a whole buffer by each descriptor that the device does not have.
+    /// Offers a whole buffer with each descriptor that the device does not have.
     pub(super) fn provide_all(&mut self) {
         while self.rings[RECEIVE].avail_idx.wrapping_sub(self.rings[RECEIVE].used_idx) < SIZE {
             self.provide(&[BUFFER as u32]);
         }
     }
 
-    /// Frames that have come; their buffers are offered again, if they were whole ones.
+    /// Returns the received frames. If the device still has buffers, offers whole buffers with all other
+    /// descriptors.
     pub(super) fn received(&mut self) -> Vec<Vec<u8>> {
         let mut frames = Vec::new();
         let mut chunks = 0;

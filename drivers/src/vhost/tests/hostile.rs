@@ -1,4 +1,4 @@
-//! Frontends that lie.
+//! Tests of frontends that misbehave.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -9,12 +9,12 @@ use vhost::VhostBackend;
 use super::guest::{GUEST, MEMORY, USER};
 use super::*;
 
-/// Descriptors whose chain begins at descriptor 0: address, length, flags, next.
+/// Descriptors of a chain that begins at descriptor 0: address, length, flags, next.
 type Table = &'static [(u64, u32, u16, u16)];
 
 const INDIRECT: u16 = 4;
 
-/// Chains that no frontend may offer; `DESC_WRITE` is toggled for the ring that receives.
+/// Chains that no frontend may offer. `DESC_WRITE` is toggled for the ring that receives.
 const LIES: &[(Table, &str)] = &[
     (&[(GUEST + MEMORY - 50, 100, 0, 0)], "beyond the end"),
     (&[(GUEST - 1, 100, 0, 0)], "before the begin"),
@@ -29,7 +29,7 @@ const LIES: &[(Table, &str)] = &[
     (&[(GUEST, 5, DESC_NEXT, 1), (GUEST, 100, DESC_WRITE, 0)], "second of the wrong direction"),
 ];
 
-/// Offers a good chain, then a bad one.
+/// Offers a valid chain, then an invalid one.
 fn offer_lie(guest: &mut Guest, ring: usize, table: Table) {
     for (i, (address, len, flags, next)) in table.iter().enumerate() {
         let flags = if ring == RECEIVE { flags ^ DESC_WRITE } else { *flags };
@@ -41,7 +41,8 @@ fn offer_lie(guest: &mut Guest, ring: usize, table: Table) {
     guest.rings[ring].offer(0);
 }
 
-/// Whether the ring stopped for the lie, the other works, and a new start repairs it.
+/// Checks that the invalid chain has stopped the ring, that the other ring works, and that a new start
+/// repairs it.
 fn check_stopped(mut bench: Bench, mut guest: Guest, ring: usize, why: &str) {
     let errors =
         |bench: &Bench| [bench.tx.counters().device_errors.get(), bench.rx.counters().device_errors.get()];
@@ -82,7 +83,7 @@ fn a_bad_chain_stops_the_ring_that_receives() {
     }
 }
 
-/// Makes one chain of `count` descriptors of `len` bytes, and offers it by every slot.
+/// Builds one chain of `count` descriptors of `len` bytes, and offers it in every slot.
 fn offer_one_chain_everywhere(guest: &mut Guest, ring: usize, count: u16, len: u32) {
     let write = if ring == RECEIVE { DESC_WRITE } else { 0 };
     for i in 0..count {
@@ -107,7 +108,7 @@ fn chains_that_share_descriptors_stop_the_ring() {
     }
 }
 
-/// Each keeps the lcore for a look at every region.
+/// Each such buffer makes the lcore visit every region.
 #[test]
 fn buffers_over_many_regions_stop_the_ring() {
     for ring in [RECEIVE, TRANSMIT] {
@@ -206,7 +207,7 @@ fn requests_that_make_no_sense_end_the_connection_only() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Descriptor tables and avail rings of anything, near what is valid and far from it.
+    /// Descriptor tables and avail rings have arbitrary contents, close to valid ones and far from them.
     #[test]
     fn no_ring_panics_or_loses_a_buffer(
         tables in proptest::collection::vec(
@@ -220,7 +221,7 @@ proptest! {
         let (mut bench, mut guest) = Bench::with(if mergeable { ALL } else { PLAIN });
         for ring in [RECEIVE, TRANSMIT] {
             for (i, (address, len, flags, next)) in tables[ring * usize::from(SIZE)..][..usize::from(SIZE)].iter().enumerate() {
-                // Frames may land in the rings themselves: then these are random too.
+                // Frames may be written into the rings themselves, whose contents are then arbitrary too.
                 guest.rings[ring].describe(i as u16, *address, *len, *flags, *next);
             }
         }

@@ -1,4 +1,4 @@
-//! Checksums that the device makes, or says that it found.
+//! Tests of checksums that the device computes or verifies.
 
 use super::*;
 use crate::port::Offloads;
@@ -7,20 +7,21 @@ const CHECKSUMS: u64 = feature::CSUM | feature::GUEST_CSUM;
 const NEEDS_CSUM: u8 = 1;
 const DATA_VALID: u8 = 2;
 
-/// A port that was started with `offloads`, on a device that has both.
+/// Starts a port with `offloads` on a device that supports both.
 fn bench(offloads: Offloads, behaviour: Behaviour, config: PortConfig) -> Bench {
     let behaviour = Behaviour { features: behaviour.features | CHECKSUMS, ..behaviour };
     Bench::started(behaviour, Options::default(), BUFFERS, &config.with_offloads(offloads))
 }
 
-/// A frame of `len` bytes, whose bytes from 34 on, with that at 50, sum to their checksum.
+/// Returns a frame of `len` bytes with a partial checksum of 0x1234 at byte 50, over the bytes from 34 on.
 fn partial_frame(len: usize) -> Vec<u8> {
     let mut frame: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
     frame[50..52].copy_from_slice(&[0x12, 0x34]);
     frame
 }
 
-/// Whether the bytes from 34 on have their checksum: they sum to that of the pseudo-header, 0x1234.
+/// Whether the checksum over the bytes from 34 on is complete: together with the pseudo-header's sum, 0x1234,
+/// they sum to 0xffff.
 fn is_complete(frame: &[u8]) -> bool {
     let word = |word: &[u8]| u32::from(word[0]) << 8 | word.get(1).map_or(0, |low| u32::from(*low));
     let sum = frame[34..].chunks(2).map(word).fold(0x1234, |sum, word| {
@@ -105,7 +106,7 @@ fn a_place_beyond_the_frame_costs_the_frame_and_no_more() {
     }
 }
 
-/// What one port received with a partial checksum leaves another with the whole one.
+/// Packets that one port receives with a partial checksum leave another port with a complete one.
 #[test]
 fn the_device_makes_the_checksums_of_forwarded_packets() {
     let mut bench = bench(Offloads::all(), Behaviour::default(), CONFIG);
@@ -129,7 +130,8 @@ fn the_device_makes_the_checksums_of_forwarded_packets() {
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
-/// A header that a port for checksums wrote, or a device, is in the buffer when another port sends it.
+/// A buffer may contain a header, written by a device or by a port with checksum offloads, when another port
+/// sends it.
 #[test]
 fn a_port_without_the_offload_asks_for_nothing() {
     for bits in [0, feature::MRG_RXBUF] {
@@ -150,7 +152,7 @@ fn long_frames_have_the_offloads_too() {
         ..Behaviour::default()
     };
     let mut bench = bench(Offloads::all(), behaviour, CONFIG.with_max_frame(9000));
-    // What is in front of a frame's later segments is no header.
+    // The bytes in front of a frame's later segments are not a header.
     let mut packets: Vec<_> = (0..300).filter_map(|_| bench.cache.allocate()).collect();
     for packet in &mut packets {
         packet.prepend(60).unwrap();

@@ -1,4 +1,4 @@
-//! Devices that lack something, break the rules of start-up, or lie in their rings.
+//! Tests of devices that lack a feature, break the rules of start-up, or misbehave in their rings.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use super::{BUFFERS, Bench, CONFIG, frame, in_order, memory, without};
 use crate::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
 use crate::port::{Nic, PortConfig, RxBurst, TxBurst};
 
-/// Lets the device tell a lie in a receive queue that worked before, and checks what must follow.
+/// Makes the device misbehave in an RX queue that worked before, and checks the consequences.
 fn rx_lie(what: &str, lie: impl Fn(&VirtioNet)) {
     rx_lie_of(Behaviour::default(), what, &lie);
     rx_lie_of(Behaviour { one_element: false, ..in_order() }, what, &lie);
@@ -33,7 +33,7 @@ fn rx_lie_of(honest: Behaviour, what: &str, lie: &impl Fn(&VirtioNet)) {
     assert_eq!((stats.device_errors, bench.rx.is_broken()), (1, true), "{what}");
     bench.nic.receive(&frame(0));
     assert!(bench.receive().is_empty(), "{what}");
-    // The other direction goes on, and a restart repairs the queue without loss of a buffer.
+    // The other direction continues, and a restart repairs the queue without losing a buffer.
     assert_eq!(bench.send([frame(3)]), 1);
     assert_eq!(bench.nic.transmitted(), [frame(3)]);
     bench.nic.behave(|behaviour| *behaviour = honest.clone());
@@ -48,7 +48,7 @@ fn rx_lie_of(honest: Behaviour, what: &str, lie: &impl Fn(&VirtioNet)) {
 
 #[test]
 fn every_lie_about_received_frames_is_counted_and_stops_the_queue() {
-    // 40 frames came, so descriptor 40 of 64 is next.
+    // 40 frames were received, so descriptor 40 of 64 is next.
     rx_lie("id far beyond the ring", |nic| nic.push_used(RX, 40_000, 72));
     rx_lie("id one beyond the ring", |nic| nic.push_used(RX, 64, 72));
     rx_lie("id beyond 16 bits", |nic| nic.push_used(RX, 0x1_0000 + 40, 72));
@@ -86,7 +86,8 @@ fn a_queue_that_ended_is_not_refilled() {
         assert_eq!(burst.len(), 21);
         bench.free(burst);
     }
-    // Of 64 descriptors the first comes last, so the whole ring has room at once, and that buffer is a lie.
+    // The first of 64 descriptors completes last. The whole ring then has room at once, and that last
+    // completion is invalid.
     bench.nic.behave(|behaviour| behaviour.num_buffers = Some(0));
     assert!(bench.nic.receive(&frame(0)));
     for _ in 0..3 {
@@ -120,7 +121,7 @@ fn what_was_received_behind_a_lie_is_counted() {
         lie(&bench.nic);
         (0..5).for_each(|number| assert!(bench.nic.receive(&frame(number))));
         assert!(bench.receive().is_empty() && bench.rx.is_broken(), "{what}");
-        // These come until the port is stopped.
+        // These frames arrive until the port is stopped.
         (5..7).for_each(|number| assert!(bench.nic.receive(&frame(number))));
         assert!(bench.receive().is_empty(), "{what}");
         bench.device.stop_pair(bench.rx, bench.tx, &mut bench.cache).unwrap();
@@ -157,7 +158,7 @@ fn every_lie_about_sent_frames_is_counted_and_stops_the_queue() {
     }
 }
 
-/// In order the used index is all that is read of a TX queue.
+/// With in-order completion, the driver reads only the used index of a TX queue.
 #[test]
 fn a_used_index_that_cannot_be_stops_the_queue_of_a_device_in_order() {
     for count in [11, 1000, u16::MAX] {
@@ -249,7 +250,7 @@ fn a_device_that_fails_after_probe_does_not_start() {
 
 #[test]
 fn capabilities_that_loop_or_point_outside_are_refused() {
-    // The first capability is `common` at 0x40: link, BAR, offset and length are at 1, 4, 8 and 12.
+    // The first capability is `common` at 0x40, with link, BAR, offset and length at +1, +4, +8 and +12.
     let cases: [(u16, &[u8], &str); 5] = [
         (0x41, &[0x40], "the list loops"),
         (0x41, &[0x10], "points into the header"),
@@ -263,7 +264,7 @@ fn capabilities_that_loop_or_point_outside_are_refused() {
         let error = Device::probe(nic.function()).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
     }
-    // A reserved BAR number makes the capability one to pass over, so it is missed.
+    // With a reserved BAR number the driver skips the capability, so it is missing.
     let nic = VirtioNet::default();
     nic.config().set(0x44, &[6]);
     assert!(Device::probe(nic.function()).unwrap_err().to_string().contains("legacy interface only"));

@@ -1,4 +1,4 @@
-//! Frames of several buffers.
+//! Tests of frames of several buffers.
 
 use std::collections::VecDeque;
 
@@ -18,12 +18,12 @@ fn long(behaviour: Behaviour) -> Behaviour {
     Behaviour { features: behaviour.features | feature::INDIRECT_DESC, ..behaviour }
 }
 
-/// A port that was started for the longest frames.
+/// Starts a port for the longest frames.
 fn bench(behaviour: Behaviour) -> Bench {
     Bench::started(behaviour, Options::default(), BUFFERS, &LONG)
 }
 
-/// Sends frames in segments of `each` bytes; gives those that stay.
+/// Sends frames in segments of `each` bytes; returns the number of frames that were not sent.
 fn send(bench: &mut Bench, frames: &[Vec<u8>], each: usize) -> usize {
     let mut burst = Burst::new();
     frames.iter().for_each(|frame| append(&mut burst, &mut bench.cache, frame, each));
@@ -52,7 +52,8 @@ fn long_frames_pass_between_short_ones() {
         for round in 0..400 {
             let mut frames: Vec<_> =
                 (0..round % 5 + 1).map(|i| frame(round + i, lens[(round + i) % 8])).collect();
-            // One that uses the newest buffer first may find none: the older ones keep those behind them.
+            // A device that uses the newest buffer first may find none: older buffers hold back those behind
+            // them.
             frames.retain(|frame| bench.nic.receive(frame));
             assert!(frames.len() == round % 5 + 1 || behaviour.out_of_order, "{round}");
             bytes += frames.iter().map(Vec::len).sum::<usize>();
@@ -76,7 +77,7 @@ fn long_frames_pass_between_short_ones() {
     }
 }
 
-/// One element stands for all buffers of a frame, and of others.
+/// One element may cover all buffers of a frame, and those of other frames.
 #[test]
 fn one_element_may_stand_for_the_buffers_of_a_frame() {
     let mut bench = bench(long(in_order()));
@@ -131,7 +132,7 @@ fn a_full_ring_keeps_whole_frames() {
     for three in frames[..21].chunks(3) {
         assert_eq!(send(&mut bench, three, DATA_ROOM), 0);
     }
-    // Of 64 buffers 63 are in use.
+    // 63 of 64 descriptors are in use.
     assert_eq!(send(&mut bench, &frames[21..23], DATA_ROOM), 2);
     assert_eq!(send(&mut bench, &[frame(0, 60), frame(1, 60)], DATA_ROOM), 1);
     assert_eq!(bench.nic.transmitted(), [&frames[..21], &[frame(0, 60)]].concat());
@@ -140,7 +141,7 @@ fn a_full_ring_keeps_whole_frames() {
     assert_eq!(bench.stop().0, BUFFERS);
 }
 
-/// What the device still has at the stop, and tables that serve the next start.
+/// The device still holds segments at the stop, and the tables are reused by the next start.
 #[test]
 fn a_stop_gives_all_segments_back() {
     let Bench { nic, mut device, rx, tx, cache, memory } = bench(long(Behaviour::default()));
@@ -156,7 +157,7 @@ fn a_stop_gives_all_segments_back() {
         assert!(bench.nic.receive(&frame(round, 9000)));
         Bench { device, cache, .. } = bench;
         device.stop_pair(bench.rx, bench.tx, &mut cache).unwrap();
-        // Every other time for short frames only.
+        // Every other start is for short frames only.
         queues = if round % 2 == 0 {
             device.start_pair(&CONFIG, &memory, &mut cache).unwrap()
         } else {
@@ -230,7 +231,8 @@ fn a_device_says_how_long_its_frames_may_be() {
     }
 }
 
-/// `num_buffers` is 0, or more than came; a frame is longer than was agreed; a buffer is none of the queue's.
+/// Either `num_buffers` is 0 or exceeds the buffers used, a frame is longer than agreed, or a buffer is not
+/// one of the queue's.
 #[test]
 fn lies_about_long_frames_stop_the_queue_and_lose_no_buffer() {
     type Lie = fn(&VirtioNet);
@@ -285,7 +287,8 @@ fn a_lie_about_a_sent_frame_keeps_its_segments_until_the_stop() {
     let mut bench = bench(long(Behaviour::default()));
     assert_eq!(send(&mut bench, &[frame(1, 9000), frame(2, 9000), frame(3, 60)], DATA_ROOM), 0);
     let free = bench.cache.len();
-    // The second is completed first, which gives its descriptor back behind the first; then twice.
+    // The second frame is completed first, so its descriptor returns after the first one's. Then it is
+    // completed twice.
     bench.nic.push_used(TX, 1, 0);
     assert_eq!(bench.send([]), 0);
     bench.nic.push_used(TX, 1, 0);
@@ -297,7 +300,8 @@ fn a_lie_about_a_sent_frame_keeps_its_segments_until_the_stop() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// As for short frames: every frame is forwarded once, whole and in order, or dropped by us; no buffer is lost.
+    /// As for short frames, every frame is forwarded once, whole and in order, or dropped by the driver; no
+    /// buffer is lost.
     #[test]
     fn bursts_of_any_lengths_conserve_frames(
         steps in prop::collection::vec((prop::collection::vec(60..MAX_FRAME, 0..12), 0..4_u32, any::<bool>()), 1..100),
@@ -305,7 +309,7 @@ proptest! {
     ) {
         let mut behaviour = long(Behaviour::default());
         behaviour.features |= if quirks == 1 { feature::IN_ORDER } else { 0 };
-        // The newest buffer first: the order of the frames is kept.
+        // The device uses the newest buffer first; the order of the frames is preserved.
         behaviour.out_of_order = quirks == 2;
         let mut bench = bench(behaviour);
         let (mut number, mut forwarded) = (0, VecDeque::new());

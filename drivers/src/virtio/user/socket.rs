@@ -1,4 +1,4 @@
-//! The socket of a vhost-user port, as client or as server.
+//! Socket of a vhost-user port, as client or as server.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,19 +13,19 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::socket;
 use vireo_eal::{Error, ErrorKind, Result};
 
-/// How long a wait for the peer takes to see that the program is to stop, in milliseconds.
+/// Poll interval in milliseconds, at which a wait for the peer checks whether the program is to stop.
 const LOOK_EVERY: u8 = 100;
 
 /// Connects port `name` to the peer that listens at `path`.
 ///
 /// # Errors
-/// `Unavailable` when nobody listens there.
+/// `Unavailable` when no process listens there.
 pub(super) fn connect(name: &str, path: &Path) -> Result<UnixStream> {
     let what = format!("cannot connect {name} to {}", path.display());
     socket::connect(path, what, "start the vhost side first, or give server=1")
 }
 
-/// A socket that we listen on; its name goes with it.
+/// A listening socket; its path is removed on drop.
 #[derive(Debug)]
 pub(super) struct Listening {
     listener: UnixListener,
@@ -35,7 +35,7 @@ pub(super) struct Listening {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        // Somebody else may have removed it, which is as good.
+        // Another process may already have removed the path, which has the same effect.
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -59,13 +59,13 @@ impl Listening {
         Error::io(format!("cannot listen for {} at {}", self.name, self.path.display()), error)
     }
 
-    /// The peer that has connected, if one has; does not wait.
+    /// Returns the peer that has connected, if any; does not wait.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub(super) fn accept(&self) -> Result<Option<UnixStream>> {
         match self.listener.accept() {
-            // An accepted socket blocks, whatever the listener does.
+            // An accepted socket blocks, even if the listener does not.
             Ok((stream, _)) => Ok(Some(stream)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(self.failed(&error)),
@@ -73,8 +73,8 @@ impl Listening {
     }
 }
 
-/// Listens at `path` until the peer of port `name` connects, or `stop` is set. There is one connection: after
-/// it the socket has no name any more, so that a second peer does not wait for nothing.
+/// Listens at `path` until the peer of port `name` connects or `stop` is set. Accepts one connection and then
+/// removes the path, so that a second peer does not wait in vain.
 ///
 /// # Errors
 /// `Busy` when another process listens at `path`, `Unavailable` when `stop` is set.
@@ -95,7 +95,7 @@ pub(super) fn accept(name: &Arc<str>, path: &Path, stop: &StopFlag) -> Result<Un
     Err(Error::new(ErrorKind::Unavailable, what, "stopped before a peer came"))
 }
 
-/// Removes a socket on which nobody listens, as a killed process leaves it.
+/// Removes a socket on which no process listens, such as a killed process leaves behind.
 fn remove_stale(path: &Path) -> std::result::Result<(), &'static str> {
     match std::fs::symlink_metadata(path) {
         Err(_) => return Ok(()),
@@ -104,7 +104,7 @@ fn remove_stale(path: &Path) -> std::result::Result<(), &'static str> {
     }
     match socket::try_connect(path) {
         Err(Errno::ECONNREFUSED) => {
-            // What cannot be removed is named by the bind that follows.
+            // If the path cannot be removed, the following bind reports it.
             let _ = std::fs::remove_file(path);
             Ok(())
         }

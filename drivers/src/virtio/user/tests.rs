@@ -1,4 +1,4 @@
-//! The front-end against a peer that the test plays, in the protocol's own bytes.
+//! Tests of the front-end against a peer that the test plays, in raw protocol messages.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -38,25 +38,26 @@ const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 
-/// What DPDK's vhost offers, and more: MAC, STATUS, CTRL_VQ, CTRL_RX and ACCESS_PLATFORM.
+/// Features that DPDK's vhost offers, and in addition MAC, STATUS, CTRL_VQ, CTRL_RX and ACCESS_PLATFORM.
 const OFFERED: u64 = 1 << 33 | 1 << 32 | 1 << 30 | 1 << 29 | 1 << 18 | 1 << 17 | 1 << 16 | 1 << 15 | 1 << 5;
-/// MQ, REPLY_ACK, and CONFIG, which nobody here wants.
+/// MQ, REPLY_ACK, and CONFIG, which the driver does not use.
 const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 9;
 /// `VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`.
 const MEM_SLOTS: u64 = 1 << 15;
 
-/// What the peer does.
+/// Behavior of the peer.
 #[derive(Clone, Copy)]
 struct Script {
     features: u64,
     protocol_features: u64,
-    /// Closes the connection when this request comes.
+    /// Closes the connection at this request.
     close_at: u32,
-    /// Answers neither this request nor those after it, and keeps the connection.
+    /// Answers neither this request nor later ones, but keeps the connection.
     silent_at: u32,
-    /// From this request on each answer takes [`SLOW`].
+    /// Delays each answer by [`SLOW`] from this request on.
     slow_at: u32,
-    /// Answers this request with an error; `GET_VRING_BASE`, which has none, with another request's number.
+    /// Answers this request with an error. `GET_VRING_BASE` has no error, so its answer carries another
+    /// request's number.
     refuse: u32,
 }
 
@@ -69,18 +70,18 @@ const HONEST: Script = Script {
     refuse: 0,
 };
 
-/// Time enough for one answer, and not for two.
+/// Enough time for one answer, but not for two.
 const SLOW: Duration = Duration::from_millis(1700);
 
 type Log = Vec<(u32, Vec<u8>)>;
 
 fn answer(stream: &mut UnixStream, request: u32, payload: &[u8]) {
     let header = [request, VERSION | REPLY, payload.len() as u32].map(u32::to_le_bytes).concat();
-    // The port may have ended the connection.
+    // The port may have closed the connection.
     let _ = stream.write_all(&[&header, payload].concat());
 }
 
-/// Plays the peer until the connection ends; gives what came.
+/// Plays the peer until the connection ends; returns the requests received.
 fn play(mut stream: UnixStream, script: Script) -> Log {
     let mut log = Log::new();
     let mut header = [0; 12];
@@ -118,7 +119,7 @@ fn play(mut stream: UnixStream, script: Script) -> Log {
     log
 }
 
-/// A socket's place, and a peer that listens there.
+/// A peer that listens on a socket in `dir`.
 struct Peer {
     dir: tempfile::TempDir,
     thread: JoinHandle<Log>,
@@ -140,13 +141,13 @@ impl Peer {
         connect(&path_in(&self.dir), "")
     }
 
-    /// What the peer was sent; the port must be gone.
+    /// Returns the requests that the peer received. The port must be gone.
     fn log(self) -> Log {
         self.thread.join().unwrap()
     }
 }
 
-/// A port at `path`, with `more` arguments.
+/// Opens a port at `path` with additional arguments `more`.
 fn connect(path: &Path, more: &str) -> Result<Device> {
     Device::connect("net_virtio_user0", &options(path, more)?, &StopFlag::new())
 }
@@ -171,7 +172,7 @@ fn u64_at(payload: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(payload[at..at + 8].try_into().unwrap())
 }
 
-/// Payloads of a request, in order.
+/// Returns the payloads of all requests of one kind, in order.
 fn all(log: &Log, request: u32) -> Vec<&[u8]> {
     log.iter().filter(|(code, _)| *code == request).map(|(_, payload)| &payload[..]).collect()
 }
@@ -285,7 +286,7 @@ fn a_peer_that_refuses_is_named() {
     assert!(device.link().up);
 }
 
-/// Such a peer may run the rings all the same.
+/// Such a peer may continue to run the rings.
 #[test]
 fn a_peer_that_does_not_say_that_it_stopped_keeps_the_buffers() {
     let (memory, mut cache) = memory();
@@ -321,7 +322,7 @@ fn a_silent_peer_is_waited_for_a_second_and_its_memory_is_kept() {
     assert!(weak.upgrade().is_some());
 }
 
-/// A killed peer's connection closes.
+/// The connection of a killed peer closes.
 #[test]
 fn a_silent_peer_that_goes_gives_the_memory_back() {
     let dir = tempfile::tempdir().unwrap();
@@ -443,7 +444,7 @@ fn memory_that_is_added_is_told_by_message_or_by_table() {
         let mut device = peer.connect().unwrap();
         let (memory, mut cache) = memory();
         let add = || memory.memory_map().add(small(), &[Part::default()]).unwrap().swap_remove(0);
-        // The next start tells of this one.
+        // The next start shares this region.
         device.update_memory(&add()).unwrap();
         let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
         let added = add();
@@ -545,7 +546,7 @@ fn arguments_are_checked() {
     );
 }
 
-/// One that has two pairs, and then one that knows of no protocol feature that would count them.
+/// The first peer has two pairs; the second lacks the protocol feature that reports the number of pairs.
 #[test]
 fn a_peer_that_comes_back_with_fewer_pairs_is_believed() {
     let features = 1 << 32 | 1 << 30 | 1 << 22;
@@ -577,7 +578,7 @@ fn a_peer_that_comes_back_with_fewer_pairs_is_believed() {
     peer.join().unwrap();
 }
 
-/// A port whose peer goes and comes back, as client or as server.
+/// The peer of a client or server port goes away and comes back.
 #[test]
 fn a_peer_that_comes_back_is_taken_again() {
     for server in [false, true] {
