@@ -1,4 +1,4 @@
-//! What is done to NICs: the old driver is recorded first, so that every change can be undone.
+//! Driver changes of NICs. The old driver is recorded first, so that every change can be undone.
 
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
@@ -12,7 +12,7 @@ pub(crate) const VFIO_DRIVER: &str = "vfio-pci";
 /// Drivers that leave an IOMMU group usable for VFIO (`Documentation/driver-api/vfio.rst`).
 const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
 
-/// The machine: its PCI bus and the other places that are read and written here.
+/// The machine: its PCI bus and the other paths that devbind reads and writes.
 #[derive(Debug)]
 pub(crate) struct Host {
     pub(crate) bus: Bus,
@@ -20,17 +20,18 @@ pub(crate) struct Host {
     pub(crate) vfio: PathBuf,
     /// `/proc`.
     pub(crate) proc: PathBuf,
-    /// Switch of VFIO's no-IOMMU mode.
+    /// Module parameter that allows VFIO's no-IOMMU mode.
     pub(crate) noiommu: PathBuf,
-    /// Where distributions keep the database of PCI device names; the first that exists is read.
+    /// Paths where distributions keep the database of PCI device names; the first that exists is read.
     pub(crate) pci_ids: Vec<PathBuf>,
-    /// One file for each address whose driver was changed, with the driver's name; empty for none. Not a
-    /// directory of an EAL program, which would be removed with all in it.
+    /// Directory with one file per address whose driver was changed. The file has the driver's name, or is
+    /// empty if there was none. Not the runtime directory of an EAL program, which would be removed with all
+    /// its contents.
     pub(crate) records: PathBuf,
 }
 
 impl Host {
-    /// This machine.
+    /// Returns the machine that devbind runs on.
     pub(crate) fn new() -> Self {
         let run = std::env::var_os("RUNTIME_DIRECTORY").filter(|dir| !dir.is_empty());
         Self {
@@ -43,14 +44,14 @@ impl Host {
         }
     }
 
-    /// Gives `addresses` to `driver`, or to none; all of them or, when one fails, none.
+    /// Binds `addresses` to `driver`, or unbinds them if it is `None`. If one of them fails, none is changed.
     pub(crate) fn change(&self, addresses: &[Bdf], driver: Option<&str>, force: bool) -> Result<()> {
         let wanted: Vec<_> = addresses.iter().map(|address| (*address, driver.map(str::to_owned))).collect();
         self.rebind(&wanted, force)
     }
 
-    /// As [`Host::change`], after it allowed VFIO's no-IOMMU mode if one of `addresses` needs it. The mode stays
-    /// allowed only if the change succeeds.
+    /// Allows VFIO's no-IOMMU mode if one of `addresses` needs it, then does the same as [`Host::change`].
+    /// The mode stays allowed only if the change succeeds.
     pub(crate) fn change_without_iommu(&self, addresses: &[Bdf], driver: &str, force: bool) -> Result<()> {
         if addresses.iter().all(|address| self.bus.iommu_group(*address).is_some()) {
             tracing::warn!("--noiommu-mode has no effect: the NICs have an IOMMU");
@@ -81,7 +82,7 @@ impl Host {
         }
     }
 
-    /// Gives `addresses` to the drivers that were recorded, and forgets the records.
+    /// Binds `addresses` to the drivers that were recorded, and deletes the records.
     pub(crate) fn restore(&self, addresses: &[Bdf], force: bool) -> Result<()> {
         let recorded = |address: &Bdf| {
             let driver = self.recorded(*address)?.ok_or_else(|| {
@@ -124,13 +125,13 @@ impl Host {
         Ok(())
     }
 
-    /// Binds one function and keeps the record right: it names the driver before the first change, and is
-    /// gone when that driver has the function again.
+    /// Binds one function and keeps its record correct. The record names the driver before the first change,
+    /// and is deleted when that driver has the function again.
     fn bind(&self, address: Bdf, driver: Option<&str>) -> Result<Option<String>> {
         let old = self.bus.find(address)?.driver;
         let recorded = self.recorded(address)?;
         if recorded.is_none() && old.as_deref() != driver {
-            // Before the change: a process that is killed in the middle leaves a way back.
+            // Recorded before the change, so that it can be undone if the process is killed halfway.
             self.record(address, old.as_deref())?;
         }
         let bound = self.bus.bind(address, driver);
@@ -142,7 +143,8 @@ impl Host {
         bound
     }
 
-    /// VFIO takes a group only when no driver of the kernel has a part of it.
+    /// Warns of other functions in the IOMMU group of `address` that have a kernel driver, because VFIO then
+    /// refuses the group.
     fn warn_of_group(&self, address: Bdf) {
         for name in names(&self.bus.device(address).sysfs.join("iommu_group/devices")) {
             let Some(info) = name.parse().ok().and_then(|other| self.bus.find(other).ok()) else { continue };
@@ -162,7 +164,7 @@ impl Host {
         self.records.join(address.to_string())
     }
 
-    /// The recorded driver of `address`; empty when it had none.
+    /// Returns the recorded driver of `address`; an empty name if it had none.
     pub(crate) fn recorded(&self, address: Bdf) -> Result<Option<String>> {
         let path = self.record_path(address);
         match fs::read_to_string(&path) {
@@ -196,7 +198,7 @@ impl Host {
     }
 }
 
-/// Names in a directory; none when there is no such directory.
+/// Returns the names in a directory; none if the directory does not exist.
 pub(crate) fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()

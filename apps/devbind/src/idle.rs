@@ -1,5 +1,5 @@
-//! Whether a NIC may be taken from its driver: not while this machine's traffic, another network namespace, a
-//! virtual function or a process needs it.
+//! Checks whether a NIC may be taken from its driver. It may not while this machine's traffic, another
+//! network namespace, a virtual function or a process needs it.
 
 use std::fs;
 use std::net::Ipv6Addr;
@@ -11,17 +11,18 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::host::{Host, names};
 
-/// `RTF_REJECT`, `RTF_ANYCAST` and `RTF_LOCAL` (`linux/ipv6_route.h`): routes to nowhere and to this machine.
+/// Flags of routes that reject packets or lead to this machine: `RTF_REJECT`, `RTF_ANYCAST` and `RTF_LOCAL`
+/// (`linux/ipv6_route.h`).
 const NOT_OUT: u32 = 0x0200 | 0x0010_0000 | 0x8000_0000;
 
-/// Why a NIC is needed where it is, and the command that ends the need.
+/// Why a NIC has to stay with its current driver, and the command that changes this.
 #[derive(Debug)]
 pub(crate) struct Need {
     why: String,
     hint: String,
 }
 
-/// A network interface of a function.
+/// A network interface of a PCI function.
 #[derive(Debug)]
 pub(crate) struct Interface {
     pub(crate) name: String,
@@ -29,8 +30,8 @@ pub(crate) struct Interface {
 }
 
 impl Host {
-    /// Refuses a NIC that something needs, unless by `force`, and one that a process has open: the kernel would
-    /// wait for that process without end.
+    /// Refuses a NIC that is in use, unless `force`. Always refuses a NIC that a process has open, because
+    /// the kernel would wait for that process forever.
     pub(crate) fn check_idle(&self, info: &PciInfo, force: bool) -> Result<()> {
         let address = info.address;
         let what = || format!("cannot take {address} from {}", info.driver.as_deref().unwrap_or("-"));
@@ -65,7 +66,7 @@ impl Host {
         Ok(())
     }
 
-    /// The function's network interfaces in this network namespace.
+    /// Returns the function's network interfaces in this network namespace.
     pub(crate) fn interfaces(&self, address: Bdf) -> Vec<Interface> {
         let routed = self.routed();
         let of_dir = |net: PathBuf| {
@@ -80,20 +81,21 @@ impl Host {
             .collect()
     }
 
-    /// Whether the function's interface is in another network namespace: sysfs keeps the directory of its class
-    /// and shows it empty.
+    /// Returns whether the function's interface is in another network namespace. sysfs then keeps the
+    /// directory of the interface's class but shows it empty.
     pub(crate) fn is_elsewhere(&self, address: Bdf) -> bool {
         self.net_dirs(address).into_iter().any(|net| net.is_dir() && names(&net).is_empty())
     }
 
-    /// Where sysfs has the function's interfaces; those of virtio are one level deeper.
+    /// Returns the sysfs directories of the function's interfaces. Those of virtio are one level deeper.
     fn net_dirs(&self, address: Bdf) -> Vec<PathBuf> {
         let device = self.bus.device(address).sysfs;
         let deeper = names(&device).into_iter().filter(|name| name.starts_with("virtio"));
         deeper.map(|name| device.join(name)).chain([device.clone()]).map(|dir| dir.join("net")).collect()
     }
 
-    /// The function's virtual functions (`virtfnN` in `Documentation/ABI/testing/sysfs-bus-pci`), by address.
+    /// Returns the virtual functions of the function (`virtfnN` in
+    /// `Documentation/ABI/testing/sysfs-bus-pci`), sorted by address.
     fn virtual_functions(&self, address: Bdf) -> Vec<PciInfo> {
         let device = self.bus.device(address).sysfs;
         let links = names(&device).into_iter().filter(|name| name.starts_with("virtfn"));
@@ -107,7 +109,8 @@ impl Host {
         found
     }
 
-    /// Interfaces with routes in IPv4's main table or in IPv6's, but for those routes that every interface has.
+    /// Returns the interfaces with routes in the main table of IPv4 or of IPv6, ignoring routes that every
+    /// interface has.
     fn routed(&self) -> Vec<String> {
         let read = |table| fs::read_to_string(self.proc.join("net").join(table)).unwrap_or_default();
         let (v4, v6) = (read("route"), read("ipv6_route"));
@@ -115,7 +118,7 @@ impl Host {
         v4.chain(v6.lines().filter_map(routed_v6)).map(str::to_owned).collect()
     }
 
-    /// Process that has the function's VFIO group or character device open.
+    /// Returns the process that has the function's VFIO group or character device open.
     fn holder(&self, address: Bdf) -> Option<(u32, String)> {
         let cdevs = names(&self.bus.device(address).sysfs.join("vfio-dev"));
         let groups =
@@ -129,7 +132,8 @@ impl Host {
     }
 }
 
-/// A driver that loses its NIC removes the interface, wherever it is.
+/// Need of another network namespace. A driver that loses its NIC removes the interface, whatever namespace
+/// it is in.
 fn elsewhere() -> Need {
     Need {
         why: "its interface is in another network namespace, perhaps a container's".to_owned(),
@@ -137,7 +141,8 @@ fn elsewhere() -> Need {
     }
 }
 
-/// The need of those `functions` that have a driver: a physical function's driver removes them when it goes.
+/// Need of those `functions` that have a driver. The driver of their physical function removes them when it
+/// is unbound.
 fn bound(functions: &[PciInfo]) -> Option<Need> {
     let bound = || functions.iter().filter_map(|info| Some((info.address, info.driver.as_deref()?)));
     bound().next()?;
@@ -149,7 +154,7 @@ fn bound(functions: &[PciInfo]) -> Option<Need> {
     })
 }
 
-/// The need of a bond or bridge: it sends through interface `name`, with or without routes of its own.
+/// Need of a bond or bridge, which sends through interface `name` even if it has no routes of its own.
 fn member(dir: &Path, name: &str) -> Option<Need> {
     let link = dir.join("master");
     let master = fs::read_link(&link).ok()?;
@@ -161,10 +166,12 @@ fn member(dir: &Path, name: &str) -> Option<Need> {
     })
 }
 
-/// This machine's need of interface `name`, whose directory is `dir`: it is up, and it or one above it has routes.
+/// Need of this machine's traffic for interface `name`, whose directory is `dir`: it is up, and it or an
+/// interface above it has routes.
 fn traffic(dir: PathBuf, name: &str, routed: &[String]) -> Option<Need> {
     let state = fs::read_to_string(dir.join("operstate")).unwrap_or_default();
-    // A driver that does not tell leaves "unknown" while it is up (`Documentation/networking/operstates.rst`).
+    // A driver that does not report the state leaves "unknown" while the interface is up
+    // (`Documentation/networking/operstates.rst`).
     if !matches!(state.trim(), "up" | "unknown") {
         return None;
     }
@@ -176,7 +183,7 @@ fn traffic(dir: PathBuf, name: &str, routed: &[String]) -> Option<Need> {
     })
 }
 
-/// Interface of a line of `/proc/net/ipv6_route`, if packets leave by it that are for more than its link.
+/// Returns the interface of a line of `/proc/net/ipv6_route`, if the route leads beyond the interface's link.
 fn routed_v6(line: &str) -> Option<&str> {
     let mut words = line.split_whitespace();
     let destination = Ipv6Addr::from(u128::from_str_radix(words.next()?, 16).ok()?);
@@ -186,12 +193,13 @@ fn routed_v6(line: &str) -> Option<&str> {
     (!of_link && flags & NOT_OUT == 0).then_some(interface)
 }
 
-/// Interface `name`, whose directory is `dir`, and all above it: its bridge or bond, its VLANs, and theirs in turn.
+/// Returns interface `name`, whose directory is `dir`, and all interfaces above it: its bridge or bond, its
+/// VLANs, and theirs in turn.
 fn stack(dir: PathBuf, name: &str) -> Vec<String> {
     let mut found = vec![name.to_owned()];
     let mut left = vec![dir];
     while let Some(dir) = left.pop() {
-        // The link `master` has one of these beside it.
+        // The link `master` always has one of these next to it.
         for link in names(&dir) {
             let Some(upper) = link.strip_prefix("upper_") else { continue };
             if !found.iter().any(|known| known == upper) {

@@ -1,4 +1,4 @@
-//! `vireo-devbind`: shows which kernel driver has each NIC, gives NICs to another driver, and back.
+//! `vireo-devbind`: shows the kernel driver of each NIC, binds NICs to another driver, and back.
 #![forbid(unsafe_code)]
 
 mod host;
@@ -17,37 +17,37 @@ use vireo_eal::{Error, ErrorKind, Result, program};
 
 use crate::host::Host;
 
-/// Device classes of `dpdk-devbind.py` that Vireo knows.
+/// Device classes of `dpdk-devbind.py` that Vireo supports.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Class {
     Net,
 }
 
-/// Shows which kernel driver has each NIC, gives NICs to another driver, and back
+/// Shows the kernel driver of each NIC, binds NICs to another driver, and back
 ///
-/// All NICs of a command change their driver, or none does. A NIC is refused while this machine's routes, a bond, a
-/// bridge, another network namespace, a bound virtual function or a process needs it.
+/// Either all NICs of a command change their driver, or none does. A NIC is refused while this machine's
+/// routes, a bond, a bridge, another network namespace, a bound virtual function or a process needs it.
 #[derive(Debug, Parser)]
 #[command(name = "vireo-devbind", version)]
 #[command(group(ArgGroup::new("action").args(["status", "status_dev", "bind", "unbind", "restore"])))]
 #[command(after_help = "Options of dpdk-devbind.py mean the same here; --uid and --gid are not available.")]
 struct Cli {
-    /// List the Ethernet controllers, which is the default
+    /// List the Ethernet controllers (the default)
     #[arg(short, long)]
     status: bool,
-    /// List the devices of one class: net, the Ethernet controllers
+    /// List the devices of a class: net, the Ethernet controllers
     #[arg(long, value_name = "CLASS", hide_possible_values = true)]
     status_dev: Option<Class>,
-    /// Give the NICs to this kernel driver, such as vfio-pci, and record the one they had; none unbinds them
+    /// Bind the NICs to this kernel driver, such as vfio-pci, and record the old one; "none" unbinds them
     #[arg(short, long, value_name = "DRIVER", requires = "nics")]
     bind: Option<String>,
-    /// Take the NICs from their kernel driver and record it
+    /// Unbind the NICs from their kernel driver and record it
     #[arg(short, long, requires = "nics")]
     unbind: bool,
-    /// Give the NICs back to the kernel driver that was recorded
+    /// Bind the NICs to the kernel driver that was recorded
     #[arg(short, long, requires = "nics")]
     restore: bool,
-    /// Change NICs that are needed elsewhere, too; one that a process has open is still refused
+    /// Also change NICs that are in use; one that a process has open is still refused
     #[arg(long, conflicts_with_all = ["status", "status_dev"])]
     force: bool,
     /// If a NIC has no IOMMU, allow VFIO's no-IOMMU mode before --bind; unsafe: the NIC can then write to all memory
@@ -82,12 +82,12 @@ fn run() -> Result<()> {
 }
 
 impl Cli {
-    /// The driver of `--bind`; none for "none", which is `--unbind`.
+    /// Returns the driver of `--bind`; `None` for "none", which means `--unbind`.
     fn driver(&self) -> Option<&str> {
         self.bind.as_deref().filter(|driver| *driver != "none")
     }
 
-    /// Refuses NICs with which nothing is to be done.
+    /// Refuses NIC arguments without an action.
     fn check(&self) -> Result<()> {
         if self.nics.is_empty() || self.bind.is_some() || self.unbind || self.restore {
             return Ok(());

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use vireo_bus_pci::DeviceId;
 
-/// The text of the database; empty where none is installed.
+/// Text of the database; empty if none is installed.
 #[derive(Debug)]
 pub(crate) struct PciIds(String);
 
@@ -16,11 +16,11 @@ impl PciIds {
         Self(String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// Name of the device, without its vendor's.
+    /// Returns the name of the device, without the vendor's name.
     pub(crate) fn name(&self, id: DeviceId) -> Option<String> {
         let (vendor, device) = (format!("{:04x}  ", id.vendor), format!("\t{:04x}  ", id.device));
         let devices = self.0.lines().skip_while(|line| !line.starts_with(&vendor)).skip(1);
-        // A vendor's devices are indented by a tab, a device's subsystems by two.
+        // A vendor's devices are indented by one tab, a device's subsystems by two.
         let mut devices = devices.take_while(|line| line.starts_with(['\t', '#']));
         Some(devices.find_map(|line| line.strip_prefix(&device))?.trim().to_owned())
     }

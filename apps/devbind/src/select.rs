@@ -1,4 +1,4 @@
-//! The NICs that arguments name: by PCI address, by network interface, or by a pattern of addresses.
+//! Selection of NICs by PCI address, by network interface, or by a pattern of addresses.
 
 use glob::Pattern;
 use vireo_bus_pci::PciInfo;
@@ -11,7 +11,7 @@ use crate::host::Host;
 const HINT: &str = "list them: vireo-devbind --status";
 
 impl Host {
-    /// The functions that `words` name, each once, in the order of the words.
+    /// Returns the functions that `words` name, each once, in the order of the words.
     pub(crate) fn select(&self, words: &[String]) -> Result<Vec<Bdf>> {
         self.bus.require()?;
         let mut chosen = Vec::new();
@@ -31,13 +31,14 @@ impl Host {
         }
         match word.parse() {
             Ok(address) => Ok(vec![address]),
-            // No interface has a colon in its name (`dev_valid_name` of the kernel): a mistyped address.
+            // Interface names have no colon (`dev_valid_name` in the kernel), so this is a mistyped address.
             Err(error) if word.contains(':') => Err(error),
             Err(_) => self.with_interface(word).map(|address| vec![address]),
         }
     }
 
-    /// Ethernet controllers alone: a pattern such as `0000:00:*` would name the disk's controller, too.
+    /// Returns the Ethernet controllers that match a pattern. Other devices are excluded, because a pattern
+    /// such as `0000:00:*` would also match the disk controller.
     fn matching(&self, word: &str) -> Result<Vec<Bdf>> {
         let what = || format!("cannot find {}", quoted(word));
         let pattern = Pattern::new(word).map_err(|error| {

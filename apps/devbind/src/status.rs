@@ -14,24 +14,24 @@ use crate::pci_ids::PciIds;
 pub(crate) struct Nic {
     pub(crate) address: String,
     pub(crate) id: String,
-    /// Name of the device, where a `pci.ids` is installed.
+    /// Name of the device, if a `pci.ids` is installed.
     pub(crate) name: Option<String>,
     /// Kernel driver.
     pub(crate) driver: Option<String>,
-    /// The kernel driver before the first change.
+    /// Kernel driver before the first change.
     pub(crate) recorded: Option<String>,
     pub(crate) iommu_group: Option<u32>,
     pub(crate) numa_node: Option<u32>,
-    /// Vireo's driver for it.
+    /// Vireo's driver for the device.
     pub(crate) vireo: Option<&'static str>,
     pub(crate) interfaces: Vec<String>,
-    /// Whether this machine's traffic, a bond, a bridge or another network namespace needs it.
+    /// Whether this machine's traffic, a bond, a bridge or another network namespace needs the NIC.
     pub(crate) active: bool,
-    /// Whether its interface is in another network namespace.
+    /// Whether the NIC's interface is in another network namespace.
     pub(crate) other_namespace: bool,
 }
 
-/// The Ethernet controllers, by address.
+/// Returns the Ethernet controllers, sorted by address.
 pub(crate) fn list(host: &Host) -> Result<Vec<Nic>> {
     host.bus.require()?;
     let names = PciIds::read(&host.pci_ids);
@@ -57,7 +57,7 @@ pub(crate) fn list(host: &Host) -> Result<Vec<Nic>> {
         .collect()
 }
 
-/// The list for people.
+/// Formats the list as a table for people.
 pub(crate) fn table(nics: &[Nic]) -> String {
     if nics.is_empty() {
         return "no Ethernet controllers on the PCI bus".to_owned();
@@ -87,11 +87,11 @@ pub(crate) fn table(nics: &[Nic]) -> String {
         row.extend(is_named.then(|| nic.name.clone().unwrap_or_default()));
         table.add_row(row);
     }
-    // The first column needs no margin and the last none at its end.
+    // The first column needs no left margin, and the last none on the right.
     table.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>().join("\n")
 }
 
-/// The list for programs.
+/// Formats the list as JSON for programs.
 pub(crate) fn json(nics: &[Nic]) -> Result<String> {
     serde_json::to_string_pretty(nics)
         .map_err(|error| Error::new(ErrorKind::Protocol, "cannot encode the list", error.to_string()))

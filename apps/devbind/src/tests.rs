@@ -14,7 +14,8 @@ use crate::{Cli, status};
 const NIC: &str = "0000:00:03.0";
 const OTHER: &str = "0000:00:03.1";
 
-/// A machine in a directory. Its kernel does nothing: a function keeps its driver whatever is written.
+/// Creates a machine in a directory. It has no kernel that reacts: a function keeps its driver, whatever is
+/// written.
 fn machine() -> (tempfile::TempDir, Host) {
     let dir = tempfile::tempdir().unwrap();
     let bus = dir.path().join("bus");
@@ -73,7 +74,7 @@ fn nics_are_chosen_by_address_interface_and_pattern() {
         ("eth7 0000:00:03.0 00:03.?", vec![nic, other]),
         ("00:03.*", vec![nic, other]),
         ("0000:00:0[0-3].1", vec![other]),
-        // The bridge on 00:1f.0 is no NIC: only its address names it.
+        // The bridge at 00:1f.0 is not a NIC: only its address selects it.
         ("*", vec![nic, other]),
         ("00:1f.0", vec![address("0000:00:1f.0")]),
     ] {
@@ -106,7 +107,7 @@ fn noiommu_mode_is_allowed_only_for_a_change_that_succeeds() {
     let (dir, host) = machine();
     let (nic, switch) = (address(NIC), dir.path().join("noiommu_mode"));
     let value = || fs::read_to_string(&switch).unwrap();
-    // With an IOMMU the switch is left alone.
+    // With an IOMMU, the switch stays unchanged.
     fs::write(&switch, "N\n").unwrap();
     host.change_without_iommu(&[nic], "e1000", false).unwrap();
     assert_eq!(value(), "N\n");
@@ -149,7 +150,7 @@ fn a_nic_in_use_is_refused_without_force() {
         with_interface(dir.path(), state, route);
         host.change(&[address(NIC)], None, false).unwrap();
     }
-    // What a driver leaves that does not tell.
+    // A driver that does not report the state leaves this value.
     with_interface(dir.path(), "unknown\n", "eth7");
     host.change(&[address(NIC)], None, false).unwrap_err();
 }
@@ -186,7 +187,7 @@ fn a_nic_with_routes_of_ipv6_alone_is_in_use() {
 fn a_nic_below_an_interface_with_routes_is_in_use() {
     let (dir, host) = machine();
     let net = dir.path().join("net");
-    // The kernel makes no loops; if it did, following these would take ages.
+    // The kernel creates no loops. If it did, following every path through these would take too long.
     for (lower, upper) in [
         ("bond0", "br0"),
         ("bond0", "br0.5"),
@@ -215,7 +216,7 @@ fn a_nic_below_an_interface_with_routes_is_in_use() {
 #[test]
 fn a_member_of_a_bond_or_bridge_is_refused_with_its_master() {
     let (dir, host) = machine();
-    // Without routes of its own: a bridge carries the traffic of others.
+    // The interface has no routes of its own: a bridge carries the traffic of other interfaces.
     with_interface(dir.path(), "up\n", "lo");
     let net = dir.path().join("net");
     let link = dir.path().join("bus/devices").join(NIC).join("virtio3/net/eth7/master");
@@ -239,7 +240,7 @@ fn a_member_of_a_bond_or_bridge_is_refused_with_its_master() {
 #[test]
 fn a_nic_in_another_network_namespace_is_refused() {
     let (dir, host) = machine();
-    // What sysfs shows of an interface that has moved: the directory of its class, empty.
+    // For an interface that has moved, sysfs shows an empty directory of its class.
     fs::create_dir_all(dir.path().join("bus/devices").join(NIC).join("virtio3/net")).unwrap();
     let error = host.change(&[address(NIC)], None, false).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
@@ -260,7 +261,7 @@ fn a_physical_function_is_refused_while_its_virtual_functions_are_bound() {
     assert!(error.to_string().contains(&format!("vireo-devbind --unbind {OTHER}")), "{error}");
     host.change(&[address(NIC)], None, true).unwrap();
 
-    // A process that has one keeps the kernel waiting, whatever is forced.
+    // A process that has a virtual function open keeps the kernel waiting, even with `force`.
     fs::remove_file(devices.join(OTHER).join("driver")).unwrap();
     symlink("../../drivers/vfio-pci", devices.join(OTHER).join("driver")).unwrap();
     let process = dir.path().join("proc/4711");

@@ -1,4 +1,4 @@
-//! Output that nobody takes, with the program itself.
+//! Runs the program itself with output that cannot be written.
 
 use std::fs::File;
 use std::process::Command;

@@ -1,5 +1,6 @@
-//! The verdicts. Each is the outcome of what a program's start does, or as much of it as leaves the NIC with its
-//! driver; the reasons are the errors of that code, so that no program can say another one.
+//! Verdicts. Each comes from the code that a program runs when it starts, or from the part of that code that
+//! leaves the NIC with its driver. The reasons are the errors of that code, so that programs report the same
+//! ones.
 
 use std::path::PathBuf;
 
@@ -14,22 +15,22 @@ use vireo_eal::vfio::{Vfio, VfioMode};
 use vireo_eal::{Error, Result};
 use vireo_frame::Config;
 
-/// Where NICs and their nodes are.
+/// Where NICs and their device nodes are.
 #[derive(Debug)]
 pub(crate) struct Host {
     pub(crate) bus: Bus,
-    /// Where `/dev` and `/sys/class` are.
+    /// Directory that contains `/dev` and `/sys/class`.
     pub(crate) root: PathBuf,
-    /// As `--vfio-vf-token` of l2fwd.
+    /// Token, as in l2fwd's `--vfio-vf-token`.
     pub(crate) vf_token: Option<VfToken>,
 }
 
-/// A NIC, and what became of it in each mode.
+/// A NIC and its verdict in each mode.
 #[derive(Debug, Serialize)]
 pub(crate) struct Nic {
     pub(crate) address: String,
     pub(crate) id: String,
-    /// Vireo's driver for it.
+    /// Vireo's driver for the NIC.
     pub(crate) driver: Option<&'static str>,
     pub(crate) kernel_driver: Option<String>,
     pub(crate) iommu_group: Option<u32>,
@@ -45,15 +46,15 @@ pub(crate) struct Verdict {
     pub(crate) refusal: Option<Refusal>,
 }
 
-/// Why not.
+/// Why a NIC cannot be used in a mode.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Refusal {
-    /// What a start would fail at.
+    /// Step at which a start would fail.
     pub(crate) what: String,
     pub(crate) why: String,
-    /// What the user should do; none when nothing helps.
+    /// What the user should do; `None` if nothing helps.
     pub(crate) hint: Option<String>,
-    /// What the kernel answered, by its name, if it was the kernel.
+    /// Name of the errno that the kernel returned, if the kernel refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) errno: Option<String>,
 }
@@ -69,7 +70,7 @@ impl From<Error> for Refusal {
     }
 }
 
-/// The NICs at `addresses`, or all Ethernet controllers, in each of `modes`.
+/// Examines the NICs at `addresses`, or all Ethernet controllers if `addresses` is empty, in each of `modes`.
 ///
 /// # Errors
 /// When there is no function at one of the addresses, or no PCI bus.
@@ -100,21 +101,23 @@ impl Host {
         }
     }
 
-    /// Does what a start does with one NIC, and releases it.
+    /// Does what a program does with one NIC when it starts, then releases the NIC.
     fn attempt(&self, info: &PciInfo, mode: VfioMode) -> Result<()> {
-        // Each time anew: the kernel gives a device to one owner at a time, and modes are other owners.
+        // Opened again for each mode: the kernel gives a device to one owner at a time, and each mode is
+        // another owner.
         let vfio = Vfio::new(self.vf_token).with_dev_dir(&self.root);
         let known = |id: DeviceId| driver_of(id).is_some();
         if known(info.id) && !self.bus.is_on_vfio(info) {
-            // Faults that a bind would not fix come first: for them the command that binds is the wrong advice.
+            // Faults that binding would not fix come first: the command that binds is the wrong advice for
+            // them.
             vfio.preflight(&self.bus.device(info.address), mode, self.bus.has_driver(VFIO_DRIVER))?;
         }
         self.bus.usable(info, known)?;
         let port = ports::open_one(&self.bus, &vfio, info.clone(), mode, &[])?;
-        // What l2fwd takes for this port alone, with one pair of queues on one lcore.
+        // Memory that l2fwd needs for this port alone, with one queue pair on one lcore.
         let need = Config::default().need(1, 1);
         let region = Region::new(need.bytes(&[&port]), Backing::HugeMemfd)?;
-        // Unmapped at once; the port goes after it, as at the end of any program.
+        // Unmapped at once, before the port is closed, as at the end of any program.
         memory::map(region, &need, &[&port]).map(drop)
     }
 }

@@ -1,4 +1,4 @@
-//! What all NICs of the machine share.
+//! Properties of the machine that all its NICs share.
 
 use std::fs;
 use std::path::Path;
@@ -9,17 +9,17 @@ use serde::Serialize;
 use vireo_eal::vfio::noiommu_allowed;
 use vireo_eal::{Eal, Error, Result};
 
-/// The machine, and who asks.
+/// The machine, and the user who runs the doctor.
 #[derive(Debug, Serialize)]
 pub(crate) struct Machine {
-    /// Release of the kernel.
+    /// Kernel release.
     pub(crate) kernel: String,
-    /// The IOMMUs that are on, by their names in sysfs.
+    /// Names in sysfs of the IOMMUs that are on.
     pub(crate) iommu: Vec<String>,
     pub(crate) hugepages: String,
-    /// Memory that may be locked; none without a limit.
+    /// Memory that may be locked, in KiB; `None` if there is no limit.
     pub(crate) memlock_kib: Option<u64>,
-    /// Whether VFIO hands out devices that have no IOMMU; none when it has no such switch, or is not loaded.
+    /// Whether VFIO allows devices without an IOMMU; `None` if VFIO has no such switch or is not loaded.
     pub(crate) noiommu_allowed: Option<bool>,
     pub(crate) uid: u32,
 }
@@ -50,7 +50,7 @@ impl Machine {
         })
     }
 
-    /// One line for each fact.
+    /// Formats one line per property.
     pub(crate) fn text(&self) -> String {
         let iommu = match self.iommu.as_slice() {
             [] => "off, or none".to_owned(),
@@ -79,7 +79,7 @@ impl Machine {
     }
 }
 
-/// `name` with whose kind of IOMMU it is, where the kernel's name for it says so.
+/// Returns `name` with the kind of IOMMU, if the kernel's name for it implies the vendor.
 fn of_vendor(name: &str) -> String {
     match name.trim_end_matches(|c: char| c.is_ascii_digit()) {
         "dmar" => format!("{name}, Intel VT-d"),

@@ -1,5 +1,5 @@
-//! `vireo-doctor`: says for each NIC and each VFIO mode whether a program can use it, the one reason why not, and the
-//! command that fixes it.
+//! `vireo-doctor`: reports for each NIC and each VFIO mode whether a program can use it. If not, it reports
+//! the one reason and the command that fixes it.
 #![forbid(unsafe_code)]
 
 mod examine;
@@ -21,11 +21,12 @@ use crate::examine::Host;
 use crate::machine::Machine;
 use crate::report::Report;
 
-/// Says for each NIC and each VFIO mode whether a program can use it, and if not, why and which command fixes it.
+/// Reports for each NIC and each VFIO mode whether a program can use it, and if not, why and which command
+/// fixes it.
 ///
-/// NICs on vfio-pci are opened in each mode, probed, mapped as l2fwd maps them, and released, which resets them. Their
-/// queues are not started and nothing is forwarded. NICs that another process has open are left alone. Of NICs on
-/// another kernel driver, or none, the doctor only reads the state.
+/// NICs on vfio-pci are opened in each mode, probed, mapped as l2fwd maps them, and released, which resets
+/// them. Their queues are not started and nothing is forwarded. NICs that another process has open are left
+/// alone. For NICs on another kernel driver, or on none, the doctor only reads their state.
 ///
 /// Exit code: 0 when some NIC can be used in some mode, 69 when no NIC can be used, 64 for wrong arguments, 74 when
 /// the output cannot be written.

@@ -1,4 +1,5 @@
-//! The findings as text and as JSON. Lines are not broken: they are commands to copy, and a pipe has no width.
+//! The findings as text and as JSON. Lines are not wrapped, because they contain commands to copy, and a pipe
+//! has no width.
 
 use std::process::ExitCode;
 
@@ -8,7 +9,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::examine::{Nic, Verdict};
 use crate::machine::Machine;
 
-/// All that was found.
+/// All findings.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) machine: Machine,
@@ -16,7 +17,7 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Success when a NIC can be used.
+    /// Returns success if some NIC can be used.
     pub(crate) fn exit_code(&self) -> ExitCode {
         if self.usable() { ExitCode::SUCCESS } else { ErrorKind::Unavailable.exit_code().into() }
     }
@@ -25,7 +26,7 @@ impl Report {
         self.nics.iter().flat_map(|nic| &nic.modes).any(|verdict| verdict.usable)
     }
 
-    /// For people.
+    /// Formats the findings as text for people.
     pub(crate) fn text(&self) -> String {
         let mut text = self.machine.text();
         if self.nics.is_empty() {
@@ -46,7 +47,7 @@ impl Report {
         text
     }
 
-    /// For programs.
+    /// Formats the findings as JSON for programs.
     pub(crate) fn json(&self) -> Result<String> {
         serde_json::to_string_pretty(self)
             .map(|text| text + "\n")
@@ -54,7 +55,7 @@ impl Report {
     }
 }
 
-/// The verdict, and the command that fixes it on a line of its own.
+/// Formats a verdict, with the command that fixes it on its own line.
 fn row(Verdict { mode, refusal, .. }: &Verdict) -> String {
     let Some(refusal) = refusal else { return format!("  {mode:<14}usable\n") };
     let mut row = format!("  {mode:<14}no: {}: {}\n", refusal.what, refusal.why);

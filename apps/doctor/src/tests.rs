@@ -14,7 +14,7 @@ use crate::report::Report;
 
 const NIC: &str = "0000:00:03.0";
 
-/// A machine in a directory, with an IOMMU, VFIO and one NIC on e1000e.
+/// Creates a machine in a directory, with an IOMMU, VFIO and one NIC on e1000e.
 fn machine() -> (tempfile::TempDir, Host) {
     let root = tempfile::tempdir().unwrap();
     let bus = root.path().join("bus");
@@ -48,7 +48,7 @@ fn on_driver(root: &Path, driver: Option<&str>) {
     }
 }
 
-/// The one NIC in `mode`, on one line as a program would print the error.
+/// Returns the refusal of the NIC in `mode` on one line, as a program would print the error.
 fn refusal(host: &Host, mode: VfioMode) -> String {
     let mut nics = examine(host, &[NIC.parse().unwrap()], &[mode]).unwrap();
     let verdict = nics.remove(0).modes.remove(0);
@@ -117,7 +117,7 @@ fn what_a_bind_would_not_mend_comes_first() {
     fs::remove_file(root.path().join("dev/vfio/vfio")).unwrap();
     assert!(refusal(&host, VfioMode::Container).ends_with("run: modprobe vfio-pci"));
     fs::remove_file(root.path().join("bus/devices").join(NIC).join("iommu_group")).unwrap();
-    // Which of the two depends on the switch of the kernel that runs the test.
+    // Which of the two it is depends on the no-IOMMU switch of the kernel that runs the test.
     let text = refusal(&host, VfioMode::Container);
     assert!(text.contains("it is in no IOMMU group") || text.contains("the device has no IOMMU"), "{text}");
 }
@@ -131,7 +131,7 @@ fn what_no_driver_knows_is_no_mode_s_fault() {
     }
 }
 
-/// The nodes are plain files here, so a start fails at its first question to the kernel.
+/// The device nodes are plain files here, so a start fails at its first ioctl.
 #[test]
 fn a_nic_on_vfio_pci_is_tried() {
     let (root, host) = machine();

@@ -1,4 +1,4 @@
-//! Forwards packets between neighbouring ports: `forwarder [EAL ARGUMENTS] -- [-P]`
+//! Forwards packets between neighboring ports: `forwarder [EAL ARGUMENTS] -- [-P]`
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -6,7 +6,7 @@ use vireo_frame::drivers::table::Drivers;
 use vireo_frame::eal::{Result, program};
 use vireo_frame::{App, Config, neighbours};
 
-/// Arguments behind `--`
+/// Arguments after `--`
 #[derive(Parser)]
 #[command(name = "forwarder", disable_help_flag = true)]
 struct Args {
@@ -18,15 +18,15 @@ struct Args {
 fn forward(app: &App, args: Args) -> Result<()> {
     let open = app.open_ports()?;
     let routes = app.share_out(&neighbours(0..open.len()), 1)?; // which lcore polls which port
-    let mut ports = app.reserve(open, routes, &Config::default())?; // memory
+    let mut ports = app.reserve(open, routes, &Config::default())?; // packet buffers and rings
     ports.start_all(args.promiscuous)?;
     ports.wait_for_links(&app.stop, || Ok(()))?;
-    app.confine()?; // root and system calls are given up here
+    app.confine()?; // drops root privileges, enters the sandbox
     program::print("forwarding\n")?;
-    // On all lcores until a signal comes. A port whose device misbehaves is restarted, and is announced.
+    // Forwards on all lcores until a signal arrives. Restarts and announces ports whose devices misbehave.
     let announce = |port, state| program::note(&format!("port {port}: {state:?}"));
     ports.forward(app, |_| (), &announce, |_| ())?;
-    // Checks that every buffer came back, and that every packet is accounted for.
+    // Checks that every buffer was returned, and that every packet is accounted for.
     ports.finish(|port, summary| program::print(&format!("port {port}: {:?}\n", summary.stats.named())))
 }
 

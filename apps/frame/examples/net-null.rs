@@ -1,5 +1,5 @@
-//! An application with a driver of its own: `net_null`, as DPDK has it, receives frames that nobody sent, and throws away what
-//! is sent. Nothing of Vireo's crates has to change for it.
+//! An application with its own driver. Like the DPDK driver of the same name, `net_null` receives frames that
+//! no one sent, and discards frames that are sent. None of Vireo's crates has to change for it.
 //!
 //! ```console
 //! cargo run --release -p vireo-frame --example net-null -- --no-huge --no-pci -l 0 --vdev net_null0,size=64
@@ -24,15 +24,15 @@ use vireo_frame::{App, Config};
 /// Packets that the first port receives before the application ends.
 const PACKETS: u64 = 32_000;
 
-/// Arguments behind `--`: none
+/// Arguments after `--`: none
 #[derive(Parser)]
 #[command(name = "net-null", disable_help_flag = true)]
 struct Nothing;
 
-/// The arguments of `--vdev net_null0`.
+/// Arguments of `--vdev net_null0`.
 #[derive(Clone, Copy, Debug)]
 struct Options {
-    /// Bytes of a frame (`size`).
+    /// Frame size in bytes (`size`).
     size: usize,
 }
 
@@ -66,7 +66,7 @@ impl Vdev for Options {
     }
 }
 
-/// The device.
+/// A null device.
 #[derive(Debug)]
 struct Null {
     size: usize,

@@ -1,6 +1,6 @@
 //! Answers ICMP echo requests to one IPv4 address: `ping-responder [EAL ARGUMENTS] -- --address 192.0.2.1`
 //!
-//! It speaks no ARP. Tell the host that pings the port's Ethernet address: `ip neighbour add 192.0.2.1 lladdr MAC dev DEV`.
+//! It does not answer ARP. Give the pinging host the port's address: `ip neighbour add 192.0.2.1 lladdr MAC dev DEV`.
 #![forbid(unsafe_code)]
 
 use std::net::Ipv4Addr;
@@ -12,26 +12,26 @@ use vireo_frame::drivers::table::Drivers;
 use vireo_frame::eal::{Result, program};
 use vireo_frame::{App, Config, EthernetHeader, Hook, IcmpEcho, Ipv4Header, PacketMut, Packets};
 
-/// Hops that a reply may take (RFC 1340).
+/// Time to live of replies (RFC 1340).
 const TTL: u8 = 64;
 
-/// Arguments behind `--`
+/// Arguments after `--`
 #[derive(Parser)]
 #[command(name = "ping-responder", disable_help_flag = true)]
 struct Args {
-    /// The address that is answered for, on all ports
+    /// IPv4 address to answer for, on all ports
     #[arg(long)]
     address: Ipv4Addr,
 }
 
-/// What answers on one port.
+/// Answers echo requests on one port.
 struct Responder {
     mac: MacAddr,
     address: Ipv4Addr,
 }
 
 impl Responder {
-    /// Makes a reply of an echo request to this station; `None` for any other packet.
+    /// Turns an echo request to this port into a reply. Returns `None` for any other packet.
     fn answer(&self, packet: &mut PacketMut<'_>) -> Option<()> {
         let ethernet = EthernetHeader::read(packet)?;
         let ip = Ipv4Header::read(packet, EthernetHeader::LEN)?;
@@ -39,7 +39,7 @@ impl Responder {
         let echo = IcmpEcho::read(packet, message.clone())?;
         let is_for_us = (ethernet.destination, ethernet.ether_type) == (self.mac, EthernetHeader::IPV4)
             && (ip.destination, ip.protocol) == (self.address, Ipv4Header::ICMP);
-        // RFC 1122, 3.2.1.3: other sources are those of no host.
+        // RFC 1122, 3.2.1.3: no other source address identifies a host.
         let is_from_a_host = ethernet.source.is_valid_station()
             && !(ip.source.is_multicast() || ip.source.is_broadcast() || ip.source.is_unspecified());
         if !is_for_us || !is_from_a_host || ip.is_fragment() || echo.is_reply {

@@ -1,4 +1,4 @@
-//! The process: arguments, EAL, ports, memory, sandbox.
+//! Process set-up: arguments, EAL, ports, memory, sandbox.
 
 use std::collections::BTreeSet;
 use std::process::{ExitCode, Termination};
@@ -15,20 +15,20 @@ use vireo_eal::{Eal, Result, program};
 use crate::ports::{Config, Ports};
 use crate::route::{Route, share_out};
 
-/// What every application has: the EAL, the drivers and the flag that ends the run.
+/// What every application needs: the EAL, the drivers and the stop flag.
 pub struct App {
-    /// The EAL, started.
+    /// The initialized EAL.
     pub eal: Eal,
-    /// The drivers that ports may have.
+    /// Drivers available to ports.
     pub drivers: Drivers,
-    /// Set by SIGINT, SIGTERM and SIGHUP, or by the application.
+    /// Ends the run. Set by SIGINT, SIGTERM and SIGHUP, or by the application.
     pub stop: StopFlag,
 }
 
-/// Reads the arguments of the process (the EAL's, `--`, and `A`), starts the EAL and runs `application`.
+/// Parses the arguments of the process (EAL arguments, `--`, and `A`), starts the EAL and runs `application`.
 ///
-/// An error is printed on one line of standard error, after the name of `A`'s command, and gives the exit code. Help on `A`
-/// is part of the EAL's `--help`, so `A` says `disable_help_flag = true`.
+/// An error is printed as one line on standard error, after the command name of `A`, and determines the exit
+/// code. The EAL's `--help` includes the help of `A`, so `A` sets `disable_help_flag = true`.
 pub fn main<A: Parser, T: Termination>(
     drivers: Drivers,
     application: impl FnOnce(&App, A) -> Result<T>,
@@ -59,29 +59,32 @@ fn run<A: Parser, T: Termination>(
 }
 
 impl App {
-    /// Opens the ports that the EAL arguments choose: PCI functions by address, then virtual devices in the order given.
+    /// Opens the ports that the EAL arguments select: PCI functions by address, then virtual devices in
+    /// command-line order.
     ///
     /// # Errors
-    /// At the first port that is unavailable; `Usage` when the ports cannot use the addresses of `--iova-mode`.
+    /// The error of the first port that is unavailable; `Usage` when the ports cannot use the addresses of
+    /// `--iova-mode`.
     pub fn open_ports(&self) -> Result<Vec<OpenPort>> {
         let open = ports::open(&self.eal, &self.drivers, &Bus::default(), &self.stop)?;
         self.eal.iova_mode(open.iter().any(OpenPort::is_physical))?;
         Ok(open)
     }
 
-    /// Shares the ways between ports out to all lcores, each lcore as many as the next. See [`share_out`].
+    /// Distributes `ways`, each a source and a destination port, evenly over all lcores. Each port has
+    /// `pairs` queue pairs. See [`share_out`].
     ///
     /// # Errors
-    /// `Unavailable` when there are no ways, because there are no ports.
+    /// `Unavailable` when `ways` is empty, because there are no ports.
     pub fn share_out(&self, ways: &[(usize, usize)], pairs: u16) -> Result<Vec<Route>> {
         share_out(ways, pairs, &self.eal.lcores.ids(), None)
     }
 
-    /// Reserves memory for the ports of `routes`, with their rings, as the EAL arguments ask for it, and maps it. The
-    /// other ports of `open` stay open and are not started.
+    /// Reserves memory for the ports of `routes` and their rings as the EAL arguments specify, and maps it.
+    /// The other ports in `open` stay open and are not started.
     ///
     /// # Errors
-    /// As for [`memory::reserve`]; `Usage` when a pool cannot have so many buffers.
+    /// As for [`memory::reserve`]; `Usage` when a pool cannot have the requested number of buffers.
     pub fn reserve(&self, open: Vec<OpenPort>, routes: Vec<Route>, config: &Config) -> Result<Ports> {
         let lcores = &self.eal.lcores;
         let used: Vec<&OpenPort> =
@@ -98,8 +101,8 @@ impl App {
         Ports::new(open, routes, memory, &need)
     }
 
-    /// Gives up what only set-up needed: root (`--user`), then files and system calls (unless `--no-sandbox`). To be
-    /// called once, when the ports run and before lcores do.
+    /// Drops what only set-up needs: root privileges (`--user`), then, unless `--no-sandbox` is given, access
+    /// to files and system calls. Call it once, after the ports have started and before the lcores do.
     ///
     /// # Errors
     /// As for [`Eal::confine`].

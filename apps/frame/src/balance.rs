@@ -1,5 +1,5 @@
-//! Whether every packet of a run is accounted for: what RX queues gave is what TX queues took, what was dropped and what the
-//! application kept.
+//! Packet accounting: every packet that RX queues delivered was taken by TX queues, dropped, or consumed by
+//! the application.
 
 use std::collections::BTreeMap;
 
@@ -9,23 +9,23 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::counts::Counts;
 use crate::route::Route;
 
-/// What was forwarded from one port to another, at the end of a run. The counts are of packets.
+/// Packet counts of one forwarding direction, from one port to another, at the end of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Balance {
-    /// Port that received.
+    /// Port that received the packets.
     pub from: usize,
-    /// Port that sent.
+    /// Port that sent the packets.
     pub to: usize,
-    /// Packets that the RX queues of `from` gave.
+    /// Packets delivered by the RX queues of `from`.
     pub rx_packets: u64,
-    /// Packets that the application took out.
+    /// Packets that the application's hook removed.
     #[serde(skip_serializing_if = "is_zero")]
     pub consumed: u64,
-    /// Packets that found no room in the TX queues of `to`.
+    /// Packets dropped because the TX queues of `to` were full.
     pub dropped: u64,
-    /// Packets that these queues sent.
+    /// Packets sent by the TX queues of `to`.
     pub tx_packets: u64,
-    /// Packets that these queues took and dropped because they do not fit.
+    /// Packets taken by the TX queues of `to` and dropped because they did not fit.
     pub tx_errors: u64,
 }
 
@@ -34,7 +34,7 @@ fn is_zero(count: &u64) -> bool {
 }
 
 impl Balance {
-    /// The sums of `routes` between ports that have stopped, one for each two ports.
+    /// Sums up the counts of `routes`, one balance per direction. The ports have stopped.
     pub(crate) fn of(routes: &[Route], counts: &Counts) -> Vec<Self> {
         let mut all: BTreeMap<(usize, usize), Self> = BTreeMap::new();
         for &Route { from, to, pair, .. } in routes {
@@ -50,7 +50,7 @@ impl Balance {
         all.into_values().collect()
     }
 
-    /// The sum in words, and a line feed.
+    /// Formats the counts as one line of text with a line feed.
     pub fn text(&self) -> String {
         let Self { from, to, rx_packets, consumed, dropped, tx_packets, tx_errors } = self;
         let consumed = if *consumed > 0 { format!(" + consumed {consumed}") } else { String::new() };
@@ -60,10 +60,10 @@ impl Balance {
         )
     }
 
-    /// Whether no packet was lost or made between the two ports.
+    /// Checks that the counts add up: no packet was lost or counted twice.
     ///
     /// # Errors
-    /// `Protocol`, with the sums.
+    /// `Protocol`, with the counts.
     pub fn check(&self) -> Result<()> {
         if self.rx_packets == self.tx_packets + self.tx_errors + self.dropped + self.consumed {
             return Ok(());

@@ -1,16 +1,16 @@
-//! The caches of packet buffers that an lcore polls its lanes with.
+//! Packet buffer caches of an lcore's lanes.
 
 use std::sync::Arc;
 
 use vireo_eal::dma::{Pool, PoolCache};
 
-/// The caches of packet buffers that an lcore has for its lanes.
+/// Packet buffer caches of an lcore's lanes.
 pub trait Caches {
-    /// That of the lane at index `lane`.
+    /// Returns the cache of the lane at index `lane`.
     fn of_lane(&mut self, lane: usize) -> &mut PoolCache;
 }
 
-/// One for all lanes.
+/// One cache for all lanes.
 impl Caches for PoolCache {
     #[inline(always)]
     fn of_lane(&mut self, _lane: usize) -> &mut PoolCache {
@@ -18,17 +18,17 @@ impl Caches for PoolCache {
     }
 }
 
-/// A cache for each NUMA node that an lcore receives from: what a lane sends comes back to where it receives into, so that
-/// buffers stay on their node.
+/// One cache per NUMA node that an lcore receives from. A lane frees sent packets to the cache that it
+/// receives with, so that buffers stay on their node.
 #[derive(Debug)]
 pub(crate) struct CachesByNode {
     pub(crate) caches: Vec<PoolCache>,
-    /// Index of the cache of each lane.
+    /// Index of each lane's cache in `caches`.
     pub(crate) of_lanes: Vec<usize>,
 }
 
 impl CachesByNode {
-    /// Caches of `pool` for lanes that receive on these `nodes`.
+    /// Creates caches of `pool` for lanes that receive on `nodes`.
     pub(crate) fn new(pool: &Arc<Pool>, nodes: &[Option<u32>]) -> Self {
         let mut distinct: Vec<Option<u32>> = Vec::new();
         let index = |node: &Option<u32>| {

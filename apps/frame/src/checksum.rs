@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use vireo_eal::dma::{Packet, PoolCache, first_frame};
 
-/// Sum over bytes that come in parts.
+/// Running sum over data that arrives in parts.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sum {
     sum: u64,
-    /// Whether the next byte is the second of its word.
+    /// Whether the next byte is the second of its 16-bit word.
     is_odd: bool,
 }
 
@@ -21,7 +21,7 @@ impl Sum {
         self.is_odd ^= bytes.len() % 2 == 1;
     }
 
-    /// Adds `bytes` of the packet's data, in which they are.
+    /// Adds `bytes`, a range within the packet's data.
     pub(crate) fn add_packet(&mut self, cache: &PoolCache, packet: &Packet, bytes: Range<usize>) {
         let mut chunk = [0; 64];
         for at in bytes.clone().step_by(chunk.len()) {
@@ -31,7 +31,7 @@ impl Sum {
         }
     }
 
-    /// What belongs into a checksum field that is 0, or 0 for bytes with their checksum.
+    /// Returns the checksum if the summed checksum field is 0, or 0 if it holds the correct checksum.
     pub(crate) fn checksum(self) -> u16 {
         let mut sum = self.sum;
         while sum > u64::from(u16::MAX) {
@@ -41,7 +41,7 @@ impl Sum {
     }
 }
 
-/// Makes the partial checksums in a burst; gives the number of frames that had one.
+/// Completes the partial checksums in a burst. Returns the number of frames that had one.
 pub(crate) fn complete(burst: &mut [Packet], cache: &mut PoolCache) -> usize {
     let (mut rest, mut completed) = (burst, 0);
     while !rest.is_empty() {
@@ -59,7 +59,7 @@ fn complete_frame(frame: &mut [Packet], cache: &mut PoolCache) -> bool {
     let mut sum = Sum::default();
     sum.add_packet(cache, first, start..first.len());
     rest.iter().for_each(|packet| sum.add_packet(cache, packet, 0..packet.len()));
-    // 0 says that a UDP datagram has no checksum (RFC 768).
+    // In a UDP header, 0 means that there is no checksum (RFC 768).
     let checksum = match sum.checksum() {
         0 => u16::MAX,
         checksum => checksum,
@@ -81,7 +81,8 @@ mod tests {
         Pool::new(&DmaMemory::map(region, &[]).unwrap(), 64).unwrap().cache()
     }
 
-    /// The frame of these bytes, in segments that end at `cuts`; its first says that the checksum is partial.
+    /// Creates a frame of `bytes`, in segments that end at `cuts`. The first segment carries the partial
+    /// checksum.
     fn burst(cache: &mut PoolCache, bytes: &[u8], cuts: &[usize], partial: PartialChecksum) -> Burst {
         let ends = cuts.iter().copied().chain([bytes.len()]);
         let mut burst = Burst::new();
@@ -109,12 +110,12 @@ mod tests {
         bytes
     }
 
-    /// A UDP datagram with two bytes of data, from 192.0.2.1 to 192.0.2.2 and from port 7 to 9.
+    /// The datagram has two bytes of data and goes from 192.0.2.1 to 192.0.2.2, from port 7 to port 9.
     #[test]
     fn udp_gets_the_checksum_of_rfc_768() {
         let sum = |words: &[u32]| words.iter().fold(0, |sum, word| (sum + word) % 0xffff);
         let pseudo = sum(&[0xc000, 0x0201, 0xc000, 0x0202, 17, 10]);
-        // The second makes the sum 0xffff, and its complement 0.
+        // The second datagram sums to 0xffff, whose complement is 0.
         for (data, is_zero) in [(0xabcd, false), (0xffff - sum(&[pseudo, 7, 9, 10]), true)] {
             let mut cache = cache();
             let mut frame = vec![0x5a; 34];
@@ -129,7 +130,7 @@ mod tests {
     }
 
     proptest! {
-        /// However a frame is cut into segments, what is behind `start` then sums to the pseudo-header's sum.
+        /// However a frame is segmented, the bytes from `start` on then sum to the sum of the pseudo-header.
         #[test]
         fn segments_make_no_difference(
             bytes in proptest::collection::vec(any::<u8>(), 200..900),
@@ -148,7 +149,7 @@ mod tests {
             let mut sum = Sum::default();
             sum.add(&one[35..]);
             let pseudo = u16::from_be_bytes([bytes[51], bytes[52]]);
-            // Both are 0.
+            // 0 and 0xffff are both zero in one's complement.
             let canonical = |sum: u16| if sum == u16::MAX { 0 } else { sum };
             prop_assert_eq!(canonical(sum.checksum()), canonical(pseudo));
         }

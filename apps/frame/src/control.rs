@@ -18,18 +18,19 @@ use crate::supervised::SupervisedPort;
 
 /// Time between two inspections of the ports.
 const INSPECTION_PERIOD: Duration = Duration::from_millis(100);
-/// Shortest time between two starts of a port: a device that misbehaves forever must not keep the thread busy.
+/// Minimum time between two starts of a port, so that a device that always misbehaves does not keep the
+/// thread busy.
 const RESTART_PERIOD: Duration = Duration::from_millis(500);
 
 /// State that a port enters while the lcores forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PortState {
-    /// The device misbehaves or completes nothing: the port is stopped and started again.
+    /// The device misbehaves or completes nothing. The port is stopped and started again.
     Restarting,
     /// The port is up again after a restart.
     Running,
-    /// The kernel asked for the device, and the port is closed.
+    /// The kernel asked for the device back, and the port is closed.
     Closed,
     /// The link came up.
     LinkUp,
@@ -50,30 +51,31 @@ struct ParkedLane<H> {
 pub(crate) struct Control<'a, H> {
     /// All ports.
     pub(crate) ports: &'a mut [SupervisedPort],
-    /// Numbers of those that are started.
+    /// Numbers of the started ports.
     pub(crate) used: &'a BTreeSet<usize>,
     /// Lcores that forward.
     pub(crate) lcores: &'a [u32],
-    /// What a start takes. No cache of the pool is kept here: a port that starts needs the buffers that another gave back.
+    /// What a port needs to start. No cache of the pool is kept here, because a starting port needs the
+    /// buffers that another port returned.
     pub(crate) supply: &'a Supply,
-    /// Where lcores hand lanes over.
+    /// Handover point for lanes.
     pub(crate) recall: &'a Recall<H>,
     /// Called with each state that a port enters.
     pub(crate) announce: &'a (dyn Fn(usize, PortState) + Sync),
 }
 
-/// A control thread at work.
+/// Working state of the control thread.
 struct Supervisor<'a, H> {
     control: Control<'a, H>,
-    /// Queues that no lcore has: they are in no lane, or their port is down, or the one that they forward to or from.
+    /// Queues that no lcore polls. They are in no lane, or a port at either end of their lane is down.
     queues: IdleQueues,
-    /// The lanes that these queues were in.
+    /// Lanes without their queues, which wait for a port at either end to come up.
     parked: Vec<ParkedLane<H>>,
 }
 
 impl<H> Control<'_, H> {
-    /// Inspects the ports until `stop`; [`thread::Thread::unpark`] makes it do so at once. No lcore has `queues`; gives those
-    /// that none had in the end.
+    /// Inspects the ports until `stop`. [`thread::Thread::unpark`] triggers the next inspection at once.
+    /// Takes the `queues` that no lcore polls, and returns those that no lcore polls in the end.
     pub(crate) fn run(self, queues: IdleQueues, stop: &StopFlag) -> IdleQueues {
         let used = self.used;
         let mut supervisor = Supervisor { control: self, queues, parked: Vec::new() };
@@ -100,7 +102,7 @@ impl<H> Supervisor<'_, H> {
             self.control.ports[number].open = None;
             announce(number, PortState::Closed);
         } else if last_start.elapsed() < RESTART_PERIOD {
-            // Soon.
+            // Too early to inspect or restart the port.
         } else if *is_down {
             self.bring_up(number);
         } else if let Err(error) = open.port.check() {
@@ -115,7 +117,8 @@ impl<H> Supervisor<'_, H> {
         }
     }
 
-    /// Stops port `number`, whose lanes leave their lcores; false when the program is to stop before they came.
+    /// Stops port `number` after its lanes have left their lcores. Returns false if the program is to stop
+    /// before they have.
     fn stop(&mut self, number: usize) -> bool {
         let Control { recall, lcores, supply, .. } = self.control;
         for (lcore, lane) in recall.take(self.queues.numbers(number), lcores) {
@@ -133,7 +136,7 @@ impl<H> Supervisor<'_, H> {
         true
     }
 
-    /// Starts port `number`, which is down, and gives the lanes whose two ends work back to their lcores.
+    /// Starts port `number`, which is down, and returns lanes to their lcores if both of their ends are up.
     fn bring_up(&mut self, number: usize) {
         let port = &mut self.control.ports[number];
         let Some(open) = &mut port.open else { return };

@@ -1,11 +1,11 @@
-//! What a run has counted so far.
+//! Packet counts of a run.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vireo_drivers::counters::{PortCounters, PortStats};
 
-/// Packets of one port at one time.
+/// Packet counts of one port at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Packets handed to devices.
@@ -14,7 +14,7 @@ pub struct Totals {
     pub received: u64,
     /// Packets dropped because a TX queue was full, or because its driver cannot send them.
     pub dropped: u64,
-    /// Packets received that the application's [`Hook`](crate::Hook) took out.
+    /// Received packets that the application's [`Hook`](crate::Hook) removed.
     pub consumed: u64,
 }
 
@@ -26,11 +26,11 @@ impl From<&PortStats> for Totals {
     }
 }
 
-/// Counters of a run. Any thread may have a clone, and read it at any time.
+/// Counters of a run. Clones share the counters, and any thread can read them at any time.
 #[derive(Clone, Debug)]
 pub struct Counts {
     ports: Vec<PortCounters>,
-    /// Ticks of polls that moved packets, if they are measured.
+    /// TSC ticks of polls that moved packets, if measured.
     pub(crate) busy_ticks: Option<Arc<AtomicU64>>,
 }
 
@@ -39,7 +39,7 @@ impl Counts {
         Self { ports, busy_ticks: None }
     }
 
-    /// Counters of port `number`, also when it is closed.
+    /// Returns the counters of port `number`, even if it is closed.
     ///
     /// # Panics
     /// When there is no such port.
@@ -47,7 +47,7 @@ impl Counts {
         &self.ports[number]
     }
 
-    /// Packets of port `number` so far.
+    /// Returns the packet counts of port `number` so far.
     ///
     /// # Panics
     /// As for [`Counts::port`].
@@ -55,8 +55,8 @@ impl Counts {
         Totals::from(&self.port(number).read())
     }
 
-    /// TSC ticks of the polls that moved packets, if [`Ports::measure_busy_ticks`](crate::Ports::measure_busy_ticks) asked
-    /// for them.
+    /// Returns the TSC ticks of polls that moved packets, if
+    /// [`Ports::measure_busy_ticks`](crate::Ports::measure_busy_ticks) enabled this count.
     pub fn busy_ticks(&self) -> Option<u64> {
         self.busy_ticks.as_ref().map(|ticks| ticks.load(Ordering::Relaxed))
     }

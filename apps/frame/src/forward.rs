@@ -1,4 +1,4 @@
-//! The packet path: receive, let the application process, send.
+//! The packet path: receive, run the hook, send.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,36 +14,36 @@ use crate::checksum;
 use crate::hook::{Hook, Packets};
 use crate::kind::{General, Kind, Plain};
 
-/// One direction: packets received on `rx` leave on `tx`. Owned by the lcore that polls it.
+/// One forwarding direction: packets received on `rx` leave on `tx`. Owned by the lcore that polls it.
 #[derive(Debug)]
 pub struct Lane<R, T, H> {
-    /// Queue that packets come from.
+    /// Queue that packets are received on.
     pub rx: R,
-    /// Number of the RX queue's pair, counted over all ports.
+    /// Number of the RX queue's pair, counted across all ports.
     pub from: usize,
-    /// Queue that they go to.
+    /// Queue that packets are sent on.
     pub tx: T,
-    /// Number of the TX queue's pair.
+    /// Number of the TX queue's pair, counted across all ports.
     pub to: usize,
-    /// The application's processing in between.
+    /// Packet processing of the application.
     pub hook: H,
 }
 
-/// Times polls, or does not: `()`.
+/// Measures polls. The implementation for `()` measures nothing.
 pub trait Meter {
-    /// Before a poll.
+    /// Called before each poll.
     fn begin(&mut self) {}
-    /// After it; `busy` when it moved packets.
+    /// Called after each poll; `busy` if the poll moved packets.
     fn end(&mut self, _busy: bool) {}
 }
 
 impl Meter for () {}
 
-/// Ticks of the polls that moved packets, as testpmd's `--record-core-cycles` counts them.
+/// TSC ticks of polls that moved packets, as testpmd's `--record-core-cycles` counts them.
 #[derive(Debug, Default)]
 pub struct BusyTicks {
     since: u64,
-    /// The sum so far.
+    /// Sum so far.
     pub ticks: u64,
 }
 
@@ -61,8 +61,8 @@ impl Meter for BusyTicks {
     }
 }
 
-/// Polls `lanes` until `stop` is raised, for one round at least; calls `tick` once in each. `bursts` has an empty one
-/// for each lane. Each packet is a frame.
+/// Polls `lanes` until `stop` is raised, for at least one round, and calls `tick` once per round. `bursts`
+/// has one empty burst per lane. Each packet is a frame.
 #[inline(never)]
 pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
@@ -75,8 +75,8 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
     poll_all::<Plain, _, _, _>(lanes, bursts, caches, stop, meter, tick);
 }
 
-/// As [`forward`], between ports that were started for long frames or with offloads: packets may be segments, the counts are of
-/// frames, and a checksum that the sending device does not make is made here.
+/// Does the same as [`forward`], for ports that are started for long frames or with offloads. Packets may be
+/// segments, counters count frames, and a checksum that the sending device does not compute is computed here.
 #[inline(never)]
 pub fn forward_general<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
@@ -114,8 +114,9 @@ fn poll_all<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     }
 }
 
-/// Receives into `burst`, and sends it when it is full or nothing more came: packets that come one by one share
-/// a doorbell and the rest that a burst costs, and none waits for others that may not come. Whether any came or went.
+/// Receives into `burst`, and sends the burst when it is full or nothing more arrived. Packets that arrive
+/// one by one thus share a doorbell and the other costs of a burst, and no packet waits for others that may
+/// not arrive. Returns whether packets were received or sent.
 #[inline(always)]
 fn poll<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lane: &mut Lane<R, T, H>,
@@ -131,7 +132,7 @@ fn poll<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     busy
 }
 
-/// Lets the hook process the packets in `burst` and sends what it leaves; leaves `burst` empty.
+/// Runs the hook on the packets in `burst` and sends those that remain. Leaves `burst` empty.
 #[inline(always)]
 fn send<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lane: &mut Lane<R, T, H>,
@@ -157,10 +158,10 @@ fn send<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     }
 }
 
-/// Lanes of any drivers.
+/// Lane between queues of any drivers.
 pub type AnyLane<H> = Lane<RxQueue, TxQueue, H>;
 
-/// Runs [`forward`], or [`forward_general`], and adds the ticks of busy polls to `busy_ticks` if there is such a sum.
+/// Runs [`forward`] or [`forward_general`], and adds the ticks of busy polls to `busy_ticks`, if given.
 fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     caches: &mut impl Caches,
@@ -184,7 +185,7 @@ fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     sum.fetch_add(busy.ticks, Ordering::Relaxed);
 }
 
-/// Runs [`forward_general`], in one version for all drivers; else as [`forward_any`].
+/// Does the same as [`forward_any`] with [`forward_general`], in one version for all drivers.
 pub(crate) fn forward_any_general<H: Hook>(
     mut lanes: Vec<AnyLane<H>>,
     caches: &mut impl Caches,
@@ -196,7 +197,8 @@ pub(crate) fn forward_any_general<H: Hook>(
     lanes
 }
 
-/// As [`forward_any`], for lanes that receive on several NUMA nodes. All drivers share one version.
+/// Does the same as [`forward_any`] for lanes that receive on several NUMA nodes. All drivers share one
+/// version.
 pub(crate) fn forward_by_node<H: Hook>(
     mut lanes: Vec<AnyLane<H>>,
     caches: &mut CachesByNode,
@@ -208,9 +210,9 @@ pub(crate) fn forward_by_node<H: Hook>(
     lanes
 }
 
-/// Runs [`forward`] in the version for the drivers of `lanes`: chosen here, once, so that the loop itself
-/// knows its queue types. Lanes of several drivers share the version that looks at each burst. `busy_ticks`
-/// gets the ticks of the polls that moved packets.
+/// Runs [`forward`] in the version compiled for the drivers of `lanes`. The version is chosen once, here, so
+/// that the loop itself knows its queue types. Other combinations of drivers share one version, which
+/// dispatches on each burst. Adds the ticks of polls that moved packets to `busy_ticks`, if given.
 pub fn forward_any<H: Hook>(
     lanes: Vec<AnyLane<H>>,
     cache: &mut PoolCache,
@@ -261,7 +263,7 @@ mod tests {
 
     use super::*;
 
-    /// Gives so many packets in each poll.
+    /// Yields packets in each poll; the counts are popped from the end of the list.
     struct Source(Vec<usize>, QueueCounters);
 
     impl RxBurst for Source {
@@ -275,7 +277,7 @@ mod tests {
         }
     }
 
-    /// Takes up to `room` packets of each burst and notes the length of the burst.
+    /// Takes up to `room` packets of each burst, and records the length of the burst.
     struct Sink {
         room: usize,
         bursts: Vec<usize>,
@@ -300,7 +302,7 @@ mod tests {
         }
     }
 
-    /// Marks packets, and takes every eighth out.
+    /// Marks packets, and removes every eighth.
     #[derive(Default)]
     struct Mark(usize);
 
@@ -335,14 +337,15 @@ mod tests {
             }
         });
         assert!(busy.ticks > 0);
-        // Of 40, the second 20 find room for 12. The hook takes 4, 0 and 1 out. The last 5 are sent by the end.
+        // The second 20 packets of the first 40 find room for 12. The hook removes 4, 0 and 1 packets. The
+        // last 5 packets are sent when the loop ends.
         assert_eq!(lanes[0].tx.bursts, [28, 3, 4]);
         assert_eq!((lanes[0].rx.counters().consumed.get(), lanes[0].tx.counters().dropped.get()), (5, 1));
         drop(cache);
         assert_eq!(pool.available(), 64);
     }
 
-    /// Gives frames of so many segments, one in each poll.
+    /// Yields one frame in each poll; the numbers of segments are popped from the end of the list.
     struct Segments(Vec<usize>, QueueCounters);
 
     impl RxBurst for Segments {
@@ -364,7 +367,8 @@ mod tests {
         }
     }
 
-    /// Takes up to `room` packets of each burst, by whole frames, and notes the frames' numbers of segments.
+    /// Takes up to `room` packets of each burst, in whole frames, and records the number of segments of each
+    /// frame.
     struct Frames {
         room: usize,
         sent: Vec<usize>,
@@ -397,7 +401,7 @@ mod tests {
         let region = Region::new(Pool::bytes(64), Backing::SmallPages).unwrap();
         let pool = Pool::new(&DmaMemory::map(region, &[]).unwrap(), 64).unwrap();
         let mut cache = pool.cache();
-        // The eleventh finds no room in its burst, and waits for the next. The hook takes the eighth out.
+        // The eleventh frame finds no room in its burst, and waits for the next. The hook removes the eighth.
         let mut segments = vec![1, 5, 1, 1, 9, 1, 1, 3, 2, 2, 10, 4, 8, 1];
         segments.reverse();
         let rx = Segments(segments, QueueCounters::default());
@@ -410,7 +414,7 @@ mod tests {
                 stop.set();
             }
         });
-        // Of both bursts 23 segments are left for 20 places: the last two frames find none.
+        // Each burst has 23 segments left for 20 places, so its last two frames are dropped.
         assert_eq!(lanes[0].tx.sent, [1, 5, 1, 1, 9, 1, 1, 10, 4]);
         assert_eq!((lanes[0].rx.counters().consumed.get(), lanes[0].tx.counters().dropped.get()), (1, 4));
         drop(cache);
@@ -449,7 +453,7 @@ mod tests {
                 stop.set();
             }
         });
-        // All came back to the cache from which they were taken.
+        // Every packet returned to the cache that it was allocated from.
         for (cache, node) in caches.caches.iter_mut().zip([None, Some(0)]) {
             let (own, _) = shares.iter().find(|(memory, _)| memory.region().node() == node).unwrap();
             let first = own.linear_iova().unwrap();

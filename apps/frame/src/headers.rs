@@ -1,7 +1,7 @@
-//! Headers of packets as values: `read` copies a header out of a packet, `write` copies it into one.
+//! Packet headers as values: `read` copies a header out of a packet, `write` copies it into one.
 //!
-//! `read` gives `None` unless the packet holds the whole header, the header's lengths fit the packet, and its checksum is
-//! right. `write` sets the checksum, and gives `None` when the packet is too short.
+//! `read` returns `None` unless the packet holds the whole header, the header's lengths fit the packet, and
+//! its checksum is correct. `write` sets the checksum, and returns `None` if the packet is too short.
 
 use std::net::Ipv4Addr;
 use std::ops::Range;
@@ -37,7 +37,7 @@ impl EthernetHeader {
         })
     }
 
-    /// Writes the header of `packet`.
+    /// Writes the header to `packet`.
     pub fn write(&self, packet: &mut PacketMut<'_>) -> Option<()> {
         packet.write(0, &self.destination.0)?;
         packet.write(6, &self.source.0)?;
@@ -54,11 +54,11 @@ pub struct Ipv4Header {
     pub traffic_class: u8,
     /// Length of header and payload, in bytes.
     pub total_len: usize,
-    /// Number that the fragments of a datagram share.
+    /// Number shared by all fragments of a datagram.
     pub identification: u16,
-    /// Flags (the upper three bits) and offset of a fragment in units of 8 bytes.
+    /// Flags (upper three bits), and fragment offset in units of 8 bytes.
     pub fragment: u16,
-    /// Hops that are left.
+    /// Remaining hops.
     pub ttl: u8,
     /// Protocol of the payload, such as [`Ipv4Header::ICMP`].
     pub protocol: u8,
@@ -73,7 +73,7 @@ impl Ipv4Header {
     pub const LEN: usize = 20;
     /// Protocol number of ICMP.
     pub const ICMP: u8 = 1;
-    /// "More fragments" and the offset: 0 in a datagram that is not fragmented.
+    /// "More fragments" flag and fragment offset, which are 0 in an unfragmented datagram.
     const FRAGMENT: u16 = 0x3fff;
 
     /// Reads the header at `at`.
@@ -96,7 +96,8 @@ impl Ipv4Header {
         })
     }
 
-    /// Writes the header at `at`; options that are in the packet, as `header_len` says, stay.
+    /// Writes the header at `at`. IPv4 options that are already in the packet, as `header_len` indicates, are
+    /// kept.
     pub fn write(&self, packet: &mut PacketMut<'_>, at: usize) -> Option<()> {
         let words = u8::try_from(self.header_len / 4).ok().filter(|words| (5..16).contains(words))?;
         let [l, m] = u16::try_from(self.total_len).ok()?.to_be_bytes();
@@ -112,12 +113,12 @@ impl Ipv4Header {
         packet.write(at + 10, &checksum.to_be_bytes())
     }
 
-    /// Where the payload is, in a packet with this header at `at`.
+    /// Returns the byte range of the payload in a packet with this header at `at`.
     pub fn payload(&self, at: usize) -> Range<usize> {
         at + self.header_len..at + self.total_len
     }
 
-    /// Whether the packet has only a part of the datagram.
+    /// Returns whether the packet holds only a part of the datagram.
     pub fn is_fragment(&self) -> bool {
         self.fragment & Self::FRAGMENT != 0
     }
@@ -126,11 +127,11 @@ impl Ipv4Header {
 /// ICMP echo request or reply (RFC 792); its data follows the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IcmpEcho {
-    /// Whether it is a reply.
+    /// Whether the message is a reply.
     pub is_reply: bool,
-    /// Number of the sender's choice.
+    /// Number chosen by the sender.
     pub identifier: u16,
-    /// Number of the request.
+    /// Sequence number of the request.
     pub sequence: u16,
 }
 
@@ -140,7 +141,8 @@ impl IcmpEcho {
     const REPLY: u8 = 0;
     const REQUEST: u8 = 8;
 
-    /// Reads the header of the message that is in the bytes `at`; `None` for any other ICMP message, too.
+    /// Reads the header of the message in the byte range `at`. Also returns `None` for any other ICMP
+    /// message.
     pub fn read(packet: &PacketMut<'_>, at: Range<usize>) -> Option<Self> {
         let [kind, code, _, _, i, j, s, t] = packet.read::<{ Self::LEN }>(at.start)?;
         let is_echo = matches!(kind, Self::REPLY | Self::REQUEST) && code == 0 && at.len() >= Self::LEN;
@@ -151,7 +153,8 @@ impl IcmpEcho {
         })
     }
 
-    /// Writes the header of the message in the bytes `at`, with the checksum over its data.
+    /// Writes the header of the message in the byte range `at`, with a checksum that covers the message's
+    /// data.
     pub fn write(&self, packet: &mut PacketMut<'_>, at: Range<usize>) -> Option<()> {
         let kind = if self.is_reply { Self::REPLY } else { Self::REQUEST };
         let ([i, j], [s, t]) = (self.identifier.to_be_bytes(), self.sequence.to_be_bytes());

@@ -1,7 +1,7 @@
-//! What an application does with packets between receiving and sending.
+//! Packet processing of an application, between receive and send.
 //!
-//! Packet data is copied in and out and never borrowed, because a device that breaks its rules may write a buffer that it
-//! has given back.
+//! Packet data is copied in and out and never borrowed, because a misbehaving device may write to a buffer
+//! that it has returned.
 
 use std::ops::Range;
 
@@ -9,17 +9,18 @@ use vireo_eal::dma::{Burst, Packet, PartialChecksum, PoolCache, first_frame};
 
 use crate::checksum::{Sum, complete};
 
-/// The application's part of a lane. [`forward`](crate::forward::forward) is compiled for each type, so that a call costs
-/// nothing.
+/// Packet processing of an application, for one lane. [`forward`](crate::forward::forward) is compiled for
+/// each type of hook, so a call costs nothing.
 pub trait Hook: Send {
-    /// Processes packets that were received together, in place. What stays in `packets` is sent.
+    /// Processes packets that were received together, in place. Packets that remain in `packets` are sent.
     ///
-    /// Of a frame that is longer than a buffer, only the first segment is seen, which has all headers; the others are sent or
-    /// freed with it. Only an application that asks for longer ones by [`Config::port`](crate::Config::port) has such frames.
+    /// For a frame that is longer than a buffer, the hook sees only the first segment, which has all headers.
+    /// The other segments are sent or freed with it. Such frames occur only if the application allows them
+    /// with [`Config::port`](crate::Config::port).
     fn process(&mut self, packets: &mut Packets<'_>);
 }
 
-/// Sends every packet as it is.
+/// Sends every packet unchanged.
 impl Hook for () {
     #[inline(always)]
     fn process(&mut self, _packets: &mut Packets<'_>) {}
@@ -30,9 +31,10 @@ impl Hook for () {
 pub struct Packets<'a> {
     burst: &'a mut Burst,
     cache: &'a mut PoolCache,
-    /// Whether frames may have several packets, and partial checksums. Where a hook is compiled into its lane this is a constant.
+    /// Whether frames may consist of several packets, and have partial checksums. A constant where the hook
+    /// is compiled into its lane.
     is_general: bool,
-    /// Frames that were taken out.
+    /// Frames removed so far.
     consumed: usize,
 }
 
@@ -42,14 +44,14 @@ impl<'a> Packets<'a> {
         Self { burst, cache, is_general, consumed: 0 }
     }
 
-    /// Frames that were taken out.
+    /// Returns the number of frames removed so far.
     #[inline(always)]
     pub(crate) fn consumed(&self) -> usize {
         self.consumed
     }
 
-    /// Copies `first` and then `second` to the front of each packet. They are values, so that they stay in registers for the
-    /// whole burst.
+    /// Copies `first` and then `second` to the front of each packet. Both are values, so that they stay in
+    /// registers for the whole burst.
     #[inline(always)]
     pub fn write_each<const N: usize, const M: usize>(&mut self, first: [u8; N], second: [u8; M]) {
         if self.is_general {
@@ -58,7 +60,7 @@ impl<'a> Packets<'a> {
         self.cache.write_each(self.burst, first, second);
     }
 
-    /// Does it for the first segment of each frame.
+    /// Copies both to the first segment of each frame.
     #[inline(never)]
     fn write_first<const N: usize, const M: usize>(&mut self, first: [u8; N], second: [u8; M]) {
         let mut at = 0;
@@ -68,7 +70,7 @@ impl<'a> Packets<'a> {
         }
     }
 
-    /// Takes out the packets for which `keep` returns false. `keep` may change each packet.
+    /// Removes and frees the packets for which `keep` returns false. `keep` may change each packet.
     #[inline]
     pub fn retain(&mut self, mut keep: impl FnMut(&mut PacketMut<'_>) -> bool) {
         if self.is_general {
@@ -84,7 +86,7 @@ impl<'a> Packets<'a> {
         }
     }
 
-    /// Asks `keep` of the first segment of each frame.
+    /// Calls `keep` with the first segment of each frame.
     fn retain_frames(&mut self, mut keep: impl FnMut(&mut PacketMut<'_>) -> bool) {
         let (mut is_first, mut keeps) = (true, true);
         for mut packet in std::mem::take(self.burst) {
@@ -123,18 +125,19 @@ pub struct PacketMut<'a> {
 }
 
 impl PacketMut<'_> {
-    /// Length without the frame check sequence; of a frame of several segments, that of the first.
+    /// Returns the length without the frame check sequence. For a frame of several segments, this is the
+    /// length of the first segment.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.packet.len()
     }
 
-    /// Whether the frame goes on behind the packet, in a segment that the hook does not see.
+    /// Returns whether the frame continues after this packet, in a segment that the hook does not see.
     pub fn has_more(&self) -> bool {
         self.packet.has_more()
     }
 
-    /// Copies the `N` bytes at `at` out; `None` when the packet ends before.
+    /// Copies the `N` bytes at `at` out of the packet. Returns `None` if the packet is too short.
     #[inline]
     pub fn read<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
         let mut bytes = [0; N];
@@ -142,7 +145,7 @@ impl PacketMut<'_> {
         Some(bytes)
     }
 
-    /// Copies the bytes at `at` into `bytes`; `None`, and no byte, when the packet ends before.
+    /// Copies the bytes at `at` into `bytes`. Returns `None`, and copies nothing, if the packet is too short.
     #[inline]
     pub fn read_into(&self, at: usize, bytes: &mut [u8]) -> Option<()> {
         self.contains(at, bytes.len())?;
@@ -150,7 +153,8 @@ impl PacketMut<'_> {
         Some(())
     }
 
-    /// Copies `bytes` into the packet at `at`; `None`, and no byte, when the packet ends before.
+    /// Copies `bytes` into the packet at `at`. Returns `None`, and copies nothing, if the packet is too
+    /// short.
     #[inline]
     pub fn write(&mut self, at: usize, bytes: &[u8]) -> Option<()> {
         self.contains(at, bytes.len())?;
@@ -158,27 +162,29 @@ impl PacketMut<'_> {
         Some(())
     }
 
-    /// Extends the packet by `count` bytes in front, whose content is unspecified: room for a header that is written next.
-    /// `None`, and no change, when its buffer has fewer in front; a received packet has 80.
+    /// Extends the packet by `count` bytes at the front, with unspecified content, to make room for a header.
+    /// Returns `None`, and changes nothing, if the buffer has less headroom. A received packet has 80 bytes
+    /// of headroom.
     #[must_use]
     pub fn prepend(&mut self, count: usize) -> Option<()> {
         self.packet.prepend(count)
     }
 
-    /// Removes `count` bytes from the front. `None`, and no change, when the packet has fewer.
+    /// Removes `count` bytes from the front. Returns `None`, and changes nothing, if the packet is shorter.
     #[must_use]
     pub fn adj(&mut self, count: usize) -> Option<()> {
         self.cache.adj(self.packet, count)
     }
 
-    /// Extends the packet by `count` bytes at its end, whose content is unspecified. `None`, and no change, when its buffer
-    /// has fewer behind, or the frame goes on.
+    /// Extends the packet by `count` bytes at the end, with unspecified content. Returns `None`, and changes
+    /// nothing, if the buffer has less tailroom or the frame continues in another segment.
     #[must_use]
     pub fn append(&mut self, count: usize) -> Option<()> {
         if self.has_more() { None } else { self.packet.append(count) }
     }
 
-    /// Removes `count` bytes from the end. `None`, and no change, when the packet has fewer, or the frame goes on.
+    /// Removes `count` bytes from the end. Returns `None`, and changes nothing, if the packet is shorter or
+    /// the frame continues in another segment.
     #[must_use]
     pub fn trim(&mut self, count: usize) -> Option<()> {
         if self.has_more() { None } else { self.packet.trim(count) }
@@ -189,8 +195,8 @@ impl PacketMut<'_> {
         (at.checked_add(count)? <= self.len()).then_some(())
     }
 
-    /// The Internet checksum (RFC 1071) of `bytes`: what belongs into a checksum field that is 0, or 0 for bytes with their
-    /// checksum. `None` when the packet ends before.
+    /// Computes the Internet checksum (RFC 1071) of `bytes`. The result is the checksum if the checksum field
+    /// in `bytes` is 0, or 0 if it holds the correct checksum. Returns `None` if the packet is too short.
     pub fn checksum(&self, bytes: Range<usize>) -> Option<u16> {
         self.contains(bytes.start, bytes.end.checked_sub(bytes.start)?)?;
         let mut sum = Sum::default();
@@ -198,21 +204,24 @@ impl PacketMut<'_> {
         Some(sum.checksum())
     }
 
-    /// Whether the device that received the packet found the checksum of its TCP or UDP header right: `false` says nothing.
-    /// Ports that are started with [`Offloads::RX_CHECKSUM`](vireo_drivers::port::Offloads::RX_CHECKSUM) tell, where their devices can.
+    /// Returns whether the receiving device found the TCP or UDP checksum of the packet correct. `false`
+    /// means unknown, not wrong. Ports that are started with
+    /// [`Offloads::RX_CHECKSUM`](vireo_drivers::port::Offloads::RX_CHECKSUM) report this, if their devices
+    /// support it.
     pub fn has_good_checksum(&self) -> bool {
         self.packet.has_good_checksum()
     }
 
-    /// Where the checksum of the TCP or UDP header is still to be made; `None` where it is made, if there is one. The lane
-    /// sees to it before the packet is sent.
+    /// Returns the location of a TCP or UDP checksum that is still to be computed; `None` if it is complete
+    /// or there is none. The lane ensures that it is computed before the packet is sent.
     pub fn partial_checksum(&self) -> Option<PartialChecksum> {
         self.cache.partial_checksum(self.packet)
     }
 
-    /// Has a checksum made: by the device that sends the packet, if its port was started with
-    /// [`Offloads::TX_CHECKSUM`](vireo_drivers::port::Offloads::TX_CHECKSUM), else by the lane; at once, where ports were started
-    /// without offloads. `None`, and no change, when its place is not in the packet.
+    /// Requests a checksum. The sending device computes it if its port was started with
+    /// [`Offloads::TX_CHECKSUM`](vireo_drivers::port::Offloads::TX_CHECKSUM), otherwise the lane does. On
+    /// ports started with neither offloads nor long frames, it is computed at once. Returns `None`, and
+    /// changes nothing, if the checksum's location is not in the packet.
     #[must_use]
     pub fn complete_checksum(&mut self, partial: PartialChecksum) -> Option<()> {
         self.cache.set_partial_checksum(self.packet, Some(partial))?;
@@ -231,7 +240,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Calls `test` with a packet of `bytes`.
+    /// Calls `test` with a packet that contains `bytes`.
     pub(crate) fn with_packet<T>(bytes: &[u8], test: impl FnOnce(&mut PacketMut<'_>) -> T) -> T {
         let region = Region::new(Pool::bytes(32), Backing::SmallPages).unwrap();
         let pool = Pool::new(&DmaMemory::map(region, &[]).unwrap(), 32).unwrap();
@@ -269,11 +278,11 @@ pub(crate) mod tests {
             packet.write(3, &[7]).unwrap();
             packet.trim(1).unwrap();
             assert_eq!(packet.read(0), Some([2, 3, 4]));
-            // What was taken away is room in front again; metadata and a virtio-net header need 48 bytes of it.
+            // Removed bytes become headroom again, of which metadata and a virtio-net header need 48 bytes.
             assert_eq!((packet.prepend(82), packet.prepend(81), packet.len()), (None, Some(()), 84));
             assert_eq!((packet.adj(85), packet.trim(85), packet.append(2000)), (None, None, None));
         });
-        // Near the end of the buffer the rest moves to its front.
+        // Near the end of the buffer, the remaining data moves to the front.
         with_packet(&[0; 1920], |packet| {
             packet.write(1910, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]).unwrap();
             packet.adj(1911).unwrap();

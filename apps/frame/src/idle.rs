@@ -1,4 +1,4 @@
-//! Queues of started ports while no lcore has them.
+//! Queues of started ports that no lcore polls.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -8,33 +8,34 @@ use vireo_drivers::table::{Port, RxQueue, TxQueue};
 
 use crate::forward::{AnyLane, Lane};
 
-/// Queues of started ports while no lcore has them, by number: pairs are counted over all ports, as many for each.
+/// Queues of started ports that no lcore polls, by pair number. Pairs are numbered across all ports, and each
+/// port has the same number of pairs.
 #[derive(Debug)]
 pub(crate) struct IdleQueues {
-    /// Pairs of a port.
+    /// Queue pairs per port.
     pairs: usize,
     rx: BTreeMap<usize, RxQueue>,
     tx: BTreeMap<usize, TxQueue>,
 }
 
 impl IdleQueues {
-    /// No queues, of ports with `pairs` pairs each.
+    /// Creates an empty collection for ports with `pairs` queue pairs each.
     pub(crate) fn new(pairs: u16) -> Self {
         Self { pairs: pairs.into(), rx: BTreeMap::new(), tx: BTreeMap::new() }
     }
 
-    /// Numbers of the pairs of `port`.
+    /// Returns the pair numbers of `port`.
     pub(crate) fn numbers(&self, port: usize) -> Range<usize> {
         port * self.pairs..(port + 1) * self.pairs
     }
 
-    /// Keeps the queues of `port`.
+    /// Stores the queues of `port`.
     pub(crate) fn put_port(&mut self, port: usize, queues: QueuesOf<Port>) {
         self.rx.extend(self.numbers(port).zip(queues.rx));
         self.tx.extend(self.numbers(port).zip(queues.tx));
     }
 
-    /// Gives the queues of `port`, if all are here.
+    /// Removes and returns the queues of `port`, if all of them are here.
     pub(crate) fn take_port(&mut self, port: usize) -> Option<QueuesOf<Port>> {
         let numbers = self.numbers(port);
         if !numbers.clone().all(|number| self.rx.contains_key(&number) && self.tx.contains_key(&number)) {
@@ -44,8 +45,8 @@ impl IdleQueues {
         Some(Queues { rx, tx: numbers.filter_map(|number| self.tx.remove(&number)).collect() })
     }
 
-    /// Makes a lane from the receiving half of one pair to the sending half of another; gives the hook back when one of
-    /// them is not here.
+    /// Creates a lane from the RX queue of pair `from` to the TX queue of pair `to`. Returns the hook if one
+    /// of them is not here.
     pub(crate) fn join<H>(&mut self, from: usize, to: usize, hook: H) -> Result<AnyLane<H>, H> {
         let both = (self.rx.remove(&from), self.tx.remove(&to));
         match both {
@@ -58,7 +59,7 @@ impl IdleQueues {
         }
     }
 
-    /// Takes `lane` apart; gives its hook.
+    /// Stores the queues of `lane` and returns its hook.
     pub(crate) fn put<H>(&mut self, lane: AnyLane<H>) -> H {
         self.rx.insert(lane.from, lane.rx);
         self.tx.insert(lane.to, lane.tx);

@@ -1,21 +1,21 @@
-//! What the packets of a lane are.
+//! Kinds of lanes, by what their packets can be.
 
 use vireo_eal::dma::{Packet, frames};
 
-/// A kind of lanes. [`forward`](crate::forward) is compiled for each, so that one costs the other nothing.
+/// Kind of a lane. [`forward`](crate::forward) is compiled for each kind, so that neither pays for the other.
 pub(crate) trait Kind {
-    /// Whether frames may have several packets, and partial checksums.
+    /// Whether frames may consist of several packets, and have partial checksums.
     const GENERAL: bool;
 
-    /// Number of frames in `packets`.
+    /// Returns the number of frames in `packets`.
     fn count(packets: &[Packet]) -> usize;
 }
 
-/// Lanes between ports for frames of one buffer: each packet is a frame, and complete.
+/// Lanes between ports for single-buffer frames: each packet is a frame without a partial checksum.
 #[derive(Debug)]
 pub(crate) enum Plain {}
 
-/// Lanes between ports that were started for long frames or with offloads.
+/// Lanes between ports that are started for long frames or with offloads.
 #[derive(Debug)]
 pub(crate) enum General {}
 

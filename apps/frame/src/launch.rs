@@ -1,4 +1,4 @@
-//! Forwarding on all lcores at once, with the control thread beside them.
+//! Forwarding on all lcores, with the control thread alongside.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
@@ -17,26 +17,27 @@ use crate::ports::Supply;
 use crate::recall::Recall;
 use crate::supervised::SupervisedPort;
 
-/// The clock of the application's `tick` is read once in so many rounds of polling.
+/// Polling rounds per call of the application's `tick`, which reads a clock.
 const ROUNDS_PER_TICK: u32 = 64;
 
-/// What all lcores share.
+/// State shared by all lcores.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<'a> {
     pub(crate) app: &'a App,
     pub(crate) supply: &'a Supply,
-    /// Where ticks of polls that moved packets are added, if they are measured.
+    /// Sum of the ticks of polls that moved packets, if measured.
     pub(crate) busy_ticks: Option<&'a AtomicU64>,
-    /// NUMA node of the packet buffers for each pair of queues, where that makes a difference.
+    /// NUMA node of each queue pair's packet buffers; `None` means any node.
     pub(crate) nodes: &'a [Option<u32>],
 }
 
-/// Forwards the lanes of `shares` (by lcore) until the run is to stop, and calls `tick` now and then on the main lcore. Of
-/// `ports`, those with numbers in `used` are started, with `idle` queues that are in no lane, and supervised meanwhile;
-/// `announce` is called with each state that one enters. Gives the queues of the ports that work at the end.
+/// Forwards the lanes of `shares`, keyed by lcore, until the run is to stop, and calls `tick` periodically on
+/// the main lcore. Meanwhile the control thread supervises the `ports` whose numbers are in `used`, which are
+/// started. `idle` has their queues that are in no lane. `announce` is called with each state that a port
+/// enters. Returns the queues of the ports that are up at the end.
 ///
 /// # Errors
-/// When an lcore cannot be pinned, or panicked.
+/// When an lcore cannot be pinned or panicked, or the control thread cannot be started or panicked.
 pub(crate) fn forward_on_lcores<H: Hook>(
     shared: Shared<'_>,
     (ports, used, idle): (&mut [SupervisedPort], &BTreeSet<usize>, IdleQueues),
@@ -69,7 +70,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
             run_lanes(shared, recall, main, own, || {
                 round = round.wrapping_add(1);
                 if only_ticks {
-                    // A main lcore without lanes only ticks: it leaves its core to others.
+                    // A main lcore without lanes leaves its core to other threads between ticks.
                     thread::sleep(Duration::from_millis(1));
                 } else if !round.is_multiple_of(ROUNDS_PER_TICK) {
                     return;
@@ -93,7 +94,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
     Ok(queues)
 }
 
-/// Forwards `lanes` on lcore `id`, and those that it gets later, until the run is to stop.
+/// Forwards `lanes` on lcore `id`, and lanes that the lcore gets later, until the run is to stop.
 fn run_lanes<H: Hook>(
     Shared { app: App { stop, .. }, supply, busy_ticks, nodes }: Shared<'_>,
     recall: &Recall<H>,
@@ -102,7 +103,7 @@ fn run_lanes<H: Hook>(
     mut tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
     loop {
-        // Caches end with each round: a port that starts again may need the buffers that are left in them.
+        // Caches are dropped after each round, because a restarting port may need the buffers left in them.
         let nodes: Vec<Option<u32>> =
             lanes.iter().map(|lane| nodes.get(lane.from).copied().flatten()).collect();
         lanes = if nodes.iter().any(|node| *node != nodes[0]) {

@@ -1,5 +1,5 @@
-//! The frame of an application on Vireo. An application says what happens to packets, by a [`Hook`]; the frame does everything
-//! else. This application is complete, and forwards packets as they are:
+//! The application frame: everything that a Vireo application needs except its packet processing, which it
+//! supplies as a [`Hook`]. This application is complete, and forwards packets unchanged:
 //!
 //! ```no_run
 #![doc = include_str!("../examples/forwarder.rs")]
@@ -7,22 +7,22 @@
 //!
 //! | step | what it does |
 //! |---|---|
-//! | [`main`] | reads the arguments of EAL and application, starts the EAL, turns an error into a line and an exit code |
+//! | [`main`] | parses the arguments, starts the EAL, prints an error as one line, returns the exit code |
 //! | [`App::open_ports`] | opens NICs and virtual devices |
-//! | [`App::share_out`] | decides which lcore polls which queue, and where its packets go ([`Route`]) |
-//! | [`App::reserve`] | reserves packet buffers and rings on the right NUMA node, maps them, and gives [`Ports`] |
+//! | [`App::share_out`] | decides which lcore polls which queue, and where the queue's packets go ([`Route`]) |
+//! | [`App::reserve`] | reserves packet buffers and rings on the right NUMA node, maps them, and returns [`Ports`] |
 //! | [`Ports::start_all`] | starts the ports |
-//! | [`App::confine`] | gives up root, closes the sandbox |
+//! | [`App::confine`] | drops root privileges (`--user`), enters the sandbox (unless `--no-sandbox`) |
 //! | [`Ports::forward`] | polls on all lcores, restarts ports whose devices misbehave, returns when [`App::stop`] is set |
-//! | [`Ports::finish`] | stops and closes the ports, checks that every buffer came back and every packet is accounted for |
+//! | [`Ports::finish`] | stops and closes the ports, checks that every buffer and packet is accounted for |
 //!
-//! A hook gets the packets that were received together ([`Packets`]). It reads headers of each packet ([`PacketMut`],
-//! [`EthernetHeader`], [`Ipv4Header`], [`IcmpEcho`]), changes the packet, and keeps it or takes it out. The loop around the hook,
-//! [`forward::forward`], is compiled for the hook's type. The example `ping-responder` has a hook, the example `net-null` a
-//! driver of its own.
+//! A hook is called with packets that were received together ([`Packets`]). For each packet it can read
+//! headers ([`PacketMut`], [`EthernetHeader`], [`Ipv4Header`], [`IcmpEcho`]), change the packet, and keep or
+//! remove it. The polling loop, [`forward::forward`], is compiled for the hook's type. The example
+//! `ping-responder` implements a hook, and the example `net-null` a driver.
 //!
-//! Each step is a call of its own, so that an application may do more between them: `vireo-l2fwd` prints, and `vireo-pktgen`
-//! polls the queues itself ([`Ports::take_queues`]).
+//! Each step is a separate call, so an application can act between steps: `vireo-l2fwd` prints its output,
+//! and `vireo-pktgen` polls the queues itself ([`Ports::take_queues`]).
 #![forbid(unsafe_code)]
 
 mod app;

@@ -1,4 +1,4 @@
-//! The ports of a run, from their memory to the check that every buffer and packet is accounted for.
+//! The ports of a run, from reserving their memory to checking that every buffer and packet is accounted for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,21 +23,22 @@ use crate::launch::{Shared, forward_on_lcores};
 use crate::route::Route;
 use crate::supervised::{PortSummary, SupervisedPort};
 
-/// Queues and packet buffers that an application asks for.
+/// Queues and packet buffers that an application requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
-    /// How each port is started. A route has one number for its RX and its TX queue, so there are as many of both. An offload
-    /// that a port does not have is left out, and lanes make the checksums that a port does not make.
+    /// Configuration of each port. A route uses the same pair number for its RX and its TX queue, so each
+    /// port must have as many RX queues as TX queues. An offload that a port lacks is left out, and lanes
+    /// compute the checksums that a port does not.
     pub port: PortConfig,
-    /// Packet buffers in all; without it as many as rings, bursts and caches hold at once.
+    /// Total number of packet buffers; by default as many as rings, bursts and caches hold at once.
     pub buffers: Option<u32>,
-    /// Packet buffers of these that devices only send from: see [`Ports::send_only`].
+    /// Number of these packet buffers that devices only send from. See [`Ports::send_only`].
     pub send_only: u32,
 }
 
 impl Config {
-    /// The memory that this takes, for so many ports, and so many caches of packet buffers: one for each lcore, and for
-    /// each NUMA node of which it has ports.
+    /// Returns the memory that this configuration needs for `ports` ports and `caches` caches of packet
+    /// buffers. Each lcore has one cache per NUMA node that its ports are on.
     pub fn need(&self, ports: usize, caches: usize) -> MemoryNeed {
         let Self { port: config, send_only, .. } = *self;
         let needed = || buffers_needed(ports, caches, &config);
@@ -46,7 +47,7 @@ impl Config {
     }
 }
 
-/// What a port takes when it starts.
+/// What a port needs to start.
 #[derive(Debug)]
 pub(crate) struct Supply {
     pub(crate) pool: Arc<Pool>,
@@ -62,23 +63,24 @@ impl Supply {
         open.port.start(&self.config.with_offloads(offloads), rings, &mut near)
     }
 
-    /// Whether frames may be several packets, or have partial checksums.
+    /// Returns whether frames may consist of several packets, or have partial checksums.
     pub(crate) fn is_general(&self) -> bool {
         self.config.is_scattered() || !self.config.offloads.is_empty()
     }
 
-    /// No queues of such ports.
+    /// Creates an empty collection for the queues of these ports.
     pub(crate) fn idle_queues(&self) -> IdleQueues {
         IdleQueues::new(self.config.rx_queues)
     }
 }
 
-/// The ports of a run, with their memory. Dropped before its time, it resets the devices and then releases the memory.
+/// The ports of a run, with their memory. If this is dropped early, it resets the devices and then releases
+/// the memory.
 #[derive(Debug)]
 pub struct Ports {
     queues: IdleQueues,
     ports: Vec<SupervisedPort>,
-    /// Numbers of the ports that the routes name.
+    /// Numbers of the ports named by the routes.
     used: BTreeSet<usize>,
     routes: Vec<Route>,
     counts: Counts,
@@ -87,10 +89,11 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// The ports of `routes`, which are in `open`, with `memory` for them.
+    /// Creates the ports of `routes`, which are in `open`, with the `memory` that was reserved for `need`.
     ///
     /// # Errors
-    /// `Usage` when there is no such port or pair of queues; as for [`Pool::on_nodes`].
+    /// `Usage` when a route names a port or queue pair that does not exist; otherwise as for
+    /// [`Pool::on_nodes`].
     pub fn new(
         open: Vec<OpenPort>,
         routes: Vec<Route>,
@@ -123,22 +126,22 @@ impl Ports {
         })
     }
 
-    /// Numbers of the ports that the routes name, ascending.
+    /// Returns the numbers of the ports named by the routes, in ascending order.
     pub fn used(&self) -> impl Iterator<Item = usize> + '_ {
         self.used.iter().copied()
     }
 
-    /// Number of ports that are open, with those that no route names.
+    /// Returns the number of ports, including those that are closed or that no route names.
     pub fn count(&self) -> usize {
         self.ports.len()
     }
 
-    /// Port `number`, unless it is closed.
+    /// Returns port `number`, unless it is closed.
     pub fn get(&self, number: usize) -> Option<&OpenPort> {
         self.ports.get(number)?.open.as_ref()
     }
 
-    /// Station address of port `number`.
+    /// Returns the MAC address of port `number`.
     ///
     /// # Errors
     /// `Unavailable` when the port is closed.
@@ -146,17 +149,20 @@ impl Ports {
         self.get(number).map(|open| open.port.mac()).ok_or_else(|| is_closed(number))
     }
 
-    /// Memory of the ports.
+    /// Returns the memory of the ports.
     pub fn memory(&self) -> &PortMemory {
         &self.supply.memory
     }
 
-    /// Adds `region` to the memory of the ports, also after they started, and maps it for all of them. It stays as long as
-    /// they do. To be called before [`App::confine`], which forbids what mapping takes. [`Eal::reserve`](vireo_eal::Eal::reserve)
-    /// makes a region of the pages that the arguments ask for, which also outlive a NIC without IOMMU when the process is killed.
+    /// Adds `region` to the memory of the ports and maps it for all of them, even after they are started. It
+    /// stays mapped as long as the ports exist. Call this before [`App::confine`], which forbids the system
+    /// calls that mapping needs. [`Eal::reserve`](vireo_eal::Eal::reserve) creates a region of the kind of
+    /// pages that the arguments select. If the process is killed, such pages are freed only after its NICs
+    /// without an IOMMU are closed.
     ///
     /// # Errors
-    /// As for [`PortMemory::add`] and [`Nic::update_memory`]; some ports may reach the memory then.
+    /// As for [`PortMemory::add`] and [`Nic::update_memory`]. On an error, some ports may already be able to
+    /// access the memory.
     pub fn add_memory(&mut self, region: Region) -> Result<Arc<DmaMemory>> {
         let memory = self.supply.memory.add(region)?;
         for open in self.ports.iter_mut().filter_map(|port| port.open.as_mut()) {
@@ -165,15 +171,15 @@ impl Ports {
         Ok(memory)
     }
 
-    /// A cache of the packet buffers.
+    /// Creates a cache of the packet buffers.
     pub fn cache(&self) -> PoolCache {
         self.supply.pool.cache()
     }
 
-    /// A cache of the [`Config::send_only`] buffers, which no device can write to.
+    /// Creates a cache of the [`Config::send_only`] buffers, which no device can write to.
     ///
     /// # Errors
-    /// `Usage` when there are none.
+    /// `Usage` when there are no such buffers.
     pub fn send_only(&self) -> Result<PoolCache> {
         let none = || {
             Error::new(ErrorKind::Usage, "cannot take packet buffers that are only sent", "there are none")
@@ -181,20 +187,20 @@ impl Ports {
         self.send_only.as_ref().map(Pool::cache).ok_or_else(none)
     }
 
-    /// Counters of all ports.
+    /// Returns the counters of all ports.
     pub fn counts(&self) -> &Counts {
         &self.counts
     }
 
-    /// Asks for [`Counts::busy_ticks`].
+    /// Enables [`Counts::busy_ticks`].
     pub fn measure_busy_ticks(&mut self) {
         self.counts.busy_ticks = Some(Default::default());
     }
 
-    /// Receives every frame on port `number`, or only those for its station.
+    /// Sets whether port `number` receives every frame, or only frames addressed to it.
     ///
     /// # Errors
-    /// When the device refuses.
+    /// `Unavailable` when the port is closed; otherwise when the device refuses.
     pub fn set_promiscuous(&mut self, number: usize, on: bool) -> Result<()> {
         open_in(&mut self.ports, number)?.port.set_promiscuous(on)
     }
@@ -202,14 +208,15 @@ impl Ports {
     /// Starts port `number`.
     ///
     /// # Errors
-    /// When the device refuses, or memory or buffers are short.
+    /// `Unavailable` when the port is closed; otherwise when the device refuses, or there is too little
+    /// memory or too few buffers.
     pub fn start(&mut self, number: usize) -> Result<()> {
         let Self { ports, supply, queues, .. } = self;
         queues.put_port(number, supply.start(open_in(ports, number)?)?);
         Ok(())
     }
 
-    /// Starts all ports that the routes name, which then receive every frame if `promiscuous`.
+    /// Starts all ports named by the routes. They receive every frame if `promiscuous`.
     ///
     /// # Errors
     /// As for [`Ports::start`] and [`Ports::set_promiscuous`].
@@ -221,20 +228,21 @@ impl Ports {
         Ok(())
     }
 
-    /// Waits until all links are up, for 9 s at most or until `stop`; calls `waiting` every 100 ms.
+    /// Waits until all links are up, for at most 9 s or until `stop`, and calls `waiting` every 100 ms.
     ///
     /// # Errors
-    /// Those of `waiting`.
+    /// The first error of `waiting`.
     pub fn wait_for_links(&self, stop: &StopFlag, waiting: impl FnMut() -> Result<()>) -> Result<()> {
         wait_for_links(self.used.iter().filter_map(|number| self.get(*number)), stop, waiting)
     }
 
-    /// Forwards on all lcores until the run is to stop. `hook` makes the application's part of each lane. A port whose
-    /// device misbehaves is restarted meanwhile; `announce` is called with each state that a port enters, on another
-    /// thread. `tick` is called now and then on the main lcore.
+    /// Forwards on all lcores until the run is to stop. `hook` creates the application's hook for each lane.
+    /// A port whose device misbehaves is restarted meanwhile. `announce` is called on another thread with
+    /// each state that a port enters. `tick` is called periodically on the main lcore.
     ///
     /// # Errors
-    /// When an lcore cannot be pinned, or panicked; as for [`Ports::lanes`].
+    /// When an lcore cannot be pinned or panicked, or the control thread cannot be started or panicked; as
+    /// for [`Ports::lanes`].
     pub fn forward<H: Hook>(
         &mut self,
         app: &App,
@@ -258,11 +266,11 @@ impl Ports {
         Ok(())
     }
 
-    /// The lanes of all routes, in their order and with their queues; for an application that polls them itself.
-    /// [`Ports::put_lanes`] takes them back.
+    /// Returns the lanes of all routes, in route order and with their queues, for an application that polls
+    /// them itself. [`Ports::put_lanes`] takes the lanes back.
     ///
     /// # Errors
-    /// `Usage` when a queue is not started, or in two routes.
+    /// `Usage` when a queue is not started or is in two routes.
     pub fn lanes<H>(&mut self, mut hook: impl FnMut(&Route) -> H) -> Result<Vec<AnyLane<H>>> {
         let queues = &mut self.queues;
         let lanes = self.routes.iter().map(|route| {
@@ -275,25 +283,25 @@ impl Ports {
         lanes.collect()
     }
 
-    /// Takes lanes back.
+    /// Takes back lanes that the application polled itself.
     pub fn put_lanes<H>(&mut self, lanes: Vec<AnyLane<H>>) {
         for lane in lanes {
             self.queues.put(lane);
         }
     }
 
-    /// The queues of port `number`, for an application that polls them itself; `None` when they are not here.
-    /// [`Ports::put_queues`] takes them back.
+    /// Returns the queues of port `number`, for an application that polls them itself; `None` if the port is
+    /// not started or its queues are in use. [`Ports::put_queues`] takes the queues back.
     pub fn take_queues(&mut self, number: usize) -> Option<QueuesOf<Port>> {
         self.queues.take_port(number)
     }
 
-    /// Takes the queues of port `number` back.
+    /// Takes back the queues of port `number`.
     pub fn put_queues(&mut self, number: usize, queues: QueuesOf<Port>) {
         self.queues.put_port(number, queues);
     }
 
-    /// Stops port `number`, which stays open.
+    /// Stops port `number`, which stays open, and returns its counters.
     ///
     /// # Panics
     /// When there is no such port.
@@ -304,7 +312,7 @@ impl Ports {
         port.counted.clone()
     }
 
-    /// Stops port `number` and closes it.
+    /// Stops port `number`, closes it and returns its counters.
     ///
     /// # Panics
     /// When there is no such port.
@@ -314,11 +322,11 @@ impl Ports {
         summary
     }
 
-    /// Checks that each device confirmed its stop, and that each packet buffer came back. To be called when all ports have
-    /// stopped and no cache is left.
+    /// Checks that each device confirmed its stop, and that every packet buffer was returned. Call this when
+    /// all ports have stopped and no cache is left.
     ///
     /// # Errors
-    /// Why a port did not stop; `Protocol` when buffers are lost.
+    /// The reason why a port did not confirm its stop; `Protocol` when buffers are lost.
     pub fn check_buffers(&mut self) -> Result<()> {
         if let Some(error) = self.ports.iter_mut().find_map(|port| port.unconfirmed.take()) {
             return Err(error);
@@ -336,16 +344,16 @@ impl Ports {
         Ok(())
     }
 
-    /// The sums of what was forwarded between each two ports, when they have stopped.
+    /// Returns the packet balance of each forwarding direction. Call this when the ports have stopped.
     pub fn balances(&self) -> Vec<Balance> {
         Balance::of(&self.routes, &self.counts)
     }
 
-    /// Closes all ports, gives `each` what a port counted, and checks that every buffer came back and every packet is
-    /// accounted for.
+    /// Closes all ports, calls `each` with the number and the summary of each port that a route names, and
+    /// checks that every buffer was returned and every packet is accounted for.
     ///
     /// # Errors
-    /// As for [`Ports::check_buffers`] and [`Balance::check`]; those of `each`.
+    /// As for [`Ports::check_buffers`] and [`Balance::check`]; otherwise the first error of `each`.
     pub fn finish(mut self, mut each: impl FnMut(usize, &PortSummary) -> Result<()>) -> Result<()> {
         let mut told = Ok(());
         for number in self.used.clone() {
@@ -375,7 +383,7 @@ mod tests {
 
     use super::*;
 
-    /// Three ports with two pairs of queues each, and routes as `(from, to, pair)`.
+    /// Creates three ports with two queue pairs each, and routes given as `(from, to, pair)`.
     fn ports(routes: &[(usize, usize, usize)]) -> Result<Ports> {
         let open = |device| {
             let address = Bdf::new(0, 0, device, 0).unwrap();

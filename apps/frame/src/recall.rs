@@ -1,4 +1,4 @@
-//! How lanes leave their lcores and come back while a port restarts, at no cost to the packets of the others.
+//! How lanes leave their lcores and return while a port restarts, at no cost to packets of the other lanes.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -15,10 +15,10 @@ use crate::forward::Lane;
 #[cfg(loom)]
 mod models;
 
-/// Time in which a wait for lcores sees that the program is to stop.
+/// Interval at which a wait for lcores checks whether the program is to stop.
 const STOP_CHECK_PERIOD: Duration = Duration::from_millis(10);
 
-/// A place where lanes change hands: lcores come when the [`StopFlag`] is raised and no stop.
+/// Handover point for lanes. Lcores visit it when the [`StopFlag`] is raised without a stop.
 #[derive(Debug)]
 pub(crate) struct Recall<H, R = RxQueue, T = TxQueue> {
     stop: StopFlag,
@@ -28,28 +28,28 @@ pub(crate) struct Recall<H, R = RxQueue, T = TxQueue> {
 
 #[derive(Debug)]
 struct State<H, R, T> {
-    /// Pairs whose lanes are wanted; none when lanes are given back.
+    /// Pairs whose lanes are recalled; `None` when lanes are returned.
     wanted: Option<Range<usize>>,
-    /// Lanes that no lcore has, each with the lcore that polls it.
+    /// Lanes that no lcore polls, each with the lcore that it belongs to.
     lanes: Vec<(u32, Lane<R, T, H>)>,
-    /// Lcores that have not come since the last call.
+    /// Lcores that have not visited since the last call.
     awaited: BTreeSet<u32>,
 }
 
 impl<H, R, T> Recall<H, R, T> {
-    /// A place without lanes, until `stop`.
+    /// Creates a handover point without lanes. It stops waiting for lcores when `stop` is set.
     pub(crate) fn new(stop: &StopFlag) -> Self {
         let state = State { wanted: None, lanes: Vec::new(), awaited: BTreeSet::new() };
         Self { stop: stop.clone(), state: Mutex::new(state), all_came: Condvar::new() }
     }
 
-    /// The state, also after a panic of an lcore that had it: lanes are moved whole.
+    /// Locks the state, even after an lcore panicked with the lock held: lanes are moved whole.
     fn state(&self) -> MutexGuard<'_, State<H, R, T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands over the lanes that are asked of `lcore`, or takes those that are there for it. To be called when the flag is
-    /// raised; does not wait for other lcores.
+    /// Hands over the lanes that are recalled from `lcore`, or takes the lanes that are returned to it. Call
+    /// this when the flag is raised. Does not wait for other lcores.
     pub(crate) fn visit(&self, lcore: u32, lanes: &mut Vec<Lane<R, T, H>>) {
         let mut state = self.state();
         if !state.awaited.remove(&lcore) {
@@ -71,17 +71,19 @@ impl<H, R, T> Recall<H, R, T> {
         }
     }
 
-    /// Takes the lanes from and to `pairs` from `lcores`. If the program stops, it takes only what they have handed over.
+    /// Takes the lanes from and to `pairs` from `lcores`. If the program stops, takes only the lanes that
+    /// they have handed over.
     pub(crate) fn take(&self, pairs: Range<usize>, lcores: &[u32]) -> Vec<(u32, Lane<R, T, H>)> {
         std::mem::take(&mut self.call(Some(pairs), Vec::new(), lcores).lanes)
     }
 
-    /// Gives `lanes` to their lcores. If the program stops before they come, [`Recall::into_lanes`] has them.
+    /// Returns `lanes` to their lcores. If the program stops before the lcores visit, the lanes are left to
+    /// [`Recall::into_lanes`].
     pub(crate) fn give(&self, lanes: Vec<(u32, Lane<R, T, H>)>, lcores: &[u32]) {
         drop(self.call(None, lanes, lcores));
     }
 
-    /// Waits until all of `lcores` have come, or are to stop.
+    /// Calls `lcores`, and waits until all of them have visited or the program is to stop.
     fn call(
         &self,
         wanted: Option<Range<usize>>,
@@ -100,7 +102,7 @@ impl<H, R, T> Recall<H, R, T> {
         state
     }
 
-    /// Lanes that no lcore has taken, when all lcores have ended.
+    /// Returns the lanes that no lcore has taken. Call this when all lcores have ended.
     pub(crate) fn into_lanes(self) -> impl Iterator<Item = Lane<R, T, H>> {
         self.state
             .into_inner()

@@ -4,27 +4,28 @@ use std::collections::BTreeSet;
 
 use vireo_eal::{Error, ErrorKind, Result};
 
-/// One direction of forwarding, and the lcore that does it.
+/// One direction of forwarding, and the lcore that polls it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// Id of the lcore.
+    /// ID of the lcore.
     pub lcore: u32,
     /// Port that the lcore polls.
     pub from: usize,
     /// Port that the lcore sends on.
     pub to: usize,
-    /// Number of the pair of queues, the same on both ports.
+    /// Number of the queue pair, the same on both ports.
     pub pair: usize,
 }
 
 impl Route {
-    /// Numbers of the ports of `routes`.
+    /// Returns the numbers of the ports in `routes`.
     pub fn ports(routes: &[Self]) -> BTreeSet<usize> {
         routes.iter().flat_map(|route| [route.from, route.to]).collect()
     }
 }
 
-/// Ways between each two of `ports`, in both directions; if their number is odd, the last one sends to itself.
+/// Pairs up `ports` in order, and returns both directions of each pair as `(from, to)`. If the number of
+/// ports is odd, the last one forwards to itself.
 pub fn neighbours(ports: impl IntoIterator<Item = usize>) -> Vec<(usize, usize)> {
     let ports: Vec<usize> = ports.into_iter().collect();
     let both = |pair: &[usize]| match *pair {
@@ -34,11 +35,12 @@ pub fn neighbours(ports: impl IntoIterator<Item = usize>) -> Vec<(usize, usize)>
     ports.chunks(2).flat_map(both).collect()
 }
 
-/// Shares `ways`, each with `pairs` pairs of queues, out to `lcores`, of which each gets `most` queues to poll, or without it
-/// an equal share: first the first queue of each way, then the second.
+/// Distributes `ways`, each a `(from, to)` pair of ports with `pairs` queue pairs, over `lcores`. Each lcore
+/// polls up to `most` queues, or an equal share if `most` is `None`. The first queue of every way is assigned
+/// before the second.
 ///
 /// # Errors
-/// `Unavailable` when there are no ways, `Usage` when the lcores are too few.
+/// `Unavailable` when there are no ways, `Usage` when there are too few lcores.
 pub fn share_out(
     ways: &[(usize, usize)],
     pairs: u16,
@@ -60,7 +62,7 @@ pub fn share_out(
     Ok(queues.zip(lcores).map(|((pair, (from, to)), lcore)| Route { lcore, from, to, pair }).collect())
 }
 
-/// The error of a program that cannot do `what` because it finds no ports.
+/// Creates the error of a program that cannot do `what` because it finds no ports.
 pub fn no_ports(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::Unavailable, what, "there are no ports")
         .with_hint("bind NICs to VFIO: vireo-devbind --status, vireo-devbind --bind vfio-pci ADDRESS")

@@ -1,4 +1,4 @@
-//! A port of a run.
+//! A port that the control thread supervises.
 
 use std::time::Instant;
 
@@ -11,40 +11,42 @@ use vireo_eal::dma::PoolCache;
 
 use crate::control::PortState;
 
-/// What a port counted, when it has stopped.
+/// What a port counted until it was stopped.
 #[derive(Clone, Debug, Default)]
 pub struct PortSummary {
-    /// Whether the device confirmed its last stop. If not, [`Ports::check_buffers`](crate::Ports::check_buffers) says why.
+    /// Whether the device confirmed its last stop. If not,
+    /// [`Ports::check_buffers`](crate::Ports::check_buffers) returns the reason.
     pub is_confirmed: bool,
-    /// What its queues and its device counted, over all starts.
+    /// Counters of the port's queues and device, over all starts.
     pub stats: PortStats,
-    /// Times that the port was restarted.
+    /// Number of restarts of the port.
     pub restarts: u64,
-    /// Changes of the link that were seen; of NICs.
+    /// Number of link changes seen; counted only for NICs.
     pub link_changes: u64,
 }
 
-/// A port that the control thread looks after.
+/// A port that the control thread supervises.
 #[derive(Debug)]
 pub(crate) struct SupervisedPort {
-    /// The port, until it is closed.
+    /// The port; `None` after it is closed.
     pub(crate) open: Option<OpenPort>,
-    /// Its counters, which outlive it.
+    /// Counters of the port, which outlive it.
     pub(crate) counters: PortCounters,
-    /// What it had counted when it was stopped last, and its restarts.
+    /// Counters at the last stop, and number of restarts.
     pub(crate) counted: PortSummary,
-    /// Whether its link was up at the last inspection; `None` for a virtual port, which has a peer instead of a link.
+    /// Whether the link was up at the last inspection; `None` for a virtual port, which has a peer instead of
+    /// a link.
     link_up: Option<bool>,
-    /// Whether it is stopped, and waits for its next start.
+    /// Whether the port is stopped and waits for its next start.
     pub(crate) is_down: bool,
-    /// When it was started last, or that was tried.
+    /// Time of the last start or attempted start.
     pub(crate) last_start: Instant,
-    /// Why it did not confirm its last stop: packet buffers are with it.
+    /// Why the device did not confirm its last stop. Until it does, it holds packet buffers.
     pub(crate) unconfirmed: Option<Error>,
 }
 
 impl SupervisedPort {
-    /// A port that has counted nothing.
+    /// Creates a port that has counted nothing.
     pub(crate) fn new(open: OpenPort) -> Self {
         Self {
             counters: open.port.counters().clone(),
@@ -57,15 +59,15 @@ impl SupervisedPort {
         }
     }
 
-    /// Takes the link as it is for the one to compare with.
+    /// Records the current link state, for later states to be compared with.
     pub(crate) fn begin(&mut self) {
         let nic = self.open.as_ref().filter(|open| open.report.is_some());
         self.link_up = nic.map(|open| open.port.link().up);
         self.last_start = Instant::now();
     }
 
-    /// Stops the port, and notes what it counted. A port that is down has no queues: if it did not confirm its stop, that is
-    /// tried again.
+    /// Stops the port and records its counters. A port that is down has no queues. If its device did not
+    /// confirm the stop, the stop is retried.
     pub(crate) fn stop(&mut self, queues: Option<QueuesOf<Port>>, cache: &mut PoolCache) {
         let Self { open: Some(OpenPort { port, .. }), counters, counted, .. } = self else { return };
         self.unconfirmed = match queues {
@@ -77,7 +79,7 @@ impl SupervisedPort {
         counted.is_confirmed = self.unconfirmed.is_none();
     }
 
-    /// Notes a change of the link, and gives it.
+    /// Records a change of the link state and returns it.
     pub(crate) fn link_change(&mut self, number: usize) -> Option<PortState> {
         let (open, link_up) = (self.open.as_ref()?, self.link_up.as_mut()?);
         let up = open.port.link().up;

@@ -1,4 +1,4 @@
-//! The examples, as processes that packets go through: no NIC, hugepages or root.
+//! Runs the examples as processes and sends packets through them. Needs no NIC, hugepages or root.
 
 #[cfg(test)]
 mod peer;
@@ -31,7 +31,7 @@ fn the_forwarder_of_the_front_page_forwards() {
     }
 }
 
-/// The Internet checksum, word for word as in RFC 1071.
+/// Computes the Internet checksum as RFC 1071 defines it.
 fn checksum(bytes: &[u8]) -> u16 {
     let mut sum = 0_u32;
     for word in bytes.chunks(2) {
@@ -47,8 +47,8 @@ fn set_checksum(bytes: &mut [u8], at: usize) {
     bytes[at..at + 2].copy_from_slice(&sum);
 }
 
-/// ICMP message of `kind` from 192.0.2.9 to 192.0.2.1, with `options` bytes of IPv4 options and `data` bytes of data, behind
-/// which an Ethernet frame is padded.
+/// Creates an ICMP message of `kind` from 192.0.2.9 to 192.0.2.1, with `options` bytes of IPv4 options and
+/// `data` bytes of data, in an Ethernet frame that is padded at the end.
 fn echo(kind: u8, ttl: u8, swapped: bool, options: usize, data: usize) -> Vec<u8> {
     let (us, it) = ([2, 0, 0, 0, 0, 9], [2, 0, 0, 0, 0, 0]);
     let ends = |a: &[u8], b: &[u8]| if swapped { [b, a].concat() } else { [a, b].concat() };
@@ -114,7 +114,7 @@ fn echo_requests_are_answered_and_nothing_else() {
         ("less than an IPv4 header", request[..17].to_vec()),
         ("a header that ends early", request[..33].to_vec()),
     ];
-    // Each is followed by a request, whose reply is the next frame that comes.
+    // Each is followed by a request, whose reply must be the next frame to arrive.
     for (number, (what, frame)) in others.iter().enumerate() {
         peer.send(0, frame);
         let data = number * 97;

@@ -1,7 +1,9 @@
-//! What `scripts/bench insn` counts: l2fwd's loop on the real drivers, against devices that this process plays.
+//! The workload that `scripts/bench insn` counts: l2fwd's loop on the real drivers, against devices that this
+//! process simulates.
 //!
-//! Prints a line of JSON for each case. Callgrind collects inside [`counted_loop`] but not inside [`device_half`],
-//! and writes a profile each time the former returns. Nothing here depends on time, chance or the environment.
+//! Prints one line of JSON per case. Callgrind collects inside [`counted_loop`] but not inside
+//! [`device_half`], and writes a profile each time [`whole_case`] returns. Nothing here depends on time,
+//! chance or the environment.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -20,36 +22,37 @@ use vireo_eal::mem::{Backing, Region};
 use vireo_frame::forward::{Lane, forward};
 use vireo_l2fwd::rewrite::Rewrite;
 
-/// As DPDK's figures were counted.
+/// Descriptors of each ring, as in the measurements of DPDK.
 const RING: u16 = 256;
 const FRAME: [u8; 60] = [0x5a; 60];
-/// Frames that arrive before each poll, in turn. Where one comes before every poll, 32 share a send: what a packet costs that
-/// comes alone, in both directions, is in the row with an empty poll after each.
+/// Number of frames that arrive before each poll, repeated in turn. If one frame arrives before every poll,
+/// 32 frames share a send. The row with an empty poll after each frame shows what a packet that arrives alone
+/// costs in both directions.
 const BURSTS: [&[usize]; 7] = [&[0], &[1, 0], &[1], &[4], &[8], &[16], &[32]];
 
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 const ADDRESS: Bdf = Bdf::new(0, 0, 3, 0).expect("a device number below 32");
 
-/// Packets counted in each case, and empty polls where there are none: whole turns of the ring.
+/// Packets counted in each case, or empty polls if there are no packets: whole turns of the ring.
 const COUNT: usize = 32 * RING as usize;
-/// Contiguous bytes where addresses are physical.
+/// Bytes that are contiguous where addresses are physical.
 const PAGE: usize = 64 << 10;
-/// Two rings in flight and a cache that is never short.
+/// Packet buffers for two rings in flight and a cache that never runs short.
 const BUFFERS: u32 = 1024;
 
-/// The other end of the device: how frames arrive there and how they leave.
+/// The far end of the device's wire: delivers frames to the device and takes those that it sends.
 struct Wire<'a> {
     receive: &'a dyn Fn(&[u8]) -> bool,
     transmit: &'a dyn Fn(),
     burst: &'a [usize],
-    /// Polls so far, and in all.
+    /// Polls so far, out of `end`.
     polls: usize,
     end: usize,
     stop: StopFlag,
 }
 
 impl Wire<'_> {
-    /// Takes what was sent and lets the next burst arrive.
+    /// Takes the sent frames and lets the next burst arrive.
     fn step(&mut self) {
         (self.transmit)();
         for _ in 0..self.burst[self.polls % self.burst.len()] {
@@ -62,13 +65,14 @@ impl Wire<'_> {
     }
 }
 
-/// Not counted.
+/// Simulates the device between two polls. Not counted.
 #[inline(never)]
 fn device_half(wire: &mut Wire<'_>) {
     wire.step();
 }
 
-/// Counted. The closure comes from elsewhere, so that no other function has this one's name in its own.
+/// Runs the counted code. The closure is defined elsewhere, so that no other function has this function's
+/// name in its own.
 #[inline(never)]
 fn counted_loop(run: impl FnOnce()) {
     run();
@@ -80,13 +84,14 @@ fn memory(physical: bool) -> Result<Arc<DmaMemory>> {
     if !physical {
         return DmaMemory::map(region, &[]);
     }
-    // An odd multiple modulo a power of two: each page has an address of its own, and none follows the other.
+    // An odd factor modulo a power of two gives each page an address of its own, and none directly follows
+    // the previous one.
     let addresses: Vec<u64> =
         (0..region.len() / PAGE).map(|page| (page * 0x2_6001 % (1 << 20) * PAGE) as u64).collect();
     Ok(DmaMemory::with_addresses(region, PAGE, &addresses))
 }
 
-/// What a row is called: `32`, or `1+0`.
+/// Returns the name of a row: `32`, or `1+0`.
 fn name(burst: &[usize]) -> Value {
     match burst {
         [size] => json!(size),
@@ -94,7 +99,7 @@ fn name(burst: &[usize]) -> Value {
     }
 }
 
-/// One line of the output; callgrind writes its profile at the end.
+/// Runs a case and prints its line of the output. Callgrind writes its profile when this returns.
 #[inline(never)]
 fn whole_case<N: Nic>(
     names: (&str, &str, &str),

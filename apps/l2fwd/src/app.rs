@@ -1,4 +1,4 @@
-//! Set-up, run and end of l2fwd, in the order and the words of DPDK's.
+//! Set-up, run and shutdown of l2fwd, in the order and wording of DPDK's l2fwd.
 
 use std::time::Instant;
 
@@ -14,10 +14,10 @@ use crate::plan::plan;
 use crate::report::{Reporter, announce, counters_json, counters_text, link_text, mac_text};
 use crate::rewrite::Rewrite;
 
-/// Everything between the arguments and the exit code.
+/// Runs l2fwd with its parsed arguments.
 ///
 /// # Errors
-/// With what failed; the NICs are reset and the memory is given back in any case.
+/// The first failure. The NICs are reset and the memory is released in any case.
 pub fn run(app: &App, args: Args) -> Result<()> {
     let open = app.open_ports()?;
     let routes = plan(&args, open.len(), &app.eal.lcores.ids())?;
@@ -108,7 +108,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     reporter.say("Bye...\n", &json!({ "event": "end" }))
 }
 
-/// What the run stands on: mode of each port and why, IOVA mode, memory.
+/// Prints the mode of each port and the reason for it, the IOVA mode, and the memory.
 fn describe(eal: &Eal, reporter: &Reporter, open: &[OpenPort], used: &[usize]) -> Result<()> {
     let physical = open.iter().any(OpenPort::is_physical);
     let iova = format!("{:?}", eal.iova_mode(physical)?).to_uppercase();
@@ -131,7 +131,8 @@ fn describe(eal: &Eal, reporter: &Reporter, open: &[OpenPort], used: &[usize]) -
     )
 }
 
-/// Memory of each NUMA node, where there are several, and what it took to map it when the ports are isolated.
+/// Prints the memory of each NUMA node, if there are several, and, if the ports are isolated, the number of
+/// address spaces and map calls.
 fn describe_memory(eal: &Eal, reporter: &Reporter, ports: &Ports, calls: u64) -> Result<()> {
     let memory = ports.memory();
     let nodes = memory.nodes();
@@ -153,7 +154,7 @@ fn describe_memory(eal: &Eal, reporter: &Reporter, ports: &Ports, calls: u64) ->
     Ok(())
 }
 
-/// What the device of a port does of the offloads that are asked for.
+/// Prints which of the requested offloads the device of a port supports.
 fn describe_offloads(reporter: &Reporter, number: usize, asked: Offloads, ports: &Ports) -> Result<()> {
     let Some(open) = ports.get(number).filter(|_| !asked.is_empty()) else { return Ok(()) };
     let offloads: Vec<_> = (asked & open.port.capabilities().offloads).names().collect();
@@ -179,7 +180,7 @@ fn check_links(app: &App, reporter: &Reporter, ports: &Ports) -> Result<()> {
     Ok(())
 }
 
-/// Stops every port, says what it counted, and sees that each buffer came back.
+/// Stops and closes every port, prints its counters, and checks that every buffer was returned.
 fn close(reporter: &Reporter, ports: &mut Ports) -> Result<()> {
     for number in ports.used().collect::<Vec<_>>() {
         reporter.chat(&format!("Closing port {number}..."))?;

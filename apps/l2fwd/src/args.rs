@@ -1,4 +1,4 @@
-//! Arguments behind `--`: DPDK l2fwd's own, and `--output`.
+//! Arguments after `--`: those of DPDK's l2fwd, some of testpmd and l3fwd, and Vireo's own.
 
 use clap::Parser;
 use vireo_drivers::port::{FCS, Offloads, PortConfig};
@@ -6,18 +6,18 @@ use vireo_eal::dma::{MAX_BUFFERS, MAX_FRAME};
 
 use crate::report::Style;
 
-/// Most queues that one lcore may poll (`MAX_RX_QUEUE_PER_LCORE` of DPDK's l2fwd, less one).
+/// Maximum number of RX queues that one lcore polls (`MAX_RX_QUEUE_PER_LCORE` of DPDK's l2fwd, less one).
 pub const MOST_QUEUES_PER_LCORE: u32 = 15;
-/// Most pairs of queues of a port: one for each lcore there can be (`RTE_MAX_LCORE` of DPDK).
+/// Maximum number of queue pairs of a port: one for each possible lcore (`RTE_MAX_LCORE` of DPDK).
 const MOST_QUEUES: u16 = 128;
-/// Longest time between two tables: a day.
+/// Upper bound of the time between two tables, in seconds: a day.
 const LONGEST_PERIOD: f64 = 86_400.0;
 
-/// Least value of `--max-pkt-len`, which every port takes, and the greatest.
+/// Range of `--max-pkt-len`. Every port supports the minimum.
 const SHORTEST_LIMIT: u16 = 1518;
 const LONGEST_LIMIT: u16 = (MAX_FRAME + FCS) as u16;
 
-/// What the arguments ask for.
+/// Parsed arguments of l2fwd.
 #[derive(Clone, Debug, PartialEq, Parser)]
 #[command(
     name = "vireo-l2fwd",
@@ -32,10 +32,10 @@ pub struct Args {
     /// Receive every frame, not only those for the port's address
     #[arg(short = 'P')]
     pub promiscuous: bool,
-    /// RX queues that one lcore polls, 1 to 15
+    /// RX queues per lcore, 1 to 15
     #[arg(short = 'q', value_name = "NQ", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_QUEUES_PER_LCORE)))]
     pub queues_per_lcore: u32,
-    /// Pairs of queues of each port, 1 to 128
+    /// Queue pairs per port, 1 to 128
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MOST_QUEUES)))]
     pub queues: u16,
     /// Seconds between two tables, such as 0.5; 0 for none
@@ -44,30 +44,33 @@ pub struct Args {
     /// Rewrite the addresses of every packet (the default)
     #[arg(long, overrides_with = "no_mac_updating")]
     mac_updating: bool,
-    /// Leave the addresses of packets as they are
+    /// Leave the addresses of packets unchanged
     #[arg(long)]
     pub no_mac_updating: bool,
-    /// Pairs of ports that forward to each other, such as "(0,3)(1,2)"; by default neighbours
+    /// Pairs of ports that forward to each other, such as "(0,3)(1,2)"; by default, neighboring ports
     #[arg(long, value_name = "PAIRS", value_parser = port_map)]
     pub portmap: Option<PortMap>,
-    /// Packet buffers in all, up to 2097151 (testpmd's argument); by default enough for rings, bursts and caches at once
+    /// Total number of packet buffers, up to 2097151 (as in testpmd); by default, enough to fill rings,
+    /// bursts and caches
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_BUFFERS)))]
     pub total_num_mbufs: Option<u32>,
-    /// Longest frame in bytes with its check sequence (l3fwd's argument), 1518 to 9728. Above 1522 every port must be able to
-    /// take long frames; a vhost port drops them
+    /// Longest frame in bytes with its frame check sequence (as in l3fwd), 1518 to 9728. Above 1522, every
+    /// port must support long frames; a vhost port drops them
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(i64::from(SHORTEST_LIMIT)..=i64::from(LONGEST_LIMIT)))]
     pub max_pkt_len: Option<u16>,
-    /// Leave TCP and UDP checksums to devices that make and check them. Frames with a checksum that is still to be made, as a
-    /// host gives its guest, are then received as they are; where the sending port has no such device, l2fwd makes it
+    /// Leave TCP and UDP checksums to devices that can compute and verify them. Frames with a partial
+    /// checksum, such as a host sends to its guest, are then received unchanged; l2fwd completes the checksum
+    /// if the sending device cannot
     #[arg(long)]
     pub checksum_offload: bool,
-    /// Time the polls that move packets, and print ticks per packet at the end (testpmd's argument)
+    /// Measure the polls that move packets, and print ticks per packet at the end (as in testpmd)
     #[arg(long)]
     pub record_core_cycles: bool,
-    /// DPDK's text and table, lines with rates, or a JSON object per line; default: table on a terminal, else lines
+    /// DPDK's text and table, lines with rates, or one JSON object per line; default: table on a terminal,
+    /// otherwise lines
     #[arg(long, value_name = "FORM", conflicts_with = "json")]
     output: Option<Style>,
-    /// As --output json
+    /// Same as --output json
     #[arg(long)]
     json: bool,
 }
@@ -80,14 +83,14 @@ pub type Pairs = Vec<(usize, usize)>;
 pub struct PortMap(pub Pairs);
 
 impl Args {
-    /// How each port is to run.
+    /// Returns the configuration of each port.
     pub fn port(&self) -> PortConfig {
         let offloads = if self.checksum_offload { Offloads::all() } else { Offloads::empty() };
         let port = PortConfig::default().with_pairs(self.queues).with_offloads(offloads);
         self.max_pkt_len.map_or(port, |len| port.with_max_frame(usize::from(len) - FCS))
     }
 
-    /// How the output looks; by default as standard output suits.
+    /// Returns the form of the output; by default, the form that suits standard output.
     pub fn style(&self) -> Style {
         if self.json { Style::Json } else { self.output.unwrap_or_else(Style::of_stdout) }
     }

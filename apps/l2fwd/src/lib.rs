@@ -1,7 +1,8 @@
-//! l2fwd on the application frame ([`vireo_frame`]): DPDK's arguments, the rewrite of the Ethernet addresses, the output.
+//! l2fwd on the application frame ([`vireo_frame`]): DPDK's arguments, the rewriting of Ethernet addresses,
+//! and the output.
 //!
-//! [`args`] reads what stands behind `--`, [`plan`] turns it into routes, [`rewrite`] is what happens to packets, [`report`]
-//! prints, and [`app`] joins them.
+//! [`args`] parses the arguments after `--`, [`plan`] turns them into routes, [`rewrite`] processes packets,
+//! [`report`] prints, and [`app`] combines them.
 #![forbid(unsafe_code)]
 
 pub mod app;

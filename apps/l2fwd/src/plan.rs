@@ -1,14 +1,16 @@
-//! Which port forwards to which, and on which lcore, as the arguments have it.
+//! Turns the arguments into routes: which port forwards to which, and on which lcore.
 
 use vireo_eal::{Error, ErrorKind, Result};
 use vireo_frame::{Route, neighbours, no_ports, share_out};
 
 use crate::args::{Args, MOST_QUEUES_PER_LCORE, Pairs, PortMap};
 
-/// Shares the queues of the ports of `args` out to `lcores` (ids, ascending), of `ports` ports that there are.
+/// Distributes the queues of the ports that `args` selects over `lcores` (IDs, ascending). There are `ports`
+/// ports.
 ///
 /// # Errors
-/// `Unavailable` when there are no ports, `Usage` when mask, pairs or lcores do not fit them.
+/// `Unavailable` when there are no ports, `Usage` when the port mask, the port pairs or the lcores do not fit
+/// them.
 pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Route>> {
     let ways = destinations(&enabled(args.mask, ports)?, args.portmap.as_ref())?;
     share_out(&ways, args.queues, lcores, Some(args.queues_per_lcore as usize)).map_err(|error| {
@@ -21,7 +23,7 @@ pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Route>> {
     })
 }
 
-/// Numbers of the ports in `mask`.
+/// Returns the numbers of the ports in `mask`.
 fn enabled(mask: u64, ports: usize) -> Result<Vec<usize>> {
     let what = format!("cannot use port mask {mask:#x}");
     let last = ports.checked_sub(1).ok_or_else(|| no_ports(&what))?;
@@ -37,10 +39,10 @@ fn enabled(mask: u64, ports: usize) -> Result<Vec<usize>> {
     )))
 }
 
-/// Which port each of `ports` (port numbers, ascending) forwards to.
+/// Returns pairs of a port and the port that it forwards to, for each of `ports` (port numbers, ascending).
 ///
 /// # Errors
-/// `Usage` when a pair of `portmap` names a port that is not there, or one twice.
+/// `Usage` when `portmap` names a port that is not in `ports`, or names a port twice.
 fn destinations(ports: &[usize], portmap: Option<&PortMap>) -> Result<Pairs> {
     let Some(PortMap(pairs)) = portmap else { return Ok(neighbours(ports.iter().copied())) };
     let mut all = Pairs::new();

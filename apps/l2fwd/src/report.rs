@@ -1,4 +1,4 @@
-//! What l2fwd prints: DPDK's text byte for byte, lines with rates, or JSON for programs.
+//! Output of l2fwd: DPDK's text byte for byte, lines with rates, or JSON for programs.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
@@ -12,36 +12,37 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::{Result, program};
 use vireo_frame::{PortState, Totals};
 
-/// How long the end of a run waits for a reader of its output that reads nothing.
+/// Longest wait, at the end of a run, for an output reader that reads nothing.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Most counters in an event: a quarter of what a pipe holds (pipe(7)), so that there is room for it now and then.
+/// Maximum number of counters in an event. Such an event is a quarter of what a pipe holds (pipe(7)), so that
+/// the pipe has room for one from time to time.
 const COUNTERS_PER_EVENT: usize = 512;
 
-/// How the output looks.
+/// Form of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Style {
-    /// What DPDK's l2fwd prints and nothing else, with its table redrawn in place. The rest goes to the log, as DPDK's
-    /// EAL lines do.
+    /// Output of DPDK's l2fwd and nothing else, with its table redrawn in place. Everything else goes to the
+    /// log, as DPDK's EAL lines do.
     Table,
-    /// DPDK's text and more, with a line for each port in the place of the table.
+    /// DPDK's text and more, with a line per port instead of the table.
     Lines,
-    /// A JSON object for each event.
+    /// One JSON object per event.
     Json,
 }
 
 impl Style {
-    /// The default: by what standard output is.
+    /// Returns the default, which depends on whether standard output is a terminal.
     pub fn of_stdout() -> Self {
         if io::stdout().is_terminal() { Self::Table } else { Self::Lines }
     }
 }
 
-/// Prints statistics and events; remembers the last totals, for the rates.
+/// Prints statistics and events, and keeps the last totals to compute rates.
 #[derive(Debug)]
 pub struct Reporter {
     style: Style,
-    /// Longest wait for a reader that reads nothing; without one, as long as it takes.
+    /// Longest wait for a reader that reads nothing; `None` if there is no limit.
     patience: Option<Duration>,
     /// Port numbers, in the order of the counts.
     ports: Vec<usize>,
@@ -50,13 +51,14 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// A reporter for `ports` (port numbers).
+    /// Creates a reporter for `ports` (port numbers).
     pub fn new(style: Style, ports: Vec<usize>) -> Self {
         let last = vec![Totals::default(); ports.len()];
         Self { style, patience: None, last, ports, since: Instant::now() }
     }
 
-    /// From now on, a reader that reads nothing holds up the end of the run for three seconds at most.
+    /// Starts the end of the run: from now on, a reader that reads nothing delays it by three seconds at
+    /// most.
     pub fn begin_end(&mut self) {
         self.patience = Some(PATIENCE);
     }
@@ -68,10 +70,10 @@ impl Reporter {
         }
     }
 
-    /// Prints `text` to people, or `event` to programs.
+    /// Prints `text` for people, or `event` for programs.
     ///
     /// # Errors
-    /// `Io` when standard output does not take it.
+    /// `Io` when writing to standard output fails.
     pub fn say(&self, text: &str, event: &serde_json::Value) -> Result<()> {
         match self.style {
             Style::Json => self.print(&format!("{event}\n")),
@@ -87,7 +89,7 @@ impl Reporter {
         if self.style == Style::Json { Ok(()) } else { self.print(text) }
     }
 
-    /// Prints `text` of ours, which DPDK does not have, to people, or `event` to programs.
+    /// Prints `text`, which is not in DPDK's output, for people, or `event` for programs.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
@@ -99,7 +101,8 @@ impl Reporter {
         Ok(())
     }
 
-    /// Says on which of `lcores` the main loop begins, and which of the lanes (lcore and port, ascending) each polls.
+    /// Reports on which of `lcores` the main loop begins, and which of the lanes (lcore and port, ascending)
+    /// each one polls.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
@@ -123,8 +126,9 @@ impl Reporter {
         }
     }
 
-    /// Prints totals, rates since the last time, and counters. What standard output has no room for is left out, because the
-    /// lcore that prints also forwards; without the totals, the next rates span both periods.
+    /// Prints totals, rates since the last totals, and counters. Text for which standard output has no room
+    /// is left out, because the lcore that prints also forwards. If the totals are left out, the next rates
+    /// span both periods.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
@@ -141,7 +145,8 @@ impl Reporter {
         Ok(())
     }
 
-    /// Prints totals once more, at the end; with the table, which DPDK does not repeat, to the log.
+    /// Prints the totals once more, at the end. In the table form they go to the log, because DPDK does not
+    /// repeat its table.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
@@ -153,7 +158,7 @@ impl Reporter {
         }
     }
 
-    /// What may be printed without the rest: totals first.
+    /// Returns the parts of a report that can be printed without the rest, totals first.
     fn pieces(&self, now: &[PortStats]) -> Vec<String> {
         let elapsed = self.since.elapsed();
         match self.style {
@@ -163,7 +168,7 @@ impl Reporter {
         }
     }
 
-    /// Prints what the polls that moved packets took, in testpmd's words.
+    /// Prints the cost of the polls that moved packets, in testpmd's words.
     ///
     /// # Errors
     /// As for [`Reporter::say`].
@@ -178,11 +183,12 @@ impl Reporter {
     }
 }
 
-/// Prints what became of a port, to programs: the log has it for people. As for statistics, nobody waits for the reader.
+/// Prints a port's new state for programs. For people it is in the log. As with statistics, this does not
+/// wait for the reader.
 pub fn announce(style: Style, port: usize, state: PortState) {
     if style == Style::Json {
         let event = json!({ "event": "port_state", "port": port, "state": state });
-        // An error is the next statistics', too, and ends the run there.
+        // The next statistics get the same error, and end the run there.
         let _ = program::print_if_room(&format!("{event}\n"));
     }
 }
@@ -191,21 +197,21 @@ fn totals(ports: &[PortStats]) -> Vec<Totals> {
     ports.iter().map(Totals::from).collect()
 }
 
-/// Counters that are not 0, if there are any.
+/// Formats the counters that are not 0, if there are any.
 pub fn counters_text(counters: &[(String, u64)]) -> Option<String> {
     let counted = counters.iter().filter(|(_, count)| *count > 0);
     let counted: Vec<String> = counted.map(|(name, count)| format!("{name} {count}")).collect();
     (!counted.is_empty()).then(|| counted.join(", "))
 }
 
-/// The event that gives counters of a port by name.
+/// Returns the event with the counters of a port by name.
 pub fn counters_json(port: usize, counters: &[(String, u64)]) -> serde_json::Value {
     let counters: serde_json::Map<_, _> =
         counters.iter().map(|(name, count)| (name.clone(), json!(count))).collect();
     json!({ "event": "counters", "port": port, "counters": counters })
 }
 
-/// DPDK l2fwd's table, byte for byte.
+/// Formats DPDK l2fwd's table, byte for byte.
 fn table(ports: &[usize], now: &[Totals]) -> String {
     let mut text = "\x1b[2J\x1b[1;1H\nPort statistics ====================================".to_owned();
     for (port, totals) in ports.iter().zip(now) {
@@ -229,12 +235,12 @@ fn table(ports: &[usize], now: &[Totals]) -> String {
     text
 }
 
-/// Packets per second between two counts.
+/// Returns the packets per second between two counts.
 fn rate(last: u64, now: u64, elapsed: Duration) -> f64 {
     now.saturating_sub(last) as f64 / elapsed.as_secs_f64().max(1e-9)
 }
 
-/// A line for each port, and lines for its queues behind it where it has several.
+/// Formats one line per port, followed by a line for its queues if it has several.
 fn lines(ports: &[usize], last: &[Totals], now: &[PortStats], elapsed: Duration) -> String {
     let mut lines = String::new();
     for ((port, last), stats) in ports.iter().zip(last).zip(now) {
@@ -256,7 +262,8 @@ fn lines(ports: &[usize], last: &[Totals], now: &[PortStats], elapsed: Duration)
     lines
 }
 
-/// An event with the totals of all ports, and for each port one with its counters, or several where it has many queues.
+/// Returns an event with the totals of all ports, then one event per port with its counters, or several
+/// events if the port has many queues.
 fn json_lines(ports: &[usize], last: &[Totals], now: &[PortStats], elapsed: Duration) -> Vec<String> {
     let statistics = statistics_json(ports, last, now, elapsed);
     let counters = ports.iter().zip(now).flat_map(|(port, stats)| {
@@ -289,7 +296,7 @@ fn statistics_json(
     json!({ "event": "statistics", "ports": ports })
 }
 
-/// `Link up at 1 Gbps FDX Autoneg`, in DPDK's words (`rte_eth_link_to_str`).
+/// Formats `link` in DPDK's words (`rte_eth_link_to_str`), such as `Link up at 1 Gbps FDX Autoneg`.
 pub fn link_text(link: Link) -> String {
     if !link.up {
         return "Link down".into();
@@ -304,7 +311,7 @@ pub fn link_text(link: Link) -> String {
     format!("Link up at {speed} {duplex} {}", if link.autoneg { "Autoneg" } else { "Fixed" })
 }
 
-/// `Port 0, MAC address: 52:54:00:00:00:01`, in DPDK's words.
+/// Formats a MAC address in DPDK's words, such as `Port 0, MAC address: 52:54:00:00:00:01`.
 pub fn mac_text(port: usize, mac: MacAddr) -> String {
     format!("Port {port}, MAC address: {mac}\n\n")
 }
@@ -363,7 +370,7 @@ mod tests {
         );
     }
 
-    /// A port of two pairs of queues, through which frames have gone.
+    /// Returns the counters of a port with two queue pairs, through which frames have passed.
     fn port_of_two_pairs() -> PortStats {
         let config = PortConfig::with_descriptors(64, 64).with_pairs(2);
         let features = Behaviour::default().features | feature::MQ;

@@ -1,18 +1,18 @@
-//! What l2fwd does with packets: it rewrites their Ethernet addresses.
+//! Packet processing of l2fwd: it rewrites Ethernet addresses.
 
 use vireo_drivers::port::MacAddr;
 use vireo_frame::{Hook, Packets};
 
-/// Destination and source that packets leave with, unless they keep theirs.
+/// Destination and source addresses that packets leave with; `None` if packets keep theirs.
 #[derive(Clone, Copy, Debug)]
 pub struct Rewrite(Option<[u8; 12]>);
 
 impl Rewrite {
-    /// Leaves packets as they are.
+    /// Leaves packets unchanged.
     pub const NONE: Self = Self(None);
 
-    /// DPDK l2fwd's addresses of packets leaving by port `tx_port` with address `source`: `02:00:00:00:00:PORT` and the
-    /// port's own.
+    /// Returns the addresses that DPDK's l2fwd gives to packets leaving through port `tx_port` with address
+    /// `source`: `02:00:00:00:00:PORT` as destination, and the port's own as source.
     pub fn of(tx_port: usize, source: MacAddr) -> Self {
         let mut bytes = [0; 12];
         bytes[0] = 2;

@@ -1,5 +1,5 @@
-//! Command lines that are wrong, and outputs that nobody reads, with the program itself: one line, its exit code, no
-//! panic.
+//! Runs the program itself with wrong command lines and with output that nobody reads. It must print one
+//! line, exit with the right code and not panic.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -19,7 +19,7 @@ fn l2fwd() -> Command {
     command
 }
 
-/// Exactly one line on standard error, which it gives.
+/// Checks the exit code, and that standard error is exactly one line, which this returns.
 fn refused(output: &Output, code: i32) -> String {
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{text}");
@@ -113,12 +113,12 @@ fn output_that_nobody_takes_ends_it() {
     }
 }
 
-/// A reader that reads and stops.
+/// A reader that stops reading.
 #[cfg(test)]
 mod reader {
     use super::*;
 
-    /// l2fwd on so many vhost ports, with a report each millisecond.
+    /// Starts l2fwd on `ports` vhost ports, with a report every millisecond.
     fn reporting(dir: &Path, ports: u32) -> Child {
         let mut command = l2fwd();
         let cpu = vireo_eal::args::allowed_cpus().unwrap()[0];
@@ -133,7 +133,7 @@ mod reader {
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
-    /// Bytes that `child` has written, and the user time of its main thread in ticks.
+    /// Returns the bytes that `child` has written, and the user time of its main thread in ticks.
     fn progress(child: &Child) -> (u64, u64) {
         let word = |file: &str, nth: usize| -> u64 {
             let text = std::fs::read_to_string(format!("/proc/{}/{file}", child.id())).unwrap();
@@ -142,7 +142,8 @@ mod reader {
         (word("io", 3), word(&format!("task/{}/stat", child.id()), 13))
     }
 
-    /// Waits until the main lcore of `child` has polled for as long as two hundred reports take, and printed none of them.
+    /// Waits until the main lcore of `child` has polled for as long as two hundred reports take, without
+    /// printing any of them.
     fn await_full_pipe(child: &Child) {
         let deadline = Instant::now() + Duration::from_secs(60);
         let mut last = progress(child);
@@ -158,13 +159,13 @@ mod reader {
         }
     }
 
-    /// Whether it is a line that comes again in each period.
+    /// Returns whether the line is printed again in each period.
     pub(super) fn is_of_period(line: &serde_json::Value) -> bool {
         line["event"] == "statistics" || line["event"] == "counters"
     }
 
-    /// Has l2fwd on so many ports fill the pipe, reads until more comes, and lets it fill the pipe again. Gives the process and
-    /// all lines that come, each of which is whole.
+    /// Lets l2fwd on `ports` ports fill the pipe, reads until more arrives, and lets it fill the pipe again.
+    /// Returns the process and all following lines, each of which must be whole.
     pub(super) fn stands_still(dir: &Path, ports: u32) -> (Child, impl Iterator<Item = serde_json::Value>) {
         let mut child = reporting(dir, ports);
         let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
@@ -175,7 +176,7 @@ mod reader {
         assert_eq!(statistics.to_string().len() > 4096, ports > 1);
         await_full_pipe(&child);
         let (full, _) = progress(&child);
-        // At the latest when nothing is left in the pipe, there is room.
+        // There is room at the latest when the pipe is empty.
         while progress(&child).0 == full {
             let line = lines.next().unwrap();
             assert!(is_of_period(&line), "{line}");
@@ -204,8 +205,8 @@ fn reports_longer_than_a_page_are_whole_or_left_out() {
     assert!(child.wait_with_output().unwrap().status.success());
 }
 
-/// What DPDK's l2fwd (26.11) prints on standard output for these ports, from its first line after the EAL's to the end; the
-/// table, which comes again and again, once.
+/// Standard output of DPDK's l2fwd (26.11) for these ports, from the first line after the EAL's to the end.
+/// The table, which DPDK prints repeatedly, is included once.
 const GOLDEN: &str = concat!(
     "MAC updating enabled\n",
     "Notice: odd number of ports in portmask.\n",
@@ -258,7 +259,7 @@ fn the_table_form_is_dpdks_output() {
     let cpus = vireo_eal::args::allowed_cpus().unwrap();
     let last = cpus[cpus.len() - 1];
     let mut command = l2fwd();
-    // The main lcore polls; another, if the machine has one, is idle.
+    // The main lcore polls. The other one, if the machine has another CPU, is idle.
     let lcores = if last == cpus[0] { last.to_string() } else { format!("{},{last}", cpus[0]) };
     command.args(["-l", &lcores, "--no-pci", "--no-huge", "--in-memory"]);
     for port in 0..4 {
@@ -271,7 +272,7 @@ fn the_table_form_is_dpdks_output() {
     let mut stdout = child.stdout.take().unwrap();
     let mut text = String::new();
     let mut buffer = [0; 4096];
-    // The link is waited for in vain, for 9 s as in DPDK.
+    // The links never come up. l2fwd waits for them for 9 s, as DPDK's does.
     while !text.contains("Total packets dropped") {
         let count = stdout.read(&mut buffer).unwrap();
         assert!(count > 0, "{text}");
@@ -339,7 +340,7 @@ fn a_signal_ends_the_wait_for_device_nodes() {
     command.args(["--in-memory", "--no-huge", "--vfio-fds"]).arg(&path).args(["--", "-p", "1"]);
     let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let _silent = listener.accept().unwrap();
-    // The connection is there; the wait for its answer comes next.
+    // The connection is established. The wait for its answer comes next.
     std::thread::sleep(Duration::from_millis(300));
     let since = Instant::now();
     interrupt(&child).unwrap();

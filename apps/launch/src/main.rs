@@ -1,5 +1,5 @@
-//! `vireo-launch --user USER [--socket PATH] PROGRAM [EAL ARGUMENTS] -- …`: opens, as root, the device nodes that
-//! the program's own arguments ask for, and starts it as an ordinary user with them.
+//! `vireo-launch --user USER [--socket PATH] PROGRAM [EAL ARGUMENTS] -- …`: opens, as root, the device nodes
+//! that the program's own arguments select, and starts the program with them as an ordinary user.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -21,17 +21,17 @@ use vireo_eal::user::{User, UserName, exec};
 use vireo_eal::vfio::{FdSource, Vfio, device_nodes};
 use vireo_eal::{Error, ErrorKind, Result, program, socket};
 
-/// Starts a program of Vireo as an ordinary user, with the device nodes that it needs.
+/// Starts a Vireo program as an ordinary user, with the device nodes that it needs.
 ///
-/// Reads -a, -b, --vfio-mode and vfio-mode= of the program's arguments, opens those nodes and adds
-/// --vfio-fds=listen. The program may lock any amount of memory.
+/// Reads -a, -b, --vfio-mode and vfio-mode= from the program's arguments, opens the nodes that they select
+/// and adds --vfio-fds=listen. The program may lock any amount of memory.
 #[derive(Debug, Parser)]
 #[command(name = "vireo-launch", version)]
 struct Cli {
-    /// Who runs the program: a name or UID, and a group if not the user's own
+    /// User that runs the program: a name or UID, and a group if it is not the user's own
     #[arg(long, value_name = "USER[:GROUP]", value_parser = UserName::from_str)]
     user: UserName,
-    /// Start nothing: give the nodes to the first process of USER that connects here (--vfio-fds=PATH)
+    /// Start no program: pass the nodes to the first process of USER that connects to PATH (--vfio-fds=PATH)
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// The program and its arguments
@@ -73,7 +73,7 @@ fn run() -> Result<ExitCode> {
     Err(exec(name, &words, user, fds))
 }
 
-/// Opens what the program would open if it could.
+/// Opens the device nodes that the program would open if it were permitted to.
 fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
     if matches!(eal.vfio_fds, Some(FdSource::Listen)) {
         return Err(
@@ -81,7 +81,8 @@ fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
         );
     }
     let (bus, vfio) = (Bus::default(), Vfio::new(None));
-    // A container or iommufd for each mode, or with --isolate-ports for each device; a group's node opens only once.
+    // One container or iommufd per mode, or with --isolate-ports per device. A group's node can be open only
+    // once.
     let (mut shared, mut own) = (BTreeSet::new(), BTreeSet::new());
     for info in bus.select(eal, |id| drivers.driver_of(id).is_some())? {
         let mode = eal.mode_of(info.address);
@@ -108,7 +109,7 @@ fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
     device_nodes::open_all(shared.iter().map(|(.., path)| path).chain(&own).map(PathBuf::as_path))
 }
 
-/// Gives `fds` to the first process of `user` that connects to `path`.
+/// Passes `fds` to the first process of `user` that connects to `path`.
 fn serve(path: &Path, user: User, fds: &[OwnedFd]) -> Result<ExitCode> {
     let failed = |error: std::io::Error| Error::io(format!("cannot listen at {}", path.display()), &error);
     let listener = UnixListener::bind(path).map_err(failed)?;

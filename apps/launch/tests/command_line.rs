@@ -1,4 +1,5 @@
-//! Help that nobody takes, with the program itself: one line, its exit code, no panic.
+//! Runs the program itself with help output that cannot be written. It must print one line, exit with the
+//! right code and not panic.
 
 use std::fs::File;
 use std::process::{Command, Output};
@@ -27,7 +28,7 @@ fn help_that_nobody_takes_is_an_error() {
     refused(&launch(&[]).output().unwrap(), 64);
 }
 
-/// Before a node is opened, which an ordinary user may not do.
+/// The path is checked before a node is opened, which an ordinary user may not do.
 #[test]
 fn a_path_that_no_socket_can_have_is_told_first() {
     let long = "x".repeat(120);

@@ -1,4 +1,4 @@
-//! Arguments behind `--`.
+//! Arguments after `--`.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::frame::{LONGEST, SHORTEST};
 use crate::generator::End;
 
-/// Least and most bytes of a frame.
+/// Minimum and maximum size of a frame in bytes.
 pub type Sizes = RangeInclusive<usize>;
 
 /// What to send.
@@ -24,35 +24,35 @@ pub struct Args {
     /// Port that sends
     #[arg(long, value_name = "PORT", default_value_t = 0)]
     pub tx_port: usize,
-    /// Port that receives; may be the one that sends
+    /// Port that receives; may be the sending port
     #[arg(long, value_name = "PORT", default_value_t = 1)]
     pub rx_port: usize,
-    /// Destination of the frames: the forwarder's first port
+    /// Destination address of the frames: that of the forwarder's first port
     #[arg(long, value_name = "MAC", value_parser = mac)]
     pub dst_mac: MacAddr,
-    /// Destination that the frames must have when they come back
+    /// Destination address that the frames must have when they come back
     #[arg(long, value_name = "MAC", value_parser = mac)]
     pub expect_dst: Option<MacAddr>,
-    /// Source that the frames must have when they come back
+    /// Source address that the frames must have when they come back
     #[arg(long, value_name = "MAC", value_parser = mac)]
     pub expect_src: Option<MacAddr>,
-    /// First send single frames until one comes back, for no more than so many seconds
+    /// First send single frames until one comes back, for at most this many seconds
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub await_path: Option<Duration>,
-    /// Frames per second; without it, as many as go
+    /// Frames per second; by default, as many as possible
     #[arg(long, value_name = "PPS", value_parser = rate)]
     pub rate: Option<f64>,
-    /// Stop after so many frames
+    /// Stop after this many frames
     #[arg(long, value_name = "N", conflicts_with = "duration")]
     pub count: Option<u64>,
-    /// Stop after so many seconds
+    /// Stop after this many seconds
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub duration: Duration,
-    /// Bytes of a frame, 60 to 9724 without frame check sequence: one number, or the least and the most. Above 1514 the ports
-    /// must take long frames
+    /// Frame size in bytes without frame check sequence, 60 to 9724: one number, or minimum and maximum.
+    /// Above 1514, the ports must support long frames
     #[arg(long, value_name = "BYTES[-BYTES]", default_value = "60", value_parser = sizes)]
     pub size: Sizes,
-    /// Most frames on their way at once
+    /// Maximum number of frames in flight
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..))]
     pub window: u64,
     /// Print the result as one JSON object
@@ -61,7 +61,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// When the stream ends.
+    /// Returns when the stream ends.
     pub fn end(&self) -> End {
         self.count.map_or(End::After(self.duration), End::Count)
     }
@@ -93,7 +93,7 @@ fn seconds(text: &str) -> std::result::Result<Duration, String> {
         .ok_or_else(|| "it is no number of seconds".into())
 }
 
-/// The port of `number`, or what to say.
+/// Checks that port `number` exists, where there are `ports` ports.
 ///
 /// # Errors
 /// `Usage` when there is no such port.

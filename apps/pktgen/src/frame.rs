@@ -1,18 +1,18 @@
-//! The frames of a stream: an Ethernet header, and a payload of which the receiver knows every byte.
+//! Frames of a stream: an Ethernet header, and a payload of which the receiver knows every byte.
 //!
 //! | bytes | what |
 //! |---|---|
 //! | 0..6 | destination |
 //! | 6..12 | source |
 //! | 12..14 | EtherType 0x88b5, for local experiments (IEEE 802) |
-//! | 14..18 | number of the run, little-endian |
+//! | 14..18 | run number, little-endian |
 //! | 18..26 | sequence number |
-//! | 26..34 | time of sending, in ticks of the sender's clock |
-//! | to the last 8 | filler, which depends on the sequence number |
-//! | the last 8 | check: mixed from the three numbers and the length |
+//! | 26..34 | due time of the frame, in ticks of the sender's clock |
+//! | 34 to the last 8 | filler, which depends on the sequence number |
+//! | the last 8 | check value, computed from the three numbers and the length |
 //!
-//! Comparing the filler finds what a sum of it would find, and costs less than one: both ends only copy. That the
-//! check stands at the end binds both ends of a frame together.
+//! Comparing the filler detects what a checksum over it would detect, and costs less: both ends only copy.
+//! The check value is at the end, so that it ties both ends of a frame together.
 
 use std::ops::RangeInclusive;
 
@@ -24,15 +24,15 @@ pub const SHORTEST: usize = 60;
 /// Longest frame, without frame check sequence.
 pub const LONGEST: usize = MAX_FRAME;
 
-/// Bytes in front of the filler.
+/// Bytes before the filler.
 const HEADER: usize = 34;
-/// Bytes behind it.
+/// Bytes after the filler.
 const CHECK: usize = 8;
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 /// The multiplier of Fibonacci hashing, 2^64 divided by the golden ratio.
 const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Places at which the filler of a frame may begin.
+/// Number of offsets in `FILLER` at which the filler of a frame can begin.
 const FILLERS: usize = 256;
 static FILLER: [u8; LONGEST + FILLERS] = {
     let (mut bytes, mut state, mut i) = ([0; LONGEST + FILLERS], MIX, 0);
@@ -46,14 +46,14 @@ static FILLER: [u8; LONGEST + FILLERS] = {
     bytes
 };
 
-/// What a frame says about itself.
+/// Numbers that a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tag {
-    /// Number of the run.
+    /// Run number.
     pub run: u32,
     /// Position in the stream, from 0.
     pub sequence: u64,
-    /// Ticks of the sender's clock.
+    /// When the frame was due, in ticks of the sender's clock.
     pub ticks: u64,
 }
 
@@ -69,7 +69,7 @@ impl Tag {
     }
 }
 
-/// Length in bytes of frame `sequence` of a stream with frames of `sizes`.
+/// Returns the length in bytes of frame `sequence` in a stream with frames of `sizes`.
 pub fn length(sizes: &RangeInclusive<usize>, sequence: u64) -> usize {
     let choices = sizes.end() - sizes.start() + 1;
     if choices == 1 {
@@ -79,18 +79,18 @@ pub fn length(sizes: &RangeInclusive<usize>, sequence: u64) -> usize {
     sizes.start() + ((fraction * choices as u64) >> 32) as usize
 }
 
-/// Why a frame is not counted as one that came back.
+/// Why a received frame is not counted as one that came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wrong {
-    /// It is of the run with this number.
+    /// The frame is of the run with this number.
     OtherRun(u32),
-    /// It is not one of these frames.
+    /// The frame is not of this format.
     Stray,
-    /// It is of this run, and not as it was sent.
+    /// The frame is of this run, but differs from what was sent.
     Corrupt,
 }
 
-/// Fills `bytes`, of [`SHORTEST`] to [`LONGEST`], with a frame.
+/// Fills `bytes`, which has [`SHORTEST`] to [`LONGEST`] bytes, with a frame.
 pub fn write(bytes: &mut [u8], destination: MacAddr, source: MacAddr, tag: Tag) {
     let len = bytes.len();
     bytes[0..6].copy_from_slice(&destination.0);
@@ -103,10 +103,10 @@ pub fn write(bytes: &mut [u8], destination: MacAddr, source: MacAddr, tag: Tag) 
     bytes[len - CHECK..].copy_from_slice(&tag.check(len));
 }
 
-/// Destination, source and tag of a frame of `run`.
+/// Returns destination, source and tag of a frame of `run`.
 ///
 /// # Errors
-/// When it is another's, or damaged.
+/// When the frame is of another run, of another format, or damaged.
 pub fn read(bytes: &[u8], run: u32) -> Result<(MacAddr, MacAddr, Tag), Wrong> {
     let len = bytes.len();
     let array = |at: usize| bytes.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
@@ -130,10 +130,11 @@ pub fn read(bytes: &[u8], run: u32) -> Result<(MacAddr, MacAddr, Tag), Wrong> {
     Ok((mac(0)?, mac(6)?, tag))
 }
 
-/// Words of [`Arrivals`]: frames that may overtake another before it is found again.
+/// Length of the bitmap in [`Arrivals`], in words of 64 frames. A frame that falls further behind cannot be
+/// recognized as new or as a duplicate.
 const WORDS: usize = 1024;
 
-/// Which sequence numbers arrived lately: finds repetition and wrong order, in memory that does not grow.
+/// Sequence numbers that arrived recently. Detects duplicates and wrong order in constant memory.
 #[derive(Debug)]
 pub struct Arrivals {
     seen: Box<[u64; WORDS]>,
@@ -153,8 +154,9 @@ impl Default for Arrivals {
 }
 
 impl Arrivals {
-    /// Notes one arrival of a sequence number below the number of frames sent; true when it is the first. One that
-    /// comes after 65,000 later ones is counted as reordered only: nobody knows whether it came before.
+    /// Records the arrival of a sequence number, which is below the number of frames sent. Returns true if it
+    /// is the first arrival of that number. A frame that arrives after 65,000 later ones is counted only as
+    /// reordered, because it is unknown whether it arrived before.
     pub fn note(&mut self, sequence: u64) -> bool {
         let word = sequence / 64;
         if sequence >= self.next {
@@ -237,7 +239,7 @@ mod tests {
             arrivals.note(sequence);
         }
         assert_eq!((arrivals.unique, arrivals.duplicates, arrivals.reordered), (5, 1, 1));
-        // A lap later the same places are free, and what is behind them is too old to be told.
+        // A lap later, the same bits are free again, and earlier frames are too old to be recognized.
         for sequence in [1 << 16, (1 << 16) + 3, 130, 3, (1 << 20), (1 << 20) - 5, (1 << 20) - 5] {
             arrivals.note(sequence);
         }

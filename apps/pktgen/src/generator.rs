@@ -15,49 +15,50 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::frame::{self, Arrivals, Tag, Wrong};
 
-/// What to send, and what should come back.
+/// A stream of frames to send, and what should come back.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stream {
-    /// Number of the run; frames of other runs are strays.
+    /// Run number. Frames of other runs are strays, except those of [`Stream::earlier`] runs.
     pub run: u32,
-    /// Numbers of runs that ended before all of their frames had come back: those that come now are late.
+    /// Numbers of runs that ended before all of their frames had come back. Their frames that arrive now are
+    /// late.
     pub earlier: Range<u32>,
-    /// Destination of the frames: the first port of whoever forwards them.
+    /// Destination address of the frames: the first port of the forwarder.
     pub destination: MacAddr,
-    /// Their source: the sending port.
+    /// Source address of the frames: the sending port.
     pub source: MacAddr,
-    /// Destination and source that the forwarder gives them, if that is to be checked.
+    /// Destination and source addresses that the forwarder gives the frames, if they are to be checked.
     pub expect: Option<Expect>,
-    /// Lengths in bytes without frame check sequence; each frame has one of them.
+    /// Range of frame lengths in bytes, without frame check sequence.
     pub sizes: RangeInclusive<usize>,
-    /// Frames per second; none for as many as go.
+    /// Frames per second; `None` for as many as possible.
     pub rate: Option<f64>,
-    /// Most frames on their way at once. It keeps queues between the ports from overflowing, so that a
+    /// Maximum number of frames in flight. It keeps queues between the ports from overflowing, so that a
     /// missing frame is a dropped one.
     pub window: u64,
     /// When to stop.
     pub end: End,
-    /// When nothing is sent or received for this time, frames on their way are given up.
+    /// Time without a frame sent or received after which frames in flight are given up.
     pub patience: Duration,
 }
 
 /// End of a stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum End {
-    /// After so many frames.
+    /// After this many frames.
     Count(u64),
-    /// After a time.
+    /// After this time.
     After(Duration),
-    /// When the first frame came back, or after a time.
+    /// When the first frame has come back, or after this time.
     FirstArrival(Duration),
 }
 
 /// Addresses that frames must have when they come back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expect {
-    /// Destination; none for any.
+    /// Destination address; `None` for any.
     pub destination: Option<MacAddr>,
-    /// Source; none for any.
+    /// Source address; `None` for any.
     pub source: Option<MacAddr>,
 }
 
@@ -78,42 +79,45 @@ pub struct Outcome {
     pub corrupt: u64,
     /// Frames of [`Stream::earlier`] runs.
     pub late: u64,
-    /// Other frames that are not of this run.
+    /// Other frames that do not belong to this run.
     pub strays: u64,
     /// When the first frame came back, in ticks of the TSC.
     pub first: Option<u64>,
-    /// From the first frame sent to the last one received.
+    /// Time from the first frame sent to the last one received.
     pub elapsed: Duration,
-    /// Nanoseconds from when a frame was due to its arrival. With a rate, frame *n* is due *n* ÷ rate after the start, also if
-    /// the window, the queue or this process kept it back; without one, it is due when it is written.
+    /// Nanoseconds from when a frame was due to its arrival. With a rate, frame *n* is due *n* ÷ rate after
+    /// the start, even if the window, the queue or this process delayed it. Without a rate, a frame is due
+    /// when it is written.
     pub latency: Histogram<u64>,
 }
 
 impl Outcome {
-    /// Frames that came back per second.
+    /// Returns the number of frames that came back per second.
     pub fn rate(&self) -> f64 {
         self.received as f64 / self.elapsed.as_secs_f64().max(1e-9)
     }
 
-    /// Whether every frame came back once, in order, undamaged and with the expected addresses.
+    /// Returns whether every frame came back once, in order, undamaged and with the expected addresses.
     pub fn is_clean(&self) -> bool {
         self.sent == self.received
             && [self.duplicates, self.reordered, self.wrong_address, self.corrupt] == [0; 4]
     }
 }
 
-/// A [`Stream::patience`] that is longer than the second for which QEMU's e1000 holds frames back after a write of RCTL.
+/// A [`Stream::patience`] longer than the second for which QEMU's e1000 holds frames back after a write to
+/// RCTL.
 pub const PATIENCE: Duration = Duration::from_secs(2);
-/// Frames per second while the first one to come back is waited for.
+/// Frames per second while waiting for the first one to come back.
 pub const PROBE_RATE: f64 = 1000.0;
 /// Longest latency that the histogram holds, in nanoseconds: a minute.
 const LONGEST: u64 = 60_000_000_000;
 
-/// Sends frames like those of `stream`, but of another run, until one comes back: what is lost before a forwarder is
-/// ready is no loss of the stream. DPDK's virtio driver, for one, throws away what it receives during its start.
+/// Sends frames like those of `stream`, but of another run, until one comes back. Frames that are lost before
+/// a forwarder is ready are then not losses of the stream. DPDK's virtio driver, for example, discards what
+/// it receives while it starts.
 ///
 /// # Errors
-/// `Unavailable` when none has come back within `patience`; else as [`run`].
+/// `Unavailable` when none has come back within `patience`; otherwise as for [`run`].
 pub fn await_path<T: TxBurst, R: RxBurst>(
     stream: &Stream,
     patience: Duration,
@@ -133,11 +137,11 @@ pub fn await_path<T: TxBurst, R: RxBurst>(
         .with_hint("see that a forwarder is between the two ports, and that --dst-mac is its address"))
 }
 
-/// Runs `stream` until its end or until `stop`; waits for frames on their way. Each queue comes with the cache that
-/// it takes its buffers from and gives them back to.
+/// Runs `stream` until its end or until `stop`, and waits for frames in flight. Each queue comes with the
+/// cache that it allocates buffers from and frees them to.
 ///
 /// # Errors
-/// `Usage` when the frames are too short or long.
+/// `Usage` when the frames are too short or too long.
 pub fn run<T: TxBurst, R: RxBurst>(
     stream: &Stream,
     (tx, to_send): (&mut T, &mut PoolCache),
@@ -194,7 +198,8 @@ pub fn run<T: TxBurst, R: RxBurst>(
         if now.wrapping_sub(progress) > give_up {
             state.given_up += missing;
             state.given_up_below = state.sent;
-            // Nothing is on its way and the sender takes nothing, so nothing will happen any more.
+            // The stream has ended, or nothing is in flight and the TX queue takes nothing: no progress is
+            // possible.
             if ended || missing == 0 {
                 break;
             }
@@ -211,15 +216,15 @@ struct State<'a> {
     sent: u64,
     /// When the first frame came back.
     first: Option<u64>,
-    /// Frames that are waited for no longer.
+    /// Frames that are no longer waited for.
     given_up: u64,
-    /// They are those below this sequence number that have not come back.
+    /// Frames below this sequence number that have not come back are given up.
     given_up_below: u64,
     wrong_address: u64,
     corrupt: u64,
     late: u64,
     strays: u64,
-    /// The frame that is written or read.
+    /// The frame that is being written or read.
     bytes: [u8; frame::LONGEST],
     arrivals: Arrivals,
     latency: Histogram<u64>,
@@ -237,7 +242,7 @@ impl State<'_> {
         }
     }
 
-    /// Frames that may be sent now, by window, rate and count, a burst at most.
+    /// Returns the number of frames that may be sent now, by window, rate and count, at most a burst.
     fn due(&self, now: u64) -> usize {
         let on_their_way = self.sent - self.given_up - self.arrivals.unique;
         let mut due = self.stream.window.saturating_sub(on_their_way).min(MAX_BURST as u64);
@@ -251,7 +256,7 @@ impl State<'_> {
         due as usize
     }
 
-    /// When a frame was to be sent, in ticks of the TSC.
+    /// Returns when a frame is due, in ticks of the TSC.
     fn due_at(&self, sequence: u64) -> u64 {
         let now = Tsc::now();
         self.stream.rate.map_or(now, |rate| {
@@ -281,15 +286,15 @@ impl State<'_> {
         }
         let sent = written - frames(&self.burst).count();
         self.sent += sent as u64;
-        // What the queue did not take is written anew next time, with its own time of sending.
+        // Frames that the queue did not take are written again next time, with their due time then.
         for packet in self.burst.drain(..) {
             cache.free(packet);
         }
         sent
     }
 
-    /// Appends the frame in the first `len` bytes to the burst, in as few packets as can be; none where too few buffers are
-    /// free.
+    /// Appends the frame in the first `len` bytes of `self.bytes` to the burst, in as few packets as
+    /// possible. Returns `None` if too few buffers are free.
     fn put(&mut self, len: usize, cache: &mut PoolCache) -> Option<()> {
         let before = self.burst.len();
         for part in self.bytes[..len].chunks(DATA_ROOM) {

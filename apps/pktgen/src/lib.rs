@@ -1,4 +1,4 @@
-//! pktgen: sends a stream on one port, receives it on another, and tells what happened to it.
+//! pktgen: sends a stream on one port, receives it on another, and reports what happened to it.
 #![forbid(unsafe_code)]
 
 pub mod args;

@@ -12,7 +12,7 @@ use vireo_frame::{App, Config, Route};
 use vireo_pktgen::args::{self, Args};
 use vireo_pktgen::generator::{self, Expect, Outcome, Stream};
 
-/// Buffers of frames to send: a full ring, a burst and a full cache, rounded up.
+/// Buffers for frames to send: a full ring, a burst and a full cache, rounded up.
 const SEND_ONLY: u32 = 2048;
 
 fn main() -> ExitCode {
@@ -25,7 +25,7 @@ fn run(app: &App, args: Args) -> Result<ExitCode> {
     Ok(if outcome.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Runs the stream; gives what came of it, and what each port counted.
+/// Runs the stream. Returns its outcome and the counters of each port.
 fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<PortStats>)> {
     let open = app.open_ports()?;
     args::check_port(args.tx_port, open.len())?;
@@ -37,9 +37,10 @@ fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<PortStats>)> {
     let port = port.with_max_frame(port.max_frame.max(*args.size.end()));
     let mut ports = app.reserve(open, routes, &Config { port, send_only: SEND_ONLY, ..Config::default() })?;
     for number in 0..ports.count() {
-        // A forwarder gives frames an address of its own choice.
+        // The receiving port is promiscuous, because the forwarder chooses the destination address of the
+        // frames.
         if let Err(error) = ports.set_promiscuous(number, number == args.rx_port) {
-            // Some clouds' NICs cannot; what is sent to their own address comes back all the same.
+            // NICs of some clouds cannot be promiscuous. Frames sent to their own address still come back.
             program::note(&format!("vireo-pktgen: {error}"));
         }
         ports.start(number)?;

@@ -1,4 +1,5 @@
-//! Command lines that are wrong, with the program itself: one line, its exit code, no panic.
+//! Runs the program itself with wrong command lines. It must print one line, exit with the right code and not
+//! panic.
 
 use std::process::{Command, Stdio};
 

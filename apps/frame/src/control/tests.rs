@@ -1,5 +1,5 @@
-//! Devices that lie to a running application: counted, port restarted, forwarding goes on, the others untouched, no buffer
-//! lost.
+//! Misbehaving devices under a running application. The misbehavior is counted, the port is restarted,
+//! forwarding continues, other ports are unaffected, and no buffer is lost.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -27,10 +27,10 @@ use crate::route::Route;
 
 const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 const BUFFERS: u32 = 1024;
-/// Longest wait for something that happens within a second where nothing else runs.
+/// Longest wait for an event that takes less than a second on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A device of either kind, as the wire sees it.
+/// A device of either kind, seen from the wire.
 #[derive(Clone)]
 enum Device {
     Virtio(VirtioNet),
@@ -82,7 +82,7 @@ impl Device {
         }
     }
 
-    /// Registers read all ones, and the bus has no reset for it either.
+    /// If `gone`, makes registers read all ones and the bus unable to reset the device; otherwise ends this.
     fn vanish(&self, gone: bool) {
         match self {
             Self::Virtio(device) => device.behave(|behaviour| {
@@ -113,12 +113,12 @@ fn frame(number: u32) -> Vec<u8> {
     frame
 }
 
-/// Sends frames from number `first` on to `from` until one of them leaves by `to`.
+/// Sends frames with numbers from `first` on to `from`, until one of them leaves through `to`.
 fn passes(from: &Device, to: &Device, first: u32, what: &str) {
     let since = Instant::now();
     for number in first.. {
         from.receive(&frame(number));
-        // What was sent earlier may leave now.
+        // Frames that were sent earlier may leave only now.
         if to.transmitted().iter().any(|sent| sent[..4] >= first.to_be_bytes()[..]) {
             return;
         }
@@ -127,7 +127,7 @@ fn passes(from: &Device, to: &Device, first: u32, what: &str) {
     }
 }
 
-/// An application with main lcore 0 and worker 1, on all cpus.
+/// Creates an application with main lcore 0 and worker lcore 1, on all CPUs.
 fn app() -> App {
     let cpus: Vec<String> = allowed_cpus().unwrap().iter().map(ToString::to_string).collect();
     let list = format!("0@({cpus}),1@({cpus})", cpus = cpus.join(","));
@@ -139,20 +139,21 @@ fn app() -> App {
     }
 }
 
-/// What the run counted of the port that lied.
+/// What the run counted for the port that misbehaved.
 struct Counted {
-    /// Device errors of its RX and its TX queue.
+    /// Device errors of the RX and the TX queue.
     device_errors: (u64, u64),
     errors: u64,
     restarts: u64,
 }
 
-/// Forwards between ports 0 and 1 on a worker, and between 2 and 3 on the main lcore; `act` gets the devices.
+/// Forwards between ports 0 and 1 on a worker, and between ports 2 and 3 on the main lcore, while `act` runs
+/// on the devices.
 fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted {
     while_forwarding_with(virtio, CONFIG, BUFFERS, &WAYS, act)
 }
 
-/// Lcore, and the ports that it forwards from and to.
+/// Lcore and the ports that it forwards from and to.
 const WAYS: [(u32, usize, usize); 4] = [(1, 0, 1), (1, 1, 0), (0, 2, 3), (0, 3, 2)];
 
 fn while_forwarding_with(
@@ -175,7 +176,7 @@ fn while_forwarding_with(
     let announced = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         let acting = scope.spawn(|| {
-            // Also when it panics, or the test would not end.
+            // Stops even after a panic, or the test would not end.
             struct Stop<'a>(&'a StopFlag);
             impl Drop for Stop<'_> {
                 fn drop(&mut self) {
@@ -262,8 +263,8 @@ fn every_lie_of_virtio_is_counted_and_its_port_restarted() {
             lie(devices[0].virtio());
             let since = Instant::now();
             while devices[0].resets() == before {
-                // A TX ring is looked at when there is something to send; what it sent is taken out, so that nothing
-                // but the lie can stop the queue.
+                // The driver inspects a TX ring when there is something to send. Sent frames are taken out,
+                // so that only the misbehavior can stop the queue.
                 if is_sent {
                     devices[1].receive(&frame(0));
                     devices[0].transmitted();
@@ -277,7 +278,7 @@ fn every_lie_of_virtio_is_counted_and_its_port_restarted() {
     }
 }
 
-/// A virtio port is not: its device may wait for a switch that is restarted.
+/// A virtio port is not reset in this case, because its device may be waiting for a switch that restarts.
 #[test]
 fn an_e1000_that_sends_nothing_is_reset() {
     let counted = while_forwarding(false, |devices| {
@@ -306,11 +307,11 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
         for fault in faults {
             let counted = while_forwarding(virtio, |devices| {
                 fault(&devices[0], true);
-                // Its partner is without it; the others go on.
+                // The partner of the port is cut off, and the other ports continue.
                 for round in 0..100 {
                     passes(&devices[2], &devices[3], 1 << 30 | round << 16, "others");
                 }
-                // Nobody but the control thread reads registers now, to see whether the port works.
+                // Only the control thread reads registers now, to check whether the port works.
                 let (reads, since) = (devices[0].reads(), Instant::now());
                 while devices[0].reads() == reads {
                     assert!(since.elapsed() < PATIENCE, "nobody looks at the port");
@@ -323,8 +324,8 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
     }
 }
 
-/// A pool with less to spare than an RX ring takes, and more than may rest in all TX rings: what a port had, and what lies in
-/// the lcores' caches, is there for it again.
+/// The spare buffers of the pool are fewer than an RX ring needs, and more than all TX rings can hold. The
+/// restarted port must therefore get back the buffers that it had, and those in the lcores' caches.
 #[test]
 fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
     let config = PortConfig::with_descriptors(256, 64);
@@ -342,7 +343,7 @@ fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
     }
 }
 
-/// Its other queue is on no lcore.
+/// The TX queue of the restarted port is polled by no lcore.
 #[test]
 fn a_port_that_forwards_one_way_is_restarted() {
     for virtio in [true, false] {
@@ -374,7 +375,7 @@ fn bad_frames_of_an_e1000_are_dropped_without_a_reset() {
         for word in [DD | EOP, DD | EOP | 0xFFFF, DD | EOP | 60 | CRC_ERROR] {
             nic.receive_raw(word);
         }
-        // Parts of a frame that the next one ends.
+        // Two parts of one frame, which the second descriptor ends.
         nic.receive_raw(DD | 60);
         nic.receive_raw(DD | EOP | 60);
     });

@@ -1,5 +1,5 @@
-//! Orders in which lcores, the control thread and a stop meet. With loom a wait has no limit: a wake-up that is lost is a
-//! deadlock.
+//! Interleavings of lcores, the control thread and a stop. Under loom a wait has no timeout, so a lost
+//! wake-up is a deadlock.
 
 use std::sync::Arc;
 
@@ -13,17 +13,18 @@ fn lane(from: usize, to: usize) -> Lane<(), (), ()> {
     Lane { rx: (), from, tx: (), to, hook: () }
 }
 
-/// Where `lanes` begin and end, in order.
+/// Returns the two ends of each lane, sorted.
 fn ends(lanes: &[Lane<(), (), ()>]) -> Vec<(usize, usize)> {
     let mut ends: Vec<_> = lanes.iter().map(|lane| (lane.from, lane.to)).collect();
     ends.sort_unstable();
     ends
 }
 
-/// So many rounds of an lcore are run in every order; without a limit two of them could poll in turn for ever.
+/// Polling rounds of an lcore that are run in every order. Without a limit, two lcores could poll in turn
+/// forever.
 const ROUNDS: usize = 4;
 
-/// An lcore without its packets: as `run_lanes` of `launch`.
+/// Runs an lcore without packets, like `run_lanes` of `launch`.
 fn run(recall: &Recall<(), (), ()>, lcore: u32, mut lanes: Lanes) -> Lanes {
     for round in 0.. {
         if round == ROUNDS {
@@ -46,7 +47,7 @@ fn start(recall: &Arc<Recall<(), (), ()>>, lcore: u32, lanes: Lanes) -> thread::
     thread::spawn(move || run(&recall, lcore, lanes))
 }
 
-/// Stops, and plays the limit of the control thread's wait, which is over some time after it began.
+/// Requests a stop, and then simulates the timeout of the control thread's wait.
 fn stop(recall: &Recall<(), (), ()>) {
     recall.stop.set();
     drop(recall.state());
@@ -74,7 +75,7 @@ fn lanes_leave_and_come_back() {
     });
 }
 
-/// What the control thread does for port 0, and the lanes that it has in the end.
+/// Does what the control thread does for port 0. Returns the lanes that the thread holds in the end.
 fn restart(recall: &Recall<(), (), ()>, lcores: &[u32]) -> Lanes {
     let taken = recall.take(0..1, lcores);
     if taken.len() < lcores.len() {

@@ -1,4 +1,4 @@
-//! An example as a process, and the peer of its ports: virtio-user ports of this process.
+//! An example that runs as a process, and the peer of its ports: virtio-user ports of this process.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -16,10 +16,10 @@ use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_frame::{App, Config, Ports, Route};
 
-/// Longest wait for what takes a moment.
+/// Longest wait for an event that normally takes a moment.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A running example with vhost ports. It is killed when this is dropped.
+/// A running example with vhost ports, killed on drop.
 pub(crate) struct Example {
     child: Child,
     stdout: BufReader<ChildStdout>,
@@ -28,7 +28,7 @@ pub(crate) struct Example {
 }
 
 impl Example {
-    /// Starts the example `name` with `ports` ports, of which `N` has the address `02:00:00:00:00:0N`.
+    /// Starts the example `name` with `ports` ports. Port `N` has the MAC address `02:00:00:00:00:0N`.
     pub(crate) fn start(name: &str, ports: usize, arguments: &[&str]) -> Self {
         let test = std::env::current_exe().unwrap();
         let program = test.parent().unwrap().with_file_name("examples").join(name);
@@ -47,7 +47,7 @@ impl Example {
         Self { child, stdout, sockets, ports }
     }
 
-    /// Connects to its ports.
+    /// Connects to the ports of the example.
     pub(crate) fn connect(&self) -> Peer {
         let since = Instant::now();
         while !(0..self.ports).all(|port| self.listens(port)) {
@@ -60,7 +60,8 @@ impl Example {
         Peer::new(devices.flatten().collect())
     }
 
-    /// Whether it listens on a port's socket, as `00010000` in the kernel's list says: the file is there a moment earlier.
+    /// Returns whether the example listens on the socket of a port, which the kernel's list shows as
+    /// `00010000`. The socket file exists a moment earlier.
     fn listens(&self, port: usize) -> bool {
         let (sockets, path) = (std::fs::read_to_string("/proc/net/unix").unwrap(), self.socket(port));
         sockets.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(&*path.to_string_lossy()))
@@ -70,14 +71,15 @@ impl Example {
         self.sockets.path().join(port.to_string())
     }
 
-    /// Its next line.
+    /// Reads the next line of the example's output.
     pub(crate) fn line(&mut self) -> String {
         let mut line = String::new();
         self.stdout.read_line(&mut line).unwrap();
         line
     }
 
-    /// Ends it by SIGINT, and gives what it printed; it must exit with 0 and take its sockets away.
+    /// Stops the example with SIGINT and returns what it printed. It must exit with code 0 and remove its
+    /// sockets.
     pub(crate) fn stop(mut self) -> String {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).unwrap();
         let mut text = String::new();
@@ -95,7 +97,7 @@ impl Drop for Example {
     }
 }
 
-/// Ports of this process, which are connected to an example's.
+/// Ports of this process that are connected to the ports of an example.
 pub(crate) struct Peer {
     queues: Vec<(RxQueue, TxQueue)>,
     cache: PoolCache,
@@ -131,7 +133,7 @@ impl Peer {
         }
     }
 
-    /// Receives a port's next frames, `count` of them.
+    /// Receives the next `count` frames on a port.
     pub(crate) fn receive(&mut self, port: usize, count: usize) -> Vec<Vec<u8>> {
         let mut frames = Vec::new();
         let since = Instant::now();
@@ -150,7 +152,7 @@ impl Peer {
         frames
     }
 
-    /// Stops the ports; every buffer must have come back.
+    /// Stops the ports and checks that every buffer was returned.
     pub(crate) fn stop(self) {
         let Self { queues, cache, mut ports } = self;
         for (port, (rx, tx)) in queues.into_iter().enumerate() {

@@ -11,7 +11,7 @@ struct Into {
     wire: Sender<Vec<u8>>,
     to_lose: usize,
     to_refuse: usize,
-    /// When it refused the first time, and the last, in ticks of the TSC.
+    /// Times of the first and the last refusal, in ticks of the TSC.
     refused: Option<(u64, u64)>,
     counters: QueueCounters,
 }
@@ -60,7 +60,7 @@ impl RxBurst for Out {
         while burst.remaining_capacity() >= MAX_SEGMENTS
             && let Ok(frame) = self.0.try_recv()
         {
-            // Other segments than those that were sent.
+            // The segments differ from those that were sent.
             let mut parts = frame.chunks(1000).peekable();
             while let Some(part) = parts.next() {
                 let mut packet = cache.allocate().unwrap().with_len(part.len());
@@ -76,7 +76,7 @@ impl RxBurst for Out {
     }
 }
 
-/// Runs `body` with the two ends of a wire that refuses bursts at first and then loses frames.
+/// Runs `body` with the two ends of a wire that first refuses bursts and then loses frames.
 fn on_a_wire<T>(
     to_lose: usize,
     to_refuse: usize,
@@ -107,7 +107,7 @@ fn stream(rate: Option<f64>, count: u64) -> Stream {
     }
 }
 
-/// Waits for the path for `patience`, then sends 1000 frames.
+/// Waits for the path for up to `patience`, then sends 1000 frames.
 fn send(to_lose: usize, patience: Duration) -> Result<Outcome> {
     let stream = stream(None, 1000);
     on_a_wire(to_lose, 0, |tx, rx, stop| {
@@ -124,7 +124,7 @@ fn latency_is_measured_from_when_a_frame_was_due() {
     })
     .unwrap();
     assert!(outcome.is_clean());
-    // The histogram has three digits.
+    // The histogram has a precision of three digits.
     let (most, waited) = (outcome.latency.max(), waited.unwrap());
     assert!(most * 100 >= waited * 99, "{most} and {waited} ns");
 }
@@ -145,7 +145,7 @@ fn frames_of_several_packets_are_compared_whole() {
 #[test]
 fn frames_that_come_after_their_run_are_late() {
     let (first, second) = on_a_wire(0, 0, |(tx, to_send), rx, stop| {
-        // Nothing comes back in time: the first run receives from a wire that is not the one it sends on.
+        // Nothing comes back in time: the first run receives from another wire than the one it sends on.
         let (_wire, end) = channel();
         let mut nothing = out(end);
         let hasty = Stream { patience: Duration::from_millis(1), ..stream(None, 3) };
