@@ -1,5 +1,5 @@
-//! Opens a function in one process and takes it over in another, which opens no device node:
-//! `vireo-handover ADDRESS MODE`.
+//! `vireo-handover ADDRESS MODE`: opens a function in one process and takes it over in another, which opens
+//! no device node.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};

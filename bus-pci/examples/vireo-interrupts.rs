@@ -1,6 +1,6 @@
 //! `vireo-interrupts BDF MODE`: fires every kind of interrupt that a PCI device has and waits for its eventfd.
 //!
-//! Each kind is fired by the kernel on our behalf; a NIC of the e1000 family also fires it itself.
+//! The kernel fires each kind on the program's behalf. A NIC of the e1000 family also fires it itself.
 #![forbid(unsafe_code)]
 
 use std::os::fd::AsFd;
@@ -13,10 +13,10 @@ use vireo_eal::mmio::Bar;
 use vireo_eal::vfio::{Irq, Vfio};
 use vireo_eal::{Error, ErrorKind, Result};
 
-/// Milliseconds that an interrupt may take.
+/// Longest wait for an interrupt in milliseconds.
 const PATIENCE: u16 = 5000;
 
-/// Interrupt cause read (and clear), cause set, mask set (8254x SDM 13.4, 82574 DS 10.2.4).
+/// Interrupt cause read (and clear), cause set, mask set and mask clear (8254x SDM 13.4, 82574 DS 10.2.4).
 const ICR: u64 = 0xc0;
 const ICS: u64 = 0xc8;
 const IMS: u64 = 0xd0;
@@ -51,8 +51,8 @@ fn run() -> Result<()> {
             fewer(&device)?;
         }
     }
-    // Last, because QEMU 7.2's e1000e starts a throttle timer at each interrupt, and ends with a failed assertion if MSI-X
-    // is on when it fires.
+    // Last, because QEMU 7.2's e1000e starts a throttle timer at each interrupt, and fails an assertion if
+    // MSI-X is on when the timer fires.
     for irq in kinds {
         if let Some(cause) = cause(device.id(), irq) {
             by_device(&device, irq, cause)?;
@@ -69,7 +69,8 @@ fn by_software(device: &PciDevice, irq: Irq) -> Result<()> {
     device.vfio().disable_irq(irq)
 }
 
-/// Vectors that are not set again are released: the kernel lists each that it has (drivers/vfio/pci/vfio_pci_intrs.c).
+/// Checks that vectors that are not set again are released: the kernel lists each vector in use
+/// (drivers/vfio/pci/vfio_pci_intrs.c).
 fn fewer(device: &PciDevice) -> Result<()> {
     let (first, second) = (eventfd()?, eventfd()?);
     device.vfio().enable_irq(Irq::Msix, &[first.as_fd(), second.as_fd()])?;
@@ -91,20 +92,20 @@ fn fewer(device: &PciDevice) -> Result<()> {
     device.vfio().disable_irq(Irq::Msix)
 }
 
-/// The cause that the chip can be told to report through `irq`; none when we know nothing of the chip.
+/// Returns a cause that the chip can report through `irq`, or `None` if there is no usable one.
 fn cause(id: DeviceId, irq: Irq) -> Option<u32> {
     match (id.vendor, id.device, irq) {
-        // QEMU 7.2 also ends with a failed assertion when the throttle timer of MSI-X fires after MSI-X went off.
+        // QEMU 7.2 also fails an assertion if the throttle timer of MSI-X fires after MSI-X was disabled.
         (0x8086, 0x10d3, Irq::Msix) => None,
         (0x8086, 0x10d3 | 0x100e, _) => Some(CAUSE_LINK),
         _ => None,
     }
 }
 
-/// Twice, because the first one may leave the interrupt masked: in the chip until ICR is read, and a line
-/// also in the kernel until it is unmasked.
+/// Fires the interrupt twice, because the first one may leave it masked: in the chip until ICR is read, and
+/// an INTx line also in the kernel until it is unmasked.
 fn by_device(device: &PciDevice, irq: Irq, cause: u32) -> Result<()> {
-    // A message is a write to memory, which only a bus master makes.
+    // An MSI is a memory write, which only a bus master makes.
     device.set_command(true)?;
     device.allow_intx()?;
     let registers = device.bar(0)?;

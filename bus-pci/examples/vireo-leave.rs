@@ -1,5 +1,5 @@
-//! `vireo-leave FIRST SECOND MODE`: devices that are closed one after the other are free for others at once, and can be opened
-//! again beside those that stayed open.
+//! `vireo-leave FIRST SECOND MODE`: checks that a closed device is free for other processes at once, and that
+//! it can be opened again alongside a device that stayed open.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
@@ -31,7 +31,7 @@ fn run() -> Result<()> {
     let bus = Bus::default();
     let [first, second] = [bus.find(first.parse()?)?, bus.find(second.parse()?)?];
     let vfio = Vfio::new(None);
-    // As another process would.
+    // Opens the device as another process would.
     let elsewhere = |info: &PciInfo| bus.open(info, &Vfio::new(None), mode).map(drop);
 
     let gone = bus.open(&first, &vfio, mode)?;
@@ -57,7 +57,7 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-/// A page for the devices, where an IOMMU translates.
+/// Maps a page for DMA, if the mode has an IOMMU.
 fn map(device: &PciDevice, mode: VfioMode) -> Result<Option<Mapping>> {
     if !mode.has_iommu() {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! Which kernel driver a function is bound to, and changing that by `driver_override`
+//! Binding of functions to kernel drivers through `driver_override`
 //! (`Documentation/ABI/testing/sysfs-bus-pci`).
 
 use std::fs;
@@ -13,18 +13,19 @@ use crate::Bus;
 use crate::probe::VFIO_DRIVER;
 
 impl Bus {
-    /// Binds `address` to `driver`, or to none, and gives the driver it had. If the new driver refuses, the
-    /// old one is put back.
+    /// Binds `address` to `driver`, or to no driver, and returns the previous driver. If the new driver
+    /// refuses the function, the previous driver is restored.
     ///
     /// # Errors
-    /// `Unavailable` when the function or the driver is not there, `Usage` when `driver` cannot be a driver's name,
-    /// `Permission` without root.
+    /// `Unavailable` when the function or the driver does not exist, `Usage` when `driver` is not a valid
+    /// driver name, `Permission` without root.
     pub fn bind(&self, address: Bdf, driver: Option<&str>) -> Result<Option<String>> {
         let old = self.find(address)?.driver;
         if old.as_deref() == driver {
             return Ok(old);
         }
-        // It becomes a path, a line of sysfs and a word of a command that the user is told to run.
+        // The name becomes part of a path, a line of sysfs, and a word of a command that the user is told to
+        // run.
         let is_name = |driver: &str| {
             !driver.is_empty() && driver.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
         };
@@ -63,12 +64,12 @@ impl Bus {
         let driver_override = device.join("driver_override");
         write(&driver_override, driver)?;
         let probed = write(&self.root().join("drivers_probe"), &address.to_string());
-        // The override is for this one probe; left behind, it would keep every other driver away.
+        // The override is for this probe only. If it stayed, it would keep every other driver from binding.
         write(&driver_override, "\n")?;
         probed?;
         match self.find(address)?.driver {
             Some(bound) if bound == driver => Ok(()),
-            // VFIO's condition for every device (`vfio_group_find_or_alloc` of the kernel).
+            // VFIO requires an IOMMU group for every device (`vfio_group_find_or_alloc` of the kernel).
             _ if driver == VFIO_DRIVER && !device.join("iommu_group").exists() => Err(no_group(what())),
             _ => Err(Error::new(ErrorKind::Unavailable, what(), "the driver did not take it")
                 .with_hint("see why: dmesg | tail")),

@@ -1,4 +1,4 @@
-//! What a driver needs of a PCI function, whether the kernel or a test stands behind it.
+//! Access to a PCI function for a driver, backed by the kernel or by a test.
 
 use vireo_eal::bdf::Bdf;
 use vireo_eal::mmio::Bar;
@@ -19,17 +19,17 @@ impl std::fmt::Display for DeviceId {
     }
 }
 
-/// A PCI function that a driver owns. Set-up only: nothing here is on the packet path.
+/// A PCI function that a driver owns. This is for setup only: nothing here is on the packet path.
 ///
-/// The kernel has reset it when it was opened, if it can be reset.
+/// The kernel resets the function when it is opened, if it can be reset.
 pub trait Function: Send {
-    /// Where it sits.
+    /// PCI address of the function.
     fn address(&self) -> Bdf;
 
-    /// What it is.
+    /// Vendor and device id of the function.
     fn id(&self) -> DeviceId;
 
-    /// Reads config space at `offset`. What lies beyond its end reads as all ones, as on the bus.
+    /// Reads config space at `offset`. Bytes beyond its end read as all ones, as on the bus.
     fn read_config(&self, offset: u16, bytes: &mut [u8]);
 
     /// Writes config space at `offset`.
@@ -38,16 +38,16 @@ pub trait Function: Send {
     /// When the kernel refuses.
     fn write_config(&self, offset: u16, bytes: &[u8]) -> Result<()>;
 
-    /// Base address register `index` (0 to 5).
+    /// Returns base address register `index` (0 to 5).
     ///
     /// # Errors
-    /// `Unavailable` when the function has none there.
+    /// `Unavailable` when the function has no such BAR.
     fn bar(&self, index: u8) -> Result<Bar>;
 
-    /// Resets the function; false when it has no reset of its own, and the driver must quiesce it.
+    /// Resets the function. Returns false if it has no function reset and the driver must quiesce it instead.
     ///
     /// # Errors
-    /// When the kernel tried and failed.
+    /// When the kernel attempts the reset and fails.
     fn reset(&self) -> Result<bool>;
 
     /// Whether an IOMMU translates the addresses that the function uses.
@@ -74,8 +74,8 @@ pub trait Function: Send {
         u32::from_le_bytes(bytes)
     }
 
-    /// Lets the function answer memory accesses, and start DMA of its own if `bus_master`. It may not assert INTx,
-    /// a line that other functions share, until [`Function::allow_intx`].
+    /// Lets the function respond to memory accesses, and start DMA if `bus_master`. The function may not
+    /// assert INTx, a line that other functions share, until [`Function::allow_intx`].
     ///
     /// # Errors
     /// When the kernel refuses the write.
@@ -86,7 +86,7 @@ pub trait Function: Send {
         self.write_config(COMMAND, &new.to_le_bytes())
     }
 
-    /// Lets the function assert INTx, for a driver that takes that interrupt.
+    /// Lets the function assert INTx, for a driver that handles that interrupt.
     ///
     /// # Errors
     /// When the kernel refuses the write.
@@ -95,7 +95,7 @@ pub trait Function: Send {
         self.write_config(COMMAND, &new.to_le_bytes())
     }
 
-    /// Lets the function answer accesses to its I/O ports.
+    /// Lets the function respond to accesses to its I/O ports.
     ///
     /// # Errors
     /// When the kernel refuses the write.
@@ -111,7 +111,7 @@ const COMMAND_IO: u16 = 1 << 0;
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_BUS_MASTER: u16 = 1 << 2;
 const COMMAND_INTX_DISABLE: u16 = 1 << 10;
-/// Status register; bit 4 says that there is a capability list.
+/// Status register, whose bit 4 reports a capability list.
 const STATUS: u16 = 0x06;
 const STATUS_CAPABILITY_LIST: u16 = 1 << 4;
 const CAPABILITY_POINTER: u16 = 0x34;
@@ -121,7 +121,7 @@ const CAPABILITY_POINTER: u16 = 0x34;
 pub struct Capability {
     /// Capability id (PCI Code and ID Assignment, chapter 2): 5 is MSI, 9 vendor-specific, 17 MSI-X.
     pub id: u8,
-    /// Offset of its first byte in config space.
+    /// Offset of the capability's first byte in config space.
     pub offset: u16,
 }
 
@@ -133,9 +133,9 @@ pub const CAP_ID_VENDOR: u8 = 0x09;
 /// Walks the capability list of `function`.
 ///
 /// # Errors
-/// `Protocol` when the list points outside of itself or loops: config space is device input.
+/// `Protocol` when the list points into the header or loops, because config space is device input.
 pub fn capabilities(function: &dyn Function) -> Result<Vec<Capability>> {
-    /// Entries of four bytes that fit behind the 64-byte header of a 256-byte config space.
+    /// Number of four-byte entries that fit after the 64-byte header of a 256-byte config space.
     const MOST: usize = (256 - 64) / 4;
     let mut found = Vec::new();
     if function.config16(STATUS) & STATUS_CAPABILITY_LIST == 0 {

@@ -1,5 +1,5 @@
-//! PCI bus of Vireo: which functions there are ([`Bus`]), what they are bound to, and how a driver
-//! reaches one ([`Function`], [`PciDevice`]) through whatever VFIO mode the user chose.
+//! PCI bus of Vireo: finds functions and binds them to drivers ([`Bus`]), and gives a driver access to a
+//! function ([`Function`], [`PciDevice`]) through the VFIO mode that the user chose.
 #![forbid(unsafe_code)]
 
 mod bind;

@@ -1,4 +1,4 @@
-//! From the user's arguments to functions that this process owns.
+//! Selects functions by the user's arguments, and acquires them for this process.
 
 use vireo_eal::args::EalArgs;
 use vireo_eal::bdf::Bdf;
@@ -18,27 +18,28 @@ pub struct PciDevice {
     id: DeviceId,
     config: ConfigSpace,
     device: Device,
-    /// Mode, the reason for it, and what the acquisition took.
+    /// VFIO mode, the reason for it, and the steps of the acquisition.
     pub report: Report,
 }
 
 /// How a function was acquired.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The mode; never `auto`.
+    /// VFIO mode; never `auto`.
     pub mode: VfioMode,
-    /// Why this mode.
+    /// Reason for the mode.
     pub why: String,
-    /// Steps and their times.
+    /// Steps of the acquisition and their times.
     pub phases: Vec<Phase>,
 }
 
 impl Bus {
-    /// The functions that the arguments choose: with `--allow` exactly those, else every one that is bound to
-    /// VFIO, known to a driver and not blocked. In both cases by address, which is how ports get their numbers.
+    /// Returns the functions that the arguments choose: with `--allow` exactly those, else every function
+    /// that is bound to VFIO, known to a driver and not blocked. Functions are sorted by address, which
+    /// determines their port numbers.
     ///
     /// # Errors
-    /// When a function of `--allow` is not there, has no driver here, or is bound to another driver.
+    /// When a function of `--allow` does not exist, is not known to a driver here, or is not bound to VFIO.
     pub fn select(&self, args: &EalArgs, known: impl Fn(DeviceId) -> bool) -> Result<Vec<PciInfo>> {
         if args.no_pci {
             return Ok(Vec::new());
@@ -62,16 +63,17 @@ impl Bus {
         Ok(chosen)
     }
 
-    /// Whether `info` is bound to vfio-pci or to one of the variant drivers that give devices to VFIO too (mlx5-vfio-pci,
-    /// virtio-vfio-pci, …; drivers/vfio/pci of the kernel). These are known since Linux 6.1, by `vfio-dev` in sysfs.
+    /// Whether `info` is bound to vfio-pci or to a variant driver that also gives devices to VFIO
+    /// (mlx5-vfio-pci, virtio-vfio-pci, …; drivers/vfio/pci of the kernel). Since Linux 6.1, `vfio-dev` in
+    /// sysfs identifies variant drivers.
     pub fn is_on_vfio(&self, info: &PciInfo) -> bool {
         info.driver.as_deref() == Some(VFIO_DRIVER) || self.path(info.address).join("vfio-dev").is_dir()
     }
 
-    /// Whether a program may ask VFIO for `info`: a driver knows it, and VFIO has it.
+    /// Checks that a program can acquire `info`: a driver knows it, and it is bound to VFIO.
     ///
     /// # Errors
-    /// `Unavailable` when not, with the command that binds it.
+    /// `Unavailable` when not. If only the binding is missing, the hint is the command for it.
     pub fn usable(&self, info: &PciInfo, known: impl Fn(DeviceId) -> bool) -> Result<()> {
         let refuse =
             |why: String| Error::new(ErrorKind::Unavailable, format!("cannot use {}", info.address), why);
@@ -96,15 +98,15 @@ impl Bus {
     /// Acquires one function through VFIO in `mode`.
     ///
     /// # Errors
-    /// As for [`Vfio::acquire`].
+    /// The same as [`Vfio::acquire`].
     pub fn open(&self, info: &PciInfo, vfio: &Vfio, mode: VfioMode) -> Result<PciDevice> {
         PciDevice::new(info, vfio.acquire(&self.device(info.address), mode)?)
     }
 
-    /// Takes one function over by descriptors that another process opened.
+    /// Takes over one function through file descriptors that another process opened.
     ///
     /// # Errors
-    /// As for [`Vfio::adopt`].
+    /// The same as [`Vfio::adopt`].
     pub fn adopt(&self, info: &PciInfo, vfio: &Vfio, mode: VfioMode, fds: DeviceFds) -> Result<PciDevice> {
         PciDevice::new(info, vfio.adopt(&self.device(info.address), mode, fds)?)
     }

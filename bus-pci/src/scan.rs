@@ -1,4 +1,4 @@
-//! Which PCI functions there are, by sysfs (`Documentation/PCI/sysfs-pci.rst`).
+//! Finds PCI functions through sysfs (`Documentation/PCI/sysfs-pci.rst`).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,20 +21,20 @@ const ETHERNET: u32 = 0x0200;
 /// A PCI function in sysfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciInfo {
-    /// Where it sits.
+    /// PCI address of the function.
     pub address: Bdf,
-    /// What it is.
+    /// Vendor and device id of the function.
     pub id: DeviceId,
     /// Class code, 24 bits: `0x020000` is an Ethernet controller.
     pub class: u32,
-    /// Driver that it is bound to.
+    /// Kernel driver that the function is bound to.
     pub driver: Option<String>,
-    /// NUMA node, where the machine has several.
+    /// NUMA node, if the machine has several.
     pub numa_node: Option<u32>,
 }
 
 impl PciInfo {
-    /// Whether it is an Ethernet controller.
+    /// Whether the function is an Ethernet controller.
     pub fn is_ethernet(&self) -> bool {
         self.class >> 8 == ETHERNET
     }
@@ -47,7 +47,7 @@ impl Default for Bus {
 }
 
 impl Bus {
-    /// The bus below `root`, `/sys/bus/pci` on a real machine.
+    /// Creates the bus below `root`, which is `/sys/bus/pci` on a real machine.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
@@ -60,7 +60,7 @@ impl Bus {
         self.root.join("devices").join(address.to_string())
     }
 
-    /// The function as the EAL's VFIO layer names it.
+    /// Returns the function's name and sysfs path for the EAL's VFIO layer.
     pub fn device(&self, address: Bdf) -> BusDevice {
         BusDevice { name: address.to_string(), sysfs: self.path(address) }
     }
@@ -71,10 +71,10 @@ impl Bus {
         link.file_name()?.to_str()?.parse().ok()
     }
 
-    /// Fails where sysfs shows no PCI bus, for a caller to whom that is not the same as an empty one.
+    /// Fails if sysfs shows no PCI bus, for callers that must distinguish that from an empty bus.
     ///
     /// # Errors
-    /// `Unavailable` when there is no such directory.
+    /// `Unavailable` when the bus has no `devices` directory.
     pub fn require(&self) -> Result<()> {
         let devices = self.root.join("devices");
         if devices.exists() {
@@ -89,10 +89,10 @@ impl Bus {
         }
     }
 
-    /// All functions, by address. A machine without PCI has none.
+    /// Returns all functions, sorted by address. A machine without PCI has none.
     ///
     /// # Errors
-    /// `Io` when sysfs is there and does not answer.
+    /// `Io` when sysfs exists but cannot be read.
     pub fn scan(&self) -> Result<Vec<PciInfo>> {
         let devices = self.root.join("devices");
         let entries = match fs::read_dir(&devices) {
@@ -103,17 +103,17 @@ impl Bus {
         let mut found: Vec<PciInfo> = entries
             .flatten()
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            // A function may be unplugged between the listing and the look.
+            // A function may be unplugged between the listing and this lookup.
             .filter_map(|address| self.find(address).ok())
             .collect();
         found.sort_by_key(|info| info.address);
         Ok(found)
     }
 
-    /// One function.
+    /// Returns the function at `address`.
     ///
     /// # Errors
-    /// `Unavailable` when there is none at `address`.
+    /// `Unavailable` when there is no function at `address`.
     pub fn find(&self, address: Bdf) -> Result<PciInfo> {
         let path = self.path(address);
         let text = |file: &str| fs::read_to_string(path.join(file)).ok();
@@ -147,7 +147,7 @@ pub(crate) mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    /// A bus in a directory, with `(address, vendor:device, driver)` on it.
+    /// Creates a bus in a directory, with one function per `(address, vendor, device, driver)`.
     pub(crate) fn fake_bus(functions: &[(&str, &str, &str, &str)]) -> (tempfile::TempDir, Bus) {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("devices")).unwrap();

@@ -1,13 +1,13 @@
-//! The modules of this crate, by what they import from each other.
+//! Checks that no modules of this crate import each other in a circle.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::{fs, io};
 
-/// The modules that each one imports, tests left out.
+/// Modules that each module imports, except in tests.
 type Imports = BTreeMap<String, BTreeSet<String>>;
 
-/// The code of a module: its file, or all files of its folder but those of tests.
+/// Returns the code of a module: its file, or all files of its folder except tests.
 fn code(path: &Path) -> io::Result<String> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if name == "tests" || name == "tests.rs" {
@@ -22,7 +22,8 @@ fn code(path: &Path) -> io::Result<String> {
     Ok(text.lines().filter(is_code).flat_map(|line| [line, "\n"]).collect())
 }
 
-/// Names in `code` behind `crate::`, in braces too, and modules of lines of `drivers!`.
+/// Returns the names after `crate::` in `code`, including those in braces, and the modules in lines of
+/// `drivers!`.
 fn named(code: &str) -> BTreeSet<String> {
     let word = |text: &str| -> String {
         text.trim_start().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect()
@@ -54,7 +55,7 @@ fn imports(src: &Path) -> io::Result<Imports> {
     Ok(modules.iter().map(of).collect())
 }
 
-/// Modules each of which imports the next, and the last one the first.
+/// Returns modules of which each imports the next, and the last one the first.
 fn circle(imports: &Imports) -> Option<Vec<&str>> {
     fn walk<'a>(
         imports: &'a Imports,
@@ -84,7 +85,7 @@ fn circle(imports: &Imports) -> Option<Vec<&str>> {
 #[test]
 fn no_modules_import_each_other_in_a_circle() {
     let imports = imports(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).unwrap();
-    // What the test reads is what the compiler sees.
+    // Imports that are known to exist must be found.
     for (module, other) in [("table", "igb"), ("igb", "intel"), ("memory", "ports"), ("vhost", "virtio")] {
         assert!(imports[module].contains(other), "{module} does not import {other}: {imports:?}");
     }

@@ -1,4 +1,4 @@
-//! What a user types.
+//! Arguments that a user types.
 
 use std::ffi::OsString;
 use std::fmt::{Debug, Display};
@@ -18,7 +18,7 @@ fn refused(error: &Error) {
     assert!(!error.to_string().contains(['\n', '\x1b']), "{error}");
 }
 
-/// EAL arguments, which NUL parts, as in `/proc/PID/cmdline`.
+/// Parses EAL arguments, separated by NUL as in `/proc/PID/cmdline`.
 pub fn eal_arguments(data: &[u8]) {
     let words = data.split(|byte| *byte == 0).map(|word| OsString::from_vec(word.to_vec()));
     match parse([OsString::from("fuzz")].into_iter().chain(words), &PROGRAM) {
@@ -34,7 +34,7 @@ pub fn eal_arguments(data: &[u8]) {
     }
 }
 
-/// What is read must read the same when it is printed.
+/// Asserts that a value, once printed, parses to the same value.
 fn round_trip<T: Debug + Display + PartialEq>(text: &str, read: impl Fn(&str) -> Result<T>) {
     match read(text) {
         Ok(value) => assert_eq!(read(&value.to_string()).as_ref(), Ok(&value)),
@@ -42,7 +42,7 @@ fn round_trip<T: Debug + Display + PartialEq>(text: &str, read: impl Fn(&str) ->
     }
 }
 
-/// The values of `--allow`, `--vdev` and `--lcores`, and what they are made of. The first byte says which.
+/// Parses the values of `--allow`, `--vdev` and `--lcores`, and their parts. The first byte selects which.
 pub fn device_arguments(data: &[u8]) {
     let Some((kind, text)) = data.split_first() else { return };
     let Ok(text) = str::from_utf8(text) else { return };

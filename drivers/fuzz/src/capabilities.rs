@@ -1,4 +1,4 @@
-//! Config space and registers of a virtio function that are the input's.
+//! virtio function whose config space and registers come from the input.
 
 use arbitrary::Arbitrary;
 use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet};
@@ -10,7 +10,7 @@ use crate::port::{count, memory, view};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
-    /// Offset, and bytes there.
+    /// Offset in config space, and the bytes to write there.
     config: Vec<(u8, Vec<u8>)>,
     features: Option<u64>,
     queue_size: Option<u16>,
@@ -23,7 +23,7 @@ struct Input {
     tx: u16,
 }
 
-/// PCI capabilities, feature bits and queue registers of a virtio device.
+/// Starts a virtio device with any PCI capabilities, feature bits and queue registers.
 pub fn virtio_capabilities(data: &[u8]) {
     let Some(input) = decode::<Input>(data) else { return };
     let default = Behaviour::default();

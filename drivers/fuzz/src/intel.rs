@@ -1,4 +1,4 @@
-//! Intel's NICs on descriptors that the input completes.
+//! Intel NICs whose descriptors the input completes.
 
 use arbitrary::Arbitrary;
 use vireo_drivers::fakedev::{e1000, igb};
@@ -13,7 +13,7 @@ enum Step {
     Poll(Poll),
     /// A frame of this length arrives.
     Arrive(u16),
-    /// The device sends what it was given.
+    /// The device sends all queued frames.
     Transmit,
     /// The next RX descriptor is completed, armed or not, with this second word.
     Complete(u64),

@@ -1,5 +1,5 @@
-//! What the fuzz targets run: each function takes any bytes, and panics when Vireo breaks a promise on them.
-//! `tests/corpus.rs` runs them on the committed corpus with any Rust.
+//! Functions that the fuzz targets run. Each one accepts any bytes, and panics if Vireo breaks a guarantee on
+//! them. `tests/corpus.rs` runs them on the committed corpus with any Rust toolchain.
 #![forbid(unsafe_code)]
 
 mod arguments;
@@ -17,15 +17,15 @@ pub use intel::{e1000_rings, igb_rings};
 pub use vhost::{vhost_messages, vhost_rings};
 pub use virtio::virtio_rings;
 
-/// Answers of the VFIO ioctls that have a chain of capabilities.
+/// Parses the results of VFIO ioctls that return a chain of capabilities.
 pub fn vfio_info(data: &[u8]) {
     vireo_eal::vfio::read_info(data);
 }
 
-/// What runs an input.
+/// Function that runs an input.
 pub type Target = fn(&[u8]);
 
-/// Every target by its name.
+/// All targets, by name.
 pub const TARGETS: &[(&str, Target)] = &[
     ("device_arguments", device_arguments),
     ("e1000_rings", e1000_rings),
@@ -38,12 +38,12 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("virtio_rings", virtio_rings),
 ];
 
-/// The value that `data` spells; none when it is too short.
+/// Decodes a value from `data`, or returns `None` if `data` is too short.
 fn decode<T: for<'a> Arbitrary<'a>>(data: &[u8]) -> Option<T> {
     T::arbitrary_take_rest(Unstructured::new(data)).ok()
 }
 
-/// A word near what is valid, or any.
+/// A word of any value, but often in the range of valid ones.
 #[derive(Arbitrary, Debug, Clone, Copy)]
 enum Word {
     Small(u8),

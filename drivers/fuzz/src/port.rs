@@ -1,4 +1,4 @@
-//! A started port whose device does what the input says, and the promises that it keeps meanwhile.
+//! A started port whose device follows the input, and the guarantees that the port must keep.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -8,33 +8,33 @@ use vireo_drivers::port::{Nic, PortConfig, RxBurst, TxBurst};
 use vireo_eal::dma::{Burst, DATA_ROOM, DeviceView, DmaMemory, Pool, PoolCache};
 use vireo_eal::mem::{Backing, Region};
 
-/// Packet buffers: two full rings, a burst, and some more.
+/// Number of packet buffers: two full rings, a burst, and some more.
 const BUFFERS: u32 = 176;
-/// Bytes behind the buffers, where the rings are.
+/// Number of bytes after the buffers, for the rings.
 const RINGS: usize = 16 << 10;
 const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 
-/// What the lcore does.
+/// Action of the lcore.
 #[derive(Arbitrary, Debug, Clone, Copy)]
 pub(crate) enum Poll {
     /// Receives a burst and drops it.
     Receive,
     /// Receives a burst and sends it.
     Forward,
-    /// Sends so many packets of this length, modulo what there can be.
+    /// Sends the given number of packets of the given length, both reduced to what is possible.
     Send(u8, u16),
 }
 
-/// Words that the device writes at any place, although nothing was offered there.
+/// Bytes that the device writes anywhere, even where the driver made nothing available.
 #[derive(Arbitrary, Debug, Clone, Copy)]
 pub(crate) struct Poke {
-    /// Into the rings, or else anywhere.
+    /// Whether to write within the rings, or else anywhere.
     pub(crate) rings: bool,
     pub(crate) at: u32,
     pub(crate) bytes: [u8; 8],
 }
 
-/// Memory for one port, and its packet buffers in front of the rings.
+/// Creates memory for one port, and its packet buffers, which precede the rings.
 pub(crate) fn memory() -> (Arc<DmaMemory>, Arc<Pool>) {
     let region = Region::new(Pool::bytes(BUFFERS) + RINGS, Backing::SmallPages).expect("pages of 4 KiB");
     let memory = DmaMemory::map(region, &[]).expect("no address space to map it in");
@@ -42,7 +42,7 @@ pub(crate) fn memory() -> (Arc<DmaMemory>, Arc<Pool>) {
     (memory, pool)
 }
 
-/// `memory` as a device has it.
+/// Returns `memory` as a device sees it.
 pub(crate) fn view(memory: &Arc<DmaMemory>) -> DeviceView {
     memory.device_view().expect("a memfd can be mapped twice")
 }
@@ -56,7 +56,7 @@ pub(crate) struct Port<N: Nic> {
 }
 
 impl<N: Nic> Port<N> {
-    /// Starts `nic`, whose device was given `memory`, with all offloads that it has.
+    /// Starts `nic` with all its offloads. Its device must be attached to `memory`.
     pub(crate) fn start(mut nic: N, memory: Arc<DmaMemory>, pool: &Arc<Pool>) -> Self {
         let mut cache = pool.cache();
         let config = CONFIG.with_offloads(nic.capabilities().offloads);
@@ -85,7 +85,7 @@ impl<N: Nic> Port<N> {
         burst.into_iter().for_each(|packet| self.cache.free(packet));
     }
 
-    /// Receives, and reads all that is said to be in the packets.
+    /// Receives a burst, and reads the whole length of each packet.
     fn receive(&mut self, burst: &mut Burst) {
         self.queues.0.rx_burst(&mut self.cache, burst);
         let mut bytes = [0; DATA_ROOM];
@@ -112,7 +112,7 @@ impl<N: Nic> Port<N> {
         self.view.write(iova, &poke.bytes).expect("within the region");
     }
 
-    /// Stops the port: every buffer must be there again, once.
+    /// Stops the port, and asserts that every buffer is back in the pool exactly once.
     pub(crate) fn stop(mut self) {
         let (rx, tx) = self.queues;
         self.nic.stop_pair(rx, tx, &mut self.cache).expect("the device confirms its reset");
@@ -120,7 +120,7 @@ impl<N: Nic> Port<N> {
     }
 }
 
-/// Asserts that the pool behind `cache` has each of its buffers, once.
+/// Asserts that the pool behind `cache` has each of its buffers exactly once.
 pub(crate) fn count(mut cache: PoolCache) {
     let pool = Arc::clone(cache.pool());
     let buffers: Vec<_> = std::iter::from_fn(|| cache.allocate()).collect();

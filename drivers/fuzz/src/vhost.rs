@@ -1,4 +1,4 @@
-//! A vhost-user frontend that is the input's: its messages, its descriptors, and its memory. Each reply is checked.
+//! vhost-user frontend whose messages, descriptors and memory come from the input. Each reply is checked.
 
 use std::cell::RefCell;
 use std::io::{IoSlice, Read};
@@ -21,10 +21,10 @@ use vireo_eal::mem::{Backing, Region};
 use crate::port::{Poll, count, memory, view};
 use crate::{Word, decode};
 
-/// The frontend's memory: length in bytes, and its address for descriptors and for the frontend itself.
+/// Length in bytes of the frontend's memory, and its address for descriptors and for the frontend itself.
 const LEN: u64 = 64 << 10;
 const BASE: u64 = 0x10_0000;
-/// Descriptors of a ring; where ring 0 is, and behind it ring 1.
+/// Number of descriptors of a ring, and the size of a ring's area: ring 1 follows ring 0.
 const SIZE: u16 = 16;
 const RING: u64 = 0x1000;
 const AVAIL: u64 = 0x400;
@@ -45,7 +45,7 @@ const GET_QUEUE_NUM: u32 = 17;
 const GET_MAX_MEM_SLOTS: u32 = 36;
 const SET_DEVICE_STATE_FD: u32 = 42;
 const CHECK_DEVICE_STATE: u32 = 43;
-/// Flags of a message: the version of the protocol, and an answer.
+/// Flags of a message: the version of the protocol, and a reply.
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 
@@ -55,12 +55,12 @@ const LOG_ALL: u64 = 1 << 26;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const VERSION_1: u64 = 1 << 32;
 const IN_ORDER: u64 = 1 << 35;
-/// `LOG_SHMFD`, `REPLY_ACK` and `CONFIGURE_MEM_SLOTS`.
+/// Protocol features that the port offers: `LOG_SHMFD`, `REPLY_ACK` and `CONFIGURE_MEM_SLOTS`.
 const PROTOCOL_OFFERED: u64 = 1 << 1 | 1 << 3 | 1 << 15;
-/// Most bytes behind a header.
+/// Maximum number of bytes after a header.
 const MOST_BYTES: u32 = 0x1000;
 
-/// Descriptors that come with a message.
+/// File descriptor that accompanies a message.
 #[derive(Arbitrary, Debug, Clone, Copy)]
 enum Fd {
     Memory,
@@ -76,7 +76,7 @@ enum Payload {
         index: Word,
         num: Word,
     },
-    /// Offsets in the memory, of any size.
+    /// Offsets in the memory, of any value.
     Addresses {
         index: u8,
         desc: Word,
@@ -85,7 +85,7 @@ enum Payload {
     },
     /// Offset in the memory and in the file, and length.
     Regions(Vec<(Word, Word, Word)>),
-    /// Of `ADD_MEM_REG` and `REM_MEM_REG`.
+    /// Payload of `ADD_MEM_REG` and `REM_MEM_REG`.
     Region(Word, Word, Word),
 }
 
@@ -93,7 +93,7 @@ enum Payload {
 struct Message {
     request: u8,
     flags: Option<u8>,
-    /// What the header says of the payload, if that is not its length. Then it is the last message.
+    /// Size of the payload in the header, if it differs from the actual size. Such a message is the last one.
     size: Option<Word>,
     payload: Payload,
     fds: Vec<Fd>,
@@ -105,11 +105,11 @@ enum Step {
     Ring(Act),
 }
 
-/// What happens on rings and in memory.
+/// Action on rings, in memory or by the lcore.
 #[derive(Arbitrary, Debug)]
 enum Act {
     Poll(Poll),
-    /// A descriptor of a ring, its address an offset in the memory.
+    /// Writes a descriptor of a ring. Its address is an offset in the memory.
     Describe {
         ring: bool,
         index: u8,
@@ -159,7 +159,7 @@ impl Payload {
     }
 }
 
-/// The port lives as long as its thread: the frontends of all inputs come to it one after the other.
+/// Port that lives as long as its thread: the frontends of all inputs connect to it one after another.
 struct Port {
     socket: PathBuf,
     _dir: tempfile::TempDir,
@@ -228,7 +228,7 @@ impl Frontend {
         Self { socket, memory, view, event, avail_idx: [0; 2] }
     }
 
-    /// Whether the message could be sent.
+    /// Sends a message. Returns false if it could not be sent.
     fn send(&self, request: u32, flags: u32, size: u32, payload: &[u8], fds: &[Fd]) -> bool {
         let file = self.memory.region().fd().expect("a memfd").as_raw_fd();
         let fds: Vec<RawFd> = fds
@@ -246,14 +246,15 @@ impl Frontend {
         sendmsg::<()>(self.socket.as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None).is_ok()
     }
 
-    /// Sends a message, and waits until the port is done with it; false when it has hung up.
+    /// Sends a message, and waits until the port has handled it. Returns false if the port has hung up.
     fn ask(&mut self, request: u32, flags: u32, payload: &[u8], fds: &[Fd]) -> bool {
         self.send(request, flags, payload.len() as u32, payload, fds)
             && self.send(GET_FEATURES, VERSION, 0, &[], &[])
             && self.answered(request, payload)
     }
 
-    /// Reads the answer to `request`, if there is one, and that to `GET_FEATURES`, which was sent behind it.
+    /// Reads the reply to `request`, if there is one, and the reply to the `GET_FEATURES` that was sent after
+    /// it.
     fn answered(&mut self, request: u32, payload: &[u8]) -> bool {
         let (mut answers, mut refused) = (0, false);
         loop {
@@ -288,9 +289,9 @@ impl Frontend {
                     let position = word(&body, 4);
                     assert!(word(&body, 0) == word(payload, 0) && position <= u16::MAX.into());
                 }
-                // The place of the log, as it was sent.
+                // The location of the log, as it was sent.
                 SET_LOG_BASE => assert!(body[..] == *payload),
-                // Not offered: answered with an error, without a feature that would allow the question.
+                // The feature for these requests is not offered, so the reply is an error.
                 SET_DEVICE_STATE_FD | CHECK_DEVICE_STATE => assert!(number() & 0xff != 0),
                 _ => refused = number() != 0,
             }
@@ -307,7 +308,7 @@ impl Frontend {
         }
     }
 
-    /// Both rings as an honest driver sets them up.
+    /// Sets up both rings as a well-behaved driver does.
     fn set_up(&mut self, features: u64) {
         let file = Payload::Regions(vec![(Word::Small(0), Word::Small(0), Word::Any(LEN as u32))]);
         let mut good = self.ask(SET_OWNER, VERSION, &[], &[])
@@ -326,9 +327,9 @@ impl Frontend {
         assert!(good, "an honest frontend is served");
     }
 
-    /// False when it was the last message.
+    /// Sends a message. Returns false if it was the last one.
     fn message(&mut self, message: &Message) -> bool {
-        // This one is ours: it says that the port is done with what came before.
+        // `GET_FEATURES` is reserved: its reply shows that the port has handled the previous messages.
         let request = u32::from(message.request).max(GET_FEATURES + 1);
         let flags = message.flags.map_or(VERSION, u32::from);
         let payload = message.payload.bytes();
@@ -391,7 +392,7 @@ fn with_port(run: impl FnOnce(&mut Port)) {
     });
 }
 
-/// Messages of any kind in any order, and what the lcore does meanwhile.
+/// Sends messages of any kind in any order, while the lcore works.
 pub fn vhost_messages(data: &[u8]) {
     let Some((honest, steps)) = decode::<(bool, Vec<Step>)>(data) else { return };
     with_port(|port| {
@@ -410,7 +411,7 @@ pub fn vhost_messages(data: &[u8]) {
     });
 }
 
-/// Descriptors, rings and memory of a frontend whose messages are honest.
+/// Writes any descriptors, rings and memory, after a valid setup by the frontend.
 pub fn vhost_rings(data: &[u8]) {
     let Some((mergeable, event_idx, acts)) = decode::<(bool, bool, Vec<Act>)>(data) else { return };
     with_port(|port| {

@@ -1,4 +1,4 @@
-//! virtio-net on rings whose device half is the input.
+//! virtio-net on rings whose device follows the input.
 
 use arbitrary::Arbitrary;
 use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
@@ -21,7 +21,7 @@ enum Step {
     Poll(Poll),
     /// A frame of this length arrives.
     Arrive(u16),
-    /// The device sends what it was given.
+    /// The device sends all queued frames.
     Transmit,
     /// A completion of this descriptor with this length.
     Complete {
@@ -29,13 +29,13 @@ enum Step {
         id: Word,
         len: Word,
     },
-    /// `used.idx` moves with no completion.
+    /// `used.idx` moves without a completion.
     Jump {
         rx: bool,
         count: u16,
     },
     NumBuffers(Option<u16>),
-    /// What headers say of checksums.
+    /// Checksum fields in the headers of received frames.
     Checksum(u8, u16, u16),
     Poke(Poke),
 }
@@ -44,7 +44,7 @@ fn queue(rx: bool) -> u16 {
     if rx { RX } else { TX }
 }
 
-/// Used rings, and all other memory that a virtio device can write.
+/// Runs a port while the device writes its used rings and any other memory that it can reach.
 pub fn virtio_rings(data: &[u8]) {
     let Some(input) = decode::<Input>(data) else { return };
     let mut behaviour = Behaviour { out_of_order: input.out_of_order, ..Behaviour::default() };
@@ -61,7 +61,7 @@ pub fn virtio_rings(data: &[u8]) {
     nic.attach(view(&memory));
     let device = Device::probe(nic.function()).expect("an honest device");
     let mut port = Port::start(device, memory, &pool);
-    // The fake device believes the rings, so it works no more on those that it has overwritten.
+    // The fake device trusts the rings, so it does no more work once they were overwritten.
     let mut intact = true;
     for step in input.steps {
         match step {

@@ -1,4 +1,4 @@
-//! The committed corpus, run without a fuzzer.
+//! Runs the committed corpus without a fuzzer.
 
 use std::path::Path;
 

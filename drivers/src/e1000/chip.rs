@@ -1,18 +1,18 @@
-//! Which chip a device id is, and what the chips differ in.
+//! Mapping from device ids to chips, and the differences between the chips.
 
 use crate::intel::chips;
 
-/// Chips that differ in what the driver does, by the name that Linux has for it (`e1000_mac_type`). Copper only: chips with
-/// fiber or SerDes have no PHY behind MDIC.
+/// Chips that the driver treats differently, under Linux's names (`e1000_mac_type`). Copper only, because
+/// chips with fiber or SerDes have no PHY behind MDIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MacType {
     I82544,
     I82540,
-    /// First 82545 and 82546.
+    /// First generation of the 82545 and 82546.
     I82545,
     /// 82545GM and 82546GB.
     I82545Gm,
-    /// 82574 and 82583, which DS describes: PCI Express.
+    /// 82574 and 82583, on PCI Express (DS).
     I82574,
 }
 
@@ -40,13 +40,13 @@ chips! {
 }
 
 impl MacType {
-    /// Whether CTRL.RST has to come through I/O space. These chips do not acknowledge that write in memory space
-    /// (Linux, `e1000_reset_hw` in e1000_hw.c).
+    /// Whether CTRL.RST must be written through I/O space. These chips do not acknowledge the write in memory
+    /// space (Linux, `e1000_reset_hw` in e1000_hw.c).
     pub(super) fn resets_through_io(self) -> bool {
         matches!(self, Self::I82544 | Self::I82540 | Self::I82545)
     }
 
-    /// Whether it has MANC, for the firmware of a management controller (SDM 13.4, DS 10.2.8).
+    /// Whether the chip has MANC, for management controller firmware (SDM 13.4, DS 10.2.8).
     pub(super) fn has_management(self) -> bool {
         self != Self::I82544
     }

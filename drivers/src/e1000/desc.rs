@@ -3,7 +3,7 @@
 use super::regs::*;
 use crate::intel::Format;
 
-/// The format of the descriptors that both kinds of chips know.
+/// Legacy descriptor format, which both the 8254x and the 82574 support.
 #[derive(Debug)]
 pub struct Legacy;
 

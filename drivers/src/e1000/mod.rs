@@ -1,12 +1,14 @@
-//! Intel 8254x and 82574 Gigabit Ethernet: one driver, because both know the legacy descriptors.
+//! Driver for Intel 8254x and 82574 Gigabit Ethernet controllers. One driver covers both because both support
+//! legacy descriptors.
 //!
 //! | chip | id | QEMU | reset |
 //! |---|---|---|---|
-//! | 82540, 82544, 82545, 82546 with copper | 8086:100e and others | `e1000` | CTRL.RST, through I/O space |
-//! | 82574, 82583 | 8086:10d3, 10f6, 150c | `e1000e` | CTRL.RST, and the function's |
+//! | 82540, 82544, 82545, 82546 with copper | 8086:100e and others | `e1000` | CTRL.RST, in I/O space or CTRL_DUP |
+//! | 82574, 82583 | 8086:10d3, 10f6, 150c | `e1000e` | CTRL.RST, or else a function reset |
 //!
-//! Nothing is read from the EEPROM and no link is renegotiated: the station address is where the chip puts it,
-//! and a link that is up stays up. Every wait ends after a second. What is done for QEMU's models alone says so.
+//! The driver does not read the EEPROM: the chip loads the station address into its registers. The driver
+//! does not renegotiate a link, so a link that is up stays up. Every wait ends after a second. Code that
+//! exists only for QEMU's models says so in a comment.
 
 mod chip;
 mod desc;
@@ -27,32 +29,34 @@ use self::regs::*;
 use crate::intel::{self, Chip, Hardware, Reset, RingRegisters};
 use crate::port::PortConfig;
 
-/// Link control, in the PCI Express capability, and its bits for ASPM's L0s and L1 (PCI Express 4.0, 7.5.3.7).
+/// Offset of Link Control in the PCI Express capability, and its bits for ASPM L0s and L1 (PCI Express 4.0,
+/// 7.5.3.7).
 const LINK_CONTROL: u16 = 0x10;
 const LINK_CONTROL_ASPM: u16 = 3;
-/// Bytes of a step of FCRTL and FCRTH.
+/// Granularity of FCRTL and FCRTH in bytes.
 const WATERMARK_STEP: u32 = 8;
 
-/// Longest frame of an 82574 in bytes, with its VLAN tag and without check sequence (Linux, `DEFAULT_JUMBO`, which counts that).
+/// Longest frame of an 82574 in bytes, with its VLAN tag but without the check sequence, which Linux's
+/// `DEFAULT_JUMBO` includes.
 const MAX_FRAME_82574: usize = 9230;
-/// Most bytes that a frame takes in a FIFO beside its own: its check sequence to receive, its descriptor to send (Linux,
-/// `e1000_reset`).
+/// Upper limit in bytes of a frame's overhead in a FIFO: its check sequence in the receive FIFO, its
+/// descriptor in the transmit FIFO (Linux, `e1000_reset`).
 const FIFO_OVERHEAD: usize = 20;
-/// KiB in steps of which the FIFOs of an 8254x are divided (SDM 13.4, PBA); an 82574 takes any number.
+/// Granularity in KiB of the FIFO sizes of an 8254x (SDM 13.4, PBA). An 82574 accepts any size.
 const FIFO_STEP: u32 = 8;
 
-/// A port of one of these chips.
+/// Port of an 8254x or 82574.
 pub type Device = intel::Device<E1000>;
 /// Receive queue of a port.
 pub type RxQueue = intel::RxQueue<Legacy>;
 /// Transmit queue of a port.
 pub type TxQueue = intel::TxQueue<Legacy>;
 
-/// One of these chips.
+/// An 8254x or 82574.
 #[derive(Debug)]
 pub struct E1000 {
     mac: MacType,
-    /// I/O ports, of the chips that are reset through them.
+    /// BAR of the I/O ports, on chips that are reset through them.
     io: Option<Bar>,
 }
 
@@ -72,8 +76,8 @@ impl Chip for E1000 {
         Some(Self { mac, io })
     }
 
-    /// Aligned to its size, a ring crosses no 64 KiB, at which the first 82545 and 82546 fail (erratum 23; Linux,
-    /// `e1000_check_64k_bound`). Packet buffers are aligned so, too.
+    /// Aligns a ring to its size, so that it crosses no 64 KiB boundary, at which the first 82545 and 82546
+    /// fail (erratum 23; Linux, `e1000_check_64k_bound`). Packet buffers are aligned the same way.
     fn ring_alignment(len: usize) -> usize {
         len
     }
@@ -86,13 +90,14 @@ impl Chip for E1000 {
         Ok(dma_mask)
     }
 
-    /// The 8254x take more than a frame can have here: they send up to 16288 bytes (SDM 3.3.3).
+    /// Limits the 8254x to `MAX_FRAME`, although they send up to 16288 bytes (SDM 3.3.3).
     fn max_frame(&self) -> usize {
         if self.is_express() { MAX_FRAME_82574 } else { MAX_FRAME }
     }
 
-    /// The receive FIFO must hold one frame, the transmit FIFO two (Linux, `e1000_reset`). The chip uses a new size from the next
-    /// CTRL.RST on, which leaves PBA as it is: Linux and DPDK write it before that only.
+    /// Sizes the receive FIFO for one frame and the transmit FIFO for two (Linux, `e1000_reset`). The chip
+    /// applies a new PBA at the next CTRL.RST, which does not change PBA. Linux and DPDK write PBA only
+    /// before a reset.
     fn make_room(&self, hardware: &Hardware, max_frame: usize) -> bool {
         let pba = hardware.bar.read32(PBA);
         let (rx, tx) = (pba & PBA_RXA, pba >> PBA_TXA_SHIFT);
@@ -131,12 +136,12 @@ impl Chip for E1000 {
 }
 
 impl E1000 {
-    /// Highest address that the chip gives out. On conventional PCI the 8254x have 32 address lines that work: Linux
-    /// saw transmitters hang with more (e1000_main.c, `e1000_probe`).
+    /// Returns the highest device address that the chip can use. On conventional PCI only 32 address lines of
+    /// the 8254x work: Linux saw transmitters hang with more (e1000_main.c, `e1000_probe`).
     ///
     /// # Errors
-    /// `Unavailable` for an 82544 on PCI-X, which hangs at buffers that end where ours may (82544 specification update;
-    /// Linux, `pcix_82544`).
+    /// `Unavailable` for an 82544 on PCI-X, which hangs on some buffer end addresses that Vireo may use
+    /// (82544 specification update; Linux, `pcix_82544`).
     fn reach(&self, hardware: &Hardware) -> Result<u64> {
         let pcix = !self.is_express() && hardware.bar.read32(STATUS) & STATUS_PCIX_MODE != 0;
         if pcix && self.mac == MacType::I82544 {
@@ -146,13 +151,13 @@ impl E1000 {
         Ok(if pcix || self.is_express() { u64::MAX } else { u32::MAX.into() })
     }
 
-    /// What is the 82574's alone.
+    /// Applies the settings that only the 82574 needs.
     fn set_up_82574(hardware: &Hardware) {
         let bar = &hardware.bar;
-        // Legacy descriptors and one queue, whatever the last driver chose (DS 10.2.5).
+        // Legacy descriptors and one queue, whatever the previous driver chose (DS 10.2.5).
         bar.write32(RFCTL, 0);
         bar.write32(MRQC, 0);
-        // Bits that the manual reserves and the errata want, each with its source in `regs`.
+        // Bits that the manual reserves but the errata require. `regs` gives the source of each.
         let change = |register, set, clear| hardware.change(register, set, clear);
         change(TXDCTL, TXDCTL_COUNT_DESC, 0);
         change(TARC0, TARC0_82574_SET, TARC0_82574_CLEAR);
@@ -161,8 +166,9 @@ impl E1000 {
         change(GCR2, GCR2_82574_SET, 0);
     }
 
-    /// Turns ASPM off, with which the 82574 loses completions and then sends nothing more (82574 specification update;
-    /// Linux, `FLAG2_DISABLE_ASPM_L0S` and `_L1`). VFIO lets nobody write link control, so it may be root's to do.
+    /// Disables ASPM, with which the 82574 loses completions and then stops sending (82574 specification
+    /// update; Linux, `FLAG2_DISABLE_ASPM_L0S` and `_L1`). VFIO rejects writes to Link Control, so root may
+    /// have to disable ASPM.
     fn disable_aspm(&self, function: &dyn Function) -> Result<()> {
         let express = capabilities(function)?.into_iter().find(|found| found.id == CAP_ID_EXPRESS);
         let Some(control) = express.map(|found| found.offset + LINK_CONTROL) else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! The way to the PHY, which only the 82574's firmware uses too (DS 10.2.2, EXTCNF_CTRL).
+//! PHY access. Only the 82574 shares its PHY with firmware (DS 10.2.2, EXTCNF_CTRL).
 
 use std::time::Duration;
 
@@ -8,7 +8,8 @@ use super::E1000;
 use super::regs::*;
 use crate::intel::{Hardware, Phy, Reset};
 
-/// Between two requests for MDIO ownership, and their number (Linux, `e1000_get_hw_semaphore_82573`).
+/// Interval between requests for MDIO ownership, and the number of requests (Linux,
+/// `e1000_get_hw_semaphore_82573`).
 const MDIO_RETRY: Duration = Duration::from_millis(2);
 const MDIO_RETRIES: u32 = 10;
 
@@ -34,7 +35,7 @@ impl Phy for E1000 {
         }
     }
 
-    /// The PHY then negotiates by itself.
+    /// Powers up the PHY, which then negotiates by itself.
     fn wake_phy(&self, hardware: &Hardware) -> Result<()> {
         match hardware.mdic(MDIC_OP_READ, PHY_CONTROL)? {
             Some(control) if control & PHY_CONTROL_POWER_DOWN != 0 => hardware

@@ -1,4 +1,4 @@
-//! The reset, which each generation of chips wants in its own way.
+//! Reset, which differs between generations of chips.
 
 use std::time::Duration;
 
@@ -11,17 +11,19 @@ use super::chip::MacType;
 use super::regs::*;
 use crate::intel::{Hardware, Reset};
 
-/// Rest of an 82544 after [`Reset::REST`], before it is asked for the reload (Linux, `e1000_reset_hw`).
+/// Further delay of an 82544 after [`Reset::REST`], before the reload is requested (Linux, `e1000_reset_hw`).
 const REST_82544: Duration = Duration::from_micros(10);
-/// Reload of an 82544's registers from the EEPROM, from CTRL_EXT.EE_RST on (Linux, `e1000_reset_hw`).
+/// Time that an 82544 takes to reload its registers from the EEPROM, from CTRL_EXT.EE_RST on (Linux,
+/// `e1000_reset_hw`).
 const RELOAD_82544: Duration = Duration::from_millis(2);
-/// Reload of the other 8254x, which tell nobody when it ends (Linux, `e1000_get_auto_rd_done`).
+/// Time that the other 8254x take to reload. They do not report the end of the reload (Linux,
+/// `e1000_get_auto_rd_done`).
 const RELOAD: Duration = Duration::from_millis(5);
-/// Set-up of the 82574's PHY, which begins where EECD.AUTO_RD is set (Linux, `e1000_reset_hw_82571`).
+/// Time to set up the 82574's PHY, from the moment that EECD.AUTO_RD is set (Linux, `e1000_reset_hw_82571`).
 const PHY_SETUP: Duration = Duration::from_millis(25);
 
-/// First BAR of I/O ports; none where the firmware gave it no address. Its number differs: BAR 0 of PCI-X chips
-/// takes two (SDM 4.1).
+/// Returns the first BAR of I/O ports, or `None` if the firmware assigned it no address. Its number varies,
+/// because BAR 0 of PCI-X chips takes two (SDM 4.1).
 pub(super) fn io_bar(function: &dyn Function) -> Option<Bar> {
     const BAR0: u16 = 0x10;
     const IS_IO: u32 = 1;
@@ -35,7 +37,7 @@ pub(super) fn io_bar(function: &dyn Function) -> Option<Bar> {
 
 impl Reset for E1000 {
     const INTERRUPT_MASKS: &'static [u64] = &[IMC];
-    /// It must not interrupt firmware that talks to the PHY (DS 10.2.2, EXTCNF_CTRL).
+    /// A reset must not interrupt firmware that is accessing the PHY (DS 10.2.2, EXTCNF_CTRL).
     const RESET_NEEDS_PHY: bool = true;
     /// SDM 13.4, CTRL.RST.
     const REST: Duration = Duration::from_micros(1);
@@ -56,11 +58,12 @@ impl Reset for E1000 {
                     io.write32(IOADDR, CTRL as u32);
                     io.write32(IODATA, ctrl);
                 } else {
-                    // For QEMU, whose I/O ports lead nowhere.
+                    // For QEMU, whose I/O ports have no effect.
                     hardware.bar.write32(CTRL, ctrl);
                 }
             }
-            // The 82574; and others without I/O ports, which are no masters of the bus now and may take it.
+            // The 82574, and other chips without I/O ports. The latter may accept the write, because they are
+            // not bus masters at this point.
             None => hardware.bar.write32(CTRL, ctrl),
         }
         Ok(())
@@ -86,7 +89,7 @@ impl Reset for E1000 {
 
     fn settle(&self, hardware: &Hardware) {
         if self.mac.has_management() {
-            // On a board with ASF the firmware would keep ARP requests to itself (SDM 13.4, MANC).
+            // On a board with ASF, the firmware would otherwise consume ARP requests (SDM 13.4, MANC).
             hardware.change(MANC, 0, MANC_ARP_EN);
         }
         // For QEMU, whose 82540EM clears CTRL.RST and nothing else.

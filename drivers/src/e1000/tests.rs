@@ -1,4 +1,4 @@
-//! What is e1000's alone, against the in-process device.
+//! Tests of e1000 only, against the in-process device.
 
 use vireo_eal::dma::{Burst, DmaMemory, Pool};
 use vireo_eal::mem::{Backing, Region};
@@ -15,7 +15,7 @@ impl Family for E1000 {
     const STANDARD: DeviceId = ID_82574L;
     const CHIPS: &'static [DeviceId] = &[ID_82540EM, ID_82574L];
     const KINDS: &'static [DeviceId] = &[ID_82544GC, ID_82540EM, ID_82545EM, ID_82545GM, ID_82574L];
-    /// Within 32 bits.
+    /// Device address within 32 bits.
     const IOVA: u64 = 0x8000_0000;
 }
 
@@ -65,7 +65,8 @@ fn start_brings_up_what_the_manual_asks_for() {
     });
 }
 
-/// Two frames have room in the FIFO that is sent from, one in the other, when the chip was reset with that.
+/// The transmit FIFO has room for two frames and the receive FIFO for one, once the chip was reset with those
+/// sizes.
 #[test]
 fn the_packet_buffer_is_divided_for_long_frames() {
     let cases = [

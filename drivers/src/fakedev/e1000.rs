@@ -1,4 +1,4 @@
-//! The device half of `e1000`: an 82540EM or 82574L, and others as the chips are.
+//! Fake device for `e1000`: an 82540EM or 82574L, and in silicon mode also other chips.
 
 mod registers;
 mod silicon;
@@ -15,29 +15,30 @@ use super::ConfigSpace;
 use super::intel::{Fake, Model, RegisterFile};
 pub use super::intel::{Faults, PAUSE_ADDRESS};
 
-/// Buffer size that RCTL.BSIZE 0 means, in bytes; 1, 2 and 3 are each half of the one before.
+/// Buffer size in bytes for RCTL.BSIZE 0. Each of the values 1, 2 and 3 halves the size of the previous one.
 const BSIZE: usize = 2048;
 /// BAR of the I/O ports IOADDR and IODATA (SDM 13.2.2), and its size in bytes.
 const IO_BAR: u8 = 1;
 const IO_SIZE: usize = 8;
 const IOADDR: u64 = 0;
-/// PCI Express capability, and the bits of its link control that enable ASPM (PCI Express 4.0, 7.5.3.7).
+/// Id of the PCI Express capability, the offset of its Link Control, and the bits there that enable ASPM (PCI
+/// Express 4.0, 7.5.3.7).
 const CAP_ID_EXPRESS: u8 = 0x10;
 const LINK_CONTROL: u16 = 0x10;
 const ASPM: u8 = 3;
 
-/// 82540EM: no function reset.
+/// 82540EM, without function reset.
 pub const ID_82540EM: DeviceId = DeviceId { vendor: 0x8086, device: 0x100E };
-/// 82574L: with function reset.
+/// 82574L, with function reset.
 pub const ID_82574L: DeviceId = DeviceId { vendor: 0x8086, device: 0x10D3 };
-/// 82545EM: as the 82540EM, for PCI-X.
+/// 82545EM, like the 82540EM but for PCI-X.
 pub const ID_82545EM: DeviceId = DeviceId { vendor: 0x8086, device: 0x100F };
-/// 82544GC: the oldest.
+/// 82544GC, the oldest chip.
 pub const ID_82544GC: DeviceId = DeviceId { vendor: 0x8086, device: 0x100C };
-/// 82545GM: the second 82545.
+/// 82545GM, the second generation of the 82545.
 pub const ID_82545GM: DeviceId = DeviceId { vendor: 0x8086, device: 0x1026 };
 
-/// The test's handle on the device.
+/// Test handle of the device.
 pub type FakeE1000 = Fake<E1000>;
 
 /// An 8254x or 82574.
@@ -45,12 +46,12 @@ pub type FakeE1000 = Fake<E1000>;
 pub struct E1000 {
     id: DeviceId,
     silicon: Option<Silicon>,
-    /// PBA as CTRL.RST found it, which leaves it as it is.
+    /// Value of PBA before CTRL.RST, which does not change it.
     pba: Option<u32>,
 }
 
 impl FakeE1000 {
-    /// The slot is PCI-X: the chip uses addresses of 64 bits. In silicon mode only.
+    /// Puts the chip in a PCI-X slot, where it uses 64-bit addresses. Has an effect only in silicon mode.
     pub fn set_pcix(&self) {
         self.with_model(|model| {
             if let Some(silicon) = &mut model.silicon {
@@ -74,7 +75,7 @@ impl Model for E1000 {
 
     fn describe(&self, config: &ConfigSpace) {
         if self.id == ID_82574L {
-            // Link control is at 10h; what is before it does not matter here.
+            // Link Control is at 10h. The bytes before it do not matter here.
             let mut body = [0; 0x12];
             body[usize::from(LINK_CONTROL) - 2] = ASPM;
             config.add_capability(CAP_ID_EXPRESS, &body);
@@ -112,14 +113,14 @@ impl Model for E1000 {
         self.id == ID_82574L
     }
 
-    /// As QEMU's models leave them, and as the NVM sets them.
+    /// Reset values of QEMU's models, and those that the NVM sets on a chip.
     fn defaults(&self) -> Vec<(u64, u32)> {
         let of_chip = self.silicon.as_ref().map_or(&[][..], Silicon::defaults);
         let pba = self.pba.unwrap_or(if self.id == ID_82574L { 0x0014_0014 } else { 0x0010_0030 });
         [&[(EECD, EECD_AUTO_RD), (PBA, pba)], of_chip].concat()
     }
 
-    /// QEMU's 8254x do.
+    /// True for QEMU's 8254x.
     fn keeps_statistics(&self) -> bool {
         self.silicon.is_none() && self.id != ID_82574L
     }
@@ -159,7 +160,7 @@ impl Model for E1000 {
     fn sends(&self, registers: &RegisterFile, config: &ConfigSpace) -> bool {
         let mut aspm = [0];
         if self.id == ID_82574L {
-            // The only capability, so the first byte behind the header.
+            // It is the only capability, so it directly follows the header.
             config.read(0x40 + LINK_CONTROL, &mut aspm);
         }
         let aspm = aspm[0] & ASPM != 0;
@@ -185,7 +186,7 @@ impl Model for E1000 {
     }
 }
 
-/// I/O ports of the device. QEMU's models have them and let nothing through.
+/// I/O ports of the device. Those of QEMU's models have no effect.
 struct Ports(FakeE1000);
 
 impl Registers for Ports {

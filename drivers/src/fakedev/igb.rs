@@ -1,4 +1,4 @@
-//! The device half of `igb`: an 82576 or I350 with queue 0.
+//! Fake device for `igb`: an 82576 or I350 with queue 0.
 
 mod registers;
 mod silicon;
@@ -13,15 +13,15 @@ use super::ConfigSpace;
 pub use super::intel::Faults;
 use super::intel::{Fake, Model, RegisterFile};
 
-/// PCI Express capability.
+/// Id of the PCI Express capability.
 const CAP_ID_EXPRESS: u8 = 0x10;
 
-/// 82576, the one that QEMU models.
+/// 82576, which QEMU models.
 pub const ID_82576: DeviceId = DeviceId { vendor: 0x8086, device: 0x10C9 };
 /// I350.
 pub const ID_I350: DeviceId = DeviceId { vendor: 0x8086, device: 0x1521 };
 
-/// The test's handle on the device.
+/// Test handle of the device.
 pub type FakeIgb = Fake<Igb>;
 
 /// An 82576 or I350.
@@ -37,7 +37,7 @@ impl Model for Igb {
     const RESETS: &'static [u64] = &[CTRL];
     const PHY_NEGOTIATES: bool = false;
     const STATISTICS_OUTLIVE_RESET: bool = false;
-    /// Packet type and RSS hash, for which the buffer's address goes.
+    /// Packet type and RSS hash, which replace the buffer's address.
     const WRITTEN_BACK: Option<u64> = Some(0x5EED_5EED_0000_0031);
 
     fn new(id: DeviceId, silicon: bool) -> Self {
@@ -75,9 +75,10 @@ impl Model for Igb {
         true
     }
 
-    /// As QEMU's model and the manual have them; PHPM and CTRL_EXT as no driver wants them.
+    /// Reset values of QEMU's model and the manual, except for PHPM and CTRL_EXT, whose values a driver must
+    /// change.
     fn defaults(&self) -> Vec<(u64, u32)> {
-        // 64 KiB; and the I350's number for 36 KiB (Linux, `e1000_82580_rxpbs_table`).
+        // 64 KiB on the 82576, and the I350's code for 36 KiB (Linux, `e1000_82580_rxpbs_table`).
         let rxpbs = if self.id == ID_I350 { 0 } else { 0x0000_0040 };
         vec![
             (CTRL, 0x0010_0A09),
@@ -112,7 +113,7 @@ impl Model for Igb {
         faults: Faults,
         bus_master: bool,
     ) -> u32 {
-        // A queue is enabled no sooner than its half of the chip.
+        // A queue reads as disabled until the receiver or transmitter is enabled.
         let of_queue = [(RXDCTL, RCTL, RCTL_EN), (TXDCTL, TCTL, TCTL_EN)];
         if let Some((_, control, enabled)) = of_queue.into_iter().find(|(queue, ..)| *queue == offset)
             && (registers.get(control) & enabled == 0 || offset == RXDCTL && faults.never_enabled)
@@ -138,7 +139,7 @@ impl Model for Igb {
         }
     }
 
-    /// As SRRCTL has it; 0 for descriptors other than the advanced ones with one buffer.
+    /// Returns the size in SRRCTL, or 0 for descriptors other than advanced ones with one buffer.
     fn buffer_size(&self, registers: &RegisterFile) -> usize {
         let srrctl = registers.get(SRRCTL);
         let receives = registers.get(RXDCTL) & QUEUE_ENABLE != 0 && registers.get(STATUS) & STATUS_LU != 0;

@@ -1,8 +1,9 @@
-//! The device half of Intel's Gigabit Ethernet controllers: registers, rings and the wire. What a family does in its own way is
-//! a [`Model`].
+//! Fake Intel Gigabit Ethernet controllers: registers, rings and the wire. The family-specific parts are in a
+//! [`Model`].
 //!
-//! It does what it is told when it is told, with no thread of its own: [`Fake::new`] as QEMU's models do, [`Fake::silicon`] as the
-//! chips do. The hooks of [`Faults`] and [`Fake::receive_raw`] make it lie.
+//! A fake controller has no thread of its own and acts only when it is called. [`Fake::new`] makes it behave
+//! like QEMU's models, [`Fake::silicon`] like the chips. [`Faults`] and [`Fake::receive_raw`] make it
+//! misbehave.
 
 mod model;
 pub(crate) mod registers;
@@ -24,15 +25,15 @@ use self::state::{KEPT, State};
 use super::ConfigSpace;
 use crate::port::MacAddr;
 
-/// First and last statistics register (SDM 13.7, 82576 8.19); reads clear them.
+/// Range of the statistics registers (SDM 13.7, 82576 8.19), which reads clear.
 const STATISTICS: std::ops::RangeInclusive<u64> = CRCERRS..=0x40FC;
-/// The address of PAUSE frames (IEEE 802.3, 31B.1).
+/// Destination address of PAUSE frames (IEEE 802.3, 31B.1).
 pub const PAUSE_ADDRESS: MacAddr = MacAddr([0x01, 0x80, 0xC2, 0, 0, 1]);
 
-/// What the device does wrong.
+/// Faults that a device can be given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
-    /// Registers read all ones, as of a device that was pulled.
+    /// Registers read as all ones, as on a removed device.
     pub gone: bool,
     /// CTRL.RST never clears.
     pub reset_hangs: bool,
@@ -40,13 +41,13 @@ pub struct Faults {
     pub no_function_reset: bool,
     /// Frames are sent, but no descriptor is marked done.
     pub never_done: bool,
-    /// RAH0 says that there is no address.
+    /// RAH0 reports that there is no address.
     pub no_address: bool,
-    /// RXDCTL never says that the queue is enabled, where it says so of others.
+    /// RXDCTL never reports that the queue is enabled, on chips where it can.
     pub never_enabled: bool,
 }
 
-/// The test's handle on the device. Clones are the same device.
+/// Test handle of a device. Clones refer to the same device.
 #[derive(Debug)]
 pub struct Fake<M> {
     address: Bdf,
@@ -67,12 +68,14 @@ impl<M> Clone for Fake<M> {
 }
 
 impl<M: Model> Fake<M> {
-    /// A device as QEMU models it, after power-on: the function for a driver, and the handle.
+    /// Creates a device that behaves like QEMU's model, after power-on. Returns the function for a driver,
+    /// and the handle.
     pub fn new(address: Bdf, id: DeviceId, mac: MacAddr) -> (Box<dyn Function>, Self) {
         Self::with(address, id, mac, false)
     }
 
-    /// A device as the manuals and errata describe the chip, after power-on.
+    /// Creates a device that behaves as the manuals and errata describe the chip, after power-on. Returns the
+    /// function for a driver, and the handle.
     pub fn silicon(address: Bdf, id: DeviceId, mac: MacAddr) -> (Box<dyn Function>, Self) {
         Self::with(address, id, mac, true)
     }
@@ -93,7 +96,7 @@ impl<M: Model> Fake<M> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does `change` to what the family keeps beside the registers.
+    /// Applies `change` to the family-specific state.
     pub(super) fn with_model<T>(&self, change: impl FnOnce(&mut M) -> T) -> T {
         change(&mut self.lock().model)
     }
@@ -103,53 +106,53 @@ impl<M: Model> Fake<M> {
         self.lock().memory = Some(memory);
     }
 
-    /// Makes the device misbehave from now on.
+    /// Sets the faults of the device from now on.
     pub fn set_faults(&self, faults: Faults) {
         self.lock().set_faults(faults);
     }
 
-    /// Its config space.
+    /// Config space of the device.
     pub fn config(&self) -> &ConfigSpace {
         &self.config
     }
 
-    /// What the driver's register at `offset` bytes holds; reading it so changes nothing.
+    /// Returns the value of the register at `offset` bytes, without the side effects of a driver's read.
     pub fn register(&self, offset: u64) -> u32 {
         if Self::is_tail(offset) { self.doorbells.load(offset) } else { self.lock().get(offset) }
     }
 
-    /// Sets a register, a counter or a semaphore for example.
+    /// Sets a register, for example a counter or a semaphore.
     pub fn set_register(&self, offset: u64, value: u32) {
         self.lock().set(offset, value);
     }
 
-    /// The link is down because the PHY sleeps; it comes up when the driver wakes it.
+    /// Puts the PHY to sleep, so that the link is down until the driver wakes the PHY.
     pub fn sleep_phy(&self) {
         self.lock().sleep_phy();
     }
 
-    /// Plugs the cable in or pulls it. The partner advertises `partner` in PHY register 5.
+    /// Plugs in or pulls the cable. The partner advertises `partner` in PHY register 5.
     pub fn plug(&self, cable: bool, partner: u16) {
         self.lock().plug(cable, partner);
     }
 
-    /// Whether the chip hangs, which only its power ends.
+    /// Whether the chip hangs until it is power-cycled.
     pub fn is_hung(&self) -> bool {
         self.lock().model.is_hung()
     }
 
-    /// PAUSE frames that the transmitter obeyed.
+    /// Number of PAUSE frames that the transmitter obeyed.
     pub fn pauses(&self) -> u64 {
         self.lock().pauses
     }
 
-    /// Descriptors that the driver has armed and the device has not used.
+    /// Number of RX descriptors that the driver has armed and the device has not used.
     pub fn armed(&self) -> usize {
         self.lock().between(M::RDBAL, self.doorbells.load(M::RDBAL + TAIL))
     }
 
-    /// A frame arrives on the wire; the chip may keep it to itself. False when it finds no room, which MPC counts, or no
-    /// receiver.
+    /// Receives a frame from the wire, which the chip may consume itself. Returns false, and increments MPC,
+    /// if there is no room or no receiver.
     pub fn receive(&self, frame: &[u8]) -> bool {
         let mut state = self.lock();
         let rdt = self.doorbells.load(M::RDBAL + TAIL);
@@ -173,12 +176,13 @@ impl<M: Model> Fake<M> {
         true
     }
 
-    /// Completes the next descriptor with `word` and no data, whatever it says and whether or not it is armed.
+    /// Completes the next descriptor with `word` and no data. `word` can be any value, and the descriptor
+    /// need not be armed.
     pub fn receive_raw(&self, word: u64) {
         let _ = self.lock().complete_rx(&[], word);
     }
 
-    /// Completes the descriptor `ahead` of the next one out of its turn, which stays as it is.
+    /// Completes the descriptor `ahead` positions after the next one, out of order. The next one stays next.
     pub fn receive_raw_ahead(&self, ahead: u32, word: u64) {
         let mut state = self.lock();
         let head = state.get(M::RDBAL + HEAD);
@@ -187,7 +191,7 @@ impl<M: Model> Fake<M> {
         state.set(M::RDBAL + HEAD, head);
     }
 
-    /// Sends what the driver has queued, up to TDT.
+    /// Sends the frames that the driver has queued, up to TDT.
     pub fn step(&self) {
         let mut state = self.lock();
         let enabled = self.config.bus_master() && state.get(TCTL) & TCTL_EN != 0;
@@ -202,18 +206,18 @@ impl<M: Model> Fake<M> {
         }
     }
 
-    /// Sends what the driver has queued, and gives what was sent since the last call.
+    /// Sends the frames that the driver has queued, and returns all frames sent since the last call.
     pub fn transmitted(&self) -> Vec<Vec<u8>> {
         self.step();
         std::mem::take(&mut self.lock().sent)
     }
 
-    /// How often the driver read a register.
+    /// Number of register reads by the driver.
     pub fn reads(&self) -> u64 {
         self.lock().reads
     }
 
-    /// How often the device was reset.
+    /// Number of resets of the device.
     pub fn resets(&self) -> u64 {
         self.lock().resets
     }
@@ -222,7 +226,7 @@ impl<M: Model> Fake<M> {
         offset == M::RDBAL + TAIL || offset == M::TDBAL + TAIL
     }
 
-    /// Resets the device, by CTRL.RST or by its function.
+    /// Resets the device, through CTRL.RST or through its function.
     pub(super) fn reset_all(&self, of_function: bool) {
         let state = &mut *self.lock();
         state.model.begin_reset(&state.registers, self.config.bus_master(), of_function);

@@ -1,5 +1,5 @@
-//! Device halves that run in the process: what the NIC does, played over the same memory and registers, for
-//! tests and for counting the drivers' instructions. They keep no rule that a real device could break.
+//! Fake devices that run in the process. They work on the same memory and registers as a NIC would, for tests
+//! and for counting the drivers' instructions. They can break any rule that a real device could break.
 
 pub mod e1000;
 pub mod igb;
@@ -10,36 +10,36 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vireo_bus_pci::DeviceId;
 
-/// Bytes of conventional PCI config space.
+/// Size of conventional PCI config space in bytes.
 const LEN: usize = 256;
 /// Registers of the type 0 header (PCI Local Bus 3.0, 6.1).
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BAR0: usize = 0x10;
 const CAPABILITY_POINTER: usize = 0x34;
-/// First byte behind the header, where capabilities may be.
+/// Size of the header in bytes, after which capabilities may follow.
 const HEADER_LEN: usize = 0x40;
 const COMMAND_IO: u8 = 1 << 0;
 const COMMAND_MEMORY: u8 = 1 << 1;
 const COMMAND_BUS_MASTER: u8 = 1 << 2;
 const STATUS_CAPABILITY_LIST: u8 = 1 << 4;
 
-/// Config space of a function that a program plays. Clones share the bytes, so that the function given to a
-/// driver and the handle of the test see the same.
+/// Config space of an emulated function. Clones share the bytes, so that the driver's function and the test's
+/// handle see the same contents.
 #[derive(Clone, Debug)]
 pub struct ConfigSpace(Arc<Mutex<Bytes>>);
 
 #[derive(Debug)]
 struct Bytes {
     bytes: [u8; LEN],
-    /// Offset of the byte that points to the next capability.
+    /// Offset of the byte that links to the next capability.
     last_link: usize,
-    /// First free byte behind the capabilities.
+    /// Offset of the first free byte after the capabilities.
     end: usize,
 }
 
 impl ConfigSpace {
-    /// Config space of a function with this id: no BAR, no capability, disabled.
+    /// Creates the config space of a function with this id: no BAR, no capability, disabled.
     pub fn new(id: DeviceId) -> Self {
         let mut bytes = [0; LEN];
         bytes[..2].copy_from_slice(&id.vendor.to_le_bytes());
@@ -47,12 +47,12 @@ impl ConfigSpace {
         Self(Arc::new(Mutex::new(Bytes { bytes, last_link: CAPABILITY_POINTER, end: HEADER_LEN })))
     }
 
-    /// Whatever a panicking test left, config space stays bytes.
+    /// Ignores poisoning, because a panicking test cannot leave the bytes invalid.
     fn lock(&self) -> MutexGuard<'_, Bytes> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the function is.
+    /// Vendor and device id of the function.
     pub fn id(&self) -> DeviceId {
         let bytes = self.lock().bytes;
         DeviceId {
@@ -61,19 +61,19 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes the address register of BAR `index` (0 to 5) as firmware does: `address` with its type bits.
+    /// Writes base address register `index` (0 to 5) as firmware does. `address` includes the type bits.
     ///
     /// # Panics
-    /// When there is no such BAR.
+    /// When `index` is above 5.
     pub fn set_bar(&self, index: u8, address: u32) {
         assert!(index < 6);
         self.set(BAR0 as u16 + 4 * u16::from(index), &address.to_le_bytes());
     }
 
-    /// Appends a capability: its id, the link to the next, then `body`. Gives its offset.
+    /// Appends a capability: its id, the link to the next one, then `body`. Returns its offset.
     ///
     /// # Panics
-    /// When it does not fit.
+    /// When the capability does not fit.
     pub fn add_capability(&self, id: u8, body: &[u8]) -> u16 {
         let mut space = self.lock();
         let offset = space.end.next_multiple_of(4);
@@ -89,7 +89,7 @@ impl ConfigSpace {
         offset as u16
     }
 
-    /// Reads at `offset`; all ones beyond the end.
+    /// Reads at `offset`. Bytes beyond the end read as all ones.
     pub fn read(&self, offset: u16, bytes: &mut [u8]) {
         let space = self.lock();
         for (at, byte) in (usize::from(offset)..).zip(bytes) {
@@ -97,7 +97,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes a driver's write: the command register and what is behind the header change, the rest does not.
+    /// Performs a driver's write. Only the command register and the bytes after the header change.
     pub fn write(&self, offset: u16, bytes: &[u8]) {
         let mut space = self.lock();
         for (at, byte) in (usize::from(offset)..LEN).zip(bytes) {
@@ -107,7 +107,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes anything anywhere, as a device that lies does; what is beyond the end is lost.
+    /// Writes any bytes anywhere, as a misbehaving device does. Bytes beyond the end are lost.
     pub fn set(&self, offset: u16, bytes: &[u8]) {
         let mut space = self.lock();
         for (at, byte) in (usize::from(offset)..LEN).zip(bytes) {
@@ -115,12 +115,12 @@ impl ConfigSpace {
         }
     }
 
-    /// Whether the function answers accesses to I/O ports.
+    /// Whether the function responds to accesses to I/O ports.
     pub fn io_enabled(&self) -> bool {
         self.lock().bytes[COMMAND] & COMMAND_IO != 0
     }
 
-    /// Whether the function answers memory accesses.
+    /// Whether the function responds to memory accesses.
     pub fn memory_enabled(&self) -> bool {
         self.lock().bytes[COMMAND] & COMMAND_MEMORY != 0
     }

@@ -1,5 +1,5 @@
-//! The device's half of virtio-net (virtio 1.2): modern PCI, split rings, no threads. Each call does its work
-//! before it returns. [`Behaviour`] makes it an honest device, a poor one, or a liar.
+//! Fake virtio-net device (virtio 1.2): modern PCI, split rings, no threads. Each call completes its work
+//! before it returns. [`Behaviour`] selects a well-behaved, a limited or a misbehaving device.
 
 mod registers;
 mod rings;
@@ -14,14 +14,14 @@ use vireo_eal::mmio::DoorbellPage;
 use super::ConfigSpace;
 use rings::Queue;
 
-/// Virtqueue that receives, of the first pair.
+/// Receive virtqueue of the first pair.
 pub const RX: u16 = 0;
-/// Virtqueue that transmits, of the first pair.
+/// Transmit virtqueue of the first pair.
 pub const TX: u16 = 1;
-/// Most pairs of a device here.
+/// Maximum number of queue pairs of a fake device.
 const MOST_PAIRS: u16 = 2;
 
-/// Feature bits for [`Behaviour::features`], by their names in the specification.
+/// Feature bits for [`Behaviour::features`], under the specification's names.
 #[allow(missing_docs)]
 pub mod feature {
     pub const CSUM: u64 = 1 << 0;
@@ -41,65 +41,66 @@ pub mod feature {
     pub const ORDER_PLATFORM: u64 = 1 << 36;
 }
 
-/// The BAR with all registers and its layout; one page for each structure.
+/// BAR with all registers, and its layout: one page per structure.
 const BAR: u8 = 4;
 const COMMON: u64 = 0x0000;
 const DEVICE: u64 = 0x1000;
 const NOTIFY: u64 = 0x2000;
 const PAGE: u64 = 0x1000;
 const NOTIFY_OFF_MULTIPLIER: u32 = 4;
-/// No queue has this index, so a doorbell that still holds it was not rung.
+/// Value of a doorbell that was not rung: no queue has this index.
 const NOT_RUNG: u16 = u16::MAX;
 
 const STATUS_DRIVER_OK: u8 = 4;
 
-/// What the device offers and how it errs. A change counts from the next access on.
+/// What the device offers and how it misbehaves. A change takes effect at the next access.
 #[derive(Clone, Debug)]
 pub struct Behaviour {
     /// Offered feature bits.
     pub features: u64,
-    /// `max_virtqueue_pairs`; the device has two at most.
+    /// `max_virtqueue_pairs`. The device has at most two pairs.
     pub pairs: u16,
     /// `mtu` in config space.
     pub mtu: u16,
-    /// Largest size of every queue, in descriptors.
+    /// Maximum size of every queue, in descriptors.
     pub queue_size: u16,
     /// Station address.
     pub mac: [u8; 6],
     /// Link state in config space.
     pub link_up: bool,
-    /// What [`Function::has_iommu`] says.
+    /// Result of [`Function::has_iommu`].
     pub iommu: bool,
-    /// Uses the newest RX buffer first, and completes what it sends from the last to the first.
+    /// Uses the newest RX buffer first, and completes TX buffers from the last to the first.
     pub out_of_order: bool,
-    /// Writes one used element for all buffers that it completes at once, where `IN_ORDER` allows that.
+    /// Writes one used element for all buffers that are completed together, if `IN_ORDER` is negotiated.
     pub one_element: bool,
     /// Never accepts the driver's features.
     pub refuse_features: bool,
-    /// Sets `DEVICE_NEEDS_RESET` in every status but 0.
+    /// Sets `DEVICE_NEEDS_RESET` in every status except 0.
     pub needs_reset: bool,
-    /// Has lost `DRIVER_OK`, and does nothing.
+    /// Has lost `DRIVER_OK`, and does no work.
     pub halted: bool,
     /// Ignores a reset through the status register.
     pub ignore_reset: bool,
-    /// Whether the function has a reset of its own.
+    /// Whether the function can be reset.
     pub function_reset: bool,
-    /// Every read of all registers gives ones, as after removal.
+    /// Reads of all registers return all ones, as after removal.
     pub removed: bool,
     /// Changes `config_generation` on every read.
     pub config_changes: bool,
-    /// `flags`, `csum_start` and `csum_offset` in the headers of received frames, where `GUEST_CSUM` allows that.
+    /// `flags`, `csum_start` and `csum_offset` in the headers of received frames, if `GUEST_CSUM` is
+    /// negotiated.
     pub checksum: (u8, u16, u16),
-    /// `num_buffers` of received frames, in place of the right number.
+    /// `num_buffers` of received frames, instead of the correct number.
     pub num_buffers: Option<u16>,
-    /// `queue_notify_off` of every queue, in place of its index.
+    /// `queue_notify_off` of every queue, instead of its index.
     pub notify_off: Option<u16>,
-    /// Answer to control commands; none never answers.
+    /// Response to control commands, or `None` to never respond.
     pub control_answer: Option<u8>,
 }
 
 impl Default for Behaviour {
-    /// As QEMU's `virtio-net-pci,disable-legacy=on,iommu_platform=on`.
+    /// Behaves like QEMU's `virtio-net-pci,disable-legacy=on,iommu_platform=on`.
     fn default() -> Self {
         use feature::{ACCESS_PLATFORM, CTRL_RX, CTRL_VQ, EVENT_IDX, MAC, MRG_RXBUF, STATUS, VERSION_1};
         Self {
@@ -127,7 +128,7 @@ impl Default for Behaviour {
     }
 }
 
-/// A virtio-net device; clones are handles of the same one.
+/// Fake virtio-net device. Clones are handles of the same device.
 #[derive(Clone, Debug)]
 pub struct VirtioNet {
     address: Bdf,
@@ -147,7 +148,7 @@ struct State {
     queue_select: u16,
     generation: u8,
     queues: [Queue; 2 * MOST_PAIRS as usize + 1],
-    /// Pairs that the driver has the device use.
+    /// Number of queue pairs that the driver has enabled.
     pairs: u16,
     promiscuous: bool,
     interrupts: u64,
@@ -163,17 +164,17 @@ impl Default for VirtioNet {
 }
 
 impl VirtioNet {
-    /// A device `1af4:1041` at `0000:00:03.0` that behaves so, just out of reset.
+    /// Creates a device `1af4:1041` at `0000:00:03.0` with this behavior, just out of reset.
     pub fn new(behaviour: Behaviour) -> Self {
         const ADDRESS: Bdf = Bdf::new(0, 0, 3, 0).expect("a device number below 32");
         Self::at(ADDRESS, behaviour)
     }
 
-    /// As [`VirtioNet::new`], at another address.
+    /// Same as [`VirtioNet::new`], at another address.
     pub fn at(address: Bdf, behaviour: Behaviour) -> Self {
         let config = ConfigSpace::new(DeviceId { vendor: 0x1af4, device: 0x1041 });
         for (kind, offset) in [(1, COMMON), (4, DEVICE), (2, NOTIFY)] {
-            // Behind id and link: cap_len, cfg_type, bar, id, padding, offset, length, multiplier (4.1.4).
+            // After id and link: cap_len, cfg_type, bar, id, padding, offset, length, multiplier (4.1.4).
             let mut body = [0; 18];
             body[..3].copy_from_slice(&[20, kind, BAR]);
             body[6..10].copy_from_slice(&(offset as u32).to_le_bytes());
@@ -195,12 +196,12 @@ impl VirtioNet {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The function, for the driver.
+    /// Returns the function, for the driver.
     pub fn function(&self) -> Box<dyn Function> {
         Box::new(self.clone())
     }
 
-    /// Config space, to lie in.
+    /// Config space, which tests can corrupt.
     pub fn config(&self) -> &ConfigSpace {
         &self.config
     }
@@ -215,43 +216,43 @@ impl VirtioNet {
         self.state().view = Some(view);
     }
 
-    /// Whether the driver has the device live, with DMA.
+    /// Whether the device is live: it is not halted, and the driver has set `DRIVER_OK` and enabled DMA.
     pub fn is_live(&self) -> bool {
         let state = self.state();
         self.config.bus_master() && state.status & STATUS_DRIVER_OK != 0 && !state.behaviour.halted
     }
 
-    /// Feature bits that the driver chose.
+    /// Feature bits that the driver accepted.
     pub fn driver_features(&self) -> u64 {
         self.state().driver_features
     }
 
-    /// Whether the driver asked for every frame.
+    /// Whether the device is in promiscuous mode. A reset enables it.
     pub fn is_promiscuous(&self) -> bool {
         self.state().promiscuous
     }
 
-    /// Interrupts that the driver's wishes let through.
+    /// Number of interrupts that the driver did not suppress.
     pub fn interrupts(&self) -> u64 {
         self.state().interrupts
     }
 
-    /// How often the driver read a register.
+    /// Number of register reads by the driver.
     pub fn reads(&self) -> u64 {
         self.state().reads
     }
 
-    /// How often the device was reset.
+    /// Number of resets of the device.
     pub fn resets(&self) -> u64 {
         self.state().resets
     }
 
-    /// Rules that the driver broke.
+    /// Rules of the specification that the driver broke.
     pub fn faults(&self) -> Vec<&'static str> {
         self.state().faults.clone()
     }
 
-    /// Whether `queue` was rung since the last call.
+    /// Whether the doorbell of `queue` was rung since the last call.
     pub fn take_doorbell(&self, queue: u16) -> bool {
         let at = NOTIFY + u64::from(queue) * u64::from(NOTIFY_OFF_MULTIPLIER);
         let rung = self.doorbells.load16(at) == queue;
@@ -259,22 +260,22 @@ impl VirtioNet {
         rung
     }
 
-    /// Pairs that the driver asked for by a control command.
+    /// Number of queue pairs that the driver requested by a control command; 1 after a reset.
     pub fn pairs(&self) -> u16 {
         self.state().pairs
     }
 
-    /// Puts `frame` into RX buffers; false when there are too few.
+    /// Writes `frame` to RX buffers. Returns false if there are too few, or the device is not live.
     pub fn receive(&self, frame: &[u8]) -> bool {
         self.receive_on(0, frame)
     }
 
-    /// As [`VirtioNet::receive`], by pair `pair`.
+    /// Same as [`VirtioNet::receive`], on queue pair `pair`.
     pub fn receive_on(&self, pair: u16, frame: &[u8]) -> bool {
         self.is_live() && self.state().receive(RX + 2 * pair, frame).unwrap_or(false)
     }
 
-    /// As [`VirtioNet::receive`] of each of `frames`, all of which the driver sees at once.
+    /// Like [`VirtioNet::receive`] for each of `frames`, which all become visible to the driver at once.
     pub fn receive_together(&self, frames: &[Vec<u8>]) -> bool {
         let mut state = self.state();
         let mut used = Vec::new();
@@ -283,12 +284,12 @@ impl VirtioNet {
         all
     }
 
-    /// Sends everything the driver offered and gives the frames in their order.
+    /// Sends everything that the driver made available, and returns the frames in order.
     pub fn transmitted(&self) -> Vec<Vec<u8>> {
         self.transmitted_on(0)
     }
 
-    /// As [`VirtioNet::transmitted`], of pair `pair`.
+    /// Same as [`VirtioNet::transmitted`], on queue pair `pair`.
     pub fn transmitted_on(&self, pair: u16) -> Vec<Vec<u8>> {
         if !self.is_live() {
             return Vec::new();
@@ -296,12 +297,12 @@ impl VirtioNet {
         self.state().transmit(TX + 2 * pair).unwrap_or_default()
     }
 
-    /// Completes descriptor `id` of `queue` with length `len`, whatever the driver offered.
+    /// Completes descriptor `id` of `queue` with length `len`, even if the driver did not make it available.
     pub fn push_used(&self, queue: u16, id: u32, len: u32) {
         self.state().push_used(queue, &[(id, len)]);
     }
 
-    /// Moves `used.idx` of `queue` by `count` without any completion.
+    /// Moves `used.idx` of `queue` by `count` without a completion.
     pub fn jump_used(&self, queue: u16, count: u16) {
         self.state().jump_used(queue, count);
     }

@@ -1,10 +1,10 @@
-//! Which chip a device id is, and what the chips differ in.
+//! Mapping from device ids to chips, and the differences between the chips.
 
 use crate::intel::chips;
 
-/// Chips that differ in what the driver does, by the name that Linux has for it (`e1000_mac_type`). Copper only: chips with
-/// fiber or SerDes have no PHY behind MDIC. The I210 and I211 are not among them: without flash they need a workaround for
-/// their PLL (Linux, `igb_pll_workaround_i210`), and their semaphore differs.
+/// Chips that the driver treats differently, under Linux's names (`e1000_mac_type`). Copper only, because
+/// chips with fiber or SerDes have no PHY behind MDIC. The I210 and I211 are not supported: without flash
+/// they need a workaround for their PLL (Linux, `igb_pll_workaround_i210`), and their semaphore differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MacType {
     I82576,
@@ -22,13 +22,13 @@ chips! {
 }
 
 impl MacType {
-    /// KiB of the receive FIFO, as `rxpbs`, the value of RXPBS, has it.
+    /// Returns the size of the receive FIFO in KiB, given `rxpbs`, the value of RXPBS.
     pub(super) fn fifo_kib(self, rxpbs: u32) -> u32 {
         /// Linux, `e1000_82580_rxpbs_table`.
         const I350: [u32; 11] = [36, 72, 144, 1, 2, 4, 8, 16, 35, 70, 140];
         match self {
             Self::I82576 => rxpbs & super::regs::RXPBS_SIZE,
-            // Flow control is off for what the table does not have.
+            // Values outside the table disable flow control.
             Self::I350 => I350.get(rxpbs as usize).copied().unwrap_or(0),
         }
     }

@@ -1,10 +1,10 @@
-//! Advanced descriptors: with one buffer (DS 7.1.5), and of data (DS 7.2.2). A descriptor that was received is written over
-//! from its first word on, so a refill writes both words.
+//! Advanced descriptors: receive descriptors with one buffer (DS 7.1.5) and transmit data descriptors (DS
+//! 7.2.2). The device overwrites a receive descriptor from its first word on, so a refill writes both words.
 
 use super::regs::*;
 use crate::intel::Format;
 
-/// The format of the descriptors.
+/// Advanced descriptor format.
 #[derive(Debug)]
 pub struct Advanced;
 

@@ -1,14 +1,15 @@
-//! Intel 82576 and I350 Gigabit Ethernet: advanced descriptors, one pair of queues of the eight or more that there are.
+//! Driver for Intel 82576 and I350 Gigabit Ethernet controllers. It uses advanced descriptors and one of the
+//! eight or more queue pairs.
 //!
 //! | chip | id | QEMU | reset |
 //! |---|---|---|---|
-//! | 82576 with copper | 8086:10c9, 10e8, 150a, 1526 | `igb`, from 8.0 on | CTRL.RST, and the function's |
+//! | 82576 with copper | 8086:10c9, 10e8, 150a, 1526 | `igb`, since 8.0 | CTRL.RST, or else a function reset |
 //! | I350 with copper | 8086:1521 | | the same |
 //!
-//! Nothing is read from the EEPROM: the station address is where the chip puts it. A link that is up stays up. RSS, VMDq and
-//! SR-IOV are off. Frames are those of Ethernet, up to 1518 bytes, or 1522 with a VLAN tag, unless the port is started for longer
-//! ones. Every wait ends after a second.
-//! What is done for QEMU's model alone says so.
+//! The driver does not read the EEPROM: the chip loads the station address into its registers. A link that is
+//! up stays up. RSS, VMDq and SR-IOV are off. Frames are standard Ethernet frames of up to 1518 bytes, or
+//! 1522 with a VLAN tag, unless the port is started for longer ones. Every wait ends after a second. Code
+//! that exists only for QEMU's model says so in a comment.
 
 mod chip;
 mod desc;
@@ -28,23 +29,23 @@ use self::regs::*;
 use crate::intel::{self, Chip, Hardware, Phy, RingRegisters};
 use crate::port::{FCS, PortConfig};
 
-/// A ring's address and size are multiples of so many bytes (DS 8.10, RDBAL and RDLEN).
+/// Alignment in bytes of a ring's address and size (DS 8.10, RDBAL and RDLEN).
 const ALIGN: usize = 128;
-/// Bytes of a step of FCRTL and FCRTH.
+/// Granularity of FCRTL and FCRTH in bytes.
 const WATERMARK_STEP: u32 = 16;
-/// Device Control 2, in the PCI Express capability, and its value for completions of 16 ms to 55 ms (PCI Express 4.0,
-/// 7.5.3.16).
+/// Offset of Device Control 2 in the PCI Express capability, and its value for a completion timeout of 16 ms
+/// to 55 ms (PCI Express 4.0, 7.5.3.16).
 const DEVICE_CONTROL_2: u16 = 0x28;
 const COMPLETION_TIMEOUT_16MS: u16 = 5;
 
-/// A port of one of these chips.
+/// Port of an 82576 or I350.
 pub type Device = intel::Device<Igb>;
 /// Receive queue of a port.
 pub type RxQueue = intel::RxQueue<Advanced>;
 /// Transmit queue of a port.
 pub type TxQueue = intel::TxQueue<Advanced>;
 
-/// One of these chips.
+/// An 82576 or I350.
 #[derive(Debug)]
 pub struct Igb {
     mac: MacType,
@@ -69,12 +70,13 @@ impl Chip for Igb {
     }
 
     fn prepare(&self, hardware: &Hardware) -> Result<u64> {
-        // A killed process may have left it taken; no other process may use this port.
+        // A killed process may have left the PHY acquired. No other process is allowed to use this port.
         self.disown_phy(hardware);
         Ok(u64::MAX)
     }
 
-    /// 9728 bytes with check sequence (Linux, `MAX_JUMBO_FRAME_SIZE`). The FIFOs have room for it as they are.
+    /// Limits frames to 9728 bytes including the check sequence (Linux, `MAX_JUMBO_FRAME_SIZE`). The FIFOs
+    /// have room for such a frame at their default sizes.
     fn max_frame(&self) -> usize {
         MAX_FRAME
     }
@@ -83,12 +85,12 @@ impl Chip for Igb {
         let bar = &hardware.bar;
         let size = if config.is_scattered() { SRRCTL_BSIZEPACKET_1K } else { SRRCTL_BSIZEPACKET_2K };
         bar.write32(SRRCTL, size | SRRCTL_DESCTYPE_ADVANCED);
-        // Counts where RCTL.LPE is set.
+        // Has an effect only if RCTL.LPE is set.
         bar.write32(RLPML, (config.max_frame + FCS) as u32);
         bar.write32(RXDCTL, QUEUE_THRESHOLDS | QUEUE_ENABLE);
         bar.write32(TXDCTL, QUEUE_THRESHOLDS | QUEUE_ENABLE);
         hardware.clear_multicast_table();
-        // Queue 0 receives everything: neither RSS nor VMDq.
+        // Without RSS and VMDq, queue 0 receives everything.
         bar.write32(MRQC, 0);
         bar.write32(VT_CTL, 0);
         bar.write32(RXCSUM, 0);
@@ -107,7 +109,8 @@ impl Chip for Igb {
         Ok(())
     }
 
-    /// Waits until the chip confirms that its queues are enabled.
+    /// Enables the transmitter and the receiver, and waits until the chip confirms that its queues are
+    /// enabled.
     fn enable(&self, hardware: &Hardware, rctl: u32) -> Result<()> {
         hardware.change(TCTL, TCTL_EN | TCTL_PSP, 0);
         hardware.bar.write32(RCTL, rctl);
@@ -119,8 +122,9 @@ impl Chip for Igb {
 }
 
 impl Igb {
-    /// Sets the completion timeout that PCI Express recommends, instead of the chip's millisecond, and disables resending, which
-    /// repeats a request that the IOMMU refuses without end (Linux, `igb_set_pcie_completion_timeout`).
+    /// Replaces the chip's completion timeout of a millisecond by the one that PCI Express recommends, and
+    /// disables resending, which would endlessly repeat a request that the IOMMU rejects (Linux,
+    /// `igb_set_pcie_completion_timeout`).
     fn lengthen_completion_timeout(hardware: &Hardware) -> Result<()> {
         let gcr = hardware.bar.read32(GCR);
         let mut wanted = gcr & !GCR_COMPLETION_RESEND;

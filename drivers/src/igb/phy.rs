@@ -1,4 +1,4 @@
-//! The way to the PHY, which firmware and the chip's other ports use too (DS 4.5 and 8.7).
+//! PHY access, shared with firmware and the chip's other ports (DS 4.5 and 8.7).
 
 use std::time::Duration;
 
@@ -8,14 +8,16 @@ use super::Igb;
 use super::regs::*;
 use crate::intel::{Hardware, Phy};
 
-/// Between two tries for the semaphore, and their number. Linux (`igb_get_hw_semaphore`) tries for longer.
+/// Interval between attempts to take the semaphore, and the number of attempts. Linux
+/// (`igb_get_hw_semaphore`) tries for longer.
 const SEMAPHORE_RETRY: Duration = Duration::from_micros(50);
 const SEMAPHORE_RETRIES: u32 = 2000;
-/// Between two looks at whether others are done with the PHY, and their number (Linux, `igb_acquire_swfw_sync_82575`).
+/// Interval between checks whether the PHY is free, and the number of checks (Linux,
+/// `igb_acquire_swfw_sync_82575`).
 const PHY_RETRY: Duration = Duration::from_millis(5);
 const PHY_RETRIES: u32 = 200;
 
-/// Polls SWSM until `done`; false if it is not after a tenth of a second.
+/// Polls SWSM until `done` returns true. Returns false after a tenth of a second.
 fn poll_semaphore(hardware: &Hardware, done: impl Fn(u32) -> bool) -> bool {
     (0..SEMAPHORE_RETRIES).any(|_| {
         done(hardware.bar.read32(SWSM)) || {
@@ -25,7 +27,8 @@ fn poll_semaphore(hardware: &Hardware, done: impl Fn(u32) -> bool) -> bool {
     })
 }
 
-/// Takes the semaphore that guards SW_FW_SYNC, from other drivers and from firmware.
+/// Takes the semaphore that guards SW_FW_SYNC against other drivers and firmware. Returns whether that
+/// succeeded.
 fn lock(hardware: &Hardware) -> bool {
     let taken = poll_semaphore(hardware, |swsm| swsm & SWSM_SMBI == 0)
         && poll_semaphore(hardware, |swsm| {
@@ -38,13 +41,13 @@ fn lock(hardware: &Hardware) -> bool {
     taken
 }
 
-/// Releases the semaphore. [`lock`] also does where it fails, after a tenth of a second: a killed process may have
-/// left the semaphore taken, and no owner needs it for so long (DPDK's igb, `igb_reset_swfw_lock`).
+/// Releases the semaphore. [`lock`] also calls this when it fails after a tenth of a second: a killed process
+/// may have left the semaphore taken, and no owner needs it that long (DPDK's igb, `igb_reset_swfw_lock`).
 fn unlock(hardware: &Hardware) {
     hardware.change(SWSM, 0, SWSM_SMBI | SWSM_SWESMBI);
 }
 
-/// Bit of this port's PHY for software.
+/// Returns the bit with which software acquires this port's PHY.
 fn phy_bit(hardware: &Hardware) -> u32 {
     let port = hardware.bar.read32(STATUS) >> STATUS_LAN_ID_SHIFT & STATUS_LAN_ID;
     SW_FW_SYNC_PHY[port as usize]
@@ -71,7 +74,7 @@ impl Phy for Igb {
         Err(hardware.error(ErrorKind::Protocol, "reach the PHY of", "the firmware does not give it away"))
     }
 
-    /// Also where the semaphore cannot be taken.
+    /// Releases the PHY even if the semaphore cannot be taken.
     fn disown_phy(&self, hardware: &Hardware) {
         let bit = phy_bit(hardware);
         let _ = lock(hardware);
@@ -79,8 +82,8 @@ impl Phy for Igb {
         unlock(hardware);
     }
 
-    /// Restarts the negotiation unless it is complete, in which case STATUS.LU follows. QEMU's PHY does not negotiate by itself
-    /// after a reset.
+    /// Powers up the PHY, and restarts auto-negotiation unless it is complete, in which case STATUS.LU
+    /// follows. QEMU's PHY does not negotiate by itself after a reset.
     fn wake_phy(&self, hardware: &Hardware) -> Result<()> {
         let read = |register| hardware.mdic(MDIC_OP_READ, register);
         let (Some(control), Some(status)) = (read(PHY_CONTROL)?, read(PHY_STATUS)?) else { return Ok(()) };

@@ -1,13 +1,13 @@
-//! Registers and descriptor bits of the 82576 and the I350, named as their manuals name them. Those that the older chips
-//! have too are in `intel::regs`.
+//! Registers and descriptor bits of the 82576 and the I350, under their manuals' names. Those that the older
+//! chips also have are in `intel::regs`.
 //!
-//! DS is Intel's *82576EB Gigabit Ethernet Controller Datasheet* (320961), by chapters; Linux's names are those of
-//! drivers/net/ethernet/intel/igb.
+//! Sources are given by chapter. DS is Intel's *82576EB Gigabit Ethernet Controller Datasheet* (320961).
+//! Linux's names are those of drivers/net/ethernet/intel/igb.
 
 use crate::intel::registers;
 pub use crate::intel::regs::*;
 
-// RW is read and write. Rings are those of queue 0.
+// RW: read and write. Ring registers are those of queue 0.
 registers! {
     PHPM       0x00E14 RW "PHY power management"                "Linux, `E1000_82580_PHY_POWER_MGMT`"
     EIMC       0x01528 RW "Extended interrupt mask clear"       "DS 8.8"
@@ -31,75 +31,78 @@ registers! {
     TXDCTL     0x0E028 RW "TX descriptor control"               "DS 8.12"
 }
 
-/// Which port of the chip this function is: 0 to 3. It names the port's semaphore in [`SW_FW_SYNC`].
+/// Lowest bit of the function's port number, 0 to 3, which selects the port's semaphore in [`SW_FW_SYNC`].
 pub const STATUS_LAN_ID_SHIFT: u32 = 2;
-/// Mask of the port.
+/// Mask of the port number.
 pub const STATUS_LAN_ID: u32 = 3;
 
-/// A driver is loaded: management firmware leaves the link to it. A reset clears it.
+/// A driver is loaded, so management firmware leaves the link to it. A reset clears this bit.
 pub const CTRL_EXT_DRV_LOAD: u32 = 1 << 28;
 
-/// The link is cut for the PHY's power management; I350 only.
+/// The link is disconnected for the PHY's power management; I350 only.
 pub const PHPM_GO_LINKD: u32 = 1 << 5;
 
-/// A driver has the semaphore. A read that returns 0 takes it.
+/// A driver holds the semaphore. A read that returns 0 takes it.
 pub const SWSM_SMBI: u32 = 1 << 0;
-/// Software has the semaphore, not firmware.
+/// Software, not firmware, holds the semaphore.
 pub const SWSM_SWESMBI: u32 = 1 << 1;
 
-/// Software uses the PHY of port 0, 1, 2 or 3.
+/// Bits with which software acquires the PHY of port 0, 1, 2 or 3.
 pub const SW_FW_SYNC_PHY: [u32; 4] = [1 << 1, 1 << 2, 1 << 5, 1 << 6];
-/// From the bit of a resource that software uses, to that for firmware.
+/// Distance from a resource's software bit to its firmware bit.
 pub const SW_FW_SYNC_FIRMWARE_SHIFT: u32 = 16;
 
-/// Sends a request that got no completion once more.
+/// Resends a request that received no completion.
 pub const GCR_COMPLETION_RESEND: u32 = 1 << 16;
-/// Longest wait for a completion; 0: 500 µs to 1 ms.
+/// Completion timeout; 0 means 500 µs to 1 ms.
 pub const GCR_COMPLETION_TIMEOUT: u32 = 0xF << 12;
-/// 10 ms to 200 ms.
+/// Completion timeout of 10 ms to 200 ms.
 pub const GCR_COMPLETION_TIMEOUT_10MS: u32 = 1 << 12;
-/// The timeout is in the PCI Express capability's Device Control 2, not here.
+/// The completion timeout is set in the PCI Express capability's Device Control 2, not in GCR.
 pub const GCR_CAP_VER2: u32 = 1 << 18;
 
-/// Receive FIFO of the 82576 in KiB.
+/// Mask of the receive FIFO size in KiB; 82576 only.
 pub const RXPBS_SIZE: u32 = 0x7F;
 
-/// Size of a packet buffer in KiB.
+/// Packet buffers of 2 KiB.
 pub const SRRCTL_BSIZEPACKET_2K: u32 = 2;
-/// As [`SRRCTL_BSIZEPACKET_2K`].
+/// Packet buffers of 1 KiB.
 pub const SRRCTL_BSIZEPACKET_1K: u32 = 1;
-/// Advanced descriptors with one buffer. Bit 31, Drop_En, is 0: frames that find no descriptor wait in the FIFO.
+/// Advanced descriptors with one buffer. Bit 31, Drop_En, stays 0, so frames that find no descriptor wait in
+/// the FIFO.
 pub const SRRCTL_DESCTYPE_ADVANCED: u32 = 1 << 25;
 
-/// Enables a queue; reads 0 until the receiver or transmitter is enabled, too. In RXDCTL and TXDCTL.
+/// Enables a queue, in RXDCTL and TXDCTL. Reads as 0 until the receiver or transmitter is enabled too.
 pub const QUEUE_ENABLE: u32 = 1 << 25;
-/// Descriptors are fetched when the chip has fewer than 8, and the ring 1 or more; a write-back does not wait for others. In
-/// RXDCTL and TXDCTL (Linux, `IGB_RX_PTHRESH` and others; there write-backs wait, for the sake of interrupts).
+/// Descriptor thresholds, in RXDCTL and TXDCTL. The chip fetches descriptors when it has fewer than 8 and the
+/// ring has at least 1, and it writes back each descriptor without waiting for others. Linux
+/// (`IGB_RX_PTHRESH` and others) delays write-backs for the sake of interrupts.
 pub const QUEUE_THRESHOLDS: u32 = 8 | 1 << 8;
 
-/// Second word of an advanced receive descriptor that was written back (DS 7.1.5): status and errors in bits 31:0, length in
-/// 47:32, VLAN tag in 63:48. Descriptor done.
+/// Descriptor done, in the second word of an advanced receive descriptor that was written back (DS 7.1.5),
+/// which has the status and errors in bits 31:0, the length in 47:32 and the VLAN tag in 63:48.
 pub const RXD_DD: u64 = 1 << 0;
 /// End of packet.
 pub const RXD_EOP: u64 = 1 << 1;
-/// Errors of the frame itself (Linux, `E1000_RXDEXT_ERR_FRAME_ERR_MASK`). Wrong IP and TCP checksums are the receiver's
-/// matter.
+/// Errors of the frame itself (Linux, `E1000_RXDEXT_ERR_FRAME_ERR_MASK`). Wrong IP and TCP checksums are left
+/// to the packet's recipient.
 pub const RXD_ERRORS: u64 = 0x97 << 24;
-/// First bit of the length.
+/// Lowest bit of the length.
 pub const RXD_LEN_SHIFT: u32 = 32;
 
-/// Second word of an advanced transmit data descriptor (DS 7.2.2): length in bits 15:0, type in 23:20, command in 31:24, status
-/// in 35:32, length of the packet in 63:46. Type: data.
+/// Data descriptor type, in the second word of an advanced transmit data descriptor (DS 7.2.2), which has the
+/// length in bits 15:0, the type in 23:20, the command in 31:24, the status in 35:32 and the packet length in
+/// 63:46.
 pub const TXD_DTYP_DATA: u64 = 3 << 20;
 /// End of packet.
 pub const TXD_EOP: u64 = 1 << 24;
-/// Insert frame check sequence.
+/// Inserts the frame check sequence.
 pub const TXD_IFCS: u64 = 1 << 25;
 /// Report status.
 pub const TXD_RS: u64 = 1 << 27;
 /// The descriptor is an advanced one.
 pub const TXD_DEXT: u64 = 1 << 29;
-/// Descriptor done; written where RS asked for it.
+/// Descriptor done; written if RS requests it.
 pub const TXD_DD: u64 = 1 << 32;
-/// First bit of the length of the packet.
+/// Lowest bit of the packet length.
 pub const TXD_PAYLEN_SHIFT: u32 = 46;

@@ -1,4 +1,4 @@
-//! The reset (DS 4.2).
+//! Reset (DS 4.2).
 
 use std::time::Duration;
 
@@ -8,8 +8,9 @@ use super::Igb;
 use super::regs::*;
 use crate::intel::{Hardware, Reset};
 
-/// Longest wait for the reload from the NVM, and the interval of polls. The driver goes on after it, as Linux does
-/// (`igb_get_auto_rd_done`): a chip without an NVM never sets EEC.AUTO_RD, and QEMU's does not either.
+/// Longest wait for the reload from the NVM, and the polling interval. The driver then continues, as Linux
+/// does (`igb_get_auto_rd_done`), because a chip without an NVM never sets EEC.AUTO_RD, and neither does
+/// QEMU's model.
 const RELOAD: Duration = Duration::from_millis(20);
 const RELOAD_STEP: Duration = Duration::from_millis(1);
 

@@ -1,4 +1,4 @@
-//! What is igb's alone, against the in-process device.
+//! Tests of igb only, against the in-process device.
 
 use super::*;
 use crate::fakedev;
@@ -12,7 +12,7 @@ impl Family for Igb {
     const STANDARD: DeviceId = ID_82576;
     const CHIPS: &'static [DeviceId] = &[ID_82576, ID_I350];
     const KINDS: &'static [DeviceId] = Self::CHIPS;
-    /// Above 32 bits.
+    /// Device address above 32 bits.
     const IOVA: u64 = 0x12_8000_0000;
 }
 
@@ -23,7 +23,7 @@ tests_of_every_chip!(Igb);
 #[test]
 fn short_frames_are_padded_where_the_chip_does_not_do_it() {
     in_both_modes(|| {
-        // QEMU's does not pad at all, and a chip only from 17 bytes on.
+        // QEMU's model does not pad at all, and the chip pads only frames of 17 bytes or more.
         for (pads, len, padded) in
             [(false, 17, if SILICON.get() { 60 } else { 17 }), (false, 16, 16), (true, 1, 60), (true, 17, 60)]
         {
@@ -77,7 +77,7 @@ fn start_brings_up_what_the_manual_asks_for() {
 #[test]
 fn the_chips_get_what_is_theirs() {
     in_both_modes(|| {
-        // GCR sends requests again and has no timeout; PHPM cuts the link.
+        // Initially GCR resends requests and has no timeout, and PHPM disconnects the link.
         for (id, gcr, control2, phpm) in [(ID_82576, 1 << 18, 5, 1 << 5), (ID_I350, 5 << 16, 0, 0)] {
             let rig = Rig::new(id, CONFIG, 512);
             let mut word = [0; 2];
@@ -86,7 +86,7 @@ fn the_chips_get_what_is_theirs() {
             assert_eq!(got, (gcr, control2, phpm), "{id}");
             rig.stop();
         }
-        // A chip with the first version of the capability has its timeout in GCR.
+        // A chip with version 1 of the capability has its timeout in GCR.
         let mut rig = Rig::standard();
         rig.pause();
         rig.device.set_register(GCR, 1 << 16);
@@ -111,7 +111,7 @@ fn a_queue_that_does_not_start_gives_its_buffers_back() {
     });
 }
 
-/// Whoever has the semaphore or the PHY is a process that was killed: nobody else uses this port.
+/// A holder of the semaphore or of the PHY is a killed process, because no other process uses this port.
 #[test]
 fn what_a_killed_process_held_is_taken_back() {
     const PORT_1: u32 = SW_FW_SYNC_PHY[1];
@@ -123,12 +123,12 @@ fn what_a_killed_process_held_is_taken_back() {
             let mut port = Device::probe(function).unwrap();
             device.set_register(SWSM, swsm);
             device.set_register(SW_FW_SYNC, sync);
-            // The probe does, of a function whose reset leaves them as they are.
+            // A probe does this if the function's reset left the registers unchanged.
             port.chip.disown_phy(&port.hardware);
             let mut cache = pool.cache();
             let (rx, tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
             assert!(port.link().up, "{swsm:#x} {sync:#x}");
-            // Another port's PHY stays its own.
+            // Another port keeps its PHY.
             assert_eq!(device.register(SW_FW_SYNC), sync & !PORT_1);
             assert_eq!(device.register(SWSM) & (SWSM_SMBI | SWSM_SWESMBI), 0);
             port.stop_pair(rx, tx, &mut cache).unwrap();
@@ -154,7 +154,7 @@ fn firmware_that_keeps_the_phy_leaves_the_port_without_flow_control() {
 fn what_else_the_chip_says_of_a_frame_is_no_error() {
     in_both_modes(|| {
         let mut rig = Rig::standard();
-        // Wrong IP and TCP checksums, all of the status that is not DD and EOP, and a VLAN tag.
+        // Wrong IP and TCP checksums, every status bit except DD and EOP, and a VLAN tag.
         rig.device.receive_raw(done::<Igb>(60) | 0x60 << 24 | 0xF_FFFC | 0xABCD << 48);
         assert_eq!(rig.poll().len(), 1);
         assert_eq!(rig.rx_stats().bytes, 60);

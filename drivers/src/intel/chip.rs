@@ -1,4 +1,5 @@
-//! What a family of controllers states about itself; [`Device`](super::Device) does the rest.
+//! Interface that each controller family implements. [`Device`](super::Device) contains the
+//! family-independent code.
 
 use std::fmt::Debug;
 
@@ -8,56 +9,57 @@ use vireo_eal::Result;
 use super::{Format, Hardware, Phy, Reset};
 use crate::port::PortConfig;
 
-/// Offsets of a ring's registers.
+/// Register offsets of a descriptor ring.
 #[derive(Clone, Copy, Debug)]
 pub struct RingRegisters {
-    /// Device address of the ring: low 32 bits.
+    /// Low 32 bits of the ring's device address.
     pub(crate) base_low: u64,
-    /// Device address of the ring: high 32 bits.
+    /// High 32 bits of the ring's device address.
     pub(crate) base_high: u64,
     /// Size of the ring in bytes.
     pub(crate) len: u64,
-    /// The next descriptor that the device uses.
+    /// Next descriptor that the device uses.
     pub(crate) head: u64,
-    /// The first descriptor that the device may not use.
+    /// First descriptor that the device may not use.
     pub(crate) tail: u64,
 }
 
-/// A chip of a family, with what its driver has to do in the family's own way.
+/// A chip of a controller family, with the family-specific parts of the driver.
 pub trait Chip: Reset + Phy + Debug + Send + Sized + 'static {
-    /// Its descriptors.
+    /// Descriptor format.
     type Format: Format;
 
-    /// The driver's name, for messages.
+    /// Driver name, for messages.
     const NAME: &'static str;
-    /// Devices of the family, with Intel's names.
+    /// Device ids of the family, with Intel's product names.
     const IDS: &'static [(DeviceId, &'static str)];
     /// Registers of the RX ring.
     const RX: RingRegisters;
     /// Registers of the TX ring.
     const TX: RingRegisters;
 
-    /// The chip behind `function`; none where it is none of [`Chip::IDS`].
+    /// Returns the chip behind `function`, or `None` if its id is not in [`Chip::IDS`].
     fn of(function: &dyn Function) -> Option<Self>;
 
     /// Alignment in bytes of a ring of `len` bytes.
     fn ring_alignment(len: usize) -> usize;
 
-    /// Does what a probe has to do after its reset. Returns the highest address that the chip puts out.
+    /// Completes a probe after the reset. Returns the highest device address that the chip can use.
     ///
     /// # Errors
-    /// `Unavailable` when the chip cannot work where it is.
+    /// `Unavailable` when the chip cannot work in its slot.
     fn prepare(&self, hardware: &Hardware) -> Result<u64>;
 
-    /// Longest frame in bytes, without frame check sequence.
+    /// Longest supported frame in bytes, without the frame check sequence.
     fn max_frame(&self) -> usize;
 
-    /// Sees that both FIFOs have room for frames of `max_frame` bytes. Returns whether that takes a reset.
+    /// Makes room in both FIFOs for frames of `max_frame` bytes. Returns whether a reset is needed to apply
+    /// the change.
     fn make_room(&self, _hardware: &Hardware, _max_frame: usize) -> bool {
         false
     }
 
-    /// Writes what the chip must know before it may start, except its rings.
+    /// Configures the chip, except its rings, before a start.
     ///
     /// # Errors
     /// When the kernel refuses a write to config space.
@@ -66,14 +68,15 @@ pub trait Chip: Reset + Phy + Debug + Send + Sized + 'static {
     /// Enables the transmitter, and the receiver by writing `rctl` to RCTL.
     ///
     /// # Errors
-    /// `Protocol` when the chip does not confirm it.
+    /// `Protocol` when the chip does not confirm that its queues are enabled.
     fn enable(&self, hardware: &Hardware, rctl: u32) -> Result<()>;
 }
 
-/// Declares `IDS`, and `of`, which finds the variant of an enum for a device id, from rows of device id, variant and name.
+/// Declares `IDS`, and `of`, which maps a device id to a variant of the enum, from rows of device id, variant
+/// and name.
 macro_rules! chips {
     ($type:ident: $($device:literal $chip:ident $name:literal)*) => {
-        /// Devices that this driver knows, with Intel's names.
+        /// Supported devices, with Intel's product names.
         pub(super) const IDS: &[(vireo_bus_pci::DeviceId, &str)] = &[
             $((vireo_bus_pci::DeviceId { vendor: 0x8086, device: $device }, concat!("Intel ", $name))),*
         ];

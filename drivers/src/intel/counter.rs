@@ -1,12 +1,13 @@
-//! Statistics registers. A read clears them (SDM 13.7), but not all of QEMU's, of which the 8254x count on over resets too.
+//! Statistics registers. A read clears them on the chips (SDM 13.7). QEMU does not clear all of them on a
+//! read, and its 8254x keep counting across resets too.
 
 use vireo_eal::mmio::Bar;
 
 use super::regs::*;
 use crate::counters::PortCounters;
 
-/// Counters of frames that the device dropped. RNBC is none of them: its frames wait in the FIFO and may still
-/// be received (SDM 13.7); nor is RUC, which QEMU counts for frames that it pads and delivers.
+/// Counters of frames that the device dropped. RNBC is left out because its frames wait in the FIFO and may
+/// still be received (SDM 13.7). RUC is left out because QEMU also counts frames that it pads and delivers.
 const DROPS: [(&str, u64); 4] = [
     ("rx_missed_errors", MPC),
     ("rx_crc_errors", CRCERRS),
@@ -14,22 +15,22 @@ const DROPS: [(&str, u64); 4] = [
     ("rx_long_length_errors", ROC),
 ];
 
-/// Frames that the device dropped.
+/// Counts of frames that the device dropped.
 #[derive(Debug, Default)]
 pub(crate) struct Drops([Counter; DROPS.len()]);
 
 impl Drops {
-    /// Counters of a port that has these.
+    /// Creates the counters of a port, including these device counters.
     pub(crate) fn port_counters() -> PortCounters {
         PortCounters::with_device(DROPS.map(|(name, _)| name))
     }
 
-    /// Forgets what the registers have now.
+    /// Discards what the registers have counted so far.
     pub(super) fn begin(&mut self, bar: &Bar) {
         self.read(bar).for_each(drop);
     }
 
-    /// Adds what was counted since the last read to `counters`.
+    /// Adds the counts since the last read to `counters`.
     pub(super) fn add_to(&mut self, counters: &PortCounters, bar: &Bar) {
         counters.device().zip(self.read(bar)).for_each(|(counter, more)| counter.add(more));
     }
@@ -43,19 +44,20 @@ impl Drops {
 /// Reader of a statistics register.
 #[derive(Debug, Default)]
 struct Counter {
-    /// What the register had at the last read, and has still because that did not clear it.
+    /// Count that the last read left in the register; 0 if the read cleared it.
     kept: u32,
 }
 
 impl Counter {
-    /// What was counted since the last read.
+    /// Returns the increase since the last read.
     fn read(&mut self, register: impl Fn() -> u32) -> u64 {
-        // All ones: the device is gone and counts no more.
+        // All ones mean that the device is gone and no longer counts.
         let present = || Some(register()).filter(|count| *count != u32::MAX);
         let Some(count) = present() else { return 0 };
         let mut more = u64::from(count.checked_sub(self.kept).unwrap_or(count));
         self.kept = 0;
-        // Less than a microsecond later a register that was cleared has next to nothing.
+        // A second read shows whether the first one cleared the register: less than a microsecond later, a
+        // cleared register has counted next to nothing.
         if let Some(again) = present() {
             let is_kept = count != 0 && again >= count;
             more += u64::from(if is_kept { again - count } else { again });
@@ -71,7 +73,7 @@ mod tests {
 
     use super::*;
 
-    /// A register; `clears` when it is read.
+    /// Statistics register. If `clears`, a read sets it to 0.
     struct Register {
         count: Cell<u32>,
         clears: bool,

@@ -1,4 +1,4 @@
-//! A port of a controller: probe, start, stop and what is asked in between, for every family.
+//! Port of a controller of any family: probe, start, stop, and queries in between.
 
 use std::ptr;
 use std::sync::Arc;
@@ -20,14 +20,14 @@ use crate::counters::PortCounters;
 use crate::driver::{Args, PciDriver};
 use crate::port::{Capabilities, Fault, Link, MacAddr, Nic, PortConfig, Queues, QueuesOf, RxBurst, TxBurst};
 
-/// Fewest descriptors of a ring: two batches that TX reclaims.
+/// Minimum size of a ring in descriptors: two reclaim batches of the TX queue.
 const FEWEST: u16 = 2 * RECLAIM as u16;
-/// Most descriptors of a ring: 64 KiB of RDLEN or TDLEN (SDM 13.4; Linux, `IGB_MAX_RXD`).
+/// Maximum size of a ring in descriptors: 64 KiB of RDLEN or TDLEN (SDM 13.4; Linux, `IGB_MAX_RXD`).
 const MOST: u16 = 4096;
-/// Bytes of a descriptor.
+/// Size of a descriptor in bytes.
 const DESCRIPTOR: usize = 16;
 
-/// RX and TX queue of a port.
+/// RX and TX queues of a port.
 pub(super) type Pair<C> = (RxQueue<<C as Chip>::Format>, TxQueue<<C as Chip>::Format>);
 
 /// A port of a controller.
@@ -38,20 +38,20 @@ pub struct Device<C: Chip> {
     dma_mask: u64,
     /// Whether the driver pads short frames.
     pads: bool,
-    /// Whether flow control is set for the link that is up.
+    /// Whether flow control has been set for the current link.
     linked: AtomicBool,
     mac: MacAddr,
     promiscuous: bool,
-    /// Whether frames may have several descriptors.
+    /// Whether a frame may span several descriptors.
     scattered: bool,
     drops: Drops,
     fault: Fault,
-    /// What the device may write to: kept from `start` to a reset that the device confirmed.
+    /// Memory that the device may write to, kept from `start` until the device confirms a reset.
     running: Option<Arc<DmaMemory>>,
-    /// Queues of a stop whose reset the device did not confirm.
+    /// Queues of a failed stop, whose reset the device did not confirm.
     parked: Option<Box<Pair<C>>>,
     counters: PortCounters,
-    /// Rings of the last run, because memory for rings is never given back.
+    /// Rings of the last run, kept for the next one because ring memory is never released.
     idle: Option<Box<Rings>>,
 }
 
@@ -63,11 +63,13 @@ struct Rings {
 }
 
 impl<C: Chip> Device<C> {
-    /// Takes the function, resets it and reads its station address. It may not start DMA before `start`.
+    /// Takes ownership of the function, resets it and reads its station address. The function may not start
+    /// DMA before `start`.
     ///
     /// # Errors
-    /// `Unavailable` when it is none of [`PciDriver::IDS`], has no BAR 0, cannot work in its slot, or its registers read all
-    /// ones; `Protocol` when it does not finish its reset or has no station address.
+    /// `Unavailable` when the function's id is not in [`PciDriver::IDS`], it has no BAR 0, it cannot work in
+    /// its slot, or its registers read all ones. `Protocol` when it does not finish its reset or has no
+    /// station address.
     pub fn probe(function: Box<dyn Function>) -> Result<Self> {
         let Some(chip) = C::of(&*function) else {
             let what = format!("cannot use {} as {}", function.address(), C::NAME);
@@ -99,7 +101,7 @@ impl<C: Chip> Device<C> {
         self.hardware.error(ErrorKind::Usage, what, why)
     }
 
-    /// Rings of these sizes: those of the last run if they fit.
+    /// Returns rings of the configured sizes, reusing those of the last run if they fit.
     fn rings(&mut self, memory: &Arc<DmaMemory>, config: &PortConfig) -> Result<Box<Rings>> {
         let (rx, tx) = (usize::from(config.rx_descriptors), usize::from(config.tx_descriptors));
         if let Some(idle) = self.idle.take_if(|idle| {
@@ -114,7 +116,7 @@ impl<C: Chip> Device<C> {
         Ok(Box::new(Rings { memory: Arc::clone(memory), rx: ring(rx)?, tx: ring(tx)? }))
     }
 
-    /// Writes what the chip must know before it may start (SDM 14.4 and 14.5, DS 4.6, 82576 4.5), and gives `rings` their
+    /// Configures the chip for a start (SDM 14.4 and 14.5, DS 4.6, 82576 4.5), and fills the RX ring with
     /// buffers.
     fn set_up(&self, config: &PortConfig, rings: &mut Rings, cache: &mut PoolCache) -> Result<()> {
         let bar = &self.hardware.bar;
@@ -139,7 +141,7 @@ impl<C: Chip> Device<C> {
     fn rctl(&self) -> u32 {
         let all = if self.promiscuous { RCTL_UPE | RCTL_MPE } else { 0 };
         let long = if self.scattered { RCTL_LPE | RCTL_BSIZE_1024 } else { 0 };
-        // A switch must not forward PAUSE frames, also if it receives all others (IEEE 802.1Q, 8.6.3).
+        // A switch must not forward PAUSE frames, even in promiscuous mode (IEEE 802.1Q, 8.6.3).
         RCTL_EN | RCTL_BAM | RCTL_DPF | RCTL_SECRC | all | long
     }
 }
@@ -194,7 +196,7 @@ impl<C: Chip> Nic for Device<C> {
             return Err(error);
         }
         rx.announce();
-        // Sets flow control for a link that is up already.
+        // Sets flow control if the link is already up.
         self.link();
         Ok(Queues::pair(rx, tx))
     }
@@ -203,7 +205,7 @@ impl<C: Chip> Nic for Device<C> {
         let Some(memory) = self.running.clone() else {
             return Err(self.usage("stop", "it does not run"));
         };
-        // Buffers of a running device must not get into the pool.
+        // Buffers of a running device must not return to the pool.
         let is_own = |(rx, tx): &Pair<C>| {
             let own = (self.counters.rx(0), self.counters.tx(0));
             ptr::eq(rx.counters(), &*own.0) && ptr::eq(tx.counters(), &*own.1)
@@ -212,7 +214,7 @@ impl<C: Chip> Nic for Device<C> {
             return Err(self.usage("stop", "these are not its queues"));
         };
         self.drops.add_to(&self.counters, &self.hardware.bar);
-        // The reset clears it.
+        // The reset clears TDH.
         let head = self.hardware.bar.read32(C::TX.head);
         if let Err(error) = quiesce(&self.chip, &self.hardware) {
             self.parked = Some(Box::new((rx, tx)));
@@ -237,7 +239,8 @@ impl<C: Chip> Nic for Device<C> {
         self.mac
     }
 
-    /// Completions are written into the descriptors. What a ring's alignment skips counts, too.
+    /// Reports no read-only ring memory, because the device writes completions into the descriptors. Sizes
+    /// include the padding for a ring's alignment.
     fn capabilities(&self) -> Capabilities {
         let ring_bytes = |config: &PortConfig| {
             let of = |queues: u16, descriptors: u16| {
@@ -252,12 +255,12 @@ impl<C: Chip> Nic for Device<C> {
         Capabilities { dma_mask, max_frame, descriptors, ring_bytes, ..Capabilities::default() }
     }
 
-    /// Chips on PCI Express do not pad frames of less than 17 bytes.
+    /// Makes the driver pad short frames. PCI Express chips do not pad frames shorter than 17 bytes.
     fn pad_short_frames(&mut self) {
         self.pads = true;
     }
 
-    /// Sets flow control, too, if the link has just come up.
+    /// Returns the link state, and sets flow control if the link has just come up.
     fn link(&self) -> Link {
         let status = self.hardware.bar.read32(STATUS);
         let link = link(status);
@@ -272,14 +275,14 @@ impl<C: Chip> Nic for Device<C> {
         self.drops.add_to(&self.counters, &self.hardware.bar);
         let link = self.link();
         match self.fault.take() {
-            // Without a link the chip keeps what it has to send.
+            // Without a link the chip cannot send what is queued, so a full TX ring is not an error.
             Some(why) if link.up => Err(self.hardware.error(ErrorKind::Protocol, "go on with", why)),
             _ => Ok(()),
         }
     }
 
-    /// QEMU's 82540EM receives nothing for a second after each write of RCTL, so this is best called before
-    /// `start`, and writes only what changes.
+    /// Sets promiscuous mode, and writes RCTL only if the mode changes. QEMU's 82540EM receives nothing for a
+    /// second after each write of RCTL, so this is best called before `start`.
     fn set_promiscuous(&mut self, on: bool) -> Result<()> {
         if self.promiscuous != on {
             self.promiscuous = on;

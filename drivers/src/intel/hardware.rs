@@ -1,4 +1,4 @@
-//! Access to a controller: its registers, waits that end, and what STATUS and the receive address say.
+//! Access to a controller: its registers, bounded waits, the link state and the station address.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// A controller's registers and its PCI function.
 pub struct Hardware {
     pub(crate) bar: Bar,
-    /// Goes after its registers.
+    /// PCI function, dropped after its registers.
     pub(crate) function: Box<dyn Function>,
 }
 
@@ -27,15 +27,16 @@ impl fmt::Debug for Hardware {
 }
 
 impl Hardware {
-    /// An error about this device: `what` could not be done to it.
+    /// Creates the error "cannot `what` this device", for the reason `why`.
     pub(crate) fn error(&self, kind: ErrorKind, what: &str, why: &str) -> Error {
         Error::new(kind, format!("cannot {what} {}", self.function.address()), why)
     }
 
-    /// Polls `register` until `done`, and returns its value.
+    /// Polls `register` until its value satisfies `done`, and returns that value.
     ///
     /// # Errors
-    /// `Protocol` after a second; `Unavailable` at once where the register reads all ones, because the device is gone.
+    /// `Protocol` after a second. `Unavailable` at once if the register reads all ones, because the device is
+    /// gone.
     pub(crate) fn wait(&self, what: &str, register: u64, done: impl Fn(u32) -> bool) -> Result<u32> {
         let start = Instant::now();
         loop {
@@ -56,12 +57,12 @@ impl Hardware {
         }
     }
 
-    /// Sets the bits `set` of `register`, and clears those of `clear`.
+    /// Sets the bits `set` of `register`, and clears the bits `clear`.
     pub(crate) fn change(&self, register: u64, set: u32, clear: u32) {
         self.bar.write32(register, self.bar.read32(register) & !clear | set);
     }
 
-    /// The address that the chip loaded from its NVM, a moment after the reset.
+    /// Reads the station address, which the chip loads from its NVM shortly after the reset.
     pub(super) fn station_address(&self) -> Result<MacAddr> {
         let what = "read the station address of";
         let high = self.wait(what, RAH0, |high| high & RAH_AV != 0)?.to_le_bytes();
@@ -74,7 +75,7 @@ impl Hardware {
         Ok(mac)
     }
 
-    /// Clears the multicast table: no group but the broadcast address is received.
+    /// Clears the multicast table, so that the only group address received is broadcast.
     pub(crate) fn clear_multicast_table(&self) {
         for word in 0..MTA_WORDS {
             self.bar.write32(MTA + 4 * word, 0);
@@ -82,7 +83,7 @@ impl Hardware {
     }
 }
 
-/// The link as `status`, the value of STATUS, has it.
+/// Decodes the link state from `status`, the value of STATUS.
 pub(super) fn link(status: u32) -> Link {
     let up = status != u32::MAX && status & STATUS_LU != 0;
     let speed = [10, 100, 1000, 1000][(status >> STATUS_SPEED_SHIFT & 3) as usize];

@@ -1,5 +1,5 @@
-//! The driver of Intel's Gigabit Ethernet controllers, but for what a family of them does in its own way: that is a [`Chip`],
-//! and [`e1000`](crate::e1000) and [`igb`](crate::igb) are the families. It knows neither.
+//! Family-independent part of the driver for Intel's Gigabit Ethernet controllers. Each family implements
+//! [`Chip`]: [`e1000`](crate::e1000) and [`igb`](crate::igb). This module depends on neither.
 
 mod chip;
 mod counter;

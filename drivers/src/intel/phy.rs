@@ -1,4 +1,4 @@
-//! The PHY, and the flow control that it and its partner agreed on.
+//! PHY access, and the flow control negotiated with the link partner.
 
 use vireo_eal::Result;
 
@@ -6,21 +6,22 @@ use super::Hardware;
 use super::regs::*;
 use crate::port::{FCS, STANDARD_FRAME};
 
-/// Time that the partner pauses, in units of 512 bit times; XON ends it before (Linux, `E1000_FC_PAUSE_TIME`).
+/// Time for which the link partner pauses, in units of 512 bit times. XON ends the pause early (Linux,
+/// `E1000_FC_PAUSE_TIME`).
 const PAUSE_TIME: u32 = 0x0680;
 
-/// The way to a chip's PHY, which firmware may use too.
+/// Access to a chip's PHY, which firmware may use too.
 pub trait Phy {
-    /// Makes firmware leave the PHY alone.
+    /// Acquires the PHY from the firmware.
     ///
     /// # Errors
-    /// `Protocol` when the firmware does not give it away.
+    /// `Protocol` when the firmware does not release the PHY.
     fn own_phy(&self, hardware: &Hardware) -> Result<()>;
 
-    /// Gives the PHY back to the firmware.
+    /// Releases the PHY to the firmware.
     fn disown_phy(&self, hardware: &Hardware);
 
-    /// Wakes a PHY that the kernel's driver put to sleep, so that it negotiates. The caller owns the PHY.
+    /// Wakes a PHY that the kernel driver put to sleep, so that it negotiates. The caller must own the PHY.
     ///
     /// # Errors
     /// `Protocol` when the PHY does not answer.
@@ -30,7 +31,7 @@ pub trait Phy {
 /// Wakes the PHY unless the link is up.
 ///
 /// # Errors
-/// As for [`Phy::own_phy`] and [`Phy::wake_phy`]; `Unavailable` when the device is gone.
+/// The same as [`Phy::own_phy`] and [`Phy::wake_phy`], and `Unavailable` when the device is gone.
 pub(super) fn wake(chip: &impl Phy, hardware: &Hardware) -> Result<()> {
     if hardware.wait("start", STATUS, |_| true)? & STATUS_LU != 0 {
         return Ok(());
@@ -41,7 +42,7 @@ pub(super) fn wake(chip: &impl Phy, hardware: &Hardware) -> Result<()> {
     woken
 }
 
-/// Sets flow control for a link that has come up, with `status`, the value of STATUS.
+/// Sets flow control for a link that has come up. `status` is the value of STATUS.
 pub(super) fn follow_link(chip: &impl Phy, hardware: &Hardware, status: u32) {
     let agreed = negotiated(chip, hardware, status).unwrap_or_else(|error| {
         tracing::warn!("{error}; it runs without flow control");
@@ -50,7 +51,7 @@ pub(super) fn follow_link(chip: &impl Phy, hardware: &Hardware, status: u32) {
     hardware.set_flow_control(agreed);
 }
 
-/// What the ends of the link agreed on; nothing for one direction at a time.
+/// Returns whether PAUSE frames are obeyed and sent, as negotiated. Both are false on a half-duplex link.
 fn negotiated(chip: &impl Phy, hardware: &Hardware, status: u32) -> Result<(bool, bool)> {
     if status & STATUS_FD == 0 {
         return Ok((false, false));
@@ -61,8 +62,9 @@ fn negotiated(chip: &impl Phy, hardware: &Hardware, status: u32) -> Result<(bool
     agreed
 }
 
-/// FCRTL and FCRTH (SDM 13.4, DS 10.2.2, 82576 8.5) for a receive FIFO of `kib`, which the chip compares in steps of `step`
-/// bytes: XOFF is sent at nine tenths of it, and while there is room for one more frame of `max_frame` bytes. Zeroes send none.
+/// Returns FCRTL and FCRTH (SDM 13.4, DS 10.2.2, 82576 8.5) for a receive FIFO of `kib` KiB, which the chip
+/// compares in steps of `step` bytes. XOFF is sent when the FIFO is nine tenths full, or earlier if needed to
+/// leave room for one more frame of `max_frame` bytes. Zeros disable XOFF.
 fn watermarks(kib: u32, step: u32, max_frame: usize) -> [u32; 2] {
     let headroom = (max_frame.max(STANDARD_FRAME) + FCS).next_multiple_of(8) as u32;
     let bytes = kib.saturating_mul(1024);
@@ -73,7 +75,8 @@ fn watermarks(kib: u32, step: u32, max_frame: usize) -> [u32; 2] {
     }
 }
 
-/// Whether PAUSE frames are obeyed and sent, by what both ends advertise (IEEE 802.3, table 28B-3).
+/// Returns whether PAUSE frames are obeyed and sent, given what both ends advertise (IEEE 802.3, table
+/// 28B-3).
 fn resolve(own: u16, partner: u16) -> (bool, bool) {
     let bits = |ability: u16| (ability & PHY_PAUSE != 0, ability & PHY_ASM_DIR != 0);
     match (bits(own), bits(partner)) {
@@ -85,15 +88,16 @@ fn resolve(own: u16, partner: u16) -> (bool, bool) {
 }
 
 impl Hardware {
-    /// Does `operation` with PHY register `register`; returns what was read, or none where the PHY refused.
+    /// Performs `operation` on PHY register `register`. Returns the register's value, or `None` if the
+    /// operation failed.
     pub(crate) fn mdic(&self, operation: u32, register: u32) -> Result<Option<u16>> {
         self.bar.write32(MDIC, operation | register << MDIC_REG_SHIFT | MDIC_PHY);
         let mdic = self.wait("reach the PHY of", MDIC, |mdic| mdic & (MDIC_READY | MDIC_ERROR) != 0)?;
         Ok((mdic & MDIC_ERROR == 0).then_some(mdic as u16))
     }
 
-    /// Whether PAUSE frames are obeyed and sent, as the ends of the link agreed; neither where they did not negotiate. The
-    /// caller owns the PHY.
+    /// Returns whether PAUSE frames are obeyed and sent, as both ends negotiated. Both are false if
+    /// negotiation did not complete. The caller must own the PHY.
     fn agreed_flow_control(&self) -> Result<(bool, bool)> {
         let mut values = [0; 3];
         for (value, register) in values.iter_mut().zip([PHY_STATUS, PHY_ADVERTISED, PHY_PARTNER]) {
@@ -103,10 +107,10 @@ impl Hardware {
         Ok(if status & PHY_STATUS_AUTONEG_COMPLETE != 0 { resolve(own, partner) } else { (false, false) })
     }
 
-    /// Writes what makes the chip know PAUSE frames, so that they are never received as others are, and when to
-    /// send some, by a receive FIFO of `kib` that it compares in steps of `step` bytes, for frames of up to `max_frame` (SDM
-    /// 13.4, DS 10.2.2, 82576 8.5).
-    /// Whether it obeys and sends them is CTRL's, once there is a link.
+    /// Makes the chip recognize PAUSE frames, so that they are never received like others, and sets the
+    /// watermarks at which it sends them (SDM 13.4, DS 10.2.2, 82576 8.5). The receive FIFO has `kib` KiB and
+    /// is compared in steps of `step` bytes. Frames have up to `max_frame` bytes. Once there is a link, CTRL
+    /// selects whether the chip obeys and sends PAUSE frames.
     pub(crate) fn prepare_flow_control(&self, kib: u32, step: u32, max_frame: usize) {
         let (bar, [low, high]) = (&self.bar, watermarks(kib, step, max_frame));
         bar.write32(FCAL, FLOW_CONTROL_ADDRESS_LOW);
@@ -117,11 +121,11 @@ impl Hardware {
         bar.write32(FCRTH, high);
     }
 
-    /// Sets CTRL.RFCE and TFCE: whether PAUSE frames are obeyed and sent.
+    /// Sets CTRL.RFCE and CTRL.TFCE: whether the chip obeys and sends PAUSE frames.
     fn set_flow_control(&self, (obeys, sends): (bool, bool)) {
         let flags = if obeys { CTRL_RFCE } else { 0 } | if sends { CTRL_TFCE } else { 0 };
         let old = self.bar.read32(CTRL);
-        // All ones: the device is gone.
+        // All ones mean that the device is gone.
         if old != u32::MAX {
             self.bar.write32(CTRL, old & !(CTRL_RFCE | CTRL_TFCE) | flags);
         }
@@ -154,7 +158,7 @@ mod tests {
         assert_eq!(watermarks(20, 8, 1514), [0x47F8 | FCRTL_XONE, 0x4800]);
         assert_eq!(watermarks(48, 8, 1514), [0xACC0 | FCRTL_XONE, 0xACC8]);
         assert_eq!(watermarks(64, 16, 1514), [0xE650 | FCRTL_XONE, 0xE660]);
-        // 21 KiB less a frame of 9018 bytes.
+        // 21 KiB minus a frame of 9018 bytes.
         assert_eq!(watermarks(21, 8, 9014), [0x30B8 | FCRTL_XONE, 0x30C0]);
         assert_eq!([watermarks(0, 8, 1514), watermarks(1, 8, 1514)], [[0, 0]; 2]);
         for (kib, step) in (2..256).flat_map(|kib| [(kib, 8), (kib, 16)]) {

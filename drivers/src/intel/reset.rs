@@ -1,4 +1,4 @@
-//! The reset, after which a chip starts no DMA.
+//! Reset, after which a chip starts no DMA.
 
 use std::time::Duration;
 
@@ -7,36 +7,36 @@ use vireo_eal::Result;
 use super::regs::*;
 use super::{Hardware, Phy};
 
-/// How a family of chips is reset.
+/// Reset of a chip family.
 pub trait Reset {
-    /// Registers that mask all interrupts when all ones are written to them.
+    /// Registers that mask all interrupts when written with all ones.
     const INTERRUPT_MASKS: &'static [u64];
-    /// Whether software has to own the PHY during the reset.
+    /// Whether software must own the PHY during the reset.
     const RESET_NEEDS_PHY: bool;
-    /// Rest after CTRL.RST, before the next access.
+    /// Delay after CTRL.RST, before the next access.
     const REST: Duration;
 
     /// Whether the chip is on PCI Express.
     fn is_express(&self) -> bool;
 
-    /// Sets CTRL.RST, in the way that the chip survives.
+    /// Sets CTRL.RST in the chip-specific way that does not hang the chip.
     ///
     /// # Errors
     /// When the kernel refuses a write to config space.
     fn write_reset(&self, hardware: &Hardware) -> Result<()>;
 
-    /// Waits until the registers are loaded from the NVM. What is written before is lost.
+    /// Waits until the registers are loaded from the NVM. Earlier register writes are lost.
     ///
     /// # Errors
-    /// `Protocol` when the chip does not finish.
+    /// `Protocol` when the chip does not finish loading.
     fn reload(&self, hardware: &Hardware) -> Result<()>;
 
-    /// Writes what the reset leaves as no driver wants it.
+    /// Corrects registers that the reset leaves in an unsuitable state.
     fn settle(&self, _hardware: &Hardware) {}
 }
 
-/// Ends all DMA and brings the registers that matter to their reset values. Once it succeeds, memory that the device knew
-/// can be used for something else.
+/// Ends all DMA and returns the registers that matter to their reset values. After success, memory that the
+/// device could access can be reused.
 ///
 /// # Errors
 /// `Unavailable` when the device is gone; `Protocol` when it does not finish its reset.
@@ -49,7 +49,7 @@ pub(super) fn quiesce<C: Reset + Phy>(chip: &C, hardware: &Hardware) -> Result<(
     bar.write32(RCTL, 0);
     bar.write32(TCTL, 0);
     if chip.is_express() {
-        // Requests that are under way when CTRL.RST comes can hang PCI Express (DS 10.2.2, CTRL; Linux,
+        // Requests that are outstanding at CTRL.RST can hang PCI Express (DS 10.2.2, CTRL; Linux,
         // `igb_reset_hw_82575`).
         hardware.change(CTRL, CTRL_GIO_MASTER_DISABLE, 0);
         if let Err(error) = hardware.wait("pause", STATUS, |status| status & STATUS_GIO_MASTER_ENABLE == 0) {
@@ -61,7 +61,7 @@ pub(super) fn quiesce<C: Reset + Phy>(chip: &C, hardware: &Hardware) -> Result<(
     bar.pause(C::REST);
     let reset = hardware.wait("reset", CTRL, |ctrl| ctrl & CTRL_RST == 0).and_then(|_| chip.reload(hardware));
     if let Err(error) = reset {
-        // The function's own reset takes 100 ms, so it is for a chip that does not answer.
+        // A function reset takes 100 ms, so it is the fallback for a chip that does not answer.
         if !function.reset()? {
             return Err(error);
         }

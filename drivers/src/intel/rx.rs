@@ -11,34 +11,35 @@ use super::format::Format;
 use crate::counters::QueueCounters;
 use crate::port::RxBurst;
 
-/// Bytes of a buffer that the device fills on a port for long frames: the most that it can be told and that fit behind the
-/// headroom (RCTL.BSIZE, SRRCTL.BSIZEPACKET).
+/// Bytes that the device fills per buffer on a port for long frames: the largest size that can be configured
+/// and that fits after the headroom (RCTL.BSIZE, SRRCTL.BSIZEPACKET).
 const SEGMENT: usize = 1024;
 const _: () = assert!(SEGMENT <= DATA_ROOM && MAX_FRAME <= MAX_SEGMENTS * SEGMENT);
 
 /// The receive queue of a port.
 ///
-/// A descriptor without a buffer has DD set: either it is done and its packet was received, or it never had a buffer.
+/// A descriptor without a buffer has DD set: either its packet was received, or it never had a buffer.
 #[derive(Debug)]
 pub struct RxQueue<F> {
     ring: DescRing,
     tail: Doorbell<u32>,
-    /// Descriptors without a buffer that are worth a refill and a write of RDT.
+    /// Refill threshold: number of descriptors without a buffer that justify a refill and a write of RDT.
     refill_threshold: usize,
-    /// Position of the tail with room for so many.
+    /// Position of the tail at which the refill threshold is reached.
     refill_at: usize,
-    /// Inside a frame of several descriptors, which is dropped up to its end.
+    /// Whether the next descriptor continues a frame that is dropped up to its end.
     skipping: bool,
-    /// Most bytes of a frame of several descriptors; 0 where each is dropped.
+    /// Maximum length in bytes of a frame that spans several descriptors; 0 if all such frames are dropped.
     longest: usize,
     counters: Arc<QueueCounters>,
     _format: PhantomData<F>,
 }
 
-/// Gives the descriptors of `ring` their buffers, all but one or none: RDT = RDH means an empty ring (SDM 3.2.6).
+/// Gives a buffer to every descriptor of `ring` except one, because RDT = RDH means an empty ring (SDM
+/// 3.2.6). On failure no descriptor keeps a buffer.
 ///
 /// # Errors
-/// `Os` when there are too few buffers.
+/// `Os` when the pool has too few free buffers.
 pub(super) fn fill<F: Format>(ring: &mut DescRing, cache: &mut PoolCache) -> Result<()> {
     ring.restart(ring.entries() - 1, [0, F::RXD_DD]);
     while ring.refill(MAX_BURST, 0, 0, cache) > 0 {}
@@ -53,15 +54,15 @@ pub(super) fn fill<F: Format>(ring: &mut DescRing, cache: &mut PoolCache) -> Res
 }
 
 impl<F: Format> RxQueue<F> {
-    /// A queue on `ring`, which is filled and which the device may not write yet. The device fills [`SEGMENT`] bytes of a
-    /// buffer if `long` frames are to be received, which have up to so many bytes.
+    /// Creates a queue on `ring`, which is filled and to which the device may not write yet. If `long` is
+    /// given, frames have up to `long` bytes and the device fills [`SEGMENT`] bytes per buffer.
     pub(super) fn new(
         ring: DescRing,
         tail: Doorbell<u32>,
         counters: Arc<QueueCounters>,
         long: Option<usize>,
     ) -> Self {
-        // At most three quarters of the ring wait for a refill, whatever its size.
+        // At most three quarters of the ring wait for a refill, however small the ring.
         let refill_threshold = MAX_BURST.min(ring.entries() / 4 * 3);
         Self {
             refill_at: ring.tail_with_room(refill_threshold),
@@ -75,7 +76,7 @@ impl<F: Format> RxQueue<F> {
         }
     }
 
-    /// Tells the device which descriptors have a buffer.
+    /// Publishes to the device, through RDT, which descriptors have a buffer.
     pub(super) fn announce(&mut self) {
         self.tail.ring((self.ring.head() & (self.ring.entries() - 1)) as u32);
         self.counters.doorbells.add(1);
@@ -91,8 +92,9 @@ impl<F: Format> RxQueue<F> {
         }
     }
 
-    /// Receives the packet of the next descriptor, which says `word`, if it is a good one and there is room for it. A path of its
-    /// own, because the loop of [`RxQueue::receive`] takes as many instructions to begin as a lone packet takes in all.
+    /// Receives the packet of the next descriptor, whose second word is `word`, if the packet is good and
+    /// `burst` has room. This is a separate path because starting the loop of [`RxQueue::receive`] takes as
+    /// many instructions as a lone packet takes in total.
     #[inline(always)]
     fn receive_one(&mut self, word: u64, burst: &mut Burst) -> bool {
         let Some(len) = F::GOOD.len(word).filter(|_| !self.skipping) else { return false };
@@ -105,8 +107,8 @@ impl<F: Format> RxQueue<F> {
         true
     }
 
-    /// Receives all that there is for `burst`. Apart from the forwarding loop, where too few registers are left for the
-    /// loop in here.
+    /// Receives completed packets into `burst`. Kept out of the forwarding loop, where too few CPU registers
+    /// are left for this loop.
     #[inline(never)]
     fn receive_many(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
         if self.skipping || self.receive(burst) == 0 {
@@ -114,18 +116,19 @@ impl<F: Format> RxQueue<F> {
         }
     }
 
-    /// Receives until `burst` is full or no good descriptor is next; gives the number of packets.
+    /// Receives until `burst` is full or the next descriptor is not good. Returns the number of packets.
     #[inline(always)]
     fn receive(&mut self, burst: &mut Burst) -> usize {
         let (received, bytes) = self.ring.take_words(F::GOOD, burst);
-        // Each length came with its DD in one load; packet data is read after this.
+        // Each length was loaded together with its DD. Packet data is read after this barrier.
         dma_rmb();
         self.counters.packets.add(received as u64);
         self.counters.bytes.add(bytes);
         received
     }
 
-    /// Drops the frame, or the part of one, in the next descriptor, which is bad and says `word`.
+    /// Drops the contents of the next descriptor, a frame or a part of one. The descriptor is bad, and its
+    /// second word is `word`.
     fn discard(&mut self, cache: &mut PoolCache, word: u64) {
         let last = word & F::RXD_EOP != 0;
         if !self.skipping {
@@ -139,8 +142,9 @@ impl<F: Format> RxQueue<F> {
         self.ring.reclaim(1, cache);
     }
 
-    /// Receives the frame whose first descriptor is next. It stays in the ring until its last descriptor is there, too, and
-    /// until a burst has room for all; then false. If it is damaged or too long, true, and it is for [`RxQueue::discard`].
+    /// Receives the frame whose first descriptor is next. Returns false if the frame stays in the ring
+    /// because its last descriptor is not completed yet or `burst` has no room for the whole frame. Returns
+    /// true and sets `skipping` if the frame is damaged or too long and [`RxQueue::discard`] must drop it.
     fn receive_frame(&mut self, burst: &mut Burst) -> bool {
         let (mut lens, mut bytes) = ([0; MAX_SEGMENTS], 0);
         for segments in 1..=MAX_SEGMENTS {
@@ -151,7 +155,7 @@ impl<F: Format> RxQueue<F> {
             let (len, is_last) = (F::len(word), word & F::RXD_EOP != 0);
             lens[segments - 1] = len;
             bytes += len;
-            // All buffers but the last are full.
+            // Every buffer except the last must be full.
             if len == 0 || len > SEGMENT || len < SEGMENT && !is_last {
                 self.counters.device_errors.add(1);
                 break;
@@ -172,8 +176,8 @@ impl<F: Format> RxQueue<F> {
         true
     }
 
-    /// Drops what is bad, up to the next good descriptors, and receives those. The bound keeps a device that
-    /// completes bad ones without end from holding the lcore.
+    /// Drops bad descriptors up to the next good ones, and receives those. The loop is bounded, so that a
+    /// device that completes bad descriptors without end cannot hold the lcore.
     #[cold]
     #[inline(never)]
     fn receive_around(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
@@ -198,13 +202,13 @@ impl<F: Format> RxQueue<F> {
         }
     }
 
-    /// Descriptors that the device has filled and nobody has received.
+    /// Number of descriptors that the device has filled and that were not received.
     pub(super) fn unread(&self) -> usize {
         let done = |i: &usize| self.ring.load::<1>(self.ring.tail().wrapping_add(*i)) & F::RXD_DD != 0;
         (0..self.ring.owned()).take_while(done).count()
     }
 
-    /// Gives every buffer to `cache` and the ring back; the device was reset.
+    /// Returns every buffer to `cache`, and the ring to the caller. The device must have been reset.
     pub(super) fn release(mut self, cache: &mut PoolCache) -> DescRing {
         self.ring.reclaim_all(cache);
         self.ring

@@ -1,5 +1,5 @@
-//! What holds of every controller against the in-process device: what a good device does, and each lie. A family runs these
-//! tests by [`tests_of_every_chip!`].
+//! Tests of every controller family against the in-process device, with good and misbehaving devices. A
+//! family runs them through [`tests_of_every_chip!`].
 
 mod life;
 mod long;
@@ -26,17 +26,17 @@ use crate::port::{MacAddr, Nic, PortConfig, RxBurst, TxBurst};
 pub(crate) const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 pub(crate) const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 
-/// A family, and the devices that play it.
+/// Controller family under test, with its fake devices.
 pub(crate) trait Family: Chip {
-    /// Its device half.
+    /// Fake device of the family.
     type Model: Model;
-    /// A chip of the family, for what does not depend on which.
+    /// Chip for tests that do not depend on the chip.
     const STANDARD: DeviceId;
-    /// Chips for what may depend on which.
+    /// Chips for tests that may depend on the chip.
     const CHIPS: &'static [DeviceId];
-    /// One chip of each kind that is reset in its own way.
+    /// One chip for each way of resetting.
     const KINDS: &'static [DeviceId];
-    /// Device address of all memory.
+    /// Device address of the test memory.
     const IOVA: u64;
 }
 
@@ -51,11 +51,12 @@ pub(crate) struct Rig<F: Family> {
 }
 
 thread_local! {
-    /// Whether devices of this thread's test are as the chips are.
+    /// Whether this thread's devices behave like the chips instead of QEMU's models.
     pub(crate) static SILICON: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `test` with devices as QEMU models them, and as the chips are.
+/// Runs `test` with devices that behave like QEMU's models, and again with devices that behave like the
+/// chips.
 pub(crate) fn in_both_modes(test: impl Fn()) {
     for silicon in [false, true] {
         SILICON.set(silicon);
@@ -91,7 +92,7 @@ impl<F: Family> Rig<F> {
         Self::new(F::STANDARD, CONFIG, 512)
     }
 
-    /// Frames of one poll. The second time is for what is behind the end of the ring.
+    /// Receives the frames of one poll. The second call receives frames past the end of the ring.
     fn receive(&mut self, burst: &mut Burst) {
         let (rx, _) = self.queues.as_mut().unwrap();
         rx.rx_burst(&mut self.cache, burst);
@@ -126,7 +127,8 @@ impl<F: Family> Rig<F> {
         sent
     }
 
-    /// Sends `bytes` in the buffer of a longer frame that was received, none of which may leave; gives what left.
+    /// Sends `bytes` in the buffer of a longer received frame, whose old data must not be sent. Returns the
+    /// transmitted frames.
     pub(crate) fn send_in_used_buffer(&mut self, bytes: &[u8]) -> Vec<Vec<u8>> {
         assert!(self.device.receive(&[0xEE; 60]));
         let mut burst = Burst::new();
@@ -141,7 +143,7 @@ impl<F: Family> Rig<F> {
         self.device.transmitted()
     }
 
-    /// Frames that the port says its device dropped.
+    /// Name and value of the port's counter of missed frames.
     pub(crate) fn missed(&self) -> (&'static str, u64) {
         self.port.counters().read().device[0]
     }
@@ -156,12 +158,12 @@ impl<F: Family> Rig<F> {
         self.port.stop_pair(rx, tx, &mut self.cache).unwrap();
     }
 
-    /// Starts a port that is stopped.
+    /// Starts a stopped port.
     pub(crate) fn resume(&mut self) {
         self.queues = Some(self.port.start_pair(&CONFIG, &self.memory, &mut self.cache).unwrap());
     }
 
-    /// The error of a start.
+    /// Starts the port, which must fail, and returns the error.
     pub(crate) fn refusal(&mut self) -> Error {
         self.port.start_pair(&CONFIG, &self.memory, &mut self.cache).unwrap_err()
     }
@@ -171,7 +173,7 @@ impl<F: Family> Rig<F> {
         self.resume();
     }
 
-    /// Stops the port; every buffer must be in the pool again.
+    /// Stops the port, and asserts that every buffer is back in the pool.
     pub(crate) fn stop(mut self) {
         self.pause();
         drop(self.cache);
@@ -180,7 +182,7 @@ impl<F: Family> Rig<F> {
     }
 }
 
-/// A frame that is not like its neighbours.
+/// Returns a frame that differs from its neighbors.
 pub(crate) fn frame(number: usize) -> Vec<u8> {
     let mut bytes = vec![number as u8; 60 + number % 1400];
     bytes[..8].copy_from_slice(&(number as u64).to_le_bytes());
@@ -191,7 +193,7 @@ fn frames(numbers: std::ops::Range<usize>) -> Vec<Vec<u8>> {
     numbers.map(frame).collect()
 }
 
-/// Declares the tests of this file as tests of the family `$family`.
+/// Declares the tests of this module and its submodules as tests of the family `$family`.
 macro_rules! tests_of_every_chip {
     ($family:ty) => {
         $crate::intel::tests::tests_of_every_chip! {

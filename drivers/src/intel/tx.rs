@@ -1,4 +1,4 @@
-//! Transmit queue (SDM 3.3, DS 7.2): one descriptor for each packet.
+//! Transmit queue (SDM 3.3, DS 7.2): one descriptor per packet.
 
 use std::collections::VecDeque;
 use std::marker::PhantomData;
@@ -12,46 +12,50 @@ use crate::counters::QueueCounters;
 use crate::frames::{bytes, drop_long};
 use crate::port::{Fault, TxBurst, Watchdog};
 
-/// Every descriptor of this many reports its completion, and as many are reclaimed at a time. The smallest
-/// ring holds two of them, so that one is always under way when the ring is full.
+/// Number of descriptors in a reclaim batch. Only the last descriptor of a batch reports its completion, and
+/// whole batches are reclaimed. The smallest ring holds two batches, so that one is always in flight when the
+/// ring is full.
 pub(super) const RECLAIM: usize = 32;
 const _: () = assert!(MAX_BURST <= RECLAIM);
 
-/// Shortest frame, in bytes without its check sequence. The chips of PCI Express pad what has 17 bytes and more (82574 DS
-/// 10.2.6, TCTL.PSP; Linux, `igb_xmit_frame`), and so all that came from a wire; those of PCI may do it with garbage, so the
-/// driver does it for them (Linux, drivers/net/ethernet/intel/e1000/e1000_main.c).
+/// Shortest frame in bytes, without its check sequence. PCI Express chips pad frames of 17 bytes and more
+/// (82574 DS 10.2.6, TCTL.PSP; Linux, `igb_xmit_frame`), which includes every frame that came from a wire.
+/// PCI chips may pad with garbage, so the driver pads for them (Linux,
+/// drivers/net/ethernet/intel/e1000/e1000_main.c).
 const SHORTEST: usize = 60;
 
 /// The transmit queue of a port.
 #[derive(Debug)]
 pub struct TxQueue<F> {
-    /// Its tail is a multiple of [`RECLAIM`], if frames are packets.
+    /// Ring whose tail is a multiple of [`RECLAIM`], if each frame is one packet.
     ring: DescRing,
     tail: Doorbell<u32>,
-    /// Sent buffers are taken back when fewer descriptors than this are free; always, where frames are for [`Reports`].
+    /// Number of free descriptors below which sent buffers are reclaimed. It is `usize::MAX` with
+    /// [`Reports`], so that each burst takes the path for long frames.
     reclaim_below: usize,
-    /// Whether short frames are padded by us.
+    /// Whether the driver pads short frames.
     pads: bool,
     counters: Arc<QueueCounters>,
     watchdog: Watchdog,
     fault: Fault,
-    /// Of a port for long frames.
+    /// Completion reports of a port for long frames; none on other ports.
     reports: Option<Box<Reports>>,
     _format: PhantomData<F>,
 }
 
-/// What a queue keeps where a frame may take several descriptors. Buffers are taken back by whole frames, so the last descriptor of
-/// a frame has to report, which is not every 32nd: the last one of a burst does.
+/// State of a queue whose frames may span several descriptors. Whole frames are reclaimed, so a frame's last
+/// descriptor has to report, which need not be every 32nd descriptor. Therefore the last descriptor of each
+/// burst reports.
 #[derive(Debug)]
 struct Reports {
-    /// Positions of the descriptors that report, which have not been found done.
+    /// Positions of reporting descriptors that were not yet found done.
     positions: VecDeque<usize>,
-    /// Most bytes of a frame.
+    /// Longest frame in bytes.
     longest: usize,
 }
 
 impl<F: Format> TxQueue<F> {
-    /// A queue on `ring`. If frames may be several packets, `long` is the most bytes that one has.
+    /// Creates a queue on `ring`. If frames may be several packets, `long` is the longest frame in bytes.
     pub(super) fn new(
         mut ring: DescRing,
         tail: Doorbell<u32>,
@@ -69,7 +73,8 @@ impl<F: Format> TxQueue<F> {
         Self { ring, tail, reclaim_below, pads, counters, watchdog, fault, reports, _format: PhantomData }
     }
 
-    /// Finds no room for a burst; asks for a restart after a second of it.
+    /// Handles a burst that finds no room. Requests a restart once a full ring has made no progress for a
+    /// second.
     #[cold]
     #[inline(never)]
     fn full(&mut self) -> usize {
@@ -79,34 +84,34 @@ impl<F: Format> TxQueue<F> {
         0
     }
 
-    /// Takes back the buffers of all descriptors that the device is done with.
+    /// Reclaims the buffers of all batches that the device has completed.
     #[inline(never)]
     fn reclaim(&mut self, cache: &mut PoolCache) {
         let start = self.ring.tail();
-        // A batch that is not full yet shows the state of its last turn.
+        // A batch that is not full yet still shows the state of its previous lap.
         let full = self.ring.owned() / RECLAIM;
         let last = |batch: usize| start.wrapping_add(batch * RECLAIM + RECLAIM - 1);
         let done = (0..full).take_while(|batch| self.ring.load::<1>(last(*batch)) & F::TXD_DD != 0);
         self.ring.reclaim(done.count() * RECLAIM, cache);
     }
 
-    /// Descriptors from `head` on, where the device says it is (TDH), to the last one that was filled; all that may
-    /// own a buffer when it says what cannot be.
+    /// Number of descriptors from `head`, where the device is (TDH), to the last one that was filled. An
+    /// impossible `head` counts every descriptor that may own a buffer.
     pub(super) fn unfinished(&self, head: u32) -> usize {
         let behind = self.ring.head().wrapping_sub(head as usize) & (self.ring.entries() - 1);
         behind.min(self.ring.owned())
     }
 
-    /// Gives every buffer to `cache` and the ring back; the device was reset.
+    /// Returns every buffer to `cache`, and the ring to the caller. The device must have been reset.
     pub(super) fn release(mut self, cache: &mut PoolCache) -> DescRing {
         self.ring.reclaim_all(cache);
         self.ring
     }
 
-    // Apart from the forwarding loop, where too few registers are left for the loop in here.
+    // Kept out of the forwarding loop, where too few CPU registers are left for this loop.
     #[inline(never)]
     fn transmit<const PADS: bool>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        // Until half of the ring is in use a burst finds room.
+        // A burst always finds room until half of the ring is in use.
         if self.ring.room() < self.reclaim_below {
             if self.reports.is_some() {
                 return self.transmit_frames(cache, burst);
@@ -138,14 +143,14 @@ impl<F: Format> TxQueue<F> {
         count
     }
 
-    /// Tells the device which descriptors it may send.
+    /// Publishes to the device, through TDT, which descriptors it may send.
     #[inline(always)]
     fn announce(&mut self) {
         self.counters.doorbells.add(1);
         self.tail.ring((self.ring.head() & (self.ring.entries() - 1)) as u32);
     }
 
-    /// As [`TxQueue::transmit`], of a port for long frames.
+    /// Transmits like [`TxQueue::transmit`], on a port for long frames.
     #[inline(never)]
     fn transmit_frames(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let Some(reports) = &mut self.reports else { return 0 };
@@ -160,7 +165,7 @@ impl<F: Format> TxQueue<F> {
             self.ring.reclaim(end.wrapping_sub(tail), cache);
         }
         let before = burst.len();
-        // The transmit FIFO must hold all of a frame (SDM 3.3.7).
+        // The transmit FIFO must hold a whole frame (SDM 3.3.7).
         self.counters.errors.add(drop_long(burst, reports.longest, MAX_SEGMENTS, cache) as u64);
         let (mut words, mut frames, mut sum) = ([0; MAX_BURST], 0, 0);
         let mut count = 0;

@@ -1,4 +1,4 @@
-//! Registers and bits of the 8254x and the 82574 alone.
+//! Registers and bits that only the 8254x and the 82574 have.
 //!
 //! SDM is Intel's *PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's Manual* (317453), DS the
 //! *82574 GbE Controller Family Datasheet*.
@@ -22,6 +22,6 @@ pub(super) const EECD_AUTO_RD: u32 = 0x0000_0200;
 pub(super) const CTRL_EXT_EE_RST: u32 = 0x0000_2000;
 pub(super) const EXTCNF_SW_OWNS_MDIO: u32 = 0x0000_0020;
 
-// SDM 3.2.3: second words of legacy receive descriptors.
+// SDM 3.2.3: second word of a legacy receive descriptor.
 pub(super) const RXD_DD: u64 = 0x0000_0001_0000_0000;
 pub(super) const RXD_EOP: u64 = 0x0000_0002_0000_0000;

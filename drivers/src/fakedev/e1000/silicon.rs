@@ -1,6 +1,6 @@
-//! What the chips do and QEMU's models do not: reloads from the NVM, resets that hang, addresses of 32 bits. Time
-//! passes only where the driver waits ([`Registers::elapse`](vireo_eal::mmio::Registers::elapse)), so that a wait
-//! that is too short fails on every machine.
+//! Behavior of the chips that QEMU's models lack: reloads from the NVM, resets that hang, 32-bit addresses.
+//! Time passes only while the driver waits ([`Registers::elapse`](vireo_eal::mmio::Registers::elapse)), so
+//! that a wait that is too short fails on every machine.
 
 use std::time::Duration;
 
@@ -9,27 +9,27 @@ use vireo_bus_pci::DeviceId;
 use super::registers::*;
 use crate::fakedev::intel::RegisterFile;
 
-/// From CTRL.RST to the end of the reload (SDM 14.3; e1000_main.c of Linux has the same 5 ms).
+/// Time from CTRL.RST to the end of the reload (SDM 14.3; Linux's e1000_main.c has the same 5 ms).
 const RELOAD_PCI: Duration = Duration::from_millis(5);
-/// From CTRL_EXT.EE_RST to the end of the reload of an 82544.
+/// Time from CTRL_EXT.EE_RST to the end of the reload of an 82544.
 const RELOAD_82544: Duration = Duration::from_millis(2);
-/// From CTRL.RST to EECD.AUTO_RD, which the 82574 tells.
+/// Time from CTRL.RST to EECD.AUTO_RD, which the 82574 reports.
 const AUTO_READ: Duration = Duration::from_millis(3);
-/// From EECD.AUTO_RD to a PHY that is configured, which it does not tell.
+/// Time from EECD.AUTO_RD to a configured PHY, which the 82574 does not report.
 const PHY_SETUP: Duration = Duration::from_millis(25);
-/// Requests for MDIO ownership that the firmware refuses first.
+/// Number of requests for MDIO ownership that the firmware refuses first.
 const REFUSALS: u8 = 2;
-/// Reads of STATUS until the last request on PCI Express is done.
+/// Number of STATUS reads until the last request on PCI Express is done.
 const DRAIN: u8 = 2;
 
-/// What the chips differ in.
+/// Chips that behave differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// 82544: reset through I/O space, reload by request, no management.
+    /// 82544: reset through I/O space, reload on request, no management.
     I82544,
     /// 82540: reset through I/O space, 32-bit addresses.
     I82540,
-    /// 82545EM and 82546EB: as the 82540; no write may cross 64 KiB (erratum 23).
+    /// 82545EM and 82546EB: like the 82540, but no write may cross 64 KiB (erratum 23).
     I82545,
     /// 82545GM and 82546GB: reset through CTRL_DUP.
     Rev3,
@@ -37,21 +37,21 @@ enum Kind {
     I82574,
 }
 
-/// State of a chip beside its registers.
+/// State of a chip in addition to its registers.
 #[derive(Debug)]
 pub(super) struct Silicon {
     kind: Kind,
-    /// Rest of a reload, in which writes are lost; none when there is none.
+    /// Remaining time of a reload, during which writes are lost.
     reload: Option<Duration>,
     /// The registers have not been loaded since the reset (82544).
     blank: bool,
-    /// Nothing answers any more.
+    /// The chip no longer responds.
     pub(super) hung: bool,
-    /// The PHY was left in the middle of an access of the firmware.
+    /// A reset interrupted an access of the firmware to the PHY.
     pub(super) phy_lost: bool,
-    /// The slot is PCI-X.
+    /// The chip is in a PCI-X slot.
     pub(super) pcix: bool,
-    /// What is in IOADDR.
+    /// Value of IOADDR.
     pub(super) io_address: u32,
     refusals: u8,
     draining: u8,
@@ -83,12 +83,12 @@ impl Silicon {
         self.kind == Kind::I82574
     }
 
-    /// Address lines that a NIC on conventional PCI does not have are ignored.
+    /// Ignores the address lines that a NIC on conventional PCI does not have.
     pub(super) fn address(&self, address: u64) -> u64 {
         if self.is_82574() || self.pcix { address } else { address & 0xFFFF_FFFF }
     }
 
-    /// Registers as the NVM sets them: some bits as the errata do not want them, and ASF's ARP filter.
+    /// Registers that the NVM sets: some bits contradict the errata, and ASF's ARP filter is on.
     pub(super) fn defaults(&self) -> &'static [(u64, u32)] {
         match self.kind {
             Kind::I82544 => &[(CTRL, 0x0000_0941)],
@@ -99,7 +99,7 @@ impl Silicon {
         }
     }
 
-    /// Begins a reset, which the driver asked for with MDIO ownership or without.
+    /// Begins a reset, which the driver requests with or without MDIO ownership.
     pub(super) fn reset(&mut self, owns_mdio: bool, bus_master: bool) {
         self.hung |= self.is_82574() && bus_master && self.draining > 0;
         self.phy_lost |= self.is_82574() && !owns_mdio;
@@ -117,7 +117,7 @@ impl Silicon {
         self.reload = self.reload.and_then(|left| left.checked_sub(time)).filter(|left| !left.is_zero());
     }
 
-    /// What a read of `offset` gives where it is not what the register holds.
+    /// Returns the result of a read of `offset` where it differs from the register's value.
     pub(super) fn read(&mut self, offset: u64, bus_master: bool, ctrl: u32) -> Option<u32> {
         if self.hung {
             return Some(u32::MAX);
@@ -139,7 +139,7 @@ impl Silicon {
         }
     }
 
-    /// Bits of STATUS that are the chip's own.
+    /// Chip-specific bits of STATUS.
     pub(super) fn status(&self) -> u32 {
         match self.kind {
             Kind::I82574 if self.draining > 0 => STATUS_GIO_MASTER_ENABLE,
@@ -148,13 +148,13 @@ impl Silicon {
         }
     }
 
-    /// Whether the register at `offset` takes a write through memory space.
+    /// Whether the register at `offset` accepts a write through memory space.
     pub(super) fn takes(&mut self, offset: u64, value: u32) -> bool {
         let resets = value & CTRL_RST != 0;
         match (offset, self.kind) {
             _ if self.hung => false,
             (CTRL, Kind::I82574) | (CTRL_DUP, Kind::Rev3) if resets => true,
-            // The others do not acknowledge the write (e1000_hw.c of Linux, e1000_reset_hw).
+            // The other chips do not acknowledge the write (e1000_hw.c of Linux, e1000_reset_hw).
             (CTRL, _) if resets => {
                 self.hung = true;
                 false
@@ -164,7 +164,7 @@ impl Silicon {
                 self.reload = Some(RELOAD_82544);
                 true
             }
-            // Firmware gives the PHY up after a while.
+            // Firmware releases the PHY after a while.
             (EXTCNF_CTRL, _) if value & EXTCNF_SW_OWNS_MDIO != 0 && self.refusals > 0 => {
                 self.refusals -= 1;
                 false
@@ -173,7 +173,7 @@ impl Silicon {
         }
     }
 
-    /// Whether `value`, written through I/O space to what IOADDR names, resets the chip.
+    /// Whether a write of `value` through I/O space, to the register that IOADDR selects, resets the chip.
     pub(super) fn resets_by_io(&self, value: u32) -> bool {
         let by_io = matches!(self.kind, Kind::I82544 | Kind::I82540 | Kind::I82545);
         !self.hung && by_io && u64::from(self.io_address) == CTRL && value & CTRL_RST != 0
@@ -186,8 +186,8 @@ impl Silicon {
         !self.hung
     }
 
-    /// Whether nothing is set that makes the 82574 lose completions on PCI Express, which ends in a ring that stays
-    /// full (82574 specification update; e1000e's 82571.c in Linux).
+    /// Whether no setting makes the 82574 lose completions on PCI Express, after which the ring stays full
+    /// (82574 specification update; e1000e's 82571.c in Linux).
     pub(super) fn keeps_completions(&self, registers: &RegisterFile, aspm: bool) -> bool {
         let bits = |offset, set: u32, clear: u32| registers.get(offset) & (set | clear) == set;
         !self.is_82574()
@@ -199,8 +199,8 @@ impl Silicon {
                 && bits(TARC0, 1 << 26, 0xF << 27)
     }
 
-    /// Pads a short frame as the chip does: 8254x with what was in the FIFO before, 82574 with zeroes and from 17
-    /// bytes on (DS 10.2.6, TCTL.PSP).
+    /// Pads a short frame as the chip does: an 8254x with the previous contents of the FIFO, an 82574 with
+    /// zeros and from 17 bytes on (DS 10.2.6, TCTL.PSP).
     pub(super) fn pad(&self, frame: &mut Vec<u8>) {
         let fill = if self.is_82574() { 0 } else { 0xA5 };
         if (17..60).contains(&frame.len()) {

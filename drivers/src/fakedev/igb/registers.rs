@@ -1,4 +1,4 @@
-//! Registers and bits of the 82576 and the I350 alone, by the manual and QEMU's model.
+//! Registers and bits that only the 82576 and the I350 have, from the manual and QEMU's model.
 //!
 //! DS is Intel's *82576EB Gigabit Ethernet Controller Datasheet* (320961).
 
@@ -22,13 +22,13 @@ pub(super) const EEC_AUTO_RD: u32 = 0x0000_0200;
 pub(super) const QUEUE_ENABLE: u32 = 0x0200_0000;
 pub(super) const SWSM_SMBI: u32 = 0x0000_0001;
 pub(super) const SWSM_SWESMBI: u32 = 0x0000_0002;
-/// Port 1's PHY, for software and for firmware.
+/// Bits with which software and firmware acquire port 1's PHY.
 pub(super) const SYNC_SW_PHY1: u32 = 0x0000_0004;
 pub(super) const SYNC_FW_PHY1: u32 = 0x0004_0000;
 
-// DS 7.1.5 and 7.2.2: second words of advanced descriptors.
+// DS 7.1.5 and 7.2.2: second word of an advanced descriptor.
 pub(super) const RXD_DD: u64 = 0x0000_0000_0000_0001;
 pub(super) const RXD_EOP: u64 = 0x0000_0000_0000_0002;
-/// DTYP and DEXT of a data descriptor.
+/// Mask of DTYP and DEXT, and their value in a data descriptor.
 pub(super) const TXD_KIND: u64 = 0x0000_0000_20F0_0000;
 pub(super) const TXD_DATA: u64 = 0x0000_0000_2030_0000;

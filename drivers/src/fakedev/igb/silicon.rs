@@ -1,26 +1,28 @@
-//! What the chips do and QEMU's model does not: a rest behind the reset, reloads from the NVM, firmware that shares the PHY.
-//! Time passes only where the driver waits ([`Registers::elapse`](vireo_eal::mmio::Registers::elapse)), so that a wait that is
-//! too short fails on every machine.
+//! Behavior of the chips that QEMU's model lacks: a delay after the reset, reloads from the NVM, firmware
+//! that shares the PHY. Time passes only while the driver waits
+//! ([`Registers::elapse`](vireo_eal::mmio::Registers::elapse)), so that a wait that is too short fails on
+//! every machine.
 
 use std::time::Duration;
 
 use super::registers::*;
 
-/// From CTRL.RST to the first access that the chip survives (DS 4.2.1.6.1).
+/// Time from CTRL.RST to the first access that the chip survives (DS 4.2.1.6.1).
 const REST: Duration = Duration::from_millis(1);
-/// From CTRL.RST to EEC.AUTO_RD.
+/// Time from CTRL.RST to EEC.AUTO_RD.
 const RELOAD: Duration = Duration::from_millis(4);
-/// Reads of STATUS until the last request on PCI Express is done.
+/// Number of STATUS reads until the last request on PCI Express is done.
 const DRAIN: u8 = 2;
-/// Tries for SWESMBI that firmware refuses first, and looks at SW_FW_SYNC in which it uses the PHY.
+/// Number of attempts to set SWESMBI that firmware refuses first, and number of SW_FW_SYNC reads during which
+/// it uses the PHY.
 const REFUSALS: u8 = 2;
 
-/// State of a chip beside its registers.
+/// State of a chip in addition to its registers.
 #[derive(Debug)]
 pub(super) struct Silicon {
-    /// Time since the reset, while it matters.
+    /// Time since the reset, until the reload ends.
     reset: Option<Duration>,
-    /// Nothing answers any more.
+    /// The chip no longer responds.
     pub(super) hung: bool,
     draining: u8,
     refusals: [u8; 2],
@@ -41,7 +43,7 @@ impl Silicon {
         self.reset = self.reset.map(|since| since + time).filter(|since| *since < RELOAD);
     }
 
-    /// What a read of `offset` gives where it is not what the register holds; `value` is that.
+    /// Returns the result of a read of `offset` where it differs from the register's value, which is `value`.
     pub(super) fn read(&mut self, offset: u64, value: u32, bus_master: bool, ctrl: u32) -> Option<u32> {
         self.hung |= self.reset.is_some_and(|since| since < REST);
         if self.hung {
@@ -67,7 +69,8 @@ impl Silicon {
         }
     }
 
-    /// What the register at `offset` takes of `value`; nothing while it is loaded.
+    /// Returns the value that a write of `value` stores at `offset`, or `None` while the registers are being
+    /// loaded.
     pub(super) fn write(&mut self, offset: u64, value: u32) -> Option<u32> {
         self.hung |= self.reset.is_some_and(|since| since < REST);
         if self.hung || self.reset.is_some() {
@@ -78,13 +81,13 @@ impl Silicon {
                 self.refusals[0] -= 1;
                 Some(value & !SWSM_SWESMBI)
             }
-            // The firmware's bit is the firmware's, which is done with the PHY at some time.
+            // Software cannot set the firmware's bit. Firmware is done with the PHY after a while.
             SW_FW_SYNC => Some(value & !SYNC_FW_PHY1),
             _ => Some(value),
         }
     }
 
-    /// Pads a short frame, from 17 bytes on.
+    /// Pads a short frame of 17 bytes or more.
     pub(super) fn pad(&self, frame: &mut Vec<u8>) {
         if (17..60).contains(&frame.len()) {
             frame.resize(60, 0);

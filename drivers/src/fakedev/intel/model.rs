@@ -1,4 +1,4 @@
-//! What the device half of a family of controllers states about itself.
+//! Interface that each family of fake controllers implements.
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::fakedev::ConfigSpace;
 /// Size of BAR 0 in bytes.
 pub(super) const BAR_SIZE: usize = 0x20000;
 
-/// What the registers hold, by their offsets in BAR 0.
+/// Values of the registers, by offset in BAR 0.
 #[derive(Debug)]
 pub struct RegisterFile(pub(super) Vec<u32>);
 
@@ -29,7 +29,7 @@ impl RegisterFile {
     }
 }
 
-/// A controller as QEMU models it or as the chip is, beside what all families do alike.
+/// Family-specific parts of a fake controller, which behaves like QEMU's model or like the chip.
 pub trait Model: Debug + Send + Sized + 'static {
     /// First register of the RX ring.
     const RDBAL: u64;
@@ -39,37 +39,37 @@ pub trait Model: Debug + Send + Sized + 'static {
     const RESETS: &'static [u64];
     /// Whether the PHY negotiates without being asked to.
     const PHY_NEGOTIATES: bool;
-    /// Whether a statistics register that keeps its count at a read also keeps it over a reset.
+    /// Whether a statistics register that keeps its count across reads also keeps it across resets.
     const STATISTICS_OUTLIVE_RESET: bool;
-    /// What becomes of a descriptor's first word when it is received into, if anything does.
+    /// Value that replaces the first word of a receive descriptor on completion, if any.
     const WRITTEN_BACK: Option<u64>;
 
-    /// The device with this id after power-on: the chip, or QEMU's model of it.
+    /// Creates the device with this id after power-on: the chip if `silicon`, else QEMU's model of it.
     fn new(id: DeviceId, silicon: bool) -> Self;
     /// Fills in config space.
     fn describe(&self, config: &ConfigSpace);
-    /// BARs beside BAR 0.
+    /// Returns a BAR other than BAR 0, or `None` if the device has no such BAR.
     fn bar(_device: &Fake<Self>, _index: u8) -> Option<Bar> {
         None
     }
 
-    /// Whether it behaves as the chip does.
+    /// Whether the device behaves like the chip instead of QEMU's model.
     fn is_silicon(&self) -> bool;
-    /// Whether the chip answers nothing any more.
+    /// Whether the chip no longer responds.
     fn is_hung(&self) -> bool;
-    /// Time passes.
+    /// Lets `time` pass.
     fn elapse(&mut self, time: Duration);
 
     /// Begins a reset of the device or of its function.
     fn begin_reset(&mut self, registers: &RegisterFile, bus_master: bool, of_function: bool);
     /// Whether the function can be reset.
     fn has_function_reset(&self) -> bool;
-    /// Registers behind a reset that are not 0.
+    /// Registers that are not 0 after a reset, and their values.
     fn defaults(&self) -> Vec<(u64, u32)>;
-    /// Whether [`CRCERRS`] to [`MPC`] keep their count at a read.
+    /// Whether [`CRCERRS`] to [`MPC`] keep their count across reads.
     fn keeps_statistics(&self) -> bool;
 
-    /// Bits of STATUS beside the link's, while CTRL is `ctrl`.
+    /// Bits of STATUS other than the link's, while CTRL is `ctrl`.
     fn status(&self, _ctrl: u32) -> u32 {
         0
     }
@@ -77,10 +77,10 @@ pub trait Model: Debug + Send + Sized + 'static {
     fn phy_works(&self) -> bool {
         true
     }
-    /// Whether the PHY answers software.
+    /// Whether the PHY responds to software.
     fn phy_answers(&self, registers: &RegisterFile) -> bool;
 
-    /// What a read of `offset`, which holds `value`, gives.
+    /// Returns the result of a read of `offset`, whose register holds `value`.
     fn read(
         &mut self,
         offset: u64,
@@ -89,14 +89,14 @@ pub trait Model: Debug + Send + Sized + 'static {
         faults: Faults,
         bus_master: bool,
     ) -> u32;
-    /// What the register at `offset` takes of `value`; none where the write is lost.
+    /// Returns the value that a write of `value` stores at `offset`, or `None` if the write is lost.
     fn write(&mut self, offset: u64, value: u32) -> Option<u32>;
 
-    /// Size in bytes of what is received into one buffer; 0 when nothing is received.
+    /// Number of bytes received per buffer; 0 if nothing is received.
     fn buffer_size(&self, registers: &RegisterFile) -> usize;
-    /// Whether it sends.
+    /// Whether the device sends.
     fn sends(&self, registers: &RegisterFile, config: &ConfigSpace) -> bool;
-    /// `address` as the chip puts it out.
+    /// Returns `address` as the chip drives it on the bus.
     fn address(&self, address: u64) -> u64 {
         address
     }
@@ -104,13 +104,14 @@ pub trait Model: Debug + Send + Sized + 'static {
     fn may_use(&mut self, _base: u64, _len: u64) -> bool {
         true
     }
-    /// Second word of a descriptor that `len` bytes were received into.
+    /// Second word of a descriptor into which `len` bytes were received.
     fn received(len: usize, is_last: bool) -> u64;
-    /// Whether a partner takes a frame of `len` bytes whose first descriptor says `first` and whose last one `last`.
+    /// Whether the link partner accepts a frame of `len` bytes whose first descriptor has the second word
+    /// `first` and whose last one has `last`.
     fn is_frame(_first: u64, _last: u64, _len: usize) -> bool {
         true
     }
-    /// Second word of a descriptor that said `word` and is reported.
+    /// Second word of a descriptor once its completion is reported. `word` is the value before.
     fn reported(word: u64) -> u64 {
         word | TXD_DD
     }

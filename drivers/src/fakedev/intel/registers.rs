@@ -1,8 +1,9 @@
-//! Registers and bits that the controllers have in common, as the device halves know them: written down from the manuals a second
-//! time, so that a wrong constant of a driver shows in its tests.
+//! Registers and bits that the controllers have in common, for the fake devices. They are transcribed from
+//! the manuals a second time, so that a wrong constant in a driver fails its tests.
 //!
-//! SDM is Intel's *PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's Manual* (317453), DS the *82574 GbE
-//! Controller Family Datasheet*, 82576 the *82576EB Gigabit Ethernet Controller Datasheet* (320961).
+//! SDM is Intel's *PCI/PCI-X Family of Gigabit Ethernet Controllers Software Developer's Manual* (317453), DS
+//! the *82574 GbE Controller Family Datasheet*, 82576 the *82576EB Gigabit Ethernet Controller Datasheet*
+//! (320961).
 
 // SDM 13.4, DS 10.2.2 and 82576 8.2 to 8.5: general registers.
 pub(crate) const CTRL: u64 = 0x0000;
@@ -24,7 +25,7 @@ pub(crate) const RAH0: u64 = 0x5404;
 pub(crate) const MANC: u64 = 0x5820;
 pub(crate) const GCR: u64 = 0x5B00;
 
-// A ring's registers, from that of its address on.
+// Ring registers, relative to the low base address register.
 pub(crate) const BASE_HIGH: u64 = 0x04;
 pub(crate) const LEN: u64 = 0x08;
 pub(crate) const HEAD: u64 = 0x10;
@@ -58,7 +59,7 @@ pub(crate) const PHY_POWER_DOWN: u16 = 0x0800;
 pub(crate) const PHY_AUTONEG: u16 = 0x1000;
 pub(crate) const PHY_AUTONEG_COMPLETE: u16 = 0x0020;
 
-// SDM 3.3.3, 82576 7.2.2: second words of transmit descriptors.
+// SDM 3.3.3, 82576 7.2.2: second word of a transmit descriptor.
 pub(crate) const TXD_EOP: u64 = 0x0000_0000_0100_0000;
 pub(crate) const TXD_IFCS: u64 = 0x0000_0000_0200_0000;
 pub(crate) const TXD_RS: u64 = 0x0000_0000_0800_0000;

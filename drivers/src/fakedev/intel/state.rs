@@ -1,4 +1,4 @@
-//! What a controller does with its registers, its rings and the wire.
+//! State of a controller, and its work on registers, rings and the wire.
 
 use vireo_eal::dma::DeviceView;
 
@@ -7,10 +7,10 @@ use super::registers::*;
 use super::{Faults, PAUSE_ADDRESS};
 use crate::port::MacAddr;
 
-/// Those statistics registers which QEMU keeps at a read (hw/net/e1000.c, `macreg_readops`; hw/net/igb_core.c,
-/// `igb_macreg_readops`).
+/// Statistics registers whose count QEMU keeps across reads (hw/net/e1000.c, `macreg_readops`;
+/// hw/net/igb_core.c, `igb_macreg_readops`).
 pub(super) const KEPT: std::ops::RangeInclusive<u64> = CRCERRS..=MPC;
-/// What the PHY advertises (IEEE 802.3, 28.2.4.1.3): PAUSE and ASM_DIR among others.
+/// Abilities that the PHY advertises (IEEE 802.3, 28.2.4.1.3): PAUSE and ASM_DIR among others.
 const ADVERTISED: u16 = 0x0DE1;
 const ETHERTYPE_MAC_CONTROL: u16 = 0x8808;
 const ETHERTYPE_ARP: u16 = 0x0806;
@@ -23,12 +23,13 @@ pub(super) struct State<M> {
     phy_control: u16,
     /// Whether the PHY has negotiated.
     negotiated: bool,
-    /// What the link partner advertises: PHY register 5.
+    /// Abilities that the link partner advertises: PHY register 5.
     partner: u16,
     cable: bool,
     pub(super) memory: Option<DeviceView>,
     faults: Faults,
-    /// Bytes of a frame whose last descriptor is still to come, and what its first one says.
+    /// Bytes of a frame whose last descriptor was not processed yet, and the second word of the frame's first
+    /// descriptor.
     partial: Vec<u8>,
     first: Option<u64>,
     pub(super) sent: Vec<Vec<u8>>,
@@ -136,14 +137,14 @@ impl<M: Model> State<M> {
                 });
         } else if value & MDIC_OP_WRITE != 0 && register == 0 {
             self.phy_control = value as u16 & !PHY_RESTART;
-            // At once, for which QEMU takes half a second.
+            // Negotiation completes at once, but takes half a second in QEMU.
             self.negotiated |= value as u16 & (PHY_RESTART | PHY_AUTONEG) == PHY_RESTART | PHY_AUTONEG;
             self.set_link();
         }
         self.set(MDIC, value | MDIC_READY);
     }
 
-    /// Whether the chip keeps `frame` from the host: it is for the MAC, or for the firmware.
+    /// Whether the chip keeps `frame` from the host, because the frame is for the MAC or for the firmware.
     pub(super) fn keeps(&mut self, frame: &[u8]) -> bool {
         let Some(kind) = frame.get(12..14).map(|kind| u16::from_be_bytes([kind[0], kind[1]])) else {
             return false;
@@ -165,7 +166,7 @@ impl<M: Model> State<M> {
         kind == ETHERTYPE_ARP && self.get(MANC) & MANC_ARP_EN != 0
     }
 
-    /// Descriptors of the ring `base` from its head to `tail`.
+    /// Number of descriptors from the head of the ring `base` to `tail`.
     pub(super) fn between(&self, base: u64, tail: u32) -> usize {
         let entries = self.get(base + LEN) / 16;
         if entries == 0 || tail >= entries {

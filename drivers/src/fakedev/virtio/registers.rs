@@ -58,7 +58,7 @@ impl Function for VirtioNet {
 }
 
 impl VirtioNet {
-    /// What a write of 0 to `device_status` does.
+    /// Resets the device, as a write of 0 to `device_status` does.
     pub(super) fn reset_device(&self) {
         let mut state = self.state();
         state.status = 0;
@@ -112,7 +112,7 @@ impl Registers for VirtioNet {
     }
 }
 
-/// `struct virtio_pci_common_cfg` (4.1.4.3).
+/// Accesses to `struct virtio_pci_common_cfg` (4.1.4.3).
 impl State {
     fn read_common(&mut self, offset: u64) -> u64 {
         let behaviour = &self.behaviour;
@@ -150,14 +150,14 @@ impl State {
             }
             0x14 => {
                 let known = self.driver_features & !self.behaviour.features == 0;
-                // A device may insist on it (6.2).
+                // A device may insist on `ORDER_PLATFORM` (6.2).
                 let unordered =
                     self.behaviour.features & !self.driver_features & feature::ORDER_PLATFORM != 0;
-                // One that needs another is not accepted without it (5.1.3.1).
+                // A feature that depends on `CTRL_VQ` is not accepted without it (5.1.3.1).
                 let alone = self.driver_features & (feature::MQ | feature::CTRL_RX) != 0
                     && self.driver_features & feature::CTRL_VQ == 0;
                 let refused = self.behaviour.refuse_features || !known || unordered || alone;
-                // A driver clears no bit (2.1.1).
+                // A driver must not clear a bit (2.1.1).
                 if self.status & !(value as u8) != 0 {
                     self.faults.push("a write of device_status clears bits");
                 }

@@ -1,4 +1,4 @@
-//! Work on the rings: what the device does with memory.
+//! The device's accesses to rings and buffers in memory.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -12,7 +12,7 @@ const DESC_INDIRECT: u16 = 4;
 /// Bytes of `struct virtio_net_hdr` (5.1.6).
 const HEADER: usize = 12;
 
-/// A buffer that the driver offered, with its descriptor.
+/// Descriptor of a buffer that the driver made available.
 #[derive(Clone, Copy, Debug)]
 struct Descriptor {
     address: u64,
@@ -20,20 +20,20 @@ struct Descriptor {
     flags: u16,
 }
 
-/// What the driver told of a virtqueue, and where the device is in it.
+/// Virtqueue as the driver configured it, and the device's position in it.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) size: Option<u16>,
     pub(super) enabled: bool,
-    /// Descriptor table, avail ring, used ring.
+    /// Addresses of the descriptor table, the avail ring and the used ring.
     pub(super) addresses: [u64; 3],
     last_avail: u16,
-    /// Where the next chain begins, of a driver that uses descriptors in ring order.
+    /// Head of the next chain, if the driver uses descriptors in ring order.
     next_head: u16,
-    /// Descriptors read from the avail ring and not used yet.
+    /// Descriptors that were read from the avail ring and are not used yet.
     held: VecDeque<u16>,
     used: u16,
-    /// Used elements by slot, as the device has written them.
+    /// Used elements by slot, as the device wrote them.
     elements: HashMap<u16, (u32, u32)>,
 }
 
@@ -78,7 +78,7 @@ impl State {
         self.driver_features & feature::IN_ORDER != 0
     }
 
-    /// Index of the control queue: behind the pairs that there are (5.1.2).
+    /// Index of the control queue, which follows the queue pairs (5.1.2).
     pub(super) fn control_index(&self) -> u16 {
         2 * if self.driver_features & feature::MQ != 0 { self.behaviour.pairs } else { 1 }
     }
@@ -88,7 +88,7 @@ impl State {
         (queue, queue.size.unwrap_or(self.behaviour.queue_size))
     }
 
-    /// Says whether the driver shall ring when it offers more.
+    /// Sets whether the driver must ring the doorbell when it makes more buffers available.
     fn want_doorbell(&mut self, index: u16, wanted: bool) {
         let (queue, size) = self.queue(index);
         let (used, last_avail) = (queue.addresses[2], queue.last_avail);
@@ -99,7 +99,7 @@ impl State {
         }
     }
 
-    /// Takes the next offered descriptor of a queue.
+    /// Takes the next available descriptor chain of a queue. Returns its head.
     fn take(&mut self, index: u16) -> Option<u16> {
         let (queue, size) = self.queue(index);
         let (enabled, avail, mut last_avail) = (queue.enabled, queue.addresses[1], queue.last_avail);
@@ -128,7 +128,8 @@ impl State {
         if out_of_order { queue.held.pop_back() } else { queue.held.pop_front() }
     }
 
-    /// With `IN_ORDER` the chains lie one behind the other in the table, so that a device needs no avail ring (2.7.5).
+    /// Checks that each chain begins where the previous one ended in the table. `IN_ORDER` requires that, so
+    /// that a device needs no avail ring (2.7.5).
     fn check_order(&mut self, index: u16, head: u16) {
         let table = self.queue(index).0.addresses[0];
         let shape: u64 = self.load(table + 16 * u64::from(head) + 8);
@@ -142,7 +143,7 @@ impl State {
         }
     }
 
-    /// The descriptors of a chain.
+    /// Reads the descriptors of a chain.
     fn chain(&mut self, index: u16, head: u16) -> Vec<Descriptor> {
         let (queue, size) = self.queue(index);
         let (ring, mut table, mut size) = (queue.addresses[0], queue.addresses[0], size);
@@ -181,7 +182,7 @@ impl State {
         chain
     }
 
-    /// The used ring is the device's: no driver writes it (2.7.8).
+    /// Checks that the driver did not write the used ring, which belongs to the device (2.7.8).
     fn check_used(&mut self, index: u16) {
         let queue = &self.queues[usize::from(index)];
         let (used, elements) = (queue.addresses[2], queue.elements.clone());
@@ -193,7 +194,8 @@ impl State {
         }
     }
 
-    /// Completes descriptors, all of them visible at once, and interrupts if the driver wants that.
+    /// Completes descriptors, which become visible all at once, and counts an interrupt if the driver wants
+    /// one.
     pub(super) fn push_used(&mut self, index: u16, elements: &[(u32, u32)]) {
         let (queue, size) = self.queue(index);
         let ([_, avail, used], old) = (queue.addresses, queue.used);
@@ -231,7 +233,7 @@ impl State {
         Some(enough)
     }
 
-    /// Writes `frame` to RX buffers, which are appended to `used`; false when there are too few.
+    /// Writes `frame` to RX buffers, which are appended to `used`. Returns false if there are too few.
     pub(super) fn fill(&mut self, rx: u16, frame: &[u8], used: &mut Vec<(u32, u32)>) -> Option<bool> {
         let mergeable = self.driver_features & feature::MRG_RXBUF != 0;
         let mut bytes = vec![0; HEADER];
@@ -271,7 +273,7 @@ impl State {
         Some(true)
     }
 
-    /// Puts RX descriptors back to where they were taken from.
+    /// Returns RX descriptors to where they were taken from.
     fn put_back(&mut self, rx: u16, ids: impl DoubleEndedIterator<Item = u16>) {
         let out_of_order = self.behaviour.out_of_order;
         let held = &mut self.queues[usize::from(rx)].held;
@@ -310,7 +312,7 @@ impl State {
         Some(frames)
     }
 
-    /// What leaves the device of a frame with `header`: it makes the checksum that the header asks for.
+    /// Returns `frame` as it leaves the device, with the checksum that `header` requests.
     fn offload(&mut self, header: &[u8], mut frame: Vec<u8>) -> Vec<u8> {
         if header == [0; HEADER] {
             return frame;

@@ -124,7 +124,7 @@ pub(crate) fn memory_is_kept_when_the_device_cannot_be_stopped<F: Family>() {
     assert!(rig.port.stop_pair(rx, tx, &mut rig.cache).is_err());
     assert_eq!(Arc::strong_count(&rig.memory), references);
     drop(rig.port);
-    // The two rings are gone, the reference that the port had is left for ever.
+    // The two rings are gone, but the port's reference is kept forever.
     assert_eq!(Arc::strong_count(&rig.memory), references - 2);
 }
 
@@ -161,7 +161,7 @@ pub(crate) fn starts_that_fail_take_no_memory<F: Family>() {
 pub(crate) fn memory_outlives_all_that_a_program_can_drop_while_the_nic_runs<F: Family>() {
     let Rig { device, port, queues, memory, pool, cache } = Rig::<F>::standard();
     let weak = Arc::downgrade(&memory);
-    // The test's device holds what it is attached to, which a NIC does not.
+    // A fake device holds the memory that it is attached to, unlike a NIC, so it is attached to other memory.
     device.attach(self::memory::<F>(1).0.device_view().unwrap());
     drop((queues, memory, pool, cache));
     assert!(device.config().bus_master() && weak.upgrade().is_some());
@@ -291,7 +291,7 @@ pub(crate) fn pause_frames_are_obeyed_and_never_received<F: Family>() {
         assert!(rig.device.receive(&pause_frame(PAUSE_ADDRESS)));
         assert_eq!(rig.device.pauses(), 1, "{id}");
         assert!(rig.device.register(FCRTH) > rig.device.register(FCRTL) & !FCRTL_XONE);
-        // Firmware for ASF takes this one, where the driver lets it.
+        // ASF firmware consumes this ARP request if the driver lets it.
         let mut request = vec![0xFF; 60];
         request[12..14].copy_from_slice(&[0x08, 0x06]);
         assert!(rig.device.receive(&request));

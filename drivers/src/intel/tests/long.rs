@@ -1,4 +1,4 @@
-//! Frames of several descriptors, on ports that were started for them.
+//! Frames that span several descriptors, on ports that were started for them.
 
 use std::collections::VecDeque;
 
@@ -17,7 +17,7 @@ const LONGEST: usize = 9000;
 const LONG: PortConfig = CONFIG.with_max_frame(LONGEST);
 
 impl<F: Family> Rig<F> {
-    /// The frames of one burst.
+    /// Receives one burst and returns its frames.
     fn poll_frames(&mut self) -> Vec<Vec<u8>> {
         let mut burst = Burst::new();
         let (rx, _) = self.queues.as_mut().unwrap();
@@ -25,7 +25,7 @@ impl<F: Family> Rig<F> {
         take(&mut burst, &mut self.cache)
     }
 
-    /// Sends frames in segments of `each` bytes; gives the number of those that stay.
+    /// Sends frames in segments of `each` bytes. Returns the number of frames that were not sent.
     fn send_frames(&mut self, frames: &[Vec<u8>], each: usize) -> usize {
         let mut burst = Burst::new();
         frames.iter().for_each(|frame| append(&mut burst, &mut self.cache, frame, each));
@@ -71,7 +71,7 @@ pub(crate) fn long_frames_pass_between_short_ones<F: Family>() {
     });
 }
 
-/// What a device has written of a frame is no frame, and neither is what a burst has no room for.
+/// A frame is not received before its last descriptor is completed, nor while the burst has no room for it.
 pub(crate) fn a_frame_waits_for_its_end_and_for_room<F: Family>() {
     let part = done::<F>(1024) & !F::Format::RXD_EOP;
     in_both_modes(|| {
@@ -101,7 +101,7 @@ pub(crate) fn lies_about_long_frames_are_dropped_and_counted<F: Family>() {
     let part = |len| done::<F>(len) & !F::Format::RXD_EOP;
     let error = 1 << F::Format::RXD_ERRORS.trailing_zeros();
     in_both_modes(|| {
-        // Completions of one frame, whether it is the frame's fault or the device's.
+        // Completions of one frame, and whether they count as an error of the frame or of the device.
         let too_long = [&[part(1024); 8][..], &[done::<F>(809)]].concat();
         let endless = vec![part(1024); 40];
         let cases: [(&[u64], bool); 9] = [
@@ -141,7 +141,7 @@ pub(crate) fn a_full_transmit_ring_keeps_whole_frames<F: Family>() {
     in_both_modes(|| {
         let mut rig = Rig::<F>::new(F::STANDARD, LONG, 512);
         let frames: Vec<_> = (0..12).map(|number| frame(number, LONGEST)).collect();
-        // Five segments each: twelve take 60 of 63 descriptors.
+        // Each frame has five segments, so twelve frames take 60 of 63 descriptors.
         frames.chunks(6).for_each(|six| assert_eq!(rig.send_frames(six, DATA_ROOM), 0));
         assert_eq!(rig.send_frames(&[short(3), frame(4, 3000), short(5)], DATA_ROOM), 1);
         assert_eq!(rig.send_frames(&[short(3)], DATA_ROOM), 1);
@@ -158,7 +158,7 @@ pub(crate) fn frames_that_no_fifo_holds_are_not_sent<F: Family>() {
         assert_eq!(rig.device.transmitted(), frames[1..2]);
         let tx = rig.queues.as_ref().unwrap().1.counters().read();
         assert_eq!((tx.packets, tx.errors), (1, 2));
-        // A segment is padded if it is all of a frame.
+        // A segment is padded only if it is the whole frame.
         rig.port.pad_short_frames();
         let (rx, tx) = rig.queues.take().unwrap();
         rig.port.stop_pair(rx, tx, &mut rig.cache).unwrap();
@@ -191,18 +191,19 @@ pub(crate) fn frames_beyond_what_the_chip_takes_are_refused<F: Family>() {
     start(most).unwrap();
     let error = start(most + 1).unwrap_err().to_string();
     assert!(error.contains(&format!("it takes {most} at most")), "{error}");
-    // A start for short frames receives as ever.
+    // A start for short frames restores the standard receive settings.
     rig.resume();
     assert_eq!(rig.device.register(RCTL) & (RCTL_LPE | 3 << 16), 0);
     rig.stop();
 }
 
-/// Steps of [`lengths_are_kept`]: lengths of frames that arrive, and whether the device sends.
+/// Steps of [`lengths_are_kept`]: lengths of arriving frames, and whether the device sends.
 pub(crate) fn long_steps() -> impl Strategy<Value = Vec<(Vec<usize>, bool)>> {
     prop::collection::vec((prop::collection::vec(60..=LONGEST, 0..8), any::<bool>()), 1..100)
 }
 
-/// As for short frames: nothing is lost, doubled, cut or reordered but what the wire drops, and what finds no descriptor.
+/// No frame is lost, duplicated, cut or reordered, except those that the wire drops or that find no
+/// descriptor.
 pub(crate) fn lengths_are_kept<F: Family>(steps: Vec<(Vec<usize>, bool)>, silicon: bool) -> TestCaseResult {
     SILICON.set(silicon);
     let mut rig = Rig::<F>::new(F::STANDARD, LONG, 512);
@@ -217,7 +218,7 @@ pub(crate) fn lengths_are_kept<F: Family>(steps: Vec<(Vec<usize>, bool)>, silico
         let got = rig.poll_frames();
         prop_assert!(!got.is_empty() || wire.is_empty());
         prop_assert_eq!(&got, &wire.drain(..got.len()).collect::<Vec<_>>());
-        // Of other segments than they came in.
+        // The segments differ from those in which the frames were received.
         let left = rig.send_frames(&got, DATA_ROOM);
         queued.extend(got.iter().take(got.len() - left).cloned());
         if transmit {

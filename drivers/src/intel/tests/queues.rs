@@ -1,4 +1,4 @@
-//! Packets through the rings, and what a device may say of them.
+//! Packets through the rings, and the device's completions, valid or not.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -42,7 +42,7 @@ pub(crate) fn the_receive_doorbell_rings_once_for_32_packets<F: Family>() {
             assert!(rig.device.receive(&frame(number)));
             assert_eq!(rig.poll().len(), 1);
         }
-        // One of them arms the ring at the start.
+        // One doorbell arms the ring at the start.
         assert_eq!(rig.rx_stats().doorbells, 1 + 10);
         let before = rig.rx_stats();
         assert!(rig.poll().is_empty());
@@ -66,7 +66,7 @@ pub(crate) fn a_full_receive_ring_makes_the_device_drop<F: Family>() {
     });
 }
 
-/// QEMU's 82540EM keeps what it has counted, for the next process too.
+/// QEMU's 82540EM keeps its counts, even for the next process.
 pub(crate) fn a_frame_that_was_dropped_counts_once<F: Family>() {
     in_both_modes(|| {
         for id in F::CHIPS {
@@ -91,7 +91,7 @@ pub(crate) fn a_full_transmit_ring_takes_what_fits<F: Family>() {
         let mut rig = Rig::<F>::standard();
         assert_eq!([0, 32, 64].map(|start| rig.send(&frames(start..start + 32))), [32, 31, 0]);
         assert_eq!(rig.device.transmitted(), frames(0..63));
-        // Descriptors 0 to 31 are known to be done; 32 to 62 wait for the report of 63.
+        // Descriptors 0 to 31 are known to be done. Descriptors 32 to 62 wait for the report of 63.
         assert_eq!(rig.send(&frames(63..95)), 32);
         assert_eq!(rig.device.transmitted(), frames(63..95));
         rig.stop();
@@ -132,7 +132,7 @@ pub(crate) fn an_empty_pool_is_counted_and_recovered_from<F: Family>() {
     });
 }
 
-/// What the second word of a received descriptor says of a whole frame of `len` bytes.
+/// Second word of a descriptor that received a whole frame of `len` bytes.
 pub(crate) fn done<F: Family>(len: u64) -> u64 {
     F::Format::RXD_DD | F::Format::RXD_EOP | len << F::Format::RXD_LEN_SHIFT
 }
@@ -142,12 +142,12 @@ pub(crate) fn lies_about_received_frames_are_dropped_and_counted<F: Family>() {
     let errors = F::Format::RXD_ERRORS;
     let (first_error, last_error) = (1 << errors.trailing_zeros(), 1 << errors.ilog2());
     in_both_modes(|| {
-        // Completions of one frame, whether it is the frame's fault or the device's.
+        // Completions of one frame, and whether they count as an error of the frame or of the device.
         let cases: [(&[u64], bool); 10] = [
             (&[done::<F>(0)], false),
             (&[done::<F>(0xFFFF)], false),
             (&[done::<F>(DATA_ROOM as u64 + 1)], false),
-            // A VLAN tag is no length.
+            // A VLAN tag is not a length.
             (&[done::<F>(0) | 60 << 48], false),
             (&[done::<F>(60) | first_error], true),
             (&[done::<F>(60) | last_error], true),
@@ -164,13 +164,14 @@ pub(crate) fn lies_about_received_frames_are_dropped_and_counted<F: Family>() {
                 rig.device.receive_raw(done::<F>(0));
             }
             assert!(rig.device.receive(&frame(2)));
-            // A poll ends at the first bad descriptor, and the next gets past 32 of them.
+            // A poll ends at the first bad descriptor, and the next poll gets past 32 of them.
             let got = [rig.poll(), rig.poll(), rig.poll()].concat();
             assert_eq!(got, [frame(1), frame(2)], "{words:x?}");
             let stats = rig.rx_stats();
             let wanted = if frame_error { (1, 0, 2) } else { (0, 1, 2) };
             assert_eq!((stats.errors, stats.device_errors, stats.packets), wanted, "{words:x?}");
-            // The buffers went back to the device: the ring is as full as before, and each descriptor has its address again.
+            // The buffers returned to the device: the ring is as full as before, and each descriptor has its
+            // address again.
             for number in 0..200 {
                 assert!(rig.device.receive(&frame(number)));
                 assert_eq!(rig.poll(), [frame(number)]);
@@ -200,7 +201,7 @@ pub(crate) fn a_descriptor_that_is_completed_out_of_its_turn_waits_for_it<F: Fam
             assert!(rig.device.receive(&frame(round)));
             let got = rig.poll();
             assert_eq!((&got[0], got[1].len(), got.len()), (&frame(round), 60, 2));
-            // That descriptor's turn is yet to come for the device, and over for the driver.
+            // The device has not reached that descriptor yet, but the driver has passed it.
             rig.restart();
             assert!(rig.device.receive(&frame(round + 1)));
             assert_eq!(rig.poll(), [frame(round + 1)]);
@@ -218,7 +219,7 @@ pub(crate) fn a_port_that_sends_nothing_for_a_second_is_restarted<F: Family>() {
         std::thread::sleep(Duration::from_millis(50));
         rig.port.check()
     };
-    // Without a link the chip may keep what it has; the reason is gone with it.
+    // Without a link the chip may keep what is queued, and the fault is discarded.
     rig.device.plug(false, 0);
     assert!((0..40).all(|_| check(&mut rig).is_ok()));
     rig.device.plug(true, 0);
@@ -247,12 +248,13 @@ pub(crate) fn frames_of_several_buffers_are_dropped_whole<F: Family>() {
     });
 }
 
-/// Steps of [`order_and_number_are_kept`]: frames that arrive, room of the burst, and whether the device sends.
+/// Steps of [`order_and_number_are_kept`]: number of arriving frames, room in the burst, and whether the
+/// device sends.
 pub(crate) fn steps() -> impl Strategy<Value = Vec<(usize, usize, bool)>> {
     prop::collection::vec((0_usize..80, 1_usize..=MAX_BURST, any::<bool>()), 1..200)
 }
 
-/// Whatever the pattern of bursts, nothing is lost, doubled or reordered but what the wire drops.
+/// For every pattern of bursts, no frame is lost, duplicated or reordered, except those that the wire drops.
 pub(crate) fn order_and_number_are_kept<F: Family>(
     steps: Vec<(usize, usize, bool)>,
     silicon: bool,
@@ -267,7 +269,7 @@ pub(crate) fn order_and_number_are_kept<F: Family>(
             }
             number += 1;
         }
-        // A burst with other room than 32: the rest of it is taken.
+        // Occupies the rest of the burst, so that it has room for `burst_size` packets.
         let mut burst = Burst::new();
         while burst.len() < MAX_BURST - burst_size {
             burst.push(rig.cache.allocate().unwrap().with_len(0));
