@@ -1,4 +1,4 @@
-//! Tells the program which compiler made it: a recording names it.
+//! Passes the compiler version to the program, which stores it in each recording.
 
 use std::env;
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! The cores that poll: which they are, and how far they are from each other and from the NICs.
+//! The cores that poll, and their distance from each other and from the NICs.
 
 use std::path::Path;
 
@@ -7,27 +7,28 @@ use vireo_eal::args::{allowed_cpus, core_siblings};
 use vireo_eal::mem::{distance, node_of_cpu};
 use vireo_eal::{Error, ErrorKind, Result};
 
-/// Who runs where.
+/// Assignment of cores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Cores {
     pub(crate) generator: usize,
     pub(crate) forwarder: usize,
-    /// One that nobody polls on.
+    /// A core on which nothing polls.
     pub(crate) idle: Option<usize>,
 }
 
 impl Cores {
-    /// The first ones that this process may use.
+    /// Uses the first cores that this process is allowed to run on.
     pub(crate) fn of_this_process() -> Result<Self> {
         Self::among(&allowed_cpus()?, &[])
     }
 
-    /// `chosen`, which are the generator's and the forwarder's, or where none is chosen the first two.
+    /// Uses `chosen`, the generator's and the forwarder's core, or the first two allowed cores if `chosen` is
+    /// empty.
     pub(crate) fn choose(chosen: &[usize]) -> Result<Self> {
         Self::among(&allowed_cpus()?, chosen)
     }
 
-    /// With an external generator: the forwarder's is the only one.
+    /// Chooses the core of the forwarder, the only one that polls with an external generator.
     pub(crate) fn of_forwarder(chosen: &[usize]) -> Result<Self> {
         let allowed = allowed_cpus()?;
         let forwarder = match *chosen {
@@ -77,7 +78,7 @@ impl Cores {
         Ok(Self { generator, forwarder, idle })
     }
 
-    /// In words, for the environment.
+    /// Describes the cores for the environment of a recording.
     pub(crate) fn fact(&self, sysfs: &Path) -> String {
         let named = |name: &str, core: usize| {
             let node = node_of_cpu(sysfs, core).map(|node| format!(" (node {node})")).unwrap_or_default();
@@ -89,7 +90,7 @@ impl Cores {
         format!("{}, {}", named("generator", self.generator), named("forwarder", self.forwarder))
     }
 
-    /// What about these cores makes figures worse than the machine's best.
+    /// Returns warnings about a choice of cores that makes results worse than the machine's best.
     pub(crate) fn warnings<'a>(&self, sysfs: &Path, nics: impl Iterator<Item = &'a PciInfo>) -> Vec<String> {
         let mut found = Vec::new();
         if self.generator != self.forwarder
@@ -154,7 +155,7 @@ mod tests {
         sysfs
     }
 
-    /// A NIC that is read from below `sysfs`.
+    /// A NIC in a simulated `sysfs`.
     fn some_nic(sysfs: &Path) -> PciInfo {
         let path = sysfs.join("devices/0000:00:01.0");
         fs::create_dir_all(&path).unwrap();

@@ -1,4 +1,4 @@
-//! `costs`: the figure on README's first screen, from counts that are kept in the repository.
+//! `costs`: draws the figure on the README's first screen from counts that are committed to the repository.
 
 use std::path::PathBuf;
 
@@ -11,20 +11,20 @@ use crate::plot::{self, Bar};
 use crate::report::{read, write};
 use crate::words::three;
 
-/// Packets per poll that the figure is about, and the pages that are mapped.
+/// Packets per poll, and pages and call of the maps, that the figure shows.
 const BURST: u32 = 32;
 const MEMORY: &str = "2 MiB, map";
 
-/// Draw instructions per packet beside DPDK's, and per mapped GiB in each VFIO mode
+/// Draw instructions per packet next to DPDK's, and per mapped GiB in each VFIO mode
 #[derive(Args, Debug)]
 pub(crate) struct CostsArgs {
-    /// What scripts/bench insn --update wrote
+    /// Output of scripts/bench insn --update
     #[arg(long, value_name = "FILE")]
     insn: PathBuf,
-    /// What lab count --json wrote
+    /// Output of lab count --json
     #[arg(long, value_name = "FILE")]
     counted: PathBuf,
-    /// File for the drawing
+    /// SVG file to write
     #[arg(long, value_name = "FILE")]
     svg: PathBuf,
 }
@@ -54,7 +54,7 @@ pub(crate) fn costs(args: &CostsArgs) -> Result<()> {
     write(&args.svg, &plot::costs(&packets(&insn)?, &maps(&counted)?)?)
 }
 
-/// Vireo's and DPDK's bar of each of two NICs.
+/// Bars of Vireo and DPDK on each of two NICs.
 fn packets(insn: &Insn) -> Result<Vec<Bar>> {
     let mut bars = Vec::new();
     for (driver, path) in [("e1000", "82574L"), ("virtio-net", "split mergeable")] {
@@ -72,7 +72,7 @@ fn packets(insn: &Insn) -> Result<Vec<Bar>> {
     Ok(bars)
 }
 
-/// A bar for each mode that maps, of the first NIC.
+/// One bar per mode that maps memory, on the first NIC.
 fn maps(counted: &Counted) -> Result<Vec<Bar>> {
     let of_memory = |row: &&count::Row| row.step == "map" && row.memory.as_deref() == Some(MEMORY);
     let first = counted.counted.iter().find(of_memory).ok_or_else(|| missing(MEMORY))?;
@@ -106,7 +106,7 @@ mod tests {
             svg: svg.clone(),
         };
         costs(&args).unwrap();
-        // Whoever commits other counts draws them.
+        // A commit of new counts must also redraw the figure.
         let drawn = std::fs::read_to_string(svg).unwrap();
         assert!(drawn == std::fs::read_to_string(file("docs/costs.svg")).unwrap(), "docs/costs.svg is old");
     }

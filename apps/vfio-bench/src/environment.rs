@@ -1,4 +1,4 @@
-//! Where a recording was made.
+//! Environment in which a recording was made.
 
 use std::fs;
 use std::path::Path;
@@ -42,7 +42,7 @@ pub(crate) fn environment(rounds: u32) -> Result<Environment> {
     Ok(Environment(facts.filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()))
 }
 
-/// What changes a CPU's speed, as `sysfs` has it (`Documentation/ABI/testing/sysfs-devices-system-cpu`).
+/// Settings that change a CPU's speed, from `sysfs` (`Documentation/ABI/testing/sysfs-devices-system-cpu`).
 fn machine(sysfs: &Path) -> [(&'static str, Option<String>); 5] {
     let cpu = sysfs.join("devices/system/cpu");
     let smt = text(&cpu.join("smt/active")).map(|active| if active == "1" { "on" } else { "off" }.to_owned());
@@ -55,7 +55,7 @@ fn machine(sysfs: &Path) -> [(&'static str, Option<String>); 5] {
     ]
 }
 
-/// The vulnerabilities against which the kernel does something, and those against which it does nothing.
+/// Names of the vulnerabilities that the kernel mitigates, and of those that it does not.
 fn mitigations(directory: &Path) -> Option<String> {
     let mut found: Vec<(String, String)> = fs::read_dir(directory)
         .ok()?
@@ -71,13 +71,13 @@ fn mitigations(directory: &Path) -> Option<String> {
     Some(format!("{}; vulnerable: {}", named("Mitigation"), named("Vulnerable")))
 }
 
-/// A file of one line; none if it is empty or cannot be read.
+/// Contents of a one-line file; `None` if it is empty or unreadable.
 fn text(path: &Path) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     Some(text.trim().to_owned()).filter(|text| !text.is_empty())
 }
 
-/// The first CPU's value of a key of `/proc/cpuinfo`.
+/// Value of a key of `/proc/cpuinfo` for the first CPU.
 fn cpu_fact(cpuinfo: Option<&str>, key: &str) -> Option<String> {
     let value = |line: &str| Some(line.strip_prefix(key)?.split_once(": ")?.1.to_owned());
     cpuinfo?.lines().find_map(value)

@@ -1,9 +1,9 @@
-//! What the comparison found, in as few sentences as cover every pair of modes.
+//! Summarizes the comparison in as few sentences as cover every pair of modes.
 
 use crate::compare::{Comparison, Family, Metric, Pair, Verdict};
 use crate::words::{differ, distinct, list, not_different};
 
-/// Sentences that cover every pair of modes, grouped under headings; equal verdicts share a sentence.
+/// Returns sentences that cover every pair of modes, grouped under headings. Equal verdicts share a sentence.
 pub(crate) fn headlines(comparison: &Comparison) -> Vec<(&'static str, Vec<String>)> {
     let mut groups = Vec::new();
     for metric in Metric::OF_RUNS.into_iter().chain(Metric::OF_MAPS) {
@@ -21,10 +21,10 @@ pub(crate) fn headlines(comparison: &Comparison) -> Vec<(&'static str, Vec<Strin
     groups
 }
 
-/// Pairs that one sentence covers: the same modes with the same verdict on several subjects.
+/// Pairs covered by one sentence: the same modes with the same verdict on several subjects.
 struct Finding<'a> {
     verdict: Verdict,
-    /// Of a difference: whether the quantity is larger.
+    /// Whether the quantity is larger, if the modes differ.
     up: bool,
     modes: Vec<&'a str>,
     pairs: Vec<&'a Pair>,
@@ -44,7 +44,8 @@ fn sentences(pairs: &[&Pair], family: &Family) -> Vec<String> {
     differ.into_iter().chain(rest).map(|finding| finding.sentence(family)).collect()
 }
 
-/// Adds pairs of one subject and one verdict to the finding that says the same of other subjects, or as a new one.
+/// Adds pairs of one subject and one verdict to the finding that states the same for other subjects, or to a
+/// new one.
 fn add<'a>(findings: &mut Vec<Finding<'a>>, pairs: &[&'a Pair]) {
     let Some(first) = pairs.first() else { return };
     let verdict = first.verdict;
@@ -70,7 +71,7 @@ impl Finding<'_> {
     }
 }
 
-/// One sentence for every mode that could not take turns with others.
+/// Returns one sentence per mode that could not be interleaved with others.
 fn across(comparison: &Comparison) -> Vec<String> {
     let apart: Vec<&Pair> = (comparison.pairs.iter())
         .filter(|p| p.metric == Metric::ForwardPps && p.verdict == Verdict::NotInterleaved)

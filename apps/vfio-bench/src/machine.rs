@@ -1,4 +1,4 @@
-//! How much of itself the machine gives to a run.
+//! How much CPU time and speed the machine gives to a run.
 
 use std::fs;
 use std::hint::black_box;
@@ -8,12 +8,12 @@ use nix::sys::resource::{UsageWho, getrusage};
 
 use crate::record::Machine;
 
-/// Additions of one measurement of the CPU's speed: some milliseconds.
+/// Additions per measurement of the CPU's speed. They take some milliseconds.
 const STEPS: u32 = 2_000_000;
 /// A tick of `/proc/stat` in milliseconds (`USER_HZ` is 100 on every architecture that Vireo runs on).
 const TICK_MS: f64 = 10.0;
 
-/// Counters at the beginning of a run.
+/// Counters at the start of a run.
 #[derive(Debug)]
 pub(crate) struct Watch(Machine);
 
@@ -36,7 +36,7 @@ impl Watch {
     }
 }
 
-/// What the kernel counts; 0 where it does not.
+/// Reads the counters of the kernel; 0 for those it does not have.
 fn counters() -> Machine {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     Machine {
@@ -48,12 +48,12 @@ fn counters() -> Machine {
     }
 }
 
-/// The eighth number of the first line (`Documentation/filesystems/proc.rst`).
+/// Returns the eighth number of the first line (`Documentation/filesystems/proc.rst`).
 fn steal_ticks(stat: &str) -> Option<u64> {
     stat.strip_prefix("cpu ")?.split_whitespace().nth(7)?.parse().ok()
 }
 
-/// `total` of the line `some` (`Documentation/accounting/psi.rst`).
+/// Returns `total` of the line `some` (`Documentation/accounting/psi.rst`).
 fn pressure_us(cpu: &str) -> Option<u64> {
     cpu.lines().find_map(|line| line.strip_prefix("some ")?.split_once("total="))?.1.trim().parse().ok()
 }

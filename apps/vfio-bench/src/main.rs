@@ -1,4 +1,4 @@
-//! `vireo-vfio-bench`: what each way of handing a NIC to a process costs, side by side.
+//! `vireo-vfio-bench`: compares what each way of handing a NIC to a process costs.
 
 #![forbid(unsafe_code)]
 
@@ -36,7 +36,7 @@ use vireo_eal::args::parse_plain;
 use vireo_eal::{Result, program};
 
 #[derive(Parser)]
-// Help instead of an error would, in one line, not say that a subcommand is missing.
+// Report an error if the subcommand is missing: the help, cut to one line, would not mention it.
 #[command(name = "vireo-vfio-bench", version, about, arg_required_else_help = false)]
 struct Cli {
     #[command(subcommand)]
@@ -47,7 +47,7 @@ struct Cli {
 enum Command {
     Run(run::RunArgs),
     Report(report::ReportArgs),
-    /// Print the JSON schema of what report --json writes
+    /// Print the JSON schema of report --json
     Schema,
     Selftest(selftest::SelftestArgs),
     Costs(costs::CostsArgs),
@@ -56,7 +56,7 @@ enum Command {
     /// Count the instructions that each mode takes, in a guest whose clock counts them
     #[command(subcommand, arg_required_else_help = false)]
     Count(count::Command),
-    /// Time the phases from a forwarder's start to its first packet, beside DPDK's testpmd
+    /// Time the phases from a forwarder's start to its first packet, compared with DPDK's testpmd
     #[command(subcommand, arg_required_else_help = false)]
     Start(start::Command),
 }

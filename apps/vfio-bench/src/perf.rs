@@ -1,4 +1,5 @@
-//! What the forwarder's CPU and the IOMMU counted during a stream, where they count (`perf_event_open(2)`).
+//! Events that the forwarder's CPU and the IOMMU count during a stream, where they have counters
+//! (`perf_event_open(2)`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,15 +10,15 @@ use nix::errno::Errno;
 use perf_event::events::{Dynamic, Hardware};
 use perf_event::{Builder, Counter};
 
-/// Events of the forwarder's thread, without the kernel.
+/// Events of the forwarder's thread, excluding the kernel.
 const OF_THREAD: [(&str, Hardware); 3] = [
     ("instructions", Hardware::INSTRUCTIONS),
     ("cycles", Hardware::CPU_CYCLES),
     ("cache_misses", Hardware::CACHE_MISSES),
 ];
 
-/// Events of an IOMMU's PMU, by the beginning of its name (`drivers/iommu/intel/perfmon.c`, `arch/x86/events/amd/iommu.c`). They
-/// count all traffic, that of other devices too.
+/// Events of an IOMMU's PMU, by the prefix of its name (`drivers/iommu/intel/perfmon.c`,
+/// `arch/x86/events/amd/iommu.c`). They count all traffic, including that of other devices.
 const OF_IOMMU: [(&str, &[&str]); 2] = [
     ("dmar", &["iommu_requests", "iotlb_lookup", "iotlb_hit"]),
     ("amd_iommu_", &["mem_trans_total", "mem_iommu_tlb_pte_hit", "mem_iommu_tlb_pte_mis"]),
@@ -26,15 +27,16 @@ const OF_IOMMU: [(&str, &[&str]); 2] = [
 /// Where the kernel lists its performance monitoring units.
 const PMUS: &str = "/sys/bus/event_source/devices";
 
-/// Counters that run.
+/// Running counters.
 #[derive(Debug, Default)]
 pub(crate) struct Counters(Vec<(String, Counter)>);
 
-/// Counts by name, those of several IOMMUs together.
+/// Counts by name, summed over IOMMUs.
 pub(crate) type Counts = BTreeMap<String, u64>;
 
 impl Counters {
-    /// Those of the calling thread and of all IOMMUs that this machine has and this process may read.
+    /// Starts the counters of the calling thread and of all IOMMUs that this machine has and this process may
+    /// read.
     pub(crate) fn begin() -> Self {
         let thread = OF_THREAD.into_iter().map(|(name, event)| (name.to_owned(), of_thread(event)));
         let iommus = iommus(Path::new(PMUS)).into_iter().map(|(pmu, event)| {
@@ -44,7 +46,7 @@ impl Counters {
         Self(thread.chain(iommus).filter_map(|(name, counter)| Some((name, counter.ok()?))).collect())
     }
 
-    /// What they have counted so far.
+    /// Returns the counts so far.
     pub(crate) fn read(&mut self) -> Counts {
         let mut counts = Counts::new();
         for (name, counter) in &mut self.0 {
@@ -55,7 +57,7 @@ impl Counters {
         counts
     }
 
-    /// Their names, or why there is none, for the environment.
+    /// Returns the names of the counters, or why there are none, for the environment.
     pub(crate) fn fact() -> String {
         let mut names: Vec<String> = Self::begin().0.into_iter().map(|(name, _)| name).collect();
         names.dedup();
@@ -68,7 +70,7 @@ impl Counters {
     }
 }
 
-/// What was counted between two readings.
+/// Returns what was counted between two readings.
 pub(crate) fn between(before: &Counts, after: Counts) -> Counts {
     let since = |(name, count): (String, u64)| {
         let before = before.get(&name).copied().unwrap_or_default();
@@ -85,11 +87,11 @@ fn of_pmu(pmu: &str, event: &str) -> io::Result<Counter> {
     let event = Dynamic::builder(pmu)?.event(event)?.build().map_err(io::Error::other)?;
     let mask = fs::read_to_string(Path::new(PMUS).join(pmu).join("cpumask")).unwrap_or_default();
     let cpu = mask.trim().split(['-', ',']).next().and_then(|cpu| cpu.parse().ok()).unwrap_or_default();
-    // Such a PMU counts for the machine, through one CPU.
+    // Such a PMU counts for the whole machine, through one CPU.
     Builder::new(event).any_pid().one_cpu(cpu).include_kernel().include_hv().enabled(true).build()
 }
 
-/// Every IOMMU's PMU below `pmus` with each event of its kind.
+/// Returns every IOMMU's PMU below `pmus`, with each event of its kind.
 fn iommus(pmus: &Path) -> Vec<(String, &'static str)> {
     let names = fs::read_dir(pmus).into_iter().flatten().flatten();
     let mut names: Vec<String> = names.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -134,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_pmu_that_the_kernel_describes_in_sysfs_counts() {
-        // Machines without such a PMU, or without the right to read it, have nothing to test.
+        // Without such a PMU, or without permission to read it, there is nothing to test.
         let Ok(mut counter) = of_pmu("msr", "tsc") else { return };
         let first = counter.read().unwrap();
         assert!(counter.read().unwrap() > first);

@@ -1,5 +1,5 @@
-//! The figures of the page, as SVG elements. Colours are written as plain values; the page's style sheet maps the
-//! neutral ones for dark screens.
+//! Draws the figures of the page as SVG elements. Colors are plain values, and the page's style sheet remaps
+//! the neutral ones for dark screens.
 
 use plotters::coord::Shift;
 use plotters::element::{Drawable, PointCollection};
@@ -19,12 +19,12 @@ const PAPER: RGBColor = RGBColor(0xFF, 0xFF, 0xFE);
 
 const WIDTH: i32 = 960;
 const ROW: i32 = 24;
-/// Left end of names of modes, and of the plot itself, in figures that have a row per mode.
+/// Left edges of the mode names and of the plot itself, in figures with a row per mode.
 const NAMES: i32 = 104;
 const LEFT: i32 = 262;
 const RIGHT: i32 = WIDTH - 86;
 
-/// Phases of a start in their order, with their colours.
+/// Phases of a start in order, with their colors.
 pub(crate) const PHASES: [(&str, RGBColor); 5] = [
     ("open", RGBColor(0x3D, 0x5A, 0x80)),
     ("bind", RGBColor(0xE0, 0xA4, 0x3A)),
@@ -33,7 +33,7 @@ pub(crate) const PHASES: [(&str, RGBColor); 5] = [
     ("to the first packet", RGBColor(0xA9, 0xB4, 0xC2)),
 ];
 
-/// Colour of a mode, the same in every figure.
+/// Color of a mode, the same in every figure.
 pub(crate) fn color(mode: &str) -> RGBColor {
     match MODES.iter().position(|known| *known == mode) {
         Some(0) => RGBColor(0x3D, 0x6F, 0xA8),
@@ -58,7 +58,7 @@ impl Scale {
         self.pixels.0 + (share * f64::from(self.pixels.1 - self.pixels.0)).round() as i32
     }
 
-    /// About `n` round values within the scale, with their names.
+    /// Returns about `n` round values within the scale, with their names.
     fn ticks(&self, n: f64) -> Vec<(f64, String)> {
         let rough = (self.to - self.from) / n;
         let power = 10f64.powf(rough.log10().floor());
@@ -69,12 +69,12 @@ impl Scale {
     }
 }
 
-/// A round number without idle zeros.
+/// Formats a round number without trailing zeros.
 fn short(value: f64) -> String {
     if value >= 1000.0 { three(value) } else { ((value * 1e6).round() / 1e6).to_string() }
 }
 
-/// One SVG; drawing into a string cannot fail, so an error of plotters is kept for the end.
+/// One SVG. Drawing into a string cannot fail, so an error of plotters is kept until the end.
 struct Figure<'a> {
     area: DrawingArea<SVGBackend<'a>, Shift>,
     failed: Option<String>,
@@ -105,7 +105,7 @@ impl<'a> Figure<'a> {
     }
 
     fn text(&mut self, at: (i32, i32), text: &str, align: HPos, size: i32, color: RGBColor) {
-        // plotters writes its sizes divided by 1.24.
+        // plotters divides sizes by 1.24 when it writes them.
         let style = ("sans-serif", f64::from(size) * 1.24)
             .into_font()
             .color(&color)
@@ -113,9 +113,9 @@ impl<'a> Figure<'a> {
         self.draw(&Text::new(text.to_owned(), at, style));
     }
 
-    /// Vertical grid lines with their values beneath.
+    /// Draws vertical grid lines with their values below.
     fn grid(&mut self, scale: &Scale, ticks: &[(f64, String)], y: (i32, i32), unit: &str) {
-        // A digit is about 7 pixels wide; a value that would touch the one before it is left out.
+        // A digit is about 7 pixels wide. A value that would touch the previous one is left out.
         let half = |name: &str| 7 * name.chars().count() as i32 / 2;
         let mut end = i32::MIN;
         for (value, name) in ticks {
@@ -129,7 +129,8 @@ impl<'a> Figure<'a> {
         self.text((RIGHT + 14, y.1 + 14), unit, HPos::Left, 12, MUTED);
     }
 
-    /// Names at the left of a row; the group's only where it changes, with a rule above.
+    /// Draws the names at the left of a row. The name of the group appears only where it changes, with a rule
+    /// above.
     fn names(&mut self, y: i32, group: &str, name: &str, at: i32, last: &mut String) {
         if group != last {
             self.text((0, y), group, HPos::Left, 14, INK);
@@ -153,7 +154,7 @@ fn figure(height: i32, draw: impl FnOnce(&mut Figure<'_>)) -> Result<String> {
     failed.map_or(Ok(svg), |why| Err(Error::new(ErrorKind::Protocol, "cannot draw a figure", why)))
 }
 
-/// Height of row `i` in a figure of rows, with a gap wherever the group changes.
+/// Returns the vertical position of each row, with a gap wherever the group changes, and the total height.
 fn layout<T>(rows: &[T], group: impl Fn(&T) -> &str) -> (Vec<i32>, i32) {
     let mut y = ROW / 2;
     let mut places = Vec::new();
@@ -166,14 +167,14 @@ fn layout<T>(rows: &[T], group: impl Fn(&T) -> &str) -> (Vec<i32>, i32) {
     (places, y + ROW / 2 + 2)
 }
 
-/// Powers of ten, their doubles and fives, from `low` to `high`, as logarithms with names.
+/// Returns powers of ten, times 1, 2 and 5, from `low` to `high`, as logarithms with names.
 fn decades(low: f64, high: f64) -> Vec<(f64, String)> {
     let all = (-9..12).flat_map(|power| [1.0, 2.0, 5.0].map(|times| times * 10f64.powi(power)));
     let inside = all.filter(|value| (low..=high).contains(&value.log10()));
     inside.map(|value| (value.log10(), short(value))).collect()
 }
 
-/// A logarithmic scale for positive `values`.
+/// Returns a logarithmic scale for positive `values`.
 fn logarithmic(values: impl Iterator<Item = f64> + Clone) -> Scale {
     let logs = values.filter(|value| *value > 0.0).map(f64::log10);
     let (low, high) =
@@ -183,7 +184,7 @@ fn logarithmic(values: impl Iterator<Item = f64> + Clone) -> Scale {
     Scale { from: low - edge, to: high + edge, pixels: (LEFT, RIGHT) }
 }
 
-/// A point for each sample and a bar at their median.
+/// Draws a point per sample and a bar at their median.
 fn samples(
     f: &mut Figure<'_>,
     scale: &Scale,
@@ -202,7 +203,7 @@ fn samples(
     f.text((WIDTH, y), &three(median), HPos::Right, 12, INK);
 }
 
-/// Every round's rate by NIC and mode.
+/// Draws the rate of every round, by NIC and mode.
 pub(crate) fn forwarding(rows: &[&Row]) -> Result<String> {
     let (unit, name) = rate_unit(rows.iter().map(|row| row.forward_pps).fold(0.0, f64::max));
     let scale = logarithmic(rows.iter().flat_map(|row| &row.forward_samples).map(|pps| pps / unit));
@@ -218,10 +219,11 @@ pub(crate) fn forwarding(rows: &[&Row]) -> Result<String> {
     })
 }
 
-/// Farthest ratio up and down that the figure of ratios shows: one wide interval leaves the others readable.
+/// Largest ratio, up and down, that the figure of ratios shows. It keeps the other pairs readable next to one
+/// wide interval.
 const FARTHEST: f64 = 2.0;
 
-/// Ratio of every pair with its interval, and the margin as a band.
+/// Draws the ratio of every pair with its interval, and the margin as a band.
 pub(crate) fn ratios(comparison: &Comparison, metric: Metric) -> Result<String> {
     let pairs: Vec<&Pair> = comparison.pairs.iter().filter(|pair| pair.metric == metric).collect();
     let margin = 1.0 + comparison.family.margin;
@@ -232,7 +234,7 @@ pub(crate) fn ratios(comparison: &Comparison, metric: Metric) -> Result<String> 
     let reach =
         pairs.iter().flat_map(|pair| ends(pair)).fold(margin.ln() * 1.5, |reach, end| reach.max(end.abs()));
     let reach = reach.min(FARTHEST.ln()) * 1.04;
-    // Subjects that name their frames, too, take more room.
+    // Subjects that also name a frame size need more room.
     let longest = pairs.iter().map(|pair| pair.subject.chars().count()).max().unwrap_or(0) as i32;
     let indent = (7 * longest - NAMES + 12).max(0);
     let scale = Scale { from: -reach, to: reach, pixels: (LEFT + 30 + indent, RIGHT) };
@@ -242,7 +244,7 @@ pub(crate) fn ratios(comparison: &Comparison, metric: Metric) -> Result<String> 
         let round = [-50, -40, -30, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 30, 50, 75, 100];
         let ticks = round.map(|percent| (f64::from(percent) / 100.0).ln_1p());
         let mut ticks: Vec<f64> = ticks.into_iter().filter(|tick| tick.abs() <= reach).collect();
-        // From the middle outwards: 0 is always among them.
+        // Choose from the middle outward, so that 0 is always shown.
         ticks.sort_by(|a, b| a.abs().total_cmp(&b.abs()));
         let mut shown: Vec<(f64, String)> = Vec::new();
         for tick in ticks {
@@ -280,7 +282,7 @@ fn color_of(comparison: &Comparison, pair: &Pair) -> RGBColor {
     color(row.map_or("", |row| &row.mode))
 }
 
-/// p50, p99, p99.9 and the largest latency, on a logarithmic scale.
+/// Draws p50, p99, p99.9 and the largest latency, on a logarithmic scale.
 pub(crate) fn latency(rows: &[&Row]) -> Result<String> {
     let us = |ns: u64| (ns.max(1) as f64 / 1e3).log10();
     let low = rows.iter().map(|r| us(r.latency_ns.p50)).fold(f64::INFINITY, f64::min);
@@ -304,9 +306,9 @@ pub(crate) fn latency(rows: &[&Row]) -> Result<String> {
     })
 }
 
-/// Phases of the start, end to end.
+/// Draws the phases of the start, end to end.
 pub(crate) fn start(rows: &[Row]) -> Result<String> {
-    // One slow row must not squeeze the others.
+    // Limit the scale, so that one slow row does not squeeze the others.
     let all: Vec<f64> = rows.iter().map(|row| row.first_packet_ms).collect();
     let longest = all.iter().copied().fold(1e-3, f64::max).min(3.0 * median(&all).unwrap_or(1.0).max(1e-3));
     let scale = Scale { from: 0.0, to: longest, pixels: (LEFT, RIGHT - 60) };
@@ -335,7 +337,7 @@ pub(crate) fn start(rows: &[Row]) -> Result<String> {
     })
 }
 
-/// Map above unmap for every mode and call; all rows are of one page size.
+/// Draws map above unmap for every mode and call. All rows have the same page size.
 pub(crate) fn maps(rows: &[&MapRow]) -> Result<String> {
     let scale = logarithmic(rows.iter().flat_map(|row| row.samples.iter().flatten()).copied());
     let height = 2 * ROW - 10;
@@ -358,15 +360,16 @@ pub(crate) fn maps(rows: &[&MapRow]) -> Result<String> {
 
 /// A bar of [`costs`].
 pub(crate) struct Bar {
-    /// Bars of a group have one colour.
+    /// Name of the group, drawn next to its first bar.
     pub(crate) group: String,
     pub(crate) name: String,
     pub(crate) value: f64,
-    /// What stands beside it.
+    /// Text next to the bar.
     pub(crate) text: String,
 }
 
-/// Instructions per packet above instructions per mapped GiB, on paper of its own: the page that shows it may be dark.
+/// Draws instructions per packet above instructions per mapped GiB, on a background of its own, because the
+/// page that shows the figure may be dark.
 pub(crate) fn costs(packets: &[Bar], maps: &[Bar]) -> Result<String> {
     const TOP: i32 = 34;
     const STEP: i32 = 26;
@@ -389,7 +392,7 @@ pub(crate) fn costs(packets: &[Bar], maps: &[Bar]) -> Result<String> {
                 }
                 last = &bar.group;
                 f.text((NAMES + 16, y), &bar.name, HPos::Left, 14, INK);
-                // Vireo and the modes in their colours; DPDK is what they are measured by.
+                // Vireo and the modes have their colors. DPDK, their reference, is gray.
                 let ink = if bar.name == "Vireo" { color(MODES[2]) } else { color(&bar.name) };
                 f.bar((LEFT, scale.at(bar.value)), (y - 9, y + 9), ink);
                 f.text((scale.at(bar.value) + 8, y), &bar.text, HPos::Left, 14, INK);

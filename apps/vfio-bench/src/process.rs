@@ -1,4 +1,4 @@
-//! A program whose output is waited for, and which does not outlive its owner.
+//! A child process whose output can be waited for, and which does not outlive its owner.
 
 use std::env;
 use std::io::{self, Read, Write};
@@ -14,10 +14,10 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::pin_to;
 use vireo_eal::{Error, ErrorKind, Result};
 
-/// Longest silence before what was waited for counts as missing.
+/// Longest wait for a text before it counts as missing.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Vireo's l2fwd: the one `asked` for, or the one beside this program.
+/// Returns the path of Vireo's l2fwd: `asked`, or the one next to this program.
 pub(crate) fn l2fwd(asked: Option<&Path>) -> Result<PathBuf> {
     let beside = || {
         let own = env::current_exe().map_err(|error| Error::io("cannot find this program", &error))?;
@@ -26,22 +26,22 @@ pub(crate) fn l2fwd(asked: Option<&Path>) -> Result<PathBuf> {
     asked.map_or_else(beside, |path| Ok(path.to_owned()))
 }
 
-/// A running program. Killed on drop.
+/// A running program, killed on drop.
 #[derive(Debug)]
 pub(crate) struct Process {
     name: String,
     child: Child,
     stdin: Option<ChildStdin>,
     output: Receiver<Chunk>,
-    /// What was printed, and how far it was waited for.
+    /// Output so far. `seen` is how far it was waited for.
     text: String,
     seen: usize,
-    /// Where in `text` each chunk ends, and when it came.
+    /// Where each chunk ends in `text`, and when it arrived, in TSC ticks.
     arrivals: Vec<(usize, u64)>,
     started: u64,
 }
 
-/// Output that came at once.
+/// Output that was read at once.
 #[derive(Debug)]
 struct Chunk {
     ticks: u64,
@@ -49,12 +49,13 @@ struct Chunk {
 }
 
 impl Process {
-    /// Starts `command`, whose output and complaints this process reads.
+    /// Starts `command`. This process reads its standard output and standard error.
     pub(crate) fn start(command: Command) -> Result<Self> {
         Self::start_read_on(command, None)
     }
 
-    /// As [`start`](Self::start); output is read on the cpu `reader`, where no busy poll delays its stamp.
+    /// Like [`start`](Self::start), but reads the output on CPU `reader`, where no busy poll delays its time
+    /// stamp.
     pub(crate) fn start_read_on(mut command: Command, reader: Option<usize>) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let failed = |error: &io::Error| Error::io(format!("cannot start {name}"), error);
@@ -67,12 +68,13 @@ impl Process {
             .stderr(writer)
             .spawn()
             .map_err(|error| failed(&error))?;
-        // It holds the writing ends, and the program's end could not be seen.
+        // `command` holds the write ends of the pipe. As long as it does, the end of the output cannot be
+        // detected.
         drop(command);
         let stdin = child.stdin.take();
         let (sender, output) = channel();
         thread::spawn(move || {
-            // Elsewhere it reads too, only later.
+            // If the thread cannot be pinned, it still reads, only later.
             let _ = reader.map(pin_to);
             let mut bytes = [0; 4096];
             while let Ok(len @ 1..) = pipe.read(&mut bytes) {
@@ -86,7 +88,7 @@ impl Process {
         Ok(Self { name, child, stdin, output, text, seen, arrivals, started })
     }
 
-    /// Types a line.
+    /// Writes a line to the standard input of the program.
     pub(crate) fn type_line(&mut self, line: &str) -> Result<()> {
         let Some(stdin) = &mut self.stdin else { return Ok(()) };
         writeln!(stdin, "{line}")
@@ -94,12 +96,13 @@ impl Process {
             .map_err(|error| Error::io(format!("cannot type {line:?} to {}", self.name), &error))
     }
 
-    /// Waits until `text` is printed, behind what was waited for before; gives what came up to its end.
+    /// Waits until `text` is printed after what was waited for before. Returns the output up to the end of
+    /// `text`.
     pub(crate) fn wait_for(&mut self, text: &str) -> Result<&str> {
         self.wait_for_any(&[text])
     }
 
-    /// As [`wait_for`](Self::wait_for), for the first of several texts.
+    /// Like [`wait_for`](Self::wait_for), for the first of several texts.
     fn wait_for_any(&mut self, texts: &[&str]) -> Result<&str> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -129,29 +132,29 @@ impl Process {
         }
     }
 
-    /// Ticks of the TSC when it was started.
+    /// TSC ticks when the program was started.
     pub(crate) fn started(&self) -> u64 {
         self.started
     }
 
-    /// Waits for the first of `texts` as [`wait_for`](Self::wait_for) does; gives when its end came, in ticks
-    /// of the TSC.
+    /// Waits for the first of `texts`, like [`wait_for`](Self::wait_for). Returns when its end arrived, in
+    /// TSC ticks.
     pub(crate) fn arrival_of(&mut self, texts: &[&str]) -> Result<u64> {
         self.wait_for_any(texts)?;
         let chunk = self.arrivals.partition_point(|(end, _)| *end < self.seen);
         Ok(self.arrivals.get(chunk).map_or(self.started, |(_, ticks)| *ticks))
     }
 
-    /// As Ctrl-C would.
+    /// Sends SIGINT, as Ctrl-C does.
     pub(crate) fn interrupt(&self) -> Result<()> {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT)
             .map_err(|errno| Error::os(format!("cannot stop {}", self.name), errno))
     }
 
-    /// Waits for the end.
+    /// Waits for the program to end.
     pub(crate) fn reap(mut self) -> Result<()> {
         self.stdin = None;
-        // The end of its output is the end of the program, and an event that can be waited for.
+        // The output ends when the program does, and unlike the program it can be waited for with a timeout.
         let deadline = Instant::now() + PATIENCE;
         while self.output.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok() {}
         match self.child.try_wait() {
@@ -167,7 +170,7 @@ fn either(texts: &[&str]) -> String {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Both fail only when it is gone.
+        // Both fail only if the program has already ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -179,7 +182,7 @@ mod tests {
 
     #[test]
     fn output_is_waited_for_piece_by_piece() {
-        // A test that runs in the background of a shell ignores SIGINT, and so would what it starts.
+        // A test that runs in the background of a shell ignores SIGINT, and so would the program it starts.
         let mut command = Command::new("env");
         command.args(["--default-signal=INT", "cat"]);
         let mut cat = Process::start(command).unwrap();

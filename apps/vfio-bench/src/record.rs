@@ -1,4 +1,4 @@
-//! What `run` writes and `report` reads: one recording per boot.
+//! Recordings, which `run` writes and `report` reads: one recording per boot.
 
 mod file;
 
@@ -15,59 +15,60 @@ pub(crate) use file::{Recorder, read};
 /// Everything measured in one boot.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Recording {
-    /// Where it was measured.
+    /// Environment of the measurements.
     pub(crate) environment: Environment,
-    /// How; none in recordings of Vireo before 0.2, whose rounds had a fixed order.
+    /// Plan of the recording; absent in recordings of Vireo before 0.2, whose rounds had a fixed order.
     #[serde(default)]
     pub(crate) plan: Option<Plan>,
-    /// In the order in which they were run.
+    /// Runs, in the order in which they were made.
     pub(crate) runs: Vec<Run>,
-    /// DMA map and unmap of a region.
+    /// DMA maps and unmaps of a region.
     #[serde(default)]
     pub(crate) maps: Vec<MapTime>,
-    /// What the NICs do without a forwarder.
+    /// Rates of the NICs without a forwarder.
     #[serde(default)]
     pub(crate) ceilings: Vec<Ceiling>,
-    /// Why it ended after the rounds that it has; none if it did not end in order.
+    /// Why the recording ended when it did; absent if it did not end in order.
     #[serde(default)]
     pub(crate) end: Option<String>,
 }
 
-/// What a recording was asked to do.
+/// Parameters of a recording.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Plan {
     /// Names of the modes.
     pub(crate) modes: Vec<String>,
-    /// Names of the references; none in recordings of Vireo before 0.2.
+    /// Names of the references; empty in recordings of Vireo before 0.2.
     #[serde(default)]
     pub(crate) references: Vec<String>,
-    /// The order of each round is drawn from it.
+    /// Seed of the random order of each round.
     pub(crate) seed: u64,
-    /// Rounds at least.
+    /// Minimum number of rounds.
     pub(crate) rounds: u32,
-    /// After these, rounds are added until each interval is as narrow as this: 0.05 reads "5 % up and down".
+    /// After the minimum, rounds are added until each interval is as narrow as this: 0.05 means 5 % up and
+    /// down.
     pub(crate) width: f64,
-    /// Or until the recording has taken so many seconds.
+    /// Seconds after which no more rounds are added, however wide the intervals are.
     pub(crate) limit: f64,
     /// Length of a stream, in seconds.
     pub(crate) stream: f64,
-    /// Length of a trial of the search for the throughput, in seconds.
+    /// Length of a trial of the throughput search, in seconds.
     #[serde(default)]
     pub(crate) trial: f64,
-    /// Bytes of the frames; rate and latency are of the first size, the throughput of each.
+    /// Frame sizes in bytes. Rate and latency are measured with the first size, throughput with each.
     #[serde(default)]
     pub(crate) frames: Vec<usize>,
-    /// Loss at which the throughput is stated, as a part of the frames sent.
+    /// Loss at which throughput is stated, as a fraction of the frames sent.
     #[serde(default)]
     pub(crate) loss: f64,
-    /// Load at which latency is measured, as a part of the rate.
+    /// Load at which latency is measured, as a fraction of the rate.
     #[serde(default)]
     pub(crate) load: f64,
-    /// Size of the region that is mapped, in MiB.
+    /// Size of the mapped region, in MiB.
     pub(crate) map_mib: u32,
 }
 
-/// One stream from a sender straight to the NIC that its wire ends at.
+/// One stream from a sender directly to the NIC at the other end of its wire.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Ceiling {
     /// `virtio-net`, `e1000` or `e1000e`.
@@ -85,12 +86,12 @@ pub(crate) struct Ceiling {
 pub(crate) struct Environment(pub(crate) Vec<(String, String)>);
 
 impl Environment {
-    /// Value of a key, if it was recorded.
+    /// Returns the value of a key, if it was recorded.
     pub(crate) fn get(&self, key: &str) -> Option<&str> {
         self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
     }
 
-    /// The first fact that tells that `other` is of another machine.
+    /// Returns the first fact that shows that `other` is from another machine.
     pub(crate) fn other_machine(&self, other: &Self) -> Option<String> {
         let differs = |key: &&str| self.get(key) != other.get(key);
         let key = ["host cpu", "host cpus", "cpu", "cpus", "accelerator"].into_iter().find(differs)?;
@@ -134,46 +135,49 @@ pub(crate) struct Run {
     pub(crate) mode: String,
     /// Number of the round, from 0.
     pub(crate) round: u32,
-    /// [`Run::COMPARED`]; [`Run::TWIN`] for a second run of a mode in the round, which is compared with the first; or
-    /// [`Run::REFERENCE`] for a forwarder that is not Vireo's, which is compared with nothing.
+    /// Kind of run: [`Run::COMPARED`] for the run of each mode; [`Run::TWIN`] for a second run of a mode in
+    /// the round, which is compared with the first; [`Run::REFERENCE`] for a forwarder other than Vireo's,
+    /// which is compared with nothing.
     pub(crate) pair: String,
     /// Packets forwarded per second.
     pub(crate) forward_pps: f64,
-    /// Highest loads at the plan's loss, one for each size of frame; none in recordings of Vireo before 0.2.
+    /// Highest loads at the plan's loss, one per frame size; empty in recordings of Vireo before 0.2.
     #[serde(default)]
     pub(crate) throughput: Vec<Throughput>,
-    /// Latency from sender to receiver; without values where an external generator measures it.
+    /// Latency from sender to receiver; without samples if an external generator measures it.
     pub(crate) latency_ns: Latency,
-    /// All of its values, each with its count; none in recordings of Vireo before 0.2.
+    /// All latency values, each with its count; empty in recordings of Vireo before 0.2.
     #[serde(default)]
     pub(crate) latency_counts: Vec<(u64, u64)>,
-    /// Opening group and container, or cdev and iommufd.
+    /// Time to open group and container, or cdev and iommufd.
     pub(crate) open_ms: f64,
-    /// `VFIO_DEVICE_BIND_IOMMUFD`; 0 where the mode has no such step.
+    /// Time to bind: `VFIO_DEVICE_BIND_IOMMUFD` on a cdev, `VFIO_GROUP_SET_CONTAINER` and `VFIO_SET_IOMMU` in
+    /// a group.
     pub(crate) bind_ms: f64,
-    /// Attaching to the I/O page table; 0 where the mode has none.
+    /// Time to attach: `VFIO_DEVICE_ATTACH_IOMMUFD_PT` on a cdev, `VFIO_GROUP_GET_DEVICE_FD` in a group.
     pub(crate) attach_ms: f64,
-    /// Mapping the forwarder's own memory.
+    /// Time to map the forwarder's own memory.
     #[serde(default)]
     pub(crate) start_map_ms: f64,
-    /// From the start of `open` to the first packet forwarded: the phases above are part of it.
+    /// Time from the start of `open` to the first packet forwarded. It includes the phases above.
     pub(crate) first_packet_ms: f64,
     /// Packets that the generator sent.
     pub(crate) sent: u64,
-    /// Packets that came back.
+    /// Packets that returned.
     pub(crate) received: u64,
-    /// Doorbell writes of the forwarder: a count, where rates drown in noise.
+    /// Doorbell writes of the forwarder: a count, usable where rates are too noisy.
     #[serde(default)]
     pub(crate) doorbells: u64,
-    /// What the forwarder's CPU and the IOMMU counted while `forward_pps` was measured, by event; none where they do not count.
+    /// Events that the forwarder's CPU and the IOMMU counted while `forward_pps` was measured, by name; empty
+    /// if they do not count.
     #[serde(default)]
     pub(crate) counters: BTreeMap<String, u64>,
-    /// Packets forwarded meanwhile.
+    /// Packets forwarded while `counters` were counted.
     #[serde(default)]
     pub(crate) counted_packets: u64,
-    /// Counters of lost packets by name, each counted where the packet was lost.
+    /// Lost packets by name of the counter, each counted where the packet was lost.
     pub(crate) drops: BTreeMap<String, u64>,
-    /// What the machine did besides.
+    /// What else the machine did during the run.
     #[serde(default)]
     pub(crate) machine: Option<Machine>,
 }
@@ -181,12 +185,12 @@ pub(crate) struct Run {
 impl Run {
     /// [`Run::pair`] of the run of each mode in each round.
     pub(crate) const COMPARED: &str = "modes";
-    /// [`Run::pair`] of the one that is more.
+    /// [`Run::pair`] of the additional run of one mode in each round.
     pub(crate) const TWIN: &str = "A/A";
-    /// [`Run::pair`] of a forwarder that is not Vireo's.
+    /// [`Run::pair`] of a forwarder other than Vireo's.
     pub(crate) const REFERENCE: &str = "reference";
 
-    /// Whether the forwarder was not Vireo's.
+    /// Returns whether the forwarder is not Vireo's.
     pub(crate) fn is_reference(&self) -> bool {
         self.pair == Self::REFERENCE
     }
@@ -196,25 +200,26 @@ impl Run {
         self.drops.values().fold(0, |sum, n| sum.saturating_add(*n))
     }
 
-    /// Doorbell writes of the forwarder for each packet that came back; 0 where none did.
+    /// Doorbell writes of the forwarder per packet that returned; 0 if none returned.
     pub(crate) fn doorbells_per_packet(&self) -> f64 {
         if self.received == 0 { 0.0 } else { self.doorbells as f64 / self.received as f64 }
     }
 
-    /// Time until the process owns the device. Modes divide it differently: the reset on opening falls into
-    /// `bind` on a cdev and into `attach` in a group, so only the whole is compared.
+    /// Time until the process owns the device. Modes divide it differently: the reset on opening is part of
+    /// `bind` on a cdev and of `attach` in a group. Therefore only the sum is compared.
     pub(crate) fn acquire_ms(&self) -> f64 {
         self.open_ms + self.bind_ms + self.attach_ms
     }
 
-    /// Frames of the search for the throughput that did not come back in time. Such a stream has no window, so that some are
-    /// lost between the NICs, in a switch or in QEMU's queue of 10,000 frames, where no counter of a NIC sees them.
+    /// Frames of the throughput search that did not return in time. Its streams have no window, so some
+    /// frames are lost between the NICs, in a switch or in QEMU's queue of 10,000 frames, where no NIC counts
+    /// them.
     fn lost_in_trials(&self) -> u64 {
         let trials = self.throughput.iter().flat_map(|found| &found.trials);
         trials.map(|trial| trial.sent.saturating_sub(trial.received)).sum()
     }
 
-    /// What is wrong with the packet counts, if anything.
+    /// Returns what is wrong with the packet counts, if anything.
     pub(crate) fn imbalance(&self) -> Option<String> {
         let accounted = self.received.saturating_add(self.dropped());
         let names = self.drops.iter().map(|(k, v)| format!("{k} {v}")).collect::<Vec<_>>().join(", ");
@@ -235,49 +240,49 @@ impl Run {
     }
 }
 
-/// Highest load of which no more than a stated part was lost.
+/// Highest load of which no more than a stated fraction was lost.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Throughput {
-    /// Bytes of a frame without frame check sequence.
+    /// Frame size in bytes, without the frame check sequence.
     pub(crate) frame: usize,
     /// Frames sent per second; 0 if every load lost more.
     pub(crate) pps: f64,
     /// Whether the generator could not send more, so that the throughput may be higher.
     pub(crate) at_least: bool,
-    /// In the order in which they were tried.
+    /// Trials, in the order in which they were made.
     pub(crate) trials: Vec<Trial>,
 }
 
-/// A load that was offered for some time.
+/// A load offered for some time.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Trial {
-    /// Frames that were to be sent per second.
+    /// Frames to be sent per second.
     pub(crate) load: f64,
     /// Frames sent per second.
     pub(crate) pps: f64,
     /// Frames sent.
     pub(crate) sent: u64,
-    /// Frames that came back in time.
+    /// Frames that returned in time.
     pub(crate) received: u64,
 }
 
 impl Trial {
-    /// Part of the frames that did not come back.
+    /// Fraction of the frames that did not return.
     pub(crate) fn loss(&self) -> f64 {
         if self.sent == 0 { 0.0 } else { 1.0 - self.received as f64 / self.sent as f64 }
     }
 }
 
-/// How much of itself the machine gave to a run.
+/// How much CPU time and speed the machine gave to a run.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct Machine {
     /// Steps per microsecond of a loop of additions, just before the run.
     pub(crate) speed: f64,
-    /// Time that a hypervisor gave to others (`steal` of `/proc/stat`), in milliseconds, on all CPUs.
+    /// Time that a hypervisor gave to others (`steal` of `/proc/stat`), in milliseconds, over all CPUs.
     pub(crate) steal_ms: f64,
-    /// Time in which some thread waited for a CPU (`/proc/pressure/cpu`), in milliseconds.
+    /// Time in which at least one thread waited for a CPU (`/proc/pressure/cpu`), in milliseconds.
     pub(crate) pressure_ms: f64,
-    /// How often a thread of this process lost its CPU to another.
+    /// Number of times that a thread of this process lost its CPU to another thread.
     pub(crate) preemptions: u64,
 }
 
@@ -286,13 +291,13 @@ pub(crate) struct Machine {
 pub(crate) struct Latency {
     /// Median.
     pub(crate) p50: u64,
-    /// 99 %.
+    /// 99th percentile.
     pub(crate) p99: u64,
-    /// 99.9 %.
+    /// 99.9th percentile.
     pub(crate) p999: u64,
-    /// Largest.
+    /// Largest value.
     pub(crate) max: u64,
-    /// Samples behind them.
+    /// Number of samples.
     pub(crate) count: u64,
 }
 
@@ -303,28 +308,28 @@ impl From<&Histogram<u64>> for Latency {
     }
 }
 
-/// One map and unmap of a region of memory, without a NIC's traffic.
+/// One map and unmap of a region of memory, without traffic.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub(crate) struct MapTime {
     /// Name of the VFIO mode.
     pub(crate) mode: String,
-    /// Page size of the memory: `4 KiB`, `2 MiB`.
+    /// Page size of the memory: `4 KiB`, `2 MiB` or `1 GiB`.
     pub(crate) memory: String,
-    /// `map` or `map-file`.
+    /// Name of the call: `map`, `map-file` or `map, huge pages off`.
     pub(crate) call: String,
-    /// Size of the region.
+    /// Size of the region in bytes.
     pub(crate) bytes: u64,
     /// Number of the round, from 0.
     pub(crate) round: u32,
-    /// Mapping all of it.
+    /// Time to map the whole region.
     pub(crate) map_ms: f64,
-    /// The ioctls' part of that.
+    /// Part of `map_ms` that was spent in ioctls.
     #[serde(default)]
     pub(crate) map_ioctl_ms: f64,
-    /// Unmapping all of it.
+    /// Time to unmap the whole region.
     pub(crate) unmap_ms: f64,
-    /// Calls that the mapping took.
+    /// Number of ioctls to map the region.
     pub(crate) map_ioctls: u64,
-    /// Calls that the unmapping took.
+    /// Number of ioctls to unmap the region.
     pub(crate) unmap_ioctls: u64,
 }

@@ -1,4 +1,4 @@
-//! `report`: recordings in, tables and files out.
+//! `report`: turns recordings into tables and files.
 
 use std::fs::{self, File};
 use std::io::{BufReader, ErrorKind as IoKind, IsTerminal, Write, stdout};
@@ -16,48 +16,48 @@ use crate::record::{self, Environment, Recording};
 use crate::run::percent;
 use crate::{count, html, table};
 
-/// Modes whose ratio is certain to be within this of 1 are called the same, unless an argument says otherwise.
+/// Default of `--margin`: modes count as equal if the interval of their ratio lies within this of 1.
 pub(crate) const MARGIN: f64 = 0.05;
 /// Version of the JSON report.
 const SCHEMA: u32 = 2;
 
-/// Merges recordings of several boots and prints what they say about the modes.
+/// Merge recordings of several boots and print what they say about the modes
 #[derive(clap::Args, Debug)]
 pub(crate) struct ReportArgs {
-    /// Recordings that `run` wrote, one per boot
+    /// Recordings of `run`, one per boot
     #[arg(required = true, value_name = "IN.json")]
     recordings: Vec<PathBuf>,
-    /// What `count run` wrote, one per boot: instructions beside the times
+    /// Recordings of `count run`, one per boot, to report instructions along with times
     #[arg(long, value_name = "FILE", action = ArgAction::Append)]
     counted: Vec<PathBuf>,
     /// Modes that differ by less than this, up and down, are called the same
     #[arg(long, value_name = "PERCENT", default_value_t = MARGIN * 100.0, value_parser = percent)]
     margin: f64,
-    /// A disturbance that the caller observed; the report begins with it
+    /// Disturbance that the caller observed; the report begins with it
     #[arg(long, value_name = "TEXT", action = ArgAction::Append)]
     disturbance: Vec<String>,
-    /// Takes recordings that do not end in order, as far as they go
+    /// Accept recordings that did not end in order, as far as they go
     #[arg(long)]
     partial: bool,
-    /// Also writes everything as JSON: environment, counted, timed, raw, disturbances
+    /// Also write everything as JSON: environment, counted, timed, raw, disturbances
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Also writes a page with plots that needs nothing else, not even a network
+    /// Also write a self-contained page with plots, which needs no network
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
 }
 
-/// Everything that a report knows.
+/// Contents of a report.
 #[derive(Serialize, JsonSchema)]
 pub(crate) struct Report {
     schema: u32,
-    /// Of the timed boots, then of the counted ones.
+    /// Environments of the timed boots, then of the counted boots.
     pub(crate) environment: Vec<Environment>,
     pub(crate) counted: Vec<count::Row>,
     pub(crate) timed: Comparison,
-    /// The recordings, whole.
+    /// The complete recordings.
     raw: Vec<Recording>,
-    /// What the machine did besides while it was timed.
+    /// What else the machine did while it was timed.
     disturbances: Vec<String>,
 }
 
@@ -94,12 +94,12 @@ pub(crate) struct MergeArgs {
     pub(crate) json: Option<PathBuf>,
 }
 
-/// Prints and writes the report; packets that do not add up are an error, after everything is written.
+/// Prints and writes the report. If packets do not add up, fails after everything is written.
 pub(crate) fn report(args: &ReportArgs) -> Result<()> {
     report_to(args, &mut stdout(), stdout().is_terminal())
 }
 
-/// [`report`], printing to `out`, with rules around the tables if that is a terminal.
+/// Like [`report`], but prints to `out`, with rules around the tables if `terminal` is set.
 pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool) -> Result<()> {
     let raw =
         args.recordings.iter().map(|path| record::read(path, args.partial)).collect::<Result<Vec<_>>>()?;
@@ -124,14 +124,14 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
     let counted = args.counted.iter().map(|path| read(path)).collect::<Result<_>>()?;
     let report = Report::of(raw, counted, args.margin / 100.0, &args.disturbance);
     if let Some(path) = &args.json {
-        // Not in lines of its own for each value: there are hundreds of thousands.
+        // Not pretty-printed: it would have hundreds of thousands of lines, one for each value.
         write(path, &(json(serde_json::to_string(&report))? + "\n"))?;
     }
     if let Some(path) = &args.html {
         write(path, &html::page(&report)?)?;
     }
     match out.write_all(table::text(&report, terminal).as_bytes()) {
-        // `report … | head` has seen enough.
+        // The reader of `report … | head` has seen enough.
         Err(e) if e.kind() != IoKind::BrokenPipe => return Err(Error::io("cannot print the report", &e)),
         _ => {}
     }
@@ -145,7 +145,7 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
     }
 }
 
-/// Prints the JSON schema of `report --json`, whose descriptions say what each value is.
+/// Prints the JSON schema of `report --json`. Its descriptions explain each value.
 pub(crate) fn schema() -> Result<()> {
     program::print(&(json(serde_json::to_string_pretty(&schemars::schema_for!(Report)))? + "\n"))
 }
@@ -153,7 +153,7 @@ pub(crate) fn schema() -> Result<()> {
 pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let what = format!("cannot read recording {}", path.display());
     let file = File::open(path).map_err(|e| Error::io(&what, &e))?;
-    // The text of serde_json names line and column.
+    // The message of serde_json contains line and column.
     serde_json::from_reader(BufReader::new(file)).map_err(|e| match e.io_error_kind() {
         Some(kind) => Error::io(&what, &kind.into()),
         None => Error::new(ErrorKind::Io, &what, e.to_string()),
@@ -168,7 +168,8 @@ fn json(text: serde_json::Result<String>) -> Result<String> {
     text.map_err(|error| Error::new(ErrorKind::Protocol, "cannot write JSON", error.to_string()))
 }
 
-/// A reader never sees half a file; what is not a regular file (`/dev/stdout`) cannot be replaced.
+/// Replaces the file, so that a reader never sees half of it. If `path` is not a regular file
+/// (`/dev/stdout`), it cannot be replaced and is written in place.
 pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     let failed = |e: &std::io::Error| Error::io(format!("cannot write {}", path.display()), e);
     if fs::metadata(path).is_ok_and(|found| !found.is_file()) {

@@ -29,10 +29,10 @@ use crate::stats::Random;
 use crate::testpmd::TestpmdArgs;
 pub(crate) use nics::{kind, wirings};
 
-/// Length of the stream that shows that a wire carries packets.
+/// Length of the stream that checks whether a wire carries packets.
 const WIRE_CHECK: Duration = Duration::from_millis(20);
 
-/// Longest frame of a port that is not started for longer ones.
+/// Longest frame of a port that was not started for longer frames.
 const LONGEST: usize = 1514;
 
 /// Measure VFIO modes on this machine's NICs and write a recording
@@ -44,59 +44,61 @@ pub(crate) struct RunArgs {
     /// Modes to compare
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "container,cdev,compat")]
     modes: Vec<VfioMode>,
-    /// Kinds of NIC; by default every kind of which four are bound to vfio-pci
+    /// Kinds of NIC; by default every kind with four NICs bound to vfio-pci
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     nics: Vec<String>,
-    /// The four NICs of one comparison: sender, forwarder's receiver, forwarder's sender, receiver, of which the first two
-    /// and the last two are connected; or the forwarder's two, and an external generator sends to one of them
+    /// The four NICs to measure: sender, forwarder's receiver, forwarder's sender, receiver, with the first
+    /// two and the last two connected; or the forwarder's two, with an external generator that sends to one
+    /// of them
     #[arg(long, value_name = "A,B[,C,D]", value_delimiter = ',', conflicts_with = "nics")]
     ports: Vec<String>,
-    /// Forwarders in place of Vireo's, once in each round on the same NICs, to compare with; their start is not measured
+    /// Other forwarders to compare with, run once per round on the same NICs; their start is not measured
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     references: Vec<Reference>,
     #[command(flatten)]
     testpmd: TestpmdArgs,
-    /// Cores that poll; by default the first two that this process may use. With an external generator, the forwarder's
+    /// Cores that poll; by default the first two that this process may use. With an external generator, only
+    /// the forwarder's
     #[arg(long, value_name = "GENERATOR,FORWARDER", value_delimiter = ',')]
     cores: Vec<usize>,
-    /// Rounds at least; each runs every mode once, in an order drawn at random, and one of them twice
+    /// Minimum number of rounds; each runs every mode once, in random order, and one of them twice
     #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Add rounds until every interval is as narrow as this, up and down
+    /// Add rounds until every interval reaches at most this far up and down
     #[arg(long, value_name = "PERCENT", default_value_t = 5.0, value_parser = percent)]
     width: f64,
-    /// Or until so many seconds have gone by
+    /// Stop adding rounds after this many seconds
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
     limit: Duration,
-    /// Seconds that each stream lasts; there are two in a run
+    /// Seconds per stream; a run has two streams
     #[arg(long, value_name = "SECONDS", default_value = "0.2", value_parser = seconds)]
     seconds: Duration,
-    /// Bytes of the frames, 60 to 1514 without frame check sequence. Rate and latency are measured with the first size, the
-    /// throughput with each
+    /// Frame sizes in bytes, 60 to 1514, without the frame check sequence. Rate and latency are measured with
+    /// the first size, throughput with each
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "60,1514", value_parser = frame_size)]
     frame_sizes: Vec<usize>,
-    /// Loss up to which a load counts as throughput; 0 is RFC 2544's
+    /// Highest loss at which a load counts as throughput; RFC 2544 has 0
     #[arg(long, value_name = "PERCENT", default_value_t = 0.1, value_parser = loss)]
     loss: f64,
-    /// Seconds that each trial of the search for the throughput lasts
+    /// Seconds per trial of the throughput search
     #[arg(long, value_name = "SECONDS", default_value = "0.1", value_parser = seconds)]
     trial: Duration,
-    /// Load at which latency is measured, as a part of the rate
+    /// Load at which latency is measured, relative to the rate
     #[arg(long, value_name = "PERCENT", default_value_t = 10.0, value_parser = percent)]
     load: f64,
-    /// Seed of the random orders; by default another one each time
+    /// Seed of the random orders; by default a new one each time
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Go on with the recording in FILE after its last whole round
+    /// Resume the recording in FILE after its last complete round
     #[arg(long)]
     resume: bool,
-    /// To test the method: run the first mode under the names of all
+    /// To test the method: run the first mode under the names of all modes
     #[arg(long, hide = true)]
     null: bool,
-    /// To test the method: in this mode, make the forwarder take as much longer as `--slower` says
+    /// To test the method: slow the forwarder down by `--slower` in this mode
     #[arg(long, hide = true, value_name = "MODE", requires = "slower")]
     slow: Option<VfioMode>,
-    /// Part by which the slow mode is slower: 0.2 reads "20 %"
+    /// Fraction by which the slow mode is slower: 0.2 means 20 %
     #[arg(long, hide = true, value_name = "PART")]
     slower: Option<f64>,
     /// Size of the region whose mapping is timed, in MiB
@@ -104,7 +106,7 @@ pub(crate) struct RunArgs {
     map_mib: u32,
 }
 
-/// How long something is measured, as an argument says it.
+/// Parses a duration in seconds, above 0.
 pub(crate) fn seconds(text: &str) -> std::result::Result<Duration, String> {
     text.parse()
         .ok()
@@ -127,7 +129,7 @@ fn loss(text: &str) -> std::result::Result<f64, String> {
         .ok_or_else(|| "it is no number of per cent from 0 to below 100".into())
 }
 
-/// A part above 0, which an argument gives in per cent.
+/// Parses a percentage above 0.
 pub(crate) fn percent(text: &str) -> std::result::Result<f64, String> {
     text.parse()
         .ok()
@@ -158,12 +160,13 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     for warning in cores.warnings(Path::new(SYSFS), setups.iter().flat_map(Setup::inner)) {
         note(&format!("vireo-vfio-bench: {warning}"));
     }
-    // The same pages in all modes: how far they are scattered decides what they cost.
+    // Map the same pages in all modes: the cost differs between sets of pages, possibly by how scattered they
+    // are.
     let regions = regions((args.map_mib as usize) << 20)?;
     let references = references(args, &setups, note)?;
     let mut bench = Bench { bus: &bus, setups, references, args, limits, regions, stop };
     let mut recorder = bench.begin(here, plan)?;
-    // Time in which modes were measured: references must not take rounds from them.
+    // Only the time of the modes counts toward the limit, so that references do not cost them rounds.
     let begin = Instant::now();
     let mut with_references = Duration::ZERO;
     let first = recorder.recording.runs.iter().map(|run| run.round + 1).max().unwrap_or(0);
@@ -198,14 +201,14 @@ impl RunArgs {
     }
 }
 
-/// Where the kernel describes the machine.
+/// Mount point of sysfs.
 const SYSFS: &str = "/sys";
 
-/// What rounds are made of.
+/// Everything that a round needs.
 struct Bench<'a> {
     bus: &'a Bus,
     setups: Vec<Setup>,
-    /// With the place of the setup on which each is measured.
+    /// References, each with the index of the setup on which it is measured.
     references: Vec<(usize, Reference)>,
     args: &'a RunArgs,
     limits: Limits<'a>,
@@ -214,8 +217,8 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Begins the recording, or goes on with it. The wires are tried first: what can fail for a wrong argument or a loose cable
-    /// fails before an older recording is replaced.
+    /// Begins the recording or resumes it. The wires are checked first, so that a wrong argument or a loose
+    /// cable is found before an older recording is replaced.
     fn begin(&self, here: Environment, plan: Plan) -> Result<Recorder> {
         self.check_wires()?;
         if self.args.resume {
@@ -225,7 +228,7 @@ impl Bench<'_> {
         }
     }
 
-    /// Sees that both wires of each setup carry packets, before anything is recorded.
+    /// Checks that both wires of each setup carry packets, before anything is recorded.
     fn check_wires(&self) -> Result<()> {
         let Some(&mode) = self.args.modes.first() else { return Ok(()) };
         let limits = Limits { stream: WIRE_CHECK, ..self.limits };
@@ -240,8 +243,8 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Every NIC in every mode and with every reference, and every mode's mapping, each in an order of this round. Gives the
-    /// time that the references took.
+    /// Records one round: every NIC in every mode and with every reference, and the maps of every mode, each
+    /// in an order of this round. Returns the time that the references took.
     fn record(&mut self, round: u32, recorder: &mut Recorder) -> Result<Duration> {
         let Self { bus, setups, references, args, limits, regions, stop } = self;
         let modes = &args.modes;
@@ -273,7 +276,7 @@ impl Bench<'_> {
                 go_on(stop)?;
                 match (run, turn) {
                     (Ok(run), _) => recorder.run(Run { round, ..run })?,
-                    // The modes are what the recording is about.
+                    // The recording is about the modes, so a reference that fails is left out.
                     (Err(error), Turn::Reference(reference)) => {
                         note(&left_out(reference, setup.nic(), error));
                         references.retain(|known| *known != (place, reference));
@@ -302,15 +305,15 @@ impl Bench<'_> {
     }
 }
 
-/// A run of a round.
+/// One run of a round.
 #[derive(Clone, Copy)]
 enum Turn {
-    /// With its pair.
+    /// A run of a mode, with its `Run::pair`.
     Mode((&'static str, VfioMode)),
     Reference(Reference),
 }
 
-/// A run that a signal ended has figures of nothing, or an error that is none.
+/// Fails if a signal has stopped the run, whose results or error then mean nothing.
 fn go_on(stop: &StopFlag) -> Result<()> {
     if stop.is_set() {
         return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
@@ -319,14 +322,14 @@ fn go_on(stop: &StopFlag) -> Result<()> {
     Ok(())
 }
 
-/// Random numbers of a round, which do not depend on what was done before it.
+/// Random numbers of a round, which do not depend on what ran before it.
 fn order_of(recording: &Recording, round: u32) -> Random {
     let seed = recording.plan.as_ref().map_or(0, |plan| plan.seed);
     Random(seed.wrapping_add(u64::from(round).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
 }
 
-/// Whether `rounds` in so many seconds are enough, and why; and how far they have come. The width of the intervals decides,
-/// and never what they show.
+/// Returns why `rounds` rounds in `seconds` seconds are enough, or `None`, and how far they have come. Only
+/// the width of the intervals decides, never what they show.
 pub(crate) fn enough(recording: &Recording, rounds: u32, seconds: f64) -> (Option<String>, String) {
     let Some(plan) = &recording.plan else { return (None, String::new()) };
     let widest = Comparison::of(std::slice::from_ref(recording), MARGIN).widest();
@@ -352,9 +355,9 @@ pub(crate) fn enough(recording: &Recording, rounds: u32, seconds: f64) -> (Optio
     (end, so_far)
 }
 
-/// One round: every mode once, and one of them twice for the comparison of a mode with itself, in random order. A pair of
-/// modes then stands either way round with the same probability, whatever the machine does, which is all that the intervals
-/// assume.
+/// Schedule of one round: every mode once, and one of them twice for the comparison of a mode with itself, in
+/// random order. Either mode of a pair then comes first with the same probability, whatever the machine does.
+/// For modes that do not differ, the intervals assume nothing else.
 pub(crate) fn schedule<T: Copy>(modes: &[T], round: u32, random: &mut Random) -> Vec<(&'static str, T)> {
     let twin = modes.iter().cycle().nth(round as usize).map(|mode| (Run::TWIN, *mode));
     let mut order: Vec<_> = modes.iter().map(|mode| (Run::COMPARED, *mode)).chain(twin).collect();
@@ -407,7 +410,7 @@ mod tests {
         let (references, regions) = (Vec::new(), Vec::new());
         let bench =
             Bench { bus: &bus, setups, references, args: &args, limits, regions, stop: StopFlag::new() };
-        // Nobody has a NIC that is a directory.
+        // The NICs are plain directories, so none can be opened.
         bench.begin(Environment::default(), plan.clone()).unwrap_err();
         assert_eq!(std::fs::read_to_string(&json).unwrap(), "older");
         let bench = Bench { setups: Vec::new(), ..bench };

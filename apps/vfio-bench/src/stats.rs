@@ -1,9 +1,9 @@
-//! Medians, ratios of paired values, and intervals that assume nothing of how values are distributed.
+//! Medians, ratios of paired values, and intervals that assume nothing about how values are distributed.
 
 use schemars::JsonSchema;
 use serde::Serialize;
 
-/// Probability that every interval of a report holds the true value, all of them together.
+/// Probability that all intervals of a report together contain the true values.
 pub(crate) const CONFIDENCE: f64 = 0.95;
 
 /// Ends of an interval.
@@ -16,12 +16,12 @@ pub(crate) struct Interval {
 }
 
 impl Interval {
-    /// Order-statistic interval of the median of `values`, which fails with probability `1 - CONFIDENCE` at most; none if
-    /// there are fewer than six.
+    /// Returns the order-statistic interval of the median of `values`, which fails with a probability of at
+    /// most `1 - CONFIDENCE`; `None` if there are fewer than six values.
     pub(crate) fn of_median(values: &[f64]) -> Option<Self> {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
-        // Of n values, the number below the median is binomial.
+        // The number of values below the median is binomial.
         let halves = 0.5_f64.powi(i32::try_from(sorted.len()).ok()?);
         let mut binomial = halves;
         let chances = (0..sorted.len()).map(|below| {
@@ -38,22 +38,24 @@ impl Interval {
         Some(Self { low: *sorted.get(cut)?, high: sorted[high] })
     }
 
-    /// Whether all of it lies within `margin` of 1, up and down by the same factor.
+    /// Returns whether the whole interval lies within `margin` of 1, up and down by the same factor.
     pub(crate) fn is_within(&self, margin: f64) -> bool {
         self.low >= 1.0 / (1.0 + margin) && self.high <= 1.0 + margin
     }
 
-    /// Whether 1 is outside of it.
+    /// Returns whether 1 is outside of the interval.
     pub(crate) fn excludes_one(&self) -> bool {
         self.low > 1.0 || self.high < 1.0
     }
 }
 
-/// Ratio of paired values, from their logarithms: the Hodges-Lehmann estimate, and the interval of Wilcoxon's signed-rank
-/// test at level `alpha`; 1 and none if there is no pair, and no interval if there are fewer than [`fewest_pairs`].
+/// Returns the ratio of paired values, from their logarithms: the Hodges-Lehmann estimate, and the interval
+/// of Wilcoxon's signed-rank test at level `alpha`. Without pairs the ratio is 1. With fewer than
+/// [`fewest_pairs`] there is no interval.
 ///
-/// The interval is exact if pairs are independent and a pair's logarithm is as likely to be `d + x` as `d - x` around the true
-/// `d`. Where modes do not differ, a schedule that draws the order of each round at random makes that so.
+/// The interval is exact if pairs are independent and the logarithm of a pair is as likely to be `d + x` as
+/// `d - x` around the true `d`. For modes that do not differ, a schedule that draws the order of each round
+/// at random ensures this.
 pub(crate) fn ratio(logs: &[f64], alpha: f64) -> (f64, Option<Interval>) {
     let mut averages: Vec<f64> = Vec::with_capacity(logs.len() * (logs.len() + 1) / 2);
     for (at, one) in logs.iter().enumerate() {
@@ -66,13 +68,14 @@ pub(crate) fn ratio(logs: &[f64], alpha: f64) -> (f64, Option<Interval>) {
     (median_of_sorted(&averages).unwrap_or(0.0).exp(), interval)
 }
 
-/// Fewest pairs that carry an interval at level `alpha`: all of *n* pairs lie on one side with probability 2^(1-n).
+/// Fewest pairs that give an interval at level `alpha`: all of *n* pairs lie on one side with probability
+/// 2^(1-n).
 pub(crate) fn fewest_pairs(alpha: f64) -> usize {
     (1.0 - alpha.log2()).ceil() as usize
 }
 
-/// Values that can be left out at each end at level `alpha`, where `chances` are the probabilities of 0, 1, … of them; none
-/// if even the whole range is too narrow.
+/// Returns how many values can be left out at each end at level `alpha`, where `chances` are the
+/// probabilities of 0, 1, … of them; `None` if even the whole range is too narrow.
 fn cut(chances: impl Iterator<Item = f64>, alpha: f64) -> Option<usize> {
     let mut sum = 0.0;
     let fitting = chances.take_while(|chance| {
@@ -82,7 +85,8 @@ fn cut(chances: impl Iterator<Item = f64>, alpha: f64) -> Option<usize> {
     fitting.count().checked_sub(1)
 }
 
-/// Probabilities of the rank sums 0, 1, … of `pairs` pairs, of which each counts or not by the toss of a coin.
+/// Returns the probabilities of the rank sums 0, 1, … of `pairs` pairs, each of which counts with probability
+/// 1/2.
 fn signed_rank(pairs: usize) -> Vec<f64> {
     let mut chances = vec![0.0; pairs * (pairs + 1) / 2 + 1];
     chances[0] = 1.0;
@@ -107,7 +111,7 @@ fn median_of_sorted(sorted: &[f64]) -> Option<f64> {
     Some(if sorted.len() % 2 == 1 { high } else { f64::midpoint(sorted[sorted.len() / 2 - 1], high) })
 }
 
-/// Random numbers from a seed that is kept with what was made of them (`SplitMix64`).
+/// Random numbers (`SplitMix64`) from a seed that is stored with the results.
 #[derive(Clone, Debug)]
 pub(crate) struct Random(pub(crate) u64);
 
@@ -119,12 +123,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// From 0 to 1, without 1.
+    /// Returns a number from 0 (inclusive) to 1 (exclusive).
     pub(crate) fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    /// Puts `items` in an order of which each is equally likely.
+    /// Shuffles `items`. Each order is equally likely.
     pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             items.swap(last, (self.unit() * (last + 1) as f64) as usize);
@@ -143,8 +147,8 @@ mod tests {
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
     }
 
-    /// Tables of the binomial distribution: the 95 % interval of six values is their range, that of nine leaves out one
-    /// at each end, that of 20 five.
+    /// Checks against tables of the binomial distribution: the 95 % interval of six values is their range,
+    /// that of nine leaves out one at each end, that of 20 leaves out five.
     #[test]
     fn the_interval_of_a_median_is_between_two_of_the_values() {
         let values = |n: u32| (1..=n).map(f64::from).collect::<Vec<_>>();
@@ -154,7 +158,8 @@ mod tests {
         assert_eq!(Interval::of_median(&values(20)), Some(Interval { low: 6.0, high: 15.0 }));
     }
 
-    /// Tables of the signed-rank test: at 5 %, two-sided, the critical value of 6 pairs is 0, of 10 it is 8, of 20 it is 52.
+    /// Checks against tables of the signed-rank test: at 5 %, two-sided, the critical value is 0 for 6 pairs,
+    /// 8 for 10, and 52 for 20.
     #[test]
     fn the_interval_of_a_ratio_is_that_of_the_signed_rank_test() {
         for (pairs, critical) in [(6, 0), (10, 8), (20, 52)] {

@@ -1,4 +1,4 @@
-//! The comparison on a terminal or in a pipe: at most 100 columns, no colours, no cursor movement.
+//! The comparison for a terminal or a pipe: at most 100 columns, no colors, no cursor movement.
 
 use std::fmt::Write;
 
@@ -12,10 +12,10 @@ use crate::report::Report;
 use crate::stats::Interval;
 use crate::words::{self, changes, rate_unit, round, shared_facts, size, thousands, three};
 
-/// Columns of text and tables.
+/// Width of text and tables, in columns.
 pub(crate) const WIDTH: usize = 100;
 
-/// All of it as text; `lines` draws the tables with rules, which only a terminal wants.
+/// Formats the whole report as text. `lines` draws rules around the tables, which only a terminal wants.
 pub(crate) fn text(report: &Report, lines: bool) -> String {
     let comparison = &report.timed;
     let mut out = String::new();
@@ -84,7 +84,7 @@ fn basis(comparison: &Comparison) -> String {
     said
 }
 
-/// Numbers to the right, the first `names` columns to the left.
+/// Aligns the first `names` columns left, and the numbers in the others right.
 fn table<const N: usize>(heads: [&str; N], names: usize, rows: Vec<[String; N]>, lines: bool) -> String {
     if rows.is_empty() {
         return String::new();
@@ -105,7 +105,7 @@ fn table<const N: usize>(heads: [&str; N], names: usize, rows: Vec<[String; N]>,
     text.join("\n") + "\n"
 }
 
-/// A name only where it changes, so that the eye finds the groups.
+/// Returns the name only where it changes, so that groups are easy to see.
 fn once(name: &str, last: &mut String) -> String {
     if name == last {
         return String::new();
@@ -287,7 +287,7 @@ fn self_checks(comparison: &Comparison, lines: bool) -> String {
     table(["metric", "NIC", "boot", "interval", "rounds"], 2, rows.collect(), lines)
 }
 
-/// Facts of all boots, a line for each.
+/// Formats the facts of all boots, one line per value.
 pub(crate) fn environment(boots: &[Environment]) -> String {
     let facts = shared_facts(boots);
     let width = facts.iter().map(|(key, _)| key.chars().count()).max().unwrap_or(0);
@@ -304,11 +304,12 @@ pub(crate) fn environment(boots: &[Environment]) -> String {
     lines.collect()
 }
 
-/// `text` in lines of at most [`WIDTH`] columns, the first after `head`, the others indented as far.
+/// Wraps `text` into lines of at most [`WIDTH`] columns. The first line begins with `head`, and the others
+/// are indented to match.
 pub(crate) fn wrap(head: &str, text: &str) -> String {
     let indent = head.chars().count();
     let (mut out, mut column) = (head.to_owned(), indent);
-    // A number stays with its sign of per cent.
+    // Keep a number and its percent sign on one line.
     let text = text.replace(" %", "\u{a0}%");
     for (i, word) in text.split(' ').enumerate() {
         let length = word.chars().count();

@@ -13,25 +13,25 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::process::Process;
 
-/// What coreutils' `stdbuf` preloads: without it testpmd keeps its output until it has a page of it.
+/// Library that coreutils' `stdbuf` preloads. Without it, testpmd buffers its output until it fills a page.
 const LINE_BUFFERED: &str = "/usr/libexec/coreutils/libstdbuf.so";
-/// Printed when it forwards, and when it has counted what it forwarded.
+/// Texts that testpmd prints when it forwards, and when it has counted what it forwarded.
 const FORWARDS: &str = "Press enter to exit";
 const COUNTED: &str = "Accumulated forward statistics";
 
-/// Where testpmd is, and what it loads.
+/// Path of testpmd, and the plug-ins that it loads.
 #[derive(Args, Debug)]
 pub(crate) struct TestpmdArgs {
     /// DPDK's testpmd
     #[arg(long, value_name = "FILE", default_value = "dpdk-testpmd")]
     testpmd: PathBuf,
-    /// Plug-ins that testpmd is to load; default: all that it finds
+    /// Plug-ins for testpmd to load; default: all that it finds
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     plugins: Vec<String>,
 }
 
 impl TestpmdArgs {
-    /// Fails if there is no such program.
+    /// Fails if testpmd is not installed.
     pub(crate) fn check(&self) -> Result<()> {
         let path = env::var_os("PATH").unwrap_or_default();
         if self.testpmd.is_file() || env::split_paths(&path).any(|dir| dir.join(&self.testpmd).is_file()) {
@@ -42,8 +42,8 @@ impl TestpmdArgs {
             .with_hint("apt-get install dpdk-dev; or name it: --testpmd FILE"))
     }
 
-    /// Forwards between the two NICs by itself. Its main lcore waits for its input without polling, so both of its lcores
-    /// are on `cpu`. `eal` are more arguments of DPDK's EAL.
+    /// Returns a command that forwards between the two NICs by itself. testpmd's main lcore waits for input
+    /// without polling, so both lcores are on `cpu`. `eal` holds additional arguments of DPDK's EAL.
     pub(crate) fn command(&self, cpu: usize, addresses: [Bdf; 2], eal: &[&str]) -> Command {
         let mut command = Command::new(&self.testpmd);
         if Path::new(LINE_BUFFERED).exists() {
@@ -62,7 +62,8 @@ pub(crate) fn allow(addresses: [Bdf; 2]) -> impl Iterator<Item = OsString> {
     addresses.into_iter().flat_map(|address| ["-a".into(), address.to_string().into()])
 }
 
-/// Starts `command` from a thread that is pinned to `cpu`, which the child inherits; its output is read on `reader`.
+/// Starts `command` from a thread that is pinned to `cpu`, which the child inherits. Its output is read on
+/// CPU `reader`.
 pub(crate) fn start_on(cpu: usize, command: Command, reader: Option<usize>) -> Result<Process> {
     let start = || {
         pin_to(cpu)?;
@@ -73,12 +74,12 @@ pub(crate) fn start_on(cpu: usize, command: Command, reader: Option<usize>) -> R
     })?
 }
 
-/// Waits until it forwards.
+/// Waits until testpmd forwards.
 pub(crate) fn await_forwarding(process: &mut Process) -> Result<()> {
     process.wait_for(FORWARDS).map(|_| ())
 }
 
-/// Ends it; gives what it counted as lost.
+/// Stops testpmd. Returns what it counted as lost.
 pub(crate) fn stop(mut process: Process) -> Result<BTreeMap<String, u64>> {
     process.interrupt()?;
     let losses = losses(process.wait_for(COUNTED)?);
@@ -86,7 +87,7 @@ pub(crate) fn stop(mut process: Process) -> Result<BTreeMap<String, u64>> {
     Ok(losses)
 }
 
-/// Sums of the ports' counters of lost packets.
+/// Returns the sums of the ports' counters of lost packets.
 fn losses(statistics: &str) -> BTreeMap<String, u64> {
     let words: Vec<&str> = statistics.split_whitespace().collect();
     let mut losses = BTreeMap::new();
@@ -97,7 +98,7 @@ fn losses(statistics: &str) -> BTreeMap<String, u64> {
             "TX-dropped:" => "testpmd_tx_dropped",
             _ => continue,
         };
-        // The next label follows a number of 14 digits or more without a space.
+        // After a number of 14 digits or more, the next label follows without a space.
         let digits: String = pair[1].chars().take_while(char::is_ascii_digit).collect();
         *losses.entry(name.to_owned()).or_default() += digits.parse().unwrap_or(0);
     }
@@ -108,7 +109,7 @@ fn losses(statistics: &str) -> BTreeMap<String, u64> {
 mod tests {
     use super::*;
 
-    /// As DPDK 22.11 prints it.
+    /// Output of DPDK 22.11.
     const STATISTICS: &str = "
 Telling cores to stop...
 Waiting for lcores to finish...

@@ -1,4 +1,4 @@
-//! Synthetic recordings through the whole report.
+//! Runs synthetic recordings through the whole report.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ use crate::report::{MARGIN, Report, ReportArgs, report_to};
 use crate::run::{enough, schedule};
 use crate::stats::Random;
 
-/// A stretch of numbers in `-1.0..1.0` that looks random and is the same every time.
+/// Returns numbers in `-1.0..1.0` that look random and are the same every time.
 fn jitter(seed: &mut u64) -> f64 {
     *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     (*seed >> 33) as f64 / f64::from(1u32 << 30) - 1.0
@@ -49,7 +49,7 @@ fn run(nic: &str, mode: &str, pair: &str, round: u32, seed: &mut u64) -> Run {
             .map(|(frame, times)| Throughput {
                 frame,
                 pps: about(base * speed(mode) * times, 0.02),
-                // More than the generator can send.
+                // Above what the generator can send.
                 at_least: nic == "virtio-net" && frame == 1514,
                 trials: Vec::new(),
             })
@@ -77,7 +77,7 @@ fn run(nic: &str, mode: &str, pair: &str, round: u32, seed: &mut u64) -> Run {
     }
 }
 
-/// One boot: every NIC in every mode, in every round, and one mode twice.
+/// Returns a recording of one boot: every NIC in every mode, in every round, and one mode twice.
 fn recording(modes: &[&str], rounds: u32) -> Recording {
     let mut seed = modes.len() as u64;
     let (mut runs, mut maps) = (Vec::new(), Vec::new());
@@ -196,7 +196,7 @@ fn rows_hold_medians_and_sums_in_the_order_of_the_tables() {
 #[test]
 fn a_difference_is_said_and_quantified_and_so_is_what_is_possible_without_one() {
     let comparison = compare(&boots());
-    // Throughput has two sizes of frames on three NICs, one of which the generator cannot keep up with.
+    // Throughput has two frame sizes on three NICs. The generator cannot keep up with one of these six.
     assert_eq!(comparison.family.comparisons, (3 * 5 + 5) * (3 + 1) + 2 * 2 * 3);
     let p = pair(&comparison, "virtio-net", ["container", "cdev"], Metric::ForwardPps);
     let interval = p.interval.unwrap();
@@ -224,7 +224,8 @@ fn a_difference_is_said_and_quantified_and_so_is_what_is_possible_without_one() 
     assert_eq!((map.verdict, map.rounds), (Verdict::Undecided, 16), "{map:?}");
 }
 
-/// Two modes, `b` faster by `gain`, in rounds that all say the same; each twin is faster than its mode by `own`.
+/// Returns the verdict on two modes, the second faster by `gain`, in rounds that all agree. Each twin is
+/// faster than its mode by `own`.
 fn exact(gain: f64, own: f64, rounds: u32) -> Verdict {
     let mut boot = recording(&["container", "cdev"], rounds);
     boot.runs.retain(|r| r.nic == "e1000");
@@ -242,7 +243,7 @@ fn a_verdict_takes_rounds_enough_and_a_mode_that_does_not_differ_from_itself() {
     assert_eq!(exact(0.02, 0.0, 12), Verdict::Differs);
     assert_eq!(exact(-0.02, 0.0, 12), Verdict::Differs);
     assert_eq!(exact(0.0, 0.0, 12), Verdict::Equivalent);
-    // 11 comparisons at 5 % take 9 rounds.
+    // 11 comparisons at 5 % need 9 rounds.
     assert_eq!(exact(0.02, 0.0, 9), Verdict::Differs);
     assert_eq!(exact(0.02, 0.0, 8), Verdict::TooFewRounds);
     assert_eq!(exact(0.02, 0.01, 12), Verdict::NotComparable);
@@ -260,7 +261,7 @@ fn a_throughput_beyond_the_generator_is_a_lower_bound_and_never_compared() {
     assert_eq!((p.verdict, p.rounds), (Verdict::Differs, 16));
     assert!(comparison.widest().unwrap().is_finite());
     assert!(!comparison.self_checks.iter().any(|check| check.subject.starts_with("virtio-net with 1514")));
-    // One such round is enough: without it, the others would favour the mode.
+    // One such round is enough: comparing only the others would favor the mode.
     let mut boot = recording(&["container", "cdev"], 12);
     let found = boot.runs.iter_mut().find(|run| run.nic == "e1000" && run.pair == Run::COMPARED).unwrap();
     found.throughput[0].at_least = true;
@@ -304,7 +305,7 @@ fn a_forwarder_as_fast_as_the_generator_is_said() {
     );
 }
 
-/// As [`boots`], with two references in the first. One loses packets that nothing counts.
+/// Like [`boots`], with two references in the first boot. One of them loses packets that nothing counts.
 fn boots_with_references() -> Vec<Recording> {
     let (mut boots, mut seed) = (boots(), 7);
     let modes = std::mem::take(&mut boots[0].runs);
@@ -554,7 +555,8 @@ fn recordings_of_two_machines_are_refused_together() {
     );
 }
 
-/// Vireo before 0.2 wrote one object, ran modes in a fixed order, each twice in a round, and one against itself before.
+/// Vireo before 0.2 wrote one object. In each round it ran one mode against itself, then modes in a fixed
+/// order, each twice.
 #[test]
 fn an_older_recording_is_read_and_claims_nothing() {
     let run = |mode: &str, pair: &str, round: u32| {

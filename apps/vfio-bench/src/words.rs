@@ -1,11 +1,11 @@
-//! The comparison in plain English, and numbers as a reader wants them.
+//! The comparison in plain English, and numbers as readers want them.
 
 use crate::compare::{Comparison, Family, Metric, Pair, Row, ThroughputRow, Verdict};
 use crate::record::Environment;
 use crate::reference::Reference;
 use crate::stats::Interval;
 
-/// Three significant digits.
+/// Formats a number with three significant digits.
 pub(crate) fn three(x: f64) -> String {
     match x.abs() {
         0.0 => "0".to_owned(),
@@ -17,7 +17,7 @@ pub(crate) fn three(x: f64) -> String {
     }
 }
 
-/// Digits in groups of three, with thin marks that survive copying.
+/// Formats a number with its digits in groups of three, separated by commas, which survive copying.
 pub(crate) fn thousands(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::new();
@@ -30,14 +30,14 @@ pub(crate) fn thousands(n: u64) -> String {
     text
 }
 
-/// Size in the largest unit that divides it.
+/// Formats a size in the largest unit that divides it.
 pub(crate) fn size(bytes: u64) -> String {
     let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
     let fits = units.iter().find(|(shift, _)| bytes > 0 && bytes.is_multiple_of(1 << shift));
     fits.map_or_else(|| format!("{bytes} B"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
 }
 
-/// Scale and name of the unit in which rates up to `max` per second read best.
+/// Scale and name of the unit in which rates up to `max` per second are easiest to read.
 pub(crate) fn rate_unit(max: f64) -> (f64, &'static str) {
     match max {
         m if m >= 2e6 => (1e6, "Mpps"),
@@ -46,18 +46,18 @@ pub(crate) fn rate_unit(max: f64) -> (f64, &'static str) {
     }
 }
 
-/// Throughput in units of `scale` per second, with a sign where some rounds know only that it is no less.
+/// Formats a throughput in units of `scale` per second. `≥` means that it is a lower bound in some rounds.
 pub(crate) fn throughput(row: &ThroughputRow, scale: f64) -> String {
     format!("{}{}", if row.at_least > 0 { "≥ " } else { "" }, three(row.pps / scale))
 }
 
-/// Doorbells per packet; nothing for a reference, which does not count them.
+/// Formats doorbells per packet, or a dash for a reference, which does not count them.
 pub(crate) fn doorbells(row: &Row) -> String {
     if row.reference { "–".to_owned() } else { three(row.doorbells_per_packet) }
 }
 
 impl Comparison {
-    /// What the references are, and which of them count their losses wrongly.
+    /// Describes the references, and says which of them count their losses wrongly.
     pub(crate) fn of_references(&self) -> Vec<String> {
         let described = distinct(self.references.iter().map(|row| row.mode.as_str())).into_iter();
         let described = described.map(|name| format!("{name}: {}", Reference::describe(name)));
@@ -80,7 +80,7 @@ impl Comparison {
     }
 }
 
-/// What a row lost, by counter, and what no counter has.
+/// Formats what a row lost: the losses by counter, and those that no counter has.
 pub(crate) fn lost(row: &Row) -> String {
     let counted = row.drops.iter().filter(|(_, n)| **n > 0);
     let uncounted = Some(row.uncounted()).filter(|n| row.is_sound() && *n > 0);
@@ -89,7 +89,7 @@ pub(crate) fn lost(row: &Row) -> String {
     counted.chain(uncounted).collect::<Vec<_>>().join(", ")
 }
 
-/// A share as percentage without the sign of per cent.
+/// Formats a share as a percentage, without the percent sign.
 pub(crate) fn percent(share: f64) -> String {
     match share.abs() * 100.0 {
         p if p < 0.0995 => format!("{p:.2}"),
@@ -98,12 +98,12 @@ pub(crate) fn percent(share: f64) -> String {
     }
 }
 
-/// A share that somebody chose, as percentage: "5", "2.5".
+/// Converts a share that a user chose to a percentage: "5", "2.5".
 pub(crate) fn round(share: f64) -> f64 {
     (share * 1e4).round() / 100.0
 }
 
-/// A ratio as signed change: "+1.3", "−0.4", "0".
+/// Formats a ratio as a signed change: "+1.3", "−0.4", "0".
 pub(crate) fn change(ratio: f64) -> String {
     match ratio - 1.0 {
         c if c.abs() < 0.000_05 => "0".to_owned(),
@@ -111,7 +111,7 @@ pub(crate) fn change(ratio: f64) -> String {
     }
 }
 
-/// "a, b and c".
+/// Joins names: "a, b and c".
 pub(crate) fn list<S: AsRef<str>>(names: &[S]) -> String {
     let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
     match names.split_last() {
@@ -121,7 +121,7 @@ pub(crate) fn list<S: AsRef<str>>(names: &[S]) -> String {
     }
 }
 
-/// Without repetition, in their order.
+/// Removes repetitions and keeps the order.
 pub(crate) fn distinct<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<T> {
     items.fold(Vec::new(), |mut seen, item| {
         if !seen.contains(&item) {
@@ -132,7 +132,7 @@ pub(crate) fn distinct<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<T> {
 }
 
 impl Metric {
-    /// Heading over the sentences of this metric.
+    /// Heading of the sentences on this metric.
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::ForwardPps => "Forwarding",
@@ -146,7 +146,7 @@ impl Metric {
         }
     }
 
-    /// The quantity within a sentence.
+    /// Noun for the metric within a sentence.
     pub(crate) fn noun(self) -> &'static str {
         match self {
             Self::ForwardPps => "forwarding rate",
@@ -160,18 +160,18 @@ impl Metric {
         }
     }
 
-    /// Whether more of it is better.
+    /// Returns whether a larger value is better.
     pub(crate) fn is_gain(self) -> bool {
         matches!(self, Self::ForwardPps | Self::Throughput)
     }
 }
 
-/// A ratio as a share: "53.1 %", "7.02 times".
+/// Formats a ratio as a share: "53.1 %", "7.02 times".
 fn share(ratio: f64) -> String {
     if ratio >= 2.0 { format!("{} times", three(ratio)) } else { format!("{} %", three(ratio * 100.0)) }
 }
 
-/// The interval of a share, in the share's unit.
+/// Formats the interval of a share, in the unit of the share.
 fn shares(ratio: f64, Interval { low, high }: Interval) -> String {
     if ratio >= 2.0 {
         format!("{} to {} times", three(low), three(high))
@@ -180,12 +180,12 @@ fn shares(ratio: f64, Interval { low, high }: Interval) -> String {
     }
 }
 
-/// An interval as the changes that it allows: "−3.1 to +4.0 %".
+/// Formats an interval as the changes that it allows: "−3.1 to +4.0 %".
 pub(crate) fn changes(Interval { low, high }: Interval) -> String {
     format!("{} to {} %", change(low), change(high))
 }
 
-/// What may be said of one pair.
+/// Returns the sentence on one pair.
 pub(crate) fn sentence(pair: &Pair, family: &Family) -> String {
     let Pair { subject, baseline, mode, metric, ratio, .. } = pair;
     let noun = metric.noun();
@@ -202,21 +202,21 @@ pub(crate) fn sentence(pair: &Pair, family: &Family) -> String {
     }
 }
 
-/// "53.1 % of container's (52.0 to 54.2 %)".
+/// Formats a ratio with its baseline: "53.1 % of container's (52.0 to 54.2 %)".
 fn of_baseline(pair: &Pair, on: &str) -> String {
     let interval =
         pair.interval.map_or(String::new(), |interval| format!(" ({})", shares(pair.ratio, interval)));
     format!("{} of {}'s{on}{interval}", share(pair.ratio), pair.baseline)
 }
 
-/// One sentence over several subjects on which the same modes differ in the same direction.
+/// Returns one sentence on several subjects on which the same modes differ in the same direction.
 pub(crate) fn differ(pairs: &[&Pair]) -> String {
     let each = pairs.iter().map(|pair| of_baseline(pair, &format!(" on {}", pair.subject)));
     let said = list(&each.collect::<Vec<_>>());
     pairs.first().map_or(String::new(), |pair| format!("{}'s {} is {said}", pair.mode, pair.metric.noun()))
 }
 
-/// What is said of pairs that got the same verdict, and none that they differ.
+/// Returns what the report says of pairs with the same verdict, unless they differ.
 pub(crate) fn not_different(verdict: Verdict, pairs: &[&Pair], family: &Family) -> String {
     let modes = list(&distinct(pairs.iter().flat_map(|pair| [&pair.baseline, &pair.mode])));
     let ends = pairs.iter().filter_map(|pair| pair.interval);
@@ -246,7 +246,7 @@ pub(crate) fn not_different(verdict: Verdict, pairs: &[&Pair], family: &Family) 
     }
 }
 
-/// Facts of all boots by key: one value where the boots agree, else one per boot.
+/// Returns the facts of all boots by key: one value if the boots agree, otherwise one per boot.
 pub(crate) fn shared_facts(boots: &[Environment]) -> Vec<(&str, Vec<&str>)> {
     let keys = distinct(boots.iter().flat_map(|boot| &boot.0).map(|(key, _)| key.as_str()));
     let fact = |key| {

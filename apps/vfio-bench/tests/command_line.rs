@@ -1,5 +1,5 @@
-//! Command lines that are wrong and output that nobody takes, with the program itself: one line, its exit code, no
-//! panic.
+//! Runs the program with wrong command lines, and with output that cannot be written: it must print one line,
+//! end with the right exit code, and not panic.
 
 use std::fs::File;
 use std::process::{Command, Output};
@@ -10,7 +10,7 @@ fn bench(words: &[&str]) -> Command {
     command
 }
 
-/// The line that it failed with.
+/// Returns the line with which the program failed.
 fn refused(output: &Output, code: i32) -> String {
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{text}");

@@ -1,15 +1,16 @@
-//! What a machine did besides the runs, in words.
+//! Sentences about what else the machine did during the runs.
 
 use super::numbered;
 use crate::record::{Machine, Recording, Run};
 use crate::words::{percent, round};
 
-/// A run with less than this part of the CPU's best speed was disturbed.
+/// A run at less than this fraction of the CPU's best speed counts as disturbed.
 const SLOW: f64 = 0.8;
-/// A run that lost more than this many milliseconds to others was disturbed.
+/// A run counts as disturbed if it lost more than this many milliseconds to a hypervisor or to waiting for a
+/// CPU.
 const LOST_MS: f64 = 5.0;
 
-/// A sentence for each kind of disturbance and boot.
+/// Returns one sentence per boot and kind of disturbance.
 pub(super) fn of(recordings: &[Recording]) -> Vec<String> {
     let mut found = Vec::new();
     for (boot, recording) in numbered(recordings) {

@@ -1,4 +1,4 @@
-//! Recordings of several boots merged: rows, pairs of modes, DMA-map table.
+//! Merges recordings of several boots into rows, pairs of modes and a DMA map table.
 
 mod disturbances;
 mod pairs;
@@ -17,107 +17,110 @@ pub(crate) use pairs::{Family, Metric, Pair, SelfCheck, Verdict};
 
 const NICS: [&str; 3] = ["virtio-net", "e1000", "e1000e"];
 const PAGES: [&str; 3] = ["4 KiB", "2 MiB", "1 GiB"];
-/// Every mode, in the order of the tables; of two modes the earlier is the baseline.
+/// All modes, in table order. In a pair, the earlier mode is the baseline.
 pub(crate) const MODES: [&str; 5] = ["container", "cdev", "compat", "noiommu", "noiommu-cdev"];
 
-/// Place of a NIC or mode in tables; unknown ones come last, by name.
+/// Sort key of a NIC or mode in tables. Unknown names come last, in alphabetical order.
 fn place<'a>(known: &[&str], name: &'a str) -> (usize, &'a str) {
     (known.iter().position(|k| *k == name).unwrap_or(known.len()), name)
 }
 
-/// The whole comparison.
+/// Comparison of all recordings.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Comparison {
-    /// One per boot; `boot` elsewhere counts from 1.
+    /// Environment of each boot. Fields named `boot` are 1-based indices into this list.
     #[serde(skip)]
     pub(crate) environment: Vec<Environment>,
-    /// Why each recording ended after the rounds that it has.
+    /// Why each recording ended when it did.
     pub(crate) ends: Vec<String>,
     pub(crate) family: Family,
     pub(crate) rows: Vec<Row>,
-    /// Forwarders that are not Vireo's, on the same NICs; in no pair.
+    /// Forwarders other than Vireo's, on the same NICs. They are in no pair.
     pub(crate) references: Vec<Row>,
     pub(crate) pairs: Vec<Pair>,
     pub(crate) self_checks: Vec<SelfCheck>,
     pub(crate) maps: Vec<MapRow>,
     pub(crate) null_forwarder: Vec<CeilingRow>,
-    /// Where the generator may have been the limit, in words.
+    /// Sentences about where the generator may have been the limit.
     pub(crate) generator_limits: Vec<String>,
-    /// What the machine did besides; written beside the comparison.
+    /// Sentences about what else the machine did. The report writes them next to the comparison.
     #[serde(skip)]
     pub(crate) disturbances: Vec<String>,
-    /// Runs whose packets do not add up; empty in a sound comparison.
+    /// Runs whose packet counts do not add up. Empty in a sound comparison.
     pub(crate) problems: Vec<String>,
 }
 
-/// One NIC in one mode, or with one reference: medians over the rounds, sums of the packet counts.
+/// Results of one NIC in one mode or with one reference: medians over the rounds, and sums of packet counts.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Row {
     pub(crate) mode: String,
     pub(crate) nic: String,
     pub(crate) boot: usize,
-    /// The mode, and the boot where the same mode ran in several.
+    /// The mode, with its boot if the same mode ran in several boots.
     #[serde(skip)]
     pub(crate) label: String,
-    /// Whether the forwarder was not Vireo's.
+    /// Whether the forwarder is a reference and not Vireo's.
     #[serde(skip)]
     pub(crate) reference: bool,
     pub(crate) rounds: usize,
     pub(crate) forward_pps: f64,
-    /// Of the median; of this row alone.
+    /// Interval of the median rate. Its 95 % confidence applies to this row alone.
     pub(crate) forward_pps_interval: Option<Interval>,
-    /// Each round's rate.
+    /// Rate of each round.
     #[serde(skip)]
     pub(crate) forward_samples: Vec<f64>,
     pub(crate) throughput: Vec<ThroughputRow>,
-    /// Of all rounds' packets together.
+    /// Percentiles over the packets of all rounds together.
     pub(crate) latency_ns: Latency,
     pub(crate) open_ms: f64,
     pub(crate) bind_ms: f64,
     pub(crate) attach_step_ms: f64,
-    /// Open, bind and attach together.
+    /// Time to open, bind and attach.
     pub(crate) attach_ms: f64,
-    /// Of the forwarder's own memory; 0 where the mode maps nothing.
+    /// Time to map the forwarder's own memory; 0 if the mode maps nothing.
     pub(crate) start_map_ms: f64,
     pub(crate) first_packet_ms: f64,
     pub(crate) doorbells_per_packet: f64,
-    /// Of the CPU's and the IOMMU's counters, by event: medians of the rounds.
+    /// Counts of the CPU and the IOMMU per packet, by event: medians over the rounds.
     pub(crate) counters_per_packet: BTreeMap<String, f64>,
     pub(crate) sent: u64,
     pub(crate) received: u64,
-    /// Sum of `drops`, never a difference.
+    /// Sum of `drops`. Never computed as a difference.
     pub(crate) dropped: u64,
     pub(crate) drops: BTreeMap<String, u64>,
-    /// Whether sent = received + dropped, and received > 0, in every single run of this row.
+    /// Whether every run of this row received packets and sent = received + dropped, except for frames lost
+    /// in throughput trials.
     pub(crate) balanced: bool,
 }
 
 impl Row {
-    /// Whether the packets add up as far as they must: what others do not count, Vireo cannot.
+    /// Returns whether the packets add up as far as required. References may lose packets without counting
+    /// them.
     pub(crate) fn is_sound(&self) -> bool {
         self.balanced || self.reference
     }
 
-    /// Packets that were lost where no counter sees them: between the NICs in the search for the throughput, or in a reference.
+    /// Packets lost where no counter sees them: between the NICs during the throughput search, or in a
+    /// reference.
     pub(crate) fn uncounted(&self) -> u64 {
         self.sent.saturating_sub(self.received.saturating_add(self.dropped))
     }
 }
 
-/// Highest load with frames of one size at a stated loss.
+/// Highest load with frames of one size whose loss is within a stated limit.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ThroughputRow {
-    /// Bytes of a frame without frame check sequence.
+    /// Frame size in bytes, without the frame check sequence.
     pub(crate) frame: usize,
-    /// Loss up to which a load counts, as a part of the frames sent.
+    /// Highest loss at which a load still counts, as a fraction of the frames sent.
     pub(crate) loss: f64,
     /// Median over the rounds, in frames per second.
     pub(crate) pps: f64,
-    /// Rounds in which the generator could not send more.
+    /// Number of rounds in which the generator could not send more.
     pub(crate) at_least: usize,
 }
 
-/// Rate of one kind of NIC without a forwarder: no mode can pass it on that machine.
+/// Rate of one kind of NIC without a forwarder. No mode can exceed it on that machine.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct CeilingRow {
     pub(crate) nic: String,
@@ -127,7 +130,7 @@ pub(crate) struct CeilingRow {
     pub(crate) pps_interval: Option<Interval>,
 }
 
-/// DMA map and unmap of a region, medians over the rounds.
+/// DMA map and unmap of a region: medians over the rounds.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct MapRow {
     pub(crate) mode: String,
@@ -139,18 +142,19 @@ pub(crate) struct MapRow {
     pub(crate) bytes: u64,
     pub(crate) rounds: usize,
     pub(crate) map_ms_per_gib: f64,
-    /// Each round's map and unmap.
+    /// Map and unmap times per GiB of each round.
     #[serde(skip)]
     pub(crate) samples: [Vec<f64>; 2],
     pub(crate) unmap_ms_per_gib: f64,
     pub(crate) map_ioctls: u64,
-    /// Our map call ÷ its bare ioctls; none in recordings that did not time them.
+    /// Vireo's map call ÷ its ioctls alone; `None` if a recording did not time the ioctls.
     pub(crate) map_over_ioctl: Option<f64>,
     pub(crate) unmap_ioctls: u64,
 }
 
 impl Comparison {
-    /// Merges recordings, one per boot; modes whose ratio is certain to be within `margin` of 1 are called the same.
+    /// Merges recordings, one per boot. Modes count as equal if the interval of their ratio lies within
+    /// `margin` of 1.
     pub(crate) fn of(recordings: &[Recording], margin: f64) -> Self {
         let (family, pairs, self_checks) = pairs::judge(recordings, margin);
         let null_forwarder = ceiling_rows(recordings);
@@ -173,20 +177,20 @@ impl Comparison {
         }
     }
 
-    /// Rows of modes and references together, by NIC.
+    /// Rows of modes and references together, sorted by NIC.
     pub(crate) fn forwarders(&self) -> Vec<&Row> {
         let mut all: Vec<&Row> = self.rows.iter().chain(&self.references).collect();
         all.sort_by_key(|row| place(&NICS, &row.nic));
         all
     }
 
-    /// Sizes of frames with which the throughput was searched for, with the loss at which it is stated.
+    /// Frame sizes of the throughput search, each with its loss limit.
     pub(crate) fn frames(&self) -> Vec<(usize, f64)> {
         distinct(self.rows.iter().flat_map(|row| &row.throughput).map(|found| (found.frame, found.loss)))
     }
 
-    /// How far the widest interval reaches up or down from its ratio, as a part of it: infinite if a pair has none, and none
-    /// if no modes are compared.
+    /// Half-width of the widest interval, relative to its ratio: 0.05 is ±5 %. Infinite if a pair has no
+    /// interval, `None` if no modes are compared.
     pub(crate) fn widest(&self) -> Option<f64> {
         let reach = |pair: &Pair| {
             pair.interval.map_or(f64::INFINITY, |Interval { low, high }| (high / low).sqrt() - 1.0)
@@ -216,10 +220,10 @@ fn ceiling_rows(recordings: &[Recording]) -> Vec<CeilingRow> {
         .collect()
 }
 
-/// A forwarder that reaches this part of what sender and receiver do without it may be faster than they are.
+/// A forwarder that reaches this fraction of the rate without a forwarder may be faster than the generator.
 const NEAR_CEILING: f64 = 0.9;
 
-/// A sentence for each NIC on which modes are as fast as the generator.
+/// Returns one sentence per NIC on which modes are about as fast as the generator.
 fn generator_limits<'a>(rows: impl Iterator<Item = &'a Row> + Clone, ceilings: &[CeilingRow]) -> Vec<String> {
     let limit = |ceiling: &CeilingRow| {
         let near = rows.clone().filter(|row| {
@@ -251,7 +255,7 @@ fn mid<T>(of: &[&T], value: impl Fn(&T) -> f64) -> f64 {
     median(&values(of, value)).unwrap_or(0.0)
 }
 
-/// Tells modes of several boots apart.
+/// Labels that distinguish modes of several boots.
 struct Labels<'a>(BTreeSet<(&'a str, usize)>);
 
 impl<'a> Labels<'a> {
@@ -259,7 +263,7 @@ impl<'a> Labels<'a> {
         Self(modes.collect())
     }
 
-    /// The mode, with its boot where others have it, too.
+    /// Returns the mode, with its boot if the mode also ran in another boot.
     fn label(&self, mode: &str, boot: usize) -> String {
         let several = self.0.iter().any(|(m, b)| *m == mode && *b != boot);
         if several { format!("{mode} (boot {boot})") } else { mode.to_owned() }
@@ -352,7 +356,7 @@ fn throughput_rows(runs: &[&Run], loss: f64) -> Vec<ThroughputRow> {
     frames.into_iter().map(row).collect()
 }
 
-/// Percentiles of the packets of all `runs` together; none if one did not keep its histogram.
+/// Percentiles over the packets of all `runs` together; `None` if a run has no histogram.
 fn merged(runs: &[&Run]) -> Option<Latency> {
     let mut all = Histogram::<u64>::new(3).ok()?;
     for run in runs {
@@ -368,7 +372,7 @@ fn merged(runs: &[&Run]) -> Option<Latency> {
 
 fn problems(recordings: &[Recording]) -> Vec<String> {
     let runs = numbered(recordings).flat_map(|(boot, r)| r.runs.iter().map(move |run| (boot, run)));
-    // What others do not count is no fault of the comparison.
+    // A reference that does not count its losses does not invalidate the comparison.
     runs.filter(|(_, run)| !run.is_reference())
         .filter_map(|(boot, run)| {
             let Run { nic, mode, round, pair, .. } = run;

@@ -1,8 +1,8 @@
-//! Modes against each other: which pairs there are, their ratios, and what may be said of them.
+//! Comparison of modes in pairs: which pairs exist, their ratios, and the verdicts.
 //!
-//! All claims of a report are one family: each interval is as wide as it takes for all of them together to hold with
-//! [`CONFIDENCE`]. A mode is also compared with itself, in the same rounds; where that finds a difference on a NIC,
-//! nothing is claimed of that metric there.
+//! All claims of a report form one family: each interval is wide enough for all of them to hold together with
+//! probability [`CONFIDENCE`]. Each mode is also compared with itself, in the same rounds. If that shows a
+//! difference on a NIC, the report claims nothing about that metric there.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use super::{Labels, MODES, NICS, PAGES, numbered, per_gib, place};
 use crate::record::{MapTime, Recording, Run, Throughput};
 use crate::stats::{CONFIDENCE, Interval, fewest_pairs, median, ratio};
 
-/// What pairs of modes are compared by.
+/// Quantity by which modes are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Metric {
@@ -28,7 +28,7 @@ pub(crate) enum Metric {
 }
 
 impl Metric {
-    /// Of the forwarder on a NIC.
+    /// Metrics of a forwarder on a NIC.
     pub(crate) const OF_RUNS: [Self; 6] = [
         Self::ForwardPps,
         Self::Throughput,
@@ -37,10 +37,10 @@ impl Metric {
         Self::Attach,
         Self::FirstPacket,
     ];
-    /// Of a region of memory.
+    /// Metrics of mapping a region of memory.
     pub(crate) const OF_MAPS: [Self; 2] = [Self::Map, Self::Unmap];
 
-    /// The values of one run, each with its subject; none where there is nothing to measure.
+    /// Values of this metric in one run, each with its subject; empty if there is nothing to measure.
     fn of_run(self, run: &Run) -> Vec<(Subject, Value)> {
         let subject = |detail, name| Subject { metric: self, place: place(&NICS, &run.nic).0, detail, name };
         let one = |value: f64| {
@@ -73,22 +73,22 @@ impl Metric {
     }
 }
 
-/// What modes are compared on, in the order of the report.
+/// Subject on which modes are compared. Sorts in report order.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Subject {
     metric: Metric,
-    /// Of the NIC, or of the pages.
+    /// Sort position of the NIC or the page size.
     place: usize,
-    /// Bytes of a frame where that makes a difference.
+    /// Frame size in bytes if the metric depends on it, otherwise 0.
     detail: usize,
     name: String,
 }
 
-/// A figure of one run.
+/// Value of one run.
 #[derive(Clone, Copy, Debug)]
 enum Value {
     Measured(f64),
-    /// It lies beyond what could be measured, such as above the load that the generator can offer.
+    /// A value beyond what could be measured, for example above the load that the generator can offer.
     Censored(f64),
 }
 
@@ -96,38 +96,38 @@ fn positive(value: f64) -> Option<f64> {
     (value > 0.0 && value.is_finite()).then_some(value)
 }
 
-/// What may be said of a pair.
+/// Verdict on a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {
     /// The interval excludes 1.
     Differs,
-    /// The interval holds 1 and lies within the margin.
+    /// The interval contains 1 and lies within the margin.
     Equivalent,
-    /// The interval holds 1 and reaches beyond the margin.
+    /// The interval contains 1 and reaches beyond the margin.
     Undecided,
     TooFewRounds,
-    /// A mode differs from itself.
+    /// On this subject, a mode also differs from itself.
     NotComparable,
-    /// In some round a value was beyond what could be measured. To compare the other rounds would favour the mode that was
-    /// out of range in its best ones.
+    /// In at least one round a value was beyond what could be measured. Comparing only the other rounds would
+    /// favor the mode that was out of range in its best rounds.
     Censored,
-    /// From different boots, or from rounds that have nothing in common.
+    /// The modes ran in different boots or share no round.
     NotInterleaved,
 }
 
-/// `mode` against `baseline`.
+/// Comparison of `mode` with `baseline`.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct Pair {
-    /// The NIC, or the memory and the call.
+    /// NIC, or page size and map call.
     pub(crate) subject: String,
-    /// Labels, as [`super::Row::label`].
+    /// Label of the baseline. `mode` is a label as well, both in the form of [`super::Row::label`].
     pub(crate) baseline: String,
     pub(crate) mode: String,
-    /// Of baseline and mode.
+    /// Boots of baseline and mode.
     pub(crate) boots: [usize; 2],
     pub(crate) metric: Metric,
-    /// Number of paired ratios; 0 when not interleaved.
+    /// Number of paired ratios; 0 if the modes are not interleaved.
     pub(crate) rounds: usize,
     /// mode ÷ baseline.
     pub(crate) ratio: f64,
@@ -136,7 +136,7 @@ pub(crate) struct Pair {
     pub(crate) sentence: String,
 }
 
-/// One mode against itself: what a report without any difference to find would say.
+/// Comparison of one mode with itself: what a report claims when there is no difference to find.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct SelfCheck {
     pub(crate) boot: usize,
@@ -153,16 +153,16 @@ impl SelfCheck {
     }
 }
 
-/// What the claims of a report rest on.
+/// Basis of the claims of a report.
 #[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub(crate) struct Family {
     /// Number of comparisons.
     pub(crate) comparisons: usize,
-    /// Probability that all intervals hold.
+    /// Probability that all intervals hold together.
     pub(crate) confidence: f64,
-    /// Rounds without which none of them has an interval.
+    /// Number of rounds below which no comparison has an interval.
     pub(crate) fewest_rounds: usize,
-    /// An interval within this part of 1, up and down, is called the same.
+    /// Modes count as equal if their interval lies between 1 ÷ (1 + margin) and 1 + margin.
     pub(crate) margin: f64,
 }
 
@@ -172,13 +172,13 @@ impl Family {
         Self { fewest_rounds: fewest_pairs(family.alpha()), ..family }
     }
 
-    /// How often one interval may fail.
+    /// Probability with which a single interval may fail.
     fn alpha(&self) -> f64 {
         (1.0 - self.confidence) / self.comparisons.max(1) as f64
     }
 }
 
-/// Values of one mode by round.
+/// Values of one mode, by round.
 #[derive(Debug, Default)]
 struct Rounds {
     values: BTreeMap<u32, Vec<f64>>,
@@ -197,10 +197,10 @@ impl Rounds {
     }
 }
 
-/// A mode, in its place, and its boot.
+/// A mode with its sort position, and its boot.
 type Mode<'a> = ((usize, &'a str), usize);
 
-/// Every comparison that the recordings allow, judged, and each mode's with itself.
+/// Judges every comparison that the recordings allow, and compares each mode with itself.
 pub(super) fn judge(recordings: &[Recording], margin: f64) -> (Family, Vec<Pair>, Vec<SelfCheck>) {
     let values = values(recordings);
     let mut compared: Vec<(Pair, Vec<f64>)> = Vec::new();
@@ -209,7 +209,7 @@ pub(super) fn judge(recordings: &[Recording], margin: f64) -> (Family, Vec<Pair>
         for (at, (a, of_a)) in modes.iter().enumerate() {
             for (b, of_b) in modes.iter().skip(at + 1).filter(|(b, _)| b.0 != a.0) {
                 let meets = |mode, boot| modes.contains_key(&(mode, boot));
-                // Two modes that met in one boot need no comparison across boots.
+                // Modes that ran together in one boot need no comparison across boots.
                 if a.1 != b.1 && (meets(a.0, b.1) || meets(b.0, a.1)) {
                     continue;
                 }
@@ -276,17 +276,19 @@ fn values(recordings: &[Recording]) -> BTreeMap<Subject, BTreeMap<Mode<'_>, Roun
     values
 }
 
-/// Logarithms of b ÷ a, a value for each round in which both ran. In old recordings a mode ran twice in a round.
+/// Logarithms of b ÷ a, one per round in which both ran. In recordings of Vireo before 0.2 a mode ran twice
+/// per round.
 fn paired(a: &Rounds, b: &Rounds) -> Vec<f64> {
     let mean = |values: &[f64]| values.iter().map(|value| value.ln()).sum::<f64>() / values.len() as f64;
     a.values.iter().filter_map(|(round, a)| Some(mean(b.values.get(round)?) - mean(a))).collect()
 }
 
-/// The twin of each round against the run whose twin it is; in old recordings, two twins against each other.
+/// Compares the twin of each round with the run that it repeats; in recordings of Vireo before 0.2, two twins
+/// with each other.
 fn self_checks(recordings: &[Recording], family: &Family) -> Vec<SelfCheck> {
     let mut checks = Vec::new();
     for (boot, recording) in numbered(recordings) {
-        // Of each round and mode, the run and its twin.
+        // The run and its twin, by round and mode.
         let mut subjects = BTreeMap::<Subject, BTreeMap<(u32, &str), [Vec<Value>; 2]>>::new();
         for run in recording.runs.iter().filter(|run| !run.is_reference()) {
             for (subject, value) in Metric::OF_RUNS.into_iter().flat_map(|metric| metric.of_run(run)) {

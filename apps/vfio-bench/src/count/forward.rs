@@ -1,4 +1,5 @@
-//! What forwarding takes on a real NIC: one thread is generator and forwarder in turn, so that no clock runs for the other.
+//! Counts what forwarding costs on a real NIC. One thread is generator and forwarder in turn, so that neither
+//! advances the other's clock.
 
 use std::time::{Duration, Instant};
 
@@ -13,20 +14,22 @@ use vireo_frame::forward::forward_any;
 use super::run::{Step, measured};
 use crate::measure::{Side, Wiring};
 
-/// Polls whose median counts.
+/// Number of polls of which the median is taken.
 const SAMPLES: usize = 64;
-/// Polls after which a NIC that brings nothing, or no full burst, is given up.
+/// Polls after which counting fails if the NIC delivers no frame or no full burst.
 const PATIENCE: usize = 100_000;
-/// Polls after which frames that have not come are lost.
+/// Polls after which outstanding frames count as lost.
 const RESEND: usize = 1000;
-/// Polls for each frame that is sent until the first is forwarded: it may take one to receive and one to send it.
+/// Polls per frame sent until the first one is forwarded: receiving and sending it may take a poll each.
 const POLLS_PER_PROBE: usize = 4;
-/// Packets of a full burst.
+/// Packets in a full burst.
 const BURST: u64 = MAX_BURST as u64;
-/// A device may bring a burst in parts, and a poll that only ends it is none that moves it.
+/// Time to wait for frames to arrive. A device may deliver a burst in parts, and a poll that receives only
+/// the last part does not move a full burst.
 const ARRIVAL: Duration = Duration::from_millis(1);
 
-/// The forwarder's start, its first packet, and a poll of both its lanes that moves a full burst on one.
+/// Measures the start of the forwarder, its first packet, and a poll of both lanes that moves a full burst on
+/// one of them.
 pub(super) fn steps(bus: &Bus, wiring: &Wiring, mode: VfioMode) -> Result<Vec<Step>> {
     let mut generator = Side::start(bus, [&wiring.sender, &wiring.receiver], mode, true)?;
     let (forwarder, start) =
@@ -45,7 +48,8 @@ pub(super) fn steps(bus: &Bus, wiring: &Wiring, mode: VfioMode) -> Result<Vec<St
     Ok(vec![start, first, Step { instructions, packets: Some(BURST), ..Step::named("forward") }])
 }
 
-/// Ticks of the polls that forward the first packet, and how long the thread waited for it, to [`ARRIVAL`].
+/// Returns the ticks of the polls that forward the first packet, and how long the thread waited for it, to
+/// within [`ARRIVAL`].
 fn first_packet(generator: &mut Side, forwarder: &mut Side) -> Result<(u64, Duration)> {
     let (began, worked) = (Instant::now(), thread_time());
     let (mut first, mut spent, mut polls) = (None, 0, 0);
@@ -64,13 +68,13 @@ fn first_packet(generator: &mut Side, forwarder: &mut Side) -> Result<(u64, Dura
         }
         quiet = if received == before { quiet + 1 } else { 0 };
         before = received;
-        // Frames that were held back come at once, and are not to come later.
+        // Drain frames that the device held back, so that they do not arrive later.
         if first.is_none() { polls < PATIENCE } else { quiet < RESEND }
     })?;
     first.ok_or_else(|| nothing_came("no frame"))
 }
 
-/// Median ticks of a poll that moves a full burst in one direction.
+/// Returns the median ticks of a poll that moves a full burst in one direction.
 fn full_poll(generator: &mut Side, forwarder: &mut Side) -> Result<u64> {
     let (mut full, mut polls) = (Vec::new(), 0);
     let (mut before, mut sent) = (0, 0);
@@ -88,12 +92,12 @@ fn full_poll(generator: &mut Side, forwarder: &mut Side) -> Result<u64> {
         before = received;
         full.len() < SAMPLES && polls < PATIENCE
     })?;
-    // An interrupt falls into some polls.
+    // The median leaves out polls that an interrupt lengthened.
     median(full).ok_or_else(|| nothing_came("no full burst"))
 }
 
-/// Polls both lanes of `forwarder` until `after` says no. It hears after each poll how many packets the first lane has
-/// forwarded, and how many ticks the poll took.
+/// Polls both lanes of `forwarder` until `after` returns false. After each poll, `after` receives the number
+/// of packets that the first lane has forwarded and the ticks that the poll took.
 fn polls_of(forwarder: &mut Side, mut after: impl FnMut(u64, u64) -> bool) -> Result<()> {
     let (stop, [_, tx]) = (StopFlag::new(), forwarder.counters().tx);
     let earlier = tx.packets.get();
@@ -121,7 +125,7 @@ fn nothing_came(what: &str) -> Error {
     .with_hint("see that the first two and the last two NICs are connected")
 }
 
-/// The value in the middle.
+/// Returns the middle value, or the upper one of two middle values.
 fn median(mut ticks: Vec<u64>) -> Option<u64> {
     ticks.sort_unstable();
     ticks.get(ticks.len() / 2).copied()

@@ -1,4 +1,5 @@
-//! `count`: what each mode costs in instructions, in a guest whose clock counts them (`scripts/lab count`).
+//! `count`: counts what each mode costs in instructions, in a guest whose clock counts them (`scripts/lab
+//! count`).
 
 mod forward;
 mod run;
@@ -22,78 +23,80 @@ pub(crate) enum Command {
     Report(MergeArgs),
 }
 
-/// What was counted in one boot.
+/// Counts of one boot.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) struct Recording {
     pub(crate) environment: Environment,
     pub(crate) rows: Vec<Row>,
 }
 
-/// One step in one mode.
+/// Counts of one step in one mode.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize, JsonSchema)]
 pub(crate) struct Row {
     /// `virtio-net`, `e1000` or `e1000e`.
     pub(crate) nic: String,
     /// Name of the VFIO mode.
     pub(crate) mode: String,
-    /// Of one NIC `open`, `bind`, `attach`, `reset` (where it has one), `map`, `unmap` and `close`; of a forwarder between
-    /// two of them `start`, which is all of its way to the first poll, `first packet`, which is that and the polls that
-    /// forward the first one, and `forward`, a poll that moves a burst.
+    /// Name of the step. Steps of one NIC are `open`, `bind`, `attach`, `reset` (if the NIC has one), `map`,
+    /// `unmap` and `close`. Steps of a forwarder between two NICs are `start` (everything up to the first
+    /// poll), `first packet` (`start` and the polls that forward the first packet) and `forward` (a poll that
+    /// moves a burst).
     pub(crate) step: String,
-    /// Pages and call of `map` and `unmap`, such as `2 MiB, map-file`.
+    /// Page size and call of `map` and `unmap`, such as `2 MiB, map-file`.
     #[serde(default)]
     pub(crate) memory: Option<String>,
-    /// Size of the region of `map` and `unmap`.
+    /// Size of the region of `map` and `unmap`, in bytes.
     #[serde(default)]
     bytes: Option<u64>,
     /// Packets that `forward` moves in one poll.
     #[serde(default)]
     packets: Option<u64>,
-    /// Instructions of the thread, of ours and of the kernel: the median over the rounds. Each step but `forward` begins just
-    /// behind a timer interrupt, so that as many of these fall into it as it is long, each time, and none into one that is
-    /// shorter than their period.
+    /// Instructions of the thread, in user space and in the kernel: median over the rounds. Every step except
+    /// `forward` begins just after a timer interrupt. It therefore contains the same number of timer
+    /// interrupts in each round, and none if it is shorter than their period.
     instructions: u64,
-    /// Difference of the quartiles.
+    /// Interquartile range of the instructions over the rounds.
     spread: u64,
-    /// Instructions that would have fitted into the time in which the thread waited, in the same round.
+    /// Instructions that would have fit into the time that the thread waited, in the same round.
     waiting: u64,
-    /// Each round, in their order; none in recordings of Vireo before 0.2.
+    /// Counts of each round, in order; empty in recordings of Vireo before 0.2.
     #[serde(default)]
     rounds: Vec<Round>,
-    /// Which of the instructions are calls to VFIO and iommufd; none for `first packet`, which has those of `start`, and in
-    /// recordings of Vireo before 0.2. The rest is our own code, other system calls (sysfs, config space, memory), page
-    /// faults and interrupts.
+    /// Calls to VFIO and iommufd in this step. Empty for `first packet`, whose calls are those of `start`,
+    /// and in recordings of Vireo before 0.2. The instructions outside of calls are Vireo's own code, other
+    /// system calls (sysfs, config space, memory), page faults and interrupts.
     #[serde(default)]
     calls: Vec<Call>,
 }
 
-/// A step in one round.
+/// Counts of a step in one round.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize, JsonSchema)]
 struct Round {
     /// Instructions of the thread.
     instructions: u64,
-    /// Instructions that would have fitted into the time in which it waited.
+    /// Instructions that would have fit into the time that the thread waited.
     waiting: u64,
 }
 
-/// What a step spends in calls of one name. It is counted in rounds of its own, because it takes instructions itself, which
-/// are in no other figure.
+/// Cost of the calls of one name in a step. Calls are counted in separate rounds, because counting them takes
+/// instructions too, which no other figure contains.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize, JsonSchema)]
 struct Call {
-    /// Name of the ioctl, such as `VFIO_IOMMU_MAP_DMA`; `open` of a device node; `close` of a device.
+    /// Name of the ioctl, such as `VFIO_IOMMU_MAP_DMA`; `open` for opening a device node; `close` for closing
+    /// a device.
     name: String,
-    /// How many.
+    /// Number of calls.
     calls: u64,
-    /// Instructions of the thread in all of them: the kernel's, but for a few around the system call.
+    /// Instructions of the thread in all of these calls: the kernel's, and a few around each system call.
     instructions: u64,
-    /// Instructions that would have fitted into the time in which the thread waited in them.
+    /// Instructions that would have fit into the time that the thread waited in these calls.
     waiting: u64,
 }
 
-/// What is written as JSON.
+/// Contents of the JSON output.
 #[derive(Debug, Serialize)]
 struct Figures {
-    /// Of each boot.
+    /// Environment of each boot.
     environment: Vec<Environment>,
     counted: Vec<Row>,
 }

@@ -1,4 +1,4 @@
-//! `count run`: opens, maps, unmaps and closes in every mode, and counts.
+//! `count run`: opens, maps, unmaps and closes a NIC in every mode, and counts the instructions.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,10 +20,10 @@ use crate::measure::{Wiring, each_map, regions};
 use crate::report::write_json;
 use crate::run::wirings;
 
-/// Rounds that only open a device: how much of the kernel's memory a walk through sysfs finds allocated differs from one to
-/// the next, and the median of few would differ from boot to boot.
+/// Rounds that only open a device. The cost of a walk through sysfs depends on what the kernel has already
+/// allocated, which differs between rounds, so the median of a few rounds would differ between boots.
 const OPENS: u32 = 32;
-/// Rounds that tell what each call takes.
+/// Rounds that count the instructions of each call.
 const SPLIT_ROUNDS: u32 = 3;
 
 /// Count the instructions that each VFIO mode takes, and write a recording
@@ -35,18 +35,18 @@ pub(crate) struct RunArgs {
     /// Modes to compare
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "container,cdev,compat")]
     modes: Vec<VfioMode>,
-    /// Kinds of NIC; by default every kind of which four are bound to vfio-pci
+    /// Kinds of NIC; by default every kind with four NICs bound to vfio-pci
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     nics: Vec<String>,
-    /// Rounds; one more comes before them, whose counts are left out because the kernel then makes what it keeps
+    /// Rounds to count; one more runs first and is left out, because the kernel fills its caches in it
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Size of the region that is mapped, in MiB
+    /// Size of the mapped region, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     map_mib: u32,
 }
 
-/// A step of one round.
+/// One step of one round.
 #[derive(Clone, Default)]
 pub(super) struct Step {
     pub(super) name: &'static str,
@@ -64,7 +64,7 @@ impl Step {
     }
 }
 
-/// What a body took by both clocks.
+/// Time that a closure took: on the CPU and in total.
 #[derive(Clone, Copy)]
 struct Taken {
     worked: Duration,
@@ -79,14 +79,14 @@ impl Taken {
         (result, Self { worked, took })
     }
 
-    /// What reading the clocks takes. Behind a sleep the first reading takes longer, and is none of a step.
+    /// Measures what reading the clocks costs. The first reading after a sleep takes longer and is discarded.
     fn reading() -> Self {
         let ((), _) = Self::by(|| ());
         let ((), reading) = Self::by(|| ());
         reading
     }
 
-    /// What reading the clocks takes is none of the step's.
+    /// Converts the times to a step, less the cost of reading the clocks.
     fn step(self, name: &'static str, reading: Self, calls: Vec<Calls>) -> Step {
         let waiting = |taken: Self| taken.took.saturating_sub(taken.worked);
         Step {
@@ -105,7 +105,8 @@ fn nanos(time: Duration) -> u64 {
 pub(super) fn run(args: &RunArgs) -> Result<()> {
     check_clock()?;
     let (bus, mut rows) = (Bus::default(), Vec::new());
-    // The same pages in all modes: how far they are scattered decides what they cost.
+    // Map the same pages in all modes: the cost differs between sets of pages, possibly by how scattered they
+    // are.
     let regions = regions((args.map_mib as usize) << 20)?;
     for wiring in wirings(&args.nics, &bus, note)? {
         for &mode in &args.modes {
@@ -126,7 +127,8 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
     write_json(&args.json, &Recording { environment: environment(args.rounds)?, rows })
 }
 
-/// Time is instructions only where somebody says so, and then a loop of twice the length takes twice the time, each time.
+/// Checks that the clock counts instructions: the environment must say so, and a loop of twice the length
+/// must take twice the time, every time.
 fn check_clock() -> Result<()> {
     const STEPS: u64 = 1 << 18;
     let wrong = |why: &str| {
@@ -143,7 +145,7 @@ fn check_clock() -> Result<()> {
         }
         since.elapsed().as_nanos() as u64
     };
-    // The least of some: the timer's interrupt comes now and then.
+    // Take the minimum, because a timer interrupt lengthens some of the loops.
     let least = |steps: u64| (0..8).map(|_| time(steps)).min().unwrap_or_default();
     let near = |one: u64, other: u64| one.abs_diff(other) <= other / 1000;
     let once = least(STEPS);
@@ -153,7 +155,7 @@ fn check_clock() -> Result<()> {
     wrong("a loop did not take the same time twice")
 }
 
-/// One life of a device, and of a forwarder.
+/// Runs one round: a device from open to close, then a forwarder.
 fn round(
     bus: &Bus,
     wiring: &Wiring,
@@ -180,7 +182,7 @@ fn round(
     Ok(steps)
 }
 
-/// A device that was opened, and the steps to there.
+/// An open device, and the steps that opened it.
 struct Opened {
     device: PciDevice,
     vfio: Vfio,
@@ -200,7 +202,7 @@ fn open(bus: &Bus, wiring: &Wiring, mode: VfioMode) -> Result<Opened> {
     Ok(Opened { device, vfio, steps })
 }
 
-/// Counts `body`, which begins just behind a timer interrupt.
+/// Counts the instructions of `body`, which begins just after a timer interrupt.
 pub(super) fn measured<T>(name: &'static str, body: impl FnOnce() -> T) -> (T, Step) {
     settle();
     let reading = Taken::reading();
@@ -209,18 +211,21 @@ pub(super) fn measured<T>(name: &'static str, body: impl FnOnce() -> T) -> (T, S
     (result, taken.step(name, reading, ioctl::since(&calls)))
 }
 
-/// Sleeps until the kernel has nothing left to do, and then until just behind a timer interrupt. Steps that begin anywhere
-/// would have one more or one less by chance, which is 0.3 % of a million instructions.
+/// Sleeps until the kernel has finished its deferred work, and then until just after a timer interrupt. A
+/// step that begins at an arbitrary time contains one interrupt more or less by chance, which is 0.3 % of a
+/// million instructions.
 fn settle() {
-    /// A multiple of the period for HZ of 100, 250 and 1000. Since Linux 6.5 the interrupt comes at multiples of the period
-    /// of the monotonic clock; before, at the same distance from these until the next boot.
+    /// Multiple of the timer period for HZ of 100, 250 and 1000. Since Linux 6.5 the interrupt occurs at
+    /// multiples of the period on the monotonic clock. Before 6.5 it occurs at an offset from them that is
+    /// constant until the next boot.
     const GRID: u64 = 20_000_000;
     const BEHIND: u64 = 1_000_000;
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
     std::thread::sleep(Duration::from_nanos(2 * GRID + BEHIND - nanos(now) % GRID));
 }
 
-/// The median of each step over the rounds, which all have the same steps, and of its calls over those that tell them.
+/// Merges rounds: the median of each step over `rounds`, and of its calls over `split`. All rounds have the
+/// same steps in the same order. Rounds that only open a device have the first steps only.
 fn merge(nic: &str, mode: &str, rounds: &[Vec<Step>], split: &[Vec<Step>]) -> Vec<Row> {
     let Some(first) = rounds.first() else { return Vec::new() };
     let row = |(at, step): (usize, &Step)| {
@@ -247,7 +252,7 @@ fn merge(nic: &str, mode: &str, rounds: &[Vec<Step>], split: &[Vec<Step>]) -> Ve
     first.iter().enumerate().map(row).collect()
 }
 
-/// The median of the calls of each name.
+/// Returns the median of the calls of each name.
 fn calls(rounds: &[&Step]) -> Vec<Call> {
     let Some(first) = rounds.first() else { return Vec::new() };
     let of_name = |call: &Calls| {
@@ -269,7 +274,7 @@ fn sorted<T, K: Ord>(mut all: Vec<T>, by: impl Fn(&T) -> K) -> Vec<T> {
     all
 }
 
-/// The second is the median.
+/// Returns a quartile; the second is the median.
 fn quartile<T>(sorted: &[T], quarter: usize) -> &T {
     &sorted[(sorted.len() * quarter / 4).min(sorted.len() - 1)]
 }
@@ -291,7 +296,7 @@ mod tests {
             vec![open, taken(7, 0).step("close", NONE, Vec::new())]
         };
         let mut rounds = [round(500, 3), round(100, 1), round(300, 2), round(9000, 4), round(200, 5)];
-        // A round that only opens.
+        // A round that only opens the device.
         rounds[4].truncate(1);
         let rows = merge("e1000e", "cdev", &rounds, &[]);
         let row = |name: &str, instructions, spread, waiting, rounds: &[(u64, u64)]| Row {

@@ -1,4 +1,4 @@
-//! The counts as text: a table for each NIC, a column for each mode.
+//! Formats counts as text: one table per NIC, one column per mode.
 
 use std::fmt::Write as _;
 
@@ -8,21 +8,21 @@ use super::{Call, Row};
 use crate::table::wrap;
 use crate::words::{distinct, thousands, three};
 
-/// What the cells mean.
+/// Legend of the cells.
 pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, ours and the kernel's; map and unmap per GiB; \
     start, first packet (start included) and forward are of a forwarder between two NICs, forward in single instructions \
     per packet. Medians of rounds. In brackets: the ratio to the first mode. ~ the quartiles of the rounds differ by more \
     than 0.1 %. + M: millions of instructions that would have fitted into the time in which the thread waited.";
 
-/// What the cells of [`parts`] mean.
+/// Legend of the cells of [`parts`].
 pub(crate) const PARTS_LEGEND: &str = "Calls to VFIO and iommufd in these steps, in the same units: ioctls by name, open of a \
     device node, close of a device; N× where a step makes N of them. Those below 1 % of the step in every mode are summed \
     up. Outside: our own code, other system calls (sysfs, config space, memory), page faults and interrupts.";
 
-/// Part of a step below which a call has no line of its own.
+/// Fraction of a step below which a call has no line of its own.
 const SMALL: f64 = 0.01;
 
-/// A table for each NIC.
+/// Formats one table per NIC.
 pub(crate) fn text(rows: &[Row]) -> String {
     let mut text = wrap("", LEGEND);
     for nic in distinct(rows.iter().map(|row| &row.nic)) {
@@ -33,7 +33,7 @@ pub(crate) fn text(rows: &[Row]) -> String {
     text
 }
 
-/// The same of the calls, for the NICs of which they were counted.
+/// Formats one table of calls per NIC, for the NICs whose calls were counted.
 pub(crate) fn parts_text(rows: &[Row]) -> String {
     let rows: Vec<&Row> = rows.iter().filter(|row| !row.calls.is_empty()).collect();
     let mut text = String::new();
@@ -64,7 +64,8 @@ fn table(modes: &[&String], lines: &[Part]) -> String {
     table.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
-/// Each step of the rows of one NIC, with the ratios to the first mode, and below it the waiting, if there is some.
+/// Returns the lines of each step of one NIC: the counts with their ratios to the first mode and, below them,
+/// the waiting if there was any.
 pub(crate) fn compared(rows: &[&Row], modes: &[&String]) -> Vec<Part> {
     let of_step = |(step, memory, rows): (&str, &str, Vec<Option<&Row>>)| {
         let first = rows.first().copied().flatten();
@@ -77,7 +78,7 @@ pub(crate) fn compared(rows: &[&Row], modes: &[&String]) -> Vec<Part> {
     steps(rows, modes).into_iter().flat_map(of_step).collect()
 }
 
-/// Each step of `rows`, its memory, and its row for each of `modes`.
+/// Each step of `rows`: its name, its memory, and its row in each of `modes`.
 fn steps<'a>(rows: &[&'a Row], modes: &[&String]) -> Vec<(&'a str, &'a str, Vec<Option<&'a Row>>)> {
     let named = |row: &'a Row| (row.step.as_str(), row.memory.as_deref().unwrap_or_default());
     let of_step = |step: (&'a str, &'a str)| {
@@ -88,12 +89,12 @@ fn steps<'a>(rows: &[&'a Row], modes: &[&String]) -> Vec<(&'a str, &'a str, Vec<
     distinct(rows.iter().map(|row| named(row))).into_iter().map(of_step).collect()
 }
 
-/// A line of a table.
+/// Line of a table.
 pub(crate) struct Part {
-    /// The step with its memory, or what of it the line is about.
+    /// The step with its memory, or the part of the step that the line describes.
     pub(crate) name: String,
     pub(crate) is_step: bool,
-    /// For each mode.
+    /// One cell per mode.
     pub(crate) cells: Vec<String>,
 }
 
@@ -102,7 +103,7 @@ fn line(name: &str, is_step: bool, rows: &[Option<&Row>], of_row: &dyn Fn(&Row) 
     Part { name: name.to_owned(), is_step, cells }
 }
 
-/// Each step of the rows of one NIC, then its calls.
+/// Returns a line for each step of one NIC, followed by lines for its calls.
 pub(crate) fn parts(rows: &[&Row], modes: &[&String]) -> Vec<Part> {
     let with_calls: Vec<&Row> = rows.iter().copied().filter(|row| !row.calls.is_empty()).collect();
     let of_step = |(step, memory, rows): (&str, &str, Vec<Option<&Row>>)| {
@@ -131,7 +132,7 @@ pub(crate) fn parts(rows: &[&Row], modes: &[&String]) -> Vec<Part> {
     steps(&with_calls, modes).into_iter().flat_map(of_step).collect()
 }
 
-/// `calls` of `row` in one cell.
+/// Formats the sum of `calls` of `row` as one cell.
 fn sum<'a>(row: &Row, calls: impl Iterator<Item = &'a Call> + Clone) -> String {
     let of = |value: fn(&Call) -> u64| calls.clone().map(value).sum::<u64>();
     match of(|call| call.calls) {
@@ -143,14 +144,15 @@ fn sum<'a>(row: &Row, calls: impl Iterator<Item = &'a Call> + Clone) -> String {
     }
 }
 
-/// What of `row` is in no call. Rounds that tell calls wait a little longer or shorter than the others.
+/// Formats what `row` spends outside of calls. Rounds that count calls wait slightly longer or shorter than
+/// the other rounds, so the subtraction saturates.
 fn outside(row: &Row) -> String {
     let in_calls = |value: fn(&Call) -> u64| row.calls.iter().map(value).sum::<u64>();
     let instructions = row.instructions.saturating_sub(in_calls(|call| call.instructions));
     amount(row, instructions, row.waiting.saturating_sub(in_calls(|call| call.waiting)))
 }
 
-/// What a GiB takes, or a packet, or the step.
+/// Instructions per GiB, per packet, or per step.
 pub(crate) fn cost(row: &Row) -> f64 {
     row.instructions as f64 * scale(row)
 }
@@ -165,12 +167,13 @@ fn kilo(count: f64) -> String {
     if count < 99.95 { format!("{count:.1}") } else { thousands(count.round() as u64) }
 }
 
-/// Of `row`, so many instructions, and so many that would have fitted into waiting.
+/// Formats `instructions` of `row`, and `waiting`, the instructions that would have fit into the waiting.
 fn amount(row: &Row, instructions: u64, waiting: u64) -> String {
     kilo(instructions as f64 * scale(row)) + &and_waited(row, waiting)
 }
 
-/// Instructions of `row` that would have fitted into waiting, in millions, if they are anything beside the row.
+/// Formats, in millions, the instructions that would have fit into the waiting of `row`; empty if they are
+/// negligible.
 fn waited(row: &Row, waiting: u64) -> String {
     if row.packets.is_none() && waiting * 1000 > row.instructions {
         format!("+{}M", kilo(waiting as f64 / 1e3))
@@ -313,7 +316,7 @@ mod tests {
         counted: Vec<Row>,
     }
 
-    /// The counts that are committed, which have every step, mode and page size.
+    /// Uses the committed counts, which have every step, mode and page size.
     #[test]
     fn no_table_is_wider_than_the_text_around_it() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/counted-6.12.json");

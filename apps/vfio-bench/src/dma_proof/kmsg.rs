@@ -1,4 +1,4 @@
-//! What the kernel logs of a device's forbidden accesses (`Documentation/ABI/testing/dev-kmsg`).
+//! Finds the kernel's reports of a device's forbidden accesses (`Documentation/ABI/testing/dev-kmsg`).
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind as IoKind, Read, Seek, SeekFrom};
@@ -10,10 +10,11 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vireo_eal::bdf::Bdf;
 
-/// The IOMMU reports by an interrupt, so the line comes a moment later.
+/// Longest wait for a report. The IOMMU reports by interrupt, so the line is logged a moment after the
+/// access.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The kernel's log from now on.
+/// The lines of the kernel log since it was opened.
 #[derive(Debug)]
 pub(super) struct Kmsg(File);
 
@@ -25,7 +26,7 @@ impl Kmsg {
         Ok(Self(file))
     }
 
-    /// The next report of an access of the device to the page at `address`, waited for up to two seconds.
+    /// Waits up to two seconds for the next report of an access by `device` to the page at `address`.
     pub(super) fn fault(&mut self, device: Bdf, address: u64) -> Option<String> {
         let deadline = Instant::now() + PATIENCE;
         let mut reports = Reports { device, page: address >> 12, event: None };
@@ -39,7 +40,7 @@ impl Kmsg {
                         return Some(report);
                     }
                 }
-                // Lines that were overwritten before they were read.
+                // Lines were overwritten before they were read.
                 Err(error) if error.kind() == IoKind::BrokenPipe => {}
                 Err(error) if error.kind() == IoKind::WouldBlock => {
                     let left = deadline.saturating_duration_since(Instant::now());
@@ -55,28 +56,28 @@ impl Kmsg {
     }
 }
 
-/// Finds the report of one device's access to one page among the lines of the log.
+/// Finds the report of one device's access to one page in the lines of the log.
 #[derive(Debug)]
 struct Reports {
     device: Bdf,
-    /// Address of the page in units of 4 KiB.
+    /// Page number: the address in units of 4 KiB.
     page: u64,
-    /// What was read of an SMMUv3's event so far.
+    /// The part of an SMMUv3 event that was read so far.
     event: Option<Event>,
 }
 
-/// An event record of an SMMUv3, which the kernel prints raw: a line, and one for each of its four words
-/// (`arm_smmu_dump_raw_event`; before Linux 6.15 nothing else).
+/// Event record of an SMMUv3. The kernel prints it raw: a header line, and one line for each of its four
+/// words (`arm_smmu_dump_raw_event`). Before Linux 6.15 it prints nothing else.
 #[derive(Debug)]
 struct Event {
-    /// Name of the SMMU with a colon: each line begins with it.
+    /// Name of the SMMU with a colon, with which each line begins.
     smmu: String,
     text: String,
     words: Vec<u64>,
 }
 
 impl Reports {
-    /// The whole report, if `line` is its last.
+    /// Returns the whole report if `line` is its last line.
     fn read(&mut self, line: &str) -> Option<String> {
         if let Some(begun) = Event::begin(line) {
             self.event = Some(begun);
@@ -89,10 +90,10 @@ impl Reports {
         event.is_fault(self.device, self.page).then_some(event.text)
     }
 
-    /// Whether `line` alone says it all. VT-d (`dmar_fault_do_one`) writes `Request device [00:0d.0] fault addr
-    /// 0x5a200000`; AMD's driver (`amd_iommu_report_page_fault`) `0000:00:0d.0: … address=0x5a200000`, or
-    /// `device=00:0d.0 … address=0x…` for a device that it does not know; the SMMUv3's (`arm_smmu_dump_event`,
-    /// Linux 6.15) `client: 0000:00:0d.0 … iova: 0x5a200000`.
+    /// Returns whether `line` alone is a complete report. VT-d (`dmar_fault_do_one`) writes `Request device
+    /// [00:0d.0] fault addr 0x5a200000`. AMD's driver (`amd_iommu_report_page_fault`) writes `0000:00:0d.0: …
+    /// address=0x5a200000`, or `device=00:0d.0 … address=0x…` for an unknown device. The SMMUv3 driver
+    /// (`arm_smmu_dump_event`, Linux 6.15) writes `client: 0000:00:0d.0 … iova: 0x5a200000`.
     fn is_report(&self, line: &str) -> bool {
         let name = self.device.to_string();
         let short = name.split_once(':').map_or(name.as_str(), |(_, short)| short);
@@ -109,7 +110,7 @@ impl Reports {
 }
 
 impl Event {
-    /// `EVTQ_ENT_DWORDS` of the kernel.
+    /// The kernel's `EVTQ_ENT_DWORDS`.
     const WORDS: usize = 4;
 
     fn begin(line: &str) -> Option<Self> {
@@ -118,10 +119,10 @@ impl Event {
         Some(Self { smmu: smmu.to_owned(), text: line.to_owned(), words: Vec::new() })
     }
 
-    /// Takes the word of `line`, if it is of this event.
+    /// Takes the word of `line` if the line belongs to this event.
     fn add(&mut self, line: &str) -> bool {
         let word = line.strip_prefix(self.smmu.as_str()).and_then(|rest| {
-            // `/dev/kmsg` writes the tab in front of it as `\x09`.
+            // `/dev/kmsg` escapes the tab before the word as `\x09`.
             let rest = rest.trim_start();
             let word = rest.strip_prefix("\\x09").unwrap_or(rest).strip_prefix("0x")?;
             u64::from_str_radix(word, 16).ok().map(|value| (word, value))
@@ -133,8 +134,9 @@ impl Event {
         word.is_some()
     }
 
-    /// Whether it is F_TRANSLATION, F_ADDR_SIZE, F_ACCESS or F_PERMISSION of the device's access to `page` (Arm SMMUv3
-    /// architecture, IHI 0070, 7.3). The low 16 bits of a StreamID are the requester id on PCIe.
+    /// Returns whether the event is F_TRANSLATION, F_ADDR_SIZE, F_ACCESS or F_PERMISSION of an access by
+    /// `device` to `page` (Arm SMMUv3 architecture, IHI 0070, 7.3). On PCIe the low 16 bits of a StreamID are
+    /// the requester ID.
     fn is_fault(&self, device: Bdf, page: u64) -> bool {
         let requester =
             u64::from(device.bus()) << 8 | u64::from(device.device()) << 3 | u64::from(device.function());
@@ -147,7 +149,7 @@ impl Event {
 mod tests {
     use super::*;
 
-    /// What is found in `lines` for a device and an address.
+    /// Returns the report found in `lines` for a device and an address.
     fn find(lines: &[&str], device: &str, address: u64) -> Option<String> {
         let mut reports = Reports { device: device.parse().unwrap(), page: address >> 12, event: None };
         lines.iter().find_map(|line| reports.read(line))
@@ -182,7 +184,7 @@ mod tests {
             assert_eq!(find(&[line], device, address + 0x1000), None, "{line}");
             assert_eq!(find(&[line], "0000:00:0e.0", address), None, "{line}");
         }
-        // Neither a device of another domain, nor a number that happens to be on the line.
+        // A device in another PCI domain does not match, nor does another number on the line.
         let line = "vfio-pci 0001:04:10.0: AMD-Vi: Event logged [IO_PAGE_FAULT domain=0x0037 address=0x7b657064 flags=0x0000]";
         assert_eq!(find(&[line], "0000:04:10.0", 0x7b65_7000), None);
         assert_eq!(find(&[line], "0001:04:10.0", 0), None);
@@ -190,7 +192,7 @@ mod tests {
 
     #[test]
     fn events_of_an_smmu_are_known() {
-        // As `/dev/kmsg` has them, with a line of somebody else and another SMMU's between.
+        // Lines as `/dev/kmsg` has them, interleaved with an unrelated line and one of another SMMU.
         let event = |id: &str, sid: &str| {
             [
                 format!("arm-smmu-v3 arm-smmu-v3.0.auto: event 0x{id} received:"),
@@ -213,12 +215,12 @@ mod tests {
             );
             assert_eq!(found(&event(id, "00000068"), nic, 0x5a20_0000), Some(text));
         }
-        // Another access to the same page comes first.
+        // The first event is an access of another device to the same page.
         let both = [event("10", "00000070"), event("13", "00010068")].concat();
         assert!(found(&both, nic, 0x5a20_0000).is_some_and(|text| text.contains("event 0x13")));
         assert_eq!(found(&event("10", "00000068"), nic, 0x5a20_1000), None);
         assert_eq!(found(&event("10", "00000068"), "0000:00:0e.0", 0x5a20_0000), None);
-        // A bad StreamID, and an event that was cut short.
+        // A bad StreamID, and a truncated event.
         assert_eq!(found(&event("02", "00000068"), nic, 0x5a20_0000), None);
         assert_eq!(found(&event("10", "00000068")[..6], nic, 0x5a20_0000), None);
     }

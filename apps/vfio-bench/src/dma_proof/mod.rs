@@ -1,8 +1,8 @@
-//! `vfio-bench dma-proof`: aims a real NIC at memory that it was not given, and sees who stops it.
+//! `vfio-bench dma-proof`: aims a real NIC at memory that it was not given, and reports what stops it.
 //!
-//! The address that it is aimed at is the one that a driver uses by mistake: the physical address of a page of
-//! this process. With an IOMMU the write must not arrive, the kernel must report it, and the NIC must work again
-//! after a reset. Without one it arrives.
+//! The target is the address that a driver uses by mistake: the physical address of a page of this process.
+//! With an IOMMU the write must not arrive, the kernel must report it, and the NIC must work again after a
+//! reset. Without an IOMMU the write arrives.
 
 mod kmsg;
 mod nic;
@@ -26,30 +26,31 @@ use self::kmsg::Kmsg;
 use self::nic::{LoopNic, PAGE_WORDS};
 use crate::report::write_json;
 
-/// Aim a NIC at memory that it was not given, in each mode, and see what stops it
+/// Aim a NIC at memory it was not given, in each mode, and report what stops it
 #[derive(Args, Debug)]
 pub(crate) struct DmaProofArgs {
-    /// The NIC, of the e1000 family; default: the first on vfio-pci
+    /// NIC of the e1000 family to aim; default: the first on vfio-pci
     #[arg(long, value_name = "BDF")]
     nic: Option<Bdf>,
-    /// A second one, whose rings the first is aimed at; default: the next on vfio-pci, if any
+    /// Second NIC, whose ring the first is aimed at; default: the next on vfio-pci, if any
     #[arg(long, value_name = "BDF")]
     neighbour: Option<Bdf>,
-    /// Modes; those without an IOMMU (noiommu, noiommu-cdev) write to physical memory, a page of this process
+    /// Modes to test; without an IOMMU (noiommu, noiommu-cdev) the NIC writes to physical memory, a page of
+    /// this process
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "container,cdev,compat")]
     modes: Vec<VfioMode>,
-    /// File for the result, too
+    /// Also write the result as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// What a NIC is aimed at.
+/// Memory that a NIC is aimed at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Target {
-    /// The physical address of a page that is not mapped for it.
+    /// A page that is not mapped for the NIC, by its physical address.
     Unmapped,
-    /// Memory that it may read.
+    /// Memory that the NIC may only read.
     ReadOnly,
     /// The RX ring of another port in the same address space.
     SharedRing,
@@ -67,35 +68,35 @@ impl Target {
         }
     }
 
-    /// Whether an IOMMU has to stop the write.
+    /// Returns whether an IOMMU must stop the write.
     fn is_guarded(self) -> bool {
         self != Self::SharedRing
     }
 }
 
-/// One write that should not have been.
+/// Outcome of one forbidden write.
 #[derive(Debug, Serialize)]
 struct Row {
     mode: &'static str,
     nic: String,
     target: Target,
-    /// Where the descriptor pointed.
+    /// Address in the descriptor.
     address: String,
-    /// Whether an IOMMU stood between.
+    /// Whether an IOMMU is between the NIC and memory.
     iommu: bool,
-    /// Whether the bytes there changed.
+    /// Whether the write changed memory.
     landed: bool,
-    /// What the kernel logged.
+    /// The kernel's report.
     fault: Option<String>,
     /// Whether a frame arrived in the NIC's own buffer after a reset.
     works_after_reset: bool,
-    /// Whether all this is as it must be.
+    /// Whether the outcome is as it must be.
     expected: bool,
 }
 
 #[derive(Debug, Serialize)]
 struct Proof {
-    /// Why the kernel's log could not be read.
+    /// Why the kernel's log could not be read; `None` if it could.
     kernel_log: Option<String>,
     rows: Vec<Row>,
 }
@@ -135,7 +136,7 @@ pub(crate) fn dma_proof(args: &DmaProofArgs) -> Result<()> {
     }
 }
 
-/// The NIC to aim, and the one to aim at.
+/// Returns the NIC to aim, and the NIC to aim at.
 fn choose(args: &DmaProofArgs, bus: &Bus) -> Result<(PciInfo, Option<PciInfo>)> {
     let known = |info: &PciInfo| driver_of(info.id) == Some("e1000");
     let mut free = bus.scan()?.into_iter().filter(|info| known(info) && bus.is_on_vfio(info));
@@ -162,22 +163,22 @@ fn choose(args: &DmaProofArgs, bus: &Bus) -> Result<(PciInfo, Option<PciInfo>)> 
     Ok((nic, neighbour))
 }
 
-/// The NIC, its neighbour and what they are aimed at. Fields drop in this order: the NICs before their memory,
-/// which is theirs too.
+/// The NIC, its neighbor, and the memory that the NIC is aimed at. Fields drop in declaration order: the NICs
+/// before the memory, to which they hold references too.
 struct Rig {
     nic: LoopNic,
     neighbour: Option<LoopNic>,
     address: Bdf,
     mode: VfioMode,
-    /// A page of this process that was mapped for nobody, and its physical address.
+    /// A page of this process that is mapped for no device. `physical` is its physical address.
     canary: DmaRing<u64>,
     physical: u64,
     read_only: DmaRing<u64>,
 }
 
-/// The kernel reports ten faults in this time and then none; after it, once more.
+/// Interval of the kernel's rate limit: after ten fault reports it logs none until the interval is over.
 const REPORT_INTERVAL: Duration = Duration::from_secs(6);
-/// What the canaries are filled with.
+/// Fill pattern of the canaries.
 const UNTOUCHED: u64 = 0x5a5a_5a5a_5a5a_5a5a;
 
 impl Rig {
@@ -192,7 +193,7 @@ impl Rig {
         let device = bus.open(nic, &vfio, mode)?;
         let other = neighbour.map(|info| bus.open(info, &vfio, mode)).transpose()?;
         let space = |device: &PciDevice| Arc::clone(device.vfio().space());
-        // As few address bits as an e1000 on conventional PCI has.
+        // An e1000 on conventional PCI has 32 address bits only.
         std::iter::once(&device).chain(&other).for_each(|device| space(device).set_dma_mask(u32::MAX.into()));
         let part = |space: Arc<AddressSpace>| Part {
             read_write: LoopNic::MEMORY,
@@ -230,7 +231,7 @@ impl Rig {
         })
     }
 
-    /// Aims the NIC once, after it was seen to work.
+    /// Aims the NIC at `target`, after checking that the NIC works.
     fn aim(&mut self, target: Target, kmsg: &mut Option<Kmsg>) -> Result<Row> {
         let failed = |why: &str| {
             let what = format!("cannot aim {} in mode {}", self.address, self.mode);
@@ -283,7 +284,7 @@ impl Rig {
     }
 }
 
-/// The result for people.
+/// Formats the result as text.
 fn text(proof: &Proof) -> String {
     let mut text = String::new();
     for row in &proof.rows {

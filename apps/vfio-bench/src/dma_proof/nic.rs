@@ -1,5 +1,5 @@
-//! The smallest driver that makes a NIC write where it is told, on the EAL alone: an e1000 with its PHY in
-//! loopback, so that the frame that it sends comes back into the buffer that its one RX descriptor names.
+//! The smallest driver that makes a NIC write to a given address, on the EAL alone: an e1000 with its PHY in
+//! loopback, so that the frame it sends returns into the buffer that its only RX descriptor names.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,23 +11,24 @@ use vireo_eal::mmio::Bar;
 use vireo_eal::program::note;
 use vireo_eal::{Error, ErrorKind, Result};
 
-/// Descriptors of a ring: the fewest that RDLEN and TDLEN allow.
+/// Descriptors per ring: the fewest that RDLEN and TDLEN allow.
 const ENTRIES: usize = 8;
-/// Words of a page.
+/// 64-bit words per page.
 pub(super) const PAGE_WORDS: usize = 512;
-/// A broadcast frame of an EtherType for experiments (IEEE 802, 9.2.4).
+/// A broadcast frame with an EtherType for experiments (IEEE 802, 9.2.4).
 const FRAME: &[u8; 64] =
     b"\xff\xff\xff\xff\xff\xff\x02vireo\x88\xb5This NIC wrote to where its descriptor pointed it.";
-/// Longest wait for a register.
+/// Longest wait for a register to change.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Time in which a chip loads its registers from the NVM after a reset: 25 ms for the PHY of an 82574, behind EECD.AUTO_RD.
+/// Time for a chip to load its registers from NVM after a reset. The PHY of an 82574 takes 25 ms after
+/// EECD.AUTO_RD.
 const RELOAD: Duration = Duration::from_millis(50);
 /// Longest wait for the frame. QEMU's 82540EM receives nothing for a second after a write of RCTL.
 const ARRIVAL: Duration = Duration::from_secs(3);
-/// A frame that was not received by then is sent again.
+/// A frame that is not received within this time is sent again.
 const RESEND: Duration = Duration::from_millis(100);
 
-/// A NIC with rings for one frame. Reset on drop, before its memory goes.
+/// A NIC with rings for one frame. Dropping it resets the NIC before its memory is released.
 pub(super) struct LoopNic {
     device: PciDevice,
     bar: Bar,
@@ -55,7 +56,7 @@ impl LoopNic {
         Ok(nic)
     }
 
-    /// Bytes of memory that it takes.
+    /// Bytes of memory that the driver uses.
     pub(super) const MEMORY: usize = 4 * 4096;
 
     fn wait(&self, register: u64, done: impl Fn(u32) -> bool) -> Result<u32> {
@@ -81,7 +82,8 @@ impl LoopNic {
         self.wait(MDIC, |mdic| mdic & (MDIC_READY | MDIC_ERROR) != 0).map(|mdic| mdic as u16)
     }
 
-    /// By the function's own reset; by CTRL.RST and the registers that it leaves where there is none.
+    /// Resets the function if it supports a reset. Then resets the chip with CTRL.RST and clears the
+    /// registers that CTRL.RST leaves.
     fn reset(&self) -> Result<()> {
         self.device.set_command(false)?;
         if self.device.reset()? {
@@ -98,7 +100,8 @@ impl LoopNic {
         Ok(())
     }
 
-    /// Resets the NIC and has it receive one frame into the buffer at `address`; whether it says that it did.
+    /// Resets the NIC and lets it receive one frame into the buffer at `address`. Returns whether the NIC
+    /// reports a received frame.
     pub(super) fn receive_into(&self, address: u64) -> Result<bool> {
         self.reset()?;
         let bar = &self.bar;
@@ -118,7 +121,7 @@ impl LoopNic {
         self.device.set_command(true)?;
         bar.write32(TCTL, TCTL_EN | TCTL_PSP | TCTL_COLLISION);
         bar.write32(RCTL, RCTL_EN | RCTL_BAM | RCTL_SECRC);
-        // RDH is 0, so this gives the NIC the first descriptor and no other.
+        // RDH is 0, so this gives the NIC the first descriptor only.
         bar.write32(RDT, 1);
         let since = Instant::now();
         let mut sent = 0;
@@ -139,14 +142,14 @@ impl LoopNic {
         Ok(received)
     }
 
-    /// Resets the NIC and sees whether a frame reaches the NIC's own buffer.
+    /// Resets the NIC and returns whether a frame reaches the NIC's own buffer.
     pub(super) fn works(&self) -> Result<bool> {
         self.own.fill(0);
         let received = self.receive_into(self.own.iova())?;
         Ok(received && frame_words().enumerate().all(|(index, word)| self.own.load::<0>(index) == word))
     }
 
-    /// The RX ring, as somebody else's target.
+    /// The RX ring, as a target for another NIC.
     pub(super) fn ring(&self) -> &DmaRing<u64, 2> {
         &self.rx
     }

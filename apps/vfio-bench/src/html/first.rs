@@ -61,7 +61,7 @@ fn title(report: &Report) -> Markup {
     }
 }
 
-/// A row for each metric and subject, a column for each pair of modes.
+/// Renders a row per metric and subject, and a column per pair of modes.
 fn matrix(comparison: &Comparison) -> Markup {
     let judged: Vec<&Pair> =
         comparison.pairs.iter().filter(|pair| pair.verdict != Verdict::NotInterleaved).collect();
@@ -124,7 +124,7 @@ fn ratio(pair: &Pair) -> Markup {
     }
 }
 
-/// The counts of one NIC, and folded away, of the others.
+/// Renders the counts of the first NIC and, collapsed, those of the others.
 fn counted(rows: &[count::Row]) -> Markup {
     let nics = distinct(rows.iter().map(|row| row.nic.as_str()));
     html! {
@@ -139,7 +139,7 @@ fn counted(rows: &[count::Row]) -> Markup {
     }
 }
 
-/// A row for each step, a column for each mode; the first mode's count is what the others are compared with.
+/// Renders a row per step and a column per mode. The first mode's count is the baseline of the others.
 fn counted_on(rows: &[count::Row], nic: &str) -> Markup {
     let of_nic: Vec<&count::Row> = rows.iter().filter(|row| row.nic == nic).collect();
     let modes = distinct(of_nic.iter().map(|row| &row.mode));
@@ -149,7 +149,7 @@ fn counted_on(rows: &[count::Row], nic: &str) -> Markup {
     }
 }
 
-/// What of each step is in which call, folded away.
+/// Renders the calls of each step, collapsed.
 fn calls_on(rows: &[&count::Row], modes: &[&String]) -> Markup {
     let parts = count::parts(rows, modes);
     html! {

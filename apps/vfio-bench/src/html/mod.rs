@@ -1,4 +1,4 @@
-//! The comparison as one page that needs nothing else: style and figures are inside, nothing is fetched.
+//! Renders the comparison as one self-contained page: style and figures are inside, and nothing is fetched.
 
 mod first;
 mod tables;
@@ -12,7 +12,7 @@ use crate::plot;
 use crate::report::Report;
 use crate::words::{distinct, round, shared_facts};
 
-/// The whole page: the answer first, then every sample, then the tables, then how it was made.
+/// Renders the whole page: the answer, then every sample, then the tables, then the method.
 pub(crate) fn page(report: &Report) -> Result<String> {
     let comparison = &report.timed;
     let body = html! {
@@ -41,7 +41,7 @@ pub(crate) fn page(report: &Report) -> Result<String> {
     Ok(page.into_string())
 }
 
-/// A number stays on a line with its sign of per cent.
+/// Keeps a number and its percent sign on one line.
 fn unbroken(text: &str) -> String {
     text.replace(" %", "\u{a0}%")
 }
@@ -61,7 +61,7 @@ fn modes_legend<'a>(modes: impl Iterator<Item = &'a str>) -> Markup {
 }
 
 fn figure(svg: &str, label: &str, caption: &str) -> Markup {
-    // A screen reader says the label instead of every number of the drawing; the tables hold those.
+    // A screen reader reads the label instead of every number in the drawing. The tables have those numbers.
     let opening = html! { svg role="img" aria-label=(label) {} }.into_string();
     let opening = opening.trim_end_matches("></svg>");
     let svg = svg.replacen("<svg ", &format!("{opening} "), 1);

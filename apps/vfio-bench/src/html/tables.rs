@@ -1,4 +1,4 @@
-//! The tables of the page.
+//! Tables of the page.
 
 use maud::{Markup, html};
 
@@ -7,7 +7,8 @@ use crate::compare::{Comparison, Row};
 use crate::stats::Interval;
 use crate::words::{self, changes, distinct, rate_unit, size, thousands, three};
 
-/// Cells of a row, of which the first `names` are text, with whether it begins a group and whether it is sound.
+/// Cells of a table row, whether the row begins a group, and whether it is sound. In `table`, the first
+/// `names` cells are text.
 struct Line {
     begins: bool,
     sound: bool,
@@ -34,7 +35,7 @@ fn table(heads: &[&str], names: usize, lines: &[Line]) -> Markup {
     }
 }
 
-/// A line for each row of the comparison: its NIC where that changes, its mode, and `cells`.
+/// Returns a line per row of the comparison: the NIC where it changes, the mode, and `cells`.
 fn by_row<'a>(rows: impl IntoIterator<Item = &'a Row>, cells: impl Fn(&Row) -> Vec<String>) -> Vec<Line> {
     let mut nic = "";
     let line = |row: &Row, begins: bool| {
@@ -180,7 +181,7 @@ pub(super) fn throughput(comparison: &Comparison) -> Markup {
     table(&heads.iter().map(String::as_str).collect::<Vec<_>>(), 2, &lines)
 }
 
-/// Counters per packet; nothing where no machine has any.
+/// Renders the counters per packet; empty if no machine has counters.
 pub(super) fn counters(comparison: &Comparison) -> Markup {
     let rows = &comparison.rows;
     let events: Vec<&String> = distinct(rows.iter().flat_map(|row| row.counters_per_packet.keys()));

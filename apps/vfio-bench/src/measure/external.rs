@@ -11,15 +11,15 @@ use super::{FIRST_PACKET, Limits, forward, millis};
 use crate::machine::Watch;
 use crate::record::Run;
 
-/// A moment, and what had been forwarded then.
+/// A point in time, and the number of packets forwarded by then.
 #[derive(Clone, Copy)]
 struct Mark {
     ticks: u64,
     sent: u64,
 }
 
-/// Runs one mode. The rate is counted for the length of a stream from the first packet on; latency is known to the generator
-/// only, and so is what was lost before it reached a NIC.
+/// Runs one mode. The rate is measured for the length of a stream, from the first packet on. Only the
+/// generator knows the latency and what was lost before it reached a NIC.
 pub(super) fn measure(
     bus: &Bus,
     nic: &str,
@@ -63,7 +63,7 @@ pub(super) fn measure(
     Ok(Run {
         forward_pps: (last.sent - first.sent) as f64 / seconds.max(1e-9),
         first_packet_ms: millis(first.ticks.saturating_sub(began)),
-        // What a NIC lost before the forwarder had it was sent, too.
+        // Packets that a NIC lost before the forwarder received them were sent as well.
         sent: received + run.dropped() - full,
         received: sent,
         machine: Some(watch.end()),

@@ -1,4 +1,4 @@
-//! What mapping and unmapping a region takes.
+//! Times mapping and unmapping a region.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,14 +13,14 @@ use vireo_eal::{Result, ioctl};
 
 use crate::record::MapTime;
 
-/// How memory is mapped.
+/// Call that maps memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
-    /// By address: `VFIO_IOMMU_MAP_DMA` or `IOMMU_IOAS_MAP`.
+    /// Maps by address: `VFIO_IOMMU_MAP_DMA` or `IOMMU_IOAS_MAP`.
     Map,
-    /// By file: `IOMMU_IOAS_MAP_FILE`.
+    /// Maps by file: `IOMMU_IOAS_MAP_FILE`.
     MapFile,
-    /// By address, with 4 KiB pages in the I/O page table only: `IOMMU_OPTION_HUGE_PAGES` = 0.
+    /// Maps by address, with only 4 KiB pages in the I/O page table: `IOMMU_OPTION_HUGE_PAGES` = 0.
     MapSmall,
 }
 
@@ -34,18 +34,18 @@ impl Call {
     }
 }
 
-/// A mapping of which nothing but the call is left to do.
+/// A prepared mapping, for which only the call itself remains.
 pub(crate) struct Map<'a> {
     space: &'a Arc<AddressSpace>,
     region: &'a Arc<Region>,
-    /// Size of its pages.
+    /// Page size of the region.
     memory: &'static str,
     call: Call,
     iova: Option<u64>,
 }
 
 impl<'a> Map<'a> {
-    /// None where the mode maps nothing, or not so.
+    /// Returns `None` if the mode maps nothing or does not have this call.
     fn prepare(
         space: &'a Arc<AddressSpace>,
         (memory, region): &'a (&'static str, Arc<Region>),
@@ -64,7 +64,7 @@ impl<'a> Map<'a> {
         Ok(Some(Self { space, region, memory, call, iova }))
     }
 
-    /// Makes the call; none where the kernel does not have it. What it gives unmaps when it is dropped.
+    /// Makes the call. Returns `None` if the kernel does not have it. Dropping the returned value unmaps.
     pub(crate) fn make(&self) -> Result<Option<Box<dyn std::fmt::Debug>>> {
         Ok(Some(match (self.call, self.space.ioas(), self.region.fd()) {
             (Call::MapFile, Some(ioas), Some(file)) => {
@@ -78,21 +78,22 @@ impl<'a> Map<'a> {
         }))
     }
 
-    /// Size of the region.
+    /// Size of the region in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.region.len() as u64
     }
 
-    /// Pages and call, such as `2 MiB, map-file`.
+    /// Page size and call, such as `2 MiB, map-file`.
     pub(crate) fn name(&self) -> String {
         format!("{}, {}", self.memory, self.call.name())
     }
 }
 
-/// Maps and unmaps a region while the device is attached; none where the kernel has no such call.
+/// Times mapping and unmapping a region while the device is attached. Returns `None` if the kernel does not
+/// have the call.
 fn time_map(map: &Map) -> Result<Option<MapTime>> {
-    // By the clock of `ioctl::time`: where the kernel's is slow to read, as in an emulator, the difference of the two
-    // would be its cost.
+    // Use the clock of `ioctl::time`. If the kernel's clock is slow to read, as in an emulator, the
+    // difference between the two times would be the cost of reading it.
     let elapsed = |since: u64| Duration::from_nanos(Tsc::to_nanos(Tsc::now().saturating_sub(since)));
     let (before, in_kernel, since) = (ioctl::calls(), ioctl::time(), Tsc::now());
     let Some(mapping) = map.make()? else { return Ok(None) };
@@ -115,7 +116,7 @@ fn time_map(map: &Map) -> Result<Option<MapTime>> {
     }))
 }
 
-/// The DMA-map table of one mode: page sizes and calls, one NIC attached.
+/// Times the maps of one mode, by page size and call, with one NIC attached.
 pub(crate) fn map_times(
     bus: &Bus,
     info: &PciInfo,
@@ -133,7 +134,7 @@ pub(crate) fn map_times(
     Ok(times)
 }
 
-/// A region of `bytes` for each size of page that this machine has, with its name.
+/// Returns a region of `bytes` for each page size that this machine has, with the name of the page size.
 pub(crate) fn regions(bytes: usize) -> Result<Vec<(&'static str, Arc<Region>)>> {
     let mut regions = vec![("4 KiB", Backing::SmallPages), ("2 MiB", Backing::HugeMemfd)];
     if hugepages(Path::new("/sys")).iter().any(|pages| pages.page_size == 1 << 30 && pages.free > 0) {
@@ -142,7 +143,7 @@ pub(crate) fn regions(bytes: usize) -> Result<Vec<(&'static str, Arc<Region>)>> 
     regions.into_iter().map(|(name, backing)| Ok((name, Arc::new(Region::new(bytes, backing)?)))).collect()
 }
 
-/// Gives `measure` each call on each of `regions`. The last one changes the address space for good.
+/// Passes each call on each of `regions` to `measure`. The last call changes the address space permanently.
 pub(crate) fn each_map(
     space: &Arc<AddressSpace>,
     regions: &[(&'static str, Arc<Region>)],

@@ -1,4 +1,4 @@
-//! One run: a generator on one core, the forwarder of l2fwd on another, four NICs, one mode.
+//! Measures one run: a generator on one core, l2fwd's forwarder on another, four NICs, one mode.
 
 mod external;
 mod maps;
@@ -31,12 +31,12 @@ pub(crate) use reference::measure_reference;
 pub(crate) use side::Side;
 use side::Stopped;
 
-/// Frames on their way at once: fewer than any queue between the ports holds.
+/// Frames in flight at once: fewer than any queue between the ports holds.
 const WINDOW: u64 = 128;
 /// Longest wait for the first packet.
 const FIRST_PACKET: Duration = Duration::from_secs(10);
 
-/// Four NICs of one kind: sender, forwarder's two, receiver.
+/// Four NICs of one kind: the sender, the forwarder's two NICs, and the receiver.
 #[derive(Debug)]
 pub(crate) struct Wiring {
     pub(crate) nic: &'static str,
@@ -45,17 +45,17 @@ pub(crate) struct Wiring {
     pub(crate) receiver: PciInfo,
 }
 
-/// NICs of one kind, by where the packets come from.
+/// NICs of one kind, by the source of the packets.
 #[derive(Debug)]
 pub(crate) enum Setup {
-    /// From here, and they come back here.
+    /// This process sends the packets and receives them.
     Wired(Wiring),
-    /// From a generator elsewhere, which sends to one of the forwarder's two NICs and receives from the other.
+    /// An external generator sends to one of the forwarder's two NICs and receives from the other.
     External { nic: &'static str, inner: [PciInfo; 2] },
 }
 
 impl Setup {
-    /// The two or four NICs in the order of `--ports`.
+    /// Takes two or four NICs, in the order of `--ports`.
     pub(crate) fn new(infos: Vec<PciInfo>) -> Result<Self> {
         let wrong = |why: String| Error::new(ErrorKind::Usage, "cannot wire the NICs", why);
         if !matches!(infos.len(), 2 | 4) {
@@ -86,7 +86,7 @@ impl Setup {
         }
     }
 
-    /// Runs one mode.
+    /// Measures one mode.
     pub(crate) fn measure(&self, bus: &Bus, mode: VfioMode, limits: &Limits, stop: &StopFlag) -> Result<Run> {
         match self {
             Self::Wired(wiring) => measure(bus, wiring, mode, limits, stop),
@@ -96,7 +96,7 @@ impl Setup {
 }
 
 impl Wiring {
-    /// The NICs in that order.
+    /// Takes four NICs: the sender, the forwarder's two NICs, and the receiver.
     pub(crate) fn new(infos: Vec<PciInfo>) -> Result<Self> {
         let wrong = |why: &str| Error::new(ErrorKind::Usage, "cannot wire the NICs", why);
         let [sender, inside, outside, receiver] = <[PciInfo; 4]>::try_from(infos)
@@ -106,7 +106,7 @@ impl Wiring {
     }
 }
 
-/// What bounds a run.
+/// Parameters of a run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits<'a> {
     /// Core of the generator.
@@ -115,30 +115,31 @@ pub(crate) struct Limits<'a> {
     pub(crate) forwarder: usize,
     /// Length of a stream.
     pub(crate) stream: Duration,
-    /// Length of a trial of the search for the throughput.
+    /// Length of a trial of the throughput search.
     pub(crate) trial: Duration,
-    /// Bytes of a frame without frame check sequence. Rate and latency are measured with the first, the throughput with each.
+    /// Frame sizes in bytes, without the frame check sequence. Rate and latency are measured with the first
+    /// size, throughput with each.
     pub(crate) frames: &'a [usize],
-    /// Loss up to which a load counts as throughput, as a part of the frames sent.
+    /// Highest loss at which a load counts as throughput, as a fraction of the frames sent.
     pub(crate) loss: f64,
-    /// Latency is measured at this part of the rate.
+    /// Load at which latency is measured, as a fraction of the rate.
     pub(crate) load: f64,
-    /// Part by which the forwarder is made to take longer; 0 except where the method is tested.
+    /// Fraction by which the forwarder is slowed down; 0 unless the method is being tested.
     pub(crate) slower: f64,
 }
 
-/// What the forwarder's side gives back.
+/// Result of the forwarder.
 struct Forwarded {
     stopped: Stopped,
     phases: BTreeMap<&'static str, Duration>,
-    /// Packets that it received.
+    /// Packets that the forwarder received.
     received: u64,
-    /// Packets that its TX queues took.
+    /// Packets that the forwarder's TX queues accepted.
     sent: u64,
 }
 
 impl Forwarded {
-    /// Phases and counters of a run; the NICs are given back.
+    /// Converts to a run with phases and counters, and releases the NICs.
     fn into_run(self, nic: &str, mode: VfioMode) -> Run {
         let ms = |name: &str| self.phases.get(name).map_or(0.0, |took| took.as_secs_f64() * 1e3);
         Run {
@@ -155,11 +156,11 @@ impl Forwarded {
     }
 }
 
-/// What the generator's side gives back.
+/// Result of the generator.
 struct Generated {
     sent: u64,
     received: u64,
-    /// When the first packet was back, in ticks of the TSC.
+    /// When the first packet returned, in TSC ticks.
     first: u64,
     forward_pps: f64,
     counters: Counts,
@@ -168,7 +169,7 @@ struct Generated {
     latency: Histogram<u64>,
 }
 
-/// Runs one mode on one wiring.
+/// Measures one mode on one wiring.
 fn measure(bus: &Bus, wiring: &Wiring, mode: VfioMode, limits: &Limits<'_>, stop: &StopFlag) -> Result<Run> {
     pin_to(limits.generator)?;
     let watch = Watch::begin();
@@ -176,7 +177,7 @@ fn measure(bus: &Bus, wiring: &Wiring, mode: VfioMode, limits: &Limits<'_>, stop
     let counters = OnceLock::new();
     let ((began, forwarded), generated) = beside(
         |done, polling| {
-            // To open them takes time, which is no mode's.
+            // Opening the counters takes time that does not belong to any mode.
             counters.get_or_init(|| Mutex::new(Counters::begin()));
             let began = Tsc::now();
             let forwarded = forward(bus, &wiring.inner, mode, limits, done, |_| {
@@ -212,7 +213,7 @@ fn measure(bus: &Bus, wiring: &Wiring, mode: VfioMode, limits: &Limits<'_>, stop
     })
 }
 
-/// Every value with its count.
+/// Returns every recorded value with its count.
 fn counts(latency: &Histogram<u64>) -> Vec<(u64, u64)> {
     let steps = latency.iter_recorded();
     steps.map(|step| (step.value_iterated_to(), step.count_since_last_iteration())).collect()
@@ -222,7 +223,7 @@ fn millis(ticks: u64) -> f64 {
     Tsc::to_nanos(ticks) as f64 / 1e6
 }
 
-/// Calls it when the scope ends, by a panic too.
+/// Calls a closure at the end of the scope, even if it ends by a panic.
 struct AtEnd<F: Fn()>(F);
 
 impl<F: Fn()> Drop for AtEnd<F> {
@@ -231,8 +232,9 @@ impl<F: Fn()> Drop for AtEnd<F> {
     }
 }
 
-/// Runs `forward` in a thread beside `generate`. The one polls until its flag is set and the other waits for its word,
-/// so each end, by an error or a panic too, has to reach the other.
+/// Runs `forward` in a thread alongside `generate`. `forward` polls until its flag is set, and `generate`
+/// waits until `polling` is set, so each must signal its end to the other, even if it ends by an error or a
+/// panic.
 fn beside<F: Send, G>(
     forward: impl FnOnce(&StopFlag, &AtomicU64) -> Result<F> + Send,
     generate: impl FnOnce(&AtomicU64) -> Result<G>,
@@ -255,7 +257,8 @@ fn beside<F: Send, G>(
     Ok((forwarded, generated?))
 }
 
-/// The forwarder's side on this thread, from opening to the reset, until `done`: what `l2fwd -p 3` does.
+/// Runs the forwarder on this thread until `done`, from opening the NICs to resetting them, as `l2fwd -p 3`
+/// does.
 fn forward(
     bus: &Bus,
     [inside, outside]: &[PciInfo; 2],
@@ -302,8 +305,8 @@ fn spin_until(ticks: u64) {
     }
 }
 
-/// Sends `first` until the first packet is back, then streams like it: as fast as it goes, in search of the throughput, and at a
-/// load that queues nothing.
+/// Sends `first` until the first packet returns, then streams like it: as fast as possible, in search of the
+/// throughput, and at a load that queues nothing.
 fn generate(
     wiring: &Wiring,
     side: &mut Side,
@@ -352,7 +355,7 @@ fn generate(
     Ok(Generated { sent, received, first, forward_pps, counters, counted_packets, throughput, latency })
 }
 
-/// Makes `stream` the next one, which tells its frames from those of the ones before.
+/// Turns `stream` into the next stream, whose frames can be told from those of earlier streams.
 fn after(stream: &mut Stream, rate: Option<f64>, time: Duration) -> &Stream {
     (stream.rate, stream.end) = (rate, End::After(time));
     stream.run += 1;
@@ -369,8 +372,8 @@ fn silent([inside, outside]: &[PciInfo; 2], sent: u64) -> Error {
     .with_hint("see that the first two and the last two NICs are connected")
 }
 
-/// Packets per second from a NIC to the one that its wire ends at: the devices' own ceiling, with half of the hops that a
-/// forwarded packet takes.
+/// Measures packets per second from a NIC to the NIC at the other end of its wire: the limit of the devices
+/// themselves, with half of the hops of a forwarded packet.
 ///
 /// # Errors
 /// `Unavailable` if nothing arrives.
@@ -404,7 +407,7 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::mpsc;
 
-    /// What `call` gives, unless it panics; fails when it does not end.
+    /// Returns the result of `call`, or `None` if it panics. Fails if `call` does not end.
     fn ends<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> Option<T> {
         let (sender, receiver) = mpsc::channel();
         std::thread::spawn(move || sender.send(catch_unwind(AssertUnwindSafe(call)).ok()));

@@ -1,4 +1,4 @@
-//! A run with a reference in the forwarder's place.
+//! Measures a run with a reference in place of the forwarder.
 
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
@@ -16,11 +16,11 @@ use crate::record::{Latency, Run};
 use crate::reference::Reference;
 use crate::testpmd::TestpmdArgs;
 
-/// Longest wait until it forwards: as long as links need to come up.
+/// Longest wait until the reference forwards: as long as links need to come up.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Runs one reference on one wiring; `mode` is the generator's. How it starts is its own affair and not measured, and what
-/// the machine does meanwhile disturbs no mode.
+/// Measures one reference on one wiring. `mode` is the generator's mode. The start of the reference is not
+/// measured. Disturbances are not recorded, because they affect no mode.
 pub(crate) fn measure_reference(
     bus: &Bus,
     wiring: &Wiring,
@@ -35,14 +35,14 @@ pub(crate) fn measure_reference(
     forwarder.await_forwarding()?;
     let receiver = side.macs[1];
     let addressed = |stream: Stream| {
-        // A bridge also takes in what is for everybody, and forwards only what is for another.
+        // A bridge also delivers broadcast frames to the host. It only forwards frames for other addresses.
         if forwarder.keeps_addresses() {
             Stream { destination: receiver, expect: None, ..stream }
         } else {
             stream
         }
     };
-    // What is lost before it forwards is no loss, and nothing limits how much that is.
+    // Frames lost before the reference forwards do not count as lost, and their number is not limited.
     let probes = addressed(side.probes(u64::MAX, PATIENCE));
     let first = addressed(side.probes(WINDOW, FIRST_PACKET));
     let outcome = side.send(&probes, stop)?;

@@ -1,4 +1,4 @@
-//! Two ports and their memory: the generator's ends, or the forwarder's.
+//! Two ports and their memory: the generator's or the forwarder's.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,17 +29,17 @@ pub(crate) struct Side {
     ports: Ports,
     /// Station addresses of the ports.
     pub(super) macs: [MacAddr; 2],
-    /// Queues of the ports, while no lane has them.
+    /// Queues of the ports, except while lanes have them.
     queues: Vec<(RxQueue, TxQueue)>,
     cache: PoolCache,
-    /// A cache of the same pool: the generator's two queues have one each.
+    /// A second cache of the same pool, because the generator's two queues need one each.
     to_send: PoolCache,
-    /// What mapping the memory took.
+    /// Time that mapping the memory took.
     pub(super) mapped: Duration,
 }
 
 impl Side {
-    /// Opens and starts both.
+    /// Opens and starts both ports.
     pub(crate) fn start(bus: &Bus, infos: [&PciInfo; 2], mode: VfioMode, promiscuous: bool) -> Result<Self> {
         let vfio = Vfio::new(None);
         let open = infos
@@ -73,19 +73,20 @@ impl Side {
         }
     }
 
-    /// How the ports were opened.
+    /// Reports of how the ports were opened.
     pub(super) fn reports(&self) -> impl Iterator<Item = &Report> {
         [0, 1].into_iter().filter_map(|port| self.ports.get(port)?.report.as_ref())
     }
 
-    /// Frames from the first port to the second, until one arrives or for `patience`.
+    /// Returns a stream of frames from the first port to the second, which ends when one arrives or after
+    /// `patience`.
     pub(crate) fn probes(&self, window: u64, patience: Duration) -> Stream {
-        // The streams that follow count on from it.
+        // The streams that follow increment this number.
         let run = Tsc::now() as u32 >> 1;
         Stream {
             run,
             earlier: run..run,
-            // Every NIC's filter lets the broadcast address pass, whatever the forwarder's own address is.
+            // Every NIC's filter accepts the broadcast address, whatever the forwarder's own address is.
             destination: MacAddr([0xff; 6]),
             source: self.macs[0],
             expect: Some(Expect { destination: Some(MacAddr([2, 0, 0, 0, 0, 1])), source: None }),
@@ -104,14 +105,15 @@ impl Side {
         generator::run(stream, tx, (&mut rest[0].0, &mut self.cache), stop)
     }
 
-    /// The lanes between the two ports, in both directions. They take the queues; [`Self::take_back`] returns these.
+    /// Returns the lanes between the two ports, in both directions. The lanes take the queues, and
+    /// [`Self::take_back`] returns them.
     pub(crate) fn lanes(&mut self) -> Result<Vec<AnyLane<Rewrite>>> {
         self.put_queues();
         let macs = self.macs;
         self.ports.lanes(|route| Rewrite::of(route.to, macs[route.to]))
     }
 
-    /// Takes the queues of [`Self::lanes`] back.
+    /// Takes the queues back from the lanes of [`Self::lanes`].
     pub(crate) fn take_back(&mut self, lanes: Vec<AnyLane<Rewrite>>) {
         self.ports.put_lanes(lanes);
         self.take_queues();
@@ -123,7 +125,7 @@ impl Side {
         Counters { rx: [0, 1].map(|port| of(port).rx(0)), tx: [0, 1].map(|port| of(port).tx(0)) }
     }
 
-    /// A cache of its own for the lanes.
+    /// Returns a separate cache for the lanes.
     pub(crate) fn cache(&self) -> PoolCache {
         self.cache.pool().cache()
     }
@@ -147,7 +149,7 @@ impl Side {
         }
     }
 
-    /// Throws away what has come on the second port.
+    /// Discards a burst of what has arrived on the second port.
     pub(crate) fn drain(&mut self) {
         let mut burst = Burst::new();
         self.queues[1].0.rx_burst(&mut self.cache, &mut burst);
@@ -156,7 +158,7 @@ impl Side {
         }
     }
 
-    /// Stops the ports, and counts; `side` is the name that lost packets are counted under.
+    /// Stops the ports and collects their counters. `side` is the prefix of the names of lost packets.
     pub(crate) fn stop(mut self, side: &str) -> Result<Stopped> {
         self.put_queues();
         let Self { mut ports, cache, to_send, .. } = self;
@@ -183,11 +185,11 @@ pub(crate) struct Counters {
     pub(crate) tx: [Arc<QueueCounters>; 2],
 }
 
-/// A side that has stopped.
+/// A stopped side.
 pub(crate) struct Stopped {
     /// The ports, still open.
     pub(super) ports: Ports,
-    /// What each port counted as lost, by name.
+    /// Packets that the ports counted as lost, by name.
     pub(super) drops: BTreeMap<String, u64>,
     /// Doorbell writes of all queues.
     pub(super) doorbells: u64,

@@ -1,5 +1,5 @@
-//! Throughput at a stated loss: the highest load of which no more than a part is lost (RFC 2544, section 26.1; with a loss
-//! above 0, what its successors call the partial drop rate).
+//! Throughput at a stated loss: the highest load of which no more than a given fraction is lost (RFC 2544,
+//! section 26.1). With a loss above 0, the successors of RFC 2544 call this the partial drop rate.
 
 use std::time::Duration;
 
@@ -8,23 +8,23 @@ use vireo_pktgen::generator::{Outcome, Stream};
 
 use crate::record::{Throughput, Trial};
 
-/// By how much the load goes up or down until one trial passes and one fails.
+/// Factor by which the load rises or falls until one trial passes and one fails.
 const STRIDE: f64 = 1.5;
-/// The search ends with a load that passes and one at most this much higher that fails.
+/// The search ends when a load passes and another, at most this factor higher, fails.
 const RESOLUTION: f64 = 1.05;
-/// Trials after which the search ends in any case.
+/// Number of trials after which the search ends in any case.
 const TRIALS: usize = 16;
-/// A generator that sends less than this part of a load cannot keep up with it.
+/// A generator that sends less than this fraction of a load cannot keep up with it.
 const KEPT_UP: f64 = 0.98;
-/// Frames on their way are lost when nothing comes for this time.
+/// Frames in flight count as lost if nothing arrives for this time.
 const LOST: Duration = Duration::from_millis(250);
 
-/// `stream` with frames of `frame` bytes, sent when they are due, whatever has come back.
+/// Returns `stream` with frames of `frame` bytes, sent when they are due, whatever has returned.
 pub(super) fn open_loop(stream: &Stream, frame: usize) -> Stream {
     Stream { sizes: frame..=frame, window: u64::MAX, patience: LOST, ..stream.clone() }
 }
 
-/// What came of offering `load` frames per second for `time`.
+/// Returns the result of offering `load` frames per second for `time`.
 pub(super) fn trial(load: f64, time: Duration, outcome: &Outcome) -> Trial {
     Trial {
         load,
@@ -34,7 +34,8 @@ pub(super) fn trial(load: f64, time: Duration, outcome: &Outcome) -> Trial {
     }
 }
 
-/// Searches from `begin` frames per second on, up or down until one load passes and another fails, and between the two.
+/// Searches from `begin` frames per second, up or down until one load passes and another fails, then between
+/// the two.
 pub(super) fn search(
     frame: usize,
     begin: f64,
@@ -66,7 +67,7 @@ pub(super) fn search(
             found.at_least = true;
             break;
         }
-        // Once may be a stall: the same load is tried again.
+        // Falling short once may be a stall, so the same load is tried again.
         fell_short = short;
     }
     Ok(found)
@@ -76,7 +77,7 @@ pub(super) fn search(
 mod tests {
     use super::*;
 
-    /// A forwarder that loses what is above `capacity`, and a generator that sends `most` at most.
+    /// A forwarder that loses what exceeds `capacity`, and a generator that sends at most `most`.
     fn found(capacity: f64, most: f64, begin: f64, loss: f64) -> Throughput {
         search(60, begin, loss, |load| {
             let pps = load.min(most);

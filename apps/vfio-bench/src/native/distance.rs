@@ -1,7 +1,7 @@
-//! How far two cpus are from each other: what is between the ends of a ring are cache lines that travel.
+//! Distance between two CPUs, which matters because the ends of a ring exchange cache lines.
 //!
-//! A virtual machine's cpus move about on those of its host, so that the way is a short one now and a long one a
-//! second later, and both programs pay for it by what they share.
+//! The CPUs of a virtual machine move between those of its host. The distance is therefore short at one
+//! moment and long a second later, and both programs pay for it according to what they share.
 
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,9 +17,9 @@ use super::{Pair, median_of, ratios};
 use crate::cores::Cores;
 use crate::stats::median;
 
-/// Round trips that are timed together.
+/// Round trips that are timed together in a batch.
 const TRIPS: u32 = 1000;
-/// Their median leaves out those in which something else ran.
+/// Number of batches. Their median leaves out batches during which something else ran.
 const BATCHES: usize = 9;
 
 /// A word that two threads write in turn.
@@ -30,7 +30,7 @@ struct Line {
 }
 
 impl Line {
-    /// Waits for `turn` and gives the word on; false when the other thread has gone.
+    /// Waits for `turn` and passes the word on. Returns false if the other thread has ended.
     fn pass(&self, turn: u64) -> bool {
         while self.turn.load(Ordering::Acquire) != turn {
             if self.over.load(Ordering::Relaxed) {
@@ -41,7 +41,7 @@ impl Line {
         true
     }
 
-    /// Runs `body` on `cpu`, and tells the other thread when it has ended.
+    /// Runs `body` on `cpu`, and notifies the other thread when it has ended.
     fn on<T>(&self, cpu: usize, body: impl FnOnce() -> T) -> Result<T> {
         let done = pin_to(cpu).map(|()| body());
         self.over.store(true, Ordering::Relaxed);
@@ -49,10 +49,10 @@ impl Line {
     }
 }
 
-/// Nanoseconds in which a cache line goes from the forwarder's cpu to the generator's and back.
+/// Nanoseconds that a cache line takes from the forwarder's CPU to the generator's and back.
 ///
 /// # Errors
-/// When a thread cannot be pinned.
+/// If a thread cannot be pinned.
 pub(super) fn round_trip(cores: Cores) -> Result<f64> {
     let line = Line::default();
     let back = || (1..).step_by(2).take_while(|turn| line.pass(*turn)).for_each(drop);
@@ -75,7 +75,7 @@ pub(super) fn round_trip(cores: Cores) -> Result<f64> {
     })
 }
 
-/// Least and most of some values.
+/// Smallest and largest of some values.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct Range {
     pub(super) low: f64,
@@ -88,13 +88,15 @@ impl Range {
         values.fold(none, |range, value| Self { low: range.low.min(value), high: range.high.max(value) })
     }
 
-    /// What lies between two states, when there are two: the middle, by ratio, of ends that are far from each other.
+    /// Border between near and far values: the geometric mean of the ends. `None` unless the ends differ by a
+    /// factor of at least two.
     pub(super) fn border(self) -> Option<f64> {
         (self.high >= 2.0 * self.low).then(|| (self.low * self.high).sqrt())
     }
 }
 
-/// Pairs whose cpus were near to each other from their begin to their end, and far; others met both.
+/// Pairs whose CPUs were near each other from start to end, and pairs whose CPUs were far apart. Other pairs
+/// had both.
 #[derive(Debug, Serialize)]
 pub(super) struct ByDistance {
     pub(super) border_ns: f64,
@@ -103,7 +105,7 @@ pub(super) struct ByDistance {
     pub(super) pairs_of_both: usize,
 }
 
-/// Medians of some of the pairs.
+/// Medians of a group of pairs.
 #[derive(Debug, Serialize)]
 pub(super) struct Group {
     pub(super) pairs: usize,

@@ -1,5 +1,5 @@
-//! One run: a forwarder with two ports on shared-memory rings, and testpmd at the other end, which sends some
-//! bursts into the circle and counts what comes round.
+//! Measures one run: a forwarder with two ports on shared-memory rings, and testpmd at the other end, which
+//! sends some bursts and counts what circulates.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,19 +12,19 @@ use super::Side;
 use crate::cores::Cores;
 use crate::process::Process;
 
-/// What is compared.
+/// Program under comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Program {
     Dpdk,
     Vireo,
 }
 
-/// Figures of one run.
+/// Results of one run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Sample {
     /// Packets per second in each direction.
     pub(super) pps: f64,
-    /// Ticks of busy polls for each packet.
+    /// Ticks of busy polls per packet.
     pub(super) ticks: f64,
 }
 
@@ -33,15 +33,15 @@ pub(super) struct Sample {
 pub(super) struct Rig {
     pub(super) testpmd: PathBuf,
     pub(super) l2fwd: PathBuf,
-    /// The peer generates, the program that is compared forwards.
+    /// Cores: the peer is the generator, the program under comparison the forwarder.
     pub(super) cores: Cores,
     pub(super) seconds: Duration,
 }
 
-/// Bursts of 32 that testpmd sends into each port: as many packets as a ring of 256 has descriptors.
+/// Sends 8 bursts of 32 packets into each port: as many packets as a ring of 256 has descriptors.
 const START: &str = "start tx_first 8";
 const PROMPT: &str = "testpmd>";
-/// Until the caches are warm and the frequency is up.
+/// Time until the caches are warm and the CPU frequency is up.
 const WARM_UP: Duration = Duration::from_millis(300);
 
 impl Rig {
@@ -91,9 +91,10 @@ impl Rig {
         }
     }
 
-    /// testpmd, up to its prompt. Its main lcore waits for commands on the core of its forwarding lcore.
+    /// Starts testpmd and waits for its prompt. Its main lcore waits for commands on the core of its
+    /// forwarding lcore.
     fn testpmd(&self, side: Side, prefix: &str, cpu: usize, sockets: &Path) -> Result<Process> {
-        // Without stdbuf it keeps its answers until it has a page of them.
+        // Without stdbuf, testpmd buffers its answers until they fill a page.
         let mut command = Command::new("stdbuf");
         command.arg("-oL").arg(&self.testpmd);
         command.args(["--lcores", &format!("0@{cpu},1@{cpu}"), "--no-telemetry", "--log-level=error"]);
@@ -107,7 +108,8 @@ impl Rig {
         Ok(testpmd)
     }
 
-    /// l2fwd that leaves packets as they are, as testpmd's io mode does; up to where its ports can be connected to.
+    /// Starts l2fwd, which leaves packets unchanged like testpmd's io mode, and waits until its ports accept
+    /// connections.
     fn l2fwd(&self, side: Side, sockets: &Path) -> Result<Process> {
         let mut command = Command::new(&self.l2fwd);
         command.args(["-l", &self.cores.forwarder.to_string()]);
@@ -119,7 +121,7 @@ impl Rig {
     }
 }
 
-/// Two ports, without NICs, hugepages or root; DPDK's words, which are Vireo's.
+/// Adds arguments for two ports that need no NICs, hugepages or root. Vireo takes the same arguments as DPDK.
 fn virtual_devices(command: &mut Command, side: Side, prefix: &str, sockets: &Path) {
     command.args(["--no-pci", "--no-huge", "--file-prefix", prefix]);
     for port in 0..2 {
@@ -131,13 +133,14 @@ fn virtual_devices(command: &mut Command, side: Side, prefix: &str, sockets: &Pa
     }
 }
 
-/// Types a command of testpmd and waits until it is done.
+/// Types a testpmd command and waits until it is done.
 fn command(testpmd: &mut Process, line: &str) -> Result<()> {
     testpmd.type_line(line)?;
     testpmd.wait_for(PROMPT).map(drop)
 }
 
-/// Packets per second in each direction: the mean over the ports of testpmd's `Rx-pps`, since it was last asked.
+/// Packets per second in each direction: the mean over the ports of testpmd's `Rx-pps` since its last
+/// display.
 fn rate(statistics: &str) -> Result<f64> {
     let rates: Vec<f64> = statistics.split("Rx-pps:").skip(1).filter_map(first_number).collect();
     match rates.len() {
@@ -146,7 +149,7 @@ fn rate(statistics: &str) -> Result<f64> {
     }
 }
 
-/// testpmd's and l2fwd's `CPU cycles/packet`.
+/// Returns `CPU cycles/packet`, as testpmd and l2fwd print it.
 fn ticks(end: &str) -> Result<f64> {
     let (_, figure) =
         end.rsplit_once("CPU cycles/packet=").ok_or_else(|| unread("CPU cycles/packet", end))?;

@@ -1,4 +1,4 @@
-//! `native`: Vireo and DPDK on shared-memory virtio rings, in turn beside the same peer.
+//! `native`: runs Vireo and DPDK in turn on shared-memory virtio rings, with the same peer.
 
 mod distance;
 mod forwarder;
@@ -25,19 +25,19 @@ use forwarder::{Program, Rig, Sample};
 /// Compare Vireo with DPDK's testpmd on shared-memory virtio rings, with testpmd at the other end
 #[derive(Debug, Args)]
 pub(crate) struct NativeArgs {
-    /// Ends of the ring to replace in turn
+    /// Ends at which Vireo replaces testpmd, one after the other
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "virtio-user,vhost")]
     sides: Vec<Side>,
-    /// Pairs of runs, for the comparison and again for DPDK against itself
+    /// Pairs of runs; as many again compare DPDK with itself
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
     pairs: u32,
-    /// Seconds that each run is measured
+    /// Seconds to measure in each run
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     seconds: Duration,
     /// Also write the figures as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Vireo's l2fwd; default: the one beside this program
+    /// Vireo's l2fwd; default: the one next to this program
     #[arg(long, value_name = "FILE")]
     l2fwd: Option<PathBuf>,
     /// DPDK's testpmd
@@ -48,9 +48,9 @@ pub(crate) struct NativeArgs {
 /// One end of a vhost-user connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Side {
-    /// The driver's: it owns the memory and connects.
+    /// The driver's end, which owns the memory and connects.
     VirtioUser,
-    /// The device's: it listens.
+    /// The device's end, which listens.
     Vhost,
 }
 
@@ -70,41 +70,41 @@ impl Side {
     }
 }
 
-/// What is written as JSON.
+/// Contents of the JSON output.
 #[derive(Debug, Serialize)]
 struct Figures {
     environment: Environment,
     sides: Vec<Comparison>,
 }
 
-/// Vireo against DPDK at one end; ratios are Vireo's figure over DPDK's.
+/// Comparison of Vireo with DPDK at one end. Ratios are Vireo's figure ÷ DPDK's.
 #[derive(Debug, Serialize)]
 struct Comparison {
     replaced: &'static str,
     pairs: usize,
     rate_ratio: Ratio,
     ticks_ratio: Ratio,
-    /// DPDK against itself.
+    /// Rate of DPDK compared with itself.
     noise: Ratio,
     noise_ticks: Ratio,
     dpdk: Medians,
     vireo: Medians,
-    /// Nanoseconds in which a cache line went from one cpu to the other and back, before and after each run.
+    /// Round trip of a cache line between the two CPUs, before and after each run, in nanoseconds.
     line_ns: Range,
-    /// The pairs by that, when it changed while they ran.
+    /// Pairs grouped by that round trip, if it changed during the runs.
     by_distance: Option<ByDistance>,
 }
 
-/// Two runs, one after the other.
+/// Two consecutive runs.
 #[derive(Clone, Copy, Debug)]
 struct Pair {
     dpdk: Sample,
     other: Sample,
-    /// Of a cache line's way there and back, in nanoseconds: before, between and after the runs.
+    /// Round trip of a cache line before, between and after the runs, in nanoseconds.
     line: [f64; 3],
 }
 
-/// An estimate, and its own 95 % interval if there are pairs enough.
+/// An estimate and, if there are enough pairs, its own 95 % interval.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Ratio {
     estimate: f64,
@@ -129,9 +129,9 @@ impl Ratio {
 
 #[derive(Debug, Serialize)]
 struct Medians {
-    /// Packets per second in each direction, as the peer counts them.
+    /// Packets per second in each direction, as counted by the peer.
     pps: f64,
-    /// Time stamp counter ticks of the polls that moved packets, for each packet.
+    /// Time stamp counter ticks per packet, in polls that moved packets.
     ticks_per_packet: f64,
 }
 
@@ -182,7 +182,7 @@ fn median_of(values: impl Iterator<Item = f64>) -> f64 {
     median(&values.collect::<Vec<_>>()).unwrap_or(f64::NAN)
 }
 
-/// Runs DPDK and `second` in turn, A B B A.
+/// Runs DPDK and `second` in turn, in the order A B B A.
 fn run_pairs(rig: &Rig, side: Side, pairs: u32, second: Program) -> Result<Vec<Pair>> {
     let mut last = round_trip(rig.cores)?;
     let since = Instant::now();

@@ -1,5 +1,5 @@
-//! The file of a recording: a line of JSON for each thing measured, written when it has been, so that whatever ends the
-//! recording loses nothing before it.
+//! File format of a recording: one line of JSON per measurement, written as soon as it is complete, so that
+//! whatever ends the recording loses nothing measured before.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -10,10 +10,10 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use super::{Ceiling, Environment, MapTime, Plan, Recording, Run};
 
-/// Version of the lines.
+/// Version of the format of lines.
 const SCHEMA: u32 = 2;
 
-/// A line.
+/// One line of the file.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Entry {
@@ -24,7 +24,7 @@ enum Entry {
     End(String),
 }
 
-/// What every version's first line has.
+/// The part of the first line that every version has.
 #[derive(Deserialize)]
 struct Opening {
     begin: Versioned,
@@ -35,20 +35,20 @@ struct Versioned {
     schema: u32,
 }
 
-/// A recording that grows, in memory and in its file.
+/// A recording that grows in memory and in its file.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     path: PathBuf,
     file: File,
-    /// What has been recorded.
+    /// Everything recorded so far.
     pub(crate) recording: Recording,
 }
 
 impl Recorder {
-    /// Begins a recording in `path`, replacing what is there.
+    /// Begins a recording in `path`, replacing an existing file.
     ///
     /// # Errors
-    /// The file cannot be written.
+    /// If the file cannot be written.
     pub(crate) fn begin(path: &Path, environment: Environment, plan: Plan) -> Result<Self> {
         let file = File::create(path).map_err(|error| cannot("write", path, &error))?;
         let recording =
@@ -58,11 +58,11 @@ impl Recorder {
         Ok(recorder)
     }
 
-    /// Goes on with the recording in `path`, which must have the same plan and machine and not be complete. What is after
-    /// its last whole round is given up.
+    /// Resumes the recording in `path`, which must have the same plan and machine and must not be complete.
+    /// Discards everything after its last complete round.
     ///
     /// # Errors
-    /// `Usage` for a recording that cannot go on.
+    /// `Usage` if the recording cannot be resumed.
     pub(crate) fn resume(path: &Path, environment: &Environment, plan: &Plan) -> Result<Self> {
         let mut recording = read_part(path)?.recording;
         let refused = |why: String| {
@@ -72,7 +72,7 @@ impl Recorder {
         let Some(recorded) = recording.plan.clone() else {
             return Err(refused("it is of an older Vireo".into()));
         };
-        // A new seed is drawn for each start; the file's own stands.
+        // Each start draws a new seed. The seed in the file stays valid.
         if recorded != (Plan { seed: recorded.seed, ..plan.clone() }) {
             return Err(refused(format!("it was made with other arguments: {recorded:?}")));
         }
@@ -111,7 +111,7 @@ impl Recorder {
         Ok(())
     }
 
-    /// Adds a run without forwarder.
+    /// Adds a run without a forwarder.
     pub(crate) fn ceiling(&mut self, ceiling: Ceiling) -> Result<()> {
         self.write(&Entry::Ceiling(ceiling.clone()))?;
         self.recording.ceilings.push(ceiling);
@@ -139,14 +139,14 @@ fn cannot(what: &str, path: &Path, error: &std::io::Error) -> Error {
 /// The readable part of a recording.
 struct Part {
     recording: Recording,
-    /// What is wrong with the rest.
+    /// What is wrong with the rest, if anything.
     fault: Option<String>,
 }
 
-/// Reads a recording; with `partial`, as far as it goes.
+/// Reads a recording. With `partial`, reads as far as it goes.
 ///
 /// # Errors
-/// The file cannot be read, has another schema, or is not complete and `partial` is not set.
+/// If the file cannot be read, has another schema, or is incomplete and `partial` is not set.
 pub(crate) fn read(path: &Path, partial: bool) -> Result<Recording> {
     let Part { recording, fault } = read_part(path)?;
     match fault {
@@ -224,7 +224,7 @@ mod tests {
         Run { nic: "e1000".into(), mode: "cdev".into(), round, pair: Run::COMPARED.into(), ..Run::default() }
     }
 
-    /// A recording of two rounds, the second of which has `runs` runs.
+    /// Returns a recording of two rounds, the second of which has `runs` runs.
     fn interrupted(path: &Path, runs: u32) -> Recorder {
         let mut recorder = Recorder::begin(path, here("A"), plan()).unwrap();
         for round in [0, 0].into_iter().chain((0..runs).map(|_| 1)) {
@@ -281,7 +281,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.json");
         drop(interrupted(&path, 1));
-        // Each start draws a seed; the file's stands.
+        // Each start draws a new seed. The seed in the file stays valid.
         let mut recorder = Recorder::resume(&path, &here("A"), &Plan { seed: 8, ..plan() }).unwrap();
         assert_eq!(recorder.recording.plan, Some(plan()));
         assert_eq!(recorder.recording.runs.len(), 2);

@@ -1,4 +1,4 @@
-//! Linux's bridge between two NICs that are on VFIO before and after.
+//! Linux's bridge between two NICs, which are on VFIO before and after.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,35 +14,37 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::run::kind;
 
 const NAME: &str = "vireo-bridge";
-/// The kernel's counters of packets that a NIC or its queue lost (`Documentation/ABI/testing/sysfs-class-net-statistics`).
-/// Packets that the queueing discipline drops are in none of them.
+/// The kernel's counters of packets that a NIC or its queue lost
+/// (`Documentation/ABI/testing/sysfs-class-net-statistics`). They do not contain packets that the queueing
+/// discipline drops.
 const COUNTERS: [&str; 5] = ["rx_errors", "rx_dropped", "rx_missed_errors", "tx_errors", "tx_dropped"];
-/// The kernel's e1000 reads its NIC's counters every two seconds.
+/// Longest wait for the counters. The kernel's e1000 driver reads those of its NIC every two seconds.
 const COUNTED: Duration = Duration::from_millis(2500);
 
-/// Fails if there is no `ip`.
+/// Fails if `ip` is not available.
 pub(super) fn check() -> Result<()> {
     ip(&["link", "show"])
 }
 
-/// What has been done so far, in order; dropped, all of it is undone.
+/// Everything set up so far, in order. Dropping it undoes all of it.
 pub(crate) struct Bridge<'a> {
     bus: &'a Bus,
-    /// NICs that the kernel has, with the driver that had them before.
+    /// NICs bound to a kernel driver, with the driver that they were bound to before.
     taken: Vec<(Bdf, Option<String>)>,
-    /// Whether the bridge is there.
+    /// Whether the bridge exists.
     made: bool,
-    /// Where interrupts were handled before.
+    /// Original CPU affinity of each interrupt.
     affinities: Vec<(PathBuf, String)>,
-    /// What sysfs has of the two interfaces.
+    /// sysfs directories of the two interfaces.
     interfaces: Vec<PathBuf>,
-    /// Counters when the packets began to count.
+    /// Counters at the time from which losses count.
     before: BTreeMap<&'static str, u64>,
 }
 
 impl<'a> Bridge<'a> {
-    /// Makes a bridge of two NICs whose interrupts `cpu` handles, so that it forwards there. The spanning tree protocol is
-    /// off, so a port forwards as soon as its link is up. The bridge makes its ports promiscuous.
+    /// Creates a bridge of two NICs whose interrupts `cpu` handles, so that it forwards there. The spanning
+    /// tree protocol is off, so a port forwards as soon as its link is up. The bridge makes its ports
+    /// promiscuous.
     pub(super) fn start(bus: &'a Bus, inner: &[PciInfo; 2], cpu: usize) -> Result<Self> {
         let mut bridge = Self {
             bus,
@@ -87,12 +89,12 @@ impl<'a> Bridge<'a> {
         Ok(())
     }
 
-    /// From here on, what is lost counts.
+    /// Starts to count losses.
     pub(super) fn begin(&mut self) {
         self.before = self.counters();
     }
 
-    /// What the kernel counted as lost, when it has counted `lost` packets or has had the time to.
+    /// Returns what the kernel counted as lost, after it has counted `lost` packets or has had the time to.
     pub(super) fn losses_when(&self, lost: u64) -> BTreeMap<String, u64> {
         let deadline = Instant::now() + COUNTED;
         loop {
@@ -110,7 +112,7 @@ impl<'a> Bridge<'a> {
         }
     }
 
-    /// Sums of both interfaces.
+    /// Sums over both interfaces.
     fn counters(&self) -> BTreeMap<&'static str, u64> {
         let value = |interface: &PathBuf, name: &str| {
             let text = fs::read_to_string(interface.join("statistics").join(name)).ok()?;
@@ -124,7 +126,8 @@ impl<'a> Bridge<'a> {
 impl Drop for Bridge<'_> {
     fn drop(&mut self) {
         for (path, before) in &self.affinities {
-            // An interrupt line may be another device's, too. One of the NIC alone may be gone with it.
+            // Another device may share an interrupt line. An interrupt of the NIC alone may no longer exist,
+            // so errors are ignored.
             let _ = fs::write(path, before.trim());
         }
         let unmade = if self.made { ip(&["link", "del", NAME]) } else { Ok(()) };
@@ -136,12 +139,13 @@ impl Drop for Bridge<'_> {
     }
 }
 
-/// The kernel's driver for a NIC that Vireo knows.
+/// Returns the kernel driver for a NIC that Vireo knows.
 fn driver(info: &PciInfo) -> Option<&'static str> {
     kind(info).map(|kind| if kind == "virtio-net" { "virtio-pci" } else { kind })
 }
 
-/// The network interface of a function: its name, and what sysfs has of it. Those of virtio are one level deeper.
+/// Returns the network interface of a function: its name and its sysfs directory. Virtio interfaces are one
+/// level deeper.
 fn interface(device: &Path) -> Option<(String, PathBuf)> {
     let virtio = fs::read_dir(device).ok()?.flatten();
     let virtio = virtio.filter(|entry| entry.file_name().to_string_lossy().starts_with("virtio"));
@@ -152,7 +156,8 @@ fn interface(device: &Path) -> Option<(String, PathBuf)> {
     })
 }
 
-/// Numbers of a function's interrupts: its message-signalled ones, or where it has none, its line's.
+/// Returns the numbers of a function's interrupts: the message-signaled ones or, if it has none, its
+/// interrupt line.
 fn interrupts(device: &Path) -> Vec<String> {
     let messages = fs::read_dir(device.join("msi_irqs")).into_iter().flatten().flatten();
     let messages: Vec<String> = messages.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -163,7 +168,7 @@ fn interrupts(device: &Path) -> Vec<String> {
     Some(line.trim().to_owned()).filter(|line| !line.is_empty() && line != "0").into_iter().collect()
 }
 
-/// Runs `ip`, busybox's or iproute2's.
+/// Runs `ip` of busybox or iproute2.
 fn ip(words: &[&str]) -> Result<()> {
     let what = || format!("cannot run ip {}", words.join(" "));
     let output = Command::new("ip")
@@ -193,7 +198,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    /// A bus with one NIC, which `driver` has.
+    /// Returns a bus with one NIC, which is bound to `driver`.
     fn bus(driver: &str) -> (tempfile::TempDir, Bus, Bdf) {
         let dir = tempfile::tempdir().unwrap();
         let device = dir.path().join("devices/0000:00:0d.0");

@@ -1,4 +1,4 @@
-//! Forwarders that are not Vireo's, to compare with: on the same NICs, from the same generator.
+//! Forwarders other than Vireo's to compare with, on the same NICs and with the same generator.
 
 mod bridge;
 
@@ -25,7 +25,7 @@ const BRIDGE: &str = "bridge";
 const TESTPMD: &str = "testpmd";
 
 impl Reference {
-    /// Name in recordings.
+    /// Name of the reference in recordings.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Bridge => BRIDGE,
@@ -33,7 +33,7 @@ impl Reference {
         }
     }
 
-    /// What a name in a recording means.
+    /// Describes a reference by its name in a recording.
     pub(crate) fn describe(name: &str) -> &'static str {
         match name {
             BRIDGE => {
@@ -45,14 +45,14 @@ impl Reference {
         }
     }
 
-    /// Why it cannot forward between such NICs, where that is known beforehand.
+    /// Returns why the reference cannot forward between such NICs, if that is known in advance.
     pub(crate) fn unfit(self, nic: &PciInfo) -> Option<&'static str> {
         // 82540EM.
         (self == Self::Testpmd && (nic.id.vendor, nic.id.device) == (0x8086, 0x100e))
             .then_some("DPDK's driver hangs on QEMU's 82540EM under VFIO")
     }
 
-    /// Fails if this machine has not what it takes.
+    /// Fails if this machine lacks what the reference needs.
     pub(crate) fn check(self, testpmd: &TestpmdArgs) -> Result<()> {
         match self {
             Self::Bridge => bridge::check(),
@@ -60,8 +60,8 @@ impl Reference {
         }
     }
 
-    /// Makes it forward between two NICs, on `cpu`. Between the start of the generator's NICs and the first frame,
-    /// [`Forwarder::await_forwarding`] has to be called.
+    /// Starts to forward between two NICs, on `cpu`. [`Forwarder::await_forwarding`] must be called after the
+    /// generator's NICs are started and before the first frame.
     pub(crate) fn start<'a>(
         self,
         bus: &'a Bus,
@@ -72,7 +72,7 @@ impl Reference {
         match self {
             Self::Bridge => Bridge::start(bus, inner, cpu).map(Forwarder::Bridge),
             Self::Testpmd => {
-                // Without --in-memory, testpmd leaves its memory behind, as files on hugetlbfs.
+                // Without --in-memory, testpmd leaves its memory behind as files on hugetlbfs.
                 let addresses = inner.each_ref().map(|info| info.address);
                 let command = testpmd.command(cpu, addresses, &["--in-memory"]);
                 testpmd::start_on(cpu, command, None).map(Forwarder::Testpmd)
@@ -81,14 +81,14 @@ impl Reference {
     }
 }
 
-/// A reference that runs. Dropped, it gives the NICs back to VFIO.
+/// A running reference. Dropping it returns the NICs to VFIO.
 pub(crate) enum Forwarder<'a> {
     Bridge(Bridge<'a>),
     Testpmd(Process),
 }
 
 impl Forwarder<'_> {
-    /// Waits until it forwards.
+    /// Waits until the reference forwards.
     pub(crate) fn await_forwarding(&mut self) -> Result<()> {
         match self {
             Self::Bridge(_) => Ok(()),
@@ -96,19 +96,19 @@ impl Forwarder<'_> {
         }
     }
 
-    /// Whether frames leave with the addresses with which they came.
+    /// Returns whether frames leave with the addresses with which they arrived.
     pub(crate) fn keeps_addresses(&self) -> bool {
         matches!(self, Self::Bridge(_))
     }
 
-    /// From here on, what is lost counts.
+    /// Starts to count losses.
     pub(crate) fn begin(&mut self) {
         if let Self::Bridge(bridge) = self {
             bridge.begin();
         }
     }
 
-    /// Ends it; gives what it counted as lost, of `lost` packets that did not come back.
+    /// Stops the reference. Returns what it counted as lost, out of `lost` packets that did not return.
     pub(crate) fn stop(self, lost: u64) -> Result<BTreeMap<String, u64>> {
         match self {
             Self::Bridge(bridge) => Ok(bridge.losses_when(lost)),

@@ -10,7 +10,7 @@ use super::RunArgs;
 use crate::measure::{Setup, Wiring};
 use crate::reference::Reference;
 
-/// The NICs that the arguments name, or what [`wirings`] finds.
+/// Returns the NICs that the arguments name, or those that [`wirings`] finds.
 pub(super) fn setups(args: &RunArgs, bus: &Bus) -> Result<Vec<Setup>> {
     if args.ports.is_empty() {
         return Ok(wirings(&args.nics, bus, note)?.into_iter().map(Setup::Wired).collect());
@@ -19,8 +19,8 @@ pub(super) fn setups(args: &RunArgs, bus: &Bus) -> Result<Vec<Setup>> {
     Ok(vec![Setup::new(infos)?])
 }
 
-/// The references that the arguments name, with the places of the setups on which they can be measured; `say` gets a line
-/// for each other place.
+/// Returns the references that the arguments name, each with the index of a setup on which it can be
+/// measured. `say` receives a line for each setup on which it cannot.
 pub(super) fn references(
     args: &RunArgs,
     setups: &[Setup],
@@ -48,7 +48,8 @@ pub(super) fn left_out(reference: Reference, nic: &str, why: impl std::fmt::Disp
     format!("vireo-vfio-bench: {} is left out on {nic}: {why}", reference.name())
 }
 
-/// Four NICs of each kind in `nics`, or of every kind of which there are four; then `say` gets a line for each other kind.
+/// Returns four NICs of each kind in `nics`. If `nics` is empty, returns those of every kind with exactly
+/// four NICs, and `say` receives a line for each other kind.
 pub(crate) fn wirings(nics: &[String], bus: &Bus, mut say: impl FnMut(&str)) -> Result<Vec<Wiring>> {
     let mut kinds: Vec<(&'static str, Vec<PciInfo>)> = Vec::new();
     for info in bus.scan()?.into_iter().filter(|info| bus.is_on_vfio(info)) {
@@ -86,7 +87,7 @@ pub(crate) fn wirings(nics: &[String], bus: &Bus, mut say: impl FnMut(&str)) -> 
     Ok(wirings)
 }
 
-/// Why `kind`, with `bound` NICs on vfio-pci, is not measured.
+/// Returns why `kind`, with `bound` NICs on vfio-pci, is not measured.
 fn not_four(kind: &str, bound: usize) -> Error {
     let why = format!("{bound} on vfio-pci, and a comparison takes 4");
     Error::new(ErrorKind::Usage, format!("cannot measure {kind}"), why).with_hint(if bound < 4 {
@@ -96,7 +97,7 @@ fn not_four(kind: &str, bound: usize) -> Error {
     })
 }
 
-/// What people call the NIC: QEMU's names, which are also those of the kernel's drivers.
+/// Returns the usual name of the NIC: QEMU's name, which is also that of the kernel's driver.
 pub(crate) fn kind(info: &PciInfo) -> Option<&'static str> {
     match (driver_of(info.id)?, info.id.device) {
         ("e1000", 0x10d3) => Some("e1000e"),
@@ -114,7 +115,7 @@ pub(super) mod tests {
     pub(in crate::run) const E1000: &str = "100e";
     const E1000E: &str = "10d3";
 
-    /// A bus with one NIC on vfio-pci for each of `devices`, all of Intel.
+    /// Returns a bus with an Intel NIC on vfio-pci for each of `devices`.
     pub(in crate::run) fn bus(devices: &[&str]) -> (tempfile::TempDir, Bus) {
         let dir = tempfile::tempdir().unwrap();
         for (slot, device) in devices.iter().enumerate() {

@@ -1,4 +1,5 @@
-//! `selftest`: the whole way from recordings to claims, on simulated recordings whose truth is known.
+//! `selftest`: checks the whole path from recordings to claims, with simulated recordings whose truth is
+//! known.
 
 mod world;
 
@@ -15,13 +16,13 @@ use crate::stats::{CONFIDENCE, Random};
 use crate::words::{percent, round, thousands};
 use world::World;
 
-/// Check with simulated recordings how often a report claims what is not so
+/// Check with simulated recordings how often a report makes a false claim
 #[derive(Args, Debug)]
 pub(crate) struct SelftestArgs {
-    /// Reports of modes that do not differ
+    /// Number of reports on modes that do not differ
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
     null: u32,
-    /// Reports of which one mode differs by a known ratio
+    /// Number of reports in which one mode differs by a known ratio
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     effects: u32,
     /// Seed of the simulation
@@ -32,40 +33,41 @@ pub(crate) struct SelftestArgs {
     json: Option<PathBuf>,
 }
 
-/// What came out.
+/// Results of the selftest.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 struct Counts {
     null: Null,
     effects: Effects,
 }
 
-/// Of reports of modes that do not differ.
+/// Results of reports on modes that do not differ.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 struct Null {
     reports: u32,
-    /// Comparisons in each.
+    /// Comparisons per report.
     comparisons: usize,
     /// Reports that claim any difference.
     with_claims: u32,
 }
 
-/// Of reports of which one mode differs, in half of its metrics' values by the same factor.
+/// Results of reports in which one mode differs, by the same factor in every metric except doorbells.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 struct Effects {
     reports: u32,
-    /// Comparisons that do differ.
+    /// Comparisons of modes that differ.
     differences: u64,
-    /// Those found.
+    /// Differences that were found.
     found: u64,
-    /// Those found of at least 20 %, on machines of at most 5 % spread, and all such.
+    /// Differences of at least 20 % on machines with a spread of at most 5 %: the number found, and the
+    /// total.
     plain: [u64; 2],
     /// Differences claimed with the wrong sign.
     wrong_sign: u64,
     /// Reports that claim a difference where there is none.
     with_false_claims: u32,
-    /// Reports of which every interval holds the truth.
+    /// Reports whose intervals all contain the truth.
     all_hold: u32,
-    /// Comparisons called the same that differ by more than the margin.
+    /// Comparisons called the same although they differ by more than the margin.
     wrongly_same: u64,
 }
 
@@ -81,7 +83,7 @@ pub(crate) fn selftest(args: &SelftestArgs) -> Result<()> {
 }
 
 impl Counts {
-    /// The first promise that is not kept.
+    /// Returns the first promise that is not kept.
     fn fault(&self) -> Option<String> {
         let Self { null, effects } = self;
         let most = 1.0 - CONFIDENCE;
@@ -144,7 +146,7 @@ impl Effects {
             }
             let beyond = truth.max(1.0 / truth) > 1.0 + MARGIN;
             self.wrongly_same += u64::from(pair.verdict == Verdict::Equivalent && beyond);
-            // The ends are computed from logarithms; a truth on the edge is held.
+            // The ends are computed from logarithms, so a truth on the edge counts as contained.
             all_hold &= pair
                 .interval
                 .is_none_or(|ends| ends.low <= truth * (1.0 + 1e-9) && truth <= ends.high * (1.0 + 1e-9));
@@ -197,7 +199,8 @@ fn text(Counts { null, effects }: &Counts) -> String {
 mod tests {
     use super::*;
 
-    /// Few, so with room for chance: `vfio-bench selftest` has the numbers that the promise is about.
+    /// The reports are few, so the limits leave room for chance. `vfio-bench selftest` makes enough of them
+    /// to check the promise.
     #[test]
     fn reports_claim_what_is_so_and_hardly_anything_else() {
         let (null, effects) = (null(40, 1), effects(20, 1));

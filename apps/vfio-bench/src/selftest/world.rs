@@ -1,4 +1,5 @@
-//! Simulated machines: values spread, now and then one is far off, the machine drifts, and another program comes and goes.
+//! Simulated machines: values spread, some are outliers, the machine drifts, and another program comes and
+//! goes.
 
 use std::f64::consts::TAU;
 
@@ -13,19 +14,20 @@ const NICS: [&str; 3] = ["virtio-net", "e1000", "e1000e"];
 /// Simulated seconds of a round.
 const ROUND: f64 = 20.0;
 
-/// A machine, and what is true of its modes.
+/// A machine, and the truth about its modes.
 #[derive(Clone, Debug)]
 pub(crate) struct World {
     random: Random,
     /// Standard deviation of a value's logarithm.
     spread: f64,
-    /// How often a value is up to ten times too large.
+    /// Probability that a value is up to ten times too large.
     outliers: f64,
-    /// Standard deviation of the step from run to run of what all values have in common.
+    /// Standard deviation of the drift that all values share, from run to run.
     drift: f64,
-    /// How often another program comes or goes, which halves the machine's speed.
+    /// Probability that another program, which halves the machine's speed, comes or goes.
     visits: f64,
-    /// A mode, and by what its times are longer and its rates lower; the others do not differ.
+    /// A mode, and the factor by which its times are longer and its rates lower. The other modes do not
+    /// differ.
     effect: Option<(&'static str, f64)>,
     /// Logarithm of the machine's slowness.
     slowness: f64,
@@ -33,7 +35,7 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// A machine on which modes do not differ.
+    /// Creates a machine on which modes do not differ.
     pub(crate) fn null(random: &mut Random) -> Self {
         let mut up_to = |most: f64| random.unit() * most;
         let (spread, outliers, drift, visits) = (0.01 + up_to(0.25), up_to(0.1), up_to(0.05), up_to(0.05));
@@ -41,7 +43,8 @@ impl World {
         Self { random, spread, outliers, drift, visits, effect: None, slowness: 0.0, visited: false }
     }
 
-    /// A machine, half of the time a quiet one, on which one mode takes 5 to 50 % longer, or as much less.
+    /// Creates a machine, in half of the cases a quiet one, on which one mode takes 5 to 50 % longer or is
+    /// faster by the same factor.
     pub(crate) fn with_effect(random: &mut Random) -> Self {
         let mode = MODES[(random.unit() * MODES.len() as f64) as usize];
         let times = 1.05 + random.unit() * 0.45;
@@ -54,12 +57,12 @@ impl World {
         world
     }
 
-    /// Whether nothing but a spread of 5 % at most disturbs it.
+    /// Returns whether the machine is undisturbed except for a spread of at most 5 %.
     pub(crate) fn is_plain(&self) -> bool {
         self.spread <= 0.05 && self.outliers + self.drift + self.visits == 0.0
     }
 
-    /// The true ratio of a pair.
+    /// Returns the true ratio of a pair.
     pub(crate) fn ratio(&self, pair: &Pair) -> f64 {
         let ratio = self.times(&pair.mode) / self.times(&pair.baseline);
         match pair.metric {
@@ -104,7 +107,7 @@ impl World {
                 let mut time = |of: f64| of * times * self.value();
                 let (latency, open, first) = (time(4000.0), time(50.0), time(100.0));
                 let forward_pps = 1e6 / time(5.0);
-                // The search knows it to one step.
+                // The search finds the throughput to within one step.
                 let steps = (1e6 / time(4.5) / forward_pps).ln() / 1.05_f64.ln();
                 let throughput = Throughput {
                     frame: 60,
@@ -149,13 +152,13 @@ impl World {
         }
     }
 
-    /// The machine changes from run to run.
+    /// Changes the machine from one run to the next.
     fn pass_time(&mut self) {
         self.slowness = 0.95 * self.slowness + self.drift * self.normal();
         self.visited ^= self.random.unit() < self.visits;
     }
 
-    /// What a value is multiplied by.
+    /// Returns the random factor of a value.
     fn value(&mut self) -> f64 {
         let mut log = self.spread * self.normal() + self.slowness;
         if self.visited {
@@ -167,7 +170,7 @@ impl World {
         log.exp()
     }
 
-    /// A value of the normal distribution (Box and Muller).
+    /// Returns a normally distributed value (Box and Muller).
     fn normal(&mut self) -> f64 {
         let radius = (-2.0 * (1.0 - self.random.unit()).ln()).sqrt();
         radius * (TAU * self.random.unit()).cos()

@@ -1,4 +1,4 @@
-//! `start eal`: the EAL's start without any device, Vireo's and DPDK's in turn.
+//! `start eal`: times the EAL's start without any device, Vireo's and DPDK's in turn.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,13 +18,13 @@ pub(crate) struct EalArgs {
     /// File for the recording
     #[arg(long, value_name = "FILE")]
     json: PathBuf,
-    /// Vireo's example vireo-eal-start
+    /// Vireo's example program vireo-eal-start
     #[arg(long, value_name = "FILE")]
     vireo: PathBuf,
-    /// The same with DPDK; a name that says how it is linked, and the program
+    /// The same program with DPDK; NAME says how it is linked
     #[arg(long, value_name = "NAME=FILE", required = true, value_parser = named)]
     dpdk: Vec<(String, PathBuf)>,
-    /// Pairs of runs for each of them
+    /// Pairs of runs per DPDK program
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pairs: u32,
 }
@@ -37,9 +37,9 @@ fn named(text: &str) -> std::result::Result<(String, PathBuf), String> {
 /// Milliseconds of one run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Sample {
-    /// Of the call that starts the EAL, with the reading of its arguments.
+    /// Time of the call that starts the EAL, including the parsing of its arguments.
     init: f64,
-    /// From the spawn to the end.
+    /// Time from spawning the process to its end.
     process: f64,
 }
 
@@ -87,7 +87,7 @@ fn time(program: &Path) -> Result<Sample> {
     }
 }
 
-/// Milliseconds in `init took N ns`.
+/// Returns the milliseconds in `init took N ns`.
 fn init(printed: &str) -> Option<f64> {
     let nanos = printed.lines().find_map(|line| line.strip_prefix("init took ")?.strip_suffix(" ns"))?;
     Some(nanos.parse::<u64>().ok()? as f64 / 1e6)

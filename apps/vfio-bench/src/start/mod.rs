@@ -1,4 +1,4 @@
-//! `start`: what a forwarder does between its start and its first packet, Vireo's beside DPDK's.
+//! `start`: times what a forwarder does between its start and its first packet, for Vireo and for DPDK.
 
 mod eal;
 mod phases;
@@ -22,10 +22,10 @@ pub(crate) enum Command {
     Report(MergeArgs),
 }
 
-/// What is written as JSON.
+/// Contents of the JSON output.
 #[derive(Debug, Serialize)]
 struct Figures {
-    /// Of each recording.
+    /// Environment of each recording.
     environment: Vec<Environment>,
     rows: Vec<Row>,
 }

@@ -1,4 +1,4 @@
-//! The phases of a start, read off what the program prints.
+//! The phases of a start, derived from what the program prints.
 
 use serde::{Deserialize, Serialize};
 use vireo_eal::Result;
@@ -8,7 +8,7 @@ use crate::process::Process;
 use crate::record::Environment;
 use crate::stats::median;
 
-/// Rows of one place: a boot of the guest, or the host.
+/// Rows from one place: a boot of the guest, or the host.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Recording {
     pub(crate) environment: Environment,
@@ -18,20 +18,20 @@ pub(crate) struct Recording {
 /// Medians of one phase.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub(crate) struct Row {
-    /// None where no device takes part.
+    /// `None` if no device takes part.
     pub(crate) nic: Option<String>,
     /// VFIO mode.
     pub(crate) mode: Option<String>,
     pub(crate) phase: String,
     pub(crate) ms: f64,
-    /// None where DPDK has no such mode.
+    /// `None` if DPDK has no such mode.
     pub(crate) dpdk_ms: Option<f64>,
 }
 
-/// A phase, and texts of which the first to appear ends it.
+/// A phase, and texts of which the first to appear ends the phase.
 pub(super) type Mark = (&'static str, &'static [&'static str]);
 
-/// The text of `eal` is of level debug: `--log-level lib.eal.init:debug`.
+/// Marks of l2fwd. The text of `eal` is logged at level debug: `--log-level lib.eal.init:debug`.
 pub(super) const L2FWD: [Mark; 5] = [
     ("eal", &["EAL: debug: initialized"]),
     ("devices", &["Port 0: "]),
@@ -40,9 +40,9 @@ pub(super) const L2FWD: [Mark; 5] = [
     ("link", &["entering main loop"]),
 ];
 
-/// Of DPDK 22.11. The bus opens a device either before it names the driver (e1000, whose registers it maps) or
-/// after that (virtio). Memory is mapped for the devices in `devices` and, when the heap grows for the pool, in
-/// `memory`.
+/// Marks of testpmd in DPDK 22.11. The bus opens a device either before it names the driver (e1000, whose
+/// registers it maps) or after that (virtio). Memory is mapped for the devices in `devices` and, when the
+/// heap grows for the pool, in `memory`.
 pub(super) const TESTPMD: [Mark; 5] = [
     ("eal", &["EAL: Probe PCI driver", "EAL: Using IOMMU type"]),
     ("devices", &["create a new mbuf pool"]),
@@ -51,14 +51,14 @@ pub(super) const TESTPMD: [Mark; 5] = [
     ("link", &["Done"]),
 ];
 
-/// From the main loop's begin to the arrival of a frame.
+/// Phase from the start of the main loop to the arrival of a frame.
 const FIRST_PACKET: &str = "first packet";
 pub(super) const TOTAL: &str = "total";
 
-/// Milliseconds of each phase of one start, the first packet's and the sum.
+/// Milliseconds of each phase of one start, including the first packet, and their sum.
 pub(super) type Phases = Vec<(&'static str, f64)>;
 
-/// Phases of a started program whose first frame came at `first`, in ticks of the TSC.
+/// Returns the phases of a program whose first frame arrived at `first`, in TSC ticks.
 pub(super) fn phases(program: &mut Process, marks: &[Mark], first: u64) -> Result<Phases> {
     let arrivals = marks.iter().map(|(phase, texts)| Ok((*phase, program.arrival_of(texts)?)));
     let mut ends = arrivals.collect::<Result<Vec<_>>>()?;
@@ -66,7 +66,8 @@ pub(super) fn phases(program: &mut Process, marks: &[Mark], first: u64) -> Resul
     Ok(between(program.started(), &ends))
 }
 
-/// Lengths of the phases that end at `ends`, and their sum. A frame can arrive before the word that it may.
+/// Returns the lengths of the phases that end at `ends`, and their sum. A frame can arrive before the program
+/// reports that it forwards. The first packet's phase then has length 0.
 fn between(began: u64, ends: &[(&'static str, u64)]) -> Phases {
     let ms = |from: u64, to: u64| Tsc::to_nanos(to.saturating_sub(from)) as f64 / 1e6;
     let mut last = began;
@@ -79,7 +80,7 @@ fn between(began: u64, ends: &[(&'static str, u64)]) -> Phases {
     phases
 }
 
-/// The medians of several starts.
+/// Returns the medians over several starts.
 pub(super) fn rows(nic: &str, mode: &str, vireo: &[Phases], dpdk: &[Phases]) -> Vec<Row> {
     let Some(first) = vireo.first() else { return Vec::new() };
     let of = |phase: &str, starts: &[Phases]| {

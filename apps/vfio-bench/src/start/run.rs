@@ -1,4 +1,4 @@
-//! `start run`: l2fwd and testpmd as child processes, started in turn while frames come in.
+//! `start run`: starts l2fwd and testpmd in turn as child processes, while frames arrive.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -34,14 +34,15 @@ pub(crate) struct RunArgs {
     /// Modes to compare
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "container,cdev,compat")]
     modes: Vec<VfioMode>,
-    /// Kinds of NIC of which four are bound to vfio-pci. QEMU's 82540EM (e1000) is left out: DPDK's driver
-    /// hangs on it under VFIO, and after each reset it is deaf for a second, which would hide everything else
+    /// Kinds of NIC, with four of each bound to vfio-pci. QEMU's 82540EM (e1000) is left out: DPDK's driver
+    /// hangs on it under VFIO, and it receives nothing for a second after each reset, which would hide
+    /// everything else
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "virtio-net,e1000e")]
     nics: Vec<String>,
     /// Rounds; each runs every mode once
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Vireo's l2fwd; default: the one beside this program
+    /// Vireo's l2fwd; default: the one next to this program
     #[arg(long, value_name = "FILE")]
     l2fwd: Option<PathBuf>,
     #[command(flatten)]
@@ -70,9 +71,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
         cores: Cores::of_this_process()?,
         stop: StopFlag::on_signals()?,
     };
-    // Counts the cores that there are, which it cannot once this thread is pinned.
+    // The environment counts the available cores, which is not possible once this thread is pinned.
     let mut recording = Recording { environment: environment(args.rounds)?, rows: Vec::new() };
-    // Its search for the frequency would otherwise fall into the first start.
+    // Otherwise the TSC frequency would be determined during the first start.
     Tsc::hz();
     pin_to(rig.cores.generator)?;
     for wiring in wirings(&args.nics, &rig.bus, note)? {
@@ -95,7 +96,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     write_json(&args.json, &recording)
 }
 
-/// Both in turn, A B B A; DPDK knows the VFIO group only.
+/// Programs to start, in the order A B B A. DPDK supports only VFIO groups.
 fn schedule(mode: VfioMode, round: u32) -> Vec<Program> {
     match mode {
         VfioMode::Container | VfioMode::Noiommu if round.is_multiple_of(2) => {
@@ -107,7 +108,7 @@ fn schedule(mode: VfioMode, round: u32) -> Vec<Program> {
 }
 
 impl Rig<'_> {
-    /// One start, watched until a frame has come through; then the program's end.
+    /// Times one start until a frame has come through, and ends the program.
     fn time(&self, wiring: &Wiring, mode: VfioMode, program: Program) -> Result<Phases> {
         let mut side = Side::start(&self.bus, [&wiring.sender, &wiring.receiver], mode, true)?;
         let addresses = wiring.inner.each_ref().map(|info| info.address);
@@ -115,14 +116,14 @@ impl Rig<'_> {
             Program::Vireo => (self.l2fwd(addresses, mode), &L2FWD),
             Program::Dpdk => (self.args.testpmd.command(self.cores.forwarder, addresses, &[]), &TESTPMD),
         };
-        // There is no limit to what is on its way, because nothing comes back for most of the time.
+        // Do not limit the frames in flight, because for most of the time none returns.
         let stream = side.probes(u64::MAX, PATIENCE);
         let mut process = start_on(self.cores.forwarder, command, self.cores.idle)?;
         let outcome = side.send(&stream, &self.stop)?;
         if self.stop.is_set() {
             return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came"));
         }
-        // When a mark is missing too, that says more.
+        // If a mark is missing as well, its error says more.
         let phases = phases(&mut process, marks, outcome.first.unwrap_or(0))?;
         process.interrupt()?;
         process.reap()?;

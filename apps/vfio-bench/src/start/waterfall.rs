@@ -1,4 +1,4 @@
-//! The phases as text: a bar for each, from where the one before ends.
+//! The phases as text: one bar per phase, which starts where the previous one ends.
 
 use std::fmt::Write as _;
 
@@ -7,10 +7,10 @@ use crate::record::Environment;
 use crate::table;
 use crate::words::three;
 
-/// Columns of the longest start.
+/// Width in columns of the longest start.
 const BAR: usize = 30;
 
-/// Everything that was recorded.
+/// Formats all recordings.
 pub(super) fn text(recordings: &[Recording]) -> String {
     let of_devices = recordings.iter().filter(|recording| recording.rows.iter().any(|row| row.nic.is_some()));
     let boots: Vec<_> = of_devices.map(|recording| without_command(&recording.environment)).collect();
@@ -23,7 +23,7 @@ pub(super) fn text(recordings: &[Recording]) -> String {
     }
     let mut blocks: Vec<&[&Row]> =
         of_devices.chunk_by(|a, b| (&a.nic, &a.mode) == (&b.nic, &b.mode)).collect();
-    // Modes of one NIC stand together, whichever boot they are from.
+    // Keep the modes of one NIC together, whichever boot they are from.
     blocks.sort_by(|a, b| b[0].nic.cmp(&a[0].nic));
     for block in &blocks {
         let same_nic = of_devices.iter().filter(|row| row.nic == block[0].nic && row.phase == TOTAL);
@@ -36,12 +36,12 @@ pub(super) fn text(recordings: &[Recording]) -> String {
     text
 }
 
-/// Commands are long, and only JSON's readers ask for them.
+/// Removes the command, which is long. Readers who need it find it in the JSON output.
 fn without_command(environment: &Environment) -> Environment {
     Environment(environment.0.iter().filter(|(key, _)| key != "command").cloned().collect())
 }
 
-/// One NIC in one mode; `longest` milliseconds are as long as a bar can be.
+/// Formats one NIC in one mode. A bar of `longest` milliseconds has the full width.
 fn waterfall(rows: &[&Row], longest: f64) -> String {
     let name = |name: &Option<String>| name.clone().unwrap_or_default();
     let dpdk = rows.iter().any(|row| row.dpdk_ms.is_some());
@@ -68,7 +68,7 @@ fn waterfall(rows: &[&Row], longest: f64) -> String {
     text
 }
 
-/// A bar of `ms` that starts at `begin`; what is shorter than a column is a thin line.
+/// Returns a bar of `ms` that starts at `begin`. A bar shorter than a column is a thin line.
 fn bar(begin: f64, ms: f64, longest: f64) -> String {
     let column = |ms: f64| ((ms / longest.max(f64::MIN_POSITIVE) * BAR as f64).round() as usize).min(BAR);
     let (from, to) = (column(begin), column(begin + ms));
