@@ -1,7 +1,8 @@
-//! What the EAL's start alone takes: reads EAL arguments, starts, prints the nanoseconds of both, ends.
+//! Measures the start of the EAL alone: parses EAL arguments, initializes the EAL, prints how many
+//! nanoseconds both took, and exits.
 //!
-//! `scripts/bench start` runs it in turn with a program that calls DPDK's `rte_eal_init`, which reads its arguments
-//! too.
+//! `scripts/bench start` alternates it with a program that calls DPDK's `rte_eal_init`, which parses its
+//! arguments too.
 
 use std::time::Instant;
 

@@ -1,5 +1,5 @@
-//! Makes a call that the sandbox denies, to show what happens then: `vireo-forbidden [--no-sandbox]` says how it
-//! went.
+//! Makes a call that the sandbox denies, to show what happens: `vireo-forbidden [--no-sandbox]` prints the
+//! result of the call.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;

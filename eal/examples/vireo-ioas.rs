@@ -1,7 +1,7 @@
-//! I/O page tables without VFIO and without a device: maps one region in two address spaces.
+//! Uses I/O page tables without VFIO and without a device: maps one region into two address spaces.
 //!
-//! A consumer that is not VFIO (vDPA, shared memory of several devices) starts like this and attaches its
-//! devices to the ids.
+//! A consumer other than VFIO (vDPA, memory shared by several devices) starts this way and attaches its
+//! devices to the IOAS ids.
 
 use std::sync::Arc;
 

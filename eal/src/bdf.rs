@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind};
 /// Address of a PCI function: domain, bus, device and function, as in `0000:00:03.0`.
 ///
 /// Linux gives domains above `ffff` to devices behind an Intel VMD, so a domain has 32 bits.
-/// Addresses order as the bus is scanned.
+/// Addresses sort in the order of a bus scan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Bdf {
     domain: u32,
@@ -19,7 +19,7 @@ pub struct Bdf {
 }
 
 impl Bdf {
-    /// An address from its parts; `None` when `device` is above 31 or `function` above 7.
+    /// Creates an address from its parts. Returns `None` if `device` is above 31 or `function` above 7.
     pub const fn new(domain: u32, bus: u8, device: u8, function: u8) -> Option<Self> {
         if device > 0x1f || function > 7 {
             return None;
@@ -75,7 +75,7 @@ impl fmt::Display for Bdf {
 impl FromStr for Bdf {
     type Err = Error;
 
-    /// Reads `0000:00:03.0`, or `00:03.0` in domain 0.
+    /// Parses `0000:00:03.0`, or `00:03.0` for domain 0.
     fn from_str(text: &str) -> Result<Self, Error> {
         Self::parse(text).ok_or_else(|| {
             Error::new(

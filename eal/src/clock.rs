@@ -1,4 +1,4 @@
-//! Time for the packet path: the time stamp counter, and what a tick of it lasts.
+//! Time for the packet path: the time stamp counter and the length of its ticks.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -7,16 +7,19 @@ use nix::time::{ClockId, clock_gettime};
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
 
-/// Time that the calling thread has had on a CPU (`CLOCK_THREAD_CPUTIME_ID`); 0 where the kernel does not tell.
+/// Returns the CPU time of the calling thread (`CLOCK_THREAD_CPUTIME_ID`), or 0 if the kernel does not report
+/// it.
 pub fn thread_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
-/// The time stamp counter of the cpu; elsewhere than on `x86_64`, the kernel's raw clock in nanoseconds.
+/// Time stamp counter of the CPU or, on architectures other than `x86_64`, the kernel's raw clock in
+/// nanoseconds.
 ///
-/// Its frequency is found once, at the first call that needs it: from CPUID when the counter is invariant and
-/// the value stands a short test, else by comparing it with `CLOCK_MONOTONIC_RAW` for 2 ms or, where the clock
-/// is slow to read as in an emulator, for as long as one part in a thousand takes.
+/// The first call that needs the frequency of the counter determines it. If the counter is invariant and
+/// CPUID reports a frequency that passes a short test, that frequency is used. Otherwise the counter is
+/// compared with `CLOCK_MONOTONIC_RAW` for 2 ms. If the clock is slow to read, as in an emulator, the
+/// comparison takes as long as needed for a precision of one part in a thousand, up to 64 ms.
 #[derive(Clone, Copy, Debug)]
 pub struct Tsc;
 
@@ -25,24 +28,24 @@ pub struct Tsc;
 pub enum TscSource {
     /// CPUID leaf 0x40000010, from the hypervisor.
     Hypervisor,
-    /// CPUID leaves 0x15 and 0x16, from the cpu.
+    /// CPUID leaves 0x15 and 0x16, from the CPU.
     Cpuid,
     /// Measured against `CLOCK_MONOTONIC_RAW`.
     Measured,
-    /// The counter is a clock of the kernel, in nanoseconds.
+    /// The counter is a kernel clock, in nanoseconds.
     Kernel,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Frequency {
     hz: u64,
-    /// Nanoseconds of a tick, times 2^32: a division for each packet would be dear.
+    /// Nanoseconds per tick, times 2^32. A division per packet would be expensive.
     nanos_per_tick: u64,
     source: TscSource,
 }
 
 impl Tsc {
-    /// The counter, in ticks; not a serialising read.
+    /// Reads the counter, in ticks. The read is not serializing.
     #[inline]
     pub fn now() -> u64 {
         counter()
@@ -53,19 +56,19 @@ impl Tsc {
         frequency().hz
     }
 
-    /// Where [`hz`](Self::hz) comes from.
+    /// Source of [`hz`](Self::hz).
     pub fn source() -> TscSource {
         frequency().source
     }
 
-    /// Length of `ticks` in nanoseconds, `u64::MAX` when it is longer.
+    /// Converts `ticks` to nanoseconds, saturating at `u64::MAX`.
     #[inline]
     pub fn to_nanos(ticks: u64) -> u64 {
         let nanos = (u128::from(ticks) * u128::from(frequency().nanos_per_tick)) >> 32;
         u64::try_from(nanos).unwrap_or(u64::MAX)
     }
 
-    /// Ticks in `nanos` nanoseconds, `u64::MAX` when there are more.
+    /// Converts `nanos` nanoseconds to ticks, saturating at `u64::MAX`.
     pub fn from_nanos(nanos: u64) -> u64 {
         let ticks = u128::from(nanos) * u128::from(frequency().hz) / u128::from(NANOS_PER_SECOND);
         u64::try_from(ticks).unwrap_or(u64::MAX)
@@ -96,7 +99,8 @@ fn find() -> (u64, TscSource) {
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[inline]
 fn counter() -> u64 {
-    // SAFETY: Linux lets every process read the counter unless it asked (prctl PR_SET_TSC) not to.
+    // SAFETY: Linux lets every process read the counter unless the process has disabled that (prctl
+    // PR_SET_TSC).
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
@@ -107,7 +111,7 @@ fn find() -> (u64, TscSource) {
     let Some((hz, source)) = cpuid::frequency() else {
         return (measure(WINDOW_NANOS), TscSource::Measured);
     };
-    // Hypervisors pass the cpu's own leaves on to guests whose counter they scale.
+    // Hypervisors pass the CPU's own leaves on to guests even if they scale the guest's counter.
     let measured = measure(TEST_NANOS);
     if hz.abs_diff(measured) <= measured / 100 {
         (hz, source)
@@ -116,7 +120,7 @@ fn find() -> (u64, TscSource) {
     }
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC_RAW`, which no NTP daemon slews.
+/// Reads `CLOCK_MONOTONIC_RAW`, which no NTP daemon slews, in nanoseconds.
 fn raw_nanos() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC_RAW)
         .map_or(0, |time| time.tv_sec() as u64 * NANOS_PER_SECOND + time.tv_nsec() as u64)
@@ -128,13 +132,14 @@ fn raw_nanos() -> u64 {
 struct Sample {
     nanos: u64,
     ticks: u64,
-    /// How long the reading took, in nanoseconds: what `ticks` may be off by.
+    /// Duration of the reading in nanoseconds, which bounds the error of `ticks`.
     blur: u64,
 }
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 impl Sample {
-    /// The sharpest of several readings: interrupts and a preempting host spoil single ones.
+    /// Returns the most precise of several readings: interrupts and preemption by the host spoil individual
+    /// readings.
     fn take() -> Self {
         let read = |_| {
             let before = raw_nanos();
@@ -146,7 +151,7 @@ impl Sample {
     }
 }
 
-/// Ticks per second over a window of `nanos`, longer when the readings are blurred.
+/// Measures ticks per second over a window of `nanos`, or a longer one if the readings are imprecise.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 fn measure(mut nanos: u64) -> u64 {
     const LONGEST: u64 = 64_000_000;
@@ -176,7 +181,7 @@ mod cpuid {
     const EXTENDED: u32 = 0x8000_0000;
     const POWER_MANAGEMENT: u32 = 0x8000_0007;
 
-    /// Frequency of the counter, if the counter is invariant and CPUID tells.
+    /// Frequency of the counter, if the counter is invariant and CPUID reports the frequency.
     pub(super) fn frequency() -> Option<(u64, TscSource)> {
         let invariant = leaf(EXTENDED).eax >= POWER_MANAGEMENT && leaf(POWER_MANAGEMENT).edx & 1 << 8 != 0;
         let guest = leaf(1).ecx & 1 << 31 != 0;
@@ -195,8 +200,8 @@ mod cpuid {
         from_cpu(ratio, base_mhz).map(|hz| (hz, TscSource::Cpuid))
     }
 
-    /// Leaf 0x15 is the ratio of counter (ebx) to crystal (eax), and the crystal's frequency (ecx); without the
-    /// latter the counter runs at the base frequency of leaf 0x16.
+    /// Computes the frequency from leaf 0x15: the ratio of counter (ebx) to crystal (eax), and the crystal's
+    /// frequency (ecx). If ecx is 0, the counter runs at the base frequency of leaf 0x16.
     pub(super) fn from_cpu(ratio: CpuidResult, base_mhz: u32) -> Option<u64> {
         if ratio.eax == 0 || ratio.ebx == 0 {
             return None;
@@ -261,7 +266,7 @@ mod tests {
         #[test]
         fn to_nanos_undoes_from_nanos(nanos in 0u64..(1 << 50)) {
             let back = Tsc::to_nanos(Tsc::from_nanos(nanos));
-            // A tick may be longer than a nanosecond, and the factor has 32 bits behind the point.
+            // A tick may be longer than a nanosecond, and the factor has 32 fractional bits.
             let tick = NANOS_PER_SECOND / Tsc::hz() + 2;
             prop_assert!(nanos.abs_diff(back) <= tick + nanos / 100_000_000);
         }

@@ -1,4 +1,4 @@
-//! Device nodes: which device one is, and who may open it, said when we may not.
+//! Device nodes: which device a node stands for, and who may open it if this process may not.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
@@ -11,7 +11,7 @@ use nix::unistd::geteuid;
 use crate::error::{Error, Result};
 use crate::ioctl::counted;
 
-/// Opens `path` to read and write.
+/// Opens `path` for reading and writing.
 pub(crate) fn open(path: &Path) -> Result<File> {
     counted("open", || OpenOptions::new().read(true).write(true).open(path)).map_err(|error| {
         let error = Error::io(format!("cannot open {}", path.display()), &error);
@@ -26,12 +26,12 @@ pub(crate) fn is_char_device(found: &FileStat) -> bool {
     SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR
 }
 
-/// Device number as sysfs has it: `MAJOR:MINOR`.
+/// Formats a device number as sysfs does: `MAJOR:MINOR`.
 pub(crate) fn number_of(rdev: u64) -> String {
     format!("{}:{}", major(rdev), minor(rdev))
 }
 
-/// Says who may open `path`, and how to become one of them.
+/// Adds to `error` who may open `path`, and how the user can get that permission.
 pub(crate) fn permission(error: Error, path: &Path) -> Error {
     let Ok(found) = fs::metadata(path) else { return error };
     let me = std::env::var("USER").unwrap_or_else(|_| geteuid().to_string());
@@ -45,7 +45,7 @@ pub(crate) fn permission(error: Error, path: &Path) -> Error {
         ))
 }
 
-/// What a udev rule knows the node by; not by the numbers of groups and devices, which may change at a boot.
+/// Returns how a udev rule matches the node. Group and device numbers are not used: they may change at boot.
 fn udev_match(path: &Path) -> &'static str {
     let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
     match (path.parent().and_then(name).as_deref(), name(path).as_deref()) {

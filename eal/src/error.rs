@@ -5,23 +5,23 @@ use vireo_iommufd::{self as iommufd, Operation};
 
 use crate::device_node;
 
-/// Result of everything in Vireo that can fail.
+/// Result of the fallible operations in Vireo.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Class of an [`Error`]; each has one exit code, after `sysexits.h`.
+/// Class of an [`Error`]. Each class has one exit code, after `sysexits.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
     /// The command line is wrong (64, `EX_USAGE`).
     Usage,
-    /// A device, kernel feature or program that is needed is not there (69, `EX_UNAVAILABLE`).
+    /// A required device, kernel feature or program is unavailable (69, `EX_UNAVAILABLE`).
     Unavailable,
-    /// A device or the kernel answered against its specification (70, `EX_SOFTWARE`).
+    /// A device or the kernel violated its specification (70, `EX_SOFTWARE`).
     Protocol,
     /// The operating system refused: memory, limits, descriptors (71, `EX_OSERR`).
     Os,
     /// Reading or writing a file failed (74, `EX_IOERR`).
     Io,
-    /// Somebody else holds it (75, `EX_TEMPFAIL`).
+    /// The resource is in use (75, `EX_TEMPFAIL`).
     Busy,
     /// Permission is missing (77, `EX_NOPERM`).
     Permission,
@@ -52,7 +52,7 @@ impl ErrorKind {
     }
 }
 
-/// What failed, why, and the command that fixes it, printed on one line.
+/// Error that reports what failed, why, and the command that fixes it, on one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what}: {why}{}", .hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default())]
 pub struct Error {
@@ -64,12 +64,12 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error that no system call reported.
+    /// Creates an error that no system call reported.
     pub fn new(kind: ErrorKind, what: impl Into<String>, why: impl Into<String>) -> Self {
         Self { kind, what: what.into(), why: why.into(), errno: None, hint: None }
     }
 
-    /// An error that a system call reported; the kind follows from `errno`.
+    /// Creates an error that a system call reported. The kind follows from `errno`.
     pub fn os(what: impl Into<String>, errno: Errno) -> Self {
         Self {
             kind: ErrorKind::of(errno),
@@ -80,7 +80,7 @@ impl Error {
         }
     }
 
-    /// An error of `std::io`, its errno kept where it has one.
+    /// Converts an error of `std::io`, and keeps its errno if it has one.
     pub fn io(what: impl Into<String>, error: &std::io::Error) -> Self {
         match error.raw_os_error() {
             Some(raw) => Self::os(what, Errno::from_raw(raw)),
@@ -88,7 +88,7 @@ impl Error {
         }
     }
 
-    /// Replaces the reason by a plainer one; the errno, where there is one, stays in front.
+    /// Replaces the reason with a plainer one. The errno, if there is one, stays in front.
     #[must_use]
     pub fn because(mut self, why: impl AsRef<str>) -> Self {
         self.why = match self.errno {
@@ -98,14 +98,14 @@ impl Error {
         self
     }
 
-    /// Adds what the user should do, best as a command to type.
+    /// Adds a hint on what the user should do, preferably a command to type.
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
 
-    /// The same error as another kind.
+    /// Replaces the kind of the error.
     #[must_use]
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
         self.kind = kind;
@@ -132,13 +132,13 @@ impl Error {
         self.hint.as_deref()
     }
 
-    /// What the kernel answered, if it was the kernel.
+    /// Errno that the kernel returned, if a system call failed.
     pub fn errno(&self) -> Option<Errno> {
         self.errno
     }
 }
 
-/// The EAL's words for what to do, which name its arguments.
+/// Adds hints that name EAL arguments.
 impl From<iommufd::Error> for Error {
     fn from(error: iommufd::Error) -> Self {
         let kind = match error {
@@ -154,7 +154,7 @@ impl From<iommufd::Error> for Error {
             iommufd::Error::Kernel { operation: Operation::PhysicalAddress, .. } => {
                 Some("run as root (CAP_SYS_RAWIO)".into())
             }
-            // What must be locked, and whose limit it is, knows the address space.
+            // The address space adds the hint: it knows how much must be locked and whose limit applies.
             iommufd::Error::Kernel { errno: Errno::ENOMEM, .. } => None,
             other => other.hint(),
         };
@@ -166,7 +166,7 @@ impl From<iommufd::Error> for Error {
     }
 }
 
-/// Without a hint: who asked for the operation knows what the errno means for the device, and says it.
+/// Adds no hint: the caller of the operation knows what the errno means for the device, and adds it.
 impl From<vireo_vfio::Error> for Error {
     fn from(error: vireo_vfio::Error) -> Self {
         let kind = match error {

@@ -1,4 +1,4 @@
-//! The EAL of a process: what its arguments ask for, made.
+//! The EAL of a process, initialized from its arguments.
 
 use std::path::{Path, PathBuf};
 
@@ -11,26 +11,28 @@ use crate::sandbox::Sandbox;
 use crate::user::{User, UserName};
 use crate::vfio::{DeviceNodes, Vfio, VfioMode};
 
-/// What every program starts with. Opens no device and takes no memory yet.
+/// Environment that every program initializes first. Initialization opens no device and reserves no memory.
 #[derive(Debug)]
 pub struct Eal {
-    /// The arguments.
+    /// EAL arguments.
     pub args: EalArgs,
-    /// The lcores.
+    /// Lcores of the program.
     pub lcores: Lcores,
-    /// The devices' kernel side.
+    /// VFIO state, which acquires devices.
     pub vfio: Vfio,
     runtime: Option<RuntimeDir>,
-    /// Whom to become, if anybody.
+    /// User to drop privileges to, if any.
     user: Option<User>,
 }
 
 impl Eal {
-    /// Starts the log (unless the program has one), takes the runtime directory and finds the lcores.
+    /// Starts the log (unless the program has its own), locks the runtime directory and determines the
+    /// lcores.
     ///
     /// # Errors
-    /// `Busy` when another process runs under the same `--file-prefix`; `Usage` when there is no such `--user`,
-    /// or nothing where `--vfio-fds` says.
+    /// `Busy` if another process uses the same `--file-prefix`; `Usage` if the user of `--user` does not
+    /// exist; and why the descriptors of `--vfio-fds` are unavailable: `Usage` for `listen`, `Unavailable`
+    /// for a socket without a listener.
     pub fn init(args: EalArgs) -> Result<Self> {
         crate::log::init(&args.log_levels, args.log_color);
         args.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
@@ -47,7 +49,7 @@ impl Eal {
         Ok(eal)
     }
 
-    /// One line on what [`init`](Self::init) made.
+    /// Describes on one line what [`init`](Self::init) set up.
     fn summary(&self) -> String {
         let ids: Vec<usize> = self.lcores.ids().into_iter().map(|id| id as usize).collect();
         let runtime = self.runtime.as_ref().map_or("none".into(), |dir| dir.path().display().to_string());
@@ -58,29 +60,31 @@ impl Eal {
         )
     }
 
-    /// Gives up what set-up needed and packets do not: root (`--user`), then, unless `--no-sandbox`, files and
-    /// system calls. Call it when ports run, and before lcores do: before Linux 7.0 Landlock holds only for the
-    /// calling thread and those that it starts. In the directories `sockets`, unix sockets can still be made and
-    /// removed, and connected to anywhere.
+    /// Drops what only set-up needs: root privileges (`--user`), then, unless `--no-sandbox` is given, access
+    /// to files and system calls. Call it after starting the ports and before launching the lcores: before
+    /// Linux 7.0, Landlock applies only to the calling thread and to threads that it starts later. If
+    /// `sockets` names directories, unix sockets can still be created and removed in them, and connected to
+    /// anywhere.
     ///
     /// # Errors
-    /// `Permission` when the process cannot become the user, `Os` when the kernel refuses the sandbox.
+    /// `Permission` if the process cannot become the user, `Os` if the kernel refuses the sandbox.
     pub fn confine(&self, sockets: &[PathBuf]) -> Result<()> {
         let runtime = self.runtime.as_ref().map(RuntimeDir::path);
         let removable: Vec<&Path> = runtime.into_iter().chain(runtime.and_then(Path::parent)).collect();
-        // Root opens them, for the user may not be able to.
+        // The sandbox opens these directories while the process is still root: the user may not be able to.
         let sandbox = if self.args.no_sandbox { None } else { Some(Sandbox::new(&removable, sockets)?) };
         self.user.map_or(Ok(()), User::drop_privileges)?;
         sandbox.map_or(Ok(()), Sandbox::close)
     }
 
-    /// Where packet memory comes from.
+    /// Returns where packet memory comes from.
     pub fn backing(&self) -> Backing {
         let memory = &self.args.memory;
         match &memory.huge_dir {
             _ if memory.no_huge => Backing::SmallPages,
-            // The pages of a killed process must not go before its NICs are closed (`vfio::group`): anonymous
-            // ones do, with the address space, while files are closed after it.
+            // Without an IOMMU, the pages of a killed process must not be freed before its NICs are closed
+            // (`vfio::group`). The kernel frees anonymous pages with the address space, before it closes
+            // files.
             _ if memory.in_memory && self.args.uses(VfioMode::Noiommu) => Backing::HugeMemfd,
             _ if memory.in_memory => Backing::HugeAnonymous,
             Some(dir) => Backing::HugeFile { dir: dir.clone() },
@@ -88,17 +92,17 @@ impl Eal {
         }
     }
 
-    /// Reserves packet memory: a region for each of `parts`, of so many bytes and on that NUMA node, as
-    /// [`Region::adjoining`] does. With `-m` the last one gets what the others leave of so many megabytes. Where
-    /// `--numa-mem` is given, pages come from their node or not at all.
+    /// Reserves packet memory: one region for each of `parts`, which are a NUMA node and a length in bytes,
+    /// as [`Region::adjoining`] does. With `-m`, the last region also gets what the others leave of the
+    /// requested megabytes. With `--numa-mem`, pages must come from their node, or the call fails.
     ///
     /// # Errors
-    /// `Usage` when `-m` is less than `parts` take, `Os` when the pages are not there.
+    /// `Usage` if `-m` is less than `parts` need, `Os` if the pages are not available.
     pub fn reserve(&self, parts: &[(Option<u32>, usize)]) -> Result<Vec<Region>> {
         let (memory, backing) = (&self.args.memory, self.backing());
         let mut parts = parts.to_vec();
         if parts.len() > 1 {
-            // Each region has whole pages.
+            // Each region consists of whole pages.
             let page = backing.page_size()?;
             parts.iter_mut().for_each(|(_, len)| *len = len.next_multiple_of(page));
         }
@@ -120,10 +124,10 @@ impl Eal {
         Region::adjoining(&parts, backing, placement)
     }
 
-    /// One line on the IOVA mode, given whether the ports use physical addresses.
+    /// Determines the IOVA mode. `physical` is whether the ports use physical addresses.
     ///
     /// # Errors
-    /// `Usage` when `--iova-mode` asks for what the ports cannot do.
+    /// `Usage` if `--iova-mode` requests a mode that the ports do not support.
     pub fn iova_mode(&self, physical: bool) -> Result<IovaMode> {
         match (self.args.iova_mode, physical) {
             (None | Some(IovaMode::Pa), true) => Ok(IovaMode::Pa),
@@ -141,7 +145,7 @@ impl Eal {
         }
     }
 
-    /// One line on the machine's hugepages, for the start-up report.
+    /// Describes the machine's hugepages on one line, for the start-up report.
     pub fn hugepages_line() -> String {
         let sizes: Vec<String> = hugepages(Path::new("/sys"))
             .iter()

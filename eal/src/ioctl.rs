@@ -1,4 +1,4 @@
-//! Counts and times the calls to VFIO and iommufd, by name, because what a mode costs is shown by them.
+//! Counts and times the calls to VFIO and iommufd by name, because they show what a mode costs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
@@ -6,24 +6,25 @@ use std::time::Duration;
 
 use crate::clock::{Tsc, thread_time};
 
-/// Calls of one name, by all threads of this process.
+/// Calls with one name, by all threads of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Calls {
     /// Name of the ioctl, such as `VFIO_IOMMU_MAP_DMA`; `open` of a device node; `close` of a device.
     pub name: &'static str,
-    /// How many.
+    /// Number of calls.
     pub calls: u64,
-    /// Time in them.
+    /// Time spent in the calls.
     pub time: Duration,
-    /// Of that, what the threads had on a CPU while [`split_waiting`] was on.
+    /// CPU time of the threads in the calls, measured only while [`split_waiting`] is on.
     pub worked: Duration,
 }
 
 static TABLE: Mutex<Vec<Calls>> = Mutex::new(Vec::new());
-/// What reading a thread's clock takes, in nanoseconds; 0 while waiting is not split off.
+/// Cost of reading a thread's clock, in nanoseconds; 0 while `split_waiting` is off.
 static READING: AtomicU64 = AtomicU64::new(0);
 
-/// Those of iommufd are counted from the first look at the table on, which every count begins with.
+/// Locks the table. The first call also starts the count of iommufd's calls. Every measurement begins by
+/// reading the table, so it misses none of them.
 fn lock() -> MutexGuard<'static, Vec<Calls>> {
     static OBSERVED: Once = Once::new();
     OBSERVED.call_once(|| {
@@ -33,19 +34,19 @@ fn lock() -> MutexGuard<'static, Vec<Calls>> {
             );
         }
     });
-    // A panic cannot leave an entry half changed.
+    // A panic cannot leave an entry half updated.
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Calls by this process so far, by name in the order of the first call.
+/// Returns the calls by this process so far, one entry per name, in the order of the first call.
 pub fn table() -> Vec<Calls> {
     lock().clone()
 }
 
-/// Calls that [`table`] has now and did not have at `before`.
+/// Returns the calls that were made since [`table`] returned `before`.
 pub fn since(before: &[Calls]) -> Vec<Calls> {
     let mut table = table();
-    // Names are only ever added, at the end.
+    // Names are only ever appended.
     for (now, before) in table.iter_mut().zip(before) {
         now.calls -= before.calls;
         now.time -= before.time;
@@ -60,24 +61,25 @@ pub fn calls() -> u64 {
     lock().iter().map(|entry| entry.calls).sum()
 }
 
-/// Time that this process has spent in them: what is left of a call of ours is our own share.
+/// Time that this process has spent in these calls. The rest of an operation's time is Vireo's own share.
 pub fn time() -> Duration {
     lock().iter().map(|entry| entry.time).sum()
 }
 
-/// Begins or ends to fill [`Calls::worked`], for which each call takes two more to read the thread's clock.
+/// Turns the measurement of [`Calls::worked`] on or off. It adds two reads of the thread's clock to each
+/// call.
 pub fn split_waiting(on: bool) {
     let reading = |_| {
         let before = thread_time();
         thread_time().saturating_sub(before).as_nanos() as u64
     };
     let mut readings = [(); 15].map(reading);
-    // The median: an interrupt comes now and then.
+    // The median ignores readings that an interrupt delayed.
     readings.sort_unstable();
     READING.store(if on { readings[7].max(1) } else { 0 }, Ordering::Relaxed);
 }
 
-/// Makes one call.
+/// Makes one call, and counts and times it.
 pub(crate) fn counted<T>(name: &'static str, call: impl FnOnce() -> T) -> T {
     let reading = READING.load(Ordering::Relaxed);
     let before = (reading > 0).then(thread_time);
@@ -106,7 +108,7 @@ mod tests {
 
     #[test]
     fn calls_are_told_apart_by_name_and_from_waiting() {
-        // Other tests make calls meanwhile, of other names.
+        // Other tests make calls with other names at the same time.
         let of = |name: &str, before: &[Calls]| since(before).into_iter().find(|call| call.name == name);
         let nap = Duration::from_millis(20);
         counted("one", || ());

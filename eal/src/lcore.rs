@@ -1,4 +1,4 @@
-//! Lcores: pinned threads, one of them the main thread; and the flag that stops them.
+//! Lcores: pinned threads, one of which is the main thread, and the flag that stops them.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 #[cfg(loom)]
 mod models;
 
-/// The lcores of the program, as `--lcores` and `--main-lcore` have them.
+/// Lcores of the program, as given by `--lcores` and `--main-lcore`.
 #[derive(Debug)]
 pub struct Lcores {
     main: LcoreSpec,
@@ -35,18 +35,18 @@ struct Worker {
     busy: Busy,
 }
 
-/// What a function knows of the lcore that it runs on.
+/// Description of the lcore that a function runs on, passed to the function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LcoreContext {
-    /// Number of the lcore.
+    /// Id of the lcore.
     pub id: u32,
-    /// Cpus that its thread is pinned to.
+    /// CPUs that its thread is pinned to.
     pub cpus: Vec<usize>,
     /// Whether it is the main lcore.
     pub main: bool,
 }
 
-/// A function at work on a worker lcore; dropping it leaves the function running.
+/// Handle of a function that runs on a worker lcore. Dropping it leaves the function running.
 #[derive(Debug)]
 pub struct Handle<'scope, T> {
     id: u32,
@@ -59,14 +59,15 @@ enum Thread<'scope, T> {
     Scoped(ScopedJoinHandle<'scope, Option<T>>),
 }
 
-/// `None` when the thread could not be pinned, which whoever launched it has heard of.
+/// Body of a worker thread. It returns `None` if the thread could not be pinned; the launching thread gets
+/// that error.
 type Body<'scope, T> = Box<dyn FnOnce() -> Option<T> + Send + 'scope>;
 
 impl Lcores {
-    /// The lcores of `args`; starts and pins nothing.
+    /// Creates the lcores of `args`, without starting or pinning a thread.
     ///
     /// # Errors
-    /// `Usage` when `main_lcore` is none of `lcores`.
+    /// `Usage` if `main_lcore` is not one of `lcores`.
     pub fn new(args: &EalArgs) -> Result<Self> {
         let (mut main, workers): (Vec<_>, Vec<_>) =
             args.lcores.iter().cloned().partition(|spec| spec.id == args.main_lcore);
@@ -84,37 +85,38 @@ impl Lcores {
         self.main.id
     }
 
-    /// Ids of the other lcores, ascending.
+    /// Ids of the worker lcores, in ascending order.
     pub fn worker_ids(&self) -> impl Iterator<Item = u32> {
         self.workers.iter().map(|worker| worker.spec.id)
     }
 
-    /// Ids of all lcores, ascending.
+    /// Ids of all lcores, in ascending order.
     pub fn ids(&self) -> Vec<u32> {
         let mut ids: Vec<u32> = self.worker_ids().chain([self.main.id]).collect();
         ids.sort_unstable();
         ids
     }
 
-    /// Cpus that lcore `id` is pinned to; none when there is no such lcore.
+    /// CPUs that lcore `id` is pinned to; empty if there is no such lcore.
     pub fn cpus(&self, id: u32) -> &[usize] {
         let worker = self.workers.iter().map(|worker| &worker.spec);
         worker.chain([&self.main]).find(|spec| spec.id == id).map_or(&[], |spec| &spec.cpus)
     }
 
-    /// Runs `function` on the main lcore: in the calling thread, which stays pinned.
+    /// Runs `function` on the main lcore, which is the calling thread. The thread stays pinned.
     ///
     /// # Errors
-    /// When the thread cannot be pinned.
+    /// If the thread cannot be pinned.
     pub fn run_main<T>(&self, function: impl FnOnce(LcoreContext) -> T) -> Result<T> {
         pin(&self.main)?;
         Ok(function(context(&self.main, true)))
     }
 
-    /// Starts `function` in a thread `vireo-workerID` pinned to the cpus of worker `id`.
+    /// Starts `function` in a thread named `vireo-workerID`, pinned to the CPUs of worker `id`.
     ///
     /// # Errors
-    /// `Usage` when `id` is no worker, `Busy` when a function runs there, `Os` when there can be no such thread.
+    /// `Usage` if `id` is not a worker, `Busy` if a function already runs there, otherwise why the thread
+    /// cannot be created or pinned.
     pub fn launch<T: Send + 'static>(
         &self,
         id: u32,
@@ -123,10 +125,10 @@ impl Lcores {
         self.start(id, function, |builder, body| builder.spawn(body).map(Thread::Free))
     }
 
-    /// As [`launch`](Self::launch), for a function that borrows: `std::thread::scope` waits for it.
+    /// Same as [`launch`](Self::launch), but for a function that borrows: `std::thread::scope` waits for it.
     ///
     /// # Errors
-    /// As [`launch`](Self::launch).
+    /// Same as [`launch`](Self::launch).
     pub fn launch_in<'scope, T: Send + 'scope>(
         &self,
         scope: &'scope Scope<'scope, '_>,
@@ -169,12 +171,12 @@ impl Lcores {
 }
 
 impl<T> Handle<'_, T> {
-    /// Number of the lcore.
+    /// Id of the lcore.
     pub fn id(&self) -> u32 {
         self.id
     }
 
-    /// Whether [`join`](Self::join) would return at once.
+    /// Returns whether [`join`](Self::join) would return immediately.
     pub fn is_finished(&self) -> bool {
         match &self.thread {
             Thread::Free(thread) => thread.is_finished(),
@@ -182,10 +184,10 @@ impl<T> Handle<'_, T> {
         }
     }
 
-    /// Waits for the function and returns what it returned.
+    /// Waits for the function and returns its result.
     ///
     /// # Errors
-    /// `Protocol` (70) with the message of its panic, if it panicked.
+    /// `Protocol` (70) with the panic message, if the function panicked.
     pub fn join(self) -> Result<T> {
         let result = match self.thread {
             Thread::Free(thread) => thread.join(),
@@ -209,14 +211,14 @@ fn message(panic: &(dyn Any + Send)) -> &str {
 struct Busy(Arc<AtomicBool>);
 
 impl Busy {
-    /// The lcore, until what this gives is dropped; none while somebody has it.
+    /// Claims the lcore until the returned guard is dropped. Returns `None` if the lcore is already claimed.
     fn claim(&self) -> Option<Release> {
         let claimed = self.0.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
         claimed.is_ok().then(|| Release(Arc::clone(&self.0)))
     }
 }
 
-/// Frees the lcore for the next function, also when the last one panicked.
+/// Guard that releases the lcore for the next function, even if the last one panicked.
 struct Release(Arc<AtomicBool>);
 
 impl Drop for Release {
@@ -229,10 +231,10 @@ fn context(spec: &LcoreSpec, main: bool) -> LcoreContext {
     LcoreContext { id: spec.id, cpus: spec.cpus.clone(), main }
 }
 
-/// Pins the calling thread to one cpu, for programs that have no EAL arguments.
+/// Pins the calling thread to one CPU, for programs that have no EAL arguments.
 ///
 /// # Errors
-/// When the cpu is not among those of the process.
+/// If the CPU is not available to the process.
 pub fn pin_to(cpu: usize) -> Result<()> {
     pin(&LcoreSpec { id: cpu as u32, cpus: vec![cpu] })
 }
@@ -241,7 +243,7 @@ pub fn pin_to(cpu: usize) -> Result<()> {
 fn pin(spec: &LcoreSpec) -> Result<()> {
     let pinned = match spec.cpus[..] {
         [cpu] if cpu < affinity::CLASSIC && core_affinity::set_for_current(CoreId { id: cpu }) => Ok(()),
-        // The crate panics where its mask ends, and of a failure says no reason.
+        // core_affinity panics for a CPU beyond its mask, and does not report why a call failed.
         _ => affinity::set(&spec.cpus),
     };
     pinned.map_err(|errno| {
@@ -250,10 +252,12 @@ fn pin(spec: &LcoreSpec) -> Result<()> {
     })
 }
 
-/// Asks all lcores to stop, or to look up from their work for a moment; its clones are one flag.
+/// Flag that asks all lcores to stop, or to interrupt their work briefly (a call). Its clones share one
+/// state.
 #[derive(Clone, Debug, Default)]
 pub struct StopFlag {
-    /// 0, `ASKED`, `CALLED`, or the signal that came; alone on its cache line, for every lcore polls it.
+    /// 0, `ASKED`, `CALLED`, or the last signal received. It has its own cache line because every lcore polls
+    /// it.
     state: Arc<CachePadded<AtomicI32>>,
 }
 
@@ -261,25 +265,26 @@ const ASKED: i32 = -1;
 const CALLED: i32 = -2;
 
 impl StopFlag {
-    /// Exit code of a program that a second signal ends.
+    /// Exit code of a program that a second signal terminates.
     pub const EXIT_CODE: i32 = 130;
-    /// How long after the first signal a further one still belongs to the same request.
+    /// Time after the first signal in which a further signal still belongs to the same request.
     pub const IMPATIENCE: Duration = Duration::from_millis(300);
 
-    /// A flag that only the program sets.
+    /// Creates a flag that only the program sets.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A flag that SIGINT, SIGTERM and SIGHUP set too. A further signal more than [`IMPATIENCE`](Self::IMPATIENCE) after the
-    /// first ends the process at once, with [`EXIT_CODE`](Self::EXIT_CODE). A SIGHUP that was ignored when the program
-    /// started (nohup(1)) stays ignored. The handlers stay for good.
+    /// Creates a flag that SIGINT, SIGTERM and SIGHUP set too. A further signal more than
+    /// [`IMPATIENCE`](Self::IMPATIENCE) after the first terminates the process immediately, with
+    /// [`EXIT_CODE`](Self::EXIT_CODE). A SIGHUP that was ignored when the program started (nohup(1)) stays
+    /// ignored. The handlers are never removed.
     ///
     /// # Errors
-    /// `Os` when the handlers cannot be installed.
+    /// `Os` if the handlers cannot be installed.
     pub fn on_signals() -> Result<Self> {
         let flag = Self::default();
-        // Nanoseconds of the monotonic clock; 0 until the first signal has come.
+        // Time of the first signal, in nanoseconds of the monotonic clock; 0 before the first signal.
         let first = Arc::new(AtomicU64::new(0));
         for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !is_ignored_hangup(*signal)) {
             let (raised, first) = (flag.clone(), Arc::clone(&first));
@@ -295,34 +300,35 @@ impl StopFlag {
                     low_level::exit(Self::EXIT_CODE);
                 }
             };
-            // SAFETY: the handler reads a clock, exchanges atomics and calls `_exit`, which are all async-signal-safe
-            // (signal-safety(7)), and cannot panic.
+            // SAFETY: the handler reads a clock, exchanges atomics and calls `_exit`, which are all
+            // async-signal-safe (signal-safety(7)), and cannot panic.
             unsafe { low_level::register(signal, handler) }
                 .map_err(|error| Error::io(format!("cannot handle signal {signal}"), &error))?;
         }
         Ok(flag)
     }
 
-    /// Asks to stop.
+    /// Asks all lcores to stop.
     pub fn set(&self) {
-        // A call may begin and end meanwhile; a signal that came first stays on record.
+        // A call may begin and end concurrently. A signal that arrived first stays recorded.
         let asked = |state| matches!(state, 0 | CALLED).then_some(ASKED);
         let _ = self.state.fetch_update(Ordering::Relaxed, Ordering::Relaxed, asked);
     }
 
-    /// Whether to stop.
+    /// Returns whether lcores are asked to stop.
     #[inline]
     pub fn is_set(&self) -> bool {
         !matches!(self.state.load(Ordering::Relaxed), 0 | CALLED)
     }
 
-    /// Whether to stop or to look up, so that a loop tests one word for both: one relaxed load.
+    /// Returns whether lcores are asked to stop or to interrupt their work. A loop tests one word for both,
+    /// with one relaxed load.
     #[inline]
     pub fn is_raised(&self) -> bool {
         self.state.load(Ordering::Relaxed) != 0
     }
 
-    /// Asks to look up, unless everybody is to stop.
+    /// Asks the lcores to interrupt their work, unless they are asked to stop.
     pub fn call(&self) {
         self.change(0, CALLED);
     }
@@ -336,12 +342,12 @@ impl StopFlag {
         let _ = self.state.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    /// Puts a signal on record; whether another came before.
+    /// Records a signal. Returns whether another signal came before.
     fn signalled(&self, signal: i32) -> bool {
         self.state.swap(signal, Ordering::Relaxed) > 0
     }
 
-    /// Number of the signal that came last, if one came.
+    /// Number of the last signal received, if any.
     pub fn signal(&self) -> Option<i32> {
         Some(self.state.load(Ordering::Relaxed)).filter(|state| *state > 0)
     }
@@ -352,7 +358,8 @@ fn monotonic() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(1, |now| Duration::from(now).as_nanos() as u64 + 1)
 }
 
-/// Whether `signal` is a SIGHUP that was ignored when the program started (`SigIgn`, proc_pid_status(5)).
+/// Returns whether `signal` is a SIGHUP that was ignored when the program started (`SigIgn`,
+/// proc_pid_status(5)).
 fn is_ignored_hangup(signal: i32) -> bool {
     let ignored = || {
         let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -373,7 +380,7 @@ mod tests {
     use super::*;
     use crate::args::{Outcome, Program, allowed_cpus, parse};
 
-    /// Lcores 0 to 2: the last one on all cpus, the others on the first.
+    /// Creates lcores 0 to 2: the last one on all CPUs, the others on the first CPU.
     fn lcores() -> Lcores {
         let cpus = allowed_cpus().unwrap();
         let list = format!("0@{first},1@{first},2@({all})", first = cpus[0], all = ranges(&cpus));
@@ -470,7 +477,8 @@ mod tests {
         }
     }
 
-    /// Runs in a process of its own, for handlers are for good: see the test below.
+    /// Runs in its own process, because handlers are never removed. `a_second_signal_ends_the_process` starts
+    /// it.
     #[test]
     #[ignore = "run by a_second_signal_ends_the_process"]
     fn child_that_signals_itself() {
@@ -482,7 +490,7 @@ mod tests {
         assert_eq!((flag.is_set(), flag.signal()), (true, Some(SIGTERM)));
         flag.set();
         assert_eq!(flag.signal(), Some(SIGTERM));
-        // As timeout(1) sends them, one right after the other: one request.
+        // timeout(1) sends two signals like this, one right after the other. They are one request.
         raise(Signal::SIGINT).unwrap();
         raise(Signal::SIGHUP).unwrap();
         assert_eq!(flag.signal(), Some(SIGHUP));
@@ -490,7 +498,7 @@ mod tests {
         raise(Signal::SIGINT).unwrap();
     }
 
-    /// As above.
+    /// Runs in its own process, like the test above.
     #[test]
     #[ignore = "run by a_hangup_that_was_ignored_stays_ignored"]
     fn child_that_hangs_up() {

@@ -1,20 +1,21 @@
-//! Environment abstraction layer of Vireo: what a NIC driver in user space needs of Linux.
+//! Environment abstraction layer of Vireo: what a NIC driver in user space needs from Linux.
 //!
-//! | module | what it does | kernel's word for it |
+//! | module | what it does | kernel's term |
 //! |---|---|---|
 //! | [`args`] | EAL arguments | – |
 //! | [`lcore`] | pinned threads and the stop flag | `sched_setaffinity` |
 //! | [`mem`] | pages for DMA | hugetlb, memfd |
 //! | [`dma`] | device addresses, descriptor rings, packet buffers | IOVA |
-//! | [`iommufd`] | I/O page tables, without VFIO or PCI: a crate of its own | `/dev/iommu` |
-//! | [`vfio`] | devices, in any of the modes | `/dev/vfio` |
+//! | [`iommufd`] | I/O page tables, without VFIO or PCI: a separate crate | `/dev/iommu` |
+//! | [`vfio`] | devices, in all modes | `/dev/vfio` |
 //! | [`socket`] | unix sockets by path | `connect` |
-//! | [`rlimit`] | limits that are too low | `RLIMIT_NOFILE` |
-//! | [`sync`] | locks and atomics that models can replace | – |
-//! | [`user`] | giving up root | `setresuid`, capabilities |
+//! | [`rlimit`] | commands that raise limits | `RLIMIT_NOFILE` |
+//! | [`sync`] | locks and atomics that loom models can replace | – |
+//! | [`user`] | dropping root privileges | `setresuid`, capabilities |
 //! | [`mmio`] | registers and doorbells | BAR |
 //!
-//! All `unsafe` of Vireo is in this crate and in those that are folders beside its `src`; the others forbid it.
+//! All `unsafe` code of Vireo is in this crate and in the crates in folders next to its `src`. All other
+//! crates forbid it.
 
 mod affinity;
 pub mod args;

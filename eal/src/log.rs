@@ -1,4 +1,4 @@
-//! Log on standard error: `EAL: message`, with DPDK's levels and names of types.
+//! Log on standard error: `EAL: message`, with DPDK's levels and type names.
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -19,16 +19,16 @@ use crate::error::{Error, ErrorKind, Result};
 /// DPDK's level names; the first has number 1.
 const NAMES: [&str; 8] = ["emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"];
 
-/// The application frame's crate.
+/// Crate of the application frame.
 const FRAME: &str = "vireo_frame";
 
 /// Level of types that no `--log-level` names: info.
 const DEFAULT_LEVEL: u8 = 7;
 
-/// One `--log-level [TYPE:]LEVEL`.
+/// Value of `--log-level`: `[TYPE:]LEVEL`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogLevel {
-    /// Types it holds for, with `*` and `?`; all when absent.
+    /// Pattern of the types that the level applies to, with `*` and `?`; all types if absent.
     pub pattern: Option<String>,
     /// DPDK's number: 1 (emergency) to 8 (debug).
     pub level: u8,
@@ -37,7 +37,7 @@ pub struct LogLevel {
 impl FromStr for LogLevel {
     type Err = Error;
 
-    /// Reads `[TYPE:]LEVEL`; the level is a number, a name or the first letters of one.
+    /// Parses `[TYPE:]LEVEL`. The level is a number, a name or the first letters of a name.
     fn from_str(text: &str) -> Result<Self> {
         let wrong = |why: &str| Error::new(ErrorKind::Usage, format!("--log-level {}", quoted(text)), why);
         if text.contains(',') {
@@ -75,10 +75,10 @@ pub fn help() -> String {
     )
 }
 
-/// When the log has colours (`--log-color`).
+/// When to color the log (`--log-color`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogColor {
-    /// On a terminal, unless `NO_COLOR` is set.
+    /// On a terminal, unless `NO_COLOR` is set and not empty.
     #[default]
     Auto,
     /// Always.
@@ -87,8 +87,8 @@ pub enum LogColor {
     Never,
 }
 
-/// Starts the log of the process, on standard error. A program that has a `tracing` subscriber or a `log` logger keeps
-/// it: `levels` and `color` then have no effect, which is logged.
+/// Starts the log of the process, on standard error. If the program already has a `tracing` subscriber or a
+/// `log` logger, that one stays. `levels` and `color` then have no effect, which is logged.
 pub fn init(levels: &[LogLevel], color: LogColor) {
     let colours = match color {
         LogColor::Auto => {
@@ -105,7 +105,7 @@ pub fn init(levels: &[LogLevel], color: LogColor) {
     let layer = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(colours)
-        // It reports a failed write by a write to standard error, which panics when that is a closed pipe.
+        // The layer would report a failed write on standard error, which panics if that is a closed pipe.
         .log_internal_errors(false)
         .event_format(Line)
         .with_filter(filter);
@@ -130,7 +130,7 @@ fn enabled(levels: &[LogLevel], metadata: &Metadata<'_>) -> bool {
     *metadata.level() <= verbosity(level)
 }
 
-/// Name of the program, for which the application frame speaks: that of its file, without `vireo-`.
+/// Name under which the application frame logs: the program's file name without `vireo-`.
 fn program() -> &'static str {
     static NAME: LazyLock<String> = LazyLock::new(|| {
         let path = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
@@ -140,7 +140,8 @@ fn program() -> &'static str {
     &NAME
 }
 
-/// DPDK-like name of a module: `vireo_eal::vfio` is `lib.eal.vfio`, and the frame of an application is `user.PROGRAM`.
+/// Returns the DPDK-like type of a module: `lib.eal.vfio` for `vireo_eal::vfio`, `user.PROGRAM` for an
+/// application's frame.
 fn log_type(target: &str, program: &str) -> String {
     if target.starts_with(FRAME) {
         return format!("user.{program}");
@@ -164,13 +165,13 @@ fn log_type(target: &str, program: &str) -> String {
     format!("user.{rest}")
 }
 
-/// Whether `pattern` matches `name` or one of the types above it.
+/// Returns whether `pattern` matches `name` or one of the types above it.
 fn covers(pattern: &str, name: &str) -> bool {
     let above = name.match_indices('.').map(|(dot, _)| &name[..dot]);
     above.chain([name]).any(|name| glob(pattern.as_bytes(), name.as_bytes()))
 }
 
-/// Whether all of `text` matches `pattern`; linear in space and at worst quadratic in time.
+/// Returns whether `pattern` matches all of `text`, in constant space and at most quadratic time.
 fn glob(pattern: &[u8], text: &[u8]) -> bool {
     let (mut p, mut t) = (0, 0);
     let mut retry = None;
@@ -190,7 +191,7 @@ fn glob(pattern: &[u8], text: &[u8]) -> bool {
     pattern[p..].iter().all(|byte| *byte == b'*')
 }
 
-/// Who speaks, for the start of a line.
+/// Returns the component that logs a line, for the start of the line.
 fn speaker(target: &str, program: &str) -> String {
     let mut parts = target.split("::");
     let krate = parts.next().unwrap_or_default();
@@ -269,7 +270,7 @@ mod tests {
         assert_eq!(speaker("vireo_frame::control", "l2fwd"), "L2FWD");
     }
 
-    /// Help names no list, which a new driver would have to be added to.
+    /// The help does not list drivers, so a new driver needs no change to it.
     #[test]
     fn the_type_of_a_line_is_read_off_its_first_word() {
         let text = help();

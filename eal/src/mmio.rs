@@ -14,20 +14,20 @@ use crate::mem::page_size;
 use crate::opaque::Whole;
 use crate::vfio::Held;
 
-/// Registers that a program plays instead of a device, for tests without hardware.
+/// Registers that a program emulates in place of a device, for tests without hardware.
 ///
-/// Offsets are bytes from the start of the BAR, sizes 1, 2, 4 or 8 bytes.
+/// Offsets are in bytes from the start of the BAR. Sizes are 1, 2, 4 or 8 bytes.
 pub trait Registers: Send + Sync {
-    /// Answers a read.
+    /// Returns the value of a register read.
     fn read(&self, offset: u64, size: usize) -> u64;
-    /// Takes a write.
+    /// Handles a register write.
     fn write(&self, offset: u64, size: usize, value: u64);
-    /// Lets `time` pass for the device: the driver waits for it.
+    /// Advances the device's time by `time`, for which the driver waits.
     fn elapse(&self, _time: Duration) {}
 }
 
-/// Base address register of a device: its registers, mapped where the kernel allows it and reached by
-/// `pread`/`pwrite` on the device's descriptor where it does not (I/O ports, the MSI-X table).
+/// Base address register (BAR) of a device. Its registers are mapped where the kernel allows it, and accessed
+/// by `pread`/`pwrite` on the device's descriptor where it does not (I/O ports, the MSI-X table).
 #[derive(Clone, Debug)]
 pub struct Bar(Arc<Inner>);
 
@@ -65,7 +65,8 @@ macro_rules! access {
                     if let Some(at) = mapped.iter().find_map(|part| part.pointer(offset, SIZE)) {
                         // SAFETY: `pointer` gives an aligned address inside a live mapping of registers.
                         let value = unsafe { <$type>::peek(at.cast().as_ptr()) };
-                        // What a register says of memory (a reset that is done) is true of reads after it.
+                        // If a register reports the state of memory (a completed reset), later reads must see
+                        // it.
                         dma_rmb();
                         return value;
                     }
@@ -105,12 +106,12 @@ impl Bar {
         Self(Arc::new(Inner { size: file.size(), backing: Backing::Device { mapped, file } }))
     }
 
-    /// Whether `size` bytes at `offset` are within the BAR.
+    /// Returns whether `size` bytes at `offset` are within the BAR.
     fn holds(&self, offset: u64, size: usize) -> bool {
         offset.checked_add(size as u64).is_some_and(|end| end <= self.0.size)
     }
 
-    /// A BAR of `doorbells`' size whose registers a program plays.
+    /// Creates a BAR whose registers a program emulates. Its size is that of `doorbells`.
     pub fn emulated(registers: Arc<dyn Registers>, doorbells: Arc<DoorbellPage>) -> Self {
         let size = (doorbells.words.len() * 4) as u64;
         Self(Arc::new(Inner { size, backing: Backing::Emulated { registers, doorbells } }))
@@ -121,8 +122,8 @@ impl Bar {
         self.0.size
     }
 
-    /// Waits `time` for the device, at least. A program that plays the registers decides what that means for it,
-    /// and the call returns at once.
+    /// Waits at least `time` for the device. For emulated registers it calls `Registers::elapse` and returns
+    /// immediately.
     pub fn pause(&self, time: Duration) {
         match &self.0.backing {
             Backing::Device { .. } => std::thread::sleep(time),
@@ -135,18 +136,18 @@ impl Bar {
     access!(read32, write32, u32);
     access!(read64, write64, u64);
 
-    /// A 32-bit register at `offset` bytes that is written on the packet path.
+    /// Returns the 32-bit register at `offset` bytes as a doorbell, for writes on the packet path.
     ///
     /// # Errors
-    /// `Protocol` when it is not in a mapped part of the BAR.
+    /// `Protocol` if it is not in a mapped part of the BAR.
     pub fn doorbell32(&self, offset: u64) -> Result<Doorbell<u32>> {
         self.doorbell(offset, |page| page.word(offset).map(AtomicU32::as_ptr))
     }
 
-    /// A 16-bit register at `offset` bytes that is written on the packet path.
+    /// Returns the 16-bit register at `offset` bytes as a doorbell, for writes on the packet path.
     ///
     /// # Errors
-    /// As for [`Bar::doorbell32`].
+    /// Same as [`Bar::doorbell32`].
     pub fn doorbell16(&self, offset: u64) -> Result<Doorbell<u16>> {
         self.doorbell(offset, |page| page.half(offset).map(AtomicU16::as_ptr))
     }
@@ -170,7 +171,8 @@ impl Bar {
                 format!("cannot map the doorbell at {offset:#x}"),
                 format!("the BAR has {:#x} bytes and this place cannot be mapped", self.0.size),
             );
-            // Doorbells share a page of the CPU with the MSI-X table, or the BAR has less than a page of its own.
+            // On larger CPU pages, doorbells may share a page with the MSI-X table, or the BAR may be smaller
+            // than a page.
             match page_size() {
                 ..=4096 => error,
                 page => error.with_hint(format!(
@@ -182,8 +184,9 @@ impl Bar {
     }
 }
 
-/// Doorbells of an emulated BAR: plain memory, so that the packet path is the same as on a device. Those of 16 and of
-/// 32 bits are apart, because atomic accesses of two sizes to the same bytes are not defined.
+/// Doorbells of an emulated BAR. They are plain memory, so the packet path is the same as with a device.
+/// 16-bit and 32-bit doorbells are stored separately, because atomic accesses of two sizes to the same bytes
+/// are not defined.
 #[derive(Debug)]
 pub struct DoorbellPage {
     words: Box<[AtomicU32]>,
@@ -191,7 +194,7 @@ pub struct DoorbellPage {
 }
 
 impl DoorbellPage {
-    /// Zeroed doorbells for a BAR of `size` bytes.
+    /// Creates zeroed doorbells for a BAR of `size` bytes.
     pub fn new(size: usize) -> Arc<Self> {
         let words = size.div_ceil(4);
         Arc::new(Self {
@@ -208,7 +211,7 @@ impl DoorbellPage {
         self.halves.get(usize::try_from(offset / 2).ok()?)
     }
 
-    /// What was last written to the 32-bit doorbell at `offset` bytes; all ones beyond the end.
+    /// Returns the value last written to the 32-bit doorbell at `offset` bytes, or all ones beyond the end.
     pub fn load(&self, offset: u64) -> u32 {
         self.word(offset).map_or(u32::MAX, |word| word.load(Ordering::Acquire))
     }
@@ -220,12 +223,12 @@ impl DoorbellPage {
         }
     }
 
-    /// As [`DoorbellPage::load`], of a 16-bit doorbell.
+    /// Same as [`DoorbellPage::load`], but for a 16-bit doorbell.
     pub fn load16(&self, offset: u64) -> u16 {
         self.half(offset).map_or(u16::MAX, |half| half.load(Ordering::Acquire))
     }
 
-    /// As [`DoorbellPage::store`], of a 16-bit doorbell.
+    /// Same as [`DoorbellPage::store`], but for a 16-bit doorbell.
     pub fn store16(&self, offset: u64, value: u16) {
         if let Some(half) = self.half(offset) {
             half.store(value, Ordering::Release);
@@ -233,15 +236,15 @@ impl DoorbellPage {
     }
 }
 
-/// A write-only register of the packet path: one store, after all stores to descriptors.
+/// Write-only register of the packet path. A write is one store, ordered after all stores to descriptors.
 #[derive(Debug)]
 pub struct Doorbell<T> {
     at: NonNull<T>,
     _bar: Bar,
 }
 
-// SAFETY: the register stays mapped while `_bar` lives, and is reached by one store of its whole word that the
-// compiler does not see.
+// SAFETY: the register stays mapped while `_bar` lives. It is accessed only by one store of its whole word,
+// which the compiler does not see.
 unsafe impl<T: Send> Send for Doorbell<T> {}
 
 impl Doorbell<u32> {

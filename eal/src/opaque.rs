@@ -1,30 +1,33 @@
-//! Accesses to memory that something else may write at the same time, by instructions that the compiler does not look into.
+//! Accesses to memory that something else may write at the same time, through assembly that is opaque to the
+//! compiler.
 //!
-//! A device's registers, a peer's memory and a second mapping of our own pages change at any time. A device or another
-//! process writes there, or another thread of ours, which the peer's descriptors have led to the same bytes. A plain copy
-//! of such bytes is a data race, which is undefined behaviour. So is a volatile copy: [`std::ptr::read_volatile`] documents
-//! that concurrent accesses are those of a plain one. Atomics of words need aligned addresses and words of one size, and
-//! atomics of bytes take two instructions for each byte.
+//! A device's registers, a peer's memory and a second mapping of the process's own pages can change at any
+//! time. The writer is a device, another process, or another thread of this process that the peer's
+//! descriptors led to the same bytes. A plain copy of such bytes is a data race, which is undefined behavior.
+//! So is a volatile copy: [`std::ptr::read_volatile`] documents that concurrent accesses are those of a plain
+//! one. Atomics of words need aligned addresses and words of one size, and atomics of bytes take two
+//! instructions per byte.
 //!
-//! The compiler takes assembly for what another process does: the bytes may change whenever it runs, and nothing more is
-//! known. A copy may mix old and new bytes; a word of [`Whole`] does not.
+//! The compiler treats assembly like the actions of another process: the bytes may change whenever it runs,
+//! and nothing more is known. A copy may mix old and new bytes. A word accessed through [`Whole`] does not.
 //!
-//! Miri has no assembly. There this module uses atomics, and Miri reports those that race with plain accesses.
+//! Miri does not support assembly. Under Miri this module uses atomics, and Miri reports those that race with
+//! plain accesses.
 
 pub(crate) use access::{Whole, read, write};
 
-/// By assembly.
+/// Accesses through assembly.
 #[cfg(all(any(target_arch = "x86_64", target_arch = "aarch64"), not(miri)))]
 mod access {
     use std::arch::asm;
 
-    /// A word that is read and written by one instruction. In memory it is little-endian.
+    /// Word that one instruction reads or writes. It is little-endian in memory.
     pub trait Whole: Copy {
         /// # Safety
         /// `at` is mapped for the size of the word, and aligned if the word must be whole.
         unsafe fn peek(at: *const Self) -> Self;
         /// # Safety
-        /// As for `peek`; no reference leads there, and no other thread accesses it plainly.
+        /// As for `peek`. No reference points to `at`, and no other thread makes plain accesses to it.
         unsafe fn poke(at: *mut Self, value: Self);
     }
 
@@ -34,7 +37,7 @@ mod access {
                 #[inline(always)]
                 unsafe fn peek(at: *const Self) -> Self {
                     let value: Self;
-                    // SAFETY: reads what the caller vouches for, and touches no flag or stack.
+                    // SAFETY: reads memory that the caller vouches for, and touches no flag or stack.
                     unsafe {
                         asm!($peek, at = in(reg) at, value = lateout($class) value,
                             options(readonly, nostack, preserves_flags));
@@ -44,7 +47,7 @@ mod access {
 
                 #[inline(always)]
                 unsafe fn poke(at: *mut Self, value: Self) {
-                    // SAFETY: writes what the caller vouches for, and touches no flag or stack.
+                    // SAFETY: writes memory that the caller vouches for, and touches no flag or stack.
                     unsafe {
                         asm!($poke, at = in(reg) at, value = in($class) value.to_le(),
                             options(nostack, preserves_flags));
@@ -70,10 +73,10 @@ mod access {
         u64, reg: "ldr {value}, [{at}]", "str {value}, [{at}]";
     }
 
-    /// Copies the 16 bytes at the distance `AT`.
+    /// Copies the 16 bytes at offset `AT`.
     ///
     /// # Safety
-    /// As for `copy`; both have these bytes.
+    /// As for `copy`. Both sides contain these bytes.
     #[inline(always)]
     unsafe fn near<const AT: usize>(from: *const u8, to: *mut u8) {
         // SAFETY: the caller vouches for the bytes; no flag or stack is touched.
@@ -95,7 +98,7 @@ mod access {
     /// As for `near`.
     #[inline(always)]
     unsafe fn far<const BACK: usize>(from: *const u8, to: *mut u8, len: usize) {
-        // SAFETY: as in `near`. On x86 the sum of three costs no instruction.
+        // SAFETY: as in `near`. On x86 the sum of three terms in the address costs no instruction.
         unsafe {
             #[cfg(target_arch = "x86_64")]
             asm!("movups {block}, [{from} + {len} - {back}]", "movups [{to} + {len} - {back}], {block}",
@@ -112,7 +115,7 @@ mod access {
     /// As for `copy`.
     #[inline(always)]
     unsafe fn ends(from: *const u8, to: *mut u8, len: usize) {
-        // SAFETY: the first and the last 64 bytes, which together are all.
+        // SAFETY: these are the first and the last 64 bytes, which together cover all `len` bytes.
         unsafe {
             near::<0>(from, to);
             near::<16>(from, to);
@@ -125,7 +128,7 @@ mod access {
         }
     }
 
-    /// Copies as many bytes as a word has to twice as many.
+    /// Copies `len` bytes, which are at least one word and at most two.
     ///
     /// # Safety
     /// As for `copy`.
@@ -139,13 +142,13 @@ mod access {
         }
     }
 
-    /// Copies less than 16 or more than 128 bytes.
+    /// Copies fewer than 16 or more than 128 bytes.
     ///
     /// # Safety
     /// As for `copy`.
     #[inline(never)]
     unsafe fn copy_any(from: *const u8, to: *mut u8, len: usize) {
-        // SAFETY: the caller's contract, and the lengths as each arm has them.
+        // SAFETY: the caller's contract. Each arm accesses bytes within the lengths that it matches.
         unsafe {
             match len {
                 0 => {}
@@ -153,7 +156,7 @@ mod access {
                 2..4 => two_words::<u16>(from, to, len),
                 4..8 => two_words::<u32>(from, to, len),
                 8..16 => two_words::<u64>(from, to, len),
-                // Not `rep movsb`, which took 33 ticks for 200 bytes on an EPYC of family 25, where this takes 17.
+                // `rep movsb` took 33 ticks for 200 bytes on an EPYC of family 25, where this loop takes 17.
                 _ => {
                     const STEP: usize = 128;
                     let mut at = 0;
@@ -167,16 +170,17 @@ mod access {
         }
     }
 
-    /// Packets are mostly short, and a call costs as much as they do: two blocks of a fixed size that overlap in the
-    /// middle need no loop and no byte beyond the end. None of it goes by way of the stack: stores are done in order, so
-    /// one to the stack between two to a peer's lines has these come one by one.
+    /// Copies `len` bytes. Most packets are short, and a function call costs as much as their copy. Two
+    /// blocks of a fixed size that overlap in the middle need no loop and access no byte beyond the end.
+    /// Nothing goes through the stack: stores complete in order, so a store to the stack between two stores
+    /// to a peer's cache lines serializes these.
     ///
     /// # Safety
-    /// `from` is mapped for `len` bytes, and so is `to`, to which no reference leads and to which no other thread of ours
-    /// has plain access meanwhile.
+    /// `from` and `to` are mapped for `len` bytes. No reference points to `to`, and no other thread of this
+    /// process makes plain accesses to it during the copy.
     #[inline(always)]
     unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-        // SAFETY: the caller's contract, and the lengths as each arm has them.
+        // SAFETY: the caller's contract. Each arm accesses bytes within the lengths that it matches.
         unsafe {
             match len {
                 32..=64 => {
@@ -195,7 +199,7 @@ mod access {
         }
     }
 
-    /// Copies `len` bytes out of memory that something else may write.
+    /// Copies `len` bytes from memory that something else may write.
     ///
     /// # Safety
     /// `from` is mapped for `len` bytes; `to` is valid for writes of `len` bytes.
@@ -208,22 +212,22 @@ mod access {
     /// Copies `len` bytes into memory that something else may read and write.
     ///
     /// # Safety
-    /// `from` is valid for reads of `len` bytes; `to` is mapped for as many, no reference leads there, and all of our own
-    /// accesses to it at the same time are of this module or atomic.
+    /// `from` is valid for reads of `len` bytes. `to` is mapped for as many bytes, no reference points to it,
+    /// and all concurrent accesses to it by this process are atomic or go through this module.
     #[inline(always)]
     pub(crate) unsafe fn write(from: *const u8, to: *mut u8, len: usize) {
         // SAFETY: the caller's contract.
         unsafe { copy(from, to, len) }
     }
 
-    /// The last 8 of `N` bytes, whose address costs no instruction.
+    /// Reads the last 8 of `N` bytes. Their address costs no instruction.
     ///
     /// # Safety
     /// As for [`read`] of `N` bytes.
     #[inline(always)]
     pub(super) unsafe fn peek_last<const N: usize>(at: *const u8) -> u64 {
         let value: u64;
-        // SAFETY: reads what the caller vouches for, and touches no flag or stack.
+        // SAFETY: reads memory that the caller vouches for, and touches no flag or stack.
         unsafe {
             #[cfg(target_arch = "x86_64")]
             asm!("mov {value}, [{at} + {distance}]", at = in(reg) at, distance = const N - 8,
@@ -244,15 +248,16 @@ mod access {
     }
 }
 
-/// By atomics.
+/// Accesses through atomics, for Miri and for other architectures.
 #[cfg(not(all(any(target_arch = "x86_64", target_arch = "aarch64"), not(miri))))]
 mod access {
     use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
-    /// A word that is read and written whole. In memory it is little-endian.
+    /// Word that is read and written as a whole. It is little-endian in memory.
     pub trait Whole: Copy {
         /// # Safety
-        /// `at` is aligned and valid for reads, and all accesses to it meanwhile are atomic, by words of this size.
+        /// `at` is aligned and valid for reads, and all concurrent accesses to it are atomic, with words of
+        /// this size.
         unsafe fn peek(at: *const Self) -> Self;
         /// # Safety
         /// As for `peek`, for writes.
@@ -276,7 +281,7 @@ mod access {
     }
     whole!(u8 => AtomicU8, u16 => AtomicU16, u32 => AtomicU32, u64 => AtomicU64);
 
-    /// Copies `len` bytes out of memory that something else may write.
+    /// Copies `len` bytes from memory that something else may write.
     ///
     /// # Safety
     /// `from` is valid for reads of `len` bytes by atomics; `to` is valid for writes of `len` bytes.
@@ -290,8 +295,8 @@ mod access {
     /// Copies `len` bytes into memory that something else may read and write.
     ///
     /// # Safety
-    /// `from` is valid for reads of `len` bytes; `to` is valid for writes of as many by atomics, as all of our own accesses
-    /// to it at the same time are.
+    /// `from` is valid for reads of `len` bytes. `to` is valid for atomic writes of as many bytes, and all
+    /// concurrent accesses to it by this process are atomic.
     pub(crate) unsafe fn write(from: *const u8, to: *mut u8, len: usize) {
         for at in 0..len {
             // SAFETY: within the `len` bytes of both.
@@ -299,7 +304,7 @@ mod access {
         }
     }
 
-    /// The last 8 of `N` bytes.
+    /// Reads the last 8 of `N` bytes.
     ///
     /// # Safety
     /// As for [`read`] of `N` bytes.
@@ -319,7 +324,8 @@ mod access {
     }
 }
 
-/// Writes the `N` bytes, of which there are 8 to 16, unless they are there: then their cache line stays another's, too.
+/// Writes the `N` bytes (8 to 16) unless memory already contains them. Without a write, other CPUs keep their
+/// copies of the cache line.
 ///
 /// # Safety
 /// As for [`write()`] to `to`.
@@ -342,11 +348,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Bytes around what is copied, which stay as they are.
+    /// Number of bytes on each side of the copied bytes that must not change.
     const GUARD: usize = 64;
     const LONGEST: usize = 2048;
 
-    /// What `copy` makes of `len` bytes at a distance of `to` from the guard's end, copied from a distance of `from`.
+    /// Returns the target after `copy` has copied `len` bytes from offset `from` of the source to offset `to`
+    /// behind the first guard.
     fn copied(copy: impl FnOnce(*const u8, *mut u8, usize), from: usize, to: usize, len: usize) -> Vec<u8> {
         let mut source: Vec<u8> = (0..from + len).map(|at| (at * 7 + at / 256) as u8).collect();
         let mut target = vec![0xee; GUARD + to + len + GUARD];
@@ -355,7 +362,7 @@ mod tests {
     }
 
     fn check(from: usize, to: usize, len: usize) {
-        // SAFETY: both have `len` bytes, and nothing else reaches them.
+        // SAFETY: both have `len` bytes, and nothing else accesses them.
         let plain = copied(|from, to, len| unsafe { from.copy_to_nonoverlapping(to, len) }, from, to, len);
         // SAFETY: as above.
         let found = copied(|from, to, len| unsafe { read(from, to, len) }, from, to, len);
@@ -388,14 +395,14 @@ mod tests {
 
         #[test]
         fn bytes_are_written_where_they_differ(at in 0..64_usize, old: [u8; 12], new: [u8; 12], byte in 0..13_usize) {
-            // At most one byte differs, or all may.
+            // First all bytes may differ, then at most one does.
             let near = std::array::from_fn(|i| if i == byte { old[i] ^ 1 } else { old[i] });
             for new in [new, near] {
                 let mut memory = vec![0xee; at + 12 + GUARD];
                 memory[at..at + 12].copy_from_slice(&old);
                 let mut wanted = memory.clone();
                 wanted[at..at + 12].copy_from_slice(&new);
-                // SAFETY: the memory has these bytes, and nothing else reaches them.
+                // SAFETY: the memory has these bytes, and nothing else accesses it.
                 unsafe { write_changed(new, memory[at..].as_mut_ptr()) };
                 prop_assert_eq!(memory, wanted);
             }
@@ -406,14 +413,14 @@ mod tests {
     fn words_are_little_endian_and_no_longer_than_they_say() {
         let mut memory = [0xee_u64; 3];
         let at = (&raw mut memory[1]).cast::<u8>();
-        // SAFETY: aligned, within the array, and nothing else reaches it.
+        // SAFETY: aligned, within the array, and nothing else accesses it.
         unsafe {
             u64::poke(at.cast(), 0x0807_0605_0403_0201);
             assert_eq!(u64::peek(at.cast()), 0x0807_0605_0403_0201);
         }
         assert_eq!(memory[1].to_ne_bytes(), [1, 2, 3, 4, 5, 6, 7, 8]);
         let at = (&raw mut memory[1]).cast::<u8>();
-        // SAFETY: as above. Each size has bytes of its own.
+        // SAFETY: as above. Each size has its own bytes.
         unsafe {
             u8::poke(at, 0x11);
             u16::poke(at.add(2).cast(), 0x2221);

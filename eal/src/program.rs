@@ -1,4 +1,4 @@
-//! Both ends of what a program says: text on standard output, and the line that it fails with.
+//! Output of a program: text on standard output, and the line on standard error with which it fails.
 
 use std::io::{StdoutLock, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -15,26 +15,28 @@ use crate::mem::page_size;
 
 const NO_OUTPUT: &str = "cannot write to standard output";
 
-/// Prints `text`, and says so when nobody takes it: `print!` would panic when standard output is a closed pipe.
+/// Prints `text`, and returns an error if it cannot: `print!` would panic if standard output is a closed
+/// pipe.
 ///
 /// # Errors
-/// `Io` when standard output does not take it.
+/// `Io` if standard output does not accept it.
 pub fn print(text: &str) -> Result<()> {
     write(&mut std::io::stdout().lock(), text.as_bytes())
 }
 
-/// Says one line on standard error; whoever closed that does not want it.
+/// Prints one line on standard error. Errors are ignored: if standard error is closed, the line is not
+/// wanted.
 pub fn note(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// Prints `text` if standard output takes all of it without waiting for its reader, and nothing otherwise; returns which. For
-/// a thread that has packets to forward.
+/// Prints `text` if standard output accepts all of it without waiting for its reader, otherwise prints
+/// nothing. Returns whether it printed. It is for threads that have packets to forward.
 ///
 /// # Errors
-/// As for [`print()`].
+/// Same as [`print()`].
 pub fn print_if_room(text: &str) -> Result<bool> {
-    // Held from the look to the write: another thread's text could take the room.
+    // The lock is held from the check to the write: another thread's text could take up the room.
     let mut out = std::io::stdout().lock();
     let has_room = has_room(out.as_fd(), text.len());
     if has_room {
@@ -46,7 +48,8 @@ pub fn print_if_room(text: &str) -> Result<bool> {
 /// Prints `text`, but does not wait longer than `patience` for a reader that reads nothing.
 ///
 /// # Errors
-/// As for [`print()`], and for a reader that read nothing for so long. A part of `text` may have been printed.
+/// Same as [`print()`]; also `Io` if the reader reads nothing for `patience`. A part of `text` may have been
+/// printed.
 pub fn print_within(text: &str, patience: Duration) -> Result<()> {
     let mut out = std::io::stdout().lock();
     for part in text.as_bytes().chunks(PIPE_BUF) {
@@ -78,7 +81,8 @@ fn await_room(output: BorrowedFd<'_>, patience: Duration) -> Result<()> {
     }
 }
 
-/// Whether `output` takes `len` bytes at once. An output that has an error does, for the write to report.
+/// Returns whether `output` accepts `len` bytes without waiting. This is also true of an output with an
+/// error, which the write then reports.
 fn has_room(output: BorrowedFd<'_>, len: usize) -> bool {
     let mut polled = [PollFd::new(output, PollFlags::POLLOUT)];
     match poll(&mut polled, PollTimeout::ZERO) {
@@ -86,12 +90,13 @@ fn has_room(output: BorrowedFd<'_>, len: usize) -> bool {
         Ok(_) if polled[0].revents() == Some(PollFlags::POLLOUT) => {}
         _ => return true,
     }
-    // Only a pipe has a size. A file always has room, and a socket that is ready has room for most of its buffer.
+    // Only a pipe has a size. A file always has room, and a socket that is ready has room for most of its
+    // buffer.
     let Ok(size) = fcntl(output, FcntlArg::F_GETPIPE_SZ) else { return true };
     len <= PIPE_BUF || unread(output).is_some_and(|unread| fits(size as usize, unread, len, page_size()))
 }
 
-/// Bytes in a pipe; `None` if the kernel does not say.
+/// Number of bytes in a pipe; `None` if the kernel does not report it.
 fn unread(pipe: BorrowedFd<'_>) -> Option<usize> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: FIONREAD writes one `int`, which lives for the call.
@@ -99,15 +104,18 @@ fn unread(pipe: BorrowedFd<'_>) -> Option<usize> {
     usize::try_from(bytes).ok()
 }
 
-/// Whether a pipe of `size` bytes with `unread` bytes in it has room for `len` more. May say no although it has.
+/// Returns whether a pipe of `size` bytes with `unread` bytes in it has room for `len` more. It may return
+/// false although there is room.
 ///
-/// A pipe is a ring of pages. A write begins a new page unless its odd bytes fit into the last one (Linux, `pipe_write`), so any
-/// two neighbours hold at least a page's bytes together; only the first may have been read in part.
+/// A pipe is a ring of pages. A write starts a new page unless its bytes beyond whole pages fit into the last
+/// page (Linux, `pipe_write`), so any two neighboring pages together hold at least one page of bytes. Only
+/// the first page may have been partly read.
 fn fits(size: usize, unread: usize, len: usize, page: usize) -> bool {
     2 * unread.div_ceil(page) + len.div_ceil(page) <= size / page
 }
 
-/// The exit code for `result`; an error is one line on standard error first, after the program's name.
+/// Returns the exit code for `result`. First prints an error on standard error, as one line after the
+/// program's name.
 pub fn exit_code(name: &str, result: Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
         note(&format!("{name}: {error}"));
@@ -125,7 +133,7 @@ mod tests {
 
     use super::*;
 
-    /// A pipe of so many pages that never blocks.
+    /// Creates a non-blocking pipe of `pages` pages.
     fn pipe_of(pages: usize) -> (PipeReader, PipeWriter) {
         let (reader, writer) = pipe().unwrap();
         let size = fcntl(&writer, FcntlArg::F_SETPIPE_SZ((pages * page_size()) as i32)).unwrap();
@@ -167,7 +175,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever was written and read before, a text for which there is room goes into the pipe whole.
+        /// A text for which there is room goes into the pipe as a whole, whatever was written and read
+        /// before.
         #[test]
         fn what_has_room_is_not_torn(
             steps in prop::collection::vec((1_usize..12_000, any::<bool>()), 1..60),
@@ -179,7 +188,7 @@ mod tests {
                 } else if has_room(writer.as_fd(), len) {
                     prop_assert_eq!(writer.write(&vec![0; len]).unwrap(), len);
                 } else {
-                    // As another program that writes to the same pipe.
+                    // Acts like another program that writes to the same pipe.
                     let _ = writer.write(&vec![0; len % 3000]);
                 }
             }

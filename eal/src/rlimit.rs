@@ -1,14 +1,15 @@
-//! Limits of the process (getrlimit(2)) that were too low, and the commands that raise them.
+//! Commands that raise limits of the process (getrlimit(2)) that are too low.
 
 use nix::sys::resource::{Resource, getrlimit};
 
-/// Command that starts a program with `more` open files than this process may have.
+/// Returns the command that lets a program open `more` files more than this process may.
 pub fn more_files(more: u64) -> String {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or_default();
     raise_files(soft.saturating_add(more), hard)
 }
 
-/// A shell raises its limit up to the `hard` one, root raises both.
+/// Returns the command that raises the limit to `wanted`. A shell can raise its soft limit up to `hard`, and
+/// root can raise both limits.
 fn raise_files(wanted: u64, hard: u64) -> String {
     if wanted <= hard {
         format!("run: ulimit -n {wanted}")

@@ -1,4 +1,4 @@
-//! The runtime directory: one for each `--file-prefix`, and one process in it.
+//! The runtime directory: one for each `--file-prefix`, used by one process at a time.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -14,21 +14,23 @@ use crate::error::{Error, ErrorKind, Result};
 
 const LOCK: &str = "lock";
 
-/// Directory for sockets and other things that live as long as the process, held against other processes.
+/// Directory for sockets and other files that live as long as the process, locked against other processes.
 ///
-/// Dropping it removes it with everything inside; a process that dies leaves it to the next one.
+/// Dropping it removes the directory with everything inside. If a process dies, the next one takes over its
+/// directory.
 #[derive(Debug)]
 pub struct RuntimeDir {
     path: PathBuf,
-    /// Released by the drop glue, after the files are gone.
+    /// Lock file. The drop glue releases it after all files are removed.
     lock: File,
 }
 
 impl RuntimeDir {
-    /// The directory for `args`; `None` with `--in-memory`.
+    /// Creates and locks the directory for `args`. Returns `None` with `--in-memory`.
     ///
     /// # Errors
-    /// `Busy` when a process has it, naming that; `Permission`, `Io` when it cannot be made.
+    /// `Busy` if another process uses the directory, naming that process; `Permission` or `Io` if it cannot
+    /// be created.
     pub fn new(args: &EalArgs) -> Result<Option<Self>> {
         if args.memory.in_memory {
             return Ok(None);
@@ -38,15 +40,16 @@ impl RuntimeDir {
         Self::open(&base(geteuid(), variable), &args.file_prefix).map(Some)
     }
 
-    /// The directory `prefix` in `base`; makes both.
+    /// Opens and locks the directory `prefix` in `base`. Creates both if necessary.
     fn open(base: &Path, prefix: &str) -> Result<Self> {
-        // A process that ends removes the directory while another opens it: what was opened must still be there.
+        // An exiting process may remove the directory while it is opened here, so the opened file must still
+        // be in place.
         const TRIES: usize = 100;
         let path = base.join(prefix);
         for _ in 0..TRIES {
             private_dir(base)?;
             private_dir(&path)?;
-            // A directory that is empty is nobody's.
+            // An empty directory belongs to no process, so it is removed.
             let locked = lock(&path).inspect_err(|_| drop(std::fs::remove_dir(&path)))?;
             if let Some(lock) = locked {
                 let mut dir = Self { path, lock };
@@ -58,7 +61,7 @@ impl RuntimeDir {
             .with_hint(OTHER_PREFIX))
     }
 
-    /// Replaces the pid of the process that had it before, which did not end well, by ours.
+    /// Replaces the pid of a previous process, which ended uncleanly, with the pid of this process.
     fn sign(&mut self) -> Result<()> {
         if let Some(pid) = pid_in(&mut self.lock) {
             tracing::info!("previous run (pid {pid}) ended uncleanly, recovered {}", self.path.display());
@@ -66,7 +69,7 @@ impl RuntimeDir {
         write_pid(&mut self.lock).map_err(|error| Error::io(what(&self.path), &error))
     }
 
-    /// Its path.
+    /// Path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -74,7 +77,7 @@ impl RuntimeDir {
 
 impl Drop for RuntimeDir {
     fn drop(&mut self) {
-        // The lock file goes last, and only then the directory, if nobody has moved in meanwhile.
+        // Remove the lock file last, and then the directory, unless another process has started to use it.
         let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| entry.file_name() != LOCK) {
             let _ = match entry.file_type() {
@@ -82,7 +85,7 @@ impl Drop for RuntimeDir {
                 _ => std::fs::remove_file(entry.path()),
             };
         }
-        // Who is not its owner any more (`--user`) cannot remove it, and says by an empty lock that nothing went wrong.
+        // After `--user` the lock file cannot be unlinked; truncating it marks a clean exit.
         let _ = self.lock.set_len(0);
         let _ = std::fs::remove_file(self.path.join(LOCK));
         let _ = std::fs::remove_dir(&self.path);
@@ -95,9 +98,10 @@ fn what(path: &Path) -> String {
     format!("cannot use the runtime directory {}", path.display())
 }
 
-/// `vireo` where DPDK has its runtime directories too. In `/tmp`, which all users share, each has a directory of their own.
+/// Returns the directory `vireo` in the place where DPDK has its runtime directories. In `/tmp`, which all
+/// users share, each user has a separate directory.
 fn base(user: Uid, variable: impl Fn(&str) -> Option<PathBuf>) -> PathBuf {
-    // systemd joins several by colons.
+    // systemd joins several directories with colons.
     let given = variable("RUNTIME_DIRECTORY").and_then(|value| std::env::split_paths(&value).next());
     let session = || if user.is_root() { None } else { variable("XDG_RUNTIME_DIR") };
     match given.or_else(session) {
@@ -107,7 +111,8 @@ fn base(user: Uid, variable: impl Fn(&str) -> Option<PathBuf>) -> PathBuf {
     }
 }
 
-/// Makes `path` with mode 0700, or sees to it that it is a directory of ours that nobody else writes to.
+/// Creates `path` with mode 0700, or checks that it is a directory of this user that no other user may write
+/// to.
 fn private_dir(path: &Path) -> Result<()> {
     let hint = "set RUNTIME_DIRECTORY to a directory of your own, or use --in-memory";
     let failed = |error: &std::io::Error| Error::io(what(path), error).with_hint(hint);
@@ -118,7 +123,7 @@ fn private_dir(path: &Path) -> Result<()> {
     }
     let found = match std::fs::symlink_metadata(path) {
         Ok(found) => found,
-        // Its last user removed it this moment; the caller tries again.
+        // Its last user has just removed it. The caller tries again.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(&error)),
     };
@@ -134,7 +139,7 @@ fn private_dir(path: &Path) -> Result<()> {
     Err(Error::new(ErrorKind::Permission, what(path), why).with_hint(hint))
 }
 
-/// Locks `dir`; `None` when it was removed meanwhile.
+/// Locks `dir`. Returns `None` if it was removed in the meantime.
 fn lock(dir: &Path) -> Result<Option<File>> {
     let path = dir.join(LOCK);
     let mut options = OpenOptions::new();
@@ -169,14 +174,15 @@ fn busy(dir: &Path, lock: &File) -> Error {
     Error::new(ErrorKind::Busy, what(dir), why).with_hint(OTHER_PREFIX)
 }
 
-/// Who holds the lock, by the kernel's own list (proc_locks(5)): a pid that was written to the file may be that of another
-/// PID namespace, and so of another process here.
+/// Returns the process that holds the lock, from the kernel's own list (proc_locks(5)). The pid in the file
+/// may be from another PID namespace, and may stand for a different process in this one.
 fn holder(lock: &File) -> Option<u32> {
     let inode = lock.metadata().ok()?.ino();
     holder_in(&std::fs::read_to_string("/proc/locks").ok()?, inode)
 }
 
-/// In lines such as `1: FLOCK  ADVISORY  WRITE 4711 00:1a:23 0 EOF`; an `->` behind the number is of one that waits.
+/// Finds the holder in lines such as `1: FLOCK  ADVISORY  WRITE 4711 00:1a:23 0 EOF`. A `->` after the number
+/// marks a process that waits.
 fn holder_in(locks: &str, inode: u64) -> Option<u32> {
     locks.lines().find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();

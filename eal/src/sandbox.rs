@@ -1,5 +1,5 @@
-//! What a program may still do when it is set up: an allow-list of system calls (seccomp) for all its threads, and
-//! of files (Landlock). A driver that a device has talked into something goes no further than this.
+//! What a program may do after set-up: an allow-list of system calls (seccomp) for all its threads, and of
+//! files (Landlock). It confines a driver that a misbehaving device has subverted.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,19 +19,21 @@ use syscalls::Sysno;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Newest Landlock that is asked for; an older kernel enforces what it knows.
+/// Newest Landlock ABI that is requested. An older kernel enforces the part that it knows.
 const LANDLOCK: ABI = ABI::V8;
 
-/// A sandbox with its paths open: they may be out of reach when it is closed.
+/// Sandbox that is not closed yet. Its paths are already open, because they may be out of reach when it is
+/// closed.
 pub(crate) struct Sandbox {
     files: RulesetCreated,
-    /// Whether unix sockets can be made.
+    /// Whether unix sockets can be created.
     sockets: bool,
 }
 
 impl Sandbox {
-    /// In `removable`, files and directories can be removed, in `sockets` unix sockets made too. All else in the file
-    /// system is closed; without `sockets` so are the calls that make them.
+    /// Prepares a sandbox. Files and directories in `removable` can be removed. In `sockets`, unix sockets
+    /// can be created and files can be removed. The rest of the file system is inaccessible. If `sockets` is
+    /// empty, the system calls that create sockets are denied too.
     pub(crate) fn new(removable: &[&Path], sockets: &[PathBuf]) -> Result<Self> {
         let rules = || {
             let mut ruleset = Ruleset::default()
@@ -51,7 +53,7 @@ impl Sandbox {
         rules().map_err(|error: Box<dyn std::error::Error>| failed(&*error))
     }
 
-    /// Closes it, for good. What the kernel does not have is said and left out.
+    /// Closes the sandbox permanently. Features that the kernel lacks are logged and left out.
     pub(crate) fn close(self) -> Result<()> {
         let status = self.files.restrict_self().map_err(|error| failed(&error))?.ruleset;
         if status == RulesetStatus::NotEnforced {
@@ -60,7 +62,7 @@ impl Sandbox {
             );
         }
         trap_denied()?;
-        // In this order: behind the second filter no other can be installed.
+        // The order matters: the second filter denies installing another one.
         for program in [without_clone3(), allow_list(self.sockets)] {
             let program = program.map_err(|error| failed(&error))?;
             match seccompiler::apply_filter_all_threads(&program) {
@@ -84,14 +86,15 @@ fn failed(error: &dyn std::error::Error) -> Error {
         .with_hint("start with --no-sandbox")
 }
 
-/// glibc tries `clone3` first, whose flags are in memory, where no filter sees them; without it, it takes `clone`.
+/// Filter that fails `clone3` with ENOSYS. glibc tries `clone3` first, whose flags are in memory, where no
+/// filter can check them. Without it, glibc uses `clone`.
 fn without_clone3() -> seccompiler::Result<BpfProgram> {
     let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     program(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))
 }
 
-/// What l2fwd and pktgen use from their first packet to their exit, as strace saw it, and what the C library may
-/// use in their place on another machine.
+/// Filter that allows the system calls that l2fwd and pktgen make from their first packet to their exit, as
+/// strace shows them, and those that the C library may make instead on another machine.
 fn allow_list(sockets: bool) -> seccompiler::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALWAYS.iter().map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_ioctl, any_of(1, IOCTLS)?);
@@ -128,18 +131,18 @@ fn masked(argument: u8, mask: u64, value: u64) -> seccompiler::Result<SeccompRul
     rule(argument, SeccompCmpOp::MaskedEq(mask), value)
 }
 
-/// Of the argument's lower half: the kernel takes all of these as 32 bits.
+/// Compares the lower half of an argument: the kernel takes all of these arguments as 32 bits.
 fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> seccompiler::Result<SeccompRule> {
     Ok(SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?])?)
 }
 
-/// Requests that are made after set-up: `VFIO_DEVICE_SET_IRQS`, `VFIO_DEVICE_RESET`, `VFIO_IOMMU_UNMAP_DMA`,
-/// `VFIO_DEVICE_DETACH_IOMMUFD_PT`, `IOMMU_DESTROY`, `IOMMU_IOAS_UNMAP`, the room in standard output, and the standard
-/// library's for terminals and sockets.
+/// Ioctls that are made after set-up: `VFIO_DEVICE_SET_IRQS`, `VFIO_DEVICE_RESET`, `VFIO_IOMMU_UNMAP_DMA`,
+/// `VFIO_DEVICE_DETACH_IOMMUFD_PT`, `IOMMU_DESTROY`, `IOMMU_IOAS_UNMAP`, `FIONREAD` for the room in standard
+/// output, and the standard library's ioctls for terminals and sockets.
 const IOCTLS: &[u64] =
     &[0x3b6e, 0x3b6f, 0x3b72, 0x3b78, 0x3b80, 0x3b86, libc::FIONREAD, libc::TCGETS, libc::FIONBIO];
 
-/// Names of threads, and of the C library's memory.
+/// Prctls that name threads and the C library's memory.
 const PRCTLS: &[u64] = &[libc::PR_SET_NAME as u64, libc::PR_SET_VMA as u64];
 
 const ALWAYS: &[i64] = &[
@@ -167,14 +170,14 @@ const ALWAYS: &[i64] = &[
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
     libc::SYS_setsockopt,
-    // What kind of descriptor a frontend has passed.
+    // Finding out what kind of descriptor a frontend has passed.
     libc::SYS_readlinkat,
-    // The runtime directory and sockets, which are removed at the end.
+    // Removing the runtime directory and sockets at exit.
     libc::SYS_getdents64,
     libc::SYS_unlinkat,
     libc::SYS_flock,
     libc::SYS_ftruncate,
-    // Memory; none of it executable, see above.
+    // Memory, none of it executable: see `allow_list`.
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
@@ -198,7 +201,7 @@ const ALWAYS: &[i64] = &[
     libc::SYS_nanosleep,
     libc::SYS_gettimeofday,
     libc::SYS_getrandom,
-    // Signals and the end.
+    // Signals and exit.
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
@@ -207,7 +210,7 @@ const ALWAYS: &[i64] = &[
     libc::SYS_tgkill,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    // Older names, which the C library uses where there are any.
+    // Older system calls, which the C library uses where they exist.
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
     #[cfg(target_arch = "x86_64")]
@@ -220,7 +223,7 @@ const ALWAYS: &[i64] = &[
     libc::SYS_lstat,
 ];
 
-/// Makes a denied call end the process with its name on standard error.
+/// Installs a handler that terminates the process at a denied call, and names the call on standard error.
 fn trap_denied() -> Result<()> {
     let action = SigAction::new(SigHandler::SigAction(denied), SaFlags::SA_NODEFER, SigSet::empty());
     // SAFETY: the handler makes async-signal-safe calls only and does not return.
@@ -229,11 +232,12 @@ fn trap_denied() -> Result<()> {
         .map_err(|errno| Error::os("cannot handle SIGSYS", errno))
 }
 
-/// Of `siginfo_t`: `si_syscall`, in words of 32 bits (sigaction(2); two pointers' room, then `si_call_addr`).
+/// Offset of `si_syscall` in `siginfo_t`, in 32-bit words (sigaction(2)). It follows 16 bytes and
+/// `si_call_addr`.
 const SI_SYSCALL: usize = (16 + size_of::<*const ()>()) / 4;
 
 extern "C" fn denied(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
-    // SAFETY: the kernel gives a `siginfo_t`, which is longer and aligned.
+    // SAFETY: the kernel passes a `siginfo_t`, which is aligned and longer than this offset.
     let number = unsafe { info.cast::<c_int>().add(SI_SYSCALL).read() };
     let mut digits = [0; 10];
     let name = Sysno::new(number as usize).map_or("unknown", |call| call.name());
@@ -244,14 +248,14 @@ extern "C" fn denied(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
         decimal(number.unsigned_abs(), &mut digits),
         b"); if that is by design of the program, start it with --no-sandbox\n",
     ] {
-        // SAFETY: the bytes live for the call. When standard error takes nothing, the exit code has to do.
+        // SAFETY: the bytes live for the call. If the write fails, the exit code still shows the denial.
         let _ = Errno::result(unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) });
     }
-    // SAFETY: it ends the process and runs nothing of it.
+    // SAFETY: `_exit` ends the process and runs none of its code.
     unsafe { libc::_exit(ErrorKind::Permission.exit_code().into()) }
 }
 
-/// `number` in decimal, without the allocation that formatting may make.
+/// Formats `number` in decimal, without the allocation that formatting by the standard library may make.
 fn decimal(mut number: u32, digits: &mut [u8; 10]) -> &[u8] {
     let mut at = digits.len();
     loop {

@@ -10,13 +10,14 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect as c
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Longest name of a unix socket, in bytes: `sun_path` holds 108 with the NUL behind it (unix(7)).
+/// Maximum length of a unix socket's name, in bytes: `sun_path` holds 108 including the terminating NUL
+/// (unix(7)).
 pub const MAX_PATH: usize = 107;
 
-/// Checks that a socket can have the name `path`; `what` is the argument that gives it.
+/// Checks that `path` is short enough for a socket. `what` is the argument that gives the path.
 ///
 /// # Errors
-/// `Usage` when it is longer than [`MAX_PATH`].
+/// `Usage` if it is longer than [`MAX_PATH`].
 pub fn check_path(what: impl Display, path: &Path) -> Result<()> {
     let len = path.as_os_str().len();
     if len <= MAX_PATH {
@@ -29,7 +30,7 @@ pub fn check_path(what: impl Display, path: &Path) -> Result<()> {
 /// Connects to the listener at `path` without waiting.
 ///
 /// # Errors
-/// `EAGAIN` when the listener's queue is full.
+/// `EAGAIN` if the listener's queue is full.
 pub fn try_connect(path: &Path) -> nix::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -40,10 +41,11 @@ pub fn try_connect(path: &Path) -> nix::Result<UnixStream> {
     Ok(stream)
 }
 
-/// As [`try_connect`]; `what` fails without the connection, and `hint` starts a listener.
+/// Same as [`try_connect`], but explains a failure. `what` is what fails without the connection, and `hint`
+/// says how to start a listener.
 ///
 /// # Errors
-/// `Unavailable` when nothing listens at `path`, `Busy` when the listener's queue is full.
+/// `Unavailable` if nothing listens at `path`, `Busy` if the listener's queue is full.
 pub fn connect(path: &Path, what: impl Into<String>, hint: impl Into<String>) -> Result<UnixStream> {
     try_connect(path).map_err(|errno| {
         let error = Error::os(what, errno);

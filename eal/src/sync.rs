@@ -1,7 +1,8 @@
-//! Locks and atomics of what several threads use. They are std's; under `--cfg loom` they are those of [loom], and the
-//! models beside the code run it in every order in which its threads can meet (`scripts/sanitize loom`).
+//! Locks and atomics for data that several threads use. They are those of std or, with `--cfg loom`, those of
+//! [loom]. The models next to the code then run it in every possible interleaving of its threads
+//! (`scripts/sanitize loom`).
 //!
-//! What a device or another process writes has no model here, and names std itself.
+//! Memory that a device or another process writes has no models. Code that accesses it uses std directly.
 //!
 //! [loom]: https://docs.rs/loom
 

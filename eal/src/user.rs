@@ -1,4 +1,5 @@
-//! Giving up root for good: user, groups, capabilities (`--user`), and a command started without them.
+//! Dropping root privileges permanently: user, groups, capabilities (`--user`), and a command started without
+//! them.
 
 use std::ffi::OsString;
 use std::os::fd::{OwnedFd, RawFd};
@@ -19,10 +20,10 @@ use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vfio::listen::LISTEN_FDS_START;
 
-/// An id of which setresuid(2) and setresgid(2) say that it changes nothing.
+/// Id that setresuid(2) and setresgid(2) take as "unchanged".
 const KEEP: u32 = u32::MAX;
 
-/// `USER[:GROUP]`, each by name or number.
+/// User and group as `USER[:GROUP]`, each a name or a number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserName {
     user: String,
@@ -43,7 +44,7 @@ impl FromStr for UserName {
     }
 }
 
-/// A user that is not root, known to the machine.
+/// Ids of a user and a group, neither of which is root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct User {
     uid: Uid,
@@ -51,10 +52,10 @@ pub struct User {
 }
 
 impl UserName {
-    /// Looks the names up.
+    /// Looks up the user and the group.
     ///
     /// # Errors
-    /// `Usage` when there is no such user or group, it is root, or the number is no id.
+    /// `Usage` if the user or group does not exist or is root, or if the number is not a valid id.
     pub fn find(&self) -> Result<User> {
         let what = || format!("--user {}", quoted(&self.user));
         let wrong = |why: &str, hint: &str| Error::new(ErrorKind::Usage, what(), why).with_hint(hint);
@@ -95,26 +96,26 @@ fn group_id(group: &str) -> Result<Gid> {
 }
 
 impl User {
-    /// Number of the user.
+    /// User id.
     pub fn uid(self) -> u32 {
         self.uid.as_raw()
     }
 
-    /// Number of the group.
+    /// Group id.
     pub fn gid(self) -> u32 {
         self.gid.as_raw()
     }
 
-    /// Becomes this user for good: its user and group id and no other group, no capability, and none to be
-    /// had from an executable. The kernel then makes the process not dumpable: it writes no core, and the
-    /// user's other processes cannot trace it.
+    /// Becomes this user permanently: with its user id, its group id and no other group, without
+    /// capabilities, and without gaining any from an executable. The kernel then makes the process not
+    /// dumpable: it writes no core dump, and the user's other processes cannot trace it.
     ///
-    /// Who is that user already keeps its groups, which only root can change. Ids change in all threads, and with
-    /// root's go the capabilities. The bounding set and `no_new_privs` are the calling thread's, and those that it
-    /// starts later.
+    /// A process that already runs as this user keeps its groups, which only root can change. Ids change in
+    /// all threads, and giving up root's ids also drops the capabilities. The bounding set and `no_new_privs`
+    /// apply to the calling thread and to threads that it starts later.
     ///
     /// # Errors
-    /// `Permission` when the process is not root, and another user; or when it has not become this one.
+    /// `Permission` if the process is neither root nor this user, or if it has other ids afterwards.
     pub fn drop_privileges(self) -> Result<()> {
         let what = || format!("cannot become user {} with group {}", self.uid, self.gid);
         let failed = |errno| {
@@ -122,7 +123,7 @@ impl User {
             if errno == Errno::EPERM { error.with_hint("start as root, or leave --user out") } else { error }
         };
         if !self.is_current() {
-            // While it can still be changed, which takes CAP_SETPCAP.
+            // The bounding set is cleared first, because that takes CAP_SETPCAP.
             clear(CapSet::Bounding)?;
             setgroups(&[]).map_err(failed)?;
             setresgid(self.gid, self.gid, self.gid).map_err(failed)?;
@@ -137,7 +138,7 @@ impl User {
         prctl::set_no_new_privs().map_err(failed)
     }
 
-    /// Whether the process has the ids of this user, and no other.
+    /// Returns whether the process has the ids of this user, and no other.
     fn is_current(self) -> bool {
         getresuid().is_ok_and(|ids| [ids.real, ids.effective, ids.saved] == [self.uid; 3])
             && getresgid().is_ok_and(|ids| [ids.real, ids.effective, ids.saved] == [self.gid; 3])
@@ -151,9 +152,9 @@ fn clear(set: CapSet) -> Result<()> {
     })
 }
 
-/// Replaces this process by `program` run as `user`, with any amount of memory to lock and with `fds` passed as
-/// systemd does it (`LISTEN_FDS`, sd_listen_fds(3)). Returns only to say why it could not. The process then has
-/// the descriptors that it had, but may have become `user` already.
+/// Replaces this process with `program`, run as `user`, with no limit on locked memory and with `fds` passed
+/// the way systemd does (`LISTEN_FDS`, sd_listen_fds(3)). Returns only if that fails, with the reason. The
+/// process then still has its descriptors, but may have become `user` already.
 pub fn exec(program: &OsString, args: &[OsString], user: User, fds: Vec<OwnedFd>) -> Error {
     if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, libc::RLIM_INFINITY, libc::RLIM_INFINITY) {
         return Error::os("cannot raise the limit of locked memory", errno).with_hint("start as root");
@@ -164,15 +165,17 @@ pub fn exec(program: &OsString, args: &[OsString], user: User, fds: Vec<OwnedFd>
     replace(program, args, &fds)
 }
 
-/// Replaces this process by `program`, which gets `fds`, or says why it could not. A thread does it that has a copy of
-/// the descriptor table to itself: what it moves over 3, 4, … are other threads' descriptors in their own.
+/// Replaces this process with `program`, which gets `fds`, or returns the reason why it could not. A thread
+/// with its own copy of the descriptor table does it. The thread overwrites descriptors 3, 4, … only in that
+/// copy, so they stay open for the other threads.
 fn replace(program: &OsString, args: &[OsString], fds: &[OwnedFd]) -> Error {
     let what = || format!("cannot start {}", quoted(&program.to_string_lossy()));
     let start = || {
         if let Err(errno) = unshare(CloneFlags::CLONE_FILES) {
             return Error::os(what(), errno);
         }
-        // Above all their future places, so that no move overwrites one that is still to be moved.
+        // The descriptors first move above all their final places, so that no move overwrites one that is
+        // still to be moved.
         let above = LISTEN_FDS_START + fds.len() as RawFd;
         let moved: nix::Result<Vec<RawFd>> =
             fds.iter().map(|fd| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(above))).collect();
@@ -186,16 +189,16 @@ fn replace(program: &OsString, args: &[OsString], fds: &[OwnedFd]) -> Error {
             .env("LISTEN_PID", std::process::id().to_string())
             .env("LISTEN_FDS", fds.len().to_string())
             .env_remove("LISTEN_FDNAMES")
-            // Root's, in which the user can do nothing.
+            // This is root's directory, in which the user can do nothing.
             .env_remove("XDG_RUNTIME_DIR");
         let place = move || {
             moved.iter().zip(LISTEN_FDS_START..).try_for_each(|(from, to)| {
-                // SAFETY: what was open at `to` is closed in the table of this thread only, which owns none of it and
-                // either becomes the program or ends.
+                // SAFETY: `dup2` closes what was open at `to` in the table of this thread only. The thread
+                // owns none of it, and either becomes the program or ends.
                 Errno::result(unsafe { libc::dup2(*from, to) }).map(drop).map_err(std::io::Error::from)
             })
         };
-        // SAFETY: it makes system calls only, in this very process and thread.
+        // SAFETY: `place` only makes system calls, in this very process and thread.
         unsafe { command.pre_exec(place) };
         Error::io(what(), &command.exec())
     };

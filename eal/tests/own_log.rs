@@ -1,4 +1,4 @@
-//! A program that has a `tracing` subscriber of its own.
+//! A program that has its own `tracing` subscriber.
 #![forbid(unsafe_code)]
 
 use vireo_eal::Eal;

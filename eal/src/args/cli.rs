@@ -1,4 +1,4 @@
-//! The command line as clap reads it; `mod.rs` turns it into plain values.
+//! The command line as clap parses it. `mod.rs` converts it to plain values.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -14,60 +14,61 @@ use crate::log::{LogColor, LogLevel};
 use crate::user::UserName;
 use crate::vfio::{FdSource, VfioMode};
 
-/// The arguments before `--`.
+/// EAL arguments: those before `--`.
 #[derive(clap::Parser)]
 #[command(disable_help_flag = true)]
 pub(super) struct Cli {
-    /// Cores to run on: 1-3,5 or 0@2 (lcore 0 on cpu 2) or (0,1)@(2-4); default: all that the process may use
+    /// Cores to run on: 1-3,5 or 0@2 (lcore 0 on CPU 2) or (0,1)@(2-4); default: all CPUs the process may use
     #[arg(short, long, value_name = "LIST", conflicts_with = "coremask")]
     pub(super) lcores: Option<String>,
     /// Cores to run on as a hexadecimal mask; deprecated, use -l
     #[arg(short, long, value_name = "MASK")]
     pub(super) coremask: Option<String>,
-    /// Lcore of the main thread; default: the lowest
+    /// Lcore ID of the main thread; default: the lowest
     #[arg(long, value_name = "ID")]
     pub(super) main_lcore: Option<u32>,
-    /// Number the lcores of -l from 0, or from ID, instead of by their cpus
+    /// Renumber the lcores of -l from 0, or from ID, instead of using their CPU numbers
     #[arg(short = 'R', long, value_name = "ID", require_equals = true)]
     pub(super) remap_lcore_ids: Option<Option<u32>>,
 
-    /// Use only this device, with arguments like vfio-mode=cdev; may be repeated
+    /// Use only this device, with device arguments such as vfio-mode=cdev; may be repeated
     #[arg(short, long, value_name = "BDF[,K=V]", conflicts_with_all = ["block", "no_pci"])]
     pub(super) allow: Vec<String>,
     /// Never use this device; may be repeated
     #[arg(short, long, value_name = "BDF", value_parser = Bdf::from_str)]
     pub(super) block: Vec<Bdf>,
-    /// Use no device that neither -a nor --vdev names
+    /// Use only devices named by -a or --vdev
     #[arg(short = 'A', long, conflicts_with = "block")]
     pub(super) no_auto_probing: bool,
-    /// Make a virtual device, such as net_virtio_user0,path=/tmp/socket; may be repeated
+    /// Create a virtual device, such as net_virtio_user0,path=/tmp/socket; may be repeated
     #[arg(long, value_name = "NAME[,K=V]")]
     pub(super) vdev: Vec<String>,
-    /// Leave the PCI bus alone
+    /// Do not use the PCI bus
     #[arg(long)]
     pub(super) no_pci: bool,
-    /// How the kernel hands devices over: auto, container (or group), cdev, compat, noiommu, noiommu-cdev
+    /// How to open VFIO devices: auto, container (or group), cdev, compat, noiommu, noiommu-cdev
     #[arg(long, value_name = "MODE", value_parser = VfioMode::from_str, default_value = "auto")]
     pub(super) vfio_mode: VfioMode,
-    /// Give each port an address space of its own: it reaches the packet buffers and its own rings only
+    /// Give each port its own address space: it reaches only the packet buffers and its own rings
     #[arg(long)]
     pub(super) isolate_ports: bool,
-    /// Addresses that devices see: physical (no-IOMMU modes) or virtual (the others); default: as the mode has it
+    /// Addresses that devices use: physical (no-IOMMU modes) or virtual (other modes); default: as the VFIO
+    /// mode needs
     #[arg(long, value_name = "MODE")]
     pub(super) iova_mode: Option<IovaMode>,
-    /// Kind of interrupt; default: the best that the device has
+    /// Kind of interrupt; accepted, but has no effect yet
     #[arg(long, value_name = "KIND")]
     pub(super) vfio_intr: Option<VfioInterrupt>,
     /// Token that virtual functions share with their physical function
     #[arg(long, value_name = "UUID", value_parser = VfToken::from_str)]
     pub(super) vfio_vf_token: Option<VfToken>,
-    /// Take device nodes that a launcher opened: listen (LISTEN_FDS, from vireo-launch or systemd), or a socket
+    /// Use device nodes opened by a launcher: listen (LISTEN_FDS, from vireo-launch or systemd), or a socket
     #[arg(long, value_name = "listen|SOCKET", value_parser = FdSource::from_str)]
     pub(super) vfio_fds: Option<FdSource>,
-    /// Give up root for this user when set up: a name or UID, and a group if not the user's own
+    /// Drop root privileges to this user after set-up: a name or UID, and a group if not the user's own
     #[arg(long, value_name = "USER[:GROUP]", value_parser = UserName::from_str)]
     pub(super) user: Option<UserName>,
-    /// Leave all system calls and files open after set-up
+    /// Do not restrict system calls and files after set-up
     #[arg(long)]
     pub(super) no_sandbox: bool,
 
@@ -78,29 +79,29 @@ pub(super) struct Cli {
     #[arg(long, alias = "socket-mem", value_name = "MB[,MB]", value_parser = NodeMemory::from_str,
         conflicts_with_all = ["memory_size", "no_huge"])]
     pub(super) numa_mem: Option<NodeMemory>,
-    /// Directory of the hugetlbfs mount to use; default: none is needed
+    /// Directory of the hugetlbfs mount to use; by default, none is needed
     #[arg(long, value_name = "DIR")]
     pub(super) huge_dir: Option<PathBuf>,
-    /// Leave nothing in the file system: private memory, no runtime directory
+    /// Create nothing in the file system: private memory, no runtime directory
     #[arg(long)]
     pub(super) in_memory: bool,
-    /// Pages of 4 KiB in the place of hugepages
+    /// Use 4 KiB pages instead of hugepages
     #[arg(long)]
     pub(super) no_huge: bool,
-    /// Hugepage files are unlinked at once, so that only "never" asks for something else
+    /// When to unlink hugepage files; they are always unlinked at once, so "never" is refused
     #[arg(long, require_equals = true, hide = true, conflicts_with_all = ["no_huge", "in_memory"])]
     pub(super) huge_unlink: Option<Option<HugeUnlink>>,
 
-    /// Name of this program's runtime directory; programs that run together need different ones
+    /// Name of the runtime directory; programs that run at the same time need different names
     #[arg(long, value_name = "NAME", default_value = "rte")]
     pub(super) file_prefix: String,
-    /// Only one process can have the devices: primary or auto
+    /// Process type: primary or auto; only one process can use the devices
     #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
     pub(super) proc_type: String,
-    /// Log level by number or name, for all or for the types that match (help lists them); may be repeated
+    /// Log level by number or name, for all types or matching ones ("help" lists them); may be repeated
     #[arg(long, value_name = "[TYPE:]LEVEL", value_parser = LogArg::from_str)]
     pub(super) log_level: Vec<LogArg>,
-    /// Colours in the log; default: auto, which is by terminal and NO_COLOR
+    /// When to color the log; default: auto, which depends on the terminal and NO_COLOR
     #[arg(long, value_name = "WHEN", require_equals = true)]
     pub(super) log_color: Option<Option<LogColor>>,
     /// Show the version
@@ -111,14 +112,14 @@ pub(super) struct Cli {
     help: Option<bool>,
 }
 
-/// What clap made of the arguments.
+/// Result of parsing the arguments with clap.
 pub(super) enum Read {
-    /// With notes on those that have no effect.
+    /// The arguments, and notes on those that have no effect.
     Arguments(Box<Cli>, Vec<String>),
     Help(String),
 }
 
-/// A `--log-level`.
+/// Value of `--log-level`.
 #[derive(Clone)]
 pub(super) enum LogArg {
     Set(LogLevel),
@@ -142,7 +143,7 @@ impl FromStr for LogArg {
     }
 }
 
-/// When the file of a hugepage is unlinked (`--huge-unlink`).
+/// When hugepage files are unlinked (`--huge-unlink`).
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum HugeUnlink {
     Existing,
@@ -150,7 +151,7 @@ pub(super) enum HugeUnlink {
     Never,
 }
 
-/// MiB of each NUMA node (`--numa-mem`), and their sum.
+/// MiB to reserve on each NUMA node (`--numa-mem`), and their sum.
 #[derive(Clone)]
 pub(super) struct NodeMemory {
     pub(super) nodes: Vec<u64>,
@@ -171,7 +172,7 @@ impl FromStr for NodeMemory {
 }
 
 impl Cli {
-    /// Reads `argv` up to, and without, the `--`.
+    /// Parses `argv`, which ends before the `--`.
     pub(super) fn read(argv: &[OsString], program: &Program<'_>) -> Result<Read> {
         let name = program_name(argv);
         let command = dpdk::add_to(Self::command())
@@ -194,10 +195,10 @@ pub(super) fn program_name(argv: &[OsString]) -> String {
     path.file_name().map_or_else(|| "vireo".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// What the arguments of a program are called that takes none for the EAL.
+/// What errors call the arguments of a program that takes no EAL arguments.
 pub(super) const PLAIN: &str = "arguments";
 
-/// Clap's message of several lines as one of ours.
+/// Converts clap's multi-line message to a one-line error.
 pub(super) fn one_line(error: &clap::Error, what: &str, program: &str) -> Error {
     use std::error::Error as _;
     if let Some(own) = error.source().and_then(|source| source.downcast_ref::<Error>()) {
@@ -205,7 +206,7 @@ pub(super) fn one_line(error: &clap::Error, what: &str, program: &str) -> Error 
     }
     let mut rendered = error.render().to_string();
     for kind in [ContextKind::InvalidArg, ContextKind::InvalidValue] {
-        // The reason comes after the word, however long that is.
+        // The reason follows the word, so a long word must not push it out of the message.
         if let Some(ContextValue::String(word)) = error.get(kind)
             && word.len() > 60
         {

@@ -9,22 +9,22 @@ use crate::vfio::VfioMode;
 
 const MODE_KEY: &str = "vfio-mode";
 
-/// One `--allow`: a device, and what is special about it.
+/// Value of `--allow`: a device and its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceArgs {
-    /// The device.
+    /// Address of the device.
     pub address: Bdf,
-    /// Its own VFIO mode (`vfio-mode=`), in the place of `--vfio-mode`.
+    /// VFIO mode of this device (`vfio-mode=`), which overrides `--vfio-mode`.
     pub mode: Option<VfioMode>,
-    /// The other arguments, keys for its driver, in the order given.
+    /// Remaining arguments: keys and values for the driver, in the order given.
     pub args: Vec<(String, String)>,
 }
 
 impl DeviceArgs {
-    /// Reads `ADDRESS[,KEY=VALUE…]`; a key is `vfio-mode` or one of `driver_keys`.
+    /// Parses `ADDRESS[,KEY=VALUE…]`. A key is `vfio-mode` or one of `driver_keys`.
     ///
     /// # Errors
-    /// `Usage`, naming the wrong part and, of an unknown key, the known ones.
+    /// `Usage`, naming the invalid part and, for an unknown key, the known keys.
     pub fn parse(text: &str, driver_keys: &[&str]) -> Result<Self> {
         let (address, rest) = split_name(text);
         let address: Bdf = address.parse()?;
@@ -37,15 +37,15 @@ impl DeviceArgs {
     }
 }
 
-/// The name of a device, and what follows its comma.
+/// Splits `text` into the name of a device and what follows the first comma.
 pub(super) fn split_name(text: &str) -> (&str, Option<&str>) {
     text.split_once(',').map_or((text, None), |(name, rest)| (name, Some(rest)))
 }
 
-/// Reads `KEY=VALUE[,KEY=VALUE…]` of `device`; each key is one of `known` and comes once.
+/// Parses `KEY=VALUE[,KEY=VALUE…]` of `device`. Each key must be one of `known` and occur only once.
 ///
 /// # Errors
-/// `Usage`, naming the wrong part and, of an unknown key, the known ones.
+/// `Usage`, naming the invalid part and, for an unknown key, the known keys.
 pub(super) fn key_values(
     text: Option<&str>,
     device: &dyn fmt::Display,

@@ -1,5 +1,5 @@
-//! EAL arguments of DPDK 26.11 (`lib/eal/common/eal_option_list.h`) that `cli.rs` does not honour: Vireo takes them
-//! without effect, or refuses them and names the alternative.
+//! EAL arguments of DPDK 26.11 (`lib/eal/common/eal_option_list.h`) that `cli.rs` does not implement: Vireo
+//! accepts them without effect, or refuses them and names the alternative.
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::parser::ValueSource;
@@ -9,7 +9,7 @@ use self::Fate::{NoEffect, Refused};
 use self::Value::{Flag, Number, Optional, Text};
 use crate::error::{Error, ErrorKind, Result};
 
-/// One argument of DPDK.
+/// EAL argument of DPDK.
 struct Argument {
     long: &'static str,
     short: Option<char>,
@@ -20,7 +20,7 @@ struct Argument {
 #[derive(Clone, Copy)]
 enum Value {
     Flag,
-    /// A number from 1 on.
+    /// A number, at least 1.
     Number,
     Text,
     Optional,
@@ -28,9 +28,9 @@ enum Value {
 
 #[derive(Clone, Copy)]
 enum Fate {
-    /// Taken without effect, for this reason.
+    /// Accepted without effect, for this reason.
     NoEffect(&'static str),
-    /// Refused, with this alternative; its value is not looked at.
+    /// Refused, with this alternative. The value is not checked.
     Refused(&'static str),
 }
 
@@ -79,7 +79,7 @@ const ARGUMENTS: &[Argument] = &[
     long("vmware-tsc-map", Flag, NoEffect("the TSC is read directly")),
 ];
 
-/// Arguments that DPDK does not take together, beside those that `cli.rs` names.
+/// Arguments that DPDK does not accept together, in addition to the conflicts in `cli.rs`.
 const CONFLICTS: &[(&str, &[&str])] = &[
     ("auto-probing", &["no_auto_probing"]),
     ("legacy-mem", &["in_memory", "match-allocations"]),
@@ -105,10 +105,10 @@ pub(super) fn add_to(command: Command) -> Command {
     }))
 }
 
-/// Notes on the arguments that were given and have no effect.
+/// Returns notes on the given arguments that have no effect.
 ///
 /// # Errors
-/// `Usage` at the first one that Vireo does not have.
+/// `Usage` for the first given argument that Vireo does not have.
 pub(super) fn notes(matches: &ArgMatches) -> Result<Vec<String>> {
     let given = |argument: &&Argument| matches.value_source(argument.long) == Some(ValueSource::CommandLine);
     let note = |argument: &Argument| match argument.fate {
@@ -123,12 +123,12 @@ pub(super) fn no_effect(argument: &str, why: &str) -> String {
     format!("{argument} has no effect: {why}")
 }
 
-/// Refusal of an argument of DPDK's.
+/// Error for a DPDK argument that Vireo does not have.
 pub(super) fn refusal(argument: &str, hint: &str) -> Error {
     Error::new(ErrorKind::Usage, argument, "a DPDK argument that Vireo does not have").with_hint(hint)
 }
 
-/// Lines for the help.
+/// Lines of the help on DPDK's other arguments.
 pub(super) fn help() -> String {
     let accepted = ARGUMENTS.iter().filter(|argument| matches!(argument.fate, NoEffect(_)));
     let name = |argument: &Argument| match argument.short {

@@ -8,23 +8,24 @@ use super::quoted;
 use crate::affinity;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Lcore and cpu numbers are below this: the most cpus that Linux can be built for on x86 (`CONFIG_NR_CPUS`).
+/// Exclusive upper limit of lcore and CPU numbers: the most CPUs that Linux can be built for on x86
+/// (`CONFIG_NR_CPUS`).
 pub const MAX_CORES: usize = 8192;
 
-/// A step of reading, or what is wrong.
+/// Result of a parsing step. The error says what is wrong.
 type Read<T> = std::result::Result<T, String>;
 
-/// A logical core: one thread of the program, and the cpus that it may run on.
+/// A logical core: one thread of the program, and the CPUs that it may run on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LcoreSpec {
-    /// Number by which the program knows the lcore, below [`MAX_CORES`].
+    /// Id of the lcore, below [`MAX_CORES`].
     pub id: u32,
-    /// Cpus of the thread, ascending and never empty.
+    /// CPUs that the thread may run on, in ascending order, never empty.
     pub cpus: Vec<usize>,
 }
 
 impl fmt::Display for LcoreSpec {
-    /// The notation of `--lcores`: `1`, `1@3`, `1@(2-4)`.
+    /// Writes the notation of `--lcores`: `1`, `1@3`, `1@(2-4)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.cpus[..] {
             [cpu] if cpu == self.id as usize => write!(f, "{cpu}"),
@@ -34,7 +35,7 @@ impl fmt::Display for LcoreSpec {
     }
 }
 
-/// Ascending numbers in short: `0-2,5`.
+/// Formats ascending numbers as ranges: `0-2,5`.
 pub fn ranges(numbers: &[usize]) -> String {
     numbers
         .chunk_by(|low, high| low + 1 == *high)
@@ -46,26 +47,27 @@ pub fn ranges(numbers: &[usize]) -> String {
         .join(",")
 }
 
-/// Cpus that the process may run on: online, in its cpuset and in its affinity.
+/// Returns the CPUs that the process may run on: online, in its cpuset and in its affinity.
 ///
 /// # Errors
-/// `Os` when the kernel does not tell.
+/// `Os` if the kernel does not report them.
 pub fn allowed_cpus() -> Result<Vec<usize>> {
     affinity::get().map_err(|errno| Error::os("cannot read the affinity", errno))
 }
 
-/// CPUs that are threads of the same core as `cpu`, itself included, in the kernel's form (`0,4`), as `sysfs` (`/sys` on a
-/// real machine) has it.
+/// Returns the CPUs that are threads of the same core as `cpu`, including `cpu`, in the kernel's format
+/// (`0,4`). `sysfs` is `/sys` on a real machine.
 pub fn core_siblings(sysfs: &Path, cpu: usize) -> Option<String> {
     let path = sysfs.join(format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"));
     std::fs::read_to_string(path).ok().map(|list| list.trim().to_owned())
 }
 
-/// What two of `lcores` lose when they are threads of one core, as `sysfs` has it; only the first two are named.
+/// Returns a warning if two of `lcores` run on threads of one core according to `sysfs`. It names only the
+/// first two.
 pub(super) fn shared_core(lcores: &[LcoreSpec], sysfs: &Path) -> Option<String> {
     let mut seen: BTreeMap<String, &LcoreSpec> = BTreeMap::new();
     lcores.iter().find_map(|lcore| {
-        // An lcore on several cpus can move away from the other's.
+        // An lcore with several CPUs can move away from the shared core.
         let [cpu] = lcore.cpus[..] else { return None };
         let siblings = core_siblings(sysfs, cpu)?;
         let other = seen.insert(siblings.clone(), lcore).filter(|other| other.cpus != [cpu])?;
@@ -77,10 +79,11 @@ pub(super) fn shared_core(lcores: &[LcoreSpec], sysfs: &Path) -> Option<String> 
     })
 }
 
-/// Reads the value of `--lcores`, all of whose cpus must be in `allowed`; the result ascends by id.
+/// Parses the value of `--lcores`, whose CPUs must all be in `allowed`. The result is in ascending order of
+/// id.
 ///
 /// # Errors
-/// `Usage`, naming the wrong part and the cores that can be used.
+/// `Usage`, naming the invalid part and the usable cores.
 pub(super) fn parse_list(text: &str, allowed: &[usize]) -> Result<Vec<LcoreSpec>> {
     Cursor { rest: text }
         .list()
@@ -88,10 +91,10 @@ pub(super) fn parse_list(text: &str, allowed: &[usize]) -> Result<Vec<LcoreSpec>
         .map_err(|why| wrong("--lcores", text, why, allowed))
 }
 
-/// Reads the value of `--coremask`: hexadecimal, bit n for lcore n on cpu n.
+/// Parses the value of `--coremask`, which is hexadecimal. Bit n stands for lcore n on CPU n.
 ///
 /// # Errors
-/// As [`parse_list`].
+/// Same as [`parse_list`].
 pub(super) fn parse_mask(text: &str, allowed: &[usize]) -> Result<Vec<LcoreSpec>> {
     let trimmed = text.trim();
     let digits = trimmed.strip_prefix("0x").or_else(|| trimmed.strip_prefix("0X")).unwrap_or(trimmed);
@@ -108,10 +111,10 @@ pub(super) fn parse_mask(text: &str, allowed: &[usize]) -> Result<Vec<LcoreSpec>
     read().map_err(|why| wrong("--coremask", text, why, allowed))
 }
 
-/// Numbers `lcores`, each on the cpu of its id, from `first` on (`--remap-lcore-ids`).
+/// Renumbers `lcores` from `first` on (`--remap-lcore-ids`). Each lcore must be on the CPU of its id.
 ///
 /// # Errors
-/// `Usage` when they have cpus of their own, or ids would be [`MAX_CORES`] or more.
+/// `Usage` if an lcore is not on the CPU of its id, or if an id would be [`MAX_CORES`] or more.
 pub(super) fn remap(lcores: &mut [LcoreSpec], first: u32) -> Result<()> {
     let wrong = |why: String, hint: &str| {
         Err(Error::new(ErrorKind::Usage, format!("--remap-lcore-ids={first}"), why).with_hint(hint))
@@ -156,7 +159,7 @@ fn why_not(cpu: usize) -> String {
     }
 }
 
-/// What is left to read; every step is bounded by the length of the text and by [`MAX_CORES`].
+/// Text that is left to parse. Every step is bounded by the length of the text and by [`MAX_CORES`].
 struct Cursor<'a> {
     rest: &'a str,
 }
@@ -186,7 +189,7 @@ impl Cursor<'_> {
         }
     }
 
-    /// A number, a range, or a group of them in parentheses; true for a group.
+    /// Parses a number, a range, or a group of them in parentheses. Returns true for a group.
     fn set(&mut self) -> Read<(BTreeSet<usize>, bool)> {
         let group = self.eat('(');
         let mut cores = BTreeSet::new();

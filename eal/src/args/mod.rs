@@ -1,4 +1,4 @@
-//! EAL arguments: `PROGRAM EAL-ARGUMENTS -- APPLICATION-ARGUMENTS`, with DPDK's names and ours.
+//! EAL arguments: `PROGRAM EAL-ARGUMENTS -- APPLICATION-ARGUMENTS`, with DPDK's names and Vireo's own.
 
 mod cli;
 mod devargs;
@@ -24,101 +24,101 @@ use crate::program;
 use crate::user::UserName;
 use crate::vfio::{FdSource, VfioMode};
 
-/// What the EAL has to know of the program whose arguments it reads.
+/// What the EAL needs to know about the program whose arguments it parses.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Program<'a> {
-    /// Help on the application's own arguments, printed below that on the EAL's.
+    /// Help on the application's own arguments, printed after the help on EAL arguments.
     pub usage: &'a str,
-    /// Devargs that the program's drivers know, beside `vfio-mode`.
+    /// Device arguments that the program's drivers accept, in addition to `vfio-mode`.
     pub device_keys: &'a [&'a str],
-    /// Its drivers of virtual devices (`--vdev`), and the keys of each.
+    /// Drivers of virtual devices (`--vdev`) in the program, with the keys that each accepts.
     pub vdev_keys: &'a [(&'a str, &'a [&'a str])],
 }
 
 /// What the arguments ask for.
 #[derive(Clone, Debug)]
 pub enum Outcome {
-    /// Go on with these.
+    /// Continue with these arguments.
     Run(Box<Parsed>),
     /// Print this text on standard output and exit with 0: help or version.
     Print(String),
 }
 
-/// Arguments, read and checked.
+/// Parsed and checked arguments.
 #[derive(Clone, Debug)]
 pub struct Parsed {
-    /// The EAL's.
+    /// EAL arguments.
     pub eal: EalArgs,
-    /// The application's: `argv[0]` and all that follows the first `--`.
+    /// Application arguments: `argv[0]` and everything after the first `--`.
     pub app: Vec<OsString>,
 }
 
-/// EAL arguments as plain values; conflicts are sorted out.
+/// EAL arguments as plain values, free of conflicts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EalArgs {
-    /// Lcores by ascending id, never none; default: one for each cpu of the process.
+    /// Lcores in ascending order of id, at least one; default: one for each CPU of the process.
     pub lcores: Vec<LcoreSpec>,
     /// Id of the main thread's lcore, one of `lcores`; default: the lowest.
     pub main_lcore: u32,
-    /// The only devices to use; empty: all that are not blocked.
+    /// Devices to use exclusively. If empty, all devices that are not in `block`.
     pub allow: Vec<DeviceArgs>,
     /// Devices never to use.
     pub block: Vec<Bdf>,
-    /// Virtual devices, beside those of the PCI bus.
+    /// Virtual devices, in addition to those on the PCI bus.
     pub vdevs: Vec<VdevArgs>,
     /// Where packet memory comes from.
     pub memory: MemoryArgs,
-    /// Name of the runtime directory, and of files on `--huge-dir`.
+    /// Name of the runtime directory.
     pub file_prefix: String,
-    /// Kind of device addresses, if asked for; it fits the VFIO modes.
+    /// Kind of device addresses, if requested. It is compatible with the VFIO modes.
     pub iova_mode: Option<IovaMode>,
-    /// Leave the PCI bus alone.
+    /// Whether to leave the PCI bus unused.
     pub no_pci: bool,
-    /// How devices are handed over that have no mode of their own.
+    /// VFIO mode of devices that have no mode of their own.
     pub vfio_mode: VfioMode,
-    /// Give each port an address space of its own; never in a mode without an IOMMU.
+    /// Whether each port gets its own address space. Never true in a mode without an IOMMU.
     pub isolate_ports: bool,
-    /// Kind of interrupt, if asked for.
+    /// Kind of interrupt, if requested. It has no effect yet.
     pub vfio_intr: Option<VfioInterrupt>,
-    /// Token for virtual functions.
+    /// Token of virtual functions.
     pub vf_token: Option<VfToken>,
-    /// Who opens device nodes, if not this process.
+    /// Source of opened device nodes, if this process does not open them itself.
     pub vfio_fds: Option<FdSource>,
-    /// Whom to become when set up.
+    /// User to drop privileges to after set-up.
     pub user: Option<UserName>,
-    /// Leave all system calls and files open after set-up.
+    /// Whether to leave system calls and files unrestricted after set-up.
     pub no_sandbox: bool,
     /// Log levels in the order given, for [`log::init`].
     pub log_levels: Vec<LogLevel>,
-    /// Whether the log has colours, for [`log::init`].
+    /// When to color the log, for [`log::init`].
     pub log_color: LogColor,
-    /// To be logged as warnings when the log is there.
+    /// Messages to log as warnings once the log is initialized.
     pub warnings: Vec<String>,
-    /// To be logged for information when the log is there.
+    /// Messages to log at level info once the log is initialized.
     pub notes: Vec<String>,
 }
 
 /// Where packet memory comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MemoryArgs {
-    /// Memory to reserve in MiB; without it as much as the application needs.
+    /// Memory to reserve, in MiB. If absent, as much as the application needs.
     pub megabytes: Option<u32>,
-    /// Memory to reserve on each NUMA node in MiB, by node (`--numa-mem`); their sum is `megabytes`.
+    /// Memory to reserve on each NUMA node, in MiB, indexed by node (`--numa-mem`). The sum is `megabytes`.
     pub socket_mem: Vec<u64>,
-    /// Hugetlbfs mount to keep files on; never together with `in_memory` or `no_huge`.
+    /// Hugetlbfs mount for hugepage files. Never set together with `in_memory` or `no_huge`.
     pub huge_dir: Option<PathBuf>,
-    /// Private anonymous memory and no runtime directory.
+    /// Whether to create nothing in the file system: neither hugepage files nor a runtime directory.
     pub in_memory: bool,
-    /// Pages of 4 KiB.
+    /// Whether to use 4 KiB pages instead of hugepages.
     pub no_huge: bool,
 }
 
-/// Kind of addresses that devices see (`--iova-mode`).
+/// Kind of addresses that devices use (`--iova-mode`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum IovaMode {
-    /// Physical.
+    /// Physical addresses.
     Pa,
-    /// Virtual: what the IOMMU translates.
+    /// Virtual addresses, which the IOMMU translates.
     Va,
 }
 
@@ -134,7 +134,7 @@ pub enum VfioInterrupt {
 }
 
 impl EalArgs {
-    /// The mode in which `address` is to be opened.
+    /// Returns the mode in which to open the device at `address`.
     pub fn mode_of(&self, address: Bdf) -> VfioMode {
         self.allow
             .iter()
@@ -142,7 +142,7 @@ impl EalArgs {
             .map_or(self.vfio_mode, |device| self.mode(device))
     }
 
-    /// Whether a device may be opened in `mode`.
+    /// Returns whether any device may be opened in `mode`.
     pub fn uses(&self, mode: VfioMode) -> bool {
         match self.allow[..] {
             [] => self.vfio_mode == mode,
@@ -190,16 +190,16 @@ impl EalArgs {
     }
 }
 
-/// Reads `argv` (from `argv[0]` on), up to the first `--` for the EAL.
+/// Parses `argv`, which starts with `argv[0]`. EAL arguments end at the first `--`.
 ///
 /// # Errors
-/// `Usage` with the wrong word and what would be right; `Os` when the affinity cannot be read.
+/// `Usage`, naming the invalid word and what would be valid; `Os` if the affinity cannot be read.
 pub fn parse(argv: impl IntoIterator<Item = OsString>, program: &Program<'_>) -> Result<Outcome> {
     parse_on(argv.into_iter().collect(), program, allowed_cpus)
 }
 
-/// Reads an application's own arguments, `argv[0]` first, as [`Parsed::app`] has them. Help on them is part
-/// of the EAL's, so `T` has no help flag.
+/// Parses an application's own arguments as in [`Parsed::app`], with `argv[0]` first. The help on them is
+/// part of the EAL's help, so `T` has no help flag.
 ///
 /// # Errors
 /// `Usage`, on one line.
@@ -209,11 +209,11 @@ pub fn parse_app<T: clap::Parser>(argv: Vec<OsString>) -> Result<T> {
     T::try_parse_from(argv).map_err(|error| cli::one_line(&error, "arguments after --", &program))
 }
 
-/// Reads the arguments of a program that takes none for the EAL, `argv[0]` first. None when they asked for help or the
-/// version, which is printed.
+/// Parses the arguments of a program that takes no EAL arguments, with `argv[0]` first. If they ask for help
+/// or the version, prints it and returns `None`.
 ///
 /// # Errors
-/// `Usage`, on one line; `Io` when nobody takes the output.
+/// `Usage`, on one line; `Io` if the output cannot be written.
 pub fn parse_plain<T: clap::Parser>(argv: impl IntoIterator<Item = OsString>) -> Result<Option<T>> {
     match T::try_parse_from(argv) {
         Ok(arguments) => Ok(Some(arguments)),
@@ -352,7 +352,7 @@ fn main_lcore(asked: Option<u32>, lcores: &[LcoreSpec]) -> Result<u32> {
 }
 
 fn file_prefix(name: String) -> Result<String> {
-    // It becomes a directory, with the names of sockets behind it.
+    // The prefix names a directory, whose path is part of the paths of sockets.
     let odd = name.contains('/') || name.contains(char::is_control);
     if (1..=64).contains(&name.len()) && name != "." && name != ".." && !odd {
         return Ok(name);
@@ -391,7 +391,7 @@ fn conflict(what: &str, why: &str, hint: &str) -> Error {
     Error::new(ErrorKind::Usage, what, why).with_hint(hint)
 }
 
-/// `text` for an error message: on one line, in quotes, not too long.
+/// Formats `text` for an error message: in quotes, on one line, and cut after 60 characters.
 pub fn quoted(text: &str) -> String {
     format!("\"{}\"", printable(text, 60))
 }

@@ -243,14 +243,14 @@ fn privileges() {
     assert!(refused("--user :0").contains("USER:GROUP"));
 }
 
-/// What becomes of one of DPDK's arguments.
+/// What Vireo does with a DPDK argument.
 #[derive(Debug)]
 enum Becomes {
-    /// Vireo does what it says.
+    /// Vireo implements the argument.
     Honoured,
-    /// It is taken, and a note says that nothing follows from it.
+    /// Vireo accepts the argument, and a note says that it has no effect.
     NoEffect,
-    /// Vireo does not have it; the alternative has these words.
+    /// Vireo refuses the argument, and the hint contains this text.
     Refused(&'static str),
 }
 

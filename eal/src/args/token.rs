@@ -6,19 +6,20 @@ use std::str::FromStr;
 use super::quoted;
 use crate::error::{Error, ErrorKind};
 
-/// VF token (`--vfio-vf-token`): a UUID that opens a virtual function whose physical function is on VFIO.
+/// VF token (`--vfio-vf-token`): the UUID that gives access to a virtual function whose physical function is
+/// bound to VFIO.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct VfToken([u8; 16]);
 
 impl VfToken {
-    /// The UUID, most significant byte first, as `VFIO_DEVICE_BIND_IOMMUFD` takes it.
+    /// Returns the UUID, most significant byte first, as `VFIO_DEVICE_BIND_IOMMUFD` expects it.
     pub fn bytes(self) -> [u8; 16] {
         self.0
     }
 }
 
 impl fmt::Display for VfToken {
-    /// Lower case with hyphens, as `VFIO_GROUP_GET_DEVICE_FD` takes it.
+    /// Writes the UUID in lower case with hyphens, as `VFIO_GROUP_GET_DEVICE_FD` expects it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, byte) in self.0.iter().enumerate() {
             let hyphen = if matches!(index, 4 | 6 | 8 | 10) { "-" } else { "" };
@@ -29,7 +30,7 @@ impl fmt::Display for VfToken {
 }
 
 impl fmt::Debug for VfToken {
-    /// Without the secret.
+    /// Omits the secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("VfToken(..)")
     }

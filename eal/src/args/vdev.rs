@@ -6,25 +6,25 @@ use super::devargs::{key_values, split_name};
 use super::quoted;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Digits that a name may end with.
+/// Maximum number of digits at the end of a name.
 const MAX_DIGITS: usize = 4;
 
-/// One `--vdev`: a device that is no hardware.
+/// Value of `--vdev`: a virtual device and its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VdevArgs {
-    /// Its name: that of the driver, then a number.
+    /// Name of the device: the name of its driver, followed by a number.
     pub name: String,
     /// Name of the driver.
     pub driver: String,
-    /// Keys for the driver, in the order given.
+    /// Keys and values for the driver, in the order given.
     pub args: Vec<(String, String)>,
 }
 
 impl VdevArgs {
-    /// Reads `NAME[,KEY=VALUE…]`; `drivers` are the known drivers with their keys.
+    /// Parses `NAME[,KEY=VALUE…]`. `drivers` lists the known drivers with their keys.
     ///
     /// # Errors
-    /// `Usage`, naming the wrong part and what would be right.
+    /// `Usage`, naming the invalid part and what would be valid.
     pub fn parse(text: &str, drivers: &[(&str, &[&str])]) -> Result<Self> {
         let (name, rest) = split_name(text);
         let driver = name.trim_end_matches(|char: char| char.is_ascii_digit());

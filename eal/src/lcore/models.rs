@@ -1,4 +1,4 @@
-//! Orders in which threads meet at the stop flag, and at an lcore that one of them has.
+//! Loom models: threads that use the stop flag concurrently, and threads that claim the same lcore.
 
 use loom::cell::UnsafeCell;
 
@@ -41,10 +41,10 @@ fn the_first_signal_is_told_from_the_second() {
     });
 }
 
-/// What a function does on its lcore: loom sees whether another may do it at the same time.
+/// Work of a function on its lcore. Loom detects whether another function does it at the same time.
 struct Work(UnsafeCell<()>);
 
-// SAFETY: loom stops the model when two threads are in the cell at once.
+// SAFETY: loom stops the model if two threads are in the cell at once.
 unsafe impl Sync for Work {}
 
 #[test]

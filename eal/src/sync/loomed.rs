@@ -1,4 +1,4 @@
-//! What the models need and loom has not.
+//! Test helpers missing from loom.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,11 +7,11 @@ use std::sync::{Arc, PoisonError};
 use loom::model::Builder;
 use loom::sync::{Mutex, MutexGuard};
 
-/// Runs `body` in every order in which its threads can meet, and prints how many there were. With `preemptions`, of
-/// these only the orders that take the cpu from a thread at most so many times: most mistakes need few.
+/// Runs `body` in every possible interleaving of its threads, and prints the number of interleavings. With
+/// `preemptions`, runs only those with at most that many preemptions: most bugs need few.
 ///
 /// # Panics
-/// When `body` panics in one of them, deadlocks, or does not end.
+/// If `body` panics, deadlocks or does not terminate in one of them.
 pub fn model(preemptions: Option<usize>, body: impl Fn() + Send + Sync + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound = preemptions;
@@ -28,7 +28,7 @@ pub fn model(preemptions: Option<usize>, body: impl Fn() + Send + Sync + 'static
     }
 }
 
-/// Stands for crossbeam's queue, whose atomics are std's: bounded, and each call happens at one moment.
+/// Stand-in for crossbeam's queue, whose atomics are std's. It is bounded, and each call is atomic.
 #[derive(Debug)]
 pub(crate) struct ArrayQueue<T> {
     items: Mutex<VecDeque<T>>,

@@ -1,5 +1,5 @@
-//! From a device's name to its descriptors, its address space and a [`Device`]: the one branch on how a
-//! mode opens things.
+//! Acquires a device: from its name to its descriptors, its address space and a [`Device`]. This module has
+//! the only branch on how a mode opens descriptors.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -19,12 +19,12 @@ use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::WeakIommufd;
 
-/// A device by its name on its bus (`0000:00:04.0`) and its directory in sysfs.
+/// Device on a bus, identified by its name (`0000:00:04.0`) and its directory in sysfs.
 #[derive(Clone, Debug)]
 pub struct BusDevice {
-    /// Name, as `VFIO_GROUP_GET_DEVICE_FD` takes it.
+    /// Name, as `VFIO_GROUP_GET_DEVICE_FD` expects it.
     pub name: String,
-    /// Directory with `iommu_group` and `vfio-dev`.
+    /// Directory in sysfs, which has `iommu_group` and `vfio-dev`.
     pub sysfs: PathBuf,
 }
 
@@ -33,23 +33,25 @@ pub struct BusDevice {
 pub struct Acquired {
     /// The device. Drop it before the memory that it was given.
     pub device: Device,
-    /// What it can reach.
+    /// Address space: what the device can reach.
     pub space: Arc<AddressSpace>,
     /// The mode that was used; never `auto`.
     pub mode: VfioMode,
-    /// Why this mode, in a few words.
+    /// Short reason for choosing the mode.
     pub why: String,
-    /// What it took.
+    /// Time that each step of the acquisition took.
     pub phases: Vec<Phase>,
 }
 
-/// The process's VFIO state: one address space for each mode in use, shared by the ports in that mode, or one for
-/// each IOMMU group.
-/// Several threads may acquire devices at once; what takes long, the kernel's reset, they do side by side.
+/// VFIO state of the process: one address space for each mode in use, shared by the ports in that mode, or
+/// one for each IOMMU group.
+///
+/// Several threads can acquire devices at once. The kernel's resets of the devices, which take long, then run
+/// in parallel.
 #[derive(Debug)]
 pub struct Vfio {
     pub(super) dev: PathBuf,
-    /// `/sys/class/vfio`: the groups that have a node, and its number.
+    /// `/sys/class/vfio`: the groups that have a node, with its device number.
     groups: PathBuf,
     pub(super) nodes: DeviceNodes,
     vf_token: Option<VfToken>,
@@ -57,22 +59,22 @@ pub struct Vfio {
     spaces: Mutex<HashMap<SpaceKey, Weak<AddressSpace>>>,
     /// The open `/dev/iommu` of the process, while it has one: devices share it.
     pub(super) iommufd: Mutex<WeakIommufd>,
-    /// Held from opening a group until it is known to its address space: a group opens only once.
+    /// Held from opening a group until its address space knows the group: a group can be opened only once.
     pub(super) opening: Mutex<()>,
 }
 
-/// Devices with the same key share an address space: their mode, and their IOMMU group if they are isolated. The
-/// kernel gives the devices of one group one address space in any case.
+/// Key of an address space: the devices' mode, and their IOMMU group if ports are isolated. Devices with the
+/// same key share the space. The kernel gives the devices of one group one address space in any case.
 pub(super) type SpaceKey = (VfioMode, Option<u32>);
 
 impl Vfio {
-    /// State with no device. `vf_token` is shown to the kernel for virtual functions whose physical
-    /// function is a VFIO device too.
+    /// Creates the state, without devices. `vf_token` is passed to the kernel for virtual functions whose
+    /// physical function is a VFIO device too, and for devices with SR-IOV.
     pub fn new(vf_token: Option<VfToken>) -> Self {
         Self::with_nodes(vf_token, DeviceNodes::default())
     }
 
-    /// As [`Vfio::new`], with the device nodes from somebody else.
+    /// Same as [`Vfio::new`], but takes device nodes from `nodes`.
     pub fn with_nodes(vf_token: Option<VfToken>, nodes: DeviceNodes) -> Self {
         Self {
             dev: PathBuf::from("/dev"),
@@ -86,13 +88,13 @@ impl Vfio {
         }
     }
 
-    /// The same, with `/dev` and `/sys/class` below `root`.
+    /// Uses the `/dev` and `/sys/class` below `root`.
     #[must_use]
     pub fn with_dev_dir(self, root: &Path) -> Self {
         Self { dev: root.join("dev"), groups: root.join("sys/class/vfio"), ..self }
     }
 
-    /// Gives each IOMMU group an address space of its own from now on, if `isolated` (`--isolate-ports`).
+    /// Gives each IOMMU group its own address space from now on, if `isolated` (`--isolate-ports`).
     #[must_use]
     pub fn isolate(self, isolated: bool) -> Self {
         Self { isolated, ..self }
@@ -101,8 +103,8 @@ impl Vfio {
     /// Acquires `device` in `mode`.
     ///
     /// # Errors
-    /// With the reason why this device is unavailable in this mode, and the command that fixes it. An explicit
-    /// mode never falls back to another.
+    /// Why this device is unavailable in this mode, and the command that fixes it. An explicit mode never
+    /// falls back to another.
     pub fn acquire(&self, device: &BusDevice, mode: VfioMode) -> Result<Acquired> {
         let (chosen, why) = match mode {
             VfioMode::Auto => self.choose(device)?,
@@ -143,11 +145,11 @@ impl Vfio {
         Ok(Self::finish(device, mode, why, open, phases)?)
     }
 
-    /// Opens the descriptors of `device` to pass them to another process, which will [`adopt`](Self::adopt)
-    /// them. `auto` is settled as in [`Vfio::acquire`].
+    /// Opens the descriptors of `device` to pass them to another process, which can then
+    /// [`adopt`](Self::adopt) them. `auto` becomes the mode that [`Vfio::acquire`] tries first.
     ///
     /// # Errors
-    /// As for [`Vfio::acquire`].
+    /// Same as [`Vfio::acquire`].
     pub fn open(&self, device: &BusDevice, mode: VfioMode) -> Result<(VfioMode, DeviceFds)> {
         let mode = if mode == VfioMode::Auto { self.choose(device)?.0 } else { mode };
         let fds = match mode {
@@ -157,10 +159,10 @@ impl Vfio {
         Ok((mode, fds))
     }
 
-    /// The nodes that [`Vfio::acquire`] would open for `device`.
+    /// Returns the nodes that [`Vfio::acquire`] would open for `device`.
     ///
     /// # Errors
-    /// As for [`Vfio::acquire`], as far as sysfs tells.
+    /// Same as [`Vfio::acquire`], as far as sysfs shows them.
     pub fn paths(&self, device: &BusDevice, mode: VfioMode) -> Result<[PathBuf; 2]> {
         let mode = if mode == VfioMode::Auto { self.choose(device)?.0 } else { mode };
         match mode {
@@ -171,11 +173,11 @@ impl Vfio {
         }
     }
 
-    /// Completes descriptors that another process opened: no device node is opened here.
+    /// Acquires `device` with descriptors that another process opened. Opens no device node.
     ///
     /// # Errors
-    /// As for [`Vfio::acquire`]; `Usage` when the descriptors do not fit the mode, `Unavailable` or `Permission` when one is
-    /// of another device.
+    /// Same as [`Vfio::acquire`]; `Usage` if the descriptors do not fit the mode, `Unavailable` or
+    /// `Permission` if one belongs to another device.
     pub fn adopt(&self, device: &BusDevice, mode: VfioMode, fds: DeviceFds) -> Result<Acquired> {
         let what = || format!("cannot adopt {} in mode {mode}", device.name);
         let mut phases = Phases::start();
@@ -221,7 +223,7 @@ impl Vfio {
         Ok(Acquired { device, space, mode, why, phases: phases.done })
     }
 
-    /// `auto`: cdev where the kernel offers it, else the container.
+    /// Chooses the mode for `auto`: cdev if the kernel offers it, otherwise the container.
     fn choose(&self, device: &BusDevice) -> Result<(VfioMode, String)> {
         let what = || format!("cannot choose a VFIO mode for {}", device.name);
         let cdev = cdev_name(device);
@@ -257,37 +259,40 @@ impl Vfio {
         }
     }
 
-    /// Whether iommufd is open or its node can be opened. A node that was passed is gone once it is open, and
-    /// [`open_cdev`](Self::open_cdev) takes and keeps it under the same lock: another thread sees the one or the other.
+    /// Returns whether iommufd is open or its node can be opened. A passed node is gone from `nodes` once it
+    /// is open. [`open_cdev`](Self::open_cdev) takes and keeps it under the same lock, so that another thread
+    /// finds one or the other.
     fn has_iommufd(&self) -> bool {
         let kept = lock(&self.iommufd);
         kept.upgrade().is_some() || self.nodes.has(&self.iommufd_path())
     }
 
-    /// Node of iommufd.
+    /// Path of iommufd's node.
     pub(super) fn iommufd_path(&self) -> PathBuf {
         self.dev.join("iommu")
     }
 
-    /// Node of `group`, whose kind is `""` or [`NOIOMMU_PREFIX`], if the kernel has made it that one.
+    /// Path of the node of `group`, if the kernel has created one of this `kind`, which is `""` or
+    /// [`NOIOMMU_PREFIX`].
     pub(super) fn group_node(&self, kind: &str, group: u32) -> Option<PathBuf> {
         let name = format!("{kind}{group}");
         let number = self.group_number(&name);
-        // Nobody but sysfs tells what a node is that a container has under another name.
+        // Only sysfs identifies a node that has another name in a container.
         if number.is_none() && self.groups.exists() {
             return None;
         }
         self.nodes.find(&self.dev.join("vfio"), &name, number.as_deref())
     }
 
-    /// Device number of the group's node, by its name below `/dev/vfio`.
+    /// Device number of the group's node with this `name` below `/dev/vfio`.
     pub(super) fn group_number(&self, name: &str) -> Option<String> {
         let number = fs::read_to_string(self.groups.join(name).join("dev")).ok()?;
         Some(number.trim().to_owned())
     }
 
-    /// What is shown to the kernel for `device`. It refuses a token where none is wanted: of a device without SR-IOV, and
-    /// of a virtual function whose physical function is not on VFIO's driver.
+    /// Returns the token to pass to the kernel for `device`. The kernel refuses a token where it expects
+    /// none: for a device without SR-IOV, and for a virtual function whose physical function is not bound to
+    /// VFIO's driver.
     pub(super) fn token_of(&self, device: &BusDevice) -> Option<VfToken> {
         let driver =
             |device: PathBuf| fs::read_link(device.join("driver")).ok()?.file_name().map(OsString::from);
@@ -308,7 +313,7 @@ impl Vfio {
         lock(&self.spaces).get(&key).and_then(usable)
     }
 
-    /// The address space of `key`, made by `make` if no port has it yet.
+    /// Returns the address space of `key`, created by `make` if no port has it yet.
     pub(super) fn space(
         &self,
         key: SpaceKey,
@@ -336,13 +341,13 @@ impl Vfio {
     }
 }
 
-/// The space, if there is one and devices can still be added to it.
+/// Returns the space if it exists and devices can still be added to it.
 fn usable(space: &Weak<AddressSpace>) -> Option<Arc<AddressSpace>> {
     space.upgrade().filter(|space| !space.is_abandoned())
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What the locks guard changes by single insertions, so a panic elsewhere leaves nothing half done.
+    // The guarded values change by single insertions, so a panic elsewhere leaves nothing half updated.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -351,8 +356,8 @@ pub(super) fn group_of(device: &BusDevice) -> std::io::Result<u32> {
     vireo_vfio::group_of(&device.sysfs)
 }
 
-/// Name of the device's character device below `/dev/vfio/devices`. Before kernel 7.3 a device without IOMMU
-/// has the entry in sysfs but no number.
+/// Name of the device's character device below `/dev/vfio/devices`. Before kernel 7.3, a device without an
+/// IOMMU has an entry in sysfs but no device number.
 pub(super) fn cdev_name(device: &BusDevice) -> Option<String> {
     vireo_vfio::cdev_of(&device.sysfs)
 }
@@ -360,7 +365,7 @@ pub(super) fn cdev_name(device: &BusDevice) -> Option<String> {
 /// Why a device was not acquired.
 pub(super) struct Refusal {
     pub(super) error: Error,
-    /// Whether the container may do what cdev does not.
+    /// Whether mode `container` may work where `cdev` does not.
     pub(super) container_may: bool,
 }
 
@@ -378,7 +383,7 @@ mod tests {
     use crate::vfio::space::{self, Container};
     use std::os::unix::fs::symlink;
 
-    /// A descriptor that stands for iommufd.
+    /// Descriptor that stands in for iommufd.
     fn iommufd(null: fs::File) -> Iommufd {
         // SAFETY: the null device has no ioctls.
         unsafe { Iommufd::from_fd_unchecked(null.into()) }
@@ -407,7 +412,7 @@ mod tests {
             assert!(error.why().starts_with("it is device 1:3 and "), "{error}");
             assert!(error.to_string().ends_with(" c 1 5"), "{error}");
         }
-        // The group's number is right, and its container is something else.
+        // The group's number is right, but its container is something else.
         fs::write(groups.join("3/dev"), "1:3").unwrap();
         for mode in [VfioMode::Container, VfioMode::Compat] {
             let fds = GroupFds { container: null().into(), group: Arc::new(null()) };
@@ -429,7 +434,8 @@ mod tests {
         assert!(error.unwrap_err().why().contains("has no node for IOMMU group 3"));
     }
 
-    /// A container that no group is in has no mappings and takes no device: the next one gets another.
+    /// A container without a group has no mappings and accepts no device: the next device gets another
+    /// container.
     #[test]
     fn a_container_without_groups_is_not_used_again() {
         let null = || fs::File::open("/dev/null").unwrap();
@@ -480,7 +486,7 @@ mod tests {
         assert!(!shown(&plain) && !shown(&function_of("vf1", &kernels)));
     }
 
-    /// One `/dev/iommu` is passed for all ports: the first one takes it, and the next ones find it open.
+    /// One `/dev/iommu` is passed for all ports: the first port takes it, and later ports find it open.
     #[test]
     fn every_port_finds_the_one_iommufd_that_was_passed() {
         let root = tempfile::tempdir().unwrap();

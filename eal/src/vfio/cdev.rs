@@ -1,4 +1,4 @@
-//! A device by its own character device and iommufd (modes `cdev` and `noiommu-cdev`).
+//! Devices opened through their own character device and iommufd (modes `cdev` and `noiommu-cdev`).
 
 use std::fs;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 
 impl Vfio {
-    /// Number and path of the device's own node.
+    /// Device number and path of the device's own node.
     pub(super) fn cdev_path(&self, device: &BusDevice, mode: VfioMode) -> Result<(String, PathBuf)> {
         let what = || format!("cannot use {} in mode {mode}", device.name);
         let name = cdev_name(device).ok_or_else(|| self.no_cdev(device, mode))?;
@@ -66,7 +66,8 @@ impl Vfio {
         Error::new(ErrorKind::Unavailable, what, why).with_hint(format!("use --vfio-mode {hint}"))
     }
 
-    /// Bind, allocate, attach: the order in which a map fails where it is made.
+    /// Binds the device, allocates an IOAS and attaches the device to it. In this order, a map that fails is
+    /// reported by the map call.
     pub(super) fn complete_cdev(
         &self,
         device: &BusDevice,
@@ -86,7 +87,8 @@ impl Vfio {
             _ => Ok(()),
         };
         self.existing(key).map_or(Ok(()), |space| check(&space))?;
-        // SAFETY: it is the device's node: `open_cdev` or `adopt` has compared its number with the one in sysfs.
+        // SAFETY: `fd` is the device's node: `open_cdev` or `adopt` has compared its number with the one in
+        // sysfs.
         let cdev = unsafe { Cdev::from_fd_unchecked(fd, &device.name) };
         let token = self.token_of(device).map(VfToken::bytes);
         cdev.bind(&iommufd, token.as_ref()).map_err(|refused| match refused {
@@ -99,7 +101,8 @@ impl Vfio {
         phases.end("bind");
         let space = self
             .space(key, || Ok(AddressSpace::iommufd(iommufd.ioas_alloc()?, mode == VfioMode::NoiommuCdev)))?;
-        // Another thread may have made it meanwhile, and the id below would be of something else.
+        // Another thread may have created the space in the meantime, and the id below would be that of
+        // another object.
         check(&space)?;
         let id = space.ioas().map_or(0, |ioas| ioas.id());
         cdev.attach(id).map_err(|refused| {
@@ -115,7 +118,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    /// Before kernel 7.3 a device without IOMMU has an entry below `vfio-dev`, which has no number.
+    /// Before kernel 7.3, a device without an IOMMU has an entry below `vfio-dev` that has no device number.
     #[test]
     fn a_cdev_without_number_is_none() {
         let root = tempfile::tempdir().unwrap();

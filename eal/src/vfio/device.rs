@@ -1,4 +1,4 @@
-//! A device that the kernel handed over: regions, config space, interrupts and reset, the same in every mode.
+//! An acquired device: regions, config space, interrupts and reset, the same in every mode.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -10,23 +10,23 @@ use super::space::AddressSpace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mmio::Bar;
 
-/// A VFIO device. Closing it makes the kernel disable its DMA and reset it where it can, so drop it before
-/// the memory that it was given. It closes when this, its config space and its BARs with their doorbells have all
-/// gone, and leaves its container or address space, which goes last.
+/// VFIO device. When it is closed, the kernel disables its DMA and resets it if it can, so drop it before the
+/// memory that it was given. It is closed when this value, its config space and its BARs with their doorbells
+/// are all dropped. It then leaves its container or address space, which is released last.
 #[derive(Debug)]
 pub struct Device(vireo_vfio::Device<Held>);
 
-/// What an open device holds until it is closed. It is attached to the address space, or uses physical addresses, and so may
-/// reach memory as long as its file is open.
+/// What an open device holds until it is closed. The device is attached to the address space or uses physical
+/// addresses, so it may access memory as long as its file is open.
 #[derive(Debug)]
 pub(crate) struct Held {
-    /// Its group, in the modes that have one. The last device of a group closes it: it leaves its container then, and
-    /// others can open it.
+    /// The device's group, in the modes that have one. The last device of a group closes it: the group then
+    /// leaves its container, and other processes can open it.
     pub(crate) _group: Option<Arc<File>>,
     pub(crate) space: Arc<AddressSpace>,
 }
 
-/// A device's descriptor and what it holds.
+/// Descriptor of a device, and what the device holds.
 pub(super) struct Open {
     pub(super) fd: OwnedFd,
     pub(super) held: Held,
@@ -34,16 +34,16 @@ pub(super) struct Open {
 
 impl Device {
     pub(super) fn new(name: String, open: Open) -> Result<Self> {
-        // SAFETY: the descriptor is of a device that is bound, or out of its group.
+        // SAFETY: the descriptor is that of a device that is bound to iommufd or comes from its group.
         Ok(Self(unsafe { vireo_vfio::Device::new(name, open.fd, open.held) }?))
     }
 
-    /// Name on its bus.
+    /// Name of the device on its bus.
     pub fn name(&self) -> &str {
         self.0.name()
     }
 
-    /// What the device can reach.
+    /// Address space: what the device can reach.
     pub fn space(&self) -> &Arc<AddressSpace> {
         &self.0.kept().space
     }
@@ -51,7 +51,7 @@ impl Device {
     /// Base address register `index` (0 to 5) of a PCI device, mapped where the kernel allows it.
     ///
     /// # Errors
-    /// `Unavailable` when the device has no such BAR.
+    /// `Unavailable` if the device has no such BAR.
     pub fn bar(&self, index: u8) -> Result<Bar> {
         let what = || format!("cannot map BAR {index} of {}", self.name());
         if index > 5 {
@@ -71,7 +71,7 @@ impl Device {
     /// The device's PCI config space.
     ///
     /// # Errors
-    /// When the kernel gives none, because it is no PCI device.
+    /// If the kernel provides none, because the device is not a PCI device.
     pub fn config_space(&self) -> Result<ConfigSpace> {
         if !self.0.is_pci() {
             let what = format!("cannot reach the config space of {}", self.name());
@@ -81,18 +81,18 @@ impl Device {
         Ok(ConfigSpace(self.0.region_file(&region)))
     }
 
-    /// Resets the device (`VFIO_DEVICE_RESET`); false when it has no reset of its own.
+    /// Resets the device (`VFIO_DEVICE_RESET`). Returns false if it has no reset of its own.
     ///
     /// # Errors
-    /// When the kernel tried and failed.
+    /// If the kernel tried to reset the device and failed.
     pub fn reset(&self) -> Result<bool> {
         Ok(self.0.reset()?)
     }
 
-    /// What the device has of `irq`.
+    /// Returns what the device supports of the interrupt kind `irq`.
     ///
     /// # Errors
-    /// When the kernel does not know this kind for the device.
+    /// If the kernel does not know this kind for the device.
     pub fn irq_info(&self, irq: Irq) -> Result<IrqInfo> {
         Ok(self.0.irq_info(irq)?)
     }
@@ -100,60 +100,60 @@ impl Device {
     /// Delivers interrupt `i` of this kind to `eventfds[i]`, replacing what was set before.
     ///
     /// # Errors
-    /// When the device has fewer interrupts, or another kind is enabled.
+    /// If the device has fewer interrupts, or if another kind is enabled.
     pub fn enable_irq(&self, irq: Irq, eventfds: &[BorrowedFd<'_>]) -> Result<()> {
         Ok(self.0.enable_irq(irq, eventfds)?)
     }
 
-    /// Listens for the kernel's wish to have the device back.
+    /// Watches for the kernel's request to release the device.
     ///
     /// # Errors
-    /// When the kernel has no such interrupt, or no eventfd.
+    /// If the kernel has no such interrupt, or if no eventfd can be created.
     pub fn watch_release_request(&self) -> Result<Request> {
         Ok(self.0.watch_release_request()?)
     }
 
-    /// Ends delivery of this kind.
+    /// Stops the delivery of interrupts of this kind.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn disable_irq(&self, irq: Irq) -> Result<()> {
         Ok(self.0.disable_irq(irq)?)
     }
 
-    /// Arms an automasked interrupt again.
+    /// Unmasks an automasked interrupt, so that it can fire again.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn unmask(&self, irq: Irq) -> Result<()> {
         Ok(self.0.unmask(irq)?)
     }
 
-    /// Fires interrupt 0 of this kind by software, to see that it arrives.
+    /// Fires interrupt 0 of this kind by software, to check that it arrives.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn trigger(&self, irq: Irq) -> Result<()> {
         Ok(self.0.trigger(irq)?)
     }
 }
 
-/// PCI config space of a [`Device`], by `pread` and `pwrite` on its descriptor.
+/// PCI config space of a [`Device`], accessed by `pread` and `pwrite` on the device's descriptor.
 #[derive(Debug)]
 pub struct ConfigSpace(RegionFile<Held>);
 
 impl ConfigSpace {
-    /// Reads at `offset`. What lies beyond the end, or does not answer, reads as all ones.
+    /// Reads `bytes` at `offset`. If they extend beyond the end, or the device does not answer, all are 0xff.
     pub fn read(&self, offset: u16, bytes: &mut [u8]) {
         if self.0.read(offset.into(), bytes).is_err() {
             bytes.fill(0xff);
         }
     }
 
-    /// Writes at `offset`.
+    /// Writes `bytes` at `offset`.
     ///
     /// # Errors
-    /// When the kernel refuses, or not all of it is within config space.
+    /// If the kernel refuses, or if `bytes` extend beyond config space.
     pub fn write(&self, offset: u16, bytes: &[u8]) -> Result<()> {
         self.0
             .write(offset.into(), bytes)
@@ -161,7 +161,7 @@ impl ConfigSpace {
     }
 }
 
-/// A file that stands for a device's.
+/// Creates a file that stands in for a device's.
 #[cfg(test)]
 pub(crate) fn fake_file(file: File) -> Arc<vireo_vfio::DeviceFile<Held>> {
     let held = Held { _group: None, space: Arc::new(AddressSpace::nowhere()) };

@@ -1,4 +1,4 @@
-//! Where device nodes come from: `/dev`, or a launcher that opened them for a process that may not.
+//! Sources of device nodes: `/dev`, or a launcher that opens them for a process that may not.
 
 use std::fs::{self, File};
 use std::io::IoSlice;
@@ -25,17 +25,17 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
 use crate::socket;
 
-/// The one byte that carries them, so that a message of something else is told apart.
+/// The one byte that carries the descriptors. It distinguishes the message from one with another purpose.
 const MESSAGE: u8 = b'n';
-/// How long a listener may take to pass its descriptors: it has opened them already.
+/// Time limit for a listener to pass its descriptors, which it has already opened.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Who opened the descriptors (`--vfio-fds`).
+/// Source of the descriptors (`--vfio-fds`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FdSource {
     /// The process that started this one (`LISTEN_FDS`, as systemd and `vireo-launch` pass them).
     Listen,
-    /// The one that listens on a unix socket, as `vireo-launch --socket` does.
+    /// The process that listens on a unix socket, as `vireo-launch --socket` does.
     Socket(PathBuf),
 }
 
@@ -61,9 +61,9 @@ pub struct DeviceNodes(Kind);
 
 #[derive(Debug)]
 enum Kind {
-    /// By path.
+    /// Nodes that are opened by path.
     Files,
-    /// Those that were passed, by the file name of their node: each is one `open`.
+    /// Descriptors that were passed, with the file names of their nodes. Each serves one `open`.
     Passed(Mutex<Vec<(String, OwnedFd)>>),
 }
 
@@ -74,12 +74,13 @@ impl Default for DeviceNodes {
 }
 
 impl DeviceNodes {
-    /// Takes the descriptors of `source`. Which node each one is, the kernel says, not who passed it.
+    /// Takes the descriptors of `source`. Their nodes are identified through the kernel, not by what the
+    /// sender claims.
     ///
     /// # Errors
-    /// `Usage` when the environment promises descriptors that are not there or are for another process,
-    /// `Permission` when one is no node of VFIO or iommufd, else why the socket gave none: `Unavailable` when it sends
-    /// nothing for 10 s, or a signal that the process handles comes first.
+    /// `Usage` if the environment announces descriptors that are not open or are for another process;
+    /// `Permission` if one is not a node of VFIO or iommufd; otherwise why the socket provided none:
+    /// `Unavailable` if it sends nothing for 10 s, or if a signal that the process handles arrives first.
     pub fn of(source: &FdSource) -> Result<Self> {
         let fds = match source {
             FdSource::Listen => listen_fds()?,
@@ -89,12 +90,12 @@ impl DeviceNodes {
         Ok(Self::passed(named.collect::<Result<_>>()?))
     }
 
-    /// Those of `fds`, by the file name of their node.
+    /// Creates the nodes of `fds`, which have the file names of their nodes.
     pub(super) fn passed(fds: Vec<(String, OwnedFd)>) -> Self {
         Self(Kind::Passed(Mutex::new(fds)))
     }
 
-    /// Opens `path` for reading and writing, or gives the descriptor that was passed for it.
+    /// Opens `path` for reading and writing, or returns the descriptor that was passed for it.
     pub(super) fn open(&self, path: &Path) -> Result<File> {
         let Kind::Passed(passed) = &self.0 else {
             return open(path).map_err(|error| diagnose::forbidden(error, path));
@@ -121,8 +122,9 @@ impl DeviceNodes {
         }
     }
 
-    /// Path in `dir` of the node that is `number` (`major:minor`): `name`, as udev has it, or another one, as a container
-    /// may have it. If none is, or nobody knows the number, `name` if something has that name.
+    /// Returns the path in `dir` of the node with device number `number` (`major:minor`). Its name is `name`,
+    /// given by udev, or another name, as in some containers. If no node has that number, or the number is
+    /// unknown, returns the path of `name` if it exists.
     pub(super) fn find(&self, dir: &Path, name: &str, number: Option<&str>) -> Option<PathBuf> {
         let udev = dir.join(name);
         let is_it = |path: &PathBuf| {
@@ -144,12 +146,12 @@ impl DeviceNodes {
     pub(super) fn iommufd(&self, path: &Path) -> Result<Iommufd> {
         match &self.0 {
             Kind::Files => Iommufd::open_at(path).map_err(|error| diagnose::forbidden(error.into(), path)),
-            // SAFETY: `of` has asked the kernel which node each descriptor is of.
+            // SAFETY: `of` has asked the kernel which node each descriptor belongs to.
             Kind::Passed(_) => self.open(path).map(|file| unsafe { Iommufd::from_fd_unchecked(file.into()) }),
         }
     }
 
-    /// Whether [`open`](Self::open) would find `path`.
+    /// Returns whether [`open`](Self::open) would find `path`.
     pub(super) fn has(&self, path: &Path) -> bool {
         match &self.0 {
             Kind::Files => path.exists(),
@@ -160,7 +162,8 @@ impl DeviceNodes {
     }
 }
 
-/// Checks that the node at `path`, which is open, has the number that sysfs says for `whose` (`major:minor`).
+/// Checks that the open node at `path` has the device number `number` (`major:minor`), which sysfs reports
+/// for `whose`.
 pub(super) fn check(node: impl AsFd, path: &Path, number: &str, whose: &str) -> Result<()> {
     let found =
         fstat(node).map_err(|errno| Error::os(format!("cannot examine {}", path.display()), errno))?;
@@ -173,7 +176,7 @@ pub(super) fn check(node: impl AsFd, path: &Path, number: &str, whose: &str) -> 
     Err(error.with_hint(format!("run: rm -f {} && {}", path.display(), make(path, number))))
 }
 
-/// There is no node at `path`: says how to make the one with this number.
+/// Adds to `error` how to create the missing node at `path` with this device number.
 pub(super) fn absent(error: Error, path: &Path, number: &str) -> Error {
     error.with_hint(format!(
         "run: {}; or start the container with --device {}",
@@ -182,7 +185,8 @@ pub(super) fn absent(error: Error, path: &Path, number: &str) -> Error {
     ))
 }
 
-/// The commands that make a node: the kernel makes nodes only in a devtmpfs, and udev none at all.
+/// Returns the commands that create a node. The kernel creates nodes only in a devtmpfs, and udev creates
+/// none at all.
 fn make(path: &Path, number: &str) -> String {
     let dir = path.parent().unwrap_or(Path::new("/dev/vfio")).display();
     format!("mkdir -p {dir} && mknod -m 0600 {} c {}", path.display(), number.replace(':', " "))
@@ -191,7 +195,7 @@ fn make(path: &Path, number: &str) -> String {
 /// Opens `paths` to pass them to another process.
 ///
 /// # Errors
-/// When a node does not open.
+/// If a node cannot be opened.
 pub fn open_all<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<Vec<OwnedFd>> {
     let opened = |path: &Path| {
         open(path).map(OwnedFd::from).map_err(|error| match error.errno() {
@@ -202,10 +206,10 @@ pub fn open_all<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<Vec<Own
     paths.into_iter().map(opened).collect()
 }
 
-/// Passes `fds` to the process at the other end of `socket`, which takes them by `--vfio-fds`.
+/// Passes `fds` to the process at the other end of `socket`, which takes them with `--vfio-fds`.
 ///
 /// # Errors
-/// When the socket is closed, or there are more than one message holds.
+/// If the socket is closed, or if there are more descriptors than one message can hold.
 pub fn send(fds: &[OwnedFd], socket: &UnixStream) -> Result<()> {
     let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&raw)];

@@ -1,4 +1,5 @@
-//! From an errno to the reason and the command that fixes it. Nothing here runs unless something failed.
+//! Diagnoses errors: from an errno to the reason and the command that fixes it. Apart from `holder`, nothing
+//! here runs unless something failed.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -14,7 +15,7 @@ use crate::iommufd::Accounting;
 
 const PROC: &str = "/proc";
 
-/// A pin was refused: says what is needed, what the limit is and whose.
+/// Explains why a pin was refused: what is needed, what the limit is and whose it is.
 pub(super) fn memlock(error: Error, len: usize, whose: Accounting) -> Error {
     match getrlimit(Resource::RLIMIT_MEMLOCK) {
         Ok((soft, _)) if soft != u64::MAX => beyond(error, len.div_ceil(1024) as u64, soft / 1024, whose),
@@ -22,18 +23,18 @@ pub(super) fn memlock(error: Error, len: usize, whose: Accounting) -> Error {
     }
 }
 
-/// `need` more KiB than `limit` allows.
+/// Explains that locking `need` more KiB exceeds `limit`.
 fn beyond(error: Error, need: u64, limit: u64, whose: Accounting) -> Error {
     let (available, total) = match whose {
         Accounting::PerProcess => {
             let locked = locked_kib().unwrap_or(0);
-            // Then it was not the limit, and a command would lower that.
+            // If the limit is not exceeded, it is not the reason, and the suggested command would lower it.
             if locked + need <= limit {
                 return error;
             }
             (format!("{limit} KiB for this process, which has {locked} KiB locked"), locked + need)
         }
-        // The kernel does not tell what the user has locked already; it is no more than the limit.
+        // The kernel does not report how much the user has locked already. It is at most the limit.
         Accounting::PerUser => (format!("{limit} KiB for all processes of this user together"), limit + need),
     };
     error
@@ -42,14 +43,14 @@ fn beyond(error: Error, need: u64, limit: u64, whose: Accounting) -> Error {
         .with_kind(ErrorKind::Os)
 }
 
-/// What the process has locked already, which type1 counts (`Documentation/filesystems/proc.rst`).
+/// KiB that the process has locked already, which type1 counts (`Documentation/filesystems/proc.rst`).
 fn locked_kib() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmLck:"))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
-/// The container takes no further mapping, however small.
+/// Explains that the container accepts no further mapping, however small.
 pub(super) fn entry_limit(error: Error) -> Error {
     const PARAMETER: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
     let limit: u32 =
@@ -60,12 +61,12 @@ pub(super) fn entry_limit(error: Error) -> Error {
         .with_kind(ErrorKind::Os)
 }
 
-/// A limit above `limit`: the kernel's own, or twice as many.
+/// Returns a limit above `limit`: the kernel's default or twice `limit`, whichever is larger.
 fn more_entries(limit: u32) -> u32 {
     limit.saturating_mul(2).max(65535)
 }
 
-/// A node did not open, although its owner and mode would allow it.
+/// Explains why a node did not open although its owner and mode would allow it.
 pub(super) fn forbidden(error: Error, path: &Path) -> Error {
     let physical = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NOIOMMU_PREFIX));
     match error.errno() {
@@ -80,14 +81,15 @@ pub(super) fn forbidden(error: Error, path: &Path) -> Error {
     }
 }
 
-/// The device has no IOMMU, and the kernel wants to see the capability for that.
+/// Explains that the kernel requires a capability for a device without an IOMMU.
 pub(super) fn raw_io(error: Error) -> Error {
     error
         .because("devices without IOMMU are only for who has CAP_SYS_RAWIO, whatever the node's mode is")
         .with_hint("start as root, and be rid of it with --user")
 }
 
-/// A group node did not open: it opens only once, and not at all while its devices are open as cdevs.
+/// Explains why a group node did not open: it can be opened only once, and not while its devices are open as
+/// cdevs.
 pub(super) fn group_open(error: Error, device: &BusDevice, dev: &Path) -> Error {
     match error.errno() {
         Some(Errno::EBUSY) => group_busy(error, device, dev),
@@ -98,7 +100,8 @@ pub(super) fn group_open(error: Error, device: &BusDevice, dev: &Path) -> Error 
     }
 }
 
-/// A group is open by its own node or by the cdevs of its devices, never by both.
+/// Explains why a group is busy. A group is open through its own node or through the cdevs of its devices,
+/// never both.
 fn group_busy(error: Error, device: &BusDevice, dev: &Path) -> Error {
     let Ok(group) = group_of(device) else { return in_use(error, &[]) };
     let own = cdev_path(device, dev);
@@ -119,7 +122,7 @@ fn group_busy(error: Error, device: &BusDevice, dev: &Path) -> Error {
         .with_kind(ErrorKind::Usage)
 }
 
-/// The devices of the group.
+/// Devices in the IOMMU group of `device`.
 fn members(device: &BusDevice) -> impl Iterator<Item = BusDevice> {
     fs::read_dir(device.sysfs.join("iommu_group/devices")).into_iter().flatten().flatten().map(|entry| {
         BusDevice { name: entry.file_name().to_string_lossy().into_owned(), sysfs: entry.path() }
@@ -130,13 +133,13 @@ fn cdev_path(device: &BusDevice, dev: &Path) -> Option<PathBuf> {
     cdev_name(device).map(|name| dev.join("vfio/devices").join(name))
 }
 
-/// The device's own node and its group's.
+/// Paths of the device's own node and of its group's node.
 fn nodes_of(device: &BusDevice, dev: &Path) -> Vec<PathBuf> {
     let group = group_of(device).ok().map(|group| dev.join(format!("vfio/{group}")));
     cdev_path(device, dev).into_iter().chain(group).collect()
 }
 
-/// A device was refused by iommufd.
+/// Explains why iommufd refused a device.
 pub(super) fn bind_cdev(error: Error, device: &BusDevice, dev: &Path) -> Error {
     match error.errno() {
         Some(Errno::EBUSY) => group_busy(error, device, dev),
@@ -145,7 +148,7 @@ pub(super) fn bind_cdev(error: Error, device: &BusDevice, dev: &Path) -> Error {
     }
 }
 
-/// A device was refused by its group or by iommufd.
+/// Explains why a device was refused by its group or by iommufd.
 pub(super) fn bind(error: Error, device: &BusDevice, dev: &Path) -> Error {
     match error.errno() {
         Some(Errno::EPERM) => not_permitted(error, device, dev, may_look(), remaps_interrupts()),
@@ -158,14 +161,14 @@ pub(super) fn bind(error: Error, device: &BusDevice, dev: &Path) -> Error {
             .with_hint("give the one that the physical function was opened with: --vfio-vf-token UUID"),
         Some(Errno::EBUSY | Errno::EINVAL) => match in_use(error, &nodes_of(device, dev)) {
             busy if busy.kind() == ErrorKind::Busy => busy,
-            // In compat the device is attached at once.
+            // In mode `compat` the same call also attaches the device.
             refused => attach(refused, device),
         },
         _ => error,
     }
 }
 
-/// A device did not get the page tables of an address space.
+/// Explains why a device did not get the page tables of an address space.
 pub(super) fn attach(error: Error, device: &BusDevice) -> Error {
     if error.errno() != Some(Errno::EINVAL) {
         return error;
@@ -179,8 +182,8 @@ pub(super) fn attach(error: Error, device: &BusDevice) -> Error {
     }
 }
 
-/// Whether an Intel IOMMU translates by first-stage tables only (VT-d specification, 11.4.3, Extended Capability Register:
-/// SMTS, SSTS, FSTS).
+/// Returns whether an Intel IOMMU translates by first-stage tables only (VT-d specification, 11.4.3, Extended
+/// Capability Register: SMTS, SSTS, FSTS).
 fn has_first_stage_only(device: &BusDevice) -> bool {
     let bit = |capabilities: u64, bit: u32| capabilities >> bit & 1 == 1;
     fs::read_to_string(device.sysfs.join("iommu/intel-iommu/ecap"))
@@ -189,10 +192,10 @@ fn has_first_stage_only(device: &BusDevice) -> bool {
         .is_some_and(|ecap| bit(ecap, 43) && !bit(ecap, 46) && bit(ecap, 47))
 }
 
-/// iommufd has one answer, EPERM, for a group that is in use and for a platform that does not isolate MSI
-/// (`iommufd_device_bind`, drivers/iommu/iommufd/device.c). Only a machine on which the second is certain is told how to do
-/// without. `all_seen` is whether the descriptors of every process can be seen, `remapped` whether the kernel remaps
-/// interrupts.
+/// Explains EPERM, which iommufd returns both for a group in use and for a platform that does not isolate MSI
+/// (`iommufd_device_bind`, drivers/iommu/iommufd/device.c). The unsafe parameter is suggested only if the
+/// platform is certainly the reason. `all_seen` is whether the descriptors of all processes are visible,
+/// `remapped` whether the kernel remaps interrupts.
 fn not_permitted(error: Error, device: &BusDevice, dev: &Path, all_seen: bool, remapped: bool) -> Error {
     let Ok(group) = group_of(device) else { return unsafe_interrupts(error, "iommufd") };
     if !kernel_owned(device).is_empty() {
@@ -220,13 +223,14 @@ fn not_permitted(error: Error, device: &BusDevice, dev: &Path, all_seen: bool, r
     }
 }
 
-/// Whether the kernel remaps interrupts, which isolates MSI: x86 then names its interrupt controllers `IR-…`
-/// (arch/x86/kernel/apic/io_apic.c).
+/// Returns whether the kernel remaps interrupts, which isolates MSI. x86 then names its interrupt controllers
+/// `IR-…` (arch/x86/kernel/apic/io_apic.c).
 fn remaps_interrupts() -> bool {
     fs::read_to_string("/proc/interrupts").is_ok_and(|table| table.contains(" IR-"))
 }
 
-/// The kernel refuses a device whose MSI writes nobody checks; `module` is the one to be told otherwise.
+/// Explains that the kernel refuses a device whose MSI writes are not checked. `module` has the parameter
+/// that allows it.
 pub(super) fn unsafe_interrupts(error: Error, module: &str) -> Error {
     error
         .because("the platform does not isolate MSI interrupts")
@@ -236,7 +240,7 @@ pub(super) fn unsafe_interrupts(error: Error, module: &str) -> Error {
         .with_kind(ErrorKind::Unavailable)
 }
 
-/// Names the process that has one of `paths` open, if it is one that we may look into.
+/// Names the process that has one of `paths` open, if its descriptors are visible.
 pub(super) fn in_use(error: Error, paths: &[PathBuf]) -> Error {
     match holder(Path::new(PROC), paths) {
         Some((pid, name)) => error
@@ -246,7 +250,7 @@ pub(super) fn in_use(error: Error, paths: &[PathBuf]) -> Error {
         None if error.errno() == Some(Errno::EBUSY) => error
             .because("in use by another process")
             .with_hint("find it: fuser -v /dev/vfio/* /dev/vfio/devices/*"),
-        // The kernel's answer for a cdev that is bound, which it also has for other mistakes.
+        // The kernel returns EINVAL for a cdev that is already bound, but also for other mistakes.
         None if error.errno() == Some(Errno::EINVAL) && !may_look() => error
             .because("most likely in use by a process of another user")
             .with_hint("as root, find it: fuser -v /dev/vfio/* /dev/vfio/devices/*")
@@ -255,12 +259,13 @@ pub(super) fn in_use(error: Error, paths: &[PathBuf]) -> Error {
     }
 }
 
-/// Whether the descriptors of every process can be seen.
+/// Returns whether the descriptors of all processes are visible.
 fn may_look() -> bool {
     fs::read_dir("/proc/1/fd").is_ok()
 }
 
-/// Another process that has one of the device nodes `paths` open, and its name. `proc` is `/proc` on a real machine.
+/// Returns the pid and name of another process that has one of the device nodes `paths` open. `proc` is
+/// `/proc` on a real machine.
 pub fn holder(proc: &Path, paths: &[PathBuf]) -> Option<(u32, String)> {
     fs::read_dir(proc).ok()?.flatten().find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok().filter(|pid| *pid != std::process::id())?;
@@ -269,8 +274,8 @@ pub fn holder(proc: &Path, paths: &[PathBuf]) -> Option<(u32, String)> {
     })
 }
 
-/// Whether `process`, a directory of `/proc`, has one of `paths` open, be it by another name: a container may see a device
-/// node elsewhere.
+/// Returns whether `process`, a directory of `/proc`, has one of `paths` open, even under another name: a
+/// container may have a device node elsewhere.
 fn holds(process: &Path, paths: &[PathBuf]) -> bool {
     let device = |path: &Path| {
         let found = fs::metadata(path).ok().filter(|found| found.file_type().is_char_device())?;
@@ -286,7 +291,7 @@ fn holds(process: &Path, paths: &[PathBuf]) -> bool {
     })
 }
 
-/// Devices of the group, and their drivers, that keep it from user space.
+/// Devices that keep the group from user space, with their drivers.
 fn kernel_owned(device: &BusDevice) -> Vec<(String, String)> {
     members(device)
         .filter_map(|member| {
@@ -299,7 +304,7 @@ fn kernel_owned(device: &BusDevice) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Names every device of the group that is bound to a driver of the kernel.
+/// Explains that a group is not viable, and names every device of it that is bound to a kernel driver.
 pub(super) fn not_viable(device: &BusDevice, group: u32) -> Error {
     let others = kernel_owned(device);
     let named: Vec<String> = others.iter().map(|(name, driver)| format!("{name} ({driver})")).collect();
@@ -390,7 +395,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let device = BusDevice { name: "0000:00:04.0".into(), sysfs: dir.path().into() };
         fs::create_dir_all(dir.path().join("iommu/intel-iommu")).unwrap();
-        // With first-stage, second-stage and scalable-mode support, bits 47, 46 and 43.
+        // Bits 47, 46 and 43 stand for first-stage, second-stage and scalable-mode support.
         for (ecap, names_it) in [("880000f00f5e", true), ("c80000f00f5e", false), ("f00f5e", false)] {
             fs::write(dir.path().join("iommu/intel-iommu/ecap"), format!("{ecap}\n")).unwrap();
             for error in [
@@ -405,7 +410,7 @@ mod tests {
         assert!(attach(Error::os("cannot attach it", Errno::ENOMEM), &device).hint().is_none());
     }
 
-    /// Two functions that share group 7, with cdevs `vfio0` and `vfio1`, and an empty `/dev`.
+    /// Creates two functions that share group 7, with cdevs `vfio0` and `vfio1`, and an empty `/dev`.
     fn shared_group(root: &Path) -> (PathBuf, [BusDevice; 2]) {
         let (dev, devices) = (root.join("dev"), root.join("iommu_groups/7/devices"));
         let nodes = ["vfio0", "vfio1"].map(|cdev| {
@@ -436,7 +441,8 @@ mod tests {
             .stdin(fs::File::open(&node).unwrap())
             .spawn()
             .unwrap();
-        // The kernel closes what is to be closed on exec, which is what `spawn` waits for, before it changes the name.
+        // `spawn` waits until the kernel closes the close-on-exec descriptors. The kernel changes the name
+        // after that.
         let comm = format!("/proc/{}/comm", child.id());
         while fs::read_to_string(&comm).unwrap() != "sleep\n" {
             std::thread::yield_now();
@@ -451,7 +457,7 @@ mod tests {
         let here = fs::File::open(&node).unwrap();
         assert_eq!(refused(true, false).kind(), ErrorKind::Usage);
         drop(here);
-        // Who else may have it cannot be seen, or MSI is isolated: the group is what is missing.
+        // Other processes cannot be seen, or MSI is isolated: the group must be the reason.
         for (all_seen, remapped) in [(false, false), (false, true), (true, true)] {
             let error = refused(all_seen, remapped);
             assert_eq!(error.kind(), ErrorKind::Busy);
@@ -470,7 +476,7 @@ mod tests {
         let busy = || Error::os("cannot open it", Errno::EBUSY);
         let opened = |path: &str| fs::File::create(dev.join(path)).unwrap();
 
-        // Our own device is open, which is how it gets to the bind at all.
+        // The device's own node is open in this process, as it always is at a bind.
         let _own = opened("vfio/devices/vfio0");
         assert_eq!(bind_cdev(busy(), &nodes[0], &dev).kind(), ErrorKind::Busy);
         let other = opened("vfio/devices/vfio1");

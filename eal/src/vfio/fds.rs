@@ -1,5 +1,5 @@
-//! A device's descriptors as a value: opened here, or received from a launcher that may open what this
-//! process may not.
+//! A device's descriptors as a value: opened by this process, or received from a launcher that may open what
+//! this process may not.
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
@@ -14,16 +14,16 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
 use crate::rlimit;
 
-/// The descriptors behind one device.
+/// Descriptors of one device.
 #[derive(Debug)]
 pub enum DeviceFds {
-    /// Of modes `cdev` and `noiommu-cdev`.
+    /// Descriptors in modes `cdev` and `noiommu-cdev`.
     Cdev(CdevFds),
-    /// Of modes `container`, `compat` and `noiommu`.
+    /// Descriptors in modes `container`, `compat` and `noiommu`.
     Group(GroupFds),
 }
 
-/// A character device and the iommufd that it will be bound to. Before that it gives access to nothing.
+/// Character device, and the iommufd that it will be bound to. Before the bind it gives access to nothing.
 #[derive(Debug)]
 pub struct CdevFds {
     /// `/dev/iommu`.
@@ -32,12 +32,12 @@ pub struct CdevFds {
     pub(super) device: OwnedFd,
 }
 
-/// A group and the container that it will join.
+/// IOMMU group, and the container that it will join.
 #[derive(Debug)]
 pub struct GroupFds {
     /// `/dev/vfio/vfio`, or `/dev/iommu` in mode `compat`.
     pub(super) container: OwnedFd,
-    /// `/dev/vfio/N` or `/dev/vfio/noiommu-N`, which opens once: devices of one group share it.
+    /// `/dev/vfio/N` or `/dev/vfio/noiommu-N`, which can be opened only once: devices of one group share it.
     pub(super) group: Arc<File>,
 }
 
@@ -60,7 +60,7 @@ impl DeviceFds {
     /// Passes the descriptors to the process at the other end of `socket` (`SCM_RIGHTS`).
     ///
     /// # Errors
-    /// When the socket is closed or full.
+    /// If the socket is closed or full.
     pub fn send(&self, socket: &UnixStream) -> Result<()> {
         let (kind, first, second) = match self {
             Self::Cdev(CdevFds { iommufd, device }) => (CDEV, iommufd.as_fd(), device.as_fd()),
@@ -78,11 +78,11 @@ impl DeviceFds {
         .map_err(|errno| Error::os("cannot pass the device's descriptors on", errno))
     }
 
-    /// Takes descriptors that [`DeviceFds::send`] passed.
+    /// Receives descriptors that [`DeviceFds::send`] passed.
     ///
     /// # Errors
-    /// `Protocol` when the message is not one of ours, `Permission` when its `/dev/iommu` is something else; whatever
-    /// descriptors it carried are closed.
+    /// `Protocol` if the message is not one of Vireo's, `Permission` if its `/dev/iommu` is something else.
+    /// All descriptors in a refused message are closed.
     pub fn receive(socket: &UnixStream) -> Result<Self> {
         let what = "cannot receive the device's descriptors";
         let (kind, fds) = receive(socket, what)?;
@@ -99,13 +99,14 @@ impl DeviceFds {
     }
 }
 
-/// Most descriptors in one message (`SCM_MAX_FD` of the kernel).
+/// Maximum number of descriptors in one message (`SCM_MAX_FD` of the kernel).
 pub(super) const MOST: usize = 253;
 
-/// Takes a message of one byte, none when the other end is closed, and all descriptors that came with it.
+/// Receives a message of one byte, and all descriptors that came with it. The byte is `None` if the other end
+/// is closed.
 ///
-/// Whatever the kernel has installed is owned before anything is refused. nix shows none when not all of them were
-/// (`MSG_CTRUNC`), so they are read from its buffer.
+/// All descriptors that the kernel has installed are owned before any message is refused. nix returns none if
+/// some were not installed (`MSG_CTRUNC`), so they are read from its buffer.
 pub(super) fn receive(socket: &UnixStream, what: &str) -> Result<(Option<u8>, Vec<OwnedFd>)> {
     let mut byte = [0];
     let mut control = nix::cmsg_space!([RawFd; MOST]);
@@ -114,7 +115,7 @@ pub(super) fn receive(socket: &UnixStream, what: &str) -> Result<(Option<u8>, Ve
         recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
             .map_err(|errno| Error::os(what, errno))?;
     let (bytes, flags) = (message.bytes, message.flags);
-    // SAFETY: the kernel has just installed these descriptors for us, nobody else owns them.
+    // SAFETY: the kernel has just installed these descriptors in this process, and nothing else owns them.
     let fds = rights(&control).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
     if flags.contains(MsgFlags::MSG_CTRUNC) {
         return Err(Error::new(ErrorKind::Os, what, "the kernel could not install all of them")
@@ -123,10 +124,10 @@ pub(super) fn receive(socket: &UnixStream, what: &str) -> Result<(Option<u8>, Ve
     Ok(((bytes == 1).then_some(byte[0]), fds))
 }
 
-/// The descriptors of `control`, which is zero where the kernel has written nothing. It writes no message but theirs: the
-/// others have to be asked for by socket options.
+/// Returns the descriptors in `control`, which is zero where the kernel has written nothing. The kernel
+/// writes no other message: all others must be requested by socket options.
 fn rights(control: &[u8]) -> impl Iterator<Item = RawFd> {
-    // Length of the message with its header, then level and type (cmsg(3)).
+    // The header contains the length of the message including the header, then level and type (cmsg(3)).
     let (header, data) = control.split_at(size_of::<libc::cmsghdr>());
     let len = header.first_chunk().map_or(0, |len| usize::from_ne_bytes(*len));
     let kind = [libc::SOL_SOCKET, libc::SCM_RIGHTS].map(i32::to_ne_bytes);
@@ -155,7 +156,8 @@ mod tests {
         assert_eq!([&File::from(container), &*group].map(|file| file.metadata().unwrap().ino()), inodes);
     }
 
-    /// Those that are too many too, or a hostile sender could use up all that this process may have open.
+    /// Surplus descriptors are closed too. Otherwise a hostile sender could use up all that this process may
+    /// have open.
     #[test]
     fn descriptors_of_a_refused_message_are_closed() {
         let (here, there) = UnixStream::pair().unwrap();
@@ -172,7 +174,7 @@ mod tests {
         }
     }
 
-    /// Of a message that was cut off, what is there is seen.
+    /// If a message is truncated, the descriptors that are present are read.
     #[test]
     fn descriptors_are_read_up_to_the_length() {
         let message = |len: usize, kind: i32, fds: &[i32]| {

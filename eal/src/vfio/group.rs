@@ -1,4 +1,4 @@
-//! A device by its IOMMU group, in a container (modes `container`, `compat` and `noiommu`).
+//! Devices opened through their IOMMU group, in a container (modes `container`, `compat` and `noiommu`).
 
 use std::fs::File;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -21,12 +21,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::rlimit;
 
 impl Vfio {
-    /// Node of the containers of `mode`.
+    /// Path of the node that opens containers of `mode`.
     pub(super) fn container_path(&self, mode: VfioMode) -> PathBuf {
         if mode == VfioMode::Compat { self.iommufd_path() } else { self.dev.join("vfio/vfio") }
     }
 
-    /// Number of the device's group, its node, and the node's device number if the kernel tells.
+    /// Number of the device's group, path of its node, and the node's device number if sysfs reports it.
     pub(super) fn group_path(
         &self,
         device: &BusDevice,
@@ -81,8 +81,8 @@ impl Vfio {
         Ok(file.into())
     }
 
-    /// Puts the group into the container of its mode and takes the device out of the group. `opening` is
-    /// released before the kernel resets the device.
+    /// Adds the group to the container of its mode and gets the device from the group. `opening` is released
+    /// before the kernel resets the device.
     pub(super) fn complete_group(
         &self,
         device: &BusDevice,
@@ -95,17 +95,18 @@ impl Vfio {
         let number = group_of(device).map_err(|_| no_group(what()))?;
         let key = self.space_key(device, mode);
         let GroupFds { container, group } = fds;
-        // Nobody abandons the container meanwhile.
+        // This keeps the container from being abandoned in the meantime.
         let _held = self.existing(key).and_then(|space| space.container()?.any());
-        // SAFETY: it is the group's node: `open_group` has opened it as such, or `adopt` has compared its number with the one
-        // in sysfs.
+        // SAFETY: `group` is the group's node: `open_group` has opened it as such, or `adopt` has compared
+        // its number with the one in sysfs.
         let handle = unsafe { Group::from_fd_unchecked(Arc::clone(&group), number) };
         let status = handle.status()?;
         if !status.is_viable {
             return Err(diagnose::not_viable(device, number));
         }
         let in_container = status.has_container;
-        // SAFETY: it is a node of containers: `DeviceNodes` has opened it as such, or `adopt` has asked the kernel.
+        // SAFETY: `container` is a container's node: `DeviceNodes` has opened it as such, or `adopt` has
+        // asked the kernel.
         let mut container = Some(unsafe { vireo_vfio::Container::from_fd_unchecked(container) });
         let space = self.space(key, || {
             let fd = container.take().ok_or_else(|| Error::os(what(), Errno::EBADF))?;
@@ -128,7 +129,7 @@ impl Vfio {
         }
         let group = shared.group(number).unwrap_or(group);
         shared.add(number, &group);
-        // SAFETY: as above; the node of a group opens once, so the two are one.
+        // SAFETY: as above. A group's node can be opened only once, so both files are the same.
         let handle = unsafe { Group::from_fd_unchecked(&*group, number) };
         drop(opening);
         phases.end("bind");
@@ -141,15 +142,15 @@ impl Vfio {
     }
 }
 
-/// The same device at a descriptor above all those of packet memory.
+/// Moves the device to a descriptor above all those of packet memory.
 ///
-/// Without an IOMMU nothing pins the pages, so when the process is killed they must outlive the device's bus
-/// mastering. The kernel puts off the last close of each file until all descriptors are gone through, and then
-/// begins with the highest (`close_files`, and `task_work_run`, which is last in, first out).
+/// Without an IOMMU nothing pins the pages, so if the process is killed, they must outlive the device's bus
+/// mastering. The kernel defers the last close of each file until it has gone through all descriptors, and
+/// then starts with the highest (`close_files`, and `task_work_run`, which is last in, first out).
 fn above_memory(device: OwnedFd) -> OwnedFd {
     const ABOVE: i32 = 512;
     match fcntl(&device, FcntlArg::F_DUPFD_CLOEXEC(ABOVE)) {
-        // SAFETY: the kernel has just made this descriptor for us, nobody else owns it.
+        // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
         Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
         Err(errno) => {
             tracing::warn!(
@@ -161,7 +162,7 @@ fn above_memory(device: OwnedFd) -> OwnedFd {
     }
 }
 
-/// `hint` is for a node that is not there; another error has its own.
+/// Adds `hint` if the node does not exist. Other errors have their own hint.
 fn missing(error: Error, hint: &str) -> Error {
     match error.errno() {
         Some(Errno::ENOENT | Errno::ENODEV) => error.with_hint(hint),

@@ -13,28 +13,29 @@ use super::fds::MOST;
 use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
 
-/// First descriptor that is passed (`SD_LISTEN_FDS_START`).
+/// Number of the first passed descriptor (`SD_LISTEN_FDS_START`).
 pub(crate) const LISTEN_FDS_START: RawFd = 3;
 
-/// How many descriptors from [`LISTEN_FDS_START`] on the process was started with. The kernel has given their numbers to
-/// nothing in the process, so nothing in it owns them.
+/// Number of descriptors, from [`LISTEN_FDS_START`] on, that the process was started with. The kernel has not
+/// given their numbers to anything in the process, so nothing in it owns them.
 static PASSED: AtomicI32 = AtomicI32::new(0);
 
-/// Counts them before `main`: later, a descriptor of the same number may be anybody's, whatever the environment says.
+/// Counts the passed descriptors before `main`. Later, a descriptor with such a number may belong to anything
+/// in the process, whatever the environment announces.
 extern "C" fn count_passed() {
-    // SAFETY: F_GETFD changes nothing, and the kernel answers EBADF for what is not open.
+    // SAFETY: F_GETFD changes nothing, and the kernel returns EBADF for a descriptor that is not open.
     let is_open = |fd: &RawFd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } >= 0;
     let passed = (LISTEN_FDS_START..).take(MOST).take_while(is_open).count();
     PASSED.store(passed as i32, Ordering::Relaxed);
 }
 
-// SAFETY: the section is a list of functions that the C library calls before `main`. This one makes system calls and
-// stores an atomic, which needs nothing of Rust's run time, and cannot panic.
+// SAFETY: the section is a list of functions that the C library calls before `main`. This function makes
+// system calls and stores an atomic, which needs nothing of Rust's runtime, and cannot panic.
 #[unsafe(link_section = ".init_array")]
 #[used]
 static COUNT_PASSED: extern "C" fn() = count_passed;
 
-/// The descriptors that the environment names; once.
+/// Takes the descriptors that the environment announces. This succeeds only once.
 pub(super) fn listen_fds() -> Result<Vec<OwnedFd>> {
     static TAKEN: Mutex<bool> = Mutex::new(false);
     let variable = |name: &str| std::env::var(name).ok();
@@ -54,22 +55,23 @@ pub(super) fn listen_fds() -> Result<Vec<OwnedFd>> {
     }
     let fds = LISTEN_FDS_START..LISTEN_FDS_START + count;
     for fd in fds.clone() {
-        // SAFETY: borrowed for the look only, and the kernel answers EBADF for what is not open.
+        // SAFETY: the borrow lasts for these checks only, and the kernel returns EBADF for a descriptor that
+        // is not open.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
         fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
             .map_err(|errno| wrong(format!("descriptor {fd} is not open any more ({errno:?})")))?;
         node_name(borrowed)?;
     }
     *taken = true;
-    // SAFETY: `PASSED` says that nothing in this process owns them, LISTEN_PID that they are for it, and `TAKEN` that
-    // this happens once.
+    // SAFETY: `PASSED` shows that nothing in this process owns them, LISTEN_PID that they are for it, and
+    // `TAKEN` that this happens once.
     Ok(fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect())
 }
 
 const WHAT: &str = "cannot take the descriptors of --vfio-fds listen";
 const CURE: &str = "start by: vireo-launch --user USER COMMAND, or by systemd with OpenFile=";
 
-/// How many descriptors `LISTEN_PID` and `LISTEN_FDS` promise to process `own`.
+/// Returns the number of descriptors that `LISTEN_PID` and `LISTEN_FDS` announce to process `own`.
 fn promised(pid: Option<&str>, fds: Option<&str>, own: u32) -> Result<RawFd> {
     let wrong = |why: String| Err(Error::new(ErrorKind::Usage, WHAT, why).with_hint(CURE));
     let (Some(pid), Some(fds)) = (pid, fds) else {
@@ -113,7 +115,7 @@ mod tests {
         }
     }
 
-    /// Runs in a process of its own: see the test below.
+    /// Runs in its own process; see the test below.
     #[test]
     #[ignore = "run by what_was_opened_later_is_nobody_elses"]
     fn child_that_takes_descriptor_3() {

@@ -1,9 +1,10 @@
-//! VFIO: how a process gets a device ([`Vfio::acquire`]), what the device can reach ([`AddressSpace`]),
-//! and the device itself ([`Device`]), which is the same in every [`VfioMode`]. The kernel's interface below is the crate
-//! `vireo-vfio`; here is which way to take, what devices share, and what to tell the user.
+//! VFIO: how a process acquires a device ([`Vfio::acquire`]), what the device can reach ([`AddressSpace`]),
+//! and the device itself ([`Device`]), which is the same in every [`VfioMode`]. The crate `vireo-vfio` wraps
+//! the kernel's interface. This module decides how to open a device, what devices share, and what to tell the
+//! user.
 //!
-//! Modes differ in two places only: `Vfio::acquire` has the one branch on how the descriptors are
-//! opened, [`AddressSpace`] the one on how memory is mapped.
+//! Modes differ in two places only: `Vfio::acquire` branches on how the descriptors are opened,
+//! [`AddressSpace`] on how memory is mapped.
 
 mod acquire;
 mod cdev;

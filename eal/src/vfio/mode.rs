@@ -1,4 +1,4 @@
-//! How the kernel hands a device over: the values of `--vfio-mode`.
+//! VFIO modes: the values of `--vfio-mode`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,39 +6,40 @@ use std::str::FromStr;
 use crate::args::quoted;
 use crate::error::{Error, ErrorKind};
 
-/// How a device fd is acquired, and how memory is mapped for it (`--vfio-mode`, devarg `vfio-mode=`).
+/// How a device is opened, and how memory is mapped for it (`--vfio-mode`, device argument `vfio-mode=`).
 ///
-/// | mode | acquire | map | address the NIC sees |
+/// | mode | open | map | address the NIC uses |
 /// |---|---|---|---|
-/// | `container` (alias `group`) | group + `/dev/vfio/vfio` | `VFIO_IOMMU_MAP_DMA` | our IOVA |
-/// | `cdev` | `/dev/vfio/devices/vfioN`, bind, attach | `IOMMU_IOAS_MAP` | our IOVA |
-/// | `compat` | group, `/dev/iommu` as the container | type1 ioctls served by iommufd | our IOVA |
+/// | `container` (alias `group`) | group + `/dev/vfio/vfio` | `VFIO_IOMMU_MAP_DMA` | Vireo's IOVA |
+/// | `cdev` | `/dev/vfio/devices/vfioN`, bind, attach | `IOMMU_IOAS_MAP` | Vireo's IOVA |
+/// | `compat` | group, `/dev/iommu` as the container | type1 ioctls served by iommufd | Vireo's IOVA |
 /// | `noiommu` | `/dev/vfio/noiommu-N` | none | physical |
 /// | `noiommu-cdev` (kernel 7.3) | `/dev/vfio/devices/noiommu-vfioN` | `IOMMU_IOAS_MAP` pins | physical, pinned |
-/// | `auto` | `cdev`, else `container`; never without an IOMMU | | our IOVA |
+/// | `auto` | `cdev`, else `container`; never without an IOMMU | | Vireo's IOVA |
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum VfioMode {
-    /// `cdev` where the kernel has it, else `container`; never without an IOMMU.
+    /// `cdev` if the kernel offers it, otherwise `container`; never without an IOMMU.
     #[default]
     Auto,
     /// Group in a VFIO container.
     Container,
-    /// VFIO character device on iommufd (kernel 6.6).
+    /// VFIO character device bound to iommufd (kernel 6.6).
     Cdev,
-    /// Group with `/dev/iommu` in the place of the container (kernel 6.2).
+    /// Group with `/dev/iommu` in place of the container (kernel 6.2).
     Compat,
     /// Group without an IOMMU: the device reaches all memory.
     Noiommu,
-    /// Character device without an IOMMU (kernel 7.3): the device reaches all memory, ours is pinned.
+    /// Character device without an IOMMU (kernel 7.3): the device reaches all memory, and mapped memory is
+    /// pinned.
     NoiommuCdev,
 }
 
 impl VfioMode {
-    /// Every mode, in the order of the table above.
+    /// Every mode, starting with `Auto`.
     pub const ALL: [Self; 6] =
         [Self::Auto, Self::Container, Self::Cdev, Self::Compat, Self::Noiommu, Self::NoiommuCdev];
 
-    /// Every mode that `auto` is not: those that a device can be had in.
+    /// Every mode except `Auto`.
     pub const EXPLICIT: [Self; 5] =
         [Self::Container, Self::Cdev, Self::Compat, Self::Noiommu, Self::NoiommuCdev];
 
@@ -54,7 +55,7 @@ impl VfioMode {
         }
     }
 
-    /// Whether an IOMMU stands between the device and memory; of `auto` always.
+    /// Returns whether an IOMMU translates the device's memory accesses; always true for `auto`.
     pub fn has_iommu(self) -> bool {
         !matches!(self, Self::Noiommu | Self::NoiommuCdev)
     }

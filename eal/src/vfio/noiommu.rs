@@ -1,4 +1,4 @@
-//! Devices without an IOMMU: what VFIO allows then, and what the user can do.
+//! Devices without an IOMMU: what VFIO allows, and what the user can do.
 
 use std::fs;
 use std::path::Path;
@@ -6,7 +6,8 @@ use std::path::Path;
 use super::VfioMode;
 use crate::error::{Error, ErrorKind};
 
-/// What turns the IOMMU on, in a virtual machine or outside. Linux uses AMD's wherever the firmware offers it.
+/// Returns how to turn the IOMMU on, in a virtual machine or outside. Linux uses AMD's IOMMU wherever the
+/// firmware offers it.
 pub fn iommu_on() -> &'static str {
     iommu_on_of(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
 }
@@ -22,7 +23,7 @@ fn iommu_on_of(cpuinfo: &str) -> &'static str {
     }
 }
 
-/// `what` failed because VFIO takes no device that is in no IOMMU group, or has one no more.
+/// Returns the error for `what` if the device is not, or no longer, in an IOMMU group, which VFIO requires.
 pub fn no_group(what: String) -> Error {
     let error = Error::new(ErrorKind::Unavailable, what, "it is in no IOMMU group, so the IOMMU is off");
     let switch = match noiommu_allowed() {
@@ -33,7 +34,7 @@ pub fn no_group(what: String) -> Error {
     error.with_hint(format!("{}; or, unsafe: {switch}, bind again, --vfio-mode noiommu", iommu_on()))
 }
 
-/// Whether VFIO hands devices over that have no IOMMU; none when it has no such switch, or is not loaded.
+/// Returns whether VFIO accepts devices without an IOMMU; `None` if it has no such switch or is not loaded.
 pub fn noiommu_allowed() -> Option<bool> {
     let switch = fs::read_to_string("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode").ok()?;
     Some(switch.trim() != "N")

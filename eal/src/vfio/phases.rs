@@ -1,29 +1,29 @@
-//! What the steps of an acquisition took.
+//! Time that the steps of a device's acquisition take.
 
 use std::time::{Duration, Instant};
 
 use crate::clock::thread_time;
 use crate::ioctl::{self, Calls};
 
-/// A step of the acquisition and how long it took.
+/// Step of a device's acquisition, and how long it took.
 #[derive(Clone, Debug)]
 pub struct Phase {
     /// `open`, `bind` or `attach`.
     pub name: &'static str,
-    /// Time in the kernel and around it.
+    /// Elapsed time, in the kernel and in this process.
     pub took: Duration,
-    /// Of that, what the thread had on a CPU; the rest it waited.
+    /// CPU time of the thread. It waited for the rest of `took`.
     pub worked: Duration,
-    /// Calls to VFIO and iommufd meanwhile, those of other threads too.
+    /// Calls to VFIO and iommufd during the step, including those of other threads.
     pub calls: Vec<Calls>,
 }
 
-/// Stop-watch of the acquisition.
+/// Stopwatch of the acquisition.
 pub(super) struct Phases {
     since: Instant,
-    /// [`thread_time`] of that moment.
+    /// [`thread_time`] at `since`.
     worked: Duration,
-    /// [`ioctl::table`] of that moment.
+    /// [`ioctl::table`] at `since`.
     calls: Vec<Calls>,
     pub(super) done: Vec<Phase>,
 }

@@ -1,4 +1,4 @@
-//! What can be said of a mode before the device is on VFIO's driver.
+//! Checks of a mode before the device is bound to VFIO's driver.
 
 use super::VfioMode;
 use super::acquire::{BusDevice, Vfio, group_of};
@@ -6,13 +6,14 @@ use super::noiommu::{has_iommu, needs_noiommu, no_group, noiommu_allowed};
 use crate::error::{ErrorKind, Result};
 
 impl Vfio {
-    /// Says what would keep `device` from being had in `mode` after it is bound to VFIO's driver, as far as that can be
-    /// known while another driver has it, or none. `loaded` is whether the kernel has VFIO's driver; if not, nothing
-    /// is said about what comes with it. No device is opened, and of the nodes only `/dev/vfio/vfio` or `/dev/iommu`.
-    /// Who may open them is not asked: that comes after the bind.
+    /// Checks whether `device` can be used in `mode` after it is bound to VFIO's driver, as far as that is
+    /// known while it is bound to another driver, or to none. `loaded` is whether the kernel has VFIO's
+    /// driver; if not, what that driver provides is not checked. Opens no device, and no node except
+    /// `/dev/vfio/vfio` or `/dev/iommu`. Missing permission to open that node is not an error: permissions
+    /// are checked after the bind.
     ///
     /// # Errors
-    /// As [`Vfio::acquire`] or, where the kernel would refuse the bind, as that.
+    /// Same as [`Vfio::acquire`] or, if the kernel would refuse the bind, the error of the bind.
     pub fn preflight(&self, device: &BusDevice, mode: VfioMode, loaded: bool) -> Result<()> {
         self.preflight_where(device, mode, loaded, noiommu_allowed())
     }
@@ -25,10 +26,10 @@ impl Vfio {
         noiommu: Option<bool>,
     ) -> Result<()> {
         let what = || format!("cannot use {} in mode {mode}", device.name);
-        // A group without an IOMMU is made at the bind, so one that is there now has one.
+        // A group without an IOMMU is created by the bind, so a group that exists now has an IOMMU.
         match (group_of(device).is_ok(), mode.has_iommu()) {
             (true, false) => return Err(has_iommu(what())),
-            // Every kernel has this one; whether it has the other one shows at the bind.
+            // Every kernel has `noiommu`. Whether it has `noiommu-cdev` is known only after the bind.
             (false, true) if noiommu == Some(true) => return Err(needs_noiommu(what(), VfioMode::Noiommu)),
             (false, true) => return Err(no_group(what())),
             (false, false) if noiommu == Some(false) || (loaded && noiommu.is_none()) => {
@@ -83,7 +84,7 @@ mod tests {
         }
         assert!(refusal(VfioMode::Cdev, Some(true)).ends_with("--vfio-mode noiommu"));
         assert!(vfio.preflight_where(&device, VfioMode::Noiommu, true, Some(true)).is_ok());
-        // Whether a module that is not loaded has the switch nobody knows.
+        // It is unknown whether a module that is not loaded has the switch.
         assert!(vfio.preflight_where(&device, VfioMode::Noiommu, false, None).is_ok());
     }
 
@@ -95,7 +96,7 @@ mod tests {
         for mode in [VfioMode::Cdev, VfioMode::Compat] {
             assert!(refusal(mode).contains("modprobe iommufd, or choose --vfio-mode container"), "{mode}");
         }
-        // Not loaded, it is loaded by the command that binds the device.
+        // A driver that is not loaded is loaded by the command that binds the device.
         assert!(vfio.preflight(&device, VfioMode::Container, false).is_ok());
     }
 }

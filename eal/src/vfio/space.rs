@@ -1,4 +1,4 @@
-//! What devices can reach, and the one branch on how memory is mapped for them.
+//! Address spaces: what devices can reach. This module has the only branch on how memory is mapped for them.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,16 +17,16 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::{self, Access, Accounting, Ioas};
 use crate::mem::{Pin, Region, page_size};
 
-/// The I/O page tables that some of the process's devices share, or the lack of any.
+/// I/O page tables that some of the process's devices share, or none if the devices use physical addresses.
 #[derive(Debug)]
 pub struct AddressSpace {
     tables: Tables,
-    /// Allowed addresses that no mapping of ours uses.
+    /// Allowed addresses that no mapping uses.
     free: Mutex<IovaRanges>,
-    /// Highest address that every device gives out.
+    /// Highest address that every device can use.
     dma_mask: AtomicU64,
-    /// What devices without an IOMMU were told the physical addresses of. They hold the space while they are open, and
-    /// may write there until they are closed.
+    /// Regions whose physical addresses were given to devices without an IOMMU. These devices hold the space
+    /// while they are open, and may write to the regions until they are closed.
     kept: Mutex<Vec<Arc<Region>>>,
 }
 
@@ -34,13 +34,13 @@ pub struct AddressSpace {
 enum Tables {
     /// Type1 ioctls on a container, which is `/dev/vfio/vfio` or, in mode `compat`, `/dev/iommu`.
     Type1(Container),
-    /// An I/O address space of iommufd; `physical` when its devices have no IOMMU behind them.
+    /// I/O address space of iommufd. `physical` is whether its devices have no IOMMU.
     Ioas { ioas: Arc<Ioas>, physical: bool },
     /// No tables: devices use physical addresses.
     None(Container),
 }
 
-/// A container and the groups in it, which their devices hold.
+/// Container and the groups in it. The devices hold their groups.
 #[derive(Debug)]
 pub(super) struct Container {
     groups: Mutex<BTreeMap<u32, Weak<File>>>,
@@ -71,15 +71,15 @@ impl AddressSpace {
         Self::of(Tables::Ioas { ioas, physical })
     }
 
-    /// A space without devices, for tests of what holds one.
+    /// Creates a space without devices, for tests of values that hold a space.
     #[cfg(test)]
     pub(crate) fn nowhere() -> Self {
         let fd = null();
         Self::none(Container { groups: Mutex::default(), iommufd: false, fd })
     }
 
-    /// Whether the last of its groups has left its container, which has then forgotten its mappings
-    /// (`vfio_container_detach_group`) and takes no device.
+    /// Returns whether the last group has left the container, which has then lost its mappings
+    /// (`vfio_container_detach_group`) and accepts no device.
     pub(super) fn is_abandoned(&self) -> bool {
         self.container().is_some_and(|container| !container.iommufd && container.any().is_none())
     }
@@ -99,7 +99,7 @@ impl AddressSpace {
         }
     }
 
-    /// Whether the devices use physical addresses, so that nothing keeps them from any memory.
+    /// Returns whether the devices use physical addresses, so that they can reach all memory.
     pub fn is_physical(&self) -> bool {
         matches!(self.tables, Tables::None(_) | Tables::Ioas { physical: true, .. })
     }
@@ -109,24 +109,24 @@ impl AddressSpace {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(region));
     }
 
-    /// Addresses that every attached device can use and that nothing of ours is mapped at.
+    /// Addresses that every attached device can use and that no mapping uses.
     pub fn free_ranges(&self) -> IovaRanges {
         self.lock().clone()
     }
 
-    /// Keeps later mappings at or below `mask`, the highest address that one of the devices gives out.
+    /// Keeps later mappings at or below `mask`, the highest address that one of the devices can use.
     pub fn set_dma_mask(&self, mask: u64) {
         self.dma_mask.fetch_min(mask, Ordering::Relaxed);
         let mut free = self.lock();
         *free = free.intersection(&IovaRanges::new([0..=mask]));
     }
 
-    /// Highest address that every device gives out.
+    /// Highest address that every device can use.
     pub fn dma_mask(&self) -> u64 {
         self.dma_mask.load(Ordering::Relaxed)
     }
 
-    /// Whose limit on locked memory holds for mappings; none where nothing is pinned.
+    /// Whose limit on locked memory applies to mappings; `None` if the kernel pins nothing.
     fn accounting(&self) -> Option<Accounting> {
         match &self.tables {
             Tables::Type1(container) if container.iommufd => Some(Accounting::PerUser),
@@ -137,12 +137,12 @@ impl AddressSpace {
     }
 
     fn lock(&self) -> MutexGuard<'_, IovaRanges> {
-        // The lock guards a value that is replaced whole, so a panic elsewhere leaves nothing half done.
+        // The guarded value is replaced as a whole, so a panic elsewhere leaves nothing half updated.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Narrows the free ranges to what the devices attached so far allow. Memory is mapped by the CPU's pages, so the
-    /// IOMMU's may not be larger.
+    /// Narrows the free ranges to what the devices attached so far allow. Memory is mapped in CPU pages, so
+    /// the IOMMU's pages must not be larger.
     pub(super) fn refresh_ranges(&self) -> Result<()> {
         let (allowed, smallest_page) = match &self.tables {
             Tables::Type1(container) => container.iova_ranges()?,
@@ -158,20 +158,23 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Maps all of `region` for the devices with one call: at `iova`, or at the first free addresses if there is none.
-    /// [`Mapping::iova`] tells. When the devices use physical addresses, nobody chooses.
+    /// Maps all of `region` for the devices with one call: at `iova` or, if that is `None`, at the first free
+    /// addresses. [`Mapping::iova`] returns the address. If the devices use physical addresses, Vireo picks
+    /// none.
     ///
     /// # Errors
-    /// When the kernel refuses, with what locked memory is needed and allowed if that is the reason.
+    /// If the kernel refuses. The error says how much locked memory is needed and allowed, if that is the
+    /// reason.
     pub fn map(self: &Arc<Self>, region: &Arc<Region>, iova: Option<u64>) -> Result<Mapping> {
         self.map_range(region, 0..region.len(), iova, Access::ReadWrite)
     }
 
-    /// As [`AddressSpace::map`], for the bytes `range` of `region` only, whose ends are multiples of the CPU's page
-    /// size, and for `access` only. Devices without an IOMMU reach all of it in any case.
+    /// Same as [`AddressSpace::map`], but for the bytes `range` of `region` only, and for `access` only. The
+    /// ends of `range` are multiples of the CPU's page size. Devices without an IOMMU reach the whole region
+    /// in any case.
     ///
     /// # Errors
-    /// As for [`AddressSpace::map`]; `Usage` when the region has no such bytes.
+    /// Same as [`AddressSpace::map`]; `Usage` if the region does not contain these bytes.
     pub fn map_range(
         self: &Arc<Self>,
         region: &Arc<Region>,
@@ -204,7 +207,7 @@ impl AddressSpace {
         })
     }
 
-    /// Takes the addresses that our own policy chooses, so that it does not depend on the mode.
+    /// Reserves addresses by Vireo's own policy, so that the choice does not depend on the mode.
     fn place(&self, len: usize, page_size: usize) -> Result<RangeInclusive<u64>> {
         let mut free = self.lock();
         let start = free.fit(len as u64, page_size as u64).ok_or_else(|| {
@@ -219,18 +222,18 @@ impl AddressSpace {
         Ok(range)
     }
 
-    /// Lets addresses be used again that every device gives out.
+    /// Returns addresses to the free ranges, except those that some device cannot use.
     fn release(&self, range: RangeInclusive<u64>) {
         let mut free = self.lock();
         let reachable = IovaRanges::new([0..=self.dma_mask()]);
         *free = IovaRanges::new(free.iter().cloned().chain([range])).intersection(&reachable);
     }
 
-    /// Maps at the same IOVA what `source` maps in another space, sharing its pinned pages
-    /// (`IOMMU_IOAS_COPY`); none when the two are not of one `/dev/iommu`.
+    /// Maps the memory of `source`, a mapping of another space, at the same IOVA and shares its pinned pages
+    /// (`IOMMU_IOAS_COPY`). Returns `None` if the two spaces do not belong to the same `/dev/iommu`.
     ///
     /// # Errors
-    /// As for [`AddressSpace::map`].
+    /// Same as [`AddressSpace::map`].
     pub fn copy(self: &Arc<Self>, source: &Mapping, access: Access) -> Result<Option<Mapping>> {
         let (Tables::Ioas { ioas, .. }, Some(Mapped::Ioas(source))) = (&self.tables, &source.mapped) else {
             return Ok(None);
@@ -257,17 +260,17 @@ impl AddressSpace {
 }
 
 impl Container {
-    /// A container with its first group.
+    /// Creates a container with its first group.
     pub(super) fn new(fd: vireo_vfio::Container, iommufd: bool, number: u32, group: &Arc<File>) -> Self {
         Self { groups: Mutex::new([(number, Arc::downgrade(group))].into()), iommufd, fd }
     }
 
-    /// The group, if it is open.
+    /// Group `number`, if it is open.
     pub(super) fn group(&self, number: u32) -> Option<Arc<File>> {
         lock(&self.groups).get(&number).and_then(Weak::upgrade)
     }
 
-    /// One of its groups: while that is held, the container stays as it is.
+    /// Any group in the container. While that is held, the container keeps its mappings.
     pub(super) fn any(&self) -> Option<Arc<File>> {
         lock(&self.groups).values().find_map(Weak::upgrade)
     }
@@ -276,24 +279,24 @@ impl Container {
         lock(&self.groups).insert(number, Arc::downgrade(group));
     }
 
-    /// Addresses that every attached device can use, and the smallest page in bytes that can be mapped: 1 when the
-    /// kernel does not tell.
+    /// Addresses that every attached device can use, and the size in bytes of the smallest page that can be
+    /// mapped, or 1 if the kernel does not report it.
     fn iova_ranges(&self) -> Result<(IovaRanges, u64)> {
         let iovas = self.fd.iova_ranges()?;
         Ok((IovaRanges::new(iovas.ranges), iovas.smallest_page))
     }
 
-    /// The caller keeps the bytes `range` of `region` until it has unmapped them.
+    /// Maps the bytes `range` of `region`. The caller keeps them until it has unmapped them.
     fn map(&self, region: &Region, range: Range<usize>, iova: u64, access: Access) -> Result<()> {
         // SAFETY: the region has these bytes, as the caller has checked.
         let first = unsafe { region.as_ptr().add(range.start) };
         let bytes = NonNull::slice_from_raw_parts(first, range.len());
-        // SAFETY: the caller keeps the region, which expects a device to write it.
+        // SAFETY: the caller keeps the region, which devices are expected to write.
         Ok(unsafe { self.fd.map_user(bytes, iova, access) }?)
     }
 }
 
-/// A descriptor that stands for a container.
+/// Descriptor that stands in for a container.
 #[cfg(test)]
 pub(super) fn null() -> vireo_vfio::Container {
     let null = File::open("/dev/null").expect("it is everywhere");
@@ -307,10 +310,10 @@ impl AsFd for Container {
     }
 }
 
-/// A region, or a part of one, that the devices of an [`AddressSpace`] can reach. Unmapped on drop.
+/// Region, or a part of one, that the devices of an [`AddressSpace`] can reach. It is unmapped on drop.
 #[derive(Debug)]
 pub struct Mapping {
-    /// Taken only by drop, so that it unmaps before `space` goes.
+    /// Taken only by drop, so that the memory is unmapped before `space` is dropped.
     mapped: Option<Mapped>,
     space: Arc<AddressSpace>,
 }
@@ -323,7 +326,7 @@ enum Mapped {
         _region: Arc<Region>,
     },
     Ioas(iommufd::Mapping<Arc<Region>>),
-    /// Of all the mappings, this one pins by itself.
+    /// Mapping without an IOMMU. It pins its pages itself.
     None {
         region: Arc<Region>,
         _pin: Pin,
@@ -342,16 +345,16 @@ impl Mapped {
 }
 
 impl Mapping {
-    /// Device address of the first byte; none when the devices use physical addresses.
+    /// Device address of the first byte; `None` if the devices use physical addresses.
     pub fn iova(&self) -> Option<u64> {
         let range = self.mapped.as_ref()?.range()?;
         (!self.space.is_physical()).then(|| *range.start())
     }
 
-    /// Physical address of each page when the devices use those; none when an IOMMU translates.
+    /// Physical address of each page if the devices use physical addresses; `None` if an IOMMU translates.
     ///
     /// # Errors
-    /// `Permission` when the kernel does not tell them to this process.
+    /// `Permission` if the kernel does not reveal the addresses to this process.
     pub fn physical_addresses(&self) -> Result<Option<Vec<u64>>> {
         match &self.mapped {
             Some(Mapped::None { region, .. }) => region.physical_addresses().map(Some),
@@ -370,7 +373,7 @@ impl Drop for Mapping {
         if let (Mapped::Type1 { iova, len, .. }, Tables::Type1(container)) = (&mapped, &self.space.tables)
             && !self.space.is_abandoned()
         {
-            // SAFETY: this is the mapping, which is used no more.
+            // SAFETY: the range is that of this mapping, which is no longer used.
             match unsafe { container.fd.unmap(*iova, *len) } {
                 Ok(unmapped) if unmapped == *len => {}
                 Ok(unmapped) => tracing::error!("unmapped {unmapped} of {len} bytes at {iova:#x}"),
@@ -384,7 +387,7 @@ impl Drop for Mapping {
     }
 }
 
-/// Without an IOMMU the kernel pins nothing by itself.
+/// Pins `region`. Without an IOMMU the kernel does not pin it.
 fn pin(region: &Region) -> Result<Pin> {
     if region.page_size() > page_size() {
         return Pin::new(region);
