@@ -1,4 +1,4 @@
-/* What rte_eal_init takes: the DPDK half of `scripts/bench start`'s comparison with eal/examples/vireo-eal-start.rs. */
+/* Times rte_eal_init(): the DPDK half of the comparison with eal/examples/vireo-eal-start.rs in `scripts/bench start`. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <time.h>

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# KVM or software emulation. That /dev/kvm exists proves nothing (nested and partial ones are common), so a short boot
-# decides, and its answer is kept until the machine reboots or the kernel or QEMU changes.
+# Chooses between KVM and software emulation. The existence of /dev/kvm proves nothing (nested and partial KVM
+# are common), so a short probe boot decides. Its result is kept until the machine reboots or the guest kernel
+# or QEMU changes.
 
 ACCEL=
 KVM_PROBE_SECONDS=15
@@ -36,7 +37,7 @@ accel_probe() {
     esac
 }
 
-# In a subshell, so that what it sets for the probe is gone afterwards.
+# In a subshell, so that the settings for the probe do not outlive it.
 accel_boots_with_kvm() (
     ACCEL=kvm
     PROGRAMS=()

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Packages of the machine itself: installed only with the user's consent, and only by apt. Where there is none, the user
-# installs what is missing.
+# Packages of the machine itself: installed only with the user's consent, and only by apt. On a machine
+# without apt, the user installs them.
 
 SUDO=()
 ((EUID == 0)) || SUDO=(sudo)
 
-# What has to be there if apt is not: programs, and files of libraries. A package that is not named here is a program of the
-# same name.
+# For machines without apt: the program or library file that shows that a package is installed. A package that
+# is not listed has a program of the same name.
 declare -A PACKAGE_HAS=(
     [busybox-static]=busybox
     [qemu-system-x86]=qemu-system-x86_64
@@ -22,13 +22,13 @@ declare -A PACKAGE_HAS=(
 
 apt_available() { command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; }
 
-# The name of this machine's distribution.
+# Prints the name of this machine's distribution.
 distribution() {
     # shellcheck disable=SC1091
     (. /etc/os-release 2>/dev/null && echo "${PRETTY_NAME:-$NAME}") || echo "a system without /etc/os-release"
 }
 
-# packages_elsewhere PACKAGE...: fails if something that one of these has is missing.
+# packages_elsewhere PACKAGE...: fails if the program or file of one of the packages is missing.
 packages_elsewhere() {
     local package has missing=() packages=()
     for package; do
@@ -51,7 +51,8 @@ package_candidate() {
     LC_ALL=C apt-cache policy "$1" 2>/dev/null | awk '$1 == "Candidate:" && $2 != "(none)" {print $2}'
 }
 
-# apt_consent QUESTION COMMAND: who may not be asked is told the command instead.
+# apt_consent QUESTION COMMAND: asks the user, unless --yes is given. Without a terminal it fails and names
+# COMMAND.
 apt_consent() {
     [[ -z $OPT_YES ]] || return 0
     if [[ -t 0 && -t 2 ]]; then
@@ -63,7 +64,7 @@ apt_consent() {
     fi
 }
 
-# Packages that are here under another roof (rustup's cargo, a hand-built QEMU) are the caller's to rule out first.
+# The caller must first rule out programs that were installed without apt (rustup's cargo, a hand-built QEMU).
 need_packages() {
     local package missing=()
     if ! apt_available; then
@@ -79,7 +80,8 @@ need_packages() {
     apt_consent "install ${missing[*]} with apt" "$command"
     refresh_if_unknown "${missing[@]}"
 
-    # Nothing that the user chose is removed behind their back: a QEMU of Debian's backports conflicts with the release's.
+    # Ask before apt removes a package that the user chose: a QEMU of Debian's backports conflicts with the
+    # release's.
     local log="$CACHE/apt.log" removed
     removed=$(LC_ALL=C apt-get install --simulate --no-install-recommends "${missing[@]}" 2>/dev/null |
         awk '$1 == "Remv" {printf "%s ", $2}') || : # the installation says why
@@ -115,11 +117,12 @@ release_codename() {
     (. /etc/os-release && echo "${VERSION_CODENAME:-}")
 }
 
-# What is newer than the machine's release comes through an apt of our own: the machine's sources, lists and pins are
-# neither read nor written, only its keyring and the mirror that it already uses.
+# Packages newer than the machine's release come through a private apt. It neither reads nor writes the
+# machine's sources, lists and pins; it uses only the machine's keyring and mirror.
 DEBIAN_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
-# The mirror is what the machine's own sources name for its release itself (the security archive has no other suites).
+# Prints the mirror that the machine's own sources name for its release (the security archive has no other
+# suites).
 debian_mirror() {
     local codename mirror
     codename=$(release_codename)
@@ -131,7 +134,7 @@ debian_mirror() {
     echo "$mirror"
 }
 
-# apt_private DIR TOOL ARGUMENT...
+# apt_private DIR TOOL ARGUMENT...: runs TOOL on the private apt in DIR.
 apt_private() {
     local dir=$1 tool=$2
     shift 2
@@ -141,7 +144,7 @@ apt_private() {
         -o APT::Architecture=amd64 -o APT::Sandbox::User=root -o Debug::NoLocking=1 "$@"
 }
 
-# apt_private_lists DIR MIRROR SUITE LOG: begins anew in DIR, and reads the lists of SUITE.
+# apt_private_lists DIR MIRROR SUITE LOG: empties DIR and reads the lists of SUITE into it.
 apt_private_lists() {
     local dir=$1 mirror=$2 suite=$3 log=$4
     [[ -r $DEBIAN_KEYRING ]] || need_packages debian-archive-keyring

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Reports of real recordings whose truth is known: of one mode under two names, and of a mode that was slowed down.
+# Reports of real recordings whose outcome is known: of one mode under two names, and of a mode that was
+# slowed down.
 
 CLAIMS_MODES=container,cdev
 CLAIMS_SLOWER=0.2
@@ -17,7 +18,7 @@ bench_claims() {
     claims_say
 }
 
-# claims_reports KIND COUNT OPTION...: every second one with a busy host.
+# claims_reports KIND COUNT OPTION...: makes COUNT reports, every second one on a busy host.
 claims_reports() {
     local kind=$1 count=$2 number
     shift 2
@@ -28,7 +29,7 @@ claims_reports() {
     claims_host 1
 }
 
-# claims_host IDLE: 1 ends what keeps the CPUs busy, 0 begins it.
+# claims_host IDLE: 1 stops the load that keeps the CPUs busy, 0 starts it.
 claims_host() {
     if ((${#CLAIMS_BUSY[@]})); then
         kill "${CLAIMS_BUSY[@]}" 2>/dev/null || true

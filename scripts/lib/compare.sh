@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# The main job: each benchmark in two boots, because a device is offered without an IOMMU only where there is none.
+# Compares the modes. Each benchmark takes two boots, because VFIO offers devices without an IOMMU only on a
+# machine that has none.
 
-# What disturbed the machine, as arguments of the report.
+# Disturbances of the machine, as arguments of the report.
 COMPARE_DISTURBANCES=()
 
-# MiB of memory in which the kernel finds an aligned GiB for a page.
+# Guest memory in MiB with which the kernel finds an aligned GiB for a page.
 COMPARE_GIANT_MEM=4096
 
 lab_compare() {
@@ -38,7 +39,7 @@ compare_prepare() {
     fi
 }
 
-# Debian's DPDK is not installed only to be compared with.
+# Compares with testpmd only if Debian's DPDK is already installed.
 compare_choose_references() {
     if [[ -z $OPT_REFERENCES ]]; then
         OPT_REFERENCES=bridge
@@ -52,15 +53,16 @@ compare_choose_references() {
     fi
 }
 
-# A clock that counts instructions and jumps over waiting: QEMU's -icount, which only software emulation has. Two virtual
-# CPUs would take turns, and each count the other's.
+# Uses a clock that counts instructions and skips idle time: QEMU's -icount, which only software emulation
+# has. Two virtual CPUs would take turns, and each would count the other's instructions.
 compare_counted() {
     # shellcheck disable=SC2034 # read by what compare_boots calls
     local OPT_CPUS=1 OPT_ICOUNT=1 ACCEL=tcg QEMU_EXTRA=("${QEMU_EXTRA[@]}" -icount 'shift=0,sleep=off')
     compare_boots counted count run "$@"
 }
 
-# compare_boots NAME WORD...: vfio-bench WORD... with and without an IOMMU; the recordings are NAME-* in OPT_SHARE.
+# compare_boots NAME WORD...: runs vfio-bench WORD... with and without an IOMMU. The recordings are NAME-* in
+# OPT_SHARE.
 compare_boots() {
     local name=$1
     shift
@@ -76,7 +78,7 @@ compare_boots() {
     compare_boot "$name-noiommu" "$(compare_noiommu_modes)" "$@"
 }
 
-# compare_boot_with_references BOOT MODES WORD...
+# compare_boot_with_references BOOT MODES WORD...: as compare_boot, with the reference forwarders.
 compare_boot_with_references() {
     local ADDED=("${ADDED[@]}") TESTPMD_VERSION='' references=()
     if [[ $OPT_REFERENCES != none ]]; then
@@ -100,14 +102,14 @@ compare_noiommu_modes() {
     fi
 }
 
-# compare_boot BOOT MODES WORD...: what the benchmark prints on the way is progress; the only thing on our stdout is the
-# table at the end.
+# compare_boot BOOT MODES WORD...: the benchmark's own output is progress and goes to stderr. The final table
+# is the only output on stdout.
 compare_boot() {
     local boot=$1 modes=$2 machine="--kernel $OPT_KERNEL --timeout $OPT_TIMEOUT" since=$SECONDS before
     shift 2
     [[ -n $OPT_IOMMU ]] || machine+=" --no-iommu"
     [[ -z $OPT_ICOUNT ]] || machine+=" --cpus 1 --accel tcg --qemu-arg -icount --qemu-arg shift=0,sleep=off"
-    # Without an IOMMU all memory has to be within reach of a NIC that has 32 address bits.
+    # Only with an IOMMU: without one, all memory must be within reach of a NIC with 32 address bits.
     if [[ -n $OPT_ICOUNT && -n $OPT_IOMMU ]]; then
         # shellcheck disable=SC2034 # read by what guest_boot calls
         local KERNEL_EXTRA=("${KERNEL_EXTRA[@]}" hugepagesz=1G hugepages=1) \
@@ -123,16 +125,16 @@ compare_boot() {
     [[ -n $OPT_ICOUNT ]] || compare_disturbance "$boot" $((SECONDS - since)) $(($(compare_ticks_of_others) - before))
 }
 
-# Clock ticks of all CPUs that went to programs other than this one and what it has run.
+# Prints the clock ticks that all CPUs spent on programs other than this script and its children.
 compare_ticks_of_others() {
     local all own
     read -r -a all </proc/stat
     read -r -a own </proc/$$/stat
-    # user, nice, system, irq, softirq, steal; of our children, user and system.
+    # user, nice, system, irq, softirq and steal, minus user and system of this script's children.
     echo $((all[1] + all[2] + all[3] + all[6] + all[7] + all[8] - own[15] - own[16]))
 }
 
-# compare_disturbance BOOT SECONDS TICKS: notes what other programs took, if it was a third of a CPU or more.
+# compare_disturbance BOOT SECONDS TICKS: records the CPU time of other programs if it was 0.3 CPUs or more.
 compare_disturbance() {
     local tenths=$((10 * $3 / ($(getconf CLK_TCK) * ($2 + 1))))
     ((tenths >= 3)) || return 0

@@ -2,14 +2,15 @@
 # Kernel sources newer than the machine's release, through a private apt (apt.sh).
 
 EDGE_SUITES=(trixie-backports sid)
-# Package and version that everybody tests with, until lab kernel --kernel edge --update moves them forward.
+# Package and version that everyone tests with, until lab kernel --kernel edge --update moves them forward.
 EDGE_PIN="$SCRIPTS/kernel.edge"
 
 edge_apt() { apt_private "$CACHE/apt" "$@"; }
 
 edge_pinned_version() { awk 'NR == 1 {print $2}' "$EDGE_PIN"; }
 
-# Prints "PACKAGE VERSION" of what is pinned, or where the archive has moved on, of the newest there is.
+# Prints "PACKAGE VERSION" of the pinned source, or of the newest one if the archive no longer has the pinned
+# version.
 edge_source() {
     local pinned newest
     pinned=$(<"$EDGE_PIN")
@@ -22,7 +23,7 @@ edge_source() {
     fi
 }
 
-# Prints "PACKAGE VERSION" of the newest kernel source >= 7.3 of the first suite that has one.
+# Prints "PACKAGE VERSION" of the newest kernel source >= 7.3 in the first suite that has one.
 edge_newest() {
     local mirror suite newest
     mirror=$(debian_mirror)

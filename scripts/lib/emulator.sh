@@ -1,12 +1,13 @@
 # shellcheck shell=bash
-# The QEMU that boots the guest: the machine's own. Debian 12's is older than igb (8.0), so for that NIC the one of its
-# backports is fetched by a private apt and unpacked in the cache. The machine's QEMU stays what it is.
+# The QEMU that boots the guest: normally the machine's own. Debian 12's QEMU is older than igb (8.0), so for
+# that NIC a private apt fetches the one of Debian's backports and unpacks it in the cache. The machine's own
+# QEMU does not change.
 
 QEMU=(qemu-system-x86_64)
 EMULATOR_PACKAGES=(qemu-system-x86 qemu-system-common qemu-system-data seabios)
 EMULATOR_RELEASE=bookworm
 
-# By what it prints, because it ends with 0 if it does not know the device, too.
+# Checks the output, because QEMU also exits with 0 if it does not know the device.
 qemu_has() { [[ $("${QEMU[@]}" -device "$1,help" 2>/dev/null) == "$1 options:"* ]]; }
 
 qemu_version() { "${QEMU[@]}" --version | awk 'NR == 1 {print $4}'; }
@@ -26,16 +27,17 @@ emulator_choose() {
     say "QEMU $(qemu_version) of Debian's backports, which has igb"
 }
 
-# The newest one that was unpacked, so that runs need no network.
+# Prints the directory of the newest unpacked QEMU, so that runs need no network.
 emulator_cached() { find "$CACHE/qemu" -mindepth 1 -maxdepth 1 -type d -name '[0-9]*' | sort -V | tail -n1; }
 
-# emulator_missing WHY: the tests skip what needs it.
+# emulator_missing WHY: fails with WHY. Under the harness it also prints SKIPPED, and the tests skip the cases
+# that need this QEMU.
 emulator_missing() {
     [[ -z $OPT_HARNESS ]] || say "SKIPPED: $1"
     fail "$1" "--nics virtio-net,e1000,e1000e"
 }
 
-# Prints the directory.
+# Fetches and unpacks QEMU, and prints its directory.
 emulator_fetch() {
     local apt="$CACHE/apt-qemu" log="$CACHE/qemu/fetch.log" work="$CACHE/qemu/fetching" mirror version lock
     if ! apt_available || [[ $(release_codename) != "$EMULATOR_RELEASE" ]]; then
@@ -53,7 +55,7 @@ emulator_fetch() {
     apt_private_lists "$apt" "$mirror" "$EMULATOR_RELEASE-backports" "$log" ||
         emulator_missing "the lists of $EMULATOR_RELEASE-backports could not be read (log: $log)"
     version=$(apt_private "$apt" apt-cache policy qemu-system-x86 | awk '$1 == "Candidate:" && $2 != "(none)" {print $2}')
-    # Without its epoch, because a colon separates paths in environment variables.
+    # Drop the epoch, because a colon separates paths in environment variables.
     version=${version#*:}
     [[ -n $version ]] || emulator_missing "$EMULATOR_RELEASE-backports has no qemu-system-x86"
     rm -rf "$work"
@@ -64,7 +66,7 @@ emulator_fetch() {
     progress "QEMU $version: unpack"
     find "$work/download" -name '*.deb' -exec dpkg-deb -x {} "$work/root" \; >>"$log" 2>&1 ||
         fail "QEMU $version could not be unpacked into $work (log: $log)" "df -h $CACHE"
-    # One rename, so that half of it is never found.
+    # One rename, so that no lab finds a half-unpacked QEMU.
     mv -T "$work/root" "$CACHE/qemu/$version"
     rm -rf "$work"
     progress_end

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# One boot of the guest, with one command in it.
+# Boots the guest once and runs one command in it.
 
 GUEST_IMAGE=
 GUEST_STATUS=
@@ -8,7 +8,8 @@ GUEST_LOG=
 GUEST_QEMU=
 GUEST_TAIL=
 
-# guest_estimate [compare|count]: says how long it takes, where that is minutes; measured on two cpus, quiet and busy.
+# guest_estimate [compare|count]: prints the expected duration if it is minutes. The figures were measured on
+# two CPUs, both quiet and busy.
 guest_estimate() {
     local least=0 most=0 parts=()
     if [[ -n $OPT_BUILD && ! -d $REPO/target/guest ]]; then
@@ -32,7 +33,8 @@ guest_estimate() {
     say "about $least to $most minutes on two cpus (${parts%, }), and the downloads"
 }
 
-# guest_prepare [compare|count]: everything that can fail or take long before the first boot; what the user mistyped first.
+# guest_prepare [compare|count]: does everything before the first boot that can fail or take long. Mistakes in
+# the user's options are reported first.
 guest_prepare() {
     local packages=(busybox-static cpio strace)
     command -v qemu-system-x86_64 >/dev/null || packages+=(qemu-system-x86)
@@ -56,7 +58,7 @@ guest_run() {
     exit "$GUEST_STATUS"
 }
 
-# guest_boot IMAGE pipe|terminal COMMAND...: sets GUEST_STATUS, and when that is not 0, GUEST_ERROR and GUEST_LOG.
+# guest_boot IMAGE pipe|terminal COMMAND...: sets GUEST_STATUS and, if it is not 0, GUEST_ERROR and GUEST_LOG.
 guest_boot() {
     local image=$1 output=$2 run status=0 timeout=${OPT_TIMEOUT:-300}
     shift 2
@@ -86,7 +88,7 @@ guest_attach_pipe() {
     GUEST_QEMU=$!
     wait "$GUEST_QEMU" 2>/dev/null || status=$?
     GUEST_QEMU=
-    # A QEMU that failed early never opened the pipes, and their readers still wait for that.
+    # If QEMU failed early, it never opened the pipes, and their readers still wait for a writer.
     : 3<>"$run/stdout" 4<>"$run/stderr"
     wait "${readers[@]}"
     return "$status"
@@ -130,7 +132,7 @@ guest_keep_log() {
     cat "$1/console" "$1/qemu" >"$GUEST_LOG"
 }
 
-# Also what an interrupted lab does on its way out.
+# Also runs when the lab is interrupted.
 guest_end() {
     local pid
     for pid in $GUEST_QEMU $GUEST_TAIL; do

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The program that has the tests and the soaks: the same executable on this machine and in the guest.
+# Builds the program that runs the tests and soaks: the same executable on this machine and in the guest.
 
 HARNESS=
 
@@ -9,6 +9,6 @@ harness_build() {
     trap 'rm -rf "$WORK"' EXIT
     programs_compile
     HARNESS=$(programs_find vireo-harness)
-    # The callers exec, which runs no trap.
+    # The callers use exec, which does not run the EXIT trap.
     rm -rf "$WORK"
 }

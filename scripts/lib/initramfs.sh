@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# The guest's root: busybox, strace, what --add names, scripts/guest and our programs, in one
-# uncompressed archive (QEMU hands it over at once, while unpacking a compressed one under software emulation takes
-# seconds).
+# The guest's root: busybox, strace, the files of --add, scripts/guest and Vireo's programs in one
+# uncompressed archive. QEMU loads it at once; unpacking a compressed one under software emulation takes
+# seconds.
 
 initramfs_build() {
     local run=$1 image=$2 root="$1/root" file
@@ -28,7 +28,8 @@ initramfs_build() {
     rm -rf "$root"
 }
 
-# initramfs_add_file ROOT FILE: at its own path, with the libraries that it needs; a program in PATH too.
+# initramfs_add_file ROOT FILE: copies FILE to its own path, with the libraries that it needs. A program is
+# also linked into PATH.
 initramfs_add_file() {
     local root=$1 file=$2 library
     { echo "$file"; ldd "$file" 2>/dev/null | grep -o "/[^ ]*" || true; } | while read -r library; do
@@ -49,7 +50,7 @@ initramfs_add_programs() {
     done
 }
 
-# A measurement says where it was made; the guest cannot know.
+# Describes the environment for recordings, because the guest cannot know it.
 initramfs_environment() {
     local config="${1%/*}/config"
     echo "export VIREO_LAB_ACCEL=$(shell_quote "$ACCEL")"
@@ -64,7 +65,7 @@ initramfs_environment() {
     echo "export VIREO_LAB_COMMIT=$(shell_quote "$(git -C "$REPO" describe --always --dirty 2>/dev/null || echo unknown)")"
 }
 
-# For the guest's shell, which has no arrays and no printf %q.
+# Quotes words for the guest's shell, which has no arrays and no printf %q.
 shell_quote() {
     local word quoted=()
     for word; do

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Instructions per packet. One run of apps/l2fwd/examples/insn.rs under callgrind has all cases: it prints a line for
-# each, and callgrind writes a profile at the end of each. What the devices of that process do is not collected.
+# Counts instructions per packet. One run of apps/l2fwd/examples/insn.rs under callgrind covers all cases: the
+# program prints a line for each case, and callgrind writes a profile at the end of each. Instructions of the
+# devices in that process are not collected.
 
 INSN_COMMITTED="$SCRIPTS/insn.json"
 
@@ -30,7 +31,7 @@ bench_insn() {
     fi
 }
 
-# The plain release profile: a figure is of the code, not of flags that somebody has in the environment.
+# Uses the plain release profile, so that a figure depends on the code and not on flags from the environment.
 insn_build() {
     RUSTFLAGS='' cargo build --manifest-path "$REPO/Cargo.toml" --release --locked -p vireo-l2fwd --example insn \
         --message-format json-render-diagnostics >"$WORK/build.json" ||
@@ -38,7 +39,8 @@ insn_build() {
     jq -r 'select(.target.name == "insn").executable | strings' "$WORK/build.json"
 }
 
-# Callgrind collects from the entry of a toggled function to its return, and the other way round inside another one.
+# Callgrind toggles collection at the entry and the return of each named function. device_half is called
+# inside counted_loop, so it switches collection off.
 insn_count() {
     local case profile="$WORK/profile"
     valgrind --tool=callgrind --callgrind-out-file="$profile" --toggle-collect='*counted_loop*' \
@@ -91,7 +93,7 @@ insn_table() {
         ' "$1"
 }
 
-# Another compiler generates other code, which says nothing about a change of ours.
+# Skips the check under another compiler, whose different code says nothing about a change in Vireo.
 insn_check() {
     local rustc
     [[ -f $INSN_COMMITTED ]] || fail "there is no $INSN_COMMITTED to check against" "scripts/bench insn --update"

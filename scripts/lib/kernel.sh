@@ -1,22 +1,23 @@
 # shellcheck shell=bash
-# The guest kernel: built once per source version and configuration, then kept.
-# No Debian kernel has IOMMUFD, so the source package is Debian's and the configuration ours.
+# The guest kernel: built once per source version and configuration, then cached. No Debian kernel has
+# IOMMUFD, so the lab builds Debian's source package with its own configuration.
 
 KERNEL_CONFIG="$SCRIPTS/kernel.config"
 KERNEL_PACKAGES=(make gcc libc6-dev flex bison bc libelf-dev xz-utils)
 
-# A source that silently drops one of these would make every test of it meaningless.
+# Options that the final configuration must have. A kernel source that silently dropped one would make every
+# test of it meaningless.
 KERNEL_MUST_HAVE=(IOMMUFD VFIO_DEVICE_CDEV VFIO_GROUP VFIO_CONTAINER VFIO_NOIOMMU VFIO_PCI INTEL_IOMMU
     E1000 E1000E VIRTIO_NET VIRTIO_CONSOLE BRIDGE 9P_FS HUGETLBFS NUMA ACPI_NUMA)
 
-# What the build prints, counted once on 6.12 and 7.3: make does not know beforehand how much it has to do.
+# Number of lines that a build prints, counted once on 6.12 and 7.3: make does not know its total beforehand.
 KERNEL_STEPS=1950
 
 version_at_least() { [[ $(printf '%s\n' "$2" "$1" | sort -V | tail -n1) == "$1" ]]; }
 
 kernel_config_id() { sha256sum <"$KERNEL_CONFIG" | cut -c1-12; }
 
-# kernel_cached 6.12|7.: the newest one built with the present configuration.
+# kernel_cached 6.12|7.: prints the newest cached kernel that was built with the current configuration.
 kernel_cached() {
     local id
     id=$(kernel_config_id)
@@ -24,8 +25,8 @@ kernel_cached() {
     find "$CACHE/kernel" -mindepth 2 -maxdepth 2 -path "$CACHE/kernel/$1*-$id/bzImage" | sort -V | tail -n1
 }
 
-# kernel_path SELECTOR: prints the image. A cached kernel is used as it is, so that runs need no network and nobody waits for
-# a build because the archive moved on.
+# kernel_path SELECTOR: prints the path of the image, and builds it if necessary. A cached kernel is used even
+# if the archive has a newer one, so that runs need no network and do not wait for a build.
 kernel_path() {
     local source image
     case $1 in
@@ -45,8 +46,8 @@ kernel_path() {
     kernel_build "$1" "${source% *}" "${source#* }"
 }
 
-# kernel_chosen default|edge: the image in the cache, if there is one. Of edge it is the pinned version, and else what was
-# built because the archive did not have that any more.
+# kernel_chosen default|edge: prints the cached image, if there is one. For edge this is the pinned version,
+# else the one that was built because the archive no longer had the pinned version.
 kernel_chosen() {
     local image=
     case $1 in
@@ -119,7 +120,7 @@ kernel_build_locked() {
     mv "$work/source/arch/x86/boot/bzImage" "$work/done/bzImage"
     mv "$work/source/.config" "$work/done/config"
     mv "$log" "$work/done/build.log"
-    # One rename, so that a half-built kernel can never be found.
+    # One rename, so that no lab finds a half-built kernel.
     mv -T "$work/done" "$final"
     rm -rf "$work"
     progress_end
@@ -135,7 +136,7 @@ kernel_download() {
     fi
 }
 
-# Later lines win, so our fragment overrides what tinyconfig says.
+# Later lines win, so kernel.config overrides tinyconfig.
 kernel_configure() {
     make -C "$1" ARCH=x86_64 tinyconfig &&
         cat "$KERNEL_CONFIG" >>"$1/.config" &&
@@ -178,7 +179,7 @@ kernel_show() {
     kernel_describe "$image"
 }
 
-# The release string has its place in the image's own header, so a kernel of any origin can be asked.
+# Reads the release string from the image's own header, which works for a kernel of any origin.
 kernel_release() {
     local offset
     offset=$(($(od -An -tu2 -j526 -N2 "$1") + 512))

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# A distribution's kernel (--kernel PATH) has as modules what ours has built in. They are looked for where its package
-# puts them: beside the image (also of an unpacked package), else in /lib/modules.
+# A distribution's kernel (--kernel PATH) has as modules what the lab's kernel has built in. They are searched
+# where the kernel's package puts them: next to the image (also in an unpacked package), else in /lib/modules.
 
 MODULES_WANTED=(virtio_pci virtio_console 9p 9pnet_virtio virtio_net e1000 e1000e bridge iommufd vfio vfio_iommu_type1
     vfio_pci)
 
-# Files in load order in /modules of the guest, since insmod resolves nothing.
+# Puts the modules into /modules of the guest in load order, because insmod resolves no dependencies.
 modules_add() {
     local image=$1 root=$2 release base file name number=100
     release=$(kernel_release "$image")
@@ -29,7 +29,8 @@ modules_add() {
     done
 }
 
-# What is built in, or older than the kernel's idea of it, has no file and is left out.
+# Lists the modules in load order. A module that is built in, or that this kernel does not have, has no file
+# and is left out.
 modules_in_order() {
     local module
     for module in "${MODULES_WANTED[@]}"; do

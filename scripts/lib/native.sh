@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared-memory virtio rings: l2fwd and DPDK's testpmd in turn, with testpmd at the other end.
+# Compares l2fwd and DPDK's testpmd in turn on shared-memory virtio rings, with testpmd at the other end.
 
 bench_native() {
     need_cargo

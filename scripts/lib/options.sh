@@ -133,7 +133,7 @@ option_directory() {
     printf '%s' "$2"
 }
 
-# Symbolic links on the way to it stay: a library is found by the name of the link.
+# Symbolic links in the path are kept, because a library is found by the name of the link.
 option_file() {
     [[ -f ${2:-} && -r $2 ]] || fail "$1 needs a file, and '${2:-}' is none" "ls -l '${2:-FILE}'"
     realpath --no-symlinks "$2"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The repository's programs as static executables, so that the guest needs no libraries of ours.
+# Builds the repository's programs as static executables, so that the guest needs no libraries for them.
 
 TARGET=x86_64-unknown-linux-gnu
 PROGRAMS=()
@@ -13,12 +13,12 @@ programs_build() {
     ((${#PROGRAMS[@]})) || fail "cargo built no vireo-* executable in $REPO" "lab run --no-build"
 }
 
-# Its own target directory: other RUSTFLAGS in the usual one would make every plain build start over. An explicit
-# --target keeps the flags away from proc macros, which cannot be linked statically.
+# Uses a separate target directory, because other RUSTFLAGS in the usual one would invalidate every plain
+# build. An explicit --target keeps the flags away from proc macros, which cannot be linked statically.
 programs_compile() {
     local built="$WORK/programs.json" flags="${RUSTFLAGS:-} -C target-feature=+crt-static" directory="$REPO/target/guest"
     if [[ -n ${OPT_COVERAGE:-} ]]; then
-        # Counters in a mapped file are there too when the process is killed.
+        # Counters in a mapped file survive when the process is killed.
         flags+=" -C instrument-coverage -C llvm-args=-runtime-counter-relocation"
         directory+=-coverage
     fi
@@ -29,7 +29,8 @@ programs_compile() {
     mapfile -t PROGRAMS < <(grep -o '"executable":"[^"]*/vireo-[^"/]*"' "$built" | cut -d'"' -f4 | sort -u)
 }
 
-# programs_find NAME: the host runs the same executable (report).
+# programs_find NAME: prints the path of a program. The host runs the same executable as the guest for
+# reports.
 programs_find() {
     local program
     for program in "${PROGRAMS[@]}"; do
@@ -41,7 +42,7 @@ programs_find() {
     fail "the workspace has no program $1" "cargo build --bin $1"
 }
 
-# Empty where there is no cargo.
+# Prints nothing if there is no cargo.
 cargo_version() { { cargo --version 2>/dev/null || true; } | awk '{print $2}'; }
 
 need_cargo() {
@@ -69,8 +70,8 @@ need_cargo() {
     [[ -n $(cargo_version) ]] || fail "the package $package is installed, and there is no cargo in PATH" "PATH=/usr/bin:\$PATH $0"
 }
 
-# cargo_package VERSION: apt's package of a cargo at least that new, if there is one. Debian keeps a current Rust for its
-# browsers' sake.
+# cargo_package VERSION: prints apt's package of cargo VERSION or newer, if there is one. Debian keeps a
+# current Rust for its browsers.
 cargo_package() {
     local package version
     for package in cargo-web cargo; do
@@ -82,7 +83,7 @@ cargo_package() {
     done
 }
 
-# cargo fmt and cargo clippy for a cargo that is apt's; rustup's comes with its own way to them.
+# Installs cargo fmt and cargo clippy for apt's cargo. rustup installs them for its own.
 need_components() {
     ! package_installed cargo-web || need_packages rustfmt-web rust-web-clippy
     ! package_installed cargo || need_packages rustfmt rust-clippy

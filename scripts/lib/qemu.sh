@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# QEMU's command line. The kernel's console is the serial port and goes to a file; the command's output has ports of
-# its own, so that the two never mix and a slow emulated UART does not slow the command.
+# QEMU's command line. The kernel's console is the serial port and goes to a file. The command's output has
+# separate ports, so that the two never mix and a slow emulated UART does not slow the command.
 
 QEMU_ARGS=()
 
@@ -15,7 +15,7 @@ qemu_arguments() {
         -kernel "$image" -initrd "$run/initrd" -append "$(kernel_command_line "$output")"
         -chardev "$(qemu_console "$run")" -serial chardev:console
     )
-    # The IOMMU has to come before what it translates for. Its properties are globals so that a later
+    # The IOMMU must precede the devices that it translates for. Its properties are globals so that a later
     # --qemu-arg -global can change them (intremap=off, aw-bits=39).
     [[ -z $OPT_IOMMU ]] || QEMU_ARGS+=(
         -global intel-iommu.intremap=on -global intel-iommu.caching-mode=on -global intel-iommu.device-iotlb=on
@@ -48,8 +48,9 @@ qemu_add_ports() {
     fi
 }
 
-# What the guest writes to port monitor.in are commands for QEMU's monitor: the guest's tests pull their own cables. A
-# named pipe joins the two; the monitor comes first, because it opens the pipe without waiting for the other end.
+# The guest writes commands for QEMU's monitor to port monitor.in: its tests take their own links down. A
+# named pipe joins the two. The monitor comes first, because it opens the pipe without waiting for the other
+# end.
 qemu_add_monitor() {
     mkfifo "$1/monitor.in"
     : >"$1/monitor.out"
@@ -57,7 +58,7 @@ qemu_add_monitor() {
     qemu_add_port "$1" monitor.in
 }
 
-# The harness writes to the console of a guest that hangs.
+# With --harness the console is a socket, because the harness writes to the console of a guest that hangs.
 qemu_console() {
     if [[ -n $OPT_HARNESS ]]; then
         echo "socket,id=console,path=$OPT_HARNESS/console,server=on,wait=off,logfile=$OPT_HARNESS/console.log"
@@ -80,7 +81,8 @@ qemu_add_port() {
 }
 
 kernel_command_line() {
-    # On a busy host software emulation is too slow for the kernel's check that its timer ticks, which then panics.
+    # On a busy host, software emulation is too slow for the kernel's timer check, and the kernel would panic
+    # without no_timer_check.
     local words=(console=ttyS0 earlyprintk=ttyS0 panic=-1 no_timer_check "vireo.output=$1")
     [[ -n $OPT_VERBOSE ]] || words+=(quiet)
     ((OPT_HUGEPAGES == 0)) || words+=("hugepages=$OPT_HUGEPAGES")

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# From process start to the first forwarded packet: l2fwd and DPDK's testpmd in turn, in three boots of the lab's guest,
-# because a device is offered without an IOMMU only where there is none, and as a cdev then only by Linux 7.3. The start
-# of the EAL alone needs no guest.
+# Measures the time from process start to the first forwarded packet, for l2fwd and DPDK's testpmd in turn. It
+# takes three boots of the lab's guest, because VFIO offers devices without an IOMMU only on a machine that
+# has none, and offers them as cdevs only from Linux 7.3 on. The start of the EAL alone needs no guest.
 
 bench_start() {
     need_cargo
@@ -25,7 +25,7 @@ start_eal() {
     local libraries
     read -ra libraries <<<"$(pkg-config --libs libdpdk)"
     start_compile shared "${libraries[@]}"
-    # A static DPDK loads no plug-ins; of its libraries the EAL needs these.
+    # A static DPDK loads no plug-ins. The EAL needs only these of its libraries.
     start_compile static -l:librte_eal.a -l:librte_kvargs.a -l:librte_telemetry.a -lnuma -lbsd
     say "the EAL's start without devices"
     VIREO_LAB_DPDK=$(start_version) "$(start_built vireo-vfio-bench)" start eal --json "$WORK/share/eal.json" \

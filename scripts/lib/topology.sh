@@ -1,11 +1,13 @@
 # shellcheck shell=bash
-# The guest's NICs. Each sits alone in its slot, and so alone in its IOMMU group; fixed slots make the addresses known:
+# The guest's NICs. Each is alone in its slot and therefore in its IOMMU group. Fixed slots make the addresses
+# known:
 #
 #   virtio-net 00:04.0-00:07.0    e1000 00:08.0-00:0b.0    e1000e 00:0c.0-00:0f.0    igb 01:00.0-04:00.0
 #   in the order gen_tx, fwd_rx, fwd_tx, gen_rx; one wire joins the first two, another the last two
 #
-# An igb is behind a root port, 00:10.0 to 00:13.0, because its virtual functions have addresses that the root bus has no room
-# for. The last byte of a MAC address (52:54:00:00:00:XX) is the slot, of an igb that of its root port.
+# An igb is behind a root port, 00:10.0 to 00:13.0, because its virtual functions need addresses for which the
+# root bus has no room. The last byte of a MAC address (52:54:00:00:00:XX) is the slot, for an igb the slot of
+# its root port.
 
 NIC_ARGS=()
 
@@ -19,14 +21,15 @@ nic_first_slot() {
     esac
 }
 
-# nic_add KIND SLOT NETDEV: an empty romfile saves the seconds of an option ROM's boot.
+# nic_add KIND SLOT NETDEV: an empty romfile saves the seconds that booting an option ROM takes.
 nic_add() {
     local kind=$1 slot netdev=$3 device place
     slot=$(printf '%02x' "$2")
     case $kind in
         virtio-net)
             device="virtio-net-pci,disable-legacy=on,iommu_platform=$OPT_IOMMU_PLATFORM,rx_queue_size=1024"
-            # Where instructions are counted, those of a guest that waits for another thread of QEMU are the host's speed.
+            # When instructions are counted, those of a guest that waits for another thread of QEMU would
+            # depend on the host's speed.
             [[ -z $OPT_ICOUNT ]] || device+=",ioeventfd=off"
             ;;
         *) device=$kind ;;
@@ -57,7 +60,8 @@ topology_build() {
             for kind in "${kinds[@]}"; do
                 first=$(nic_first_slot "$kind")
                 for position in 0 1 2 3; do
-                    # A hub of two ports is a wire; its number is free as long as no other kind has it.
+                    # A hub of two ports is a wire. Its number is derived from the slot, so no other kind of
+                    # NIC has it.
                     nic_add "$kind" $((first + position)) "hubport,hubid=$(((first + position) / 2))"
                 done
             done

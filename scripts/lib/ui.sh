@@ -1,18 +1,19 @@
 # shellcheck shell=bash
-# What a person sees: one line per fact, all of it on stderr, because stdout belongs to the guest's command.
+# Messages for the user: one line per fact, all on stderr, because stdout belongs to the guest's command.
 
 ME=${0##*/}
 
 say() { printf '%s: %s\n' "$ME" "$*" >&2; }
 
-# fail WHAT-AND-WHY [MENDING COMMAND]
+# fail WHAT-AND-WHY [COMMAND THAT FIXES IT]
 fail() {
     progress_end
     printf '%s: %s%s\n' "$ME" "$1" "${2:+; try: $2}" >&2
     exit 125
 }
 
-# No script ends without a word: what errexit stops on is named. A subshell's failure is its caller's too; fail has spoken.
+# Names the command at which errexit stops, so that no script ends silently. Subshells are left to their
+# caller, and after exit code 125 fail has already printed the error.
 ui_stopped() {
     local status=$1
     ((BASH_SUBSHELL == 0 && status != 125)) || return 0
@@ -25,7 +26,8 @@ trap 'ui_stopped $?' ERR
 PROGRESS_SHOWN=
 PROGRESS_NEXT=0
 
-# A line that rewrites itself on a terminal; in a pipe (CI) a plain line now and then, so that nobody thinks it hangs.
+# On a terminal, a line that rewrites itself. In a pipe (CI), a plain line every 30 s, so that the run does
+# not seem to hang.
 progress() {
     if [[ -t 2 ]]; then
         printf '\r\033[K%s: %s' "$ME" "$*" >&2

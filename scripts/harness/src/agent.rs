@@ -1,4 +1,4 @@
-//! The guest's side of a boot: cases come by name over a virtio-serial port, and reports go back.
+//! Guest side of a boot: receives the names of cases over a virtio-serial port and sends reports back.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write as _};
@@ -11,26 +11,26 @@ use crate::case::{Outcome, Report, read};
 use crate::guest::machine::{port, state};
 use crate::guest::{Boot, soak};
 
-/// The port's name, in QEMU and in the guest.
+/// Name of the virtio-serial port, in QEMU and in the guest.
 pub(crate) const PORT: &str = "harness";
 
-/// What the host asks for.
+/// Request from the host.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
-    /// To run a case of the boot.
+    /// Run the case of this name.
     Case(String),
-    /// To soak.
+    /// Run this soak.
     Soak(soak::Plan),
 }
 
-/// What the guest answers.
+/// Answer from the guest.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    /// The agent serves, on a kernel of this release.
+    /// The agent is ready, on a kernel of this release.
     Ready(String),
-    /// The case is over.
+    /// The case or soak has ended.
     Done(Report),
-    /// What the request is doing.
+    /// Progress of the request.
     Progress(String),
 }
 
@@ -46,7 +46,7 @@ pub(crate) fn serve(boot: Boot, full: bool, programs: &Path) -> Result<()> {
     for line in requests.lines() {
         let report = match serde_json::from_str(&line?)? {
             Request::Soak(plan) => soak::run(&plan, programs, &mut |line| {
-                // A host that is gone is noticed when the report is sent.
+                // If the host is gone, sending the report fails.
                 let _ = answer(&mut host, &Answer::Progress(line));
             }),
             Request::Case(name) => match cases.0.iter().find(|case| case.name == name) {
@@ -81,7 +81,7 @@ fn judged(mut report: Report, before: &mut String) -> Report {
         report.outcome = Outcome::Failed(format!("the machine is not as before:\n{}", changes.join("\n")));
     }
     if matches!(report.outcome, Outcome::Failed(_)) {
-        // Remove what would make the next case fail, too.
+        // Remove leftovers that would make the next case fail too.
         for entry in std::fs::read_dir("/var/run/vireo").into_iter().flatten().flatten() {
             let _ = std::fs::remove_dir_all(entry.path());
         }

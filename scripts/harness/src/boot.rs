@@ -1,4 +1,5 @@
-//! The host's side of a boot: starts the guest with the agent, sends it cases, and extracts stacks from a guest that hangs.
+//! Host side of a boot: starts the guest with the agent, sends it cases, and collects stacks from a guest
+//! that hangs.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -21,25 +22,25 @@ use crate::host::stacks;
 use crate::qmp::Qmp;
 use crate::tap::Progress;
 
-/// For the build of the guest's programs, and for a kernel that is not in the cache.
+/// Time limit for building the guest's programs, and a kernel that is not in the cache.
 const PREPARE: Duration = Duration::from_secs(3600);
-/// From QEMU's start to the agent's first word, on a busy machine without KVM.
+/// Time limit from QEMU's start to the agent's first message, on a busy machine without KVM.
 const START: Duration = Duration::from_secs(180);
-/// From the last case to the end of the guest.
+/// Time limit from the last case to the end of the guest.
 const END: Duration = Duration::from_secs(60);
-/// How long a console is silent after its last line.
+/// Time without output after which a console or a lab is considered finished.
 const SILENCE: Duration = Duration::from_secs(2);
-/// Lines of the kernel's log that are worth reading after a hang.
+/// Lines of the kernel's log that are reported after a hang.
 const LOG_LINES: usize = 60;
 
-/// How boots are made.
+/// Settings of all boots.
 #[derive(Clone, Debug)]
 pub(crate) struct Lab {
-    /// The checkout.
+    /// Path of the checkout.
     pub(crate) repo: PathBuf,
     /// Options of `lab run` for all boots.
     pub(crate) options: Vec<String>,
-    /// Whether cases run in full.
+    /// Whether cases run in full (`--full`).
     pub(crate) full: bool,
 }
 
@@ -50,16 +51,16 @@ pub(crate) struct Session {
     dir: TempDir,
     host: UnixStream,
     answers: Receiver<Answer>,
-    /// Release of its kernel.
+    /// Release of the guest's kernel.
     pub(crate) release: String,
 }
 
 /// Why a request has no report.
 #[derive(Debug)]
 pub(crate) enum Lost {
-    /// It took too long.
+    /// The request exceeded its time limit.
     Hung,
-    /// The guest or QEMU ended.
+    /// The guest or QEMU ended, with the lab's last output.
     Ended(String),
 }
 
@@ -67,7 +68,7 @@ impl Session {
     /// Boots the guest.
     ///
     /// # Errors
-    /// That of [`skip`] where this machine has not what the boot needs, and says so.
+    /// The error of [`skip`] if the lab reports that this machine lacks something that the boot needs.
     pub(crate) fn start(lab: &Lab, kernel: &str, boot: Boot) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vireo-boot.").tempdir()?;
         let mut command = Command::new(lab.repo.join("scripts/lab"));
@@ -114,7 +115,7 @@ impl Session {
         }
     }
 
-    /// What the lab says of a guest that ended.
+    /// Last output of the lab after the guest has ended.
     fn last_words(&mut self) -> String {
         await_end(&mut self.lab);
         tail(&self.dir.path().join("lab.log"), 10)
@@ -141,8 +142,9 @@ impl Session {
         text + "the host's side:\n" + &stacks::of_group(self.lab.id().cast_signed())
     }
 
-    /// Sends sysrqs to the kernel, each a BREAK and a key on the serial console: print all messages (9), the processors'
-    /// stacks (l), timers (q), every task's stack (t). Returns the registers, also those of the first two processors' timers.
+    /// Sends sysrqs to the kernel, each a BREAK and a key on the serial console: print all messages (9), the
+    /// processors' stacks (l), timers (q), every task's stack (t). Returns the registers, including those of
+    /// the first two processors' timers.
     fn ask(&self) -> Result<String> {
         let mut qemu = Qmp::new(UnixStream::connect(self.dir.path().join("monitor"))?)?;
         let mut console = UnixStream::connect(self.dir.path().join("console"))?;
@@ -150,7 +152,7 @@ impl Session {
         for key in [b'9', b'l', b'q', b't'] {
             qemu.command("chardev-send-break console")?;
             console.write_all(&[key])?;
-            // The kernel must have taken the key before the next BREAK. What it prints is also in the log.
+            // The kernel must have read the key before the next BREAK. Its output is also in the log.
             let mut buffer = [0; 4096];
             while let Ok(1..) = console.read(&mut buffer) {}
         }
@@ -158,7 +160,7 @@ impl Session {
         Ok(registers.map(|ask| qemu.command(ask)).into_iter().collect::<Result<Vec<_>>>()?.join("\n"))
     }
 
-    /// Ends the boot in order; the command's exit code must be 0.
+    /// Ends the boot normally. The exit code of the lab's command must be 0.
     pub(crate) fn finish(mut self) -> Result<()> {
         self.host.shutdown(std::net::Shutdown::Both)?;
         let until = Instant::now() + END;
@@ -181,7 +183,7 @@ impl Drop for Session {
     }
 }
 
-/// Ends the lab and what it started.
+/// Ends the lab and the processes that it started.
 fn end(lab: &mut Child) {
     let group = Pid::from_raw(lab.id().cast_signed());
     if matches!(lab.try_wait(), Ok(None)) {
@@ -196,8 +198,8 @@ fn end(lab: &mut Child) {
     let _ = lab.wait();
 }
 
-/// Gives a lab whose guest is gone the time to end, because its message is complete then. The caller ends a lab that runs
-/// on.
+/// Waits for the end of a lab whose guest is gone, because its message is complete only then. The caller ends
+/// a lab that keeps running.
 fn await_end(lab: &mut Child) {
     let until = Instant::now() + SILENCE;
     while matches!(lab.try_wait(), Ok(None)) && Instant::now() < until {
@@ -205,8 +207,8 @@ fn await_end(lab: &mut Child) {
     }
 }
 
-/// Waits for QEMU's socket, which comes after the build of the programs and of the kernel, and then for the agent's first
-/// word.
+/// Waits for QEMU's socket, which appears after the build of the programs and of the kernel, and then for the
+/// agent's first message.
 fn connect(
     lab: &mut Child,
     dir: &Path,
@@ -246,7 +248,7 @@ fn connect(
     }
 }
 
-/// The last lines of a file.
+/// Returns the last `count` lines of a file.
 pub(crate) fn tail(file: &Path, count: usize) -> String {
     last_lines(&String::from_utf8_lossy(&fs::read(file).unwrap_or_default()), count)
 }

@@ -1,4 +1,4 @@
-//! What a test case is: a name, a place in the suite, a time limit and a function.
+//! Test cases: each has a name, a tier, a time limit and a function.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -10,19 +10,20 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
-/// Seconds that a case may take unless it says otherwise.
+/// Default time limit of a case in seconds.
 const LIMIT: u64 = 120;
 
 /// When a case runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tier {
-    /// Always; in the guest on the first kernel, and with `--full` on the other one.
+    /// Always; in the guest on the first kernel, and with `--full` on the other one too.
     Default,
     /// Always, and in the guest on both kernels, because the result depends on the kernel.
     BothKernels,
     /// With `--full` only.
     Full,
-    /// With `--full` only, and in the guest on the first kernel only, because it takes minutes and the kernel is nothing to it.
+    /// With `--full` only, and in the guest on the first kernel only, because the case takes minutes and does
+    /// not depend on the kernel.
     FullOnce,
 }
 
@@ -30,16 +31,17 @@ type Run = Box<dyn Fn(&Context) -> Result<()> + Send + Sync>;
 
 /// A test case.
 pub(crate) struct Case {
-    /// Unique within its boot, or within the host's cases.
+    /// Name, unique within the boot or within the host's cases.
     pub(crate) name: String,
-    /// When it runs.
+    /// When the case runs.
     pub(crate) tier: Tier,
-    /// Time after which it counts as hung.
+    /// Time after which the case counts as hung.
     pub(crate) limit: Duration,
-    /// Whether its neighbours may run at the same time, because it takes one cpu and minds no company.
+    /// Whether neighboring cases may run at the same time, because this one takes one CPU and is not affected
+    /// by others.
     pub(crate) side_by_side: bool,
-    /// Whether it runs on the host beside guests and beside the host's long cases, because it takes longer than any of them and
-    /// has all that it needs to itself.
+    /// Whether the case runs on the host alongside guests and the host's long cases, because it takes longer
+    /// than any of them and shares nothing with them.
     pub(crate) beside_others: bool,
     run: Run,
 }
@@ -51,54 +53,54 @@ impl fmt::Debug for Case {
 }
 
 impl Case {
-    /// Runs on both kernels.
+    /// Makes the case run on both kernels.
     pub(crate) fn on_both_kernels(&mut self) -> &mut Self {
         self.tier = Tier::BothKernels;
         self
     }
 
-    /// Runs with `--full` only.
+    /// Makes the case run with `--full` only.
     pub(crate) fn in_full(&mut self) -> &mut Self {
         self.tier = Tier::Full;
         self
     }
 
-    /// Runs with `--full` only, in the guest on the first kernel.
+    /// Makes the case run with `--full` only, and in the guest on the first kernel only.
     pub(crate) fn in_full_once(&mut self) -> &mut Self {
         self.tier = Tier::FullOnce;
         self
     }
 
-    /// As [`Case::in_full`], if `condition`.
+    /// Does what [`Case::in_full`] does if `condition` is true.
     pub(crate) fn in_full_if(&mut self, condition: bool) -> &mut Self {
         if condition { self.in_full() } else { self }
     }
 
-    /// Runs at the same time as its neighbours that do, too; on the host only.
+    /// Lets the case run at the same time as neighboring cases that allow it too; on the host only.
     pub(crate) fn side_by_side(&mut self) -> &mut Self {
         self.side_by_side = true;
         self
     }
 
-    /// Runs beside guests and the host's long cases; on the host only.
+    /// Lets the case run alongside guests and the host's long cases; on the host only.
     pub(crate) fn beside_others(&mut self) -> &mut Self {
         self.beside_others = true;
         self
     }
 
-    /// May take so many seconds.
+    /// Sets the time limit in seconds.
     pub(crate) fn limit(&mut self, seconds: u64) -> &mut Self {
         self.limit = Duration::from_secs(seconds);
         self
     }
 
-    /// Runs the case in an empty directory of its own. A panic fails it.
+    /// Runs the case in an empty directory of its own. A panic fails the case.
     pub(crate) fn run(&self, full: bool, programs: &Path) -> Report {
         run_once(self.name.clone(), full, programs, &self.run)
     }
 }
 
-/// Runs `body` as a case of this name.
+/// Runs `body` as a case with this name.
 pub(crate) fn run_once(
     name: String,
     full: bool,
@@ -125,7 +127,7 @@ pub(crate) fn run_once(
     Report { name, outcome, notes: context.notes.into_inner() }
 }
 
-/// What the programs of a failed case printed: the last lines of each `*.out` and `*.err` in its directory.
+/// Output of a failed case's programs: the last lines of each `*.out` and `*.err` in its directory.
 fn output_of(dir: &Path) -> String {
     const LINES: usize = 20;
     const WIDTH: usize = 250;
@@ -145,7 +147,7 @@ fn output_of(dir: &Path) -> String {
     text
 }
 
-/// A list of cases that grows.
+/// List of cases.
 #[derive(Debug, Default)]
 pub(crate) struct Cases(pub(crate) Vec<Case>);
 
@@ -169,10 +171,10 @@ impl Cases {
     }
 }
 
-/// What a running case has: a directory, the programs, and notes for its report.
+/// State of a running case: its directory, the programs, and notes for its report.
 #[derive(Debug)]
 pub(crate) struct Context {
-    /// Empty at the start and removed at the end; the programs' output is kept here.
+    /// Directory of the case, empty at the start and removed at the end. It holds the programs' output.
     pub(crate) dir: PathBuf,
     /// Whether long loops run in full (`--full`).
     pub(crate) full: bool,
@@ -181,18 +183,18 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    /// The executable of a program of Vireo, by its short name.
+    /// Path of one of Vireo's programs, by its short name.
     pub(crate) fn program(&self, name: &str) -> PathBuf {
         self.programs.join(format!("vireo-{name}"))
     }
 
-    /// A path in the case's directory.
+    /// Path of `name` in the case's directory.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
-    /// A short word for names outside the directory, which no other run on this machine has. The process id is not one: that of
-    /// another run may be in another pid namespace.
+    /// Short word for names outside the directory, unique among all runs on this machine. The process id is
+    /// not unique, because another run may be in another PID namespace.
     pub(crate) fn unique(&self) -> Cow<'_, str> {
         self.dir.extension().unwrap_or_default().to_string_lossy()
     }
@@ -206,17 +208,17 @@ impl Context {
 /// How a case ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Outcome {
-    /// As it should.
+    /// The case passed.
     #[default]
     Passed,
-    /// With what failed, and what its programs printed.
+    /// The case failed, with the reason and the output of its programs.
     Failed(String),
-    /// It cannot run here, for this reason.
+    /// The case cannot run here, for this reason.
     Skipped(String),
 }
 
 impl Outcome {
-    /// That of a case that ended with `error`: failed, unless it is the one of [`skip`].
+    /// Outcome of a case that ended with `error`: failed, unless `error` is the one of [`skip`].
     pub(crate) fn of(error: &anyhow::Error) -> Self {
         match error.downcast_ref::<Skip>() {
             Some(Skip(reason)) => Self::Skipped(reason.clone()),
@@ -225,33 +227,33 @@ impl Outcome {
     }
 }
 
-/// How a case ended, and what it noted.
+/// Outcome and notes of a case.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Report {
     /// Name of the case.
     pub(crate) name: String,
-    /// How it ended.
+    /// Outcome of the case.
     pub(crate) outcome: Outcome,
     /// Further lines of the report.
     pub(crate) notes: Vec<String>,
 }
 
 impl Report {
-    /// A case that failed with `why`.
+    /// Report of a case that failed with `why`, without a name.
     pub(crate) fn failed(why: String) -> Self {
         Self { outcome: Outcome::Failed(why), ..Self::default() }
     }
 }
 
-/// What a script prints, before the reason, when it cannot do here what a case needs.
+/// Prefix of the reason that a script prints if it cannot do here what a case needs.
 const SKIPPED: &str = "SKIPPED: ";
 
-/// The reason for which a script skips, if it said one.
+/// Reason for which a script skips, if its output has one.
 pub(crate) fn skipped_by(output: &str) -> Option<&str> {
     output.lines().find_map(|line| line.split_once(SKIPPED).map(|(_, reason)| reason))
 }
 
-/// The error that skips a case.
+/// Error that skips a case.
 #[derive(Debug)]
 struct Skip(String);
 
@@ -263,12 +265,12 @@ impl fmt::Display for Skip {
 
 impl std::error::Error for Skip {}
 
-/// Ends the case as skipped.
+/// Returns the error that ends the case as skipped.
 pub(crate) fn skip<T>(reason: impl Into<String>) -> Result<T> {
     Err(Skip(reason.into()).into())
 }
 
-/// Reads a file, with its name in the error.
+/// Reads a file. Errors contain its name.
 pub(crate) fn read(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();
     std::fs::read(path)
@@ -276,7 +278,7 @@ pub(crate) fn read(path: impl AsRef<Path>) -> Result<String> {
         .with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Writes to a file that exists, such as one of sysfs, with its name in the error.
+/// Writes to an existing file, such as one of sysfs. Errors contain its name.
 pub(crate) fn write(path: impl AsRef<Path>, text: impl AsRef<str>) -> Result<()> {
     let path = path.as_ref();
     let mut file = std::fs::OpenOptions::new()

@@ -1,12 +1,12 @@
-//! Whether a processor of a guest has lost its timer, by what QEMU shows of it.
+//! Detects, from QEMU's view of a guest, a processor that has lost its timer.
 //!
-//! QEMU's software emulation sometimes loses an interrupt of a local APIC's timer (7.2 seldom, 10.0 in six of ten boots): the
-//! timer has run down, and the interrupt is neither pending nor in service, or in service for ever. In mode "one-shot" the
-//! kernel sets the timer anew when it fires, so the timer never fires again, and tasks that sleep on that processor never
-//! wake up. The programs under test are not the cause.
+//! QEMU's software emulation sometimes loses an interrupt of a local APIC's timer (7.2 rarely, 10.0 in six of
+//! ten boots): the timer has run down, and its interrupt is neither pending nor in service, or stays in
+//! service forever. In mode "one-shot" the kernel rearms the timer when it fires, so the timer never fires
+//! again, and tasks that sleep on that processor never wake up. The programs under test are not the cause.
 
-/// The first processor that is halted although its timer has run down, in the answers to `info registers -a` and, for each
-/// processor, `info lapic`.
+/// Returns the first processor that is halted although its timer has run down. `text` is the output of
+/// `info registers -a` and, for each processor, `info lapic`.
 pub(crate) fn stopped(text: &str) -> Option<u32> {
     let halted = blocks(text, "CPU#").filter(|(_, block)| block.contains("HLT=1"));
     let halted: Vec<u32> = halted.map(|(cpu, _)| cpu).collect();
@@ -20,7 +20,8 @@ pub(crate) fn stopped(text: &str) -> Option<u32> {
     })
 }
 
-/// What stands behind each `word` and a processor's number, up to the next `word`.
+/// Splits `text` at each `word`, and returns the processor number that follows, with the text up to the next
+/// `word`.
 fn blocks<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = (u32, &'a str)> {
     text.split(word).skip(1).filter_map(|block| {
         let end = block.find(|c: char| !c.is_ascii_digit())?;
@@ -32,7 +33,7 @@ fn blocks<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = (u32, &'a st
 mod tests {
     use super::*;
 
-    /// QEMU 10.0.2's words of a guest whose cpu 0 has lost its timer.
+    /// Output of QEMU 10.0.2 for a guest whose CPU 0 has lost its timer.
     const STOPPED: &str = "\
 CPU#0
 RIP=ffffffff81393d27 RFL=00000246 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=1

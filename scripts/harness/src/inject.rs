@@ -1,5 +1,5 @@
-//! System calls of a start that fail, one after the other: each time a documented exit code, one line, and nothing left
-//! behind.
+//! System calls of a start that fail one after the other: each time a documented exit code, one line, and
+//! nothing left behind.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,12 +11,13 @@ use serde_json::Value;
 use crate::case::{Context, read, skip};
 use crate::l2fwd::{Ended, Start};
 
-/// A call, and an error that the kernel has for it.
+/// A system call, and an error that the kernel has for it.
 pub(crate) type Call = (&'static str, &'static str);
 
-/// Calls that every start makes. No table has brk, mprotect, rt_sigaction, rt_sigprocmask and close: only the C library and
-/// Rust's std make these, and they end the process when one fails. Nor futex and shutdown: the kernel has no error for a
-/// `FUTEX_WAKE` of a valid address or for the shutdown of a Unix socket, and whoever waits for one that failed waits for ever.
+/// Calls that every start makes. No table has brk, mprotect, rt_sigaction, rt_sigprocmask and close: only the
+/// C library and Rust's std make these calls, and they end the process if one fails. No table has futex and
+/// shutdown: the kernel has no error for a `FUTEX_WAKE` of a valid address or for the shutdown of a Unix
+/// socket, and a thread that waits for one that failed waits forever.
 pub(crate) const OF_EVERY_START: [Call; 17] = [
     ("write", "ENOSPC"),
     ("statx", "EACCES"),
@@ -37,18 +38,20 @@ pub(crate) const OF_EVERY_START: [Call; 17] = [
     ("clone3", "EAGAIN"),
 ];
 
-/// Calls whose failure may leave a file behind, which the next start removes: they remove it or find out whose it is.
+/// Calls whose failure may leave a file behind, because they remove it or find out whose it is. The next
+/// start removes the file.
 const LEAVES_NAMES: [&str; 5] = ["unlink", "rmdir", "getdents64", "statx", "flock"];
 
 /// A start of l2fwd that is made to fail.
 pub(crate) struct Target<'a> {
-    /// The start.
+    /// How l2fwd is started.
     pub(crate) start: Start,
-    /// Whether the start is over with this event, so that it can be stopped.
+    /// Whether the start is complete with this event, so that l2fwd can be stopped.
     pub(crate) is_up: &'a dyn Fn(&Value) -> bool,
-    /// What an ended l2fwd has left behind, if anything; without names, which some calls may leave.
+    /// What l2fwd has left behind after its end, if anything. Names are not included, because some calls may
+    /// leave them.
     pub(crate) left: &'a dyn Fn(&Ended) -> Result<Option<String>>,
-    /// Names that are left behind.
+    /// Name of a file or directory that is left behind, if any.
     pub(crate) names: &'a dyn Fn() -> Option<String>,
 }
 
@@ -58,8 +61,8 @@ impl std::fmt::Debug for Target<'_> {
     }
 }
 
-/// Fails each `call` of the start with `error` in turn. strace counts the calls of each thread by itself, so first those of
-/// the main thread alone and then, by `-f`, those of the others.
+/// Fails each `call` of the start with `error` in turn. strace counts the calls of each thread separately, so
+/// those of the main thread alone come first, and then, with `-f`, those of the others.
 pub(crate) fn fail_each(context: &Context, target: &Target<'_>, (call, error): Call) -> Result<()> {
     let mut codes: BTreeMap<i32, u32> = BTreeMap::new();
     let mut harmless = BTreeSet::new();
@@ -119,7 +122,8 @@ fn traced(
     Ok((ended, pid))
 }
 
-/// Calls of the main thread, or where each line has its thread in front, of the busiest other one.
+/// Number of calls of the main thread. If each line begins with its thread, number of calls of the busiest
+/// other thread.
 fn count(trace: &str, call: &str, main: i32) -> usize {
     let mut calls: BTreeMap<&str, usize> = BTreeMap::new();
     for line in trace.lines() {
@@ -145,7 +149,8 @@ fn injected(trace: &str) -> impl Iterator<Item = String> {
 }
 
 fn judge(ended: &Ended, target: &Target<'_>, call: &str) -> Result<()> {
-    // Two failures come before main: the loader's, and that of std, which ends the process without a signal stack.
+    // Two failures happen before main: the loader's, and that of std, which ends the process if it has no
+    // signal stack.
     let before_main = ended.code == 127 && ended.stderr.contains("error while loading shared libraries")
         || ended.code == 134 && ended.stderr.contains("std/src/sys/pal/unix/stack_overflow.rs");
     if before_main {

@@ -11,13 +11,13 @@ use serde_json::Value;
 use crate::case::Context;
 use crate::process::{PATIENCE, Process};
 
-/// Part of what a start prints when the run before it was killed.
+/// Part of the line that a start prints if the previous run was killed.
 const RECOVERED: &str = "ended uncleanly, recovered";
 
 /// A running l2fwd.
 #[derive(Debug)]
 pub(crate) struct L2fwd {
-    /// The process.
+    /// Process of l2fwd.
     pub(crate) process: Process,
     events: Vec<Value>,
     patience: Duration,
@@ -33,7 +33,7 @@ pub(crate) struct Start {
 }
 
 impl Start {
-    /// `arguments` are the EAL's, `--`, and l2fwd's own.
+    /// Creates a start; `arguments` are the EAL's, `--`, and l2fwd's own.
     pub(crate) fn new(arguments: impl AsRef<str>) -> Self {
         Self {
             under: Vec::new(),
@@ -43,13 +43,13 @@ impl Start {
         }
     }
 
-    /// Starts it through another program, such as strace, that keeps its pid.
+    /// Starts l2fwd through another program, such as strace, that keeps its pid.
     pub(crate) fn under<S: Into<String>>(mut self, command: impl IntoIterator<Item = S>) -> Self {
         self.under = command.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Sets a variable of its environment.
+    /// Sets an environment variable of l2fwd.
     pub(crate) fn environment(mut self, name: &'static str, value: &Path) -> Self {
         self.environment.push((name, value.into()));
         self
@@ -61,7 +61,7 @@ impl Start {
         self
     }
 
-    /// The command line.
+    /// Builds the command line.
     pub(crate) fn command(&self, context: &Context) -> Command {
         let program = context.program("l2fwd").to_string_lossy().into_owned();
         let mut line = self.under.iter().cloned().chain([program]);
@@ -74,13 +74,13 @@ impl Start {
         command
     }
 
-    /// Starts it.
+    /// Starts l2fwd.
     pub(crate) fn spawn(&self, context: &Context) -> Result<L2fwd> {
         let process = Process::spawn(context, "l2fwd", &mut self.command(context))?;
         Ok(L2fwd { process, events: Vec::new(), patience: self.patience })
     }
 
-    /// Starts it, and returns when it forwards.
+    /// Starts l2fwd, and returns when it forwards.
     pub(crate) fn forwarding(&self, context: &Context) -> Result<L2fwd> {
         let mut l2fwd = self.spawn(context)?;
         l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
@@ -105,11 +105,12 @@ impl L2fwd {
         bail!("l2fwd ended and did not say {what}")
     }
 
-    /// Keeps an event. Of periods without another event only the latest is kept, because a soak prints them for hours.
+    /// Keeps an event. Of consecutive periods without another event, only the latest is kept, because a soak
+    /// prints them for hours.
     fn keep(&mut self, line: &str) -> serde_json::Result<()> {
         let event: Value = serde_json::from_str(line)?;
         let is_periodic = |event: &Value| event["event"] == "statistics" || event["event"] == "counters";
-        // Statistics begin a period, and counters follow.
+        // A period begins with statistics, and counters follow.
         if event["event"] == "statistics" {
             while self.events.pop_if(|last| is_periodic(last)).is_some() {}
         }
@@ -117,7 +118,7 @@ impl L2fwd {
         Ok(())
     }
 
-    /// The latest statistics of each port, of all that l2fwd has printed up to now.
+    /// Latest statistics of each port in l2fwd's output up to now.
     pub(crate) fn latest_statistics(&mut self) -> Option<&Vec<Value>> {
         while let Ok(Some(line)) = self.process.line(Duration::ZERO) {
             let _ = self.keep(&line);
@@ -149,13 +150,13 @@ impl L2fwd {
         })
     }
 
-    /// Sends `signal`, and waits for its end.
+    /// Sends `signal`, and waits for the end of l2fwd.
     pub(crate) fn end(self, signal: Signal) -> Result<Ended> {
         self.process.signal(signal)?;
         self.wait()
     }
 
-    /// Waits for its end.
+    /// Waits for the end of l2fwd.
     pub(crate) fn wait(mut self) -> Result<Ended> {
         let until = Instant::now() + self.patience;
         while let Some(line) = self.process.line(until.saturating_duration_since(Instant::now()))? {
@@ -166,26 +167,27 @@ impl L2fwd {
         Ok(Ended { code, stderr: self.process.stderr()?, events: self.events })
     }
 
-    /// Kills it.
+    /// Kills l2fwd.
     pub(crate) fn kill(self) -> Result<()> {
         let ended = self.end(Signal::SIGKILL)?;
         ensure!(ended.code == 137, "l2fwd exited with {}", ended.code);
         Ok(())
     }
 
-    /// Ends it by SIGINT. It must exit with 0 after its last event, without a complaint on standard error.
+    /// Ends l2fwd with SIGINT. It must exit with 0 after its last event, without a complaint on standard
+    /// error.
     pub(crate) fn stop(self) -> Result<Ended> {
         self.stop_by(Signal::SIGINT)
     }
 
-    /// As [`L2fwd::stop`], by another signal.
+    /// As [`L2fwd::stop`], with another signal.
     pub(crate) fn stop_by(self, signal: Signal) -> Result<Ended> {
         let ended = self.stop_complaining(signal)?;
         ensure!(ended.complaints().is_empty(), "l2fwd complained");
         Ok(ended)
     }
 
-    /// As [`L2fwd::stop`], where complaints are expected.
+    /// As [`L2fwd::stop`], with `signal`, where complaints are expected.
     pub(crate) fn stop_complaining(self, signal: Signal) -> Result<Ended> {
         let ended = self.end(signal)?;
         ensure!(ended.code == 0, "l2fwd exited with {}", ended.code);
@@ -196,21 +198,22 @@ impl L2fwd {
         Ok(ended)
     }
 
-    /// Whether it said at its start that it recovered from a killed run; from that of process `pid`, if given.
+    /// Whether l2fwd reported at its start that it recovered from a killed run: from that of process `pid`,
+    /// if given.
     pub(crate) fn recovered_from(&self, pid: Option<i32>) -> Result<bool> {
         let pid = pid.map(|pid| format!("(pid {pid})")).unwrap_or_default();
         Ok(self.process.stderr()?.lines().any(|line| line.contains(RECOVERED) && line.contains(&pid)))
     }
 }
 
-/// What remains of an l2fwd that has ended.
+/// Result of an l2fwd that has ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// Its exit code, as of a shell.
+    /// Exit code, as a shell reports it.
     pub(crate) code: i32,
-    /// Its standard error.
+    /// Standard error.
     pub(crate) stderr: String,
-    /// Its events.
+    /// Events that l2fwd printed.
     pub(crate) events: Vec<Value>,
 }
 
@@ -220,7 +223,7 @@ impl Ended {
         self.stderr.lines().filter(|line| !line.contains(RECOVERED)).collect()
     }
 
-    /// Whether `port` was opened in `mode`, and `why` is part of the reason.
+    /// Checks that `port` was opened in `mode`, and that `why` is part of the reason.
     pub(crate) fn opened(&self, port: usize, mode: &str, why: &str) -> Result<()> {
         let of_port = |event: &&Value| event["event"] == "open" && event["port"] == port;
         let open = self.events.iter().find(of_port).context("the port was not opened")?;
@@ -233,12 +236,12 @@ impl Ended {
         Ok(())
     }
 
-    /// The first event of that name.
+    /// First event named `name`.
     pub(crate) fn event(&self, name: &str) -> Result<&Value> {
         self.events.iter().find(|event| event["event"] == name).with_context(|| format!("no event '{name}'"))
     }
 
-    /// The last statistics of `port`: sent, received and dropped.
+    /// Last statistics of `port`: sent, received and dropped.
     pub(crate) fn counts(&self, port: usize) -> Result<[u64; 3]> {
         let statistics = self.events.iter().rfind(|event| event["event"] == "statistics");
         let ports = statistics.and_then(|event| event["ports"].as_array()).context("no statistics")?;
@@ -246,14 +249,14 @@ impl Ended {
         Ok(["sent", "received", "dropped"].map(|name| counts[name].as_u64().unwrap_or_default()))
     }
 
-    /// Checks the last statistics of `port`.
+    /// Checks that the last statistics of `port` are `sent`, `received` and none dropped.
     pub(crate) fn counted(&self, port: usize, sent: u64, received: u64) -> Result<()> {
         let counts = self.counts(port)?;
         ensure!(counts == [sent, received, 0], "port {port} counted {counts:?}, not [{sent}, {received}, 0]");
         Ok(())
     }
 
-    /// A counter of `port` at the end, by its name.
+    /// Final value of a counter of `port`, by its name.
     pub(crate) fn counter(&self, port: usize, name: &str) -> Result<u64> {
         let of_port = |event: &&Value| event["event"] == "counters" && event["port"] == port;
         let counters = self.events.iter().rfind(of_port).context("the port counted nothing")?;

@@ -38,7 +38,7 @@ struct Cli {
 enum Task {
     /// Run tests
     Test(TestArgs),
-    /// Forward for long, with a fault every few seconds, and count everything
+    /// Forward for a long time, with a fault every few seconds, and count everything
     Soak(host::soak::SoakArgs),
     /// Serve cases in the guest
     #[command(hide = true)]
@@ -60,7 +60,7 @@ struct TestArgs {
     /// Print the names of the cases, and run none
     #[arg(long)]
     list: bool,
-    /// Also what takes long, and every guest case on every kernel
+    /// Also run long cases, and every guest case on every kernel
     #[arg(long)]
     full: bool,
     /// Leave out the host's cases
@@ -72,10 +72,10 @@ struct TestArgs {
     /// Only these boots of the guest
     #[arg(long, value_name = "BOOT")]
     boot: Vec<Boot>,
-    /// Guests at a time
+    /// Number of guests at a time
     #[arg(long, default_value_t = 1)]
     jobs: usize,
-    /// Vireo's programs; default: beside this one
+    /// Directory of Vireo's programs; default: that of this program
     #[arg(long, value_name = "DIR")]
     programs: Option<PathBuf>,
     #[command(flatten)]

@@ -18,14 +18,14 @@ const WRONG: [&str; 4] = ["duplicates", "wrong_address", "corrupt", "strays"];
 pub(crate) struct Pktgen(pub(crate) Process);
 
 impl Pktgen {
-    /// Starts it; `arguments` are the EAL's, `--`, and pktgen's own.
+    /// Starts pktgen; `arguments` are the EAL's, `--`, and pktgen's own.
     pub(crate) fn spawn(context: &Context, arguments: &str) -> Result<Self> {
         let mut command = Command::new(context.program("pktgen"));
         command.args(arguments.split_whitespace()).arg("--json");
         Ok(Self(Process::spawn(context, "pktgen", &mut command)?))
     }
 
-    /// Waits for its end, up to `limit`.
+    /// Waits for the end of pktgen, up to `limit`.
     pub(crate) fn wait(mut self, limit: Duration) -> Result<Stream> {
         let line = self.0.line(limit)?;
         let code = self.0.wait(PATIENCE)?;
@@ -34,14 +34,14 @@ impl Pktgen {
         Ok(Stream { complete: code == 0, figures: serde_json::from_str(&line)? })
     }
 
-    /// Ends it before its time.
+    /// Ends pktgen early.
     pub(crate) fn stop(self) -> Result<Stream> {
         self.0.signal(Signal::SIGINT)?;
         self.wait(PATIENCE)
     }
 }
 
-/// What became of a stream.
+/// Result of a stream.
 #[derive(Debug)]
 pub(crate) struct Stream {
     /// Whether every frame came back once, in order, as it was sent.
@@ -51,17 +51,17 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    /// A figure by its name.
+    /// Figure by its name; 0 if there is none.
     pub(crate) fn figure(&self, name: &str) -> u64 {
         self.figures[name].as_u64().unwrap_or_default()
     }
 
-    /// A counter of a port.
+    /// Counter of a port by its name; 0 if there is none.
     pub(crate) fn counter(&self, port: usize, name: &str) -> u64 {
         self.figures["counters"][port][name].as_u64().unwrap_or_default()
     }
 
-    /// Checks that so many frames were sent and came back, and nothing else.
+    /// Checks that `sent` frames were sent and `received` came back, and nothing else.
     pub(crate) fn came_back(&self, sent: u64, received: u64) -> Result<()> {
         let is = (self.figure("sent"), self.figure("received"));
         ensure!(
@@ -79,9 +79,9 @@ impl Stream {
         self.is_zero("reordered")
     }
 
-    /// Checks that every frame that came back is one that was sent. This is for a stream that flows while a NIC of the
-    /// guest starts: QEMU keeps frames for a NIC that does not receive yet, and `qemu_net_queue_send` lets the first
-    /// frame that the NIC takes overtake them.
+    /// Checks that every frame that came back is one that was sent. This is for a stream that flows while a
+    /// NIC of the guest starts: QEMU queues frames for a NIC that does not receive yet, and
+    /// `qemu_net_queue_send` lets the first frame that the NIC takes overtake them.
     pub(crate) fn intact(&self) -> Result<()> {
         WRONG.iter().try_for_each(|name| self.is_zero(name))
     }

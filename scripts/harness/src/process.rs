@@ -1,4 +1,4 @@
-//! A program under test: its output, its end, and its death with the case.
+//! A program under test: its output, its exit, and its end with the case.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write as _};
@@ -21,7 +21,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a script has to clean up.
 pub(crate) const GRACE: Duration = Duration::from_secs(10);
 
-/// A program that was started. It is killed when this is dropped, with all that it started.
+/// A program that was started. Dropping this value kills it, with all processes that it started.
 #[derive(Debug)]
 pub(crate) struct Process {
     name: String,
@@ -31,13 +31,13 @@ pub(crate) struct Process {
     lines: Receiver<String>,
     stdout: PathBuf,
     stderr: PathBuf,
-    /// How long it has from SIGTERM to SIGKILL.
+    /// Time from SIGTERM to SIGKILL.
     grace: Duration,
 }
 
 impl Process {
-    /// Starts `command`. Its output goes to `NAME.out` and `NAME.err` of the case's directory; lines of standard output
-    /// can also be awaited.
+    /// Starts `command`. Its output goes to `NAME.out` and `NAME.err` in the case's directory. Lines of
+    /// standard output can also be awaited.
     pub(crate) fn spawn(context: &Context, name: &str, command: &mut Command) -> Result<Self> {
         let (name, stdout, stderr) = unused(context, name);
         let errors = File::create(&stderr)?;
@@ -52,7 +52,7 @@ impl Process {
             let mut line = Vec::new();
             while output.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
                 let _ = copy.write_all(&line);
-                // Without a reader the program would stop at a full pipe, so lines that no case reads are read here.
+                // Lines that no case waits for are read here too, because a full pipe would stop the program.
                 let _ = to_lines.send(String::from_utf8_lossy(&line).trim_end_matches('\n').to_owned());
                 line.clear();
             }
@@ -91,28 +91,28 @@ impl Process {
         Self { name, pid, exit, status: None, lines, stdout, stderr, grace: Duration::ZERO }
     }
 
-    /// Asks the program to end and to clean up, before it is killed.
+    /// Makes the drop ask the program to end and clean up before it is killed.
     pub(crate) fn gracefully(mut self) -> Self {
         self.grace = GRACE;
         self
     }
 
-    /// Its process id.
+    /// Process id of the program.
     pub(crate) fn pid(&self) -> i32 {
         self.pid.as_raw()
     }
 
-    /// All that it printed on standard error so far.
+    /// Standard error of the program so far.
     pub(crate) fn stderr(&self) -> Result<String> {
         read(&self.stderr)
     }
 
-    /// All that it printed on standard output, complete once it ended.
+    /// Standard output of the program, complete once it has ended.
     pub(crate) fn stdout(&self) -> Result<String> {
         read(&self.stdout)
     }
 
-    /// Its next line, or none when its output ended.
+    /// Next line of standard output, or `None` at its end.
     pub(crate) fn line(&self, limit: Duration) -> Result<Option<String>> {
         match self.lines.recv_timeout(limit) {
             Ok(line) => Ok(Some(line)),
@@ -132,7 +132,8 @@ impl Process {
         kill(self.pid, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
     }
 
-    /// Waits for its end. The exit code is that of a shell: 128 and the number of the signal that ended it.
+    /// Waits for the end of the program. The exit code is that of a shell: 128 plus the number of the signal
+    /// that ended the program.
     pub(crate) fn wait(&mut self, limit: Duration) -> Result<i32> {
         let status = match self.status {
             Some(status) => status,
@@ -150,7 +151,7 @@ impl Process {
             .ok_or_else(|| anyhow!("{} ended with {status}", self.name))
     }
 
-    /// Whether it has ended.
+    /// Whether the program has ended.
     pub(crate) fn has_ended(&mut self) -> bool {
         self.status = self.status.or_else(|| self.exit.try_recv().ok().and_then(Result::ok));
         self.status.is_some()
@@ -171,7 +172,7 @@ impl Drop for Process {
     }
 }
 
-/// A name that no earlier program of the case has, and its files.
+/// Returns a name that no earlier program of the case has, and its files.
 fn unused(context: &Context, name: &str) -> (String, PathBuf, PathBuf) {
     let mut number = 1;
     loop {
@@ -185,10 +186,10 @@ fn unused(context: &Context, name: &str) -> (String, PathBuf, PathBuf) {
     }
 }
 
-/// What a program printed, and its exit code.
+/// Output of a program, and its exit code.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// As of a shell.
+    /// Exit code, as a shell reports it.
     pub(crate) code: i32,
     /// Standard output.
     pub(crate) stdout: String,
@@ -206,7 +207,7 @@ impl Ended {
     }
 }
 
-/// Runs `command` to its end.
+/// Runs `command` to its end, within `limit`.
 pub(crate) fn run_for(
     context: &Context,
     name: &str,
@@ -216,14 +217,14 @@ pub(crate) fn run_for(
     let mut process = Process::spawn(context, name, command)?;
     let until = Instant::now() + limit;
     let late = || format!("{name} has {} s", limit.as_secs());
-    // The output comes first: it is complete when the thread that copies it ends.
+    // Read the output first: it is complete when the thread that copies it ends.
     while process.line(until.saturating_duration_since(Instant::now())).with_context(late)?.is_some() {}
     let left = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
     let code = process.wait(left).with_context(late)?;
     Ok(Ended { code, stdout: process.stdout()?, stderr: process.stderr()? })
 }
 
-/// Runs `command` to its end, which comes within [`PATIENCE`].
+/// Runs `command` to its end, within [`PATIENCE`].
 pub(crate) fn run(context: &Context, name: &str, command: &mut Command) -> Result<Ended> {
     run_for(context, name, command, PATIENCE)
 }
@@ -245,7 +246,8 @@ mod tests {
     use super::*;
     use crate::case::{Outcome, run_once};
 
-    /// Runs `script`, and drops it once it said the pid of a process that it started; gives whether the script cleaned up.
+    /// Runs `script`, and drops it once it has printed the pid of a process that it started. Returns whether
+    /// the script cleaned up.
     fn dropped(script: &'static str, graceful: bool) -> bool {
         let (to_cleaned, cleaned) = channel();
         let report = run_once("dropped".into(), false, std::path::Path::new("/"), move |context| {

@@ -1,4 +1,5 @@
-//! QEMU's monitor for programs, which answers every command and reports events (docs/interop/qmp-spec.rst).
+//! QMP, QEMU's monitor for programs, which answers every command and reports events
+//! (docs/interop/qmp-spec.rst).
 
 use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
@@ -8,20 +9,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
-/// For QEMU to answer a command.
+/// Time limit for QEMU to answer a command.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// A connection to a QEMU.
+/// Connection to a QEMU.
 #[derive(Debug)]
 pub(crate) struct Qmp {
     stream: UnixStream,
     lines: Lines<BufReader<UnixStream>>,
-    /// Events that were reported before an answer.
+    /// Events that QEMU reported before an answer.
     events: VecDeque<Value>,
 }
 
 impl Qmp {
-    /// Greets the monitor at the other end of `stream`.
+    /// Opens the QMP session with the monitor at the other end of `stream`.
     pub(crate) fn new(stream: UnixStream) -> Result<Self> {
         let lines = BufReader::new(stream.try_clone()?).lines();
         let mut qmp = Self { stream, lines, events: VecDeque::new() };
@@ -29,13 +30,13 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// A command of the monitor for people; gives what it prints.
+    /// Runs a command of the human monitor, and returns its output.
     pub(crate) fn command(&mut self, line: &str) -> Result<String> {
         let answer = self.execute("human-monitor-command", json!({ "command-line": line }))?;
         Ok(answer.as_str().unwrap_or_default().replace('\r', ""))
     }
 
-    /// Executes a command, and gives its answer.
+    /// Executes a command, and returns its answer.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         writeln!(self.stream, "{}", json!({ "execute": command, "arguments": arguments }))?;
         let until = Instant::now() + ANSWER;
@@ -44,14 +45,14 @@ impl Qmp {
             match (answer.get("return"), answer.get("error")) {
                 (Some(value), _) => return Ok(value.clone()),
                 (_, Some(error)) => bail!("{command} {arguments}: {error}"),
-                // The greeting is neither.
+                // The greeting is neither an answer nor an event.
                 _ if answer.get("event").is_some() => self.events.push_back(answer),
                 _ => {}
             }
         }
     }
 
-    /// Reads events up to the first one for which `wanted` is true; `what` says which, in errors.
+    /// Reads events up to the first one for which `wanted` is true; `what` describes that event in errors.
     pub(crate) fn await_event(
         &mut self,
         what: &str,

@@ -21,25 +21,26 @@ use crate::process::PATIENCE;
 use crate::stop;
 use crate::tap::{Progress, Tap};
 
-/// Cases that share a guest when several guests run at a time.
+/// Maximum number of cases that share a guest when several guests run at a time.
 const SHARD: usize = 50;
-/// How often a case runs again because QEMU lost a timer of its guest.
+/// Maximum number of times that a case runs again because QEMU lost a timer of its guest.
 const REPEATS: u32 = 2;
 /// How often a running case is checked against its limit.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// What the user chose.
+/// Selection of the user.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Choice {
-    /// Names contain one of these; all when there are none.
+    /// Patterns; the name of a case contains one of them. Empty: all cases.
     pub(crate) only: Vec<String>,
-    /// Also what takes long.
+    /// Whether long cases run too.
     pub(crate) full: bool,
-    /// Cases of the host.
+    /// Whether the host's cases run.
     pub(crate) host: bool,
-    /// Kernels that the guest is booted with, and what each is called in names: release up to the second number.
+    /// Kernels with which the guest is booted, and the name of each in case names: its release up to the
+    /// second number.
     pub(crate) kernels: Vec<(String, String)>,
-    /// Boots; all when there are none.
+    /// Boots that run. Empty: all boots.
     pub(crate) boots: Vec<Boot>,
 }
 
@@ -49,16 +50,16 @@ impl Choice {
     }
 }
 
-/// Cases that are run together: the host's, or those of a boot of one kernel.
+/// Cases that run together: the host's, or those of a boot of one kernel.
 #[derive(Debug)]
 struct Group {
-    /// Of the guest: kernel and boot.
+    /// Kernel and boot of the guest; `None` for the host.
     guest: Option<(String, Boot)>,
-    /// Full name and the case.
+    /// Each case with its full name.
     cases: VecDeque<(String, Arc<Case>)>,
 }
 
-/// All that was chosen, in order.
+/// Groups of the chosen cases, in order.
 fn chosen(choice: &Choice, host: Vec<Case>) -> Vec<Group> {
     let mut groups = Vec::new();
     let runs = |case: &Case, first: bool| match case.tier {
@@ -86,7 +87,7 @@ fn chosen(choice: &Choice, host: Vec<Case>) -> Vec<Group> {
     groups
 }
 
-/// Prints the names of all that was chosen.
+/// Prints the names of the chosen cases.
 pub(crate) fn list(choice: &Choice, environment: &host::Environment) -> Result<()> {
     for group in groups(choice, environment)? {
         group.cases.iter().for_each(|(name, _)| println!("{name}"));
@@ -94,8 +95,9 @@ pub(crate) fn list(choice: &Choice, environment: &host::Environment) -> Result<(
     Ok(())
 }
 
-/// The groups that were chosen. The names of unit tests are known only after their build, so they are left out unless
-/// all cases are wanted, a pattern has `::` as their names have, or no other case matches.
+/// Returns the groups of the chosen cases. The names of unit tests are known only after their build, so unit
+/// tests are left out unless all cases are wanted, a pattern has `::` as their names have, or no other case
+/// matches.
 fn groups(choice: &Choice, environment: &host::Environment) -> Result<Vec<Group>> {
     let cases = |with_units| -> Result<Vec<Case>> {
         let with_guest = !choice.kernels.is_empty();
@@ -116,7 +118,7 @@ fn groups(choice: &Choice, environment: &host::Environment) -> Result<Vec<Group>
     Ok(groups)
 }
 
-/// Runs all that was chosen, and gives the exit code.
+/// Runs the chosen cases, and returns the exit code.
 pub(crate) fn run(
     choice: &Choice,
     environment: &host::Environment,
@@ -176,12 +178,12 @@ struct Host<'a> {
     full: bool,
     programs: &'a Path,
     tap: &'a Tap,
-    /// How often the programs of a case that hung were killed, and those of its neighbours with them.
+    /// Number of times that the programs of a hung case were killed, and with them those of its neighbors.
     kills: AtomicUsize,
 }
 
 impl Host<'_> {
-    /// Runs `cases` one after the other, but for neighbours that run side by side.
+    /// Runs `cases` one after the other, except for neighbors that run side by side.
     fn run_in_order(&self, mut cases: VecDeque<Arc<Case>>) {
         while let Some(case) = cases.pop_front() {
             let mut together = vec![case];
@@ -194,7 +196,8 @@ impl Host<'_> {
         }
     }
 
-    /// Runs `cases`, one on each cpu at a time. Those that were killed with another run once more, alone.
+    /// Runs `cases`, at most one per CPU at a time. Cases that were killed along with another one run again,
+    /// alone.
     fn run_all(&self, cases: VecDeque<Arc<Case>>) {
         let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let jobs = cpus.min(cases.len());
@@ -218,8 +221,9 @@ impl Host<'_> {
         }
     }
 
-    /// Runs a case in a thread, and reports it; false, and no report, if it was killed with another. If it exceeds its
-    /// limit, its programs' stacks are reported and the programs killed.
+    /// Runs a case in a thread, and reports it. Returns false, without a report, if the case was killed along
+    /// with another one. If the case exceeds its limit, the stacks of its programs are reported and the
+    /// programs are killed.
     fn run(&self, case: &Arc<Case>) -> bool {
         let kills = || self.kills.load(Ordering::Relaxed);
         let (before, mut progress) = (kills(), Progress::new(&case.name));
@@ -255,8 +259,8 @@ impl Host<'_> {
     }
 }
 
-/// Runs cases in a guest. If a case takes the guest with it, the rest runs in a new one; and so does the case itself, up to
-/// [`REPEATS`] times, if QEMU lost a timer of the guest.
+/// Runs cases in a guest. If a case ends or hangs the guest, the remaining cases run in a new one. A case
+/// during which QEMU lost a timer of the guest also runs again, up to [`REPEATS`] times.
 fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String, Arc<Case>)>, tap: &Tap) {
     let mut lost: HashMap<String, u32> = HashMap::new();
     let mut again = |name: &str| {
@@ -282,7 +286,7 @@ fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String
             let request = Request::Case(case.name.clone());
             let (report, goes_on) = match session.request(&request, case.limit, |_| ()) {
                 Ok(Report { outcome: Outcome::Failed(why), notes, .. }) if progress.elapsed() > PATIENCE => {
-                    // The case waited in vain, and the guest may be the reason.
+                    // The case waited in vain, possibly because of the guest.
                     let outcome = Outcome::Failed(format!("{why}\n{}", session.stacks()));
                     (Report { name: name.clone(), outcome, notes }, true)
                 }

@@ -1,5 +1,6 @@
-//! Soak. An epoch is the life of a generator and a forwarder, and of their successors: at its end, when all have ended in
-//! order, no frame is other than it was sent, and those that did not come back are accounted for.
+//! Soak. An epoch is the life of a generator, a forwarder and their successors. At its end, when all have
+//! ended normally, no frame may differ from what was sent, and those that did not come back must be accounted
+//! for.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -13,10 +14,11 @@ use crate::case::{Context, read};
 use crate::l2fwd::{L2fwd, Start};
 use crate::pktgen::Pktgen;
 
-/// How long packets may stand still before the soak fails. Long, because other work may share the machine.
+/// Time for which packets may stand still before the soak fails. It is long, because other work may share the
+/// machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 const STEPS_PER_EPOCH: u32 = 6;
-/// Kibibytes that the private memory of a forwarder may grow in its life: noise of the allocator.
+/// KiB by which the private memory of a forwarder may grow in its life: noise of the allocator.
 const GROWTH: u64 = 1024;
 
 /// What happens to the programs while packets pass.
@@ -34,28 +36,28 @@ pub(crate) enum Fault {
     KillGenerator,
     /// The forwarder is killed.
     KillForwarder,
-    /// A NIC may do no DMA any more.
+    /// A NIC may no longer do DMA.
     LoseBusMaster,
-    /// A cable is pulled.
+    /// The link of a NIC goes down.
     LoseLink,
 }
 
-/// How long, and from which seed.
+/// Length of a soak, and its seed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Length {
-    /// No step begins after so long.
+    /// Seconds after which no step begins.
     pub(crate) seconds: u64,
-    /// No step begins when so many packets have come back; 0: any number.
+    /// Number of returned packets after which no step begins; 0: no limit.
     pub(crate) packets: u64,
-    /// Of the faults, their order and their times.
+    /// Seed of the faults, their order and their times.
     pub(crate) seed: u64,
 }
 
-/// What is soaked.
+/// Subject of a soak.
 pub(crate) trait World {
-    /// The forwarder.
+    /// Start of the forwarder.
     fn forwarder(&self, rng: &mut Rng) -> Start;
-    /// The generator's arguments.
+    /// Arguments of the generator.
     fn generator(&self, rng: &mut Rng) -> String;
     /// Prepares epoch `number`.
     fn begin(&mut self, number: u64) -> Result<()>;
@@ -63,13 +65,14 @@ pub(crate) trait World {
     fn faults(&self) -> &[Fault];
     /// Whether the forwarder starts before the generator.
     fn forwarder_is_first(&self) -> bool;
-    /// Waits until a forwarder that is first can be reached by the generator.
+    /// Waits until the generator can reach a forwarder that starts first.
     fn await_forwarder(&self, forwarder: &mut L2fwd) -> Result<()>;
-    /// Waits until a generator that is first can be reached by the forwarder.
+    /// Waits until the forwarder can reach a generator that starts first.
     fn await_generator(&self) -> Result<()>;
-    /// Breaks the machine as `fault` says, and repairs it.
+    /// Breaks the machine according to `fault`, and repairs it.
     fn disturb(&self, fault: Fault, forwarder: &mut L2fwd) -> Result<()>;
-    /// How many frames an epoch must have lost, when counters name `named` lost ones. `None`: not checked.
+    /// Number of frames that an epoch must have lost if counters account for `named` lost ones. `None`: not
+    /// checked.
     fn may_lose(&self, named: u64) -> Option<u64>;
     /// Whether no frame of an epoch may overtake another.
     fn keeps_order(&self) -> bool;
@@ -78,29 +81,29 @@ pub(crate) trait World {
 /// Sums over all epochs. Programs that were killed reported nothing and are left out.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Figures {
-    /// What it was soaked with.
+    /// Seed of the soak.
     pub(crate) seed: u64,
-    /// How long it took.
+    /// Duration in seconds.
     pub(crate) seconds: u64,
-    /// How many epochs there were.
+    /// Number of epochs.
     pub(crate) epochs: u64,
     /// Epochs in which lost frames were checked against [`World::may_lose`].
     pub(crate) epochs_compared: u64,
-    /// Frames that were lost in those.
+    /// Frames that were lost in the compared epochs.
     pub(crate) lost_in_those_compared: u64,
-    /// Faults by name.
+    /// Number of faults by name.
     pub(crate) faults: BTreeMap<String, u64>,
-    /// Lives of both programs, killed ones too.
+    /// Number of lives of both programs by name, including killed ones.
     pub(crate) lives: BTreeMap<String, u64>,
-    /// pktgen's figures.
+    /// Sums of pktgen's figures by name.
     pub(crate) frames: BTreeMap<String, u64>,
-    /// Frames that counters name.
+    /// Lost frames that counters account for.
     pub(crate) lost_by_name: u64,
-    /// How often a port restarted.
+    /// Number of port restarts.
     pub(crate) port_restarts: u64,
-    /// Polls without a buffer.
+    /// Polls that found no buffer.
     pub(crate) rx_no_buffer: u64,
-    /// The most by which a forwarder's private memory grew, in KiB.
+    /// Maximum growth of a forwarder's private memory in KiB.
     pub(crate) most_growth_kib: u64,
 }
 
@@ -112,13 +115,13 @@ struct Soak<'a, W> {
     packets: u64,
     forwarder: Option<L2fwd>,
     generator: Option<Pktgen>,
-    /// Descriptors and private memory of the forwarder at its first step.
+    /// Open descriptors and private memory in KiB of the forwarder at its first step.
     first: Option<(usize, u64)>,
     figures: Figures,
     say: &'a mut dyn FnMut(String),
 }
 
-/// Soaks `world`.
+/// Runs a soak of `world`.
 pub(crate) fn soak<W: World>(
     context: &Context,
     world: &mut W,
@@ -225,7 +228,8 @@ impl<W: World> Soak<'_, W> {
                     Fault::KillForwarder => self.forwarder.take().context("no forwarder")?.kill()?,
                     _ => self.end_forwarder()?,
                 }
-                // A virtio-user port without a control thread, as the generator's, has to end with its peer.
+                // The generator's virtio-user port has no control thread, so the generator must end with its
+                // peer.
                 if !self.world.forwarder_is_first() {
                     return self.start_forwarder();
                 }
@@ -255,7 +259,7 @@ impl<W: World> Soak<'_, W> {
         if self.world.forwarder_is_first() { Ok(()) } else { self.world.await_generator() }
     }
 
-    /// Waits until packets pass, counted from now.
+    /// Waits until further packets pass.
     fn passes(&mut self) -> Result<()> {
         let received = |port: &serde_json::Value| port["received"].as_u64().unwrap_or_default();
         let forwarder = self.forwarder.as_mut().context("no forwarder")?;
@@ -302,7 +306,8 @@ impl<W: World> Soak<'_, W> {
         Ok(())
     }
 
-    /// Its own checks make it exit with another code: buffers that did not come back, packets that do not add up.
+    /// Ends the forwarder. It exits with another code if its own checks fail: buffers that did not come back,
+    /// packets that do not add up.
     fn end_forwarder(&mut self) -> Result<()> {
         let ended = self.forwarder.take().context("no forwarder")?.end(Signal::SIGINT)?;
         ensure!(ended.code == 0, "l2fwd exited with {}", ended.code);

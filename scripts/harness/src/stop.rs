@@ -1,5 +1,5 @@
-//! The early end of a run: what it started ends and cleans up when the run is told to end. QEMU and the scripts around it are
-//! in process groups of their own, which a terminal's Ctrl-C does not reach.
+//! Early end of a run: when a signal ends the run, the processes that it started clean up and end. QEMU and
+//! the scripts around it are in their own process groups, which a terminal's Ctrl-C does not reach.
 
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -10,10 +10,10 @@ use signal_hook::iterator::Signals;
 use crate::host::stacks;
 use crate::process::GRACE;
 
-/// The signal that told the run to end, or 0.
+/// Signal that ends the run, or 0.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
-/// Watches for SIGHUP, SIGINT and SIGTERM, but for those that were ignored at the start, as nohup does.
+/// Watches for SIGHUP, SIGINT and SIGTERM, except those that were ignored at the start, as under nohup.
 pub(crate) fn watch() -> Result<()> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap_or_default();
@@ -25,7 +25,7 @@ pub(crate) fn watch() -> Result<()> {
         if let Some(signal) = signals.forever().next() {
             SIGNAL.store(signal, Ordering::Relaxed);
             stacks::end_descendants(GRACE);
-            // The case fails, its guards clean up, and the run ends by itself, if it can.
+            // The case fails, its guards clean up, and the run ends by itself in this time if it can.
             std::thread::sleep(GRACE);
             std::process::exit(128 + signal);
         }
@@ -33,7 +33,7 @@ pub(crate) fn watch() -> Result<()> {
     Ok(())
 }
 
-/// The exit code, once the run was told to end.
+/// Exit code of a run that a signal ends.
 pub(crate) fn exit_code() -> Option<u8> {
     match SIGNAL.load(Ordering::Relaxed) {
         0 => None,

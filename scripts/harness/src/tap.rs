@@ -1,4 +1,5 @@
-//! The one place that prints results: TAP, with a duration for each case, and at the end the slowest and the counts.
+//! The only place that prints results: TAP, with the duration of each case, and at the end the slowest cases
+//! and the counts.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::Mutex;
@@ -6,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::case::{Outcome, Report};
 
-/// Cases that are named at the end.
+/// Number of slowest cases that are listed at the end.
 const SLOWEST: usize = 10;
 /// Time between two progress lines in a pipe.
 const STILL: Duration = Duration::from_secs(60);
@@ -21,7 +22,7 @@ struct Counts {
     slowest: Vec<(Duration, String)>,
 }
 
-/// A run's results, from any thread.
+/// Results of a run, reported from any thread.
 #[derive(Debug)]
 pub(crate) struct Tap {
     counts: Mutex<Counts>,
@@ -76,7 +77,7 @@ impl Tap {
         print(&format!("Bail out! {why}\n"));
     }
 
-    /// Prints the end, and gives the exit code.
+    /// Prints the summary, and returns the exit code.
     pub(crate) fn end(self) -> u8 {
         let Ok(counts) = self.counts.into_inner() else { return 1 };
         let Counts { passed, failed, skipped, slowest } = counts;
@@ -91,7 +92,7 @@ impl Tap {
     }
 }
 
-/// Prints results. If their reader is gone, the run goes on for its exit code.
+/// Prints results. If their reader is gone, the run continues for its exit code.
 fn print(text: &str) {
     let mut out = io::stdout().lock();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
@@ -103,7 +104,7 @@ fn clear_progress() {
     }
 }
 
-/// Prints on standard error what runs: each second on a terminal, each minute in a pipe.
+/// Progress on standard error: every second on a terminal, every minute in a pipe.
 #[derive(Debug)]
 pub(crate) struct Progress {
     name: String,
@@ -112,7 +113,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Of a case or a boot that begins.
+    /// Begins the progress of a case or a boot.
     pub(crate) fn new(name: &str) -> Self {
         let progress = Self { name: name.into(), begun: Instant::now(), said: Instant::now() };
         if io::stderr().is_terminal() {
@@ -121,7 +122,8 @@ impl Progress {
         progress
     }
 
-    /// Prints the progress when it is due; to be called at least once a second. `what` describes the current step.
+    /// Prints the progress if it is due. Must be called at least once a second. `what` describes the current
+    /// step.
     pub(crate) fn tick(&mut self, what: impl FnOnce() -> String) {
         let every = if io::stderr().is_terminal() { SECOND } else { STILL };
         if self.said.elapsed() < every {
@@ -138,7 +140,7 @@ impl Progress {
         eprint!("\r\x1b[K{}: {} s {what}", self.name, self.begun.elapsed().as_secs());
     }
 
-    /// Since the case began.
+    /// Time since the case or boot began.
     pub(crate) fn elapsed(&self) -> Duration {
         self.begun.elapsed()
     }

@@ -1,4 +1,4 @@
-//! vfio-bench on the guest's NICs: what a recording holds, and what is seen before there is one.
+//! vfio-bench on the guest's NICs: the contents of a recording, and the checks before a recording starts.
 
 use std::process::Command;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use super::traffic::start_steady_stream;
 use crate::case::{Cases, Context, read};
 use crate::process::{Ended, run_for};
 
-/// For a round: a NIC may need seconds for each start.
+/// Time limit for a round: a NIC may need seconds for each start.
 const ROUND: Duration = Duration::from_secs(120);
 
 pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
     cases.add("vfio-bench records rate, throughput, latency and start", move |context| {
         let runs = record(context, &["--nics", "e1000e", "--modes", mode])?;
-        // One is the mode's twin.
+        // The second run is the mode's twin.
         ensure!(runs.len() == 2, "{} runs, not 2", runs.len());
         for run in runs {
             for figure in ["forward_pps", "open_ms", "first_packet_ms"] {
@@ -59,7 +59,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
         .in_full();
 }
 
-/// Records a round, and gives its runs.
+/// Records a round and returns its runs.
 fn record(context: &Context, arguments: &[&str]) -> Result<Vec<Value>> {
     bench(context, arguments)?.expect(0)?;
     let mut runs = Vec::new();

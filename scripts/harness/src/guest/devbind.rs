@@ -1,4 +1,4 @@
-//! devbind: NICs by interface and by pattern, and what it refuses.
+//! devbind: NICs by interface and by pattern, and requests that devbind refuses.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -23,7 +23,7 @@ fn nic() -> String {
     Nic::E1000e.bdf(Role::FwdRx)
 }
 
-/// Gives the NIC to e1000e by a pattern; its interface.
+/// Binds the NIC to e1000e by a pattern, and returns the name of its interface.
 fn to_kernel(context: &Context) -> Result<String> {
     let nic = nic();
     let pattern = nic.trim_start_matches("0000:").replace(".0", ".*");
@@ -39,7 +39,7 @@ fn to_kernel(context: &Context) -> Result<String> {
         .context("its name is no text")
 }
 
-/// What `--status-dev net` says of the NIC.
+/// The NIC's entry in the output of `--status-dev net`.
 fn status(context: &Context) -> Result<Value> {
     let ended = program(context, "devbind", "--status-dev net --json")?.expect(0)?;
     let list: Vec<Value> = serde_json::from_str(&ended.stdout)?;
@@ -63,7 +63,7 @@ fn by_name(context: &Context) -> Result<()> {
 fn elsewhere(context: &Context) -> Result<()> {
     let _again = bound_again(nic());
     let interface = to_kernel(context)?;
-    // Its shell is in the namespace when it says so; the namespace ends with it.
+    // The shell prints a line once it is in the namespace, and the namespace ends with the shell.
     let mut shell = Command::new("unshare");
     shell.args(["-n", "sh", "-c", "echo; exec sleep 1000"]).stdout(Stdio::piped()).process_group(0);
     let mut shell = guard(shell.spawn()?, |mut shell| {

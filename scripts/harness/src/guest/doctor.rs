@@ -1,5 +1,5 @@
-//! vireo-doctor beside the truth: what l2fwd does with the same NIC in the same mode, as the same user, on a machine that is
-//! broken in the same way.
+//! vireo-doctor compared with l2fwd, which gets the same NIC in the same mode, as the same user, on a machine
+//! that is broken in the same way.
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
@@ -11,8 +11,8 @@ use super::traffic::starts_again;
 use crate::case::{Cases, Context, read};
 use crate::process::{Ended, run};
 
-/// What the doctor says of one NIC in one mode: none when it can be used, else the reason and the command as an error
-/// has them.
+/// The doctor's diagnosis of one NIC in one mode: `None` if the NIC is usable, else the reason and the
+/// command in the format of an error.
 pub(super) fn diagnose(
     context: &Context,
     user: (&str, &str),
@@ -35,22 +35,22 @@ pub(super) fn diagnose(
     Ok(Some(format!("{}: {}{hint}", text("what"), text("why"))))
 }
 
-/// All verdicts of a run.
+/// All verdicts in the output of a run.
 fn modes(ended: &Ended) -> Result<Vec<Value>> {
     let said: Value = serde_json::from_str(&ended.stdout)?;
     let nics = said["nics"].as_array().context("the doctor printed no NICs")?;
     Ok(nics.iter().filter_map(|nic| nic["modes"].as_array()).flatten().cloned().collect())
 }
 
-/// The doctor says that `nic` works in `mode`; the caller has l2fwd start on it.
+/// Checks that the doctor calls `nic` usable in `mode`. The caller then starts l2fwd on it.
 pub(super) fn usable(context: &Context, mode: &str, nic: &str) -> Result<()> {
     let diagnosis = diagnose(context, ("root", ""), mode, nic)?;
     ensure!(diagnosis.is_none(), "the doctor refuses it: {}", diagnosis.unwrap_or_default());
     Ok(())
 }
 
-/// l2fwd refuses `nic` in `mode` with this exit code and `text` in its one line, and the doctor says the same to the
-/// letter. `user` has limits that a shell sets.
+/// Checks that l2fwd refuses `nic` in `mode` with this exit code and one line that contains `text`, and that
+/// the doctor's diagnosis is the identical line. `user` is a user name with limits that a shell sets.
 pub(super) fn unusable_as(
     context: &Context,
     user: (&str, &str),
@@ -65,7 +65,7 @@ pub(super) fn unusable_as(
     Ok(line)
 }
 
-/// As [`unusable_as`], of root.
+/// As [`unusable_as`], for root.
 pub(super) fn unusable(context: &Context, mode: &str, nic: &str, why: (i32, &str)) -> Result<String> {
     unusable_as(context, ("root", ""), mode, nic, why)
 }

@@ -1,5 +1,5 @@
-//! Numbered frames, which the guest kernel's own driver carries to a port that sends each one back. What becomes of them is
-//! counted in memory that moves with the guest.
+//! Numbered frames that the guest kernel's own driver sends to a port, which sends each one back. The results
+//! are counted in memory that migrates with the guest.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -18,44 +18,47 @@ use super::machine::port;
 use crate::agent::PORT;
 use crate::case::write;
 
-/// Most frames on their way at once: half of what each ring has room for.
+/// Maximum number of frames in flight: half of what each ring has room for.
 const WINDOW: u64 = 512;
-/// Nanoseconds for which the driver may leave frames in its receive ring; the interrupt of the other ring, which it shares, ends
-/// that earlier. Frames then wait there at most times, and so when the guest stops: of these the guest sees what is not marked.
+/// Nanoseconds for which the driver may leave frames in its receive ring; the interrupt that this ring shares
+/// with the transmit ring ends the wait earlier. Frames therefore wait in the ring most of the time, also
+/// when the guest stops to migrate. If the port did not mark their pages, the guest then receives wrong
+/// frames.
 const PAUSE: &str = "200000000";
-/// Milliseconds without a frame after which those on their way are given up.
+/// Milliseconds without a frame after which frames in flight are given up.
 const GIVE_UP: u16 = 2000;
-/// Bytes of the socket's queues, which have room for all frames that are on their way.
+/// Size of the socket's queues in bytes, with room for all frames in flight.
 const QUEUE: usize = 8 << 20;
-/// Bytes of a frame, without frame check sequence.
+/// Bytes of a frame, without the frame check sequence.
 const SIZES: RangeInclusive<usize> = 60..=1514;
-/// Bytes of a frame in every other run of [`RUN`]. Linux copies these out of their buffers (`GOOD_COPY_LEN`) and writes nothing
-/// to the pages of the buffers, so that only the port's marks say that they have changed.
+/// Bytes of a frame in every other run of [`RUN`] frames. Linux copies such frames out of their buffers
+/// (`GOOD_COPY_LEN`) and does not write to the buffers' pages, so only the port's marks show that the pages
+/// have changed.
 const SHORT: RangeInclusive<usize> = 60..=114;
-/// Frames whose buffers fill more than a page.
+/// Number of frames in a run: their buffers fill more than a page.
 const RUN: u64 = 64;
-/// Two addresses of nobody, and the EtherType for local experiments (IEEE 802).
+/// Two unused addresses, and the EtherType for local experiments (IEEE 802).
 const HEADER: [u8; 14] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5];
-/// Where a frame's number is.
+/// Position of the number in a frame.
 const NUMBER: Range<usize> = HEADER.len()..HEADER.len() + size_of::<u64>();
 
-/// What became of the frames.
+/// Fate of the frames.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Counts {
-    /// Frames that the driver took. They are numbered from 0.
+    /// Frames that the driver accepted, numbered from 0.
     pub(crate) sent: u64,
-    /// The number behind that of the latest frame that came back.
+    /// One more than the number of the latest frame that came back.
     pub(crate) next: u64,
-    /// Numbers below `next` that did not come back, without a gap in each range.
+    /// Contiguous ranges of numbers below `next` that did not come back.
     pub(crate) lost: Vec<Range<u64>>,
-    /// Frames that came back after themselves or after a later one.
+    /// Frames that came back a second time or after a later frame.
     pub(crate) repeated: u64,
-    /// What came and was never sent.
+    /// Received frames that were never sent.
     pub(crate) corrupt: u64,
 }
 
 impl Counts {
-    /// Counts what came from the wire, on which is nobody else.
+    /// Counts a received frame. No other sender is on this wire.
     fn note(&mut self, bytes: &[u8]) {
         let number = bytes.get(NUMBER).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes);
         match number.filter(|number| *number < self.sent && frame(*number) == bytes) {
@@ -69,7 +72,7 @@ impl Counts {
     }
 }
 
-/// Frame `number`, which has its own length and bytes.
+/// Builds frame `number`, whose length and bytes depend on the number.
 fn frame(number: u64) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(number);
     let mut frame = vec![0; random.usize(if (number / RUN).is_multiple_of(2) { SHORT } else { SIZES })];
@@ -79,7 +82,7 @@ fn frame(number: u64) -> Vec<u8> {
     frame
 }
 
-/// A packet socket on `interface` (packet(7)).
+/// Opens a packet socket on `interface` (packet(7)).
 fn wire(interface: &str) -> Result<File> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)?;
@@ -93,12 +96,13 @@ fn wire(interface: &str) -> Result<File> {
     Ok(socket.into())
 }
 
-/// Whether a socket has no room, or its driver's queue.
+/// Whether the socket's queue or its driver's queue is full.
 fn is_full(error: &std::io::Error) -> bool {
     error.kind() == ErrorKind::WouldBlock || error.raw_os_error() == Some(Errno::ENOBUFS as i32)
 }
 
-/// Sends frames from `interface` until the host says a word, waits for those on their way, and prints [`Counts`].
+/// Sends frames from `interface` until the host writes to the port, waits for the frames in flight, and
+/// prints [`Counts`].
 pub(crate) fn run(interface: &str) -> Result<()> {
     for (attribute, value) in [("napi_defer_hard_irqs", "1"), ("gro_flush_timeout", PAUSE)] {
         write(format!("/sys/class/net/{interface}/{attribute}"), value)?;

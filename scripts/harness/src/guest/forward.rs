@@ -1,4 +1,4 @@
-//! Forwarding: one body, over modes, NICs and arguments.
+//! Forwarding: one test body for all modes, NICs and arguments.
 
 use anyhow::{Result, ensure};
 
@@ -10,15 +10,15 @@ use crate::case::{Cases, Context};
 use crate::l2fwd::Start;
 use crate::pktgen::Stream;
 
-/// Each kind of NIC in each mode, and from each kind to another.
+/// Adds a case for each kind of NIC in each mode, and for pairs of different kinds.
 pub(super) fn each_nic_in_each_mode(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     for &mode in modes {
         for &nic in boot.nics() {
             let case = cases.add(format!("{}, {mode}", nic.name()), move |context| {
                 in_mode(context, boot, mode, nic, nic)
             });
-            // The path of a mode through another kernel. No driver knows the kernel: what two of them show holds for e1000e and
-            // igb, too.
+            // Covers each mode on the other kernel. Drivers do not depend on the kernel, so what two of them
+            // show also holds for e1000e and igb.
             if matches!(nic, Nic::VirtioNet | Nic::E1000) {
                 case.on_both_kernels();
             }
@@ -32,12 +32,13 @@ pub(super) fn each_nic_in_each_mode(cases: &mut Cases, boot: Boot, modes: &[&'st
     }
 }
 
-/// Whether a boot has both kinds.
+/// Whether the boot has both kinds of NIC.
 fn are_in(boot: Boot, (rx, tx): (Nic, Nic)) -> bool {
     boot.nics().contains(&rx) && boot.nics().contains(&tx)
 }
 
-/// Between two NICs in a mode; the doctor says beforehand that it works.
+/// Forwards between two NICs in `mode`. If both are of the same kind, the doctor must call the mode usable
+/// first.
 pub(super) fn in_mode(context: &Context, boot: Boot, mode: &str, rx: Nic, tx: Nic) -> Result<()> {
     need_mode(mode)?;
     if rx == tx {
@@ -48,7 +49,7 @@ pub(super) fn in_mode(context: &Context, boot: Boot, mode: &str, rx: Nic, tx: Ni
     ended.opened(1, mode, "as asked")
 }
 
-/// Each port in a mode of its own, in one process.
+/// Adds cases with the two ports of one process in different modes.
 pub(super) fn mixed_modes(cases: &mut Cases, boot: Boot, first: &'static str, second: &'static str) {
     let pairs = boot.nics().iter().map(|nic| (*nic, *nic)).chain([(Nic::VirtioNet, Nic::E1000e)]);
     for (rx, tx) in pairs.filter(|pair| are_in(boot, *pair)) {
@@ -73,7 +74,7 @@ pub(super) fn mixed_modes(cases: &mut Cases, boot: Boot, first: &'static str, se
     }
 }
 
-/// What else changes the way of a packet: name, NICs, their devargs, EAL and l2fwd arguments.
+/// Other variations of the packet path: name, NICs, their devargs, EAL and l2fwd arguments.
 #[rustfmt::skip]
 const VARIANTS: [(&str, Nic, Nic, &str, &str, &str, &str); 13] = [
     ("virtio-net without mergeable buffers", Nic::VirtioNet, Nic::VirtioNet, ",mrg_rxbuf=0", ",mrg_rxbuf=0", "-l 1", "-q 2"),
@@ -117,7 +118,7 @@ pub(super) fn small_pages(cases: &mut Cases, boot: Boot) {
     }
 }
 
-/// Other words for modes.
+/// Adds cases for names that select another mode: `group` and `auto`.
 pub(super) fn chosen_modes(cases: &mut Cases, boot: Boot) {
     let nic = Nic::E1000e;
     let automatic = Start::new(format!("-l 1 {} -- -p 3 -q 2 -T 0", ports(nic, nic)));
@@ -138,7 +139,8 @@ pub(super) fn chosen_modes(cases: &mut Cases, boot: Boot) {
     });
 }
 
-/// Frames of 60 to 9000 bytes, which are several packets in l2fwd, each way and between NICs that cut them differently.
+/// Adds cases with frames of 60 to 9000 bytes, which are several packets in l2fwd, in both directions and
+/// between NICs that split them differently.
 pub(super) fn long_frames(cases: &mut Cases, boot: Boot, mode: &'static str) {
     let pairs = [
         (Nic::VirtioNet, Nic::VirtioNet),
@@ -154,14 +156,14 @@ pub(super) fn long_frames(cases: &mut Cases, boot: Boot, mode: &'static str) {
                 "-l 1 --vfio-mode {mode} {} -- -p 3 -q 2 -T 0 --max-pkt-len 9018",
                 ports(rx, tx)
             ));
-            // A frame from an e1000 is nine packets, of which a TX ring of QEMU's virtio-net holds 256.
+            // A frame from an e1000 is nine packets, and a TX ring of QEMU's virtio-net holds 256 packets.
             forwards_as(context, boot.generator_mode(), &start, rx, tx, "--size 60-9000 --window 24")
                 .map(drop)
         });
     }
 }
 
-/// Frames to somebody else's address pass only with `-P`.
+/// Adds cases: frames to another address pass only with `-P`.
 pub(super) fn address_filter(cases: &mut Cases, boot: Boot, mode: &'static str) {
     const FRAMES: u64 = 100;
     for &nic in boot.nics() {

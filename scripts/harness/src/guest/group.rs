@@ -1,4 +1,5 @@
-//! Two functions of one slot and so of one IOMMU group: a group is for user space as a whole, or not at all.
+//! Two functions of one slot and therefore of one IOMMU group, which is available to user space as a whole or
+//! not at all.
 
 use anyhow::Result;
 

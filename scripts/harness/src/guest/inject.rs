@@ -1,4 +1,4 @@
-//! System calls of a start with a NIC that fail, one after the other.
+//! System calls of a start with a NIC that fail one after the other.
 
 use std::path::Path;
 
@@ -7,9 +7,9 @@ use crate::case::{Cases, Context};
 use crate::inject::{Call, OF_EVERY_START, Target, fail_each};
 use crate::l2fwd::Start;
 
-/// The calls that make up a start.
+/// Calls that do the main work of a start.
 const CALLS: [Call; 2] = [("ioctl", "ENOMEM"), ("openat", "EMFILE")];
-/// What a start with a NIC has besides what every start has.
+/// Calls of a start with a NIC, in addition to those of every start.
 const MORE: [Call; 11] = [
     ("memfd_create", "EMFILE"),
     ("ftruncate", "ENOSPC"),
@@ -28,7 +28,8 @@ pub(super) fn cases(cases: &mut Cases, mode: &'static str) {
     for call in CALLS.into_iter().chain(MORE).chain(OF_EVERY_START) {
         let name = format!("each {} of a start fails once with {}, e1000e, {mode}", call.0, call.1);
         let case = cases.add(name, move |context| fails(context, mode, call)).limit(600);
-        // On a busy machine each call takes a minute, so one mode stands for all. The call fails before the kernel sees it.
+        // On a busy machine each call takes a minute, so one mode stands for all. The call fails before the
+        // kernel sees it, so one kernel is enough.
         if !CALLS.contains(&call) || mode != "cdev" {
             case.in_full_once();
         }

@@ -1,5 +1,5 @@
-//! Interrupts of every kind, by software and, for the e1000 family, by the device; and iommufd without any device. The
-//! examples that show these have no other output than lines of text.
+//! Interrupts of every kind, triggered by software and, for the e1000 family, by the device; and iommufd
+//! without any device. The examples that show these print only lines of text.
 
 use anyhow::{Result, ensure};
 
@@ -27,7 +27,7 @@ fn interrupts(context: &Context, mode: &str, nic: Nic) -> Result<()> {
     ensure!(found == kinds, "{found:?}, not {kinds:?}");
     for kind in kinds {
         ensure!(*kind != "Msix" || said.contains("Msix: fewer vectors"), "vectors were not replaced");
-        // QEMU 7.2 does not survive an MSI-X interrupt of an e1000e that is switched off soon after.
+        // QEMU 7.2 does not survive an MSI-X interrupt of an e1000e that is switched off soon afterwards.
         if matches!(nic, Nic::E1000 | Nic::E1000e) && *kind != "Msix" {
             ensure!(said.contains(&format!("{kind}: by the device")), "no {kind} by the device");
         }

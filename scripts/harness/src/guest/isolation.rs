@@ -1,4 +1,4 @@
-//! What a NIC reaches: its own memory and no other, with an IOMMU; everything, without.
+//! Memory that a NIC reaches: only its own with an IOMMU, all memory without one.
 
 use std::process::Command;
 use std::time::Duration;
@@ -14,10 +14,10 @@ use crate::case::{Cases, Context, read};
 use crate::l2fwd::Start;
 use crate::process::run_for;
 
-/// For a proof: an 82540EM needs a second for each frame.
+/// Time limit for a proof: an 82540EM needs a second per frame.
 const PROOF_PATIENCE: Duration = Duration::from_secs(120);
 
-/// Where a NIC is aimed at, and whether what it writes there arrives.
+/// Aims a NIC at several targets. Returns a row for each target, with whether the NIC's write landed there.
 fn proof(context: &Context, mode: &str, nic: Nic) -> Result<Vec<Value>> {
     let file = context.path("proof.json");
     let mut command = Command::new(context.program("vfio-bench"));
@@ -44,8 +44,8 @@ pub(super) fn with_iommu(cases: &mut Cases, boot: Boot, mode: &'static str) {
             let arguments =
                 format!("-l 1 --vfio-mode {mode} --isolate-ports {} -- -p 3 -q 2 -T 0", ports(rx, tx));
             let ended = forwards(context, boot.generator_mode(), &Start::new(arguments), rx, tx)?;
-            // A map of the packet buffers and one or two of rings for each port: virtio's descriptors are apart, because
-            // the device only reads them.
+            // Each port maps the packet buffers with one call and its rings with one or two: virtio's
+            // descriptors are mapped separately, because the device only reads them.
             let isolation = ended.event("isolation")?;
             ensure!(isolation["spaces"] == 2 && isolation["map_calls"] == calls, "{isolation}");
             Ok(())
@@ -91,8 +91,9 @@ pub(super) fn without_iommu(cases: &mut Cases, mode: &'static str) {
     }
 }
 
-/// Two isolated ports of an ordinary user who may lock 24 MiB; the packet buffers take 18. In cdev the second address space
-/// copies the mapping of the first, and pins nothing. Each container pins for itself.
+/// Adds cases with two isolated ports of an unprivileged user who may lock 24 MiB; the packet buffers take 18
+/// MiB of that. In cdev mode, the second address space copies the mapping of the first and pins nothing. In
+/// the other modes, each container pins separately.
 pub(super) fn pins(cases: &mut Cases) {
     const LIMIT: &str = "ulimit -l 24576";
     let arguments = |mode: &str| {

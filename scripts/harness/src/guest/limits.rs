@@ -1,4 +1,4 @@
-//! What is short on a machine: memory of every kind, cores, room for output.
+//! Shortages of a machine: memory of every kind, cores, room for output.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -36,7 +36,7 @@ pub(super) fn no_hugepages(cases: &mut Cases, mode: &'static str) {
     });
 }
 
-/// l2fwd refuses `--huge-dir` at this directory.
+/// Checks that l2fwd refuses `--huge-dir` with the directory `at`.
 fn huge_dir(context: &Context, boot: Boot, at: &Path, (code, text): (i32, &str)) -> Result<String> {
     let arguments =
         format!("--huge-dir {} --vfio-mode {} -a {} -- -p 1", at.display(), boot.generator_mode(), nic());
@@ -101,7 +101,8 @@ pub(super) fn huge_dirs(cases: &mut Cases, boot: Boot) {
     });
 }
 
-/// Root may lock any amount, so the nodes are an ordinary user's.
+/// Adds cases with a low limit of locked memory. Root may lock any amount, so an unprivileged user owns the
+/// nodes.
 pub(super) fn little_memlock(cases: &mut Cases, boot: Boot) {
     let all = "all processes of this user together";
     for (mode, whose) in [("cdev", all), ("container", "this process, which has"), ("compat", all)] {
@@ -152,7 +153,8 @@ pub(super) fn cores(cases: &mut Cases, boot: Boot) {
     });
 }
 
-/// `/dev/full`, then a reader that goes. The next start finds the NICs stopped.
+/// Adds a case that writes to `/dev/full`, then to a pipe whose reader goes away. The next start must find
+/// the NICs stopped.
 pub(super) fn output_fails(cases: &mut Cases, boot: Boot) {
     cases.add("output that nobody takes", move |context| {
         let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").map(Stdio::from);
@@ -171,7 +173,7 @@ pub(super) fn output_fails(cases: &mut Cases, boot: Boot) {
         let arguments = format!("-l 1 --vfio-mode {} -a {} -- -p 1 -T 0.01", boot.generator_mode(), nic());
         let mut command = Start::new(arguments).command(context);
         let mut process = Process::spawn_to(context, "broken", &mut command, writer.into())?;
-        // The command has a copy of the writing end.
+        // `command` holds a copy of the write end.
         drop(command);
         let mut lines = std::io::BufRead::lines(std::io::BufReader::new(reader));
         lines.find(|line| line.as_ref().map_or(true, |line| line.contains("\"forwarding\"")));

@@ -1,5 +1,5 @@
-//! The guest: NICs in the slots of `scripts/lib/topology.sh`, drivers, hugepages, device nodes. What a case changes is put
-//! back when its guard is dropped.
+//! The guest: NICs in the slots of `scripts/lib/topology.sh`, drivers, hugepages, device nodes. Guards undo a
+//! case's changes when they are dropped.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -12,23 +12,23 @@ use scopeguard::{ScopeGuard, guard};
 use crate::case::{Context, read, skip, write};
 use crate::process::{Ended, run};
 
-/// Kinds of NIC.
+/// Kind of NIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Nic {
     VirtioNet,
-    /// An 82540EM. It is deaf for a second after each start, and shares its driver with the 82574L, so most of its cases run
-    /// with `--full` only.
+    /// An 82540EM. It receives nothing for a second after each start and shares its driver with the 82574L,
+    /// so most of its cases run with `--full` only.
     E1000,
     /// An 82574L.
     E1000e,
-    /// An 82576, behind a root port of its own. In boots of their own, because it needs a newer QEMU.
+    /// An 82576 behind its own root port. It has its own boots, because it needs a newer QEMU.
     Igb,
 }
 
 /// Device number of the first root port.
 const FIRST_ROOT_PORT: u8 = 16;
 
-/// Those that are in one boot.
+/// Kinds of NIC that are together in one boot.
 pub(crate) const NICS: [Nic; 3] = [Nic::VirtioNet, Nic::E1000, Nic::E1000e];
 
 /// Use of a NIC: the generator sends on one and receives on another; the forwarder has the two in between.
@@ -50,7 +50,7 @@ impl Nic {
         }
     }
 
-    /// Its device number, or that of its root port, which is the last byte of its MAC address.
+    /// Device number of the NIC, for an igb that of its root port. It is the last byte of the MAC address.
     pub(crate) fn slot(self, role: Role) -> u8 {
         let first = match self {
             Self::VirtioNet => 4,
@@ -64,7 +64,7 @@ impl Nic {
     pub(crate) fn bdf(self, role: Role) -> String {
         let slot = self.slot(role);
         match self {
-            // The buses of root ports have numbers from 1 on.
+            // The buses of the root ports are numbered from 1.
             Self::Igb => format!("0000:{:02x}:00.0", slot - FIRST_ROOT_PORT + 1),
             _ => format!("0000:00:{slot:02x}.0"),
         }
@@ -74,25 +74,25 @@ impl Nic {
         format!("52:54:00:00:00:{:02x}", self.slot(role))
     }
 
-    /// `/dev/vfio/N` of its group.
+    /// Node `/dev/vfio/N` of the NIC's group.
     pub(crate) fn group_node(self, role: Role) -> Result<PathBuf> {
         let group = fs::read_link(device(&self.bdf(role)).join("iommu_group"))?;
         Ok(Path::new("/dev/vfio").join(group.file_name().context("the group has no number")?))
     }
 
-    /// `/dev/vfio/devices/vfioN`.
+    /// Node `/dev/vfio/devices/vfioN` of the NIC.
     pub(crate) fn cdev_node(self, role: Role) -> Result<PathBuf> {
         let mut entries = fs::read_dir(device(&self.bdf(role)).join("vfio-dev"))?;
         Ok(Path::new("/dev/vfio/devices").join(entries.next().context("it has no cdev")??.file_name()))
     }
 }
 
-/// Its directory in sysfs.
+/// Directory of a PCI device in sysfs.
 pub(crate) fn device(bdf: &str) -> PathBuf {
     Path::new("/sys/bus/pci/devices").join(bdf)
 }
 
-/// Gives a device to a driver.
+/// Binds a device to a driver.
 pub(crate) fn bind(bdf: &str, driver: &str) -> Result<()> {
     let device = device(bdf);
     write(device.join("driver_override"), driver)?;
@@ -102,7 +102,7 @@ pub(crate) fn bind(bdf: &str, driver: &str) -> Result<()> {
     Ok(())
 }
 
-/// Takes a device from its driver, if it has one.
+/// Unbinds a device from its driver, if it has one.
 pub(crate) fn unbind(bdf: &str) -> Result<()> {
     let unbind = device(bdf).join("driver/unbind");
     if unbind.exists() { write(unbind, bdf) } else { Ok(()) }
@@ -132,7 +132,7 @@ pub(crate) fn set_hugepages(count: u64) -> Result<()> {
     Ok(())
 }
 
-/// Writes `text` to a file of sysfs, and what was in it at the end of the case.
+/// Writes `text` to a file of sysfs, and restores the former content at the end of the case.
 pub(crate) fn set<P: Into<PathBuf>>(path: P, text: &str) -> Result<impl Drop + use<P>> {
     let path = path.into();
     let before = read(&path)?;
@@ -147,7 +147,7 @@ pub(crate) fn hidden(node: &str) -> Result<impl Drop + use<>> {
     moved(Path::new(node), Path::new(&format!("{node}.away")))
 }
 
-/// Gives a node another name for the rest of the case, or until the guard is dropped.
+/// Renames a node for the rest of the case, or until the guard is dropped.
 pub(crate) fn moved(node: &Path, to: &Path) -> Result<impl Drop + use<>> {
     let (node, to) = (node.to_owned(), to.to_owned());
     fs::rename(&node, &to).with_context(|| format!("cannot move {}", node.display()))?;
@@ -156,7 +156,7 @@ pub(crate) fn moved(node: &Path, to: &Path) -> Result<impl Drop + use<>> {
     }))
 }
 
-/// Gives nodes to an ordinary user, and back to root at the end of the case.
+/// Makes an unprivileged user the owner of nodes, and root again at the end of the case.
 pub(crate) fn owned_by_nobody(nodes: &[PathBuf]) -> Result<impl Drop + use<>> {
     let guard = guard(nodes.to_vec(), |nodes| {
         for node in nodes {
@@ -169,7 +169,7 @@ pub(crate) fn owned_by_nobody(nodes: &[PathBuf]) -> Result<impl Drop + use<>> {
     Ok(guard)
 }
 
-/// Changes the mode of nodes, and puts back the former one at the end of the case.
+/// Changes the mode of nodes, and restores the former one at the end of the case.
 pub(crate) fn with_mode(nodes: &[PathBuf], mode: u32) -> Result<impl Drop + use<>> {
     let mut before = Vec::new();
     for node in nodes {
@@ -193,7 +193,7 @@ pub(crate) fn removed(path: &str) -> ScopeGuard<PathBuf, impl FnOnce(PathBuf) + 
     })
 }
 
-/// Mounts a file system for the rest of the case; `options` are mount's.
+/// Mounts a file system for the rest of the case; `options` are those of mount(8).
 pub(crate) fn mounted(context: &Context, options: &str, at: &Path) -> Result<impl Drop + use<>> {
     fs::create_dir_all(at)?;
     let mut command = Command::new("mount");
@@ -204,15 +204,15 @@ pub(crate) fn mounted(context: &Context, options: &str, at: &Path) -> Result<imp
     }))
 }
 
-/// Uid and gid of an ordinary user.
+/// Uid and gid of an unprivileged user.
 pub(crate) const NOBODY: u32 = 65534;
 
-/// The nodes of groups, without the container's.
+/// Nodes of groups, without that of the container.
 pub(crate) fn group_nodes() -> Result<Vec<PathBuf>> {
     nodes("/dev/vfio", |name| name.chars().all(|c| c.is_ascii_digit()) || name.starts_with("noiommu-"))
 }
 
-/// The nodes of devices.
+/// Nodes of devices.
 pub(crate) fn cdev_nodes() -> Result<Vec<PathBuf>> {
     nodes("/dev/vfio/devices", |_| true)
 }
@@ -229,7 +229,7 @@ fn nodes(dir: &str, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// All that a program of `mode` opens.
+/// Nodes that a program in `mode` opens, without `/dev/vfio/vfio`.
 pub(crate) fn nodes_of(mode: &str) -> Result<Vec<PathBuf>> {
     let iommufd = || vec![PathBuf::from("/dev/iommu")];
     Ok(match mode {
@@ -239,7 +239,7 @@ pub(crate) fn nodes_of(mode: &str) -> Result<Vec<PathBuf>> {
     })
 }
 
-/// Skips the case on a kernel without cdevs for devices that have no IOMMU.
+/// Skips a case of mode `noiommu-cdev` on a kernel that has no cdevs for devices without an IOMMU.
 pub(crate) fn need_mode(mode: &str) -> Result<()> {
     match mode == "noiommu-cdev" && !has_noiommu_cdev()? {
         true => skip("this kernel has no cdev without an IOMMU (7.3 has)"),
@@ -251,7 +251,7 @@ pub(crate) fn has_noiommu_cdev() -> Result<bool> {
     Ok(cdev_nodes()?.iter().any(|node| node.to_string_lossy().contains("/noiommu-")))
 }
 
-/// All that a program could leave changed behind it.
+/// State of the machine that a program could leave changed.
 pub(crate) fn state() -> String {
     let mut lines = Vec::new();
     for driver in fs::read_dir("/sys/bus/pci/drivers").into_iter().flatten().flatten() {
@@ -274,8 +274,8 @@ pub(crate) fn state() -> String {
     lines.join("\n")
 }
 
-/// A command run as `user`. Its arguments must not contain blanks. `limits`, such as `ulimit -l 64`, are set by root, who may
-/// also raise them.
+/// Builds a command that runs `program` as `user`. Its arguments must not contain blanks. Root sets `limits`,
+/// such as `ulimit -l 64`, and may also raise them.
 pub(crate) fn as_user(user: &str, limits: &str, program: &Path) -> Command {
     let exec = match user {
         "root" => "exec \"$@\"".to_owned(),
@@ -286,7 +286,7 @@ pub(crate) fn as_user(user: &str, limits: &str, program: &Path) -> Command {
     command
 }
 
-/// QEMU's monitor, which `lab run --monitor` lends to the guest.
+/// Sends `command` to QEMU's monitor, to which `lab run --monitor` gives the guest access.
 pub(crate) fn monitor(command: &str) -> Result<()> {
     write(
         port("monitor.in")?.context("the guest has no way to QEMU's monitor (lab --monitor)")?,
@@ -294,7 +294,7 @@ pub(crate) fn monitor(command: &str) -> Result<()> {
     )
 }
 
-/// The node of a virtio-serial port, by its name.
+/// Node of the virtio-serial port `name`, if there is one.
 pub(crate) fn port(name: &str) -> Result<Option<PathBuf>> {
     for entry in fs::read_dir("/sys/class/virtio-ports").context("the guest has no virtio-serial ports")? {
         let entry = entry?;
@@ -305,7 +305,7 @@ pub(crate) fn port(name: &str) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// Runs a program of Vireo that ends by itself.
+/// Runs one of Vireo's programs that ends by itself.
 pub(crate) fn program(context: &Context, name: &str, arguments: &str) -> Result<Ended> {
     let mut command = Command::new(context.program(name));
     run(context, name, command.args(arguments.split_whitespace()))

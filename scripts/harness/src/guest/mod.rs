@@ -1,4 +1,4 @@
-//! The guest's cases, by the boots that make their machines.
+//! The guest's cases, grouped by boot; each boot provides a machine.
 
 mod bench;
 mod devbind;
@@ -27,30 +27,30 @@ use self::machine::{NICS, Nic, Role, set};
 use self::opens::Node;
 use crate::case::{Cases, Tier};
 
-/// Kinds of boot. Each is a machine of its own.
+/// Kind of boot. Each is a different machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Boot {
     /// An IOMMU that translates for every NIC.
     Iommu,
-    /// No IOMMU, and VFIO told to hand devices over all the same.
+    /// No IOMMU, and VFIO's unsafe no-IOMMU mode enabled.
     Noiommu,
-    /// An IOMMU of 39 bits: what virtual addresses would ask for lies outside it.
+    /// An IOMMU of 39 bits, which does not reach IOVAs that equal virtual addresses.
     Narrow,
-    /// virtio-net that goes round the IOMMU, as QEMU makes it unless told otherwise.
+    /// virtio-net that bypasses the IOMMU, which is QEMU's default.
     Bypass,
-    /// An IOMMU that does not remap interrupts: a NIC could forge any.
+    /// An IOMMU that does not remap interrupts: a NIC could forge any interrupt.
     UnsafeMsi,
-    /// Two functions of one slot, and so of one IOMMU group.
+    /// Two functions of one slot and therefore of one IOMMU group.
     SharedGroup,
-    /// Two NUMA nodes, with half of the memory and a cpu each.
+    /// Two NUMA nodes, each with half of the memory and one CPU.
     Numa,
-    /// igb behind root ports, which takes a newer QEMU than Debian 12 has.
+    /// igb behind root ports, which needs a newer QEMU than Debian 12 has.
     Igb,
     /// As `Igb`, without an IOMMU.
     IgbNoiommu,
 }
 
-/// All of them, in the order in which they run.
+/// All boots, in the order in which they run.
 pub(crate) const BOOTS: [Boot; 9] = [
     Boot::Iommu,
     Boot::Noiommu,
@@ -64,7 +64,7 @@ pub(crate) const BOOTS: [Boot; 9] = [
 ];
 
 impl Boot {
-    /// Its name.
+    /// Name of the boot.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Iommu => "iommu",
@@ -79,7 +79,7 @@ impl Boot {
         }
     }
 
-    /// The options of `lab run` that make its machine.
+    /// Options of `lab run` that provide the boot's machine.
     pub(crate) fn lab_options(self) -> &'static [&'static str] {
         match self {
             Self::Iommu => &["--kernel-arg", "hugepagesz=1G"],
@@ -137,7 +137,7 @@ impl Boot {
         }
     }
 
-    /// Kinds of NIC for the cases that run on each.
+    /// Kinds of NIC for cases that run on each kind.
     fn nics(self) -> &'static [Nic] {
         match self {
             Self::Igb | Self::IgbNoiommu => &[Nic::Igb],
@@ -145,7 +145,7 @@ impl Boot {
         }
     }
 
-    /// A mode that works in it, for the programs that a case is not about.
+    /// Mode that works in this boot, for programs that are not the subject of a case.
     fn generator_mode(self) -> &'static str {
         match self {
             Self::Noiommu | Self::IgbNoiommu => "noiommu",
@@ -153,7 +153,7 @@ impl Boot {
         }
     }
 
-    /// Its cases.
+    /// Cases of the boot.
     pub(crate) fn cases(self) -> Cases {
         let mut cases = Cases::default();
         match self {
@@ -303,7 +303,7 @@ fn noiommu(cases: &mut Cases) {
     noiommu_cdev_where_it_is(cases);
 }
 
-/// Runs cases of `noiommu-cdev` on both kernels: on the default one they are skipped.
+/// Makes cases of `noiommu-cdev` run on both kernels, because they are skipped on the default one.
 fn noiommu_cdev_where_it_is(cases: &mut Cases) {
     for case in &mut cases.0 {
         if case.name.contains("noiommu-cdev") && case.tier == Tier::Default {
@@ -312,8 +312,9 @@ fn noiommu_cdev_where_it_is(cases: &mut Cases) {
     }
 }
 
-/// The driver and its NIC. What is the same for each driver, the other boots show: a mode's path through another kernel, a kill
-/// in each mode. So without `--full` these boots take one kernel, and a kill in one mode.
+/// Adds the cases of the igb driver and its NIC. The other boots show what is the same for each driver: each
+/// mode on another kernel, and a kill in each mode. Without `--full`, these boots therefore use one kernel,
+/// and a kill in one mode.
 fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     let [first, second, ..] = *modes else { return };
     forward::each_nic_in_each_mode(cases, boot, modes);
@@ -332,7 +333,7 @@ fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     if boot == Boot::Igb {
         recover::cases(cases, boot, "cdev");
     }
-    // The default kernel has no such mode.
+    // The default kernel does not have noiommu-cdev.
     for case in &mut cases.0 {
         let is_skipped = case.name.contains("noiommu-cdev");
         case.in_full_if(is_skipped);

@@ -1,4 +1,5 @@
-//! Two NUMA nodes, with a cpu each: which of them packet memory comes from, and what is said when something is far.
+//! Two NUMA nodes with one CPU each: the node that packet memory comes from, and the warnings about NICs,
+//! lcores and memory on different nodes.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,7 +17,7 @@ use crate::process::run;
 
 const NIC: Nic = Nic::E1000e;
 
-/// The forwarder's NICs on these nodes, as firmware would have told the kernel.
+/// Moves the forwarder's NICs to these nodes, as if firmware had reported them to the kernel.
 fn on_nodes(rx: u32, tx: u32) -> Result<[impl Drop + use<>; 2]> {
     let at = |role, node: u32| {
         let file = device(&NIC.bdf(role)).join("numa_node");
@@ -29,12 +30,12 @@ fn hugepages_of(node: u32) -> PathBuf {
     format!("/sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/nr_hugepages").into()
 }
 
-/// Lcore 1 has the cpu of node 1.
+/// Builds a start of l2fwd. Lcore 1 runs on the CPU of node 1.
 fn start(mode: &str, lcore: u32, memory: &str) -> Start {
     Start::new(format!("-l {lcore} --vfio-mode {mode} {memory} {} -- -p 3 -q 2 -T 0", ports(NIC, NIC)))
 }
 
-/// Hugepages of packet memory by node, as the kernel counts them.
+/// Number of hugepages of packet memory per node, as the kernel counts them.
 fn pages(l2fwd: &L2fwd) -> Result<BTreeMap<u32, u64>> {
     let maps = read(format!("/proc/{}/numa_maps", l2fwd.process.pid()))?;
     let words = maps.lines().filter(|line| line.contains("/memfd:vireo")).flat_map(str::split_whitespace);
@@ -60,7 +61,7 @@ pub(super) fn cases(cases: &mut Cases) {
         let _nodes = on_nodes(0, 1)?;
         let l2fwd = start("cdev", 1, "").forwarding(context)?;
         let found = pages(&l2fwd)?;
-        // Half of the buffers, and the rings behind them.
+        // Each node has half of the buffers, followed by rings.
         ensure!(found.get(&0) == Some(&5) && found.get(&1) == Some(&5), "pages by node: {found:?}");
         let ended = l2fwd.stop_complaining(Signal::SIGINT)?;
         one_warning(&ended.stderr, "lcore 1 is on NUMA node 1, port 0000:00:0d.0 that it serves on node 0")

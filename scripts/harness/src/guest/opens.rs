@@ -1,4 +1,4 @@
-//! Which device nodes a mode opens, and which none: strace tells.
+//! Device nodes that a mode opens and those that it does not open, according to strace.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -10,7 +10,7 @@ use super::traffic::forwarder;
 use crate::case::{Cases, Context, read};
 use crate::process::run;
 
-/// Kinds of node.
+/// Kind of device node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Node {
     Iommufd,
@@ -31,12 +31,12 @@ fn node(path: &str) -> Option<Node> {
     }
 }
 
-/// Paths below `/dev` that a trace of strace names.
+/// Kinds of the device nodes that a trace of strace names.
 fn traced(trace: &str) -> BTreeSet<Node> {
     trace.split('"').filter_map(node).collect()
 }
 
-/// `mode` opens nodes of these kinds and no others.
+/// Adds a case: `mode` opens nodes of these kinds and no others.
 pub(super) fn opens(cases: &mut Cases, name: &str, mode: &'static str, kinds: &'static [Node]) {
     cases
         .add(name, move |context| {
@@ -51,7 +51,8 @@ pub(super) fn opens(cases: &mut Cases, name: &str, mode: &'static str, kinds: &'
         .on_both_kernels();
 }
 
-/// A container may see device nodes under names of its own: they are found by their device numbers.
+/// Adds a case with renamed device nodes. A container may see them under other names, so Vireo finds them by
+/// their device numbers.
 pub(super) fn by_other_names(cases: &mut Cases, mode: &'static str) {
     cases
         .add(format!("device nodes with other names, {mode}"), move |context| {
@@ -60,7 +61,8 @@ pub(super) fn by_other_names(cases: &mut Cases, mode: &'static str) {
             for node in nodes_of(mode)? {
                 let name = node.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 if name != "iommu" {
-                    // The name that a device plugin gives a group without IOMMU, and any other.
+                    // The name that a device plugin gives to a no-IOMMU group; any other name for the other
+                    // nodes.
                     let other = name.strip_prefix("noiommu-").map_or(format!("{name}0000"), Into::into);
                     moves.push(moved(&node, &node.with_file_name(other))?);
                 }
@@ -72,13 +74,15 @@ pub(super) fn by_other_names(cases: &mut Cases, mode: &'static str) {
         .on_both_kernels();
 }
 
-/// strace as a grandchild, so that the child is the program itself; all threads; to the file `trace`.
+/// Command that traces `calls` of all threads to the file `trace`. strace runs as a grandchild, so that the
+/// child is the program itself.
 pub(super) fn strace(context: &Context, calls: &str) -> Vec<String> {
     let trace = context.path("trace").to_string_lossy().into_owned();
     ["strace", "-D", "-f", "-e", &format!("trace={calls}"), "-o", &trace].map(Into::into).into()
 }
 
-/// A group can be opened once: who keeps one without a device keeps everybody from it.
+/// Adds a case: closing a device closes its group. A group can be opened only once, so a process that kept
+/// one without a device would lock out all others.
 pub(super) fn leaves(cases: &mut Cases, mode: &'static str) {
     cases.add(format!("a closed device leaves its group to others, {mode}"), move |context| {
         need_mode(mode)?;
@@ -90,7 +94,7 @@ pub(super) fn leaves(cases: &mut Cases, mode: &'static str) {
     });
 }
 
-/// The process that is given the descriptors opens no node, and drives the device.
+/// Adds cases: a process that receives the descriptors opens no node and drives the device.
 pub(super) fn hands_over(cases: &mut Cases, mode: &'static str) {
     for nic in NICS {
         cases

@@ -1,5 +1,5 @@
-//! Without root: nodes that nobody but root may open, passed to an ordinary user; root given up after the start; and the
-//! sandbox, which names what it denies.
+//! Running without root: nodes that only root may open, passed to an unprivileged user; privileges dropped
+//! after the start; and the sandbox, which names the system calls that it denies.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -16,7 +16,7 @@ use crate::process::{PATIENCE, Process, await_that, run};
 
 const MODES: [&str; 3] = ["container", "cdev", "compat"];
 
-/// The nodes of a machine where root has kept them to itself.
+/// Makes all nodes accessible to root only, until the guard is dropped.
 fn closed_nodes() -> Result<impl Drop> {
     let mut nodes = [group_nodes()?, cdev_nodes()?].concat();
     nodes
@@ -45,7 +45,7 @@ fn has_no_privilege(l2fwd: &L2fwd) -> Result<()> {
     status_is(l2fwd, &[("Uid", &ids), ("Gid", &ids), ("Groups", ""), ("NoNewPrivs", "1"), ("Seccomp", "2")])
 }
 
-/// l2fwd started by the launcher as an ordinary user, on a machine whose nodes are root's.
+/// Runs l2fwd through the launcher as an unprivileged user, on a machine where only root may open the nodes.
 fn launched(context: &Context, boot: Boot, (rx, tx): (Nic, Nic), eal: &str, devices: &str) -> Result<Ended> {
     let _closed = closed_nodes()?;
     let _runtime = removed("/tmp/vireo-65534");
@@ -82,7 +82,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot) {
     let nic = Nic::E1000e;
     cases.add("as nobody, both ports in auto", move |context| {
         let ended = launched(context, boot, (nic, nic), "", &ports(nic, nic))?;
-        // Both ports use the one iommufd.
+        // Both ports use the same iommufd.
         ended.opened(0, "cdev", "auto: ")?;
         ended.opened(1, "cdev", "auto: ")
     });
@@ -125,7 +125,7 @@ fn launched_in(context: &Context, boot: Boot, mode: &str, nic: Nic, eal: &str) -
     launched(context, boot, (nic, nic), &eal, &ports(nic, nic))?.opened(0, mode, "as asked")
 }
 
-/// The program is started by the user, and connects to the launcher.
+/// Runs l2fwd, which the user starts and which connects to the launcher.
 fn by_socket(context: &Context, boot: Boot, mode: &str) -> Result<()> {
     let nic = Nic::E1000e;
     let _closed = closed_nodes()?;
@@ -137,7 +137,7 @@ fn by_socket(context: &Context, boot: Boot, mode: &str) -> Result<()> {
     let mut launcher =
         Process::spawn(context, "launch", command.args(devices.split_whitespace()).args(["--", "-p", "3"]))?;
     await_that("the launcher's socket", PATIENCE, || socket.exists())?;
-    // Somebody else is turned away, and the nodes wait on.
+    // Another user is refused, and the launcher keeps waiting.
     let fds = format!("--vfio-fds {} {devices} --", socket.display());
     let other = format!("--file-prefix other {fds} -p 3");
     refused_as(context, ("root", ""), &other, (77, "they are for another user"))?;
@@ -163,7 +163,8 @@ fn gives_up_root(cases: &mut Cases, boot: Boot, mode: &'static str, nic: Nic) {
         has_no_privilege(&l2fwd)?;
         carries(context, boot.generator_mode(), nic, nic)?;
         l2fwd.stop()?;
-        // The next start takes over the directory that it could not remove, silently.
+        // The process without privileges could not remove its runtime directory. The next start takes it over
+        // silently.
         forwarder(mode, nic, nic).forwarding(context)?.stop()?;
         Ok(())
     });
@@ -189,7 +190,7 @@ fn sandbox(cases: &mut Cases, mode: &'static str) {
             forbidden(context, "--no-sandbox", word, 0).map(drop)
         });
     }
-    // Landlock denies by errno: the file is there, and stays.
+    // Landlock denies with an errno: the program goes on, and the file stays.
     cases.add("the sandbox keeps files", |context| {
         let file = removed("/tmp/vireo-forbidden");
         std::fs::write(&*file, "")?;
@@ -209,7 +210,8 @@ fn forbidden(context: &Context, option: &str, word: &str, code: i32) -> Result<c
     run(context, "forbidden", &mut command)?.expect(code)
 }
 
-/// `LISTEN_PID` (`$$` is the program's own), `LISTEN_FDS` and what is open as descriptor 3.
+/// Adds cases with wrong values of `LISTEN_PID` (`$$` is the program's own pid), `LISTEN_FDS` and the file
+/// that is open as descriptor 3.
 fn passed_descriptors(cases: &mut Cases) {
     for (name, pid, fds, file, code, text) in [
         ("LISTEN_FDS of another process", "1", "1", "/dev/null", 64, "they are for pid 1 "),

@@ -1,4 +1,4 @@
-//! A NIC that stops working, or whose link does, or that the kernel wants back, while l2fwd forwards.
+//! A NIC that stops working, loses its link, or is requested back by the kernel while l2fwd forwards.
 
 use std::process::Command;
 
@@ -37,7 +37,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
                     let _found = guard((), |()| {
                         let _ = write("/sys/bus/pci/rescan", "1");
                     });
-                    // The write returns when the NIC is free; a scan of the bus finds it again.
+                    // The write returns when the NIC is released; a scan of the bus finds it again.
                     let remove = format!("echo 1 >{}", device(&bdf).join("remove").display());
                     run(context, "remove", Command::new("sh").args(["-c", &remove]))?.expect(0)?;
                     ensure!(!device(&bdf).exists(), "{bdf} is still there");
@@ -55,7 +55,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
             )
             .in_full_if(nic == Nic::E1000);
         if mode == "cdev" {
-            // After each change of its link, the 82540EM is deaf for a second.
+            // The 82540EM receives nothing for a second after each change of its link.
             let times = if nic == Nic::E1000 { 50 } else { 500 };
             cases
                 .add(
@@ -68,7 +68,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
     }
 }
 
-/// Pulls the cable of l2fwd's sending port so many times.
+/// Takes the link of l2fwd's sending port down and up `times` times.
 fn flap(context: &Context, boot: Boot, mode: &'static str, nic: Nic, times: u64) -> Result<()> {
     let (mut l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
     for _ in 0..times {
@@ -91,7 +91,8 @@ pub(crate) fn clear_bus_master(bdf: &str) -> Result<()> {
     Ok(())
 }
 
-/// Pulls a NIC's cable until the guard is dropped. QEMU names the end of a wire by its NIC's slot.
+/// Takes a NIC's link down until the guard is dropped. QEMU's name for the NIC's end of the wire contains the
+/// slot.
 pub(crate) fn pull(nic: Nic, role: Role) -> Result<impl Drop> {
     let end = format!("n{:02x}", nic.slot(role));
     monitor(&format!("set_link {end} off"))?;

@@ -1,4 +1,5 @@
-//! vfio-bench's references: forwarders that are not Vireo's, on NICs that are on VFIO again afterwards.
+//! vfio-bench's references: other forwarders than Vireo's, on NICs that are bound to vfio-pci again
+//! afterwards.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +14,11 @@ use super::machine::{Nic, Role, bound_again, is_bound};
 use crate::case::{Cases, Context, read, skip};
 use crate::process::{Process, await_that, run_for};
 
-/// A testpmd alone needs several seconds to start.
+/// Time limit for a run; testpmd alone needs several seconds to start.
 const PATIENCE: Duration = Duration::from_secs(180);
 const BRIDGE: &str = "/sys/class/net/vireo-bridge";
-/// Where Debian has DPDK's libraries, and with them the drivers that testpmd loads; one of them is a link, but not here.
+/// Directories of DPDK's libraries on Debian, which include the drivers that testpmd loads. On Debian one
+/// directory is a link to the other, but not in the guest.
 const LIBRARIES: [&str; 2] = ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu"];
 
 pub(super) fn cases(cases: &mut Cases) {
@@ -63,7 +65,7 @@ fn forwards(context: &Context, reference: &str, name: &str) -> Result<()> {
     given_back()
 }
 
-/// The drivers that a testpmd for these NICs needs, where the lab has put them.
+/// File names of the drivers that testpmd needs for these NICs, as the lab has installed them.
 fn plugins() -> Result<String> {
     let wanted =
         ["bus_pci", "bus_vdev", "mempool_ring", "net_e1000"].map(|name| format!("librte_{name}.so."));
@@ -78,7 +80,7 @@ fn ends_by_signal(context: &Context) -> Result<()> {
     let _again = [Role::FwdRx, Role::FwdTx].map(|role| bound_again(Nic::E1000e.bdf(role)));
     let (mut command, _) = bench(context, "bridge", "2");
     let mut bench = Process::spawn(context, "vfio-bench", &mut command)?;
-    // Both NICs in the bridge: it forwards, or is about to.
+    // Once both NICs are in the bridge, the bridge forwards or is about to.
     let ports = || fs::read_dir(format!("{BRIDGE}/brif")).map_or(0, Iterator::count);
     await_that("the bridge has both ports", PATIENCE, || ports() == 2)?;
     bench.signal(Signal::SIGTERM)?;

@@ -1,5 +1,5 @@
-//! What cannot work is refused: one line on stderr with what, why and the command that fixes it, an exit code of its own,
-//! nothing changed, and the next start works.
+//! Refusals: one line on stderr with what failed, why, and the command that fixes it; an exit code for the
+//! kind of error; nothing changed; and the next start works.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,8 @@ fn nic() -> String {
     NIC.0.bdf(NIC.1)
 }
 
-/// l2fwd refuses `arguments`: an exit code, and one line with `text`, which is returned without the program's name.
+/// Checks that l2fwd refuses `arguments` with this exit code and one line that contains `text`. Returns the
+/// line without the program's name.
 pub(super) fn refused_as(
     context: &Context,
     user: (&str, &str),
@@ -35,7 +36,7 @@ pub(super) fn refused_as(
     one_line(&ended.stderr, "vireo-l2fwd", text)
 }
 
-/// The only line of standard error, without the program's name; it contains `text`.
+/// Checks that standard error is one line that contains `text`. Returns the line without the program's name.
 pub(super) fn one_line(stderr: &str, name: &str, text: &str) -> Result<String> {
     ensure!(stderr.lines().count() == 1, "not one line on stderr");
     let line = stderr.trim_end().strip_prefix(&format!("{name}: ")).unwrap_or_default().to_owned();
@@ -43,8 +44,8 @@ pub(super) fn one_line(stderr: &str, name: &str, text: &str) -> Result<String> {
     Ok(line)
 }
 
-/// A table of exit code, text and arguments. `FORWARDERS` stands for two NICs and `MODE` for a mode that works in this
-/// boot.
+/// Adds a case for each row of a table of exit code, text and arguments. `FORWARDERS` stands for two NICs and
+/// `MODE` for a mode that works in this boot.
 pub(super) fn refusals(cases: &mut Cases, boot: Boot, table: &'static [(i32, &str, &str)]) {
     for &(code, text, arguments) in table {
         cases.add(format!("refused: {arguments}"), move |context| {
@@ -96,7 +97,7 @@ pub(super) const WITHOUT_IOMMU: &[(i32, &str, &str)] = &[
     (64, "leave --no-huge out", "--no-huge --vfio-mode noiommu FORWARDERS -- -p 3"),
 ];
 
-/// A mode that this machine cannot offer: l2fwd and the doctor refuse it in the same words.
+/// Adds a case: l2fwd and the doctor refuse a mode that this machine cannot offer, in the same words.
 pub(super) fn mode_refused(
     cases: &mut Cases,
     boot: Boot,
@@ -125,7 +126,7 @@ pub(super) fn bound_to_the_kernel(cases: &mut Cases, boot: Boot, mode: &'static 
     });
 }
 
-/// Drivers that are built in cannot go, but their directory can be covered.
+/// Adds a case without vfio-pci. Built-in drivers cannot be unloaded, but a mount can cover their directory.
 pub(super) fn not_loaded(cases: &mut Cases, boot: Boot) {
     cases.add("refused: vfio-pci is not loaded", move |context| {
         let nic = nic();
@@ -159,7 +160,7 @@ pub(super) fn missing_nodes(cases: &mut Cases, boot: Boot) {
     }
 }
 
-/// A node that is another device's, as a wrong mknod makes it.
+/// Adds cases in which a device's node is that of another device, as after a wrong mknod.
 pub(super) fn wrong_nodes(cases: &mut Cases, boot: Boot) {
     for mode in ["container", "cdev"] {
         cases.add(format!("refused: the node of another device, {mode}"), move |context| {
@@ -179,7 +180,7 @@ pub(super) fn wrong_nodes(cases: &mut Cases, boot: Boot) {
     }
 }
 
-/// An ordinary user is told whose the node is and what a udev rule would say.
+/// Adds cases: the error for an unprivileged user names the node's owner and a udev rule that grants access.
 pub(super) fn permissions(cases: &mut Cases, boot: Boot) {
     let iommufd = || Ok(PathBuf::from("/dev/iommu"));
     let mut add = |name: &str,
@@ -211,7 +212,7 @@ pub(super) fn permissions(cases: &mut Cases, boot: Boot) {
     add("a group", "container", || NIC.0.group_node(NIC.1), Vec::new, "SUBSYSTEM==\"vfio\"");
 }
 
-/// A user who may open the nodes still needs the capability.
+/// Adds cases: a user who may open the nodes still needs CAP_SYS_RAWIO.
 pub(super) fn no_raw_io(cases: &mut Cases, boot: Boot) {
     for mode in ["noiommu", "noiommu-cdev"] {
         cases
@@ -226,7 +227,8 @@ pub(super) fn no_raw_io(cases: &mut Cases, boot: Boot) {
     }
 }
 
-/// A NIC that was not bound before cannot be bound any more, and is not used some other way.
+/// Adds a case: with no-IOMMU mode switched off, a NIC that was not bound before can no longer be bound, and
+/// is not used in some other way.
 pub(super) fn switched_off(cases: &mut Cases, boot: Boot) {
     cases.add("refused: no-IOMMU mode is switched off", move |context| {
         let parameter = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode";
@@ -236,7 +238,7 @@ pub(super) fn switched_off(cases: &mut Cases, boot: Boot) {
         let off = set(parameter, "0")?;
         let line = program(context, "devbind", &format!("--bind vfio-pci {nic}"))?.expect(69)?.stderr;
         let diagnosis = diagnose(context, ROOT, "noiommu", &nic)?.unwrap_or_default();
-        // The doctor must repeat devbind's reason, not advise to run devbind.
+        // The doctor must repeat devbind's reason, not recommend running devbind.
         for said in [&line, &diagnosis] {
             let text = format!("echo 1 > {parameter}");
             ensure!(
@@ -264,7 +266,7 @@ pub(super) fn needs_newer_kernel(cases: &mut Cases, boot: Boot) {
         .on_both_kernels();
 }
 
-/// The NIC is root's, and an ordinary user cannot see which process has it.
+/// Adds cases: a process of root uses the NIC, and an unprivileged user cannot see which one.
 pub(super) fn hidden_user(cases: &mut Cases) {
     for mode in ["cdev", "container"] {
         cases.add(format!("refused: in use by somebody else, {mode}"), move |context| {
@@ -278,7 +280,7 @@ pub(super) fn hidden_user(cases: &mut Cases) {
     }
 }
 
-/// The second mode asks for what the first one has.
+/// Adds a case: a start in mode `second` asks for a NIC that a process in mode `first` uses.
 pub(super) fn in_use(cases: &mut Cases, boot: Boot, first: &'static str, second: &'static str) {
     let name = match first == second {
         true => format!("refused: in use, {first}"),

@@ -1,4 +1,4 @@
-//! Signals: a clean end for those that can be caught, and for the one that cannot, a machine on which the next start works.
+//! Signals: a clean end for those that can be caught; after SIGKILL, a machine on which the next start works.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::traffic::{forwards_after_kill, ports, start_steady_stream, under_traf
 use crate::case::{Cases, Context};
 use crate::l2fwd::Start;
 
-/// How long after the first signal a further one is a second (`StopFlag::IMPATIENCE`).
+/// Time after the first signal from which another one counts as a second (`StopFlag::IMPATIENCE`).
 const IMPATIENCE: Duration = Duration::from_millis(300);
 
 pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
@@ -33,7 +33,7 @@ pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
         let (mut l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
         l2fwd.process.signal(Signal::SIGINT)?;
         l2fwd.await_event("which signal came", |event| event["event"] == "signal")?;
-        // Stopped here, it cannot finish before the second signal counts as one.
+        // While it is stopped, l2fwd cannot finish before the second signal counts as one.
         l2fwd.process.signal(Signal::SIGSTOP)?;
         std::thread::sleep(2 * IMPATIENCE);
         l2fwd.process.signal(Signal::SIGTERM)?;
@@ -54,7 +54,7 @@ pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
     });
 }
 
-/// Of each kind of NIC.
+/// Adds cases for each kind of NIC: SIGKILL under traffic, and the next start works.
 pub(super) fn survive_kill(cases: &mut Cases, boot: Boot, mode: &'static str) {
     for &nic in boot.nics() {
         let case = cases
@@ -80,7 +80,7 @@ pub(super) fn survive_kills(cases: &mut Cases, boot: Boot, mode: &'static str) {
             "-l 1 --vfio-mode {mode} {} -- -p 3 -q 2 -T 0",
             ports(Nic::E1000, Nic::E1000e)
         ));
-        // The event after which it is killed stands for the moment.
+        // The event after which l2fwd is killed identifies the step.
         for (event, port) in [
             ("open", Some(0)),
             ("memory", None),
@@ -105,7 +105,7 @@ pub(super) fn survive_kills(cases: &mut Cases, boot: Boot, mode: &'static str) {
         .limit(1800);
 }
 
-/// Under traffic that never ends, and each time the next start works.
+/// Kills l2fwd under continuous traffic again and again; each time the next start works.
 fn killed_again_and_again(context: &Context, boot: Boot, mode: &str) -> Result<()> {
     let nic = Nic::E1000e;
     let rounds = if context.full { 50 } else { 5 };
@@ -138,8 +138,8 @@ fn killed_again_and_again(context: &Context, boot: Boot, mode: &str) -> Result<(
     Ok(())
 }
 
-/// Without an IOMMU a descriptor pins the pages of a killed process. The kernel closes the highest one first, so that has
-/// to be the NIC's.
+/// Adds cases without an IOMMU, where a descriptor pins the pages of a killed process. The kernel closes the
+/// highest descriptor first, so that must be the NIC's.
 pub(super) fn memory_outlives_the_nic(cases: &mut Cases) {
     for (name, arguments) in
         [("", ""), (", --in-memory", "--in-memory"), (", --huge-dir", "--huge-dir /dev/hugepages")]
@@ -152,7 +152,7 @@ pub(super) fn memory_outlives_the_nic(cases: &mut Cases) {
             for fd in std::fs::read_dir(format!("/proc/{}/fd", l2fwd.process.pid()))? {
                 let fd = fd?;
                 let number: i32 = fd.file_name().to_string_lossy().parse()?;
-                // One that was closed meanwhile leads nowhere.
+                // A descriptor that was closed in the meantime has no target.
                 let target = std::fs::read_link(fd.path()).unwrap_or_default().to_string_lossy().into_owned();
                 if target.contains("vfio-device") {
                     device = device.max(number);

@@ -1,4 +1,4 @@
-//! Soak of real NICs: a kind in a mode.
+//! Soak of real NICs: one kind in one mode.
 
 use std::path::Path;
 
@@ -13,18 +13,18 @@ use crate::case::{Context, Report, run_once};
 use crate::l2fwd::{L2fwd, Start};
 use crate::soak::{Fault, Length, World, soak};
 
-/// One soak.
+/// Parameters of one soak.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Plan {
     /// Kind of NIC.
     pub(crate) nic: String,
     /// VFIO mode.
     pub(crate) mode: String,
-    /// How long.
+    /// Length of the soak.
     pub(crate) length: Length,
 }
 
-/// In every other epoch nothing disturbs the programs, and no frame may be lost.
+/// Soak of NICs. In every other epoch nothing disturbs the programs, and no frame may be lost.
 struct NicWorld {
     nic: Nic,
     mode: String,
@@ -70,8 +70,8 @@ impl World for NicWorld {
         }
     }
 
-    /// Either may start first, since the generator has NICs of its own. In a quiet epoch the forwarder does, because frames
-    /// sent before it runs would be lost.
+    /// True in a quiet epoch, because frames sent before the forwarder runs would be lost. Otherwise either
+    /// program may start first, since the generator has NICs of its own.
     fn forwarder_is_first(&self) -> bool {
         self.quiet
     }
@@ -105,13 +105,14 @@ impl World for NicWorld {
         self.quiet.then_some(0)
     }
 
-    /// QEMU lets frames overtake others while a NIC starts: see [`crate::pktgen::Stream::intact`].
+    /// False in an epoch with faults: QEMU lets frames overtake others while a NIC starts, see
+    /// [`crate::pktgen::Stream::intact`].
     fn keeps_order(&self) -> bool {
         self.quiet
     }
 }
 
-/// Soaks, and reports the figures as a note in JSON.
+/// Runs a soak, and reports the figures as a note in JSON.
 pub(crate) fn run(plan: &Plan, programs: &Path, say: &mut dyn FnMut(String)) -> Report {
     let name = format!("soak of {}, {}", plan.nic, plan.mode);
     let (nic, mode) = (NICS.into_iter().find(|nic| nic.name() == plan.nic), plan.mode.clone());

@@ -1,4 +1,4 @@
-//! l2fwd on the forwarder's NICs, and pktgen that sends through it from the generator's.
+//! l2fwd on the forwarder's NICs, and pktgen that sends through it from the generator's NICs.
 
 use anyhow::{Result, ensure};
 
@@ -8,28 +8,28 @@ use crate::l2fwd::{Ended, L2fwd, Start};
 use crate::pktgen::{Pktgen, Stream};
 use crate::process::PATIENCE;
 
-/// Enough to go round the rings of 1024 several times.
+/// Number of frames: enough to go around the rings of 1024 several times.
 pub(crate) const COUNT: u64 = 6_000;
 
-/// How long a stream lasts that the case ends.
+/// Seconds for which a stream would last if the case did not end it.
 const LONG: u64 = 100_000;
 
-/// `-a` for the forwarder's two ports.
+/// `-a` arguments for the forwarder's two ports.
 pub(crate) fn ports(rx: Nic, tx: Nic) -> String {
     format!("-a {} -a {}", rx.bdf(Role::FwdRx), tx.bdf(Role::FwdTx))
 }
 
-/// l2fwd on both NICs of a kind, on core 1, in a mode, as most cases have it.
+/// Start of l2fwd on two NICs, on core 1, in `mode`, as most cases use it.
 pub(crate) fn forwarder(mode: &str, rx: Nic, tx: Nic) -> Start {
     Start::new(format!("-l 1 --vfio-mode {mode} {} -- -p 3 -q 2 -T 0", ports(rx, tx)))
 }
 
-/// l2fwd on one e1000e, as the cases have it that are not about packets.
+/// Start of l2fwd on one e1000e, for cases that are not about packets.
 pub(crate) fn one_port(mode: &str) -> Start {
     Start::new(format!("-l 1 --vfio-mode {mode} -a {} -- -p 1 -T 0", Nic::E1000e.bdf(Role::FwdRx)))
 }
 
-/// How pktgen opens its NICs: what works in this boot, and is not what a case is about.
+/// Arguments of pktgen. Its `mode` works in this boot and is not the subject of the case.
 fn generator(mode: &str, rx: Nic, tx: Nic, arguments: &str) -> String {
     format!(
         "-l 0 --file-prefix gen --vfio-mode {mode} -a {} -a {} -- {arguments}",
@@ -38,7 +38,7 @@ fn generator(mode: &str, rx: Nic, tx: Nic, arguments: &str) -> String {
     )
 }
 
-/// A stream that goes on until the case ends it, which need not come back whole.
+/// Starts a stream that runs until the case ends it. It need not come back complete.
 pub(crate) fn start_stream(context: &Context, mode: &str, nic: Nic) -> Result<Pktgen> {
     let mac = nic.mac(Role::FwdRx);
     Pktgen::spawn(context, &generator(mode, nic, nic, &format!("--dst-mac {mac} --duration {LONG}")))
@@ -51,14 +51,14 @@ pub(crate) fn start_steady_stream(context: &Context, mode: &str, nic: Nic) -> Re
     Pktgen::spawn(context, &generator(mode, nic, nic, &stream))
 }
 
-/// A stream to its end.
+/// Runs a stream to its end.
 pub(crate) fn stream(context: &Context, mode: &str, rx: Nic, tx: Nic, arguments: &str) -> Result<Stream> {
     Pktgen::spawn(context, &generator(mode, rx, tx, arguments))?.wait(PATIENCE)
 }
 
-/// [`COUNT`] frames each way between the generator's NICs of these kinds, through the forwarder's. They come back each
-/// once, in order, and with the addresses that the forwarder gives them. The ports of both have the same numbers, those of
-/// the order of their addresses.
+/// Sends [`COUNT`] frames in each direction between the generator's NICs of these kinds, through the
+/// forwarder's NICs. Each frame must come back once, in order, and with the addresses that the forwarder
+/// writes. Generator and forwarder number their ports alike, in the order of their addresses.
 pub(crate) fn carries(context: &Context, mode: &str, rx: Nic, tx: Nic) -> Result<()> {
     carries_as(context, mode, rx, tx, "")
 }
@@ -83,7 +83,7 @@ fn carries_as(context: &Context, mode: &str, rx: Nic, tx: Nic, arguments: &str) 
     Ok(())
 }
 
-/// What `start` stands for carries frames both ways, and counts them.
+/// Starts l2fwd as `start` says, and checks that it carries frames in both directions and counts them.
 pub(crate) fn forwards(context: &Context, mode: &str, start: &Start, rx: Nic, tx: Nic) -> Result<Ended> {
     forwards_as(context, mode, start, rx, tx, "")
 }
@@ -105,7 +105,7 @@ pub(crate) fn forwards_as(
     Ok(ended)
 }
 
-/// l2fwd and a stream, when frames pass.
+/// Starts l2fwd and a stream, and returns when frames pass.
 pub(crate) fn under_traffic(
     context: &Context,
     mode: &str,
@@ -115,7 +115,8 @@ pub(crate) fn under_traffic(
     under(context, mode, nic, || start_stream(context, generator_mode, nic))
 }
 
-/// As [`under_traffic`], with frames that come whether or not earlier ones came back: they fill the ring of a NIC that hangs.
+/// As [`under_traffic`], with frames that are sent whether or not earlier ones came back: they fill the ring
+/// of a NIC that hangs.
 pub(crate) fn under_steady_traffic(
     context: &Context,
     mode: &str,
@@ -138,13 +139,13 @@ fn under(
     Ok((l2fwd, pktgen))
 }
 
-/// The next start works.
+/// Checks that the next start works.
 pub(crate) fn starts_again(context: &Context, mode: &str) -> Result<()> {
     forwarder(mode, Nic::E1000e, Nic::E1000e).forwarding(context)?.stop()?;
     Ok(())
 }
 
-/// A start after a killed one says that it recovers what that one left, and works.
+/// Checks that a start after a killed one reports the recovery, and works.
 pub(crate) fn forwards_after_kill(
     context: &Context,
     mode: &str,

@@ -1,4 +1,4 @@
-//! What cargo and the scripts beside this harness check: each a command that fails by its exit code.
+//! Checks by cargo and the other scripts: each is a command that fails with its exit code.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -12,16 +12,16 @@ use super::Environment;
 use crate::case::{Case, Cases, Context, skip, skipped_by};
 use crate::process::run_for;
 
-/// Seconds that a build with its tests may take.
+/// Time limit in seconds for a build with its tests.
 const BUILD: u64 = 3600;
-/// Architecture whose barriers and page sizes are not x86's.
+/// Architecture whose barriers and page sizes differ from those of x86.
 const AARCH64: &str = "aarch64-unknown-linux-gnu";
 
-/// A case that is a command in the checkout.
+/// A case that runs a command in the checkout.
 struct Line<'a> {
     name: &'a str,
     words: &'a [&'a str],
-    /// Programs without which it is skipped.
+    /// Programs without which the case is skipped.
     needs: &'static [&'static str],
 }
 
@@ -39,7 +39,7 @@ impl Line<'_> {
     }
 }
 
-/// Skips the case where a program is missing.
+/// Skips the case if a program is missing.
 pub(super) fn need(programs: &[&str]) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let is_there = |program: &&&str| std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
@@ -49,7 +49,7 @@ pub(super) fn need(programs: &[&str]) -> Result<()> {
     }
 }
 
-/// Runs a command to its end: it skips the case by [what it prints](skipped_by), and fails it by its exit code.
+/// Runs a command to its end. [Its output](skipped_by) may skip the case, and its exit code may fail it.
 fn finish(context: &Context, command: &mut Command) -> Result<()> {
     let ended = run_for(context, "command", command, Duration::from_secs(BUILD))?;
     if let Some(reason) = [&ended.stdout, &ended.stderr].into_iter().find_map(|text| skipped_by(text)) {
@@ -58,7 +58,7 @@ fn finish(context: &Context, command: &mut Command) -> Result<()> {
     ended.expect(0).map(drop)
 }
 
-/// Whether this cargo has a component: Debian's comes without some.
+/// Whether this cargo has a component. Debian's cargo comes without some.
 fn has(component: &str) -> bool {
     let mut command = Command::new("cargo");
     command.args([component, "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
@@ -89,7 +89,7 @@ fn component(
         .limit(BUILD);
 }
 
-/// Format, lints and documentation.
+/// Adds the checks of format, lints and documentation, and a build for aarch64.
 pub(super) fn checks(cases: &mut Cases, environment: &Environment) {
     component(cases, environment, "format", "fmt", &["--all", "--check"]);
     let clippy = &["--quiet", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
@@ -133,7 +133,8 @@ pub(super) fn checks(cases: &mut Cases, environment: &Environment) {
         .limit(BUILD);
 }
 
-/// Each unit test and test of a command line, in a process of its own, so that none can hang or end another.
+/// Adds each unit test and command-line test as a case, in its own process, so that none can hang or end
+/// another.
 pub(super) fn units(cases: &mut Cases, environment: &Environment) -> Result<()> {
     for (name, program, dir) in test_programs(&environment.repo)? {
         let listed = |argument: &[&str]| -> Result<Vec<String>> {
@@ -166,7 +167,8 @@ pub(super) fn units(cases: &mut Cases, environment: &Environment) -> Result<()> 
     Ok(())
 }
 
-/// Builds the test programs: crate and target, executable, and the directory in which cargo runs it.
+/// Builds the test programs, and returns for each its crate and target, its executable, and the directory in
+/// which cargo runs it.
 fn test_programs(repo: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
     let mut command = Command::new("cargo");
     command.args([
@@ -201,7 +203,7 @@ fn test_programs(repo: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
     Ok(programs)
 }
 
-/// Fuzzing, Miri, loom and the count of instructions, each a script of its own.
+/// Adds fuzzing, Miri, loom, the sanitizers and the count of instructions, each run by a script.
 pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
     let yes = if environment.yes { "--yes" } else { "" };
     // The longest first.

@@ -1,4 +1,4 @@
-//! What `scripts/lab count` counts: the same in every boot.
+//! The counts of `scripts/lab count` must be the same in every boot.
 
 use std::process::Command;
 use std::time::Duration;
@@ -11,9 +11,10 @@ use super::cargo::need;
 use crate::case::{Cases, Context, read, skip};
 use crate::process::run_for;
 
-/// Part of a count by which two boots may differ.
+/// Fraction of a count by which two boots may differ.
 const MARGIN: f64 = 0.001;
-/// Instructions by which they may in any case: short steps consist of little else than what the kernel keeps for later.
+/// Number of instructions by which two boots may always differ: short steps consist of little more than the
+/// kernel's caching.
 const FEW: f64 = 200.0;
 
 pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
@@ -46,7 +47,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
         .limit(LIMIT);
 }
 
-/// Each step of each mode, with its instructions.
+/// Steps of all modes, with their instructions.
 fn rows(figures: &Value) -> Result<Vec<(String, f64)>> {
     let rows = figures["counted"].as_array().context("nothing was counted")?;
     let row = |row: &Value| {
@@ -56,7 +57,8 @@ fn rows(figures: &Value) -> Result<Vec<(String, f64)>> {
     rows.iter().map(row).collect()
 }
 
-/// The call that a step is about is nearly all of it, and no step has more in its calls than it has.
+/// Checks that a step's main call accounts for most of the step, and that a step's calls do not add up to
+/// more than the step.
 fn calls(figures: &Value) -> Result<()> {
     let rows = figures["counted"].as_array().context("nothing was counted")?;
     for row in rows {

@@ -1,4 +1,4 @@
-//! README's commands on a machine that has nothing: minimal Debian systems, in which they run as pasted and to the end.
+//! README's commands on minimal Debian systems, where they must run to the end as pasted.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,10 +14,10 @@ use crate::process::{run, run_for};
 
 /// Debian's releases and their code names.
 const RELEASES: [(&str, &str); 2] = [("12", "bookworm"), ("13", "trixie")];
-/// For one of README's commands: the whole suite, after a build of everything but the kernels.
+/// Time limit for one of README's commands: the whole suite, after a build of everything but the kernels.
 const COMMAND: Duration = Duration::from_secs(5400);
 const DEBOOTSTRAP: Duration = Duration::from_secs(1800);
-/// Where the checkout is in the system.
+/// Path of the checkout in the new system.
 const CHECKOUT: &str = "/root/vireo";
 
 pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
@@ -34,7 +34,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     }
 }
 
-/// The two commands that README has for any machine.
+/// Returns the two commands that README has for any machine.
 fn commands(readme: &str) -> Vec<String> {
     let first = |start: &str| readme.lines().find(|line| line.starts_with(start));
     ["./scripts/lab compare", "./scripts/test --yes"].into_iter().filter_map(first).map(Into::into).collect()
@@ -70,12 +70,12 @@ fn readme_on(context: &Context, repo: &Path, suite: &str) -> Result<()> {
     Ok(())
 }
 
-/// Runs a line as root's shell in the system would. What it mounts and starts is gone when it ends. Kernels may come from
-/// this machine's cache; whatever else is built, is built there.
+/// Runs a line as root's shell in the new system would. Its mounts and processes are gone when it ends.
+/// Kernels may come from this machine's cache; everything else is built in the new system.
 fn inside(context: &Context, root: &Path, line: &str) -> Result<()> {
     let kernels = cache().join("kernel");
     std::fs::create_dir_all(&kernels)?;
-    // The root is a mount, as that of a machine is: `ip -n` changes how it propagates.
+    // The root must be a mount, as on a real machine: `ip -n` changes how it propagates.
     let script = r#"
         mount --bind "$1" "$1"
         mount -t proc proc "$1/proc"
@@ -105,7 +105,7 @@ fn inside(context: &Context, root: &Path, line: &str) -> Result<()> {
     Ok(())
 }
 
-/// The failed cases of a suite's output, each with what it said.
+/// Returns the failed cases of a suite's output, each with its comments.
 fn failed(tap: &str) -> String {
     let mut is_failed = false;
     let lines = tap.lines().filter(|line| {
@@ -116,19 +116,19 @@ fn failed(tap: &str) -> String {
     lines.map(|line| format!("{line}\n")).collect()
 }
 
-/// The lab's cache.
+/// Directory of the lab's cache.
 fn cache() -> PathBuf {
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
     std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).unwrap_or_default().join("vireo")
 }
 
-/// How this machine reaches Debian, which the new system has to do in the same way.
+/// How this machine reaches Debian; the new system must do it in the same way.
 struct Mirrors {
-    /// Of releases.
+    /// Mirror of the releases.
     release: String,
-    /// Of security updates, if it has any.
+    /// Mirror of the security updates, if this machine has one.
     security: Option<String>,
-    /// apt's settings for transport.
+    /// apt's settings for downloads (`Acquire`).
     acquire: String,
 }
 
@@ -154,7 +154,8 @@ impl Mirrors {
         })
     }
 
-    /// The sources that Debian's installer would have set up, and what a network of its own asks for.
+    /// Writes the sources that Debian's installer would have set up, and the settings that this machine's
+    /// network needs.
     fn give_to(&self, root: &Path, suite: &str) -> Result<()> {
         let mut sources =
             format!("deb {} {suite} main\ndeb {} {suite}-updates main\n", self.release, self.release);
@@ -164,7 +165,7 @@ impl Mirrors {
         std::fs::write(root.join("etc/apt/sources.list"), sources)?;
         std::fs::write(root.join("etc/apt/apt.conf.d/90transport"), &self.acquire)?;
         for file in ["etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt"] {
-            // Where there is none, none is needed.
+            // If this machine has no such file, the new system needs none.
             let _ = std::fs::copy(Path::new("/").join(file), root.join(file));
         }
         Ok(())

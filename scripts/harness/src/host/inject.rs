@@ -1,4 +1,4 @@
-//! System calls of a start on shared-memory rings that fail, one after the other.
+//! System calls of a start on shared-memory rings that fail one after the other.
 
 use super::cargo::need;
 use super::rings::{End, await_sockets, prefix};
@@ -6,7 +6,7 @@ use crate::case::{Cases, Context};
 use crate::inject::{Call, OF_EVERY_START, Target, fail_each};
 use crate::l2fwd::Start;
 
-/// The calls that make and share things.
+/// Calls that create and share resources.
 const CALLS: [Call; 10] = [
     ("openat", "EMFILE"),
     ("socket", "EMFILE"),
@@ -19,7 +19,7 @@ const CALLS: [Call; 10] = [
     ("eventfd2", "EMFILE"),
     ("sendmsg", "EPIPE"),
 ];
-/// What a start on rings has besides what every start has.
+/// Calls of a start on rings, in addition to those of every start.
 const MORE: [Call; 6] = [
     ("ioctl", "EINVAL"),
     ("accept4", "EMFILE"),
@@ -47,7 +47,7 @@ fn fails(context: &Context, end: End, call: Call) -> anyhow::Result<()> {
     need(&["strace"])?;
     let runtime = context.path("runtime");
     std::fs::create_dir(&runtime)?;
-    // The same peer for all starts: it outlives whatever they do.
+    // All starts use the same peer, which survives their failures.
     let peer = match end {
         End::Vhost => None,
         End::VirtioUser => {
@@ -64,7 +64,7 @@ fn fails(context: &Context, end: End, call: Call) -> anyhow::Result<()> {
     let target = Target {
         start: Start::new(format!("-l 0 --no-sandbox {devices} -- -p 3 -q 2 -T 0"))
             .environment("RUNTIME_DIRECTORY", &runtime),
-        // The last event before the wait for links, which nobody ends on vhost.
+        // The last event before the wait for links, which never ends on vhost without a frontend.
         is_up: &|event| event["event"] == "port" && event["port"] == 1,
         left: &|_| Ok(None),
         names: &|| {

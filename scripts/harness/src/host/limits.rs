@@ -1,4 +1,5 @@
-//! Memory that the machine does not give. Only ever in a control group, outside of which the kernel would kill others.
+//! Memory that the machine cannot give. Tested only in a control group, because outside of one the kernel
+//! would kill other processes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ struct Group {
 }
 
 impl Group {
-    /// A group of `megabytes`; an error says why there is none here.
+    /// Creates a group limited to `megabytes` MiB. The error tells why this machine cannot have one.
     fn new(context: &Context, megabytes: u64) -> Result<Self> {
         let name = format!("vireo-case-{}", context.unique());
         let v1 = Path::new("/sys/fs/cgroup/memory");
@@ -34,7 +35,7 @@ impl Group {
         Ok(group)
     }
 
-    /// A command line that runs what follows it in the group.
+    /// Command that runs its arguments in the group.
     fn enter(&self) -> [String; 4] {
         let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.dir.display());
         ["sh".into(), "-c".into(), enter, "sh".into()]

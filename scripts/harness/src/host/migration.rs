@@ -1,5 +1,6 @@
-//! A guest that moves from one QEMU of this machine to another while frames pass. Each QEMU has a vhost port of one l2fwd,
-//! which sends every frame back on the port from which it came; the guest numbers and checks them.
+//! A guest that migrates from one QEMU on this machine to another while frames pass. Each QEMU is connected
+//! to a vhost port of the same l2fwd, which returns every frame on the port on which it arrived. The guest
+//! numbers and checks the frames.
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
@@ -23,36 +24,39 @@ use crate::l2fwd::{L2fwd, Start};
 use crate::process::{Process, await_that};
 use crate::qmp::Qmp;
 
-/// Frames that pass before the guest moves, while it does, and afterwards: several times what a ring holds, so that each of
-/// its buffers is written in each of these times.
+/// Number of frames that pass before, during and after the migration. It is several times the size of a ring,
+/// so that each buffer of the ring is written in each of these phases.
 const FRAMES: u64 = 5000;
-/// For a guest to boot, or for the frames to pass, on a busy machine.
+/// Time limit for a guest to boot, or for the frames to pass, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// Memory of the guest in KiB, and not a multiple of 64 pages: of such memory QEMU 7.2 under TCG misses what the guest itself
-/// writes while it migrates.
+/// Memory of the guest in KiB. It must not be a multiple of 64 pages: with such memory, QEMU 7.2 under TCG
+/// misses what the guest itself writes while it migrates.
 const MEMORY: u32 = (512 << 10) + 8;
-/// The guest's NIC. In rings of this size a page of used elements is written by nobody but the port.
+/// Properties of the guest's NIC. In rings of this size, there is a page of used elements to which only the
+/// port writes.
 const NIC: &str = ",rx_queue_size=1024,tx_queue_size=1024";
 
-/// How long QEMU copies memory, and how.
+/// Step of the migration: how QEMU copies memory, and for how long.
 struct Step {
-    /// Bytes per second.
+    /// Bandwidth in bytes per second.
     bandwidth: u64,
-    /// Milliseconds for which the guest may stop. QEMU stops it as soon as it takes no longer to copy the rest.
+    /// Milliseconds for which the guest may stop. QEMU stops the guest as soon as it can copy the rest in
+    /// this time.
     downtime: u64,
-    /// The pass over the guest's memory with which the next step begins.
+    /// Pass over the guest's memory at which the next step begins.
     passes: u64,
 }
 
-/// The first pass takes seconds, in which frames pass. The last ones are as short as they can be: what the guest itself writes
-/// during one of them hides a mark that is missing. Should the guest write faster than QEMU copies, it may stop for long.
+/// The first pass takes seconds, during which frames pass. The last passes are as short as possible, because
+/// what the guest itself writes during a pass hides a missing mark. If the guest writes faster than QEMU
+/// copies, the last step lets it stop for long.
 const STEPS: [Step; 3] = [
     Step { bandwidth: 16 << 20, downtime: 1, passes: 3 },
     Step { bandwidth: 1 << 40, downtime: 1, passes: 50 },
     Step { bandwidth: 1 << 40, downtime: 10_000, passes: u64::MAX },
 ];
 
-/// The ports of the two QEMUs.
+/// Ports of l2fwd for the two QEMUs.
 const SOURCE: usize = 0;
 const DESTINATION: usize = 1;
 
@@ -76,7 +80,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
         .limit(1800);
 }
 
-/// The sockets of the QEMU at `port`.
+/// Directory of the sockets of the QEMU at `port`.
 fn directory(context: &Context, port: usize) -> PathBuf {
     context.path(&format!("qemu{port}"))
 }
@@ -85,12 +89,12 @@ fn directory(context: &Context, port: usize) -> PathBuf {
 struct Machine {
     lab: Process,
     qemu: Qmp,
-    /// The other end of a port of the guest.
+    /// Host end of a port of the guest.
     guest: UnixStream,
 }
 
 impl Machine {
-    /// Starts QEMU; the guest comes from the socket `incoming`, or else boots.
+    /// Starts QEMU. The guest arrives through the socket `incoming` if there is one, else it boots.
     fn start(context: &Context, repo: &Path, port: usize, incoming: Option<&Path>) -> Result<Self> {
         let dir = directory(context, port);
         std::fs::create_dir(&dir)?;
@@ -106,7 +110,7 @@ impl Machine {
         lab.args(["--", "sh", "-c", "ip link set eth0 up && exec vireo-harness echo eth0"]);
         let mut lab = Process::spawn(context, "lab", &mut lab)?.gracefully();
         let mut monitor = None;
-        // QEMU makes this socket last.
+        // QEMU creates this socket last.
         await_that("a QEMU", PATIENCE, || {
             monitor = UnixStream::connect(dir.join("monitor")).ok();
             monitor.is_some() || lab.has_ended()
@@ -116,7 +120,7 @@ impl Machine {
     }
 }
 
-/// Waits until l2fwd has sent `frames` frames more to the guest by `port`.
+/// Waits until l2fwd has sent `frames` more frames to the guest on `port`.
 fn await_frames(l2fwd: &mut L2fwd, port: usize, frames: u64) -> Result<()> {
     let sent = |counts: &Value| counts["sent"].as_u64().unwrap_or_default();
     let before = l2fwd.latest_statistics().and_then(|ports| ports.get(port)).map_or(0, sent);
@@ -180,8 +184,9 @@ fn migrates(context: &Context, repo: &Path) -> Result<()> {
     judge(&counts, before, after).with_context(|| format!("{counts:?}; l2fwd: {before:?}, {after:?}"))
 }
 
-/// Checks that each frame came back once, but for what l2fwd found no ring for when the guest stopped; `before` and `after`
-/// are l2fwd's frames sent, received and dropped at each port.
+/// Checks that each frame came back once, except those for which l2fwd found no ring when the guest stopped.
+/// `before` and `after` are the numbers of frames that l2fwd sent, received and dropped at the source's and
+/// the destination's port.
 fn judge(counts: &Counts, before: [u64; 3], after: [u64; 3]) -> Result<()> {
     let [sent, received, dropped] = [0, 1, 2].map(|at| before[at] + after[at]);
     let lost: u64 = counts.lost.iter().map(|lost| lost.end - lost.start).sum();

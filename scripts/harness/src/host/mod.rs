@@ -31,7 +31,8 @@ pub(crate) struct Environment {
     pub(crate) yes: bool,
 }
 
-/// All cases; unit tests, which have to be built to be known, if `with_units`, and those that boot a guest if `with_guest`.
+/// Returns the host's cases: with unit tests if `with_units`, which must be built to be listed, and with
+/// cases that boot a guest if `with_guest`.
 pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: bool) -> Result<Vec<Case>> {
     let mut cases = Cases::default();
     cargo::checks(&mut cases, environment);

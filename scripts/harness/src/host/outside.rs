@@ -1,4 +1,4 @@
-//! An application outside of the workspace, on the frame, with a driver of its own.
+//! An application outside of the workspace that uses vireo-frame and adds its own driver.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use super::Environment;
 use crate::case::{Cases, Context, read};
 use crate::process::run_for;
 
-/// Seconds for the build of what it depends on.
+/// Time limit in seconds for building the dependencies.
 const BUILD: u64 = 1800;
 
 pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
@@ -33,11 +33,11 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
         .limit(BUILD);
 }
 
-/// A package that has the example's text and its own manifest; gives the path of that.
+/// Writes a package with the example's source and its own manifest, and returns the manifest's path.
 fn write_crate(context: &Context, repo: &Path) -> Result<std::path::PathBuf> {
     fs::create_dir(context.path("src"))?;
     fs::write(context.path("src/main.rs"), read(repo.join("apps/frame/examples/net-null.rs"))?)?;
-    // The versions that the workspace has are on this machine.
+    // Use the workspace's lock file: its versions are already on this machine.
     fs::copy(repo.join("Cargo.lock"), context.path("Cargo.lock"))?;
     let frame = repo.join("apps/frame");
     let manifest = context.path("Cargo.toml");

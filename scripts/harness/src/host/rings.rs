@@ -1,4 +1,4 @@
-//! Programs on shared-memory virtio rings, on this machine itself: no VFIO, NIC, hugepages or root.
+//! Programs on shared-memory virtio rings, directly on this machine: no VFIO, NIC, hugepages or root.
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
@@ -19,7 +19,7 @@ use crate::process::{PATIENCE, Process, await_that};
 
 const FRAMES: u64 = 200_000;
 
-/// An end of a pair of rings.
+/// One end of a pair of rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
     /// vhost, which listens.
@@ -43,7 +43,7 @@ impl End {
         }
     }
 
-    /// EAL arguments for ports at the sockets `0` and on in `dir`; DPDK's words, which are Vireo's.
+    /// EAL arguments for ports at the sockets `0`, `1` and so on in `dir`. DPDK and Vireo take the same ones.
     pub(super) fn devices(self, dir: &Path, ports: usize, devargs: &str) -> String {
         let (driver, key) = match self {
             Self::Vhost => ("net_vhost", "iface"),
@@ -58,8 +58,8 @@ impl End {
     }
 }
 
-/// Waits until somebody listens at each socket in `dir`: 00010000 in `/proc/net/unix`. The file alone may be a killed
-/// process's.
+/// Waits until a process listens at each socket in `dir`: 00010000 in `/proc/net/unix`. The file alone is not
+/// enough, because a killed process may have left it.
 pub(super) fn await_sockets(dir: &Path, ports: usize) -> Result<()> {
     for port in 0..ports {
         let socket = dir.join(port.to_string()).display().to_string();
@@ -71,7 +71,7 @@ pub(super) fn await_sockets(dir: &Path, ports: usize) -> Result<()> {
     Ok(())
 }
 
-/// `--file-prefix`es that nobody else on this machine has.
+/// A `--file-prefix` argument that no other process on this machine has.
 pub(super) fn prefix(name: &str) -> String {
     format!("--file-prefix {name}-{}", std::process::id())
 }
@@ -125,7 +125,7 @@ fn no_socket_left(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Each frame comes back once and in order.
+/// Checks that each frame comes back from l2fwd once and in order.
 fn through_l2fwd(context: &Context, end: End) -> Result<()> {
     let start = Start::new(format!(
         "-l 1 {} {} -- -p 3 -q 2 -T 0",
@@ -137,12 +137,13 @@ fn through_l2fwd(context: &Context, end: End) -> Result<()> {
         in_order(context, 2, end, || start.spawn(context), || generator(context, end.other(), &generate))?;
     let stream = pktgen.wait(PATIENCE)?;
     stream.came_back(FRAMES, FRAMES)?;
-    // A vhost port logs when a frontend comes and goes.
+    // A vhost port logs when a frontend connects and disconnects.
     l2fwd.stop_complaining(Signal::SIGINT)?;
     no_socket_left(context)
 }
 
-/// Whichever program comes second, and is started again: the vhost port looks for the sockets of the others.
+/// Checks that vhost ports in client mode connect to a pktgen that starts later, and again to a second one:
+/// the ports look for its sockets.
 fn as_client(context: &Context) -> Result<()> {
     let devices = End::Vhost.devices(&context.dir, 2, ",client=1");
     let l2fwd =
@@ -161,7 +162,7 @@ fn as_client(context: &Context) -> Result<()> {
     no_socket_left(context)
 }
 
-/// A testpmd, which runs until a key is pressed or its input ends.
+/// A running testpmd, which ends when a key is pressed or its input ends.
 struct Testpmd {
     process: Process,
     keys: PathBuf,
@@ -171,7 +172,7 @@ impl Testpmd {
     fn spawn(context: &Context, arguments: &str) -> Result<Self> {
         let keys = context.path("keys");
         mkfifo(&keys, Mode::S_IRWXU)?;
-        // Both ends of the pipe are its own, so that nobody has to hold one.
+        // testpmd itself holds both ends of the pipe, so that its input does not end.
         let line = format!(
             "exec stdbuf -oL dpdk-testpmd --no-telemetry --log-level=error {arguments} <>{}",
             keys.display()
@@ -189,8 +190,9 @@ fn need_testpmd() -> Result<()> {
     need(&["dpdk-testpmd", "stdbuf"])
 }
 
-/// Unless told not to, testpmd throws away what came before it forwards; DPDK's virtio driver throws away what came before
-/// its start was complete, so pktgen waits for a first frame.
+/// Checks that each frame comes back from testpmd once and in order. By default, testpmd discards what
+/// arrives before it forwards (`--no-flush-rx`). DPDK's virtio driver discards what arrives before its start
+/// is complete, so pktgen waits for a first frame.
 fn through_testpmd(context: &Context, end: End) -> Result<()> {
     need_testpmd()?;
     let arguments = format!(
@@ -211,7 +213,7 @@ fn through_testpmd(context: &Context, end: End) -> Result<()> {
     let stream = pktgen.wait(PATIENCE)?;
     stream.came_back(FRAMES, FRAMES)?;
     testpmd.press_key()?;
-    // It writes to its peer's socket on the way out, and ends by SIGPIPE where that is gone.
+    // testpmd writes to its peer's socket when it ends, and dies of SIGPIPE if the peer is gone.
     testpmd.process.wait(PATIENCE)?;
     no_socket_left(context)
 }
@@ -222,8 +224,8 @@ fn await_frames(l2fwd: &mut L2fwd, port: usize, frames: u64) -> Result<()> {
     })
 }
 
-/// A port with two pairs of queues. What testpmd sends first on each pair goes round until it is told to end; it then says
-/// what it received on each.
+/// Tests a port with two pairs of queues. The frames that testpmd sends first on each pair circulate until it
+/// ends. It then prints what it received on each queue.
 fn two_pairs(context: &Context, end: End) -> Result<()> {
     need_testpmd()?;
     let start = Start::new(format!(
@@ -253,8 +255,9 @@ fn two_pairs(context: &Context, end: End) -> Result<()> {
     Ok(())
 }
 
-/// For a program that is stopped, time jumps as for one whose machine is suspended. Who caught up with it would print a
-/// table for each of the 50 periods that it missed. The pause is shorter than pktgen waits for a frame.
+/// Stops l2fwd, for which time then jumps as on a machine that was suspended. A program that catches up would
+/// print a table for each of the 50 periods that it missed. The pause is shorter than pktgen's wait for a
+/// frame.
 fn paused(context: &Context) -> Result<()> {
     let devices = End::Vhost.devices(&context.dir, 2, "");
     let mut l2fwd =
@@ -270,7 +273,7 @@ fn paused(context: &Context) -> Result<()> {
     l2fwd.process.signal(Signal::SIGCONT)?;
     await_that("further statistics", PATIENCE, || tables(&l2fwd).is_ok_and(|now| now >= before + 3))?;
     pktgen.stop()?.unharmed()?;
-    // It is up to the machine how long these took; a storm would have come before the first of them.
+    // How long these took depends on the machine; a storm would have come before the first of them.
     let after = tables(&l2fwd)? - before;
     l2fwd.stop_complaining(Signal::SIGINT)?;
     ensure!(after < 40, "{after} tables after the pause");

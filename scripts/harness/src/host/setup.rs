@@ -56,7 +56,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     });
 }
 
-/// A directory for `PATH` with all programs of this machine but `missing`.
+/// Creates a directory for `PATH` with all programs of this machine except `missing`.
 fn path_without(context: &Context, missing: &[&str]) -> Result<std::path::PathBuf> {
     let bin = context.path("bin");
     std::fs::create_dir(&bin)?;
@@ -65,7 +65,7 @@ fn path_without(context: &Context, missing: &[&str]) -> Result<std::path::PathBu
             let entry = entry?;
             let name = entry.file_name();
             if !missing.iter().any(|missing| name.to_string_lossy() == *missing) {
-                // Most are in several of these.
+                // Most programs are in several of these directories.
                 let _ = symlink(entry.path(), bin.join(name));
             }
         }

@@ -1,4 +1,4 @@
-//! Soak: of shared-memory rings between two processes of this machine, and of real NICs in the guest.
+//! Soak of shared-memory rings between two processes on this machine, and of real NICs in the guest.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,13 +15,13 @@ use crate::l2fwd::{L2fwd, Start};
 use crate::soak::{Fault, Length, World, soak};
 use crate::tap::{Progress, Tap};
 
-/// Seconds for a guest's soak beyond the length of its steps.
+/// Seconds that a guest's soak may take beyond the length of its steps.
 const GUEST_END: u64 = 1200;
 
-/// What is soaked
+/// Subject of the soak
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Where {
-    /// pktgen and l2fwd as two processes of this machine, on shared-memory virtio rings
+    /// pktgen and l2fwd as two processes on this machine, on shared-memory virtio rings
     Native,
     /// Real NICs in the lab's guest, each kind in each VFIO mode
     Guest,
@@ -31,13 +31,13 @@ enum Where {
 pub(crate) struct SoakArgs {
     #[arg(value_enum)]
     what: Where,
-    /// Begin no further step after N seconds
+    /// Start no further step after N seconds
     #[arg(long, value_name = "N", default_value_t = 60)]
     seconds: u64,
-    /// Begin none after N packets came back; guest: of each kind of NIC in each mode
+    /// Start none after N packets came back; guest: for each kind of NIC in each mode
     #[arg(long, value_name = "N", default_value_t = 0)]
     packets: u64,
-    /// The faults that come, and their order [default: random; printed]
+    /// Seed of the faults and their order [default: random; printed]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
     /// Kinds of NIC in the guest
@@ -49,7 +49,7 @@ pub(crate) struct SoakArgs {
     /// Kernel of the guest: default, edge or a bzImage, as for the lab
     #[arg(long, value_name = "K", default_value = "default")]
     kernel: String,
-    /// Write the figures to FILE, an object a line
+    /// Write the figures to FILE, one JSON object per line
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Let apt install what is missing, and remove what conflicts with it, without asking
@@ -60,7 +60,7 @@ pub(crate) struct SoakArgs {
     repo: PathBuf,
 }
 
-/// Soaks as the user asks, and gives the exit code.
+/// Runs the soaks that the user asks for, and returns the exit code.
 pub(crate) fn run(args: &SoakArgs, programs: &Path) -> Result<u8> {
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1 << 31));
     let length = Length { seconds: args.seconds, packets: args.packets, seed };
@@ -90,7 +90,7 @@ pub(crate) fn run(args: &SoakArgs, programs: &Path) -> Result<u8> {
                 options: args.yes.then(|| "--yes".into()).into_iter().collect(),
                 full: true,
             };
-            // A device is offered without an IOMMU only where there is none.
+            // VFIO offers devices without an IOMMU only on a machine that has none.
             let (physical, mapped): (Vec<_>, Vec<_>) =
                 args.modes.iter().partition(|mode| mode.starts_with("noiommu"));
             for (boot, modes) in [(Boot::Iommu, mapped), (Boot::Noiommu, physical)] {
@@ -123,7 +123,7 @@ pub(crate) fn run(args: &SoakArgs, programs: &Path) -> Result<u8> {
     Ok(tap.end())
 }
 
-/// Two processes of this machine on shared-memory rings; the machine itself cannot be disturbed.
+/// Soak of two processes on this machine, on shared-memory rings. The machine itself cannot be disturbed.
 struct Rings {
     dir: PathBuf,
     forwarder: End,
@@ -131,7 +131,7 @@ struct Rings {
 }
 
 impl World for Rings {
-    /// Every other forwarder with rings of its own has hardly more buffers than they take.
+    /// A forwarder with its own rings (virtio-user) gets, at random, barely more buffers than the rings take.
     fn forwarder(&self, rng: &mut Rng) -> Start {
         let few = if self.forwarder == End::VirtioUser && rng.bool() { "--total-num-mbufs 2200" } else { "" };
         Start::new(format!(
@@ -149,7 +149,8 @@ impl World for Rings {
         )
     }
 
-    /// Without and with SIGKILL, each with both ends of each kind; the first is compared, so that any soak compares one.
+    /// Selects epochs without and with SIGKILL, each with the forwarder at each kind of end. The first epoch
+    /// has no SIGKILL, so that every soak compares at least one.
     fn begin(&mut self, number: u64) -> Result<()> {
         (self.forwarder, self.kills) = match number % 4 {
             0 => (End::Vhost, false),
@@ -192,7 +193,7 @@ impl World for Rings {
         bail!("{fault:?} is no fault of rings")
     }
 
-    /// Every frame that was sent is one that came back or one that some counter names.
+    /// Every frame that was sent came back or is counted as lost.
     fn may_lose(&self, named: u64) -> Option<u64> {
         Some(named)
     }

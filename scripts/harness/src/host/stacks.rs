@@ -1,4 +1,4 @@
-//! Processes by `/proc`: where those wait that hang, and the end of all that a run started.
+//! Processes as seen in `/proc`: where those that hang wait, and how to end all that a run started.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Parent and process group by pid (proc_pid_stat(5)).
+/// Parent and process group of each process, by pid (proc_pid_stat(5)).
 fn processes() -> BTreeMap<i32, (i32, i32)> {
     let mut all = BTreeMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
         let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        // The name in parentheses may have blanks and parentheses of its own.
+        // The name in parentheses may itself contain blanks and parentheses.
         let Some((_, fields)) = stat.rsplit_once(") ") else { continue };
         let mut fields = fields.split(' ').skip(1).map_while(|field| field.parse().ok());
         if let (Some(parent), Some(group)) = (fields.next(), fields.next()) {
@@ -24,7 +24,7 @@ fn processes() -> BTreeMap<i32, (i32, i32)> {
     all
 }
 
-/// All that a process started, directly or not, and that still runs.
+/// Processes that a process started, directly or indirectly, and that still run.
 pub(crate) fn descendants(of: i32) -> Vec<i32> {
     let all = processes();
     let mut found = vec![of];
@@ -36,31 +36,31 @@ pub(crate) fn descendants(of: i32) -> Vec<i32> {
     found.split_off(1)
 }
 
-/// Of all that this process started, directly or not.
+/// Stacks of all processes that this process started, directly or indirectly.
 pub(crate) fn of_descendants() -> String {
     descendants(this()).into_iter().map(of_process).collect()
 }
 
-/// Of a process group.
+/// Stacks of a process group.
 pub(crate) fn of_group(group: i32) -> String {
     let all = processes();
     all.iter().filter(|(_, (_, of))| *of == group).map(|(pid, _)| of_process(*pid)).collect()
 }
 
-/// Sends a signal to processes; those that have ended are none any more.
+/// Sends a signal to processes, and ignores those that have ended.
 pub(crate) fn signal_all(pids: &[i32], signal: Signal) {
     for pid in pids {
         let _ = kill(Pid::from_raw(*pid), signal);
     }
 }
 
-/// Kills all that this process started.
+/// Kills all processes that this process started.
 pub(crate) fn kill_descendants() {
     signal_all(&descendants(this()), Signal::SIGKILL);
 }
 
-/// Has all that this process started clean up and end, and kills what has not ended within `grace`. What starts meanwhile
-/// cleans up, and is left alone.
+/// Asks all processes that this process started to clean up and end, and kills those that have not ended
+/// within `grace`. Processes that start meanwhile do the cleaning up and are left alone.
 pub(crate) fn end_descendants(grace: Duration) {
     let until = Instant::now() + grace;
     let mut running = descendants(this());
@@ -77,7 +77,8 @@ fn this() -> i32 {
     std::process::id().cast_signed()
 }
 
-/// Of one process: a line for each thread: name, state, and where in the kernel it waits, as far as this user may know.
+/// Stacks of one process, a line per thread: name, state, and where in the kernel it waits, as far as this
+/// user may read it.
 pub(crate) fn of_process(pid: i32) -> String {
     let mut text = String::new();
     for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {

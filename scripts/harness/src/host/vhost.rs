@@ -1,4 +1,4 @@
-//! A guest whose two virtio-net are served by l2fwd's net_vhost on this machine: QEMU is the frontend.
+//! A guest with two virtio-net devices that l2fwd's net_vhost on this machine serves. QEMU is the frontend.
 
 use std::path::Path;
 use std::process::Command;
@@ -14,7 +14,7 @@ use crate::pktgen::Pktgen;
 use crate::process::Process;
 
 const FRAMES: u64 = 20_000;
-/// For the guest to boot and the frames to pass, on a busy machine.
+/// Time limit for the guest to boot and the frames to pass, on a busy machine.
 const GUEST: Duration = Duration::from_secs(300);
 /// Memory of the guest in KiB, which QEMU shares with l2fwd.
 const MEMORY: u32 = 1 << 20;
@@ -32,8 +32,8 @@ fn qemu(lab: &mut Command, words: [&str; 2]) {
     }
 }
 
-/// Gives a guest memory that vhost-user backends can map, in KiB, and no NICs of the lab's. QEMU passes them no IOTLB, so no
-/// IOMMU can be in between.
+/// Gives a guest `kib` KiB of memory that vhost-user backends can map, and none of the lab's NICs. QEMU
+/// passes backends no IOTLB, so the guest cannot have an IOMMU.
 pub(super) fn share_memory(lab: &mut Command, kib: u32) {
     lab.args(["--no-iommu", "--nics", "none"]);
     qemu(lab, ["-m", &format!("{kib}K")]);
@@ -41,11 +41,12 @@ pub(super) fn share_memory(lab: &mut Command, kib: u32) {
     qemu(lab, ["-machine", "memory-backend=ram"]);
 }
 
-/// Gives the guest a virtio-net in `slot` that the backend at `socket` serves; `properties` begin with a comma.
+/// Gives the guest a virtio-net in `slot`, which the backend at `socket` serves. `properties` must begin with
+/// a comma.
 pub(super) fn add_nic(lab: &mut Command, slot: usize, socket: &Path, properties: &str) {
     qemu(lab, ["-chardev", &format!("socket,id=v{slot},path={}", socket.display())]);
     qemu(lab, ["-netdev", &format!("vhost-user,id=n{slot},chardev=v{slot}")]);
-    // Without MSI-X: QEMU 7.2 under TCG crashes in it, with any vhost backend.
+    // No MSI-X, in which QEMU 7.2 under TCG crashes with any vhost backend.
     let nic = "virtio-net-pci,disable-legacy=on,vectors=0,romfile=";
     qemu(
         lab,

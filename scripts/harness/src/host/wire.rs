@@ -1,5 +1,5 @@
-//! Linux hosts talk through the guest: network namespaces of this machine, joined in pairs by l2fwd, the first on an e1000e and the
-//! others on a virtio-net each. The addresses exist in these namespaces only.
+//! Linux hosts that talk through the guest: network namespaces of this machine, joined in pairs by l2fwd. The
+//! first host is on an e1000e, each other one on a virtio-net. The addresses exist in these namespaces only.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,21 +14,22 @@ use super::cargo::need;
 use crate::case::{Cases, Context, skip};
 use crate::process::{Process, run, run_for};
 
-/// For the guest to boot on a busy machine.
+/// Time limit for the guest to boot on a busy machine.
 const BOOT: Duration = Duration::from_secs(300);
 
-/// How hosts are joined: arguments of l2fwd, whose ports are those of the virtio-nets and then that of the e1000e, and the pairs
-/// of hosts that follow from them.
+/// How hosts are joined: arguments of l2fwd, and the pairs of hosts that result. l2fwd's ports are the
+/// virtio-nets, followed by the e1000e.
 struct Wiring {
     l2fwd: &'static str,
     pairs: &'static [(usize, usize)],
-    /// Counters that are not 0 when all have talked, by port.
+    /// Counters that are not 0 once all hosts have talked, by port.
     counters: &'static [(usize, &'static str)],
 }
 
 const PLAIN: Wiring = Wiring { l2fwd: "-p 3 -q 2", pairs: &[(0, 1)], counters: &[] };
 
-/// A host leaves the checksums of what it sends to its TAP, which shows them to a virtio-net as they are, partial.
+/// Checksum offload. A host leaves its checksums to its TAP, which passes them on to a virtio-net as they
+/// are, partial.
 const CHECKSUMS: Wiring = Wiring {
     l2fwd: "-p f -q 4 --portmap (0,3)(1,2) --checksum-offload",
     pairs: &[(0, 1), (2, 3)],
@@ -52,7 +53,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     }
 }
 
-/// `ip`, with its words.
+/// Runs `ip` with these words.
 fn ip(context: &Context, words: &str) -> Result<()> {
     run(context, "ip", Command::new("ip").args(words.split(' ')))?
         .expect(0)
@@ -85,7 +86,7 @@ struct Host {
 }
 
 impl Host {
-    /// Names only.
+    /// Chooses names only; nothing is created.
     fn new(context: &Context, kind: &str, number: usize) -> Self {
         let id = context.unique();
         Self {
@@ -105,7 +106,7 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         for words in [format!("netns del {}", self.namespace), format!("link del {}", self.tap)] {
-            // What was not made, or went with its namespace, is not there.
+            // An interface that was never created, or went with its namespace, is not an error.
             let _ = Command::new("ip").args(words.split(' ')).stderr(std::process::Stdio::null()).status();
         }
     }
@@ -126,7 +127,7 @@ fn talk(context: &Context, repo: &Path, wiring: &Wiring) -> Result<()> {
     lab.args(format!("l2fwd -l 1 -- {} -P -T 1 --no-mac-updating --json", wiring.l2fwd).split(' '));
     let guest = Process::spawn(context, "lab", &mut lab)?.gracefully();
     await_event(&guest, BOOT, |event| event["event"] == "forwarding").context("l2fwd in the guest")?;
-    // The TAPs go to their namespaces when QEMU has them open, because QEMU itself stays outside.
+    // The TAPs move to their namespaces once QEMU has opened them, because QEMU itself stays outside.
     for Host { namespace, tap, address } in &hosts {
         ip(context, &format!("link set {tap} netns {namespace}"))?;
         ip(context, &format!("-n {namespace} address add {address}/24 dev {tap}"))?;
@@ -146,7 +147,7 @@ fn talk(context: &Context, repo: &Path, wiring: &Wiring) -> Result<()> {
     .with_context(|| format!("counters that stay 0, by port: {missing:?}"))
 }
 
-/// A ping and a stream each way.
+/// Sends pings from one host to the other, and a stream in each direction.
 fn exchange(context: &Context, one: &Host, other: &Host) -> Result<()> {
     let ping = one.run_in(&format!("ping -c 20 -i 0.2 -w 30 {}", other.address));
     run_for(context, "ping", &mut { ping }, Duration::from_secs(60))?.expect(0).context("ping")?;
@@ -154,7 +155,7 @@ fn exchange(context: &Context, one: &Host, other: &Host) -> Result<()> {
     stream(context, other, one)
 }
 
-/// 4 MB from one host to the other by TCP.
+/// Sends 4 MiB from one host to the other by TCP.
 fn stream(context: &Context, from: &Host, to: &Host) -> Result<()> {
     let (sent, received) =
         (context.path(&format!("sent-{}", from.tap)), context.path(&format!("received-{}", to.tap)));
@@ -171,7 +172,7 @@ fn stream(context: &Context, from: &Host, to: &Host) -> Result<()> {
     Ok(())
 }
 
-/// Reads the events of l2fwd up to the first that `is_it`.
+/// Reads the events of l2fwd up to the first one for which `is_it` is true.
 fn await_event(guest: &Process, limit: Duration, mut is_it: impl FnMut(&Value) -> bool) -> Result<()> {
     let until = Instant::now() + limit;
     while let Some(line) = guest.line(until.saturating_duration_since(Instant::now()))? {
