@@ -20,7 +20,7 @@ fn run() -> Result<()> {
         [address, mode, last] if last == TAKE => (address.parse()?, mode.parse()?, true),
         _ => {
             return Err(Error::new(ErrorKind::Usage, "cannot start", "the arguments are not ADDRESS MODE")
-                .with_hint("such as: vireo-handover 0000:00:0c.0 cdev"));
+                .with_hint("for example: vireo-handover 0000:00:0c.0 cdev"));
         }
     };
     let bus = Bus::default();
@@ -40,7 +40,7 @@ fn run() -> Result<()> {
         );
         return Ok(());
     }
-    let (here, there) = UnixStream::pair().map_err(io("cannot make a socket"))?;
+    let (here, there) = UnixStream::pair().map_err(io("cannot create a socket pair"))?;
     let (mode, fds) = vfio.open(&bus.device(address), mode)?;
     fds.send(&here)?;
     drop(fds);

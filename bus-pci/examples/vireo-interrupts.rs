@@ -36,7 +36,7 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let words: Vec<String> = std::env::args().collect();
     let [_, address, mode] = &words[..] else {
-        return Err(Error::new(ErrorKind::Usage, "cannot start", "give BDF and MODE"));
+        return Err(Error::new(ErrorKind::Usage, "cannot start", "the arguments are not BDF MODE"));
     };
     let bus = Bus::default();
     let device = bus.open(&bus.find(address.parse()?)?, &Vfio::new(None), mode.parse()?)?;
@@ -84,7 +84,7 @@ fn fewer(device: &PciDevice) -> Result<()> {
     if !before? || has_second()? {
         return Err(Error::new(
             ErrorKind::Protocol,
-            "cannot replace two vectors by one",
+            "cannot replace two vectors with one",
             "the second is still set",
         ));
     }
@@ -132,7 +132,7 @@ fn quiet(registers: &Bar) {
 
 fn eventfd() -> Result<EventFd> {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map_err(|errno| Error::os("cannot make an eventfd", errno))
+        .map_err(|errno| Error::os("cannot create an eventfd", errno))
 }
 
 fn enable(device: &PciDevice, irq: Irq) -> Result<EventFd> {
@@ -148,7 +148,7 @@ fn wait(event: &EventFd, irq: Irq) -> Result<()> {
         return Err(Error::new(
             ErrorKind::Protocol,
             format!("no {irq:?} interrupt"),
-            "its eventfd stays silent",
+            "its eventfd was not signaled",
         ));
     }
     event.read().map(drop).map_err(|errno| Error::os("cannot read an eventfd", errno))

@@ -24,7 +24,7 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let words: Vec<String> = std::env::args().collect();
     let [_, first, second, mode] = &words[..] else {
-        return Err(Error::new(ErrorKind::Usage, "cannot start", "give FIRST, SECOND and MODE"));
+        return Err(Error::new(ErrorKind::Usage, "cannot start", "the arguments are not FIRST SECOND MODE"));
     };
     let mode: VfioMode = mode.parse()?;
     log::init(&["warning".parse()?], LogColor::Auto);

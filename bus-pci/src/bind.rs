@@ -71,7 +71,7 @@ impl Bus {
             Some(bound) if bound == driver => Ok(()),
             // VFIO requires an IOMMU group for every device (`vfio_group_find_or_alloc` of the kernel).
             _ if driver == VFIO_DRIVER && !device.join("iommu_group").exists() => Err(no_group(what())),
-            _ => Err(Error::new(ErrorKind::Unavailable, what(), "the driver did not take it")
+            _ => Err(Error::new(ErrorKind::Unavailable, what(), "the driver did not bind to it")
                 .with_hint("see why: dmesg | tail")),
         }
     }
@@ -129,7 +129,7 @@ mod tests {
         assert!(error.to_string().contains("it is in no IOMMU group"), "{error}");
         fs::create_dir(bus.path(address).join("iommu_group")).unwrap();
         let error = bus.bind(address, Some("vfio-pci")).unwrap_err();
-        assert!(error.to_string().contains("did not take it"), "{error}");
+        assert!(error.to_string().contains("did not bind to it"), "{error}");
         let left = fs::read_to_string(dir.path().join("devices/0000:00:03.0/driver_override")).unwrap();
         assert_eq!(left, "\n");
     }

@@ -78,7 +78,7 @@ impl Bus {
         let refuse =
             |why: String| Error::new(ErrorKind::Unavailable, format!("cannot use {}", info.address), why);
         if !known(info.id) {
-            return Err(refuse(format!("no driver here knows {}", info.id)));
+            return Err(refuse(format!("no driver supports {}", info.id)));
         }
         if self.is_on_vfio(info) {
             return Ok(());

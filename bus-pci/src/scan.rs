@@ -83,8 +83,8 @@ impl Bus {
         let error = |why: String| Error::new(ErrorKind::Unavailable, "cannot list PCI devices", why);
         // `/sys/bus` has a directory for each bus that the kernel knows.
         match self.root.parent().is_some_and(Path::exists) {
-            true => Err(error(format!("{} is not there: this machine has no PCI bus", devices.display()))),
-            false => Err(error(format!("{} is not there: sysfs is not mounted", devices.display()))
+            true => Err(error(format!("{} does not exist: this machine has no PCI bus", devices.display()))),
+            false => Err(error(format!("{} does not exist: sysfs is not mounted", devices.display()))
                 .with_hint("run: mount -t sysfs sysfs /sys")),
         }
     }

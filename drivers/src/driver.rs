@@ -68,6 +68,10 @@ pub(crate) fn flag(key: &str, value: &str) -> Result<bool> {
     match value {
         "0" => Ok(false),
         "1" => Ok(true),
-        _ => Err(Error::new(ErrorKind::Usage, format!("cannot read {key}={value}"), "it is 0 or 1")),
+        _ => Err(Error::new(
+            ErrorKind::Usage,
+            format!("cannot read {key}={value}"),
+            "the value is neither 0 nor 1",
+        )),
     }
 }

@@ -222,10 +222,10 @@ fn too_little(given: &[u64], node: usize, need: usize) -> Error {
         given.iter().enumerate().map(|(at, of)| if at == node { need as u64 } else { *of }).collect();
     Error::new(
         ErrorKind::Usage,
-        format!("cannot work with --numa-mem {}", list(given)),
+        format!("cannot use --numa-mem {}", list(given)),
         format!("ports and packet buffers need {need} MiB on node {node}"),
     )
-    .with_hint(format!("give --numa-mem {} or leave it out", list(&enough)))
+    .with_hint(format!("use --numa-mem {} or leave it out", list(&enough)))
 }
 
 /// Returns the address spaces of `ports`, each once.
@@ -318,7 +318,7 @@ impl PortMemory {
     pub fn send_only(&self, count: u32) -> Result<Arc<Pool>> {
         let first = self.regions.values().find(|own| own.ports > 0);
         let none =
-            || Error::new(ErrorKind::Usage, "cannot make a pool of packet buffers", "there are no ports");
+            || Error::new(ErrorKind::Usage, "cannot create a pool of packet buffers", "there are no ports");
         Pool::send_only(&first.ok_or_else(none)?.buffers, count)
     }
 
@@ -385,8 +385,8 @@ pub fn warn_of_distance<'a>(
     };
     let cpus = mem::cpus_of_node(sysfs, at).unwrap_or_else(|| "none".into());
     tracing::warn!(
-        "lcore {lcore} is on NUMA node {lcore_at}, port {} that it serves on node {at}, and its packet memory on node \
-         {own}{more}: packets cross between nodes; cpus of node {at} for -l: {cpus}",
+        "lcore {lcore} is on NUMA node {lcore_at}, its port {} is on node {at}, and the port's packet memory is on node \
+         {own}{more}: packets cross between nodes; CPUs of node {at} for -l: {cpus}",
         open.name
     );
 }
@@ -489,7 +489,7 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert_eq!(
             error.to_string(),
-            "cannot work with --numa-mem 16,2: ports and packet buffers need 18 MiB on node 1; give --numa-mem 16,18 \
+            "cannot use --numa-mem 16,2: ports and packet buffers need 18 MiB on node 1; use --numa-mem 16,18 \
              or leave it out"
         );
         layout(&[Some(1), Some(1)], &[16, 18]).unwrap();

@@ -212,12 +212,12 @@ impl PortConfig {
         if let Some((kind, asked, most)) =
             queues.into_iter().find(|(_, asked, most)| !(1..=*most).contains(asked))
         {
-            return Some(format!("{asked} {kind} queues are asked for, and it has {most}"));
+            return Some(format!("{asked} {kind} queues are requested, but it has {most}"));
         }
         if self.max_frame > capabilities.max_frame {
             let (asked, most) = (self.max_frame, capabilities.max_frame);
             return Some(format!(
-                "frames of {asked} bytes without check sequence are asked for, and it takes {most} at most"
+                "frames of {asked} bytes (without FCS) are requested, but it takes at most {most}"
             ));
         }
         let missing = self.offloads - capabilities.offloads;
@@ -228,7 +228,7 @@ impl PortConfig {
         let fits = |n: &u16| n.is_power_of_two() && descriptors.contains(n);
         (![self.rx_descriptors, self.tx_descriptors].iter().all(fits)).then(|| {
             let (fewest, most) = descriptors.clone().into_inner();
-            format!("its rings have {fewest} to {most} descriptors, a power of two")
+            format!("its rings must have {fewest} to {most} descriptors, a power of two")
         })
     }
 }
@@ -398,7 +398,7 @@ pub trait Nic {
         cache: &mut PoolCache,
     ) -> Result<(Self::Rx, Self::Tx)> {
         self.start(&config.with_pairs(1), memory, cache)?.into_pair().ok_or_else(|| {
-            Error::new(ErrorKind::Protocol, "cannot start a port", "its driver gave no pair of queues")
+            Error::new(ErrorKind::Protocol, "cannot start a port", "its driver returned no pair of queues")
         })
     }
 

@@ -110,7 +110,7 @@ fn check_listeners(vdevs: &[(&str, Box<dyn AnyVdev>)]) -> Result<()> {
             return Err(Error::new(
                 ErrorKind::Usage,
                 format!("cannot use {name}"),
-                format!("{other} of this command line listens at {}, too", at.display()),
+                format!("{other} on this command line also listens at {}", at.display()),
             )
             .with_hint("give each port a socket of its own"));
         }

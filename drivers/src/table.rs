@@ -21,15 +21,15 @@ macro_rules! drivers {
     ($($variant:ident: $driver:ident, pci: [$($pci:ident)?], vdev: [$($vdev:ident)?];)*) => {
         /// RX queue of any driver, for lcores that poll ports of several drivers.
         #[derive(Debug)]
-        pub enum RxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant(crate::$driver::RxQueue)),* }
+        pub enum RxQueue { $(#[doc = concat!("RX queue of the ", stringify!($driver), " driver.")] $variant(crate::$driver::RxQueue)),* }
 
         /// TX queue of any driver.
         #[derive(Debug)]
-        pub enum TxQueue { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant(crate::$driver::TxQueue)),* }
+        pub enum TxQueue { $(#[doc = concat!("TX queue of the ", stringify!($driver), " driver.")] $variant(crate::$driver::TxQueue)),* }
 
         /// Port of any driver.
         #[derive(Debug)]
-        pub enum Port { $(#[doc = concat!("Of the ", stringify!($driver), " driver.")] $variant(crate::$driver::Device)),* }
+        pub enum Port { $(#[doc = concat!("Port of the ", stringify!($driver), " driver.")] $variant(crate::$driver::Device)),* }
 
         impl RxBurst for RxQueue {
             #[inline(always)]
@@ -257,7 +257,7 @@ impl Drivers {
         let cannot = |kind, what: &str, why| Error::new(kind, format!("cannot use {what}"), why);
         let (id, address) = (function.id(), function.address());
         let Some(driver) = self.for_id(id) else {
-            let why = format!("no driver here knows {id}");
+            let why = format!("no driver supports {id}");
             return Err(cannot(ErrorKind::Unavailable, &address.to_string(), why));
         };
         if let Some((key, _)) = args.iter().find(|(key, _)| !driver.keys.contains(&key.as_str())) {
@@ -265,7 +265,7 @@ impl Drivers {
             let others: Vec<&str> = self.pci.iter().filter(knows).map(|other| other.name).collect();
             let why = match others.as_slice() {
                 [] => "there is no such key".to_owned(),
-                others => format!("only {} knows it", others.join(" or ")),
+                others => format!("only {} supports it", others.join(" or ")),
             };
             return Err(cannot(ErrorKind::Usage, &format!("{key} for {address}"), why));
         }
@@ -281,7 +281,7 @@ impl Drivers {
             return Err(Error::new(
                 ErrorKind::Unavailable,
                 format!("cannot use {name}"),
-                format!("there is no driver {driver} here"),
+                format!("there is no driver {driver}"),
             ));
         };
         (entry.parse)(name, args)
@@ -331,7 +331,7 @@ mod tests {
         let drivers = Drivers::default();
         let error = drivers.probe(function, &args(&[("in_order", "1")])).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
-        assert_eq!(error.to_string(), "cannot use in_order for 0000:00:03.0: only virtio-net knows it");
+        assert_eq!(error.to_string(), "cannot use in_order for 0000:00:03.0: only virtio-net supports it");
         let nic = VirtioNet::at(address, Behaviour::default());
         let wrong = drivers.probe(nic.function(), &args(&[("mrg_rxbuf", "yes")])).unwrap_err();
         assert!(wrong.to_string().contains("mrg_rxbuf=yes"), "{wrong}");
@@ -351,7 +351,7 @@ mod tests {
             assert_eq!(device.listens_at(), Some(Path::new("/tmp/socket")));
         }
         let unknown = drivers.parse_vdev(&vdev("net_ring")).err().unwrap();
-        assert!(unknown.to_string().contains("there is no driver net_ring here"), "{unknown}");
+        assert!(unknown.to_string().contains("there is no driver net_ring"), "{unknown}");
         assert_eq!(drivers.vdev_keys().len(), 2 * VDEVS.len());
     }
 }

@@ -39,7 +39,7 @@ pub(crate) fn permission(error: Error, path: &Path) -> Error {
     error
         .because(format!("it belongs to uid {}, gid {} with mode {mode:04o}", found.uid(), found.gid()))
         .with_hint(format!(
-            "run as root, or: setfacl -m u:{me}:rw {}; for good by a udev rule: {}, OWNER=\"{me}\"",
+            "run as root, or: setfacl -m u:{me}:rw {}; permanently, with a udev rule: {}, OWNER=\"{me}\"",
             path.display(),
             udev_match(path)
         ))

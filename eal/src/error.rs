@@ -222,7 +222,7 @@ mod tests {
             (
                 iommufd::Error::NotIommufd { fd: 7 },
                 ErrorKind::Permission,
-                "cannot use descriptor 7 as /dev/iommu: it is no iommufd",
+                "cannot use descriptor 7 as /dev/iommu: it is not an iommufd",
             ),
             (
                 kernel(map, Errno::ENOMEM),
@@ -241,9 +241,9 @@ mod tests {
                  (CAP_SYS_RAWIO)",
             ),
             (
-                iommufd::Error::NotContiguous { page: 4096, contiguous: 1 },
+                iommufd::Error::NotContiguous { page: 4096, contiguous: 512 },
                 ErrorKind::Os,
-                "cannot read physical addresses from iommufd: a page of 4096 bytes is contiguous for 1 bytes only",
+                "cannot read physical addresses from iommufd: only 512 bytes of a page of 4096 bytes are contiguous",
             ),
             (
                 iommufd::Error::OtherIommufd { operation: Operation::Copy { len: 1, iova: None } },
@@ -278,7 +278,7 @@ mod tests {
             (
                 Vfio::TokenUnknown { operation: Operation::Bind(device()) },
                 ErrorKind::Permission,
-                "cannot bind 0000:00:04.0 to iommufd: EACCES: this kernel takes no VF token for a cdev (6.17 does)",
+                "cannot bind 0000:00:04.0 to iommufd: EACCES: this kernel accepts no VF token for a cdev (6.17 does)",
             ),
             (
                 kernel(Operation::IrqInfo { device: device(), irq: Irq::Msix }, Errno::EINVAL),
@@ -293,7 +293,7 @@ mod tests {
             (
                 Vfio::ApiVersion(1),
                 ErrorKind::Unavailable,
-                "cannot give the container an IOMMU: the kernel speaks VFIO API 1, not 0",
+                "cannot set the container's IOMMU type: the kernel has VFIO API version 1, not 0",
             ),
         ] {
             let error = Error::from(error);

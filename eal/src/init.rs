@@ -112,10 +112,10 @@ impl Eal {
         if asked.is_some_and(|asked| asked < need) {
             return Err(Error::new(
                 ErrorKind::Usage,
-                format!("cannot work with -m {}", self.args.memory.megabytes.unwrap_or(0)),
+                format!("cannot use -m {}", self.args.memory.megabytes.unwrap_or(0)),
                 format!("ports and packet buffers need {} MiB", need.div_ceil(1 << 20)),
             )
-            .with_hint(format!("give -m {} or leave it out", need.div_ceil(1 << 20))));
+            .with_hint(format!("use -m {} or leave it out", need.div_ceil(1 << 20))));
         }
         if let (Some(asked), Some((_, last))) = (asked, parts.last_mut()) {
             *last += asked - need;
@@ -136,7 +136,7 @@ impl Eal {
                 ErrorKind::Usage,
                 format!("cannot use --iova-mode {asked:?}").to_lowercase(),
                 if physical {
-                    "without an IOMMU NICs use physical addresses"
+                    "without an IOMMU, NICs use physical addresses"
                 } else {
                     "NICs behind an IOMMU use IOVAs"
                 },

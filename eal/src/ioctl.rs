@@ -30,7 +30,7 @@ fn lock() -> MutexGuard<'static, Vec<Calls>> {
     OBSERVED.call_once(|| {
         if !vireo_iommufd::observe(|name, call| counted(name, call)) {
             tracing::warn!(
-                "calls to VFIO and iommufd are not counted: this process has another observer of them"
+                "calls to VFIO and iommufd are not counted: another observer in this process receives them"
             );
         }
     });

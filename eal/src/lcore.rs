@@ -152,7 +152,7 @@ impl Lcores {
         let release = worker
             .busy
             .claim()
-            .ok_or_else(|| Error::new(ErrorKind::Busy, what(), "a function runs there"))?;
+            .ok_or_else(|| Error::new(ErrorKind::Busy, what(), "it is already running a function"))?;
         let spec = worker.spec.clone();
         let (pinned, is_pinned) = sync_channel(1);
         let body = move || {

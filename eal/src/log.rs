@@ -41,9 +41,8 @@ impl FromStr for LogLevel {
     fn from_str(text: &str) -> Result<Self> {
         let wrong = |why: &str| Error::new(ErrorKind::Usage, format!("--log-level {}", quoted(text)), why);
         if text.contains(',') {
-            return Err(
-                wrong("regular expressions are not supported").with_hint("write TYPE:LEVEL with * and ?")
-            );
+            return Err(wrong("regular expressions are not supported")
+                .with_hint("use TYPE:LEVEL with the wildcards * and ?"));
         }
         let (pattern, name) = match text.rsplit_once(':') {
             Some((pattern, name)) => (Some(pattern.to_owned()), name),
@@ -64,14 +63,14 @@ pub fn help() -> String {
     let names: String =
         NAMES.iter().enumerate().map(|(index, name)| format!("  {} {name}\n", index + 1)).collect();
     format!(
-        "Levels (first letters suffice):\n{names}\
-         Types, by the word that lines of the log begin with:\n  \
-           EAL      lib.eal, of which lib.eal.vfio and lib.eal.iommufd are parts\n  \
+        "Levels (the first letters are enough):\n{names}\
+         Types, by the first word of a log line:\n  \
+           EAL      lib.eal, which includes lib.eal.vfio and lib.eal.iommufd\n  \
            PCI      bus.pci\n  \
            DRIVER   pmd.net.driver, such as pmd.net.virtio\n  \
            PROGRAM  user.program, such as user.l2fwd\n\
-         A type holds for those below it: --log-level lib.eal:debug --log-level 'pmd.*:warning'\n\
-         Of several that match, the last one counts.\n"
+         A type includes those below it: --log-level lib.eal:debug --log-level 'pmd.*:warning'\n\
+         If several match, the last one applies.\n"
     )
 }
 
@@ -110,7 +109,7 @@ pub fn init(levels: &[LogLevel], color: LogColor) {
         .event_format(Line)
         .with_filter(filter);
     if tracing_subscriber::registry().with(layer).try_init().is_err() && given {
-        tracing::warn!("--log-level and --log-color have no effect: the program has a log of its own");
+        tracing::warn!("--log-level and --log-color have no effect: the program has its own log");
     }
 }
 

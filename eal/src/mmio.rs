@@ -55,7 +55,7 @@ impl fmt::Debug for Backing {
 
 macro_rules! access {
     ($read:ident, $write:ident, $type:ty) => {
-        #[doc = concat!("Reads a `", stringify!($type), "` at `offset` bytes; all ones where no register answers.")]
+        #[doc = concat!("Reads a `", stringify!($type), "` at `offset` bytes. Returns all ones if no register answers.")]
         pub fn $read(&self, offset: u64) -> $type {
             const SIZE: usize = size_of::<$type>();
             match &self.0.backing {
@@ -79,7 +79,7 @@ macro_rules! access {
             }
         }
 
-        #[doc = concat!("Writes a `", stringify!($type), "` at `offset` bytes; nothing beyond the end of the BAR.")]
+        #[doc = concat!("Writes a `", stringify!($type), "` at `offset` bytes. Does nothing beyond the end of the BAR.")]
         pub fn $write(&self, offset: u64, value: $type) {
             const SIZE: usize = size_of::<$type>();
             match &self.0.backing {
@@ -93,7 +93,7 @@ macro_rules! access {
                         // SAFETY: as in the read.
                         unsafe { <$type>::poke(at.cast().as_ptr(), value) };
                     } else if let Err(error) = file.write(offset, &value.to_le_bytes()) {
-                        tracing::debug!("register {offset:#x} took no write: {error}");
+                        tracing::debug!("cannot write register {offset:#x}: {error}");
                     }
                 }
             }
@@ -169,14 +169,14 @@ impl Bar {
             let error = Error::new(
                 ErrorKind::Protocol,
                 format!("cannot map the doorbell at {offset:#x}"),
-                format!("the BAR has {:#x} bytes and this place cannot be mapped", self.0.size),
+                format!("the BAR has {:#x} bytes, and this part of it cannot be mapped", self.0.size),
             );
             // On larger CPU pages, doorbells may share a page with the MSI-X table, or the BAR may be smaller
             // than a page.
             match page_size() {
                 ..=4096 => error,
                 page => error.with_hint(format!(
-                    "boot a kernel with pages of 4 KiB: VFIO maps BARs by the kernel's, which are of {} KiB",
+                    "boot a kernel with pages of 4 KiB: VFIO maps BARs in whole pages, which have {} KiB here",
                     page >> 10
                 )),
             }

@@ -57,7 +57,7 @@ impl RuntimeDir {
                 return Ok(dir);
             }
         }
-        Err(Error::new(ErrorKind::Busy, what(&path), "other processes come and go there")
+        Err(Error::new(ErrorKind::Busy, what(&path), "other processes keep creating and removing it")
             .with_hint(OTHER_PREFIX))
     }
 

@@ -58,7 +58,7 @@ impl Sandbox {
         let status = self.files.restrict_self().map_err(|error| failed(&error))?.ruleset;
         if status == RulesetStatus::NotEnforced {
             tracing::info!(
-                "the sandbox leaves files alone: this kernel has no Landlock, or it is off (lsm=)"
+                "the sandbox does not restrict files: this kernel has no Landlock, or it is off (lsm=)"
             );
         }
         trap_denied()?;
@@ -69,20 +69,20 @@ impl Sandbox {
                 Ok(()) => {}
                 Err(seccompiler::Error::Seccomp(error)) if error.raw_os_error() == Some(libc::EINVAL) => {
                     tracing::info!(
-                        "the sandbox leaves system calls alone: this kernel has no CONFIG_SECCOMP_FILTER"
+                        "the sandbox does not restrict system calls: this kernel has no CONFIG_SECCOMP_FILTER"
                     );
                     return Ok(());
                 }
                 Err(error) => return Err(failed(&error)),
             }
         }
-        tracing::debug!("sandbox closed: seccomp on all threads, Landlock {status:?}");
+        tracing::debug!("entered the sandbox: seccomp on all threads, Landlock {status:?}");
         Ok(())
     }
 }
 
 fn failed(error: &dyn std::error::Error) -> Error {
-    Error::new(ErrorKind::Os, "cannot close the sandbox", error.to_string())
+    Error::new(ErrorKind::Os, "cannot enter the sandbox", error.to_string())
         .with_hint("start with --no-sandbox")
 }
 
@@ -246,7 +246,7 @@ extern "C" fn denied(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
         name.as_bytes(),
         b" (",
         decimal(number.unsigned_abs(), &mut digits),
-        b"); if that is by design of the program, start it with --no-sandbox\n",
+        b"); if the program needs it, start it with --no-sandbox\n",
     ] {
         // SAFETY: the bytes live for the call. If the write fails, the exit code still shows the denial.
         let _ = Errno::result(unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) });

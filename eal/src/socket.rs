@@ -23,8 +23,8 @@ pub fn check_path(what: impl Display, path: &Path) -> Result<()> {
     if len <= MAX_PATH {
         return Ok(());
     }
-    let why = format!("it is {len} bytes long, a socket's name has at most {MAX_PATH}");
-    Err(Error::new(ErrorKind::Usage, what.to_string(), why).with_hint("give a shorter path"))
+    let why = format!("it is {len} bytes long, but a socket path has at most {MAX_PATH}");
+    Err(Error::new(ErrorKind::Usage, what.to_string(), why).with_hint("use a shorter path"))
 }
 
 /// Connects to the listener at `path` without waiting.
@@ -53,11 +53,9 @@ pub fn connect(path: &Path, what: impl Into<String>, hint: impl Into<String>) ->
             Errno::ENOENT => error.because("there is no such socket").with_hint(hint),
             Errno::ECONNREFUSED => error
                 .with_kind(ErrorKind::Unavailable)
-                .because("nobody listens on that socket")
+                .because("no process listens on that socket")
                 .with_hint(hint),
-            Errno::EAGAIN => {
-                error.because("others wait for that socket already").with_hint(see_listener(path))
-            }
+            Errno::EAGAIN => error.because("the listener's queue is full").with_hint(see_listener(path)),
             _ => error,
         }
     })
@@ -90,7 +88,7 @@ mod tests {
         let error = refused();
         assert_eq!(error.kind(), ErrorKind::Unavailable);
         assert!(
-            error.to_string().ends_with("ECONNREFUSED: nobody listens on that socket; start it"),
+            error.to_string().ends_with("ECONNREFUSED: no process listens on that socket; start it"),
             "{error}"
         );
     }
@@ -106,7 +104,9 @@ mod tests {
         let error = check_path("--socket", &of_length(MAX_PATH + 1)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert!(
-            error.to_string().starts_with("--socket: it is 108 bytes long, a socket's name has at most 107")
+            error
+                .to_string()
+                .starts_with("--socket: it is 108 bytes long, but a socket path has at most 107")
         );
     }
 }

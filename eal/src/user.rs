@@ -38,7 +38,7 @@ impl FromStr for UserName {
         if user.is_empty() || group.is_some_and(str::is_empty) || text.contains(char::is_whitespace) {
             let what = format!("--user {}", quoted(text));
             return Err(Error::new(ErrorKind::Usage, what, "it is not of the form USER or USER:GROUP")
-                .with_hint("such as nobody, or 65534:65534"));
+                .with_hint("for example: nobody, or 65534:65534"));
         }
         Ok(Self { user: user.to_owned(), group: group.map(str::to_owned) })
     }
@@ -70,13 +70,16 @@ impl UserName {
         let gid = match (&self.group, entry) {
             (Some(group), _) => group_id(group)?,
             (None, Some(entry)) => entry.gid,
-            (None, None) => return Err(wrong("it has no group of its own here", "give UID:GID")),
+            (None, None) => return Err(wrong("its group is unknown", "give UID:GID")),
         };
         if uid.is_root() || gid == Gid::from_raw(0) {
-            return Err(wrong("that is root, who keeps every privilege", "name another user and group"));
+            return Err(wrong(
+                "the user or the group is root, which keeps every privilege",
+                "name another user and group",
+            ));
         }
         if uid.as_raw() == KEEP || gid.as_raw() == KEEP {
-            let why = format!("{KEEP} is no id: the kernel takes it for the one that the process has");
+            let why = format!("{KEEP} is not an id: the kernel would keep the current one");
             return Err(wrong(&why, "name another user and group"));
         }
         Ok(User { uid, gid })
@@ -117,7 +120,7 @@ impl User {
     /// # Errors
     /// `Permission` if the process is neither root nor this user, or if it has other ids afterwards.
     pub fn drop_privileges(self) -> Result<()> {
-        let what = || format!("cannot become user {} with group {}", self.uid, self.gid);
+        let what = || format!("cannot switch to user {} and group {}", self.uid, self.gid);
         let failed = |errno| {
             let error = Error::os(what(), errno);
             if errno == Errno::EPERM { error.with_hint("start as root, or leave --user out") } else { error }
@@ -147,7 +150,7 @@ impl User {
 
 fn clear(set: CapSet) -> Result<()> {
     caps::clear(None, set).map_err(|error| {
-        Error::new(ErrorKind::Permission, "cannot give up capabilities", error.to_string())
+        Error::new(ErrorKind::Permission, "cannot drop capabilities", error.to_string())
             .with_hint("start as root, or leave --user out")
     })
 }
@@ -205,7 +208,7 @@ fn replace(program: &OsString, args: &[OsString], fds: &[OwnedFd]) -> Error {
     std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, start) {
         Ok(thread) => thread
             .join()
-            .unwrap_or_else(|_| Error::new(ErrorKind::Os, what(), "the thread that does it panicked")),
+            .unwrap_or_else(|_| Error::new(ErrorKind::Os, what(), "the thread that starts it panicked")),
         Err(error) => Error::io(what(), &error),
     })
 }
@@ -229,12 +232,12 @@ mod tests {
             ("no-such-user", "there is no such user; list them"),
             ("nobody:no-such-group", "there is no such group"),
             ("4000000", "give UID:GID"),
-            ("root", "that is root"),
-            ("0:5", "that is root"),
-            ("nobody:0", "that is root"),
-            ("4294967295:4294967295", "4294967295 is no id"),
-            ("4294967295:1", "4294967295 is no id"),
-            ("nobody:4294967295", "4294967295 is no id"),
+            ("root", "is root, which keeps every privilege"),
+            ("0:5", "is root, which keeps every privilege"),
+            ("nobody:0", "is root, which keeps every privilege"),
+            ("4294967295:4294967295", "4294967295 is not an id"),
+            ("4294967295:1", "4294967295 is not an id"),
+            ("nobody:4294967295", "4294967295 is not an id"),
         ];
         for (text, why) in cases {
             let error = found(text).unwrap_err();

@@ -9,7 +9,7 @@ KVM_PROBE_SECONDS=15
 accel_choose() {
     local image=$1
     case $OPT_ACCEL in
-        kvm | tcg) ACCEL=$OPT_ACCEL; say "$ACCEL, as asked" ;;
+        kvm | tcg) ACCEL=$OPT_ACCEL; say "$ACCEL, as requested" ;;
         auto) accel_probe "$image" ;;
         *) fail "unknown --accel '$OPT_ACCEL'" "--accel auto, kvm or tcg" ;;
     esac
@@ -33,7 +33,7 @@ accel_probe() {
     ACCEL=$(cat "$answer")
     case $ACCEL in
         kvm) say "KVM" ;;
-        *) say "software emulation (tcg): /dev/kvm is there, but a probe boot with it failed" ;;
+        *) say "software emulation (tcg): /dev/kvm exists, but a probe boot with it failed" ;;
     esac
 }
 

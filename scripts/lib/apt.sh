@@ -57,10 +57,10 @@ apt_consent() {
     [[ -z $OPT_YES ]] || return 0
     if [[ -t 0 && -t 2 ]]; then
         local answer
-        read -rp "$ME: $1 [Y/n] " answer
-        [[ $answer != [nN]* ]] || fail "stopped: $1 was declined" "$2"
+        read -rp "$ME: $1? [Y/n] " answer
+        [[ $answer != [nN]* ]] || fail "cannot $1: declined" "$2"
     else
-        fail "$1: not without --yes when there is no terminal to ask on" "$2"
+        fail "cannot $1: there is no terminal to ask on, and --yes is not given" "$2"
     fi
 }
 
@@ -126,7 +126,7 @@ DEBIAN_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 debian_mirror() {
     local codename mirror
     codename=$(release_codename)
-    [[ -n $codename ]] || fail "no Debian release named in /etc/os-release, so the mirror is unknown" "--kernel PATH"
+    [[ -n $codename ]] || fail "/etc/os-release names no Debian release, so the mirror is unknown" "--kernel PATH"
     # shellcheck disable=SC2016  # the parentheses are apt's
     mirror=$(LC_ALL=C apt-get indextargets --format '$(SITE) $(RELEASE) $(CODENAME)' 'Created-By: Packages' |
         awk -v suite="$codename" '$2 == suite || $3 == suite {mirror = $1} END {print mirror}')

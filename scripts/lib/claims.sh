@@ -76,6 +76,6 @@ claims_say() {
     [[ -z $OPT_JSON ]] || echo "$figures" >"$OPT_JSON"
     jq -r '.[] | if .kind == "null"
         then "\(.reports) reports of one mode under two names: \(.with_claims) claim a difference"
-        else "\(.reports) reports of a mode that was slowed by 20 %: \(.found_slower) find it slower, \(.found_faster) claim that anything of it is faster"
+        else "\(.reports) reports of a mode that was slowed by 20 %: \(.found_slower) find it slower, \(.found_faster) claim that it is faster in some way"
         end' <<<"$figures"
 }

@@ -138,5 +138,5 @@ compare_ticks_of_others() {
 compare_disturbance() {
     local tenths=$((10 * $3 / ($(getconf CLK_TCK) * ($2 + 1))))
     ((tenths >= 3)) || return 0
-    COMPARE_DISTURBANCES+=(--disturbance "boot '$1': other programs of the host used $((tenths / 10)).$((tenths % 10)) of its $(nproc) CPUs")
+    COMPARE_DISTURBANCES+=(--disturbance "boot '$1': other programs on the host used $((tenths / 10)).$((tenths % 10)) of its $(nproc) CPUs")
 }

@@ -41,7 +41,7 @@ emulator_missing() {
 emulator_fetch() {
     local apt="$CACHE/apt-qemu" log="$CACHE/qemu/fetch.log" work="$CACHE/qemu/fetching" mirror version lock
     if ! apt_available || [[ $(release_codename) != "$EMULATOR_RELEASE" ]]; then
-        emulator_missing "this machine's QEMU $(qemu_version) has no igb (8.0 has), and a newer one is fetched on Debian 12 only"
+        emulator_missing "this machine's QEMU $(qemu_version) has no igb (QEMU 8.0 has it), and the lab fetches a newer one only on Debian 12"
     fi
     exec {lock}>"$CACHE/qemu/lock"
     flock "$lock"

@@ -30,7 +30,7 @@ guest_estimate() {
     fi
     ((${#parts[@]})) || return 0
     printf -v parts '%s, ' "${parts[@]}"
-    say "about $least to $most minutes on two cpus (${parts%, }), and the downloads"
+    say "about $least to $most minutes on two CPUs (${parts%, }), plus downloads"
 }
 
 # guest_prepare [compare|count]: does everything before the first boot that can fail or take long. Mistakes in

@@ -82,7 +82,7 @@ insn_table() {
         {printf "%-11s %-20s %5s %9s %8s %7s %10s\n", $1, $2, $3, $4, $5, $6, $7}'
     jq -r '
         .dpdk_best_virtio as $best |
-        "\nvirtio-net beside DPDK'\''s best path (vector RX, burst 32, \($best)): " +
+        "\nvirtio-net compared with DPDK'\''s best path (vector RX, burst 32, \($best)): " +
             ([.rows[] | select(.driver == "virtio-net" and .burst == 32) |
                 "\(.path) \(.insn_per_packet / $best * 100 | round) %"] | join(", ")),
         "doorbell writes per packet at one packet per poll, e1000: " +
@@ -99,7 +99,7 @@ insn_check() {
     [[ -f $INSN_COMMITTED ]] || fail "there is no $INSN_COMMITTED to check against" "scripts/bench insn --update"
     rustc=$(jq -r .rustc "$INSN_COMMITTED")
     if [[ $rustc != "$(jq -r .rustc "$1")" ]]; then
-        say "check SKIPPED: the committed figures are of $rustc, here is $(rustc --version)"
+        say "check SKIPPED: the committed figures are from $rustc, but this is $(rustc --version)"
         return 0
     fi
     jq -rn --slurpfile committed "$INSN_COMMITTED" --slurpfile now "$1" '
@@ -118,7 +118,7 @@ insn_check() {
         say "figures fell by more than 1 %; commit them: scripts/bench insn --update"
     fi
     if grep -q '^failed' "$WORK/verdict"; then
-        say "check failed; if the cost is meant: scripts/bench insn --update"
+        say "check failed; if the cost is intended: scripts/bench insn --update"
         exit 1
     fi
     say "check passed: no figure rose by more than 1 %"

@@ -61,8 +61,8 @@ kernel_chosen() {
 
 # kernel_source default|edge [newest]: prints "PACKAGE VERSION".
 kernel_source() {
-    apt_available || fail "the guest's kernel is built from Debian's source package, and there is no apt ($(distribution))" \
-        "--kernel PATH, of a bzImage that was built with the options of scripts/kernel.config"
+    apt_available || fail "the guest's kernel is built from Debian's source package, but there is no apt ($(distribution))" \
+        "--kernel PATH, with a bzImage built with the options of scripts/kernel.config"
     if [[ $1 == edge ]]; then
         if [[ ${2:-} == newest ]]; then edge_newest; else edge_source; fi
         return
@@ -74,7 +74,7 @@ kernel_source() {
         refresh_if_unknown linux-source-6.12
         version=$(package_candidate linux-source-6.12)
     fi
-    [[ -n $version ]] || fail "apt offers no linux-source-6.12 (Debian 12 and 13 do)" "--kernel PATH"
+    [[ -n $version ]] || fail "apt offers no linux-source-6.12 (Debian 12 and 13 have it)" "--kernel PATH"
     echo "linux-source-6.12 $version"
 }
 
@@ -84,7 +84,7 @@ kernel_build() {
     mkdir -p "$CACHE/kernel"
     exec {lock}>"$CACHE/kernel/lock"
     if ! flock -n "$lock"; then
-        say "another lab builds a kernel; waiting for it"
+        say "another lab is building a kernel; waiting for it"
         flock "$lock"
     fi
     if [[ ! -f $final/bzImage ]]; then
@@ -175,7 +175,7 @@ kernel_show() {
         default | edge) image=$(kernel_chosen "$1") ;;
         *) image=$(kernel_path "$1") ;;
     esac
-    [[ -n $image ]] || fail "the $1 kernel is not built for the present scripts/kernel.config" "lab kernel --kernel $1"
+    [[ -n $image ]] || fail "the $1 kernel is not built for the current scripts/kernel.config" "lab kernel --kernel $1"
     kernel_describe "$image"
 }
 

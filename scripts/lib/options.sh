@@ -3,37 +3,37 @@
 
 usage() {
     cat <<'TEXT'
-scripts/lab: VFIO and IOMMUFD in a QEMU guest, for machines without an IOMMU or NICs to give away
+scripts/lab: VFIO and IOMMUFD in a QEMU guest, for machines without an IOMMU or spare NICs
 
   lab compare [--json FILE] [--html FILE] [-- ARGS]  run the same forwarder in every VFIO mode and compare them
   lab count [--json FILE] [-- ARGS]                  count the instructions that each mode takes to open, map and close
   lab run [options] -- COMMAND...                    run COMMAND in the guest; its exit code is passed on
   lab shell [options]                                a busybox shell in the guest
-  lab test [options]                                 the guest's tests: scripts/test without the host's, and its options
+  lab test [options]                                 the guest's tests: scripts/test --no-host, with its other options
   lab kernel [--show | --update]                     build the guest's kernel; show what is built; build the newest one, and
                                                      for --kernel edge pin it (scripts/kernel.edge)
 
-Programs of this repository go by their short names: lab run -- l2fwd --help
+Programs of this repository have short names: lab run -- l2fwd --help
 
   --kernel default|edge|PATH  Debian's 6.12, the newer one that scripts/kernel.edge pins, or a bzImage of your own
   --yes                       let apt install what is missing, and remove what conflicts with it, without asking
   --no-iommu                  boot without an IOMMU, with VFIO's unsafe no-IOMMU mode enabled
   --nics KINDS|none|tap:A,B,… KINDS: virtio-net,e1000,e1000e,igb (default: the first three, four NICs of each);
-                              igb needs QEMU 8.0: on Debian 12 that of its backports is fetched, beside the machine's;
-                              tap:A,B,…: an e1000e on host interface A, a virtio-net on B and on each that follows
+                              igb needs QEMU 8.0; on Debian 12, the lab fetches the backport for its own use;
+                              tap:A,B,…: an e1000e on host interface A, a virtio-net on B and on each one after it
   --no-bind                   leave the NICs to the guest kernel's own drivers
   --no-iommu-platform         virtio-net that bypasses the IOMMU (drivers must refuse it)
   --cpus N, --mem MIB         virtual CPUs (2) and memory (2048)
   --hugepages N               2 MiB pages reserved at boot (256)
-  --monitor                   let the guest command QEMU, by its port monitor.in
+  --monitor                   give the guest access to QEMU's monitor, through its port monitor.in
   --harness DIR               sockets in DIR for the tests: a port of the guest, QEMU's monitor and the console
-  --add FILE                  a program or library of the host, at its own path, with the libraries that it needs; a
-                              program goes by its name (repeatable)
-  --references LIST|none      forwarders that compare times beside Vireo's: bridge (Linux's own), testpmd (DPDK's);
-                              default: both, testpmd if dpdk-testpmd is installed
-  --share DIR                 DIR of the host, writable, at /share
-  --coverage DIR              build the programs to count the lines that they reach; each boot leaves a directory of
-                              .profraw files in DIR, and sanitize coverage --guest makes a report of them
+  --add FILE                  add a program or library of the host at its own path, with the libraries that it needs; a
+                              program is also linked into PATH (repeatable)
+  --references LIST|none      reference forwarders that lab compare also measures: bridge (Linux's), testpmd (DPDK's);
+                              default: both, testpmd only if dpdk-testpmd is installed
+  --share DIR                 mount DIR of the host, writable, at /share
+  --coverage DIR              build the programs with counters of the lines that they reach; each boot writes a directory
+                              of .profraw files to DIR, from which sanitize coverage --guest makes a report
   --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare and count; 0: none)
   --accel auto|kvm|tcg        auto: KVM if a probe boot shows that it works
   --no-build                  do not build the repository's programs; the guest has busybox and strace
@@ -41,7 +41,7 @@ Programs of this repository go by their short names: lab run -- l2fwd --help
   --kernel-arg ARG            one more argument for the guest kernel (repeatable)
   --verbose                   show the guest kernel's log
 
-Exit code: the command's own; 124 when the time limit ended it; 125 when the lab itself failed.
+Exit code: the command's own; 124 if the time limit ended it; 125 if the lab itself failed.
 TEXT
 }
 
@@ -129,13 +129,13 @@ option_references() {
 }
 
 option_directory() {
-    [[ -d ${2:-} ]] || fail "$1 needs a directory, and '${2:-}' is none" "mkdir -p '${2:-DIR}'"
+    [[ -d ${2:-} ]] || fail "$1 needs a directory, but '${2:-}' is not one" "mkdir -p '${2:-DIR}'"
     printf '%s' "$2"
 }
 
 # Symbolic links in the path are kept, because a library is found by the name of the link.
 option_file() {
-    [[ -f ${2:-} && -r $2 ]] || fail "$1 needs a file, and '${2:-}' is none" "ls -l '${2:-FILE}'"
+    [[ -f ${2:-} && -r $2 ]] || fail "$1 needs a readable file, but '${2:-}' is not one" "ls -l '${2:-FILE}'"
     realpath --no-symlinks "$2"
 }
 

@@ -7,7 +7,7 @@ PROGRAMS=()
 programs_build() {
     PROGRAMS=()
     [[ -n $OPT_BUILD ]] || return 0
-    [[ -f $REPO/Cargo.toml ]] || fail "there is no Cargo.toml in $REPO, so no programs to build" "lab run --no-build"
+    [[ -f $REPO/Cargo.toml ]] || fail "there is no Cargo.toml in $REPO, so there are no programs to build" "lab run --no-build"
     need_cargo
     programs_compile
     ((${#PROGRAMS[@]})) || fail "cargo built no vireo-* executable in $REPO" "lab run --no-build"
@@ -55,7 +55,7 @@ need_cargo() {
     fi
 
     if command -v rustup >/dev/null; then
-        fail "cargo $wanted or newer is needed, here is ${version:-none}" "rustup update stable && rustup default stable"
+        fail "cargo $wanted or newer is needed, but this machine has ${version:-none}" "rustup update stable && rustup default stable"
     fi
     package=$(cargo_package "$wanted")
     if [[ -z $package ]] && apt_available; then
@@ -63,11 +63,11 @@ need_cargo() {
         refresh_lists
         package=$(cargo_package "$wanted")
     fi
-    [[ -n $package ]] || fail "cargo $wanted or newer is needed, here is ${version:-none}, and apt has none that is new enough" \
+    [[ -n $package ]] || fail "cargo $wanted or newer is needed, but this machine has ${version:-none}, and apt has none that is new enough" \
         "install rustup (package rustup, or rustup.rs), then: rustup default stable"
     need_packages "${package/cargo/rustc}" "$package"
     hash -r
-    [[ -n $(cargo_version) ]] || fail "the package $package is installed, and there is no cargo in PATH" "PATH=/usr/bin:\$PATH $0"
+    [[ -n $(cargo_version) ]] || fail "the package $package is installed, but there is no cargo in PATH" "PATH=/usr/bin:\$PATH $0"
 }
 
 # cargo_package VERSION: prints apt's package of cargo VERSION or newer, if there is one. Debian keeps a

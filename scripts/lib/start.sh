@@ -27,7 +27,7 @@ start_eal() {
     start_compile shared "${libraries[@]}"
     # A static DPDK loads no plug-ins. The EAL needs only these of its libraries.
     start_compile static -l:librte_eal.a -l:librte_kvargs.a -l:librte_telemetry.a -lnuma -lbsd
-    say "the EAL's start without devices"
+    say "timing the EAL's start without devices"
     VIREO_LAB_DPDK=$(start_version) "$(start_built vireo-vfio-bench)" start eal --json "$WORK/share/eal.json" \
         --vireo "$(start_built vireo-eal-start)" \
         --dpdk "shared as Debian has it=$WORK/shared" --dpdk "static, no plug-ins=$WORK/static"

@@ -37,6 +37,6 @@ testpmd_find() {
 testpmd_library() {
     local path
     path=$(PATH=$PATH:/sbin ldconfig -p | awk -v name="$1" '$1 == name && !path {path = $NF} END {print path}')
-    [[ -n $path ]] || fail "the dynamic linker knows no $1" "${SUDO[*]:+${SUDO[*]} }ldconfig"
+    [[ -n $path ]] || fail "the dynamic linker does not find $1" "${SUDO[*]:+${SUDO[*]} }ldconfig"
     echo "$path"
 }

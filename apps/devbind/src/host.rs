@@ -72,7 +72,7 @@ impl Host {
 
     fn no_switch(&self, error: &std::io::Error) -> Error {
         let error =
-            Error::io(format!("cannot switch VFIO's no-IOMMU mode by {}", self.noiommu.display()), error);
+            Error::io(format!("cannot set VFIO's no-IOMMU mode in {}", self.noiommu.display()), error);
         match error.kind() {
             ErrorKind::Unavailable => error
                 .because("VFIO is not loaded, or this kernel has no CONFIG_VFIO_NOIOMMU")
@@ -87,8 +87,8 @@ impl Host {
         let recorded = |address: &Bdf| {
             let driver = self.recorded(*address)?.ok_or_else(|| {
                 let what = format!("cannot restore the driver of {address}");
-                Error::new(ErrorKind::Unavailable, what, "none is recorded")
-                    .with_hint(format!("name it: vireo-devbind --bind DRIVER {address}"))
+                Error::new(ErrorKind::Unavailable, what, "no driver is recorded")
+                    .with_hint(format!("choose one: vireo-devbind --bind DRIVER {address}"))
             })?;
             Ok((*address, Some(driver).filter(|driver| !driver.is_empty())))
         };

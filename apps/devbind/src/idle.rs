@@ -44,7 +44,7 @@ impl Host {
                 .or_else(|| bound(&functions))
         };
         if let Some(Need { why, hint }) = (!force).then(need).flatten() {
-            let hint = format!("{hint}; or, if nobody needs it: --force");
+            let hint = format!("{hint}; or, if it is not needed, add --force");
             return Err(Error::new(ErrorKind::Busy, what(), why).with_hint(hint));
         }
         for info in functions.iter().chain([info]) {

@@ -92,8 +92,8 @@ impl Cli {
         if self.nics.is_empty() || self.bind.is_some() || self.unbind || self.restore {
             return Ok(());
         }
-        let (what, why) = ("cannot act on the NICs", "nothing says what to do");
-        Err(Error::new(ErrorKind::Usage, what, why).with_hint("give --bind DRIVER, --unbind or --restore"))
+        let (what, why) = ("cannot act on the NICs", "no action is given");
+        Err(Error::new(ErrorKind::Usage, what, why).with_hint("use --bind DRIVER, --unbind or --restore"))
     }
 }
 

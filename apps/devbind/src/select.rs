@@ -42,7 +42,7 @@ impl Host {
     fn matching(&self, word: &str) -> Result<Vec<Bdf>> {
         let what = || format!("cannot find {}", quoted(word));
         let pattern = Pattern::new(word).map_err(|error| {
-            Error::new(ErrorKind::Usage, what(), format!("it is not a pattern: {}", error.msg))
+            Error::new(ErrorKind::Usage, what(), format!("it is not a valid pattern: {}", error.msg))
                 .with_hint(HINT)
         })?;
         let matches = |info: &PciInfo| {
@@ -57,7 +57,7 @@ impl Host {
             .map(|info| info.address)
             .collect();
         if found.is_empty() {
-            let why = "no Ethernet controller has such an address";
+            let why = "no Ethernet controller has a matching address";
             return Err(Error::new(ErrorKind::Unavailable, what(), why).with_hint(HINT));
         }
         Ok(found)
@@ -68,7 +68,7 @@ impl Host {
             |info: &PciInfo| self.interfaces(info.address).iter().any(|interface| interface.name == name);
         self.bus.scan()?.into_iter().find(has).map(|info| info.address).ok_or_else(|| {
             let what = format!("cannot find {}", quoted(name));
-            let why = "it is no PCI address, and no PCI device has a network interface of that name";
+            let why = "it is not a PCI address, and no PCI device has a network interface of that name";
             Error::new(ErrorKind::Unavailable, what, why).with_hint(HINT)
         })
     }

@@ -82,8 +82,8 @@ fn nics_are_chosen_by_address_interface_and_pattern() {
     }
     for (word, kind, text) in [
         ("eth70", ErrorKind::Unavailable, "no PCI device has a network interface of that name"),
-        ("00:1f.*", ErrorKind::Unavailable, "no Ethernet controller has such an address"),
-        ("00:0[3.0", ErrorKind::Usage, "it is not a pattern"),
+        ("00:1f.*", ErrorKind::Unavailable, "no Ethernet controller has a matching address"),
+        ("00:0[3.0", ErrorKind::Usage, "it is not a valid pattern"),
         ("00:03", ErrorKind::Usage, "PCI address"),
     ] {
         let error = select(&host, word).unwrap_err();
@@ -282,7 +282,7 @@ fn a_missing_sysfs_is_not_an_empty_list() {
     fs::remove_dir_all(dir.path().join("bus")).unwrap();
     for error in [status::list(&host).unwrap_err(), select(&host, "00:03.*").unwrap_err()] {
         assert_eq!(error.kind(), ErrorKind::Unavailable);
-        assert!(error.to_string().contains("bus/devices is not there"), "{error}");
+        assert!(error.to_string().contains("bus/devices does not exist"), "{error}");
     }
 }
 
@@ -305,7 +305,7 @@ fn what_fails_leaves_no_record() {
     let missing = host.change(&[address(NIC)], Some("vfio-user"), false).unwrap_err();
     assert!(missing.to_string().ends_with("run: modprobe vfio-user"), "{missing}");
     let refused = host.change(&[address(NIC), address(OTHER)], Some("vfio-pci"), false).unwrap_err();
-    assert!(refused.to_string().contains("did not take it"), "{refused}");
+    assert!(refused.to_string().contains("did not bind to it"), "{refused}");
     assert!(host.change(&[address(NIC), address("0000:00:09.0")], None, false).is_err());
     assert_eq!(host.recorded(address(NIC)).unwrap(), None);
 

@@ -53,7 +53,7 @@ impl Machine {
     /// Formats one line per property.
     pub(crate) fn text(&self) -> String {
         let iommu = match self.iommu.as_slice() {
-            [] => "off, or none".to_owned(),
+            [] => "off or not present".to_owned(),
             names => {
                 format!("on ({})", names.iter().map(|name| of_vendor(name)).collect::<Vec<_>>().join(", "))
             }
@@ -61,7 +61,7 @@ impl Machine {
         let noiommu = match self.noiommu_allowed {
             Some(true) => "allowed",
             Some(false) => "not allowed",
-            None => "not in this kernel, or VFIO is not loaded",
+            None => "not supported by this kernel, or VFIO is not loaded",
         };
         let memlock = self.memlock_kib.map_or_else(|| "unlimited".to_owned(), |kib| format!("{kib} KiB"));
         let mut text = String::new();

@@ -49,10 +49,11 @@ struct Cli {
 
 /// Any mode except `auto`.
 fn explicit(text: &str) -> Result<VfioMode> {
-    let hint = |error: Error| error.with_hint("use some of container, cdev, compat, noiommu, noiommu-cdev");
+    let hint =
+        |error: Error| error.with_hint("use one or more of container, cdev, compat, noiommu, noiommu-cdev");
     match text.parse().map_err(hint)? {
         VfioMode::Auto => {
-            Err(hint(Error::new(ErrorKind::Usage, "VFIO mode auto", "it chooses among the others")))
+            Err(hint(Error::new(ErrorKind::Usage, "VFIO mode auto", "it selects one of the other modes")))
         }
         mode => Ok(mode),
     }

@@ -46,7 +46,7 @@ impl Vdev for Options {
         for (_, value) in args {
             let size = value.parse().ok().filter(|size| (1..=DATA_ROOM).contains(size));
             options.size = size.ok_or_else(|| {
-                let why = format!("it is no number from 1 to {DATA_ROOM}");
+                let why = format!("it is not a number from 1 to {DATA_ROOM}");
                 Error::new(ErrorKind::Usage, format!("cannot use size={value} of {name}"), why)
             })?;
         }

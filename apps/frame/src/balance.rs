@@ -68,9 +68,9 @@ impl Balance {
         if self.rx_packets == self.tx_packets + self.tx_errors + self.dropped + self.consumed {
             return Ok(());
         }
-        let what = "the packets of the run do not add up";
+        let what = "the packet counts of the run do not add up";
         Err(Error::new(ErrorKind::Protocol, what, self.text().trim_end())
-            .with_hint("report it, with the whole output"))
+            .with_hint("report this with the complete output"))
     }
 }
 

@@ -93,7 +93,7 @@ impl<H> Supervisor<'_, H> {
         let SupervisedPort { open, is_down, last_start, counted, .. } = &mut self.control.ports[number];
         let Some(open) = open else { return };
         if open.is_asked_back() {
-            tracing::warn!("port {number}: the kernel wants {} back; it is closed", open.name);
+            tracing::warn!("port {number}: the kernel requests {} back; closing the port", open.name);
             if *is_down {
                 self.control.ports[number].stop(None, &mut self.control.supply.pool.cache());
             } else if !self.stop(number) {
@@ -106,7 +106,7 @@ impl<H> Supervisor<'_, H> {
         } else if *is_down {
             self.bring_up(number);
         } else if let Err(error) = open.port.check() {
-            tracing::warn!("port {number}: {error}; it is restarted");
+            tracing::warn!("port {number}: {error}; restarting the port");
             counted.restarts += 1;
             announce(number, PortState::Restarting);
             if self.stop(number) {

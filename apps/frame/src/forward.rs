@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
+    #[cfg_attr(miri, ignore = "Miri cannot unmap part of a mapping")]
     fn each_lane_uses_the_cache_of_its_node() {
         let bytes = Pool::bytes(64);
         let regions =

@@ -84,7 +84,8 @@ pub(crate) fn forward_on_lcores<H: Hook>(
         }
         control.thread().unpark();
         let queues = control.join().map_err(|_| {
-            Error::new(ErrorKind::Protocol, "cannot end in order", "the control thread panicked; see above")
+            let why = "the control thread panicked (its message is above)";
+            Error::new(ErrorKind::Protocol, "cannot shut down cleanly", why)
         })?;
         Ok::<_, Error>((queues, lanes))
     })?;

@@ -106,7 +106,7 @@ impl Ports {
         if let Some(route) = routes.iter().find(|route| !is_there(route)) {
             let what = format!("cannot forward from port {} to port {}", route.from, route.to);
             let why =
-                format!("there are {} ports with {} pairs of queues each", open.len(), need.config.rx_queues);
+                format!("there are {} ports with {} queue pairs each", open.len(), need.config.rx_queues);
             return Err(Error::new(ErrorKind::Usage, what, why));
         }
         let pool = memory.pool(need.buffers)?;
@@ -182,7 +182,8 @@ impl Ports {
     /// `Usage` when there are no such buffers.
     pub fn send_only(&self) -> Result<PoolCache> {
         let none = || {
-            Error::new(ErrorKind::Usage, "cannot take packet buffers that are only sent", "there are none")
+            let why = "the configuration has none";
+            Error::new(ErrorKind::Usage, "cannot allocate send-only packet buffers", why)
         };
         self.send_only.as_ref().map(Pool::cache).ok_or_else(none)
     }
@@ -277,7 +278,7 @@ impl Ports {
             let [from, to] = [route.from, route.to].map(|port| queues.numbers(port).start + route.pair);
             queues.join(from, to, hook(route)).map_err(|_| {
                 let what = format!("cannot forward from port {} to port {}", route.from, route.to);
-                Error::new(ErrorKind::Usage, what, "a queue is not started, or in two routes")
+                Error::new(ErrorKind::Usage, what, "a queue is not started or is in two routes")
             })
         });
         lanes.collect()
@@ -336,7 +337,7 @@ impl Ports {
             if lost > 0 {
                 return Err(Error::new(
                     ErrorKind::Protocol,
-                    format!("{lost} of {} packet buffers did not come back", pool.count()),
+                    format!("{lost} of {} packet buffers were not returned", pool.count()),
                     "a driver lost them",
                 ));
             }
@@ -406,7 +407,7 @@ mod tests {
         for route in [(0, 3, 0), (3, 0, 0), (0, 1, 2)] {
             let error = ports(&[(0, 1, 0), route]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage, "{route:?}");
-            assert!(error.to_string().contains("there are 3 ports with 2 pairs of queues each"), "{error}");
+            assert!(error.to_string().contains("there are 3 ports with 2 queue pairs each"), "{error}");
         }
         let mut unstarted = ports(&[(0, 1, 0)]).unwrap();
         assert_eq!(unstarted.used().collect::<Vec<_>>(), [0, 1]);

@@ -54,7 +54,7 @@ pub fn share_out(
     }
     let each = most.unwrap_or(count.div_ceil(lcores.len().max(1)));
     if lcores.len() * each < count {
-        let why = format!("{} lcores with {each} queues each are too few", lcores.len());
+        let why = format!("too few lcores (lcores: {}, queues per lcore: {each})", lcores.len());
         return Err(Error::new(ErrorKind::Usage, what, why));
     }
     let queues = (0..pairs.into()).flat_map(|pair| ways.iter().map(move |way| (pair, *way)));
@@ -98,7 +98,7 @@ mod tests {
         let lanes = [[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 1], [1, 1, 0, 1]];
         assert_eq!(shared(&ways, 2, &[0, 1], Some(2)), lanes);
         let error = share_out(&ways, 2, &[0], Some(2)).unwrap_err();
-        assert!(error.to_string().starts_with("cannot poll 4 RX queues: 1 lcores with 2 queues each"));
+        assert!(error.to_string().starts_with("cannot poll 4 RX queues: too few lcores (lcores: 1, "));
         assert_eq!(share_out(&[], 1, &[0], None).unwrap_err().kind(), ErrorKind::Unavailable);
     }
 }

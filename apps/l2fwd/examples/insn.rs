@@ -134,7 +134,7 @@ fn whole_case<N: Nic>(
     let [Lane { rx, tx, .. }] = lanes;
     let after = (counters.0.read(), counters.1.read());
     let (received, sent) = (after.0.packets - before.0.packets, after.1.packets - before.1.packets);
-    assert_eq!((received, sent), (packets, packets), "packets got lost");
+    assert_eq!((received, sent), (packets, packets), "packets were lost");
     let (driver, path, addresses) = names;
     println!(
         "{}",

@@ -185,7 +185,7 @@ fn close(reporter: &Reporter, ports: &mut Ports) -> Result<()> {
     for number in ports.used().collect::<Vec<_>>() {
         reporter.chat(&format!("Closing port {number}..."))?;
         let closed = ports.close(number);
-        reporter.chat(if closed.is_confirmed { " Done\n" } else { " it does not stop\n" })?;
+        reporter.chat(if closed.is_confirmed { " Done\n" } else { " the device did not stop\n" })?;
         let of_port = [("restarts", closed.restarts), ("link_changes", closed.link_changes)];
         let of_port = of_port.map(|(name, count)| (name.to_owned(), count));
         let text = [closed.stats.summary(), of_port.to_vec()].concat();

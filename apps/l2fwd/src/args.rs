@@ -100,7 +100,7 @@ fn port_mask(text: &str) -> std::result::Result<u64, String> {
     let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).unwrap_or(text);
     match u64::from_str_radix(digits, 16) {
         Ok(mask) => Ok(mask),
-        Err(_) => Err("it is no hexadecimal mask, such as 0x3".into()),
+        Err(_) => Err("it is not a hexadecimal mask such as 0x3".into()),
     }
 }
 
@@ -108,7 +108,7 @@ fn period(text: &str) -> std::result::Result<f64, String> {
     text.parse()
         .ok()
         .filter(|period| (0.0..LONGEST_PERIOD).contains(period))
-        .ok_or_else(|| "it is no number of seconds from 0 to 86399".into())
+        .ok_or_else(|| "it is not a number of seconds from 0 to 86399".into())
 }
 
 fn port_map(text: &str) -> std::result::Result<PortMap, String> {

@@ -17,8 +17,8 @@ pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Route>> {
         let count = ways.len() * usize::from(args.queues);
         let most = MOST_QUEUES_PER_LCORE as usize;
         error.with_hint(match count.div_ceil(lcores.len().max(1)) {
-            each if each <= most => format!("give -q {each}, or more lcores with -l"),
-            _ => format!("give -q {most}, and {} lcores with -l", count.div_ceil(most)),
+            each if each <= most => format!("use -q {each}, or more lcores with -l"),
+            _ => format!("use -q {most} and {} lcores with -l", count.div_ceil(most)),
         })
     })
 }
@@ -34,7 +34,7 @@ fn enabled(mask: u64, ports: usize) -> Result<Vec<usize>> {
         None => return Ok(enabled),
     };
     Err(Error::new(ErrorKind::Usage, what, why).with_hint(format!(
-        "ports are 0 to {last}; for all of them give -p {:x}",
+        "ports are 0 to {last}; use -p {:x} for all of them",
         u64::MAX >> (63 - last.min(63))
     )))
 }
@@ -90,16 +90,16 @@ mod tests {
         };
         assert_eq!(
             text("l2fwd -p 3", 2),
-            "cannot poll 2 RX queues: 1 lcores with 1 queues each are too few; give -q 2, or more lcores with -l"
+            "cannot poll 2 RX queues: too few lcores (lcores: 1, queues per lcore: 1); use -q 2, or more lcores with -l"
         );
-        assert!(text("l2fwd -p 3 --queues 8", 2).ends_with("give -q 15, and 2 lcores with -l"));
+        assert!(text("l2fwd -p 3 --queues 8", 2).ends_with("use -q 15 and 2 lcores with -l"));
         assert!(
             text("l2fwd -p 6 -q 2", 2)
-                .contains("there is no port 2; ports are 0 to 1; for all of them give -p 3")
+                .contains("there is no port 2; ports are 0 to 1; use -p 3 for all of them")
         );
         assert!(
             text("l2fwd -p 0 -q 2", 2)
-                .contains("it selects no port; ports are 0 to 1; for all of them give -p 3")
+                .contains("it selects no port; ports are 0 to 1; use -p 3 for all of them")
         );
         assert!(text("l2fwd -p 1", 0).contains("there are no ports"));
     }

@@ -55,7 +55,7 @@ fn a_wrong_word_is_named_with_what_would_be_right() {
         (&["--no-pci", "--", "-p", "3", "--portmp", "(0,1)"], "'--portmp'", "did you mean --portmap?"),
         (&["--no-pci", "--", "-p", "3", "-T", "soon"], "'soon'", "from 0 to 86399"),
         (&["--no-pci", "--", "-p", "3", "--total-num-mbufs", "2097152"], "'2097152'", "1..=2097151"),
-        (&["--vfio-fds", &*huge], "\"9999", "it is 10000 bytes long, a socket's name has at most 107"),
+        (&["--vfio-fds", &*huge], "\"9999", "it is 10000 bytes long, but a socket path has at most 107"),
         (&["--no-pci", "--"], "-p", "see: vireo-l2fwd --help"),
     ] {
         let line = refused(&l2fwd().args(words).output().unwrap(), 64);
@@ -81,7 +81,7 @@ fn a_mask_of_no_port_names_the_ports() {
             .args(["--no-pci", "--no-huge", "--in-memory", "--vdev", &vdev, "--", "-p", mask])
             .output()
             .unwrap();
-        assert!(refused(&output, 64).ends_with("ports are 0 to 0; for all of them give -p 1"));
+        assert!(refused(&output, 64).ends_with("ports are 0 to 0; use -p 1 for all of them"));
         assert!(!dir.path().join("socket").exists());
     }
 }
@@ -300,12 +300,12 @@ fn sockets_and_rings_of_virtual_ports_are_checked_first() {
     let socket = |name: &str| dir.path().join(name).display().to_string();
     let first = socket("socket");
     let long = socket(&"x".repeat(120));
-    let too_long = format!("it is {} bytes long, a socket's name has at most 107", long.len());
-    let ring = "no power of two from 1 to 32768";
+    let too_long = format!("it is {} bytes long, but a socket path has at most 107", long.len());
+    let ring = "not a power of two from 1 to 32768";
     let wrong = |device: &str, why: &str| (vec![device.to_owned()], why.to_owned());
     let both = |other: &str| {
         let devices = vec![format!("net_vhost0,iface={first}"), other.to_owned()];
-        (devices, format!("net_vhost0 of this command line listens at {first}, too"))
+        (devices, format!("net_vhost0 on this command line also listens at {first}"))
     };
     for (devices, why) in [
         wrong(&format!("net_vhost0,iface={long}"), &too_long),
@@ -352,8 +352,8 @@ fn a_signal_ends_the_wait_for_device_nodes() {
 fn only_descriptors_from_before_the_start_are_taken() {
     let program = env!("CARGO_BIN_EXE_vireo-l2fwd");
     for (descriptor, code, why) in [
-        ("3</dev/null", 77, "it is no node of VFIO or iommufd"),
-        ("3<&-", 64, "LISTEN_FDS is 1 and descriptor 3 was not open at the start"),
+        ("3</dev/null", 77, "it is not a VFIO or iommufd node"),
+        ("3<&-", 64, "LISTEN_FDS is 1, but descriptor 3 was not open at start-up"),
     ] {
         let line = format!(
             "export LISTEN_PID=$$ LISTEN_FDS=1; exec {program} --in-memory --vfio-fds listen -- -p 1 {descriptor}"

@@ -76,9 +76,8 @@ fn run() -> Result<ExitCode> {
 /// Opens the device nodes that the program would open if it were permitted to.
 fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
     if matches!(eal.vfio_fds, Some(FdSource::Listen)) {
-        return Err(
-            Error::new(ErrorKind::Usage, "--vfio-fds=listen", "it is added here").with_hint("leave it out")
-        );
+        return Err(Error::new(ErrorKind::Usage, "--vfio-fds=listen", "vireo-launch adds it")
+            .with_hint("leave it out"));
     }
     let (bus, vfio) = (Bus::default(), Vfio::new(None));
     // One container or iommufd per mode, or with --isolate-ports per device. A group's node can be open only
@@ -89,10 +88,10 @@ fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
         if !mode.has_iommu() {
             return Err(Error::new(
                 ErrorKind::Permission,
-                format!("cannot pass {} on in mode {mode}", info.address),
-                "without an IOMMU the program itself needs CAP_SYS_RAWIO",
+                format!("cannot pass on {} in mode {mode}", info.address),
+                "without an IOMMU, the program itself needs CAP_SYS_RAWIO",
             )
-            .with_hint("start the program as root, with --user instead"));
+            .with_hint("start the program itself as root, with --user"));
         }
         let [first, second] = vfio.paths(&bus.device(info.address), mode)?;
         shared.insert((mode, eal.isolate_ports.then(|| second.clone()), first));
@@ -101,10 +100,10 @@ fn open(eal: &EalArgs, drivers: &Drivers) -> Result<Vec<OwnedFd>> {
     if own.is_empty() {
         return Err(Error::new(
             ErrorKind::Unavailable,
-            "nothing to pass on",
-            "the arguments choose no device",
+            "cannot pass on device nodes",
+            "the arguments select no device",
         )
-        .with_hint("name some by -a; bound ones are shown by: vireo-devbind"));
+        .with_hint("select one with -a; to list the bound devices, run: vireo-devbind"));
     }
     device_nodes::open_all(shared.iter().map(|(.., path)| path).chain(&own).map(PathBuf::as_path))
 }
@@ -119,7 +118,7 @@ fn serve(path: &Path, user: User, fds: &[OwnedFd]) -> Result<ExitCode> {
         loop {
             let (stream, _) = listener.accept().map_err(failed)?;
             let peer = getsockopt(&stream, PeerCredentials)
-                .map_err(|errno| Error::os("cannot tell who connects", errno))?;
+                .map_err(|errno| Error::os("cannot identify the peer", errno))?;
             if peer.uid() == user.uid() {
                 return device_nodes::send(fds, &stream);
             }

@@ -35,6 +35,6 @@ fn a_path_that_no_socket_can_have_is_told_first() {
     let words = ["--user", "65534:65534", "--socket", &long, "l2fwd", "-a", "00:00.0", "--", "-p", "1"];
     let output = launch(&words).output().unwrap();
     refused(&output, 64);
-    let why = "it is 120 bytes long, a socket's name has at most 107; give a shorter path";
+    let why = "it is 120 bytes long, but a socket path has at most 107; use a shorter path";
     assert!(String::from_utf8_lossy(&output.stderr).contains(why), "{output:?}");
 }

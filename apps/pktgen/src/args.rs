@@ -75,7 +75,7 @@ fn sizes(text: &str) -> std::result::Result<Sizes, String> {
     let (least, most) = text.split_once('-').unwrap_or((text, text));
     match (least.parse(), most.parse()) {
         (Ok(least), Ok(most)) if SHORTEST <= least && least <= most && most <= LONGEST => Ok(least..=most),
-        _ => Err(format!("it is no size from {SHORTEST} to {LONGEST}, such as 60 or 60-9000")),
+        _ => Err(format!("it is not a size from {SHORTEST} to {LONGEST}, such as 60 or 60-9000")),
     }
 }
 
@@ -83,14 +83,14 @@ fn rate(text: &str) -> std::result::Result<f64, String> {
     text.parse()
         .ok()
         .filter(|rate: &f64| rate.is_finite() && *rate > 0.0)
-        .ok_or_else(|| "it is no rate above 0".into())
+        .ok_or_else(|| "it is not a rate above 0".into())
 }
 
 fn seconds(text: &str) -> std::result::Result<Duration, String> {
     text.parse()
         .ok()
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .ok_or_else(|| "it is no number of seconds".into())
+        .ok_or_else(|| "it is not a number of seconds".into())
 }
 
 /// Checks that port `number` exists, where there are `ports` ports.
@@ -101,8 +101,9 @@ pub fn check_port(number: usize, ports: usize) -> Result<()> {
     if number < ports {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Usage, format!("cannot use port {number}"), format!("there are {ports} ports"))
-        .with_hint("bind NICs with vireo-devbind, or name them with -a"))
+    let why = format!("the number of ports is {ports}");
+    Err(Error::new(ErrorKind::Usage, format!("cannot use port {number}"), why)
+        .with_hint("bind NICs with vireo-devbind, or select them with -a"))
 }
 
 #[cfg(test)]

@@ -132,9 +132,9 @@ pub fn await_path<T: TxBurst, R: RxBurst>(
         return Ok(());
     }
     let seconds = patience.as_secs_f64();
-    let why = format!("of {} frames in {seconds} s none came back", outcome.sent);
-    Err(Error::new(ErrorKind::Unavailable, "cannot begin", why)
-        .with_hint("see that a forwarder is between the two ports, and that --dst-mac is its address"))
+    let why = format!("none of {} frames came back within {seconds} s", outcome.sent);
+    Err(Error::new(ErrorKind::Unavailable, "cannot start the stream", why)
+        .with_hint("check that a forwarder connects the two ports and that --dst-mac is its address"))
 }
 
 /// Runs `stream` until its end or until `stop`, and waits for frames in flight. Each queue comes with the
@@ -153,11 +153,12 @@ pub fn run<T: TxBurst, R: RxBurst>(
         return Err(Error::new(
             ErrorKind::Usage,
             format!("cannot send frames of {shortest} to {longest} bytes"),
-            format!("they have {} to {} bytes", frame::SHORTEST, frame::LONGEST),
+            format!("a frame has {} to {} bytes", frame::SHORTEST, frame::LONGEST),
         ));
     }
-    let latency = Histogram::new_with_bounds(1, LONGEST, 3)
-        .map_err(|error| Error::new(ErrorKind::Os, "cannot make the latency histogram", error.to_string()))?;
+    let latency = Histogram::new_with_bounds(1, LONGEST, 3).map_err(|error| {
+        Error::new(ErrorKind::Os, "cannot create the latency histogram", error.to_string())
+    })?;
     let mut state = State {
         stream,
         start: Tsc::now(),

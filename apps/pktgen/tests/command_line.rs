@@ -10,10 +10,10 @@ fn a_wrong_word_is_named_with_what_would_be_right() {
         (&["--no-pc"][..], &[][..], "'--no-pc'", "did you mean --no-pci?"),
         (&[], &["--dst-mac", "1:2"], "'1:2'", "see: vireo-pktgen --help"),
         (&[], &["--dst-mak", "x"], "'--dst-mak'", "did you mean --dst-mac?"),
-        (&[], &["--rate", "0"], "'0'", "no rate above 0"),
+        (&[], &["--rate", "0"], "'0'", "not a rate above 0"),
         (&[], &["--size", "99999999999999999999"], "'99999999999999999999'", "see: vireo-pktgen --help"),
         (&[], &["--window", "0"], "'0'", "not in 1.."),
-        (&[], &["--duration", "soon"], "'soon'", "no number of seconds"),
+        (&[], &["--duration", "soon"], "'soon'", "not a number of seconds"),
         (&[], &["--count", "1", "--duration", "1"], "--count", "cannot be used with"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_vireo-pktgen"))

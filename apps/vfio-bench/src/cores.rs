@@ -39,11 +39,11 @@ impl Cores {
                     ErrorKind::Usage,
                     "cannot use these cores",
                     format!(
-                        "{} are given, and beside an external generator only the forwarder polls",
+                        "{} are given, but with an external generator only the forwarder polls",
                         chosen.len()
                     ),
                 )
-                .with_hint("--cores FORWARDER"));
+                .with_hint("use --cores FORWARDER"));
             }
         };
         Ok(Self { generator: forwarder, forwarder, idle: None })
@@ -57,9 +57,9 @@ impl Cores {
                     return Err(Error::new(
                         ErrorKind::Unavailable,
                         "cannot measure on one core",
-                        "generator and forwarder poll a core each",
+                        "the generator and the forwarder need a core each",
                     )
-                    .with_hint("give the machine or the container a second one"));
+                    .with_hint("give the machine or the container a second core"));
                 }
             },
             [generator, forwarder] if generator != forwarder => {
@@ -69,9 +69,9 @@ impl Cores {
                 return Err(Error::new(
                     ErrorKind::Usage,
                     "cannot use these cores",
-                    "generator and forwarder poll a core each",
+                    "the generator and the forwarder need a core each",
                 )
-                .with_hint("--cores GENERATOR,FORWARDER"));
+                .with_hint("use --cores GENERATOR,FORWARDER"));
             }
         };
         let idle = allowed.iter().copied().find(|core| *core != generator && *core != forwarder);
@@ -98,8 +98,8 @@ impl Cores {
             && core_siblings(sysfs, self.forwarder).as_ref() == Some(&siblings)
         {
             found.push(format!(
-                "cores {} and {} are threads of one core (cpus {siblings}): the generator takes a part of the forwarder's \
-                 time. Choose others with --cores (lscpu -e).",
+                "cores {} and {} are threads of one core (cpus {siblings}): the generator takes part of the forwarder's \
+                 time. Choose other cores with --cores (see lscpu -e).",
                 self.generator, self.forwarder
             ));
         }
@@ -107,11 +107,11 @@ impl Cores {
         for nic in nics {
             if let Some(other) = nic.numa_node.filter(|other| *other != node) {
                 let distance = distance(sysfs, node, other)
-                    .map(|distance| format!(" at distance {distance}, where 10 is its own"))
+                    .map(|distance| format!(" at distance {distance} (10 is local)"))
                     .unwrap_or_default();
                 found.push(format!(
                     "core {} is on node {node}, and {} on node {other}{distance}. Choose a core of that node with --cores \
-                     (lscpu -e).",
+                     (see lscpu -e).",
                     self.forwarder, nic.address
                 ));
             }
@@ -125,7 +125,7 @@ fn checked(allowed: &[usize], core: usize) -> Result<usize> {
         return Ok(core);
     }
     let all: Vec<String> = allowed.iter().map(usize::to_string).collect();
-    let why = format!("this process may use {}", all.join(","));
+    let why = format!("this process may use cores {}", all.join(","));
     Err(Error::new(ErrorKind::Usage, format!("cannot use core {core}"), why))
 }
 
@@ -172,7 +172,7 @@ mod tests {
         assert_eq!(Cores::among(&all, &[5, 0]).unwrap(), Cores { generator: 5, forwarder: 0, idle: Some(1) });
         let refused =
             |allowed: &[usize], chosen: &[usize]| Cores::among(allowed, chosen).unwrap_err().to_string();
-        assert!(refused(&all, &[0, 4]).contains("cannot use core 4: this process may use 0,1,2,5"));
+        assert!(refused(&all, &[0, 4]).contains("cannot use core 4: this process may use cores 0,1,2,5"));
         assert!(refused(&all, &[1, 1]).contains("--cores GENERATOR,FORWARDER"));
         assert!(refused(&all, &[1]).contains("--cores GENERATOR,FORWARDER"));
         assert!(refused(&[3], &[]).contains("cannot measure on one core"));

@@ -108,6 +108,9 @@ mod tests {
         costs(&args).unwrap();
         // A commit of new counts must also redraw the figure.
         let drawn = std::fs::read_to_string(svg).unwrap();
-        assert!(drawn == std::fs::read_to_string(file("docs/costs.svg")).unwrap(), "docs/costs.svg is old");
+        assert!(
+            drawn == std::fs::read_to_string(file("docs/costs.svg")).unwrap(),
+            "docs/costs.svg is out of date"
+        );
     }
 }

@@ -86,7 +86,7 @@ fn across(comparison: &Comparison) -> Vec<String> {
             format!("{} on {}", list(&times.collect::<Vec<_>>()), pairs[0].subject)
         });
         let on_nics = on_nics.collect::<Vec<_>>().join("; ");
-        format!("{mode} ran in {place}, so this is no verdict: its forwarding rate was {on_nics}")
+        format!("{mode} ran in {place}, so this is not a verdict: its forwarding rate was {on_nics}")
     };
     modes.into_iter().map(sentence).collect()
 }

@@ -93,7 +93,7 @@ impl Process {
         let Some(stdin) = &mut self.stdin else { return Ok(()) };
         writeln!(stdin, "{line}")
             .and_then(|()| stdin.flush())
-            .map_err(|error| Error::io(format!("cannot type {line:?} to {}", self.name), &error))
+            .map_err(|error| Error::io(format!("cannot send {line:?} to {}", self.name), &error))
     }
 
     /// Waits until `text` is printed after what was waited for before. Returns the output up to the end of
@@ -121,7 +121,7 @@ impl Process {
                 Err(RecvTimeoutError::Timeout) => {
                     format!("it did not print {} within {PATIENCE:?}", either(texts))
                 }
-                Err(RecvTimeoutError::Disconnected) => format!("it ended without {}", either(texts)),
+                Err(RecvTimeoutError::Disconnected) => format!("it ended without printing {}", either(texts)),
             };
             let last = self.text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("nothing");
             return Err(Error::new(
@@ -195,7 +195,10 @@ mod tests {
         assert!(arrival > cat.started());
         cat.interrupt().unwrap();
         let error = cat.wait_for("three").unwrap_err().to_string();
-        assert!(error.contains("it ended without \"three\"; its last line was: late prompt"), "{error}");
+        assert!(
+            error.contains("it ended without printing \"three\"; its last line was: late prompt"),
+            "{error}"
+        );
         cat.reap().unwrap();
     }
 }

@@ -28,7 +28,7 @@ pub(crate) struct Recording {
     /// Rates of the NICs without a forwarder.
     #[serde(default)]
     pub(crate) ceilings: Vec<Ceiling>,
-    /// Why the recording ended when it did; absent if it did not end in order.
+    /// Why the recording ended when it did; absent if the recording is incomplete.
     #[serde(default)]
     pub(crate) end: Option<String>,
 }

@@ -36,7 +36,7 @@ pub(crate) struct ReportArgs {
     /// Disturbance that the caller observed; the report begins with it
     #[arg(long, value_name = "TEXT", action = ArgAction::Append)]
     disturbance: Vec<String>,
-    /// Accept recordings that did not end in order, as far as they go
+    /// Accept incomplete recordings, and report them as far as they go
     #[arg(long)]
     partial: bool,
     /// Also write everything as JSON: environment, counted, timed, raw, disturbances
@@ -104,7 +104,7 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
     let raw =
         args.recordings.iter().map(|path| record::read(path, args.partial)).collect::<Result<Vec<_>>>()?;
     if raw.iter().all(|r| r.runs.is_empty() && r.maps.is_empty()) {
-        let why = "the recordings hold no runs";
+        let why = "the recordings contain no runs";
         return Err(
             Error::new(ErrorKind::Usage, "nothing to report", why).with_hint("record with: run --json FILE")
         );
@@ -116,9 +116,9 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
             return Err(Error::new(
                 ErrorKind::Usage,
                 what,
-                format!("they are of two machines: {difference}"),
+                format!("they are from different machines: {difference}"),
             )
-            .with_hint("make a report of each"));
+            .with_hint("report each one separately"));
         }
     }
     let counted = args.counted.iter().map(|path| read(path)).collect::<Result<_>>()?;
@@ -138,7 +138,7 @@ pub(crate) fn report_to(args: &ReportArgs, out: &mut impl Write, terminal: bool)
     match report.timed.problems.as_slice() {
         [] => Ok(()),
         [first, ..] => {
-            let what = format!("packets do not add up in {} run(s)", report.timed.problems.len());
+            let what = format!("packet counts do not add up in {} run(s)", report.timed.problems.len());
             Err(Error::new(ErrorKind::Protocol, what, first)
                 .with_hint("the rows marked ! prove nothing; run again"))
         }

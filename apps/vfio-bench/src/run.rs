@@ -112,21 +112,21 @@ pub(crate) fn seconds(text: &str) -> std::result::Result<Duration, String> {
         .ok()
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
         .filter(|time| !time.is_zero())
-        .ok_or_else(|| "it is no number of seconds above 0".into())
+        .ok_or_else(|| "it is not a number of seconds above 0".into())
 }
 
 fn frame_size(text: &str) -> std::result::Result<usize, String> {
     text.parse()
         .ok()
         .filter(|size| (SHORTEST..=LONGEST).contains(size))
-        .ok_or_else(|| format!("it is no size from {SHORTEST} to {LONGEST}"))
+        .ok_or_else(|| format!("it is not a size from {SHORTEST} to {LONGEST}"))
 }
 
 fn loss(text: &str) -> std::result::Result<f64, String> {
     text.parse()
         .ok()
         .filter(|percent| (0.0..100.0).contains(percent))
-        .ok_or_else(|| "it is no number of per cent from 0 to below 100".into())
+        .ok_or_else(|| "it is not a percentage from 0 to below 100".into())
 }
 
 /// Parses a percentage above 0.
@@ -134,7 +134,7 @@ pub(crate) fn percent(text: &str) -> std::result::Result<f64, String> {
     text.parse()
         .ok()
         .filter(|percent: &f64| percent.is_finite() && *percent > 0.0)
-        .ok_or_else(|| "it is no number of per cent above 0".into())
+        .ok_or_else(|| "it is not a percentage above 0".into())
 }
 
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
@@ -316,8 +316,12 @@ enum Turn {
 /// Fails if a signal has stopped the run, whose results or error then mean nothing.
 fn go_on(stop: &StopFlag) -> Result<()> {
     if stop.is_set() {
-        return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came")
-            .with_hint("go on with the same arguments and --resume"));
+        return Err(Error::new(
+            ErrorKind::Unavailable,
+            "cannot complete the recording",
+            "stopped by a signal",
+        )
+        .with_hint("to resume it, add --resume to the same arguments"));
     }
     Ok(())
 }
@@ -338,7 +342,7 @@ pub(crate) fn enough(recording: &Recording, rounds: u32, seconds: f64) -> (Optio
         Some(widest) if widest.is_finite() => {
             format!("the widest interval is ±{} %", crate::words::percent(widest))
         }
-        Some(_) => "too few for an interval".to_owned(),
+        Some(_) => "too few rounds for an interval".to_owned(),
     };
     let end = match (rounds, widest) {
         _ if rounds < plan.rounds => None,

@@ -39,7 +39,7 @@ pub(crate) fn text(report: &Report, lines: bool) -> String {
         forwarding(comparison, lines),
     );
     section(
-        "References (in no comparison; * counts its losses wrongly)",
+        "References (not compared; * counts its losses incorrectly)",
         bullets("  ", &comparison.of_references()),
     );
     section("Throughput (highest load at the stated loss; medians of rounds)", throughput(comparison, lines));
@@ -48,14 +48,14 @@ pub(crate) fn text(report: &Report, lines: bool) -> String {
         counters(comparison, lines),
     );
     section(
-        "Null forwarder (sender straight to the NIC at the end of its wire: the devices' own ceiling)",
+        "Null forwarder (sender directly to the NIC at the end of its wire: the devices' own ceiling)",
         ceilings(comparison, lines),
     );
     section("Start-up (medians of rounds)", start(comparison, lines));
     section("DMA map and unmap (medians of rounds)", maps(comparison, lines));
-    section("Each mode against itself (intervals that should all hold 0)", self_checks(comparison, lines));
+    section("Each mode against itself (intervals that should all contain 0)", self_checks(comparison, lines));
     section("Lost packets by counter", drops(comparison));
-    section("PACKETS DO NOT ADD UP", bullets("  ! ", &comparison.problems));
+    section("PACKET COUNTS DO NOT ADD UP", bullets("  ! ", &comparison.problems));
     out
 }
 
@@ -71,7 +71,7 @@ fn basis(comparison: &Comparison) -> String {
     let mut said = wrap(
         "  ",
         &format!(
-            "The {} intervals hold all together with {} % confidence. Modes are called the same if their interval is within \
+            "All {} intervals hold together with {} % confidence. Modes are called the same if their interval is within \
              ±{} %.",
             family.comparisons,
             round(family.confidence),

@@ -39,7 +39,7 @@ impl TestpmdArgs {
         }
         let what = format!("cannot find {}", self.testpmd.display());
         Err(Error::new(ErrorKind::Unavailable, what, "it is not in PATH")
-            .with_hint("apt-get install dpdk-dev; or name it: --testpmd FILE"))
+            .with_hint("run: apt-get install dpdk-dev, or give its path: --testpmd FILE"))
     }
 
     /// Returns a command that forwards between the two NICs by itself. testpmd's main lcore waits for input
@@ -70,7 +70,11 @@ pub(crate) fn start_on(cpu: usize, command: Command, reader: Option<usize>) -> R
         Process::start_read_on(command, reader)
     };
     thread::scope(|scope| scope.spawn(start).join()).map_err(|_| {
-        Error::new(ErrorKind::Protocol, "cannot start a forwarder", "a thread panicked; see above")
+        Error::new(
+            ErrorKind::Protocol,
+            "cannot start a forwarder",
+            "a thread panicked (its message is above)",
+        )
     })?
 }
 

@@ -300,7 +300,7 @@ fn a_forwarder_as_fast_as_the_generator_is_said() {
     let said = crate::table::text(&as_report(vec![boot]), false);
     let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(
-        said.contains("! e1000: the rate of container and cdev is at least 90 % of what sender"),
+        said.contains("! e1000: the rate of container and cdev is at least 90 % of what the sender"),
         "{said}"
     );
 }
@@ -347,7 +347,7 @@ fn references_are_shown_and_change_nothing_that_is_said_of_modes() {
     }
     let said = table("References").split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(said.contains("e1000, bridge: ") && said.contains("does not count all"), "{said}");
-    assert!(!text.contains("PACKETS DO NOT ADD UP") && text.contains("bridge *"), "{text}");
+    assert!(!text.contains("PACKET COUNTS DO NOT ADD UP") && text.contains("bridge *"), "{text}");
     let page = crate::html::page(&report).unwrap();
     assert!(
         page.contains("80 not counted")
@@ -382,8 +382,8 @@ fn a_disturbed_machine_is_said() {
     }
     let report = as_report(vec![boot]);
     let expected = [
-        "boot 1: the CPU had less than 80 % of its best speed (down to 40 %) in 1 of 108 runs",
-        "boot 1: a hypervisor gave the CPUs to others in 1 of 108 runs",
+        "boot 1: the CPU ran at less than 80 % of its best speed (down to 40 %) in 1 of 108 runs",
+        "boot 1: a hypervisor gave the CPUs to other guests in 1 of 108 runs",
     ];
     assert_eq!(report.timed.disturbances, expected);
     assert!(crate::table::text(&report, false).contains("THE MACHINE WAS DISTURBED\n  ! boot 1: the CPU"));
@@ -394,9 +394,13 @@ fn modes_of_different_boots_get_no_verdict() {
     let comparison = compare(&boots());
     let p = pair(&comparison, "e1000", ["container", "noiommu"], Metric::ForwardPps);
     assert_eq!((p.verdict, p.rounds, p.interval, p.boots), (Verdict::NotInterleaved, 0, None, [1, 2]));
-    assert!(p.sentence.contains("in another boot than container, so this is no verdict"), "{}", p.sentence);
+    assert!(
+        p.sentence.contains("in another boot than container, so this is not a verdict"),
+        "{}",
+        p.sentence
+    );
     let said = crate::table::text(&as_report(boots()), false);
-    assert!(said.contains("noiommu ran in another boot, so this is no verdict"), "{said}");
+    assert!(said.contains("noiommu ran in another boot, so this is not a verdict"), "{said}");
 }
 
 #[test]
@@ -428,7 +432,7 @@ fn unequal_sums_are_marked_said_and_fail_the_command() {
     assert_eq!(comparison.problems.len(), 1);
     assert!(comparison.problems[0].ends_with(": 3 unaccounted for"), "{:?}", comparison.problems);
     let said = crate::table::text(&report_of, false);
-    assert!(said.contains(&format!("{mode} !")) && said.contains("PACKETS DO NOT ADD UP"), "{said}");
+    assert!(said.contains(&format!("{mode} !")) && said.contains("PACKET COUNTS DO NOT ADD UP"), "{said}");
     assert!(crate::html::page(&report_of).unwrap().contains(" bad\""));
 
     let dir = tempfile::tempdir().unwrap();
@@ -437,7 +441,7 @@ fn unequal_sums_are_marked_said_and_fail_the_command() {
     let error = report(&[input.to_str().unwrap()]).unwrap_err();
     assert_eq!(error.kind(), vireo_eal::ErrorKind::Protocol);
     assert!(
-        error.to_string().starts_with(&format!("packets do not add up in 1 run(s): {nic}, {mode}")),
+        error.to_string().starts_with(&format!("packet counts do not add up in 1 run(s): {nic}, {mode}")),
         "{error}"
     );
     boot.runs[0].received += 3;
@@ -550,7 +554,7 @@ fn recordings_of_two_machines_are_refused_together() {
     assert_eq!(error.kind(), vireo_eal::ErrorKind::Usage);
     let text = error.to_string();
     assert!(
-        text.contains("b.json together: they are of two machines: cpu AMD EPYC 7B13 and another"),
+        text.contains("b.json together: they are from different machines: cpu AMD EPYC 7B13 and another"),
         "{text}"
     );
 }
@@ -581,7 +585,7 @@ fn an_older_recording_is_read_and_claims_nothing() {
     assert_eq!((comparison.rows.len(), comparison.rows[0].latency_ns.p99), (2, 9000));
     let p = pair(&comparison, "e1000", ["container", "cdev"], Metric::ForwardPps);
     assert_eq!((p.rounds, p.verdict), (6, Verdict::TooFewRounds));
-    assert!(p.sentence.ends_with("is not judged: 6 rounds, and 4 comparisons take 8"), "{}", p.sentence);
+    assert!(p.sentence.ends_with("is not judged: 6 rounds, but 4 comparisons need 8"), "{}", p.sentence);
     assert_eq!(comparison.self_checks[0].rounds, 6);
 }
 

@@ -63,8 +63,8 @@ impl Comparison {
         let described = described.map(|name| format!("{name}: {}", Reference::describe(name)));
         let uncounted = self.references.iter().filter(|row| !row.balanced).map(|row| {
             let counts = match row.uncounted() {
-                0 => "counts more than was lost",
-                _ => "does not count all that it loses",
+                0 => "counts more losses than there were",
+                _ => "does not count all of its losses",
             };
             format!(
                 "{}, {}: {} sent, {} received, {} dropped, so {} {counts}",
@@ -194,7 +194,7 @@ pub(crate) fn sentence(pair: &Pair, family: &Family) -> String {
             let apart = if pair.boots[0] == pair.boots[1] { "in other rounds" } else { "in another boot" };
             let share = share(*ratio);
             format!(
-                "{subject}: {mode} ran {apart} than {baseline}, so this is no verdict: its {noun} was {share} of {baseline}'s"
+                "{subject}: {mode} ran {apart} than {baseline}, so this is not a verdict: its {noun} was {share} of {baseline}'s"
             )
         }
         (Verdict::Differs, Some(_)) => format!("{subject}: {mode}'s {noun} is {}", of_baseline(pair, "")),
@@ -239,7 +239,7 @@ pub(crate) fn not_different(verdict: Verdict, pairs: &[&Pair], family: &Family) 
             let rounds = pairs.iter().map(|pair| pair.rounds).min().unwrap_or(0);
             let Family { comparisons, fewest_rounds, .. } = family;
             format!(
-                "of {modes} is not judged: {rounds} round{}, and {comparisons} comparisons take {fewest_rounds}",
+                "of {modes} is not judged: {rounds} round{}, but {comparisons} comparisons need {fewest_rounds}",
                 if rounds == 1 { "" } else { "s" }
             )
         }

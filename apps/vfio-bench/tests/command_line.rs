@@ -22,17 +22,17 @@ fn refused(output: &Output, code: i32) -> String {
 fn a_wrong_word_is_named_with_what_would_be_right() {
     let run = ["run", "--json", "/nonexistent/recording"];
     for (first, rest, named, right) in [
-        (&run[..], &["--seconds=-1"][..], "'-1'", "no number of seconds above 0"),
-        (&run, &["--seconds", "nan"], "'nan'", "no number of seconds above 0"),
-        (&run, &["--seconds", "inf"], "'inf'", "no number of seconds above 0"),
-        (&run, &["--seconds", "1e300"], "'1e300'", "no number of seconds above 0"),
-        (&run, &["--seconds", "0"], "'0'", "no number of seconds above 0"),
+        (&run[..], &["--seconds=-1"][..], "'-1'", "not a number of seconds above 0"),
+        (&run, &["--seconds", "nan"], "'nan'", "not a number of seconds above 0"),
+        (&run, &["--seconds", "inf"], "'inf'", "not a number of seconds above 0"),
+        (&run, &["--seconds", "1e300"], "'1e300'", "not a number of seconds above 0"),
+        (&run, &["--seconds", "0"], "'0'", "not a number of seconds above 0"),
         (&run, &["--rounds", "0"], "'0'", "not in 1.."),
         (&run, &["--map-mib", "0"], "'0'", "not in 1.."),
         (&run, &["--round", "1"], "'--round'", "did you mean --rounds?"),
         (&run, &["--modes", "vfio"], "vfio", "container"),
         (&run, &["--references", "ovs"], "'ovs'", "bridge"),
-        (&["native"], &["--seconds=-1"], "'-1'", "no number of seconds above 0"),
+        (&["native"], &["--seconds=-1"], "'-1'", "not a number of seconds above 0"),
         (&["repot"], &[], "'repot'", "see: vireo-vfio-bench --help"),
         (&[], &[], "subcommand", "see: vireo-vfio-bench --help"),
         (&["start"], &[], "subcommand", "see: vireo-vfio-bench --help"),

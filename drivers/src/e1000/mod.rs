@@ -145,7 +145,7 @@ impl E1000 {
     fn reach(&self, hardware: &Hardware) -> Result<u64> {
         let pcix = !self.is_express() && hardware.bar.read32(STATUS) & STATUS_PCIX_MODE != 0;
         if pcix && self.mac == MacType::I82544 {
-            let why = "it is in a PCI-X slot, where an 82544 hangs; in a slot of conventional PCI it works";
+            let why = "it is in a PCI-X slot, where an 82544 hangs; move it to a conventional PCI slot";
             return Err(hardware.error(ErrorKind::Unavailable, "use", why));
         }
         Ok(if pcix || self.is_express() { u64::MAX } else { u32::MAX.into() })
@@ -180,7 +180,7 @@ impl E1000 {
         if function.config16(control) & LINK_CONTROL_ASPM != 0 {
             let address = function.address();
             tracing::warn!(
-                "{address} may stop sending: ASPM is on, and an 82574 loses completions with it; run: echo 0 | tee \
+                "{address} may stop sending: ASPM is on, which makes an 82574 lose completions; run: echo 0 | tee \
                  /sys/bus/pci/devices/{address}/link/l*_aspm"
             );
         }

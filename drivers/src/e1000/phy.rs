@@ -26,7 +26,7 @@ impl Phy for E1000 {
             hardware.bar.pause(MDIO_RETRY);
         }
         self.disown_phy(hardware);
-        Err(hardware.error(ErrorKind::Protocol, "reach the PHY of", "the firmware does not give it away"))
+        Err(hardware.error(ErrorKind::Protocol, "access the PHY of", "the firmware does not release it"))
     }
 
     fn disown_phy(&self, hardware: &Hardware) {

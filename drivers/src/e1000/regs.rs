@@ -9,7 +9,7 @@ pub use crate::intel::regs::*;
 
 // RW: read and write. RO: read only. RC: counter that a read clears.
 registers! {
-    CTRL_DUP 0x00004 RW "Device control, second place"        "SDM 13.4"
+    CTRL_DUP 0x00004 RW "Device control, second copy"         "SDM 13.4"
     TIPG     0x00410 RW "Transmit inter-packet gap"           "SDM 13.4, DS 10.2.6"
     EXTCNF_CTRL 0x00F00 RW "Extended configuration control"   "DS 10.2.2"
     PBA      0x01000 RW "Packet buffer allocation in KiB"     "SDM 13.4, DS 10.2.2"

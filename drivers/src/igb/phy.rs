@@ -71,7 +71,7 @@ impl Phy for Igb {
             }
             hardware.bar.pause(PHY_RETRY);
         }
-        Err(hardware.error(ErrorKind::Protocol, "reach the PHY of", "the firmware does not give it away"))
+        Err(hardware.error(ErrorKind::Protocol, "access the PHY of", "the firmware does not release it"))
     }
 
     /// Releases the PHY even if the semaphore cannot be taken.

@@ -103,7 +103,7 @@ fn a_queue_that_does_not_start_gives_its_buffers_back() {
         rig.pause();
         rig.device.set_faults(Faults { never_enabled: true, ..Faults::default() });
         let error = rig.refusal().to_string();
-        assert!(error.contains("register 0xc028 stays"), "{error}");
+        assert!(error.contains("register 0xc028 was still"), "{error}");
         assert!(!rig.device.config().bus_master());
         rig.device.set_faults(Faults::default());
         rig.resume();

@@ -68,7 +68,7 @@ impl<C: Chip> Device<C> {
     ///
     /// # Errors
     /// `Unavailable` when the function's id is not in [`PciDriver::IDS`], it has no BAR 0, it cannot work in
-    /// its slot, or its registers read all ones. `Protocol` when it does not finish its reset or has no
+    /// its slot, or its registers read as all ones. `Protocol` when it does not finish its reset or has no
     /// station address.
     pub fn probe(function: Box<dyn Function>) -> Result<Self> {
         let Some(chip) = C::of(&*function) else {
@@ -168,7 +168,7 @@ impl<C: Chip> Nic for Device<C> {
     ) -> Result<QueuesOf<Self>> {
         self.retry_stop(cache)?;
         if self.running.is_some() {
-            return Err(self.usage("start", "it runs already"));
+            return Err(self.usage("start", "it is already running"));
         }
         if let Some(why) = config.unfit(&self.capabilities()) {
             return Err(self.usage("start", &why));
@@ -203,7 +203,7 @@ impl<C: Chip> Nic for Device<C> {
 
     fn stop(&mut self, queues: QueuesOf<Self>, cache: &mut PoolCache) -> Result<()> {
         let Some(memory) = self.running.clone() else {
-            return Err(self.usage("stop", "it does not run"));
+            return Err(self.usage("stop", "it is not running"));
         };
         // Buffers of a running device must not return to the pool.
         let is_own = |(rx, tx): &Pair<C>| {
@@ -211,7 +211,7 @@ impl<C: Chip> Nic for Device<C> {
             ptr::eq(rx.counters(), &*own.0) && ptr::eq(tx.counters(), &*own.1)
         };
         let Some((rx, tx)) = queues.into_pair().filter(is_own) else {
-            return Err(self.usage("stop", "these are not its queues"));
+            return Err(self.usage("stop", "the queues belong to another port"));
         };
         self.drops.add_to(&self.counters, &self.hardware.bar);
         // The reset clears TDH.
@@ -276,7 +276,7 @@ impl<C: Chip> Nic for Device<C> {
         let link = self.link();
         match self.fault.take() {
             // Without a link the chip cannot send what is queued, so a full TX ring is not an error.
-            Some(why) if link.up => Err(self.hardware.error(ErrorKind::Protocol, "go on with", why)),
+            Some(why) if link.up => Err(self.hardware.error(ErrorKind::Protocol, "continue using", why)),
             _ => Ok(()),
         }
     }
@@ -302,7 +302,7 @@ impl<C: Chip> Drop for Device<C> {
     fn drop(&mut self) {
         let Some(memory) = self.running.take() else { return };
         if let Err(error) = quiesce(&self.chip, &self.hardware) {
-            tracing::error!("{error}; its memory is kept");
+            tracing::error!("{error}; its DMA memory is kept");
             memory.keep();
         }
     }

@@ -43,14 +43,14 @@ impl Hardware {
             let value = self.bar.read32(register);
             if value == u32::MAX {
                 return Err(self
-                    .error(ErrorKind::Unavailable, what, "its registers read all ones")
+                    .error(ErrorKind::Unavailable, what, "its registers read as all ones")
                     .with_hint("see whether it is still there: lspci"));
             }
             if done(value) {
                 return Ok(value);
             }
             if start.elapsed() > PATIENCE {
-                let why = format!("register {register:#x} stays {value:#x} for a second");
+                let why = format!("register {register:#x} was still {value:#x} after 1 s");
                 return Err(self.error(ErrorKind::Protocol, what, &why));
             }
             self.bar.pause(Duration::from_micros(20));
@@ -69,7 +69,7 @@ impl Hardware {
         let low = self.bar.read32(RAL0).to_le_bytes();
         let mac = MacAddr([low[0], low[1], low[2], low[3], high[0], high[1]]);
         if !mac.is_valid_station() {
-            let why = format!("{mac} is no address of a station");
+            let why = format!("{mac} is not a station address");
             return Err(self.error(ErrorKind::Protocol, what, &why));
         }
         Ok(mac)

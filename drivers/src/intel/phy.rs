@@ -92,7 +92,7 @@ impl Hardware {
     /// operation failed.
     pub(crate) fn mdic(&self, operation: u32, register: u32) -> Result<Option<u16>> {
         self.bar.write32(MDIC, operation | register << MDIC_REG_SHIFT | MDIC_PHY);
-        let mdic = self.wait("reach the PHY of", MDIC, |mdic| mdic & (MDIC_READY | MDIC_ERROR) != 0)?;
+        let mdic = self.wait("access the PHY of", MDIC, |mdic| mdic & (MDIC_READY | MDIC_ERROR) != 0)?;
         Ok((mdic & MDIC_ERROR == 0).then_some(mdic as u16))
     }
 

@@ -396,7 +396,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
-        Err(Error::InvalidOperation("this is no GPU"))
+        Err(Error::InvalidOperation("this is not a GPU"))
     }
 
     fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {

@@ -72,7 +72,7 @@ impl Vdev for Options {
         }
         if options.path.as_os_str().is_empty() {
             return Err(Error::new(ErrorKind::Usage, format!("cannot use {name}"), "it has no socket")
-                .with_hint(format!("say where it is: --vdev {name},iface=SOCKET")));
+                .with_hint(format!("give its path: --vdev {name},iface=SOCKET")));
         }
         Ok(options)
     }
@@ -151,7 +151,7 @@ impl Nic for Device {
             return Err(if pairs > self.capabilities().rx_queues { error.with_hint(hint) } else { error });
         }
         if std::mem::replace(&mut self.started, true) {
-            return Err(self.refuse("it is started already"));
+            return Err(self.refuse("it is already started"));
         }
         let rx = self.rings_of(TRANSMIT).take(config.rx_queues.into());
         let tx = self.rings_of(RECEIVE).take(config.tx_queues.into());
@@ -165,7 +165,7 @@ impl Nic for Device {
         let own_rx = self.rings_of(TRANSMIT).zip(&queues.rx).all(|(ring, rx)| rx.is_of(ring));
         let own_tx = self.rings_of(RECEIVE).zip(&queues.tx).all(|(ring, tx)| tx.is_of(ring));
         if !(own_rx && own_tx) {
-            return Err(self.refuse("the queues to stop are of another port"));
+            return Err(self.refuse("the queues to stop belong to another port"));
         }
         self.started = false;
         Ok(())

@@ -155,7 +155,7 @@ fn make_way(path: &Path, name: &str) -> Result<()> {
         Err(error) => return Err(Error::io(what(), &error)),
     };
     if !file.is_socket() {
-        return Err(Error::new(ErrorKind::Usage, what(), "there is a file that is no socket"));
+        return Err(Error::new(ErrorKind::Usage, what(), "the file there is not a socket"));
     }
     match try_connect(path) {
         Err(Errno::ECONNREFUSED) => std::fs::remove_file(path).map_err(|error| Error::io(what(), &error)),
@@ -248,13 +248,13 @@ impl Port {
     }
 
     fn refusal(&self, error: &std::io::Error) -> Error {
-        let error = Error::io(format!("{}: cannot accept a frontend, and tries on", self.name), error);
+        let error = Error::io(format!("{}: cannot accept a frontend, and keeps trying", self.name), error);
         match error.errno() {
             Some(Errno::EMFILE) => error.with_hint(&*self.more_files),
             Some(Errno::ENFILE) => {
                 error.with_hint("run: sysctl fs.file-max=$(($(cat /proc/sys/fs/file-max) + 1024))")
             }
-            Some(Errno::ENOMEM | Errno::ENOBUFS) => error.with_hint("see what takes the memory: free -m"),
+            Some(Errno::ENOMEM | Errno::ENOBUFS) => error.with_hint("see what uses the memory: free -m"),
             _ => error,
         }
     }
@@ -263,7 +263,7 @@ impl Port {
         tracing::info!("{}: a frontend has connected", self.name);
         let why = converse(stream, &self.session, &self.name, &self.rings);
         self.session.set(None);
-        tracing::info!("{}: the frontend is gone: {why}", self.name);
+        tracing::info!("{}: the frontend has disconnected: {why}", self.name);
     }
 }
 

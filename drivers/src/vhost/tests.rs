@@ -605,7 +605,7 @@ fn a_virtio_user_port_uses_several_pairs() {
         server.stop(ours, &mut cache).unwrap();
     }
     let error = client.start(&CONFIG.with_pairs(4), &memory, &mut cache).unwrap_err();
-    assert!(error.to_string().contains("4 RX queues are asked for, and it has 2"), "{error}");
+    assert!(error.to_string().contains("4 RX queues are requested, but it has 2"), "{error}");
     drop(cache);
     assert_eq!(pool.available(), BUFFERS);
 }

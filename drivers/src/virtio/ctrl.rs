@@ -42,7 +42,7 @@ impl Control {
             _ => Err(Error::new(
                 ErrorKind::Protocol,
                 "cannot use the control virtqueue",
-                "it has room for one descriptor, and a command takes two",
+                "it has room for one descriptor, but a command needs two",
             )),
         })?;
         self.queue.restart(self.index, event_idx);
@@ -88,7 +88,7 @@ impl Control {
         }
         dma_rmb();
         if self.queue.used_idx() != after || self.queue.used.load::<0>(before.into()) as u32 != 0 {
-            return refused("the device completed another command than ours");
+            return refused("the device completed a different command");
         }
         match self.bytes.load::<0>(1).to_le_bytes()[0] {
             ACK_OK => Ok(()),

@@ -51,7 +51,7 @@ const MOST_PAIRS: u16 = 128;
 /// Parses the devarg `queues`.
 pub(crate) fn pairs(value: &str) -> std::result::Result<u16, &'static str> {
     let pairs = value.parse().ok().filter(|pairs| (1..=MOST_PAIRS).contains(pairs));
-    pairs.ok_or("it is no number from 1 to 128")
+    pairs.ok_or("it is not a number from 1 to 128")
 }
 
 /// The largest configuration, negotiated at probe to learn what the device supports.
@@ -69,7 +69,7 @@ pub(crate) const HEADER: usize = 12;
 
 /// Hint on how to get a device that supports long frames.
 const LONG_HINT: &str = "they need VIRTIO_NET_F_MRG_RXBUF, which mrg_rxbuf=1 asks for, and VIRTIO_F_INDIRECT_DESC; in QEMU: \
-                         -device virtio-net-pci,mrg_rxbuf=on,indirect_desc=on, and host_mtu not less than the frame's";
+                         -device virtio-net-pci,mrg_rxbuf=on,indirect_desc=on, and host_mtu at least the frame's";
 
 /// User options of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -332,7 +332,7 @@ impl Nic for Device {
     ) -> Result<Queues<RxQueue, TxQueue>> {
         self.retry_stop(cache)?;
         if self.started.is_some() {
-            return Err(self.refuse(ErrorKind::Usage, "it is started already"));
+            return Err(self.refuse(ErrorKind::Usage, "it is already started"));
         }
         self.features = self.transport.negotiate(self.options, config)?;
         let most = self.transport.pairs()?;
@@ -341,9 +341,8 @@ impl Nic for Device {
             && (config.max_frame > self.max_frame || !self.features.contains(Features::LONG))
         {
             let (asked, most) = (config.max_frame, self.max_frame);
-            let why = format!(
-                "frames of {asked} bytes without check sequence are asked for, and it takes {most} at most"
-            );
+            let why =
+                format!("frames of {asked} bytes (without FCS) are requested, but it takes at most {most}");
             return Err(self.refuse(ErrorKind::Unavailable, &why).with_hint(LONG_HINT));
         }
         let now = Capabilities {
@@ -356,14 +355,14 @@ impl Nic for Device {
             let error = self.refuse(ErrorKind::Usage, &why);
             return Err(match config.rx_queues.max(config.tx_queues) > most {
                 true => error.with_hint(
-                    "give it more: queues=N of a --vdev and of its peer, -device virtio-net-pci,mq=on of QEMU",
+                    "give it more: queues=N of a --vdev and its peer, or in QEMU -device virtio-net-pci,mq=on",
                 ),
                 false => error,
             });
         }
         if config.rx_queues < config.tx_queues {
             let why = "it spreads what it receives over as many queues as it sends from (virtio 1.2, 5.1.6.5.5), so it needs \
-                       no fewer RX than TX queues";
+                       at least as many RX as TX queues";
             return Err(self.refuse(ErrorKind::Usage, why));
         }
         let config = PortConfig {
@@ -373,10 +372,10 @@ impl Nic for Device {
         };
         if config.is_scattered() && config.rx_descriptors.min(config.tx_descriptors) < FEWEST_FOR_LONG {
             let why =
-                format!("frames of several buffers need rings of {FEWEST_FOR_LONG} descriptors or more");
+                format!("frames of several buffers need rings of at least {FEWEST_FOR_LONG} descriptors");
             return Err(self
                 .refuse(ErrorKind::Usage, &why)
-                .with_hint("give it longer ones: queue_size=256 of a --vdev"));
+                .with_hint("give it longer rings: queue_size=256 of a --vdev"));
         }
         let controlled = self.features.intersects(Features::CTRL_RX)
             || self.features.contains(Features::CTRL_VQ | Features::MQ);
@@ -413,7 +412,7 @@ impl Nic for Device {
         // Buffers of a running device must not return to the pool.
         let mut names = queues.rx.iter().map(RxQueue::name).chain(queues.tx.iter().map(TxQueue::name));
         if names.any(|name| name != self.transport.name()) {
-            return Err(self.refuse(ErrorKind::Usage, "the queues to stop are of another device"));
+            return Err(self.refuse(ErrorKind::Usage, "the queues to stop belong to another device"));
         }
         if let Err(error) = self.transport.stop() {
             self.parked = Some(queues);
@@ -491,7 +490,7 @@ impl Nic for Device {
             None => Ok(()),
             Some(why) => Err(Error::new(
                 ErrorKind::Protocol,
-                format!("cannot go on with virtio NIC {}", self.transport.name()),
+                format!("cannot continue using virtio NIC {}", self.transport.name()),
                 why,
             )),
         }

@@ -22,7 +22,7 @@ const GENERATION_RETRIES: usize = 100;
 const NO_VECTOR: u16 = 0xffff;
 
 /// Hint on how to get a device with the modern interface. Some clouds offer only legacy devices.
-const MODERN: &str = "choose a NIC of virtio 1.0: in a cloud by machine or image type, in libvirt by model \
+const MODERN: &str = "choose a virtio 1.0 NIC: in a cloud by machine or image type, in libvirt by model \
                       virtio-non-transitional, in QEMU by -device virtio-net-pci,disable-legacy=on";
 
 /// Device status once the features are negotiated.
@@ -163,7 +163,7 @@ impl Pci {
                 Error::new(
                     ErrorKind::Unavailable,
                     format!("cannot use virtio NIC {}", function.address()),
-                    "it has the legacy interface only (virtio 0.9), not that of virtio 1.0",
+                    "it has the legacy interface only (virtio 0.9), not the modern one (virtio 1.0)",
                 )
                 .with_hint(MODERN)
             }));
@@ -300,8 +300,8 @@ impl Pci {
         if self.function.has_iommu() && !offered.contains(Features::ACCESS_PLATFORM) {
             let why = "it bypasses the IOMMU: VIRTIO_F_ACCESS_PLATFORM is not offered";
             return Err(self.error(ErrorKind::Unavailable, "use", why).with_hint(
-                "in QEMU: -device virtio-net-pci,iommu_platform=on; in libvirt: <driver iommu='on'/>; or take the \
-                 IOMMU away from the virtual machine and use --vfio-mode noiommu",
+                "in QEMU: -device virtio-net-pci,iommu_platform=on; in libvirt: <driver iommu='on'/>; or remove \
+                 the IOMMU from the virtual machine and use --vfio-mode noiommu",
             ));
         }
         let mut features = offered.wanted(options, config);
@@ -341,7 +341,7 @@ impl Transport for Pci {
         match u16::from_le_bytes(self.config_bytes(config::MAX_PAIRS)?) {
             pairs @ 1..=0x8000 => Ok(pairs),
             pairs => {
-                let why = format!("it says that it has {pairs} pairs of queues");
+                let why = format!("it reports {pairs} pairs of queues");
                 Err(self.error(ErrorKind::Protocol, "use", why))
             }
         }
@@ -405,7 +405,7 @@ impl Transport for Pci {
         self.write16(common::QUEUE_SIZE, queue.size());
         let size = self.read16(common::QUEUE_SIZE);
         if size != queue.size() {
-            let why = format!("virtqueue {index} took a size of {size} for {}", queue.size());
+            let why = format!("virtqueue {index} has a size of {size} instead of {}", queue.size());
             return Err(self.error(ErrorKind::Protocol, "use", why));
         }
         self.write16(common::QUEUE_MSIX_VECTOR, NO_VECTOR);
@@ -448,13 +448,13 @@ impl Transport for Pci {
             None => Err(self.error(ErrorKind::Unavailable, "reach", "it does not answer")),
             Some(status) if status.contains(Status::DEVICE_NEEDS_RESET) => Err(self.error(
                 ErrorKind::Protocol,
-                "go on with",
-                "it met an error and asks for a reset (DEVICE_NEEDS_RESET)",
+                "continue using",
+                "it reports an error and needs a reset (DEVICE_NEEDS_RESET)",
             )),
             // QEMU clears the bit when bus mastering is switched off; so does a reset by another party.
             Some(status) if self.live && !status.contains(Status::DRIVER_OK) => Err(self.error(
                 ErrorKind::Protocol,
-                "go on with",
+                "continue using",
                 format!("its status {:#x} has lost DRIVER_OK", status.bits()),
             )),
             Some(_) => Ok(()),

@@ -17,7 +17,7 @@ use crate::port::Fault;
 /// Maximum queue size that the specification allows, in descriptors.
 const MAX_SIZE: u16 = 1 << 15;
 /// Message for an invalid ring size.
-pub(super) const NOT_A_SIZE: &str = "it is no power of two from 1 to 32768";
+pub(super) const NOT_A_SIZE: &str = "the size is not a power of two from 1 to 32768";
 
 /// Whether a ring can have `size` descriptors.
 pub(super) fn is_size(size: u16) -> bool {
@@ -52,9 +52,9 @@ pub(super) enum Lie {
 impl Lie {
     fn reason(self) -> &'static str {
         match self {
-            Self::UsedIndex => "used.idx runs ahead of the buffers that the device has",
+            Self::UsedIndex => "used.idx is ahead of the buffers that the device owns",
             Self::Id => "a used id is beyond the queue",
-            Self::NotInFlight => "a used id names a buffer that the device does not have",
+            Self::NotInFlight => "a used id names a buffer that the device does not own",
             Self::Length => "a used length does not fit the buffer",
             Self::NumBuffers => "num_buffers does not match the used buffers",
         }
@@ -332,7 +332,7 @@ impl Virtqueue {
     pub(super) fn ring_late(&mut self, warn: bool) {
         if warn {
             tracing::warn!(
-                "virtio NIC {}: virtqueue {} is full and the device has used nothing for a second; ringing it again",
+                "virtio NIC {}: virtqueue {} is full and the device has used no buffer for a second; ringing its doorbell again",
                 self.rare.name,
                 self.index
             );

@@ -397,7 +397,7 @@ fn several_pairs_need_a_control_queue() {
     nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     let error = device.start(&CONFIG.with_pairs(2), &memory, &mut cache).unwrap_err().to_string();
-    assert!(error.contains("2 RX queues are asked for, and it has 1"), "{error}");
+    assert!(error.contains("2 RX queues are requested, but it has 1"), "{error}");
     assert_eq!(nic.faults(), [""; 0]);
 }
 
@@ -538,7 +538,7 @@ fn each_pair_carries_its_own_frames() {
     nic.attach(memory.device_view().unwrap());
     let mut device = Device::probe(nic.function()).unwrap();
     let error = device.start(&CONFIG.with_pairs(3), &memory, &mut cache).unwrap_err();
-    assert!(error.to_string().contains("3 RX queues are asked for, and it has 2"), "{error}");
+    assert!(error.to_string().contains("3 RX queues are requested, but it has 2"), "{error}");
     for pairs in [1, 2, 1, 2] {
         let mut queues = device.start(&CONFIG.with_pairs(pairs), &memory, &mut cache).unwrap();
         assert_eq!((nic.pairs(), queues.rx.len(), queues.tx.len()), (pairs, pairs.into(), pairs.into()));

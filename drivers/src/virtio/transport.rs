@@ -16,7 +16,7 @@ use crate::port::{MacAddr, PortConfig};
 pub(super) const DEVICE_TIMEOUT: Duration = Duration::from_millis(if cfg!(fuzzing) { 1 } else { 1000 });
 
 /// Consequence when a device does not confirm that it has stopped.
-pub(super) const KEPT: &str = "its DMA memory is kept until it does";
+pub(super) const KEPT: &str = "its DMA memory is kept until it stops";
 
 /// Access path to a device. Only the control path uses it; the packet path needs at most a [`Kick`].
 pub(super) trait Transport: fmt::Debug + Send {

@@ -37,7 +37,7 @@ const PEER_TIMEOUT: Duration = DEVICE_TIMEOUT.saturating_mul(3);
 use socket::Listening;
 
 /// Reason why a peer that was late gets no further request.
-const SILENT: &str = "nobody knows what the peer does with our memory: it left a request without answer";
+const SILENT: &str = "the peer left a request unanswered, so its use of our memory is unknown";
 
 /// Maximum number of regions in a table to which regions can be added: every back-end accepts this many
 /// (QEMU, `VHOST_MEMORY_BASELINE_NREGIONS`).
@@ -99,8 +99,8 @@ impl Vdev for UserOptions {
                 "mac" => {
                     let mac: MacAddr = value.parse()?;
                     if !mac.is_valid_station() {
-                        return Err(wrong("it is a group's or zero, and no station has such an address")
-                            .with_hint("use one such as 02:00:00:00:00:01"));
+                        return Err(wrong("it is a group address or zero, which no station has")
+                            .with_hint("use an address such as 02:00:00:00:00:01"));
                     }
                     options.mac = Some(mac);
                 }
@@ -292,15 +292,14 @@ impl User {
         self.silent |= late;
         answer.map_err(|error| {
             let why = match error {
-                _ if late => format!("the peer did not answer all up to {request} within 3 s"),
+                _ if late => format!("the peer did not answer all requests up to {request} within 3 s"),
                 _ if self.is_closed() => format!("the peer closed the connection during {request}"),
                 vhost::Error::VhostUserProtocol(PeerError::BackendInternalError) => {
                     format!("the peer refuses {request}")
                 }
                 error => format!("{request}: {error}"),
             };
-            self.error(ErrorKind::Protocol, why)
-                .with_hint("look at the peer's messages, and start both again")
+            self.error(ErrorKind::Protocol, why).with_hint("see the peer's messages, and restart both")
         })
     }
 
@@ -333,7 +332,7 @@ impl User {
     }
 
     fn no_event(&self, error: &std::io::Error) -> Error {
-        Error::io(format!("cannot make or use an eventfd for {}", self.name), error)
+        Error::io(format!("cannot create or use an eventfd for {}", self.name), error)
     }
 
     /// Returns the eventfd that wakes the peer for ring `index`.
@@ -370,8 +369,8 @@ impl User {
         let refuse = |why: &str, hint: &str| Err(self.error(ErrorKind::Usage, why).with_hint(hint));
         let Some(iova) = memory.linear_iova() else {
             return refuse(
-                "a port without IOMMU makes all ports use physical addresses, which the peer cannot map",
-                "leave the no-IOMMU ports to another process",
+                "a port without an IOMMU makes all ports use physical addresses, which the peer cannot map",
+                "use the no-IOMMU ports in another process",
             );
         };
         let Some(fd) = memory.region().fd() else {
@@ -465,7 +464,8 @@ impl Transport for User {
         }
         let slots = self.ask("GET_MAX_MEM_SLOTS", |peer| peer.get_max_mem_slots())?;
         if segments.len() as u64 > slots {
-            let why = format!("the peer maps {slots} regions of memory and {} are needed", segments.len());
+            let why =
+                format!("the peer maps at most {slots} regions of memory, but {} are needed", segments.len());
             return Err(self
                 .error(ErrorKind::Unavailable, why)
                 .with_hint("add memory in fewer, larger regions"));
@@ -516,7 +516,7 @@ impl Transport for User {
         self.deadline = Instant::now() + PEER_TIMEOUT;
         self.stop_rings().map_err(|error| match self.silent {
             true => {
-                error.with_hint("end the peer: the memory that it had is kept until its connection closes")
+                error.with_hint("end the peer: the memory that it mapped is kept until its connection closes")
             }
             false => error.with_hint(KEPT),
         })

@@ -49,7 +49,7 @@ impl Hwpt {
             && len.is_multiple_of(page_size)
             && iova.checked_add(len - 1).is_some();
         if !is_paged {
-            return Err(Error::Argument { operation, why: "the range is not one of whole pages" });
+            return Err(Error::Argument { operation, why: "the range does not consist of whole pages" });
         }
         let words = usize::try_from(bitmap_words(len, page_size)).unwrap_or(usize::MAX);
         let Some(bitmap) = bitmap.get_mut(..words) else {

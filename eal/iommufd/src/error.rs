@@ -91,13 +91,14 @@ impl Error {
                 None => format!("{errno:?} ({})", errno.desc()),
             },
             Self::Invalidate { handled, errno } => {
-                format!("{errno:?} ({}) behind {handled} requests that were handled", errno.desc())
+                let requests = if *handled == 1 { "request" } else { "requests" };
+                format!("{errno:?} ({}) after {handled} successful {requests}", errno.desc())
             }
-            Self::NotIommufd { .. } => "it is no iommufd".into(),
+            Self::NotIommufd { .. } => "it is not an iommufd".into(),
             Self::OtherIommufd { .. } => "the source belongs to another open /dev/iommu".into(),
             Self::Argument { why, .. } | Self::Protocol { why, .. } => (*why).into(),
             Self::NotContiguous { page, contiguous } => {
-                format!("a page of {page} bytes is contiguous for {contiguous} bytes only")
+                format!("only {contiguous} bytes of a page of {page} bytes are contiguous")
             }
         }
     }
@@ -250,18 +251,18 @@ impl fmt::Display for Operation {
             Self::AllowIovas => "reserve IOVA ranges",
             Self::PhysicalAddress => "read physical addresses from iommufd",
             Self::CompatIoas => "access the address space of VFIO containers",
-            Self::ChangeProcess => "move the accounts of pinned pages to this process",
+            Self::ChangeProcess => "transfer the accounting of pinned pages to this process",
             Self::HwInfo => "read the IOMMU's properties",
             Self::AllocateHwpt => "allocate a hardware page table",
-            Self::DirtyTracking => "switch dirty tracking",
+            Self::DirtyTracking => "start or stop dirty tracking",
             Self::DirtyBitmap => "read dirty bits",
-            Self::Invalidate => "invalidate caches of the IOMMU",
-            Self::AllocateFaultQueue => "allocate a queue of page faults",
+            Self::Invalidate => "invalidate IOMMU caches",
+            Self::AllocateFaultQueue => "allocate a page fault queue",
             Self::ReadFaults => "read page faults",
             Self::RespondToFault => "respond to a page fault",
             Self::AllocateViommu => "allocate a virtual IOMMU",
             Self::AllocateVdevice => "allocate a virtual device",
-            Self::AllocateEventQueue => "allocate a queue of IOMMU events",
+            Self::AllocateEventQueue => "allocate an IOMMU event queue",
             Self::ReadEvents => "read IOMMU events",
             Self::AllocateHwQueue => "allocate a hardware queue",
             Self::Duplicate => "duplicate the descriptor",
@@ -287,6 +288,6 @@ mod tests {
         assert_eq!(error.to_string(), "cannot open /dev/iommu: EACCES (Permission denied)");
         assert!(error.hint().is_some_and(|hint| hint.ends_with("setfacl -m u:USER:rw /dev/iommu")));
         let error = Error::NotContiguous { page: 2 << 20, contiguous: 4096 };
-        assert!(error.errno().is_none() && error.to_string().ends_with("for 4096 bytes only"), "{error}");
+        assert!(error.errno().is_none() && error.to_string().contains(": only 4096 bytes of"), "{error}");
     }
 }

@@ -92,7 +92,7 @@ impl EventQueue {
         let operation = Operation::ReadEvents;
         let bytes = read_all(&self.file, EVENTS * (HEADER + self.kind.len), operation)?;
         events(&bytes, self.kind.len)
-            .ok_or(Error::Protocol { operation, why: "the kernel wrote half an event" })
+            .ok_or(Error::Protocol { operation, why: "the kernel returned an incomplete event" })
     }
 }
 

@@ -47,7 +47,7 @@ pub struct Fault {
 }
 
 /// Page faults that are answered by a single response.
-#[must_use = "the device waits until FaultQueue::respond"]
+#[must_use = "the device waits until `FaultQueue::respond` is called"]
 #[derive(Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FaultGroup {
@@ -106,7 +106,7 @@ impl FaultQueue {
         let bytes = read_all(&self.file, FAULTS * FAULT, Operation::ReadFaults)?;
         if !bytes.len().is_multiple_of(FAULT) {
             let operation = Operation::ReadFaults;
-            return Err(Error::Protocol { operation, why: "the kernel wrote half a fault" });
+            return Err(Error::Protocol { operation, why: "the kernel returned an incomplete fault" });
         }
         Ok(groups(&bytes))
     }
@@ -125,7 +125,7 @@ impl FaultQueue {
         let bytes = [cookie, code].concat();
         match write(&self.file, &bytes).map_err(|errno| operation.failed(errno))? {
             written if written == bytes.len() => Ok(()),
-            _ => Err(Error::Protocol { operation, why: "the kernel took half a response" }),
+            _ => Err(Error::Protocol { operation, why: "the kernel accepted only part of the response" }),
         }
     }
 }

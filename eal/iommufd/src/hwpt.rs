@@ -291,9 +291,6 @@ mod tests {
         let error =
             hwpt.invalidate(InvalidationType::ARM_SMMUV3, &[[1; 16], [2; 16], [0xff; 16]]).unwrap_err();
         assert_eq!(error, Error::Invalidate { handled: 2, errno: Errno::EIO });
-        assert!(
-            error.to_string().ends_with("EIO (I/O error) behind 2 requests that were handled"),
-            "{error}"
-        );
+        assert!(error.to_string().ends_with("EIO (I/O error) after 2 successful requests"), "{error}");
     }
 }

@@ -177,7 +177,7 @@ impl Ioas {
     ) -> Result<Mapping<Arc<M>>> {
         if range.start >= range.end || range.end > memory.len() {
             let operation = Operation::Map { len: range.len() as u64, iova };
-            return Err(Error::Argument { operation, why: "the memory has no such bytes" });
+            return Err(Error::Argument { operation, why: "the range is empty or exceeds the memory" });
         }
         // SAFETY: the bytes are inside the memory, as checked above.
         let first = unsafe { memory.address().add(range.start) };

@@ -289,7 +289,7 @@ mod tests {
             assert_eq!(Iommufd::from_fd(fd).unwrap_err(), error);
             assert_eq!(
                 error.to_string(),
-                format!("cannot use descriptor {number} as /dev/iommu: it is no iommufd")
+                format!("cannot use descriptor {number} as /dev/iommu: it is not an iommufd")
             );
         }
         assert!(matches!(Iommufd::open_at("/dev/null".as_ref()), Err(Error::NotIommufd { .. })));
@@ -355,7 +355,7 @@ mod tests {
         let error = iommufd.change_process().unwrap_err();
         assert_eq!(
             error.to_string(),
-            "cannot move the accounts of pinned pages to this process: EINVAL (Invalid argument)"
+            "cannot transfer the accounting of pinned pages to this process: EINVAL (Invalid argument)"
         );
     }
 }

@@ -76,7 +76,7 @@ impl<K> Mapping<K> {
             return Ok(());
         }
         let operation = Operation::Unmap { len: self.len, iova: self.iova };
-        Err(Error::Protocol { operation, why: "the kernel unmapped another number of bytes" })
+        Err(Error::Protocol { operation, why: "the kernel unmapped a different number of bytes" })
     }
 
     /// Returns the physical address of byte `offset` of the mapping, and how many of the `len` bytes from
@@ -89,7 +89,7 @@ impl<K> Mapping<K> {
     pub fn physical(&self, offset: u64, len: u64) -> Result<Physical> {
         let operation = Operation::PhysicalAddress;
         if len == 0 || offset.checked_add(len).is_none_or(|end| end > self.len) {
-            return Err(Error::Argument { operation, why: "the mapping has no such bytes" });
+            return Err(Error::Argument { operation, why: "the range is empty or exceeds the mapping" });
         }
         let mut query = sys::iommu_ioas_noiommu_get_pa {
             ioas_id: self.ioas.id(),

@@ -11,7 +11,7 @@ static OBSERVER: OnceLock<Observer> = OnceLock::new();
 /// Routes all further ioctls of this crate, and each open of the device node, through `observer`, for the
 /// whole process. Returns false if an observer is already set, in which case that observer remains. Without
 /// an observer, a call costs one check.
-#[must_use = "false when another observer gets the calls"]
+#[must_use = "`false` means that another observer receives the calls"]
 pub fn observe(observer: Observer) -> bool {
     OBSERVER.set(observer).is_ok()
 }

@@ -28,7 +28,7 @@ pub(crate) fn read_all(file: &OwnedFd, room: usize, operation: Operation) -> Res
         if bytes.len() > LIMIT {
             return Err(Error::Protocol {
                 operation,
-                why: "the kernel says that there is something and gives nothing",
+                why: "the kernel reports data to read but returns none",
             });
         }
         bytes.resize(2 * bytes.len(), 0);

@@ -143,7 +143,7 @@ impl Viommu {
 }
 
 /// Registration of a device in a virtual machine, destroyed on drop.
-#[must_use = "dropping it takes the device's virtual id away"]
+#[must_use = "dropping it removes the device's virtual id"]
 #[derive(Debug)]
 pub struct Vdevice {
     object: Object,

@@ -163,7 +163,7 @@ impl FromStr for NodeMemory {
 
     fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
         let nodes: Option<Vec<u64>> = text.split(',').map(|node| node.parse().ok()).collect();
-        let wrong = "it is no list of MiB for each NUMA node, such as 64,64";
+        let wrong = "it is not a list of MiB per NUMA node, such as 64,64";
         let nodes = nodes.ok_or(wrong)?;
         let sum = nodes.iter().try_fold(0_u64, |sum, node| sum.checked_add(*node));
         let sum = sum.and_then(|sum| u32::try_from(sum).ok()).filter(|sum| *sum > 0).ok_or(wrong)?;
@@ -225,7 +225,7 @@ pub(super) fn one_line(error: &clap::Error, what: &str, program: &str) -> Error 
         (Some(ContextValue::String(name)), _) => format!("did you mean {name}?"),
         (Some(ContextValue::Strings(names)), _) => format!("did you mean {}?", names.join(" or ")),
         (_, ClapKind::UnknownArgument) if what != PLAIN => {
-            format!("EAL arguments go before --, those of the application after it; see: {program} --help")
+            format!("EAL arguments go before --, application arguments after it; see: {program} --help")
         }
         _ => format!("see: {program} --help"),
     };

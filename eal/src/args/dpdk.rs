@@ -44,34 +44,38 @@ const fn short(short: char, long: &'static str, value: Value, fate: Fate) -> Arg
 
 const DRIVERS: &str = "leave it out: drivers are built in";
 const LCORES: &str = "leave it out, and give all cores with -l: there are no service cores";
-const LIMIT: &str = "leave it out: -m or --numa-mem is all that is reserved";
+const LIMIT: &str = "leave it out: Vireo reserves only what -m or --numa-mem requests";
 const TRACE: &str = "leave it out, and use --log-level, or perf(1) on the program";
 const CHANNELS: &str = "packet buffers are not spread over memory channels";
 
 const ARGUMENTS: &[Argument] = &[
     long("auto-probing", Flag, NoEffect("it is the default")),
-    long("base-virtaddr", Text, NoEffect("IOVAs do not depend on virtual addresses; they fit the IOMMU")),
+    long("base-virtaddr", Text, NoEffect("IOVAs depend on the IOMMU, not on virtual addresses")),
     long("create-uio-dev", Flag, Refused("use VFIO: vireo-devbind --bind vfio-pci ADDRESS")),
     short('d', "driver-path", Optional, Refused(DRIVERS)),
     long("force-max-simd-bitwidth", Number, NoEffect("no driver has vector code")),
     long("huge-worker-stack", Optional, Refused("leave it out: worker stacks are ordinary memory")),
-    long("legacy-mem", Flag, NoEffect("all memory is reserved at the start")),
+    long("legacy-mem", Flag, NoEffect("all memory is reserved at start-up")),
     long("log-timestamp", Optional, Refused("pipe standard error into ts(1), or into systemd's journal")),
     long("match-allocations", Flag, NoEffect("memory is released as it was reserved")),
-    long("mbuf-pool-ops-name", Text, NoEffect("there is one kind of pool")),
+    long("mbuf-pool-ops-name", Text, NoEffect("there is only one kind of pool")),
     short('n', "memory-channels", Number, NoEffect(CHANNELS)),
     short('r', "memory-ranks", Number, NoEffect(CHANNELS)),
     long("no-hpet", Flag, NoEffect("the HPET is not used")),
-    long("no-shconf", Flag, NoEffect("no process shares another's configuration")),
+    long("no-shconf", Flag, NoEffect("processes do not share configuration")),
     long("no-telemetry", Flag, NoEffect("there is no telemetry socket")),
     long("numa-limit", Optional, Refused(LIMIT)),
     long("pagesz-mem", Optional, Refused("use -m for the size, --huge-dir for the page size")),
     short('S', "service-corelist", Optional, Refused(LCORES)),
     short('s', "service-coremask", Optional, Refused(LCORES)),
-    long("single-file-segments", Flag, NoEffect("memory is one file")),
+    long("single-file-segments", Flag, NoEffect("memory is always a single file")),
     long("socket-limit", Optional, Refused(LIMIT)),
     long("syslog", Optional, NoEffect("the log goes to standard error; pipe it into logger(1)")),
-    long("telemetry", Flag, NoEffect("there is no telemetry socket; the program's output has the counters")),
+    long(
+        "telemetry",
+        Flag,
+        NoEffect("there is no telemetry socket; the counters are in the program's output"),
+    ),
     long("trace", Optional, Refused(TRACE)),
     long("trace-bufsz", Optional, Refused(TRACE)),
     long("trace-dir", Optional, Refused(TRACE)),
@@ -125,7 +129,7 @@ pub(super) fn no_effect(argument: &str, why: &str) -> String {
 
 /// Error for a DPDK argument that Vireo does not have.
 pub(super) fn refusal(argument: &str, hint: &str) -> Error {
-    Error::new(ErrorKind::Usage, argument, "a DPDK argument that Vireo does not have").with_hint(hint)
+    Error::new(ErrorKind::Usage, argument, "Vireo does not support this DPDK argument").with_hint(hint)
 }
 
 /// Lines of the help on DPDK's other arguments.
@@ -137,7 +141,7 @@ pub(super) fn help() -> String {
     };
     let names: Vec<String> = accepted.map(name).collect();
     format!(
-        "Accepted without effect: {}\nDPDK's other arguments are refused, each with the alternative.",
+        "Accepted without effect: {}\nOther DPDK arguments are refused with a hint at the alternative.",
         names.join(", ")
     )
 }

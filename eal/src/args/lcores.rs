@@ -72,8 +72,8 @@ pub(super) fn shared_core(lcores: &[LcoreSpec], sysfs: &Path) -> Option<String> 
         let siblings = core_siblings(sysfs, cpu)?;
         let other = seen.insert(siblings.clone(), lcore).filter(|other| other.cpus != [cpu])?;
         Some(format!(
-            "lcores {} and {} run on threads of one core (cpus {siblings}), and each gets a part of it; \
-             give them cores of their own with -l (lscpu -e)",
+            "lcores {} and {} run on threads of the same core (CPUs {siblings}) and share its resources; \
+             give each its own core with -l (lscpu -e)",
             other.id, lcore.id
         ))
     })
@@ -120,10 +120,10 @@ pub(super) fn remap(lcores: &mut [LcoreSpec], first: u32) -> Result<()> {
         Err(Error::new(ErrorKind::Usage, format!("--remap-lcore-ids={first}"), why).with_hint(hint))
     };
     if let Some(lcore) = lcores.iter().find(|lcore| lcore.cpus != [lcore.id as usize]) {
-        return wrong(format!("-l gives lcore {lcore} an id of its own"), "leave --remap-lcore-ids out");
+        return wrong(format!("-l already gives lcore {lcore} its own id"), "leave --remap-lcore-ids out");
     }
     if first as usize + lcores.len() > MAX_CORES {
-        return wrong(format!("ids end at {}", MAX_CORES - 1), "use --remap-lcore-ids=0");
+        return wrong(format!("the highest id is {}", MAX_CORES - 1), "use --remap-lcore-ids=0");
     }
     for (lcore, id) in lcores.iter_mut().zip(first..) {
         lcore.id = id;
@@ -138,7 +138,7 @@ fn wrong(argument: &str, text: &str, why: String, allowed: &[usize]) -> Error {
 
 fn check(cores: BTreeMap<usize, BTreeSet<usize>>, allowed: &[usize]) -> Read<Vec<LcoreSpec>> {
     if cores.is_empty() {
-        return Err("selects no core".into());
+        return Err("it selects no core".into());
     }
     if let Some(cpu) = cores.values().flatten().find(|cpu| !allowed.contains(cpu)) {
         return Err(why_not(*cpu));
@@ -217,7 +217,7 @@ impl Cursor<'_> {
         self.rest = rest;
         match digits.parse() {
             Ok(core) if core < MAX_CORES => Ok(core),
-            _ => Err(format!("core {} is beyond {}", quoted(digits), MAX_CORES - 1)),
+            _ => Err(format!("core {} is above the maximum, {}", quoted(digits), MAX_CORES - 1)),
         }
     }
 
@@ -235,8 +235,8 @@ impl Cursor<'_> {
 
     fn unexpected(&self, wanted: &str) -> String {
         match self.rest.chars().next() {
-            Some(found) => format!("{wanted} is expected in the place of {found:?}"),
-            None => format!("{wanted} is missing at the end"),
+            Some(found) => format!("expected {wanted}, found {found:?}"),
+            None => format!("expected {wanted} at the end"),
         }
     }
 }
@@ -270,18 +270,18 @@ mod tests {
     #[test]
     fn wrong_lists_name_the_part_and_the_cores() {
         let cases = [
-            ("", "a core number is missing at the end"),
-            ("1-", "a core number is missing at the end"),
-            ("-1", "a core number is expected in the place of '-'"),
-            ("0,,1", "a core number is expected in the place of ','"),
-            ("0x1", "a comma or the end is expected in the place of 'x'"),
-            ("(0,1", "a closing parenthesis is missing at the end"),
-            ("0@", "a core number is missing at the end"),
-            ("0-1-2", "a comma or the end is expected in the place of '-'"),
+            ("", "expected a core number at the end"),
+            ("1-", "expected a core number at the end"),
+            ("-1", "expected a core number, found '-'"),
+            ("0,,1", "expected a core number, found ','"),
+            ("0x1", "expected a comma or the end, found 'x'"),
+            ("(0,1", "expected a closing parenthesis at the end"),
+            ("0@", "expected a core number at the end"),
+            ("0-1-2", "expected a comma or the end, found '-'"),
             ("0,0", "lcore 0 is given twice"),
             ("0-1,(1)@0", "lcore 1 is given twice"),
-            ("8192", "core \"8192\" is beyond 8191"),
-            ("0-99999999999999999999999", "core \"99999999999999999999999\" is beyond 8191"),
+            ("8192", "core \"8192\" is above the maximum, 8191"),
+            ("0-99999999999999999999999", "core \"99999999999999999999999\" is above the maximum, 8191"),
             ("8191", "core 8191 does not exist"),
         ];
         for (text, why) in cases {
@@ -321,8 +321,8 @@ mod tests {
         let warning = |list: &str| shared_core(&parse_list(list, &all).unwrap(), sysfs.path());
         assert_eq!(
             warning("0-1,5").unwrap(),
-            "lcores 1 and 5 run on threads of one core (cpus 1,5), and each gets a part of it; \
-             give them cores of their own with -l (lscpu -e)"
+            "lcores 1 and 5 run on threads of the same core (CPUs 1,5) and share its resources; \
+             give each its own core with -l (lscpu -e)"
         );
         assert!(warning("7@0,3@4").unwrap().contains("lcores 3 and 7"));
         for list in ["0-1", "0,5", "0@(0,4),4", "2-3", "0@1,1@1"] {

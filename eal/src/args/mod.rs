@@ -160,29 +160,29 @@ impl EalArgs {
         if let Some(other) = modes().find(|mode| mode.has_iommu() != first.has_iommu()) {
             return Err(conflict(
                 &format!("VFIO modes {first} and {other}"),
-                "without an IOMMU devices see physical addresses, and one pool of packets cannot serve both kinds",
-                "give all devices modes with an IOMMU, or all of them no-IOMMU modes",
+                "without an IOMMU, devices use physical addresses, and one packet pool cannot serve both kinds",
+                "use modes with an IOMMU for all devices, or no-IOMMU modes for all",
             ));
         }
         match self.iova_mode {
             Some(IovaMode::Va) if !first.has_iommu() => Err(conflict(
                 &format!("--iova-mode va with VFIO mode {first}"),
-                "without an IOMMU devices see physical addresses",
+                "without an IOMMU, devices use physical addresses",
                 "leave --iova-mode out",
             )),
             Some(IovaMode::Pa) if first.has_iommu() && !self.no_pci => Err(conflict(
                 &format!("--iova-mode pa with VFIO mode {first}"),
-                "behind an IOMMU devices see virtual addresses",
+                "behind an IOMMU, devices use virtual addresses",
                 "leave --iova-mode out, or use --vfio-mode noiommu",
             )),
             _ if self.isolate_ports && !first.has_iommu() => Err(conflict(
                 &format!("--isolate-ports with VFIO mode {first}"),
-                "without an IOMMU every device reaches all memory",
+                "without an IOMMU, every device reaches all memory",
                 "leave --isolate-ports out, or use a mode with an IOMMU",
             )),
             _ if self.memory.no_huge && !first.has_iommu() => Err(conflict(
                 &format!("--no-huge with VFIO mode {first}"),
-                "physical addresses need hugepages: pages of 4 KiB are neither contiguous nor do they stay in place",
+                "physical addresses need hugepages: 4 KiB pages are not contiguous and can move",
                 "leave --no-huge out",
             )),
             _ => Ok(()),
@@ -292,7 +292,7 @@ fn resolve(cli: Cli, mut notes: Vec<String>, program: &Program<'_>, cpus: &[usiz
     };
     match cli.huge_unlink {
         Some(Some(HugeUnlink::Never)) => {
-            let hint = "leave it out: no file of a hugepage stays behind";
+            let hint = "leave it out: no hugepage file stays behind";
             return Err(dpdk::refusal("--huge-unlink=never", hint));
         }
         Some(_) => {
@@ -360,14 +360,14 @@ fn file_prefix(name: String) -> Result<String> {
     Err(conflict(
         &format!("--file-prefix {}", quoted(&name)),
         "not a file name of 1 to 64 bytes without control characters",
-        "use one such as vireo1",
+        "use a name such as vireo1",
     ))
 }
 
 fn check_proc_type(text: &str) -> Result<()> {
     let why = match text {
         "primary" | "auto" => return Ok(()),
-        "secondary" => "a process that shares another's devices is not supported",
+        "secondary" => "sharing another process's devices is not supported",
         _ => "there is no such type",
     };
     Err(conflict(&format!("--proc-type {}", quoted(text)), why, "use primary or auto"))

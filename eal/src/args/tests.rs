@@ -87,18 +87,18 @@ fn the_bad_word_and_the_right_one_are_named() {
     let cases = [
         (
             "--isolate-ports --vfio-mode noiommu",
-            "--isolate-ports with VFIO mode noiommu: without an IOMMU every device reaches all memory; leave --isolate-ports out, or use a mode with an IOMMU",
+            "--isolate-ports with VFIO mode noiommu: without an IOMMU, every device reaches all memory; leave --isolate-ports out, or use a mode with an IOMMU",
         ),
         ("--lcors 1", "EAL arguments: unexpected argument '--lcors' found; did you mean --lcores?"),
         (
             "-p 3",
-            "EAL arguments: unexpected argument '-p' found; EAL arguments go before --, those of the application after it; see: l2fwd --help",
+            "EAL arguments: unexpected argument '-p' found; EAL arguments go before --, application arguments after it; see: l2fwd --help",
         ),
         (
             "what",
-            "EAL arguments: unexpected argument 'what' found; EAL arguments go before --, those of the application after it; see: l2fwd --help",
+            "EAL arguments: unexpected argument 'what' found; EAL arguments go before --, application arguments after it; see: l2fwd --help",
         ),
-        ("-l 99999", "--lcores \"99999\": core \"99999\" is beyond 8191; use cores 0-1"),
+        ("-l 99999", "--lcores \"99999\": core \"99999\" is above the maximum, 8191; use cores 0-1"),
         ("-l 1 --main-lcore 0", "--main-lcore 0: not one of the lcores; use one of 1"),
         (
             "--iova-mode xa",
@@ -131,15 +131,15 @@ fn the_bad_word_and_the_right_one_are_named() {
         ),
         (
             "--proc-type secondary",
-            "--proc-type \"secondary\": a process that shares another's devices is not supported; use primary or auto",
+            "--proc-type \"secondary\": sharing another process's devices is not supported; use primary or auto",
         ),
         (
             "--file-prefix a/b",
-            "--file-prefix \"a/b\": not a file name of 1 to 64 bytes without control characters; use one such as vireo1",
+            "--file-prefix \"a/b\": not a file name of 1 to 64 bytes without control characters; use a name such as vireo1",
         ),
         (
             "--file-prefix a\u{7}b",
-            "--file-prefix \"a\\u{7}b\": not a file name of 1 to 64 bytes without control characters; use one such as vireo1",
+            "--file-prefix \"a\\u{7}b\": not a file name of 1 to 64 bytes without control characters; use a name such as vireo1",
         ),
     ];
     for (line, text) in cases {
@@ -323,7 +323,7 @@ fn every_eal_argument_of_dpdk() {
                 (Refused(hint), Err(error)) => {
                     let text = error.to_string();
                     assert_eq!(error.kind(), ErrorKind::Usage, "{what}");
-                    let named = text.contains("a DPDK argument that Vireo does not have; ");
+                    let named = text.contains("Vireo does not support this DPDK argument; ");
                     assert!(named && text.contains(hint), "{what}: {text}");
                 }
                 (_, other) => panic!("{what}: {other:?}"),

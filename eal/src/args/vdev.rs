@@ -33,12 +33,12 @@ impl VdevArgs {
             let known: Vec<String> = drivers.iter().map(|(known, _)| format!("{known}0")).collect();
             return Err(wrong("no driver has that name").with_hint(match known.is_empty() {
                 true => "leave --vdev out: this program has no virtual devices".to_owned(),
-                false => format!("names are like {}", known.join(", ")),
+                false => format!("valid names include {}", known.join(", ")),
             }));
         };
         if !(1..=MAX_DIGITS).contains(&(name.len() - driver.len())) {
             return Err(wrong("the driver's name is not followed by a number of 1 to 4 digits")
-                .with_hint(format!("the first one is {driver}0")));
+                .with_hint(format!("for example: {driver}0")));
         }
         let args = key_values(rest, &name, keys)?;
         Ok(Self { name: name.to_owned(), driver: driver.to_owned(), args })
@@ -74,16 +74,16 @@ mod tests {
         let cases = [
             (
                 "net_tap0,iface=x",
-                "--vdev \"net_tap0\": no driver has that name; names are like net_virtio_user0, virtio_user0",
+                "--vdev \"net_tap0\": no driver has that name; valid names include net_virtio_user0, virtio_user0",
             ),
-            ("", "--vdev \"\": no driver has that name; names are like net_virtio_user0, virtio_user0"),
+            ("", "--vdev \"\": no driver has that name; valid names include net_virtio_user0, virtio_user0"),
             (
                 "net_virtio_user,path=x",
-                "--vdev \"net_virtio_user\": the driver's name is not followed by a number of 1 to 4 digits; the first one is net_virtio_user0",
+                "--vdev \"net_virtio_user\": the driver's name is not followed by a number of 1 to 4 digits; for example: net_virtio_user0",
             ),
             (
                 "virtio_user00000",
-                "--vdev \"virtio_user00000\": the driver's name is not followed by a number of 1 to 4 digits; the first one is virtio_user0",
+                "--vdev \"virtio_user00000\": the driver's name is not followed by a number of 1 to 4 digits; for example: virtio_user0",
             ),
             ("virtio_user0,", "argument \"\" of device virtio_user0: not of the form KEY=VALUE"),
             (

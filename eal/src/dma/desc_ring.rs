@@ -183,7 +183,7 @@ impl DescRing {
     #[cold]
     #[inline(never)]
     fn change_pool(&mut self, cache: &PoolCache) {
-        assert!(self.owned() == 0, "a ring that owns buffers of one pool gets those of another");
+        assert!(self.owned() == 0, "a ring that owns buffers of one pool cannot take those of another");
         self.fresh_bits = cache.fresh_bits();
     }
 
@@ -393,7 +393,7 @@ impl DescRing {
                 burst.set_len(len - count);
             }
         }
-        assert!(count == 0 || all == cache.tag(), "a packet of another pool");
+        assert!(count == 0 || all == cache.tag(), "the packet belongs to another pool");
         self.head = self.head.wrapping_add(count);
     }
 

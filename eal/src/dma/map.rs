@@ -145,7 +145,7 @@ impl MemoryMap {
     pub fn add_all(self: &Arc<Self>, regions: Vec<(Region, Vec<Part>)>) -> Result<Vec<Vec<Arc<DmaMemory>>>> {
         let named = regions.iter().flat_map(|(_, parts)| parts).flat_map(|part| &part.spaces);
         if named.into_iter().any(|space| !self.spaces.iter().any(|own| Arc::ptr_eq(own, space))) {
-            let why = "a part of it is for an address space that the map is not in";
+            let why = "one of its parts is for an address space that is not in the map";
             return Err(Error::new(ErrorKind::Usage, "cannot map memory", why));
         }
         // The lock keeps other callers from choosing addresses at the same time.
@@ -235,7 +235,7 @@ fn is_physical(spaces: &[Arc<AddressSpace>]) -> Result<bool> {
         return Err(Error::new(
             ErrorKind::Usage,
             "cannot mix no-IOMMU ports with other modes",
-            "a NIC without IOMMU needs physical addresses, the others reach only mapped IOVAs",
+            "NICs without an IOMMU need physical addresses, but the others reach only mapped IOVAs",
         )
         .with_hint("give every port the same kind of --vfio-mode"));
     }
@@ -248,7 +248,7 @@ fn check_reach(addresses: &[u64], page_size: usize, mask: u64) -> Result<()> {
     let beyond = |address: &&u64| address.checked_add(page_size as u64 - 1).is_none_or(|last| last > mask);
     let Some(beyond) = addresses.iter().find(beyond) else { return Ok(()) };
     let why = format!(
-        "a page is at the physical address {beyond:#x}, and a NIC among them has {} address bits",
+        "a page is at physical address {beyond:#x}, but one of the NICs has only {} address bits",
         u64::BITS - mask.leading_zeros()
     );
     Err(Error::new(ErrorKind::Unavailable, "cannot use this memory without an IOMMU", why)
@@ -308,7 +308,7 @@ fn fit(free: &IovaRanges, len: u64, page_size: u64) -> Result<u64> {
             ErrorKind::Unavailable,
             format!("cannot place {} MiB in the devices' address space", len >> 20),
             format!(
-                "the IOMMUs and the address bits of the NICs allow together {}",
+                "the IOMMUs and the NICs' address bits together leave {}",
                 if ranges.is_empty() { "nothing".into() } else { ranges.join(", ") }
             ),
         )
@@ -342,7 +342,7 @@ mod tests {
         check_reach(&[low], 2 << 20, u32::MAX.into()).unwrap();
         for addresses in [[low, high], [low + 4096, low]] {
             let error = check_reach(&addresses, 2 << 20, u32::MAX.into()).unwrap_err().to_string();
-            assert!(error.contains("32 address bits") && error.contains("intel_iommu=on"), "{error}");
+            assert!(error.contains("only 32 address bits") && error.contains("intel_iommu=on"), "{error}");
         }
     }
 
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
+    #[cfg_attr(miri, ignore = "Miri cannot unmap part of a mapping")]
     fn regions_that_adjoin_in_the_process_adjoin_for_devices() {
         let page = page_size();
         let parts = [(None, page), (None, 3 * page), (None, page)];

@@ -126,14 +126,14 @@ impl DmaMemory {
     /// because rings and pools live as long as the memory.
     pub(super) fn allocate(&self, len: usize, align: usize, access: Access) -> Result<usize> {
         let arena = self.arena(access);
-        let what = || format!("cannot take {} KiB of DMA memory", len.div_ceil(1024));
+        let what = || format!("cannot allocate {} KiB of DMA memory", len.div_ceil(1024));
         let page_shift = self.translation().page_shift;
         let page = 1_usize << page_shift;
         if len > page {
             return Err(Error::new(
                 ErrorKind::Os,
                 what(),
-                format!("without an IOMMU at most one page of {} KiB is contiguous", page >> 10),
+                format!("without an IOMMU, at most one page of {} KiB is contiguous", page >> 10),
             )
             .with_hint("use larger pages: leave --no-huge out, or ask for smaller rings"));
         }
@@ -154,7 +154,7 @@ impl DmaMemory {
             .and_then(place)
             .map(|(start, _)| start)
             .ok_or_else(|| {
-                Error::new(ErrorKind::Os, what(), format!("all {} KiB are used", arena.bytes.len() >> 10))
+                Error::new(ErrorKind::Os, what(), format!("all {} KiB are in use", arena.bytes.len() >> 10))
                     .with_hint("ask for more with -m MB")
             })
     }
@@ -171,7 +171,9 @@ impl DmaMemory {
                 (end <= arena.bytes.end).then_some(end)
             })
             .map(|allocated| allocated.next_multiple_of(size))
-            .map_err(|next| too_small(&format!("take {count} packet buffers"), need, arena.bytes.end - next))
+            .map_err(|next| {
+                too_small(&format!("allocate {count} packet buffers"), need, arena.bytes.end - next)
+            })
     }
 
     pub(super) fn iova(&self, offset: usize) -> u64 {

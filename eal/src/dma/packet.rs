@@ -67,7 +67,7 @@ const CHECKSUM_PARTIAL: u8 = 1 << 2;
 /// receive and send such frames.
 #[derive(Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
-#[must_use = "a packet that is dropped is lost to its pool; give it to PoolCache::free"]
+#[must_use = "a dropped packet is lost to its pool; give it to `PoolCache::free`"]
 pub struct Packet {
     /// Pool offset of the data: bytes from the pool's first byte, a multiple of [`BUFFER_SIZE`] plus the data
     /// offset.

@@ -66,7 +66,7 @@ impl Area {
     fn map(region: &PeerRegion) -> Result<Self> {
         let wraps = |start: u64| start.checked_add(region.len).is_none();
         if wraps(region.guest) || wraps(region.user) {
-            return Err(PeerMemory::refused("the addresses of a region wrap"));
+            return Err(PeerMemory::refused("the addresses of a region wrap around"));
         }
         let (mapping, base) = Mapping::shared(&region.fd, region.offset, region.len)?;
         let (guest, user, len) = (region.guest, region.user, region.len);

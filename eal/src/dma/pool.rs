@@ -106,15 +106,15 @@ impl Pool {
     fn with_access(shares: &[(Arc<DmaMemory>, u32)], access: Access) -> Result<Arc<Self>> {
         let sum = shares.iter().fold(0_u32, |sum, (_, count)| sum.saturating_add(*count));
         let refuse = |why: String| {
-            Error::new(ErrorKind::Usage, format!("cannot make a pool of {sum} packet buffers"), why)
+            Error::new(ErrorKind::Usage, format!("cannot create a pool of {sum} packet buffers"), why)
         };
         if sum > MAX_BUFFERS {
-            return Err(refuse(format!("there can be at most {MAX_BUFFERS}")));
+            return Err(refuse(format!("the maximum is {MAX_BUFFERS}")));
         }
         let mut nodes = Vec::with_capacity(shares.len());
         let region = |index: usize| shares[index].0.region();
         if (1..shares.len()).any(|index| !region(index).adjoins(region(0))) {
-            return Err(refuse("their regions do not adjoin".into()));
+            return Err(refuse("their regions are not adjacent".into()));
         }
         for (memory, count) in shares {
             let offset = memory.allocate_buffers(*count as usize, BUFFER_SIZE, access)?;

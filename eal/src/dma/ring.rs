@@ -75,14 +75,15 @@ impl<W: Word, const N: usize> DmaRing<W, N> {
     }
 
     fn bytes(entries: usize) -> Result<usize> {
-        let refused =
-            |why: &str| Error::new(ErrorKind::Usage, format!("cannot make a ring of {entries} entries"), why);
+        let refused = |why: &str| {
+            Error::new(ErrorKind::Usage, format!("cannot create a ring of {entries} entries"), why)
+        };
         if !entries.is_power_of_two() {
-            return Err(refused("the number is no power of two"));
+            return Err(refused("the number is not a power of two"));
         }
         N.checked_mul(size_of::<W>())
             .and_then(|len| entries.checked_mul(len))
-            .ok_or_else(|| refused("too many"))
+            .ok_or_else(|| refused("there are too many"))
     }
 
     /// First word.
@@ -298,8 +299,8 @@ impl DmaBlock {
         if len > self.len - self.carved || !offset.is_multiple_of(align_of::<W>()) {
             return Err(Error::new(
                 ErrorKind::Usage,
-                format!("cannot make a ring of {entries} entries"),
-                "it does not fit there",
+                format!("cannot create a ring of {entries} entries"),
+                "it does not fit into the rest of the block",
             ));
         }
         self.carved += len;

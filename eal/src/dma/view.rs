@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "Miri maps no file")]
+    #[cfg_attr(miri, ignore = "Miri cannot map files")]
     fn a_device_has_the_pages_at_addresses_of_its_own() {
         let memory = DmaMemory::map(Region::new(1, Backing::SmallPages).unwrap(), &[]).unwrap();
         let view = memory.device_view().unwrap();

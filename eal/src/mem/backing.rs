@@ -105,7 +105,7 @@ fn check_mount(file: &File, dir: &Path, len: usize, page_size: usize) -> Result<
     let what = || format!("cannot use --huge-dir {}", dir.display());
     let found = fstatfs(file).map_err(|errno| Error::os(what(), errno).with_kind(ErrorKind::Io))?;
     if found.filesystem_type() != HUGETLBFS_MAGIC || found.block_size() as usize != page_size {
-        return Err(Error::new(ErrorKind::Io, what(), "something else was mounted there meanwhile"));
+        return Err(Error::new(ErrorKind::Io, what(), "something else was mounted there in the meantime"));
     }
     let (total, free) = (found.blocks(), found.blocks_free());
     // A mount without a size of its own reports 0 blocks.
@@ -174,7 +174,7 @@ mod tests {
     #[cfg_attr(miri, ignore = "there is no fstatfs")]
     fn pages_of_another_size_are_not_taken_for_hugepages() {
         let error = check_mount(&tempfile::tempfile().unwrap(), Path::new("/mnt/huge"), 1, 4096).unwrap_err();
-        assert_eq!(error.why(), "something else was mounted there meanwhile");
+        assert_eq!(error.why(), "something else was mounted there in the meantime");
     }
 
     #[test]

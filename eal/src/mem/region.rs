@@ -158,7 +158,7 @@ impl Region {
         let pages = unsafe { numa::elsewhere(self.address, self.len, node, self.page_size) }.unwrap_or(0);
         if pages > 0 {
             tracing::warn!(
-                "{} of {} KiB of packet memory are not on NUMA node {node}, where the NICs are that use it; {}",
+                "{} of {} KiB of packet memory are not on NUMA node {node}, the node of the NICs that use it; {}",
                 (pages * self.page_size) >> 10,
                 self.len >> 10,
                 shortage::more_on_node(Path::new(ROOT), node, self.page_size, pages)
@@ -177,7 +177,7 @@ impl Region {
     pub(crate) fn mapped_again(&self) -> Result<Self> {
         let what = "cannot map packet memory a second time";
         let fd = self.fd.as_ref().ok_or_else(|| {
-            Error::new(ErrorKind::Unavailable, what, format!("{} are no file", self.backing.name()))
+            Error::new(ErrorKind::Unavailable, what, format!("{} are not a file", self.backing.name()))
                 .with_hint("leave --in-memory out")
         })?;
         let address = map_shared(fd, self.len, None).map_err(|errno| Error::os(what, errno))?;
@@ -279,7 +279,7 @@ impl Region {
             return Ok(self.address.as_ptr() as u64 + range.start as u64);
         }
         let what = format!("cannot map bytes {range:?} of a region");
-        Err(Error::new(ErrorKind::Usage, what, format!("it has {}", self.len)))
+        Err(Error::new(ErrorKind::Usage, what, format!("it has {} bytes", self.len)))
     }
 
     /// Address of the first byte, valid for [`Region::len`] bytes while the region lives.
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
+    #[cfg_attr(miri, ignore = "Miri cannot unmap part of a mapping")]
     fn adjoining_regions_follow_each_other_and_go_one_by_one() {
         let page = cpu_page_size();
         let parts = [(None, 2 * page), (None, page + 1), (None, 1)];

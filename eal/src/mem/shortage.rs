@@ -18,7 +18,7 @@ pub(super) fn default_hugepage_size() -> Result<usize> {
         .and_then(|kilobytes| kilobytes.trim().parse::<usize>().ok())
         .map(|kilobytes| kilobytes * 1024)
         .ok_or_else(|| {
-            Error::new(ErrorKind::Unavailable, "no hugepages", "this kernel has no hugetlb support")
+            Error::new(ErrorKind::Unavailable, "cannot use hugepages", "this kernel has no hugetlb support")
                 .with_hint("run with --no-huge")
         })
 }
@@ -62,7 +62,7 @@ pub(super) fn check_nodes(root: &Path, parts: &[(Option<u32>, usize)], page_size
         let Some(free) = free_in_nodes(&root.join("sys"), &[node as usize], page_size) else { continue };
         if free < need {
             let what = format!("cannot reserve {} MiB of hugepages on NUMA node {node}", bytes >> 20);
-            let why = format!("{need} pages of {kib} KiB are needed and {free} are free there");
+            let why = format!("{} and {free} are free there", needed(need, kib));
             return Err(Error::new(ErrorKind::Os, what, why).with_hint(more_on_node(
                 root,
                 node,
@@ -96,6 +96,14 @@ pub(super) fn no_pages(root: &Path, error: Error, len: usize, page_size: usize) 
     too_few(root, error, len / page_size, pages_of(root, page_size))
 }
 
+/// Formats the need for `pages` pages of `kib` KiB.
+fn needed(pages: usize, kib: usize) -> String {
+    match pages {
+        1 => format!("1 page of {kib} KiB is needed"),
+        _ => format!("{pages} pages of {kib} KiB are needed"),
+    }
+}
+
 fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
     let HugePages { page_size, total, free, surplus } = pages;
     let kib = page_size >> 10;
@@ -105,8 +113,9 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
         return match free_in_nodes(&root.join("sys"), &nodes, page_size) {
             Some(here) if here + surplus < need => {
                 let why = format!(
-                    "{need} pages of {kib} KiB are needed, and of the {free} free ones {here} are on NUMA nodes that \
-                     this process may use ({}: cpuset.mems, Mems_allowed_list)",
+                    "{}, but only {here} of the {free} free ones are on NUMA nodes that this process may use ({}: \
+                     cpuset.mems, Mems_allowed_list)",
+                    needed(need, kib),
                     ranges(&nodes)
                 );
                 let node = nodes.first().copied().unwrap_or(0);
@@ -135,7 +144,7 @@ fn too_few(root: &Path, error: Error, need: usize, pages: HugePages) -> Error {
     };
     let more = if surplus > 0 { format!(", {surplus} more by overcommit") } else { String::new() };
     error
-        .because(format!("{need} pages of {kib} KiB are needed and {free} of {total} are free{more}"))
+        .because(format!("{} and {free} of {total} are free{more}", needed(need, kib)))
         .with_hint(format!("run: {reserve}, or run with --no-huge"))
 }
 
@@ -205,7 +214,7 @@ mod tests {
         let text = no_pages(machine([3, 8], 2, 1 << 20).path(), error(), 9 * SIZE, SIZE).to_string();
         assert!(
             text.contains(
-                "of the 11 free ones 3 are on NUMA nodes that this process may use (0: cpuset.mems"
+                "only 3 of the 11 free ones are on NUMA nodes that this process may use (0: cpuset.mems"
             ),
             "{text}"
         );

@@ -108,13 +108,13 @@ impl Vfio {
     pub fn acquire(&self, device: &BusDevice, mode: VfioMode) -> Result<Acquired> {
         let (chosen, why) = match mode {
             VfioMode::Auto => self.choose(device)?,
-            explicit => (explicit, "as asked".to_owned()),
+            explicit => (explicit, "as requested".to_owned()),
         };
         match self.acquire_in(device, chosen, why) {
             Err(Refusal { error, container_may: true })
                 if mode == VfioMode::Auto && self.group_path(device, VfioMode::Container).is_ok() =>
             {
-                let why = format!("auto: not cdev, {}", error.why());
+                let why = format!("auto: cdev is not possible: {}", error.why());
                 self.acquire_in(device, VfioMode::Container, why)
             }
             other => other,
@@ -203,10 +203,10 @@ impl Vfio {
                 self.complete_group(device, mode, fds, lock(&self.opening), &mut phases)?
             }
             _ => {
-                return Err(Error::new(ErrorKind::Usage, what(), "its descriptors are of another mode"));
+                return Err(Error::new(ErrorKind::Usage, what(), "its descriptors belong to another mode"));
             }
         };
-        Self::finish(device, mode, "by descriptors from another process".to_owned(), open, phases)
+        Self::finish(device, mode, "with descriptors from another process".to_owned(), open, phases)
     }
 
     fn finish(
@@ -234,7 +234,7 @@ impl Vfio {
             return Err(Error::new(
                 ErrorKind::Unavailable,
                 what(),
-                "the device has no IOMMU and auto never goes without",
+                "the device has no IOMMU, and auto never chooses a no-IOMMU mode",
             )
             .with_hint(format!(
                 "{}; or accept that the NIC can reach all memory: --vfio-mode noiommu",
@@ -331,9 +331,9 @@ impl Vfio {
             return Err(Error::new(
                 ErrorKind::Usage,
                 format!("cannot mix --vfio-mode {mode} with {other}"),
-                "a NIC without IOMMU uses physical addresses, the others reach only what is mapped for them",
+                "NICs without an IOMMU use physical addresses, but the others reach only what is mapped for them",
             )
-            .with_hint("give every port a mode with an IOMMU, or every port one without"));
+            .with_hint("use modes with an IOMMU for all ports, or no-IOMMU modes for all"));
         }
         let space = Arc::new(make()?);
         spaces.insert(key, Arc::downgrade(&space));
@@ -409,7 +409,7 @@ mod tests {
         for (mode, fds) in [(VfioMode::Cdev, cdev.into()), (VfioMode::Container, group.into())] {
             let error = vfio.adopt(&device, mode, fds).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unavailable);
-            assert!(error.why().starts_with("it is device 1:3 and "), "{error}");
+            assert!(error.why().starts_with("it is device 1:3, but "), "{error}");
             assert!(error.to_string().ends_with(" c 1 5"), "{error}");
         }
         // The group's number is right, but its container is something else.
@@ -428,7 +428,7 @@ mod tests {
         };
         fs::write(groups.join("3/dev"), "0:0").unwrap();
         let error = vfio.adopt(&device, VfioMode::Container, files().into());
-        assert!(error.unwrap_err().why().starts_with("it is no character device, and "));
+        assert!(error.unwrap_err().why().starts_with("it is not a character device, but "));
         fs::remove_dir_all(&groups).unwrap();
         let error = vfio.adopt(&device, VfioMode::Container, files().into());
         assert!(error.unwrap_err().why().contains("has no node for IOMMU group 3"));

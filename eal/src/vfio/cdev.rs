@@ -60,8 +60,8 @@ impl Vfio {
             group_of(device).is_ok_and(|group| self.group_node(NOIOMMU_PREFIX, group).is_some());
         let (why, hint) = match (mode, without_iommu) {
             (VfioMode::Cdev, true) => return needs_noiommu(what, VfioMode::Noiommu),
-            (_, true) => ("this kernel gives devices without IOMMU no VFIO cdev (7.3)", "noiommu"),
-            (_, false) => ("the kernel gives it no VFIO cdev (CONFIG_VFIO_DEVICE_CDEV, 6.6)", "container"),
+            (_, true) => ("this kernel has no VFIO cdev for devices without an IOMMU (7.3 has)", "noiommu"),
+            (_, false) => ("the kernel has no VFIO cdev for it (CONFIG_VFIO_DEVICE_CDEV, 6.6)", "container"),
         };
         Error::new(ErrorKind::Unavailable, what, why).with_hint(format!("use --vfio-mode {hint}"))
     }
@@ -81,7 +81,7 @@ impl Vfio {
             Some(ioas) if !ioas.iommufd().is_same(&iommufd) => Err(Error::new(
                 ErrorKind::Usage,
                 format!("cannot bind {} to iommufd", device.name),
-                "its /dev/iommu is not the one that the ports before it have",
+                "its /dev/iommu is not the one that the earlier ports use",
             )
             .with_hint("pass the same open /dev/iommu with each device")),
             _ => Ok(()),
@@ -132,6 +132,6 @@ mod tests {
         std::fs::create_dir_all(root.path().join("dev/vfio/noiommu-3")).unwrap();
         assert!(refusal(VfioMode::Cdev).ends_with("--vfio-mode noiommu"));
         let newer = refusal(VfioMode::NoiommuCdev);
-        assert!(newer.contains("(7.3)") && newer.ends_with("use --vfio-mode noiommu"), "{newer}");
+        assert!(newer.contains("(7.3 has)") && newer.ends_with("use --vfio-mode noiommu"), "{newer}");
     }
 }

@@ -55,7 +55,7 @@ impl Device {
     pub fn bar(&self, index: u8) -> Result<Bar> {
         let what = || format!("cannot map BAR {index} of {}", self.name());
         if index > 5 {
-            return Err(Error::new(ErrorKind::Unavailable, what(), "there are BARs 0 to 5 only"));
+            return Err(Error::new(ErrorKind::Unavailable, what(), "there are only BARs 0 to 5"));
         }
         let region = self.0.region(index.into())?;
         if region.size == 0 {
@@ -74,8 +74,8 @@ impl Device {
     /// If the kernel provides none, because the device is not a PCI device.
     pub fn config_space(&self) -> Result<ConfigSpace> {
         if !self.0.is_pci() {
-            let what = format!("cannot reach the config space of {}", self.name());
-            return Err(Error::new(ErrorKind::Unavailable, what, "it is no PCI device"));
+            let what = format!("cannot access the config space of {}", self.name());
+            return Err(Error::new(ErrorKind::Unavailable, what, "it is not a PCI device"));
         }
         let region = self.0.region(PCI_CONFIG_REGION)?;
         Ok(ConfigSpace(self.0.region_file(&region)))

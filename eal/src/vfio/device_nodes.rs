@@ -108,9 +108,9 @@ impl DeviceNodes {
             None => {
                 let names: Vec<&str> = passed.iter().map(|(name, _)| &**name).collect();
                 let left = if names.is_empty() {
-                    "none is left".into()
+                    "none are left".into()
                 } else {
-                    format!("left are {}", names.join(", "))
+                    format!("remaining: {}", names.join(", "))
                 };
                 Err(Error::new(
                     ErrorKind::Permission,
@@ -168,9 +168,9 @@ pub(super) fn check(node: impl AsFd, path: &Path, number: &str, whose: &str) -> 
     let found =
         fstat(node).map_err(|errno| Error::os(format!("cannot examine {}", path.display()), errno))?;
     let why = match number_of(found.st_rdev) {
-        _ if !is_char_device(&found) => format!("it is no character device, and {whose} is {number}"),
+        _ if !is_char_device(&found) => format!("it is not a character device, but {whose} is {number}"),
         found if found == number => return Ok(()),
-        found => format!("it is device {found} and {whose} is {number}"),
+        found => format!("it is device {found}, but {whose} is {number}"),
     };
     let error = Error::new(ErrorKind::Unavailable, format!("cannot use {}", path.display()), why);
     Err(error.with_hint(format!("run: rm -f {} && {}", path.display(), make(path, number))))
@@ -215,7 +215,7 @@ pub fn send(fds: &[OwnedFd], socket: &UnixStream) -> Result<()> {
     let control = [ControlMessage::ScmRights(&raw)];
     sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&[MESSAGE])], &control, MsgFlags::MSG_NOSIGNAL, None)
         .map(drop)
-        .map_err(|errno| Error::os("cannot pass device descriptors on", errno))
+        .map_err(|errno| Error::os("cannot send device descriptors", errno))
 }
 
 fn receive(path: &Path, patience: Duration) -> Result<Vec<OwnedFd>> {
@@ -236,8 +236,12 @@ fn receive(path: &Path, patience: Duration) -> Result<Vec<OwnedFd>> {
     }
     match fds::receive(&socket, &what())? {
         (Some(MESSAGE), fds) if !fds.is_empty() => Ok(fds),
-        (None, _) => Err(Error::new(ErrorKind::Permission, what(), "it hung up: they are for another user")),
-        _ => Err(Error::new(ErrorKind::Protocol, what(), "the message is not one of Vireo's")),
+        (None, _) => Err(Error::new(
+            ErrorKind::Permission,
+            what(),
+            "the listener closed the connection: they are for another user",
+        )),
+        _ => Err(Error::new(ErrorKind::Protocol, what(), "the message is not from Vireo")),
     }
 }
 
@@ -248,7 +252,7 @@ pub(super) fn node_name(fd: BorrowedFd<'_>) -> Result<String> {
     match found.as_ref().map(|(class, name)| (&**class, name)) {
         Some(("vfio" | "vfio-dev", name)) => Ok(name.clone()),
         Some(("misc", name)) if matches!(&**name, "vfio" | "iommu") => Ok(name.clone()),
-        _ => Err(Error::new(ErrorKind::Permission, what(), "it is no node of VFIO or iommufd")),
+        _ => Err(Error::new(ErrorKind::Permission, what(), "it is not a VFIO or iommufd node")),
     }
 }
 
@@ -265,7 +269,7 @@ mod tests {
         for fd in [null.as_fd(), file.as_fd()] {
             let error = node_name(fd).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Permission);
-            assert!(error.to_string().contains("no node of VFIO or iommufd"), "{error}");
+            assert!(error.to_string().contains("not a VFIO or iommufd node"), "{error}");
         }
     }
 
@@ -298,6 +302,6 @@ mod tests {
         assert!(nodes.open(path).is_ok() && nodes.open(path).is_ok());
         let error = nodes.open(path).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Permission);
-        assert!(error.to_string().contains("none is left"), "{error}");
+        assert!(error.to_string().contains("none are left"), "{error}");
     }
 }

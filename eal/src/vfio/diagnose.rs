@@ -56,7 +56,7 @@ pub(super) fn entry_limit(error: Error) -> Error {
     let limit: u32 =
         fs::read_to_string(PARAMETER).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(65535);
     error
-        .because(format!("the container has all the mappings that dma_entry_limit allows, {limit}"))
+        .because(format!("the container has as many mappings as dma_entry_limit allows, {limit}"))
         .with_hint(format!("run: echo {} > {PARAMETER}; or choose --vfio-mode cdev", more_entries(limit)))
         .with_kind(ErrorKind::Os)
 }
@@ -84,8 +84,8 @@ pub(super) fn forbidden(error: Error, path: &Path) -> Error {
 /// Explains that the kernel requires a capability for a device without an IOMMU.
 pub(super) fn raw_io(error: Error) -> Error {
     error
-        .because("devices without IOMMU are only for who has CAP_SYS_RAWIO, whatever the node's mode is")
-        .with_hint("start as root, and be rid of it with --user")
+        .because("devices without an IOMMU require CAP_SYS_RAWIO, whatever the node's mode is")
+        .with_hint("start as root, and drop privileges with --user")
 }
 
 /// Explains why a group node did not open: it can be opened only once, and not while its devices are open as
@@ -94,7 +94,7 @@ pub(super) fn group_open(error: Error, device: &BusDevice, dev: &Path) -> Error 
     match error.errno() {
         Some(Errno::EBUSY) => group_busy(error, device, dev),
         Some(Errno::ENOENT) => error
-            .because("the group has no device on vfio-pci")
+            .because("no device of the group is bound to vfio-pci")
             .with_hint("bind every device of the group to vfio-pci"),
         _ => error,
     }
@@ -117,7 +117,7 @@ fn group_busy(error: Error, device: &BusDevice, dev: &Path) -> Error {
         return in_use(error, &paths);
     }
     error
-        .because(format!("IOMMU group {group} is open here already, in another way"))
+        .because(format!("this process already has IOMMU group {group} open in another mode"))
         .with_hint("give all its devices the same vfio-mode")
         .with_kind(ErrorKind::Usage)
 }
@@ -154,11 +154,11 @@ pub(super) fn bind(error: Error, device: &BusDevice, dev: &Path) -> Error {
         Some(Errno::EPERM) => not_permitted(error, device, dev, may_look(), remaps_interrupts()),
         Some(Errno::EACCES) => error
             .because(if device.sysfs.join("physfn").exists() {
-                "it is a virtual function whose physical function is on VFIO's driver and wants its token"
+                "it is a virtual function whose physical function uses a VFIO driver and requires its token"
             } else {
-                "its virtual functions are in use, and it wants their token"
+                "its virtual functions are in use, so it requires their token"
             })
-            .with_hint("give the one that the physical function was opened with: --vfio-vf-token UUID"),
+            .with_hint("give the token that the physical function was opened with: --vfio-vf-token UUID"),
         Some(Errno::EBUSY | Errno::EINVAL) => match in_use(error, &nodes_of(device, dev)) {
             busy if busy.kind() == ErrorKind::Busy => busy,
             // In mode `compat` the same call also attaches the device.
@@ -176,7 +176,7 @@ pub(super) fn attach(error: Error, device: &BusDevice) -> Error {
     let error = error.with_kind(ErrorKind::Unavailable).with_hint("use --vfio-mode container");
     match has_first_stage_only(device) {
         true => error.because(
-            "its IOMMU has first-stage tables only, and this kernel's iommufd makes second-stage ones",
+            "its IOMMU supports first-stage tables only, but this kernel's iommufd creates second-stage tables",
         ),
         false => error,
     }
@@ -211,8 +211,8 @@ fn not_permitted(error: Error, device: &BusDevice, dev: &Path, all_seen: bool, r
             .with_hint(format!("stop it: kill {pid}"))
             .with_kind(ErrorKind::Busy),
         None if holds(Path::new("/proc/self"), &paths) => error
-            .because(format!("{shared}, open here already by another /dev/iommu"))
-            .with_hint("open all its devices by one /dev/iommu")
+            .because(format!("{shared}, which this process already has open through another /dev/iommu"))
+            .with_hint("open all its devices through one /dev/iommu")
             .with_kind(ErrorKind::Usage),
         None if others.is_empty() && remapped => error,
         None if !others.is_empty() && (remapped || !all_seen) => error
@@ -311,7 +311,7 @@ pub(super) fn not_viable(device: &BusDevice, group: u32) -> Error {
     Error::new(
         ErrorKind::Unavailable,
         format!("cannot use {}", device.name),
-        format!("IOMMU group {group} is not viable: bound to kernel drivers are {}", named.join(", ")),
+        format!("IOMMU group {group} is not viable: kernel drivers are bound to {}", named.join(", ")),
     )
     .with_hint(match others.as_slice() {
         [] => "unbind every other device of the group".to_owned(),
@@ -400,7 +400,11 @@ mod tests {
             fs::write(dir.path().join("iommu/intel-iommu/ecap"), format!("{ecap}\n")).unwrap();
             for error in [
                 attach(Error::os("cannot attach it", Errno::EINVAL), &device),
-                bind(Error::os("cannot open it in its group", Errno::EINVAL), &device, Path::new("/dev")),
+                bind(
+                    Error::os("cannot open it through its group", Errno::EINVAL),
+                    &device,
+                    Path::new("/dev"),
+                ),
             ] {
                 assert_eq!(error.kind(), ErrorKind::Unavailable);
                 assert!(error.to_string().ends_with("use --vfio-mode container"), "{error}");
@@ -483,7 +487,9 @@ mod tests {
         let error = group_open(busy(), &nodes[0], &dev);
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert!(
-            error.to_string().contains("IOMMU group 7 is open here already, in another way; give all"),
+            error
+                .to_string()
+                .contains("this process already has IOMMU group 7 open in another mode; give all"),
             "{error}"
         );
         drop(other);

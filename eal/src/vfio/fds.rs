@@ -75,7 +75,7 @@ impl DeviceFds {
             None,
         )
         .map(drop)
-        .map_err(|errno| Error::os("cannot pass the device's descriptors on", errno))
+        .map_err(|errno| Error::os("cannot send the device's descriptors", errno))
     }
 
     /// Receives descriptors that [`DeviceFds::send`] passed.
@@ -94,7 +94,7 @@ impl DeviceFds {
             (Some(GROUP), Ok([container, group])) => {
                 Ok(GroupFds { container, group: Arc::new(group.into()) }.into())
             }
-            _ => Err(Error::new(ErrorKind::Protocol, what, "the message is not one of Vireo's")),
+            _ => Err(Error::new(ErrorKind::Protocol, what, "the message is not from Vireo")),
         }
     }
 }

@@ -154,7 +154,7 @@ fn above_memory(device: OwnedFd) -> OwnedFd {
         Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
         Err(errno) => {
             tracing::warn!(
-                "pages may go before the NIC stops if this process is killed: {errno}; {}",
+                "if this process is killed, its pages may be freed before the NIC stops: {errno}; {}",
                 rlimit::more_files(ABOVE as u64)
             );
             device

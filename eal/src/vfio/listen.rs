@@ -44,13 +44,13 @@ pub(super) fn listen_fds() -> Result<Vec<OwnedFd>> {
     let wrong = |why: String| Error::new(ErrorKind::Usage, WHAT, why).with_hint(CURE);
     let mut taken = lock(&TAKEN);
     if *taken {
-        return Err(wrong("they were taken already".into()));
+        return Err(wrong("they have already been taken".into()));
     }
     let passed = PASSED.load(Ordering::Relaxed);
     if count > passed {
         let missing = LISTEN_FDS_START + passed;
         return Err(wrong(format!(
-            "LISTEN_FDS is {count} and descriptor {missing} was not open at the start"
+            "LISTEN_FDS is {count}, but descriptor {missing} was not open at start-up"
         )));
     }
     let fds = LISTEN_FDS_START..LISTEN_FDS_START + count;
@@ -59,7 +59,7 @@ pub(super) fn listen_fds() -> Result<Vec<OwnedFd>> {
         // is not open.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
         fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
-            .map_err(|errno| wrong(format!("descriptor {fd} is not open any more ({errno:?})")))?;
+            .map_err(|errno| wrong(format!("descriptor {fd} is no longer open ({errno:?})")))?;
         node_name(borrowed)?;
     }
     *taken = true;
@@ -69,7 +69,7 @@ pub(super) fn listen_fds() -> Result<Vec<OwnedFd>> {
 }
 
 const WHAT: &str = "cannot take the descriptors of --vfio-fds listen";
-const CURE: &str = "start by: vireo-launch --user USER COMMAND, or by systemd with OpenFile=";
+const CURE: &str = "start with: vireo-launch --user USER COMMAND, or with OpenFile= of systemd";
 
 /// Returns the number of descriptors that `LISTEN_PID` and `LISTEN_FDS` announce to process `own`.
 fn promised(pid: Option<&str>, fds: Option<&str>, own: u32) -> Result<RawFd> {
@@ -79,11 +79,11 @@ fn promised(pid: Option<&str>, fds: Option<&str>, own: u32) -> Result<RawFd> {
     };
     match (pid.parse::<u32>(), fds.parse::<RawFd>()) {
         (Ok(pid), _) if pid != own => {
-            wrong(format!("they are for pid {pid} (LISTEN_PID), and this is {own}"))
+            wrong(format!("they are for pid {pid} (LISTEN_PID), but this is pid {own}"))
         }
         (Ok(_), Ok(count)) if (1..=MOST as RawFd).contains(&count) => Ok(count),
         (Ok(_), _) => wrong(format!("LISTEN_FDS is {}, not 1 to {MOST}", quoted(fds))),
-        (Err(_), _) => wrong(format!("LISTEN_PID is {}, no pid", quoted(pid))),
+        (Err(_), _) => wrong(format!("LISTEN_PID is {}, not a pid", quoted(pid))),
     }
 }
 
@@ -101,8 +101,8 @@ mod tests {
         let cases = [
             (None, Some("2"), "are not set"),
             (Some("7"), None, "are not set"),
-            (Some("8"), Some("2"), "they are for pid 8 (LISTEN_PID), and this is 7"),
-            (Some("x"), Some("2"), "LISTEN_PID is \"x\", no pid"),
+            (Some("8"), Some("2"), "they are for pid 8 (LISTEN_PID), but this is pid 7"),
+            (Some("x"), Some("2"), "LISTEN_PID is \"x\", not a pid"),
             (Some("7"), Some("0"), "not 1 to 253"),
             (Some("7"), Some("-1"), "not 1 to 253"),
             (Some("7"), Some("254"), "not 1 to 253"),
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "Miri starts no processes")]
+    #[cfg_attr(miri, ignore = "Miri cannot start processes")]
     fn what_was_opened_later_is_nobody_elses() {
         let own = std::env::current_exe().unwrap();
         let child = format!(
@@ -135,8 +135,8 @@ mod tests {
             module_path!().split_once("::").unwrap().1
         );
         for (descriptor, why) in [
-            ("3<&-", "LISTEN_FDS is 1 and descriptor 3 was not open at the start"),
-            ("3</dev/null", "it is no node of VFIO or iommufd"),
+            ("3<&-", "LISTEN_FDS is 1, but descriptor 3 was not open at start-up"),
+            ("3</dev/null", "it is not a VFIO or iommufd node"),
         ] {
             let output = Command::new("sh").args(["-c", &format!("{child} {descriptor}")]).output().unwrap();
             let text = String::from_utf8_lossy(&output.stdout);

@@ -17,7 +17,7 @@ fn iommu_on_of(cpuinfo: &str) -> &'static str {
         cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default().split_whitespace();
     match flags.any(|flag| flag == "hypervisor") {
         true => {
-            "give this virtual machine an IOMMU (in QEMU: -device intel-iommu; in a cloud, take a bare-metal instance)"
+            "give this virtual machine an IOMMU (in QEMU: -device intel-iommu; in a cloud, use a bare-metal instance)"
         }
         false => "turn on VT-d or AMD-Vi in the firmware, and on Intel boot with intel_iommu=on",
     }
@@ -31,7 +31,10 @@ pub fn no_group(what: String) -> Error {
         None if !Path::new("/sys/module/vfio").exists() => "modprobe vfio enable_unsafe_noiommu_mode=1",
         _ => return error.with_hint(iommu_on()),
     };
-    error.with_hint(format!("{}; or, unsafe: {switch}, bind again, --vfio-mode noiommu", iommu_on()))
+    error.with_hint(format!(
+        "{}; or, unsafe: {switch}, bind the device again, and use --vfio-mode noiommu",
+        iommu_on()
+    ))
 }
 
 /// Returns whether VFIO accepts devices without an IOMMU; `None` if it has no such switch or is not loaded.
@@ -49,7 +52,7 @@ pub(super) fn has_iommu(what: String) -> Error {
     Error::new(
         ErrorKind::Unavailable,
         what,
-        "the device has an IOMMU, and the kernel then offers no other way",
+        "the device has an IOMMU, so the kernel offers no mode without one",
     )
     .with_hint("use --vfio-mode cdev or container")
 }

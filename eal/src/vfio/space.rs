@@ -214,7 +214,7 @@ impl AddressSpace {
             Error::new(
                 ErrorKind::Unavailable,
                 format!("cannot map {} MiB for DMA", len.div_ceil(1 << 20)),
-                "the address space has no such gap",
+                "the address space has no free range of that size",
             )
         })?;
         let range = start..=start + (len as u64 - 1);
@@ -406,7 +406,7 @@ fn check_page(smallest: u64, cpu: u64) -> Result<()> {
         return Ok(());
     }
     let why = format!(
-        "its IOMMU maps pages of {} KiB at least, and the CPU's have {} KiB",
+        "its IOMMU maps pages of at least {} KiB, but the CPU's pages have {} KiB",
         smallest >> 10,
         cpu >> 10
     );
@@ -466,7 +466,7 @@ mod tests {
         let error = check_page(65536, 4096).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable);
         assert!(
-            error.to_string().contains("maps pages of 64 KiB at least, and the CPU's have 4 KiB"),
+            error.to_string().contains("maps pages of at least 64 KiB, but the CPU's pages have 4 KiB"),
             "{error}"
         );
     }

@@ -130,7 +130,7 @@ impl Container {
             |at| unsafe { sys::ioctl(self.as_fd(), sys::VFIO_IOMMU_GET_INFO, at.cast()) }.map(drop),
         )
         .map_err(|errno| operation.clone().failed(errno))?;
-        let why = "the kernel does not report them; 5.4 or newer does";
+        let why = "the kernel does not report them (5.4 or newer does)";
         let ranges = info::iova_ranges(&answer).ok_or(Error::NotReported { operation, why })?;
         Ok(Iovas { ranges, smallest_page: info::smallest_page(&answer).unwrap_or(1) })
     }
@@ -150,7 +150,7 @@ impl Container {
     ) -> Result<Mapping<Arc<M>>> {
         if range.start >= range.end || range.end > memory.len() {
             let operation = Operation::Map { len: range.len() as u64, iova };
-            return Err(Error::Argument { operation, why: "the memory has no such bytes" });
+            return Err(Error::Argument { operation, why: "the range is empty or exceeds the memory" });
         }
         // SAFETY: the bytes are inside the memory, as checked above.
         let first = unsafe { memory.address().add(range.start) };
@@ -315,7 +315,7 @@ mod tests {
         let error = container.set_iommu(IommuType::Type1v2).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "cannot give the container an IOMMU: the kernel speaks VFIO API 1, not 0"
+            "cannot set the container's IOMMU type: the kernel has VFIO API version 1, not 0"
         );
     }
 

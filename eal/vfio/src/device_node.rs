@@ -41,7 +41,7 @@ pub fn group_of(sysfs: &Path) -> io::Result<u32> {
     let link = fs::read_link(sysfs.join("iommu_group"))?;
     link.file_name()
         .and_then(|name| name.to_str()?.parse().ok())
-        .ok_or_else(|| io::Error::other("the link ends in no number"))
+        .ok_or_else(|| io::Error::other("the link does not end in a number"))
 }
 
 /// Returns the name in `/dev/vfio/devices` of a device's character device. `sysfs` is the device's directory

@@ -65,7 +65,7 @@ impl Error {
     pub fn what(&self) -> String {
         match self {
             Self::Open { path, .. } => format!("cannot open {}", path.display()),
-            Self::OtherNode { fd, wanted } => format!("cannot use descriptor {fd} as {wanted}"),
+            Self::OtherNode { fd, wanted } => format!("cannot use descriptor {fd} as a {wanted}"),
             Self::ApiVersion(_) => format!("cannot {}", Operation::SetIommu),
             Self::Kernel { operation, .. }
             | Self::TokenUnknown { operation }
@@ -78,11 +78,11 @@ impl Error {
     pub fn why(&self) -> String {
         match self {
             Self::Open { errno, .. } | Self::Kernel { errno, .. } => format!("{errno:?} ({})", errno.desc()),
-            Self::OtherNode { wanted, .. } => format!("it is no {wanted}"),
+            Self::OtherNode { wanted, .. } => format!("it is not a {wanted}"),
             Self::TokenUnknown { .. } => {
-                "EACCES: this kernel takes no VF token for a cdev (6.17 does)".to_owned()
+                "EACCES: this kernel accepts no VF token for a cdev (6.17 does)".to_owned()
             }
-            Self::ApiVersion(version) => format!("the kernel speaks VFIO API {version}, not 0"),
+            Self::ApiVersion(version) => format!("the kernel has VFIO API version {version}, not 0"),
             Self::NotReported { why, .. } | Self::Argument { why, .. } => (*why).to_owned(),
         }
     }
@@ -106,7 +106,7 @@ impl Error {
             Self::Open { errno: Errno::EBUSY, path } => {
                 Some(format!("see which process has it open: fuser -v {}", path.display()))
             }
-            Self::TokenUnknown { .. } => Some("open the device by its group".into()),
+            Self::TokenUnknown { .. } => Some("open the device through its group".into()),
             Self::Kernel { operation, errno } => operation.hint(*errno).map(Into::into),
             _ => None,
         }
@@ -213,11 +213,11 @@ impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::GroupStatus(group) => write!(f, "read the state of IOMMU group {group}"),
-            Self::SetContainer(group) => write!(f, "put IOMMU group {group} into its container"),
-            Self::UnsetContainer(group) => write!(f, "take IOMMU group {group} out of its container"),
-            Self::OpenDevice(device) => write!(f, "open {device} in its group"),
-            Self::SetIommu => f.write_str("give the container an IOMMU"),
-            Self::CheckExtension => f.write_str("ask the container for its IOMMU"),
+            Self::SetContainer(group) => write!(f, "add IOMMU group {group} to its container"),
+            Self::UnsetContainer(group) => write!(f, "remove IOMMU group {group} from its container"),
+            Self::OpenDevice(device) => write!(f, "open {device} through its group"),
+            Self::SetIommu => f.write_str("set the container's IOMMU type"),
+            Self::CheckExtension => f.write_str("check the container's IOMMU type"),
             Self::ReadIovaRanges => f.write_str("read the container's IOVA ranges"),
             Self::Map { len, iova } => {
                 write!(f, "map {} MiB for DMA at {iova:#x}", len.div_ceil(1 << 20))
@@ -231,7 +231,7 @@ impl fmt::Display for Operation {
             Self::MapRegion { device, index } => write!(f, "map region {index} of {device}"),
             Self::IrqInfo { device, irq } => write!(f, "examine the {irq:?} interrupts of {device}"),
             Self::SetIrqs { device, irq } => write!(f, "set the {irq:?} interrupts of {device}"),
-            Self::Eventfd(device) => write!(f, "make an eventfd for {device}"),
+            Self::Eventfd(device) => write!(f, "create an eventfd for {device}"),
             Self::Reset(device) => write!(f, "reset {device}"),
         }
     }
@@ -250,12 +250,12 @@ mod tests {
         assert_eq!(
             (error.to_string(), error.errno()),
             (
-                "cannot bind x to iommufd: EACCES: this kernel takes no VF token for a cdev (6.17 does)"
+                "cannot bind x to iommufd: EACCES: this kernel accepts no VF token for a cdev (6.17 does)"
                     .into(),
                 Some(Errno::EACCES)
             )
         );
         let error = Error::OtherNode { fd: 3, wanted: "VFIO group" };
-        assert_eq!(error.to_string(), "cannot use descriptor 3 as VFIO group: it is no VFIO group");
+        assert_eq!(error.to_string(), "cannot use descriptor 3 as a VFIO group: it is not a VFIO group");
     }
 }

@@ -135,7 +135,7 @@ impl<F: AsFd> Group<F> {
             }
         }
         let argument = CString::new(argument)
-            .map_err(|_| Error::Argument { operation: operation(), why: "the name has a NUL byte in it" })?;
+            .map_err(|_| Error::Argument { operation: operation(), why: "the name contains a NUL byte" })?;
         let pointer = argument.as_ptr().cast_mut().cast();
         // SAFETY: the kernel reads a NUL-terminated string, which lives until after the call.
         let fd = unsafe { sys::ioctl(self.as_fd(), sys::VFIO_GROUP_GET_DEVICE_FD, pointer) }
@@ -200,11 +200,11 @@ mod tests {
         let device = group.device("0000:00:04.0", Some(&token), 5).unwrap();
         assert_eq!((device.name(), device.kept(), device.is_pci()), ("0000:00:04.0", &5, false));
         let error = group.device("0000:00:04.0", None, ()).unwrap_err();
-        assert_eq!(error.what(), "cannot open 0000:00:04.0 in its group");
+        assert_eq!(error.what(), "cannot open 0000:00:04.0 through its group");
         assert!(matches!(group.device_fd("a\0b", None), Err(Error::Argument { .. })));
         assert_eq!(
             group.unset_container().unwrap_err().what(),
-            "cannot take IOMMU group 7 out of its container"
+            "cannot remove IOMMU group 7 from its container"
         );
     }
 }

@@ -36,7 +36,7 @@ pub(crate) enum Answer {
 
 /// Serves requests until the host ends the boot.
 pub(crate) fn serve(boot: Boot, full: bool, programs: &Path) -> Result<()> {
-    let node = port(PORT)?.context("the guest has no port for the harness")?;
+    let node = port(PORT)?.context("the guest has no virtio-serial port for the harness")?;
     let open = || OpenOptions::new().read(true).write(true).open(&node);
     let mut host = open().with_context(|| format!("cannot open {}", node.display()))?;
     let requests = BufReader::new(host.try_clone()?);
@@ -62,7 +62,7 @@ pub(crate) fn serve(boot: Boot, full: bool, programs: &Path) -> Result<()> {
 fn answer(host: &mut File, answer: &Answer) -> Result<()> {
     let mut line = serde_json::to_string(answer)?;
     line.push('\n');
-    host.write_all(line.as_bytes()).context("the host does not listen")
+    host.write_all(line.as_bytes()).context("cannot send the answer to the host")
 }
 
 /// Fails a case that left the machine changed.
@@ -78,7 +78,8 @@ fn judged(mut report: Report, before: &mut String) -> Report {
             .filter(|line| !before.lines().any(|was| was == *line))
             .map(|line| format!("+ {line}"));
         let changes: Vec<String> = gone.chain(new).collect();
-        report.outcome = Outcome::Failed(format!("the machine is not as before:\n{}", changes.join("\n")));
+        report.outcome =
+            Outcome::Failed(format!("the case left the machine changed:\n{}", changes.join("\n")));
     }
     if matches!(report.outcome, Outcome::Failed(_)) {
         // Remove leftovers that would make the next case fail too.

@@ -132,14 +132,14 @@ impl Session {
                 let of_interest = |line: &&str| WORDS.iter().any(|word| line.contains(word));
                 registers.lines().filter(of_interest).map(|line| format!("{line}\n")).collect()
             }
-            Err(error) => format!("QEMU cannot be asked: {error:#}\n"),
+            Err(error) => format!("cannot query QEMU: {error:#}\n"),
         };
         let console = fs::read(&log).unwrap_or_default();
         let (before, since) = console.split_at(usize::try_from(before).unwrap_or(0).min(console.len()));
         let of = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace('\r', "");
         text += &format!("the end of the kernel's log:\n{}\n", last_lines(&of(before), LOG_LINES));
-        text += &format!("its answer to sysrq:\n{}\n", of(since));
-        text + "the host's side:\n" + &stacks::of_group(self.lab.id().cast_signed())
+        text += &format!("its output after sysrq:\n{}\n", of(since));
+        text + "processes on the host:\n" + &stacks::of_group(self.lab.id().cast_signed())
     }
 
     /// Sends sysrqs to the kernel, each a BREAK and a key on the serial console: print all messages (9), the
@@ -170,7 +170,7 @@ impl Session {
                 Some(status) => {
                     bail!("the boot ended with {status}\n{}", tail(&self.dir.path().join("lab.log"), 20))
                 }
-                None if Instant::now() > until => bail!("the guest did not end in {} s", END.as_secs()),
+                None if Instant::now() > until => bail!("the guest did not end within {} s", END.as_secs()),
                 None => std::thread::sleep(Duration::from_millis(20)),
             }
         }
@@ -223,7 +223,7 @@ fn connect(
             bail!("the lab ended with {status}");
         }
         if Instant::now() > until {
-            bail!("QEMU did not start in {} s", PREPARE.as_secs());
+            bail!("QEMU did not start within {} s", PREPARE.as_secs());
         }
         progress.tick(|| tail(&dir.join("lab.log"), 1));
         std::thread::sleep(Duration::from_millis(20));
@@ -239,11 +239,13 @@ fn connect(
     });
     match answers.recv_timeout(START) {
         Ok(Answer::Ready(release)) => Ok((host, answers, release)),
-        Ok(other) => Err(anyhow!("the agent began with {other:?}")),
-        Err(RecvTimeoutError::Timeout) => Err(anyhow!("the agent did not answer in {} s", START.as_secs())),
+        Ok(other) => Err(anyhow!("the agent's first message was {other:?}")),
+        Err(RecvTimeoutError::Timeout) => {
+            Err(anyhow!("the agent did not answer within {} s", START.as_secs()))
+        }
         Err(RecvTimeoutError::Disconnected) => {
             await_end(lab);
-            Err(anyhow!("the guest ended before its first word"))
+            Err(anyhow!("the guest ended before its first message"))
         }
     }
 }

@@ -110,7 +110,10 @@ pub(crate) fn run_once(
     let dir = match tempfile::Builder::new().prefix("vireo-case.").tempdir() {
         Ok(dir) => dir,
         Err(error) => {
-            return Report { name, ..Report::failed(format!("no directory for the case: {error}")) };
+            return Report {
+                name,
+                ..Report::failed(format!("cannot create a directory for the case: {error}"))
+            };
         }
     };
     let context =
@@ -286,5 +289,5 @@ pub(crate) fn write(path: impl AsRef<Path>, text: impl AsRef<str>) -> Result<()>
         .open(path)
         .with_context(|| format!("cannot open {}", path.display()))?;
     std::io::Write::write_all(&mut file, text.as_ref().as_bytes())
-        .with_context(|| format!("{} does not take '{}'", path.display(), text.as_ref()))
+        .with_context(|| format!("cannot write '{}' to {}", text.as_ref(), path.display()))
 }

@@ -69,6 +69,6 @@ IRR\t (none)
         ] {
             assert_eq!(stopped(&STOPPED.replace(from, to)), None, "{to}");
         }
-        assert_eq!(stopped("QEMU cannot be asked"), None);
+        assert_eq!(stopped("cannot query QEMU"), None);
     }
 }

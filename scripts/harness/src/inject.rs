@@ -68,7 +68,7 @@ pub(crate) fn fail_each(context: &Context, target: &Target<'_>, (call, error): C
     let mut harmless = BTreeSet::new();
     for follow in [&[][..], &["-f"]] {
         let (ended, pid) = traced(context, target, follow, &[&format!("trace={call}")])?;
-        ensure!(ended.code == 0, "l2fwd exited with {} where nothing failed", ended.code);
+        ensure!(ended.code == 0, "l2fwd exited with {} although nothing failed", ended.code);
         for number in 1..=count(&read(context.path("trace"))?, call, pid) {
             let inject = format!("inject={call}:error={error}:when={number}");
             let (ended, _) = traced(context, target, follow, &[&format!("trace={call}"), &inject])?;
@@ -82,14 +82,14 @@ pub(crate) fn fail_each(context: &Context, target: &Target<'_>, (call, error): C
         }
     }
     if codes.is_empty() {
-        return skip(format!("a start has no {call}"));
+        return skip(format!("a start does not call {call}"));
     }
     let (ended, _) = traced(context, target, &[], &["trace=none"])?;
     ensure!(ended.code == 0 && ended.complaints().is_empty(), "the next start exited with {}", ended.code);
     let list: Vec<String> = codes.iter().map(|(code, times)| format!("{code} x {times}")).collect();
     context.note(format!("{} calls; exit codes: {}", codes.values().sum::<u32>(), list.join(", ")));
     if context.full {
-        harmless.iter().for_each(|call| context.note(format!("goes on without: {call}")));
+        harmless.iter().for_each(|call| context.note(format!("continues without: {call}")));
     }
     Ok(())
 }
@@ -159,11 +159,11 @@ fn judge(ended: &Ended, target: &Target<'_>, call: &str) -> Result<()> {
     let lines = ended.stderr.lines().filter(|line| line.starts_with("vireo-l2fwd: ")).count();
     match ended.code {
         0 => ensure!(lines == 0, "exit code 0 and an error"),
-        64..=77 => ensure!(lines == 1, "exit code {} with {lines} lines", ended.code),
+        64..=77 => ensure!(lines == 1, "exit code {} with {lines} error lines", ended.code),
         code => bail!("exit code {code}"),
     }
     for word in ["panicked", "stack backtrace"] {
-        ensure!(!ended.stderr.contains(word), "it panicked");
+        ensure!(!ended.stderr.contains(word), "l2fwd panicked");
     }
     if let Some(left) = (target.left)(ended)? {
         bail!("{left}");

@@ -93,7 +93,7 @@ impl L2fwd {
     pub(crate) fn await_event(&mut self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
         let until = Instant::now() + self.patience;
         let seconds = self.patience.as_secs();
-        let late = || format!("l2fwd did not say {what} in {seconds} s");
+        let late = || format!("l2fwd did not report {what} within {seconds} s");
         while let Some(line) =
             self.process.line(until.saturating_duration_since(Instant::now())).with_context(late)?
         {
@@ -102,7 +102,7 @@ impl L2fwd {
                 return Ok(());
             }
         }
-        bail!("l2fwd ended and did not say {what}")
+        bail!("l2fwd ended without reporting {what}")
     }
 
     /// Keeps an event. Of consecutive periods without another event, only the latest is kept, because a soak
@@ -183,7 +183,7 @@ impl L2fwd {
     /// As [`L2fwd::stop`], with another signal.
     pub(crate) fn stop_by(self, signal: Signal) -> Result<Ended> {
         let ended = self.stop_complaining(signal)?;
-        ensure!(ended.complaints().is_empty(), "l2fwd complained");
+        ensure!(ended.complaints().is_empty(), "l2fwd printed warnings or errors");
         Ok(ended)
     }
 

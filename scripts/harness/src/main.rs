@@ -86,11 +86,11 @@ struct TestArgs {
 }
 
 fn kernel(text: &str) -> Result<(String, String), String> {
-    let (kernel, release) = text.rsplit_once('=').ok_or("it is not KERNEL=RELEASE")?;
+    let (kernel, release) = text.rsplit_once('=').ok_or("it is not of the form KERNEL=RELEASE")?;
     let mut numbers = release.split('.');
     match (numbers.next(), numbers.next()) {
         (Some(major), Some(minor)) => Ok((kernel.into(), format!("{major}.{minor}"))),
-        _ => Err("a release has two numbers at least".into()),
+        _ => Err("a release has at least two numbers".into()),
     }
 }
 

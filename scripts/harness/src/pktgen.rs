@@ -87,7 +87,7 @@ impl Stream {
     }
 
     fn is_zero(&self, name: &str) -> Result<()> {
-        ensure!(self.figure(name) == 0, "pktgen has {name} = {}", self.figure(name));
+        ensure!(self.figure(name) == 0, "pktgen reports {name} = {}", self.figure(name));
         Ok(())
     }
 }

@@ -119,7 +119,7 @@ impl Process {
             Err(RecvTimeoutError::Disconnected) => Ok(None),
             Err(RecvTimeoutError::Timeout) => {
                 let waits = stacks::of_process(self.pid());
-                bail!("{} printed no further line; it is here:\n{waits}", self.name)
+                bail!("{} printed no further line; its stacks:\n{waits}", self.name)
             }
         }
     }
@@ -127,7 +127,7 @@ impl Process {
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
         if self.status.is_some() {
-            bail!("{} has ended already", self.name);
+            bail!("{} has already ended", self.name);
         }
         kill(self.pid, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
     }
@@ -141,7 +141,7 @@ impl Process {
                 Ok(status) => *self.status.insert(status?),
                 Err(_) => {
                     let waits = stacks::of_process(self.pid());
-                    bail!("{} did not end; it is here:\n{waits}", self.name)
+                    bail!("{} did not end; its stacks:\n{waits}", self.name)
                 }
             },
         };
@@ -216,7 +216,7 @@ pub(crate) fn run_for(
 ) -> Result<Ended> {
     let mut process = Process::spawn(context, name, command)?;
     let until = Instant::now() + limit;
-    let late = || format!("{name} has {} s", limit.as_secs());
+    let late = || format!("{name} did not end within {} s", limit.as_secs());
     // Read the output first: it is complete when the thread that copies it ends.
     while process.line(until.saturating_duration_since(Instant::now())).with_context(late)?.is_some() {}
     let left = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
@@ -234,7 +234,7 @@ pub(crate) fn await_that(what: &str, limit: Duration, mut done: impl FnMut() -> 
     let until = Instant::now() + limit;
     while !done() {
         if Instant::now() > until {
-            bail!("{what}: not in {} s", limit.as_secs());
+            bail!("timed out after {} s waiting for {what}", limit.as_secs());
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -255,7 +255,7 @@ mod tests {
             let mut command = Command::new("sh");
             command.args(["-c", script]).env("MARK", &mark);
             let program = Process::spawn(context, "script", &mut command)?;
-            let started: i32 = program.line(PATIENCE)?.context("it said nothing")?.parse()?;
+            let started: i32 = program.line(PATIENCE)?.context("the script printed nothing")?.parse()?;
             drop(if graceful { program.gracefully() } else { program });
             let until = Instant::now() + PATIENCE;
             loop {
@@ -263,7 +263,7 @@ mod tests {
                 if status.is_empty() || status.contains("State:\tZ") {
                     break;
                 }
-                anyhow::ensure!(Instant::now() < until, "what it started still runs");
+                anyhow::ensure!(Instant::now() < until, "the process that the script started still runs");
                 std::thread::sleep(Duration::from_millis(5));
             }
             to_cleaned.send(mark.exists())?;

@@ -74,7 +74,7 @@ impl Qmp {
     fn message(&mut self, until: Instant) -> Result<Value> {
         let left = until.saturating_duration_since(Instant::now());
         self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        let line = self.lines.next().context("QEMU has gone")??;
+        let line = self.lines.next().context("QEMU closed the connection")??;
         Ok(serde_json::from_str(&line)?)
     }
 }

@@ -109,11 +109,8 @@ fn groups(choice: &Choice, environment: &host::Environment) -> Result<Vec<Group>
         groups = chosen(choice, cases(true)?);
     }
     if groups.is_empty() {
-        let full = if choice.full { "" } else { ", or only with --full" };
-        bail!(
-            "no case has '{}' in its name{full}; see: scripts/test --list --full",
-            choice.only.join("' or '")
-        );
+        let full = if choice.full { "" } else { " without --full" };
+        bail!("no case matches '{}'{full}; see: scripts/test --list --full", choice.only.join("' or '"));
     }
     Ok(groups)
 }
@@ -234,7 +231,9 @@ impl Host<'_> {
         let report = loop {
             match reports.recv_timeout(LOOK) {
                 Ok(report) => break report,
-                Err(RecvTimeoutError::Disconnected) => break Report::failed("its thread ended".into()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    break Report::failed("the thread of the case ended without a report".into());
+                }
                 Err(RecvTimeoutError::Timeout) => progress.tick(String::new),
             }
             if progress.elapsed() > case.limit && hung.is_none() {
@@ -243,7 +242,7 @@ impl Host<'_> {
                 stacks::kill_descendants();
             }
             if hung.as_ref().is_some_and(|(since, _)| since.elapsed() > PATIENCE) {
-                break Report::failed("it went on without its programs".into());
+                break Report::failed("the case continued after its programs were killed".into());
             }
         };
         let report = match (hung, &report.outcome) {
@@ -306,7 +305,7 @@ fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String
                 && again(&name)
             {
                 tap.comment(&format!(
-                    "QEMU lost the timer of the guest's cpu {cpu}; again in a new guest: {name}"
+                    "QEMU lost the timer of the guest's cpu {cpu}; repeating in a new guest: {name}"
                 ));
                 cases.push_front((name, case));
                 break;

@@ -145,7 +145,7 @@ pub(crate) fn soak<W: World>(
         let epoch = soak.figures.epochs;
         soak.epoch().with_context(|| format!("seed {}, epoch {epoch}", length.seed))?;
     }
-    ensure!(soak.figures.epochs_compared > 0, "in no epoch were the frames compared that were lost");
+    ensure!(soak.figures.epochs_compared > 0, "lost frames were not compared in any epoch");
     soak.figures.seconds = begun.elapsed().as_secs();
     Ok(soak.figures)
 }
@@ -193,7 +193,7 @@ impl<W: World> Soak<'_, W> {
         let lost = (self.frames("sent") - sent) - (self.frames("received") - received);
         let may_lose = self.world.may_lose(self.figures.lost_by_name - named);
         if let Some(expected) = may_lose.filter(|_| !killed) {
-            ensure!(lost == expected, "{lost} frames did not come back, and {expected} are accounted for");
+            ensure!(lost == expected, "{lost} frames did not come back, but {expected} are accounted for");
             self.figures.epochs_compared += 1;
             self.figures.lost_in_those_compared += lost;
         }
@@ -280,9 +280,9 @@ impl<W: World> Soak<'_, W> {
         let anon: u64 = line.trim().trim_end_matches(" kB").parse()?;
         let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
         let (first_open, first_anon) = *self.first.get_or_insert((open, anon));
-        ensure!(open <= first_open, "l2fwd has {open} descriptors open, and had {first_open}");
+        ensure!(open <= first_open, "l2fwd has {open} open descriptors, up from {first_open}");
         let growth = anon.saturating_sub(first_anon);
-        ensure!(growth <= GROWTH, "l2fwd has {anon} KiB of private memory, and had {first_anon}");
+        ensure!(growth <= GROWTH, "l2fwd has {anon} KiB of private memory, up from {first_anon}");
         self.figures.most_growth_kib = self.figures.most_growth_kib.max(growth);
         Ok(())
     }

@@ -27,14 +27,14 @@ pub(super) fn of(recordings: &[Recording]) -> Vec<String> {
         say(
             slow.count(),
             &format!(
-                "the CPU had less than {} % of its best speed (down to {} %)",
+                "the CPU ran at less than {} % of its best speed (down to {} %)",
                 round(SLOW),
                 percent(slowest)
             ),
         );
         let count =
             |lost: fn(&Machine) -> f64| machines.iter().filter(|machine| lost(machine) > LOST_MS).count();
-        say(count(|machine| machine.steal_ms), "a hypervisor gave the CPUs to others");
+        say(count(|machine| machine.steal_ms), "a hypervisor gave the CPUs to other guests");
         say(count(|machine| machine.pressure_ms), "threads waited for a CPU");
     }
     found

@@ -233,7 +233,8 @@ fn generator_limits<'a>(rows: impl Iterator<Item = &'a Row> + Clone, ceilings: &
         let modes: Vec<&str> = near.map(|row| row.label.as_str()).collect();
         (!modes.is_empty()).then(|| {
             format!(
-                "{}: the rate of {} is at least {} % of what sender and receiver do without a forwarder, and may be theirs",
+                "{}: the rate of {} is at least {} % of what the sender and the receiver reach without a forwarder, so they \
+                 may be the limit",
                 ceiling.nic,
                 list(&modes),
                 round(NEAR_CEILING)

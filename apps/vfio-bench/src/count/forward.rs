@@ -120,9 +120,9 @@ fn nothing_came(what: &str) -> Error {
     Error::new(
         ErrorKind::Unavailable,
         "cannot count the instructions of forwarding",
-        format!("{what} came in {PATIENCE} polls"),
+        format!("{what} arrived in {PATIENCE} polls"),
     )
-    .with_hint("see that the first two and the last two NICs are connected")
+    .with_hint("check that the first two and the last two NICs are connected")
 }
 
 /// Returns the middle value, or the upper one of two middle values.

@@ -136,7 +136,7 @@ fn check_clock() -> Result<()> {
             .with_hint("run: scripts/lab count"))
     };
     if std::env::var_os("VIREO_LAB_ICOUNT").is_none() {
-        return wrong("this machine's clock does not");
+        return wrong("this machine's clock does not count them");
     }
     let time = |steps: u64| {
         let since = Instant::now();

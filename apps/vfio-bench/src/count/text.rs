@@ -9,15 +9,15 @@ use crate::table::wrap;
 use crate::words::{distinct, thousands, three};
 
 /// Legend of the cells.
-pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, ours and the kernel's; map and unmap per GiB; \
-    start, first packet (start included) and forward are of a forwarder between two NICs, forward in single instructions \
-    per packet. Medians of rounds. In brackets: the ratio to the first mode. ~ the quartiles of the rounds differ by more \
-    than 0.1 %. + M: millions of instructions that would have fitted into the time in which the thread waited.";
+pub(crate) const LEGEND: &str = "Thousands of instructions of the thread, in user space and in the kernel; map and unmap per \
+    GiB; start, first packet (start included) and forward are of a forwarder between two NICs, forward in single \
+    instructions per packet. Medians of rounds. In parentheses: the ratio to the first mode. ~ the quartiles of the rounds \
+    differ by more than 0.1 %. + M: millions of instructions that would have fit into the time that the thread waited.";
 
 /// Legend of the cells of [`parts`].
 pub(crate) const PARTS_LEGEND: &str = "Calls to VFIO and iommufd in these steps, in the same units: ioctls by name, open of a \
-    device node, close of a device; N× where a step makes N of them. Those below 1 % of the step in every mode are summed \
-    up. Outside: our own code, other system calls (sysfs, config space, memory), page faults and interrupts.";
+    device node, close of a device; N× if a step makes N of them. Calls below 1 % of the step in every mode are summed. \
+    Outside: Vireo's own code, other system calls (sysfs, config space, memory), page faults and interrupts.";
 
 /// Fraction of a step below which a call has no line of its own.
 const SMALL: f64 = 0.01;

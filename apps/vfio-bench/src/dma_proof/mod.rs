@@ -62,9 +62,9 @@ impl Target {
     fn words(self) -> &'static str {
         match self {
             Self::Unmapped => "a page that is not mapped, by its physical address",
-            Self::ReadOnly => "memory that it may only read",
+            Self::ReadOnly => "memory that is mapped read-only",
             Self::SharedRing => "the ring of a port in the same address space",
-            Self::IsolatedRing => "the ring of a port that is isolated",
+            Self::IsolatedRing => "the ring of an isolated port",
         }
     }
 
@@ -130,8 +130,8 @@ pub(crate) fn dma_proof(args: &DmaProofArgs) -> Result<()> {
     match proof.rows.iter().filter(|row| !row.expected).count() {
         0 => Ok(()),
         wrong => {
-            let what = format!("{wrong} of {} writes did not end as they must", proof.rows.len());
-            Err(Error::new(ErrorKind::Protocol, what, "see the lines with NOT AS IT MUST BE"))
+            let what = format!("{wrong} of {} writes did not end as expected", proof.rows.len());
+            Err(Error::new(ErrorKind::Protocol, what, "see the lines marked UNEXPECTED"))
         }
     }
 }
@@ -147,7 +147,7 @@ fn choose(args: &DmaProofArgs, bus: &Bus) -> Result<(PciInfo, Option<PciInfo>)> 
                 return Ok(Some(info));
             }
             let what = format!("cannot aim {address}");
-            Err(Error::new(ErrorKind::Usage, what, format!("{} is not of the e1000 family", info.id)))
+            Err(Error::new(ErrorKind::Usage, what, format!("{} is not in the e1000 family", info.id)))
         }
         None => Ok(free.find(|info| Some(info.address) != other)),
     };
@@ -155,7 +155,7 @@ fn choose(args: &DmaProofArgs, bus: &Bus) -> Result<(PciInfo, Option<PciInfo>)> 
         Error::new(
             ErrorKind::Unavailable,
             "cannot aim a NIC",
-            "none of the e1000 family is bound to vfio-pci",
+            "no NIC of the e1000 family is bound to vfio-pci",
         )
         .with_hint("run: vireo-devbind --status")
     })?;
@@ -212,8 +212,8 @@ impl Rig {
         if memory[0].linear_iova().is_some_and(|iova| (iova..iova + len).contains(&physical)) {
             return Err(Error::new(
                 ErrorKind::Unavailable,
-                "cannot aim outside of what is mapped",
-                format!("the page's physical address {physical:#x} is by chance an IOVA of ours"),
+                "cannot aim at an unmapped page",
+                format!("the page's physical address {physical:#x} happens to be a mapped IOVA"),
             )
             .with_hint("run it again"));
         }
@@ -238,7 +238,7 @@ impl Rig {
             Error::new(ErrorKind::Protocol, what, why)
         };
         if !self.nic.works()? {
-            return Err(failed("no frame came back to its own buffer"));
+            return Err(failed("no frame arrived in its own buffer"));
         }
         let address = match target {
             Target::Unmapped => self.physical,
@@ -299,7 +299,7 @@ fn text(proof: &Proof) -> String {
             (None, None) => "nothing",
         };
         let after = if row.works_after_reset { "works" } else { "DOES NOT WORK" };
-        let wrong = if row.expected { "" } else { "NOT AS IT MUST BE: " };
+        let wrong = if row.expected { "" } else { "UNEXPECTED: " };
         text += &format!(
             "{wrong}{}: {} aimed at {} ({})\n  memory: {outcome}\n  kernel: {kernel}\n  NIC after a reset: {after}\n",
             row.mode,

@@ -70,7 +70,7 @@ impl LoopNic {
                 return Err(Error::new(
                     ErrorKind::Protocol,
                     format!("cannot use {}", self.device.address()),
-                    format!("register {register:#x} stays {value:#x} for a second"),
+                    format!("register {register:#x} still reads {value:#x} after a second"),
                 ));
             }
             std::thread::sleep(Duration::from_micros(20));

@@ -15,19 +15,19 @@ pub(super) fn screen(report: &Report) -> Markup {
         (title(report))
         @if !comparison.problems.is_empty() {
             section.warn {
-                strong { "Packets do not add up. The rows in this colour prove nothing." }
+                strong { "Packet counts do not add up. The rows in this color prove nothing." }
                 @for problem in &comparison.problems { p { (problem) } }
             }
         }
         @if !comparison.disturbances.is_empty() {
             section.warn {
-                strong { "The machine was disturbed while it was timed. Intervals allow for that; medians do not." }
+                strong { "The machine was disturbed during the measurement. Intervals account for that; medians do not." }
                 @for disturbance in &comparison.disturbances { p { (unbroken(disturbance)) } }
             }
         }
         @if !comparison.generator_limits.is_empty() {
             section.warn {
-                strong { "The generator may be the limit, and not the forwarder." }
+                strong { "The generator, not the forwarder, may be the limit." }
                 @for limit in &comparison.generator_limits { p { (unbroken(limit)) } }
             }
         }
@@ -155,7 +155,7 @@ fn calls_on(rows: &[&count::Row], modes: &[&String]) -> Markup {
     html! {
         @if !parts.is_empty() {
             details {
-                summary { "Which calls to the kernel" }
+                summary { "Calls to the kernel" }
                 (lines(modes, &parts))
                 p.note { (unbroken(count::PARTS_LEGEND)) }
             }

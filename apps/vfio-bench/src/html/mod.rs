@@ -89,8 +89,8 @@ fn forwarding(comparison: &Comparison) -> Result<Markup> {
                 &plot::ratios(comparison, Metric::ForwardPps)?,
                 "Ratio of the forwarding rates of every pair of modes",
                 &format!(
-                    "The ratio's interval, and the margin of ±{} % (shaded). In colour: a difference. Grey: none found. \
-                     Hollow: no verdict. An arrow: the interval goes on.",
+                    "The ratio's interval, and the margin of ±{} % (shaded). Colored: a difference. Gray: none found. \
+                     Hollow: no verdict. Arrow: the interval continues.",
                     round(comparison.family.margin)
                 ),
             ))
@@ -105,8 +105,9 @@ fn throughput(comparison: &Comparison) -> Result<Markup> {
         @if !comparison.frames().is_empty() {
             h2 { "Throughput" }
             p.note {
-                "The highest load of which no more than the stated part was lost (RFC 2544), found by trials in each run, to \
-                 5 %; medians of the rounds. ≥: the generator could not send more in some round, so modes are not compared."
+                "The highest load of which no more than the stated fraction was lost (RFC 2544), found by trials in each run, to \
+                 within 5 %; medians of the rounds. ≥: the generator could not send more in some round, so modes are not \
+                 compared."
             }
             @if comparison.pairs.iter().any(|pair| pair.metric == Metric::Throughput) {
                 (figure(
@@ -126,7 +127,7 @@ fn latency(comparison: &Comparison) -> Result<Markup> {
         (figure(
             &plot::latency(&comparison.forwarders())?,
             "Latency percentiles by NIC and mode",
-            "Of all rounds' packets, from left to right: median (large), p99, p99.9, and the largest (hollow). \
+            "Over the packets of all rounds, from left to right: median (large), p99, p99.9, and maximum (hollow). \
              Logarithmic scale.",
         ))
         (tables::latency(comparison))
@@ -140,7 +141,7 @@ fn start(comparison: &Comparison) -> Result<Markup> {
         (figure(
             &plot::start(&comparison.rows)?,
             "Phases of the start by NIC and mode",
-            "From opening the device to the first packet forwarded; medians of the rounds. A bar that ends in a gap goes on.",
+            "From opening the device to the first packet forwarded; medians of the rounds. A bar that ends in a gap is cut off.",
         ))
         (tables::start(comparison))
     })
@@ -177,12 +178,12 @@ fn method(report: &Report) -> Markup {
             "Each round runs every mode once, and one of them twice, in an order drawn at random. A pair of modes is \
              compared within rounds; the estimate of their ratio is the Hodges-Lehmann estimate of its logarithm, and the \
              interval is that of Wilcoxon's signed-rank test. Between modes that do not differ, the random order makes a round \
-             favour either with the same probability, whatever the machine does meanwhile. Rounds are added until every interval is narrow enough or the time is up."
+             favor either with the same probability, whatever the machine does meanwhile. Rounds are added until every interval is narrow enough or the time is up."
         }
         @if family.comparisons > 0 {
             p {
                 (unbroken(&format!(
-                    "The {} intervals hold all together with {} % confidence, so that a report of modes that do not differ \
+                    "All {} intervals hold together with {} % confidence, so a report on modes that do not differ \
                      claims a difference at most once in {:.0} reports. Modes are called the same if the whole interval is \
                      within ±{} %.",
                     family.comparisons,
@@ -194,14 +195,14 @@ fn method(report: &Report) -> Markup {
         }
         @for (boot, end) in (1..).zip(&comparison.ends) { p { (unbroken(&format!("Boot {boot} ended {end}."))) } }
         p {
-            "Modes that need a boot of their own cannot take turns with the others: their numbers stand here without a \
-             verdict. Every packet is accounted for: sent = received + dropped, where dropped is the sum of counters with \
-             names, never a difference. Only the search for the throughput loses frames between the NICs, in no NIC's \
-             counter: they are listed as not counted, and never more than its trials lost."
+            "Modes that need a boot of their own cannot take turns with the others, so their numbers have no verdict. Every \
+             packet is accounted for: sent = received + dropped, where dropped is the sum of named counters, never a \
+             difference. Only the throughput search loses frames between the NICs, where no NIC counts them: they are listed \
+             as not counted, and are never more than its trials lost."
         }
         @if !comparison.self_checks.is_empty() {
             h3 { "Each mode against itself" }
-            p.note { "The same intervals for the mode that ran twice in a round: all should hold 0." }
+            p.note { "The same intervals for the mode that ran twice in a round: all should contain 0." }
             (tables::self_checks(comparison))
         }
         h2 { "Environment" }

@@ -101,8 +101,8 @@ pub(super) fn forwarding(comparison: &Comparison) -> Markup {
         @if !ceilings.is_empty() {
             h3 { "Null forwarder" }
             p.note {
-                "From the sender straight to the NIC at the end of its wire: what the devices themselves can do, with half of \
-                 a forwarded packet's hops."
+                "From the sender directly to the NIC at the end of its wire: what the devices themselves can do, with half \
+                 of a forwarded packet's hops."
             }
             (table(&["NIC", "boot", name, "95 % interval of the median"], 2, &ceilings))
         }
@@ -198,7 +198,7 @@ pub(super) fn counters(comparison: &Comparison) -> Markup {
             h3 { "Counters per packet" }
             p.note {
                 "Of the forwarder's CPU in user space and of the IOMMU, at the forwarding rate, idle polls included; medians \
-                 of the rounds. An IOMMU counts what other devices do, too."
+                 of the rounds. An IOMMU also counts what other devices do."
             }
             (table(&heads, 2, &lines))
         }

@@ -51,10 +51,10 @@ pub(super) fn measure(
     let (Some(first), Some(last)) = (first, last) else {
         return Err(Error::new(
             ErrorKind::Unavailable,
-            format!("no packet came to {} or {}", inner[0].address, inner[1].address),
-            format!("the external generator sent none within {} s", FIRST_PACKET.as_secs()),
+            format!("no packet arrived at {} or {}", inner[0].address, inner[1].address),
+            format!("the external generator sent nothing within {} s", FIRST_PACKET.as_secs()),
         )
-        .with_hint("start the generator first, and let it send until the recording has ended"));
+        .with_hint("start the generator first, and keep it sending until the recording ends"));
     };
     let (received, sent) = (forwarded.received, forwarded.sent);
     let run = forwarded.into_run(nic, mode);

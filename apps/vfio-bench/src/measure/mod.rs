@@ -60,12 +60,12 @@ impl Setup {
         let wrong = |why: String| Error::new(ErrorKind::Usage, "cannot wire the NICs", why);
         if !matches!(infos.len(), 2 | 4) {
             return Err(wrong(format!(
-                "{} are given; it takes 4, or with an external generator the forwarder's 2",
+                "{} are given; 4 are needed, or with an external generator the forwarder's 2",
                 infos.len()
             )));
         }
         let Some(nic) = infos.get(infos.len() / 2).and_then(kind) else {
-            return Err(wrong(format!("no driver here knows {}", infos[1].id)));
+            return Err(wrong(format!("no driver supports {}", infos[1].id)));
         };
         match <[PciInfo; 2]>::try_from(infos) {
             Ok(inner) => Ok(Self::External { nic, inner }),
@@ -101,7 +101,7 @@ impl Wiring {
         let wrong = |why: &str| Error::new(ErrorKind::Usage, "cannot wire the NICs", why);
         let [sender, inside, outside, receiver] = <[PciInfo; 4]>::try_from(infos)
             .map_err(|infos| wrong(&format!("{} are given, not 4", infos.len())))?;
-        let nic = kind(&inside).ok_or_else(|| wrong(&format!("no driver here knows {}", inside.id)))?;
+        let nic = kind(&inside).ok_or_else(|| wrong(&format!("no driver supports {}", inside.id)))?;
         Ok(Self { nic, sender, inner: [inside, outside], receiver })
     }
 }
@@ -366,10 +366,10 @@ fn after(stream: &mut Stream, rate: Option<f64>, time: Duration) -> &Stream {
 fn silent([inside, outside]: &[PciInfo; 2], sent: u64) -> Error {
     Error::new(
         ErrorKind::Unavailable,
-        format!("nothing came back through {} and {}", inside.address, outside.address),
+        format!("no frame came back through {} and {}", inside.address, outside.address),
         format!("{sent} frames were sent in {} s", FIRST_PACKET.as_secs()),
     )
-    .with_hint("see that the first two and the last two NICs are connected")
+    .with_hint("check that the first two and the last two NICs are connected")
 }
 
 /// Measures packets per second from a NIC to the NIC at the other end of its wire: the limit of the devices
@@ -391,10 +391,10 @@ pub(crate) fn straight(
     if probes.received == 0 && !stop.is_set() {
         return Err(Error::new(
             ErrorKind::Unavailable,
-            format!("nothing of what {} sends arrives at {}", from.address, to.address),
+            format!("no frame from {} arrives at {}", from.address, to.address),
             format!("{} frames were sent in {} s", probes.sent, FIRST_PACKET.as_secs()),
         )
-        .with_hint("connect them, or name the NICs in another order: --ports SENDER,FORWARDER_IN,FORWARDER_OUT,RECEIVER"));
+        .with_hint("connect them, or give the NICs in another order: --ports SENDER,FORWARDER_IN,FORWARDER_OUT,RECEIVER"));
     }
     let rate = side.send(after(&mut stream, None, limits.stream), stop)?.rate();
     side.stop("generator")?;

@@ -50,7 +50,7 @@ impl Rig {
         let directory = tempfile::Builder::new()
             .prefix("vireo-native.")
             .tempdir()
-            .map_err(|error| Error::io("cannot make a directory for sockets", &error))?;
+            .map_err(|error| Error::io("cannot create a directory for sockets", &error))?;
         let sockets = directory.path();
         let mut subject;
         let mut peer;
@@ -103,7 +103,10 @@ impl Rig {
         command.args(["--total-num-mbufs=4096", "--no-mlockall"]);
         let mut testpmd = Process::start(command)?;
         testpmd.wait_for(PROMPT).map_err(|error| {
-            error.with_hint(format!("see whether {} runs: apt-get install dpdk-dev", self.testpmd.display()))
+            error.with_hint(format!(
+                "check that {} runs; to install it: apt-get install dpdk-dev",
+                self.testpmd.display()
+            ))
         })?;
         Ok(testpmd)
     }

@@ -119,7 +119,7 @@ impl Ratio {
             let (estimate, interval) = crate::stats::ratio(&logs, 1.0 - CONFIDENCE);
             return Ok(Self { estimate, interval });
         }
-        Err(Error::new(ErrorKind::Protocol, "cannot compare the runs", "in one of them no packet came round"))
+        Err(Error::new(ErrorKind::Protocol, "cannot compare the runs", "in one of them, no packet came back"))
     }
 
     fn ends(&self) -> String {
@@ -217,7 +217,8 @@ fn print(comparison: &Comparison) -> Result<()> {
 fn text(comparison: &Comparison) -> String {
     let Comparison { replaced, pairs, dpdk, vireo, .. } = comparison;
     let peer = if *replaced == Side::Vhost.name() { Side::VirtioUser } else { Side::Vhost };
-    let mut text = format!("\n{replaced} replaced, beside testpmd's {} ({pairs} pairs)\n", peer.name());
+    let mut text =
+        format!("\n{replaced} replaced, with testpmd's {} as its peer ({pairs} pairs)\n", peer.name());
     for (name, medians) in [("DPDK", dpdk), ("Vireo", vireo)] {
         let _ = writeln!(
             text,
@@ -241,7 +242,7 @@ fn text(comparison: &Comparison) -> String {
     let Range { low, high } = comparison.line_ns;
     let _ = writeln!(
         text,
-        "  in these pairs a cache line went from cpu to cpu and back in {low:.0} to {high:.0} ns"
+        "  in these pairs, a cache line went from CPU to CPU and back in {low:.0} to {high:.0} ns"
     );
     if let Some(ByDistance { border_ns, near, far, pairs_of_both }) = &comparison.by_distance {
         for (when, group) in [("less", near), ("more", far)] {
@@ -252,7 +253,7 @@ fn text(comparison: &Comparison) -> String {
                 );
             }
         }
-        let _ = writeln!(text, "    now less and now more in {pairs_of_both} of them");
+        let _ = writeln!(text, "    sometimes less and sometimes more in {pairs_of_both} of them");
     }
     text
 }
@@ -289,14 +290,14 @@ mod tests {
             }),
         };
         let text = text(&comparison);
-        assert!(text.contains("vhost replaced, beside testpmd's virtio-user (6 pairs)"), "{text}");
+        assert!(text.contains("vhost replaced, with testpmd's virtio-user as its peer (6 pairs)"), "{text}");
         assert!(
             text.contains(
                 "rate   1.50 × DPDK (95 % interval 1.50 to 1.50; DPDK against itself 0.98 to 1.02)"
             ),
             "{text}"
         );
-        let distance = "back in 60 to 340 ns\n    less than 143 ns in 4 of them: rate 1.50 × DPDK, ticks 0.40 ×\n    now";
+        let distance = "back in 60 to 340 ns\n    less than 143 ns in 4 of them: rate 1.50 × DPDK, ticks 0.40 ×\n    sometimes";
         assert!(text.contains(distance), "{text}");
         let still = Pair { dpdk: sample(0.0, 1.0), other: sample(0.0, 1.0), ..pair };
         assert!(Ratio::of(&[still], |sample| sample.pps).is_err());

@@ -67,10 +67,10 @@ impl Recorder {
         let mut recording = read_part(path)?.recording;
         let refused = |why: String| {
             Error::new(ErrorKind::Usage, format!("cannot resume {}", path.display()), why)
-                .with_hint("begin another: run --json FILE without --resume")
+                .with_hint("start a new one: run --json FILE without --resume")
         };
         let Some(recorded) = recording.plan.clone() else {
-            return Err(refused("it is of an older Vireo".into()));
+            return Err(refused("it was made by an older Vireo".into()));
         };
         // Each start draws a new seed. The seed in the file stays valid.
         if recorded != (Plan { seed: recorded.seed, ..plan.clone() }) {
@@ -151,9 +151,9 @@ pub(crate) fn read(path: &Path, partial: bool) -> Result<Recording> {
     let Part { recording, fault } = read_part(path)?;
     match fault {
         Some(fault) if !partial => {
-            let kept = format!("{fault}; {} runs before that can be read", recording.runs.len());
+            let kept = format!("{fault}; readable runs: {}", recording.runs.len());
             Err(Error::new(ErrorKind::Io, format!("cannot read recording {}", path.display()), kept)
-                .with_hint("go on with it: run --resume; or report that part: report --partial"))
+                .with_hint("resume it with run --resume, or report the readable part with report --partial"))
         }
         _ => Ok(recording),
     }
@@ -171,11 +171,11 @@ fn read_part(path: &Path) -> Result<Part> {
         return Ok(Part { recording, fault: None });
     };
     if schema != SCHEMA {
-        return Err(unreadable(format!("it has schema {schema}, and this Vireo reads {SCHEMA}")));
+        return Err(unreadable(format!("it has schema {schema}, but this Vireo reads {SCHEMA}")));
     }
     let (environment, plan) = match serde_json::from_str(first) {
         Ok(Entry::Begin { environment, plan, .. }) => (environment, plan),
-        Ok(_) => return Err(unreadable("its first line begins no recording".into())),
+        Ok(_) => return Err(unreadable("its first line does not begin a recording".into())),
         Err(error) => return Err(unreadable(error.to_string())),
     };
     let mut recording = Recording { environment, plan: Some(plan), ..Recording::default() };
@@ -195,7 +195,7 @@ fn read_part(path: &Path) -> Result<Part> {
             }
         }
     }
-    let fault = recording.end.is_none().then(|| "it has no end".to_owned());
+    let fault = recording.end.is_none().then(|| "its end is missing".to_owned());
     Ok(Part { recording, fault })
 }
 
@@ -252,7 +252,7 @@ mod tests {
         drop(interrupted(&path, 1));
         let error = read(&path, false).unwrap_err().to_string();
         assert!(
-            error.contains("run.json: it has no end; 3 runs before") && error.contains("--resume"),
+            error.contains("run.json: its end is missing; readable runs: 3") && error.contains("--resume"),
             "{error}"
         );
         let text = fs::read_to_string(&path).unwrap();
@@ -270,7 +270,7 @@ mod tests {
         let path = dir.path().join("run.json");
         fs::write(&path, "{\"begin\":{\"schema\":3,\"news\":1}}\n").unwrap();
         assert!(
-            read(&path, true).unwrap_err().to_string().contains("it has schema 3, and this Vireo reads 2")
+            read(&path, true).unwrap_err().to_string().contains("it has schema 3, but this Vireo reads 2")
         );
         fs::write(&path, "{\"begin\":{\"schema\":2}}\n").unwrap();
         assert!(read(&path, true).unwrap_err().to_string().contains("missing field `environment`"));

@@ -70,8 +70,8 @@ impl<'a> Bridge<'a> {
     fn add(&mut self, info: &PciInfo, cpu: usize) -> Result<()> {
         let device = self.bus.device(info.address).sysfs;
         let (name, interface) = interface(&device).ok_or_else(|| {
-            let what = format!("cannot make a bridge of {}", info.address);
-            Error::new(ErrorKind::Unavailable, what, "the kernel's driver gave it no network interface")
+            let what = format!("cannot add {} to a bridge", info.address);
+            Error::new(ErrorKind::Unavailable, what, "its kernel driver created no network interface")
                 .with_hint("see why: dmesg | tail")
         })?;
         self.interfaces.push(interface);
@@ -186,7 +186,7 @@ fn ip(words: &[&str]) -> Result<()> {
     );
     Err(match words {
         ["link", "add", ..] if Path::new("/sys/class/net").join(NAME).exists() => {
-            error.with_hint(format!("remove what is left of an earlier run: ip link del {NAME}"))
+            error.with_hint(format!("remove the remains of an earlier run: ip link del {NAME}"))
         }
         ["link", "add", ..] => error.with_hint("the kernel needs CONFIG_BRIDGE: modprobe bridge"),
         _ => error,

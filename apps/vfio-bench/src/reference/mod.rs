@@ -41,7 +41,7 @@ impl Reference {
                        forwarder's core"
             }
             TESTPMD => "DPDK's testpmd with --forward-mode=mac, in mode container, on the forwarder's core",
-            _ => "a forwarder that this Vireo does not know",
+            _ => "a forwarder unknown to this Vireo",
         }
     }
 

@@ -32,7 +32,7 @@ pub(super) fn references(
         for (place, setup) in setups.iter().enumerate() {
             let Setup::Wired(Wiring { nic, inner: [inside, _], .. }) = setup else {
                 let what = format!("cannot measure {}", reference.name());
-                let why = "references take four NICs, and no external generator";
+                let why = "references need four NICs and no external generator";
                 return Err(Error::new(ErrorKind::Usage, what, why).with_hint("leave out --references"));
             };
             match reference.unfit(inside) {
@@ -78,10 +78,10 @@ pub(crate) fn wirings(nics: &[String], bus: &Bus, mut say: impl FnMut(&str)) -> 
         return Err(Error::new(
             ErrorKind::Unavailable,
             "cannot measure",
-            "a comparison takes four NICs of one kind on vfio-pci, connected in pairs",
+            "a comparison needs four NICs of one kind on vfio-pci, connected in pairs",
         )
         .with_hint(
-            "name them: --ports SENDER,FORWARDER_IN,FORWARDER_OUT,RECEIVER; or run: scripts/lab compare",
+            "give them with --ports SENDER,FORWARDER_IN,FORWARDER_OUT,RECEIVER; or run: scripts/lab compare",
         ));
     }
     Ok(wirings)
@@ -89,11 +89,11 @@ pub(crate) fn wirings(nics: &[String], bus: &Bus, mut say: impl FnMut(&str)) -> 
 
 /// Returns why `kind`, with `bound` NICs on vfio-pci, is not measured.
 fn not_four(kind: &str, bound: usize) -> Error {
-    let why = format!("{bound} on vfio-pci, and a comparison takes 4");
+    let why = format!("{bound} on vfio-pci, but a comparison needs 4");
     Error::new(ErrorKind::Usage, format!("cannot measure {kind}"), why).with_hint(if bound < 4 {
         "run: vireo-devbind --status"
     } else {
-        "name four: run --ports A,B,C,D; or give the others back: vireo-devbind --restore ADDRESS"
+        "choose four: run --ports A,B,C,D; or restore the others: vireo-devbind --restore ADDRESS"
     })
 }
 
@@ -160,7 +160,7 @@ pub(super) mod tests {
         assert!(said[0].starts_with("vireo-vfio-bench: testpmd is left out on e1000: "), "{said:?}");
         let external = [Setup::new(bus.scan().unwrap()[..2].to_vec()).unwrap()];
         let error = references(&args, &external, |_| ()).unwrap_err();
-        assert!(error.to_string().contains("cannot measure bridge: references take four NICs"), "{error}");
+        assert!(error.to_string().contains("cannot measure bridge: references need four NICs"), "{error}");
     }
 
     #[test]

@@ -78,7 +78,7 @@ pub(crate) fn selftest(args: &SelftestArgs) -> Result<()> {
         write_json(path, &counts)?;
     }
     counts.fault().map_or(Ok(()), |fault| {
-        Err(Error::new(ErrorKind::Protocol, "reports do not keep what they promise", fault))
+        Err(Error::new(ErrorKind::Protocol, "the reports do not meet their guarantees", fault))
     })
 }
 
@@ -94,7 +94,7 @@ impl Counts {
         if over(effects.reports - effects.all_hold, effects.reports) {
             let failed = effects.reports - effects.all_hold;
             return Some(format!(
-                "in {failed} of {} reports an interval does not hold the truth",
+                "in {failed} of {} reports, an interval does not contain the true value",
                 effects.reports
             ));
         }
@@ -169,11 +169,11 @@ fn text(Counts { null, effects }: &Counts) -> String {
         "{} reports of {} comparisons without any difference\n  \
            {} claim one: {} %, at most {} % allowed\n\
          {} reports with differences of 5 to 50 %\n  \
-           {} with every interval right: {} %, at least {} % promised\n  \
-           {} with a claim where there is none\n  \
+           {} with every interval correct: {} %, at least {} % guaranteed\n  \
+           {} with a claim where there is no difference\n  \
            {} of {} differences found: {} %; {} of them with the wrong sign\n  \
-           {} of {} found of those of 20 % and more on quiet machines: {} %\n  \
-           {} called the same that differ by more than the margin\n",
+           {} of {} differences of 20 % or more on quiet machines found: {} %\n  \
+           {} called the same although they differ by more than the margin\n",
         thousands(null.reports.into()),
         null.comparisons,
         null.with_claims,

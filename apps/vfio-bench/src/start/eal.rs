@@ -30,7 +30,7 @@ pub(crate) struct EalArgs {
 }
 
 fn named(text: &str) -> std::result::Result<(String, PathBuf), String> {
-    let (name, path) = text.split_once('=').ok_or("it has no =")?;
+    let (name, path) = text.split_once('=').ok_or("it is not of the form NAME=FILE")?;
     Ok((name.to_owned(), path.into()))
 }
 

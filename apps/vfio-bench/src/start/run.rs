@@ -121,7 +121,11 @@ impl Rig<'_> {
         let mut process = start_on(self.cores.forwarder, command, self.cores.idle)?;
         let outcome = side.send(&stream, &self.stop)?;
         if self.stop.is_set() {
-            return Err(Error::new(ErrorKind::Unavailable, "stopped", "a signal came"));
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                "cannot complete the recording",
+                "stopped by a signal",
+            ));
         }
         // If a mark is missing as well, its error says more.
         let phases = phases(&mut process, marks, outcome.first.unwrap_or(0))?;
@@ -131,10 +135,10 @@ impl Rig<'_> {
         if outcome.first.is_none() {
             return Err(Error::new(
                 ErrorKind::Unavailable,
-                format!("nothing came back through {} and {}", addresses[0], addresses[1]),
+                format!("no frame came back through {} and {}", addresses[0], addresses[1]),
                 format!("{program:?} was sent {} frames in {} s", outcome.sent, PATIENCE.as_secs()),
             )
-            .with_hint("see that the first two and the last two NICs are connected"));
+            .with_hint("check that the first two and the last two NICs are connected"));
         }
         Ok(phases)
     }

@@ -69,8 +69,8 @@ pub(crate) fn a_device_that_does_not_answer_is_refused<F: Family>() {
     let id = F::CHIPS[0];
     for (faults, why) in [
         (Faults { gone: true, ..Faults::default() }, "all ones"),
-        (Faults { reset_hangs: true, no_function_reset: true, ..Faults::default() }, "for a second"),
-        (Faults { no_address: true, ..Faults::default() }, "for a second"),
+        (Faults { reset_hangs: true, no_function_reset: true, ..Faults::default() }, "after 1 s"),
+        (Faults { no_address: true, ..Faults::default() }, "after 1 s"),
     ] {
         let (function, device) = fake::<F>(id, MAC);
         device.set_faults(faults);
@@ -82,7 +82,7 @@ pub(crate) fn a_device_that_does_not_answer_is_refused<F: Family>() {
     let (function, _) = fake::<F>(DeviceId { vendor: 0x8086, device: 0x10CA }, MAC);
     assert_eq!(Device::<F>::probe(function).unwrap_err().kind(), ErrorKind::Unavailable);
     let (function, _) = fake::<F>(id, MacAddr([0x53, 0, 0, 0, 0, 1]));
-    assert!(Device::<F>::probe(function).unwrap_err().to_string().contains("no address of a station"));
+    assert!(Device::<F>::probe(function).unwrap_err().to_string().contains("is not a station address"));
 }
 
 pub(crate) fn each_chip_is_reset_in_the_way_that_it_survives<F: Family>() {
@@ -202,7 +202,7 @@ pub(crate) fn a_port_stops_with_its_own_queues_only<F: Family>() {
     let error = rig.port.stop(lone, &mut rig.cache).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);
     let error = rig.port.stop_pair(theirs.0, theirs.1, &mut rig.cache).unwrap_err();
-    assert!(error.to_string().contains("these are not its queues"), "{error}");
+    assert!(error.to_string().contains("the queues belong to another port"), "{error}");
     assert!(rig.device.config().bus_master());
     drop(rx);
 }

@@ -190,7 +190,7 @@ pub(crate) fn frames_beyond_what_the_chip_takes_are_refused<F: Family>() {
     };
     start(most).unwrap();
     let error = start(most + 1).unwrap_err().to_string();
-    assert!(error.contains(&format!("it takes {most} at most")), "{error}");
+    assert!(error.contains(&format!("it takes at most {most}")), "{error}");
     // A start for short frames restores the standard receive settings.
     rig.resume();
     assert_eq!(rig.device.register(RCTL) & (RCTL_LPE | 3 << 16), 0);

@@ -25,11 +25,11 @@ pub(in crate::vhost) enum Lie {
 impl Lie {
     pub(in crate::vhost) fn reason(self) -> &'static str {
         match self {
-            Self::AvailIndex => "avail.idx runs ahead by more than the ring",
+            Self::AvailIndex => "avail.idx is ahead by more than the size of the ring",
             Self::Index => "a descriptor is beyond the table",
-            Self::Flags => "a descriptor has flags that do not fit",
-            Self::Address => "a descriptor's memory is outside of the memory regions",
-            Self::Loop => "a chain of descriptors does not end, or shares some with another",
+            Self::Flags => "a descriptor has invalid flags",
+            Self::Address => "a descriptor's memory is outside the memory regions",
+            Self::Loop => "a chain of descriptors does not end, or shares descriptors with another",
             Self::Borders => "buffers are scattered over too many memory regions",
             Self::Header => "a chain is too short for the header",
         }

@@ -180,7 +180,7 @@ fn a_device_that_lacks_something_is_refused_with_the_flag_that_adds_it() {
     assert_eq!(
         refusal(without(feature::ACCESS_PLATFORM)),
         "cannot use virtio NIC 0000:00:03.0: it bypasses the IOMMU: VIRTIO_F_ACCESS_PLATFORM is not offered; \
-         in QEMU: -device virtio-net-pci,iommu_platform=on; in libvirt: <driver iommu='on'/>; or take the IOMMU away \
+         in QEMU: -device virtio-net-pci,iommu_platform=on; in libvirt: <driver iommu='on'/>; or remove the IOMMU \
          from the virtual machine and use --vfio-mode noiommu"
     );
     let open = Behaviour { iommu: false, ..without(feature::ACCESS_PLATFORM) };
@@ -210,7 +210,7 @@ fn a_device_that_breaks_the_rules_of_start_up_is_refused() {
     }
     let cases = [
         (Behaviour { queue_size: 0, ..normal() }, "no virtqueue 0"),
-        (Behaviour { queue_size: 100, ..normal() }, "no power of two"),
+        (Behaviour { queue_size: 100, ..normal() }, "not a power of two"),
         (Behaviour { notify_off: Some(0x400), ..normal() }, "beyond the 0x1000 bytes of doorbells"),
         (Behaviour { control_answer: Some(1), ..normal() }, "answered with an error"),
     ];

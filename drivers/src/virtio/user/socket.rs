@@ -22,7 +22,7 @@ const LOOK_EVERY: u8 = 100;
 /// `Unavailable` when no process listens there.
 pub(super) fn connect(name: &str, path: &Path) -> Result<UnixStream> {
     let what = format!("cannot connect {name} to {}", path.display());
-    socket::connect(path, what, "start the vhost side first, or give server=1")
+    socket::connect(path, what, "start the vhost side first, or set server=1")
 }
 
 /// A listening socket; its path is removed on drop.
@@ -48,7 +48,7 @@ impl Listening {
     pub(super) fn at(name: &Arc<str>, path: &Path) -> Result<Self> {
         let what = || format!("cannot listen for {name} at {}", path.display());
         remove_stale(path)
-            .map_err(|why| Error::new(ErrorKind::Busy, what(), why).with_hint("give another path"))?;
+            .map_err(|why| Error::new(ErrorKind::Busy, what(), why).with_hint("use another path"))?;
         let listener = UnixListener::bind(path).map_err(|error| Error::io(what(), &error))?;
         let listening = Self { listener, name: Arc::clone(name), path: path.to_owned() };
         listening.listener.set_nonblocking(true).map_err(|error| listening.failed(&error))?;
@@ -92,14 +92,14 @@ pub(super) fn accept(name: &Arc<str>, path: &Path, stop: &StopFlag) -> Result<Un
         }
     }
     let what = format!("cannot listen for {name} at {}", path.display());
-    Err(Error::new(ErrorKind::Unavailable, what, "stopped before a peer came"))
+    Err(Error::new(ErrorKind::Unavailable, what, "stopped before a peer connected"))
 }
 
 /// Removes a socket on which no process listens, such as a killed process leaves behind.
 fn remove_stale(path: &Path) -> std::result::Result<(), &'static str> {
     match std::fs::symlink_metadata(path) {
         Err(_) => return Ok(()),
-        Ok(found) if !found.file_type().is_socket() => return Err("there is a file that is no socket"),
+        Ok(found) if !found.file_type().is_socket() => return Err("the file there is not a socket"),
         Ok(_) => {}
     }
     match socket::try_connect(path) {

@@ -240,7 +240,7 @@ fn what_is_not_there_is_named_with_the_cure() {
     let dir = tempfile::tempdir().unwrap();
     let path = path_in(&dir);
     let error = connect(&path, "").unwrap_err();
-    let hint = "start the vhost side first, or give server=1";
+    let hint = "start the vhost side first, or set server=1";
     let line = format!(
         "cannot connect net_virtio_user0 to {}: ENOENT: there is no such socket; {hint}",
         path.display()
@@ -249,7 +249,7 @@ fn what_is_not_there_is_named_with_the_cure() {
 
     drop(UnixListener::bind(&path).unwrap());
     let error = connect(&path, "").unwrap_err().to_string();
-    assert!(error.contains("ECONNREFUSED: nobody listens") && error.ends_with(hint), "{error}");
+    assert!(error.contains("ECONNREFUSED: no process listens") && error.ends_with(hint), "{error}");
 
     let peer = Peer::new(Script { features: OFFERED & !(1 << 32), ..HONEST });
     let error = peer.connect().unwrap_err().to_string();
@@ -282,7 +282,7 @@ fn a_peer_that_refuses_is_named() {
     let (memory, mut cache) = memory();
     let mut device = Peer::new(Script { refuse: SET_MEM_TABLE, ..HONEST }).connect().unwrap();
     let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
-    assert!(error.contains("the peer refuses SET_MEM_TABLE; look at the peer's messages"), "{error}");
+    assert!(error.contains("the peer refuses SET_MEM_TABLE; see the peer's messages"), "{error}");
     assert!(device.link().up);
 }
 
@@ -345,7 +345,7 @@ fn a_silent_peer_that_goes_gives_the_memory_back() {
     assert!(error.contains("GET_VRING_BASE within 3 s"), "{error}");
     for _ in 0..2 {
         let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
-        assert!(error.contains("nobody knows what the peer does with our memory"), "{error}");
+        assert!(error.contains("its use of our memory is unknown"), "{error}");
         assert!(!device.link().up);
     }
     goes.send(()).unwrap();
@@ -370,7 +370,7 @@ fn all_answers_of_a_start_or_a_stop_have_their_time_together() {
     let (memory, mut cache) = memory();
     let mut device = Peer::new(Script { slow_at: SET_FEATURES, ..HONEST }).connect().unwrap();
     let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
-    assert!(error.contains("did not answer all up to SET_MEM_TABLE within 3 s"), "{error}");
+    assert!(error.contains("did not answer all requests up to SET_MEM_TABLE within 3 s"), "{error}");
 
     let mut device = Peer::new(Script { slow_at: GET_VRING_BASE, ..HONEST }).connect().unwrap();
     let (rx, tx) = device.start_pair(&CONFIG, &memory, &mut cache).unwrap();
@@ -378,7 +378,7 @@ fn all_answers_of_a_start_or_a_stop_have_their_time_together() {
     assert!(error.contains("up to GET_VRING_BASE within 3 s"), "{error}");
     for _ in 0..2 {
         let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
-        assert!(error.ends_with("the memory that it had is kept until its connection closes"), "{error}");
+        assert!(error.ends_with("the memory that it mapped is kept until its connection closes"), "{error}");
     }
     let pool = Arc::clone(cache.pool());
     drop(cache);
@@ -418,18 +418,18 @@ fn a_server_takes_nobody_elses_socket_and_can_be_stopped() {
     stopped.set();
     let error =
         Device::connect("net_virtio_user0", &options(&path, "server=1").unwrap(), &stopped).unwrap_err();
-    assert!(error.to_string().ends_with("stopped before a peer came"), "{error}");
+    assert!(error.to_string().ends_with("stopped before a peer connected"), "{error}");
     assert!(!path.exists());
 
     std::fs::write(&path, "precious").unwrap();
     let error = connect(&path, "server=1").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
-    assert!(error.to_string().contains("no socket") && path.exists(), "{error}");
+    assert!(error.to_string().contains("not a socket") && path.exists(), "{error}");
     std::fs::remove_file(&path).unwrap();
 
     let _other = UnixListener::bind(&path).unwrap();
     let error = connect(&path, "server=1").unwrap_err().to_string();
-    assert!(error.contains("another process listens there; give another path"), "{error}");
+    assert!(error.contains("another process listens there; use another path"), "{error}");
 }
 
 fn small() -> Region {
@@ -495,7 +495,10 @@ fn a_peer_that_refuses_more_memory_keeps_what_it_has() {
     let add = |_| memory.memory_map().add(small(), &[Part::default()]).unwrap().swap_remove(0);
     let more = [(); 3].map(add);
     let error = device.update_memory(&more[2]).unwrap_err();
-    assert!(error.to_string().contains("the peer maps 4 regions of memory and 5 are needed"), "{error}");
+    assert!(
+        error.to_string().contains("the peer maps at most 4 regions of memory, but 5 are needed"),
+        "{error}"
+    );
     device.check().unwrap();
     device.stop_pair(rx, tx, &mut cache).unwrap();
     drop(device);
@@ -511,7 +514,7 @@ fn memory_that_cannot_be_shared_is_refused() {
     let mut cache = Pool::new(&memory, BUFFERS).unwrap().cache();
     let mut device = Peer::new(HONEST).connect().unwrap();
     let error = device.start_pair(&CONFIG, &memory, &mut cache).unwrap_err().to_string();
-    assert!(error.contains("a port without IOMMU makes all ports use physical addresses"), "{error}");
+    assert!(error.contains("a port without an IOMMU makes all ports use physical addresses"), "{error}");
 }
 
 #[test]
@@ -529,7 +532,7 @@ fn arguments_are_checked() {
         features: Options { mrg_rxbuf: false, in_order: false },
     };
     assert_eq!(read, expected);
-    let line = "cannot use queues=0 of net_virtio_user0: it is no number from 1 to 128";
+    let line = "cannot use queues=0 of net_virtio_user0: it is not a number from 1 to 128";
     assert_eq!(options(path, "queues=0").unwrap_err().to_string(), line);
     for wrong in ["queue_size=100", "queue_size=99999", "queue_size=0", "mac=x", "server=2", "speed=1"] {
         assert_eq!(options(path, wrong).unwrap_err().kind(), ErrorKind::Usage, "{wrong}");
@@ -537,7 +540,7 @@ fn arguments_are_checked() {
     for group in ["ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01", "00:00:00:00:00:00"] {
         let error = options(path, &format!("mac={group}")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);
-        assert!(error.to_string().contains("no station has such an address"), "{error}");
+        assert!(error.to_string().contains("which no station has"), "{error}");
     }
     let error = UserOptions::parse("virtio_user0", &[]).unwrap_err().to_string();
     assert_eq!(
@@ -573,7 +576,7 @@ fn a_peer_that_comes_back_with_fewer_pairs_is_believed() {
     }
     device.stop(queues, &mut cache).unwrap();
     let error = device.start(&CONFIG.with_pairs(2), &memory, &mut cache).unwrap_err().to_string();
-    assert!(error.contains("2 RX queues are asked for, and it has 1"), "{error}");
+    assert!(error.contains("2 RX queues are requested, but it has 1"), "{error}");
     drop(device);
     peer.join().unwrap();
 }

@@ -28,7 +28,11 @@ impl PeerEvent {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
             .map_err(|error| Error::io(what, &error))?;
         if link.as_os_str() != "anon_inode:[eventfd]" {
-            return Err(Error::new(ErrorKind::Protocol, what, format!("{} is no eventfd", link.display())));
+            return Err(Error::new(
+                ErrorKind::Protocol,
+                what,
+                format!("{} is not an eventfd", link.display()),
+            ));
         }
         let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(|errno| Error::os(what, errno))?;
         let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;

@@ -46,11 +46,11 @@ impl Mapping {
         let refused = |why: &str| Error::new(ErrorKind::Protocol, what(), why);
         let stat = fstat(fd).map_err(|errno| Error::os(what(), errno))?;
         if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
-            return Err(refused("its descriptor is no file"));
+            return Err(refused("its descriptor is not a regular file"));
         }
         let end = offset.checked_add(len).filter(|_| len > 0);
         let end = end.filter(|end| *end <= stat.st_size as u64).ok_or_else(|| {
-            refused("its file is shorter than the region: an access behind the end would be SIGBUS")
+            refused("its file is shorter than the region: an access beyond its end would raise SIGBUS")
         })?;
         // A hugetlb file is mapped in whole pages of its own size, which is its block size.
         let small = page_size() as u64;

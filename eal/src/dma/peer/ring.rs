@@ -20,7 +20,7 @@ impl PeerMemory {
             Error::new(kind, format!("cannot use a frontend's ring of {entries} entries at {user:#x}"), why)
         };
         if !entries.is_power_of_two() {
-            return Err(refused(ErrorKind::Usage, "the number is no power of two"));
+            return Err(refused(ErrorKind::Usage, "the number is not a power of two"));
         }
         let len = N.saturating_mul(size_of::<W>()).saturating_mul(entries);
         let at = self.all().find_map(|area| {

@@ -16,7 +16,7 @@ pub(super) fn bases(nodes: &[NodeBuffers]) -> Box<[u64]> {
     let base = |node: &NodeBuffers, number: u32| {
         let behind = (number - node.numbers.start) as usize * BUFFER_SIZE;
         let start = node.memory.iova(node.offset + behind);
-        assert!(start.is_multiple_of(BUFFER_SIZE as u64), "a page of the device that is not aligned");
+        assert!(start.is_multiple_of(BUFFER_SIZE as u64), "a device page is not aligned to the buffer size");
         start.wrapping_sub(u64::from(number) * BUFFER_SIZE as u64)
     };
     let in_use = || nodes.iter().filter(|node| !node.numbers.is_empty());
@@ -78,7 +78,7 @@ impl Buffers<'_> {
     /// least [`METADATA`] plus [`DEVICE_HEADER`] bytes before it.
     #[inline(always)]
     pub(in crate::dma) fn data(&self, packet: &Packet) -> NonNull<u8> {
-        assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "a packet of another pool");
+        assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "the packet belongs to another pool");
         // SAFETY: no other pool has this tag while handles with it exist, so the buffer belongs to this pool.
         // Pool offsets are differences of addresses, because the regions adjoin.
         unsafe { NonNull::new_unchecked(self.place.base.add(packet.at() as usize)) }
@@ -96,7 +96,7 @@ impl Buffers<'_> {
 
     #[inline(always)]
     pub(in crate::dma) fn iova(&self, packet: &Packet) -> u64 {
-        assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "a packet of another pool");
+        assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "the packet belongs to another pool");
         self.iova_at(packet.at())
     }
 

@@ -56,7 +56,7 @@ impl Tag {
         let free = |tag: &u8| tag.count_ones() == WEIGHT && !owners[usize::from(*tag)].is_taken;
         let free = (0..=u8::MAX).find(free).ok_or_else(|| {
             let why = format!("{TAGS} pools exist, or were dropped before all of their buffers came back");
-            Error::new(ErrorKind::Os, "cannot make a pool of packet buffers", why)
+            Error::new(ErrorKind::Os, "cannot create a pool of packet buffers", why)
                 .with_hint("restart the program")
         })?;
         owners[usize::from(free)].is_taken = true;

@@ -319,7 +319,7 @@ fn on_three_nodes(memory: &[Arc<DmaMemory>]) -> Arc<Pool> {
 }
 
 #[test]
-#[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
+#[cfg_attr(miri, ignore = "Miri cannot unmap part of a mapping")]
 fn a_cache_takes_buffers_of_its_node_first() {
     let memory = three_nodes(|_| None);
     let (pool, count) = (on_three_nodes(&memory), 64 + 54 + 44);
@@ -353,7 +353,7 @@ fn a_cache_takes_buffers_of_its_node_first() {
 }
 
 #[test]
-#[cfg_attr(miri, ignore = "Miri unmaps no part of a mapping")]
+#[cfg_attr(miri, ignore = "Miri cannot unmap part of a mapping")]
 fn buffers_of_all_nodes_are_at_the_addresses_of_their_memory() {
     check_addresses(&on_three_nodes(&three_nodes(|_| None)));
     let apart = on_three_nodes(&three_nodes(|number| Some([9, 3, 70][number as usize] << 32)));
@@ -367,5 +367,5 @@ fn memory_that_does_not_adjoin_is_refused() {
     assert_eq!(Pool::on_nodes(&none).unwrap_err().kind(), ErrorKind::Usage);
     let memory = || DmaMemory::map(Region::new(Pool::bytes(1), Backing::SmallPages).unwrap(), &[]).unwrap();
     let error = Pool::on_nodes(&[(memory(), 1), (memory(), 1)]).unwrap_err();
-    assert_eq!((error.kind(), error.why()), (ErrorKind::Usage, "their regions do not adjoin"));
+    assert_eq!((error.kind(), error.why()), (ErrorKind::Usage, "their regions are not adjacent"));
 }

@@ -32,11 +32,11 @@ fn to_kernel(context: &Context) -> Result<String> {
     let mut entries = fs::read_dir(device(&nic).join("net"))?;
     entries
         .next()
-        .context("it has no interface")??
+        .context("the NIC has no interface")??
         .file_name()
         .into_string()
         .ok()
-        .context("its name is no text")
+        .context("the name of the interface is not UTF-8")
 }
 
 /// The NIC's entry in the output of `--status-dev net`.
@@ -56,7 +56,7 @@ fn by_name(context: &Context) -> Result<()> {
     one_line(&refused.stderr, "vireo-devbind", "no PCI device has a network interface of that name")?;
     program(context, "devbind", &format!("--bind vfio-pci {interface}"))?.expect(0)?;
     ensure!(is_bound(&nic(), "vfio-pci"), "not bound to vfio-pci");
-    ensure!(status(context)?["recorded"].is_null(), "the record is left");
+    ensure!(status(context)?["recorded"].is_null(), "the record was not deleted");
     Ok(())
 }
 
@@ -81,7 +81,7 @@ fn elsewhere(context: &Context) -> Result<()> {
     ensure!(listed["other_namespace"] == true && listed["active"] == true, "listed: {listed}");
     let refused = program(context, "devbind", &format!("--bind vfio-pci {}", nic()))?.expect(75)?;
     one_line(&refused.stderr, "vireo-devbind", "its interface is in another network namespace")?;
-    ensure!(is_bound(&nic(), "e1000e"), "it was taken away from e1000e");
+    ensure!(is_bound(&nic(), "e1000e"), "the NIC was taken from e1000e");
     program(context, "devbind", &format!("--force --bind vfio-pci {}", nic()))?.expect(0)?;
     ensure!(is_bound(&nic(), "vfio-pci"), "not bound to vfio-pci");
     Ok(())

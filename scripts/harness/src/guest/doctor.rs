@@ -21,10 +21,10 @@ pub(super) fn diagnose(
 ) -> Result<Option<String>> {
     let mut command = as_user(user.0, user.1, &context.program("doctor"));
     let ended = run(context, "doctor", command.args(["--json", "--modes", mode, nic]))?;
-    ensure!(ended.stderr.is_empty(), "the doctor complained");
+    ensure!(ended.stderr.is_empty(), "the doctor printed errors");
     let said = modes(&ended)?;
     let verdict =
-        said.iter().find(|verdict| verdict["mode"] == mode).context("the doctor left the mode out")?;
+        said.iter().find(|verdict| verdict["mode"] == mode).context("the doctor left out the mode")?;
     let usable = verdict["usable"] == true;
     ensure!(ended.code == if usable { 0 } else { 69 }, "the doctor exited with {}", ended.code);
     if usable {
@@ -45,7 +45,7 @@ fn modes(ended: &Ended) -> Result<Vec<Value>> {
 /// Checks that the doctor calls `nic` usable in `mode`. The caller then starts l2fwd on it.
 pub(super) fn usable(context: &Context, mode: &str, nic: &str) -> Result<()> {
     let diagnosis = diagnose(context, ("root", ""), mode, nic)?;
-    ensure!(diagnosis.is_none(), "the doctor refuses it: {}", diagnosis.unwrap_or_default());
+    ensure!(diagnosis.is_none(), "the doctor refuses the NIC: {}", diagnosis.unwrap_or_default());
     Ok(())
 }
 
@@ -60,8 +60,8 @@ pub(super) fn unusable_as(
 ) -> Result<String> {
     let arguments = format!("--file-prefix second --vfio-mode {mode} -a {nic} -- -p 1");
     let line = refused_as(context, user, &arguments, (code, text))?;
-    let diagnosis = diagnose(context, user, mode, nic)?.unwrap_or_else(|| "it can be used".into());
-    ensure!(line == diagnosis, "the doctor says something else: {diagnosis}");
+    let diagnosis = diagnose(context, user, mode, nic)?.unwrap_or_else(|| "the NIC is usable".into());
+    ensure!(line == diagnosis, "the doctor reports something else: {diagnosis}");
     Ok(line)
 }
 
@@ -79,7 +79,10 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
             nics += usize::from(read(device?.path().join("class"))?.trim() == "0x020000");
         }
         ensure!(said.len() == nics, "the doctor has {} NICs, not {nics}", said.len());
-        ensure!(said.iter().all(|verdict| verdict["usable"] == true), "the doctor does not call all usable");
+        ensure!(
+            said.iter().all(|verdict| verdict["usable"] == true),
+            "the doctor does not report all NICs as usable"
+        );
         starts_again(context, boot.generator_mode())
     });
     cases.add("doctor: a NIC of the kernel", |context| {
@@ -91,9 +94,9 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
         let said = modes(&ended)?;
         ensure!(
             said.len() == 5 && said.iter().all(|verdict| verdict["usable"] == false),
-            "not five modes of none"
+            "expected five modes, none of them usable"
         );
-        ensure!(is_bound(&nic, "e1000e"), "it was taken away from e1000e");
+        ensure!(is_bound(&nic, "e1000e"), "the NIC was taken from e1000e");
         Ok(())
     });
 }

@@ -108,7 +108,7 @@ pub(crate) fn run(interface: &str) -> Result<()> {
         write(format!("/sys/class/net/{interface}/{attribute}"), value)?;
     }
     let mut wire = wire(interface)?;
-    let mut host = File::open(port(PORT)?.context("the guest has no port for the harness")?)?;
+    let mut host = File::open(port(PORT)?.context("the guest has no virtio-serial port for the harness")?)?;
     let (mut counts, mut given_up, mut is_ending) = (Counts::default(), 0, false);
     let mut bytes = [0; 2048];
     while !is_ending || counts.next < counts.sent {

@@ -45,8 +45,8 @@ pub(super) fn in_mode(context: &Context, boot: Boot, mode: &str, rx: Nic, tx: Ni
         usable(context, mode, &rx.bdf(Role::FwdRx))?;
     }
     let ended = forwards(context, boot.generator_mode(), &forwarder(mode, rx, tx), rx, tx)?;
-    ended.opened(0, mode, "as asked")?;
-    ended.opened(1, mode, "as asked")
+    ended.opened(0, mode, "as requested")?;
+    ended.opened(1, mode, "as requested")
 }
 
 /// Adds cases with the two ports of one process in different modes.
@@ -67,8 +67,8 @@ pub(super) fn mixed_modes(cases: &mut Cases, boot: Boot, first: &'static str, se
                     tx.bdf(Role::FwdTx)
                 ));
                 let ended = forwards(context, boot.generator_mode(), &start, rx, tx)?;
-                ended.opened(0, first, "as asked")?;
-                ended.opened(1, second, "as asked")
+                ended.opened(0, first, "as requested")?;
+                ended.opened(1, second, "as requested")
             })
             .in_full_if(rx == Nic::E1000);
     }
@@ -125,7 +125,7 @@ pub(super) fn chosen_modes(cases: &mut Cases, boot: Boot) {
     let (cdev, container) = (automatic.clone(), automatic);
     cases.add("group is container", move |context| {
         let ended = forwards(context, boot.generator_mode(), &forwarder("group", nic, nic), nic, nic)?;
-        ended.opened(0, "container", "as asked")
+        ended.opened(0, "container", "as requested")
     });
     cases
         .add("auto is cdev", move |context| {

@@ -29,7 +29,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot) {
                 let again = bound_again(SECOND);
                 bind(SECOND, "e1000")?;
                 let text = format!(
-                    "bound to kernel drivers are {SECOND} (e1000); run: vireo-devbind --bind vfio-pci {SECOND}"
+                    "kernel drivers are bound to {SECOND} (e1000); run: vireo-devbind --bind vfio-pci {SECOND}"
                 );
                 unusable(context, mode, FIRST, (69, &text))?;
                 drop(again);
@@ -55,7 +55,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot) {
             move |context| -> Result<()> {
                 let arguments =
                     format!("-l 1 -a {FIRST},vfio-mode={first} -a {SECOND},vfio-mode={second} -- -p 3");
-                let text = "is open here already, in another way; give all its devices the same vfio-mode";
+                let text = "open in another mode; give all its devices the same vfio-mode";
                 refused_as(context, ("root", ""), &arguments, (64, text)).map(drop)
             },
         );

@@ -44,7 +44,7 @@ fn fails(context: &Context, mode: &str, call: Call) -> anyhow::Result<()> {
         is_up: &|event| event["event"] == "forwarding",
         left: &|_| {
             let (free, all) = (hugepages("free_hugepages")?, hugepages("nr_hugepages")?);
-            Ok((free != all).then(|| format!("{} hugepages were not given back", all - free)))
+            Ok((free != all).then(|| format!("{} hugepages were not released", all - free)))
         },
         names: &|| Path::new(runtime).exists().then(|| runtime.to_owned()),
     };

@@ -65,7 +65,7 @@ pub(super) fn with_iommu(cases: &mut Cases, boot: Boot, mode: &'static str) {
                     let device = nic.bdf(Role::FwdRx);
                     let named = fault.contains("DMA Write")
                         && fault.contains(&format!("{}]", &device["0000:".len()..]));
-                    ensure!(named != shared, "the kernel said: {fault}");
+                    ensure!(named != shared, "the kernel reported: {fault}");
                 }
                 Ok(())
             },
@@ -117,7 +117,7 @@ pub(super) fn pins(cases: &mut Cases) {
                 let line = refused_as(context, ("nobody", LIMIT), &arguments(mode), (71, "run: ulimit -l"))?;
                 let (_, limit) = line.split_once("run: ulimit -l ").context("no command")?;
                 let digits: String = limit.chars().take_while(char::is_ascii_digit).collect();
-                ensure!(digits.parse::<u64>()? > 24576, "the hint is no higher limit");
+                ensure!(digits.parse::<u64>()? > 24576, "the hint does not raise the limit");
                 Ok(())
             })
             .on_both_kernels();

@@ -95,7 +95,7 @@ pub(super) fn huge_dirs(cases: &mut Cases, boot: Boot) {
             return skip("this guest's CPU has no 1 GiB pages");
         }
         let _mount = mounted(context, "-t hugetlbfs -o pagesize=1G", &at(context))?;
-        let text = format!("1 pages of 1048576 KiB are needed and 0 of 0 are free; run: echo 1 > {giant}");
+        let text = format!("1 page of 1048576 KiB is needed and 0 of 0 are free; run: echo 1 > {giant}");
         huge_dir(context, boot, &at(context), (71, &text))?;
         starts_again(context, boot.generator_mode())
     });
@@ -161,11 +161,11 @@ pub(super) fn output_fails(cases: &mut Cases, boot: Boot) {
         let mut doctor = Command::new(context.program("doctor"));
         let mut process =
             Process::spawn_to(context, "doctor", doctor.args(["--modes", "container", &nic()]), full()?)?;
-        ensure!(process.wait(PATIENCE)? == 74, "the doctor's exit code");
+        ensure!(process.wait(PATIENCE)? == 74, "the doctor did not exit with 74");
 
         let start = one_port(boot.generator_mode());
         let mut process = Process::spawn_to(context, "full", &mut start.command(context), full()?)?;
-        ensure!(process.wait(PATIENCE)? == 74, "l2fwd's exit code");
+        ensure!(process.wait(PATIENCE)? == 74, "l2fwd did not exit with 74");
         let text = "cannot write to standard output: ENOSPC (No space left on device)";
         one_line(&process.stderr()?, "vireo-l2fwd", text)?;
 
@@ -178,7 +178,7 @@ pub(super) fn output_fails(cases: &mut Cases, boot: Boot) {
         let mut lines = std::io::BufRead::lines(std::io::BufReader::new(reader));
         lines.find(|line| line.as_ref().map_or(true, |line| line.contains("\"forwarding\"")));
         drop(lines);
-        ensure!(process.wait(PATIENCE)? == 74, "l2fwd's exit code after the reader had gone");
+        ensure!(process.wait(PATIENCE)? == 74, "l2fwd did not exit with 74 after its reader ended");
         let text = "cannot write to standard output: EPIPE (Broken pipe)";
         one_line(&process.stderr()?, "vireo-l2fwd", text)?;
         starts_again(context, boot.generator_mode())

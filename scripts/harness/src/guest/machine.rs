@@ -83,7 +83,7 @@ impl Nic {
     /// Node `/dev/vfio/devices/vfioN` of the NIC.
     pub(crate) fn cdev_node(self, role: Role) -> Result<PathBuf> {
         let mut entries = fs::read_dir(device(&self.bdf(role)).join("vfio-dev"))?;
-        Ok(Path::new("/dev/vfio/devices").join(entries.next().context("it has no cdev")??.file_name()))
+        Ok(Path::new("/dev/vfio/devices").join(entries.next().context("the NIC has no cdev")??.file_name()))
     }
 }
 
@@ -98,7 +98,7 @@ pub(crate) fn bind(bdf: &str, driver: &str) -> Result<()> {
     write(device.join("driver_override"), driver)?;
     unbind(bdf)?;
     write("/sys/bus/pci/drivers_probe", bdf)?;
-    ensure!(is_bound(bdf, driver), "{driver} did not take {bdf}");
+    ensure!(is_bound(bdf, driver), "{bdf} was not bound to {driver}");
     Ok(())
 }
 
@@ -242,7 +242,7 @@ pub(crate) fn nodes_of(mode: &str) -> Result<Vec<PathBuf>> {
 /// Skips a case of mode `noiommu-cdev` on a kernel that has no cdevs for devices without an IOMMU.
 pub(crate) fn need_mode(mode: &str) -> Result<()> {
     match mode == "noiommu-cdev" && !has_noiommu_cdev()? {
-        true => skip("this kernel has no cdev without an IOMMU (7.3 has)"),
+        true => skip("this kernel has no cdevs for devices without an IOMMU (7.3 has)"),
         false => Ok(()),
     }
 }
@@ -289,7 +289,7 @@ pub(crate) fn as_user(user: &str, limits: &str, program: &Path) -> Command {
 /// Sends `command` to QEMU's monitor, to which `lab run --monitor` gives the guest access.
 pub(crate) fn monitor(command: &str) -> Result<()> {
     write(
-        port("monitor.in")?.context("the guest has no way to QEMU's monitor (lab --monitor)")?,
+        port("monitor.in")?.context("the guest has no access to QEMU's monitor (lab --monitor)")?,
         format!("{command}\n"),
     )
 }

@@ -177,7 +177,7 @@ impl FromStr for Boot {
     fn from_str(name: &str) -> Result<Self, String> {
         BOOTS.into_iter().find(|boot| boot.name() == name).ok_or_else(|| {
             let names = BOOTS.map(Self::name).join(", ");
-            format!("there is no boot '{name}'; there are {names}")
+            format!("there is no boot '{name}'; the boots are {names}")
         })
     }
 }
@@ -371,7 +371,7 @@ fn unsafe_msi(cases: &mut Cases) {
             let _consent = set(&consent, "1")?;
             let nic = Nic::E1000e;
             let start = traffic::forwarder(mode, nic, nic);
-            traffic::forwards(context, mode, &start, nic, nic)?.opened(0, mode, "as asked")
+            traffic::forwards(context, mode, &start, nic, nic)?.opened(0, mode, "as requested")
         });
     }
 }

@@ -64,14 +64,14 @@ pub(super) fn cases(cases: &mut Cases) {
         // Each node has half of the buffers, followed by rings.
         ensure!(found.get(&0) == Some(&5) && found.get(&1) == Some(&5), "pages by node: {found:?}");
         let ended = l2fwd.stop_complaining(Signal::SIGINT)?;
-        one_warning(&ended.stderr, "lcore 1 is on NUMA node 1, port 0000:00:0d.0 that it serves on node 0")
+        one_warning(&ended.stderr, "lcore 1 is on NUMA node 1, its port 0000:00:0d.0 is on node 0")
     });
     cases.add("frames cross between nodes, and every buffer comes back to its own", |context| {
         let _nodes = on_nodes(0, 1)?;
         let l2fwd = start("cdev", 1, "").forwarding(context)?;
         carries(context, "auto", NIC, NIC)?;
         let ended = l2fwd.stop_complaining(Signal::SIGINT)?;
-        one_warning(&ended.stderr, "packets cross between nodes; cpus of node 0 for -l: 0")
+        one_warning(&ended.stderr, "packets cross between nodes; CPUs of node 0 for -l: 0")
     });
     cases.add("--numa-mem by node", |context| {
         let _nodes = on_nodes(1, 1)?;
@@ -87,14 +87,14 @@ pub(super) fn cases(cases: &mut Cases) {
         let found = pages(&l2fwd)?;
         ensure!(found.keys().eq([&0]), "pages by node: {found:?}");
         let ended = l2fwd.stop_complaining(Signal::SIGINT)?;
-        one_warning(&ended.stderr, "on node 1, and its packet memory on node 0")
+        one_warning(&ended.stderr, "is on node 1, and the port's packet memory is on node 0")
     });
     cases.add("refused: --numa-mem with too little for a node, until what it names", |context| {
         let _nodes = on_nodes(1, 1)?;
         let arguments = |memory: &str| format!("-l 1 --numa-mem {memory} {} -- -p 3 -q 2", ports(NIC, NIC));
         let line =
-            refused_as(context, ("root", ""), &arguments("16,2"), (64, "need 18 MiB on node 1; give "))?;
-        let (_, enough) = line.split_once("give --numa-mem ").context("no hint")?;
+            refused_as(context, ("root", ""), &arguments("16,2"), (64, "need 18 MiB on node 1; use "))?;
+        let (_, enough) = line.split_once("use --numa-mem ").context("no hint")?;
         let enough = enough.split_whitespace().next().context("no hint")?;
         start("cdev", 1, &format!("--numa-mem {enough}")).forwarding(context)?.stop()?;
         let text = "cannot use --numa-mem 0,0,64: node 2 has no memory";
@@ -118,7 +118,7 @@ pub(super) fn cases(cases: &mut Cases) {
         "a node without hugepages is replaced by another, until the command that is named",
         |context| {
             const TEXT: &str =
-                "of packet memory are not on NUMA node 1, where the NICs are that use it; run: ";
+                "of packet memory are not on NUMA node 1, the node of the NICs that use it; run: ";
             let _nodes = on_nodes(1, 1)?;
             let _pages = set(hugepages_of(1), "4")?;
             let warnings = |stderr: &str| {
@@ -132,11 +132,11 @@ pub(super) fn cases(cases: &mut Cases) {
             let found = pages(&l2fwd)?;
             ensure!(found.get(&1) == Some(&4), "pages by node: {found:?}");
             let said: Vec<String> = warnings(&l2fwd.stop_complaining(Signal::SIGINT)?.stderr);
-            ensure!(said.len() == 1, "not one warning: {said:?}");
+            ensure!(said.len() == 1, "expected one warning: {said:?}");
             run(context, "hint", Command::new("sh").args(["-c", &said[0]]))?.expect(0)?;
             let said: Vec<String> =
                 warnings(&start("cdev", 1, "").forwarding(context)?.stop_complaining(Signal::SIGINT)?.stderr);
-            ensure!(said.is_empty(), "the command is not enough: {said:?}");
+            ensure!(said.is_empty(), "the command does not suffice: {said:?}");
             Ok(())
         },
     );
@@ -144,6 +144,6 @@ pub(super) fn cases(cases: &mut Cases) {
 
 fn one_warning(stderr: &str, text: &str) -> Result<()> {
     let warnings = stderr.lines().filter(|line| line.contains("NUMA")).count();
-    ensure!(warnings == 1 && stderr.contains(text), "not one warning with: {text}");
+    ensure!(warnings == 1 && stderr.contains(text), "expected one warning with: {text}");
     Ok(())
 }

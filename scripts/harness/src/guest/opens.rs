@@ -45,7 +45,7 @@ pub(super) fn opens(cases: &mut Cases, name: &str, mode: &'static str, kinds: &'
                 forwarder(mode, Nic::E1000e, Nic::VirtioNet).under(strace(context, "open,openat,openat2"));
             start.forwarding(context)?.stop()?;
             let opened = traced(&read(trace)?);
-            ensure!(opened == kinds.iter().copied().collect(), "it opened {opened:?}");
+            ensure!(opened == kinds.iter().copied().collect(), "l2fwd opened {opened:?}");
             Ok(())
         })
         .on_both_kernels();
@@ -89,7 +89,7 @@ pub(super) fn leaves(cases: &mut Cases, mode: &'static str) {
         let devices = [Nic::E1000e, Nic::VirtioNet].map(|nic| nic.bdf(Role::FwdRx));
         let ended = program(context, "leave", &format!("{} {mode}", devices.join(" ")))?.expect(0)?;
         ensure!(ended.stdout.lines().count() == 3, "{}", ended.stdout);
-        ensure!(ended.stderr.is_empty(), "it complained");
+        ensure!(ended.stderr.is_empty(), "the program printed errors");
         Ok(())
     });
 }
@@ -105,8 +105,8 @@ pub(super) fn hands_over(cases: &mut Cases, mode: &'static str) {
                     .arg(context.path("trace"));
                 command.arg(context.program("handover")).args([nic.bdf(Role::FwdRx).as_str(), mode]);
                 let said = run(context, "handover", &mut command)?.expect(0)?.stdout;
-                let text = format!("mode {mode}: by descriptors from another process; first register");
-                ensure!(said.contains(&text), "not taken over");
+                let text = format!("mode {mode}: with descriptors from another process; first register");
+                ensure!(said.contains(&text), "the device was not taken over");
                 let trace = read(context.path("trace"))?;
                 let taker: Vec<&str> = trace
                     .lines()
@@ -114,7 +114,7 @@ pub(super) fn hands_over(cases: &mut Cases, mode: &'static str) {
                     .skip(1)
                     .collect();
                 ensure!(!taker.is_empty(), "strace saw no second process");
-                ensure!(traced(&taker.join("\n")).is_empty(), "it opened a node");
+                ensure!(traced(&taker.join("\n")).is_empty(), "the second process opened a node");
                 Ok(())
             })
             .in_full_if(nic == Nic::E1000);

@@ -95,16 +95,17 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot) {
     }
     sandbox(cases, "cdev");
     passed_descriptors(cases);
-    for (name, user, text) in
-        [("no such --user", "no-such", "there is no such user"), ("--user root", "root", "that is root")]
-    {
+    for (name, user, text) in [
+        ("no such --user", "no-such", "there is no such user"),
+        ("--user root", "root", "is root, which keeps every privilege"),
+    ] {
         cases.add(format!("refused: {name}"), move |context| {
             let arguments = format!("--user {user} -a {} -- -p 1", nic.bdf(Role::FwdRx));
             refused_as(context, ("root", ""), &arguments, (64, text))?;
             starts_again(context, boot.generator_mode())
         });
     }
-    launch_refused(cases, "a launch without devices", (69, "choose no device"), |_| {
+    launch_refused(cases, "a launch without devices", (69, "select no device"), |_| {
         "l2fwd --no-pci -- -p 1".into()
     });
     launch_refused(cases, "a launch of no program", (69, "cannot start"), |nic| format!("no-such -a {nic}"));
@@ -122,7 +123,7 @@ pub(super) fn cases_without_iommu(cases: &mut Cases, boot: Boot) {
 
 fn launched_in(context: &Context, boot: Boot, mode: &str, nic: Nic, eal: &str) -> Result<()> {
     let eal = format!("{eal} --vfio-mode {mode}");
-    launched(context, boot, (nic, nic), &eal, &ports(nic, nic))?.opened(0, mode, "as asked")
+    launched(context, boot, (nic, nic), &eal, &ports(nic, nic))?.opened(0, mode, "as requested")
 }
 
 /// Runs l2fwd, which the user starts and which connects to the launcher.
@@ -147,7 +148,7 @@ fn by_socket(context: &Context, boot: Boot, mode: &str) -> Result<()> {
     let ids = [NOBODY; 4].map(|id| id.to_string()).join(" ");
     status_is(&l2fwd, &[("Uid", &ids), ("CapEff", "0000000000000000")])?;
     carries(context, boot.generator_mode(), nic, nic)?;
-    ensure!(launcher.wait(PATIENCE)? == 0, "the launcher's exit code");
+    ensure!(launcher.wait(PATIENCE)? == 0, "the launcher failed");
     ensure!(!socket.exists(), "the socket was left behind");
     l2fwd.stop()?;
     Ok(())
@@ -186,7 +187,7 @@ fn sandbox(cases: &mut Cases, mode: &'static str) {
         cases.add(format!("the sandbox names a denied {word}"), move |context| {
             let text = format!("EAL: the sandbox denies the system call {call} (");
             let ended = forbidden(context, "", word, 77)?;
-            ensure!(ended.stderr.lines().any(|line| line.starts_with(&text)), "not named");
+            ensure!(ended.stderr.lines().any(|line| line.starts_with(&text)), "the call is not named");
             forbidden(context, "--no-sandbox", word, 0).map(drop)
         });
     }
@@ -196,7 +197,7 @@ fn sandbox(cases: &mut Cases, mode: &'static str) {
         std::fs::write(&*file, "")?;
         ensure!(
             forbidden(context, "", "unlink", 0)?.stdout.contains("PermissionDenied"),
-            "it removed a file"
+            "the program removed a file"
         );
         forbidden(context, "--no-sandbox", "unlink", 0)?;
         ensure!(!file.exists(), "also denied without the sandbox");
@@ -222,9 +223,9 @@ fn passed_descriptors(cases: &mut Cases) {
             "9",
             "/dev/iommu",
             64,
-            "descriptor 4 was not open at the start",
+            "descriptor 4 was not open at start-up",
         ),
-        ("a descriptor that is no node", "$$", "1", "/dev/null", 77, "no node of VFIO or iommufd"),
+        ("a descriptor that is no node", "$$", "1", "/dev/null", 77, "not a VFIO or iommufd node"),
         ("the wrong node", "$$", "1", "/dev/iommu", 77, "not among the descriptors of --vfio-fds"),
     ] {
         cases.add(format!("refused: {name}"), move |context| {

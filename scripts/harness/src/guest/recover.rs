@@ -80,7 +80,7 @@ fn flap(context: &Context, boot: Boot, mode: &'static str, nic: Nic, times: u64)
     pktgen.stop()?;
     carries(context, boot.generator_mode(), nic, nic)?;
     let changes = l2fwd.stop_complaining(Signal::SIGINT)?.counter(1, "link_changes")?;
-    ensure!(changes == 2 * times, "port 1 counted {changes} changes of its link, not {}", 2 * times);
+    ensure!(changes == 2 * times, "port 1 counted {changes} link changes, not {}", 2 * times);
     Ok(())
 }
 

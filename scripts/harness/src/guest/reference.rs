@@ -50,7 +50,7 @@ fn forwards(context: &Context, reference: &str, name: &str) -> Result<()> {
     let (mut command, file) = bench(context, reference, "0.1");
     if reference == "testpmd" {
         if !Path::new("/bin/dpdk-testpmd").exists() {
-            return skip("the guest has no dpdk-testpmd: apt-get install dpdk-dev");
+            return skip("the guest has no dpdk-testpmd; run on the host: apt-get install dpdk-dev");
         }
         command.args(["--plugins", &plugins()?]);
     }
@@ -60,8 +60,8 @@ fn forwards(context: &Context, reference: &str, name: &str) -> Result<()> {
     let runs: Vec<&Value> =
         lines.iter().map(|line| &line["run"]).filter(|run| run["pair"] == "reference").collect();
     ensure!(runs.len() == 1 && runs[0]["mode"] == name, "runs of references: {runs:?}");
-    ensure!(runs[0]["forward_pps"].as_f64() > Some(1000.0), "it forwarded nothing: {}", runs[0]);
-    ensure!(runs[0]["latency_ns"]["count"].as_u64() > Some(0), "it has no latency: {}", runs[0]);
+    ensure!(runs[0]["forward_pps"].as_f64() > Some(1000.0), "the reference forwarded nothing: {}", runs[0]);
+    ensure!(runs[0]["latency_ns"]["count"].as_u64() > Some(0), "the run has no latency: {}", runs[0]);
     given_back()
 }
 
@@ -72,7 +72,7 @@ fn plugins() -> Result<String> {
     let files = LIBRARIES.iter().filter_map(|directory| fs::read_dir(directory).ok()).flatten().flatten();
     let files = files.filter_map(|entry| entry.file_name().into_string().ok());
     let files: Vec<String> = files.filter(|file| wanted.iter().any(|name| file.starts_with(name))).collect();
-    ensure!(files.len() == wanted.len(), "the guest has of testpmd's drivers: {files:?}");
+    ensure!(files.len() == wanted.len(), "the guest has only these of testpmd's drivers: {files:?}");
     Ok(files.join(","))
 }
 
@@ -82,14 +82,14 @@ fn ends_by_signal(context: &Context) -> Result<()> {
     let mut bench = Process::spawn(context, "vfio-bench", &mut command)?;
     // Once both NICs are in the bridge, the bridge forwards or is about to.
     let ports = || fs::read_dir(format!("{BRIDGE}/brif")).map_or(0, Iterator::count);
-    await_that("the bridge has both ports", PATIENCE, || ports() == 2)?;
+    await_that("both ports in the bridge", PATIENCE, || ports() == 2)?;
     bench.signal(Signal::SIGTERM)?;
     bench.wait(PATIENCE)?;
     given_back()
 }
 
 fn given_back() -> Result<()> {
-    ensure!(!Path::new(BRIDGE).exists(), "the bridge is left");
+    ensure!(!Path::new(BRIDGE).exists(), "the bridge was not removed");
     for role in [Role::FwdRx, Role::FwdTx] {
         let nic = Nic::E1000e.bdf(role);
         ensure!(is_bound(&nic, "vfio-pci"), "{nic} is not bound to vfio-pci");

@@ -38,9 +38,9 @@ pub(super) fn refused_as(
 
 /// Checks that standard error is one line that contains `text`. Returns the line without the program's name.
 pub(super) fn one_line(stderr: &str, name: &str, text: &str) -> Result<String> {
-    ensure!(stderr.lines().count() == 1, "not one line on stderr");
+    ensure!(stderr.lines().count() == 1, "standard error is not one line");
     let line = stderr.trim_end().strip_prefix(&format!("{name}: ")).unwrap_or_default().to_owned();
-    ensure!(line.contains(text), "not said: {text}");
+    ensure!(line.contains(text), "missing: {text}");
     Ok(line)
 }
 
@@ -65,20 +65,20 @@ pub(super) const BAD_ARGUMENTS: &[(i32, &str, &str)] = &[
     (64, "use cores 0-1", "-l 1- FORWARDERS -- -p 3"),
     (64, "the device is given twice", "-a 00:0d.0 -a 00:0d.0 -- -p 3"),
     (64, "known keys: vfio-mode, mrg_rxbuf", "-a 00:0d.0,speed=9 -- -p 3"),
-    (64, "only virtio-net knows it", "--vfio-mode MODE -a 00:0d.0,mrg_rxbuf=0 -a 00:0e.0 -- -p 3"),
+    (64, "only virtio-net supports it", "--vfio-mode MODE -a 00:0d.0,mrg_rxbuf=0 -a 00:0e.0 -- -p 3"),
     (64, "use one of auto, container", "--vfio-mode fast FORWARDERS -- -p 3"),
     (64, "see: vireo-l2fwd --help", "FORWARDERS"),
-    (64, "it is no hexadecimal mask", "FORWARDERS -- -p three"),
-    (64, "for all of them give -p 3", "--vfio-mode MODE FORWARDERS -- -p 0"),
-    (64, "for all of them give -p 3", "--vfio-mode MODE FORWARDERS -- -p 7"),
+    (64, "it is not a hexadecimal mask", "FORWARDERS -- -p three"),
+    (64, "use -p 3 for all of them", "--vfio-mode MODE FORWARDERS -- -p 0"),
+    (64, "use -p 3 for all of them", "--vfio-mode MODE FORWARDERS -- -p 7"),
     (64, "see: vireo-l2fwd --help", "FORWARDERS -- -p 3 -q 99"),
     (64, "is not of the form", "--vfio-mode MODE FORWARDERS -- -p 3 --portmap 0-1"),
     (64, "or leave it out", "-m 1 --vfio-mode MODE FORWARDERS -- -p 3"),
     (64, "without an IOMMU", "-a 00:0d.0,vfio-mode=noiommu -a 00:0e.0,vfio-mode=cdev -- -p 3"),
-    (64, "takes 9230 at most", "--vfio-mode MODE FORWARDERS -- -p 3 -q 2 --max-pkt-len 9728"),
+    (64, "takes at most 9230", "--vfio-mode MODE FORWARDERS -- -p 3 -q 2 --max-pkt-len 9728"),
     (69, "which mrg_rxbuf=1 asks for", "--vfio-mode MODE -a 00:05.0,mrg_rxbuf=0 -- -p 1 --max-pkt-len 9018"),
     (69, "no such PCI device", "-a 00:1e.0 -- -p 1"),
-    (69, "no driver here knows", "-a 00:02.0 -- -p 1"),
+    (69, "no driver supports", "-a 00:02.0 -- -p 1"),
 ];
 
 pub(super) const WITH_IOMMU: &[(i32, &str, &str)] = &[
@@ -88,7 +88,7 @@ pub(super) const WITH_IOMMU: &[(i32, &str, &str)] = &[
 ];
 
 pub(super) const WITHOUT_IOMMU: &[(i32, &str, &str)] = &[
-    (69, "auto never goes without", "FORWARDERS -- -p 3"),
+    (69, "auto never chooses a no-IOMMU mode", "FORWARDERS -- -p 3"),
     (69, "--vfio-mode noiommu", "--vfio-mode cdev FORWARDERS -- -p 3"),
     (69, "--vfio-mode noiommu", "--vfio-mode container FORWARDERS -- -p 3"),
     (69, "--vfio-mode noiommu", "--vfio-mode compat FORWARDERS -- -p 3"),
@@ -120,7 +120,7 @@ pub(super) fn bound_to_the_kernel(cases: &mut Cases, boot: Boot, mode: &'static 
         bind(&nic, "e1000e")?;
         let text = format!("kernel driver e1000e; run: vireo-devbind --bind vfio-pci {nic}");
         unusable(context, mode, &nic, (69, &text))?;
-        ensure!(is_bound(&nic, "e1000e"), "it was taken away from e1000e");
+        ensure!(is_bound(&nic, "e1000e"), "the NIC was taken from e1000e");
         drop(again);
         starts_again(context, boot.generator_mode())
     });
@@ -174,7 +174,7 @@ pub(super) fn wrong_nodes(cases: &mut Cases, boot: Boot) {
             let number = std::fs::metadata(&own)?.rdev();
             let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
             let fix = format!("mknod -m 0600 {} c {major} {minor}", own.display());
-            ensure!(line.contains(&fix), "not said: {fix}");
+            ensure!(line.contains(&fix), "missing: {fix}");
             starts_again(context, boot.generator_mode())
         });
     }
@@ -195,7 +195,7 @@ pub(super) fn permissions(cases: &mut Cases, boot: Boot) {
             let node = node.display();
             let text = format!(
                 "cannot open {node}: EACCES: it belongs to uid 0, gid 0 with mode 0{mode_of_node:o}; run as root, or: \
-                 setfacl -m u:nobody:rw {node}; for good by a udev rule: {rule}, OWNER=\"nobody\""
+                 setfacl -m u:nobody:rw {node}; permanently, with a udev rule: {rule}, OWNER=\"nobody\""
             );
             unusable_as(context, ("nobody", ""), mode, &nic(), (77, &text))?;
             starts_again(context, boot.generator_mode())
@@ -243,7 +243,7 @@ pub(super) fn switched_off(cases: &mut Cases, boot: Boot) {
             let text = format!("echo 1 > {parameter}");
             ensure!(
                 said.contains("it is in no IOMMU group") && said.contains(&text),
-                "not said: {text}, but: {said}"
+                "missing: {text}, found: {said}"
             );
         }
         let text = format!("it is bound to no driver; run: vireo-devbind --bind vfio-pci {nic}");
@@ -258,7 +258,7 @@ pub(super) fn needs_newer_kernel(cases: &mut Cases, boot: Boot) {
     cases
         .add("refused: noiommu-cdev on a kernel without it", move |context| {
             if has_noiommu_cdev()? {
-                return skip("this kernel has it");
+                return skip("this kernel has noiommu-cdev");
             }
             unusable(context, "noiommu-cdev", &nic(), (69, "7.3"))?;
             starts_again(context, boot.generator_mode())

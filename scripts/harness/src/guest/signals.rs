@@ -32,7 +32,7 @@ pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
         let nic = Nic::E1000e;
         let (mut l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
         l2fwd.process.signal(Signal::SIGINT)?;
-        l2fwd.await_event("which signal came", |event| event["event"] == "signal")?;
+        l2fwd.await_event("which signal arrived", |event| event["event"] == "signal")?;
         // While it is stopped, l2fwd cannot finish before the second signal counts as one.
         l2fwd.process.signal(Signal::SIGSTOP)?;
         std::thread::sleep(2 * IMPATIENCE);
@@ -125,16 +125,16 @@ fn killed_again_and_again(context: &Context, boot: Boot, mode: &str) -> Result<(
         let mut l2fwd = start.forwarding(context)?;
         ensure!(
             killed.is_none() || l2fwd.recovered_from(killed)?,
-            "round {round}: it did not say that it recovered"
+            "round {round}: l2fwd did not report that it recovered"
         );
         l2fwd.await_traffic()?;
         killed = Some(l2fwd.process.pid());
         l2fwd.kill()?;
-        ensure!(hugepages("free_hugepages")? == free, "round {round}: hugepages were not given back");
+        ensure!(hugepages("free_hugepages")? == free, "round {round}: hugepages were not released");
     }
     pktgen.stop()?;
     forwards_after_kill(context, mode, boot.generator_mode(), (nic, nic))?;
-    context.note(format!("{rounds} of {rounds} restarts worked at once"));
+    context.note(format!("{rounds} of {rounds} restarts worked immediately"));
     Ok(())
 }
 
@@ -165,7 +165,7 @@ pub(super) fn memory_outlives_the_nic(cases: &mut Cases) {
             let ended = l2fwd.stop()?;
             let iova = &ended.event("memory")?["iova_mode"];
             ensure!(iova == "PA", "the IOVA mode is {iova}");
-            ensure!(memory > 0, "its memory is no file");
+            ensure!(memory > 0, "its memory is not a file");
             ensure!(pin > 0, "its memory is not pinned");
             ensure!(
                 device > memory.max(pin),

@@ -97,7 +97,7 @@ impl World for NicWorld {
                 drop(up);
                 forwarder.await_state(1, "link_up")
             }
-            other => bail!("{other:?} is no fault of a machine"),
+            other => bail!("{other:?} is not a fault of a machine"),
         }
     }
 
@@ -117,7 +117,7 @@ pub(crate) fn run(plan: &Plan, programs: &Path, say: &mut dyn FnMut(String)) -> 
     let name = format!("soak of {}, {}", plan.nic, plan.mode);
     let (nic, mode) = (NICS.into_iter().find(|nic| nic.name() == plan.nic), plan.mode.clone());
     let Some(nic) = nic else {
-        return Report { name, ..Report::failed("there is no such kind of NIC".into()) };
+        return Report { name, ..Report::failed("there are no such NICs".into()) };
     };
     let length = plan.length.clone();
     let soaked = |context: &Context| -> Result<()> {

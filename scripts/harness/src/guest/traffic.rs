@@ -153,7 +153,7 @@ pub(crate) fn forwards_after_kill(
     (rx, tx): (Nic, Nic),
 ) -> Result<()> {
     let l2fwd = forwarder(mode, rx, tx).forwarding(context)?;
-    ensure!(l2fwd.recovered_from(None)?, "l2fwd did not say that it recovered");
+    ensure!(l2fwd.recovered_from(None)?, "l2fwd did not report that it recovered");
     carries(context, generator_mode, rx, tx)?;
     l2fwd.stop()?;
     Ok(())

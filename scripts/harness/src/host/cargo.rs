@@ -191,8 +191,8 @@ fn test_programs(repo: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
         else {
             continue;
         };
-        let manifest = Path::new(message["manifest_path"].as_str().context("no manifest")?);
-        let dir = manifest.parent().context("a manifest has a directory")?;
+        let manifest = Path::new(message["manifest_path"].as_str().context("the message names no manifest")?);
+        let dir = manifest.parent().context("the manifest has no directory")?;
         let krate = dir.file_name().and_then(OsStr::to_str).unwrap_or_default();
         let target = message["target"]["name"].as_str().unwrap_or_default();
         let kind = message["target"]["kind"][0].as_str().unwrap_or_default();

@@ -29,7 +29,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
                 lab
             };
             if !lab().args(["kernel", "--show"]).output()?.status.success() {
-                return skip("the guest's kernel is not built: scripts/lab kernel");
+                return skip("the guest's kernel is not built; run: scripts/lab kernel");
             }
             let mut counted = Vec::new();
             for boot in ["first", "second"] {

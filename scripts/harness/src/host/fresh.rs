@@ -46,7 +46,7 @@ fn readme_on(context: &Context, repo: &Path, suite: &str) -> Result<()> {
     }
     need(&["debootstrap"])?;
     let commands = commands(&read(repo.join("README.md"))?);
-    ensure!(commands.len() == 2, "README has not two commands for a fresh machine");
+    ensure!(commands.len() == 2, "README does not have two commands for a fresh machine");
     let root = guard(context.path("root"), |root| {
         let _ = std::fs::remove_dir_all(root);
     });
@@ -137,8 +137,10 @@ impl Mirrors {
         let targets = ["indextargets", "--format", "$(SITE) $(CODENAME) $(SUITE)", "Created-By: Packages"];
         let listed = run(context, "apt", Command::new("apt-get").args(targets))?.expect(0)?.stdout;
         let os = read("/etc/os-release")?;
-        let codename =
-            os.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME=")).context("no code name")?;
+        let codename = os
+            .lines()
+            .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+            .context("no codename in /etc/os-release")?;
         let site = |wanted: &str| {
             let mut fields = listed.lines().map(|line| line.split(' '));
             fields.find_map(|mut fields| {
@@ -148,7 +150,7 @@ impl Mirrors {
         };
         let mut dump = Command::new("apt-config");
         Ok(Self {
-            release: site(codename).context("no mirror of Debian in this machine's apt sources")?,
+            release: site(codename).context("no Debian mirror in this machine's apt sources")?,
             security: site(&format!("{codename}-security")),
             acquire: run(context, "apt-config", dump.args(["dump", "Acquire"]))?.expect(0)?.stdout,
         })

@@ -29,7 +29,7 @@ impl Group {
             (Path::new("/sys/fs/cgroup"), "memory.max")
         };
         let dir = top.join(name);
-        fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        fs::create_dir(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let group = Self { limit: dir.join(limit), dir };
         write(&group.limit, (megabytes << 20).to_string())?;
         Ok(group)

@@ -67,7 +67,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
             need(&["qemu-system-x86_64"])?;
             let show = Command::new(repo.join("scripts/lab")).args(["kernel", "--show"]).output()?;
             if !show.status.success() {
-                return skip("the guest's kernel is not built: scripts/lab kernel");
+                return skip("the guest's kernel is not built; run: scripts/lab kernel");
             }
             migrates(context, &repo).inspect_err(|_| {
                 for port in [SOURCE, DESTINATION] {
@@ -111,7 +111,7 @@ impl Machine {
         let mut lab = Process::spawn(context, "lab", &mut lab)?.gracefully();
         let mut monitor = None;
         // QEMU creates this socket last.
-        await_that("a QEMU", PATIENCE, || {
+        await_that("QEMU", PATIENCE, || {
             monitor = UnixStream::connect(dir.join("monitor")).ok();
             monitor.is_some() || lab.has_ended()
         })?;
@@ -173,7 +173,7 @@ fn migrates(context: &Context, repo: &Path) -> Result<()> {
     destination.guest.write_all(b"\n")?;
     let said = destination.lab.line(PATIENCE)?.context("the guest counted nothing")?;
     let counts: Counts = serde_json::from_str(&said)?;
-    ensure!(destination.lab.wait(PATIENCE)? == 0, "the guest did not end in order");
+    ensure!(destination.lab.wait(PATIENCE)? == 0, "the guest did not end cleanly");
     let forwarded = l2fwd.stop_complaining(Signal::SIGINT)?;
     let lost: u64 = counts.lost.iter().map(|lost| lost.end - lost.start).sum();
     context.note(format!(
@@ -190,11 +190,11 @@ fn migrates(context: &Context, repo: &Path) -> Result<()> {
 fn judge(counts: &Counts, before: [u64; 3], after: [u64; 3]) -> Result<()> {
     let [sent, received, dropped] = [0, 1, 2].map(|at| before[at] + after[at]);
     let lost: u64 = counts.lost.iter().map(|lost| lost.end - lost.start).sum();
-    ensure!((counts.corrupt, counts.repeated) == (0, 0), "frames came that were not sent");
+    ensure!((counts.corrupt, counts.repeated) == (0, 0), "frames arrived that were not sent");
     ensure!(counts.next == counts.sent, "the last frames did not come back");
-    ensure!(counts.lost.len() <= 1, "frames were lost at more than one time");
-    ensure!(received == counts.sent, "not each frame reached l2fwd once");
-    ensure!(sent + lost == counts.sent, "not each frame that l2fwd sent reached the guest once");
-    ensure!(lost == dropped, "{lost} frames were lost, and l2fwd dropped {dropped}");
+    ensure!(counts.lost.len() <= 1, "frames were lost at more than one point in time");
+    ensure!(received == counts.sent, "not every frame reached l2fwd exactly once");
+    ensure!(sent + lost == counts.sent, "not every frame that l2fwd sent reached the guest exactly once");
+    ensure!(lost == dropped, "{lost} frames were lost, but l2fwd dropped {dropped}");
     Ok(())
 }

@@ -26,7 +26,11 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
             let ended = run_for(context, "cargo", &mut cargo, Duration::from_secs(BUILD))?.expect(0)?;
             let counts = ended.stdout.strip_prefix("net_null0 (null) with frames of 64 bytes: received ");
             let counts = counts.and_then(|rest| rest.trim_end().split_once(" sent "));
-            ensure!(counts.is_some_and(|(received, sent)| received == sent), "it says: {}", ended.stdout);
+            ensure!(
+                counts.is_some_and(|(received, sent)| received == sent),
+                "unexpected output: {}",
+                ended.stdout
+            );
             Ok(())
         })
         .in_full()

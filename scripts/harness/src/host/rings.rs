@@ -63,7 +63,7 @@ impl End {
 pub(super) fn await_sockets(dir: &Path, ports: usize) -> Result<()> {
     for port in 0..ports {
         let socket = dir.join(port.to_string()).display().to_string();
-        await_that(&format!("a socket {socket}"), PATIENCE, || {
+        await_that(&format!("the socket {socket}"), PATIENCE, || {
             let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
             sockets.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(&socket))
         })?;

@@ -24,7 +24,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
             command.env_clear().env("PATH", bin).env("HOME", &context.dir).current_dir("/");
             let ended = run(context, "script", &mut command)?.expect(125)?;
             let last = ended.stderr.lines().last().unwrap_or_default();
-            ensure!(last.contains("cargo") && last.contains("; try: "), "it says: {last}");
+            ensure!(last.contains("cargo") && last.contains("; try: "), "unexpected output: {last}");
             Ok(())
         });
     }
@@ -40,7 +40,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
             command.args(arguments).env_clear().env("PATH", bin).env("HOME", &context.dir).current_dir("/");
             let ended = run(context, "script", &mut command)?.expect(125)?;
             let last = ended.stderr.lines().last().unwrap_or_default();
-            ensure!(last.contains(words) && last.contains("; try: "), "it says: {last}");
+            ensure!(last.contains(words) && last.contains("; try: "), "unexpected output: {last}");
             Ok(())
         });
     }
@@ -51,7 +51,11 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
             ui.display()
         );
         let ended = run(context, "script", Command::new("bash").args(["-c", &script]))?.expect(1)?;
-        ensure!(ended.stderr.contains("exit code 1 of: x=$(false | cat)"), "it says: {}", ended.stderr);
+        ensure!(
+            ended.stderr.contains("exit code 1 of: x=$(false | cat)"),
+            "unexpected output: {}",
+            ended.stderr
+        );
         Ok(())
     });
 }

@@ -66,7 +66,7 @@ pub(crate) fn run(args: &SoakArgs, programs: &Path) -> Result<u8> {
     let length = Length { seconds: args.seconds, packets: args.packets, seed };
     let what = if args.what == Where::Native { "native" } else { "guest" };
     eprintln!(
-        "soak: seed {seed}; again: scripts/soak {what} --seed {seed} --seconds {} --packets {}",
+        "soak: seed {seed}; to repeat it: scripts/soak {what} --seed {seed} --seconds {} --packets {}",
         args.seconds, args.packets
     );
     let tap = Tap::default();
@@ -190,7 +190,7 @@ impl World for Rings {
     }
 
     fn disturb(&self, fault: Fault, _: &mut L2fwd) -> Result<()> {
-        bail!("{fault:?} is no fault of rings")
+        bail!("{fault:?} is not a fault of rings")
     }
 
     /// Every frame that was sent came back or is counted as lost.

@@ -74,7 +74,7 @@ fn need_namespaces(context: &Context) -> Result<()> {
         .and_then(|()| ip(context, &format!("-n {} link set lo up", probe.namespace)));
     match makes {
         Ok(()) => Ok(()),
-        Err(error) => skip(format!("this machine makes no network namespaces: {error:#}")),
+        Err(error) => skip(format!("this machine cannot create network namespaces: {error:#}")),
     }
 }
 
@@ -168,7 +168,7 @@ fn stream(context: &Context, from: &Host, to: &Host) -> Result<()> {
         .expect(0)
         .context("the sender")?;
     ensure!(listener.wait(Duration::from_secs(60))? == 0, "the receiver failed");
-    ensure!(std::fs::read(sent)? == std::fs::read(received)?, "what came is not what was sent");
+    ensure!(std::fs::read(sent)? == std::fs::read(received)?, "the received data differs from the sent data");
     Ok(())
 }
 
@@ -181,5 +181,5 @@ fn await_event(guest: &Process, limit: Duration, mut is_it: impl FnMut(&Value) -
             return Ok(());
         }
     }
-    bail!("it did not come")
+    bail!("l2fwd ended without the expected event")
 }
