@@ -1,5 +1,7 @@
 //! Legacy descriptors (SDM 3.2.3 and 3.3.3).
 
+use vireo_eal::dma::SendWord;
+
 use super::regs::*;
 use crate::intel::Format;
 
@@ -15,7 +17,8 @@ impl Format for Legacy {
     const TXD_RS: u64 = TXD_RS;
     const TXD_DD: u64 = TXD_DD;
 
-    #[inline(always)]
+    const SEND: SendWord = SendWord { bits: TXD_IFCS | TXD_EOP, front: 0, second_len: None };
+
     fn segment(len: u64, _whole: u64, is_last: bool) -> u64 {
         len | TXD_IFCS | if is_last { TXD_EOP } else { 0 }
     }

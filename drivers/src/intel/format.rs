@@ -3,7 +3,7 @@
 
 use std::fmt::Debug;
 
-use vireo_eal::dma::GoodWord;
+use vireo_eal::dma::{GoodWord, SendWord};
 
 /// Descriptor format: the meaning of the second word.
 pub trait Format: Debug + Send + Sync + 'static {
@@ -28,15 +28,12 @@ pub trait Format: Debug + Send + Sync + 'static {
         len_shift: Self::RXD_LEN_SHIFT,
     };
 
+    /// Second word of a descriptor that sends a whole packet and is not reported.
+    const SEND: SendWord;
+
     /// Returns the second word of a descriptor that sends `len` bytes of a frame and is not reported. `whole`
     /// is the frame's length in its first descriptor, and 0 in the others.
     fn segment(len: u64, whole: u64, is_last: bool) -> u64;
-
-    /// Returns the second word of a descriptor that sends a whole packet of `len` bytes and is not reported.
-    #[inline(always)]
-    fn data(len: u64) -> u64 {
-        Self::segment(len, len, true)
-    }
 
     /// Returns the number of bytes in the buffer of a received descriptor.
     fn len(word: u64) -> usize {

@@ -128,14 +128,10 @@ impl<F: Format> TxQueue<F> {
         // A burst is no longer than RECLAIM, so at most one of its descriptors is the last of a batch.
         let start = self.ring.head();
         let reports = start | (RECLAIM - 1);
-        let reporting = burst[..count].get(reports - start).map(|packet| packet.len() as u64);
-        let mut bytes = 0;
-        self.ring.fill(count, 0, cache, burst, |_, len| {
-            bytes += len as u64;
-            F::data(len as u64)
-        });
+        let reporting = burst[..count].get(reports - start).map(|packet| packet.len());
+        let bytes = self.ring.fill_words(count, F::SEND, cache, burst, |_| ());
         if let Some(len) = reporting {
-            self.ring.set_word(reports, F::data(len) | F::TXD_RS);
+            self.ring.set_word(reports, F::SEND.of(len) | F::TXD_RS);
         }
         self.counters.packets.add(count as u64);
         self.counters.bytes.add(bytes);

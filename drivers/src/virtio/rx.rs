@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, MAX_SEGMENTS, PoolCache, dma_rmb};
+use vireo_eal::dma::{Burst, Completed, DATA_ROOM, MAX_BURST, MAX_SEGMENTS, PoolCache, dma_rmb};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::HEADER;
@@ -17,6 +17,12 @@ use crate::port::{RxBurst, STANDARD_FRAME};
 pub(super) const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u32;
 /// Valid used lengths of a frame's later buffers.
 pub(super) const REST_LEN: RangeInclusive<u32> = 1..=*USED_LEN.end();
+
+/// Whether a received packet's header says that its frame has one buffer.
+#[inline(always)]
+fn is_one_buffer(packet: &Completed<'_>) -> bool {
+    u16::from_le_bytes(packet.read_header()) == 1
+}
 
 /// RX queue of a virtio-net device.
 #[derive(Debug)]
@@ -117,6 +123,36 @@ impl RxQueue {
         filled
     }
 
+    /// Takes the next completion if it is the expected one. It has a path of its own, because the loop of
+    /// [`RxQueue::receive`] takes as many instructions to start as a single packet takes here.
+    #[inline(always)]
+    fn receive_one(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> bool {
+        let (queue, mergeable) = (&mut self.queue, self.mergeable);
+        if self.aside {
+            return false;
+        }
+        dma_rmb();
+        let taken = queue
+            .ring
+            .take_one_used(&queue.used, HEADER, cache, burst, |packet| !mergeable || is_one_buffer(packet));
+        let Some(len) = taken else { return false };
+        queue.last_used = queue.last_used.wrapping_add(1);
+        queue.counters.packets.add(1);
+        queue.counters.bytes.add(len as u64);
+        true
+    }
+
+    /// Takes all completions that fit into `burst`. Not inlined into the forwarding loop, which would leave too few
+    /// registers for the loop in here.
+    #[inline(never)]
+    fn receive_many(&mut self, used_idx: u16, cache: &mut PoolCache, burst: &mut Burst) {
+        if self.mergeable {
+            self.receive::<true, false>(used_idx, cache, burst);
+        } else {
+            self.receive::<false, false>(used_idx, cache, burst);
+        }
+    }
+
     /// Takes the expected completions: in order, one buffer each. [`RxQueue::receive_any`] takes all others.
     #[inline(always)]
     pub(super) fn receive<const MERGEABLE: bool, const CHECKSUMS: bool>(
@@ -132,21 +168,14 @@ impl RxQueue {
             return self.receive_aside::<CHECKSUMS>(used_idx, cache, burst);
         }
         dma_rmb();
-        let mut bytes = 0;
-        let received =
-            queue.ring.take_completed(&queue.used, pending.into(), cache, burst, |filled, completion| {
-                // The length is in the upper half. The rotated value is small only if the id matches, because
-                // a difference in the id ends up above the length.
-                let rest = completion.load::<0>().wrapping_sub(filled.index as u64 + ((HEADER as u64) << 32));
-                let len = rest.rotate_left(32) as usize;
-                let good = len <= DATA_ROOM
-                    && (!MERGEABLE || u16::from_le_bytes(filled.read_header()) == 1)
-                    && (!CHECKSUMS || is_sound(filled.read_header(), len));
-                good.then_some(len).inspect(|len| bytes += len)
+        let (received, bytes) =
+            queue.ring.take_used(&queue.used, pending.into(), HEADER, cache, burst, |packet| {
+                (!MERGEABLE || is_one_buffer(packet))
+                    && (!CHECKSUMS || is_sound(packet.read_header(), packet.len))
             });
         queue.last_used = queue.last_used.wrapping_add(received as u16);
         queue.counters.packets.add(received as u64);
-        queue.counters.bytes.add(bytes as u64);
+        queue.counters.bytes.add(bytes);
         if received == 0 {
             self.receive_any(used_idx, cache, burst);
         }
@@ -222,12 +251,10 @@ impl RxBurst for RxQueue {
     #[inline(always)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
         let used_idx = self.queue.used_idx();
-        if used_idx != self.queue.last_used {
-            if self.mergeable {
-                self.receive::<true, false>(used_idx, cache, burst);
-            } else {
-                self.receive::<false, false>(used_idx, cache, burst);
-            }
+        match used_idx.wrapping_sub(self.queue.last_used) {
+            0 => {}
+            1 if self.receive_one(cache, burst) => {}
+            _ => self.receive_many(used_idx, cache, burst),
         }
         if self.queue.ring.has_reached(self.refill_at) && self.refill(cache) == 0 {
             self.queue.counters.no_buffer.add(1);

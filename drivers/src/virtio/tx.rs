@@ -2,18 +2,21 @@
 
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, PoolCache, Slot, dma_rmb};
+use vireo_eal::dma::{Burst, PoolCache, SendWord, Slot, dma_rmb};
 
 use super::HEADER;
 use super::chains::Chains;
 use super::checksum::ask;
 use super::features::Features;
-use super::split::{Lie, Virtqueue, shape};
+use super::split::{Lie, Virtqueue};
 use crate::counters::QueueCounters;
 use crate::port::{Offloads, TxBurst, Watchdog};
 
 /// Writes a header that requests nothing in front of a packet, unless the packet already has one. Without the
 /// write, the header stays in the cache of a device that is a process.
+/// Shape of a descriptor that sends a packet of one buffer: the length, without flags.
+const WHOLE: SendWord = SendWord { bits: 0, front: HEADER, second_len: None };
+
 #[inline(always)]
 pub(super) fn blank(slot: &mut Slot<'_>, mergeable: bool) {
     const BLANK: u128 = 0;
@@ -120,18 +123,16 @@ impl TxQueue {
             return if burst.is_empty() { 0 } else { self.full() };
         }
         let (queue, mergeable) = (&mut self.queue, self.mergeable);
-        let (mut bytes, mut asked) = (0, 0);
-        queue.ring.fill(count, HEADER, cache, burst, |slot, len| {
+        let mut asked = 0;
+        let bytes = queue.ring.fill_words(count, WHOLE, cache, burst, |slot| {
             if CHECKSUMS {
                 asked += u64::from(ask(slot, mergeable));
             } else {
                 blank(slot, mergeable);
             }
-            bytes += len;
-            shape((HEADER + len) as u32, 0, 0)
         });
         queue.counters.packets.add(count as u64);
-        queue.counters.bytes.add(bytes as u64);
+        queue.counters.bytes.add(bytes);
         if CHECKSUMS {
             queue.counters.checksum_offloaded.add(asked);
         }
@@ -165,14 +166,11 @@ impl TxQueue {
         }
         while queue.last_used != used_idx {
             let rest = used_idx.wrapping_sub(queue.last_used);
-            let run = queue.used.view().run(queue.last_used.into(), rest.into());
-            let wanted = run.len();
-            let count = run.take_while(|(index, used)| used.load::<0>() as u32 == *index as u32).count();
-            queue.ring.reclaim(count, cache);
-            queue.last_used = queue.last_used.wrapping_add(count as u16);
-            if count != wanted {
+            let count = queue.ring.reclaim_used(&queue.used, rest.into(), cache);
+            if count == 0 {
                 return self.reclaim_any(used_idx, cache);
             }
+            queue.last_used = queue.last_used.wrapping_add(count as u16);
         }
     }
 

@@ -1,18 +1,20 @@
 //! Rings of descriptors that own packet buffers.
 
-use std::hint::assert_unchecked;
 use std::ptr::NonNull;
 
-use super::in_fours;
-use super::metadata::PartialChecksum;
-use super::packet::{Burst, DATA_ROOM, HEADROOM, MAX_BURST, Packet};
-use super::pool::{Buffers, MAX_FREE, PoolCache, send_home};
-use super::ring::{DmaRing, RingEntry, RingView, Word};
+use super::packet::{Burst, DATA_ROOM, Packet};
+use super::pool::{MAX_FREE, PoolCache, send_home};
+use super::ring::{DmaRing, RingView};
 
+mod fill;
+mod take;
 #[cfg(test)]
 mod tests;
+mod used;
 mod words;
 
+pub use fill::{SendWord, Slot};
+pub use used::Completed;
 pub use words::GoodWord;
 
 /// A descriptor as the device sees it: two little-endian words, the first of which is a device address.
@@ -232,48 +234,6 @@ impl DescRing {
         true
     }
 
-    /// Takes up to `most` buffers in order from the tail, as packets, when completions are in a separate
-    /// ring. `done` is called with each buffer and with the entry of `completions` at the descriptor's index.
-    /// It returns the packet's length, which is cut to [`DATA_ROOM`], or `None` to stop.
-    ///
-    /// Also stops at the end of either ring, so that no index wraps in the loop, and when `burst` is full.
-    /// Takes nothing while a descriptor between tail and head is empty. Returns the number of packets.
-    ///
-    /// # Panics
-    /// Panics if `done` reads a header and the buffers do not belong to the pool of `cache`.
-    #[inline(always)]
-    pub fn take_completed<C: Word, const M: usize>(
-        &mut self,
-        completions: &DmaRing<C, M>,
-        most: usize,
-        cache: &PoolCache,
-        burst: &mut Burst,
-        mut done: impl FnMut(&Filled<'_>, RingEntry<'_, C, M>) -> Option<usize>,
-    ) -> usize {
-        let before = burst.len();
-        // SAFETY: a burst is not longer than its capacity.
-        unsafe { assert_unchecked(before <= MAX_BURST) };
-        let packets = burst.as_mut_ptr();
-        let (buffers, completions) = (cache.buffers(), completions.view());
-        let first = self.tail & self.mask;
-        let most = most.min(MAX_BURST - before).min(self.run(completions.mask()));
-        let (entries, record, fresh_bits) = (completions.entry(first), self.record.as_ptr(), self.fresh_bits);
-        let count = in_fours(most, |i| {
-            let index = first + i;
-            // SAFETY: a run of `most` entries does not cross the end of either ring.
-            let (slot, entry) = unsafe { (record.add(index).read(), entries.ahead(i)) };
-            let filled = Filled { index, packet: Packet::in_slot(slot, 0, fresh_bits), buffers };
-            let Some(len) = done(&filled, entry) else { return false };
-            // SAFETY: `burst` has room for `most` more packets.
-            unsafe { packets.add(before + i).write(Packet::in_slot(slot, len.min(DATA_ROOM), fresh_bits)) };
-            true
-        });
-        self.tail = self.tail.wrapping_add(count);
-        // SAFETY: all packets up to the new length were written.
-        unsafe { burst.set_len(before + count) };
-        count
-    }
-
     /// Takes the buffer of the descriptor at `index`, which wraps, as a packet without data. Returns `None`
     /// if the descriptor owns no buffer. Used for devices that complete out of order.
     pub fn take_at(&mut self, index: usize) -> Option<Packet> {
@@ -299,102 +259,6 @@ impl DescRing {
             self.tail = self.tail.wrapping_add(1);
             self.holes -= 1;
         }
-    }
-
-    /// Gives up to `most` descriptors a buffer from `cache` each. The number is limited by [`MAX_BURST`], by
-    /// the room in the ring and by the free buffers. A descriptor's first word becomes the device address
-    /// `front` bytes before the data of a fresh packet, its second word becomes `word`. Returns the number of
-    /// descriptors.
-    ///
-    /// # Panics
-    /// Panics if the ring owns buffers of another pool.
-    #[inline(always)]
-    pub fn refill(&mut self, most: usize, front: usize, word: u64, cache: &mut PoolCache) -> usize {
-        self.use_pool(cache);
-        let taking = cache.take(most.min(self.room()).min(MAX_BURST));
-        let (buffers, mut rest) = (taking.buffers, taking.all());
-        let count = rest.len();
-        // Takes two iterations if the ring wraps, so that no index wraps in the inner loop.
-        while !rest.is_empty() {
-            let first = self.head & self.mask;
-            let (run, next) = rest.split_at(rest.len().min(self.mask + 1 - first));
-            // SAFETY: the masked index is below the number of descriptors.
-            let (desc, record) = unsafe { (self.desc.add(first), self.record.as_mut_ptr().add(first)) };
-            in_fours(run.len(), |i| {
-                // SAFETY: the run does not go beyond the end of the ring.
-                unsafe {
-                    let slot = *run.get_unchecked(i);
-                    let iova = buffers.iova_at(slot).wrapping_add(HEADROOM as u64).wrapping_sub(front as u64);
-                    record.add(i).write(slot);
-                    desc.add(i).write([iova.to_le(), word.to_le()]);
-                }
-                true
-            });
-            self.head = self.head.wrapping_add(run.len());
-            rest = next;
-        }
-        count
-    }
-
-    /// Gives the buffers of the first `count` packets of `burst` to descriptors, in order. A descriptor's
-    /// first word becomes the device address `front` bytes before the packet's data. Its second word becomes
-    /// what `send` returns for the packet and its length.
-    ///
-    /// # Panics
-    /// Panics if `burst` has fewer than `count` packets, if the ring has no room for `count` packets, or if
-    /// the ring owns buffers of another pool. Also panics if a packet does not belong to the pool of `cache`.
-    /// That check is made once, at the end, and costs one instruction per packet. When it fails, the
-    /// descriptors stay free and their content is meaningless.
-    #[inline(always)]
-    pub fn fill(
-        &mut self,
-        count: usize,
-        front: usize,
-        cache: &PoolCache,
-        burst: &mut Burst,
-        mut send: impl FnMut(&mut Slot<'_>, usize) -> u64,
-    ) {
-        let buffers = cache.buffers();
-        let len = burst.len();
-        assert!(count <= len && count <= self.room());
-        self.use_pool(cache);
-        // SAFETY: zero packets need no initialization. If `send` panics, the other packets are lost, but no
-        // buffer has two handles.
-        unsafe { burst.set_len(0) };
-        // Taken after `set_len`, which borrows the whole burst and would invalidate an earlier pointer.
-        let packets = burst.as_mut_ptr();
-        let (desc, record) = (self.desc, self.record.as_mut_ptr());
-        let (mut filled, mut all) = (0, 0);
-        // Takes two iterations if the ring wraps, as in `refill`.
-        while filled < count {
-            let first = self.head.wrapping_add(filled) & self.mask;
-            let run = (count - filled).min(self.mask + 1 - first);
-            in_fours(run, |i| {
-                // SAFETY: `filled + run` is at most `count`, and each packet is moved out once.
-                let packet = unsafe { packets.add(filled + i).read() };
-                all |= packet.tag();
-                let iova = buffers.iova_at(packet.at()).wrapping_sub(front as u64);
-                let (slot, len) = (packet.slot(), packet.len());
-                let word = send(&mut Slot { buffers, packet }, len);
-                // SAFETY: the run does not go beyond the end of the ring.
-                unsafe {
-                    record.add(first + i).write(slot);
-                    desc.add(first + i).write([iova.to_le(), word.to_le()]);
-                }
-                true
-            });
-            filled += run;
-        }
-        if count < len {
-            // SAFETY: these packets were not moved out. They move to the front, and the new length counts
-            // only them.
-            unsafe {
-                packets.add(count).copy_to(packets, len - count);
-                burst.set_len(len - count);
-            }
-        }
-        assert!(count == 0 || all == cache.tag(), "the packet belongs to another pool");
-        self.head = self.head.wrapping_add(count);
     }
 
     /// Returns the buffers of `count` descriptors, in order from the tail, to `cache`, or to their own pool
@@ -432,49 +296,5 @@ impl DescRing {
             }
         }
         self.reclaim(self.owned(), cache);
-    }
-}
-
-/// Buffer of a descriptor that the device may have filled.
-#[derive(Debug)]
-pub struct Filled<'a> {
-    /// The descriptor's index in the ring.
-    pub index: usize,
-    packet: Packet,
-    buffers: Buffers<'a>,
-}
-
-impl Filled<'_> {
-    /// Reads the bytes directly before the packet's data. See [`PoolCache::read_header`].
-    #[inline(always)]
-    pub fn read_header<const LEN: usize>(&self) -> [u8; LEN] {
-        self.buffers.read_header(&self.packet)
-    }
-}
-
-/// Packet whose buffer moves into a descriptor.
-#[derive(Debug)]
-pub struct Slot<'a> {
-    packet: Packet,
-    buffers: Buffers<'a>,
-}
-
-impl Slot<'_> {
-    /// Reads the bytes directly before the packet's data. See [`PoolCache::read_header`].
-    #[inline(always)]
-    pub fn read_header<const LEN: usize>(&self) -> [u8; LEN] {
-        self.buffers.read_header(&self.packet)
-    }
-
-    /// Writes `bytes` directly before the packet's data. See [`PoolCache::write_header`].
-    #[inline(always)]
-    pub fn write_header<const LEN: usize>(&mut self, bytes: &[u8; LEN]) {
-        self.buffers.write_header(&mut self.packet, bytes);
-    }
-
-    /// Place of a checksum that is still to be computed. See [`PoolCache::partial_checksum`].
-    #[inline(always)]
-    pub fn partial_checksum(&self) -> Option<PartialChecksum> {
-        self.buffers.partial_checksum(&self.packet)
     }
 }

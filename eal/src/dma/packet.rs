@@ -119,6 +119,13 @@ impl Packet {
         self.tag
     }
 
+    /// Tags of four packets combined. Every tag has the same number of bits set, so the result is a pool's tag
+    /// only if all four packets belong to that pool.
+    #[inline(always)]
+    pub(super) fn tags(packets: &[Self; 4]) -> u8 {
+        packets.iter().fold(0, |tags, packet| tags | packet.tag)
+    }
+
     /// Pool offset of the data.
     #[inline(always)]
     pub(super) fn at(&self) -> u32 {

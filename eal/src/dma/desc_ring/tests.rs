@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use std::sync::Arc;
 
+use crate::dma::packet::{HEADROOM, MAX_BURST};
 use crate::dma::{DmaMemory, Pool};
 use crate::mem::{Backing, Region};
 
@@ -175,31 +176,76 @@ fn the_tail_shows_the_room_where_positions_wrap() {
     }
 }
 
+fn used_ring(entries: usize) -> DmaRing<u64> {
+    let region = Region::new(8 * entries, Backing::SmallPages).unwrap();
+    DmaRing::new(&DmaMemory::map(region, &[]).unwrap(), entries, 8).unwrap()
+}
+
+/// Used element of the descriptor at `index`.
+fn element(index: usize, len: usize) -> u64 {
+    index as u64 | (len as u64) << 32
+}
+
 #[test]
 fn completions_are_found_by_the_index_of_their_descriptors() {
     let pool = pool(8);
     let (mut cache, mut descriptors, mut burst) = (pool.cache(), ring(4), Burst::new());
-    let region = Region::new(64, Backing::SmallPages).unwrap();
-    let memory = DmaMemory::map(region, &[]).unwrap();
-    let used: DmaRing<u32, 2> = DmaRing::new(&memory, 4, 8).unwrap();
-    (0..4).for_each(|index| used.store::<0>(index, index as u32));
-    for round in 0..6 {
-        descriptors.refill(3, 0, 0, &mut cache);
-        let mut taken = 0;
+    let used = used_ring(4);
+    (0..4).for_each(|index| used.store::<0>(index, element(index, 12 + index)));
+    for _ in 0..6 {
+        descriptors.refill(3, 12, 0, &mut cache);
+        let (first, mut taken) = (descriptors.tail(), 0);
         while taken < 3 {
-            taken += descriptors.take_completed(&used, 3 - taken, &cache, &mut burst, |filled, entry| {
-                assert_eq!(entry.load::<0>() as usize, filled.index, "round {round}");
-                Some(filled.read_header::<2>().len())
-            });
+            taken += descriptors
+                .take_used(&used, 3 - taken, 12, &cache, &mut burst, |packet| {
+                    packet.read_header::<2>().len() == 2
+                })
+                .0;
         }
+        let lens: Vec<_> = burst.iter().map(Packet::len).collect();
+        assert_eq!(lens, [0, 1, 2].map(|i| (first + i) % 4));
         burst.drain(..).for_each(|packet| cache.free(packet));
     }
-    // A smaller completion ring ends the run earlier.
-    let few: DmaRing<u32, 2> = DmaRing::new(&memory, 2, 8).unwrap();
+    // A smaller used ring ends the run earlier.
+    let few = used_ring(2);
+    few.store::<0>(1, element(1, 1));
     descriptors.refill(4, 0, 0, &mut cache);
-    assert_eq!(descriptors.take_completed(&few, 4, &cache, &mut burst, |_, _| Some(1)), 2);
+    assert_eq!(descriptors.take_used(&few, 4, 0, &cache, &mut burst, |_| true), (2, 1));
     burst.drain(..).for_each(|packet| cache.free(packet));
     descriptors.reclaim_all(&mut cache);
+}
+
+#[test]
+fn one_completion_is_taken_if_it_is_the_expected_one() {
+    let pool = pool(8);
+    let (mut cache, mut ring, mut burst) = (pool.cache(), ring(4), Burst::new());
+    let used = used_ring(4);
+    let take = |ring: &mut DescRing, element, keep: bool, burst: &mut Burst| {
+        used.store::<0>(ring.tail(), element);
+        ring.take_one_used(&used, 12, &pool.cache(), burst, |_| keep)
+    };
+    assert_eq!(take(&mut ring, element(0, 72), true, &mut burst), None, "no descriptor owns a buffer");
+    ring.refill(4, 12, 0, &mut cache);
+    for bad in
+        [element(1, 72), element(4, 72), element(0, 11), element(0, 13 + DATA_ROOM), element(1 << 31, 72)]
+    {
+        assert_eq!(take(&mut ring, bad, true, &mut burst), None, "{bad:#x}");
+    }
+    assert_eq!(take(&mut ring, element(0, 72), false, &mut burst), None);
+    assert_eq!(take(&mut ring, element(0, 72), true, &mut burst), Some(60));
+    assert_eq!(take(&mut ring, element(1, 12), true, &mut burst), Some(0));
+    assert_eq!(take(&mut ring, element(2, 12 + DATA_ROOM), true, &mut burst), Some(DATA_ROOM));
+    burst.push(ring.take_at(3).unwrap());
+    ring.refill(2, 12, 0, &mut cache);
+    burst.push(ring.take_at(5).unwrap());
+    assert_eq!(take(&mut ring, element(0, 72), true, &mut burst), None, "a hole is between tail and head");
+    burst.drain(..).for_each(|packet| cache.free(packet));
+    ring.reclaim_all(&mut cache);
+    ring.refill(1, 12, 0, &mut cache);
+    burst.extend((0..MAX_BURST).map(|_| Packet::in_slot(0, 0, 0)));
+    let next = element(ring.tail() & 3, 72);
+    assert_eq!(take(&mut ring, next, true, &mut burst), None, "the burst is full");
+    ring.reclaim_all(&mut cache);
 }
 
 /// A safe caller that sends buffers of another pool loses them, and has no other effect.
@@ -212,6 +258,21 @@ fn buffers_of_two_pools_do_not_meet() {
     let mut burst: Burst = [packet(&mut cache, 1), packet(&mut foreign, 2)].into_iter().collect();
     let sent = catch_unwind(AssertUnwindSafe(|| ring.fill(2, 0, &cache, &mut burst, |_, _| 0)));
     assert!(sent.is_err() && ring.owned() == 1);
+    let word = SendWord { bits: 0, front: 0, second_len: None };
+    for (at, front) in (0..6).flat_map(|at| [(at, 0), (at, 12)]) {
+        let mut packets: Vec<_> = (0..5).map(|_| Packet::in_slot(0, 60, cache.fresh_bits())).collect();
+        packets.insert(at, Packet::in_slot(0, 60, foreign.fresh_bits()));
+        let mut burst: Burst = packets.into_iter().collect();
+        let mut ring = self::ring(8);
+        let sent = catch_unwind(AssertUnwindSafe(|| {
+            ring.fill_words(6, SendWord { front, ..word }, &cache, &mut burst, |_| ());
+        }));
+        assert!(sent.is_err() && ring.owned() == 0 && burst.is_empty(), "{at} {front}");
+        let mut packets = [0; 6].map(|_| Packet::in_slot(0, 60, cache.fresh_bits()));
+        packets[at] = Packet::in_slot(0, 60, foreign.fresh_bits());
+        let written = catch_unwind(AssertUnwindSafe(|| cache.write_each(&mut packets, [1; 8], [2; 4])));
+        assert!(written.is_err(), "{at}");
+    }
     ring.reclaim(1, &mut foreign);
     assert_eq!((foreign.len(), ring.owned(), pool.available()), (7, 0, 1), "it goes home");
     // An empty ring accepts buffers of another pool.
@@ -302,5 +363,118 @@ proptest! {
             prop_assert_eq!(cache.len() + pool.available() as usize + model.len(), pool.count() as usize);
         }
         ring.reclaim_all(&mut cache);
+    }
+
+    /// The model checks one element at a time.
+    #[test]
+    fn used_elements_are_taken_up_to_the_first_unexpected_one(
+        start in 0..64_usize,
+        lens in prop::collection::vec(prop_oneof![0..70_usize, 0..=DATA_ROOM], 0..40),
+        odd in prop::collection::vec((0..40_usize, any::<u64>()), 0..3),
+        full in 0..MAX_BURST,
+        kept in 0..60_usize,
+    ) {
+        let pool = pool(160);
+        let (mut cache, mut ring, used, mut burst) = (pool.cache(), ring(64), used_ring(64), Burst::new());
+        (0..start).for_each(|_| {
+            ring.refill(1, 12, 0, &mut cache);
+            ring.reclaim(1, &mut cache);
+        });
+        while ring.refill(MAX_BURST, 12, 0, &mut cache) > 0 {}
+        let offered: Vec<u64> = (0..64).map(|i| ring.load::<0>(start + i) + 12).collect();
+        for (i, len) in lens.iter().enumerate() {
+            used.store::<0>(start + i, element((start + i) % 64, 12 + len));
+        }
+        for (i, value) in odd {
+            // A difference in a single bit is the hardest to see.
+            let changed = used.load::<0>(start + i) ^ 1 << (value % 64);
+            used.store::<0>(start + i, if value % 3 == 0 { value } else { changed });
+        }
+        burst.extend((0..full).map(|_| Packet::in_slot(0, 0, 0)));
+        let is_good = |i: usize| {
+            let element = used.load::<0>(start + i);
+            let len = (element >> 32) as usize;
+            element as u32 as usize == (start + i) % 64 && (12..=12 + DATA_ROOM).contains(&len)
+        };
+        let len = |i: usize| (used.load::<0>(start + i) >> 32) as usize - 12;
+        let most = lens.len().min(MAX_BURST - full).min(64 - start);
+        let wanted = (0..most).take_while(|i| is_good(*i) && len(*i) != kept).count();
+        let (count, bytes) = ring.take_used(&used, lens.len(), 12, &cache, &mut burst, |packet| packet.len != kept);
+        prop_assert_eq!(count, wanted);
+        prop_assert_eq!(bytes, (0..count).map(len).sum::<usize>() as u64);
+        for (i, packet) in burst[full..].iter().enumerate() {
+            prop_assert_eq!((cache.iova(packet), packet.len()), (offered[i], len(i)));
+        }
+        prop_assert_eq!(burst.len(), full + count);
+        burst.drain(full..).for_each(|packet| cache.free(packet));
+        let rest = lens.len() - count;
+        let run = rest.min(64 - (start + count) % 64);
+        let in_order = (count..count + run).all(|i| used.load::<0>(start + i) as u32 as usize == (start + i) % 64);
+        prop_assert_eq!(ring.reclaim_used(&used, rest, &mut cache), if in_order { run } else { 0 });
+        ring.reclaim_all(&mut cache);
+        drop(cache);
+        prop_assert_eq!(pool.available(), pool.count());
+    }
+
+    /// The model is [`DescRing::fill`], one packet at a time.
+    #[test]
+    fn words_and_addresses_of_sent_packets_are_those_of_the_formula(
+        start in 0..16_usize,
+        lens in prop::collection::vec((0..=DATA_ROOM, 0..60_usize), 0..=MAX_BURST),
+        left in 0..3_usize,
+        front in prop::sample::select(vec![0, 12]),
+        second_len in prop::sample::select(vec![None, Some(32), Some(46)]),
+        bits in any::<u32>(),
+        page in prop::sample::select(vec![4096, 65536]),
+    ) {
+        let region = Region::new(Pool::bytes(128).next_multiple_of(65536), Backing::SmallPages).unwrap();
+        let addresses: Vec<u64> =
+            (0..region.len() / page).map(|number| ((number * 7 + 3) % 512 * page) as u64 + (1 << 40)).collect();
+        let pool = Pool::new(&DmaMemory::with_addresses(region, page, &addresses), 128).unwrap();
+        let (mut cache, mut rings) = (pool.cache(), [ring(16), ring(16)]);
+        for ring in &mut rings {
+            (0..start).for_each(|_| {
+                ring.refill(1, 0, 0, &mut cache);
+                ring.reclaim(1, &mut cache);
+            });
+        }
+        let mut packets = || -> Burst {
+            lens.iter().map(|(len, offset)| {
+                let mut packet = packet(&mut cache, *len);
+                packet.prepend(*offset).unwrap();
+                packet
+            }).collect()
+        };
+        let mut bursts = [packets(), packets()];
+        let count = lens.len().saturating_sub(left).min(16);
+        let word = SendWord { bits: u64::from(bits) << 24 & !0xffff, front, second_len };
+        let addresses = bursts.each_ref().map(|burst| -> Vec<u64> {
+            burst.iter().map(|packet| cache.iova(packet)).collect()
+        });
+        let [model, subject] = &mut rings;
+        let [first, second] = &mut bursts;
+        let mut wanted_bytes = 0;
+        model.fill(count, front, &cache, first, |slot, len| {
+            wanted_bytes += len as u64;
+            slot.write_header(&[len as u8; 12]);
+            word.of(len)
+        });
+        let bytes = subject.fill_words(count, word, &cache, second, |slot| slot.write_header(&[9; 12]));
+        prop_assert_eq!((bytes, second.len()), (wanted_bytes, lens.len() - count));
+        for (i, (of_model, of_subject)) in addresses[0].iter().zip(&addresses[1]).enumerate().take(count) {
+            prop_assert_eq!(model.load::<0>(start + i) + front as u64, *of_model);
+            prop_assert_eq!(subject.load::<0>(start + i) + front as u64, *of_subject);
+            prop_assert_eq!(model.load::<1>(start + i), subject.load::<1>(start + i));
+        }
+        for (ring, header) in rings.iter_mut().zip([None, (front > 0).then_some([9; 12])]) {
+            for (i, (_, offset)) in lens[..count].iter().enumerate() {
+                let mut packet = ring.take_at(start + i).unwrap();
+                packet.prepend(*offset).unwrap();
+                prop_assert!(header.is_none_or(|header| cache.read_header::<12>(&packet) == header));
+                cache.free(packet);
+            }
+        }
+        bursts.iter_mut().flat_map(|burst| burst.drain(..)).for_each(|packet| cache.free(packet));
+        prop_assert_eq!(cache.len() + pool.available() as usize, 128);
     }
 }

@@ -221,16 +221,24 @@ impl PoolCache {
     ) {
         const { assert!(N + M <= SHORT) };
         let buffers = self.buffers();
-        in_fours(packets.len(), |i| {
-            // SAFETY: as in `write`, because `data` returns the start of `SHORT` bytes. Byte arrays need no
-            // alignment.
+        let (fours, rest) = packets.as_chunks::<4>();
+        let write = |packet: &Packet| {
+            // SAFETY: as in `write`, because the tag was checked, and data starts at least `SHORT` bytes before
+            // the end of its buffer. Byte arrays need no alignment.
             unsafe {
-                let data = buffers.data(packets.get_unchecked(i)).as_ptr();
+                let data = buffers.at(packet.at());
                 data.cast::<[u8; N]>().write(first);
                 data.add(N).cast::<[u8; M]>().write(second);
             }
-            true
-        });
+        };
+        for packets in fours {
+            buffers.check(Packet::tags(packets));
+            packets.iter().for_each(write);
+        }
+        for packet in rest {
+            buffers.check(packet.tag());
+            write(packet);
+        }
     }
 
     /// Pads each packet with zeros to at least `LEN` bytes, which must not exceed 64. Used for a device that

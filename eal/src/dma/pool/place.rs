@@ -1,5 +1,7 @@
 //! Translation of packets to addresses.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
@@ -78,10 +80,20 @@ impl Buffers<'_> {
     /// least [`METADATA`] plus [`DEVICE_HEADER`] bytes before it.
     #[inline(always)]
     pub(in crate::dma) fn data(&self, packet: &Packet) -> NonNull<u8> {
-        assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "the packet belongs to another pool");
+        self.check(packet.tag());
         // SAFETY: no other pool has this tag while handles with it exist, so the buffer belongs to this pool.
         // Pool offsets are differences of addresses, because the regions adjoin.
-        unsafe { NonNull::new_unchecked(self.place.base.add(packet.at() as usize)) }
+        unsafe { NonNull::new_unchecked(self.at(packet.at())) }
+    }
+
+    /// Address of the byte at the pool offset `at`.
+    ///
+    /// # Safety
+    /// This pool has that offset.
+    #[inline(always)]
+    pub(in crate::dma) unsafe fn at(&self, at: u32) -> *mut u8 {
+        // SAFETY: the byte is in the regions that adjoin, by the caller's contract.
+        unsafe { self.place.base.add(at as usize) }
     }
 
     /// Device address of the byte at the pool offset `at`. Only meaningful if this pool has that offset.
@@ -94,27 +106,78 @@ impl Buffers<'_> {
         base.wrapping_add(u64::from(at))
     }
 
+    /// [`Buffers::iova_at`] for four pool offsets. Each vector of the result has two of the addresses.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(in crate::dma) fn four_iovas_at(&self, at: __m128i) -> [__m128i; 2] {
+        const SHIFT: i32 = BUFFER_SIZE.ilog2() as i32;
+        // SAFETY: SSE2 is part of x86-64. The masked indices are below the number of bases, as in `iova_at`.
+        unsafe {
+            let index = _mm_and_si128(_mm_srli_epi32::<SHIFT>(at), _mm_set1_epi32(self.place.mask as i32));
+            let bases = |pair: __m128i| {
+                let pair = _mm_cvtsi128_si64(pair) as u64;
+                let base = |index: u64| self.place.bases.as_ptr().add(index as usize).cast::<f64>();
+                _mm_castpd_si128(_mm_loadh_pd(
+                    _mm_load_sd(base(pair & u64::from(u32::MAX))),
+                    base(pair >> 32),
+                ))
+            };
+            let zero = _mm_setzero_si128();
+            [
+                _mm_add_epi64(bases(index), _mm_unpacklo_epi32(at, zero)),
+                _mm_add_epi64(bases(_mm_unpackhi_epi64(index, index)), _mm_unpackhi_epi32(at, zero)),
+            ]
+        }
+    }
+
     #[inline(always)]
     pub(in crate::dma) fn iova(&self, packet: &Packet) -> u64 {
-        assert!(packet.tag() == Packet::tag_in(self.place.fresh_bits), "the packet belongs to another pool");
+        self.check(packet.tag());
         self.iova_at(packet.at())
+    }
+
+    /// # Panics
+    /// Panics if `tag` is not that of this pool.
+    #[inline(always)]
+    pub(in crate::dma) fn check(&self, tag: u8) {
+        assert!(tag == Packet::tag_in(self.place.fresh_bits), "the packet belongs to another pool");
     }
 
     #[inline(always)]
     pub(in crate::dma) fn write_header<const N: usize>(&self, packet: &mut Packet, bytes: &[u8; N]) {
-        const { assert!(N <= DEVICE_HEADER) };
-        // SAFETY: `data` is at least `DEVICE_HEADER` bytes into the buffer, so the header starts inside it.
-        // The buffer has no other handle, and this one is borrowed mutably.
-        unsafe { self.data(packet).as_ptr().sub(N).copy_from_nonoverlapping(bytes.as_ptr(), N) }
+        self.check(packet.tag());
+        // SAFETY: the tag is that of this pool, and the packet is borrowed mutably.
+        unsafe { self.write_before(packet.at(), bytes) }
     }
 
     #[inline(always)]
     pub(in crate::dma) fn read_header<const N: usize>(&self, packet: &Packet) -> [u8; N] {
+        self.check(packet.tag());
+        // SAFETY: the tag is that of this pool, and the packet is borrowed.
+        unsafe { self.read_before(packet.at()) }
+    }
+
+    /// Writes `bytes` directly before the data at pool offset `at`.
+    ///
+    /// # Safety
+    /// `at` is the start of the data of a packet of this pool, or of a buffer that becomes one, and no other
+    /// thread of this process accesses that buffer.
+    #[inline(always)]
+    pub(in crate::dma) unsafe fn write_before<const N: usize>(&self, at: u32, bytes: &[u8; N]) {
         const { assert!(N <= DEVICE_HEADER) };
-        let mut bytes = [0; N];
-        // SAFETY: as in `write_header`, in the other direction.
-        unsafe { self.data(packet).as_ptr().sub(N).copy_to_nonoverlapping(bytes.as_mut_ptr(), N) };
-        bytes
+        // SAFETY: data is at least `DEVICE_HEADER` bytes into its buffer, so the header starts inside it.
+        unsafe { self.at(at).sub(N).cast::<[u8; N]>().write(*bytes) }
+    }
+
+    /// Reads the bytes directly before the data at pool offset `at`.
+    ///
+    /// # Safety
+    /// As for [`Buffers::write_before`].
+    #[inline(always)]
+    pub(in crate::dma) unsafe fn read_before<const N: usize>(&self, at: u32) -> [u8; N] {
+        const { assert!(N <= DEVICE_HEADER) };
+        // SAFETY: as in `write_before`, in the other direction.
+        unsafe { self.at(at).sub(N).cast::<[u8; N]>().read() }
     }
 
     /// Writes the packet's metadata from its byte `AT` on.

@@ -1,0 +1,370 @@
+//! Gives buffers to descriptors in order, four at a time on x86-64.
+
+use std::slice;
+
+use super::{DescRing, Descriptor};
+use crate::dma::metadata::PartialChecksum;
+use crate::dma::packet::{Burst, HEADROOM, MAX_BURST, Packet};
+use crate::dma::pool::{Buffers, PoolCache};
+
+/// Second word of a descriptor that sends a whole packet.
+#[derive(Clone, Copy, Debug)]
+pub struct SendWord {
+    /// Bits that are set in addition to the length.
+    pub bits: u64,
+    /// Number of bytes before the packet's data that the device reads, too. The length includes them.
+    pub front: usize,
+    /// Position of the lowest bit of a second copy of the length, for descriptors that have one.
+    pub second_len: Option<u32>,
+}
+
+impl SendWord {
+    /// Returns the word for a packet of `len` bytes.
+    #[inline(always)]
+    pub fn of(self, len: usize) -> u64 {
+        let len = (len + self.front) as u64;
+        self.bits | len | self.second_len.map_or(0, |shift| len << shift)
+    }
+}
+
+/// Packet whose buffer moves into a descriptor. Its tag was checked.
+#[derive(Debug)]
+pub struct Slot<'a> {
+    packet: &'a mut Packet,
+    buffers: Buffers<'a>,
+}
+
+impl<'a> Slot<'a> {
+    /// # Safety
+    /// `packet` belongs to the pool of `buffers`.
+    #[inline(always)]
+    unsafe fn new(packet: &'a mut Packet, buffers: Buffers<'a>) -> Self {
+        Self { packet, buffers }
+    }
+
+    /// Reads the bytes directly before the packet's data. See [`PoolCache::read_header`].
+    #[inline(always)]
+    pub fn read_header<const LEN: usize>(&self) -> [u8; LEN] {
+        // SAFETY: the packet belongs to the pool of `buffers`, and is borrowed.
+        unsafe { self.buffers.read_before(self.packet.at()) }
+    }
+
+    /// Writes `bytes` directly before the packet's data. See [`PoolCache::write_header`].
+    #[inline(always)]
+    pub fn write_header<const LEN: usize>(&mut self, bytes: &[u8; LEN]) {
+        // SAFETY: the packet belongs to the pool of `buffers`, and is borrowed mutably.
+        unsafe { self.buffers.write_before(self.packet.at(), bytes) }
+    }
+
+    /// Returns the packet's partial checksum. See [`PoolCache::partial_checksum`].
+    #[inline(always)]
+    pub fn partial_checksum(&self) -> Option<PartialChecksum> {
+        self.buffers.partial_checksum(self.packet)
+    }
+}
+
+impl DescRing {
+    /// Gives up to `most` descriptors a buffer from `cache` each. The number is limited by [`MAX_BURST`], by
+    /// the room in the ring and by the free buffers. A descriptor's first word becomes the device address
+    /// `front` bytes before the data of a fresh packet, its second word becomes `word`. Returns the number of
+    /// descriptors.
+    ///
+    /// # Panics
+    /// Panics if the ring owns buffers of another pool.
+    #[inline(always)]
+    pub fn refill(&mut self, most: usize, front: usize, word: u64, cache: &mut PoolCache) -> usize {
+        self.use_pool(cache);
+        let taking = cache.take(most.min(self.room()).min(MAX_BURST));
+        let (buffers, mut rest) = (taking.buffers, taking.all());
+        let count = rest.len();
+        let data = (HEADROOM - front) as u32;
+        // Takes two iterations if the ring wraps, so that no index wraps in the inner loop.
+        while !rest.is_empty() {
+            let first = self.head & self.mask;
+            let (run, next) = rest.split_at(rest.len().min(self.mask + 1 - first));
+            // SAFETY: the masked index is below the number of descriptors.
+            let (desc, record) =
+                unsafe { (self.desc.add(first).as_ptr(), self.record.as_mut_ptr().add(first)) };
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the run does not go beyond the end of the ring.
+            let done = unsafe { x86::refill(run, data, word, buffers, desc, record) };
+            #[cfg(not(target_arch = "x86_64"))]
+            let done = 0;
+            for (i, slot) in run.iter().enumerate().skip(done) {
+                let iova = buffers.iova_at(slot + data);
+                // SAFETY: as above.
+                unsafe {
+                    record.add(i).write(*slot);
+                    desc.add(i).write([iova.to_le(), word.to_le()]);
+                }
+            }
+            self.head = self.head.wrapping_add(run.len());
+            rest = next;
+        }
+        count
+    }
+
+    /// Gives the buffers of the first `count` packets of `burst` to descriptors, in order. A descriptor's
+    /// first word becomes the device address `front` bytes before the packet's data. Its second word becomes
+    /// what `send` returns for the packet and its length.
+    ///
+    /// # Panics
+    /// Panics if `burst` has fewer than `count` packets, if the ring has no room for `count` packets, or if
+    /// the ring owns buffers of another pool. Also panics at a packet that does not belong to the pool of
+    /// `cache`; the descriptors then stay free, and their content is meaningless.
+    #[inline(always)]
+    pub fn fill(
+        &mut self,
+        count: usize,
+        front: usize,
+        cache: &PoolCache,
+        burst: &mut Burst,
+        mut send: impl FnMut(&mut Slot<'_>, usize) -> u64,
+    ) {
+        let buffers = cache.buffers();
+        let mut filling = self.start_filling(count, cache, burst);
+        while let Some(run) = self.next_run(&mut filling) {
+            for (i, packet) in run.packets.iter_mut().enumerate() {
+                buffers.check(packet.tag());
+                let len = packet.len();
+                // SAFETY: the tag was checked. The run has as many descriptors as packets.
+                unsafe {
+                    let word = send(&mut Slot::new(packet, buffers), len);
+                    write(packet, front, word, buffers, run.desc.add(i), run.record.add(i));
+                }
+            }
+        }
+        self.end_filling(&filling, burst);
+    }
+
+    /// As [`DescRing::fill`], with `word` for the second words. `header` may write the `word.front` bytes
+    /// before each packet's data; it is not called if there are none. Returns the number of the packets' bytes.
+    ///
+    /// # Panics
+    /// As [`DescRing::fill`].
+    #[inline(always)]
+    pub fn fill_words(
+        &mut self,
+        count: usize,
+        word: SendWord,
+        cache: &PoolCache,
+        burst: &mut Burst,
+        mut header: impl FnMut(&mut Slot<'_>),
+    ) -> u64 {
+        let buffers = cache.buffers();
+        let mut bytes = 0;
+        let mut filling = self.start_filling(count, cache, burst);
+        while let Some(Run { packets, desc, record }) = self.next_run(&mut filling) {
+            let mut done = 0;
+            #[cfg(target_arch = "x86_64")]
+            if packets.len() >= 4 {
+                // SAFETY: the run has as many descriptors as packets.
+                bytes += unsafe { x86::fill(packets, word, buffers, desc, record, &mut header) };
+                done = packets.len() & !3;
+            }
+            for (i, packet) in packets.iter_mut().enumerate().skip(done) {
+                buffers.check(packet.tag());
+                let len = packet.len();
+                bytes += len as u64;
+                // SAFETY: the tag was checked. The run has as many descriptors as packets.
+                unsafe {
+                    if word.front > 0 {
+                        header(&mut Slot::new(packet, buffers));
+                    }
+                    write(packet, word.front, word.of(len), buffers, desc.add(i), record.add(i));
+                }
+            }
+        }
+        self.end_filling(&filling, burst);
+        bytes
+    }
+
+    /// Takes the first `count` packets out of `burst`, for [`DescRing::next_run`]. If the caller panics before
+    /// [`DescRing::end_filling`], the burst's packets are lost, but no buffer gets a second handle.
+    #[inline(always)]
+    fn start_filling(&mut self, count: usize, cache: &PoolCache, burst: &mut Burst) -> Filling {
+        let len = burst.len();
+        assert!(count <= len && count <= self.room());
+        self.use_pool(cache);
+        // SAFETY: 0 packets are initialized.
+        unsafe { burst.set_len(0) };
+        // Taken after `set_len`, which borrows the whole burst and would end an earlier borrow.
+        Filling { packets: burst.as_mut_ptr(), filled: 0, count, len }
+    }
+
+    /// Returns the next packets whose descriptors do not cross the end of the ring. Takes two calls if the ring
+    /// wraps, so that no index wraps in the caller's loop.
+    #[inline(always)]
+    fn next_run<'a>(&mut self, filling: &mut Filling) -> Option<Run<'a>> {
+        let rest = filling.count - filling.filled;
+        if rest == 0 {
+            return None;
+        }
+        let first = self.head.wrapping_add(filling.filled) & self.mask;
+        let run = rest.min(self.mask + 1 - first);
+        // SAFETY: `filled + run` is at most `count`, and each packet is in one run only. The masked index is
+        // below the number of descriptors.
+        let run = unsafe {
+            Run {
+                packets: slice::from_raw_parts_mut(filling.packets.add(filling.filled), run),
+                desc: self.desc.as_ptr().add(first),
+                record: self.record.as_mut_ptr().add(first),
+            }
+        };
+        filling.filled += run.packets.len();
+        Some(run)
+    }
+
+    /// Moves the packets behind the first `count` to the front of `burst`.
+    #[inline(always)]
+    fn end_filling(&mut self, filling: &Filling, burst: &mut Burst) {
+        let (count, rest) = (filling.count, filling.len - filling.count);
+        if rest > 0 {
+            // SAFETY: these packets were not moved out, and the new length counts only them.
+            unsafe {
+                filling.packets.add(count).copy_to(filling.packets, rest);
+                burst.set_len(rest);
+            }
+        }
+        self.head = self.head.wrapping_add(count);
+    }
+}
+
+/// Packets of a burst on their way to descriptors.
+struct Filling {
+    packets: *mut Packet,
+    filled: usize,
+    count: usize,
+    /// Length of the burst before.
+    len: usize,
+}
+
+/// Packets for consecutive descriptors that own no buffer, the first descriptor, and its record.
+struct Run<'a> {
+    packets: &'a mut [Packet],
+    desc: *mut Descriptor,
+    record: *mut u32,
+}
+
+/// Writes a packet's descriptor and record.
+///
+/// # Safety
+/// `desc` and `record` belong to a descriptor that owns no buffer.
+#[inline(always)]
+unsafe fn write(
+    packet: &Packet,
+    front: usize,
+    word: u64,
+    buffers: Buffers<'_>,
+    desc: *mut Descriptor,
+    record: *mut u32,
+) {
+    let iova = buffers.iova_at(packet.at()).wrapping_sub(front as u64);
+    // SAFETY: by the caller's contract.
+    unsafe {
+        record.write(packet.slot());
+        desc.write([iova.to_le(), word.to_le()]);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::super::take::x86::total;
+    use super::{Buffers, Descriptor, Packet, SendWord, Slot};
+    use crate::dma::packet::BUFFER_SIZE;
+
+    /// Gives descriptors the buffers at `slots`, as many as come in fours, with their data `data` bytes into
+    /// the buffer. Returns their number.
+    ///
+    /// # Safety
+    /// From `desc` and `record` on there are as many descriptors and records as `slots`.
+    #[inline(always)]
+    pub(super) unsafe fn refill(
+        slots: &[u32],
+        data: u32,
+        word: u64,
+        buffers: Buffers<'_>,
+        desc: *mut Descriptor,
+        record: *mut u32,
+    ) -> usize {
+        let (fours, _) = slots.as_chunks::<4>();
+        // SAFETY: SSE2 is part of x86-64. All accesses are within what the caller vouches for.
+        unsafe {
+            let (data, word) = (_mm_set1_epi32(data as i32), _mm_set1_epi64x(word as i64));
+            for (i, four) in fours.iter().enumerate() {
+                let slots = _mm_loadu_si128(four.as_ptr().cast());
+                _mm_storeu_si128(record.add(4 * i).cast(), slots);
+                write(desc.add(4 * i), buffers.four_iovas_at(_mm_add_epi32(slots, data)), [word; 2]);
+            }
+        }
+        4 * fours.len()
+    }
+
+    /// As [`DescRing::fill_words`](super::DescRing::fill_words), of as many packets as come in fours. Returns
+    /// the number of their bytes.
+    ///
+    /// # Safety
+    /// There are four packets or more. From `desc` and `record` on there are as many descriptors and records.
+    #[inline(always)]
+    pub(super) unsafe fn fill(
+        packets: &mut [Packet],
+        word: SendWord,
+        buffers: Buffers<'_>,
+        desc: *mut Descriptor,
+        record: *mut u32,
+        header: &mut impl FnMut(&mut Slot<'_>),
+    ) -> u64 {
+        let (fours, _) = packets.as_chunks_mut::<4>();
+        // SAFETY: SSE2 is part of x86-64. All accesses are within what the caller vouches for.
+        unsafe {
+            let zero = _mm_setzero_si128();
+            let (front, bits) = (_mm_set1_epi32(word.front as i32), _mm_set1_epi64x(word.bits as i64));
+            let offset = _mm_set1_epi32(BUFFER_SIZE as i32 - 1);
+            let (mut sum, mut tags) = (zero, zero);
+            for (i, four) in fours.iter_mut().enumerate() {
+                if word.front > 0 {
+                    buffers.check(Packet::tags(four));
+                    four.iter_mut().for_each(|packet| header(&mut Slot::new(packet, buffers)));
+                }
+                let pair = |i: usize| _mm_loadu_ps(four.as_ptr().add(2 * i).cast());
+                let (low, high) = (pair(0), pair(1));
+                let at = _mm_castps_si128(_mm_shuffle_ps::<0b10_00_10_00>(low, high));
+                let rest = _mm_castps_si128(_mm_shuffle_ps::<0b11_01_11_01>(low, high));
+                tags = _mm_or_si128(tags, rest);
+                _mm_storeu_si128(record.add(4 * i).cast(), _mm_andnot_si128(offset, at));
+                let len = _mm_srli_epi32::<16>(rest);
+                sum = _mm_add_epi32(sum, len);
+                let len = _mm_add_epi32(len, front);
+                let words = [_mm_unpacklo_epi32(len, zero), _mm_unpackhi_epi32(len, zero)].map(|len| {
+                    let second = word
+                        .second_len
+                        .map_or(zero, |shift| _mm_sll_epi64(len, _mm_cvtsi32_si128(shift as i32)));
+                    _mm_or_si128(_mm_or_si128(len, bits), second)
+                });
+                write(desc.add(4 * i), buffers.four_iovas_at(_mm_sub_epi32(at, front)), words);
+            }
+            if word.front == 0 {
+                let halves = _mm_or_si128(tags, _mm_unpackhi_epi64(tags, tags));
+                buffers.check((_mm_cvtsi128_si64(halves) | _mm_cvtsi128_si64(halves) >> 32) as u8);
+            }
+            total(sum)
+        }
+    }
+
+    /// Writes four descriptors, of whose words `first` and `second` have two each.
+    ///
+    /// # Safety
+    /// From `desc` on there are four descriptors.
+    #[inline(always)]
+    unsafe fn write(desc: *mut Descriptor, first: [__m128i; 2], second: [__m128i; 2]) {
+        for (i, (first, second)) in first.into_iter().zip(second).enumerate() {
+            // SAFETY: SSE2 is part of x86-64, and the four descriptors are the caller's.
+            unsafe {
+                _mm_storeu_si128(desc.add(2 * i).cast(), _mm_unpacklo_epi64(first, second));
+                _mm_storeu_si128(desc.add(2 * i + 1).cast(), _mm_unpackhi_epi64(first, second));
+            }
+        }
+    }
+}
