@@ -34,7 +34,7 @@ const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 const ADDRESS: Bdf = Bdf::new(0, 0, 3, 0).expect("a device number below 32");
 
 /// Packets counted in each case, or empty polls if there are no packets: whole turns of the ring.
-const COUNT: usize = 32 * RING as usize;
+const COUNT: usize = 8 * RING as usize;
 /// Bytes that are contiguous where addresses are physical.
 const PAGE: usize = 64 << 10;
 /// Packet buffers for two rings in flight and a cache that never runs short.
