@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vireo_bus_pci::{Bus, PciDevice, PciInfo};
 use vireo_eal::log::{self, LogColor};
 use vireo_eal::mem::{Backing, Region};
-use vireo_eal::vfio::{Mapping, Vfio, VfioMode};
+use vireo_eal::vfio::{DmaMapping, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 
 fn main() -> ExitCode {
@@ -58,7 +58,7 @@ fn run() -> Result<()> {
 }
 
 /// Maps a page for DMA, if the mode has an IOMMU.
-fn map(device: &PciDevice, mode: VfioMode) -> Result<Option<Mapping>> {
+fn map(device: &PciDevice, mode: VfioMode) -> Result<Option<DmaMapping>> {
     if !mode.has_iommu() {
         return Ok(None);
     }

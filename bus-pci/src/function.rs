@@ -136,14 +136,14 @@ pub const CAP_ID_VENDOR: u8 = 0x09;
 /// `Protocol` when the list points into the header or loops, because config space is device input.
 pub fn capabilities(function: &dyn Function) -> Result<Vec<Capability>> {
     /// Number of four-byte entries that fit after the 64-byte header of a 256-byte config space.
-    const MOST: usize = (256 - 64) / 4;
+    const MAX_CAPABILITIES: usize = (256 - 64) / 4;
     let mut found = Vec::new();
     if function.config16(STATUS) & STATUS_CAPABILITY_LIST == 0 {
         return Ok(found);
     }
     let mut offset = u16::from(function.config8(CAPABILITY_POINTER) & !3);
     while offset != 0 {
-        if offset < 64 || found.len() == MOST {
+        if offset < 64 || found.len() == MAX_CAPABILITIES {
             return Err(Error::new(
                 ErrorKind::Protocol,
                 format!("cannot read the capabilities of {}", function.address()),

@@ -100,7 +100,7 @@ impl<N: ForeignNic> Nic for Erased<N> {
     ) -> Result<Queues<RxQueue, TxQueue>> {
         // A driver that does not know segments would send each one as a frame, and one that does not know
         // offloads would ignore them silently.
-        if let Some(why) = config.unfit(&self.0.capabilities()) {
+        if let Some(why) = config.unsupported_reason(&self.0.capabilities()) {
             return Err(Error::new(ErrorKind::Usage, "cannot start the port", why));
         }
         let Queues { rx, tx } = self.0.start(config, memory, cache)?;

@@ -206,7 +206,7 @@ impl PortConfig {
 
     /// Returns why a device with `capabilities` cannot run this configuration. Drivers put this text into
     /// their error.
-    pub(crate) fn unfit(&self, capabilities: &Capabilities) -> Option<String> {
+    pub(crate) fn unsupported_reason(&self, capabilities: &Capabilities) -> Option<String> {
         let Capabilities { rx_queues, tx_queues, descriptors, .. } = capabilities;
         let queues = [("RX", self.rx_queues, *rx_queues), ("TX", self.tx_queues, *tx_queues)];
         if let Some((kind, asked, most)) =

@@ -187,7 +187,7 @@ impl OpenPort {
 
     /// Whether the kernel has asked for the function since the last call, to unplug or unbind it. The kernel
     /// waits until the port is dropped.
-    pub fn is_asked_back(&self) -> bool {
+    pub fn release_requested(&self) -> bool {
         self.request.as_ref().is_some_and(Request::take)
     }
 

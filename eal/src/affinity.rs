@@ -7,13 +7,13 @@ use nix::libc::{self, c_ulong};
 /// Number of CPUs in one word of a mask.
 const WORD: usize = c_ulong::BITS as usize;
 /// Number of CPUs in glibc's `cpu_set_t`.
-pub(crate) const CLASSIC: usize = 1024;
+pub(crate) const CPU_SET_SIZE: usize = 1024;
 /// Maximum length of a mask in words: 65,536 CPUs, many more than Linux can be built for.
-const MOST: usize = 65_536 / WORD;
+const MAX_WORDS: usize = 65_536 / WORD;
 
 /// Returns the CPUs that the calling thread may run on, in ascending order.
 pub(crate) fn get() -> nix::Result<Vec<usize>> {
-    get_from(CLASSIC / WORD)
+    get_from(CPU_SET_SIZE / WORD)
 }
 
 /// Same as [`get`], but starts with a mask of `words` words.
@@ -30,7 +30,7 @@ fn get_from(mut words: usize) -> nix::Result<Vec<usize>> {
             }
             // The kernel's mask is longer (sched_getaffinity(2), "Handling systems with large CPU affinity
             // masks").
-            Err(Errno::EINVAL) if words < MOST => words = (2 * words).max(1),
+            Err(Errno::EINVAL) if words < MAX_WORDS => words = (2 * words).max(1),
             Err(errno) => return Err(errno),
         }
     }
@@ -42,7 +42,7 @@ fn get_from(mut words: usize) -> nix::Result<Vec<usize>> {
 /// `EINVAL` if the thread may run on none of them, or if a CPU number is beyond those of any kernel.
 pub(crate) fn set(cpus: &[usize]) -> nix::Result<()> {
     let words = cpus.iter().max().map_or(0, |cpu| cpu / WORD + 1);
-    if words > MOST {
+    if words > MAX_WORDS {
         return Err(Errno::EINVAL);
     }
     let mut mask: Vec<c_ulong> = vec![0; words];

@@ -170,7 +170,7 @@ impl From<iommufd::Error> for Error {
 impl From<vireo_vfio::Error> for Error {
     fn from(error: vireo_vfio::Error) -> Self {
         let kind = match error {
-            vireo_vfio::Error::OtherNode { .. } => ErrorKind::Permission,
+            vireo_vfio::Error::WrongNode { .. } => ErrorKind::Permission,
             vireo_vfio::Error::Argument { .. } => ErrorKind::Usage,
             vireo_vfio::Error::ApiVersion(_) | vireo_vfio::Error::NotReported { .. } => {
                 ErrorKind::Unavailable
@@ -276,7 +276,7 @@ mod tests {
                 "cannot bind 0000:00:04.0 to iommufd: EBUSY (Device or resource busy)",
             ),
             (
-                Vfio::TokenUnknown { operation: Operation::Bind(device()) },
+                Vfio::TokenUnsupported { operation: Operation::Bind(device()) },
                 ErrorKind::Permission,
                 "cannot bind 0000:00:04.0 to iommufd: EACCES: this kernel accepts no VF token for a cdev (6.17 does)",
             ),

@@ -21,7 +21,7 @@ pub struct Calls {
 
 static TABLE: Mutex<Vec<Calls>> = Mutex::new(Vec::new());
 /// Cost of reading a thread's clock, in nanoseconds; 0 while `split_waiting` is off.
-static READING: AtomicU64 = AtomicU64::new(0);
+static CLOCK_COST: AtomicU64 = AtomicU64::new(0);
 
 /// Locks the table. The first call also starts the count of iommufd's calls. Every measurement begins by
 /// reading the table, so it misses none of them.
@@ -76,12 +76,12 @@ pub fn split_waiting(on: bool) {
     let mut readings = [(); 15].map(reading);
     // The median ignores readings that an interrupt delayed.
     readings.sort_unstable();
-    READING.store(if on { readings[7].max(1) } else { 0 }, Ordering::Relaxed);
+    CLOCK_COST.store(if on { readings[7].max(1) } else { 0 }, Ordering::Relaxed);
 }
 
 /// Makes one call, and counts and times it.
 pub(crate) fn counted<T>(name: &'static str, call: impl FnOnce() -> T) -> T {
-    let reading = READING.load(Ordering::Relaxed);
+    let reading = CLOCK_COST.load(Ordering::Relaxed);
     let before = (reading > 0).then(thread_time);
     let since = Tsc::now();
     let result = call();

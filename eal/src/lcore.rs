@@ -242,7 +242,7 @@ pub fn pin_to(cpu: usize) -> Result<()> {
 /// Pins the calling thread.
 fn pin(spec: &LcoreSpec) -> Result<()> {
     let pinned = match spec.cpus[..] {
-        [cpu] if cpu < affinity::CLASSIC && core_affinity::set_for_current(CoreId { id: cpu }) => Ok(()),
+        [cpu] if cpu < affinity::CPU_SET_SIZE && core_affinity::set_for_current(CoreId { id: cpu }) => Ok(()),
         // core_affinity panics for a CPU beyond its mask, and does not report why a call failed.
         _ => affinity::set(&spec.cpus),
     };
@@ -256,19 +256,19 @@ fn pin(spec: &LcoreSpec) -> Result<()> {
 /// state.
 #[derive(Clone, Debug, Default)]
 pub struct StopFlag {
-    /// 0, `ASKED`, `CALLED`, or the last signal received. It has its own cache line because every lcore polls
+    /// 0, `ASKED`, `INTERRUPTED`, or the last signal received. It has its own cache line because every lcore polls
     /// it.
     state: Arc<CachePadded<AtomicI32>>,
 }
 
 const ASKED: i32 = -1;
-const CALLED: i32 = -2;
+const INTERRUPTED: i32 = -2;
 
 impl StopFlag {
     /// Exit code of a program that a second signal terminates.
     pub const EXIT_CODE: i32 = 130;
     /// Time after the first signal in which a further signal still belongs to the same request.
-    pub const IMPATIENCE: Duration = Duration::from_millis(300);
+    pub const SIGNAL_GRACE: Duration = Duration::from_millis(300);
 
     /// Creates a flag that only the program sets.
     pub fn new() -> Self {
@@ -276,7 +276,7 @@ impl StopFlag {
     }
 
     /// Creates a flag that SIGINT, SIGTERM and SIGHUP set too. A further signal more than
-    /// [`IMPATIENCE`](Self::IMPATIENCE) after the first terminates the process immediately, with
+    /// [`SIGNAL_GRACE`](Self::SIGNAL_GRACE) after the first terminates the process immediately, with
     /// [`EXIT_CODE`](Self::EXIT_CODE). A SIGHUP that was ignored when the program started (nohup(1)) stays
     /// ignored. The handlers are never removed.
     ///
@@ -296,7 +296,7 @@ impl StopFlag {
                 }
                 // timeout(1) signals a process and then its group: two signals at once are one request.
                 let first = first.load(Ordering::Relaxed);
-                if first > 0 && now.saturating_sub(first) > Self::IMPATIENCE.as_nanos() as u64 {
+                if first > 0 && now.saturating_sub(first) > Self::SIGNAL_GRACE.as_nanos() as u64 {
                     low_level::exit(Self::EXIT_CODE);
                 }
             };
@@ -311,14 +311,14 @@ impl StopFlag {
     /// Asks all lcores to stop.
     pub fn set(&self) {
         // A call may begin and end concurrently. A signal that arrived first stays recorded.
-        let asked = |state| matches!(state, 0 | CALLED).then_some(ASKED);
+        let asked = |state| matches!(state, 0 | INTERRUPTED).then_some(ASKED);
         let _ = self.state.fetch_update(Ordering::Relaxed, Ordering::Relaxed, asked);
     }
 
     /// Returns whether lcores are asked to stop.
     #[inline]
     pub fn is_set(&self) -> bool {
-        !matches!(self.state.load(Ordering::Relaxed), 0 | CALLED)
+        !matches!(self.state.load(Ordering::Relaxed), 0 | INTERRUPTED)
     }
 
     /// Returns whether lcores are asked to stop or to interrupt their work. A loop tests one word for both,
@@ -329,13 +329,13 @@ impl StopFlag {
     }
 
     /// Asks the lcores to interrupt their work, unless they are asked to stop.
-    pub fn call(&self) {
-        self.change(0, CALLED);
+    pub fn interrupt(&self) {
+        self.change(0, INTERRUPTED);
     }
 
-    /// Ends a [`call`](Self::call).
-    pub fn dismiss(&self) {
-        self.change(CALLED, 0);
+    /// Ends a [`interrupt`](Self::interrupt).
+    pub fn resume(&self) {
+        self.change(INTERRUPTED, 0);
     }
 
     fn change(&self, from: i32, to: i32) {
@@ -494,7 +494,7 @@ mod tests {
         raise(Signal::SIGINT).unwrap();
         raise(Signal::SIGHUP).unwrap();
         assert_eq!(flag.signal(), Some(SIGHUP));
-        std::thread::sleep(StopFlag::IMPATIENCE * 2);
+        std::thread::sleep(StopFlag::SIGNAL_GRACE * 2);
         raise(Signal::SIGINT).unwrap();
     }
 

@@ -13,7 +13,7 @@ use crate::host::{Host, names};
 
 /// Flags of routes that reject packets or lead to this machine: `RTF_REJECT`, `RTF_ANYCAST` and `RTF_LOCAL`
 /// (`linux/ipv6_route.h`).
-const NOT_OUT: u32 = 0x0200 | 0x0010_0000 | 0x8000_0000;
+const LOCAL_ROUTE_FLAGS: u32 = 0x0200 | 0x0010_0000 | 0x8000_0000;
 
 /// Why a NIC has to stay with its current driver, and the command that changes this.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ impl Host {
             self.interfaces(address)
                 .into_iter()
                 .find_map(|interface| interface.need)
-                .or_else(|| self.is_elsewhere(address).then(elsewhere))
+                .or_else(|| self.is_in_other_namespace(address).then(elsewhere))
                 .or_else(|| bound(&functions))
         };
         if let Some(Need { why, hint }) = (!force).then(need).flatten() {
@@ -83,7 +83,7 @@ impl Host {
 
     /// Returns whether the function's interface is in another network namespace. sysfs then keeps the
     /// directory of the interface's class but shows it empty.
-    pub(crate) fn is_elsewhere(&self, address: Bdf) -> bool {
+    pub(crate) fn is_in_other_namespace(&self, address: Bdf) -> bool {
         self.net_dirs(address).into_iter().any(|net| net.is_dir() && names(&net).is_empty())
     }
 
@@ -190,7 +190,7 @@ fn routed_v6(line: &str) -> Option<&str> {
     let interface = words.next_back()?;
     let flags = u32::from_str_radix(words.next_back()?, 16).ok()?;
     let of_link = destination.is_unicast_link_local() || destination.is_multicast();
-    (!of_link && flags & NOT_OUT == 0).then_some(interface)
+    (!of_link && flags & LOCAL_ROUTE_FLAGS == 0).then_some(interface)
 }
 
 /// Returns interface `name`, whose directory is `dir`, and all interfaces above it: its bridge or bond, its

@@ -39,7 +39,7 @@ pub(crate) fn list(host: &Host) -> Result<Vec<Nic>> {
     ethernet
         .map(|info| {
             let interfaces = host.interfaces(info.address);
-            let other_namespace = host.is_elsewhere(info.address);
+            let other_namespace = host.is_in_other_namespace(info.address);
             Ok(Nic {
                 address: info.address.to_string(),
                 id: info.id.to_string(),

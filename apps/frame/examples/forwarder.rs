@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use vireo_frame::drivers::table::Drivers;
 use vireo_frame::eal::{Result, program};
-use vireo_frame::{App, Config, neighbours};
+use vireo_frame::{App, Config, neighbors};
 
 /// Arguments after `--`
 #[derive(Parser)]
@@ -17,7 +17,7 @@ struct Args {
 
 fn forward(app: &App, args: Args) -> Result<()> {
     let open = app.open_ports()?;
-    let routes = app.share_out(&neighbours(0..open.len()), 1)?; // which lcore polls which port
+    let routes = app.assign_lcores(&neighbors(0..open.len()), 1)?; // which lcore polls which port
     let mut ports = app.reserve(open, routes, &Config::default())?; // packet buffers and rings
     ports.start_all(args.promiscuous)?;
     ports.wait_for_links(&app.stop, || Ok(()))?;

@@ -171,7 +171,7 @@ fn run(app: &App, _: Nothing) -> Result<()> {
     let open = app.open_ports()?;
     let described: Vec<String> = open.iter().map(OpenPort::describe).collect();
     let back: Vec<(usize, usize)> = (0..open.len()).map(|port| (port, port)).collect();
-    let mut ports = app.reserve(open, app.share_out(&back, 1)?, &Config::default())?;
+    let mut ports = app.reserve(open, app.assign_lcores(&back, 1)?, &Config::default())?;
     ports.start_all(false)?;
     app.confine()?;
     let stop_when_done = |received| {

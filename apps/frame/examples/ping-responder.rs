@@ -62,7 +62,7 @@ fn respond(app: &App, args: Args) -> Result<()> {
     let open = app.open_ports()?;
     let macs: Vec<MacAddr> = open.iter().map(|open| open.port.mac()).collect();
     let back: Vec<(usize, usize)> = (0..open.len()).map(|port| (port, port)).collect();
-    let mut ports = app.reserve(open, app.share_out(&back, 1)?, &Config::default())?;
+    let mut ports = app.reserve(open, app.assign_lcores(&back, 1)?, &Config::default())?;
     ports.start_all(false)?;
     ports.wait_for_links(&app.stop, || Ok(()))?;
     app.confine()?;

@@ -13,7 +13,7 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Eal, Result, program};
 
 use crate::ports::{Config, Ports};
-use crate::route::{Route, share_out};
+use crate::route::{Route, assign_lcores};
 
 /// What every application needs: the EAL, the drivers and the stop flag.
 pub struct App {
@@ -72,12 +72,12 @@ impl App {
     }
 
     /// Distributes `ways`, each a source and a destination port, evenly over all lcores. Each port has
-    /// `pairs` queue pairs. See [`share_out`].
+    /// `pairs` queue pairs. See [`assign_lcores`].
     ///
     /// # Errors
     /// `Unavailable` when `ways` is empty, because there are no ports.
-    pub fn share_out(&self, ways: &[(usize, usize)], pairs: u16) -> Result<Vec<Route>> {
-        share_out(ways, pairs, &self.eal.lcores.ids(), None)
+    pub fn assign_lcores(&self, ways: &[(usize, usize)], pairs: u16) -> Result<Vec<Route>> {
+        assign_lcores(ways, pairs, &self.eal.lcores.ids(), None)
     }
 
     /// Reserves memory for the ports of `routes` and their rings as the EAL arguments specify, and maps it.

@@ -12,7 +12,7 @@ use vireo_drivers::port::Nic;
 use vireo_eal::lcore::StopFlag;
 
 use crate::idle::IdleQueues;
-use crate::ports::Supply;
+use crate::ports::PortResources;
 use crate::recall::Recall;
 use crate::supervised::SupervisedPort;
 
@@ -57,7 +57,7 @@ pub(crate) struct Control<'a, H> {
     pub(crate) lcores: &'a [u32],
     /// What a port needs to start. No cache of the pool is kept here, because a starting port needs the
     /// buffers that another port returned.
-    pub(crate) supply: &'a Supply,
+    pub(crate) resources: &'a PortResources,
     /// Handover point for lanes.
     pub(crate) recall: &'a Recall<H>,
     /// Called with each state that a port enters.
@@ -92,10 +92,10 @@ impl<H> Supervisor<'_, H> {
         let announce = self.control.announce;
         let SupervisedPort { open, is_down, last_start, counted, .. } = &mut self.control.ports[number];
         let Some(open) = open else { return };
-        if open.is_asked_back() {
+        if open.release_requested() {
             tracing::warn!("port {number}: the kernel requests {} back; closing the port", open.name);
             if *is_down {
-                self.control.ports[number].stop(None, &mut self.control.supply.pool.cache());
+                self.control.ports[number].stop(None, &mut self.control.resources.pool.cache());
             } else if !self.stop(number) {
                 return;
             }
@@ -120,7 +120,7 @@ impl<H> Supervisor<'_, H> {
     /// Stops port `number` after its lanes have left their lcores. Returns false if the program is to stop
     /// before they have.
     fn stop(&mut self, number: usize) -> bool {
-        let Control { recall, lcores, supply, .. } = self.control;
+        let Control { recall, lcores, resources, .. } = self.control;
         for (lcore, lane) in recall.take(self.queues.numbers(number), lcores) {
             let (from, to) = (lane.from, lane.to);
             let hook = self.queues.put(lane);
@@ -129,7 +129,7 @@ impl<H> Supervisor<'_, H> {
         let Some(queues) = self.queues.take_port(number) else { return false };
         let port = &mut self.control.ports[number];
         port.is_down = true;
-        port.stop(Some(queues), &mut supply.pool.cache());
+        port.stop(Some(queues), &mut resources.pool.cache());
         if let Some(error) = &port.unconfirmed {
             tracing::error!("port {number}: {error}");
         }
@@ -141,7 +141,7 @@ impl<H> Supervisor<'_, H> {
         let port = &mut self.control.ports[number];
         let Some(open) = &mut port.open else { return };
         port.last_start = Instant::now();
-        match self.control.supply.start(open) {
+        match self.control.resources.start(open) {
             Ok(queues) => self.queues.put_port(number, queues),
             Err(error) => return tracing::debug!("port {number} stays down: {error}"),
         }

@@ -431,7 +431,7 @@ mod tests {
             Ok(regions) => regions.into_iter().map(|region| (region, vec![Part::default()])).collect(),
             Err(error) => return println!("skipped: {error}"),
         };
-        let memory = MemoryMap::nowhere().add_all(regions).unwrap();
+        let memory = MemoryMap::without_spaces().add_all(regions).unwrap();
         let shares: Vec<_> = memory.into_iter().flatten().map(|memory| (memory, 64)).collect();
         let pool = Pool::on_nodes(&shares).unwrap();
         let nodes = [None, Some(0), None];

@@ -13,7 +13,7 @@ use crate::control::{Control, PortState};
 use crate::forward::{AnyLane, forward_any, forward_any_general, forward_by_node};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
-use crate::ports::Supply;
+use crate::ports::PortResources;
 use crate::recall::Recall;
 use crate::supervised::SupervisedPort;
 
@@ -24,7 +24,7 @@ const ROUNDS_PER_TICK: u32 = 64;
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<'a> {
     pub(crate) app: &'a App,
-    pub(crate) supply: &'a Supply,
+    pub(crate) resources: &'a PortResources,
     /// Sum of the ticks of polls that moved packets, if measured.
     pub(crate) busy_ticks: Option<&'a AtomicU64>,
     /// NUMA node of each queue pair's packet buffers; `None` means any node.
@@ -45,14 +45,14 @@ pub(crate) fn forward_on_lcores<H: Hook>(
     announce: &(dyn Fn(usize, PortState) + Sync),
     mut tick: impl FnMut(),
 ) -> Result<IdleQueues> {
-    let Shared { app: App { eal, stop, .. }, supply, .. } = shared;
+    let Shared { app: App { eal, stop, .. }, resources, .. } = shared;
     let lcores = &eal.lcores;
     let main = lcores.main_id();
     let own = shares.remove(&main).unwrap_or_default();
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
     let (mut queues, lanes) = thread::scope(|scope| {
-        let control = Control { ports, used, lcores: &ids, supply, recall: &recall, announce };
+        let control = Control { ports, used, lcores: &ids, resources, recall: &recall, announce };
         let control = thread::Builder::new()
             .name("vireo-control".into())
             .spawn_scoped(scope, move || control.run(idle, stop))
@@ -97,7 +97,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
 
 /// Forwards `lanes` on lcore `id`, and lanes that the lcore gets later, until the run is to stop.
 fn run_lanes<H: Hook>(
-    Shared { app: App { stop, .. }, supply, busy_ticks, nodes }: Shared<'_>,
+    Shared { app: App { stop, .. }, resources, busy_ticks, nodes }: Shared<'_>,
     recall: &Recall<H>,
     id: u32,
     mut lanes: Vec<AnyLane<H>>,
@@ -108,14 +108,14 @@ fn run_lanes<H: Hook>(
         let nodes: Vec<Option<u32>> =
             lanes.iter().map(|lane| nodes.get(lane.from).copied().flatten()).collect();
         lanes = if nodes.iter().any(|node| *node != nodes[0]) {
-            let mut caches = CachesByNode::new(&supply.pool, &nodes);
-            match supply.is_general() {
+            let mut caches = CachesByNode::new(&resources.pool, &nodes);
+            match resources.is_general() {
                 false => forward_by_node(lanes, &mut caches, busy_ticks, stop, &mut tick),
                 true => forward_any_general(lanes, &mut caches, busy_ticks, stop, &mut tick),
             }
         } else {
-            let mut cache = supply.pool.cache_near(nodes.first().copied().flatten());
-            match supply.is_general() {
+            let mut cache = resources.pool.cache_near(nodes.first().copied().flatten());
+            match resources.is_general() {
                 false => forward_any(lanes, &mut cache, busy_ticks, stop, &mut tick),
                 true => forward_any_general(lanes, &mut cache, busy_ticks, stop, &mut tick),
             }

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | [`main`] | parses the arguments, starts the EAL, prints an error as one line, returns the exit code |
 //! | [`App::open_ports`] | opens NICs and virtual devices |
-//! | [`App::share_out`] | decides which lcore polls which queue, and where the queue's packets go ([`Route`]) |
+//! | [`App::assign_lcores`] | decides which lcore polls which queue, and where the queue's packets go ([`Route`]) |
 //! | [`App::reserve`] | reserves packet buffers and rings on the right NUMA node, maps them, and returns [`Ports`] |
 //! | [`Ports::start_all`] | starts the ports |
 //! | [`App::confine`] | drops root privileges (`--user`), enters the sandbox (unless `--no-sandbox`) |
@@ -50,6 +50,6 @@ pub use counts::{Counts, Totals};
 pub use headers::{EthernetHeader, IcmpEcho, Ipv4Header};
 pub use hook::{Hook, PacketMut, Packets};
 pub use ports::{Config, Ports};
-pub use route::{Route, neighbours, no_ports, share_out};
+pub use route::{Route, assign_lcores, neighbors, no_ports};
 pub use supervised::PortSummary;
 pub use {vireo_drivers as drivers, vireo_eal as eal};

@@ -49,13 +49,13 @@ impl Config {
 
 /// What a port needs to start.
 #[derive(Debug)]
-pub(crate) struct Supply {
+pub(crate) struct PortResources {
     pub(crate) pool: Arc<Pool>,
     memory: PortMemory,
     config: PortConfig,
 }
 
-impl Supply {
+impl PortResources {
     /// Starts a port.
     pub(crate) fn start(&self, open: &mut OpenPort) -> Result<QueuesOf<Port>> {
         let (rings, mut near) = (self.memory.of(open)?, self.pool.cache_near(self.memory.node_of(open)));
@@ -85,7 +85,7 @@ pub struct Ports {
     routes: Vec<Route>,
     counts: Counts,
     send_only: Option<Arc<Pool>>,
-    supply: Supply,
+    resources: PortResources,
 }
 
 impl Ports {
@@ -114,15 +114,15 @@ impl Ports {
             0 => None,
             count => Some(memory.send_only(count)?),
         };
-        let supply = Supply { pool, memory, config: need.config };
+        let resources = PortResources { pool, memory, config: need.config };
         Ok(Self {
-            queues: supply.idle_queues(),
+            queues: resources.idle_queues(),
             used: Route::ports(&routes),
             counts: Counts::new(open.iter().map(|open| open.port.counters().clone()).collect()),
             ports: open.into_iter().map(SupervisedPort::new).collect(),
             routes,
             send_only,
-            supply,
+            resources,
         })
     }
 
@@ -151,7 +151,7 @@ impl Ports {
 
     /// Returns the memory of the ports.
     pub fn memory(&self) -> &PortMemory {
-        &self.supply.memory
+        &self.resources.memory
     }
 
     /// Adds `region` to the memory of the ports and maps it for all of them, even after they are started. It
@@ -164,7 +164,7 @@ impl Ports {
     /// As for [`PortMemory::add`] and [`Nic::update_memory`]. On an error, some ports may already be able to
     /// access the memory.
     pub fn add_memory(&mut self, region: Region) -> Result<Arc<DmaMemory>> {
-        let memory = self.supply.memory.add(region)?;
+        let memory = self.resources.memory.add(region)?;
         for open in self.ports.iter_mut().filter_map(|port| port.open.as_mut()) {
             open.port.update_memory(&memory)?;
         }
@@ -173,7 +173,7 @@ impl Ports {
 
     /// Creates a cache of the packet buffers.
     pub fn cache(&self) -> PoolCache {
-        self.supply.pool.cache()
+        self.resources.pool.cache()
     }
 
     /// Creates a cache of the [`Config::send_only`] buffers, which no device can write to.
@@ -212,8 +212,8 @@ impl Ports {
     /// `Unavailable` when the port is closed; otherwise when the device refuses, or there is too little
     /// memory or too few buffers.
     pub fn start(&mut self, number: usize) -> Result<()> {
-        let Self { ports, supply, queues, .. } = self;
-        queues.put_port(number, supply.start(open_in(ports, number)?)?);
+        let Self { ports, resources, queues, .. } = self;
+        queues.put_port(number, resources.start(open_in(ports, number)?)?);
         Ok(())
     }
 
@@ -259,10 +259,10 @@ impl Ports {
         let node = |number| self.get(number).and_then(|open| self.memory().node_of(open));
         let of_port = |number| self.queues.numbers(number).map(move |_| node(number));
         let nodes: Vec<Option<u32>> = (0..self.count()).flat_map(of_port).collect();
-        let Self { ports, used, queues, supply, counts, .. } = self;
+        let Self { ports, used, queues, resources, counts, .. } = self;
         used.iter().for_each(|number| ports[*number].begin());
-        let shared = Shared { app, supply, busy_ticks: counts.busy_ticks.as_deref(), nodes: &nodes };
-        let idle = std::mem::replace(queues, supply.idle_queues());
+        let shared = Shared { app, resources, busy_ticks: counts.busy_ticks.as_deref(), nodes: &nodes };
+        let idle = std::mem::replace(queues, resources.idle_queues());
         *queues = forward_on_lcores(shared, (ports, used, idle), shares, announce, || tick(counts))?;
         Ok(())
     }
@@ -332,7 +332,7 @@ impl Ports {
         if let Some(error) = self.ports.iter_mut().find_map(|port| port.unconfirmed.take()) {
             return Err(error);
         }
-        for pool in [&self.supply.pool].into_iter().chain(&self.send_only) {
+        for pool in [&self.resources.pool].into_iter().chain(&self.send_only) {
             let lost = pool.count() - pool.available();
             if lost > 0 {
                 return Err(Error::new(

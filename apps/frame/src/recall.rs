@@ -23,7 +23,7 @@ const STOP_CHECK_PERIOD: Duration = Duration::from_millis(10);
 pub(crate) struct Recall<H, R = RxQueue, T = TxQueue> {
     stop: StopFlag,
     state: Mutex<State<H, R, T>>,
-    all_came: Condvar,
+    all_visited: Condvar,
 }
 
 #[derive(Debug)]
@@ -40,7 +40,7 @@ impl<H, R, T> Recall<H, R, T> {
     /// Creates a handover point without lanes. It stops waiting for lcores when `stop` is set.
     pub(crate) fn new(stop: &StopFlag) -> Self {
         let state = State { wanted: None, lanes: Vec::new(), awaited: BTreeSet::new() };
-        Self { stop: stop.clone(), state: Mutex::new(state), all_came: Condvar::new() }
+        Self { stop: stop.clone(), state: Mutex::new(state), all_visited: Condvar::new() }
     }
 
     /// Locks the state, even after an lcore panicked with the lock held: lanes are moved whole.
@@ -66,8 +66,8 @@ impl<H, R, T> Recall<H, R, T> {
             }
         }
         if state.awaited.is_empty() {
-            self.stop.dismiss();
-            self.all_came.notify_all();
+            self.stop.resume();
+            self.all_visited.notify_all();
         }
     }
 
@@ -94,9 +94,9 @@ impl<H, R, T> Recall<H, R, T> {
         state.wanted = wanted;
         state.lanes.extend(lanes);
         state.awaited = lcores.iter().copied().collect();
-        self.stop.call();
+        self.stop.interrupt();
         while !state.awaited.is_empty() && !self.stop.is_set() {
-            let waited = self.all_came.wait_timeout(state, STOP_CHECK_PERIOD);
+            let waited = self.all_visited.wait_timeout(state, STOP_CHECK_PERIOD);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         state

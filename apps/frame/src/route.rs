@@ -26,7 +26,7 @@ impl Route {
 
 /// Pairs up `ports` in order, and returns both directions of each pair as `(from, to)`. If the number of
 /// ports is odd, the last one forwards to itself.
-pub fn neighbours(ports: impl IntoIterator<Item = usize>) -> Vec<(usize, usize)> {
+pub fn neighbors(ports: impl IntoIterator<Item = usize>) -> Vec<(usize, usize)> {
     let ports: Vec<usize> = ports.into_iter().collect();
     let both = |pair: &[usize]| match *pair {
         [a, b] => vec![(a, b), (b, a)],
@@ -41,7 +41,7 @@ pub fn neighbours(ports: impl IntoIterator<Item = usize>) -> Vec<(usize, usize)>
 ///
 /// # Errors
 /// `Unavailable` when there are no ways, `Usage` when there are too few lcores.
-pub fn share_out(
+pub fn assign_lcores(
     ways: &[(usize, usize)],
     pairs: u16,
     lcores: &[u32],
@@ -74,18 +74,18 @@ mod tests {
 
     #[test]
     fn neighbours_are_paired_and_the_odd_one_echoes() {
-        assert_eq!(neighbours([0, 2, 5]), [(0, 2), (2, 0), (5, 5)]);
-        assert_eq!(neighbours([]), []);
+        assert_eq!(neighbors([0, 2, 5]), [(0, 2), (2, 0), (5, 5)]);
+        assert_eq!(neighbors([]), []);
     }
 
     fn shared(ways: &[(usize, usize)], pairs: u16, lcores: &[u32], most: Option<usize>) -> Vec<[usize; 4]> {
-        let routes = share_out(ways, pairs, lcores, most).unwrap();
+        let routes = assign_lcores(ways, pairs, lcores, most).unwrap();
         routes.iter().map(|route| [route.lcore as usize, route.from, route.to, route.pair]).collect()
     }
 
     #[test]
     fn lcores_take_their_queues_in_turn() {
-        let ways = neighbours(0..4);
+        let ways = neighbors(0..4);
         let two_each = [[1, 0, 1, 0], [1, 1, 0, 0], [3, 2, 3, 0], [3, 3, 2, 0]];
         assert_eq!(shared(&ways, 1, &[1, 3], Some(2)), two_each);
         assert_eq!(shared(&ways, 1, &[1, 3], None), two_each);
@@ -94,11 +94,11 @@ mod tests {
 
     #[test]
     fn an_lcore_has_the_same_queue_of_both_ports() {
-        let ways = neighbours(0..2);
+        let ways = neighbors(0..2);
         let lanes = [[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 1], [1, 1, 0, 1]];
         assert_eq!(shared(&ways, 2, &[0, 1], Some(2)), lanes);
-        let error = share_out(&ways, 2, &[0], Some(2)).unwrap_err();
+        let error = assign_lcores(&ways, 2, &[0], Some(2)).unwrap_err();
         assert!(error.to_string().starts_with("cannot poll 4 RX queues: too few lcores (lcores: 1, "));
-        assert_eq!(share_out(&[], 1, &[0], None).unwrap_err().kind(), ErrorKind::Unavailable);
+        assert_eq!(assign_lcores(&[], 1, &[0], None).unwrap_err().kind(), ErrorKind::Unavailable);
     }
 }

@@ -29,14 +29,14 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     let mut reporter = Reporter::new(style, used.clone());
     describe(&app.eal, &reporter, &open, &used)?;
     let mac_updating = !args.no_mac_updating;
-    reporter.chat(&format!("MAC updating {}\n", if mac_updating { "enabled" } else { "disabled" }))?;
+    reporter.print_text(&format!("MAC updating {}\n", if mac_updating { "enabled" } else { "disabled" }))?;
     if args.portmap.is_none() && !used.len().is_multiple_of(2) {
-        reporter.chat("Notice: odd number of ports in portmask.\n")?;
+        reporter.print_text("Notice: odd number of ports in portmask.\n")?;
     }
     for route in &routes {
         let queue = if args.queues > 1 { format!(" queue {}", route.pair) } else { String::new() };
         let (lcore, from, to) = (route.lcore, route.from, route.to);
-        reporter.chat(&format!("Lcore {lcore}: RX port {from} TX port {to}{queue}\n"))?;
+        reporter.print_text(&format!("Lcore {lcore}: RX port {from} TX port {to}{queue}\n"))?;
     }
 
     let before = ioctl::calls();
@@ -45,15 +45,15 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     describe_memory(&app.eal, &reporter, &ports, ioctl::calls() - before)?;
     for number in 0..ports.count() {
         if !used.contains(&number) {
-            reporter.chat(&format!("Skipping disabled port {number}\n"))?;
+            reporter.print_text(&format!("Skipping disabled port {number}\n"))?;
             continue;
         }
-        reporter.chat(&format!("Initializing port {number}... "))?;
+        reporter.print_text(&format!("Initializing port {number}... "))?;
         ports.set_promiscuous(number, args.promiscuous)?;
         ports.start(number)?;
-        reporter.chat("done: \n")?;
+        reporter.print_text("done: \n")?;
         let mac = ports.mac(number)?;
-        reporter.say(
+        reporter.print(
             &mac_text(number, mac),
             &json!({ "event": "port", "port": number, "mac": mac.to_string() }),
         )?;
@@ -87,9 +87,9 @@ pub fn run(app: &App, args: Args) -> Result<()> {
             }
         },
     )?;
-    reporter.begin_end();
+    reporter.begin_shutdown();
     if let Some(signal) = app.stop.signal() {
-        reporter.say(
+        reporter.print(
             &format!("\n\nSignal {signal} received, preparing to exit...\n"),
             &json!({ "event": "signal", "signal": signal }),
         )?;
@@ -101,11 +101,11 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     let closed = close(&reporter, &mut ports);
     let mut checked = Ok(());
     for balance in ports.balances() {
-        reporter.note(&balance.text(), &json!({ "event": "balance", "balance": balance }))?;
+        reporter.print_extra(&balance.text(), &json!({ "event": "balance", "balance": balance }))?;
         checked = checked.and(balance.check());
     }
     closed.and(checked).and(printed)?;
-    reporter.say("Bye...\n", &json!({ "event": "end" }))
+    reporter.print("Bye...\n", &json!({ "event": "end" }))
 }
 
 /// Prints the mode of each port and the reason for it, the IOVA mode, and the memory.
@@ -115,7 +115,7 @@ fn describe(eal: &Eal, reporter: &Reporter, open: &[OpenPort], used: &[usize]) -
     for &number in used {
         let port = &open[number];
         let report = port.report.as_ref();
-        reporter.note(
+        reporter.print_extra(
             &format!("Port {number}: {}\n", port.describe()),
             &json!({
                 "event": "open", "port": number, "address": port.name, "description": port.describe(),
@@ -125,7 +125,7 @@ fn describe(eal: &Eal, reporter: &Reporter, open: &[OpenPort], used: &[usize]) -
     }
     let memory = eal.backing().name();
     let warning = if physical { "; no IOMMU: the NICs can reach all memory of this machine" } else { "" };
-    reporter.note(
+    reporter.print_extra(
         &format!("IOVA mode {iova}{warning}\nMemory: {memory}; hugepages: {}\n", Eal::hugepages_line()),
         &json!({ "event": "memory", "iova_mode": iova, "memory": memory }),
     )
@@ -139,14 +139,14 @@ fn describe_memory(eal: &Eal, reporter: &Reporter, ports: &Ports, calls: u64) ->
     if !nodes.is_empty() {
         let text = nodes.iter().map(|(node, bytes)| format!(" {} MiB on node {node}", bytes >> 20));
         let nodes = nodes.iter().map(|(node, bytes)| json!({ "node": node, "mib": bytes >> 20 }));
-        reporter.note(
+        reporter.print_extra(
             &format!("NUMA:{}\n", text.collect::<Vec<_>>().join(",")),
             &json!({ "event": "numa", "nodes": nodes.collect::<Vec<_>>() }),
         )?;
     }
     if eal.args.isolate_ports {
         let (spaces, used) = (memory.spaces(), ports.used().count());
-        reporter.note(
+        reporter.print_extra(
             &format!("Isolated: {used} ports in {spaces} address spaces, {calls} map calls\n"),
             &json!({ "event": "isolation", "ports": used, "spaces": spaces, "map_calls": calls }),
         )?;
@@ -159,20 +159,20 @@ fn describe_offloads(reporter: &Reporter, number: usize, asked: Offloads, ports:
     let Some(open) = ports.get(number).filter(|_| !asked.is_empty()) else { return Ok(()) };
     let offloads: Vec<_> = (asked & open.port.capabilities().offloads).names().collect();
     let text = if offloads.is_empty() { "none".to_owned() } else { offloads.join(", ") };
-    reporter.note(
+    reporter.print_extra(
         &format!("Port {number} offloads: {text}\n"),
         &json!({ "event": "offloads", "port": number, "offloads": offloads }),
     )
 }
 
 fn check_links(app: &App, reporter: &Reporter, ports: &Ports) -> Result<()> {
-    reporter.chat("\nChecking link status")?;
-    ports.wait_for_links(&app.stop, || reporter.chat("."))?;
-    reporter.chat("done\n")?;
+    reporter.print_text("\nChecking link status")?;
+    ports.wait_for_links(&app.stop, || reporter.print_text("."))?;
+    reporter.print_text("done\n")?;
     for number in ports.used() {
         let Some(open) = ports.get(number) else { continue };
         let text = link_text(open.port.link());
-        reporter.say(
+        reporter.print(
             &format!("Port {number} {text}\n"),
             &json!({ "event": "link", "port": number, "link": text }),
         )?;
@@ -183,14 +183,14 @@ fn check_links(app: &App, reporter: &Reporter, ports: &Ports) -> Result<()> {
 /// Stops and closes every port, prints its counters, and checks that every buffer was returned.
 fn close(reporter: &Reporter, ports: &mut Ports) -> Result<()> {
     for number in ports.used().collect::<Vec<_>>() {
-        reporter.chat(&format!("Closing port {number}..."))?;
+        reporter.print_text(&format!("Closing port {number}..."))?;
         let closed = ports.close(number);
-        reporter.chat(if closed.is_confirmed { " Done\n" } else { " the device did not stop\n" })?;
+        reporter.print_text(if closed.is_confirmed { " Done\n" } else { " the device did not stop\n" })?;
         let of_port = [("restarts", closed.restarts), ("link_changes", closed.link_changes)];
         let of_port = of_port.map(|(name, count)| (name.to_owned(), count));
         let text = [closed.stats.summary(), of_port.to_vec()].concat();
         let all = [closed.stats.named(), of_port.to_vec()].concat();
-        reporter.note(
+        reporter.print_extra(
             &format!("Port {number} counted: {}\n", counters_text(&text).unwrap_or("nothing".into())),
             &counters_json(number, &all),
         )?;

@@ -1,7 +1,7 @@
 //! Turns the arguments into routes: which port forwards to which, and on which lcore.
 
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_frame::{Route, neighbours, no_ports, share_out};
+use vireo_frame::{Route, assign_lcores, neighbors, no_ports};
 
 use crate::args::{Args, MOST_QUEUES_PER_LCORE, Pairs, PortMap};
 
@@ -13,7 +13,7 @@ use crate::args::{Args, MOST_QUEUES_PER_LCORE, Pairs, PortMap};
 /// them.
 pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Route>> {
     let ways = destinations(&enabled(args.mask, ports)?, args.portmap.as_ref())?;
-    share_out(&ways, args.queues, lcores, Some(args.queues_per_lcore as usize)).map_err(|error| {
+    assign_lcores(&ways, args.queues, lcores, Some(args.queues_per_lcore as usize)).map_err(|error| {
         let count = ways.len() * usize::from(args.queues);
         let most = MOST_QUEUES_PER_LCORE as usize;
         error.with_hint(match count.div_ceil(lcores.len().max(1)) {
@@ -44,7 +44,7 @@ fn enabled(mask: u64, ports: usize) -> Result<Vec<usize>> {
 /// # Errors
 /// `Usage` when `portmap` names a port that is not in `ports`, or names a port twice.
 fn destinations(ports: &[usize], portmap: Option<&PortMap>) -> Result<Pairs> {
-    let Some(PortMap(pairs)) = portmap else { return Ok(neighbours(ports.iter().copied())) };
+    let Some(PortMap(pairs)) = portmap else { return Ok(neighbors(ports.iter().copied())) };
     let mut all = Pairs::new();
     for (a, b) in pairs {
         for port in [a, b] {

@@ -59,11 +59,11 @@ impl Reporter {
 
     /// Starts the end of the run: from now on, a reader that reads nothing delays it by three seconds at
     /// most.
-    pub fn begin_end(&mut self) {
+    pub fn begin_shutdown(&mut self) {
         self.patience = Some(PATIENCE);
     }
 
-    fn print(&self, text: &str) -> Result<()> {
+    fn write(&self, text: &str) -> Result<()> {
         match self.patience {
             Some(patience) => program::print_within(text, patience),
             None => program::print(text),
@@ -74,28 +74,28 @@ impl Reporter {
     ///
     /// # Errors
     /// `Io` when writing to standard output fails.
-    pub fn say(&self, text: &str, event: &serde_json::Value) -> Result<()> {
+    pub fn print(&self, text: &str, event: &serde_json::Value) -> Result<()> {
         match self.style {
-            Style::Json => self.print(&format!("{event}\n")),
-            _ => self.print(text),
+            Style::Json => self.write(&format!("{event}\n")),
+            _ => self.write(text),
         }
     }
 
     /// Prints text that programs do not need.
     ///
     /// # Errors
-    /// As for [`Reporter::say`].
-    pub fn chat(&self, text: &str) -> Result<()> {
-        if self.style == Style::Json { Ok(()) } else { self.print(text) }
+    /// As for [`Reporter::print`].
+    pub fn print_text(&self, text: &str) -> Result<()> {
+        if self.style == Style::Json { Ok(()) } else { self.write(text) }
     }
 
     /// Prints `text`, which is not in DPDK's output, for people, or `event` for programs.
     ///
     /// # Errors
-    /// As for [`Reporter::say`].
-    pub fn note(&self, text: &str, event: &serde_json::Value) -> Result<()> {
+    /// As for [`Reporter::print`].
+    pub fn print_extra(&self, text: &str, event: &serde_json::Value) -> Result<()> {
         if self.style != Style::Table {
-            return self.say(text, event);
+            return self.print(text, event);
         }
         text.lines().for_each(|line| tracing::info!("{line}"));
         Ok(())
@@ -105,12 +105,12 @@ impl Reporter {
     /// each one polls.
     ///
     /// # Errors
-    /// As for [`Reporter::say`].
+    /// As for [`Reporter::print`].
     pub fn forwarding(&self, lcores: &[u32], lanes: &[(u32, usize)]) -> Result<()> {
         let idle = |lcore: &u32| lanes.iter().all(|(other, _)| other != lcore);
         for lcore in lcores {
             if idle(lcore) {
-                self.note(
+                self.print_extra(
                     &format!("lcore {lcore} has nothing to do\n"),
                     &json!({ "event": "idle", "lcore": lcore }),
                 )?;
@@ -122,7 +122,7 @@ impl Reporter {
         }
         match self.style {
             Style::Table => Ok(()),
-            _ => self.say("entering main loop\n", &json!({ "event": "forwarding" })),
+            _ => self.print("entering main loop\n", &json!({ "event": "forwarding" })),
         }
     }
 
@@ -131,7 +131,7 @@ impl Reporter {
     /// span both periods.
     ///
     /// # Errors
-    /// As for [`Reporter::say`].
+    /// As for [`Reporter::print`].
     pub fn statistics(&mut self, now: &[PortStats]) -> Result<()> {
         for (number, piece) in self.pieces(now).iter().enumerate() {
             if !program::print_if_room(piece)? {
@@ -149,12 +149,14 @@ impl Reporter {
     /// repeat its table.
     ///
     /// # Errors
-    /// As for [`Reporter::say`].
+    /// As for [`Reporter::print`].
     pub fn summary(&self, now: &[PortStats]) -> Result<()> {
         match self.style {
-            Style::Table => self
-                .note(&lines(&self.ports, &self.last, now, self.since.elapsed()), &serde_json::Value::Null),
-            _ => self.print(&self.pieces(now).concat()),
+            Style::Table => self.print_extra(
+                &lines(&self.ports, &self.last, now, self.since.elapsed()),
+                &serde_json::Value::Null,
+            ),
+            _ => self.write(&self.pieces(now).concat()),
         }
     }
 
@@ -171,12 +173,12 @@ impl Reporter {
     /// Prints the cost of the polls that moved packets, in testpmd's words.
     ///
     /// # Errors
-    /// As for [`Reporter::say`].
+    /// As for [`Reporter::print`].
     pub fn core_cycles(&self, ticks: u64, now: &[PortStats]) -> Result<()> {
         let packets: u64 = now.iter().map(|stats| stats.rx_sum().packets).sum();
         let each = ticks as f64 / packets.max(1) as f64;
         let mhz = Tsc::hz() / 1_000_000;
-        self.note(
+        self.print_extra(
             &format!("CPU cycles/packet={each:.2} (total cycles={ticks} / total io packets={packets}) at {mhz} MHz Clock\n"),
             &json!({ "event": "core_cycles", "cycles_per_packet": each, "cycles": ticks, "packets": packets, "mhz": mhz }),
         )

@@ -236,7 +236,7 @@ impl Bench<'_> {
             if let Setup::Wired(Wiring { sender, inner: [inside, outside], receiver, .. }) = setup {
                 for wire in [[sender, inside], [outside, receiver]] {
                     straight(self.bus, wire, mode, &limits, &self.stop)?;
-                    go_on(&self.stop)?;
+                    check_stop(&self.stop)?;
                 }
             }
         }
@@ -253,9 +253,9 @@ impl Bench<'_> {
         let mut with_references = Duration::ZERO;
         for (place, setup) in setups.iter().enumerate() {
             let of_modes = schedule(modes, round, &mut random).into_iter().map(Turn::Mode);
-            let of_references = references.iter().filter(|(at, _)| *at == place);
+            let describe_references = references.iter().filter(|(at, _)| *at == place);
             let mut turns: Vec<Turn> =
-                of_modes.chain(of_references.map(|turn| Turn::Reference(turn.1))).collect();
+                of_modes.chain(describe_references.map(|turn| Turn::Reference(turn.1))).collect();
             random.shuffle(&mut turns);
             for turn in turns {
                 let began = Instant::now();
@@ -273,7 +273,7 @@ impl Bench<'_> {
                     }
                     (Turn::Reference(_), Setup::External { .. }) => continue,
                 };
-                go_on(stop)?;
+                check_stop(stop)?;
                 match (run, turn) {
                     (Ok(run), _) => recorder.run(Run { round, ..run })?,
                     // The recording is about the modes, so a reference that fails is left out.
@@ -288,7 +288,7 @@ impl Bench<'_> {
                 (modes.first(), setup)
             {
                 let pps = straight(bus, [sender, inside], mode, limits, stop)?;
-                go_on(stop)?;
+                check_stop(stop)?;
                 recorder.ceiling(Ceiling { nic: (*nic).to_owned(), round, pps })?;
             }
         }
@@ -314,7 +314,7 @@ enum Turn {
 }
 
 /// Fails if a signal has stopped the run, whose results or error then mean nothing.
-fn go_on(stop: &StopFlag) -> Result<()> {
+fn check_stop(stop: &StopFlag) -> Result<()> {
     if stop.is_set() {
         return Err(Error::new(
             ErrorKind::Unavailable,

@@ -40,7 +40,7 @@ pub(crate) fn text(report: &Report, lines: bool) -> String {
     );
     section(
         "References (not compared; * counts its losses incorrectly)",
-        bullets("  ", &comparison.of_references()),
+        bullets("  ", &comparison.describe_references()),
     );
     section("Throughput (highest load at the stated loss; medians of rounds)", throughput(comparison, lines));
     section(

@@ -58,7 +58,7 @@ pub(crate) fn doorbells(row: &Row) -> String {
 
 impl Comparison {
     /// Describes the references, and says which of them count their losses wrongly.
-    pub(crate) fn of_references(&self) -> Vec<String> {
+    pub(crate) fn describe_references(&self) -> Vec<String> {
         let described = distinct(self.references.iter().map(|row| row.mode.as_str())).into_iter();
         let described = described.map(|name| format!("{name}: {}", Reference::describe(name)));
         let uncounted = self.references.iter().filter(|row| !row.balanced).map(|row| {

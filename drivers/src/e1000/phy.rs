@@ -14,7 +14,7 @@ const MDIO_RETRY: Duration = Duration::from_millis(2);
 const MDIO_RETRIES: u32 = 10;
 
 impl Phy for E1000 {
-    fn own_phy(&self, hardware: &Hardware) -> Result<()> {
+    fn acquire_phy(&self, hardware: &Hardware) -> Result<()> {
         if !self.is_express() {
             return Ok(());
         }
@@ -25,11 +25,11 @@ impl Phy for E1000 {
             }
             hardware.bar.pause(MDIO_RETRY);
         }
-        self.disown_phy(hardware);
+        self.release_phy(hardware);
         Err(hardware.error(ErrorKind::Protocol, "access the PHY of", "the firmware does not release it"))
     }
 
-    fn disown_phy(&self, hardware: &Hardware) {
+    fn release_phy(&self, hardware: &Hardware) {
         if self.is_express() {
             hardware.change(EXTCNF_CTRL, 0, EXTCNF_CTRL_MDIO_SW_OWNERSHIP);
         }

@@ -206,7 +206,7 @@ impl Registers for Ports {
                 silicon.io_address = value as u32;
                 return false;
             }
-            silicon.resets_by_io(value as u32)
+            silicon.is_io_reset(value as u32)
         });
         if resets {
             self.0.reset_all(false);

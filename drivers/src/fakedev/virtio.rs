@@ -19,7 +19,7 @@ pub const RX: u16 = 0;
 /// Transmit virtqueue of the first pair.
 pub const TX: u16 = 1;
 /// Maximum number of queue pairs of a fake device.
-const MOST_PAIRS: u16 = 2;
+const MAX_PAIRS: u16 = 2;
 
 /// Feature bits for [`Behaviour::features`], under the specification's names.
 #[allow(missing_docs)]
@@ -147,7 +147,7 @@ struct State {
     driver_features: u64,
     queue_select: u16,
     generation: u8,
-    queues: [Queue; 2 * MOST_PAIRS as usize + 1],
+    queues: [Queue; 2 * MAX_PAIRS as usize + 1],
     /// Number of queue pairs that the driver has enabled.
     pairs: u16,
     promiscuous: bool,

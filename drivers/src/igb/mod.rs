@@ -71,7 +71,7 @@ impl Chip for Igb {
 
     fn prepare(&self, hardware: &Hardware) -> Result<u64> {
         // A killed process may have left the PHY acquired. No other process is allowed to use this port.
-        self.disown_phy(hardware);
+        self.release_phy(hardware);
         Ok(u64::MAX)
     }
 

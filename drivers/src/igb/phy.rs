@@ -54,7 +54,7 @@ fn phy_bit(hardware: &Hardware) -> u32 {
 }
 
 impl Phy for Igb {
-    fn own_phy(&self, hardware: &Hardware) -> Result<()> {
+    fn acquire_phy(&self, hardware: &Hardware) -> Result<()> {
         let bit = phy_bit(hardware);
         for _ in 0..PHY_RETRIES {
             if !lock(hardware) {
@@ -75,7 +75,7 @@ impl Phy for Igb {
     }
 
     /// Releases the PHY even if the semaphore cannot be taken.
-    fn disown_phy(&self, hardware: &Hardware) {
+    fn release_phy(&self, hardware: &Hardware) {
         let bit = phy_bit(hardware);
         let _ = lock(hardware);
         hardware.change(SW_FW_SYNC, 0, bit);

@@ -124,7 +124,7 @@ fn what_a_killed_process_held_is_taken_back() {
             device.set_register(SWSM, swsm);
             device.set_register(SW_FW_SYNC, sync);
             // A probe does this if the function's reset left the registers unchanged.
-            port.chip.disown_phy(&port.hardware);
+            port.chip.release_phy(&port.hardware);
             let mut cache = pool.cache();
             let (rx, tx) = port.start_pair(&CONFIG, &memory, &mut cache).unwrap();
             assert!(port.link().up, "{swsm:#x} {sync:#x}");

@@ -23,7 +23,7 @@ use crate::port::{Capabilities, Fault, Link, MacAddr, Nic, PortConfig, Queues, Q
 /// Minimum size of a ring in descriptors: two reclaim batches of the TX queue.
 const FEWEST: u16 = 2 * RECLAIM as u16;
 /// Maximum size of a ring in descriptors: 64 KiB of RDLEN or TDLEN (SDM 13.4; Linux, `IGB_MAX_RXD`).
-const MOST: u16 = 4096;
+const MAX_DESCRIPTORS: u16 = 4096;
 /// Size of a descriptor in bytes.
 const DESCRIPTOR: usize = 16;
 
@@ -170,7 +170,7 @@ impl<C: Chip> Nic for Device<C> {
         if self.running.is_some() {
             return Err(self.usage("start", "it is already running"));
         }
-        if let Some(why) = config.unfit(&self.capabilities()) {
+        if let Some(why) = config.unsupported_reason(&self.capabilities()) {
             return Err(self.usage("start", &why));
         }
         self.scattered = config.is_scattered();
@@ -250,7 +250,7 @@ impl<C: Chip> Nic for Device<C> {
             let rx = of(config.rx_queues, config.rx_descriptors);
             [rx + of(config.tx_queues, config.tx_descriptors), 0]
         };
-        let descriptors = FEWEST..=MOST;
+        let descriptors = FEWEST..=MAX_DESCRIPTORS;
         let (dma_mask, max_frame) = (self.dma_mask, self.chip.max_frame());
         Capabilities { dma_mask, max_frame, descriptors, ring_bytes, ..Capabilities::default() }
     }

@@ -16,10 +16,10 @@ pub trait Phy {
     ///
     /// # Errors
     /// `Protocol` when the firmware does not release the PHY.
-    fn own_phy(&self, hardware: &Hardware) -> Result<()>;
+    fn acquire_phy(&self, hardware: &Hardware) -> Result<()>;
 
     /// Releases the PHY to the firmware.
-    fn disown_phy(&self, hardware: &Hardware);
+    fn release_phy(&self, hardware: &Hardware);
 
     /// Wakes a PHY that the kernel driver put to sleep, so that it negotiates. The caller must own the PHY.
     ///
@@ -31,14 +31,14 @@ pub trait Phy {
 /// Wakes the PHY unless the link is up.
 ///
 /// # Errors
-/// The same as [`Phy::own_phy`] and [`Phy::wake_phy`], and `Unavailable` when the device is gone.
+/// The same as [`Phy::acquire_phy`] and [`Phy::wake_phy`], and `Unavailable` when the device is gone.
 pub(super) fn wake(chip: &impl Phy, hardware: &Hardware) -> Result<()> {
     if hardware.wait("start", STATUS, |_| true)? & STATUS_LU != 0 {
         return Ok(());
     }
-    chip.own_phy(hardware)?;
+    chip.acquire_phy(hardware)?;
     let woken = chip.wake_phy(hardware);
-    chip.disown_phy(hardware);
+    chip.release_phy(hardware);
     woken
 }
 
@@ -56,9 +56,9 @@ fn negotiated(chip: &impl Phy, hardware: &Hardware, status: u32) -> Result<(bool
     if status & STATUS_FD == 0 {
         return Ok((false, false));
     }
-    chip.own_phy(hardware)?;
+    chip.acquire_phy(hardware)?;
     let agreed = hardware.agreed_flow_control();
-    chip.disown_phy(hardware);
+    chip.release_phy(hardware);
     agreed
 }
 

@@ -56,7 +56,7 @@ pub(super) fn quiesce<C: Reset + Phy>(chip: &C, hardware: &Hardware) -> Result<(
             tracing::warn!("{error}");
         }
     }
-    let owns_phy = C::RESET_NEEDS_PHY && chip.own_phy(hardware).is_ok();
+    let owns_phy = C::RESET_NEEDS_PHY && chip.acquire_phy(hardware).is_ok();
     chip.write_reset(hardware)?;
     bar.pause(C::REST);
     let reset = hardware.wait("reset", CTRL, |ctrl| ctrl & CTRL_RST == 0).and_then(|_| chip.reload(hardware));
@@ -69,7 +69,7 @@ pub(super) fn quiesce<C: Reset + Phy>(chip: &C, hardware: &Hardware) -> Result<(
         chip.reload(hardware)?;
     }
     if owns_phy {
-        chip.disown_phy(hardware);
+        chip.release_phy(hardware);
     }
     mask_interrupts();
     chip.settle(hardware);

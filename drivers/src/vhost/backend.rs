@@ -17,7 +17,7 @@ use vhost::vhost_user::{
 };
 use vireo_eal::dma::{MAX_PEER_REGIONS, PeerEvent, PeerLog, PeerMemory, PeerRegion};
 
-use super::ring::{Addresses, Marks, Ring, Terms};
+use super::ring::{Addresses, Marks, Ring, RingFeatures};
 use super::shared::{Shared, Slot};
 use super::{RINGS_PER_PAIR, TRANSMIT};
 use crate::virtio::Features;
@@ -114,7 +114,7 @@ impl Backend {
         if !vring.started || !self.accepted(Features::VERSION_1) {
             return Ok(Slot::Stopped);
         }
-        let terms = Terms {
+        let terms = RingFeatures {
             event_idx: self.accepted(Features::EVENT_IDX),
             mergeable: self.accepted(Features::MRG_RXBUF),
         };

@@ -144,7 +144,7 @@ impl Nic for Device {
         _memory: &Arc<DmaMemory>,
         _cache: &mut PoolCache,
     ) -> Result<Queues<RxQueue, TxQueue>> {
-        if let Some(why) = config.unfit(&self.capabilities()) {
+        if let Some(why) = config.unsupported_reason(&self.capabilities()) {
             let pairs = config.rx_queues.max(config.tx_queues);
             let hint = format!("give it more: --vdev {},iface=SOCKET,queues={pairs}", self.name);
             let error = self.refuse(&why);

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use vireo_eal::dma::{Burst, DATA_ROOM, PoolCache};
 
-use super::ring::{Lie, Report};
-use super::shared::{Place, Shared, Slot};
+use super::ring::{Report, Violation};
+use super::shared::{RingSlot, Shared, Slot};
 use crate::counters::QueueCounters;
 use crate::frames::drop_long;
 use crate::port::{RxBurst, TxBurst};
@@ -43,9 +43,9 @@ impl Queue {
     /// Ends the use of a ring whose frontend misbehaved.
     #[cold]
     #[inline(never)]
-    fn end(slot: &mut Slot, lie: Lie, report: &Report, direction: &str) {
+    fn end(slot: &mut Slot, violation: Violation, report: &Report, direction: &str) {
         if let Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) = slot {
-            tracing::error!("{}: {direction} ring stopped: {}", report.name, lie.reason());
+            tracing::error!("{}: {direction} ring stopped: {}", report.name, violation.reason());
             report.counters.device_errors.add(1);
             *slot = Slot::Broken(ring.next());
         }
@@ -64,10 +64,10 @@ impl RxQueue {
     /// Handles a ring that is in any state other than `Slot::Running`.
     #[cold]
     #[inline(never)]
-    fn otherwise(Place { slot, report }: &mut Place, cache: &mut PoolCache, burst: &mut Burst) {
+    fn otherwise(RingSlot { slot, report }: &mut RingSlot, cache: &mut PoolCache, burst: &mut Burst) {
         let Slot::Logged(ring) = slot else { return };
-        if let Err(lie) = ring.receive_logged(cache, burst, &report.counters) {
-            Queue::end(slot, lie, report, TRANSMIT);
+        if let Err(violation) = ring.receive_logged(cache, burst, &report.counters) {
+            Queue::end(slot, violation, report, TRANSMIT);
         }
     }
 }
@@ -86,11 +86,15 @@ impl TxQueue {
     /// from `burst`.
     #[cold]
     #[inline(never)]
-    fn otherwise(Place { slot, report }: &mut Place, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+    fn otherwise(
+        RingSlot { slot, report }: &mut RingSlot,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+    ) -> usize {
         let Slot::Logged(ring) = slot else { return 0 };
         let before = burst.len();
-        if let Err(lie) = ring.send_logged(cache, burst, report) {
-            Queue::end(slot, lie, report, RECEIVE);
+        if let Err(violation) = ring.send_logged(cache, burst, report) {
+            Queue::end(slot, violation, report, RECEIVE);
         }
         before - burst.len()
     }
@@ -98,13 +102,13 @@ impl TxQueue {
     #[inline(always)]
     fn send(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let Some(mut place) = self.queue.shared.try_lock() else { return 0 };
-        let Place { slot: Slot::Running(ring), report } = &mut *place else {
+        let RingSlot { slot: Slot::Running(ring), report } = &mut *place else {
             return Self::otherwise(&mut place, cache, burst);
         };
         let before = burst.len();
-        if let Err(lie) = ring.send(cache, burst, report) {
-            let Place { slot, report } = &mut *place;
-            Queue::end(slot, lie, report, RECEIVE);
+        if let Err(violation) = ring.send(cache, burst, report) {
+            let RingSlot { slot, report } = &mut *place;
+            Queue::end(slot, violation, report, RECEIVE);
         }
         before - burst.len()
     }
@@ -126,12 +130,12 @@ impl RxBurst for RxQueue {
     #[inline(never)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
         let Some(mut place) = self.0.shared.try_lock() else { return };
-        let Place { slot: Slot::Running(ring), report } = &mut *place else {
+        let RingSlot { slot: Slot::Running(ring), report } = &mut *place else {
             return Self::otherwise(&mut place, cache, burst);
         };
-        if let Err(lie) = ring.receive(cache, burst, &report.counters) {
-            let Place { slot, report } = &mut *place;
-            Queue::end(slot, lie, report, TRANSMIT);
+        if let Err(violation) = ring.receive(cache, burst, &report.counters) {
+            let RingSlot { slot, report } = &mut *place;
+            Queue::end(slot, violation, report, TRANSMIT);
         }
     }
 

@@ -17,7 +17,7 @@ use vireo_eal::dma::{PeerEvent, PeerMemory, PeerRing, RingEntry, dma_rmb, dma_wm
 use self::chain::{Checked, Table};
 use crate::counters::QueueCounters;
 use crate::virtio::{HEADER, need_event};
-pub(super) use chain::Lie;
+pub(super) use chain::Violation;
 pub(super) use marks::Marks;
 
 /// The driver wants no interrupt (`VIRTQ_AVAIL_F_NO_INTERRUPT`).
@@ -42,7 +42,7 @@ pub(super) struct Addresses {
 
 /// Features negotiated for a ring.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Terms {
+pub(super) struct RingFeatures {
     /// `VIRTIO_F_EVENT_IDX`.
     pub(super) event_idx: bool,
     /// `VIRTIO_NET_F_MRG_RXBUF`.
@@ -101,7 +101,7 @@ pub(super) struct Ring {
     events: Option<Events>,
     /// Position of the next chain, modulo 2^16.
     next: u16,
-    terms: Terms,
+    terms: RingFeatures,
     /// `None` while the frontend polls.
     call: Option<Arc<PeerEvent>>,
     marks: Option<Marks>,
@@ -114,7 +114,7 @@ impl Ring {
         memory: &Arc<PeerMemory>,
         size: u16,
         at: Addresses,
-        terms: Terms,
+        terms: RingFeatures,
         call: Option<Arc<PeerEvent>>,
         marks: Option<Marks>,
     ) -> Result<Self> {
@@ -142,7 +142,7 @@ impl Ring {
         // With EVENT_IDX the flags stay 0 (2.7.10.1), and `avail_event` suppresses kicks instead.
         let flags: PeerRing<u16> = memory.ring(at.used, 1)?;
         flags.store::<0>(0, if terms.event_idx { 0 } else { USED_NO_NOTIFY });
-        ring.ask_for_no_kick();
+        ring.suppress_kicks();
         ring.mark_used(ring.next);
         Ok(ring)
     }
@@ -154,7 +154,7 @@ impl Ring {
 
     /// Suppresses kicks. The driver kicks when its index passes `avail_event`, which is placed one behind the
     /// next chain.
-    fn ask_for_no_kick(&self) {
+    fn suppress_kicks(&self) {
         if let Some(events) = &self.events {
             events.avail_event.store::<0>(0, self.next.wrapping_sub(1));
         }
@@ -169,7 +169,7 @@ impl Ring {
     fn pending(&self) -> Checked<u16> {
         let pending = self.avail_idx.load::<0>(0).wrapping_sub(self.next);
         if usize::from(pending) > self.desc.entries() {
-            return Err(Lie::AvailIndex);
+            return Err(Violation::AvailIndex);
         }
         dma_rmb();
         Ok(pending)
@@ -191,7 +191,7 @@ impl Ring {
         dma_wmb();
         self.used_idx.store::<0>(0, self.next);
         if (old ^ self.next) & !(AVAIL_EVENT_STRIDE - 1) != 0 {
-            self.ask_for_no_kick();
+            self.suppress_kicks();
         }
         if let Some(call) = &self.call {
             // Without the barrier, the device could read the driver's request before it writes the index, and

@@ -77,7 +77,7 @@ impl Server {
     /// `Busy` when another process listens there, otherwise when the file is not a socket or cannot be
     /// created.
     pub(super) fn listen(path: &Path, name: &Arc<str>, rings: &[Arc<Shared>]) -> Result<Self> {
-        make_way(path, name)?;
+        remove_stale_socket(path, name)?;
         let failed =
             |error: std::io::Error| Error::io(format!("{name}: cannot listen at {}", path.display()), &error);
         let (listener, socket) = bind(path).map_err(|errno| failed(errno.into()))?;
@@ -147,7 +147,7 @@ fn bind(path: &Path) -> nix::Result<(UnixListener, Name)> {
 }
 
 /// Removes a socket that a killed process left behind.
-fn make_way(path: &Path, name: &str) -> Result<()> {
+fn remove_stale_socket(path: &Path, name: &str) -> Result<()> {
     let what = || format!("{name}: cannot listen at {}", path.display());
     let file = match std::fs::symlink_metadata(path) {
         Ok(metadata) => metadata.file_type(),
@@ -188,7 +188,7 @@ impl Port {
     /// Accepts frontends until the port ends. A shortage of resources in the process or the system is
     /// temporary: it is logged once, and accepting is retried.
     fn accept(&self, listener: &UnixListener) {
-        let mut said = false;
+        let mut logged = false;
         loop {
             let accepted = listener.accept();
             if self.session.is_ending() {
@@ -196,11 +196,11 @@ impl Port {
             }
             match accepted {
                 Ok((stream, _)) => {
-                    said = false;
+                    logged = false;
                     self.serve(stream);
                 }
                 Err(error) => {
-                    if !std::mem::replace(&mut said, true) {
+                    if !std::mem::replace(&mut logged, true) {
                         tracing::error!("{}", self.refusal(&error));
                     }
                     if ends_soon(listener) {
@@ -214,16 +214,16 @@ impl Port {
     /// Connects to the frontend at `path`, and to the next one when it is gone, until the other end of `ends`
     /// is closed. A reason why it cannot connect is logged once, until the reason changes.
     fn seek(&self, path: &Path, ends: &UnixStream) {
-        let mut said = None;
+        let mut logged = None;
         loop {
             match try_connect(path) {
                 Ok(stream) => {
-                    said = None;
+                    logged = None;
                     self.serve(stream);
                 }
                 Err(errno) => {
-                    if said.replace(errno) != Some(errno) {
-                        self.tell(path, errno);
+                    if logged.replace(errno) != Some(errno) {
+                        self.log_connect_error(path, errno);
                     }
                 }
             }
@@ -234,7 +234,7 @@ impl Port {
         }
     }
 
-    fn tell(&self, path: &Path, errno: Errno) {
+    fn log_connect_error(&self, path: &Path, errno: Errno) {
         let (name, path) = (&self.name, path.display());
         match errno {
             Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN => {

@@ -31,7 +31,7 @@ pub(super) enum Slot {
 
 /// A ring's slot and its counters. The user of the ring holds both, so a counter has one writer at a time.
 #[derive(Debug, Default)]
-pub(super) struct Place {
+pub(super) struct RingSlot {
     pub(super) slot: Slot,
     pub(super) report: Report,
 }
@@ -44,13 +44,13 @@ pub(super) struct Shared {
     /// Number of threads that wait for the place. While there is one, the lcore leaves the place alone;
     /// otherwise the lcore could hold it nearly all of the time.
     waiting: AtomicU32,
-    place: Mutex<Place>,
+    place: Mutex<RingSlot>,
 }
 
 impl Shared {
     /// Creates a place without a ring.
     pub(super) fn new(report: Report) -> Self {
-        Self { waiting: AtomicU32::new(0), place: Mutex::new(Place { report, ..Place::default() }) }
+        Self { waiting: AtomicU32::new(0), place: Mutex::new(RingSlot { report, ..RingSlot::default() }) }
     }
 
     /// Whether a thread waits for the place.
@@ -61,7 +61,7 @@ impl Shared {
 
     /// Locks the place, unless another thread holds or wants it.
     #[inline(always)]
-    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, Place>> {
+    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, RingSlot>> {
         if self.is_wanted() {
             return None;
         }
@@ -73,7 +73,7 @@ impl Shared {
     }
 
     /// Locks the place, after at most one burst of the lcore.
-    pub(super) fn lock(&self) -> MutexGuard<'_, Place> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, RingSlot> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         self.waiting.fetch_sub(1, Ordering::Relaxed);
@@ -83,7 +83,7 @@ impl Shared {
     /// Drops what the frontend transmits through a disabled ring before position `end`, and counts it as
     /// errors.
     pub(super) fn discard(&self, end: u16) {
-        if let Place { slot: Slot::Disabled(ring), report } = &mut *self.lock() {
+        if let RingSlot { slot: Slot::Disabled(ring), report } = &mut *self.lock() {
             ring.discard(end, &report.counters);
         }
     }

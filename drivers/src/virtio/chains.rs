@@ -18,7 +18,7 @@ use vireo_eal::dma::{
 use super::HEADER;
 use super::checksum::ask;
 use super::rx::{REST_LEN, RxQueue, USED_LEN};
-use super::split::{DESC_INDIRECT, DESC_NEXT, Lie, shape};
+use super::split::{DESC_INDIRECT, DESC_NEXT, Violation, shape};
 use super::tx::{TxQueue, blank};
 use crate::frames::{ETHERNET, bytes, drop_long};
 
@@ -165,12 +165,12 @@ impl RxQueue {
         used_idx: u16,
         cache: &mut PoolCache,
         burst: &mut Burst,
-    ) -> std::result::Result<(), Lie> {
+    ) -> std::result::Result<(), Violation> {
         let begin = burst.len();
         let mut taken = Ok(());
         // A device makes all buffers of a frame visible at once (5.1.6.4).
         if buffers == 0 || buffers - 1 > used_idx.wrapping_sub(self.queue.last_used) {
-            taken = Err(Lie::NumBuffers);
+            taken = Err(Violation::NumBuffers);
         }
         // `burst` has room for this many segments at each call.
         let mut fits = sound && usize::from(buffers) <= self.segments && last.len() >= ETHERNET;
@@ -182,8 +182,8 @@ impl RxQueue {
             }
             let (mut packet, len) = match self.queue.complete(REST_LEN) {
                 Ok(completed) => completed,
-                Err(lie) => {
-                    taken = Err(lie);
+                Err(violation) => {
+                    taken = Err(violation);
                     break;
                 }
             };

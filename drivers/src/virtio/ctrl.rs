@@ -46,7 +46,7 @@ impl Control {
             )),
         })?;
         self.queue.restart(self.index, event_idx);
-        self.queue.name_first();
+        self.queue.point_all_at_first();
         transport.enable_queue(self.index, &self.queue)
     }
 

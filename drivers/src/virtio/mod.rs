@@ -46,23 +46,23 @@ const TX_QUEUE: u16 = 1;
 const RINGS_PER_PAIR: u64 = 2;
 
 /// Maximum number of queue pairs to configure: as many as DPDK has lcores (`RTE_MAX_LCORE`).
-const MOST_PAIRS: u16 = 128;
+const MAX_PAIRS: u16 = 128;
 
 /// Parses the devarg `queues`.
 pub(crate) fn pairs(value: &str) -> std::result::Result<u16, &'static str> {
-    let pairs = value.parse().ok().filter(|pairs| (1..=MOST_PAIRS).contains(pairs));
+    let pairs = value.parse().ok().filter(|pairs| (1..=MAX_PAIRS).contains(pairs));
     pairs.ok_or("it is not a number from 1 to 128")
 }
 
 /// The largest configuration, negotiated at probe to learn what the device supports.
-const MOST: PortConfig = PortConfig::with_descriptors(1024, 1024)
-    .with_pairs(MOST_PAIRS)
+const MAX_CONFIG: PortConfig = PortConfig::with_descriptors(1024, 1024)
+    .with_pairs(MAX_PAIRS)
     .with_max_frame(MAX_FRAME)
     .with_offloads(Offloads::all());
 
 /// Minimum number of descriptors of a ring for frames of several buffers. Half of the ring has room for the
 /// longest frame, so that one is always in flight when the ring is full.
-const FEWEST_FOR_LONG: u16 = 2 * MAX_SEGMENTS.next_power_of_two() as u16;
+const MIN_RING_FOR_LONG_FRAMES: u16 = 2 * MAX_SEGMENTS.next_power_of_two() as u16;
 
 /// Size in bytes of `struct virtio_net_hdr` with `num_buffers`, which precedes every packet (5.1.6).
 pub(crate) const HEADER: usize = 12;
@@ -197,7 +197,7 @@ impl Device {
     }
 
     fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
-        let features = transport.negotiate(options, &MOST)?;
+        let features = transport.negotiate(options, &MAX_CONFIG)?;
         let longest = if features.contains(Features::LONG) { MAX_FRAME } else { STANDARD_FRAME };
         let max_frame = longest.min(transport.longest_frame().unwrap_or(longest)).max(STANDARD_FRAME);
         // An invalid number of pairs is an error only for a start that requests several.
@@ -351,7 +351,7 @@ impl Nic for Device {
             offloads: self.features.offloads(),
             ..self.capabilities()
         };
-        if let Some(why) = config.unfit(&now) {
+        if let Some(why) = config.unsupported_reason(&now) {
             let error = self.refuse(ErrorKind::Usage, &why);
             return Err(match config.rx_queues.max(config.tx_queues) > most {
                 true => error.with_hint(
@@ -370,9 +370,12 @@ impl Nic for Device {
             tx_descriptors: self.transport.queue_size(TX_QUEUE, config.tx_descriptors)?,
             ..*config
         };
-        if config.is_scattered() && config.rx_descriptors.min(config.tx_descriptors) < FEWEST_FOR_LONG {
-            let why =
-                format!("frames of several buffers need rings of at least {FEWEST_FOR_LONG} descriptors");
+        if config.is_scattered()
+            && config.rx_descriptors.min(config.tx_descriptors) < MIN_RING_FOR_LONG_FRAMES
+        {
+            let why = format!(
+                "frames of several buffers need rings of at least {MIN_RING_FOR_LONG_FRAMES} descriptors"
+            );
             return Err(self
                 .refuse(ErrorKind::Usage, &why)
                 .with_hint("give it longer rings: queue_size=256 of a --vdev"));

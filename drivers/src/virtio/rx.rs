@@ -9,7 +9,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use super::HEADER;
 use super::checksum::is_sound;
 use super::features::Features;
-use super::split::{DESC_WRITE, Lie, Virtqueue, shape};
+use super::split::{DESC_WRITE, Violation, Virtqueue, shape};
 use crate::counters::QueueCounters;
 use crate::port::{RxBurst, STANDARD_FRAME};
 
@@ -33,14 +33,14 @@ pub struct RxQueue {
     pub(super) checksums: bool,
     /// Whether completions bypass the fast path: headers are read for checksums, or the queue is within a
     /// batch. A single field, so that a poll makes one test.
-    aside: bool,
+    is_slow: bool,
     pub(super) in_order: bool,
     /// Refill threshold: number of descriptors that the device lacks when they are offered again.
     refill_threshold: usize,
     /// Tail position at which the ring has room for `refill_threshold` descriptors.
     refill_at: usize,
     /// Position after the invalid completion that ended the use of the queue.
-    behind_lie: Option<u16>,
+    after_violation: Option<u16>,
     /// Maximum number of buffers per frame: 1, unless the port was started for long frames.
     pub(super) segments: usize,
     /// Maximum length of a frame in bytes.
@@ -61,11 +61,11 @@ impl RxQueue {
         Self {
             mergeable: features.contains(Features::MRG_RXBUF),
             checksums,
-            aside: checksums,
+            is_slow: checksums,
             in_order: features.contains(Features::IN_ORDER),
             refill_threshold,
             refill_at: queue.ring.tail_with_room(refill_threshold),
-            behind_lie: None,
+            after_violation: None,
             segments: if longest > STANDARD_FRAME { MAX_SEGMENTS } else { 1 },
             longest,
             queue,
@@ -82,7 +82,7 @@ impl RxQueue {
 
     /// Number of buffers that the device has filled and the application has not received.
     pub(super) fn unread(&self) -> u16 {
-        self.queue.untaken(self.behind_lie.unwrap_or(self.queue.last_used))
+        self.queue.pending_from(self.after_violation.unwrap_or(self.queue.last_used))
     }
 
     /// Returns the buffers to their pools. Call only after a reset of the device.
@@ -128,7 +128,7 @@ impl RxQueue {
     #[inline(always)]
     fn receive_one(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> bool {
         let (queue, mergeable) = (&mut self.queue, self.mergeable);
-        if self.aside {
+        if self.is_slow {
             return false;
         }
         dma_rmb();
@@ -163,9 +163,9 @@ impl RxQueue {
     ) {
         let queue = &mut self.queue;
         let pending = used_idx.wrapping_sub(queue.last_used);
-        let aside = if CHECKSUMS { queue.in_batch } else { self.aside };
-        if pending > queue.in_flight() || aside {
-            return self.receive_aside::<CHECKSUMS>(used_idx, cache, burst);
+        let is_slow = if CHECKSUMS { queue.in_batch } else { self.is_slow };
+        if pending > queue.in_flight() || is_slow {
+            return self.receive_slow::<CHECKSUMS>(used_idx, cache, burst);
         }
         dma_rmb();
         let (received, bytes) =
@@ -184,7 +184,7 @@ impl RxQueue {
     /// Takes the completions that [`RxQueue::receive`] does not.
     #[cold]
     #[inline(never)]
-    fn receive_aside<const CHECKSUMS: bool>(
+    fn receive_slow<const CHECKSUMS: bool>(
         &mut self,
         used_idx: u16,
         cache: &mut PoolCache,
@@ -205,11 +205,11 @@ impl RxQueue {
             return;
         }
         let completed = self.try_receive_any(used_idx, cache, burst);
-        if completed.is_err_and(|lie| lie != Lie::UsedIndex) {
-            self.behind_lie = Some(self.queue.last_used);
+        if completed.is_err_and(|violation| violation != Violation::UsedIndex) {
+            self.after_violation = Some(self.queue.last_used);
         }
         self.queue.settle(completed);
-        self.aside = self.checksums || self.queue.in_batch;
+        self.is_slow = self.checksums || self.queue.in_batch;
         // The position changes when `settle` closes the ring of a misbehaving device.
         self.refill_at = self.queue.ring.tail_with_room(self.refill_threshold);
     }
@@ -219,7 +219,7 @@ impl RxQueue {
         used_idx: u16,
         cache: &mut PoolCache,
         burst: &mut Burst,
-    ) -> std::result::Result<(), Lie> {
+    ) -> std::result::Result<(), Violation> {
         self.queue.check_used(used_idx)?;
         dma_rmb();
         // A frame is never split over two bursts; an empty burst has room for any frame.

@@ -36,7 +36,7 @@ const USED_NO_NOTIFY: u16 = 1;
 
 /// Device behavior that contradicts the driver's record of the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lie {
+pub(super) enum Violation {
     /// `used.idx` counts more completions than there are descriptors with the device.
     UsedIndex,
     /// `id` names no descriptor of the queue.
@@ -49,7 +49,7 @@ pub(super) enum Lie {
     NumBuffers,
 }
 
-impl Lie {
+impl Violation {
     fn reason(self) -> &'static str {
         match self {
             Self::UsedIndex => "used.idx is ahead of the buffers that the device owns",
@@ -229,19 +229,19 @@ impl Virtqueue {
         (self.offered, self.last_used) = (0, 0);
         self.is_broken = false;
         (self.index, self.event_idx, self.kick) = (index, event_idx, Kick::None);
-        self.ask_for_no_interrupt();
+        self.suppress_interrupts();
     }
 
     /// Suppresses interrupts. The device interrupts when the used index passes `used_event`. The driver
     /// places that word one behind the last used index, so that the used index reaches it only after 2^16
     /// completions, and moves it every [`USED_EVENT_STRIDE`].
     #[inline(always)]
-    fn ask_for_no_interrupt(&self) {
+    fn suppress_interrupts(&self) {
         self.used_event.store::<0>(0, self.last_used.wrapping_sub(1));
     }
 
     /// Makes every slot of the avail ring name the first descriptor, for chains as long as the table.
-    pub(super) fn name_first(&mut self) {
+    pub(super) fn point_all_at_first(&mut self) {
         self.rare.avail.fill(0);
     }
 
@@ -291,9 +291,9 @@ impl Virtqueue {
 
     /// Number of completions from position `next` on that are not processed yet; 0 if the used index is
     /// impossible.
-    pub(super) fn untaken(&self, next: u16) -> u16 {
-        let untaken = self.used_idx().wrapping_sub(next);
-        if untaken > self.offered.wrapping_sub(next) { 0 } else { untaken }
+    pub(super) fn pending_from(&self, next: u16) -> u16 {
+        let pending_from = self.used_idx().wrapping_sub(next);
+        if pending_from > self.offered.wrapping_sub(next) { 0 } else { pending_from }
     }
 
     /// Offers the descriptors up to position `new`, and rings if the device requests it.
@@ -307,7 +307,7 @@ impl Virtqueue {
         full_mb();
         let wanted = if self.event_idx {
             if (old ^ new) & !(USED_EVENT_STRIDE - 1) != 0 {
-                self.ask_for_no_interrupt();
+                self.suppress_interrupts();
             }
             need_event(self.avail_event.load::<0>(0), old, new)
         } else {
@@ -356,7 +356,7 @@ impl Virtqueue {
     pub(super) fn complete(
         &mut self,
         len: std::ops::RangeInclusive<u32>,
-    ) -> std::result::Result<(Packet, usize), Lie> {
+    ) -> std::result::Result<(Packet, usize), Violation> {
         let position = self.last_used;
         self.last_used = position.wrapping_add(1);
         let (id, used) = match self.rare.batch {
@@ -368,12 +368,12 @@ impl Virtqueue {
             Some(batch) => (u32::from(position & (self.size() - 1)), batch.whole),
         };
         if id >= u32::from(self.size()) {
-            return Err(Lie::Id);
+            return Err(Violation::Id);
         }
         if !len.contains(&used) {
-            return Err(Lie::Length);
+            return Err(Violation::Length);
         }
-        let packet = self.ring.take_at(id as usize).ok_or(Lie::NotInFlight)?;
+        let packet = self.ring.take_at(id as usize).ok_or(Violation::NotInFlight)?;
         Ok((packet, used as usize))
     }
 
@@ -400,17 +400,21 @@ impl Virtqueue {
     }
 
     /// Checks that `used_idx` counts no more completions than there are descriptors in flight.
-    pub(super) fn check_used(&self, used_idx: u16) -> std::result::Result<(), Lie> {
-        if used_idx.wrapping_sub(self.last_used) > self.in_flight() { Err(Lie::UsedIndex) } else { Ok(()) }
+    pub(super) fn check_used(&self, used_idx: u16) -> std::result::Result<(), Violation> {
+        if used_idx.wrapping_sub(self.last_used) > self.in_flight() {
+            Err(Violation::UsedIndex)
+        } else {
+            Ok(())
+        }
     }
 
     /// Ends the use of the queue if the device misbehaved.
     ///
     /// An ended queue has nothing in flight and no room, so that the packet path finds nothing to do without
     /// a test of its own. Its buffers stay until the reset because the device may still write to them.
-    pub(super) fn settle(&mut self, completed: std::result::Result<(), Lie>) {
-        if let Err(lie) = completed {
-            self.give_up(lie.reason());
+    pub(super) fn settle(&mut self, completed: std::result::Result<(), Violation>) {
+        if let Err(violation) = completed {
+            self.give_up(violation.reason());
             self.last_used = self.offered;
             self.ring.close();
         }

@@ -8,7 +8,7 @@ use super::HEADER;
 use super::chains::Chains;
 use super::checksum::ask;
 use super::features::Features;
-use super::split::{Lie, Virtqueue};
+use super::split::{Violation, Virtqueue};
 use crate::counters::QueueCounters;
 use crate::port::{Offloads, TxBurst, Watchdog};
 
@@ -35,7 +35,7 @@ pub struct TxQueue {
     /// Whether the device writes the header of each frame that it receives (5.1.6.4).
     pub(super) mergeable: bool,
     /// Number of free descriptors below which buffers are reclaimed. `usize::MAX` if packets need more than
-    /// one buffer with a blank header; [`TxQueue::send_aside`] then sends them.
+    /// one buffer with a blank header; [`TxQueue::send_slow`] then sends them.
     reclaim_below: usize,
     /// Present if the device is hardware.
     watchdog: Option<Watchdog>,
@@ -80,7 +80,7 @@ impl TxQueue {
 
     /// Number of packets that the device was given and has not completed.
     pub(super) fn unfinished(&self) -> usize {
-        self.queue.ring.owned().saturating_sub(self.queue.untaken(self.queue.last_used).into())
+        self.queue.ring.owned().saturating_sub(self.queue.pending_from(self.queue.last_used).into())
     }
 
     /// Returns the buffers to their pools. Call only after a reset of the device.
@@ -143,7 +143,7 @@ impl TxQueue {
     /// Sends packets that have segments or need checksums.
     #[cold]
     #[inline(never)]
-    fn send_aside(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+    fn send_slow(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         if self.chains.is_some() { self.send_frames(cache, burst) } else { self.send_checksums(cache, burst) }
     }
 
@@ -185,7 +185,11 @@ impl TxQueue {
         self.queue.settle(completed);
     }
 
-    fn try_reclaim_any(&mut self, used_idx: u16, cache: &mut PoolCache) -> std::result::Result<(), Lie> {
+    fn try_reclaim_any(
+        &mut self,
+        used_idx: u16,
+        cache: &mut PoolCache,
+    ) -> std::result::Result<(), Violation> {
         self.queue.check_used(used_idx)?;
         dma_rmb();
         while self.queue.last_used != used_idx {
@@ -205,7 +209,7 @@ impl TxBurst for TxQueue {
             // A separate field would cost the loop below two instructions per packet through its register
             // allocation.
             if self.reclaim_below == usize::MAX {
-                return self.send_aside(cache, burst);
+                return self.send_slow(cache, burst);
             }
             self.reclaim(cache);
         }

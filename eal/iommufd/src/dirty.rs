@@ -94,12 +94,12 @@ pub const fn bitmap_words(len: u64, page_size: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, read};
+    use crate::kernel::{mock_kernel, read};
     use crate::{DeviceId, HwptFlags, HwptOptions};
 
     #[test]
     fn the_kernel_gets_a_bit_for_each_page() {
-        let iommufd = answers(|name, bytes| {
+        let iommufd = mock_kernel(|name, bytes| {
             match name {
                 "IOMMU_HWPT_SET_DIRTY_TRACKING" => {
                     assert_eq!(read::<sys::iommu_hwpt_set_dirty_tracking>(bytes).flags, 1);

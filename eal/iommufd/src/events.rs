@@ -124,7 +124,7 @@ fn events(mut bytes: &[u8], len: usize) -> Option<Vec<Event>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, is_closed, read, write};
+    use crate::kernel::{is_closed, mock_kernel, read, write};
     use crate::{DeviceId, HwptOptions, ViommuType};
     use std::io::Write;
     use std::os::fd::IntoRawFd;
@@ -151,7 +151,7 @@ mod tests {
         let (ours, mut kernel) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let (mut ours, other_end) = (Some(ours), kernel.try_clone().unwrap());
-        let iommufd = answers(move |name, bytes| {
+        let iommufd = mock_kernel(move |name, bytes| {
             if name == "IOMMU_VEVENTQ_ALLOC" {
                 let mut alloc: sys::iommu_veventq_alloc = read(bytes);
                 assert_eq!((alloc.size, alloc.type_, alloc.veventq_depth), (32, 2, 128));

@@ -164,7 +164,7 @@ fn groups(bytes: &[u8]) -> Vec<FaultGroup> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, is_closed, read, write};
+    use crate::kernel::{is_closed, mock_kernel, read, write};
     use crate::{HwptFlags, HwptOptions};
     use std::cell::RefCell;
     use std::io::{Read, Write};
@@ -179,7 +179,7 @@ mod tests {
         let (mut ours, other_end) = (Some(ours), kernels.try_clone().unwrap());
         let log = Rc::<RefCell<Vec<String>>>::default();
         let seen = Rc::clone(&log);
-        let iommufd = answers(move |name, bytes| {
+        let iommufd = mock_kernel(move |name, bytes| {
             match name {
                 "IOMMU_FAULT_QUEUE_ALLOC" => {
                     let out_fault_fd = ours.take().unwrap().into_raw_fd() as u32;

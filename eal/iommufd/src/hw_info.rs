@@ -85,11 +85,11 @@ impl HwInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, read, write};
+    use crate::kernel::{mock_kernel, read, write};
 
     #[test]
     fn properties_are_read_however_long_they_are() {
-        let iommufd = answers(|name, bytes| {
+        let iommufd = mock_kernel(|name, bytes| {
             assert_eq!(name, "IOMMU_GET_HW_INFO");
             let mut info: sys::iommu_hw_info = read(bytes);
             // SAFETY: both fields of the union are a `u32`.

@@ -215,7 +215,7 @@ pub(crate) fn length(len: usize, operation: Operation) -> Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, read, write};
+    use crate::kernel::{mock_kernel, read, write};
     use nix::errno::Errno;
     use std::cell::RefCell;
     use std::rc::Rc;
@@ -230,7 +230,7 @@ mod tests {
     fn a_nested_table_is_destroyed_before_its_parent() {
         let log = Rc::<RefCell<Vec<String>>>::default();
         let seen = Rc::clone(&log);
-        let iommufd = answers(move |name, bytes| {
+        let iommufd = mock_kernel(move |name, bytes| {
             seen.borrow_mut().push(match name {
                 "IOMMU_HWPT_ALLOC" => {
                     let mut alloc: sys::iommu_hwpt_alloc = read(bytes);
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn an_invalidation_tells_how_far_it_came() {
-        let iommufd = answers(|name, bytes| {
+        let iommufd = mock_kernel(|name, bytes| {
             if name != "IOMMU_HWPT_INVALIDATE" {
                 return Ok(());
             }

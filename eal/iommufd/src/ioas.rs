@@ -305,7 +305,7 @@ impl Ioas {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, read, write};
+    use crate::kernel::{mock_kernel, read, write};
     use std::cell::{Cell, RefCell};
     use std::os::fd::AsFd;
     use std::rc::Rc;
@@ -331,7 +331,7 @@ mod tests {
     fn plain() -> (Iommufd, Rc<RefCell<Vec<String>>>) {
         let (log, mut id) = (Rc::<RefCell<Vec<String>>>::default(), 0);
         let seen = Rc::clone(&log);
-        let iommufd = answers(move |name, bytes| {
+        let iommufd = mock_kernel(move |name, bytes| {
             let asked = match name {
                 "IOMMU_IOAS_ALLOC" => {
                     id += 1;
@@ -436,7 +436,7 @@ mod tests {
     fn what_could_not_be_unmapped_keeps_its_memory() {
         let (refuse, dropped) = (Rc::new(Cell::new(true)), Cell::new(0));
         let refuses = Rc::clone(&refuse);
-        let iommufd = answers(move |name, _| match name {
+        let iommufd = mock_kernel(move |name, _| match name {
             "IOMMU_IOAS_UNMAP" if refuses.get() => Err(Errno::EBUSY),
             _ => Ok(()),
         });
@@ -460,7 +460,7 @@ mod tests {
     #[test]
     fn ranges_are_read_however_many_there_are() {
         let all = [(0, 0xfedf_ffff), (0xfef0_0000, (1 << 39) - 1)];
-        let iommufd = answers(move |name, bytes| {
+        let iommufd = mock_kernel(move |name, bytes| {
             if name != "IOMMU_IOAS_IOVA_RANGES" {
                 return Ok(());
             }
@@ -486,7 +486,7 @@ mod tests {
 
     #[test]
     fn allowed_ranges_and_the_option_reach_the_kernel() {
-        let iommufd = answers(|name, bytes| {
+        let iommufd = mock_kernel(|name, bytes| {
             match name {
                 "IOMMU_IOAS_ALLOW_IOVAS" => {
                     let allow: sys::iommu_ioas_allow_iovas = read(bytes);

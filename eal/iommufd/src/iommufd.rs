@@ -275,7 +275,7 @@ fn is_same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, read, write};
+    use crate::kernel::{mock_kernel, read, write};
     use std::fs::File;
 
     #[test]
@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn options_are_set_and_read_by_their_numbers() {
         let mut value = 0;
-        let iommufd = answers(move |name, bytes| {
+        let iommufd = mock_kernel(move |name, bytes| {
             let mut option: sys::iommu_option = read(bytes);
             assert_eq!((name, option.size, option.option_id, option.object_id), ("IOMMU_OPTION", 24, 0, 0));
             match option.op {
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn the_address_space_of_containers_is_read_set_and_cleared() {
-        let iommufd = answers(|name, bytes| {
+        let iommufd = mock_kernel(|name, bytes| {
             if name == "IOMMU_IOAS_CHANGE_PROCESS" {
                 return Err(Errno::EINVAL);
             }

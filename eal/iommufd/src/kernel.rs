@@ -18,7 +18,9 @@ thread_local! {
 }
 
 /// Returns a descriptor, and passes the name and argument of each ioctl of this thread to `answer`.
-pub(crate) fn answers(answer: impl FnMut(&'static str, &mut [u8]) -> nix::Result<()> + 'static) -> Iommufd {
+pub(crate) fn mock_kernel(
+    answer: impl FnMut(&'static str, &mut [u8]) -> nix::Result<()> + 'static,
+) -> Iommufd {
     KERNEL.set(Some(Box::new(answer)));
     let null = File::open("/dev/null").unwrap();
     // SAFETY: no ioctl of this thread reaches the descriptor, and the null device has no ioctls.

@@ -143,12 +143,12 @@ impl<K> Drop for Mapping<K> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, read, write};
+    use crate::kernel::{mock_kernel, read, write};
     use nix::errno::Errno;
 
     /// Returns a mapping of 4 KiB pages that start at 0x8000_0000, with a hole after the fourth page.
     fn mapping() -> Mapping {
-        let iommufd = answers(|name, bytes| {
+        let iommufd = mock_kernel(|name, bytes| {
             if name == "IOMMU_IOAS_NOIOMMU_GET_PA" {
                 let mut query: sys::iommu_ioas_noiommu_get_pa = read(bytes);
                 assert_eq!((query.size, query.flags, query.ioas_id), (40, 0, 0));
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_count_of_unmapped_bytes_that_is_wrong_is_an_error() {
-        let iommufd = answers(|name, bytes| {
+        let iommufd = mock_kernel(|name, bytes| {
             if name == "IOMMU_IOAS_UNMAP" {
                 let unmap: sys::iommu_ioas_unmap = read(bytes);
                 write(bytes, &sys::iommu_ioas_unmap { length: 1, ..unmap });

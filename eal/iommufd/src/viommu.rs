@@ -176,7 +176,7 @@ impl HwQueue {
 mod tests {
     use super::*;
     use crate::HwptFlags;
-    use crate::kernel::{answers, read, write};
+    use crate::kernel::{mock_kernel, read, write};
     use std::cell::RefCell;
     use std::rc::Rc;
 
@@ -184,7 +184,7 @@ mod tests {
     fn what_belongs_to_a_virtual_iommu_keeps_it() {
         let log = Rc::<RefCell<Vec<String>>>::default();
         let (seen, mut id) = (Rc::clone(&log), 10);
-        let iommufd = answers(move |name, bytes| {
+        let iommufd = mock_kernel(move |name, bytes| {
             id += 1;
             seen.borrow_mut().push(match name {
                 "IOMMU_HWPT_ALLOC" => {

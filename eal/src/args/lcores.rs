@@ -141,14 +141,14 @@ fn check(cores: BTreeMap<usize, BTreeSet<usize>>, allowed: &[usize]) -> Read<Vec
         return Err("it selects no core".into());
     }
     if let Some(cpu) = cores.values().flatten().find(|cpu| !allowed.contains(cpu)) {
-        return Err(why_not(*cpu));
+        return Err(unavailable_reason(*cpu));
     }
     let spec =
         |(id, cpus): (usize, BTreeSet<usize>)| LcoreSpec { id: id as u32, cpus: cpus.into_iter().collect() };
     Ok(cores.into_iter().map(spec).collect())
 }
 
-fn why_not(cpu: usize) -> String {
+fn unavailable_reason(cpu: usize) -> String {
     let dir = Path::new("/sys/devices/system/cpu").join(format!("cpu{cpu}"));
     if !dir.exists() {
         format!("core {cpu} does not exist")

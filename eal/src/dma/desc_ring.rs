@@ -3,7 +3,7 @@
 use std::ptr::NonNull;
 
 use super::packet::{Burst, DATA_ROOM, Packet};
-use super::pool::{MAX_FREE, PoolCache, send_home};
+use super::pool::{MAX_FREE, PoolCache, return_to_owner};
 use super::ring::{DmaRing, RingView};
 
 mod fill;
@@ -282,7 +282,7 @@ impl DescRing {
                 if cache.fresh_bits() == self.fresh_bits {
                     cache.free_slots(slots);
                 } else {
-                    send_home(Packet::tag_in(self.fresh_bits), slots);
+                    return_to_owner(Packet::tag_in(self.fresh_bits), slots);
                 }
             }
         }

@@ -9,7 +9,7 @@ use super::part::{Part, layout};
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
 use crate::mem::Region;
-use crate::vfio::{AddressSpace, Mapping};
+use crate::vfio::{AddressSpace, DmaMapping};
 
 /// The set of regions that a program's devices can access: its [`Segment`]s.
 ///
@@ -28,7 +28,7 @@ pub struct MemoryMap {
 /// The fields drop in this order: the mappings end before the pages return to the kernel.
 #[derive(Debug)]
 pub struct Segment {
-    _mappings: Vec<Mapping>,
+    _mappings: Vec<DmaMapping>,
     region: Arc<Region>,
     translation: Translation,
 }
@@ -102,7 +102,7 @@ impl MemoryMap {
     }
 
     /// Creates a map for devices of this process, which have no address space.
-    pub fn nowhere() -> Arc<Self> {
+    pub fn without_spaces() -> Arc<Self> {
         Arc::new(Self { spaces: Vec::new(), physical: false, segments: Mutex::default() })
     }
 
@@ -159,7 +159,7 @@ impl MemoryMap {
             let layout = layout(&parts, region.len())?;
             let region = Arc::new(region);
             let (mappings, translation) = match self.physical {
-                true => self.find_physical(&region)?,
+                true => self.pin_physical(&region)?,
                 false => (map_parts(&region, iova, &parts, &layout)?, Translation::linear(iova)),
             };
             let segment = Arc::new(Segment { _mappings: mappings, region, translation });
@@ -214,9 +214,9 @@ impl MemoryMap {
     }
 
     /// Pins `region` for devices without an IOMMU and looks up the addresses of its pages.
-    fn find_physical(&self, region: &Arc<Region>) -> Result<(Vec<Mapping>, Translation)> {
+    fn pin_physical(&self, region: &Arc<Region>) -> Result<(Vec<DmaMapping>, Translation)> {
         let mappings =
-            self.spaces.iter().map(|space| space.map(region, None)).collect::<Result<Vec<Mapping>>>()?;
+            self.spaces.iter().map(|space| space.map(region, None)).collect::<Result<Vec<DmaMapping>>>()?;
         let mut addresses = Vec::new();
         for mapping in &mappings {
             addresses = mapping.physical_addresses()?.unwrap_or(addresses);
@@ -261,7 +261,7 @@ fn map_parts(
     iova: u64,
     parts: &[Part],
     layout: &[[Range<usize>; 2]],
-) -> Result<Vec<Mapping>> {
+) -> Result<Vec<DmaMapping>> {
     let mut mappings = Vec::new();
     for (part, [read_write, read_only]) in parts.iter().zip(layout) {
         for (bytes, access) in [(read_write, Access::ReadWrite), (read_only, Access::Read)] {
@@ -278,7 +278,7 @@ fn map_everywhere(
     iova: u64,
     access: Access,
     spaces: &[Arc<AddressSpace>],
-    mappings: &mut Vec<Mapping>,
+    mappings: &mut Vec<DmaMapping>,
 ) -> Result<()> {
     if bytes.is_empty() {
         return Ok(());
@@ -348,7 +348,7 @@ mod tests {
 
     #[test]
     fn each_segment_has_addresses_of_its_own_and_stays_with_the_others() {
-        let map = MemoryMap::nowhere();
+        let map = MemoryMap::without_spaces();
         let add = |pages| map.add(region(pages), &[Part::default()]).unwrap().swap_remove(0);
         let [first, second, third] = [add(1), add(600), add(1)];
         let place = |number: u64| (4 << 30) + number * (2 << 20);
@@ -367,7 +367,7 @@ mod tests {
         let page = page_size();
         let parts = [(None, page), (None, 3 * page), (None, page)];
         let regions = Region::adjoining(&parts, Backing::SmallPages, Placement::Preferred).unwrap();
-        let map = MemoryMap::nowhere();
+        let map = MemoryMap::without_spaces();
         let regions = regions.into_iter().map(|region| (region, vec![Part::default()]));
         map.add_all(regions.collect()).unwrap();
         map.add(region(1), &[Part::default()]).unwrap();
@@ -378,7 +378,7 @@ mod tests {
 
     #[test]
     fn a_region_that_is_added_is_refused_where_it_is_too_small_and_leaves_nothing() {
-        let map = MemoryMap::nowhere();
+        let map = MemoryMap::without_spaces();
         let part = Part { read_write: 2 * page_size(), ..Part::default() };
         assert_eq!(map.add(region(1), &[part]).unwrap_err().kind(), ErrorKind::Os);
         assert!(map.segments().is_empty());
@@ -386,7 +386,7 @@ mod tests {
 
     #[test]
     fn without_an_iommu_pages_stay_until_the_devices_are_closed() {
-        let space = Arc::new(AddressSpace::nowhere());
+        let space = Arc::new(AddressSpace::for_tests());
         let memory = Region::new(2 << 20, Backing::HugeMemfd)
             .and_then(|region| DmaMemory::map(region, &[Arc::clone(&space)]));
         let memory = match memory {

@@ -64,7 +64,7 @@ impl DmaMemory {
     /// # Panics
     /// Same as [`MemoryMap::add_at`].
     pub fn with_addresses(region: Region, page_size: usize, addresses: &[u64]) -> Arc<Self> {
-        MemoryMap::nowhere().add_at(region, page_size, addresses)
+        MemoryMap::without_spaces().add_at(region, page_size, addresses)
     }
 
     /// All of `segment`, which is in `map`.
@@ -218,7 +218,7 @@ mod tests {
     fn without_an_iommu_parts_are_one_memory() {
         let region = Region::new(8 * 4096, Backing::SmallPages).unwrap();
         let part = Part { read_write: 4096, read_only: 4096, ..Part::default() };
-        let parts = MemoryMap::nowhere().add(region, &[part.clone(), part]).unwrap();
+        let parts = MemoryMap::without_spaces().add(region, &[part.clone(), part]).unwrap();
         assert!(Arc::ptr_eq(&parts[0], &parts[1]));
         assert_eq!(parts[1].allocate(8, 8, Access::Read).unwrap(), 0);
         assert_eq!(parts[0].allocate(8, 8, Access::ReadWrite).unwrap(), 8);

@@ -26,7 +26,7 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use self::mapping::Mapping;
+use self::mapping::PeerMapping;
 use crate::error::{Error, ErrorKind, Result};
 pub use event::PeerEvent;
 pub use log::PeerLog;
@@ -59,7 +59,7 @@ struct Area {
     len: u64,
     /// First byte, valid for `len` bytes while `mapping` lives.
     base: NonNull<u8>,
-    mapping: Arc<Mapping>,
+    mapping: Arc<PeerMapping>,
 }
 
 impl Area {
@@ -68,7 +68,7 @@ impl Area {
         if wraps(region.guest) || wraps(region.user) {
             return Err(PeerMemory::refused("the addresses of a region wrap around"));
         }
-        let (mapping, base) = Mapping::shared(&region.fd, region.offset, region.len)?;
+        let (mapping, base) = PeerMapping::shared(&region.fd, region.offset, region.len)?;
         let (guest, user, len) = (region.guest, region.user, region.len);
         Ok(Self { guest, user, len, base, mapping: Arc::new(mapping) })
     }
@@ -111,7 +111,7 @@ impl PeerMemory {
     /// Creates memory with one anonymous region of `len` bytes at address 0. Miri cannot map files.
     #[cfg(test)]
     pub(super) fn anonymous(len: u64) -> Arc<Self> {
-        let (mapping, base) = Mapping::anonymous(len);
+        let (mapping, base) = PeerMapping::anonymous(len);
         Self::of(vec![Area { guest: 0, user: 0, len, base, mapping: Arc::new(mapping) }], Box::default())
             .unwrap()
     }

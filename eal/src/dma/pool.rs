@@ -11,21 +11,21 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
+mod addresses;
 mod cache;
 mod free;
 #[cfg(all(test, loom))]
 mod models;
-mod place;
 mod tag;
 #[cfg(test)]
 mod tests;
 
+pub(super) use addresses::Buffers;
 pub(super) use cache::MAX_FREE;
 pub use cache::PoolCache;
 use free::{Chunk, FreeList};
-pub(super) use place::Buffers;
 use tag::Tag;
-pub(super) use tag::send_home;
+pub(super) use tag::return_to_owner;
 
 /// Number of buffers that move between the pool and a cache at a time.
 const CHUNK: usize = 32;
@@ -44,7 +44,7 @@ pub struct Pool {
     tag: Tag,
     /// Number of buffers on all nodes.
     count: u32,
-    /// See [`place::bases`].
+    /// See [`addresses::bases`].
     bases: Box<[u64]>,
     /// At least one, by ascending pool offset. The first begins at pool offset 0.
     nodes: Box<[NodeBuffers]>,
@@ -140,7 +140,7 @@ impl Pool {
         let pool = Arc::new(Self {
             tag: Tag::take()?,
             count: sum,
-            bases: place::bases(&nodes),
+            bases: addresses::bases(&nodes),
             nodes: nodes.into(),
             warn_from: AtomicU64::new(0),
         });

@@ -12,8 +12,8 @@ fn a_stop_is_not_lost_between_calls() {
         let caller = stop.clone();
         let caller = thread::spawn(move || {
             for _ in 0..2 {
-                caller.call();
-                caller.dismiss();
+                caller.interrupt();
+                caller.resume();
             }
         });
         stop.set();
@@ -26,13 +26,13 @@ fn a_stop_is_not_lost_between_calls() {
 fn the_first_signal_is_told_from_the_second() {
     model(None, || {
         let stop = StopFlag::new();
-        stop.call();
+        stop.interrupt();
         let signals = [SIGINT, SIGTERM].map(|signal| {
             let stop = stop.clone();
             thread::spawn(move || stop.signalled(signal))
         });
         stop.set();
-        stop.dismiss();
+        stop.resume();
         assert!(stop.is_set());
         let mut second = signals.map(|signal| signal.join().unwrap());
         second.sort_unstable();

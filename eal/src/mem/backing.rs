@@ -114,12 +114,12 @@ fn check_mount(file: &File, dir: &Path, len: usize, page_size: usize) -> Result<
     }
     let why = format!("{} pages are needed and the mount has {free} of {total} free", len / page_size);
     let wanted = total.saturating_sub(free) as usize + len / page_size;
-    Err(Error::new(ErrorKind::Io, what(), why).with_hint(mount_again(dir, wanted, page_size)))
+    Err(Error::new(ErrorKind::Io, what(), why).with_hint(remount_hint(dir, wanted, page_size)))
 }
 
 /// Command that mounts `dir` again with room for `pages`. The size of a mount cannot change: hugetlbfs
 /// accepts `-o remount` and does nothing.
-fn mount_again(dir: &Path, pages: usize, page_size: usize) -> String {
+fn remount_hint(dir: &Path, pages: usize, page_size: usize) -> String {
     let (dir, page) = (dir.display(), page_size >> 10);
     let size = pages.saturating_mul(page);
     format!(
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn a_full_mount_is_made_again_with_room_for_both() {
         assert_eq!(
-            mount_again(Path::new("/mnt/huge"), 11, 2 << 20),
+            remount_hint(Path::new("/mnt/huge"), 11, 2 << 20),
             "run: umount /mnt/huge && mount -t hugetlbfs -o pagesize=2048K,size=22528K none /mnt/huge; \
              or leave --huge-dir out: no mount is needed"
         );

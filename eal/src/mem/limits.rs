@@ -141,13 +141,13 @@ fn mount<'a>(line: &'a str, version: &Version) -> Option<(&'a str, &'a str)> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut filesystem = filesystem.split(' ');
     let (kind, options) = (filesystem.next()?, filesystem.nth(1)?);
-    let is_it = if version.limit == V2.limit {
+    let is_match = if version.limit == V2.limit {
         kind == "cgroup2"
     } else {
         kind == "cgroup" && options.split(',').any(|option| option == "memory")
     };
     let mut fields = mount.split(' ').skip(3);
-    is_it.then(|| Some((fields.next()?, fields.next()?))).flatten()
+    is_match.then(|| Some((fields.next()?, fields.next()?))).flatten()
 }
 
 #[cfg(test)]

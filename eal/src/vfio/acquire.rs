@@ -111,7 +111,7 @@ impl Vfio {
             explicit => (explicit, "as requested".to_owned()),
         };
         match self.acquire_in(device, chosen, why) {
-            Err(Refusal { error, container_may: true })
+            Err(Refusal { error, retry_in_container: true })
                 if mode == VfioMode::Auto && self.group_path(device, VfioMode::Container).is_ok() =>
             {
                 let why = format!("auto: cdev is not possible: {}", error.why());
@@ -343,7 +343,7 @@ impl Vfio {
 
 /// Returns the space if it exists and devices can still be added to it.
 fn usable(space: &Weak<AddressSpace>) -> Option<Arc<AddressSpace>> {
-    space.upgrade().filter(|space| !space.is_abandoned())
+    space.upgrade().filter(|space| !space.has_no_groups())
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -366,12 +366,12 @@ pub(super) fn cdev_name(device: &BusDevice) -> Option<String> {
 pub(super) struct Refusal {
     pub(super) error: Error,
     /// Whether mode `container` may work where `cdev` does not.
-    pub(super) container_may: bool,
+    pub(super) retry_in_container: bool,
 }
 
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
-        Self { error, container_may: false }
+        Self { error, retry_in_container: false }
     }
 }
 

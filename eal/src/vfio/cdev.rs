@@ -92,9 +92,9 @@ impl Vfio {
         let cdev = unsafe { Cdev::from_fd_unchecked(fd, &device.name) };
         let token = self.token_of(device).map(VfToken::bytes);
         cdev.bind(&iommufd, token.as_ref()).map_err(|refused| match refused {
-            vireo_vfio::Error::TokenUnknown { .. } => Refusal {
+            vireo_vfio::Error::TokenUnsupported { .. } => Refusal {
                 error: Error::from(refused).with_hint("use --vfio-mode container"),
-                container_may: true,
+                retry_in_container: true,
             },
             refused => diagnose::bind_cdev(refused.into(), device, &self.dev).into(),
         })?;
@@ -106,8 +106,8 @@ impl Vfio {
         check(&space)?;
         let id = space.ioas().map_or(0, |ioas| ioas.id());
         cdev.attach(id).map_err(|refused| {
-            let container_may = refused.errno() == Some(Errno::EINVAL);
-            Refusal { error: diagnose::attach(refused.into(), device), container_may }
+            let retry_in_container = refused.errno() == Some(Errno::EINVAL);
+            Refusal { error: diagnose::attach(refused.into(), device), retry_in_container }
         })?;
         Ok(Open { fd: cdev.into_fd(), held: Held { _group: None, space } })
     }

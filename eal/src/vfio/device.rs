@@ -164,7 +164,7 @@ impl ConfigSpace {
 /// Creates a file that stands in for a device's.
 #[cfg(test)]
 pub(crate) fn fake_file(file: File) -> Arc<vireo_vfio::DeviceFile<Held>> {
-    let held = Held { _group: None, space: Arc::new(AddressSpace::nowhere()) };
+    let held = Held { _group: None, space: Arc::new(AddressSpace::for_tests()) };
     // SAFETY: the file is only read and written.
     Arc::new(unsafe { vireo_vfio::DeviceFile::new(file.into(), held) })
 }

@@ -127,15 +127,15 @@ impl DeviceNodes {
     /// unknown, returns the path of `name` if it exists.
     pub(super) fn find(&self, dir: &Path, name: &str, number: Option<&str>) -> Option<PathBuf> {
         let udev = dir.join(name);
-        let is_it = |path: &PathBuf| {
+        let is_match = |path: &PathBuf| {
             fs::metadata(path).is_ok_and(|found| {
                 found.file_type().is_char_device() && number == Some(&*number_of(found.rdev()))
             })
         };
         match &self.0 {
-            Kind::Files if !is_it(&udev) => {
+            Kind::Files if !is_match(&udev) => {
                 let others = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-                others.into_iter().find(is_it)
+                others.into_iter().find(is_match)
             }
             _ => None,
         }

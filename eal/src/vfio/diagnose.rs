@@ -151,7 +151,7 @@ pub(super) fn bind_cdev(error: Error, device: &BusDevice, dev: &Path) -> Error {
 /// Explains why a device was refused by its group or by iommufd.
 pub(super) fn bind(error: Error, device: &BusDevice, dev: &Path) -> Error {
     match error.errno() {
-        Some(Errno::EPERM) => not_permitted(error, device, dev, may_look(), remaps_interrupts()),
+        Some(Errno::EPERM) => not_permitted(error, device, dev, sees_all_processes(), remaps_interrupts()),
         Some(Errno::EACCES) => error
             .because(if device.sysfs.join("physfn").exists() {
                 "it is a virtual function whose physical function uses a VFIO driver and requires its token"
@@ -251,7 +251,7 @@ pub(super) fn in_use(error: Error, paths: &[PathBuf]) -> Error {
             .because("in use by another process")
             .with_hint("find it: fuser -v /dev/vfio/* /dev/vfio/devices/*"),
         // The kernel returns EINVAL for a cdev that is already bound, but also for other mistakes.
-        None if error.errno() == Some(Errno::EINVAL) && !may_look() => error
+        None if error.errno() == Some(Errno::EINVAL) && !sees_all_processes() => error
             .because("most likely in use by a process of another user")
             .with_hint("as root, find it: fuser -v /dev/vfio/* /dev/vfio/devices/*")
             .with_kind(ErrorKind::Busy),
@@ -260,7 +260,7 @@ pub(super) fn in_use(error: Error, paths: &[PathBuf]) -> Error {
 }
 
 /// Returns whether the descriptors of all processes are visible.
-fn may_look() -> bool {
+fn sees_all_processes() -> bool {
     fs::read_dir("/proc/1/fd").is_ok()
 }
 

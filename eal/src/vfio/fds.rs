@@ -100,7 +100,7 @@ impl DeviceFds {
 }
 
 /// Maximum number of descriptors in one message (`SCM_MAX_FD` of the kernel).
-pub(super) const MOST: usize = 253;
+pub(super) const MAX_FDS: usize = 253;
 
 /// Receives a message of one byte, and all descriptors that came with it. The byte is `None` if the other end
 /// is closed.
@@ -109,7 +109,7 @@ pub(super) const MOST: usize = 253;
 /// some were not installed (`MSG_CTRUNC`), so they are read from its buffer.
 pub(super) fn receive(socket: &UnixStream, what: &str) -> Result<(Option<u8>, Vec<OwnedFd>)> {
     let mut byte = [0];
-    let mut control = nix::cmsg_space!([RawFd; MOST]);
+    let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
     let mut parts = [IoSliceMut::new(&mut byte)];
     let message =
         recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
@@ -119,7 +119,7 @@ pub(super) fn receive(socket: &UnixStream, what: &str) -> Result<(Option<u8>, Ve
     let fds = rights(&control).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
     if flags.contains(MsgFlags::MSG_CTRUNC) {
         return Err(Error::new(ErrorKind::Os, what, "the kernel could not install all of them")
-            .with_hint(rlimit::more_files(MOST as u64)));
+            .with_hint(rlimit::more_files(MAX_FDS as u64)));
     }
     Ok(((bytes == 1).then_some(byte[0]), fds))
 }
@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn descriptors_of_a_refused_message_are_closed() {
         let (here, there) = UnixStream::pair().unwrap();
-        for count in [1, 3, MOST] {
+        for count in [1, 3, MAX_FDS] {
             let (mut reader, writer) = UnixStream::pair().unwrap();
             let fds = vec![writer.as_raw_fd(); count];
             let control = [ControlMessage::ScmRights(&fds)];

@@ -9,7 +9,7 @@ use nix::libc;
 
 use super::acquire::lock;
 use super::device_nodes::node_name;
-use super::fds::MOST;
+use super::fds::MAX_FDS;
 use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -25,7 +25,7 @@ static PASSED: AtomicI32 = AtomicI32::new(0);
 extern "C" fn count_passed() {
     // SAFETY: F_GETFD changes nothing, and the kernel returns EBADF for a descriptor that is not open.
     let is_open = |fd: &RawFd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } >= 0;
-    let passed = (LISTEN_FDS_START..).take(MOST).take_while(is_open).count();
+    let passed = (LISTEN_FDS_START..).take(MAX_FDS).take_while(is_open).count();
     PASSED.store(passed as i32, Ordering::Relaxed);
 }
 
@@ -41,7 +41,7 @@ pub(super) fn listen_fds() -> Result<Vec<OwnedFd>> {
     let variable = |name: &str| std::env::var(name).ok();
     let count =
         promised(variable("LISTEN_PID").as_deref(), variable("LISTEN_FDS").as_deref(), std::process::id())?;
-    let wrong = |why: String| Error::new(ErrorKind::Usage, WHAT, why).with_hint(CURE);
+    let wrong = |why: String| Error::new(ErrorKind::Usage, CANNOT_TAKE, why).with_hint(HINT);
     let mut taken = lock(&TAKEN);
     if *taken {
         return Err(wrong("they have already been taken".into()));
@@ -68,12 +68,12 @@ pub(super) fn listen_fds() -> Result<Vec<OwnedFd>> {
     Ok(fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect())
 }
 
-const WHAT: &str = "cannot take the descriptors of --vfio-fds listen";
-const CURE: &str = "start with: vireo-launch --user USER COMMAND, or with OpenFile= of systemd";
+const CANNOT_TAKE: &str = "cannot take the descriptors of --vfio-fds listen";
+const HINT: &str = "start with: vireo-launch --user USER COMMAND, or with OpenFile= of systemd";
 
 /// Returns the number of descriptors that `LISTEN_PID` and `LISTEN_FDS` announce to process `own`.
 fn promised(pid: Option<&str>, fds: Option<&str>, own: u32) -> Result<RawFd> {
-    let wrong = |why: String| Err(Error::new(ErrorKind::Usage, WHAT, why).with_hint(CURE));
+    let wrong = |why: String| Err(Error::new(ErrorKind::Usage, CANNOT_TAKE, why).with_hint(HINT));
     let (Some(pid), Some(fds)) = (pid, fds) else {
         return wrong("LISTEN_PID and LISTEN_FDS are not set".into());
     };
@@ -81,8 +81,8 @@ fn promised(pid: Option<&str>, fds: Option<&str>, own: u32) -> Result<RawFd> {
         (Ok(pid), _) if pid != own => {
             wrong(format!("they are for pid {pid} (LISTEN_PID), but this is pid {own}"))
         }
-        (Ok(_), Ok(count)) if (1..=MOST as RawFd).contains(&count) => Ok(count),
-        (Ok(_), _) => wrong(format!("LISTEN_FDS is {}, not 1 to {MOST}", quoted(fds))),
+        (Ok(_), Ok(count)) if (1..=MAX_FDS as RawFd).contains(&count) => Ok(count),
+        (Ok(_), _) => wrong(format!("LISTEN_FDS is {}, not 1 to {MAX_FDS}", quoted(fds))),
         (Err(_), _) => wrong(format!("LISTEN_PID is {}, not a pid", quoted(pid))),
     }
 }

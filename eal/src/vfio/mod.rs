@@ -31,7 +31,7 @@ pub use fds::{CdevFds, DeviceFds, GroupFds};
 pub use mode::VfioMode;
 pub use noiommu::{iommu_on, no_group, noiommu_allowed};
 pub use phases::Phase;
-pub use space::{AddressSpace, Mapping};
+pub use space::{AddressSpace, DmaMapping};
 pub use vireo_vfio::{Irq, IrqInfo, Request};
 
 #[cfg(fuzzing)]

@@ -73,14 +73,14 @@ impl AddressSpace {
 
     /// Creates a space without devices, for tests of values that hold a space.
     #[cfg(test)]
-    pub(crate) fn nowhere() -> Self {
+    pub(crate) fn for_tests() -> Self {
         let fd = null();
         Self::none(Container { groups: Mutex::default(), iommufd: false, fd })
     }
 
     /// Returns whether the last group has left the container, which has then lost its mappings
     /// (`vfio_container_detach_group`) and accepts no device.
-    pub(super) fn is_abandoned(&self) -> bool {
+    pub(super) fn has_no_groups(&self) -> bool {
         self.container().is_some_and(|container| !container.iommufd && container.any().is_none())
     }
 
@@ -159,13 +159,13 @@ impl AddressSpace {
     }
 
     /// Maps all of `region` for the devices with one call: at `iova` or, if that is `None`, at the first free
-    /// addresses. [`Mapping::iova`] returns the address. If the devices use physical addresses, Vireo picks
+    /// addresses. [`DmaMapping::iova`] returns the address. If the devices use physical addresses, Vireo picks
     /// none.
     ///
     /// # Errors
     /// If the kernel refuses. The error says how much locked memory is needed and allowed, if that is the
     /// reason.
-    pub fn map(self: &Arc<Self>, region: &Arc<Region>, iova: Option<u64>) -> Result<Mapping> {
+    pub fn map(self: &Arc<Self>, region: &Arc<Region>, iova: Option<u64>) -> Result<DmaMapping> {
         self.map_range(region, 0..region.len(), iova, Access::ReadWrite)
     }
 
@@ -181,7 +181,7 @@ impl AddressSpace {
         range: Range<usize>,
         iova: Option<u64>,
         access: Access,
-    ) -> Result<Mapping> {
+    ) -> Result<DmaMapping> {
         region.address_of(&range)?;
         let len = range.len();
         let placed = match iova {
@@ -234,7 +234,7 @@ impl AddressSpace {
     ///
     /// # Errors
     /// Same as [`AddressSpace::map`].
-    pub fn copy(self: &Arc<Self>, source: &Mapping, access: Access) -> Result<Option<Mapping>> {
+    pub fn copy(self: &Arc<Self>, source: &DmaMapping, access: Access) -> Result<Option<DmaMapping>> {
         let (Tables::Ioas { ioas, .. }, Some(Mapped::Ioas(source))) = (&self.tables, &source.mapped) else {
             return Ok(None);
         };
@@ -245,7 +245,7 @@ impl AddressSpace {
         self.mapped(copy, source.memory()).map(Some)
     }
 
-    fn mapped(self: &Arc<Self>, mapped: Result<Mapped>, region: &Region) -> Result<Mapping> {
+    fn mapped(self: &Arc<Self>, mapped: Result<Mapped>, region: &Region) -> Result<DmaMapping> {
         let mapped = mapped.map_err(|error| match (error.errno(), self.accounting()) {
             (Some(Errno::ENOMEM), Some(whose)) => diagnose::memlock(error, region.len(), whose),
             (Some(Errno::ENOSPC), Some(Accounting::PerProcess)) => diagnose::entry_limit(error),
@@ -255,7 +255,7 @@ impl AddressSpace {
             let mut free = self.lock();
             *free = free.without(&range);
         }
-        Ok(Mapping { mapped: Some(mapped), space: Arc::clone(self) })
+        Ok(DmaMapping { mapped: Some(mapped), space: Arc::clone(self) })
     }
 }
 
@@ -312,7 +312,7 @@ impl AsFd for Container {
 
 /// Region, or a part of one, that the devices of an [`AddressSpace`] can reach. It is unmapped on drop.
 #[derive(Debug)]
-pub struct Mapping {
+pub struct DmaMapping {
     /// Taken only by drop, so that the memory is unmapped before `space` is dropped.
     mapped: Option<Mapped>,
     space: Arc<AddressSpace>,
@@ -326,7 +326,7 @@ enum Mapped {
         _region: Arc<Region>,
     },
     Ioas(iommufd::Mapping<Arc<Region>>),
-    /// Mapping without an IOMMU. It pins its pages itself.
+    /// DmaMapping without an IOMMU. It pins its pages itself.
     None {
         region: Arc<Region>,
         _pin: Pin,
@@ -344,7 +344,7 @@ impl Mapped {
     }
 }
 
-impl Mapping {
+impl DmaMapping {
     /// Device address of the first byte; `None` if the devices use physical addresses.
     pub fn iova(&self) -> Option<u64> {
         let range = self.mapped.as_ref()?.range()?;
@@ -366,12 +366,12 @@ impl Mapping {
     }
 }
 
-impl Drop for Mapping {
+impl Drop for DmaMapping {
     fn drop(&mut self) {
         let Some(mapped) = self.mapped.take() else { return };
         let range = mapped.range();
         if let (Mapped::Type1 { iova, len, .. }, Tables::Type1(container)) = (&mapped, &self.space.tables)
-            && !self.space.is_abandoned()
+            && !self.space.has_no_groups()
         {
             // SAFETY: the range is that of this mapping, which is no longer used.
             match unsafe { container.fd.unmap(*iova, *len) } {
@@ -430,7 +430,7 @@ mod tests {
 
     #[test]
     fn two_threads_are_given_different_places() {
-        let space = AddressSpace::nowhere();
+        let space = AddressSpace::for_tests();
         let (one, other) = (space.place(4096, 4096).unwrap(), space.place(4096, 4096).unwrap());
         assert!(one.end() < other.start(), "{one:?} {other:?}");
         space.release(one.clone());
@@ -440,7 +440,7 @@ mod tests {
 
     #[test]
     fn a_place_that_a_device_does_not_reach_is_not_used_again() {
-        let space = AddressSpace::nowhere();
+        let space = AddressSpace::for_tests();
         let high = space.place(4096, 4096).unwrap();
         space.set_dma_mask(u32::MAX.into());
         space.release(high);

@@ -21,7 +21,7 @@ impl Cdev {
     /// Opens the node at `path` of the device with this `name` on its bus.
     ///
     /// # Errors
-    /// [`Error::Open`]: `EBUSY` or `EINVAL` when the device's group is open. [`Error::OtherNode`] when sysfs
+    /// [`Error::Open`]: `EBUSY` or `EINVAL` when the device's group is open. [`Error::WrongNode`] when sysfs
     /// does not identify the node as that of a VFIO device.
     pub fn open(path: &Path, name: &str) -> Result<Self> {
         Self::from_fd(device_node::open(path)?, name)
@@ -30,7 +30,7 @@ impl Cdev {
     /// Takes ownership of an open descriptor of the device with this `name` on its bus.
     ///
     /// # Errors
-    /// [`Error::OtherNode`] when sysfs does not identify the descriptor as that of a VFIO device.
+    /// [`Error::WrongNode`] when sysfs does not identify the descriptor as that of a VFIO device.
     pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self> {
         device_node::name_of(&fd, "VFIO device", |class, _| class == "vfio-dev")?;
         Ok(Self { fd, name: name.to_owned() })
@@ -52,12 +52,12 @@ impl Cdev {
     /// # Errors
     /// `EINVAL` when the device is already bound or its IOMMU is not cache-coherent; `EPERM` when its group
     /// is in use or the platform does not isolate interrupts; `EACCES` when the device needs a different
-    /// token; [`Error::TokenUnknown`] when the device needs a token and the kernel accepts none.
+    /// token; [`Error::TokenUnsupported`] when the device needs a token and the kernel accepts none.
     pub fn bind(&self, iommufd: &Iommufd, token: Option<&[u8; 16]>) -> Result<DeviceId> {
         let operation = Operation::Bind(self.name.clone());
         match (self.bind_with(iommufd, token), token) {
             (Err(Errno::EINVAL), Some(_)) => match self.bind_with(iommufd, None) {
-                Err(Errno::EACCES) => Err(Error::TokenUnknown { operation }),
+                Err(Errno::EACCES) => Err(Error::TokenUnsupported { operation }),
                 result => result.map_err(|errno| operation.failed(errno)),
             },
             (result, _) => result.map_err(|errno| operation.failed(errno)),
@@ -138,7 +138,7 @@ impl AsFd for Cdev {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, at};
+    use crate::kernel::{at, mock_kernel};
     use std::fs::File;
 
     fn cdev(fd: OwnedFd) -> Cdev {
@@ -158,7 +158,7 @@ mod tests {
         const TOKEN: [u8; 16] = [7; 16];
         // `with` and `without` are the kernel's results for a bind with a token and without one.
         let kernel = |token: Option<&[u8; 16]>, with, without| {
-            let cdev = cdev(answers(move |name, argument| {
+            let cdev = cdev(mock_kernel(move |name, argument| {
                 let bind: &mut sys::vfio_device_bind_iommufd = at(argument);
                 assert_eq!((name, bind.argsz), ("VFIO_DEVICE_BIND_IOMMUFD", 24));
                 bind.out_devid = 5;
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(kernel_for(Err(Errno::EINVAL), Ok(0)), Ok(DeviceId(5)));
         assert_eq!(
             kernel_for(Err(Errno::EINVAL), Err(Errno::EACCES)),
-            Err(Error::TokenUnknown { operation: operation() })
+            Err(Error::TokenUnsupported { operation: operation() })
         );
         assert_eq!(kernel_for(Err(Errno::EINVAL), Err(Errno::EBUSY)), failed(Errno::EBUSY));
         assert_eq!(kernel_for(Err(Errno::EACCES), Ok(0)), failed(Errno::EACCES));
@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn a_device_is_attached_and_detached() {
-        let cdev = cdev(answers(|name, argument| {
+        let cdev = cdev(mock_kernel(|name, argument| {
             if name == "VFIO_DEVICE_ATTACH_IOMMUFD_PT" {
                 let attach: &mut sys::vfio_device_attach_iommufd_pt = at(argument);
                 assert_eq!((attach.flags, attach.pt_id), (0, 9));
@@ -201,6 +201,6 @@ mod tests {
         assert_eq!(cdev.attach(9), Ok(10));
         let error = cdev.detach().unwrap_err();
         assert_eq!(error.what(), "cannot detach 0000:00:04.0 from its address space");
-        assert!(matches!(Cdev::open("/dev/null".as_ref(), "x"), Err(Error::OtherNode { .. })));
+        assert!(matches!(Cdev::open("/dev/null".as_ref(), "x"), Err(Error::WrongNode { .. })));
     }
 }

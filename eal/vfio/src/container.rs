@@ -61,7 +61,7 @@ impl Container {
     /// Opens the node at `path`: `/dev/iommu`, or the path of one of the two nodes in a Linux container.
     ///
     /// # Errors
-    /// As for [`Container::open`]; [`Error::OtherNode`] when sysfs does not identify the node as
+    /// As for [`Container::open`]; [`Error::WrongNode`] when sysfs does not identify the node as
     /// `/dev/vfio/vfio` or `/dev/iommu`.
     pub fn open_at(path: &Path) -> Result<Self> {
         Self::from_fd(device_node::open(path)?)
@@ -70,10 +70,10 @@ impl Container {
     /// Takes ownership of an open descriptor of `/dev/vfio/vfio` or `/dev/iommu`.
     ///
     /// # Errors
-    /// [`Error::OtherNode`] when sysfs does not identify the descriptor as one of these nodes.
+    /// [`Error::WrongNode`] when sysfs does not identify the descriptor as one of these nodes.
     pub fn from_fd(fd: OwnedFd) -> Result<Self> {
-        let is_it = |class: &str, name: &str| class == "misc" && matches!(name, "vfio" | "iommu");
-        device_node::name_of(&fd, "VFIO container", is_it)?;
+        let is_match = |class: &str, name: &str| class == "misc" && matches!(name, "vfio" | "iommu");
+        device_node::name_of(&fd, "VFIO container", is_match)?;
         Ok(Self(fd))
     }
 
@@ -230,7 +230,7 @@ fn integer(number: u32) -> *mut std::ffi::c_void {
 mod tests {
     use super::*;
     use crate::Group;
-    use crate::kernel::{answers, at};
+    use crate::kernel::{at, mock_kernel};
     use nix::errno::Errno;
     use std::cell::RefCell;
     use std::fs::File;
@@ -256,15 +256,15 @@ mod tests {
     #[test]
     fn a_container_is_no_other_node() {
         let null = || File::open("/dev/null").unwrap().into();
-        assert!(matches!(Container::from_fd(null()), Err(Error::OtherNode { .. })));
-        assert!(matches!(Container::open_at("/dev/null".as_ref()), Err(Error::OtherNode { .. })));
+        assert!(matches!(Container::from_fd(null()), Err(Error::WrongNode { .. })));
+        assert!(matches!(Container::open_at("/dev/null".as_ref()), Err(Error::WrongNode { .. })));
     }
 
     #[test]
     fn a_group_joins_and_memory_is_unmapped_before_it_goes() {
         let log = Rc::<RefCell<Vec<String>>>::default();
         let seen = Rc::clone(&log);
-        let fd = answers(move |name, argument| {
+        let fd = mock_kernel(move |name, argument| {
             seen.borrow_mut().push(match name {
                 "VFIO_IOMMU_MAP_DMA" => {
                     let map: &mut sys::vfio_iommu_type1_dma_map = at(argument);
@@ -308,7 +308,7 @@ mod tests {
 
     #[test]
     fn another_version_of_the_api_is_refused() {
-        let container = container(answers(|name, _| {
+        let container = container(mock_kernel(|name, _| {
             assert_eq!(name, "VFIO_GET_API_VERSION");
             Ok(1)
         }));
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     fn ranges_that_the_kernel_does_not_report_are_an_error() {
-        let container = container(answers(|_, _| Ok(0)));
+        let container = container(mock_kernel(|_, _| Ok(0)));
         let error = container.iova_ranges().unwrap_err();
         assert!(matches!(error, Error::NotReported { .. }), "{error}");
     }
@@ -334,7 +334,7 @@ mod tests {
                 self.0.set(self.0.get() + 1);
             }
         }
-        let container = container(answers(|_, _| Err(Errno::EINVAL)));
+        let container = container(mock_kernel(|_, _| Err(Errno::EINVAL)));
         let dropped = std::cell::Cell::new(0);
         drop(Mapping::new(&container, 0, 4096, Owner(&dropped)));
         assert!(Mapping::new(&container, 0, 4096, Owner(&dropped)).unmap().is_err());

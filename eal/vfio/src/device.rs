@@ -123,7 +123,7 @@ impl<K> AsFd for Device<K> {
 mod tests {
     use super::*;
     use crate::Irq;
-    use crate::kernel::{answers, at};
+    use crate::kernel::{at, mock_kernel};
     use std::cell::RefCell;
     use std::fs::File;
     use std::rc::Rc;
@@ -132,7 +132,7 @@ mod tests {
     fn device(reset: nix::Result<i32>) -> (Device, Rc<RefCell<Vec<Vec<u32>>>>) {
         let log = Rc::<RefCell<Vec<Vec<u32>>>>::default();
         let seen = Rc::clone(&log);
-        let fd = answers(move |name, argument| {
+        let fd = mock_kernel(move |name, argument| {
             match name {
                 "VFIO_DEVICE_GET_INFO" => {
                     let info: &mut sys::vfio_device_info = at(argument);

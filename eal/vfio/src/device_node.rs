@@ -64,15 +64,15 @@ pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     )
 }
 
-/// Returns the name of the node that `fd` refers to, if `is_it` accepts its class and name.
+/// Returns the name of the node that `fd` refers to, if `is_match` accepts its class and name.
 pub(crate) fn name_of(
     fd: &impl AsFd,
     wanted: &'static str,
-    is_it: impl FnOnce(&str, &str) -> bool,
+    is_match: impl FnOnce(&str, &str) -> bool,
 ) -> Result<String> {
     match class_and_name(fd) {
-        Ok(Some((class, name))) if is_it(&class, &name) => Ok(name),
-        _ => Err(Error::OtherNode { fd: fd.as_fd().as_raw_fd(), wanted }),
+        Ok(Some((class, name))) if is_match(&class, &name) => Ok(name),
+        _ => Err(Error::WrongNode { fd: fd.as_fd().as_raw_fd(), wanted }),
     }
 }
 
@@ -90,7 +90,7 @@ mod tests {
         assert_eq!(name_of(&null, "null", |class, name| class == "mem" && name == "null"), Ok("null".into()));
         let fd = null.as_raw_fd();
         let error = name_of(&null, "VFIO group", |class, _| class == "vfio").unwrap_err();
-        assert_eq!(error, Error::OtherNode { fd, wanted: "VFIO group" });
+        assert_eq!(error, Error::WrongNode { fd, wanted: "VFIO group" });
     }
 
     #[test]

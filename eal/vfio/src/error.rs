@@ -24,7 +24,7 @@ pub enum Error {
         errno: Errno,
     },
     /// Sysfs does not identify the descriptor as the expected kind of node.
-    OtherNode {
+    WrongNode {
         /// Number of the descriptor.
         fd: RawFd,
         /// Expected kind of node.
@@ -38,7 +38,7 @@ pub enum Error {
         errno: Errno,
     },
     /// The device needs a VF token, but kernels before 6.17 accept no token for a character device.
-    TokenUnknown {
+    TokenUnsupported {
         /// The requested operation.
         operation: Operation,
     },
@@ -65,10 +65,10 @@ impl Error {
     pub fn what(&self) -> String {
         match self {
             Self::Open { path, .. } => format!("cannot open {}", path.display()),
-            Self::OtherNode { fd, wanted } => format!("cannot use descriptor {fd} as a {wanted}"),
+            Self::WrongNode { fd, wanted } => format!("cannot use descriptor {fd} as a {wanted}"),
             Self::ApiVersion(_) => format!("cannot {}", Operation::SetIommu),
             Self::Kernel { operation, .. }
-            | Self::TokenUnknown { operation }
+            | Self::TokenUnsupported { operation }
             | Self::NotReported { operation, .. }
             | Self::Argument { operation, .. } => format!("cannot {operation}"),
         }
@@ -78,8 +78,8 @@ impl Error {
     pub fn why(&self) -> String {
         match self {
             Self::Open { errno, .. } | Self::Kernel { errno, .. } => format!("{errno:?} ({})", errno.desc()),
-            Self::OtherNode { wanted, .. } => format!("it is not a {wanted}"),
-            Self::TokenUnknown { .. } => {
+            Self::WrongNode { wanted, .. } => format!("it is not a {wanted}"),
+            Self::TokenUnsupported { .. } => {
                 "EACCES: this kernel accepts no VF token for a cdev (6.17 does)".to_owned()
             }
             Self::ApiVersion(version) => format!("the kernel has VFIO API version {version}, not 0"),
@@ -91,7 +91,7 @@ impl Error {
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Self::Open { errno, .. } | Self::Kernel { errno, .. } => Some(*errno),
-            Self::TokenUnknown { .. } => Some(Errno::EACCES),
+            Self::TokenUnsupported { .. } => Some(Errno::EACCES),
             _ => None,
         }
     }
@@ -106,7 +106,7 @@ impl Error {
             Self::Open { errno: Errno::EBUSY, path } => {
                 Some(format!("see which process has it open: fuser -v {}", path.display()))
             }
-            Self::TokenUnknown { .. } => Some("open the device through its group".into()),
+            Self::TokenUnsupported { .. } => Some("open the device through its group".into()),
             Self::Kernel { operation, errno } => operation.hint(*errno).map(Into::into),
             _ => None,
         }
@@ -246,7 +246,7 @@ mod tests {
         let error = Operation::Bind("0000:00:04.0".into()).failed(Errno::EBUSY);
         assert_eq!(error.to_string(), "cannot bind 0000:00:04.0 to iommufd: EBUSY (Device or resource busy)");
         assert!(error.hint().is_some_and(|hint| hint.contains("fuser -v")));
-        let error = Error::TokenUnknown { operation: Operation::Bind("x".into()) };
+        let error = Error::TokenUnsupported { operation: Operation::Bind("x".into()) };
         assert_eq!(
             (error.to_string(), error.errno()),
             (
@@ -255,7 +255,7 @@ mod tests {
                 Some(Errno::EACCES)
             )
         );
-        let error = Error::OtherNode { fd: 3, wanted: "VFIO group" };
+        let error = Error::WrongNode { fd: 3, wanted: "VFIO group" };
         assert_eq!(error.to_string(), "cannot use descriptor 3 as a VFIO group: it is not a VFIO group");
     }
 }

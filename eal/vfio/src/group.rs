@@ -33,7 +33,7 @@ impl Group {
     ///
     /// # Errors
     /// [`Error::Open`]: `EBUSY` when the group is already open, or one of its devices is open as a character
-    /// device. [`Error::OtherNode`] when sysfs does not identify the node as that of a group.
+    /// device. [`Error::WrongNode`] when sysfs does not identify the node as that of a group.
     pub fn open(path: &Path) -> Result<Self> {
         Self::from_fd(device_node::open(path)?)
     }
@@ -43,12 +43,12 @@ impl<F: AsFd> Group<F> {
     /// Wraps an open descriptor of a group.
     ///
     /// # Errors
-    /// [`Error::OtherNode`] when sysfs does not identify the descriptor as that of a group.
+    /// [`Error::WrongNode`] when sysfs does not identify the descriptor as that of a group.
     pub fn from_fd(fd: F) -> Result<Self> {
         let wanted = "VFIO group";
         let name = device_node::name_of(&fd, wanted, |class, _| class == "vfio")?;
         let number = name.strip_prefix(NOIOMMU_PREFIX).unwrap_or(&name).parse();
-        let number = number.map_err(|_| Error::OtherNode { fd: fd.as_fd().as_raw_fd(), wanted })?;
+        let number = number.map_err(|_| Error::WrongNode { fd: fd.as_fd().as_raw_fd(), wanted })?;
         Ok(Self { fd, number })
     }
 
@@ -154,14 +154,14 @@ impl<F: AsFd> AsFd for Group<F> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{answers, at};
+    use crate::kernel::{at, mock_kernel};
     use std::ffi::CStr;
     use std::fs::File;
     use std::os::fd::IntoRawFd;
 
     #[test]
     fn a_group_is_no_other_node() {
-        assert!(matches!(Group::open("/dev/null".as_ref()), Err(Error::OtherNode { .. })));
+        assert!(matches!(Group::open("/dev/null".as_ref()), Err(Error::WrongNode { .. })));
         let error = Group::open("/dev/null/7".as_ref()).unwrap_err();
         assert!(matches!(error, Error::Open { .. }), "{error}");
     }
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn the_state_is_that_of_the_flags_and_a_device_is_asked_for_with_its_token() {
         let mut asked = 0;
-        let fd = answers(move |name, argument| match name {
+        let fd = mock_kernel(move |name, argument| match name {
             "VFIO_GROUP_GET_STATUS" => {
                 let status: &mut sys::vfio_group_status = at(argument);
                 assert_eq!(status.argsz, 8);

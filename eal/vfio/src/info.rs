@@ -73,7 +73,7 @@ pub(crate) fn query(
     call: impl Fn(*mut u64) -> nix::Result<()>,
 ) -> nix::Result<Vec<u8>> {
     /// Larger than any result of the kernel. A larger `argsz` is an error, so that nothing that large is allocated.
-    const MOST: usize = 1 << 20;
+    const MAX_ARGSZ: usize = 1 << 20;
     let mut size = size;
     loop {
         let mut answer = vec![0_u64; size.div_ceil(8)];
@@ -87,7 +87,7 @@ pub(crate) fn query(
         call(answer.as_mut_ptr())?;
         let bytes: Vec<u8> = answer.iter().flat_map(|word| word.to_ne_bytes()).take(size).collect();
         match u32_at(&bytes, 0).map(|argsz| argsz as usize) {
-            Some(argsz) if argsz > MOST => return Err(nix::errno::Errno::EPROTO),
+            Some(argsz) if argsz > MAX_ARGSZ => return Err(nix::errno::Errno::EPROTO),
             Some(argsz) if argsz > size => size = argsz,
             _ => return Ok(bytes),
         }

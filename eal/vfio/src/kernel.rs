@@ -12,7 +12,7 @@ thread_local! {
 }
 
 /// Returns a descriptor, and passes the name and argument of each ioctl of this thread to `answer`.
-pub(crate) fn answers(
+pub(crate) fn mock_kernel(
     answer: impl FnMut(&'static str, *mut c_void) -> nix::Result<c_int> + 'static,
 ) -> OwnedFd {
     KERNEL.set(Some(Box::new(answer)));
@@ -26,6 +26,6 @@ pub(crate) fn answer(name: &'static str, argument: *mut c_void) -> Option<nix::R
 
 /// Returns the structure at the address in `argument`.
 pub(crate) fn at<'a, T>(argument: *mut c_void) -> &'a mut T {
-    // SAFETY: the test requests the structure of the ioctl that it answers, while the caller waits for the result.
+    // SAFETY: the test requests the structure of the ioctl that it mock_kernel, while the caller waits for the result.
     unsafe { &mut *argument.cast() }
 }

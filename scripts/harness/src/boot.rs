@@ -101,7 +101,7 @@ impl Session {
     ) -> std::result::Result<Report, Lost> {
         let line = serde_json::to_string(request).map_err(|error| Lost::Ended(error.to_string()))? + "\n";
         if let Err(error) = self.host.write_all(line.as_bytes()) {
-            return Err(Lost::Ended(format!("{error}\n{}", self.last_words())));
+            return Err(Lost::Ended(format!("{error}\n{}", self.final_output())));
         }
         let until = Instant::now() + limit;
         loop {
@@ -110,13 +110,13 @@ impl Session {
                 Ok(Answer::Progress(line)) => say(line),
                 Ok(Answer::Ready(_)) => {}
                 Err(RecvTimeoutError::Timeout) => return Err(Lost::Hung),
-                Err(RecvTimeoutError::Disconnected) => return Err(Lost::Ended(self.last_words())),
+                Err(RecvTimeoutError::Disconnected) => return Err(Lost::Ended(self.final_output())),
             }
         }
     }
 
     /// Last output of the lab after the guest has ended.
-    fn last_words(&mut self) -> String {
+    fn final_output(&mut self) -> String {
         await_end(&mut self.lab);
         tail(&self.dir.path().join("lab.log"), 10)
     }

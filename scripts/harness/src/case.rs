@@ -42,7 +42,7 @@ pub(crate) struct Case {
     pub(crate) side_by_side: bool,
     /// Whether the case runs on the host alongside guests and the host's long cases, because it takes longer
     /// than any of them and shares nothing with them.
-    pub(crate) beside_others: bool,
+    pub(crate) alongside_guests: bool,
     run: Run,
 }
 
@@ -83,8 +83,8 @@ impl Case {
     }
 
     /// Lets the case run alongside guests and the host's long cases; on the host only.
-    pub(crate) fn beside_others(&mut self) -> &mut Self {
-        self.beside_others = true;
+    pub(crate) fn alongside_guests(&mut self) -> &mut Self {
+        self.alongside_guests = true;
         self
     }
 
@@ -167,7 +167,7 @@ impl Cases {
             tier: Tier::Default,
             limit: Duration::from_secs(LIMIT),
             side_by_side: false,
-            beside_others: false,
+            alongside_guests: false,
             run: Box::new(run),
         });
         &mut self.0[index]

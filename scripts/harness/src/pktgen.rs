@@ -70,11 +70,11 @@ impl Stream {
             is.0,
             is.1
         );
-        self.unharmed()
+        self.expect_in_order()
     }
 
     /// Checks that every frame that came back is one that was sent, and that no frame overtook another.
-    pub(crate) fn unharmed(&self) -> Result<()> {
+    pub(crate) fn expect_in_order(&self) -> Result<()> {
         self.intact()?;
         self.is_zero("reordered")
     }

@@ -26,7 +26,7 @@ const SHARD: usize = 50;
 /// Maximum number of times that a case runs again because QEMU lost a timer of its guest.
 const REPEATS: u32 = 2;
 /// How often a running case is checked against its limit.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Selection of the user.
 #[derive(Clone, Debug, Default)]
@@ -131,7 +131,7 @@ pub(crate) fn run(
         let Some((kernel, boot)) = guest else {
             for (_, case) in cases {
                 match case.tier {
-                    _ if case.beside_others => beside.push(case),
+                    _ if case.alongside_guests => beside.push(case),
                     Tier::Default | Tier::BothKernels => on_host.push_back(case),
                     Tier::Full | Tier::FullOnce => long.push_back(case),
                 }
@@ -229,7 +229,7 @@ impl Host<'_> {
         std::thread::spawn(move || to_report.send(of_case.run(full, &programs)));
         let mut hung = None;
         let report = loop {
-            match reports.recv_timeout(LOOK) {
+            match reports.recv_timeout(CHECK_INTERVAL) {
                 Ok(report) => break report,
                 Err(RecvTimeoutError::Disconnected) => {
                     break Report::failed("the thread of the case ended without a report".into());

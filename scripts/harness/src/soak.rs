@@ -73,7 +73,7 @@ pub(crate) trait World {
     fn disturb(&self, fault: Fault, forwarder: &mut L2fwd) -> Result<()>;
     /// Number of frames that an epoch must have lost if counters account for `named` lost ones. `None`: not
     /// checked.
-    fn may_lose(&self, named: u64) -> Option<u64>;
+    fn expected_loss(&self, named: u64) -> Option<u64>;
     /// Whether no frame of an epoch may overtake another.
     fn keeps_order(&self) -> bool;
 }
@@ -87,7 +87,7 @@ pub(crate) struct Figures {
     pub(crate) seconds: u64,
     /// Number of epochs.
     pub(crate) epochs: u64,
-    /// Epochs in which lost frames were checked against [`World::may_lose`].
+    /// Epochs in which lost frames were checked against [`World::expected_loss`].
     pub(crate) epochs_compared: u64,
     /// Frames that were lost in the compared epochs.
     pub(crate) lost_in_those_compared: u64,
@@ -191,8 +191,8 @@ impl<W: World> Soak<'_, W> {
         self.end_generator()?;
         self.end_forwarder()?;
         let lost = (self.frames("sent") - sent) - (self.frames("received") - received);
-        let may_lose = self.world.may_lose(self.figures.lost_by_name - named);
-        if let Some(expected) = may_lose.filter(|_| !killed) {
+        let expected_loss = self.world.expected_loss(self.figures.lost_by_name - named);
+        if let Some(expected) = expected_loss.filter(|_| !killed) {
             ensure!(lost == expected, "{lost} frames did not come back, but {expected} are accounted for");
             self.figures.epochs_compared += 1;
             self.figures.lost_in_those_compared += lost;
@@ -292,7 +292,7 @@ impl<W: World> Soak<'_, W> {
         generator.0.signal(Signal::SIGINT)?;
         let stream = generator.wait(PATIENCE)?;
         if self.world.keeps_order() {
-            stream.unharmed()?
+            stream.expect_in_order()?
         } else {
             stream.intact()?
         }

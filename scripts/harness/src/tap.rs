@@ -10,7 +10,7 @@ use crate::case::{Outcome, Report};
 /// Number of slowest cases that are listed at the end.
 const SLOWEST: usize = 10;
 /// Time between two progress lines in a pipe.
-const STILL: Duration = Duration::from_secs(60);
+const PIPE_INTERVAL: Duration = Duration::from_secs(60);
 /// Time between two progress lines on a terminal.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -125,7 +125,7 @@ impl Progress {
     /// Prints the progress if it is due. Must be called at least once a second. `what` describes the current
     /// step.
     pub(crate) fn tick(&mut self, what: impl FnOnce() -> String) {
-        let every = if io::stderr().is_terminal() { SECOND } else { STILL };
+        let every = if io::stderr().is_terminal() { SECOND } else { PIPE_INTERVAL };
         if self.said.elapsed() < every {
             return;
         }

@@ -51,7 +51,7 @@ fn start(recall: &Arc<Recall<(), (), ()>>, lcore: u32, lanes: Lanes) -> thread::
 fn stop(recall: &Recall<(), (), ()>) {
     recall.stop.set();
     drop(recall.state());
-    recall.all_came.notify_all();
+    recall.all_visited.notify_all();
 }
 
 #[test]

@@ -97,7 +97,7 @@ pub(super) fn forwarding(comparison: &Comparison) -> Markup {
         .collect();
     html! {
         (table(&heads, 2, &lines))
-        @for said in comparison.of_references() { p.note { (unbroken(&said)) } }
+        @for said in comparison.describe_references() { p.note { (unbroken(&said)) } }
         @if !ceilings.is_empty() {
             h3 { "Null forwarder" }
             p.note {

@@ -102,7 +102,7 @@ pub(super) struct ByDistance {
     pub(super) border_ns: f64,
     pub(super) near: Option<Group>,
     pub(super) far: Option<Group>,
-    pub(super) pairs_of_both: usize,
+    pub(super) mixed_pairs: usize,
 }
 
 /// Medians of a group of pairs.
@@ -126,7 +126,7 @@ impl ByDistance {
         };
         let (near, far) = (group(&|line| line < border), group(&|line| line >= border));
         let sorted: usize = [&near, &far].into_iter().flatten().map(|group| group.pairs).sum();
-        Self { border_ns: border, near, far, pairs_of_both: runs.len() - sorted }
+        Self { border_ns: border, near, far, mixed_pairs: runs.len() - sorted }
     }
 }
 
@@ -169,7 +169,7 @@ mod tests {
         let groups = ByDistance::of(&runs, range.border().unwrap());
         let (near, far) = (groups.near.unwrap(), groups.far.unwrap());
         assert_eq!((near.pairs, near.rate_ratio), (2, 2.0));
-        assert_eq!((far.pairs, far.rate_ratio, groups.pairs_of_both), (1, 3.0, 1));
+        assert_eq!((far.pairs, far.rate_ratio, groups.mixed_pairs), (1, 3.0, 1));
         assert!(Range::of([60.0, 80.0].into_iter()).border().is_none());
     }
 }

@@ -244,7 +244,7 @@ fn text(comparison: &Comparison) -> String {
         text,
         "  in these pairs, a cache line went from CPU to CPU and back in {low:.0} to {high:.0} ns"
     );
-    if let Some(ByDistance { border_ns, near, far, pairs_of_both }) = &comparison.by_distance {
+    if let Some(ByDistance { border_ns, near, far, mixed_pairs }) = &comparison.by_distance {
         for (when, group) in [("less", near), ("more", far)] {
             if let Some(Group { pairs, rate_ratio, ticks_ratio }) = group {
                 let _ = writeln!(
@@ -253,7 +253,7 @@ fn text(comparison: &Comparison) -> String {
                 );
             }
         }
-        let _ = writeln!(text, "    sometimes less and sometimes more in {pairs_of_both} of them");
+        let _ = writeln!(text, "    sometimes less and sometimes more in {mixed_pairs} of them");
     }
     text
 }
@@ -286,7 +286,7 @@ mod tests {
                 border_ns: 142.8,
                 near: Some(Group { pairs: 4, rate_ratio: 1.5, ticks_ratio: 0.4 }),
                 far: None,
-                pairs_of_both: 2,
+                mixed_pairs: 2,
             }),
         };
         let text = text(&comparison);

@@ -46,7 +46,7 @@ impl Reference {
     }
 
     /// Returns why the reference cannot forward between such NICs, if that is known in advance.
-    pub(crate) fn unfit(self, nic: &PciInfo) -> Option<&'static str> {
+    pub(crate) fn unsupported_reason(self, nic: &PciInfo) -> Option<&'static str> {
         // 82540EM.
         (self == Self::Testpmd && (nic.id.vendor, nic.id.device) == (0x8086, 0x100e))
             .then_some("DPDK's driver hangs on QEMU's 82540EM under VFIO")

@@ -35,7 +35,7 @@ pub(super) fn references(
                 let why = "references need four NICs and no external generator";
                 return Err(Error::new(ErrorKind::Usage, what, why).with_hint("leave out --references"));
             };
-            match reference.unfit(inside) {
+            match reference.unsupported_reason(inside) {
                 Some(why) => say(&left_out(reference, nic, why)),
                 None => found.push((place, reference)),
             }

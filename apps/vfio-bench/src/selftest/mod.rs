@@ -139,7 +139,7 @@ impl Effects {
                 self.differences += 1;
                 self.found += u64::from(differs);
                 self.wrong_sign += u64::from(differs && (pair.ratio > 1.0) != (truth > 1.0));
-                if world.is_plain() && truth.ln().abs() >= 1.2_f64.ln() {
+                if world.is_quiet() && truth.ln().abs() >= 1.2_f64.ln() {
                     self.plain[0] += u64::from(differs);
                     self.plain[1] += 1;
                 }

@@ -25,22 +25,23 @@ pub(crate) struct World {
     /// Standard deviation of the drift that all values share, from run to run.
     drift: f64,
     /// Probability that another program, which halves the machine's speed, comes or goes.
-    visits: f64,
+    intrusions: f64,
     /// A mode, and the factor by which its times are longer and its rates lower. The other modes do not
     /// differ.
     effect: Option<(&'static str, f64)>,
     /// Logarithm of the machine's slowness.
     slowness: f64,
-    visited: bool,
+    intruded: bool,
 }
 
 impl World {
     /// Creates a machine on which modes do not differ.
     pub(crate) fn null(random: &mut Random) -> Self {
         let mut up_to = |most: f64| random.unit() * most;
-        let (spread, outliers, drift, visits) = (0.01 + up_to(0.25), up_to(0.1), up_to(0.05), up_to(0.05));
+        let (spread, outliers, drift, intrusions) =
+            (0.01 + up_to(0.25), up_to(0.1), up_to(0.05), up_to(0.05));
         let random = random.clone();
-        Self { random, spread, outliers, drift, visits, effect: None, slowness: 0.0, visited: false }
+        Self { random, spread, outliers, drift, intrusions, effect: None, slowness: 0.0, intruded: false }
     }
 
     /// Creates a machine, in half of the cases a quiet one, on which one mode takes 5 to 50 % longer or is
@@ -52,14 +53,15 @@ impl World {
         let quiet = random.unit() < 0.5;
         let mut world = Self { effect: Some((mode, times)), ..Self::null(random) };
         if quiet {
-            world = Self { spread: world.spread.min(0.05), outliers: 0.0, drift: 0.0, visits: 0.0, ..world };
+            world =
+                Self { spread: world.spread.min(0.05), outliers: 0.0, drift: 0.0, intrusions: 0.0, ..world };
         }
         world
     }
 
     /// Returns whether the machine is undisturbed except for a spread of at most 5 %.
-    pub(crate) fn is_plain(&self) -> bool {
-        self.spread <= 0.05 && self.outliers + self.drift + self.visits == 0.0
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.spread <= 0.05 && self.outliers + self.drift + self.intrusions == 0.0
     }
 
     /// Returns the true ratio of a pair.
@@ -155,13 +157,13 @@ impl World {
     /// Changes the machine from one run to the next.
     fn pass_time(&mut self) {
         self.slowness = 0.95 * self.slowness + self.drift * self.normal();
-        self.visited ^= self.random.unit() < self.visits;
+        self.intruded ^= self.random.unit() < self.intrusions;
     }
 
     /// Returns the random factor of a value.
     fn value(&mut self) -> f64 {
         let mut log = self.spread * self.normal() + self.slowness;
-        if self.visited {
+        if self.intruded {
             log += 2.0_f64.ln();
         }
         if self.random.unit() < self.outliers {

@@ -174,7 +174,7 @@ impl Silicon {
     }
 
     /// Whether a write of `value` through I/O space, to the register that IOADDR selects, resets the chip.
-    pub(super) fn resets_by_io(&self, value: u32) -> bool {
+    pub(super) fn is_io_reset(&self, value: u32) -> bool {
         let by_io = matches!(self.kind, Kind::I82544 | Kind::I82540 | Kind::I82545);
         !self.hung && by_io && u64::from(self.io_address) == CTRL && value & CTRL_RST != 0
     }

@@ -5,7 +5,7 @@ use vireo_eal::dma::{PeerSlice, PeerView, RingView};
 
 /// Frontend behavior that breaks the rules of a virtqueue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::vhost) enum Lie {
+pub(in crate::vhost) enum Violation {
     /// `avail.idx` counts more chains than there are descriptors.
     AvailIndex,
     /// A descriptor's index is beyond the table.
@@ -22,7 +22,7 @@ pub(in crate::vhost) enum Lie {
     Header,
 }
 
-impl Lie {
+impl Violation {
     pub(in crate::vhost) fn reason(self) -> &'static str {
         match self {
             Self::AvailIndex => "avail.idx is ahead by more than the size of the ring",
@@ -36,7 +36,7 @@ impl Lie {
     }
 }
 
-pub(in crate::vhost) type Checked<T> = std::result::Result<T, Lie>;
+pub(in crate::vhost) type Checked<T> = std::result::Result<T, Violation>;
 
 /// Number of reads left in a burst. Chains that end and share no descriptors are together at most as long as
 /// the table. More is misbehavior, which would occupy the lcore for the length of a table per chain.
@@ -53,7 +53,7 @@ impl Budget {
     }
 
     pub(super) fn spend(&mut self) -> Checked<()> {
-        self.descriptors = self.descriptors.checked_sub(1).ok_or(Lie::Loop)?;
+        self.descriptors = self.descriptors.checked_sub(1).ok_or(Violation::Loop)?;
         Ok(())
     }
 
@@ -64,17 +64,17 @@ impl Budget {
         view: &mut PeerView<'a>,
         mut each: impl FnMut(PeerSlice<'a>),
     ) -> Checked<()> {
-        let mut lie = Lie::Address;
+        let mut violation = Violation::Address;
         let mut borders = Some(self.borders + 1);
         let within = view.parts(descriptor.address, descriptor.len, |part| {
             borders = borders.and_then(|borders| borders.checked_sub(1));
             if borders.is_none() {
-                lie = Lie::Borders;
+                violation = Violation::Borders;
             }
             borders.map(|_| each(part))
         });
         self.borders = borders.unwrap_or(0);
-        within.ok_or(lie)
+        within.ok_or(violation)
     }
 }
 

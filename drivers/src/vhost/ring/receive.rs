@@ -2,7 +2,7 @@
 
 use vireo_eal::dma::{Burst, DATA_ROOM, Packet, PoolCache};
 
-use super::chain::{Budget, Checked, Lie};
+use super::chain::{Budget, Checked, Violation};
 use super::{Ring, write_used};
 use crate::counters::QueueCounters;
 use crate::virtio::{DESC_NEXT, HEADER};
@@ -83,9 +83,9 @@ impl Ring {
                     counters.errors.add(1);
                     cache.free(packet);
                 }
-                Err(lie) => {
+                Err(violation) => {
                     cache.free(packet);
-                    return Err(lie);
+                    return Err(violation);
                 }
             }
             write_used(self.used.view().entry(self.next.into()), head, 0);
@@ -107,9 +107,9 @@ impl Ring {
         let (mut index, mut header) = (head, HEADER);
         loop {
             budget.spend()?;
-            let descriptor = table.get(index).ok_or(Lie::Index)?;
+            let descriptor = table.get(index).ok_or(Violation::Index)?;
             if descriptor.flags & !DESC_NEXT != 0 {
-                return Err(Lie::Flags);
+                return Err(Violation::Flags);
             }
             let mut fits = true;
             budget.parts(descriptor, &mut view, |data| {
@@ -121,7 +121,7 @@ impl Ring {
                 return Ok(false);
             }
             if descriptor.flags & DESC_NEXT == 0 {
-                return if header > 0 { Err(Lie::Header) } else { Ok(packet.len() >= SHORTEST) };
+                return if header > 0 { Err(Violation::Header) } else { Ok(packet.len() >= SHORTEST) };
             }
             index = descriptor.next;
         }

@@ -2,7 +2,7 @@
 
 use vireo_eal::dma::{Burst, Packet, PeerSlice, PeerView, PoolCache};
 
-use super::chain::{Budget, Checked, Lie};
+use super::chain::{Budget, Checked, Violation};
 use super::{Report, Ring, write_used};
 use crate::counters::QueueCounters;
 use crate::virtio::{DESC_NEXT, DESC_WRITE, HEADER};
@@ -160,9 +160,9 @@ impl Ring {
         let (mut index, mut found) = (head, 0);
         loop {
             budget.spend()?;
-            let descriptor = table.get(index).ok_or(Lie::Index)?;
+            let descriptor = table.get(index).ok_or(Violation::Index)?;
             if descriptor.flags & !DESC_NEXT != DESC_WRITE {
-                return Err(Lie::Flags);
+                return Err(Violation::Flags);
             }
             budget.parts(descriptor, view, |part| {
                 let (part, _) = part.split_at(need - found);

@@ -47,7 +47,7 @@ fn a_ring_is_taken_away_once_and_whole() {
         other.join().unwrap();
         assert_eq!(number(&taken), Some(bursts));
         // No thread waits any more.
-        assert!(matches!(shared.try_lock().as_deref(), Some(Place { slot: Slot::Stopped, .. })));
+        assert!(matches!(shared.try_lock().as_deref(), Some(RingSlot { slot: Slot::Stopped, .. })));
     });
 }
 

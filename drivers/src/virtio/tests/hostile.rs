@@ -11,12 +11,12 @@ use crate::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
 use crate::port::{Nic, PortConfig, RxBurst, TxBurst};
 
 /// Makes the device misbehave in an RX queue that worked before, and checks the consequences.
-fn rx_lie(what: &str, lie: impl Fn(&VirtioNet)) {
-    rx_lie_of(Behaviour::default(), what, &lie);
-    rx_lie_of(Behaviour { one_element: false, ..in_order() }, what, &lie);
+fn rx_lie(what: &str, violation: impl Fn(&VirtioNet)) {
+    rx_lie_of(Behaviour::default(), what, &violation);
+    rx_lie_of(Behaviour { one_element: false, ..in_order() }, what, &violation);
 }
 
-fn rx_lie_of(honest: Behaviour, what: &str, lie: &impl Fn(&VirtioNet)) {
+fn rx_lie_of(honest: Behaviour, what: &str, violation: &impl Fn(&VirtioNet)) {
     let mut bench = Bench::new(honest.clone());
     for number in 0..40 {
         assert!(bench.nic.receive(&frame(number)));
@@ -24,7 +24,7 @@ fn rx_lie_of(honest: Behaviour, what: &str, lie: &impl Fn(&VirtioNet)) {
         assert_eq!(burst.len(), 1);
         bench.free(burst);
     }
-    lie(&bench.nic);
+    violation(&bench.nic);
     for _ in 0..3 {
         let burst = bench.receive();
         bench.free(burst);
@@ -101,8 +101,8 @@ fn a_queue_that_ended_is_not_refilled() {
 
 #[test]
 fn what_was_received_behind_a_lie_is_counted() {
-    type Lie = fn(&VirtioNet);
-    let lies: [(&str, u64, Lie); 4] = [
+    type Violation = fn(&VirtioNet);
+    let lies: [(&str, u64, Violation); 4] = [
         ("id beyond the ring", 7, |nic| nic.push_used(RX, 40_000, 72)),
         ("length below the header", 7, |nic| nic.push_used(RX, 3, 5)),
         ("num_buffers 0", 7, |nic| {
@@ -112,13 +112,13 @@ fn what_was_received_behind_a_lie_is_counted() {
         }),
         ("index ahead", 0, |nic| nic.jump_used(RX, 1000)),
     ];
-    for (what, unread, lie) in lies {
+    for (what, unread, violation) in lies {
         let mut bench = Bench::new(Behaviour::default());
         (0..3).for_each(|number| assert!(bench.nic.receive(&frame(number))));
         let burst = bench.receive();
         assert_eq!(burst.len(), 3);
         bench.free(burst);
-        lie(&bench.nic);
+        violation(&bench.nic);
         (0..5).for_each(|number| assert!(bench.nic.receive(&frame(number))));
         assert!(bench.receive().is_empty() && bench.rx.is_broken(), "{what}");
         // These frames arrive until the port is stopped.
@@ -131,8 +131,8 @@ fn what_was_received_behind_a_lie_is_counted() {
 
 #[test]
 fn every_lie_about_sent_frames_is_counted_and_stops_the_queue() {
-    type Lie = fn(&VirtioNet);
-    let lies: [(&str, Lie); 7] = [
+    type Violation = fn(&VirtioNet);
+    let lies: [(&str, Violation); 7] = [
         ("id far beyond the ring", |nic| nic.push_used(TX, 40_000, 0)),
         ("id one beyond the ring", |nic| nic.push_used(TX, 64, 0)),
         ("id that was not sent", |nic| nic.push_used(TX, 20, 0)),
@@ -141,10 +141,10 @@ fn every_lie_about_sent_frames_is_counted_and_stops_the_queue() {
         ("id twice", |nic| (0..2).for_each(|_| nic.push_used(TX, 0, 0))),
         ("id twice, out of order", |nic| (0..2).for_each(|_| nic.push_used(TX, 5, 0))),
     ];
-    for (what, lie) in lies {
+    for (what, violation) in lies {
         let mut bench = Bench::new(Behaviour::default());
         assert_eq!(bench.send((0..10).map(frame)), 10);
-        lie(&bench.nic);
+        violation(&bench.nic);
         assert_eq!(bench.send([]), 0);
         assert_eq!((bench.tx.counters().device_errors.get(), bench.tx.is_broken()), (1, true), "{what}");
         for _ in 0..3 {

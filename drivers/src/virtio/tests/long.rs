@@ -235,8 +235,8 @@ fn a_device_says_how_long_its_frames_may_be() {
 /// one of the queue's.
 #[test]
 fn lies_about_long_frames_stop_the_queue_and_lose_no_buffer() {
-    type Lie = fn(&VirtioNet);
-    let lies: [(&str, Lie); 4] = [
+    type Violation = fn(&VirtioNet);
+    let lies: [(&str, Violation); 4] = [
         ("num_buffers 0", |nic| {
             nic.behave(|behaviour| behaviour.num_buffers = Some(0));
             nic.receive(&frame(1, 5000));
@@ -256,12 +256,12 @@ fn lies_about_long_frames_stop_the_queue_and_lose_no_buffer() {
             nic.push_used(0, 2, 0);
         }),
     ];
-    for (what, lie) in lies {
+    for (what, violation) in lies {
         let mut bench = bench(long(Behaviour::default()));
         assert!(bench.nic.receive(&frame(0, 60)));
         let mut burst = bench.receive();
         assert_eq!(take(&mut burst, &mut bench.cache).len(), 1);
-        lie(&bench.nic);
+        violation(&bench.nic);
         assert!(bench.receive().is_empty(), "{what}");
         assert_eq!((bench.rx.counters().read().device_errors, bench.rx.is_broken()), (1, true), "{what}");
         assert_eq!(send(&mut bench, &[frame(3, 3000)], DATA_ROOM), 0);

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::mapping::Mapping;
+use super::mapping::PeerMapping;
 use crate::error::Result;
 
 /// Bytes that a bit of the log covers (vhost-user, "Migration": `VHOST_LOG_PAGE`).
@@ -18,7 +18,7 @@ pub struct PeerLog {
     /// First byte, valid for `len` bytes while `_mapping` lives.
     bits: NonNull<u8>,
     len: u64,
-    _mapping: Mapping,
+    _mapping: PeerMapping,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread. Nothing but the log uses it, and only by byte
@@ -33,7 +33,7 @@ impl PeerLog {
     /// # Errors
     /// `Protocol` if the log is not within its file. Otherwise the error of `mmap`.
     pub fn map(file: File, offset: u64, len: u64) -> Result<Arc<Self>> {
-        let (mapping, bits) = Mapping::shared(&file.into(), offset, len)?;
+        let (mapping, bits) = PeerMapping::shared(&file.into(), offset, len)?;
         Ok(Arc::new(Self { bits, len, _mapping: mapping }))
     }
 

@@ -1,4 +1,4 @@
-//! Mapping of a file that a peer has sent.
+//! PeerMapping of a file that a peer has sent.
 
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
@@ -15,7 +15,7 @@ use crate::mem::page_size;
 
 /// A part of a file, mapped until the value is dropped, and the bytes of it that belong to rings.
 #[derive(Debug)]
-pub(super) struct Mapping {
+pub(super) struct PeerMapping {
     address: NonNull<c_void>,
     len: usize,
     /// Addresses of the bytes that belong to rings, one range per ring.
@@ -24,11 +24,11 @@ pub(super) struct Mapping {
 
 // SAFETY: a mapping belongs to the process, not to a thread. The value gives no access to it and only unmaps
 // it. A mutex protects the rest.
-unsafe impl Send for Mapping {}
+unsafe impl Send for PeerMapping {}
 // SAFETY: as above.
-unsafe impl Sync for Mapping {}
+unsafe impl Sync for PeerMapping {}
 
-impl Drop for Mapping {
+impl Drop for PeerMapping {
     fn drop(&mut self) {
         // SAFETY: `address` and `len` describe a mapping that this value made and that nothing else unmaps.
         // Everything that points into the mapping holds this value, or borrows an owner of it.
@@ -38,7 +38,7 @@ impl Drop for Mapping {
     }
 }
 
-impl Mapping {
+impl PeerMapping {
     /// Maps `len` bytes of a file from `offset` on, shared. Returns the mapping and the address of the first
     /// byte.
     pub(super) fn shared(fd: &OwnedFd, offset: u64, len: u64) -> Result<(Self, NonNull<u8>)> {
@@ -69,7 +69,7 @@ impl Mapping {
         Ok((Self { address, len: length.get(), rings: Mutex::default() }, base))
     }
 
-    /// Anonymous counterpart of [`Mapping::shared`]. Miri cannot map files.
+    /// Anonymous counterpart of [`PeerMapping::shared`]. Miri cannot map files.
     #[cfg(test)]
     pub(super) fn anonymous(len: u64) -> (Self, NonNull<u8>) {
         let length = NonZeroUsize::new(len as usize).unwrap();
@@ -90,7 +90,7 @@ impl Mapping {
         is_free
     }
 
-    /// Releases the bytes that [`Mapping::take`] has reserved.
+    /// Releases the bytes that [`PeerMapping::take`] has reserved.
     pub(super) fn release(&self, bytes: &Range<usize>) {
         self.rings.lock().unwrap_or_else(PoisonError::into_inner).retain(|ring| ring != bytes);
     }

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::PeerMemory;
-use super::mapping::Mapping;
+use super::mapping::PeerMapping;
 use crate::dma::ring::{RingView, Word};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -54,7 +54,7 @@ fn bytes_of<W>(words: NonNull<W>, number: usize) -> Range<usize> {
 pub struct PeerRing<W: Word, const N: usize = 1> {
     words: NonNull<W>,
     mask: usize,
-    mapping: Arc<Mapping>,
+    mapping: Arc<PeerMapping>,
 }
 
 // SAFETY: `mapping` keeps the words mapped and gives them to no other ring. All accesses by this process are

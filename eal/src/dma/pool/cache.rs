@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 
-use super::place::{Buffers, Place};
-use super::tag::send_home;
+use super::addresses::{Buffers, PoolAddresses};
+use super::tag::return_to_owner;
 use super::{CHUNK, Pool};
 use crate::clock::Tsc;
 use crate::dma::in_fours;
@@ -25,7 +25,7 @@ pub(in crate::dma) const MAX_FREE: usize = CACHE / 2;
 /// that it has returned.
 #[derive(Debug)]
 pub struct PoolCache {
-    place: Place,
+    addresses: PoolAddresses,
     stack: Box<[MaybeUninit<u32>; CACHE]>,
     /// The first `len` entries of `stack` are initialized. Each is the pool offset of a buffer of this pool
     /// that has no handle.
@@ -35,7 +35,7 @@ pub struct PoolCache {
     pool: Arc<Pool>,
 }
 
-// SAFETY: `place` points to memory that `pool` keeps mapped and that no thread owns, and to the table of
+// SAFETY: `addresses` points to memory that `pool` keeps mapped and that no thread owns, and to the table of
 // bases, which never changes.
 unsafe impl Send for PoolCache {}
 
@@ -43,7 +43,7 @@ impl PoolCache {
     /// Creates a cache that takes buffers of the node at index `near` first.
     pub(super) fn new(pool: &Arc<Pool>, near: usize) -> Self {
         Self {
-            place: Place::of(pool),
+            addresses: PoolAddresses::of(pool),
             stack: Box::new([MaybeUninit::uninit(); CACHE]),
             len: 0,
             near,
@@ -53,14 +53,20 @@ impl PoolCache {
 
     /// Takes up to `wanted` free buffers (at most [`MAX_BURST`]), fewer if the pool is exhausted.
     #[inline(always)]
-    pub(in crate::dma) fn take(&mut self, wanted: usize) -> Taking<'_> {
+    pub(in crate::dma) fn take(&mut self, wanted: usize) -> Allocation<'_> {
         debug_assert!(wanted <= MAX_BURST);
         let mut rest = wanted;
         if self.len < wanted {
             self.refill();
             rest = wanted.min(self.len);
         }
-        Taking { left: self.len, rest, stack: &self.stack, len: &mut self.len, buffers: self.place.buffers() }
+        Allocation {
+            left: self.len,
+            rest,
+            stack: &self.stack,
+            len: &mut self.len,
+            buffers: self.addresses.buffers(),
+        }
     }
 
     /// Allocates a packet without data. Returns `None` if the pool is exhausted.
@@ -79,7 +85,7 @@ impl PoolCache {
     /// [`Packet::fresh_bits`] of the pool's tag.
     #[inline(always)]
     pub(in crate::dma) fn fresh_bits(&self) -> u64 {
-        self.place.fresh_bits
+        self.addresses.fresh_bits
     }
 
     #[cold]
@@ -104,7 +110,7 @@ impl PoolCache {
     #[inline(always)]
     pub fn free(&mut self, packet: Packet) {
         if packet.tag() != self.tag() {
-            return send_home(packet.tag(), &[packet.slot()]);
+            return return_to_owner(packet.tag(), &[packet.slot()]);
         }
         if self.len == CACHE {
             self.spill();
@@ -169,7 +175,7 @@ impl PoolCache {
     /// Returns the addresses of the buffers, for use in a loop.
     #[inline(always)]
     pub(in crate::dma) fn buffers(&self) -> Buffers<'_> {
-        self.place.buffers()
+        self.addresses.buffers()
     }
 
     /// Device address of the packet's first byte.
@@ -333,7 +339,7 @@ impl Drop for PoolCache {
 
 /// Free buffers that are taken from the top of a cache's stack, one by one. Dropping this value, even in a
 /// panic, sets the stack's new length, so that no buffer gets two handles.
-pub(in crate::dma) struct Taking<'a> {
+pub(in crate::dma) struct Allocation<'a> {
     stack: &'a [MaybeUninit<u32>; CACHE],
     len: &'a mut usize,
     /// Current length of the stack.
@@ -343,7 +349,7 @@ pub(in crate::dma) struct Taking<'a> {
     pub(in crate::dma) buffers: Buffers<'a>,
 }
 
-impl<'a> Taking<'a> {
+impl<'a> Allocation<'a> {
     #[inline(always)]
     pub(in crate::dma) fn is_empty(&self) -> bool {
         self.rest == 0
@@ -379,7 +385,7 @@ impl<'a> Taking<'a> {
     }
 }
 
-impl Drop for Taking<'_> {
+impl Drop for Allocation<'_> {
     #[inline(always)]
     fn drop(&mut self) {
         *self.len = self.left;

@@ -86,7 +86,7 @@ impl Tag {
 /// No handle of the buffers may exist any more.
 #[cold]
 #[inline(never)]
-pub(in crate::dma) fn send_home(tag: u8, slots: &[u32]) {
+pub(in crate::dma) fn return_to_owner(tag: u8, slots: &[u32]) {
     let pool = {
         let mut owners = owners();
         let owner = &mut owners[usize::from(tag)];

@@ -292,7 +292,7 @@ fn three_nodes(at: impl Fn(u64) -> Option<u64>) -> Vec<Arc<DmaMemory>> {
     let regions = Region::adjoining(&parts, Backing::SmallPages, Placement::Preferred).unwrap();
     let regions =
         [Some(4), None, Some(7)].into_iter().zip(regions).map(|(node, region)| region.with_node(node));
-    let map = MemoryMap::nowhere();
+    let map = MemoryMap::without_spaces();
     match at(0) {
         None => {
             let all = map.add_all(regions.map(|region| (region, vec![Part::default()])).collect()).unwrap();

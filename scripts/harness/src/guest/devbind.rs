@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use scopeguard::guard;
 use serde_json::Value;
 
-use super::machine::{Nic, Role, bound_again, device, is_bound, program};
+use super::machine::{Nic, Role, device, is_bound, program, rebind_on_drop};
 use super::refuse::one_line;
 use crate::case::{Cases, Context};
 use crate::process::run;
@@ -47,7 +47,7 @@ fn status(context: &Context) -> Result<Value> {
 }
 
 fn by_name(context: &Context) -> Result<()> {
-    let _again = bound_again(nic());
+    let _again = rebind_on_drop(nic());
     let interface = to_kernel(context)?;
     let listed = status(context)?;
     ensure!(listed["interfaces"] == serde_json::json!([interface]), "listed: {listed}");
@@ -61,7 +61,7 @@ fn by_name(context: &Context) -> Result<()> {
 }
 
 fn elsewhere(context: &Context) -> Result<()> {
-    let _again = bound_again(nic());
+    let _again = rebind_on_drop(nic());
     let interface = to_kernel(context)?;
     // The shell prints a line once it is in the namespace, and the namespace ends with the shell.
     let mut shell = Command::new("unshare");

@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::Boot;
-use super::machine::{Nic, Role, as_user, bind, bound_again, is_bound};
+use super::machine::{Nic, Role, as_user, bind, is_bound, rebind_on_drop};
 use super::refuse::refused_as;
 use super::traffic::starts_again;
 use crate::case::{Cases, Context, read};
@@ -87,7 +87,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
     });
     cases.add("doctor: a NIC of the kernel", |context| {
         let nic = Nic::E1000e.bdf(Role::FwdRx);
-        let _again = bound_again(nic.clone());
+        let _again = rebind_on_drop(nic.clone());
         bind(&nic, "e1000e")?;
         let mut command = as_user("root", "", &context.program("doctor"));
         let ended = run(context, "doctor", command.args(["--json", &nic]))?.expect(69)?;

@@ -128,8 +128,8 @@ pub(crate) fn run(interface: &str) -> Result<()> {
             }
             given_up = counts.sent;
         }
-        let is_told = ready[1].revents().is_some_and(|events| events.contains(PollFlags::POLLIN));
-        if is_told && !is_ending {
+        let stop_requested = ready[1].revents().is_some_and(|events| events.contains(PollFlags::POLLIN));
+        if stop_requested && !is_ending {
             is_ending = host.read(&mut bytes)? > 0;
         }
         loop {

@@ -5,7 +5,7 @@ use anyhow::Result;
 
 use super::Boot;
 use super::doctor::{unusable, usable};
-use super::machine::{bind, bound_again};
+use super::machine::{bind, rebind_on_drop};
 use super::refuse::refused_as;
 use super::traffic::starts_again;
 use crate::case::Cases;
@@ -26,7 +26,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot) {
         });
         cases
             .add(format!("refused: a group that is not viable, {mode}"), move |context| {
-                let again = bound_again(SECOND);
+                let again = rebind_on_drop(SECOND);
                 bind(SECOND, "e1000")?;
                 let text = format!(
                     "kernel drivers are bound to {SECOND} (e1000); run: vireo-devbind --bind vfio-pci {SECOND}"

@@ -113,7 +113,7 @@ pub(crate) fn is_bound(bdf: &str, driver: &str) -> bool {
 }
 
 /// Binds the device to vfio-pci again at the end of the case.
-pub(crate) fn bound_again(bdf: impl Into<String>) -> ScopeGuard<String, fn(String)> {
+pub(crate) fn rebind_on_drop(bdf: impl Into<String>) -> ScopeGuard<String, fn(String)> {
     let again: fn(String) = |bdf| {
         let _ = bind(&bdf, "vfio-pci");
     };

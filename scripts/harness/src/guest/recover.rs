@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use scopeguard::guard;
 
 use super::Boot;
-use super::machine::{Nic, Role, bound_again, device, monitor};
+use super::machine::{Nic, Role, device, monitor, rebind_on_drop};
 use super::traffic::{carries, under_steady_traffic, under_traffic};
 use crate::case::{Cases, Context, write};
 use crate::process::run;
@@ -33,7 +33,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
                 move |context| {
                     let bdf = nic.bdf(Role::FwdTx);
                     let (mut l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
-                    let _again = bound_again(bdf.clone());
+                    let _again = rebind_on_drop(bdf.clone());
                     let _found = guard((), |()| {
                         let _ = write("/sys/bus/pci/rescan", "1");
                     });

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::machine::{Nic, Role, bound_again, is_bound};
+use super::machine::{Nic, Role, is_bound, rebind_on_drop};
 use crate::case::{Cases, Context, read, skip};
 use crate::process::{Process, await_that, run_for};
 
@@ -46,7 +46,7 @@ fn bench(context: &Context, reference: &str, seconds: &str) -> (Command, PathBuf
 }
 
 fn forwards(context: &Context, reference: &str, name: &str) -> Result<()> {
-    let _again = [Role::FwdRx, Role::FwdTx].map(|role| bound_again(Nic::E1000e.bdf(role)));
+    let _again = [Role::FwdRx, Role::FwdTx].map(|role| rebind_on_drop(Nic::E1000e.bdf(role)));
     let (mut command, file) = bench(context, reference, "0.1");
     if reference == "testpmd" {
         if !Path::new("/bin/dpdk-testpmd").exists() {
@@ -77,7 +77,7 @@ fn plugins() -> Result<String> {
 }
 
 fn ends_by_signal(context: &Context) -> Result<()> {
-    let _again = [Role::FwdRx, Role::FwdTx].map(|role| bound_again(Nic::E1000e.bdf(role)));
+    let _again = [Role::FwdRx, Role::FwdTx].map(|role| rebind_on_drop(Nic::E1000e.bdf(role)));
     let (mut command, _) = bench(context, "bridge", "2");
     let mut bench = Process::spawn(context, "vfio-bench", &mut command)?;
     // Once both NICs are in the bridge, the bridge forwards or is about to.

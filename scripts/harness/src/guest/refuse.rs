@@ -9,8 +9,8 @@ use anyhow::{Result, ensure};
 use super::Boot;
 use super::doctor::{diagnose, unusable, unusable_as};
 use super::machine::{
-    Nic, Role, as_user, bind, bound_again, has_noiommu_cdev, hidden, is_bound, mounted, moved, need_mode,
-    nodes_of, owned_by_nobody, program, set, unbind, with_mode,
+    Nic, Role, as_user, bind, has_noiommu_cdev, hidden, is_bound, mounted, moved, need_mode, nodes_of,
+    owned_by_nobody, program, rebind_on_drop, set, unbind, with_mode,
 };
 use super::traffic::{one_port, ports, starts_again};
 use crate::case::{Cases, Context, skip};
@@ -116,7 +116,7 @@ pub(super) fn mode_refused(
 pub(super) fn bound_to_the_kernel(cases: &mut Cases, boot: Boot, mode: &'static str) {
     cases.add("refused: bound to a kernel driver", move |context| {
         let nic = nic();
-        let again = bound_again(nic.clone());
+        let again = rebind_on_drop(nic.clone());
         bind(&nic, "e1000e")?;
         let text = format!("kernel driver e1000e; run: vireo-devbind --bind vfio-pci {nic}");
         unusable(context, mode, &nic, (69, &text))?;
@@ -130,7 +130,7 @@ pub(super) fn bound_to_the_kernel(cases: &mut Cases, boot: Boot, mode: &'static 
 pub(super) fn not_loaded(cases: &mut Cases, boot: Boot) {
     cases.add("refused: vfio-pci is not loaded", move |context| {
         let nic = nic();
-        let again = bound_again(nic.clone());
+        let again = rebind_on_drop(nic.clone());
         unbind(&nic)?;
         let covered = mounted(context, "-t tmpfs", "/sys/bus/pci/drivers".as_ref())?;
         let devbind = program(context, "devbind", &format!("--bind vfio-pci {nic}"))?.expect(69)?;
@@ -233,7 +233,7 @@ pub(super) fn switched_off(cases: &mut Cases, boot: Boot) {
     cases.add("refused: no-IOMMU mode is switched off", move |context| {
         let parameter = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode";
         let nic = nic();
-        let _again = bound_again(nic.clone());
+        let _again = rebind_on_drop(nic.clone());
         unbind(&nic)?;
         let off = set(parameter, "0")?;
         let line = program(context, "devbind", &format!("--bind vfio-pci {nic}"))?.expect(69)?.stderr;

@@ -11,8 +11,8 @@ use super::traffic::{forwards_after_kill, ports, start_steady_stream, under_traf
 use crate::case::{Cases, Context};
 use crate::l2fwd::Start;
 
-/// Time after the first signal from which another one counts as a second (`StopFlag::IMPATIENCE`).
-const IMPATIENCE: Duration = Duration::from_millis(300);
+/// Time after the first signal from which another one counts as a second (`StopFlag::SIGNAL_GRACE`).
+const SIGNAL_GRACE: Duration = Duration::from_millis(300);
 
 pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
@@ -35,7 +35,7 @@ pub(super) fn end_in_order(cases: &mut Cases, boot: Boot, mode: &'static str) {
         l2fwd.await_event("which signal arrived", |event| event["event"] == "signal")?;
         // While it is stopped, l2fwd cannot finish before the second signal counts as one.
         l2fwd.process.signal(Signal::SIGSTOP)?;
-        std::thread::sleep(2 * IMPATIENCE);
+        std::thread::sleep(2 * SIGNAL_GRACE);
         l2fwd.process.signal(Signal::SIGTERM)?;
         let ended = l2fwd.end(Signal::SIGCONT)?;
         ensure!(ended.code == 130, "l2fwd exited with {}", ended.code);

@@ -101,7 +101,7 @@ impl World for NicWorld {
         }
     }
 
-    fn may_lose(&self, _: u64) -> Option<u64> {
+    fn expected_loss(&self, _: u64) -> Option<u64> {
         self.quiet.then_some(0)
     }
 

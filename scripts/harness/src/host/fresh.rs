@@ -30,7 +30,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
             })
             .limit(limit)
             .in_full()
-            .beside_others();
+            .alongside_guests();
     }
 }
 

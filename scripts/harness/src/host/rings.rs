@@ -272,7 +272,7 @@ fn paused(context: &Context) -> Result<()> {
     let before = tables(&l2fwd)?;
     l2fwd.process.signal(Signal::SIGCONT)?;
     await_that("further statistics", PATIENCE, || tables(&l2fwd).is_ok_and(|now| now >= before + 3))?;
-    pktgen.stop()?.unharmed()?;
+    pktgen.stop()?.expect_in_order()?;
     // How long these took depends on the machine; a storm would have come before the first of them.
     let after = tables(&l2fwd)? - before;
     l2fwd.stop_complaining(Signal::SIGINT)?;

@@ -194,7 +194,7 @@ impl World for Rings {
     }
 
     /// Every frame that was sent came back or is counted as lost.
-    fn may_lose(&self, named: u64) -> Option<u64> {
+    fn expected_loss(&self, named: u64) -> Option<u64> {
         Some(named)
     }
 

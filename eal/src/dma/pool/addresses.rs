@@ -40,7 +40,7 @@ pub(super) fn bases(nodes: &[NodeBuffers]) -> Box<[u64]> {
 
 /// Addresses of a pool's buffers, for the CPU and for the device.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(super) struct PoolAddresses {
     /// First byte of the first buffer.
     base: *mut u8,
     bases: NonNull<u64>,
@@ -50,7 +50,7 @@ pub(super) struct Place {
     pub(super) fresh_bits: u64,
 }
 
-impl Place {
+impl PoolAddresses {
     pub(super) fn of(pool: &Pool) -> Self {
         let base = pool.nodes[0].start().as_ptr();
         assert!(
@@ -63,7 +63,7 @@ impl Place {
 
     #[inline(always)]
     pub(super) fn buffers<'a>(self) -> Buffers<'a> {
-        Buffers { place: self, _pool: PhantomData }
+        Buffers { addresses: self, _pool: PhantomData }
     }
 }
 
@@ -71,7 +71,7 @@ impl Place {
 /// read a cache's fields again after each store to shared memory.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::dma) struct Buffers<'a> {
-    place: Place,
+    addresses: PoolAddresses,
     _pool: PhantomData<&'a Pool>,
 }
 
@@ -93,16 +93,16 @@ impl Buffers<'_> {
     #[inline(always)]
     pub(in crate::dma) unsafe fn at(&self, at: u32) -> *mut u8 {
         // SAFETY: the byte is in the regions that adjoin, by the caller's contract.
-        unsafe { self.place.base.add(at as usize) }
+        unsafe { self.addresses.base.add(at as usize) }
     }
 
     /// Device address of the byte at the pool offset `at`. Only meaningful if this pool has that offset.
     #[inline(always)]
     pub(in crate::dma) fn iova_at(&self, at: u32) -> u64 {
-        let index = (at as usize / BUFFER_SIZE) & self.place.mask;
+        let index = (at as usize / BUFFER_SIZE) & self.addresses.mask;
         // SAFETY: the number of bases is a power of two and `mask` is that number minus 1, so the masked
         // index is below it. The borrowed pool keeps the bases.
-        let base = unsafe { self.place.bases.add(index).read() };
+        let base = unsafe { self.addresses.bases.add(index).read() };
         base.wrapping_add(u64::from(at))
     }
 
@@ -113,10 +113,11 @@ impl Buffers<'_> {
         const SHIFT: i32 = BUFFER_SIZE.ilog2() as i32;
         // SAFETY: SSE2 is part of x86-64. The masked indices are below the number of bases, as in `iova_at`.
         unsafe {
-            let index = _mm_and_si128(_mm_srli_epi32::<SHIFT>(at), _mm_set1_epi32(self.place.mask as i32));
+            let index =
+                _mm_and_si128(_mm_srli_epi32::<SHIFT>(at), _mm_set1_epi32(self.addresses.mask as i32));
             let bases = |pair: __m128i| {
                 let pair = _mm_cvtsi128_si64(pair) as u64;
-                let base = |index: u64| self.place.bases.as_ptr().add(index as usize).cast::<f64>();
+                let base = |index: u64| self.addresses.bases.as_ptr().add(index as usize).cast::<f64>();
                 _mm_castpd_si128(_mm_loadh_pd(
                     _mm_load_sd(base(pair & u64::from(u32::MAX))),
                     base(pair >> 32),
@@ -140,7 +141,7 @@ impl Buffers<'_> {
     /// Panics if `tag` is not that of this pool.
     #[inline(always)]
     pub(in crate::dma) fn check(&self, tag: u8) {
-        assert!(tag == Packet::tag_in(self.place.fresh_bits), "the packet belongs to another pool");
+        assert!(tag == Packet::tag_in(self.addresses.fresh_bits), "the packet belongs to another pool");
     }
 
     #[inline(always)]
