@@ -175,6 +175,7 @@ impl From<vireo_vfio::Error> for Error {
             vireo_vfio::Error::ApiVersion(_) | vireo_vfio::Error::NotReported { .. } => {
                 ErrorKind::Unavailable
             }
+            vireo_vfio::Error::Protocol { .. } => ErrorKind::Protocol,
             _ => error.errno().map_or(ErrorKind::Os, ErrorKind::of),
         };
         Self { kind, what: error.what(), why: error.why(), errno: error.errno(), hint: None }

@@ -205,11 +205,13 @@ impl Iommufd {
 
     /// Makes `ioas` the address space of VFIO groups that use this descriptor as their container from now on.
     ///
-    /// The kernel knows `ioas` only by its id, so `ioas` must belong to this open `/dev/iommu`.
-    ///
     /// # Errors
-    /// `ENOENT` when this open `/dev/iommu` has no address space with the id of `ioas`.
+    /// [`Error::OtherIommufd`] when `ioas` belongs to another open `/dev/iommu`, where the kernel would take
+    /// whatever has the same id here.
     pub fn set_compat_ioas(&self, ioas: &Ioas) -> Result<()> {
+        if !self.is_same(ioas.iommufd()) {
+            return Err(Error::OtherIommufd { operation: Operation::CompatIoas });
+        }
         self.vfio_ioas(sys::iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET, ioas.id()).map(drop)
     }
 
@@ -357,5 +359,7 @@ mod tests {
             error.to_string(),
             "cannot transfer the accounting of pinned pages to this process: EINVAL (Invalid argument)"
         );
+        let other = mock_kernel(|name, _| panic!("{name}"));
+        assert!(matches!(other.set_compat_ioas(&ioas), Err(Error::OtherIommufd { .. })));
     }
 }

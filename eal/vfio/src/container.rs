@@ -340,4 +340,14 @@ mod tests {
         assert!(Mapping::new(&container, 0, 4096, Owner(&dropped)).unmap().is_err());
         assert_eq!(dropped.get(), 0);
     }
+
+    #[test]
+    fn a_wrong_number_of_unmapped_bytes_is_the_kernels_error() {
+        let container = container(mock_kernel(|_, argument| {
+            at::<sys::vfio_iommu_type1_dma_unmap>(argument).size = 1024;
+            Ok(0)
+        }));
+        let error = Mapping::new(&container, 0, 4096, ()).unmap().unwrap_err();
+        assert!(matches!(error, Error::Protocol { .. }), "{error}");
+    }
 }

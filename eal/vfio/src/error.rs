@@ -48,7 +48,14 @@ pub enum Error {
     NotReported {
         /// The requested operation.
         operation: Operation,
-        /// What is missing or wrong, and the kernel version that reports it, if any.
+        /// What is missing, and the kernel version that reports it.
+        why: &'static str,
+    },
+    /// The kernel's response violates its own interface.
+    Protocol {
+        /// The requested operation.
+        operation: Operation,
+        /// What is wrong with the response.
         why: &'static str,
     },
     /// An argument is invalid. The kernel was not called.
@@ -70,6 +77,7 @@ impl Error {
             Self::Kernel { operation, .. }
             | Self::TokenUnsupported { operation }
             | Self::NotReported { operation, .. }
+            | Self::Protocol { operation, .. }
             | Self::Argument { operation, .. } => format!("cannot {operation}"),
         }
     }
@@ -83,7 +91,9 @@ impl Error {
                 "EACCES: this kernel accepts no VF token for a cdev (6.17 does)".to_owned()
             }
             Self::ApiVersion(version) => format!("the kernel has VFIO API version {version}, not 0"),
-            Self::NotReported { why, .. } | Self::Argument { why, .. } => (*why).to_owned(),
+            Self::NotReported { why, .. } | Self::Protocol { why, .. } | Self::Argument { why, .. } => {
+                (*why).to_owned()
+            }
         }
     }
 

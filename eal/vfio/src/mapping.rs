@@ -55,7 +55,7 @@ impl<K> Mapping<K> {
             return Ok(());
         }
         let operation = Operation::Unmap { len: self.len, iova: self.iova };
-        Err(Error::NotReported { operation, why: "the kernel unmapped a different number of bytes" })
+        Err(Error::Protocol { operation, why: "the kernel unmapped a different number of bytes" })
     }
 }
 
