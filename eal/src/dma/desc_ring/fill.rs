@@ -220,9 +220,11 @@ impl DescRing {
     fn end_filling(&mut self, filling: &Filling, burst: &mut Burst) {
         let (count, rest) = (filling.count, filling.len - filling.count);
         if rest > 0 {
-            // SAFETY: these packets were not moved out, and the new length counts only them.
+            // SAFETY: these packets were not moved out, and the new length counts only them. `filling` has another
+            // pointer to them, which ended when `burst` was passed to this function.
             unsafe {
-                filling.packets.add(count).copy_to(filling.packets, rest);
+                let packets = burst.as_mut_ptr();
+                packets.add(count).copy_to(packets, rest);
                 burst.set_len(rest);
             }
         }
