@@ -1,6 +1,6 @@
 //! Frames of several packets, for drivers whose ports were started for them.
 
-use vireo_eal::dma::{Burst, Packet, PoolCache, first_frame};
+use vireo_eal::dma::{BUFFER_SIZE, Burst, Packet, PoolCache, first_frame, has_segments};
 
 /// Length of an Ethernet header in bytes. Hooks cannot process a frame whose first segment is shorter.
 pub(crate) const ETHERNET: usize = 14;
@@ -13,6 +13,10 @@ pub(crate) fn bytes(frame: &[Packet]) -> usize {
 /// Frees the frames of `burst` that have more than `longest` bytes or more than `most` segments; returns the
 /// number of freed frames.
 pub(crate) fn drop_long(burst: &mut Burst, longest: usize, most: usize, cache: &mut PoolCache) -> usize {
+    let fit = longest >= BUFFER_SIZE || burst.iter().all(|packet| packet.len() <= longest);
+    if fit && !has_segments(burst) {
+        return 0;
+    }
     let (mut at, mut dropped) = (0, 0);
     while at < burst.len() {
         let segments = first_frame(&burst[at..]);
@@ -78,6 +82,12 @@ pub(crate) mod tests {
         }
         assert_eq!(drop_long(&mut burst, 3000, MAX_SEGMENTS, &mut cache), 2);
         assert_eq!(take(&mut burst, &mut cache), [3000, 60, 2500].map(|len| frame(len, len)));
+        // Packets that are frames can be too long, too.
+        for len in [60, 1601, 1600] {
+            append(&mut burst, &mut cache, &frame(len, len), DATA_ROOM);
+        }
+        assert_eq!(drop_long(&mut burst, 1600, MAX_SEGMENTS, &mut cache), 1);
+        assert_eq!(take(&mut burst, &mut cache), [60, 1600].map(|len| frame(len, len)));
         drop(cache);
         assert_eq!(pool.available(), 64);
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use vireo_eal::dma::{Packet, PoolCache, first_frame};
+use vireo_eal::dma::{Packet, PoolCache, first_frame, has_partial_checksums};
 
 /// Running sum over data that arrives in parts.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,6 +43,9 @@ impl Sum {
 
 /// Completes the partial checksums in a burst. Returns the number of frames that had one.
 pub(crate) fn complete(burst: &mut [Packet], cache: &mut PoolCache) -> usize {
+    if !has_partial_checksums(burst) {
+        return 0;
+    }
     let (mut rest, mut completed) = (burst, 0);
     while !rest.is_empty() {
         let (frame, behind) = rest.split_at_mut(first_frame(rest));

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use vireo_eal::dma::{Burst, Packet, PartialChecksum, PoolCache, first_frame};
+use vireo_eal::dma::{Burst, Packet, PartialChecksum, PoolCache, first_frame, has_segments};
 
 use crate::checksum::{Sum, complete};
 
@@ -54,7 +54,7 @@ impl<'a> Packets<'a> {
     /// registers for the whole burst.
     #[inline(always)]
     pub fn write_each<const N: usize, const M: usize>(&mut self, first: [u8; N], second: [u8; M]) {
-        if self.is_general {
+        if self.is_general && has_segments(self.burst) {
             return self.write_first(first, second);
         }
         self.cache.write_each(self.burst, first, second);
@@ -73,7 +73,7 @@ impl<'a> Packets<'a> {
     /// Removes and frees the packets for which `keep` returns false. `keep` may change each packet.
     #[inline]
     pub fn retain(&mut self, mut keep: impl FnMut(&mut PacketMut<'_>) -> bool) {
-        if self.is_general {
+        if self.is_general && has_segments(self.burst) {
             return self.retain_frames(keep);
         }
         for mut packet in std::mem::take(self.burst) {

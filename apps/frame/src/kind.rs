@@ -1,6 +1,6 @@
 //! Kinds of lanes, by what their packets can be.
 
-use vireo_eal::dma::{Packet, frames};
+use vireo_eal::dma::{Packet, frames, has_segments};
 
 /// Kind of a lane. [`forward`](crate::forward) is compiled for each kind, so that neither pays for the other.
 pub(crate) trait Kind {
@@ -32,6 +32,6 @@ impl Kind for General {
     const GENERAL: bool = true;
 
     fn count(packets: &[Packet]) -> usize {
-        frames(packets).count()
+        if has_segments(packets) { frames(packets).count() } else { packets.len() }
     }
 }

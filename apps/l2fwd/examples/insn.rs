@@ -12,14 +12,15 @@ use serde_json::{Value, json};
 use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM, ID_82574L};
 use vireo_drivers::fakedev::igb::{FakeIgb, ID_82576};
 use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet, feature};
-use vireo_drivers::port::{MacAddr, Nic, PortConfig};
+use vireo_drivers::port::{MacAddr, Nic, Offloads, PortConfig, RxBurst, TxBurst};
 use vireo_drivers::{e1000, igb, virtio};
 use vireo_eal::Result;
 use vireo_eal::bdf::Bdf;
-use vireo_eal::dma::{Burst, DmaMemory, Pool};
+use vireo_eal::dma::{Burst, DmaMemory, Pool, PoolCache};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
-use vireo_frame::forward::{Lane, forward};
+use vireo_frame::Hook;
+use vireo_frame::forward::{Lane, forward, forward_general};
 use vireo_l2fwd::rewrite::Rewrite;
 
 /// Descriptors of each ring, as in the measurements of DPDK.
@@ -29,6 +30,9 @@ const FRAME: [u8; 60] = [0x5a; 60];
 /// 32 frames share a send. The row with an empty poll after each frame shows what a packet that arrives alone
 /// costs in both directions.
 const BURSTS: [&[usize]; 7] = [&[0], &[1, 0], &[1], &[4], &[8], &[16], &[32]];
+
+/// As DPDK's figures were counted.
+const PLAIN: PortConfig = PortConfig::with_descriptors(RING, RING);
 
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 const ADDRESS: Bdf = Bdf::new(0, 0, 3, 0).expect("a device number below 32");
@@ -99,10 +103,27 @@ fn name(burst: &[usize]) -> Value {
     }
 }
 
+/// Runs the loop of the ports' kind: `GENERAL` for ports that were started for long frames or with offloads.
+#[inline(always)]
+fn run<const GENERAL: bool, R: RxBurst, T: TxBurst, H: Hook>(
+    lanes: &mut [Lane<R, T, H>],
+    bursts: &mut [Burst],
+    cache: &mut PoolCache,
+    stop: &StopFlag,
+    tick: impl FnMut(),
+) {
+    if GENERAL {
+        forward_general(lanes, bursts, cache, stop, &mut (), tick);
+    } else {
+        forward(lanes, bursts, cache, stop, &mut (), tick);
+    }
+}
+
 /// Runs a case and prints its line of the output. Callgrind writes its profile when this returns.
 #[inline(never)]
-fn whole_case<N: Nic>(
+fn whole_case<const GENERAL: bool, N: Nic>(
     names: (&str, &str, &str),
+    config: &PortConfig,
     nic: &mut N,
     memory: &Arc<DmaMemory>,
     burst: &[usize],
@@ -110,7 +131,7 @@ fn whole_case<N: Nic>(
     transmit: &dyn Fn(),
 ) -> Result<()> {
     let mut cache = Pool::new(memory, BUFFERS)?.cache();
-    let (rx, tx) = nic.start_pair(&PortConfig::with_descriptors(RING, RING), memory, &mut cache)?;
+    let (rx, tx) = nic.start_pair(config, memory, &mut cache)?;
     let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Rewrite::of(0, nic.mac()) }];
     let mut bursts = [Burst::new()];
     let counters = (nic.counters().rx(0), nic.counters().tx(0));
@@ -122,13 +143,13 @@ fn whole_case<N: Nic>(
 
     let mut warm = wire();
     let stop = warm.stop.clone();
-    forward(&mut lanes, &mut bursts, &mut cache, &stop, &mut (), || warm.step());
+    run::<GENERAL, _, _, _>(&mut lanes, &mut bursts, &mut cache, &stop, || warm.step());
     let before = (counters.0.read(), counters.1.read());
 
     let mut hot = wire();
     let stop = hot.stop.clone();
     counted_loop(|| {
-        forward(&mut lanes, &mut bursts, &mut cache, &stop, &mut (), || device_half(&mut hot));
+        run::<GENERAL, _, _, _>(&mut lanes, &mut bursts, &mut cache, &stop, || device_half(&mut hot));
     });
 
     let [Lane { rx, tx, .. }] = lanes;
@@ -148,46 +169,76 @@ fn whole_case<N: Nic>(
     nic.stop_pair(rx, tx, &mut cache)
 }
 
+fn e1000_case<const GENERAL: bool>(
+    path: &str,
+    config: &PortConfig,
+    (physical, addresses): (bool, &str),
+    burst: &[usize],
+) -> Result<()> {
+    let memory = memory(physical)?;
+    let id = if path.starts_with("82574L") { ID_82574L } else { ID_82540EM };
+    let (function, device) = FakeE1000::new(ADDRESS, id, MAC);
+    device.attach(memory.device_view()?);
+    let mut port = e1000::Device::probe(function)?;
+    let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
+    let names = ("e1000", path, addresses);
+    whole_case::<GENERAL, _>(names, config, &mut port, &memory, burst, &receive, &transmit)
+}
+
+fn igb_case((physical, addresses): (bool, &str), burst: &[usize]) -> Result<()> {
+    let memory = memory(physical)?;
+    let (function, device) = FakeIgb::new(ADDRESS, ID_82576, MAC);
+    device.attach(memory.device_view()?);
+    let mut port = igb::Device::probe(function)?;
+    let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
+    let names = ("igb", "82576", addresses);
+    whole_case::<false, _>(names, &PLAIN, &mut port, &memory, burst, &receive, &transmit)
+}
+
+fn virtio_case<const GENERAL: bool>(
+    (mrg_rxbuf, in_order, path): (bool, bool, &str),
+    config: &PortConfig,
+    (physical, addresses): (bool, &str),
+    burst: &[usize],
+) -> Result<()> {
+    let memory = memory(physical)?;
+    let mut behaviour = Behaviour::default();
+    behaviour.features |= feature::IN_ORDER | feature::INDIRECT_DESC | feature::CSUM | feature::GUEST_CSUM;
+    let device = VirtioNet::new(behaviour);
+    device.attach(memory.device_view()?);
+    let mut port = virtio::Device::probe_with(device.function(), virtio::Options { mrg_rxbuf, in_order })?;
+    let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
+    let names = ("virtio-net", path, addresses);
+    whole_case::<GENERAL, _>(names, config, &mut port, &memory, burst, &receive, &transmit)
+}
+
 fn main() -> Result<()> {
-    for (physical, addresses) in [(false, "iommu"), (true, "physical")] {
+    let long = PLAIN.with_max_frame(9000);
+    let offloads = PLAIN.with_offloads(Offloads::all());
+    for memory in [(false, "iommu"), (true, "physical")] {
+        let (physical, _) = memory;
         let bursts = || BURSTS.into_iter().filter(move |burst| !physical || matches!(burst, [1 | 32]));
-        for (id, path) in [(ID_82540EM, "82540EM"), (ID_82574L, "82574L")] {
-            for burst in bursts() {
-                let memory = memory(physical)?;
-                let (function, device) = FakeE1000::new(ADDRESS, id, MAC);
-                device.attach(memory.device_view()?);
-                let mut port = e1000::Device::probe(function)?;
-                let (receive, transmit) =
-                    (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
-                whole_case(("e1000", path, addresses), &mut port, &memory, burst, &receive, &transmit)?;
-            }
+        for burst in bursts() {
+            e1000_case::<false>("82540EM", &PLAIN, memory, burst)?;
         }
         for burst in bursts() {
-            let memory = memory(physical)?;
-            let (function, device) = FakeIgb::new(ADDRESS, ID_82576, MAC);
-            device.attach(memory.device_view()?);
-            let mut port = igb::Device::probe(function)?;
-            let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
-            whole_case(("igb", "82576", addresses), &mut port, &memory, burst, &receive, &transmit)?;
+            e1000_case::<false>("82574L", &PLAIN, memory, burst)?;
+        }
+        for burst in bursts() {
+            igb_case(memory, burst)?;
         }
         let paths = [
             (true, false, "split mergeable"),
             (false, false, "split non-mergeable"),
             (true, true, "split mergeable in-order"),
         ];
-        for (mrg_rxbuf, in_order, path) in paths {
-            for burst in bursts() {
-                let memory = memory(physical)?;
-                let mut behaviour = Behaviour::default();
-                behaviour.features |= feature::IN_ORDER;
-                let device = VirtioNet::new(behaviour);
-                device.attach(memory.device_view()?);
-                let mut port =
-                    virtio::Device::probe_with(device.function(), virtio::Options { mrg_rxbuf, in_order })?;
-                let (receive, transmit) =
-                    (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
-                whole_case(("virtio-net", path, addresses), &mut port, &memory, burst, &receive, &transmit)?;
-            }
+        for (path, burst) in paths.into_iter().flat_map(|path| bursts().map(move |burst| (path, burst))) {
+            virtio_case::<false>(path, &PLAIN, memory, burst)?;
+        }
+        for burst in bursts().filter(|burst| matches!(burst, [1 | 8 | 32])) {
+            e1000_case::<true>("82574L long frames", &long, memory, burst)?;
+            virtio_case::<true>((true, false, "split mergeable long frames"), &long, memory, burst)?;
+            virtio_case::<true>((true, false, "split mergeable checksums"), &offloads, memory, burst)?;
         }
     }
     Ok(())

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DescRing, MAX_BURST, MAX_SEGMENTS, PoolCache, first_frame};
+use vireo_eal::dma::{Burst, DescRing, MAX_BURST, MAX_SEGMENTS, PoolCache, first_frame, has_segments};
 use vireo_eal::mmio::Doorbell;
 
 use super::format::Format;
@@ -163,6 +163,39 @@ impl<F: Format> TxQueue<F> {
         let before = burst.len();
         // The transmit FIFO must hold a whole frame (SDM 3.3.7).
         self.counters.errors.add(drop_long(burst, reports.longest, MAX_SEGMENTS, cache) as u64);
+        let (frames, bytes) = if has_segments(burst) {
+            self.fill_frames(cache, burst)
+        } else {
+            self.fill_packets(cache, burst)
+        };
+        if frames == 0 {
+            let left = if burst.is_empty() { 0 } else { self.full() };
+            return before - burst.len() + left;
+        }
+        let last = self.ring.head().wrapping_sub(1);
+        // The device has not been told of the descriptor yet, so this is the driver's own word.
+        self.ring.set_word(last, self.ring.load::<1>(last) | F::TXD_RS);
+        if let Some(reports) = &mut self.reports {
+            reports.positions.push_back(last);
+        }
+        self.counters.packets.add(frames);
+        self.counters.bytes.add(bytes);
+        self.announce();
+        before - burst.len()
+    }
+
+    /// Moves as many packets to descriptors as there is room for; each is a frame. Returns the number of frames
+    /// and of their bytes.
+    fn fill_packets(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> (u64, u64) {
+        let count = burst.len().min(self.ring.room());
+        if self.pads {
+            cache.pad_each::<SHORTEST>(&mut burst[..count]);
+        }
+        (count as u64, self.ring.fill_words(count, F::SEND, cache, burst, |_| ()))
+    }
+
+    /// As [`TxQueue::fill_packets`], of frames that may have several segments.
+    fn fill_frames(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> (u64, u64) {
         let (mut words, mut frames, mut sum) = ([0; MAX_BURST], 0, 0);
         let mut count = 0;
         while count < burst.len() {
@@ -183,18 +216,9 @@ impl<F: Format> TxQueue<F> {
             frames += 1;
             sum += whole;
         }
-        if count == 0 {
-            let left = if burst.is_empty() { 0 } else { self.full() };
-            return before - burst.len() + left;
-        }
-        words[count - 1] |= F::TXD_RS;
-        reports.positions.push_back(self.ring.head().wrapping_add(count - 1));
         let mut words = words.into_iter();
         self.ring.fill(count, 0, cache, burst, |_, _| words.next().unwrap_or_default());
-        self.counters.packets.add(frames);
-        self.counters.bytes.add(sum);
-        self.announce();
-        before - burst.len()
+        (frames, sum)
     }
 }
 

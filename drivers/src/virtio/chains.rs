@@ -12,7 +12,7 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 use vireo_eal::Result;
 use vireo_eal::dma::{
-    Burst, DescRing, DmaBlock, DmaMemory, DmaRing, MAX_SEGMENTS, Packet, PoolCache, first_frame,
+    Burst, DescRing, DmaBlock, DmaMemory, DmaRing, MAX_SEGMENTS, Packet, PoolCache, first_frame, has_segments,
 };
 
 use super::HEADER;
@@ -95,6 +95,9 @@ impl Chains {
 
     /// Frees the segments after the first of the descriptors at `positions`.
     pub(super) fn free(&mut self, positions: Range<usize>, cache: &mut PoolCache) {
+        if self.held == 0 {
+            return;
+        }
         for position in positions {
             let slot = position & (self.size() - 1);
             self.held -= self.rest[slot].len();
@@ -122,6 +125,15 @@ impl TxQueue {
         self.queue.counters.errors.add(drop_long(burst, longest, MAX_SEGMENTS, cache) as u64);
         let (queue, mergeable, checksums) = (&mut self.queue, self.mergeable, self.checksums);
         let Some(chains) = &mut self.chains else { return 0 };
+        if !has_segments(burst) {
+            let (dropped, room) = (before - burst.len(), chains.room(&queue.ring));
+            return dropped
+                + if checksums {
+                    self.send::<true>(room, cache, burst)
+                } else {
+                    self.send::<false>(room, cache, burst)
+                };
+        }
         let mut asked = 0;
         let begin = queue.ring.head();
         while !burst.is_empty() && first_frame(burst) <= chains.room(&queue.ring) {

@@ -75,6 +75,9 @@ impl RxQueue {
 /// is partial.
 fn note(packet: &mut Packet, cache: &mut PoolCache) -> (bool, bool) {
     let (flags, partial) = read(cache.read_header(packet));
+    if flags & (DATA_VALID | NEEDS_CSUM) == 0 {
+        return (false, false);
+    }
     let good = flags & DATA_VALID != 0;
     packet.set_good_checksum(good);
     let is_partial = flags & NEEDS_CSUM != 0 && cache.set_partial_checksum(packet, Some(partial)).is_some();
@@ -89,6 +92,6 @@ impl TxQueue {
         if self.queue.ring.room() < self.queue.ring.entries() / 2 || burst.is_empty() {
             self.reclaim(cache);
         }
-        self.send::<true>(cache, burst)
+        self.send::<true>(self.queue.ring.room(), cache, burst)
     }
 }

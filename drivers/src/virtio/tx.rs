@@ -115,10 +115,15 @@ impl TxQueue {
         0
     }
 
-    /// Hands packets of one buffer each to the device, as far as descriptors are free.
+    /// Hands up to `room` packets of one buffer each to the device. The ring has as many free descriptors.
     #[inline(always)]
-    pub(super) fn send<const CHECKSUMS: bool>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        let count = self.queue.ring.room().min(burst.len());
+    pub(super) fn send<const CHECKSUMS: bool>(
+        &mut self,
+        room: usize,
+        cache: &mut PoolCache,
+        burst: &mut Burst,
+    ) -> usize {
+        let count = room.min(burst.len());
         if count == 0 {
             return if burst.is_empty() { 0 } else { self.full() };
         }
@@ -213,7 +218,7 @@ impl TxBurst for TxQueue {
             }
             self.reclaim(cache);
         }
-        self.send::<false>(cache, burst)
+        self.send::<false>(self.queue.ring.room(), cache, burst)
     }
 
     fn counters(&self) -> &QueueCounters {

@@ -23,6 +23,7 @@ pub use memory::DmaMemory;
 pub use metadata::PartialChecksum;
 pub use packet::{
     BUFFER_SIZE, Burst, DATA_ROOM, HEADROOM, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Packet, first_frame, frames,
+    has_partial_checksums, has_segments,
 };
 pub use part::Part;
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerLog, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};

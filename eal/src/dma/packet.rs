@@ -1,5 +1,7 @@
 //! The 8-byte handle that owns a packet buffer.
 
+use std::mem::{self, offset_of};
+
 use arrayvec::ArrayVec;
 
 /// Size of a buffer in bytes: a power of two, so that no buffer crosses a page.
@@ -91,6 +93,26 @@ pub fn frames(packets: &[Packet]) -> impl Iterator<Item = &[Packet]> {
     packets.split_inclusive(|packet| !packet.has_more())
 }
 
+/// Whether a packet of `packets` is followed by another segment of its frame.
+#[inline(always)]
+pub fn has_segments(packets: &[Packet]) -> bool {
+    flags(packets) & MORE != 0
+}
+
+/// Whether a packet of `packets` has a [partial checksum](Packet::has_partial_checksum).
+#[inline(always)]
+pub fn has_partial_checksums(packets: &[Packet]) -> bool {
+    flags(packets) & CHECKSUM_PARTIAL != 0
+}
+
+/// Flags of all packets combined. Whole packets are combined, without an early end, because the compiler turns
+/// that into one instruction per packet.
+#[inline(always)]
+fn flags(packets: &[Packet]) -> u8 {
+    let all = packets.iter().fold(0, |all, packet| all | packet.bits());
+    (all >> (8 * offset_of!(Packet, flags))) as u8
+}
+
 impl Packet {
     /// All bits of a fresh packet except its buffer and length.
     #[inline(always)]
@@ -110,13 +132,18 @@ impl Packet {
     pub(super) fn in_slot(slot: u32, len: usize, fresh_bits: u64) -> Self {
         // SAFETY: both types have 8 bytes, and any bits are a valid packet: `at` is the low half, the length
         // the top quarter. Built as one value, a packet takes one store.
-        unsafe { std::mem::transmute(fresh_bits | (len as u64) << 48 | u64::from(slot)) }
+        unsafe { mem::transmute(fresh_bits | (len as u64) << 48 | u64::from(slot)) }
     }
 
     /// Tag of the pool.
     #[inline(always)]
     pub(super) fn tag(&self) -> u8 {
         self.tag
+    }
+
+    fn bits(&self) -> u64 {
+        // SAFETY: both have 8 bytes, and none of them is padding.
+        unsafe { mem::transmute_copy(self) }
     }
 
     /// Tags of four packets combined. Every tag has the same number of bits set, so the result is a pool's tag
@@ -287,6 +314,22 @@ mod tests {
         assert_eq!(lens(&[false, true, true, false, false]), [1, 3, 1]);
         assert_eq!((lens(&[]), first_frame(&[])), (vec![], 0));
         assert_eq!((lens(&[false, true, true]), first_frame(&burst(&[true, true]))), (vec![1, 2], 2));
+    }
+
+    #[test]
+    fn flags_of_any_packet_are_found_and_nothing_else() {
+        let all = || Packet::in_slot(!OFFSET, DATA_ROOM, Packet::fresh_bits(0xff));
+        let found = |packets: &[Packet]| (has_segments(packets), has_partial_checksums(packets));
+        assert_eq!(found(&[]), (false, false));
+        for at in 0..7 {
+            let mut packets: Vec<_> = (0..7).map(|_| all()).collect();
+            packets[at].set_good_checksum(true);
+            assert_eq!(found(&packets), (false, false));
+            packets[at].set_partial(true);
+            assert_eq!(found(&packets), (false, true));
+            packets[(at + 3) % 7].set_more(true);
+            assert_eq!(found(&packets), (true, true));
+        }
     }
 
     #[test]

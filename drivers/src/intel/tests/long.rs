@@ -165,6 +165,9 @@ pub(crate) fn frames_that_no_fifo_holds_are_not_sent<F: Family>() {
         rig.queues = Some(rig.port.start_pair(&LONG, &rig.memory, &mut rig.cache).unwrap());
         assert_eq!(rig.send_frames(&[vec![7; 20], frame(1, 1030)], 1024), 0);
         assert_eq!(rig.device.transmitted(), [[[7; 20].as_slice(), &[0; 40]].concat(), frame(1, 1030)]);
+        // Without segments, a burst takes another path.
+        assert_eq!(rig.send_frames(&[vec![8; 20], short(2)], 1024), 0);
+        assert_eq!(rig.device.transmitted(), [[[8; 20].as_slice(), &[0; 40]].concat(), short(2)]);
         rig.stop();
     });
 }

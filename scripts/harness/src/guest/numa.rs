@@ -94,7 +94,7 @@ pub(super) fn cases(cases: &mut Cases) {
         let arguments = |memory: &str| format!("-l 1 --numa-mem {memory} {} -- -p 3 -q 2", ports(NIC, NIC));
         let line =
             refused_as(context, ("root", ""), &arguments("16,2"), (64, "need 18 MiB on node 1; use "))?;
-        let (_, enough) = line.split_once("use --numa-mem ").context("no hint")?;
+        let (_, enough) = line.split_once("; use --numa-mem ").context("no hint")?;
         let enough = enough.split_whitespace().next().context("no hint")?;
         start("cdev", 1, &format!("--numa-mem {enough}")).forwarding(context)?.stop()?;
         let text = "cannot use --numa-mem 0,0,64: node 2 has no memory";
