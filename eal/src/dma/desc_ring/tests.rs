@@ -259,7 +259,8 @@ fn buffers_of_two_pools_do_not_meet() {
     let sent = catch_unwind(AssertUnwindSafe(|| ring.fill(2, 0, &cache, &mut burst, |_, _| 0)));
     assert!(sent.is_err() && ring.owned() == 1);
     let word = SendWord { bits: 0, front: 0, second_len: None };
-    for (at, front) in (0..6).flat_map(|at| [(at, 0), (at, 12)]) {
+    let places = if cfg!(miri) { 3..5 } else { 0..6 };
+    for (at, front) in places.flat_map(|at| [(at, 0), (at, 12)]) {
         let mut packets: Vec<_> = (0..5).map(|_| Packet::in_slot(0, 60, cache.fresh_bits())).collect();
         packets.insert(at, Packet::in_slot(0, 60, foreign.fresh_bits()));
         let mut burst: Burst = packets.into_iter().collect();
