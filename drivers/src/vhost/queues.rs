@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vireo_eal::dma::{Burst, DATA_ROOM, PoolCache};
 
 use super::ring::{Report, Violation};
-use super::shared::{RingSlot, Shared, Slot};
+use super::shared::{RingState, Shared, Slot};
 use crate::counters::QueueCounters;
 use crate::frames::drop_long;
 use crate::port::{RxBurst, TxBurst};
@@ -18,7 +18,7 @@ const RECEIVE: &str = "receive";
 #[derive(Debug)]
 struct Queue {
     shared: Arc<Shared>,
-    /// The ring's counters, which are read without locking its place.
+    /// The ring's counters, which are read without locking its state.
     counters: Arc<QueueCounters>,
 }
 
@@ -64,7 +64,7 @@ impl RxQueue {
     /// Handles a ring that is in any state other than `Slot::Running`.
     #[cold]
     #[inline(never)]
-    fn otherwise(RingSlot { slot, report }: &mut RingSlot, cache: &mut PoolCache, burst: &mut Burst) {
+    fn not_running(RingState { slot, report }: &mut RingState, cache: &mut PoolCache, burst: &mut Burst) {
         let Slot::Logged(ring) = slot else { return };
         if let Err(violation) = ring.receive_logged(cache, burst, &report.counters) {
             Queue::end(slot, violation, report, TRANSMIT);
@@ -86,8 +86,8 @@ impl TxQueue {
     /// from `burst`.
     #[cold]
     #[inline(never)]
-    fn otherwise(
-        RingSlot { slot, report }: &mut RingSlot,
+    fn not_running(
+        RingState { slot, report }: &mut RingState,
         cache: &mut PoolCache,
         burst: &mut Burst,
     ) -> usize {
@@ -101,13 +101,13 @@ impl TxQueue {
 
     #[inline(always)]
     fn send(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        let Some(mut place) = self.queue.shared.try_lock() else { return 0 };
-        let RingSlot { slot: Slot::Running(ring), report } = &mut *place else {
-            return Self::otherwise(&mut place, cache, burst);
+        let Some(mut state) = self.queue.shared.try_lock() else { return 0 };
+        let RingState { slot: Slot::Running(ring), report } = &mut *state else {
+            return Self::not_running(&mut state, cache, burst);
         };
         let before = burst.len();
         if let Err(violation) = ring.send(cache, burst, report) {
-            let RingSlot { slot, report } = &mut *place;
+            let RingState { slot, report } = &mut *state;
             Queue::end(slot, violation, report, RECEIVE);
         }
         before - burst.len()
@@ -120,7 +120,7 @@ impl TxQueue {
         let before = burst.len();
         match self.queue.shared.try_lock() {
             None => return 0,
-            Some(place) => place.report.counters.errors.add(drop_long(burst, DATA_ROOM, 1, cache) as u64),
+            Some(state) => state.report.counters.errors.add(drop_long(burst, DATA_ROOM, 1, cache) as u64),
         }
         before - burst.len() + self.send(cache, burst)
     }
@@ -129,12 +129,12 @@ impl TxQueue {
 impl RxBurst for RxQueue {
     #[inline(never)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
-        let Some(mut place) = self.0.shared.try_lock() else { return };
-        let RingSlot { slot: Slot::Running(ring), report } = &mut *place else {
-            return Self::otherwise(&mut place, cache, burst);
+        let Some(mut state) = self.0.shared.try_lock() else { return };
+        let RingState { slot: Slot::Running(ring), report } = &mut *state else {
+            return Self::not_running(&mut state, cache, burst);
         };
         if let Err(violation) = ring.receive(cache, burst, &report.counters) {
-            let RingSlot { slot, report } = &mut *place;
+            let RingState { slot, report } = &mut *state;
             Queue::end(slot, violation, report, TRANSMIT);
         }
     }

@@ -31,59 +31,59 @@ pub(super) enum Slot {
 
 /// A ring's slot and its counters. The user of the ring holds both, so a counter has one writer at a time.
 #[derive(Debug, Default)]
-pub(super) struct RingSlot {
+pub(super) struct RingState {
     pub(super) slot: Slot,
     pub(super) report: Report,
 }
 
-/// The lock of a ring's place. The lcore takes it once per burst and never waits; all other threads may wait.
+/// The lock of a ring's state. The lcore takes it once per burst and never waits; all other threads may wait.
 /// Each lock has cache lines of its own, because the rings of a port may belong to two lcores.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(super) struct Shared {
-    /// Number of threads that wait for the place. While there is one, the lcore leaves the place alone;
+    /// Number of threads that wait for the state. While there is one, the lcore leaves the state alone;
     /// otherwise the lcore could hold it nearly all of the time.
     waiting: AtomicU32,
-    place: Mutex<RingSlot>,
+    state: Mutex<RingState>,
 }
 
 impl Shared {
-    /// Creates a place without a ring.
+    /// Creates a state without a ring.
     pub(super) fn new(report: Report) -> Self {
-        Self { waiting: AtomicU32::new(0), place: Mutex::new(RingSlot { report, ..RingSlot::default() }) }
+        Self { waiting: AtomicU32::new(0), state: Mutex::new(RingState { report, ..RingState::default() }) }
     }
 
-    /// Whether a thread waits for the place.
+    /// Whether a thread waits for the state.
     #[inline(always)]
     pub(super) fn is_wanted(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
-    /// Locks the place, unless another thread holds or wants it.
+    /// Locks the state, unless another thread holds or wants it.
     #[inline(always)]
-    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, RingSlot>> {
+    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, RingState>> {
         if self.is_wanted() {
             return None;
         }
-        match self.place.try_lock() {
-            Ok(place) => Some(place),
-            Err(TryLockError::Poisoned(place)) => Some(place.into_inner()),
+        match self.state.try_lock() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(state)) => Some(state.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
     }
 
-    /// Locks the place, after at most one burst of the lcore.
-    pub(super) fn lock(&self) -> MutexGuard<'_, RingSlot> {
+    /// Locks the state, after at most one burst of the lcore.
+    pub(super) fn lock(&self) -> MutexGuard<'_, RingState> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         self.waiting.fetch_sub(1, Ordering::Relaxed);
-        place
+        state
     }
 
     /// Drops what the frontend transmits through a disabled ring before position `end`, and counts it as
     /// errors.
     pub(super) fn discard(&self, end: u16) {
-        if let RingSlot { slot: Slot::Disabled(ring), report } = &mut *self.lock() {
+        if let RingState { slot: Slot::Disabled(ring), report } = &mut *self.lock() {
             ring.discard(end, &report.counters);
         }
     }

@@ -36,14 +36,14 @@ fn an_lcore_that_ends_its_ring_unmaps_nothing() {
     let (mut backend, rings) = running();
     let old = Arc::downgrade(backend.memory.as_ref().unwrap());
     std::thread::scope(|scope| {
-        let mut place = rings[1].try_lock().unwrap();
+        let mut state = rings[1].try_lock().unwrap();
         let server = scope.spawn(|| set_memory(&mut backend, LEN));
         while !rings[1].is_wanted() {
             std::thread::yield_now();
         }
-        place.slot = Slot::Broken(0);
+        state.slot = Slot::Broken(0);
         assert!(old.upgrade().is_some(), "it is the server's to unmap");
-        drop(place);
+        drop(state);
         server.join().unwrap().unwrap();
     });
     assert!(old.upgrade().is_none());

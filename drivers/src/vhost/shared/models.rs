@@ -30,8 +30,8 @@ fn a_ring_is_taken_away_once_and_whole() {
             thread::spawn(move || {
                 let mut bursts = 0;
                 for _ in 0..2 {
-                    let Some(mut place) = shared.try_lock() else { continue };
-                    let Slot::Broken(next) = &mut place.slot else { continue };
+                    let Some(mut state) = shared.try_lock() else { continue };
+                    let Slot::Broken(next) = &mut state.slot else { continue };
                     *next += 1;
                     bursts += 1;
                 }
@@ -47,7 +47,7 @@ fn a_ring_is_taken_away_once_and_whole() {
         other.join().unwrap();
         assert_eq!(number(&taken), Some(bursts));
         // No thread waits any more.
-        assert!(matches!(shared.try_lock().as_deref(), Some(RingSlot { slot: Slot::Stopped, .. })));
+        assert!(matches!(shared.try_lock().as_deref(), Some(RingState { slot: Slot::Stopped, .. })));
     });
 }
 
@@ -55,11 +55,11 @@ fn a_ring_is_taken_away_once_and_whole() {
 fn an_lcore_does_not_wait() {
     model(None, || {
         let shared = shared();
-        let place = shared.lock();
+        let state = shared.lock();
         let lcore = Arc::clone(&shared);
         let lcore = thread::spawn(move || lcore.try_lock().is_none());
         assert!(lcore.join().unwrap());
-        drop(place);
+        drop(state);
     });
 }
 
@@ -69,15 +69,15 @@ fn who_waits_comes_before_the_next_burst() {
         let shared = shared();
         let lcore = Arc::clone(&shared);
         let lcore = thread::spawn(move || {
-            let Some(place) = lcore.try_lock() else { return };
-            if number(&place.slot) != Some(0) {
+            let Some(state) = lcore.try_lock() else { return };
+            if number(&state.slot) != Some(0) {
                 return;
             }
             while lcore.waiting.load(Ordering::Relaxed) == 0 {
                 thread::yield_now();
             }
-            drop(place);
-            let next = lcore.try_lock().and_then(|place| number(&place.slot));
+            drop(state);
+            let next = lcore.try_lock().and_then(|state| number(&state.slot));
             assert_ne!(next, Some(0), "the lcore came first again");
         });
         shared.lock().slot = Slot::Broken(1);
@@ -96,8 +96,8 @@ fn a_count_is_neither_lost_nor_doubled_when_a_ring_changes_hands() {
             thread::spawn(move || {
                 let mut bursts = 0;
                 for _ in 0..2 {
-                    let Some(place) = shared.try_lock() else { continue };
-                    place.report.counters.errors.add(1);
+                    let Some(state) = shared.try_lock() else { continue };
+                    state.report.counters.errors.add(1);
                     bursts += 1;
                 }
                 bursts

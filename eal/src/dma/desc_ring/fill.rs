@@ -4,7 +4,7 @@ use std::slice;
 
 use super::{DescRing, Descriptor};
 use crate::dma::metadata::PartialChecksum;
-use crate::dma::packet::{Burst, HEADROOM, MAX_BURST, Packet};
+use crate::dma::packet::{Burst, DEVICE_HEADER, HEADROOM, MAX_BURST, Packet};
 use crate::dma::pool::{Buffers, PoolCache};
 
 /// Second word of a descriptor that sends a whole packet.
@@ -12,7 +12,7 @@ use crate::dma::pool::{Buffers, PoolCache};
 pub struct SendWord {
     /// Bits that are set in addition to the length.
     pub bits: u64,
-    /// Number of bytes before the packet's data that the device reads, too. The length includes them.
+    /// Number of bytes before the packet's data that the device also reads, at most 16. The length includes them.
     pub front: usize,
     /// Position of the lowest bit of a second copy of the length, for descriptors that have one.
     pub second_len: Option<u32>,
@@ -70,9 +70,10 @@ impl DescRing {
     /// descriptors.
     ///
     /// # Panics
-    /// Panics if the ring owns buffers of another pool.
+    /// Panics if the ring owns buffers of another pool, or if `front` is more than 16.
     #[inline(always)]
     pub fn refill(&mut self, most: usize, front: usize, word: u64, cache: &mut PoolCache) -> usize {
+        assert!(front <= DEVICE_HEADER);
         self.use_pool(cache);
         let taking = cache.take(most.min(self.room()).min(MAX_BURST));
         let (buffers, mut rest) = (taking.buffers, taking.all());
@@ -109,9 +110,9 @@ impl DescRing {
     /// what `send` returns for the packet and its length.
     ///
     /// # Panics
-    /// Panics if `burst` has fewer than `count` packets, if the ring has no room for `count` packets, or if
-    /// the ring owns buffers of another pool. Also panics at a packet that does not belong to the pool of
-    /// `cache`; the descriptors then stay free, and their content is meaningless.
+    /// Panics if `burst` has fewer than `count` packets, if the ring has no room for `count` packets, if the
+    /// ring owns buffers of another pool, or if `front` is more than 16. Also panics at a packet that does not
+    /// belong to the pool of `cache`; the descriptors then stay free, and their content is meaningless.
     #[inline(always)]
     pub fn fill(
         &mut self,
@@ -121,6 +122,7 @@ impl DescRing {
         burst: &mut Burst,
         mut send: impl FnMut(&mut Slot<'_>, usize) -> u64,
     ) {
+        assert!(front <= DEVICE_HEADER);
         let buffers = cache.buffers();
         let mut filling = self.start_filling(count, cache, burst);
         while let Some(run) = self.next_run(&mut filling) {
@@ -137,8 +139,9 @@ impl DescRing {
         self.end_filling(&filling, burst);
     }
 
-    /// As [`DescRing::fill`], with `word` for the second words. `header` may write the `word.front` bytes
-    /// before each packet's data; it is not called if there are none. Returns the number of the packets' bytes.
+    /// [`DescRing::fill`] with second words that follow from the packets' lengths. `header` may write the
+    /// `word.front` bytes before each packet's data, and is not called if `word.front` is 0. Returns the sum of
+    /// the packets' lengths in bytes.
     ///
     /// # Panics
     /// As [`DescRing::fill`].
@@ -151,6 +154,7 @@ impl DescRing {
         burst: &mut Burst,
         mut header: impl FnMut(&mut Slot<'_>),
     ) -> u64 {
+        assert!(word.front <= DEVICE_HEADER);
         let buffers = cache.buffers();
         let mut bytes = 0;
         let mut filling = self.start_filling(count, cache, burst);
@@ -215,13 +219,13 @@ impl DescRing {
         Some(run)
     }
 
-    /// Moves the packets behind the first `count` to the front of `burst`.
+    /// Moves the packets after the first `count` to the front of `burst`.
     #[inline(always)]
     fn end_filling(&mut self, filling: &Filling, burst: &mut Burst) {
         let (count, rest) = (filling.count, filling.len - filling.count);
         if rest > 0 {
-            // SAFETY: these packets were not moved out, and the new length counts only them. `filling` has another
-            // pointer to them, which ended when `burst` was passed to this function.
+            // SAFETY: these packets were not moved out, and the new length counts only them. The pointer in
+            // `filling` is not used, because this function's borrow of `burst` has invalidated it.
             unsafe {
                 let packets = burst.as_mut_ptr();
                 packets.add(count).copy_to(packets, rest);
@@ -277,8 +281,8 @@ mod x86 {
     use super::{Buffers, Descriptor, Packet, SendWord, Slot};
     use crate::dma::packet::BUFFER_SIZE;
 
-    /// Gives descriptors the buffers at `slots`, as many as come in fours, with their data `data` bytes into
-    /// the buffer. Returns their number.
+    /// Gives the buffers at the pool offsets `slots` to descriptors, in groups of four. Packet data starts
+    /// `data` bytes into each buffer. Returns the number of buffers; up to three remain.
     ///
     /// # Safety
     /// From `desc` and `record` on there are as many descriptors and records as `slots`.
@@ -304,8 +308,8 @@ mod x86 {
         4 * fours.len()
     }
 
-    /// As [`DescRing::fill_words`](super::DescRing::fill_words), of as many packets as come in fours. Returns
-    /// the number of their bytes.
+    /// [`DescRing::fill_words`](super::DescRing::fill_words) in groups of four; up to three packets remain.
+    /// Returns the sum of the lengths in bytes.
     ///
     /// # Safety
     /// There are four packets or more. From `desc` and `record` on there are as many descriptors and records.
@@ -355,7 +359,7 @@ mod x86 {
         }
     }
 
-    /// Writes four descriptors, of whose words `first` and `second` have two each.
+    /// Writes four descriptors: `first` holds their first words, `second` their second words.
     ///
     /// # Safety
     /// From `desc` on there are four descriptors.

@@ -74,8 +74,9 @@ pub(super) mod x86 {
 
     use super::{Lengths, Packet};
 
-    /// [`DescRing::take`](super::DescRing::take) while the next four packets can all be taken.
-    /// Returns the number of packets, that of their bytes, and whether the next packet is known not to be good.
+    /// [`DescRing::take`](super::DescRing::take) in groups of four, up to the first group of which not all can be
+    /// taken. Returns the number of packets, the sum of their lengths in bytes, and whether the next packet is
+    /// known not to be good.
     ///
     /// # Safety
     /// From `record` and `packets` on there are `most` buffers, and places for as many packets; `lengths` has
@@ -91,7 +92,7 @@ pub(super) mod x86 {
     ) -> (usize, u64, bool) {
         // SAFETY: SSE2 is part of x86-64. All accesses are within what the caller vouches for.
         unsafe {
-            // Halves of a fresh packet: where its data begins, and its tag.
+            // The two halves of a fresh packet: its data offset and its tag.
             let (begin, tag) = (_mm_set1_epi32(fresh_bits as i32), _mm_set1_epi32((fresh_bits >> 32) as i32));
             let mut sum = _mm_setzero_si128();
             let (mut count, mut is_end) = (0, false);

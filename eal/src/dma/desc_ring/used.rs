@@ -169,14 +169,14 @@ impl DescRing {
         count
     }
 
-    /// The elements of `used` from the tail on.
+    /// Returns the elements of `used` from the tail on.
     #[inline(always)]
     fn elements<'a>(&self, used: &'a DmaRing<u64>, front: usize) -> UsedElements<'a> {
         let used = used.view();
         UsedElements { first: used.entry(self.tail), index: self.tail & self.mask & used.mask(), front }
     }
 
-    /// The addresses of the ring's buffers, by `cache`.
+    /// Returns the addresses of the buffers in the pool of `cache`, which must be the ring's pool.
     #[inline(always)]
     fn buffers_in<'a>(&self, cache: &'a PoolCache) -> Buffers<'a> {
         assert!(self.fresh_bits == cache.fresh_bits(), "the ring owns buffers of another pool");
