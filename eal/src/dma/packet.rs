@@ -141,6 +141,7 @@ impl Packet {
         self.tag
     }
 
+    #[inline(always)]
     fn bits(&self) -> u64 {
         // SAFETY: both have 8 bytes, and none of them is padding.
         unsafe { mem::transmute_copy(self) }

@@ -343,12 +343,13 @@ mod x86 {
                 let len = _mm_srli_epi32::<16>(rest);
                 sum = _mm_add_epi32(sum, len);
                 let len = _mm_add_epi32(len, front);
-                let words = [_mm_unpacklo_epi32(len, zero), _mm_unpackhi_epi32(len, zero)].map(|len| {
-                    let second = word
-                        .second_len
-                        .map_or(zero, |shift| _mm_sll_epi64(len, _mm_cvtsi32_si128(shift as i32)));
-                    _mm_or_si128(_mm_or_si128(len, bits), second)
-                });
+                let (mut low, mut high) = (_mm_unpacklo_epi32(len, zero), _mm_unpackhi_epi32(len, zero));
+                if let Some(shift) = word.second_len {
+                    let shift = _mm_cvtsi32_si128(shift as i32);
+                    low = _mm_or_si128(low, _mm_sll_epi64(low, shift));
+                    high = _mm_or_si128(high, _mm_sll_epi64(high, shift));
+                }
+                let words = [_mm_or_si128(low, bits), _mm_or_si128(high, bits)];
                 write(desc.add(4 * i), buffers.four_iovas_at(_mm_sub_epi32(at, front)), words);
             }
             if word.front == 0 {
@@ -365,12 +366,12 @@ mod x86 {
     /// From `desc` on there are four descriptors.
     #[inline(always)]
     unsafe fn write(desc: *mut Descriptor, first: [__m128i; 2], second: [__m128i; 2]) {
-        for (i, (first, second)) in first.into_iter().zip(second).enumerate() {
-            // SAFETY: SSE2 is part of x86-64, and the four descriptors are the caller's.
-            unsafe {
-                _mm_storeu_si128(desc.add(2 * i).cast(), _mm_unpacklo_epi64(first, second));
-                _mm_storeu_si128(desc.add(2 * i + 1).cast(), _mm_unpackhi_epi64(first, second));
-            }
+        // SAFETY: SSE2 is part of x86-64, and the four descriptors are the caller's.
+        unsafe {
+            _mm_storeu_si128(desc.cast(), _mm_unpacklo_epi64(first[0], second[0]));
+            _mm_storeu_si128(desc.add(1).cast(), _mm_unpackhi_epi64(first[0], second[0]));
+            _mm_storeu_si128(desc.add(2).cast(), _mm_unpacklo_epi64(first[1], second[1]));
+            _mm_storeu_si128(desc.add(3).cast(), _mm_unpackhi_epi64(first[1], second[1]));
         }
     }
 }

@@ -101,13 +101,13 @@ pub(super) mod x86 {
                     is_end = lengths.len(count).is_none();
                     break;
                 };
-                let len = |i: usize| (*packets.add(count + i)).len();
                 let at = _mm_or_si128(_mm_loadu_si128(record.add(count).cast()), begin);
                 let rest = _mm_or_si128(_mm_slli_epi32::<16>(four), tag);
                 let to = packets.add(count);
                 _mm_storeu_si128(to.cast(), _mm_unpacklo_epi32(at, rest));
                 _mm_storeu_si128(to.add(2).cast(), _mm_unpackhi_epi32(at, rest));
-                if !(0..4).all(|i| keep(record.add(count + i).read(), len(i))) {
+                let keep = |i: usize| keep(record.add(count + i).read(), (*to.add(i)).len());
+                if !(keep(0) && keep(1) && keep(2) && keep(3)) {
                     break;
                 }
                 sum = _mm_add_epi32(sum, four);

@@ -76,7 +76,7 @@ impl Lengths for UsedElements<'_> {
             // others.
             let odd = _mm_or_si128(_mm_subs_epu16(low, longest), _mm_subs_epu16(high, longest));
             let is_good = _mm_movemask_epi8(_mm_cmpeq_epi32(odd, _mm_setzero_si128())) == 0xffff;
-            let [low, high] = [low, high].map(|pair| _mm_castsi128_ps(pair));
+            let (low, high) = (_mm_castsi128_ps(low), _mm_castsi128_ps(high));
             is_good.then(|| _mm_castps_si128(_mm_shuffle_ps::<0b11_01_11_01>(low, high)))
         }
     }

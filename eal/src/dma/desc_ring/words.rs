@@ -70,7 +70,7 @@ impl Lengths for Words<'_> {
             let over = |lengths| _mm_subs_epu16(_mm_sub_epi64(lengths, _mm_set1_epi64x(1)), longest);
             let odd = _mm_or_si128(over(low), over(high));
             let is_good = _mm_movemask_epi8(_mm_cmpeq_epi32(odd, _mm_setzero_si128())) == 0xffff;
-            let [low, high] = [low, high].map(|pair| _mm_castsi128_ps(pair));
+            let (low, high) = (_mm_castsi128_ps(low), _mm_castsi128_ps(high));
             is_good.then(|| _mm_castps_si128(_mm_shuffle_ps::<0b10_00_10_00>(low, high)))
         }
     }
