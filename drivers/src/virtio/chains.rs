@@ -127,12 +127,12 @@ impl TxQueue {
         let Some(chains) = &mut self.chains else { return 0 };
         if !has_segments(burst) {
             let (dropped, room) = (before - burst.len(), chains.room(&queue.ring));
-            return dropped
-                + if checksums {
-                    self.send::<true>(room, cache, burst)
-                } else {
-                    self.send::<false>(room, cache, burst)
-                };
+            let sent = if checksums {
+                self.send::<true>(room, cache, burst)
+            } else {
+                self.send::<false>(room, cache, burst)
+            };
+            return dropped + sent;
         }
         let mut asked = 0;
         let begin = queue.ring.head();

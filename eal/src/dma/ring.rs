@@ -160,21 +160,6 @@ impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
         RingEntry { words: unsafe { self.words.add((index & self.mask) * N) }, _ring: PhantomData }
     }
 
-    /// Iterates over up to `most` entries, from the one at `start`, which wraps, to the end of the ring. Each
-    /// entry comes with its index, which does not wrap.
-    #[inline(always)]
-    pub fn run(
-        self,
-        start: usize,
-        most: usize,
-    ) -> impl ExactSizeIterator<Item = (usize, RingEntry<'a, W, N>)> {
-        let first = start & self.mask;
-        let start = self.entry(0);
-        // SAFETY: the run does not go beyond the end of the ring.
-        (first..first + most.min(self.mask + 1 - first))
-            .map(move |index| (index, unsafe { start.ahead(index) }))
-    }
-
     /// Number of entries minus 1.
     #[inline(always)]
     pub(super) fn mask(self) -> usize {
