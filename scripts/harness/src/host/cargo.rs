@@ -49,6 +49,18 @@ pub(super) fn need(programs: &[&str]) -> Result<()> {
     }
 }
 
+/// Skips the case if the lab cannot boot a guest: a program is missing, or the kernel is not built.
+pub(super) fn need_guest(repo: &Path) -> Result<()> {
+    need(LAB)?;
+    match Command::new(repo.join("scripts/lab")).args(["kernel", "--show"]).output()?.status.success() {
+        true => Ok(()),
+        false => skip("the guest's kernel is not built; run: scripts/lab kernel"),
+    }
+}
+
+/// Programs that the lab needs.
+pub(super) const LAB: &[&str] = &["busybox", "cpio", "qemu-system-x86_64"];
+
 /// Runs a command to its end. [Its output](skipped_by) may skip the case, and its exit code may fail it.
 fn finish(context: &Context, command: &mut Command) -> Result<()> {
     let ended = run_for(context, "command", command, Duration::from_secs(BUILD))?;

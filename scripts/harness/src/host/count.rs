@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::Environment;
-use super::cargo::need;
-use crate::case::{Cases, Context, read, skip};
+use super::cargo::need_guest;
+use crate::case::{Cases, Context, read};
 use crate::process::run_for;
 
 /// Fraction of a count by which two boots may differ.
@@ -22,15 +22,12 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     let repo = environment.repo.clone();
     cases
         .add("each mode takes the same instructions in two boots", move |context| {
-            need(&["qemu-system-x86_64"])?;
+            need_guest(&repo)?;
             let lab = || {
                 let mut lab = Command::new("scripts/lab");
                 lab.current_dir(&repo);
                 lab
             };
-            if !lab().args(["kernel", "--show"]).output()?.status.success() {
-                return skip("the guest's kernel is not built; run: scripts/lab kernel");
-            }
             let mut counted = Vec::new();
             for boot in ["first", "second"] {
                 let file = context.path(&format!("{boot}.json"));

@@ -13,12 +13,12 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::Environment;
-use super::cargo::need;
+use super::cargo::need_guest;
 use super::rings::{End, await_sockets, prefix};
 use super::vhost::{add_nic, share_memory};
 use crate::agent::PORT;
 use crate::boot::tail;
-use crate::case::{Cases, Context, skip};
+use crate::case::{Cases, Context};
 use crate::guest::echo::Counts;
 use crate::l2fwd::{L2fwd, Start};
 use crate::process::{Process, await_that};
@@ -64,11 +64,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     let repo = environment.repo.clone();
     cases
         .add("a guest on vhost migrates under traffic", move |context| {
-            need(&["qemu-system-x86_64"])?;
-            let show = Command::new(repo.join("scripts/lab")).args(["kernel", "--show"]).output()?;
-            if !show.status.success() {
-                return skip("the guest's kernel is not built; run: scripts/lab kernel");
-            }
+            need_guest(&repo)?;
             migrates(context, &repo).inspect_err(|_| {
                 for port in [SOURCE, DESTINATION] {
                     let said = tail(&directory(context, port).join("console.log"), 20);

@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 
 use super::Environment;
+use super::cargo::{LAB, need};
 use crate::case::{Cases, Context};
 use crate::process::run;
 
@@ -13,6 +14,9 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     for script in ["test", "lab", "bench", "soak"] {
         let program = environment.repo.join("scripts").join(script);
         cases.add(format!("scripts/{script} without cargo says what to do"), move |context| {
+            if script == "lab" {
+                need(LAB)?;
+            }
             let bin = path_without(context, &["cargo", "rustc", "rustup"])?;
             let mut command = Command::new(&program);
             command.args(match script {
@@ -34,6 +38,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     ] {
         let lab = environment.repo.join("scripts/lab");
         cases.add(format!("scripts/lab without apt and without {name} says what to do"), move |context| {
+            need(LAB)?;
             let apt = ["apt-get", "apt-cache", "dpkg", "dpkg-query"];
             let bin = path_without(context, &[&apt[..], missing.as_slice()].concat())?;
             let mut command = Command::new(&lab);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::Environment;
+use super::cargo::need_guest;
 use super::rings::{End, await_sockets, prefix};
 use crate::case::{Cases, Context};
 use crate::l2fwd::Start;
@@ -55,6 +56,7 @@ pub(super) fn add_nic(lab: &mut Command, slot: usize, socket: &Path, properties:
 }
 
 fn circle(context: &Context, repo: &Path) -> Result<()> {
+    need_guest(repo)?;
     let devices = End::Vhost.devices(&context.dir, 2, "");
     let l2fwd = Start::new(format!("-l 1 {} {devices} -- -p 3 -q 2 -T 0", prefix("vhost"))).spawn(context)?;
     await_sockets(&context.dir, 2)?;

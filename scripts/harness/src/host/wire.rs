@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use super::Environment;
-use super::cargo::need;
+use super::cargo::{need, need_guest};
 use crate::case::{Cases, Context, skip};
 use crate::process::{Process, run, run_for};
 
@@ -114,6 +114,7 @@ impl Drop for Host {
 
 fn talk(context: &Context, repo: &Path, wiring: &Wiring) -> Result<()> {
     need_namespaces(context)?;
+    need_guest(repo)?;
     let hosts: Vec<Host> =
         (0..2 * wiring.pairs.len()).map(|number| Host::new(context, "h", number)).collect();
     for Host { namespace, tap, .. } in &hosts {
