@@ -89,6 +89,13 @@ queue_counters! {
     consumed: rx;
     /// Packets for a TX queue that the application dropped because the queue was full.
     dropped: tx;
+    /// Times that an RX queue was [tied](crate::tied) to a TX queue.
+    tied: rx;
+    /// Times that a tied RX queue met a packet or a completion that was not as expected, and was untied.
+    untied: rx;
+    /// Polls in which all buffers of a tied RX queue waited in the TX queue. The NIC drops what arrives
+    /// meanwhile.
+    starved: rx;
     /// Packets whose TCP or UDP checksum the device verified as correct. Counted only with
     /// [`Offloads::RX_CHECKSUM`](crate::port::Offloads::RX_CHECKSUM).
     checksum_good: rx;

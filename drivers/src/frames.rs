@@ -5,6 +5,9 @@ use vireo_eal::dma::{BUFFER_SIZE, Burst, Packet, PoolCache, first_frame, has_seg
 /// Length of an Ethernet header in bytes. Hooks cannot process a frame whose first segment is shorter.
 pub(crate) const ETHERNET: usize = 14;
 
+/// Shortest frame on a wire in bytes, without its check sequence (IEEE 802.3, 3.2.8).
+pub(crate) const SHORTEST: usize = 60;
+
 /// Length of a frame in bytes.
 pub(crate) fn bytes(frame: &[Packet]) -> usize {
     frame.iter().map(Packet::len).sum()

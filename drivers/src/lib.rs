@@ -18,5 +18,6 @@ pub mod memory;
 pub mod port;
 pub mod ports;
 pub mod table;
+pub mod tied;
 pub mod vhost;
 pub mod virtio;

@@ -57,14 +57,15 @@ insn_count() {
         {
             rustc: $rustc, profile: "release, x86-64", packet_bytes: 60, ring: 256,
             rows: $iommu | map({
-                driver, path, burst, insn_per_packet: (.total / .count | rounded),
-                dpdk: $dpdk["\(.driver) \(.path)"]["\(.burst)"],
+                driver, device, path, burst, insn_per_packet: (.total / .count | rounded),
+                dpdk: $dpdk["\(.driver) \(.device)"]["\(.burst)"],
                 doorbells_per_packet: (if .burst > 0 then (.rx_doorbells + .tx_doorbells) / .count else null end)
             }),
             dpdk_best_virtio: $best,
             mode_difference: [
-                $physical[] | . as $p | $iommu[] | select([.driver, .path, .burst] == [$p.driver, $p.path, $p.burst]) |
-                {driver, path, burst, instructions: ($p.total - .total)}
+                def case: [.driver, .device, .path, .burst];
+                $physical[] | . as $p | $iommu[] | select(case == ($p | case)) |
+                {driver, device, path, burst, instructions: ($p.total - .total)}
             ]
         }'
 }
@@ -72,19 +73,19 @@ insn_count() {
 insn_table() {
     jq -r '
         "instructions per forwarded packet; burst 0: per empty poll (\(.rustc), \(.profile))\n",
-        (["driver", "path", "burst", "vireo", "dpdk", "ratio", "doorbells"] | @tsv),
+        (["driver", "device", "path", "burst", "vireo", "dpdk", "ratio", "doorbells"] | @tsv),
         (.rows[] | [
-            .driver, .path, .burst, .insn_per_packet, .dpdk // "-",
+            .driver, .device, .path, .burst, .insn_per_packet, .dpdk // "-",
             (if .dpdk then "\(.insn_per_packet / .dpdk * 100 | round) %" else "-" end),
             (.doorbells_per_packet // "-" | if type == "number" then . * 1000 | round / 1000 else . end)
         ] | @tsv)' "$1" | awk -F'\t' '
         NF < 2 {print; next}
-        {printf "%-11s %-20s %5s %9s %8s %7s %10s\n", $1, $2, $3, $4, $5, $6, $7}'
+        {printf "%-11s %-27s %-7s %5s %9s %8s %7s %10s\n", $1, $2, $3, $4, $5, $6, $7, $8}'
     jq -r '
         .dpdk_best_virtio as $best |
         "\nvirtio-net compared with DPDK'\''s best path (vector RX, burst 32, \($best)): " +
             ([.rows[] | select(.driver == "virtio-net" and .burst == 32) |
-                "\(.path) \(.insn_per_packet / $best * 100 | round) %"] | join(", ")),
+                "\(.device), \(.path) \(.insn_per_packet / $best * 100 | round) %"] | join(", ")),
         "doorbell writes per packet at one packet per poll, e1000: " +
             "\([.rows[] | select(.driver == "e1000" and .burst == 1).doorbells_per_packet] | max | . * 1000 | round / 1000)" +
             " (DPDK: 1 + 1/32)",
@@ -103,7 +104,7 @@ insn_check() {
         return 0
     fi
     jq -rn --slurpfile committed "$INSN_COMMITTED" --slurpfile now "$1" '
-        def name: "\(.driver), \(.path), burst \(.burst)";
+        def name: "\(.driver), \(.device), \(.path), burst \(.burst)";
         ($committed[0].rows | map({(name): .insn_per_packet}) | add) as $old |
         ($now[0].rows | map({(name): .insn_per_packet}) | add) as $new |
         ($old + $new | keys_unsorted[] | {name: ., old: $old[.], new: $new[.]} |

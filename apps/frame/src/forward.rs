@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vireo_drivers::port::{Offloads, RxBurst, TxBurst};
 use vireo_drivers::table::{RxQueue, TxQueue};
+use vireo_drivers::tied::{TieRx, TieTx};
 use vireo_drivers::{e1000, igb, vhost, virtio};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, PoolCache};
@@ -13,6 +14,7 @@ use crate::caches::{Caches, CachesByNode};
 use crate::checksum;
 use crate::hook::{Hook, Packets};
 use crate::kind::{General, Kind, Plain};
+use crate::tied::TiedLanes;
 
 /// One forwarding direction: packets received on `rx` leave on `tx`. Owned by the lcore that polls it.
 #[derive(Debug)]
@@ -118,7 +120,7 @@ fn poll_all<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
 /// one by one thus share a doorbell and the other costs of a burst, and no packet waits for others that may
 /// not arrive. Returns whether packets were received or sent.
 #[inline(always)]
-fn poll<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
+pub(crate) fn poll<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lane: &mut Lane<R, T, H>,
     cache: &mut PoolCache,
     burst: &mut Burst,
@@ -134,7 +136,7 @@ fn poll<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
 
 /// Runs the hook on the packets in `burst` and sends those that remain. Leaves `burst` empty.
 #[inline(always)]
-fn send<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
+pub(crate) fn send<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lane: &mut Lane<R, T, H>,
     cache: &mut PoolCache,
     burst: &mut Burst,
@@ -161,6 +163,22 @@ fn send<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
 /// Lane between queues of any drivers.
 pub type AnyLane<H> = Lane<RxQueue, TxQueue, H>;
 
+/// How lanes are polled.
+#[derive(Clone, Copy, Debug)]
+pub struct Polling<'a> {
+    /// Sum to which the ticks of polls that moved packets are added, if given.
+    pub busy_ticks: Option<&'a AtomicU64>,
+    /// Whether lanes are [tied](crate::tied) where possible.
+    pub ties: bool,
+}
+
+impl Default for Polling<'_> {
+    /// Measures nothing, and ties lanes.
+    fn default() -> Self {
+        Self { busy_ticks: None, ties: true }
+    }
+}
+
 /// Runs [`forward`] or [`forward_general`], and adds the ticks of busy polls to `busy_ticks`, if given.
 fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
@@ -185,53 +203,75 @@ fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     sum.fetch_add(busy.ticks, Ordering::Relaxed);
 }
 
+/// Runs [`TiedLanes::forward`], or [`forward`] if lanes are not to be tied.
+fn measured_tied<R: TieRx, T: TieTx, H: Hook>(
+    mut lanes: Vec<Lane<R, T, H>>,
+    cache: &mut PoolCache,
+    polling: Polling<'_>,
+    stop: &StopFlag,
+    tick: impl FnMut(),
+) -> Vec<Lane<R, T, H>> {
+    if !polling.ties {
+        measured::<Plain, _, _, _>(&mut lanes, cache, polling.busy_ticks, stop, tick);
+        return lanes;
+    }
+    let mut lanes = TiedLanes::new(lanes, cache);
+    if let Some(sum) = polling.busy_ticks {
+        let mut busy = BusyTicks::default();
+        lanes.forward(cache, stop, &mut busy, tick);
+        sum.fetch_add(busy.ticks, Ordering::Relaxed);
+    } else {
+        lanes.forward(cache, stop, &mut (), tick);
+    }
+    lanes.into_lanes(cache)
+}
+
 /// Does the same as [`forward_any`] with [`forward_general`], in one version for all drivers.
 pub(crate) fn forward_any_general<H: Hook>(
     mut lanes: Vec<AnyLane<H>>,
     caches: &mut impl Caches,
-    busy_ticks: Option<&AtomicU64>,
+    polling: Polling<'_>,
     stop: &StopFlag,
     tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
-    measured::<General, _, _, _>(&mut lanes, caches, busy_ticks, stop, tick);
+    measured::<General, _, _, _>(&mut lanes, caches, polling.busy_ticks, stop, tick);
     lanes
 }
 
-/// Does the same as [`forward_any`] for lanes that receive on several NUMA nodes. All drivers share one
-/// version.
+/// Does the same as [`forward_any`] for lanes that receive on several NUMA nodes, without ties. All drivers
+/// share one version.
 pub(crate) fn forward_by_node<H: Hook>(
     mut lanes: Vec<AnyLane<H>>,
     caches: &mut CachesByNode,
-    busy_ticks: Option<&AtomicU64>,
+    polling: Polling<'_>,
     stop: &StopFlag,
     tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
-    measured::<Plain, _, _, _>(&mut lanes, caches, busy_ticks, stop, tick);
+    measured::<Plain, _, _, _>(&mut lanes, caches, polling.busy_ticks, stop, tick);
     lanes
 }
 
-/// Runs [`forward`] in the version compiled for the drivers of `lanes`. The version is chosen once, here, so
-/// that the loop itself knows its queue types. Other combinations of drivers share one version, which
-/// dispatches on each burst. Adds the ticks of polls that moved packets to `busy_ticks`, if given.
+/// Runs [`TiedLanes::forward`] or [`forward`] in the version compiled for the drivers of `lanes`. The version is
+/// chosen once, here, so that the loop itself knows its queue types. Other combinations of drivers share one
+/// version, which dispatches on each burst.
 pub fn forward_any<H: Hook>(
     lanes: Vec<AnyLane<H>>,
     cache: &mut PoolCache,
-    busy_ticks: Option<&AtomicU64>,
+    polling: Polling<'_>,
     stop: &StopFlag,
     tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
     macro_rules! of {
-        ($rx:ident($rx_queue:ty), $tx:ident($tx_queue:ty)) => {
+        ($rx:ident($rx_queue:ty), $tx:ident($tx_queue:ty), $run:expr) => {
             if lanes.iter().all(|l| matches!((&l.rx, &l.tx), (RxQueue::$rx(_), TxQueue::$tx(_)))) {
-                let mut lanes: Vec<Lane<$rx_queue, $tx_queue, H>> = lanes
+                let lanes: Vec<Lane<$rx_queue, $tx_queue, H>> = lanes
                     .into_iter()
                     .filter_map(|Lane { rx, from, tx, to, hook }| match (rx, tx) {
                         (RxQueue::$rx(rx), TxQueue::$tx(tx)) => Some(Lane { rx, from, tx, to, hook }),
                         _ => None,
                     })
                     .collect();
-                measured::<Plain, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
-                return lanes
+                return $run(lanes)
                     .into_iter()
                     .map(|Lane { rx, from, tx, to, hook }| Lane {
                         rx: RxQueue::$rx(rx),
@@ -243,15 +283,21 @@ pub fn forward_any<H: Hook>(
                     .collect();
             }
         };
+        ($rx:ident($rx_queue:ty), $tx:ident($tx_queue:ty)) => {
+            of!($rx($rx_queue), $tx($tx_queue), |lanes| measured_tied(lanes, cache, polling, stop, tick));
+        };
     }
     of!(Virtio(virtio::RxQueue), Virtio(virtio::TxQueue));
     of!(Virtio(virtio::RxQueue), E1000(e1000::TxQueue));
     of!(E1000(e1000::RxQueue), Virtio(virtio::TxQueue));
     of!(E1000(e1000::RxQueue), E1000(e1000::TxQueue));
     of!(Igb(igb::RxQueue), Igb(igb::TxQueue));
-    of!(Vhost(vhost::RxQueue), Vhost(vhost::TxQueue));
+    of!(Vhost(vhost::RxQueue), Vhost(vhost::TxQueue), |mut lanes: Vec<_>| {
+        measured::<Plain, _, _, _>(&mut lanes, cache, polling.busy_ticks, stop, tick);
+        lanes
+    });
     let mut lanes = lanes;
-    measured::<Plain, _, _, _>(&mut lanes, cache, busy_ticks, stop, tick);
+    measured::<Plain, _, _, _>(&mut lanes, cache, polling.busy_ticks, stop, tick);
     lanes
 }
 

@@ -18,12 +18,33 @@ pub trait Hook: Send {
     /// The other segments are sent or freed with it. Such frames occur only if the application allows them
     /// with [`Config::port`](crate::Config::port).
     fn process(&mut self, packets: &mut Packets<'_>);
+
+    /// Returns what [`Hook::process`] does, if it treats all packets alike. A lane with such a hook may forward
+    /// packets without calling it. See [`tied`](crate::tied).
+    #[inline(always)]
+    fn uniform(&self) -> Option<Uniform> {
+        None
+    }
+}
+
+/// Processing that is the same for all packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uniform {
+    /// Packets are sent unchanged.
+    Unchanged,
+    /// The first 12 bytes, the Ethernet addresses, become these.
+    Addresses([u8; 12]),
 }
 
 /// Sends every packet unchanged.
 impl Hook for () {
     #[inline(always)]
     fn process(&mut self, _packets: &mut Packets<'_>) {}
+
+    #[inline(always)]
+    fn uniform(&self) -> Option<Uniform> {
+        Some(Uniform::Unchanged)
+    }
 }
 
 /// Packets that were received together.

@@ -1,7 +1,6 @@
 //! Forwarding on all lcores, with the control thread alongside.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::app::App;
 use crate::caches::CachesByNode;
 use crate::control::{Control, PortState};
-use crate::forward::{AnyLane, forward_any, forward_any_general, forward_by_node};
+use crate::forward::{AnyLane, Polling, forward_any, forward_any_general, forward_by_node};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::ports::PortResources;
@@ -25,8 +24,7 @@ const ROUNDS_PER_TICK: u32 = 64;
 pub(crate) struct Shared<'a> {
     pub(crate) app: &'a App,
     pub(crate) resources: &'a PortResources,
-    /// Sum of the ticks of polls that moved packets, if measured.
-    pub(crate) busy_ticks: Option<&'a AtomicU64>,
+    pub(crate) polling: Polling<'a>,
     /// NUMA node of each queue pair's packet buffers; `None` means any node.
     pub(crate) nodes: &'a [Option<u32>],
 }
@@ -97,7 +95,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
 
 /// Forwards `lanes` on lcore `id`, and lanes that the lcore gets later, until the run is to stop.
 fn run_lanes<H: Hook>(
-    Shared { app: App { stop, .. }, resources, busy_ticks, nodes }: Shared<'_>,
+    Shared { app: App { stop, .. }, resources, polling, nodes }: Shared<'_>,
     recall: &Recall<H>,
     id: u32,
     mut lanes: Vec<AnyLane<H>>,
@@ -110,14 +108,14 @@ fn run_lanes<H: Hook>(
         lanes = if nodes.iter().any(|node| *node != nodes[0]) {
             let mut caches = CachesByNode::new(&resources.pool, &nodes);
             match resources.is_general() {
-                false => forward_by_node(lanes, &mut caches, busy_ticks, stop, &mut tick),
-                true => forward_any_general(lanes, &mut caches, busy_ticks, stop, &mut tick),
+                false => forward_by_node(lanes, &mut caches, polling, stop, &mut tick),
+                true => forward_any_general(lanes, &mut caches, polling, stop, &mut tick),
             }
         } else {
             let mut cache = resources.pool.cache_near(nodes.first().copied().flatten());
             match resources.is_general() {
-                false => forward_any(lanes, &mut cache, busy_ticks, stop, &mut tick),
-                true => forward_any_general(lanes, &mut cache, busy_ticks, stop, &mut tick),
+                false => forward_any(lanes, &mut cache, polling, stop, &mut tick),
+                true => forward_any_general(lanes, &mut cache, polling, stop, &mut tick),
             }
         };
         if stop.is_set() {

@@ -41,6 +41,7 @@ mod ports;
 mod recall;
 mod route;
 mod supervised;
+pub mod tied;
 
 pub use app::{App, main};
 pub use balance::Balance;
@@ -48,7 +49,7 @@ pub use caches::Caches;
 pub use control::PortState;
 pub use counts::{Counts, Totals};
 pub use headers::{EthernetHeader, IcmpEcho, Ipv4Header};
-pub use hook::{Hook, PacketMut, Packets};
+pub use hook::{Hook, PacketMut, Packets, Uniform};
 pub use ports::{Config, Ports};
 pub use route::{Route, assign_lcores, neighbors, no_ports};
 pub use supervised::PortSummary;

@@ -16,7 +16,7 @@ use crate::app::App;
 use crate::balance::Balance;
 use crate::control::PortState;
 use crate::counts::Counts;
-use crate::forward::AnyLane;
+use crate::forward::{AnyLane, Polling};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::launch::{Shared, forward_on_lcores};
@@ -86,6 +86,8 @@ pub struct Ports {
     counts: Counts,
     send_only: Option<Arc<Pool>>,
     resources: PortResources,
+    /// Whether lanes are tied where possible.
+    ties: bool,
 }
 
 impl Ports {
@@ -123,6 +125,7 @@ impl Ports {
             routes,
             send_only,
             resources,
+            ties: true,
         })
     }
 
@@ -198,6 +201,11 @@ impl Ports {
         self.counts.busy_ticks = Some(Default::default());
     }
 
+    /// Sets whether lanes are [tied](crate::tied) where possible, which they are by default.
+    pub fn set_tied_lanes(&mut self, on: bool) {
+        self.ties = on;
+    }
+
     /// Sets whether port `number` receives every frame, or only frames addressed to it.
     ///
     /// # Errors
@@ -259,9 +267,10 @@ impl Ports {
         let node = |number| self.get(number).and_then(|open| self.memory().node_of(open));
         let of_port = |number| self.queues.numbers(number).map(move |_| node(number));
         let nodes: Vec<Option<u32>> = (0..self.count()).flat_map(of_port).collect();
-        let Self { ports, used, queues, resources, counts, .. } = self;
+        let Self { ports, used, queues, resources, counts, ties, .. } = self;
         used.iter().for_each(|number| ports[*number].begin());
-        let shared = Shared { app, resources, busy_ticks: counts.busy_ticks.as_deref(), nodes: &nodes };
+        let polling = Polling { busy_ticks: counts.busy_ticks.as_deref(), ties: *ties };
+        let shared = Shared { app, resources, polling, nodes: &nodes };
         let idle = std::mem::replace(queues, resources.idle_queues());
         *queues = forward_on_lcores(shared, (ports, used, idle), shares, announce, || tick(counts))?;
         Ok(())

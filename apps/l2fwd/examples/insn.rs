@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM, ID_82574L};
 use vireo_drivers::fakedev::igb::{FakeIgb, ID_82576};
 use vireo_drivers::fakedev::virtio::{Behaviour, VirtioNet, feature};
-use vireo_drivers::port::{MacAddr, Nic, Offloads, PortConfig, RxBurst, TxBurst};
+use vireo_drivers::port::{MacAddr, Nic, Offloads, PortConfig};
+use vireo_drivers::tied::{TieRx, TieTx};
 use vireo_drivers::{e1000, igb, virtio};
 use vireo_eal::Result;
 use vireo_eal::bdf::Bdf;
@@ -21,6 +22,7 @@ use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 use vireo_frame::Hook;
 use vireo_frame::forward::{Lane, forward, forward_general};
+use vireo_frame::tied::TiedLanes;
 use vireo_l2fwd::rewrite::Rewrite;
 
 /// Descriptors of each ring, as in the measurements of DPDK.
@@ -103,27 +105,60 @@ fn name(burst: &[usize]) -> Value {
     }
 }
 
-/// Runs the loop of the ports' kind: `GENERAL` for ports that were started for long frames or with offloads.
-#[inline(always)]
-fn run<const GENERAL: bool, R: RxBurst, T: TxBurst, H: Hook>(
-    lanes: &mut [Lane<R, T, H>],
-    bursts: &mut [Burst],
-    cache: &mut PoolCache,
-    stop: &StopFlag,
-    tick: impl FnMut(),
-) {
-    if GENERAL {
-        forward_general(lanes, bursts, cache, stop, &mut (), tick);
-    } else {
-        forward(lanes, bursts, cache, stop, &mut (), tick);
+/// The loops of l2fwd.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Path {
+    Tied,
+    General,
+    /// Of ports that were started for long frames or with offloads.
+    Extended,
+}
+
+impl Path {
+    fn name(self) -> &'static str {
+        if self == Self::Tied { "tied" } else { "general" }
+    }
+}
+
+/// A lane on its path.
+enum Running<R: TieRx, T: TieTx, H> {
+    Tied(TiedLanes<R, T, H>),
+    General([Lane<R, T, H>; 1], [Burst; 1]),
+    Extended([Lane<R, T, H>; 1], [Burst; 1]),
+}
+
+impl<R: TieRx, T: TieTx, H: Hook> Running<R, T, H> {
+    fn new(path: Path, lane: Lane<R, T, H>, cache: &mut PoolCache) -> Self {
+        match path {
+            Path::Tied => Self::Tied(TiedLanes::new(vec![lane], cache)),
+            Path::General => Self::General([lane], [Burst::new()]),
+            Path::Extended => Self::Extended([lane], [Burst::new()]),
+        }
+    }
+
+    #[inline(always)]
+    fn run(&mut self, cache: &mut PoolCache, stop: &StopFlag, tick: impl FnMut()) {
+        match self {
+            Self::Tied(lanes) => lanes.forward(cache, stop, &mut (), tick),
+            Self::General(lanes, bursts) => forward(lanes, bursts, cache, stop, &mut (), tick),
+            Self::Extended(lanes, bursts) => forward_general(lanes, bursts, cache, stop, &mut (), tick),
+        }
+    }
+
+    fn into_queues(self, cache: &mut PoolCache) -> Option<(R, T)> {
+        let lane = match self {
+            Self::Tied(lanes) => lanes.into_lanes(cache).pop()?,
+            Self::General([lane], _) | Self::Extended([lane], _) => lane,
+        };
+        Some((lane.rx, lane.tx))
     }
 }
 
 /// Runs a case and prints its line of the output. Callgrind writes its profile when this returns.
 #[inline(never)]
-fn whole_case<const GENERAL: bool, N: Nic>(
+fn whole_case<N: Nic<Rx: TieRx, Tx: TieTx>>(
     names: (&str, &str, &str),
-    config: &PortConfig,
+    (path, config): (Path, &PortConfig),
     nic: &mut N,
     memory: &Arc<DmaMemory>,
     burst: &[usize],
@@ -132,8 +167,8 @@ fn whole_case<const GENERAL: bool, N: Nic>(
 ) -> Result<()> {
     let mut cache = Pool::new(memory, BUFFERS)?.cache();
     let (rx, tx) = nic.start_pair(config, memory, &mut cache)?;
-    let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Rewrite::of(0, nic.mac()) }];
-    let mut bursts = [Burst::new()];
+    let lane = Lane { rx, from: 0, tx, to: 0, hook: Rewrite::of(0, nic.mac()) };
+    let mut running = Running::new(path, lane, &mut cache);
     let counters = (nic.counters().rx(0), nic.counters().tx(0));
     let arrive: usize = burst.iter().sum();
     let turns = COUNT / arrive.max(1);
@@ -143,61 +178,61 @@ fn whole_case<const GENERAL: bool, N: Nic>(
 
     let mut warm = wire();
     let stop = warm.stop.clone();
-    run::<GENERAL, _, _, _>(&mut lanes, &mut bursts, &mut cache, &stop, || warm.step());
+    running.run(&mut cache, &stop, || warm.step());
     let before = (counters.0.read(), counters.1.read());
 
     let mut hot = wire();
     let stop = hot.stop.clone();
-    counted_loop(|| {
-        run::<GENERAL, _, _, _>(&mut lanes, &mut bursts, &mut cache, &stop, || device_half(&mut hot));
-    });
+    counted_loop(|| running.run(&mut cache, &stop, || device_half(&mut hot)));
 
-    let [Lane { rx, tx, .. }] = lanes;
     let after = (counters.0.read(), counters.1.read());
     let (received, sent) = (after.0.packets - before.0.packets, after.1.packets - before.1.packets);
     assert_eq!((received, sent), (packets, packets), "packets were lost");
-    let (driver, path, addresses) = names;
+    assert_eq!(after.0.tied - after.0.untied, u64::from(path == Path::Tied));
+    let (driver, device, addresses) = names;
     println!(
         "{}",
         json!({
-            "driver": driver, "path": path, "burst": name(burst), "addresses": addresses,
+            "driver": driver, "device": device, "path": path.name(), "burst": name(burst),
+            "addresses": addresses,
             "count": COUNT,
             "rx_doorbells": after.0.doorbells - before.0.doorbells,
             "tx_doorbells": after.1.doorbells - before.1.doorbells,
         })
     );
+    let Some((rx, tx)) = running.into_queues(&mut cache) else { return Ok(()) };
     nic.stop_pair(rx, tx, &mut cache)
 }
 
-fn e1000_case<const GENERAL: bool>(
-    path: &str,
-    config: &PortConfig,
+fn e1000_case(
+    name: &str,
+    path: (Path, &PortConfig),
     (physical, addresses): (bool, &str),
     burst: &[usize],
 ) -> Result<()> {
     let memory = memory(physical)?;
-    let id = if path.starts_with("82574L") { ID_82574L } else { ID_82540EM };
+    let id = if name.starts_with("82574L") { ID_82574L } else { ID_82540EM };
     let (function, device) = FakeE1000::new(ADDRESS, id, MAC);
     device.attach(memory.device_view()?);
     let mut port = e1000::Device::probe(function)?;
     let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
-    let names = ("e1000", path, addresses);
-    whole_case::<GENERAL, _>(names, config, &mut port, &memory, burst, &receive, &transmit)
+    let names = ("e1000", name, addresses);
+    whole_case(names, path, &mut port, &memory, burst, &receive, &transmit)
 }
 
-fn igb_case((physical, addresses): (bool, &str), burst: &[usize]) -> Result<()> {
+fn igb_case(path: Path, (physical, addresses): (bool, &str), burst: &[usize]) -> Result<()> {
     let memory = memory(physical)?;
     let (function, device) = FakeIgb::new(ADDRESS, ID_82576, MAC);
     device.attach(memory.device_view()?);
     let mut port = igb::Device::probe(function)?;
     let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
     let names = ("igb", "82576", addresses);
-    whole_case::<false, _>(names, &PLAIN, &mut port, &memory, burst, &receive, &transmit)
+    whole_case(names, (path, &PLAIN), &mut port, &memory, burst, &receive, &transmit)
 }
 
-fn virtio_case<const GENERAL: bool>(
-    (mrg_rxbuf, in_order, path): (bool, bool, &str),
-    config: &PortConfig,
+fn virtio_case(
+    (mrg_rxbuf, in_order, name): (bool, bool, &str),
+    path: (Path, &PortConfig),
     (physical, addresses): (bool, &str),
     burst: &[usize],
 ) -> Result<()> {
@@ -208,8 +243,8 @@ fn virtio_case<const GENERAL: bool>(
     device.attach(memory.device_view()?);
     let mut port = virtio::Device::probe_with(device.function(), virtio::Options { mrg_rxbuf, in_order })?;
     let (receive, transmit) = (|frame: &[u8]| device.receive(frame), || drop(device.transmitted()));
-    let names = ("virtio-net", path, addresses);
-    whole_case::<GENERAL, _>(names, config, &mut port, &memory, burst, &receive, &transmit)
+    let names = ("virtio-net", name, addresses);
+    whole_case(names, path, &mut port, &memory, burst, &receive, &transmit)
 }
 
 fn main() -> Result<()> {
@@ -218,27 +253,32 @@ fn main() -> Result<()> {
     for memory in [(false, "iommu"), (true, "physical")] {
         let (physical, _) = memory;
         let bursts = || BURSTS.into_iter().filter(move |burst| !physical || matches!(burst, [1 | 32]));
-        for burst in bursts() {
-            e1000_case::<false>("82540EM", &PLAIN, memory, burst)?;
-        }
-        for burst in bursts() {
-            e1000_case::<false>("82574L", &PLAIN, memory, burst)?;
-        }
-        for burst in bursts() {
-            igb_case(memory, burst)?;
-        }
-        let paths = [
-            (true, false, "split mergeable"),
-            (false, false, "split non-mergeable"),
-            (true, true, "split mergeable in-order"),
-        ];
-        for (path, burst) in paths.into_iter().flat_map(|path| bursts().map(move |burst| (path, burst))) {
-            virtio_case::<false>(path, &PLAIN, memory, burst)?;
+        for path in [Path::Tied, Path::General] {
+            for burst in bursts() {
+                e1000_case("82540EM", (path, &PLAIN), memory, burst)?;
+            }
+            for burst in bursts() {
+                e1000_case("82574L", (path, &PLAIN), memory, burst)?;
+            }
+            for burst in bursts() {
+                igb_case(path, memory, burst)?;
+            }
+            let devices = [
+                (true, false, "split mergeable"),
+                (false, false, "split non-mergeable"),
+                (true, true, "split mergeable in-order"),
+            ];
+            for (device, burst) in
+                devices.into_iter().flat_map(|device| bursts().map(move |burst| (device, burst)))
+            {
+                virtio_case(device, (path, &PLAIN), memory, burst)?;
+            }
         }
         for burst in bursts().filter(|burst| matches!(burst, [1 | 8 | 32])) {
-            e1000_case::<true>("82574L long frames", &long, memory, burst)?;
-            virtio_case::<true>((true, false, "split mergeable long frames"), &long, memory, burst)?;
-            virtio_case::<true>((true, false, "split mergeable checksums"), &offloads, memory, burst)?;
+            let (long, offloads) = ((Path::Extended, &long), (Path::Extended, &offloads));
+            e1000_case("82574L long frames", long, memory, burst)?;
+            virtio_case((true, false, "split mergeable long frames"), long, memory, burst)?;
+            virtio_case((true, false, "split mergeable checksums"), offloads, memory, burst)?;
         }
     }
     Ok(())

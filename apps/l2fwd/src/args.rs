@@ -63,6 +63,10 @@ pub struct Args {
     /// if the sending device cannot
     #[arg(long)]
     pub checksum_offload: bool,
+    /// Let packets pass through the pool even where an RX queue could share its buffers with the TX queue that
+    /// sends its packets
+    #[arg(long)]
+    pub no_tied_lanes: bool,
     /// Measure the polls that move packets, and print ticks per packet at the end (as in testpmd)
     #[arg(long)]
     pub record_core_cycles: bool,

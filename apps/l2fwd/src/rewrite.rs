@@ -1,7 +1,7 @@
 //! Packet processing of l2fwd: it rewrites Ethernet addresses.
 
 use vireo_drivers::port::MacAddr;
-use vireo_frame::{Hook, Packets};
+use vireo_frame::{Hook, Packets, Uniform};
 
 /// Destination and source addresses that packets leave with; `None` if packets keep theirs.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +28,11 @@ impl Hook for Rewrite {
         if let Some([a, b, c, d, e, f, g, h, last @ ..]) = self.0 {
             packets.write_each([a, b, c, d, e, f, g, h], last);
         }
+    }
+
+    #[inline(always)]
+    fn uniform(&self) -> Option<Uniform> {
+        Some(self.0.map_or(Uniform::Unchanged, Uniform::Addresses))
     }
 }
 

@@ -37,6 +37,7 @@ struct Insn {
 #[derive(Deserialize)]
 struct InsnRow {
     driver: String,
+    device: String,
     path: String,
     /// A number, or `1+0`.
     burst: serde_json::Value,
@@ -57,9 +58,11 @@ pub(crate) fn costs(args: &CostsArgs) -> Result<()> {
 /// Bars of Vireo and DPDK on each of two NICs.
 fn packets(insn: &Insn) -> Result<Vec<Bar>> {
     let mut bars = Vec::new();
-    for (driver, path) in [("e1000", "82574L"), ("virtio-net", "split mergeable")] {
-        let fits = |row: &&InsnRow| row.driver == driver && row.path == path && row.burst == BURST;
-        let row = insn.rows.iter().find(fits).ok_or_else(|| missing(&format!("{driver}, {path}")))?;
+    for (driver, device) in [("e1000", "82574L"), ("virtio-net", "split mergeable")] {
+        let fits = |row: &&InsnRow| {
+            row.driver == driver && row.device == device && row.path == "tied" && row.burst == BURST
+        };
+        let row = insn.rows.iter().find(fits).ok_or_else(|| missing(&format!("{driver}, {device}")))?;
         let bar = |who: &str, value: f64| Bar {
             group: driver.to_owned(),
             name: who.to_owned(),

@@ -14,6 +14,8 @@ impl Format for Legacy {
     const RXD_EOP: u64 = RXD_EOP;
     const RXD_ERRORS: u64 = RXD_ERRORS;
     const RXD_LEN_SHIFT: u32 = 0;
+    const RXD_OVERWRITES_ADDRESS: bool = false;
+    const TXD_OVERWRITES_ADDRESS: bool = false;
     const TXD_RS: u64 = TXD_RS;
     const TXD_DD: u64 = TXD_DD;
 

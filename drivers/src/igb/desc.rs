@@ -18,6 +18,8 @@ impl Format for Advanced {
     const RXD_EOP: u64 = RXD_EOP;
     const RXD_ERRORS: u64 = RXD_ERRORS;
     const RXD_LEN_SHIFT: u32 = RXD_LEN_SHIFT;
+    const RXD_OVERWRITES_ADDRESS: bool = true;
+    const TXD_OVERWRITES_ADDRESS: bool = true;
     const TXD_RS: u64 = TXD_RS;
     const TXD_DD: u64 = TXD_DD;
 

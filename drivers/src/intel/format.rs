@@ -16,6 +16,10 @@ pub trait Format: Debug + Send + Sync + 'static {
     /// Lowest bit of the 16-bit length: bytes in the buffer, without the frame check sequence, which
     /// RCTL.SECRC removes (SDM 3.2.3).
     const RXD_LEN_SHIFT: u32;
+    /// Whether the device overwrites a descriptor's address when it reports a packet.
+    const RXD_OVERWRITES_ADDRESS: bool;
+    /// Whether the device overwrites a descriptor's address when it reports its completion.
+    const TXD_OVERWRITES_ADDRESS: bool;
     /// Report status: the device is to report the descriptor's completion.
     const TXD_RS: u64;
     /// Descriptor done: the device has reported the completion.

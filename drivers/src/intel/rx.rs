@@ -3,13 +3,17 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DATA_ROOM, DescRing, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, PoolCache, dma_rmb};
+use vireo_eal::dma::{
+    Burst, DATA_ROOM, DescRing, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, PoolCache, TiedPacket, TiedRings, dma_rmb,
+};
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::format::Format;
 use crate::counters::QueueCounters;
+use crate::frames::SHORTEST;
 use crate::port::RxBurst;
+use crate::tied::{TieRx, TiedRx, TiedTx};
 
 /// Bytes that the device fills per buffer on a port for long frames: the largest size that can be configured
 /// and that fits after the headroom (RCTL.BSIZE, SRRCTL.BSIZEPACKET).
@@ -20,8 +24,8 @@ const _: () = assert!(SEGMENT <= DATA_ROOM && MAX_FRAME <= MAX_SEGMENTS * SEGMEN
 ///
 /// A descriptor without a buffer has DD set: either its packet was received, or it never had a buffer.
 #[derive(Debug)]
-pub struct RxQueue<F> {
-    ring: DescRing,
+pub struct RxQueue<F, R = DescRing> {
+    ring: R,
     tail: Doorbell<u32>,
     /// Refill threshold: number of descriptors without a buffer that justify a refill and a write of RDT.
     refill_threshold: usize,
@@ -230,6 +234,109 @@ impl<F: Format> RxBurst for RxQueue<F> {
         if self.ring.has_reached(self.refill_at) {
             self.refill(cache);
         }
+    }
+
+    fn counters(&self) -> &QueueCounters {
+        &self.counters
+    }
+}
+
+impl<F, R> RxQueue<F, R> {
+    /// Exchanges the ring.
+    fn with_ring<S>(self, ring: S) -> (R, RxQueue<F, S>) {
+        let Self { ring: before, tail, refill_threshold, refill_at, skipping, longest, counters, _format } =
+            self;
+        let queue = RxQueue { ring, tail, refill_threshold, refill_at, skipping, longest, counters, _format };
+        (before, queue)
+    }
+}
+
+impl<F: Format> TieRx for RxQueue<F> {
+    type Tied = RxQueue<F, ()>;
+
+    fn can_tie(&self) -> bool {
+        self.longest == 0 && !self.skipping
+    }
+
+    fn ring(&self) -> &DescRing {
+        &self.ring
+    }
+
+    fn detach(self) -> (DescRing, Self::Tied) {
+        self.with_ring(())
+    }
+
+    fn attach(ring: DescRing, queue: Self::Tied, room: Option<usize>) -> Self {
+        let ((), mut queue) = queue.with_ring(ring);
+        queue.refill_at = queue.ring.tail_with_room(room.unwrap_or(queue.refill_threshold));
+        queue
+    }
+}
+
+/// Forwards received packets of at least `SHORTEST` bytes.
+#[inline(always)]
+fn forward_words<F: Format, T: TiedTx, const SHORTEST: usize>(
+    rings: &mut TiedRings,
+    tx: &T,
+    mut edit: impl FnMut(&mut TiedPacket<'_>),
+) -> (usize, u64) {
+    let header = tx.header();
+    rings.forward_words::<SHORTEST>(F::GOOD, T::SEND, |packet| {
+        header(packet);
+        edit(packet);
+    })
+}
+
+impl<F: Format> TiedRx for RxQueue<F, ()> {
+    const FRESH: (usize, u64) = (0, 0);
+    const OVERWRITES_ADDRESSES: bool = F::RXD_OVERWRITES_ADDRESS;
+
+    /// Second word of the next descriptor.
+    type Received = u64;
+
+    #[inline(always)]
+    fn received(&self, rings: &TiedRings) -> Option<u64> {
+        let word = rings.next_word();
+        (word & F::RXD_DD != 0).then_some(word)
+    }
+
+    #[inline(always)]
+    fn forward_one<T: TiedTx>(
+        &mut self,
+        word: u64,
+        rings: &mut TiedRings,
+        tx: &T,
+        shortest: u8,
+        mut edit: impl FnMut(&mut TiedPacket<'_>),
+    ) -> Option<(usize, bool)> {
+        if rings.word_after()? & F::RXD_DD != 0 {
+            return None;
+        }
+        let header = tx.header();
+        rings.forward_one(word, F::GOOD, shortest, T::SEND, |packet| {
+            header(packet);
+            edit(packet);
+        })
+    }
+
+    #[inline(always)]
+    fn forward_many<T: TiedTx>(
+        &mut self,
+        _word: u64,
+        rings: &mut TiedRings,
+        tx: &T,
+        shortest: u8,
+        edit: impl FnMut(&mut TiedPacket<'_>),
+    ) -> (usize, u64) {
+        match usize::from(shortest) {
+            ..SHORTEST => forward_words::<F, T, 0>(rings, tx, edit),
+            _ => forward_words::<F, T, SHORTEST>(rings, tx, edit),
+        }
+    }
+
+    fn offer(&mut self, ring: &DescRing) {
+        self.counters.doorbells.add(1);
+        self.tail.ring((ring.head() & (ring.entries() - 1)) as u32);
     }
 
     fn counters(&self) -> &QueueCounters {

@@ -4,13 +4,16 @@ use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DescRing, MAX_BURST, MAX_SEGMENTS, PoolCache, first_frame, has_segments};
+use vireo_eal::dma::{
+    Burst, DescRing, MAX_BURST, MAX_SEGMENTS, PoolCache, SendWord, TiedRings, first_frame, has_segments,
+};
 use vireo_eal::mmio::Doorbell;
 
 use super::format::Format;
 use crate::counters::QueueCounters;
-use crate::frames::{bytes, drop_long};
+use crate::frames::{SHORTEST, bytes, drop_long};
 use crate::port::{Fault, TxBurst, Watchdog};
+use crate::tied::{TieTx, TiedTx};
 
 /// Number of descriptors in a reclaim batch. Only the last descriptor of a batch reports its completion, and
 /// whole batches are reclaimed. The smallest ring holds two batches, so that one is always in flight when the
@@ -18,22 +21,19 @@ use crate::port::{Fault, TxBurst, Watchdog};
 pub(super) const RECLAIM: usize = 32;
 const _: () = assert!(MAX_BURST <= RECLAIM);
 
-/// Shortest frame in bytes, without its check sequence. PCI Express chips pad frames of 17 bytes and more
-/// (82574 DS 10.2.6, TCTL.PSP; Linux, `igb_xmit_frame`), which includes every frame that came from a wire.
-/// PCI chips may pad with garbage, so the driver pads for them (Linux,
-/// drivers/net/ethernet/intel/e1000/e1000_main.c).
-const SHORTEST: usize = 60;
-
 /// The transmit queue of a port.
 #[derive(Debug)]
-pub struct TxQueue<F> {
+pub struct TxQueue<F, R = DescRing> {
     /// Ring whose tail is a multiple of [`RECLAIM`], if each frame is one packet.
-    ring: DescRing,
+    ring: R,
     tail: Doorbell<u32>,
     /// Number of free descriptors below which sent buffers are reclaimed. It is `usize::MAX` with
     /// [`Reports`], so that each burst takes the path for long frames.
     reclaim_below: usize,
-    /// Whether the driver pads short frames.
+    /// Whether the driver pads frames that are shorter than [`SHORTEST`]. PCI Express chips pad frames of 17
+    /// bytes and more (82574 DS 10.2.6, TCTL.PSP; Linux, `igb_xmit_frame`), which includes every frame that
+    /// came from a wire. PCI chips may pad with garbage, so the driver pads for them (Linux,
+    /// drivers/net/ethernet/intel/e1000/e1000_main.c).
     pads: bool,
     counters: Arc<QueueCounters>,
     watchdog: Watchdog,
@@ -52,6 +52,13 @@ struct Reports {
     positions: VecDeque<usize>,
     /// Longest frame in bytes.
     longest: usize,
+}
+
+/// Raises a fault if `ring`, which is full, has made no progress for a second.
+fn watch(watchdog: &mut Watchdog, ring: &DescRing, fault: &Fault) {
+    if watchdog.is_late(ring.tail()) {
+        fault.raise("nothing was sent for a second though the ring is full");
+    }
 }
 
 impl<F: Format> TxQueue<F> {
@@ -78,9 +85,7 @@ impl<F: Format> TxQueue<F> {
     #[cold]
     #[inline(never)]
     fn full(&mut self) -> usize {
-        if self.watchdog.is_late(self.ring.tail()) {
-            self.fault.raise("nothing was sent for a second though the ring is full");
-        }
+        watch(&mut self.watchdog, &self.ring, &self.fault);
         0
     }
 
@@ -226,6 +231,74 @@ impl<F: Format> TxBurst for TxQueue<F> {
     #[inline(always)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         if self.pads { self.transmit::<true>(cache, burst) } else { self.transmit::<false>(cache, burst) }
+    }
+
+    fn counters(&self) -> &QueueCounters {
+        &self.counters
+    }
+}
+
+impl<F, R> TxQueue<F, R> {
+    /// Exchanges the ring.
+    fn with_ring<S>(self, ring: S) -> (R, TxQueue<F, S>) {
+        let Self { ring: before, tail, reclaim_below, pads, counters, watchdog, fault, reports, _format } =
+            self;
+        let queue = TxQueue { ring, tail, reclaim_below, pads, counters, watchdog, fault, reports, _format };
+        (before, queue)
+    }
+}
+
+impl<F: Format> TieTx for TxQueue<F> {
+    type Tied = TxQueue<F, ()>;
+
+    fn can_tie(&self) -> bool {
+        self.reports.is_none()
+    }
+
+    fn ring(&self) -> &DescRing {
+        &self.ring
+    }
+
+    fn reclaim(&mut self, cache: &mut PoolCache) {
+        self.reclaim(cache);
+    }
+
+    fn detach(self) -> (DescRing, Self::Tied) {
+        self.with_ring(())
+    }
+
+    fn attach(ring: DescRing, queue: Self::Tied) -> Self {
+        queue.with_ring(ring).1
+    }
+}
+
+impl<F: Format> TiedTx for TxQueue<F, ()> {
+    const SEND: SendWord = F::SEND;
+    const OVERWRITES_ADDRESSES: bool = F::TXD_OVERWRITES_ADDRESS;
+
+    fn shortest(&self) -> u8 {
+        if self.pads { SHORTEST as u8 } else { 1 }
+    }
+
+    #[inline(always)]
+    fn announce(&mut self, rings: &mut TiedRings) {
+        let head = rings.tx().head();
+        if head.is_multiple_of(RECLAIM) {
+            rings.mark_last(F::TXD_RS);
+        }
+        self.counters.doorbells.add(1);
+        self.tail.ring((head & (rings.tx().entries() - 1)) as u32);
+    }
+
+    #[inline(always)]
+    fn completed(&mut self, ring: &DescRing) -> Option<usize> {
+        let last = ring.tail().wrapping_add(RECLAIM - 1);
+        let is_done = ring.owned() >= RECLAIM && ring.load::<1>(last) & F::TXD_DD != 0;
+        Some(if is_done { RECLAIM } else { 0 })
+    }
+
+    fn full(&mut self, ring: &DescRing) {
+        watch(&mut self.watchdog, ring, &self.fault);
     }
 
     fn counters(&self) -> &QueueCounters {

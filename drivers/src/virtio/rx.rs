@@ -3,7 +3,9 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, Completed, DATA_ROOM, MAX_BURST, MAX_SEGMENTS, PoolCache, dma_rmb};
+use vireo_eal::dma::{
+    Burst, Completed, DATA_ROOM, DescRing, MAX_BURST, MAX_SEGMENTS, PoolCache, TiedPacket, TiedRings, dma_rmb,
+};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::HEADER;
@@ -11,12 +13,17 @@ use super::checksum::is_sound;
 use super::features::Features;
 use super::split::{DESC_WRITE, Violation, Virtqueue, shape};
 use crate::counters::QueueCounters;
+use crate::frames::SHORTEST;
 use crate::port::{RxBurst, STANDARD_FRAME};
+use crate::tied::{TieRx, TiedRx, TiedTx};
 
 /// Valid used lengths of a frame's first buffer, which begins with the header.
 pub(super) const USED_LEN: RangeInclusive<u32> = HEADER as u32..=(HEADER + DATA_ROOM) as u32;
 /// Valid used lengths of a frame's later buffers.
 pub(super) const REST_LEN: RangeInclusive<u32> = 1..=*USED_LEN.end();
+
+/// Second word of a descriptor with a fresh buffer.
+const FRESH: u64 = shape((HEADER + DATA_ROOM) as u32, DESC_WRITE, 0);
 
 /// Whether a received packet's header says that its frame has one buffer.
 #[inline(always)]
@@ -26,8 +33,8 @@ fn is_one_buffer(packet: &Completed<'_>) -> bool {
 
 /// RX queue of a virtio-net device.
 #[derive(Debug)]
-pub struct RxQueue {
-    pub(super) queue: Virtqueue,
+pub struct RxQueue<R = DescRing> {
+    pub(super) queue: Virtqueue<R>,
     pub(super) mergeable: bool,
     /// Whether headers are read for checksums.
     pub(super) checksums: bool,
@@ -114,8 +121,7 @@ impl RxQueue {
     #[inline(never)]
     fn refill(&mut self, cache: &mut PoolCache) -> usize {
         let queue = &mut self.queue;
-        let shape = shape((HEADER + DATA_ROOM) as u32, DESC_WRITE, 0);
-        let filled = queue.ring.refill(MAX_BURST, HEADER, shape, cache);
+        let filled = queue.ring.refill(MAX_BURST, HEADER, FRESH, cache);
         if filled > 0 {
             self.refill_at = queue.ring.tail_with_room(self.refill_threshold);
             queue.publish(queue.ring.head() as u16);
@@ -259,6 +265,164 @@ impl RxBurst for RxQueue {
         if self.queue.ring.has_reached(self.refill_at) && self.refill(cache) == 0 {
             self.queue.counters.no_buffer.add(1);
         }
+    }
+
+    fn counters(&self) -> &QueueCounters {
+        &self.queue.counters
+    }
+}
+
+impl<R> RxQueue<R> {
+    /// Exchanges the ring.
+    fn with_ring<S>(self, ring: S) -> (R, RxQueue<S>) {
+        let Self {
+            queue,
+            mergeable,
+            checksums,
+            is_slow,
+            in_order,
+            refill_threshold,
+            refill_at,
+            after_violation,
+            segments,
+            longest,
+        } = self;
+        let (before, queue) = queue.with_ring(ring);
+        let queue = RxQueue {
+            queue,
+            mergeable,
+            checksums,
+            is_slow,
+            in_order,
+            refill_threshold,
+            refill_at,
+            after_violation,
+            segments,
+            longest,
+        };
+        (before, queue)
+    }
+}
+
+impl TieRx for RxQueue {
+    type Tied = RxQueue<()>;
+
+    fn can_tie(&self) -> bool {
+        !self.is_slow && self.segments == 1 && !self.is_broken()
+    }
+
+    fn ring(&self) -> &DescRing {
+        &self.queue.ring
+    }
+
+    fn detach(self) -> (DescRing, Self::Tied) {
+        self.with_ring(())
+    }
+
+    fn attach(ring: DescRing, queue: Self::Tied, room: Option<usize>) -> Self {
+        let ((), mut queue) = queue.with_ring(ring);
+        queue.refill_at = queue.queue.ring.tail_with_room(room.unwrap_or(queue.refill_threshold));
+        queue
+    }
+}
+
+impl RxQueue<()> {
+    /// Forwards up to `pending` received packets of at least `SHORTEST` bytes.
+    #[inline(always)]
+    fn forward_used<T: TiedTx, const MERGEABLE: bool, const SHORTEST: usize>(
+        &mut self,
+        pending: u16,
+        rings: &mut TiedRings,
+        tx: &T,
+        mut edit: impl FnMut(&mut TiedPacket<'_>),
+    ) -> (usize, u64) {
+        let (queue, header) = (&mut self.queue, tx.header());
+        if pending > queue.in_flight() {
+            return (0, 0);
+        }
+        dma_rmb();
+        let forwarded = rings.forward_used::<SHORTEST>(
+            &queue.used,
+            (pending.into(), HEADER),
+            T::SEND,
+            |packet| !MERGEABLE || is_one_tied_buffer(packet),
+            |packet| {
+                header(packet);
+                edit(packet);
+            },
+        );
+        queue.last_used = queue.last_used.wrapping_add(forwarded.0 as u16);
+        forwarded
+    }
+}
+
+/// [`is_one_buffer`] for a tied lane.
+#[inline(always)]
+fn is_one_tied_buffer(packet: &TiedPacket<'_>) -> bool {
+    u16::from_le_bytes(packet.read_header()) == 1
+}
+
+impl TiedRx for RxQueue<()> {
+    const FRESH: (usize, u64) = (HEADER, FRESH);
+    const OVERWRITES_ADDRESSES: bool = false;
+
+    /// Number of completions.
+    type Received = u16;
+
+    #[inline(always)]
+    fn received(&self, _rings: &TiedRings) -> Option<u16> {
+        let pending = self.queue.used_idx().wrapping_sub(self.queue.last_used);
+        (pending != 0).then_some(pending)
+    }
+
+    #[inline(always)]
+    fn forward_one<T: TiedTx>(
+        &mut self,
+        pending: u16,
+        rings: &mut TiedRings,
+        tx: &T,
+        shortest: u8,
+        mut edit: impl FnMut(&mut TiedPacket<'_>),
+    ) -> Option<(usize, bool)> {
+        let (queue, mergeable, header) = (&mut self.queue, self.mergeable, tx.header());
+        // The device may not complete what it was not offered.
+        if pending != 1 || queue.in_flight() == 0 {
+            return None;
+        }
+        dma_rmb();
+        let moved = rings.forward_one_used(
+            &queue.used,
+            (if usize::from(shortest) < SHORTEST { 0 } else { SHORTEST }, HEADER),
+            T::SEND,
+            |packet| !mergeable || is_one_tied_buffer(packet),
+            |packet| {
+                header(packet);
+                edit(packet);
+            },
+        )?;
+        queue.last_used = queue.last_used.wrapping_add(1);
+        Some(moved)
+    }
+
+    #[inline(always)]
+    fn forward_many<T: TiedTx>(
+        &mut self,
+        pending: u16,
+        rings: &mut TiedRings,
+        tx: &T,
+        shortest: u8,
+        edit: impl FnMut(&mut TiedPacket<'_>),
+    ) -> (usize, u64) {
+        match (self.mergeable, usize::from(shortest)) {
+            (true, ..SHORTEST) => self.forward_used::<T, true, 0>(pending, rings, tx, edit),
+            (true, _) => self.forward_used::<T, true, SHORTEST>(pending, rings, tx, edit),
+            (false, ..SHORTEST) => self.forward_used::<T, false, 0>(pending, rings, tx, edit),
+            (false, _) => self.forward_used::<T, false, SHORTEST>(pending, rings, tx, edit),
+        }
+    }
+
+    fn offer(&mut self, ring: &DescRing) {
+        self.queue.publish(ring.head() as u16);
     }
 
     fn counters(&self) -> &QueueCounters {

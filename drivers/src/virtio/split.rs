@@ -70,8 +70,8 @@ pub(crate) fn need_event(event: u16, old: u16, new: u16) -> bool {
 
 /// Packs the length in bytes, the flags and the next index of a descriptor.
 #[inline(always)]
-pub(super) fn shape(len: u32, flags: u16, next: u16) -> u64 {
-    u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48
+pub(super) const fn shape(len: u32, flags: u16, next: u16) -> u64 {
+    len as u64 | (flags as u64) << 32 | (next as u64) << 48
 }
 
 /// Splits an element of the used ring into `id` and `len`.
@@ -143,9 +143,9 @@ pub(super) enum Kick {
 /// Positions count descriptors since start, modulo 2^16. The low bits of a position are the index of its
 /// descriptor.
 #[derive(Debug)]
-pub(super) struct Virtqueue {
+pub(super) struct Virtqueue<R = DescRing> {
     /// Descriptor table: for each descriptor its address, then its [`shape`].
-    pub(super) ring: DescRing,
+    pub(super) ring: R,
     avail_idx: DmaRing<u16>,
     used_event: DmaRing<u16>,
     used_idx: DmaRing<u16>,
@@ -232,6 +232,51 @@ impl Virtqueue {
         self.suppress_interrupts();
     }
 
+    /// Device addresses of the descriptor table, the avail ring and the used ring.
+    pub(super) fn addresses(&self) -> [u64; 3] {
+        [self.ring.iova(), self.rare.avail_flags.iova(), self.rare.used_flags.iova()]
+    }
+
+    /// Takes the next completion, in any order; returns its packet and length in bytes. An invalid completion
+    /// is consumed as well.
+    pub(super) fn complete(
+        &mut self,
+        len: std::ops::RangeInclusive<u32>,
+    ) -> std::result::Result<(Packet, usize), Violation> {
+        let position = self.last_used;
+        self.last_used = position.wrapping_add(1);
+        let (id, used) = match self.rare.batch {
+            None => used_element(self.used.load::<0>(position.into())),
+            Some(batch) if batch.last == position => {
+                self.end_batch();
+                (batch.id, batch.len)
+            }
+            Some(batch) => (u32::from(position & (self.size() - 1)), batch.whole),
+        };
+        if id >= u32::from(self.size()) {
+            return Err(Violation::Id);
+        }
+        if !len.contains(&used) {
+            return Err(Violation::Length);
+        }
+        let packet = self.ring.take_at(id as usize).ok_or(Violation::NotInFlight)?;
+        Ok((packet, used as usize))
+    }
+
+    /// Ends the use of the queue if the device misbehaved.
+    ///
+    /// An ended queue has nothing in flight and no room, so that the packet path finds nothing to do without
+    /// a test of its own. Its buffers stay until the reset because the device may still write to them.
+    pub(super) fn settle(&mut self, completed: std::result::Result<(), Violation>) {
+        if let Err(violation) = completed {
+            self.give_up(violation.reason());
+            self.last_used = self.offered;
+            self.ring.close();
+        }
+    }
+}
+
+impl<R> Virtqueue<R> {
     /// Suppresses interrupts. The device interrupts when the used index passes `used_event`. The driver
     /// places that word one behind the last used index, so that the used index reaches it only after 2^16
     /// completions, and moves it every [`USED_EVENT_STRIDE`].
@@ -270,11 +315,6 @@ impl Virtqueue {
     #[inline(always)]
     pub(super) fn size(&self) -> u16 {
         self.used.entries() as u16
-    }
-
-    /// Device addresses of the descriptor table, the avail ring and the used ring.
-    pub(super) fn addresses(&self) -> [u64; 3] {
-        [self.ring.iova(), self.rare.avail_flags.iova(), self.rare.used_flags.iova()]
     }
 
     /// Used index that the device wrote last.
@@ -351,32 +391,6 @@ impl Virtqueue {
         }
     }
 
-    /// Takes the next completion, in any order; returns its packet and length in bytes. An invalid completion
-    /// is consumed as well.
-    pub(super) fn complete(
-        &mut self,
-        len: std::ops::RangeInclusive<u32>,
-    ) -> std::result::Result<(Packet, usize), Violation> {
-        let position = self.last_used;
-        self.last_used = position.wrapping_add(1);
-        let (id, used) = match self.rare.batch {
-            None => used_element(self.used.load::<0>(position.into())),
-            Some(batch) if batch.last == position => {
-                self.end_batch();
-                (batch.id, batch.len)
-            }
-            Some(batch) => (u32::from(position & (self.size() - 1)), batch.whole),
-        };
-        if id >= u32::from(self.size()) {
-            return Err(Violation::Id);
-        }
-        if !len.contains(&used) {
-            return Err(Violation::Length);
-        }
-        let packet = self.ring.take_at(id as usize).ok_or(Violation::NotInFlight)?;
-        Ok((packet, used as usize))
-    }
-
     /// Checks whether the next element stands for several of the `pending` completions. A device that
     /// completes in order may write one such element, with the id of the last. [`Virtqueue::complete`] then
     /// returns each completion; the buffers before the last were used whole.
@@ -408,21 +422,48 @@ impl Virtqueue {
         }
     }
 
-    /// Ends the use of the queue if the device misbehaved.
-    ///
-    /// An ended queue has nothing in flight and no room, so that the packet path finds nothing to do without
-    /// a test of its own. Its buffers stay until the reset because the device may still write to them.
-    pub(super) fn settle(&mut self, completed: std::result::Result<(), Violation>) {
-        if let Err(violation) = completed {
-            self.give_up(violation.reason());
-            self.last_used = self.offered;
-            self.ring.close();
-        }
-    }
-
     /// Whether the device misbehaved.
     pub(super) fn is_broken(&self) -> bool {
         self.is_broken
+    }
+
+    /// Exchanges the descriptor table.
+    pub(super) fn with_ring<S>(self, ring: S) -> (R, Virtqueue<S>) {
+        let Self {
+            ring: before,
+            avail_idx,
+            used_event,
+            used_idx,
+            used,
+            avail_event,
+            offered,
+            last_used,
+            in_batch,
+            index,
+            event_idx,
+            kick,
+            is_broken,
+            counters,
+            rare,
+        } = self;
+        let queue = Virtqueue {
+            ring,
+            avail_idx,
+            used_event,
+            used_idx,
+            used,
+            avail_event,
+            offered,
+            last_used,
+            in_batch,
+            index,
+            event_idx,
+            kick,
+            is_broken,
+            counters,
+            rare,
+        };
+        (before, queue)
     }
 }
 

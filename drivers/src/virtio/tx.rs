@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, PoolCache, SendWord, Slot, dma_rmb};
+use vireo_eal::dma::{Burst, DescRing, PoolCache, SendWord, Slot, TiedPacket, TiedRings, dma_rmb};
 
 use super::HEADER;
 use super::chains::Chains;
@@ -11,15 +11,18 @@ use super::features::Features;
 use super::split::{Violation, Virtqueue};
 use crate::counters::QueueCounters;
 use crate::port::{Offloads, TxBurst, Watchdog};
+use crate::tied::{TieTx, TiedTx};
 
-/// Writes a header that requests nothing in front of a packet, unless the packet already has one. Without the
-/// write, the header stays in the cache of a device that is a process.
 /// Shape of a descriptor that sends a packet of one buffer: the length, without flags.
 const WHOLE: SendWord = SendWord { bits: 0, front: HEADER, second_len: None };
 
+/// Header that requests nothing, and the bytes before it.
+const BLANK: u128 = 0;
+
+/// Writes a header that requests nothing in front of a packet, unless the packet already has one. Without the
+/// write, the header stays in the cache of a device that is a process.
 #[inline(always)]
 pub(super) fn blank(slot: &mut Slot<'_>, mergeable: bool) {
-    const BLANK: u128 = 0;
     if mergeable || u128::from_ne_bytes(slot.read_header()) != BLANK {
         slot.write_header(&BLANK.to_ne_bytes());
     }
@@ -27,8 +30,8 @@ pub(super) fn blank(slot: &mut Slot<'_>, mergeable: bool) {
 
 /// TX queue of a virtio-net device.
 #[derive(Debug)]
-pub struct TxQueue {
-    pub(super) queue: Virtqueue,
+pub struct TxQueue<R = DescRing> {
+    pub(super) queue: Virtqueue<R>,
     /// Whether the device uses descriptors in order, so that the used index alone identifies the returned
     /// ones.
     in_order: bool,
@@ -45,6 +48,40 @@ pub struct TxQueue {
     pub(super) chains: Option<Box<Chains>>,
     /// Whether the device computes checksums.
     pub(super) checksums: bool,
+}
+
+impl<R> TxQueue<R> {
+    /// Whether the device violated the rules of the ring. The queue then sends nothing until the port is
+    /// stopped and started.
+    pub fn is_broken(&self) -> bool {
+        self.queue.is_broken()
+    }
+
+    /// Handles a ring without room for a burst. The specification sets no time limit: a healthy device stands
+    /// still while its host is paused or the switch behind it restarts, and a restart of the port would lose
+    /// what the port has received. The driver rings once more in case a doorbell was lost. A broken device
+    /// reports that (`DEVICE_NEEDS_RESET`).
+    #[cold]
+    #[inline(never)]
+    pub(super) fn full(&mut self) -> usize {
+        let queue = &mut self.queue;
+        // Not `last_used`, which wraps around to the same number.
+        let completed = (queue.counters.packets.get() as usize).wrapping_sub(queue.in_flight().into());
+        if !queue.is_broken() && self.watchdog.as_mut().is_some_and(|watchdog| watchdog.is_late(completed)) {
+            queue.ring_late(self.late_at != Some(completed));
+            self.late_at = Some(completed);
+        }
+        0
+    }
+
+    /// Exchanges the ring.
+    fn with_ring<S>(self, ring: S) -> (R, TxQueue<S>) {
+        let Self { queue, in_order, mergeable, reclaim_below, watchdog, late_at, chains, checksums } = self;
+        let (before, queue) = queue.with_ring(ring);
+        let queue =
+            TxQueue { queue, in_order, mergeable, reclaim_below, watchdog, late_at, chains, checksums };
+        (before, queue)
+    }
 }
 
 impl TxQueue {
@@ -90,29 +127,6 @@ impl TxQueue {
             chains.free(0..chains.size(), cache);
         }
         (self.queue, self.chains.map(|chains| *chains))
-    }
-
-    /// Whether the device violated the rules of the ring. The queue then sends nothing until the port is
-    /// stopped and started.
-    pub fn is_broken(&self) -> bool {
-        self.queue.is_broken()
-    }
-
-    /// Handles a ring without room for a burst. The specification sets no time limit: a healthy device stands
-    /// still while its host is paused or the switch behind it restarts, and a restart of the port would lose
-    /// what the port has received. The driver rings once more in case a doorbell was lost. A broken device
-    /// reports that (`DEVICE_NEEDS_RESET`).
-    #[cold]
-    #[inline(never)]
-    pub(super) fn full(&mut self) -> usize {
-        let queue = &mut self.queue;
-        // Not `last_used`, which wraps around to the same number.
-        let completed = (queue.counters.packets.get() as usize).wrapping_sub(queue.in_flight().into());
-        if !queue.is_broken() && self.watchdog.as_mut().is_some_and(|watchdog| watchdog.is_late(completed)) {
-            queue.ring_late(self.late_at != Some(completed));
-            self.late_at = Some(completed);
-        }
-        0
     }
 
     /// Hands up to `room` packets of one buffer each to the device. The ring has as many free descriptors.
@@ -227,5 +241,75 @@ impl TxBurst for TxQueue {
 
     fn offloads(&self) -> Offloads {
         if self.checksums { Offloads::TX_CHECKSUM } else { Offloads::empty() }
+    }
+}
+
+impl TieTx for TxQueue {
+    type Tied = TxQueue<()>;
+
+    fn can_tie(&self) -> bool {
+        self.chains.is_none() && !self.checksums && !self.is_broken()
+    }
+
+    fn ring(&self) -> &DescRing {
+        &self.queue.ring
+    }
+
+    fn reclaim(&mut self, cache: &mut PoolCache) {
+        self.reclaim(cache);
+    }
+
+    fn detach(self) -> (DescRing, Self::Tied) {
+        self.with_ring(())
+    }
+
+    fn attach(ring: DescRing, queue: Self::Tied) -> Self {
+        queue.with_ring(ring).1
+    }
+}
+
+impl TiedTx for TxQueue<()> {
+    const SEND: SendWord = WHOLE;
+    const OVERWRITES_ADDRESSES: bool = false;
+
+    /// Does what `blank` does on the general path.
+    #[inline(always)]
+    fn header(&self) -> impl Fn(&mut TiedPacket<'_>) + Copy + use<> {
+        let mergeable = self.mergeable;
+        move |packet| {
+            if mergeable || u128::from_ne_bytes(packet.read_header()) != BLANK {
+                packet.write_header(BLANK.to_ne_bytes());
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn announce(&mut self, rings: &mut TiedRings) {
+        self.queue.publish(rings.tx().head() as u16);
+    }
+
+    #[inline(always)]
+    fn completed(&mut self, ring: &DescRing) -> Option<usize> {
+        let queue = &mut self.queue;
+        let used_idx = queue.used_idx();
+        let pending = used_idx.wrapping_sub(queue.last_used);
+        if pending > queue.in_flight() {
+            return None;
+        }
+        dma_rmb();
+        let count = usize::from(pending);
+        if !self.in_order && !ring.is_used_in_order(&queue.used, count) {
+            return None;
+        }
+        queue.last_used = used_idx;
+        Some(count)
+    }
+
+    fn full(&mut self, _ring: &DescRing) {
+        self.full();
+    }
+
+    fn counters(&self) -> &QueueCounters {
+        &self.queue.counters
     }
 }

@@ -10,10 +10,12 @@ mod fill;
 mod take;
 #[cfg(test)]
 mod tests;
+mod tied;
 mod used;
 mod words;
 
 pub use fill::{SendWord, Slot};
+pub use tied::{TiedPacket, TiedRings};
 pub use used::Completed;
 pub use words::GoodWord;
 
@@ -36,8 +38,9 @@ pub struct DescRing {
     desc: NonNull<Descriptor>,
     /// For each descriptor from `tail` to `head`: the pool offset of its buffer in the pool of `fresh_bits`,
     /// or [`EMPTY`]. No handle of a recorded buffer exists. The record is not in DMA memory, because a peer
-    /// process can write all of that.
-    record: Box<[u32]>,
+    /// process can write all of that. Not a box, because [`TiedRings`] has a pointer to an element while it is
+    /// moved, and a pointer into a box ends when the box is moved.
+    record: Vec<u32>,
     /// Number of descriptors minus 1.
     mask: usize,
     head: usize,
@@ -67,7 +70,7 @@ impl DescRing {
         let entries = words.entries();
         Self {
             desc: words.start().cast(),
-            record: vec![EMPTY; entries].into(),
+            record: vec![EMPTY; entries],
             mask: entries - 1,
             head: 0,
             tail: 0,

@@ -20,7 +20,7 @@ mod tag;
 #[cfg(test)]
 mod tests;
 
-pub(super) use addresses::Buffers;
+pub(super) use addresses::{Buffers, PoolAddresses};
 pub(super) use cache::MAX_FREE;
 pub use cache::PoolCache;
 use free::{Chunk, FreeList};

@@ -9,7 +9,7 @@ use vireo_eal::dma::MAX_BURST;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_frame::forward::forward_any;
+use vireo_frame::forward::{Polling, forward_any};
 
 use super::run::{Step, measured};
 use crate::measure::{Side, Wiring};
@@ -104,7 +104,7 @@ fn polls_of(forwarder: &mut Side, mut after: impl FnMut(u64, u64) -> bool) -> Re
     let reading = median((0..SAMPLES).map(|_| Tsc::now().abs_diff(Tsc::now())).collect()).unwrap_or_default();
     let mut cache = forwarder.cache();
     let mut since = Tsc::now();
-    let lanes = forward_any(forwarder.lanes()?, &mut cache, None, &stop, || {
+    let lanes = forward_any(forwarder.lanes()?, &mut cache, Polling::default(), &stop, || {
         let ticks = (Tsc::now() - since).saturating_sub(reading);
         if !after(tx.packets.get() - earlier, ticks) {
             stop.set();

@@ -18,7 +18,7 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::lcore::{StopFlag, pin_to};
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_frame::forward::forward_any;
+use vireo_frame::forward::{Polling, forward_any};
 use vireo_pktgen::generator::{End, Stream};
 
 use crate::machine::Watch;
@@ -279,7 +279,7 @@ fn forward(
     let counters = side.counters();
     let mut cache = side.cache();
     let mut since = Tsc::now();
-    let lanes = forward_any(lanes, &mut cache, None, done, || {
+    let lanes = forward_any(lanes, &mut cache, Polling::default(), done, || {
         each_poll(&counters);
         if limits.slower > 0.0 {
             let now = Tsc::now();

@@ -86,19 +86,8 @@ impl DescRing {
             // SAFETY: the masked index is below the number of descriptors.
             let (desc, record) =
                 unsafe { (self.desc.add(first).as_ptr(), self.record.as_mut_ptr().add(first)) };
-            #[cfg(target_arch = "x86_64")]
             // SAFETY: the run does not go beyond the end of the ring.
-            let done = unsafe { x86::refill(run, data, word, buffers, desc, record) };
-            #[cfg(not(target_arch = "x86_64"))]
-            let done = 0;
-            for (i, slot) in run.iter().enumerate().skip(done) {
-                let iova = buffers.iova_at(slot + data);
-                // SAFETY: as above.
-                unsafe {
-                    record.add(i).write(*slot);
-                    desc.add(i).write([iova.to_le(), word.to_le()]);
-                }
-            }
+            unsafe { write_fresh(run, data, word, buffers, desc, record) };
             self.head = self.head.wrapping_add(run.len());
             rest = next;
         }
@@ -252,6 +241,35 @@ struct Run<'a> {
     record: *mut u32,
 }
 
+/// Writes the descriptors and records of fresh buffers at the pool offsets `slots`. Packet data starts `data`
+/// bytes into each buffer.
+///
+/// # Safety
+/// From `desc` and `record` on there are as many descriptors and records as `slots`.
+#[inline(always)]
+pub(super) unsafe fn write_fresh(
+    slots: &[u32],
+    data: u32,
+    word: u64,
+    buffers: Buffers<'_>,
+    desc: *mut Descriptor,
+    record: *mut u32,
+) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: by the caller's contract.
+    let done = unsafe { x86::write_fresh(slots, data, word, buffers, desc, record) };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
+    for (i, slot) in slots.iter().enumerate().skip(done) {
+        let iova = buffers.iova_at(slot + data);
+        // SAFETY: by the caller's contract.
+        unsafe {
+            record.add(i).write(*slot);
+            desc.add(i).write([iova.to_le(), word.to_le()]);
+        }
+    }
+}
+
 /// Writes a packet's descriptor and record.
 ///
 /// # Safety
@@ -274,20 +292,19 @@ unsafe fn write(
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(super) mod x86 {
     use std::arch::x86_64::*;
 
     use super::super::take::x86::total;
     use super::{Buffers, Descriptor, Packet, SendWord, Slot};
     use crate::dma::packet::BUFFER_SIZE;
 
-    /// Gives the buffers at the pool offsets `slots` to descriptors, in groups of four. Packet data starts
-    /// `data` bytes into each buffer. Returns the number of buffers; up to three remain.
+    /// [`write_fresh`](super::write_fresh) in groups of four. Returns the number of buffers; up to three remain.
     ///
     /// # Safety
-    /// From `desc` and `record` on there are as many descriptors and records as `slots`.
+    /// As for the former.
     #[inline(always)]
-    pub(super) unsafe fn refill(
+    pub(super) unsafe fn write_fresh(
         slots: &[u32],
         data: u32,
         word: u64,
@@ -326,7 +343,7 @@ mod x86 {
         // SAFETY: SSE2 is part of x86-64. All accesses are within what the caller vouches for.
         unsafe {
             let zero = _mm_setzero_si128();
-            let (front, bits) = (_mm_set1_epi32(word.front as i32), _mm_set1_epi64x(word.bits as i64));
+            let front = _mm_set1_epi32(word.front as i32);
             let offset = _mm_set1_epi32(BUFFER_SIZE as i32 - 1);
             let (mut sum, mut tags) = (zero, zero);
             for (i, four) in fours.iter_mut().enumerate() {
@@ -342,14 +359,7 @@ mod x86 {
                 _mm_storeu_si128(record.add(4 * i).cast(), _mm_andnot_si128(offset, at));
                 let len = _mm_srli_epi32::<16>(rest);
                 sum = _mm_add_epi32(sum, len);
-                let len = _mm_add_epi32(len, front);
-                let (mut low, mut high) = (_mm_unpacklo_epi32(len, zero), _mm_unpackhi_epi32(len, zero));
-                if let Some(shift) = word.second_len {
-                    let shift = _mm_cvtsi32_si128(shift as i32);
-                    low = _mm_or_si128(low, _mm_sll_epi64(low, shift));
-                    high = _mm_or_si128(high, _mm_sll_epi64(high, shift));
-                }
-                let words = [_mm_or_si128(low, bits), _mm_or_si128(high, bits)];
+                let words = send_words(word, len);
                 write(desc.add(4 * i), buffers.four_iovas_at(_mm_sub_epi32(at, front)), words);
             }
             if word.front == 0 {
@@ -357,6 +367,23 @@ mod x86 {
                 buffers.check((_mm_cvtsi128_si64(halves) | _mm_cvtsi128_si64(halves) >> 32) as u8);
             }
             total(sum)
+        }
+    }
+
+    /// [`SendWord::of`] for four lengths.
+    #[inline(always)]
+    pub(in super::super) fn send_words(word: SendWord, len: __m128i) -> [__m128i; 2] {
+        // SAFETY: SSE2 is part of x86-64.
+        unsafe {
+            let (zero, bits) = (_mm_setzero_si128(), _mm_set1_epi64x(word.bits as i64));
+            let len = _mm_add_epi32(len, _mm_set1_epi32(word.front as i32));
+            let (mut low, mut high) = (_mm_unpacklo_epi32(len, zero), _mm_unpackhi_epi32(len, zero));
+            if let Some(shift) = word.second_len {
+                let shift = _mm_cvtsi32_si128(shift as i32);
+                low = _mm_or_si128(low, _mm_sll_epi64(low, shift));
+                high = _mm_or_si128(high, _mm_sll_epi64(high, shift));
+            }
+            [_mm_or_si128(low, bits), _mm_or_si128(high, bits)]
         }
     }
 

@@ -10,12 +10,12 @@ use crate::dma::packet::{HEADROOM, MAX_BURST};
 use crate::dma::{DmaMemory, Pool};
 use crate::mem::{Backing, Region};
 
-fn pool(count: u32) -> Arc<Pool> {
+pub(super) fn pool(count: u32) -> Arc<Pool> {
     let region = Region::new(Pool::bytes(count), Backing::SmallPages).unwrap();
     Pool::new(&DmaMemory::map(region, &[]).unwrap(), count).unwrap()
 }
 
-fn ring(entries: usize) -> DescRing {
+pub(super) fn ring(entries: usize) -> DescRing {
     let region = Region::new(16 * entries, Backing::SmallPages).unwrap();
     let memory = DmaMemory::map(region, &[]).unwrap();
     DescRing::new(DmaRing::new(&memory, entries, 16).unwrap(), entries)

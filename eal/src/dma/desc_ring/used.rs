@@ -8,12 +8,12 @@ use crate::dma::ring::{DmaRing, RingEntry};
 
 /// Consecutive elements of a used ring: the lower half of each is a descriptor's index, the upper half a length
 /// in bytes.
-struct UsedElements<'a> {
-    first: RingEntry<'a, u64, 1>,
+pub(super) struct UsedElements<'a> {
+    pub(super) first: RingEntry<'a, u64, 1>,
     /// Index that the first element names if completions are in order.
-    index: usize,
+    pub(super) index: usize,
     /// Number of bytes before the packet's data that the lengths include.
-    front: usize,
+    pub(super) front: usize,
 }
 
 impl UsedElements<'_> {
@@ -153,6 +153,23 @@ impl DescRing {
         self.tail = self.tail.wrapping_add(1);
         burst.push(Packet::in_slot(slot, len, self.fresh_bits));
         Some(len)
+    }
+
+    /// Whether the next `count` elements of `used`, from the tail on, name their own descriptors, and each of
+    /// these owns a buffer.
+    pub fn is_used_in_order(&self, used: &DmaRing<u64>, count: usize) -> bool {
+        let mask = self.mask & used.view().mask();
+        let (mut tail, mut rest) = (self.tail, count);
+        while rest > 0 {
+            let run = rest.min(mask + 1 - (tail & mask));
+            let elements = UsedElements { first: used.view().entry(tail), index: tail & mask, front: 0 };
+            // SAFETY: the run does not go beyond the end of `used`.
+            if !unsafe { elements.are_in_order(run) } {
+                return false;
+            }
+            (tail, rest) = (tail.wrapping_add(run), rest - run);
+        }
+        self.holes == 0 && count <= self.head.wrapping_sub(self.tail)
     }
 
     /// Returns up to `most` buffers, in order from the tail, to `cache` as [`DescRing::reclaim`] does, if the

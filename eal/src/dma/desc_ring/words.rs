@@ -21,9 +21,17 @@ impl GoodWord {
     /// Returns the packet's length, at least 1, if `word` is good.
     #[inline(always)]
     pub fn len(self, word: u64) -> Option<usize> {
+        self.len_from(word, 1)
+    }
+
+    /// Returns the packet's length if `word` is good and the length is at least `shortest`, which is at least 1.
+    #[inline(always)]
+    pub(super) fn len_from(self, word: u64, shortest: u8) -> Option<usize> {
+        const { assert!(DATA_ROOM > u8::MAX as usize) };
+        let shortest = usize::from(shortest);
         // A bit that differs ends up above the 16 bits of the length, and so makes the length too large.
-        let len = ((word ^ self.bits) & self.checked()).rotate_right(self.len_shift);
-        (len.wrapping_sub(1) < DATA_ROOM as u64).then_some(len as usize)
+        let len = ((word ^ self.bits) & self.checked()).rotate_right(self.len_shift) as usize;
+        (len.wrapping_sub(shortest) <= DATA_ROOM - shortest).then_some(len)
     }
 
     /// All bits that are checked, including the length.
@@ -34,9 +42,9 @@ impl GoodWord {
 }
 
 /// Second words of consecutive descriptors.
-struct Words<'a> {
-    first: RingEntry<'a, u64, 2>,
-    good: GoodWord,
+pub(super) struct Words<'a> {
+    pub(super) first: RingEntry<'a, u64, 2>,
+    pub(super) good: GoodWord,
 }
 
 impl Lengths for Words<'_> {
@@ -44,6 +52,12 @@ impl Lengths for Words<'_> {
     unsafe fn len(&self, i: usize) -> Option<usize> {
         // SAFETY: there are more than `i` descriptors.
         self.good.len(unsafe { self.first.ahead(i) }.load::<1>())
+    }
+
+    #[inline(always)]
+    unsafe fn is_completed(&self, i: usize) -> bool {
+        // SAFETY: there are more than `i` descriptors.
+        unsafe { self.first.ahead(i) }.load::<1>() & self.good.bits != 0
     }
 
     #[cfg(target_arch = "x86_64")]

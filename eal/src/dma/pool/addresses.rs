@@ -40,7 +40,7 @@ pub(super) fn bases(nodes: &[NodeBuffers]) -> Box<[u64]> {
 
 /// Addresses of a pool's buffers, for the CPU and for the device.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct PoolAddresses {
+pub(in crate::dma) struct PoolAddresses {
     /// First byte of the first buffer.
     base: *mut u8,
     bases: NonNull<u64>,
@@ -62,7 +62,7 @@ impl PoolAddresses {
     }
 
     #[inline(always)]
-    pub(super) fn buffers<'a>(self) -> Buffers<'a> {
+    pub(in crate::dma) fn buffers<'a>(self) -> Buffers<'a> {
         Buffers { addresses: self, _pool: PhantomData }
     }
 }

@@ -82,6 +82,11 @@ impl PoolCache {
         Packet::tag_in(self.fresh_bits())
     }
 
+    /// Addresses of the pool's buffers, valid as long as the pool exists.
+    pub(in crate::dma) fn addresses(&self) -> PoolAddresses {
+        self.addresses
+    }
+
     /// [`Packet::fresh_bits`] of the pool's tag.
     #[inline(always)]
     pub(in crate::dma) fn fresh_bits(&self) -> u64 {

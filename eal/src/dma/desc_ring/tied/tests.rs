@@ -1,0 +1,260 @@
+use proptest::prelude::*;
+
+use super::super::tests::{pool, ring};
+use super::*;
+use crate::dma::DmaMemory;
+use crate::dma::packet::{Burst, DATA_ROOM};
+use crate::mem::{Backing, Region};
+
+const GOOD: GoodWord = GoodWord { bits: 3 << 32, mask: 3 << 32 | 0x97 << 40, len_shift: 0 };
+const SEND: SendWord = SendWord { bits: 1 << 40, front: 0, second_len: None };
+const ENTRIES: usize = 64;
+
+/// Rings whose device must leave one descriptor empty, as Intel's.
+fn rings(capacity: usize, cache: &mut PoolCache) -> TiedRings {
+    let [mut rx, mut tx] = [ring(ENTRIES), ring(ENTRIES)];
+    (rx.capacity, tx.capacity) = (capacity, capacity);
+    TiedRings::new(rx, tx, (0, 0), SEND.front, cache).unwrap()
+}
+
+/// Returns everything to `cache`.
+fn release(rings: TiedRings, cache: &mut PoolCache) {
+    let (mut rx, mut tx) = rings.untie(cache);
+    rx.reclaim_all(cache);
+    tx.reclaim_all(cache);
+}
+
+/// Second word of the `i`th descriptor from the next on.
+fn receive(rings: &TiedRings, i: usize, word: u64) {
+    rings.rx.view().store::<1>(rings.rx.tail + rings.run - rings.left + i, word);
+}
+
+#[test]
+fn a_buffer_goes_round_between_the_same_two_descriptors() {
+    let pool = pool(ENTRIES as u32);
+    let mut cache = pool.cache();
+    let mut rings = rings(ENTRIES - 1, &mut cache);
+    assert_eq!((rings.rx.owned(), rings.tx.owned(), rings.has_spare), (ENTRIES - 1, 0, true));
+    let addresses: Vec<u64> = (0..ENTRIES).map(|i| rings.rx.load::<0>(i)).collect();
+    for lap in 0..5 * ENTRIES {
+        assert_eq!(rings.tx.load::<0>(lap), addresses[lap % ENTRIES]);
+        receive(&rings, 0, GOOD.bits | 60);
+        let word = rings.next_word();
+        let moved = rings.forward_one(word, GOOD, 1, SEND, |packet| packet.write([lap as u8], [2, 3]));
+        assert_eq!(moved, Some((60, lap % 32 == 31)));
+        assert_eq!((rings.rx.load::<1>(lap), rings.tx.load::<1>(lap)), (0, SEND.bits | 60));
+        rings.give_back(1, None, None);
+    }
+    assert_eq!((0..ENTRIES).map(|i| rings.rx.load::<0>(i)).collect::<Vec<_>>(), addresses);
+    release(rings, &mut cache);
+    assert_eq!(cache.len(), ENTRIES);
+}
+
+#[test]
+fn addresses_that_a_device_overwrote_are_written_again() {
+    let pool = pool(ENTRIES as u32);
+    let mut cache = pool.cache();
+    let mut rings = rings(ENTRIES - 1, &mut cache);
+    let first = |ring: &DescRing, i: usize| ring.load::<0>(i);
+    let before: Vec<u64> = (0..ENTRIES).map(|i| first(&rings.rx, i)).collect();
+    for i in 0..32 {
+        receive(&rings, i, GOOD.bits | 60);
+    }
+    assert_eq!(rings.forward_words::<0>(GOOD, SEND, |_| ()), (32, 32 * 60));
+    rings.mark_last(1 << 50);
+    assert_eq!(rings.tx.load::<1>(31), SEND.bits | 60 | 1 << 50);
+    (0..ENTRIES).for_each(|i| rings.rx.view().store::<0>(i, 7));
+    rings.tx.view().store::<0>(31, 7);
+    rings.give_back(32, Some((0, 5)), Some(0));
+    // The spare descriptor and those that were sent from, without the last of them, which is the new spare.
+    for i in [63].into_iter().chain(0..31) {
+        assert_eq!((first(&rings.rx, i), rings.rx.load::<1>(i)), (before[i], 5), "{i}");
+    }
+    assert_eq!((first(&rings.rx, 31), first(&rings.tx, 31)), (7, before[31]));
+    release(rings, &mut cache);
+    assert_eq!(cache.len(), ENTRIES);
+}
+
+#[test]
+fn rings_are_tied_in_the_middle_of_traffic() {
+    let pool = pool(3 * ENTRIES as u32);
+    let (mut cache, mut burst) = (pool.cache(), Burst::new());
+    let [mut rx, mut tx] = [ring(ENTRIES), ring(ENTRIES)];
+    // 10 buffers are with the TX device, whose position differs from that of the RX device by 8.
+    while rx.refill(32, 0, 0, &mut cache) > 0 {}
+    for _ in 0..18 {
+        assert!(rx.take_one(&mut burst, 60));
+    }
+    burst.drain(..8).for_each(|packet| cache.free(packet));
+    tx.fill(10, 0, &cache, &mut burst, |_, len| len as u64);
+    assert_eq!((rx.refill(9, 0, 0, &mut cache), rx.owned() + tx.owned()), (9, ENTRIES + 1));
+    let (rx, mut tx) = TiedRings::new(rx, tx, (0, 0), 0, &mut cache).unwrap_err();
+    tx.reclaim(3, &mut cache);
+    let in_flight: Vec<u64> = (3..10).map(|i| tx.load::<0>(i)).collect();
+    let mut rings = TiedRings::new(rx, tx, (0, 0), 0, &mut cache).unwrap();
+    assert_eq!((rings.rx.owned(), rings.tx.owned(), rings.has_spare), (ENTRIES - 7, 7, false));
+    for i in 0..14 {
+        receive(&rings, i, GOOD.bits | 61);
+    }
+    assert_eq!(rings.forward_words::<60>(GOOD, SEND, |_| ()), (14, 14 * 61));
+    rings.give_back(7, None, None);
+    // Their buffers are now those of the last descriptors of the RX ring.
+    let given: Vec<u64> = (0..7).map(|i| rings.rx.load::<0>(rings.rx.head().wrapping_sub(7 - i))).collect();
+    assert_eq!(given, in_flight);
+    let (mut rx, mut tx) = rings.untie(&mut cache);
+    assert_eq!((rx.owned(), tx.owned()), (ENTRIES - 14, 14));
+    rx.reclaim_all(&mut cache);
+    tx.reclaim_all(&mut cache);
+    drop(cache);
+    assert_eq!(pool.available(), 3 * ENTRIES as u32);
+}
+
+#[test]
+fn rings_that_cannot_be_tied_come_back() {
+    let pools = [pool(ENTRIES as u32 - 1), pool(200)];
+    let mut caches = [0, 1].map(|i| pools[i].cache());
+    let [small, cache] = &mut caches;
+    let tie = |rx, tx, cache: &mut PoolCache| {
+        let (mut rx, mut tx) = TiedRings::new(rx, tx, (0, 0), 0, cache).unwrap_err();
+        rx.reclaim_all(cache);
+        tx.reclaim_all(cache);
+    };
+    tie(ring(64), ring(128), cache);
+    tie(ring(16), ring(16), cache);
+    tie(ring(64), ring(64), small);
+    assert_eq!(small.len(), ENTRIES - 1, "buffers that were given to a ring came back");
+    let mut foreign = ring(64);
+    foreign.refill(5, 0, 0, small);
+    tie(foreign, ring(64), cache);
+    let mut emptied = ring(64);
+    emptied.refill(5, 0, 0, cache);
+    let packet = emptied.take_at(2).unwrap();
+    tie(emptied, ring(64), cache);
+    cache.free(packet);
+    let mut full = [ring(64), ring(64)];
+    full.iter_mut().for_each(|ring| while ring.refill(32, 0, 0, cache) > 0 {});
+    let [rx, tx] = full;
+    tie(rx, tx, cache);
+    drop(caches);
+    assert_eq!(pools.map(|pool| pool.available()), [ENTRIES as u32 - 1, 200]);
+}
+
+#[test]
+fn nothing_moves_beyond_what_the_ring_owns() {
+    let pool = pool(ENTRIES as u32);
+    let mut cache = pool.cache();
+    let mut rings = rings(ENTRIES - 1, &mut cache);
+    // A device may mark every descriptor as done, and those that it does not own again.
+    for _ in 0..4 {
+        (0..ENTRIES).for_each(|i| receive(&rings, i, GOOD.bits | 60));
+        rings.forward_words::<0>(GOOD, SEND, |_| ());
+    }
+    assert_eq!((rings.rx.owned(), rings.tx.owned(), rings.left), (0, ENTRIES - 1, 0));
+    let word = rings.next_word();
+    assert_eq!((rings.forward_one(word, GOOD, 1, SEND, |_| ()), rings.word_after()), (None, None));
+    rings.give_back(ENTRIES - 1, None, None);
+    assert_eq!((rings.rx.owned(), rings.left), (ENTRIES - 1, 1), "the run ends with the ring");
+    release(rings, &mut cache);
+    assert_eq!(cache.len(), ENTRIES);
+}
+
+/// A word that is mostly good, and a bit or a length away from it otherwise.
+fn word() -> impl Strategy<Value = u64> {
+    let good = (1..=DATA_ROOM as u64).prop_map(|len| GOOD.bits | len);
+    let near = (0..=u64::from(u16::MAX)).prop_map(|len| GOOD.bits | len);
+    let odd = (good.clone(), 0..64).prop_map(|(word, bit)| word ^ 1_u64 << bit);
+    prop_oneof![20 => good, 1 => near, 1 => odd, 1 => any::<u64>()]
+}
+
+proptest! {
+    /// Compares with one packet at a time.
+    #[test]
+    fn words_are_moved_up_to_the_first_unexpected_one(
+        words in proptest::collection::vec(word(), 1..200), skip in 0..40_usize, pads in any::<bool>(),
+    ) {
+        let pool = pool(ENTRIES as u32);
+        let mut cache = pool.cache();
+        let mut rings = rings(ENTRIES - 1, &mut cache);
+        let shortest = if pads { 60 } else { 1 };
+        for _ in 0..skip {
+            receive(&rings, 0, GOOD.bits | 60);
+            prop_assert!(rings.forward_one(GOOD.bits | 60, GOOD, 1, SEND, |_| ()).is_some());
+            rings.give_back(1, None, None);
+        }
+        let mut rest = &words[..];
+        while !rest.is_empty() {
+            let first = rings.tx.head + rings.run - rings.left;
+            let most = rings.left.min(rest.len());
+            (0..ENTRIES).for_each(|i| receive(&rings, i, rest.get(i).copied().unwrap_or(0)));
+            let good: Vec<u64> = rest[..most].iter()
+                .map_while(|word| GOOD.len(*word).filter(|len| *len >= shortest).map(|len| len as u64)).collect();
+            let mut edited = 0;
+            let edit = |packet: &mut TiedPacket<'_>| { edited += 1; packet.write([1], [2]) };
+            let moved = if pads {
+                rings.forward_words::<60>(GOOD, SEND, edit)
+            } else {
+                rings.forward_words::<0>(GOOD, SEND, edit)
+            };
+            prop_assert_eq!(moved, (good.len(), good.iter().sum::<u64>()));
+            prop_assert_eq!(edited, good.len());
+            for (i, len) in good.iter().enumerate() {
+                prop_assert_eq!(rings.tx.load::<1>(first + i), SEND.bits | *len);
+            }
+            rings.give_back(good.len(), None, None);
+            rest = &rest[good.len().max(1)..];
+        }
+        release(rings, &mut cache);
+        prop_assert_eq!(cache.len(), ENTRIES);
+    }
+
+    #[test]
+    fn used_elements_are_moved_up_to_the_first_unexpected_one(
+        lens in proptest::collection::vec((12..=12 + DATA_ROOM as u64, 0..40_u8), 1..200), skip in 0..40_usize,
+    ) {
+        const FRONT: usize = 12;
+        let send = SendWord { front: FRONT, ..SEND };
+        let pool = pool(ENTRIES as u32);
+        let mut cache = pool.cache();
+        let memory = DmaMemory::map(Region::new(8 * ENTRIES, Backing::SmallPages).unwrap(), &[]).unwrap();
+        let used: DmaRing<u64> = DmaRing::new(&memory, ENTRIES, 8).unwrap();
+        let mut rings = TiedRings::new(ring(ENTRIES), ring(ENTRIES), (FRONT, 9), FRONT, &mut cache).unwrap();
+        let mut position = 0;
+        let mut give = |rings: &mut TiedRings, rest: &[(u64, u8)]| {
+            for (i, (len, odd)) in rest.iter().enumerate() {
+                let element = ((position + i) % ENTRIES) as u64 | len << 32;
+                let element = match odd { 0 => element ^ 1, 1 => element ^ 1 << 63, _ => element };
+                used.store::<0>(position + i, element);
+            }
+            let (left, keeps) = (rings.left, |packet: &TiedPacket<'_>| packet.read_header() == [0; 16]);
+            let good: Vec<u64> = rest.iter().take(left).map_while(|(len, odd)| (*odd > 1).then_some(*len)).collect();
+            let moved = if rest.len() == 1 {
+                rings.forward_one_used(&used, (0, FRONT), send, keeps, |_| ()).map_or((0, 0), |(len, _)| (1, len as u64))
+            } else {
+                rings.forward_used::<0>(&used, (rest.len(), FRONT), send, keeps, |_| ())
+            };
+            assert_eq!(moved, (good.len(), good.iter().sum::<u64>() - 12 * good.len() as u64));
+            for (i, len) in good.iter().enumerate() {
+                assert_eq!(rings.tx.load::<1>(position + i), SEND.bits | *len);
+            }
+            rings.sync();
+            assert!(rings.tx.is_used_in_order(&used, good.len()));
+            rings.give_back(good.len(), None, None);
+            position += good.len();
+            good.len()
+        };
+        for _ in 0..skip {
+            prop_assert_eq!(give(&mut rings, &[(72, 9)]), 1);
+        }
+        let mut rest = &lens[..];
+        while !rest.is_empty() {
+            let moved = give(&mut rings, &rest[..rest.len().min(ENTRIES)]);
+            if moved == 0 {
+                // An element that is as expected takes the place of the other.
+                prop_assert_eq!(give(&mut rings, &[(72, 9)]), 1);
+            }
+            rest = &rest[moved.max(1)..];
+        }
+        release(rings, &mut cache);
+        prop_assert_eq!(cache.len(), ENTRIES);
+    }
+}
