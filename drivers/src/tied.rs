@@ -32,9 +32,11 @@ pub trait TieRx: RxBurst + Sized {
     /// Takes the ring out.
     fn detach(self) -> (DescRing, Self::Tied);
 
-    /// Undoes [`TieRx::detach`]. The queue will give buffers to the ring when `room` descriptors have none, or
-    /// when it usually does.
-    fn attach(ring: DescRing, queue: Self::Tied, room: Option<usize>) -> Self;
+    /// Undoes [`TieRx::detach`].
+    fn attach(ring: DescRing, queue: Self::Tied) -> Self;
+
+    /// Gives no buffers to the ring before half of it is empty.
+    fn postpone_refill(&mut self);
 }
 
 /// TX queue that can be tied.
@@ -178,40 +180,52 @@ pub struct TiedLane<R: TieRx, T: TieTx> {
     stride: usize,
 }
 
-/// Whether `rx` and `tx` fit each other.
-pub fn can_tie(rx: &impl TieRx, tx: &impl TieTx) -> bool {
-    rx.can_tie() && tx.can_tie() && rx.ring().entries() == tx.ring().entries()
+/// Returns whether `rx` and `tx` can be tied now. They cannot if they do not fit each other. If they only hold more
+/// buffers at the moment than they will together, `rx` receives no new ones before half of its ring is empty, so
+/// that a later call returns true.
+pub fn prepare(rx: &mut impl TieRx, tx: &mut impl TieTx, cache: &mut PoolCache) -> bool {
+    let entries = rx.ring().entries();
+    if !rx.can_tie() || !tx.can_tie() || tx.ring().entries() != entries {
+        return false;
+    }
+    tx.reclaim(cache);
+    let is_time = rx.ring().owned() + tx.ring().owned() <= entries;
+    if !is_time {
+        rx.postpone_refill();
+    }
+    is_time
 }
 
 impl<R: TieRx, T: TieTx> TiedLane<R, T> {
     /// Ties `rx` to `tx`, and takes missing buffers from `cache`.
     ///
     /// # Errors
-    /// Both queues, if they do not fit each other, or hold more buffers at the moment than they will together.
-    /// In the latter case, `rx` receives no new buffers until half of its ring is empty, so that a later call
-    /// succeeds.
+    /// Both queues, if [`prepare`] returns false or `cache` has too few buffers.
     #[allow(clippy::result_large_err)]
-    pub fn new(rx: R, mut tx: T, cache: &mut PoolCache) -> Result<Self, (R, T)> {
-        if !can_tie(&rx, &tx) {
+    pub fn new(mut rx: R, mut tx: T, cache: &mut PoolCache) -> Result<Self, (R, T)> {
+        if !prepare(&mut rx, &mut tx, cache) {
             return Err((rx, tx));
         }
-        tx.reclaim(cache);
-        let (offered, half) = (rx.ring().head(), rx.ring().entries() / 2);
+        let (before, stride) = (rx.ring().head(), BATCH.min(rx.ring().entries() / 4));
         let ((rx_ring, mut rx), (tx_ring, tx)) = (rx.detach(), tx.detach());
         let rings = TiedRings::new(rx_ring, tx_ring, R::Tied::FRESH, T::Tied::SEND.front, cache);
         let ring = rings.as_ref().map_or_else(|rings| &rings.0, TiedRings::rx);
-        if ring.head() != offered {
+        let offered = ring.head();
+        if offered != before {
             rx.offer(ring);
         }
         match rings {
             Ok(rings) => {
                 rx.counters().tied.add(1);
-                let (announced, offered) = (rings.tx().head(), rings.rx().head());
-                let (shortest, stride) = (tx.shortest(), BATCH.min(half / 2));
+                let (announced, shortest) = (rings.tx().head(), tx.shortest());
                 let quiet_at = usize::MAX;
                 Ok(Self { rings, rx, tx, bytes: 0, quiet_at, shortest, announced, offered, stride })
             }
-            Err((rx_ring, tx_ring)) => Err((R::attach(rx_ring, rx, Some(half)), T::attach(tx_ring, tx))),
+            Err((rx_ring, tx_ring)) => {
+                let mut rx = R::attach(rx_ring, rx);
+                rx.postpone_refill();
+                Err((rx, T::attach(tx_ring, tx)))
+            }
         }
     }
 
@@ -304,6 +318,6 @@ impl<R: TieRx, T: TieTx> TiedLane<R, T> {
             self.rx.offer(self.rings.rx());
         }
         let (rx, tx) = self.rings.untie(cache);
-        (R::attach(rx, self.rx, None), T::attach(tx, self.tx))
+        (R::attach(rx, self.rx), T::attach(tx, self.tx))
     }
 }

@@ -3,7 +3,7 @@
 //! A lane is tied when its RX queue feeds one TX queue, both rings have the same size, and its hook is
 //! [`Uniform`]. It is untied to receive and send what a tied lane cannot, and tied again later.
 
-use vireo_drivers::tied::{Polled, TieRx, TieTx, TiedLane, can_tie};
+use vireo_drivers::tied::{Polled, TieRx, TieTx, TiedLane, prepare};
 use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
@@ -108,7 +108,7 @@ fn poll_untied<R: TieRx, T: TieTx, H: Hook>(state: &mut State<R, T, H>, cache: &
     let busy = poll::<Plain, _, _, _>(lane, cache, &mut untied.burst);
     if untied.burst.is_empty()
         && lane.rx.ring().has_reached(untied.tie_at)
-        && can_tie(&lane.rx, &lane.tx)
+        && prepare(&mut lane.rx, &mut lane.tx, cache)
         && let State::Untied(lane, untied) = std::mem::replace(state, State::Moving)
     {
         *state = tie(lane, untied, cache);

@@ -266,10 +266,14 @@ impl<F: Format> TieRx for RxQueue<F> {
         self.with_ring(())
     }
 
-    fn attach(ring: DescRing, queue: Self::Tied, room: Option<usize>) -> Self {
+    fn attach(ring: DescRing, queue: Self::Tied) -> Self {
         let ((), mut queue) = queue.with_ring(ring);
-        queue.refill_at = queue.ring.tail_with_room(room.unwrap_or(queue.refill_threshold));
+        queue.refill_at = queue.ring.tail_with_room(queue.refill_threshold);
         queue
+    }
+
+    fn postpone_refill(&mut self) {
+        self.refill_at = self.ring.tail_with_room(self.ring.entries() / 2);
     }
 }
 

@@ -319,10 +319,14 @@ impl TieRx for RxQueue {
         self.with_ring(())
     }
 
-    fn attach(ring: DescRing, queue: Self::Tied, room: Option<usize>) -> Self {
+    fn attach(ring: DescRing, queue: Self::Tied) -> Self {
         let ((), mut queue) = queue.with_ring(ring);
-        queue.refill_at = queue.queue.ring.tail_with_room(room.unwrap_or(queue.refill_threshold));
+        queue.refill_at = queue.queue.ring.tail_with_room(queue.refill_threshold);
         queue
+    }
+
+    fn postpone_refill(&mut self) {
+        self.refill_at = self.queue.ring.tail_with_room(self.queue.ring.entries() / 2);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Tied rings: a packet that arrives in a descriptor of one ring leaves from a descriptor of the other, in the
+//! Tied rings: a packet that arrives in a descriptor of an RX ring leaves from a descriptor of a TX ring, in the
 //! same buffer, and the buffer then returns to the first. No buffer passes through a pool, and no address is
 //! written per packet.
 
@@ -18,7 +18,7 @@ use crate::dma::packet::{DEVICE_HEADER, HEADROOM, MAX_BURST, Packet, SHORT};
 use crate::dma::pool::{Buffers, Pool, PoolAddresses, PoolCache};
 use crate::dma::ring::{DmaRing, RingView};
 
-/// One call forwards packets up to the next multiple of this number, in positions of the sending ring.
+/// A run of packets ends at each multiple of this number, in positions of the TX ring.
 const BATCH: usize = MAX_BURST;
 
 /// An RX ring and a TX ring whose descriptors share buffers.
@@ -255,7 +255,7 @@ impl DescRing {
 }
 
 /// Packet on its way between tied rings.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct TiedPacket<'a> {
     /// Pool offset of the buffer.
     slot: u32,
@@ -281,7 +281,7 @@ impl<'a> TiedPacket<'a> {
     #[inline(always)]
     pub fn read_header<const LEN: usize>(&self) -> [u8; LEN] {
         const { assert!(LEN <= DEVICE_HEADER) };
-        // SAFETY: a tied ring owns the buffer, and is borrowed mutably. Data is `HEADROOM` bytes into it.
+        // SAFETY: a tied ring owns the buffer, and is borrowed mutably. The data is `HEADROOM` bytes into it.
         unsafe { self.data().sub(LEN).cast::<[u8; LEN]>().read() }
     }
 

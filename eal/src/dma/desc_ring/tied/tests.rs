@@ -85,7 +85,7 @@ fn rings_are_tied_in_the_middle_of_traffic() {
     for _ in 0..18 {
         assert!(rx.take_one(&mut burst, 60));
     }
-    burst.drain(..8).for_each(|packet| cache.free(packet));
+    burst.drain(10..).for_each(|packet| cache.free(packet));
     tx.fill(10, 0, &cache, &mut burst, |_, len| len as u64);
     assert_eq!((rx.refill(9, 0, 0, &mut cache), rx.owned() + tx.owned()), (9, ENTRIES + 1));
     let (rx, mut tx) = TiedRings::new(rx, tx, (0, 0), 0, &mut cache).unwrap_err();
@@ -93,16 +93,17 @@ fn rings_are_tied_in_the_middle_of_traffic() {
     let in_flight: Vec<u64> = (3..10).map(|i| tx.load::<0>(i)).collect();
     let mut rings = TiedRings::new(rx, tx, (0, 0), 0, &mut cache).unwrap();
     assert_eq!((rings.rx.owned(), rings.tx.owned(), rings.has_spare), (ENTRIES - 7, 7, false));
-    for i in 0..14 {
+    for i in 0..30 {
         receive(&rings, i, GOOD.bits | 61);
     }
-    assert_eq!(rings.forward_words::<60>(GOOD, SEND, |_| ()), (14, 14 * 61));
+    // Up to position 32 of the TX ring.
+    assert_eq!(rings.forward_words::<60>(GOOD, SEND, |_| ()), (22, 22 * 61));
     rings.give_back(7, None, None);
     // Their buffers are now those of the last descriptors of the RX ring.
     let given: Vec<u64> = (0..7).map(|i| rings.rx.load::<0>(rings.rx.head().wrapping_sub(7 - i))).collect();
     assert_eq!(given, in_flight);
     let (mut rx, mut tx) = rings.untie(&mut cache);
-    assert_eq!((rx.owned(), tx.owned()), (ENTRIES - 14, 14));
+    assert_eq!((rx.owned(), tx.owned()), (ENTRIES - 22, 22));
     rx.reclaim_all(&mut cache);
     tx.reclaim_all(&mut cache);
     drop(cache);
@@ -158,6 +159,37 @@ fn nothing_moves_beyond_what_the_ring_owns() {
     assert_eq!(cache.len(), ENTRIES);
 }
 
+#[test]
+fn a_packet_that_is_not_to_be_kept_ends_a_run_of_used_elements() {
+    const FRONT: usize = 12;
+    let pool = pool(ENTRIES as u32);
+    let mut cache = pool.cache();
+    let memory = DmaMemory::map(Region::new(8 * ENTRIES, Backing::SmallPages).unwrap(), &[]).unwrap();
+    let used: DmaRing<u64> = DmaRing::new(&memory, ENTRIES, 8).unwrap();
+    (0..ENTRIES).for_each(|i| used.store::<0>(i, i as u64 | 72 << 32));
+    let mut rings = TiedRings::new(ring(ENTRIES), ring(ENTRIES), (FRONT, 9), FRONT, &mut cache).unwrap();
+    let mut number = 0;
+    // In the second lap, packet 37 has the header that it was given in the first.
+    for expected in [32, 32, 32, 5, 0] {
+        let keep = |packet: &TiedPacket<'_>| packet.read_header() == [0; FRONT];
+        let edit = |packet: &mut TiedPacket<'_>| {
+            packet.write_header([u8::from(number == 37); FRONT]);
+            number += 1;
+        };
+        let moved =
+            rings.forward_used::<0>(&used, (ENTRIES, FRONT), SendWord { front: FRONT, ..SEND }, keep, edit);
+        assert_eq!(moved.0, expected);
+        rings.give_back(expected, None, None);
+    }
+    let send = SendWord { front: FRONT, ..SEND };
+    let lone = |rings: &mut TiedRings, keeps: bool| {
+        rings.forward_one_used(&used, (60, FRONT), send, |_| keeps, |_| ()).is_some()
+    };
+    assert!(!lone(&mut rings, false) && lone(&mut rings, true));
+    release(rings, &mut cache);
+    assert_eq!(cache.len(), ENTRIES);
+}
+
 /// A word that is mostly good, and a bit or a length away from it otherwise.
 fn word() -> impl Strategy<Value = u64> {
     let good = (1..=DATA_ROOM as u64).prop_map(|len| GOOD.bits | len);
@@ -184,6 +216,7 @@ proptest! {
         let mut rest = &words[..];
         while !rest.is_empty() {
             let first = rings.tx.head + rings.run - rings.left;
+            let received = rings.rx.tail + rings.run - rings.left;
             let most = rings.left.min(rest.len());
             (0..ENTRIES).for_each(|i| receive(&rings, i, rest.get(i).copied().unwrap_or(0)));
             let good: Vec<u64> = rest[..most].iter()
@@ -199,6 +232,7 @@ proptest! {
             prop_assert_eq!(edited, good.len());
             for (i, len) in good.iter().enumerate() {
                 prop_assert_eq!(rings.tx.load::<1>(first + i), SEND.bits | *len);
+                prop_assert_eq!(rings.rx.load::<1>(received + i), 0);
             }
             rings.give_back(good.len(), None, None);
             rest = &rest[good.len().max(1)..];
