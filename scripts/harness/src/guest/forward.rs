@@ -47,9 +47,11 @@ pub(super) fn in_mode(context: &Context, boot: Boot, mode: &str, rx: Nic, tx: Ni
     let ended = forwards(context, boot.generator_mode(), &forwarder(mode, rx, tx), rx, tx)?;
     ended.opened(0, mode, "as requested")?;
     ended.opened(1, mode, "as requested")?;
-    // igb's queues are tied to igb's only.
-    let can_tie = (rx == Nic::Igb) == (tx == Nic::Igb);
-    ensure!((ended.counter(0, "rx_tied")? > 0) == can_tie, "port 0 was tied {}", !can_tie);
+    // The lab's virtio-net devices have RX rings of 1024 descriptors and TX rings of 256, and igb's queues are tied
+    // to igb's only.
+    if rx != Nic::VirtioNet && tx != Nic::VirtioNet && (rx == Nic::Igb) == (tx == Nic::Igb) {
+        ensure!(ended.counter(0, "rx_tied")? > 0, "port 0 was never tied");
+    }
     Ok(())
 }
 
