@@ -173,9 +173,9 @@ pub struct Polling<'a> {
 }
 
 impl Default for Polling<'_> {
-    /// Measures nothing, and ties lanes.
+    /// Measures nothing, and ties no lanes.
     fn default() -> Self {
-        Self { busy_ticks: None, ties: true }
+        Self { busy_ticks: None, ties: false }
     }
 }
 

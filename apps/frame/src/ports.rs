@@ -125,7 +125,7 @@ impl Ports {
             routes,
             send_only,
             resources,
-            ties: true,
+            ties: false,
         })
     }
 
@@ -201,7 +201,7 @@ impl Ports {
         self.counts.busy_ticks = Some(Default::default());
     }
 
-    /// Sets whether lanes are [tied](crate::tied) where possible, which they are by default.
+    /// Sets whether lanes are [tied](crate::tied) where possible, which they are not by default.
     pub fn set_tied_lanes(&mut self, on: bool) {
         self.ties = on;
     }

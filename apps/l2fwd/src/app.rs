@@ -64,7 +64,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     if args.record_core_cycles {
         ports.measure_busy_ticks();
     }
-    ports.set_tied_lanes(!args.no_tied_lanes);
+    ports.set_tied_lanes(args.tied_lanes);
     app.confine()?;
     polled.sort_unstable();
     reporter.forwarding(&app.eal.lcores.ids(), &polled)?;

@@ -63,10 +63,10 @@ pub struct Args {
     /// if the sending device cannot
     #[arg(long)]
     pub checksum_offload: bool,
-    /// Let packets pass through the pool even where an RX queue could share its buffers with the TX queue that
-    /// sends its packets
+    /// Let an RX queue share its buffers with the TX queue that sends its packets, where both rings have the same
+    /// size (an experiment: virtio-net devices of QEMU then reordered frames)
     #[arg(long)]
-    pub no_tied_lanes: bool,
+    pub tied_lanes: bool,
     /// Measure the polls that move packets, and print ticks per packet at the end (as in testpmd)
     #[arg(long)]
     pub record_core_cycles: bool,

@@ -177,11 +177,12 @@ impl Bench {
     fn run(&mut self, mut tick: impl FnMut(&[Device; 2]) -> bool) {
         let (mut cache, stop) = (self.pool.cache(), StopFlag::new());
         let lanes = self.lane.take().into_iter().collect();
-        let mut lanes = forward_any(lanes, &mut cache, Polling::default(), &stop, || {
-            if !tick(&self.devices) {
-                stop.set();
-            }
-        });
+        let mut lanes =
+            forward_any(lanes, &mut cache, Polling { ties: true, ..Polling::default() }, &stop, || {
+                if !tick(&self.devices) {
+                    stop.set();
+                }
+            });
         self.lane = lanes.pop();
     }
 

@@ -46,13 +46,7 @@ pub(super) fn in_mode(context: &Context, boot: Boot, mode: &str, rx: Nic, tx: Ni
     }
     let ended = forwards(context, boot.generator_mode(), &forwarder(mode, rx, tx), rx, tx)?;
     ended.opened(0, mode, "as requested")?;
-    ended.opened(1, mode, "as requested")?;
-    // The lab's virtio-net devices have RX rings of 1024 descriptors and TX rings of 256, and igb's queues are tied
-    // to igb's only.
-    if rx != Nic::VirtioNet && tx != Nic::VirtioNet && (rx == Nic::Igb) == (tx == Nic::Igb) {
-        ensure!(ended.counter(0, "rx_tied")? > 0, "port 0 was never tied");
-    }
-    Ok(())
+    ended.opened(1, mode, "as requested")
 }
 
 /// Adds cases with the two ports of one process in different modes.
