@@ -176,7 +176,7 @@ pub struct TiedLane<R: TieRx, T: TieTx> {
     announced: usize,
     /// Head of the RX ring when it was last announced.
     offered: usize,
-    /// Number of descriptors that are announced to the RX device together.
+    /// Number of descriptors that are announced to the RX device together, while it has as many.
     stride: usize,
 }
 
@@ -298,11 +298,13 @@ impl<R: TieRx, T: TieTx> TiedLane<R, T> {
         let send_front = T::Tied::OVERWRITES_ADDRESSES.then_some(T::Tied::SEND.front);
         self.rings.give_back(sent, fresh, send_front);
         let ring = self.rings.rx();
-        if ring.head().wrapping_sub(self.offered) >= self.stride {
+        let (owned, waiting) = (ring.owned(), ring.head().wrapping_sub(self.offered));
+        // In strides, and before the device has fewer than wait here.
+        if waiting >= self.stride || 2 * waiting > owned {
             self.offered = ring.head();
             self.rx.offer(ring);
         }
-        if ring.owned() == 0 {
+        if owned == 0 {
             self.rx.counters().starved.add(1);
             self.tx.full(self.rings.tx());
         }

@@ -27,7 +27,7 @@ nic_add() {
     slot=$(printf '%02x' "$2")
     case $kind in
         virtio-net)
-            device="virtio-net-pci,disable-legacy=on,iommu_platform=$OPT_IOMMU_PLATFORM,rx_queue_size=1024"
+            device="virtio-net-pci,disable-legacy=on,iommu_platform=$OPT_IOMMU_PLATFORM"
             # When instructions are counted, those of a guest that waits for another thread of QEMU would
             # depend on the host's speed.
             [[ -z $OPT_ICOUNT ]] || device+=",ioeventfd=off"

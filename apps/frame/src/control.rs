@@ -60,6 +60,8 @@ pub(crate) struct Control<'a, H> {
     pub(crate) resources: &'a PortResources,
     /// Handover point for lanes.
     pub(crate) recall: &'a Recall<H>,
+    /// Interval at which all lanes leave their loops and go on, if any.
+    pub(crate) untie_period: Option<Duration>,
     /// Called with each state that a port enters.
     pub(crate) announce: &'a (dyn Fn(usize, PortState) + Sync),
 }
@@ -78,9 +80,15 @@ impl<H> Control<'_, H> {
     /// Takes the `queues` that no lcore polls, and returns those that no lcore polls in the end.
     pub(crate) fn run(self, queues: IdleQueues, stop: &StopFlag) -> IdleQueues {
         let used = self.used;
+        let Control { untie_period, recall, lcores, .. } = self;
         let mut supervisor = Supervisor { control: self, queues, parked: Vec::new() };
+        let mut last_untied = Instant::now();
         while !stop.is_set() {
             used.iter().for_each(|number| supervisor.inspect(*number));
+            if untie_period.is_some_and(|period| last_untied.elapsed() >= period) {
+                recall.give(Vec::new(), lcores);
+                last_untied = Instant::now();
+            }
             thread::park_timeout(INSPECTION_PERIOD);
         }
         supervisor.queues

@@ -173,9 +173,9 @@ pub struct Polling<'a> {
 }
 
 impl Default for Polling<'_> {
-    /// Measures nothing, and ties no lanes.
+    /// Measures nothing, and ties lanes.
     fn default() -> Self {
-        Self { busy_ticks: None, ties: false }
+        Self { busy_ticks: None, ties: true }
     }
 }
 

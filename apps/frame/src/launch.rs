@@ -25,6 +25,8 @@ pub(crate) struct Shared<'a> {
     pub(crate) app: &'a App,
     pub(crate) resources: &'a PortResources,
     pub(crate) polling: Polling<'a>,
+    /// See [`Control::untie_period`].
+    pub(crate) untie_period: Option<Duration>,
     /// NUMA node of each queue pair's packet buffers; `None` means any node.
     pub(crate) nodes: &'a [Option<u32>],
 }
@@ -43,14 +45,15 @@ pub(crate) fn forward_on_lcores<H: Hook>(
     announce: &(dyn Fn(usize, PortState) + Sync),
     mut tick: impl FnMut(),
 ) -> Result<IdleQueues> {
-    let Shared { app: App { eal, stop, .. }, resources, .. } = shared;
+    let Shared { app: App { eal, stop, .. }, resources, untie_period, .. } = shared;
     let lcores = &eal.lcores;
     let main = lcores.main_id();
     let own = shares.remove(&main).unwrap_or_default();
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
     let (mut queues, lanes) = thread::scope(|scope| {
-        let control = Control { ports, used, lcores: &ids, resources, recall: &recall, announce };
+        let control =
+            Control { ports, used, lcores: &ids, resources, recall: &recall, untie_period, announce };
         let control = thread::Builder::new()
             .name("vireo-control".into())
             .spawn_scoped(scope, move || control.run(idle, stop))
@@ -95,7 +98,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
 
 /// Forwards `lanes` on lcore `id`, and lanes that the lcore gets later, until the run is to stop.
 fn run_lanes<H: Hook>(
-    Shared { app: App { stop, .. }, resources, polling, nodes }: Shared<'_>,
+    Shared { app: App { stop, .. }, resources, polling, nodes, .. }: Shared<'_>,
     recall: &Recall<H>,
     id: u32,
     mut lanes: Vec<AnyLane<H>>,

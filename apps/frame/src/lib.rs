@@ -19,9 +19,9 @@
 //! A hook is called with packets that were received together ([`Packets`]). For each packet it can read
 //! headers ([`PacketMut`], [`EthernetHeader`], [`Ipv4Header`], [`IcmpEcho`]), change the packet, and keep or
 //! remove it. The polling loop, [`forward::forward`], is compiled for the hook's type. If a hook treats all
-//! packets alike ([`Hook::uniform`]), the two queues of a lane can share buffers ([`tied`]), which
-//! [`Ports::set_tied_lanes`] turns on. The example
-//! `ping-responder` implements a hook, and the example `net-null` a driver.
+//! packets alike ([`Hook::uniform`]), the two queues of a lane share buffers ([`tied`]), unless
+//! [`Ports::set_tied_lanes`] forbids it. The example `ping-responder` implements a hook, and the example
+//! `net-null` a driver.
 //!
 //! Each step is a separate call, so an application can act between steps: `vireo-l2fwd` prints its output,
 //! and `vireo-pktgen` polls the queues itself ([`Ports::take_queues`]).

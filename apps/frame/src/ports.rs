@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vireo_drivers::memory::{MemoryNeed, PortMemory};
 use vireo_drivers::port::{MacAddr, Nic, PortConfig, QueuesOf};
@@ -88,6 +89,8 @@ pub struct Ports {
     resources: PortResources,
     /// Whether lanes are tied where possible.
     ties: bool,
+    /// See [`Ports::untie_every`].
+    untie_period: Option<Duration>,
 }
 
 impl Ports {
@@ -125,7 +128,8 @@ impl Ports {
             routes,
             send_only,
             resources,
-            ties: false,
+            ties: true,
+            untie_period: None,
         })
     }
 
@@ -201,9 +205,15 @@ impl Ports {
         self.counts.busy_ticks = Some(Default::default());
     }
 
-    /// Sets whether lanes are [tied](crate::tied) where possible, which they are not by default.
+    /// Sets whether lanes are [tied](crate::tied) where possible, which they are by default.
     pub fn set_tied_lanes(&mut self, on: bool) {
         self.ties = on;
+    }
+
+    /// Makes all lanes be untied, and tied again, in the middle of their traffic at this interval of at least 100
+    /// ms. Without it, only packets that a tied lane cannot forward untie it.
+    pub fn untie_every(&mut self, period: Duration) {
+        self.untie_period = Some(period);
     }
 
     /// Sets whether port `number` receives every frame, or only frames addressed to it.
@@ -267,10 +277,10 @@ impl Ports {
         let node = |number| self.get(number).and_then(|open| self.memory().node_of(open));
         let of_port = |number| self.queues.numbers(number).map(move |_| node(number));
         let nodes: Vec<Option<u32>> = (0..self.count()).flat_map(of_port).collect();
-        let Self { ports, used, queues, resources, counts, ties, .. } = self;
+        let Self { ports, used, queues, resources, counts, ties, untie_period, .. } = self;
         used.iter().for_each(|number| ports[*number].begin());
         let polling = Polling { busy_ticks: counts.busy_ticks.as_deref(), ties: *ties };
-        let shared = Shared { app, resources, polling, nodes: &nodes };
+        let shared = Shared { app, resources, polling, untie_period: *untie_period, nodes: &nodes };
         let idle = std::mem::replace(queues, resources.idle_queues());
         *queues = forward_on_lcores(shared, (ports, used, idle), shares, announce, || tick(counts))?;
         Ok(())

@@ -1,6 +1,7 @@
 //! The packet path of lanes whose queues can be tied, see [`vireo_drivers::tied`].
 //!
-//! A lane is tied if its two rings have the same size and its hook is [`Uniform`]. It is untied to receive and send what a tied lane cannot, and tied again later.
+//! A lane is tied if its two rings have the same size and its hook is [`Uniform`]. It is untied to receive and
+//! send what a tied lane cannot, and tied again later.
 
 use vireo_drivers::tied::{Polled, TieRx, TieTx, TiedLane, prepare};
 use vireo_eal::dma::{Burst, PoolCache};

@@ -1,6 +1,6 @@
 //! Set-up, run and shutdown of l2fwd, in the order and wording of DPDK's l2fwd.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vireo_drivers::counters::PortStats;
@@ -64,7 +64,10 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     if args.record_core_cycles {
         ports.measure_busy_ticks();
     }
-    ports.set_tied_lanes(args.tied_lanes);
+    ports.set_tied_lanes(!args.no_tied_lanes);
+    if let Some(seconds) = args.untie_period {
+        ports.untie_every(Duration::from_secs(seconds.into()));
+    }
     app.confine()?;
     polled.sort_unstable();
     reporter.forwarding(&app.eal.lcores.ids(), &polled)?;

@@ -63,10 +63,14 @@ pub struct Args {
     /// if the sending device cannot
     #[arg(long)]
     pub checksum_offload: bool,
-    /// Let an RX queue share its buffers with the TX queue that sends its packets, where both rings have the same
-    /// size (an experiment: virtio-net devices of QEMU then reordered frames)
+    /// Let packets pass through the pool even where an RX queue could share its buffers with the TX queue that
+    /// sends its packets
     #[arg(long)]
-    pub tied_lanes: bool,
+    pub no_tied_lanes: bool,
+    /// Make lanes stop sharing buffers every so many seconds, and start again, in the middle of their traffic (to
+    /// test that no packet is lost)
+    #[arg(long, value_name = "SECONDS", conflicts_with = "no_tied_lanes", value_parser = clap::value_parser!(u16).range(1..))]
+    pub untie_period: Option<u16>,
     /// Measure the polls that move packets, and print ticks per packet at the end (as in testpmd)
     #[arg(long)]
     pub record_core_cycles: bool,

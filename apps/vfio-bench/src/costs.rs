@@ -60,7 +60,7 @@ fn packets(insn: &Insn) -> Result<Vec<Bar>> {
     let mut bars = Vec::new();
     for (driver, device) in [("e1000", "82574L"), ("virtio-net", "split mergeable")] {
         let fits = |row: &&InsnRow| {
-            row.driver == driver && row.device == device && row.path == "general" && row.burst == BURST
+            row.driver == driver && row.device == device && row.path == "tied" && row.burst == BURST
         };
         let row = insn.rows.iter().find(fits).ok_or_else(|| missing(&format!("{driver}, {device}")))?;
         let bar = |who: &str, value: f64| Bar {

@@ -55,6 +55,12 @@ impl Start {
         self
     }
 
+    /// Adds arguments of l2fwd's own.
+    pub(crate) fn with(mut self, arguments: &str) -> Self {
+        self.arguments.extend(arguments.split_whitespace().map(Into::into));
+        self
+    }
+
     /// Sets how long to wait for an event.
     pub(crate) fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;

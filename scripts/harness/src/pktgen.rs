@@ -80,7 +80,7 @@ impl Stream {
     }
 
     /// Checks that every frame that came back is one that was sent. This is for a stream that flows while a
-    /// NIC of the guest starts: QEMU queues frames for a NIC that does not receive yet, and
+    /// NIC of the guest starts or lacks buffers: QEMU queues frames for a NIC that cannot receive, and
     /// `qemu_net_queue_send` lets the first frame that the NIC takes overtake them.
     pub(crate) fn intact(&self) -> Result<()> {
         WRONG.iter().try_for_each(|name| self.is_zero(name))

@@ -103,6 +103,10 @@ pub(crate) struct Figures {
     pub(crate) port_restarts: u64,
     /// Polls that found no buffer.
     pub(crate) rx_no_buffer: u64,
+    /// Times that a lane was tied. Half of the forwarders untie theirs every second.
+    pub(crate) rx_tied: u64,
+    /// Times that a lane was untied by a packet or a completion.
+    pub(crate) rx_untied: u64,
     /// Maximum growth of a forwarder's private memory in KiB.
     pub(crate) most_growth_kib: u64,
 }
@@ -245,6 +249,7 @@ impl<W: World> Soak<'_, W> {
 
     fn start_forwarder(&mut self) -> Result<()> {
         let start = self.world.forwarder(&mut self.rng).patience(PATIENCE);
+        let start = if self.rng.bool() { start.with("--untie-period 1") } else { start };
         let forwarder = self.forwarder.insert(start.spawn(self.context)?);
         self.first = None;
         *self.figures.lives.entry("l2fwd".into()).or_default() += 1;
@@ -323,6 +328,8 @@ impl<W: World> Soak<'_, W> {
         for port in [0, 1] {
             self.figures.port_restarts += ended.counter(port, "restarts")?;
             self.figures.rx_no_buffer += ended.counter(port, "rx_no_buffer")?;
+            self.figures.rx_tied += ended.counter(port, "rx_tied")?;
+            self.figures.rx_untied += ended.counter(port, "rx_untied")?;
         }
         Ok(())
     }

@@ -46,7 +46,13 @@ pub(super) fn in_mode(context: &Context, boot: Boot, mode: &str, rx: Nic, tx: Ni
     }
     let ended = forwards(context, boot.generator_mode(), &forwarder(mode, rx, tx), rx, tx)?;
     ended.opened(0, mode, "as requested")?;
-    ended.opened(1, mode, "as requested")
+    ended.opened(1, mode, "as requested")?;
+    // Both lanes are on one lcore, which ties them if they are of one pair of drivers.
+    let has_e1000_driver = |nic| matches!(nic, Nic::E1000 | Nic::E1000e);
+    let can_tie = rx == tx || has_e1000_driver(rx) && has_e1000_driver(tx);
+    let is_tied = ended.counter(0, "rx_tied")? > 0;
+    ensure!(is_tied == can_tie, "port 0 was {}tied", if is_tied { "" } else { "never " });
+    Ok(())
 }
 
 /// Adds cases with the two ports of one process in different modes.

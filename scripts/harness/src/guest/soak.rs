@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::machine::{NICS, Nic, Role, need_mode};
 use super::recover::{clear_bus_master, pull};
-use super::traffic::ports;
+use super::traffic::{WINDOW, ports};
 use crate::case::{Context, Report, run_once};
 use crate::l2fwd::{L2fwd, Start};
 use crate::soak::{Fault, Length, World, soak};
@@ -44,7 +44,7 @@ impl World for NicWorld {
         let (nic, mode) = (self.nic, &self.mode);
         let (from, to, end) = if rng.bool() { (0, 1, Role::FwdRx) } else { (1, 0, Role::FwdTx) };
         format!(
-            "-l 0 --file-prefix gen --vfio-mode {mode} -a {} -a {} -- --tx-port {from} --rx-port {to} --dst-mac {}",
+            "-l 0 --file-prefix gen --vfio-mode {mode} -a {} -a {} -- --tx-port {from} --rx-port {to} --dst-mac {} {WINDOW}",
             nic.bdf(Role::GenTx),
             nic.bdf(Role::GenRx),
             nic.mac(end)

@@ -11,6 +11,10 @@ use crate::process::PATIENCE;
 /// Number of frames: enough to go around the rings of 1024 several times.
 pub(crate) const COUNT: u64 = 6_000;
 
+/// Argument of pktgen for streams whose order is checked: frames in flight. With twice as many, an RX ring of 256
+/// descriptors would run out of buffers, see [`Stream::intact`].
+pub(crate) const WINDOW: &str = "--window 96";
+
 /// Seconds for which a stream would last if the case did not end it.
 const LONG: u64 = 100_000;
 
@@ -60,7 +64,7 @@ pub(crate) fn stream(context: &Context, mode: &str, rx: Nic, tx: Nic, arguments:
 /// forwarder's NICs. Each frame must come back once, in order, and with the addresses that the forwarder
 /// writes. Generator and forwarder number their ports alike, in the order of their addresses.
 pub(crate) fn carries(context: &Context, mode: &str, rx: Nic, tx: Nic) -> Result<()> {
-    carries_as(context, mode, rx, tx, "")
+    carries_as(context, mode, rx, tx, WINDOW)
 }
 
 /// As [`carries`], with more arguments of pktgen.
@@ -85,7 +89,7 @@ fn carries_as(context: &Context, mode: &str, rx: Nic, tx: Nic, arguments: &str) 
 
 /// Starts l2fwd as `start` says, and checks that it carries frames in both directions and counts them.
 pub(crate) fn forwards(context: &Context, mode: &str, start: &Start, rx: Nic, tx: Nic) -> Result<Ended> {
-    forwards_as(context, mode, start, rx, tx, "")
+    forwards_as(context, mode, start, rx, tx, WINDOW)
 }
 
 /// As [`forwards`], with more arguments of pktgen.
