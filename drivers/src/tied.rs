@@ -10,9 +10,12 @@
 //! `rx_starved` then grows, and with it the NIC's own counter of missed packets, if it has one. A lane that is
 //! not tied counts such packets in `tx_dropped`.
 
-use vireo_eal::dma::{DescRing, MAX_BURST, PoolCache, SendWord, TiedPacket, TiedRings};
+use vireo_eal::dma::{
+    DescRing, DmaRing, Limits, MAX_BURST, Moved, PoolCache, SendWord, TiedPacket, TiedRings,
+};
 
 use crate::counters::QueueCounters;
+use crate::frames::SHORTEST;
 use crate::port::{RxBurst, TxBurst};
 
 /// Number of packets that are sent with one doorbell, if so many arrive.
@@ -28,6 +31,11 @@ pub trait TieRx: RxBurst + Sized {
 
     /// Ring of the queue.
     fn ring(&self) -> &DescRing;
+
+    /// Used ring, if completions are in one.
+    fn used(&self) -> Option<&DmaRing<u64>> {
+        None
+    }
 
     /// Takes the ring out.
     fn detach(self) -> (DescRing, Self::Tied);
@@ -75,7 +83,12 @@ pub trait TiedRx {
     /// Returns whether there is a completion.
     fn received(&self, rings: &TiedRings) -> Option<Self::Received>;
 
-    /// Moves the next packet to the TX ring, if it has at least `shortest` bytes and is the only one that was
+    /// Whether a header in front of each packet tells if it is as expected.
+    fn reads_headers(&self) -> bool {
+        false
+    }
+
+    /// Moves the next packet to the TX ring, if its length is within `limits` and it is the only one that was
     /// received, and calls `edit` with it. Returns its length in bytes, and whether it ended a run of the
     /// rings.
     fn forward_one<T: TiedTx>(
@@ -83,20 +96,20 @@ pub trait TiedRx {
         received: Self::Received,
         rings: &mut TiedRings,
         tx: &T,
-        shortest: u8,
+        limits: &Limits,
         edit: impl FnMut(&mut TiedPacket<'_>),
-    ) -> Option<(usize, bool)>;
+    ) -> Option<Moved>;
 
-    /// Moves received packets, up to the first that is not as expected, and calls `edit` with each of them.
-    /// Returns the number of packets and the sum of their lengths in bytes.
-    fn forward_many<T: TiedTx>(
+    /// Moves received packets, up to the first that is not as expected or has fewer than `SHORTEST` bytes, and calls
+    /// `edit` with each of them. `HEADERS` is what [`TiedRx::reads_headers`] returns. Returns the number of packets and
+    /// the sum of their lengths in bytes.
+    fn forward_many<T: TiedTx, const HEADERS: bool, const SHORTEST: usize>(
         &mut self,
         received: Self::Received,
         rings: &mut TiedRings,
         tx: &T,
-        shortest: u8,
         edit: impl FnMut(&mut TiedPacket<'_>),
-    ) -> (usize, u64);
+    ) -> Option<Moved>;
 
     /// Announces all descriptors with a buffer to the device.
     fn offer(&mut self, ring: &DescRing);
@@ -115,12 +128,12 @@ pub trait TiedTx {
     const OVERWRITES_ADDRESSES: bool;
 
     /// Length in bytes below which a packet must be padded, and is thus not as expected: 1 or 60.
-    fn shortest(&self) -> u8 {
+    fn shortest(&self) -> usize {
         1
     }
 
     /// Returns a function that prepares a packet to be sent.
-    fn header(&self) -> impl Fn(&mut TiedPacket<'_>) + Copy + use<Self> {
+    fn header(&self) -> impl Fn(&mut TiedPacket<'_>) + Copy {
         |_| ()
     }
 
@@ -152,12 +165,12 @@ pub enum Polled {
 /// See [`TiedRx::Received`].
 type Received<R> = <<R as TieRx>::Tied as TiedRx>::Received;
 
-/// Returns a function that writes `addresses` to the front of a packet, in two stores.
+/// Returns a function that writes `addresses` to the front of a packet, in two stores. It is passed in two registers.
 #[inline(always)]
 fn write(addresses: [u8; 12]) -> impl Fn(&mut TiedPacket<'_>) + Copy {
     let [a, b, c, d, e, f, g, h, last @ ..] = addresses;
-    let first = [a, b, c, d, e, f, g, h];
-    move |packet| packet.write(first, last)
+    let (first, last) = (u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u32::from_ne_bytes(last));
+    move |packet| packet.write(first.to_ne_bytes(), last.to_ne_bytes())
 }
 
 /// An RX queue and a TX queue that are tied.
@@ -169,13 +182,11 @@ pub struct TiedLane<R: TieRx, T: TieTx> {
     /// Bytes of the packets that were not sent yet.
     bytes: u64,
     /// Number of packets left in the run at which a poll without packets has nothing else to do, if any.
-    quiet_at: usize,
-    /// See [`TiedTx::shortest`].
-    shortest: u8,
+    quiet_at: isize,
+    /// Lengths of packets that are as expected.
+    limits: Limits,
     /// Position in the TX ring up to which descriptors were announced, and packets counted.
     announced: usize,
-    /// Head of the RX ring when it was last announced.
-    offered: usize,
     /// Number of descriptors that are announced to the RX device together, while it has as many.
     stride: usize,
 }
@@ -207,19 +218,19 @@ impl<R: TieRx, T: TieTx> TiedLane<R, T> {
             return Err((rx, tx));
         }
         let (before, stride) = (rx.ring().head(), BATCH.min(rx.ring().entries() / 4));
+        let used = rx.used().cloned();
         let ((rx_ring, mut rx), (tx_ring, tx)) = (rx.detach(), tx.detach());
-        let rings = TiedRings::new(rx_ring, tx_ring, R::Tied::FRESH, T::Tied::SEND.front, cache);
+        let rings = TiedRings::new(rx_ring, tx_ring, R::Tied::FRESH, used.as_ref(), T::Tied::SEND, cache);
         let ring = rings.as_ref().map_or_else(|rings| &rings.0, TiedRings::rx);
-        let offered = ring.head();
-        if offered != before {
+        if ring.head() != before {
             rx.offer(ring);
         }
         match rings {
             Ok(rings) => {
                 rx.counters().tied.add(1);
-                let (announced, shortest) = (rings.tx().head(), tx.shortest());
-                let quiet_at = usize::MAX;
-                Ok(Self { rings, rx, tx, bytes: 0, quiet_at, shortest, announced, offered, stride })
+                let (announced, limits) = (rings.tx().head(), Limits::at_least(tx.shortest()));
+                let quiet_at = isize::MAX;
+                Ok(Self { rings, rx, tx, bytes: 0, quiet_at, limits, announced, stride })
             }
             Err((rx_ring, tx_ring)) => {
                 let mut rx = R::attach(rx_ring, rx);
@@ -234,49 +245,52 @@ impl<R: TieRx, T: TieTx> TiedLane<R, T> {
     #[inline(always)]
     pub fn poll(&mut self, addresses: impl Fn() -> Option<[u8; 12]>) -> Polled {
         let Some(received) = self.rx.received(&self.rings) else {
-            return if self.rings.left() == self.quiet_at { Polled::Idle } else { self.flush() };
+            return if self.rings.place() == self.quiet_at { Polled::Idle } else { self.flush() };
         };
-        let Self { rings, rx, tx, shortest, .. } = self;
-        let Some(bytes) = addresses() else { return self.forward_unchanged(received) };
-        let Some((len, is_last)) = rx.forward_one(received, rings, tx, *shortest, write(bytes)) else {
-            return self.forward_many(received, addresses);
-        };
-        self.bytes += len as u64;
-        if is_last { self.flush() } else { Polled::Busy }
+        match addresses() {
+            Some(addresses) => self.forward(received, write(addresses)),
+            None => self.forward_unchanged(received),
+        }
     }
 
-    // Like the next function, kept out of the polling loop, where too few CPU registers are left for its loop.
     #[inline(never)]
     fn forward_unchanged(&mut self, received: Received<R>) -> Polled {
-        let Self { rings, rx, tx, shortest, .. } = self;
-        match rx.forward_one(received, rings, tx, *shortest, |_| ()) {
-            Some((len, is_last)) => self.moved(1, len as u64, is_last),
-            None => {
-                let (count, bytes) = rx.forward_many(received, rings, tx, *shortest, |_| ());
-                let is_last = rings.is_at_start();
-                self.moved(count, bytes, is_last)
-            }
-        }
+        self.forward(received, |_| ())
     }
 
-    #[inline(never)]
-    fn forward_many(&mut self, received: Received<R>, addresses: impl Fn() -> Option<[u8; 12]>) -> Polled {
-        let Self { rings, rx, tx, shortest, .. } = self;
-        let write = write(addresses().unwrap_or_default());
-        let (count, bytes) = rx.forward_many(received, rings, tx, *shortest, write);
-        let is_last = rings.is_at_start();
-        self.moved(count, bytes, is_last)
-    }
-
-    /// Accounts for packets that were moved; `is_last` if they ended a run.
     #[inline(always)]
-    fn moved(&mut self, count: usize, bytes: u64, is_last: bool) -> Polled {
-        self.bytes += bytes;
-        match (count, is_last) {
-            (0, _) => Polled::Odd,
-            (_, true) => self.flush(),
-            (_, false) => Polled::Busy,
+    fn forward(&mut self, received: Received<R>, edit: impl Fn(&mut TiedPacket<'_>) + Copy) -> Polled {
+        let Self { rings, rx, tx, limits, .. } = self;
+        if let Some(moved) = rx.forward_one(received, rings, tx, limits, edit) {
+            return self.moved(moved);
         }
+        match (rx.reads_headers(), limits.shortest() < SHORTEST) {
+            (false, true) => self.forward_many::<false, 0>(received, edit),
+            (false, false) => self.forward_many::<false, SHORTEST>(received, edit),
+            (true, true) => self.forward_many::<true, 0>(received, edit),
+            (true, false) => self.forward_many::<true, SHORTEST>(received, edit),
+        }
+    }
+
+    // Kept out of the polling loop, where too few CPU registers are left for the loop in here.
+    #[inline(never)]
+    fn forward_many<const HEADERS: bool, const SHORTEST: usize>(
+        &mut self,
+        received: Received<R>,
+        edit: impl Fn(&mut TiedPacket<'_>) + Copy,
+    ) -> Polled {
+        let Self { rings, rx, tx, .. } = self;
+        match rx.forward_many::<_, HEADERS, SHORTEST>(received, rings, tx, edit) {
+            Some(moved) => self.moved(moved),
+            None => Polled::Odd,
+        }
+    }
+
+    /// Accounts for packets that were moved.
+    #[inline(always)]
+    fn moved(&mut self, moved: Moved) -> Polled {
+        self.bytes += moved.bytes;
+        if moved.is_last { self.flush() } else { Polled::Busy }
     }
 
     /// Sends and counts the packets that were not sent yet, and returns buffers of sent packets to the RX queue.
@@ -297,27 +311,25 @@ impl<R: TieRx, T: TieTx> TiedLane<R, T> {
         let fresh = R::Tied::OVERWRITES_ADDRESSES.then_some(R::Tied::FRESH);
         let send_front = T::Tied::OVERWRITES_ADDRESSES.then_some(T::Tied::SEND.front);
         self.rings.give_back(sent, fresh, send_front);
-        let ring = self.rings.rx();
-        let (owned, waiting) = (ring.owned(), ring.head().wrapping_sub(self.offered));
+        let (owned, waiting) = (self.rings.rx_owned(), self.rings.waiting());
         // In strides, and before the device has fewer than wait here.
         if waiting >= self.stride || 2 * waiting > owned {
-            self.offered = ring.head();
-            self.rx.offer(ring);
+            self.rx.offer(self.rings.offer());
         }
         if owned == 0 {
             self.rx.counters().starved.add(1);
             self.tx.full(self.rings.tx());
         }
-        let is_quiet = self.rings.tx().owned() < BATCH;
-        self.quiet_at = if is_quiet { self.rings.left() } else { usize::MAX };
+        let is_quiet = self.rings.tx_owned() < BATCH;
+        self.quiet_at = if is_quiet { self.rings.place() } else { isize::MAX };
         if count > 0 { Polled::Busy } else { Polled::Idle }
     }
 
     /// Sends the packets that were not sent yet, and returns both queues.
     pub fn untie(mut self, cache: &mut PoolCache) -> (R, T) {
         self.flush();
-        if self.rings.rx().head() != self.offered {
-            self.rx.offer(self.rings.rx());
+        if self.rings.waiting() > 0 {
+            self.rx.offer(self.rings.offer());
         }
         let (rx, tx) = self.rings.untie(cache);
         (R::attach(rx, self.rx), T::attach(tx, self.tx))

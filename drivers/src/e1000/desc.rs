@@ -19,7 +19,8 @@ impl Format for Legacy {
     const TXD_RS: u64 = TXD_RS;
     const TXD_DD: u64 = TXD_DD;
 
-    const SEND: SendWord = SendWord { bits: TXD_IFCS | TXD_EOP, front: 0, second_len: None };
+    const SEND: SendWord =
+        SendWord { bits: TXD_IFCS | TXD_EOP, front: 0, second_len: None, written_by_device: true };
 
     fn segment(len: u64, _whole: u64, is_last: bool) -> u64 {
         len | TXD_IFCS | if is_last { TXD_EOP } else { 0 }

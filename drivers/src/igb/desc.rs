@@ -23,7 +23,12 @@ impl Format for Advanced {
     const TXD_RS: u64 = TXD_RS;
     const TXD_DD: u64 = TXD_DD;
 
-    const SEND: SendWord = SendWord { bits: DATA | TXD_EOP, front: 0, second_len: Some(TXD_PAYLEN_SHIFT) };
+    const SEND: SendWord = SendWord {
+        bits: DATA | TXD_EOP,
+        front: 0,
+        second_len: Some(TXD_PAYLEN_SHIFT),
+        written_by_device: true,
+    };
 
     fn segment(len: u64, whole: u64, is_last: bool) -> u64 {
         let flags = DATA | if is_last { TXD_EOP } else { 0 };

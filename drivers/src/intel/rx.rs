@@ -4,14 +4,14 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use vireo_eal::dma::{
-    Burst, DATA_ROOM, DescRing, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, PoolCache, TiedPacket, TiedRings, dma_rmb,
+    Burst, DATA_ROOM, DescRing, Limits, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Moved, PoolCache, TiedPacket,
+    TiedRings, dma_rmb,
 };
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::format::Format;
 use crate::counters::QueueCounters;
-use crate::frames::SHORTEST;
 use crate::port::RxBurst;
 use crate::tied::{TieRx, TiedRx, TiedTx};
 
@@ -277,20 +277,6 @@ impl<F: Format> TieRx for RxQueue<F> {
     }
 }
 
-/// Forwards received packets of at least `SHORTEST` bytes.
-#[inline(always)]
-fn forward_words<F: Format, T: TiedTx, const SHORTEST: usize>(
-    rings: &mut TiedRings,
-    tx: &T,
-    mut edit: impl FnMut(&mut TiedPacket<'_>),
-) -> (usize, u64) {
-    let header = tx.header();
-    rings.forward_words::<SHORTEST>(F::GOOD, T::SEND, |packet| {
-        header(packet);
-        edit(packet);
-    })
-}
-
 impl<F: Format> TiedRx for RxQueue<F, ()> {
     const FRESH: (usize, u64) = (0, 0);
     const OVERWRITES_ADDRESSES: bool = F::RXD_OVERWRITES_ADDRESS;
@@ -310,32 +296,29 @@ impl<F: Format> TiedRx for RxQueue<F, ()> {
         word: u64,
         rings: &mut TiedRings,
         tx: &T,
-        shortest: u8,
+        limits: &Limits,
         mut edit: impl FnMut(&mut TiedPacket<'_>),
-    ) -> Option<(usize, bool)> {
-        if rings.word_after()? & F::RXD_DD != 0 {
-            return None;
-        }
+    ) -> Option<Moved> {
         let header = tx.header();
-        rings.forward_one(word, F::GOOD, shortest, T::SEND, |packet| {
+        rings.forward_one((word, F::RXD_DD), F::GOOD, limits, T::SEND, |packet| {
             header(packet);
             edit(packet);
         })
     }
 
     #[inline(always)]
-    fn forward_many<T: TiedTx>(
+    fn forward_many<T: TiedTx, const HEADERS: bool, const SHORTEST: usize>(
         &mut self,
         _word: u64,
         rings: &mut TiedRings,
         tx: &T,
-        shortest: u8,
-        edit: impl FnMut(&mut TiedPacket<'_>),
-    ) -> (usize, u64) {
-        match usize::from(shortest) {
-            ..SHORTEST => forward_words::<F, T, 0>(rings, tx, edit),
-            _ => forward_words::<F, T, SHORTEST>(rings, tx, edit),
-        }
+        mut edit: impl FnMut(&mut TiedPacket<'_>),
+    ) -> Option<Moved> {
+        let header = tx.header();
+        rings.forward_words::<SHORTEST>(F::GOOD, T::SEND, |packet| {
+            header(packet);
+            edit(packet);
+        })
     }
 
     fn offer(&mut self, ring: &DescRing) {

@@ -276,8 +276,8 @@ impl<F: Format> TiedTx for TxQueue<F, ()> {
     const SEND: SendWord = F::SEND;
     const OVERWRITES_ADDRESSES: bool = F::TXD_OVERWRITES_ADDRESS;
 
-    fn shortest(&self) -> u8 {
-        if self.pads { SHORTEST as u8 } else { 1 }
+    fn shortest(&self) -> usize {
+        if self.pads { SHORTEST } else { 1 }
     }
 
     #[inline(always)]

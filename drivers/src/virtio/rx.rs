@@ -4,7 +4,8 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use vireo_eal::dma::{
-    Burst, Completed, DATA_ROOM, DescRing, MAX_BURST, MAX_SEGMENTS, PoolCache, TiedPacket, TiedRings, dma_rmb,
+    Burst, Completed, DATA_ROOM, DescRing, DmaRing, Limits, MAX_BURST, MAX_SEGMENTS, Moved, PoolCache,
+    TiedPacket, TiedRings, dma_rmb,
 };
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -13,7 +14,6 @@ use super::checksum::is_sound;
 use super::features::Features;
 use super::split::{DESC_WRITE, Violation, Virtqueue, shape};
 use crate::counters::QueueCounters;
-use crate::frames::SHORTEST;
 use crate::port::{RxBurst, STANDARD_FRAME};
 use crate::tied::{TieRx, TiedRx, TiedTx};
 
@@ -315,6 +315,10 @@ impl TieRx for RxQueue {
         &self.queue.ring
     }
 
+    fn used(&self) -> Option<&DmaRing<u64>> {
+        Some(&self.queue.used)
+    }
+
     fn detach(self) -> (DescRing, Self::Tied) {
         self.with_ring(())
     }
@@ -327,36 +331,6 @@ impl TieRx for RxQueue {
 
     fn postpone_refill(&mut self) {
         self.refill_at = self.queue.ring.tail_with_room(self.queue.ring.entries() / 2);
-    }
-}
-
-impl RxQueue<()> {
-    /// Forwards up to `pending` received packets of at least `SHORTEST` bytes.
-    #[inline(always)]
-    fn forward_used<T: TiedTx, const MERGEABLE: bool, const SHORTEST: usize>(
-        &mut self,
-        pending: u16,
-        rings: &mut TiedRings,
-        tx: &T,
-        mut edit: impl FnMut(&mut TiedPacket<'_>),
-    ) -> (usize, u64) {
-        let (queue, header) = (&mut self.queue, tx.header());
-        if pending > queue.in_flight() {
-            return (0, 0);
-        }
-        dma_rmb();
-        let forwarded = rings.forward_used::<SHORTEST>(
-            &queue.used,
-            (pending.into(), HEADER),
-            T::SEND,
-            |packet| !MERGEABLE || is_one_tied_buffer(packet),
-            |packet| {
-                header(packet);
-                edit(packet);
-            },
-        );
-        queue.last_used = queue.last_used.wrapping_add(forwarded.0 as u16);
-        forwarded
     }
 }
 
@@ -380,27 +354,30 @@ impl TiedRx for RxQueue<()> {
     }
 
     #[inline(always)]
+    fn reads_headers(&self) -> bool {
+        self.mergeable
+    }
+
+    #[inline(always)]
     fn forward_one<T: TiedTx>(
         &mut self,
         pending: u16,
         rings: &mut TiedRings,
         tx: &T,
-        shortest: u8,
+        limits: &Limits,
         mut edit: impl FnMut(&mut TiedPacket<'_>),
-    ) -> Option<(usize, bool)> {
-        let (queue, mergeable, header) = (&mut self.queue, self.mergeable, tx.header());
-        // The device may not complete what it was not offered.
-        if pending != 1 || queue.in_flight() == 0 {
+    ) -> Option<Moved> {
+        let Self { queue, mergeable, .. } = self;
+        if pending != 1 {
             return None;
         }
         dma_rmb();
         let moved = rings.forward_one_used(
-            &queue.used,
-            (if usize::from(shortest) < SHORTEST { 0 } else { SHORTEST }, HEADER),
+            (*limits, HEADER),
             T::SEND,
-            |packet| !mergeable || is_one_tied_buffer(packet),
+            |packet| !*mergeable || is_one_tied_buffer(packet),
             |packet| {
-                header(packet);
+                tx.header()(packet);
                 edit(packet);
             },
         )?;
@@ -409,20 +386,29 @@ impl TiedRx for RxQueue<()> {
     }
 
     #[inline(always)]
-    fn forward_many<T: TiedTx>(
+    fn forward_many<T: TiedTx, const HEADERS: bool, const SHORTEST: usize>(
         &mut self,
         pending: u16,
         rings: &mut TiedRings,
         tx: &T,
-        shortest: u8,
-        edit: impl FnMut(&mut TiedPacket<'_>),
-    ) -> (usize, u64) {
-        match (self.mergeable, usize::from(shortest)) {
-            (true, ..SHORTEST) => self.forward_used::<T, true, 0>(pending, rings, tx, edit),
-            (true, _) => self.forward_used::<T, true, SHORTEST>(pending, rings, tx, edit),
-            (false, ..SHORTEST) => self.forward_used::<T, false, 0>(pending, rings, tx, edit),
-            (false, _) => self.forward_used::<T, false, SHORTEST>(pending, rings, tx, edit),
+        mut edit: impl FnMut(&mut TiedPacket<'_>),
+    ) -> Option<Moved> {
+        let (queue, header) = (&mut self.queue, tx.header());
+        if pending > queue.in_flight() {
+            return None;
         }
+        dma_rmb();
+        let moved = rings.forward_used::<SHORTEST>(
+            (pending, HEADER),
+            T::SEND,
+            |packet| !HEADERS || is_one_tied_buffer(packet),
+            |packet| {
+                header(packet);
+                edit(packet);
+            },
+        )?;
+        queue.last_used = queue.last_used.wrapping_add(moved.count as u16);
+        Some(moved)
     }
 
     fn offer(&mut self, ring: &DescRing) {

@@ -14,7 +14,7 @@ use crate::port::{Offloads, TxBurst, Watchdog};
 use crate::tied::{TieTx, TiedTx};
 
 /// Shape of a descriptor that sends a packet of one buffer: the length, without flags.
-const WHOLE: SendWord = SendWord { bits: 0, front: HEADER, second_len: None };
+const WHOLE: SendWord = SendWord { bits: 0, front: HEADER, second_len: None, written_by_device: false };
 
 /// Header that requests nothing, and the bytes before it.
 const BLANK: u128 = 0;
@@ -274,7 +274,7 @@ impl TiedTx for TxQueue<()> {
 
     /// Does what `blank` does on the general path.
     #[inline(always)]
-    fn header(&self) -> impl Fn(&mut TiedPacket<'_>) + Copy + use<> {
+    fn header(&self) -> impl Fn(&mut TiedPacket<'_>) + Copy {
         let mergeable = self.mergeable;
         move |packet| {
             if mergeable || u128::from_ne_bytes(packet.read_header()) != BLANK {
@@ -297,12 +297,12 @@ impl TiedTx for TxQueue<()> {
             return None;
         }
         dma_rmb();
-        let count = usize::from(pending);
-        if !self.in_order && !ring.is_used_in_order(&queue.used, count) {
-            return None;
-        }
-        queue.last_used = used_idx;
-        Some(count)
+        let count = match self.in_order {
+            true => pending.into(),
+            false => ring.used_in_order(&queue.used, pending.into()),
+        };
+        queue.last_used = queue.last_used.wrapping_add(count as u16);
+        (count > 0 || pending == 0).then_some(count)
     }
 
     fn full(&mut self, _ring: &DescRing) {

@@ -15,7 +15,7 @@ mod used;
 mod words;
 
 pub use fill::{SendWord, Slot};
-pub use tied::{TiedPacket, TiedRings};
+pub use tied::{Limits, Moved, TiedPacket, TiedRings};
 pub use used::Completed;
 pub use words::GoodWord;
 

@@ -16,7 +16,7 @@ mod pool;
 mod ring;
 mod view;
 
-pub use desc_ring::{Completed, DescRing, GoodWord, SendWord, Slot, TiedPacket, TiedRings};
+pub use desc_ring::{Completed, DescRing, GoodWord, Limits, Moved, SendWord, Slot, TiedPacket, TiedRings};
 pub use iova::IovaRanges;
 pub use map::{MemoryMap, Segment};
 pub use memory::DmaMemory;

@@ -49,8 +49,8 @@ word!(u16 => AtomicU16, u32 => AtomicU32, u64 => AtomicU64);
 /// every index wraps, so no index is out of bounds and none is checked.
 ///
 /// Each word is read and written atomically, but without ordering. [`dma_rmb`](super::dma_rmb) and its
-/// siblings provide the order.
-#[derive(Debug)]
+/// siblings provide the order. A clone is the same ring.
+#[derive(Clone, Debug)]
 pub struct DmaRing<W: Word, const N: usize = 1> {
     words: NonNull<W>,
     mask: usize,
@@ -189,6 +189,64 @@ pub(super) fn prefetch(at: NonNull<u8>) {
     }
 }
 
+/// Position of an entry relative to another one, in bytes of an array of `u32`. Loops count in it, because the
+/// scales of x86-64's addresses (1, 2, 4 and 8) make one register enough for arrays of entries of 4 to 32 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place(isize);
+
+impl Place {
+    /// Place of the entry itself.
+    pub(super) const HERE: Self = Self(0);
+
+    const UNIT: usize = size_of::<u32>();
+
+    /// Distance from the entry, in bytes of the array of `u32`.
+    #[inline(always)]
+    pub(super) fn number(self) -> isize {
+        self.0
+    }
+
+    /// `count` entries further.
+    #[inline(always)]
+    pub(super) fn ahead(self, count: usize) -> Self {
+        Self(self.0 + (count * Self::UNIT) as isize)
+    }
+
+    /// `count` entries back.
+    #[inline(always)]
+    pub(super) fn back(self, count: usize) -> Self {
+        Self(self.0 - (count * Self::UNIT) as isize)
+    }
+
+    /// Number of entries since `before`, which is not ahead.
+    #[inline(always)]
+    pub(super) fn since(self, before: Self) -> usize {
+        (self.0 - before.0) as usize / Self::UNIT
+    }
+
+    /// Index of the entry, if that of the entry from which places are counted is `index`.
+    #[inline(always)]
+    pub(super) fn index(self, index: usize) -> usize {
+        index.wrapping_add_signed(self.0 >> Self::UNIT.trailing_zeros())
+    }
+
+    /// Whether `end` is at least `count` entries ahead.
+    #[inline(always)]
+    pub(super) fn is_before(self, end: Self, count: usize) -> bool {
+        self.0 <= end.0 - (count * Self::UNIT) as isize
+    }
+
+    /// The entry at this place, counted from `start`. The size of an entry is a multiple of 4 bytes.
+    ///
+    /// # Safety
+    /// That entry is within the array of `start`, or at its end.
+    #[inline(always)]
+    pub(super) unsafe fn of<T>(self, start: NonNull<T>) -> NonNull<T> {
+        // SAFETY: by the caller's contract.
+        unsafe { start.byte_offset(self.0 * (size_of::<T>() / Self::UNIT) as isize) }
+    }
+}
+
 /// One entry of a [`DmaRing`].
 #[derive(Clone, Copy, Debug)]
 pub struct RingEntry<'a, W: Word, const N: usize> {
@@ -203,14 +261,14 @@ impl<W: Word, const N: usize> RingEntry<'_, W, N> {
         self.words
     }
 
-    /// The entry `count` positions after this one.
+    /// The entry at `place`, counted from this one.
     ///
     /// # Safety
     /// That entry is within the ring.
     #[inline(always)]
-    pub(super) unsafe fn ahead(self, count: usize) -> Self {
+    pub(super) unsafe fn at(self, place: Place) -> Self {
         // SAFETY: within the ring by the caller's contract.
-        Self { words: unsafe { self.words.add(count * N) }, ..self }
+        Self { words: unsafe { place.of(self.words.cast::<[W; N]>()) }.cast(), ..self }
     }
 
     /// Prefetches the entry's first cache line for reading.

@@ -16,9 +16,17 @@ pub struct SendWord {
     pub front: usize,
     /// Position of the lowest bit of a second copy of the length, for descriptors that have one.
     pub second_len: Option<u32>,
+    /// Whether the device writes to descriptors.
+    pub written_by_device: bool,
 }
 
 impl SendWord {
+    /// Whether the upper half of the word stays the same for all packets, so that only the other half is written.
+    #[inline(always)]
+    pub(super) fn is_lower_half(self) -> bool {
+        self.second_len.is_none() && !self.written_by_device
+    }
+
     /// Returns the word for a packet of `len` bytes.
     #[inline(always)]
     pub fn of(self, len: usize) -> u64 {
@@ -294,10 +302,12 @@ unsafe fn write(
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
     use std::arch::x86_64::*;
+    use std::ptr::NonNull;
 
     use super::super::take::x86::total;
     use super::{Buffers, Descriptor, Packet, SendWord, Slot};
     use crate::dma::packet::BUFFER_SIZE;
+    use crate::dma::ring::Place;
 
     /// [`write_fresh`](super::write_fresh) in groups of four. Returns the number of buffers; up to three remain.
     ///
@@ -339,34 +349,53 @@ pub(super) mod x86 {
         record: *mut u32,
         header: &mut impl FnMut(&mut Slot<'_>),
     ) -> u64 {
-        let (fours, _) = packets.as_chunks_mut::<4>();
+        let (mut at, end) = (Place::HERE, Place::HERE.ahead(packets.len()));
         // SAFETY: SSE2 is part of x86-64. All accesses are within what the caller vouches for.
         unsafe {
+            let packets = NonNull::new_unchecked(packets.as_mut_ptr());
+            let (desc, record) = (NonNull::new_unchecked(desc), NonNull::new_unchecked(record));
             let zero = _mm_setzero_si128();
             let front = _mm_set1_epi32(word.front as i32);
             let offset = _mm_set1_epi32(BUFFER_SIZE as i32 - 1);
             let (mut sum, mut tags) = (zero, zero);
-            for (i, four) in fours.iter_mut().enumerate() {
+            while at.is_before(end, 4) {
+                let four = &mut *at.of(packets).cast::<[Packet; 4]>().as_ptr();
                 if word.front > 0 {
                     buffers.check(Packet::tags(four));
                     four.iter_mut().for_each(|packet| header(&mut Slot::new(packet, buffers)));
                 }
                 let pair = |i: usize| _mm_loadu_ps(four.as_ptr().add(2 * i).cast());
                 let (low, high) = (pair(0), pair(1));
-                let at = _mm_castps_si128(_mm_shuffle_ps::<0b10_00_10_00>(low, high));
+                let begin = _mm_castps_si128(_mm_shuffle_ps::<0b10_00_10_00>(low, high));
                 let rest = _mm_castps_si128(_mm_shuffle_ps::<0b11_01_11_01>(low, high));
                 tags = _mm_or_si128(tags, rest);
-                _mm_storeu_si128(record.add(4 * i).cast(), _mm_andnot_si128(offset, at));
+                _mm_storeu_si128(at.of(record).as_ptr().cast(), _mm_andnot_si128(offset, begin));
                 let len = _mm_srli_epi32::<16>(rest);
                 sum = _mm_add_epi32(sum, len);
-                let words = send_words(word, len);
-                write(desc.add(4 * i), buffers.four_iovas_at(_mm_sub_epi32(at, front)), words);
+                let words = if word.second_len.is_none() && word.bits >> 32 == 0 {
+                    let lower = send_lower(word, len);
+                    [_mm_unpacklo_epi32(lower, zero), _mm_unpackhi_epi32(lower, zero)]
+                } else {
+                    send_words(word, len)
+                };
+                write(at.of(desc).as_ptr(), buffers.four_iovas_at(_mm_sub_epi32(begin, front)), words);
+                at = at.ahead(4);
             }
             if word.front == 0 {
                 let halves = _mm_or_si128(tags, _mm_unpackhi_epi64(tags, tags));
                 buffers.check((_mm_cvtsi128_si64(halves) | _mm_cvtsi128_si64(halves) >> 32) as u8);
             }
             total(sum)
+        }
+    }
+
+    /// Lower halves of [`SendWord::of`] for four lengths.
+    #[inline(always)]
+    pub(in super::super) fn send_lower(word: SendWord, len: __m128i) -> __m128i {
+        // SAFETY: SSE2 is part of x86-64.
+        unsafe {
+            let len = _mm_add_epi32(len, _mm_set1_epi32(word.front as i32));
+            _mm_or_si128(len, _mm_set1_epi32(word.bits as i32))
         }
     }
 

@@ -1,34 +1,50 @@
 //! Takes buffers from descriptors in order, four at a time on x86-64.
 
 use std::hint::assert_unchecked;
+use std::ptr::NonNull;
 
 use super::DescRing;
 use crate::dma::packet::{Burst, MAX_BURST, Packet};
+use crate::dma::ring::Place;
 
 /// Lengths that a device reports for consecutive descriptors.
 pub(super) trait Lengths {
-    /// Returns the length in bytes of the packet in descriptor `i`, at most [`DATA_ROOM`](super::DATA_ROOM), or
+    /// Returns the length in bytes of the packet at `at`, at most [`DATA_ROOM`](super::DATA_ROOM), or
     /// `None` if the device does not report a good packet.
     ///
     /// # Safety
-    /// There are more than `i` descriptors.
-    unsafe fn len(&self, i: usize) -> Option<usize>;
+    /// There is a descriptor at `at`.
+    unsafe fn len(&self, at: Place) -> Option<usize>;
 
-    /// Returns false if packet `i` is certainly not good, in fewer instructions than [`Lengths::len`].
+    /// Returns false if the packet at `at` is certainly not good, in fewer instructions than [`Lengths::len`].
     ///
     /// # Safety
-    /// There are more than `i` descriptors.
+    /// There is a descriptor at `at`.
     #[inline(always)]
-    unsafe fn is_completed(&self, _i: usize) -> bool {
+    unsafe fn is_completed(&self, _at: Place) -> bool {
         true
     }
 
-    /// Returns the lengths of packets `i` to `i + 3`, 32 bits each, if all four are good.
+    /// What [`Lengths::four`] keeps from one call to the next.
+    #[cfg(target_arch = "x86_64")]
+    type Fours: Copy;
+
+    /// Returns the state for a first call of [`Lengths::four`] at `at`.
+    #[cfg(target_arch = "x86_64")]
+    fn fours(&self, at: Place) -> Self::Fours;
+
+    /// Returns the lengths of four packets from `at` on, 32 bits each, if all four are good and have at least
+    /// `shortest` bytes. `at` is four places after that of the last call with this state.
     ///
     /// # Safety
-    /// There are more than `i + 3` descriptors.
+    /// There are four descriptors from `at` on.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn four(&self, i: usize) -> Option<std::arch::x86_64::__m128i>;
+    unsafe fn four(
+        &self,
+        at: Place,
+        shortest: usize,
+        fours: &mut Self::Fours,
+    ) -> Option<std::arch::x86_64::__m128i>;
 }
 
 impl DescRing {
@@ -54,22 +70,27 @@ impl DescRing {
         let first = self.tail & self.mask;
         let fresh_bits = self.fresh_bits;
         // SAFETY: both are within their memory, the burst's if there is room.
-        let (record, packets) = unsafe { (self.record.as_ptr().add(first), burst.as_mut_ptr().add(before)) };
+        let (record, packets) = unsafe {
+            let packets = NonNull::new_unchecked(burst.as_mut_ptr()).add(before);
+            (NonNull::new_unchecked(self.record.as_mut_ptr()).add(first), packets)
+        };
+        let (mut at, mut end) = (Place::HERE, Place::HERE.ahead(most));
+        #[cfg(not(target_arch = "x86_64"))]
+        let mut bytes = 0;
         #[cfg(target_arch = "x86_64")]
         // SAFETY: there are `most` descriptors, and `burst` has room for as many packets.
-        let (mut count, mut bytes, is_end) =
-            unsafe { x86::take(most, lengths, fresh_bits, record, packets, &keep) };
-        #[cfg(not(target_arch = "x86_64"))]
-        let (mut count, mut bytes, is_end) = (0, 0, false);
-        while count < most && !is_end {
+        let mut bytes =
+            unsafe { x86::take((&mut at, &mut end), lengths, fresh_bits, record, packets, &keep) };
+        while at < end {
             // SAFETY: as above.
-            let (slot, len) = unsafe { (record.add(count).read(), lengths.len(count)) };
+            let (slot, len) = unsafe { (at.of(record).read(), lengths.len(at)) };
             let Some(len) = len.filter(|len| keep(slot, *len)) else { break };
             // SAFETY: as above.
-            unsafe { packets.add(count).write(Packet::in_slot(slot, len, fresh_bits)) };
+            unsafe { at.of(packets).write(Packet::in_slot(slot, len, fresh_bits)) };
             bytes += len as u64;
-            count += 1;
+            at = at.ahead(1);
         }
+        let count = at.since(Place::HERE);
         self.tail = self.tail.wrapping_add(count);
         // SAFETY: the packets up to there were written.
         unsafe { burst.set_len(before + count) };
@@ -81,48 +102,47 @@ impl DescRing {
 pub(super) mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Lengths, Packet};
+    use super::{Lengths, NonNull, Packet, Place};
 
-    /// [`DescRing::take`](super::DescRing::take) in groups of four, up to the first group of which not all can be
-    /// taken. Returns the number of packets, the sum of their lengths in bytes, and whether the next packet is
-    /// known not to be good.
+    /// [`DescRing::take`](super::DescRing::take) in groups of four from `at` on, up to the first group of which not
+    /// all can be taken. Moves `at` there, and `end` too if the next packet is known not to be good. Returns the
+    /// sum of the packets' lengths in bytes.
     ///
     /// # Safety
-    /// From `record` and `packets` on there are `most` buffers, and places for as many packets; `lengths` has
-    /// as many.
+    /// From `record` and `packets` on there are buffers, and places for packets, up to `end`; `lengths` has as many.
     #[inline(always)]
     pub(super) unsafe fn take(
-        most: usize,
+        (at, end): (&mut Place, &mut Place),
         lengths: &impl Lengths,
         fresh_bits: u64,
-        record: *const u32,
-        packets: *mut Packet,
+        record: NonNull<u32>,
+        packets: NonNull<Packet>,
         keep: &impl Fn(u32, usize) -> bool,
-    ) -> (usize, u64, bool) {
+    ) -> u64 {
         // SAFETY: SSE2 is part of x86-64. All accesses are within what the caller vouches for.
         unsafe {
             // The two halves of a fresh packet: its data offset and its tag.
             let (begin, tag) = (_mm_set1_epi32(fresh_bits as i32), _mm_set1_epi32((fresh_bits >> 32) as i32));
-            let mut sum = _mm_setzero_si128();
-            let (mut count, mut is_end) = (0, false);
-            while most - count >= 4 {
-                let Some(four) = lengths.four(count) else {
-                    is_end = lengths.len(count).is_none();
+            let (mut sum, mut fours) = (_mm_setzero_si128(), lengths.fours(*at));
+            while at.is_before(*end, 4) {
+                if !lengths.is_completed(*at) {
+                    *end = *at;
                     break;
-                };
-                let at = _mm_or_si128(_mm_loadu_si128(record.add(count).cast()), begin);
+                }
+                let Some(four) = lengths.four(*at, 0, &mut fours) else { break };
+                let (record, to) = (at.of(record), at.of(packets));
+                let begins = _mm_or_si128(_mm_loadu_si128(record.as_ptr().cast()), begin);
                 let rest = _mm_or_si128(_mm_slli_epi32::<16>(four), tag);
-                let to = packets.add(count);
-                _mm_storeu_si128(to.cast(), _mm_unpacklo_epi32(at, rest));
-                _mm_storeu_si128(to.add(2).cast(), _mm_unpackhi_epi32(at, rest));
-                let keep = |i: usize| keep(record.add(count + i).read(), (*to.add(i)).len());
+                _mm_storeu_si128(to.as_ptr().cast(), _mm_unpacklo_epi32(begins, rest));
+                _mm_storeu_si128(to.add(2).as_ptr().cast(), _mm_unpackhi_epi32(begins, rest));
+                let keep = |i: usize| keep(record.add(i).read(), to.add(i).as_ref().len());
                 if !(keep(0) && keep(1) && keep(2) && keep(3)) {
                     break;
                 }
                 sum = _mm_add_epi32(sum, four);
-                count += 4;
+                *at = at.ahead(4);
             }
-            (count, total(sum), is_end)
+            total(sum)
         }
     }
 
@@ -139,23 +159,26 @@ pub(super) mod x86 {
 pub(super) mod tests {
     use std::arch::x86_64::*;
 
-    use super::Lengths;
+    use super::{Lengths, Place};
 
-    /// Compares four packets at a time with one at a time.
+    /// Compares four packets at a time with one at a time, of any length and of at least 60 bytes.
     ///
     /// # Safety
     /// There are four descriptors.
     pub(in super::super) unsafe fn compare(lengths: &impl Lengths) {
-        // SAFETY: SSE2 is part of x86-64, and there are four descriptors.
-        let (four, single) = unsafe {
-            let four = lengths.four(0).map(|four| {
-                let mut lens = [0_u32; 4];
-                _mm_storeu_si128(lens.as_mut_ptr().cast(), four);
-                lens.map(|len| Some(len as usize))
-            });
-            (four, [0, 1, 2, 3].map(|i| lengths.len(i)))
-        };
-        assert_eq!(four, single.iter().all(Option::is_some).then_some(single));
+        for shortest in [0, 60] {
+            // SAFETY: SSE2 is part of x86-64, and there are four descriptors.
+            let (four, single) = unsafe {
+                let four = lengths.four(Place::HERE, shortest, &mut lengths.fours(Place::HERE)).map(|four| {
+                    let mut lens = [0_u32; 4];
+                    _mm_storeu_si128(lens.as_mut_ptr().cast(), four);
+                    lens.map(|len| Some(len as usize))
+                });
+                (four, [0, 1, 2, 3].map(|i| lengths.len(Place::HERE.ahead(i))))
+            };
+            let are_good = single.iter().all(|len| len.is_some_and(|len| len >= shortest));
+            assert_eq!(four, are_good.then_some(single), "{shortest}");
+        }
     }
 
     /// Calls `set` with values of a word that are close to `good`: each of its four parts of 16 bits takes

@@ -258,7 +258,7 @@ fn buffers_of_two_pools_do_not_meet() {
     let mut burst: Burst = [packet(&mut cache, 1), packet(&mut foreign, 2)].into_iter().collect();
     let sent = catch_unwind(AssertUnwindSafe(|| ring.fill(2, 0, &cache, &mut burst, |_, _| 0)));
     assert!(sent.is_err() && ring.owned() == 1);
-    let word = SendWord { bits: 0, front: 0, second_len: None };
+    let word = SendWord { bits: 0, front: 0, second_len: None, written_by_device: true };
     let places = if cfg!(miri) { 3..5 } else { 0..6 };
     for (at, front) in places.flat_map(|at| [(at, 0), (at, 12)]) {
         let mut packets: Vec<_> = (0..5).map(|_| Packet::in_slot(0, 60, cache.fresh_bits())).collect();
@@ -448,7 +448,7 @@ proptest! {
         };
         let mut bursts = [packets(), packets()];
         let count = lens.len().saturating_sub(left).min(16);
-        let word = SendWord { bits: u64::from(bits) << 24 & !0xffff, front, second_len };
+        let word = SendWord { bits: u64::from(bits) << 24 & !0xffff, front, second_len, written_by_device: true };
         let addresses = bursts.each_ref().map(|burst| -> Vec<u64> {
             burst.iter().map(|packet| cache.iova(packet)).collect()
         });

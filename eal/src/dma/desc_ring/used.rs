@@ -4,19 +4,34 @@ use super::DescRing;
 use super::take::Lengths;
 use crate::dma::packet::{Burst, DATA_ROOM, HEADROOM, Packet};
 use crate::dma::pool::{Buffers, PoolCache};
-use crate::dma::ring::{DmaRing, RingEntry};
+use crate::dma::ring::{DmaRing, Place, RingEntry};
 
 /// Consecutive elements of a used ring: the lower half of each is a descriptor's index, the upper half a length
 /// in bytes.
 pub(super) struct UsedElements<'a> {
+    /// The element from which places are counted.
     pub(super) first: RingEntry<'a, u64, 1>,
-    /// Index that the first element names if completions are in order.
+    /// Index that it names if completions are in order.
     pub(super) index: usize,
     /// Number of bytes before the packet's data that the lengths include.
     pub(super) front: usize,
 }
 
 impl UsedElements<'_> {
+    /// Returns the length in bytes of the packet at `at`, or a number above [`DATA_ROOM`] if the device does not
+    /// report a good packet.
+    ///
+    /// # Safety
+    /// There is an element at `at`.
+    #[inline(always)]
+    pub(super) unsafe fn len_or_more(&self, at: Place) -> usize {
+        let expected = at.index(self.index) as u64 + ((self.front as u64) << 32);
+        // SAFETY: by the caller's contract.
+        let rest = unsafe { self.first.at(at) }.load::<0>().wrapping_sub(expected);
+        // The length ends up in the lower half, and a difference of the index above it.
+        rest.rotate_left(32) as usize
+    }
+
     /// Whether each of the first `count` elements names its own descriptor.
     ///
     /// # Safety
@@ -42,39 +57,59 @@ impl UsedElements<'_> {
                 return false;
             }
         }
-        // SAFETY: there are `count` elements.
-        (done..count).all(|i| unsafe { self.first.ahead(i) }.load::<0>() as u32 == (self.index + i) as u32)
+        (done..count).all(|i| {
+            // SAFETY: there are `count` elements.
+            let element = unsafe { self.first.at(Place::HERE.ahead(i)) };
+            element.load::<0>() as u32 == (self.index + i) as u32
+        })
     }
 }
 
 impl Lengths for UsedElements<'_> {
     #[inline(always)]
-    unsafe fn len(&self, i: usize) -> Option<usize> {
-        let expected = (self.index + i) as u64 + ((self.front as u64) << 32);
-        // SAFETY: there are more than `i` elements.
-        let rest = unsafe { self.first.ahead(i) }.load::<0>().wrapping_sub(expected);
-        // The length ends up in the lower half, and a difference of the index above it.
-        let len = rest.rotate_left(32) as usize;
+    unsafe fn len(&self, at: Place) -> Option<usize> {
+        // SAFETY: by the caller's contract.
+        let len = unsafe { self.len_or_more(at) };
         (len <= DATA_ROOM).then_some(len)
+    }
+
+    /// The next four elements if their lengths are 0.
+    #[cfg(target_arch = "x86_64")]
+    type Fours = [std::arch::x86_64::__m128i; 2];
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn fours(&self, at: Place) -> Self::Fours {
+        use std::arch::x86_64::*;
+        // SAFETY: SSE2 is part of x86-64.
+        unsafe {
+            let (index, front) = (_mm_set1_epi64x(at.index(self.index) as i64), self.front as i32);
+            [0, 2].map(|i| _mm_add_epi32(index, _mm_setr_epi32(i, front, i + 1, front)))
+        }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn four(&self, i: usize) -> Option<std::arch::x86_64::__m128i> {
+    unsafe fn four(
+        &self,
+        at: Place,
+        shortest: usize,
+        fours: &mut Self::Fours,
+    ) -> Option<std::arch::x86_64::__m128i> {
         use std::arch::x86_64::*;
-        // SAFETY: SSE2 is part of x86-64, and there are more than `i + 3` elements. If the halves of an element are from
+        // SAFETY: SSE2 is part of x86-64, and there are four elements from `at` on. If the halves of an element are from
         // two writes of the device, they are checked like any other input.
         unsafe {
-            let (index, front) = ((self.index + i) as i32, self.front as i32);
-            let expected = _mm_add_epi32(_mm_set1_epi64x(index.into()), _mm_setr_epi32(0, front, 1, front));
-            let longest = _mm_set1_epi64x((DATA_ROOM as i64) << 32);
-            let element = self.first.ahead(i).start().as_ptr().cast::<__m128i>().cast_const();
-            let low = _mm_sub_epi32(_mm_loadu_si128(element), expected);
-            let expected = _mm_add_epi32(expected, _mm_setr_epi32(2, 0, 2, 0));
-            let high = _mm_sub_epi32(_mm_loadu_si128(element.add(1)), expected);
-            // Per 16 bits: the excess over the longest length in the lowest 16 bits of a length, over 0 in all
-            // others.
-            let odd = _mm_or_si128(_mm_subs_epu16(low, longest), _mm_subs_epu16(high, longest));
+            let [expected_low, expected_high] = *fours;
+            *fours = fours.map(|expected| _mm_add_epi32(expected, _mm_setr_epi32(4, 0, 4, 0)));
+            let shortest = _mm_set1_epi64x((shortest as i64) << 32);
+            let range = _mm_sub_epi64(_mm_set1_epi64x((DATA_ROOM as i64) << 32), shortest);
+            let element = self.first.at(at).start().as_ptr().cast::<__m128i>().cast_const();
+            let low = _mm_sub_epi32(_mm_loadu_si128(element), expected_low);
+            let high = _mm_sub_epi32(_mm_loadu_si128(element.add(1)), expected_high);
+            // Per 16 bits: the excess of a length over the longest one in its lowest 16 bits, over 0 in all others.
+            let over = |elements| _mm_subs_epu16(_mm_sub_epi32(elements, shortest), range);
+            let odd = _mm_or_si128(over(low), over(high));
             let is_good = _mm_movemask_epi8(_mm_cmpeq_epi32(odd, _mm_setzero_si128())) == 0xffff;
             let (low, high) = (_mm_castsi128_ps(low), _mm_castsi128_ps(high));
             is_good.then(|| _mm_castps_si128(_mm_shuffle_ps::<0b11_01_11_01>(low, high)))
@@ -146,7 +181,8 @@ impl DescRing {
         }
         let (elements, buffers) = (self.elements(used, front), self.buffers_in(cache));
         // SAFETY: the masked index is below the number of descriptors, and `elements` has at least one.
-        let (slot, len) = unsafe { (*self.record.get_unchecked(self.tail & self.mask), elements.len(0)?) };
+        let (slot, len) =
+            unsafe { (*self.record.get_unchecked(self.tail & self.mask), elements.len(Place::HERE)?) };
         if !keep(&Completed { slot, len, buffers }) {
             return None;
         }
@@ -155,33 +191,20 @@ impl DescRing {
         Some(len)
     }
 
-    /// Whether the next `count` elements of `used`, from the tail on, name their own descriptors, and each of
-    /// these owns a buffer.
-    pub fn is_used_in_order(&self, used: &DmaRing<u64>, count: usize) -> bool {
-        let mask = self.mask & used.view().mask();
-        let (mut tail, mut rest) = (self.tail, count);
-        while rest > 0 {
-            let run = rest.min(mask + 1 - (tail & mask));
-            let elements = UsedElements { first: used.view().entry(tail), index: tail & mask, front: 0 };
-            // SAFETY: the run does not go beyond the end of `used`.
-            if !unsafe { elements.are_in_order(run) } {
-                return false;
-            }
-            (tail, rest) = (tail.wrapping_add(run), rest - run);
-        }
-        self.holes == 0 && count <= self.head.wrapping_sub(self.tail)
-    }
-
-    /// Returns up to `most` buffers, in order from the tail, to `cache` as [`DescRing::reclaim`] does, if the
-    /// elements of `used` name their own descriptors. Returns the number of buffers: all up to the end of
-    /// either ring, or 0 if one of the elements names another descriptor or a descriptor between tail and head
+    /// Returns how many of the next `most` elements of `used`, from the tail on, name their own descriptors: all up
+    /// to the end of either ring, or 0 if one of them names another descriptor or a descriptor between tail and head
     /// is empty.
     #[inline(always)]
-    pub fn reclaim_used(&mut self, used: &DmaRing<u64>, most: usize, cache: &mut PoolCache) -> usize {
+    pub fn used_in_order(&self, used: &DmaRing<u64>, most: usize) -> usize {
         let most = most.min(self.run(used.view().mask()));
-        let elements = self.elements(used, 0);
         // SAFETY: a run of `most` buffers ends with either ring at the latest.
-        let count = if unsafe { elements.are_in_order(most) } { most } else { 0 };
+        if unsafe { self.elements(used, 0).are_in_order(most) } { most } else { 0 }
+    }
+
+    /// Returns the buffers of [`DescRing::used_in_order`] to `cache`, as [`DescRing::reclaim`] does, and their number.
+    #[inline(always)]
+    pub fn reclaim_used(&mut self, used: &DmaRing<u64>, most: usize, cache: &mut PoolCache) -> usize {
+        let count = self.used_in_order(used, most);
         self.reclaim(count, cache);
         count
     }

@@ -3,7 +3,7 @@
 use super::DescRing;
 use super::take::Lengths;
 use crate::dma::packet::{Burst, DATA_ROOM};
-use crate::dma::ring::RingEntry;
+use crate::dma::ring::{Place, RingEntry};
 
 /// Pattern for a descriptor's second word: it matches if the packet is complete, in one piece, free of
 /// errors, and no longer than a buffer.
@@ -21,17 +21,15 @@ impl GoodWord {
     /// Returns the packet's length, at least 1, if `word` is good.
     #[inline(always)]
     pub fn len(self, word: u64) -> Option<usize> {
-        self.len_from(word, 1)
+        let len = self.len_or_more(word);
+        (len.wrapping_sub(1) < DATA_ROOM).then_some(len)
     }
 
-    /// Returns the packet's length if `word` is good and the length is at least `shortest`, which is at least 1.
+    /// Returns the packet's length, or a number above [`DATA_ROOM`] if `word` is not good.
     #[inline(always)]
-    pub(super) fn len_from(self, word: u64, shortest: u8) -> Option<usize> {
-        const { assert!(DATA_ROOM > u8::MAX as usize) };
-        let shortest = usize::from(shortest);
+    pub(super) fn len_or_more(self, word: u64) -> usize {
         // A bit that differs ends up above the 16 bits of the length, and so makes the length too large.
-        let len = ((word ^ self.bits) & self.checked()).rotate_right(self.len_shift) as usize;
-        (len.wrapping_sub(shortest) <= DATA_ROOM - shortest).then_some(len)
+        ((word ^ self.bits) & self.checked()).rotate_right(self.len_shift) as usize
     }
 
     /// All bits that are checked, including the length.
@@ -49,28 +47,37 @@ pub(super) struct Words<'a> {
 
 impl Lengths for Words<'_> {
     #[inline(always)]
-    unsafe fn len(&self, i: usize) -> Option<usize> {
-        // SAFETY: there are more than `i` descriptors.
-        self.good.len(unsafe { self.first.ahead(i) }.load::<1>())
+    unsafe fn len(&self, at: Place) -> Option<usize> {
+        // SAFETY: there is a descriptor at `at`.
+        self.good.len(unsafe { self.first.at(at) }.load::<1>())
     }
 
     #[inline(always)]
-    unsafe fn is_completed(&self, i: usize) -> bool {
-        // SAFETY: there are more than `i` descriptors.
-        unsafe { self.first.ahead(i) }.load::<1>() & self.good.bits != 0
+    unsafe fn is_completed(&self, at: Place) -> bool {
+        // SAFETY: as above.
+        self.good.bits == 0 || unsafe { self.first.at(at) }.load::<1>() & self.good.bits != 0
     }
 
     #[cfg(target_arch = "x86_64")]
+    type Fours = ();
+
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn four(&self, i: usize) -> Option<std::arch::x86_64::__m128i> {
+    fn fours(&self, _at: Place) {}
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn four(&self, at: Place, shortest: usize, _: &mut ()) -> Option<std::arch::x86_64::__m128i> {
         use std::arch::x86_64::*;
-        // SAFETY: SSE2 is part of x86-64, and there are more than `i + 3` descriptors. A device writes each word
+        let shortest = shortest.max(1);
+        // SAFETY: SSE2 is part of x86-64, and there are four descriptors from `at` on. A device writes each word
         // as a whole, and each word is loaded by one access of its size.
         unsafe {
             let mask = _mm_set1_epi64x(self.good.checked() as i64);
             let bits = _mm_set1_epi64x(self.good.bits as i64);
-            let longest = _mm_set1_epi64x(DATA_ROOM as i64 - 1);
-            let word = self.first.ahead(i).start().as_ptr().add(1).cast_const();
+            let shortest = _mm_set1_epi64x(shortest as i64);
+            let range = _mm_sub_epi64(_mm_set1_epi64x(DATA_ROOM as i64), shortest);
+            let word = self.first.at(at).start().as_ptr().add(1).cast_const();
             let pair = |i: usize| {
                 let low = _mm_castsi128_pd(_mm_loadl_epi64(word.add(4 * i).cast()));
                 let words = _mm_castpd_si128(_mm_loadh_pd(low, word.add(4 * i + 2).cast()));
@@ -79,9 +86,9 @@ impl Lengths for Words<'_> {
                 if self.good.len_shift == 0 { checked } else { _mm_shuffle_epi32::<0b10_11_00_01>(checked) }
             };
             let (low, high) = (pair(0), pair(1));
-            // Per 16 bits: the excess over the longest length in the lowest 16 bits of a word, over 0 in its
+            // Per 16 bits: the excess of a length over the longest one in the lowest 16 bits of a word, over 0 in its
             // other bits.
-            let over = |lengths| _mm_subs_epu16(_mm_sub_epi64(lengths, _mm_set1_epi64x(1)), longest);
+            let over = |lengths| _mm_subs_epu16(_mm_sub_epi64(lengths, shortest), range);
             let odd = _mm_or_si128(over(low), over(high));
             let is_good = _mm_movemask_epi8(_mm_cmpeq_epi32(odd, _mm_setzero_si128())) == 0xffff;
             let (low, high) = (_mm_castsi128_ps(low), _mm_castsi128_ps(high));
