@@ -20,6 +20,8 @@ pub(crate) enum Tier {
     Default,
     /// Always, and in the guest on both kernels, because the result depends on the kernel.
     BothKernels,
+    /// Without `--full` only, because a case of [`Tier::Full`] does the same and more.
+    Short,
     /// With `--full` only.
     Full,
     /// With `--full` only, and in the guest on the first kernel only, because the case takes minutes and does
@@ -56,6 +58,12 @@ impl Case {
     /// Makes the case run on both kernels.
     pub(crate) fn on_both_kernels(&mut self) -> &mut Self {
         self.tier = Tier::BothKernels;
+        self
+    }
+
+    /// Makes the case run without `--full` only.
+    pub(crate) fn not_in_full(&mut self) -> &mut Self {
+        self.tier = Tier::Short;
         self
     }
 

@@ -65,6 +65,7 @@ fn chosen(choice: &Choice, host: Vec<Case>) -> Vec<Group> {
     let runs = |case: &Case, first: bool| match case.tier {
         Tier::BothKernels => true,
         Tier::Default => first || choice.full,
+        Tier::Short => first && !choice.full,
         Tier::Full => choice.full,
         Tier::FullOnce => first && choice.full,
     };
@@ -132,7 +133,7 @@ pub(crate) fn run(
             for (_, case) in cases {
                 match case.tier {
                     _ if case.alongside_guests => beside.push(case),
-                    Tier::Default | Tier::BothKernels => on_host.push_back(case),
+                    Tier::Default | Tier::BothKernels | Tier::Short => on_host.push_back(case),
                     Tier::Full | Tier::FullOnce => long.push_back(case),
                 }
             }

@@ -221,6 +221,6 @@ pub(super) fn cases(cases: &mut Cases) {
     let soak = |seconds| {
         move |context: &Context| native(context, &Length { seconds, packets: 0, seed: 1 }, &mut |_| ())
     };
-    cases.add("half a minute of soak", soak(30)).limit(600);
+    cases.add("half a minute of soak", soak(30)).limit(600).not_in_full();
     cases.add("ten minutes of soak", soak(600)).limit(1800).in_full();
 }
