@@ -89,8 +89,7 @@ pub trait TiedRx {
     }
 
     /// Moves the next packet to the TX ring, if its length is within `limits` and it is the only one that was
-    /// received, and calls `edit` with it. Returns its length in bytes, and whether it ended a run of the
-    /// rings.
+    /// received, and calls `edit` with it.
     fn forward_one<T: TiedTx>(
         &mut self,
         received: Self::Received,
@@ -101,8 +100,7 @@ pub trait TiedRx {
     ) -> Option<Moved>;
 
     /// Moves received packets, up to the first that is not as expected or has fewer than `SHORTEST` bytes, and calls
-    /// `edit` with each of them. `HEADERS` is what [`TiedRx::reads_headers`] returns. Returns the number of packets and
-    /// the sum of their lengths in bytes.
+    /// `edit` with each of them. `HEADERS` is what [`TiedRx::reads_headers`] returns.
     fn forward_many<T: TiedTx, const HEADERS: bool, const SHORTEST: usize>(
         &mut self,
         received: Self::Received,
