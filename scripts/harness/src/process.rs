@@ -275,8 +275,9 @@ mod tests {
 
     #[test]
     fn what_a_program_started_ends_with_it() {
+        // The trap comes first: the pid may be printed before the script goes on.
         let script =
-            "setsid sh -c 'echo $$; exec sleep 1000' & trap 'kill $!; touch $MARK; exit' TERM; wait; wait";
+            "trap 'kill $!; touch $MARK; exit' TERM; setsid sh -c 'echo $$; exec sleep 1000' & wait; wait";
         assert!(!dropped(script, false));
         assert!(dropped(script, true));
     }
