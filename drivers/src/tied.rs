@@ -179,7 +179,7 @@ pub struct TiedLane<R: TieRx, T: TieTx> {
     tx: T::Tied,
     /// Bytes of the packets that were not sent yet.
     bytes: u64,
-    /// Number of packets left in the run at which a poll without packets has nothing else to do, if any.
+    /// [`TiedRings::place`] at which a poll without packets has nothing else to do; `isize::MAX` if there is none.
     quiet_at: isize,
     /// Lengths of packets that are as expected.
     limits: Limits,

@@ -210,8 +210,8 @@ impl Ports {
         self.ties = on;
     }
 
-    /// Makes all lanes be untied, and tied again, in the middle of their traffic at this interval of at least 100
-    /// ms. Without it, only packets that a tied lane cannot forward untie it.
+    /// Unties all lanes, and ties them again, in the middle of their traffic at this interval of at least 100 ms.
+    /// Without it, only packets that a tied lane cannot forward untie it.
     pub fn untie_every(&mut self, period: Duration) {
         self.untie_period = Some(period);
     }

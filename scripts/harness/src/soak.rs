@@ -58,7 +58,7 @@ pub(crate) trait World {
     /// Start of the forwarder.
     fn forwarder(&self, rng: &mut Rng) -> Start;
     /// Arguments of the generator.
-    fn generator(&self, rng: &mut Rng) -> String;
+    fn generator(&self) -> String;
     /// Prepares epoch `number`.
     fn begin(&mut self, number: u64) -> Result<()>;
     /// Faults of this epoch.
@@ -258,7 +258,7 @@ impl<W: World> Soak<'_, W> {
 
     fn start_generator(&mut self) -> Result<()> {
         let size = ["60", "60-1514", "1514", "60-128"][self.rng.usize(..4)];
-        let arguments = format!("{} --duration 1e9 --size {size}", self.world.generator(&mut self.rng));
+        let arguments = format!("{} --duration 1e9 --size {size}", self.world.generator());
         self.generator = Some(Pktgen::spawn(self.context, &arguments)?);
         *self.figures.lives.entry("pktgen".into()).or_default() += 1;
         if self.world.forwarder_is_first() { Ok(()) } else { self.world.await_generator() }

@@ -372,6 +372,7 @@ pub(super) mod x86 {
                 _mm_storeu_si128(at.of(record).as_ptr().cast(), _mm_andnot_si128(offset, begin));
                 let len = _mm_srli_epi32::<16>(rest);
                 sum = _mm_add_epi32(sum, len);
+                // One `or` in place of two, if all upper halves are 0.
                 let words = if word.second_len.is_none() && word.bits >> 32 == 0 {
                     let lower = send_lower(word, len);
                     [_mm_unpacklo_epi32(lower, zero), _mm_unpackhi_epi32(lower, zero)]

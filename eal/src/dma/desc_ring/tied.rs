@@ -2,8 +2,14 @@
 //! same buffer, and the buffer then returns to the first. No buffer passes through a pool, and no address is
 //! written per packet.
 
+mod packet;
+#[cfg(test)]
+mod tests;
+
 use std::ptr::NonNull;
 use std::sync::Arc;
+
+pub use packet::TiedPacket;
 
 use super::fill::write_fresh;
 #[cfg(target_arch = "x86_64")]
@@ -14,7 +20,7 @@ use super::take::x86::total;
 use super::used::UsedElements;
 use super::words::Words;
 use super::{DescRing, Descriptor, GoodWord, SendWord};
-use crate::dma::packet::{DATA_ROOM, DEVICE_HEADER, HEADROOM, MAX_BURST, Packet, SHORT};
+use crate::dma::packet::{DATA_ROOM, DEVICE_HEADER, HEADROOM, MAX_BURST, Packet};
 use crate::dma::pool::{Buffers, Pool, PoolAddresses, PoolCache};
 use crate::dma::ring::{DmaRing, Place, RingEntry, RingView};
 
@@ -218,12 +224,6 @@ impl TiedRings {
         is_last
     }
 
-    /// Whether no packet has moved in this run: the last one has ended, or [`TiedRings::sync`] was called.
-    #[inline(always)]
-    pub fn is_at_start(&self) -> bool {
-        self.next == self.first
-    }
-
     /// Whether no packet can move before further descriptors are offered.
     #[inline(always)]
     fn is_empty(&self) -> bool {
@@ -239,7 +239,7 @@ impl TiedRings {
     /// Updates the tail of [`TiedRings::rx`] and the head of [`TiedRings::tx`].
     #[inline(always)]
     pub fn sync(&mut self) {
-        if !self.is_at_start() {
+        if self.next != self.first {
             self.start_run();
         }
     }
@@ -339,59 +339,6 @@ impl DescRing {
                 write_fresh(&slots[..run], (HEADROOM - front) as u32, word, buffers, desc, record);
             }
             (position, rest) = (position.wrapping_add(run), rest - run);
-        }
-    }
-}
-
-/// Packet on its way between tied rings.
-#[derive(Debug)]
-pub struct TiedPacket<'a> {
-    /// Pool offset of the buffer.
-    slot: u32,
-    buffers: Buffers<'a>,
-}
-
-impl<'a> TiedPacket<'a> {
-    /// # Safety
-    /// `slot` is the pool offset of a buffer of the pool of `buffers` that has no handle.
-    #[inline(always)]
-    unsafe fn new(slot: u32, buffers: Buffers<'a>) -> Self {
-        Self { slot, buffers }
-    }
-
-    /// Address of the packet's data. The addition of a constant is part of each access.
-    #[inline(always)]
-    fn data(&self) -> *mut u8 {
-        // SAFETY: by the contract of `new`, the buffer belongs to the pool.
-        unsafe { self.buffers.at(self.slot).add(HEADROOM) }
-    }
-
-    /// Reads the bytes directly before the packet's data. See [`PoolCache::read_header`].
-    #[inline(always)]
-    pub fn read_header<const LEN: usize>(&self) -> [u8; LEN] {
-        const { assert!(LEN <= DEVICE_HEADER) };
-        // SAFETY: a tied ring owns the buffer, and is borrowed mutably. The data is `HEADROOM` bytes into it.
-        unsafe { self.data().sub(LEN).cast::<[u8; LEN]>().read() }
-    }
-
-    /// Writes `bytes` directly before the packet's data. See [`PoolCache::write_header`].
-    #[inline(always)]
-    pub fn write_header<const LEN: usize>(&mut self, bytes: [u8; LEN]) {
-        const { assert!(LEN <= DEVICE_HEADER) };
-        // SAFETY: as above, in the other direction.
-        unsafe { self.data().sub(LEN).cast::<[u8; LEN]>().write(bytes) }
-    }
-
-    /// Copies `first` and then `second` to the front of the packet's data. Both are values, so that they stay
-    /// in registers for many packets.
-    #[inline(always)]
-    pub fn write<const N: usize, const M: usize>(&mut self, first: [u8; N], second: [u8; M]) {
-        const { assert!(N + M <= SHORT) };
-        // SAFETY: as above. Data starts at least `SHORT` bytes before the end of its buffer. Byte arrays need
-        // no alignment.
-        unsafe {
-            self.data().cast::<[u8; N]>().write(first);
-            self.data().add(N).cast::<[u8; M]>().write(second);
         }
     }
 }
@@ -643,6 +590,3 @@ unsafe fn second_word(end: NonNull<Descriptor>, at: Place) -> *mut u64 {
     // SAFETY: by the caller's contract.
     unsafe { &raw mut (*at.of(end).as_ptr())[1] }
 }
-
-#[cfg(test)]
-mod tests;

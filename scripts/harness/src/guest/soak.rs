@@ -51,7 +51,7 @@ impl World for NicWorld {
         ))
     }
 
-    fn generator(&self, _: &mut Rng) -> String {
+    fn generator(&self) -> String {
         let (nic, mode, [from, to], [end, _]) = (self.nic, &self.mode, self.ports, self.ends());
         format!(
             "-l 0 --file-prefix gen --vfio-mode {mode} -a {} -a {} -- --tx-port {from} --rx-port {to} --dst-mac {} {WINDOW}",

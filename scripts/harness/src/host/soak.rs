@@ -141,7 +141,7 @@ impl World for Rings {
         ))
     }
 
-    fn generator(&self, _: &mut Rng) -> String {
+    fn generator(&self) -> String {
         format!(
             "-l 0 {} {} -- --dst-mac 02:00:00:00:00:99 --expect-dst 02:00:00:00:00:01 --window 900",
             prefix("soak-gen"),
