@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::case::{Outcome, Report, read};
 use crate::guest::machine::{port, state};
 use crate::guest::{Boot, soak};
+use crate::process::Started;
 
 /// Name of the virtio-serial port, in QEMU and in the guest.
 pub(crate) const PORT: &str = "harness";
@@ -51,7 +52,7 @@ pub(crate) fn serve(boot: Boot, full: bool, programs: &Path) -> Result<()> {
             }),
             Request::Case(name) => match cases.0.iter().find(|case| case.name == name) {
                 None => Report { name, ..Report::failed("the guest has no such case".into()) },
-                Some(case) => judged(case.run(full, programs), &mut before),
+                Some(case) => judged(case.run(full, programs, &Started::default()), &mut before),
             },
         };
         answer(&mut host, &Answer::Done(report))?;

@@ -10,6 +10,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::process::Started;
+
 /// Default time limit of a case in seconds.
 const LIMIT: u64 = 120;
 
@@ -39,11 +41,8 @@ pub(crate) struct Case {
     pub(crate) tier: Tier,
     /// Time after which the case counts as hung.
     pub(crate) limit: Duration,
-    /// Whether neighboring cases may run at the same time, because this one takes one CPU and is not affected
-    /// by others.
-    pub(crate) side_by_side: bool,
-    /// Whether the case runs on the host alongside guests and the host's long cases, because it takes longer
-    /// than any of them and shares nothing with them.
+    /// Whether the case runs alongside guests and other such cases, because it shares nothing with them and
+    /// has time; on the host only.
     pub(crate) alongside_guests: bool,
     run: Run,
 }
@@ -84,13 +83,7 @@ impl Case {
         if condition { self.in_full() } else { self }
     }
 
-    /// Lets the case run at the same time as neighboring cases that allow it too; on the host only.
-    pub(crate) fn side_by_side(&mut self) -> &mut Self {
-        self.side_by_side = true;
-        self
-    }
-
-    /// Lets the case run alongside guests and the host's long cases; on the host only.
+    /// Lets the case run alongside guests and other such cases; on the host only.
     pub(crate) fn alongside_guests(&mut self) -> &mut Self {
         self.alongside_guests = true;
         self
@@ -103,8 +96,8 @@ impl Case {
     }
 
     /// Runs the case in an empty directory of its own. A panic fails the case.
-    pub(crate) fn run(&self, full: bool, programs: &Path) -> Report {
-        run_once(self.name.clone(), full, programs, &self.run)
+    pub(crate) fn run(&self, full: bool, programs: &Path, started: &Started) -> Report {
+        run_once(self.name.clone(), full, programs, started, &self.run)
     }
 }
 
@@ -113,6 +106,7 @@ pub(crate) fn run_once(
     name: String,
     full: bool,
     programs: &Path,
+    started: &Started,
     body: impl FnOnce(&Context) -> Result<()>,
 ) -> Report {
     let dir = match tempfile::Builder::new().prefix("vireo-case.").tempdir() {
@@ -124,8 +118,13 @@ pub(crate) fn run_once(
             };
         }
     };
-    let context =
-        Context { dir: dir.path().into(), full, programs: programs.into(), notes: RefCell::default() };
+    let context = Context {
+        dir: dir.path().into(),
+        full,
+        started: started.clone(),
+        programs: programs.into(),
+        notes: RefCell::default(),
+    };
     let result = catch_unwind(AssertUnwindSafe(|| body(&context)));
     let outcome = match result {
         Ok(Ok(())) => Outcome::Passed,
@@ -174,7 +173,6 @@ impl Cases {
             name: name.into(),
             tier: Tier::Default,
             limit: Duration::from_secs(LIMIT),
-            side_by_side: false,
             alongside_guests: false,
             run: Box::new(run),
         });
@@ -189,6 +187,8 @@ pub(crate) struct Context {
     pub(crate) dir: PathBuf,
     /// Whether long loops run in full (`--full`).
     pub(crate) full: bool,
+    /// The case's programs.
+    pub(crate) started: Started,
     programs: PathBuf,
     notes: RefCell<Vec<String>>,
 }

@@ -6,6 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -21,11 +22,32 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a script has to clean up.
 pub(crate) const GRACE: Duration = Duration::from_secs(10);
 
+/// Programs of a case that have been started and not dropped.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Started(Arc<Mutex<Vec<i32>>>);
+
+impl Started {
+    /// The programs and all processes that they started.
+    pub(crate) fn processes(&self) -> Vec<i32> {
+        let programs = self.programs().clone();
+        programs
+            .into_iter()
+            .flat_map(|program| [vec![program], stacks::descendants(program)].concat())
+            .collect()
+    }
+
+    fn programs(&self) -> MutexGuard<'_, Vec<i32>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A program that was started. Dropping this value kills it, with all processes that it started.
 #[derive(Debug)]
 pub(crate) struct Process {
     name: String,
     pid: Pid,
+    /// Programs of the case; this one is among them.
+    started: Started,
     exit: Receiver<std::io::Result<ExitStatus>>,
     status: Option<ExitStatus>,
     lines: Receiver<String>,
@@ -57,7 +79,7 @@ impl Process {
                 line.clear();
             }
         });
-        Ok(Self::watched(name, child, lines, stdout, stderr))
+        Ok(Self::watched(context, name, child, lines, (stdout, stderr)))
     }
 
     /// Starts `command` with a standard output of the caller's choice.
@@ -75,20 +97,22 @@ impl Process {
             .stderr(errors)
             .spawn()
             .with_context(|| format!("cannot start {:?}", command.get_program()))?;
-        Ok(Self::watched(name, child, channel().1, out, stderr))
+        Ok(Self::watched(context, name, child, channel().1, (out, stderr)))
     }
 
     fn watched(
+        context: &Context,
         name: String,
         mut child: std::process::Child,
         lines: Receiver<String>,
-        stdout: PathBuf,
-        stderr: PathBuf,
+        (stdout, stderr): (PathBuf, PathBuf),
     ) -> Self {
         let pid = Pid::from_raw(child.id().cast_signed());
+        let started = context.started.clone();
+        started.programs().push(pid.as_raw());
         let (to_exit, exit) = channel();
         std::thread::spawn(move || to_exit.send(child.wait()));
-        Self { name, pid, exit, status: None, lines, stdout, stderr, grace: Duration::ZERO }
+        Self { name, pid, started, exit, status: None, lines, stdout, stderr, grace: Duration::ZERO }
     }
 
     /// Makes the drop ask the program to end and clean up before it is killed.
@@ -169,6 +193,8 @@ impl Drop for Process {
             let _ = kill(self.pid, Signal::SIGKILL);
             let _ = self.exit.recv_timeout(PATIENCE);
         }
+        let pid = self.pid();
+        self.started.programs().retain(|program| *program != pid);
     }
 }
 
@@ -250,7 +276,8 @@ mod tests {
     /// the script cleaned up.
     fn dropped(script: &'static str, graceful: bool) -> bool {
         let (to_cleaned, cleaned) = channel();
-        let report = run_once("dropped".into(), false, std::path::Path::new("/"), move |context| {
+        let (name, nowhere) = ("dropped".into(), std::path::Path::new("/"));
+        let report = run_once(name, false, nowhere, &Started::default(), move |context| {
             let mark = context.path("cleaned");
             let mut command = Command::new("sh");
             command.args(["-c", script]).env("MARK", &mark);

@@ -1,14 +1,14 @@
 //! Selects cases, runs them in order on the host and in guests, and deals with those that hang.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
-use std::num::NonZeroUsize;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use nix::sys::signal::Signal;
 
 use crate::agent::Request;
 use crate::boot::{Lab, Lost, Session};
@@ -17,7 +17,7 @@ use crate::clock;
 use crate::guest::{BOOTS, Boot};
 use crate::host;
 use crate::host::stacks;
-use crate::process::PATIENCE;
+use crate::process::{PATIENCE, Started};
 use crate::stop;
 use crate::tap::{Progress, Tap};
 
@@ -125,16 +125,15 @@ pub(crate) fn run(
 ) -> Result<u8> {
     let groups = groups(choice, environment)?;
     let tap = Tap::default();
-    let mut boots = VecDeque::new();
-    let host = Host { full: choice.full, programs, tap: &tap, kills: AtomicUsize::new(0) };
-    let (mut on_host, mut long, mut beside) = (VecDeque::new(), VecDeque::new(), Vec::new());
+    let host = Host { full: choice.full, programs, tap: &tap };
+    let (mut soon, mut later, mut boots) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
     for Group { guest, mut cases } in groups {
         let Some((kernel, boot)) = guest else {
             for (_, case) in cases {
-                match case.tier {
-                    _ if case.alongside_guests => beside.push(case),
-                    Tier::Default | Tier::BothKernels | Tier::Short => on_host.push_back(case),
-                    Tier::Full | Tier::FullOnce => long.push_back(case),
+                if case.alongside_guests || case.tier == Tier::Full {
+                    later.push_back(case)
+                } else {
+                    soon.push_back(case)
                 }
             }
             continue;
@@ -144,25 +143,21 @@ pub(crate) fn run(
             boots.push_back((kernel.clone(), boot, cases.drain(..shard.min(cases.len())).collect()));
         }
     }
-    let boots = Mutex::new(boots);
-    host.run_in_order(on_host);
+    // Cases without --full first: they are shorter. Of the others, the one that may take longest.
+    later.make_contiguous().sort_by_key(|case| (case.tier == Tier::Full).then_some(Reverse(case.limit)));
+    host.run_from(&Mutex::new(soon));
+    let (boots, later) = (Mutex::new(boots), Mutex::new(later));
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for case in beside.iter().take_while(|_| stop::exit_code().is_none()) {
-                if !host.run(case) {
-                    host.run(case);
-                }
-            }
-        });
-        host.run_in_order(long);
         for _ in 0..jobs {
             scope.spawn(|| {
                 let next = || boots.lock().ok()?.pop_front();
                 while let Some((kernel, boot, cases)) = next() {
                     run_in_guest(lab, &kernel, boot, cases, &tap);
                 }
+                host.run_from(&later);
             });
         }
+        host.run_from(&later);
     });
     if let Some(code) = stop::exit_code() {
         tap.bail_out("stopped by a signal");
@@ -176,58 +171,25 @@ struct Host<'a> {
     full: bool,
     programs: &'a Path,
     tap: &'a Tap,
-    /// Number of times that the programs of a hung case were killed, and with them those of its neighbors.
-    kills: AtomicUsize,
 }
 
 impl Host<'_> {
-    /// Runs `cases` one after the other, except for neighbors that run side by side.
-    fn run_in_order(&self, mut cases: VecDeque<Arc<Case>>) {
-        while let Some(case) = cases.pop_front() {
-            let mut together = vec![case];
-            while together[0].side_by_side
-                && let Some(case) = cases.pop_front_if(|case| case.side_by_side)
-            {
-                together.push(case);
-            }
-            self.run_all(together.into());
-        }
-    }
-
-    /// Runs `cases`, at most one per CPU at a time. Cases that were killed along with another one run again,
-    /// alone.
-    fn run_all(&self, cases: VecDeque<Arc<Case>>) {
-        let cpus = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let jobs = cpus.min(cases.len());
-        let (waiting, killed) = (Mutex::new(cases), Mutex::new(Vec::new()));
+    /// Runs cases until none waits or a signal ends the run.
+    fn run_from(&self, waiting: &Mutex<VecDeque<Arc<Case>>>) {
         let next = || waiting.lock().ok()?.pop_front().filter(|_| stop::exit_code().is_none());
-        std::thread::scope(|scope| {
-            for _ in 0..jobs {
-                scope.spawn(|| {
-                    while let Some(case) = next() {
-                        if !self.run(&case)
-                            && let Ok(mut killed) = killed.lock()
-                        {
-                            killed.push(case);
-                        }
-                    }
-                });
-            }
-        });
-        for case in killed.into_inner().unwrap_or_default() {
+        while let Some(case) = next() {
             self.run(&case);
         }
     }
 
-    /// Runs a case in a thread, and reports it. Returns false, without a report, if the case was killed along
-    /// with another one. If the case exceeds its limit, the stacks of its programs are reported and the
-    /// programs are killed.
-    fn run(&self, case: &Arc<Case>) -> bool {
-        let kills = || self.kills.load(Ordering::Relaxed);
-        let (before, mut progress) = (kills(), Progress::new(&case.name));
+    /// Runs a case in a thread, and reports it. If the case exceeds its limit, the stacks of its programs are
+    /// reported and the programs are killed.
+    fn run(&self, case: &Arc<Case>) {
+        let (started, mut progress) = (Started::default(), Progress::new(&case.name));
         let (to_report, reports) = channel();
         let (of_case, full, programs) = (Arc::clone(case), self.full, self.programs.to_owned());
-        std::thread::spawn(move || to_report.send(of_case.run(full, &programs)));
+        let its_programs = started.clone();
+        std::thread::spawn(move || to_report.send(of_case.run(full, &programs, &its_programs)));
         let mut hung = None;
         let report = loop {
             match reports.recv_timeout(CHECK_INTERVAL) {
@@ -238,16 +200,16 @@ impl Host<'_> {
                 Err(RecvTimeoutError::Timeout) => progress.tick(String::new),
             }
             if progress.elapsed() > case.limit && hung.is_none() {
-                hung = Some((Instant::now(), stacks::of_descendants()));
-                self.kills.fetch_add(1, Ordering::Relaxed);
-                stacks::kill_descendants();
+                let processes = started.processes();
+                let stacks: String = processes.iter().copied().map(stacks::of_process).collect();
+                stacks::signal_all(&processes, Signal::SIGKILL);
+                hung = Some((Instant::now(), stacks));
             }
             if hung.as_ref().is_some_and(|(since, _)| since.elapsed() > PATIENCE) {
                 break Report::failed("the case continued after its programs were killed".into());
             }
         };
         let report = match (hung, &report.outcome) {
-            (None, Outcome::Failed(_)) if kills() != before => return false,
             (None, _) => report,
             (Some((_, stacks)), outcome) => {
                 let after = if let Outcome::Failed(why) = outcome { why.as_str() } else { "" };
@@ -255,7 +217,6 @@ impl Host<'_> {
             }
         };
         self.tap.report(&Report { name: case.name.clone(), ..report }, progress.elapsed());
-        true
     }
 }
 
@@ -325,5 +286,48 @@ fn run_in_guest(lab: &Lab, kernel: &str, boot: Boot, mut cases: VecDeque<(String
             let name = format!("the end of the boot after {name}");
             tap.report(&Report { name, ..Report::failed(format!("{error:#}")) }, Duration::ZERO);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::case::{Cases, Context};
+    use crate::process::{Process, await_that};
+
+    fn sleeping(context: &Context) -> Result<Process> {
+        Process::spawn(context, "sleep", Command::new("sleep").arg("1000"))
+    }
+
+    #[test]
+    fn a_case_that_hangs_ends_with_its_programs_and_with_no_others() {
+        let hung = Arc::new(OnceLock::new());
+        let lived = Arc::new(AtomicBool::new(false));
+        let (of_first, of_second, is_done) = (Arc::clone(&hung), hung, Arc::clone(&lived));
+        let mut cases = Cases::default();
+        cases
+            .add("hangs", move |context| {
+                let mut program = sleeping(context)?;
+                let _ = of_first.set(program.pid());
+                program.wait(10 * PATIENCE).map(drop)
+            })
+            .limit(1);
+        cases.add("runs beside it", move |context| {
+            let mut program = sleeping(context)?;
+            await_that("the kill", PATIENCE, || {
+                of_second.get().is_some_and(|pid| stacks::of_process(*pid).is_empty())
+            })?;
+            is_done.store(!program.has_ended(), Ordering::Relaxed);
+            Ok(())
+        });
+        let (tap, waiting) = (Tap::default(), Mutex::new(cases.0.into_iter().map(Arc::new).collect()));
+        let host = Host { full: false, programs: Path::new("/"), tap: &tap };
+        std::thread::scope(|scope| (0..2).for_each(|_| drop(scope.spawn(|| host.run_from(&waiting)))));
+        assert!(lived.load(Ordering::Relaxed), "the other case's program was killed too");
+        assert_eq!(tap.end(), 1, "the case that hung did not fail");
     }
 }

@@ -1,6 +1,7 @@
 //! The only place that prints results: TAP, with the duration of each case, and at the end the slowest cases
 //! and the counts.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -13,6 +14,11 @@ const SLOWEST: usize = 10;
 const PIPE_INTERVAL: Duration = Duration::from_secs(60);
 /// Time between two progress lines on a terminal.
 const SECOND: Duration = Duration::from_secs(1);
+/// Columns of the progress line on a terminal.
+const WIDTH: usize = 79;
+
+/// Progress of the cases and boots that run now, by name.
+static RUNNING: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -137,11 +143,50 @@ impl Progress {
     }
 
     fn say(&self, what: &str) {
-        eprint!("\r\x1b[K{}: {} s {what}", self.name, self.begun.elapsed().as_secs());
+        let text = format!("{}: {} s {what}", self.name, self.begun.elapsed().as_secs());
+        show(|running| drop(running.insert(self.name.clone(), text)));
     }
 
     /// Time since the case or boot began.
     pub(crate) fn elapsed(&self) -> Duration {
         self.begun.elapsed()
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if io::stderr().is_terminal() {
+            show(|running| drop(running.remove(&self.name)));
+        }
+    }
+}
+
+/// Prints the progress line after a change.
+fn show(change: impl FnOnce(&mut BTreeMap<String, String>)) {
+    let Ok(mut running) = RUNNING.lock() else { return };
+    change(&mut running);
+    eprint!("\r\x1b[K{}", in_columns(running.values(), WIDTH));
+}
+
+/// Places texts side by side in equal parts of `width` columns.
+fn in_columns<'a>(texts: impl ExactSizeIterator<Item = &'a String>, width: usize) -> String {
+    let part = width / texts.len().max(1);
+    let fitting = |text: &String| {
+        let text: String = text.chars().take(part.saturating_sub(1)).collect();
+        format!("{text:part$}")
+    };
+    texts.map(fitting).collect::<String>().trim_end().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_fits_into_its_line() {
+        let texts = ["first: 2 s".to_owned(), "a second one with a long name: 70 s".to_owned()];
+        assert_eq!(in_columns(texts[..1].iter(), 40), "first: 2 s");
+        assert_eq!(in_columns(texts.iter(), 40), "first: 2 s          a second one with a");
+        assert_eq!(in_columns([].iter(), 40), "");
     }
 }

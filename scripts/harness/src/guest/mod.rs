@@ -185,16 +185,33 @@ impl FromStr for Boot {
 const MAPPED: [&str; 3] = ["container", "cdev", "compat"];
 const PHYSICAL: [&str; 2] = ["noiommu", "noiommu-cdev"];
 
+/// Lets the cases that `add` adds run with `--full` only, if `condition` is true.
+fn in_full_if(cases: &mut Cases, condition: bool, add: impl FnOnce(&mut Cases)) {
+    let first = cases.0.len();
+    add(cases);
+    for case in &mut cases.0[first..] {
+        case.in_full_if(condition);
+    }
+}
+
+/// Adds the cases of what drivers do in the same way in each mode. Without `--full`, they run with an IOMMU
+/// only.
+fn drivers_alone(cases: &mut Cases, boot: Boot, mode: &'static str) {
+    in_full_if(cases, PHYSICAL.contains(&mode), |cases| {
+        forward::variants(cases, boot, mode);
+        forward::long_frames(cases, boot, mode);
+        forward::address_filter(cases, boot, mode);
+    });
+}
+
 fn iommu(cases: &mut Cases) {
     let boot = Boot::Iommu;
     forward::each_nic_in_each_mode(cases, boot, &MAPPED);
     forward::mixed_modes(cases, boot, "container", "cdev");
     forward::mixed_modes(cases, boot, "container", "compat");
     forward::mixed_modes(cases, boot, "cdev", "compat");
-    forward::variants(cases, boot, "cdev");
-    forward::long_frames(cases, boot, "cdev");
+    drivers_alone(cases, boot, "cdev");
     forward::small_pages(cases, boot);
-    forward::address_filter(cases, boot, "cdev");
     forward::chosen_modes(cases, boot);
     opens::opens(cases, "cdev opens no group", "cdev", &[Node::Iommufd, Node::Cdev]);
     opens::opens(
@@ -209,14 +226,12 @@ fn iommu(cases: &mut Cases) {
         opens::hands_over(cases, mode);
         opens::leaves(cases, mode);
         interrupts::of_each_nic(cases, boot, mode);
-        let first = cases.0.len();
-        signals::end_in_order(cases, boot, mode);
-        signals::survive_kills(cases, boot, mode);
-        recover::cases(cases, boot, mode);
+        in_full_if(cases, mode != "cdev", |cases| signals::end_in_order(cases, boot, mode));
         // compat opens as container does, and maps as cdev does.
-        for case in &mut cases.0[first..] {
-            case.in_full_if(mode == "compat");
-        }
+        in_full_if(cases, mode == "compat", |cases| {
+            signals::survive_kills(cases, boot, mode);
+            recover::cases(cases, boot, mode);
+        });
         isolation::with_iommu(cases, boot, mode);
     }
     isolation::pins(cases);
@@ -262,9 +277,7 @@ fn noiommu(cases: &mut Cases) {
     let boot = Boot::Noiommu;
     forward::each_nic_in_each_mode(cases, boot, &PHYSICAL);
     forward::mixed_modes(cases, boot, "noiommu", "noiommu-cdev");
-    forward::variants(cases, boot, "noiommu");
-    forward::long_frames(cases, boot, "noiommu");
-    forward::address_filter(cases, boot, "noiommu");
+    drivers_alone(cases, boot, "noiommu");
     let name = "noiommu opens no iommufd and no cdev";
     opens::opens(cases, name, "noiommu", &[Node::Container, Node::Group]);
     for mode in PHYSICAL {
@@ -319,16 +332,10 @@ fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     let [first, second, ..] = *modes else { return };
     forward::each_nic_in_each_mode(cases, boot, modes);
     forward::mixed_modes(cases, boot, first, second);
-    forward::variants(cases, boot, first);
-    forward::long_frames(cases, boot, first);
-    forward::address_filter(cases, boot, first);
+    drivers_alone(cases, boot, first);
     for &mode in modes {
         interrupts::of_each_nic(cases, boot, mode);
-        let kills = cases.0.len();
-        signals::survive_kill(cases, boot, mode);
-        for case in &mut cases.0[kills..] {
-            case.in_full_if(mode != first);
-        }
+        in_full_if(cases, mode != first, |cases| signals::survive_kill(cases, boot, mode));
     }
     if boot == Boot::Igb {
         recover::cases(cases, boot, "cdev");

@@ -65,7 +65,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot) {
                     format!("{} as nobody, nodes passed by LISTEN_FDS, {mode}", nic.name()),
                     move |context| launched_in(context, boot, mode, nic, ""),
                 )
-                .in_full_if(nic == Nic::E1000);
+                .in_full_if(nic == Nic::E1000 || nic == Nic::E1000e && mode != "cdev");
             if nic == Nic::VirtioNet {
                 case.on_both_kernels();
             }
@@ -155,7 +155,7 @@ fn by_socket(context: &Context, boot: Boot, mode: &str) -> Result<()> {
 }
 
 fn gives_up_root(cases: &mut Cases, boot: Boot, mode: &'static str, nic: Nic) {
-    cases.add(format!("--user nobody, {}, {mode}", nic.name()), move |context| {
+    let case = cases.add(format!("--user nobody, {}, {mode}", nic.name()), move |context| {
         need_mode(mode)?;
         let _runtime = removed("/var/run/vireo/fwd");
         let arguments =
@@ -169,6 +169,7 @@ fn gives_up_root(cases: &mut Cases, boot: Boot, mode: &'static str, nic: Nic) {
         forwarder(mode, nic, nic).forwarding(context)?.stop()?;
         Ok(())
     });
+    case.in_full_if(nic == Nic::E1000e && matches!(mode, "container" | "compat"));
 }
 
 fn sandbox(cases: &mut Cases, mode: &'static str) {

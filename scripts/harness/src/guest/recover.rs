@@ -14,6 +14,8 @@ use crate::process::run;
 
 pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
     for &nic in boot.nics() {
+        // How a driver recovers does not depend on the mode.
+        let is_long = nic == Nic::E1000 || mode != "cdev";
         cases
             .add(format!("{} that may do no DMA is restarted, {mode}", nic.name()), move |context| {
                 let (mut l2fwd, pktgen) = under_steady_traffic(context, mode, boot.generator_mode(), nic)?;
@@ -26,7 +28,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
                 ensure!(ended.counter(1, "restarts")? == 1, "port 1 did not count its restart");
                 Ok(())
             })
-            .in_full_if(nic == Nic::E1000);
+            .in_full_if(is_long);
         cases
             .add(
                 format!("{} is given back to the kernel under traffic, {mode}", nic.name()),
@@ -53,7 +55,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
                 format!("the link of {} goes and comes back under traffic, {mode}", nic.name()),
                 move |context| flap(context, boot, mode, nic, 3),
             )
-            .in_full_if(nic == Nic::E1000);
+            .in_full_if(is_long);
         if mode == "cdev" {
             // The 82540EM receives nothing for a second after each change of its link.
             let times = if nic == Nic::E1000 { 50 } else { 500 };

@@ -65,7 +65,8 @@ pub(super) fn survive_kill(cases: &mut Cases, boot: Boot, mode: &'static str) {
                 pktgen.stop()?;
                 forwards_after_kill(context, mode, boot.generator_mode(), (nic, nic))
             })
-            .in_full_if(nic == Nic::E1000);
+            // One driver in each mode, and the other one in one mode of each boot.
+            .in_full_if(nic == Nic::E1000 || nic == Nic::E1000e && !matches!(mode, "cdev" | "noiommu"));
         if nic == Nic::VirtioNet {
             case.on_both_kernels();
         }
@@ -102,6 +103,7 @@ pub(super) fn survive_kills(cases: &mut Cases, boot: Boot, mode: &'static str) {
             need_mode(mode)?;
             killed_again_and_again(context, boot, mode)
         })
+        .in_full_if(!matches!(mode, "cdev" | "noiommu"))
         .limit(1800);
 }
 

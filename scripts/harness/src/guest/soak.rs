@@ -11,6 +11,7 @@ use super::recover::{clear_bus_master, pull};
 use super::traffic::{WINDOW, ports};
 use crate::case::{Context, Report, run_once};
 use crate::l2fwd::{L2fwd, Start};
+use crate::process::Started;
 use crate::soak::{Fault, Length, World, soak};
 
 /// Parameters of one soak.
@@ -139,5 +140,5 @@ pub(crate) fn run(plan: &Plan, programs: &Path, say: &mut dyn FnMut(String)) -> 
         context.note(serde_json::to_string(&figures)?);
         Ok(())
     };
-    run_once(name, true, programs, soaked)
+    run_once(name, true, programs, &Started::default(), soaked)
 }

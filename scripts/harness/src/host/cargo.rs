@@ -39,6 +39,15 @@ impl Line<'_> {
     }
 }
 
+/// Start of the command line of what runs alongside guests: their time runs on when they do not.
+const NICE: &[&str] = &["nice", "-n", "10"];
+
+fn niced() -> Command {
+    let mut command = Command::new(NICE[0]);
+    command.args(&NICE[1..]);
+    command
+}
+
 /// Skips the case if a program is missing.
 pub(super) fn need(programs: &[&str]) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -164,8 +173,9 @@ pub(super) fn units(cases: &mut Cases, environment: &Environment) -> Result<()> 
                     if is_ignored {
                         return skip("another test runs it");
                     }
-                    finish(context, Command::new(&program).args(["--exact", &test]).current_dir(&dir))
+                    finish(context, niced().arg(&program).args(["--exact", &test]).current_dir(&dir))
                 })
+                .alongside_guests()
                 .limit(600);
         }
     }
@@ -238,10 +248,9 @@ pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
         ("10,000 lying devices of each kind on tied lanes", &lies, &[], Tier::Full),
     ];
     for (name, words, needs, tier) in table {
-        let case = Line { name, words, needs }.add(cases, environment);
+        let words = [NICE, words].concat();
+        let case = Line { name, words: &words, needs }.add(cases, environment);
         case.tier = tier;
-        if tier != Tier::Full {
-            case.side_by_side();
-        }
+        case.alongside_guests();
     }
 }

@@ -29,8 +29,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
                 readme_on(context, &repo, name)
             })
             .limit(limit)
-            .in_full()
-            .alongside_guests();
+            .in_full();
     }
 }
 

@@ -12,6 +12,7 @@ use crate::boot::{Lab, Lost, Session};
 use crate::case::{Cases, Context, Report, run_once};
 use crate::guest::{Boot, soak::Plan};
 use crate::l2fwd::{L2fwd, Start};
+use crate::process::Started;
 use crate::soak::{Fault, Length, World, soak};
 use crate::tap::{Progress, Tap};
 
@@ -78,7 +79,7 @@ pub(crate) fn run(args: &SoakArgs, programs: &Path) -> Result<u8> {
     match args.what {
         Where::Native => {
             let mut progress = Progress::new("soak of rings");
-            let report = run_once("soak of rings".into(), true, programs, |context| {
+            let report = run_once("soak of rings".into(), true, programs, &Started::default(), |context| {
                 native(context, &length, &mut |line| progress.tick(|| line))
             });
             done(report, &progress);

@@ -36,11 +36,6 @@ pub(crate) fn descendants(of: i32) -> Vec<i32> {
     found.split_off(1)
 }
 
-/// Stacks of all processes that this process started, directly or indirectly.
-pub(crate) fn of_descendants() -> String {
-    descendants(this()).into_iter().map(of_process).collect()
-}
-
 /// Stacks of a process group.
 pub(crate) fn of_group(group: i32) -> String {
     let all = processes();
@@ -52,11 +47,6 @@ pub(crate) fn signal_all(pids: &[i32], signal: Signal) {
     for pid in pids {
         let _ = kill(Pid::from_raw(*pid), signal);
     }
-}
-
-/// Kills all processes that this process started.
-pub(crate) fn kill_descendants() {
-    signal_all(&descendants(this()), Signal::SIGKILL);
 }
 
 /// Asks all processes that this process started to clean up and end, and kills those that have not ended
