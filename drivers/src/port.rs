@@ -10,6 +10,7 @@ use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::{PortCounters, QueueCounters};
+use crate::frames::ETHERNET;
 
 /// Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -185,6 +186,11 @@ impl PortConfig {
     #[must_use]
     pub const fn with_offloads(self, offloads: Offloads) -> Self {
         Self { offloads, ..self }
+    }
+
+    /// Longest payload of a frame in bytes.
+    pub const fn mtu(&self) -> usize {
+        self.max_frame.saturating_sub(ETHERNET)
     }
 
     /// Whether a frame may span several packets.

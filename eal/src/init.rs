@@ -1,6 +1,7 @@
 //! The EAL of a process, initialized from its arguments.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use crate::args::{EalArgs, IovaMode, ranges};
 use crate::error::{Error, ErrorKind, Result};
@@ -8,6 +9,7 @@ use crate::lcore::Lcores;
 use crate::mem::{Backing, Placement, Region, hugepages};
 use crate::runtime::RuntimeDir;
 use crate::sandbox::Sandbox;
+use crate::telemetry::TelemetrySocket;
 use crate::user::{User, UserName};
 use crate::vfio::{DeviceNodes, Vfio, VfioMode};
 
@@ -21,6 +23,7 @@ pub struct Eal {
     /// VFIO state, which acquires devices.
     pub vfio: Vfio,
     runtime: Option<RuntimeDir>,
+    telemetry: OnceLock<Arc<TelemetrySocket>>,
     /// User to drop privileges to, if any.
     user: Option<User>,
 }
@@ -43,6 +46,7 @@ impl Eal {
             vfio: Vfio::with_nodes(args.vf_token, nodes).isolate(args.isolate_ports),
             user: args.user.as_ref().map(UserName::find).transpose()?,
             runtime: RuntimeDir::new(&args)?,
+            telemetry: OnceLock::new(),
             args,
         };
         tracing::debug!("{}", eal.summary());
@@ -60,6 +64,20 @@ impl Eal {
         )
     }
 
+    /// Creates the telemetry socket, for a program that will serve it. If it cannot be created, that is
+    /// logged, because a program runs without it too. Call it before [`confine`](Self::confine).
+    pub fn open_telemetry(&self) {
+        match TelemetrySocket::new(&self.args) {
+            Ok(socket) => drop(socket.map(|socket| self.telemetry.set(socket.into()))),
+            Err(error) => tracing::warn!("{error}"),
+        }
+    }
+
+    /// Telemetry socket, if there is one.
+    pub fn telemetry(&self) -> Option<&Arc<TelemetrySocket>> {
+        self.telemetry.get()
+    }
+
     /// Drops what only set-up needs: root privileges (`--user`), then, unless `--no-sandbox` is given, access
     /// to files and system calls. Call it after starting the ports and before launching the lcores: before
     /// Linux 7.0, Landlock applies only to the calling thread and to threads that it starts later. If
@@ -70,7 +88,9 @@ impl Eal {
     /// `Permission` if the process cannot become the user, `Os` if the kernel refuses the sandbox.
     pub fn confine(&self, sockets: &[PathBuf]) -> Result<()> {
         let runtime = self.runtime.as_ref().map(RuntimeDir::path);
-        let removable: Vec<&Path> = runtime.into_iter().chain(runtime.and_then(Path::parent)).collect();
+        let telemetry = self.telemetry().and_then(|socket| socket.path().parent());
+        let own = [runtime, telemetry].into_iter().flatten();
+        let removable: Vec<&Path> = own.flat_map(|dir| [Some(dir), dir.parent()]).flatten().collect();
         // The sandbox opens these directories while the process is still root: the user may not be able to.
         let sandbox = if self.args.no_sandbox { None } else { Some(Sandbox::new(&removable, sockets)?) };
         self.user.map_or(Ok(()), User::drop_privileges)?;

@@ -103,6 +103,11 @@ impl Lcores {
         worker.chain([&self.main]).find(|spec| spec.id == id).map_or(&[], |spec| &spec.cpus)
     }
 
+    /// CPUs that any lcore is pinned to.
+    pub fn all_cpus(&self) -> Vec<usize> {
+        self.ids().into_iter().flat_map(|id| self.cpus(id)).copied().collect()
+    }
+
     /// Runs `function` on the main lcore, which is the calling thread. The thread stays pinned.
     ///
     /// # Errors
@@ -229,6 +234,15 @@ impl Drop for Release {
 
 fn context(spec: &LcoreSpec, main: bool) -> LcoreContext {
     LcoreContext { id: spec.id, cpus: spec.cpus.clone(), main }
+}
+
+/// Moves the calling thread to CPUs of the process that are not among `taken`. If there are none, the thread
+/// stays where it is.
+pub fn keep_off(taken: &[usize]) {
+    let mut cpus = affinity::get().unwrap_or_default();
+    cpus.retain(|cpu| !taken.contains(cpu));
+    // This fails if there are none.
+    let _ = affinity::set(&cpus);
 }
 
 /// Pins the calling thread to one CPU, for programs that have no EAL arguments.

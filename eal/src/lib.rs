@@ -9,6 +9,7 @@
 //! | [`iommufd`] | I/O page tables, without VFIO or PCI: a separate crate | `/dev/iommu` |
 //! | [`vfio`] | devices, in all modes | `/dev/vfio` |
 //! | [`socket`] | unix sockets by path | `connect` |
+//! | [`telemetry`] | the socket that DPDK's telemetry clients connect to | unix socket |
 //! | [`rlimit`] | commands that raise limits | `RLIMIT_NOFILE` |
 //! | [`sync`] | locks and atomics that loom models can replace | – |
 //! | [`user`] | dropping root privileges | `setresuid`, capabilities |
@@ -35,8 +36,10 @@ pub mod program;
 pub mod rlimit;
 pub mod runtime;
 mod sandbox;
+mod seqpacket;
 pub mod socket;
 pub mod sync;
+pub mod telemetry;
 pub mod user;
 pub mod vfio;
 

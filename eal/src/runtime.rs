@@ -35,8 +35,6 @@ impl RuntimeDir {
         if args.memory.in_memory {
             return Ok(None);
         }
-        let variable =
-            |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         Self::open(&base(geteuid(), variable), &args.file_prefix).map(Some)
     }
 
@@ -98,17 +96,36 @@ fn what(path: &Path) -> String {
     format!("cannot use the runtime directory {}", path.display())
 }
 
+/// Directory of DPDK's processes with this `--file-prefix`, where their clients look for sockets. Creates it
+/// if necessary.
+///
+/// # Errors
+/// `Permission` or `Io` if it cannot be created.
+pub(crate) fn dpdk_dir(prefix: &str) -> Result<PathBuf> {
+    let base = place(geteuid(), variable).unwrap_or("/tmp".into()).join("dpdk");
+    let path = base.join(prefix);
+    private_dir(&base)?;
+    private_dir(&path)?;
+    Ok(path)
+}
+
+/// Value of an environment variable, unless it is empty.
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
 /// Returns the directory `vireo` in the place where DPDK has its runtime directories. In `/tmp`, which all
 /// users share, each user has a separate directory.
 fn base(user: Uid, variable: impl Fn(&str) -> Option<PathBuf>) -> PathBuf {
+    place(user, variable).map_or_else(|| format!("/tmp/vireo-{user}").into(), |dir| dir.join("vireo"))
+}
+
+/// Returns the directory in which DPDK has its runtime directories; `None` stands for `/tmp`.
+fn place(user: Uid, variable: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
     // systemd joins several directories with colons.
     let given = variable("RUNTIME_DIRECTORY").and_then(|value| std::env::split_paths(&value).next());
-    let session = || if user.is_root() { None } else { variable("XDG_RUNTIME_DIR") };
-    match given.or_else(session) {
-        Some(dir) => dir.join("vireo"),
-        None if user.is_root() => "/var/run/vireo".into(),
-        None => format!("/tmp/vireo-{user}").into(),
-    }
+    let of_user = || if user.is_root() { Some("/var/run".into()) } else { variable("XDG_RUNTIME_DIR") };
+    given.or_else(of_user)
 }
 
 /// Creates `path` with mode 0700, or checks that it is a directory of this user that no other user may write

@@ -71,6 +71,9 @@ pub(super) struct Cli {
     /// Do not restrict system calls and files after set-up
     #[arg(long)]
     pub(super) no_sandbox: bool,
+    /// Create no telemetry socket
+    #[arg(long)]
+    pub(super) no_telemetry: bool,
 
     /// Memory to reserve, in MiB
     #[arg(short, long, value_name = "MB", value_parser = value_parser!(u32).range(1..))]
@@ -82,7 +85,7 @@ pub(super) struct Cli {
     /// Directory of the hugetlbfs mount to use; by default, none is needed
     #[arg(long, value_name = "DIR")]
     pub(super) huge_dir: Option<PathBuf>,
-    /// Create nothing in the file system: private memory, no runtime directory
+    /// Create nothing in the file system: private memory, no runtime directory, no telemetry socket
     #[arg(long)]
     pub(super) in_memory: bool,
     /// Use 4 KiB pages instead of hugepages

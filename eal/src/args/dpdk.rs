@@ -63,7 +63,6 @@ const ARGUMENTS: &[Argument] = &[
     short('r', "memory-ranks", Number, NoEffect(CHANNELS)),
     long("no-hpet", Flag, NoEffect("the HPET is not used")),
     long("no-shconf", Flag, NoEffect("processes do not share configuration")),
-    long("no-telemetry", Flag, NoEffect("there is no telemetry socket")),
     long("numa-limit", Optional, Refused(LIMIT)),
     long("pagesz-mem", Optional, Refused("use -m for the size, --huge-dir for the page size")),
     short('S', "service-corelist", Optional, Refused(LCORES)),
@@ -71,11 +70,7 @@ const ARGUMENTS: &[Argument] = &[
     long("single-file-segments", Flag, NoEffect("memory is always a single file")),
     long("socket-limit", Optional, Refused(LIMIT)),
     long("syslog", Optional, NoEffect("the log goes to standard error; pipe it into logger(1)")),
-    long(
-        "telemetry",
-        Flag,
-        NoEffect("there is no telemetry socket; the counters are in the program's output"),
-    ),
+    long("telemetry", Flag, NoEffect("it is the default")),
     long("trace", Optional, Refused(TRACE)),
     long("trace-bufsz", Optional, Refused(TRACE)),
     long("trace-dir", Optional, Refused(TRACE)),
@@ -89,7 +84,7 @@ const CONFLICTS: &[(&str, &[&str])] = &[
     ("legacy-mem", &["in_memory", "match-allocations"]),
     ("match-allocations", &["no_huge"]),
     ("single-file-segments", &["no_huge", "huge_unlink"]),
-    ("telemetry", &["no-telemetry"]),
+    ("telemetry", &["no_telemetry"]),
 ];
 
 /// Adds the arguments to `command`, hidden from its help.

@@ -88,6 +88,8 @@ pub struct EalArgs {
     pub user: Option<UserName>,
     /// Whether to leave system calls and files unrestricted after set-up.
     pub no_sandbox: bool,
+    /// Whether to create no telemetry socket, for [`Eal::open_telemetry`](crate::Eal::open_telemetry).
+    pub no_telemetry: bool,
     /// Log levels in the order given, for [`log::init`].
     pub log_levels: Vec<LogLevel>,
     /// When to color the log, for [`log::init`].
@@ -107,7 +109,7 @@ pub struct MemoryArgs {
     pub socket_mem: Vec<u64>,
     /// Hugetlbfs mount for hugepage files. Never set together with `in_memory` or `no_huge`.
     pub huge_dir: Option<PathBuf>,
-    /// Whether to create nothing in the file system: neither hugepage files nor a runtime directory.
+    /// Whether to create nothing in the file system: no hugepage files, runtime directory or telemetry socket.
     pub in_memory: bool,
     /// Whether to use 4 KiB pages instead of hugepages.
     pub no_huge: bool,
@@ -325,6 +327,7 @@ fn resolve(cli: Cli, mut notes: Vec<String>, program: &Program<'_>, cpus: &[usiz
         vfio_fds: cli.vfio_fds,
         user: cli.user,
         no_sandbox: cli.no_sandbox,
+        no_telemetry: cli.no_telemetry,
         log_levels: cli.log_level.into_iter().filter_map(LogArg::level).collect(),
         log_color: cli.log_color.flatten().unwrap_or_default(),
         warnings,

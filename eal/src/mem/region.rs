@@ -282,6 +282,11 @@ impl Region {
         Err(Error::new(ErrorKind::Usage, what, format!("it has {} bytes", self.len)))
     }
 
+    /// Address of the first byte, as a number.
+    pub fn addr(&self) -> usize {
+        self.address.addr().get()
+    }
+
     /// Address of the first byte, valid for [`Region::len`] bytes while the region lives.
     pub(crate) fn as_ptr(&self) -> NonNull<u8> {
         self.address

@@ -40,6 +40,9 @@ pub struct PoolCache {
 unsafe impl Send for PoolCache {}
 
 impl PoolCache {
+    /// Maximum number of buffers in a cache.
+    pub const CAPACITY: usize = CACHE;
+
     /// Creates a cache that takes buffers of the node at index `near` first.
     pub(super) fn new(pool: &Arc<Pool>, near: usize) -> Self {
         Self {
