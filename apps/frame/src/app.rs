@@ -55,6 +55,7 @@ fn run<A: Parser, T: Termination>(
     let own = args::parse_app(parsed.app)?;
     let stop = StopFlag::on_signals()?;
     let app = App { eal: Eal::init(parsed.eal)?, drivers, stop };
+    app.eal.open_telemetry();
     Ok(application(&app, own)?.report())
 }
 

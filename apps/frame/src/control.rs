@@ -1,7 +1,7 @@
 //! The control thread: inspects the ports while lcores forward, and restarts a port whose device misbehaves.
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeSet;
 use std::thread;
@@ -84,7 +84,10 @@ impl<H> Control<'_, H> {
         let mut supervisor = Supervisor { control: self, queues, parked: Vec::new() };
         let mut last_untied = Instant::now();
         while !stop.is_set() {
-            used.iter().for_each(|number| supervisor.inspect(*number));
+            for number in used {
+                supervisor.inspect(*number);
+                supervisor.control.ports[*number].publish();
+            }
             if untie_period.is_some_and(|period| last_untied.elapsed() >= period) {
                 recall.give(Vec::new(), lcores);
                 last_untied = Instant::now();
@@ -155,6 +158,7 @@ impl<H> Supervisor<'_, H> {
         }
         tracing::info!("port {number} is up again");
         (port.is_down, port.unconfirmed) = (false, None);
+        port.status.update(|status| status.is_started = true);
         let mut lanes = Vec::new();
         for ParkedLane { lcore, from, to, hook } in std::mem::take(&mut self.parked) {
             match self.queues.join(from, to, hook) {

@@ -42,7 +42,9 @@ mod launch;
 mod ports;
 mod recall;
 mod route;
+mod status;
 mod supervised;
+mod telemetry;
 pub mod tied;
 
 pub use app::{App, main};
@@ -55,4 +57,5 @@ pub use hook::{Hook, PacketMut, Packets, Uniform};
 pub use ports::{Config, Ports};
 pub use route::{Route, assign_lcores, neighbors, no_ports};
 pub use supervised::PortSummary;
+pub use telemetry::Telemetry;
 pub use {vireo_drivers as drivers, vireo_eal as eal};

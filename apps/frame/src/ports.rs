@@ -22,7 +22,9 @@ use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::launch::{Shared, forward_on_lcores};
 use crate::route::Route;
+use crate::status::SharedStatus;
 use crate::supervised::{PortSummary, SupervisedPort};
+use crate::telemetry::Telemetry;
 
 /// Queues and packet buffers that an application requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -195,6 +197,28 @@ impl Ports {
         self.send_only.as_ref().map(Pool::cache).ok_or_else(none)
     }
 
+    /// Answers telemetry clients until the returned value is dropped, for an application that polls the queues
+    /// itself. [`Ports::forward`] does this. Call it after [`App::confine`].
+    pub fn serve_telemetry(&self, app: &App) -> Telemetry {
+        self.ports.iter().for_each(SupervisedPort::publish);
+        Telemetry::start(app, self)
+    }
+
+    /// Returns the configuration of all ports.
+    pub(crate) fn config(&self) -> PortConfig {
+        self.resources.config
+    }
+
+    /// Returns the state of port `number`, which other threads may read.
+    pub(crate) fn status(&self, number: usize) -> SharedStatus {
+        self.ports[number].status.clone()
+    }
+
+    /// Returns the pools of packet buffers: those that ports receive into, and [`Config::send_only`] ones.
+    pub(crate) fn pools(&self) -> impl Iterator<Item = &Arc<Pool>> {
+        [&self.resources.pool].into_iter().chain(&self.send_only)
+    }
+
     /// Returns the counters of all ports.
     pub fn counts(&self) -> &Counts {
         &self.counts
@@ -221,7 +245,9 @@ impl Ports {
     /// # Errors
     /// `Unavailable` when the port is closed; otherwise when the device refuses.
     pub fn set_promiscuous(&mut self, number: usize, on: bool) -> Result<()> {
-        open_in(&mut self.ports, number)?.port.set_promiscuous(on)
+        open_in(&mut self.ports, number)?.port.set_promiscuous(on)?;
+        self.ports[number].status.update(|status| status.is_promiscuous = on);
+        Ok(())
     }
 
     /// Starts port `number`.
@@ -232,6 +258,7 @@ impl Ports {
     pub fn start(&mut self, number: usize) -> Result<()> {
         let Self { ports, resources, queues, .. } = self;
         queues.put_port(number, resources.start(open_in(ports, number)?)?);
+        ports[number].status.update(|status| status.is_started = true);
         Ok(())
     }
 
@@ -269,6 +296,7 @@ impl Ports {
         announce: &(dyn Fn(usize, PortState) + Sync),
         mut tick: impl FnMut(&Counts),
     ) -> Result<()> {
+        let _telemetry = self.serve_telemetry(app);
         let mut shares: BTreeMap<u32, Vec<AnyLane<H>>> = BTreeMap::new();
         let lanes = self.lanes(hook)?;
         for (route, lane) in self.routes.iter().zip(lanes) {
@@ -351,7 +379,7 @@ impl Ports {
         if let Some(error) = self.ports.iter_mut().find_map(|port| port.unconfirmed.take()) {
             return Err(error);
         }
-        for pool in [&self.resources.pool].into_iter().chain(&self.send_only) {
+        for pool in self.pools() {
             let lost = pool.count() - pool.available();
             if lost > 0 {
                 return Err(Error::new(
@@ -395,7 +423,7 @@ fn is_closed(number: usize) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use vireo_drivers::e1000;
     use vireo_drivers::fakedev::e1000::{FakeE1000, ID_82540EM};
     use vireo_eal::bdf::Bdf;
@@ -404,7 +432,7 @@ mod tests {
     use super::*;
 
     /// Creates three ports with two queue pairs each, and routes given as `(from, to, pair)`.
-    fn ports(routes: &[(usize, usize, usize)]) -> Result<Ports> {
+    pub(crate) fn ports(routes: &[(usize, usize, usize)]) -> Result<Ports> {
         let open = |device| {
             let address = Bdf::new(0, 0, device, 0).unwrap();
             let (function, _) = FakeE1000::new(address, ID_82540EM, MacAddr([2, 0, 0, 0, 0, device]));

@@ -10,6 +10,7 @@ use vireo_eal::Error;
 use vireo_eal::dma::PoolCache;
 
 use crate::control::PortState;
+use crate::status::{PortStatus, SharedStatus};
 
 /// What a port counted until it was stopped.
 #[derive(Clone, Debug, Default)]
@@ -34,6 +35,8 @@ pub(crate) struct SupervisedPort {
     pub(crate) counters: PortCounters,
     /// Counters at the last stop, and number of restarts.
     pub(crate) counted: PortSummary,
+    /// State for other threads, as of the last [`SupervisedPort::publish`].
+    pub(crate) status: SharedStatus,
     /// Whether the link was up at the last inspection; `None` for a virtual port, which has a peer instead of
     /// a link.
     link_up: Option<bool>,
@@ -52,6 +55,7 @@ impl SupervisedPort {
             counters: open.port.counters().clone(),
             open: Some(open),
             counted: PortSummary::default(),
+            status: SharedStatus::default(),
             link_up: None,
             is_down: false,
             last_start: Instant::now(),
@@ -66,10 +70,20 @@ impl SupervisedPort {
         self.last_start = Instant::now();
     }
 
+    /// Tells other threads the state of the port.
+    pub(crate) fn publish(&self) {
+        let link = self.open.as_ref().map(|open| open.port.link());
+        let PortSummary { restarts, link_changes, .. } = self.counted;
+        self.status.update(|status| {
+            *status = PortStatus { is_open: link.is_some(), link, restarts, link_changes, ..*status };
+        });
+    }
+
     /// Stops the port and records its counters. A port that is down has no queues. If its device did not
     /// confirm the stop, the stop is retried.
     pub(crate) fn stop(&mut self, queues: Option<QueuesOf<Port>>, cache: &mut PoolCache) {
-        let Self { open: Some(OpenPort { port, .. }), counters, counted, .. } = self else { return };
+        let Self { open: Some(OpenPort { port, .. }), counters, counted, status, .. } = self else { return };
+        status.update(|status| status.is_started = false);
         self.unconfirmed = match queues {
             None => port.retry_stop(cache),
             Some(queues) => port.stop(queues, cache),

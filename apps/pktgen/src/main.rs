@@ -47,6 +47,7 @@ fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<PortStats>)> {
     }
     ports.wait_for_links(&app.stop, || Ok(()))?;
     app.confine()?;
+    let telemetry = ports.serve_telemetry(app);
     let stream = Stream {
         run: std::process::id(),
         earlier: 0..0,
@@ -69,6 +70,7 @@ fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<PortStats>)> {
         }
         generator::run(&stream, (tx, &mut to_send), (rx, &mut cache), &app.stop)
     })??;
+    drop(telemetry);
     let mut counted = Vec::with_capacity(ports.count());
     for (number, (rx, tx)) in rx_queues.into_iter().zip(tx_queues).enumerate() {
         ports.put_queues(number, Queues::pair(rx, tx));

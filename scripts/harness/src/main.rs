@@ -16,6 +16,7 @@ mod runner;
 mod soak;
 mod stop;
 mod tap;
+mod telemetry;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -128,7 +128,7 @@ fn passes(from: &Device, to: &Device, first: u32, what: &str) {
 }
 
 /// Creates an application with main lcore 0 and worker lcore 1, on all CPUs.
-fn app() -> App {
+pub(crate) fn app() -> App {
     let cpus: Vec<String> = allowed_cpus().unwrap().iter().map(ToString::to_string).collect();
     let list = format!("0@({cpus}),1@({cpus})", cpus = cpus.join(","));
     match parse(["test", "--in-memory", "--lcores", &list].map(Into::into), &Program::default()).unwrap() {

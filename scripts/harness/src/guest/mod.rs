@@ -19,6 +19,7 @@ mod reference;
 mod refuse;
 mod signals;
 pub(crate) mod soak;
+mod telemetry;
 mod traffic;
 
 use std::str::FromStr;
@@ -234,6 +235,7 @@ fn iommu(cases: &mut Cases) {
         });
         isolation::with_iommu(cases, boot, mode);
     }
+    telemetry::cases(cases, boot, "cdev");
     isolation::pins(cases);
     interrupts::iommufd_alone(cases);
     privilege::cases(cases, boot);
@@ -339,6 +341,7 @@ fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     }
     if boot == Boot::Igb {
         recover::cases(cases, boot, "cdev");
+        in_full_if(cases, true, |cases| telemetry::cases(cases, boot, "cdev"));
     }
     // The default kernel does not have noiommu-cdev.
     for case in &mut cases.0 {

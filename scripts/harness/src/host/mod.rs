@@ -11,6 +11,7 @@ mod rings;
 mod setup;
 pub(crate) mod soak;
 pub(crate) mod stacks;
+mod telemetry;
 mod vhost;
 mod wire;
 
@@ -41,6 +42,7 @@ pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: boo
     }
     setup::cases(&mut cases, environment);
     rings::cases(&mut cases);
+    telemetry::cases(&mut cases);
     inject::cases(&mut cases);
     limits::cases(&mut cases);
     cargo::scripts(&mut cases, environment);

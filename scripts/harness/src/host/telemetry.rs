@@ -1,0 +1,188 @@
+//! Telemetry of programs on shared-memory rings: what clients see, DPDK's own among them, and what they cost.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::cargo::need;
+use super::rings::{End, await_sockets};
+use crate::case::{Cases, Context};
+use crate::l2fwd::{L2fwd, Start};
+use crate::pktgen::Pktgen;
+use crate::process::{PATIENCE, Process, await_that, run};
+use crate::telemetry::{Telemetry, socket_of};
+
+pub(super) fn cases(cases: &mut Cases) {
+    cases.add("telemetry: l2fwd and pktgen answer while they run", answered);
+    cases.add("telemetry: bad clients cost no frame", bad_clients);
+    cases.add("telemetry: DPDK's dpdk-telemetry.py", python_client);
+    cases.add("telemetry: DPDK's dpdk-telemetry-exporter.py", exporter);
+    cases.add("telemetry: --no-telemetry and --in-memory create no socket", none);
+}
+
+/// l2fwd on vhost ports, with its runtime directories in the case's.
+fn forwarder(context: &Context, arguments: &str) -> Result<L2fwd> {
+    let devices = End::Vhost.devices(&context.dir, 2, "");
+    let start = Start::new(format!("-l 1 --file-prefix fwd {arguments} {devices} -- -p 3 -q 2 -T 0"));
+    let l2fwd = start.environment("RUNTIME_DIRECTORY", &context.dir).spawn(context)?;
+    await_sockets(&context.dir, 2)?;
+    Ok(l2fwd)
+}
+
+fn generator(context: &Context, arguments: &str) -> Result<Pktgen> {
+    let devices = End::VirtioUser.devices(&context.dir, 2, "");
+    let arguments =
+        format!("-l 0 --file-prefix gen {devices} -- --dst-mac 02:00:00:00:00:99 {arguments} --json");
+    let mut command = Command::new(context.program("pktgen"));
+    command.args(arguments.split_whitespace()).env("RUNTIME_DIRECTORY", &context.dir);
+    Ok(Pktgen(Process::spawn(context, "pktgen", &mut command)?))
+}
+
+fn socket(context: &Context, prefix: &str) -> PathBuf {
+    socket_of(&context.dir, prefix)
+}
+
+fn answered(context: &Context) -> Result<()> {
+    let mut l2fwd = forwarder(context, "")?;
+    let pktgen = generator(context, "--duration 1000")?;
+    l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
+    let of_l2fwd = Telemetry::connect(&socket(context, "fwd"), l2fwd.process.pid())?;
+    let of_pktgen = Telemetry::connect(&socket(context, "gen"), pktgen.0.pid())?;
+    for (client, in_stats, in_xstats) in
+        [(&of_l2fwd, "ipackets", "rx_good_packets"), (&of_pktgen, "opackets", "tx_good_packets")]
+    {
+        ensure!(client.ask("/ethdev/list")? == serde_json::json!([0, 1]), "not two ports");
+        let (mut last, begun) = (0, client.number("/ethdev/stats,0", in_stats)?);
+        await_that("packets", PATIENCE, || {
+            last = client.number("/ethdev/stats,0", in_stats).unwrap_or_default();
+            last > begun + 1000
+        })?;
+        ensure!(client.number("/ethdev/xstats,0", in_xstats)? >= last, "a counter went back");
+    }
+    let params = of_l2fwd.ask("/eal/app_params")?;
+    ensure!(params[0] == "-p", "{params}");
+    pktgen.stop()?;
+    let counted = |port: usize| of_l2fwd.number(&format!("/ethdev/stats,{port}"), "ipackets");
+    let live = [counted(0)?, counted(1)?];
+    let ended = l2fwd.stop_complaining(Signal::SIGINT)?;
+    for (port, live) in live.into_iter().enumerate() {
+        let [_, received, _] = ended.counts(port)?;
+        ensure!(live <= received, "port {port} received {received}, but telemetry said {live}");
+    }
+    ensure!(!context.path("dpdk/fwd").exists(), "l2fwd left its socket");
+    Ok(())
+}
+
+/// Checks that each of a stream's frames comes back while clients flood, disappear, send garbage, and do not
+/// read. The stream has few frames in flight, so that none is lost where clients and lcores share CPUs.
+fn bad_clients(context: &Context) -> Result<()> {
+    let mut l2fwd = forwarder(context, "")?;
+    let pktgen = generator(context, "--count 3000000 --window 96")?;
+    l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
+    let (path, pid) = (socket(context, "fwd"), l2fwd.process.pid());
+    let has_ended = AtomicBool::new(false);
+    let stream = std::thread::scope(|scope| {
+        let bad = scope.spawn(|| {
+            let lazy: Vec<Telemetry> = (0..3).map(|_| Telemetry::silent(&path)).collect::<Result<_>>()?;
+            let mut round = 0_u32;
+            while !has_ended.load(Ordering::Relaxed) || round < 1000 {
+                for client in &lazy {
+                    client.send(b"/ethdev/xstats,0");
+                }
+                let hasty = Telemetry::silent(&path)?;
+                let garbage: Vec<u8> = (0..round % 5000).map(|byte| (byte * round) as u8).collect();
+                hasty.send(&garbage);
+                round += 1;
+            }
+            anyhow::Ok(round)
+        });
+        let stream = pktgen.wait(PATIENCE);
+        has_ended.store(true, Ordering::Relaxed);
+        let rounds = bad.join().map_err(|_| anyhow::anyhow!("the clients panicked"))??;
+        context.note(format!("{rounds} connections"));
+        stream
+    })?;
+    stream.came_back(3_000_000, 3_000_000)?;
+    // Places are free again as soon as the thread has seen that the others are gone.
+    let mut good = None;
+    await_that("a place", PATIENCE, || {
+        good = Telemetry::connect(&path, pid).ok();
+        good.is_some()
+    })?;
+    ensure!(good.context("no client")?.number("/ethdev/stats,0", "ipackets")? == 3_000_000, "wrong count");
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    Ok(())
+}
+
+fn python_client(context: &Context) -> Result<()> {
+    need(&["python3", "dpdk-telemetry.py"])?;
+    let mut l2fwd = forwarder(context, "")?;
+    let pktgen = generator(context, "--duration 1000")?;
+    l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
+    let requests = [
+        "/ethdev/list",
+        "/ethdev/info,0",
+        "/ethdev/link_status,1",
+        "/eal/lcore/info,1",
+        "/help,/ethdev/stats",
+    ];
+    let client = |arguments: &str, requests: &str| {
+        let script = format!("printf '{requests}' | dpdk-telemetry.py {arguments}");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]).env("RUNTIME_DIRECTORY", &context.dir);
+        run(context, "client", &mut command)?.expect(0)
+    };
+    let listed = client("-l", "")?.stdout;
+    ensure!(listed.contains("fwd") && listed.contains("gen"), "listed: {listed}");
+    let said = client("-f fwd", &format!("{}\\n", requests.join("\\n")))?.stdout;
+    let answers: Vec<Value> =
+        said.lines().map(serde_json::from_str).collect::<Result<_, _>>().with_context(|| said.clone())?;
+    ensure!(answers.len() == requests.len(), "{said}");
+    for (request, answer) in requests.iter().zip(&answers) {
+        let (name, _) = request.split_once(',').unwrap_or((request, ""));
+        ensure!(!answer[name].is_null(), "{request}: {answer}");
+    }
+    pktgen.stop()?;
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    Ok(())
+}
+
+/// Checks the series that the exporter serves to Prometheus.
+fn exporter(context: &Context) -> Result<()> {
+    need(&["python3", "dpdk-telemetry-exporter.py"])?;
+    let mut l2fwd = forwarder(context, "")?;
+    let pktgen = generator(context, "--duration 1000")?;
+    l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let mut command = Command::new("dpdk-telemetry-exporter.py");
+    command.args(["-o", &format!("openmetrics://127.0.0.1:{port}"), "-s"]).arg(socket(context, "fwd"));
+    let _exporter = Process::spawn(context, "exporter", &mut command)?;
+    let mut page = String::new();
+    await_that("the exporter's page", PATIENCE, || {
+        page.clear();
+        let Ok(mut http) = TcpStream::connect(("127.0.0.1", port)) else { return false };
+        http.write_all(b"GET / HTTP/1.0\r\n\r\n").is_ok() && http.read_to_string(&mut page).is_ok()
+    })?;
+    for series in ["dpdk_counters_rx_packets{port=\"net_vhost0\"}", "dpdk_memory_total_bytes"] {
+        let line = page.lines().find_map(|line| line.strip_prefix(series)).with_context(|| page.clone())?;
+        ensure!(line.trim().parse::<u64>().is_ok_and(|value| value > 0), "{series}{line}");
+    }
+    pktgen.stop()?;
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    Ok(())
+}
+
+fn none(context: &Context) -> Result<()> {
+    for option in ["--no-telemetry", "--in-memory"] {
+        let l2fwd = forwarder(context, option)?;
+        ensure!(!Path::new(&socket(context, "fwd")).exists(), "{option} has a socket");
+        l2fwd.stop_complaining(Signal::SIGINT)?;
+    }
+    Ok(())
+}
