@@ -102,11 +102,16 @@ fn what(path: &Path) -> String {
 /// # Errors
 /// `Permission` or `Io` if it cannot be created.
 pub(crate) fn dpdk_dir(prefix: &str) -> Result<PathBuf> {
-    let base = place(geteuid(), variable).unwrap_or("/tmp".into()).join("dpdk");
+    let base = dpdk_base();
     let path = base.join(prefix);
     private_dir(&base)?;
     private_dir(&path)?;
     Ok(path)
+}
+
+/// Directory of the directories of DPDK's processes.
+pub(crate) fn dpdk_base() -> PathBuf {
+    place(geteuid(), variable).unwrap_or("/tmp".into()).join("dpdk")
 }
 
 /// Value of an environment variable, unless it is empty.

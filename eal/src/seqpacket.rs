@@ -16,7 +16,7 @@ use nix::unistd::{Uid, geteuid};
 #[derive(Debug)]
 pub(crate) struct Listener(OwnedFd);
 
-/// Connection that a [`Listener`] accepted.
+/// Connection: one that a [`Listener`] accepted, or the other end of it.
 #[derive(Debug)]
 pub(crate) struct Connection(OwnedFd);
 
@@ -90,7 +90,10 @@ impl AsFd for Listener {
 }
 
 impl Connection {
-    #[cfg(test)]
+    /// Connects to the listener at `path`.
+    ///
+    /// # Errors
+    /// `ECONNREFUSED` or `ENOENT` if nothing listens there; `EAGAIN` if the listener's queue is full.
     pub(crate) fn to(path: &Path) -> nix::Result<Self> {
         let fd = unconnected()?;
         connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
