@@ -1,9 +1,11 @@
 //! Packet counts of a run.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use vireo_drivers::counters::{PortCounters, PortStats};
+use vireo_drivers::counters::{Count, PortCounters, PortStats};
+use vireo_eal::clock::Tsc;
+use vireo_eal::sync::atomic::{AtomicU64, Ordering};
 
 /// Packet counts of one port at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,17 +28,41 @@ impl From<&PortStats> for Totals {
     }
 }
 
+/// How an lcore spends its time, in ticks of the TSC.
+#[derive(Debug, Default)]
+pub struct LcoreTicks {
+    /// Ticks of polls that moved packets.
+    pub busy: Count,
+    /// Value of the TSC when the lcore began to poll; 0 before.
+    begun: AtomicU64,
+}
+
+impl LcoreTicks {
+    /// Starts the time of the lcore, unless it runs already.
+    pub(crate) fn begin(&self) {
+        let _ = self.begun.compare_exchange(0, Tsc::now(), Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Returns the ticks since the lcore began to poll.
+    pub fn total(&self) -> u64 {
+        match self.begun.load(Ordering::Relaxed) {
+            0 => 0,
+            begun => Tsc::now().saturating_sub(begun),
+        }
+    }
+}
+
 /// Counters of a run. Clones share the counters, and any thread can read them at any time.
 #[derive(Clone, Debug)]
 pub struct Counts {
     ports: Vec<PortCounters>,
-    /// TSC ticks of polls that moved packets, if measured.
-    pub(crate) busy_ticks: Option<Arc<AtomicU64>>,
+    /// By lcore; empty unless measured.
+    pub(crate) lcores: Arc<BTreeMap<u32, LcoreTicks>>,
 }
 
 impl Counts {
     pub(crate) fn new(ports: Vec<PortCounters>) -> Self {
-        Self { ports, busy_ticks: None }
+        Self { ports, lcores: Arc::default() }
     }
 
     /// Returns the counters of port `number`, even if it is closed.
@@ -55,9 +81,14 @@ impl Counts {
         Totals::from(&self.port(number).read())
     }
 
-    /// Returns the TSC ticks of polls that moved packets, if
+    /// Returns how lcore `id` spends its time, if
     /// [`Ports::measure_busy_ticks`](crate::Ports::measure_busy_ticks) enabled this count.
+    pub fn lcore(&self, id: u32) -> Option<&LcoreTicks> {
+        self.lcores.get(&id)
+    }
+
+    /// Returns the ticks of all lcores' polls that moved packets, if they are measured.
     pub fn busy_ticks(&self) -> Option<u64> {
-        self.busy_ticks.as_ref().map(|ticks| ticks.load(Ordering::Relaxed))
+        (!self.lcores.is_empty()).then(|| self.lcores.values().map(|lcore| lcore.busy.get()).sum())
     }
 }

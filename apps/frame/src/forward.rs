@@ -1,7 +1,6 @@
 //! The packet path: receive, run the hook, send.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
+use vireo_drivers::counters::Count;
 use vireo_drivers::port::{Offloads, RxBurst, TxBurst};
 use vireo_drivers::table::{RxQueue, TxQueue};
 use vireo_drivers::tied::{TieRx, TieTx};
@@ -41,15 +40,20 @@ pub trait Meter {
 
 impl Meter for () {}
 
-/// TSC ticks of polls that moved packets, as testpmd's `--record-core-cycles` counts them.
-#[derive(Debug, Default)]
-pub struct BusyTicks {
+/// Counts the TSC ticks of polls that moved packets, as testpmd's `--record-core-cycles` does.
+#[derive(Debug)]
+struct BusyTicks<'a> {
     since: u64,
-    /// Sum so far.
-    pub ticks: u64,
+    sum: &'a Count,
 }
 
-impl Meter for BusyTicks {
+impl<'a> BusyTicks<'a> {
+    fn new(sum: &'a Count) -> Self {
+        Self { since: 0, sum }
+    }
+}
+
+impl Meter for BusyTicks<'_> {
     #[inline(always)]
     fn begin(&mut self) {
         self.since = Tsc::now();
@@ -58,7 +62,7 @@ impl Meter for BusyTicks {
     #[inline(always)]
     fn end(&mut self, busy: bool) {
         if busy {
-            self.ticks += Tsc::now().wrapping_sub(self.since);
+            self.sum.add(Tsc::now().wrapping_sub(self.since));
         }
     }
 }
@@ -166,8 +170,8 @@ pub type AnyLane<H> = Lane<RxQueue, TxQueue, H>;
 /// How lanes are polled.
 #[derive(Clone, Copy, Debug)]
 pub struct Polling<'a> {
-    /// Sum to which the ticks of polls that moved packets are added, if given.
-    pub busy_ticks: Option<&'a AtomicU64>,
+    /// Sum to which the TSC ticks of polls that moved packets are added, if given.
+    pub busy_ticks: Option<&'a Count>,
     /// Whether lanes are [tied](crate::tied) where possible.
     pub ties: bool,
 }
@@ -183,7 +187,7 @@ impl Default for Polling<'_> {
 fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     caches: &mut impl Caches,
-    busy_ticks: Option<&AtomicU64>,
+    busy_ticks: Option<&Count>,
     stop: &StopFlag,
     tick: impl FnMut(),
 ) {
@@ -195,12 +199,10 @@ fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
             true => forward_general(lanes, bursts, caches, stop, &mut (), tick),
         };
     };
-    let mut busy = BusyTicks::default();
     match K::GENERAL {
-        false => forward(lanes, bursts, caches, stop, &mut busy, tick),
-        true => forward_general(lanes, bursts, caches, stop, &mut busy, tick),
+        false => forward(lanes, bursts, caches, stop, &mut BusyTicks::new(sum), tick),
+        true => forward_general(lanes, bursts, caches, stop, &mut BusyTicks::new(sum), tick),
     }
-    sum.fetch_add(busy.ticks, Ordering::Relaxed);
 }
 
 /// Runs [`TiedLanes::forward`], or [`forward`] if lanes are not to be tied.
@@ -216,12 +218,9 @@ fn measured_tied<R: TieRx, T: TieTx, H: Hook>(
         return lanes;
     }
     let mut lanes = TiedLanes::new(lanes, cache);
-    if let Some(sum) = polling.busy_ticks {
-        let mut busy = BusyTicks::default();
-        lanes.forward(cache, stop, &mut busy, tick);
-        sum.fetch_add(busy.ticks, Ordering::Relaxed);
-    } else {
-        lanes.forward(cache, stop, &mut (), tick);
+    match polling.busy_ticks {
+        Some(sum) => lanes.forward(cache, stop, &mut BusyTicks::new(sum), tick),
+        None => lanes.forward(cache, stop, &mut (), tick),
     }
     lanes.into_lanes(cache)
 }
@@ -375,14 +374,14 @@ mod tests {
         let tx = Sink { room: 27, bursts: Vec::new(), counters: QueueCounters::default() };
         let mut lanes = [Lane { rx, from: 0, tx, to: 0, hook: Mark::default() }];
         let stop = StopFlag::new();
-        let mut busy = BusyTicks::default();
-        forward(&mut lanes, &mut [Burst::new()], &mut cache, &stop, &mut busy, || {
+        let busy = Count::default();
+        forward(&mut lanes, &mut [Burst::new()], &mut cache, &stop, &mut BusyTicks::new(&busy), || {
             rounds -= 1;
             if rounds == 0 {
                 stop.set();
             }
         });
-        assert!(busy.ticks > 0);
+        assert!(busy.get() > 0);
         // The second 20 packets of the first 40 find room for 12. The hook removes 4, 0 and 1 packets. The
         // last 5 packets are sent when the loop ends.
         assert_eq!(lanes[0].tx.bursts, [28, 3, 4]);

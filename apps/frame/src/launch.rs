@@ -9,6 +9,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::app::App;
 use crate::caches::CachesByNode;
 use crate::control::{Control, PortState};
+use crate::counts::Counts;
 use crate::forward::{AnyLane, Polling, forward_any, forward_any_general, forward_by_node};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
@@ -24,7 +25,9 @@ const ROUNDS_PER_TICK: u32 = 64;
 pub(crate) struct Shared<'a> {
     pub(crate) app: &'a App,
     pub(crate) resources: &'a PortResources,
-    pub(crate) polling: Polling<'a>,
+    pub(crate) counts: &'a Counts,
+    /// Whether lanes are tied where possible.
+    pub(crate) ties: bool,
     /// See [`Control::untie_period`].
     pub(crate) untie_period: Option<Duration>,
     /// NUMA node of each queue pair's packet buffers; `None` means any node.
@@ -98,12 +101,14 @@ pub(crate) fn forward_on_lcores<H: Hook>(
 
 /// Forwards `lanes` on lcore `id`, and lanes that the lcore gets later, until the run is to stop.
 fn run_lanes<H: Hook>(
-    Shared { app: App { stop, .. }, resources, polling, nodes, .. }: Shared<'_>,
+    Shared { app: App { stop, .. }, resources, counts, ties, nodes, .. }: Shared<'_>,
     recall: &Recall<H>,
     id: u32,
     mut lanes: Vec<AnyLane<H>>,
     mut tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
+    let ticks = counts.lcore(id).inspect(|ticks| ticks.begin());
+    let polling = Polling { busy_ticks: ticks.map(|ticks| &ticks.busy), ties };
     loop {
         // Caches are dropped after each round, because a restarting port may need the buffers left in them.
         let nodes: Vec<Option<u32>> =

@@ -51,7 +51,7 @@ pub use app::{App, main};
 pub use balance::Balance;
 pub use caches::Caches;
 pub use control::PortState;
-pub use counts::{Counts, Totals};
+pub use counts::{Counts, LcoreTicks, Totals};
 pub use headers::{EthernetHeader, IcmpEcho, Ipv4Header};
 pub use hook::{Hook, PacketMut, Packets, Uniform};
 pub use ports::{Config, Ports};

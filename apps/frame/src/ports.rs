@@ -16,8 +16,8 @@ use vireo_eal::{Error, ErrorKind, Result};
 use crate::app::App;
 use crate::balance::Balance;
 use crate::control::PortState;
-use crate::counts::Counts;
-use crate::forward::{AnyLane, Polling};
+use crate::counts::{Counts, LcoreTicks};
+use crate::forward::AnyLane;
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::launch::{Shared, forward_on_lcores};
@@ -199,8 +199,11 @@ impl Ports {
 
     /// Answers telemetry clients until the returned value is dropped, for an application that polls the queues
     /// itself. [`Ports::forward`] does this. Call it after [`App::confine`].
-    pub fn serve_telemetry(&self, app: &App) -> Telemetry {
-        self.ports.iter().for_each(SupervisedPort::publish);
+    pub fn serve_telemetry(&mut self, app: &App) -> Telemetry {
+        for port in &mut self.ports {
+            port.begin();
+            port.publish();
+        }
         Telemetry::start(app, self)
     }
 
@@ -224,9 +227,10 @@ impl Ports {
         &self.counts
     }
 
-    /// Enables [`Counts::busy_ticks`].
+    /// Enables [`Counts::lcore`] and [`Counts::busy_ticks`].
     pub fn measure_busy_ticks(&mut self) {
-        self.counts.busy_ticks = Some(Default::default());
+        let lcores = self.routes.iter().map(|route| (route.lcore, LcoreTicks::default()));
+        self.counts.lcores = Arc::new(lcores.collect());
     }
 
     /// Sets whether lanes are [tied](crate::tied) where possible, which they are by default.
@@ -306,9 +310,8 @@ impl Ports {
         let of_port = |number| self.queues.numbers(number).map(move |_| node(number));
         let nodes: Vec<Option<u32>> = (0..self.count()).flat_map(of_port).collect();
         let Self { ports, used, queues, resources, counts, ties, untie_period, .. } = self;
-        used.iter().for_each(|number| ports[*number].begin());
-        let polling = Polling { busy_ticks: counts.busy_ticks.as_deref(), ties: *ties };
-        let shared = Shared { app, resources, polling, untie_period: *untie_period, nodes: &nodes };
+        let (ties, untie_period) = (*ties, *untie_period);
+        let shared = Shared { app, resources, counts, ties, untie_period, nodes: &nodes };
         let idle = std::mem::replace(queues, resources.idle_queues());
         *queues = forward_on_lcores(shared, (ports, used, idle), shares, announce, || tick(counts))?;
         Ok(())

@@ -13,7 +13,7 @@ pub(crate) struct PortStatus {
     pub(crate) is_started: bool,
     /// Whether it receives every frame.
     pub(crate) is_promiscuous: bool,
-    /// Its link, unless it is closed.
+    /// Its link, unless it is closed or restarts.
     pub(crate) link: Option<Link>,
     /// Number of its restarts.
     pub(crate) restarts: u64,

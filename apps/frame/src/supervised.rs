@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use vireo_drivers::counters::{PortCounters, PortStats};
-use vireo_drivers::port::{Nic, QueuesOf};
+use vireo_drivers::port::{Link, Nic, QueuesOf};
 use vireo_drivers::ports::OpenPort;
 use vireo_drivers::table::Port;
 use vireo_eal::Error;
@@ -37,9 +37,8 @@ pub(crate) struct SupervisedPort {
     pub(crate) counted: PortSummary,
     /// State for other threads, as of the last [`SupervisedPort::publish`].
     pub(crate) status: SharedStatus,
-    /// Whether the link was up at the last inspection; `None` for a virtual port, which has a peer instead of
-    /// a link.
-    link_up: Option<bool>,
+    /// Link at the last inspection; `None` before the first.
+    link: Option<Link>,
     /// Whether the port is stopped and waits for its next start.
     pub(crate) is_down: bool,
     /// Time of the last start or attempted start.
@@ -56,7 +55,7 @@ impl SupervisedPort {
             open: Some(open),
             counted: PortSummary::default(),
             status: SharedStatus::default(),
-            link_up: None,
+            link: None,
             is_down: false,
             last_start: Instant::now(),
             unconfirmed: None,
@@ -65,17 +64,16 @@ impl SupervisedPort {
 
     /// Records the current link state, for later states to be compared with.
     pub(crate) fn begin(&mut self) {
-        let nic = self.open.as_ref().filter(|open| open.report.is_some());
-        self.link_up = nic.map(|open| open.port.link().up);
+        self.link = self.open.as_ref().map(|open| open.port.link());
         self.last_start = Instant::now();
     }
 
     /// Tells other threads the state of the port.
     pub(crate) fn publish(&self) {
-        let link = self.open.as_ref().map(|open| open.port.link());
+        let (is_open, link) = (self.open.is_some(), self.link.filter(|_| !self.is_down));
         let PortSummary { restarts, link_changes, .. } = self.counted;
         self.status.update(|status| {
-            *status = PortStatus { is_open: link.is_some(), link, restarts, link_changes, ..*status };
+            *status = PortStatus { is_open, link, restarts, link_changes, ..*status };
         });
     }
 
@@ -93,11 +91,12 @@ impl SupervisedPort {
         counted.is_confirmed = self.unconfirmed.is_none();
     }
 
-    /// Records a change of the link state and returns it.
+    /// Records the link state, and returns its change. A virtual port has a peer instead of a link.
     pub(crate) fn link_change(&mut self, number: usize) -> Option<PortState> {
-        let (open, link_up) = (self.open.as_ref()?, self.link_up.as_mut()?);
-        let up = open.port.link().up;
-        if std::mem::replace(link_up, up) == up {
+        let open = self.open.as_ref()?;
+        let link = open.port.link();
+        let (up, was_up) = (link.up, self.link.replace(link)?.up);
+        if was_up == up || open.report.is_none() {
             return None;
         }
         self.counted.link_changes += 1;

@@ -12,6 +12,7 @@ use vireo_eal::dma::{BUFFER_SIZE, DATA_ROOM, Pool, PoolCache};
 use vireo_eal::mem::{Region, node_of_cpu};
 
 use crate::app::App;
+use crate::counts::Counts;
 use crate::ports::Ports;
 use crate::status::{PortStatus, SharedStatus};
 
@@ -33,8 +34,13 @@ const fn endpoint(
 
 pub(super) const ENDPOINTS: &[Endpoint] = &[
     endpoint("/eal/app_params", app_params, "arguments of the application"),
-    endpoint("/eal/lcore/info", lcore_info, "an lcore: its CPUs and NUMA node. Parameter: lcore"),
+    endpoint("/eal/lcore/info", lcore_info, "an lcore: its CPUs, NUMA node and use. Parameter: lcore"),
     endpoint("/eal/lcore/list", lcores, "ids of the lcores"),
+    endpoint(
+        "/eal/lcore/usage",
+        lcore_usage,
+        "TSC ticks of all lcores: in all, and in polls that moved packets",
+    ),
     endpoint(
         "/eal/memzone_info",
         memzone_info,
@@ -68,6 +74,7 @@ pub(super) struct Facts {
     arguments: Vec<String>,
     /// Lcores and their CPUs.
     lcores: Vec<(u32, Vec<usize>)>,
+    counts: Counts,
     /// By port number.
     ports: Vec<PortFacts>,
     /// Pools of packet buffers, by name.
@@ -110,6 +117,7 @@ impl Facts {
         Self {
             arguments: std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect(),
             lcores: lcores.ids().into_iter().map(|id| (id, lcores.cpus(id).to_vec())).collect(),
+            counts: ports.counts().clone(),
             ports: (0..ports.count()).map(|number| PortFacts::new(ports, number, config)).collect(),
             pools: POOLS.into_iter().zip(ports.pools().cloned()).collect(),
             zones: memory
@@ -178,7 +186,29 @@ fn lcore_info(facts: &Facts, parameters: &str) -> Option<Value> {
     let wanted: u32 = parameters.parse().ok()?;
     let (id, cpus) = facts.lcores.iter().find(|(id, _)| *id == wanted)?;
     let node = cpus.first().and_then(|cpu| node_of_cpu(Path::new("/sys"), *cpu));
-    Some(json!({ "lcore_id": id, "socket": node.unwrap_or(0), "role": "RTE", "cpuset": cpus }))
+    let mut info = json!({ "lcore_id": id, "socket": node.unwrap_or(0), "role": "RTE", "cpuset": cpus });
+    if let Some(ticks) = facts.counts.lcore(*id) {
+        let (total, busy) = (ticks.total(), ticks.busy.get());
+        info["total_cycles"] = total.into();
+        info["busy_cycles"] = busy.into();
+        info["usage_ratio"] = ratio(busy, total).into();
+    }
+    Some(info)
+}
+
+fn lcore_usage(facts: &Facts, _: &str) -> Option<Value> {
+    let used = facts.lcores.iter().filter_map(|(id, _)| Some((id, facts.counts.lcore(*id)?)));
+    let used: Vec<_> = used.map(|(id, ticks)| (id, ticks.total(), ticks.busy.get())).collect();
+    Some(json!({
+        "lcore_ids": used.iter().map(|(id, ..)| id).collect::<Vec<_>>(),
+        "total_cycles": used.iter().map(|(_, total, _)| total).collect::<Vec<_>>(),
+        "busy_cycles": used.iter().map(|(.., busy)| busy).collect::<Vec<_>>(),
+        "usage_ratio": used.iter().map(|(_, total, busy)| ratio(*busy, *total)).collect::<Vec<_>>(),
+    }))
+}
+
+fn ratio(busy: u64, total: u64) -> String {
+    format!("{:.2}%", 100.0 * busy as f64 / total.max(1) as f64)
 }
 
 fn memzones(facts: &Facts, _: &str) -> Option<Value> {
@@ -236,7 +266,7 @@ const RTE_ETH_DEV_ATTACHED: u8 = 1;
 
 fn link_status(facts: &Facts, parameters: &str) -> Option<Value> {
     let (_, port, _) = facts.port(parameters)?;
-    let Link { up: true, speed, full_duplex, .. } = port.status.get().link? else {
+    let Some(Link { up: true, speed, full_duplex, .. }) = port.status.get().link else {
         return Some(json!({ "status": "DOWN" }));
     };
     let duplex = if full_duplex { "full-duplex" } else { "half-duplex" };
