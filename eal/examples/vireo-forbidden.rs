@@ -3,9 +3,12 @@
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
+use std::sync::Barrier;
 
 use vireo_eal::args::{self, Outcome, Program};
 use vireo_eal::{Eal, Result};
+
+const THREADS: usize = 20;
 
 fn run() -> Result<()> {
     let Outcome::Run(parsed) = args::parse(std::env::args_os(), &Program::default())? else { return Ok(()) };
@@ -16,6 +19,20 @@ fn run() -> Result<()> {
         Some("open") => std::fs::File::open("/etc/passwd").map(drop),
         Some("thread") => {
             let _ = std::thread::spawn(|| ()).join();
+            Ok(())
+        }
+        // More threads than the C library gives heaps of their own, with memory that it would return to the kernel.
+        Some("heap") => {
+            let all = Barrier::new(THREADS);
+            std::thread::scope(|scope| {
+                for _ in 0..THREADS {
+                    scope.spawn(|| {
+                        let blocks: Vec<Vec<u8>> = (0..100).map(|_| vec![1; 64 << 10]).collect();
+                        all.wait();
+                        drop(std::hint::black_box(blocks));
+                    });
+                }
+            });
             Ok(())
         }
         Some("unlink") => std::fs::remove_file("/tmp/vireo-forbidden"),

@@ -62,6 +62,7 @@ impl Sandbox {
             );
         }
         trap_denied()?;
+        set_up_malloc();
         // The order matters: the second filter denies installing another one.
         for program in [without_clone3(), allow_list(self.sockets)] {
             let program = program.map_err(|error| failed(&error))?;
@@ -84,6 +85,23 @@ impl Sandbox {
 fn failed(error: &dyn std::error::Error) -> Error {
     Error::new(ErrorKind::Os, "cannot enter the sandbox", error.to_string())
         .with_hint("start with --no-sandbox")
+}
+
+/// Keeps glibc's malloc from opening files, which the sandbox denies: `/proc/sys/vm/overcommit_memory` before it
+/// returns a thread's memory to the kernel (`check_may_shrink_heap`), and `/sys/devices/system/cpu/online` when
+/// more than eight threads have heaps of their own (`arena_get2`).
+fn set_up_malloc() {
+    #[cfg(target_env = "gnu")]
+    {
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+        let arenas = (8 * cpus).try_into().unwrap_or(libc::c_int::MAX);
+        // SAFETY: mallopt may be called at any time, and takes its arguments by value. As a size, -1 is the
+        // largest. The number of heaps is the one that glibc would choose.
+        unsafe {
+            libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
+            libc::mallopt(libc::M_ARENA_MAX, arenas);
+        }
+    }
 }
 
 /// Filter that fails `clone3` with ENOSYS. glibc tries `clone3` first, whose flags are in memory, where no

@@ -192,6 +192,7 @@ fn sandbox(cases: &mut Cases, mode: &'static str) {
             forbidden(context, "--no-sandbox", word, 0).map(drop)
         });
     }
+    cases.add("the sandbox lets threads free memory", |context| forbidden(context, "", "heap", 0).map(drop));
     // Landlock denies with an errno: the program goes on, and the file stays.
     cases.add("the sandbox keeps files", |context| {
         let file = removed("/tmp/vireo-forbidden");
