@@ -1,6 +1,8 @@
 //! Lcores: pinned threads, one of which is the main thread, and the flag that stops them.
 
 use std::any::Any;
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::sync_channel;
@@ -16,6 +18,7 @@ use signal_hook::low_level;
 use crate::affinity;
 use crate::args::{EalArgs, LcoreSpec, ranges};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mem::node_of_cpu;
 use crate::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 #[cfg(test)]
@@ -27,6 +30,8 @@ mod models;
 pub struct Lcores {
     main: LcoreSpec,
     workers: Vec<Worker>,
+    /// NUMA node of each lcore's first CPU, by id. Read early, because the sandbox closes sysfs.
+    nodes: BTreeMap<u32, u32>,
 }
 
 #[derive(Debug)]
@@ -74,7 +79,9 @@ impl Lcores {
         let main = main.pop().ok_or_else(|| {
             Error::new(ErrorKind::Usage, format!("main lcore {}", args.main_lcore), "not one of the lcores")
         })?;
+        let node = |spec: &LcoreSpec| Some((spec.id, node_of_cpu(Path::new("/sys"), *spec.cpus.first()?)?));
         Ok(Self {
+            nodes: args.lcores.iter().filter_map(node).collect(),
             main,
             workers: workers.into_iter().map(|spec| Worker { spec, busy: Busy::default() }).collect(),
         })
@@ -101,6 +108,11 @@ impl Lcores {
     pub fn cpus(&self, id: u32) -> &[usize] {
         let worker = self.workers.iter().map(|worker| &worker.spec);
         worker.chain([&self.main]).find(|spec| spec.id == id).map_or(&[], |spec| &spec.cpus)
+    }
+
+    /// NUMA node of the first CPU of lcore `id`; `None` on a machine without nodes.
+    pub fn node(&self, id: u32) -> Option<u32> {
+        self.nodes.get(&id).copied()
     }
 
     /// CPUs that any lcore is pinned to.
@@ -485,7 +497,7 @@ mod tests {
         let spec = |id, cpus| LcoreSpec { id, cpus };
         for cpus in [vec![1023], vec![1022, 1023], vec![1024], vec![4095]] {
             let workers = vec![Worker { spec: spec(1, cpus), busy: Busy::default() }];
-            let lcores = Lcores { main: spec(0, vec![0]), workers };
+            let lcores = Lcores { main: spec(0, vec![0]), workers, nodes: BTreeMap::new() };
             let error = lcores.launch(1, |_| ()).unwrap_err();
             assert_eq!(error.errno(), Some(Errno::EINVAL), "{error}");
         }

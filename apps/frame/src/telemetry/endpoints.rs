@@ -1,7 +1,6 @@
 //! Telemetry endpoints and their answers, with DPDK's names (DPDK's `rte_ethdev_telemetry.c`, `eal_common_*.c`,
 //! `rte_mempool.c`) where DPDK has the same thing.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
@@ -9,7 +8,7 @@ use vireo_bus_pci::Report;
 use vireo_drivers::counters::{PortCounters, PortStats, QueueStats};
 use vireo_drivers::port::{Link, Nic, Offloads, PortConfig};
 use vireo_eal::dma::{BUFFER_SIZE, DATA_ROOM, Pool, PoolCache};
-use vireo_eal::mem::{Region, node_of_cpu};
+use vireo_eal::mem::Region;
 
 use crate::app::App;
 use crate::counts::Counts;
@@ -72,14 +71,20 @@ const POOLS: [&str; 2] = ["packets", "send-only"];
 pub(super) struct Facts {
     /// Arguments of the process.
     arguments: Vec<String>,
-    /// Lcores and their CPUs.
-    lcores: Vec<(u32, Vec<usize>)>,
+    lcores: Vec<LcoreFacts>,
     counts: Counts,
     /// By port number.
     ports: Vec<PortFacts>,
     /// Pools of packet buffers, by name.
     pools: Vec<(&'static str, Arc<Pool>)>,
     zones: Vec<Zone>,
+}
+
+#[derive(Debug)]
+struct LcoreFacts {
+    id: u32,
+    cpus: Vec<usize>,
+    node: Option<u32>,
 }
 
 /// Memory that devices reach.
@@ -114,9 +119,10 @@ impl Facts {
             page_size: region.page_size(),
             node: region.node(),
         };
+        let lcore = |id| LcoreFacts { id, cpus: lcores.cpus(id).to_vec(), node: lcores.node(id) };
         Self {
             arguments: std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect(),
-            lcores: lcores.ids().into_iter().map(|id| (id, lcores.cpus(id).to_vec())).collect(),
+            lcores: lcores.ids().into_iter().map(lcore).collect(),
             counts: ports.counts().clone(),
             ports: (0..ports.count()).map(|number| PortFacts::new(ports, number, config)).collect(),
             pools: POOLS.into_iter().zip(ports.pools().cloned()).collect(),
@@ -179,13 +185,12 @@ fn eal_params(facts: &Facts, _: &str) -> Option<Value> {
 }
 
 fn lcores(facts: &Facts, _: &str) -> Option<Value> {
-    Some(json!(facts.lcores.iter().map(|(id, _)| id).collect::<Vec<_>>()))
+    Some(json!(facts.lcores.iter().map(|lcore| lcore.id).collect::<Vec<_>>()))
 }
 
 fn lcore_info(facts: &Facts, parameters: &str) -> Option<Value> {
     let wanted: u32 = parameters.parse().ok()?;
-    let (id, cpus) = facts.lcores.iter().find(|(id, _)| *id == wanted)?;
-    let node = cpus.first().and_then(|cpu| node_of_cpu(Path::new("/sys"), *cpu));
+    let LcoreFacts { id, cpus, node } = facts.lcores.iter().find(|lcore| lcore.id == wanted)?;
     let mut info = json!({ "lcore_id": id, "socket": node.unwrap_or(0), "role": "RTE", "cpuset": cpus });
     if let Some(ticks) = facts.counts.lcore(*id) {
         let (total, busy) = (ticks.total(), ticks.busy.get());
@@ -197,7 +202,7 @@ fn lcore_info(facts: &Facts, parameters: &str) -> Option<Value> {
 }
 
 fn lcore_usage(facts: &Facts, _: &str) -> Option<Value> {
-    let used = facts.lcores.iter().filter_map(|(id, _)| Some((id, facts.counts.lcore(*id)?)));
+    let used = facts.lcores.iter().filter_map(|lcore| Some((lcore.id, facts.counts.lcore(lcore.id)?)));
     let used: Vec<_> = used.map(|(id, ticks)| (id, ticks.total(), ticks.busy.get())).collect();
     Some(json!({
         "lcore_ids": used.iter().map(|(id, ..)| id).collect::<Vec<_>>(),
