@@ -163,21 +163,21 @@ fn as_client(context: &Context) -> Result<()> {
 }
 
 /// A running testpmd, which ends when a key is pressed or its input ends.
-struct Testpmd {
-    process: Process,
+pub(super) struct Testpmd {
+    pub(super) process: Process,
     keys: PathBuf,
 }
 
 impl Testpmd {
-    fn spawn(context: &Context, arguments: &str) -> Result<Self> {
+    /// Starts testpmd, with its runtime directory in the case's, because it leaves that behind.
+    pub(super) fn spawn(context: &Context, arguments: &str) -> Result<Self> {
         let keys = context.path("keys");
         mkfifo(&keys, Mode::S_IRWXU)?;
         // testpmd itself holds both ends of the pipe, so that its input does not end.
-        let line = format!(
-            "exec stdbuf -oL dpdk-testpmd --no-telemetry --log-level=error {arguments} <>{}",
-            keys.display()
-        );
-        let process = Process::spawn(context, "testpmd", Command::new("sh").args(["-c", &line]))?;
+        let line = format!("exec stdbuf -oL dpdk-testpmd --log-level=error {arguments} <>{}", keys.display());
+        let mut command = Command::new("sh");
+        command.args(["-c", &line]).env("RUNTIME_DIRECTORY", &context.dir);
+        let process = Process::spawn(context, "testpmd", &mut command)?;
         Ok(Self { process, keys })
     }
 
@@ -186,7 +186,7 @@ impl Testpmd {
     }
 }
 
-fn need_testpmd() -> Result<()> {
+pub(super) fn need_testpmd() -> Result<()> {
     need(&["dpdk-testpmd", "stdbuf"])
 }
 

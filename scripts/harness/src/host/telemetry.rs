@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::cargo::need;
-use super::rings::{End, await_sockets};
+use super::rings::{End, Testpmd, await_sockets, need_testpmd};
 use crate::case::{Cases, Context};
 use crate::l2fwd::{L2fwd, Start};
 use crate::pktgen::Pktgen;
@@ -23,6 +23,8 @@ pub(super) fn cases(cases: &mut Cases) {
     cases.add("telemetry: bad clients cost no frame", bad_clients);
     cases.add("telemetry: DPDK's dpdk-telemetry.py", python_client);
     cases.add("telemetry: DPDK's dpdk-telemetry-exporter.py", exporter);
+    cases.add("telemetry: vireo-top shows l2fwd and pktgen", top);
+    cases.add("telemetry: vireo-top shows DPDK's testpmd", top_of_testpmd);
     cases.add("telemetry: --no-telemetry and --in-memory create no socket", none);
 }
 
@@ -80,10 +82,11 @@ fn answered(context: &Context) -> Result<()> {
 }
 
 /// Checks that each of a stream's frames comes back while clients flood, disappear, send garbage, and do not
-/// read. The stream has few frames in flight, so that none is lost where clients and lcores share CPUs.
+/// read. Only the start of a stream may lose frames, before l2fwd has both peers.
 fn bad_clients(context: &Context) -> Result<()> {
     let mut l2fwd = forwarder(context, "")?;
-    let pktgen = generator(context, "--count 3000000 --window 96")?;
+    let pktgen =
+        generator(context, &format!("--count 3000000 --window 96 --await-path {}", PATIENCE.as_secs() / 2))?;
     l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
     let (path, pid) = (socket(context, "fwd"), l2fwd.process.pid());
     let has_ended = AtomicBool::new(false);
@@ -115,8 +118,9 @@ fn bad_clients(context: &Context) -> Result<()> {
         good = Telemetry::connect(&path, pid).ok();
         good.is_some()
     })?;
-    ensure!(good.context("no client")?.number("/ethdev/stats,0", "ipackets")? == 3_000_000, "wrong count");
-    l2fwd.stop_complaining(Signal::SIGINT)?;
+    let live = good.context("no client")?.number("/ethdev/stats,0", "ipackets")?;
+    let [_, received, _] = l2fwd.stop_complaining(Signal::SIGINT)?.counts(0)?;
+    ensure!(live == received && live >= 3_000_000, "received {received}, but telemetry said {live}");
     Ok(())
 }
 
@@ -175,6 +179,69 @@ fn exporter(context: &Context) -> Result<()> {
     }
     pktgen.stop()?;
     l2fwd.stop_complaining(Signal::SIGINT)?;
+    Ok(())
+}
+
+/// What vireo-top shows of the processes whose runtime directories are in the case's.
+fn shown(context: &Context) -> Result<Vec<Value>> {
+    let mut command = Command::new(context.program("top"));
+    command.args(["--once", "--json", "--interval", "0.5"]).env("RUNTIME_DIRECTORY", &context.dir);
+    let mut view: Value = serde_json::from_str(&run(context, "top", &mut command)?.expect(0)?.stdout)?;
+    match view["processes"].take() {
+        Value::Array(processes) => Ok(processes),
+        other => bail!("no processes: {other}"),
+    }
+}
+
+fn top(context: &Context) -> Result<()> {
+    let mut l2fwd = forwarder(context, "")?;
+    let pktgen = generator(context, "--duration 1000")?;
+    l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
+    // Both answer.
+    for (prefix, pid) in [("fwd", l2fwd.process.pid()), ("gen", pktgen.0.pid())] {
+        Telemetry::connect(&socket(context, prefix), pid)?;
+    }
+    let processes = shown(context)?;
+    let [forwarding, generating] = &processes[..] else { bail!("{processes:?}") };
+    ensure!(
+        forwarding["program"] == "vireo-l2fwd" && forwarding["pid"] == l2fwd.process.pid(),
+        "{forwarding}"
+    );
+    ensure!(generating["program"] == "vireo-pktgen" && generating["pid"] == pktgen.0.pid(), "{generating}");
+    for rate in [
+        &forwarding["ports"][0]["rx_pps"],
+        &forwarding["ports"][1]["tx_pps"],
+        &generating["ports"][0]["tx_pps"],
+    ] {
+        ensure!(rate.as_f64().is_some_and(|rate| rate > 0.0), "{processes:?}");
+    }
+    pktgen.stop()?;
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    let ended = run(
+        context,
+        "top",
+        Command::new(context.program("top")).arg("--once").env("RUNTIME_DIRECTORY", &context.dir),
+    )?
+    .expect(69)?;
+    ensure!(
+        ended.stderr.lines().count() == 1 && ended.stderr.contains("nothing to show"),
+        "{}",
+        ended.stderr
+    );
+    Ok(())
+}
+
+fn top_of_testpmd(context: &Context) -> Result<()> {
+    need_testpmd()?;
+    let arguments = "--no-huge -m 256 --no-pci -l 0,1 --vdev net_null0 --vdev net_null1 -- --auto-start \
+                     --no-lsc-interrupt --total-num-mbufs=16384";
+    let Testpmd { process: testpmd, .. } = Testpmd::spawn(context, arguments)?;
+    while !testpmd.line(PATIENCE)?.context("testpmd ended")?.contains("io packet forwarding") {}
+    let processes = shown(context)?;
+    let [process] = &processes[..] else { bail!("{processes:?}") };
+    let is_dpdk = process["version"].as_str().is_some_and(|version| version.starts_with("DPDK"));
+    ensure!(is_dpdk && process["ports"][1]["name"] == "net_null1", "{process}");
+    ensure!(process["ports"][1]["rx_pps"].as_f64().is_some_and(|rate| rate > 0.0), "{process}");
     Ok(())
 }
 
