@@ -96,7 +96,7 @@ fn set_up_malloc() {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
         let arenas = (8 * cpus).try_into().unwrap_or(libc::c_int::MAX);
         // SAFETY: mallopt may be called at any time, and takes its arguments by value. As a size, -1 is the
-        // largest. The number of heaps is the one that glibc would choose.
+        // largest. glibc has the same limit: eight heaps per CPU.
         unsafe {
             libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
             libc::mallopt(libc::M_ARENA_MAX, arenas);

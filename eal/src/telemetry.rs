@@ -35,6 +35,9 @@ const NAME: &str = "dpdk_telemetry.v2";
 /// Maximum number of processes with the same `--file-prefix` that have a socket.
 const INSTANCES: usize = 10;
 
+/// Hint of all failures: the socket is not worth more.
+const WITHOUT: &str = "start with --no-telemetry";
+
 /// Socket at which a program answers requests about itself. Dropping it removes the socket.
 #[derive(Debug)]
 pub struct TelemetrySocket {
@@ -53,7 +56,11 @@ impl TelemetrySocket {
         if args.no_telemetry || args.memory.in_memory {
             return Ok(None);
         }
-        Self::create_in(&runtime::dpdk_dir(&args.file_prefix)?).map(Some)
+        let directory = runtime::dpdk_dir(&args.file_prefix);
+        directory
+            .and_then(|directory| Self::create_in(&directory))
+            .map_err(|error| error.with_hint(WITHOUT))
+            .map(Some)
     }
 
     fn create_in(directory: &Path) -> Result<Self> {
@@ -65,8 +72,10 @@ impl TelemetrySocket {
                 Ok(listener) => return Ok(Self { listener, path }),
                 Err(Errno::EADDRINUSE) if instance + 1 < INSTANCES => instance += 1,
                 Err(errno) => {
-                    let what = format!("cannot create the telemetry socket {}", path.display());
-                    return Err(Error::os(what, errno).with_hint("start with --no-telemetry"));
+                    return Err(Error::os(
+                        format!("cannot create the telemetry socket {}", path.display()),
+                        errno,
+                    ));
                 }
             }
         }

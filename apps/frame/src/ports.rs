@@ -200,11 +200,16 @@ impl Ports {
     /// Answers telemetry clients until the returned value is dropped, for an application that polls the queues
     /// itself. [`Ports::forward`] does this. Call it after [`App::confine`].
     pub fn serve_telemetry(&mut self, app: &App) -> Telemetry {
+        self.begin();
+        Telemetry::start(app, self)
+    }
+
+    /// Records the links, for later ones to be compared with, and tells other threads the state of the ports.
+    fn begin(&mut self) {
         for port in &mut self.ports {
             port.begin();
             port.publish();
         }
-        Telemetry::start(app, self)
     }
 
     /// Returns the configuration of all ports.
@@ -300,7 +305,8 @@ impl Ports {
         announce: &(dyn Fn(usize, PortState) + Sync),
         mut tick: impl FnMut(&Counts),
     ) -> Result<()> {
-        let _telemetry = self.serve_telemetry(app);
+        self.begin();
+        let _telemetry = Telemetry::start(app, self);
         let mut shares: BTreeMap<u32, Vec<AnyLane<H>>> = BTreeMap::new();
         let lanes = self.lanes(hook)?;
         for (route, lane) in self.routes.iter().zip(lanes) {

@@ -28,7 +28,7 @@ impl Telemetry {
         let lcores = app.eal.lcores.all_cpus();
         let thread = Builder::new().name("vireo-telemetry".into()).spawn(move || {
             lcore::keep_off(&lcores);
-            of_thread.serve(&greeting(), |request| answer(&facts, request));
+            of_thread.serve(&info().to_string(), |request| answer(&facts, request));
         });
         match thread {
             Ok(thread) => Self(Some((Arc::clone(socket), thread))),
@@ -54,10 +54,6 @@ impl Drop for Telemetry {
 fn info() -> Value {
     let version = concat!("Vireo ", env!("CARGO_PKG_VERSION"));
     json!({ "version": version, "pid": std::process::id(), "max_output_len": MAX_ANSWER })
-}
-
-fn greeting() -> String {
-    info().to_string()
 }
 
 /// Answers a request, which is an endpoint and, after a comma, its parameters. The answer is an object with

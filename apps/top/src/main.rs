@@ -18,7 +18,7 @@ use vireo_eal::args::parse_plain;
 use vireo_eal::{Error, ErrorKind, Result, program};
 
 use crate::view::View;
-use crate::watch::{Choice, Watch};
+use crate::watch::{Choice, Samples, Watch};
 
 /// Shows the rates, links, lost packets and lcores of running programs of Vireo and DPDK, from their telemetry
 /// sockets.
@@ -86,15 +86,19 @@ fn run() -> Result<ExitCode> {
     }
     let failed = |error: std::io::Error| Error::io("cannot use the terminal", &error);
     let mut terminal = ratatui::try_init().map_err(failed)?;
-    let shown = on_terminal(&mut terminal, &mut watch, cli.interval);
+    let shown = on_terminal(&mut terminal, (&mut watch, first), cli.interval);
     ratatui::restore();
     shown.map_err(failed)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Shows the processes until a key ends it.
-fn on_terminal(terminal: &mut DefaultTerminal, watch: &mut Watch, interval: Duration) -> std::io::Result<()> {
-    let (mut before, mut view) = (watch.look().unwrap_or_default(), View::default());
+/// Shows the processes, whose first samples are given, until a key ends it.
+fn on_terminal(
+    terminal: &mut DefaultTerminal,
+    (watch, mut before): (&mut Watch, Samples),
+    interval: Duration,
+) -> std::io::Result<()> {
+    let mut view = View::default();
     let mut status = "q quits".to_owned();
     let mut due = Instant::now() + interval;
     loop {

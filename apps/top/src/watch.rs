@@ -1,6 +1,7 @@
 //! The processes that are watched, and connections to them.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -8,6 +9,9 @@ use vireo_eal::telemetry::{TelemetryClient, sockets};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::sample::Sample;
+
+/// Samples of processes, by socket.
+pub(crate) type Samples = BTreeMap<PathBuf, Sample>;
 
 /// Which processes are watched.
 #[derive(Clone, Debug, Default)]
@@ -34,9 +38,11 @@ impl Watch {
     ///
     /// # Errors
     /// Why the first process does not answer, if none of them does; `Unavailable` if there is none.
-    pub(crate) fn look(&mut self) -> Result<BTreeMap<PathBuf, Sample>> {
+    pub(crate) fn look(&mut self) -> Result<Samples> {
         let (mut samples, mut failure) = (BTreeMap::new(), None);
-        for socket in self.sockets()? {
+        let sockets = self.sockets()?;
+        self.clients.retain(|socket, _| sockets.contains(socket));
+        for socket in sockets {
             match self.sample(&socket) {
                 Ok(sample) => drop(samples.insert(socket, sample)),
                 Err(error) => {
@@ -74,12 +80,14 @@ impl Watch {
     }
 
     fn sample(&mut self, socket: &Path) -> Result<Sample> {
-        if !self.clients.contains_key(socket) {
-            let client = TelemetryClient::connect(socket)?;
-            let greeting = serde_json::from_str(client.greeting()).unwrap_or_default();
-            self.clients.insert(socket.to_owned(), (client, greeting));
-        }
-        let Some((client, greeting)) = self.clients.get(socket) else { return Err(self.nothing()) };
+        let (client, greeting) = match self.clients.entry(socket.to_owned()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => {
+                let client = TelemetryClient::connect(socket)?;
+                let greeting = serde_json::from_str(client.greeting()).unwrap_or_default();
+                new.insert((client, greeting))
+            }
+        };
         Sample::take(greeting, |request| {
             let answer: Value = serde_json::from_str(&client.ask(request)?).map_err(|error| {
                 let what = format!("cannot read the answer of {} to {request}", socket.display());

@@ -1,4 +1,4 @@
-//! Client of a telemetry socket.
+//! Client of a telemetry socket. It is not the EAL's, so that no mistake is made at both ends, and it can misbehave.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
