@@ -401,7 +401,7 @@ mod tests {
     use std::process::Command;
 
     use nix::errno::Errno;
-    use nix::sys::signal::{Signal, raise};
+    use nix::sys::signal::{SigHandler, Signal, raise, signal};
 
     use super::*;
     use crate::args::{Outcome, Program, allowed_cpus, parse};
@@ -508,6 +508,9 @@ mod tests {
     #[test]
     #[ignore = "run by a_second_signal_ends_the_process"]
     fn child_that_signals_itself() {
+        // A run of the tests under nohup(1) ignores it, and programs inherit that.
+        // SAFETY: no handler is replaced.
+        unsafe { signal(Signal::SIGHUP, SigHandler::SigDfl) }.unwrap();
         let flag = StopFlag::on_signals().unwrap();
         assert!(!flag.is_set());
         flag.set();
