@@ -32,6 +32,7 @@ pub mod log;
 pub mod mem;
 pub mod mmio;
 mod opaque;
+mod prefetch;
 pub mod program;
 pub mod rlimit;
 pub mod runtime;

@@ -36,7 +36,7 @@ insn_build() {
     RUSTFLAGS='' cargo build --manifest-path "$REPO/Cargo.toml" --release --locked -p vireo-l2fwd --example insn \
         --message-format json-render-diagnostics >"$WORK/build.json" ||
         fail "cargo could not build the example 'insn' of vireo-l2fwd (its message is above)"
-    jq -r 'select(.target.name == "insn").executable | strings' "$WORK/build.json"
+    executable insn
 }
 
 # Callgrind toggles collection at the entry and the return of each named function. device_half is called

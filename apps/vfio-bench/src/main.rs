@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod coherence;
 mod compare;
 mod cores;
 mod costs;
@@ -52,6 +53,7 @@ enum Command {
     Selftest(selftest::SelftestArgs),
     Costs(costs::CostsArgs),
     Native(native::NativeArgs),
+    Coherence(coherence::CoherenceArgs),
     DmaProof(dma_proof::DmaProofArgs),
     /// Count the instructions that each mode takes, in a guest whose clock counts them
     #[command(subcommand, arg_required_else_help = false)]
@@ -70,6 +72,7 @@ fn run() -> Result<()> {
         Command::Selftest(args) => selftest::selftest(&args),
         Command::Costs(args) => costs::costs(&args),
         Command::Native(args) => native::native(&args),
+        Command::Coherence(args) => coherence::coherence(&args),
         Command::DmaProof(args) => dma_proof::dma_proof(&args),
         Command::Count(command) => count::count(&command),
         Command::Start(command) => start::start(&command),

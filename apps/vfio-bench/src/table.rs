@@ -85,7 +85,12 @@ fn basis(comparison: &Comparison) -> String {
 }
 
 /// Aligns the first `names` columns left, and the numbers in the others right.
-fn table<const N: usize>(heads: [&str; N], names: usize, rows: Vec<[String; N]>, lines: bool) -> String {
+pub(crate) fn table<const N: usize>(
+    heads: [&str; N],
+    names: usize,
+    rows: Vec<[String; N]>,
+    lines: bool,
+) -> String {
     if rows.is_empty() {
         return String::new();
     }

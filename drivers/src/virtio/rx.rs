@@ -398,7 +398,8 @@ impl TiedRx for RxQueue<()> {
             return None;
         }
         dma_rmb();
-        let moved = rings.forward_used::<SHORTEST>(
+        // A device that merges buffers writes each header anyway; one that does not is often a process.
+        let moved = rings.forward_used::<SHORTEST, HEADERS>(
             (pending, HEADER),
             T::SEND,
             |packet| !HEADERS || is_one_tied_buffer(packet),

@@ -19,11 +19,21 @@ const WHOLE: SendWord = SendWord { bits: 0, front: HEADER, second_len: None, wri
 /// Header that requests nothing, and the bytes before it.
 const BLANK: u128 = 0;
 
+/// Whether a header requests nothing: `flags`, `gso_type` and `hdr_len` are 0. The other fields then mean nothing
+/// to the device. The last of them, `num_buffers`, is 1 in a buffer that was filled by a device without
+/// `VIRTIO_NET_F_MRG_RXBUF` (virtio 1.2, 5.1.6.4.1). `hdr_len` means nothing either, but Linux drops a frame that is
+/// shorter (drivers/net/tun.c, `tun_get_user`).
+#[inline(always)]
+fn is_blank(header: [u8; HEADER]) -> bool {
+    let [flags, gso_type, hdr_len @ .., _, _, _, _, _, _, _, _] = header;
+    u32::from_ne_bytes([flags, gso_type, hdr_len[0], hdr_len[1]]) == 0
+}
+
 /// Writes a header that requests nothing in front of a packet, unless the packet already has one. Without the
 /// write, the header stays in the cache of a device that is a process.
 #[inline(always)]
 pub(super) fn blank(slot: &mut Slot<'_>, mergeable: bool) {
-    if mergeable || u128::from_ne_bytes(slot.read_header()) != BLANK {
+    if mergeable || !is_blank(slot.read_header()) {
         slot.write_header(&BLANK.to_ne_bytes());
     }
 }
@@ -277,7 +287,7 @@ impl TiedTx for TxQueue<()> {
     fn header(&self) -> impl Fn(&mut TiedPacket<'_>) + Copy {
         let mergeable = self.mergeable;
         move |packet| {
-            if mergeable || u128::from_ne_bytes(packet.read_header()) != BLANK {
+            if mergeable || !is_blank(packet.read_header()) {
                 packet.write_header(BLANK.to_ne_bytes());
             }
         }

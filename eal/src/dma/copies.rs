@@ -29,7 +29,8 @@ impl PoolCache {
         let mut count = 0;
         while count < fresh.remaining().min(MAX_BURST) {
             let Some(slice) = find(count) else { break };
-            slice.prefetch();
+            // A frontend receives into the buffer again, so this end will write it.
+            slice.prefetch_to_write();
             found[count].write(slice);
             count += 1;
         }
@@ -72,8 +73,8 @@ impl PoolCache {
                 break;
             }
             let (front, data) = slice.split_at(H);
-            data.prefetch_write();
-            front.prefetch();
+            data.prefetch_to_write();
+            front.prefetch_to_read();
             place.write(slice);
             count += 1;
         }

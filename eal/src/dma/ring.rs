@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 use super::DmaMemory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Access;
+use crate::prefetch;
 
 mod sealed {
     /// Access to a word of shared memory.
@@ -179,16 +180,6 @@ impl<'a, W: Word, const N: usize> RingView<'a, W, N> {
     }
 }
 
-/// Prefetches the cache line at `at` for reading.
-#[inline(always)]
-pub(super) fn prefetch(at: NonNull<u8>) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing and never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.as_ptr().cast());
-    }
-}
-
 /// Position of an entry relative to another one, in bytes of an array of `u32`. Loops count in it, because the
 /// scales of x86-64's addresses (1, 2, 4 and 8) make one register enough for arrays of entries of 4 to 32 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -274,7 +265,8 @@ impl<W: Word, const N: usize> RingEntry<'_, W, N> {
     /// Prefetches the entry's first cache line for reading.
     #[inline(always)]
     pub fn prefetch(self) {
-        prefetch(self.words.cast());
+        // SAFETY: the entry is within the ring.
+        unsafe { prefetch::to_read(self.words.as_ptr().cast()) }
     }
 
     /// Reads word `WORD`.

@@ -12,6 +12,7 @@ use serde::Serialize;
 use vireo_eal::program::{self, note};
 use vireo_eal::{Error, ErrorKind, Result};
 
+use crate::coherence;
 use crate::cores::Cores;
 use crate::environment::environment;
 use crate::process::l2fwd;
@@ -34,6 +35,9 @@ pub(crate) struct NativeArgs {
     /// Seconds to measure in each run
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     seconds: Duration,
+    /// Also count cache lines with this program; see coherence
+    #[arg(long, value_name = "WORKLOAD")]
+    coherence: Option<PathBuf>,
     /// Also write the figures as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -75,6 +79,8 @@ impl Side {
 struct Figures {
     environment: Environment,
     sides: Vec<Comparison>,
+    /// Cache lines that move between the cores of both ends, if they were counted.
+    coherence_events: Option<Vec<coherence::Row>>,
 }
 
 /// Comparison of Vireo with DPDK at one end. Ratios are Vireo's figure ÷ DPDK's.
@@ -149,7 +155,11 @@ pub(crate) fn native(args: &NativeArgs) -> Result<()> {
         print(&comparison)?;
         sides.push(comparison);
     }
-    let figures = Figures { environment: environment(args.pairs)?, sides };
+    let coherence_events = args.coherence.as_deref().map(coherence::count).transpose()?;
+    if let Some(rows) = &coherence_events {
+        program::print(&format!("\nVireo at both ends\n{}", coherence::text(rows)))?;
+    }
+    let figures = Figures { environment: environment(args.pairs)?, sides, coherence_events };
     match &args.json {
         Some(path) => write_json(path, &figures),
         None => Ok(()),

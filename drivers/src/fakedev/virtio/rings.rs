@@ -314,7 +314,10 @@ impl State {
 
     /// Returns `frame` as it leaves the device, with the checksum that `header` requests.
     fn offload(&mut self, header: &[u8], mut frame: Vec<u8>) -> Vec<u8> {
-        if header == [0; HEADER] {
+        let mergeable = self.driver_features & feature::MRG_RXBUF != 0;
+        // Without MRG_RXBUF, `num_buffers` may be what the device wrote when it received into the buffer.
+        let is_blank = |fields: &[u8]| fields.iter().all(|byte| *byte == 0);
+        if is_blank(&header[..HEADER - 2]) && (!mergeable || is_blank(header)) {
             return frame;
         }
         let [1, 0, 0, 0, 0, 0, s, t, o, p, 0, 0] = *header else {

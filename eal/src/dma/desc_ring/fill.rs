@@ -400,6 +400,32 @@ pub(super) mod x86 {
         }
     }
 
+    /// Writes the lower halves of four words. Without `REWRITES`, they are not written if all of them are right
+    /// already.
+    ///
+    /// # Safety
+    /// The words are those of descriptors that the device does not use.
+    #[inline(always)]
+    pub(in super::super) unsafe fn write_lower<const REWRITES: bool>(lower: __m128i, words: [*mut u64; 4]) {
+        let [a, b, c, d] = words;
+        // SAFETY: SSE2 is part of x86-64. By the caller's contract.
+        unsafe {
+            if !REWRITES {
+                let pair = |first: *mut u64, second: *mut u64| {
+                    _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(first.cast()), second.cast()))
+                };
+                let before = _mm_castps_si128(_mm_shuffle_ps::<0b10_00_10_00>(pair(a, b), pair(c, d)));
+                if _mm_movemask_epi8(_mm_cmpeq_epi32(before, lower)) == 0xffff {
+                    return;
+                }
+            }
+            a.cast::<i32>().write(_mm_cvtsi128_si32(lower));
+            b.cast::<i32>().write(_mm_cvtsi128_si32(_mm_shuffle_epi32::<1>(lower)));
+            c.cast::<i32>().write(_mm_cvtsi128_si32(_mm_shuffle_epi32::<2>(lower)));
+            d.cast::<i32>().write(_mm_cvtsi128_si32(_mm_shuffle_epi32::<3>(lower)));
+        }
+    }
+
     /// [`SendWord::of`] for four lengths.
     #[inline(always)]
     pub(in super::super) fn send_words(word: SendWord, len: __m128i) -> [__m128i; 2] {

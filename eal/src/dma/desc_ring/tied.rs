@@ -13,7 +13,7 @@ pub use packet::TiedPacket;
 
 use super::fill::write_fresh;
 #[cfg(target_arch = "x86_64")]
-use super::fill::x86::{send_lower, send_words};
+use super::fill::x86::{send_lower, send_words, write_lower};
 use super::take::Lengths;
 #[cfg(target_arch = "x86_64")]
 use super::take::x86::total;
@@ -357,7 +357,9 @@ impl TiedRings {
         // SAFETY: this borrows the ring for longer than `self`, and is used for this run only.
         let first = unsafe { RingView::<u64, 2>::over(self.rx_end.cast(), 0) }.entry(0);
         // SAFETY: there are descriptors up to the end of the run.
-        unsafe { self.forward::<true, SHORTEST>(Place::HERE, &Words { first, good }, send, |_| true, edit) }
+        unsafe {
+            self.forward::<true, SHORTEST, true>(Place::HERE, &Words { first, good }, send, |_| true, edit)
+        }
     }
 
     /// [`TiedRings::forward_words`] for one packet, with the second word `word` and a length within `limits`, in
@@ -390,9 +392,10 @@ impl TiedRings {
 
     /// Moves up to `most` packets, for which `keep` returns true, to the TX ring, when completions are elements
     /// of a used ring. See [`DescRing::take_used`] and [`TiedRings::forward_words`]. RX descriptors do not
-    /// change.
+    /// change. Without `REWRITES`, most TX descriptors that are right already are not written, so that their cache
+    /// lines stay in the cache of a device that is a process.
     #[inline(always)]
-    pub fn forward_used<const SHORTEST: usize>(
+    pub fn forward_used<const SHORTEST: usize, const REWRITES: bool>(
         &mut self,
         (most, front): (u16, usize),
         send: SendWord,
@@ -402,7 +405,7 @@ impl TiedRings {
         let elements = self.elements(front)?;
         let end = self.next.ahead(most.into()).min(Place::HERE);
         // SAFETY: there are descriptors and elements up to the end of the run.
-        unsafe { self.forward::<false, SHORTEST>(end, &elements, send, keep, edit) }
+        unsafe { self.forward::<false, SHORTEST, REWRITES>(end, &elements, send, keep, edit) }
     }
 
     /// [`TiedRings::forward_used`] for one packet with a length within `limits`, in fewer instructions.
@@ -469,14 +472,14 @@ impl TiedRings {
 
     /// Moves packets of `lengths` up to the place `end`. Ends before a length that is `None` or less than
     /// `SHORTEST`, and before a packet for which `keep` returns false. With `CLEARS`, second words of RX
-    /// descriptors become 0.
+    /// descriptors become 0. For `REWRITES`, see [`TiedRings::forward_used`].
     ///
     /// A packet's data is written only after its completion was loaded, on which the write depends.
     ///
     /// # Safety
     /// `end` is within the run or its end, and `lengths` has the places up to there.
     #[inline(always)]
-    unsafe fn forward<const CLEARS: bool, const SHORTEST: usize>(
+    unsafe fn forward<const CLEARS: bool, const SHORTEST: usize, const REWRITES: bool>(
         &mut self,
         mut end: Place,
         lengths: &impl Lengths,
@@ -520,11 +523,8 @@ impl TiedRings {
                 }
                 let second = |i: usize| second_word(tx_end, at.ahead(i));
                 if send.is_lower_half() {
-                    let lower = send_lower(send, four);
-                    second(0).cast::<i32>().write(_mm_cvtsi128_si32(lower));
-                    second(1).cast::<i32>().write(_mm_cvtsi128_si32(_mm_shuffle_epi32::<1>(lower)));
-                    second(2).cast::<i32>().write(_mm_cvtsi128_si32(_mm_shuffle_epi32::<2>(lower)));
-                    second(3).cast::<i32>().write(_mm_cvtsi128_si32(_mm_shuffle_epi32::<3>(lower)));
+                    let words = [second(0), second(1), second(2), second(3)];
+                    write_lower::<REWRITES>(send_lower(send, four), words);
                 } else {
                     let [low, high] = send_words(send, four);
                     let (low, high) = (_mm_castsi128_pd(low), _mm_castsi128_pd(high));

@@ -4,8 +4,7 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 
 use super::{Area, PeerMemory};
-use crate::dma::ring::prefetch;
-use crate::opaque;
+use crate::{opaque, prefetch};
 
 impl PeerMemory {
     /// Returns the regions by guest address, for use in a loop.
@@ -125,22 +124,21 @@ impl PeerSlice<'_> {
         unsafe { opaque::write(bytes.as_ptr(), self.at.as_ptr(), len) }
     }
 
-    /// Prefetches the first cache line for writing.
+    /// Prefetches the first cache line, to write it.
     #[inline(always)]
-    pub(in crate::dma) fn prefetch_write(self) {
-        // The compiler's intrinsic becomes a prefetch for reading if PREFETCHW is not part of the target, as
-        // on x86-64.
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
-        // SAFETY: a prefetch reads nothing and never faults. A processor without PREFETCHW takes it for a NOP
-        // (AMD64 manual, volume 3, and Intel SDM, volume 2: PREFETCHW).
-        unsafe {
-            std::arch::asm!("prefetchw [{}]", in(reg) self.at.as_ptr(), options(readonly, nostack, preserves_flags));
+    pub(in crate::dma) fn prefetch_to_write(self) {
+        if !prefetch::ACCESSES || !self.is_empty() {
+            // SAFETY: the first byte is mapped if it is accessed, by one thread.
+            unsafe { prefetch::to_write(self.at.as_ptr()) }
         }
     }
 
-    /// Prefetches the first cache line for reading.
+    /// Prefetches the first cache line, to read it.
     #[inline(always)]
-    pub(in crate::dma) fn prefetch(self) {
-        prefetch(self.at);
+    pub(in crate::dma) fn prefetch_to_read(self) {
+        if !prefetch::ACCESSES || !self.is_empty() {
+            // SAFETY: the first byte is mapped if it is accessed.
+            unsafe { prefetch::to_read(self.at.as_ptr()) }
+        }
     }
 }

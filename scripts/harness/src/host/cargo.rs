@@ -231,7 +231,7 @@ pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
     let lies = "cargo test --quiet --release --locked -p vireo-frame --lib -- devices_that_lie";
     let lies: Vec<&str> = ["env", "VIREO_LIES=10000"].into_iter().chain(lies.split(' ')).collect();
     // The longest first.
-    let table: [(&str, &[&str], &'static [&'static str], Tier); 9] = [
+    let table: [(&str, &[&str], &'static [&'static str], Tier); 10] = [
         (
             "instructions per packet",
             &["scripts/bench", "insn", "--check", yes],
@@ -239,6 +239,12 @@ pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
             Tier::Default,
         ),
         ("Miri, without its slowest tests", &["scripts/sanitize", "miri", "--short", yes], &[], Tier::Short),
+        (
+            "cache lines between two processes",
+            &["scripts/bench", "coherence", "--check", yes],
+            &["valgrind", "jq"],
+            Tier::Default,
+        ),
         ("loom", &["scripts/sanitize", "loom"], &[], Tier::Default),
         ("fuzz corpus with stable Rust", &["scripts/fuzz", "--replay"], &[], Tier::Default),
         ("Miri, all its tests", &["scripts/sanitize", "miri", yes], &[], Tier::Full),

@@ -212,7 +212,7 @@ fn a_packet_that_is_not_to_be_kept_ends_a_run_of_used_elements() {
             packet.write_header([u8::from(number == 37); FRONT]);
             number += 1;
         };
-        let moved = rings.forward_used::<0>((ENTRIES as u16, FRONT), send, keep, edit);
+        let moved = rings.forward_used::<0, false>((ENTRIES as u16, FRONT), send, keep, edit);
         assert_eq!(moved.map_or(0, |moved| moved.count), expected);
         give_back(&mut rings, expected);
     }
@@ -282,7 +282,7 @@ proptest! {
     #[test]
     fn used_elements_are_moved_up_to_the_first_unexpected_one(
         lens in proptest::collection::vec((12..=12 + DATA_ROOM as u64, 0..40_u8), 1..200), skip in 0..40_usize,
-        written_by_device in any::<bool>(),
+        written_by_device in any::<bool>(), rewrites in any::<bool>(),
     ) {
         const FRONT: usize = 12;
         let send = SendWord { front: FRONT, written_by_device, ..SEND };
@@ -303,8 +303,10 @@ proptest! {
             let good: Vec<u64> = rest.iter().take(left(rings)).map_while(|(len, odd)| (*odd > 1).then_some(*len)).collect();
             let moved = if rest.len() == 1 {
                 rings.forward_one_used((Limits::at_least(0), FRONT), send, keeps, |_| ())
+            } else if rewrites {
+                rings.forward_used::<0, true>((rest.len() as u16, FRONT), send, keeps, |_| ())
             } else {
-                rings.forward_used::<0>((rest.len() as u16, FRONT), send, keeps, |_| ())
+                rings.forward_used::<0, false>((rest.len() as u16, FRONT), send, keeps, |_| ())
             };
             assert_eq!(sums(moved), (good.len(), good.iter().sum::<u64>() - 12 * good.len() as u64));
             for (i, len) in good.iter().enumerate() {
