@@ -6,8 +6,11 @@
 //!
 //! [loom]: https://docs.rs/loom
 
+mod biased;
 #[cfg(loom)]
 mod loomed;
+
+pub use biased::{BiasedGuard, BiasedLock, Owner, OwnerGuard};
 
 #[cfg(not(loom))]
 pub(crate) use crossbeam::queue::ArrayQueue;

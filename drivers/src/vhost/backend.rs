@@ -133,18 +133,18 @@ impl Backend {
     /// Takes the ring from its lcore, and returns it with its current settings.
     fn update(&mut self, at: usize) -> Result<()> {
         let shared = Arc::clone(&self.rings[at]);
-        let slot = &mut shared.lock().slot;
-        match std::mem::take(slot) {
+        let mut state = shared.lock();
+        match state.take() {
             Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => {
                 self.vrings[at].base = ring.next();
             }
             Slot::Stopped => {}
             broken @ Slot::Broken(_) => {
-                *slot = broken;
+                state.put(broken);
                 return Ok(());
             }
         }
-        *slot = self.ring(at)?;
+        state.put(self.ring(at)?);
         Ok(())
     }
 
@@ -156,7 +156,7 @@ impl Backend {
     /// Takes the ring from its lcore for good; returns the position where it ended.
     fn stop(&mut self, at: usize) -> u16 {
         let vring = &mut self.vrings[at];
-        match std::mem::take(&mut self.rings[at].lock().slot) {
+        match self.rings[at].lock().take() {
             Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => vring.base = ring.next(),
             Slot::Broken(next) => vring.base = next,
             Slot::Stopped => {}
@@ -193,7 +193,7 @@ impl Backend {
         let transmit = self.rings.iter().zip(&self.vrings).skip(TRANSMIT).step_by(RINGS_PER_PAIR);
         let mut disabled = None;
         for (shared, _) in transmit.filter(|(_, vring)| vring.started && !self.is_enabled(vring)) {
-            if let Slot::Disabled(ring) = &shared.lock().slot {
+            if let Slot::Disabled(ring) = shared.lock().slot() {
                 // An invalid index is reported when the ring is used after it is enabled.
                 let end = ring.end().ok().map(|end| (Arc::clone(shared), end));
                 disabled.get_or_insert_with(Vec::new).extend(end);

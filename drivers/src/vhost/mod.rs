@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use vireo_eal::dma::{DmaMemory, MAX_FRAME, PoolCache};
 use vireo_eal::lcore::StopFlag;
+use vireo_eal::sync::atomic::{AtomicBool, Ordering};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::PortCounters;
@@ -31,7 +32,7 @@ use crate::virtio::{self, random_mac};
 pub use queues::{RxQueue, TxQueue};
 use ring::Report;
 use server::Server;
-use shared::{Shared, Slot};
+use shared::{RingState, Shared};
 
 /// Rings of a pair (virtio 1.2, 5.1.2), named from the frontend's view.
 const RINGS_PER_PAIR: usize = 2;
@@ -96,6 +97,8 @@ pub struct Device {
     name: Arc<str>,
     mac: MacAddr,
     rings: Vec<Arc<Shared>>,
+    /// Whether lcores may use the rings of the first pair.
+    link: Vec<Arc<AtomicBool>>,
     counters: PortCounters,
     started: bool,
     _server: Server,
@@ -111,16 +114,18 @@ impl Device {
         let name: Arc<str> = name.into();
         let counters = PortCounters::default();
         // Each pair has `RECEIVE`, which the port sends to, and `TRANSMIT`, named from the frontend's view.
-        let rings: Vec<Arc<Shared>> = (0..options.queues.into())
+        let states: Vec<RingState> = (0..options.queues.into())
             .flat_map(|number| [counters.tx(number), counters.rx(number)])
-            .map(|counters| Arc::new(Shared::new(Report::new(&name, counters))))
+            .map(|counters| RingState::new(Report::new(&name, counters)))
             .collect();
+        let link = states.iter().take(RINGS_PER_PAIR).map(RingState::is_up).collect();
+        let rings: Vec<_> = states.into_iter().map(|state| Arc::new(Shared::new(state))).collect();
         let server = match options.client {
             true => Server::connect(&options.path, &name, &rings)?,
             false => Server::listen(&options.path, &name, &rings)?,
         };
         let mac = options.mac.unwrap_or_else(random_mac);
-        Ok(Self { name, mac, rings, counters, started: false, _server: server })
+        Ok(Self { name, mac, rings, link, counters, started: false, _server: server })
     }
 
     /// Returns the ring [`RECEIVE`] or [`TRANSMIT`] of each pair.
@@ -150,13 +155,17 @@ impl Nic for Device {
             let error = self.refuse(&why);
             return Err(if pairs > self.capabilities().rx_queues { error.with_hint(hint) } else { error });
         }
-        if std::mem::replace(&mut self.started, true) {
+        if self.started {
             return Err(self.refuse("it is already started"));
         }
         let rx = self.rings_of(TRANSMIT).take(config.rx_queues.into());
         let tx = self.rings_of(RECEIVE).take(config.tx_queues.into());
         let tx = tx.map(|ring| TxQueue::new(ring, config.is_scattered()));
-        Ok(Queues { rx: rx.map(RxQueue::new).collect(), tx: tx.collect() })
+        let (Some(rx), Some(tx)) = (rx.map(RxQueue::new).collect(), tx.collect()) else {
+            return Err(self.refuse("queues of an earlier start still exist"));
+        };
+        self.started = true;
+        Ok(Queues { rx, tx })
     }
 
     /// Leaves the frontend connected; its rings wait for the next start. The rings own no buffers of the
@@ -184,11 +193,7 @@ impl Nic for Device {
 
     /// Reports the link as up while a frontend has started and enabled both rings of the first pair.
     fn link(&self) -> Link {
-        let up = self
-            .rings
-            .iter()
-            .take(RINGS_PER_PAIR)
-            .all(|ring| matches!(ring.lock().slot, Slot::Running(_) | Slot::Logged(_)));
+        let up = self.link.iter().all(|is_up| is_up.load(Ordering::Acquire));
         Link { up, speed: None, full_duplex: true, autoneg: false }
     }
 

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use vireo_eal::dma::{Burst, DATA_ROOM, PoolCache};
+use vireo_eal::sync::Owner;
 
-use super::ring::{Report, Violation};
-use super::shared::{RingState, Shared, Slot};
+use super::shared::{RingState, Shared};
 use crate::counters::QueueCounters;
 use crate::frames::drop_long;
 use crate::port::{RxBurst, TxBurst};
@@ -17,7 +17,7 @@ const RECEIVE: &str = "receive";
 /// State that both queues have.
 #[derive(Debug)]
 struct Queue {
-    shared: Arc<Shared>,
+    ring: Owner<RingState>,
     /// The ring's counters, which are read without locking its state.
     counters: Arc<QueueCounters>,
 }
@@ -35,80 +35,66 @@ pub struct TxQueue {
 }
 
 impl Queue {
-    fn new(shared: &Arc<Shared>) -> Self {
+    /// Returns `None` while there is another queue of the ring.
+    fn new(shared: &Arc<Shared>) -> Option<Self> {
         let counters = Arc::clone(&shared.lock().report.counters);
-        Self { shared: Arc::clone(shared), counters }
-    }
-
-    /// Ends the use of a ring whose frontend misbehaved.
-    #[cold]
-    #[inline(never)]
-    fn end(slot: &mut Slot, violation: Violation, report: &Report, direction: &str) {
-        if let Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) = slot {
-            tracing::error!("{}: {direction} ring stopped: {}", report.name, violation.reason());
-            report.counters.device_errors.add(1);
-            *slot = Slot::Broken(ring.next());
-        }
+        Some(Self { ring: shared.own()?, counters })
     }
 }
 
 impl RxQueue {
-    pub(super) fn new(shared: &Arc<Shared>) -> Self {
-        Self(Queue::new(shared))
+    /// Creates the queue. Returns `None` while there is another one of the ring.
+    pub(super) fn new(shared: &Arc<Shared>) -> Option<Self> {
+        Queue::new(shared).map(Self)
     }
 
     pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
-        Arc::ptr_eq(&self.0.shared, shared)
+        self.0.ring.is_of(shared)
     }
 
-    /// Handles a ring that is in any state other than `Slot::Running`.
+    /// Handles a ring that is not running.
     #[cold]
     #[inline(never)]
-    fn not_running(RingState { slot, report }: &mut RingState, cache: &mut PoolCache, burst: &mut Burst) {
-        let Slot::Logged(ring) = slot else { return };
+    fn not_running(state: &mut RingState, cache: &mut PoolCache, burst: &mut Burst) {
+        let Some((ring, report)) = state.logged() else { return };
         if let Err(violation) = ring.receive_logged(cache, burst, &report.counters) {
-            Queue::end(slot, violation, report, TRANSMIT);
+            state.end(violation, TRANSMIT);
         }
     }
 }
 
 impl TxQueue {
-    /// Creates the queue. If `scattered`, frames may be several packets; such frames are dropped.
-    pub(super) fn new(shared: &Arc<Shared>, scattered: bool) -> Self {
-        Self { queue: Queue::new(shared), scattered }
+    /// Creates the queue. If `scattered`, frames may be several packets; such frames are dropped. Returns `None`
+    /// while there is another queue of the ring.
+    pub(super) fn new(shared: &Arc<Shared>, scattered: bool) -> Option<Self> {
+        Some(Self { queue: Queue::new(shared)?, scattered })
     }
 
     pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
-        Arc::ptr_eq(&self.queue.shared, shared)
+        self.queue.ring.is_of(shared)
     }
 
-    /// Handles a ring that is in any state other than `Slot::Running`; returns the number of packets taken
-    /// from `burst`.
+    /// Handles a ring that is not running; returns the number of packets taken from `burst`.
     #[cold]
     #[inline(never)]
-    fn not_running(
-        RingState { slot, report }: &mut RingState,
-        cache: &mut PoolCache,
-        burst: &mut Burst,
-    ) -> usize {
-        let Slot::Logged(ring) = slot else { return 0 };
+    fn not_running(state: &mut RingState, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+        let Some((ring, report)) = state.logged() else { return 0 };
         let before = burst.len();
         if let Err(violation) = ring.send_logged(cache, burst, report) {
-            Queue::end(slot, violation, report, RECEIVE);
+            state.end(violation, RECEIVE);
         }
         before - burst.len()
     }
 
     #[inline(always)]
     fn send(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        let Some(mut state) = self.queue.shared.try_lock() else { return 0 };
-        let RingState { slot: Slot::Running(ring), report } = &mut *state else {
+        let Some(mut state) = self.queue.ring.try_lock() else { return 0 };
+        let Some((ring, report)) = state.running() else {
             return Self::not_running(&mut state, cache, burst);
         };
         let before = burst.len();
         if let Err(violation) = ring.send(cache, burst, report) {
-            let RingState { slot, report } = &mut *state;
-            Queue::end(slot, violation, report, RECEIVE);
+            state.end(violation, RECEIVE);
         }
         before - burst.len()
     }
@@ -118,7 +104,7 @@ impl TxQueue {
     #[inline(never)]
     fn send_single(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         let before = burst.len();
-        match self.queue.shared.try_lock() {
+        match self.queue.ring.try_lock() {
             None => return 0,
             Some(state) => state.report.counters.errors.add(drop_long(burst, DATA_ROOM, 1, cache) as u64),
         }
@@ -129,13 +115,12 @@ impl TxQueue {
 impl RxBurst for RxQueue {
     #[inline(never)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
-        let Some(mut state) = self.0.shared.try_lock() else { return };
-        let RingState { slot: Slot::Running(ring), report } = &mut *state else {
+        let Some(mut state) = self.0.ring.try_lock() else { return };
+        let Some((ring, report)) = state.running() else {
             return Self::not_running(&mut state, cache, burst);
         };
         if let Err(violation) = ring.receive(cache, burst, &report.counters) {
-            let RingState { slot, report } = &mut *state;
-            Queue::end(slot, violation, report, TRANSMIT);
+            state.end(violation, TRANSMIT);
         }
     }
 

@@ -313,7 +313,7 @@ fn await_request(handler: &BackendReqHandler<Mutex<Backend>>, backend: &Mutex<Ba
         let mut heard = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
         match poll(&mut heard, PollTimeout::from(SILENCE)) {
             Ok(0) => {
-                disabled.into_iter().flatten().for_each(|(ring, end)| ring.discard(end));
+                disabled.into_iter().flatten().for_each(|(ring, end)| ring.lock().discard(end));
                 lock().settle();
             }
             Err(Errno::EINTR) => {}

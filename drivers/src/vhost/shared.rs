@@ -1,15 +1,14 @@
 //! A ring shared between the lcore that polls it and the thread that sets it up and takes it away.
 
-use std::sync::{PoisonError, TryLockError};
+use std::sync::Arc;
 
-use vireo_eal::sync::atomic::{AtomicU32, Ordering};
-use vireo_eal::sync::{Mutex, MutexGuard};
+use vireo_eal::sync::BiasedLock;
+use vireo_eal::sync::atomic::{AtomicBool, Ordering};
 
-use super::ring::{Report, Ring};
+use super::ring::{Report, Ring, Violation};
 
-#[cfg(test)]
-#[cfg(loom)]
-mod models;
+/// A ring's state. The lcore takes it once per burst and never waits; all other threads may wait.
+pub(super) type Shared = BiasedLock<RingState>;
 
 /// State of a ring.
 #[derive(Debug, Default)]
@@ -32,59 +31,70 @@ pub(super) enum Slot {
 /// A ring's slot and its counters. The user of the ring holds both, so a counter has one writer at a time.
 #[derive(Debug, Default)]
 pub(super) struct RingState {
-    pub(super) slot: Slot,
+    slot: Slot,
     pub(super) report: Report,
+    /// Whether the lcore may use the ring. Others read it without the lock, which would cost the lcore a burst.
+    is_up: Arc<AtomicBool>,
 }
 
-/// The lock of a ring's state. The lcore takes it once per burst and never waits; all other threads may wait.
-/// Each lock has cache lines of its own, because the rings of a port may belong to two lcores.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-pub(super) struct Shared {
-    /// Number of threads that wait for the state. While there is one, the lcore leaves the state alone;
-    /// otherwise the lcore could hold it nearly all of the time.
-    waiting: AtomicU32,
-    state: Mutex<RingState>,
-}
-
-impl Shared {
-    /// Creates a state without a ring.
+impl RingState {
+    /// Creates the state of a ring that the frontend has not started.
     pub(super) fn new(report: Report) -> Self {
-        Self { waiting: AtomicU32::new(0), state: Mutex::new(RingState { report, ..RingState::default() }) }
+        Self { report, ..Self::default() }
     }
 
-    /// Whether a thread waits for the state.
+    /// Whether the lcore may use the ring, now and later.
+    pub(super) fn is_up(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.is_up)
+    }
+
+    pub(super) fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    pub(super) fn put(&mut self, slot: Slot) {
+        self.is_up.store(matches!(slot, Slot::Running(_) | Slot::Logged(_)), Ordering::Release);
+        self.slot = slot;
+    }
+
+    /// Leaves the ring stopped.
+    pub(super) fn take(&mut self) -> Slot {
+        let slot = std::mem::take(&mut self.slot);
+        self.put(Slot::Stopped);
+        slot
+    }
+
+    /// Returns the ring in state [`Slot::Running`].
     #[inline(always)]
-    pub(super) fn is_wanted(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0
+    pub(super) fn running(&mut self) -> Option<(&mut Ring, &mut Report)> {
+        let Slot::Running(ring) = &mut self.slot else { return None };
+        Some((ring, &mut self.report))
     }
 
-    /// Locks the state, unless another thread holds or wants it.
-    #[inline(always)]
-    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, RingState>> {
-        if self.is_wanted() {
-            return None;
-        }
-        match self.state.try_lock() {
-            Ok(state) => Some(state),
-            Err(TryLockError::Poisoned(state)) => Some(state.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+    /// Returns the ring in state [`Slot::Logged`].
+    pub(super) fn logged(&mut self) -> Option<(&mut Ring, &mut Report)> {
+        let Slot::Logged(ring) = &mut self.slot else { return None };
+        Some((ring, &mut self.report))
     }
 
-    /// Locks the state, after at most one burst of the lcore.
-    pub(super) fn lock(&self) -> MutexGuard<'_, RingState> {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
-        state
+    /// Ends the use of a ring whose frontend misbehaved. `direction` names the ring by what the frontend does
+    /// with it.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn end(&mut self, violation: Violation, direction: &str) {
+        if let Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) = &self.slot {
+            let next = ring.next();
+            tracing::error!("{}: {direction} ring stopped: {}", self.report.name, violation.reason());
+            self.report.counters.device_errors.add(1);
+            self.put(Slot::Broken(next));
+        }
     }
 
     /// Drops what the frontend transmits through a disabled ring before position `end`, and counts it as
     /// errors.
-    pub(super) fn discard(&self, end: u16) {
-        if let RingState { slot: Slot::Disabled(ring), report } = &mut *self.lock() {
-            ring.discard(end, &report.counters);
+    pub(super) fn discard(&mut self, end: u16) {
+        if let Slot::Disabled(ring) = &mut self.slot {
+            ring.discard(end, &self.report.counters);
         }
     }
 }

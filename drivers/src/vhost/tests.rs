@@ -127,6 +127,26 @@ fn exchange(bench: &mut Bench, guest: &mut Guest, count: usize) {
     }
 }
 
+/// A control thread reads it every few milliseconds. An lcore that found its ring locked would drop a burst.
+#[test]
+fn the_link_is_read_without_the_rings() {
+    let (bench, _guest) = Bench::with(ALL);
+    let _rings: Vec<_> = bench.device.rings.iter().map(|ring| ring.lock()).collect();
+    assert!(bench.device.link().up);
+}
+
+#[test]
+fn a_port_does_not_start_while_it_has_queues_of_an_earlier_start() {
+    let mut bench = Bench::new();
+    bench.device.stop(Queues { rx: Vec::new(), tx: Vec::new() }, &mut bench.cache).unwrap();
+    let started = bench.device.start_pair(&CONFIG, &bench.memory, &mut bench.cache);
+    let error = started.unwrap_err();
+    assert!(error.to_string().contains("queues of an earlier start"), "{error}");
+    drop(bench.rx);
+    drop(bench.tx);
+    bench.device.start_pair(&CONFIG, &bench.memory, &mut bench.cache).unwrap();
+}
+
 /// Frames of several packets are not sent to a frontend yet: they are dropped whole, whether or not the
 /// frontend has room.
 #[test]
@@ -548,11 +568,13 @@ fn a_socket_that_accepts_nobody_does_not_hang_the_start() {
     listen(&busy, Backlog::new(0).unwrap()).unwrap();
     let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
     let (done, ended) = std::sync::mpsc::channel();
-    let start = std::thread::spawn(move || done.send(Device::open("net_vhost0", &options(&path))));
+    let start = std::thread::spawn(move || {
+        let _ = done.send(Device::open("net_vhost0", &options(&path)));
+    });
     let error = ended.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.to_string().contains("another process listens there"), "{error}");
-    start.join().unwrap().unwrap();
+    start.join().unwrap();
 }
 
 #[test]

@@ -92,6 +92,14 @@ pub fn dma_wmb() {
 pub fn full_mb() {
     #[cfg(all(target_arch = "aarch64", not(miri)))]
     dmb!("osh");
-    #[cfg(not(all(target_arch = "aarch64", not(miri))))]
+    // A fence becomes MFENCE, which also orders non-temporal stores. There are none, and a locked instruction, as in
+    // Linux's `smp_mb` (`arch/x86/include/asm/barrier.h`), took an eighth of the time on an EPYC of family 25.
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: the word keeps its value. It is below the stack, where nothing is: without `nostack`, the compiler has
+    // left the red zone.
+    unsafe {
+        core::arch::asm!("lock or dword ptr [rsp - 4], 0");
+    }
+    #[cfg(any(miri, not(any(target_arch = "aarch64", target_arch = "x86_64"))))]
     std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
 }

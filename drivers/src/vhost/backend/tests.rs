@@ -25,7 +25,7 @@ fn running() -> (Backend, Vec<Arc<Shared>>) {
         set_addresses(&mut backend, at, u64::from(at) * RING).unwrap();
         backend.set_vring_kick(at as u8, None).unwrap();
     }
-    assert!(rings.iter().all(|ring| matches!(ring.lock().slot, Slot::Running(_))));
+    assert!(rings.iter().all(|ring| matches!(ring.lock().slot(), Slot::Running(_))));
     (backend, rings)
 }
 
@@ -36,12 +36,13 @@ fn an_lcore_that_ends_its_ring_unmaps_nothing() {
     let (mut backend, rings) = running();
     let old = Arc::downgrade(backend.memory.as_ref().unwrap());
     std::thread::scope(|scope| {
-        let mut state = rings[1].try_lock().unwrap();
+        let mut lcore = rings[1].own().unwrap();
+        let mut state = lcore.try_lock().unwrap();
         let server = scope.spawn(|| set_memory(&mut backend, LEN));
         while !rings[1].is_wanted() {
             std::thread::yield_now();
         }
-        state.slot = Slot::Broken(0);
+        state.put(Slot::Broken(0));
         assert!(old.upgrade().is_some(), "it is the server's to unmap");
         drop(state);
         server.join().unwrap().unwrap();
@@ -53,14 +54,15 @@ fn an_lcore_that_ends_its_ring_unmaps_nothing() {
 #[test]
 fn a_ring_that_runs_is_not_taken_to_find_disabled_ones() {
     let (backend, rings) = running();
-    let slots: Vec<_> = rings.iter().map(|ring| ring.try_lock().unwrap()).collect();
+    let mut lcores: Vec<_> = rings.iter().map(|ring| ring.own().unwrap()).collect();
+    let states: Vec<_> = lcores.iter_mut().map(|lcore| lcore.try_lock().unwrap()).collect();
     std::thread::scope(|scope| {
         let server = scope.spawn(|| backend.disabled().is_none());
         while !server.is_finished() && !rings.iter().any(|ring| ring.is_wanted()) {
             std::thread::yield_now();
         }
         let is_wanted = rings.iter().any(|ring| ring.is_wanted());
-        drop(slots);
+        drop(states);
         assert!(!is_wanted && server.join().unwrap());
     });
 }
@@ -69,7 +71,7 @@ fn a_ring_that_runs_is_not_taken_to_find_disabled_ones() {
 fn no_ring_stays_in_memory_that_was_replaced() {
     let (mut backend, rings) = running();
     assert!(set_memory(&mut backend, 0x1000).is_err(), "the rings are beyond its end");
-    assert!(rings.iter().all(|ring| matches!(ring.lock().slot, Slot::Stopped)));
+    assert!(rings.iter().all(|ring| matches!(ring.lock().slot(), Slot::Stopped)));
 }
 
 #[test]
@@ -78,11 +80,11 @@ fn a_ring_that_overlaps_another_is_refused_until_that_stops() {
     let error = set_addresses(&mut backend, 1, 8).unwrap_err().to_string();
     assert!(error.contains("overlaps another ring"), "{error}");
     assert!(
-        matches!(rings[0].lock().slot, Slot::Running(_)) && matches!(rings[1].lock().slot, Slot::Stopped)
+        matches!(rings[0].lock().slot(), Slot::Running(_)) && matches!(rings[1].lock().slot(), Slot::Stopped)
     );
     backend.get_vring_base(0).unwrap();
     set_addresses(&mut backend, 1, 8).unwrap();
-    assert!(matches!(rings[1].lock().slot, Slot::Running(_)));
+    assert!(matches!(rings[1].lock().slot(), Slot::Running(_)));
 }
 
 /// A used ring has 4 bytes and 8 for each of 64 descriptors. With `VIRTIO_F_EVENT_IDX` another 2 follow.
@@ -94,7 +96,7 @@ fn without_events_a_ring_ends_before_their_words() {
         backend.set_vring_addr(0, VhostUserVringAddrFlags::empty(), 0, used, 0x1000, 0)
     };
     place(&mut backend).unwrap();
-    assert!(matches!(rings[0].lock().slot, Slot::Running(_)));
+    assert!(matches!(rings[0].lock().slot(), Slot::Running(_)));
     assert!(backend.set_features((Features::VERSION_1 | Features::EVENT_IDX).bits()).is_err());
     assert!(place(&mut backend).is_err());
 }
