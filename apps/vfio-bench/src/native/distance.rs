@@ -154,8 +154,8 @@ mod tests {
     #[test]
     fn pairs_are_told_apart_by_how_far_the_cpus_were() {
         let pair = |other, line| Pair {
-            dpdk: Sample { pps: 2e6, ticks: 100.0 },
-            other: Sample { pps: other, ticks: 40.0 },
+            dpdk: Sample { pps: 2e6, ticks: 100.0, peer_ticks: 200.0 },
+            other: Sample { pps: other, ticks: 40.0, peer_ticks: 200.0 },
             line,
         };
         let runs = [

@@ -1,22 +1,37 @@
-//! Measures one run: a forwarder with two ports on shared-memory rings, and testpmd at the other end, which
+//! Measures one run: a forwarder with two ports on shared-memory rings, and a peer at the other end, which
 //! sends some bursts and counts what circulates.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use vireo_eal::clock::Tsc;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::Side;
+use super::echo::{self, Echo, Running};
 use crate::cores::Cores;
 use crate::process::Process;
 
-/// Program under comparison.
+/// Program at an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Program {
+    /// testpmd, in io mode.
     Dpdk,
+    /// l2fwd as the forwarder, a thread of this process as the peer.
     Vireo,
+}
+
+/// Programs of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ends {
+    pub(super) forwarder: Program,
+    pub(super) peer: Program,
+}
+
+impl Ends {
+    pub(super) const DPDK: Self = Self { forwarder: Program::Dpdk, peer: Program::Dpdk };
 }
 
 /// Results of one run.
@@ -24,8 +39,50 @@ pub(super) enum Program {
 pub(super) struct Sample {
     /// Packets per second in each direction.
     pub(super) pps: f64,
-    /// Ticks of busy polls per packet.
+    /// Ticks of busy polls per packet that the forwarder receives.
     pub(super) ticks: f64,
+    /// The same of the peer.
+    pub(super) peer_ticks: f64,
+}
+
+/// A running peer.
+enum Peer {
+    Testpmd(Process),
+    Vireo(Running),
+}
+
+impl Peer {
+    /// Lets packets circulate for `time`. Returns the rate in each direction, and the peer's ticks per packet.
+    fn measure(&mut self, time: Duration) -> Result<(f64, f64)> {
+        match self {
+            Self::Testpmd(testpmd) => {
+                command(testpmd, START)?;
+                thread::sleep(WARM_UP);
+                testpmd.type_line("show port stats all")?;
+                testpmd.wait_for(PROMPT)?;
+                thread::sleep(time);
+                testpmd.type_line("show port stats all")?;
+                let pps = rate(testpmd.wait_for(PROMPT)?)?;
+                testpmd.type_line("stop")?;
+                Ok((pps, ticks(testpmd.wait_for("MHz Clock")?)?))
+            }
+            Self::Vireo(echo) => {
+                thread::sleep(WARM_UP);
+                let (since, before) = (Instant::now(), echo.progress());
+                thread::sleep(time);
+                let (elapsed, after) = (since.elapsed().as_secs_f64(), echo.progress());
+                let packets = (after.packets - before.packets) as f64;
+                Ok((packets / elapsed / 2.0, (after.ticks - before.ticks) as f64 / packets))
+            }
+        }
+    }
+
+    fn end(self) -> Result<()> {
+        match self {
+            Self::Testpmd(testpmd) => quit(testpmd),
+            Self::Vireo(echo) => echo.end(),
+        }
+    }
 }
 
 /// Programs and cores of every run.
@@ -45,50 +102,52 @@ const PROMPT: &str = "testpmd>";
 const WARM_UP: Duration = Duration::from_millis(300);
 
 impl Rig {
-    /// Measures `program` as the forwarder at the end `side`.
-    pub(super) fn run(&self, side: Side, program: Program) -> Result<Sample> {
+    /// Measures `ends`, with the forwarder at the end `side`.
+    pub(super) fn run(&self, side: Side, ends: Ends) -> Result<Sample> {
         let directory = tempfile::Builder::new()
             .prefix("vireo-native.")
             .tempdir()
             .map_err(|error| Error::io("cannot create a directory for sockets", &error))?;
         let sockets = directory.path();
-        let mut subject;
+        let mut forwarder;
         let mut peer;
         if side == Side::Vhost {
-            subject = self.subject(side, program, sockets)?;
-            peer = self.testpmd(side.other(), "peer", self.cores.generator, sockets)?;
+            forwarder = self.forwarder(side, ends.forwarder, sockets)?;
+            peer = self.peer(side.other(), ends.peer, sockets)?;
         } else {
-            peer = self.testpmd(side.other(), "peer", self.cores.generator, sockets)?;
-            subject = self.subject(side, program, sockets)?;
+            peer = self.peer(side.other(), ends.peer, sockets)?;
+            forwarder = self.forwarder(side, ends.forwarder, sockets)?;
         }
-        match program {
-            Program::Dpdk => command(&mut subject, "start")?,
-            Program::Vireo => subject.wait_for("entering main loop").map(drop)?,
+        match ends.forwarder {
+            Program::Dpdk => command(&mut forwarder, "start")?,
+            Program::Vireo => forwarder.wait_for("entering main loop").map(drop)?,
         }
-        command(&mut peer, START)?;
-        thread::sleep(WARM_UP);
-        peer.type_line("show port stats all")?;
-        peer.wait_for(PROMPT)?;
-        thread::sleep(self.seconds);
-        peer.type_line("show port stats all")?;
-        let pps = rate(peer.wait_for(PROMPT)?)?;
-        match program {
-            Program::Dpdk => subject.type_line("stop")?,
-            Program::Vireo => subject.interrupt()?,
+        let (pps, peer_ticks) = peer.measure(self.seconds)?;
+        match ends.forwarder {
+            Program::Dpdk => forwarder.type_line("stop")?,
+            Program::Vireo => forwarder.interrupt()?,
         }
-        let ticks = ticks(subject.wait_for("MHz Clock")?)?;
-        for mut testpmd in [(program == Program::Dpdk).then_some(subject), Some(peer)].into_iter().flatten() {
-            testpmd.type_line("quit")?;
-            testpmd.reap()?;
+        let ticks = ticks(forwarder.wait_for("MHz Clock")?)?;
+        if ends.forwarder == Program::Dpdk {
+            quit(forwarder)?;
         }
-        Ok(Sample { pps, ticks })
+        peer.end()?;
+        Ok(Sample { pps, ticks, peer_ticks })
     }
 
-    fn subject(&self, side: Side, program: Program, sockets: &Path) -> Result<Process> {
+    fn forwarder(&self, side: Side, program: Program, sockets: &Path) -> Result<Process> {
         match program {
-            Program::Dpdk => self.testpmd(side, "subject", self.cores.forwarder, sockets),
+            Program::Dpdk => self.testpmd(side, "forwarder", self.cores.forwarder, sockets),
             Program::Vireo => self.l2fwd(side, sockets),
         }
+    }
+
+    fn peer(&self, side: Side, program: Program, sockets: &Path) -> Result<Peer> {
+        let cpu = self.cores.generator;
+        Ok(match program {
+            Program::Dpdk => Peer::Testpmd(self.testpmd(side, "peer", cpu, sockets)?),
+            Program::Vireo => Peer::Vireo(Echo::open(side, |port| echo::socket(sockets, port))?.start(cpu)),
+        })
     }
 
     /// Starts testpmd and waits for its prompt. Its main lcore waits for commands on the core of its
@@ -124,16 +183,28 @@ impl Rig {
     }
 }
 
+impl Sample {
+    /// Packets per second in each direction that the peer would reach if it were busy all of the time.
+    pub(super) fn peer_ceiling(&self) -> f64 {
+        Tsc::hz() as f64 / self.peer_ticks / 2.0
+    }
+}
+
 /// Adds arguments for two ports that need no NICs, hugepages or root. Vireo takes the same arguments as DPDK.
 fn virtual_devices(command: &mut Command, side: Side, prefix: &str, sockets: &Path) {
     command.args(["--no-pci", "--no-huge", "--file-prefix", prefix]);
     for port in 0..2 {
-        let socket = sockets.join(port.to_string());
+        let socket = echo::socket(sockets, port);
         command.arg("--vdev").arg(match side {
-            Side::VirtioUser => format!("net_virtio_user{port},path={},queue_size=256", socket.display()),
-            Side::Vhost => format!("net_vhost{port},iface={}", socket.display()),
+            Side::VirtioUser => format!("net_virtio_user{port},path={socket},queue_size=256"),
+            Side::Vhost => format!("net_vhost{port},iface={socket}"),
         });
     }
+}
+
+fn quit(mut testpmd: Process) -> Result<()> {
+    testpmd.type_line("quit")?;
+    testpmd.reap()
 }
 
 /// Types a testpmd command and waits until it is done.

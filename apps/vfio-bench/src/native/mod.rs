@@ -1,6 +1,7 @@
-//! `native`: runs Vireo and DPDK in turn on shared-memory virtio rings, with the same peer.
+//! `native`: runs Vireo and DPDK in turn on shared-memory virtio rings, with the same peer or at both ends.
 
 mod distance;
+mod echo;
 mod forwarder;
 
 use std::fmt::Write as _;
@@ -21,14 +22,14 @@ use crate::report::write_json;
 use crate::run::seconds;
 use crate::stats::{CONFIDENCE, Interval, median};
 use distance::{ByDistance, Group, Range, round_trip};
-use forwarder::{Program, Rig, Sample};
+use forwarder::{Ends, Program, Rig, Sample};
 
-/// Compare Vireo with DPDK's testpmd on shared-memory virtio rings, with testpmd at the other end
+/// Compare Vireo with DPDK's testpmd on shared-memory virtio rings, at one end and at both
 #[derive(Debug, Args)]
 pub(crate) struct NativeArgs {
-    /// Ends at which Vireo replaces testpmd, one after the other
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "virtio-user,vhost")]
-    sides: Vec<Side>,
+    /// Ends at which Vireo replaces testpmd, one comparison after the other
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "virtio-user,vhost,both")]
+    sides: Vec<Replaced>,
     /// Pairs of runs; as many again compare DPDK with itself
     #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
     pairs: u32,
@@ -50,12 +51,41 @@ pub(crate) struct NativeArgs {
 }
 
 /// One end of a vhost-user connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     /// The driver's end, which owns the memory and connects.
     VirtioUser,
     /// The device's end, which listens.
     Vhost,
+}
+
+/// Ends at which Vireo replaces testpmd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+enum Replaced {
+    /// The driver's end
+    VirtioUser,
+    /// The device's end
+    Vhost,
+    /// Both ends
+    Both,
+}
+
+impl Replaced {
+    /// The end at which the forwarder is.
+    fn side(self) -> Side {
+        if self == Self::Vhost { Side::Vhost } else { Side::VirtioUser }
+    }
+
+    /// Programs after the replacement.
+    fn ends(self) -> Ends {
+        let peer = if self == Self::Both { Program::Vireo } else { Program::Dpdk };
+        Ends { forwarder: Program::Vireo, peer }
+    }
+
+    fn name(self) -> &'static str {
+        if self == Self::Both { "both ends" } else { self.side().name() }
+    }
 }
 
 impl Side {
@@ -83,10 +113,10 @@ struct Figures {
     coherence_events: Option<Vec<coherence::Row>>,
 }
 
-/// Comparison of Vireo with DPDK at one end. Ratios are Vireo's figure ÷ DPDK's.
+/// Comparison of Vireo with DPDK, at one end or at both. Ratios are Vireo's figure ÷ DPDK's.
 #[derive(Debug, Serialize)]
 struct Comparison {
-    replaced: &'static str,
+    replaced: Replaced,
     pairs: usize,
     rate_ratio: Ratio,
     ticks_ratio: Ratio,
@@ -139,6 +169,10 @@ struct Medians {
     pps: f64,
     /// Time stamp counter ticks per packet, in polls that moved packets.
     ticks_per_packet: f64,
+    /// The same of the peer.
+    peer_ticks_per_packet: f64,
+    /// Packets per second in each direction that the peer would reach if it were busy all of the time.
+    peer_ceiling_pps: f64,
 }
 
 pub(crate) fn native(args: &NativeArgs) -> Result<()> {
@@ -150,8 +184,8 @@ pub(crate) fn native(args: &NativeArgs) -> Result<()> {
         seconds: args.seconds,
     };
     let mut sides = Vec::new();
-    for side in &args.sides {
-        let comparison = compare(&rig, *side, args.pairs)?;
+    for replaced in &args.sides {
+        let comparison = compare(&rig, *replaced, args.pairs)?;
         print(&comparison)?;
         sides.push(comparison);
     }
@@ -166,16 +200,18 @@ pub(crate) fn native(args: &NativeArgs) -> Result<()> {
     }
 }
 
-fn compare(rig: &Rig, side: Side, pairs: u32) -> Result<Comparison> {
-    let noise = run_pairs(rig, side, pairs, Program::Dpdk)?;
-    let runs = run_pairs(rig, side, pairs, Program::Vireo)?;
+fn compare(rig: &Rig, replaced: Replaced, pairs: u32) -> Result<Comparison> {
+    let noise = run_pairs(rig, replaced, pairs, Ends::DPDK)?;
+    let runs = run_pairs(rig, replaced, pairs, replaced.ends())?;
     let medians = |of: fn(&Pair) -> Sample| Medians {
         pps: median_of(runs.iter().map(|pair| of(pair).pps)),
         ticks_per_packet: median_of(runs.iter().map(|pair| of(pair).ticks)),
+        peer_ticks_per_packet: median_of(runs.iter().map(|pair| of(pair).peer_ticks)),
+        peer_ceiling_pps: median_of(runs.iter().map(|pair| of(pair).peer_ceiling())),
     };
     let line_ns = Range::of(runs.iter().flat_map(|pair| pair.line));
     Ok(Comparison {
-        replaced: side.name(),
+        replaced,
         pairs: runs.len(),
         rate_ratio: Ratio::of(&runs, |sample| sample.pps)?,
         ticks_ratio: Ratio::of(&runs, |sample| sample.ticks)?,
@@ -193,24 +229,24 @@ fn median_of(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 /// Runs DPDK and `second` in turn, in the order A B B A.
-fn run_pairs(rig: &Rig, side: Side, pairs: u32, second: Program) -> Result<Vec<Pair>> {
+fn run_pairs(rig: &Rig, replaced: Replaced, pairs: u32, second: Ends) -> Result<Vec<Pair>> {
     let mut last = round_trip(rig.cores)?;
     let since = Instant::now();
     (0..pairs)
         .map(|pair| {
-            let run = |program| Ok::<_, Error>((rig.run(side, program)?, round_trip(rig.cores)?));
+            let run = |ends| Ok::<_, Error>((rig.run(replaced.side(), ends)?, round_trip(rig.cores)?));
             let before = last;
             let (dpdk, other, between);
             if pair % 2 == 0 {
-                (dpdk, between) = run(Program::Dpdk)?;
+                (dpdk, between) = run(Ends::DPDK)?;
                 (other, last) = run(second)?;
             } else {
                 (other, between) = run(second)?;
-                (dpdk, last) = run(Program::Dpdk)?;
+                (dpdk, last) = run(Ends::DPDK)?;
             }
-            let what = if second == Program::Dpdk { "DPDK against itself" } else { "Vireo against DPDK" };
+            let what = if second == Ends::DPDK { "DPDK against itself" } else { "Vireo against DPDK" };
             let (number, seconds) = (pair + 1, since.elapsed().as_secs());
-            note(&format!("{}: {what}, pair {number}/{pairs}, {seconds} s", side.name()));
+            note(&format!("{}: {what}, pair {number}/{pairs}, {seconds} s", replaced.name()));
             Ok(Pair { dpdk, other, line: [before, between, last] })
         })
         .collect()
@@ -226,15 +262,19 @@ fn print(comparison: &Comparison) -> Result<()> {
 
 fn text(comparison: &Comparison) -> String {
     let Comparison { replaced, pairs, dpdk, vireo, .. } = comparison;
-    let peer = if *replaced == Side::Vhost.name() { Side::VirtioUser } else { Side::Vhost };
-    let mut text =
-        format!("\n{replaced} replaced, with testpmd's {} as its peer ({pairs} pairs)\n", peer.name());
+    let peer = match replaced {
+        Replaced::Both => String::new(),
+        _ => format!(", with testpmd's {} as its peer", replaced.side().other().name()),
+    };
+    let mut text = format!("\n{} replaced{peer} ({pairs} pairs)\n", replaced.name());
     for (name, medians) in [("DPDK", dpdk), ("Vireo", vireo)] {
+        let Medians { pps, ticks_per_packet, peer_ticks_per_packet, peer_ceiling_pps } = medians;
         let _ = writeln!(
             text,
-            "  {name:<6} {:>6.2} Mpps in each direction  {:>6.1} ticks per packet",
-            medians.pps / 1e6,
-            medians.ticks_per_packet
+            "  {name:<6} {:>6.2} Mpps in each direction  {ticks_per_packet:>6.1} ticks per packet\n         its peer: \
+             {peer_ticks_per_packet:.1} ticks per packet, which allows {:.2} Mpps",
+            pps / 1e6,
+            peer_ceiling_pps / 1e6
         );
     }
     for (name, ratio, noise) in [
@@ -274,16 +314,21 @@ mod tests {
 
     #[test]
     fn ratios_are_ours_over_theirs() {
-        let sample = |pps, ticks| Sample { pps, ticks };
+        let sample = |pps, ticks| Sample { pps, ticks, peer_ticks: 200.0 };
         let pair = Pair { dpdk: sample(2e6, 100.0), other: sample(3e6, 50.0), line: [60.0, 80.0, 70.0] };
         let pairs = [pair; 6];
         let rate = Ratio::of(&pairs, |sample| sample.pps).unwrap();
         let ticks = Ratio::of(&pairs, |sample| sample.ticks).unwrap();
         assert!((rate.estimate - 1.5).abs() < 1e-12 && (ticks.estimate - 0.5).abs() < 1e-12);
         let noise = |low, high| Ratio { estimate: 1.0, interval: Some(Interval { low, high }) };
-        let medians = |pps, ticks_per_packet| Medians { pps, ticks_per_packet };
+        let medians = |pps, ticks_per_packet| Medians {
+            pps,
+            ticks_per_packet,
+            peer_ticks_per_packet: 200.0,
+            peer_ceiling_pps: 6.5e6,
+        };
         let comparison = Comparison {
-            replaced: "vhost",
+            replaced: Replaced::Vhost,
             pairs: 6,
             rate_ratio: rate,
             ticks_ratio: ticks,
@@ -299,16 +344,19 @@ mod tests {
                 mixed_pairs: 2,
             }),
         };
-        let text = text(&comparison);
-        assert!(text.contains("vhost replaced, with testpmd's virtio-user as its peer (6 pairs)"), "{text}");
+        let said = text(&comparison);
+        assert!(said.contains("vhost replaced, with testpmd's virtio-user as its peer (6 pairs)"), "{said}");
+        assert!(said.contains("its peer: 200.0 ticks per packet, which allows 6.50 Mpps"), "{said}");
         assert!(
-            text.contains(
+            said.contains(
                 "rate   1.50 × DPDK (95 % interval 1.50 to 1.50; DPDK against itself 0.98 to 1.02)"
             ),
-            "{text}"
+            "{said}"
         );
         let distance = "back in 60 to 340 ns\n    less than 143 ns in 4 of them: rate 1.50 × DPDK, ticks 0.40 ×\n    sometimes";
-        assert!(text.contains(distance), "{text}");
+        assert!(said.contains(distance), "{said}");
+        let both = text(&Comparison { replaced: Replaced::Both, by_distance: None, ..comparison });
+        assert!(both.contains("both ends replaced (6 pairs)"), "{both}");
         let still = Pair { dpdk: sample(0.0, 1.0), other: sample(0.0, 1.0), ..pair };
         assert!(Ratio::of(&[still], |sample| sample.pps).is_err());
     }
