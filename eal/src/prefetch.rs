@@ -15,6 +15,7 @@ pub(crate) const ACCESSES: bool = cfg!(feature = "trace-prefetches");
 /// # Safety
 /// With the feature `trace-prefetches`, the byte is mapped.
 #[inline(always)]
+#[cfg_attr(any(miri, not(target_arch = "x86_64")), allow(unused_variables))]
 pub(crate) unsafe fn to_read(at: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri), not(feature = "trace-prefetches")))]
     // SAFETY: a prefetch reads nothing and never faults.
@@ -34,6 +35,7 @@ pub(crate) unsafe fn to_read(at: *const u8) {
 /// # Safety
 /// With the feature `trace-prefetches`, the byte is mapped for writing, and nothing else writes it at the same time.
 #[inline(always)]
+#[cfg_attr(any(miri, not(target_arch = "x86_64")), allow(unused_variables))]
 pub(crate) unsafe fn to_write(at: *mut u8) {
     // The compiler's intrinsic becomes a prefetch for reading if PREFETCHW is not part of the target, as on
     // x86-64.

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Compares l2fwd and DPDK's testpmd in turn on shared-memory virtio rings, with testpmd at the other end.
+# Compares Vireo and DPDK's testpmd in turn on shared-memory virtio rings, at one end and at both.
 
 bench_native() {
     need_cargo

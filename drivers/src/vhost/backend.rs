@@ -133,19 +133,19 @@ impl Backend {
     /// Takes the ring from its lcore, and returns it with its current settings.
     fn update(&mut self, at: usize) -> Result<()> {
         let shared = Arc::clone(&self.rings[at]);
-        let mut state = shared.lock();
-        match state.take() {
-            Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => {
-                self.vrings[at].base = ring.next();
+        shared.lock().replace(|slot| {
+            match slot {
+                Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => {
+                    self.vrings[at].base = ring.next();
+                }
+                Slot::Stopped => {}
+                broken @ Slot::Broken(_) => return (broken, Ok(())),
             }
-            Slot::Stopped => {}
-            broken @ Slot::Broken(_) => {
-                state.put(broken);
-                return Ok(());
+            match self.ring(at) {
+                Ok(slot) => (slot, Ok(())),
+                Err(error) => (Slot::Stopped, Err(error)),
             }
-        }
-        state.put(self.ring(at)?);
-        Ok(())
+        })
     }
 
     /// Updates each ring as [`Backend::update`] does, even if another one fails.
@@ -156,11 +156,14 @@ impl Backend {
     /// Takes the ring from its lcore for good; returns the position where it ended.
     fn stop(&mut self, at: usize) -> u16 {
         let vring = &mut self.vrings[at];
-        match self.rings[at].lock().take() {
-            Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => vring.base = ring.next(),
-            Slot::Broken(next) => vring.base = next,
-            Slot::Stopped => {}
-        }
+        self.rings[at].lock().replace(|slot| {
+            match slot {
+                Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => vring.base = ring.next(),
+                Slot::Broken(next) => vring.base = next,
+                Slot::Stopped => {}
+            }
+            (Slot::Stopped, ())
+        });
         vring.started = false;
         vring.base
     }

@@ -57,11 +57,12 @@ impl RingState {
         self.slot = slot;
     }
 
-    /// Leaves the ring stopped.
-    pub(super) fn take(&mut self) -> Slot {
-        let slot = std::mem::take(&mut self.slot);
-        self.put(Slot::Stopped);
-        slot
+    /// Replaces the slot with the one that `next` makes of it, and returns what else `next` returns. The link does
+    /// not go down in between.
+    pub(super) fn replace<T>(&mut self, next: impl FnOnce(Slot) -> (Slot, T)) -> T {
+        let (slot, result) = next(std::mem::take(&mut self.slot));
+        self.put(slot);
+        result
     }
 
     /// Returns the ring in state [`Slot::Running`].

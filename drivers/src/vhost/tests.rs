@@ -568,13 +568,11 @@ fn a_socket_that_accepts_nobody_does_not_hang_the_start() {
     listen(&busy, Backlog::new(0).unwrap()).unwrap();
     let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
     let (done, ended) = std::sync::mpsc::channel();
-    let start = std::thread::spawn(move || {
-        let _ = done.send(Device::open("net_vhost0", &options(&path)));
-    });
+    let start = std::thread::spawn(move || done.send(Device::open("net_vhost0", &options(&path))).is_ok());
     let error = ended.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.to_string().contains("another process listens there"), "{error}");
-    start.join().unwrap();
+    assert!(start.join().unwrap());
 }
 
 #[test]

@@ -95,8 +95,8 @@ pub fn full_mb() {
     // A fence becomes MFENCE, which also orders non-temporal stores. There are none, and a locked instruction, as in
     // Linux's `smp_mb` (`arch/x86/include/asm/barrier.h`), took an eighth of the time on an EPYC of family 25.
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: the word keeps its value. It is below the stack, where nothing is: without `nostack`, the compiler has
-    // left the red zone.
+    // SAFETY: the word keeps its value. It is below the stack pointer, where the compiler keeps nothing unless `nostack`
+    // is given.
     unsafe {
         core::arch::asm!("lock or dword ptr [rsp - 4], 0");
     }

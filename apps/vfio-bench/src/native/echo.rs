@@ -1,6 +1,5 @@
 //! Vireo at the other end: a thread of this process that sends some packets and then back what it receives.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -145,9 +144,4 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.stop.set();
     }
-}
-
-/// Path of the socket of port `port`.
-pub(super) fn socket(sockets: &Path, port: usize) -> String {
-    sockets.join(port.to_string()).display().to_string()
 }

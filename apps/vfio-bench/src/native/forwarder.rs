@@ -10,7 +10,7 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::Side;
-use super::echo::{self, Echo, Running};
+use super::echo::{Echo, Running};
 use crate::cores::Cores;
 use crate::process::Process;
 
@@ -146,7 +146,7 @@ impl Rig {
         let cpu = self.cores.generator;
         Ok(match program {
             Program::Dpdk => Peer::Testpmd(self.testpmd(side, "peer", cpu, sockets)?),
-            Program::Vireo => Peer::Vireo(Echo::open(side, |port| echo::socket(sockets, port))?.start(cpu)),
+            Program::Vireo => Peer::Vireo(Echo::open(side, |port| socket(sockets, port))?.start(cpu)),
         })
     }
 
@@ -190,11 +190,16 @@ impl Sample {
     }
 }
 
+/// Path of the socket of port `port`.
+fn socket(sockets: &Path, port: usize) -> String {
+    sockets.join(port.to_string()).display().to_string()
+}
+
 /// Adds arguments for two ports that need no NICs, hugepages or root. Vireo takes the same arguments as DPDK.
 fn virtual_devices(command: &mut Command, side: Side, prefix: &str, sockets: &Path) {
     command.args(["--no-pci", "--no-huge", "--file-prefix", prefix]);
     for port in 0..2 {
-        let socket = echo::socket(sockets, port);
+        let socket = socket(sockets, port);
         command.arg("--vdev").arg(match side {
             Side::VirtioUser => format!("net_virtio_user{port},path={socket},queue_size=256"),
             Side::Vhost => format!("net_vhost{port},iface={socket}"),

@@ -189,7 +189,8 @@ pub(crate) fn native(args: &NativeArgs) -> Result<()> {
         print(&comparison)?;
         sides.push(comparison);
     }
-    let coherence_events = args.coherence.as_deref().map(coherence::count).transpose()?;
+    let coherence_events =
+        args.coherence.as_deref().map(|workload| coherence::count(workload, false)).transpose()?;
     if let Some(rows) = &coherence_events {
         program::print(&format!("\nVireo at both ends\n{}", coherence::text(rows)))?;
     }

@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 
 const LEN: u64 = 1 << 16;
@@ -65,6 +67,29 @@ fn a_ring_that_runs_is_not_taken_to_find_disabled_ones() {
         drop(states);
         assert!(!is_wanted && server.join().unwrap());
     });
+}
+
+/// A frontend may change the eventfd of a running ring at any time. Whoever reads the link must not see it go down.
+#[test]
+fn the_link_stays_up_while_a_ring_is_updated() {
+    let (mut backend, rings) = running();
+    let is_up = rings[0].lock().is_up();
+    let has_ended = AtomicBool::new(false);
+    let was_down = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut was_down = false;
+            while !has_ended.load(Ordering::Relaxed) {
+                was_down |= !is_up.load(Ordering::Acquire);
+            }
+            was_down
+        });
+        (0..5000).for_each(|_| backend.set_vring_call(0, None).unwrap());
+        has_ended.store(true, Ordering::Relaxed);
+        reader.join().unwrap()
+    });
+    assert!(!was_down);
+    backend.get_vring_base(0).unwrap();
+    assert!(!is_up.load(Ordering::Acquire));
 }
 
 #[test]
