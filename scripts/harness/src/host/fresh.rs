@@ -14,8 +14,9 @@ use crate::process::{run, run_for};
 
 /// Debian's releases and their code names.
 const RELEASES: [(&str, &str); 2] = [("12", "bookworm"), ("13", "trixie")];
-/// Time limit for one of README's commands: the whole suite, after a build of everything but the kernels.
-const COMMAND: Duration = Duration::from_secs(5400);
+/// Time limit for one of README's commands: the whole suite, after a build of everything but the kernels, while
+/// guests and the other system use the same CPUs.
+const COMMAND: Duration = Duration::from_secs(7200);
 const DEBOOTSTRAP: Duration = Duration::from_secs(1800);
 /// Path of the checkout in the new system.
 const CHECKOUT: &str = "/root/vireo";
