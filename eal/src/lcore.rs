@@ -18,6 +18,7 @@ use signal_hook::low_level;
 use crate::affinity;
 use crate::args::{EalArgs, LcoreSpec, ranges};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::Event;
 use crate::mem::node_of_cpu;
 use crate::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
@@ -285,6 +286,8 @@ pub struct StopFlag {
     /// 0, `ASKED`, `INTERRUPTED`, or the last signal received. It has its own cache line because every lcore polls
     /// it.
     state: Arc<CachePadded<AtomicI32>>,
+    /// Signaled while the flag is raised.
+    event: Option<Event>,
 }
 
 const ASKED: i32 = -1;
@@ -301,15 +304,24 @@ impl StopFlag {
         Self::default()
     }
 
-    /// Creates a flag that SIGINT, SIGTERM and SIGHUP set too. A further signal more than
-    /// [`SIGNAL_GRACE`](Self::SIGNAL_GRACE) after the first terminates the process immediately, with
+    /// Creates a flag that only the program sets and that wakes lcores that sleep, see
+    /// [`event`](Self::event).
+    ///
+    /// # Errors
+    /// If its event cannot be created.
+    pub fn with_event() -> Result<Self> {
+        Ok(Self { event: Some(Event::new()?), ..Self::default() })
+    }
+
+    /// Creates a flag with an [`event`](Self::event) that SIGINT, SIGTERM and SIGHUP set too. A further signal
+    /// more than [`SIGNAL_GRACE`](Self::SIGNAL_GRACE) after the first terminates the process immediately, with
     /// [`EXIT_CODE`](Self::EXIT_CODE). A SIGHUP that was ignored when the program started (nohup(1)) stays
     /// ignored. The handlers are never removed.
     ///
     /// # Errors
-    /// `Os` if the handlers cannot be installed.
+    /// `Os` if the handlers cannot be installed or the event cannot be created.
     pub fn on_signals() -> Result<Self> {
-        let flag = Self::default();
+        let flag = Self::with_event()?;
         // Time of the first signal, in nanoseconds of the monotonic clock; 0 before the first signal.
         let first = Arc::new(AtomicU64::new(0));
         for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !is_ignored_hangup(*signal)) {
@@ -326,7 +338,7 @@ impl StopFlag {
                     low_level::exit(Self::EXIT_CODE);
                 }
             };
-            // SAFETY: the handler reads a clock, exchanges atomics and calls `_exit`, which are all
+            // SAFETY: the handler reads a clock, exchanges atomics, writes to an eventfd and calls `_exit`, which are all
             // async-signal-safe (signal-safety(7)), and cannot panic.
             unsafe { low_level::register(signal, handler) }
                 .map_err(|error| Error::io(format!("cannot handle signal {signal}"), &error))?;
@@ -339,6 +351,19 @@ impl StopFlag {
         // A call may begin and end concurrently. A signal that arrived first stays recorded.
         let asked = |state| matches!(state, 0 | INTERRUPTED).then_some(ASKED);
         let _ = self.state.fetch_update(Ordering::Relaxed, Ordering::Relaxed, asked);
+        self.wake();
+    }
+
+    /// Returns the event that is signaled while the flag is raised, for an lcore that sleeps; `None` for a flag of
+    /// [`new`](Self::new). An lcore that finds the flag not raised, and then waits for the event, misses nothing.
+    pub fn event(&self) -> Option<&Event> {
+        self.event.as_ref()
+    }
+
+    fn wake(&self) {
+        if let Some(event) = &self.event {
+            event.signal();
+        }
     }
 
     /// Returns whether lcores are asked to stop.
@@ -357,11 +382,19 @@ impl StopFlag {
     /// Asks the lcores to interrupt their work, unless they are asked to stop.
     pub fn interrupt(&self) {
         self.change(0, INTERRUPTED);
+        self.wake();
     }
 
     /// Ends a [`interrupt`](Self::interrupt).
     pub fn resume(&self) {
         self.change(INTERRUPTED, 0);
+        if let Some(event) = &self.event {
+            event.take();
+            // What was taken may be the signal of a stop that came after the change.
+            if self.is_raised() {
+                event.signal();
+            }
+        }
     }
 
     fn change(&self, from: i32, to: i32) {
@@ -370,7 +403,9 @@ impl StopFlag {
 
     /// Records a signal. Returns whether another signal came before.
     fn signalled(&self, signal: i32) -> bool {
-        self.state.swap(signal, Ordering::Relaxed) > 0
+        let before = self.state.swap(signal, Ordering::Relaxed);
+        self.wake();
+        before > 0
     }
 
     /// Number of the last signal received, if any.

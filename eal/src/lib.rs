@@ -13,6 +13,7 @@
 //! | [`rlimit`] | commands that raise limits | `RLIMIT_NOFILE` |
 //! | [`sync`] | locks and atomics that loom models can replace | – |
 //! | [`user`] | dropping root privileges | `setresuid`, capabilities |
+//! | [`event`] | what a sleeping lcore waits for | eventfd |
 //! | [`mmio`] | registers and doorbells | BAR |
 //!
 //! All `unsafe` code of Vireo is in this crate and in the crates in folders next to its `src`. All other
@@ -25,6 +26,7 @@ pub mod clock;
 mod device_node;
 pub mod dma;
 pub mod error;
+pub mod event;
 mod init;
 pub mod ioctl;
 pub mod lcore;

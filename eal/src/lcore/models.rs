@@ -22,6 +22,23 @@ fn a_stop_is_not_lost_between_calls() {
     });
 }
 
+/// An lcore that sleeps waits for the event and then looks at the flag.
+#[test]
+fn the_event_of_a_raised_flag_is_signaled_however_calls_end() {
+    model(None, || {
+        let stop = StopFlag::with_event().unwrap();
+        let caller = stop.clone();
+        let caller = thread::spawn(move || {
+            caller.interrupt();
+            caller.resume();
+        });
+        stop.set();
+        caller.join().unwrap();
+        assert!(stop.is_set());
+        assert!(stop.event().unwrap().take());
+    });
+}
+
 #[test]
 fn the_first_signal_is_told_from_the_second() {
     model(None, || {

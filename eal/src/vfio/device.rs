@@ -129,6 +129,14 @@ impl Device {
         Ok(self.0.unmask(irq)?)
     }
 
+    /// Unmasks an automasked interrupt whenever `eventfd` is signaled.
+    ///
+    /// # Errors
+    /// If the kernel refuses; the interrupt must be enabled.
+    pub fn unmask_by(&self, irq: Irq, eventfd: BorrowedFd<'_>) -> Result<()> {
+        Ok(self.0.unmask_by(irq, eventfd)?)
+    }
+
     /// Fires interrupt 0 of this kind by software, to check that it arrives.
     ///
     /// # Errors

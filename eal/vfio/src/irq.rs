@@ -134,6 +134,16 @@ impl<K> Device<K> {
         self.set_irqs(irq, sys::VFIO_IRQ_SET_DATA_NONE | sys::VFIO_IRQ_SET_ACTION_UNMASK, 1, [])
     }
 
+    /// Arms an automasked interrupt again at each write to `eventfd`, which takes less than [`Device::unmask`] and
+    /// needs no access to the device.
+    ///
+    /// # Errors
+    /// When the ioctl fails; the interrupt must be enabled.
+    pub fn unmask_by(&self, irq: Irq, eventfd: BorrowedFd<'_>) -> Result<()> {
+        let flags = sys::VFIO_IRQ_SET_DATA_EVENTFD | sys::VFIO_IRQ_SET_ACTION_UNMASK;
+        self.set_irqs(irq, flags, 1, [eventfd.as_raw_fd() as u32])
+    }
+
     /// Triggers interrupt 0 of this kind in software, to test its delivery.
     ///
     /// # Errors
