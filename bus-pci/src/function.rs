@@ -1,7 +1,9 @@
 //! Access to a PCI function for a driver, backed by the kernel or by a test.
 
 use vireo_eal::bdf::Bdf;
+use vireo_eal::event::Event;
 use vireo_eal::mmio::Bar;
+use vireo_eal::vfio::Irq;
 use vireo_eal::{Error, ErrorKind, Result};
 
 /// PCI vendor and device id, as in the first four bytes of config space.
@@ -16,6 +18,39 @@ pub struct DeviceId {
 impl std::fmt::Display for DeviceId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:04x}:{:04x}", self.vendor, self.device)
+    }
+}
+
+/// Interrupt of a function.
+#[derive(Clone, Debug)]
+pub struct Interrupt {
+    event: Event,
+    unmask: Option<Event>,
+}
+
+impl Interrupt {
+    /// Creates an interrupt that signals `event`. If the kernel masks it when it fires, signaling `unmask` unmasks
+    /// it.
+    pub fn new(event: Event, unmask: Option<Event>) -> Self {
+        Self { event, unmask }
+    }
+
+    /// Event that the interrupt signals.
+    pub fn event(&self) -> &Event {
+        &self.event
+    }
+
+    /// Whether the interrupt is a line (INTx), which [`Function::allow_intx`] must allow.
+    pub fn is_line(&self) -> bool {
+        self.unmask.is_some()
+    }
+
+    /// Lets the interrupt fire again. The kernel masks a line that several functions may share (INTx) when it
+    /// fires.
+    pub fn unmask(&self) {
+        if let Some(unmask) = &self.unmask {
+            unmask.signal();
+        }
     }
 }
 
@@ -52,6 +87,13 @@ pub trait Function: Send {
 
     /// Whether an IOMMU translates the addresses that the function uses.
     fn has_iommu(&self) -> bool;
+
+    /// Enables `count` interrupts of the first of `kinds` that has so many, and returns them in order. It replaces
+    /// those of the same kind that were enabled before.
+    ///
+    /// # Errors
+    /// `Unavailable` when no kind has so many. Otherwise when the kernel refuses.
+    fn enable_interrupts(&self, kinds: &[Irq], count: u16) -> Result<Vec<Interrupt>>;
 
     /// Reads 16 bits of config space.
     fn config16(&self, offset: u16) -> u16 {

@@ -1,12 +1,15 @@
 //! Selects functions by the user's arguments, and acquires them for this process.
 
-use vireo_eal::args::EalArgs;
+use std::os::fd::AsFd;
+
+use vireo_eal::args::{EalArgs, VfioInterrupt};
 use vireo_eal::bdf::Bdf;
+use vireo_eal::event::Event;
 use vireo_eal::mmio::Bar;
-use vireo_eal::vfio::{Acquired, ConfigSpace, Device, DeviceFds, Phase, Vfio, VfioMode};
+use vireo_eal::vfio::{Acquired, ConfigSpace, Device, DeviceFds, Irq, Phase, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use crate::{Bus, DeviceId, Function, PciInfo};
+use crate::{Bus, DeviceId, Function, Interrupt, PciInfo};
 
 /// The kernel driver that hands functions to user space.
 pub const VFIO_DRIVER: &str = "vfio-pci";
@@ -18,6 +21,8 @@ pub struct PciDevice {
     id: DeviceId,
     config: ConfigSpace,
     device: Device,
+    /// The only kind of interrupt that may be used, if the user chose one.
+    interrupts: Option<Irq>,
     /// VFIO mode, the reason for it, and the steps of the acquisition.
     pub report: Report,
 }
@@ -120,8 +125,20 @@ impl PciDevice {
             id: info.id,
             config: device.config_space()?,
             device,
+            interrupts: None,
             report: Report { mode, why, phases },
         })
+    }
+
+    /// Uses interrupts of no other kind than `kind`, if it is given.
+    #[must_use]
+    pub fn with_interrupts(self, kind: Option<VfioInterrupt>) -> Self {
+        let interrupts = kind.map(|kind| match kind {
+            VfioInterrupt::Legacy => Irq::Intx,
+            VfioInterrupt::Msi => Irq::Msi,
+            VfioInterrupt::Msix => Irq::Msix,
+        });
+        Self { interrupts, ..self }
     }
 
     /// The VFIO device, for its interrupts and its address space.
@@ -158,6 +175,47 @@ impl Function for PciDevice {
     fn has_iommu(&self) -> bool {
         !self.device.space().is_physical()
     }
+
+    fn enable_interrupts(&self, kinds: &[Irq], count: u16) -> Result<Vec<Interrupt>> {
+        let what = format!("cannot use interrupts of {}", self.address);
+        let asked: Vec<Irq> =
+            kinds.iter().copied().filter(|kind| self.interrupts.is_none_or(|only| only == *kind)).collect();
+        if asked.is_empty() {
+            let why = format!("its driver uses {}", names(kinds));
+            return Err(Error::new(ErrorKind::Usage, what, why).with_hint("start without --vfio-intr"));
+        }
+        for &kind in &asked {
+            let info = self.device.irq_info(kind)?;
+            if info.count < count.into() {
+                continue;
+            }
+            let events = (0..count).map(|_| Event::new()).collect::<Result<Vec<_>>>()?;
+            let fds: Vec<_> = events.iter().map(Event::as_fd).collect();
+            self.device.enable_irq(kind, &fds)?;
+            let unmask = match info.automasked {
+                true => {
+                    let unmask = Event::new()?;
+                    self.device.unmask_by(kind, unmask.as_fd())?;
+                    Some(unmask)
+                }
+                false => None,
+            };
+            return Ok(events.into_iter().map(|event| Interrupt::new(event, unmask.clone())).collect());
+        }
+        let why = format!("{count} of {} are needed, but it has fewer", names(&asked));
+        Err(Error::new(ErrorKind::Unavailable, what, why))
+    }
+}
+
+/// Names kinds of interrupt as the PCI specifications do.
+fn names(kinds: &[Irq]) -> String {
+    let name = |kind: &Irq| match kind {
+        Irq::Intx => "INTx".to_owned(),
+        Irq::Msi => "MSI".to_owned(),
+        Irq::Msix => "MSI-X".to_owned(),
+        other => format!("{other:?}"),
+    };
+    kinds.iter().map(name).collect::<Vec<_>>().join(" or ")
 }
 
 #[cfg(test)]

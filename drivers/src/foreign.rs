@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
+use vireo_eal::event::Event;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::{PortCounters, QueueCounters};
@@ -67,6 +68,18 @@ impl RxBurst for RxQueue {
 
     fn counters(&self) -> &QueueCounters {
         self.0.counters()
+    }
+
+    fn event(&self) -> Option<&Event> {
+        self.0.event()
+    }
+
+    fn arm(&mut self) -> bool {
+        self.0.arm()
+    }
+
+    fn disarm(&mut self) {
+        self.0.disarm();
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
+use vireo_eal::event::Event;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::{PortCounters, QueueCounters};
@@ -102,6 +103,8 @@ pub struct Capabilities {
     pub descriptors: RangeInclusive<u16>,
     /// Offloads that the device supports.
     pub offloads: Offloads,
+    /// Whether the port can be started with [`PortConfig::rx_interrupts`].
+    pub rx_interrupts: bool,
     /// Bytes of DMA memory for the device's rings: those the device writes, and those it only reads. The
     /// function must account for alignments larger than a page.
     pub ring_bytes: fn(&PortConfig) -> [usize; 2],
@@ -109,7 +112,7 @@ pub struct Capabilities {
 
 impl Default for Capabilities {
     /// Any DMA address, frames of one buffer, no short frames, one queue of any size in each direction, no
-    /// offloads, and no rings of its own.
+    /// offloads, no interrupts, and no rings of its own.
     fn default() -> Self {
         Self {
             dma_mask: u64::MAX,
@@ -119,6 +122,7 @@ impl Default for Capabilities {
             tx_queues: 1,
             descriptors: 1..=1 << 15,
             offloads: Offloads::empty(),
+            rx_interrupts: false,
             ring_bytes: |_| [0, 0],
         }
     }
@@ -154,6 +158,8 @@ pub struct PortConfig {
     pub max_frame: usize,
     /// Offloads to enable.
     pub offloads: Offloads,
+    /// Whether each RX queue gets an interrupt, for lcores that [sleep](RxBurst::arm) (DPDK's `intr_conf.rxq`).
+    pub rx_interrupts: bool,
 }
 
 impl Default for PortConfig {
@@ -173,6 +179,7 @@ impl PortConfig {
             tx_descriptors: tx,
             max_frame: 1514,
             offloads: Offloads::empty(),
+            rx_interrupts: false,
         }
     }
 
@@ -186,6 +193,12 @@ impl PortConfig {
     #[must_use]
     pub const fn with_offloads(self, offloads: Offloads) -> Self {
         Self { offloads, ..self }
+    }
+
+    /// Returns the configuration with or without RX interrupts.
+    #[must_use]
+    pub const fn with_rx_interrupts(self, rx_interrupts: bool) -> Self {
+        Self { rx_interrupts, ..self }
     }
 
     /// Longest payload of a frame in bytes.
@@ -230,6 +243,9 @@ impl PortConfig {
         if !missing.is_empty() {
             let missing: Vec<_> = missing.names().collect();
             return Some(format!("it has no {}", missing.join(" and no ")));
+        }
+        if self.rx_interrupts && !capabilities.rx_interrupts {
+            return Some("RX interrupts are requested, but it has none".to_owned());
         }
         let fits = |n: &u16| n.is_power_of_two() && descriptors.contains(n);
         (![self.rx_descriptors, self.tx_descriptors].iter().all(fits)).then(|| {
@@ -347,6 +363,22 @@ pub trait RxBurst: Send {
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst);
     /// Returns the queue's counters, which are part of [`Nic::counters`].
     fn counters(&self) -> &QueueCounters;
+
+    /// Returns the event that the queue signals while it is armed; `None` unless the port was started with
+    /// [`PortConfig::rx_interrupts`].
+    fn event(&self) -> Option<&Event> {
+        None
+    }
+
+    /// Makes the device signal [`RxBurst::event`] for each packet from now on, so that the lcore can sleep until
+    /// then. Returns false if it must not: packets have arrived already, the ring waits for buffers, which only a
+    /// poll gives it, or there is no event. Call [`RxBurst::disarm`] before the next poll in either case.
+    fn arm(&mut self) -> bool {
+        false
+    }
+
+    /// Ends what [`RxBurst::arm`] has begun, and takes the event.
+    fn disarm(&mut self) {}
 }
 
 /// The sending half of a port, owned by one lcore.

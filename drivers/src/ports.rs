@@ -50,7 +50,8 @@ pub fn open(eal: &Eal, drivers: &Drivers, bus: &Bus, stop: &StopFlag) -> Result<
         let allowed = eal.args.allow.iter().find(|allowed| allowed.address == info.address);
         let args = allowed.map_or(&[][..], |allowed| &allowed.args);
         let mode = eal.args.mode_of(info.address);
-        take(drivers, bus.open(&info, &eal.vfio, mode)?, info, args)
+        let device = bus.open(&info, &eal.vfio, mode)?.with_interrupts(eal.args.vfio_intr);
+        take(drivers, device, info, args)
     };
     let vdevs = eal.args.vdevs.iter().map(|vdev| Ok((&*vdev.name, drivers.parse_vdev(vdev)?)));
     let vdevs = vdevs.collect::<Result<Vec<_>>>()?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::args::VdevArgs;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
+use vireo_eal::event::Event;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -38,6 +39,15 @@ macro_rules! drivers {
             }
             fn counters(&self) -> &QueueCounters {
                 match self { $(Self::$variant(queue) => queue.counters()),* }
+            }
+            fn event(&self) -> Option<&Event> {
+                match self { $(Self::$variant(queue) => queue.event()),* }
+            }
+            fn arm(&mut self) -> bool {
+                match self { $(Self::$variant(queue) => queue.arm()),* }
+            }
+            fn disarm(&mut self) {
+                match self { $(Self::$variant(queue) => queue.disarm()),* }
             }
         }
 

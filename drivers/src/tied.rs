@@ -13,6 +13,7 @@
 use vireo_eal::dma::{
     DescRing, DmaRing, Limits, MAX_BURST, Moved, PoolCache, SendWord, TiedPacket, TiedRings,
 };
+use vireo_eal::event::Event;
 
 use crate::counters::QueueCounters;
 use crate::frames::SHORTEST;
@@ -108,6 +109,15 @@ pub trait TiedRx {
         tx: &T,
         edit: impl FnMut(&mut TiedPacket<'_>),
     ) -> Option<Moved>;
+
+    /// See [`RxBurst::event`].
+    fn event(&self) -> Option<&Event>;
+
+    /// Makes the device signal the event. Returns false if there is none.
+    fn arm(&mut self) -> bool;
+
+    /// See [`RxBurst::disarm`].
+    fn disarm(&mut self);
 
     /// Announces all descriptors with a buffer to the device.
     fn offer(&mut self, ring: &DescRing);
@@ -321,6 +331,23 @@ impl<R: TieRx, T: TieTx> TiedLane<R, T> {
         let is_quiet = self.rings.tx_owned() < BATCH;
         self.quiet_at = if is_quiet { self.rings.place() } else { isize::MAX };
         if count > 0 { Polled::Busy } else { Polled::Idle }
+    }
+
+    /// Does what [`RxBurst::event`] does.
+    pub fn event(&self) -> Option<&Event> {
+        self.rx.event()
+    }
+
+    /// Does what [`RxBurst::arm`] does. Also returns false while many packets are still being sent, because a device
+    /// does not signal that it has sent them and the RX queue needs their buffers.
+    pub fn arm(&mut self) -> bool {
+        let is_quiet = self.rings.place() == self.quiet_at && self.rings.rx_owned() > 0;
+        self.rx.arm() && is_quiet && self.rx.received(&self.rings).is_none()
+    }
+
+    /// Does what [`RxBurst::disarm`] does.
+    pub fn disarm(&mut self) {
+        self.rx.disarm();
     }
 
     /// Sends the packets that were not sent yet, and returns both queues.

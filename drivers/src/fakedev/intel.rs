@@ -12,10 +12,12 @@ mod state;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vireo_bus_pci::{DeviceId, Function};
+use vireo_bus_pci::{DeviceId, Function, Interrupt};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::DeviceView;
+use vireo_eal::event::Event;
 use vireo_eal::mmio::{Bar, DoorbellPage, Registers};
+use vireo_eal::vfio::Irq;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use self::model::BAR_SIZE;
@@ -280,6 +282,14 @@ impl<M: Model> Function for Fake<M> {
     fn has_iommu(&self) -> bool {
         true
     }
+
+    fn enable_interrupts(&self, kinds: &[Irq], _count: u16) -> Result<Vec<Interrupt>> {
+        let event = Event::new()?;
+        self.lock().interrupt = Some(event.clone());
+        // A signal of this event stays unread: the fake line is never masked.
+        let unmask = if kinds.contains(&Irq::Msi) { None } else { Some(Event::new()?) };
+        Ok(vec![Interrupt::new(event, unmask)])
+    }
 }
 
 impl<M: Model> Registers for Fake<M> {
@@ -292,6 +302,9 @@ impl<M: Model> Registers for Fake<M> {
         }
         let value = if Self::is_tail(offset) { self.doorbells.load(offset) } else { state.get(offset) };
         let value = state.model.read(offset, value, &mut state.registers, faults, self.config.bus_master());
+        if offset == ICR && state.get(IMS) == 0 {
+            state.set(ICR, 0);
+        }
         if STATISTICS.contains(&offset) && !(KEPT.contains(&offset) && state.model.keeps_statistics()) {
             state.set(offset, 0);
         }
@@ -311,6 +324,10 @@ impl<M: Model> Registers for Fake<M> {
         match offset {
             STATUS => {}
             MDIC => state.mdic(value),
+            IMS | IMC => {
+                let mask = state.get(IMS);
+                state.set_mask(if offset == IMS { mask | value } else { mask & !value });
+            }
             _ if Self::is_tail(offset) => self.doorbells.store(offset, value),
             CTRL => {
                 state.set(CTRL, value);

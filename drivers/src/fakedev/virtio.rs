@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vireo_bus_pci::{CAP_ID_VENDOR, DeviceId, Function};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::DeviceView;
+use vireo_eal::event::Event;
 use vireo_eal::mmio::DoorbellPage;
 
 use super::ConfigSpace;
@@ -64,6 +65,8 @@ pub struct Behaviour {
     pub mtu: u16,
     /// Maximum size of every queue, in descriptors.
     pub queue_size: u16,
+    /// Number of MSI-X vectors.
+    pub vectors: u16,
     /// Station address.
     pub mac: [u8; 6],
     /// Link state in config space.
@@ -108,6 +111,7 @@ impl Default for Behaviour {
             pairs: 1,
             mtu: 1500,
             queue_size: 256,
+            vectors: 3,
             mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56],
             link_up: true,
             iommu: true,
@@ -152,6 +156,8 @@ struct State {
     pairs: u16,
     promiscuous: bool,
     interrupts: u64,
+    /// Enabled MSI-X vectors.
+    vectors: Vec<Event>,
     resets: u64,
     reads: u64,
     faults: Vec<&'static str>,

@@ -4,12 +4,13 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vireo_bus_pci::{DeviceId, Function};
+use vireo_bus_pci::{DeviceId, Function, Interrupt};
 use vireo_eal::dma::{DescRing, DmaMemory, DmaRing, PoolCache};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::counter::Drops;
 use super::hardware::link;
+use super::interrupt::{self, RxInterrupt};
 use super::phy::{follow_link, wake};
 use super::regs::*;
 use super::reset::quiesce;
@@ -46,6 +47,8 @@ pub struct Device<C: Chip> {
     scattered: bool,
     drops: Drops,
     fault: Fault,
+    /// Interrupt, enabled by the first start that asks for it.
+    interrupt: Option<Interrupt>,
     /// Memory that the device may write to, kept from `start` until the device confirms a reset.
     running: Option<Arc<DmaMemory>>,
     /// Queues of a failed stop, whose reset the device did not confirm.
@@ -88,6 +91,7 @@ impl<C: Chip> Device<C> {
             scattered: false,
             drops: Drops::default(),
             fault: Fault::default(),
+            interrupt: None,
             running: None,
             parked: None,
             counters: Drops::port_counters(),
@@ -135,6 +139,9 @@ impl<C: Chip> Device<C> {
     /// Lets the chip start DMA.
     fn enable(&self) -> Result<()> {
         self.hardware.function.set_command(true)?;
+        if self.interrupt.as_ref().is_some_and(Interrupt::is_line) {
+            self.hardware.function.allow_intx()?;
+        }
         self.chip.enable(&self.hardware, self.rctl())
     }
 
@@ -177,6 +184,11 @@ impl<C: Chip> Nic for Device<C> {
         if self.scattered && self.chip.make_room(&self.hardware, config.max_frame) {
             quiesce(&self.chip, &self.hardware)?;
         }
+        if config.rx_interrupts && self.interrupt.is_none() {
+            self.interrupt = interrupt::enable(&self.hardware, self.chip.is_express())?;
+        }
+        let interrupt = self.interrupt.clone().filter(|_| config.rx_interrupts);
+        let interrupt = interrupt.map(|interrupt| RxInterrupt::new(interrupt, &self.hardware));
         let bar = &self.hardware.bar;
         let tails = (bar.doorbell32(C::RX.tail)?, bar.doorbell32(C::TX.tail)?);
         let mut rings = self.rings(memory, config)?;
@@ -187,7 +199,7 @@ impl<C: Chip> Nic for Device<C> {
         self.drops.begin(&self.hardware.bar);
         self.fault.take();
         let long = self.scattered.then_some(config.max_frame);
-        let mut rx = RxQueue::new(rings.rx, tails.0, self.counters.rx(0), long);
+        let mut rx = RxQueue::new(rings.rx, tails.0, self.counters.rx(0), long, interrupt);
         let tx = TxQueue::new(rings.tx, tails.1, self.counters.tx(0), self.pads, long, self.fault.clone());
         self.running = Some(rings.memory);
         self.linked.store(false, Ordering::Relaxed);
@@ -252,7 +264,14 @@ impl<C: Chip> Nic for Device<C> {
         };
         let descriptors = FEWEST..=MAX_DESCRIPTORS;
         let (dma_mask, max_frame) = (self.dma_mask, self.chip.max_frame());
-        Capabilities { dma_mask, max_frame, descriptors, ring_bytes, ..Capabilities::default() }
+        Capabilities {
+            dma_mask,
+            max_frame,
+            descriptors,
+            ring_bytes,
+            rx_interrupts: true,
+            ..Capabilities::default()
+        }
     }
 
     /// Makes the driver pad short frames. PCI Express chips do not pad frames shorter than 17 bytes.

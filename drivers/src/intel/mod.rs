@@ -6,6 +6,7 @@ mod counter;
 mod device;
 mod format;
 mod hardware;
+mod interrupt;
 mod phy;
 pub(crate) mod regs;
 mod reset;

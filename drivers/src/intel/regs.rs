@@ -23,6 +23,8 @@ registers! {
     FCAL     0x00028 RW "Flow control address low"            "SDM 13.4, DS 10.2.2, 82576 8.5"
     FCAH     0x0002C RW "Flow control address high"           "SDM 13.4, DS 10.2.2, 82576 8.5"
     FCT      0x00030 RW "Flow control EtherType"              "SDM 13.4, DS 10.2.2, 82576 8.5"
+    ICR      0x000C0 RC "Interrupt cause read"                "SDM 13.4, DS 10.2.4, 82576 8.8"
+    IMS      0x000D0 RW "Interrupt mask set"                  "SDM 13.4, DS 10.2.4, 82576 8.8"
     IMC      0x000D8 RW "Interrupt mask clear"                "SDM 13.4, DS 10.2.4, 82576 8.8"
     RCTL     0x00100 RW "Receive control"                     "SDM 13.4, DS 10.2.5, 82576 8.10"
     FCTTV    0x00170 RW "Flow control transmit timer"         "SDM 13.4, DS 10.2.2, 82576 8.5"
@@ -139,6 +141,14 @@ pub const RCTL_BAM: u32 = 1 << 15;
 pub const RCTL_DPF: u32 = 1 << 22;
 /// Strips the Ethernet CRC.
 pub const RCTL_SECRC: u32 = 1 << 26;
+
+/// Interrupt cause: the RX ring has few descriptors with a buffer left.
+pub const ICR_RXDMT0: u32 = 1 << 4;
+/// Interrupt cause: a packet was missed because the FIFO had no room.
+pub const ICR_RXO: u32 = 1 << 6;
+/// Interrupt cause: a packet was received, and its delay timer, which is off, has expired. On igb: its descriptor
+/// was written.
+pub const ICR_RXT0: u32 = 1 << 7;
 
 /// Transmitter enable.
 pub const TCTL_EN: u32 = 1 << 1;

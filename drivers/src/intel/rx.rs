@@ -7,10 +7,12 @@ use vireo_eal::dma::{
     Burst, DATA_ROOM, DescRing, Limits, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Moved, PoolCache, TiedPacket,
     TiedRings, dma_rmb,
 };
+use vireo_eal::event::Event;
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::format::Format;
+use super::interrupt::RxInterrupt;
 use crate::counters::QueueCounters;
 use crate::port::RxBurst;
 use crate::tied::{TieRx, TiedRx, TiedTx};
@@ -36,6 +38,7 @@ pub struct RxQueue<F, R = DescRing> {
     /// Maximum length in bytes of a frame that spans several descriptors; 0 if all such frames are dropped.
     longest: usize,
     counters: Arc<QueueCounters>,
+    interrupt: Option<Box<RxInterrupt>>,
     _format: PhantomData<F>,
 }
 
@@ -65,6 +68,7 @@ impl<F: Format> RxQueue<F> {
         tail: Doorbell<u32>,
         counters: Arc<QueueCounters>,
         long: Option<usize>,
+        interrupt: Option<RxInterrupt>,
     ) -> Self {
         // At most three quarters of the ring wait for a refill, however small the ring.
         let refill_threshold = MAX_BURST.min(ring.entries() / 4 * 3);
@@ -76,6 +80,7 @@ impl<F: Format> RxQueue<F> {
             skipping: false,
             longest: long.unwrap_or(0),
             counters,
+            interrupt: interrupt.map(Box::new),
             _format: PhantomData,
         }
     }
@@ -239,15 +244,62 @@ impl<F: Format> RxBurst for RxQueue<F> {
     fn counters(&self) -> &QueueCounters {
         &self.counters
     }
+
+    fn event(&self) -> Option<&Event> {
+        self.interrupt_event()
+    }
+
+    fn arm(&mut self) -> bool {
+        // DD is also set where there is no buffer.
+        self.enable_interrupt() && self.ring.load::<1>(self.ring.tail()) & F::RXD_DD == 0
+    }
+
+    fn disarm(&mut self) {
+        self.disable_interrupt();
+    }
 }
 
 impl<F, R> RxQueue<F, R> {
     /// Exchanges the ring.
     fn with_ring<S>(self, ring: S) -> (R, RxQueue<F, S>) {
-        let Self { ring: before, tail, refill_threshold, refill_at, skipping, longest, counters, _format } =
-            self;
-        let queue = RxQueue { ring, tail, refill_threshold, refill_at, skipping, longest, counters, _format };
+        let Self {
+            ring: before,
+            tail,
+            refill_threshold,
+            refill_at,
+            skipping,
+            longest,
+            counters,
+            interrupt,
+            _format,
+        } = self;
+        let queue = RxQueue {
+            ring,
+            tail,
+            refill_threshold,
+            refill_at,
+            skipping,
+            longest,
+            counters,
+            interrupt,
+            _format,
+        };
         (before, queue)
+    }
+
+    /// Lets the chip interrupt. Returns false if the port was started without interrupts.
+    fn enable_interrupt(&self) -> bool {
+        self.interrupt.as_ref().inspect(|interrupt| interrupt.arm()).is_some()
+    }
+
+    fn disable_interrupt(&self) {
+        if let Some(interrupt) = &self.interrupt {
+            interrupt.disarm();
+        }
+    }
+
+    fn interrupt_event(&self) -> Option<&Event> {
+        self.interrupt.as_ref().map(|interrupt| interrupt.event())
     }
 }
 
@@ -319,6 +371,18 @@ impl<F: Format> TiedRx for RxQueue<F, ()> {
             header(packet);
             edit(packet);
         })
+    }
+
+    fn event(&self) -> Option<&Event> {
+        self.interrupt_event()
+    }
+
+    fn arm(&mut self) -> bool {
+        self.enable_interrupt()
+    }
+
+    fn disarm(&mut self) {
+        self.disable_interrupt();
     }
 
     fn offer(&mut self, ring: &DescRing) {

@@ -383,11 +383,15 @@ impl Nic for Device {
         let controlled = self.features.intersects(Features::CTRL_RX)
             || self.features.contains(Features::CTRL_VQ | Features::MQ);
         let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);
+        let events =
+            self.transport.set_interrupts(if config.rx_interrupts { config.rx_queues } else { 0 })?;
         let (rings, mut control) = self.queues(memory, &config, control)?;
         let (features, prompt) = (self.features, self.transport.owes_completions());
         let counters = &self.counters;
         let longest = config.max_frame;
-        let rx = |(number, ring)| RxQueue::new(ring, counters.rx(number), features, longest);
+        let rx = |(number, ring)| {
+            RxQueue::new(ring, counters.rx(number), features, longest, events.get(number).cloned())
+        };
         let tx = |(number, (ring, chains))| {
             let chains: Option<Chains> = chains;
             let chains = chains.map(|chains| chains.for_frames(longest));
@@ -474,6 +478,7 @@ impl Nic for Device {
             rx_queues,
             tx_queues,
             ring_bytes,
+            rx_interrupts: self.transport.has_interrupts(),
             ..Capabilities::default()
         }
     }

@@ -4,15 +4,17 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use vireo_bus_pci::{CAP_ID_VENDOR, Function, capabilities};
+use vireo_bus_pci::{CAP_ID_VENDOR, Function, Interrupt, capabilities};
 use vireo_eal::dma::DmaMemory;
+use vireo_eal::event::Event;
 use vireo_eal::mmio::Bar;
+use vireo_eal::vfio::Irq;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::Options;
 use super::features::{Features, Status};
 use super::split::{Kick, Virtqueue, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
+use super::{Options, RINGS_PER_PAIR, RX_QUEUE};
 use crate::frames::ETHERNET;
 use crate::port::{MacAddr, PortConfig};
 
@@ -24,6 +26,9 @@ const NO_VECTOR: u16 = 0xffff;
 /// Hint on how to get a device with the modern interface. Some clouds offer only legacy devices.
 const MODERN: &str = "choose a virtio 1.0 NIC: in a cloud by machine or image type, in libvirt by model \
                       virtio-non-transitional, in QEMU by -device virtio-net-pci,disable-legacy=on";
+
+/// Hint on how to get a device with an interrupt for each RX queue.
+const VECTORS: &str = "give it more MSI-X vectors, in QEMU: -device virtio-net-pci,vectors=N";
 
 /// Device status once the features are negotiated.
 const READY: Status = Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK);
@@ -111,6 +116,10 @@ pub(super) struct Pci {
     device: Window,
     /// Features from the last negotiation.
     features: Features,
+    /// Enabled MSI-X vectors.
+    vectors: Vec<Interrupt>,
+    /// Number of RX queues that have an interrupt.
+    interrupting: u16,
     /// Whether the device is live: from `DRIVER_OK` to the reset.
     live: bool,
     /// Dropped after the windows on its registers.
@@ -126,7 +135,7 @@ impl fmt::Debug for Pci {
 
 impl Pci {
     /// Finds the registers. Of each kind, the first usable capability counts (4.1.4.1). The ISR register is
-    /// not used because the driver takes no interrupts.
+    /// not used, because the driver takes interrupts by MSI-X only.
     ///
     /// # Errors
     /// `Unavailable` for a device that has only the legacy interface, `Protocol` when all capabilities of a
@@ -170,7 +179,18 @@ impl Pci {
         };
         let name = function.address().to_string().into();
         let features = Features::empty();
-        Ok(Self { name, common, notify, notify_off_multiplier, device, features, live: false, function })
+        Ok(Self {
+            name,
+            common,
+            notify,
+            notify_off_multiplier,
+            device,
+            features,
+            vectors: Vec::new(),
+            interrupting: 0,
+            live: false,
+            function,
+        })
     }
 
     fn read8(&self, register: u64) -> u8 {
@@ -398,7 +418,20 @@ impl Transport for Pci {
         Ok(())
     }
 
-    /// Follows 4.1.5.1.3, without an interrupt.
+    fn has_interrupts(&self) -> bool {
+        true
+    }
+
+    fn set_interrupts(&mut self, count: u16) -> Result<Vec<Event>> {
+        if usize::from(count) > self.vectors.len() {
+            let enabled = self.function.enable_interrupts(&[Irq::Msix], count);
+            self.vectors = enabled.map_err(|error| error.with_hint(VECTORS))?;
+        }
+        self.interrupting = count;
+        Ok(self.vectors.iter().take(count.into()).map(|vector| vector.event().clone()).collect())
+    }
+
+    /// Follows 4.1.5.1.3. RX queue n has MSI-X vector n.
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {
         self.write16(common::CONFIG_MSIX_VECTOR, NO_VECTOR);
         self.write16(common::QUEUE_SELECT, index);
@@ -408,7 +441,15 @@ impl Transport for Pci {
             let why = format!("virtqueue {index} has a size of {size} instead of {}", queue.size());
             return Err(self.error(ErrorKind::Protocol, "use", why));
         }
-        self.write16(common::QUEUE_MSIX_VECTOR, NO_VECTOR);
+        let pair = index / RINGS_PER_PAIR as u16;
+        let is_rx = index % RINGS_PER_PAIR as u16 == RX_QUEUE;
+        let vector = if is_rx && pair < self.interrupting { pair } else { NO_VECTOR };
+        self.write16(common::QUEUE_MSIX_VECTOR, vector);
+        // A device that has no resources for the vector says so here (4.1.5.1.2.1).
+        if vector != NO_VECTOR && self.read16(common::QUEUE_MSIX_VECTOR) != vector {
+            let why = format!("it has no interrupt left for virtqueue {index}");
+            return Err(self.error(ErrorKind::Unavailable, "use", why));
+        }
         for (register, address) in common::QUEUE_ADDRESSES.into_iter().zip(queue.addresses()) {
             self.write32(register, address as u32);
             self.write32(register + 4, (address >> 32) as u32);

@@ -7,6 +7,7 @@ use vireo_eal::dma::{
     Burst, Completed, DATA_ROOM, DescRing, DmaRing, Limits, MAX_BURST, MAX_SEGMENTS, Moved, PoolCache,
     TiedPacket, TiedRings, dma_rmb,
 };
+use vireo_eal::event::Event;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::HEADER;
@@ -52,15 +53,18 @@ pub struct RxQueue<R = DescRing> {
     pub(super) segments: usize,
     /// Maximum length of a frame in bytes.
     pub(super) longest: usize,
+    /// Event that the device signals while the queue is armed.
+    event: Option<Event>,
 }
 
 impl RxQueue {
-    /// Creates the queue; frames have at most `longest` bytes.
+    /// Creates the queue; frames have at most `longest` bytes. The device signals `event` for an interrupt.
     pub(super) fn new(
         mut queue: Virtqueue,
         counters: Arc<QueueCounters>,
         features: Features,
         longest: usize,
+        event: Option<Event>,
     ) -> Self {
         queue.counters = counters;
         let checksums = features.contains(Features::GUEST_CSUM);
@@ -75,6 +79,7 @@ impl RxQueue {
             after_violation: None,
             segments: if longest > STANDARD_FRAME { MAX_SEGMENTS } else { 1 },
             longest,
+            event,
             queue,
         }
     }
@@ -270,6 +275,18 @@ impl RxBurst for RxQueue {
     fn counters(&self) -> &QueueCounters {
         &self.queue.counters
     }
+
+    fn event(&self) -> Option<&Event> {
+        self.event.as_ref()
+    }
+
+    fn arm(&mut self) -> bool {
+        self.enable_interrupt() && !self.queue.ring.has_reached(self.refill_at)
+    }
+
+    fn disarm(&mut self) {
+        self.disable_interrupt();
+    }
 }
 
 impl<R> RxQueue<R> {
@@ -286,6 +303,7 @@ impl<R> RxQueue<R> {
             after_violation,
             segments,
             longest,
+            event,
         } = self;
         let (before, queue) = queue.with_ring(ring);
         let queue = RxQueue {
@@ -299,8 +317,22 @@ impl<R> RxQueue<R> {
             after_violation,
             segments,
             longest,
+            event,
         };
         (before, queue)
+    }
+
+    /// See [`RxBurst::arm`]. Does not look whether the ring waits for buffers.
+    fn enable_interrupt(&self) -> bool {
+        self.event.is_some() && self.queue.enable_interrupt()
+    }
+
+    /// See [`RxBurst::disarm`].
+    fn disable_interrupt(&self) {
+        self.queue.disable_interrupt();
+        if let Some(event) = &self.event {
+            event.take();
+        }
     }
 }
 
@@ -410,6 +442,18 @@ impl TiedRx for RxQueue<()> {
         )?;
         queue.last_used = queue.last_used.wrapping_add(moved.count as u16);
         Some(moved)
+    }
+
+    fn event(&self) -> Option<&Event> {
+        self.event.as_ref()
+    }
+
+    fn arm(&mut self) -> bool {
+        self.enable_interrupt()
+    }
+
+    fn disarm(&mut self) {
+        self.disable_interrupt();
     }
 
     fn offer(&mut self, ring: &DescRing) {

@@ -285,6 +285,25 @@ impl<R> Virtqueue<R> {
         self.used_event.store::<0>(0, self.last_used.wrapping_sub(1));
     }
 
+    /// Lets the device interrupt when it uses the next descriptor (2.7.7 and 2.7.10). Returns whether it has used
+    /// none until then: it then looks for the driver's request after it has used the next one.
+    pub(super) fn enable_interrupt(&self) -> bool {
+        match self.event_idx {
+            true => self.used_event.store::<0>(0, self.last_used),
+            false => self.rare.avail_flags.store::<0>(0, 0),
+        }
+        full_mb();
+        self.used_idx() == self.last_used
+    }
+
+    /// Ends what [`Virtqueue::enable_interrupt`] has begun. A late interrupt may still arrive.
+    pub(super) fn disable_interrupt(&self) {
+        match self.event_idx {
+            true => self.suppress_interrupts(),
+            false => self.rare.avail_flags.store::<0>(0, AVAIL_NO_INTERRUPT),
+        }
+    }
+
     /// Makes every slot of the avail ring name the first descriptor, for chains as long as the table.
     pub(super) fn point_all_at_first(&mut self) {
         self.rare.avail.fill(0);

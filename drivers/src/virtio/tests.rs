@@ -402,6 +402,48 @@ fn several_pairs_need_a_control_queue() {
 }
 
 #[test]
+fn each_rx_queue_has_its_own_interrupt_with_and_without_event_index() {
+    const SLEEPS: PortConfig = CONFIG.with_rx_interrupts(true);
+    for bits in [0, feature::EVENT_IDX] {
+        let features = (Behaviour::default().features | feature::MQ) & !bits;
+        let nic = VirtioNet::new(Behaviour { pairs: 2, vectors: 1, features, ..Behaviour::default() });
+        let (memory, mut cache) = memory(BUFFERS);
+        nic.attach(memory.device_view().unwrap());
+        let mut device = Device::probe(nic.function()).unwrap();
+        let error = device.start(&SLEEPS.with_pairs(2), &memory, &mut cache).unwrap_err();
+        assert!(error.kind() == ErrorKind::Unavailable && error.to_string().contains("vectors=N"), "{error}");
+        nic.behave(|behaviour| behaviour.vectors = 2);
+        for pairs in [1, 2, 1] {
+            let mut queues = device.start(&SLEEPS.with_pairs(pairs), &memory, &mut cache).unwrap();
+            for number in 0..pairs {
+                let before = nic.interrupts();
+                for queue in &mut queues.rx {
+                    assert!(queue.arm());
+                }
+                assert!(nic.receive_on(number, &frame(1)));
+                let signaled = queues.rx.iter().map(|queue| queue.event().unwrap().take());
+                let wanted = (0..pairs).map(|other| other == number);
+                assert_eq!(signaled.collect::<Vec<_>>(), wanted.collect::<Vec<_>>());
+                assert_eq!(nic.interrupts(), before + 1);
+                for queue in &mut queues.rx {
+                    queue.disarm();
+                    let mut burst = Burst::new();
+                    queue.rx_burst(&mut cache, &mut burst);
+                    burst.into_iter().for_each(|packet| cache.free(packet));
+                }
+            }
+            device.stop(queues, &mut cache).unwrap();
+        }
+        let mut queues = device.start(&CONFIG, &memory, &mut cache).unwrap();
+        assert!(queues.rx[0].event().is_none() && !queues.rx[0].arm());
+        queues.rx[0].disarm();
+        assert!(nic.receive(&frame(1)));
+        assert_eq!((nic.faults(), nic.interrupts()), (vec![], 4));
+        device.stop(queues, &mut cache).unwrap();
+    }
+}
+
+#[test]
 fn a_driver_that_gives_up_clears_no_status() {
     let nic = VirtioNet::new(Behaviour { refuse_features: true, ..Behaviour::default() });
     Device::probe(nic.function()).unwrap_err();

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use vireo_eal::Result;
 use vireo_eal::dma::DmaMemory;
+use vireo_eal::event::Event;
 
 use super::Options;
 use super::features::Features;
@@ -53,6 +54,13 @@ pub(super) trait Transport: fmt::Debug + Send {
 
     /// Gives the running device access to `memory`, whose region was added to its map.
     fn share_more(&mut self, memory: &DmaMemory) -> Result<()>;
+
+    /// Whether RX queues can have interrupts.
+    fn has_interrupts(&self) -> bool;
+
+    /// Gives each of the first `count` RX queues an interrupt from its next [`Transport::enable_queue`] on, and takes
+    /// it from all others. Returns the events that they signal.
+    fn set_interrupts(&mut self, count: u16) -> Result<Vec<Event>>;
 
     /// Passes the memory of queue `index` to the device.
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()>;

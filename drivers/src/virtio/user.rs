@@ -20,6 +20,7 @@ use vhost::vhost_user::{Error as PeerError, Frontend};
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vireo_eal::dma::{DmaMemory, Segment};
+use vireo_eal::event::Event;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -473,6 +474,14 @@ impl Transport for User {
         self.ask("ADD_MEM_REG", |peer| peer.add_mem_region(&range))?;
         // The rings run, and no packet in that memory may reach the peer before the message.
         self.settle()
+    }
+
+    fn has_interrupts(&self) -> bool {
+        false
+    }
+
+    fn set_interrupts(&mut self, _count: u16) -> Result<Vec<Event>> {
+        Ok(Vec::new())
     }
 
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {

@@ -56,7 +56,7 @@ pub(super) struct Cli {
     /// mode needs
     #[arg(long, value_name = "MODE")]
     pub(super) iova_mode: Option<IovaMode>,
-    /// Kind of interrupt; accepted, but has no effect yet
+    /// Kind of interrupt, for programs that use interrupts; default: the best that NIC and driver support
     #[arg(long, value_name = "KIND")]
     pub(super) vfio_intr: Option<VfioInterrupt>,
     /// Token that virtual functions share with their physical function

@@ -78,7 +78,7 @@ pub struct EalArgs {
     pub vfio_mode: VfioMode,
     /// Whether each port gets its own address space. Never true in a mode without an IOMMU.
     pub isolate_ports: bool,
-    /// Kind of interrupt, if requested. It has no effect yet.
+    /// Kind of interrupt that devices use, if requested; by default, the best that device and driver support.
     pub vfio_intr: Option<VfioInterrupt>,
     /// Token of virtual functions.
     pub vf_token: Option<VfToken>,

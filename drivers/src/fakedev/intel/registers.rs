@@ -13,6 +13,10 @@ pub(crate) const MDIC: u64 = 0x0020;
 pub(crate) const FCAL: u64 = 0x0028;
 pub(crate) const FCAH: u64 = 0x002C;
 pub(crate) const FCT: u64 = 0x0030;
+// SDM 13.4, DS 10.2.4, 82576 8.8: interrupts.
+pub(crate) const ICR: u64 = 0x00C0;
+pub(crate) const IMS: u64 = 0x00D0;
+pub(crate) const IMC: u64 = 0x00D8;
 // SDM 13.4, DS 10.2.5 and 10.2.6, 82576 8.10 and 8.12: receive and transmit.
 pub(crate) const RCTL: u64 = 0x0100;
 pub(crate) const TCTL: u64 = 0x0400;
@@ -43,6 +47,7 @@ pub(crate) const RCTL_BSIZE: u32 = 0x0003_0000;
 pub(crate) const RCTL_MPE: u32 = 0x0000_0010;
 pub(crate) const RCTL_DPF: u32 = 0x0040_0000;
 pub(crate) const RCTL_PMCF: u32 = 0x0080_0000;
+pub(crate) const ICR_RXT0: u32 = 0x0000_0080;
 pub(crate) const TCTL_EN: u32 = 0x0000_0002;
 pub(crate) const TCTL_PSP: u32 = 0x0000_0008;
 pub(crate) const RAH_AV: u32 = 0x8000_0000;

@@ -1,6 +1,7 @@
 //! State of a controller, and its work on registers, rings and the wire.
 
 use vireo_eal::dma::DeviceView;
+use vireo_eal::event::Event;
 
 use super::model::{BAR_SIZE, Model, RegisterFile};
 use super::registers::*;
@@ -37,6 +38,8 @@ pub(super) struct State<M> {
     pub(super) pauses: u64,
     pub(super) resets: u64,
     pub(super) reads: u64,
+    /// Event of the interrupt, if it is enabled.
+    pub(super) interrupt: Option<Event>,
 }
 
 impl<M: Model> State<M> {
@@ -57,6 +60,7 @@ impl<M: Model> State<M> {
             pauses: 0,
             resets: 0,
             reads: 0,
+            interrupt: None,
         };
         state.reset();
         state
@@ -199,7 +203,19 @@ impl<M: Model> State<M> {
         }
         memory.store(descriptor + 8, word)?;
         self.advance(M::RDBAL, 1);
+        self.set(ICR, self.get(ICR) | ICR_RXT0);
+        self.set_mask(self.get(IMS));
         Some(())
+    }
+
+    /// Sets which causes interrupt, and interrupts if one of them is pending (SDM 13.4, IMS).
+    pub(super) fn set_mask(&mut self, mask: u32) {
+        self.set(IMS, mask);
+        if self.get(ICR) & mask != 0
+            && let Some(event) = &self.interrupt
+        {
+            event.signal();
+        }
     }
 
     pub(super) fn transmit(&mut self) -> Option<()> {

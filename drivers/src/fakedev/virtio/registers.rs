@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use vireo_bus_pci::{DeviceId, Function};
+use vireo_bus_pci::{DeviceId, Function, Interrupt};
 use vireo_eal::bdf::Bdf;
+use vireo_eal::event::Event;
 use vireo_eal::mmio::{Bar, Registers};
+use vireo_eal::vfio::Irq;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::{
@@ -54,6 +56,16 @@ impl Function for VirtioNet {
 
     fn has_iommu(&self) -> bool {
         self.state().behaviour.iommu
+    }
+
+    fn enable_interrupts(&self, kinds: &[Irq], count: u16) -> Result<Vec<Interrupt>> {
+        let mut state = self.state();
+        if !kinds.contains(&Irq::Msix) || count > state.behaviour.vectors {
+            let what = format!("cannot use interrupts of {}", self.address);
+            return Err(Error::new(ErrorKind::Unavailable, what, "it has too few"));
+        }
+        state.vectors = (0..count).map(|_| Event::new()).collect::<Result<_>>()?;
+        Ok(state.vectors.iter().map(|event| Interrupt::new(event.clone(), None)).collect())
     }
 }
 
@@ -124,7 +136,8 @@ impl State {
             0x04 if self.device_feature_select < 2 => {
                 behaviour.features >> (32 * self.device_feature_select) & 0xffff_ffff
             }
-            0x10 | 0x1a => 0xffff,
+            0x10 => 0xffff,
+            0x1a => u64::from(self.queue(self.queue_select).0.vector.unwrap_or(0xffff)),
             0x12 => self.queues.len() as u64,
             0x14 if behaviour.needs_reset && self.status != 0 => u64::from(self.status | STATUS_NEEDS_RESET),
             0x14 if behaviour.halted => u64::from(self.status & !STATUS_DRIVER_OK),
@@ -165,8 +178,11 @@ impl State {
             }
             0x16 => self.queue_select = value as u16,
             _ => {
+                let vectors = self.vectors.len();
                 let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else { return };
                 match offset {
+                    // A vector that is not enabled reads as none (4.1.5.1.2.1).
+                    0x1a => queue.vector = Some(value as u16).filter(|vector| usize::from(*vector) < vectors),
                     0x18 => queue.size = Some(value as u16),
                     0x1c => queue.enabled = value == 1,
                     0x20..0x38 => {

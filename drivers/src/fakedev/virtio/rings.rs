@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use vireo_eal::dma::Word;
+use vireo_eal::dma::{Word, full_mb};
 
 use super::{State, feature};
 
@@ -25,6 +25,8 @@ struct Descriptor {
 pub(super) struct Queue {
     pub(super) size: Option<u16>,
     pub(super) enabled: bool,
+    /// MSI-X vector.
+    pub(super) vector: Option<u16>,
     /// Addresses of the descriptor table, the avail ring and the used ring.
     pub(super) addresses: [u64; 3],
     last_avail: u16,
@@ -212,6 +214,8 @@ impl State {
         let new = old.wrapping_add(elements.len() as u16);
         self.store(used + 2, new);
         self.queues[usize::from(index)].used = new;
+        // The driver writes `used_event` and then reads `used.idx` (2.7.8.2).
+        full_mb();
         let interrupt = if self.event_idx() {
             if self.load::<u16>(avail) != 0 {
                 self.fault("avail.flags are not 0 with an event index");
@@ -222,6 +226,10 @@ impl State {
             self.load::<u16>(avail) & 1 == 0
         };
         self.interrupts += u64::from(interrupt);
+        let vector = self.queues[usize::from(index)].vector.filter(|_| interrupt);
+        if let Some(event) = vector.and_then(|vector| self.vectors.get(usize::from(vector))) {
+            event.signal();
+        }
     }
 
     pub(super) fn receive(&mut self, rx: u16, frame: &[u8]) -> Option<bool> {
