@@ -33,6 +33,10 @@ impl From<&PortStats> for Totals {
 pub struct LcoreTicks {
     /// Ticks of polls that moved packets.
     pub busy: Count,
+    /// Ticks in which the lcore slept.
+    pub asleep: Count,
+    /// Number of times that the lcore slept.
+    pub sleeps: Count,
     /// Value of the TSC when the lcore began to poll; 0 before.
     begun: AtomicU64,
 }

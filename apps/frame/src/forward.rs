@@ -13,6 +13,7 @@ use crate::caches::{Caches, CachesByNode};
 use crate::checksum;
 use crate::hook::{Hook, Packets};
 use crate::kind::{General, Kind, Plain};
+use crate::sleep::{IdlePolls, Sleep};
 use crate::tied::TiedLanes;
 
 /// One forwarding direction: packets received on `rx` leave on `tx`. Owned by the lcore that polls it.
@@ -36,19 +37,23 @@ pub trait Meter {
     fn begin(&mut self) {}
     /// Called after each poll; `busy` if the poll moved packets.
     fn end(&mut self, _busy: bool) {}
+    /// Whether the lanes are to be left because they have nothing to do; called once per round.
+    fn is_idle(&self) -> bool {
+        false
+    }
 }
 
 impl Meter for () {}
 
 /// Counts the TSC ticks of polls that moved packets, as testpmd's `--record-core-cycles` does.
 #[derive(Debug)]
-struct BusyTicks<'a> {
+pub(crate) struct BusyTicks<'a> {
     since: u64,
     sum: &'a Count,
 }
 
 impl<'a> BusyTicks<'a> {
-    fn new(sum: &'a Count) -> Self {
+    pub(crate) fn new(sum: &'a Count) -> Self {
         Self { since: 0, sum }
     }
 }
@@ -67,8 +72,8 @@ impl Meter for BusyTicks<'_> {
     }
 }
 
-/// Polls `lanes` until `stop` is raised, for at least one round, and calls `tick` once per round. `bursts`
-/// has one empty burst per lane. Each packet is a frame.
+/// Polls `lanes` until `stop` is raised or `meter` finds them idle, for at least one round, and calls `tick` once per
+/// round. `bursts` has one empty burst per lane. Each packet is a frame.
 #[inline(never)]
 pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
@@ -111,7 +116,7 @@ fn poll_all<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
             meter.end(busy);
         }
         tick();
-        if stop.is_raised() {
+        if stop.is_raised() || meter.is_idle() {
             break;
         }
     }
@@ -174,34 +179,58 @@ pub struct Polling<'a> {
     pub busy_ticks: Option<&'a Count>,
     /// Whether lanes are [tied](crate::tied) where possible.
     pub ties: bool,
+    /// When the lcore sleeps, if it does. Its ports must be started with RX interrupts
+    /// ([`PortConfig::rx_interrupts`](vireo_drivers::port::PortConfig::rx_interrupts)).
+    pub sleep: Option<Sleep<'a>>,
 }
 
 impl Default for Polling<'_> {
-    /// Measures nothing, and ties lanes.
+    /// Measures nothing, ties lanes, and never sleeps.
     fn default() -> Self {
-        Self { busy_ticks: None, ties: true }
+        Self { busy_ticks: None, ties: true, sleep: None }
     }
 }
 
-/// Runs [`forward`] or [`forward_general`], and adds the ticks of busy polls to `busy_ticks`, if given.
+/// Runs [`forward`] or [`forward_general`] as `polling` says, until `stop` is raised.
 fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     caches: &mut impl Caches,
-    busy_ticks: Option<&Count>,
+    polling: Polling<'_>,
     stop: &StopFlag,
-    tick: impl FnMut(),
+    mut tick: impl FnMut(),
 ) {
     let mut bursts: Vec<Burst> = lanes.iter().map(|_| Burst::new()).collect();
-    let bursts = &mut bursts;
-    let Some(sum) = busy_ticks else {
-        return match K::GENERAL {
-            false => forward(lanes, bursts, caches, stop, &mut (), tick),
-            true => forward_general(lanes, bursts, caches, stop, &mut (), tick),
+    let bursts = bursts.as_mut_slice();
+    let busy_ticks = polling.busy_ticks.map(BusyTicks::new);
+    let Some(sleep) = polling.sleep else {
+        return match busy_ticks {
+            None => forward_as::<K, _, _, _>(lanes, bursts, caches, stop, &mut (), tick),
+            Some(mut ticks) => forward_as::<K, _, _, _>(lanes, bursts, caches, stop, &mut ticks, tick),
         };
     };
+    let mut idle = IdlePolls::new(sleep, lanes.len(), busy_ticks);
+    loop {
+        forward_as::<K, _, _, _>(lanes, bursts, caches, stop, &mut idle, &mut tick);
+        if stop.is_raised() {
+            return;
+        }
+        sleep.until_woken(lanes, stop);
+        idle.restart();
+    }
+}
+
+/// Runs [`forward`] or [`forward_general`].
+fn forward_as<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
+    lanes: &mut [Lane<R, T, H>],
+    bursts: &mut [Burst],
+    caches: &mut impl Caches,
+    stop: &StopFlag,
+    meter: &mut impl Meter,
+    tick: impl FnMut(),
+) {
     match K::GENERAL {
-        false => forward(lanes, bursts, caches, stop, &mut BusyTicks::new(sum), tick),
-        true => forward_general(lanes, bursts, caches, stop, &mut BusyTicks::new(sum), tick),
+        false => forward(lanes, bursts, caches, stop, meter, tick),
+        true => forward_general(lanes, bursts, caches, stop, meter, tick),
     }
 }
 
@@ -211,16 +240,29 @@ fn measured_tied<R: TieRx, T: TieTx, H: Hook>(
     cache: &mut PoolCache,
     polling: Polling<'_>,
     stop: &StopFlag,
-    tick: impl FnMut(),
+    mut tick: impl FnMut(),
 ) -> Vec<Lane<R, T, H>> {
     if !polling.ties {
-        measured::<Plain, _, _, _>(&mut lanes, cache, polling.busy_ticks, stop, tick);
+        measured::<Plain, _, _, _>(&mut lanes, cache, polling, stop, tick);
         return lanes;
     }
+    let count = lanes.len();
     let mut lanes = TiedLanes::new(lanes, cache);
-    match polling.busy_ticks {
-        Some(sum) => lanes.forward(cache, stop, &mut BusyTicks::new(sum), tick),
-        None => lanes.forward(cache, stop, &mut (), tick),
+    let busy_ticks = polling.busy_ticks.map(BusyTicks::new);
+    match (polling.sleep, busy_ticks) {
+        (None, None) => lanes.forward(cache, stop, &mut (), tick),
+        (None, Some(mut ticks)) => lanes.forward(cache, stop, &mut ticks, tick),
+        (Some(sleep), ticks) => {
+            let mut idle = IdlePolls::new(sleep, count, ticks);
+            loop {
+                lanes.forward(cache, stop, &mut idle, &mut tick);
+                if stop.is_raised() {
+                    break;
+                }
+                lanes.sleep(sleep, stop);
+                idle.restart();
+            }
+        }
     }
     lanes.into_lanes(cache)
 }
@@ -233,7 +275,7 @@ pub(crate) fn forward_any_general<H: Hook>(
     stop: &StopFlag,
     tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
-    measured::<General, _, _, _>(&mut lanes, caches, polling.busy_ticks, stop, tick);
+    measured::<General, _, _, _>(&mut lanes, caches, polling, stop, tick);
     lanes
 }
 
@@ -246,7 +288,7 @@ pub(crate) fn forward_by_node<H: Hook>(
     stop: &StopFlag,
     tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
-    measured::<Plain, _, _, _>(&mut lanes, caches, polling.busy_ticks, stop, tick);
+    measured::<Plain, _, _, _>(&mut lanes, caches, polling, stop, tick);
     lanes
 }
 
@@ -292,11 +334,11 @@ pub fn forward_any<H: Hook>(
     of!(E1000(e1000::RxQueue), E1000(e1000::TxQueue));
     of!(Igb(igb::RxQueue), Igb(igb::TxQueue));
     of!(Vhost(vhost::RxQueue), Vhost(vhost::TxQueue), |mut lanes: Vec<_>| {
-        measured::<Plain, _, _, _>(&mut lanes, cache, polling.busy_ticks, stop, tick);
+        measured::<Plain, _, _, _>(&mut lanes, cache, polling, stop, tick);
         lanes
     });
     let mut lanes = lanes;
-    measured::<Plain, _, _, _>(&mut lanes, cache, polling.busy_ticks, stop, tick);
+    measured::<Plain, _, _, _>(&mut lanes, cache, polling, stop, tick);
     lanes
 }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
 use std::time::Duration;
 
+use vireo_eal::event::wait_for_any;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
@@ -15,10 +16,14 @@ use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::ports::PortResources;
 use crate::recall::Recall;
+use crate::sleep::Sleep;
 use crate::supervised::SupervisedPort;
 
 /// Polling rounds per call of the application's `tick`, which reads a clock.
 const ROUNDS_PER_TICK: u32 = 64;
+
+/// Time between two calls of `tick` while the main lcore has no packets.
+const TICK_PERIOD: Duration = Duration::from_millis(50);
 
 /// State shared by all lcores.
 #[derive(Clone, Copy)]
@@ -30,6 +35,8 @@ pub(crate) struct Shared<'a> {
     pub(crate) ties: bool,
     /// See [`Control::untie_period`].
     pub(crate) untie_period: Option<Duration>,
+    /// See [`Ports::sleep_after`](crate::Ports::sleep_after).
+    pub(crate) sleep_after: Option<u32>,
     /// NUMA node of each queue pair's packet buffers; `None` means any node.
     pub(crate) nodes: &'a [Option<u32>],
 }
@@ -48,7 +55,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
     announce: &(dyn Fn(usize, PortState) + Sync),
     mut tick: impl FnMut(),
 ) -> Result<IdleQueues> {
-    let Shared { app: App { eal, stop, .. }, resources, untie_period, .. } = shared;
+    let Shared { app: App { eal, stop, .. }, resources, untie_period, sleep_after, .. } = shared;
     let lcores = &eal.lcores;
     let main = lcores.main_id();
     let own = shares.remove(&main).unwrap_or_default();
@@ -69,14 +76,16 @@ pub(crate) fn forward_on_lcores<H: Hook>(
             workers.push(worker.inspect_err(|_| stop.set())?);
         }
         let only_ticks = own.is_empty();
+        // An lcore that sleeps may do only one round at a time.
+        let rounds_per_tick = if sleep_after.is_some() { 1 } else { ROUNDS_PER_TICK };
         let mut round = 0_u32;
         let lanes = lcores.run_main(|_| {
             run_lanes(shared, recall, main, own, || {
                 round = round.wrapping_add(1);
                 if only_ticks {
                     // A main lcore without lanes leaves its core to other threads between ticks.
-                    thread::sleep(Duration::from_millis(1));
-                } else if !round.is_multiple_of(ROUNDS_PER_TICK) {
+                    wait_for_any(stop.event(), Some(TICK_PERIOD));
+                } else if !round.is_multiple_of(rounds_per_tick) {
                     return;
                 }
                 tick();
@@ -101,14 +110,16 @@ pub(crate) fn forward_on_lcores<H: Hook>(
 
 /// Forwards `lanes` on lcore `id`, and lanes that the lcore gets later, until the run is to stop.
 fn run_lanes<H: Hook>(
-    Shared { app: App { stop, .. }, resources, counts, ties, nodes, .. }: Shared<'_>,
+    Shared { app: App { stop, eal, .. }, resources, counts, ties, nodes, sleep_after, .. }: Shared<'_>,
     recall: &Recall<H>,
     id: u32,
     mut lanes: Vec<AnyLane<H>>,
     mut tick: impl FnMut(),
 ) -> Vec<AnyLane<H>> {
     let ticks = counts.lcore(id).inspect(|ticks| ticks.begin());
-    let polling = Polling { busy_ticks: ticks.map(|ticks| &ticks.busy), ties };
+    let longest = (id == eal.lcores.main_id()).then_some(TICK_PERIOD);
+    let sleep = sleep_after.zip(ticks).map(|(idle_polls, counts)| Sleep { idle_polls, longest, counts });
+    let polling = Polling { busy_ticks: ticks.map(|ticks| &ticks.busy), ties, sleep };
     loop {
         // Caches are dropped after each round, because a restarting port may need the buffers left in them.
         let nodes: Vec<Option<u32>> =

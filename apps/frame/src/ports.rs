@@ -93,6 +93,8 @@ pub struct Ports {
     ties: bool,
     /// See [`Ports::untie_every`].
     untie_period: Option<Duration>,
+    /// See [`Ports::sleep_after`].
+    sleep_after: Option<u32>,
 }
 
 impl Ports {
@@ -132,6 +134,7 @@ impl Ports {
             resources,
             ties: true,
             untie_period: None,
+            sleep_after: None,
         })
     }
 
@@ -238,6 +241,15 @@ impl Ports {
         self.counts.lcores = Arc::new(lcores.collect());
     }
 
+    /// Lets an lcore sleep when `idle_polls` polls of each of its lanes in a row moved no packet, until a device
+    /// interrupts. The ports must be configured with [`PortConfig::rx_interrupts`]. Also enables [`Counts::lcore`].
+    pub fn sleep_after(&mut self, idle_polls: u32) {
+        self.sleep_after = Some(idle_polls);
+        if self.counts.lcores.is_empty() {
+            self.measure_busy_ticks();
+        }
+    }
+
     /// Sets whether lanes are [tied](crate::tied) where possible, which they are by default.
     pub fn set_tied_lanes(&mut self, on: bool) {
         self.ties = on;
@@ -315,9 +327,9 @@ impl Ports {
         let node = |number| self.get(number).and_then(|open| self.memory().node_of(open));
         let of_port = |number| self.queues.numbers(number).map(move |_| node(number));
         let nodes: Vec<Option<u32>> = (0..self.count()).flat_map(of_port).collect();
-        let Self { ports, used, queues, resources, counts, ties, untie_period, .. } = self;
-        let (ties, untie_period) = (*ties, *untie_period);
-        let shared = Shared { app, resources, counts, ties, untie_period, nodes: &nodes };
+        let Self { ports, used, queues, resources, counts, ties, untie_period, sleep_after, .. } = self;
+        let (ties, untie_period, sleep_after) = (*ties, *untie_period, *sleep_after);
+        let shared = Shared { app, resources, counts, ties, untie_period, sleep_after, nodes: &nodes };
         let idle = std::mem::replace(queues, resources.idle_queues());
         *queues = forward_on_lcores(shared, (ports, used, idle), shares, announce, || tick(counts))?;
         Ok(())

@@ -5,11 +5,13 @@
 
 use vireo_drivers::tied::{Polled, TieRx, TieTx, TiedLane, prepare};
 use vireo_eal::dma::{Burst, PoolCache};
+use vireo_eal::event::Event;
 use vireo_eal::lcore::StopFlag;
 
 use crate::forward::{Lane, Meter, poll, send};
 use crate::hook::{Hook, Uniform};
 use crate::kind::Plain;
+use crate::sleep::{Sleep, Wakes};
 
 /// Lane of [`TiedLanes`].
 enum State<R: TieRx, T: TieTx, H> {
@@ -17,6 +19,32 @@ enum State<R: TieRx, T: TieTx, H> {
     Untied(Lane<R, T, H>, Untied),
     /// On its way from one of the other states to the other.
     Moving,
+}
+
+impl<R: TieRx, T: TieTx, H> Wakes for State<R, T, H> {
+    fn event(&self) -> Option<&Event> {
+        match self {
+            Self::Tied(tied, _) => tied.event(),
+            Self::Untied(lane, _) => lane.event(),
+            Self::Moving => None,
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        match self {
+            Self::Tied(tied, _) => tied.arm(),
+            Self::Untied(lane, _) => lane.arm(),
+            Self::Moving => false,
+        }
+    }
+
+    fn disarm(&mut self) {
+        match self {
+            Self::Tied(tied, _) => tied.disarm(),
+            Self::Untied(lane, _) => lane.disarm(),
+            Self::Moving => {}
+        }
+    }
 }
 
 /// What a lane consists of besides its queues.
@@ -66,10 +94,15 @@ impl<R: TieRx, T: TieTx, H: Hook> TiedLanes<R, T, H> {
                 meter.end(busy);
             }
             tick();
-            if stop.is_raised() {
+            if stop.is_raised() || meter.is_idle() {
                 break;
             }
         }
+    }
+
+    /// Sleeps until a lane has something to do or `stop` is raised. Call this when the lanes are idle.
+    pub(crate) fn sleep(&mut self, sleep: Sleep<'_>, stop: &StopFlag) {
+        sleep.until_woken(&mut self.0, stop);
     }
 
     /// Sends what the lanes have received, and returns them.
@@ -154,4 +187,4 @@ fn untie<R: TieRx, T: TieTx, H>(tied: TiedLane<R, T>, end: End<H>, cache: &mut P
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

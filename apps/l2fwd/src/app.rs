@@ -65,6 +65,9 @@ pub fn run(app: &App, args: Args) -> Result<()> {
         ports.measure_busy_ticks();
     }
     ports.set_tied_lanes(!args.no_tied_lanes);
+    if let Some(idle_polls) = args.rx_interrupt {
+        ports.sleep_after(idle_polls);
+    }
     if let Some(seconds) = args.untie_period {
         ports.untie_every(Duration::from_secs(seconds.into()));
     }
@@ -99,8 +102,18 @@ pub fn run(app: &App, args: Args) -> Result<()> {
         )?;
     }
     reporter.summary(&read(ports.counts()))?;
-    if let Some(ticks) = ports.counts().busy_ticks() {
-        reporter.core_cycles(ticks, &read(ports.counts()))?;
+    let counts = ports.counts();
+    if args.record_core_cycles {
+        reporter.core_cycles(counts.busy_ticks().unwrap_or(0), &read(counts))?;
+    }
+    if args.rx_interrupt.is_some() {
+        let slept = |id| Some((id, counts.lcore(id)?));
+        app.eal
+            .lcores
+            .ids()
+            .into_iter()
+            .filter_map(slept)
+            .try_for_each(|(id, ticks)| reporter.sleep(id, ticks))?;
     }
     let closed = close(&reporter, &mut ports);
     let mut checked = Ok(());

@@ -71,6 +71,10 @@ pub struct Args {
     /// test that no packet is lost)
     #[arg(long, value_name = "SECONDS", conflicts_with = "no_tied_lanes", value_parser = clap::value_parser!(u16).range(1..))]
     pub untie_period: Option<u16>,
+    /// Let an lcore sleep after so many polls of each of its queues without a packet (300 if N is left out), until a
+    /// NIC interrupts. An idle lcore then takes no CPU time, and the first packet waits for it to wake up
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "300", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rx_interrupt: Option<u32>,
     /// Measure the polls that move packets, and print ticks per packet at the end (as in testpmd)
     #[arg(long)]
     pub record_core_cycles: bool,
@@ -95,6 +99,7 @@ impl Args {
     pub fn port(&self) -> PortConfig {
         let offloads = if self.checksum_offload { Offloads::all() } else { Offloads::empty() };
         let port = PortConfig::default().with_pairs(self.queues).with_offloads(offloads);
+        let port = port.with_rx_interrupts(self.rx_interrupt.is_some());
         self.max_pkt_len.map_or(port, |len| port.with_max_frame(usize::from(len) - FCS))
     }
 

@@ -10,7 +10,7 @@ use vireo_drivers::counters::PortStats;
 use vireo_drivers::port::{Link, MacAddr};
 use vireo_eal::clock::Tsc;
 use vireo_eal::{Result, program};
-use vireo_frame::{PortState, Totals};
+use vireo_frame::{LcoreTicks, PortState, Totals};
 
 /// Longest wait, at the end of a run, for an output reader that reads nothing.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -181,6 +181,18 @@ impl Reporter {
         self.print_extra(
             &format!("CPU cycles/packet={each:.2} (total cycles={ticks} / total io packets={packets}) at {mhz} MHz Clock\n"),
             &json!({ "event": "core_cycles", "cycles_per_packet": each, "cycles": ticks, "packets": packets, "mhz": mhz }),
+        )
+    }
+
+    /// Prints how much of its time lcore `id` slept, and how often.
+    ///
+    /// # Errors
+    /// As for [`Reporter::print`].
+    pub fn sleep(&self, id: u32, ticks: &LcoreTicks) -> Result<()> {
+        let (asleep, sleeps) = (ticks.asleep.get() as f64 / ticks.total().max(1) as f64, ticks.sleeps.get());
+        self.print_extra(
+            &format!("Lcore {id} slept {:.1} % of the time, {sleeps} times\n", 100.0 * asleep),
+            &json!({ "event": "sleep", "lcore": id, "asleep": asleep, "sleeps": sleeps }),
         )
     }
 }

@@ -197,6 +197,10 @@ fn lcore_info(facts: &Facts, parameters: &str) -> Option<Value> {
         info["total_cycles"] = total.into();
         info["busy_cycles"] = busy.into();
         info["usage_ratio"] = ratio(busy, total).into();
+        if ticks.sleeps.get() > 0 {
+            info["asleep_cycles"] = ticks.asleep.get().into();
+            info["sleeps"] = ticks.sleeps.get().into();
+        }
     }
     Some(info)
 }

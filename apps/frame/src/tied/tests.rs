@@ -23,7 +23,7 @@ const ADDRESSES: [u8; 12] = [2, 0, 0, 0, 0, 9, 0x52, 0x54, 0, 0x12, 0x34, 0x56];
 
 /// Hook that treats all packets alike.
 #[derive(Clone, Copy)]
-struct Same(Uniform);
+pub(crate) struct Same(Uniform);
 
 impl Hook for Same {
     fn process(&mut self, packets: &mut crate::Packets<'_>) {
@@ -38,11 +38,11 @@ impl Hook for Same {
 }
 
 /// Reproducible choices.
-struct Choices(u64);
+pub(crate) struct Choices(pub(crate) u64);
 
 impl Choices {
     /// Returns a number below `end`.
-    fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -51,7 +51,7 @@ impl Choices {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Kind {
+pub(crate) enum Kind {
     E1000,
     E1000e,
     Igb,
@@ -61,9 +61,11 @@ enum Kind {
     InOrder,
 }
 
-const KINDS: [Kind; 6] = [Kind::E1000, Kind::E1000e, Kind::Igb, Kind::Virtio, Kind::Plain, Kind::InOrder];
+pub(crate) const KINDS: [Kind; 6] =
+    [Kind::E1000, Kind::E1000e, Kind::Igb, Kind::Virtio, Kind::Plain, Kind::InOrder];
 
-enum Device {
+#[derive(Clone)]
+pub(crate) enum Device {
     E1000(FakeE1000),
     Igb(FakeIgb),
     Virtio(VirtioNet),
@@ -98,7 +100,7 @@ impl Device {
         }
     }
 
-    fn receive(&self, frame: &[u8]) -> bool {
+    pub(crate) fn receive(&self, frame: &[u8]) -> bool {
         match self {
             Self::E1000(device) => device.receive(frame),
             Self::Igb(device) => device.receive(frame),
@@ -106,7 +108,7 @@ impl Device {
         }
     }
 
-    fn transmitted(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn transmitted(&self) -> Vec<Vec<u8>> {
         match self {
             Self::E1000(device) => device.transmitted(),
             Self::Igb(device) => device.transmitted(),
@@ -148,23 +150,23 @@ fn memory() -> (Arc<DmaMemory>, Arc<Pool>) {
 }
 
 /// Two ports, and one lane from the first to the second.
-struct Bench {
-    devices: [Device; 2],
+pub(crate) struct Bench {
+    pub(crate) devices: [Device; 2],
     ports: [Port; 2],
-    lane: Option<AnyLane<Same>>,
+    pub(crate) lane: Option<AnyLane<Same>>,
     /// The queues that the lane does not use.
     rest: Option<(vireo_drivers::table::TxQueue, vireo_drivers::table::RxQueue)>,
-    pool: Arc<Pool>,
+    pub(crate) pool: Arc<Pool>,
 }
 
 impl Bench {
-    fn new(kinds: [Kind; 2], sizes: [u16; 2], uniform: Uniform) -> Self {
+    pub(crate) fn new(kinds: [Kind; 2], sizes: [u16; 2], uniform: Uniform) -> Self {
         let (memory, pool) = memory();
         let (from, mut from_port) = Device::new(kinds[0], 3, &memory);
         let (to, mut to_port) = Device::new(kinds[1], 4, &memory);
         let mut cache = pool.cache();
         let mut start = |port: &mut Port, size| {
-            let config = PortConfig::with_descriptors(size, size);
+            let config = PortConfig::with_descriptors(size, size).with_rx_interrupts(true);
             port.start(&config, &memory, &mut cache).unwrap().into_pair().unwrap()
         };
         let ((rx, rest_tx), (rest_rx, tx)) = (start(&mut from_port, sizes[0]), start(&mut to_port, sizes[1]));
@@ -191,7 +193,7 @@ impl Bench {
     }
 
     /// Stops both ports, and checks that every buffer came back.
-    fn stop(mut self) {
+    pub(crate) fn stop(mut self) {
         let (lane, (tx, rx)) = (self.lane.take().unwrap(), self.rest.take().unwrap());
         let mut cache = self.pool.cache();
         let [from, to] = &mut self.ports;
@@ -202,7 +204,7 @@ impl Bench {
     }
 }
 
-fn frame(number: usize, len: usize) -> Vec<u8> {
+pub(crate) fn frame(number: usize, len: usize) -> Vec<u8> {
     (0..len)
         .map(|i| number.to_le_bytes().get(i.wrapping_sub(12)).map_or((number + i) as u8, |byte| *byte))
         .collect()

@@ -18,6 +18,7 @@ mod recover;
 mod reference;
 mod refuse;
 mod signals;
+mod sleep;
 pub(crate) mod soak;
 mod telemetry;
 mod traffic;
@@ -227,6 +228,7 @@ fn iommu(cases: &mut Cases) {
         opens::hands_over(cases, mode);
         opens::leaves(cases, mode);
         interrupts::of_each_nic(cases, boot, mode);
+        sleep::cases(cases, boot, mode);
         in_full_if(cases, mode != "cdev", |cases| signals::end_in_order(cases, boot, mode));
         // compat opens as container does, and maps as cdev does.
         in_full_if(cases, mode == "compat", |cases| {
@@ -286,6 +288,7 @@ fn noiommu(cases: &mut Cases) {
         opens::by_other_names(cases, mode);
         opens::leaves(cases, mode);
         interrupts::of_each_nic(cases, boot, mode);
+        sleep::cases(cases, boot, mode);
         signals::survive_kills(cases, boot, mode);
         isolation::without_iommu(cases, mode);
     }
@@ -337,6 +340,7 @@ fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     drivers_alone(cases, boot, first);
     for &mode in modes {
         interrupts::of_each_nic(cases, boot, mode);
+        sleep::cases(cases, boot, mode);
         in_full_if(cases, mode != first, |cases| signals::survive_kill(cases, boot, mode));
     }
     if boot == Boot::Igb {

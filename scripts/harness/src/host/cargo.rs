@@ -230,8 +230,11 @@ pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
     let yes = if environment.yes { "--yes" } else { "" };
     let lies = "cargo test --quiet --release --locked -p vireo-frame --lib -- devices_that_lie";
     let lies: Vec<&str> = ["env", "VIREO_LIES=10000"].into_iter().chain(lies.split(' ')).collect();
+    let sleeps = "cargo test --quiet --release --locked -p vireo-frame --lib -- each_packet_wakes_the_lcore";
+    // Each of the test's 24 lanes.
+    let sleeps: Vec<&str> = ["env", "VIREO_SLEEPS=42000"].into_iter().chain(sleeps.split(' ')).collect();
     // The longest first.
-    let table: [(&str, &[&str], &'static [&'static str], Tier); 10] = [
+    let table: [(&str, &[&str], &'static [&'static str], Tier); 11] = [
         (
             "instructions per packet",
             &["scripts/bench", "insn", "--check", yes],
@@ -252,6 +255,7 @@ pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
         ("AddressSanitizer", &["scripts/sanitize", "asan"], &[], Tier::Full),
         ("ThreadSanitizer", &["scripts/sanitize", "tsan", yes], &[], Tier::Full),
         ("10,000 lying devices of each kind on tied lanes", &lies, &[], Tier::Full),
+        ("a million sleeps of lcores", &sleeps, &[], Tier::Full),
     ];
     for (name, words, needs, tier) in table {
         let words = [NICE, words].concat();
