@@ -1,6 +1,6 @@
 //! Events for a thread that sleeps until a device, the kernel or another thread signals one (eventfd(2)).
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -48,6 +48,19 @@ impl Event {
         return self.signaled.lock().is_ok_and(|mut signaled| std::mem::take(&mut *signaled));
         #[cfg(not(loom))]
         self.fd.read().is_ok()
+    }
+}
+
+impl Event {
+    /// Duplicates the event as the type that rust-vmm's crates take.
+    ///
+    /// # Errors
+    /// `Os` if the process or the machine has too many open files.
+    pub fn to_vmm(&self) -> Result<vmm_sys_util::eventfd::EventFd> {
+        let fd = self.fd.as_fd().try_clone_to_owned();
+        let fd = fd.map_err(|error| Error::io("cannot duplicate an eventfd", &error))?;
+        // SAFETY: the descriptor is that of an eventfd, and nothing else owns it.
+        Ok(unsafe { vmm_sys_util::eventfd::EventFd::from_raw_fd(fd.into_raw_fd()) })
     }
 }
 

@@ -129,9 +129,15 @@ mod tests {
             assert!(value(&facts, &format!("/help,{name}"))[name].is_string(), "{name}");
             let without_parameters = value(&facts, name);
             let with_a_number = value(&facts, &format!("{name},0"));
-            // Fake devices are not on VFIO, pools have names, and rings of DPDK's kind do not exist.
-            let needs_more =
-                ["/mempool/info", "/vfio/info", "/ring/info", "/ethdev/rx_queue", "/ethdev/tx_queue"];
+            // Fake devices are not on VFIO or iommufd, pools have names, and rings of DPDK's kind do not exist.
+            let needs_more = [
+                "/mempool/info",
+                "/vfio/info",
+                "/iommufd/maps",
+                "/ring/info",
+                "/ethdev/rx_queue",
+                "/ethdev/tx_queue",
+            ];
             let is_answered = !without_parameters.is_null() || !with_a_number.is_null();
             assert_eq!(is_answered, !needs_more.contains(&name), "{name}");
         }

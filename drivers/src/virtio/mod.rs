@@ -45,6 +45,13 @@ const RX_QUEUE: u16 = 0;
 const TX_QUEUE: u16 = 1;
 const RINGS_PER_PAIR: u64 = 2;
 
+/// Returns the pair of virtqueue `index`, if it is an RX queue. The control queue counts as that of a pair that does
+/// not exist.
+fn pair_of_rx(index: u16) -> Option<u16> {
+    let rings = RINGS_PER_PAIR as u16;
+    (index % rings == RX_QUEUE).then_some(index / rings)
+}
+
 /// Maximum number of queue pairs to configure: as many as DPDK has lcores (`RTE_MAX_LCORE`).
 const MAX_PAIRS: u16 = 128;
 
@@ -478,7 +485,7 @@ impl Nic for Device {
             rx_queues,
             tx_queues,
             ring_bytes,
-            rx_interrupts: self.transport.has_interrupts(),
+            rx_interrupts: true,
             ..Capabilities::default()
         }
     }

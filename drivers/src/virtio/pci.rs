@@ -14,7 +14,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use super::features::{Features, Status};
 use super::split::{Kick, Virtqueue, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
-use super::{Options, RINGS_PER_PAIR, RX_QUEUE};
+use super::{Options, pair_of_rx};
 use crate::frames::ETHERNET;
 use crate::port::{MacAddr, PortConfig};
 
@@ -418,10 +418,6 @@ impl Transport for Pci {
         Ok(())
     }
 
-    fn has_interrupts(&self) -> bool {
-        true
-    }
-
     fn set_interrupts(&mut self, count: u16) -> Result<Vec<Event>> {
         if usize::from(count) > self.vectors.len() {
             let enabled = self.function.enable_interrupts(&[Irq::Msix], count);
@@ -441,9 +437,7 @@ impl Transport for Pci {
             let why = format!("virtqueue {index} has a size of {size} instead of {}", queue.size());
             return Err(self.error(ErrorKind::Protocol, "use", why));
         }
-        let pair = index / RINGS_PER_PAIR as u16;
-        let is_rx = index % RINGS_PER_PAIR as u16 == RX_QUEUE;
-        let vector = if is_rx && pair < self.interrupting { pair } else { NO_VECTOR };
+        let vector = pair_of_rx(index).filter(|pair| *pair < self.interrupting).unwrap_or(NO_VECTOR);
         self.write16(common::QUEUE_MSIX_VECTOR, vector);
         // A device that has no resources for the vector says so here (4.1.5.1.2.1).
         if vector != NO_VECTOR && self.read16(common::QUEUE_MSIX_VECTOR) != vector {

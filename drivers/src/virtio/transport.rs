@@ -55,9 +55,6 @@ pub(super) trait Transport: fmt::Debug + Send {
     /// Gives the running device access to `memory`, whose region was added to its map.
     fn share_more(&mut self, memory: &DmaMemory) -> Result<()>;
 
-    /// Whether RX queues can have interrupts.
-    fn has_interrupts(&self) -> bool;
-
     /// Gives each of the first `count` RX queues an interrupt from its next [`Transport::enable_queue`] on, and takes
     /// it from all others. Returns the events that they signal.
     fn set_interrupts(&mut self, count: u16) -> Result<Vec<Event>>;

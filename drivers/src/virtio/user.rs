@@ -28,7 +28,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::features::Features;
 use super::split::{Kick, NOT_A_SIZE, Virtqueue, is_size, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
-use super::{Device, Options, RINGS_PER_PAIR, pairs};
+use super::{Device, Options, RINGS_PER_PAIR, pair_of_rx, pairs};
 use crate::driver::{Args, Vdev, flag, socket_path};
 use crate::port::{MacAddr, PortConfig};
 
@@ -149,6 +149,8 @@ pub(super) struct User {
     features: Features,
     /// Eventfds that wake the peer, by ring, for each ring that the peer was told to start.
     kicks: Vec<EventFd>,
+    /// Events that the peer signals for RX queues with an interrupt, by pair.
+    calls: Vec<Event>,
     /// Deadline for all answers to a start or a stop: a slow peer holds up every port.
     deadline: Instant,
     /// Whether the peer left a request without an answer. What it does with our memory is then unknown.
@@ -186,6 +188,7 @@ impl User {
             memory_slots: false,
             features: Features::empty(),
             kicks: Vec::new(),
+            calls: Vec::new(),
             deadline: Instant::now() + PEER_TIMEOUT,
             silent: false,
             listening: None,
@@ -476,12 +479,9 @@ impl Transport for User {
         self.settle()
     }
 
-    fn has_interrupts(&self) -> bool {
-        false
-    }
-
-    fn set_interrupts(&mut self, _count: u16) -> Result<Vec<Event>> {
-        Ok(Vec::new())
+    fn set_interrupts(&mut self, count: u16) -> Result<Vec<Event>> {
+        self.calls = (0..count).map(|_| Event::new()).collect::<Result<_>>()?;
+        Ok(self.calls.clone())
     }
 
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {
@@ -495,9 +495,13 @@ impl Transport for User {
             avail_ring_addr,
             ..VringConfigData::default()
         };
-        // Nothing reads the peer's calls, because the rings request no interrupt. DPDK does not start without
-        // a call eventfd.
-        let (call, kick) = (self.new_event()?, self.new_event()?);
+        let call = match pair_of_rx(index).and_then(|pair| self.calls.get(usize::from(pair))) {
+            Some(call) => call.to_vmm()?,
+            // Nothing reads the peer's calls on a ring that requests no interrupt. DPDK does not start without a
+            // call eventfd.
+            None => self.new_event()?,
+        };
+        let kick = self.new_event()?;
         self.ask("SET_VRING_NUM", |peer| peer.set_vring_num(ring, queue.size()))?;
         self.ask("SET_VRING_BASE", |peer| peer.set_vring_base(ring, 0))?;
         self.ask("SET_VRING_ADDR", |peer| peer.set_vring_addr(ring, &place))?;

@@ -69,7 +69,7 @@ pub use hwpt::{Hwpt, HwptDataType, HwptFlags, HwptOptions, InvalidationType};
 pub use ioas::{Access, Ioas, Iovas, Memory};
 pub use iommufd::{Accounting, DeviceId, Iommufd, PATH, WeakIommufd};
 pub use mapping::{Mapping, Physical};
-pub use observe::{Observer, observe, observed};
+pub use observe::{Observer, Outcome, observe, observed};
 pub use viommu::{HwQueue, HwQueueType, Vdevice, Viommu, ViommuType};
 
 pub use nix::errno::Errno;

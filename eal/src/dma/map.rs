@@ -28,7 +28,7 @@ pub struct MemoryMap {
 /// The fields drop in this order: the mappings end before the pages return to the kernel.
 #[derive(Debug)]
 pub struct Segment {
-    _mappings: Vec<DmaMapping>,
+    mappings: Vec<DmaMapping>,
     region: Arc<Region>,
     translation: Translation,
 }
@@ -64,6 +64,11 @@ impl Translation {
 }
 
 impl Segment {
+    /// Mappings of the region, or of parts of it, in address spaces.
+    pub fn mappings(&self) -> &[DmaMapping] {
+        &self.mappings
+    }
+
     /// The region that holds the pages.
     pub fn region(&self) -> &Region {
         &self.region
@@ -162,7 +167,7 @@ impl MemoryMap {
                 true => self.pin_physical(&region)?,
                 false => (map_parts(&region, iova, &parts, &layout)?, Translation::linear(iova)),
             };
-            let segment = Arc::new(Segment { _mappings: mappings, region, translation });
+            let segment = Arc::new(Segment { mappings, region, translation });
             memory.push(match self.physical || self.spaces.is_empty() {
                 true => vec![DmaMemory::whole(self, &segment); parts.len()],
                 false => layout.into_iter().map(|part| DmaMemory::part(self, &segment, part)).collect(),
@@ -187,7 +192,7 @@ impl MemoryMap {
         assert_eq!(addresses.len() * page_size, region.len());
         assert!(addresses.iter().all(|address| address.is_multiple_of(page_size as u64)));
         let translation = Translation::paged(page_size, addresses);
-        let segment = Arc::new(Segment { _mappings: Vec::new(), region: Arc::new(region), translation });
+        let segment = Arc::new(Segment { mappings: Vec::new(), region: Arc::new(region), translation });
         self.lock().push(Arc::clone(&segment));
         DmaMemory::whole(self, &segment)
     }

@@ -345,6 +345,16 @@ impl Mapped {
 }
 
 impl DmaMapping {
+    /// Address space that the memory is mapped in.
+    pub fn space(&self) -> &Arc<AddressSpace> {
+        &self.space
+    }
+
+    /// Device addresses of the memory; `None` if nothing is mapped, because the devices have no page tables.
+    pub fn iovas(&self) -> Option<RangeInclusive<u64>> {
+        self.mapped.as_ref()?.range()
+    }
+
     /// Device address of the first byte; `None` if the devices use physical addresses.
     pub fn iova(&self) -> Option<u64> {
         let range = self.mapped.as_ref()?.range()?;

@@ -1,6 +1,8 @@
 //! Telemetry endpoints and their answers, with DPDK's names (DPDK's `rte_ethdev_telemetry.c`, `eal_common_*.c`,
 //! `rte_mempool.c`) where DPDK has the same thing.
 
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
@@ -8,6 +10,7 @@ use vireo_bus_pci::Report;
 use vireo_drivers::counters::{PortCounters, PortStats, QueueStats};
 use vireo_drivers::port::{Link, Nic, Offloads, PortConfig};
 use vireo_eal::dma::{BUFFER_SIZE, DATA_ROOM, Pool, PoolCache};
+use vireo_eal::ioctl;
 use vireo_eal::mem::Region;
 
 use crate::app::App;
@@ -55,12 +58,23 @@ pub(super) const ENDPOINTS: &[Endpoint] = &[
     endpoint("/ethdev/stats", stats, "DPDK's counters of a port, and of its queues. Parameter: port"),
     endpoint("/ethdev/tx_queue", tx_queue, "a TX queue. Parameters: port,queue"),
     endpoint("/ethdev/xstats", xstats, "all counters of a port. Parameters: port[,hide_zero=true]"),
+    endpoint("/iommufd/ioas", ioas_list, "I/O address spaces of iommufd, each with its ports"),
+    endpoint(
+        "/iommufd/maps",
+        ioas_maps,
+        "device addresses that an I/O address space maps. Parameter: its id",
+    ),
     endpoint("/mempool/info", mempool_info, "a pool of packet buffers. Parameter: name"),
     endpoint("/mempool/list", mempools, "names of the pools of packet buffers"),
     endpoint("/ring/info", |_, _| None, "there are no rings of DPDK's kind"),
     endpoint("/ring/list", |_, _| Some(json!([])), "there are no rings of DPDK's kind"),
     endpoint("/vfio/info", vfio_info, "VFIO mode of a port and the reason for it. Parameter: port"),
     endpoint("/vfio/list", vfios, "numbers of the open ports on VFIO devices"),
+    endpoint(
+        "/vfio/trace",
+        vfio_trace,
+        "the first calls to VFIO and iommufd. Parameter: number of calls to leave out",
+    ),
 ];
 
 /// Names of the pools: that of received packets, and that of packets which are only sent.
@@ -78,6 +92,8 @@ pub(super) struct Facts {
     /// Pools of packet buffers, by name.
     pools: Vec<(&'static str, Arc<Pool>)>,
     zones: Vec<Zone>,
+    /// What I/O address spaces map, by their ids.
+    maps: BTreeMap<u32, Vec<RangeInclusive<u64>>>,
 }
 
 #[derive(Debug)]
@@ -102,6 +118,8 @@ struct PortFacts {
     mac: String,
     node: Option<u32>,
     report: Option<Report>,
+    /// Id of the port's I/O address space, if it has one of iommufd.
+    ioas: Option<u32>,
     config: PortConfig,
     counters: PortCounters,
     status: SharedStatus,
@@ -119,6 +137,14 @@ impl Facts {
             page_size: region.page_size(),
             node: region.node(),
         };
+        let segments = memory.iter().flat_map(|memory| memory.memory_map().segments());
+        let segments: Vec<_> = segments.collect();
+        let mut maps: BTreeMap<u32, Vec<_>> = BTreeMap::new();
+        for mapping in segments.iter().flat_map(|segment| segment.mappings()) {
+            if let (Some(ioas), Some(iovas)) = (mapping.space().ioas(), mapping.iovas()) {
+                maps.entry(ioas.id()).or_default().push(iovas);
+            }
+        }
         let lcore = |id| LcoreFacts { id, cpus: lcores.cpus(id).to_vec(), node: lcores.node(id) };
         Self {
             arguments: std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect(),
@@ -126,11 +152,8 @@ impl Facts {
             counts: ports.counts().clone(),
             ports: (0..ports.count()).map(|number| PortFacts::new(ports, number, config)).collect(),
             pools: POOLS.into_iter().zip(ports.pools().cloned()).collect(),
-            zones: memory
-                .iter()
-                .flat_map(|memory| memory.memory_map().segments())
-                .map(|segment| zone(segment.region()))
-                .collect(),
+            zones: segments.iter().map(|segment| zone(segment.region())).collect(),
+            maps,
         }
     }
 
@@ -153,6 +176,7 @@ impl PortFacts {
             mac: open.map(|open| open.port.mac().to_string()).unwrap_or_default(),
             node: open.and_then(|open| open.node),
             report: open.and_then(|open| open.report.clone()),
+            ioas: open.and_then(|open| Some(open.space.as_ref()?.ioas()?.id())),
             config: config.with_offloads(config.offloads & offloads),
             counters: ports.counts().port(number).clone(),
             status: ports.status(number),
@@ -387,4 +411,40 @@ fn vfio_info(facts: &Facts, parameters: &str) -> Option<Value> {
         "port_id": number, "address": port.name, "mode": mode.name(), "why": why,
         "iommu": mode.has_iommu(), "phases": phases.collect::<Vec<_>>(),
     }))
+}
+
+/// Number of calls in one answer, which has at most 64 KiB.
+const CALLS_PER_ANSWER: usize = 200;
+
+fn vfio_trace(_: &Facts, parameters: &str) -> Option<Value> {
+    let from: usize = if parameters.is_empty() { 0 } else { parameters.parse().ok()? };
+    let calls = ioctl::trace();
+    let call = |call: &ioctl::Call| {
+        json!({
+            "call": call.name, "at_ns": call.at.as_nanos() as u64, "ns": call.time.as_nanos() as u64,
+            "errno": call.errno.map(|errno| format!("{errno:?}")),
+        })
+    };
+    let shown = calls.iter().skip(from).take(CALLS_PER_ANSWER).map(call);
+    Some(json!({ "count": calls.len(), "from": from, "calls": shown.collect::<Vec<_>>() }))
+}
+
+fn ioas_list(facts: &Facts, _: &str) -> Option<Value> {
+    let mut ports: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    for (number, port) in facts.ports.iter().enumerate().filter(|(_, port)| port.status.get().is_open) {
+        if let Some(id) = port.ioas {
+            ports.entry(id).or_default().push(number);
+        }
+    }
+    let space = |(id, ports): (&u32, &Vec<usize>)| {
+        let maps = facts.maps.get(id).map_or(0, Vec::len);
+        json!({ "id": id, "ports": ports, "maps": maps })
+    };
+    Some(json!(ports.iter().map(space).collect::<Vec<_>>()))
+}
+
+fn ioas_maps(facts: &Facts, parameters: &str) -> Option<Value> {
+    let maps = facts.maps.get(&parameters.parse().ok()?)?;
+    let map = |iovas: &RangeInclusive<u64>| json!({ "iova": format!("{:#x}", iovas.start()), "len": iovas.end() - iovas.start() + 1 });
+    Some(json!(maps.iter().map(map).collect::<Vec<_>>()))
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::Boot;
@@ -31,6 +31,18 @@ fn told(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
     ensure!(info["name"] == nic.bdf(Role::FwdTx) && info["dev_started"] == 1, "{info}");
     ensure!(info["mac_addr"] == nic.mac(Role::FwdTx).to_uppercase(), "{info}");
     ensure!(vfio["mode"] == mode && vfio["address"] == info["name"], "{vfio}");
+    let trace = client.ask("/vfio/trace")?;
+    let calls = trace["calls"].as_array().context("no calls")?;
+    ensure!(
+        calls.iter().any(|call| call["call"] == "VFIO_DEVICE_BIND_IOMMUFD" && call["errno"].is_null()),
+        "{trace}"
+    );
+    ensure!(client.ask("/vfio/trace,1")?["calls"][0] == calls[1], "the second call is not the first but one");
+    let spaces = client.ask("/iommufd/ioas")?;
+    ensure!(spaces[0]["ports"] == serde_json::json!([0, 1]), "{spaces}");
+    let maps = client.ask(&format!("/iommufd/maps,{}", spaces[0]["id"]))?;
+    ensure!(maps.as_array().is_some_and(|maps| spaces[0]["maps"] == maps.len()), "{maps}");
+    ensure!(maps[0]["len"].as_u64().is_some_and(|len| len > 0), "{maps}");
     let link_is = |status| {
         await_that(&format!("that the link is {status}"), PATIENCE, || {
             client.ask("/ethdev/link_status,1").is_ok_and(|link| link["status"] == status)

@@ -42,7 +42,7 @@ pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: boo
     }
     setup::cases(&mut cases, environment);
     rings::cases(&mut cases);
-    telemetry::cases(&mut cases);
+    telemetry::cases(&mut cases, environment);
     inject::cases(&mut cases);
     limits::cases(&mut cases);
     cargo::scripts(&mut cases, environment);

@@ -18,6 +18,9 @@ use crate::pktgen::Pktgen;
 use crate::process::{PATIENCE, Process, await_that};
 
 const FRAMES: u64 = 200_000;
+/// Frames, and frames per second, between which an lcore sleeps.
+const SLOW_FRAMES: u64 = 5_000;
+const SLOW_RATE: u64 = 5_000;
 
 /// One end of a pair of rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +88,7 @@ pub(super) fn cases(cases: &mut Cases) {
         let name = format!("two pairs of queues: l2fwd on {}, testpmd on {}", end.name(), end.other().name());
         cases.add(name, move |context| two_pairs(context, end));
     }
+    cases.add("frames of pktgen on vhost wake l2fwd on virtio-user", wakes);
     cases.add("l2fwd on vhost connects to each pktgen that listens", as_client);
     let name = "a machine that is paused under traffic goes on without a storm of statistics";
     cases.add(name, paused);
@@ -139,6 +143,29 @@ fn through_l2fwd(context: &Context, end: End) -> Result<()> {
     stream.came_back(FRAMES, FRAMES)?;
     // A vhost port logs when a frontend connects and disconnects.
     l2fwd.stop_complaining(Signal::SIGINT)?;
+    no_socket_left(context)
+}
+
+/// Checks that an lcore that sleeps at the first poll without a frame forwards each frame, alone and under load.
+fn wakes(context: &Context) -> Result<()> {
+    let devices = End::VirtioUser.devices(&context.dir, 2, "");
+    let start =
+        Start::new(format!("-l 1 {} {devices} -- -p 3 -q 2 -T 0 --rx-interrupt 1", prefix("rings-fwd")));
+    for (count, rate) in [(SLOW_FRAMES, format!("--rate {SLOW_RATE}")), (FRAMES, String::new())] {
+        let generate = format!("--await-path 20 --count {count} {rate}");
+        let (l2fwd, pktgen) = in_order(
+            context,
+            2,
+            End::VirtioUser,
+            || start.spawn(context),
+            || generator(context, End::Vhost, &generate),
+        )?;
+        pktgen.wait(PATIENCE)?.came_back(count, count)?;
+        let ended = l2fwd.end(Signal::SIGINT)?;
+        let sleep = ended.event("sleep")?;
+        let sleeps = sleep["sleeps"].as_u64().unwrap_or_default();
+        ensure!(count == FRAMES || sleeps >= SLOW_FRAMES / 2, "{sleep}");
+    }
     no_socket_left(context)
 }
 

@@ -1,5 +1,6 @@
 //! Telemetry of programs on shared-memory rings: what clients see, DPDK's own among them, and what they cost.
 
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -10,28 +11,34 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use super::Environment;
 use super::cargo::need;
 use super::rings::{End, Testpmd, await_sockets, need_testpmd};
-use crate::case::{Cases, Context};
+use crate::case::{Cases, Context, read};
 use crate::l2fwd::{L2fwd, Start};
 use crate::pktgen::Pktgen;
 use crate::process::{PATIENCE, Process, await_that, run};
 use crate::telemetry::{Telemetry, socket_of};
 
-pub(super) fn cases(cases: &mut Cases) {
+pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     cases.add("telemetry: l2fwd and pktgen answer while they run", answered);
     cases.add("telemetry: bad clients cost no frame", bad_clients);
     cases.add("telemetry: DPDK's dpdk-telemetry.py", python_client);
-    cases.add("telemetry: DPDK's dpdk-telemetry-exporter.py", exporter);
+    let dashboard = environment.repo.join("docs/grafana.json");
+    cases.add("telemetry: DPDK's dpdk-telemetry-exporter.py, and the dashboard", move |context| {
+        exporter(context, &dashboard)
+    });
     cases.add("telemetry: vireo-top shows l2fwd and pktgen", top);
     cases.add("telemetry: vireo-top shows DPDK's testpmd", top_of_testpmd);
     cases.add("telemetry: --no-telemetry and --in-memory create no socket", none);
 }
 
-/// l2fwd on vhost ports, with its runtime directories in the case's.
+/// l2fwd on vhost ports, with its runtime directories in the case's, and all that it can measure.
 fn forwarder(context: &Context, arguments: &str) -> Result<L2fwd> {
     let devices = End::Vhost.devices(&context.dir, 2, "");
-    let start = Start::new(format!("-l 1 --file-prefix fwd {arguments} {devices} -- -p 3 -q 2 -T 0"));
+    let start = Start::new(format!(
+        "-l 1 --file-prefix fwd {arguments} {devices} -- -p 3 -q 2 -T 0 --record-core-cycles"
+    ));
     let l2fwd = start.environment("RUNTIME_DIRECTORY", &context.dir).spawn(context)?;
     await_sockets(&context.dir, 2)?;
     Ok(l2fwd)
@@ -157,8 +164,8 @@ fn python_client(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Checks the series that the exporter serves to Prometheus.
-fn exporter(context: &Context) -> Result<()> {
+/// Checks the series that the exporter serves to Prometheus, and that they are those which the Grafana dashboard shows.
+fn exporter(context: &Context, dashboard: &Path) -> Result<()> {
     need(&["python3", "dpdk-telemetry-exporter.py"])?;
     let mut l2fwd = forwarder(context, "")?;
     let pktgen = generator(context, "--duration 1000")?;
@@ -177,9 +184,20 @@ fn exporter(context: &Context) -> Result<()> {
         let line = page.lines().find_map(|line| line.strip_prefix(series)).with_context(|| page.clone())?;
         ensure!(line.trim().parse::<u64>().is_ok_and(|value| value > 0), "{series}{line}");
     }
+    let served = names(&page);
+    let expressions: Value = serde_json::from_str(&read(dashboard)?)?;
+    let panels = expressions["panels"].to_string();
+    let shown = names(&panels);
+    ensure!(shown == served, "the dashboard shows {shown:?}, and the exporter serves {served:?}");
     pktgen.stop()?;
     l2fwd.stop_complaining(Signal::SIGINT)?;
     Ok(())
+}
+
+/// Names of the exporter's series in `text`.
+fn names(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.filter(|word| word.starts_with("dpdk_")).collect()
 }
 
 /// What vireo-top shows of the processes whose runtime directories are in the case's.
