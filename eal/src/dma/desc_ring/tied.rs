@@ -456,7 +456,7 @@ impl TiedRings {
         // capacity.
         unsafe {
             let at = self.next;
-            let [received, sent] = [self.rx_end, self.tx_end].map(|end| second_word(end, at));
+            let (received, sent) = (second_word(self.rx_end, at), second_word(self.tx_end, at));
             let mut packet = TiedPacket::new(at.of(self.record_end).read(), self.addresses.buffers());
             if !keep(&packet) {
                 return None;
