@@ -6,7 +6,7 @@ use serde_json::json;
 use vireo_drivers::counters::PortStats;
 use vireo_drivers::port::{Nic, Offloads};
 use vireo_drivers::ports::OpenPort;
-use vireo_eal::{Eal, Result, ioctl};
+use vireo_eal::{Eal, Error, ErrorKind, Result, ioctl};
 use vireo_frame::{App, Config, Counts, Ports};
 
 use crate::args::Args;
@@ -39,6 +39,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
         reporter.print_text(&format!("Lcore {lcore}: RX port {from} TX port {to}{queue}\n"))?;
     }
 
+    check_interrupts(&args, &open, &used)?;
     let before = ioctl::calls();
     let config = Config { port: args.port(), buffers: args.total_num_mbufs, ..Config::default() };
     let mut ports = app.reserve(open, routes, &config)?;
@@ -123,6 +124,19 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     }
     closed.and(checked).and(printed)?;
     reporter.print("Bye...\n", &json!({ "event": "end" }))
+}
+
+/// Checks that every port has the interrupts that `--rx-interrupt` needs.
+fn check_interrupts(args: &Args, open: &[OpenPort], used: &[usize]) -> Result<()> {
+    let has_none = |number: &&usize| !open[**number].port.capabilities().rx_interrupts;
+    match used.iter().find(has_none).filter(|_| args.rx_interrupt.is_some()) {
+        None => Ok(()),
+        Some(number) => {
+            let why = format!("port {number} ({}) has no interrupts", open[*number].name);
+            let error = Error::new(ErrorKind::Usage, "cannot use --rx-interrupt", why);
+            Err(error.with_hint("leave it out, so that lcores poll"))
+        }
+    }
 }
 
 /// Prints the mode of each port and the reason for it, the IOVA mode, and the memory.
