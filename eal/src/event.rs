@@ -87,6 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri does not support poll")]
     fn an_event_is_signaled_until_it_is_taken() {
         let (event, other) = (Event::new().unwrap(), Event::new().unwrap());
         assert!(!event.take());
