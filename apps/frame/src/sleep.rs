@@ -52,7 +52,7 @@ impl Sleep<'_> {
     /// Sleeps until a packet arrives for one of `lanes` or `stop` is raised. Returns at once if that is already so, or
     /// `stop` has no event.
     pub(crate) fn until_woken(&self, lanes: &mut [impl Wakes], stop: &StopFlag) {
-        // The flag is read after its event, so that nothing is missed: see `StopFlag::event`.
+        // A flag that is raised after this look at it signals its event, and ends the wait.
         if let Some(stopped) = stop.event()
             && lanes.iter_mut().all(Wakes::arm)
             && !stop.is_raised()

@@ -445,6 +445,9 @@ fn ioas_list(facts: &Facts, _: &str) -> Option<Value> {
 
 fn ioas_maps(facts: &Facts, parameters: &str) -> Option<Value> {
     let maps = facts.maps.get(&parameters.parse().ok()?)?;
-    let map = |iovas: &RangeInclusive<u64>| json!({ "iova": format!("{:#x}", iovas.start()), "len": iovas.end() - iovas.start() + 1 });
+    let map = |iovas: &RangeInclusive<u64>| {
+        let (iova, len) = (format!("{:#x}", iovas.start()), iovas.end() - iovas.start() + 1);
+        json!({ "iova": iova, "len": len })
+    };
     Some(json!(maps.iter().map(map).collect::<Vec<_>>()))
 }
