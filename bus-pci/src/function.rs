@@ -1,9 +1,13 @@
 //! Access to a PCI function for a driver, backed by the kernel or by a test.
 
+use std::os::fd::AsFd;
+
+use serde::{Deserialize, Serialize};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::event::Event;
+use vireo_eal::handover::{Fds, ReceivedFds};
 use vireo_eal::mmio::Bar;
-use vireo_eal::vfio::Irq;
+use vireo_eal::vfio::{Device, Irq};
 use vireo_eal::{Error, ErrorKind, Result};
 
 /// PCI vendor and device id, as in the first four bytes of config space.
@@ -21,6 +25,13 @@ impl std::fmt::Display for DeviceId {
     }
 }
 
+/// An [`Interrupt`] that is enabled, for another process. Its events are numbers of descriptors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InterruptRecord {
+    event: u32,
+    unmask: Option<u32>,
+}
+
 /// Interrupt of a function.
 #[derive(Clone, Debug)]
 pub struct Interrupt {
@@ -33,6 +44,21 @@ impl Interrupt {
     /// it.
     pub fn new(event: Event, unmask: Option<Event>) -> Self {
         Self { event, unmask }
+    }
+
+    /// Describes the interrupt for another process, with its descriptors in `fds`.
+    pub fn record<'a>(&'a self, fds: &mut Fds<'a>) -> InterruptRecord {
+        let unmask = self.unmask.as_ref().map(|unmask| fds.add(unmask.as_fd()));
+        InterruptRecord { event: fds.add(self.event.as_fd()), unmask }
+    }
+
+    /// Returns the interrupt that another process has described.
+    ///
+    /// # Errors
+    /// `Protocol` when a descriptor is missing.
+    pub fn of(record: &InterruptRecord, fds: &ReceivedFds) -> Result<Self> {
+        let event = |number| fds.get(number).map(Event::from_fd);
+        Ok(Self { event: event(record.event)?, unmask: record.unmask.map(event).transpose()? })
     }
 
     /// Event that the interrupt signals.
@@ -94,6 +120,11 @@ pub trait Function: Send {
     /// # Errors
     /// `Unavailable` when no kind has so many. Otherwise when the kernel refuses.
     fn enable_interrupts(&self, kinds: &[Irq], count: u16) -> Result<Vec<Interrupt>>;
+
+    /// The function's VFIO device, if that is behind it.
+    fn vfio_device(&self) -> Option<&Device> {
+        None
+    }
 
     /// Reads 16 bits of config space.
     fn config16(&self, offset: u16) -> u16 {

@@ -7,6 +7,8 @@ mod function;
 mod probe;
 mod scan;
 
-pub use function::{CAP_ID_EXPRESS, CAP_ID_VENDOR, Capability, DeviceId, Function, Interrupt, capabilities};
+pub use function::{
+    CAP_ID_EXPRESS, CAP_ID_VENDOR, Capability, DeviceId, Function, Interrupt, InterruptRecord, capabilities,
+};
 pub use probe::{PciDevice, Report, VFIO_DRIVER};
 pub use scan::{Bus, PciInfo};

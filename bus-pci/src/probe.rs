@@ -5,8 +5,9 @@ use std::os::fd::AsFd;
 use vireo_eal::args::{EalArgs, VfioInterrupt};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::event::Event;
+use vireo_eal::handover::ReceivedFds;
 use vireo_eal::mmio::Bar;
-use vireo_eal::vfio::{Acquired, ConfigSpace, Device, DeviceFds, Irq, Phase, Vfio, VfioMode};
+use vireo_eal::vfio::{Acquired, ConfigSpace, Device, DeviceFds, DeviceRecord, Irq, Phase, Vfio, VfioMode};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::{Bus, DeviceId, Function, Interrupt, PciInfo};
@@ -115,6 +116,20 @@ impl Bus {
     pub fn adopt(&self, info: &PciInfo, vfio: &Vfio, mode: VfioMode, fds: DeviceFds) -> Result<PciDevice> {
         PciDevice::new(info, vfio.adopt(&self.device(info.address), mode, fds)?)
     }
+
+    /// Takes over one function that another process uses, without an access to it.
+    ///
+    /// # Errors
+    /// The same as [`Vfio::take_over`].
+    pub fn take_over(
+        &self,
+        info: &PciInfo,
+        vfio: &Vfio,
+        record: &DeviceRecord,
+        fds: &ReceivedFds,
+    ) -> Result<PciDevice> {
+        PciDevice::new(info, vfio.take_over(&self.device(info.address), record, fds)?)
+    }
 }
 
 impl PciDevice {
@@ -174,6 +189,10 @@ impl Function for PciDevice {
 
     fn has_iommu(&self) -> bool {
         !self.device.space().is_physical()
+    }
+
+    fn vfio_device(&self) -> Option<&Device> {
+        Some(&self.device)
     }
 
     fn enable_interrupts(&self, kinds: &[Irq], count: u16) -> Result<Vec<Interrupt>> {

@@ -7,6 +7,7 @@
 use std::ops::AddAssign;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vireo_eal::sync::atomic::{AtomicU64, Ordering};
 
 /// A counter with one writer at a time and any number of readers.
@@ -41,13 +42,18 @@ macro_rules! queue_counters {
         pub struct QueueCounters { $($(#[$doc])* pub $field: Count),* }
 
         /// Values of [`QueueCounters`] at one point in time.
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
         pub struct QueueStats { $($(#[$doc])* pub $field: u64),* }
 
         impl QueueCounters {
             /// Returns the current values.
             pub fn read(&self) -> QueueStats {
                 QueueStats { $($field: self.$field.get()),* }
+            }
+
+            /// Adds what another process has counted.
+            fn add(&self, stats: &QueueStats) {
+                $(self.$field.add(stats.$field);)*
             }
         }
 
@@ -168,12 +174,34 @@ impl PortCounters {
         self.0.device.iter().map(|(_, count)| count)
     }
 
+    /// Returns the current values, for a process that continues to count.
+    pub(crate) fn record(&self) -> CountersRecord {
+        let PortStats { rx, tx, device } = self.read();
+        CountersRecord { rx, tx, device: device.into_iter().map(|(_, count)| count).collect() }
+    }
+
+    /// Continues to count from the values of `record`.
+    pub(crate) fn restore(&self, record: &CountersRecord) {
+        record.rx.iter().enumerate().for_each(|(number, stats)| self.rx(number).add(stats));
+        record.tx.iter().enumerate().for_each(|(number, stats)| self.tx(number).add(stats));
+        self.device().zip(&record.device).for_each(|(count, more)| count.add(*more));
+    }
+
     /// Returns the current values. Values of different queues, or a queue's packets and bytes, may be read at
     /// slightly different times.
     pub fn read(&self) -> PortStats {
         let device = self.0.device.iter().map(|(name, count)| (*name, count.get())).collect();
         PortStats { rx: self.0.rx.read(), tx: self.0.tx.read(), device }
     }
+}
+
+/// Values of [`PortCounters`], for another process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct CountersRecord {
+    rx: Vec<QueueStats>,
+    tx: Vec<QueueStats>,
+    /// In the order of [`PortCounters::with_device`].
+    device: Vec<u64>,
 }
 
 /// Values of [`PortCounters`].

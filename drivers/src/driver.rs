@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::args::quoted;
+use vireo_eal::handover::{ReceivedFds, decode};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::socket::check_path;
 use vireo_eal::{Error, ErrorKind, Result};
@@ -12,6 +14,25 @@ use crate::port::Nic;
 
 /// Keys and values of `-a` or `--vdev`, in command-line order.
 pub type Args<'a> = &'a [(String, String)];
+
+/// What [`HandOver::facts`](crate::handover::HandOver::facts) returned in another process.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    /// The record.
+    pub record: &'a [u8],
+    /// Descriptors that came with it.
+    pub fds: &'a ReceivedFds,
+}
+
+impl Facts<'_> {
+    /// Decodes the record.
+    ///
+    /// # Errors
+    /// `Protocol` when it is not of this type.
+    pub fn decode<T: DeserializeOwned>(&self) -> Result<T> {
+        decode(self.record)
+    }
+}
 
 /// A driver of PCI functions.
 pub trait PciDriver: Nic + Sized {
@@ -56,6 +77,25 @@ pub trait Vdev: Send + Sync + Sized {
     /// # Errors
     /// When the device is unavailable.
     fn open(&self, name: &str, stop: &StopFlag) -> Result<Self::Device>;
+
+    /// Attaches to the device `name`, which runs for another process, as
+    /// [`HandOver::attach`](crate::handover::HandOver::attach) does.
+    ///
+    /// # Errors
+    /// As for that.
+    fn attach(&self, _name: &str, _facts: Facts<'_>) -> Result<Self::Device> {
+        Err(unsupported())
+    }
+}
+
+/// Error of a port that cannot be handed over, for the reason `why`.
+pub(crate) fn cannot_hand_over(why: &str) -> Error {
+    Error::new(ErrorKind::Unavailable, "cannot hand over a port", why)
+}
+
+/// Error of a driver that cannot hand over.
+pub(crate) fn unsupported() -> Error {
+    cannot_hand_over("its driver cannot do that")
 }
 
 /// Parses the value of `key`, the socket path of device `name`.

@@ -137,10 +137,10 @@ fn ports_may_be_closed_and_opened_a_thousand_times() {
             assert_eq!((pool.available(), Arc::strong_count(&pool)), (BUFFERS, 1));
         };
         once();
-        // Other tests of this process open a few descriptors meanwhile.
+        // Other tests of this process hold some hundred descriptors meanwhile.
         let before = open_descriptors();
         (0..1000).for_each(|_| once());
-        assert!(open_descriptors() < before + 100);
+        assert!(open_descriptors() < before + 500);
     }
 }
 

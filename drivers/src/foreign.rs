@@ -10,6 +10,7 @@ use vireo_eal::event::Event;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::{PortCounters, QueueCounters};
+use crate::handover::HandOver;
 use crate::port::{
     Capabilities, Link, MacAddr, Nic, Offloads, PortConfig, Queues, RxBurst, TxBurst, queues_of_another,
 };
@@ -167,6 +168,9 @@ impl<N: ForeignNic> Nic for Erased<N> {
         self.0.counters()
     }
 }
+
+/// A driver of another crate cannot hand over.
+impl HandOver for dyn AnyNic {}
 
 #[cfg(test)]
 mod tests {

@@ -12,6 +12,7 @@ mod endurance;
 pub mod fakedev;
 pub mod foreign;
 mod frames;
+pub mod handover;
 pub mod igb;
 mod intel;
 pub mod memory;

@@ -284,6 +284,11 @@ impl PortMemory {
         self.near.get(&port.node).copied().flatten()
     }
 
+    /// Returns the map that contains all of the memory.
+    pub fn memory_map(&self) -> &Arc<MemoryMap> {
+        &self.map
+    }
+
     /// Returns the number of address spaces that map this memory.
     pub fn spaces(&self) -> usize {
         self.map.spaces().len()

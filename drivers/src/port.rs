@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
 use vireo_eal::event::Event;
@@ -14,7 +15,7 @@ use crate::counters::{PortCounters, QueueCounters};
 use crate::frames::ETHERNET;
 
 /// Ethernet address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {
@@ -273,6 +274,11 @@ impl<R, T> Queues<R, T> {
     /// Returns the first queue of each direction, or `None` if either direction has no queue.
     pub fn into_pair(mut self) -> Option<(R, T)> {
         (!self.rx.is_empty() && !self.tx.is_empty()).then(|| (self.rx.swap_remove(0), self.tx.swap_remove(0)))
+    }
+
+    /// Converts each queue with `rx` or `tx`.
+    pub(crate) fn map<S, U>(self, rx: impl FnMut(R) -> S, tx: impl FnMut(T) -> U) -> Queues<S, U> {
+        Queues { rx: self.rx.into_iter().map(rx).collect(), tx: self.tx.into_iter().map(tx).collect() }
     }
 
     /// Converts each queue with `rx` or `tx`; returns `None` if a conversion does.

@@ -6,13 +6,17 @@ use std::sync::Arc;
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use vireo_bus_pci::{Bus, PciDevice, PciInfo, Report};
-use vireo_eal::dma::MAX_BUFFERS;
+use vireo_eal::args::VdevArgs;
+use vireo_eal::dma::{MAX_BUFFERS, MemoryMap};
+use vireo_eal::handover::{Fds, ReceivedFds};
 use vireo_eal::lcore::StopFlag;
-use vireo_eal::vfio::{AddressSpace, Request, Vfio, VfioMode};
+use vireo_eal::vfio::{AddressSpace, DeviceRecord, Request, Vfio, VfioMode};
 use vireo_eal::{Eal, Error, ErrorKind, Result};
 
-use crate::driver::Args;
+use crate::driver::{Args, Facts};
+use crate::handover::{HandOver, contradiction};
 use crate::port::{Nic, PortConfig};
 use crate::table::{AnyVdev, Drivers, Port};
 
@@ -47,8 +51,7 @@ pub struct OpenPort {
 pub fn open(eal: &Eal, drivers: &Drivers, bus: &Bus, stop: &StopFlag) -> Result<Vec<OpenPort>> {
     let chosen = bus.select(&eal.args, |id| drivers.driver_of(id).is_some())?;
     let open = |info: PciInfo| {
-        let allowed = eal.args.allow.iter().find(|allowed| allowed.address == info.address);
-        let args = allowed.map_or(&[][..], |allowed| &allowed.args);
+        let args = args_of(eal, &info);
         let mode = eal.args.mode_of(info.address);
         let device = bus.open(&info, &eal.vfio, mode)?.with_interrupts(eal.args.vfio_intr);
         take(drivers, device, info, args)
@@ -75,6 +78,83 @@ pub fn open(eal: &Eal, drivers: &Drivers, bus: &Bus, stop: &StopFlag) -> Result<
     })?;
     pad_where_needed(&mut ports);
     Ok(ports)
+}
+
+/// A port of a running program, as its successor needs it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OfferedPort {
+    /// Address of the function, or name of the virtual device.
+    name: String,
+    /// VFIO device of the function.
+    device: Option<DeviceRecord>,
+    facts: Vec<u8>,
+}
+
+impl OfferedPort {
+    /// Describes `open`, which reaches the memory in `map`, with its descriptors in `fds`.
+    ///
+    /// # Errors
+    /// `Unavailable` when its driver cannot hand over.
+    pub fn of<'a>(open: &'a OpenPort, map: &MemoryMap, fds: &mut Fds<'a>) -> Result<Self> {
+        let device = open.port.function().and_then(|function| function.vfio_device());
+        let device = device.zip(open.report.as_ref());
+        let device = device.map(|(device, report)| DeviceRecord::of(device, report.mode, map, fds));
+        let facts = open.port.facts(fds).map_err(|error| {
+            Error::new(error.kind(), format!("cannot hand over {}", open.name), error.why())
+        });
+        Ok(Self { name: open.name.clone(), device, facts: facts? })
+    }
+}
+
+/// Attaches to the ports that a running program offers, which must be those that the EAL arguments select. Touches no
+/// device.
+///
+/// # Errors
+/// `Busy` when the program has other ports; otherwise as for [`Bus::take_over`] and [`Drivers::attach`].
+pub fn take_over(
+    eal: &Eal,
+    drivers: &Drivers,
+    bus: &Bus,
+    offered: &[OfferedPort],
+    fds: &ReceivedFds,
+) -> Result<Vec<OpenPort>> {
+    let chosen = bus.select(&eal.args, |id| drivers.driver_of(id).is_some())?;
+    let functions = chosen.len();
+    let own = chosen.iter().map(|info| info.address.to_string());
+    let own: Vec<String> = own.chain(eal.args.vdevs.iter().map(|vdev| vdev.name.clone())).collect();
+    let theirs: Vec<&str> = offered.iter().map(|port| &*port.name).collect();
+    if own != theirs {
+        let why = format!("its ports are {}, but these are {}", theirs.join(", "), own.join(", "));
+        return Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+            .with_hint("give both the same arguments"));
+    }
+    let attach = |(info, offered): (PciInfo, &OfferedPort)| {
+        let no_device = || contradiction("a PCI function without a VFIO device");
+        let record = offered.device.as_ref().ok_or_else(no_device)?;
+        let device = bus.take_over(&info, &eal.vfio, record, fds)?;
+        let device = device.with_interrupts(eal.args.vfio_intr);
+        let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
+        let facts = Facts { record: &offered.facts, fds };
+        let port = drivers.attach(Box::new(device), args_of(eal, &info), facts)?;
+        Ok(OpenPort::of_function(drivers, port, info, report, space, None))
+    };
+    let attach_vdev = |(vdev, offered): (&VdevArgs, &OfferedPort)| {
+        let facts = Facts { record: &offered.facts, fds };
+        let (port, kind) = drivers.parse_vdev(vdev)?.attach(&vdev.name, facts)?;
+        Ok(OpenPort::virtual_port(port, &vdev.name, kind))
+    };
+    let (of_functions, of_vdevs) = offered.split_at(functions);
+    let functions = chosen.into_iter().zip(of_functions).map(attach);
+    let virtuals = eal.args.vdevs.iter().zip(of_vdevs).map(attach_vdev);
+    let mut ports = functions.chain(virtuals).collect::<Result<Vec<_>>>()?;
+    pad_where_needed(&mut ports);
+    Ok(ports)
+}
+
+/// Returns the devargs of a function.
+fn args_of<'a>(eal: &'a Eal, info: &PciInfo) -> Args<'a> {
+    let allowed = eal.args.allow.iter().find(|allowed| allowed.address == info.address);
+    allowed.map_or(&[][..], |allowed| &allowed.args)
 }
 
 /// Makes the drivers of all ports pad frames if any port delivers frames that are too short for a wire.
@@ -131,11 +211,7 @@ fn take(drivers: &Drivers, device: PciDevice, info: PciInfo, args: Args<'_>) -> 
     let (report, space) = (device.report.clone(), Arc::clone(device.vfio().space()));
     let request = device.vfio().watch_release_request().inspect_err(|error| tracing::debug!("{error}")).ok();
     let port = drivers.probe(Box::new(device), args)?;
-    space.set_dma_mask(port.capabilities().dma_mask);
-    let driver = drivers.driver_of(info.id).unwrap_or("none");
-    let kind = format!("({driver}, {}) in mode {}: {}", info.id, report.mode, report.why);
-    let name = info.address.to_string();
-    Ok(OpenPort { port, name, kind, report: Some(report), space: Some(space), node: info.numa_node, request })
+    Ok(OpenPort::of_function(drivers, port, info, report, space, request))
 }
 
 /// Gives up the privileges that only set-up needed; see [`Eal::confine`].
@@ -181,6 +257,30 @@ pub fn buffers_needed(ports: usize, lcores: usize, config: &PortConfig) -> u32 {
 }
 
 impl OpenPort {
+    fn of_function(
+        drivers: &Drivers,
+        port: Port,
+        info: PciInfo,
+        report: Report,
+        space: Arc<AddressSpace>,
+        request: Option<Request>,
+    ) -> Self {
+        space.set_dma_mask(port.capabilities().dma_mask);
+        let driver = drivers.driver_of(info.id).unwrap_or("none");
+        let kind = format!("({driver}, {}) in mode {}: {}", info.id, report.mode, report.why);
+        let name = info.address.to_string();
+        Self { port, name, kind, report: Some(report), space: Some(space), node: info.numa_node, request }
+    }
+
+    /// Watches for the kernel's request to release the function, in place of the process that it was taken over from.
+    pub fn watch_release_request(&mut self) {
+        let device = self.port.function().and_then(|function| function.vfio_device());
+        let request = device.map(|device| device.watch_release_request());
+        let request =
+            request.and_then(|request| request.inspect_err(|error| tracing::debug!("{error}")).ok());
+        self.request = request;
+    }
+
     /// Creates a port that is not on a bus.
     pub fn virtual_port(port: Port, name: &str, kind: String) -> Self {
         Self { port, name: name.to_owned(), kind, report: None, space: None, node: None, request: None }

@@ -8,12 +8,14 @@ use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::args::VdevArgs;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
 use vireo_eal::event::Event;
+use vireo_eal::handover::Fds;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::{PortCounters, QueueCounters};
-use crate::driver::{Args, PciDriver, Vdev};
+use crate::driver::{Args, Facts, PciDriver, Vdev, unsupported};
 use crate::foreign::{self, ForeignNic};
+use crate::handover::{HandOver, Resume};
 use crate::port::{
     Capabilities, Link, MacAddr, Nic, Offloads, PortConfig, Queues, RxBurst, TxBurst, queues_of_another,
 };
@@ -72,11 +74,8 @@ macro_rules! drivers {
                 &mut self, config: &PortConfig, memory: &Arc<DmaMemory>, cache: &mut PoolCache,
             ) -> Result<Queues<RxQueue, TxQueue>> {
                 match self { $(Self::$variant(device) => {
-                    let Queues { rx, tx } = device.start(config, memory, cache)?;
-                    Ok(Queues {
-                        rx: rx.into_iter().map(RxQueue::$variant).collect(),
-                        tx: tx.into_iter().map(TxQueue::$variant).collect(),
-                    })
+                    let queues = device.start(config, memory, cache)?;
+                    Ok(queues.map(RxQueue::$variant, TxQueue::$variant))
                 }),* }
             }
             fn stop(
@@ -119,6 +118,38 @@ macro_rules! drivers {
             }
         }
 
+        impl HandOver for Port {
+            fn function(&self) -> Option<&dyn Function> {
+                match self { $(Self::$variant(device) => device.function()),* }
+            }
+            fn facts<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
+                match self { $(Self::$variant(device) => device.facts(fds)),* }
+            }
+            fn record(&self) -> Result<Vec<u8>> {
+                match self { $(Self::$variant(device) => device.record()),* }
+            }
+            fn rx_record(&self, rx: &RxQueue) -> Result<Vec<u8>> {
+                match (self, rx) {
+                    $((Self::$variant(device), RxQueue::$variant(rx)) => device.rx_record(rx),)*
+                    _ => Err(queues_of_another()),
+                }
+            }
+            fn tx_record(&self, tx: &TxQueue) -> Result<Vec<u8>> {
+                match (self, tx) {
+                    $((Self::$variant(device), TxQueue::$variant(tx)) => device.tx_record(tx),)*
+                    _ => Err(queues_of_another()),
+                }
+            }
+            fn resume(&mut self, resume: Resume<'_>) -> Result<Queues<RxQueue, TxQueue>> {
+                match self { $(Self::$variant(device) => {
+                    Ok(device.resume(resume)?.map(RxQueue::$variant, TxQueue::$variant))
+                }),* }
+            }
+            fn leave(&mut self) {
+                match self { $(Self::$variant(device) => device.leave()),* }
+            }
+        }
+
         $(impl From<crate::$driver::Device> for Port {
             fn from(device: crate::$driver::Device) -> Self {
                 Self::$variant(device)
@@ -149,16 +180,25 @@ struct PciEntry {
     name: &'static str,
     ids: &'static [(DeviceId, &'static str)],
     keys: &'static [&'static str],
-    open: fn(Box<dyn Function>, Args<'_>) -> Result<Port>,
+    open: Open,
+    attach: Attach,
 }
 
+/// [`PciDriver::open`] of any driver.
+type Open = fn(Box<dyn Function>, Args<'_>) -> Result<Port>;
+/// [`HandOver::attach`] of any driver.
+type Attach = fn(Box<dyn Function>, Args<'_>, Facts<'_>) -> Result<Port>;
+
 impl PciEntry {
-    const fn of<D: PciDriver + Into<Port>>() -> Self {
-        Self::with::<D>(|function, args| D::open(function, args).map(Into::into))
+    const fn of<D: PciDriver + HandOver + Into<Port>>() -> Self {
+        Self::with::<D>(
+            |function, args| D::open(function, args).map(Into::into),
+            |function, args, facts| D::attach(function, args, facts).map(Into::into),
+        )
     }
 
-    const fn with<D: PciDriver>(open: fn(Box<dyn Function>, Args<'_>) -> Result<Port>) -> Self {
-        Self { name: D::NAME, ids: D::IDS, keys: D::KEYS, open }
+    const fn with<D: PciDriver>(open: Open, attach: Attach) -> Self {
+        Self { name: D::NAME, ids: D::IDS, keys: D::KEYS, open, attach }
     }
 }
 
@@ -182,6 +222,8 @@ pub(crate) trait AnyVdev: Send + Sync {
     fn listens_at(&self) -> Option<&Path>;
     /// Opens the device with its driver; returns the port and its description.
     fn open(&self, name: &str, stop: &StopFlag) -> Result<(Port, String)>;
+    /// Attaches to the device with its driver; returns the port and its description.
+    fn attach(&self, name: &str, facts: Facts<'_>) -> Result<(Port, String)>;
 }
 
 impl<V: Vdev<Device: Into<Port>>> AnyVdev for V {
@@ -191,6 +233,10 @@ impl<V: Vdev<Device: Into<Port>>> AnyVdev for V {
 
     fn open(&self, name: &str, stop: &StopFlag) -> Result<(Port, String)> {
         Ok((Vdev::open(self, name, stop)?.into(), self.describe()))
+    }
+
+    fn attach(&self, name: &str, facts: Facts<'_>) -> Result<(Port, String)> {
+        Ok((Vdev::attach(self, name, facts)?.into(), self.describe()))
     }
 }
 
@@ -204,6 +250,10 @@ impl<V: Vdev<Device: ForeignNic>> AnyVdev for ForeignVdev<V> {
 
     fn open(&self, name: &str, stop: &StopFlag) -> Result<(Port, String)> {
         Ok((foreign::erase(self.0.open(name, stop)?).into(), self.0.describe()))
+    }
+
+    fn attach(&self, _name: &str, _facts: Facts<'_>) -> Result<(Port, String)> {
+        Err(unsupported())
     }
 }
 
@@ -224,8 +274,10 @@ impl Drivers {
     /// Adds a driver of PCI functions. IDs that earlier drivers claim stay with those drivers.
     #[must_use]
     pub fn with_pci<D: PciDriver + ForeignNic>(mut self) -> Self {
-        self.pci
-            .push(PciEntry::with::<D>(|function, args| Ok(foreign::erase(D::open(function, args)?).into())));
+        self.pci.push(PciEntry::with::<D>(
+            |function, args| Ok(foreign::erase(D::open(function, args)?).into()),
+            |_, _, _| Err(unsupported()),
+        ));
         self
     }
 
@@ -264,6 +316,19 @@ impl Drivers {
     /// `Unavailable` when no driver supports the function, `Usage` for a devarg that its driver does not
     /// accept. Otherwise the driver's error.
     pub fn probe(&self, function: Box<dyn Function>, args: Args<'_>) -> Result<Port> {
+        (self.driver_for(&*function, args)?.open)(function, args)
+    }
+
+    /// Attaches the driver of `function` to its device, which runs for another process. See [`HandOver::attach`].
+    ///
+    /// # Errors
+    /// As for [`Drivers::probe`].
+    pub fn attach(&self, function: Box<dyn Function>, args: Args<'_>, facts: Facts<'_>) -> Result<Port> {
+        (self.driver_for(&*function, args)?.attach)(function, args, facts)
+    }
+
+    /// Returns the driver of `function`, which accepts `args`.
+    fn driver_for(&self, function: &dyn Function, args: Args<'_>) -> Result<&PciEntry> {
         let cannot = |kind, what: &str, why| Error::new(kind, format!("cannot use {what}"), why);
         let (id, address) = (function.id(), function.address());
         let Some(driver) = self.for_id(id) else {
@@ -279,7 +344,7 @@ impl Drivers {
             };
             return Err(cannot(ErrorKind::Usage, &format!("{key} for {address}"), why));
         }
-        (driver.open)(function, args)
+        Ok(driver)
     }
 
     /// Parses the arguments of a virtual device.

@@ -13,6 +13,11 @@ pub fn thread_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
+/// Returns the time of `CLOCK_MONOTONIC`, which is the same in all processes of a machine.
+pub fn monotonic() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
+}
+
 /// Time stamp counter of the CPU or, on architectures other than `x86_64`, the kernel's raw clock in
 /// nanoseconds.
 ///

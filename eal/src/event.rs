@@ -1,6 +1,6 @@
 //! Events for a thread that sleeps until a device, the kernel or another thread signals one (eventfd(2)).
 
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +31,17 @@ impl Event {
             #[cfg(loom)]
             signaled: Arc::new(crate::sync::Mutex::new(false)),
         })
+    }
+
+    /// Returns the event of an eventfd that another process has passed.
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        // SAFETY: the event reads and writes 8 bytes of its own, which no file can turn into an access to other memory.
+        let fd = unsafe { EventFd::from_owned_fd(fd) };
+        Self {
+            fd: Arc::new(fd),
+            #[cfg(loom)]
+            signaled: Arc::new(crate::sync::Mutex::new(false)),
+        }
     }
 
     /// Signals the event. This is async-signal-safe.

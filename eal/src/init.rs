@@ -1,10 +1,12 @@
 //! The EAL of a process, initialized from its arguments.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use crate::args::{EalArgs, IovaMode, ranges};
 use crate::error::{Error, ErrorKind, Result};
+use crate::handover::{EalRecord, Fds, Listener, Offer, Takeover, region_files};
 use crate::lcore::Lcores;
 use crate::mem::{Backing, Placement, Region, hugepages};
 use crate::runtime::RuntimeDir;
@@ -24,6 +26,10 @@ pub struct Eal {
     pub vfio: Vfio,
     runtime: Option<RuntimeDir>,
     telemetry: OnceLock<Arc<TelemetrySocket>>,
+    /// Where this program waits for its successor.
+    listener: OnceLock<Listener>,
+    /// The take-over by which this program starts, if it does.
+    takeover: Option<Takeover>,
     /// User to drop privileges to, if any.
     user: Option<User>,
 }
@@ -35,18 +41,32 @@ impl Eal {
     /// # Errors
     /// `Busy` if another process uses the same `--file-prefix`; `Usage` if the user of `--user` does not
     /// exist; and why the descriptors of `--vfio-fds` are unavailable: `Usage` for `listen`, `Unavailable`
-    /// for a socket without a listener.
+    /// for a socket without a listener. With `--takeover`, `Unavailable` if no program waits for a successor, and
+    /// `Busy` with its reason if it refuses this one.
     pub fn init(args: EalArgs) -> Result<Self> {
         crate::log::init(&args.log_levels, args.log_color);
         args.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         args.notes.iter().for_each(|note| tracing::info!("{note}"));
-        let nodes = args.vfio_fds.as_ref().map_or(Ok(DeviceNodes::default()), DeviceNodes::of)?;
+        let takeover = match &args.successor_of {
+            Some(program) if args.takeover => Some(Takeover::begin(&RuntimeDir::path_for(&args), program)?),
+            _ => None,
+        };
+        // The predecessor passes its devices, open.
+        let nodes = args.vfio_fds.as_ref().filter(|_| takeover.is_none());
+        let nodes = nodes.map_or(Ok(DeviceNodes::default()), DeviceNodes::of)?;
         let eal = Self {
             lcores: Lcores::new(&args)?,
             vfio: Vfio::with_nodes(args.vf_token, nodes).isolate(args.isolate_ports),
             user: args.user.as_ref().map(UserName::find).transpose()?,
-            runtime: RuntimeDir::new(&args)?,
+            runtime: match &takeover {
+                None => RuntimeDir::new(&args)?,
+                Some(takeover) => {
+                    Some(RuntimeDir::of_predecessor(RuntimeDir::path_for(&args), takeover.lock()?.into()))
+                }
+            },
             telemetry: OnceLock::new(),
+            listener: OnceLock::new(),
+            takeover,
             args,
         };
         tracing::debug!("{}", eal.summary());
@@ -67,7 +87,11 @@ impl Eal {
     /// Creates the telemetry socket, for a program that will serve it. If it cannot be created, that is
     /// logged, because a program runs without it too. Call it before [`confine`](Self::confine).
     pub fn open_telemetry(&self) {
-        match TelemetrySocket::new(&self.args) {
+        let socket = match &self.takeover {
+            None => TelemetrySocket::new(&self.args),
+            Some(takeover) => takeover.telemetry(),
+        };
+        match socket {
             Ok(socket) => drop(socket.map(|socket| self.telemetry.set(socket.into()))),
             Err(error) => tracing::warn!("{error}"),
         }
@@ -76,6 +100,71 @@ impl Eal {
     /// Telemetry socket, if there is one.
     pub fn telemetry(&self) -> Option<&Arc<TelemetrySocket>> {
         self.telemetry.get()
+    }
+
+    /// Lets a successor take over this program, if the program can hand over (`Program::successor_of`) and has a runtime
+    /// directory. If the socket for that cannot be created, that is logged. Call it before [`confine`](Self::confine).
+    pub fn open_handover(&self) {
+        let (Some(program), Some(runtime)) = (&self.args.successor_of, &self.runtime) else { return };
+        let listener = match &self.takeover {
+            None => Listener::in_dir(runtime.path(), program),
+            Some(takeover) => takeover.listener(program),
+        };
+        match listener {
+            Ok(listener) => drop(self.listener.set(listener)),
+            Err(error) => tracing::warn!("{error}"),
+        }
+    }
+
+    /// Where this program waits for its successor, if it does.
+    pub fn successors(&self) -> Option<&Listener> {
+        self.listener.get()
+    }
+
+    /// The take-over by which this program starts, if it does (`--takeover`).
+    pub fn takeover(&self) -> Option<&Takeover> {
+        self.takeover.as_ref()
+    }
+
+    /// Creates the offer for a successor: sockets, the lock of the runtime directory, the files of `regions`, and
+    /// `program`, the record of the layers above.
+    ///
+    /// # Errors
+    /// `Unavailable` if memory is anonymous or there is no runtime directory.
+    pub fn offer<'a>(
+        &'a self,
+        regions: impl IntoIterator<Item = &'a Region>,
+        program: Vec<u8>,
+        fds: &mut Fds<'a>,
+    ) -> Result<Offer> {
+        let (Some(runtime), Some(listener)) = (&self.runtime, self.listener.get()) else {
+            let why = "it has no runtime directory (--in-memory)";
+            return Err(Error::new(ErrorKind::Unavailable, "cannot hand over to another process", why));
+        };
+        let telemetry = self.telemetry();
+        let eal = EalRecord {
+            pid: std::process::id(),
+            process: listener.process().map(|process| fds.add(process)),
+            lock: fds.add(runtime.lock()),
+            listener: fds.add(listener.as_fd()),
+            telemetry: telemetry.map(|socket| (fds.add(socket.as_fd()), socket.path().to_owned())),
+            regions: region_files(regions, fds)?,
+        };
+        Ok(Offer { eal, program })
+    }
+
+    /// Leaves the runtime directory, the sockets and the mappings of memory to the successor, which runs now.
+    pub fn leave(&self) {
+        self.vfio.lend(true);
+        self.runtime.iter().for_each(RuntimeDir::leave);
+        self.telemetry().into_iter().for_each(|socket| socket.leave());
+    }
+
+    /// Takes the runtime directory, the sockets and the mappings of memory from the predecessor.
+    pub fn succeed(&self) {
+        self.vfio.lend(false);
+        self.runtime.iter().for_each(RuntimeDir::take);
+        self.telemetry().into_iter().for_each(|socket| socket.take());
     }
 
     /// Drops what only set-up needs: root privileges (`--user`), then, unless `--no-sandbox` is given, access
@@ -114,10 +203,12 @@ impl Eal {
 
     /// Reserves packet memory: one region for each of `parts`, which are a NUMA node and a length in bytes,
     /// as [`Region::adjoining`] does. With `-m`, the last region also gets what the others leave of the
-    /// requested megabytes. With `--numa-mem`, pages must come from their node, or the call fails.
+    /// requested megabytes. With `--numa-mem`, pages must come from their node, or the call fails. In a
+    /// take-over, the first call returns the predecessor's regions.
     ///
     /// # Errors
-    /// `Usage` if `-m` is less than `parts` need, `Os` if the pages are not available.
+    /// `Usage` if `-m` is less than `parts` need, `Os` if the pages are not available, `Busy` if the predecessor has other
+    /// memory.
     pub fn reserve(&self, parts: &[(Option<u32>, usize)]) -> Result<Vec<Region>> {
         let (memory, backing) = (&self.args.memory, self.backing());
         let mut parts = parts.to_vec();
@@ -139,6 +230,9 @@ impl Eal {
         }
         if let (Some(asked), Some((_, last))) = (asked, parts.last_mut()) {
             *last += asked - need;
+        }
+        if let Some(files) = self.takeover.as_ref().and_then(Takeover::take_regions) {
+            return Region::adopt(files, &parts, &backing);
         }
         let placement = if by_node { Placement::Required } else { Placement::Preferred };
         Region::adjoining(&parts, backing, placement)

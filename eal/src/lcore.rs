@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use core_affinity::CoreId;
 use crossbeam::utils::CachePadded;
-use nix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level;
 
 use crate::affinity;
 use crate::args::{EalArgs, LcoreSpec, ranges};
+use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 use crate::mem::node_of_cpu;
@@ -416,7 +416,7 @@ impl StopFlag {
 
 /// Nanoseconds of the monotonic clock, never 0.
 fn monotonic() -> u64 {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(1, |now| Duration::from(now).as_nanos() as u64 + 1)
+    clock::monotonic().as_nanos() as u64 + 1
 }
 
 /// Returns whether `signal` is a SIGHUP that was ignored when the program started (`SigIgn`,

@@ -14,6 +14,7 @@
 //! | [`sync`] | locks and atomics that loom models can replace | – |
 //! | [`user`] | dropping root privileges | `setresuid`, capabilities |
 //! | [`event`] | what a sleeping lcore waits for | eventfd |
+//! | [`handover`] | how a program is replaced while it runs | `SCM_RIGHTS` |
 //! | [`mmio`] | registers and doorbells | BAR |
 //!
 //! All `unsafe` code of Vireo is in this crate and in the crates in folders next to its `src`. All other
@@ -27,6 +28,7 @@ mod device_node;
 pub mod dma;
 pub mod error;
 pub mod event;
+pub mod handover;
 mod init;
 pub mod ioctl;
 pub mod lcore;
@@ -36,6 +38,7 @@ pub mod mmio;
 mod opaque;
 mod prefetch;
 pub mod program;
+mod rights;
 pub mod rlimit;
 pub mod runtime;
 mod sandbox;

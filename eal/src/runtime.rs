@@ -2,8 +2,10 @@
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -23,6 +25,9 @@ pub struct RuntimeDir {
     path: PathBuf,
     /// Lock file. The drop glue releases it after all files are removed.
     lock: File,
+    /// Whether the directory belongs to another process, which has the same open lock file: the predecessor of this
+    /// process, or its successor.
+    is_lent: AtomicBool,
 }
 
 impl RuntimeDir {
@@ -38,6 +43,35 @@ impl RuntimeDir {
         Self::open(&base(geteuid(), variable), &args.file_prefix).map(Some)
     }
 
+    /// Path of the directory for `args`.
+    pub(crate) fn path_for(args: &EalArgs) -> PathBuf {
+        base(geteuid(), variable).join(&args.file_prefix)
+    }
+
+    /// Returns the directory at `path` of a process that has passed its `lock`. It belongs to that process until
+    /// [`RuntimeDir::take`].
+    pub(crate) fn of_predecessor(path: PathBuf, lock: File) -> Self {
+        Self { path, lock, is_lent: AtomicBool::new(true) }
+    }
+
+    /// Takes the directory from the predecessor.
+    pub(crate) fn take(&self) {
+        self.is_lent.store(false, Ordering::Relaxed);
+        if let Err(error) = write_pid(&self.lock) {
+            tracing::warn!("{}", Error::io(what(&self.path), &error));
+        }
+    }
+
+    /// Leaves the directory to the successor, which has the lock.
+    pub(crate) fn leave(&self) {
+        self.is_lent.store(true, Ordering::Relaxed);
+    }
+
+    /// Lock of the directory, for a successor.
+    pub(crate) fn lock(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
+    }
+
     /// Opens and locks the directory `prefix` in `base`. Creates both if necessary.
     fn open(base: &Path, prefix: &str) -> Result<Self> {
         // An exiting process may remove the directory while it is opened here, so the opened file must still
@@ -50,7 +84,7 @@ impl RuntimeDir {
             // An empty directory belongs to no process, so it is removed.
             let locked = lock(&path).inspect_err(|_| drop(std::fs::remove_dir(&path)))?;
             if let Some(lock) = locked {
-                let mut dir = Self { path, lock };
+                let mut dir = Self { path, lock, is_lent: AtomicBool::new(false) };
                 dir.sign()?;
                 return Ok(dir);
             }
@@ -61,10 +95,10 @@ impl RuntimeDir {
 
     /// Replaces the pid of a previous process, which ended uncleanly, with the pid of this process.
     fn sign(&mut self) -> Result<()> {
-        if let Some(pid) = pid_in(&mut self.lock) {
+        if let Some(pid) = pid_in(&self.lock) {
             tracing::info!("previous run (pid {pid}) ended uncleanly, recovered {}", self.path.display());
         }
-        write_pid(&mut self.lock).map_err(|error| Error::io(what(&self.path), &error))
+        write_pid(&self.lock).map_err(|error| Error::io(what(&self.path), &error))
     }
 
     /// Path of the directory.
@@ -75,6 +109,9 @@ impl RuntimeDir {
 
 impl Drop for RuntimeDir {
     fn drop(&mut self) {
+        if self.is_lent.load(Ordering::Relaxed) {
+            return;
+        }
         // Remove the lock file last, and then the directory, unless another process has started to use it.
         let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| entry.file_name() != LOCK) {
@@ -184,7 +221,13 @@ fn lock(dir: &Path) -> Result<Option<File>> {
 }
 
 fn busy(dir: &Path, lock: &File) -> Error {
-    let why = match holder(lock) {
+    let is_gone = |pid: &u32| !Path::new(&format!("/proc/{pid}")).exists();
+    // After a take-over, the kernel still names the predecessor, which locked the file.
+    let holder = match holder(lock) {
+        Some(pid) if is_gone(&pid) => pid_in(lock),
+        holder => holder,
+    };
+    let why = match holder {
         Some(pid) => {
             let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             format!("in use by pid {pid} ({})", comm.trim())
@@ -213,13 +256,14 @@ fn holder_in(locks: &str, inode: u64) -> Option<u32> {
     })
 }
 
-fn pid_in(file: &mut File) -> Option<u32> {
+fn pid_in(mut file: &File) -> Option<u32> {
     let mut text = String::new();
+    file.rewind().ok()?;
     file.take(16).read_to_string(&mut text).ok()?;
     text.trim().parse().ok()
 }
 
-fn write_pid(file: &mut File) -> std::io::Result<()> {
+fn write_pid(mut file: &File) -> std::io::Result<()> {
     file.rewind()?;
     file.set_len(0)?;
     writeln!(file, "{}", std::process::id())

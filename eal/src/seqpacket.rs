@@ -6,8 +6,8 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr, accept4, bind, connect,
-    getsockopt, listen, recv, send, shutdown, socket,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
+    listen, recv, send, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Uid, geteuid};
@@ -60,6 +60,11 @@ impl Listener {
         Ok(Self(fd))
     }
 
+    /// Returns a listener of another process.
+    pub(crate) fn from_fd(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
     /// Accepts a connection, if one waits. A connection of another user than this one and root is closed.
     ///
     /// # Errors
@@ -75,11 +80,6 @@ impl Listener {
             Err(Errno::EAGAIN | Errno::ECONNABORTED | Errno::EINTR) => Ok(None),
             Err(errno) => Err(errno),
         }
-    }
-
-    /// Refuses connections from now on. Threads that poll the listener get `POLLHUP`.
-    pub(crate) fn close(&self) {
-        let _ = shutdown(self.0.as_raw_fd(), Shutdown::Both);
     }
 }
 

@@ -7,8 +7,9 @@
 
 mod client;
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -16,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::args::EalArgs;
 use crate::error::{Error, Result};
+use crate::event::{Event, wait_for_any};
 use crate::runtime;
 use crate::seqpacket::{Connection, Listener};
 
@@ -43,6 +45,10 @@ const WITHOUT: &str = "start with --no-telemetry";
 pub struct TelemetrySocket {
     listener: Listener,
     path: PathBuf,
+    /// Ends [`serve`](Self::serve). A shutdown of the listener would end it for a successor, too.
+    stopped: Event,
+    /// Whether the socket belongs to another process: the predecessor of this process, or its successor.
+    is_lent: AtomicBool,
 }
 
 impl TelemetrySocket {
@@ -63,13 +69,35 @@ impl TelemetrySocket {
             .map(Some)
     }
 
+    /// Returns the socket at `path` of a process that has passed its `listener`. It belongs to that process until
+    /// [`TelemetrySocket::take`].
+    pub(crate) fn of_predecessor(listener: OwnedFd, path: PathBuf) -> Result<Self> {
+        let socket = Self::of(Listener::from_fd(listener), path)?;
+        socket.leave();
+        Ok(socket)
+    }
+
+    /// Takes the socket from the predecessor.
+    pub(crate) fn take(&self) {
+        self.is_lent.store(false, Ordering::Relaxed);
+    }
+
+    /// Leaves the socket to the successor.
+    pub(crate) fn leave(&self) {
+        self.is_lent.store(true, Ordering::Relaxed);
+    }
+
+    fn of(listener: Listener, path: PathBuf) -> Result<Self> {
+        Ok(Self { listener, path, stopped: Event::new()?, is_lent: AtomicBool::new(false) })
+    }
+
     fn create_in(directory: &Path) -> Result<Self> {
         let mut instance = 0;
         loop {
             let suffix = if instance == 0 { String::new() } else { format!(":{instance}") };
             let path = directory.join(format!("{NAME}{suffix}"));
             match Listener::bind(&path) {
-                Ok(listener) => return Ok(Self { listener, path }),
+                Ok(listener) => return Self::of(listener, path),
                 Err(Errno::EADDRINUSE) if instance + 1 < INSTANCES => instance += 1,
                 Err(errno) => {
                     return Err(Error::os(
@@ -89,20 +117,23 @@ impl TelemetrySocket {
     /// Serves clients until [`stop`](Self::stop). Each client gets `greeting`, and the result of `answer` for
     /// each of its requests. Both are at most [`MAX_ANSWER`] bytes long.
     pub fn serve(&self, greeting: &str, answer: impl Fn(&[u8]) -> String) {
+        /// Descriptors that are polled before those of clients.
+        const OWN: usize = 2;
         let mut clients: Vec<Client> = Vec::new();
         let mut request = [0; MAX_REQUEST];
         loop {
-            let mut polled = vec![PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+            let own = [self.listener.as_fd(), self.stopped.as_fd()];
+            let mut polled = own.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).to_vec();
             polled.extend(clients.iter().map(Client::polled));
             match poll(&mut polled, timeout(&clients)) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return tracing::warn!("the telemetry socket is closed: poll: {errno}"),
             }
-            if polled[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)) {
+            let ready: Vec<bool> = polled.iter().map(|fd| fd.any() == Some(true)).collect();
+            if ready[1] {
                 return;
             }
-            let ready: Vec<bool> = polled.iter().map(|fd| fd.any() == Some(true)).collect();
-            let mut of_clients = ready.iter().skip(1);
+            let mut of_clients = ready.iter().skip(OWN);
             clients
                 .retain_mut(|client| client.serve(of_clients.next() == Some(&true), &mut request, &answer));
             if ready[0] {
@@ -121,12 +152,26 @@ impl TelemetrySocket {
 
     /// Makes [`serve`](Self::serve) return, in all threads and for good.
     pub fn stop(&self) {
-        self.listener.close();
+        self.stopped.signal();
+    }
+
+    /// Waits until `begin` is signaled or the socket is [stopped](Self::stop).
+    pub fn wait_for(&self, begin: &Event) {
+        wait_for_any([begin, &self.stopped], None);
+    }
+}
+
+impl AsFd for TelemetrySocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
     }
 }
 
 impl Drop for TelemetrySocket {
     fn drop(&mut self) {
+        if self.is_lent.load(Ordering::Relaxed) {
+            return;
+        }
         // After `--user` this fails, and the next process takes the socket over.
         let _ = std::fs::remove_file(&self.path);
         let _ = self.path.parent().map(std::fs::remove_dir);

@@ -44,7 +44,7 @@ fn run<A: Parser, T: Termination>(
     application: impl FnOnce(&App, A) -> Result<T>,
 ) -> Result<ExitCode> {
     let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
-    let program = Program { usage, device_keys: &device_keys, vdev_keys: &vdev_keys };
+    let program = Program { usage, device_keys: &device_keys, vdev_keys: &vdev_keys, ..Program::default() };
     let parsed = match args::parse(std::env::args_os(), &program)? {
         Outcome::Print(text) => {
             program::print(&text)?;

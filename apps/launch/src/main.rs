@@ -53,7 +53,7 @@ fn run() -> Result<ExitCode> {
     let user = cli.user.find()?;
     let drivers = Drivers::default();
     let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
-    let program = Program { usage: "", device_keys: &device_keys, vdev_keys: &vdev_keys };
+    let program = Program { device_keys: &device_keys, vdev_keys: &vdev_keys, ..Program::default() };
     let parsed = match eal_args::parse(cli.command.iter().cloned(), &program)? {
         Outcome::Run(parsed) => parsed,
         Outcome::Print(text) => {

@@ -1,6 +1,7 @@
 //! Statistics registers. A read clears them on the chips (SDM 13.7). QEMU does not clear all of them on a
 //! read, and its 8254x keep counting across resets too.
 
+use serde::{Deserialize, Serialize};
 use vireo_eal::mmio::Bar;
 
 use super::regs::*;
@@ -16,7 +17,7 @@ const DROPS: [(&str, u64); 4] = [
 ];
 
 /// Counts of frames that the device dropped.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Drops([Counter; DROPS.len()]);
 
 impl Drops {
@@ -42,7 +43,7 @@ impl Drops {
 }
 
 /// Reader of a statistics register.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Counter {
     /// Count that the last read left in the register; 0 if the read cleared it.
     kept: u32,

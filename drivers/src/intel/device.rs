@@ -4,8 +4,11 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vireo_bus_pci::{DeviceId, Function, Interrupt};
+use serde::{Deserialize, Serialize};
+use vireo_bus_pci::{DeviceId, Function, Interrupt, InterruptRecord};
 use vireo_eal::dma::{DescRing, DmaMemory, DmaRing, PoolCache};
+use vireo_eal::handover::{Fds, encode};
+use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::counter::Drops;
@@ -18,7 +21,8 @@ use super::rx::fill;
 use super::tx::RECLAIM;
 use super::{Chip, Hardware, RxQueue, TxQueue};
 use crate::counters::PortCounters;
-use crate::driver::{Args, PciDriver};
+use crate::driver::{Args, Facts, PciDriver};
+use crate::handover::{HandOver, Resume, check_filter, contradiction};
 use crate::port::{Capabilities, Fault, Link, MacAddr, Nic, PortConfig, Queues, QueuesOf, RxBurst, TxBurst};
 
 /// Minimum size of a ring in descriptors: two reclaim batches of the TX queue.
@@ -39,6 +43,8 @@ pub struct Device<C: Chip> {
     dma_mask: u64,
     /// Whether the driver pads short frames.
     pads: bool,
+    /// Whether the device runs for another process, and this one has not touched it.
+    is_attached: bool,
     /// Whether flow control has been set for the current link.
     linked: AtomicBool,
     mac: MacAddr,
@@ -65,6 +71,22 @@ struct Rings {
     tx: DescRing,
 }
 
+/// What does not change while a device runs.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Fixed {
+    dma_mask: u64,
+    pads: bool,
+    mac: MacAddr,
+    promiscuous: bool,
+}
+
+/// State of a started device.
+#[derive(Serialize, Deserialize)]
+struct State {
+    linked: bool,
+    drops: Drops,
+}
+
 impl<C: Chip> Device<C> {
     /// Takes ownership of the function, resets it and reads its station address. The function may not start
     /// DMA before `start`.
@@ -74,20 +96,35 @@ impl<C: Chip> Device<C> {
     /// its slot, or its registers read as all ones. `Protocol` when it does not finish its reset or has no
     /// station address.
     pub fn probe(function: Box<dyn Function>) -> Result<Self> {
-        let Some(chip) = C::of(&*function) else {
-            let what = format!("cannot use {} as {}", function.address(), C::NAME);
-            return Err(Error::new(ErrorKind::Unavailable, what, format!("it is a {}", function.id())));
-        };
+        let chip = Self::chip_of(&*function)?;
         function.set_command(false)?;
         let hardware = Hardware { bar: function.bar(0)?, function };
         quiesce(&chip, &hardware)?;
-        let dma_mask = chip.prepare(&hardware)?;
-        Ok(Self {
-            dma_mask,
+        let fixed = Fixed {
+            dma_mask: chip.prepare(&hardware)?,
             pads: !chip.is_express(),
-            linked: AtomicBool::new(false),
             mac: hardware.station_address()?,
             promiscuous: false,
+        };
+        Ok(Self::of(chip, hardware, fixed))
+    }
+
+    fn chip_of(function: &dyn Function) -> Result<C> {
+        C::of(function).ok_or_else(|| {
+            let what = format!("cannot use {} as {}", function.address(), C::NAME);
+            Error::new(ErrorKind::Unavailable, what, format!("it is a {}", function.id()))
+        })
+    }
+
+    fn of(chip: C, hardware: Hardware, fixed: Fixed) -> Self {
+        let Fixed { dma_mask, pads, mac, promiscuous } = fixed;
+        Self {
+            dma_mask,
+            pads,
+            is_attached: false,
+            linked: AtomicBool::new(false),
+            mac,
+            promiscuous,
             scattered: false,
             drops: Drops::default(),
             fault: Fault::default(),
@@ -98,7 +135,16 @@ impl<C: Chip> Device<C> {
             idle: None,
             chip,
             hardware,
-        })
+        }
+    }
+
+    /// Returns the interrupt of the RX queue, if `config` asks for it.
+    fn rx_interrupt(&mut self, config: &PortConfig) -> Result<Option<RxInterrupt>> {
+        if config.rx_interrupts && self.interrupt.is_none() {
+            self.interrupt = interrupt::enable(&self.hardware, self.chip.is_express())?;
+        }
+        let interrupt = self.interrupt.clone().filter(|_| config.rx_interrupts);
+        Ok(interrupt.map(|interrupt| RxInterrupt::new(interrupt, &self.hardware)))
     }
 
     fn usage(&self, what: &str, why: &str) -> Error {
@@ -120,8 +166,8 @@ impl<C: Chip> Device<C> {
         Ok(Box::new(Rings { memory: Arc::clone(memory), rx: ring(rx)?, tx: ring(tx)? }))
     }
 
-    /// Configures the chip for a start (SDM 14.4 and 14.5, DS 4.6, 82576 4.5), and fills the RX ring with
-    /// buffers.
+    /// Configures the chip for a start (SDM 14.4 and 14.5, DS 4.6, 82576 4.5), empties the TX ring and fills the RX
+    /// ring with buffers.
     fn set_up(&self, config: &PortConfig, rings: &mut Rings, cache: &mut PoolCache) -> Result<()> {
         let bar = &self.hardware.bar;
         for (ring, registers) in [(&rings.rx, C::RX), (&rings.tx, C::TX)] {
@@ -133,7 +179,29 @@ impl<C: Chip> Device<C> {
         }
         self.chip.set_up(&self.hardware, config)?;
         wake(&self.chip, &self.hardware)?;
+        // TDT = TDH means an empty ring, so one descriptor stays free (SDM 3.4).
+        rings.tx.restart(rings.tx.entries() - 1, [0; 2]);
         fill::<C::Format>(&mut rings.rx, cache)
+    }
+
+    /// Returns the doorbells of both queues.
+    fn tails(&self) -> Result<[Doorbell<u32>; 2]> {
+        let bar = &self.hardware.bar;
+        Ok([bar.doorbell32(C::RX.tail)?, bar.doorbell32(C::TX.tail)?])
+    }
+
+    /// Creates the queues on `rings`, which are as the chip has them.
+    fn queues(
+        &self,
+        rings: Rings,
+        tails: [Doorbell<u32>; 2],
+        max_frame: usize,
+        interrupt: Option<RxInterrupt>,
+    ) -> Pair<C> {
+        let (long, [rx_tail, tx_tail]) = (self.scattered.then_some(max_frame), tails);
+        let rx = RxQueue::new(rings.rx, rx_tail, self.counters.rx(0), long, interrupt);
+        let (counters, fault) = (self.counters.tx(0), self.fault.clone());
+        (rx, TxQueue::new(rings.tx, tx_tail, counters, self.pads, long, fault))
     }
 
     /// Lets the chip start DMA.
@@ -163,6 +231,72 @@ impl<C: Chip> PciDriver for Device<C> {
     }
 }
 
+impl<C: Chip> HandOver for Device<C> {
+    fn function(&self) -> Option<&dyn Function> {
+        Some(&*self.hardware.function)
+    }
+
+    fn facts<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
+        let Self { dma_mask, pads, mac, promiscuous, .. } = *self;
+        let interrupt = self.interrupt.as_ref().map(|interrupt| interrupt.record(fds));
+        encode(&(Fixed { dma_mask, pads, mac, promiscuous }, interrupt))
+    }
+
+    fn attach(function: Box<dyn Function>, _args: Args<'_>, facts: Facts<'_>) -> Result<Self> {
+        let chip = Self::chip_of(&*function)?;
+        let (fixed, interrupt) = facts.decode::<(Fixed, Option<InterruptRecord>)>()?;
+        let hardware = Hardware { bar: function.bar(0)?, function };
+        let interrupt = interrupt.map(|record| Interrupt::of(&record, facts.fds)).transpose()?;
+        let mut device = Self::of(chip, hardware, fixed);
+        (device.interrupt, device.is_attached) = (interrupt, true);
+        Ok(device)
+    }
+
+    fn record(&self) -> Result<Vec<u8>> {
+        encode(&State { linked: self.linked.load(Ordering::Relaxed), drops: self.drops.clone() })
+    }
+
+    fn rx_record(&self, rx: &Self::Rx) -> Result<Vec<u8>> {
+        encode(&rx.record())
+    }
+
+    fn tx_record(&self, tx: &Self::Tx) -> Result<Vec<u8>> {
+        encode(&tx.record())
+    }
+
+    fn resume(&mut self, resume: Resume<'_>) -> Result<QueuesOf<Self>> {
+        let config = *resume.config;
+        if let Some(why) = config.unsupported_reason(&self.capabilities()) {
+            return Err(self.usage("continue", &why));
+        }
+        if config.rx_interrupts != self.interrupt.is_some() {
+            return Err(contradiction("only one of both programs uses RX interrupts"));
+        }
+        let State { linked, drops } = resume.device()?;
+        let (mut rx_records, mut tx_records) = (resume.rx()?, resume.tx()?);
+        let (Some(rx_record), Some(tx_record)) = (rx_records.pop(), tx_records.pop()) else {
+            return Err(self.usage("continue", "it has no queues"));
+        };
+        self.scattered = config.is_scattered();
+        let (tails, rings) = (self.tails()?, self.rings(resume.memory, &config)?);
+        let (memory, interrupt) = (Arc::clone(&rings.memory), self.rx_interrupt(&config)?);
+        let (mut rx, mut tx) = self.queues(*rings, tails, config.max_frame, interrupt);
+        rx.restore(&rx_record, resume.free)?;
+        tx.restore(&tx_record, resume.free)?;
+        self.drops = drops;
+        self.linked.store(linked, Ordering::Relaxed);
+        self.running = Some(memory);
+        self.is_attached = false;
+        Ok(Queues::pair(rx, tx))
+    }
+
+    fn leave(&mut self) {
+        if let Some(memory) = self.running.take() {
+            memory.keep();
+        }
+    }
+}
+
 impl<C: Chip> Nic for Device<C> {
     type Rx = RxQueue<C::Format>;
     type Tx = TxQueue<C::Format>;
@@ -180,28 +314,23 @@ impl<C: Chip> Nic for Device<C> {
         if let Some(why) = config.unsupported_reason(&self.capabilities()) {
             return Err(self.usage("start", &why));
         }
+        if std::mem::take(&mut self.is_attached) {
+            quiesce(&self.chip, &self.hardware)?;
+        }
         self.scattered = config.is_scattered();
         if self.scattered && self.chip.make_room(&self.hardware, config.max_frame) {
             quiesce(&self.chip, &self.hardware)?;
         }
-        if config.rx_interrupts && self.interrupt.is_none() {
-            self.interrupt = interrupt::enable(&self.hardware, self.chip.is_express())?;
-        }
-        let interrupt = self.interrupt.clone().filter(|_| config.rx_interrupts);
-        let interrupt = interrupt.map(|interrupt| RxInterrupt::new(interrupt, &self.hardware));
-        let bar = &self.hardware.bar;
-        let tails = (bar.doorbell32(C::RX.tail)?, bar.doorbell32(C::TX.tail)?);
-        let mut rings = self.rings(memory, config)?;
+        let interrupt = self.rx_interrupt(config)?;
+        let (tails, mut rings) = (self.tails()?, self.rings(memory, config)?);
         if let Err(error) = self.set_up(config, &mut rings, cache) {
             self.idle = Some(rings);
             return Err(error);
         }
         self.drops.begin(&self.hardware.bar);
         self.fault.take();
-        let long = self.scattered.then_some(config.max_frame);
-        let mut rx = RxQueue::new(rings.rx, tails.0, self.counters.rx(0), long, interrupt);
-        let tx = TxQueue::new(rings.tx, tails.1, self.counters.tx(0), self.pads, long, self.fault.clone());
-        self.running = Some(rings.memory);
+        let (mut rx, tx) = self.queues(*rings, tails, config.max_frame, interrupt);
+        self.running = Some(Arc::clone(memory));
         self.linked.store(false, Ordering::Relaxed);
         if let Err(error) = self.enable() {
             self.stop_pair(rx, tx, cache)?;
@@ -303,6 +432,9 @@ impl<C: Chip> Nic for Device<C> {
     /// Sets promiscuous mode, and writes RCTL only if the mode changes. QEMU's 82540EM receives nothing for a
     /// second after each write of RCTL, so this is best called before `start`.
     fn set_promiscuous(&mut self, on: bool) -> Result<()> {
+        if self.is_attached {
+            return check_filter(self.promiscuous, on);
+        }
         if self.promiscuous != on {
             self.promiscuous = on;
             if self.running.is_some() {

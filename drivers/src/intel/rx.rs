@@ -3,9 +3,10 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vireo_eal::dma::{
-    Burst, DATA_ROOM, DescRing, Limits, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Moved, PoolCache, TiedPacket,
-    TiedRings, dma_rmb,
+    Burst, DATA_ROOM, DescRing, FreeBuffers, Limits, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Moved, PoolCache,
+    RingRecord, TiedPacket, TiedRings, dma_rmb,
 };
 use vireo_eal::event::Event;
 use vireo_eal::mmio::Doorbell;
@@ -42,6 +43,13 @@ pub struct RxQueue<F, R = DescRing> {
     _format: PhantomData<F>,
 }
 
+/// State of a queue.
+#[derive(Serialize, Deserialize)]
+pub(super) struct RxRecord {
+    ring: RingRecord,
+    skipping: bool,
+}
+
 /// Gives a buffer to every descriptor of `ring` except one, because RDT = RDH means an empty ring (SDM
 /// 3.2.6). On failure no descriptor keeps a buffer.
 ///
@@ -61,7 +69,7 @@ pub(super) fn fill<F: Format>(ring: &mut DescRing, cache: &mut PoolCache) -> Res
 }
 
 impl<F: Format> RxQueue<F> {
-    /// Creates a queue on `ring`, which is filled and to which the device may not write yet. If `long` is
+    /// Creates a queue on `ring`, which is as the device has it. If `long` is
     /// given, frames have up to `long` bytes and the device fills [`SEGMENT`] bytes per buffer.
     pub(super) fn new(
         ring: DescRing,
@@ -83,6 +91,19 @@ impl<F: Format> RxQueue<F> {
             interrupt: interrupt.map(Box::new),
             _format: PhantomData,
         }
+    }
+
+    /// Returns the state of the queue.
+    pub(super) fn record(&self) -> RxRecord {
+        RxRecord { ring: self.ring.record(), skipping: self.skipping }
+    }
+
+    /// Continues a queue of another process. This one owns no buffer.
+    pub(super) fn restore(&mut self, record: &RxRecord, free: &mut FreeBuffers) -> Result<()> {
+        self.ring.restore(&record.ring, free)?;
+        self.refill_at = self.ring.tail_with_room(self.refill_threshold);
+        self.skipping = record.skipping;
+        Ok(())
     }
 
     /// Publishes to the device, through RDT, which descriptors have a buffer.

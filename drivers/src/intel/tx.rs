@@ -4,14 +4,18 @@ use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use vireo_eal::Result;
 use vireo_eal::dma::{
-    Burst, DescRing, MAX_BURST, MAX_SEGMENTS, PoolCache, SendWord, TiedRings, first_frame, has_segments,
+    Burst, DescRing, FreeBuffers, MAX_BURST, MAX_SEGMENTS, PoolCache, RingRecord, SendWord, TiedRings,
+    first_frame, has_segments,
 };
 use vireo_eal::mmio::Doorbell;
 
 use super::format::Format;
 use crate::counters::QueueCounters;
 use crate::frames::{SHORTEST, bytes, drop_long};
+use crate::handover::contradiction;
 use crate::port::{Fault, TxBurst, Watchdog};
 use crate::tied::{TieTx, TiedTx};
 
@@ -54,6 +58,14 @@ struct Reports {
     longest: usize,
 }
 
+/// State of a queue.
+#[derive(Serialize, Deserialize)]
+pub(super) struct TxRecord {
+    ring: RingRecord,
+    /// [`Reports::positions`].
+    reports: Vec<usize>,
+}
+
 /// Raises a fault if `ring`, which is full, has made no progress for a second.
 fn watch(watchdog: &mut Watchdog, ring: &DescRing, fault: &Fault) {
     if watchdog.is_late(ring.tail()) {
@@ -62,22 +74,41 @@ fn watch(watchdog: &mut Watchdog, ring: &DescRing, fault: &Fault) {
 }
 
 impl<F: Format> TxQueue<F> {
-    /// Creates a queue on `ring`. If frames may be several packets, `long` is the longest frame in bytes.
+    /// Creates a queue on `ring`, which is empty. If frames may be several packets, `long` is the longest frame in
+    /// bytes.
     pub(super) fn new(
-        mut ring: DescRing,
+        ring: DescRing,
         tail: Doorbell<u32>,
         counters: Arc<QueueCounters>,
         pads: bool,
         long: Option<usize>,
         fault: Fault,
     ) -> Self {
-        // TDT = TDH means an empty ring, so one descriptor stays free (SDM 3.4).
-        ring.restart(ring.entries() - 1, [0; 2]);
         let positions = || VecDeque::with_capacity(ring.entries());
         let reports = long.map(|longest| Box::new(Reports { positions: positions(), longest }));
         let reclaim_below = if reports.is_some() { usize::MAX } else { ring.entries() / 2 };
         let watchdog = Watchdog::default();
         Self { ring, tail, reclaim_below, pads, counters, watchdog, fault, reports, _format: PhantomData }
+    }
+
+    /// Returns the state of the queue.
+    pub(super) fn record(&self) -> TxRecord {
+        let reports = self.reports.as_ref();
+        let positions = reports.map(|reports| reports.positions.iter().copied().collect());
+        TxRecord { ring: self.ring.record(), reports: positions.unwrap_or_default() }
+    }
+
+    /// Continues a queue of another process. This one is empty.
+    pub(super) fn restore(&mut self, record: &TxRecord, free: &mut FreeBuffers) -> Result<()> {
+        self.ring.restore(&record.ring, free)?;
+        match &mut self.reports {
+            Some(reports) => reports.positions = record.reports.iter().copied().collect(),
+            None if !self.ring.tail().is_multiple_of(RECLAIM) => {
+                return Err(contradiction("its TX ring was reclaimed in other batches"));
+            }
+            None => {}
+        }
+        Ok(())
     }
 
     /// Handles a burst that finds no room. Requests a restart once a full ring has made no progress for a

@@ -27,6 +27,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::PortCounters;
 use crate::driver::{Args, Vdev, flag, socket_path};
+use crate::handover::HandOver;
 use crate::port::{Capabilities, Link, MacAddr, Nic, PortConfig, Queues};
 use crate::virtio::{self, random_mac};
 pub use queues::{RxQueue, TxQueue};
@@ -137,6 +138,9 @@ impl Device {
         Error::new(ErrorKind::Usage, format!("cannot use vhost port {}", self.name), why)
     }
 }
+
+/// A vhost port cannot be handed over: its frontend would have to start its rings again.
+impl HandOver for Device {}
 
 impl Nic for Device {
     type Rx = RxQueue;

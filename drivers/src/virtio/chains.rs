@@ -12,7 +12,8 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 use vireo_eal::Result;
 use vireo_eal::dma::{
-    Burst, DescRing, DmaBlock, DmaMemory, DmaRing, MAX_SEGMENTS, Packet, PoolCache, first_frame, has_segments,
+    Burst, DescRing, DmaBlock, DmaMemory, DmaRing, FreeBuffers, MAX_SEGMENTS, Packet, PoolCache, first_frame,
+    has_segments,
 };
 
 use super::HEADER;
@@ -21,6 +22,7 @@ use super::rx::{REST_LEN, RxQueue, USED_LEN};
 use super::split::{DESC_INDIRECT, DESC_NEXT, Violation, shape};
 use super::tx::{TxQueue, blank};
 use crate::frames::{ETHERNET, bytes, drop_long};
+use crate::handover::contradiction;
 
 /// Number of descriptors in an indirect table.
 const TABLE: usize = MAX_SEGMENTS.next_power_of_two();
@@ -55,6 +57,26 @@ impl Chains {
     /// Returns these tables for frames of up to `longest` bytes.
     pub(super) fn for_frames(self, longest: usize) -> Self {
         Self { longest, ..self }
+    }
+
+    /// Returns the buffers of the segments after the first, for each descriptor of the ring.
+    pub(super) fn record(&self) -> Vec<Vec<u32>> {
+        self.rest.iter().map(|rest| rest.iter().map(Packet::buffer).collect()).collect()
+    }
+
+    /// Continues the chains of another process, whose tables the device reads. These hold no packets.
+    pub(super) fn restore(&mut self, record: &[Vec<u32>], free: &mut FreeBuffers) -> Result<()> {
+        if record.len() != self.size() || record.iter().any(|rest| rest.len() > MAX_SEGMENTS) {
+            return Err(contradiction("its frames have more segments or its ring another size"));
+        }
+        for (own, record) in self.rest.iter_mut().zip(record) {
+            for buffer in record {
+                let packet = free.claim_packet(*buffer);
+                own.push(packet.ok_or_else(|| contradiction("a segment is in a buffer of another packet"))?);
+                self.held += 1;
+            }
+        }
+        Ok(())
     }
 
     /// Number of descriptors in the ring.

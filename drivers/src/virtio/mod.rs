@@ -18,13 +18,17 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::dma::{DmaMemory, MAX_FRAME, MAX_SEGMENTS, PoolCache};
+use vireo_eal::event::Event;
+use vireo_eal::handover::{Fds, encode};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::PortCounters;
-use crate::driver::{Args, PciDriver, flag};
+use crate::driver::{Args, Facts, PciDriver, cannot_hand_over, flag};
+use crate::handover::{HandOver, Resume, check_filter, contradiction};
 use crate::port::{
     Capabilities, Fault, Link, MacAddr, Nic, Offloads, PortConfig, Queues, RxBurst, STANDARD_FRAME, TxBurst,
 };
@@ -33,10 +37,11 @@ use ctrl::Control;
 pub(crate) use features::Features;
 use pci::Pci;
 pub use rx::RxQueue;
-use split::Virtqueue;
 pub(crate) use split::{DESC_NEXT, DESC_WRITE, need_event};
+use split::{QueueRecord, Virtqueue};
 use transport::Transport;
 pub use tx::TxQueue;
+use tx::TxRecord;
 use user::User;
 pub use user::UserOptions;
 
@@ -93,6 +98,18 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// Parses the devargs of a PCI device.
+    fn parse(args: Args<'_>) -> Result<Self> {
+        let mut options = Self::default();
+        for (key, value) in args {
+            let option = if key == "in_order" { &mut options.in_order } else { &mut options.mrg_rxbuf };
+            *option = flag(key, value)?;
+        }
+        Ok(options)
+    }
+}
+
 /// A virtio network device.
 ///
 /// The device is reset before memory that it knows can be freed: on [`Nic::stop`], and on drop while started.
@@ -107,6 +124,8 @@ pub struct Device {
     offloads: Offloads,
     mac: MacAddr,
     promiscuous: bool,
+    /// Whether the device runs for another process, and this one has not touched it.
+    is_attached: bool,
     fault: Fault,
     started: Option<Started>,
     /// Maximum number of queue pairs.
@@ -121,6 +140,8 @@ pub struct Device {
 #[derive(Debug)]
 struct Started {
     memory: Arc<DmaMemory>,
+    /// Numbers of descriptors of RX and TX queues.
+    descriptors: [u16; 2],
     control: Option<Box<Control>>,
 }
 
@@ -203,6 +224,19 @@ impl Device {
         Self::on(Box::new(User::new(name, options, stop)?), options.features)
     }
 
+    /// Attaches to a device that runs for another process, by the access path that `transport` makes of its record.
+    fn attach_to(
+        facts: Facts<'_>,
+        options: Options,
+        transport: impl FnOnce(Facts<'_>) -> Result<Box<dyn Transport>>,
+    ) -> Result<Self> {
+        let (fixed, record) = facts.decode::<(Fixed, Vec<u8>)>()?;
+        let transport = transport(Facts { record: &record, ..facts })?;
+        let mut device = Self::of(transport, options, fixed);
+        device.is_attached = true;
+        Ok(device)
+    }
+
     fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
         let features = transport.negotiate(options, &MAX_CONFIG)?;
         let longest = if features.contains(Features::LONG) { MAX_FRAME } else { STANDARD_FRAME };
@@ -210,21 +244,52 @@ impl Device {
         // An invalid number of pairs is an error only for a start that requests several.
         let pairs = transport.pairs().unwrap_or(1);
         let mac = transport.mac()?.unwrap_or_else(random_mac);
-        Ok(Self {
+        let (features, offloads) = (features.bits(), features.offloads().bits());
+        let fixed = Fixed { features, max_frame, offloads, mac, pairs, promiscuous: false };
+        Ok(Self::of(transport, options, fixed))
+    }
+
+    fn of(transport: Box<dyn Transport>, options: Options, fixed: Fixed) -> Self {
+        let Fixed { features, max_frame, offloads, mac, pairs, promiscuous } = fixed;
+        Self {
             transport,
             options,
-            features,
+            features: Features::from_bits_truncate(features),
             max_frame,
-            offloads: features.offloads(),
+            offloads: Offloads::from_bits_truncate(offloads),
             mac,
-            promiscuous: false,
+            promiscuous,
+            is_attached: false,
             fault: Fault::default(),
             started: None,
             pairs,
             parked: None,
             spare: None,
             counters: PortCounters::default(),
-        })
+        }
+    }
+
+    /// Creates the queues on `rings`. Each of the first RX queues has one of `events`.
+    fn assemble(
+        &self,
+        rings: Queues<Virtqueue, (Virtqueue, Option<Chains>)>,
+        longest: usize,
+        events: &[Event],
+    ) -> Queues<RxQueue, TxQueue> {
+        let (features, prompt) = (self.features, self.transport.owes_completions());
+        let counters = &self.counters;
+        let rx = |(number, ring)| {
+            RxQueue::new(ring, counters.rx(number), features, longest, events.get(number).cloned())
+        };
+        let tx = |(number, (ring, chains))| {
+            let chains: Option<Chains> = chains;
+            let chains = chains.map(|chains| chains.for_frames(longest));
+            TxQueue::new(ring, counters.tx(number), features, prompt, chains)
+        };
+        Queues {
+            rx: rings.rx.into_iter().enumerate().map(rx).collect(),
+            tx: rings.tx.into_iter().enumerate().map(tx).collect(),
+        }
     }
 
     fn refuse(&self, kind: ErrorKind, why: &str) -> Error {
@@ -318,12 +383,98 @@ impl PciDriver for Device {
     const KEYS: &'static [&'static str] = &["mrg_rxbuf", "in_order"];
 
     fn open(function: Box<dyn Function>, args: Args<'_>) -> Result<Self> {
-        let mut options = Options::default();
-        for (key, value) in args {
-            let option = if key == "in_order" { &mut options.in_order } else { &mut options.mrg_rxbuf };
-            *option = flag(key, value)?;
+        Self::probe_with(function, Options::parse(args)?)
+    }
+}
+
+/// What does not change while a device runs.
+#[derive(Serialize, Deserialize)]
+struct Fixed {
+    features: u64,
+    max_frame: usize,
+    offloads: u8,
+    mac: MacAddr,
+    pairs: u16,
+    promiscuous: bool,
+}
+
+/// State of a started device.
+#[derive(Serialize, Deserialize)]
+struct State {
+    features: u64,
+    /// Numbers of descriptors of RX and TX queues.
+    descriptors: [u16; 2],
+    control: Option<QueueRecord>,
+}
+
+impl HandOver for Device {
+    fn function(&self) -> Option<&dyn Function> {
+        self.transport.function()
+    }
+
+    fn facts<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
+        let Self { max_frame, mac, pairs, promiscuous, .. } = *self;
+        let (features, offloads) = (self.features.bits(), self.offloads.bits());
+        let transport = self.transport.record(fds)?;
+        encode(&(Fixed { features, max_frame, offloads, mac, pairs, promiscuous }, transport))
+    }
+
+    fn attach(function: Box<dyn Function>, args: Args<'_>, facts: Facts<'_>) -> Result<Self> {
+        let options = Options::parse(args)?;
+        Self::attach_to(facts, options, |facts| Ok(Box::new(Pci::attach(function, facts)?)))
+    }
+
+    fn record(&self) -> Result<Vec<u8>> {
+        let started = self.started.as_ref().ok_or_else(|| cannot_hand_over("it is not started"))?;
+        let control = started.control.as_ref().map(|control| control.queue.record()).transpose()?;
+        encode(&State { features: self.features.bits(), descriptors: started.descriptors, control })
+    }
+
+    fn rx_record(&self, rx: &RxQueue) -> Result<Vec<u8>> {
+        encode(&rx.queue.record()?)
+    }
+
+    fn tx_record(&self, tx: &TxQueue) -> Result<Vec<u8>> {
+        encode(&tx.record()?)
+    }
+
+    fn resume(&mut self, resume: Resume<'_>) -> Result<Queues<RxQueue, TxQueue>> {
+        let State { features, descriptors, control: control_record } = resume.device()?;
+        let [rx_descriptors, tx_descriptors] = descriptors;
+        let config = PortConfig { rx_descriptors, tx_descriptors, ..*resume.config };
+        let (rx_records, tx_records) = (resume.rx::<QueueRecord>()?, resume.tx::<TxRecord>()?);
+        self.features = Features::from_bits_truncate(features);
+        if let Some(why) = config.unsupported_reason(&self.capabilities()) {
+            return Err(self.refuse(ErrorKind::Usage, &why));
         }
-        Self::probe_with(function, options)
+        let index = control_record.as_ref().map(QueueRecord::index);
+        let (rings, mut control) = self.queues(resume.memory, &config, index)?;
+        let events = self.transport.resume(self.features);
+        if events.len() != if config.rx_interrupts { config.rx_queues.into() } else { 0 } {
+            return Err(contradiction("only one of both programs uses RX interrupts"));
+        }
+        let mut queues = self.assemble(rings, config.max_frame, &events);
+        for (rx, record) in queues.rx.iter_mut().zip(&rx_records) {
+            rx.restore(record, resume.free)?;
+        }
+        for (tx, record) in queues.tx.iter_mut().zip(&tx_records) {
+            tx.restore(record, resume.free)?;
+        }
+        if let (Some(control), Some(record)) = (&mut control, &control_record) {
+            control.queue.restore(record, resume.free)?;
+        }
+        for (index, queue) in numbered(&mut queues) {
+            queue.reconnect(self.transport.kick(index)?);
+        }
+        self.started = Some(Started { memory: Arc::clone(resume.memory), descriptors, control });
+        self.is_attached = false;
+        Ok(queues)
+    }
+
+    fn leave(&mut self) {
+        if let Some(started) = self.started.take() {
+            started.memory.keep();
+        }
     }
 }
 
@@ -341,6 +492,7 @@ impl Nic for Device {
         if self.started.is_some() {
             return Err(self.refuse(ErrorKind::Usage, "it is already started"));
         }
+        self.is_attached = false;
         self.features = self.transport.negotiate(self.options, config)?;
         let most = self.transport.pairs()?;
         self.pairs = self.pairs.max(most);
@@ -393,24 +545,11 @@ impl Nic for Device {
         let events =
             self.transport.set_interrupts(if config.rx_interrupts { config.rx_queues } else { 0 })?;
         let (rings, mut control) = self.queues(memory, &config, control)?;
-        let (features, prompt) = (self.features, self.transport.owes_completions());
-        let counters = &self.counters;
-        let longest = config.max_frame;
-        let rx = |(number, ring)| {
-            RxQueue::new(ring, counters.rx(number), features, longest, events.get(number).cloned())
-        };
-        let tx = |(number, (ring, chains))| {
-            let chains: Option<Chains> = chains;
-            let chains = chains.map(|chains| chains.for_frames(longest));
-            TxQueue::new(ring, counters.tx(number), features, prompt, chains)
-        };
-        let mut queues = Queues {
-            rx: rings.rx.into_iter().enumerate().map(rx).collect(),
-            tx: rings.tx.into_iter().enumerate().map(tx).collect(),
-        };
+        let mut queues = self.assemble(rings, config.max_frame, &events);
         self.fault.take();
         let live = self.go_live(memory, &mut queues, control.as_deref_mut(), cache);
-        self.started = Some(Started { memory: Arc::clone(memory), control });
+        let descriptors = [config.rx_descriptors, config.tx_descriptors];
+        self.started = Some(Started { memory: Arc::clone(memory), descriptors, control });
         match live {
             Ok(()) => Ok(queues),
             Err(error) => {
@@ -515,6 +654,9 @@ impl Nic for Device {
     /// receives every frame anyway, as a vhost-user peer does; `false` changes nothing. Both hold whether or
     /// not the port is started.
     fn set_promiscuous(&mut self, on: bool) -> Result<()> {
+        if self.is_attached {
+            return check_filter(self.promiscuous, on);
+        }
         let controlled = self.features.contains(Features::CTRL_RX);
         if on && !controlled {
             self.transport.receive_all()?;

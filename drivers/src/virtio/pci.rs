@@ -4,9 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use vireo_bus_pci::{CAP_ID_VENDOR, Function, Interrupt, capabilities};
+use vireo_bus_pci::{CAP_ID_VENDOR, Function, Interrupt, InterruptRecord, capabilities};
 use vireo_eal::dma::DmaMemory;
 use vireo_eal::event::Event;
+use vireo_eal::handover::{Fds, encode};
 use vireo_eal::mmio::Bar;
 use vireo_eal::vfio::Irq;
 use vireo_eal::{Error, ErrorKind, Result};
@@ -15,6 +16,7 @@ use super::features::{Features, Status};
 use super::split::{Kick, Virtqueue, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use super::{Options, pair_of_rx};
+use crate::driver::Facts;
 use crate::frames::ETHERNET;
 use crate::port::{MacAddr, PortConfig};
 
@@ -134,14 +136,29 @@ impl fmt::Debug for Pci {
 }
 
 impl Pci {
-    /// Finds the registers. Of each kind, the first usable capability counts (4.1.4.1). The ISR register is
-    /// not used, because the driver takes interrupts by MSI-X only.
+    /// Takes ownership of the function, which may start no DMA before [`Transport::go_live`].
     ///
     /// # Errors
-    /// `Unavailable` for a device that has only the legacy interface, `Protocol` when all capabilities of a
-    /// kind point outside their BARs.
+    /// `Unavailable` for a device that has only the legacy interface, `Protocol` when all capabilities of a kind point
+    /// outside their BARs.
     pub(super) fn new(function: Box<dyn Function>) -> Result<Self> {
         function.set_command(false)?;
+        Self::with_vectors(function, Vec::new())
+    }
+
+    /// Attaches to a device that runs for another process, which has made the record in `facts`.
+    ///
+    /// # Errors
+    /// As for [`Pci::new`].
+    pub(super) fn attach(function: Box<dyn Function>, facts: Facts<'_>) -> Result<Self> {
+        let vectors: Vec<InterruptRecord> = facts.decode()?;
+        let vectors = vectors.iter().map(|vector| Interrupt::of(vector, facts.fds));
+        Self::with_vectors(function, vectors.collect::<Result<_>>()?)
+    }
+
+    /// Finds the registers of a device whose `vectors` are enabled. Of each kind, the first usable capability counts (4.1.4.1). The ISR register is
+    /// not used, because the driver takes interrupts by MSI-X only.
+    fn with_vectors(function: Box<dyn Function>, vectors: Vec<Interrupt>) -> Result<Self> {
         let (mut common, mut notify, mut device) = (None, None, None);
         let mut refused = None;
         let mut usable =
@@ -186,8 +203,8 @@ impl Pci {
             notify_off_multiplier,
             device,
             features,
-            vectors: Vec::new(),
-            interrupting: 0,
+            interrupting: vectors.len() as u16,
+            vectors,
             live: false,
             function,
         })
@@ -342,6 +359,20 @@ impl Pci {
 impl Transport for Pci {
     fn name(&self) -> &Arc<str> {
         &self.name
+    }
+
+    fn function(&self) -> Option<&dyn Function> {
+        Some(&*self.function)
+    }
+
+    fn record<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
+        let interrupting = self.vectors.iter().take(self.interrupting.into());
+        encode(&interrupting.map(|vector| vector.record(fds)).collect::<Vec<_>>())
+    }
+
+    fn resume(&mut self, features: Features) -> Vec<Event> {
+        (self.features, self.live) = (features, true);
+        self.vectors.iter().map(|vector| vector.event().clone()).collect()
     }
 
     fn negotiate(&mut self, options: Options, config: &PortConfig) -> Result<Features> {

@@ -4,8 +4,8 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use vireo_eal::dma::{
-    Burst, Completed, DATA_ROOM, DescRing, DmaRing, Limits, MAX_BURST, MAX_SEGMENTS, Moved, PoolCache,
-    TiedPacket, TiedRings, dma_rmb,
+    Burst, Completed, DATA_ROOM, DescRing, DmaRing, FreeBuffers, Limits, MAX_BURST, MAX_SEGMENTS, Moved,
+    PoolCache, TiedPacket, TiedRings, dma_rmb,
 };
 use vireo_eal::event::Event;
 use vireo_eal::{Error, ErrorKind, Result};
@@ -13,7 +13,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 use super::HEADER;
 use super::checksum::is_sound;
 use super::features::Features;
-use super::split::{DESC_WRITE, Violation, Virtqueue, shape};
+use super::split::{DESC_WRITE, QueueRecord, Violation, Virtqueue, shape};
 use crate::counters::QueueCounters;
 use crate::port::{RxBurst, STANDARD_FRAME};
 use crate::tied::{TieRx, TiedRx, TiedTx};
@@ -90,6 +90,14 @@ impl RxQueue {
 
     pub(super) fn queue_mut(&mut self) -> &mut Virtqueue {
         &mut self.queue
+    }
+
+    /// Continues a queue of another process; see [`Virtqueue::restore`].
+    pub(super) fn restore(&mut self, record: &QueueRecord, free: &mut FreeBuffers) -> Result<()> {
+        self.queue.restore(record, free)?;
+        self.is_slow = self.checksums || self.queue.in_batch;
+        self.refill_at = self.queue.ring.tail_with_room(self.refill_threshold);
+        Ok(())
     }
 
     /// Number of buffers that the device has filled and the application has not received.

@@ -6,12 +6,17 @@
 
 use std::sync::Arc;
 
-use vireo_eal::dma::{DescRing, DmaBlock, DmaMemory, DmaRing, Packet, dma_wmb, full_mb};
+use serde::{Deserialize, Serialize};
+use vireo_eal::dma::{
+    DescRing, DmaBlock, DmaMemory, DmaRing, FreeBuffers, Packet, RingRecord, dma_wmb, full_mb,
+};
+use vireo_eal::event::Event;
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::counters::QueueCounters;
+use crate::driver::cannot_hand_over;
+use crate::handover::contradiction;
 use crate::port::Fault;
 
 /// Maximum queue size that the specification allows, in descriptors.
@@ -109,8 +114,27 @@ struct Rare {
     batch: Option<Batch>,
 }
 
+/// State of a queue.
+#[derive(Serialize, Deserialize)]
+pub(super) struct QueueRecord {
+    ring: RingRecord,
+    addresses: [u64; 3],
+    offered: u16,
+    last_used: u16,
+    index: u16,
+    event_idx: bool,
+    batch: Option<Batch>,
+}
+
+impl QueueRecord {
+    /// Index of the queue in its device.
+    pub(super) fn index(&self) -> u16 {
+        self.index
+    }
+}
+
 /// Completions for which an in-order device wrote only one element, that of the last (2.7.9).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Batch {
     /// Position of the last completion.
     last: u16,
@@ -135,7 +159,7 @@ pub(super) enum Kick {
     /// Writes the queue's index to a register.
     Register(Doorbell<u16>),
     /// Adds to the count of an eventfd, which takes a system call.
-    Event(EventFd),
+    Event(Event),
 }
 
 /// The driver's side of a split virtqueue.
@@ -232,6 +256,38 @@ impl Virtqueue {
         self.suppress_interrupts();
     }
 
+    /// Returns the state of the queue.
+    ///
+    /// # Errors
+    /// `Unavailable` when the device misbehaved.
+    pub(super) fn record(&self) -> Result<QueueRecord> {
+        if self.is_broken {
+            return Err(cannot_hand_over("its device has misbehaved, and it waits for a restart"));
+        }
+        Ok(QueueRecord {
+            ring: self.ring.record(),
+            addresses: self.addresses(),
+            offered: self.offered,
+            last_used: self.last_used,
+            index: self.index,
+            event_idx: self.event_idx,
+            batch: self.rare.batch,
+        })
+    }
+
+    /// Continues a queue of another process, which the device uses. This one is fresh, and nothing of it was written.
+    pub(super) fn restore(&mut self, record: &QueueRecord, free: &mut FreeBuffers) -> Result<()> {
+        if record.addresses != self.addresses() {
+            return Err(contradiction("a virtqueue is at another place in memory"));
+        }
+        self.ring.restore(&record.ring, free)?;
+        (self.offered, self.last_used) = (record.offered, record.last_used);
+        (self.index, self.event_idx) = (record.index, record.event_idx);
+        self.rare.batch = record.batch;
+        self.in_batch = record.batch.is_some();
+        Ok(())
+    }
+
     /// Device addresses of the descriptor table, the avail ring and the used ring.
     pub(super) fn addresses(&self) -> [u64; 3] {
         [self.ring.iova(), self.rare.avail_flags.iova(), self.rare.used_flags.iova()]
@@ -315,6 +371,11 @@ impl<R> Virtqueue<R> {
         if self.offered != self.last_used {
             self.ring();
         }
+    }
+
+    /// Allows doorbells of a device that is live already, and rings none.
+    pub(super) fn reconnect(&mut self, kick: Kick) {
+        self.kick = kick;
     }
 
     /// Marks the queue as broken and requests a restart of the port.
@@ -404,8 +465,7 @@ impl<R> Virtqueue<R> {
     #[inline(never)]
     fn ring_event(&mut self) {
         if let Kick::Event(event) = &self.kick {
-            // If the count cannot grow, the peer has not read it yet: it is awake or will be.
-            let _ = event.write(1);
+            event.signal();
             self.counters.doorbells.add(1);
         }
     }

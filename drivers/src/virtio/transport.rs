@@ -4,9 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vireo_bus_pci::Function;
 use vireo_eal::Result;
 use vireo_eal::dma::DmaMemory;
 use vireo_eal::event::Event;
+use vireo_eal::handover::Fds;
 
 use super::Options;
 use super::features::Features;
@@ -23,6 +25,16 @@ pub(super) const KEPT: &str = "its DMA memory is kept until it stops";
 pub(super) trait Transport: fmt::Debug + Send {
     /// Name of the device, for messages.
     fn name(&self) -> &Arc<str>;
+
+    /// PCI function of the device; `None` if it is a peer.
+    fn function(&self) -> Option<&dyn Function>;
+
+    /// Describes the access path for another process, with its descriptors in `fds`.
+    fn record<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>>;
+
+    /// Continues with a device that another process has started with `features`. Returns the events of the RX queues'
+    /// interrupts.
+    fn resume(&mut self, features: Features) -> Vec<Event>;
 
     /// Restarts initialization and negotiates features with the device for a port of `config` (3.1.1, steps 1
     /// to 6): see [`Features::wanted`].

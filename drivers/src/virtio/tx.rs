@@ -2,13 +2,17 @@
 
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DescRing, PoolCache, SendWord, Slot, TiedPacket, TiedRings, dma_rmb};
+use serde::{Deserialize, Serialize};
+use vireo_eal::Result;
+use vireo_eal::dma::{
+    Burst, DescRing, FreeBuffers, PoolCache, SendWord, Slot, TiedPacket, TiedRings, dma_rmb,
+};
 
 use super::HEADER;
 use super::chains::Chains;
 use super::checksum::ask;
 use super::features::Features;
-use super::split::{Violation, Virtqueue};
+use super::split::{QueueRecord, Violation, Virtqueue};
 use crate::counters::QueueCounters;
 use crate::port::{Offloads, TxBurst, Watchdog};
 use crate::tied::{TieTx, TiedTx};
@@ -58,6 +62,14 @@ pub struct TxQueue<R = DescRing> {
     pub(super) chains: Option<Box<Chains>>,
     /// Whether the device computes checksums.
     pub(super) checksums: bool,
+}
+
+/// State of a TX queue.
+#[derive(Serialize, Deserialize)]
+pub(super) struct TxRecord {
+    queue: QueueRecord,
+    /// [`Chains::record`].
+    chains: Vec<Vec<u32>>,
 }
 
 impl<R> TxQueue<R> {
@@ -123,6 +135,21 @@ impl TxQueue {
 
     pub(super) fn queue_mut(&mut self) -> &mut Virtqueue {
         &mut self.queue
+    }
+
+    /// Returns the state of the queue.
+    ///
+    /// # Errors
+    /// As for [`Virtqueue::record`].
+    pub(super) fn record(&self) -> Result<TxRecord> {
+        let chains = self.chains.as_ref().map(|chains| chains.record());
+        Ok(TxRecord { queue: self.queue.record()?, chains: chains.unwrap_or_default() })
+    }
+
+    /// Continues a queue of another process; see [`Virtqueue::restore`].
+    pub(super) fn restore(&mut self, record: &TxRecord, free: &mut FreeBuffers) -> Result<()> {
+        self.queue.restore(&record.queue, free)?;
+        self.chains.as_mut().map_or(Ok(()), |chains| chains.restore(&record.chains, free))
     }
 
     /// Number of packets that the device was given and has not completed.

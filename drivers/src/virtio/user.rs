@@ -15,21 +15,23 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as PeerError, Frontend};
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vireo_bus_pci::Function;
 use vireo_eal::dma::{DmaMemory, Segment};
 use vireo_eal::event::Event;
+use vireo_eal::handover::{Fds, encode};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::features::Features;
 use super::split::{Kick, NOT_A_SIZE, Virtqueue, is_size, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use super::{Device, Options, RINGS_PER_PAIR, pair_of_rx, pairs};
-use crate::driver::{Args, Vdev, flag, socket_path};
+use crate::driver::{Args, Facts, Vdev, cannot_hand_over, flag, socket_path};
 use crate::port::{MacAddr, PortConfig};
 
 /// Time limit for all of a peer's answers to a start or a stop together. A queue pair takes about 18 answers,
@@ -130,6 +132,10 @@ impl Vdev for UserOptions {
     fn open(&self, name: &str, stop: &StopFlag) -> Result<Device> {
         Device::connect(name, self, stop)
     }
+
+    fn attach(&self, name: &str, facts: Facts<'_>) -> Result<Device> {
+        Device::attach_to(facts, self.features, |facts| Ok(Box::new(User::attach(name, self, facts)?)))
+    }
 }
 
 /// A vhost-user peer.
@@ -139,6 +145,8 @@ pub(super) struct User {
     /// Second descriptor of the connection, to check and to end it.
     socket: UnixStream,
     peer: Frontend,
+    /// Whether `peer` has negotiated the connection. If not, another process has.
+    knows_connection: bool,
     offered: Features,
     /// Number of queue pairs that the peer has.
     pairs: u16,
@@ -147,8 +155,8 @@ pub(super) struct User {
     /// Whether memory is added region by region (`VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`).
     memory_slots: bool,
     features: Features,
-    /// Eventfds that wake the peer, by ring, for each ring that the peer was told to start.
-    kicks: Vec<EventFd>,
+    /// Events that wake the peer, by ring, for each ring that the peer was told to start.
+    kicks: Vec<Event>,
     /// Events that the peer signals for RX queues with an interrupt, by pair.
     calls: Vec<Event>,
     /// Deadline for all answers to a start or a stop: a slow peer holds up every port.
@@ -182,6 +190,7 @@ impl User {
             options: options.clone(),
             socket: second,
             peer: Frontend::from_stream(socket, RINGS_PER_PAIR * u64::from(options.queues)),
+            knows_connection: true,
             offered: Features::empty(),
             pairs: 1,
             protocol_features: false,
@@ -195,6 +204,52 @@ impl User {
         };
         user.introduce()?;
         Ok(user)
+    }
+
+    /// Attaches to the connection of another process, which has made the record in `facts`. Sends nothing.
+    ///
+    /// # Errors
+    /// `Protocol` when the record does not fit; `Os` when the process has too many open files.
+    pub(super) fn attach(name: &str, options: &UserOptions, facts: Facts<'_>) -> Result<Self> {
+        let record: UserRecord = facts.decode()?;
+        let socket = UnixStream::from(facts.fds.get(record.socket)?);
+        let second = socket.try_clone().map_err(|error| Error::io(format!("cannot use {name}"), &error))?;
+        let event = |number: &u32| facts.fds.get(*number).map(Event::from_fd);
+        Ok(Self {
+            name: name.into(),
+            options: options.clone(),
+            socket: second,
+            peer: Frontend::from_stream(socket, RINGS_PER_PAIR * u64::from(record.pairs)),
+            knows_connection: false,
+            offered: Features::from_bits_truncate(record.offered),
+            pairs: record.pairs,
+            protocol_features: record.protocol_features,
+            memory_slots: record.memory_slots,
+            features: Features::empty(),
+            kicks: record.kicks.iter().map(event).collect::<Result<_>>()?,
+            calls: record.calls.iter().map(event).collect::<Result<_>>()?,
+            deadline: Instant::now() + PEER_TIMEOUT,
+            silent: false,
+            listening: None,
+        })
+    }
+
+    /// Repeats the negotiation of a connection that another process has made, because the front-end of the `vhost` crate
+    /// accepts only what it has seen itself. The peer gets the same answers.
+    fn learn_connection(&mut self) -> Result<()> {
+        if !std::mem::replace(&mut self.knows_connection, true) {
+            self.agree_and_ask_for_replies()?;
+        }
+        Ok(())
+    }
+
+    /// Negotiates features, and asks for replies to requests if the peer can send them.
+    fn agree_and_ask_for_replies(&mut self) -> Result<VhostUserProtocolFeatures> {
+        let used = self.agree()?;
+        if used.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.peer.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        Ok(used)
     }
 
     /// Replaces a connection that has ended, if the peer is back.
@@ -219,7 +274,7 @@ impl User {
         self.socket =
             socket.try_clone().map_err(|error| Error::io(format!("cannot use {}", self.name), &error))?;
         self.peer = Frontend::from_stream(socket, RINGS_PER_PAIR * u64::from(self.options.queues));
-        self.silent = false;
+        (self.silent, self.knows_connection) = (false, true);
         self.introduce()
     }
 
@@ -227,7 +282,7 @@ impl User {
     fn introduce(&mut self) -> Result<()> {
         self.pairs = 1;
         self.ask("SET_OWNER", |peer| peer.set_owner())?;
-        let used = self.agree()?;
+        let used = self.agree_and_ask_for_replies()?;
         if used.contains(VhostUserProtocolFeatures::MQ) && self.options.queues > 1 {
             let pairs = self.ask("GET_QUEUE_NUM", |peer| peer.get_queue_num())?;
             self.pairs = pairs.clamp(1, self.options.queues.into()) as u16;
@@ -236,10 +291,7 @@ impl User {
             let again = self.socket.try_clone();
             let again = again.map_err(|error| Error::io(format!("cannot use {}", self.name), &error))?;
             self.peer = Frontend::from_stream(again, RINGS_PER_PAIR * u64::from(self.pairs));
-            self.agree()?;
-        }
-        if used.contains(VhostUserProtocolFeatures::REPLY_ACK) {
-            self.peer.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+            self.agree_and_ask_for_replies()?;
         }
         Ok(())
     }
@@ -329,18 +381,9 @@ impl User {
         poll(&mut fds, PollTimeout::ZERO).is_err() || fds[0].any().unwrap_or(true)
     }
 
-    fn new_event(&self) -> Result<EventFd> {
-        // Nonblocking, because the peer may fill the count. The peer shares the open file and can also make
-        // it blocking again, which halts the lcore that rings: no write to an eventfd is safe from that.
-        EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(|error| self.no_event(&error))
-    }
-
-    fn no_event(&self, error: &std::io::Error) -> Error {
-        Error::io(format!("cannot create or use an eventfd for {}", self.name), error)
-    }
-
-    /// Returns the eventfd that wakes the peer for ring `index`.
-    fn event(&self, index: u16) -> Result<&EventFd> {
+    /// Returns the event that wakes the peer for ring `index`. The peer shares its eventfd and can make it blocking, which
+    /// halts the lcore that rings when the peer has filled the count: no write to an eventfd is safe from that.
+    fn event(&self, index: u16) -> Result<&Event> {
         self.kicks.get(usize::from(index)).ok_or_else(|| {
             self.error(ErrorKind::Usage, format!("the peer was not told of virtqueue {index}"))
         })
@@ -393,9 +436,45 @@ impl User {
     }
 }
 
+/// A connection to a peer. Descriptors are numbers.
+#[derive(Serialize, Deserialize)]
+struct UserRecord {
+    socket: u32,
+    offered: u64,
+    pairs: u16,
+    protocol_features: bool,
+    memory_slots: bool,
+    kicks: Vec<u32>,
+    calls: Vec<u32>,
+}
+
 impl Transport for User {
     fn name(&self) -> &Arc<str> {
         &self.name
+    }
+
+    fn function(&self) -> Option<&dyn Function> {
+        None
+    }
+
+    fn record<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
+        if self.silent {
+            return Err(cannot_hand_over(SILENT));
+        }
+        encode(&UserRecord {
+            socket: fds.add(self.socket.as_fd()),
+            offered: self.offered.bits(),
+            pairs: self.pairs,
+            protocol_features: self.protocol_features,
+            memory_slots: self.memory_slots,
+            kicks: self.kicks.iter().map(|kick| fds.add(kick.as_fd())).collect(),
+            calls: self.calls.iter().map(|call| fds.add(call.as_fd())).collect(),
+        })
+    }
+
+    fn resume(&mut self, features: Features) -> Vec<Event> {
+        self.features = features;
+        self.calls.clone()
     }
 
     /// Sends nothing to a connected peer: its offer holds as long as the connection, and the chosen features
@@ -406,6 +485,7 @@ impl Transport for User {
         if self.silent || self.is_closed() {
             self.reconnect()?;
         }
+        self.learn_connection()?;
         if !self.offered.contains(Features::VERSION_1) {
             let why = "the peer does not offer VIRTIO_F_VERSION_1";
             return Err(self
@@ -460,6 +540,7 @@ impl Transport for User {
 
     fn share_more(&mut self, memory: &DmaMemory) -> Result<()> {
         self.deadline = Instant::now() + PEER_TIMEOUT;
+        self.learn_connection()?;
         let segments = memory.memory_map().segments();
         let range = self.range(memory.segment())?;
         if !self.memory_slots {
@@ -499,24 +580,25 @@ impl Transport for User {
             Some(call) => call.to_vmm()?,
             // Nothing reads the peer's calls on a ring that requests no interrupt. DPDK does not start without a
             // call eventfd.
-            None => self.new_event()?,
+            None => Event::new()?.to_vmm()?,
         };
-        let kick = self.new_event()?;
+        let kick = Event::new()?;
+        let to_peer = kick.to_vmm()?;
         self.ask("SET_VRING_NUM", |peer| peer.set_vring_num(ring, queue.size()))?;
         self.ask("SET_VRING_BASE", |peer| peer.set_vring_base(ring, 0))?;
         self.ask("SET_VRING_ADDR", |peer| peer.set_vring_addr(ring, &place))?;
         self.ask("SET_VRING_CALL", |peer| peer.set_vring_call(ring, &call))?;
-        let told = self.ask("SET_VRING_KICK", |peer| peer.set_vring_kick(ring, &kick));
+        let told = self.ask("SET_VRING_KICK", |peer| peer.set_vring_kick(ring, &to_peer));
         self.kicks.push(kick);
         told
     }
 
     fn kick(&self, index: u16) -> Result<Kick> {
-        self.event(index)?.try_clone().map(Kick::Event).map_err(|error| self.no_event(&error))
+        self.event(index).cloned().map(Kick::Event)
     }
 
     fn notify(&self, index: u16) -> Result<()> {
-        self.event(index)?.write(1).map_err(|error| self.no_event(&error))
+        self.event(index).map(Event::signal)
     }
 
     fn go_live(&mut self) -> Result<()> {

@@ -219,6 +219,16 @@ impl Ioas {
         Ok(Mapping::new(self, map.iova, len, keep))
     }
 
+    /// Returns a mapping that another process made in this address space, such as the process that passed the
+    /// descriptor. Dropping the value unmaps it.
+    ///
+    /// # Safety
+    /// As for [`Ioas::map_user`], where `keep` owns the memory that is mapped. Nothing else may unmap the `len` bytes at
+    /// `iova`.
+    pub unsafe fn mapping_from<K>(self: &Arc<Self>, iova: u64, len: u64, keep: K) -> Mapping<K> {
+        Mapping::new(self, iova, len, keep)
+    }
+
     /// Maps the bytes `range` of a file (`IOMMU_IOAS_MAP_FILE`, Linux 6.13). The file is a memfd or is on
     /// hugetlbfs. The kernel holds the pages, and [`Iommufd::change_process`] supports such mappings.
     ///

@@ -67,6 +67,13 @@ impl<K> Mapping<K> {
         Ok(unsafe { ManuallyDrop::take(&mut self.keep) })
     }
 
+    /// Leaves the memory mapped for another process that uses the same open file, and returns its owner.
+    pub fn leave(mut self) -> K {
+        self.is_mapped = false;
+        // SAFETY: `is_mapped` is false, so drop does not use `keep`.
+        unsafe { ManuallyDrop::take(&mut self.keep) }
+    }
+
     /// Unmaps the memory. Drop does not try again, even if this fails.
     fn release(&mut self) -> Result<()> {
         self.is_mapped = false;

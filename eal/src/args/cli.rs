@@ -101,6 +101,10 @@ pub(super) struct Cli {
     /// Process type: primary or auto; only one process can use the devices
     #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
     pub(super) proc_type: String,
+    /// Continue in place of the running program with this --file-prefix and the same arguments: its devices are not
+    /// reset, and no packet is lost
+    #[arg(long, conflicts_with = "in_memory")]
+    pub(super) takeover: bool,
     /// Log level by number or name, for all types or matching ones ("help" lists them); may be repeated
     #[arg(long, value_name = "[TYPE:]LEVEL", value_parser = LogArg::from_str)]
     pub(super) log_level: Vec<LogArg>,
@@ -182,7 +186,8 @@ impl Cli {
             .no_binary_name(true)
             .about("EAL arguments")
             .override_usage(format!("{name} [EAL ARGUMENTS] -- [APPLICATION ARGUMENTS]"))
-            .after_help(format!("{}\n\n{}", dpdk::help(), program.usage));
+            .after_help(format!("{}\n\n{}", dpdk::help(), program.usage))
+            .mut_arg("takeover", |takeover| takeover.hide(program.successor_of.is_none()));
         let matches = command.try_get_matches_from(argv.iter().skip(1));
         match matches.and_then(|matches| Ok((Self::from_arg_matches(&matches)?, matches))) {
             Ok((cli, matches)) => Ok(Read::Arguments(Box::new(cli), dpdk::notes(&matches)?)),

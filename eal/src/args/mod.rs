@@ -33,6 +33,8 @@ pub struct Program<'a> {
     pub device_keys: &'a [&'a str],
     /// Drivers of virtual devices (`--vdev`) in the program, with the keys that each accepts.
     pub vdev_keys: &'a [(&'a str, &'a [&'a str])],
+    /// Name of the program that this one can take over while it runs (`--takeover`): its own. `None` if it cannot.
+    pub successor_of: Option<&'a str>,
 }
 
 /// What the arguments ask for.
@@ -74,6 +76,10 @@ pub struct EalArgs {
     pub iova_mode: Option<IovaMode>,
     /// Whether to leave the PCI bus unused.
     pub no_pci: bool,
+    /// Name of the program that this one can take over; `None` if it cannot.
+    pub successor_of: Option<String>,
+    /// Whether to take over the running program. Never true without a name of it.
+    pub takeover: bool,
     /// VFIO mode of devices that have no mode of their own.
     pub vfio_mode: VfioMode,
     /// Whether each port gets its own address space. Never true in a mode without an IOMMU.
@@ -320,6 +326,8 @@ fn resolve(cli: Cli, mut notes: Vec<String>, program: &Program<'_>, cpus: &[usiz
         file_prefix: file_prefix(cli.file_prefix)?,
         iova_mode: cli.iova_mode,
         no_pci: cli.no_pci || (cli.no_auto_probing && cli.allow.is_empty()),
+        successor_of: program.successor_of.map(str::to_owned),
+        takeover: cli.takeover,
         vfio_mode: cli.vfio_mode,
         isolate_ports: cli.isolate_ports,
         vfio_intr: cli.vfio_intr,
@@ -334,6 +342,9 @@ fn resolve(cli: Cli, mut notes: Vec<String>, program: &Program<'_>, cpus: &[usiz
         notes,
     };
     check_proc_type(&cli.proc_type)?;
+    if eal.takeover && eal.successor_of.is_none() {
+        return Err(conflict("--takeover", "this program cannot take over another one", "leave it out"));
+    }
     check_twice("--allow", eal.allow.iter().map(|device| &device.address))?;
     check_twice("--block", eal.block.iter())?;
     check_twice("--vdev", eal.vdevs.iter().map(|vdev| &vdev.name))?;

@@ -8,6 +8,7 @@ const PROGRAM: Program<'_> = Program {
     usage: "l2fwd: -p MASK",
     device_keys: &["rxd"],
     vdev_keys: &[("net_virtio_user", &["path"]), ("net_vhost", &["iface"])],
+    successor_of: Some("l2fwd"),
 };
 
 fn outcome(line: &str) -> Result<Outcome> {

@@ -7,6 +7,7 @@ use super::pool::{MAX_FREE, PoolCache, return_to_owner};
 use super::ring::{DmaRing, RingView};
 
 mod fill;
+mod record;
 mod take;
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,7 @@ mod used;
 mod words;
 
 pub use fill::{SendWord, Slot};
+pub use record::RingRecord;
 pub use tied::{Limits, Moved, TiedPacket, TiedRings};
 pub use used::Completed;
 pub use words::GoodWord;

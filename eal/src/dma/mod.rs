@@ -16,7 +16,9 @@ mod pool;
 mod ring;
 mod view;
 
-pub use desc_ring::{Completed, DescRing, GoodWord, Limits, Moved, SendWord, Slot, TiedPacket, TiedRings};
+pub use desc_ring::{
+    Completed, DescRing, GoodWord, Limits, Moved, RingRecord, SendWord, Slot, TiedPacket, TiedRings,
+};
 pub use iova::IovaRanges;
 pub use map::{MemoryMap, Segment};
 pub use memory::DmaMemory;
@@ -27,7 +29,7 @@ pub use packet::{
 };
 pub use part::Part;
 pub use peer::{MAX_PEER_REGIONS, PeerEvent, PeerLog, PeerMemory, PeerRegion, PeerRing, PeerSlice, PeerView};
-pub use pool::{MAX_BUFFERS, Pool, PoolCache};
+pub use pool::{FreeBuffers, MAX_BUFFERS, Pool, PoolCache};
 pub use ring::{DmaBlock, DmaRing, RingEntry, RingView, Word};
 pub use view::DeviceView;
 

@@ -166,6 +166,11 @@ impl Packet {
         self.at & !OFFSET
     }
 
+    /// Number that identifies the buffer in its pool, in every process that has the pool's memory.
+    pub fn buffer(&self) -> u32 {
+        self.slot()
+    }
+
     /// Offset of the data in the buffer.
     #[inline(always)]
     pub(super) fn offset(&self) -> usize {

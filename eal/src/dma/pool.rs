@@ -13,6 +13,7 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 
 mod addresses;
 mod cache;
+mod claim;
 mod free;
 #[cfg(all(test, loom))]
 mod models;
@@ -23,6 +24,7 @@ mod tests;
 pub(super) use addresses::{Buffers, PoolAddresses};
 pub(super) use cache::MAX_FREE;
 pub use cache::PoolCache;
+pub use claim::FreeBuffers;
 use free::{Chunk, FreeList};
 use tag::Tag;
 pub(super) use tag::return_to_owner;

@@ -15,6 +15,8 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use nix::sys::stat::fstat;
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::unistd::ftruncate;
 
 use self::addresses::Addresses;
@@ -141,6 +143,40 @@ impl Region {
         let regions = regions.into_iter().map(Self::populated).collect::<Result<Vec<_>>>()?;
         regions.iter().for_each(Self::warn_of_other_nodes);
         Ok(regions)
+    }
+
+    /// Maps the regions of another process, whose `files` have the pages. `parts` and `backing` are those with which
+    /// that process called [`Region::adjoining`].
+    ///
+    /// # Errors
+    /// `Busy` if the files are others than those of these parts. Otherwise `Os` if they cannot be mapped.
+    pub fn adopt(
+        files: Vec<OwnedFd>,
+        parts: &[(Option<u32>, usize)],
+        backing: &Backing,
+    ) -> Result<Vec<Self>> {
+        let page_size = backing.page_size()?;
+        let lens: Vec<usize> = parts.iter().map(|(_, len)| len.max(&1).next_multiple_of(page_size)).collect();
+        let is_such = files
+            .iter()
+            .map(|file| file_size(file, page_size, backing))
+            .eq(lens.iter().map(|len| Some(*len)));
+        if !is_such {
+            let why = "its packet memory has another size or other pages than these arguments ask for";
+            return Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+                .with_hint("give both the same arguments"));
+        }
+        let mut addresses = Addresses::reserve(lens.iter().sum(), page_size)?;
+        let (mut regions, run) = (Vec::with_capacity(files.len()), Arc::new(()));
+        for ((file, len), (node, _)) in files.into_iter().zip(lens).zip(parts) {
+            let failed = |errno| Error::os("cannot map the packet memory of another process", errno);
+            let address = map_shared(&file, len, Some(addresses.next(len)?)).map_err(failed)?;
+            // From here on, the region unmaps these addresses.
+            addresses.skip(len);
+            let (backing, run) = (backing.clone(), Arc::clone(&run));
+            regions.push(Self { address, len, page_size, fd: Some(file), backing, node: *node, run });
+        }
+        regions.into_iter().map(Self::populated).collect()
     }
 
     fn bind(&self, placement: Placement) -> Result<()> {
@@ -309,6 +345,28 @@ impl Drop for Region {
     }
 }
 
+/// Length in bytes of a file that another process has created for `backing`; `None` if it is none. A memfd must be
+/// sealed at its size, or the other process could truncate it in use.
+fn file_size(file: &OwnedFd, page_size: usize, backing: &Backing) -> Option<usize> {
+    let has_pages = match backing {
+        Backing::HugeAnonymous => false,
+        Backing::SmallPages => true,
+        _ => fstatfs(file).is_ok_and(|found| {
+            found.filesystem_type() == HUGETLBFS_MAGIC && found.block_size() as usize == page_size
+        }),
+    };
+    let is_sealed = || {
+        let seals = fcntl(file, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_retain);
+        seals.is_ok_and(|seals| seals.contains(SEALS))
+    };
+    let is_fixed = matches!(backing, Backing::HugeFile { .. }) || is_sealed();
+    let size = fstat(file).ok().and_then(|found| usize::try_from(found.st_size).ok());
+    size.filter(|_| has_pages && is_fixed)
+}
+
+/// Seals of a memfd: it keeps its size.
+const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
+
 /// Returns the first byte of `len` bytes of `backing`. Maps `file` if there is one. Otherwise, the pages are
 /// already at `address`.
 fn map_part(
@@ -323,8 +381,7 @@ fn map_part(
     ftruncate(fd, len as i64).map_err(failed)?;
     if !matches!(backing, Backing::HugeFile { .. }) {
         // Otherwise, another process that has the descriptor could truncate the file in use.
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).map_err(failed)?;
+        fcntl(fd, FcntlArg::F_ADD_SEALS(SEALS)).map_err(failed)?;
     }
     map_shared(fd, len, address).map_err(|errno| no_pages(failed(errno), len, page_size))
 }
@@ -401,6 +458,33 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no memfd")]
+    fn pages_of_another_process_are_adopted_whole() {
+        let page = cpu_page_size();
+        let parts = [(None, 2 * page), (Some(0), page - 1)];
+        let own = Region::adjoining(&parts, Backing::SmallPages, Placement::Preferred).unwrap();
+        let files = || own.iter().map(|region| region.fd().unwrap().try_clone_to_owned().unwrap()).collect();
+        let adopted = Region::adopt(files(), &parts, &Backing::SmallPages).unwrap();
+        assert!(adopted[1].adjoins(&adopted[0]));
+        assert_eq!(adopted[1].addr(), adopted[0].addr() + 2 * page);
+        assert_eq!(
+            adopted.iter().map(|region| (region.node(), region.len())).collect::<Vec<_>>(),
+            [(None, 2 * page), (Some(0), page)]
+        );
+        for wrong in [&parts[..1], &[parts[1], parts[0]], &[parts[0], parts[1], parts[1]]] {
+            assert_eq!(
+                Region::adopt(files(), wrong, &Backing::SmallPages).unwrap_err().kind(),
+                ErrorKind::Busy
+            );
+        }
+        // A file that the other process can truncate.
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(page as u64).unwrap();
+        let error = Region::adopt(vec![file.into()], &[(None, page)], &Backing::SmallPages).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use vireo_vfio::{NOIOMMU_PREFIX, class_and_name};
+use vireo_vfio::NOIOMMU_PREFIX;
 
 use super::device::Open;
 use super::device_nodes::{self, DeviceNodes};
@@ -56,7 +56,7 @@ pub struct Vfio {
     pub(super) nodes: DeviceNodes,
     vf_token: Option<VfToken>,
     isolated: bool,
-    spaces: Mutex<HashMap<SpaceKey, Weak<AddressSpace>>>,
+    pub(super) spaces: Mutex<HashMap<SpaceKey, Weak<AddressSpace>>>,
     /// The open `/dev/iommu` of the process, while it has one: devices share it.
     pub(super) iommufd: Mutex<WeakIommufd>,
     /// Held from opening a group until its address space knows the group: a group can be opened only once.
@@ -188,18 +188,7 @@ impl Vfio {
                 self.complete_cdev(device, mode, fds, &mut phases).map_err(|refusal| refusal.error)?
             }
             (VfioMode::Container | VfioMode::Compat | VfioMode::Noiommu, DeviceFds::Group(fds)) => {
-                let (group, path, number) = self.group_path(device, mode)?;
-                let number = number.ok_or_else(|| {
-                    let why = format!("the kernel has no node for IOMMU group {group}");
-                    Error::new(ErrorKind::Unavailable, what(), why)
-                })?;
-                device_nodes::check(&fds.group, &path, &number, &format!("IOMMU group {group}"))?;
-                let container = if mode == VfioMode::Compat { "iommu" } else { "vfio" };
-                let found = class_and_name(&fds.container).map_err(|errno| Error::os(what(), errno))?;
-                if found.is_none_or(|(class, name)| class != "misc" || name != container) {
-                    let why = format!("its container is not {}", self.container_path(mode).display());
-                    return Err(Error::new(ErrorKind::Permission, what(), why));
-                }
+                self.check_group(device, mode, &fds)?;
                 self.complete_group(device, mode, fds, lock(&self.opening), &mut phases)?
             }
             _ => {
@@ -209,7 +198,7 @@ impl Vfio {
         Self::finish(device, mode, "with descriptors from another process".to_owned(), open, phases)
     }
 
-    fn finish(
+    pub(super) fn finish(
         device: &BusDevice,
         mode: VfioMode,
         why: String,

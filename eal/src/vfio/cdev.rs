@@ -109,7 +109,7 @@ impl Vfio {
             let retry_in_container = refused.errno() == Some(Errno::EINVAL);
             Refusal { error: diagnose::attach(refused.into(), device), retry_in_container }
         })?;
-        Ok(Open { fd: cdev.into_fd(), held: Held { _group: None, space } })
+        Ok(Open { fd: cdev.into_fd(), held: Held { group: None, space } })
     }
 }
 

@@ -1,7 +1,7 @@
 //! An acquired device: regions, config space, interrupts and reset, the same in every mode.
 
 use std::fs::File;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vireo_vfio::{Irq, IrqInfo, PCI_CONFIG_REGION, RegionFile, Request};
@@ -22,7 +22,7 @@ pub struct Device(vireo_vfio::Device<Held>);
 pub(crate) struct Held {
     /// The device's group, in the modes that have one. The last device of a group closes it: the group then
     /// leaves its container, and other processes can open it.
-    pub(crate) _group: Option<Arc<File>>,
+    pub(crate) group: Option<Arc<File>>,
     pub(crate) space: Arc<AddressSpace>,
 }
 
@@ -41,6 +41,11 @@ impl Device {
     /// Name of the device on its bus.
     pub fn name(&self) -> &str {
         self.0.name()
+    }
+
+    /// What the device holds while it is open.
+    pub(super) fn held(&self) -> &Held {
+        self.0.kept()
     }
 
     /// Address space: what the device can reach.
@@ -146,6 +151,12 @@ impl Device {
     }
 }
 
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// PCI config space of a [`Device`], accessed by `pread` and `pwrite` on the device's descriptor.
 #[derive(Debug)]
 pub struct ConfigSpace(RegionFile<Held>);
@@ -172,7 +183,7 @@ impl ConfigSpace {
 /// Creates a file that stands in for a device's.
 #[cfg(test)]
 pub(crate) fn fake_file(file: File) -> Arc<vireo_vfio::DeviceFile<Held>> {
-    let held = Held { _group: None, space: Arc::new(AddressSpace::for_tests()) };
+    let held = Held { group: None, space: Arc::new(AddressSpace::for_tests()) };
     // SAFETY: the file is only read and written.
     Arc::new(unsafe { vireo_vfio::DeviceFile::new(file.into(), held) })
 }

@@ -1,8 +1,7 @@
 //! Sources of device nodes: `/dev`, or a launcher that opens them for a process that may not.
 
 use std::fs::{self, File};
-use std::io::IoSlice;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -11,18 +10,17 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::fstat;
 use vireo_vfio::class_and_name;
 
 use super::acquire::lock;
 use super::diagnose;
-use super::fds;
 use super::listen::listen_fds;
 use crate::args::quoted;
 use crate::device_node::{is_char_device, number_of, open};
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::Iommufd;
+use crate::rights;
 use crate::socket;
 
 /// The one byte that carries the descriptors. It distinguishes the message from one with another purpose.
@@ -211,9 +209,8 @@ pub fn open_all<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<Vec<Own
 /// # Errors
 /// If the socket is closed, or if there are more descriptors than one message can hold.
 pub fn send(fds: &[OwnedFd], socket: &UnixStream) -> Result<()> {
-    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-    let control = [ControlMessage::ScmRights(&raw)];
-    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&[MESSAGE])], &control, MsgFlags::MSG_NOSIGNAL, None)
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    rights::send(socket, &[MESSAGE], &fds)
         .map(drop)
         .map_err(|errno| Error::os("cannot send device descriptors", errno))
 }
@@ -234,9 +231,10 @@ fn receive(path: &Path, patience: Duration) -> Result<Vec<OwnedFd>> {
         }
         Err(errno) => return Err(Error::os(what(), errno)),
     }
-    match fds::receive(&socket, &what())? {
-        (Some(MESSAGE), fds) if !fds.is_empty() => Ok(fds),
-        (None, _) => Err(Error::new(
+    let mut message = [0];
+    match rights::receive(&socket, &mut message, &what())? {
+        (1, fds) if message == [MESSAGE] && !fds.is_empty() => Ok(fds),
+        (0, _) => Err(Error::new(
             ErrorKind::Permission,
             what(),
             "the listener closed the connection: they are for another user",

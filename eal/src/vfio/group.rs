@@ -7,7 +7,7 @@ use std::sync::{Arc, MutexGuard};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
-use vireo_vfio::{Group, IommuType, NOIOMMU_PREFIX};
+use vireo_vfio::{Group, IommuType, NOIOMMU_PREFIX, class_and_name};
 
 use super::acquire::{BusDevice, Vfio, group_of};
 use super::device::{Held, Open};
@@ -81,6 +81,27 @@ impl Vfio {
         Ok(file.into())
     }
 
+    /// Checks that descriptors of another process are those of the device's group and of a container of `mode`. Returns
+    /// the number of the group.
+    pub(super) fn check_group(&self, device: &BusDevice, mode: VfioMode, fds: &GroupFds) -> Result<u32> {
+        let what = || format!("cannot adopt {} in mode {mode}", device.name);
+        let (group, path, number) = self.group_path(device, mode)?;
+        let number = number.ok_or_else(|| {
+            let why = format!("the kernel has no node for IOMMU group {group}");
+            Error::new(ErrorKind::Unavailable, what(), why)
+        })?;
+        device_nodes::check(&fds.group, &path, &number, &format!("IOMMU group {group}"))?;
+        let container = if mode == VfioMode::Compat { "iommu" } else { "vfio" };
+        let found = class_and_name(&fds.container).map_err(|errno| Error::os(what(), errno))?;
+        match found.is_some_and(|(class, name)| class == "misc" && name == container) {
+            true => Ok(group),
+            false => {
+                let why = format!("its container is not {}", self.container_path(mode).display());
+                Err(Error::new(ErrorKind::Permission, what(), why))
+            }
+        }
+    }
+
     /// Adds the group to the container of its mode and gets the device from the group. `opening` is released
     /// before the kernel resets the device.
     pub(super) fn complete_group(
@@ -138,7 +159,7 @@ impl Vfio {
             .device_fd(&device.name, token.as_ref())
             .map_err(|refused| diagnose::bind(refused.into(), device, &self.dev))?;
         let device = if mode == VfioMode::Noiommu { above_memory(device) } else { device };
-        Ok(Open { fd: device, held: Held { _group: Some(group), space } })
+        Ok(Open { fd: device, held: Held { group: Some(group), space } })
     }
 }
 
@@ -147,7 +168,7 @@ impl Vfio {
 /// Without an IOMMU nothing pins the pages, so if the process is killed, they must outlive the device's bus
 /// mastering. The kernel defers the last close of each file until it has gone through all descriptors, and
 /// then starts with the highest (`close_files`, and `task_work_run`, which is last in, first out).
-fn above_memory(device: OwnedFd) -> OwnedFd {
+pub(super) fn above_memory(device: OwnedFd) -> OwnedFd {
     const ABOVE: i32 = 512;
     match fcntl(&device, FcntlArg::F_DUPFD_CLOEXEC(ABOVE)) {
         // SAFETY: the kernel has just created this descriptor, and nothing else owns it.

@@ -9,9 +9,9 @@ use nix::libc;
 
 use super::acquire::lock;
 use super::device_nodes::node_name;
-use super::fds::MAX_FDS;
 use crate::args::quoted;
 use crate::error::{Error, ErrorKind, Result};
+use crate::rights::MAX_FDS;
 
 /// Number of the first passed descriptor (`SD_LISTEN_FDS_START`).
 pub(crate) const LISTEN_FDS_START: RawFd = 3;

@@ -1,11 +1,11 @@
 //! Address spaces: what devices can reach. This module has the only branch on how memory is mapped for them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nix::errno::Errno;
@@ -28,6 +28,12 @@ pub struct AddressSpace {
     /// Regions whose physical addresses were given to devices without an IOMMU. These devices hold the space
     /// while they are open, and may write to the regions until they are closed.
     kept: Mutex<Vec<Arc<Region>>>,
+    /// Mappings that a predecessor made and that this process has not adopted yet: IOVA and length in bytes, in the
+    /// order in which they were made.
+    inherited: Mutex<VecDeque<(u64, u64)>>,
+    /// Whether the mappings belong to another process, which uses the same container or `/dev/iommu`: the predecessor
+    /// of this process, or its successor. They stay when their values are dropped here.
+    is_lent: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -56,7 +62,21 @@ impl AddressSpace {
             free: Mutex::new(IovaRanges::all()),
             dma_mask: AtomicU64::new(u64::MAX),
             kept: Mutex::default(),
+            inherited: Mutex::default(),
+            is_lent: AtomicBool::new(false),
         }
+    }
+
+    /// Returns the space of a predecessor, which has made `mappings`. The first maps adopt them, one by one, instead of
+    /// asking the kernel. They belong to the predecessor until [`AddressSpace::lend`].
+    pub(super) fn inheriting(self, mappings: &[(u64, u64)]) -> Self {
+        let inherited = Mutex::new(mappings.iter().copied().collect());
+        Self { inherited, is_lent: AtomicBool::new(true), ..self }
+    }
+
+    /// Sets whether the mappings belong to another process.
+    pub(super) fn lend(&self, is_lent: bool) {
+        self.is_lent.store(is_lent, Ordering::Relaxed);
     }
 
     pub(super) fn type1(container: Container) -> Self {
@@ -88,6 +108,14 @@ impl AddressSpace {
         match &self.tables {
             Tables::Type1(container) | Tables::None(container) => Some(container),
             Tables::Ioas { .. } => None,
+        }
+    }
+
+    /// The container or `/dev/iommu` of the space.
+    pub(super) fn owner(&self) -> BorrowedFd<'_> {
+        match &self.tables {
+            Tables::Type1(container) | Tables::None(container) => container.as_fd(),
+            Tables::Ioas { ioas, .. } => ioas.iommufd().as_fd(),
         }
     }
 
@@ -189,22 +217,45 @@ impl AddressSpace {
             _ => None,
         };
         let iova = iova.or(placed.as_ref().map(|range| *range.start()));
-        let mapped = match &self.tables {
+        let mapped = self.inherited(iova, len as u64).and_then(|inherited| match &self.tables {
             Tables::Type1(container) => {
                 let iova = iova.unwrap_or_default();
-                let mapped = |()| Mapped::Type1 { iova, len: len as u64, _region: Arc::clone(region) };
-                container.map(region, range, iova, access).map(mapped)
+                let mapped = Mapped::Type1 { iova, len: len as u64, _region: Arc::clone(region) };
+                match inherited {
+                    Some(_) => Ok(mapped),
+                    None => container.map(region, range, iova, access).map(|()| mapped),
+                }
             }
-            Tables::Ioas { ioas, .. } => {
-                ioas.map_range(region, range, iova, access).map(Mapped::Ioas).map_err(Error::from)
-            }
+            Tables::Ioas { ioas, .. } => match inherited {
+                Some(iova) => {
+                    let keep = Arc::clone(region);
+                    // SAFETY: the predecessor has mapped the pages of this region there. Nobody else unmaps them: each of
+                    // its mappings is adopted once, and it leaves them when this process owns them.
+                    Ok(Mapped::Ioas(unsafe { ioas.mapping_from(iova, len as u64, keep) }))
+                }
+                None => ioas.map_range(region, range, iova, access).map(Mapped::Ioas).map_err(Error::from),
+            },
             Tables::None(_) => pin(region).map(|pin| Mapped::None { region: Arc::clone(region), _pin: pin }),
-        };
+        });
         self.mapped(mapped, region).inspect_err(|_| {
             if let Some(range) = placed {
                 self.release(range);
             }
         })
+    }
+
+    /// Adopts the next mapping of the predecessor, which must have `len` bytes at `iova`, if that is given. Returns its
+    /// IOVA; `None` if there is none left.
+    fn inherited(&self, iova: Option<u64>, len: u64) -> Result<Option<u64>> {
+        match lock(&self.inherited).pop_front() {
+            None => Ok(None),
+            Some((at, of)) if of == len && iova.is_none_or(|iova| iova == at) => Ok(Some(at)),
+            Some((at, of)) => {
+                let why = format!("it maps {of} bytes at {at:#x} where these arguments need {len}");
+                Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+                    .with_hint("give both the same arguments"))
+            }
+        }
     }
 
     /// Reserves addresses by Vireo's own policy, so that the choice does not depend on the mode.
@@ -238,6 +289,10 @@ impl AddressSpace {
         let (Tables::Ioas { ioas, .. }, Some(Mapped::Ioas(source))) = (&self.tables, &source.mapped) else {
             return Ok(None);
         };
+        // The predecessor has copied it already; see `map_range`.
+        if !lock(&self.inherited).is_empty() {
+            return Ok(None);
+        }
         if !ioas.iommufd().is_same(source.ioas().iommufd()) {
             return Ok(None);
         }
@@ -310,7 +365,8 @@ impl AsFd for Container {
     }
 }
 
-/// Region, or a part of one, that the devices of an [`AddressSpace`] can reach. It is unmapped on drop.
+/// Region, or a part of one, that the devices of an [`AddressSpace`] can reach. It is unmapped on drop, unless the
+/// mapping belongs to another process.
 #[derive(Debug)]
 pub struct DmaMapping {
     /// Taken only by drop, so that the memory is unmapped before `space` is dropped.
@@ -379,6 +435,12 @@ impl DmaMapping {
 impl Drop for DmaMapping {
     fn drop(&mut self) {
         let Some(mapped) = self.mapped.take() else { return };
+        if self.space.is_lent.load(Ordering::Relaxed) {
+            if let Mapped::Ioas(mapping) = mapped {
+                drop(mapping.leave());
+            }
+            return;
+        }
         let range = mapped.range();
         if let (Mapped::Type1 { iova, len, .. }, Tables::Type1(container)) = (&mapped, &self.space.tables)
             && !self.space.has_no_groups()
@@ -467,6 +529,29 @@ mod tests {
         assert!(space.map(&region, None).is_err());
         assert!(space.map_range(&region, 0..1 << 30, None, Access::Read).is_err());
         assert_eq!(space.free_ranges(), before);
+    }
+
+    /// A successor maps what its predecessor has mapped, in the same order, without a call of the kernel, and takes
+    /// nothing from it if it fails.
+    #[test]
+    fn inherited_mappings_are_adopted_in_order_and_left_alone() {
+        let fd = null();
+        let container = Container { groups: Mutex::default(), iommufd: true, fd };
+        let page = page_size() as u64;
+        let mappings = [(4 << 30, 2 * page), (8 << 30, page)];
+        let space = Arc::new(AddressSpace::type1(container).inheriting(&mappings));
+        let region = Arc::new(Region::new(2 * page_size(), crate::mem::Backing::SmallPages).unwrap());
+        let first = space.map(&region, None).unwrap();
+        assert_eq!(first.iova(), Some(4 << 30));
+        // Another length than the predecessor's.
+        let other = space.map(&region, Some(8 << 30)).unwrap_err();
+        assert_eq!(other.kind(), ErrorKind::Busy);
+        // Nothing is left to adopt, so the null device is asked, and it refuses.
+        assert!(space.map(&region, None).unwrap_err().errno().is_some());
+        let logged = space.free_ranges();
+        drop(first);
+        assert_eq!(space.free_ranges(), logged, "a mapping of the predecessor was released");
+        space.lend(false);
     }
 
     #[test]

@@ -8,13 +8,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vireo_eal::dma::{DmaMemory, Part, Pool, PoolCache, Segment};
+use vireo_eal::handover::Fds;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 use vireo_eal::{ErrorKind, Result};
 
 use super::{Options, PEER_TIMEOUT, UserOptions};
-use crate::driver::Vdev;
-use crate::port::{Nic, PortConfig};
+use crate::driver::{Facts, Vdev};
+use crate::handover::{HandOver, PortRecord};
+use crate::port::{Nic, PortConfig, Queues};
 use crate::virtio::Device;
 
 const CONFIG: PortConfig = PortConfig::with_descriptors(64, 512);
@@ -175,6 +177,45 @@ fn u64_at(payload: &[u8], at: usize) -> u64 {
 /// Returns the payloads of all requests of one kind, in order.
 fn all(log: &Log, request: u32) -> Vec<&[u8]> {
     log.iter().filter(|(code, _)| *code == request).map(|(_, payload)| &payload[..]).collect()
+}
+
+/// Another process that has taken over the connection can stop the port, and start it again. Its front-end has to learn
+/// what was negotiated, and the peer sees the same answers again.
+#[test]
+fn a_connection_moves_to_another_process() {
+    let peer = Peer::new(HONEST);
+    let mut device = peer.connect().unwrap();
+    let (memory, mut cache) = memory();
+    let config = CONFIG.with_rx_interrupts(true);
+    let (rx, tx) = device.start_pair(&config, &memory, &mut cache).unwrap();
+    let queues = Queues::pair(rx, tx);
+    let mut fds = Fds::default();
+    let facts = device.facts(&mut fds).unwrap();
+    let record = PortRecord::of(&device, &queues).unwrap();
+    let (fds, file) = (fds.duplicate().unwrap(), memory.region().fd().unwrap().try_clone_to_owned().unwrap());
+
+    let region = memory.region();
+    let region = Region::adopt(vec![file], &[(None, region.len())], region.backing()).unwrap().remove(0);
+    let again = DmaMemory::map(region, &[]).unwrap();
+    let pool = Pool::new(&again, BUFFERS).unwrap();
+    let options = options(&path_in(&peer.dir), "").unwrap();
+    let facts = Facts { record: &facts, fds: &fds };
+    let mut next = options.attach("net_virtio_user0", facts).unwrap();
+    let resumed = record.resume_on(&mut next, &config, &again, &mut pool.take_free()).unwrap();
+    device.leave();
+    drop((device, queues));
+    assert!(next.link().up);
+    let mut cache = pool.cache();
+    next.stop(resumed, &mut cache).unwrap();
+    let (rx, tx) = next.start_pair(&config, &again, &mut cache).unwrap();
+    next.stop_pair(rx, tx, &mut cache).unwrap();
+    drop((next, cache, fds));
+    assert_eq!(pool.available(), BUFFERS);
+    let log = peer.log();
+    let agreed = all(&log, SET_FEATURES).into_iter().map(|payload| u64_at(payload, 0)).collect::<Vec<_>>();
+    assert_eq!((agreed.len(), agreed[0]), (2, agreed[1]));
+    assert_eq!(all(&log, SET_MEM_TABLE).len(), 2);
+    assert_eq!(all(&log, GET_VRING_BASE).len(), 4);
 }
 
 #[test]

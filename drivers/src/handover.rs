@@ -1,0 +1,199 @@
+//! State of a port as a record, by which another process continues the port while its device runs.
+//!
+//! ```text
+//! predecessor                            successor
+//! facts ───────────────────────────────> attach     no access to the device
+//! lcores return the queues
+//! record, rx_record, tx_record ────────> resume     queues, to be polled at once
+//! leave
+//! ```
+//!
+//! The successor allocates the rings as a start does, in the same memory and in the same order. A ring whose place
+//! differs from the one that the device knows is refused, so programs that allocate differently cannot continue each
+//! other's ports.
+
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use vireo_bus_pci::Function;
+use vireo_eal::dma::{DmaMemory, FreeBuffers};
+use vireo_eal::handover::{Fds, decode};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::counters::CountersRecord;
+use crate::driver::{Args, Facts, unsupported};
+use crate::port::{Nic, PortConfig, QueuesOf};
+
+/// A port that may pass to another process while its device runs. By default, it may not.
+pub trait HandOver: Nic {
+    /// Returns the PCI function of the port; `None` if it has none.
+    fn function(&self) -> Option<&dyn Function> {
+        None
+    }
+
+    /// Returns what another process needs to [attach](HandOver::attach) to the device of this port, with its
+    /// descriptors in `fds`.
+    ///
+    /// # Errors
+    /// `Unavailable` when the driver cannot hand over.
+    fn facts<'a>(&'a self, _fds: &mut Fds<'a>) -> Result<Vec<u8>> {
+        Err(unsupported())
+    }
+
+    /// Attaches to the device of `function`, which runs for another process, with devargs as for
+    /// [`PciDriver::open`](crate::driver::PciDriver::open) and that process's [`facts`](HandOver::facts). Touches
+    /// nothing: [`resume`](HandOver::resume) then continues the port, or [`Nic::start`] resets it.
+    ///
+    /// # Errors
+    /// `Protocol` when the facts are not of this driver; `Unavailable` when it cannot take over.
+    fn attach(_function: Box<dyn Function>, _args: Args<'_>, _facts: Facts<'_>) -> Result<Self>
+    where
+        Self: Sized,
+    {
+        Err(unsupported())
+    }
+
+    /// Returns the state of the started port, without its queues.
+    ///
+    /// # Errors
+    /// As for [`HandOver::facts`].
+    fn record(&self) -> Result<Vec<u8>> {
+        Err(unsupported())
+    }
+
+    /// Returns the state of an RX queue, which no lcore polls.
+    ///
+    /// # Errors
+    /// `Unavailable` when the driver cannot hand over, or the queue waits for a restart of its port.
+    fn rx_record(&self, _rx: &Self::Rx) -> Result<Vec<u8>> {
+        Err(unsupported())
+    }
+
+    /// Returns the state of a TX queue, as [`HandOver::rx_record`] does.
+    ///
+    /// # Errors
+    /// As for [`HandOver::rx_record`].
+    fn tx_record(&self, _tx: &Self::Tx) -> Result<Vec<u8>> {
+        Err(unsupported())
+    }
+
+    /// Continues a port that another process has started, on its device, which runs on. See
+    /// [`PortRecord::resume_on`].
+    ///
+    /// # Errors
+    /// `Protocol` when the record contradicts this process's memory or configuration. The device was not touched, but
+    /// buffers may be lost to the pool.
+    fn resume(&mut self, _resume: Resume<'_>) -> Result<QueuesOf<Self>> {
+        Err(unsupported())
+    }
+
+    /// Leaves the started port to another process, which continues it. From now on, nothing touches the device: neither
+    /// this value nor its drop. The memory stays as it is until the process ends.
+    fn leave(&mut self) {}
+}
+
+/// State of a started port whose queues no lcore polls.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PortRecord {
+    device: Vec<u8>,
+    rx: Vec<Vec<u8>>,
+    tx: Vec<Vec<u8>>,
+    counters: CountersRecord,
+}
+
+impl PortRecord {
+    /// Describes `port`, which is started with `queues`.
+    ///
+    /// # Errors
+    /// `Unavailable` when its driver cannot hand it over, or when a queue waits for a restart of the port.
+    pub fn of<N: HandOver>(port: &N, queues: &QueuesOf<N>) -> Result<Self> {
+        Ok(Self {
+            device: port.record()?,
+            rx: queues.rx.iter().map(|rx| port.rx_record(rx)).collect::<Result<_>>()?,
+            tx: queues.tx.iter().map(|tx| port.tx_record(tx)).collect::<Result<_>>()?,
+            counters: port.counters().record(),
+        })
+    }
+
+    /// Continues the port on `port`, which is [attached](HandOver::attach) to its device, and its counters.
+    ///
+    /// # Errors
+    /// As for [`HandOver::resume`].
+    pub fn resume_on<N: HandOver>(
+        &self,
+        port: &mut N,
+        config: &PortConfig,
+        memory: &Arc<DmaMemory>,
+        free: &mut FreeBuffers,
+    ) -> Result<QueuesOf<N>> {
+        let queues = port.resume(Resume { config, memory, free, record: self })?;
+        port.counters().restore(&self.counters);
+        Ok(queues)
+    }
+}
+
+/// What [`HandOver::resume`] needs.
+#[derive(Debug)]
+pub struct Resume<'a> {
+    /// Configuration with which the predecessor has started the port.
+    pub config: &'a PortConfig,
+    /// Memory with which it has started the port, as this process has mapped it.
+    pub memory: &'a Arc<DmaMemory>,
+    /// Buffers that the port's rings claim.
+    pub free: &'a mut FreeBuffers,
+    /// The predecessor's records.
+    record: &'a PortRecord,
+}
+
+impl Resume<'_> {
+    /// What [`HandOver::record`] returned.
+    ///
+    /// # Errors
+    /// `Protocol` when it is not of this type.
+    pub fn device<T: DeserializeOwned>(&self) -> Result<T> {
+        decode(&self.record.device)
+    }
+
+    /// What [`HandOver::rx_record`] returned for each RX queue.
+    ///
+    /// # Errors
+    /// `Protocol` when one is not of this type, or when there are not as many as are configured.
+    pub fn rx<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
+        all(&self.record.rx, self.config.rx_queues)
+    }
+
+    /// What [`HandOver::tx_record`] returned for each TX queue.
+    ///
+    /// # Errors
+    /// As for [`Resume::rx`].
+    pub fn tx<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
+        all(&self.record.tx, self.config.tx_queues)
+    }
+}
+
+fn all<T: DeserializeOwned>(records: &[Vec<u8>], count: u16) -> Result<Vec<T>> {
+    if records.len() != usize::from(count) {
+        let why = format!("it has {} queues, but {count} are asked for", records.len());
+        return Err(contradiction(&why));
+    }
+    records.iter().map(|record| decode(record)).collect()
+}
+
+/// Error of a port whose record does not fit.
+pub(crate) fn contradiction(why: &str) -> Error {
+    Error::new(ErrorKind::Protocol, "cannot continue a port of the running program", why)
+}
+
+/// Refuses a receive filter that is not the running device's.
+pub(crate) fn check_filter(is_promiscuous: bool, asked: bool) -> Result<()> {
+    if is_promiscuous == asked {
+        return Ok(());
+    }
+    let why = if is_promiscuous { "it receives every frame (-P)" } else { "it receives only its own frames" };
+    let error = Error::new(ErrorKind::Busy, "cannot take over a port of the running program", why);
+    Err(error.with_hint("give both the same arguments"))
+}
+
+#[cfg(test)]
+mod tests;

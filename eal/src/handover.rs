@@ -1,0 +1,331 @@
+//! Hand-over of a running program to its successor: the socket, the messages and the descriptors.
+//!
+//! ```text
+//! successor                              predecessor
+//! Hello: program, version ─────────────> checks both
+//!                         <───────────── Offer: descriptors, and what does not change while lcores forward
+//! maps memory, prepares its ports
+//! Ready ───────────────────────────────> takes all queues from the lcores
+//!                         <───────────── State: queues, counters
+//! continues the queues
+//! Running ─────────────────────────────> ends without touching a device
+//! polls
+//! ```
+//!
+//! `Running` decides: the successor touches no device before it has sent that, and the predecessor none after it has
+//! read that. If the connection ends earlier, or the predecessor [closes](Channel::close) it because it waited too
+//! long, the predecessor continues.
+//!
+//! What the messages contain is up to the program. `vireo-frame` uses this module for all applications.
+
+mod channel;
+
+pub use channel::{Answer, Channel, Fds, ReceivedFds, decode, encode};
+
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{Uid, geteuid};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::mem::Region;
+use crate::socket;
+use crate::telemetry::TelemetrySocket;
+use channel::{CANNOT, PATIENCE};
+
+/// Name of the socket in the runtime directory.
+const SOCKET: &str = "takeover";
+/// How long the predecessor may take to answer the first message. It looks for successors ten times per second, but
+/// may be restarting a port.
+const OFFER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// First message, from the successor.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Hello {
+    /// Version of Vireo: records have the same form only within one version.
+    version: String,
+    /// Name of the program.
+    program: String,
+}
+
+impl Hello {
+    fn of(program: &str) -> Self {
+        Self { version: env!("CARGO_PKG_VERSION").to_owned(), program: program.to_owned() }
+    }
+}
+
+/// Later messages from the successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Step {
+    /// The successor is ready to continue the queues.
+    Ready,
+    /// The successor has everything and begins to poll.
+    Running,
+}
+
+/// Socket at which a running program waits for its successor.
+#[derive(Debug)]
+pub struct Listener {
+    socket: UnixListener,
+    program: String,
+    /// This process, for a successor to see whether it has ended. The sandbox does not let a process open that.
+    process: Option<OwnedFd>,
+    /// The latest connection whose first message has not arrived yet.
+    silent: Mutex<Option<Channel>>,
+}
+
+impl Listener {
+    /// Creates the socket of `program` in its runtime directory.
+    pub(crate) fn in_dir(directory: &Path, program: &str) -> Result<Self> {
+        let path = directory.join(SOCKET);
+        let what = || format!("cannot create the socket {}", path.display());
+        // One that a killed process left behind.
+        let _ = std::fs::remove_file(&path);
+        let socket = UnixListener::bind(&path).map_err(|error| Error::io(what(), &error))?;
+        Self::of(socket, program)
+    }
+
+    fn of(socket: UnixListener, program: &str) -> Result<Self> {
+        let nonblocking = socket.set_nonblocking(true);
+        nonblocking.map_err(|error| Error::io("cannot wait for a successor", &error))?;
+        let process = own_pidfd();
+        Ok(Self { socket, program: program.to_owned(), process, silent: Mutex::default() })
+    }
+
+    /// Accepts a successor, if one has introduced itself, and returns its process id. A process of another user, or of
+    /// another program or version, is refused. Does not wait.
+    ///
+    /// # Errors
+    /// `Os` if a connection cannot be accepted.
+    pub fn accept(&self) -> Result<Option<(Channel, u32)>> {
+        let what = "cannot accept a successor";
+        // No panic leaves it half-changed.
+        let mut silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.socket.accept() {
+            Ok((socket, _)) => {
+                *silent = Some(Channel::new(socket).map_err(|error| Error::io(what, &error))?);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(Error::io(what, &error)),
+        }
+        let has_message = |channel: &mut Channel| channel.has_message(Duration::ZERO).unwrap_or(false);
+        let Some(channel) = silent.take_if(has_message) else { return Ok(None) };
+        let peer = channel.peer().map_err(|errno| Error::os(what, errno))?;
+        let user = Uid::from_raw(peer.uid());
+        if user != geteuid() && !user.is_root() {
+            return Ok(None);
+        }
+        let own = Hello::of(&self.program);
+        let Ok((hello, _)) = channel.receive::<Hello>(PATIENCE) else { return Ok(None) };
+        if hello == own {
+            return Ok(Some((channel, peer.pid().unsigned_abs())));
+        }
+        let why =
+            format!("it is {} {}, but this is {} {}", own.program, own.version, hello.program, hello.version);
+        channel.refuse(why)?;
+        Ok(None)
+    }
+
+    /// Descriptor of this process that can be read when it has ended.
+    pub(crate) fn process(&self) -> Option<BorrowedFd<'_>> {
+        self.process.as_ref().map(AsFd::as_fd)
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// What the EAL of a running program passes to its successor: numbers of descriptors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct EalRecord {
+    /// Process id of the program.
+    pub(crate) pid: u32,
+    /// The process itself (`pidfd_open(2)`), if the kernel offers that.
+    pub(crate) process: Option<u32>,
+    /// Lock of the runtime directory.
+    pub(crate) lock: u32,
+    /// Socket at which the program waits for successors.
+    pub(crate) listener: u32,
+    /// Telemetry socket and its path.
+    pub(crate) telemetry: Option<(u32, PathBuf)>,
+    /// Files of the regions of packet memory.
+    pub(crate) regions: Vec<u32>,
+}
+
+/// What a running program passes to its successor in advance.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Offer {
+    pub(crate) eal: EalRecord,
+    /// Record of the layers above the EAL.
+    pub(crate) program: Vec<u8>,
+}
+
+/// A take-over in progress, as the successor sees it.
+#[derive(Debug)]
+pub struct Takeover {
+    channel: Channel,
+    /// The running process; `None` if the kernel does not offer it.
+    process: Option<OwnedFd>,
+    pub(crate) offer: Offer,
+    /// Descriptors that came with the offer, until they are taken.
+    fds: Mutex<ReceivedFds>,
+    /// Files of all regions, in order, until they are taken.
+    regions: Mutex<Option<Vec<OwnedFd>>>,
+}
+
+impl Takeover {
+    /// Asks the program that listens in `directory` for its offer.
+    pub(crate) fn begin(directory: &Path, program: &str) -> Result<Self> {
+        let hint = format!("start {program} without --takeover if none runs");
+        let socket = socket::connect(&directory.join(SOCKET), CANNOT, hint)?;
+        let channel = Channel::new(socket).map_err(|error| Error::io(CANNOT, &error))?;
+        channel.send(&Hello::of(program), &Fds::default())?;
+        let (offer, fds) = channel.answer::<Offer>(OFFER_PATIENCE)?;
+        let regions = offer.eal.regions.iter().map(|number| fds.get(*number)).collect::<Result<_>>()?;
+        let process = offer.eal.process.map(|number| fds.get(number)).transpose()?;
+        let (fds, regions) = (Mutex::new(fds), Mutex::new(Some(regions)));
+        Ok(Self { channel, process, offer, fds, regions })
+    }
+
+    /// Connection to the running program.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// Process id of the running program.
+    pub fn pid(&self) -> u32 {
+        self.offer.eal.pid
+    }
+
+    /// Waits until the running process has ended and closed its files, for at most `longest`. Returns whether it has.
+    pub fn has_ended(&self, longest: Duration) -> bool {
+        let Some(process) = &self.process else { return false };
+        let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        let longest = PollTimeout::try_from(longest).unwrap_or(PollTimeout::MAX);
+        poll(&mut fds, longest).is_ok() && fds[0].any() == Some(true)
+    }
+
+    /// Takes the descriptors that came with the offer. Those that are not used are to be closed: a device that is open
+    /// twice would stay open when its port is closed.
+    pub fn take_fds(&self) -> ReceivedFds {
+        std::mem::take(&mut *self.fds())
+    }
+
+    fn fds(&self) -> MutexGuard<'_, ReceivedFds> {
+        self.fds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lock of the runtime directory.
+    pub(crate) fn lock(&self) -> Result<OwnedFd> {
+        self.fds().get(self.offer.eal.lock)
+    }
+
+    /// Record of the layers above the EAL.
+    ///
+    /// # Errors
+    /// `Protocol` if it is not of this type.
+    pub fn record<T: DeserializeOwned>(&self) -> Result<T> {
+        decode(&self.offer.program)
+    }
+
+    /// Telemetry socket of the running program, if it has one.
+    pub(crate) fn telemetry(&self) -> Result<Option<TelemetrySocket>> {
+        let Some((number, path)) = &self.offer.eal.telemetry else { return Ok(None) };
+        TelemetrySocket::of_predecessor(self.fds().get(*number)?, path.clone()).map(Some)
+    }
+
+    /// Socket at which the running program waits for successors of `program`.
+    pub(crate) fn listener(&self, program: &str) -> Result<Listener> {
+        Listener::of(self.fds().get(self.offer.eal.listener)?.into(), program)
+    }
+
+    /// Takes the files of all regions; `None` if that was done before.
+    pub(crate) fn take_regions(&self) -> Option<Vec<OwnedFd>> {
+        self.regions.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Returns a descriptor that can be read when this process has ended (`pidfd_open(2)`).
+fn own_pidfd() -> Option<OwnedFd> {
+    // SAFETY: the call takes its arguments by value.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) }).ok()?;
+    // SAFETY: the kernel has just created the descriptor, and nothing else owns it.
+    Some(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Numbers of the files of `regions`, whose pages a successor can map.
+pub(crate) fn region_files<'a>(
+    regions: impl IntoIterator<Item = &'a Region>,
+    fds: &mut Fds<'a>,
+) -> Result<Vec<u32>> {
+    let number = |region: &'a Region| {
+        let fd = region.fd().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unavailable,
+                "cannot hand over packet memory",
+                "anonymous memory is not a file",
+            )
+        })?;
+        Ok(fds.add(fd))
+    };
+    regions.into_iter().map(number).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "there are no sockets")]
+    fn a_successor_of_the_same_program_is_accepted_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let nobody = Takeover::begin(dir.path(), "l2fwd").unwrap_err();
+        assert_eq!(nobody.kind(), ErrorKind::Unavailable);
+        assert!(
+            nobody.to_string().contains("there is no such socket; start l2fwd without --takeover"),
+            "{nobody}"
+        );
+        let listener = Listener::in_dir(dir.path(), "l2fwd").unwrap();
+        assert!(listener.accept().unwrap().is_none());
+        let socket = dir.path().join(SOCKET);
+        // A client that sends nothing delays nobody.
+        let _silent = UnixStream::connect(&socket).unwrap();
+        assert!(listener.accept().unwrap().is_none());
+        thread::scope(|scope| {
+            let other = scope.spawn(|| Takeover::begin(dir.path(), "pktgen").unwrap_err());
+            while !other.is_finished() {
+                assert!(listener.accept().unwrap().is_none());
+            }
+            let why = other.join().unwrap().to_string();
+            assert!(why.contains("it is l2fwd 0.1.0, but this is pktgen 0.1.0"), "{why}");
+            let refused = scope.spawn(|| Takeover::begin(dir.path(), "l2fwd").unwrap_err());
+            let (channel, pid) = loop {
+                if let Some(accepted) = listener.accept().unwrap() {
+                    break accepted;
+                }
+            };
+            assert_eq!(pid, std::process::id());
+            channel.refuse("a port restarts".to_owned()).unwrap();
+            let refused = refused.join().unwrap();
+            assert_eq!((refused.kind(), refused.why()), (ErrorKind::Busy, "a port restarts"));
+        });
+        // A killed process leaves its socket behind.
+        drop(listener);
+        assert!(Takeover::begin(dir.path(), "l2fwd").unwrap_err().why().contains("no process listens"));
+        Listener::in_dir(dir.path(), "l2fwd").unwrap();
+    }
+}
