@@ -31,7 +31,7 @@ lab_count() {
 }
 
 compare_prepare() {
-    OPT_TIMEOUT=${OPT_TIMEOUT:-1800}
+    OPT_TIMEOUT=${OPT_TIMEOUT:-3600}
     guest_prepare "$1"
     if [[ -z $OPT_SHARE ]]; then
         OPT_SHARE="$WORK/share"

@@ -34,7 +34,7 @@ Programs of this repository have short names: lab run -- l2fwd --help
   --share DIR                 mount DIR of the host, writable, at /share
   --coverage DIR              build the programs with counters of the lines that they reach; each boot writes a directory
                               of .profraw files to DIR, from which sanitize coverage --guest makes a report
-  --timeout SECONDS           limit for each boot (300; none for a shell; 1800 for compare and count; 0: none)
+  --timeout SECONDS           limit for each boot (300; none for a shell; 3600 for compare and count; 0: none)
   --accel auto|kvm|tcg        auto: KVM if a probe boot shows that it works
   --no-build                  do not build the repository's programs; the guest has busybox and strace
   --qemu-arg ARG              one more argument for QEMU (repeatable)

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use vireo_frame::drivers::table::Drivers;
 use vireo_frame::eal::{Result, program};
-use vireo_frame::{App, Config, neighbors};
+use vireo_frame::{App, Config, RunEvent, neighbors};
 
 /// Arguments after `--`
 #[derive(Parser)]
@@ -24,7 +24,7 @@ fn forward(app: &App, args: Args) -> Result<()> {
     app.confine()?; // drops root privileges, enters the sandbox
     program::print("forwarding\n")?;
     // Forwards on all lcores until a signal arrives. Restarts and announces ports whose devices misbehave.
-    let announce = |port, state| program::note(&format!("port {port}: {state:?}"));
+    let announce = |event: RunEvent| program::note(&event.to_string());
     ports.forward(app, |_| (), &announce, |_| ())?;
     // Checks that every buffer was returned, and that every packet is accounted for.
     ports.finish(|port, summary| program::print(&format!("port {port}: {:?}\n", summary.stats.named())))

@@ -179,7 +179,7 @@ fn run(app: &App, _: Nothing) -> Result<()> {
             app.stop.set()
         }
     };
-    ports.forward(app, |_| (), &|_, _| (), |counts| stop_when_done(counts.of(0).received))?;
+    ports.forward(app, |_| (), &|_| (), |counts| stop_when_done(counts.of(0).received))?;
     ports.finish(|port, summary| {
         let (received, sent) = (summary.stats.rx_sum().packets, summary.stats.tx_sum().packets);
         program::print(&format!("{}: received {received} sent {sent}\n", described[port]))

@@ -68,7 +68,7 @@ fn respond(app: &App, args: Args) -> Result<()> {
     app.confine()?;
     program::print("answering\n")?;
     let responder = |port: usize| Responder { mac: macs[port], address: args.address };
-    ports.forward(app, |route| responder(route.from), &|_, _| (), |_| ())?;
+    ports.forward(app, |route| responder(route.from), &|_| (), |_| ())?;
     for port in 0..macs.len() {
         let counts = ports.counts().of(port);
         program::print(&format!("port {port}: received {} sent {}\n", counts.received, counts.sent))?;

@@ -12,6 +12,7 @@ use vireo_eal::args::{self, Outcome, Program};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Eal, Result, program};
 
+use crate::control::handover::ProgramRecord;
 use crate::ports::{Config, Ports};
 use crate::route::{Route, assign_lcores};
 
@@ -33,18 +34,38 @@ pub fn main<A: Parser, T: Termination>(
     drivers: Drivers,
     application: impl FnOnce(&App, A) -> Result<T>,
 ) -> ExitCode {
+    start(drivers, false, application)
+}
+
+/// Does the same as [`main`], for an application that can be replaced while it runs: started a second time with
+/// `--takeover` and otherwise the same arguments, it [takes over](Ports::forward) the ports of the running one, which
+/// ends. The state of a [hook](crate::Hook) does not move, so the hooks of `application` have none.
+pub fn main_of_replaceable<A: Parser, T: Termination>(
+    drivers: Drivers,
+    application: impl FnOnce(&App, A) -> Result<T>,
+) -> ExitCode {
+    start(drivers, true, application)
+}
+
+fn start<A: Parser, T: Termination>(
+    drivers: Drivers,
+    is_replaceable: bool,
+    application: impl FnOnce(&App, A) -> Result<T>,
+) -> ExitCode {
     let mut command = A::command();
     let usage = command.render_help().to_string();
-    program::exit_code(command.get_name(), run(drivers, &usage, application))
+    let successor_of = is_replaceable.then(|| command.get_name());
+    program::exit_code(command.get_name(), run(drivers, &usage, successor_of, application))
 }
 
 fn run<A: Parser, T: Termination>(
     drivers: Drivers,
     usage: &str,
+    successor_of: Option<&str>,
     application: impl FnOnce(&App, A) -> Result<T>,
 ) -> Result<ExitCode> {
     let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
-    let program = Program { usage, device_keys: &device_keys, vdev_keys: &vdev_keys, ..Program::default() };
+    let program = Program { usage, device_keys: &device_keys, vdev_keys: &vdev_keys, successor_of };
     let parsed = match args::parse(std::env::args_os(), &program)? {
         Outcome::Print(text) => {
             program::print(&text)?;
@@ -56,18 +77,26 @@ fn run<A: Parser, T: Termination>(
     let stop = StopFlag::on_signals()?;
     let app = App { eal: Eal::init(parsed.eal)?, drivers, stop };
     app.eal.open_telemetry();
+    app.eal.open_handover();
     Ok(application(&app, own)?.report())
 }
 
 impl App {
     /// Opens the ports that the EAL arguments select: PCI functions by address, then virtual devices in
-    /// command-line order.
+    /// command-line order. With `--takeover`, attaches to those of the running program.
     ///
     /// # Errors
     /// The error of the first port that is unavailable; `Usage` when the ports cannot use the addresses of
-    /// `--iova-mode`.
+    /// `--iova-mode`; `Busy` when the running program has others.
     pub fn open_ports(&self) -> Result<Vec<OpenPort>> {
-        let open = ports::open(&self.eal, &self.drivers, &Bus::default(), &self.stop)?;
+        let (eal, drivers, bus) = (&self.eal, &self.drivers, Bus::default());
+        let open = match eal.takeover() {
+            None => ports::open(eal, drivers, &bus, &self.stop)?,
+            Some(takeover) => {
+                let offered = takeover.record::<ProgramRecord>()?.ports;
+                ports::take_over(eal, drivers, &bus, &offered, &takeover.take_fds())?
+            }
+        };
         self.eal.iova_mode(open.iter().any(OpenPort::is_physical))?;
         Ok(open)
     }
@@ -99,7 +128,8 @@ impl App {
             &memory,
             served.filter_map(|(lcore, port)| Some((lcore, open.get(port)?))),
         );
-        Ports::new(open, routes, memory, &need)
+        let ports = Ports::new(open, routes, memory, &need)?;
+        Ok(if self.eal.takeover().is_some() { ports.of_predecessor() } else { ports })
     }
 
     /// Drops what only set-up needs: root privileges (`--user`), then, unless `--no-sandbox` is given, access

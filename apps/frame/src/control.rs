@@ -1,16 +1,23 @@
 //! The control thread: inspects the ports while lcores forward, and restarts a port whose device misbehaves.
 
+pub(crate) mod handover;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vireo_drivers::port::Nic;
+use vireo_eal::event::Event;
+use vireo_eal::handover::{Channel, Takeover};
 use vireo_eal::lcore::StopFlag;
+use vireo_eal::{Eal, Result};
 
+pub use self::handover::Handover;
+use crate::forward::AnyLane;
 use crate::idle::IdleQueues;
 use crate::ports::PortResources;
 use crate::recall::Recall;
@@ -38,17 +45,58 @@ pub enum PortState {
     LinkDown,
 }
 
+/// Something that happens while lcores forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunEvent {
+    /// A port enters a state.
+    Port {
+        /// Number of the port.
+        port: usize,
+        /// The state.
+        state: PortState,
+    },
+    /// This program forwards in place of its predecessor from now on.
+    TookOver(Handover),
+    /// The successor forwards in place of this program, which ends.
+    HandedOver(Handover),
+}
+
+impl fmt::Display for RunEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Port { port, state } => {
+                let state = match state {
+                    PortState::Restarting => "restarting",
+                    PortState::Running => "running",
+                    PortState::Closed => "closed",
+                    PortState::LinkUp => "link up",
+                    PortState::LinkDown => "link down",
+                };
+                write!(f, "port {port}: {state}")
+            }
+            Self::TookOver(Handover { pid, gap }) => {
+                write!(f, "took over from process {pid}: nobody polled for {} µs", gap.as_micros())
+            }
+            Self::HandedOver(Handover { pid, gap }) => {
+                write!(f, "handed over to process {pid}: nobody polled for {} µs", gap.as_micros())
+            }
+        }
+    }
+}
+
 /// A lane without its queues.
 #[derive(Debug)]
-struct ParkedLane<H> {
-    lcore: u32,
-    from: usize,
-    to: usize,
-    hook: H,
+pub(crate) struct ParkedLane<H> {
+    pub(crate) lcore: u32,
+    /// Numbers of the queue pairs, as in [`Lane`](crate::forward::Lane).
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) hook: H,
 }
 
 /// The control thread's view of a run.
 pub(crate) struct Control<'a, H> {
+    pub(crate) eal: &'a Eal,
     /// All ports.
     pub(crate) ports: &'a mut [SupervisedPort],
     /// Numbers of the started ports.
@@ -62,8 +110,18 @@ pub(crate) struct Control<'a, H> {
     pub(crate) recall: &'a Recall<H>,
     /// Interval at which all lanes leave their loops and go on, if any.
     pub(crate) untie_period: Option<Duration>,
-    /// Called with each state that a port enters.
-    pub(crate) announce: &'a (dyn Fn(usize, PortState) + Sync),
+    /// Called with each event.
+    pub(crate) announce: &'a (dyn Fn(RunEvent) + Sync),
+    /// Take-over by which the run begins, and the event that the control thread signals afterwards.
+    pub(crate) takeover: Option<(&'a Takeover, &'a Event)>,
+}
+
+/// How a run ended.
+pub(crate) struct Ended {
+    /// Queues that no lcore polls.
+    pub(crate) queues: IdleQueues,
+    /// Whether a successor has the ports.
+    pub(crate) is_handed_over: bool,
 }
 
 /// Working state of the control thread.
@@ -73,16 +131,39 @@ struct Supervisor<'a, H> {
     queues: IdleQueues,
     /// Lanes without their queues, which wait for a port at either end to come up.
     parked: Vec<ParkedLane<H>>,
+    /// A successor that prepares to take over.
+    successor: Option<Successor>,
+}
+
+/// A process that prepares to take over.
+struct Successor {
+    channel: Channel,
+    pid: u32,
+    /// Number of restarts of all ports when it was made the offer, which a restart may outdate.
+    restarts: u64,
 }
 
 impl<H> Control<'_, H> {
     /// Inspects the ports until `stop`. [`thread::Thread::unpark`] triggers the next inspection at once.
-    /// Takes the `queues` that no lcore polls, and returns those that no lcore polls in the end.
-    pub(crate) fn run(self, queues: IdleQueues, stop: &StopFlag) -> IdleQueues {
+    /// Takes the `queues` and lanes that no lcore polls, and returns the queues that no lcore polls in the end.
+    ///
+    /// # Errors
+    /// When a take-over fails.
+    pub(crate) fn run(
+        self,
+        queues: IdleQueues,
+        parked: Vec<ParkedLane<H>>,
+        stop: &StopFlag,
+    ) -> Result<Ended> {
         let used = self.used;
-        let Control { untie_period, recall, lcores, .. } = self;
-        let mut supervisor = Supervisor { control: self, queues, parked: Vec::new() };
+        let Control { untie_period, recall, lcores, takeover, .. } = self;
+        let mut supervisor = Supervisor { control: self, queues, parked, successor: None };
+        if let Some((takeover, done)) = takeover {
+            supervisor.take_over(takeover).inspect_err(|_| stop.set())?;
+            done.signal();
+        }
         let mut last_untied = Instant::now();
+        let mut is_handed_over = false;
         while !stop.is_set() {
             for number in used {
                 supervisor.inspect(*number);
@@ -92,15 +173,24 @@ impl<H> Control<'_, H> {
                 recall.give(Vec::new(), lcores);
                 last_untied = Instant::now();
             }
-            thread::park_timeout(INSPECTION_PERIOD);
+            is_handed_over = supervisor.serve_successor(stop);
+            match &supervisor.successor {
+                _ if is_handed_over => {}
+                Some(successor) => _ = successor.channel.has_message(INSPECTION_PERIOD),
+                None => thread::park_timeout(INSPECTION_PERIOD),
+            }
         }
-        supervisor.queues
+        if let Some(successor) = &supervisor.successor {
+            let _ = successor.channel.refuse("it was asked to end".to_owned());
+        }
+        Ok(Ended { queues: supervisor.queues, is_handed_over })
     }
 }
 
 impl<H> Supervisor<'_, H> {
     fn inspect(&mut self, number: usize) {
         let announce = self.control.announce;
+        let announce = |port, state| announce(RunEvent::Port { port, state });
         let SupervisedPort { open, is_down, last_start, counted, .. } = &mut self.control.ports[number];
         let Some(open) = open else { return };
         if open.release_requested() {
@@ -133,9 +223,8 @@ impl<H> Supervisor<'_, H> {
     fn stop(&mut self, number: usize) -> bool {
         let Control { recall, lcores, resources, .. } = self.control;
         for (lcore, lane) in recall.take(self.queues.numbers(number), lcores) {
-            let (from, to) = (lane.from, lane.to);
-            let hook = self.queues.put(lane);
-            self.parked.push(ParkedLane { lcore, from, to, hook });
+            let parked = self.park(lcore, lane);
+            self.parked.push(parked);
         }
         let Some(queues) = self.queues.take_port(number) else { return false };
         let port = &mut self.control.ports[number];
@@ -159,6 +248,18 @@ impl<H> Supervisor<'_, H> {
         tracing::info!("port {number} is up again");
         (port.is_down, port.unconfirmed) = (false, None);
         port.status.update(|status| status.is_started = true);
+        self.return_lanes();
+        (self.control.announce)(RunEvent::Port { port: number, state: PortState::Running });
+    }
+
+    /// Separates the queues of a lane of `lcore` from the lane.
+    fn park(&mut self, lcore: u32, lane: AnyLane<H>) -> ParkedLane<H> {
+        let (from, to) = (lane.from, lane.to);
+        ParkedLane { lcore, from, to, hook: self.queues.put(lane) }
+    }
+
+    /// Returns the lanes whose ends are both up to their lcores, and the time at which the last lcore had its own.
+    fn return_lanes(&mut self) -> Duration {
         let mut lanes = Vec::new();
         for ParkedLane { lcore, from, to, hook } in std::mem::take(&mut self.parked) {
             match self.queues.join(from, to, hook) {
@@ -166,7 +267,6 @@ impl<H> Supervisor<'_, H> {
                 Err(hook) => self.parked.push(ParkedLane { lcore, from, to, hook }),
             }
         }
-        self.control.recall.give(lanes, self.control.lcores);
-        (self.control.announce)(number, PortState::Running);
+        self.control.recall.give(lanes, self.control.lcores)
     }
 }

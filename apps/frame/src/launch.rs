@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
 use std::time::Duration;
 
-use vireo_eal::event::wait_for_any;
+use vireo_eal::event::{Event, wait_for_any};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
 use crate::caches::CachesByNode;
-use crate::control::{Control, PortState};
+use crate::control::{Control, Ended, ParkedLane, RunEvent};
 use crate::counts::Counts;
 use crate::forward::{AnyLane, Polling, forward_any, forward_any_general, forward_by_node};
 use crate::hook::Hook;
@@ -22,7 +22,7 @@ use crate::supervised::SupervisedPort;
 /// Polling rounds per call of the application's `tick`, which reads a clock.
 const ROUNDS_PER_TICK: u32 = 64;
 
-/// Time between two calls of `tick` while the main lcore has no packets.
+/// Time between two calls of `tick` while the main lcore has no packets or no lanes.
 const TICK_PERIOD: Duration = Duration::from_millis(50);
 
 /// State shared by all lcores.
@@ -37,75 +37,98 @@ pub(crate) struct Shared<'a> {
     pub(crate) untie_period: Option<Duration>,
     /// See [`Ports::sleep_after`](crate::Ports::sleep_after).
     pub(crate) sleep_after: Option<u32>,
+    /// Event that ends a take-over by which the run begins.
+    pub(crate) begin: Option<&'a Event>,
     /// NUMA node of each queue pair's packet buffers; `None` means any node.
     pub(crate) nodes: &'a [Option<u32>],
 }
 
 /// Forwards the lanes of `shares`, keyed by lcore, until the run is to stop, and calls `tick` periodically on
 /// the main lcore. Meanwhile the control thread supervises the `ports` whose numbers are in `used`, which are
-/// started. `idle` has their queues that are in no lane. `announce` is called with each state that a port
-/// enters. Returns the queues of the ports that are up at the end.
+/// started. `idle` has their queues that are in no lane, `parked` the lanes that wait for a take-over. `announce` is
+/// called with each event. Returns the queues of the ports that are up at the end.
 ///
 /// # Errors
-/// When an lcore cannot be pinned or panicked, or the control thread cannot be started or panicked.
+/// When an lcore cannot be pinned or panicked, the control thread cannot be started or panicked, or a take-over fails.
 pub(crate) fn forward_on_lcores<H: Hook>(
     shared: Shared<'_>,
     (ports, used, idle): (&mut [SupervisedPort], &BTreeSet<usize>, IdleQueues),
     mut shares: BTreeMap<u32, Vec<AnyLane<H>>>,
-    announce: &(dyn Fn(usize, PortState) + Sync),
-    mut tick: impl FnMut(),
-) -> Result<IdleQueues> {
-    let Shared { app: App { eal, stop, .. }, resources, untie_period, sleep_after, .. } = shared;
+    parked: Vec<ParkedLane<H>>,
+    announce: &(dyn Fn(RunEvent) + Sync),
+    tick: impl FnMut(),
+) -> Result<Ended> {
+    let Shared { app: App { eal, stop, .. }, resources, untie_period, sleep_after, begin, .. } = shared;
     let lcores = &eal.lcores;
     let main = lcores.main_id();
     let own = shares.remove(&main).unwrap_or_default();
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
-    let (mut queues, lanes) = thread::scope(|scope| {
+    let takeover = eal.takeover().zip(begin);
+    let (mut ended, lanes) = thread::scope(|scope| {
+        let recall = &recall;
         let control =
-            Control { ports, used, lcores: &ids, resources, recall: &recall, untie_period, announce };
+            Control { eal, ports, used, lcores: &ids, resources, recall, untie_period, announce, takeover };
         let control = thread::Builder::new()
             .name("vireo-control".into())
-            .spawn_scoped(scope, move || control.run(idle, stop))
+            .spawn_scoped(scope, move || control.run(idle, parked, stop))
             .map_err(|error| Error::io("cannot start the control thread", &error))
             .inspect_err(|_| stop.set())?;
-        let recall = &recall;
         let mut workers = Vec::with_capacity(shares.len());
         for (id, share) in shares {
-            let worker = lcores.launch_in(scope, id, move |_| run_lanes(shared, recall, id, share, || ()));
+            let worker = lcores.launch_in(scope, id, move |_| run_lanes(shared, recall, id, share, ()));
             workers.push(worker.inspect_err(|_| stop.set())?);
         }
-        let only_ticks = own.is_empty();
         // An lcore that sleeps may do only one round at a time.
-        let rounds_per_tick = if sleep_after.is_some() { 1 } else { ROUNDS_PER_TICK };
-        let mut round = 0_u32;
-        let lanes = lcores.run_main(|_| {
-            run_lanes(shared, recall, main, own, || {
-                round = round.wrapping_add(1);
-                if only_ticks {
-                    // A main lcore without lanes leaves its core to other threads between ticks.
-                    wait_for_any(stop.event(), Some(TICK_PERIOD));
-                } else if !round.is_multiple_of(rounds_per_tick) {
-                    return;
-                }
-                tick();
-            })
-        });
+        let per_tick = if sleep_after.is_some() { 1 } else { ROUNDS_PER_TICK };
+        let ticks = Ticks { tick, per_tick, round: 0 };
+        let lanes = lcores.run_main(|_| run_lanes(shared, recall, main, own, ticks));
         let mut lanes = lanes.inspect_err(|_| stop.set())?;
         for worker in workers {
             lanes.extend(worker.join()?);
         }
         control.thread().unpark();
-        let queues = control.join().map_err(|_| {
+        let ended = control.join().map_err(|_| {
             let why = "the control thread panicked (its message is above)";
             Error::new(ErrorKind::Protocol, "cannot shut down cleanly", why)
-        })?;
-        Ok::<_, Error>((queues, lanes))
+        })??;
+        Ok::<_, Error>((ended, lanes))
     })?;
     for lane in lanes.into_iter().chain(recall.into_lanes()) {
-        queues.put(lane);
+        ended.queues.put(lane);
     }
-    Ok(queues)
+    Ok(ended)
+}
+
+/// What an lcore does besides forwarding. A worker does nothing.
+trait Rounds {
+    /// Called after each round of polls.
+    fn polled(&mut self) {}
+    /// Called when the lcore has no lanes and has waited.
+    fn waited(&mut self) {}
+}
+
+impl Rounds for () {}
+
+/// Calls the application's `tick` on the main lcore.
+struct Ticks<F> {
+    tick: F,
+    /// Rounds of polls per call.
+    per_tick: u32,
+    round: u32,
+}
+
+impl<F: FnMut()> Rounds for Ticks<F> {
+    fn polled(&mut self) {
+        self.round = self.round.wrapping_add(1);
+        if self.round.is_multiple_of(self.per_tick) {
+            (self.tick)();
+        }
+    }
+
+    fn waited(&mut self) {
+        (self.tick)();
+    }
 }
 
 /// Forwards `lanes` on lcore `id`, and lanes that the lcore gets later, until the run is to stop.
@@ -114,27 +137,33 @@ fn run_lanes<H: Hook>(
     recall: &Recall<H>,
     id: u32,
     mut lanes: Vec<AnyLane<H>>,
-    mut tick: impl FnMut(),
+    mut rounds: impl Rounds,
 ) -> Vec<AnyLane<H>> {
     let ticks = counts.lcore(id).inspect(|ticks| ticks.begin());
     let longest = (id == eal.lcores.main_id()).then_some(TICK_PERIOD);
     let sleep = sleep_after.zip(ticks).map(|(idle_polls, counts)| Sleep { idle_polls, longest, counts });
     let polling = Polling { busy_ticks: ticks.map(|ticks| &ticks.busy), ties, sleep };
     loop {
+        // An lcore without lanes leaves its CPU to others: to those of a program that is taken over, for example.
+        while lanes.is_empty() && !stop.is_raised() {
+            wait_for_any(stop.event(), longest.or(stop.event().is_none().then_some(TICK_PERIOD)));
+            rounds.waited();
+        }
+        let tick = || rounds.polled();
         // Caches are dropped after each round, because a restarting port may need the buffers left in them.
         let nodes: Vec<Option<u32>> =
             lanes.iter().map(|lane| nodes.get(lane.from).copied().flatten()).collect();
         lanes = if nodes.iter().any(|node| *node != nodes[0]) {
             let mut caches = CachesByNode::new(&resources.pool, &nodes);
             match resources.is_general() {
-                false => forward_by_node(lanes, &mut caches, polling, stop, &mut tick),
-                true => forward_any_general(lanes, &mut caches, polling, stop, &mut tick),
+                false => forward_by_node(lanes, &mut caches, polling, stop, tick),
+                true => forward_any_general(lanes, &mut caches, polling, stop, tick),
             }
         } else {
             let mut cache = resources.pool.cache_near(nodes.first().copied().flatten());
             match resources.is_general() {
-                false => forward_any(lanes, &mut cache, polling, stop, &mut tick),
-                true => forward_any_general(lanes, &mut cache, polling, stop, &mut tick),
+                false => forward_any(lanes, &mut cache, polling, stop, tick),
+                true => forward_any_general(lanes, &mut cache, polling, stop, tick),
             }
         };
         if stop.is_set() {

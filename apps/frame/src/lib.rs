@@ -48,10 +48,10 @@ mod supervised;
 mod telemetry;
 pub mod tied;
 
-pub use app::{App, main};
+pub use app::{App, main, main_of_replaceable};
 pub use balance::Balance;
 pub use caches::Caches;
-pub use control::PortState;
+pub use control::{Handover, PortState, RunEvent};
 pub use counts::{Counts, LcoreTicks, Totals};
 pub use headers::{EthernetHeader, IcmpEcho, Ipv4Header};
 pub use hook::{Hook, PacketMut, Packets, Uniform};

@@ -4,18 +4,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use vireo_drivers::handover::PortRecord;
 use vireo_drivers::memory::{MemoryNeed, PortMemory};
 use vireo_drivers::port::{MacAddr, Nic, PortConfig, QueuesOf};
 use vireo_drivers::ports::{OpenPort, buffers_needed, wait_for_links};
 use vireo_drivers::table::Port;
-use vireo_eal::dma::{DmaMemory, Pool, PoolCache};
+use vireo_eal::dma::{DmaMemory, FreeBuffers, Pool, PoolCache};
+use vireo_eal::event::Event;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::Region;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
 use crate::balance::Balance;
-use crate::control::PortState;
+use crate::control::{ParkedLane, RunEvent};
 use crate::counts::{Counts, LcoreTicks};
 use crate::forward::AnyLane;
 use crate::hook::Hook;
@@ -66,6 +68,22 @@ impl PortResources {
         open.port.start(&self.config.with_offloads(offloads), rings, &mut near)
     }
 
+    /// Continues a port of the predecessor.
+    pub(crate) fn resume(
+        &self,
+        open: &mut OpenPort,
+        record: &PortRecord,
+        free: &mut FreeBuffers,
+    ) -> Result<QueuesOf<Port>> {
+        let offloads = self.config.offloads & open.port.capabilities().offloads;
+        let memory = self.memory.of(open)?;
+        record.resume_on(&mut open.port, &self.config.with_offloads(offloads), memory, free)
+    }
+
+    pub(crate) fn memory(&self) -> &PortMemory {
+        &self.memory
+    }
+
     /// Returns whether frames may consist of several packets, or have partial checksums.
     pub(crate) fn is_general(&self) -> bool {
         self.config.is_scattered() || !self.config.offloads.is_empty()
@@ -95,6 +113,10 @@ pub struct Ports {
     untie_period: Option<Duration>,
     /// See [`Ports::sleep_after`].
     sleep_after: Option<u32>,
+    /// Whether the ports run for a predecessor, until [`Ports::forward`] takes them over.
+    is_successor: bool,
+    /// Whether a successor has the ports.
+    is_handed_over: bool,
 }
 
 impl Ports {
@@ -135,7 +157,19 @@ impl Ports {
             ties: true,
             untie_period: None,
             sleep_after: None,
+            is_successor: false,
+            is_handed_over: false,
         })
+    }
+
+    /// Leaves the start of all ports to [`Ports::forward`], which takes them over from the running program.
+    pub(crate) fn of_predecessor(self) -> Self {
+        Self { is_successor: true, ..self }
+    }
+
+    /// Returns whether a successor has the ports. They are closed then, and their buffers remain with it.
+    pub fn is_handed_over(&self) -> bool {
+        self.is_handed_over
     }
 
     /// Returns the numbers of the ports named by the routes, in ascending order.
@@ -204,7 +238,7 @@ impl Ports {
     /// itself. [`Ports::forward`] does this. Call it after [`App::confine`].
     pub fn serve_telemetry(&mut self, app: &App) -> Telemetry {
         self.begin();
-        Telemetry::start(app, self)
+        Telemetry::start(app, self, None)
     }
 
     /// Records the links, for later ones to be compared with, and tells other threads the state of the ports.
@@ -271,14 +305,19 @@ impl Ports {
         Ok(())
     }
 
-    /// Starts port `number`.
+    /// Starts port `number`. In a take-over, the port runs already, and [`Ports::forward`] continues it.
     ///
     /// # Errors
     /// `Unavailable` when the port is closed; otherwise when the device refuses, or there is too little
     /// memory or too few buffers.
     pub fn start(&mut self, number: usize) -> Result<()> {
         let Self { ports, resources, queues, .. } = self;
-        queues.put_port(number, resources.start(open_in(ports, number)?)?);
+        let open = open_in(ports, number)?;
+        if self.is_successor {
+            ports[number].is_down = true;
+            return Ok(());
+        }
+        queues.put_port(number, resources.start(open)?);
         ports[number].status.update(|status| status.is_started = true);
         Ok(())
     }
@@ -305,34 +344,54 @@ impl Ports {
 
     /// Forwards on all lcores until the run is to stop. `hook` creates the application's hook for each lane.
     /// A port whose device misbehaves is restarted meanwhile. `announce` is called on another thread with
-    /// each state that a port enters. `tick` is called periodically on the main lcore.
+    /// each event. `tick` is called periodically on the main lcore. A take-over by which the program starts
+    /// happens here.
     ///
     /// # Errors
     /// When an lcore cannot be pinned or panicked, or the control thread cannot be started or panicked; as
-    /// for [`Ports::lanes`].
+    /// for [`Ports::lanes`]; why the running program keeps its ports.
     pub fn forward<H: Hook>(
         &mut self,
         app: &App,
         hook: impl FnMut(&Route) -> H,
-        announce: &(dyn Fn(usize, PortState) + Sync),
+        announce: &(dyn Fn(RunEvent) + Sync),
         mut tick: impl FnMut(&Counts),
     ) -> Result<()> {
         self.begin();
-        let _telemetry = Telemetry::start(app, self);
+        let begin = if std::mem::take(&mut self.is_successor) { Some(Event::new()?) } else { None };
+        let _telemetry = Telemetry::start(app, self, begin.clone());
         let mut shares: BTreeMap<u32, Vec<AnyLane<H>>> = BTreeMap::new();
-        let lanes = self.lanes(hook)?;
-        for (route, lane) in self.routes.iter().zip(lanes) {
-            shares.entry(route.lcore).or_default().push(lane);
+        let mut parked = Vec::new();
+        if begin.is_some() {
+            parked = self.parked_lanes(hook);
+            shares.extend(parked.iter().map(|lane| (lane.lcore, Vec::new())));
+        } else {
+            let lanes = self.lanes(hook)?;
+            for (route, lane) in self.routes.iter().zip(lanes) {
+                shares.entry(route.lcore).or_default().push(lane);
+            }
         }
         let node = |number| self.get(number).and_then(|open| self.memory().node_of(open));
         let of_port = |number| self.queues.numbers(number).map(move |_| node(number));
         let nodes: Vec<Option<u32>> = (0..self.count()).flat_map(of_port).collect();
         let Self { ports, used, queues, resources, counts, ties, untie_period, sleep_after, .. } = self;
         let (ties, untie_period, sleep_after) = (*ties, *untie_period, *sleep_after);
-        let shared = Shared { app, resources, counts, ties, untie_period, sleep_after, nodes: &nodes };
+        let begin = begin.as_ref();
+        let shared = Shared { app, resources, counts, ties, untie_period, sleep_after, begin, nodes: &nodes };
         let idle = std::mem::replace(queues, resources.idle_queues());
-        *queues = forward_on_lcores(shared, (ports, used, idle), shares, announce, || tick(counts))?;
+        let ended =
+            forward_on_lcores(shared, (ports, used, idle), shares, parked, announce, || tick(counts))?;
+        (self.queues, self.is_handed_over) = (ended.queues, ended.is_handed_over);
         Ok(())
+    }
+
+    /// Returns the lanes of all routes without queues, in route order.
+    fn parked_lanes<H>(&self, mut hook: impl FnMut(&Route) -> H) -> Vec<ParkedLane<H>> {
+        let lane = |route: &Route| {
+            let [from, to] = [route.from, route.to].map(|port| self.queues.numbers(port).start + route.pair);
+            ParkedLane { lcore: route.lcore, from, to, hook: hook(route) }
+        };
+        self.routes.iter().map(lane).collect()
     }
 
     /// Returns the lanes of all routes, in route order and with their queues, for an application that polls
@@ -392,11 +451,14 @@ impl Ports {
     }
 
     /// Checks that each device confirmed its stop, and that every packet buffer was returned. Call this when
-    /// all ports have stopped and no cache is left.
+    /// all ports have stopped and no cache is left. Checks nothing if a successor has the ports and the buffers.
     ///
     /// # Errors
     /// The reason why a port did not confirm its stop; `Protocol` when buffers are lost.
     pub fn check_buffers(&mut self) -> Result<()> {
+        if self.is_handed_over {
+            return Ok(());
+        }
         if let Some(error) = self.ports.iter_mut().find_map(|port| port.unconfirmed.take()) {
             return Err(error);
         }

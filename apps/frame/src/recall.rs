@@ -6,6 +6,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use vireo_drivers::table::{RxQueue, TxQueue};
+use vireo_eal::clock::monotonic;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::sync::{Condvar, Mutex, MutexGuard};
 
@@ -34,12 +35,15 @@ struct State<H, R, T> {
     lanes: Vec<(u32, Lane<R, T, H>)>,
     /// Lcores that have not visited since the last call.
     awaited: BTreeSet<u32>,
+    /// When the last of them visited, by the monotonic clock.
+    last_visit: Duration,
 }
 
 impl<H, R, T> Recall<H, R, T> {
     /// Creates a handover point without lanes. It stops waiting for lcores when `stop` is set.
     pub(crate) fn new(stop: &StopFlag) -> Self {
-        let state = State { wanted: None, lanes: Vec::new(), awaited: BTreeSet::new() };
+        let state =
+            State { wanted: None, lanes: Vec::new(), awaited: BTreeSet::new(), last_visit: Duration::ZERO };
         Self { stop: stop.clone(), state: Mutex::new(state), all_visited: Condvar::new() }
     }
 
@@ -66,6 +70,7 @@ impl<H, R, T> Recall<H, R, T> {
             }
         }
         if state.awaited.is_empty() {
+            state.last_visit = monotonic();
             self.stop.resume();
             self.all_visited.notify_all();
         }
@@ -77,10 +82,10 @@ impl<H, R, T> Recall<H, R, T> {
         std::mem::take(&mut self.call(Some(pairs), Vec::new(), lcores).lanes)
     }
 
-    /// Returns `lanes` to their lcores. If the program stops before the lcores visit, the lanes are left to
-    /// [`Recall::into_lanes`].
-    pub(crate) fn give(&self, lanes: Vec<(u32, Lane<R, T, H>)>, lcores: &[u32]) {
-        drop(self.call(None, lanes, lcores));
+    /// Returns `lanes` to their lcores, and the time at which the last lcore had its own. If the program stops before the
+    /// lcores visit, the lanes are left to [`Recall::into_lanes`].
+    pub(crate) fn give(&self, lanes: Vec<(u32, Lane<R, T, H>)>, lcores: &[u32]) -> Duration {
+        self.call(None, lanes, lcores).last_visit
     }
 
     /// Calls `lcores`, and waits until all of them have visited or the program is to stop.

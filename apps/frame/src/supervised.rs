@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use vireo_drivers::counters::{PortCounters, PortStats};
+use vireo_drivers::handover::HandOver;
 use vireo_drivers::port::{Link, Nic, QueuesOf};
 use vireo_drivers::ports::OpenPort;
 use vireo_drivers::table::Port;
@@ -89,6 +90,15 @@ impl SupervisedPort {
         .err();
         counted.stats = counters.read();
         counted.is_confirmed = self.unconfirmed.is_none();
+    }
+
+    /// Leaves the port to a successor, which continues it.
+    pub(crate) fn leave(&mut self) {
+        if let Some(mut open) = self.open.take() {
+            open.port.leave();
+            self.counted.stats = self.counters.read();
+            self.counted.is_confirmed = true;
+        }
     }
 
     /// Records the link state, and returns its change. A virtual port has a peer instead of a link.

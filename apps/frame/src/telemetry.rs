@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
 use serde_json::{Map, Value, json};
+use vireo_eal::event::Event;
 use vireo_eal::lcore;
 use vireo_eal::telemetry::{MAX_ANSWER, TelemetrySocket};
 
@@ -21,13 +22,15 @@ use crate::ports::Ports;
 pub struct Telemetry(Option<(Arc<TelemetrySocket>, JoinHandle<()>)>);
 
 impl Telemetry {
-    /// Starts the thread, if `app` has a telemetry socket. It runs on CPUs without lcores, if there are any.
-    pub(crate) fn start(app: &App, ports: &Ports) -> Self {
+    /// Starts the thread, if `app` has a telemetry socket. It runs on CPUs without lcores, if there are any. It answers
+    /// from the start or, in a take-over, from the signal of `begin`: until then the predecessor answers.
+    pub(crate) fn start(app: &App, ports: &Ports, begin: Option<Event>) -> Self {
         let Some(socket) = app.eal.telemetry() else { return Self(None) };
         let (facts, of_thread) = (Facts::new(app, ports), Arc::clone(socket));
         let lcores = app.eal.lcores.all_cpus();
         let thread = Builder::new().name("vireo-telemetry".into()).spawn(move || {
             lcore::keep_off(&lcores);
+            begin.iter().for_each(|begin| of_thread.wait_for(begin));
             of_thread.serve(&info().to_string(), |request| answer(&facts, request));
         });
         match thread {

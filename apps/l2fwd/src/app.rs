@@ -86,7 +86,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     ports.forward(
         app,
         |route| rewrites[route.to],
-        &|port, state| announce(style, port, state),
+        &|event| announce(style, event),
         |counts| {
             let due = args.period > 0.0 && last.elapsed().as_secs_f64() >= args.period;
             if due && printed.is_ok() {
@@ -211,12 +211,22 @@ fn check_links(app: &App, reporter: &Reporter, ports: &Ports) -> Result<()> {
     Ok(())
 }
 
-/// Stops and closes every port, prints its counters, and checks that every buffer was returned.
+/// Stops and closes every port, unless a successor has it, prints its counters, and checks that every buffer was
+/// returned.
 fn close(reporter: &Reporter, ports: &mut Ports) -> Result<()> {
     for number in ports.used().collect::<Vec<_>>() {
-        reporter.print_text(&format!("Closing port {number}..."))?;
+        let is_ours = !ports.is_handed_over();
+        if is_ours {
+            reporter.print_text(&format!("Closing port {number}..."))?;
+        }
         let closed = ports.close(number);
-        reporter.print_text(if closed.is_confirmed { " Done\n" } else { " the device did not stop\n" })?;
+        if is_ours {
+            reporter.print_text(if closed.is_confirmed {
+                " Done\n"
+            } else {
+                " the device did not stop\n"
+            })?;
+        }
         let of_port = [("restarts", closed.restarts), ("link_changes", closed.link_changes)];
         let of_port = of_port.map(|(name, count)| (name.to_owned(), count));
         let text = [closed.stats.summary(), of_port.to_vec()].concat();

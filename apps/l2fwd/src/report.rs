@@ -10,7 +10,7 @@ use vireo_drivers::counters::PortStats;
 use vireo_drivers::port::{Link, MacAddr};
 use vireo_eal::clock::Tsc;
 use vireo_eal::{Result, program};
-use vireo_frame::{LcoreTicks, PortState, Totals};
+use vireo_frame::{Handover, LcoreTicks, RunEvent, Totals};
 
 /// Longest wait, at the end of a run, for an output reader that reads nothing.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -197,13 +197,25 @@ impl Reporter {
     }
 }
 
-/// Prints a port's new state for programs. For people it is in the log. As with statistics, this does not
-/// wait for the reader.
-pub fn announce(style: Style, port: usize, state: PortState) {
-    if style == Style::Json {
-        let event = json!({ "event": "port_state", "port": port, "state": state });
+/// Prints an event. For people, the state of a port is in the log. As with statistics, this does not wait for the
+/// reader.
+pub fn announce(style: Style, event: RunEvent) {
+    let moved = |name, Handover { pid, gap }: Handover| {
+        let mut text = event.to_string();
+        text[..1].make_ascii_uppercase();
+        (text, json!({ "event": name, "pid": pid, "gap_us": gap.as_secs_f64() * 1e6 }))
+    };
+    let (text, json) = match event {
+        RunEvent::Port { port, state } => {
+            (String::new(), json!({ "event": "port_state", "port": port, "state": state }))
+        }
+        RunEvent::TookOver(handover) => moved("took_over", handover),
+        RunEvent::HandedOver(handover) => moved("handed_over", handover),
+    };
+    let line = if style == Style::Json { json.to_string() } else { text };
+    if !line.is_empty() {
         // The next statistics get the same error, and end the run there.
-        let _ = program::print_if_room(&format!("{event}\n"));
+        let _ = program::print_if_room(&format!("{line}\n"));
     }
 }
 

@@ -156,6 +156,24 @@ impl L2fwd {
         })
     }
 
+    /// Starts `successor`, which takes the place of this l2fwd. Returns it when it forwards, and the time in microseconds
+    /// in which none of both polled. This l2fwd must end in order.
+    pub(crate) fn replace(self, context: &Context, successor: &Start) -> Result<(Self, f64)> {
+        let mut next = successor.spawn(context)?;
+        next.await_event("that it took over", |event| event["event"] == "took_over")?;
+        let gap = next.events.last().and_then(|event| event["gap_us"].as_f64()).context("no gap")?;
+        let ended = self.wait()?;
+        ensure!(ended.code == 0, "the predecessor exited with {}", ended.code);
+        let complains = |line: &&str| line.contains("warning") || line.contains("error");
+        ensure!(!ended.complaints().iter().any(complains), "the predecessor printed warnings or errors");
+        ensure!(
+            ended.event("handed_over").is_ok()
+                && ended.events.last().is_some_and(|event| event["event"] == "end"),
+            "the predecessor did not say that it handed over and ended"
+        );
+        Ok((next, gap))
+    }
+
     /// Sends `signal`, and waits for the end of l2fwd.
     pub(crate) fn end(self, signal: Signal) -> Result<Ended> {
         self.process.signal(signal)?;

@@ -19,7 +19,7 @@ use vireo_eal::dma::{DATA_ROOM, DmaMemory, Pool};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 
-use super::{PortState, SupervisedPort};
+use super::{PortState, RunEvent, SupervisedPort};
 use crate::app::App;
 use crate::balance::Balance;
 use crate::ports::Ports;
@@ -212,7 +212,7 @@ fn while_forwarding_with(
                 std::thread::yield_now();
             }
         });
-        let announce = |port, state| announced.lock().unwrap().push((port, state));
+        let announce = |event| announced.lock().unwrap().push(event);
         ports.forward(&app, |_| (), &announce, |_| ()).unwrap();
         acting.join().unwrap();
     });
@@ -221,7 +221,8 @@ fn while_forwarding_with(
     let balances = ports.balances();
     assert_eq!(balances.len(), ways.len());
     balances.iter().for_each(|balance| Balance::check(balance).unwrap());
-    let restarts = [(0, PortState::Restarting), (0, PortState::Running)].repeat(closed[0].restarts as usize);
+    let states = [PortState::Restarting, PortState::Running];
+    let restarts = states.map(|state| RunEvent::Port { port: 0, state }).repeat(closed[0].restarts as usize);
     assert_eq!(announced.into_inner().unwrap(), restarts);
     let stats = &closed[0].stats;
     Counted {

@@ -20,6 +20,7 @@ mod refuse;
 mod signals;
 mod sleep;
 pub(crate) mod soak;
+pub(crate) mod takeover;
 mod telemetry;
 mod traffic;
 
@@ -229,6 +230,7 @@ fn iommu(cases: &mut Cases) {
         opens::leaves(cases, mode);
         interrupts::of_each_nic(cases, boot, mode);
         sleep::cases(cases, boot, mode);
+        takeover::cases(cases, boot, mode);
         in_full_if(cases, mode != "cdev", |cases| signals::end_in_order(cases, boot, mode));
         // compat opens as container does, and maps as cdev does.
         in_full_if(cases, mode == "compat", |cases| {
@@ -289,6 +291,7 @@ fn noiommu(cases: &mut Cases) {
         opens::leaves(cases, mode);
         interrupts::of_each_nic(cases, boot, mode);
         sleep::cases(cases, boot, mode);
+        takeover::cases(cases, boot, mode);
         signals::survive_kills(cases, boot, mode);
         isolation::without_iommu(cases, mode);
     }
@@ -341,6 +344,7 @@ fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     for &mode in modes {
         interrupts::of_each_nic(cases, boot, mode);
         sleep::cases(cases, boot, mode);
+        takeover::cases(cases, boot, mode);
         in_full_if(cases, mode != first, |cases| signals::survive_kill(cases, boot, mode));
     }
     if boot == Boot::Igb {

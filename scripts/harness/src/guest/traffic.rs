@@ -48,6 +48,12 @@ pub(crate) fn start_stream(context: &Context, mode: &str, nic: Nic) -> Result<Pk
     Pktgen::spawn(context, &generator(mode, nic, nic, &format!("--dst-mac {mac} --duration {LONG}")))
 }
 
+/// As [`start_stream`], with so few frames in flight that none overtakes another.
+pub(crate) fn start_ordered_stream(context: &Context, mode: &str, nic: Nic) -> Result<Pktgen> {
+    let stream = format!("--dst-mac {} {WINDOW} --duration {LONG}", nic.mac(Role::FwdRx));
+    Pktgen::spawn(context, &generator(mode, nic, nic, &stream))
+}
+
 /// As [`start_stream`], at a rate that does not wait for frames to come back.
 pub(crate) fn start_steady_stream(context: &Context, mode: &str, nic: Nic) -> Result<Pktgen> {
     let stream =

@@ -13,6 +13,7 @@ use nix::unistd::mkfifo;
 
 use super::cargo::need;
 use crate::case::{Cases, Context};
+use crate::guest::takeover::of_gaps;
 use crate::l2fwd::{L2fwd, Start};
 use crate::pktgen::Pktgen;
 use crate::process::{PATIENCE, Process, await_that};
@@ -21,6 +22,9 @@ const FRAMES: u64 = 200_000;
 /// Frames, and frames per second, between which an lcore sleeps.
 const SLOW_FRAMES: u64 = 5_000;
 const SLOW_RATE: u64 = 5_000;
+/// Arguments of a stream that flows until pktgen is stopped, at a rate at which rings of 256 descriptors have room for
+/// the frames of more than 10 ms.
+const STEADY: &str = "--rate 20000 --window 200 --duration 1000 --await-path 20";
 
 /// One end of a pair of rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +93,11 @@ pub(super) fn cases(cases: &mut Cases) {
         cases.add(name, move |context| two_pairs(context, end));
     }
     cases.add("frames of pktgen on vhost wake l2fwd on virtio-user", wakes);
+    for (more, sleeping) in [("", ""), ("--rx-interrupt", " that sleeps")] {
+        let name = format!("take-overs of an l2fwd{sleeping} on virtio-user lose no frame");
+        cases.add(name, move |context| replaced(context, more));
+    }
+    cases.add("l2fwd on vhost keeps its ports from a successor", kept);
     cases.add("l2fwd on vhost connects to each pktgen that listens", as_client);
     let name = "a machine that is paused under traffic goes on without a storm of statistics";
     cases.add(name, paused);
@@ -122,6 +131,60 @@ fn in_order<A, B>(
             Ok((forwarder()?, generator))
         }
     }
+}
+
+/// Replaces l2fwd again and again while frames pass.
+fn replaced(context: &Context, more: &str) -> Result<()> {
+    let fwd = |takeover: &str| {
+        let devices = End::VirtioUser.devices(&context.dir, 2, "");
+        Start::new(format!("-l 1 {takeover} {} {devices} -- -p 3 -q 2 -T 0.2 {more}", prefix("rings-fwd")))
+    };
+    let start = || fwd("").forwarding(context);
+    let (mut l2fwd, pktgen) =
+        in_order(context, 2, End::VirtioUser, start, || generator(context, End::Vhost, STEADY))?;
+    l2fwd.await_traffic()?;
+    let (mut gaps, mut files) = (Vec::new(), Vec::new());
+    for _ in 0..if context.full { 100 } else { 5 } {
+        let (next, gap) = l2fwd.replace(context, &fwd("--takeover"))?;
+        gaps.push(gap);
+        l2fwd = next;
+        files.push(std::fs::read_dir(format!("/proc/{}/fd", l2fwd.process.pid()))?.count());
+    }
+    ensure!(files.iter().all(|count| *count == files[0]), "the numbers of open files are {files:?}");
+    l2fwd.await_traffic()?;
+    let stream = pktgen.stop()?;
+    let sent = stream.figure("sent");
+    stream.came_back(sent, sent)?;
+    l2fwd.end(Signal::SIGINT)?;
+    context.note(format!("{sent} frames; {}", of_gaps(gaps)));
+    no_socket_left(context)
+}
+
+/// A vhost port cannot be handed over: the successor is told so, and l2fwd continues.
+fn kept(context: &Context) -> Result<()> {
+    let fwd = |takeover: &str| {
+        let devices = End::Vhost.devices(&context.dir, 2, "");
+        Start::new(format!("-l 1 {takeover} {} {devices} -- -p 3 -q 2 -T 0.2", prefix("rings-fwd")))
+    };
+    let start = || fwd("").spawn(context);
+    let (mut l2fwd, pktgen) =
+        in_order(context, 2, End::Vhost, start, || generator(context, End::VirtioUser, STEADY))?;
+    l2fwd.await_traffic()?;
+    let refused = fwd("--takeover").spawn(context)?.wait()?;
+    ensure!(
+        refused.code == 75
+            && refused.stderr.contains("cannot hand over net_vhost0: its driver cannot do that"),
+        "exit code {}: {}",
+        refused.code,
+        refused.stderr
+    );
+    await_sockets(&context.dir, 2)?;
+    l2fwd.await_traffic()?;
+    let stream = pktgen.stop()?;
+    let sent = stream.figure("sent");
+    stream.came_back(sent, sent)?;
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    no_socket_left(context)
 }
 
 fn no_socket_left(context: &Context) -> Result<()> {

@@ -1,0 +1,255 @@
+//! The control thread's part in a take-over: as the predecessor it gives all ports away, as the successor it gets them.
+//! `vireo_eal::handover` has the messages, `vireo_drivers::handover` the state of a port.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use vireo_drivers::handover::PortRecord;
+use vireo_drivers::ports::OfferedPort;
+use vireo_eal::clock::monotonic;
+use vireo_eal::dma::FreeBuffers;
+use vireo_eal::handover::{Answer, Channel, Fds, Step, Takeover, encode};
+use vireo_eal::lcore::StopFlag;
+use vireo_eal::{Error, ErrorKind, Result};
+
+use super::{ParkedLane, RunEvent, Successor, Supervisor};
+use crate::supervised::SupervisedPort;
+
+/// How long the successor waits for the predecessor's state. The predecessor looks for messages ten times per second,
+/// but may be restarting a port.
+const STATE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the predecessor waits with all queues in hand. After that it polls them again.
+const RUNNING_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long a process whose connection has ended may take to end itself.
+const END_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a program tells its successor in advance.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ProgramRecord {
+    pub(crate) ports: Vec<OfferedPort>,
+}
+
+/// State of the program when no lcore polls any more.
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    /// When lcores stopped polling, by the monotonic clock.
+    stopped: Duration,
+    ports: Vec<PortState>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct PortState {
+    number: usize,
+    record: PortRecord,
+    restarts: u64,
+    link_changes: u64,
+}
+
+/// A take-over that moved all ports from one process to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Handover {
+    /// Process id of the other process.
+    pub pid: u32,
+    /// Time in which no process polled.
+    pub gap: Duration,
+}
+
+/// Passes `state` on, and returns when the successor polls the queues in it.
+///
+/// # Errors
+/// When the successor does not poll them and never will.
+fn commit(channel: &Channel, state: State) -> Result<()> {
+    channel.send(&Answer::Ok(state), &Fds::default())?;
+    let running = channel.receive::<Step>(RUNNING_PATIENCE);
+    // Either the message has arrived by now, or the successor cannot send it any more, and gives up.
+    channel.close();
+    match running.or_else(|_| channel.receive(Duration::ZERO))?.0 {
+        Step::Running => Ok(()),
+        Step::Ready => Err(Error::new(ErrorKind::Protocol, "cannot hand over", "it did not take the ports")),
+    }
+}
+
+impl<H> Supervisor<'_, H> {
+    /// Answers a successor, if there is one. Returns true when it has taken over.
+    pub(super) fn serve_successor(&mut self, stop: &StopFlag) -> bool {
+        let eal = self.control.eal;
+        let Some(listener) = eal.successors() else { return false };
+        match listener.accept() {
+            Ok(None) => {}
+            Ok(Some((channel, pid))) => {
+                if let Err(error) = self.offer(channel, pid) {
+                    tracing::warn!("a successor is refused: {error}");
+                }
+            }
+            Err(error) => tracing::debug!("{error}"),
+        }
+        let has_message =
+            |successor: &mut Successor| successor.channel.has_message(Duration::ZERO).unwrap_or(true);
+        let Some(successor) = self.successor.take_if(has_message) else { return false };
+        match successor.channel.receive::<Step>(Duration::ZERO) {
+            Ok((Step::Ready, _)) => self.give_away(&successor, stop),
+            _ => {
+                tracing::info!("the successor has given up");
+                false
+            }
+        }
+    }
+
+    /// Offers everything to a successor that has introduced itself, unless there is another one.
+    fn offer(&mut self, channel: Channel, pid: u32) -> Result<()> {
+        if let Some(other) = &self.successor {
+            let why = format!("process {} is taking it over already", other.pid);
+            channel.refuse(why.clone())?;
+            return Err(Error::new(ErrorKind::Busy, "cannot hand over", why));
+        }
+        let control = &self.control;
+        let (map, mut fds) = (control.resources.memory().memory_map(), Fds::default());
+        let segments = map.segments();
+        let mut offer = || {
+            let is_closed = || Error::new(ErrorKind::Unavailable, "cannot hand over", "a port is closed");
+            let offered = control
+                .ports
+                .iter()
+                .map(|port| OfferedPort::of(port.open.as_ref().ok_or_else(is_closed)?, map, &mut fds));
+            let ports = offered.collect::<Result<Vec<_>>>()?;
+            let regions = segments.iter().map(|segment| segment.region());
+            control.eal.offer(regions, encode(&ProgramRecord { ports })?, &mut fds)
+        };
+        match offer() {
+            Ok(offer) => channel.send(&Answer::Ok(offer), &fds)?,
+            Err(error) => {
+                channel.refuse(error.to_string())?;
+                return Err(error);
+            }
+        }
+        tracing::info!("process {pid} prepares to take over");
+        self.successor = Some(Successor { channel, pid, restarts: self.restarts() });
+        Ok(())
+    }
+
+    /// Number of restarts of all ports.
+    fn restarts(&self) -> u64 {
+        self.control.ports.iter().map(|port| port.counted.restarts).sum()
+    }
+
+    /// Gives all ports to the successor. Returns false, and continues to poll, if that fails.
+    fn give_away(&mut self, Successor { channel, pid, restarts }: &Successor, stop: &StopFlag) -> bool {
+        let stopped = monotonic();
+        let mut parked = self.park_all();
+        let given = self.state(stopped, *restarts).and_then(|state| {
+            commit(channel, state)?;
+            Ok(Handover { pid: *pid, gap: monotonic().saturating_sub(stopped) })
+        });
+        match given {
+            Ok(handover) => {
+                self.control.ports.iter_mut().for_each(SupervisedPort::leave);
+                self.control.eal.leave();
+                stop.set();
+                (self.control.announce)(RunEvent::HandedOver(handover));
+                true
+            }
+            Err(error) => {
+                let _ = channel.refuse(error.to_string());
+                self.parked.append(&mut parked);
+                self.return_lanes();
+                tracing::warn!("{error}; this process continues");
+                false
+            }
+        }
+    }
+
+    /// Takes all lanes from the lcores. Returns them without their queues.
+    fn park_all(&mut self) -> Vec<ParkedLane<H>> {
+        let super::Control { recall, lcores, .. } = self.control;
+        let all = 0..self.queues.numbers(self.control.ports.len()).start;
+        recall.take(all, lcores).into_iter().map(|(lcore, lane)| self.park(lcore, lane)).collect()
+    }
+
+    /// Describes all started ports, whose queues no lcore polls, if they are as they were after `restarts`.
+    fn state(&mut self, stopped: Duration, restarts: u64) -> Result<State> {
+        if self.restarts() != restarts {
+            let why = "a port was restarted meanwhile";
+            return Err(Error::new(ErrorKind::Busy, "cannot hand over", why).with_hint("try again"));
+        }
+        let mut ports = Vec::new();
+        for &number in self.control.used {
+            let port = &self.control.ports[number];
+            let refused =
+                |why| Err(Error::new(ErrorKind::Unavailable, format!("cannot hand over port {number}"), why));
+            let Some(open) = port.open.as_ref().filter(|_| !port.is_down) else {
+                return refused("it is closed or restarting");
+            };
+            let Some(queues) = self.queues.take_port(number) else {
+                return refused("this process is about to end");
+            };
+            let record = PortRecord::of(&open.port, &queues);
+            self.queues.put_port(number, queues);
+            let (restarts, link_changes) = (port.counted.restarts, port.counted.link_changes);
+            ports.push(PortState { number, record: record?, restarts, link_changes });
+        }
+        Ok(State { stopped, ports })
+    }
+
+    /// Takes all ports over from the predecessor. If that has ended before, the ports stay down, and start anew.
+    ///
+    /// # Errors
+    /// Why the predecessor keeps its ports.
+    pub(super) fn take_over(&mut self, takeover: &Takeover) -> Result<()> {
+        let super::Control { eal, recall, lcores, resources, announce, .. } = self.control;
+        // All lcores run and wait for lanes.
+        recall.give(Vec::new(), lcores);
+        let mut free = resources.pool.take_free();
+        let channel = takeover.channel();
+        let sent = channel.send(&Step::Ready, &Fds::default());
+        let state = sent.and_then(|()| channel.answer::<State>(STATE_PATIENCE));
+        let state = match state {
+            Ok((state, _)) => state,
+            Err(error) if takeover.has_ended(END_PATIENCE) => {
+                tracing::warn!("{error}: process {} has ended; its ports are reset", takeover.pid());
+                eal.succeed();
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        let resumed = self.resume(&state, &mut free);
+        drop(free);
+        let running = resumed.and_then(|()| {
+            channel.send(&Step::Running, &Fds::default()).map_err(|error| {
+                let why = format!("it waited no longer, and continues ({})", error.why());
+                Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+            })
+        });
+        if let Err(error) = running {
+            // The predecessor continues, so its devices must not be reset here.
+            self.control.ports.iter_mut().for_each(SupervisedPort::leave);
+            return Err(error);
+        }
+        let gap = self.return_lanes().saturating_sub(state.stopped);
+        eal.succeed();
+        for port in state.ports {
+            let port = &mut self.control.ports[port.number];
+            port.open.iter_mut().for_each(|open| open.watch_release_request());
+            port.status.update(|status| status.is_started = true);
+        }
+        announce(RunEvent::TookOver(Handover { pid: takeover.pid(), gap }));
+        Ok(())
+    }
+
+    /// Continues all ports of `state`, whose rings claim their buffers from `free`.
+    fn resume(&mut self, state: &State, free: &mut FreeBuffers) -> Result<()> {
+        if state.ports.iter().map(|port| port.number).ne(self.control.used.iter().copied()) {
+            let why = "it forwards between other ports";
+            return Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+                .with_hint("give both the same arguments"));
+        }
+        for PortState { number, record, restarts, link_changes } in &state.ports {
+            let port = &mut self.control.ports[*number];
+            let Some(open) = &mut port.open else { continue };
+            self.queues.put_port(*number, self.control.resources.resume(open, record, free)?);
+            (port.counted.restarts, port.counted.link_changes) = (*restarts, *link_changes);
+            port.is_down = false;
+        }
+        Ok(())
+    }
+}
