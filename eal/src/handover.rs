@@ -42,7 +42,7 @@ use crate::telemetry::TelemetrySocket;
 use channel::{CANNOT, PATIENCE};
 
 /// Name of the socket in the runtime directory.
-const SOCKET: &str = "takeover";
+pub(crate) const SOCKET: &str = "takeover";
 /// How long the predecessor may take to answer the first message. It looks for successors ten times per second, but
 /// may be restarting a port.
 const OFFER_PATIENCE: Duration = Duration::from_secs(10);

@@ -13,6 +13,7 @@ use nix::unistd::{Uid, geteuid};
 
 use crate::args::EalArgs;
 use crate::error::{Error, ErrorKind, Result};
+use crate::handover;
 
 const LOCK: &str = "lock";
 
@@ -112,6 +113,8 @@ impl Drop for RuntimeDir {
         if self.is_lent.load(Ordering::Relaxed) {
             return;
         }
+        // By name, because a process with too many open files cannot read the directory.
+        let _ = std::fs::remove_file(self.path.join(handover::SOCKET));
         // Remove the lock file last, and then the directory, unless another process has started to use it.
         let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| entry.file_name() != LOCK) {
