@@ -10,6 +10,7 @@ use super::opens::strace;
 use super::traffic::{carries, ports, start_ordered_stream};
 use crate::case::{Cases, Context};
 use crate::l2fwd::{L2fwd, Start};
+use crate::pktgen::Stream;
 
 /// Number of take-overs of a case; with `--full`; and there in the two usual modes.
 const TIMES: usize = 3;
@@ -19,7 +20,7 @@ const TIMES_IN_USUAL_MODES: usize = 100;
 pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
     for &nic in boot.nics() {
         let name = nic.name();
-        let case = cases.add(format!("take-overs of {name} lose no frame, {mode}"), move |context| {
+        let case = cases.add(format!("l2fwd --takeover loses no frame of {name}, {mode}"), move |context| {
             moves(context, boot, mode, nic)
         });
         case.limit(900).in_full_if(mode == "compat");
@@ -32,15 +33,14 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
         return;
     }
     let nic = boot.nics()[0];
-    cases.add(format!("a successor that cannot take over leaves the ports, {mode}"), move |context| {
+    cases.add(format!("l2fwd --takeover that is refused leaves the ports, {mode}"), move |context| {
         refusals(context, boot, mode, nic)
     });
+    cases.add(format!("l2fwd continues when l2fwd --takeover is late or killed, {mode}"), move |context| {
+        continues(context, boot, mode, nic)
+    });
     cases.add(
-        format!("a predecessor continues when its successor is late or killed, {mode}"),
-        move |context| continues(context, boot, mode, nic),
-    );
-    cases.add(
-        format!("a successor resets the ports of a predecessor that was killed, {mode}"),
+        format!("l2fwd --takeover resets the ports of an l2fwd that is killed, {mode}"),
         move |context| outlives(context, boot, mode, nic),
     );
 }
@@ -75,16 +75,22 @@ fn moves(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
     let ended = l2fwd.stop_complaining(Signal::SIGINT)?;
     // Its counters continue those of all its predecessors.
     ensure!(ended.counts(0)?[1] == sent, "port 0 received {:?}, but {sent} were sent", ended.counts(0)?);
-    context.note(format!("{sent} frames; {}", of_gaps(gaps)));
+    context.note(summary(gaps, &stream));
     Ok(())
 }
 
-/// Summary of the times in which nobody polled, in microseconds.
-pub(crate) fn of_gaps(mut gaps: Vec<f64>) -> String {
+/// Summary of `gaps`, the times in which nobody polled, in microseconds, and of the stream that passed meanwhile.
+pub(crate) fn summary(mut gaps: Vec<f64>, stream: &Stream) -> String {
     gaps.sort_by(f64::total_cmp);
     let at = |index: usize| gaps.get(index).copied().unwrap_or_default();
     let (median, longest) = (at(gaps.len() / 2), at(gaps.len().saturating_sub(1)));
-    format!("{} take-overs: nobody polled for {median:.0} us (median), at most {longest:.0} us", gaps.len())
+    let round_trip = stream.figures["latency_ns"]["max"].as_f64().unwrap_or_default() / 1e3;
+    format!(
+        "{} frames, {} take-overs: nobody polled for {median:.0} us (median), at most {longest:.0} us; longest \
+         round trip {round_trip:.0} us",
+        stream.figure("sent"),
+        gaps.len(),
+    )
 }
 
 /// Packets that port 0 has received.
@@ -131,8 +137,16 @@ fn refusals(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
         next.await_event(step, |event| event["event"] == step)?;
         next.kill()?;
     }
+    // Of two at once, the first one gets the ports.
+    let mut first = forwarder(mode, nic, "--takeover").spawn(context)?;
+    first.await_event("its ports", |event| event["event"] == "open")?;
+    first.process.signal(Signal::SIGSTOP)?;
+    refused(forwarder(mode, nic, "--takeover"), 75, "is taking it over already")?;
+    first.process.signal(Signal::SIGCONT)?;
+    first.await_event("that it took over", |event| event["event"] == "took_over")?;
+    ensure!(l2fwd.wait()?.code == 0, "the predecessor failed");
     carries(context, boot.generator_mode(), nic, nic)?;
-    l2fwd.stop_complaining(Signal::SIGINT)?;
+    first.stop()?;
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use nix::unistd::mkfifo;
 
 use super::cargo::need;
 use crate::case::{Cases, Context};
-use crate::guest::takeover::of_gaps;
+use crate::guest::takeover::summary;
 use crate::l2fwd::{L2fwd, Start};
 use crate::pktgen::Pktgen;
 use crate::process::{PATIENCE, Process, await_that};
@@ -94,10 +94,10 @@ pub(super) fn cases(cases: &mut Cases) {
     }
     cases.add("frames of pktgen on vhost wake l2fwd on virtio-user", wakes);
     for (more, sleeping) in [("", ""), ("--rx-interrupt", " that sleeps")] {
-        let name = format!("take-overs of an l2fwd{sleeping} on virtio-user lose no frame");
+        let name = format!("l2fwd --takeover of an l2fwd{sleeping} loses no frame of virtio-user");
         cases.add(name, move |context| replaced(context, more));
     }
-    cases.add("l2fwd on vhost keeps its ports from a successor", kept);
+    cases.add("l2fwd --takeover is refused by an l2fwd on vhost", kept);
     cases.add("l2fwd on vhost connects to each pktgen that listens", as_client);
     let name = "a machine that is paused under traffic goes on without a storm of statistics";
     cases.add(name, paused);
@@ -156,7 +156,7 @@ fn replaced(context: &Context, more: &str) -> Result<()> {
     let sent = stream.figure("sent");
     stream.came_back(sent, sent)?;
     l2fwd.end(Signal::SIGINT)?;
-    context.note(format!("{sent} frames; {}", of_gaps(gaps)));
+    context.note(summary(gaps, &stream));
     no_socket_left(context)
 }
 
