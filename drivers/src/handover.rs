@@ -99,19 +99,22 @@ pub struct PortRecord {
     device: Vec<u8>,
     rx: Vec<Vec<u8>>,
     tx: Vec<Vec<u8>>,
+    /// Length of the longest frame in bytes, by which the device and its rings are set up.
+    max_frame: usize,
     counters: CountersRecord,
 }
 
 impl PortRecord {
-    /// Describes `port`, which is started with `queues`.
+    /// Describes `port`, which was started with `config` and has these `queues`.
     ///
     /// # Errors
     /// `Unavailable` when its driver cannot hand it over, or when a queue waits for a restart of the port.
-    pub fn of<N: HandOver>(port: &N, queues: &QueuesOf<N>) -> Result<Self> {
+    pub fn of<N: HandOver>(port: &N, queues: &QueuesOf<N>, config: &PortConfig) -> Result<Self> {
         Ok(Self {
             device: port.record()?,
             rx: queues.rx.iter().map(|rx| port.rx_record(rx)).collect::<Result<_>>()?,
             tx: queues.tx.iter().map(|tx| port.tx_record(tx)).collect::<Result<_>>()?,
+            max_frame: config.max_frame,
             counters: port.counters().record(),
         })
     }
@@ -119,7 +122,7 @@ impl PortRecord {
     /// Continues the port on `port`, which is [attached](HandOver::attach) to its device, and its counters.
     ///
     /// # Errors
-    /// As for [`HandOver::resume`].
+    /// `Busy` when `config` has another longest frame; otherwise as for [`HandOver::resume`].
     pub fn resume_on<N: HandOver>(
         &self,
         port: &mut N,
@@ -127,6 +130,11 @@ impl PortRecord {
         memory: &Arc<DmaMemory>,
         free: &mut FreeBuffers,
     ) -> Result<QueuesOf<N>> {
+        if self.max_frame != config.max_frame {
+            let why =
+                format!("its frames have up to {} bytes, but these {}", self.max_frame, config.max_frame);
+            return Err(differs(&why));
+        }
         let queues = port.resume(Resume { config, memory, free, record: self })?;
         port.counters().restore(&self.counters);
         Ok(queues)
@@ -191,8 +199,13 @@ pub(crate) fn check_filter(is_promiscuous: bool, asked: bool) -> Result<()> {
         return Ok(());
     }
     let why = if is_promiscuous { "it receives every frame (-P)" } else { "it receives only its own frames" };
-    let error = Error::new(ErrorKind::Busy, "cannot take over a port of the running program", why);
-    Err(error.with_hint("give both the same arguments"))
+    Err(differs(why))
+}
+
+/// Error of a port that the running program uses in another way.
+fn differs(why: &str) -> Error {
+    Error::new(ErrorKind::Busy, "cannot take over a port of the running program", why)
+        .with_hint("give both the same arguments")
 }
 
 #[cfg(test)]

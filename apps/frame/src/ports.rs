@@ -68,6 +68,11 @@ impl PortResources {
         open.port.start(&self.config.with_offloads(offloads), rings, &mut near)
     }
 
+    /// Describes a started port for a successor.
+    pub(crate) fn record(&self, open: &OpenPort, queues: &QueuesOf<Port>) -> Result<PortRecord> {
+        PortRecord::of(&open.port, queues, &self.config)
+    }
+
     /// Continues a port of the predecessor.
     pub(crate) fn resume(
         &self,

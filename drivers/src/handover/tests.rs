@@ -84,7 +84,7 @@ impl<D: PciDriver + HandOver<Rx: TieRx, Tx: TieTx>> Process<D> {
         let queues = Queues::pair(rx, tx);
         let mut fds = Fds::default();
         let facts = port.facts(&mut fds).unwrap();
-        let record = encode(&PortRecord::of(&port, &queues).unwrap()).unwrap();
+        let record = encode(&PortRecord::of(&port, &queues, config).unwrap()).unwrap();
         let fds = fds.duplicate().unwrap();
 
         let region = memory.region();
@@ -96,6 +96,9 @@ impl<D: PciDriver + HandOver<Rx: TieRx, Tx: TieTx>> Process<D> {
         let mut next = D::attach(wire.function(), &[], facts).unwrap();
         let mut free = successor.take_free();
         let record: PortRecord = decode(&record).unwrap();
+        let other = config.with_max_frame(config.max_frame + 1);
+        let refused = record.resume_on(&mut next, &other, &again, &mut free).err().unwrap();
+        assert_eq!(refused.kind(), ErrorKind::Busy);
         let (old, queues) = (queues, record.resume_on(&mut next, config, &again, &mut free).unwrap());
         drop(free);
         let counted = (port.counters().read(), next.counters().read());

@@ -156,8 +156,8 @@ impl Pci {
         Self::with_vectors(function, vectors.collect::<Result<_>>()?)
     }
 
-    /// Finds the registers of a device whose `vectors` are enabled. Of each kind, the first usable capability counts (4.1.4.1). The ISR register is
-    /// not used, because the driver takes interrupts by MSI-X only.
+    /// Finds the registers of a device whose `vectors` are enabled. Of each kind, the first usable capability counts
+    /// (4.1.4.1). The ISR register is not used, because the driver takes interrupts by MSI-X only.
     fn with_vectors(function: Box<dyn Function>, vectors: Vec<Interrupt>) -> Result<Self> {
         let (mut common, mut notify, mut device) = (None, None, None);
         let mut refused = None;

@@ -14,6 +14,7 @@ use super::checksum::ask;
 use super::features::Features;
 use super::split::{QueueRecord, Violation, Virtqueue};
 use crate::counters::QueueCounters;
+use crate::handover::contradiction;
 use crate::port::{Offloads, TxBurst, Watchdog};
 use crate::tied::{TieTx, TiedTx};
 
@@ -149,7 +150,11 @@ impl TxQueue {
     /// Continues a queue of another process; see [`Virtqueue::restore`].
     pub(super) fn restore(&mut self, record: &TxRecord, free: &mut FreeBuffers) -> Result<()> {
         self.queue.restore(&record.queue, free)?;
-        self.chains.as_mut().map_or(Ok(()), |chains| chains.restore(&record.chains, free))
+        match &mut self.chains {
+            Some(chains) => chains.restore(&record.chains, free),
+            None if record.chains.is_empty() => Ok(()),
+            None => Err(contradiction("its frames have several segments")),
+        }
     }
 
     /// Number of packets that the device was given and has not completed.

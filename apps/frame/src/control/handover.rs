@@ -183,7 +183,7 @@ impl<H> Supervisor<'_, H> {
             let Some(queues) = self.queues.take_port(number) else {
                 return refused("this process is about to end");
             };
-            let record = PortRecord::of(&open.port, &queues);
+            let record = self.control.resources.record(open, &queues);
             self.queues.put_port(number, queues);
             let (restarts, link_changes) = (port.counted.restarts, port.counted.link_changes);
             ports.push(PortState { number, record: record?, restarts, link_changes });

@@ -191,7 +191,7 @@ fn a_connection_moves_to_another_process() {
     let queues = Queues::pair(rx, tx);
     let mut fds = Fds::default();
     let facts = device.facts(&mut fds).unwrap();
-    let record = PortRecord::of(&device, &queues).unwrap();
+    let record = PortRecord::of(&device, &queues, &config).unwrap();
     let (fds, file) = (fds.duplicate().unwrap(), memory.region().fd().unwrap().try_clone_to_owned().unwrap());
 
     let region = memory.region();

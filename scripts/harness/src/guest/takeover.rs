@@ -131,6 +131,11 @@ fn refusals(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
         75,
         "its packet memory has another size",
     )?;
+    refused(
+        other(&format!("{both} -- -p 3 -q 2 -T 0 --max-pkt-len 1600")),
+        75,
+        "give both the same arguments",
+    )?;
     // A successor that is killed before it has taken over changes nothing.
     for step in ["open", "memory", "port", "link"] {
         let mut next = forwarder(mode, nic, "--takeover").spawn(context)?;
