@@ -102,7 +102,7 @@ pub(super) struct Cli {
     #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
     pub(super) proc_type: String,
     /// Continue in place of the running program with this --file-prefix and the same arguments: its devices are not
-    /// reset, and no packet is lost
+    /// reset, and packets wait in their rings
     #[arg(long, conflicts_with = "in_memory")]
     pub(super) takeover: bool,
     /// Log level by number or name, for all types or matching ones ("help" lists them); may be repeated
