@@ -326,26 +326,29 @@ fn noiommu(cases: &mut Cases) {
 
 /// Makes cases of `noiommu-cdev` run on both kernels, because they are skipped on the default one.
 fn noiommu_cdev_where_it_is(cases: &mut Cases) {
-    for case in &mut cases.0 {
-        if case.name.contains("noiommu-cdev") && case.tier == Tier::Default {
-            case.on_both_kernels();
-        }
+    for case in cases.0.iter_mut().filter(|case| case.name.contains("noiommu-cdev")) {
+        case.tier = match case.tier {
+            Tier::Default => Tier::BothKernels,
+            Tier::FullOnce => Tier::Full,
+            tier => tier,
+        };
     }
 }
 
 /// Adds the cases of the igb driver and its NIC. The other boots show what is the same for each driver: each
-/// mode on another kernel, and a kill in each mode. Without `--full`, these boots therefore use one kernel,
-/// and a kill in one mode.
+/// mode on another kernel, two modes at a time, and a kill in each mode. Without `--full`, these boots therefore
+/// use one kernel, and a kill in one mode.
 fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     let [first, second, ..] = *modes else { return };
-    forward::each_nic_in_each_mode(cases, boot, modes);
-    forward::mixed_modes(cases, boot, first, second);
+    in_full_if(cases, true, |cases| forward::mixed_modes(cases, boot, first, second));
     drivers_alone(cases, boot, first);
     for &mode in modes {
+        // compat opens as container does, and maps as cdev does.
+        in_full_if(cases, mode == "compat", |cases| forward::each_nic_in_each_mode(cases, boot, &[mode]));
         interrupts::of_each_nic(cases, boot, mode);
         sleep::cases(cases, boot, mode);
         takeover::cases(cases, boot, mode);
-        in_full_if(cases, mode != first, |cases| signals::survive_kill(cases, boot, mode));
+        in_full_if(cases, mode != MAPPED[0], |cases| signals::survive_kill(cases, boot, mode));
     }
     if boot == Boot::Igb {
         recover::cases(cases, boot, "cdev");

@@ -40,7 +40,8 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
                 format!("RX interrupts of {name} continue after a restart of its port, {mode}"),
                 move |context| continues(context, boot, mode, nic),
             )
-            .in_full_if(nic == Nic::E1000);
+            // All chips of Intel restart in the same way.
+            .in_full_if(matches!(nic, Nic::E1000 | Nic::Igb));
         if boot == Boot::Iommu && nic == Nic::E1000e {
             cases
                 .add(

@@ -228,13 +228,17 @@ fn test_programs(repo: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
 /// Adds fuzzing, Miri, loom, the sanitizers and the count of instructions, each run by a script.
 pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
     let yes = if environment.yes { "--yes" } else { "" };
-    let lies = "cargo test --quiet --release --locked -p vireo-frame --lib -- devices_that_lie";
-    let lies: Vec<&str> = ["env", "VIREO_LIES=10000"].into_iter().chain(lies.split(' ')).collect();
-    let sleeps = "cargo test --quiet --release --locked -p vireo-frame --lib -- each_packet_wakes_the_lcore";
+    let long = |setting, krate, tests| {
+        format!("env {setting} cargo test --quiet --release --locked -p {krate} --lib -- {tests}")
+    };
+    let lies = long("VIREO_LIES=10000", "vireo-frame", "devices_that_lie");
     // Each of the test's 24 lanes.
-    let sleeps: Vec<&str> = ["env", "VIREO_SLEEPS=42000"].into_iter().chain(sleeps.split(' ')).collect();
+    let sleeps = long("VIREO_SLEEPS=42000", "vireo-frame", "each_packet_wakes_the_lcore");
+    let restarts = long("VIREO_RESTARTS=10000", "vireo-drivers", "queues_may_be_stopped_and_started");
+    let [lies, sleeps, restarts] =
+        [&lies, &sleeps, &restarts].map(|line| line.split(' ').collect::<Vec<_>>());
     // The longest first.
-    let table: [(&str, &[&str], &'static [&'static str], Tier); 11] = [
+    let table: [(&str, &[&str], &'static [&'static str], Tier); 12] = [
         (
             "instructions per packet",
             &["scripts/bench", "insn", "--check", yes],
@@ -256,6 +260,7 @@ pub(super) fn scripts(cases: &mut Cases, environment: &Environment) {
         ("ThreadSanitizer", &["scripts/sanitize", "tsan", yes], &[], Tier::Full),
         ("10,000 lying devices of each kind on tied lanes", &lies, &[], Tier::Full),
         ("a million sleeps of lcores", &sleeps, &[], Tier::Full),
+        ("queues stopped and started 10,000 times", &restarts, &[], Tier::Full),
     ];
     for (name, words, needs, tier) in table {
         let words = [NICE, words].concat();
