@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -50,7 +51,9 @@ impl Event {
         let _ = self.signaled.lock().map(|mut signaled| *signaled = true);
         // Fails only if the count cannot grow, and then the event is signaled.
         #[cfg(not(loom))]
-        let _ = self.fd.write(1);
+        if self.fd.write(1).is_err_and(|errno| errno != Errno::EAGAIN) {
+            let _ = self.fd.write(1);
+        }
     }
 
     /// Ends the signal. Returns whether the event was signaled.
