@@ -6,7 +6,7 @@ use std::path::Path;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::unistd::geteuid;
 use serde::Serialize;
-use vireo_eal::vfio::noiommu_allowed;
+use vireo_eal::vfio::{LiveUpdate, noiommu_allowed};
 use vireo_eal::{Eal, Error, Result};
 
 /// The machine, and the user who runs the doctor.
@@ -21,6 +21,8 @@ pub(crate) struct Machine {
     pub(crate) memlock_kib: Option<u64>,
     /// Whether VFIO allows devices without an IOMMU; `None` if VFIO has no such switch or is not loaded.
     pub(crate) noiommu_allowed: Option<bool>,
+    /// What the kernel keeps when it replaces itself by kexec.
+    pub(crate) live_update: LiveUpdate,
     pub(crate) uid: u32,
 }
 
@@ -46,6 +48,7 @@ impl Machine {
             hugepages: Eal::hugepages_line(),
             memlock_kib: (memlock != RLIM_INFINITY).then_some(memlock / 1024),
             noiommu_allowed: noiommu_allowed(),
+            live_update: LiveUpdate::of(root),
             uid: geteuid().as_raw(),
         })
     }
@@ -63,12 +66,18 @@ impl Machine {
             Some(false) => "not allowed",
             None => "not supported by this kernel, or VFIO is not loaded",
         };
+        let live_update = match self.live_update {
+            LiveUpdate::Off => "off, or not supported by this kernel",
+            LiveUpdate::NoDevices => "on; keeps no devices of vfio-pci",
+            LiveUpdate::Cdevs => "on; keeps devices that are open in mode cdev, and resets them",
+        };
         let memlock = self.memlock_kib.map_or_else(|| "unlimited".to_owned(), |kib| format!("{kib} KiB"));
         let mut text = String::new();
         for (name, value) in [
             ("kernel", self.kernel.as_str()),
             ("IOMMU", &iommu),
             ("no-IOMMU mode", noiommu),
+            ("live update", live_update),
             ("hugepages", &self.hugepages),
             ("RLIMIT_MEMLOCK", &memlock),
             ("user", &format!("uid {}", self.uid)),

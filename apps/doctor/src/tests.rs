@@ -4,7 +4,7 @@ use std::path::Path;
 
 use vireo_bus_pci::Bus;
 use vireo_eal::args::parse_plain;
-use vireo_eal::vfio::VfioMode;
+use vireo_eal::vfio::{LiveUpdate, VfioMode};
 use vireo_eal::{ErrorKind, Result};
 
 use crate::Cli;
@@ -64,6 +64,7 @@ fn report(nics: Vec<Nic>) -> Report {
         hugepages: "64 of 64 free of 2048 KiB".into(),
         memlock_kib: Some(8192),
         noiommu_allowed: Some(false),
+        live_update: LiveUpdate::Off,
         uid: 1000,
     };
     Report { machine, nics }
@@ -159,6 +160,7 @@ fn text_and_json_say_the_same() {
 kernel          7.3.4
 IOMMU           on (dmar0, Intel VT-d)
 no-IOMMU mode   not allowed
+live update     off, or not supported by this kernel
 hugepages       64 of 64 free of 2048 KiB
 RLIMIT_MEMLOCK  8192 KiB
 user            uid 1000
@@ -171,7 +173,10 @@ user            uid 1000
         )
     );
     let json: serde_json::Value = serde_json::from_str(&report.json().unwrap()).unwrap();
-    assert_eq!(json["machine"]["iommu"][0], "dmar0");
+    assert_eq!(
+        (&json["machine"]["iommu"][0], &json["machine"]["live_update"]),
+        (&"dmar0".into(), &"off".into())
+    );
     let nic = &json["nics"][0];
     assert_eq!((&nic["driver"], &nic["kernel_driver"]), (&"e1000".into(), &"e1000e".into()));
     let [container, cdev] = [&nic["modes"][0], &nic["modes"][1]];
@@ -191,6 +196,15 @@ fn the_machine_is_read() {
     let machine = Machine::read(root.path()).unwrap();
     assert_eq!(machine.kernel, "6.12.1");
     assert!(machine.text().contains("IOMMU           off or not present\n"));
+    fs::create_dir(root.path().join("dev")).unwrap();
+    fs::write(root.path().join("dev/liveupdate"), "").unwrap();
+    let keeps = |symbols: &str, what: &str| {
+        fs::write(root.path().join("proc/kallsyms"), symbols).unwrap();
+        let text = Machine::read(root.path()).unwrap().text();
+        assert!(text.contains(&format!("live update     on; keeps {what}")), "{text}");
+    };
+    keeps("0 t memfd_luo_preserve\n", "no devices of vfio-pci\n");
+    keeps("0 t vfio_pci_liveupdate_preserve [vfio_pci]\n", "devices that are open in mode cdev");
     for name in ["ivhd1", "ivhd0"] {
         fs::create_dir_all(root.path().join("sys/class/iommu").join(name)).unwrap();
     }

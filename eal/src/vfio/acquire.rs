@@ -14,7 +14,7 @@ use super::device_nodes::{self, DeviceNodes};
 use super::noiommu::{iommu_on, no_group};
 use super::phases::{Phase, Phases};
 use super::space::AddressSpace;
-use super::{Device, DeviceFds, VfioMode};
+use super::{Device, DeviceFds, LiveUpdate, VfioMode};
 use crate::args::VfToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::iommufd::WeakIommufd;
@@ -237,7 +237,11 @@ impl Vfio {
                         .cdev_path(device, VfioMode::Cdev)
                         .is_ok_and(|(_, path)| self.nodes.has(&path)) =>
             {
-                return Ok((VfioMode::Cdev, format!("auto: the kernel offers /dev/vfio/devices/{name}")));
+                let mut why = format!("auto: the kernel offers /dev/vfio/devices/{name}");
+                if LiveUpdate::of("/".as_ref()) == LiveUpdate::Cdevs {
+                    why += ", which it keeps in a live update";
+                }
+                return Ok((VfioMode::Cdev, why));
             }
             Some(_) => "auto: there is no /dev/iommu",
             None => "auto: the kernel has no VFIO cdev",
