@@ -44,6 +44,9 @@ pub(crate) struct Case {
     /// Whether the case runs alongside guests and other such cases, because it shares nothing with them and
     /// has time; on the host only.
     pub(crate) alongside_guests: bool,
+    /// Whether the case runs when all guests have ended, because it boots guests of its own for an hour; on the host
+    /// only.
+    pub(crate) after_guests: bool,
     run: Run,
 }
 
@@ -86,6 +89,12 @@ impl Case {
     /// Lets the case run alongside guests and other such cases; on the host only.
     pub(crate) fn alongside_guests(&mut self) -> &mut Self {
         self.alongside_guests = true;
+        self
+    }
+
+    /// Lets the case run when all guests have ended; on the host only.
+    pub(crate) fn after_guests(&mut self) -> &mut Self {
+        self.after_guests = true;
         self
     }
 
@@ -174,6 +183,7 @@ impl Cases {
             tier: Tier::Default,
             limit: Duration::from_secs(LIMIT),
             alongside_guests: false,
+            after_guests: false,
             run: Box::new(run),
         });
         &mut self.0[index]

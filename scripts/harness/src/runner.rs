@@ -126,11 +126,14 @@ pub(crate) fn run(
     let groups = groups(choice, environment)?;
     let tap = Tap::default();
     let host = Host { full: choice.full, programs, tap: &tap };
-    let (mut soon, mut later, mut boots) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
+    let (mut soon, mut later, mut last) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
+    let mut boots = VecDeque::new();
     for Group { guest, mut cases } in groups {
         let Some((kernel, boot)) = guest else {
             for (_, case) in cases {
-                if case.alongside_guests || case.tier == Tier::Full {
+                if case.after_guests {
+                    last.push_back(case)
+                } else if case.alongside_guests || case.tier == Tier::Full {
                     later.push_back(case)
                 } else {
                     soon.push_back(case)
@@ -149,7 +152,7 @@ pub(crate) fn run(
         later.make_contiguous().sort_by_key(|case| Reverse(case.limit));
     }
     host.run_from(&Mutex::new(soon));
-    let (boots, later) = (Mutex::new(boots), Mutex::new(later));
+    let (boots, later, last) = (Mutex::new(boots), Mutex::new(later), Mutex::new(last));
     std::thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
@@ -164,6 +167,7 @@ pub(crate) fn run(
             scope.spawn(|| host.run_from(&later));
         }
     });
+    std::thread::scope(|scope| (0..at_a_time).for_each(|_| drop(scope.spawn(|| host.run_from(&last)))));
     if let Some(code) = stop::exit_code() {
         tap.bail_out("stopped by a signal");
         return Ok(code);
