@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::event::Event;
@@ -26,7 +27,7 @@ impl std::fmt::Display for DeviceId {
 }
 
 /// An [`Interrupt`] that is enabled, for another process. Its events are numbers of descriptors.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, Schema)]
 pub struct InterruptRecord {
     event: u32,
     unmask: Option<u32>,

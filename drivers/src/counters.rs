@@ -7,6 +7,7 @@
 use std::ops::AddAssign;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::sync::atomic::{AtomicU64, Ordering};
 
@@ -42,7 +43,7 @@ macro_rules! queue_counters {
         pub struct QueueCounters { $($(#[$doc])* pub $field: Count),* }
 
         /// Values of [`QueueCounters`] at one point in time.
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, Schema)]
         pub struct QueueStats { $($(#[$doc])* pub $field: u64),* }
 
         impl QueueCounters {
@@ -196,7 +197,7 @@ impl PortCounters {
 }
 
 /// Values of [`PortCounters`], for another process.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, Schema)]
 pub(crate) struct CountersRecord {
     rx: Vec<QueueStats>,
     tx: Vec<QueueStats>,

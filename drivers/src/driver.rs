@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use postcard_schema::Schema;
 use serde::de::DeserializeOwned;
 use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::args::quoted;
@@ -29,7 +30,7 @@ impl Facts<'_> {
     ///
     /// # Errors
     /// `Protocol` when it is not of this type.
-    pub fn decode<T: DeserializeOwned>(&self) -> Result<T> {
+    pub fn decode<T: DeserializeOwned + Schema>(&self) -> Result<T> {
         decode(self.record)
     }
 }

@@ -14,6 +14,7 @@
 
 use std::sync::Arc;
 
+use postcard_schema::Schema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vireo_bus_pci::Function;
@@ -94,13 +95,13 @@ pub trait HandOver: Nic {
 }
 
 /// State of a started port whose queues no lcore polls.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, Schema)]
 pub struct PortRecord {
     device: Vec<u8>,
     rx: Vec<Vec<u8>>,
     tx: Vec<Vec<u8>>,
     /// Length of the longest frame in bytes, by which the device and its rings are set up.
-    max_frame: usize,
+    max_frame: u32,
     counters: CountersRecord,
 }
 
@@ -114,7 +115,7 @@ impl PortRecord {
             device: port.record()?,
             rx: queues.rx.iter().map(|rx| port.rx_record(rx)).collect::<Result<_>>()?,
             tx: queues.tx.iter().map(|tx| port.tx_record(tx)).collect::<Result<_>>()?,
-            max_frame: config.max_frame,
+            max_frame: config.max_frame as u32,
             counters: port.counters().record(),
         })
     }
@@ -130,7 +131,7 @@ impl PortRecord {
         memory: &Arc<DmaMemory>,
         free: &mut FreeBuffers,
     ) -> Result<QueuesOf<N>> {
-        if self.max_frame != config.max_frame {
+        if self.max_frame as usize != config.max_frame {
             let why =
                 format!("its frames have up to {} bytes, but these {}", self.max_frame, config.max_frame);
             return Err(differs(&why));
@@ -159,7 +160,7 @@ impl Resume<'_> {
     ///
     /// # Errors
     /// `Protocol` when it is not of this type.
-    pub fn device<T: DeserializeOwned>(&self) -> Result<T> {
+    pub fn device<T: DeserializeOwned + Schema>(&self) -> Result<T> {
         decode(&self.record.device)
     }
 
@@ -167,7 +168,7 @@ impl Resume<'_> {
     ///
     /// # Errors
     /// `Protocol` when one is not of this type, or when there are not as many as are configured.
-    pub fn rx<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
+    pub fn rx<T: DeserializeOwned + Schema>(&self) -> Result<Vec<T>> {
         all(&self.record.rx, self.config.rx_queues)
     }
 
@@ -175,12 +176,12 @@ impl Resume<'_> {
     ///
     /// # Errors
     /// As for [`Resume::rx`].
-    pub fn tx<T: DeserializeOwned>(&self) -> Result<Vec<T>> {
+    pub fn tx<T: DeserializeOwned + Schema>(&self) -> Result<Vec<T>> {
         all(&self.record.tx, self.config.tx_queues)
     }
 }
 
-fn all<T: DeserializeOwned>(records: &[Vec<u8>], count: u16) -> Result<Vec<T>> {
+fn all<T: DeserializeOwned + Schema>(records: &[Vec<u8>], count: u16) -> Result<Vec<T>> {
     if records.len() != usize::from(count) {
         let why = format!("it has {} queues, but {count} are asked for", records.len());
         return Err(contradiction(&why));

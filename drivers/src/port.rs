@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
@@ -15,7 +16,7 @@ use crate::counters::{PortCounters, QueueCounters};
 use crate::frames::ETHERNET;
 
 /// Ethernet address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Schema)]
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {

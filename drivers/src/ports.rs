@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_bus_pci::{Bus, PciDevice, PciInfo, Report};
 use vireo_eal::args::VdevArgs;
@@ -81,7 +82,7 @@ pub fn open(eal: &Eal, drivers: &Drivers, bus: &Bus, stop: &StopFlag) -> Result<
 }
 
 /// A port of a running program, as its successor needs it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, Schema)]
 pub struct OfferedPort {
     /// Address of the function, or name of the virtual device.
     name: String,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! successor                              predecessor
-//! Hello: program, version ─────────────> checks both
+//! Hello: program ──────────────────────> checks it
 //!                         <───────────── Offer: descriptors, and what does not change while lcores forward
 //! maps memory, prepares its ports
 //! Ready ───────────────────────────────> takes all queues from the lcores
@@ -16,11 +16,12 @@
 //! read that. If the connection ends earlier, or the predecessor [closes](Channel::close) it because it waited too
 //! long, the predecessor continues.
 //!
-//! What the messages contain is up to the program. `vireo-frame` uses this module for all applications.
+//! What the messages contain is up to the program. `vireo-frame` uses this module for all applications. Each record says
+//! which parts of which types it has, so programs of different versions understand each other, or refuse.
 
 mod channel;
 
-pub use channel::{Answer, Channel, Fds, ReceivedFds, decode, encode};
+pub use channel::{Channel, Fds, ReceivedFds, decode, encode};
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -32,9 +33,11 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{Uid, geteuid};
+use postcard_schema::Schema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::dma::BUFFER_SIZE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mem::Region;
 use crate::socket;
@@ -48,22 +51,14 @@ pub(crate) const SOCKET: &str = "takeover";
 const OFFER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// First message, from the successor.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, Schema)]
 struct Hello {
-    /// Version of Vireo: records have the same form only within one version.
-    version: String,
     /// Name of the program.
     program: String,
 }
 
-impl Hello {
-    fn of(program: &str) -> Self {
-        Self { version: env!("CARGO_PKG_VERSION").to_owned(), program: program.to_owned() }
-    }
-}
-
 /// Later messages from the successor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Schema)]
 pub enum Step {
     /// The successor is ready to continue the queues.
     Ready,
@@ -101,7 +96,7 @@ impl Listener {
     }
 
     /// Accepts a successor, if one has introduced itself, and returns its process id. A process of another user, or of
-    /// another program or version, is refused. Does not wait.
+    /// another program, is refused. Does not wait.
     ///
     /// # Errors
     /// `Os` if a connection cannot be accepted.
@@ -120,17 +115,20 @@ impl Listener {
         let Some(channel) = silent.take_if(has_message) else { return Ok(None) };
         let peer = channel.peer().map_err(|errno| Error::os(what, errno))?;
         let user = Uid::from_raw(peer.uid());
-        if user != geteuid() && !user.is_root() {
-            return Ok(None);
-        }
-        let own = Hello::of(&self.program);
-        let Ok((hello, _)) = channel.receive::<Hello>(PATIENCE) else { return Ok(None) };
-        if hello == own {
-            return Ok(Some((channel, peer.pid().unsigned_abs())));
-        }
-        let why =
-            format!("it is {} {}, but this is {} {}", own.program, own.version, hello.program, hello.version);
-        channel.refuse(why)?;
+        let own = geteuid();
+        let why = if user != own && !user.is_root() {
+            format!("it belongs to uid {own}, but this to uid {user}")
+        } else {
+            match channel.receive::<Hello>(PATIENCE) {
+                Ok((hello, _)) if hello.program == self.program => {
+                    return Ok(Some((channel, peer.pid().unsigned_abs())));
+                }
+                Ok((hello, _)) => format!("it is {}, but this is {}", self.program, hello.program),
+                Err(error) => error.why().to_owned(),
+            }
+        };
+        // One that does not listen is refused all the same.
+        let _ = channel.refuse(why);
         Ok(None)
     }
 
@@ -147,7 +145,7 @@ impl AsFd for Listener {
 }
 
 /// What the EAL of a running program passes to its successor: numbers of descriptors.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, Schema)]
 pub(crate) struct EalRecord {
     /// Process id of the program.
     pub(crate) pid: u32,
@@ -161,10 +159,12 @@ pub(crate) struct EalRecord {
     pub(crate) telemetry: Option<(u32, PathBuf)>,
     /// Files of the regions of packet memory.
     pub(crate) regions: Vec<u32>,
+    /// Size in bytes of a packet buffer.
+    pub(crate) buffer_size: u32,
 }
 
 /// What a running program passes to its successor in advance.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, Schema)]
 pub struct Offer {
     pub(crate) eal: EalRecord,
     /// Record of the layers above the EAL.
@@ -190,8 +190,13 @@ impl Takeover {
         let hint = format!("start {program} without --takeover if none runs");
         let socket = socket::connect(&directory.join(SOCKET), CANNOT, hint)?;
         let channel = Channel::new(socket).map_err(|error| Error::io(CANNOT, &error))?;
-        channel.send(&Hello::of(program), &Fds::default())?;
+        channel.send(&Hello { program: program.to_owned() }, &Fds::default())?;
         let (offer, fds) = channel.answer::<Offer>(OFFER_PATIENCE)?;
+        if offer.eal.buffer_size as usize != BUFFER_SIZE {
+            let why =
+                format!("its packet buffers have {} bytes, and not {BUFFER_SIZE}", offer.eal.buffer_size);
+            return Err(Error::new(ErrorKind::Busy, CANNOT, why));
+        }
         let regions = offer.eal.regions.iter().map(|number| fds.get(*number)).collect::<Result<_>>()?;
         let process = offer.eal.process.map(|number| fds.get(number)).transpose()?;
         let (fds, regions) = (Mutex::new(fds), Mutex::new(Some(regions)));
@@ -235,7 +240,7 @@ impl Takeover {
     ///
     /// # Errors
     /// `Protocol` if it is not of this type.
-    pub fn record<T: DeserializeOwned>(&self) -> Result<T> {
+    pub fn record<T: DeserializeOwned + Schema>(&self) -> Result<T> {
         decode(&self.offer.program)
     }
 
@@ -311,7 +316,7 @@ mod tests {
                 assert!(listener.accept().unwrap().is_none());
             }
             let why = other.join().unwrap().to_string();
-            assert!(why.contains("it is l2fwd 0.1.0, but this is pktgen 0.1.0"), "{why}");
+            assert!(why.contains("it is l2fwd, but this is pktgen"), "{why}");
             let refused = scope.spawn(|| Takeover::begin(dir.path(), "l2fwd").unwrap_err());
             let (channel, pid) = loop {
                 if let Some(accepted) = listener.accept().unwrap() {

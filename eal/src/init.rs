@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use crate::args::{EalArgs, IovaMode, ranges};
+use crate::dma::BUFFER_SIZE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::handover::{EalRecord, Fds, Listener, Offer, Takeover, region_files};
 use crate::lcore::Lcores;
@@ -149,6 +150,7 @@ impl Eal {
             listener: fds.add(listener.as_fd()),
             telemetry: telemetry.map(|socket| (fds.add(socket.as_fd()), socket.path().to_owned())),
             regions: region_files(regions, fds)?,
+            buffer_size: BUFFER_SIZE as u32,
         };
         Ok(Offer { eal, program })
     }

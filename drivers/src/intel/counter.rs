@@ -1,6 +1,7 @@
 //! Statistics registers. A read clears them on the chips (SDM 13.7). QEMU does not clear all of them on a
 //! read, and its 8254x keep counting across resets too.
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::mmio::Bar;
 
@@ -17,7 +18,7 @@ const DROPS: [(&str, u64); 4] = [
 ];
 
 /// Counts of frames that the device dropped.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, Schema)]
 pub(crate) struct Drops([Counter; DROPS.len()]);
 
 impl Drops {
@@ -43,7 +44,7 @@ impl Drops {
 }
 
 /// Reader of a statistics register.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, Schema)]
 struct Counter {
     /// Count that the last read left in the register; 0 if the read cleared it.
     kept: u32,

@@ -4,6 +4,7 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_bus_pci::{DeviceId, Function, Interrupt, InterruptRecord};
 use vireo_eal::dma::{DescRing, DmaMemory, DmaRing, PoolCache};
@@ -72,7 +73,7 @@ struct Rings {
 }
 
 /// What does not change while a device runs.
-#[derive(Clone, Copy, Serialize, Deserialize)]
+#[derive(Clone, Copy, Serialize, Deserialize, Schema)]
 struct Fixed {
     dma_mask: u64,
     pads: bool,
@@ -81,7 +82,7 @@ struct Fixed {
 }
 
 /// State of a started device.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Schema)]
 struct State {
     linked: bool,
     drops: Drops,

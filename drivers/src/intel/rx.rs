@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::dma::{
     Burst, DATA_ROOM, DescRing, FreeBuffers, Limits, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Moved, PoolCache,
@@ -44,7 +45,7 @@ pub struct RxQueue<F, R = DescRing> {
 }
 
 /// State of a queue.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Schema)]
 pub(super) struct RxRecord {
     ring: RingRecord,
     skipping: bool,

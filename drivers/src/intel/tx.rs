@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::Result;
 use vireo_eal::dma::{
@@ -59,11 +60,11 @@ struct Reports {
 }
 
 /// State of a queue.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Schema)]
 pub(super) struct TxRecord {
     ring: RingRecord,
     /// [`Reports::positions`].
-    reports: Vec<usize>,
+    reports: Vec<u64>,
 }
 
 /// Raises a fault if `ring`, which is full, has made no progress for a second.
@@ -94,7 +95,8 @@ impl<F: Format> TxQueue<F> {
     /// Returns the state of the queue.
     pub(super) fn record(&self) -> TxRecord {
         let reports = self.reports.as_ref();
-        let positions = reports.map(|reports| reports.positions.iter().copied().collect());
+        let positions =
+            reports.map(|reports| reports.positions.iter().map(|position| *position as u64).collect());
         TxRecord { ring: self.ring.record(), reports: positions.unwrap_or_default() }
     }
 
@@ -102,7 +104,9 @@ impl<F: Format> TxQueue<F> {
     pub(super) fn restore(&mut self, record: &TxRecord, free: &mut FreeBuffers) -> Result<()> {
         self.ring.restore(&record.ring, free)?;
         match &mut self.reports {
-            Some(reports) => reports.positions = record.reports.iter().copied().collect(),
+            Some(reports) => {
+                reports.positions = record.reports.iter().map(|position| *position as usize).collect();
+            }
             None if !self.ring.tail().is_multiple_of(RECLAIM) => {
                 return Err(contradiction("its TX ring was reclaimed in other batches"));
             }

@@ -18,6 +18,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::dma::{DmaMemory, MAX_FRAME, MAX_SEGMENTS, PoolCache};
@@ -240,7 +241,7 @@ impl Device {
     fn on(mut transport: Box<dyn Transport>, options: Options) -> Result<Self> {
         let features = transport.negotiate(options, &MAX_CONFIG)?;
         let longest = if features.contains(Features::LONG) { MAX_FRAME } else { STANDARD_FRAME };
-        let max_frame = longest.min(transport.longest_frame().unwrap_or(longest)).max(STANDARD_FRAME);
+        let max_frame = longest.min(transport.longest_frame().unwrap_or(longest)).max(STANDARD_FRAME) as u32;
         // An invalid number of pairs is an error only for a start that requests several.
         let pairs = transport.pairs().unwrap_or(1);
         let mac = transport.mac()?.unwrap_or_else(random_mac);
@@ -255,7 +256,7 @@ impl Device {
             transport,
             options,
             features: Features::from_bits_truncate(features),
-            max_frame,
+            max_frame: max_frame as usize,
             offloads: Offloads::from_bits_truncate(offloads),
             mac,
             promiscuous,
@@ -388,10 +389,10 @@ impl PciDriver for Device {
 }
 
 /// What does not change while a device runs.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Schema)]
 struct Fixed {
     features: u64,
-    max_frame: usize,
+    max_frame: u32,
     offloads: u8,
     mac: MacAddr,
     pairs: u16,
@@ -399,7 +400,7 @@ struct Fixed {
 }
 
 /// State of a started device.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Schema)]
 struct State {
     features: u64,
     /// Numbers of descriptors of RX and TX queues.
@@ -413,7 +414,8 @@ impl HandOver for Device {
     }
 
     fn facts<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
-        let Self { max_frame, mac, pairs, promiscuous, .. } = *self;
+        let Self { mac, pairs, promiscuous, .. } = *self;
+        let max_frame = self.max_frame as u32;
         let (features, offloads) = (self.features.bits(), self.offloads.bits());
         let transport = self.transport.record(fds)?;
         encode(&(Fixed { features, max_frame, offloads, mac, pairs, promiscuous }, transport))

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::dma::{
     DescRing, DmaBlock, DmaMemory, DmaRing, FreeBuffers, Packet, RingRecord, dma_wmb, full_mb,
@@ -115,7 +116,7 @@ struct Rare {
 }
 
 /// State of a queue.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Schema)]
 pub(super) struct QueueRecord {
     ring: RingRecord,
     addresses: [u64; 3],
@@ -134,7 +135,7 @@ impl QueueRecord {
 }
 
 /// Completions for which an in-order device wrote only one element, that of the last (2.7.9).
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, Schema)]
 struct Batch {
     /// Position of the last completion.
     last: u16,

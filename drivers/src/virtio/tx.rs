@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::Result;
 use vireo_eal::dma::{
@@ -66,7 +67,7 @@ pub struct TxQueue<R = DescRing> {
 }
 
 /// State of a TX queue.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Schema)]
 pub(super) struct TxRecord {
     queue: QueueRecord,
     /// [`Chains::record`].

@@ -15,6 +15,7 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as PeerError, Frontend};
@@ -437,7 +438,7 @@ impl User {
 }
 
 /// A connection to a peer. Descriptors are numbers.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Schema)]
 struct UserRecord {
     socket: u32,
     offered: u64,

@@ -9,6 +9,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
+use postcard_schema::Schema;
+use postcard_schema::key::Key;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -22,15 +24,25 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 
 pub(super) const CANNOT: &str = "cannot take over the running program";
 
-/// The predecessor's answers: what was asked for, or why it is refused.
-pub type Answer<T> = std::result::Result<T, String>;
+/// Version of what records mean. It changes when a program would misread the record of another although both have the
+/// same types: their types are compared anyway.
+const MEANING: &str = "vireo 1";
 
-/// Encodes a record.
+/// The predecessor's answers: the encoded record that was asked for, or why it is refused.
+type Answer = std::result::Result<Vec<u8>, String>;
+
+/// Identifies the names and types of all parts of a record, and [`MEANING`].
+const fn form<T: Schema>() -> [u8; 8] {
+    Key::for_path::<T>(MEANING).to_bytes()
+}
+
+/// Encodes a record, with what identifies its form.
 ///
 /// # Errors
 /// `Protocol` if the record has a part that cannot be encoded.
-pub fn encode(record: &impl Serialize) -> Result<Vec<u8>> {
-    postcard::to_stdvec(record).map_err(|error| {
+pub fn encode<T: Serialize + Schema>(record: &T) -> Result<Vec<u8>> {
+    let form = const { form::<T>() }.to_vec();
+    postcard::to_extend(record, form).map_err(|error| {
         Error::new(ErrorKind::Protocol, "cannot hand over to another process", error.to_string())
     })
 }
@@ -38,10 +50,15 @@ pub fn encode(record: &impl Serialize) -> Result<Vec<u8>> {
 /// Decodes a record.
 ///
 /// # Errors
-/// `Protocol` if the bytes are not such a record.
-pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+/// `Busy` if it is a record of another form, as a program of another version has; `Protocol` if it is none.
+pub fn decode<T: DeserializeOwned + Schema>(bytes: &[u8]) -> Result<T> {
     let refused = |why| Error::new(ErrorKind::Protocol, CANNOT, why);
-    match postcard::take_from_bytes(bytes) {
+    let record = bytes.strip_prefix(&const { form::<T>() });
+    let other = || {
+        Error::new(ErrorKind::Busy, CANNOT, "it is of another version, whose records differ")
+            .with_hint("stop it, then start this one without --takeover")
+    };
+    match postcard::take_from_bytes(record.ok_or_else(other)?) {
         Ok((record, [])) => Ok(record),
         Ok(_) => Err(refused("a record is longer than expected".to_owned())),
         Err(error) => Err(refused(error.to_string())),
@@ -105,7 +122,7 @@ impl Channel {
     ///
     /// # Errors
     /// If the other process has closed the connection or does not read within 2 s.
-    pub fn send(&self, message: &impl Serialize, fds: &Fds<'_>) -> Result<()> {
+    pub fn send<T: Serialize + Schema>(&self, message: &T, fds: &Fds<'_>) -> Result<()> {
         let what = "cannot send to the other process of the take-over";
         let bytes = encode(message)?;
         let len = u32::try_from(bytes.len()).ok().filter(|len| *len <= MAX_MESSAGE);
@@ -120,7 +137,7 @@ impl Channel {
     /// # Errors
     /// `Unavailable` if the other process has closed the connection, or sends nothing for `longest`; `Protocol` if it
     /// sends something else.
-    pub fn receive<T: DeserializeOwned>(&self, longest: Duration) -> Result<(T, ReceivedFds)> {
+    pub fn receive<T: DeserializeOwned + Schema>(&self, longest: Duration) -> Result<(T, ReceivedFds)> {
         let what = "cannot receive from the other process of the take-over";
         let ended = || Error::new(ErrorKind::Unavailable, what, "it has closed the connection");
         if !self.has_message(longest)? {
@@ -173,22 +190,30 @@ impl Channel {
         let _ = self.socket.shutdown(Shutdown::Read);
     }
 
+    /// Sends the successor the record that it asked for.
+    ///
+    /// # Errors
+    /// As for [`Channel::send`].
+    pub fn reply<T: Serialize + Schema>(&self, record: &T, fds: &Fds<'_>) -> Result<()> {
+        self.send(&Answer::Ok(encode(record)?), fds)
+    }
+
     /// Sends the successor the reason why it cannot take over.
     ///
     /// # Errors
     /// As for [`Channel::send`].
     pub fn refuse(&self, why: String) -> Result<()> {
-        self.send(&Answer::<()>::Err(why), &Fds::default())
+        self.send(&Answer::Err(why), &Fds::default())
     }
 
     /// Receives the predecessor's answer.
     ///
     /// # Errors
     /// As for [`Channel::receive`]; `Busy` with the predecessor's reason if it refuses.
-    pub fn answer<T: DeserializeOwned>(&self, longest: Duration) -> Result<(T, ReceivedFds)> {
-        let (answer, fds) = self.receive::<Answer<T>>(longest)?;
+    pub fn answer<T: DeserializeOwned + Schema>(&self, longest: Duration) -> Result<(T, ReceivedFds)> {
+        let (answer, fds) = self.receive::<Answer>(longest)?;
         let refused = |why| Error::new(ErrorKind::Busy, CANNOT, why);
-        Ok((answer.map_err(refused)?, fds))
+        Ok((decode(&answer.map_err(refused)?)?, fds))
     }
 
     /// The process that has connected. To that process, the kernel reports the one that created the listening socket,
@@ -202,6 +227,8 @@ impl Channel {
 mod tests {
     use std::io::Seek;
     use std::thread;
+
+    use serde::Deserialize;
 
     use super::*;
 
@@ -248,13 +275,50 @@ mod tests {
         (&one.socket).write_all(&[0xff; 4]).unwrap();
         assert_eq!(receive(Duration::ZERO).kind(), ErrorKind::Protocol);
         // A list of 200 words that has one.
-        (&one.socket).write_all(&[3, 0, 0, 0, 200, 1, 7]).unwrap();
+        let words = [&form::<Vec<u32>>()[..], &[200, 1, 7]].concat();
+        (&one.socket).write_all(&[&[words.len() as u8, 0, 0, 0], &words[..]].concat()).unwrap();
         assert_eq!(receive(Duration::ZERO).kind(), ErrorKind::Protocol);
         (&one.socket).write_all(&[3, 0, 0, 0, 2]).unwrap();
         drop(one);
         for _ in 0..2 {
             let error = receive(Duration::ZERO);
             assert_eq!((error.kind(), error.why()), (ErrorKind::Unavailable, "it has closed the connection"));
+        }
+    }
+
+    /// Programs of different versions read each other's records only if all parts are the same.
+    #[test]
+    fn a_record_of_another_form_is_refused() {
+        #[derive(Debug, PartialEq, Serialize, Deserialize, Schema)]
+        struct Port {
+            number: u32,
+        }
+        mod renamed {
+            use super::*;
+            #[derive(Serialize, Deserialize, Schema)]
+            pub(super) struct Port {
+                pub(super) index: u32,
+            }
+        }
+        mod retyped {
+            use super::*;
+            #[derive(Serialize, Deserialize, Schema)]
+            pub(super) struct Port {
+                pub(super) number: u16,
+            }
+        }
+        assert_eq!(
+            decode::<Vec<Port>>(&encode(&vec![Port { number: 7 }]).unwrap()).unwrap(),
+            [Port { number: 7 }]
+        );
+        let [renamed, retyped] = [
+            encode(&vec![renamed::Port { index: 7 }]).unwrap(),
+            encode(&vec![retyped::Port { number: 7 }]).unwrap(),
+        ];
+        for other in [&renamed[..], &retyped, &[], &[0; 7]] {
+            let error = decode::<Vec<Port>>(other).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Busy);
+            assert_eq!(error.why(), "it is of another version, whose records differ");
         }
     }
 

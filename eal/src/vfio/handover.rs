@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 
 use super::acquire::{Acquired, BusDevice, Vfio, lock};
@@ -18,7 +19,7 @@ use crate::handover::{Fds, ReceivedFds};
 use crate::iommufd::Iommufd;
 
 /// A device in use, as another process needs it. Descriptors are numbers in [`Fds`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, Schema)]
 pub struct DeviceRecord {
     mode: VfioMode,
     device: u32,

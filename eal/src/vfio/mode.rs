@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 
 use crate::args::quoted;
@@ -18,7 +19,9 @@ use crate::error::{Error, ErrorKind};
 /// | `noiommu` | `/dev/vfio/noiommu-N` | none | physical |
 /// | `noiommu-cdev` (kernel 7.3) | `/dev/vfio/devices/noiommu-vfioN` | `IOMMU_IOAS_MAP` pins | physical, pinned |
 /// | `auto` | `cdev`, else `container`; never without an IOMMU | | Vireo's IOVA |
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Schema,
+)]
 pub enum VfioMode {
     /// `cdev` if the kernel offers it, otherwise `container`; never without an IOMMU.
     #[default]

@@ -3,12 +3,13 @@
 
 use std::time::Duration;
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_drivers::handover::PortRecord;
 use vireo_drivers::ports::OfferedPort;
 use vireo_eal::clock::monotonic;
 use vireo_eal::dma::FreeBuffers;
-use vireo_eal::handover::{Answer, Channel, Fds, Step, Takeover, encode};
+use vireo_eal::handover::{Channel, Fds, Step, Takeover, encode};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -25,22 +26,22 @@ const RUNNING_PATIENCE: Duration = Duration::from_secs(1);
 const END_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a program tells its successor in advance.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, Schema)]
 pub(crate) struct ProgramRecord {
     pub(crate) ports: Vec<OfferedPort>,
 }
 
 /// State of the program when no lcore polls any more.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, Schema)]
 struct State {
     /// When lcores stopped polling, by the monotonic clock.
     stopped: Duration,
     ports: Vec<PortState>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, Schema)]
 struct PortState {
-    number: usize,
+    number: u32,
     record: PortRecord,
     restarts: u64,
     link_changes: u64,
@@ -59,8 +60,8 @@ pub struct Handover {
 ///
 /// # Errors
 /// When the successor does not poll them and never will.
-fn commit(channel: &Channel, state: State) -> Result<()> {
-    channel.send(&Answer::Ok(state), &Fds::default())?;
+fn commit(channel: &Channel, state: &State) -> Result<()> {
+    channel.reply(state, &Fds::default())?;
     let running = channel.receive::<Step>(RUNNING_PATIENCE);
     // Either the message has arrived by now, or the successor cannot send it any more, and gives up.
     channel.close();
@@ -117,7 +118,7 @@ impl<H> Supervisor<'_, H> {
             control.eal.offer(regions, encode(&ProgramRecord { ports })?, &mut fds)
         };
         match offer() {
-            Ok(offer) => channel.send(&Answer::Ok(offer), &fds)?,
+            Ok(offer) => channel.reply(&offer, &fds)?,
             Err(error) => {
                 channel.refuse(error.to_string())?;
                 return Err(error);
@@ -138,7 +139,7 @@ impl<H> Supervisor<'_, H> {
         let stopped = monotonic();
         let mut parked = self.park_all();
         let given = self.state(stopped, *restarts).and_then(|state| {
-            commit(channel, state)?;
+            commit(channel, &state)?;
             Ok(Handover { pid: *pid, gap: monotonic().saturating_sub(stopped) })
         });
         match given {
@@ -186,6 +187,7 @@ impl<H> Supervisor<'_, H> {
             let record = self.control.resources.record(open, &queues);
             self.queues.put_port(number, queues);
             let (restarts, link_changes) = (port.counted.restarts, port.counted.link_changes);
+            let number = number as u32;
             ports.push(PortState { number, record: record?, restarts, link_changes });
         }
         Ok(State { stopped, ports })
@@ -228,7 +230,7 @@ impl<H> Supervisor<'_, H> {
         let gap = self.return_lanes().saturating_sub(state.stopped);
         eal.succeed();
         for port in state.ports {
-            let port = &mut self.control.ports[port.number];
+            let port = &mut self.control.ports[port.number as usize];
             port.open.iter_mut().for_each(|open| open.watch_release_request());
             port.status.update(|status| status.is_started = true);
         }
@@ -238,15 +240,16 @@ impl<H> Supervisor<'_, H> {
 
     /// Continues all ports of `state`, whose rings claim their buffers from `free`.
     fn resume(&mut self, state: &State, free: &mut FreeBuffers) -> Result<()> {
-        if state.ports.iter().map(|port| port.number).ne(self.control.used.iter().copied()) {
+        if state.ports.iter().map(|port| port.number as usize).ne(self.control.used.iter().copied()) {
             let why = "it forwards between other ports";
             return Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
                 .with_hint("give both the same arguments"));
         }
         for PortState { number, record, restarts, link_changes } in &state.ports {
-            let port = &mut self.control.ports[*number];
+            let number = *number as usize;
+            let port = &mut self.control.ports[number];
             let Some(open) = &mut port.open else { continue };
-            self.queues.put_port(*number, self.control.resources.resume(open, record, free)?);
+            self.queues.put_port(number, self.control.resources.resume(open, record, free)?);
             (port.counted.restarts, port.counted.link_changes) = (*restarts, *link_changes);
             port.is_down = false;
         }

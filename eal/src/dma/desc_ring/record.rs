@@ -1,5 +1,6 @@
 //! State of a ring as a record, by which another process continues the ring.
 
+use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 
 use super::{DescRing, EMPTY};
@@ -8,14 +9,14 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// State of a [`DescRing`]. Buffers are pool offsets, so the process that continues the ring may have mapped the
 /// memory anywhere.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Schema)]
 pub struct RingRecord {
     /// Device address of the first descriptor.
     iova: u64,
     /// Number of descriptors.
-    entries: usize,
-    head: usize,
-    capacity: usize,
+    entries: u32,
+    head: u64,
+    capacity: u32,
     /// Buffer of each descriptor from the tail to the head, or [`EMPTY`].
     buffers: Vec<u32>,
 }
@@ -27,9 +28,9 @@ impl DescRing {
         let owned = self.head.wrapping_sub(self.tail);
         RingRecord {
             iova: self.iova(),
-            entries: self.entries(),
-            head: self.head,
-            capacity: self.capacity,
+            entries: self.entries() as u32,
+            head: self.head as u64,
+            capacity: self.capacity as u32,
             buffers: (0..owned).map(|i| buffer(self.tail.wrapping_add(i))).collect(),
         }
     }
@@ -46,12 +47,14 @@ impl DescRing {
     pub fn restore(&mut self, record: &RingRecord, free: &mut FreeBuffers) -> Result<()> {
         assert!(self.owned() == 0, "the buffers of this ring would be lost");
         let refused = |why| Err(Error::new(ErrorKind::Protocol, "cannot continue a ring", why));
-        let RingRecord { iova, entries, head, capacity, buffers } = record;
-        if (*iova, *entries) != (self.iova(), self.entries()) {
+        let RingRecord { iova, buffers, .. } = record;
+        let [entries, capacity] = [record.entries, record.capacity].map(|count| count as usize);
+        let head = record.head as usize;
+        if (*iova, entries) != (self.iova(), self.entries()) {
             return refused("it has another place or size in memory");
         }
         // The descriptor at the tail is never empty.
-        if *capacity > *entries || buffers.len() > *entries || buffers.first() == Some(&EMPTY) {
+        if capacity > entries || buffers.len() > entries || buffers.first() == Some(&EMPTY) {
             return refused("its positions contradict each other");
         }
         let is_claimed = |slot: &&u32| **slot == EMPTY || free.claim(**slot);
@@ -61,8 +64,8 @@ impl DescRing {
             owned.for_each(|slot| free.give_back(*slot));
             return refused("it owns a buffer that another ring owns or that does not exist");
         }
-        (self.head, self.tail) = (*head, head.wrapping_sub(buffers.len()));
-        self.capacity = *capacity;
+        (self.head, self.tail) = (head, head.wrapping_sub(buffers.len()));
+        self.capacity = capacity;
         self.holes = buffers.iter().filter(|slot| **slot == EMPTY).count();
         self.fresh_bits = free.fresh_bits();
         for (i, slot) in buffers.iter().enumerate() {
@@ -81,8 +84,8 @@ mod tests {
     use crate::dma::packet::Burst;
 
     /// Positions beyond which a record's own are not checked: they wrap.
-    fn positions() -> impl Strategy<Value = usize> {
-        prop_oneof![Just(0), Just(usize::MAX - 3), any::<usize>()]
+    fn positions() -> impl Strategy<Value = u64> {
+        prop_oneof![Just(0), Just(u64::MAX - 3), any::<u64>()]
     }
 
     proptest! {
@@ -133,7 +136,7 @@ mod tests {
         /// Whatever a record says, each buffer has one owner afterwards.
         #[test]
         fn a_record_that_contradicts_itself_is_refused_or_harmless(
-            head in positions(), capacity in 0_usize..20,
+            head in positions(), capacity in 0_u32..20,
             buffers in proptest::collection::vec(prop_oneof![0_u32..80, Just(EMPTY)], 0..20),
         ) {
             let pool = pool(64);
