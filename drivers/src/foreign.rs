@@ -3,10 +3,10 @@
 
 use std::any::Any;
 use std::fmt::Debug;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
-use vireo_eal::event::Event;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::{PortCounters, QueueCounters};
@@ -71,7 +71,7 @@ impl RxBurst for RxQueue {
         self.0.counters()
     }
 
-    fn event(&self) -> Option<&Event> {
+    fn event(&self) -> Option<BorrowedFd<'_>> {
         self.0.event()
     }
 

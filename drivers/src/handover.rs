@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vireo_bus_pci::Function;
 use vireo_eal::dma::{DmaMemory, FreeBuffers};
-use vireo_eal::handover::{Fds, decode};
+use vireo_eal::handover::{Fds, ReceivedFds, decode};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::CountersRecord;
@@ -55,11 +55,12 @@ pub trait HandOver: Nic {
         Err(unsupported())
     }
 
-    /// Returns the state of the started port, without its queues.
+    /// Returns the state of the started port, without its queues, with its descriptors in `fds`. From now until
+    /// [`HandOver::keep`] or [`HandOver::leave`], the port touches nothing by itself.
     ///
     /// # Errors
-    /// As for [`HandOver::facts`].
-    fn record(&self) -> Result<Vec<u8>> {
+    /// As for [`HandOver::facts`]; `Busy` when a later attempt may succeed.
+    fn record(&self, _fds: &mut Fds<'_>) -> Result<Vec<u8>> {
         Err(unsupported())
     }
 
@@ -89,6 +90,9 @@ pub trait HandOver: Nic {
         Err(unsupported())
     }
 
+    /// Keeps the started port: the other process does not continue it, or has left it to this one.
+    fn keep(&mut self) {}
+
     /// Leaves the started port to another process, which continues it. From now on, nothing touches the device: neither
     /// this value nor its drop. The memory stays as it is until the process ends.
     fn leave(&mut self) {}
@@ -106,13 +110,18 @@ pub struct PortRecord {
 }
 
 impl PortRecord {
-    /// Describes `port`, which was started with `config` and has these `queues`.
+    /// Describes `port`, which was started with `config` and has these `queues`, with its descriptors in `fds`.
     ///
     /// # Errors
     /// `Unavailable` when its driver cannot hand it over, or when a queue waits for a restart of the port.
-    pub fn of<N: HandOver>(port: &N, queues: &QueuesOf<N>, config: &PortConfig) -> Result<Self> {
+    pub fn of<N: HandOver>(
+        port: &N,
+        queues: &QueuesOf<N>,
+        config: &PortConfig,
+        fds: &mut Fds<'_>,
+    ) -> Result<Self> {
         Ok(Self {
-            device: port.record()?,
+            device: port.record(fds)?,
             rx: queues.rx.iter().map(|rx| port.rx_record(rx)).collect::<Result<_>>()?,
             tx: queues.tx.iter().map(|tx| port.tx_record(tx)).collect::<Result<_>>()?,
             max_frame: config.max_frame as u32,
@@ -120,7 +129,8 @@ impl PortRecord {
         })
     }
 
-    /// Continues the port on `port`, which is [attached](HandOver::attach) to its device, and its counters.
+    /// Continues the port on `port`, which is [attached](HandOver::attach) to its device, and its counters. `fds` came
+    /// with the record.
     ///
     /// # Errors
     /// `Busy` when `config` has another longest frame; otherwise as for [`HandOver::resume`].
@@ -130,13 +140,14 @@ impl PortRecord {
         config: &PortConfig,
         memory: &Arc<DmaMemory>,
         free: &mut FreeBuffers,
+        fds: &ReceivedFds,
     ) -> Result<QueuesOf<N>> {
         if self.max_frame as usize != config.max_frame {
             let why =
                 format!("its frames have up to {} bytes, but these {}", self.max_frame, config.max_frame);
             return Err(differs(&why));
         }
-        let queues = port.resume(Resume { config, memory, free, record: self })?;
+        let queues = port.resume(Resume { config, memory, free, fds, record: self })?;
         port.counters().restore(&self.counters);
         Ok(queues)
     }
@@ -151,6 +162,8 @@ pub struct Resume<'a> {
     pub memory: &'a Arc<DmaMemory>,
     /// Buffers that the port's rings claim.
     pub free: &'a mut FreeBuffers,
+    /// Descriptors that [`HandOver::record`] has added.
+    pub fds: &'a ReceivedFds,
     /// The predecessor's records.
     record: &'a PortRecord,
 }

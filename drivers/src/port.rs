@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::os::fd::BorrowedFd;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,7 +10,6 @@ use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
-use vireo_eal::event::Event;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::{PortCounters, QueueCounters};
@@ -371,9 +371,10 @@ pub trait RxBurst: Send {
     /// Returns the queue's counters, which are part of [`Nic::counters`].
     fn counters(&self) -> &QueueCounters;
 
-    /// Returns the event that the queue signals while it is armed; `None` unless the port was started with
+    /// Returns the event that the queue signals while it is armed, for
+    /// [`wait_for_any`](vireo_eal::event::wait_for_any); `None` unless the port was started with
     /// [`PortConfig::rx_interrupts`].
-    fn event(&self) -> Option<&Event> {
+    fn event(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 

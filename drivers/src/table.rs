@@ -1,13 +1,13 @@
 //! The table of all drivers in Vireo, the types that stand for any driver's ports and queues, and the drivers
 //! that an application adds. Higher layers look up drivers here; drivers do not depend on this module.
 
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::args::VdevArgs;
 use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
-use vireo_eal::event::Event;
 use vireo_eal::handover::Fds;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
@@ -42,7 +42,7 @@ macro_rules! drivers {
             fn counters(&self) -> &QueueCounters {
                 match self { $(Self::$variant(queue) => queue.counters()),* }
             }
-            fn event(&self) -> Option<&Event> {
+            fn event(&self) -> Option<BorrowedFd<'_>> {
                 match self { $(Self::$variant(queue) => queue.event()),* }
             }
             fn arm(&mut self) -> bool {
@@ -125,8 +125,8 @@ macro_rules! drivers {
             fn facts<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
                 match self { $(Self::$variant(device) => device.facts(fds)),* }
             }
-            fn record(&self) -> Result<Vec<u8>> {
-                match self { $(Self::$variant(device) => device.record()),* }
+            fn record(&self, fds: &mut Fds<'_>) -> Result<Vec<u8>> {
+                match self { $(Self::$variant(device) => device.record(fds)),* }
             }
             fn rx_record(&self, rx: &RxQueue) -> Result<Vec<u8>> {
                 match (self, rx) {
@@ -144,6 +144,9 @@ macro_rules! drivers {
                 match self { $(Self::$variant(device) => {
                     Ok(device.resume(resume)?.map(RxQueue::$variant, TxQueue::$variant))
                 }),* }
+            }
+            fn keep(&mut self) {
+                match self { $(Self::$variant(device) => device.keep()),* }
             }
             fn leave(&mut self) {
                 match self { $(Self::$variant(device) => device.leave()),* }

@@ -10,10 +10,11 @@
 //! `rx_starved` then grows, and with it the NIC's own counter of missed packets, if it has one. A lane that is
 //! not tied counts such packets in `tx_dropped`.
 
+use std::os::fd::BorrowedFd;
+
 use vireo_eal::dma::{
     DescRing, DmaRing, Limits, MAX_BURST, Moved, PoolCache, SendWord, TiedPacket, TiedRings,
 };
-use vireo_eal::event::Event;
 
 use crate::counters::QueueCounters;
 use crate::frames::SHORTEST;
@@ -111,7 +112,7 @@ pub trait TiedRx {
     ) -> Option<Moved>;
 
     /// See [`RxBurst::event`].
-    fn event(&self) -> Option<&Event>;
+    fn event(&self) -> Option<BorrowedFd<'_>>;
 
     /// Makes the device signal the event. Returns false if there is none.
     fn arm(&mut self) -> bool;
@@ -334,7 +335,7 @@ impl<R: TieRx, T: TieTx> TiedLane<R, T> {
     }
 
     /// Does what [`RxBurst::event`] does.
-    pub fn event(&self) -> Option<&Event> {
+    pub fn event(&self) -> Option<BorrowedFd<'_>> {
         self.rx.event()
     }
 

@@ -4,7 +4,6 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -49,9 +48,10 @@ impl Event {
     pub fn signal(&self) {
         #[cfg(loom)]
         let _ = self.signaled.lock().map(|mut signaled| *signaled = true);
-        // Fails only if the count cannot grow, and then the event is signaled.
+        // The kernel fails only if the count cannot grow, and then the event is signaled. A tracer or a filter of system
+        // calls may let it fail with another error, once, and somebody would wait for ever.
         #[cfg(not(loom))]
-        if self.fd.write(1).is_err_and(|errno| errno != Errno::EAGAIN) {
+        if self.fd.write(1).is_err_and(|errno| errno != nix::errno::Errno::EAGAIN) {
             let _ = self.fd.write(1);
         }
     }
@@ -84,11 +84,16 @@ impl AsFd for Event {
     }
 }
 
+/// Whether an event is signaled. Does not take it.
+pub fn is_signaled(event: impl AsFd) -> bool {
+    poll(&mut [PollFd::new(event.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO) == Ok(1)
+}
+
 /// Waits until one of `events` is signaled or `longest` has passed, rounded up to milliseconds. Takes no event. A
 /// signal that the thread handles ends the wait too.
-pub fn wait_for_any<'a>(events: impl IntoIterator<Item = &'a Event>, longest: Option<Duration>) {
-    let mut fds: Vec<_> =
-        events.into_iter().map(|event| PollFd::new(event.as_fd(), PollFlags::POLLIN)).collect();
+pub fn wait_for_any(events: impl IntoIterator<Item: AsFd>, longest: Option<Duration>) {
+    let events: Vec<_> = events.into_iter().collect();
+    let mut fds: Vec<_> = events.iter().map(|event| PollFd::new(event.as_fd(), PollFlags::POLLIN)).collect();
     let longest = longest.map(|time| time.as_micros().div_ceil(1000));
     let timeout =
         longest.map_or(PollTimeout::NONE, |ms| PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX));
@@ -114,6 +119,7 @@ mod tests {
         wait_for_any([&other, &event], None);
         wait_for_any([&event], None);
         signals.join().unwrap();
+        assert!(is_signaled(&event) && !is_signaled(&other));
         assert!(event.take() && !event.take() && !other.take());
         wait_for_any([&event], Some(Duration::from_micros(1)));
     }

@@ -38,7 +38,7 @@ pub mod mmio;
 mod opaque;
 mod prefetch;
 pub mod program;
-mod rights;
+pub mod rights;
 pub mod rlimit;
 pub mod runtime;
 mod sandbox;

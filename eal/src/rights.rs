@@ -11,13 +11,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::rlimit;
 
 /// Maximum number of descriptors in one message (`SCM_MAX_FD` of the kernel).
-pub(crate) const MAX_FDS: usize = 253;
+pub const MAX_FDS: usize = 253;
 
 /// Sends `bytes`, and `fds` with the first of them. Returns how many bytes were sent.
 ///
 /// # Errors
 /// `EINVAL` for more than [`MAX_FDS`] descriptors; otherwise if the socket is closed or full.
-pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> nix::Result<usize> {
+pub fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> nix::Result<usize> {
     let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&fds)];
     let control = if fds.is_empty() { &[][..] } else { &control };
@@ -27,15 +27,17 @@ pub(crate) fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) ->
 /// Receives bytes into `buffer`, and all descriptors that came with them. Returns the number of bytes, which is 0 if
 /// the other end is closed.
 ///
-/// All descriptors that the kernel has installed are owned before any message is refused. nix returns none if
-/// some were not installed (`MSG_CTRUNC`), so they are read from its buffer.
-pub(crate) fn receive(socket: &UnixStream, buffer: &mut [u8], what: &str) -> Result<(usize, Vec<OwnedFd>)> {
+/// # Errors
+/// `Os` if the process or the machine has too many open files, or the connection is broken. `what` is what fails then.
+pub fn receive(socket: &UnixStream, buffer: &mut [u8], what: &str) -> Result<(usize, Vec<OwnedFd>)> {
     let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
     let mut parts = [IoSliceMut::new(buffer)];
     let message =
         recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
             .map_err(|errno| Error::os(what, errno))?;
     let (bytes, flags) = (message.bytes, message.flags);
+    // All descriptors that the kernel has installed are owned before any message is refused. nix returns none if some
+    // were not installed (`MSG_CTRUNC`), so they are read from its buffer.
     // SAFETY: the kernel has just installed these descriptors in this process, and nothing else owns them.
     let fds = rights(&control).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
     if flags.contains(MsgFlags::MSG_CTRUNC) {

@@ -117,6 +117,7 @@ fn allow_list(sockets: bool) -> seccompiler::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALWAYS.iter().map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_ioctl, any_of(1, IOCTLS)?);
     rules.insert(libc::SYS_prctl, any_of(0, PRCTLS)?);
+    rules.insert(libc::SYS_socketpair, any_of(0, &[libc::AF_UNIX as u64])?);
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.insert(call, vec![masked(2, libc::PROT_EXEC as u64, 0)?]);
     }
@@ -180,6 +181,9 @@ const ALWAYS: &[i64] = &[
     libc::SYS_dup,
     libc::SYS_eventfd2,
     libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
     libc::SYS_accept4,
     libc::SYS_sendto,
     libc::SYS_sendmsg,
@@ -233,6 +237,8 @@ const ALWAYS: &[i64] = &[
     libc::SYS_readlink,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_unlink,
     #[cfg(target_arch = "x86_64")]

@@ -11,6 +11,7 @@ use vireo_drivers::ports::{OpenPort, buffers_needed, wait_for_links};
 use vireo_drivers::table::Port;
 use vireo_eal::dma::{DmaMemory, FreeBuffers, Pool, PoolCache};
 use vireo_eal::event::Event;
+use vireo_eal::handover::{Fds, ReceivedFds};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::Region;
 use vireo_eal::{Error, ErrorKind, Result};
@@ -69,8 +70,13 @@ impl PortResources {
     }
 
     /// Describes a started port for a successor.
-    pub(crate) fn record(&self, open: &OpenPort, queues: &QueuesOf<Port>) -> Result<PortRecord> {
-        PortRecord::of(&open.port, queues, &self.config)
+    pub(crate) fn record(
+        &self,
+        open: &OpenPort,
+        queues: &QueuesOf<Port>,
+        fds: &mut Fds<'_>,
+    ) -> Result<PortRecord> {
+        PortRecord::of(&open.port, queues, &self.config, fds)
     }
 
     /// Continues a port of the predecessor.
@@ -79,10 +85,11 @@ impl PortResources {
         open: &mut OpenPort,
         record: &PortRecord,
         free: &mut FreeBuffers,
+        fds: &ReceivedFds,
     ) -> Result<QueuesOf<Port>> {
         let offloads = self.config.offloads & open.port.capabilities().offloads;
         let memory = self.memory.of(open)?;
-        record.resume_on(&mut open.port, &self.config.with_offloads(offloads), memory, free)
+        record.resume_on(&mut open.port, &self.config.with_offloads(offloads), memory, free, fds)
     }
 
     pub(crate) fn memory(&self) -> &PortMemory {

@@ -1,10 +1,11 @@
 //! Sleep of an lcore whose lanes have nothing to do, until one of their devices interrupts.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use vireo_drivers::port::RxBurst;
 use vireo_eal::clock::Tsc;
-use vireo_eal::event::{Event, wait_for_any};
+use vireo_eal::event::wait_for_any;
 use vireo_eal::lcore::StopFlag;
 
 use crate::counts::LcoreTicks;
@@ -27,7 +28,7 @@ pub struct Sleep<'a> {
 /// A lane that can wake its lcore: see [`RxBurst`].
 pub(crate) trait Wakes {
     /// See [`RxBurst::event`].
-    fn event(&self) -> Option<&Event>;
+    fn event(&self) -> Option<BorrowedFd<'_>>;
     /// See [`RxBurst::arm`].
     fn arm(&mut self) -> bool;
     /// See [`RxBurst::disarm`].
@@ -35,7 +36,7 @@ pub(crate) trait Wakes {
 }
 
 impl<R: RxBurst, T, H> Wakes for Lane<R, T, H> {
-    fn event(&self) -> Option<&Event> {
+    fn event(&self) -> Option<BorrowedFd<'_>> {
         self.rx.event()
     }
 
@@ -58,7 +59,7 @@ impl Sleep<'_> {
             && !stop.is_raised()
         {
             let since = Tsc::now();
-            wait_for_any(lanes.iter().filter_map(Wakes::event).chain([stopped]), self.longest);
+            wait_for_any(lanes.iter().filter_map(Wakes::event).chain([stopped.as_fd()]), self.longest);
             self.counts.sleeps.add(1);
             self.counts.asleep.add(Tsc::now().wrapping_sub(since));
         }

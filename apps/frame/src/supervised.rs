@@ -92,6 +92,11 @@ impl SupervisedPort {
         counted.is_confirmed = self.unconfirmed.is_none();
     }
 
+    /// Keeps the port: no other process continues it.
+    pub(crate) fn keep(&mut self) {
+        self.open.iter_mut().for_each(|open| open.port.keep());
+    }
+
     /// Leaves the port to a successor, which continues it.
     pub(crate) fn leave(&mut self) {
         if let Some(mut open) = self.open.take() {

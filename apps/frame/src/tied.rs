@@ -3,9 +3,10 @@
 //! A lane is tied if its two rings have the same size and its hook is [`Uniform`]. It is untied to receive and
 //! send what a tied lane cannot, and tied again later.
 
+use std::os::fd::BorrowedFd;
+
 use vireo_drivers::tied::{Polled, TieRx, TieTx, TiedLane, prepare};
 use vireo_eal::dma::{Burst, PoolCache};
-use vireo_eal::event::Event;
 use vireo_eal::lcore::StopFlag;
 
 use crate::forward::{Lane, Meter, poll, send};
@@ -22,7 +23,7 @@ enum State<R: TieRx, T: TieTx, H> {
 }
 
 impl<R: TieRx, T: TieTx, H> Wakes for State<R, T, H> {
-    fn event(&self) -> Option<&Event> {
+    fn event(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Tied(tied, _) => tied.event(),
             Self::Untied(lane, _) => lane.event(),

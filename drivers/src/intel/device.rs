@@ -253,7 +253,7 @@ impl<C: Chip> HandOver for Device<C> {
         Ok(device)
     }
 
-    fn record(&self) -> Result<Vec<u8>> {
+    fn record(&self, _fds: &mut Fds<'_>) -> Result<Vec<u8>> {
         encode(&State { linked: self.linked.load(Ordering::Relaxed), drops: self.drops.clone() })
     }
 

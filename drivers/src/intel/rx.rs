@@ -1,6 +1,7 @@
 //! Receive queue (SDM 3.2, DS 7.1).
 
 use std::marker::PhantomData;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use postcard_schema::Schema;
@@ -9,7 +10,6 @@ use vireo_eal::dma::{
     Burst, DATA_ROOM, DescRing, FreeBuffers, Limits, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Moved, PoolCache,
     RingRecord, TiedPacket, TiedRings, dma_rmb,
 };
-use vireo_eal::event::Event;
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -267,7 +267,7 @@ impl<F: Format> RxBurst for RxQueue<F> {
         &self.counters
     }
 
-    fn event(&self) -> Option<&Event> {
+    fn event(&self) -> Option<BorrowedFd<'_>> {
         self.interrupt_event()
     }
 
@@ -320,8 +320,8 @@ impl<F, R> RxQueue<F, R> {
         }
     }
 
-    fn interrupt_event(&self) -> Option<&Event> {
-        self.interrupt.as_ref().map(|interrupt| interrupt.event())
+    fn interrupt_event(&self) -> Option<BorrowedFd<'_>> {
+        self.interrupt.as_ref().map(|interrupt| interrupt.event().as_fd())
     }
 }
 
@@ -395,7 +395,7 @@ impl<F: Format> TiedRx for RxQueue<F, ()> {
         })
     }
 
-    fn event(&self) -> Option<&Event> {
+    fn event(&self) -> Option<BorrowedFd<'_>> {
         self.interrupt_event()
     }
 

@@ -1,5 +1,6 @@
 //! Handles the requests of one frontend connection (vhost-user, "Front-end message types").
 
+mod record;
 #[cfg(test)]
 mod tests;
 
@@ -17,10 +18,11 @@ use vhost::vhost_user::{
 };
 use vireo_eal::dma::{MAX_PEER_REGIONS, PeerEvent, PeerLog, PeerMemory, PeerRegion};
 
-use super::ring::{Addresses, Marks, Ring, RingFeatures};
+use super::ring::{Addresses, Marks, Notifiers, Ring, RingFeatures};
 use super::shared::{Shared, Slot};
 use super::{RINGS_PER_PAIR, TRANSMIT};
 use crate::virtio::Features;
+pub(super) use record::BackendRecord;
 
 /// Features that the port offers. Indirect descriptors are excluded because they cost the device a read per
 /// packet.
@@ -42,7 +44,7 @@ struct Vring {
     logged: Option<u64>,
     /// Position of the next chain while no lcore has the ring.
     base: u16,
-    call: Option<Arc<PeerEvent>>,
+    notifiers: Notifiers,
     /// Whether the ring is started: from `SET_VRING_KICK` to `GET_VRING_BASE`.
     started: bool,
     enabled: bool,
@@ -56,6 +58,7 @@ pub(super) struct Backend {
     vrings: Vec<Vring>,
     /// Features that the frontend accepted.
     features: u64,
+    protocol_features: u64,
     memory: Option<Arc<PeerMemory>>,
     log: Option<Arc<PeerLog>>,
 }
@@ -70,6 +73,10 @@ fn region(region: &VhostUserMemoryRegion, file: File) -> PeerRegion {
     }
 }
 
+fn event(fd: Option<File>) -> Result<Option<Arc<PeerEvent>>> {
+    fd.map(|fd| PeerEvent::new(fd.into()).map(Arc::new)).transpose().map_err(failed)
+}
+
 fn failed(error: vireo_eal::Error) -> Error {
     Error::ReqHandlerError(std::io::Error::other(error))
 }
@@ -77,7 +84,15 @@ fn failed(error: vireo_eal::Error) -> Error {
 impl Backend {
     pub(super) fn new(name: &Arc<str>, rings: Vec<Arc<Shared>>) -> Self {
         let vrings = rings.iter().map(|_| Vring::default()).collect();
-        Self { name: Arc::clone(name), rings, vrings, features: 0, memory: None, log: None }
+        Self {
+            name: Arc::clone(name),
+            rings,
+            vrings,
+            features: 0,
+            protocol_features: 0,
+            memory: None,
+            log: None,
+        }
     }
 
     fn pairs(&self) -> usize {
@@ -121,8 +136,8 @@ impl Backend {
         let log = self.log.as_ref().filter(|_| self.features & LOG_ALL != 0);
         let marks = log.map(|log| Marks { log: Arc::clone(log), used: vring.logged });
         let is_logged = marks.is_some();
-        let call = vring.call.clone();
-        let ring = Ring::new(memory, vring.size, addresses, terms, call, marks).map_err(failed)?;
+        let notifiers = vring.notifiers.clone();
+        let ring = Ring::new(memory, vring.size, addresses, terms, notifiers, marks).map_err(failed)?;
         Ok(match Box::new(ring) {
             ring if !self.is_enabled(vring) => Slot::Disabled(ring),
             ring if is_logged => Slot::Logged(ring),
@@ -134,13 +149,14 @@ impl Backend {
     fn update(&mut self, at: usize) -> Result<()> {
         let shared = Arc::clone(&self.rings[at]);
         shared.lock().replace(|slot| {
-            match slot {
-                Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => {
-                    self.vrings[at].base = ring.next();
-                }
-                Slot::Stopped => {}
-                broken @ Slot::Broken(_) => return (broken, Ok(())),
+            if let Slot::Broken(_) = slot {
+                return (slot, Ok(()));
             }
+            if let Some(next) = slot.next() {
+                self.vrings[at].base = next;
+            }
+            // No byte belongs to two rings.
+            drop(slot);
             match self.ring(at) {
                 Ok(slot) => (slot, Ok(())),
                 Err(error) => (Slot::Stopped, Err(error)),
@@ -157,10 +173,8 @@ impl Backend {
     fn stop(&mut self, at: usize) -> u16 {
         let vring = &mut self.vrings[at];
         self.rings[at].lock().replace(|slot| {
-            match slot {
-                Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) => vring.base = ring.next(),
-                Slot::Broken(next) => vring.base = next,
-                Slot::Stopped => {}
+            if let Some(next) = slot.next() {
+                vring.base = next;
             }
             (Slot::Stopped, ())
         });
@@ -260,7 +274,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         let regions: Vec<PeerRegion> =
             regions.iter().zip(files).map(|(described, file)| region(described, file)).collect();
         // Unmapping takes long, so no ring that an lcore ends may be the last owner of the memory.
-        let _old = self.memory.replace(PeerMemory::map(&regions).map_err(failed)?);
+        let _old = self.memory.replace(PeerMemory::map(regions).map_err(failed)?);
         self.update_all().map(|()| None)
     }
 
@@ -298,19 +312,21 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Ok(VhostUserVringState::new(index, self.stop(at).into()))
     }
 
-    /// Starts the ring with this message instead of the first kick, because the port requests no kicks. The
-    /// file descriptor is not kept.
-    fn set_vring_kick(&mut self, index: u8, _fd: Option<File>) -> Result<()> {
+    /// Starts the ring with this message instead of the first kick, because the port requests no kicks before an
+    /// lcore sleeps.
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let (at, _) = self.vring(index.into())?;
         self.stop(at);
-        self.vrings[at].started = true;
+        let vring = &mut self.vrings[at];
+        vring.notifiers.kick = event(fd)?;
+        vring.started = true;
         self.update(at)
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let (at, vring) = self.vring(index.into())?;
-        let call = fd.map(|fd| PeerEvent::new(fd.into()).map(Arc::new)).transpose().map_err(failed)?;
-        vring.call = call.clone();
+        let call = event(fd)?;
+        vring.notifiers.call = call.clone();
         self.update(at)?;
         // The frontend was not woken for what a running ring returned before.
         if let Some(call) = call {
@@ -335,10 +351,11 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        match features & !self.get_protocol_features()?.bits() {
-            0 => Ok(()),
-            _ => Err(Error::FeatureMismatch),
+        if features & !self.get_protocol_features()?.bits() != 0 {
+            return Err(Error::FeatureMismatch);
         }
+        self.protocol_features = features;
+        Ok(())
     }
 
     /// Returns the number of queue pairs.
@@ -364,8 +381,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
     ) -> Result<Option<u64>> {
         let region = region(described, file);
         let memory = match &self.memory {
-            Some(memory) => memory.with(&region),
-            None => PeerMemory::map(&[region]),
+            Some(memory) => memory.with(region),
+            None => PeerMemory::map(vec![region]),
         };
         self.change_memory(Some(memory.map_err(failed)?));
         Ok(None)

@@ -16,24 +16,29 @@ mod server;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod waker;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use postcard_schema::Schema;
+use serde::{Deserialize, Serialize};
 use vireo_eal::dma::{DmaMemory, MAX_FRAME, PoolCache};
+use vireo_eal::handover::{Fds, encode};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::sync::atomic::{AtomicBool, Ordering};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::counters::PortCounters;
-use crate::driver::{Args, Vdev, flag, socket_path};
-use crate::handover::HandOver;
+use crate::driver::{Args, Facts, Vdev, flag, socket_path};
+use crate::handover::{HandOver, Resume, contradiction};
 use crate::port::{Capabilities, Link, MacAddr, Nic, PortConfig, Queues};
 use crate::virtio::{self, random_mac};
 pub use queues::{RxQueue, TxQueue};
 use ring::Report;
 use server::Server;
 use shared::{RingState, Shared};
+use waker::Waker;
 
 /// Rings of a pair (virtio 1.2, 5.1.2), named from the frontend's view.
 const RINGS_PER_PAIR: usize = 2;
@@ -90,6 +95,16 @@ impl Vdev for Options {
     fn open(&self, name: &str, _stop: &StopFlag) -> Result<Device> {
         Device::open(name, self)
     }
+
+    fn attach(&self, name: &str, facts: Facts<'_>) -> Result<Device> {
+        let Fixed { mac, is_up, listener } = facts.decode()?;
+        if listener.is_some() == self.client {
+            return Err(contradiction("only one of both programs uses client=1"));
+        }
+        let listener = listener.map(|number| facts.fds.get(number)).transpose()?;
+        let attach = |name: &_, rings: &_| Server::attach(&self.path, listener, name, rings);
+        Ok(Device { attached: Some(is_up), ..Device::with(name, self, mac, attach)? })
+    }
 }
 
 /// A port whose other end is the virtio-net driver of a frontend.
@@ -102,7 +117,9 @@ pub struct Device {
     link: Vec<Arc<AtomicBool>>,
     counters: PortCounters,
     started: bool,
-    _server: Server,
+    /// Whether the link is up of the port that runs in another process, until this one continues it.
+    attached: Option<bool>,
+    server: Server,
 }
 
 impl Device {
@@ -112,6 +129,19 @@ impl Device {
     /// # Errors
     /// `Busy` when another process listens there, otherwise when the socket cannot be created.
     pub fn open(name: &str, options: &Options) -> Result<Self> {
+        let mac = options.mac.unwrap_or_else(random_mac);
+        Self::with(name, options, mac, |name, rings| match options.client {
+            true => Server::connect(&options.path, name, rings),
+            false => Server::listen(&options.path, name, rings),
+        })
+    }
+
+    fn with(
+        name: &str,
+        options: &Options,
+        mac: MacAddr,
+        serve: impl FnOnce(&Arc<str>, &[Arc<Shared>]) -> Result<Server>,
+    ) -> Result<Self> {
         let name: Arc<str> = name.into();
         let counters = PortCounters::default();
         // Each pair has `RECEIVE`, which the port sends to, and `TRANSMIT`, named from the frontend's view.
@@ -121,12 +151,8 @@ impl Device {
             .collect();
         let link = states.iter().take(RINGS_PER_PAIR).map(RingState::is_up).collect();
         let rings: Vec<_> = states.into_iter().map(|state| Arc::new(Shared::new(state))).collect();
-        let server = match options.client {
-            true => Server::connect(&options.path, &name, &rings)?,
-            false => Server::listen(&options.path, &name, &rings)?,
-        };
-        let mac = options.mac.unwrap_or_else(random_mac);
-        Ok(Self { name, mac, rings, link, counters, started: false, _server: server })
+        let server = serve(&name, &rings)?;
+        Ok(Self { name, mac, rings, link, counters, started: false, attached: None, server })
     }
 
     /// Returns the ring [`RECEIVE`] or [`TRANSMIT`] of each pair.
@@ -134,13 +160,79 @@ impl Device {
         self.rings.iter().skip(kind).step_by(RINGS_PER_PAIR)
     }
 
+    /// Returns queues of all rings that `config` uses.
+    fn queues(&self, config: &PortConfig) -> Result<Queues<RxQueue, TxQueue>> {
+        if let Some(why) = config.unsupported_reason(&self.capabilities()) {
+            let pairs = config.rx_queues.max(config.tx_queues);
+            let hint = format!("give it more: --vdev {},iface=SOCKET,queues={pairs}", self.name);
+            let error = self.refuse(&why);
+            return Err(if pairs > self.capabilities().rx_queues { error.with_hint(hint) } else { error });
+        }
+        let waker = |_| config.rx_interrupts.then(Waker::new).transpose();
+        let wakers = (0..config.rx_queues).map(waker).collect::<Result<Vec<_>>>()?;
+        let rx = self.rings_of(TRANSMIT).zip(wakers).map(|(ring, waker)| RxQueue::new(ring, waker));
+        let tx = self.rings_of(RECEIVE).take(config.tx_queues.into());
+        let tx = tx.map(|ring| TxQueue::new(ring, config.is_scattered()));
+        let (Some(rx), Some(tx)) = (rx.collect(), tx.collect()) else {
+            return Err(self.refuse("queues of an earlier start still exist"));
+        };
+        Ok(Queues { rx, tx })
+    }
+
     fn refuse(&self, why: &str) -> Error {
         Error::new(ErrorKind::Usage, format!("cannot use vhost port {}", self.name), why)
     }
 }
 
-/// A vhost port cannot be handed over: its frontend would have to start its rings again.
-impl HandOver for Device {}
+/// What does not change while the port runs.
+#[derive(Serialize, Deserialize, Schema)]
+struct Fixed {
+    mac: MacAddr,
+    is_up: bool,
+    /// Number of the descriptor, unless the frontend listens.
+    listener: Option<u32>,
+}
+
+/// The connection moves, with the frontend's memory and eventfds. What its rings hold stays with the frontend, and so do
+/// the positions in them.
+impl HandOver for Device {
+    fn facts<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
+        let listener = self.server.listener().map(|fd| fds.add(fd));
+        encode(&Fixed { mac: self.mac, is_up: self.link().up, listener })
+    }
+
+    fn record(&self, fds: &mut Fds<'_>) -> Result<Vec<u8>> {
+        encode(&self.server.record(fds)?)
+    }
+
+    fn rx_record(&self, _rx: &RxQueue) -> Result<Vec<u8>> {
+        encode(&())
+    }
+
+    fn tx_record(&self, _tx: &TxQueue) -> Result<Vec<u8>> {
+        encode(&())
+    }
+
+    fn resume(&mut self, resume: Resume<'_>) -> Result<Queues<RxQueue, TxQueue>> {
+        // Positions in the rings are the frontend's, so this only checks the number of queues.
+        resume.rx::<()>()?;
+        resume.tx::<()>()?;
+        let queues = self.queues(resume.config)?;
+        if let Some(connection) = resume.device()? {
+            self.server.resume(&connection, &self.name, &self.rings, resume.fds)?;
+        }
+        (self.started, self.attached) = (true, None);
+        Ok(queues)
+    }
+
+    fn keep(&mut self) {
+        self.server.keep();
+    }
+
+    fn leave(&mut self) {
+        self.server.leave();
+    }
+}
 
 impl Nic for Device {
     type Rx = RxQueue;
@@ -153,23 +245,14 @@ impl Nic for Device {
         _memory: &Arc<DmaMemory>,
         _cache: &mut PoolCache,
     ) -> Result<Queues<RxQueue, TxQueue>> {
-        if let Some(why) = config.unsupported_reason(&self.capabilities()) {
-            let pairs = config.rx_queues.max(config.tx_queues);
-            let hint = format!("give it more: --vdev {},iface=SOCKET,queues={pairs}", self.name);
-            let error = self.refuse(&why);
-            return Err(if pairs > self.capabilities().rx_queues { error.with_hint(hint) } else { error });
-        }
         if self.started {
             return Err(self.refuse("it is already started"));
         }
-        let rx = self.rings_of(TRANSMIT).take(config.rx_queues.into());
-        let tx = self.rings_of(RECEIVE).take(config.tx_queues.into());
-        let tx = tx.map(|ring| TxQueue::new(ring, config.is_scattered()));
-        let (Some(rx), Some(tx)) = (rx.map(RxQueue::new).collect(), tx.collect()) else {
-            return Err(self.refuse("queues of an earlier start still exist"));
-        };
-        self.started = true;
-        Ok(Queues { rx, tx })
+        let queues = self.queues(config)?;
+        // Another process may have served the frontends before it ended.
+        self.server.keep();
+        (self.started, self.attached) = (true, None);
+        Ok(queues)
     }
 
     /// Leaves the frontend connected; its rings wait for the next start. The rings own no buffers of the
@@ -192,12 +275,19 @@ impl Nic for Device {
     /// of several packets instead of sending them.
     fn capabilities(&self) -> Capabilities {
         let pairs = (self.rings.len() / RINGS_PER_PAIR) as u16;
-        Capabilities { max_frame: MAX_FRAME, rx_queues: pairs, tx_queues: pairs, ..Capabilities::default() }
+        Capabilities {
+            max_frame: MAX_FRAME,
+            rx_queues: pairs,
+            tx_queues: pairs,
+            rx_interrupts: true,
+            ..Capabilities::default()
+        }
     }
 
     /// Reports the link as up while a frontend has started and enabled both rings of the first pair.
     fn link(&self) -> Link {
-        let up = self.link.iter().all(|is_up| is_up.load(Ordering::Acquire));
+        let is_up = || self.link.iter().all(|is_up| is_up.load(Ordering::Acquire));
+        let up = self.attached.unwrap_or_else(is_up);
         Link { up, speed: None, full_duplex: true, autoneg: false }
     }
 

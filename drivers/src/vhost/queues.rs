@@ -1,11 +1,13 @@
 //! RX and TX queues of a port: a lock that is taken once per burst, then the ring.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use vireo_eal::dma::{Burst, DATA_ROOM, PoolCache};
 use vireo_eal::sync::Owner;
 
 use super::shared::{RingState, Shared};
+use super::waker::Waker;
 use crate::counters::QueueCounters;
 use crate::frames::drop_long;
 use crate::port::{RxBurst, TxBurst};
@@ -24,7 +26,11 @@ struct Queue {
 
 /// RX queue: takes from the ring through which the frontend transmits.
 #[derive(Debug)]
-pub struct RxQueue(Queue);
+pub struct RxQueue {
+    queue: Queue,
+    /// `None` if the lcore never sleeps.
+    waker: Option<Waker>,
+}
 
 /// TX queue: fills the ring through which the frontend receives.
 #[derive(Debug)]
@@ -43,13 +49,16 @@ impl Queue {
 }
 
 impl RxQueue {
-    /// Creates the queue. Returns `None` while there is another one of the ring.
-    pub(super) fn new(shared: &Arc<Shared>) -> Option<Self> {
-        Queue::new(shared).map(Self)
+    /// Creates the queue, whose lcore may sleep if there is a `waker`. Returns `None` while there is another one of the
+    /// ring.
+    pub(super) fn new(shared: &Arc<Shared>, waker: Option<Waker>) -> Option<Self> {
+        let queue = Queue::new(shared)?;
+        shared.lock().changed = waker.as_ref().map(|waker| waker.changed().clone());
+        Some(Self { queue, waker })
     }
 
     pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
-        self.0.ring.is_of(shared)
+        self.queue.ring.is_of(shared)
     }
 
     /// Handles a ring that is not running.
@@ -115,7 +124,7 @@ impl TxQueue {
 impl RxBurst for RxQueue {
     #[inline(never)]
     fn rx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) {
-        let Some(mut state) = self.0.ring.try_lock() else { return };
+        let Some(mut state) = self.queue.ring.try_lock() else { return };
         let Some((ring, report)) = state.running() else {
             return Self::not_running(&mut state, cache, burst);
         };
@@ -125,7 +134,27 @@ impl RxBurst for RxQueue {
     }
 
     fn counters(&self) -> &QueueCounters {
-        &self.0.counters
+        &self.queue.counters
+    }
+
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.waker.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Returns true without a ring that could be used: its start is a change, which wakes the lcore.
+    fn arm(&mut self) -> bool {
+        let (Some(waker), Some(state)) = (&mut self.waker, self.queue.ring.try_lock()) else { return false };
+        state.usable().is_none_or(|ring| waker.listen_to(ring.kick()) && ring.request_kick())
+    }
+
+    fn disarm(&mut self) {
+        let Some(waker) = &self.waker else { return };
+        if let Some(state) = self.queue.ring.try_lock()
+            && let Some(ring) = state.usable()
+        {
+            ring.suppress_kicks();
+        }
+        waker.take();
     }
 }
 

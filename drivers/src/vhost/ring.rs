@@ -11,6 +11,8 @@ mod send;
 
 use std::sync::Arc;
 
+use postcard_schema::Schema;
+use serde::{Deserialize, Serialize};
 use vireo_eal::Result;
 use vireo_eal::dma::{PeerEvent, PeerMemory, PeerRing, RingEntry, dma_rmb, dma_wmb, full_mb};
 
@@ -33,7 +35,7 @@ const LINE: usize = 4;
 const AVAIL_EVENT_STRIDE: u16 = 1 << 14;
 
 /// Location of a ring, in the frontend's own addresses (`VHOST_USER_SET_VRING_ADDR`).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, Schema)]
 pub(super) struct Addresses {
     pub(super) desc: u64,
     pub(super) avail: u64,
@@ -95,6 +97,7 @@ pub(super) struct Ring {
     avail_flags: PeerRing<u16>,
     avail_idx: PeerRing<u16>,
     avail: PeerRing<u16>,
+    used_flags: PeerRing<u16>,
     used_idx: PeerRing<u16>,
     /// Used ring elements: `id`, then `len`.
     used: PeerRing<u32, 2>,
@@ -102,9 +105,17 @@ pub(super) struct Ring {
     /// Position of the next chain, modulo 2^16.
     next: u16,
     terms: RingFeatures,
-    /// `None` while the frontend polls.
-    call: Option<Arc<PeerEvent>>,
+    notifiers: Notifiers,
     marks: Option<Marks>,
+}
+
+/// How the two ends of a ring wake each other.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Notifiers {
+    /// Wakes the frontend; `None` while it polls.
+    pub(super) call: Option<Arc<PeerEvent>>,
+    /// Wakes this process; `None` if the frontend expects it to poll.
+    pub(super) kick: Option<Arc<PeerEvent>>,
 }
 
 impl Ring {
@@ -115,7 +126,7 @@ impl Ring {
         size: u16,
         at: Addresses,
         terms: RingFeatures,
-        call: Option<Arc<PeerEvent>>,
+        notifiers: Notifiers,
         marks: Option<Marks>,
     ) -> Result<Self> {
         let entries = usize::from(size);
@@ -132,16 +143,15 @@ impl Ring {
             avail_idx: memory.ring(at.avail.wrapping_add(2), 1)?,
             avail: memory.ring(at.avail.wrapping_add(4), entries)?,
             next: used_idx.load::<0>(0),
+            used_flags: memory.ring(at.used, 1)?,
             used_idx,
             used: memory.ring(at.used.wrapping_add(4), entries)?,
             events: terms.event_idx.then(events).transpose()?,
             terms,
-            call,
+            notifiers,
             marks,
         };
-        // With EVENT_IDX the flags stay 0 (2.7.10.1), and `avail_event` suppresses kicks instead.
-        let flags: PeerRing<u16> = memory.ring(at.used, 1)?;
-        flags.store::<0>(0, if terms.event_idx { 0 } else { USED_NO_NOTIFY });
+        ring.used_flags.store::<0>(0, 0);
         ring.suppress_kicks();
         ring.mark_used(ring.next);
         Ok(ring)
@@ -152,12 +162,30 @@ impl Ring {
         self.next
     }
 
-    /// Suppresses kicks. The driver kicks when its index passes `avail_event`, which is placed one behind the
-    /// next chain.
-    fn suppress_kicks(&self) {
-        if let Some(events) = &self.events {
-            events.avail_event.store::<0>(0, self.next.wrapping_sub(1));
+    /// Lets the driver kick for the next chain, or for none. With EVENT_IDX it kicks when its index passes
+    /// `avail_event`, and the flags stay 0 (2.7.10.1).
+    fn want_kicks(&self, wanted: bool) {
+        match &self.events {
+            Some(events) => events.avail_event.store::<0>(0, self.next.wrapping_sub((!wanted).into())),
+            None => self.used_flags.store::<0>(0, if wanted { 0 } else { USED_NO_NOTIFY }),
         }
+    }
+
+    pub(super) fn suppress_kicks(&self) {
+        self.want_kicks(false);
+    }
+
+    /// Wakes this process.
+    pub(super) fn kick(&self) -> Option<&Arc<PeerEvent>> {
+        self.notifiers.kick.as_ref()
+    }
+
+    /// Lets the driver kick for the next chain. Returns false if that is there already.
+    pub(super) fn request_kick(&self) -> bool {
+        self.want_kicks(true);
+        // Without the barrier, this thread could miss a chain of a driver that does not see the request yet.
+        full_mb();
+        matches!(self.pending(), Ok(0))
     }
 
     fn table(&self) -> Table<'_> {
@@ -193,7 +221,7 @@ impl Ring {
         if (old ^ self.next) & !(AVAIL_EVENT_STRIDE - 1) != 0 {
             self.suppress_kicks();
         }
-        if let Some(call) = &self.call {
+        if let Some(call) = &self.notifiers.call {
             // Without the barrier, the device could read the driver's request before it writes the index, and
             // the driver could go to sleep in between.
             full_mb();

@@ -1,73 +1,69 @@
 //! The socket of a port, or of its frontend, and the thread that serves the frontends on it one after the
 //! other.
 
+mod conversation;
 mod early;
+mod session;
 #[cfg(test)]
 mod tests;
 
 use std::io::ErrorKind as IoKind;
-use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
-use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vhost::vhost_user::Error as VhostError;
+use vireo_eal::handover::{Fds, ReceivedFds};
 use vireo_eal::rlimit::more_files;
 use vireo_eal::socket::try_connect;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::backend::Backend;
+use self::conversation::Conversation;
+use self::session::{Session, Woken};
+use super::backend::{Backend, BackendRecord};
 use super::shared::Shared;
 
 /// Delay before the next attempt to accept or to connect, in milliseconds.
 const RETRY: u8 = 100;
 
-/// Number of file descriptors by which the hint raises the limit: a frontend takes two for each ring and one
+/// Number of file descriptors by which the hint raises the limit: a frontend takes three for each ring and one
 /// for each memory region.
 const MORE_FILES: u64 = 1024;
 
 /// How long a frontend must be silent before a change of its memory counts as complete, in milliseconds.
 const SILENCE: u8 = 100;
 
-/// State that the thread and the owner of the port share.
-#[derive(Debug, Default)]
-struct Session {
-    ending: AtomicBool,
-    /// The connection that is being served.
-    connection: Mutex<Option<UnixStream>>,
-}
-
-impl Session {
-    fn set(&self, connection: Option<UnixStream>) {
-        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = connection;
-    }
-
-    fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::SeqCst)
-    }
-}
-
 /// Path of a socket in the file system; removed on drop.
 #[derive(Debug)]
-struct Name(PathBuf);
+struct Name {
+    path: PathBuf,
+    /// Whether the socket belongs to another process: the predecessor of this process, or its successor.
+    is_lent: AtomicBool,
+}
+
+/// Where a port meets its frontends.
+#[derive(Debug)]
+enum Place {
+    /// At a socket of its own.
+    Listener(UnixListener, Name),
+    /// At the frontend's socket.
+    Path(PathBuf),
+}
 
 /// Serves the frontends at a path. On drop it closes the connection, ends its thread and removes the socket
 /// file that it created.
 #[derive(Debug)]
 pub(super) struct Server {
     session: Arc<Session>,
-    /// A duplicate of the listener, or the other end of the socket that a client polls while it waits.
-    /// Shutting it down ends accepting and wakes the thread that waits in it.
-    waker: UnixStream,
+    place: Arc<Place>,
     thread: Option<JoinHandle<()>>,
-    _name: Option<Name>,
 }
 
 impl Server {
@@ -81,10 +77,8 @@ impl Server {
         let failed =
             |error: std::io::Error| Error::io(format!("{name}: cannot listen at {}", path.display()), &error);
         let (listener, socket) = bind(path).map_err(|errno| failed(errno.into()))?;
-        let waker = UnixStream::from(OwnedFd::from(listener.try_clone().map_err(failed)?));
-        let port = Port::new(name, rings);
-        let serve = move |port: &Port| port.accept(&listener);
-        Self::start(port, waker, Some(socket), serve).map_err(failed)
+        listener.set_nonblocking(true).map_err(failed)?;
+        Self::start(Place::Listener(listener, socket), name, rings).inspect(|server| server.session.serve())
     }
 
     /// Connects to the frontends that listen at `path`, one after the other, as long as the port exists.
@@ -93,34 +87,112 @@ impl Server {
     /// When a socket cannot have that path, or the process has run out of a resource.
     pub(super) fn connect(path: &Path, name: &Arc<str>, rings: &[Arc<Shared>]) -> Result<Self> {
         let failed =
-            |error: std::io::Error| Error::io(format!("{name}: cannot use {}", path.display()), &error);
-        UnixAddr::new(path).map_err(|errno| failed(errno.into()))?;
-        let (waker, ends) = UnixStream::pair().map_err(failed)?;
-        let port = Port::new(name, rings);
-        let path = path.to_owned();
-        Self::start(port, waker, None, move |port: &Port| port.seek(&path, &ends)).map_err(failed)
+            |errno: Errno| Error::io(format!("{name}: cannot use {}", path.display()), &errno.into());
+        UnixAddr::new(path).map_err(failed)?;
+        Self::start(Place::Path(path.to_owned()), name, rings).inspect(|server| server.session.serve())
     }
 
-    fn start(
-        port: Port,
-        waker: UnixStream,
-        name: Option<Name>,
-        serve: impl FnOnce(&Port) + Send + 'static,
-    ) -> std::io::Result<Self> {
-        let session = Arc::clone(&port.session);
-        let thread = std::thread::Builder::new().name(format!("vireo-{}", port.name));
-        let thread = thread.spawn(move || serve(&port))?;
-        Ok(Self { session, waker, thread: Some(thread), _name: name })
+    /// Prepares to serve, at `path`, the frontends of another process, which has passed its `listener` if it has one.
+    /// Serves nobody before [`Server::keep`].
+    ///
+    /// # Errors
+    /// When the process has run out of a resource.
+    pub(super) fn attach(
+        path: &Path,
+        listener: Option<OwnedFd>,
+        name: &Arc<str>,
+        rings: &[Arc<Shared>],
+    ) -> Result<Self> {
+        let path = path.to_owned();
+        let place = match listener {
+            Some(listener) => Place::Listener(listener.into(), Name { path, is_lent: AtomicBool::new(true) }),
+            None => Place::Path(path),
+        };
+        Self::start(place, name, rings)
+    }
+
+    fn start(place: Place, name: &Arc<str>, rings: &[Arc<Shared>]) -> Result<Self> {
+        let (session, place) = (Arc::new(Session::new()?), Arc::new(place));
+        let port = Port {
+            name: Arc::clone(name),
+            rings: rings.to_vec(),
+            session: Arc::clone(&session),
+            more_files: more_files(MORE_FILES),
+        };
+        let thread = std::thread::Builder::new().name(format!("vireo-{name}"));
+        let meets = Arc::clone(&place);
+        let thread = thread.spawn(move || port.run(&meets));
+        let thread = thread.map_err(|error| Error::io(format!("{name}: cannot start a thread"), &error))?;
+        Ok(Self { session, place, thread: Some(thread) })
+    }
+
+    /// The socket at which the port listens, if it does.
+    pub(super) fn listener(&self) -> Option<BorrowedFd<'_>> {
+        match &*self.place {
+            Place::Listener(listener, _) => Some(listener.as_fd()),
+            Place::Path(_) => None,
+        }
+    }
+
+    /// Pauses, and describes the connection for another process, if there is one. Until [`Server::keep`] or
+    /// [`Server::leave`], nothing touches the rings or the connection.
+    ///
+    /// # Errors
+    /// `Busy` if the frontend is in the middle of a request or of a change.
+    pub(super) fn record(&self, fds: &mut Fds<'_>) -> Result<Option<(u32, BackendRecord)>> {
+        self.session.pause()?;
+        let Some(connection) = self.session.connection() else { return Ok(None) };
+        let backend = connection.backend.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        Ok(Some((fds.add_duplicate(connection.socket.as_fd())?, backend.record(fds)?)))
+    }
+
+    /// Continues the conversation that another process has described, and fills `rings` as that did. The frontend is
+    /// not served before [`Server::keep`].
+    ///
+    /// # Errors
+    /// `Protocol` if the record contradicts itself, or another number of rings.
+    pub(super) fn resume(
+        &self,
+        (socket, record): &(u32, BackendRecord),
+        name: &Arc<str>,
+        rings: &[Arc<Shared>],
+        fds: &ReceivedFds,
+    ) -> Result<()> {
+        let backend = Backend::new(name, rings.to_vec());
+        let (socket, (features, protocol)) = (fds.get(*socket)?.into(), record.features());
+        let refused = |error: VhostError| {
+            Error::new(ErrorKind::Protocol, format!("cannot continue {name}"), error.to_string())
+        };
+        let conversation = Conversation::resume(socket, backend, features, protocol).map_err(refused)?;
+        conversation.backend().restore(record, fds)?;
+        self.session.set_connection(Some(conversation.connection().clone()));
+        self.session.continue_with(conversation);
+        Ok(())
+    }
+
+    /// Serves frontends from now on: no other process does.
+    pub(super) fn keep(&self) {
+        self.lend(false);
+        self.session.serve();
+    }
+
+    /// Leaves the frontends to another process.
+    pub(super) fn leave(&self) {
+        self.lend(true);
+        self.session.set_connection(None);
+        self.session.end();
+    }
+
+    fn lend(&self, lent: bool) {
+        if let Place::Listener(_, name) = &*self.place {
+            name.is_lent.store(lent, Ordering::Relaxed);
+        }
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.session.ending.store(true, Ordering::SeqCst);
-        let _ = self.waker.shutdown(Shutdown::Both);
-        if let Some(stream) = &*self.session.connection.lock().unwrap_or_else(PoisonError::into_inner) {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        self.session.end();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -131,8 +203,11 @@ impl Drop for Server {
 
 impl Drop for Name {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::warn!("cannot remove {}: {error}", self.0.display());
+        if self.is_lent.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!("cannot remove {}: {error}", self.path.display());
         }
     }
 }
@@ -141,7 +216,7 @@ impl Drop for Name {
 fn bind(path: &Path) -> nix::Result<(UnixListener, Name)> {
     let fd = socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     socket::bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    let name = Name(path.to_owned());
+    let name = Name { path: path.to_owned(), is_lent: AtomicBool::new(false) };
     socket::listen(&fd, Backlog::MAXCONN)?;
     Ok((UnixListener::from(fd), name))
 }
@@ -176,12 +251,17 @@ struct Port {
 }
 
 impl Port {
-    fn new(name: &Arc<str>, rings: &[Arc<Shared>]) -> Self {
-        Self {
-            name: Arc::clone(name),
-            rings: rings.to_vec(),
-            session: Arc::default(),
-            more_files: more_files(MORE_FILES),
+    /// Serves frontends until the port ends.
+    fn run(&self, place: &Place) {
+        if !self.session.obey() {
+            return;
+        }
+        if let Some(begun) = self.session.take_begun() {
+            self.converse(begun);
+        }
+        match place {
+            Place::Listener(listener, _) => self.accept(listener),
+            Place::Path(path) => self.seek(path),
         }
     }
 
@@ -189,21 +269,18 @@ impl Port {
     /// temporary: it is logged once, and accepting is retried.
     fn accept(&self, listener: &UnixListener) {
         let mut logged = false;
-        loop {
-            let accepted = listener.accept();
-            if self.session.is_ending() {
-                return;
-            }
-            match accepted {
+        while self.session.wait(Some(listener.as_fd()), PollTimeout::NONE) != Woken::End {
+            match listener.accept() {
                 Ok((stream, _)) => {
                     logged = false;
                     self.serve(stream);
                 }
+                Err(error) if error.kind() == IoKind::WouldBlock => {}
                 Err(error) => {
                     if !std::mem::replace(&mut logged, true) {
                         tracing::error!("{}", self.refusal(&error));
                     }
-                    if ends_soon(listener) {
+                    if self.session.wait(None, RETRY) == Woken::End {
                         return;
                     }
                 }
@@ -211,9 +288,9 @@ impl Port {
         }
     }
 
-    /// Connects to the frontend at `path`, and to the next one when it is gone, until the other end of `ends`
-    /// is closed. A reason why it cannot connect is logged once, until the reason changes.
-    fn seek(&self, path: &Path, ends: &UnixStream) {
+    /// Connects to the frontend at `path`, and to the next one when it is gone, until the port ends. A reason why it
+    /// cannot connect is logged once, until the reason changes.
+    fn seek(&self, path: &Path) {
         let mut logged = None;
         loop {
             match try_connect(path) {
@@ -228,7 +305,7 @@ impl Port {
                 }
             }
             // Also wait after a connection, in case a frontend hangs up at once.
-            if self.session.is_ending() || ends_soon(ends) {
+            if self.session.wait(None, RETRY) == Woken::End {
                 return;
             }
         }
@@ -260,64 +337,44 @@ impl Port {
     }
 
     fn serve(&self, stream: UnixStream) {
-        tracing::info!("{}: a frontend has connected", self.name);
-        let why = converse(stream, &self.session, &self.name, &self.rings);
-        self.session.set(None);
-        tracing::info!("{}: the frontend has disconnected: {why}", self.name);
-    }
-}
-
-/// Waits for [`RETRY`], even if a frontend connects. Returns whether the port ends meanwhile, which shuts
-/// down `socket`.
-fn ends_soon(socket: &impl AsFd) -> bool {
-    let mut hung_up = [PollFd::new(socket.as_fd(), PollFlags::empty())];
-    poll(&mut hung_up, PollTimeout::from(RETRY)).is_ok_and(|ready| ready > 0)
-}
-
-/// Answers a frontend until it hangs up or breaks the protocol; returns the reason.
-fn converse(stream: UnixStream, session: &Session, name: &Arc<str>, rings: &[Arc<Shared>]) -> VhostError {
-    match stream.try_clone() {
-        Ok(clone) => session.set(Some(clone)),
-        Err(error) => return VhostError::SocketError(error),
-    }
-    // The port may have ended before the connection was visible to it.
-    if session.is_ending() {
-        return VhostError::Disconnected;
-    }
-    let backend = Arc::new(Mutex::new(Backend::new(name, rings.to_vec())));
-    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&backend));
-    loop {
-        await_request(&handler, &backend);
-        let handled = early::handle(&handler, &backend).unwrap_or_else(|| handler.handle_request());
-        match handled {
-            Ok(()) | Err(VhostError::SocketRetry(_)) => {}
-            Err(error) => return error,
-        }
-    }
-}
-
-/// Each time the frontend is silent for [`SILENCE`], unmaps the memory regions that it has removed, and drops
-/// what it transmits through disabled rings. Returns when there is a request, or when no such region or ring
-/// is left.
-fn await_request(handler: &BackendReqHandler<Mutex<Backend>>, backend: &Mutex<Backend>) {
-    let lock = || backend.lock().unwrap_or_else(PoisonError::into_inner);
-    loop {
-        // The contents of the rings are determined first: for later contents, a request that enables the ring
-        // may already be on its way.
-        let disabled = lock().disabled();
-        if disabled.is_none() && lock().is_settled() {
-            return;
-        }
-        // The next request fails with the same error.
-        let Ok(socket) = handler.try_clone_connection() else { return };
-        let mut heard = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut heard, PollTimeout::from(SILENCE)) {
-            Ok(0) => {
-                disabled.into_iter().flatten().for_each(|(ring, end)| ring.lock().discard(end));
-                lock().settle();
+        match Conversation::new(stream, Backend::new(&self.name, self.rings.clone())) {
+            Ok(conversation) => {
+                tracing::info!("{}: a frontend has connected", self.name);
+                self.converse(conversation);
             }
-            Err(Errno::EINTR) => {}
-            _ => return,
+            Err(error) => tracing::error!("{}", self.refusal(&error)),
+        }
+    }
+
+    /// Answers a frontend until it hangs up, breaks the protocol, or the port ends.
+    fn converse(&self, mut conversation: Conversation) {
+        self.session.set_connection(Some(conversation.connection().clone()));
+        while self.await_request(&conversation) {
+            if let Err(why) = conversation.handle_request() {
+                tracing::info!("{}: the frontend has disconnected: {why}", self.name);
+                break;
+            }
+        }
+        self.session.set_connection(None);
+    }
+
+    /// Waits for a request. Each time the frontend is silent for [`SILENCE`], unmaps the memory regions that it has
+    /// removed, and drops what it transmits through disabled rings. Returns false when the port ends.
+    fn await_request(&self, conversation: &Conversation) -> bool {
+        loop {
+            // The contents of the rings are determined first: for later contents, a request that enables the ring
+            // may already be on its way.
+            let disabled = conversation.backend().disabled();
+            let is_settled = disabled.is_none() && conversation.backend().is_settled();
+            let longest = if is_settled { PollTimeout::NONE } else { SILENCE.into() };
+            match self.session.wait(Some(conversation.socket().as_fd()), longest) {
+                Woken::Ready => return true,
+                Woken::End => return false,
+                Woken::Silence => {
+                    disabled.into_iter().flatten().for_each(|(ring, end)| ring.lock().discard(end));
+                    conversation.backend().settle();
+                }
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use vireo_eal::event::Event;
 use vireo_eal::sync::BiasedLock;
 use vireo_eal::sync::atomic::{AtomicBool, Ordering};
 
@@ -28,6 +29,17 @@ pub(super) enum Slot {
     Broken(u16),
 }
 
+impl Slot {
+    /// Position of the next chain, unless the ring is stopped.
+    pub(super) fn next(&self) -> Option<u16> {
+        match self {
+            Self::Running(ring) | Self::Logged(ring) | Self::Disabled(ring) => Some(ring.next()),
+            Self::Broken(next) => Some(*next),
+            Self::Stopped => None,
+        }
+    }
+}
+
 /// A ring's slot and its counters. The user of the ring holds both, so a counter has one writer at a time.
 #[derive(Debug, Default)]
 pub(super) struct RingState {
@@ -35,6 +47,8 @@ pub(super) struct RingState {
     pub(super) report: Report,
     /// Whether the lcore may use the ring. Others read it without the lock, which would cost the lcore a burst.
     is_up: Arc<AtomicBool>,
+    /// Wakes the lcore, which may sleep, when the slot changes.
+    pub(super) changed: Option<Event>,
 }
 
 impl RingState {
@@ -55,6 +69,7 @@ impl RingState {
     pub(super) fn put(&mut self, slot: Slot) {
         self.is_up.store(matches!(slot, Slot::Running(_) | Slot::Logged(_)), Ordering::Release);
         self.slot = slot;
+        self.changed.iter().for_each(Event::signal);
     }
 
     /// Replaces the slot with the one that `next` makes of it, and returns what else `next` returns. The link does
@@ -76,6 +91,14 @@ impl RingState {
     pub(super) fn logged(&mut self) -> Option<(&mut Ring, &mut Report)> {
         let Slot::Logged(ring) = &mut self.slot else { return None };
         Some((ring, &mut self.report))
+    }
+
+    /// Returns the ring that the lcore may use.
+    pub(super) fn usable(&self) -> Option<&Ring> {
+        match &self.slot {
+            Slot::Running(ring) | Slot::Logged(ring) => Some(ring),
+            Slot::Stopped | Slot::Disabled(_) | Slot::Broken(_) => None,
+        }
     }
 
     /// Ends the use of a ring whose frontend misbehaved. `direction` names the ring by what the frontend does

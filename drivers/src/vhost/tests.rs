@@ -9,12 +9,15 @@ use std::sync::Arc;
 
 use vireo_eal::ErrorKind;
 use vireo_eal::dma::{Burst, DATA_ROOM, DmaMemory, MAX_BURST, Packet, Part, Pool, PoolCache};
+use vireo_eal::event::is_signaled;
+use vireo_eal::handover::Fds;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 
 use super::{Device, Options, RECEIVE, RxQueue, TRANSMIT, TxQueue};
-use crate::driver::Vdev;
+use crate::driver::{Facts, Vdev};
 use crate::frames::tests::append;
+use crate::handover::{HandOver, PortRecord};
 use crate::port::{MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst};
 use crate::virtio::{self, DESC_NEXT, DESC_WRITE, Features, HEADER};
 use guest::{BUFFER, GUEST, Guest, MEMORY, SIZE};
@@ -97,6 +100,39 @@ impl Bench {
         burst.into_iter().for_each(|packet| self.cache.free(packet));
     }
 
+    /// Hands the port over to another process, or keeps it because that fails at the end.
+    fn hand_over(self, config: &PortConfig, fails: bool) -> Self {
+        let Self { dir, mut device, rx, tx, cache, memory } = self;
+        let mut fds = Fds::default();
+        let facts = device.facts(&mut fds).unwrap();
+        let fds = fds.duplicate().unwrap();
+        let options = options(&dir.path().join("socket"));
+        let client = Options { client: true, ..options.clone() };
+        let facts = || Facts { record: &facts, fds: &fds };
+        assert_eq!(client.attach("net_vhost0", facts()).unwrap_err().kind(), ErrorKind::Protocol);
+        let mut next = options.attach("net_vhost0", facts()).unwrap();
+        assert_eq!(next.link(), device.link());
+        let (queues, mut fds) = (Queues::pair(rx, tx), Fds::default());
+        let record = PortRecord::of(&device, &queues, config, &mut fds).unwrap();
+        let fds = fds.duplicate().unwrap();
+        let resumed =
+            record.resume_on(&mut next, config, &memory, &mut cache.pool().take_free(), &fds).unwrap();
+        let (device, queues) = if fails {
+            next.leave();
+            drop((next, resumed));
+            device.keep();
+            (device, queues)
+        } else {
+            device.leave();
+            drop((device, queues));
+            next.keep();
+            (next, resumed)
+        };
+        assert!(options.path.exists(), "the socket is the other process's");
+        let (rx, tx) = queues.into_pair().unwrap();
+        Self { dir, device, rx, tx, cache, memory }
+    }
+
     /// Stops the port; returns the number of available buffers.
     fn stop(mut self) -> u32 {
         self.device.stop_pair(self.rx, self.tx, &mut self.cache).unwrap();
@@ -145,6 +181,92 @@ fn a_port_does_not_start_while_it_has_queues_of_an_earlier_start() {
     drop(bench.rx);
     drop(bench.tx);
     bench.device.start_pair(&CONFIG, &bench.memory, &mut bench.cache).unwrap();
+}
+
+/// What [`RxBurst`] promises, for a ring that comes and goes.
+#[test]
+fn an_armed_queue_is_woken_by_kicks_and_by_changes_of_its_ring() {
+    for features in [PLAIN, ALL] {
+        let event_idx = features.contains(Features::EVENT_IDX);
+        let mut bench = Bench::new();
+        assert!(bench.rx.event().is_none() && !bench.rx.arm(), "it was not started with interrupts");
+        bench.device.stop_pair(bench.rx, bench.tx, &mut bench.cache).unwrap();
+        let config = CONFIG.with_rx_interrupts(true);
+        (bench.rx, bench.tx) = bench.device.start_pair(&config, &bench.memory, &mut bench.cache).unwrap();
+        let is_woken = |bench: &Bench| is_signaled(bench.rx.event().unwrap());
+        let mut guest = bench.guest();
+        for _ in 0..3 {
+            assert!(bench.rx.arm() && !is_woken(&bench));
+            guest.start(features);
+            assert!(is_woken(&bench), "the ring was started");
+            bench.rx.disarm();
+            for number in 0..100 {
+                assert!(bench.rx.arm() && !is_woken(&bench));
+                guest.transmit(&frame(number));
+                assert!(guest.kick(event_idx) && is_woken(&bench));
+                bench.rx.disarm();
+                assert!(!bench.rx.arm() && !is_woken(&bench), "a frame is there");
+                bench.rx.disarm();
+                assert!(!guest.kick(event_idx), "a kick for an lcore that polls");
+                assert_eq!(bench.receive(), [frame(number)]);
+                assert_eq!(guest.reap_transmitted(), 1);
+            }
+            guest.stop();
+            assert!(is_woken(&bench), "the ring was stopped");
+            bench.rx.disarm();
+        }
+        assert_eq!(bench.stop(), BUFFERS);
+    }
+}
+
+/// The frontend notices nothing, whichever of the two processes has the port in the end.
+#[test]
+fn a_connection_moves_to_another_process() {
+    for (features, interrupts) in [(PLAIN, false), (ALL, false), (ALL, true)] {
+        let config = CONFIG.with_rx_interrupts(interrupts);
+        let mut bench = Bench::new();
+        bench.device.stop_pair(bench.rx, bench.tx, &mut bench.cache).unwrap();
+        (bench.rx, bench.tx) = bench.device.start_pair(&config, &bench.memory, &mut bench.cache).unwrap();
+        // There is no frontend yet.
+        bench = bench.hand_over(&config, false);
+        let mut guest = bench.guest();
+        guest.introduce(features);
+        // It has negotiated, and has no memory yet.
+        bench = bench.hand_over(&config, false);
+        guest.start(features);
+        for fails in [false, true, true, false] {
+            exchange(&mut bench, &mut guest, 100);
+            guest.transmit(&frame(1));
+            bench = bench.hand_over(&config, fails);
+            assert!(bench.device.link().up);
+            assert_eq!(bench.receive(), [frame(1)]);
+            assert_eq!(guest.reap_transmitted(), 1);
+        }
+        assert_eq!(bench.rx.counters().packets.get(), 404);
+        if interrupts {
+            assert!(bench.rx.arm());
+            guest.transmit(&frame(2));
+            assert!(guest.kick(true) && is_signaled(bench.rx.event().unwrap()));
+            bench.rx.disarm();
+            assert_eq!(bench.receive(), [frame(2)]);
+            guest.reap_transmitted();
+        }
+        // A ring that the frontend has broken stays so, at its position.
+        guest.rings[TRANSMIT].avail_idx += 1000;
+        guest.rings[TRANSMIT].publish();
+        assert!(bench.receive().is_empty());
+        bench = bench.hand_over(&config, false);
+        assert!(!bench.device.link().up && bench.receive().is_empty());
+        assert_eq!(guest.frontend_base(TRANSMIT), 404 + u32::from(interrupts));
+        drop(guest);
+        let mut guest = bench.guest();
+        guest.start(features);
+        exchange(&mut bench, &mut guest, 10);
+        let socket = bench.dir.path().join("socket");
+        bench.device.stop_pair(bench.rx, bench.tx, &mut bench.cache).unwrap();
+        drop(bench.device);
+        assert!(!socket.exists(), "the last process removes it");
+    }
 }
 
 /// Frames of several packets are not sent to a frontend yet: they are dropped whole, whether or not the

@@ -426,7 +426,7 @@ impl HandOver for Device {
         Self::attach_to(facts, options, |facts| Ok(Box::new(Pci::attach(function, facts)?)))
     }
 
-    fn record(&self) -> Result<Vec<u8>> {
+    fn record(&self, _fds: &mut Fds<'_>) -> Result<Vec<u8>> {
         let started = self.started.as_ref().ok_or_else(|| cannot_hand_over("it is not started"))?;
         let control = started.control.as_ref().map(|control| control.queue.record()).transpose()?;
         encode(&State { features: self.features.bits(), descriptors: started.descriptors, control })

@@ -1,6 +1,7 @@
 //! RX queue (virtio 1.2, 5.1.6.3 and 5.1.6.4).
 
 use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use vireo_eal::dma::{
@@ -284,8 +285,8 @@ impl RxBurst for RxQueue {
         &self.queue.counters
     }
 
-    fn event(&self) -> Option<&Event> {
-        self.event.as_ref()
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.event.as_ref().map(AsFd::as_fd)
     }
 
     fn arm(&mut self) -> bool {
@@ -452,8 +453,8 @@ impl TiedRx for RxQueue<()> {
         Some(moved)
     }
 
-    fn event(&self) -> Option<&Event> {
-        self.event.as_ref()
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.event.as_ref().map(AsFd::as_fd)
     }
 
     fn arm(&mut self) -> bool {

@@ -22,7 +22,7 @@ mod ring;
 mod tests;
 mod view;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -39,7 +39,7 @@ pub const MAX_PEER_REGIONS: usize = 509;
 
 /// A region of a peer's memory, as `VHOST_USER_SET_MEM_TABLE` and `VHOST_USER_ADD_MEM_REG` describe it.
 #[derive(Debug)]
-pub struct PeerRegion {
+pub struct PeerRegion<F = OwnedFd> {
     /// Guest physical address, which descriptors use.
     pub guest: u64,
     /// Address in the peer's own address space, in which rings are located.
@@ -49,7 +49,7 @@ pub struct PeerRegion {
     /// Offset of the region in the file, in bytes.
     pub offset: u64,
     /// File that holds the region.
-    pub fd: OwnedFd,
+    pub fd: F,
 }
 
 #[derive(Clone, Debug)]
@@ -60,17 +60,19 @@ struct Area {
     /// First byte, valid for `len` bytes while `mapping` lives.
     base: NonNull<u8>,
     mapping: Arc<PeerMapping>,
+    /// The file and the offset in it, for another process that continues with this memory.
+    file: Option<Arc<(OwnedFd, u64)>>,
 }
 
 impl Area {
-    fn map(region: &PeerRegion) -> Result<Self> {
+    fn map(region: PeerRegion) -> Result<Self> {
         let wraps = |start: u64| start.checked_add(region.len).is_none();
         if wraps(region.guest) || wraps(region.user) {
             return Err(PeerMemory::refused("the addresses of a region wrap around"));
         }
         let (mapping, base) = PeerMapping::shared(&region.fd, region.offset, region.len)?;
-        let (guest, user, len) = (region.guest, region.user, region.len);
-        Ok(Self { guest, user, len, base, mapping: Arc::new(mapping) })
+        let PeerRegion { guest, user, len, offset, fd } = region;
+        Ok(Self { guest, user, len, base, mapping: Arc::new(mapping), file: Some(Arc::new((fd, offset))) })
     }
 }
 
@@ -97,14 +99,14 @@ unsafe impl Send for PeerMemory {}
 unsafe impl Sync for PeerMemory {}
 
 impl PeerMemory {
-    /// Maps all of `regions`. Their descriptors can be closed afterwards.
+    /// Maps all of `regions`, whose files stay open.
     ///
     /// # Errors
     /// `Protocol` if there are no regions or too many, or if a region is not within its file or overlaps
     /// another. Otherwise the error of `mmap`.
-    pub fn map(regions: &[PeerRegion]) -> Result<Arc<Self>> {
+    pub fn map(regions: Vec<PeerRegion>) -> Result<Arc<Self>> {
         Self::check_number(regions.len())?;
-        let areas: Result<Vec<Area>> = regions.iter().map(Area::map).collect();
+        let areas: Result<Vec<Area>> = regions.into_iter().map(Area::map).collect();
         Self::of(areas?, Box::default())
     }
 
@@ -112,8 +114,8 @@ impl PeerMemory {
     #[cfg(test)]
     pub(super) fn anonymous(len: u64) -> Arc<Self> {
         let (mapping, base) = PeerMapping::anonymous(len);
-        Self::of(vec![Area { guest: 0, user: 0, len, base, mapping: Arc::new(mapping) }], Box::default())
-            .unwrap()
+        let area = Area { guest: 0, user: 0, len, base, mapping: Arc::new(mapping), file: None };
+        Self::of(vec![area], Box::default()).unwrap()
     }
 
     fn check_number(regions: usize) -> Result<()> {
@@ -140,7 +142,7 @@ impl PeerMemory {
     ///
     /// # Errors
     /// Same as [`PeerMemory::map`].
-    pub fn with(&self, region: &PeerRegion) -> Result<Arc<Self>> {
+    pub fn with(&self, region: PeerRegion) -> Result<Arc<Self>> {
         Self::check_number(self.areas.len() + 1)?;
         let mut areas = self.areas.to_vec();
         areas.push(Area::map(region)?);
@@ -173,6 +175,15 @@ impl PeerMemory {
     pub fn settled(&self) -> Option<Arc<Self>> {
         let areas = Some(&self.areas).filter(|areas| !areas.is_empty())?;
         Some(Arc::new(Self { areas: areas.clone(), leaving: Box::default() }))
+    }
+
+    /// Regions that the peer has not removed.
+    pub fn regions(&self) -> impl Iterator<Item = PeerRegion<BorrowedFd<'_>>> {
+        self.areas.iter().filter_map(|area| {
+            let (fd, offset) = &**area.file.as_ref()?;
+            let Area { guest, user, len, .. } = *area;
+            Some(PeerRegion { guest, user, len, offset: *offset, fd: fd.as_fd() })
+        })
     }
 
     fn all(&self) -> impl Iterator<Item = &Area> {

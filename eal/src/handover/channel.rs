@@ -67,16 +67,42 @@ pub fn decode<T: DeserializeOwned + Schema>(bytes: &[u8]) -> Result<T> {
 
 /// Descriptors that accompany a message. The message names them by their numbers.
 #[derive(Debug, Default)]
-pub struct Fds<'a>(Vec<BorrowedFd<'a>>);
+pub struct Fds<'a>(Vec<Sent<'a>>);
+
+#[derive(Debug)]
+enum Sent<'a> {
+    Borrowed(BorrowedFd<'a>),
+    Owned(OwnedFd),
+}
+
+impl AsFd for Sent<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Borrowed(fd) => *fd,
+            Self::Owned(fd) => fd.as_fd(),
+        }
+    }
+}
 
 impl<'a> Fds<'a> {
     /// Adds a descriptor, unless it is there already. Returns its number.
     pub fn add(&mut self, fd: BorrowedFd<'a>) -> u32 {
-        let known = self.0.iter().position(|known| known.as_raw_fd() == fd.as_raw_fd());
-        known.unwrap_or_else(|| {
-            self.0.push(fd);
-            self.0.len() - 1
-        }) as u32
+        let known = self.0.iter().position(|known| known.as_fd().as_raw_fd() == fd.as_raw_fd());
+        known.map_or_else(|| self.push(Sent::Borrowed(fd)), |number| number as u32)
+    }
+
+    /// Adds a duplicate of a descriptor that may be closed before the message is sent. Returns its number.
+    ///
+    /// # Errors
+    /// `Os` if the process has too many open files.
+    pub fn add_duplicate(&mut self, fd: BorrowedFd<'_>) -> Result<u32> {
+        let fd = fd.try_clone_to_owned().map_err(|error| Error::io(CANNOT, &error))?;
+        Ok(self.push(Sent::Owned(fd)))
+    }
+
+    fn push(&mut self, fd: Sent<'a>) -> u32 {
+        self.0.push(fd);
+        self.0.len() as u32 - 1
     }
 
     /// Duplicates the descriptors within this process, for tests of a hand-over without another process.
@@ -84,7 +110,7 @@ impl<'a> Fds<'a> {
     /// # Errors
     /// `Os` if the process has too many open files.
     pub fn duplicate(&self) -> Result<ReceivedFds> {
-        let fds = self.0.iter().map(BorrowedFd::try_clone_to_owned).collect::<std::io::Result<_>>();
+        let fds = self.0.iter().map(|fd| fd.as_fd().try_clone_to_owned()).collect::<std::io::Result<_>>();
         fds.map(ReceivedFds).map_err(|error| Error::io(CANNOT, &error))
     }
 }
@@ -128,7 +154,12 @@ impl Channel {
         let len = u32::try_from(bytes.len()).ok().filter(|len| *len <= MAX_MESSAGE);
         let len = len.ok_or_else(|| Error::new(ErrorKind::Protocol, what, "the message is too long"))?;
         let message = [&len.to_ne_bytes()[..], &bytes].concat();
-        let sent = rights::send(&self.socket, &message, &fds.0).map_err(|errno| Error::os(what, errno))?;
+        let fds: Vec<_> = fds.0.iter().map(AsFd::as_fd).collect();
+        if fds.len() > rights::MAX_FDS {
+            let why = format!("it has {} descriptors, and a message at most {}", fds.len(), rights::MAX_FDS);
+            return Err(Error::new(ErrorKind::Unavailable, what, why));
+        }
+        let sent = rights::send(&self.socket, &message, &fds).map_err(|errno| Error::os(what, errno))?;
         (&self.socket).write_all(&message[sent..]).map_err(|error| Error::io(what, &error))
     }
 

@@ -9,7 +9,7 @@ use vireo_drivers::handover::PortRecord;
 use vireo_drivers::ports::OfferedPort;
 use vireo_eal::clock::monotonic;
 use vireo_eal::dma::FreeBuffers;
-use vireo_eal::handover::{Channel, Fds, Step, Takeover, encode};
+use vireo_eal::handover::{Channel, Fds, ReceivedFds, Step, Takeover, encode};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -60,8 +60,8 @@ pub struct Handover {
 ///
 /// # Errors
 /// When the successor does not poll them and never will.
-fn commit(channel: &Channel, state: &State) -> Result<()> {
-    channel.reply(state, &Fds::default())?;
+fn commit(channel: &Channel, state: &State, fds: &Fds<'_>) -> Result<()> {
+    channel.reply(state, fds)?;
     let running = channel.receive::<Step>(RUNNING_PATIENCE);
     // Either the message has arrived by now, or the successor cannot send it any more, and gives up.
     channel.close();
@@ -138,8 +138,9 @@ impl<H> Supervisor<'_, H> {
     fn give_away(&mut self, Successor { channel, pid, restarts }: &Successor, stop: &StopFlag) -> bool {
         let stopped = monotonic();
         let mut parked = self.park_all();
-        let given = self.state(stopped, *restarts).and_then(|state| {
-            commit(channel, &state)?;
+        let mut fds = Fds::default();
+        let given = self.state(stopped, *restarts, &mut fds).and_then(|state| {
+            commit(channel, &state, &fds)?;
             Ok(Handover { pid: *pid, gap: monotonic().saturating_sub(stopped) })
         });
         match given {
@@ -152,6 +153,7 @@ impl<H> Supervisor<'_, H> {
             }
             Err(error) => {
                 let _ = channel.refuse(error.to_string());
+                self.control.ports.iter_mut().for_each(SupervisedPort::keep);
                 self.parked.append(&mut parked);
                 self.return_lanes();
                 tracing::warn!("{error}; this process continues");
@@ -167,8 +169,9 @@ impl<H> Supervisor<'_, H> {
         recall.take(all, lcores).into_iter().map(|(lcore, lane)| self.park(lcore, lane)).collect()
     }
 
-    /// Describes all started ports, whose queues no lcore polls, if they are as they were after `restarts`.
-    fn state(&mut self, stopped: Duration, restarts: u64) -> Result<State> {
+    /// Describes all started ports, whose queues no lcore polls, if they are as they were after `restarts`. Their
+    /// descriptors are in `fds`.
+    fn state(&mut self, stopped: Duration, restarts: u64, fds: &mut Fds<'_>) -> Result<State> {
         if self.restarts() != restarts {
             let why = "a port was restarted meanwhile";
             return Err(Error::new(ErrorKind::Busy, "cannot hand over", why).with_hint("try again"));
@@ -184,7 +187,7 @@ impl<H> Supervisor<'_, H> {
             let Some(queues) = self.queues.take_port(number) else {
                 return refused("this process is about to end");
             };
-            let record = self.control.resources.record(open, &queues);
+            let record = self.control.resources.record(open, &queues, fds);
             self.queues.put_port(number, queues);
             let (restarts, link_changes) = (port.counted.restarts, port.counted.link_changes);
             let number = number as u32;
@@ -205,8 +208,8 @@ impl<H> Supervisor<'_, H> {
         let channel = takeover.channel();
         let sent = channel.send(&Step::Ready, &Fds::default());
         let state = sent.and_then(|()| channel.answer::<State>(STATE_PATIENCE));
-        let state = match state {
-            Ok((state, _)) => state,
+        let (state, fds) = match state {
+            Ok(answer) => answer,
             Err(error) if takeover.has_ended(END_PATIENCE) => {
                 tracing::warn!("{error}: process {} has ended; its ports are reset", takeover.pid());
                 eal.succeed();
@@ -214,8 +217,8 @@ impl<H> Supervisor<'_, H> {
             }
             Err(error) => return Err(error),
         };
-        let resumed = self.resume(&state, &mut free);
-        drop(free);
+        let resumed = self.resume(&state, &fds, &mut free);
+        drop((free, fds));
         let running = resumed.and_then(|()| {
             channel.send(&Step::Running, &Fds::default()).map_err(|error| {
                 let why = format!("it waited no longer, and continues ({})", error.why());
@@ -229,6 +232,7 @@ impl<H> Supervisor<'_, H> {
         }
         let gap = self.return_lanes().saturating_sub(state.stopped);
         eal.succeed();
+        self.control.ports.iter_mut().for_each(SupervisedPort::keep);
         for port in state.ports {
             let port = &mut self.control.ports[port.number as usize];
             port.open.iter_mut().for_each(|open| open.watch_release_request());
@@ -239,7 +243,7 @@ impl<H> Supervisor<'_, H> {
     }
 
     /// Continues all ports of `state`, whose rings claim their buffers from `free`.
-    fn resume(&mut self, state: &State, free: &mut FreeBuffers) -> Result<()> {
+    fn resume(&mut self, state: &State, fds: &ReceivedFds, free: &mut FreeBuffers) -> Result<()> {
         if state.ports.iter().map(|port| port.number as usize).ne(self.control.used.iter().copied()) {
             let why = "it forwards between other ports";
             return Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
@@ -249,7 +253,7 @@ impl<H> Supervisor<'_, H> {
             let number = *number as usize;
             let port = &mut self.control.ports[number];
             let Some(open) = &mut port.open else { continue };
-            self.queues.put_port(number, self.control.resources.resume(open, record, free)?);
+            self.queues.put_port(number, self.control.resources.resume(open, record, free, fds)?);
             (port.counted.restarts, port.counted.link_changes) = (*restarts, *link_changes);
             port.is_down = false;
         }

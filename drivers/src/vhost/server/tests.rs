@@ -6,15 +6,60 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::*;
 
+/// A thread that waits is paused, continues and ends, whether or not a frontend has something for it.
 #[test]
-fn the_wait_before_another_try_ends_with_the_port() {
+fn a_wait_ends_with_the_port_and_pauses_with_it() {
+    let (socket, mut frontend) = UnixStream::pair().unwrap();
+    let session = Session::new().unwrap();
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| {
+            let mut times = 0;
+            while session.wait(Some(socket.as_fd()), PollTimeout::NONE) == Woken::Ready {
+                { &socket }.read_exact(&mut [0]).unwrap();
+                times += 1;
+            }
+            times
+        });
+        session.serve();
+        for _ in 0..100 {
+            session.pause().unwrap();
+            session.serve();
+        }
+        frontend.write_all(&[1]).unwrap();
+        session.pause().unwrap();
+        session.serve();
+        session.end();
+        assert!(waits.join().unwrap() <= 1);
+    });
+    // Whoever waits next ends, too.
+    assert_eq!(session.wait(None, PollTimeout::NONE), Woken::End);
+}
+
+/// The owner of a port waits for no frontend.
+#[test]
+fn a_port_in_the_middle_of_a_request_is_not_handed_over() {
     let dir = tempfile::tempdir().unwrap();
-    let (listener, name) = bind(&dir.path().join("socket")).unwrap();
-    let _waits = UnixStream::connect(&name.0).unwrap();
-    assert!(!ends_soon(&listener), "a frontend that waits does not end it");
-    let owner = UnixStream::from(OwnedFd::from(listener.try_clone().unwrap()));
-    owner.shutdown(Shutdown::Both).unwrap();
-    assert!(ends_soon(&listener));
+    let path = dir.path().join("socket");
+    let server = Server::listen(&path, &"net_vhost0".into(), &[Arc::default(), Arc::default()]).unwrap();
+    let mut frontend = UnixStream::connect(&path).unwrap();
+    ask(&frontend).unwrap();
+    let request: Vec<u8> = [1_u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+    frontend.write_all(&request[..5]).unwrap();
+    let refused = || server.record(&mut Fds::default()).err();
+    let error = loop {
+        // The thread may not have read what there is of the request yet.
+        if let Some(error) = refused() {
+            break error;
+        }
+        server.keep();
+    };
+    assert!(error.kind() == ErrorKind::Busy && error.why().contains("in the middle of a request"), "{error}");
+    frontend.write_all(&request[5..]).unwrap();
+    frontend.read_exact(&mut [0; 20]).unwrap();
+    ask(&frontend).unwrap();
+    assert!(server.record(&mut Fds::default()).unwrap().is_some());
+    server.keep();
+    ask(&frontend).unwrap();
 }
 
 /// Requests the features (`VHOST_USER_GET_FEATURES`) and waits for the answer.

@@ -122,6 +122,7 @@ pub(super) struct Guest {
     pub(super) socket: UnixStream,
     pub(super) rings: [GuestRing; RINGS],
     pub(super) calls: [EventFd; RINGS],
+    kicks: [EventFd; RINGS],
     pub(super) regions: u64,
     introduced: bool,
     pub(super) last_num_buffers: Vec<u16>,
@@ -148,6 +149,7 @@ impl Guest {
                 next_descriptor: 0,
             }),
             calls: [(); RINGS].map(|()| EventFd::new(EFD_NONBLOCK).unwrap()),
+            kicks: [(); RINGS].map(|()| EventFd::new(0).unwrap()),
             regions: 1,
             introduced: false,
             memory,
@@ -214,7 +216,7 @@ impl Guest {
         frontend.set_vring_num(ring, SIZE).unwrap();
         frontend.set_vring_addr(ring, &Self::addresses(ring)).unwrap();
         frontend.set_vring_base(ring, self.rings[ring].used_idx).unwrap();
-        frontend.set_vring_kick(ring, &EventFd::new(0).unwrap()).unwrap();
+        frontend.set_vring_kick(ring, &self.kicks[ring]).unwrap();
         frontend.set_vring_call(ring, &self.calls[ring]).unwrap();
         frontend.set_vring_enable(ring, true).unwrap();
     }
@@ -270,6 +272,15 @@ impl Guest {
 
     pub(super) fn take_call(&self, ring: usize) -> bool {
         self.calls[ring].read().is_ok()
+    }
+
+    /// Kicks for what was transmitted since the last used chain, if the device wants that. Returns whether it does.
+    pub(super) fn kick(&self, event_idx: bool) -> bool {
+        let wanted = !self.rings[TRANSMIT].wants_no_kick(event_idx);
+        if wanted {
+            self.kicks[TRANSMIT].write(1).unwrap();
+        }
+        wanted
     }
 
     pub(super) fn transmit(&mut self, frame: &[u8]) {

@@ -191,7 +191,7 @@ fn a_connection_moves_to_another_process() {
     let queues = Queues::pair(rx, tx);
     let mut fds = Fds::default();
     let facts = device.facts(&mut fds).unwrap();
-    let record = PortRecord::of(&device, &queues, &config).unwrap();
+    let record = PortRecord::of(&device, &queues, &config, &mut Fds::default()).unwrap();
     let (fds, file) = (fds.duplicate().unwrap(), memory.region().fd().unwrap().try_clone_to_owned().unwrap());
 
     let region = memory.region();
@@ -201,7 +201,7 @@ fn a_connection_moves_to_another_process() {
     let options = options(&path_in(&peer.dir), "").unwrap();
     let facts = Facts { record: &facts, fds: &fds };
     let mut next = options.attach("net_virtio_user0", facts).unwrap();
-    let resumed = record.resume_on(&mut next, &config, &again, &mut pool.take_free()).unwrap();
+    let resumed = record.resume_on(&mut next, &config, &again, &mut pool.take_free(), &fds).unwrap();
     device.leave();
     drop((device, queues));
     assert!(next.link().up);

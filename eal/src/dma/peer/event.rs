@@ -1,14 +1,15 @@
-//! Call descriptor of a peer.
+//! Call and kick descriptors of a peer.
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The eventfd that wakes a peer.
+/// An eventfd of a peer: the call that wakes it, or the kick by which it wakes this process. The latter is not read,
+/// because a read might wait.
 ///
 /// The peer has the same open file and may clear `O_NONBLOCK` at any time. A write then sleeps while the
 /// counter is full, until the peer reads it. Vireo cannot prevent that: a check of the flag or of the counter
@@ -21,10 +22,10 @@ impl PeerEvent {
     /// Takes the descriptor and makes its writes nonblocking, which the peer can undo.
     ///
     /// # Errors
-    /// `Protocol` if the descriptor is not an eventfd: a write to anything else could block even if the peer
-    /// does nothing wrong.
+    /// `Protocol` if the descriptor is not an eventfd: a write to anything else, or a look at whether it is readable,
+    /// could block even if the peer does nothing wrong.
     pub fn new(fd: OwnedFd) -> Result<Self> {
-        let what = "cannot use a frontend's call descriptor";
+        let what = "cannot use a frontend's call or kick descriptor";
         let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
             .map_err(|error| Error::io(what, &error))?;
         if link.as_os_str() != "anon_inode:[eventfd]" {
@@ -48,10 +49,14 @@ impl PeerEvent {
     }
 }
 
+impl AsFd for PeerEvent {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
 
     #[test]

@@ -31,16 +31,16 @@ fn regions_outside_of_their_file_are_refused() {
         short(0, 0, 0),
         short(LEN, 0, u64::MAX - PAGE),
     ] {
-        assert_eq!(PeerMemory::map(&[bad]).unwrap_err().kind(), ErrorKind::Protocol);
+        assert_eq!(PeerMemory::map(vec![bad]).unwrap_err().kind(), ErrorKind::Protocol);
     }
-    assert_eq!(PeerMemory::map(&[]).unwrap_err().kind(), ErrorKind::Protocol);
+    assert_eq!(PeerMemory::map(vec![]).unwrap_err().kind(), ErrorKind::Protocol);
     for (first, second) in [(0, LEN - 1), (LEN - 1, 0), (0, 0)] {
-        let error = PeerMemory::map(&[region(first, 0, 0), region(second, 0, 0)]).unwrap_err();
+        let error = PeerMemory::map(vec![region(first, 0, 0), region(second, 0, 0)]).unwrap_err();
         assert!(error.to_string().contains("overlap"), "{error}");
     }
     let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
     let fd = socket.into();
-    let error = PeerMemory::map(&[PeerRegion { guest: 0, user: 0, len: 1, offset: 0, fd }]).unwrap_err();
+    let error = PeerMemory::map(vec![PeerRegion { guest: 0, user: 0, len: 1, offset: 0, fd }]).unwrap_err();
     assert!(error.to_string().contains("not a regular file"), "{error}");
 }
 
@@ -48,12 +48,12 @@ fn regions_outside_of_their_file_are_refused() {
 fn regions_come_and_go_one_by_one() {
     let at = |i: u64| region(i * LEN, 0x7000_0000 + i * LEN, 0);
     // Regions are in order even if they are added from the highest down.
-    let mut memory = PeerMemory::map(&[at(508)]).unwrap();
+    let mut memory = PeerMemory::map(vec![at(508)]).unwrap();
     for i in (0..508).rev() {
-        memory = memory.with(&at(i)).unwrap();
+        memory = memory.with(at(i)).unwrap();
         memory.view().at(i * LEN, 1).unwrap().write(&[i as u8]);
     }
-    let error = memory.with(&at(600)).unwrap_err().to_string();
+    let error = memory.with(at(600)).unwrap_err().to_string();
     assert!(error.contains("510 regions, not 1 to 509"), "{error}");
     let mut view = memory.view();
     assert!((0..509).all(|i| view.at(i * LEN + 5, LEN as usize - 5).is_some()));
@@ -67,7 +67,7 @@ fn regions_come_and_go_one_by_one() {
     assert!(!memory.is_settled() && memory.without(LEN, 0x7000_0000 + LEN, LEN).is_err());
     memory.ring::<u64, 1>(0x7000_0000 + LEN, 1).unwrap();
     let half = PeerRegion { guest: LEN, user: 0x9000_0000, len: LEN / 2, offset: 0, fd: file(LEN) };
-    let memory = memory.with(&half).unwrap();
+    let memory = memory.with(half).unwrap();
     let mut view = memory.view();
     let mut found = Vec::new();
     view.parts(LEN - 1, LEN as usize + 2, |part| {
@@ -79,14 +79,14 @@ fn regions_come_and_go_one_by_one() {
     assert!(settled.is_settled() && settled.view().at(LEN + LEN / 2, 1).is_none());
     assert!(settled.view().at(LEN, 1).is_some());
     assert!(settled.ring::<u64, 1>(0x7000_0000 + LEN, 1).is_err());
-    let none = PeerMemory::map(&[at(0)]).unwrap().without(0, 0x7000_0000, LEN).unwrap();
+    let none = PeerMemory::map(vec![at(0)]).unwrap().without(0, 0x7000_0000, LEN).unwrap();
     assert!(none.view().at(0, 1).is_some() && none.settled().is_none());
 }
 
 #[test]
 fn rings_are_found_by_user_address_and_data_by_guest_address() {
-    let regions = [region(0, 0x7000_0000, 0), region(0x10_0000, 0x9000_0000, 100)];
-    let memory = PeerMemory::map(&regions).unwrap();
+    let regions = vec![region(0, 0x7000_0000, 0), region(0x10_0000, 0x9000_0000, 100)];
+    let memory = PeerMemory::map(regions).unwrap();
     let ring: PeerRing<u32, 2> = memory.ring(0x9000_0000, 8).unwrap();
     ring.store::<1>(9, 0x0403_0201);
     let mut view = memory.view();
@@ -114,7 +114,7 @@ fn rings_are_found_by_user_address_and_data_by_guest_address() {
 
 #[test]
 fn a_byte_is_given_to_one_ring_at_a_time() {
-    let memory = PeerMemory::map(&[region(0, 0x7000_0000, 0)]).unwrap();
+    let memory = PeerMemory::map(vec![region(0, 0x7000_0000, 0)]).unwrap();
     let ring: PeerRing<u32, 2> = memory.ring(0x7000_0010, 4).unwrap();
     let refused = |user, entries| {
         let error = memory.ring::<u16, 1>(user, entries).unwrap_err();
@@ -132,11 +132,11 @@ fn a_byte_is_given_to_one_ring_at_a_time() {
     refused(0x7000_0010, 1);
     // A region that stays is the same mapping in another memory. A region that is mapped again is a different
     // mapping.
-    let grown = memory.with(&region(LEN, 0x8000_0000, 0)).unwrap();
+    let grown = memory.with(region(LEN, 0x8000_0000, 0)).unwrap();
     assert!(grown.ring::<u64, 1>(0x7000_0010, 1).is_err());
     let again = memory.without(0, 0x7000_0000, LEN).unwrap();
     assert!(again.ring::<u64, 1>(0x7000_0010, 1).is_err());
-    PeerMemory::map(&[region(0, 0x7000_0000, 0)]).unwrap().ring::<u64, 1>(0x7000_0010, 1).unwrap();
+    PeerMemory::map(vec![region(0, 0x7000_0000, 0)]).unwrap().ring::<u64, 1>(0x7000_0010, 1).unwrap();
 
     drop(ring);
     let ring: PeerRing<u64> = grown.ring(0x7000_0010, 4).unwrap();
@@ -147,7 +147,7 @@ fn a_byte_is_given_to_one_ring_at_a_time() {
 
 #[test]
 fn a_ring_whose_size_overflows_is_in_no_region() {
-    let memory = PeerMemory::map(&[region(0, 0x7000_0000, 0)]).unwrap();
+    let memory = PeerMemory::map(vec![region(0, 0x7000_0000, 0)]).unwrap();
     let error = memory.ring::<u64, { 1 << 61 }>(0x7000_0000, 1).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Protocol);
 }
@@ -170,7 +170,7 @@ proptest! {
             .map(|(guest, len)| PeerRegion { guest, user: guest, len, offset: LEN - len, fd: file(LEN) })
             .collect();
         prop_assume!(!regions.is_empty());
-        let memory = PeerMemory::map(&regions).unwrap();
+        let memory = PeerMemory::map(regions).unwrap();
         let mut view = memory.view();
         for (cut, distance, len) in probes {
             let guest = cut.get(&cuts).saturating_add_signed(distance);
@@ -203,7 +203,7 @@ proptest! {
             bytes.extend((guest..guest + len).map(|at| (at, (at % 251) as u8)));
             guest += len + gap;
         }
-        let memory = PeerMemory::map(&regions).unwrap();
+        let memory = PeerMemory::map(regions).unwrap();
         let mut view = memory.view();
         bytes.iter().for_each(|(at, byte)| view.at(*at, 1).unwrap().write(&[*byte]));
         let (pool, at) = (pool(), PAGE - 10);
@@ -223,7 +223,7 @@ proptest! {
 
     #[test]
     fn packets_go_there_and_back_unchanged(lens in proptest::collection::vec(0_usize..=DATA_ROOM, 1..8)) {
-        let memory = PeerMemory::map(&[region(0, 0, 0)]).unwrap();
+        let memory = PeerMemory::map(vec![region(0, 0, 0)]).unwrap();
         let (pool, mut burst) = (pool(), Burst::new());
         let mut cache = pool.cache();
         for (i, len) in lens.iter().enumerate() {

@@ -10,6 +10,7 @@ use super::Environment;
 use super::cargo::need_guest;
 use super::rings::{End, await_sockets, prefix};
 use crate::case::{Cases, Context};
+use crate::guest::takeover::summary;
 use crate::l2fwd::Start;
 use crate::pktgen::Pktgen;
 use crate::process::Process;
@@ -23,7 +24,15 @@ const MEMORY: u32 = 1 << 20;
 pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     let repo = environment.repo.clone();
     cases
-        .add("pktgen on a guest's virtio-net, through l2fwd on vhost", move |context| circle(context, &repo))
+        .add("pktgen on a guest's virtio-net, through l2fwd on vhost", move |context| {
+            circle(context, &repo, 0)
+        })
+        .limit(900);
+    let repo = environment.repo.clone();
+    cases
+        .add("l2fwd --takeover of an l2fwd on vhost loses no frame of a guest", move |context| {
+            circle(context, &repo, if context.full { 20 } else { 3 })
+        })
         .limit(900);
 }
 
@@ -55,11 +64,16 @@ pub(super) fn add_nic(lab: &mut Command, slot: usize, socket: &Path, properties:
     );
 }
 
-fn circle(context: &Context, repo: &Path) -> Result<()> {
+/// Lets a guest send frames to itself through l2fwd, which is replaced `times` times meanwhile.
+fn circle(context: &Context, repo: &Path, times: u64) -> Result<()> {
     need_guest(repo)?;
-    let devices = End::Vhost.devices(&context.dir, 2, "");
-    let l2fwd = Start::new(format!("-l 1 {} {devices} -- -p 3 -q 2 -T 0", prefix("vhost"))).spawn(context)?;
+    let fwd = |takeover: &str| {
+        let devices = End::Vhost.devices(&context.dir, 2, "");
+        Start::new(format!("-l 1 {takeover} {} {devices} -- -p 3 -q 2 -T 0.2", prefix("vhost")))
+    };
+    let mut l2fwd = fwd("").spawn(context)?;
     await_sockets(&context.dir, 2)?;
+    let frames = FRAMES * (1 + times);
     let mut lab = Command::new(repo.join("scripts/lab"));
     lab.args(["run", "--timeout", "0"]);
     share_memory(&mut lab, MEMORY);
@@ -67,12 +81,23 @@ fn circle(context: &Context, repo: &Path) -> Result<()> {
         add_nic(&mut lab, port + 4, &context.path(&port.to_string()), "");
     }
     let pktgen = format!(
-        "pktgen -l 1 --vfio-mode noiommu -a 00:04.0 -a 00:05.0 -- --count {FRAMES} --size 60-1514 \
+        "pktgen -l 1 --vfio-mode noiommu -a 00:04.0 -a 00:05.0 -- --count {frames} --size 60-1514 \
          --dst-mac 02:00:00:00:00:99 --expect-dst 02:00:00:00:00:01 --json"
     );
     lab.arg("--").args(pktgen.split_whitespace());
-    let stream = Pktgen(Process::spawn(context, "lab", &mut lab)?.gracefully()).wait(GUEST)?;
-    stream.came_back(FRAMES, FRAMES)?;
+    let pktgen = Pktgen(Process::spawn(context, "lab", &mut lab)?.gracefully());
+    let mut gaps = Vec::new();
+    for _ in 0..times {
+        l2fwd.await_traffic()?;
+        let (next, gap) = l2fwd.replace(context, &fwd("--takeover"))?;
+        gaps.push(gap);
+        l2fwd = next;
+    }
+    let stream = pktgen.wait(GUEST)?;
+    stream.came_back(frames, frames)?;
+    if times > 0 {
+        context.note(summary(gaps, &stream));
+    }
     ensure!(stream.complete, "pktgen exited with 1");
     l2fwd.stop_complaining(nix::sys::signal::Signal::SIGINT)?;
     Ok(())
