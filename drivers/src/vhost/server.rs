@@ -142,8 +142,8 @@ impl Server {
     pub(super) fn record(&self, fds: &mut Fds<'_>) -> Result<Option<(u32, BackendRecord)>> {
         self.session.pause()?;
         let Some(connection) = self.session.connection() else { return Ok(None) };
-        let backend = connection.backend.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        Ok(Some((fds.add_duplicate(connection.socket.as_fd())?, backend.record(fds)?)))
+        let record = connection.backend().record(fds)?;
+        Ok(Some((fds.add_duplicate(connection.socket.as_fd())?, record)))
     }
 
     /// Continues the conversation that another process has described, and fills `rings` as that did. The frontend is

@@ -4,13 +4,14 @@
 //! another process has begun the conversation, the handler learns from requests made up here what that process's handler
 //! knew, without the frontend.
 
+use std::fmt;
 use std::io::{ErrorKind as IoKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
-use vhost::vhost_user::message::MAX_MSG_SIZE;
+use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{BackendReqHandler, Error, Result};
 use vireo_eal::rights;
 
@@ -19,13 +20,9 @@ use super::session::Connection;
 use crate::vhost::backend::Backend;
 
 /// Request, flags and size of the body in bytes (vhost-user, "Header").
-pub(super) const HEADER: usize = 3 * size_of::<u32>();
+const HEADER: usize = 3 * size_of::<u32>();
 /// Protocol version, in the lower two bits of the flags.
 pub(super) const VERSION: u32 = 1;
-
-const GET_FEATURES: u32 = 1;
-const SET_FEATURES: u32 = 2;
-const SET_PROTOCOL_FEATURES: u32 = 16;
 
 /// A request of the frontend.
 #[derive(Debug)]
@@ -35,8 +32,8 @@ pub(super) struct Request {
 }
 
 impl Request {
-    fn new(number: u32, body: &[u8]) -> Self {
-        let header = [number, VERSION, body.len() as u32].map(u32::to_ne_bytes);
+    fn new(request: FrontendReq, body: &[u8]) -> Self {
+        let header = [request as u32, VERSION, body.len() as u32].map(u32::to_ne_bytes);
         Self { bytes: [header.as_flattened(), body].concat(), fds: Vec::new() }
     }
 
@@ -77,20 +74,16 @@ impl Request {
 
 /// A conversation with one frontend. Dropping it takes the rings away from the lcores, and closes the connection if no
 /// other process has it.
-#[derive(Debug)]
 pub(super) struct Conversation {
     connection: Connection,
     /// The other end of the handler's socket.
     inner: UnixStream,
-    handler: Handler,
+    handler: BackendReqHandler<Mutex<Backend>>,
 }
 
-/// Without `Debug` in the crate.
-struct Handler(BackendReqHandler<Mutex<Backend>>);
-
-impl std::fmt::Debug for Handler {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Handler")
+impl fmt::Debug for Conversation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Conversation").field("connection", &self.connection).finish_non_exhaustive()
     }
 }
 
@@ -101,7 +94,7 @@ impl Conversation {
         let (inner, ours) = UnixStream::pair()?;
         inner.set_nonblocking(true)?;
         let backend = Arc::new(Mutex::new(backend));
-        let handler = Handler(BackendReqHandler::from_stream(ours, Arc::clone(&backend)));
+        let handler = BackendReqHandler::from_stream(ours, Arc::clone(&backend));
         Ok(Self { connection: Connection { socket: socket.into(), backend }, inner, handler })
     }
 
@@ -116,12 +109,13 @@ impl Conversation {
         protocol_features: u64,
     ) -> Result<Self> {
         let mut resumed = Self::new(socket, backend).map_err(Error::SocketError)?;
-        let accepted = [(SET_PROTOCOL_FEATURES, protocol_features), (SET_FEATURES, features)];
+        let accepted =
+            [(FrontendReq::SET_PROTOCOL_FEATURES, protocol_features), (FrontendReq::SET_FEATURES, features)];
         let accepted = accepted.into_iter().filter(|(_, bits)| *bits != 0);
-        let accepted = accepted.map(|(number, bits)| Request::new(number, &bits.to_ne_bytes()));
-        for request in [Request::new(GET_FEATURES, &[])].into_iter().chain(accepted) {
+        let accepted = accepted.map(|(request, bits)| Request::new(request, &bits.to_ne_bytes()));
+        for request in [Request::new(FrontendReq::GET_FEATURES, &[])].into_iter().chain(accepted) {
             request.send(&resumed.inner)?;
-            resumed.handler.0.handle_request()?;
+            resumed.handler.handle_request()?;
         }
         resumed.answers()?;
         Ok(resumed)
@@ -135,9 +129,8 @@ impl Conversation {
         &self.connection.socket
     }
 
-    /// No panic leaves the backend half-changed.
     pub(super) fn backend(&self) -> MutexGuard<'_, Backend> {
-        self.connection.backend.lock().unwrap_or_else(PoisonError::into_inner)
+        self.connection.backend()
     }
 
     /// Receives and answers the next request.
@@ -150,7 +143,7 @@ impl Conversation {
             return answered;
         }
         request.send(&self.inner)?;
-        let handled = self.handler.0.handle_request();
+        let handled = self.handler.handle_request();
         let answers = self.answers()?;
         self.socket().write_all(&answers).map_err(Error::SocketBroken)?;
         handled

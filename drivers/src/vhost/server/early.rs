@@ -5,6 +5,7 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 
+use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut};
 
 use super::conversation::{Request, VERSION};
@@ -14,7 +15,7 @@ use crate::vhost::backend::Backend;
 type Message = [u32; 5];
 const BYTES: usize = size_of::<Message>();
 
-const SET_VRING_ENABLE: u32 = 18;
+const SET_VRING_ENABLE: u32 = FrontendReq::SET_VRING_ENABLE as u32;
 /// Size in bytes of the `vring state`, and of the answer.
 const BODY: u32 = 8;
 const VERSION_MASK: u32 = 3;

@@ -36,6 +36,13 @@ pub(super) struct Connection {
     pub(super) backend: Arc<Mutex<Backend>>,
 }
 
+impl Connection {
+    /// No panic leaves the backend half-changed.
+    pub(super) fn backend(&self) -> MutexGuard<'_, Backend> {
+        self.backend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     wish: Wish,
