@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
-use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 use vhost::vhost_user::{BackendReqHandler, Error, Result};
 use vireo_eal::rights;
 
@@ -55,6 +55,10 @@ impl Request {
             })
         };
         rest(&mut bytes[read..])?;
+        // The handler would lose the message, and wait for another one.
+        if fds.len() > MAX_ATTACHED_FD_ENTRIES {
+            return Err(Error::IncorrectFds);
+        }
         // The handler refuses a longer one by its header.
         let size = bytes.last_chunk().map_or(0, |size| u32::from_ne_bytes(*size) as usize);
         if size <= MAX_MSG_SIZE {
@@ -76,8 +80,6 @@ impl Request {
 /// other process has it.
 pub(super) struct Conversation {
     connection: Connection,
-    /// The other end of the handler's socket.
-    inner: UnixStream,
     handler: BackendReqHandler<Mutex<Backend>>,
 }
 
@@ -95,7 +97,8 @@ impl Conversation {
         inner.set_nonblocking(true)?;
         let backend = Arc::new(Mutex::new(backend));
         let handler = BackendReqHandler::from_stream(ours, Arc::clone(&backend));
-        Ok(Self { connection: Connection { socket: socket.into(), backend }, inner, handler })
+        let connection = Connection { socket: socket.into(), inner: inner.into(), backend };
+        Ok(Self { connection, handler })
     }
 
     /// Continues a conversation in which the frontend has accepted `features` and `protocol_features`.
@@ -114,7 +117,7 @@ impl Conversation {
         let accepted = accepted.into_iter().filter(|(_, bits)| *bits != 0);
         let accepted = accepted.map(|(request, bits)| Request::new(request, &bits.to_ne_bytes()));
         for request in [Request::new(FrontendReq::GET_FEATURES, &[])].into_iter().chain(accepted) {
-            request.send(&resumed.inner)?;
+            request.send(&resumed.connection.inner)?;
             resumed.handler.handle_request()?;
         }
         resumed.answers()?;
@@ -142,7 +145,7 @@ impl Conversation {
         if let Some(answered) = early::handle(&request, &mut self.backend(), self.socket()) {
             return answered;
         }
-        request.send(&self.inner)?;
+        request.send(&self.connection.inner)?;
         let handled = self.handler.handle_request();
         let answers = self.answers()?;
         self.socket().write_all(&answers).map_err(Error::SocketBroken)?;
@@ -152,7 +155,7 @@ impl Conversation {
     /// Takes what the handler has answered.
     fn answers(&self) -> Result<Vec<u8>> {
         let mut answers = Vec::new();
-        match (&self.inner).read_to_end(&mut answers) {
+        match (&*self.connection.inner).read_to_end(&mut answers) {
             Err(error) if error.kind() != IoKind::WouldBlock => Err(Error::SocketBroken(error)),
             _ => Ok(answers),
         }

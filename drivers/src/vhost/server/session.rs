@@ -33,6 +33,8 @@ enum Wish {
 #[derive(Clone, Debug)]
 pub(super) struct Connection {
     pub(super) socket: Arc<UnixStream>,
+    /// The other end of the handler's socket.
+    pub(super) inner: Arc<UnixStream>,
     pub(super) backend: Arc<Mutex<Backend>>,
 }
 
@@ -99,7 +101,9 @@ impl Session {
     /// Lets the thread end, even if it waits for the rest of a request.
     pub(super) fn end(&self) {
         if let Some(connection) = &self.wish(Wish::End).connection {
-            let _ = connection.socket.shutdown(Shutdown::Both);
+            for socket in [&connection.socket, &connection.inner] {
+                let _ = socket.shutdown(Shutdown::Both);
+            }
         }
     }
 

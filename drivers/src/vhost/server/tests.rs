@@ -3,6 +3,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use vireo_eal::rights;
 
 use super::*;
 
@@ -67,6 +68,27 @@ fn ask(mut socket: &UnixStream) -> std::io::Result<()> {
     let request: Vec<u8> = [1_u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
     socket.write_all(&request)?;
     socket.read_exact(&mut [0; 20])
+}
+
+/// The request handler takes 32 files with a message, and would wait for another message after one with more.
+#[test]
+fn a_request_with_too_many_files_ends_the_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let _server = Server::listen(&path, &"net_vhost0".into(), &[Arc::default(), Arc::default()]).unwrap();
+    let connect = || {
+        let socket = UnixStream::connect(&path).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket
+    };
+    for count in [33, 253] {
+        let mut frontend = connect();
+        let file = tempfile::tempfile().unwrap();
+        let request: Vec<u8> = [3_u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+        rights::send(&frontend, &request, &vec![file.as_fd(); count]).unwrap();
+        assert_eq!(frontend.read(&mut [0]).unwrap(), 0, "{count}");
+    }
+    ask(&connect()).unwrap();
 }
 
 /// Runs in a process of its own, because the limit applies to the process: see the test below.
