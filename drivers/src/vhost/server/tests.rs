@@ -42,7 +42,7 @@ fn a_port_in_the_middle_of_a_request_is_not_handed_over() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
     let server = Server::listen(&path, &"net_vhost0".into(), &[Arc::default(), Arc::default()]).unwrap();
-    let mut frontend = UnixStream::connect(&path).unwrap();
+    let mut frontend = connect(&path);
     ask(&frontend).unwrap();
     let request: Vec<u8> = [1_u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
     frontend.write_all(&request[..5]).unwrap();
@@ -63,6 +63,12 @@ fn a_port_in_the_middle_of_a_request_is_not_handed_over() {
     ask(&frontend).unwrap();
 }
 
+fn connect(path: &Path) -> UnixStream {
+    let socket = UnixStream::connect(path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    socket
+}
+
 /// Requests the features (`VHOST_USER_GET_FEATURES`) and waits for the answer.
 fn ask(mut socket: &UnixStream) -> std::io::Result<()> {
     let request: Vec<u8> = [1_u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
@@ -76,19 +82,14 @@ fn a_request_with_too_many_files_ends_the_connection() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
     let _server = Server::listen(&path, &"net_vhost0".into(), &[Arc::default(), Arc::default()]).unwrap();
-    let connect = || {
-        let socket = UnixStream::connect(&path).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        socket
-    };
     for count in [33, 253] {
-        let mut frontend = connect();
+        let mut frontend = connect(&path);
         let file = tempfile::tempfile().unwrap();
         let request: Vec<u8> = [3_u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
         rights::send(&frontend, &request, &vec![file.as_fd(); count]).unwrap();
         assert_eq!(frontend.read(&mut [0]).unwrap(), 0, "{count}");
     }
-    ask(&connect()).unwrap();
+    ask(&connect(&path)).unwrap();
 }
 
 /// Runs in a process of its own, because the limit applies to the process: see the test below.
@@ -99,14 +100,9 @@ fn child_that_runs_out_of_files() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
     let _server = Server::listen(&path, &"net_vhost0".into(), &[Arc::default(), Arc::default()]).unwrap();
-    let connect = || {
-        let socket = UnixStream::connect(&path).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        socket
-    };
-    let first = connect();
+    let first = connect(&path);
     ask(&first).unwrap();
-    let second = connect();
+    let second = connect(&path);
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, 1, hard).unwrap();
     drop(first);
