@@ -29,7 +29,7 @@ impl Facts<'_> {
     /// Decodes the record.
     ///
     /// # Errors
-    /// `Protocol` when it is not of this type.
+    /// As for [`decode`].
     pub fn decode<T: DeserializeOwned + Schema>(&self) -> Result<T> {
         decode(self.record)
     }

@@ -172,7 +172,7 @@ impl Resume<'_> {
     /// What [`HandOver::record`] returned.
     ///
     /// # Errors
-    /// `Protocol` when it is not of this type.
+    /// As for [`decode`].
     pub fn device<T: DeserializeOwned + Schema>(&self) -> Result<T> {
         decode(&self.record.device)
     }
@@ -180,7 +180,7 @@ impl Resume<'_> {
     /// What [`HandOver::rx_record`] returned for each RX queue.
     ///
     /// # Errors
-    /// `Protocol` when one is not of this type, or when there are not as many as are configured.
+    /// As for [`decode`]; `Protocol` when there are not as many as are configured.
     pub fn rx<T: DeserializeOwned + Schema>(&self) -> Result<Vec<T>> {
         all(&self.record.rx, self.config.rx_queues)
     }

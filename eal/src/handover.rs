@@ -239,7 +239,7 @@ impl Takeover {
     /// Record of the layers above the EAL.
     ///
     /// # Errors
-    /// `Protocol` if it is not of this type.
+    /// As for [`decode`].
     pub fn record<T: DeserializeOwned + Schema>(&self) -> Result<T> {
         decode(&self.offer.program)
     }

@@ -175,7 +175,7 @@ impl Ring {
         self.want_kicks(false);
     }
 
-    /// Wakes this process.
+    /// Eventfd by which the frontend wakes this process, if it has one.
     pub(super) fn kick(&self) -> Option<&Arc<PeerEvent>> {
         self.notifiers.kick.as_ref()
     }

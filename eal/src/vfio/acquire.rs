@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use vireo_vfio::NOIOMMU_PREFIX;
 
@@ -214,6 +214,8 @@ impl Vfio {
 
     /// Chooses the mode for `auto`: cdev if the kernel offers it, otherwise the container.
     fn choose(&self, device: &BusDevice) -> Result<(VfioMode, String)> {
+        /// Read once, because the list of symbols is long.
+        static LIVE_UPDATE: OnceLock<LiveUpdate> = OnceLock::new();
         let what = || format!("cannot choose a VFIO mode for {}", device.name);
         let cdev = cdev_name(device);
         let group = group_of(device).ok();
@@ -238,7 +240,7 @@ impl Vfio {
                         .is_ok_and(|(_, path)| self.nodes.has(&path)) =>
             {
                 let mut why = format!("auto: the kernel offers /dev/vfio/devices/{name}");
-                if LiveUpdate::of("/".as_ref()) == LiveUpdate::Cdevs {
+                if *LIVE_UPDATE.get_or_init(|| LiveUpdate::of("/".as_ref())) == LiveUpdate::Cdevs {
                     why += ", which it keeps in a live update";
                 }
                 return Ok((VfioMode::Cdev, why));

@@ -1,5 +1,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use vireo_eal::handover::Fds;
+
 use super::*;
 
 const LEN: u64 = 1 << 16;
@@ -124,4 +126,23 @@ fn without_events_a_ring_ends_before_their_words() {
     assert!(matches!(rings[0].lock().slot(), Slot::Running(_)));
     assert!(backend.set_features((Features::VERSION_1 | Features::EVENT_IDX).bits()).is_err());
     assert!(place(&mut backend).is_err());
+}
+
+/// A successor would not know what the guest's source has to mark, or which region is about to go.
+#[test]
+fn a_connection_that_changes_is_not_described() {
+    let why =
+        |backend: &Backend| backend.record(&mut Fds::default()).err().map(|error| error.why().to_owned());
+    let (mut backend, _rings) = running();
+    assert_eq!(why(&backend), None);
+    let log = tempfile::tempfile().unwrap();
+    log.set_len(4096).unwrap();
+    backend.set_log_base(&VhostUserLog { mmap_size: 4096, mmap_offset: 0 }, log).unwrap();
+    assert_eq!(why(&backend).as_deref(), Some("its guest migrates"));
+    backend.set_features(Features::VERSION_1.bits()).unwrap();
+    assert_eq!(why(&backend), None);
+    backend.remove_mem_region(&VhostUserSingleMemoryRegion::new(0, LEN, 0, 0)).unwrap();
+    assert_eq!(why(&backend).as_deref(), Some("its frontend is changing its memory"));
+    backend.settle();
+    assert_eq!(why(&backend), None);
 }
