@@ -273,7 +273,7 @@ impl<R: TieRx, T: TieTx> TiedLane<R, T> {
         if let Some(moved) = rx.forward_one(received, rings, tx, limits, edit) {
             return self.moved(moved);
         }
-        match (rx.reads_headers(), limits.shortest() < SHORTEST) {
+        match (rx.reads_headers(), tx.shortest() < SHORTEST) {
             (false, true) => self.forward_many::<false, 0>(received, edit),
             (false, false) => self.forward_many::<false, SHORTEST>(received, edit),
             (true, true) => self.forward_many::<true, 0>(received, edit),
@@ -309,11 +309,12 @@ impl<R: TieRx, T: TieTx> TiedLane<R, T> {
         let head = self.rings.tx().head();
         let count = head.wrapping_sub(self.announced);
         if count > 0 {
+            let bytes = std::mem::take(&mut self.bytes);
             for counters in [self.rx.counters(), self.tx.counters()] {
                 counters.packets.add(count as u64);
-                counters.bytes.add(self.bytes);
+                counters.bytes.add(bytes);
             }
-            (self.announced, self.bytes) = (head, 0);
+            self.announced = head;
             self.tx.announce(&mut self.rings);
         }
         let Some(sent) = self.tx.completed(self.rings.tx()) else { return Polled::Odd };

@@ -150,7 +150,7 @@ impl<F: Format> TxQueue<F> {
 
     // Kept out of the forwarding loop, where too few CPU registers are left for this loop.
     #[inline(never)]
-    fn transmit<const PADS: bool>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+    fn transmit<const SHORTEST: usize>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         // A burst always finds room until half of the ring is in use.
         if self.ring.room() < self.reclaim_below {
             if self.reports.is_some() {
@@ -162,21 +162,23 @@ impl<F: Format> TxQueue<F> {
         if count == 0 {
             return if burst.is_empty() { 0 } else { self.full() };
         }
-        if PADS {
-            cache.pad_each::<SHORTEST>(&mut burst[..count]);
-        }
+        let bytes = self.ring.fill_words::<SHORTEST>(count, F::SEND, cache, burst, |_| ());
         // A burst is no longer than RECLAIM, so at most one of its descriptors is the last of a batch.
-        let start = self.ring.head();
-        let reports = start | (RECLAIM - 1);
-        let reporting = burst[..count].get(reports - start).map(|packet| packet.len());
-        let bytes = self.ring.fill_words(count, F::SEND, cache, burst, |_| ());
-        if let Some(len) = reporting {
-            self.ring.set_word(reports, F::SEND.of(len) | F::TXD_RS);
+        let last = (self.ring.head() & !(RECLAIM - 1)).wrapping_sub(1);
+        if self.ring.head().wrapping_sub(last) <= count {
+            self.report(last);
         }
         self.counters.packets.add(count as u64);
         self.counters.bytes.add(bytes);
         self.announce();
         count
+    }
+
+    /// Lets the descriptor at `last` report its completion. The device has not been told of it yet, so its word
+    /// is the driver's own.
+    #[inline(always)]
+    fn report(&mut self, last: usize) {
+        self.ring.set_word(last, self.ring.load::<1>(last) | F::TXD_RS);
     }
 
     /// Publishes to the device, through TDT, which descriptors it may send.
@@ -213,8 +215,7 @@ impl<F: Format> TxQueue<F> {
             return before - burst.len() + left;
         }
         let last = self.ring.head().wrapping_sub(1);
-        // The device has not been told of the descriptor yet, so this is the driver's own word.
-        self.ring.set_word(last, self.ring.load::<1>(last) | F::TXD_RS);
+        self.report(last);
         if let Some(reports) = &mut self.reports {
             reports.positions.push_back(last);
         }
@@ -228,10 +229,12 @@ impl<F: Format> TxQueue<F> {
     /// and of their bytes.
     fn fill_packets(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> (u64, u64) {
         let count = burst.len().min(self.ring.room());
-        if self.pads {
-            cache.pad_each::<SHORTEST>(&mut burst[..count]);
-        }
-        (count as u64, self.ring.fill_words(count, F::SEND, cache, burst, |_| ()))
+        let bytes = if self.pads {
+            self.ring.fill_words::<SHORTEST>(count, F::SEND, cache, burst, |_| ())
+        } else {
+            self.ring.fill_words::<0>(count, F::SEND, cache, burst, |_| ())
+        };
+        (count as u64, bytes)
     }
 
     /// As [`TxQueue::fill_packets`], of frames that may have several segments.
@@ -245,7 +248,7 @@ impl<F: Format> TxQueue<F> {
             }
             let frame = &mut burst[count..count + segments];
             if self.pads && segments == 1 {
-                cache.pad_each::<SHORTEST>(frame);
+                frame.iter_mut().for_each(|packet| cache.pad::<SHORTEST>(packet));
             }
             let whole = bytes(frame) as u64;
             for (i, packet) in frame.iter().enumerate() {
@@ -265,7 +268,7 @@ impl<F: Format> TxQueue<F> {
 impl<F: Format> TxBurst for TxQueue<F> {
     #[inline(always)]
     fn tx_burst(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
-        if self.pads { self.transmit::<true>(cache, burst) } else { self.transmit::<false>(cache, burst) }
+        if self.pads { self.transmit::<SHORTEST>(cache, burst) } else { self.transmit::<0>(cache, burst) }
     }
 
     fn counters(&self) -> &QueueCounters {

@@ -186,7 +186,7 @@ impl TxQueue {
         }
         let (queue, mergeable) = (&mut self.queue, self.mergeable);
         let mut asked = 0;
-        let bytes = queue.ring.fill_words(count, WHOLE, cache, burst, |slot| {
+        let bytes = queue.ring.fill_words::<0>(count, WHOLE, cache, burst, |slot| {
             if CHECKSUMS {
                 asked += u64::from(ask(slot, mergeable));
             } else {

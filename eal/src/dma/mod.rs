@@ -48,25 +48,6 @@ macro_rules! dmb {
     };
 }
 
-/// Calls `each` with 0 to `count - 1`, until it returns false. Returns how many calls returned true. The loop
-/// is unrolled by four, because its overhead is part of the cost per packet.
-#[inline(always)]
-fn in_fours(count: usize, mut each: impl FnMut(usize) -> bool) -> usize {
-    let mut done = 0;
-    while count - done >= 4 {
-        for _ in 0..4 {
-            if !each(done) {
-                return done;
-            }
-            done += 1;
-        }
-    }
-    while done < count && each(done) {
-        done += 1;
-    }
-    done
-}
-
 /// Orders the read of an ownership word (DD bit, used index) before reads and writes of the memory that it
 /// covers.
 #[inline(always)]

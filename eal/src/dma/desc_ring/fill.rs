@@ -136,34 +136,40 @@ impl DescRing {
         self.end_filling(&filling, burst);
     }
 
-    /// [`DescRing::fill`] with second words that follow from the packets' lengths. `header` may write the
-    /// `word.front` bytes before each packet's data, and is not called if `word.front` is 0. Returns the sum of
-    /// the packets' lengths in bytes.
+    /// [`DescRing::fill`] with second words that follow from the packets' lengths. A packet of fewer than
+    /// `SHORTEST` bytes, at most 64, is padded to them with zeros. `header` may write the `word.front` bytes
+    /// before each packet's data; it is not called if `word.front` is 0, and may be called twice for a packet
+    /// near one that is padded. Returns the sum of the packets' lengths in bytes.
     ///
     /// # Panics
     /// As [`DescRing::fill`].
     #[inline(always)]
-    pub fn fill_words(
+    pub fn fill_words<const SHORTEST: usize>(
         &mut self,
         count: usize,
         word: SendWord,
-        cache: &PoolCache,
+        cache: &mut PoolCache,
         burst: &mut Burst,
         mut header: impl FnMut(&mut Slot<'_>),
     ) -> u64 {
         assert!(word.front <= DEVICE_HEADER);
-        let buffers = cache.buffers();
         let mut bytes = 0;
         let mut filling = self.start_filling(count, cache, burst);
         while let Some(Run { packets, desc, record }) = self.next_run(&mut filling) {
             let mut done = 0;
             #[cfg(target_arch = "x86_64")]
             if packets.len() >= 4 {
+                let buffers = cache.buffers();
                 // SAFETY: the run has as many descriptors as packets.
-                bytes += unsafe { x86::fill(packets, word, buffers, desc, record, &mut header) };
-                done = packets.len() & !3;
+                let sum = unsafe { x86::fill::<SHORTEST>(packets, word, buffers, desc, record, &mut header) };
+                if let Some(sum) = sum {
+                    bytes += sum;
+                    done = packets.len() & !3;
+                }
             }
             for (i, packet) in packets.iter_mut().enumerate().skip(done) {
+                cache.pad::<SHORTEST>(packet);
+                let buffers = cache.buffers();
                 buffers.check(packet.tag());
                 let len = packet.len();
                 bytes += len as u64;
@@ -336,19 +342,20 @@ pub(super) mod x86 {
     }
 
     /// [`DescRing::fill_words`](super::DescRing::fill_words) in groups of four; up to three packets remain.
-    /// Returns the sum of the lengths in bytes.
+    /// Returns the sum of the lengths in bytes, or `None` if a packet has fewer than `SHORTEST` bytes. What was
+    /// written is meaningless then.
     ///
     /// # Safety
     /// There are four packets or more. From `desc` and `record` on there are as many descriptors and records.
     #[inline(always)]
-    pub(super) unsafe fn fill(
+    pub(super) unsafe fn fill<const SHORTEST: usize>(
         packets: &mut [Packet],
         word: SendWord,
         buffers: Buffers<'_>,
         desc: *mut Descriptor,
         record: *mut u32,
         header: &mut impl FnMut(&mut Slot<'_>),
-    ) -> u64 {
+    ) -> Option<u64> {
         let (mut at, end) = (Place::HERE, Place::HERE.ahead(packets.len()));
         // SAFETY: SSE2 is part of x86-64. All accesses are within what the caller vouches for.
         unsafe {
@@ -357,7 +364,9 @@ pub(super) mod x86 {
             let zero = _mm_setzero_si128();
             let front = _mm_set1_epi32(word.front as i32);
             let offset = _mm_set1_epi32(BUFFER_SIZE as i32 - 1);
-            let (mut sum, mut tags) = (zero, zero);
+            // Lengths are the upper halves of the 32-bit lanes; the lower halves stay at the minimum.
+            let enough = _mm_set1_epi32((SHORTEST << 16) as i32 | i32::from(i16::MIN as u16));
+            let (mut sum, mut tags, mut shortest) = (zero, zero, enough);
             while at.is_before(end, 4) {
                 let four = &mut *at.of(packets).cast::<[Packet; 4]>().as_ptr();
                 if word.front > 0 {
@@ -369,6 +378,9 @@ pub(super) mod x86 {
                 let begin = _mm_castps_si128(_mm_shuffle_ps::<0b10_00_10_00>(low, high));
                 let rest = _mm_castps_si128(_mm_shuffle_ps::<0b11_01_11_01>(low, high));
                 tags = _mm_or_si128(tags, rest);
+                if SHORTEST > 0 {
+                    shortest = _mm_min_epi16(shortest, rest);
+                }
                 _mm_storeu_si128(at.of(record).as_ptr().cast(), _mm_andnot_si128(offset, begin));
                 let len = _mm_srli_epi32::<16>(rest);
                 sum = _mm_add_epi32(sum, len);
@@ -386,7 +398,8 @@ pub(super) mod x86 {
                 let halves = _mm_or_si128(tags, _mm_unpackhi_epi64(tags, tags));
                 buffers.check((_mm_cvtsi128_si64(halves) | _mm_cvtsi128_si64(halves) >> 32) as u8);
             }
-            total(sum)
+            let are_long = SHORTEST == 0 || _mm_movemask_epi8(_mm_cmpeq_epi16(shortest, enough)) == 0xffff;
+            are_long.then(|| total(sum))
         }
     }
 

@@ -266,7 +266,7 @@ fn buffers_of_two_pools_do_not_meet() {
         let mut burst: Burst = packets.into_iter().collect();
         let mut ring = self::ring(8);
         let sent = catch_unwind(AssertUnwindSafe(|| {
-            ring.fill_words(6, SendWord { front, ..word }, &cache, &mut burst, |_| ());
+            ring.fill_words::<0>(6, SendWord { front, ..word }, &mut cache, &mut burst, |_| ());
         }));
         assert!(sent.is_err() && ring.owned() == 0 && burst.is_empty(), "{at} {front}");
         let mut packets = [0; 6].map(|_| Packet::in_slot(0, 60, cache.fresh_bits()));
@@ -426,6 +426,7 @@ proptest! {
         front in prop::sample::select(vec![0, 12]),
         second_len in prop::sample::select(vec![None, Some(32), Some(46)]),
         bits in any::<u32>(),
+        pads in any::<bool>(),
         page in prop::sample::select(vec![4096, 65536]),
     ) {
         let region = Region::new(Pool::bytes(128).next_multiple_of(65536), Backing::SmallPages).unwrap();
@@ -455,12 +456,18 @@ proptest! {
         let [model, subject] = &mut rings;
         let [first, second] = &mut bursts;
         let mut wanted_bytes = 0;
+        let shortest = if pads { 60 } else { 0 };
         model.fill(count, front, &cache, first, |slot, len| {
+            let len = len.max(shortest);
             wanted_bytes += len as u64;
             slot.write_header(&[len as u8; 12]);
             word.of(len)
         });
-        let bytes = subject.fill_words(count, word, &cache, second, |slot| slot.write_header(&[9; 12]));
+        let header = |slot: &mut Slot<'_>| slot.write_header(&[9; 12]);
+        let bytes = match pads {
+            true => subject.fill_words::<60>(count, word, &mut cache, second, header),
+            false => subject.fill_words::<0>(count, word, &mut cache, second, header),
+        };
         prop_assert_eq!((bytes, second.len()), (wanted_bytes, lens.len() - count));
         for (i, (of_model, of_subject)) in addresses[0].iter().zip(&addresses[1]).enumerate().take(count) {
             prop_assert_eq!(model.load::<0>(start + i) + front as u64, *of_model);

@@ -45,12 +45,6 @@ impl Limits {
         Self { shortest, range: DATA_ROOM - shortest }
     }
 
-    /// Minimum.
-    #[inline(always)]
-    pub fn shortest(self) -> usize {
-        self.shortest
-    }
-
     /// Whether they include `len`.
     #[inline(always)]
     fn include(&self, len: usize) -> bool {

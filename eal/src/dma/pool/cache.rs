@@ -9,7 +9,6 @@ use super::addresses::{Buffers, PoolAddresses};
 use super::tag::return_to_owner;
 use super::{CHUNK, Pool};
 use crate::clock::Tsc;
-use crate::dma::in_fours;
 use crate::dma::metadata::PartialChecksum;
 use crate::dma::packet::{MAX_BURST, Packet, SHORT};
 
@@ -255,27 +254,22 @@ impl PoolCache {
         }
     }
 
-    /// Pads each packet with zeros to at least `LEN` bytes, which must not exceed 64. Used for a device that
+    /// Pads the packet with zeros to at least `LEN` bytes, which must not exceed 64. Used for a device that
     /// does not pad.
     ///
     /// # Panics
-    /// Panics if a packet that needs padding belongs to another pool.
+    /// Panics if the packet needs padding and belongs to another pool.
     #[inline(always)]
-    pub fn pad_each<const LEN: usize>(&mut self, packets: &mut [Packet]) {
+    pub fn pad<const LEN: usize>(&mut self, packet: &mut Packet) {
         const { assert!(LEN <= SHORT) };
-        in_fours(packets.len(), |i| {
-            // SAFETY: `i` is below the number of packets.
-            let packet = unsafe { packets.get_unchecked_mut(i) };
-            if packet.len() < LEN {
-                self.pad(packet, LEN);
-            }
-            true
-        });
+        if packet.len() < LEN {
+            self.pad_to(packet, LEN);
+        }
     }
 
     #[cold]
     #[inline(never)]
-    fn pad(&mut self, packet: &mut Packet, len: usize) {
+    fn pad_to(&mut self, packet: &mut Packet, len: usize) {
         const ZEROS: [u8; SHORT] = [0; SHORT];
         let from = packet.len();
         self.write(packet, from, &ZEROS[..len - from]);
