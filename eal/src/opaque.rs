@@ -14,7 +14,7 @@
 //! Miri does not support assembly. Under Miri this module uses atomics, and Miri reports those that race with
 //! plain accesses.
 
-pub(crate) use access::{Whole, read, write};
+pub(crate) use access::{Whole, pass, read, write};
 
 /// Accesses through assembly.
 #[cfg(all(any(target_arch = "x86_64", target_arch = "aarch64"), not(miri)))]
@@ -220,6 +220,17 @@ mod access {
         unsafe { copy(from, to, len) }
     }
 
+    /// Copies `len` bytes from memory that something else may write into memory that it may read and write. What
+    /// they become if both overlap is unspecified.
+    ///
+    /// # Safety
+    /// As for [`read`] from `from` and for [`write`] to `to`.
+    #[inline(always)]
+    pub(crate) unsafe fn pass(from: *const u8, to: *mut u8, len: usize) {
+        // SAFETY: the caller's contract.
+        unsafe { copy(from, to, len) }
+    }
+
     /// Reads the last 8 of `N` bytes. Their address costs no instruction.
     ///
     /// # Safety
@@ -304,6 +315,18 @@ mod access {
         }
     }
 
+    /// Copies `len` bytes from memory that something else may write into memory that it may read and write. What
+    /// they become if both overlap is unspecified.
+    ///
+    /// # Safety
+    /// As for [`read`] from `from` and for [`write()`] to `to`.
+    pub(crate) unsafe fn pass(from: *const u8, to: *mut u8, len: usize) {
+        for at in 0..len {
+            // SAFETY: within the `len` bytes of both.
+            unsafe { u8::poke(to.add(at), u8::peek(from.add(at))) };
+        }
+    }
+
     /// Reads the last 8 of `N` bytes.
     ///
     /// # Safety
@@ -331,16 +354,35 @@ mod access {
 /// As for [`write()`] to `to`.
 #[inline(always)]
 pub(crate) unsafe fn write_changed<const N: usize>(bytes: [u8; N], to: *mut u8) {
-    const { assert!(8 <= N && N <= 16) };
-    let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
-    let (first, last) = (word(0), word(N - 8));
+    let (first, last) = words(bytes);
     // SAFETY: both words are within the `N` bytes.
     unsafe {
         if (access::peek_last::<8>(to) ^ first) | (access::peek_last::<N>(to) ^ last) != 0 {
-            access::poke_unaligned(to, first);
-            access::poke_unaligned(to.add(N - 8), last);
+            write_short(bytes, to);
         }
     }
+}
+
+/// Writes the `N` bytes (8 to 16) in two stores.
+///
+/// # Safety
+/// As for [`write()`] to `to`.
+#[inline(always)]
+pub(crate) unsafe fn write_short<const N: usize>(bytes: [u8; N], to: *mut u8) {
+    let (first, last) = words(bytes);
+    // SAFETY: both words are within the `N` bytes.
+    unsafe {
+        access::poke_unaligned(to, first);
+        access::poke_unaligned(to.add(N - 8), last);
+    }
+}
+
+/// The first and the last 8 of `N` bytes (8 to 16).
+#[inline(always)]
+fn words<const N: usize>(bytes: [u8; N]) -> (u64, u64) {
+    const { assert!(8 <= N && N <= 16) };
+    let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+    (word(0), word(N - 8))
 }
 
 #[cfg(test)]
@@ -368,7 +410,9 @@ mod tests {
         let found = copied(|from, to, len| unsafe { read(from, to, len) }, from, to, len);
         // SAFETY: as above.
         let left = copied(|from, to, len| unsafe { write(from, to, len) }, from, to, len);
-        assert!(found == plain && left == plain, "{len} bytes from {from} to {to}");
+        // SAFETY: as above.
+        let passed = copied(|from, to, len| unsafe { pass(from, to, len) }, from, to, len);
+        assert!(found == plain && left == plain && passed == plain, "{len} bytes from {from} to {to}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use vireo_eal::lcore::StopFlag;
 use crate::caches::{Caches, CachesByNode};
 use crate::checksum;
 use crate::hook::{Hook, Packets};
-use crate::kind::{General, Kind, Plain};
+use crate::kind::{Between, Direct, General, Kind, Plain};
 use crate::sleep::{IdlePolls, Sleep};
 use crate::tied::TiedLanes;
 
@@ -74,7 +74,6 @@ impl Meter for BusyTicks<'_> {
 
 /// Polls `lanes` until `stop` is raised or `meter` finds them idle, for at least one round, and calls `tick` once per
 /// round. `bursts` has one empty burst per lane. Each packet is a frame.
-#[inline(never)]
 pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
@@ -88,7 +87,6 @@ pub fn forward<R: RxBurst, T: TxBurst, H: Hook>(
 
 /// Does the same as [`forward`], for ports that are started for long frames or with offloads. Packets may be
 /// segments, counters count frames, and a checksum that the sending device does not compute is computed here.
-#[inline(never)]
 pub fn forward_general<R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
@@ -100,8 +98,8 @@ pub fn forward_general<R: RxBurst, T: TxBurst, H: Hook>(
     poll_all::<General, _, _, _>(lanes, bursts, caches, stop, meter, tick);
 }
 
-#[inline(always)]
-fn poll_all<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
+#[inline(never)]
+fn poll_all<K: Between<R, T, H>, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     bursts: &mut [Burst],
     caches: &mut impl Caches,
@@ -112,7 +110,7 @@ fn poll_all<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     loop {
         for (index, (lane, burst)) in lanes.iter_mut().zip(&mut *bursts).enumerate() {
             meter.begin();
-            let busy = poll::<K, _, _, _>(lane, caches.of_lane(index), burst);
+            let busy = K::poll(lane, caches.of_lane(index), burst);
             meter.end(busy);
         }
         tick();
@@ -121,7 +119,7 @@ fn poll_all<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
         }
     }
     for (index, (lane, burst)) in lanes.iter_mut().zip(bursts).enumerate() {
-        send::<K, _, _, _>(lane, caches.of_lane(index), burst);
+        K::end(lane, caches.of_lane(index), burst);
     }
 }
 
@@ -177,7 +175,7 @@ pub type AnyLane<H> = Lane<RxQueue, TxQueue, H>;
 pub struct Polling<'a> {
     /// Sum to which the TSC ticks of polls that moved packets are added, if given.
     pub busy_ticks: Option<&'a Count>,
-    /// Whether lanes are [tied](crate::tied) where possible.
+    /// Whether lanes are [tied](crate::tied) where possible, and long frames between vhost ports copied once.
     pub ties: bool,
     /// When the lcore sleeps, if it does. Its ports must be started with RX interrupts
     /// ([`PortConfig::rx_interrupts`](vireo_drivers::port::PortConfig::rx_interrupts)).
@@ -191,8 +189,8 @@ impl Default for Polling<'_> {
     }
 }
 
-/// Runs [`forward`] or [`forward_general`] as `polling` says, until `stop` is raised.
-fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
+/// Runs [`poll_all`] as `polling` says, until `stop` is raised.
+fn measured<K: Between<R, T, H>, R: RxBurst, T: TxBurst, H: Hook>(
     lanes: &mut [Lane<R, T, H>],
     caches: &mut impl Caches,
     polling: Polling<'_>,
@@ -204,33 +202,18 @@ fn measured<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
     let busy_ticks = polling.busy_ticks.map(BusyTicks::new);
     let Some(sleep) = polling.sleep else {
         return match busy_ticks {
-            None => forward_as::<K, _, _, _>(lanes, bursts, caches, stop, &mut (), tick),
-            Some(mut ticks) => forward_as::<K, _, _, _>(lanes, bursts, caches, stop, &mut ticks, tick),
+            None => poll_all::<K, _, _, _>(lanes, bursts, caches, stop, &mut (), tick),
+            Some(mut ticks) => poll_all::<K, _, _, _>(lanes, bursts, caches, stop, &mut ticks, tick),
         };
     };
     let mut idle = IdlePolls::new(sleep, lanes.len(), busy_ticks);
     loop {
-        forward_as::<K, _, _, _>(lanes, bursts, caches, stop, &mut idle, &mut tick);
+        poll_all::<K, _, _, _>(lanes, bursts, caches, stop, &mut idle, &mut tick);
         if stop.is_raised() {
             return;
         }
         sleep.until_woken(lanes, stop);
         idle.restart();
-    }
-}
-
-/// Runs [`forward`] or [`forward_general`].
-fn forward_as<K: Kind, R: RxBurst, T: TxBurst, H: Hook>(
-    lanes: &mut [Lane<R, T, H>],
-    bursts: &mut [Burst],
-    caches: &mut impl Caches,
-    stop: &StopFlag,
-    meter: &mut impl Meter,
-    tick: impl FnMut(),
-) {
-    match K::GENERAL {
-        false => forward(lanes, bursts, caches, stop, meter, tick),
-        true => forward_general(lanes, bursts, caches, stop, meter, tick),
     }
 }
 
@@ -334,7 +317,10 @@ pub fn forward_any<H: Hook>(
     of!(E1000(e1000::RxQueue), E1000(e1000::TxQueue));
     of!(Igb(igb::RxQueue), Igb(igb::TxQueue));
     of!(Vhost(vhost::RxQueue), Vhost(vhost::TxQueue), |mut lanes: Vec<_>| {
-        measured::<Plain, _, _, _>(&mut lanes, cache, polling, stop, tick);
+        match polling.ties {
+            true => measured::<Direct, _, _, _>(&mut lanes, cache, polling, stop, tick),
+            false => measured::<Plain, _, _, _>(&mut lanes, cache, polling, stop, tick),
+        }
         lanes
     });
     let mut lanes = lanes;

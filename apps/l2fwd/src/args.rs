@@ -64,7 +64,7 @@ pub struct Args {
     #[arg(long)]
     pub checksum_offload: bool,
     /// Let packets pass through the pool even where an RX queue could share its buffers with the TX queue that
-    /// sends its packets
+    /// sends its packets, and where a long frame could be copied from one vhost port to another
     #[arg(long)]
     pub no_tied_lanes: bool,
     /// Make lanes stop sharing buffers every so many seconds, and start again, in the middle of their traffic (to

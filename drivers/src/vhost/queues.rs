@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use vireo_eal::dma::{Burst, DATA_ROOM, PoolCache};
+use vireo_eal::dma::{Burst, DATA_ROOM, MAX_BURST, PoolCache};
 use vireo_eal::sync::Owner;
 
 use super::shared::{RingState, Shared};
@@ -11,6 +11,7 @@ use super::waker::Waker;
 use crate::counters::QueueCounters;
 use crate::frames::drop_long;
 use crate::port::{RxBurst, TxBurst};
+use crate::tied::Polled;
 
 /// Names of the rings by what the frontend does with them.
 const TRANSMIT: &str = "transmit";
@@ -30,6 +31,8 @@ pub struct RxQueue {
     queue: Queue,
     /// `None` if the lcore never sleeps.
     waker: Option<Waker>,
+    /// Number of frames that [`RxQueue::pass`] has forwarded since it last woke the frontends.
+    unwoken: usize,
 }
 
 /// TX queue: fills the ring through which the frontend receives.
@@ -54,11 +57,70 @@ impl RxQueue {
     pub(super) fn new(shared: &Arc<Shared>, waker: Option<Waker>) -> Option<Self> {
         let queue = Queue::new(shared)?;
         shared.lock().changed = waker.as_ref().map(|waker| waker.changed().clone());
-        Some(Self { queue, waker })
+        Some(Self { queue, waker, unwoken: 0 })
     }
 
     pub(super) fn is_of(&self, shared: &Arc<Shared>) -> bool {
         self.queue.ring.is_of(shared)
+    }
+
+    /// Forwards long frames to `tx` in one copy each, from the memory of one frontend to that of another, without a
+    /// packet buffer. The first 12 bytes of each frame become `addresses`, if given. Frontends that sleep are
+    /// [woken](RxQueue::wake) when as many frames were forwarded as a burst has, or nothing more arrived.
+    /// [`Polled::Odd`] leaves the next frame, or what hinders it, to [`rx_burst`](RxBurst::rx_burst) and
+    /// [`tx_burst`](TxBurst::tx_burst).
+    #[inline(always)]
+    pub fn pass(&mut self, tx: &mut TxQueue, addresses: Option<[u8; 12]>) -> Polled {
+        match self.try_pass(tx, addresses) {
+            Some(0) if self.unwoken == 0 => Polled::Idle,
+            Some(0) => {
+                self.wake(tx);
+                Polled::Busy
+            }
+            Some(passed) => {
+                self.unwoken += passed;
+                if self.unwoken >= MAX_BURST {
+                    self.wake(tx);
+                }
+                Polled::Busy
+            }
+            None => {
+                if self.unwoken > 0 {
+                    self.wake(tx);
+                }
+                Polled::Odd
+            }
+        }
+    }
+
+    /// Returns the number of frames that passed; `None` if the next one cannot.
+    #[inline(always)]
+    fn try_pass(&mut self, tx: &mut TxQueue, addresses: Option<[u8; 12]>) -> Option<usize> {
+        let Some(mut from) = self.queue.ring.try_lock() else { return Some(0) };
+        let (from, report) = from.running()?;
+        let pending = from.pending().ok()?;
+        if pending == 0 {
+            return Some(0);
+        }
+        if !from.begins_with_long() {
+            return None;
+        }
+        let mut to = tx.queue.ring.try_lock()?;
+        let (to, to_report) = to.running()?;
+        let wanted = pending.min(to.pending().ok()?).into();
+        let passed = from.pass(to, wanted, addresses, (&report.counters, &to_report.counters));
+        (passed > 0).then_some(passed)
+    }
+
+    /// Wakes both frontends for the frames that [`RxQueue::pass`] has forwarded, if they sleep.
+    #[inline(never)]
+    pub fn wake(&mut self, tx: &mut TxQueue) {
+        for queue in [&mut tx.queue, &mut self.queue] {
+            // If another thread holds the ring, the next call does this.
+            let Some(mut state) = queue.ring.try_lock() else { return };
+            state.wake();
+        }
+        self.unwoken = 0;
     }
 
     /// Handles a ring that is not running.

@@ -6,6 +6,7 @@
 
 mod chain;
 mod marks;
+mod pass;
 mod receive;
 mod send;
 
@@ -104,6 +105,8 @@ pub(super) struct Ring {
     events: Option<Events>,
     /// Position of the next chain, modulo 2^16.
     next: u16,
+    /// Position up to which the frontend was woken for used chains, if it requested that.
+    woken: u16,
     terms: RingFeatures,
     notifiers: Notifiers,
     marks: Option<Marks>,
@@ -136,13 +139,15 @@ impl Ring {
             let avail_event = memory.ring(at.used.wrapping_add(4 + 8 * u64::from(size)), 1)?;
             Ok(Events { used_event, avail_event })
         };
+        let next = used_idx.load::<0>(0);
         let ring = Self {
             memory: Arc::clone(memory),
             desc: memory.ring(at.desc, entries)?,
             avail_flags: memory.ring(at.avail, 1)?,
             avail_idx: memory.ring(at.avail.wrapping_add(2), 1)?,
             avail: memory.ring(at.avail.wrapping_add(4), entries)?,
-            next: used_idx.load::<0>(0),
+            next,
+            woken: next,
             used_flags: memory.ring(at.used, 1)?,
             used_idx,
             used: memory.ring(at.used.wrapping_add(4), entries)?,
@@ -194,7 +199,7 @@ impl Ring {
 
     /// Number of chains that the frontend has made available.
     #[inline(always)]
-    fn pending(&self) -> Checked<u16> {
+    pub(super) fn pending(&self) -> Checked<u16> {
         let pending = self.avail_idx.load::<0>(0).wrapping_sub(self.next);
         if usize::from(pending) > self.desc.entries() {
             return Err(Violation::AvailIndex);
@@ -216,11 +221,24 @@ impl Ring {
     /// Returns the chains from position `old` on to the frontend, and wakes the frontend if it requests that.
     #[inline(always)]
     fn publish(&mut self, old: u16, counters: &QueueCounters) {
+        self.publish_silently(old);
+        self.wake(counters);
+    }
+
+    /// Returns the chains from position `old` on to the frontend, which [`Ring::wake`] wakes later.
+    #[inline(always)]
+    fn publish_silently(&mut self, old: u16) {
         dma_wmb();
         self.used_idx.store::<0>(0, self.next);
         if (old ^ self.next) & !(AVAIL_EVENT_STRIDE - 1) != 0 {
             self.suppress_kicks();
         }
+    }
+
+    /// Wakes the frontend if it has requested that for a chain that was used since the last call of this.
+    #[inline(always)]
+    pub(super) fn wake(&mut self, counters: &QueueCounters) {
+        let old = std::mem::replace(&mut self.woken, self.next);
         if let Some(call) = &self.notifiers.call {
             // Without the barrier, the device could read the driver's request before it writes the index, and
             // the driver could go to sleep in between.

@@ -93,6 +93,13 @@ impl RingState {
         Some((ring, &mut self.report))
     }
 
+    /// Wakes the frontend if it sleeps and does not know yet of all used chains.
+    pub(super) fn wake(&mut self) {
+        if let Slot::Running(ring) | Slot::Logged(ring) | Slot::Disabled(ring) = &mut self.slot {
+            ring.wake(&self.report.counters);
+        }
+    }
+
     /// Returns the ring that the lcore may use.
     pub(super) fn usable(&self) -> Option<&Ring> {
         match &self.slot {

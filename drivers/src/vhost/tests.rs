@@ -3,6 +3,7 @@
 mod conformance;
 mod guest;
 mod hostile;
+mod pass;
 
 use std::path::Path;
 use std::sync::Arc;

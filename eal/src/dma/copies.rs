@@ -1,6 +1,8 @@
-//! Copies packets between the pool and a peer's memory.
+//! Copies packets between the pool and a peer's memory, and frames between two peers.
 
 use std::mem::MaybeUninit;
+
+use arrayvec::ArrayVec;
 
 use super::packet::{Burst, DATA_ROOM, MAX_BURST, Packet};
 use super::peer::PeerSlice;
@@ -128,11 +130,87 @@ impl PoolCache {
     }
 }
 
+/// Number of bytes of a frame's Ethernet addresses.
+const ADDRESSES: usize = 12;
+
+/// Passes up to `wanted` frames from one peer's memory to another's, at most a burst, in one copy each. `find` is
+/// called with each frame's number, starting at 0, and returns its bytes and where to write `header` (8 to 16 bytes)
+/// and the frame, whose first 12 bytes become `addresses`, if given. All calls of `find` precede the first copy, so
+/// that both memories are prefetched.
+///
+/// Stops when `find` returns `None`, fewer than 12 bytes or too little space. Returns the number of frames.
+#[inline(always)]
+pub fn pass_copies<'a, const H: usize>(
+    wanted: usize,
+    header: [u8; H],
+    addresses: Option<[u8; ADDRESSES]>,
+    mut find: impl FnMut(usize) -> Option<(PeerSlice<'a>, PeerSlice<'a>)>,
+) -> usize {
+    let mut found = ArrayVec::<_, MAX_BURST>::new();
+    while found.len() < wanted.min(MAX_BURST) {
+        let Some((frame, space)) = find(found.len()) else { break };
+        if frame.len < ADDRESSES || space.len < H + frame.len {
+            break;
+        }
+        // Its frontend receives into the buffer again, and whoever passes that frame then writes it.
+        frame.prefetch_to_write();
+        let (front, data) = space.split_at(H);
+        data.prefetch_to_write();
+        front.prefetch_to_read();
+        found.push((frame, space));
+    }
+    for (frame, space) in &found {
+        let (from, to) = (frame.at.as_ptr(), space.at.as_ptr());
+        // SAFETY: both are valid for their lengths, and the space has room for the header and the frame, which has
+        // the bytes of its addresses, as just checked. A peer's mapping is only accessed by opaque copies and atomics.
+        unsafe {
+            // See `PoolCache::send_copies`.
+            opaque::write_changed(header, to);
+            opaque::pass(from, to.add(H), frame.len);
+            if let Some(addresses) = addresses {
+                opaque::write_short(addresses, to.add(H));
+            }
+        }
+    }
+    found.len()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::dma::{DmaMemory, PeerMemory, Pool};
     use crate::mem::{Backing, Region};
+
+    #[test]
+    fn a_frame_passes_if_it_has_addresses_and_there_is_space() {
+        let peers = [PeerMemory::anonymous(4096), PeerMemory::anonymous(4096)];
+        let [mut from, mut to] = peers.each_ref().map(|peer| peer.view());
+        let longest = if cfg!(miri) { 130 } else { 2000 };
+        for (len, space) in
+            (11..=longest).step_by(17).flat_map(|len| [(len, 11 + len), (len, 12 + len), (len, 2020)])
+        {
+            let frame: Vec<u8> = (0..len).map(|at| at as u8).collect();
+            from.at(5, len).unwrap().write(&frame);
+            to.at(0, 4096).unwrap().write(&[0xee; 4096]);
+            let addresses = (len % 2 == 0).then_some([7; ADDRESSES]);
+            let passed = pass_copies(40, [9; 12], addresses, |i| {
+                from.at(5, len).zip(to.at(3, space)).filter(|_| i == 0)
+            });
+            let mut wanted = vec![0xee; 4096];
+            if len >= ADDRESSES && space >= 12 + len {
+                assert_eq!(passed, 1);
+                wanted[3..][..12].fill(9);
+                wanted[15..][..len].copy_from_slice(&frame);
+                addresses.iter().for_each(|addresses| wanted[15..][..ADDRESSES].copy_from_slice(addresses));
+            } else {
+                assert_eq!(passed, 0);
+            }
+            let mut found = vec![0; 4096];
+            // SAFETY: the memory has these bytes, and nothing else accesses it.
+            unsafe { opaque::read(to.at(0, 4096).unwrap().at.as_ptr(), found.as_mut_ptr(), 4096) };
+            assert!(found == wanted, "{len} {space}");
+        }
+    }
 
     /// Before copies were opaque, Miri reported a data race here.
     #[test]
@@ -153,6 +231,9 @@ mod tests {
                 let mut bytes = vec![0; 12 + len];
                 cache.read(&burst[0], 0, &mut bytes);
                 assert!(bytes.iter().all(|byte| matches!(byte, 1 | 2)), "{bytes:?}");
+                // From bytes to a place that overlaps them.
+                let passed = pass_copies(1, [fill; 12], Some([fill; 12]), |_| at(len).zip(at(12 + len)));
+                assert_eq!(passed, usize::from(len >= 12));
                 at(len).unwrap().write(&[fill; 5]);
                 let mut packet = burst.remove(0);
                 cache.append_from_peer(&mut packet, at(len).unwrap()).unwrap();

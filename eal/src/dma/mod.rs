@@ -16,6 +16,7 @@ mod pool;
 mod ring;
 mod view;
 
+pub use copies::pass_copies;
 pub use desc_ring::{
     Completed, DescRing, GoodWord, Limits, Moved, RingRecord, SendWord, Slot, TiedPacket, TiedRings,
 };

@@ -1,8 +1,8 @@
 //! Receiving: frames that the frontend transmits.
 
-use vireo_eal::dma::{Burst, DATA_ROOM, Packet, PoolCache};
+use vireo_eal::dma::{Burst, DATA_ROOM, Packet, PeerSlice, PeerView, PoolCache};
 
-use super::chain::{Budget, Checked, Violation};
+use super::chain::{Budget, Checked, Table, Violation};
 use super::{Ring, write_used};
 use crate::counters::QueueCounters;
 use crate::virtio::{DESC_NEXT, HEADER};
@@ -11,6 +11,18 @@ use crate::virtio::{DESC_NEXT, HEADER};
 /// 82574L, which may have to send the frame, transmits none that is shorter (Linux,
 /// drivers/net/ethernet/intel/e1000e/netdev.c).
 const SHORTEST: usize = 17;
+
+/// Returns the frame in the chain that begins at `head`, if its only descriptor holds header and frame. The header is
+/// ignored because no offload was offered.
+#[inline(always)]
+pub(super) fn whole_frame<'a>(table: Table<'_>, head: u16, view: &mut PeerView<'a>) -> Option<PeerSlice<'a>> {
+    let descriptor = table.get(head)?;
+    let len = descriptor.len.wrapping_sub(HEADER);
+    if descriptor.flags != 0 || len.wrapping_sub(SHORTEST) > DATA_ROOM - SHORTEST {
+        return None;
+    }
+    Some(view.at(descriptor.address, descriptor.len)?.split_at(HEADER).1)
+}
 
 impl Ring {
     /// Receives the frames that the frontend transmits.
@@ -31,19 +43,13 @@ impl Ring {
         let mut view = self.memory.view();
         let mut bytes = 0;
         self.prefetch(wanted);
-        // One descriptor holds header and frame. The header is ignored because no offload was offered.
         let taken = cache.receive_copies(wanted, burst, |i| {
             let position = usize::from(old) + i;
             let head = avail.load::<0>(position);
-            let descriptor = table.get(head)?;
-            let len = descriptor.len.wrapping_sub(HEADER);
-            if descriptor.flags != 0 || len.wrapping_sub(SHORTEST) > DATA_ROOM - SHORTEST {
-                return None;
-            }
-            let (_, slice) = view.at(descriptor.address, descriptor.len)?.split_at(HEADER);
+            let frame = whole_frame(table, head, &mut view)?;
             write_used(used.entry(position), head, 0);
-            bytes += len;
-            Some(slice)
+            bytes += frame.len();
+            Some(frame)
         });
         self.next = old.wrapping_add(taken as u16);
         counters.packets.add(taken as u64);

@@ -2,7 +2,7 @@
 
 use vireo_eal::dma::{Burst, Packet, PeerSlice, PeerView, PoolCache};
 
-use super::chain::{Budget, Checked, Violation};
+use super::chain::{Budget, Checked, Table, Violation};
 use super::{Report, Ring, write_used};
 use crate::counters::QueueCounters;
 use crate::virtio::{DESC_NEXT, DESC_WRITE, HEADER};
@@ -15,6 +15,21 @@ enum Spread {
     Wait,
     /// The packet does not fit into a chain of this many bytes, and may not take another one.
     TooLong(usize),
+}
+
+/// Returns the memory of the chain that begins at `head`, if its only descriptor has room for `need` bytes.
+#[inline(always)]
+pub(super) fn whole_space<'a>(
+    table: Table<'_>,
+    head: u16,
+    need: usize,
+    view: &mut PeerView<'a>,
+) -> Option<PeerSlice<'a>> {
+    let descriptor = table.get(head)?;
+    if descriptor.flags != DESC_WRITE || descriptor.len < need {
+        return None;
+    }
+    view.at(descriptor.address, descriptor.len)
 }
 
 impl Ring {
@@ -69,15 +84,10 @@ impl Ring {
         self.prefetch(burst.len().min(left.into()));
         let sent = cache.send_copies(left.into(), burst, header(1), |i, len| {
             let head = avail.load::<0>(start + i);
-            let descriptor = table.get(head)?;
-            let need = HEADER + len;
-            if descriptor.flags != DESC_WRITE || descriptor.len < need {
-                return None;
-            }
-            let slice = view.at(descriptor.address, descriptor.len)?;
-            write_used(used.entry(start + i), head, need);
+            let space = whole_space(table, head, HEADER + len, &mut view)?;
+            write_used(used.entry(start + i), head, HEADER + len);
             bytes += len;
-            Some(slice)
+            Some(space)
         });
         self.next = self.next.wrapping_add(sent as u16);
         counters.packets.add(sent as u64);
@@ -179,7 +189,7 @@ impl Ring {
 
 /// Returns `struct virtio_net_hdr` for a frame in `buffers` buffers, without offloads (5.1.6).
 #[inline(always)]
-fn header(buffers: u16) -> [u8; HEADER] {
+pub(super) fn header(buffers: u16) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[HEADER - 2..].copy_from_slice(&buffers.to_le_bytes());
     header

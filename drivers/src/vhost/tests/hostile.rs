@@ -10,12 +10,12 @@ use super::guest::{GUEST, MEMORY, USER};
 use super::*;
 
 /// Descriptors of a chain that begins at descriptor 0: address, length, flags, next.
-type Table = &'static [(u64, u32, u16, u16)];
+pub(super) type Table = &'static [(u64, u32, u16, u16)];
 
 const INDIRECT: u16 = 4;
 
 /// Chains that no frontend may offer. `DESC_WRITE` is toggled for the ring that receives.
-const LIES: &[(Table, &str)] = &[
+pub(super) const LIES: &[(Table, &str)] = &[
     (&[(GUEST + MEMORY - 50, 100, 0, 0)], "beyond the end"),
     (&[(GUEST - 1, 100, 0, 0)], "before the begin"),
     (&[(u64::MAX - 5, 100, 0, 0)], "around the end of addresses"),
@@ -30,13 +30,13 @@ const LIES: &[(Table, &str)] = &[
 ];
 
 /// Offers a valid chain, then an invalid one.
-fn offer_lie(guest: &mut Guest, ring: usize, table: Table) {
+pub(super) fn offer_lie(guest: &mut Guest, ring: usize, table: Table) {
     for (i, (address, len, flags, next)) in table.iter().enumerate() {
         let flags = if ring == RECEIVE { flags ^ DESC_WRITE } else { *flags };
         guest.rings[ring].describe(i as u16, *address, *len, flags, *next);
     }
     let flags = if ring == RECEIVE { DESC_WRITE } else { 0 };
-    guest.rings[ring].describe(SIZE - 1, guest.rings[ring].buffer(SIZE - 1), 1000, flags, 0);
+    guest.rings[ring].describe(SIZE - 1, guest.rings[ring].buffer(SIZE - 1), 1500, flags, 0);
     guest.rings[ring].offer(SIZE - 1);
     guest.rings[ring].offer(0);
 }
