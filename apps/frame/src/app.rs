@@ -52,20 +52,20 @@ fn start<A: Parser, T: Termination>(
     is_replaceable: bool,
     application: impl FnOnce(&App, A) -> Result<T>,
 ) -> ExitCode {
-    let mut command = A::command();
-    let usage = command.render_help().to_string();
+    let command = A::command();
     let successor_of = is_replaceable.then(|| command.get_name());
-    program::exit_code(command.get_name(), run(drivers, &usage, successor_of, application))
+    program::exit_code(command.get_name(), run(drivers, successor_of, application))
 }
 
 fn run<A: Parser, T: Termination>(
     drivers: Drivers,
-    usage: &str,
     successor_of: Option<&str>,
     application: impl FnOnce(&App, A) -> Result<T>,
 ) -> Result<ExitCode> {
     let (device_keys, vdev_keys) = (drivers.device_keys(), drivers.vdev_keys());
-    let program = Program { usage, device_keys: &device_keys, vdev_keys: &vdev_keys, successor_of };
+    let usage = || A::command().render_help().to_string();
+    let program =
+        Program { usage: Some(usage), device_keys: &device_keys, vdev_keys: &vdev_keys, successor_of };
     let parsed = match args::parse(std::env::args_os(), &program)? {
         Outcome::Print(text) => {
             program::print(&text)?;

@@ -186,12 +186,15 @@ impl Cli {
             .no_binary_name(true)
             .about("EAL arguments")
             .override_usage(format!("{name} [EAL ARGUMENTS] -- [APPLICATION ARGUMENTS]"))
-            .after_help(format!("{}\n\n{}", dpdk::help(), program.usage))
+            .after_help(dpdk::help())
             .mut_arg("takeover", |takeover| takeover.hide(program.successor_of.is_none()));
         let matches = command.try_get_matches_from(argv.iter().skip(1));
         match matches.and_then(|matches| Ok((Self::from_arg_matches(&matches)?, matches))) {
             Ok((cli, matches)) => Ok(Read::Arguments(Box::new(cli), dpdk::notes(&matches)?)),
-            Err(error) if error.kind() == ClapKind::DisplayHelp => Ok(Read::Help(error.render().to_string())),
+            Err(error) if error.kind() == ClapKind::DisplayHelp => {
+                let usage = program.usage.map(|usage| format!("\n{}", usage()));
+                Ok(Read::Help(error.render().to_string() + &usage.unwrap_or_default()))
+            }
             Err(error) => Err(one_line(&error, "EAL arguments", &name)),
         }
     }

@@ -4,8 +4,10 @@ use proptest::prelude::*;
 
 use super::*;
 
+const USAGE: &str = "l2fwd: -p MASK";
+
 const PROGRAM: Program<'_> = Program {
-    usage: "l2fwd: -p MASK",
+    usage: Some(|| USAGE.to_owned()),
     device_keys: &["rxd"],
     vdev_keys: &[("net_virtio_user", &["path"]), ("net_vhost", &["iface"])],
     successor_of: Some("l2fwd"),
@@ -72,9 +74,7 @@ fn a_line_as_users_type_it() {
 fn what_is_printed() {
     let help = printed("-h");
     assert!(
-        help.contains("--vfio-mode")
-            && help.contains("l2fwd [EAL ARGUMENTS] -- ")
-            && help.contains(PROGRAM.usage)
+        help.contains("--vfio-mode") && help.contains("l2fwd [EAL ARGUMENTS] -- ") && help.ends_with(USAGE)
     );
     assert!(!help.contains('\x1b'));
     assert_eq!(printed("--help -- -p 1"), help);
