@@ -152,7 +152,7 @@ pub fn pass_copies<'a, const H: usize>(
         if frame.len < ADDRESSES || space.len < H + frame.len {
             break;
         }
-        // Its frontend receives into the buffer again, and whoever passes that frame then writes it.
+        // See `PoolCache::receive_copies`.
         frame.prefetch_to_write();
         let (front, data) = space.split_at(H);
         data.prefetch_to_write();

@@ -14,7 +14,7 @@ use nix::unistd::mkfifo;
 use super::cargo::need;
 use crate::case::{Cases, Context};
 use crate::guest::takeover::summary;
-use crate::l2fwd::{L2fwd, Start};
+use crate::l2fwd::{Ended, L2fwd, Start};
 use crate::pktgen::Pktgen;
 use crate::process::{PATIENCE, Process, await_that};
 
@@ -166,6 +166,15 @@ fn no_socket_left(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// Sends frames through l2fwd, checks that all `count` come back once and in order, and ends l2fwd.
+fn forwarded(context: &Context, end: End, start: &Start, generate: &str, count: u64) -> Result<Ended> {
+    let generate = || generator(context, end.other(), generate);
+    let (l2fwd, pktgen) = in_order(context, 2, end, || start.spawn(context), generate)?;
+    pktgen.wait(PATIENCE)?.came_back(count, count)?;
+    // A vhost port logs when a frontend connects and disconnects.
+    l2fwd.stop_complaining(Signal::SIGINT)
+}
+
 /// Checks that each frame comes back from l2fwd once and in order. l2fwd on vhost copies short frames twice and long ones
 /// once.
 fn through_l2fwd(context: &Context, end: End) -> Result<()> {
@@ -176,16 +185,7 @@ fn through_l2fwd(context: &Context, end: End) -> Result<()> {
     ));
     for size in ["60", "60-1514", "1514"] {
         let generate = format!("--count {FRAMES} --size {size} --expect-dst 02:00:00:00:00:01");
-        let (l2fwd, pktgen) = in_order(
-            context,
-            2,
-            end,
-            || start.spawn(context),
-            || generator(context, end.other(), &generate),
-        )?;
-        pktgen.wait(PATIENCE)?.came_back(FRAMES, FRAMES).with_context(|| format!("{size} bytes"))?;
-        // A vhost port logs when a frontend connects and disconnects.
-        l2fwd.stop_complaining(Signal::SIGINT)?;
+        forwarded(context, end, &start, &generate, FRAMES).with_context(|| format!("{size} bytes"))?;
     }
     no_socket_left(context)
 }
@@ -197,16 +197,7 @@ fn wakes(context: &Context, end: End) -> Result<()> {
         Start::new(format!("-l 1 {} {devices} -- -p 3 -q 2 -T 0 --rx-interrupt 1", prefix("rings-fwd")));
     for (count, rate) in [(SLOW_FRAMES, format!("--rate {SLOW_RATE}")), (FRAMES, String::new())] {
         let generate = format!("--await-path 20 --count {count} {rate}");
-        let (l2fwd, pktgen) = in_order(
-            context,
-            2,
-            end,
-            || start.spawn(context),
-            || generator(context, end.other(), &generate),
-        )?;
-        pktgen.wait(PATIENCE)?.came_back(count, count)?;
-        // A vhost port logs when a frontend connects and disconnects.
-        let ended = l2fwd.stop_complaining(Signal::SIGINT)?;
+        let ended = forwarded(context, end, &start, &generate, count)?;
         let sleep = ended.event("sleep")?;
         let sleeps = sleep["sleeps"].as_u64().unwrap_or_default();
         ensure!(count == FRAMES || sleeps >= SLOW_FRAMES / 2, "{sleep}");
