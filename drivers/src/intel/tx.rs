@@ -150,7 +150,7 @@ impl<F: Format> TxQueue<F> {
 
     // Kept out of the forwarding loop, where too few CPU registers are left for this loop.
     #[inline(never)]
-    fn transmit<const SHORTEST: usize>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
+    fn transmit<const PAD_TO: usize>(&mut self, cache: &mut PoolCache, burst: &mut Burst) -> usize {
         // A burst always finds room until half of the ring is in use.
         if self.ring.room() < self.reclaim_below {
             if self.reports.is_some() {
@@ -162,7 +162,7 @@ impl<F: Format> TxQueue<F> {
         if count == 0 {
             return if burst.is_empty() { 0 } else { self.full() };
         }
-        let bytes = self.ring.fill_words::<SHORTEST>(count, F::SEND, cache, burst, |_| ());
+        let bytes = self.ring.fill_words::<PAD_TO>(count, F::SEND, cache, burst, |_| ());
         // A burst is no longer than RECLAIM, so at most one of its descriptors is the last of a batch.
         let last = (self.ring.head() & !(RECLAIM - 1)).wrapping_sub(1);
         if self.ring.head().wrapping_sub(last) <= count {

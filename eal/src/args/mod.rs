@@ -28,7 +28,7 @@ use crate::vfio::{FdSource, VfioMode};
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Program<'a> {
     /// Returns help on the application's own arguments, to be printed after the help on EAL arguments. Called only for
-    /// that: rendering it takes two thirds of what all else takes up to the devices.
+    /// that, because rendering it takes two fifths of the instructions of a start up to its devices.
     pub usage: Option<fn() -> String>,
     /// Device arguments that the program's drivers accept, in addition to `vfio-mode`.
     pub device_keys: &'a [&'a str],

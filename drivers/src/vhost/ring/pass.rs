@@ -8,8 +8,8 @@ use super::{Ring, write_used};
 use crate::counters::QueueCounters;
 use crate::virtio::HEADER;
 
-/// Minimum length in bytes of a frame that passes. Copying a shorter one waits for cache lines of both frontends at once,
-/// which takes longer than to copy it twice (docs/performance.md, "One copy between vhost ports").
+/// Minimum length in bytes of a frame that passes. Shorter ones are faster with two copies (docs/performance.md, "One
+/// copy between vhost ports").
 const LONG: usize = 1024;
 
 impl Ring {
