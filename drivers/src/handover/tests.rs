@@ -69,9 +69,7 @@ impl<D: PciDriver + HandOver<Rx: TieRx, Tx: TieTx>> Process<D> {
     /// Starts the port of `wire`.
     fn start(wire: &dyn Wire, config: &PortConfig) -> Self {
         let mut port = D::open(wire.function(), &[]).unwrap();
-        let bytes = (port.capabilities().ring_bytes)(config).iter().sum::<usize>();
-        let region = Region::new(Pool::bytes(BUFFERS) + bytes + (64 << 10), Backing::SmallPages).unwrap();
-        let memory = placed(region);
+        let memory = placed(region_for(&port, config));
         wire.attach(&memory);
         let pool = Pool::new(&memory, BUFFERS).unwrap();
         let mut cache = pool.cache();
@@ -88,10 +86,7 @@ impl<D: PciDriver + HandOver<Rx: TieRx, Tx: TieTx>> Process<D> {
         let record = encode(&PortRecord::of(&port, &queues, config, &mut Fds::default()).unwrap()).unwrap();
         let fds = fds.duplicate().unwrap();
 
-        let region = memory.region();
-        let file = region.fd().unwrap().try_clone_to_owned().unwrap();
-        let region = Region::adopt(vec![file], &[(None, region.len())], region.backing()).unwrap().remove(0);
-        let again = placed(region);
+        let again = placed(adopted(&memory));
         let successor = Pool::new(&again, BUFFERS).unwrap();
         let facts = Facts { record: &facts, fds: &fds };
         let mut next = D::attach(wire.function(), &[], facts).unwrap();
@@ -135,6 +130,19 @@ fn bury<R: TieRx, T: TieTx>(queues: Queues<R, T>, mut cache: PoolCache, pool: &A
     rings.into_iter().for_each(|mut ring| ring.reclaim_all(&mut cache));
     drop(cache);
     assert_eq!(pool.available(), BUFFERS);
+}
+
+/// Reserves memory for `port` and for [`BUFFERS`].
+fn region_for(port: &impl Nic, config: &PortConfig) -> Region {
+    let bytes = (port.capabilities().ring_bytes)(config).iter().sum::<usize>();
+    Region::new(Pool::bytes(BUFFERS) + bytes + (256 << 10), Backing::SmallPages).unwrap()
+}
+
+/// Maps `memory` as another process does.
+fn adopted(memory: &DmaMemory) -> Region {
+    let region = memory.region();
+    let file = region.fd().unwrap().try_clone_to_owned().unwrap();
+    Region::adopt(vec![file], &[(None, region.len())], region.backing()).unwrap().remove(0)
 }
 
 /// Gives each page an address of its own, as without an IOMMU. All addresses have 32 bits, for the 82540EM.
@@ -274,4 +282,31 @@ fn a_port_that_is_only_attached_touches_nothing_and_starts_with_a_reset() {
     let (rx, tx) = attached.start_pair(&CONFIG, &memory, &mut cache).unwrap();
     assert_eq!(wire.resets(), resets + 1);
     attached.stop_pair(rx, tx, &mut cache).unwrap();
+}
+
+/// A successor allocates its rings in the order of a first start.
+#[test]
+fn a_port_of_several_queue_pairs_moves_after_a_restart() {
+    let features = Behaviour::default().features | feature::MQ | feature::INDIRECT_DESC;
+    let wire = VirtioNet::new(Behaviour { features, pairs: 2, ..Behaviour::default() });
+    let config = CONFIG.with_pairs(2).with_max_frame(9000);
+    let mut port = virtio::Device::open(wire.function(), &[]).unwrap();
+    let memory = DmaMemory::map(region_for(&port, &config), &[]).unwrap();
+    Wire::attach(&wire, &memory);
+    let pool = Pool::new(&memory, BUFFERS).unwrap();
+    let mut cache = pool.cache();
+    let mut queues = port.start(&config, &memory, &mut cache).unwrap();
+    for _ in 0..3 {
+        port.stop(queues, &mut cache).unwrap();
+        queues = port.start(&config, &memory, &mut cache).unwrap();
+    }
+    let (facts, fds) = (port.facts(&mut Fds::default()).unwrap(), ReceivedFds::default());
+    let record = PortRecord::of(&port, &queues, &config, &mut Fds::default()).unwrap();
+    let again = DmaMemory::map(adopted(&memory), &[]).unwrap();
+    let mut free = Pool::new(&again, BUFFERS).unwrap().take_free();
+    let facts = Facts { record: &facts, fds: &fds };
+    let mut next = virtio::Device::attach(wire.function(), &[], facts).unwrap();
+    record.resume_on(&mut next, &config, &again, &mut free, &fds).unwrap();
+    next.leave();
+    port.stop(queues, &mut cache).unwrap();
 }

@@ -10,6 +10,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
+use postcard_schema::Schema;
+use serde::{Deserialize, Serialize};
 use vireo_eal::Result;
 use vireo_eal::dma::{
     Burst, DescRing, DmaBlock, DmaMemory, DmaRing, FreeBuffers, MAX_SEGMENTS, Packet, PoolCache, first_frame,
@@ -44,6 +46,15 @@ pub(super) struct Chains {
     longest: usize,
 }
 
+/// State of [`Chains`].
+#[derive(Serialize, Deserialize, Schema)]
+pub(super) struct ChainsRecord {
+    /// Device address of the first table.
+    tables: u64,
+    /// Buffers of the segments after the first, for each descriptor of the ring.
+    rest: Vec<Vec<u32>>,
+}
+
 impl Chains {
     /// Allocates the tables for a ring of `size` descriptors.
     pub(super) fn new(memory: &Arc<DmaMemory>, size: u16) -> Result<Self> {
@@ -59,17 +70,21 @@ impl Chains {
         Self { longest, ..self }
     }
 
-    /// Returns the buffers of the segments after the first, for each descriptor of the ring.
-    pub(super) fn record(&self) -> Vec<Vec<u32>> {
-        self.rest.iter().map(|rest| rest.iter().map(Packet::buffer).collect()).collect()
+    /// Returns the state of the chains.
+    pub(super) fn record(&self) -> ChainsRecord {
+        let rest = self.rest.iter().map(|rest| rest.iter().map(Packet::buffer).collect()).collect();
+        ChainsRecord { tables: self.tables.iova(), rest }
     }
 
     /// Continues the chains of another process, whose tables the device reads. These hold no packets.
-    pub(super) fn restore(&mut self, record: &[Vec<u32>], free: &mut FreeBuffers) -> Result<()> {
-        if record.len() != self.size() || record.iter().any(|rest| rest.len() > MAX_SEGMENTS) {
+    pub(super) fn restore(&mut self, record: &ChainsRecord, free: &mut FreeBuffers) -> Result<()> {
+        if record.tables != self.tables.iova() {
+            return Err(contradiction("indirect tables are at another place in memory"));
+        }
+        if record.rest.len() != self.size() || record.rest.iter().any(|rest| rest.len() > MAX_SEGMENTS) {
             return Err(contradiction("its frames have more segments or its ring another size"));
         }
-        for (own, record) in self.rest.iter_mut().zip(record) {
+        for (own, record) in self.rest.iter_mut().zip(&record.rest) {
             for buffer in record {
                 let packet = free.claim_packet(*buffer);
                 own.push(packet.ok_or_else(|| contradiction("a segment is in a buffer of another packet"))?);

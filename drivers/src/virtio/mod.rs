@@ -157,13 +157,15 @@ struct Spare {
     control: Option<Box<Control>>,
 }
 
+/// Rings and tables are taken in the order in which they were allocated, because a successor, which allocates anew, must
+/// find them in the same places.
 impl Spare {
     /// Takes tables for `count` rings of `size` descriptors, as [`Spare::take`] takes rings.
     fn take_chains(&mut self, count: u16, size: u16) -> Result<Vec<Chains>> {
         let mut taken = Vec::new();
         for _ in 0..count {
             let chains = match self.chains.iter().position(|chains| chains.size() == usize::from(size)) {
-                Some(at) => Ok(self.chains.swap_remove(at)),
+                Some(at) => Ok(self.chains.remove(at)),
                 None => Chains::new(&self.memory, size),
             };
             match chains {
@@ -183,7 +185,7 @@ impl Spare {
         let mut taken = Vec::new();
         for size in sizes {
             let ring = match self.rings.iter().position(|ring| ring.size() == *size) {
-                Some(at) => Ok(self.rings.swap_remove(at)),
+                Some(at) => Ok(self.rings.remove(at)),
                 None => make(*size),
             };
             match ring {
@@ -331,7 +333,9 @@ impl Device {
                 return Err(error);
             }
         };
-        let tx = rx.split_off(config.rx_queues.into()).into_iter().map(|ring| (ring, chains.pop())).collect();
+        let mut chains = chains.into_iter();
+        let tx =
+            rx.split_off(config.rx_queues.into()).into_iter().map(|ring| (ring, chains.next())).collect();
         let control = control.and_then(|index| {
             let mut control = spare.control.take()?;
             control.index = index;

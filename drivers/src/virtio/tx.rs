@@ -10,7 +10,7 @@ use vireo_eal::dma::{
 };
 
 use super::HEADER;
-use super::chains::Chains;
+use super::chains::{Chains, ChainsRecord};
 use super::checksum::ask;
 use super::features::Features;
 use super::split::{QueueRecord, Violation, Virtqueue};
@@ -70,8 +70,7 @@ pub struct TxQueue<R = DescRing> {
 #[derive(Serialize, Deserialize, Schema)]
 pub(super) struct TxRecord {
     queue: QueueRecord,
-    /// [`Chains::record`].
-    chains: Vec<Vec<u32>>,
+    chains: Option<ChainsRecord>,
 }
 
 impl<R> TxQueue<R> {
@@ -145,16 +144,16 @@ impl TxQueue {
     /// As for [`Virtqueue::record`].
     pub(super) fn record(&self) -> Result<TxRecord> {
         let chains = self.chains.as_ref().map(|chains| chains.record());
-        Ok(TxRecord { queue: self.queue.record()?, chains: chains.unwrap_or_default() })
+        Ok(TxRecord { queue: self.queue.record()?, chains })
     }
 
     /// Continues a queue of another process; see [`Virtqueue::restore`].
     pub(super) fn restore(&mut self, record: &TxRecord, free: &mut FreeBuffers) -> Result<()> {
         self.queue.restore(&record.queue, free)?;
-        match &mut self.chains {
-            Some(chains) => chains.restore(&record.chains, free),
-            None if record.chains.is_empty() => Ok(()),
-            None => Err(contradiction("its frames have several segments")),
+        match (&mut self.chains, &record.chains) {
+            (Some(chains), Some(record)) => chains.restore(record, free),
+            (None, None) => Ok(()),
+            _ => Err(contradiction("only one of both programs sends long frames")),
         }
     }
 
