@@ -53,8 +53,16 @@ macro_rules! queue_counters {
             }
 
             /// Adds what another process has counted.
-            fn add(&self, stats: &QueueStats) {
+            pub fn add(&self, stats: &QueueStats) {
                 $(self.$field.add(stats.$field);)*
+            }
+        }
+
+        impl QueueStats {
+            /// Returns what was counted since the counters had the values `before`.
+            #[must_use]
+            pub fn since(&self, before: &Self) -> Self {
+                Self { $($field: self.$field.wrapping_sub(before.$field)),* }
             }
         }
 
@@ -197,7 +205,7 @@ impl PortCounters {
 }
 
 /// Values of [`PortCounters`], for another process.
-#[derive(Clone, Debug, Serialize, Deserialize, Schema)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, Schema)]
 pub(crate) struct CountersRecord {
     rx: Vec<QueueStats>,
     tx: Vec<QueueStats>,

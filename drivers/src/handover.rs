@@ -8,6 +8,16 @@
 //! leave
 //! ```
 //!
+//! A secondary process attaches in the same way, but to all of the port and to none of its queues. Single queues pass
+//! between it and its primary:
+//!
+//! ```text
+//! primary                                secondary
+//! facts, PortRecord::without_queues ───> attach, resume, leave
+//! rx_record, lend_rx, ... ─────────────> take_back_rx, ...
+//! take_back_rx, ... <─────────────────── rx_record, lend_rx, ...
+//! ```
+//!
 //! The successor allocates the rings as a start does, in the same memory and in the same order. A ring whose place
 //! differs from the one that the device knows is refused, so programs that allocate differently cannot continue each
 //! other's ports.
@@ -18,7 +28,7 @@ use postcard_schema::Schema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vireo_bus_pci::Function;
-use vireo_eal::dma::{DmaMemory, FreeBuffers};
+use vireo_eal::dma::{DmaMemory, FreeBuffers, PoolCache};
 use vireo_eal::handover::{Fds, ReceivedFds, decode};
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -80,6 +90,46 @@ pub trait HandOver: Nic {
         Err(unsupported())
     }
 
+    /// Lends an RX queue to another process, which continues it from its [record](HandOver::rx_record). The queue forgets
+    /// its buffers: they return to `cache`, whose pool this process does not use until the queue is back. Until then,
+    /// nobody polls the queue here.
+    ///
+    /// # Errors
+    /// As for [`HandOver::facts`].
+    fn lend_rx(&self, _rx: &mut Self::Rx, _cache: &mut PoolCache) -> Result<()> {
+        Err(unsupported())
+    }
+
+    /// Lends a TX queue, as [`HandOver::lend_rx`] does.
+    ///
+    /// # Errors
+    /// As for [`HandOver::lend_rx`].
+    fn lend_tx(&self, _tx: &mut Self::Tx, _cache: &mut PoolCache) -> Result<()> {
+        Err(unsupported())
+    }
+
+    /// Continues an RX queue from the record of the process that has had it. Its buffers are claimed from `free`.
+    ///
+    /// # Errors
+    /// `Protocol` when the record contradicts the queue; the queue is still lent then.
+    fn take_back_rx(&self, _rx: &mut Self::Rx, _record: &[u8], _free: &mut FreeBuffers) -> Result<()> {
+        Err(unsupported())
+    }
+
+    /// Continues a TX queue, as [`HandOver::take_back_rx`] does.
+    ///
+    /// # Errors
+    /// As for [`HandOver::take_back_rx`].
+    fn take_back_tx(&self, _tx: &mut Self::Tx, _record: &[u8], _free: &mut FreeBuffers) -> Result<()> {
+        Err(unsupported())
+    }
+
+    /// Returns why a queue of this process needs a restart of the port, once. [`Nic::check`] includes that, but a
+    /// secondary process must not touch the device.
+    fn take_fault(&mut self) -> Option<&'static str> {
+        None
+    }
+
     /// Continues a port that another process has started, on its device, which runs on. See
     /// [`PortRecord::resume_on`].
     ///
@@ -102,8 +152,9 @@ pub trait HandOver: Nic {
 #[derive(Clone, Debug, Serialize, Deserialize, Schema)]
 pub struct PortRecord {
     device: Vec<u8>,
-    rx: Vec<Vec<u8>>,
-    tx: Vec<Vec<u8>>,
+    /// Of each queue; `None` if another process polls it.
+    rx: Vec<Option<Vec<u8>>>,
+    tx: Vec<Option<Vec<u8>>>,
     /// Length of the longest frame in bytes, by which the device and its rings are set up.
     max_frame: u32,
     counters: CountersRecord,
@@ -122,10 +173,25 @@ impl PortRecord {
     ) -> Result<Self> {
         Ok(Self {
             device: port.record(fds)?,
-            rx: queues.rx.iter().map(|rx| port.rx_record(rx)).collect::<Result<_>>()?,
-            tx: queues.tx.iter().map(|tx| port.tx_record(tx)).collect::<Result<_>>()?,
+            rx: queues.rx.iter().map(|rx| port.rx_record(rx).map(Some)).collect::<Result<_>>()?,
+            tx: queues.tx.iter().map(|tx| port.tx_record(tx).map(Some)).collect::<Result<_>>()?,
             max_frame: config.max_frame as u32,
             counters: port.counters().record(),
+        })
+    }
+
+    /// Describes `port`, which was started with `config`, for a secondary process, which gets its queues later and counts
+    /// for itself.
+    ///
+    /// # Errors
+    /// `Unavailable` when its driver cannot share it.
+    pub fn without_queues(port: &impl HandOver, config: &PortConfig, fds: &mut Fds<'_>) -> Result<Self> {
+        Ok(Self {
+            device: port.record(fds)?,
+            rx: vec![None; config.rx_queues.into()],
+            tx: vec![None; config.tx_queues.into()],
+            max_frame: config.max_frame as u32,
+            counters: CountersRecord::default(),
         })
     }
 
@@ -177,11 +243,12 @@ impl Resume<'_> {
         decode(&self.record.device)
     }
 
-    /// What [`HandOver::rx_record`] returned for each RX queue.
+    /// What [`HandOver::rx_record`] returned for each RX queue; `None` if another process polls the queue. A queue without a
+    /// record is as after [`HandOver::lend_rx`].
     ///
     /// # Errors
     /// As for [`decode`]; `Protocol` when there are not as many as are configured.
-    pub fn rx<T: DeserializeOwned + Schema>(&self) -> Result<Vec<T>> {
+    pub fn rx<T: DeserializeOwned + Schema>(&self) -> Result<Vec<Option<T>>> {
         all(&self.record.rx, self.config.rx_queues)
     }
 
@@ -189,17 +256,17 @@ impl Resume<'_> {
     ///
     /// # Errors
     /// As for [`Resume::rx`].
-    pub fn tx<T: DeserializeOwned + Schema>(&self) -> Result<Vec<T>> {
+    pub fn tx<T: DeserializeOwned + Schema>(&self) -> Result<Vec<Option<T>>> {
         all(&self.record.tx, self.config.tx_queues)
     }
 }
 
-fn all<T: DeserializeOwned + Schema>(records: &[Vec<u8>], count: u16) -> Result<Vec<T>> {
+fn all<T: DeserializeOwned + Schema>(records: &[Option<Vec<u8>>], count: u16) -> Result<Vec<Option<T>>> {
     if records.len() != usize::from(count) {
         let why = format!("it has {} queues, but {count} are asked for", records.len());
         return Err(contradiction(&why));
     }
-    records.iter().map(|record| decode(record)).collect()
+    records.iter().map(|record| record.as_deref().map(decode).transpose()).collect()
 }
 
 /// Error of a port whose record does not fit.
@@ -218,7 +285,7 @@ pub(crate) fn check_filter(is_promiscuous: bool, asked: bool) -> Result<()> {
 
 /// Error of a port that the running program uses in another way.
 fn differs(why: &str) -> Error {
-    Error::new(ErrorKind::Busy, "cannot take over a port of the running program", why)
+    Error::new(ErrorKind::Busy, "cannot use a port of the running program", why)
         .with_hint("give both the same arguments")
 }
 

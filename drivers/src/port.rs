@@ -425,6 +425,27 @@ pub trait Nic {
         cache: &mut PoolCache,
     ) -> Result<QueuesOf<Self>>;
 
+    /// Starts the port as [`Nic::start`] does, and fills RX queue n from `caches[n % caches.len()]`, for queues that
+    /// different processes poll.
+    ///
+    /// # Errors
+    /// As for [`Nic::start`]; `Unavailable` when the driver fills all of several queues from the same cache.
+    fn start_from(
+        &mut self,
+        config: &PortConfig,
+        memory: &Arc<DmaMemory>,
+        caches: &mut [PoolCache],
+    ) -> Result<QueuesOf<Self>> {
+        match caches {
+            [cache] => self.start(config, memory, cache),
+            [cache, ..] if config.rx_queues == 1 => self.start(config, memory, cache),
+            _ => {
+                let why = "its driver gives all queues buffers of one pool";
+                Err(Error::new(ErrorKind::Unavailable, "cannot share a port among processes", why))
+            }
+        }
+    }
+
     /// Ends DMA with a reset, then returns every buffer owned by the rings to `cache`, or to the pool that
     /// the buffer came from.
     ///

@@ -126,7 +126,7 @@ pub fn take_over(
     let theirs: Vec<&str> = offered.iter().map(|port| &*port.name).collect();
     if own != theirs {
         let why = format!("its ports are {}, but these are {}", theirs.join(", "), own.join(", "));
-        return Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+        return Err(Error::new(ErrorKind::Busy, "cannot use the ports of the running program", why)
             .with_hint("give both the same arguments"));
     }
     let attach = |(info, offered): (PciInfo, &OfferedPort)| {

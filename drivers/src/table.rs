@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::args::VdevArgs;
-use vireo_eal::dma::{Burst, DmaMemory, PoolCache};
+use vireo_eal::dma::{Burst, DmaMemory, FreeBuffers, PoolCache};
 use vireo_eal::handover::Fds;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
@@ -78,6 +78,14 @@ macro_rules! drivers {
                     Ok(queues.map(RxQueue::$variant, TxQueue::$variant))
                 }),* }
             }
+            fn start_from(
+                &mut self, config: &PortConfig, memory: &Arc<DmaMemory>, caches: &mut [PoolCache],
+            ) -> Result<Queues<RxQueue, TxQueue>> {
+                match self { $(Self::$variant(device) => {
+                    let queues = device.start_from(config, memory, caches)?;
+                    Ok(queues.map(RxQueue::$variant, TxQueue::$variant))
+                }),* }
+            }
             fn stop(
                 &mut self, queues: Queues<RxQueue, TxQueue>, cache: &mut PoolCache,
             ) -> Result<()> {
@@ -139,6 +147,33 @@ macro_rules! drivers {
                     $((Self::$variant(device), TxQueue::$variant(tx)) => device.tx_record(tx),)*
                     _ => Err(queues_of_another()),
                 }
+            }
+            fn lend_rx(&self, rx: &mut RxQueue, cache: &mut PoolCache) -> Result<()> {
+                match (self, rx) {
+                    $((Self::$variant(device), RxQueue::$variant(rx)) => device.lend_rx(rx, cache),)*
+                    _ => Err(queues_of_another()),
+                }
+            }
+            fn lend_tx(&self, tx: &mut TxQueue, cache: &mut PoolCache) -> Result<()> {
+                match (self, tx) {
+                    $((Self::$variant(device), TxQueue::$variant(tx)) => device.lend_tx(tx, cache),)*
+                    _ => Err(queues_of_another()),
+                }
+            }
+            fn take_back_rx(&self, rx: &mut RxQueue, record: &[u8], free: &mut FreeBuffers) -> Result<()> {
+                match (self, rx) {
+                    $((Self::$variant(device), RxQueue::$variant(rx)) => device.take_back_rx(rx, record, free),)*
+                    _ => Err(queues_of_another()),
+                }
+            }
+            fn take_back_tx(&self, tx: &mut TxQueue, record: &[u8], free: &mut FreeBuffers) -> Result<()> {
+                match (self, tx) {
+                    $((Self::$variant(device), TxQueue::$variant(tx)) => device.take_back_tx(tx, record, free),)*
+                    _ => Err(queues_of_another()),
+                }
+            }
+            fn take_fault(&mut self) -> Option<&'static str> {
+                match self { $(Self::$variant(device) => device.take_fault()),* }
             }
             fn resume(&mut self, resume: Resume<'_>) -> Result<Queues<RxQueue, TxQueue>> {
                 match self { $(Self::$variant(device) => {

@@ -1,8 +1,9 @@
-//! Hand-over of a running program to its successor: the socket, the messages and the descriptors.
+//! Ports that pass between processes: to a successor, which takes over a running program, or to a secondary process,
+//! which polls some of a primary's queues. This module has the socket, the messages and the descriptors.
 //!
 //! ```text
 //! successor                              predecessor
-//! Hello: program ──────────────────────> checks it
+//! Hello: program, role ────────────────> checks it
 //!                         <───────────── Offer: descriptors, and what does not change while lcores forward
 //! maps memory, prepares its ports
 //! Ready ───────────────────────────────> takes all queues from the lcores
@@ -16,12 +17,13 @@
 //! read that. If the connection ends earlier, or the predecessor [closes](Channel::close) it because it waited too
 //! long, the predecessor continues.
 //!
-//! What the messages contain is up to the program. `vireo-frame` uses this module for all applications. Each record says
-//! which parts of which types it has, so programs of different versions understand each other, or refuse.
+//! A secondary process begins in the same way. What follows the offer is up to the program, and so is what the messages
+//! contain. `vireo-frame` uses this module for all applications. Each record says which parts of which types it has, so
+//! programs of different versions understand each other, or refuse.
 
 mod channel;
 
-pub use channel::{Channel, Fds, ReceivedFds, decode, encode};
+pub use channel::{Channel, Fds, ReceivedFds, decode, encode, wait_for_message};
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -46,15 +48,48 @@ use channel::{CANNOT, PATIENCE};
 
 /// Name of the socket in the runtime directory.
 pub(crate) const SOCKET: &str = "takeover";
-/// How long the predecessor may take to answer the first message. It looks for successors ten times per second, but
-/// may be restarting a port.
+/// How long the running program may take to answer the first message. It looks for other processes ten times per second,
+/// but may be restarting a port.
 const OFFER_PATIENCE: Duration = Duration::from_secs(10);
 
-/// First message, from the successor.
+/// What a process wants from the running program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Schema)]
+pub enum Role {
+    /// To continue in its place (`--takeover`).
+    Successor,
+    /// To poll some of its queues (`--proc-type secondary`).
+    Secondary,
+}
+
+/// First message, to the running program.
 #[derive(Debug, Serialize, Deserialize, Schema)]
 struct Hello {
     /// Name of the program.
     program: String,
+    role: Role,
+    /// The process itself (`pidfd_open(2)`), if the kernel offers that: the number of a descriptor.
+    process: Option<u32>,
+}
+
+/// A process that asks for ports of this program.
+#[derive(Debug)]
+pub struct Peer {
+    /// Connection to the process.
+    pub channel: Channel,
+    /// Process id.
+    pub pid: u32,
+    /// What the process wants.
+    pub role: Role,
+    /// The process itself, if the kernel offers that.
+    process: Option<OwnedFd>,
+}
+
+impl Peer {
+    /// Waits until the process, which has closed its connection, has ended, for at most `longest`. Returns whether it has.
+    /// If the kernel cannot tell, the end of the connection counts.
+    pub fn has_ended(&self, longest: Duration) -> bool {
+        self.process.as_ref().is_none_or(|process| has_ended(process, longest))
+    }
 }
 
 /// Later messages from the successor.
@@ -66,7 +101,7 @@ pub enum Step {
     Running,
 }
 
-/// Socket at which a running program waits for its successor.
+/// Socket at which a running program waits for its successor and for secondary processes.
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
@@ -90,18 +125,18 @@ impl Listener {
 
     fn of(socket: UnixListener, program: &str) -> Result<Self> {
         let nonblocking = socket.set_nonblocking(true);
-        nonblocking.map_err(|error| Error::io("cannot wait for a successor", &error))?;
+        nonblocking.map_err(|error| Error::io("cannot wait for other processes", &error))?;
         let process = own_pidfd();
         Ok(Self { socket, program: program.to_owned(), process, silent: Mutex::default() })
     }
 
-    /// Accepts a successor, if one has introduced itself, and returns its process id. A process of another user, or of
-    /// another program, is refused. Does not wait.
+    /// Accepts a process that has introduced itself, if there is one. A process of another user, or of another program,
+    /// is refused. Does not wait.
     ///
     /// # Errors
     /// `Os` if a connection cannot be accepted.
-    pub fn accept(&self) -> Result<Option<(Channel, u32)>> {
-        let what = "cannot accept a successor";
+    pub fn accept(&self) -> Result<Option<Peer>> {
+        let what = "cannot accept another process";
         // No panic leaves it half-changed.
         let mut silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
         match self.socket.accept() {
@@ -120,8 +155,14 @@ impl Listener {
             format!("it belongs to uid {own}, but this to uid {user}")
         } else {
             match channel.receive::<Hello>(PATIENCE) {
-                Ok((hello, _)) if hello.program == self.program => {
-                    return Ok(Some((channel, peer.pid().unsigned_abs())));
+                Ok((hello, fds)) if hello.program == self.program => {
+                    let process = hello.process.and_then(|number| fds.get(number).ok());
+                    return Ok(Some(Peer {
+                        channel,
+                        pid: peer.pid().unsigned_abs(),
+                        role: hello.role,
+                        process,
+                    }));
                 }
                 Ok((hello, _)) => format!("it is {}, but this is {}", self.program, hello.program),
                 Err(error) => error.why().to_owned(),
@@ -144,7 +185,7 @@ impl AsFd for Listener {
     }
 }
 
-/// What the EAL of a running program passes to its successor: numbers of descriptors.
+/// What the EAL of a running program passes to another process: numbers of descriptors.
 #[derive(Clone, Debug, Serialize, Deserialize, Schema)]
 pub(crate) struct EalRecord {
     /// Process id of the program.
@@ -153,7 +194,7 @@ pub(crate) struct EalRecord {
     pub(crate) process: Option<u32>,
     /// Lock of the runtime directory.
     pub(crate) lock: u32,
-    /// Socket at which the program waits for successors.
+    /// Socket at which the program waits for other processes.
     pub(crate) listener: u32,
     /// Telemetry socket and its path.
     pub(crate) telemetry: Option<(u32, PathBuf)>,
@@ -163,7 +204,7 @@ pub(crate) struct EalRecord {
     pub(crate) buffer_size: u32,
 }
 
-/// What a running program passes to its successor in advance.
+/// What a running program passes to another process in advance.
 #[derive(Debug, Serialize, Deserialize, Schema)]
 pub struct Offer {
     pub(crate) eal: EalRecord,
@@ -171,10 +212,11 @@ pub struct Offer {
     pub(crate) program: Vec<u8>,
 }
 
-/// A take-over in progress, as the successor sees it.
+/// The program whose ports this process takes over or shares.
 #[derive(Debug)]
-pub struct Takeover {
+pub struct RunningProgram {
     channel: Channel,
+    role: Role,
     /// The running process; `None` if the kernel does not offer it.
     process: Option<OwnedFd>,
     pub(crate) offer: Offer,
@@ -184,13 +226,19 @@ pub struct Takeover {
     regions: Mutex<Option<Vec<OwnedFd>>>,
 }
 
-impl Takeover {
+impl RunningProgram {
     /// Asks the program that listens in `directory` for its offer.
-    pub(crate) fn begin(directory: &Path, program: &str) -> Result<Self> {
-        let hint = format!("start {program} without --takeover if none runs");
+    pub(crate) fn find(directory: &Path, program: &str, role: Role) -> Result<Self> {
+        let argument = match role {
+            Role::Successor => "--takeover",
+            Role::Secondary => "--proc-type secondary",
+        };
+        let hint = format!("start {program} without {argument} if none runs");
         let socket = socket::connect(&directory.join(SOCKET), CANNOT, hint)?;
         let channel = Channel::new(socket).map_err(|error| Error::io(CANNOT, &error))?;
-        channel.send(&Hello { program: program.to_owned() }, &Fds::default())?;
+        let (process, mut fds) = (own_pidfd(), Fds::default());
+        let process = process.as_ref().map(|process| fds.add(process.as_fd()));
+        channel.send(&Hello { program: program.to_owned(), role, process }, &fds)?;
         let (offer, fds) = channel.answer::<Offer>(OFFER_PATIENCE)?;
         if offer.eal.buffer_size as usize != BUFFER_SIZE {
             let why =
@@ -200,12 +248,17 @@ impl Takeover {
         let regions = offer.eal.regions.iter().map(|number| fds.get(*number)).collect::<Result<_>>()?;
         let process = offer.eal.process.map(|number| fds.get(number)).transpose()?;
         let (fds, regions) = (Mutex::new(fds), Mutex::new(Some(regions)));
-        Ok(Self { channel, process, offer, fds, regions })
+        Ok(Self { channel, role, process, offer, fds, regions })
     }
 
     /// Connection to the running program.
     pub fn channel(&self) -> &Channel {
         &self.channel
+    }
+
+    /// What this process wants from the running program.
+    pub fn role(&self) -> Role {
+        self.role
     }
 
     /// Process id of the running program.
@@ -215,10 +268,7 @@ impl Takeover {
 
     /// Waits until the running process has ended and closed its files, for at most `longest`. Returns whether it has.
     pub fn has_ended(&self, longest: Duration) -> bool {
-        let Some(process) = &self.process else { return false };
-        let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-        let longest = PollTimeout::try_from(longest).unwrap_or(PollTimeout::MAX);
-        poll(&mut fds, longest).is_ok() && fds[0].any() == Some(true)
+        self.process.as_ref().is_some_and(|process| has_ended(process, longest))
     }
 
     /// Takes the descriptors that came with the offer. Those that are not used are to be closed: a device that is open
@@ -261,6 +311,13 @@ impl Takeover {
     }
 }
 
+/// Waits until `process`, a descriptor of `pidfd_open(2)`, has ended, for at most `longest`. Returns whether it has.
+fn has_ended(process: &OwnedFd, longest: Duration) -> bool {
+    let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    let longest = PollTimeout::try_from(longest).unwrap_or(PollTimeout::MAX);
+    poll(&mut fds, longest).is_ok() && fds[0].any() == Some(true)
+}
+
 /// Returns a descriptor that can be read when this process has ended (`pidfd_open(2)`).
 fn own_pidfd() -> Option<OwnedFd> {
     // SAFETY: the call takes its arguments by value.
@@ -298,7 +355,7 @@ mod tests {
     #[cfg_attr(miri, ignore = "there are no sockets")]
     fn a_successor_of_the_same_program_is_accepted_and_no_other() {
         let dir = tempfile::tempdir().unwrap();
-        let nobody = Takeover::begin(dir.path(), "l2fwd").unwrap_err();
+        let nobody = RunningProgram::find(dir.path(), "l2fwd", Role::Successor).unwrap_err();
         assert_eq!(nobody.kind(), ErrorKind::Unavailable);
         assert!(
             nobody.to_string().contains("there is no such socket; start l2fwd without --takeover"),
@@ -311,26 +368,34 @@ mod tests {
         let _silent = UnixStream::connect(&socket).unwrap();
         assert!(listener.accept().unwrap().is_none());
         thread::scope(|scope| {
-            let other = scope.spawn(|| Takeover::begin(dir.path(), "pktgen").unwrap_err());
+            let other =
+                scope.spawn(|| RunningProgram::find(dir.path(), "pktgen", Role::Successor).unwrap_err());
             while !other.is_finished() {
                 assert!(listener.accept().unwrap().is_none());
             }
             let why = other.join().unwrap().to_string();
             assert!(why.contains("it is l2fwd, but this is pktgen"), "{why}");
-            let refused = scope.spawn(|| Takeover::begin(dir.path(), "l2fwd").unwrap_err());
-            let (channel, pid) = loop {
+            let refused =
+                scope.spawn(|| RunningProgram::find(dir.path(), "l2fwd", Role::Successor).unwrap_err());
+            let peer = loop {
                 if let Some(accepted) = listener.accept().unwrap() {
                     break accepted;
                 }
             };
-            assert_eq!(pid, std::process::id());
-            channel.refuse("a port restarts".to_owned()).unwrap();
+            assert_eq!((peer.pid, peer.role), (std::process::id(), Role::Successor));
+            assert!(!peer.has_ended(Duration::ZERO));
+            peer.channel.refuse("a port restarts".to_owned()).unwrap();
             let refused = refused.join().unwrap();
             assert_eq!((refused.kind(), refused.why()), (ErrorKind::Busy, "a port restarts"));
         });
         // A killed process leaves its socket behind.
         drop(listener);
-        assert!(Takeover::begin(dir.path(), "l2fwd").unwrap_err().why().contains("no process listens"));
+        assert!(
+            RunningProgram::find(dir.path(), "l2fwd", Role::Successor)
+                .unwrap_err()
+                .why()
+                .contains("no process listens")
+        );
         Listener::in_dir(dir.path(), "l2fwd").unwrap();
     }
 }

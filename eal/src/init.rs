@@ -4,10 +4,10 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use crate::args::{EalArgs, IovaMode, ranges};
+use crate::args::{EalArgs, IovaMode, ProcType, ranges};
 use crate::dma::BUFFER_SIZE;
 use crate::error::{Error, ErrorKind, Result};
-use crate::handover::{EalRecord, Fds, Listener, Offer, Takeover, region_files};
+use crate::handover::{EalRecord, Fds, Listener, Offer, Role, RunningProgram, region_files};
 use crate::lcore::Lcores;
 use crate::mem::{Backing, Placement, Region, hugepages};
 use crate::runtime::RuntimeDir;
@@ -27,10 +27,10 @@ pub struct Eal {
     pub vfio: Vfio,
     runtime: Option<RuntimeDir>,
     telemetry: OnceLock<Arc<TelemetrySocket>>,
-    /// Where this program waits for its successor.
+    /// Where this program waits for its successor and for secondary processes.
     listener: OnceLock<Listener>,
-    /// The take-over by which this program starts, if it does.
-    takeover: Option<Takeover>,
+    /// The program whose ports this process takes over or shares, if it does.
+    running: Option<RunningProgram>,
     /// User to drop privileges to, if any.
     user: Option<User>,
 }
@@ -42,36 +42,51 @@ impl Eal {
     /// # Errors
     /// `Busy` if another process uses the same `--file-prefix`; `Usage` if the user of `--user` does not
     /// exist; and why the descriptors of `--vfio-fds` are unavailable: `Usage` for `listen`, `Unavailable`
-    /// for a socket without a listener. With `--takeover`, `Unavailable` if no program waits for a successor, and
-    /// `Busy` with its reason if it refuses this one.
+    /// for a socket without a listener. With `--takeover` or `--proc-type secondary`, `Unavailable` if no program runs,
+    /// and `Busy` with its reason if it refuses this process.
     pub fn init(args: EalArgs) -> Result<Self> {
         crate::log::init(&args.log_levels, args.log_color);
         args.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         args.notes.iter().for_each(|note| tracing::info!("{note}"));
-        let takeover = match &args.successor_of {
-            Some(program) if args.takeover => Some(Takeover::begin(&RuntimeDir::path_for(&args), program)?),
-            _ => None,
-        };
-        // The predecessor passes its devices, open.
-        let nodes = args.vfio_fds.as_ref().filter(|_| takeover.is_none());
+        let (runtime, running) = Self::find_runtime(&args)?;
+        // The running program passes its devices, open.
+        let nodes = args.vfio_fds.as_ref().filter(|_| running.is_none());
         let nodes = nodes.map_or(Ok(DeviceNodes::default()), DeviceNodes::of)?;
         let eal = Self {
             lcores: Lcores::new(&args)?,
             vfio: Vfio::with_nodes(args.vf_token, nodes).isolate(args.isolate_ports),
             user: args.user.as_ref().map(UserName::find).transpose()?,
-            runtime: match &takeover {
-                None => RuntimeDir::new(&args)?,
-                Some(takeover) => {
-                    Some(RuntimeDir::of_predecessor(RuntimeDir::path_for(&args), takeover.lock()?.into()))
-                }
-            },
+            runtime,
             telemetry: OnceLock::new(),
             listener: OnceLock::new(),
-            takeover,
+            running,
             args,
         };
         tracing::debug!("{}", eal.summary());
         Ok(eal)
+    }
+
+    /// Locks the runtime directory, or finds the program that has it, as the arguments ask.
+    fn find_runtime(args: &EalArgs) -> Result<(Option<RuntimeDir>, Option<RunningProgram>)> {
+        let path = RuntimeDir::path_for(args);
+        let role = match args.proc_type {
+            _ if args.takeover => Some(Role::Successor),
+            ProcType::Secondary => Some(Role::Secondary),
+            ProcType::Primary | ProcType::Auto => None,
+        };
+        let running = match (role, &args.peer_of) {
+            (Some(role), Some(program)) => RunningProgram::find(&path, program, role)?,
+            (_, program) => match (RuntimeDir::new(args), program) {
+                (Err(error), Some(program))
+                    if error.kind() == ErrorKind::Busy && args.proc_type == ProcType::Auto =>
+                {
+                    RunningProgram::find(&path, program, Role::Secondary)?
+                }
+                (runtime, _) => return Ok((runtime?, None)),
+            },
+        };
+        let runtime = RuntimeDir::of_running(path, running.lock()?.into());
+        Ok((Some(runtime), Some(running)))
     }
 
     /// Describes on one line what [`init`](Self::init) set up.
@@ -88,9 +103,11 @@ impl Eal {
     /// Creates the telemetry socket, for a program that will serve it. If it cannot be created, that is
     /// logged, because a program runs without it too. Call it before [`confine`](Self::confine).
     pub fn open_telemetry(&self) {
-        let socket = match &self.takeover {
+        let socket = match &self.running {
             None => TelemetrySocket::new(&self.args),
-            Some(takeover) => takeover.telemetry(),
+            // The primary answers for all processes.
+            Some(running) if running.role() == Role::Secondary => Ok(None),
+            Some(running) => running.telemetry(),
         };
         match socket {
             Ok(socket) => drop(socket.map(|socket| self.telemetry.set(socket.into()))),
@@ -103,13 +120,15 @@ impl Eal {
         self.telemetry.get()
     }
 
-    /// Lets a successor take over this program, if the program can hand over (`Program::successor_of`) and has a runtime
-    /// directory. If the socket for that cannot be created, that is logged. Call it before [`confine`](Self::confine).
+    /// Lets other processes take over or share the ports of this program, if it can do that (`Program::peer_of`), has a
+    /// runtime directory and is not a secondary process itself. If the socket for that cannot be created, that is logged.
+    /// Call it before [`confine`](Self::confine).
     pub fn open_handover(&self) {
-        let (Some(program), Some(runtime)) = (&self.args.successor_of, &self.runtime) else { return };
-        let listener = match &self.takeover {
+        let (Some(program), Some(runtime)) = (&self.args.peer_of, &self.runtime) else { return };
+        let listener = match &self.running {
             None => Listener::in_dir(runtime.path(), program),
-            Some(takeover) => takeover.listener(program),
+            Some(running) if running.role() == Role::Secondary => return,
+            Some(running) => running.listener(program),
         };
         match listener {
             Ok(listener) => drop(self.listener.set(listener)),
@@ -117,17 +136,22 @@ impl Eal {
         }
     }
 
-    /// Where this program waits for its successor, if it does.
-    pub fn successors(&self) -> Option<&Listener> {
+    /// Where this program waits for its successor and for secondary processes, if it does.
+    pub fn peers(&self) -> Option<&Listener> {
         self.listener.get()
     }
 
-    /// The take-over by which this program starts, if it does (`--takeover`).
-    pub fn takeover(&self) -> Option<&Takeover> {
-        self.takeover.as_ref()
+    /// The program whose ports this process takes over or shares, if it does.
+    pub fn running(&self) -> Option<&RunningProgram> {
+        self.running.as_ref()
     }
 
-    /// Creates the offer for a successor: sockets, the lock of the runtime directory, the files of `regions`, and
+    /// The primary, if this is a secondary process.
+    pub fn primary(&self) -> Option<&RunningProgram> {
+        self.running().filter(|running| running.role() == Role::Secondary)
+    }
+
+    /// Creates the offer for another process: sockets, the lock of the runtime directory, the files of `regions`, and
     /// `program`, the record of the layers above.
     ///
     /// # Errors
@@ -205,12 +229,12 @@ impl Eal {
 
     /// Reserves packet memory: one region for each of `parts`, which are a NUMA node and a length in bytes,
     /// as [`Region::adjoining`] does. With `-m`, the last region also gets what the others leave of the
-    /// requested megabytes. With `--numa-mem`, pages must come from their node, or the call fails. In a
-    /// take-over, the first call returns the predecessor's regions.
+    /// requested megabytes. With `--numa-mem`, pages must come from their node, or the call fails. If this process
+    /// takes over or shares the ports of a running program, the first call returns the regions of that.
     ///
     /// # Errors
-    /// `Usage` if `-m` is less than `parts` need, `Os` if the pages are not available, `Busy` if the predecessor has other
-    /// memory.
+    /// `Usage` if `-m` is less than `parts` need, `Os` if the pages are not available, `Busy` if the running program has
+    /// other memory.
     pub fn reserve(&self, parts: &[(Option<u32>, usize)]) -> Result<Vec<Region>> {
         let (memory, backing) = (&self.args.memory, self.backing());
         let mut parts = parts.to_vec();
@@ -233,7 +257,7 @@ impl Eal {
         if let (Some(asked), Some((_, last))) = (asked, parts.last_mut()) {
             *last += asked - need;
         }
-        if let Some(files) = self.takeover.as_ref().and_then(Takeover::take_regions) {
+        if let Some(files) = self.running.as_ref().and_then(RunningProgram::take_regions) {
             return Region::adopt(files, &parts, &backing);
         }
         let placement = if by_node { Placement::Required } else { Placement::Preferred };

@@ -27,7 +27,7 @@ pub struct RuntimeDir {
     /// Lock file. The drop glue releases it after all files are removed.
     lock: File,
     /// Whether the directory belongs to another process, which has the same open lock file: the predecessor of this
-    /// process, or its successor.
+    /// process, its successor or its primary.
     is_lent: AtomicBool,
 }
 
@@ -51,7 +51,7 @@ impl RuntimeDir {
 
     /// Returns the directory at `path` of a process that has passed its `lock`. It belongs to that process until
     /// [`RuntimeDir::take`].
-    pub(crate) fn of_predecessor(path: PathBuf, lock: File) -> Self {
+    pub(crate) fn of_running(path: PathBuf, lock: File) -> Self {
         Self { path, lock, is_lent: AtomicBool::new(true) }
     }
 

@@ -1,8 +1,6 @@
 //! Packet buffer caches of an lcore's lanes.
 
-use std::sync::Arc;
-
-use vireo_eal::dma::{Pool, PoolCache};
+use vireo_eal::dma::PoolCache;
 
 /// Packet buffer caches of an lcore's lanes.
 pub trait Caches {
@@ -18,31 +16,40 @@ impl Caches for PoolCache {
     }
 }
 
-/// One cache per NUMA node that an lcore receives from. A lane frees sent packets to the cache that it
-/// receives with, so that buffers stay on their node.
+/// Where a lane's packet buffers come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Home {
+    /// Number of the process, which has a pool of its own.
+    pub(crate) process: u16,
+    /// NUMA node; `None` means any node.
+    pub(crate) node: Option<u32>,
+}
+
+/// One cache per home that an lcore receives from. A lane frees sent packets to the cache that it
+/// receives with, so that buffers stay at home.
 #[derive(Debug)]
-pub(crate) struct CachesByNode {
+pub(crate) struct CachesByHome {
     pub(crate) caches: Vec<PoolCache>,
     /// Index of each lane's cache in `caches`.
     pub(crate) of_lanes: Vec<usize>,
 }
 
-impl CachesByNode {
-    /// Creates caches of `pool` for lanes that receive on `nodes`.
-    pub(crate) fn new(pool: &Arc<Pool>, nodes: &[Option<u32>]) -> Self {
-        let mut distinct: Vec<Option<u32>> = Vec::new();
-        let index = |node: &Option<u32>| {
-            distinct.iter().position(|known| known == node).unwrap_or_else(|| {
-                distinct.push(*node);
+impl CachesByHome {
+    /// Creates caches with `cache` for lanes that receive at `homes`.
+    pub(crate) fn new(homes: &[Home], cache: impl Fn(Home) -> PoolCache) -> Self {
+        let mut distinct: Vec<Home> = Vec::new();
+        let index = |home: &Home| {
+            distinct.iter().position(|known| known == home).unwrap_or_else(|| {
+                distinct.push(*home);
                 distinct.len() - 1
             })
         };
-        let of_lanes = nodes.iter().map(index).collect();
-        Self { caches: distinct.into_iter().map(|node| pool.cache_near(node)).collect(), of_lanes }
+        let of_lanes = homes.iter().map(index).collect();
+        Self { caches: distinct.into_iter().map(cache).collect(), of_lanes }
     }
 }
 
-impl Caches for CachesByNode {
+impl Caches for CachesByHome {
     #[inline]
     fn of_lane(&mut self, lane: usize) -> &mut PoolCache {
         &mut self.caches[self.of_lanes[lane]]

@@ -1,10 +1,13 @@
 //! The control thread: inspects the ports while lcores forward, and restarts a port whose device misbehaves.
 
 pub(crate) mod handover;
+pub(crate) mod lend;
+mod primary;
+pub(crate) mod secondary;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,15 +15,18 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use vireo_drivers::port::Nic;
 use vireo_eal::event::Event;
-use vireo_eal::handover::{Channel, Takeover};
+use vireo_eal::handover::{Channel, Role, RunningProgram, wait_for_message};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Eal, Result};
 
 pub use self::handover::Handover;
+use self::primary::Secondary;
+pub use self::primary::SecondaryState;
+use self::secondary::Standing;
 use crate::forward::AnyLane;
 use crate::idle::IdleQueues;
 use crate::ports::PortResources;
-use crate::recall::Recall;
+use crate::recall::{Recall, Wanted};
 use crate::supervised::SupervisedPort;
 
 /// Time between two inspections of the ports.
@@ -59,6 +65,20 @@ pub enum RunEvent {
     TookOver(Handover),
     /// The successor forwards in place of this program, which ends.
     HandedOver(Handover),
+    /// A secondary process enters a state.
+    Secondary {
+        /// Number of the process.
+        process: u16,
+        /// Process id.
+        pid: u32,
+        /// The state.
+        state: SecondaryState,
+    },
+    /// This secondary process polls queues of its primary from now on.
+    Joined {
+        /// Process id of the primary.
+        pid: u32,
+    },
 }
 
 impl fmt::Display for RunEvent {
@@ -80,6 +100,8 @@ impl fmt::Display for RunEvent {
             Self::HandedOver(Handover { pid, gap }) => {
                 write!(f, "handed over to process {pid}: nobody polled for {} µs", gap.as_micros())
             }
+            Self::Secondary { process, pid, state } => write!(f, "process {process} (pid {pid}) {state}"),
+            Self::Joined { pid } => write!(f, "polling queues of process {pid}"),
         }
     }
 }
@@ -112,8 +134,9 @@ pub(crate) struct Control<'a, H> {
     pub(crate) untie_period: Option<Duration>,
     /// Called with each event.
     pub(crate) announce: &'a (dyn Fn(RunEvent) + Sync),
-    /// Take-over by which the run begins, and the event that the control thread signals afterwards.
-    pub(crate) takeover: Option<(&'a Takeover, &'a Event)>,
+    /// Program whose ports this one takes over or shares, and the event that the control thread signals when it has
+    /// taken over.
+    pub(crate) running: Option<(&'a RunningProgram, &'a Event)>,
 }
 
 /// How a run ended.
@@ -122,6 +145,8 @@ pub(crate) struct Ended {
     pub(crate) queues: IdleQueues,
     /// Whether a successor has the ports.
     pub(crate) is_handed_over: bool,
+    /// How a secondary process stands with its primary.
+    pub(crate) standing: Option<Standing>,
 }
 
 /// Working state of the control thread.
@@ -133,6 +158,9 @@ struct Supervisor<'a, H> {
     parked: Vec<ParkedLane<H>>,
     /// A successor that prepares to take over.
     successor: Option<Successor>,
+    secondaries: Vec<Secondary<H>>,
+    /// Why ports must restart whose queues a secondary process has not returned yet.
+    due: BTreeMap<usize, String>,
 }
 
 /// A process that prepares to take over.
@@ -148,7 +176,7 @@ impl<H> Control<'_, H> {
     /// Takes the `queues` and lanes that no lcore polls, and returns the queues that no lcore polls in the end.
     ///
     /// # Errors
-    /// When a take-over fails.
+    /// When a take-over fails, or when the primary refuses this process.
     pub(crate) fn run(
         self,
         queues: IdleQueues,
@@ -156,11 +184,25 @@ impl<H> Control<'_, H> {
         stop: &StopFlag,
     ) -> Result<Ended> {
         let used = self.used;
-        let Control { untie_period, recall, lcores, takeover, .. } = self;
-        let mut supervisor = Supervisor { control: self, queues, parked, successor: None };
-        if let Some((takeover, done)) = takeover {
-            supervisor.take_over(takeover).inspect_err(|_| stop.set())?;
-            done.signal();
+        let Control { untie_period, recall, lcores, running, .. } = self;
+        let mut supervisor = Supervisor {
+            control: self,
+            queues,
+            parked,
+            successor: None,
+            secondaries: Vec::new(),
+            due: BTreeMap::new(),
+        };
+        match running {
+            None => {}
+            Some((primary, _)) if primary.role() == Role::Secondary => {
+                let standing = Some(supervisor.serve_primary(primary, stop)?);
+                return Ok(Ended { queues: supervisor.queues, is_handed_over: false, standing });
+            }
+            Some((predecessor, done)) => {
+                supervisor.take_over(predecessor).inspect_err(|_| stop.set())?;
+                done.signal();
+            }
         }
         let mut last_untied = Instant::now();
         let mut is_handed_over = false;
@@ -173,17 +215,23 @@ impl<H> Control<'_, H> {
                 recall.give(Vec::new(), lcores);
                 last_untied = Instant::now();
             }
-            is_handed_over = supervisor.serve_successor(stop);
-            match &supervisor.successor {
-                _ if is_handed_over => {}
-                Some(successor) => _ = successor.channel.has_message(INSPECTION_PERIOD),
-                None => thread::park_timeout(INSPECTION_PERIOD),
+            is_handed_over = supervisor.serve_peers(stop);
+            if is_handed_over {
+                break;
+            }
+            let channels = supervisor.secondaries.iter().filter_map(Secondary::channel);
+            let channels: Vec<&Channel> =
+                channels.chain(supervisor.successor.as_ref().map(|successor| &successor.channel)).collect();
+            match channels[..] {
+                [] => thread::park_timeout(INSPECTION_PERIOD),
+                _ => _ = wait_for_message(channels, INSPECTION_PERIOD),
             }
         }
+        supervisor.end_secondaries();
         if let Some(successor) = &supervisor.successor {
             let _ = successor.channel.refuse("it was asked to end".to_owned());
         }
-        Ok(Ended { queues: supervisor.queues, is_handed_over })
+        Ok(Ended { queues: supervisor.queues, is_handed_over, standing: None })
     }
 }
 
@@ -191,12 +239,15 @@ impl<H> Supervisor<'_, H> {
     fn inspect(&mut self, number: usize) {
         let announce = self.control.announce;
         let announce = |port, state| announce(RunEvent::Port { port, state });
-        let SupervisedPort { open, is_down, last_start, counted, .. } = &mut self.control.ports[number];
+        let SupervisedPort { open, is_down, last_start, .. } = &mut self.control.ports[number];
         let Some(open) = open else { return };
         if open.release_requested() {
             tracing::warn!("port {number}: the kernel requests {} back; closing the port", open.name);
-            if *is_down {
-                self.control.ports[number].stop(None, &mut self.control.resources.pool.cache());
+            // The kernel waits for every process that has the device open.
+            let is_down = *is_down;
+            self.end_secondaries();
+            if is_down {
+                self.control.ports[number].stop(None, &mut self.control.resources.cache());
             } else if !self.stop(number) {
                 return;
             }
@@ -206,12 +257,11 @@ impl<H> Supervisor<'_, H> {
             // Too early to inspect or restart the port.
         } else if *is_down {
             self.bring_up(number);
-        } else if let Err(error) = open.port.check() {
-            tracing::warn!("port {number}: {error}; restarting the port");
-            counted.restarts += 1;
-            announce(number, PortState::Restarting);
-            if self.stop(number) {
-                self.bring_up(number);
+        } else if let Some(why) =
+            self.due.remove(&number).or_else(|| Some(open.port.check().err()?.to_string()))
+        {
+            if !self.restart(&[number].into(), &why) {
+                self.due.insert(number, why);
             }
         } else if let Some(state) = self.control.ports[number].link_change(number) {
             announce(number, state);
@@ -222,14 +272,14 @@ impl<H> Supervisor<'_, H> {
     /// before they have.
     fn stop(&mut self, number: usize) -> bool {
         let Control { recall, lcores, resources, .. } = self.control;
-        for (lcore, lane) in recall.take(self.queues.numbers(number), lcores) {
+        for (lcore, lane) in recall.take(Wanted::At(self.queues.numbers(number)), lcores) {
             let parked = self.park(lcore, lane);
             self.parked.push(parked);
         }
         let Some(queues) = self.queues.take_port(number) else { return false };
         let port = &mut self.control.ports[number];
         port.is_down = true;
-        port.stop(Some(queues), &mut resources.pool.cache());
+        port.stop(Some(queues), &mut resources.cache());
         if let Some(error) = &port.unconfirmed {
             tracing::error!("port {number}: {error}");
         }
@@ -241,7 +291,7 @@ impl<H> Supervisor<'_, H> {
         let port = &mut self.control.ports[number];
         let Some(open) = &mut port.open else { return };
         port.last_start = Instant::now();
-        match self.control.resources.start(open) {
+        match self.control.resources.start(number, open) {
             Ok(queues) => self.queues.put_port(number, queues),
             Err(error) => return tracing::debug!("port {number} stays down: {error}"),
         }

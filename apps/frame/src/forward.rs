@@ -9,7 +9,7 @@ use vireo_eal::clock::Tsc;
 use vireo_eal::dma::{Burst, PoolCache};
 use vireo_eal::lcore::StopFlag;
 
-use crate::caches::{Caches, CachesByNode};
+use crate::caches::{Caches, CachesByHome};
 use crate::checksum;
 use crate::hook::{Hook, Packets};
 use crate::kind::{Between, Direct, General, Kind, Plain};
@@ -262,11 +262,11 @@ pub(crate) fn forward_any_general<H: Hook>(
     lanes
 }
 
-/// Does the same as [`forward_any`] for lanes that receive on several NUMA nodes, without ties. All drivers
+/// Does the same as [`forward_any`] for lanes that receive at several homes, without ties. All drivers
 /// share one version.
-pub(crate) fn forward_by_node<H: Hook>(
+pub(crate) fn forward_by_home<H: Hook>(
     mut lanes: Vec<AnyLane<H>>,
-    caches: &mut CachesByNode,
+    caches: &mut CachesByHome,
     polling: Polling<'_>,
     stop: &StopFlag,
     tick: impl FnMut(),
@@ -335,6 +335,7 @@ mod tests {
     use vireo_eal::mem::{Backing, Placement, Region};
 
     use super::*;
+    use crate::caches::Home;
 
     /// Yields packets in each poll; the counts are popped from the end of the list.
     struct Source(Vec<usize>, QueueCounters);
@@ -507,8 +508,8 @@ mod tests {
         let memory = MemoryMap::without_spaces().add_all(regions).unwrap();
         let shares: Vec<_> = memory.into_iter().flatten().map(|memory| (memory, 64)).collect();
         let pool = Pool::on_nodes(&shares).unwrap();
-        let nodes = [None, Some(0), None];
-        let mut caches = CachesByNode::new(&pool, &nodes);
+        let homes = [None, Some(0), None].map(|node| Home { process: 0, node });
+        let mut caches = CachesByHome::new(&homes, |home| pool.cache_near(home.node));
         assert_eq!(caches.of_lanes, [0, 1, 0]);
         let lane = || Lane {
             rx: Source(vec![8; 3], QueueCounters::default()),

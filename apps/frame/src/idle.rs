@@ -45,6 +45,21 @@ impl IdleQueues {
         Some(Queues { rx, tx: numbers.filter_map(|number| self.tx.remove(&number)).collect() })
     }
 
+    /// Returns the port of pair `number`.
+    pub(crate) fn port_of(&self, number: usize) -> usize {
+        number / self.pairs
+    }
+
+    /// Returns the RX queue of pair `number`, if it is here.
+    pub(crate) fn rx_mut(&mut self, number: usize) -> Option<&mut RxQueue> {
+        self.rx.get_mut(&number)
+    }
+
+    /// Returns the TX queue of pair `number`, if it is here.
+    pub(crate) fn tx_mut(&mut self, number: usize) -> Option<&mut TxQueue> {
+        self.tx.get_mut(&number)
+    }
+
     /// Creates a lane from the RX queue of pair `from` to the TX queue of pair `to`. Returns the hook if one
     /// of them is not here.
     pub(crate) fn join<H>(&mut self, from: usize, to: usize, hook: H) -> Result<AnyLane<H>, H> {

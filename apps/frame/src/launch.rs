@@ -8,10 +8,10 @@ use vireo_eal::event::{Event, wait_for_any};
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
-use crate::caches::CachesByNode;
+use crate::caches::{CachesByHome, Home};
 use crate::control::{Control, Ended, ParkedLane, RunEvent};
 use crate::counts::Counts;
-use crate::forward::{AnyLane, Polling, forward_any, forward_any_general, forward_by_node};
+use crate::forward::{AnyLane, Polling, forward_any, forward_any_general, forward_by_home};
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::ports::PortResources;
@@ -39,13 +39,12 @@ pub(crate) struct Shared<'a> {
     pub(crate) sleep_after: Option<u32>,
     /// Event that ends a take-over by which the run begins.
     pub(crate) begin: Option<&'a Event>,
-    /// NUMA node of each queue pair's packet buffers; `None` means any node.
-    pub(crate) nodes: &'a [Option<u32>],
 }
 
 /// Forwards the lanes of `shares`, keyed by lcore, until the run is to stop, and calls `tick` periodically on
 /// the main lcore. Meanwhile the control thread supervises the `ports` whose numbers are in `used`, which are
-/// started. `idle` has their queues that are in no lane, `parked` the lanes that wait for a take-over. `announce` is
+/// started. `idle` has their queues that are in no lane, `parked` the lanes that wait for their queues, which another
+/// process has. `announce` is
 /// called with each event. Returns the queues of the ports that are up at the end.
 ///
 /// # Errors
@@ -64,11 +63,11 @@ pub(crate) fn forward_on_lcores<H: Hook>(
     let own = shares.remove(&main).unwrap_or_default();
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
-    let takeover = eal.takeover().zip(begin);
+    let running = eal.running().zip(begin);
     let (mut ended, lanes) = thread::scope(|scope| {
         let recall = &recall;
         let control =
-            Control { eal, ports, used, lcores: &ids, resources, recall, untie_period, announce, takeover };
+            Control { eal, ports, used, lcores: &ids, resources, recall, untie_period, announce, running };
         let control = thread::Builder::new()
             .name("vireo-control".into())
             .spawn_scoped(scope, move || control.run(idle, parked, stop))
@@ -133,7 +132,7 @@ impl<F: FnMut()> Rounds for Ticks<F> {
 
 /// Forwards `lanes` on lcore `id`, and lanes that the lcore gets later, until the run is to stop.
 fn run_lanes<H: Hook>(
-    Shared { app: App { stop, eal, .. }, resources, counts, ties, nodes, sleep_after, .. }: Shared<'_>,
+    Shared { app: App { stop, eal, .. }, resources, counts, ties, sleep_after, .. }: Shared<'_>,
     recall: &Recall<H>,
     id: u32,
     mut lanes: Vec<AnyLane<H>>,
@@ -151,16 +150,15 @@ fn run_lanes<H: Hook>(
         }
         let tick = || rounds.polled();
         // Caches are dropped after each round, because a restarting port may need the buffers left in them.
-        let nodes: Vec<Option<u32>> =
-            lanes.iter().map(|lane| nodes.get(lane.from).copied().flatten()).collect();
-        lanes = if nodes.iter().any(|node| *node != nodes[0]) {
-            let mut caches = CachesByNode::new(&resources.pool, &nodes);
+        let homes: Vec<Home> = lanes.iter().map(|lane| resources.home(lane.from)).collect();
+        lanes = if homes.iter().any(|home| *home != homes[0]) {
+            let mut caches = CachesByHome::new(&homes, |home| resources.cache_at(home));
             match resources.is_general() {
-                false => forward_by_node(lanes, &mut caches, polling, stop, tick),
+                false => forward_by_home(lanes, &mut caches, polling, stop, tick),
                 true => forward_any_general(lanes, &mut caches, polling, stop, tick),
             }
         } else {
-            let mut cache = resources.pool.cache_near(nodes.first().copied().flatten());
+            let mut cache = resources.cache_at(homes.first().copied().unwrap_or_default());
             match resources.is_general() {
                 false => forward_any(lanes, &mut cache, polling, stop, tick),
                 true => forward_any_general(lanes, &mut cache, polling, stop, tick),

@@ -48,15 +48,15 @@ mod supervised;
 mod telemetry;
 pub mod tied;
 
-pub use app::{App, main, main_of_replaceable};
+pub use app::{App, main, main_of_shareable};
 pub use balance::Balance;
 pub use caches::Caches;
-pub use control::{Handover, PortState, RunEvent};
+pub use control::{Handover, PortState, RunEvent, SecondaryState};
 pub use counts::{Counts, LcoreTicks, Totals};
 pub use headers::{EthernetHeader, IcmpEcho, Ipv4Header};
 pub use hook::{Hook, PacketMut, Packets, Uniform};
 pub use ports::{Config, Ports};
-pub use route::{Route, assign_lcores, neighbors, no_ports};
+pub use route::{Processes, Route, assign_lcores, neighbors, no_ports};
 pub use sleep::Sleep;
 pub use supervised::PortSummary;
 pub use telemetry::Telemetry;

@@ -11,20 +11,23 @@ use vireo_drivers::ports::{OpenPort, buffers_needed, wait_for_links};
 use vireo_drivers::table::Port;
 use vireo_eal::dma::{DmaMemory, FreeBuffers, Pool, PoolCache};
 use vireo_eal::event::Event;
-use vireo_eal::handover::{Fds, ReceivedFds};
+use vireo_eal::handover::{Channel, Fds, ReceivedFds};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::Region;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::app::App;
 use crate::balance::Balance;
+use crate::caches::Home;
+use crate::control::lend::{self, LentQueues, Report};
+use crate::control::secondary::Standing;
 use crate::control::{ParkedLane, RunEvent};
 use crate::counts::{Counts, LcoreTicks};
 use crate::forward::AnyLane;
 use crate::hook::Hook;
 use crate::idle::IdleQueues;
 use crate::launch::{Shared, forward_on_lcores};
-use crate::route::Route;
+use crate::route::{Processes, Route};
 use crate::status::SharedStatus;
 use crate::supervised::{PortSummary, SupervisedPort};
 use crate::telemetry::Telemetry;
@@ -36,18 +39,20 @@ pub struct Config {
     /// port must have as many RX queues as TX queues. An offload that a port lacks is left out, and lanes
     /// compute the checksums that a port does not.
     pub port: PortConfig,
-    /// Total number of packet buffers; by default as many as rings, bursts and caches hold at once.
+    /// Total number of packet buffers; by default as many as rings, bursts and caches of each process hold at once.
     pub buffers: Option<u32>,
     /// Number of these packet buffers that devices only send from. See [`Ports::send_only`].
     pub send_only: u32,
+    /// Processes that share the ports. Each has a part of the packet buffers for itself.
+    pub processes: Processes,
 }
 
 impl Config {
     /// Returns the memory that this configuration needs for `ports` ports and `caches` caches of packet
     /// buffers. Each lcore has one cache per NUMA node that its ports are on.
     pub fn need(&self, ports: usize, caches: usize) -> MemoryNeed {
-        let Self { port: config, send_only, .. } = *self;
-        let needed = || buffers_needed(ports, caches, &config);
+        let Self { port: config, send_only, processes, .. } = *self;
+        let needed = || buffers_needed(ports, caches, &config).saturating_mul(processes.count().into());
         let buffers = self.buffers.unwrap_or_else(needed).saturating_sub(send_only);
         MemoryNeed { buffers, send_only, config }
     }
@@ -56,17 +61,66 @@ impl Config {
 /// What a port needs to start.
 #[derive(Debug)]
 pub(crate) struct PortResources {
-    pub(crate) pool: Arc<Pool>,
+    /// Packet buffers of each process.
+    pools: Vec<Arc<Pool>>,
     memory: PortMemory,
     config: PortConfig,
+    processes: Processes,
+    /// Where the packet buffers of each queue pair come from.
+    homes: Vec<Home>,
 }
 
 impl PortResources {
-    /// Starts a port.
-    pub(crate) fn start(&self, open: &mut OpenPort) -> Result<QueuesOf<Port>> {
-        let (rings, mut near) = (self.memory.of(open)?, self.pool.cache_near(self.memory.node_of(open)));
+    /// Starts port `number`.
+    pub(crate) fn start(&self, number: usize, open: &mut OpenPort) -> Result<QueuesOf<Port>> {
+        let pairs = usize::from(self.config.rx_queues);
+        let own = self.homes.get(number * pairs..(number + 1) * pairs).unwrap_or_default();
+        // One cache for all queues leaves no buffers behind in others.
+        let distinct = if own.iter().all(|home| *home == own[0]) { &own[..own.len().min(1)] } else { own };
+        let mut caches: Vec<PoolCache> = distinct.iter().map(|home| self.cache_at(*home)).collect();
         let offloads = self.config.offloads & open.port.capabilities().offloads;
-        open.port.start(&self.config.with_offloads(offloads), rings, &mut near)
+        open.port.start_from(&self.config.with_offloads(offloads), self.memory.of(open)?, &mut caches)
+    }
+
+    /// Creates a cache of any packet buffers, for those that return to their own pools.
+    pub(crate) fn cache(&self) -> PoolCache {
+        self.cache_at(Home::default())
+    }
+
+    /// Creates a cache of the packet buffers at `home`.
+    pub(crate) fn cache_at(&self, home: Home) -> PoolCache {
+        self.pool(home.process).cache_near(home.node)
+    }
+
+    /// Returns the packet buffers of `process`.
+    pub(crate) fn pool(&self, process: u16) -> &Arc<Pool> {
+        &self.pools[usize::from(process)]
+    }
+
+    /// Returns the number of packet buffers of all processes.
+    pub(crate) fn buffers(&self) -> u32 {
+        self.pools.iter().map(|pool| pool.count()).sum()
+    }
+
+    /// Returns where the packet buffers of queue pair `number` come from.
+    pub(crate) fn home(&self, number: usize) -> Home {
+        self.homes.get(number).copied().unwrap_or_default()
+    }
+
+    /// Returns the numbers of the queue pairs whose packets belong to `process`.
+    pub(crate) fn numbers_of(&self, process: u16) -> BTreeSet<usize> {
+        let own = self.homes.iter().enumerate().filter(|(_, home)| home.process == process);
+        own.map(|(number, _)| number).collect()
+    }
+
+    /// Returns the processes that share the ports.
+    pub(crate) fn processes(&self) -> Processes {
+        self.processes
+    }
+
+    /// Describes a started port for a secondary process.
+    pub(crate) fn share(&self, open: &OpenPort) -> Result<PortRecord> {
+        PortRecord::without_queues(&open.port, &self.config, &mut Fds::default())
     }
 
     /// Describes a started port for a successor.
@@ -79,7 +133,7 @@ impl PortResources {
         PortRecord::of(&open.port, queues, &self.config, fds)
     }
 
-    /// Continues a port of the predecessor.
+    /// Continues a port of the running program.
     pub(crate) fn resume(
         &self,
         open: &mut OpenPort,
@@ -125,10 +179,12 @@ pub struct Ports {
     untie_period: Option<Duration>,
     /// See [`Ports::sleep_after`].
     sleep_after: Option<u32>,
-    /// Whether the ports run for a predecessor, until [`Ports::forward`] takes them over.
-    is_successor: bool,
+    /// Whether the ports run for another process, until [`Ports::forward`] takes them over or shares them.
+    runs_elsewhere: bool,
     /// Whether a successor has the ports.
     is_handed_over: bool,
+    /// Why this secondary process could not return its queues.
+    lost_primary: Option<Error>,
 }
 
 impl Ports {
@@ -152,12 +208,21 @@ impl Ports {
                 format!("there are {} ports with {} queue pairs each", open.len(), need.config.rx_queues);
             return Err(Error::new(ErrorKind::Usage, what, why));
         }
-        let pool = memory.pool(need.buffers)?;
+        let count = routes.iter().map(|route| u32::from(route.process) + 1).max().unwrap_or(1);
+        let pools = (0..count).map(|_| memory.pool(need.buffers / count)).collect::<Result<_>>()?;
         let send_only = match need.send_only {
             0 => None,
             count => Some(memory.send_only(count)?),
         };
-        let resources = PortResources { pool, memory, config: need.config };
+        let pairs = usize::from(need.config.rx_queues);
+        let home = |number: usize| {
+            let (port, pair) = (number / pairs, number % pairs);
+            let route = routes.iter().find(|route| (route.from, route.pair) == (port, pair));
+            Home { process: route.map_or(0, |route| route.process), node: memory.node_of(&open[port]) }
+        };
+        let homes = (0..open.len() * pairs).map(home).collect();
+        let (config, processes) = (need.config, Processes::default());
+        let resources = PortResources { pools, memory, config, processes, homes };
         Ok(Self {
             queues: resources.idle_queues(),
             used: Route::ports(&routes),
@@ -169,19 +234,45 @@ impl Ports {
             ties: true,
             untie_period: None,
             sleep_after: None,
-            is_successor: false,
+            runs_elsewhere: false,
             is_handed_over: false,
+            lost_primary: None,
         })
     }
 
-    /// Leaves the start of all ports to [`Ports::forward`], which takes them over from the running program.
-    pub(crate) fn of_predecessor(self) -> Self {
-        Self { is_successor: true, ..self }
+    /// Shares the ports among `processes`, according to their routes.
+    ///
+    /// # Errors
+    /// `Usage` when a port is not a NIC.
+    pub(crate) fn shared_by(mut self, processes: Processes) -> Result<Self> {
+        let is_virtual = |number: &usize| self.get(*number).is_some_and(|open| open.report.is_none());
+        if let Some(number) = self.used.iter().copied().find(is_virtual).filter(|_| processes.count() > 1) {
+            let what = format!("cannot share port {number} among processes");
+            return Err(Error::new(
+                ErrorKind::Usage,
+                what,
+                "it is a virtual device, whose peer has one process",
+            )
+            .with_hint("leave --num-procs out"));
+        }
+        self.resources.processes = processes;
+        Ok(self)
+    }
+
+    /// Leaves the start of all ports to [`Ports::forward`], which continues them from the running program.
+    pub(crate) fn of_running(self) -> Self {
+        Self { runs_elsewhere: true, ..self }
     }
 
     /// Returns whether a successor has the ports. They are closed then, and their buffers remain with it.
     pub fn is_handed_over(&self) -> bool {
         self.is_handed_over
+    }
+
+    /// Returns whether this process resets the ports when it closes them. A successor does that in its place, and for a
+    /// secondary process its primary.
+    pub fn is_owner(&self) -> bool {
+        !self.is_handed_over && self.resources.processes.owns()
     }
 
     /// Returns the numbers of the ports named by the routes, in ascending order.
@@ -231,7 +322,7 @@ impl Ports {
 
     /// Creates a cache of the packet buffers.
     pub fn cache(&self) -> PoolCache {
-        self.resources.pool.cache()
+        self.resources.pool(self.resources.processes.own()).cache()
     }
 
     /// Creates a cache of the [`Config::send_only`] buffers, which no device can write to.
@@ -271,9 +362,17 @@ impl Ports {
         self.ports[number].status.clone()
     }
 
-    /// Returns the pools of packet buffers: those that ports receive into, and [`Config::send_only`] ones.
-    pub(crate) fn pools(&self) -> impl Iterator<Item = &Arc<Pool>> {
-        [&self.resources.pool].into_iter().chain(&self.send_only)
+    /// Returns the pools of packet buffers with their names: those that ports receive into, one for each process, and
+    /// that of [`Config::send_only`].
+    pub(crate) fn pools(&self) -> impl Iterator<Item = (String, &Arc<Pool>)> {
+        let received = (0..).zip(&self.resources.pools).map(|(process, pool)| (pool_name(process), pool));
+        received.chain(self.send_only.iter().map(|pool| ("send-only".to_owned(), pool)))
+    }
+
+    /// Returns the name of the pool that RX queue `queue` of port `number` receives into.
+    pub(crate) fn pool_of(&self, number: usize, queue: u16) -> String {
+        let pair = self.queues.numbers(number).start + usize::from(queue);
+        pool_name(self.resources.home(pair).process)
     }
 
     /// Returns the counters of all ports.
@@ -317,7 +416,7 @@ impl Ports {
         Ok(())
     }
 
-    /// Starts port `number`. In a take-over, the port runs already, and [`Ports::forward`] continues it.
+    /// Starts port `number`. A port of a running program runs already, and [`Ports::forward`] continues it.
     ///
     /// # Errors
     /// `Unavailable` when the port is closed; otherwise when the device refuses, or there is too little
@@ -325,11 +424,11 @@ impl Ports {
     pub fn start(&mut self, number: usize) -> Result<()> {
         let Self { ports, resources, queues, .. } = self;
         let open = open_in(ports, number)?;
-        if self.is_successor {
+        if self.runs_elsewhere {
             ports[number].is_down = true;
             return Ok(());
         }
-        queues.put_port(number, resources.start(open)?);
+        queues.put_port(number, resources.start(number, open)?);
         ports[number].status.update(|status| status.is_started = true);
         Ok(())
     }
@@ -357,11 +456,11 @@ impl Ports {
     /// Forwards on all lcores until the run is to stop. `hook` creates the application's hook for each lane.
     /// A port whose device misbehaves is restarted meanwhile. `announce` is called on another thread with
     /// each event. `tick` is called periodically on the main lcore. A take-over by which the program starts
-    /// happens here.
+    /// happens here. A secondary process polls the queues of its part, and a primary those that no other process has.
     ///
     /// # Errors
     /// When an lcore cannot be pinned or panicked, or the control thread cannot be started or panicked; as
-    /// for [`Ports::lanes`]; why the running program keeps its ports.
+    /// for [`Ports::lanes`]; why the running program keeps its ports or queues.
     pub fn forward<H: Hook>(
         &mut self,
         app: &App,
@@ -370,7 +469,7 @@ impl Ports {
         mut tick: impl FnMut(&Counts),
     ) -> Result<()> {
         self.begin();
-        let begin = if std::mem::take(&mut self.is_successor) { Some(Event::new()?) } else { None };
+        let begin = if std::mem::take(&mut self.runs_elsewhere) { Some(Event::new()?) } else { None };
         let _telemetry = Telemetry::start(app, self, begin.clone());
         let mut shares: BTreeMap<u32, Vec<AnyLane<H>>> = BTreeMap::new();
         let mut parked = Vec::new();
@@ -383,27 +482,59 @@ impl Ports {
                 shares.entry(route.lcore).or_default().push(lane);
             }
         }
-        let node = |number| self.get(number).and_then(|open| self.memory().node_of(open));
-        let of_port = |number| self.queues.numbers(number).map(move |_| node(number));
-        let nodes: Vec<Option<u32>> = (0..self.count()).flat_map(of_port).collect();
         let Self { ports, used, queues, resources, counts, ties, untie_period, sleep_after, .. } = self;
         let (ties, untie_period, sleep_after) = (*ties, *untie_period, *sleep_after);
         let begin = begin.as_ref();
-        let shared = Shared { app, resources, counts, ties, untie_period, sleep_after, begin, nodes: &nodes };
+        let shared = Shared { app, resources, counts, ties, untie_period, sleep_after, begin };
         let idle = std::mem::replace(queues, resources.idle_queues());
         let ended =
             forward_on_lcores(shared, (ports, used, idle), shares, parked, announce, || tick(counts))?;
         (self.queues, self.is_handed_over) = (ended.queues, ended.is_handed_over);
+        if let Some((standing, primary)) = ended.standing.zip(app.eal.primary()) {
+            self.leave_primary(standing, primary.channel());
+        }
         Ok(())
     }
 
-    /// Returns the lanes of all routes without queues, in route order.
+    /// Returns the queues of this secondary process, which no lcore polls, to its primary, and leaves the ports to it.
+    fn leave_primary(&mut self, Standing { has_queues, lost }: Standing, primary: &Channel) {
+        let lanes: Vec<(usize, usize)> = self.own_routes().map(|route| self.ends(route)).collect();
+        let home = Home { process: self.resources.processes.own(), node: None };
+        let mut cache = self.resources.cache_at(home);
+        let lent = match has_queues {
+            false => Ok(LentQueues::default()),
+            true => lend::lend(&self.ports, &mut self.queues, &lanes, &mut cache),
+        };
+        let report = lent.map_or_else(
+            |error| {
+                let forgotten = lend::forget(&self.ports, &mut self.queues, &lanes, &mut cache);
+                forgotten.unwrap_or_else(|error| tracing::error!("{error}"));
+                Report::Fault(error.to_string())
+            },
+            Report::Left,
+        );
+        self.lost_primary = lost.or_else(|| primary.send(&report, &Fds::default()).err());
+        self.ports.iter_mut().for_each(SupervisedPort::leave);
+    }
+
+    /// Returns the routes whose queues this process polls.
+    fn own_routes(&self) -> impl Iterator<Item = &Route> {
+        self.routes.iter().filter(|route| self.resources.processes.polls(route.process))
+    }
+
+    /// Returns the numbers of a route's queue pairs.
+    fn ends(&self, route: &Route) -> (usize, usize) {
+        let number = |port| self.queues.numbers(port).start + route.pair;
+        (number(route.from), number(route.to))
+    }
+
+    /// Returns the lanes of this process's routes without queues, in route order.
     fn parked_lanes<H>(&self, mut hook: impl FnMut(&Route) -> H) -> Vec<ParkedLane<H>> {
         let lane = |route: &Route| {
-            let [from, to] = [route.from, route.to].map(|port| self.queues.numbers(port).start + route.pair);
+            let (from, to) = self.ends(route);
             ParkedLane { lcore: route.lcore, from, to, hook: hook(route) }
         };
-        self.routes.iter().map(lane).collect()
+        self.own_routes().map(lane).collect()
     }
 
     /// Returns the lanes of all routes, in route order and with their queues, for an application that polls
@@ -466,15 +597,17 @@ impl Ports {
     /// all ports have stopped and no cache is left. Checks nothing if a successor has the ports and the buffers.
     ///
     /// # Errors
-    /// The reason why a port did not confirm its stop; `Protocol` when buffers are lost.
+    /// The reason why a port did not confirm its stop; `Protocol` when buffers are lost; `Unavailable` when the primary
+    /// of this secondary process has ended.
     pub fn check_buffers(&mut self) -> Result<()> {
         if self.is_handed_over {
             return Ok(());
         }
-        if let Some(error) = self.ports.iter_mut().find_map(|port| port.unconfirmed.take()) {
+        let unconfirmed = self.ports.iter_mut().find_map(|port| port.unconfirmed.take());
+        if let Some(error) = unconfirmed.or_else(|| self.lost_primary.take()) {
             return Err(error);
         }
-        for pool in self.pools() {
+        for (_, pool) in self.pools() {
             let lost = pool.count() - pool.available();
             if lost > 0 {
                 return Err(Error::new(
@@ -513,6 +646,11 @@ fn open_in(ports: &mut [SupervisedPort], number: usize) -> Result<&mut OpenPort>
     ports.get_mut(number).and_then(|port| port.open.as_mut()).ok_or_else(|| is_closed(number))
 }
 
+/// Name of the pool of `process`.
+fn pool_name(process: u16) -> String {
+    if process == 0 { "packets".to_owned() } else { format!("packets-{process}") }
+}
+
 fn is_closed(number: usize) -> Error {
     Error::new(ErrorKind::Unavailable, format!("cannot use port {number}"), "it is not open")
 }
@@ -533,7 +671,8 @@ pub(crate) mod tests {
             let (function, _) = FakeE1000::new(address, ID_82540EM, MacAddr([2, 0, 0, 0, 0, device]));
             OpenPort::virtual_port(e1000::Device::probe(function).unwrap().into(), "port", String::new())
         };
-        let route = |&(from, to, pair): &(usize, usize, usize)| Route { lcore: 0, from, to, pair };
+        let route =
+            |&(from, to, pair): &(usize, usize, usize)| Route { lcore: 0, from, to, pair, process: 0 };
         let need = MemoryNeed {
             buffers: 32,
             send_only: 0,

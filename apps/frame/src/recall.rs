@@ -19,6 +19,24 @@ mod models;
 /// Interval at which a wait for lcores checks whether the program is to stop.
 const STOP_CHECK_PERIOD: Duration = Duration::from_millis(10);
 
+/// Lanes to recall, by the numbers of their queue pairs.
+#[derive(Clone, Debug)]
+pub(crate) enum Wanted {
+    /// Those from or to one of these pairs.
+    At(Range<usize>),
+    /// Those from one of these pairs.
+    From(BTreeSet<usize>),
+}
+
+impl Wanted {
+    fn includes<R, T, H>(&self, lane: &Lane<R, T, H>) -> bool {
+        match self {
+            Self::At(pairs) => pairs.contains(&lane.from) || pairs.contains(&lane.to),
+            Self::From(pairs) => pairs.contains(&lane.from),
+        }
+    }
+}
+
 /// Handover point for lanes. Lcores visit it when the [`StopFlag`] is raised without a stop.
 #[derive(Debug)]
 pub(crate) struct Recall<H, R = RxQueue, T = TxQueue> {
@@ -29,8 +47,8 @@ pub(crate) struct Recall<H, R = RxQueue, T = TxQueue> {
 
 #[derive(Debug)]
 struct State<H, R, T> {
-    /// Pairs whose lanes are recalled; `None` when lanes are returned.
-    wanted: Option<Range<usize>>,
+    /// Lanes that are recalled; `None` when lanes are returned.
+    wanted: Option<Wanted>,
     /// Lanes that no lcore polls, each with the lcore that it belongs to.
     lanes: Vec<(u32, Lane<R, T, H>)>,
     /// Lcores that have not visited since the last call.
@@ -60,9 +78,8 @@ impl<H, R, T> Recall<H, R, T> {
             return;
         }
         match state.wanted.clone() {
-            Some(pairs) => {
-                let recalled =
-                    lanes.extract_if(.., |lane| pairs.contains(&lane.from) || pairs.contains(&lane.to));
+            Some(wanted) => {
+                let recalled = lanes.extract_if(.., |lane| wanted.includes(lane));
                 state.lanes.extend(recalled.map(|lane| (lcore, lane)));
             }
             None => {
@@ -76,10 +93,10 @@ impl<H, R, T> Recall<H, R, T> {
         }
     }
 
-    /// Takes the lanes from and to `pairs` from `lcores`. If the program stops, takes only the lanes that
+    /// Takes the `wanted` lanes from `lcores`. If the program stops, takes only the lanes that
     /// they have handed over.
-    pub(crate) fn take(&self, pairs: Range<usize>, lcores: &[u32]) -> Vec<(u32, Lane<R, T, H>)> {
-        std::mem::take(&mut self.call(Some(pairs), Vec::new(), lcores).lanes)
+    pub(crate) fn take(&self, wanted: Wanted, lcores: &[u32]) -> Vec<(u32, Lane<R, T, H>)> {
+        std::mem::take(&mut self.call(Some(wanted), Vec::new(), lcores).lanes)
     }
 
     /// Returns `lanes` to their lcores, and the time at which the last lcore had its own. If the program stops before the
@@ -91,7 +108,7 @@ impl<H, R, T> Recall<H, R, T> {
     /// Calls `lcores`, and waits until all of them have visited or the program is to stop.
     fn call(
         &self,
-        wanted: Option<Range<usize>>,
+        wanted: Option<Wanted>,
         lanes: Vec<(u32, Lane<R, T, H>)>,
         lcores: &[u32],
     ) -> MutexGuard<'_, State<H, R, T>> {

@@ -7,7 +7,7 @@ use vireo_drivers::counters::PortStats;
 use vireo_drivers::port::{Nic, Offloads};
 use vireo_drivers::ports::OpenPort;
 use vireo_eal::{Eal, Error, ErrorKind, Result, ioctl};
-use vireo_frame::{App, Config, Counts, Ports};
+use vireo_frame::{App, Config, Counts, Ports, Processes};
 
 use crate::args::Args;
 use crate::plan::plan;
@@ -19,10 +19,12 @@ use crate::rewrite::Rewrite;
 /// # Errors
 /// The first failure. The NICs are reset and the memory is released in any case.
 pub fn run(app: &App, args: Args) -> Result<()> {
+    let processes = Processes::new(&app.eal, args.num_procs, args.proc_id)?;
     let open = app.open_ports()?;
-    let routes = plan(&args, open.len(), &app.eal.lcores.ids())?;
-    let mut polled: Vec<(u32, usize)> = routes.iter().map(|route| (route.lcore, route.from)).collect();
-    let mut used: Vec<usize> = polled.iter().map(|(_, port)| *port).collect();
+    let routes = plan(&args, open.len(), &app.eal.lcores.ids(), processes)?;
+    let own = || routes.iter().filter(|route| processes.polls(route.process));
+    let mut polled: Vec<(u32, usize)> = own().map(|route| (route.lcore, route.from)).collect();
+    let mut used: Vec<usize> = routes.iter().map(|route| route.from).collect();
     used.sort_unstable();
     used.dedup();
     let style = args.style();
@@ -33,7 +35,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
     if args.portmap.is_none() && !used.len().is_multiple_of(2) {
         reporter.print_text("Notice: odd number of ports in portmask.\n")?;
     }
-    for route in &routes {
+    for route in own() {
         let queue = if args.queues > 1 { format!(" queue {}", route.pair) } else { String::new() };
         let (lcore, from, to) = (route.lcore, route.from, route.to);
         reporter.print_text(&format!("Lcore {lcore}: RX port {from} TX port {to}{queue}\n"))?;
@@ -41,7 +43,7 @@ pub fn run(app: &App, args: Args) -> Result<()> {
 
     check_interrupts(&args, &open, &used)?;
     let before = ioctl::calls();
-    let config = Config { port: args.port(), buffers: args.total_num_mbufs, ..Config::default() };
+    let config = Config { port: args.port(), buffers: args.total_num_mbufs, processes, ..Config::default() };
     let mut ports = app.reserve(open, routes, &config)?;
     describe_memory(&app.eal, &reporter, &ports, ioctl::calls() - before)?;
     for number in 0..ports.count() {
@@ -211,11 +213,11 @@ fn check_links(app: &App, reporter: &Reporter, ports: &Ports) -> Result<()> {
     Ok(())
 }
 
-/// Stops and closes every port, unless a successor has it, prints its counters, and checks that every buffer was
+/// Stops and closes every port that is this process's, prints its counters, and checks that every buffer was
 /// returned.
 fn close(reporter: &Reporter, ports: &mut Ports) -> Result<()> {
     for number in ports.used().collect::<Vec<_>>() {
-        let is_ours = !ports.is_handed_over();
+        let is_ours = ports.is_owner();
         if is_ours {
             reporter.print_text(&format!("Closing port {number}..."))?;
         }

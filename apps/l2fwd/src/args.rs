@@ -10,6 +10,8 @@ use crate::report::Style;
 pub const MOST_QUEUES_PER_LCORE: u32 = 15;
 /// Maximum number of queue pairs of a port: one for each possible lcore (`RTE_MAX_LCORE` of DPDK).
 const MOST_QUEUES: u16 = 128;
+/// Maximum number of processes that share the ports.
+const MOST_PROCESSES: u16 = 16;
 /// Upper bound of the time between two tables, in seconds: a day.
 const LONGEST_PERIOD: f64 = 86_400.0;
 
@@ -38,6 +40,14 @@ pub struct Args {
     /// Queue pairs per port, 1 to 128
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MOST_QUEUES)))]
     pub queues: u16,
+    /// Number of processes that share the queues of the ports (as in symmetric_mp), 1 to 16. Start the others with
+    /// --proc-type secondary and the same arguments
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MOST_PROCESSES)))]
+    pub num_procs: u16,
+    /// Number of this process, from 0: it polls its part of the queues. The primary also polls the parts of processes that
+    /// do not run
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub proc_id: u16,
     /// Seconds between two tables, such as 0.5; 0 for none
     #[arg(short = 'T', value_name = "PERIOD", default_value = "10", value_parser = period)]
     pub period: f64,

@@ -7,5 +7,5 @@ use vireo_drivers::table::Drivers;
 use vireo_l2fwd::app;
 
 fn main() -> ExitCode {
-    vireo_frame::main_of_replaceable(Drivers::default(), app::run)
+    vireo_frame::main_of_shareable(Drivers::default(), app::run)
 }

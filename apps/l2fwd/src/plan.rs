@@ -1,20 +1,24 @@
 //! Turns the arguments into routes: which port forwards to which, and on which lcore.
 
 use vireo_eal::{Error, ErrorKind, Result};
-use vireo_frame::{Route, assign_lcores, neighbors, no_ports};
+use vireo_frame::{Processes, Route, assign_lcores, neighbors, no_ports};
 
 use crate::args::{Args, MOST_QUEUES_PER_LCORE, Pairs, PortMap};
 
-/// Distributes the queues of the ports that `args` selects over `lcores` (IDs, ascending). There are `ports`
-/// ports.
+/// Distributes the queues of the ports that `args` selects over `processes`, and those of this process over `lcores` (IDs,
+/// ascending). There are `ports` ports.
 ///
 /// # Errors
-/// `Unavailable` when there are no ports, `Usage` when the port mask, the port pairs or the lcores do not fit
-/// them.
-pub fn plan(args: &Args, ports: usize, lcores: &[u32]) -> Result<Vec<Route>> {
+/// `Unavailable` when there are no ports, `Usage` when the port mask, the port pairs, the processes or the lcores do not
+/// fit them.
+pub fn plan(args: &Args, ports: usize, lcores: &[u32], processes: Processes) -> Result<Vec<Route>> {
     let ways = destinations(&enabled(args.mask, ports)?, args.portmap.as_ref())?;
-    assign_lcores(&ways, args.queues, lcores, Some(args.queues_per_lcore as usize)).map_err(|error| {
-        let count = ways.len() * usize::from(args.queues);
+    let most = Some(args.queues_per_lcore as usize);
+    assign_lcores(&ways, args.queues, lcores, most, processes).map_err(|error| {
+        if error.hint().is_some() {
+            return error;
+        }
+        let count = processes.part(ways.len() * usize::from(args.queues));
         let most = MOST_QUEUES_PER_LCORE as usize;
         error.with_hint(match count.div_ceil(lcores.len().max(1)) {
             each if each <= most => format!("use -q {each}, or more lcores with -l"),
@@ -86,7 +90,7 @@ mod tests {
     fn what_does_not_fit_says_what_would() {
         let text = |line: &str, ports| {
             let words = line.split(' ').map(Into::into).collect();
-            plan(&parse_app(words).unwrap(), ports, &[0]).unwrap_err().to_string()
+            plan(&parse_app(words).unwrap(), ports, &[0], Processes::default()).unwrap_err().to_string()
         };
         assert_eq!(
             text("l2fwd -p 3", 2),

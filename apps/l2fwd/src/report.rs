@@ -211,6 +211,14 @@ pub fn announce(style: Style, event: RunEvent) {
         }
         RunEvent::TookOver(handover) => moved("took_over", handover),
         RunEvent::HandedOver(handover) => moved("handed_over", handover),
+        // In the log for people, as the state of a port.
+        RunEvent::Secondary { process, pid, state } => {
+            let event = json!({ "event": "secondary", "process": process, "pid": pid, "state": state });
+            (String::new(), event)
+        }
+        RunEvent::Joined { pid } => {
+            (format!("Polling queues of process {pid}"), json!({ "event": "joined", "pid": pid }))
+        }
     };
     let line = if style == Style::Json { json.to_string() } else { text };
     if !line.is_empty() {

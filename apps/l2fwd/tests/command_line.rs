@@ -45,7 +45,7 @@ fn a_wrong_word_is_named_with_what_would_be_right() {
         (&["-l", "0", "-l", "0"], "--lcores", "see: vireo-l2fwd --help"),
         (&["-m", "0"], "'0'", "1..=4294967295"),
         (&["--vfio-mode", "fast"], "\"fast\"", "use one of auto, container"),
-        (&["--proc-type", "secondary"], "\"secondary\"", "use primary or auto"),
+        (&["--proc-type", "tertiary"], "\"tertiary\"", "use primary, secondary or auto"),
         (&["-a", "zz"], "\"zz\"", "ls /sys/bus/pci/devices"),
         (&["--vdev", "net_virtio0"], "\"net_virtio0\"", "net_virtio_user0"),
         (&["--vdev", "net_vhost0,ifac=/a"], "\"ifac=/a\"", "known keys: iface"),

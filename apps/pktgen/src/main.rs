@@ -31,7 +31,8 @@ fn generate(app: &App, args: &Args) -> Result<(Outcome, Vec<PortStats>)> {
     args::check_port(args.tx_port, open.len())?;
     args::check_port(args.rx_port, open.len())?;
     let lcore = app.eal.lcores.main_id();
-    let routes = (0..open.len()).map(|port| Route { lcore, from: port, to: port, pair: 0 }).collect();
+    let routes =
+        (0..open.len()).map(|port| Route { lcore, from: port, to: port, pair: 0, process: 0 }).collect();
     // Frames to send have buffers of their own, which no device can write to.
     let port = PortConfig::default();
     let port = port.with_max_frame(port.max_frame.max(*args.size.end()));

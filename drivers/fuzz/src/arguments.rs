@@ -11,7 +11,7 @@ use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
 
 const VDEVS: &[(&str, &[&str])] = &[("net_virtio_user", &["path", "mrg_rxbuf"]), ("net_vhost", &["iface"])];
-const PROGRAM: Program<'_> = Program { usage: None, device_keys: &["mrg_rxbuf", "rxd"], vdev_keys: VDEVS, successor_of: Some("l2fwd") };
+const PROGRAM: Program<'_> = Program { usage: None, device_keys: &["mrg_rxbuf", "rxd"], vdev_keys: VDEVS, peer_of: Some("l2fwd") };
 
 fn refused(error: &Error) {
     assert_eq!(error.kind(), ErrorKind::Usage, "{error}");

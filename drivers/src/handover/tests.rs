@@ -1,4 +1,4 @@
-//! Ports that move from process to process in the middle of their traffic: no frame is lost, duplicated or overtaken, and
+//! Ports and queues that move from process to process in the middle of their traffic: no frame is lost, duplicated or overtaken, and
 //! no buffer is lost. Each process has a mapping of its own of the same memory, and a pool of its own.
 
 use proptest::prelude::*;
@@ -106,6 +106,33 @@ impl<D: PciDriver + HandOver<Rx: TieRx, Tx: TieTx>> Process<D> {
         Self { port: next, rx, tx, cache: successor.cache(), memory: again, pool: successor }
     }
 
+    /// Attaches to the port in a secondary process, which has no queues yet.
+    fn secondary(&self, wire: &dyn Wire, config: &PortConfig) -> Self {
+        let mut fds = Fds::default();
+        let facts = self.port.facts(&mut fds).unwrap();
+        let record = PortRecord::without_queues(&self.port, config, &mut Fds::default()).unwrap();
+        let fds = fds.duplicate().unwrap();
+        let memory = placed(adopted(&self.memory));
+        let pool = Pool::new(&memory, BUFFERS).unwrap();
+        let mut port = D::attach(wire.function(), &[], Facts { record: &facts, fds: &fds }).unwrap();
+        let queues = record.resume_on(&mut port, config, &memory, &mut pool.take_free(), &fds).unwrap();
+        port.leave();
+        let (rx, tx) = queues.into_pair().unwrap();
+        Self { port, rx, tx, cache: pool.cache(), memory, pool }
+    }
+
+    /// Passes the queues to another process, which has none.
+    fn lend_to(&mut self, other: &mut Self) {
+        let records = (self.port.rx_record(&self.rx).unwrap(), self.port.tx_record(&self.tx).unwrap());
+        self.port.lend_rx(&mut self.rx, &mut self.cache).unwrap();
+        self.port.lend_tx(&mut self.tx, &mut self.cache).unwrap();
+        self.cache = self.pool.cache();
+        assert_eq!(self.pool.available(), BUFFERS, "this process may use none of the buffers");
+        let mut free = other.pool.take_free();
+        other.port.take_back_rx(&mut other.rx, &records.0, &mut free).unwrap();
+        other.port.take_back_tx(&mut other.tx, &records.1, &mut free).unwrap();
+    }
+
     /// Polls once, and sends back what was received.
     fn poll(&mut self) {
         let mut burst = Burst::new();
@@ -202,6 +229,54 @@ fn run<D: PciDriver + HandOver<Rx: TieRx, Tx: TieTx>>(
     process.stop();
 }
 
+/// Runs `steps`: frames that arrive, each followed by a poll or not; then, the queues pass to the other one of two
+/// processes, or not.
+fn share<D: PciDriver + HandOver<Rx: TieRx, Tx: TieTx>>(
+    wire: &dyn Wire,
+    config: &PortConfig,
+    steps: &[(u8, bool, bool)],
+) {
+    let mut primary = Process::<D>::start(wire, config);
+    let mut secondary = primary.secondary(wire, config);
+    let (resets, mut sent, mut returned, mut is_lent) = (wire.resets(), Vec::new(), Vec::new(), false);
+    for (arriving, is_polled, passes) in steps {
+        for _ in 0..*arriving {
+            let frame = frame(sent.len() as u32, 60 + sent.len() * 37 % (config.max_frame - 60));
+            if wire.receive(&frame) {
+                sent.push(frame);
+            }
+        }
+        if *is_polled {
+            (if is_lent { &mut secondary } else { &mut primary }).poll();
+        }
+        returned.append(&mut wire.transmitted());
+        if *passes {
+            match is_lent {
+                true => secondary.lend_to(&mut primary),
+                false => primary.lend_to(&mut secondary),
+            }
+            is_lent = !is_lent;
+        }
+    }
+    if is_lent {
+        secondary.lend_to(&mut primary);
+    }
+    while returned.len() < sent.len() {
+        let before = returned.len();
+        primary.poll();
+        returned.append(&mut wire.transmitted());
+        assert!(returned.len() > before, "{before} of {} frames came back", sent.len());
+    }
+    assert!(returned == sent, "frames were changed or overtaken");
+    // The end of a secondary process resets nothing, and neither does its death with the queues.
+    primary.lend_to(&mut secondary);
+    let Process { port, rx, tx, cache, pool, .. } = secondary;
+    drop(port);
+    bury(Queues::pair(rx, tx), cache, &pool);
+    assert_eq!(wire.resets(), resets);
+    primary.stop();
+}
+
 fn steps() -> impl Strategy<Value = Vec<(u8, bool, bool)>> {
     let step = (0_u8..12, any::<bool>(), proptest::bool::weighted(0.3));
     proptest::collection::vec(step, 1..40)
@@ -232,6 +307,28 @@ proptest! {
         let make = if silicon { FakeE1000::silicon } else { FakeE1000::new };
         let (_, wire) = make(address(), id, MAC);
         run::<e1000::Device>(&wire, &config, &steps);
+    }
+
+    #[test]
+    fn queues_of_e1000_pass_between_processes(
+        steps in steps(), is_express: bool, silicon: bool, config in configs(true),
+    ) {
+        let id = if is_express { ID_82574L } else { ID_82540EM };
+        let make = if silicon { FakeE1000::silicon } else { FakeE1000::new };
+        let (_, wire) = make(address(), id, MAC);
+        share::<e1000::Device>(&wire, &config, &steps);
+    }
+
+    #[test]
+    fn queues_of_igb_pass_between_processes(steps in steps(), silicon: bool, config in configs(true)) {
+        let make = if silicon { FakeIgb::silicon } else { FakeIgb::new };
+        let (_, wire) = make(address(), ID_82576, MAC);
+        share::<igb::Device>(&wire, &config, &steps);
+    }
+
+    #[test]
+    fn queues_of_virtio_pass_between_processes(steps in steps(), config in configs(false)) {
+        share::<virtio::Device>(&VirtioNet::default(), &config, &steps);
     }
 
     #[test]

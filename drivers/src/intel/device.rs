@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_bus_pci::{DeviceId, Function, Interrupt, InterruptRecord};
-use vireo_eal::dma::{DescRing, DmaMemory, DmaRing, PoolCache};
-use vireo_eal::handover::{Fds, encode};
+use vireo_eal::dma::{DescRing, DmaMemory, DmaRing, FreeBuffers, PoolCache};
+use vireo_eal::handover::{Fds, decode, encode};
 use vireo_eal::mmio::Doorbell;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -265,6 +265,28 @@ impl<C: Chip> HandOver for Device<C> {
         encode(&tx.record())
     }
 
+    fn lend_rx(&self, rx: &mut Self::Rx, cache: &mut PoolCache) -> Result<()> {
+        rx.lend(cache);
+        Ok(())
+    }
+
+    fn lend_tx(&self, tx: &mut Self::Tx, cache: &mut PoolCache) -> Result<()> {
+        tx.lend(cache);
+        Ok(())
+    }
+
+    fn take_back_rx(&self, rx: &mut Self::Rx, record: &[u8], free: &mut FreeBuffers) -> Result<()> {
+        rx.restore(&decode(record)?, free)
+    }
+
+    fn take_back_tx(&self, tx: &mut Self::Tx, record: &[u8], free: &mut FreeBuffers) -> Result<()> {
+        tx.restore(&decode(record)?, free)
+    }
+
+    fn take_fault(&mut self) -> Option<&'static str> {
+        self.fault.take()
+    }
+
     fn resume(&mut self, resume: Resume<'_>) -> Result<QueuesOf<Self>> {
         let config = *resume.config;
         if let Some(why) = config.unsupported_reason(&self.capabilities()) {
@@ -282,8 +304,8 @@ impl<C: Chip> HandOver for Device<C> {
         let (tails, rings) = (self.tails()?, self.rings(resume.memory, &config)?);
         let (memory, interrupt) = (Arc::clone(&rings.memory), self.rx_interrupt(&config)?);
         let (mut rx, mut tx) = self.queues(*rings, tails, config.max_frame, interrupt);
-        rx.restore(&rx_record, resume.free)?;
-        tx.restore(&tx_record, resume.free)?;
+        rx_record.map_or(Ok(()), |record| rx.restore(&record, resume.free))?;
+        tx_record.map_or(Ok(()), |record| tx.restore(&record, resume.free))?;
         self.drops = drops;
         self.linked.store(linked, Ordering::Relaxed);
         self.running = Some(memory);

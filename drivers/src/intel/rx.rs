@@ -239,6 +239,11 @@ impl<F: Format> RxQueue<F> {
         (0..self.ring.owned()).take_while(done).count()
     }
 
+    /// Forgets the buffers, whose queue another process continues. They return to `cache`.
+    pub(super) fn lend(&mut self, cache: &mut PoolCache) {
+        self.ring.reclaim_all(cache);
+    }
+
     /// Returns every buffer to `cache`, and the ring to the caller. The device must have been reset.
     pub(super) fn release(mut self, cache: &mut PoolCache) -> DescRing {
         self.ring.reclaim_all(cache);

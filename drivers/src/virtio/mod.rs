@@ -16,14 +16,15 @@ mod user;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::slice;
 use std::sync::Arc;
 
 use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
 use vireo_bus_pci::{DeviceId, Function};
-use vireo_eal::dma::{DmaMemory, MAX_FRAME, MAX_SEGMENTS, PoolCache};
+use vireo_eal::dma::{DmaMemory, FreeBuffers, MAX_FRAME, MAX_SEGMENTS, PoolCache};
 use vireo_eal::event::Event;
-use vireo_eal::handover::{Fds, encode};
+use vireo_eal::handover::{Fds, decode, encode};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -344,13 +345,13 @@ impl Device {
         Ok((Queues { rx, tx }, control))
     }
 
-    /// Sets up the queues and starts the device (3.1.1, steps 7 and 8).
+    /// Sets up the queues and starts the device (3.1.1, steps 7 and 8). The RX queues are filled from `caches` in turn.
     fn go_live(
         &mut self,
         memory: &DmaMemory,
         queues: &mut Queues<RxQueue, TxQueue>,
         mut control: Option<&mut Control>,
-        cache: &mut PoolCache,
+        caches: &mut [PoolCache],
     ) -> Result<()> {
         let event_idx = self.features.contains(Features::EVENT_IDX);
         self.transport.share(memory)?;
@@ -361,7 +362,8 @@ impl Device {
         if let Some(control) = &mut control {
             control.restart(&mut *self.transport, event_idx)?;
         }
-        queues.rx.iter_mut().try_for_each(|rx| rx.prepare(cache))?;
+        let count = caches.len();
+        queues.rx.iter_mut().enumerate().try_for_each(|(n, rx)| rx.prepare(&mut caches[n % count]))?;
         let kicks =
             numbered(queues).map(|(index, _)| self.transport.kick(index)).collect::<Result<Vec<_>>>()?;
         self.transport.go_live()?;
@@ -444,6 +446,28 @@ impl HandOver for Device {
         encode(&tx.record()?)
     }
 
+    fn lend_rx(&self, rx: &mut RxQueue, cache: &mut PoolCache) -> Result<()> {
+        rx.lend(cache);
+        Ok(())
+    }
+
+    fn lend_tx(&self, tx: &mut TxQueue, cache: &mut PoolCache) -> Result<()> {
+        tx.lend(cache);
+        Ok(())
+    }
+
+    fn take_back_rx(&self, rx: &mut RxQueue, record: &[u8], free: &mut FreeBuffers) -> Result<()> {
+        rx.restore(&decode(record)?, free)
+    }
+
+    fn take_back_tx(&self, tx: &mut TxQueue, record: &[u8], free: &mut FreeBuffers) -> Result<()> {
+        tx.restore(&decode(record)?, free)
+    }
+
+    fn take_fault(&mut self) -> Option<&'static str> {
+        self.fault.take()
+    }
+
     fn resume(&mut self, resume: Resume<'_>) -> Result<Queues<RxQueue, TxQueue>> {
         let State { features, descriptors, control: control_record } = resume.device()?;
         let [rx_descriptors, tx_descriptors] = descriptors;
@@ -461,10 +485,10 @@ impl HandOver for Device {
         }
         let mut queues = self.assemble(rings, config.max_frame, &events);
         for (rx, record) in queues.rx.iter_mut().zip(&rx_records) {
-            rx.restore(record, resume.free)?;
+            record.as_ref().map_or(Ok(()), |record| rx.restore(record, resume.free))?;
         }
         for (tx, record) in queues.tx.iter_mut().zip(&tx_records) {
-            tx.restore(record, resume.free)?;
+            record.as_ref().map_or(Ok(()), |record| tx.restore(record, resume.free))?;
         }
         if let (Some(control), Some(record)) = (&mut control, &control_record) {
             control.queue.restore(record, resume.free)?;
@@ -494,7 +518,19 @@ impl Nic for Device {
         memory: &Arc<DmaMemory>,
         cache: &mut PoolCache,
     ) -> Result<Queues<RxQueue, TxQueue>> {
-        self.retry_stop(cache)?;
+        self.start_from(config, memory, slice::from_mut(cache))
+    }
+
+    fn start_from(
+        &mut self,
+        config: &PortConfig,
+        memory: &Arc<DmaMemory>,
+        caches: &mut [PoolCache],
+    ) -> Result<Queues<RxQueue, TxQueue>> {
+        let Some(first) = caches.first_mut() else {
+            return Err(self.refuse(ErrorKind::Usage, "its RX queues get no buffers"));
+        };
+        self.retry_stop(first)?;
         if self.started.is_some() {
             return Err(self.refuse(ErrorKind::Usage, "it is already started"));
         }
@@ -553,13 +589,13 @@ impl Nic for Device {
         let (rings, mut control) = self.queues(memory, &config, control)?;
         let mut queues = self.assemble(rings, config.max_frame, &events);
         self.fault.take();
-        let live = self.go_live(memory, &mut queues, control.as_deref_mut(), cache);
+        let live = self.go_live(memory, &mut queues, control.as_deref_mut(), caches);
         let descriptors = [config.rx_descriptors, config.tx_descriptors];
         self.started = Some(Started { memory: Arc::clone(memory), descriptors, control });
         match live {
             Ok(()) => Ok(queues),
             Err(error) => {
-                if let Err(error) = self.stop(queues, cache) {
+                if let Err(error) = self.stop(queues, &mut caches[0]) {
                     tracing::error!("{error}");
                 }
                 Err(error)

@@ -101,6 +101,12 @@ impl RxQueue {
         Ok(())
     }
 
+    /// Forgets the queue's state, which another process continues. The buffers return to `cache`.
+    pub(super) fn lend(&mut self, cache: &mut PoolCache) {
+        self.queue.ring.reclaim_all(cache);
+        self.queue.last_used = self.queue.offered;
+    }
+
     /// Number of buffers that the device has filled and the application has not received.
     pub(super) fn unread(&self) -> u16 {
         self.queue.pending_from(self.after_violation.unwrap_or(self.queue.last_used))

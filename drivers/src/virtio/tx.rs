@@ -157,6 +157,15 @@ impl TxQueue {
         }
     }
 
+    /// Forgets the queue's state, which another process continues. The buffers return to `cache`.
+    pub(super) fn lend(&mut self, cache: &mut PoolCache) {
+        self.queue.ring.reclaim_all(cache);
+        if let Some(chains) = &mut self.chains {
+            chains.free(0..chains.size(), cache);
+        }
+        self.queue.last_used = self.queue.offered;
+    }
+
     /// Number of packets that the device was given and has not completed.
     pub(super) fn unfinished(&self) -> usize {
         self.queue.ring.owned().saturating_sub(self.queue.pending_from(self.queue.last_used).into())
@@ -164,10 +173,7 @@ impl TxQueue {
 
     /// Returns the buffers to their pools. Call only after a reset of the device.
     pub(super) fn into_queue(mut self, cache: &mut PoolCache) -> (Virtqueue, Option<Chains>) {
-        self.queue.ring.reclaim_all(cache);
-        if let Some(chains) = &mut self.chains {
-            chains.free(0..chains.size(), cache);
-        }
+        self.lend(cache);
         (self.queue, self.chains.map(|chains| *chains))
     }
 

@@ -98,8 +98,9 @@ pub(super) struct Cli {
     /// Name of the runtime directory; programs that run at the same time need different names
     #[arg(long, value_name = "NAME", default_value = "rte")]
     pub(super) file_prefix: String,
-    /// Process type: primary or auto; only one process can use the devices
-    #[arg(long, value_name = "TYPE", default_value = "auto", hide_default_value = true)]
+    /// Process type: primary (the default), which owns the devices; secondary, which polls queues of the running
+    /// primary with this --file-prefix and the same arguments; or auto: secondary if there is a primary
+    #[arg(long, value_name = "TYPE", default_value = "primary", hide_default_value = true)]
     pub(super) proc_type: String,
     /// Continue in place of the running program with this --file-prefix and the same arguments: its devices are not
     /// reset, and packets wait in their rings
@@ -187,7 +188,8 @@ impl Cli {
             .about("EAL arguments")
             .override_usage(format!("{name} [EAL ARGUMENTS] -- [APPLICATION ARGUMENTS]"))
             .after_help(dpdk::help())
-            .mut_arg("takeover", |takeover| takeover.hide(program.successor_of.is_none()));
+            .mut_arg("takeover", |takeover| takeover.hide(program.peer_of.is_none()))
+            .mut_arg("proc_type", |proc_type| proc_type.hide(program.peer_of.is_none()));
         let matches = command.try_get_matches_from(argv.iter().skip(1));
         match matches.and_then(|matches| Ok((Self::from_arg_matches(&matches)?, matches))) {
             Ok((cli, matches)) => Ok(Read::Arguments(Box::new(cli), dpdk::notes(&matches)?)),

@@ -34,8 +34,9 @@ pub struct Program<'a> {
     pub device_keys: &'a [&'a str],
     /// Drivers of virtual devices (`--vdev`) in the program, with the keys that each accepts.
     pub vdev_keys: &'a [(&'a str, &'a [&'a str])],
-    /// Name of the program that this one can take over while it runs (`--takeover`): its own. `None` if it cannot.
-    pub successor_of: Option<&'a str>,
+    /// Name of the program whose ports this one can take over while that runs (`--takeover`), or share with it
+    /// (`--proc-type secondary`): its own. `None` if it cannot.
+    pub peer_of: Option<&'a str>,
 }
 
 /// What the arguments ask for.
@@ -77,10 +78,12 @@ pub struct EalArgs {
     pub iova_mode: Option<IovaMode>,
     /// Whether to leave the PCI bus unused.
     pub no_pci: bool,
-    /// Name of the program that this one can take over; `None` if it cannot.
-    pub successor_of: Option<String>,
+    /// Name of the program whose ports this one can take over or share; `None` if it cannot.
+    pub peer_of: Option<String>,
     /// Whether to take over the running program. Never true without a name of it.
     pub takeover: bool,
+    /// Whether this process owns its devices. Never [`ProcType::Secondary`] without a name of the program that does.
+    pub proc_type: ProcType,
     /// VFIO mode of devices that have no mode of their own.
     pub vfio_mode: VfioMode,
     /// Whether each port gets its own address space. Never true in a mode without an IOMMU.
@@ -120,6 +123,17 @@ pub struct MemoryArgs {
     pub in_memory: bool,
     /// Whether to use 4 KiB pages instead of hugepages.
     pub no_huge: bool,
+}
+
+/// Which process owns the devices (`--proc-type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcType {
+    /// This one.
+    Primary,
+    /// The running one.
+    Secondary,
+    /// The running one, or this one if none runs.
+    Auto,
 }
 
 /// Kind of addresses that devices use (`--iova-mode`).
@@ -287,6 +301,7 @@ fn resolve(cli: Cli, mut notes: Vec<String>, program: &Program<'_>, cpus: &[usiz
         lcores::remap(&mut lcores, first.unwrap_or(0))?;
     }
     let main_lcore = main_lcore(cli.main_lcore, &lcores)?;
+    let proc_type = proc_type(&cli, program)?;
 
     let huge_dir = match cli.huge_dir {
         Some(dir) if dir.as_os_str().is_empty() => {
@@ -327,8 +342,9 @@ fn resolve(cli: Cli, mut notes: Vec<String>, program: &Program<'_>, cpus: &[usiz
         file_prefix: file_prefix(cli.file_prefix)?,
         iova_mode: cli.iova_mode,
         no_pci: cli.no_pci || (cli.no_auto_probing && cli.allow.is_empty()),
-        successor_of: program.successor_of.map(str::to_owned),
+        peer_of: program.peer_of.map(str::to_owned),
         takeover: cli.takeover,
+        proc_type,
         vfio_mode: cli.vfio_mode,
         isolate_ports: cli.isolate_ports,
         vfio_intr: cli.vfio_intr,
@@ -342,10 +358,6 @@ fn resolve(cli: Cli, mut notes: Vec<String>, program: &Program<'_>, cpus: &[usiz
         warnings,
         notes,
     };
-    check_proc_type(&cli.proc_type)?;
-    if eal.takeover && eal.successor_of.is_none() {
-        return Err(conflict("--takeover", "this program cannot take over another one", "leave it out"));
-    }
     check_twice("--allow", eal.allow.iter().map(|device| &device.address))?;
     check_twice("--block", eal.block.iter())?;
     check_twice("--vdev", eal.vdevs.iter().map(|vdev| &vdev.name))?;
@@ -379,13 +391,30 @@ fn file_prefix(name: String) -> Result<String> {
     ))
 }
 
-fn check_proc_type(text: &str) -> Result<()> {
-    let why = match text {
-        "primary" | "auto" => return Ok(()),
-        "secondary" => "sharing another process's devices is not supported",
-        _ => "there is no such type",
+/// Returns the process type, which must fit `program` and the other arguments.
+fn proc_type(cli: &Cli, program: &Program<'_>) -> Result<ProcType> {
+    if cli.takeover && program.peer_of.is_none() {
+        return Err(conflict("--takeover", "this program cannot take over another one", "leave it out"));
+    }
+    const ONE: &str = "leave one of them out";
+    let can_share = program.peer_of.is_some();
+    let (with, why, hint) = match cli.proc_type.as_str() {
+        "primary" => return Ok(ProcType::Primary),
+        "auto" if cli.takeover || cli.in_memory || !can_share => return Ok(ProcType::Primary),
+        "auto" => return Ok(ProcType::Auto),
+        "secondary" if !can_share => ("", "this program cannot share its ports", "use primary or auto"),
+        "secondary" if cli.takeover => {
+            (" with --takeover", "a process shares the ports of another one or takes them over", ONE)
+        }
+        "secondary" if cli.in_memory => {
+            (" with --in-memory", "processes find each other in the runtime directory", ONE)
+        }
+        "secondary" => return Ok(ProcType::Secondary),
+        _ if can_share => ("", "there is no such type", "use primary, secondary or auto"),
+        _ => ("", "there is no such type", "use primary or auto"),
     };
-    Err(conflict(&format!("--proc-type {}", quoted(text)), why, "use primary or auto"))
+    let what = format!("--proc-type {}{with}", quoted(&cli.proc_type));
+    Err(conflict(&what, why, hint))
 }
 
 fn check_twice<'a, T: Ord + Display + 'a>(

@@ -10,7 +10,7 @@ const PROGRAM: Program<'_> = Program {
     usage: Some(|| USAGE.to_owned()),
     device_keys: &["rxd"],
     vdev_keys: &[("net_virtio_user", &["path"]), ("net_vhost", &["iface"])],
-    successor_of: Some("l2fwd"),
+    peer_of: Some("l2fwd"),
 };
 
 fn outcome(line: &str) -> Result<Outcome> {
@@ -131,8 +131,18 @@ fn the_bad_word_and_the_right_one_are_named() {
             "--vdev net_vhost0: the device is given twice",
         ),
         (
-            "--proc-type secondary",
-            "--proc-type \"secondary\": sharing another process's devices is not supported; use primary or auto",
+            "--proc-type tertiary",
+            "--proc-type \"tertiary\": there is no such type; use primary, secondary or auto",
+        ),
+        (
+            "--proc-type secondary --takeover",
+            "--proc-type \"secondary\" with --takeover: a process shares the ports of another one or takes them over; \
+             leave one of them out",
+        ),
+        (
+            "--in-memory --proc-type secondary",
+            "--proc-type \"secondary\" with --in-memory: processes find each other in the runtime directory; leave one \
+             of them out",
         ),
         (
             "--file-prefix a/b",
@@ -288,7 +298,7 @@ fn every_eal_argument_of_dpdk() {
         (&["-m 64", "-m64", "--memory-size 64", "--memory-size=64"], Honoured),
         (&["--no-hpet", "--no-shconf", "--telemetry", "--vmware-tsc-map"], NoEffect),
         (&["--no-telemetry"], Honoured),
-        (&["--proc-type primary", "--proc-type=auto"], Honoured),
+        (&["--proc-type primary", "--proc-type=auto", "--proc-type secondary"], Honoured),
         (&["-R", "-R=4", "--remap-lcore-ids", "--remap-lcore-ids=4"], Honoured),
         (&["-S 1", "-S", "--service-corelist 1", "--service-corelist=1"], Refused(service)),
         (&["-s 2", "-s2", "-s", "--service-coremask 2", "--service-coremask=2"], Refused(service)),

@@ -22,13 +22,13 @@ const MAX_MESSAGE: u32 = 1 << 28;
 /// How long the other process may take to read a message, or to send the rest of one.
 pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 
-pub(super) const CANNOT: &str = "cannot take over the running program";
+pub(super) const CANNOT: &str = "cannot use the ports of the running program";
 
 /// Version of what records mean. It changes when a program would misread the record of another although both have the
 /// same types: their types are compared anyway.
 const MEANING: &str = "vireo 1";
 
-/// The predecessor's answers: the encoded record that was asked for, or why it is refused.
+/// The running program's answers: the encoded record that was asked for, or why it is refused.
 type Answer = std::result::Result<Vec<u8>, String>;
 
 /// Identifies the names and types of all parts of a record, and [`MEANING`].
@@ -56,7 +56,7 @@ pub fn decode<T: DeserializeOwned + Schema>(bytes: &[u8]) -> Result<T> {
     let record = bytes.strip_prefix(&const { form::<T>() });
     let other = || {
         Error::new(ErrorKind::Busy, CANNOT, "it is of another version, whose records differ")
-            .with_hint("stop it, then start this one without --takeover")
+            .with_hint("run the same version of both")
     };
     match postcard::take_from_bytes(record.ok_or_else(other)?) {
         Ok((record, [])) => Ok(record),
@@ -131,7 +131,7 @@ impl ReceivedFds {
     }
 }
 
-/// Connection between a program and its successor.
+/// Connection between a running program and a process that takes over or shares its ports.
 #[derive(Debug)]
 pub struct Channel {
     socket: UnixStream,
@@ -149,7 +149,7 @@ impl Channel {
     /// # Errors
     /// If the other process has closed the connection or does not read within 2 s.
     pub fn send<T: Serialize + Schema>(&self, message: &T, fds: &Fds<'_>) -> Result<()> {
-        let what = "cannot send to the other process of the take-over";
+        let what = "cannot send to the other process";
         let bytes = encode(message)?;
         let len = u32::try_from(bytes.len()).ok().filter(|len| *len <= MAX_MESSAGE);
         let len = len.ok_or_else(|| Error::new(ErrorKind::Protocol, what, "the message is too long"))?;
@@ -169,7 +169,7 @@ impl Channel {
     /// `Unavailable` if the other process has closed the connection, or sends nothing for `longest`; `Protocol` if it
     /// sends something else.
     pub fn receive<T: DeserializeOwned + Schema>(&self, longest: Duration) -> Result<(T, ReceivedFds)> {
-        let what = "cannot receive from the other process of the take-over";
+        let what = "cannot receive from the other process";
         let ended = || Error::new(ErrorKind::Unavailable, what, "it has closed the connection");
         if !self.has_message(longest)? {
             return Err(Error::new(
@@ -200,19 +200,12 @@ impl Channel {
         Ok((decode(&bytes)?, ReceivedFds(fds)))
     }
 
-    /// Waits until there is something to receive, or the connection has ended, for at most `longest`. Returns whether
-    /// one of both is the case.
+    /// Waits for this connection alone, as [`wait_for_message`] does.
     ///
     /// # Errors
-    /// `Os` if the kernel lacks memory.
+    /// As for [`wait_for_message`].
     pub fn has_message(&self, longest: Duration) -> Result<bool> {
-        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::try_from(longest).unwrap_or(PollTimeout::MAX)) {
-            Ok(ready) => Ok(ready > 0),
-            // A signal asks the program to stop, which takes precedence.
-            Err(Errno::EINTR) => Ok(false),
-            Err(errno) => Err(Error::os("cannot wait for the other process of the take-over", errno)),
-        }
+        wait_for_message([self], longest)
     }
 
     /// Refuses messages from the other process that have not arrived yet: its next [`Channel::send`] fails.
@@ -221,7 +214,7 @@ impl Channel {
         let _ = self.socket.shutdown(Shutdown::Read);
     }
 
-    /// Sends the successor the record that it asked for.
+    /// Sends the other process the record that it asked for.
     ///
     /// # Errors
     /// As for [`Channel::send`].
@@ -229,7 +222,7 @@ impl Channel {
         self.send(&Answer::Ok(encode(record)?), fds)
     }
 
-    /// Sends the successor the reason why it cannot take over.
+    /// Sends the other process the reason why it does not get what it asked for.
     ///
     /// # Errors
     /// As for [`Channel::send`].
@@ -237,7 +230,7 @@ impl Channel {
         self.send(&Answer::Err(why), &Fds::default())
     }
 
-    /// Receives the predecessor's answer.
+    /// Receives the running program's answer.
     ///
     /// # Errors
     /// As for [`Channel::receive`]; `Busy` with the predecessor's reason if it refuses.
@@ -251,6 +244,25 @@ impl Channel {
     /// which may be an earlier predecessor.
     pub(super) fn peer(&self) -> nix::Result<UnixCredentials> {
         getsockopt(&self.socket, PeerCredentials)
+    }
+}
+
+/// Waits until one of `channels` has something to receive, or has ended, for at most `longest`. Returns whether that is the
+/// case.
+///
+/// # Errors
+/// `Os` if the kernel lacks memory.
+pub fn wait_for_message<'a>(
+    channels: impl IntoIterator<Item = &'a Channel>,
+    longest: Duration,
+) -> Result<bool> {
+    let fd = |channel: &'a Channel| PollFd::new(channel.socket.as_fd(), PollFlags::POLLIN);
+    let mut fds: Vec<_> = channels.into_iter().map(fd).collect();
+    match poll(&mut fds, PollTimeout::try_from(longest).unwrap_or(PollTimeout::MAX)) {
+        Ok(ready) => Ok(ready > 0),
+        // A signal asks the program to stop, which takes precedence.
+        Err(Errno::EINTR) => Ok(false),
+        Err(errno) => Err(Error::os("cannot wait for the other process", errno)),
     }
 }
 

@@ -163,7 +163,7 @@ impl Region {
             .eq(lens.iter().map(|len| Some(*len)));
         if !is_such {
             let why = "its packet memory has another size or other pages than these arguments ask for";
-            return Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+            return Err(Error::new(ErrorKind::Busy, "cannot use the ports of the running program", why)
                 .with_hint("give both the same arguments"));
         }
         let mut addresses = Addresses::reserve(lens.iter().sum(), page_size)?;

@@ -252,7 +252,7 @@ impl AddressSpace {
             Some((at, of)) if of == len && iova.is_none_or(|iova| iova == at) => Ok(Some(at)),
             Some((at, of)) => {
                 let why = format!("it maps {of} bytes at {at:#x} where these arguments need {len}");
-                Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+                Err(Error::new(ErrorKind::Busy, "cannot use the ports of the running program", why)
                     .with_hint("give both the same arguments"))
             }
         }

@@ -164,8 +164,7 @@ impl L2fwd {
         let gap = next.events.last().and_then(|event| event["gap_us"].as_f64()).context("no gap")?;
         let ended = self.wait()?;
         ensure!(ended.code == 0, "the predecessor exited with {}", ended.code);
-        let complains = |line: &&str| line.contains("warning") || line.contains("error");
-        ensure!(!ended.complaints().iter().any(complains), "the predecessor printed warnings or errors");
+        ensure!(!ended.warns(), "the predecessor printed warnings or errors");
         ensure!(
             ended.event("handed_over").is_ok()
                 && ended.events.last().is_some_and(|event| event["event"] == "end"),
@@ -211,6 +210,13 @@ impl L2fwd {
         Ok(ended)
     }
 
+    /// As [`L2fwd::stop`], where the log has more than warnings and errors.
+    pub(crate) fn stop_talking(self) -> Result<Ended> {
+        let ended = self.stop_complaining(Signal::SIGINT)?;
+        ensure!(!ended.warns(), "l2fwd printed warnings or errors");
+        Ok(ended)
+    }
+
     /// As [`L2fwd::stop`], with `signal`, where complaints are expected.
     pub(crate) fn stop_complaining(self, signal: Signal) -> Result<Ended> {
         let ended = self.end(signal)?;
@@ -245,6 +251,11 @@ impl Ended {
     /// Lines of standard error, except the one about recovery from a killed run.
     pub(crate) fn complaints(&self) -> Vec<&str> {
         self.stderr.lines().filter(|line| !line.contains(RECOVERED)).collect()
+    }
+
+    /// Whether the log has warnings or errors.
+    pub(crate) fn warns(&self) -> bool {
+        self.complaints().iter().any(|line| line.contains("warning") || line.contains("error"))
     }
 
     /// Checks that `port` was opened in `mode`, and that `why` is part of the reason.

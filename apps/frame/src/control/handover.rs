@@ -9,11 +9,13 @@ use vireo_drivers::handover::PortRecord;
 use vireo_drivers::ports::OfferedPort;
 use vireo_eal::clock::monotonic;
 use vireo_eal::dma::FreeBuffers;
-use vireo_eal::handover::{Channel, Fds, ReceivedFds, Step, Takeover, encode};
+use vireo_eal::handover::{Channel, Fds, Peer, ReceivedFds, Role, RunningProgram, Step, encode};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
+use super::primary::Secondary;
 use super::{ParkedLane, RunEvent, Successor, Supervisor};
+use crate::recall::Wanted;
 use crate::supervised::SupervisedPort;
 
 /// How long the successor waits for the predecessor's state. The predecessor looks for messages ten times per second,
@@ -25,10 +27,21 @@ const RUNNING_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a process whose connection has ended may take to end itself.
 const END_PATIENCE: Duration = Duration::from_secs(1);
 
-/// What a program tells its successor in advance.
+/// What a program tells its successor or a secondary process in advance.
 #[derive(Debug, Serialize, Deserialize, Schema)]
 pub(crate) struct ProgramRecord {
     pub(crate) ports: Vec<OfferedPort>,
+    /// Number of packet buffers that devices receive into.
+    pub(crate) buffers: u32,
+    /// Started ports, for a secondary process.
+    pub(crate) shared: Vec<SharedPort>,
+}
+
+/// A started port, as a secondary process needs it.
+#[derive(Debug, Serialize, Deserialize, Schema)]
+pub(crate) struct SharedPort {
+    pub(crate) number: u32,
+    pub(crate) record: PortRecord,
 }
 
 /// State of the program when no lcore polls any more.
@@ -72,19 +85,21 @@ fn commit(channel: &Channel, state: &State, fds: &Fds<'_>) -> Result<()> {
 }
 
 impl<H> Supervisor<'_, H> {
-    /// Answers a successor, if there is one. Returns true when it has taken over.
-    pub(super) fn serve_successor(&mut self, stop: &StopFlag) -> bool {
+    /// Answers other processes. Returns true when a successor has taken over.
+    pub(super) fn serve_peers(&mut self, stop: &StopFlag) -> bool {
         let eal = self.control.eal;
-        let Some(listener) = eal.successors() else { return false };
+        let Some(listener) = eal.peers() else { return false };
         match listener.accept() {
             Ok(None) => {}
-            Ok(Some((channel, pid))) => {
-                if let Err(error) = self.offer(channel, pid) {
-                    tracing::warn!("a successor is refused: {error}");
+            Ok(Some(peer)) => {
+                let pid = peer.pid;
+                if let Err(error) = self.offer(peer) {
+                    tracing::warn!("process {pid} is refused: {error}");
                 }
             }
             Err(error) => tracing::debug!("{error}"),
         }
+        self.serve_secondaries();
         let has_message =
             |successor: &mut Successor| successor.channel.has_message(Duration::ZERO).unwrap_or(true);
         let Some(successor) = self.successor.take_if(has_message) else { return false };
@@ -97,12 +112,27 @@ impl<H> Supervisor<'_, H> {
         }
     }
 
-    /// Offers everything to a successor that has introduced itself, unless there is another one.
-    fn offer(&mut self, channel: Channel, pid: u32) -> Result<()> {
-        if let Some(other) = &self.successor {
-            let why = format!("process {} is taking it over already", other.pid);
+    /// Returns why a process that has introduced itself gets nothing.
+    fn objection(&self, role: Role) -> Option<String> {
+        let is_shared = self.control.resources.processes().count() > 1;
+        match (&self.successor, role) {
+            (Some(other), _) => Some(format!("process {} is taking it over already", other.pid)),
+            (None, Role::Successor) if is_shared => {
+                Some("it shares its ports with other processes (--num-procs)".to_owned())
+            }
+            (None, Role::Secondary) if !is_shared => {
+                Some("it was started without --num-procs, and polls all queues itself".to_owned())
+            }
+            (None, _) => None,
+        }
+    }
+
+    /// Offers a process that has introduced itself what it needs to prepare its ports.
+    fn offer(&mut self, peer: Peer) -> Result<()> {
+        let Peer { channel, pid, role, .. } = &peer;
+        if let Some(why) = self.objection(*role) {
             channel.refuse(why.clone())?;
-            return Err(Error::new(ErrorKind::Busy, "cannot hand over", why));
+            return Err(Error::new(ErrorKind::Busy, "cannot use the ports", why));
         }
         let control = &self.control;
         let (map, mut fds) = (control.resources.memory().memory_map(), Fds::default());
@@ -114,8 +144,13 @@ impl<H> Supervisor<'_, H> {
                 .iter()
                 .map(|port| OfferedPort::of(port.open.as_ref().ok_or_else(is_closed)?, map, &mut fds));
             let ports = offered.collect::<Result<Vec<_>>>()?;
+            let buffers = control.resources.buffers();
+            let shared = match role {
+                Role::Successor => Vec::new(),
+                Role::Secondary => self.shared_ports()?,
+            };
             let regions = segments.iter().map(|segment| segment.region());
-            control.eal.offer(regions, encode(&ProgramRecord { ports })?, &mut fds)
+            control.eal.offer(regions, encode(&ProgramRecord { ports, buffers, shared })?, &mut fds)
         };
         match offer() {
             Ok(offer) => channel.reply(&offer, &fds)?,
@@ -124,9 +159,26 @@ impl<H> Supervisor<'_, H> {
                 return Err(error);
             }
         }
-        tracing::info!("process {pid} prepares to take over");
-        self.successor = Some(Successor { channel, pid, restarts: self.restarts() });
+        match role {
+            Role::Successor => {
+                tracing::info!("process {pid} prepares to take over");
+                let Peer { channel, pid, .. } = peer;
+                self.successor = Some(Successor { channel, pid, restarts: self.restarts() });
+            }
+            Role::Secondary => self.secondaries.push(Secondary::new(peer)),
+        }
         Ok(())
+    }
+
+    /// Describes all started ports for a secondary process.
+    fn shared_ports(&self) -> Result<Vec<SharedPort>> {
+        let shared = |number: &usize| {
+            let open = self.control.ports[*number].open.as_ref();
+            let open =
+                open.ok_or_else(|| Error::new(ErrorKind::Unavailable, "cannot share", "a port is closed"))?;
+            Ok(SharedPort { number: *number as u32, record: self.control.resources.share(open)? })
+        };
+        self.control.used.iter().map(shared).collect()
     }
 
     /// Number of restarts of all ports.
@@ -163,10 +215,10 @@ impl<H> Supervisor<'_, H> {
     }
 
     /// Takes all lanes from the lcores. Returns them without their queues.
-    fn park_all(&mut self) -> Vec<ParkedLane<H>> {
+    pub(super) fn park_all(&mut self) -> Vec<ParkedLane<H>> {
         let super::Control { recall, lcores, .. } = self.control;
         let all = 0..self.queues.numbers(self.control.ports.len()).start;
-        recall.take(all, lcores).into_iter().map(|(lcore, lane)| self.park(lcore, lane)).collect()
+        recall.take(Wanted::At(all), lcores).into_iter().map(|(lcore, lane)| self.park(lcore, lane)).collect()
     }
 
     /// Describes all started ports, whose queues no lcore polls, if they are as they were after `restarts`. Their
@@ -200,18 +252,18 @@ impl<H> Supervisor<'_, H> {
     ///
     /// # Errors
     /// Why the predecessor keeps its ports.
-    pub(super) fn take_over(&mut self, takeover: &Takeover) -> Result<()> {
+    pub(super) fn take_over(&mut self, predecessor: &RunningProgram) -> Result<()> {
         let super::Control { eal, recall, lcores, resources, announce, .. } = self.control;
         // All lcores run and wait for lanes.
         recall.give(Vec::new(), lcores);
-        let mut free = resources.pool.take_free();
-        let channel = takeover.channel();
+        let mut free = resources.pool(0).take_free();
+        let channel = predecessor.channel();
         let sent = channel.send(&Step::Ready, &Fds::default());
         let state = sent.and_then(|()| channel.answer::<State>(STATE_PATIENCE));
         let (state, fds) = match state {
             Ok(answer) => answer,
-            Err(error) if takeover.has_ended(END_PATIENCE) => {
-                tracing::warn!("{error}: process {} has ended; its ports are reset", takeover.pid());
+            Err(error) if predecessor.has_ended(END_PATIENCE) => {
+                tracing::warn!("{error}: process {} has ended; its ports are reset", predecessor.pid());
                 eal.succeed();
                 return Ok(());
             }
@@ -222,7 +274,7 @@ impl<H> Supervisor<'_, H> {
         let running = resumed.and_then(|()| {
             channel.send(&Step::Running, &Fds::default()).map_err(|error| {
                 let why = format!("it waited no longer, and continues ({})", error.why());
-                Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+                Error::new(ErrorKind::Busy, "cannot use the ports of the running program", why)
             })
         });
         if let Err(error) = running {
@@ -238,7 +290,7 @@ impl<H> Supervisor<'_, H> {
             port.open.iter_mut().for_each(|open| open.watch_release_request());
             port.status.update(|status| status.is_started = true);
         }
-        announce(RunEvent::TookOver(Handover { pid: takeover.pid(), gap }));
+        announce(RunEvent::TookOver(Handover { pid: predecessor.pid(), gap }));
         Ok(())
     }
 
@@ -246,7 +298,7 @@ impl<H> Supervisor<'_, H> {
     fn resume(&mut self, state: &State, fds: &ReceivedFds, free: &mut FreeBuffers) -> Result<()> {
         if state.ports.iter().map(|port| port.number as usize).ne(self.control.used.iter().copied()) {
             let why = "it forwards between other ports";
-            return Err(Error::new(ErrorKind::Busy, "cannot take over the running program", why)
+            return Err(Error::new(ErrorKind::Busy, "cannot use the ports of the running program", why)
                 .with_hint("give both the same arguments"));
         }
         for PortState { number, record, restarts, link_changes } in &state.ports {

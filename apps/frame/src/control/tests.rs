@@ -166,7 +166,8 @@ fn while_forwarding_with(
     let region = Region::new(Pool::bytes(buffers) + (1 << 20), Backing::SmallPages).unwrap();
     let memory = DmaMemory::map(region, &[]).unwrap();
     let (devices, open): (Vec<_>, Vec<_>) = (0..4).map(|number| Device::new(virtio, number, &memory)).unzip();
-    let routes = ways.iter().map(|&(lcore, from, to)| Route { lcore, from, to, pair: 0 }).collect();
+    let routes =
+        ways.iter().map(|&(lcore, from, to)| Route { lcore, from, to, pair: 0, process: 0 }).collect();
     let need = MemoryNeed { buffers, send_only: 0, config };
     let mut ports = Ports::new(open, routes, PortMemory::from(memory), &need).unwrap();
     ports.start_all(false).unwrap();

@@ -62,7 +62,7 @@ fn lanes_leave_and_come_back() {
             start(&recall, 0, vec![lane(0, 1), lane(2, 3)]),
             start(&recall, 1, vec![lane(1, 0), lane(3, 2)]),
         ];
-        let mut taken = recall.take(0..1, &[0, 1]);
+        let mut taken = recall.take(Wanted::At(0..1), &[0, 1]);
         taken.sort_by_key(|(lcore, _)| *lcore);
         let from = |(lcore, lane): &(u32, Lane<(), (), ()>)| (*lcore, lane.from, lane.to);
         assert_eq!(taken.iter().map(from).collect::<Vec<_>>(), [(0, 0, 1), (1, 1, 0)]);
@@ -77,7 +77,7 @@ fn lanes_leave_and_come_back() {
 
 /// Does what the control thread does for port 0. Returns the lanes that the thread holds in the end.
 fn restart(recall: &Recall<(), (), ()>, lcores: &[u32]) -> Lanes {
-    let taken = recall.take(0..1, lcores);
+    let taken = recall.take(Wanted::At(0..1), lcores);
     if taken.len() < lcores.len() {
         return taken.into_iter().map(|(_, lane)| lane).collect();
     }

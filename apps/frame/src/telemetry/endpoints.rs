@@ -77,9 +77,6 @@ pub(super) const ENDPOINTS: &[Endpoint] = &[
     ),
 ];
 
-/// Names of the pools: that of received packets, and that of packets which are only sent.
-const POOLS: [&str; 2] = ["packets", "send-only"];
-
 /// What the answers are made of.
 #[derive(Debug)]
 pub(super) struct Facts {
@@ -90,7 +87,7 @@ pub(super) struct Facts {
     /// By port number.
     ports: Vec<PortFacts>,
     /// Pools of packet buffers, by name.
-    pools: Vec<(&'static str, Arc<Pool>)>,
+    pools: Vec<(String, Arc<Pool>)>,
     zones: Vec<Zone>,
     /// What I/O address spaces map, by their ids.
     maps: BTreeMap<u32, Vec<RangeInclusive<u64>>>,
@@ -121,6 +118,8 @@ struct PortFacts {
     /// Id of the port's I/O address space, if it has one of iommufd.
     ioas: Option<u32>,
     config: PortConfig,
+    /// Names of the RX queues' pools, by queue number.
+    pools: Vec<String>,
     counters: PortCounters,
     status: SharedStatus,
 }
@@ -151,7 +150,7 @@ impl Facts {
             lcores: lcores.ids().into_iter().map(lcore).collect(),
             counts: ports.counts().clone(),
             ports: (0..ports.count()).map(|number| PortFacts::new(ports, number, config)).collect(),
-            pools: POOLS.into_iter().zip(ports.pools().cloned()).collect(),
+            pools: ports.pools().map(|(name, pool)| (name, Arc::clone(pool))).collect(),
             zones: segments.iter().map(|segment| zone(segment.region())).collect(),
             maps,
         }
@@ -178,6 +177,7 @@ impl PortFacts {
             report: open.and_then(|open| open.report.clone()),
             ioas: open.and_then(|open| Some(open.space.as_ref()?.ioas()?.id())),
             config: config.with_offloads(config.offloads & offloads),
+            pools: (0..config.rx_queues).map(|queue| ports.pool_of(number, queue)).collect(),
             counters: ports.counts().port(number).clone(),
             status: ports.status(number),
         }
@@ -371,10 +371,10 @@ fn queue<'f>(
 }
 
 fn rx_queue(facts: &Facts, parameters: &str) -> Option<Value> {
-    let (port, _) = queue(facts, parameters, |config| config.rx_queues)?;
+    let (port, number) = queue(facts, parameters, |config| config.rx_queues)?;
     let scattered = if port.config.is_scattered() { "on" } else { "off" };
     Some(json!({
-        "mempool_name": POOLS[0], "socket_id": socket(port.node), "deferred_start": "off",
+        "mempool_name": port.pools.get(usize::from(number)), "socket_id": socket(port.node), "deferred_start": "off",
         "offloads": port.rx_offloads(), "scattered_rx": scattered,
         "queue_state": i32::from(port.status.get().is_started), "nb_desc": port.config.rx_descriptors,
         "rx_buf_size": DATA_ROOM,

@@ -114,7 +114,8 @@ impl Peer {
         let Outcome::Run(parsed) = parse(arguments, &program).unwrap() else { panic!("no run") };
         let app = App { eal: Eal::init(parsed.eal).unwrap(), drivers, stop: StopFlag::new() };
         let open = app.open_ports().unwrap();
-        let routes = (0..open.len()).map(|port| Route { lcore: 0, from: port, to: port, pair: 0 });
+        let routes =
+            (0..open.len()).map(|port| Route { lcore: 0, from: port, to: port, pair: 0, process: 0 });
         let mut ports = app.reserve(open, routes.collect(), &Config::default()).unwrap();
         ports.start_all(true).unwrap();
         let queues = (0..ports.count()).filter_map(|port| ports.take_queues(port)?.into_pair()).collect();

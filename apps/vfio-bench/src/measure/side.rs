@@ -52,7 +52,7 @@ impl Side {
         let since = Instant::now();
         let memory = memory::map(region, &need, &opened)?;
         let mapped = since.elapsed();
-        let routes = [(0, 1), (1, 0)].map(|(from, to)| Route { lcore: 0, from, to, pair: 0 });
+        let routes = [(0, 1), (1, 0)].map(|(from, to)| Route { lcore: 0, from, to, pair: 0, process: 0 });
         let mut ports = Ports::new(open, routes.into(), memory, &need)?;
         ports.start_all(promiscuous)?;
         let macs = [ports.mac(0)?, ports.mac(1)?];

@@ -17,6 +17,7 @@ mod privilege;
 mod recover;
 mod reference;
 mod refuse;
+mod secondary;
 mod signals;
 mod sleep;
 pub(crate) mod soak;
@@ -231,6 +232,7 @@ fn iommu(cases: &mut Cases) {
         interrupts::of_each_nic(cases, boot, mode);
         sleep::cases(cases, boot, mode);
         takeover::cases(cases, boot, mode);
+        secondary::cases(cases, boot, mode);
         in_full_if(cases, mode != "cdev", |cases| signals::end_in_order(cases, boot, mode));
         // compat opens as container does, and maps as cdev does.
         in_full_if(cases, mode == "compat", |cases| {
@@ -292,6 +294,7 @@ fn noiommu(cases: &mut Cases) {
         interrupts::of_each_nic(cases, boot, mode);
         sleep::cases(cases, boot, mode);
         takeover::cases(cases, boot, mode);
+        secondary::cases(cases, boot, mode);
         signals::survive_kills(cases, boot, mode);
         isolation::without_iommu(cases, mode);
     }
@@ -348,6 +351,7 @@ fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
         interrupts::of_each_nic(cases, boot, mode);
         sleep::cases(cases, boot, mode);
         takeover::cases(cases, boot, mode);
+        secondary::cases(cases, boot, mode);
         in_full_if(cases, mode != MAPPED[0], |cases| signals::survive_kill(cases, boot, mode));
     }
     if boot == Boot::Igb {

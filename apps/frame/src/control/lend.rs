@@ -1,0 +1,148 @@
+//! Queues that pass between a primary and its secondary processes while their devices run.
+
+use postcard_schema::Schema;
+use serde::{Deserialize, Serialize};
+use vireo_drivers::counters::QueueStats;
+use vireo_drivers::handover::HandOver;
+use vireo_drivers::port::{RxBurst, TxBurst};
+use vireo_drivers::table::Port;
+use vireo_eal::dma::{FreeBuffers, PoolCache};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use crate::idle::IdleQueues;
+use crate::supervised::SupervisedPort;
+
+/// Message of a secondary process to its primary.
+#[derive(Debug, Serialize, Deserialize, Schema)]
+pub(crate) enum Report {
+    /// It has attached to the ports, and is ready to poll.
+    Ready {
+        /// Number of the process.
+        process: u16,
+        /// Number of processes that it reckons with.
+        count: u16,
+    },
+    /// It polls these queues no longer, as the primary has ordered.
+    Returned(LentQueues),
+    /// A device has misbehaved, for this reason, and the process has given up its queues.
+    Fault(String),
+    /// It polls these queues no longer, and ends.
+    Left(LentQueues),
+}
+
+/// Message of a primary to a secondary process.
+#[derive(Debug, Serialize, Deserialize, Schema)]
+pub(crate) enum Order {
+    /// Poll these queues.
+    Poll(LentQueues),
+    /// Return the queues, and wait: a port restarts.
+    Return,
+    /// Return the queues, and end: the primary ends.
+    End,
+    /// End: the process cannot share the ports, for this reason.
+    Refuse(String),
+}
+
+/// Queues on their way to another process.
+#[derive(Debug, Default, Serialize, Deserialize, Schema)]
+pub(crate) struct LentQueues {
+    pub(crate) rx: Vec<LentQueue>,
+    pub(crate) tx: Vec<LentQueue>,
+}
+
+/// A queue on its way to another process.
+#[derive(Debug, Serialize, Deserialize, Schema)]
+pub(crate) struct LentQueue {
+    /// Number of the queue pair, across all ports.
+    pub(crate) number: u32,
+    record: Vec<u8>,
+    /// What the process has counted for the queue since its own start.
+    pub(crate) stats: QueueStats,
+}
+
+/// Lends the queues of lanes, given as the numbers of their pairs. No lcore polls them. Their buffers return to `cache`.
+///
+/// # Errors
+/// Why a queue cannot be lent: it waits for a restart of its port. All queues stay as they are then.
+pub(crate) fn lend(
+    ports: &[SupervisedPort],
+    queues: &mut IdleQueues,
+    lanes: &[(usize, usize)],
+    cache: &mut PoolCache,
+) -> Result<LentQueues> {
+    let mut lent = LentQueues::default();
+    for &(from, to) in lanes {
+        let port = port_at(ports, queues, from)?;
+        let rx = queues.rx_mut(from).ok_or_else(missing)?;
+        let (number, record, stats) = (from as u32, port.rx_record(rx)?, rx.counters().read());
+        lent.rx.push(LentQueue { number, record, stats });
+        let port = port_at(ports, queues, to)?;
+        let tx = queues.tx_mut(to).ok_or_else(missing)?;
+        let (number, record, stats) = (to as u32, port.tx_record(tx)?, tx.counters().read());
+        lent.tx.push(LentQueue { number, record, stats });
+    }
+    forget(ports, queues, lanes, cache)?;
+    Ok(lent)
+}
+
+/// Lends queues whose state nobody needs, because their ports restart.
+///
+/// # Errors
+/// As for [`HandOver::lend_rx`].
+pub(crate) fn forget(
+    ports: &[SupervisedPort],
+    queues: &mut IdleQueues,
+    lanes: &[(usize, usize)],
+    cache: &mut PoolCache,
+) -> Result<()> {
+    for &(from, to) in lanes {
+        let port = port_at(ports, queues, from)?;
+        port.lend_rx(queues.rx_mut(from).ok_or_else(missing)?, cache)?;
+        let port = port_at(ports, queues, to)?;
+        port.lend_tx(queues.tx_mut(to).ok_or_else(missing)?, cache)?;
+    }
+    Ok(())
+}
+
+/// Continues `lent` queues, which are those of `lanes`. Their buffers are claimed from `free`.
+///
+/// # Errors
+/// `Protocol` when they are other queues, or contradict this process's memory.
+pub(crate) fn take_back(
+    ports: &[SupervisedPort],
+    queues: &mut IdleQueues,
+    lanes: &[(usize, usize)],
+    lent: &LentQueues,
+    free: &mut FreeBuffers,
+) -> Result<()> {
+    let is_of = |lent: &[LentQueue], number: usize| lent.iter().any(|queue| queue.number as usize == number);
+    if lent.rx.len() != lanes.len()
+        || lent.tx.len() != lanes.len()
+        || !lanes.iter().all(|(from, to)| is_of(&lent.rx, *from) && is_of(&lent.tx, *to))
+    {
+        return Err(Error::new(ErrorKind::Protocol, CANNOT, "they are other queues"));
+    }
+    for LentQueue { number, record, .. } in &lent.rx {
+        let number = *number as usize;
+        let port = port_at(ports, queues, number)?;
+        port.take_back_rx(queues.rx_mut(number).ok_or_else(missing)?, record, free)?;
+    }
+    for LentQueue { number, record, .. } in &lent.tx {
+        let number = *number as usize;
+        let port = port_at(ports, queues, number)?;
+        port.take_back_tx(queues.tx_mut(number).ok_or_else(missing)?, record, free)?;
+    }
+    Ok(())
+}
+
+const CANNOT: &str = "cannot continue the queues of another process";
+
+fn missing() -> Error {
+    Error::new(ErrorKind::Protocol, CANNOT, "a queue is missing")
+}
+
+/// Returns the port of queue pair `number`.
+fn port_at<'a>(ports: &'a [SupervisedPort], queues: &IdleQueues, number: usize) -> Result<&'a Port> {
+    let open = ports.get(queues.port_of(number)).and_then(|port| port.open.as_ref());
+    open.map(|open| &open.port).ok_or_else(missing)
+}

@@ -1,0 +1,368 @@
+//! The control thread's part in a primary that shares its ports: it lends queues to secondary processes, polls those
+//! that no other process has, and restarts the ports of a process that was killed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use vireo_drivers::counters::QueueStats;
+use vireo_drivers::port::{RxBurst, TxBurst};
+use vireo_eal::handover::{Channel, Fds, Peer, wait_for_message};
+use vireo_eal::{Error, ErrorKind, Result};
+
+use super::lend::{self, LentQueues, Order, Report};
+use super::{ParkedLane, PortState, RunEvent, Supervisor};
+use crate::caches::Home;
+use crate::recall::Wanted;
+
+/// How long a secondary process may take to return its queues.
+const RETURN_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a secondary process does, as its primary sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SecondaryState {
+    /// It polls its queues.
+    Polls,
+    /// It has returned its queues and ended.
+    Left,
+    /// It has ended without returning its queues. Their ports are restarted.
+    Died,
+}
+
+impl fmt::Display for SecondaryState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Polls => "polls its queues",
+            Self::Left => "has returned its queues",
+            Self::Died => "has died",
+        })
+    }
+}
+
+/// A secondary process.
+pub(super) struct Secondary<H> {
+    peer: Peer,
+    /// Number of the process; `None` until it is ready.
+    process: Option<u16>,
+    stage: Stage,
+    /// Lanes whose queues it has, or waits for.
+    parked: Vec<ParkedLane<H>>,
+    /// What it has counted for each queue so far: by whether it is a TX queue, and by number.
+    counted: BTreeMap<(bool, u32), QueueStats>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It prepares its ports.
+    Preparing,
+    /// It is ready, and waits for its queues.
+    Waiting,
+    /// It has its queues.
+    Polling,
+    /// It has its queues, and was ordered to return them.
+    Returning,
+    /// It has given up its queues, whose ports must restart.
+    Faulty,
+    /// Its connection has ended while it had its queues.
+    Dying,
+    /// It has no queues, and will get none.
+    Gone,
+}
+
+impl Stage {
+    /// Whether the process may access its queues.
+    fn has_queues(self) -> bool {
+        matches!(self, Self::Polling | Self::Returning | Self::Dying)
+    }
+}
+
+impl<H> Secondary<H> {
+    pub(super) fn new(peer: Peer) -> Self {
+        let (parked, counted) = (Vec::new(), BTreeMap::new());
+        Self { peer, process: None, stage: Stage::Preparing, parked, counted }
+    }
+
+    /// Connection to the process, unless it has ended.
+    pub(super) fn channel(&self) -> Option<&Channel> {
+        (!matches!(self.stage, Stage::Dying | Stage::Gone)).then_some(&self.peer.channel)
+    }
+
+    fn lanes(&self) -> Vec<(usize, usize)> {
+        self.parked.iter().map(|lane| (lane.from, lane.to)).collect()
+    }
+
+    fn order(&mut self, order: &Order) {
+        if let Err(error) = self.peer.channel.send(order, &Fds::default()) {
+            tracing::debug!("process {}: {error}", self.peer.pid);
+            self.ended();
+        }
+    }
+
+    fn ended(&mut self) {
+        self.stage = if self.stage.has_queues() { Stage::Dying } else { Stage::Gone };
+    }
+}
+
+impl<H> Supervisor<'_, H> {
+    /// Reads what secondary processes report, and lends them their queues, or takes these back.
+    pub(super) fn serve_secondaries(&mut self) {
+        for index in 0..self.secondaries.len() {
+            self.hear(index);
+            match self.secondaries[index].stage {
+                Stage::Waiting => self.lend_to(index),
+                Stage::Faulty => {
+                    let ports = self.ports_of(index);
+                    if self.restart(&ports, "a secondary process reports that its device has misbehaved") {
+                        self.secondaries[index].stage = Stage::Waiting;
+                    }
+                }
+                Stage::Dying if self.secondaries[index].peer.has_ended(Duration::ZERO) => self.bury(index),
+                _ => {}
+            }
+        }
+        self.secondaries.retain(|secondary| secondary.stage != Stage::Gone);
+    }
+
+    /// Reads all reports of a process that have arrived.
+    fn hear(&mut self, index: usize) {
+        while let Some(channel) = self.secondaries[index].channel() {
+            if !channel.has_message(Duration::ZERO).unwrap_or(false) {
+                return;
+            }
+            let report = channel.receive::<Report>(Duration::ZERO);
+            let stage = self.secondaries[index].stage;
+            match report {
+                Ok((Report::Ready { process, count }, _)) if stage == Stage::Preparing => {
+                    match self.admit(process, count) {
+                        Ok(()) => {
+                            let secondary = &mut self.secondaries[index];
+                            (secondary.process, secondary.stage) = (Some(process), Stage::Waiting);
+                        }
+                        Err(why) => {
+                            self.secondaries[index].order(&Order::Refuse(why));
+                            self.secondaries[index].stage = Stage::Gone;
+                        }
+                    }
+                }
+                Ok((Report::Returned(lent), _)) if stage.has_queues() => {
+                    let taken = self.take_back_from(index, &lent);
+                    self.secondaries[index].stage = if taken { Stage::Waiting } else { Stage::Faulty };
+                }
+                Ok((Report::Fault(why), _)) if stage.has_queues() => {
+                    tracing::warn!("process {}: {why}", self.secondaries[index].peer.pid);
+                    self.secondaries[index].stage = Stage::Faulty;
+                }
+                Ok((Report::Left(lent), _)) => {
+                    if stage.has_queues() && !self.take_back_from(index, &lent) {
+                        // Its ports restart as if it had been killed.
+                        self.secondaries[index].stage = Stage::Dying;
+                        return;
+                    }
+                    self.announce(index, SecondaryState::Left);
+                    self.keep_lanes_of(index);
+                    self.return_lanes();
+                }
+                // Its connection has ended, or it talks nonsense.
+                _ => self.secondaries[index].ended(),
+            }
+        }
+    }
+
+    /// Checks that a process of `count` may have the queues of `process`.
+    fn admit(&self, process: u16, count: u16) -> std::result::Result<(), String> {
+        let processes = self.control.resources.processes();
+        let rival = self.secondaries.iter().find(|other| other.process == Some(process));
+        match rival {
+            _ if count != processes.count() => {
+                Err(format!("it was started with --num-procs {}", processes.count()))
+            }
+            _ if process == processes.own() => Err(format!("process {process} (--proc-id) is the primary")),
+            Some(rival) => {
+                Err(format!("process {} polls the queues of process {process} already", rival.peer.pid))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn announce(&self, index: usize, state: SecondaryState) {
+        let Secondary { peer, process: Some(process), .. } = &self.secondaries[index] else { return };
+        let event = RunEvent::Secondary { process: *process, pid: peer.pid, state };
+        tracing::info!("{event}");
+        (self.control.announce)(event);
+    }
+
+    /// Lends a process its queues, if all ports are up.
+    fn lend_to(&mut self, index: usize) {
+        let super::Control { recall, lcores, resources, .. } = self.control;
+        let is_up = |number: &usize| {
+            let port = &self.control.ports[*number];
+            port.open.is_some() && !port.is_down
+        };
+        let Some(process) = self.secondaries[index].process.filter(|_| self.control.used.iter().all(is_up))
+        else {
+            return;
+        };
+        if self.secondaries[index].parked.is_empty() {
+            let own = resources.numbers_of(process);
+            let parked = recall.take(Wanted::From(own.clone()), lcores);
+            let parked: Vec<_> = parked.into_iter().map(|(lcore, lane)| self.park(lcore, lane)).collect();
+            let waiting = self.parked.extract_if(.., |lane| own.contains(&lane.from));
+            self.secondaries[index].parked = waiting.chain(parked).collect();
+        }
+        match self.lend_parked(index, process) {
+            Ok(lent) => {
+                let secondary = &mut self.secondaries[index];
+                secondary.stage = Stage::Polling;
+                secondary.order(&Order::Poll(lent));
+                self.announce(index, SecondaryState::Polls);
+            }
+            Err(error) => {
+                tracing::warn!("process {} gets no queues: {error}", self.secondaries[index].peer.pid);
+                self.secondaries[index].order(&Order::Refuse(error.to_string()));
+                self.keep_lanes_of(index);
+                self.return_lanes();
+            }
+        }
+    }
+
+    /// Lends the queues of a process's lanes, which no lcore polls.
+    fn lend_parked(&mut self, index: usize, process: u16) -> Result<LentQueues> {
+        let (resources, lanes) = (self.control.resources, self.secondaries[index].lanes());
+        let mut cache = resources.cache_at(Home { process, node: None });
+        let lent = lend::lend(self.control.ports, &mut self.queues, &lanes, &mut cache)?;
+        drop(cache);
+        let pool = resources.pool(process);
+        if pool.available() == pool.count() {
+            return Ok(lent);
+        }
+        let lost = pool.count() - pool.available();
+        lend::take_back(self.control.ports, &mut self.queues, &lanes, &lent, &mut pool.take_free())?;
+        let why = format!("{lost} of its packet buffers are in use");
+        Err(Error::new(ErrorKind::Protocol, "cannot share the ports", why))
+    }
+
+    /// Continues the queues that a process has returned, and its counts. Returns false if they must be reset.
+    fn take_back_from(&mut self, index: usize, lent: &LentQueues) -> bool {
+        let Secondary { process: Some(process), counted, parked, peer, .. } = &mut self.secondaries[index]
+        else {
+            return false;
+        };
+        let lanes: Vec<_> = parked.iter().map(|lane| (lane.from, lane.to)).collect();
+        let mut free = self.control.resources.pool(*process).take_free();
+        if let Err(error) = lend::take_back(self.control.ports, &mut self.queues, &lanes, lent, &mut free) {
+            tracing::warn!("process {}: {error}", peer.pid);
+            return false;
+        }
+        let mut newly = |is_tx, number, stats: QueueStats| {
+            let before = counted.insert((is_tx, number), stats).unwrap_or_default();
+            stats.since(&before)
+        };
+        for queue in &lent.rx {
+            if let Some(rx) = self.queues.rx_mut(queue.number as usize) {
+                rx.counters().add(&newly(false, queue.number, queue.stats));
+            }
+        }
+        for queue in &lent.tx {
+            if let Some(tx) = self.queues.tx_mut(queue.number as usize) {
+                tx.counters().add(&newly(true, queue.number, queue.stats));
+            }
+        }
+        true
+    }
+
+    /// Makes the lanes of a process, which ends, this process's own.
+    fn keep_lanes_of(&mut self, index: usize) {
+        let secondary = &mut self.secondaries[index];
+        secondary.stage = Stage::Gone;
+        self.parked.append(&mut secondary.parked);
+    }
+
+    /// Restarts the ports of a process that has died, and polls its queues again.
+    fn bury(&mut self, index: usize) {
+        let ports = self.ports_of(index);
+        if !self.reclaim(&ports) {
+            return;
+        }
+        self.announce(index, SecondaryState::Died);
+        self.keep_lanes_of(index);
+        self.restart(&ports, "a secondary process has died with queues of it");
+    }
+
+    /// Ports at the ends of a process's lanes.
+    fn ports_of(&self, index: usize) -> BTreeSet<usize> {
+        let lanes = self.secondaries[index].lanes();
+        lanes.into_iter().flat_map(|(from, to)| [from, to].map(|pair| self.queues.port_of(pair))).collect()
+    }
+
+    /// Restarts `ports` together, so that no lane has queues of before and after. Returns false if another process has
+    /// queues of them and has not returned these in time.
+    pub(super) fn restart(&mut self, ports: &BTreeSet<usize>, why: &str) -> bool {
+        if !self.reclaim(ports) {
+            return false;
+        }
+        for &port in ports {
+            if self.control.ports[port].is_down || self.control.ports[port].open.is_none() {
+                continue;
+            }
+            tracing::warn!("port {port}: {why}; restarting the port");
+            self.control.ports[port].counted.restarts += 1;
+            (self.control.announce)(RunEvent::Port { port, state: PortState::Restarting });
+            self.stop(port);
+        }
+        for &port in ports {
+            if self.control.ports[port].is_down {
+                self.bring_up(port);
+            }
+        }
+        true
+    }
+
+    /// Takes back the queues of `ports` from secondary processes. Returns false if one does not return them in time.
+    pub(super) fn reclaim(&mut self, ports: &BTreeSet<usize>) -> bool {
+        let until = Instant::now() + RETURN_PATIENCE;
+        let concerned: Vec<usize> =
+            (0..self.secondaries.len()).filter(|index| !self.ports_of(*index).is_disjoint(ports)).collect();
+        for &index in &concerned {
+            let secondary = &mut self.secondaries[index];
+            if secondary.stage == Stage::Polling {
+                secondary.stage = Stage::Returning;
+                secondary.order(&Order::Return);
+            }
+        }
+        self.await_queues(&concerned, until)
+    }
+
+    /// Waits until none of these processes has queues, but not longer than `until`.
+    fn await_queues(&mut self, concerned: &[usize], until: Instant) -> bool {
+        loop {
+            concerned.iter().for_each(|index| self.hear(*index));
+            let still = |index: &&usize| {
+                let Secondary { stage, peer, .. } = &self.secondaries[**index];
+                stage.has_queues() && !(*stage == Stage::Dying && peer.has_ended(Duration::ZERO))
+            };
+            let Some(late) = concerned.iter().find(still) else { return true };
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let pid = self.secondaries[*late].peer.pid;
+                tracing::warn!("process {pid} does not return its queues; end it: kill {pid}");
+                return false;
+            }
+            let channels: Vec<_> =
+                concerned.iter().filter_map(|index| self.secondaries[*index].channel()).collect();
+            match channels[..] {
+                // The kernel is about to end it.
+                [] => std::thread::sleep(left.min(Duration::from_millis(1))),
+                _ => drop(wait_for_message(channels, left)),
+            }
+        }
+    }
+
+    /// Ends all secondary processes, because this program ends.
+    pub(super) fn end_secondaries(&mut self) {
+        self.secondaries.iter_mut().for_each(|secondary| secondary.order(&Order::End));
+        let all: Vec<usize> = (0..self.secondaries.len()).collect();
+        self.await_queues(&all, Instant::now() + RETURN_PATIENCE);
+    }
+}

@@ -1,0 +1,213 @@
+//! l2fwd in several processes, each of which polls its own queues (`--proc-type secondary`).
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+
+use super::machine::{Nic, need_mode};
+use super::traffic::{carries, forwarder, ports, start_ordered_stream, start_steady_stream};
+use super::{Boot, in_full_if};
+use crate::case::{Cases, Context};
+use crate::l2fwd::{L2fwd, Start};
+
+/// Number of secondary processes of a case, one after the other; with `--full`; and there in the two usual modes.
+const TIMES: usize = 3;
+const TIMES_IN_FULL: usize = 10;
+const TIMES_IN_USUAL_MODES: usize = 100;
+
+/// Arguments of a process: the primary polls the queues from port 1 to port 0, and those of process 0 while that does not
+/// run.
+const PRIMARY: &str = "--num-procs 2 --proc-id 1";
+const SECONDARY: &str = "--num-procs 2 --proc-id 0";
+
+pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
+    for &nic in boot.nics() {
+        let name = nic.name();
+        let passes = format!("l2fwd lends queues of {name} to a secondary process without loss, {mode}");
+        let passes = cases.add(passes, move |context| lends(context, boot, mode, nic));
+        // Each driver in one mode, and one driver in each mode; compat opens as container does.
+        let is_rare = mode != "cdev" && (nic != Nic::VirtioNet || mode == "compat");
+        passes.limit(900).in_full_if(is_rare);
+        if nic == Nic::E1000 {
+            // Its driver is the 82574L's.
+            passes.in_full_once();
+        }
+        let dies =
+            format!("l2fwd takes queues of {name} back from a secondary process that is killed, {mode}");
+        let dies = cases.add(dies, move |context| outlives_secondaries(context, boot, mode, nic));
+        dies.limit(900).in_full_if(is_rare);
+        if nic == Nic::E1000 {
+            dies.in_full_once();
+        }
+    }
+    if mode != "cdev" && mode != "noiommu" {
+        return;
+    }
+    // What goes wrong does so above drivers and modes.
+    in_full_if(cases, boot != Boot::Iommu, |cases| {
+        let nic = boot.nics()[0];
+        cases.add(format!("a secondary l2fwd that is refused leaves the queues, {mode}"), move |context| {
+            refusals(context, boot, mode, nic)
+        });
+        cases.add(format!("a secondary l2fwd ends in order after its primary, {mode}"), move |context| {
+            outlives_primary(context, boot, mode, nic)
+        });
+    });
+}
+
+fn process(mode: &str, nic: Nic, eal: &str, own: &str) -> Start {
+    Start::new(format!("-l 1 {eal} --vfio-mode {mode} {} -- -p 3 -q 2 -T 0.5 {own}", ports(nic, nic)))
+}
+
+fn primary(mode: &str, nic: Nic) -> Start {
+    process(mode, nic, "", PRIMARY)
+}
+
+fn secondary(mode: &str, nic: Nic) -> Start {
+    process(mode, nic, "--proc-type secondary", SECONDARY)
+}
+
+/// Starts a secondary process, and returns when it polls.
+fn joined(context: &Context, start: &Start) -> Result<L2fwd> {
+    let mut l2fwd = start.spawn(context)?;
+    l2fwd.await_event("that it joined", |event| event["event"] == "joined")?;
+    Ok(l2fwd)
+}
+
+/// Waits until the primary says that its secondary process is in `state`.
+fn await_secondary(primary: &mut L2fwd, state: &str) -> Result<()> {
+    primary.await_event(&format!("that the secondary process {state}"), |event| {
+        event["event"] == "secondary" && event["process"] == 0 && event["state"] == state
+    })
+}
+
+fn times(context: &Context, mode: &str) -> usize {
+    match mode {
+        _ if !context.full => TIMES,
+        "container" | "cdev" => TIMES_IN_USUAL_MODES,
+        _ => TIMES_IN_FULL,
+    }
+}
+
+fn lends(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
+    need_mode(mode)?;
+    let mut primary = primary(mode, nic).forwarding(context)?;
+    let secondary = secondary(mode, nic);
+    let l2fwd = joined(context, &secondary)?;
+    carries(context, boot.generator_mode(), nic, nic)?;
+    l2fwd.stop()?;
+    await_secondary(&mut primary, "left")?;
+    let pktgen = start_ordered_stream(context, boot.generator_mode(), nic)?;
+    for _ in 0..times(context, mode) {
+        let mut l2fwd = joined(context, &secondary)?;
+        l2fwd.await_traffic()?;
+        let ended = l2fwd.stop()?;
+        ensure!(ended.counts(0)?[1] > 0, "the secondary process counted nothing");
+        await_secondary(&mut primary, "left")?;
+    }
+    let stream = pktgen.stop()?;
+    let sent = stream.figure("sent");
+    stream.came_back(sent, sent)?;
+    let ended = primary.stop_talking()?;
+    // Those of the secondary processes are among its counts.
+    let counted = ended.counts(0)?[1];
+    ensure!(counted >= sent, "port 0 received {counted} packets, but {sent} were sent in the end");
+    context.note(format!("{sent} frames"));
+    Ok(())
+}
+
+fn outlives_secondaries(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
+    need_mode(mode)?;
+    let mut primary = primary(mode, nic).forwarding(context)?;
+    let pktgen = start_steady_stream(context, boot.generator_mode(), nic)?;
+    primary.await_traffic()?;
+    let secondary = secondary(mode, nic);
+    let times = times(context, mode);
+    for number in 0..times {
+        let mut l2fwd = joined(context, &secondary)?;
+        if number % 2 == 0 {
+            l2fwd.await_traffic()?;
+        }
+        // At another instruction each time.
+        sleep(Duration::from_micros(number as u64 * 7919 % 20_000));
+        l2fwd.kill()?;
+        await_secondary(&mut primary, "died")?;
+        for port in 0..2 {
+            primary.await_state(port, "running")?;
+        }
+    }
+    let stream = pktgen.stop()?;
+    stream.intact()?;
+    carries(context, boot.generator_mode(), nic, nic)?;
+    // It finds every packet buffer, or exits with another code.
+    let ended = primary.stop_complaining(Signal::SIGINT)?;
+    ensure!(!ended.stderr.contains("unclean"), "the primary recovered from something");
+    let (sent, received) = (stream.figure("sent"), stream.figure("received"));
+    context.note(format!("{times} killed; {sent} frames sent, {} lost", sent.saturating_sub(received)));
+    Ok(())
+}
+
+fn refusals(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
+    need_mode(mode)?;
+    let refused = |start: &Start, code: i32, why: &str| {
+        let ended = start.spawn(context)?.wait()?;
+        let said = ended.stderr.trim_end();
+        ensure!(
+            ended.code == code && said.contains(why) && said.lines().count() == 1,
+            "exit code {}: {said}",
+            ended.code
+        );
+        anyhow::Ok(())
+    };
+    let second = |own: &str| process(mode, nic, "--proc-type secondary", own);
+    refused(&second(SECONDARY), 69, "start vireo-l2fwd without --proc-type secondary if none runs")?;
+    let alone = process(mode, nic, "", "").forwarding(context)?;
+    refused(&second(SECONDARY), 75, "it was started without --num-procs")?;
+    alone.stop_complaining(Signal::SIGINT)?;
+    let primary = primary(mode, nic).forwarding(context)?;
+    refused(&second(""), 64, "give --num-procs and --proc-id")?;
+    refused(
+        &second("--num-procs 2 --proc-id 2"),
+        64,
+        "there are 2 processes (--num-procs), numbered from 0",
+    )?;
+    refused(&second("--num-procs 2 --proc-id 1"), 75, "process 1 (--proc-id) is the primary")?;
+    refused(&second("--num-procs 1 --proc-id 0"), 64, "a secondary process polls a part of the queues")?;
+    refused(&process(mode, nic, "--takeover", PRIMARY), 75, "it shares its ports with other processes")?;
+    let l2fwd = joined(context, &secondary(mode, nic))?;
+    refused(&second(SECONDARY), 75, "polls the queues of process 0 already")?;
+    carries(context, boot.generator_mode(), nic, nic)?;
+    l2fwd.stop()?;
+    // With `auto`, the second process is the secondary.
+    let auto = joined(context, &process(mode, nic, "--proc-type auto", SECONDARY))?;
+    auto.stop()?;
+    carries(context, boot.generator_mode(), nic, nic)?;
+    primary.stop_complaining(Signal::SIGINT)?;
+    Ok(())
+}
+
+fn outlives_primary(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
+    need_mode(mode)?;
+    let first = primary(mode, nic).forwarding(context)?;
+    let l2fwd = joined(context, &secondary(mode, nic))?;
+    carries(context, boot.generator_mode(), nic, nic)?;
+    first.stop_talking()?;
+    let ended = l2fwd.wait()?;
+    ensure!(ended.code == 0 && !ended.warns(), "exit code {}: {}", ended.code, ended.stderr);
+    let second = primary(mode, nic).forwarding(context)?;
+    let l2fwd = joined(context, &secondary(mode, nic))?;
+    second.kill()?;
+    let ended = l2fwd.wait()?;
+    ensure!(
+        ended.code == 69
+            && ended.stderr.contains("has ended")
+            && ended.stderr.trim_end().lines().count() == 1,
+        "exit code {}: {}",
+        ended.code,
+        ended.stderr
+    );
+    forwarder(mode, nic, nic).forwarding(context)?.stop()?;
+    Ok(())
+}
