@@ -124,6 +124,39 @@ pub trait HandOver: Nic {
         Err(unsupported())
     }
 
+    /// Makes the device stop using an RX queue, by its number, whose process has died. The other queues go on.
+    ///
+    /// # Errors
+    /// `Unavailable` when only a reset of the device stops a queue; `Protocol` when the device does not confirm it.
+    fn halt_rx(&mut self, _number: u16) -> Result<()> {
+        Err(needs_reset())
+    }
+
+    /// Makes the device stop using a TX queue, as [`HandOver::halt_rx`] does.
+    ///
+    /// # Errors
+    /// As for [`HandOver::halt_rx`].
+    fn halt_tx(&mut self, _number: u16) -> Result<()> {
+        Err(needs_reset())
+    }
+
+    /// Starts an RX queue that is [halted](HandOver::halt_rx) and [lent](HandOver::lend_rx) anew, with buffers from
+    /// `cache`.
+    ///
+    /// # Errors
+    /// As for [`HandOver::halt_rx`]; `Os` when there are too few buffers. The port must be restarted then.
+    fn renew_rx(&mut self, _number: u16, _rx: &mut Self::Rx, _cache: &mut PoolCache) -> Result<()> {
+        Err(needs_reset())
+    }
+
+    /// Starts a TX queue anew, as [`HandOver::renew_rx`] does.
+    ///
+    /// # Errors
+    /// As for [`HandOver::renew_rx`].
+    fn renew_tx(&mut self, _number: u16, _tx: &mut Self::Tx) -> Result<()> {
+        Err(needs_reset())
+    }
+
     /// Returns why a queue of this process needs a restart of the port, once. [`Nic::check`] includes that, but a
     /// secondary process must not touch the device.
     fn take_fault(&mut self) -> Option<&'static str> {
@@ -272,6 +305,12 @@ fn all<T: DeserializeOwned + Schema>(records: &[Option<Vec<u8>>], count: u16) ->
 /// Error of a port whose record does not fit.
 pub(crate) fn contradiction(why: &str) -> Error {
     Error::new(ErrorKind::Protocol, "cannot continue a port of the running program", why)
+}
+
+/// Error of a device whose queues stop only with it.
+pub(crate) fn needs_reset() -> Error {
+    let why = "only a reset of the device stops a queue";
+    Error::new(ErrorKind::Unavailable, "cannot restart a single queue", why)
 }
 
 /// Refuses a receive filter that is not the running device's.

@@ -172,6 +172,24 @@ macro_rules! drivers {
                     _ => Err(queues_of_another()),
                 }
             }
+            fn halt_rx(&mut self, number: u16) -> Result<()> {
+                match self { $(Self::$variant(device) => device.halt_rx(number)),* }
+            }
+            fn halt_tx(&mut self, number: u16) -> Result<()> {
+                match self { $(Self::$variant(device) => device.halt_tx(number)),* }
+            }
+            fn renew_rx(&mut self, number: u16, rx: &mut RxQueue, cache: &mut PoolCache) -> Result<()> {
+                match (self, rx) {
+                    $((Self::$variant(device), RxQueue::$variant(rx)) => device.renew_rx(number, rx, cache),)*
+                    _ => Err(queues_of_another()),
+                }
+            }
+            fn renew_tx(&mut self, number: u16, tx: &mut TxQueue) -> Result<()> {
+                match (self, tx) {
+                    $((Self::$variant(device), TxQueue::$variant(tx)) => device.renew_tx(number, tx),)*
+                    _ => Err(queues_of_another()),
+                }
+            }
             fn take_fault(&mut self) -> Option<&'static str> {
                 match self { $(Self::$variant(device) => device.take_fault()),* }
             }

@@ -50,6 +50,11 @@ impl IdleQueues {
         number / self.pairs
     }
 
+    /// Returns the number that pair `number` has within its port.
+    pub(crate) fn queue_of(&self, number: usize) -> u16 {
+        (number % self.pairs) as u16
+    }
+
     /// Returns the RX queue of pair `number`, if it is here.
     pub(crate) fn rx_mut(&mut self, number: usize) -> Option<&mut RxQueue> {
         self.rx.get_mut(&number)

@@ -40,6 +40,7 @@ pub mod feature {
     pub const ACCESS_PLATFORM: u64 = 1 << 33;
     pub const IN_ORDER: u64 = 1 << 35;
     pub const ORDER_PLATFORM: u64 = 1 << 36;
+    pub const RING_RESET: u64 = 1 << 40;
 }
 
 /// BAR with all registers, and its layout: one page per structure.

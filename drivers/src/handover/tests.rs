@@ -273,6 +273,21 @@ fn share<D: PciDriver + HandOver<Rx: TieRx, Tx: TieTx>>(
     let Process { port, rx, tx, cache, pool, .. } = secondary;
     drop(port);
     bury(Queues::pair(rx, tx), cache, &pool);
+    let halted = primary.port.halt_rx(0).and_then(|()| primary.port.halt_tx(0));
+    match halted {
+        Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}"),
+        Ok(()) => {
+            assert!(!wire.receive(&frame(0, 60)), "a queue that is halted receives nothing");
+            primary.port.renew_tx(0, &mut primary.tx).unwrap();
+            primary.port.renew_rx(0, &mut primary.rx, &mut primary.cache).unwrap();
+            for number in 0..100 {
+                let frame = frame(number, 60 + number as usize * 37 % (config.max_frame - 60));
+                assert!(wire.receive(&frame));
+                primary.poll();
+                assert_eq!(wire.transmitted(), [frame]);
+            }
+        }
+    }
     assert_eq!(wire.resets(), resets);
     primary.stop();
 }
@@ -328,7 +343,8 @@ proptest! {
 
     #[test]
     fn queues_of_virtio_pass_between_processes(steps in steps(), config in configs(false)) {
-        share::<virtio::Device>(&VirtioNet::default(), &config, &steps);
+        let features = Behaviour::default().features | feature::RING_RESET;
+        share::<virtio::Device>(&VirtioNet::new(Behaviour { features, ..Behaviour::default() }), &config, &steps);
     }
 
     #[test]

@@ -26,7 +26,7 @@ use vireo_eal::dma::MAX_FRAME;
 use self::chip::{IDS, MacType};
 use self::desc::Advanced;
 use self::regs::*;
-use crate::intel::{self, Chip, Hardware, Phy, RingRegisters};
+use crate::intel::{self, Chip, Hardware, Phy, QueueControl, RingRegisters};
 use crate::port::{FCS, PortConfig};
 
 /// Alignment in bytes of a ring's address and size (DS 8.10, RDBAL and RDLEN).
@@ -60,6 +60,10 @@ impl Chip for Igb {
         RingRegisters { base_low: RDBAL, base_high: RDBAH, len: RDLEN, head: RDH, tail: RDT };
     const TX: RingRegisters =
         RingRegisters { base_low: TDBAL, base_high: TDBAH, len: TDLEN, head: TDH, tail: TDT };
+
+    /// DS 4.5.9.2 and 4.5.10.2.
+    const QUEUE_CONTROL: Option<QueueControl> =
+        Some(QueueControl { rx: RXDCTL, tx: TXDCTL, enable: QUEUE_ENABLE });
 
     fn of(function: &dyn Function) -> Option<Self> {
         Some(Self { mac: MacType::of(function.id())? })

@@ -24,6 +24,17 @@ pub struct RingRegisters {
     pub(crate) tail: u64,
 }
 
+/// Registers that enable and disable single queues while the device runs.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueControl {
+    /// Of the RX queue.
+    pub(crate) rx: u64,
+    /// Of the TX queue.
+    pub(crate) tx: u64,
+    /// Bit that enables the queue. It reads as 0 once the device does not access the ring any more.
+    pub(crate) enable: u32,
+}
+
 /// A chip of a controller family, with the family-specific parts of the driver.
 pub trait Chip: Reset + Phy + Debug + Send + Sized + 'static {
     /// Descriptor format.
@@ -37,6 +48,9 @@ pub trait Chip: Reset + Phy + Debug + Send + Sized + 'static {
     const RX: RingRegisters;
     /// Registers of the TX ring.
     const TX: RingRegisters;
+
+    /// How to disable a queue, if the datasheet says so; otherwise, only a reset stops the device's accesses to a ring.
+    const QUEUE_CONTROL: Option<QueueControl> = None;
 
     /// Returns the chip behind `function`, or `None` if its id is not in [`Chip::IDS`].
     fn of(function: &dyn Function) -> Option<Self>;

@@ -19,11 +19,11 @@ use super::phy::{follow_link, wake};
 use super::regs::*;
 use super::reset::quiesce;
 use super::rx::fill;
-use super::tx::RECLAIM;
-use super::{Chip, Hardware, RxQueue, TxQueue};
+use super::tx::{RECLAIM, clear};
+use super::{Chip, Hardware, QueueControl, RingRegisters, RxQueue, TxQueue};
 use crate::counters::PortCounters;
 use crate::driver::{Args, Facts, PciDriver};
-use crate::handover::{HandOver, Resume, check_filter, contradiction};
+use crate::handover::{HandOver, Resume, check_filter, contradiction, needs_reset};
 use crate::port::{Capabilities, Fault, Link, MacAddr, Nic, PortConfig, Queues, QueuesOf, RxBurst, TxBurst};
 
 /// Minimum size of a ring in descriptors: two reclaim batches of the TX queue.
@@ -170,19 +170,42 @@ impl<C: Chip> Device<C> {
     /// Configures the chip for a start (SDM 14.4 and 14.5, DS 4.6, 82576 4.5), empties the TX ring and fills the RX
     /// ring with buffers.
     fn set_up(&self, config: &PortConfig, rings: &mut Rings, cache: &mut PoolCache) -> Result<()> {
-        let bar = &self.hardware.bar;
-        for (ring, registers) in [(&rings.rx, C::RX), (&rings.tx, C::TX)] {
-            bar.write32(registers.base_low, ring.iova() as u32);
-            bar.write32(registers.base_high, (ring.iova() >> 32) as u32);
-            bar.write32(registers.len, (ring.entries() * DESCRIPTOR) as u32);
-            bar.write32(registers.head, 0);
-            bar.write32(registers.tail, 0);
-        }
+        self.place(&rings.rx, C::RX);
+        self.place(&rings.tx, C::TX);
         self.chip.set_up(&self.hardware, config)?;
         wake(&self.chip, &self.hardware)?;
-        // TDT = TDH means an empty ring, so one descriptor stays free (SDM 3.4).
-        rings.tx.restart(rings.tx.entries() - 1, [0; 2]);
+        clear(&mut rings.tx);
         fill::<C::Format>(&mut rings.rx, cache)
+    }
+
+    /// Tells the chip where a ring is, and that it is empty.
+    fn place(&self, ring: &DescRing, registers: RingRegisters) {
+        let bar = &self.hardware.bar;
+        bar.write32(registers.base_low, ring.iova() as u32);
+        bar.write32(registers.base_high, (ring.iova() >> 32) as u32);
+        bar.write32(registers.len, (ring.entries() * DESCRIPTOR) as u32);
+        bar.write32(registers.head, 0);
+        bar.write32(registers.tail, 0);
+    }
+
+    /// Disables the queue whose register is `control`, and waits until the chip has ended its accesses to the ring.
+    fn halt(&self, control: impl Fn(QueueControl) -> u64) -> Result<()> {
+        let queue = C::QUEUE_CONTROL.ok_or_else(needs_reset)?;
+        self.hardware.change(control(queue), 0, queue.enable);
+        self.hardware.wait("stop a queue of", control(queue), |value| value & queue.enable == 0).map(drop)
+    }
+
+    /// Enables the queue whose register is `control` on `ring`, after [`Device::halt`].
+    fn renew(
+        &self,
+        control: impl Fn(QueueControl) -> u64,
+        ring: &DescRing,
+        registers: RingRegisters,
+    ) -> Result<()> {
+        let queue = C::QUEUE_CONTROL.ok_or_else(needs_reset)?;
+        self.place(ring, registers);
+        self.hardware.change(control(queue), queue.enable, 0);
+        self.hardware.wait("start a queue of", control(queue), |value| value & queue.enable != 0).map(drop)
     }
 
     /// Returns the doorbells of both queues.
@@ -281,6 +304,26 @@ impl<C: Chip> HandOver for Device<C> {
 
     fn take_back_tx(&self, tx: &mut Self::Tx, record: &[u8], free: &mut FreeBuffers) -> Result<()> {
         tx.restore(&decode(record)?, free)
+    }
+
+    fn halt_rx(&mut self, _number: u16) -> Result<()> {
+        self.halt(|queue| queue.rx)
+    }
+
+    fn halt_tx(&mut self, _number: u16) -> Result<()> {
+        self.halt(|queue| queue.tx)
+    }
+
+    fn renew_rx(&mut self, _number: u16, rx: &mut Self::Rx, cache: &mut PoolCache) -> Result<()> {
+        rx.refill_all(cache)?;
+        self.renew(|queue| queue.rx, rx.ring(), C::RX)?;
+        rx.announce();
+        Ok(())
+    }
+
+    fn renew_tx(&mut self, _number: u16, tx: &mut Self::Tx) -> Result<()> {
+        tx.clear();
+        self.renew(|queue| queue.tx, tx.ring(), C::TX)
     }
 
     fn take_fault(&mut self) -> Option<&'static str> {

@@ -15,7 +15,7 @@ mod rx;
 pub(crate) mod tests;
 mod tx;
 
-pub(crate) use self::chip::{Chip, RingRegisters, chips};
+pub(crate) use self::chip::{Chip, QueueControl, RingRegisters, chips};
 #[cfg(test)]
 pub(crate) use self::counter::Drops;
 pub(crate) use self::device::Device;

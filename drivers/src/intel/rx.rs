@@ -244,6 +244,18 @@ impl<F: Format> RxQueue<F> {
         self.ring.reclaim_all(cache);
     }
 
+    /// Fills the ring, which owns no buffer and which the device does not use, anew.
+    pub(super) fn refill_all(&mut self, cache: &mut PoolCache) -> Result<()> {
+        fill::<F>(&mut self.ring, cache)?;
+        self.refill_at = self.ring.tail_with_room(self.refill_threshold);
+        self.skipping = false;
+        Ok(())
+    }
+
+    pub(super) fn ring(&self) -> &DescRing {
+        &self.ring
+    }
+
     /// Returns every buffer to `cache`, and the ring to the caller. The device must have been reset.
     pub(super) fn release(mut self, cache: &mut PoolCache) -> DescRing {
         self.ring.reclaim_all(cache);

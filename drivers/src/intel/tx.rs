@@ -67,6 +67,11 @@ pub(super) struct TxRecord {
     reports: Vec<u64>,
 }
 
+/// Empties `ring`, which owns no buffer. TDT = TDH means an empty ring, so one descriptor stays free (SDM 3.4).
+pub(super) fn clear(ring: &mut DescRing) {
+    ring.restart(ring.entries() - 1, [0; 2]);
+}
+
 /// Raises a fault if `ring`, which is full, has made no progress for a second.
 fn watch(watchdog: &mut Watchdog, ring: &DescRing, fault: &Fault) {
     if watchdog.is_late(ring.tail()) {
@@ -145,6 +150,18 @@ impl<F: Format> TxQueue<F> {
     /// Forgets the buffers, whose queue another process continues. They return to `cache`.
     pub(super) fn lend(&mut self, cache: &mut PoolCache) {
         self.ring.reclaim_all(cache);
+    }
+
+    /// Empties the queue, whose ring owns no buffer and which the device does not use.
+    pub(super) fn clear(&mut self) {
+        clear(&mut self.ring);
+        if let Some(reports) = &mut self.reports {
+            reports.positions.clear();
+        }
+    }
+
+    pub(super) fn ring(&self) -> &DescRing {
+        &self.ring
     }
 
     /// Returns every buffer to `cache`, and the ring to the caller. The device must have been reset.

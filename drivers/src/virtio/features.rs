@@ -42,6 +42,8 @@ bitflags::bitflags! {
         /// accepts this bit. Without the bit, the device is software on another CPU, for which these barriers
         /// also suffice.
         const ORDER_PLATFORM = 1 << 36;
+        /// `VIRTIO_F_RING_RESET`: the driver can reset a single queue.
+        const RING_RESET = 1 << 40;
     }
 
     /// `device_status` (virtio 1.2, 2.1).

@@ -59,6 +59,11 @@ fn pair_of_rx(index: u16) -> Option<u16> {
     (index % rings == RX_QUEUE).then_some(index / rings)
 }
 
+/// Returns the index of the virtqueue of pair `number` that corresponds to `first` of the first pair.
+fn index_of(first: u16, number: u16) -> u16 {
+    first + RINGS_PER_PAIR as u16 * number
+}
+
 /// Maximum number of queue pairs to configure: as many as DPDK has lcores (`RTE_MAX_LCORE`).
 const MAX_PAIRS: u16 = 128;
 
@@ -345,6 +350,12 @@ impl Device {
         Ok((Queues { rx, tx }, control))
     }
 
+    /// Passes a queue that the device has reset to the device again.
+    fn renew(&mut self, index: u16, queue: &mut Virtqueue) -> Result<()> {
+        queue.restart(index, self.features.contains(Features::EVENT_IDX));
+        self.transport.enable_queue(index, queue)
+    }
+
     /// Sets up the queues and starts the device (3.1.1, steps 7 and 8). The RX queues are filled from `caches` in turn.
     fn go_live(
         &mut self,
@@ -462,6 +473,29 @@ impl HandOver for Device {
 
     fn take_back_tx(&self, tx: &mut TxQueue, record: &[u8], free: &mut FreeBuffers) -> Result<()> {
         tx.restore(&decode(record)?, free)
+    }
+
+    fn halt_rx(&mut self, number: u16) -> Result<()> {
+        self.transport.reset_queue(index_of(RX_QUEUE, number))
+    }
+
+    fn halt_tx(&mut self, number: u16) -> Result<()> {
+        self.transport.reset_queue(index_of(TX_QUEUE, number))
+    }
+
+    fn renew_rx(&mut self, number: u16, rx: &mut RxQueue, cache: &mut PoolCache) -> Result<()> {
+        self.renew(index_of(RX_QUEUE, number), rx.queue_mut())?;
+        rx.reopen();
+        rx.prepare(cache)?;
+        rx.queue_mut().connect(self.transport.kick(index_of(RX_QUEUE, number))?);
+        Ok(())
+    }
+
+    fn renew_tx(&mut self, number: u16, tx: &mut TxQueue) -> Result<()> {
+        let index = index_of(TX_QUEUE, number);
+        self.renew(index, tx.queue_mut())?;
+        tx.queue_mut().connect(self.transport.kick(index)?);
+        Ok(())
     }
 
     fn take_fault(&mut self) -> Option<&'static str> {

@@ -18,6 +18,7 @@ use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use super::{Options, pair_of_rx};
 use crate::driver::Facts;
 use crate::frames::ETHERNET;
+use crate::handover::needs_reset;
 use crate::port::{MacAddr, PortConfig};
 
 /// Number of config space reads, each interrupted by a change, after which the driver gives up.
@@ -77,6 +78,8 @@ mod common {
     /// Addresses of the descriptor table, the avail ring and the used ring.
     pub(super) const QUEUE_ADDRESSES: [u64; 3] = [0x20, 0x28, 0x30];
     pub(super) const LEN: u64 = 0x38;
+    /// Present only with `VIRTIO_F_RING_RESET`.
+    pub(super) const QUEUE_RESET: u64 = 0x3a;
 }
 
 /// Part of a BAR. The constructor checks that it has the length that register accesses need.
@@ -343,6 +346,8 @@ impl Pci {
         }
         let mut features = offered.wanted(options, config);
         features.set(Features::MTU, features.contains(Features::MTU) && self.device.len >= config::MTU + 2);
+        let can_reset = features.contains(Features::RING_RESET) && self.common.len >= common::QUEUE_RESET + 2;
+        features.set(Features::RING_RESET, can_reset);
         // MQ needs the control queue (5.1.3.1), which sets the number of pairs.
         features.set(Features::MQ, features.contains(Features::MQ | Features::CTRL_VQ));
         self.set_driver_features(features);
@@ -480,6 +485,24 @@ impl Transport for Pci {
             self.write32(register + 4, (address >> 32) as u32);
         }
         self.write16(common::QUEUE_ENABLE, 1);
+        Ok(())
+    }
+
+    fn reset_queue(&mut self, index: u16) -> Result<()> {
+        if !self.features.contains(Features::RING_RESET) {
+            return Err(needs_reset());
+        }
+        self.write16(common::QUEUE_SELECT, index);
+        self.write16(common::QUEUE_RESET, 1);
+        let deadline = Instant::now() + DEVICE_TIMEOUT;
+        // The device resets the queue before this reads as 0 (4.1.4.3.2).
+        while self.read16(common::QUEUE_RESET) != 0 {
+            if Instant::now() >= deadline {
+                let why = format!("it does not reset virtqueue {index} within 1 s");
+                return Err(self.error(ErrorKind::Protocol, "use", why));
+            }
+            std::thread::yield_now();
+        }
         Ok(())
     }
 

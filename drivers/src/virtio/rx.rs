@@ -107,6 +107,13 @@ impl RxQueue {
         self.queue.last_used = self.queue.offered;
     }
 
+    /// Begins anew on the queue, which was restarted.
+    pub(super) fn reopen(&mut self) {
+        self.is_slow = self.checksums;
+        self.after_violation = None;
+        self.refill_at = self.queue.ring.tail_with_room(self.refill_threshold);
+    }
+
     /// Number of buffers that the device has filled and the application has not received.
     pub(super) fn unread(&self) -> u16 {
         self.queue.pending_from(self.after_violation.unwrap_or(self.queue.last_used))

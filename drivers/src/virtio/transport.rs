@@ -74,6 +74,9 @@ pub(super) trait Transport: fmt::Debug + Send {
     /// Passes the memory of queue `index` to the device.
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()>;
 
+    /// Makes the device stop using queue `index`, until its next [`Transport::enable_queue`] (2.6.1).
+    fn reset_queue(&mut self, index: u16) -> Result<()>;
+
     /// Returns what wakes the device for queue `index`.
     fn kick(&self, index: u16) -> Result<Kick>;
 

@@ -33,6 +33,7 @@ use super::split::{Kick, NOT_A_SIZE, Virtqueue, is_size, negotiate_size};
 use super::transport::{DEVICE_TIMEOUT, KEPT, Transport};
 use super::{Device, Options, RINGS_PER_PAIR, pair_of_rx, pairs};
 use crate::driver::{Args, Facts, Vdev, cannot_hand_over, flag, socket_path};
+use crate::handover::needs_reset;
 use crate::port::{MacAddr, PortConfig};
 
 /// Time limit for all of a peer's answers to a start or a stop together. A queue pair takes about 18 answers,
@@ -592,6 +593,11 @@ impl Transport for User {
         let told = self.ask("SET_VRING_KICK", |peer| peer.set_vring_kick(ring, &to_peer));
         self.kicks.push(kick);
         told
+    }
+
+    /// Fails: processes do not share this port, whose connection belongs to one of them.
+    fn reset_queue(&mut self, _index: u16) -> Result<()> {
+        Err(needs_reset())
     }
 
     fn kick(&self, index: u16) -> Result<Kick> {

@@ -135,10 +135,42 @@ pub(crate) fn take_back(
     Ok(())
 }
 
+/// Starts queues anew that the process which had them has not returned, and that are [lent](lend). Their devices and all
+/// other queues go on.
+///
+/// # Errors
+/// `Unavailable` when only a reset of a device stops its queues; otherwise as for [`HandOver::renew_rx`]. The ports must
+/// be restarted then.
+pub(crate) fn renew(
+    ports: &mut [SupervisedPort],
+    queues: &mut IdleQueues,
+    lanes: &[(usize, usize)],
+    cache: &mut PoolCache,
+) -> Result<()> {
+    // The process's buffers are in all of these rings. None of them may be given out before no device reaches any.
+    for &(from, to) in lanes {
+        port_mut(ports, queues, from)?.halt_rx(queues.queue_of(from))?;
+        port_mut(ports, queues, to)?.halt_tx(queues.queue_of(to))?;
+    }
+    for &(from, to) in lanes {
+        let number = queues.queue_of(to);
+        port_mut(ports, queues, to)?.renew_tx(number, queues.tx_mut(to).ok_or_else(missing)?)?;
+        let number = queues.queue_of(from);
+        port_mut(ports, queues, from)?.renew_rx(number, queues.rx_mut(from).ok_or_else(missing)?, cache)?;
+    }
+    Ok(())
+}
+
 const CANNOT: &str = "cannot continue the queues of another process";
 
 fn missing() -> Error {
     Error::new(ErrorKind::Protocol, CANNOT, "a queue is missing")
+}
+
+/// Returns the port of queue pair `number`, to be changed.
+fn port_mut<'a>(ports: &'a mut [SupervisedPort], queues: &IdleQueues, number: usize) -> Result<&'a mut Port> {
+    let open = ports.get_mut(queues.port_of(number)).and_then(|port| port.open.as_mut());
+    open.map(|open| &mut open.port).ok_or_else(missing)
 }
 
 /// Returns the port of queue pair `number`.

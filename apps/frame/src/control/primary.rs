@@ -27,7 +27,7 @@ pub enum SecondaryState {
     Polls,
     /// It has returned its queues and ended.
     Left,
-    /// It has ended without returning its queues. Their ports are restarted.
+    /// It has ended without returning its queues, which this process has started anew.
     Died,
 }
 
@@ -200,8 +200,9 @@ impl<H> Supervisor<'_, H> {
             let port = &self.control.ports[*number];
             port.open.is_some() && !port.is_down
         };
-        let Some(process) = self.secondaries[index].process.filter(|_| self.control.used.iter().all(is_up))
-        else {
+        let own = self.ports_of(index);
+        let concerned = if own.is_empty() { self.control.used } else { &own };
+        let Some(process) = self.secondaries[index].process.filter(|_| concerned.iter().all(is_up)) else {
             return;
         };
         if self.secondaries[index].parked.is_empty() {
@@ -279,15 +280,24 @@ impl<H> Supervisor<'_, H> {
         self.parked.append(&mut secondary.parked);
     }
 
-    /// Restarts the ports of a process that has died, and polls its queues again.
+    /// Polls the queues of a process that has died: starts them anew or, where only a reset stops them, restarts their
+    /// ports.
     fn bury(&mut self, index: usize) {
-        let ports = self.ports_of(index);
-        if !self.reclaim(&ports) {
-            return;
+        let Some(process) = self.secondaries[index].process else { return };
+        let (ports, lanes) = (self.ports_of(index), self.secondaries[index].lanes());
+        let mut cache = self.control.resources.cache_at(Home { process, node: None });
+        let renewed = lend::renew(self.control.ports, &mut self.queues, &lanes, &mut cache);
+        drop(cache);
+        match renewed {
+            Ok(()) => {
+                self.announce(index, SecondaryState::Died);
+                self.keep_lanes_of(index);
+                self.return_lanes();
+            }
+            Err(error) => {
+                self.restart(&ports, &format!("a process has died with its queues ({error})"));
+            }
         }
-        self.announce(index, SecondaryState::Died);
-        self.keep_lanes_of(index);
-        self.restart(&ports, "a secondary process has died with queues of it");
     }
 
     /// Ports at the ends of a process's lanes.
@@ -296,13 +306,24 @@ impl<H> Supervisor<'_, H> {
         lanes.into_iter().flat_map(|(from, to)| [from, to].map(|pair| self.queues.port_of(pair))).collect()
     }
 
-    /// Restarts `ports` together, so that no lane has queues of before and after. Returns false if another process has
-    /// queues of them and has not returned these in time.
+    /// Restarts `ports` together, so that no lane has queues of before and after, and with them those of processes that
+    /// have died with their queues. Returns false if a process has queues of them and has not returned these in time.
     pub(super) fn restart(&mut self, ports: &BTreeSet<usize>, why: &str) -> bool {
-        if !self.reclaim(ports) {
-            return false;
-        }
-        for &port in ports {
+        let mut ports = ports.clone();
+        let dead = loop {
+            if !self.reclaim(&ports) {
+                return false;
+            }
+            let concerned = self.concerned_by(&ports).into_iter();
+            let dead: Vec<usize> =
+                concerned.filter(|index| self.secondaries[*index].stage == Stage::Dying).collect();
+            let before = ports.len();
+            dead.iter().for_each(|index| ports.append(&mut self.ports_of(*index)));
+            if ports.len() == before {
+                break dead;
+            }
+        };
+        for &port in &ports {
             if self.control.ports[port].is_down || self.control.ports[port].open.is_none() {
                 continue;
             }
@@ -311,7 +332,11 @@ impl<H> Supervisor<'_, H> {
             (self.control.announce)(RunEvent::Port { port, state: PortState::Restarting });
             self.stop(port);
         }
-        for &port in ports {
+        for index in dead {
+            self.announce(index, SecondaryState::Died);
+            self.keep_lanes_of(index);
+        }
+        for &port in &ports {
             if self.control.ports[port].is_down {
                 self.bring_up(port);
             }
@@ -319,11 +344,15 @@ impl<H> Supervisor<'_, H> {
         true
     }
 
+    /// Processes that have, or wait for, queues of `ports`.
+    fn concerned_by(&self, ports: &BTreeSet<usize>) -> Vec<usize> {
+        (0..self.secondaries.len()).filter(|index| !self.ports_of(*index).is_disjoint(ports)).collect()
+    }
+
     /// Takes back the queues of `ports` from secondary processes. Returns false if one does not return them in time.
     pub(super) fn reclaim(&mut self, ports: &BTreeSet<usize>) -> bool {
         let until = Instant::now() + RETURN_PATIENCE;
-        let concerned: Vec<usize> =
-            (0..self.secondaries.len()).filter(|index| !self.ports_of(*index).is_disjoint(ports)).collect();
+        let concerned = self.concerned_by(ports);
         for &index in &concerned {
             let secondary = &mut self.secondaries[index];
             if secondary.stage == Stage::Polling {

@@ -94,7 +94,7 @@ impl Registers for VirtioNet {
             return ones;
         }
         let value = match offset {
-            0..0x38 => state.read_common(offset),
+            0..0x3c => state.read_common(offset),
             DEVICE..NOTIFY => {
                 let mut bytes = [0; 16];
                 bytes[..6].copy_from_slice(&state.behaviour.mac);
@@ -112,7 +112,7 @@ impl Registers for VirtioNet {
         match offset {
             0x14 if value == 0 && self.state().behaviour.ignore_reset => {}
             0x14 if value == 0 => self.reset_device(),
-            0..0x38 => self.state().write_common(offset, value),
+            0..0x3c => self.state().write_common(offset, value),
             NOTIFY.. if offset < NOTIFY + PAGE && self.is_live() => {
                 let mut state = self.state();
                 if value == u64::from(state.control_index()) {
@@ -185,7 +185,11 @@ impl State {
                     0x1a => queue.vector = Some(value as u16).filter(|vector| usize::from(*vector) < vectors),
                     0x18 => queue.size = Some(value as u16),
                     0x1c => queue.enabled = value == 1,
-                    0x20..0x38 => {
+                    // It reads as 0 again at once.
+                    0x3a if value == 1 && self.driver_features & feature::RING_RESET != 0 => {
+                        *queue = super::Queue::default()
+                    }
+                    0x20..0x3c => {
                         let address = &mut queue.addresses[(offset as usize - 0x20) / 8];
                         let shift = 8 * (offset % 8);
                         *address = *address & !(0xffff_ffff << shift) | value << shift;
