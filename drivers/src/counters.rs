@@ -102,7 +102,7 @@ queue_counters! {
     unfinished: tx;
     /// Packets from an RX queue that the application kept instead of sending them.
     consumed: rx;
-    /// Packets for a TX queue that the application dropped because the queue was full.
+    /// Packets for a TX queue that the application dropped because the queue was full, or that were lost with a process.
     dropped: tx;
     /// Times that an RX queue was [tied](crate::tied) to a TX queue.
     tied: rx;

@@ -497,23 +497,16 @@ impl Ports {
     }
 
     /// Returns the queues of this secondary process, which no lcore polls, to its primary, and leaves the ports to it.
-    fn leave_primary(&mut self, Standing { has_queues, lost }: Standing, primary: &Channel) {
-        let lanes: Vec<(usize, usize)> = self.own_routes().map(|route| self.ends(route)).collect();
+    fn leave_primary(&mut self, Standing { lanes, has_queues, lost }: Standing, primary: &Channel) {
         let home = Home { process: self.resources.processes.own(), node: None };
         let mut cache = self.resources.cache_at(home);
-        let lent = match has_queues {
-            false => Ok(LentQueues::default()),
-            true => lend::lend(&self.ports, &mut self.queues, &lanes, &mut cache),
+        let report = match has_queues {
+            false => Report::Left(LentQueues::default()),
+            true => lend::give_up((&self.ports, &mut self.queues, &lanes), &mut cache, None, Report::Left),
         };
-        let report = lent.map_or_else(
-            |error| {
-                let forgotten = lend::forget(&self.ports, &mut self.queues, &lanes, &mut cache);
-                forgotten.unwrap_or_else(|error| tracing::error!("{error}"));
-                Report::Fault(error.to_string())
-            },
-            Report::Left,
-        );
-        self.lost_primary = lost.or_else(|| primary.send(&report, &Fds::default()).err());
+        let counts = Report::Counted(lend::counted(&self.ports, &self.queues, &lanes));
+        let send = |report| primary.send(report, &Fds::default());
+        self.lost_primary = lost.or_else(|| send(&counts).and_then(|()| send(&report)).err());
         self.ports.iter_mut().for_each(SupervisedPort::leave);
     }
 

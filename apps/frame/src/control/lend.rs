@@ -1,10 +1,12 @@
 //! Queues that pass between a primary and its secondary processes while their devices run.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
-use vireo_drivers::counters::QueueStats;
+use vireo_drivers::counters::{QueueCounters, QueueStats};
 use vireo_drivers::handover::HandOver;
-use vireo_drivers::port::{RxBurst, TxBurst};
 use vireo_drivers::table::Port;
 use vireo_eal::dma::{FreeBuffers, PoolCache};
 use vireo_eal::{Error, ErrorKind, Result};
@@ -22,6 +24,8 @@ pub(crate) enum Report {
         /// Number of processes that it reckons with.
         count: u16,
     },
+    /// What it has counted for its queues since its own start.
+    Counted(QueueCounts),
     /// It polls these queues no longer, as the primary has ordered.
     Returned(LentQueues),
     /// A device has misbehaved, for this reason, and the process has given up its queues.
@@ -35,6 +39,9 @@ pub(crate) enum Report {
 pub(crate) enum Order {
     /// Poll these queues.
     Poll(LentQueues),
+    /// Tell what was counted. The primary asks again only when it has the answer, so neither process ever waits for the
+    /// other one to read.
+    Count,
     /// Return the queues, and wait: a port restarts.
     Return,
     /// Return the queues, and end: the primary ends.
@@ -46,18 +53,54 @@ pub(crate) enum Order {
 /// Queues on their way to another process.
 #[derive(Debug, Default, Serialize, Deserialize, Schema)]
 pub(crate) struct LentQueues {
-    pub(crate) rx: Vec<LentQueue>,
-    pub(crate) tx: Vec<LentQueue>,
+    rx: Vec<LentQueue>,
+    tx: Vec<LentQueue>,
 }
 
 /// A queue on its way to another process.
 #[derive(Debug, Serialize, Deserialize, Schema)]
 pub(crate) struct LentQueue {
     /// Number of the queue pair, across all ports.
-    pub(crate) number: u32,
+    number: u32,
     record: Vec<u8>,
-    /// What the process has counted for the queue since its own start.
-    pub(crate) stats: QueueStats,
+}
+
+/// Counts of queues, by direction and by number of the queue pair.
+pub(crate) type QueueCounts = BTreeMap<(Direction, u32), QueueStats>;
+
+/// Direction of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, Schema)]
+pub(crate) enum Direction {
+    Rx,
+    Tx,
+}
+
+/// Counters of a queue, which outlive it.
+pub(crate) fn counters(
+    ports: &[SupervisedPort],
+    queues: &IdleQueues,
+    direction: Direction,
+    number: usize,
+) -> Option<Arc<QueueCounters>> {
+    let (port, queue) = (ports.get(queues.port_of(number))?, queues.queue_of(number).into());
+    Some(match direction {
+        Direction::Rx => port.counters.rx(queue),
+        Direction::Tx => port.counters.tx(queue),
+    })
+}
+
+/// Reads the counters of the queues of lanes, given as the numbers of their pairs.
+pub(crate) fn counted(
+    ports: &[SupervisedPort],
+    queues: &IdleQueues,
+    lanes: &[(usize, usize)],
+) -> QueueCounts {
+    // A packet is received before it is sent, and its TX counter is read before its RX counter.
+    let both = lanes.iter().flat_map(|&(from, to)| [(Direction::Tx, to), (Direction::Rx, from)]);
+    both.filter_map(|(direction, number)| {
+        Some(((direction, number as u32), counters(ports, queues, direction, number)?.read()))
+    })
+    .collect()
 }
 
 /// Lends the queues of lanes, given as the numbers of their pairs. No lcore polls them. Their buffers return to `cache`.
@@ -74,22 +117,43 @@ pub(crate) fn lend(
     for &(from, to) in lanes {
         let port = port_at(ports, queues, from)?;
         let rx = queues.rx_mut(from).ok_or_else(missing)?;
-        let (number, record, stats) = (from as u32, port.rx_record(rx)?, rx.counters().read());
-        lent.rx.push(LentQueue { number, record, stats });
+        lent.rx.push(LentQueue { number: from as u32, record: port.rx_record(rx)? });
         let port = port_at(ports, queues, to)?;
         let tx = queues.tx_mut(to).ok_or_else(missing)?;
-        let (number, record, stats) = (to as u32, port.tx_record(tx)?, tx.counters().read());
-        lent.tx.push(LentQueue { number, record, stats });
+        lent.tx.push(LentQueue { number: to as u32, record: port.tx_record(tx)? });
     }
     forget(ports, queues, lanes, cache)?;
     Ok(lent)
+}
+
+/// Lends the queues of `lanes` to the primary, and returns the report on that. If there is a `fault`, or a queue cannot be
+/// lent, forgets them, and reports that their ports must restart.
+pub(crate) fn give_up(
+    (ports, queues, lanes): (&[SupervisedPort], &mut IdleQueues, &[(usize, usize)]),
+    cache: &mut PoolCache,
+    fault: Option<String>,
+    report: fn(LentQueues) -> Report,
+) -> Report {
+    let lent = match fault {
+        None => lend(ports, queues, lanes, cache).map_err(|error| error.to_string()),
+        Some(why) => Err(why),
+    };
+    lent.map_or_else(
+        |why| {
+            if let Err(error) = forget(ports, queues, lanes, cache) {
+                tracing::error!("{error}");
+            }
+            Report::Fault(why)
+        },
+        report,
+    )
 }
 
 /// Lends queues whose state nobody needs, because their ports restart.
 ///
 /// # Errors
 /// As for [`HandOver::lend_rx`].
-pub(crate) fn forget(
+fn forget(
     ports: &[SupervisedPort],
     queues: &mut IdleQueues,
     lanes: &[(usize, usize)],
@@ -122,12 +186,12 @@ pub(crate) fn take_back(
     {
         return Err(Error::new(ErrorKind::Protocol, CANNOT, "they are other queues"));
     }
-    for LentQueue { number, record, .. } in &lent.rx {
+    for LentQueue { number, record } in &lent.rx {
         let number = *number as usize;
         let port = port_at(ports, queues, number)?;
         port.take_back_rx(queues.rx_mut(number).ok_or_else(missing)?, record, free)?;
     }
-    for LentQueue { number, record, .. } in &lent.tx {
+    for LentQueue { number, record } in &lent.tx {
         let number = *number as usize;
         let port = port_at(ports, queues, number)?;
         port.take_back_tx(queues.tx_mut(number).ok_or_else(missing)?, record, free)?;

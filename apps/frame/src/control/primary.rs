@@ -1,18 +1,16 @@
 //! The control thread's part in a primary that shares its ports: it lends queues to secondary processes, polls those
 //! that no other process has, and restarts the ports of a process that was killed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vireo_drivers::counters::QueueStats;
-use vireo_drivers::port::{RxBurst, TxBurst};
 use vireo_eal::handover::{Channel, Fds, Peer, wait_for_message};
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::lend::{self, LentQueues, Order, Report};
-use super::{ParkedLane, PortState, RunEvent, Supervisor};
+use super::lend::{self, Direction, LentQueues, Order, QueueCounts, Report};
+use super::{INSPECTION_PERIOD, ParkedLane, PortState, RunEvent, Supervisor};
 use crate::caches::Home;
 use crate::recall::Wanted;
 
@@ -49,8 +47,10 @@ pub(super) struct Secondary<H> {
     stage: Stage,
     /// Lanes whose queues it has, or waits for.
     parked: Vec<ParkedLane<H>>,
-    /// What it has counted for each queue so far: by whether it is a TX queue, and by number.
-    counted: BTreeMap<(bool, u32), QueueStats>,
+    /// What it has counted so far.
+    counted: QueueCounts,
+    /// When it was last asked for that, and whether it has answered.
+    asked: (Instant, bool),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,8 +80,14 @@ impl Stage {
 
 impl<H> Secondary<H> {
     pub(super) fn new(peer: Peer) -> Self {
-        let (parked, counted) = (Vec::new(), BTreeMap::new());
-        Self { peer, process: None, stage: Stage::Preparing, parked, counted }
+        Self {
+            peer,
+            process: None,
+            stage: Stage::Preparing,
+            parked: Vec::new(),
+            counted: QueueCounts::new(),
+            asked: (Instant::now(), true),
+        }
     }
 
     /// Connection to the process, unless it has ended.
@@ -100,6 +106,15 @@ impl<H> Secondary<H> {
         }
     }
 
+    /// Asks for what the process has counted, if it is time to.
+    fn ask_for_counts(&mut self) {
+        let (at, is_answered) = self.asked;
+        if is_answered && at.elapsed() >= INSPECTION_PERIOD {
+            self.asked = (Instant::now(), false);
+            self.order(&Order::Count);
+        }
+    }
+
     fn ended(&mut self) {
         self.stage = if self.stage.has_queues() { Stage::Dying } else { Stage::Gone };
     }
@@ -112,6 +127,7 @@ impl<H> Supervisor<'_, H> {
             self.hear(index);
             match self.secondaries[index].stage {
                 Stage::Waiting => self.lend_to(index),
+                Stage::Polling => self.secondaries[index].ask_for_counts(),
                 Stage::Faulty => {
                     let ports = self.ports_of(index);
                     if self.restart(&ports, "a secondary process reports that its device has misbehaved") {
@@ -146,6 +162,7 @@ impl<H> Supervisor<'_, H> {
                         }
                     }
                 }
+                Ok((Report::Counted(counts), _)) => self.count(index, counts),
                 Ok((Report::Returned(lent), _)) if stage.has_queues() => {
                     let taken = self.take_back_from(index, &lent);
                     self.secondaries[index].stage = if taken { Stage::Waiting } else { Stage::Faulty };
@@ -244,10 +261,27 @@ impl<H> Supervisor<'_, H> {
         Err(Error::new(ErrorKind::Protocol, "cannot share the ports", why))
     }
 
-    /// Continues the queues that a process has returned, and its counts. Returns false if they must be reset.
+    /// Adds what a process has counted since its last report.
+    fn count(&mut self, index: usize, counts: QueueCounts) {
+        let (lanes, secondary) = (self.secondaries[index].lanes(), &mut self.secondaries[index]);
+        secondary.asked.1 = true;
+        for ((direction, number), stats) in counts {
+            let number = number as usize;
+            let is_its = match direction {
+                Direction::Rx => lanes.iter().any(|(from, _)| *from == number),
+                Direction::Tx => lanes.iter().any(|(_, to)| *to == number),
+            };
+            let counters = lend::counters(self.control.ports, &self.queues, direction, number);
+            if let Some(counters) = counters.filter(|_| is_its) {
+                let before = secondary.counted.insert((direction, number as u32), stats);
+                counters.add(&stats.since(&before.unwrap_or_default()));
+            }
+        }
+    }
+
+    /// Continues the queues that a process has returned. Returns false if they must be reset.
     fn take_back_from(&mut self, index: usize, lent: &LentQueues) -> bool {
-        let Secondary { process: Some(process), counted, parked, peer, .. } = &mut self.secondaries[index]
-        else {
+        let Secondary { process: Some(process), parked, peer, .. } = &mut self.secondaries[index] else {
             return false;
         };
         let lanes: Vec<_> = parked.iter().map(|lane| (lane.from, lane.to)).collect();
@@ -255,20 +289,6 @@ impl<H> Supervisor<'_, H> {
         if let Err(error) = lend::take_back(self.control.ports, &mut self.queues, &lanes, lent, &mut free) {
             tracing::warn!("process {}: {error}", peer.pid);
             return false;
-        }
-        let mut newly = |is_tx, number, stats: QueueStats| {
-            let before = counted.insert((is_tx, number), stats).unwrap_or_default();
-            stats.since(&before)
-        };
-        for queue in &lent.rx {
-            if let Some(rx) = self.queues.rx_mut(queue.number as usize) {
-                rx.counters().add(&newly(false, queue.number, queue.stats));
-            }
-        }
-        for queue in &lent.tx {
-            if let Some(tx) = self.queues.tx_mut(queue.number as usize) {
-                tx.counters().add(&newly(true, queue.number, queue.stats));
-            }
         }
         true
     }
@@ -290,14 +310,29 @@ impl<H> Supervisor<'_, H> {
         drop(cache);
         match renewed {
             Ok(()) => {
-                self.announce(index, SecondaryState::Died);
-                self.keep_lanes_of(index);
+                self.write_off(index);
                 self.return_lanes();
             }
             Err(error) => {
                 self.restart(&ports, &format!("a process has died with its queues ({error})"));
             }
         }
+    }
+
+    /// Makes the lanes of a process that has died this process's own. The packets that it had received and not sent when it
+    /// last told its counts are lost.
+    fn write_off(&mut self, index: usize) {
+        self.announce(index, SecondaryState::Died);
+        let counted = std::mem::take(&mut self.secondaries[index].counted);
+        let of = |direction, number| counted.get(&(direction, number as u32)).copied().unwrap_or_default();
+        for (from, to) in self.secondaries[index].lanes() {
+            let (rx, tx) = (of(Direction::Rx, from), of(Direction::Tx, to));
+            let lost = rx.packets.saturating_sub(tx.packets + tx.errors + tx.dropped + rx.consumed);
+            if let Some(counters) = lend::counters(self.control.ports, &self.queues, Direction::Tx, to) {
+                counters.dropped.add(lost);
+            }
+        }
+        self.keep_lanes_of(index);
     }
 
     /// Ports at the ends of a process's lanes.
@@ -332,10 +367,7 @@ impl<H> Supervisor<'_, H> {
             (self.control.announce)(RunEvent::Port { port, state: PortState::Restarting });
             self.stop(port);
         }
-        for index in dead {
-            self.announce(index, SecondaryState::Died);
-            self.keep_lanes_of(index);
-        }
+        dead.into_iter().for_each(|index| self.write_off(index));
         for &port in &ports {
             if self.control.ports[port].is_down {
                 self.bring_up(port);

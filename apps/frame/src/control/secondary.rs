@@ -10,10 +10,14 @@ use super::lend::{self, LentQueues, Order, Report};
 use super::{INSPECTION_PERIOD, RunEvent, Supervisor};
 use crate::caches::Home;
 
-/// How a secondary process stands with its primary when its lcores have ended.
+const CANNOT: &str = "cannot poll queues of the primary";
+
+/// How a secondary process stands with its primary.
 #[derive(Debug)]
 pub(crate) struct Standing {
-    /// Whether it has queues, which it has to return.
+    /// Its lanes, as the numbers of their queue pairs.
+    pub(crate) lanes: Vec<(usize, usize)>,
+    /// Whether it has their queues, which it has to return.
     pub(crate) has_queues: bool,
     /// Why it cannot return them: the primary has ended.
     pub(crate) lost: Option<Error>,
@@ -26,13 +30,19 @@ impl<H> Supervisor<'_, H> {
     /// When the primary refuses this process, or lends what does not fit its memory.
     pub(super) fn serve_primary(&mut self, primary: &RunningProgram, stop: &StopFlag) -> Result<Standing> {
         self.attach(primary).inspect_err(|_| stop.set())?;
-        let mut standing = Standing { has_queues: false, lost: None };
+        let lanes = self.parked.iter().map(|lane| (lane.from, lane.to)).collect();
+        let mut standing = Standing { lanes, has_queues: false, lost: None };
         while !stop.is_set() {
+            let mut reports = Vec::new();
             if primary.channel().has_message(INSPECTION_PERIOD)? {
-                self.obey(primary, &mut standing, stop).inspect_err(|_| stop.set())?;
+                self.obey(primary, &mut standing, &mut reports, stop).inspect_err(|_| stop.set())?;
             }
             if standing.has_queues {
-                self.report_fault(primary, &mut standing)?;
+                reports.extend(self.fault(&mut standing));
+            }
+            if let Err(error) = reports.iter().try_for_each(|report| send(primary, report)) {
+                standing.lost = Some(ended(primary, error.why()));
+                stop.set();
             }
         }
         Ok(standing)
@@ -43,8 +53,8 @@ impl<H> Supervisor<'_, H> {
         let super::Control { recall, lcores, resources, .. } = self.control;
         // All lcores run and wait for lanes.
         recall.give(Vec::new(), lcores);
-        let own = resources.processes().own();
-        let mut free = resources.pool(own).take_free();
+        let processes = resources.processes();
+        let mut free = resources.pool(processes.own()).take_free();
         for shared in primary.record::<ProgramRecord>()?.shared {
             let number = shared.number as usize;
             let Some(port) = self.control.ports.get_mut(number) else { continue };
@@ -55,41 +65,43 @@ impl<H> Supervisor<'_, H> {
             port.is_down = false;
             self.queues.put_port(number, queues);
         }
-        let ready = Report::Ready { process: own, count: resources.processes().count() };
-        primary.channel().send(&ready, &Fds::default())
+        send(primary, &Report::Ready { process: processes.own(), count: processes.count() })
     }
 
-    /// Does what the primary orders.
-    fn obey(&mut self, primary: &RunningProgram, standing: &mut Standing, stop: &StopFlag) -> Result<()> {
+    /// Does what the primary orders. What there is to tell it is added to `reports`.
+    fn obey(
+        &mut self,
+        primary: &RunningProgram,
+        standing: &mut Standing,
+        reports: &mut Vec<Report>,
+        stop: &StopFlag,
+    ) -> Result<()> {
         match primary.channel().receive::<Order>(INSPECTION_PERIOD) {
-            Ok((Order::Poll(lent), _)) if !standing.has_queues => self.poll(primary, &lent, standing),
+            Ok((Order::Poll(lent), _)) if !standing.has_queues => self.poll(primary, &lent, standing)?,
+            Ok((Order::Count, _)) => reports.push(self.counted(standing)),
             Ok((Order::Return, _)) if standing.has_queues => {
-                let report = self.give_up(None);
-                standing.has_queues = false;
-                primary.channel().send(&report, &Fds::default())
+                let returned = self.give_up(standing, None);
+                reports.extend([self.counted(standing), returned]);
             }
             // It was sent before the primary read that a device has misbehaved.
-            Ok((Order::Return | Order::Poll(_), _)) => Ok(()),
+            Ok((Order::Return | Order::Poll(_), _)) => {}
             Ok((Order::End, _)) => {
                 tracing::info!("the primary, process {}, ends", primary.pid());
                 stop.set();
-                Ok(())
             }
-            Ok((Order::Refuse(why), _)) => Err(Error::new(ErrorKind::Busy, CANNOT, why)),
-            Err(_) => {
-                let why = format!("the primary, process {}, has ended", primary.pid());
-                standing.lost = Some(Error::new(ErrorKind::Unavailable, CANNOT, why));
+            Ok((Order::Refuse(why), _)) => return Err(Error::new(ErrorKind::Busy, CANNOT, why)),
+            Err(error) => {
+                standing.lost = Some(ended(primary, error.why()));
                 stop.set();
-                Ok(())
             }
         }
+        Ok(())
     }
 
     fn poll(&mut self, primary: &RunningProgram, lent: &LentQueues, standing: &mut Standing) -> Result<()> {
         let super::Control { resources, announce, .. } = self.control;
-        let lanes: Vec<_> = self.parked.iter().map(|lane| (lane.from, lane.to)).collect();
         let mut free = resources.pool(resources.processes().own()).take_free();
-        lend::take_back(self.control.ports, &mut self.queues, &lanes, lent, &mut free)?;
+        lend::take_back(self.control.ports, &mut self.queues, &standing.lanes, lent, &mut free)?;
         drop(free);
         self.return_lanes();
         standing.has_queues = true;
@@ -97,39 +109,38 @@ impl<H> Supervisor<'_, H> {
         Ok(())
     }
 
-    /// Takes all lanes from the lcores, and returns their queues to the primary, or reports why the ports must restart.
-    fn give_up(&mut self, fault: Option<String>) -> Report {
+    /// What this process has counted.
+    fn counted(&self, standing: &Standing) -> Report {
+        Report::Counted(lend::counted(self.control.ports, &self.queues, &standing.lanes))
+    }
+
+    /// Takes all lanes from the lcores, and lends their queues to the primary. If there is a `fault`, or a queue cannot be
+    /// lent, reports that their ports must restart.
+    fn give_up(&mut self, standing: &mut Standing, fault: Option<String>) -> Report {
         let mut parked = self.park_all();
-        let lanes: Vec<_> = parked.iter().map(|lane| (lane.from, lane.to)).collect();
         self.parked.append(&mut parked);
+        standing.has_queues = false;
         let resources = self.control.resources;
-        let home = Home { process: resources.processes().own(), node: None };
-        let mut cache = resources.cache_at(home);
-        let (ports, queues) = (&*self.control.ports, &mut self.queues);
-        let lent = match fault {
-            None => lend::lend(ports, queues, &lanes, &mut cache).map_err(|error| error.to_string()),
-            Some(why) => Err(why),
-        };
-        lent.map_or_else(
-            |why| {
-                if let Err(error) = lend::forget(ports, queues, &lanes, &mut cache) {
-                    tracing::error!("{error}");
-                }
-                Report::Fault(why)
-            },
-            Report::Returned,
-        )
+        let mut cache = resources.cache_at(Home { process: resources.processes().own(), node: None });
+        let lanes = (&*self.control.ports, &mut self.queues, &standing.lanes[..]);
+        lend::give_up(lanes, &mut cache, fault, Report::Returned)
     }
 
     /// Gives up the queues if a device has misbehaved.
-    fn report_fault(&mut self, primary: &RunningProgram, standing: &mut Standing) -> Result<()> {
+    fn fault(&mut self, standing: &mut Standing) -> Option<Report> {
         let mut open = self.control.ports.iter_mut().filter_map(|port| port.open.as_mut());
-        let Some(why) = open.find_map(|open| open.port.take_fault()) else { return Ok(()) };
+        let why = open.find_map(|open| open.port.take_fault())?;
         tracing::warn!("{why}; the primary restarts the port");
-        let report = self.give_up(Some(why.to_owned()));
-        standing.has_queues = false;
-        primary.channel().send(&report, &Fds::default())
+        Some(self.give_up(standing, Some(why.to_owned())))
     }
 }
 
-const CANNOT: &str = "cannot poll queues of the primary";
+fn send(primary: &RunningProgram, report: &Report) -> Result<()> {
+    primary.channel().send(report, &Fds::default())
+}
+
+/// Error of a process whose primary has ended, as `sign` shows.
+fn ended(primary: &RunningProgram, sign: &str) -> Error {
+    let why = format!("the primary, process {}, has ended ({sign})", primary.pid());
+    Error::new(ErrorKind::Unavailable, CANNOT, why)
+}

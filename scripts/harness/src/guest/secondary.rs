@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::machine::{Nic, need_mode};
+use super::takeover::received;
 use super::traffic::{carries, forwarder, ports, start_ordered_stream, start_steady_stream};
 use super::{Boot, in_full_if};
 use crate::case::{Cases, Context};
@@ -103,6 +104,11 @@ fn lends(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
     for _ in 0..times(context, mode) {
         let mut l2fwd = joined(context, &secondary)?;
         l2fwd.await_traffic()?;
+        // Only the secondary process receives on port 0 now, and the primary counts that, too.
+        let before = received(&mut primary)?;
+        primary.await_statistics("what the secondary process counts", |port| {
+            port["port"] == 0 && port["received"].as_u64() > Some(before)
+        })?;
         let ended = l2fwd.stop()?;
         ensure!(ended.counts(0)?[1] > 0, "the secondary process counted nothing");
         await_secondary(&mut primary, "left")?;

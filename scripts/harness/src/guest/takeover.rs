@@ -100,7 +100,7 @@ pub(crate) fn summary(mut gaps: Vec<f64>, stream: &Stream) -> String {
 }
 
 /// Packets that port 0 has received.
-fn received(l2fwd: &mut L2fwd) -> Result<u64> {
+pub(super) fn received(l2fwd: &mut L2fwd) -> Result<u64> {
     let mut count = 0;
     while count == 0 {
         l2fwd.await_event("statistics", |event| event["event"] == "statistics")?;
