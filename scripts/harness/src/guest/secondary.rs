@@ -6,9 +6,10 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::machine::{Nic, need_mode};
+use super::machine::{Nic, Role, need_mode, rebind_on_drop, unbind};
+use super::recover::clear_bus_master;
 use super::takeover::received;
-use super::traffic::{carries, forwarder, ports, start_ordered_stream, start_steady_stream};
+use super::traffic::{COUNT, carries, forwarder, ports, start_ordered_stream, start_steady_stream};
 use super::{Boot, in_full_if};
 use crate::case::{Cases, Context};
 use crate::l2fwd::{L2fwd, Start};
@@ -26,22 +27,22 @@ const SECONDARY: &str = "--num-procs 2 --proc-id 0";
 pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
     for &nic in boot.nics() {
         let name = nic.name();
-        let passes = format!("l2fwd lends queues of {name} to a secondary process without loss, {mode}");
-        let passes = cases.add(passes, move |context| lends(context, boot, mode, nic));
-        // Each driver in one mode, and one driver in each mode; compat opens as container does.
-        let is_rare = mode != "cdev" && (nic != Nic::VirtioNet || mode == "compat");
-        passes.limit(900).in_full_if(is_rare);
-        if nic == Nic::E1000 {
-            // Its driver is the 82574L's.
-            passes.in_full_once();
-        }
-        let dies =
-            format!("l2fwd takes queues of {name} back from a secondary process that is killed, {mode}");
-        let dies = cases.add(dies, move |context| outlives_secondaries(context, boot, mode, nic));
-        dies.limit(900).in_full_if(is_rare);
-        if nic == Nic::E1000 {
-            dies.in_full_once();
-        }
+        let case = |what: &str| format!("{what}, {mode}").replace("NIC", name);
+        let title = case("l2fwd lends queues of NIC to a secondary l2fwd without loss");
+        let added = cases.add(title, move |context| lends(context, boot, mode, nic)).limit(900);
+        // Drivers and modes differ in this only as in a take-over, all of whose combinations have a case there.
+        added.in_full_if(nic != Nic::VirtioNet || mode != "cdev");
+        let title = case("l2fwd takes queues of NIC back from a secondary l2fwd that is killed");
+        let added =
+            cases.add(title, move |context| outlives_secondaries(context, boot, mode, nic)).limit(900);
+        added.in_full_if(!matches!(
+            (nic, mode),
+            (Nic::VirtioNet | Nic::E1000e | Nic::Igb, "cdev") | (Nic::VirtioNet, "noiommu")
+        ));
+        let title = case("NIC is restarted while a secondary l2fwd has queues of it");
+        let added = cases.add(title, move |context| restarts(context, boot, mode, nic));
+        // The process finds the fault of an 82574L, and its primary that of a virtio-net device.
+        added.in_full_if(nic != Nic::E1000e || mode != "cdev");
     }
     if mode != "cdev" && mode != "noiommu" {
         return;
@@ -49,6 +50,13 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
     // What goes wrong does so above drivers and modes.
     in_full_if(cases, boot != Boot::Iommu, |cases| {
         let nic = boot.nics()[0];
+        cases.add(format!("a port waits for a secondary l2fwd that does not run, {mode}"), move |context| {
+            waits(context, boot, mode, nic)
+        });
+        cases.add(
+            format!("a NIC with a secondary l2fwd is given back to the kernel, {mode}"),
+            move |context| closes(context, mode, nic),
+        );
         cases.add(format!("a secondary l2fwd that is refused leaves the queues, {mode}"), move |context| {
             refusals(context, boot, mode, nic)
         });
@@ -154,6 +162,58 @@ fn outlives_secondaries(context: &Context, boot: Boot, mode: &str, nic: Nic) -> 
     }
     let (sent, received) = (stream.figure("sent"), stream.figure("received"));
     context.note(format!("{times} killed; {sent} frames sent, {} lost", sent.saturating_sub(received)));
+    Ok(())
+}
+
+/// The NIC that the secondary process sends on may do no DMA.
+fn restarts(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
+    need_mode(mode)?;
+    let mut primary = primary(mode, nic).forwarding(context)?;
+    let mut l2fwd = joined(context, &secondary(mode, nic))?;
+    let pktgen = start_steady_stream(context, boot.generator_mode(), nic)?;
+    l2fwd.await_traffic()?;
+    clear_bus_master(&nic.bdf(Role::FwdTx))?;
+    primary.await_state(1, "restarting")?;
+    primary.await_state(1, "running")?;
+    await_secondary(&mut primary, "polls")?;
+    pktgen.stop()?;
+    carries(context, boot.generator_mode(), nic, nic)?;
+    let ended = l2fwd.stop_complaining(Signal::SIGINT)?;
+    ensure!(ended.counts(0)?[1] > COUNT, "the secondary process polled no queue after the restart");
+    primary.stop_complaining(Signal::SIGINT)?;
+    Ok(())
+}
+
+/// A port that must restart waits for a secondary process that does not run.
+fn waits(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
+    need_mode(mode)?;
+    let mut primary = primary(mode, nic).forwarding(context)?;
+    let l2fwd = joined(context, &secondary(mode, nic))?;
+    l2fwd.process.signal(Signal::SIGSTOP)?;
+    clear_bus_master(&nic.bdf(Role::FwdTx))?;
+    while !primary.process.stderr()?.contains("does not return its queues; end it: kill ") {
+        primary.await_statistics("statistics", |_| true)?;
+    }
+    l2fwd.process.signal(Signal::SIGCONT)?;
+    primary.await_state(1, "running")?;
+    await_secondary(&mut primary, "polls")?;
+    carries(context, boot.generator_mode(), nic, nic)?;
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    primary.stop_complaining(Signal::SIGINT)?;
+    Ok(())
+}
+
+/// The kernel waits for every process that has the device open.
+fn closes(context: &Context, mode: &str, nic: Nic) -> Result<()> {
+    need_mode(mode)?;
+    let bdf = nic.bdf(Role::FwdTx);
+    let mut primary = primary(mode, nic).forwarding(context)?;
+    let l2fwd = joined(context, &secondary(mode, nic))?;
+    let _again = rebind_on_drop(bdf.clone());
+    unbind(&bdf)?;
+    primary.await_state(1, "closed")?;
+    ensure!(l2fwd.wait()?.code == 0, "the secondary process did not end in order");
+    primary.stop_complaining(Signal::SIGINT)?;
     Ok(())
 }
 
