@@ -245,7 +245,10 @@ impl<H> Supervisor<'_, H> {
             tracing::warn!("port {number}: the kernel requests {} back; closing the port", open.name);
             // The kernel waits for every process that has the device open.
             let is_down = *is_down;
-            self.end_secondaries();
+            if !self.end_secondaries() {
+                // The kernel repeats its request.
+                return;
+            }
             if is_down {
                 self.control.ports[number].stop(None, &mut self.control.resources.cache());
             } else if !self.stop(number) {

@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use vireo_drivers::port::{FCS, Offloads, PortConfig};
+use vireo_eal::args::port_mask;
 use vireo_eal::dma::{MAX_BUFFERS, MAX_FRAME};
 
 use crate::report::Style;
@@ -116,14 +117,6 @@ impl Args {
     /// Returns the form of the output; by default, the form that suits standard output.
     pub fn style(&self) -> Style {
         if self.json { Style::Json } else { self.output.unwrap_or_else(Style::of_stdout) }
-    }
-}
-
-fn port_mask(text: &str) -> std::result::Result<u64, String> {
-    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).unwrap_or(text);
-    match u64::from_str_radix(digits, 16) {
-        Ok(mask) => Ok(mask),
-        Err(_) => Err("it is not a hexadecimal mask such as 0x3".into()),
     }
 }
 

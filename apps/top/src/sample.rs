@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 use vireo_eal::{Error, ErrorKind, Result};
+use vireo_top::client::printable;
 
 /// State of a process.
 #[derive(Clone, Debug)]
@@ -45,11 +46,11 @@ pub(crate) struct Lcore {
 const UNKNOWN: u64 = u32::MAX as u64;
 
 impl Sample {
-    /// Takes a sample with `ask`, which returns the value of an answer.
+    /// Takes a sample of the process `pid`, which calls itself `version`, with `ask`, which returns the value of an answer.
     ///
     /// # Errors
     /// Those of `ask`; `Protocol` if the process lists no ports and no lcores.
-    pub(crate) fn take(greeting: &Value, ask: impl Fn(&str) -> Result<Value>) -> Result<Self> {
+    pub(crate) fn take(pid: u64, version: String, ask: impl Fn(&str) -> Result<Value>) -> Result<Self> {
         let listed = |request: &str| -> Result<Option<Vec<u64>>> {
             Ok(ask(request)?.as_array().map(|list| list.iter().filter_map(Value::as_u64).collect()))
         };
@@ -58,13 +59,8 @@ impl Sample {
             let why = "it is not the telemetry socket of a process with ports";
             return Err(Error::new(ErrorKind::Protocol, "cannot read its telemetry", why));
         }
-        let mut sample = Self {
-            at: Instant::now(),
-            pid: greeting["pid"].as_u64().unwrap_or_default(),
-            version: text(&greeting["version"]).unwrap_or_default(),
-            ports: BTreeMap::new(),
-            lcores: BTreeMap::new(),
-        };
+        let mut sample =
+            Self { at: Instant::now(), pid, version, ports: BTreeMap::new(), lcores: BTreeMap::new() };
         for number in ports.unwrap_or_default() {
             sample.ports.insert(number, Port::take(number, &ask)?);
         }
@@ -85,11 +81,12 @@ impl Port {
         // A driver without extended counters has the basic ones.
         let counters = xstats.as_object().filter(|all| !all.is_empty()).or(stats.as_object());
         let lost = counters.into_iter().flatten().filter(|(name, _)| is_loss(name));
-        let lost = lost.filter_map(|(name, count)| Some((text(&name.as_str().into())?, count.as_u64()?)));
+        let lost =
+            lost.filter_map(|(name, count)| Some((printable(&name.as_str().into())?, count.as_u64()?)));
         let speed = link["speed"].as_u64().filter(|speed| *speed != UNKNOWN);
         Ok(Self {
-            name: text(&info["name"]).unwrap_or_default(),
-            mode: text(&vfio["mode"]),
+            name: printable(&info["name"]).unwrap_or_default(),
+            mode: printable(&vfio["mode"]),
             link: link["status"].as_str().map(|status| (status.eq_ignore_ascii_case("up"), speed)),
             rx_packets: count("ipackets"),
             tx_packets: count("opackets"),
@@ -98,11 +95,6 @@ impl Port {
             drops: lost.filter(|(_, count)| *count > 0).collect(),
         })
     }
-}
-
-/// A text without characters that would control a terminal.
-fn text(value: &Value) -> Option<String> {
-    value.as_str().map(|text| text.chars().filter(|c| !c.is_control()).collect())
 }
 
 /// Whether a port's counter counts lost packets. Those of single queues are in the port's.

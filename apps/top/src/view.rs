@@ -183,7 +183,6 @@ pub(crate) mod tests {
 
     /// A sample of a process with a port that has received `packets`, and an lcore with `ticks`.
     fn sample(at: Instant, pid: u64, packets: u64, ticks: (u64, u64)) -> Sample {
-        let greeting = json!({ "version": "DPDK 25.11.0", "pid": pid, "max_output_len": 16384 });
         let ask = |request: &str| -> Result<serde_json::Value> {
             Ok(match request {
                 "/ethdev/list" => json!([3]),
@@ -202,7 +201,7 @@ pub(crate) mod tests {
                 _ => json!(null),
             })
         };
-        Sample { at, ..Sample::take(&greeting, ask).unwrap() }
+        Sample { at, ..Sample::take(pid, "DPDK 25.11.0".to_owned(), ask).unwrap() }
     }
 
     pub(crate) fn view() -> View {

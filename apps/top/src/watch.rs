@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-use vireo_eal::telemetry::{TelemetryClient, sockets};
-use vireo_eal::{Error, ErrorKind, Result};
+use vireo_eal::Result;
+use vireo_top::client::{Program, no_program, sockets};
 
 use crate::sample::Sample;
 
@@ -26,12 +25,12 @@ pub(crate) struct Choice {
 #[derive(Debug)]
 pub(crate) struct Watch {
     choice: Choice,
-    clients: BTreeMap<PathBuf, (TelemetryClient, Value)>,
+    programs: BTreeMap<PathBuf, Program>,
 }
 
 impl Watch {
     pub(crate) fn new(choice: Choice) -> Self {
-        Self { choice, clients: BTreeMap::new() }
+        Self { choice, programs: BTreeMap::new() }
     }
 
     /// Samples all processes that answer, by socket.
@@ -41,60 +40,35 @@ impl Watch {
     pub(crate) fn look(&mut self) -> Result<Samples> {
         let (mut samples, mut failure) = (BTreeMap::new(), None);
         let sockets = self.sockets()?;
-        self.clients.retain(|socket, _| sockets.contains(socket));
+        self.programs.retain(|socket, _| sockets.contains(socket));
         for socket in sockets {
             match self.sample(&socket) {
                 Ok(sample) => drop(samples.insert(socket, sample)),
                 Err(error) => {
-                    self.clients.remove(&socket);
+                    self.programs.remove(&socket);
                     failure.get_or_insert(error);
                 }
             }
         }
-        if samples.is_empty() { Err(failure.unwrap_or_else(|| self.nothing())) } else { Ok(samples) }
+        if samples.is_empty() {
+            Err(failure.unwrap_or_else(|| no_program(self.choice.prefix.as_deref(), "vireo-top")))
+        } else {
+            Ok(samples)
+        }
     }
 
     fn sockets(&self) -> Result<Vec<PathBuf>> {
         if !self.choice.sockets.is_empty() {
             return Ok(self.choice.sockets.clone());
         }
-        let mut sockets = sockets()?;
-        if let Some(prefix) = &self.choice.prefix {
-            let of = |socket: &Path| {
-                socket.parent().and_then(Path::file_name).is_some_and(|name| name == &**prefix)
-            };
-            sockets.retain(|socket| of(socket));
-        }
-        Ok(sockets)
-    }
-
-    fn nothing(&self) -> Error {
-        let which = self
-            .choice
-            .prefix
-            .as_ref()
-            .map_or(String::new(), |prefix| format!(" with --file-prefix {prefix}"));
-        let why = format!("no process of Vireo or DPDK{which} has a telemetry socket that this user may use");
-        Error::new(ErrorKind::Unavailable, "nothing to show", why)
-            .with_hint("start one, or run vireo-top as its user or as root")
+        sockets(self.choice.prefix.as_deref())
     }
 
     fn sample(&mut self, socket: &Path) -> Result<Sample> {
-        let (client, greeting) = match self.clients.entry(socket.to_owned()) {
+        let program = match self.programs.entry(socket.to_owned()) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => {
-                let client = TelemetryClient::connect(socket)?;
-                let greeting = serde_json::from_str(client.greeting()).unwrap_or_default();
-                new.insert((client, greeting))
-            }
+            Entry::Vacant(new) => new.insert(Program::connect(socket)?),
         };
-        Sample::take(greeting, |request| {
-            let answer: Value = serde_json::from_str(&client.ask(request)?).map_err(|error| {
-                let what = format!("cannot read the answer of {} to {request}", socket.display());
-                Error::new(ErrorKind::Protocol, what, error.to_string())
-            })?;
-            let (endpoint, _) = request.split_once(',').unwrap_or((request, ""));
-            Ok(answer.get(endpoint).cloned().unwrap_or_default())
-        })
+        Sample::take(program.pid(), program.version(), |request| program.ask(request))
     }
 }

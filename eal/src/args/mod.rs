@@ -435,6 +435,15 @@ fn conflict(what: &str, why: &str, hint: &str) -> Error {
     Error::new(ErrorKind::Usage, what, why).with_hint(hint)
 }
 
+/// Parses a port mask (`-p` of DPDK's programs): hexadecimal, with or without `0x`; bit N is port N.
+///
+/// # Errors
+/// What is wrong with the value.
+pub fn port_mask(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).unwrap_or(text);
+    u64::from_str_radix(digits, 16).map_err(|_| "it is not a hexadecimal mask such as 0x3".into())
+}
+
 /// Formats `text` for an error message: in quotes, on one line, and cut after 60 characters.
 pub fn quoted(text: &str) -> String {
     format!("\"{}\"", printable(text, 60))

@@ -99,7 +99,7 @@ impl<H> Supervisor<'_, H> {
             }
             Err(error) => tracing::debug!("{error}"),
         }
-        self.serve_secondaries();
+        self.serve_secondaries(stop);
         let has_message =
             |successor: &mut Successor| successor.channel.has_message(Duration::ZERO).unwrap_or(true);
         let Some(successor) = self.successor.take_if(has_message) else { return false };

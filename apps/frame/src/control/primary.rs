@@ -1,5 +1,5 @@
-//! The control thread's part in a primary that shares its ports: it lends queues to secondary processes, polls those
-//! that no other process has, and restarts the ports of a process that was killed.
+//! The control thread's part in a primary that shares its ports: it lends queues to secondary processes, takes them back,
+//! and starts those of a killed process anew.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vireo_eal::handover::{Channel, Fds, Peer, wait_for_message};
+use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
 use super::lend::{self, Direction, LentQueues, Order, QueueCounts, Report};
@@ -51,6 +52,8 @@ pub(super) struct Secondary<H> {
     counted: QueueCounts,
     /// When it was last asked for that, and whether it has answered.
     asked: (Instant, bool),
+    /// Whether the log says already that the process does not return its queues.
+    is_known_late: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +68,7 @@ enum Stage {
     Returning,
     /// It has given up its queues, whose ports must restart.
     Faulty,
-    /// Its connection has ended while it had its queues.
+    /// Its connection has ended, and its queues must be started anew.
     Dying,
     /// It has no queues, and will get none.
     Gone,
@@ -87,6 +90,7 @@ impl<H> Secondary<H> {
             parked: Vec::new(),
             counted: QueueCounts::new(),
             asked: (Instant::now(), true),
+            is_known_late: false,
         }
     }
 
@@ -99,10 +103,11 @@ impl<H> Secondary<H> {
         self.parked.iter().map(|lane| (lane.from, lane.to)).collect()
     }
 
-    fn order(&mut self, order: &Order) {
+    /// Sends an order. If that fails, the end of the connection is the next thing to be heard.
+    fn order(&self, order: &Order) {
         if let Err(error) = self.peer.channel.send(order, &Fds::default()) {
             tracing::debug!("process {}: {error}", self.peer.pid);
-            self.ended();
+            self.peer.channel.close();
         }
     }
 
@@ -114,19 +119,15 @@ impl<H> Secondary<H> {
             self.order(&Order::Count);
         }
     }
-
-    fn ended(&mut self) {
-        self.stage = if self.stage.has_queues() { Stage::Dying } else { Stage::Gone };
-    }
 }
 
 impl<H> Supervisor<'_, H> {
     /// Reads what secondary processes report, and lends them their queues, or takes these back.
-    pub(super) fn serve_secondaries(&mut self) {
+    pub(super) fn serve_secondaries(&mut self, stop: &StopFlag) {
         for index in 0..self.secondaries.len() {
             self.hear(index);
             match self.secondaries[index].stage {
-                Stage::Waiting => self.lend_to(index),
+                Stage::Waiting => self.lend_to(index, stop),
                 Stage::Polling => self.secondaries[index].ask_for_counts(),
                 Stage::Faulty => {
                     let ports = self.ports_of(index);
@@ -172,19 +173,29 @@ impl<H> Supervisor<'_, H> {
                     self.secondaries[index].stage = Stage::Faulty;
                 }
                 Ok((Report::Left(lent), _)) => {
-                    if stage.has_queues() && !self.take_back_from(index, &lent) {
-                        // Its ports restart as if it had been killed.
-                        self.secondaries[index].stage = Stage::Dying;
-                        return;
+                    if stage.has_queues() && self.take_back_from(index, &lent) {
+                        self.secondaries[index].stage = Stage::Waiting;
                     }
-                    self.announce(index, SecondaryState::Left);
-                    self.keep_lanes_of(index);
-                    self.return_lanes();
+                    self.end_of(index);
                 }
                 // Its connection has ended, or it talks nonsense.
-                _ => self.secondaries[index].ended(),
+                _ => self.end_of(index),
             }
         }
+    }
+
+    /// Ends the connection to a process. Its lanes become this process's own, at once if their queues are in order.
+    fn end_of(&mut self, index: usize) {
+        let stage = self.secondaries[index].stage;
+        if stage.has_queues() || stage == Stage::Faulty {
+            self.secondaries[index].stage = Stage::Dying;
+            return;
+        }
+        if stage == Stage::Waiting {
+            self.announce(index, SecondaryState::Left);
+        }
+        self.keep_lanes_of(index);
+        self.return_lanes();
     }
 
     /// Checks that a process of `count` may have the queues of `process`.
@@ -210,18 +221,12 @@ impl<H> Supervisor<'_, H> {
         (self.control.announce)(event);
     }
 
-    /// Lends a process its queues, if all ports are up.
-    fn lend_to(&mut self, index: usize) {
-        let super::Control { recall, lcores, resources, .. } = self.control;
-        let is_up = |number: &usize| {
-            let port = &self.control.ports[*number];
-            port.open.is_some() && !port.is_down
-        };
+    /// Lends a process its queues, if its ports are up.
+    fn lend_to(&mut self, index: usize, stop: &StopFlag) {
+        let super::Control { recall, lcores, resources, used, .. } = self.control;
         let own = self.ports_of(index);
-        let concerned = if own.is_empty() { self.control.used } else { &own };
-        let Some(process) = self.secondaries[index].process.filter(|_| concerned.iter().all(is_up)) else {
-            return;
-        };
+        let is_up = self.are_up(if own.is_empty() { used } else { &own });
+        let Some(process) = self.secondaries[index].process.filter(|_| is_up) else { return };
         if self.secondaries[index].parked.is_empty() {
             let own = resources.numbers_of(process);
             let parked = recall.take(Wanted::From(own.clone()), lcores);
@@ -229,11 +234,14 @@ impl<H> Supervisor<'_, H> {
             let waiting = self.parked.extract_if(.., |lane| own.contains(&lane.from));
             self.secondaries[index].parked = waiting.chain(parked).collect();
         }
+        if stop.is_set() {
+            // Not all lcores may have handed over their lanes.
+            return;
+        }
         match self.lend_parked(index, process) {
             Ok(lent) => {
-                let secondary = &mut self.secondaries[index];
-                secondary.stage = Stage::Polling;
-                secondary.order(&Order::Poll(lent));
+                self.secondaries[index].stage = Stage::Polling;
+                self.secondaries[index].order(&Order::Poll(lent));
                 self.announce(index, SecondaryState::Polls);
             }
             Err(error) => {
@@ -281,10 +289,8 @@ impl<H> Supervisor<'_, H> {
 
     /// Continues the queues that a process has returned. Returns false if they must be reset.
     fn take_back_from(&mut self, index: usize, lent: &LentQueues) -> bool {
-        let Secondary { process: Some(process), parked, peer, .. } = &mut self.secondaries[index] else {
-            return false;
-        };
-        let lanes: Vec<_> = parked.iter().map(|lane| (lane.from, lane.to)).collect();
+        let Secondary { process: Some(process), peer, .. } = &self.secondaries[index] else { return false };
+        let lanes = self.secondaries[index].lanes();
         let mut free = self.control.resources.pool(*process).take_free();
         if let Err(error) = lend::take_back(self.control.ports, &mut self.queues, &lanes, lent, &mut free) {
             tracing::warn!("process {}: {error}", peer.pid);
@@ -300,23 +306,30 @@ impl<H> Supervisor<'_, H> {
         self.parked.append(&mut secondary.parked);
     }
 
+    fn are_up(&self, ports: &BTreeSet<usize>) -> bool {
+        let mut ports = ports.iter().map(|number| &self.control.ports[*number]);
+        ports.all(|port| port.open.is_some() && !port.is_down)
+    }
+
     /// Polls the queues of a process that has died: starts them anew or, where only a reset stops them, restarts their
     /// ports.
     fn bury(&mut self, index: usize) {
         let Some(process) = self.secondaries[index].process else { return };
         let (ports, lanes) = (self.ports_of(index), self.secondaries[index].lanes());
-        let mut cache = self.control.resources.cache_at(Home { process, node: None });
-        let renewed = lend::renew(self.control.ports, &mut self.queues, &lanes, &mut cache);
-        drop(cache);
-        match renewed {
-            Ok(()) => {
-                self.write_off(index);
-                self.return_lanes();
-            }
-            Err(error) => {
-                self.restart(&ports, &format!("a process has died with its queues ({error})"));
+        let mut why = "a process has died with its queues".to_owned();
+        if self.are_up(&ports) {
+            let mut cache = self.control.resources.cache_at(Home { process, node: None });
+            match lend::renew(self.control.ports, &mut self.queues, &lanes, &mut cache) {
+                Ok(()) => {
+                    drop(cache);
+                    self.write_off(index);
+                    self.return_lanes();
+                    return;
+                }
+                Err(error) => why = format!("{why} ({error})"),
             }
         }
+        self.restart(&ports, &why);
     }
 
     /// Makes the lanes of a process that has died this process's own. The packets that it had received and not sent when it
@@ -383,13 +396,14 @@ impl<H> Supervisor<'_, H> {
 
     /// Takes back the queues of `ports` from secondary processes. Returns false if one does not return them in time.
     pub(super) fn reclaim(&mut self, ports: &BTreeSet<usize>) -> bool {
-        let until = Instant::now() + RETURN_PATIENCE;
         let concerned = self.concerned_by(ports);
+        let mut until = Instant::now();
         for &index in &concerned {
             let secondary = &mut self.secondaries[index];
             if secondary.stage == Stage::Polling {
                 secondary.stage = Stage::Returning;
                 secondary.order(&Order::Return);
+                until = Instant::now() + RETURN_PATIENCE;
             }
         }
         self.await_queues(&concerned, until)
@@ -406,8 +420,10 @@ impl<H> Supervisor<'_, H> {
             let Some(late) = concerned.iter().find(still) else { return true };
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let pid = self.secondaries[*late].peer.pid;
-                tracing::warn!("process {pid} does not return its queues; end it: kill {pid}");
+                let Secondary { peer: Peer { pid, .. }, is_known_late, .. } = &mut self.secondaries[*late];
+                if !std::mem::replace(is_known_late, true) {
+                    tracing::warn!("process {pid} does not return its queues; end it: kill -KILL {pid}");
+                }
                 return false;
             }
             let channels: Vec<_> =
@@ -420,10 +436,10 @@ impl<H> Supervisor<'_, H> {
         }
     }
 
-    /// Ends all secondary processes, because this program ends.
-    pub(super) fn end_secondaries(&mut self) {
-        self.secondaries.iter_mut().for_each(|secondary| secondary.order(&Order::End));
+    /// Ends all secondary processes. Returns false if one has not returned its queues in time.
+    pub(super) fn end_secondaries(&mut self) -> bool {
+        self.secondaries.iter().for_each(|secondary| secondary.order(&Order::End));
         let all: Vec<usize> = (0..self.secondaries.len()).collect();
-        self.await_queues(&all, Instant::now() + RETURN_PATIENCE);
+        self.await_queues(&all, Instant::now() + RETURN_PATIENCE)
     }
 }

@@ -30,6 +30,8 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     });
     cases.add("telemetry: vireo-top shows l2fwd and pktgen", top);
     cases.add("telemetry: vireo-top shows DPDK's testpmd", top_of_testpmd);
+    cases.add("telemetry: vireo-proc-info shows l2fwd", proc_info);
+    cases.add("telemetry: vireo-proc-info shows DPDK's testpmd", proc_info_of_testpmd);
     cases.add("telemetry: --no-telemetry and --in-memory create no socket", none);
 }
 
@@ -260,6 +262,57 @@ fn top_of_testpmd(context: &Context) -> Result<()> {
     let is_dpdk = process["version"].as_str().is_some_and(|version| version.starts_with("DPDK"));
     ensure!(is_dpdk && process["ports"][1]["name"] == "net_null1", "{process}");
     ensure!(process["ports"][1]["rx_pps"].as_f64().is_some_and(|rate| rate > 0.0), "{process}");
+    Ok(())
+}
+
+/// What vireo-proc-info finds of the program `prefix`.
+fn info(context: &Context, prefix: &str, arguments: &str) -> Result<crate::process::Ended> {
+    let mut command = Command::new(context.program("proc-info"));
+    command.args(["--file-prefix", prefix, "--"]).args(arguments.split_whitespace());
+    run(context, "proc-info", command.env("RUNTIME_DIRECTORY", &context.dir))
+}
+
+fn proc_info(context: &Context) -> Result<()> {
+    let mut l2fwd = forwarder(context, "")?;
+    let pktgen = generator(context, "--count 2000")?;
+    l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
+    let sent = pktgen.wait(PATIENCE)?.figure("sent");
+    let found =
+        info(context, "fwd", "-p 2 --stats --xstats --show-port --show-mempool -m --json")?.expect(0)?;
+    let found: Value = serde_json::from_str(&found.stdout)?;
+    let [port] = found["ports"].as_array().map_or(&[][..], Vec::as_slice) else { bail!("{found}") };
+    ensure!(port["port"] == 1 && port["stats"]["opackets"] == sent, "{port}");
+    ensure!(port["xstats"]["tx_good_packets"] == sent && port["link"]["status"] == "UP", "{port}");
+    ensure!(found["mempools"][0]["name"] == "packets" && found["memzones"][0]["Length"].is_u64(), "{found}");
+    let text = info(context, "fwd", "-p 0x1 --stats --xstats-name rx_good_packets")?.expect(0)?.stdout;
+    for line in [format!("  RX-packets: {sent:<10}  RX-errors:  0"), format!("\nrx_good_packets: {sent}\n")] {
+        ensure!(text.contains(&line), "{text}");
+    }
+    for (arguments, code, why) in [
+        ("", 64, "no argument says what to show"),
+        ("--stats-reset", 64, "compare the counts of two times"),
+        ("--stats -p 8", 69, "the program has none of these ports"),
+        ("--xstats-name nope", 64, "there is no counter of that name; list them: --xstats"),
+    ] {
+        let ended = info(context, "fwd", arguments)?.expect(code)?;
+        ensure!(ended.stderr.lines().count() == 1 && ended.stderr.contains(why), "{}", ended.stderr);
+    }
+    l2fwd.stop_complaining(Signal::SIGINT)?;
+    let ended = info(context, "fwd", "--stats")?.expect(69)?;
+    ensure!(ended.stderr.contains("no process of Vireo or DPDK with --file-prefix fwd"), "{}", ended.stderr);
+    Ok(())
+}
+
+fn proc_info_of_testpmd(context: &Context) -> Result<()> {
+    need_testpmd()?;
+    let arguments = "--no-huge -m 256 --no-pci -l 0,1 --vdev net_null0 --vdev net_null1 -- --auto-start \
+                     --no-lsc-interrupt --total-num-mbufs=16384";
+    let Testpmd { process: testpmd, .. } = Testpmd::spawn(context, arguments)?;
+    while !testpmd.line(PATIENCE)?.context("testpmd ended")?.contains("io packet forwarding") {}
+    let mut command = Command::new(context.program("proc-info"));
+    let command = command.args(["--", "--stats", "--json"]).env("RUNTIME_DIRECTORY", &context.dir);
+    let found: Value = serde_json::from_str(&run(context, "proc-info", command)?.expect(0)?.stdout)?;
+    ensure!(found["ports"][1]["stats"]["ipackets"].as_u64() > Some(0), "{found}");
     Ok(())
 }
 

@@ -1,0 +1,4 @@
+//! Clients of the telemetry of Vireo's and DPDK's programs, for `vireo-top` and `vireo-proc-info`.
+#![forbid(unsafe_code)]
+
+pub mod client;
