@@ -18,7 +18,7 @@ const NAME: &str = "vireo-proc-info";
 #[command(
     name = "vireo-proc-info",
     override_usage = "vireo-proc-info [EAL ARGUMENTS] -- [-p PORTMASK] --stats",
-    about = None::<&str>,
+    about = "Of the EAL arguments, only --file-prefix has an effect",
     disable_help_flag = true
 )]
 struct Cli {

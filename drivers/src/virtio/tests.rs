@@ -18,6 +18,7 @@ use vireo_eal::mem::{Backing, Region};
 
 use super::{Device, HEADER, Options, RxQueue, TxQueue};
 use crate::fakedev::virtio::{Behaviour, RX, TX, VirtioNet, feature};
+use crate::handover::HandOver;
 use crate::port::{Nic, PortConfig, RxBurst, TxBurst};
 
 const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
@@ -388,6 +389,47 @@ fn one_element_for_many_frames_is_taken_burst_by_burst() {
         assert_eq!(bench.rx.counters().device_errors.get(), 0);
         assert_eq!(bench.stop().0, BUFFERS);
     }
+}
+
+/// Queues that different processes poll have buffers of their own pools, and one of them starts anew alone.
+#[test]
+fn each_queue_is_filled_from_its_own_pool_and_renewed_alone() {
+    let features = Behaviour::default().features | feature::MQ | feature::RING_RESET;
+    let nic = VirtioNet::new(Behaviour { pairs: 2, features, ..Behaviour::default() });
+    let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
+    let memory = DmaMemory::map(region, &[]).unwrap();
+    nic.attach(memory.device_view().unwrap());
+    let pools = [(); 2].map(|()| Pool::new(&memory, BUFFERS / 2).unwrap());
+    let mut caches = pools.each_ref().map(Pool::cache);
+    let mut device = Device::probe(nic.function()).unwrap();
+    let mut queues = device.start_from(&CONFIG.with_pairs(2), &memory, &mut caches).unwrap();
+    let held = |pool: &Pool, cache: &PoolCache| pool.count() - pool.available() - cache.len() as u32;
+    assert_eq!([0, 1].map(|n| held(&pools[n], &caches[n])), [64, 64]);
+    device.lend_rx(&mut queues.rx[1], &mut caches[1]).unwrap();
+    device.lend_tx(&mut queues.tx[1], &mut caches[1]).unwrap();
+    assert_eq!(held(&pools[1], &caches[1]), 0);
+    // Its process has died.
+    device.halt_rx(1).unwrap();
+    device.halt_tx(1).unwrap();
+    assert!(nic.receive_on(0, &[0; 60]) && !nic.receive_on(1, &[1; 60]));
+    device.renew_tx(1, &mut queues.tx[1]).unwrap();
+    device.renew_rx(1, &mut queues.rx[1], &mut caches[1]).unwrap();
+    assert!(nic.receive_on(1, &[1; 60]));
+    for (n, cache) in caches.iter_mut().enumerate() {
+        let mut burst = Burst::new();
+        queues.rx[n].rx_burst(cache, &mut burst);
+        assert_eq!(burst.len(), 1);
+        assert_eq!(queues.tx[n].tx_burst(cache, &mut burst), 1);
+        assert_eq!(nic.transmitted_on(n as u16), [vec![n as u8; 60]]);
+    }
+    assert_eq!(nic.faults(), Vec::<&str>::new());
+    device.stop(queues, &mut caches[0]).unwrap();
+    drop(caches);
+    assert!(pools.iter().all(|pool| pool.available() == pool.count()));
+    // Without the feature, only the whole device is reset.
+    let old = VirtioNet::default();
+    let error = Device::probe(old.function()).unwrap().halt_rx(0).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
 }
 
 #[test]

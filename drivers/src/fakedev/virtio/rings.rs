@@ -94,6 +94,9 @@ impl State {
     fn want_doorbell(&mut self, index: u16, wanted: bool) {
         let (queue, size) = self.queue(index);
         let (used, last_avail) = (queue.addresses[2], queue.last_avail);
+        if !queue.enabled {
+            return;
+        }
         if !self.event_idx() {
             self.store(used, u16::from(!wanted));
         } else if wanted {

@@ -57,6 +57,10 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
             format!("a NIC with a secondary l2fwd is given back to the kernel, {mode}"),
             move |context| closes(context, mode, nic),
         );
+        cases.add(
+            format!("an ordinary user's l2fwd lends queues to a secondary l2fwd, {mode}"),
+            move |context| of_nobody(context, boot, mode, nic),
+        );
         cases.add(format!("a secondary l2fwd that is refused leaves the queues, {mode}"), move |context| {
             refusals(context, boot, mode, nic)
         });
@@ -213,6 +217,22 @@ fn closes(context: &Context, mode: &str, nic: Nic) -> Result<()> {
     unbind(&bdf)?;
     primary.await_state(1, "closed")?;
     ensure!(l2fwd.wait()?.code == 0, "the secondary process did not end in order");
+    primary.stop_complaining(Signal::SIGINT)?;
+    Ok(())
+}
+
+/// Both processes give up root.
+fn of_nobody(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
+    need_mode(mode)?;
+    let mut primary = process(mode, nic, "--user nobody", PRIMARY).forwarding(context)?;
+    let secondary = process(mode, nic, "--user nobody --proc-type secondary", SECONDARY);
+    let l2fwd = joined(context, &secondary)?;
+    carries(context, boot.generator_mode(), nic, nic)?;
+    l2fwd.kill()?;
+    await_secondary(&mut primary, "died")?;
+    let l2fwd = joined(context, &secondary)?;
+    carries(context, boot.generator_mode(), nic, nic)?;
+    l2fwd.stop()?;
     primary.stop_complaining(Signal::SIGINT)?;
     Ok(())
 }
