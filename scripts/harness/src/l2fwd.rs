@@ -86,6 +86,18 @@ impl Start {
         Ok(L2fwd { process, events: Vec::new(), patience: self.patience })
     }
 
+    /// Starts l2fwd, which must exit with `code` after one line with `why`.
+    pub(crate) fn refused(&self, context: &Context, code: i32, why: &str) -> Result<()> {
+        let ended = self.spawn(context)?.wait()?;
+        let said = ended.stderr.trim_end();
+        ensure!(
+            ended.code == code && said.contains(why) && said.lines().count() == 1,
+            "exit code {}: {said}",
+            ended.code
+        );
+        Ok(())
+    }
+
     /// Starts l2fwd, and returns when it forwards.
     pub(crate) fn forwarding(&self, context: &Context) -> Result<L2fwd> {
         let mut l2fwd = self.spawn(context)?;

@@ -11,13 +11,14 @@ use super::recover::clear_bus_master;
 use super::takeover::received;
 use super::traffic::{COUNT, carries, forwarder, ports, start_ordered_stream, start_steady_stream};
 use super::{Boot, in_full_if};
-use crate::case::{Cases, Context};
+use crate::case::{Case, Cases, Context};
 use crate::l2fwd::{L2fwd, Start};
 
-/// Number of secondary processes of a case, one after the other; with `--full`; and there in the two usual modes.
+/// Number of secondary processes of a case, one after the other; with `--full`; and there where they are killed and the NIC
+/// is not reset.
 const TIMES: usize = 3;
 const TIMES_IN_FULL: usize = 10;
-const TIMES_IN_USUAL_MODES: usize = 100;
+const KILLS_IN_FULL: usize = 100;
 
 /// Arguments of a process: the primary polls the queues from port 1 to port 0, and those of process 0 while that does not
 /// run.
@@ -28,21 +29,20 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
     for &nic in boot.nics() {
         let name = nic.name();
         let case = |what: &str| format!("{what}, {mode}").replace("NIC", name);
-        let title = case("l2fwd lends queues of NIC to a secondary l2fwd without loss");
-        let added = cases.add(title, move |context| lends(context, boot, mode, nic)).limit(900);
         // Drivers and modes differ in this only as in a take-over, all of whose combinations have a case there.
-        added.in_full_if(nic != Nic::VirtioNet || mode != "cdev");
+        let title = case("l2fwd lends queues of NIC to a secondary l2fwd without loss");
+        let lends = cases.add(title, move |context| lends(context, boot, mode, nic)).limit(900);
+        in_full_once_unless(lends, nic == Nic::VirtioNet && mode == "cdev");
         let title = case("l2fwd takes queues of NIC back from a secondary l2fwd that is killed");
-        let added =
-            cases.add(title, move |context| outlives_secondaries(context, boot, mode, nic)).limit(900);
-        added.in_full_if(!matches!(
-            (nic, mode),
-            (Nic::VirtioNet | Nic::E1000e | Nic::Igb, "cdev") | (Nic::VirtioNet, "noiommu")
-        ));
-        let title = case("NIC is restarted while a secondary l2fwd has queues of it");
-        let added = cases.add(title, move |context| restarts(context, boot, mode, nic));
+        let dies = cases.add(title, move |context| outlives_secondaries(context, boot, mode, nic)).limit(900);
+        match nic {
+            Nic::VirtioNet => _ = dies.in_full_if(mode != "cdev" && mode != "noiommu"),
+            _ => in_full_once_unless(dies, nic != Nic::E1000 && mode == "cdev"),
+        }
         // The process finds the fault of an 82574L, and its primary that of a virtio-net device.
-        added.in_full_if(nic != Nic::E1000e || mode != "cdev");
+        let title = case("NIC is restarted while a secondary l2fwd has queues of it");
+        let restarts = cases.add(title, move |context| restarts(context, boot, mode, nic));
+        in_full_once_unless(restarts, nic == Nic::E1000e && mode == "cdev");
     }
     if mode != "cdev" && mode != "noiommu" {
         return;
@@ -68,6 +68,12 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
             outlives_primary(context, boot, mode, nic)
         });
     });
+}
+
+fn in_full_once_unless(case: &mut Case, is_default: bool) {
+    if !is_default {
+        case.in_full_once();
+    }
 }
 
 fn process(mode: &str, nic: Nic, eal: &str, own: &str) -> Start {
@@ -96,14 +102,6 @@ fn await_secondary(primary: &mut L2fwd, state: &str) -> Result<()> {
     })
 }
 
-fn times(context: &Context, mode: &str) -> usize {
-    match mode {
-        _ if !context.full => TIMES,
-        "container" | "cdev" => TIMES_IN_USUAL_MODES,
-        _ => TIMES_IN_FULL,
-    }
-}
-
 fn lends(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
     need_mode(mode)?;
     let mut primary = primary(mode, nic).forwarding(context)?;
@@ -113,7 +111,7 @@ fn lends(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
     l2fwd.stop()?;
     await_secondary(&mut primary, "left")?;
     let pktgen = start_ordered_stream(context, boot.generator_mode(), nic)?;
-    for _ in 0..times(context, mode) {
+    for _ in 0..if context.full { TIMES_IN_FULL } else { TIMES } {
         let mut l2fwd = joined(context, &secondary)?;
         l2fwd.await_traffic()?;
         // Only the secondary process receives on port 0 now, and the primary counts that, too.
@@ -142,7 +140,12 @@ fn outlives_secondaries(context: &Context, boot: Boot, mode: &str, nic: Nic) -> 
     let pktgen = start_steady_stream(context, boot.generator_mode(), nic)?;
     primary.await_traffic()?;
     let secondary = secondary(mode, nic);
-    let times = times(context, mode);
+    let is_reset = matches!(nic, Nic::E1000 | Nic::E1000e);
+    let times = match (context.full, is_reset) {
+        (false, _) => TIMES,
+        (true, true) => TIMES_IN_FULL,
+        (true, false) => KILLS_IN_FULL,
+    };
     for number in 0..times {
         let mut l2fwd = joined(context, &secondary)?;
         if number % 2 == 0 {
@@ -159,7 +162,7 @@ fn outlives_secondaries(context: &Context, boot: Boot, mode: &str, nic: Nic) -> 
     // It finds every packet buffer, or exits with another code.
     let ended = primary.stop_complaining(Signal::SIGINT)?;
     // A queue of an 82540EM or 82574L stops only with the NIC.
-    let resets = if matches!(nic, Nic::E1000 | Nic::E1000e) { times as u64 } else { 0 };
+    let resets = if is_reset { times as u64 } else { 0 };
     for port in 0..2 {
         let restarts = ended.counter(port, "restarts")?;
         ensure!(restarts == resets, "port {port} was restarted {restarts} times, not {resets}");
@@ -239,16 +242,7 @@ fn of_nobody(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> 
 
 fn refusals(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
     need_mode(mode)?;
-    let refused = |start: &Start, code: i32, why: &str| {
-        let ended = start.spawn(context)?.wait()?;
-        let said = ended.stderr.trim_end();
-        ensure!(
-            ended.code == code && said.contains(why) && said.lines().count() == 1,
-            "exit code {}: {said}",
-            ended.code
-        );
-        anyhow::Ok(())
-    };
+    let refused = |start: &Start, code, why| start.refused(context, code, why);
     let second = |own: &str| process(mode, nic, "--proc-type secondary", own);
     refused(&second(SECONDARY), 69, "start vireo-l2fwd without --proc-type secondary if none runs")?;
     let alone = process(mode, nic, "", "").forwarding(context)?;

@@ -112,16 +112,7 @@ pub(super) fn received(l2fwd: &mut L2fwd) -> Result<u64> {
 
 fn refusals(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
     need_mode(mode)?;
-    let refused = |start: Start, code: i32, why: &str| {
-        let ended = start.spawn(context)?.wait()?;
-        let said = ended.stderr.trim_end();
-        ensure!(
-            ended.code == code && said.contains(why) && said.lines().count() == 1,
-            "exit code {}: {said}",
-            ended.code
-        );
-        anyhow::Ok(())
-    };
+    let refused = |start: Start, code, why| start.refused(context, code, why);
     refused(
         forwarder(mode, nic, "--takeover"),
         69,

@@ -251,12 +251,18 @@ fn top(context: &Context) -> Result<()> {
     Ok(())
 }
 
-fn top_of_testpmd(context: &Context) -> Result<()> {
+/// testpmd that forwards between two ports without a peer.
+fn testpmd(context: &Context) -> Result<Process> {
     need_testpmd()?;
     let arguments = "--no-huge -m 256 --no-pci -l 0,1 --vdev net_null0 --vdev net_null1 -- --auto-start \
                      --no-lsc-interrupt --total-num-mbufs=16384";
     let Testpmd { process: testpmd, .. } = Testpmd::spawn(context, arguments)?;
     while !testpmd.line(PATIENCE)?.context("testpmd ended")?.contains("io packet forwarding") {}
+    Ok(testpmd)
+}
+
+fn top_of_testpmd(context: &Context) -> Result<()> {
+    let _testpmd = testpmd(context)?;
     let processes = shown(context)?;
     let [process] = &processes[..] else { bail!("{processes:?}") };
     let is_dpdk = process["version"].as_str().is_some_and(|version| version.starts_with("DPDK"));
@@ -304,11 +310,7 @@ fn proc_info(context: &Context) -> Result<()> {
 }
 
 fn proc_info_of_testpmd(context: &Context) -> Result<()> {
-    need_testpmd()?;
-    let arguments = "--no-huge -m 256 --no-pci -l 0,1 --vdev net_null0 --vdev net_null1 -- --auto-start \
-                     --no-lsc-interrupt --total-num-mbufs=16384";
-    let Testpmd { process: testpmd, .. } = Testpmd::spawn(context, arguments)?;
-    while !testpmd.line(PATIENCE)?.context("testpmd ended")?.contains("io packet forwarding") {}
+    let _testpmd = testpmd(context)?;
     let mut command = Command::new(context.program("proc-info"));
     let command = command.args(["--", "--stats", "--json"]).env("RUNTIME_DIRECTORY", &context.dir);
     let found: Value = serde_json::from_str(&run(context, "proc-info", command)?.expect(0)?.stdout)?;
