@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::machine::{Nic, Role, need_mode, rebind_on_drop, unbind};
+use super::machine::{Nic, Role, need_mode, rebind_on_drop, removed, unbind};
 use super::recover::clear_bus_master;
 use super::takeover::received;
 use super::traffic::{COUNT, carries, forwarder, ports, start_ordered_stream, start_steady_stream};
@@ -227,6 +227,7 @@ fn closes(context: &Context, mode: &str, nic: Nic) -> Result<()> {
 /// Both processes give up root.
 fn of_nobody(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
     need_mode(mode)?;
+    let _runtime = removed("/var/run/vireo/fwd");
     let mut primary = process(mode, nic, "--user nobody", PRIMARY).forwarding(context)?;
     let secondary = process(mode, nic, "--user nobody --proc-type secondary", SECONDARY);
     let l2fwd = joined(context, &secondary)?;
