@@ -263,6 +263,12 @@ fn refusals(context: &Context, boot: Boot, mode: &str, nic: Nic) -> Result<()> {
     refused(&second(SECONDARY), 75, "polls the queues of process 0 already")?;
     carries(context, boot.generator_mode(), nic, nic)?;
     l2fwd.stop()?;
+    // One that is killed before it polls changes nothing.
+    for step in ["open", "memory", "port", "link"] {
+        let mut next = secondary(mode, nic).spawn(context)?;
+        next.await_event(step, |event| event["event"] == step)?;
+        next.kill()?;
+    }
     // With `auto`, the second process is the secondary.
     let auto = joined(context, &process(mode, nic, "--proc-type auto", SECONDARY))?;
     auto.stop()?;
