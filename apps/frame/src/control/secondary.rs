@@ -34,7 +34,7 @@ impl<H> Supervisor<'_, H> {
         let mut standing = Standing { lanes, has_queues: false, lost: None };
         while !stop.is_set() {
             let mut reports = Vec::new();
-            if primary.channel().has_message(INSPECTION_PERIOD)? {
+            if primary.channel().has_message(INSPECTION_PERIOD).inspect_err(|_| stop.set())? {
                 self.obey(primary, &mut standing, &mut reports, stop).inspect_err(|_| stop.set())?;
             }
             if standing.has_queues {
