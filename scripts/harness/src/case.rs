@@ -18,17 +18,12 @@ const LIMIT: u64 = 120;
 /// When a case runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tier {
-    /// Always; in the guest on the first kernel, and with `--full` on the other one too.
+    /// Always.
     Default,
-    /// Always, and in the guest on both kernels, because the result depends on the kernel.
-    BothKernels,
     /// Without `--full` only, because a case of [`Tier::Full`] does the same and more.
     Short,
     /// With `--full` only.
     Full,
-    /// With `--full` only, and in the guest on the first kernel only, because the case takes minutes and does
-    /// not depend on the kernel.
-    FullOnce,
 }
 
 type Run = Box<dyn Fn(&Context) -> Result<()> + Send + Sync>;
@@ -39,14 +34,14 @@ pub(crate) struct Case {
     pub(crate) name: String,
     /// When the case runs.
     pub(crate) tier: Tier,
+    /// Whether the case runs on both kernels, because its result depends on the kernel; in the guest only. Other cases
+    /// run on the first kernel.
+    pub(crate) on_both_kernels: bool,
     /// Time after which the case counts as hung.
     pub(crate) limit: Duration,
     /// Whether the case runs alongside guests and other such cases, because it shares nothing with them and
     /// has time; on the host only.
     pub(crate) alongside_guests: bool,
-    /// Whether the case runs when all guests have ended, because it boots guests of its own for an hour; on the host
-    /// only.
-    pub(crate) after_guests: bool,
     run: Run,
 }
 
@@ -59,7 +54,7 @@ impl fmt::Debug for Case {
 impl Case {
     /// Makes the case run on both kernels.
     pub(crate) fn on_both_kernels(&mut self) -> &mut Self {
-        self.tier = Tier::BothKernels;
+        self.on_both_kernels = true;
         self
     }
 
@@ -75,12 +70,6 @@ impl Case {
         self
     }
 
-    /// Makes the case run with `--full` only, and in the guest on the first kernel only.
-    pub(crate) fn in_full_once(&mut self) -> &mut Self {
-        self.tier = Tier::FullOnce;
-        self
-    }
-
     /// Does what [`Case::in_full`] does if `condition` is true.
     pub(crate) fn in_full_if(&mut self, condition: bool) -> &mut Self {
         if condition { self.in_full() } else { self }
@@ -89,12 +78,6 @@ impl Case {
     /// Lets the case run alongside guests and other such cases; on the host only.
     pub(crate) fn alongside_guests(&mut self) -> &mut Self {
         self.alongside_guests = true;
-        self
-    }
-
-    /// Lets the case run when all guests have ended; on the host only.
-    pub(crate) fn after_guests(&mut self) -> &mut Self {
-        self.after_guests = true;
         self
     }
 
@@ -181,9 +164,9 @@ impl Cases {
         self.0.push(Case {
             name: name.into(),
             tier: Tier::Default,
+            on_both_kernels: false,
             limit: Duration::from_secs(LIMIT),
             alongside_guests: false,
-            after_guests: false,
             run: Box::new(run),
         });
         &mut self.0[index]

@@ -62,12 +62,13 @@ struct Group {
 /// Groups of the chosen cases, in order.
 fn chosen(choice: &Choice, host: Vec<Case>) -> Vec<Group> {
     let mut groups = Vec::new();
-    let runs = |case: &Case, first: bool| match case.tier {
-        Tier::BothKernels => true,
-        Tier::Default => first || choice.full,
-        Tier::Short => first && !choice.full,
-        Tier::Full => choice.full,
-        Tier::FullOnce => first && choice.full,
+    let runs = |case: &Case, first: bool| {
+        let in_this_suite = match case.tier {
+            Tier::Default => true,
+            Tier::Short => !choice.full,
+            Tier::Full => choice.full,
+        };
+        in_this_suite && (first || case.on_both_kernels)
     };
     let cases = host.into_iter().filter(|case| runs(case, true) && choice.wants(&case.name));
     groups
@@ -126,14 +127,12 @@ pub(crate) fn run(
     let groups = groups(choice, environment)?;
     let tap = Tap::default();
     let host = Host { full: choice.full, programs, tap: &tap };
-    let (mut soon, mut later, mut last) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
+    let (mut soon, mut later) = (VecDeque::new(), VecDeque::new());
     let mut boots = VecDeque::new();
     for Group { guest, mut cases } in groups {
         let Some((kernel, boot)) = guest else {
             for (_, case) in cases {
-                if case.after_guests {
-                    last.push_back(case)
-                } else if case.alongside_guests || case.tier == Tier::Full {
+                if case.alongside_guests || case.tier == Tier::Full {
                     later.push_back(case)
                 } else {
                     soon.push_back(case)
@@ -152,7 +151,7 @@ pub(crate) fn run(
         later.make_contiguous().sort_by_key(|case| Reverse(case.limit));
     }
     host.run_from(&Mutex::new(soon));
-    let (boots, later, last) = (Mutex::new(boots), Mutex::new(later), Mutex::new(last));
+    let (boots, later) = (Mutex::new(boots), Mutex::new(later));
     std::thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
@@ -167,7 +166,6 @@ pub(crate) fn run(
             scope.spawn(|| host.run_from(&later));
         }
     });
-    std::thread::scope(|scope| (0..at_a_time).for_each(|_| drop(scope.spawn(|| host.run_from(&last)))));
     if let Some(code) = stop::exit_code() {
         tap.bail_out("stopped by a signal");
         return Ok(code);

@@ -29,7 +29,7 @@ use std::str::FromStr;
 
 use self::machine::{NICS, Nic, Role, set};
 use self::opens::Node;
-use crate::case::{Cases, Tier};
+use crate::case::Cases;
 
 /// Kind of boot. Each is a different machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -330,11 +330,7 @@ fn noiommu(cases: &mut Cases) {
 /// Makes cases of `noiommu-cdev` run on both kernels, because they are skipped on the default one.
 fn noiommu_cdev_where_it_is(cases: &mut Cases) {
     for case in cases.0.iter_mut().filter(|case| case.name.contains("noiommu-cdev")) {
-        case.tier = match case.tier {
-            Tier::Default => Tier::BothKernels,
-            Tier::FullOnce => Tier::Full,
-            tier => tier,
-        };
+        case.on_both_kernels();
     }
 }
 
@@ -360,8 +356,9 @@ fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     }
     // The default kernel does not have noiommu-cdev.
     for case in &mut cases.0 {
-        let is_skipped = case.name.contains("noiommu-cdev");
-        case.in_full_if(is_skipped);
+        if case.name.contains("noiommu-cdev") {
+            case.in_full().on_both_kernels();
+        }
     }
 }
 

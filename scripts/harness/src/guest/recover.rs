@@ -64,7 +64,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
                     format!("the link of {} goes and comes back {times} times under traffic", nic.name()),
                     move |context| flap(context, boot, mode, nic, times),
                 )
-                .in_full_once()
+                .in_full()
                 .limit(1800);
         }
     }

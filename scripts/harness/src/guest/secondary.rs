@@ -11,7 +11,7 @@ use super::recover::clear_bus_master;
 use super::takeover::received;
 use super::traffic::{COUNT, carries, forwarder, ports, start_ordered_stream, start_steady_stream};
 use super::{Boot, in_full_if};
-use crate::case::{Case, Cases, Context};
+use crate::case::{Cases, Context};
 use crate::l2fwd::{L2fwd, Start};
 
 /// Number of secondary processes of a case, one after the other; with `--full`; and there where they are killed and the NIC
@@ -32,17 +32,18 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
         // Drivers and modes differ in this only as in a take-over, all of whose combinations have a case there.
         let title = case("l2fwd lends queues of NIC to a secondary l2fwd without loss");
         let lends = cases.add(title, move |context| lends(context, boot, mode, nic)).limit(900);
-        in_full_once_unless(lends, nic == Nic::VirtioNet && mode == "cdev");
+        lends.in_full_if(nic != Nic::VirtioNet || mode != "cdev");
         let title = case("l2fwd takes queues of NIC back from a secondary l2fwd that is killed");
         let dies = cases.add(title, move |context| outlives_secondaries(context, boot, mode, nic)).limit(900);
-        match nic {
-            Nic::VirtioNet => _ = dies.in_full_if(mode != "cdev" && mode != "noiommu"),
-            _ => in_full_once_unless(dies, nic != Nic::E1000 && mode == "cdev"),
-        }
+        dies.in_full_if(match nic {
+            Nic::VirtioNet => mode != "cdev" && mode != "noiommu",
+            Nic::E1000 => true,
+            _ => mode != "cdev",
+        });
         // The process finds the fault of an 82574L, and its primary that of a virtio-net device.
         let title = case("NIC is restarted while a secondary l2fwd has queues of it");
         let restarts = cases.add(title, move |context| restarts(context, boot, mode, nic));
-        in_full_once_unless(restarts, nic == Nic::E1000e && mode == "cdev");
+        restarts.in_full_if(nic != Nic::E1000e || mode != "cdev");
     }
     if mode != "cdev" && mode != "noiommu" {
         return;
@@ -72,12 +73,6 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
             outlives_primary(context, boot, mode, nic)
         });
     });
-}
-
-fn in_full_once_unless(case: &mut Case, is_default: bool) {
-    if !is_default {
-        case.in_full_once();
-    }
 }
 
 fn process(mode: &str, nic: Nic, eal: &str, own: &str) -> Start {

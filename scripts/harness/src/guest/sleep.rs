@@ -30,7 +30,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
             });
         // The kernel delivers interrupts in the same way in each mode.
         if mode != "cdev" && (mode != "noiommu" || nic != Nic::VirtioNet) {
-            case.in_full_once();
+            case.in_full();
         }
         if mode != "cdev" {
             continue;
@@ -48,7 +48,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
                     format!("RX interrupts of {name} wake lcores that sleep, by INTx, {mode}"),
                     move |context| wakes(context, boot, mode, nic, "--vfio-intr legacy"),
                 )
-                .in_full_once();
+                .in_full();
         }
     }
 }

@@ -27,7 +27,7 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
         case.limit(900).in_full_if(mode != "cdev" && (nic != Nic::E1000e || mode == "compat"));
         if nic == Nic::E1000 {
             // Its driver is the 82574L's.
-            case.in_full_once();
+            case.in_full();
         }
     }
     if mode != "cdev" && mode != "noiommu" {

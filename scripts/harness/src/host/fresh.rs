@@ -15,7 +15,7 @@ use crate::process::{run, run_for};
 /// Debian's releases and their code names.
 const RELEASES: [(&str, &str); 2] = [("12", "bookworm"), ("13", "trixie")];
 /// Time limit for one of README's commands: the whole suite, after a build of everything but the kernels, while
-/// the other system uses the same CPUs.
+/// the other system and this run's guests use the same CPUs.
 const COMMAND: Duration = Duration::from_secs(7200);
 const DEBOOTSTRAP: Duration = Duration::from_secs(1800);
 /// Path of the checkout in the new system.
@@ -30,8 +30,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
                 readme_on(context, &repo, name)
             })
             .limit(limit)
-            .in_full()
-            .after_guests();
+            .in_full();
     }
 }
 
