@@ -1,6 +1,7 @@
 //! Tests that restart and reopen ports many times, and that exhaust pools.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::fakedev::e1000::{FakeE1000, ID_82540EM};
 use crate::fakedev::igb::{FakeIgb, ID_82576};
@@ -14,6 +15,8 @@ use vireo_eal::mem::{Backing, Region};
 
 const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 const BUFFERS: u32 = 256;
+/// Longest wait for other tests to give back their descriptors.
+const PATIENCE: Duration = Duration::from_secs(100);
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 0, 0, 3]);
 
 #[derive(Clone, Copy)]
@@ -139,10 +142,14 @@ fn ports_may_be_closed_and_opened_a_thousand_times() {
             assert_eq!((pool.available(), Arc::strong_count(&pool)), (BUFFERS, 1));
         };
         once();
-        // Other tests of this process hold some hundred descriptors meanwhile.
         let before = open_descriptors();
         (0..1000).for_each(|_| once());
-        assert!(open_descriptors() < before + 500);
+        // Other tests of this process hold hundreds of descriptors at times, but give them back.
+        let since = Instant::now();
+        while open_descriptors() >= before + 500 {
+            assert!(since.elapsed() < PATIENCE, "descriptors are left open");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 
