@@ -156,6 +156,10 @@ impl<N: ForeignNic> Nic for Erased<N> {
         self.0.link()
     }
 
+    fn link_event(&self) -> Option<BorrowedFd<'_>> {
+        self.0.link_event()
+    }
+
     fn check(&mut self) -> Result<()> {
         self.0.check()
     }

@@ -162,6 +162,8 @@ pub struct PortConfig {
     pub offloads: Offloads,
     /// Whether each RX queue gets an interrupt, for lcores that [sleep](RxBurst::arm) (DPDK's `intr_conf.rxq`).
     pub rx_interrupts: bool,
+    /// Whether the device signals changes of its link, if it can ([`Nic::link_event`]; DPDK's `intr_conf.lsc`).
+    pub link_interrupt: bool,
 }
 
 impl Default for PortConfig {
@@ -182,6 +184,7 @@ impl PortConfig {
             max_frame: 1514,
             offloads: Offloads::empty(),
             rx_interrupts: false,
+            link_interrupt: false,
         }
     }
 
@@ -201,6 +204,12 @@ impl PortConfig {
     #[must_use]
     pub const fn with_rx_interrupts(self, rx_interrupts: bool) -> Self {
         Self { rx_interrupts, ..self }
+    }
+
+    /// Returns the configuration with or without an interrupt for changes of the link.
+    #[must_use]
+    pub const fn with_link_interrupt(self, link_interrupt: bool) -> Self {
+        Self { link_interrupt, ..self }
     }
 
     /// Longest payload of a frame in bytes.
@@ -506,8 +515,15 @@ pub trait Nic {
     /// driver whose device always pads does nothing.
     fn pad_short_frames(&mut self) {}
 
-    /// Returns the current state of the link.
+    /// Returns the current state of the link, and takes [`Nic::link_event`].
     fn link(&self) -> Link;
+
+    /// Returns the event that the port signals when the state of its link, or what [`Nic::check`] returns, may have
+    /// changed; `None` unless the port was started with [`PortConfig::link_interrupt`] and its device has such an
+    /// interrupt. A device may signal late, so call [`Nic::link`] periodically too.
+    fn link_event(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// Checks whether the port works, and adds what the device itself has counted since the last call. Call
     /// it periodically. It reads a few registers, and more if the link has come up.

@@ -112,6 +112,9 @@ macro_rules! drivers {
             fn link(&self) -> Link {
                 match self { $(Self::$variant(device) => device.link()),* }
             }
+            fn link_event(&self) -> Option<BorrowedFd<'_>> {
+                match self { $(Self::$variant(device) => device.link_event()),* }
+            }
             fn check(&mut self) -> Result<()> {
                 match self { $(Self::$variant(device) => device.check()),* }
             }

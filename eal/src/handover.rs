@@ -23,7 +23,7 @@
 
 mod channel;
 
-pub use channel::{Channel, Fds, ReceivedFds, decode, encode, wait_for_message};
+pub use channel::{Channel, Fds, ReceivedFds, decode, encode};
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;

@@ -9,13 +9,13 @@ pub(crate) mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::thread;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vireo_drivers::port::Nic;
-use vireo_eal::event::Event;
-use vireo_eal::handover::{Channel, Role, RunningProgram, wait_for_message};
+use vireo_eal::event::{Event, wait_for_any};
+use vireo_eal::handover::{Channel, Role, RunningProgram};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Eal, Result};
 
@@ -31,10 +31,6 @@ use crate::supervised::SupervisedPort;
 
 /// Time between two inspections of the ports.
 const INSPECTION_PERIOD: Duration = Duration::from_millis(100);
-/// Minimum time between two starts of a port, so that a device that always misbehaves does not keep the
-/// thread busy.
-const RESTART_PERIOD: Duration = Duration::from_millis(500);
-
 /// State that a port enters while the lcores forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -137,6 +133,8 @@ pub(crate) struct Control<'a, H> {
     /// Program whose ports this one takes over or shares, and the event that the control thread signals when it has
     /// taken over.
     pub(crate) running: Option<(&'a RunningProgram, &'a Event)>,
+    /// Signaled when all lcores have ended, so that this thread ends at once, too.
+    pub(crate) ended: &'a Event,
 }
 
 /// How a run ended.
@@ -172,7 +170,7 @@ struct Successor {
 }
 
 impl<H> Control<'_, H> {
-    /// Inspects the ports until `stop`. [`thread::Thread::unpark`] triggers the next inspection at once.
+    /// Inspects the ports until `stop`.
     /// Takes the `queues` and lanes that no lcore polls, and returns the queues that no lcore polls in the end.
     ///
     /// # Errors
@@ -219,13 +217,7 @@ impl<H> Control<'_, H> {
             if is_handed_over {
                 break;
             }
-            let channels = supervisor.secondaries.iter().filter_map(Secondary::channel);
-            let channels: Vec<&Channel> =
-                channels.chain(supervisor.successor.as_ref().map(|successor| &successor.channel)).collect();
-            match channels[..] {
-                [] => thread::park_timeout(INSPECTION_PERIOD),
-                _ => _ = wait_for_message(channels, INSPECTION_PERIOD),
-            }
+            wait_for_any(supervisor.events(), Some(INSPECTION_PERIOD));
         }
         supervisor.end_secondaries();
         if let Some(successor) = &supervisor.successor {
@@ -236,10 +228,21 @@ impl<H> Control<'_, H> {
 }
 
 impl<H> Supervisor<'_, H> {
+    /// What must be dealt with before the next inspection is due: the end of all lcores, messages, and changes of links.
+    fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let channels = self.secondaries.iter().filter_map(Secondary::channel);
+        let channels = channels.chain(self.successor.as_ref().map(|successor| &successor.channel));
+        // A port that must restart is not asked for its link.
+        let watched = self.control.used.iter().filter(|number| !self.due.contains_key(number));
+        let links = watched.filter_map(|number| self.control.ports[*number].link_event());
+        channels.map(AsFd::as_fd).chain(links).chain([self.control.ended.as_fd()])
+    }
+
     fn inspect(&mut self, number: usize) {
         let announce = self.control.announce;
         let announce = |port, state| announce(RunEvent::Port { port, state });
-        let SupervisedPort { open, is_down, last_start, .. } = &mut self.control.ports[number];
+        let is_settled = self.control.ports[number].is_settled();
+        let SupervisedPort { open, is_down, .. } = &mut self.control.ports[number];
         let Some(open) = open else { return };
         if open.release_requested() {
             tracing::warn!("port {number}: the kernel requests {} back; closing the port", open.name);
@@ -256,7 +259,7 @@ impl<H> Supervisor<'_, H> {
             }
             self.control.ports[number].open = None;
             announce(number, PortState::Closed);
-        } else if last_start.elapsed() < RESTART_PERIOD {
+        } else if !is_settled {
             // Too early to inspect or restart the port.
         } else if *is_down {
             self.bring_up(number);

@@ -64,10 +64,22 @@ pub(crate) fn forward_on_lcores<H: Hook>(
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
     let running = eal.running().zip(begin);
+    let ended = Event::new().inspect_err(|_| stop.set())?;
+    let ended = &ended;
     let (mut ended, lanes) = thread::scope(|scope| {
         let recall = &recall;
-        let control =
-            Control { eal, ports, used, lcores: &ids, resources, recall, untie_period, announce, running };
+        let control = Control {
+            eal,
+            ports,
+            used,
+            lcores: &ids,
+            resources,
+            recall,
+            untie_period,
+            announce,
+            running,
+            ended,
+        };
         let control = thread::Builder::new()
             .name("vireo-control".into())
             .spawn_scoped(scope, move || control.run(idle, parked, stop))
@@ -86,7 +98,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
         for worker in workers {
             lanes.extend(worker.join()?);
         }
-        control.thread().unpark();
+        ended.signal();
         let ended = control.join().map_err(|_| {
             let why = "the control thread panicked (its message is above)";
             Error::new(ErrorKind::Protocol, "cannot shut down cleanly", why)

@@ -1,6 +1,7 @@
 //! A port that the control thread supervises.
 
-use std::time::Instant;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 use vireo_drivers::counters::{PortCounters, PortStats};
 use vireo_drivers::handover::HandOver;
@@ -12,6 +13,10 @@ use vireo_eal::dma::PoolCache;
 
 use crate::control::PortState;
 use crate::status::{PortStatus, SharedStatus};
+
+/// Minimum time between two starts of a port, so that a device that always misbehaves does not keep the
+/// control thread busy.
+const RESTART_PERIOD: Duration = Duration::from_millis(500);
 
 /// What a port counted until it was stopped.
 #[derive(Clone, Debug, Default)]
@@ -67,6 +72,17 @@ impl SupervisedPort {
     pub(crate) fn begin(&mut self) {
         self.link = self.open.as_ref().map(|open| open.port.link());
         self.last_start = Instant::now();
+    }
+
+    /// Whether the last start, or attempt, is long enough ago for the port to be inspected and restarted.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.last_start.elapsed() >= RESTART_PERIOD
+    }
+
+    /// Event that says that the port should be inspected now.
+    pub(crate) fn link_event(&self) -> Option<BorrowedFd<'_>> {
+        let open = self.open.as_ref().filter(|_| !self.is_down && self.is_settled())?;
+        open.port.link_event()
     }
 
     /// Tells other threads the state of the port.

@@ -110,7 +110,7 @@ impl Args {
     pub fn port(&self) -> PortConfig {
         let offloads = if self.checksum_offload { Offloads::all() } else { Offloads::empty() };
         let port = PortConfig::default().with_pairs(self.queues).with_offloads(offloads);
-        let port = port.with_rx_interrupts(self.rx_interrupt.is_some());
+        let port = port.with_rx_interrupts(self.rx_interrupt.is_some()).with_link_interrupt(true);
         self.max_pkt_len.map_or(port, |len| port.with_max_frame(usize::from(len) - FCS))
     }
 
@@ -165,7 +165,10 @@ mod tests {
         let four = Some(PortMap(vec![(0, 1), (2, 3)]));
         assert_eq!(read("-p f --portmap (0,1),(2,3)").unwrap().portmap, four);
         assert_eq!(read("-p f --portmap=(0,1)(2,3)").unwrap().portmap, four);
-        assert_eq!(read("-p f --queues 2").unwrap().port(), PortConfig::default().with_pairs(2));
+        assert_eq!(
+            read("-p f --queues 2").unwrap().port(),
+            PortConfig::default().with_pairs(2).with_link_interrupt(true)
+        );
         let long = read("-p f --max-pkt-len 9728").unwrap().port();
         assert_eq!((long.max_frame, long.is_scattered()), (MAX_FRAME, true));
         assert!(!read("-p f --max-pkt-len 1522").unwrap().port().is_scattered());

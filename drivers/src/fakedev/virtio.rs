@@ -159,6 +159,8 @@ struct State {
     interrupts: u64,
     /// Enabled MSI-X vectors.
     vectors: Vec<Event>,
+    /// Vector for changes of the configuration.
+    config_vector: Option<u16>,
     resets: u64,
     reads: u64,
     faults: Vec<&'static str>,
@@ -215,7 +217,13 @@ impl VirtioNet {
 
     /// Changes how the device behaves.
     pub fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
-        change(&mut self.state().behaviour);
+        let mut state = self.state();
+        let was_up = state.behaviour.link_up;
+        change(&mut state.behaviour);
+        let vector = state.config_vector.and_then(|vector| state.vectors.get(usize::from(vector)));
+        if state.behaviour.link_up != was_up && state.status & STATUS_DRIVER_OK != 0 {
+            vector.into_iter().for_each(Event::signal);
+        }
     }
 
     /// Gives the device the memory that its IOMMU maps.

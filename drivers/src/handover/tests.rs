@@ -301,9 +301,10 @@ const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 
 /// Configurations with or without interrupts, of long frames only if `may_be_long`.
 fn configs(may_be_long: bool) -> impl Strategy<Value = PortConfig> {
-    (any::<bool>(), any::<bool>()).prop_map(move |(long, interrupts)| {
+    (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(move |(long, rx_interrupts, link_interrupt)| {
         let longest = if long && may_be_long { 9000 } else { 1514 };
-        CONFIG.with_max_frame(longest).with_rx_interrupts(interrupts)
+        let config = CONFIG.with_max_frame(longest).with_rx_interrupts(rx_interrupts);
+        config.with_link_interrupt(link_interrupt)
     })
 }
 

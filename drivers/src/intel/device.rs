@@ -1,12 +1,13 @@
 //! Port of a controller of any family: probe, start, stop, and queries in between.
 
+use std::os::fd::BorrowedFd;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use postcard_schema::Schema;
 use serde::{Deserialize, Serialize};
-use vireo_bus_pci::{DeviceId, Function, Interrupt, InterruptRecord};
+use vireo_bus_pci::{DeviceId, Function};
 use vireo_eal::dma::{DescRing, DmaMemory, DmaRing, FreeBuffers, PoolCache};
 use vireo_eal::handover::{Fds, decode, encode};
 use vireo_eal::mmio::Doorbell;
@@ -14,7 +15,7 @@ use vireo_eal::{Error, ErrorKind, Result};
 
 use super::counter::Drops;
 use super::hardware::link;
-use super::interrupt::{self, RxInterrupt};
+use super::interrupt::{RxInterrupt, Vector, VectorRecord, Waiter};
 use super::phy::{follow_link, wake};
 use super::regs::*;
 use super::reset::quiesce;
@@ -55,7 +56,9 @@ pub struct Device<C: Chip> {
     drops: Drops,
     fault: Fault,
     /// Interrupt, enabled by the first start that asks for it.
-    interrupt: Option<Interrupt>,
+    vector: Option<Vector>,
+    /// Who waits for the interrupt since the last start.
+    waiter: Option<Waiter>,
     /// Memory that the device may write to, kept from `start` until the device confirms a reset.
     running: Option<Arc<DmaMemory>>,
     /// Queues of a failed stop, whose reset the device did not confirm.
@@ -86,6 +89,7 @@ struct Fixed {
 struct State {
     linked: bool,
     drops: Drops,
+    rx_interrupts: bool,
 }
 
 impl<C: Chip> Device<C> {
@@ -129,7 +133,8 @@ impl<C: Chip> Device<C> {
             scattered: false,
             drops: Drops::default(),
             fault: Fault::default(),
-            interrupt: None,
+            vector: None,
+            waiter: None,
             running: None,
             parked: None,
             counters: Drops::port_counters(),
@@ -139,13 +144,21 @@ impl<C: Chip> Device<C> {
         }
     }
 
-    /// Returns the interrupt of the RX queue, if `config` asks for it.
+    /// Decides who waits for the interrupt, and returns that of the RX queue, if `config` asks for it. Without an
+    /// interrupt, changes of the link are found by looking.
     fn rx_interrupt(&mut self, config: &PortConfig) -> Result<Option<RxInterrupt>> {
-        if config.rx_interrupts && self.interrupt.is_none() {
-            self.interrupt = interrupt::enable(&self.hardware, self.chip.is_express())?;
+        if (config.rx_interrupts || config.link_interrupt) && self.vector.is_none() {
+            match Vector::enable(&self.hardware, self.chip.is_express()) {
+                Ok(vector) => self.vector = vector,
+                Err(error) if config.rx_interrupts => return Err(error),
+                Err(error) => tracing::debug!("its link is only polled: {error}"),
+            }
         }
-        let interrupt = self.interrupt.clone().filter(|_| config.rx_interrupts);
-        Ok(interrupt.map(|interrupt| RxInterrupt::new(interrupt, &self.hardware)))
+        let waiter = if config.rx_interrupts { Waiter::RxQueue } else { Waiter::Link };
+        let is_wanted = config.rx_interrupts || config.link_interrupt;
+        self.waiter = self.vector.clone().filter(|_| is_wanted).map(waiter);
+        let vector = self.vector.clone().filter(|_| config.rx_interrupts);
+        Ok(vector.map(|vector| RxInterrupt::new(vector, &self.hardware)))
     }
 
     fn usage(&self, what: &str, why: &str) -> Error {
@@ -231,10 +244,14 @@ impl<C: Chip> Device<C> {
     /// Lets the chip start DMA.
     fn enable(&self) -> Result<()> {
         self.hardware.function.set_command(true)?;
-        if self.interrupt.as_ref().is_some_and(Interrupt::is_line) {
+        if self.waiter.is_some() && self.vector.as_ref().is_some_and(Vector::is_line) {
             self.hardware.function.allow_intx()?;
         }
-        self.chip.enable(&self.hardware, self.rctl())
+        self.chip.enable(&self.hardware, self.rctl())?;
+        if let Some(waiter) = &self.waiter {
+            waiter.watch(&self.hardware.bar);
+        }
+        Ok(())
     }
 
     fn rctl(&self) -> u32 {
@@ -262,22 +279,24 @@ impl<C: Chip> HandOver for Device<C> {
 
     fn facts<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
         let Self { dma_mask, pads, mac, promiscuous, .. } = *self;
-        let interrupt = self.interrupt.as_ref().map(|interrupt| interrupt.record(fds));
-        encode(&(Fixed { dma_mask, pads, mac, promiscuous }, interrupt))
+        let vector = self.vector.as_ref().map(|vector| vector.record(fds));
+        encode(&(Fixed { dma_mask, pads, mac, promiscuous }, vector))
     }
 
     fn attach(function: Box<dyn Function>, _args: Args<'_>, facts: Facts<'_>) -> Result<Self> {
         let chip = Self::chip_of(&*function)?;
-        let (fixed, interrupt) = facts.decode::<(Fixed, Option<InterruptRecord>)>()?;
+        let (fixed, vector) = facts.decode::<(Fixed, Option<VectorRecord>)>()?;
         let hardware = Hardware { bar: function.bar(0)?, function };
-        let interrupt = interrupt.map(|record| Interrupt::of(&record, facts.fds)).transpose()?;
+        let vector = vector.map(|record| Vector::of(&record, facts.fds)).transpose()?;
         let mut device = Self::of(chip, hardware, fixed);
-        (device.interrupt, device.is_attached) = (interrupt, true);
+        (device.vector, device.is_attached) = (vector, true);
         Ok(device)
     }
 
     fn record(&self, _fds: &mut Fds<'_>) -> Result<Vec<u8>> {
-        encode(&State { linked: self.linked.load(Ordering::Relaxed), drops: self.drops.clone() })
+        let rx_interrupts = matches!(self.waiter, Some(Waiter::RxQueue(_)));
+        let linked = self.linked.load(Ordering::Relaxed);
+        encode(&State { linked, drops: self.drops.clone(), rx_interrupts })
     }
 
     fn rx_record(&self, rx: &Self::Rx) -> Result<Vec<u8>> {
@@ -335,10 +354,10 @@ impl<C: Chip> HandOver for Device<C> {
         if let Some(why) = config.unsupported_reason(&self.capabilities()) {
             return Err(self.usage("continue", &why));
         }
-        if config.rx_interrupts != self.interrupt.is_some() {
+        let State { linked, drops, rx_interrupts } = resume.device()?;
+        if config.rx_interrupts != rx_interrupts {
             return Err(contradiction("only one of both programs uses RX interrupts"));
         }
-        let State { linked, drops } = resume.device()?;
         let (mut rx_records, mut tx_records) = (resume.rx()?, resume.tx()?);
         let (Some(rx_record), Some(tx_record)) = (rx_records.pop(), tx_records.pop()) else {
             return Err(self.usage("continue", "it has no queues"));
@@ -421,7 +440,9 @@ impl<C: Chip> Nic for Device<C> {
             return Err(self.usage("stop", "the queues belong to another port"));
         };
         self.drops.add_to(&self.counters, &self.hardware.bar);
-        // The reset clears TDH.
+        // The reset masks the interrupt.
+        self.waiter = None;
+        // It also clears TDH.
         let head = self.hardware.bar.read32(C::TX.head);
         if let Err(error) = quiesce(&self.chip, &self.hardware) {
             self.parked = Some(Box::new((rx, tx)));
@@ -474,8 +495,15 @@ impl<C: Chip> Nic for Device<C> {
         self.pads = true;
     }
 
+    fn link_event(&self) -> Option<BorrowedFd<'_>> {
+        self.waiter.as_ref().map(Waiter::link_event)
+    }
+
     /// Returns the link state, and sets flow control if the link has just come up.
     fn link(&self) -> Link {
+        if let Some(waiter) = &self.waiter {
+            waiter.take(&self.hardware.bar);
+        }
         let status = self.hardware.bar.read32(STATUS);
         let link = link(status);
         if self.running.is_some() && self.linked.swap(link.up, Ordering::Relaxed) != link.up && link.up {

@@ -142,6 +142,8 @@ pub const RCTL_DPF: u32 = 1 << 22;
 /// Strips the Ethernet CRC.
 pub const RCTL_SECRC: u32 = 1 << 26;
 
+/// Interrupt cause: the link has changed.
+pub const ICR_LSC: u32 = 1 << 2;
 /// Interrupt cause: the RX ring has few descriptors with a buffer left.
 pub const ICR_RXDMT0: u32 = 1 << 4;
 /// Interrupt cause: a packet was missed because the FIFO had no room.

@@ -18,7 +18,7 @@ pub(crate) use self::life::*;
 pub(crate) use self::long::*;
 pub(crate) use self::queues::*;
 use super::device::Pair;
-use super::{Chip, Device};
+use super::{Chip, Device, RxQueue};
 use crate::counters::QueueStats;
 use crate::fakedev::intel::{Fake, Model};
 use crate::port::{MacAddr, Nic, PortConfig, RxBurst, TxBurst};
@@ -44,6 +44,7 @@ pub(crate) trait Family: Chip {
 pub(crate) struct Rig<F: Family> {
     pub(crate) device: Fake<F::Model>,
     pub(crate) port: Device<F>,
+    config: PortConfig,
     queues: Option<Pair<F>>,
     memory: Arc<DmaMemory>,
     pool: Arc<Pool>,
@@ -85,7 +86,7 @@ impl<F: Family> Rig<F> {
         let mut cache = pool.cache();
         let mut port = Device::probe(function).unwrap();
         let queues = Some(port.start_pair(&config, &memory, &mut cache).unwrap());
-        Self { device, port, queues, memory, pool, cache }
+        Self { device, port, config, queues, memory, pool, cache }
     }
 
     pub(crate) fn standard() -> Self {
@@ -143,6 +144,10 @@ impl<F: Family> Rig<F> {
         self.device.transmitted()
     }
 
+    pub(crate) fn rx(&mut self) -> &mut RxQueue<F::Format> {
+        &mut self.queues.as_mut().unwrap().0
+    }
+
     /// Name and value of the port's counter of missed frames.
     pub(crate) fn missed(&self) -> (&'static str, u64) {
         self.port.counters().read().device[0]
@@ -160,12 +165,12 @@ impl<F: Family> Rig<F> {
 
     /// Starts a stopped port.
     pub(crate) fn resume(&mut self) {
-        self.queues = Some(self.port.start_pair(&CONFIG, &self.memory, &mut self.cache).unwrap());
+        self.queues = Some(self.port.start_pair(&self.config, &self.memory, &mut self.cache).unwrap());
     }
 
     /// Starts the port, which must fail, and returns the error.
     pub(crate) fn refusal(&mut self) -> Error {
-        self.port.start_pair(&CONFIG, &self.memory, &mut self.cache).unwrap_err()
+        self.port.start_pair(&self.config, &self.memory, &mut self.cache).unwrap_err()
     }
 
     pub(crate) fn restart(&mut self) {
@@ -232,6 +237,8 @@ macro_rules! tests_of_every_chip {
             a_port_stops_with_its_own_queues_only
             rings_of_every_size_have_room_in_what_the_driver_asks_for
             an_interrupt_line_that_nobody_serves_stays_silent
+            changes_of_the_link_are_signaled
+            a_sleeping_queue_passes_changes_of_the_link_on
             flow_control_is_what_the_ends_of_the_link_agreed_on
             pause_frames_are_obeyed_and_never_received
         }

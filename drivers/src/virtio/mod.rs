@@ -16,6 +16,7 @@ mod user;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::slice;
 use std::sync::Arc;
 
@@ -618,8 +619,8 @@ impl Nic for Device {
         let controlled = self.features.intersects(Features::CTRL_RX)
             || self.features.contains(Features::CTRL_VQ | Features::MQ);
         let control = controlled.then_some(RINGS_PER_PAIR as u16 * most);
-        let events =
-            self.transport.set_interrupts(if config.rx_interrupts { config.rx_queues } else { 0 })?;
+        let sleeping = if config.rx_interrupts { config.rx_queues } else { 0 };
+        let events = self.transport.set_interrupts(sleeping, config.link_interrupt)?;
         let (rings, mut control) = self.queues(memory, &config, control)?;
         let mut queues = self.assemble(rings, config.max_frame, &events);
         self.fault.take();
@@ -709,7 +710,14 @@ impl Nic for Device {
         self.mac
     }
 
+    fn link_event(&self) -> Option<BorrowedFd<'_>> {
+        self.transport.change_event().map(AsFd::as_fd)
+    }
+
     fn link(&self) -> Link {
+        if let Some(event) = self.transport.change_event() {
+            event.take();
+        }
         let up = self.transport.link_up();
         Link { up, speed: None, full_duplex: true, autoneg: true }
     }

@@ -121,10 +121,12 @@ pub(super) struct Pci {
     device: Window,
     /// Features from the last negotiation.
     features: Features,
-    /// Enabled MSI-X vectors.
+    /// Enabled MSI-X vectors. RX queue n has vector n.
     vectors: Vec<Interrupt>,
     /// Number of RX queues that have an interrupt.
     interrupting: u16,
+    /// Whether changes of the configuration have the vector after those of the RX queues.
+    signals_changes: bool,
     /// Whether the device is live: from `DRIVER_OK` to the reset.
     live: bool,
     /// Dropped after the windows on its registers.
@@ -146,7 +148,7 @@ impl Pci {
     /// outside their BARs.
     pub(super) fn new(function: Box<dyn Function>) -> Result<Self> {
         function.set_command(false)?;
-        Self::with_vectors(function, Vec::new())
+        Self::with_vectors(function, Vec::new(), false)
     }
 
     /// Attaches to a device that runs for another process, which has made the record in `facts`.
@@ -154,14 +156,19 @@ impl Pci {
     /// # Errors
     /// As for [`Pci::new`].
     pub(super) fn attach(function: Box<dyn Function>, facts: Facts<'_>) -> Result<Self> {
-        let vectors: Vec<InterruptRecord> = facts.decode()?;
+        let (vectors, signals_changes) = facts.decode::<(Vec<InterruptRecord>, bool)>()?;
         let vectors = vectors.iter().map(|vector| Interrupt::of(vector, facts.fds));
-        Self::with_vectors(function, vectors.collect::<Result<_>>()?)
+        Self::with_vectors(function, vectors.collect::<Result<_>>()?, signals_changes)
     }
 
-    /// Finds the registers of a device whose `vectors` are enabled. Of each kind, the first usable capability counts
-    /// (4.1.4.1). The ISR register is not used, because the driver takes interrupts by MSI-X only.
-    fn with_vectors(function: Box<dyn Function>, vectors: Vec<Interrupt>) -> Result<Self> {
+    /// Finds the registers of a device whose `vectors` are enabled, the last one perhaps for changes of the
+    /// configuration. Of each kind, the first usable capability counts (4.1.4.1). The ISR register is not used, because
+    /// the driver takes interrupts by MSI-X only.
+    fn with_vectors(
+        function: Box<dyn Function>,
+        vectors: Vec<Interrupt>,
+        signals_changes: bool,
+    ) -> Result<Self> {
         let (mut common, mut notify, mut device) = (None, None, None);
         let mut refused = None;
         let mut usable =
@@ -206,8 +213,9 @@ impl Pci {
             notify_off_multiplier,
             device,
             features,
-            interrupting: vectors.len() as u16,
+            interrupting: vectors.len().saturating_sub(signals_changes.into()) as u16,
             vectors,
+            signals_changes,
             live: false,
             function,
         })
@@ -239,6 +247,11 @@ impl Pci {
             0xff => None,
             bits => Some(Status::from_bits_retain(bits)),
         }
+    }
+
+    /// Events of the RX queues that have an interrupt.
+    fn rx_events(&self) -> Vec<Event> {
+        self.vectors.iter().take(self.interrupting.into()).map(|vector| vector.event().clone()).collect()
     }
 
     fn error(&self, kind: ErrorKind, verb: &str, why: impl Into<String>) -> Error {
@@ -371,13 +384,14 @@ impl Transport for Pci {
     }
 
     fn record<'a>(&'a self, fds: &mut Fds<'a>) -> Result<Vec<u8>> {
-        let interrupting = self.vectors.iter().take(self.interrupting.into());
-        encode(&interrupting.map(|vector| vector.record(fds)).collect::<Vec<_>>())
+        let used = usize::from(self.interrupting) + usize::from(self.signals_changes);
+        let vectors = self.vectors.iter().take(used).map(|vector| vector.record(fds));
+        encode(&(vectors.collect::<Vec<_>>(), self.signals_changes))
     }
 
     fn resume(&mut self, features: Features) -> Vec<Event> {
         (self.features, self.live) = (features, true);
-        self.vectors.iter().map(|vector| vector.event().clone()).collect()
+        self.rx_events()
     }
 
     fn negotiate(&mut self, options: Options, config: &PortConfig) -> Result<Features> {
@@ -454,18 +468,34 @@ impl Transport for Pci {
         Ok(())
     }
 
-    fn set_interrupts(&mut self, count: u16) -> Result<Vec<Event>> {
-        if usize::from(count) > self.vectors.len() {
+    /// Without a vector for them, changes are found by looking.
+    fn set_interrupts(&mut self, count: u16, changes: bool) -> Result<Vec<Event>> {
+        let has_fewer = |vectors: &Vec<_>, than: u16| vectors.len() < usize::from(than);
+        if changes && has_fewer(&self.vectors, count + 1) {
+            self.vectors = self.function.enable_interrupts(&[Irq::Msix], count + 1).unwrap_or_else(|error| {
+                tracing::debug!("its link is only polled: {error}");
+                Vec::new()
+            });
+        }
+        if has_fewer(&self.vectors, count) {
             let enabled = self.function.enable_interrupts(&[Irq::Msix], count);
             self.vectors = enabled.map_err(|error| error.with_hint(VECTORS))?;
         }
         self.interrupting = count;
-        Ok(self.vectors.iter().take(count.into()).map(|vector| vector.event().clone()).collect())
+        let vector = if changes && !has_fewer(&self.vectors, count + 1) { count } else { NO_VECTOR };
+        self.write16(common::CONFIG_MSIX_VECTOR, vector);
+        // A device that has no resources for the vector says so here (4.1.5.1.2.1).
+        self.signals_changes = vector != NO_VECTOR && self.read16(common::CONFIG_MSIX_VECTOR) == vector;
+        Ok(self.rx_events())
     }
 
-    /// Follows 4.1.5.1.3. RX queue n has MSI-X vector n.
+    fn change_event(&self) -> Option<&Event> {
+        let vector = self.vectors.get(usize::from(self.interrupting)).filter(|_| self.signals_changes)?;
+        Some(vector.event())
+    }
+
+    /// Follows 4.1.5.1.3.
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()> {
-        self.write16(common::CONFIG_MSIX_VECTOR, NO_VECTOR);
         self.write16(common::QUEUE_SELECT, index);
         self.write16(common::QUEUE_SIZE, queue.size());
         let size = self.read16(common::QUEUE_SIZE);

@@ -487,6 +487,36 @@ fn each_rx_queue_has_its_own_interrupt_with_and_without_event_index() {
 }
 
 #[test]
+fn changes_of_the_link_are_signaled_if_a_vector_is_left() {
+    for (vectors, rx_interrupts, has_event) in
+        [(0, false, false), (1, false, true), (1, true, false), (2, true, true)]
+    {
+        let nic = VirtioNet::new(Behaviour { vectors, ..Behaviour::default() });
+        let (memory, mut cache) = memory(BUFFERS);
+        nic.attach(memory.device_view().unwrap());
+        let mut device = Device::probe(nic.function()).unwrap();
+        let config = CONFIG.with_rx_interrupts(rx_interrupts).with_link_interrupt(true);
+        for _ in 0..2 {
+            let queues = device.start(&config, &memory, &mut cache).unwrap();
+            assert_eq!(queues.rx[0].event().is_some(), rx_interrupts);
+            for up in [false, true] {
+                assert!(nic.receive(&frame(1)));
+                assert!(!device.link_event().is_some_and(is_signaled), "a packet is no change of the link");
+                nic.behave(|behaviour| behaviour.link_up = up);
+                assert_eq!(device.link_event().map(is_signaled), has_event.then_some(true), "{vectors}");
+                assert_eq!(device.link().up, up);
+                assert!(!device.link_event().is_some_and(is_signaled));
+            }
+            device.stop(queues, &mut cache).unwrap();
+        }
+        let queues = device.start(&CONFIG, &memory, &mut cache).unwrap();
+        assert!(device.link_event().is_none());
+        device.stop(queues, &mut cache).unwrap();
+        assert_eq!(nic.faults(), [""; 0]);
+    }
+}
+
+#[test]
 fn a_driver_that_gives_up_clears_no_status() {
     let nic = VirtioNet::new(Behaviour { refuse_features: true, ..Behaviour::default() });
     Device::probe(nic.function()).unwrap_err();

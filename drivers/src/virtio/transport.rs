@@ -68,8 +68,14 @@ pub(super) trait Transport: fmt::Debug + Send {
     fn share_more(&mut self, memory: &DmaMemory) -> Result<()>;
 
     /// Gives each of the first `count` RX queues an interrupt from its next [`Transport::enable_queue`] on, and takes
-    /// it from all others. Returns the events that they signal.
-    fn set_interrupts(&mut self, count: u16) -> Result<Vec<Event>>;
+    /// it from all others. Returns the events that they signal. With `changes`, a device that can signals
+    /// [`Transport::change_event`] from now on.
+    fn set_interrupts(&mut self, count: u16, changes: bool) -> Result<Vec<Event>>;
+
+    /// Event that the device signals when its configuration, and with it the state of its link, changes.
+    fn change_event(&self) -> Option<&Event> {
+        None
+    }
 
     /// Passes the memory of queue `index` to the device.
     fn enable_queue(&mut self, index: u16, queue: &Virtqueue) -> Result<()>;

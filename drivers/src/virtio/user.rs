@@ -562,7 +562,7 @@ impl Transport for User {
         self.settle()
     }
 
-    fn set_interrupts(&mut self, count: u16) -> Result<Vec<Event>> {
+    fn set_interrupts(&mut self, count: u16, _changes: bool) -> Result<Vec<Event>> {
         self.calls = (0..count).map(|_| Event::new()).collect::<Result<_>>()?;
         Ok(self.calls.clone())
     }

@@ -137,6 +137,12 @@ pub struct Channel {
     socket: UnixStream,
 }
 
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 impl Channel {
     pub(super) fn new(socket: UnixStream) -> std::io::Result<Self> {
         socket.set_read_timeout(Some(PATIENCE))?;
@@ -200,12 +206,19 @@ impl Channel {
         Ok((decode(&bytes)?, ReceivedFds(fds)))
     }
 
-    /// Waits for this connection alone, as [`wait_for_message`] does.
+    /// Waits until a message has arrived, or the connection has ended, for at most `longest`. Returns whether that is the
+    /// case.
     ///
     /// # Errors
-    /// As for [`wait_for_message`].
+    /// `Os` if the kernel lacks memory.
     pub fn has_message(&self, longest: Duration) -> Result<bool> {
-        wait_for_message([self], longest)
+        let timeout = PollTimeout::try_from(longest).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(ready) => Ok(ready > 0),
+            // A signal asks the program to stop, which takes precedence.
+            Err(Errno::EINTR) => Ok(false),
+            Err(errno) => Err(Error::os("cannot wait for the other process", errno)),
+        }
     }
 
     /// Refuses messages from the other process that have not arrived yet: its next [`Channel::send`] fails.
@@ -244,25 +257,6 @@ impl Channel {
     /// which may be an earlier predecessor.
     pub(super) fn peer(&self) -> nix::Result<UnixCredentials> {
         getsockopt(&self.socket, PeerCredentials)
-    }
-}
-
-/// Waits until one of `channels` has something to receive, or has ended, for at most `longest`. Returns whether that is the
-/// case.
-///
-/// # Errors
-/// `Os` if the kernel lacks memory.
-pub fn wait_for_message<'a>(
-    channels: impl IntoIterator<Item = &'a Channel>,
-    longest: Duration,
-) -> Result<bool> {
-    let fd = |channel: &'a Channel| PollFd::new(channel.socket.as_fd(), PollFlags::POLLIN);
-    let mut fds: Vec<_> = channels.into_iter().map(fd).collect();
-    match poll(&mut fds, PollTimeout::try_from(longest).unwrap_or(PollTimeout::MAX)) {
-        Ok(ready) => Ok(ready > 0),
-        // A signal asks the program to stop, which takes precedence.
-        Err(Errno::EINTR) => Ok(false),
-        Err(errno) => Err(Error::os("cannot wait for the other process", errno)),
     }
 }
 

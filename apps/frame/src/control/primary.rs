@@ -6,7 +6,8 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vireo_eal::handover::{Channel, Fds, Peer, wait_for_message};
+use vireo_eal::event::wait_for_any;
+use vireo_eal::handover::{Channel, Fds, Peer};
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::{Error, ErrorKind, Result};
 
@@ -431,7 +432,7 @@ impl<H> Supervisor<'_, H> {
             match channels[..] {
                 // The kernel is about to end it.
                 [] => std::thread::sleep(left.min(Duration::from_millis(1))),
-                _ => drop(wait_for_message(channels, left)),
+                _ => wait_for_any(channels, Some(left)),
             }
         }
     }

@@ -47,6 +47,7 @@ pub(crate) const RCTL_BSIZE: u32 = 0x0003_0000;
 pub(crate) const RCTL_MPE: u32 = 0x0000_0010;
 pub(crate) const RCTL_DPF: u32 = 0x0040_0000;
 pub(crate) const RCTL_PMCF: u32 = 0x0080_0000;
+pub(crate) const ICR_LSC: u32 = 1 << 2;
 pub(crate) const ICR_RXT0: u32 = 0x0000_0080;
 pub(crate) const TCTL_EN: u32 = 0x0000_0002;
 pub(crate) const TCTL_PSP: u32 = 0x0000_0008;

@@ -112,7 +112,11 @@ impl<M: Model> State<M> {
 
     pub(super) fn set_link(&mut self) {
         let link = if self.is_linked() { STATUS_LU | STATUS_FD | STATUS_SPEED_1000 } else { 0 };
+        let is_changed = (self.get(STATUS) ^ link) & STATUS_LU != 0;
         self.set(STATUS, link | self.model.status(self.get(CTRL)));
+        if is_changed {
+            self.interrupt_for(ICR_LSC);
+        }
     }
 
     pub(super) fn sleep_phy(&mut self) {
@@ -203,9 +207,13 @@ impl<M: Model> State<M> {
         }
         memory.store(descriptor + 8, word)?;
         self.advance(M::RDBAL, 1);
-        self.set(ICR, self.get(ICR) | ICR_RXT0);
-        self.set_mask(self.get(IMS));
+        self.interrupt_for(ICR_RXT0);
         Some(())
+    }
+
+    fn interrupt_for(&mut self, cause: u32) {
+        self.set(ICR, self.get(ICR) | cause);
+        self.set_mask(self.get(IMS));
     }
 
     /// Sets which causes interrupt, and interrupts if one of them is pending (SDM 13.4, IMS).

@@ -79,6 +79,7 @@ impl VirtioNet {
         state.queues = Default::default();
         state.promiscuous = true;
         state.pairs = 1;
+        state.config_vector = None;
         for queue in 0..state.queues.len() as u64 {
             self.doorbells.store16(NOTIFY + queue * u64::from(NOTIFY_OFF_MULTIPLIER), NOT_RUNG);
         }
@@ -136,7 +137,7 @@ impl State {
             0x04 if self.device_feature_select < 2 => {
                 behaviour.features >> (32 * self.device_feature_select) & 0xffff_ffff
             }
-            0x10 => 0xffff,
+            0x10 => u64::from(self.config_vector.unwrap_or(0xffff)),
             0x1a => u64::from(self.queue(self.queue_select).0.vector.unwrap_or(0xffff)),
             0x12 => self.queues.len() as u64,
             0x14 if behaviour.needs_reset && self.status != 0 => u64::from(self.status | STATUS_NEEDS_RESET),
@@ -151,6 +152,11 @@ impl State {
             0x1e if exists => u64::from(behaviour.notify_off.unwrap_or(self.queue_select)),
             _ => 0,
         }
+    }
+
+    /// The vector that a driver has written. One that is not enabled reads as none (4.1.5.1.2.1).
+    fn enabled_vector(&self, value: u64) -> Option<u16> {
+        Some(value as u16).filter(|vector| usize::from(*vector) < self.vectors.len())
     }
 
     fn write_common(&mut self, offset: u64, value: u64) {
@@ -177,12 +183,12 @@ impl State {
                 self.status = value as u8 & if refused { !STATUS_FEATURES_OK } else { 0xff };
             }
             0x16 => self.queue_select = value as u16,
+            0x10 => self.config_vector = self.enabled_vector(value),
             _ => {
-                let vectors = self.vectors.len();
+                let vector = self.enabled_vector(value);
                 let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else { return };
                 match offset {
-                    // A vector that is not enabled reads as none (4.1.5.1.2.1).
-                    0x1a => queue.vector = Some(value as u16).filter(|vector| usize::from(*vector) < vectors),
+                    0x1a => queue.vector = vector,
                     0x18 => queue.size = Some(value as u16),
                     0x1c => queue.enabled = value == 1,
                     // It reads as 0 again at once.

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use vireo_bus_pci::DeviceId;
 use vireo_eal::ErrorKind;
 use vireo_eal::dma::{Burst, DmaMemory, Pool};
+use vireo_eal::event::is_signaled;
 use vireo_eal::mem::{Backing, Region};
 
 use super::{CONFIG, Family, MAC, Rig, SILICON, fake, frame, in_both_modes, memory};
 use crate::fakedev::intel::{Faults, PAUSE_ADDRESS};
 use crate::intel::Device;
 use crate::intel::regs::*;
-use crate::port::{MacAddr, Nic, PortConfig, Queues, TxBurst};
+use crate::port::{MacAddr, Nic, PortConfig, Queues, RxBurst, TxBurst};
 
 pub(crate) fn promiscuous_mode_survives_a_restart_and_rings_keep_their_memory<F: Family>() {
     in_both_modes(|| {
@@ -159,7 +160,7 @@ pub(crate) fn starts_that_fail_take_no_memory<F: Family>() {
 }
 
 pub(crate) fn memory_outlives_all_that_a_program_can_drop_while_the_nic_runs<F: Family>() {
-    let Rig { device, port, queues, memory, pool, cache } = Rig::<F>::standard();
+    let Rig { device, port, queues, memory, pool, cache, .. } = Rig::<F>::standard();
     let weak = Arc::downgrade(&memory);
     // A fake device holds the memory that it is attached to, unlike a NIC, so it is attached to other memory.
     device.attach(self::memory::<F>(1).0.device_view().unwrap());
@@ -236,6 +237,65 @@ pub(crate) fn an_interrupt_line_that_nobody_serves_stays_silent<F: Family>() {
         let mut command = [0; 2];
         rig.device.config().read(4, &mut command);
         assert_ne!(command[1] & INTX_DISABLE, 0);
+        rig.stop();
+    });
+}
+
+pub(crate) fn changes_of_the_link_are_signaled<F: Family>() {
+    in_both_modes(|| {
+        for id in F::CHIPS {
+            let mut rig = Rig::<F>::new(*id, CONFIG.with_link_interrupt(true), 512);
+            let signaled = |rig: &Rig<F>| is_signaled(rig.port.link_event().unwrap());
+            for round in 0..2 {
+                rig.port.link();
+                for up in [false, true] {
+                    if !up {
+                        assert!(rig.device.receive(&frame(1)) && rig.poll().len() == 1);
+                    }
+                    assert!(!signaled(&rig), "{id}: the link has not changed");
+                    rig.device.plug(up, 0);
+                    assert!(signaled(&rig), "{id}, up: {up}");
+                    assert_eq!(rig.port.link().up, up);
+                }
+                if round == 0 {
+                    rig.pause();
+                    assert!(rig.port.link_event().is_none(), "{id}: it is stopped");
+                    rig.resume();
+                }
+            }
+            rig.stop();
+            assert!(Rig::<F>::standard().port.link_event().is_none(), "nobody has asked for it");
+        }
+    });
+}
+
+pub(crate) fn a_sleeping_queue_passes_changes_of_the_link_on<F: Family>() {
+    in_both_modes(|| {
+        let config = CONFIG.with_rx_interrupts(true).with_link_interrupt(true);
+        let mut rig = Rig::<F>::new(F::STANDARD, config, 512);
+        let is_armed = |rig: &mut Rig<F>| rig.rx().arm();
+        assert!(is_armed(&mut rig));
+        rig.rx().disarm();
+        rig.port.link();
+        for plugged in [false, true] {
+            assert!(is_armed(&mut rig));
+            rig.device.plug(plugged, 0);
+            assert!(is_signaled(rig.rx().event().unwrap()), "it wakes the lcore");
+            rig.rx().disarm();
+            assert!(!is_signaled(rig.port.link_event().unwrap()));
+            assert!(is_armed(&mut rig));
+            assert!(is_signaled(rig.port.link_event().unwrap()), "before it sleeps again, the queue tells");
+            assert_eq!(rig.port.link().up, plugged);
+            assert!(!is_signaled(rig.rx().event().unwrap()) && !is_signaled(rig.port.link_event().unwrap()));
+            rig.rx().disarm();
+        }
+        assert!(is_armed(&mut rig));
+        assert!(rig.device.receive(&frame(1)));
+        rig.rx().disarm();
+        assert_eq!(rig.poll(), [frame(1)]);
+        assert!(is_armed(&mut rig));
+        assert!(!is_signaled(rig.port.link_event().unwrap()), "a packet is no change of the link");
+        rig.rx().disarm();
         rig.stop();
     });
 }

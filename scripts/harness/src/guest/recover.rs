@@ -9,7 +9,7 @@ use scopeguard::guard;
 use super::Boot;
 use super::machine::{Nic, Role, device, monitor, rebind_on_drop};
 use super::traffic::{carries, under_steady_traffic, under_traffic};
-use crate::case::{Cases, Context, write};
+use crate::case::{Cases, Context, read, write};
 use crate::process::run;
 
 pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
@@ -73,17 +73,31 @@ pub(super) fn cases(cases: &mut Cases, boot: Boot, mode: &'static str) {
 /// Takes the link of l2fwd's sending port down and up `times` times.
 fn flap(context: &Context, boot: Boot, mode: &'static str, nic: Nic, times: u64) -> Result<()> {
     let (mut l2fwd, pktgen) = under_traffic(context, mode, boot.generator_mode(), nic)?;
+    let before = interrupts_of(&nic.bdf(Role::FwdTx))?;
     for _ in 0..times {
         let up = pull(nic, Role::FwdTx)?;
         l2fwd.await_state(1, "link_down")?;
         drop(up);
         l2fwd.await_state(1, "link_up")?;
     }
+    let interrupts = interrupts_of(&nic.bdf(Role::FwdTx))? - before;
+    ensure!(interrupts >= 2 * times, "of {} changes, the NIC reported {interrupts}", 2 * times);
     pktgen.stop()?;
     carries(context, boot.generator_mode(), nic, nic)?;
     let changes = l2fwd.stop_complaining(Signal::SIGINT)?.counter(1, "link_changes")?;
     ensure!(changes == 2 * times, "port 1 counted {changes} link changes, not {}", 2 * times);
     Ok(())
+}
+
+/// Number of interrupts that vfio-pci has taken from a NIC since it was opened (proc_interrupts(5)). The name of each
+/// vector ends with the NIC's address in brackets.
+fn interrupts_of(bdf: &str) -> Result<u64> {
+    let name = format!("({bdf})");
+    let all = read("/proc/interrupts")?;
+    let of_nic = all.lines().filter(|line| line.contains("vfio") && line.contains(&name));
+    let counts =
+        of_nic.flat_map(|line| line.split_whitespace().skip(1).map_while(|count| count.parse::<u64>().ok()));
+    Ok(counts.sum())
 }
 
 /// Clears the bus-master bit. The NIC then completes nothing, like one that hangs.
