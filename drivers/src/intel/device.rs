@@ -147,7 +147,8 @@ impl<C: Chip> Device<C> {
     /// Decides who waits for the interrupt, and returns that of the RX queue, if `config` asks for it. Without an
     /// interrupt, changes of the link are found by looking.
     fn rx_interrupt(&mut self, config: &PortConfig) -> Result<Option<RxInterrupt>> {
-        if (config.rx_interrupts || config.link_interrupt) && self.vector.is_none() {
+        let is_wanted = config.rx_interrupts || config.link_interrupt;
+        if is_wanted && self.vector.is_none() {
             match Vector::enable(&self.hardware, self.chip.is_express()) {
                 Ok(vector) => self.vector = vector,
                 Err(error) if config.rx_interrupts => return Err(error),
@@ -155,10 +156,8 @@ impl<C: Chip> Device<C> {
             }
         }
         let waiter = if config.rx_interrupts { Waiter::RxQueue } else { Waiter::Link };
-        let is_wanted = config.rx_interrupts || config.link_interrupt;
         self.waiter = self.vector.clone().filter(|_| is_wanted).map(waiter);
-        let vector = self.vector.clone().filter(|_| config.rx_interrupts);
-        Ok(vector.map(|vector| RxInterrupt::new(vector, &self.hardware)))
+        Ok(self.waiter.as_ref().and_then(|waiter| waiter.rx_interrupt(&self.hardware)))
     }
 
     fn usage(&self, what: &str, why: &str) -> Error {
@@ -244,7 +243,7 @@ impl<C: Chip> Device<C> {
     /// Lets the chip start DMA.
     fn enable(&self) -> Result<()> {
         self.hardware.function.set_command(true)?;
-        if self.waiter.is_some() && self.vector.as_ref().is_some_and(Vector::is_line) {
+        if self.waiter.as_ref().is_some_and(Waiter::is_line) {
             self.hardware.function.allow_intx()?;
         }
         self.chip.enable(&self.hardware, self.rctl())?;
@@ -294,7 +293,7 @@ impl<C: Chip> HandOver for Device<C> {
     }
 
     fn record(&self, _fds: &mut Fds<'_>) -> Result<Vec<u8>> {
-        let rx_interrupts = matches!(self.waiter, Some(Waiter::RxQueue(_)));
+        let rx_interrupts = self.waiter.as_ref().is_some_and(Waiter::is_rx_queue);
         let linked = self.linked.load(Ordering::Relaxed);
         encode(&State { linked, drops: self.drops.clone(), rx_interrupts })
     }

@@ -1,7 +1,7 @@
 //! Interrupt of the RX queue and of the link (SDM 13.4, DS 10.2.4, 82576 8.8).
 //!
 //! All families have the same registers for a single interrupt, by MSI or INTx. MSI-X has others in each family, and
-//! a port with one RX queue gains little from more vectors: while it sleeps, its queue passes on what is for others.
+//! a port with one RX queue gains little from more vectors, because the queue passes on what is for others.
 
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -57,10 +57,6 @@ impl Vector {
         let link = Event::from_fd(fds.get(record.link)?);
         Ok(Self { interrupt: Interrupt::of(&record.interrupt, fds)?, link })
     }
-
-    pub(super) fn is_line(&self) -> bool {
-        self.interrupt.is_line()
-    }
 }
 
 /// Who waits for the interrupt of a started chip.
@@ -73,6 +69,25 @@ pub(super) enum Waiter {
 }
 
 impl Waiter {
+    fn vector(&self) -> &Vector {
+        match self {
+            Self::RxQueue(vector) | Self::Link(vector) => vector,
+        }
+    }
+
+    pub(super) fn is_line(&self) -> bool {
+        self.vector().interrupt.is_line()
+    }
+
+    pub(super) fn is_rx_queue(&self) -> bool {
+        matches!(self, Self::RxQueue(_))
+    }
+
+    /// Returns the interrupt for the RX queue, if that waits for it.
+    pub(super) fn rx_interrupt(&self, hardware: &Hardware) -> Option<RxInterrupt> {
+        self.is_rx_queue().then(|| RxInterrupt { vector: self.vector().clone(), bar: hardware.bar.clone() })
+    }
+
     /// Event that is signaled when the link may have changed.
     pub(super) fn link_event(&self) -> BorrowedFd<'_> {
         match self {
@@ -110,10 +125,6 @@ pub(super) struct RxInterrupt {
 }
 
 impl RxInterrupt {
-    pub(super) fn new(vector: Vector, hardware: &Hardware) -> Self {
-        Self { vector, bar: hardware.bar.clone() }
-    }
-
     pub(super) fn event(&self) -> &Event {
         self.vector.interrupt.event()
     }
