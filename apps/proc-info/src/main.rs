@@ -40,6 +40,9 @@ struct Cli {
     /// Show the pool of packet buffers of this name, or all of them
     #[arg(long, value_name = "NAME", require_equals = true, num_args = 0..=1)]
     show_mempool: Option<Option<String>>,
+    /// Show the ring of this name, or all of them (of DPDK's programs)
+    #[arg(long, value_name = "NAME", require_equals = true, num_args = 0..=1)]
+    show_ring: Option<Option<String>>,
     /// Show the memory that devices reach
     #[arg(short = 'm')]
     memory: bool,
@@ -64,7 +67,7 @@ impl Cli {
             return refused(argument, why, "compare the counts of two times");
         }
         let shows = self.stats || self.xstats || self.show_port || self.memory;
-        if shows || self.xstats_name.is_some() || self.show_mempool.is_some() {
+        if shows || self.xstats_name.is_some() || self.show_mempool.is_some() || self.show_ring.is_some() {
             return Ok(());
         }
         refused(
@@ -111,12 +114,13 @@ fn find(program: &Program, cli: &Cli) -> Result<Value> {
     }
     found["ports"] = ports.into();
     if let Some(wanted) = &cli.show_mempool {
-        found["mempools"] = each(program, "/mempool/list", "/mempool/info", |name| {
-            wanted.as_ref().is_none_or(|wanted| name == wanted)
-        })?;
+        found["mempools"] = each(program, ["/mempool/list", "/mempool/info"], wanted.as_deref())?;
+    }
+    if let Some(wanted) = &cli.show_ring {
+        found["rings"] = each(program, ["/ring/list", "/ring/info"], wanted.as_deref())?;
     }
     if cli.memory {
-        found["memzones"] = each(program, "/eal/memzone_list", "/eal/memzone_info", |_| true)?;
+        found["memzones"] = each(program, ["/eal/memzone_list", "/eal/memzone_info"], None)?;
     }
     Ok(found)
 }
@@ -149,10 +153,19 @@ fn of_port(program: &Program, cli: &Cli, port: u64) -> Result<Value> {
     Ok(found)
 }
 
-/// Asks for the information on everything in a list that is `wanted` by its name.
-fn each(program: &Program, list: &str, info: &str, wanted: impl Fn(&str) -> bool) -> Result<Value> {
+/// Asks for the information on everything in a list, or on what has the `wanted` name.
+fn each(program: &Program, [list, info]: [&str; 2], wanted: Option<&str>) -> Result<Value> {
     let names = program.ask(list)?;
     let names = names.as_array().into_iter().flatten();
-    let names = names.map(|name| name.as_str().map_or_else(|| name.to_string(), str::to_owned));
-    names.filter(|name| wanted(name)).map(|name| program.ask(&format!("{info},{name}"))).collect()
+    let mut names: Vec<_> =
+        names.map(|name| name.as_str().map_or_else(|| name.to_string(), str::to_owned)).collect();
+    if let Some(wanted) = wanted {
+        if !names.iter().any(|name| name == wanted) {
+            let what = format!("cannot show {}", args::quoted(wanted));
+            let error = Error::new(ErrorKind::Usage, what, "the program has none of that name");
+            return Err(error.with_hint("list them: leave out the name"));
+        }
+        names.retain(|name| name == wanted);
+    }
+    names.iter().map(|name| program.ask(&format!("{info},{name}"))).collect()
 }

@@ -36,7 +36,7 @@ pub(crate) fn text(found: &Value) -> String {
             let _ = writeln!(text, "{BORDER}############################");
         }
     }
-    for (kind, name) in [("mempools", "mempool"), ("memzones", "memory")] {
+    for (kind, name) in [("mempools", "mempool"), ("rings", "ring"), ("memzones", "memory")] {
         for (number, info) in list(&found[kind]).enumerate() {
             let _ = writeln!(text, "\n  {BORDER} {name} {number} {BORDER}");
             fields(&mut text, info.as_object().into_iter().flatten());

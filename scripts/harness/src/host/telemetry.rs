@@ -284,12 +284,14 @@ fn proc_info(context: &Context) -> Result<()> {
     l2fwd.await_event("that it forwards", |event| event["event"] == "forwarding")?;
     let sent = pktgen.wait(PATIENCE)?.figure("sent");
     let found =
-        info(context, "fwd", "-p 2 --stats --xstats --show-port --show-mempool -m --json")?.expect(0)?;
+        info(context, "fwd", "-p 2 --stats --xstats --show-port --show-mempool --show-ring -m --json")?
+            .expect(0)?;
     let found: Value = serde_json::from_str(&found.stdout)?;
     let [port] = found["ports"].as_array().map_or(&[][..], Vec::as_slice) else { bail!("{found}") };
     ensure!(port["port"] == 1 && port["stats"]["opackets"] == sent, "{port}");
     ensure!(port["xstats"]["tx_good_packets"] == sent && port["link"]["status"] == "UP", "{port}");
     ensure!(found["mempools"][0]["name"] == "packets" && found["memzones"][0]["Length"].is_u64(), "{found}");
+    ensure!(found["rings"].as_array().is_some_and(Vec::is_empty), "{found}");
     let text = info(context, "fwd", "-p 0x1 --stats --xstats-name rx_good_packets")?.expect(0)?.stdout;
     for line in [format!("  RX-packets: {sent:<10}  RX-errors:  0"), format!("\nrx_good_packets: {sent}\n")] {
         ensure!(text.contains(&line), "{text}");
@@ -299,6 +301,7 @@ fn proc_info(context: &Context) -> Result<()> {
         ("--stats-reset", 64, "compare the counts of two times"),
         ("--stats -p 8", 69, "the program has none of these ports"),
         ("--xstats-name nope", 64, "there is no counter of that name; list them: --xstats"),
+        ("--show-mempool=nope", 64, "the program has none of that name; list them: leave out the name"),
     ] {
         let ended = info(context, "fwd", arguments)?.expect(code)?;
         ensure!(ended.stderr.lines().count() == 1 && ended.stderr.contains(why), "{}", ended.stderr);
