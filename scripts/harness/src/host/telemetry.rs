@@ -314,11 +314,15 @@ fn proc_info(context: &Context) -> Result<()> {
 
 fn proc_info_of_testpmd(context: &Context) -> Result<()> {
     let _testpmd = testpmd(context)?;
-    let mut command = Command::new(context.program("proc-info"));
-    let command = command.args(["--", "--stats", "--json"]).env("RUNTIME_DIRECTORY", &context.dir);
-    let found: Value = serde_json::from_str(&run(context, "proc-info", command)?.expect(0)?.stdout)?;
-    ensure!(found["ports"][1]["stats"]["ipackets"].as_u64() > Some(0), "{found}");
-    Ok(())
+    let received = || -> Result<Option<u64>> {
+        let mut command = Command::new(context.program("proc-info"));
+        let command = command.args(["--", "--stats", "--json"]).env("RUNTIME_DIRECTORY", &context.dir);
+        let found: Value = serde_json::from_str(&run(context, "proc-info", command)?.expect(0)?.stdout)?;
+        Ok(found["ports"][1]["stats"]["ipackets"].as_u64())
+    };
+    received()?.context("no counters of port 1")?;
+    // It may not have polled that port yet.
+    await_that("packets on port 1", PATIENCE, || received().is_ok_and(|packets| packets > Some(0)))
 }
 
 fn none(context: &Context) -> Result<()> {
