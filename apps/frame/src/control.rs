@@ -31,6 +31,7 @@ use crate::supervised::SupervisedPort;
 
 /// Time between two inspections of the ports.
 const INSPECTION_PERIOD: Duration = Duration::from_millis(100);
+
 /// State that a port enters while the lcores forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -134,7 +135,7 @@ pub(crate) struct Control<'a, H> {
     /// taken over.
     pub(crate) running: Option<(&'a RunningProgram, &'a Event)>,
     /// Signaled when all lcores have ended, so that this thread ends at once, too.
-    pub(crate) ended: &'a Event,
+    pub(crate) lcores_ended: &'a Event,
 }
 
 /// How a run ended.
@@ -170,8 +171,8 @@ struct Successor {
 }
 
 impl<H> Control<'_, H> {
-    /// Inspects the ports until `stop`.
-    /// Takes the `queues` and lanes that no lcore polls, and returns the queues that no lcore polls in the end.
+    /// Inspects the ports until `stop`. Takes the `queues` and lanes that no lcore polls, and returns the queues that no
+    /// lcore polls in the end.
     ///
     /// # Errors
     /// When a take-over fails, or when the primary refuses this process.
@@ -228,14 +229,14 @@ impl<H> Control<'_, H> {
 }
 
 impl<H> Supervisor<'_, H> {
-    /// What must be dealt with before the next inspection is due: the end of all lcores, messages, and changes of links.
+    /// Events that end the wait for the next inspection: messages, changes of links, and the end of all lcores.
     fn events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let channels = self.secondaries.iter().filter_map(Secondary::channel);
         let channels = channels.chain(self.successor.as_ref().map(|successor| &successor.channel));
         // A port that must restart is not asked for its link.
         let watched = self.control.used.iter().filter(|number| !self.due.contains_key(number));
         let links = watched.filter_map(|number| self.control.ports[*number].link_event());
-        channels.map(AsFd::as_fd).chain(links).chain([self.control.ended.as_fd()])
+        channels.map(AsFd::as_fd).chain(links).chain([self.control.lcores_ended.as_fd()])
     }
 
     fn inspect(&mut self, number: usize) {

@@ -64,8 +64,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
     let ids: Vec<u32> = shares.keys().copied().chain([main]).collect();
     let recall = Recall::new(stop);
     let running = eal.running().zip(begin);
-    let ended = Event::new().inspect_err(|_| stop.set())?;
-    let ended = &ended;
+    let lcores_ended = &Event::new().inspect_err(|_| stop.set())?;
     let (mut ended, lanes) = thread::scope(|scope| {
         let recall = &recall;
         let control = Control {
@@ -78,7 +77,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
             untie_period,
             announce,
             running,
-            ended,
+            lcores_ended,
         };
         let control = thread::Builder::new()
             .name("vireo-control".into())
@@ -98,7 +97,7 @@ pub(crate) fn forward_on_lcores<H: Hook>(
         for worker in workers {
             lanes.extend(worker.join()?);
         }
-        ended.signal();
+        lcores_ended.signal();
         let ended = control.join().map_err(|_| {
             let why = "the control thread panicked (its message is above)";
             Error::new(ErrorKind::Protocol, "cannot shut down cleanly", why)

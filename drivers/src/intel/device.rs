@@ -144,15 +144,15 @@ impl<C: Chip> Device<C> {
         }
     }
 
-    /// Decides who waits for the interrupt, and returns that of the RX queue, if `config` asks for it. Without an
-    /// interrupt, changes of the link are found by looking.
+    /// Decides who waits for the interrupt, and returns that of the RX queue, if `config` asks for it. If `config` asks
+    /// for that of the link only, the interrupt may be missing, because the link is also polled.
     fn rx_interrupt(&mut self, config: &PortConfig) -> Result<Option<RxInterrupt>> {
         let is_wanted = config.rx_interrupts || config.link_interrupt;
         if is_wanted && self.vector.is_none() {
             match Vector::enable(&self.hardware, self.chip.is_express()) {
                 Ok(vector) => self.vector = vector,
                 Err(error) if config.rx_interrupts => return Err(error),
-                Err(error) => tracing::debug!("its link is only polled: {error}"),
+                Err(error) => tracing::debug!("the link is only polled: {error}"),
             }
         }
         let waiter = if config.rx_interrupts { Waiter::RxQueue } else { Waiter::Link };

@@ -1,7 +1,7 @@
 //! Interrupt of the RX queue and of the link (SDM 13.4, DS 10.2.4, 82576 8.8).
 //!
 //! All families have the same registers for a single interrupt, by MSI or INTx. MSI-X has others in each family, and
-//! a port with one RX queue gains little from more vectors, because the queue passes on what is for others.
+//! a port with one RX queue has little use for more vectors, because the queue passes on changes of the link.
 
 use std::os::fd::{AsFd, BorrowedFd};
 

@@ -161,8 +161,8 @@ impl Pci {
         Self::with_vectors(function, vectors.collect::<Result<_>>()?, signals_changes)
     }
 
-    /// Finds the registers of a device whose `vectors` are enabled, the last one perhaps for changes of the
-    /// configuration. Of each kind, the first usable capability counts (4.1.4.1). The ISR register is not used, because
+    /// Finds the registers of a device whose `vectors` are enabled. If `signals_changes`, the last vector is for
+    /// changes of the configuration. Of each kind, the first usable capability counts (4.1.4.1). The ISR register is not used, because
     /// the driver takes interrupts by MSI-X only.
     fn with_vectors(
         function: Box<dyn Function>,
@@ -468,12 +468,12 @@ impl Transport for Pci {
         Ok(())
     }
 
-    /// Without a vector for them, changes are found by looking.
+    /// The vector for changes may be missing, because the link is also polled.
     fn set_interrupts(&mut self, count: u16, changes: bool) -> Result<Vec<Event>> {
         let has_fewer = |vectors: &Vec<_>, than: u16| vectors.len() < usize::from(than);
         if changes && has_fewer(&self.vectors, count + 1) {
             self.vectors = self.function.enable_interrupts(&[Irq::Msix], count + 1).unwrap_or_else(|error| {
-                tracing::debug!("its link is only polled: {error}");
+                tracing::debug!("the link is only polled: {error}");
                 Vec::new()
             });
         }

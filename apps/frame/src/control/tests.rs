@@ -16,6 +16,7 @@ use vireo_eal::Eal;
 use vireo_eal::args::{Outcome, Program, allowed_cpus, parse};
 use vireo_eal::bdf::Bdf;
 use vireo_eal::dma::{DATA_ROOM, DmaMemory, Pool};
+use vireo_eal::event::is_signaled;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 
@@ -89,6 +90,13 @@ impl Device {
                 (behaviour.removed, behaviour.function_reset) = (gone, !gone);
             }),
             Self::E1000(device) => device.set_faults(Faults { gone, ..Faults::default() }),
+        }
+    }
+
+    fn set_link(&self, up: bool) {
+        match self {
+            Self::Virtio(device) => device.behave(|behaviour| behaviour.link_up = up),
+            Self::E1000(device) => device.plug(up, 0),
         }
     }
 
@@ -386,6 +394,32 @@ fn bad_frames_of_an_e1000_are_dropped_without_a_reset() {
         nic.receive_raw(DD | EOP | 60);
     });
     assert_eq!((counted.device_errors, counted.errors, counted.restarts), ((2, 0), 2, 0));
+}
+
+#[test]
+fn a_change_of_a_link_asks_for_an_inspection_of_a_port_that_runs() {
+    for virtio in [true, false] {
+        let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
+        let memory = DmaMemory::map(region, &[]).unwrap();
+        let pool = Pool::new(&memory, BUFFERS).unwrap();
+        let mut cache = pool.cache();
+        let (device, open) = Device::new(virtio, 0, &memory);
+        let mut port = SupervisedPort::new(open);
+        let config = CONFIG.with_pairs(1).with_link_interrupt(true);
+        let queues = port.open.as_mut().unwrap().port.start(&config, &memory, &mut cache).unwrap();
+        port.begin();
+        device.set_link(false);
+        assert!(port.link_event().is_none(), "the port has just been started");
+        port.last_start -= Duration::from_secs(1);
+        assert!(is_signaled(port.link_event().unwrap()));
+        port.link_change(0);
+        assert!(!is_signaled(port.link_event().unwrap()), "the inspection takes the event");
+        device.set_link(true);
+        assert!(is_signaled(port.link_event().unwrap()));
+        port.is_down = true;
+        assert!(port.link_event().is_none(), "nobody inspects the link of a port that is down");
+        port.stop(Some(queues), &mut cache);
+    }
 }
 
 #[test]

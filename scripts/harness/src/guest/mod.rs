@@ -335,8 +335,8 @@ fn noiommu_cdev_where_it_is(cases: &mut Cases) {
 }
 
 /// Adds the cases of the igb driver and its NIC. The other boots show what is the same for each driver: each
-/// mode on another kernel, two modes at a time, and a kill in each mode. Without `--full`, these boots therefore
-/// use one kernel, and a kill in one mode.
+/// mode on another kernel, two modes at a time, and a kill in each mode. These boots therefore use one kernel, except for
+/// `noiommu-cdev`, and without `--full` a kill in one mode.
 fn igb(cases: &mut Cases, boot: Boot, modes: &[&'static str]) {
     let [first, second, ..] = *modes else { return };
     in_full_if(cases, true, |cases| forward::mixed_modes(cases, boot, first, second));
