@@ -30,7 +30,7 @@ use crate::recall::{Recall, Wanted};
 use crate::supervised::SupervisedPort;
 
 /// Time between two inspections of the ports.
-const INSPECTION_PERIOD: Duration = Duration::from_millis(100);
+pub(crate) const INSPECTION_PERIOD: Duration = Duration::from_millis(100);
 
 /// State that a port enters while the lcores forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

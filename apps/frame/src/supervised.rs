@@ -10,8 +10,9 @@ use vireo_drivers::ports::OpenPort;
 use vireo_drivers::table::Port;
 use vireo_eal::Error;
 use vireo_eal::dma::PoolCache;
+use vireo_eal::event::is_signaled;
 
-use crate::control::PortState;
+use crate::control::{INSPECTION_PERIOD, PortState};
 use crate::status::{PortStatus, SharedStatus};
 
 /// Minimum time between two starts of a port, so that a device that always misbehaves does not keep the
@@ -45,6 +46,8 @@ pub(crate) struct SupervisedPort {
     pub(crate) status: SharedStatus,
     /// Link at the last inspection; `None` before the first.
     link: Option<Link>,
+    /// Time of the last inspection that found the event of the port signaled.
+    pub(crate) last_link_event: Option<Instant>,
     /// Whether the port is stopped and waits for its next start.
     pub(crate) is_down: bool,
     /// Time of the last start or attempted start.
@@ -62,6 +65,7 @@ impl SupervisedPort {
             counted: PortSummary::default(),
             status: SharedStatus::default(),
             link: None,
+            last_link_event: None,
             is_down: false,
             last_start: Instant::now(),
             unconfirmed: None,
@@ -79,9 +83,11 @@ impl SupervisedPort {
         self.last_start.elapsed() >= RESTART_PERIOD
     }
 
-    /// Event that says that the port should be inspected now.
+    /// Event that says that the port should be inspected now. After each, the next inspection is a periodic one, so
+    /// that a device that signals all the time does not keep the control thread busy.
     pub(crate) fn link_event(&self) -> Option<BorrowedFd<'_>> {
-        let open = self.open.as_ref().filter(|_| !self.is_down && self.is_settled())?;
+        let is_due = self.last_link_event.is_none_or(|last| last.elapsed() >= INSPECTION_PERIOD);
+        let open = self.open.as_ref().filter(|_| !self.is_down && self.is_settled() && is_due)?;
         open.port.link_event()
     }
 
@@ -125,6 +131,9 @@ impl SupervisedPort {
     /// Records the link state, and returns its change. A virtual port has a peer instead of a link.
     pub(crate) fn link_change(&mut self, number: usize) -> Option<PortState> {
         let open = self.open.as_ref()?;
+        if open.port.link_event().is_some_and(is_signaled) {
+            self.last_link_event = Some(Instant::now());
+        }
         let link = open.port.link();
         let (up, was_up) = (link.up, self.link.replace(link)?.up);
         if was_up == up || open.report.is_none() {
