@@ -44,7 +44,8 @@ struct Sample {
 }
 
 pub(crate) fn run(args: &EalArgs) -> Result<()> {
-    let mut recording = Recording { environment: environment(args.pairs)?, rows: Vec::new() };
+    let mut recording =
+        Recording { environment: environment(args.pairs)?, rows: Vec::new(), failures: Vec::new() };
     for (name, dpdk) in &args.dpdk {
         let pairs = (0..args.pairs).map(|pair| {
             let (first, second) = if pair % 2 == 0 { (&args.vireo, dpdk) } else { (dpdk, &args.vireo) };

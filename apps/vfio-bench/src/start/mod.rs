@@ -9,7 +9,7 @@ use std::io::{Write, stdout};
 
 use clap::Subcommand;
 use serde::Serialize;
-use vireo_eal::{Error, Result};
+use vireo_eal::{Error, ErrorKind, Result};
 
 use crate::record::Environment;
 use crate::report::{MergeArgs, read, write_json};
@@ -28,6 +28,8 @@ struct Figures {
     /// Environment of each recording.
     environment: Vec<Environment>,
     rows: Vec<Row>,
+    /// Starts that failed, each with its reason. `rows` are medians of the others.
+    failures: Vec<String>,
 }
 
 pub(crate) fn start(command: &Command) -> Result<()> {
@@ -43,8 +45,22 @@ fn report(args: &MergeArgs) -> Result<()> {
     stdout()
         .write_all(waterfall::text(&recordings).as_bytes())
         .map_err(|error| Error::io("cannot write to standard output", &error))?;
-    let Some(path) = &args.json else { return Ok(()) };
-    let (environment, rows): (_, Vec<_>) =
-        recordings.into_iter().map(|recording| (recording.environment, recording.rows)).unzip();
-    write_json(path, &Figures { environment, rows: rows.concat() })
+    let mut figures = Figures { environment: Vec::new(), rows: Vec::new(), failures: Vec::new() };
+    for recording in recordings {
+        figures.environment.push(recording.environment);
+        figures.rows.extend(recording.rows);
+        figures.failures.extend(recording.failures);
+    }
+    if let Some(path) = &args.json {
+        write_json(path, &figures)?;
+    }
+    match figures.failures.as_slice() {
+        [] => Ok(()),
+        failures => Err(Error::new(
+            ErrorKind::Unavailable,
+            format!("starts that failed: {}", failures.len()),
+            "the medians are over the others",
+        )
+        .with_hint("for more starts per median, run: bench start --rounds 10")),
+    }
 }

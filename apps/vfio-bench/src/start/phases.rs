@@ -13,6 +13,9 @@ use crate::stats::median;
 pub(crate) struct Recording {
     pub(crate) environment: Environment,
     pub(crate) rows: Vec<Row>,
+    /// Starts that failed, each with its reason. `rows` are medians of the others.
+    #[serde(default)]
+    pub(crate) failures: Vec<String>,
 }
 
 /// Medians of one phase.
@@ -24,7 +27,7 @@ pub(crate) struct Row {
     pub(crate) mode: Option<String>,
     pub(crate) phase: String,
     pub(crate) ms: f64,
-    /// `None` if DPDK has no such mode.
+    /// `None` if DPDK has no such mode or did not start.
     pub(crate) dpdk_ms: Option<f64>,
 }
 

@@ -72,28 +72,19 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
         stop: StopFlag::on_signals()?,
     };
     // The environment counts the available cores, which is not possible once this thread is pinned.
-    let mut recording = Recording { environment: environment(args.rounds)?, rows: Vec::new() };
+    let mut recording =
+        Recording { environment: environment(args.rounds)?, rows: Vec::new(), failures: Vec::new() };
     // Otherwise the TSC frequency would be determined during the first start.
     Tsc::hz();
     pin_to(rig.cores.generator)?;
+    let mut outcome = Ok(());
     for wiring in wirings(&args.nics, &rig.bus, note)? {
-        let mut starts = vec![(Vec::new(), Vec::new()); args.modes.len()];
-        for round in 0..args.rounds {
-            for (mode, (vireo, dpdk)) in args.modes.iter().zip(&mut starts) {
-                for program in schedule(*mode, round) {
-                    let phases = rig.time(&wiring, *mode, program)?;
-                    let total = phases.last().map_or(0.0, |(_, ms)| *ms);
-                    let number = round + 1;
-                    note(&format!("round {number}: {} {mode} {program:?} {total:.0} ms", wiring.nic));
-                    if program == Program::Vireo { &mut *vireo } else { &mut *dpdk }.push(phases);
-                }
-            }
-        }
-        for (mode, (vireo, dpdk)) in args.modes.iter().zip(&starts) {
-            recording.rows.extend(rows(wiring.nic, mode.name(), vireo, dpdk));
+        outcome = rig.record(&wiring, &mut recording);
+        if outcome.is_err() {
+            break;
         }
     }
-    write_json(&args.json, &recording)
+    write_json(&args.json, &recording).and(outcome)
 }
 
 /// Programs to start, in the order A B B A. DPDK supports only VFIO groups.
@@ -108,6 +99,37 @@ fn schedule(mode: VfioMode, round: u32) -> Vec<Program> {
 }
 
 impl Rig<'_> {
+    /// Starts every program on these NICs in every mode and round, and adds what was seen to `recording`. A
+    /// start that fails costs only itself. Fails if a signal stops the program.
+    fn record(&self, wiring: &Wiring, recording: &mut Recording) -> Result<()> {
+        let modes = &self.args.modes;
+        let mut starts = vec![(Vec::new(), Vec::new()); modes.len()];
+        let rounds = (0..self.args.rounds).flat_map(|round| (0..modes.len()).map(move |mode| (round, mode)));
+        for (round, index) in rounds {
+            let mode = modes[index];
+            for program in schedule(mode, round) {
+                let start = format!("round {}: {} {mode} {program:?}", round + 1, wiring.nic);
+                match self.time(wiring, mode, program) {
+                    Ok(phases) => {
+                        let total = phases.last().map_or(0.0, |(_, ms)| *ms);
+                        note(&format!("{start} {total:.0} ms"));
+                        let (vireo, dpdk) = &mut starts[index];
+                        if program == Program::Vireo { vireo } else { dpdk }.push(phases);
+                    }
+                    Err(error) if self.stop.is_set() => return Err(error),
+                    Err(error) => {
+                        note(&format!("{start} failed: {error}"));
+                        recording.failures.push(format!("{start}: {error}"));
+                    }
+                }
+            }
+        }
+        for (mode, (vireo, dpdk)) in modes.iter().zip(&starts) {
+            recording.rows.extend(rows(wiring.nic, mode.name(), vireo, dpdk));
+        }
+        Ok(())
+    }
+
     /// Times one start until a frame has come through, and ends the program.
     fn time(&self, wiring: &Wiring, mode: VfioMode, program: Program) -> Result<Phases> {
         let mut side = Side::start(&self.bus, [&wiring.sender, &wiring.receiver], mode, true)?;

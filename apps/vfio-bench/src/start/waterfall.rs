@@ -33,6 +33,11 @@ pub(super) fn text(recordings: &[Recording]) -> String {
     if !of_eal.is_empty() {
         text += &eal(&of_eal);
     }
+    let mut failures = recordings.iter().flat_map(|recording| &recording.failures).peekable();
+    if failures.peek().is_some() {
+        text += "\nStarts that failed\n";
+        failures.for_each(|failure| text += &format!("  {failure}\n"));
+    }
     text
 }
 
@@ -119,7 +124,11 @@ mod tests {
         ];
         let environment =
             Environment(vec![("cpu".into(), "fast".into()), ("command".into(), "start run".into())]);
-        let text = text(&[Recording { environment, rows }]);
+        let text = text(&[Recording {
+            environment,
+            rows,
+            failures: vec!["round 2: e1000e cdev Vireo: no frame".into()],
+        }]);
         let (_, table) = text.split_once("in ms)\n").unwrap();
         let expected = "
 e1000e, container       Vireo                                     DPDK
@@ -134,6 +143,9 @@ e1000e, cdev            Vireo
 The EAL's start without devices, on the host (median, in ms)
                                         Vireo     DPDK    Vireo / DPDK
   eal init, shared                       0.10     20.0          0.0050
+
+Starts that failed
+  round 2: e1000e cdev Vireo: no frame
 ";
         assert_eq!(table, expected, "{table}");
         assert!(text.starts_with("Environment\n  cpu  fast\n\n"), "{text}");
