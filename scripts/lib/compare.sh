@@ -53,11 +53,10 @@ compare_choose_references() {
     fi
 }
 
-# Uses a clock that counts instructions and skips idle time: QEMU's -icount, which only software emulation
-# has. Two virtual CPUs would take turns, and each would count the other's instructions.
 compare_counted() {
     # shellcheck disable=SC2034 # read by what compare_boots calls
-    local OPT_CPUS=1 OPT_ICOUNT=1 ACCEL=tcg QEMU_EXTRA=("${QEMU_EXTRA[@]}" -icount 'shift=0,sleep=off')
+    local OPT_CPUS OPT_ICOUNT OPT_ACCEL ACCEL=tcg QEMU_EXTRA=("${QEMU_EXTRA[@]}")
+    options_icount
     compare_boots counted count run "$@"
 }
 
@@ -108,7 +107,7 @@ compare_boot() {
     local boot=$1 modes=$2 machine="--kernel $OPT_KERNEL --timeout $OPT_TIMEOUT" since=$SECONDS before
     shift 2
     [[ -n $OPT_IOMMU ]] || machine+=" --no-iommu"
-    [[ -z $OPT_ICOUNT ]] || machine+=" --cpus 1 --accel tcg --qemu-arg -icount --qemu-arg shift=0,sleep=off"
+    [[ -z $OPT_ICOUNT ]] || machine+=" --icount"
     # Only with an IOMMU: without one, all memory must be within reach of a NIC with 32 address bits.
     if [[ -n $OPT_ICOUNT && -n $OPT_IOMMU ]]; then
         # shellcheck disable=SC2034 # read by what guest_boot calls

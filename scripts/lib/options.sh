@@ -35,6 +35,8 @@ Programs of this repository have short names: lab run -- l2fwd --help
   --coverage DIR              build the programs with counters of the lines that they reach; each boot writes a directory
                               of .profraw files to DIR, from which sanitize coverage --guest makes a report
   --timeout SECONDS           limit for each boot (300; none for a shell; 3600 for compare and count; 0: none)
+  --icount                    let the guest's clocks count instructions, one per nanosecond, and skip idle time: one CPU,
+                              software emulation
   --accel auto|kvm|tcg        auto: KVM if a probe boot shows that it works
   --no-build                  do not build the repository's programs; the guest has busybox and strace
   --qemu-arg ARG              one more argument for QEMU (repeatable)
@@ -94,6 +96,7 @@ options_parse() {
             --references) OPT_REFERENCES=$(option_references "$@"); shift ;;
             --qemu-arg) QEMU_EXTRA+=("$(option_value "$@")"); shift ;;
             --kernel-arg) KERNEL_EXTRA+=("$(option_value "$@")"); shift ;;
+            --icount) options_icount ;;
             --monitor) OPT_MONITOR=1 ;;
             --yes) OPT_YES=1 ;;
             --show) OPT_SHOW=1 ;;
@@ -110,6 +113,15 @@ options_parse() {
         esac
         shift
     done
+}
+
+# QEMU's -icount, which only software emulation has. Two virtual CPUs would take turns, and each would count the
+# other's instructions.
+options_icount() {
+    OPT_ICOUNT=1
+    OPT_CPUS=1
+    OPT_ACCEL=tcg
+    QEMU_EXTRA+=(-icount 'shift=0,sleep=off')
 }
 
 option_value() {

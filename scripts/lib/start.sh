@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Measures the time from process start to the first forwarded packet, for l2fwd and DPDK's testpmd in turn. It
 # takes three boots of the lab's guest, because VFIO offers devices without an IOMMU only on a machine that
-# has none, and offers them as cdevs only from Linux 7.3 on. The start of the EAL alone needs no guest.
+# has none, and offers them as cdevs only from Linux 7.3 on; and two in which the guest's clock counts
+# instructions. The start of the EAL alone needs no guest.
 
 bench_start() {
     need_cargo
@@ -12,10 +13,13 @@ bench_start() {
         fail "cargo could not build (its message is above)"
     mkdir "$WORK/share"
     start_eal
+    start_boot counted container,cdev,compat --icount
+    start_boot counted-noiommu noiommu --no-iommu --icount
     start_boot iommu container,cdev,compat
     start_boot noiommu noiommu --no-iommu
     start_boot noiommu-cdev noiommu-cdev --no-iommu --kernel edge
-    "$(start_built vireo-vfio-bench)" start report "$WORK"/share/{iommu,noiommu,noiommu-cdev,eal}.json \
+    "$(start_built vireo-vfio-bench)" start report \
+        "$WORK"/share/{counted,counted-noiommu,iommu,noiommu,noiommu-cdev,eal}.json \
         ${OPT_JSON:+--json "$OPT_JSON"}
 }
 
@@ -46,8 +50,9 @@ start_compile() {
 
 # start_boot NAME MODES [LAB OPTION...]
 start_boot() {
-    local name=$1 modes=$2 file add=()
+    local name=$1 modes=$2 file add=() counted=()
     shift 2
+    [[ " $* " != *' --icount '* ]] || counted=(--counted)
     testpmd_find
     for file in "${TESTPMD_FILES[@]}"; do
         add+=(--add "$file")
@@ -55,7 +60,7 @@ start_boot() {
     say "boot '$name': $modes"
     "$SCRIPTS/lab" run ${OPT_YES:+--yes} --cpus 3 --nics virtio-net,e1000e --timeout 1800 --share "$WORK/share" \
         "${add[@]}" "$@" -- env "VIREO_LAB_DPDK=$(start_version)" \
-        vireo-vfio-bench start run --json "/share/$name.json" --modes "$modes" \
+        vireo-vfio-bench start run --json "/share/$name.json" --modes "$modes" "${counted[@]}" \
         --rounds "$OPT_ROUNDS" --plugins "$(IFS=,; echo "${TESTPMD_PLUGINS[*]}")" >&2 ||
         fail "boot '$name' failed (see above)"
 }

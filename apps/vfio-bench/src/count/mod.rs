@@ -15,6 +15,7 @@ use vireo_eal::{Error, Result};
 use crate::record::Environment;
 use crate::report::{MergeArgs, read, write_json};
 
+pub(crate) use self::run::check_clock;
 pub(crate) use self::text::{LEGEND, PARTS_LEGEND, Part, compared, cost, parts, text};
 
 #[derive(Debug, Subcommand)]

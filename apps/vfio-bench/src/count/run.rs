@@ -129,7 +129,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
 
 /// Checks that the clock counts instructions: the environment must say so, and a loop of twice the length
 /// must take twice the time, every time.
-fn check_clock() -> Result<()> {
+pub(crate) fn check_clock() -> Result<()> {
     const STEPS: u64 = 1 << 18;
     let wrong = |why: &str| {
         Err(Error::new(ErrorKind::Unavailable, "cannot count instructions", why)

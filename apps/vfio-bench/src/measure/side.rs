@@ -149,13 +149,15 @@ impl Side {
         }
     }
 
-    /// Discards a burst of what has arrived on the second port.
-    pub(crate) fn drain(&mut self) {
+    /// Discards a burst of what has arrived on the second port. Returns the number of frames.
+    pub(crate) fn drain(&mut self) -> usize {
         let mut burst = Burst::new();
         self.queues[1].0.rx_burst(&mut self.cache, &mut burst);
+        let arrived = burst.len();
         for packet in burst.drain(..) {
             self.cache.free(packet);
         }
+        arrived
     }
 
     /// Stops the ports and collects their counters. `side` is the prefix of the names of lost packets.

@@ -64,6 +64,7 @@ fn rows(name: &str, pairs: &[(Sample, Sample)]) -> [Row; 2] {
         phase: format!("{phase}, {name}"),
         ms: median(&pairs.iter().map(|(vireo, _)| of(vireo)).collect::<Vec<_>>()).unwrap_or(f64::NAN),
         dpdk_ms: median(&pairs.iter().map(|(_, dpdk)| of(dpdk)).collect::<Vec<_>>()),
+        counted: false,
     };
     [row("eal init", |sample| sample.init), row("process", |sample| sample.process)]
 }

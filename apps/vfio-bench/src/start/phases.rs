@@ -29,6 +29,9 @@ pub(crate) struct Row {
     pub(crate) ms: f64,
     /// `None` if DPDK has no such mode or did not start.
     pub(crate) dpdk_ms: Option<f64>,
+    /// Whether a millisecond is a million instructions, or a wait in which they would have fit.
+    #[serde(default)]
+    pub(crate) counted: bool,
 }
 
 /// A phase, and texts of which the first to appear ends the phase.
@@ -61,12 +64,15 @@ pub(super) const TOTAL: &str = "total";
 /// Milliseconds of each phase of one start, including the first packet, and their sum.
 pub(super) type Phases = Vec<(&'static str, f64)>;
 
-/// Returns the phases of a program whose first frame arrived at `first`, in TSC ticks.
-pub(super) fn phases(program: &mut Process, marks: &[Mark], first: u64) -> Result<Phases> {
-    let arrivals = marks.iter().map(|(phase, texts)| Ok((*phase, program.arrival_of(texts)?)));
-    let mut ends = arrivals.collect::<Result<Vec<_>>>()?;
+/// Waits for `marks`, and returns when each phase ended, in TSC ticks.
+pub(super) fn ends(program: &mut Process, marks: &[Mark]) -> Result<Vec<(&'static str, u64)>> {
+    marks.iter().map(|(phase, texts)| Ok((*phase, program.arrival_of(texts)?))).collect()
+}
+
+/// Returns the phases of a program that began at `began` and whose first frame arrived at `first`, in TSC ticks.
+pub(super) fn phases(began: u64, mut ends: Vec<(&'static str, u64)>, first: u64) -> Phases {
     ends.push((FIRST_PACKET, first));
-    Ok(between(program.started(), &ends))
+    between(began, &ends)
 }
 
 /// Returns the lengths of the phases that end at `ends`, and their sum. A frame can arrive before the program
@@ -84,7 +90,7 @@ fn between(began: u64, ends: &[(&'static str, u64)]) -> Phases {
 }
 
 /// Returns the medians over several starts.
-pub(super) fn rows(nic: &str, mode: &str, vireo: &[Phases], dpdk: &[Phases]) -> Vec<Row> {
+pub(super) fn rows(nic: &str, mode: &str, [vireo, dpdk]: [&[Phases]; 2], counted: bool) -> Vec<Row> {
     let Some(first) = vireo.first() else { return Vec::new() };
     let of = |phase: &str, starts: &[Phases]| {
         let lengths = starts.iter().flatten().filter(|(name, _)| *name == phase);
@@ -96,6 +102,7 @@ pub(super) fn rows(nic: &str, mode: &str, vireo: &[Phases], dpdk: &[Phases]) -> 
         phase: phase.to_owned(),
         ms: of(phase, vireo).unwrap_or(f64::NAN),
         dpdk_ms: of(phase, dpdk),
+        counted,
     };
     first.iter().map(row).collect()
 }
@@ -128,7 +135,8 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
         let mut program = Process::start(command).unwrap();
-        let phases = phases(&mut program, &TESTPMD, u64::MAX).unwrap();
+        let ends = ends(&mut program, &TESTPMD).unwrap();
+        let phases = phases(program.started(), ends, u64::MAX);
         let names: Vec<_> = phases.iter().map(|(phase, _)| *phase).collect();
         assert_eq!(names, ["eal", "devices", "memory", "ports", "link", FIRST_PACKET, TOTAL]);
         assert!(phases[0].1 > 0.0);
@@ -137,7 +145,7 @@ mod tests {
     #[test]
     fn rows_are_medians() {
         let start = |ms| vec![("eal", ms), (TOTAL, ms)];
-        let rows = rows("e1000e", "cdev", &[start(3.0), start(1.0), start(2.0)], &[]);
+        let rows = rows("e1000e", "cdev", [&[start(3.0), start(1.0), start(2.0)], &[]], false);
         assert_eq!(rows.len(), 2);
         assert_eq!((rows[0].phase.as_str(), rows[0].ms, rows[0].dpdk_ms), ("eal", 2.0, None));
     }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use vireo_bus_pci::Bus;
@@ -13,8 +13,9 @@ use vireo_eal::program::note;
 use vireo_eal::vfio::VfioMode;
 use vireo_eal::{Error, ErrorKind, Result};
 
-use super::phases::{L2FWD, Mark, Phases, Recording, TESTPMD, phases, rows};
+use super::phases::{L2FWD, Mark, Phases, Recording, TESTPMD, ends, phases, rows};
 use crate::cores::Cores;
+use crate::count::check_clock;
 use crate::environment::environment;
 use crate::measure::{Side, Wiring};
 use crate::process::l2fwd;
@@ -24,6 +25,8 @@ use crate::testpmd::{TestpmdArgs, allow, start_on};
 
 /// Longest wait for the first packet.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Time between two frames for a program that is to be counted.
+const PERIOD: Duration = Duration::from_micros(100);
 
 /// Time the starts of l2fwd and testpmd on this machine's NICs and write a recording
 #[derive(Args, Debug)]
@@ -42,6 +45,10 @@ pub(crate) struct RunArgs {
     /// Rounds; each runs every mode once
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+    /// Count instructions, on one CPU whose clock counts them (lab run --icount): frames are sent only when the program
+    /// forwards, and the sender sleeps in between, because each of the two advances the clock
+    #[arg(long)]
+    counted: bool,
     /// Vireo's l2fwd; default: the one next to this program
     #[arg(long, value_name = "FILE")]
     l2fwd: Option<PathBuf>,
@@ -64,11 +71,17 @@ struct Rig<'a> {
 }
 
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
+    let cores = if args.counted {
+        check_clock()?;
+        Cores::of_forwarder(&[])?
+    } else {
+        Cores::of_this_process()?
+    };
     let rig = Rig {
         args,
         l2fwd: l2fwd(args.l2fwd.as_deref())?,
         bus: Bus::default(),
-        cores: Cores::of_this_process()?,
+        cores,
         stop: StopFlag::on_signals()?,
     };
     // The environment counts the available cores, which is not possible once this thread is pinned.
@@ -125,7 +138,7 @@ impl Rig<'_> {
             }
         }
         for (mode, (vireo, dpdk)) in modes.iter().zip(&starts) {
-            recording.rows.extend(rows(wiring.nic, mode.name(), vireo, dpdk));
+            recording.rows.extend(rows(wiring.nic, mode.name(), [vireo, dpdk], self.args.counted));
         }
         Ok(())
     }
@@ -138,10 +151,15 @@ impl Rig<'_> {
             Program::Vireo => (self.l2fwd(addresses, mode), &L2FWD),
             Program::Dpdk => (self.args.testpmd.command(self.cores.forwarder, addresses, &[]), &TESTPMD),
         };
-        // Do not limit the frames in flight, because for most of the time none returns.
-        let stream = side.probes(u64::MAX, PATIENCE);
         let mut process = start_on(self.cores.forwarder, command, self.cores.idle)?;
-        let outcome = side.send(&stream, &self.stop)?;
+        let (early, first) = if self.args.counted {
+            let ends = ends(&mut process, marks)?;
+            (Some(ends), self.first_arrival(&mut side))
+        } else {
+            // Do not limit the frames in flight, because for most of the time none returns.
+            let stream = side.probes(u64::MAX, PATIENCE);
+            (None, side.send(&stream, &self.stop)?.first)
+        };
         if self.stop.is_set() {
             return Err(Error::new(
                 ErrorKind::Unavailable,
@@ -150,19 +168,33 @@ impl Rig<'_> {
             ));
         }
         // If a mark is missing as well, its error says more.
-        let phases = phases(&mut process, marks, outcome.first.unwrap_or(0))?;
+        let ends = early.map_or_else(|| ends(&mut process, marks), Ok)?;
+        let began = process.started();
         process.interrupt()?;
         process.reap()?;
         side.stop("generator")?;
-        if outcome.first.is_none() {
+        let Some(first) = first else {
             return Err(Error::new(
                 ErrorKind::Unavailable,
                 format!("no frame came back through {} and {}", addresses[0], addresses[1]),
-                format!("{program:?} was sent {} frames in {} s", outcome.sent, PATIENCE.as_secs()),
+                format!("{program:?} was sent frames for {} s", PATIENCE.as_secs()),
             )
             .with_hint("check that the first two and the last two NICs are connected"));
+        };
+        Ok(phases(began, ends, first))
+    }
+
+    /// Sends a frame per [`PERIOD`] until one arrives, and returns when that was, in TSC ticks.
+    fn first_arrival(&self, side: &mut Side) -> Option<u64> {
+        let since = Instant::now();
+        while since.elapsed() < PATIENCE && !self.stop.is_set() {
+            side.send_burst(1);
+            std::thread::sleep(PERIOD);
+            if side.drain() > 0 {
+                return Some(Tsc::now());
+            }
         }
-        Ok(phases)
+        None
     }
 
     fn l2fwd(&self, addresses: [Bdf; 2], mode: VfioMode) -> Command {

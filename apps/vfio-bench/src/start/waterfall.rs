@@ -19,17 +19,13 @@ pub(super) fn text(recordings: &[Recording]) -> String {
     let mut text = String::new();
     if !of_devices.is_empty() {
         let _ = writeln!(text, "Environment\n{}", table::environment(&boots));
-        text += "From the start of the process to the first forwarded packet (median over rounds, in ms)\n";
     }
-    let mut blocks: Vec<&[&Row]> =
-        of_devices.chunk_by(|a, b| (&a.nic, &a.mode) == (&b.nic, &b.mode)).collect();
-    // Keep the modes of one NIC together, whichever boot they are from.
-    blocks.sort_by(|a, b| b[0].nic.cmp(&a[0].nic));
-    for block in &blocks {
-        let same_nic = of_devices.iter().filter(|row| row.nic == block[0].nic && row.phase == TOTAL);
-        let longest = same_nic.flat_map(|row| [row.ms, row.dpdk_ms.unwrap_or(0.0)]).fold(0.0, f64::max);
-        text += &waterfall(block, longest);
-    }
+    let (counted, timed): (Vec<&Row>, Vec<&Row>) = of_devices.into_iter().partition(|row| row.counted);
+    text += &waterfalls("(median over rounds, in ms)", &timed);
+    text += &waterfalls(
+        "on a clock that counts instructions\n(median over rounds; 1 ms: a million instructions, or a wait)",
+        &counted,
+    );
     if !of_eal.is_empty() {
         text += &eal(&of_eal);
     }
@@ -39,6 +35,23 @@ pub(super) fn text(recordings: &[Recording]) -> String {
         failures.for_each(|failure| text += &format!("  {failure}\n"));
     }
     text
+}
+
+/// Formats all starts of one kind.
+fn waterfalls(how: &str, rows: &[&Row]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut text = format!("From the start of the process to the first forwarded packet {how}\n");
+    let mut blocks: Vec<&[&Row]> = rows.chunk_by(|a, b| (&a.nic, &a.mode) == (&b.nic, &b.mode)).collect();
+    // Keep the modes of one NIC together, whichever boot they are from.
+    blocks.sort_by(|a, b| b[0].nic.cmp(&a[0].nic));
+    for block in &blocks {
+        let same_nic = rows.iter().filter(|row| row.nic == block[0].nic && row.phase == TOTAL);
+        let longest = same_nic.flat_map(|row| [row.ms, row.dpdk_ms.unwrap_or(0.0)]).fold(0.0, f64::max);
+        text += &waterfall(block, longest);
+    }
+    text + "\n"
 }
 
 /// Removes the command, which is long. Readers who need it find it in the JSON output.
@@ -85,7 +98,7 @@ fn bar(begin: f64, ms: f64, longest: f64) -> String {
 
 fn eal(rows: &[&Row]) -> String {
     let mut text = format!(
-        "\nThe EAL's start without devices, on the host (median, in ms)\n  {:<34}{:>9}{:>9}{:>16}\n",
+        "The EAL's start without devices, on the host (median, in ms)\n  {:<34}{:>9}{:>9}{:>16}\n",
         "", "Vireo", "DPDK", "Vireo / DPDK"
     );
     for row in rows {
@@ -109,7 +122,7 @@ mod tests {
 
     fn row(nic: Option<&str>, mode: &str, phase: &str, ms: f64, dpdk_ms: Option<f64>) -> Row {
         let (nic, mode) = (nic.map(str::to_owned), Some(mode.to_owned()));
-        Row { nic, mode, phase: phase.into(), ms, dpdk_ms }
+        Row { nic, mode, phase: phase.into(), ms, dpdk_ms, counted: false }
     }
 
     #[test]
@@ -120,6 +133,7 @@ mod tests {
             row(nic, "container", "devices", 10.0, Some(15.0)),
             row(nic, "container", TOTAL, 10.1, Some(30.0)),
             row(nic, "cdev", "eal", 3.0, None),
+            Row { counted: true, ..row(nic, "container", TOTAL, 1.0, Some(10.0)) },
             row(None, "none", "eal init, shared", 0.1, Some(20.0)),
         ];
         let environment =
@@ -139,6 +153,13 @@ e1000e, container       Vireo                                     DPDK
 
 e1000e, cdev            Vireo
   eal            3.00   ███
+
+From the start of the process to the first forwarded packet on a clock that counts instructions
+(median over rounds; 1 ms: a million instructions, or a wait)
+
+e1000e, container       Vireo                                     DPDK
+  total          1.00   ███                                10.0   ██████████████████████████████
+  × DPDK         0.10
 
 The EAL's start without devices, on the host (median, in ms)
                                         Vireo     DPDK    Vireo / DPDK
