@@ -119,7 +119,7 @@ guest_judge() {
         GUEST_ERROR="the guest did not finish within $timeout s (--timeout)"
     else
         GUEST_STATUS=125
-        said=$(grep -m1 'Kernel panic' "$run/console" || sed /warning:/d "$run/qemu" | tail -n1)
+        said=$(grep -m1 -E '^(Oops|BUG): |Kernel panic' "$run/console" || sed /warning:/d "$run/qemu" | tail -n1)
         GUEST_ERROR="the guest ended before its command did${said:+: $said}"
     fi
     ((GUEST_STATUS == 0)) || guest_keep_log "$run"

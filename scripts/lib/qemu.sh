@@ -82,8 +82,8 @@ qemu_add_port() {
 
 kernel_command_line() {
     # On a busy host, software emulation is too slow for the kernel's timer check, and the kernel would panic
-    # without no_timer_check.
-    local words=(console=ttyS0 earlyprintk=ttyS0 panic=-1 no_timer_check "vireo.output=$1")
+    # without no_timer_check. After an oops, whatever waits for the killed task would wait until the time limit.
+    local words=(console=ttyS0 earlyprintk=ttyS0 oops=panic panic=-1 no_timer_check "vireo.output=$1")
     [[ -n $OPT_VERBOSE ]] || words+=(quiet)
     ((OPT_HUGEPAGES == 0)) || words+=("hugepages=$OPT_HUGEPAGES")
     [[ -z $OPT_BIND ]] || words+=(vireo.bind=1)

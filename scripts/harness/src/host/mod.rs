@@ -2,6 +2,7 @@
 
 mod cargo;
 mod count;
+mod crash;
 mod fresh;
 mod inject;
 mod limits;
@@ -53,6 +54,7 @@ pub(crate) fn cases(environment: &Environment, with_units: bool, with_guest: boo
         vhost::cases(&mut cases, environment);
         migration::cases(&mut cases, environment);
         count::cases(&mut cases, environment);
+        crash::cases(&mut cases, environment);
         fresh::cases(&mut cases, environment);
     }
     Ok(cases.0)
