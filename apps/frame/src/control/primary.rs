@@ -18,6 +18,8 @@ use crate::recall::Wanted;
 
 /// How long a secondary process may take to return its queues.
 const RETURN_PATIENCE: Duration = Duration::from_secs(1);
+/// Maximum number of reports that are read from a process before others get their turn.
+const REPORTS_AT_ONCE: usize = 16;
 
 /// What a secondary process does, as its primary sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -143,9 +145,10 @@ impl<H> Supervisor<'_, H> {
         self.secondaries.retain(|secondary| secondary.stage != Stage::Gone);
     }
 
-    /// Reads all reports of a process that have arrived.
+    /// Reads reports of a process that have arrived.
     fn hear(&mut self, index: usize) {
-        while let Some(channel) = self.secondaries[index].channel() {
+        for _ in 0..REPORTS_AT_ONCE {
+            let Some(channel) = self.secondaries[index].channel() else { return };
             if !channel.has_message(Duration::ZERO).unwrap_or(false) {
                 return;
             }
