@@ -118,7 +118,7 @@ fn send(to_lose: usize, patience: Duration) -> Result<Outcome> {
 
 #[test]
 fn latency_is_measured_from_when_a_frame_was_due() {
-    let (outcome, waited) = on_a_wire(0, 10_000, |tx, rx, stop| {
+    let (outcome, waited) = on_a_wire(0, 1_000, |tx, rx, stop| {
         let outcome = run(&stream(Some(1e6), 10), (&mut *tx.0, tx.1), rx, stop)?;
         Ok((outcome, tx.0.refused.map(|(first, last)| Tsc::to_nanos(last - first))))
     })
@@ -131,14 +131,14 @@ fn latency_is_measured_from_when_a_frame_was_due() {
 
 #[test]
 fn frames_of_several_packets_are_compared_whole() {
-    let long = |run_of, to_lose| {
-        let sizes = frame::SHORTEST..=MAX_FRAME;
-        let stream = Stream { sizes, patience: Duration::from_millis(50), ..stream(None, run_of) };
-        on_a_wire(to_lose, 3, |tx, rx, stop| run(&stream, tx, rx, stop)).unwrap()
+    let long = |run_of, patience, (to_lose, to_refuse)| {
+        let stream = Stream { sizes: frame::SHORTEST..=MAX_FRAME, patience, ..stream(None, run_of) };
+        on_a_wire(to_lose, to_refuse, |tx, rx, stop| run(&stream, tx, rx, stop)).unwrap()
     };
-    let outcome = long(3000, 0);
+    let outcome = long(3000, PATIENCE, (0, 3));
     assert!(outcome.is_clean() && outcome.sent == 3000, "{outcome:?}");
-    let outcome = long(300, 7);
+    // What a wire refuses while this thread has no CPU would use up the patience.
+    let outcome = long(300, Duration::from_millis(50), (7, 0));
     assert_eq!((outcome.sent, outcome.received, outcome.corrupt), (300, 293, 0));
 }
 
