@@ -106,6 +106,7 @@ compare_noiommu_modes() {
 # with what the first one has recorded.
 compare_boot() {
     local boot=$1 modes=$2 machine="--kernel $OPT_KERNEL --timeout $OPT_TIMEOUT" since=$SECONDS before
+    local record=(--json "/share/$boot.json" --modes "$modes")
     shift 2
     [[ -n $OPT_IOMMU ]] || machine+=" --no-iommu"
     [[ -z $OPT_ICOUNT ]] || machine+=" --icount"
@@ -116,19 +117,18 @@ compare_boot() {
             OPT_MEM=$((OPT_MEM > COMPARE_GIANT_MEM ? OPT_MEM : COMPARE_GIANT_MEM))
         machine+=" --mem $OPT_MEM --kernel-arg hugepagesz=1G --kernel-arg hugepages=1"
     fi
-    set -- "$@" --json "/share/$boot.json" --modes "$modes"
     say "boot '$boot': $modes"
     before=$(compare_ticks_of_others)
-    guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench "$@" >&2
+    guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench "$@" "${record[@]}" >&2
     if ((GUEST_STATUS == 125)); then
         say "boot '$boot': $GUEST_ERROR (guest kernel's log: $GUEST_LOG); booting once more"
         COMPARE_DISTURBANCES+=(--disturbance "boot '$boot' was repeated from where it stopped: $GUEST_ERROR")
-        [[ -n $OPT_ICOUNT || ! -s $OPT_SHARE/$boot.json ]] || set -- "$@" --resume
-        guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench "$@" >&2
+        [[ -n $OPT_ICOUNT || ! -s $OPT_SHARE/$boot.json ]] || record+=(--resume)
+        guest_boot "$GUEST_IMAGE" pipe vireo-vfio-bench "$@" "${record[@]}" >&2
     fi
     ((GUEST_STATUS == 0)) ||
         fail "boot '$boot': $GUEST_ERROR (guest kernel's log: $GUEST_LOG)" \
-            "lab run $machine --share DIR -- vfio-bench $*"
+            "lab run $machine -- vfio-bench $* --json /dev/stdout --modes $modes"
     [[ -n $OPT_ICOUNT ]] || compare_disturbance "$boot" $((SECONDS - since)) $(($(compare_ticks_of_others) - before))
 }
 

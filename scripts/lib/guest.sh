@@ -13,8 +13,8 @@ GUEST_TAIL=
 guest_estimate() {
     local least=0 most=0 parts=()
     if [[ -n $OPT_BUILD && ! -d $REPO/target/guest ]]; then
-        ((least += 1, most += 2))
-        parts+=("programs 1 to 2")
+        ((least += 1, most += 4))
+        parts+=("programs 1 to 4")
     fi
     if [[ $OPT_KERNEL == @(default|edge) && -z $(kernel_chosen "$OPT_KERNEL") ]]; then
         ((least += 5, most += 16))

@@ -7,7 +7,7 @@ INSN_COMMITTED="$SCRIPTS/insn.json"
 
 # DPDK 26.11-rc0 (38f72e500b), counted in the same way: its unmodified drivers and l2fwd, 60-byte packets, MAC rewrite,
 # ring 256; burst 0 is an empty poll. Its best virtio path is vector RX, which needs a device without mergeable buffers.
-# Its l2fwd keeps packets until it has 32 or 100 us have passed. Burst 1+0 is therefore the sum of 1 and 0, which is less
+# Its l2fwd keeps packets until it has 32, or until 100 us have passed. Burst 1+0 is therefore the sum of 1 and 0, which is less
 # than it would be if each packet were sent alone.
 INSN_DPDK='{
     "e1000 82540EM": {"0": 114, "1": 364, "4": 266, "8": 250, "16": 242, "32": 237.5},

@@ -145,7 +145,7 @@ impl<H> Supervisor<'_, H> {
         self.secondaries.retain(|secondary| secondary.stage != Stage::Gone);
     }
 
-    /// Reads reports of a process that have arrived.
+    /// Reads up to [`REPORTS_AT_ONCE`] reports of a process that have arrived.
     fn hear(&mut self, index: usize) {
         for _ in 0..REPORTS_AT_ONCE {
             let Some(channel) = self.secondaries[index].channel() else { return };

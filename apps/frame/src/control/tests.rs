@@ -8,7 +8,7 @@ use vireo_drivers::counters::PortStats;
 use vireo_drivers::fakedev::e1000::{FakeE1000, Faults, ID_82540EM};
 use vireo_drivers::fakedev::virtio::{Behaviour, RX, TX, VirtioNet};
 use vireo_drivers::memory::{MemoryNeed, PortMemory};
-use vireo_drivers::port::{MacAddr, Nic, PortConfig};
+use vireo_drivers::port::{MacAddr, Nic, PortConfig, QueuesOf};
 use vireo_drivers::ports::OpenPort;
 use vireo_drivers::table::{Drivers, Port};
 use vireo_drivers::{e1000, virtio};
@@ -396,55 +396,63 @@ fn bad_frames_of_an_e1000_are_dropped_without_a_reset() {
     assert_eq!((counted.device_errors, counted.errors, counted.restarts), ((2, 0), 2, 0));
 }
 
+/// Starts a port of its own, and calls `body` with its device, the port, its queues and its pool.
+fn with_port(
+    virtio: bool,
+    config: &PortConfig,
+    body: impl FnOnce(&Device, SupervisedPort, QueuesOf<Port>, &Arc<Pool>),
+) {
+    let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
+    let memory = DmaMemory::map(region, &[]).unwrap();
+    let pool = Pool::new(&memory, BUFFERS).unwrap();
+    let (device, open) = Device::new(virtio, 0, &memory);
+    let mut port = SupervisedPort::new(open);
+    let queues = port.open.as_mut().unwrap().port.start(config, &memory, &mut pool.cache()).unwrap();
+    body(&device, port, queues, &pool);
+}
+
 #[test]
 fn a_change_of_a_link_asks_for_an_inspection_of_a_port_that_runs() {
+    let config = CONFIG.with_pairs(1).with_link_interrupt(true);
     for virtio in [true, false] {
-        let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
-        let memory = DmaMemory::map(region, &[]).unwrap();
-        let pool = Pool::new(&memory, BUFFERS).unwrap();
-        let mut cache = pool.cache();
-        let (device, open) = Device::new(virtio, 0, &memory);
-        let mut port = SupervisedPort::new(open);
-        let config = CONFIG.with_pairs(1).with_link_interrupt(true);
-        let queues = port.open.as_mut().unwrap().port.start(&config, &memory, &mut cache).unwrap();
-        port.begin();
-        device.set_link(false);
-        assert!(port.link_event().is_none(), "the port has just been started");
-        port.last_start -= Duration::from_secs(1);
-        assert!(is_signaled(port.link_event().unwrap()));
-        port.link_change(0);
-        assert!(port.link_event().is_none(), "a device that signals all the time does not keep anybody busy");
-        port.last_link_event = Some(Instant::now() - INSPECTION_PERIOD);
-        assert!(!is_signaled(port.link_event().unwrap()), "the inspection takes the event");
-        device.set_link(true);
-        assert!(is_signaled(port.link_event().unwrap()));
-        port.is_down = true;
-        assert!(port.link_event().is_none(), "nobody inspects the link of a port that is down");
-        port.stop(Some(queues), &mut cache);
+        with_port(virtio, &config, |device, mut port, queues, pool| {
+            port.begin();
+            device.set_link(false);
+            assert!(port.link_event().is_none(), "the port has just been started");
+            port.last_start -= Duration::from_secs(1);
+            assert!(is_signaled(port.link_event().unwrap()));
+            port.link_change(0);
+            assert!(
+                port.link_event().is_none(),
+                "a device that signals all the time does not keep anybody busy"
+            );
+            port.last_link_event = Some(Instant::now() - INSPECTION_PERIOD);
+            assert!(!is_signaled(port.link_event().unwrap()), "the inspection takes the event");
+            device.set_link(true);
+            assert!(is_signaled(port.link_event().unwrap()));
+            port.is_down = true;
+            assert!(port.link_event().is_none(), "nobody inspects the link of a port that is down");
+            port.stop(Some(queues), &mut pool.cache());
+        });
     }
 }
 
 #[test]
 fn a_stop_that_is_not_confirmed_is_tried_again() {
     for virtio in [true, false] {
-        let region = Region::new(Pool::bytes(BUFFERS) + (1 << 20), Backing::SmallPages).unwrap();
-        let memory = DmaMemory::map(region, &[]).unwrap();
-        let pool = Pool::new(&memory, BUFFERS).unwrap();
-        let mut cache = pool.cache();
-        let (device, open) = Device::new(virtio, 0, &memory);
-        let mut port = SupervisedPort::new(open);
-        let queues =
-            port.open.as_mut().unwrap().port.start(&CONFIG.with_pairs(1), &memory, &mut cache).unwrap();
-        device.vanish(true);
-        port.stop(Some(queues), &mut cache);
-        let told = port.unconfirmed.as_ref().unwrap().to_string();
-        assert!(told.contains("reset"), "{told}");
-        port.stop(None, &mut cache);
-        assert!(port.unconfirmed.is_some());
-        device.vanish(false);
-        port.stop(None, &mut cache);
-        assert!(port.unconfirmed.is_none());
-        drop(cache);
-        assert_eq!(pool.available(), BUFFERS);
+        with_port(virtio, &CONFIG.with_pairs(1), |device, mut port, queues, pool| {
+            let mut cache = pool.cache();
+            device.vanish(true);
+            port.stop(Some(queues), &mut cache);
+            let told = port.unconfirmed.as_ref().unwrap().to_string();
+            assert!(told.contains("reset"), "{told}");
+            port.stop(None, &mut cache);
+            assert!(port.unconfirmed.is_some());
+            device.vanish(false);
+            port.stop(None, &mut cache);
+            assert!(port.unconfirmed.is_none());
+            drop(cache);
+            assert_eq!(pool.available(), BUFFERS);
+        });
     }
 }
