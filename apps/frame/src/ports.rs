@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use vireo_drivers::handover::PortRecord;
+use vireo_drivers::handover::{HandOver, PortRecord};
 use vireo_drivers::memory::{MemoryNeed, PortMemory};
 use vireo_drivers::port::{MacAddr, Nic, PortConfig, QueuesOf};
 use vireo_drivers::ports::{OpenPort, buffers_needed, wait_for_links};
@@ -245,7 +245,8 @@ impl Ports {
     /// # Errors
     /// `Usage` when a port is not a NIC.
     pub(crate) fn shared_by(mut self, processes: Processes) -> Result<Self> {
-        let is_virtual = |number: &usize| self.get(*number).is_some_and(|open| open.report.is_none());
+        let is_virtual =
+            |number: &usize| self.get(*number).is_some_and(|open| open.port.function().is_none());
         if let Some(number) = self.used.iter().copied().find(is_virtual).filter(|_| processes.count() > 1) {
             let what = format!("cannot share port {number} among processes");
             return Err(Error::new(

@@ -1,6 +1,8 @@
 //! Misbehaving devices under a running application. The misbehavior is counted, the port is restarted,
 //! forwarding continues, other ports are unaffected, and no buffer is lost.
 
+mod secondaries;
+
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,11 +22,11 @@ use vireo_eal::event::is_signaled;
 use vireo_eal::lcore::StopFlag;
 use vireo_eal::mem::{Backing, Region};
 
-use super::{INSPECTION_PERIOD, PortState, RunEvent, SupervisedPort};
+use super::{INSPECTION_PERIOD, PortState, RunEvent, SecondaryState, SupervisedPort};
 use crate::app::App;
 use crate::balance::Balance;
 use crate::ports::Ports;
-use crate::route::Route;
+use crate::route::{Processes, Route};
 
 const CONFIG: PortConfig = PortConfig::with_descriptors(64, 64);
 const BUFFERS: u32 = 1024;
@@ -137,107 +139,158 @@ fn passes(from: &Device, to: &Device, first: u32, what: &str) {
 
 /// Creates an application with main lcore 0 and worker lcore 1, on all CPUs.
 pub(crate) fn app() -> App {
+    app_with(&["--in-memory"])
+}
+
+fn app_with(arguments: &[&str]) -> App {
+    App { eal: eal(arguments), drivers: Drivers::default(), stop: StopFlag::new() }
+}
+
+/// Initializes the EAL of a shareable application with main lcore 0 and worker lcore 1, on all CPUs.
+fn eal(arguments: &[&str]) -> Eal {
     let cpus: Vec<String> = allowed_cpus().unwrap().iter().map(ToString::to_string).collect();
     let list = format!("0@({cpus}),1@({cpus})", cpus = cpus.join(","));
-    match parse(["test", "--in-memory", "--lcores", &list].map(Into::into), &Program::default()).unwrap() {
-        Outcome::Run(parsed) => {
-            App { eal: Eal::init(parsed.eal).unwrap(), drivers: Drivers::default(), stop: StopFlag::new() }
-        }
+    let own = ["test", "--lcores", &list];
+    let all = own.iter().chain(arguments).map(Into::into);
+    let program = Program { peer_of: Some("test"), ..Program::default() };
+    match parse(all, &program).unwrap() {
+        Outcome::Run(parsed) => Eal::init(parsed.eal).unwrap(),
         Outcome::Print(text) => panic!("{text}"),
     }
 }
 
-/// What the run counted for the port that misbehaved.
+/// What a run counted for port 0, and what it announced of its secondary processes.
 struct Counted {
     /// Device errors of the RX and the TX queue.
     device_errors: (u64, u64),
     errors: u64,
     restarts: u64,
+    secondaries: Vec<SecondaryState>,
 }
 
-/// Forwards between ports 0 and 1 on a worker, and between ports 2 and 3 on the main lcore, while `act` runs
-/// on the devices.
-fn while_forwarding(virtio: bool, act: impl FnOnce(&[Device]) + Send) -> Counted {
-    while_forwarding_with(virtio, CONFIG, BUFFERS, &WAYS, act)
-}
-
-/// Lcore and the ports that it forwards from and to.
-const WAYS: [(u32, usize, usize); 4] = [(1, 0, 1), (1, 1, 0), (0, 2, 3), (0, 3, 2)];
-
-fn while_forwarding_with(
+/// Ports on devices, between which an application forwards.
+#[derive(Clone, Copy)]
+struct Setup<'a> {
     virtio: bool,
     config: PortConfig,
     buffers: u32,
-    ways: &[(u32, usize, usize)],
-    act: impl FnOnce(&[Device]) + Send,
-) -> Counted {
-    let region = Region::new(Pool::bytes(buffers) + (1 << 20), Backing::SmallPages).unwrap();
-    let memory = DmaMemory::map(region, &[]).unwrap();
-    let (devices, open): (Vec<_>, Vec<_>) = (0..4).map(|number| Device::new(virtio, number, &memory)).unzip();
-    let routes =
-        ways.iter().map(|&(lcore, from, to)| Route { lcore, from, to, pair: 0, process: 0 }).collect();
-    let need = MemoryNeed { buffers, send_only: 0, config };
-    let mut ports = Ports::new(open, routes, PortMemory::from(memory), &need).unwrap();
-    ports.start_all(false).unwrap();
-    let app = app();
-    let stop = &app.stop;
-    let counts = ports.counts().clone();
-    let announced = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        let acting = scope.spawn(|| {
-            // Stops even after a panic, or the test would not end.
-            struct Stop<'a>(&'a StopFlag);
-            impl Drop for Stop<'_> {
-                fn drop(&mut self) {
-                    self.0.set();
+    /// Lcores, and the ports that they forward from and to.
+    ways: &'a [(u32, usize, usize)],
+    /// `--file-prefix` of the application, if a secondary process polls port 0.
+    prefix: Option<&'a str>,
+}
+
+impl Setup<'static> {
+    /// Forwards between ports 0 and 1 on a worker, and between ports 2 and 3 on the main lcore.
+    fn new(virtio: bool) -> Self {
+        let ways = &[(1, 0, 1), (1, 1, 0), (0, 2, 3), (0, 3, 2)];
+        Self { virtio, config: CONFIG, buffers: BUFFERS, ways, prefix: None }
+    }
+}
+
+impl Setup<'_> {
+    /// Forwards while `act` runs on the devices.
+    fn run(self, act: impl FnOnce(&[Device]) + Send) -> Counted {
+        let Self { virtio, config, buffers, ways, prefix } = self;
+        let region = Region::new(Pool::bytes(buffers) + (1 << 20), Backing::SmallPages).unwrap();
+        let memory = DmaMemory::map(region, &[]).unwrap();
+        let (devices, open): (Vec<_>, Vec<_>) =
+            (0..4).map(|number| Device::new(virtio, number, &memory)).unzip();
+        let process = |from| u16::from(from == 0 && prefix.is_some());
+        let routes =
+            ways.iter().map(|&(lcore, from, to)| Route { lcore, from, to, pair: 0, process: process(from) });
+        let need = MemoryNeed { buffers, send_only: 0, config };
+        let app = prefix.map_or_else(app, |prefix| app_with(&["--file-prefix", prefix]));
+        app.eal.open_handover();
+        let processes = Processes::new(&app.eal, 1 + process(0), 0).unwrap();
+        let ports = Ports::new(open, routes.collect(), PortMemory::from(memory), &need).unwrap();
+        let mut ports = ports.shared_by(processes).unwrap();
+        ports.start_all(false).unwrap();
+        let stop = &app.stop;
+        let counts = ports.counts().clone();
+        let announced = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            let acting = scope.spawn(|| {
+                let _stop = Stop(stop);
+                passes(&devices[ways[0].1], &devices[ways[0].2], 0, "before");
+                let others: Vec<u64> = devices[1..].iter().map(Device::resets).collect();
+                act(&devices);
+                // A secondary process may still have the queues of the first way.
+                for (_, from, to) in &ways[prefix.iter().len()..] {
+                    passes(&devices[*from], &devices[*to], 1 << 31, "after");
                 }
-            }
-            let _stop = Stop(stop);
-            passes(&devices[0], &devices[1], 0, "before");
-            let others: Vec<u64> = devices[1..].iter().map(Device::resets).collect();
-            act(&devices);
-            for (_, from, to) in ways {
-                passes(&devices[*from], &devices[*to], 1 << 31, "after");
-            }
-            assert_eq!(
-                devices[1..].iter().map(Device::resets).collect::<Vec<_>>(),
-                others,
-                "others were reset"
-            );
-        });
-        scope.spawn(|| {
-            let read = || [0, 1, 2, 3].map(|port| counts.port(port).read());
-            let mut last = read();
-            while !stop.is_set() {
-                let now = read();
-                for (last, now) in last.iter().zip(&now) {
-                    let grows = |of: fn(&PortStats) -> u64| of(now) >= of(last);
-                    assert!(
-                        grows(|stats| stats.rx_sum().packets) && grows(|stats| stats.tx_sum().bytes),
-                        "a counter went back: {last:?} {now:?}"
-                    );
+                assert_eq!(
+                    devices[1..].iter().map(Device::resets).collect::<Vec<_>>(),
+                    others,
+                    "others were reset"
+                );
+            });
+            scope.spawn(|| {
+                let read = || [0, 1, 2, 3].map(|port| counts.port(port).read());
+                let mut last = read();
+                while !stop.is_set() {
+                    let now = read();
+                    for (last, now) in last.iter().zip(&now) {
+                        let grows = |of: fn(&PortStats) -> u64| of(now) >= of(last);
+                        assert!(
+                            grows(|stats| stats.rx_sum().packets) && grows(|stats| stats.tx_sum().bytes),
+                            "a counter went back: {last:?} {now:?}"
+                        );
+                    }
+                    last = now;
+                    std::thread::yield_now();
                 }
-                last = now;
-                std::thread::yield_now();
-            }
+            });
+            let announce = |event| announced.lock().unwrap().push(event);
+            ports.forward(&app, |_| (), &announce, |_| ()).unwrap();
+            acting.join().unwrap();
         });
-        let announce = |event| announced.lock().unwrap().push(event);
-        ports.forward(&app, |_| (), &announce, |_| ()).unwrap();
-        acting.join().unwrap();
-    });
-    let closed: Vec<_> = (0..4).map(|number| ports.close(number)).collect();
-    ports.check_buffers().unwrap();
-    let balances = ports.balances();
-    assert_eq!(balances.len(), ways.len());
-    balances.iter().for_each(|balance| Balance::check(balance).unwrap());
-    let states = [PortState::Restarting, PortState::Running];
-    let restarts = states.map(|state| RunEvent::Port { port: 0, state }).repeat(closed[0].restarts as usize);
-    assert_eq!(announced.into_inner().unwrap(), restarts);
-    let stats = &closed[0].stats;
-    Counted {
-        device_errors: (stats.rx_sum().device_errors, stats.tx_sum().device_errors),
-        errors: stats.rx_sum().errors,
-        restarts: closed[0].restarts,
+        let closed: Vec<_> = (0..4).map(|number| ports.close(number)).collect();
+        ports.check_buffers().unwrap();
+        let balances = ports.balances();
+        assert_eq!(balances.len(), ways.len());
+        balances.iter().for_each(|balance| Balance::check(balance).unwrap());
+        let (mut of_ports, mut secondaries) = (Vec::new(), Vec::new());
+        for event in announced.into_inner().unwrap() {
+            match event {
+                RunEvent::Secondary { process: 1, state, .. } => secondaries.push(state),
+                other => of_ports.push(other),
+            }
+        }
+        let states = [PortState::Restarting, PortState::Running];
+        let restarts = states.map(|state| RunEvent::Port { port: 0, state });
+        assert_eq!(of_ports, restarts.repeat(closed[0].restarts as usize));
+        let stats = &closed[0].stats;
+        Counted {
+            device_errors: (stats.rx_sum().device_errors, stats.tx_sum().device_errors),
+            errors: stats.rx_sum().errors,
+            restarts: closed[0].restarts,
+            secondaries,
+        }
+    }
+}
+
+/// Stops threads even after a panic, or the test would not end.
+struct Stop<'a>(&'a StopFlag);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.set();
+    }
+}
+
+/// Waits until the control thread, which alone reads registers meanwhile, has looked at the port of `device`.
+fn is_looked_at(device: &Device) {
+    let reads = device.reads();
+    until(|| device.reads() != reads, "nobody looks at the port");
+}
+
+/// Waits until `is_so`.
+fn until(mut is_so: impl FnMut() -> bool, otherwise: &str) {
+    let since = Instant::now();
+    while !is_so() {
+        assert!(since.elapsed() < PATIENCE, "{otherwise}");
+        std::thread::yield_now();
     }
 }
 
@@ -260,20 +313,19 @@ fn every_lie_of_virtio_is_counted_and_its_port_restarted() {
     ];
     for (what, lie) in lies {
         let is_sent = what.starts_with("sent");
-        let counted = while_forwarding(true, |devices| {
+        let counted = Setup::new(true).run(|devices| {
             let before = devices[0].resets();
             lie(devices[0].virtio());
-            let since = Instant::now();
-            while devices[0].resets() == before {
+            let is_reset = || {
                 // The driver inspects a TX ring when there is something to send. Sent frames are taken out,
                 // so that only the misbehavior can stop the queue.
                 if is_sent {
                     devices[1].receive(&frame(0));
                     devices[0].transmitted();
                 }
-                assert!(since.elapsed() < PATIENCE, "{what}: no reset");
-                std::thread::yield_now();
-            }
+                devices[0].resets() != before
+            };
+            until(is_reset, what);
         });
         let expected = if is_sent { (0, 1) } else { (1, 0) };
         assert_eq!((counted.device_errors, counted.restarts), (expected, 1), "{what}");
@@ -284,26 +336,22 @@ fn every_lie_of_virtio_is_counted_and_its_port_restarted() {
 /// buffers, there is nothing to deliver it into.
 fn deliver_as(nic: &VirtioNet, num_buffers: u16) {
     nic.behave(|behaviour| behaviour.num_buffers = Some(num_buffers));
-    let since = Instant::now();
-    while !nic.receive(&frame(1)) {
-        assert!(since.elapsed() < PATIENCE, "the ring has no buffers");
-        std::thread::yield_now();
-    }
+    until(|| nic.receive(&frame(1)), "the ring has no buffers");
     nic.behave(|behaviour| behaviour.num_buffers = None);
 }
 
 /// A virtio port is not reset in this case, because its device may be waiting for a switch that restarts.
 #[test]
 fn an_e1000_that_sends_nothing_is_reset() {
-    let counted = while_forwarding(false, |devices| {
+    let counted = Setup::new(false).run(|devices| {
         let device = &devices[0];
         device.e1000().set_faults(Faults { never_done: true, ..Faults::default() });
-        let (before, since) = (device.resets(), Instant::now());
-        while device.resets() == before {
+        let before = device.resets();
+        let is_reset = || {
             devices[1].receive(&frame(0));
-            assert!(since.elapsed() < PATIENCE, "no reset");
-            std::thread::yield_now();
-        }
+            device.resets() != before
+        };
+        until(is_reset, "no reset");
         device.e1000().set_faults(Faults::default());
     });
     assert_eq!((counted.device_errors.0, counted.restarts), (0, 1));
@@ -319,18 +367,13 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
             false => &[Device::vanish],
         };
         for fault in faults {
-            let counted = while_forwarding(virtio, |devices| {
+            let counted = Setup::new(virtio).run(|devices| {
                 fault(&devices[0], true);
                 // The partner of the port is cut off, and the other ports continue.
                 for round in 0..100 {
                     passes(&devices[2], &devices[3], 1 << 30 | round << 16, "others");
                 }
-                // Only the control thread reads registers now, to check whether the port works.
-                let (reads, since) = (devices[0].reads(), Instant::now());
-                while devices[0].reads() == reads {
-                    assert!(since.elapsed() < PATIENCE, "nobody looks at the port");
-                    std::thread::yield_now();
-                }
+                is_looked_at(&devices[0]);
                 fault(&devices[0], false);
             });
             assert!(counted.restarts >= 1);
@@ -344,13 +387,9 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
 fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
     let config = PortConfig::with_descriptors(256, 64);
     for virtio in [true, false] {
-        let counted = while_forwarding_with(virtio, config, 4 * 256 + 240, &WAYS, |devices| {
+        let counted = Setup { config, buffers: 4 * 256 + 240, ..Setup::new(virtio) }.run(|devices| {
             devices[0].vanish(true);
-            let (reads, since) = (devices[0].reads(), Instant::now());
-            while devices[0].reads() == reads {
-                assert!(since.elapsed() < PATIENCE, "nobody looks at the port");
-                std::thread::yield_now();
-            }
+            is_looked_at(&devices[0]);
             devices[0].vanish(false);
         });
         assert!(counted.restarts >= 1);
@@ -361,19 +400,12 @@ fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
 #[test]
 fn a_port_that_forwards_one_way_is_restarted() {
     for virtio in [true, false] {
-        let counted = while_forwarding_with(virtio, CONFIG, BUFFERS, &[(1, 0, 1)], |devices| {
+        let counted = Setup { ways: &[(1, 0, 1)], ..Setup::new(virtio) }.run(|devices| {
             let before = devices[0].resets();
             devices[0].vanish(true);
-            let (reads, since) = (devices[0].reads(), Instant::now());
-            while devices[0].reads() == reads {
-                assert!(since.elapsed() < PATIENCE, "nobody looks at the port");
-                std::thread::yield_now();
-            }
+            is_looked_at(&devices[0]);
             devices[0].vanish(false);
-            while devices[0].resets() == before {
-                assert!(since.elapsed() < PATIENCE, "no reset");
-                std::thread::yield_now();
-            }
+            until(|| devices[0].resets() != before, "no reset");
         });
         assert!(counted.restarts >= 1);
     }
@@ -384,7 +416,7 @@ fn bad_frames_of_an_e1000_are_dropped_without_a_reset() {
     const DD: u64 = 1 << 32;
     const EOP: u64 = 1 << 33;
     const CRC_ERROR: u64 = 1 << 40;
-    let counted = while_forwarding(false, |devices| {
+    let counted = Setup::new(false).run(|devices| {
         let nic = devices[0].e1000();
         for word in [DD | EOP, DD | EOP | 0xFFFF, DD | EOP | 60 | CRC_ERROR] {
             nic.receive_raw(word);
