@@ -26,6 +26,18 @@ pub(crate) enum Tier {
     Full,
 }
 
+/// What runs at the same time as a case of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Company {
+    /// Nothing.
+    Nobody,
+    /// Guests and other such cases, because the case shares nothing with them and has time.
+    Guests,
+    /// What runs alongside guests: the case boots one itself. Its turn comes after the guests that run cases, which may
+    /// have to build their kernel first.
+    InPlaceOfAGuest,
+}
+
 type Run = Box<dyn Fn(&Context) -> Result<()> + Send + Sync>;
 
 /// A test case.
@@ -39,9 +51,8 @@ pub(crate) struct Case {
     pub(crate) on_both_kernels: bool,
     /// Time after which the case counts as hung.
     pub(crate) limit: Duration,
-    /// Whether the case runs alongside guests and other such cases, because it shares nothing with them and
-    /// has time; on the host only.
-    pub(crate) alongside_guests: bool,
+    /// What runs at the same time; on the host only.
+    pub(crate) company: Company,
     run: Run,
 }
 
@@ -77,7 +88,13 @@ impl Case {
 
     /// Lets the case run alongside guests and other such cases; on the host only.
     pub(crate) fn alongside_guests(&mut self) -> &mut Self {
-        self.alongside_guests = true;
+        self.company = Company::Guests;
+        self
+    }
+
+    /// Lets the case, which boots a guest, run when a guest might; on the host only.
+    pub(crate) fn in_place_of_a_guest(&mut self) -> &mut Self {
+        self.company = Company::InPlaceOfAGuest;
         self
     }
 
@@ -166,7 +183,7 @@ impl Cases {
             tier: Tier::Default,
             on_both_kernels: false,
             limit: Duration::from_secs(LIMIT),
-            alongside_guests: false,
+            company: Company::Nobody,
             run: Box::new(run),
         });
         &mut self.0[index]

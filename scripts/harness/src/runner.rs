@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 
 use crate::agent::Request;
 use crate::boot::{Lab, Lost, Session};
-use crate::case::{Case, Outcome, Report, Tier};
+use crate::case::{Case, Company, Outcome, Report, Tier};
 use crate::clock;
 use crate::guest::{BOOTS, Boot};
 use crate::host;
@@ -128,36 +128,41 @@ pub(crate) fn run(
     let tap = Tap::default();
     let host = Host { full: choice.full, programs, tap: &tap };
     let (mut soon, mut later) = (VecDeque::new(), VecDeque::new());
-    let mut boots = VecDeque::new();
+    let (mut turns, mut last) = (VecDeque::new(), VecDeque::new());
     for Group { guest, mut cases } in groups {
         let Some((kernel, boot)) = guest else {
             for (_, case) in cases {
-                if case.alongside_guests || case.tier == Tier::Full {
-                    later.push_back(case)
-                } else {
-                    soon.push_back(case)
+                match case.company {
+                    _ if case.tier == Tier::Full => later.push_back(case),
+                    Company::Nobody => soon.push_back(case),
+                    Company::Guests => later.push_back(case),
+                    Company::InPlaceOfAGuest => last.push_back(Turn::OnHost(case)),
                 }
             }
             continue;
         };
         let shard = if jobs > 1 { SHARD } else { usize::MAX };
         while !cases.is_empty() {
-            boots.push_back((kernel.clone(), boot, cases.drain(..shard.min(cases.len())).collect()));
+            let cases = cases.drain(..shard.min(cases.len())).collect();
+            turns.push_back(Turn::InGuest(kernel.clone(), boot, cases));
         }
     }
+    turns.append(&mut last);
     // With --full, the host's cases take longer than the guests: the longest start first, two at a time.
     let at_a_time = if choice.full { 2 } else { 1 };
     if choice.full {
         later.make_contiguous().sort_by_key(|case| Reverse(case.limit));
     }
     host.run_from(&Mutex::new(soon));
-    let (boots, later) = (Mutex::new(boots), Mutex::new(later));
+    let (turns, later) = (Mutex::new(turns), Mutex::new(later));
     std::thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
-                let next = || boots.lock().ok()?.pop_front();
-                while let Some((kernel, boot, cases)) = next() {
-                    run_in_guest(lab, &kernel, boot, cases, &tap);
+                while let Some(turn) = next_of(&turns) {
+                    match turn {
+                        Turn::InGuest(kernel, boot, cases) => run_in_guest(lab, &kernel, boot, cases, &tap),
+                        Turn::OnHost(case) => host.run(&case),
+                    }
                 }
                 host.run_from(&later);
             });
@@ -173,6 +178,19 @@ pub(crate) fn run(
     Ok(tap.end())
 }
 
+/// What takes the place of one guest.
+enum Turn {
+    /// Cases in a guest with this kernel, booted in this way.
+    InGuest(String, Boot, VecDeque<(String, Arc<Case>)>),
+    /// A case that boots a guest itself.
+    OnHost(Arc<Case>),
+}
+
+/// Takes the next of those that wait, unless a signal has ended the run.
+fn next_of<T>(waiting: &Mutex<VecDeque<T>>) -> Option<T> {
+    waiting.lock().ok()?.pop_front().filter(|_| stop::exit_code().is_none())
+}
+
 /// Runs cases on the host.
 struct Host<'a> {
     full: bool,
@@ -183,8 +201,7 @@ struct Host<'a> {
 impl Host<'_> {
     /// Runs cases until none waits or a signal ends the run.
     fn run_from(&self, waiting: &Mutex<VecDeque<Arc<Case>>>) {
-        let next = || waiting.lock().ok()?.pop_front().filter(|_| stop::exit_code().is_none());
-        while let Some(case) = next() {
+        while let Some(case) = next_of(waiting) {
             self.run(&case);
         }
     }

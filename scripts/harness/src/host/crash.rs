@@ -12,7 +12,7 @@ use crate::process::run_for;
 
 pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
     let repo = environment.repo.clone();
-    cases.add("a crash of the guest's kernel ends scripts/lab, which says so", move |context: &Context| {
+    let crashes = move |context: &Context| {
         need_guest(&repo)?;
         // An oops must end the guest as well, and no command causes one.
         let crash = "grep -qx 1 /proc/sys/kernel/panic_on_oops && echo c >/proc/sysrq-trigger && sleep 600";
@@ -25,5 +25,6 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
             "unexpected output: {last}"
         );
         Ok(())
-    });
+    };
+    cases.add("a crash of the guest's kernel ends scripts/lab, which says so", crashes).in_place_of_a_guest();
 }

@@ -27,12 +27,14 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
         .add("pktgen on a guest's virtio-net, through l2fwd on vhost", move |context| {
             circle(context, &repo, 0)
         })
+        .in_place_of_a_guest()
         .limit(900);
     let repo = environment.repo.clone();
     cases
         .add("l2fwd --takeover of an l2fwd on vhost loses no frame of a guest", move |context| {
             circle(context, &repo, if context.full { 20 } else { 3 })
         })
+        .in_place_of_a_guest()
         .limit(900);
 }
 

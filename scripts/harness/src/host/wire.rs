@@ -49,7 +49,7 @@ pub(super) fn cases(cases: &mut Cases, environment: &Environment) {
         ("hosts talk through l2fwd with checksum offload: by virtio-net, and to an e1000e", &CHECKSUMS),
     ] {
         let repo = environment.repo.clone();
-        cases.add(name, move |context| talk(context, &repo, wiring)).limit(900);
+        cases.add(name, move |context| talk(context, &repo, wiring)).in_place_of_a_guest().limit(900);
     }
 }
 
