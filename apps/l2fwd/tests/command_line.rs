@@ -73,6 +73,19 @@ fn odd_bytes_are_named() {
 }
 
 #[test]
+fn a_virtual_port_is_not_shared_among_processes() {
+    let dir = tempfile::tempdir().unwrap();
+    let vdev = format!("net_vhost0,iface={},queues=2", dir.path().join("socket").display());
+    let output = l2fwd()
+        .args(["-l", "0", "--no-pci", "--no-huge", "--in-memory", "--vdev", &vdev, "--"])
+        .args(["-p", "1", "-q", "2", "--queues", "2", "--num-procs", "2"])
+        .output()
+        .unwrap();
+    let line = refused(&output, 64);
+    assert!(line.starts_with("cannot share port 0") && line.ends_with("leave --num-procs out"), "{line}");
+}
+
+#[test]
 fn a_mask_of_no_port_names_the_ports() {
     let dir = tempfile::tempdir().unwrap();
     for mask in ["0", "6"] {
