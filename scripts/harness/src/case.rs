@@ -33,8 +33,8 @@ pub(crate) enum Company {
     Nobody,
     /// Guests and other such cases, because the case shares nothing with them and has time.
     Guests,
-    /// What runs alongside guests: the case boots one itself. Its turn comes after the guests that run cases, which may
-    /// have to build their kernel first.
+    /// Cases that run alongside guests. This case boots a guest itself, after the guests that run cases: those build the
+    /// kernel if it is missing.
     InPlaceOfAGuest,
 }
 
@@ -92,7 +92,7 @@ impl Case {
         self
     }
 
-    /// Lets the case, which boots a guest, run when a guest might; on the host only.
+    /// Lets the case, which boots a guest, run after the guests that run cases; on the host only.
     pub(crate) fn in_place_of_a_guest(&mut self) -> &mut Self {
         self.company = Company::InPlaceOfAGuest;
         self

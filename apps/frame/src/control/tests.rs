@@ -280,7 +280,7 @@ impl Drop for Stop<'_> {
 }
 
 /// Waits until the control thread, which alone reads registers meanwhile, has looked at the port of `device`.
-fn is_looked_at(device: &Device) {
+fn await_inspection(device: &Device) {
     let reads = device.reads();
     until(|| device.reads() != reads, "nobody looks at the port");
 }
@@ -325,7 +325,7 @@ fn every_lie_of_virtio_is_counted_and_its_port_restarted() {
                 }
                 devices[0].resets() != before
             };
-            until(is_reset, what);
+            until(is_reset, &format!("{what}: no reset"));
         });
         let expected = if is_sent { (0, 1) } else { (1, 0) };
         assert_eq!((counted.device_errors, counted.restarts), (expected, 1), "{what}");
@@ -373,7 +373,7 @@ fn a_device_that_asks_for_a_reset_or_goes_away_is_taken_back() {
                 for round in 0..100 {
                     passes(&devices[2], &devices[3], 1 << 30 | round << 16, "others");
                 }
-                is_looked_at(&devices[0]);
+                await_inspection(&devices[0]);
                 fault(&devices[0], false);
             });
             assert!(counted.restarts >= 1);
@@ -389,7 +389,7 @@ fn a_port_comes_up_again_from_a_pool_that_is_hardly_large_enough() {
     for virtio in [true, false] {
         let counted = Setup { config, buffers: 4 * 256 + 240, ..Setup::new(virtio) }.run(|devices| {
             devices[0].vanish(true);
-            is_looked_at(&devices[0]);
+            await_inspection(&devices[0]);
             devices[0].vanish(false);
         });
         assert!(counted.restarts >= 1);
@@ -403,7 +403,7 @@ fn a_port_that_forwards_one_way_is_restarted() {
         let counted = Setup { ways: &[(1, 0, 1)], ..Setup::new(virtio) }.run(|devices| {
             let before = devices[0].resets();
             devices[0].vanish(true);
-            is_looked_at(&devices[0]);
+            await_inspection(&devices[0]);
             devices[0].vanish(false);
             until(|| devices[0].resets() != before, "no reset");
         });

@@ -1,5 +1,5 @@
-//! A primary and its secondary processes, which these tests play: what the primary does about each of their messages, and
-//! about messages that a process in order does not send.
+//! A primary and secondary processes that these tests play: what the primary does about each of their reports, also about
+//! those that no correct process sends.
 
 use std::io::Write as _;
 use std::os::fd::AsFd as _;
@@ -10,7 +10,7 @@ use vireo_eal::handover::{Channel, Fds, encode};
 use super::super::lend::{Direction, LentQueues, Order, QueueCounts, Report};
 use super::*;
 
-/// A secondary process that was lent queues polls none of them.
+/// A played secondary process. It polls none of the queues that it is lent.
 struct Secondary {
     eal: Eal,
 }
@@ -72,8 +72,8 @@ impl Secondary {
     }
 }
 
-/// Forwards from port 0 to itself while process 1 has not got that, and between ports 2 and 3, while `act` gets the devices
-/// and the primary's `--file-prefix`. Does so with both drivers.
+/// Runs a primary with each driver, and calls `act` with its devices and its `--file-prefix`. Process 1 polls port 0, which
+/// forwards to itself; the primary does that while there is no process 1, and always forwards between ports 2 and 3.
 fn with_primary(name: &str, act: impl Fn(&[Device], &str) + Sync) -> [Counted; 2] {
     [true, false].map(|virtio| {
         let prefix = format!("vireo-test-{}-{name}", std::process::id());
@@ -90,7 +90,7 @@ fn only_the_process_that_was_lent_queues_has_them() {
         devices[0].transmitted();
         assert!(devices[0].receive(&frame(7)));
         for round in 0..3 {
-            is_looked_at(&devices[2]);
+            await_inspection(&devices[2]);
             passes(&devices[2], &devices[3], 1 << 30 | round << 16, "others");
         }
         assert!(devices[0].transmitted().is_empty(), "the primary polls the queues, too");
@@ -160,7 +160,7 @@ fn a_process_that_reports_all_the_time_delays_nobody() {
             });
             let _enough = Stop(&is_enough);
             for _ in 0..5 {
-                is_looked_at(&devices[2]);
+                await_inspection(&devices[2]);
             }
         });
         secondary.leaves(lent);
@@ -177,7 +177,7 @@ fn a_port_restarts_when_its_queues_have_been_returned() {
         devices[0].vanish(false);
         // Longer than the primary waits for the queues before it serves others.
         for round in 0..20 {
-            is_looked_at(&devices[2]);
+            await_inspection(&devices[2]);
             passes(&devices[2], &devices[3], 1 << 30 | round << 16, "others");
         }
         assert_eq!(devices[0].resets(), resets, "the device was reset under the process");
