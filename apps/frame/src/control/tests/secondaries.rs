@@ -4,11 +4,15 @@
 use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
+use vireo_eal::Eal;
 use vireo_eal::handover::{Channel, Fds, encode};
+use vireo_eal::lcore::StopFlag;
 
-use super::super::lend::{Direction, LentQueues, Order, QueueCounts, Report};
-use super::*;
+use super::setup::{Counted, Device, PATIENCE, Setup, Stop, await_inspection, eal, frame, passes, until};
+use crate::control::SecondaryState;
+use crate::control::lend::{Direction, LentQueues, Order, QueueCounts, Report};
 
 /// A played secondary process. It polls none of the queues that it is lent.
 struct Secondary {
